@@ -1,0 +1,36 @@
+"""Text of Python's own standard library, read from the running interpreter.
+
+It differs from one Python version to the next, so whoever uses it files its digest (a trial's spec does).
+"""
+
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+# Pure-Python modules that every supported Python has; kept from training.
+HELD_OUT_MODULES = ("argparse", "calendar", "difflib", "fractions", "heapq", "pprint", "shelve", "textwrap")
+# Tests, generated tables and vendored packages teach a small model little.
+_LEFT_OUT = {"test", "tests", "site-packages", "lib2to3", "idlelib", "ensurepip", "__pycache__", "pydoc_data", "encodings"}
+
+
+def held_out_text() -> str:
+    """Source of the held-out modules, one text."""
+    return _joined(_folder() / f"{name}.py" for name in HELD_OUT_MODULES)
+
+
+def training_text() -> str:
+    """Source of the other modules, one text, in a fixed order."""
+    held_out = {_folder() / f"{name}.py" for name in HELD_OUT_MODULES}
+    return _joined(
+        path
+        for path in sorted(_folder().rglob("*.py"))
+        if path not in held_out and not _LEFT_OUT & set(path.relative_to(_folder()).parts)
+    )
+
+
+def _folder() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _joined(paths: Iterable[Path]) -> str:
+    return "\n\n".join(path.read_text(encoding="utf-8", errors="replace").strip() for path in paths) + "\n"

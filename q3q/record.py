@@ -1,0 +1,118 @@
+"""What a trial left behind: its record, durable and plain, and the small events it sends while it works."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from q3q.spec import Json, TrialSpec
+
+COMPLETED, FAILED = "COMPLETED", "FAILED"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteError:
+    """How far one quantized linear is from the original.
+
+    weight_error: ||W - Q|| / ||W||, Frobenius. output_error: ||X (W - Q)^T|| / ||X W^T|| over the calibration tokens,
+    None for a method that saw none.
+    """
+
+    block: int
+    site: str
+    linear: str
+    weight_error: float
+    output_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One integrity check. A trial with a failed one is FAILED, whatever its metrics."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial's outcome.
+
+    metrics: finite numbers by stable name (`perplexity/<text>`, `<task>/acc`, `bits_per_weight`, `seconds/<phase>` ...).
+    intervals: 95 % interval of those that have one. diverged: metrics whose value is not a finite number (a result too).
+    sites: error of each quantized linear. checks: integrity. environment: code, packages, hardware, times.
+    results: what the evaluation harness returned, as it returned it. notes: facts by name (fallbacks, damping raised).
+    """
+
+    spec: TrialSpec
+    status: str
+    reason: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    diverged: tuple[str, ...] = ()
+    sites: tuple[SiteError, ...] = ()
+    checks: tuple[Check, ...] = ()
+    environment: Json = field(default_factory=dict)
+    results: Json = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = [name for name, value in self.metrics.items() if not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"metrics must be finite, list these under `diverged`: {wrong}")
+
+    @classmethod
+    def failed(cls, spec: TrialSpec, reason: str, environment: Json | None = None) -> "TrialRecord":
+        return cls(spec=spec, status=FAILED, reason=reason, environment=environment or {})
+
+    @property
+    def completed(self) -> bool:
+        return self.status == COMPLETED
+
+    def to_json(self) -> Json:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "TrialRecord":
+        return cls(
+            **{
+                **data,
+                "spec": TrialSpec.from_json(data["spec"]),
+                "intervals": {name: (low, high) for name, (low, high) in data["intervals"].items()},
+                "diverged": tuple(data["diverged"]),
+                "sites": tuple(SiteError(**site) for site in data["sites"]),
+                "checks": tuple(Check(**check) for check in data["checks"]),
+            }
+        )
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, json.dumps(self.to_json(), indent=1, allow_nan=False).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "TrialRecord":
+        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A trial tells how far it is. phase: load, calibrate, quantize, evaluate ... done of total steps of that phase."""
+
+    trial: str
+    phase: str
+    done: int = 0
+    total: int = 0
+    note: str = ""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old content or the new, never half of either."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
