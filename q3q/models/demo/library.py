@@ -10,7 +10,17 @@ from pathlib import Path
 # Pure-Python modules that every supported Python has; kept from training.
 HELD_OUT_MODULES = ("argparse", "calendar", "difflib", "fractions", "heapq", "pprint", "shelve", "textwrap")
 # Tests, generated tables and vendored packages teach a small model little.
-_LEFT_OUT = {"test", "tests", "site-packages", "lib2to3", "idlelib", "ensurepip", "__pycache__", "pydoc_data", "encodings"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "site-packages",
+    "lib2to3",
+    "idlelib",
+    "ensurepip",
+    "__pycache__",
+    "pydoc_data",
+    "encodings",
+}
 
 
 def held_out_text() -> str:

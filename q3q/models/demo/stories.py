@@ -11,14 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-NAMES = (
-    "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jonas Kim Lena Max Nina Omar Pia Ravi Sara Tom Uma Vera Will Yara Zoe"
-).split()
-THINGS = "ball book coin cup drum flute hat kite lamp map pen ring rope shell spoon stone torch whistle".split()
-COLOURS = "red blue green yellow white black".split()
-PLACES = "kitchen garden cellar attic barn library garage office hall workshop".split()
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-GOODS = "apples marbles stamps buttons cards nuts pears shells".split()
+NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Iris", "Jonas", "Kim", "Lena", "Max", "Nina", "Omar", "Pia", "Ravi", "Sara", "Tom", "Uma", "Vera", "Will", "Yara", "Zoe"]
+THINGS = ["ball", "book", "coin", "cup", "drum", "flute", "hat", "kite", "lamp", "map", "pen", "ring", "rope", "shell", "spoon", "stone", "torch", "whistle"]
+COLOURS = ["red", "blue", "green", "yellow", "white", "black"]
+PLACES = ["kitchen", "garden", "cellar", "attic", "barn", "library", "garage", "office", "hall", "workshop"]
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+GOODS = ["apples", "marbles", "stamps", "buttons", "cards", "nuts", "pears", "shells"]
 KINDS = ("who", "where", "order", "count")
 CHOICES = 4
 

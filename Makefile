@@ -1,0 +1,35 @@
+# make demo: set up and run the example sweep. make test: set up and run the tests. make ui: browse the results.
+VENV ?= .venv
+PYTHON ?= python3
+PORT ?= 5000
+STORAGE ?= mlruns
+BIN = $(VENV)/bin
+
+.PHONY: demo test test-fast lint ui clean
+
+demo: $(VENV)/.ready
+	$(BIN)/python launch.py -m method=rtn,gptq,awq bits=2,3,4
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy q3q hydra_plugins/q3q launch.py
+
+ui: $(VENV)/.ready
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(STORAGE)/mlflow.db --host 127.0.0.1 --port $(PORT)
+
+clean:
+	rm -rf $(VENV)
+
+# One environment for all of them, made anew when what it is made of changes.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "q3q needs Python 3.10 or newer, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,28 @@
+"""The front door: `python launch.py -m method=gptq,awq bits=2,3,4`."""
+
+import os
+import sys
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # q3q shows its own progress
+os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here whole, and leave in one line
+
+import hydra
+from omegaconf import DictConfig
+
+from q3q.config import register
+from q3q.front import explain, run_alone
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(config: DictConfig) -> object:
+    return run_alone(config)
+
+
+if __name__ == "__main__":
+    register()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(explain(error))

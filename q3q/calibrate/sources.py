@@ -1,0 +1,230 @@
+"""Named texts to calibrate and evaluate on: generated, from the Hub's data sets, or a file of the user's.
+
+A text is its documents. What it is called and where it came from is for people; its digest says what it is.
+"""
+
+import difflib
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from q3q.errors import CalibrationError
+from q3q.models.demo.library import held_out_text
+from q3q.models.demo.stories import stories
+
+Split = Literal["calibration", "evaluation"]
+
+_HUB_SECONDS = 5.0  # to wait for the Hub's answer
+# The demo's texts. The models were trained on seed 0 of the stories that are not held out.
+_STORIES = {"calibration": (1, 1_500), "evaluation": (2, 400)}  # seed, count
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and how they join into one text.
+
+    running: the documents are pieces of one running text, so a window may cross from one to the next.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+    joiner: str = "\n\n"
+    running: bool = False
+
+    @property
+    def joined(self) -> str:
+        """The documents as one string."""
+        return self.joiner.join(self.documents)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all that determines its windows: each document and its bounds, joiner, running."""
+        sha = hashlib.sha256(json.dumps([len(self.documents), self.joiner, self.running]).encode())
+        for document in self.documents:
+            content = document.encode()
+            sha.update(len(content).to_bytes(8, "little"))
+            sha.update(content)
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class _HubText:
+    """A data set of the Hub at a fixed commit: the file of each split, and how its rows make a text."""
+
+    repository: str
+    revision: str
+    files: dict[Split, str]
+    joiner: str
+    running: bool
+
+
+_HUB = {
+    # Rows are lines. GPTQ and most after it join them by an empty line and cut windows anywhere.
+    "wikitext2": _HubText(
+        repository="Salesforce/wikitext",
+        revision="b08601e04326c79dfdd32d625aee71d232d685c3",
+        files={
+            "calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
+            "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        },
+        joiner="\n\n",
+        running=True,
+    ),
+    # Rows are web pages. Joined by a space they are what is often called c4-new.
+    "c4": _HubText(
+        repository="allenai/c4",
+        revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+        files={
+            "calibration": "en/c4-train.00000-of-01024.json.gz",
+            "evaluation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        joiner=" ",
+        running=False,
+    ),
+    # The Pile's validation set, which AWQ and SmoothQuant calibrate on: no evaluation text.
+    "pile": _HubText(
+        repository="mit-han-lab/pile-val-backup",
+        revision="2f5e46ae6a69cf0dce4b12f78241c408936ca0e4",
+        files={"calibration": "val.jsonl.zst"},
+        joiner="\n\n",
+        running=False,
+    ),
+}
+SOURCES: dict[Split, tuple[str, ...]] = {
+    "calibration": ("demo", "wikitext2", "c4", "pile", "file"),
+    "evaluation": ("demo", "library", "wikitext2", "c4", "file"),
+}
+
+
+def load_text(source: str, *, split: Split, path: str | Path | None = None) -> Text:
+    """A text by name.
+
+    Args:
+        source: `demo`, generated stories with their questions, never those a demo model was trained on when
+            evaluating; `library`, modules of Python's own standard library kept from training; `wikitext2`, `c4`,
+            `pile` from the Hub or its local cache; `file`, at `path`.
+        split: what for. The two never share a document, but for `file`, which is what it is.
+        path: of `file`: `.jsonl` (one document per line, its `text`), `.json` (a list of documents, each a string or
+            an object with `text`), or any other name: plain text, one document.
+
+    Raises:
+        CalibrationError: no such source for that split; a file missing, empty, not UTF-8 or not what its name says; a
+            data set that is neither in the local cache nor to be had from the Hub.
+    """
+    if source not in SOURCES[split]:
+        known = any(source in names for names in SOURCES.values())
+        near = () if known else difflib.get_close_matches(source, SOURCES[split], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(SOURCES[split])}"
+        raise CalibrationError(f"{source!r} is not a text for {split}: {hint}")
+    if source == "demo":
+        return _demo_text(split)
+    if source == "library":
+        return Text("library", (held_out_text(),))
+    if source == "file":
+        if path is None:
+            raise CalibrationError(f"{split}=file needs {split}.path=FILE")
+        return _file_text(Path(path).expanduser())
+    return _hub_text(source, split)
+
+
+def _demo_text(split: Split) -> Text:
+    seed, count = _STORIES[split]
+    stream = stories(seed, held_out=split == "evaluation")
+    documents = tuple(story.full_text() for story in itertools.islice(stream, count))
+    return Text("demo", documents, joiner="\n", running=True)  # packed as for training
+
+
+def _file_text(path: Path) -> Text:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except IsADirectoryError as error:
+        raise CalibrationError(f"{path} is a folder. Give a text file") from error
+    except FileNotFoundError as error:
+        raise CalibrationError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    documents = tuple(_documents(path, content))
+    if not any(document.strip() for document in documents):
+        raise CalibrationError(f"{path} holds no text")
+    return Text(path.stem, documents)
+
+
+def _documents(path: Path, content: str) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        lines = ((f"{path}, line {n}", line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
+        yield from (_text_of(where, _parsed(where, line)) for where, line in lines)
+    elif path.suffix == ".json" and content.strip():
+        items = _parsed(str(path), content)
+        if not isinstance(items, list):
+            raise CalibrationError(f"{path} holds no JSON list of documents")
+        yield from (_text_of(f"{path}, item {n}", item) for n, item in enumerate(items))
+    else:
+        yield content
+
+
+def _parsed(where: str, content: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where} is not JSON: {error}") from error
+
+
+def _text_of(where: str, item: Any) -> str:
+    text = item.get("text") if isinstance(item, dict) else item
+    if not isinstance(text, str):
+        raise CalibrationError(f"{where}: neither a string nor an object with a string `text`")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character
+        raise CalibrationError(f"{where}: its text is not valid Unicode: {error.reason}") from error
+    return text
+
+
+def _hub_text(source: str, split: Split) -> Text:
+    hub = _HUB[source]
+    file = _hub_file(source, split)
+    rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+    return Text(source, tuple(rows), joiner=hub.joiner, running=hub.running)
+
+
+def _hub_file(source: str, split: Split) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+
+    hub = _HUB[source]
+    name = hub.files[split]
+    cached = try_to_load_from_cache(hub.repository, name, repo_type="dataset", revision=hub.revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    try:
+        # Asked once, for seconds; a download alone would try for half a minute to reach a Hub that does not answer.
+        HfApi().dataset_info(hub.repository, revision=hub.revision, expand=["sha"], timeout=_HUB_SECONDS)
+        return Path(hf_hub_download(hub.repository, name, repo_type="dataset", revision=hub.revision))
+    except Exception as error:  # the client's own, its HTTP library's, the disk's: to the user all mean the same
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        raise CalibrationError(
+            f"{split}={source} needs {name} of the data set {hub.repository}, which is neither in the local cache "
+            f"nor to be had from the Hub: {reason}. For a text of your own: {split}=file {split}.path=FILE"
+        ) from error
+
+
+def _parquet_rows(file: Path) -> Iterable[str]:
+    from pyarrow import parquet
+
+    rows: list[str] = parquet.read_table(file, columns=["text"])["text"].to_pylist()
+    return rows
+
+
+def _json_rows(file: Path) -> Iterator[str]:
+    import pyarrow
+
+    with pyarrow.input_stream(str(file), compression="detect") as stream:  # .gz or .zst
+        for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
+            yield json.loads(line)["text"]

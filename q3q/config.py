@@ -1,0 +1,292 @@
+"""The schema of conf/, and a composed config as a TrialSpec: what makes no sense is refused before anything runs."""
+
+import difflib
+import functools
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from q3q.calibrate.sources import Text, load_text
+from q3q.errors import CalibrationError, ConfigError, IncompatibleError
+from q3q.models.checkpoint import Checkpoint, ModelFacts, fetch_facts, resolve_revision
+from q3q.quantize.methods.settings import SETTINGS, MethodSettings
+from q3q.spec import Json, Scheme, TrialSpec
+
+DEMO_MODELS = Path(__file__).parent / "models" / "demo"
+DTYPES = ("float32", "bfloat16", "float16")
+DRAWS = ("random", "first", "documents")
+# How each evaluation text is named in metrics, and drawn: the study's C4 is 256 random windows, others run through.
+TEXT_NAMES = {"demo": "stories"}
+RANDOM_TEXTS = {"c4": 256}
+
+
+@dataclass
+class ModelConfig:
+    """name: for people. source: a Hub id, or path: a folder (`demo:dense` ships with q3q). revision: of a Hub id."""
+
+    name: str | None = None
+    source: str | None = None
+    path: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+
+
+@dataclass
+class CalibrationConfig:
+    """samples windows of length tokens; draw: random, first or documents. null: the method's own default."""
+
+    source: str = MISSING
+    path: str | None = None
+    samples: int | None = None
+    length: int | None = None
+    draw: str | None = None
+
+
+@dataclass
+class EvaluationConfig:
+    """texts: perplexity of each, in windows of `window` tokens, at most `limit` of them. tasks: lm-eval's names.
+
+    task_limit: questions per task, null for all.
+    """
+
+    name: str = MISSING
+    texts: list[str] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    window: int = 2048
+    limit: int | None = None
+    path: str | None = None
+    task_limit: int | None = None
+
+
+@dataclass
+class ClusterConfig:
+    """address: of a running Ray, null to start one here. A trial gets so many cores (and torch threads) and GPUs."""
+
+    name: str = MISSING
+    address: str | None = None
+    cpus_per_trial: float = 1.0
+    gpus_per_trial: float | None = None
+
+
+@dataclass
+class TrackConfig:
+    """uri: of the MLflow store or server; null for a SQLite file in `storage`."""
+
+    uri: str | None = None
+    experiment: str = "q3q"
+
+
+@dataclass
+class Config:
+    """Everything that can be set; see conf/config.yaml."""
+
+    model: ModelConfig = MISSING
+    method: MethodSettings = MISSING
+    calibration: CalibrationConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    cluster: ClusterConfig = MISSING
+    track: TrackConfig = MISSING
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    act_bits: int | None = None
+    dtype: str | None = None
+    seed: int = 0
+    plan: bool = False
+    fresh: bool = False
+    keep: str = "none"
+    name: str | None = None
+    storage: str = "mlruns"
+
+
+def register() -> None:
+    """Give Hydra the schema; once, before it composes."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=Config, package="_global_", provider="q3q")
+    for name, node in (
+        ("model", ModelConfig),
+        ("calibration", CalibrationConfig),
+        ("evaluation", EvaluationConfig),
+        ("cluster", ClusterConfig),
+        ("track", TrackConfig),
+    ):
+        store.store(group="schema", name=name, node=node, provider="q3q")
+    for name, settings in SETTINGS.items():
+        store.store(group="schema/method", name=name, node=settings, provider="q3q")
+
+
+def spec_from(config: DictConfig) -> TrialSpec:
+    """The trial that a composed config means, in canonical form.
+
+    Raises:
+        IncompatibleError: valid values that make no sense together. ConfigError: a value that cannot be meant.
+    """
+    settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
+    problem = settings.problem()
+    if problem:
+        raise ConfigError(problem)
+    _one_of("keep", config.keep, ("none", "blocks"))
+    model, folder, facts = _model(config)
+    scheme = _scheme(config, settings, facts)
+    calibration = _calibration(config, settings) if scheme is not None and settings.observes else None
+    evaluation = _evaluation(config, facts)
+    places: Json = {"trials": str(Path(config.storage).absolute() / "trials"), "keep": config.keep}
+    if folder is not None:
+        places["model"] = str(folder)
+    for part in (config.calibration, config.evaluation):
+        if part.path is not None:
+            places["calibration" if part is config.calibration else "evaluation"] = str(Path(part.path).absolute())
+    return TrialSpec(
+        model=model,
+        method={**asdict(settings), "version": settings.version},
+        scheme=scheme,
+        calibration=calibration,
+        evaluation=evaluation,
+        # Nothing but calibration windows and lm-eval's few shots is drawn at random.
+        seed=config.seed,
+        places=places,
+    )
+
+
+def tracking_uri(config: DictConfig) -> str:
+    """The MLflow URI that the config means."""
+    return config.track.uri or f"sqlite:///{config.storage}/mlflow.db"
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """`; did you mean gptq?`, or nothing if no known name is near."""
+    close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{key}={value} is not known{nearest(value, list(known))} Choose from: {', '.join(known)}")
+
+
+def _model(config: DictConfig) -> tuple[Json, Path | None, ModelFacts]:
+    """The spec's model entry, its folder if it is local, and its facts."""
+    wanted = config.model
+    if wanted.source is None and wanted.path is None:
+        raise ConfigError("model=local needs a folder: model.path=DIR")
+    if wanted.path is not None:
+        path: str = wanted.path
+        folder = DEMO_MODELS / path.removeprefix("demo:") if path.startswith("demo:") else Path(path).expanduser()
+        if wanted.revision is not None:
+            raise ConfigError(f"model.revision={wanted.revision} is for Hub models; {path} is a folder")
+        facts, digest = _local_model(folder.absolute(), str(Path(config.storage).absolute()))
+        identity: Json = {"name": wanted.name or folder.absolute().name, "digest": digest}
+        place: Path | None = folder.absolute()
+    else:
+        revision, facts = _hub_model(wanted.source, wanted.revision)
+        identity, place = {"name": wanted.name, "source": wanted.source, "revision": revision}, None
+    dtype = config.dtype or wanted.dtype or facts.dtype
+    _one_of("dtype", dtype, DTYPES)
+    return {**identity, "dtype": dtype}, place, facts
+
+
+@functools.cache
+def _local_model(folder: Path, storage: str) -> tuple[ModelFacts, str]:
+    checkpoint = Checkpoint(folder)
+    return checkpoint.facts, checkpoint.digest(Path(storage) / "trials" / "digests")
+
+
+@functools.cache
+def _hub_model(source: str, revision: str | None) -> tuple[str, ModelFacts]:
+    commit = resolve_revision(source, revision)
+    return commit, fetch_facts(source, commit)
+
+
+def _scheme(config: DictConfig, settings: MethodSettings, facts: ModelFacts) -> Scheme | None:
+    bits = settings.default_bits if config.bits is None else config.bits
+    scheme = Scheme(
+        bits=bits,
+        group_size=settings.default_group_size if config.group_size is None else config.group_size,
+        symmetric=settings.default_symmetric if config.symmetric is None else config.symmetric,
+        act_bits=config.act_bits,
+    )
+    _check_group_size(scheme.group_size, facts)
+    if not settings.quantizes:
+        if config.act_bits is not None:
+            raise IncompatibleError(
+                f"method={settings.name} quantizes nothing, so act_bits={config.act_bits} has no use"
+            )
+        return None
+    if bits not in settings.bits:
+        able = f"{min(settings.bits)} to {max(settings.bits)}" if len(settings.bits) > 1 else str(settings.bits[0])
+        raise IncompatibleError(f"method={settings.name} cannot do bits={bits}; it takes {able}")
+    return scheme
+
+
+def _check_group_size(size: int, facts: ModelFacts) -> None:
+    if size == -1:
+        return
+    columns = {f"{site} ({width} columns)": width for site, widths in facts.columns.items() for width in widths}
+    wrong = [where for where, width in columns.items() if width % size]
+    if wrong:
+        usable = [s for s in (16, 32, 64, 128, 256, 512) if all(width % s == 0 for width in columns.values())]
+        raise ConfigError(f"group_size={size} does not divide {', '.join(wrong)}; sizes that do: {usable} or -1")
+
+
+def _calibration(config: DictConfig, settings: MethodSettings) -> Json:
+    wanted = config.calibration
+    draw = wanted.draw or settings.default_draw
+    _one_of("calibration.draw", draw, DRAWS)
+    samples = settings.default_samples if wanted.samples is None else wanted.samples
+    length = settings.default_length if wanted.length is None else wanted.length
+    for key, value in (("samples", samples), ("length", length)):
+        if value < 1:
+            raise ConfigError(f"calibration.{key}={value}: give 1 or more")
+    text = _text(wanted.source, "calibration", wanted.path)
+    return {"source": wanted.source, "digest": text.digest, "samples": samples, "length": length, "draw": draw}
+
+
+def _evaluation(config: DictConfig, facts: ModelFacts) -> Json:
+    wanted = config.evaluation
+    for key, least in (("window", 2), ("limit", 1), ("task_limit", 1)):
+        value = wanted[key]
+        if value is not None and value < least:
+            raise ConfigError(f"evaluation.{key}={value}: give {least} or more")
+    if wanted.window > facts.max_positions:
+        raise ConfigError(f"evaluation.window={wanted.window}: this model takes at most {facts.max_positions} tokens")
+    texts = []
+    for source in wanted.texts:
+        text = _text(source, "evaluation", wanted.path)
+        samples = RANDOM_TEXTS.get(source)
+        texts.append(
+            {
+                "name": _metric_name(text.name) if source == "file" else TEXT_NAMES.get(source, source),
+                "source": source,
+                "digest": text.digest,
+                "window": wanted.window,
+                "limit": wanted.limit,
+                "draw": "random" if samples else "first",
+                "samples": samples,
+            }
+        )
+    return {
+        "texts": texts,
+        "tasks": list(wanted.tasks),
+        "task_limit": wanted.task_limit if wanted.tasks else None,
+    }
+
+
+def _metric_name(stem: str) -> str:
+    """A file's name as part of a metric's: trackers take few characters."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", stem)
+
+
+@functools.cache
+def _text(source: str, split: Any, path: str | None) -> Text:
+    if source == "file" and path is None:
+        raise CalibrationError(f"{split}=file needs a text: {split}.path=FILE")
+    return load_text(source, split=split, path=path)
+
+
+def facts_of(config: DictConfig) -> ModelFacts:
+    """The facts of the model that a config means."""
+    return _model(config)[2]

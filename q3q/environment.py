@@ -1,0 +1,133 @@
+"""Where a trial ran: code, packages, hardware; and what each of its phases took."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from q3q.spec import Json
+
+PACKAGES = (
+    "q3q",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "lm-eval",
+    "datasets",
+    "ray",
+    "hydra-core",
+    "mlflow",
+)
+
+
+@cache
+def git_commit() -> str | None:
+    """The commit of the code that runs, with `+changes` if the tree differs from it; None outside a checkout."""
+    root = Path(__file__).parent.parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True, timeout=10)
+    return done.stdout.strip()
+
+
+@cache
+def packages() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), **found}
+
+
+def hardware() -> Json:
+    import torch
+
+    facts: Json = {
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+@cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def now() -> str:
+    """Coordinated universal time, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+class Phases:
+    """Seconds and peak memory of each named phase, as metrics.
+
+    peak_bytes is the process's resident peak within the phase where the kernel can reset it (Linux), else the peak so
+    far; gpu_peak_bytes is what torch allocated at most.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        _reset_peak()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.metrics[f"seconds/{name}"] = round(time.perf_counter() - started, 4)
+            self.metrics[f"peak_bytes/{name}"] = _peak_bytes()
+            gpu = _gpu_peak_bytes()
+            if gpu is not None:
+                self.metrics[f"gpu_peak_bytes/{name}"] = gpu
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass  # not Linux, or not allowed: the peak is then the process's so far, as the docstring says
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_bytes() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        kib = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
+
+
+def _gpu_peak_bytes() -> int | None:
+    torch = sys.modules.get("torch")
+    return torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else None

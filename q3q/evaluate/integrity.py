@@ -1,0 +1,43 @@
+"""The checks that a trial must pass to count."""
+
+from collections.abc import Sequence
+
+import torch
+
+from q3q.models.decoder import Decoder
+from q3q.numerics.weights import QuantizedWeight
+from q3q.record import Check
+
+
+def check_weights(model: Decoder, quantized: Sequence[dict[str, QuantizedWeight]]) -> list[Check]:
+    """Is what will be evaluated what was quantized, all of it, and nothing more precise?
+
+    Args:
+        model: the decoder as evaluated. quantized: codes by weight name, a dictionary a block.
+    """
+    missing, different, too_fine, not_finite = [], [], [], []
+    for k, (block, codes) in enumerate(zip(model.blocks, quantized, strict=True)):
+        for site in block.sites:
+            for name in site.weights:
+                where = f"blocks.{k}.{name.removesuffix('.weight')}"
+                if name not in codes:
+                    missing.append(where)
+                    continue
+                weight = block.weights[name]
+                stored = codes[name].dequantize().view(weight.shape).to(device=weight.device, dtype=weight.dtype)
+                if not torch.equal(weight, stored):
+                    different.append(where)
+                if codes[name].most_levels_in_a_group() > 2 ** codes[name].bits:
+                    too_fine.append(where)
+        not_finite += [f"blocks.{k}.{name}" for name, w in block.weights.items() if not torch.isfinite(w).all()]
+    return [
+        _check("every targeted weight is quantized", missing),
+        _check("the weights evaluated are the codes' values", different),
+        _check("no group has more than 2^bits levels", too_fine),
+        _check("all weights are finite", not_finite),
+    ]
+
+
+def _check(name: str, offenders: list[str]) -> Check:
+    shown = ", ".join(offenders[:5]) + (f" and {len(offenders) - 5} more" if len(offenders) > 5 else "")
+    return Check(name=name, passed=not offenders, detail=shown)

@@ -1,0 +1,77 @@
+"""What launch.py does beyond Hydra: one trial without a sweep, and errors as one line and an exit code."""
+
+import dataclasses
+import re
+import shlex
+import sys
+import traceback
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from q3q.config import Config, facts_of, nearest, spec_from
+from q3q.errors import ConfigError, Q3QError, SweepFailed
+
+FAILED, MISUSED = 1, 2  # exit codes: something went wrong while running; nothing was started
+
+
+def run_alone(config: DictConfig) -> object:
+    """One trial, in this process: what `python launch.py` does without -m."""
+    from pathlib import Path
+
+    from q3q.sweep.plan import describe, plan
+    from q3q.sweep.study import finished_record
+    from q3q.sweep.sweeper import refuse_contradictions, running_study
+
+    overrides = list(HydraConfig.get().overrides.task)
+    refuse_contradictions(OverridesParser.create().parse_overrides(overrides))
+    spec = spec_from(config)
+    done = None if config.fresh else finished_record(spec)
+    finished = {} if done is None else {spec.id: done}
+    if config.plan:
+        ordered = plan([spec], finished, {spec.id: facts_of(config)}, cpus=config.cluster.cpus_per_trial, gpus=0.0)
+        print(describe(ordered, at_once=1, where="this process", storage=Path(config.storage)))
+        return None
+    command = "python launch.py " + shlex.join(overrides)
+    with running_study(config, [spec], command, finished) as study:
+        if done is None:
+            from q3q.trial import attempt_trial
+
+            study.display.started(spec.id, f"{spec.name} · {spec.model['name']}")
+            study.finished(attempt_trial(spec, study.display.event))
+    return study.records[spec.id]
+
+
+def explain(error: Exception) -> int:
+    """Say in one line what is wrong and what to do; the exit code. A bug of ours keeps its traceback."""
+    if isinstance(error, SweepFailed):
+        print(f"q3q: {error}", file=sys.stderr)
+        return FAILED
+    if isinstance(error, Q3QError):
+        print(f"q3q: {error}", file=sys.stderr)
+        return MISUSED if isinstance(error, ConfigError) else FAILED
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        print(f"q3q: {_hydra_line(error)}", file=sys.stderr)
+        return MISUSED
+    traceback.print_exception(error)
+    return FAILED
+
+
+def _hydra_line(error: Exception) -> str:
+    """Hydra's and OmegaConf's own errors, whose messages run over several lines, in one."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = [option for option in error.options if not option.startswith("_")]
+        return f"{group}={name} is not known{nearest(name, options)} Choose from: {', '.join(options)}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    lines = [line.strip() for line in str(error if key is None else cause).splitlines() if line.strip()]
+    unknown = re.search(r"Key '(\w+)' is not in struct", " ".join([*lines, str(error.__cause__)]))
+    if unknown:
+        known = [field.name for field in dataclasses.fields(Config)]
+        whole = key or unknown[1]
+        return f"{whole} is not a setting{nearest(unknown[1], known)} See python launch.py --help"
+    return f"{key}: {lines[0]}" if key and lines else " ".join(lines[:3])

@@ -1,0 +1,136 @@
+"""Qwen3's decoder block as stages between its sites: the only forward of ours.
+
+Shapes: B windows, T tokens of one, H hidden, N query heads, K key-value heads, D head_dim. heads * head_dim need not be
+hidden. Agrees with transformers' Qwen3DecoderLayer (tested), which runs a block as one opaque piece.
+"""
+
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+from q3q.models.anatomy import DOWN, GATE_UP, QKV, O, ScaleGroup, Site, SiteInput
+from q3q.numerics.grid import absmax_per_token
+
+if TYPE_CHECKING:
+    from q3q.models.checkpoint import ModelFacts
+
+Weights = Mapping[str, Tensor]
+Stages = Generator[tuple[Site, SiteInput], None, Tensor]
+
+
+def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm, computed in float32 and returned in the input's dtype, as transformers does."""
+    wide = x_xH.float()
+    return gain_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x_xH.dtype)
+
+
+class Rope:
+    """Rotary position embedding: cos and sin [T, D] of positions 0 .. T-1 (arXiv 2104.09864)."""
+
+    def __init__(self, facts: "ModelFacts", device: torch.device | str = "cpu") -> None:
+        exponents = torch.arange(0, facts.head_dim, 2, dtype=torch.int64, device=device).float() / facts.head_dim
+        self._frequencies = 1.0 / (facts.rope_theta**exponents)
+
+    def __call__(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(tokens, device=self._frequencies.device).float()
+        angles = torch.outer(positions, self._frequencies).repeat(1, 2)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BNTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    low, high = x_BNTD.chunk(2, dim=-1)
+    return x_BNTD * cos_TD + torch.cat((-high, low), dim=-1) * sin_TD
+
+
+class Qwen3Block:
+    """One decoder block: its weights (names without the layer's prefix) and its forward.
+
+    `stages` yields every site with its input and takes up the weights anew after each: whoever quantizes a site's
+    weights between two stages gets sequential quantization from one forward pass.
+    act_bits: fake-quantize the input of every site per token; None leaves activations alone.
+    """
+
+    sites: ClassVar[tuple[Site, ...]] = (QKV, O, GATE_UP, DOWN)
+
+    def __init__(self, facts: "ModelFacts", weights: Weights, act_bits: int | None = None) -> None:
+        self.facts = facts
+        self.weights = dict(weights)
+        self.act_bits = act_bits
+
+    def with_weights(self, changed: Weights) -> "Qwen3Block":
+        """The same block with some weights exchanged."""
+        return type(self)(self.facts, {**self.weights, **changed}, self.act_bits)
+
+    def __call__(self, x_BTH: Tensor, rope: Rope) -> Tensor:
+        return finish(self.stages(x_BTH, rope))
+
+    def stages(self, x_BTH: Tensor, rope: Rope) -> Stages:
+        """The block's forward, halting before each site is read; its value is the block's output [B, T, H]."""
+        eps = self.facts.rms_norm_eps
+        attended_BTH = yield from self.attention_stages(
+            rms_norm(x_BTH, self.weights["input_layernorm.weight"], eps), rope
+        )
+        x_BTH = x_BTH + attended_BTH
+        mlp_BTH = yield from self.mlp_stages(rms_norm(x_BTH, self.weights["post_attention_layernorm.weight"], eps))
+        return x_BTH + mlp_BTH
+
+    def attention_stages(self, normed_BTH: Tensor, rope: Rope) -> Stages:
+        yield QKV, _whole(normed_BTH)
+        seen = self.seen(normed_BTH)
+        query, key, value = (
+            linear(seen, self.weights[name]).unflatten(-1, (-1, self.facts.head_dim)) for name in QKV.weights
+        )
+        query = rms_norm(query, self.weights["self_attn.q_norm.weight"], self.facts.rms_norm_eps)
+        key = rms_norm(key, self.weights["self_attn.k_norm.weight"], self.facts.rms_norm_eps)
+        cos, sin = rope(normed_BTH.shape[1], normed_BTH.dtype)
+        context_BNTD = scaled_dot_product_attention(
+            rotate(query.transpose(1, 2), cos, sin),
+            rotate(key.transpose(1, 2), cos, sin),
+            value.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=True,
+        )
+        context = context_BNTD.transpose(1, 2).flatten(2)
+        yield O, _whole(context)
+        return linear(self.seen(context), self.weights["self_attn.o_proj.weight"])
+
+    def mlp_stages(self, normed_BTH: Tensor) -> Stages:
+        yield GATE_UP, _whole(normed_BTH)
+        seen = self.seen(normed_BTH)
+        gated = silu(linear(seen, self.weights["mlp.gate_proj.weight"])) * linear(
+            seen, self.weights["mlp.up_proj.weight"]
+        )
+        yield DOWN, _whole(gated)
+        return linear(self.seen(gated), self.weights["mlp.down_proj.weight"])
+
+    def seen(self, inputs: Tensor) -> Tensor:
+        """A site's input as its quantized linears see it."""
+        return inputs if self.act_bits is None else absmax_per_token(inputs, self.act_bits)
+
+    @property
+    def scale_groups(self) -> tuple[ScaleGroup, ...]:
+        """In the order AWQ treats them. v -> o needs each value channel repeated for the query heads that read it."""
+        return (
+            ScaleGroup(QKV, "input_layernorm.weight"),
+            ScaleGroup(O, "self_attn.v_proj.weight", self.facts.heads // self.facts.kv_heads, self.facts.head_dim),
+            ScaleGroup(GATE_UP, "post_attention_layernorm.weight"),
+            ScaleGroup(DOWN, "mlp.up_proj.weight"),
+        )
+
+
+def finish(stages: Stages) -> Tensor:
+    """Run what is left of a staged forward and return its value."""
+    while True:
+        try:
+            next(stages)
+        except StopIteration as end:
+            value: Tensor = end.value
+            return value
+
+
+def _whole(inputs_BTI: Tensor) -> SiteInput:
+    tokens_TI = inputs_BTI.flatten(0, 1)
+    return SiteInput(tokens_TI, [tokens_TI])

@@ -1,0 +1,19 @@
+"""Round to nearest: the yardstick that every other method must beat."""
+
+from q3q.numerics.grid import into_groups, minmax_grid
+from q3q.numerics.weights import QuantizedWeight, round_to_grid
+from q3q.quantize.method import Method, SiteTask
+from q3q.quantize.methods.settings import RtnSettings
+from q3q.spec import Scheme
+
+
+class Rtn(Method):
+    """Every weight to the nearest point of its group's min-max grid (GPTQ's Quantizer); no calibration."""
+
+    def __init__(self, settings: RtnSettings) -> None:
+        self.settings = settings
+
+    def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
+        groups = into_groups(task.weight_EOI, scheme.group_size)
+        grid = minmax_grid(groups, scheme.bits, symmetric=scheme.symmetric, mse=self.settings.mse)
+        return round_to_grid(task.weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)

@@ -1,0 +1,308 @@
+"""A Hydra Sweeper for studies: overrides become jobs, jobs become trial specs, each spec runs once.
+
+Every job is composed once and validated before anything starts. Equal jobs run once, each with its JobReturn; pairs of
+values that make no sense together are left out and counted; what is done already is not run again.
+"""
+
+import itertools
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from q3q.config import facts_of, spec_from, tracking_uri
+from q3q.errors import ConfigError, IncompatibleError, Q3QError, SweepFailed
+from q3q.record import Progress, TrialRecord
+from q3q.spec import TrialSpec
+from q3q.sweep.cluster import Cluster, Outcome, Resources, Started, Task
+from q3q.sweep.launcher import Job, JobPolicy, RayLauncher
+from q3q.sweep.plan import describe, gpus_here, plan
+from q3q.sweep.progress import Display
+from q3q.sweep.study import Study, finished_record
+
+
+@dataclass
+class StudySweeperConf:
+    """params: sweep values by key, for saved studies; the command line wins."""
+
+    _target_: str = "hydra_plugins.q3q.StudySweeper"
+    params: dict[str, str] | None = None
+
+
+class StudySweeper(Sweeper):
+    """See the module's first lines."""
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self.params = params or {}
+        self.config: DictConfig | None = None
+        self.launcher: Launcher | None = None
+        self.hydra_context: HydraContext | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[list[JobReturn]]:
+        """Run the study.
+
+        Raises:
+            ConfigError: an invalid value; nothing has started. SweepFailed: it ended, and some trials failed.
+        """
+        assert self.config is not None
+        jobs = list(self._jobs(arguments))
+        trials, left_out = resolve(jobs)
+        if left_out:
+            print(left_out)
+        settings = jobs[0].config  # what is the same for all: cluster, track, storage
+        finished = {} if settings.fresh else _finished(trials)
+        waiting = {key: mine for key, mine in trials.items() if key not in finished}
+        cluster = settings.cluster
+        gpus = _gpus_per_trial(cluster)
+        ordered = plan(
+            [mine.spec for mine in trials.values()],
+            finished,
+            {key: facts_of(mine.jobs[0].config) for key, mine in trials.items()},
+            cpus=cluster.cpus_per_trial,
+            gpus=gpus,
+        )
+        if settings.plan:
+            where = cluster.address or "this machine"
+            at_once = trials_at_once(cluster, gpus)
+            print(describe(ordered, at_once=at_once, where=where, storage=Path(settings.storage)))
+            return []
+        specs = [mine.spec for mine in trials.values()]
+        command = "python launch.py -m " + shlex.join(arguments)
+        with running_study(settings, specs, command, finished) as study:
+            if waiting:
+                first = [trials[one.spec.id] for one in ordered if one.spec.id in waiting]
+                self._launch(first, study, settings)
+            returns = [
+                _job_return(job, study.records.get(mine.spec.id)) for mine in trials.values() for job in mine.jobs
+            ]
+        return [sorted(returns, key=lambda done: done.hydra_cfg.hydra.job.num if done.hydra_cfg else 0)]
+
+    def _jobs(self, arguments: Sequence[str]) -> Iterator[Job]:
+        """Every combination of the overrides' values, composed."""
+        assert self.config is not None and self.hydra_context is not None
+        loader = self.hydra_context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
+        given = parser.parse_overrides(list(arguments))
+        refuse_contradictions(given)
+        named = {override.get_key_element() for override in given}
+        saved = [override for override in parser.parse_overrides([f"{k}={v}" for k, v in self.params.items()])]
+        combined = [override for override in saved if override.get_key_element() not in named] + given
+        for number, overrides in enumerate(itertools.product(*map(_choices, combined))):
+            config = loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+            yield Job(number=number, overrides=tuple(overrides), config=config)
+
+    def _launch(self, trials: Sequence["Trial"], study: "RunningStudy", settings: DictConfig) -> None:
+        if not isinstance(self.launcher, RayLauncher):
+            # Another launcher was asked for: it composes and runs Hydra's way, and the task function returns records.
+            assert self.launcher is not None
+            done = self.launcher.launch([list(mine.jobs[0].overrides) for mine in trials], initial_job_idx=0)
+            for one in done:
+                study.finished(one.return_value)
+            return
+        with Cluster(address=settings.cluster.address) as cluster:
+            study.display.note(f"Ray has {cluster.total().cpus:g} cores and {cluster.total().gpus:g} GPUs")
+            policy = TrialPolicy({mine.jobs[0].number: mine.spec for mine in trials}, study, settings.cluster)
+            self.launcher.run([mine.jobs[0] for mine in trials], policy, cluster=cluster)
+
+
+@dataclass
+class Trial:
+    """One trial, and all the jobs that mean it."""
+
+    spec: TrialSpec
+    jobs: list[Job]
+
+
+def refuse_contradictions(overrides: Sequence[Override]) -> None:
+    """Two values for one key, neither of them a sweep: whichever won, somebody would be surprised."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if key in seen and seen[key] != override.input_line:
+            raise ConfigError(f"{seen[key]} and {override.input_line} contradict each other: give {key} once")
+        seen[key] = str(override.input_line)
+
+
+def resolve(jobs: Sequence[Job]) -> tuple[dict[str, Trial], str]:
+    """Jobs as trials by id, in the jobs' order, and a line that counts what was left out (or nothing).
+
+    Raises:
+        ConfigError: any job has an invalid value, or no job is left.
+    """
+    trials: dict[str, Trial] = {}
+    incompatible: dict[str, int] = {}
+    for job in jobs:
+        try:
+            spec = spec_from(job.config)
+        except IncompatibleError as error:
+            incompatible[str(error)] = incompatible.get(str(error), 0) + 1
+            continue
+        trials.setdefault(spec.id, Trial(spec, [])).jobs.append(job)
+    reasons = "; ".join(incompatible)
+    if not trials:
+        raise IncompatibleError(reasons or "the sweep has no jobs")
+    count = sum(incompatible.values())
+    return trials, f"{count} of {len(jobs)} combinations left out: {reasons}" if count else ""
+
+
+class TrialPolicy(JobPolicy):
+    """q3q's say in how its jobs run: only specs, records and progress cross a process border."""
+
+    def __init__(self, specs: dict[int, TrialSpec], study: "RunningStudy", cluster: DictConfig) -> None:
+        self.specs = specs
+        self.study = study
+        self.resources = Resources(cpus=cluster.cpus_per_trial, gpus=_gpus_per_trial(cluster))
+
+    def task(self, job: Job) -> Task:
+        spec = self.specs[job.number]
+        return Task(key=spec.id, call=partial(work, spec.to_json()), resources=self.resources, retries=1)
+
+    def on_event(self, job: Job, event: Any) -> None:
+        spec = self.specs[job.number]
+        if isinstance(event, Started):
+            self.study.display.started(spec.id, f"{spec.name} · {spec.model['name']}", event)
+        elif isinstance(event, Progress):
+            self.study.display.event(event)
+
+    def on_outcome(self, job: Job, outcome: Outcome) -> JobReturn:
+        spec = self.specs[job.number]
+        if outcome.error is None:
+            record = TrialRecord.from_json(outcome.value)
+        else:
+            record = TrialRecord.failed(spec, f"{outcome.error} ({outcome.attempts} attempts)")
+            record.save(Path(spec.places["trials"]) / spec.id / "record.json")
+        self.study.finished(record, outcome.seconds)
+        return _job_return(job, record)
+
+
+def work(spec: dict[str, Any], report: Callable[[Any], None]) -> dict[str, Any]:
+    """What a worker does: one trial. Imported there, so that the driver needs no torch."""
+    from q3q.trial import attempt_trial
+
+    return attempt_trial(TrialSpec.from_json(spec), report).to_json()
+
+
+class RunningStudy:
+    """A study and what the person at the terminal sees of it."""
+
+    def __init__(self, study: Study, display: Display) -> None:
+        self.study = study
+        self.display = display
+
+    @property
+    def records(self) -> dict[str, TrialRecord]:
+        return self.study.records
+
+    def finished(self, record: TrialRecord, seconds: float = 0.0) -> None:
+        self.study.take(record)
+        self.display.finished(record, seconds)
+
+
+@contextmanager
+def running_study(
+    settings: DictConfig, specs: Sequence[TrialSpec], command: str, finished: dict[str, TrialRecord]
+) -> Iterator[RunningStudy]:
+    """Track and show what runs inside; at the end, however it ends, write and print the report.
+
+    Raises:
+        TrackingError: the tracker cannot be used; nothing has started. SweepFailed: some trials failed.
+    """
+    from q3q.track.mlflow import MlflowTracker
+
+    tracker = MlflowTracker(tracking_uri(settings), f"{settings.storage}/artifacts", settings.track.experiment)
+    tracker.check()
+    shown = OmegaConf.masked_copy(settings, [key for key in settings if key != "hydra"])
+    name = settings.name or "+".join(dict.fromkeys(str(spec.method["name"]) for spec in specs))
+    with Display(total=len(specs) - len(finished)) as display:
+        study = Study(
+            name=name,
+            command=command,
+            config=OmegaConf.to_yaml(shown),
+            specs=specs,
+            storage=Path(settings.storage),
+            tracker=tracker,
+            note=display.note,
+            records=dict(finished),
+        )
+        study.open()
+        if finished:
+            display.skipped([f"{record.spec.name} · {record.spec.model['name']}" for record in finished.values()])
+        interrupted = False
+        try:
+            yield RunningStudy(study, display)
+        except KeyboardInterrupt:
+            interrupted = True
+        report = study.close()
+    print(report.text)
+    print(f"\nReport and plots: {report.folder}\nMLflow: make ui, or: mlflow ui --backend-store-uri {tracker.uri}")
+    if interrupted:
+        print(f"Interrupted: {len(study.records)} of {len(specs)} trials are recorded; the same command goes on.")
+        raise KeyboardInterrupt
+    failed = [record for record in study.records.values() if not record.completed]
+    if failed:
+        for record in failed:
+            print(f"FAILED {record.spec.name} · {record.spec.model['name']}: {record.reason}", file=sys.stderr)
+        raise SweepFailed(f"{len(failed)} of {len(specs)} trials failed; the same command tries them again")
+
+
+def trials_at_once(cluster: DictConfig, gpus: float) -> int:
+    """How many trials this machine runs side by side, by its cores and GPUs."""
+    import os
+
+    by_cores = int((os.cpu_count() or 1) // max(cluster.cpus_per_trial, 1e-9))
+    by_gpus = int(gpus_here() // gpus) if gpus else by_cores
+    return max(1, min(by_cores, by_gpus))
+
+
+def _choices(override: Override) -> list[str]:
+    key = override.get_key_element()
+    if not override.is_sweep_override():
+        return (
+            [f"{key}={override.get_value_element_as_str()}"] if not override.is_delete() else [str(override.input_line)]
+        )
+    if not override.is_discrete_sweep():
+        raise HydraException(f"{override.input_line}: give a list of values to sweep over, not an interval")
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def _finished(trials: dict[str, Trial]) -> dict[str, TrialRecord]:
+    found = {key: finished_record(mine.spec) for key, mine in trials.items()}
+    return {key: record for key, record in found.items() if record is not None}
+
+
+def _gpus_per_trial(cluster: DictConfig) -> float:
+    if cluster.gpus_per_trial is not None:
+        return float(cluster.gpus_per_trial)
+    return 1.0 if gpus_here() else 0.0
+
+
+def _job_return(job: Job, record: TrialRecord | None) -> JobReturn:
+    done = JobReturn(overrides=list(job.overrides), cfg=job.config, hydra_cfg=job.config, working_dir=str(Path.cwd()))
+    done.task_name = HydraConfig.instance().cfg.hydra.job.name if HydraConfig.initialized() else "q3q"
+    completed = record is not None and record.completed
+    done.status = JobStatus.COMPLETED if completed else JobStatus.FAILED
+    done.return_value = record if completed else Q3QError(record.reason if record else "not run")
+    return done

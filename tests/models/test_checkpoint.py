@@ -1,0 +1,680 @@
+import dataclasses
+import http.server
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from q3q.errors import CheckpointError
+from q3q.models.checkpoint import (
+    Checkpoint,
+    fetch_facts,
+    load_tokenizer,
+    locate,
+    read_facts,
+    resolve_revision,
+)
+
+SMALL = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,  # heads x head_dim = 48 differs from hidden
+}
+EXPERTS, INNER = 4, 20
+
+
+def dense(tied):
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**SMALL, intermediate_size=40, tie_word_embeddings=tied))
+    return shaken(model.to(torch.bfloat16))
+
+
+def moe():
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(
+        **SMALL,
+        intermediate_size=40,
+        moe_intermediate_size=INNER,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        mlp_only_layers=[1],
+        norm_topk_prob=True,
+    )
+    return shaken(Qwen3MoeForCausalLM(config).to(torch.bfloat16))
+
+
+def shaken(model):
+    """Norms start as ones, all alike: make every tensor tell-tale."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Models, and the folders transformers saved them to. Tests that damage a folder copy it."""
+    root = tmp_path_factory.mktemp("models")
+    made = {"tied": dense(tied=True), "untied": dense(tied=False), "moe": moe()}
+    for name, model in made.items():
+        model.save_pretrained(root / name)
+        model.save_pretrained(root / f"{name}_sharded", max_shard_size="6KB")
+    return root, made
+
+
+@pytest.fixture
+def broken(saved, tmp_path):
+    """A private copy of a saved folder."""
+
+    def copy(name):
+        return Path(shutil.copytree(saved[0] / name, tmp_path / name))
+
+    return copy
+
+
+def expected_block(model, k):
+    """Block `k` of a transformers model under our names: its experts are fused there."""
+    state = dict(model.model.layers[k].state_dict())
+    if "mlp.experts.gate_up_proj" in state:
+        gate_up = state.pop("mlp.experts.gate_up_proj")
+        state["mlp.experts.gate_proj.weight"] = gate_up[:, :INNER]
+        state["mlp.experts.up_proj.weight"] = gate_up[:, INNER:]
+        state["mlp.experts.down_proj.weight"] = state.pop("mlp.experts.down_proj")
+    return state
+
+
+def assert_same(block, expected):
+    assert block.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(block[name], tensor), name
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+@pytest.mark.parametrize("layout", ["", "_sharded"])
+@pytest.mark.parametrize("name", ["tied", "untied", "moe"])
+def test_blocks_are_those_of_transformers(saved, name, layout):
+    root, made = saved
+    checkpoint, model = Checkpoint(root / (name + layout)), made[name]
+    assert len(list(checkpoint.folder.glob("*.safetensors"))) > 5 or not layout
+    for k in range(3):
+        block = checkpoint.block(k)
+        assert_same(block, expected_block(model, k))
+        assert {key: tuple(tensor.shape) for key, tensor in block.items()} == checkpoint.facts.block_shapes(k)
+        assert all(tensor.is_contiguous() for tensor in block.values())
+    assert torch.equal(checkpoint.embedding(), model.model.embed_tokens.weight)
+    assert torch.equal(checkpoint.final_norm(), model.model.norm.weight)
+    assert torch.equal(checkpoint.head(), model.lm_head.weight)
+    tied = checkpoint.head().data_ptr() == checkpoint.embedding().data_ptr()
+    assert tied == (name == "tied")
+
+
+def test_fused_and_per_expert_layouts_read_alike(saved, broken):
+    root, made = saved
+    folder = broken("moe")
+    fused = {name: tensor.clone() for name, tensor in made["moe"].state_dict().items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in fused
+    save_file(fused, folder / "model.safetensors")
+    on_disk = load_file(root / "moe" / "model.safetensors")
+    assert "model.layers.0.mlp.experts.3.gate_proj.weight" in on_disk
+    for k in range(3):
+        assert_same(Checkpoint(folder).block(k), Checkpoint(root / "moe").block(k))
+
+
+def test_experts_keep_their_order_beyond_ten(broken):
+    """Names sort 10 before 2, experts do not."""
+    folder = broken("moe")
+    config = json.loads((folder / "config.json").read_text())
+    config["num_local_experts"] = 12
+    (folder / "config.json").write_text(json.dumps(config))
+    state = load_file(folder / "model.safetensors")
+    for k in (0, 2):
+        prefix = f"model.layers.{k}.mlp"
+        state[f"{prefix}.gate.weight"] = torch.zeros(12, 32, dtype=torch.bfloat16)
+        for e in range(12):
+            for matrix, shape in {"gate_proj": (INNER, 32), "up_proj": (INNER, 32), "down_proj": (32, INNER)}.items():
+                state[f"{prefix}.experts.{e}.{matrix}.weight"] = torch.full(shape, float(e), dtype=torch.bfloat16)
+    save_file(state, folder / "model.safetensors")
+    block = Checkpoint(folder).block(2)
+    for matrix in ("gate_proj", "up_proj", "down_proj"):
+        assert block[f"mlp.experts.{matrix}.weight"].float().mean(dim=(1, 2)).tolist() == list(range(12))
+
+
+def test_a_block_comes_in_the_dtype_asked_for(saved):
+    checkpoint = Checkpoint(saved[0] / "moe")
+    block, wide = checkpoint.block(0), checkpoint.block(0, torch.float32)
+    assert {tensor.dtype for tensor in block.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in wide.values()} == {torch.float32}
+    assert_same({name: tensor.bfloat16() for name, tensor in wide.items()}, block)
+
+
+def test_writing_into_what_was_read_changes_no_file(broken):
+    folder = broken("untied")
+    before = (folder / "model.safetensors").read_bytes()
+    Checkpoint(folder).block(0)["self_attn.q_proj.weight"].zero_()
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("k", [-1, 3])
+def test_a_block_that_is_not_there(saved, k):
+    with pytest.raises(IndexError, match=f"block {k} of 3"):
+        Checkpoint(saved[0] / "tied").block(k)
+
+
+def test_opening_and_checking_imports_no_torch(saved):
+    code = (
+        "import sys; from pathlib import Path; from q3q.models.checkpoint import Checkpoint;"
+        f"Checkpoint(Path({str(saved[0] / 'moe_sharded')!r})).digest();"
+        "print([name for name in ('torch', 'transformers', 'safetensors') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.getcwd())
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------ facts
+
+# layers, hidden, heads, kv heads, intermediate, tied, (experts, top k, moe intermediate); then billions of parameters
+# in the linears, in embedding and head, and in all. head_dim 128, vocabulary 151,936 (the released config.json files).
+FAMILY = {
+    "0.6B": (28, 1024, 16, 8, 3072, True, None, 0.4404, 0.1556, 0.596),
+    "1.7B": (28, 2048, 16, 8, 6144, True, None, 1.4093, 0.3112, 1.7206),
+    "4B": (36, 2560, 32, 8, 9728, True, None, 3.6333, 0.389, 4.0225),
+    "8B": (36, 4096, 32, 8, 12288, False, None, 6.9458, 1.2447, 8.1907),
+    "14B": (40, 5120, 40, 8, 17408, False, None, 13.2121, 1.5558, 14.7683),
+    "32B": (64, 5120, 64, 8, 25600, False, None, 31.2056, 1.5558, 32.7621),
+    "30B-A3B": (48, 2048, 32, 4, 6144, False, (128, 8, 768), 29.897, 0.6223, 30.5321),
+    "235B-A22B": (94, 4096, 64, 4, 12288, False, (128, 8, 1536), 233.7989, 1.2447, 235.0936),
+}
+
+
+def released_config(size):
+    layers, hidden, heads, kv_heads, intermediate, tied, experts, *_ = FAMILY[size]
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "max_position_embeddings": 40960,
+        "max_window_layers": layers,
+        "model_type": "qwen3",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    }
+    if experts:
+        config |= {
+            "model_type": "qwen3_moe",
+            "num_experts": experts[0],
+            "num_experts_per_tok": experts[1],
+            "moe_intermediate_size": experts[2],
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": True,
+        }
+    return config
+
+
+@pytest.mark.parametrize("size", FAMILY)
+def test_facts_of_the_released_models(size):
+    layers, hidden, heads, _, intermediate, tied, experts, linears, embeddings, total = FAMILY[size]
+    facts = read_facts(released_config(size))
+    assert facts.linear_parameters / 1e9 == pytest.approx(linears, abs=6e-5)
+    assert facts.embedding_parameters / 1e9 == pytest.approx(embeddings, abs=6e-5)
+    assert facts.parameters / 1e9 == pytest.approx(total, abs=6e-5)
+    assert facts.weight_bytes() == 2 * facts.parameters
+    assert facts.weight_bytes("float32") == 4 * facts.parameters
+    assert facts.columns == {
+        "qkv": (hidden,),
+        "o": (heads * 128,),
+        "gate_up": (hidden,),
+        "down": (experts[2] if experts else intermediate,),
+    }
+    assert (facts.rope_theta, facts.rms_norm_eps, facts.max_positions) == (1e6, 1e-6, 40960)
+    assert (facts.tied, facts.norm_topk_prob, facts.dtype) == (tied, experts is not None, "bfloat16")
+    assert {facts.sparse(k) for k in range(layers)} == {experts is not None}
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "moe"])
+def test_facts_count_what_transformers_counts(saved, name):
+    root, made = saved
+    facts = read_facts(root / name)
+    assert facts.parameters == sum(p.numel() for p in made[name].parameters())
+    assert facts.rope_theta == made[name].config.rope_parameters["rope_theta"]
+    blocks = sum(facts.block_bytes(k) for k in range(facts.layers))
+    assert blocks == 2 * sum(p.numel() for p in made[name].model.layers.parameters())
+
+
+@pytest.mark.parametrize(("mlp_only", "step"), [([], 1), ([], 2), ([1, 2], 1), ([3], 2), ([0, 1, 2, 3], 1)])
+def test_which_blocks_are_sparse(mlp_only, step):
+    config = Qwen3MoeConfig(
+        **SMALL | {"num_hidden_layers": 4},
+        intermediate_size=40,
+        moe_intermediate_size=INNER,
+        num_experts=EXPERTS,
+        num_experts_per_tok=2,
+        mlp_only_layers=mlp_only,
+        decoder_sparse_step=step,
+    )
+    with torch.device("meta"):
+        layers = Qwen3MoeForCausalLM(config).model.layers
+    facts = read_facts(config.to_dict())
+    assert [facts.sparse(k) for k in range(4)] == [hasattr(layer.mlp, "experts") for layer in layers]
+    widths = {INNER if facts.sparse(k) else 40 for k in range(4)}
+    assert facts.columns["down"] == tuple(sorted(widths))
+
+
+def test_both_spellings_of_a_config_say_the_same():
+    old = released_config("30B-A3B")
+    new = dict(old)
+    new["dtype"] = new.pop("torch_dtype")
+    new["num_local_experts"] = new.pop("num_experts")
+    new["rope_parameters"] = {"rope_type": "default", "rope_theta": new.pop("rope_theta")}
+    del new["rope_scaling"]
+    assert read_facts(new) == read_facts(old)
+    assert dataclasses.replace(read_facts(new), rope_theta=1e4) != read_facts(old)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"model_type": "llama"}, "not a Qwen3 but 'llama'"),
+        ({"model_type": None}, "not a Qwen3 but None"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized already (gptq)"),
+        ({"attention_bias": True}, "attention_bias=True is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
+        ({"hidden_size": None}, "hidden_size=None"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"vocab_size": "many"}, "vocab_size='many'"),
+        ({"num_key_value_heads": 7}, "cannot share 7 key/value heads"),
+        ({"torch_dtype": "int8"}, "dtype 'int8' is not supported"),
+    ],
+)
+def test_a_config_that_q3q_cannot_run_is_refused(change, complaint):
+    with pytest.raises(CheckpointError) as refusal:
+        read_facts(released_config("8B") | change)
+    assert complaint in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+def refuse(folder, *parts):
+    with pytest.raises(CheckpointError) as refusal:
+        Checkpoint(folder)
+    for part in parts:
+        assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_that_holds_no_model(tmp_path):
+    refuse(tmp_path / "nowhere", "nowhere is not a folder", "model.path=DIR")
+    refuse(tmp_path, "no config.json")
+    (tmp_path / "config.json").write_text("{]")
+    refuse(tmp_path, "config.json is not JSON")
+    (tmp_path / "config.json").write_text(json.dumps(released_config("0.6B")))
+    refuse(tmp_path, "no model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    refuse(tmp_path, "pytorch_model.bin", "pickled")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.1, 0.9, 0.999])
+def test_a_truncated_shard_is_named(broken, keep):
+    folder = broken("tied_sharded")
+    shard = folder / sorted(path.name for path in folder.glob("*.safetensors"))[3]
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(keep * len(content))])
+    refuse(folder, shard.name, "damaged")
+    shard.write_bytes(content + b"\0")
+    refuse(folder, shard.name, "damaged")
+    shard.unlink()
+    refuse(folder, shard.name, "missing")
+
+
+def test_a_flipped_bit_in_a_header_is_never_misread(broken):
+    """Each flip is refused, or did not matter: never another exception, never other tensors."""
+    folder = broken("tied")
+    file = folder / "model.safetensors"
+    content, block = file.read_bytes(), Checkpoint(folder).block(2)
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    refused, rounds = 0, random.Random(0).sample(range(8 * header), 400)
+    for bit in [*range(64), *rounds]:
+        flipped = bytearray(content[:header])
+        flipped[bit // 8] ^= 1 << bit % 8
+        with file.open("r+b") as opened:
+            opened.write(flipped)
+        try:
+            survivor = Checkpoint(folder)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert_same(survivor.block(2), block)
+    assert refused > 0.9 * (64 + len(rounds))
+
+
+def rewritten(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+def test_missing_and_misshapen_tensors_are_named_and_counted(broken):
+    def lose(state):
+        for k in range(3):
+            del state[f"model.layers.{k}.self_attn.q_norm.weight"]
+
+    refuse(rewritten(broken("tied"), lose), "3 tensors are missing", "model.layers.0.self_attn.q_norm.weight")
+
+    def bend(state):
+        state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(41, 32, dtype=torch.bfloat16)
+
+    refuse(rewritten(broken("untied"), bend), "1 tensor is of a shape", "layers.1.mlp.up_proj", "[41, 32]", "[40, 32]")
+
+    def lose_one_expert(state):
+        del state["model.layers.2.mlp.experts.3.down_proj.weight"]
+
+    refuse(rewritten(broken("moe"), lose_one_expert), "1 tensor is missing", "layers.2.mlp.experts.3.down_proj")
+
+
+def test_weights_that_are_not_floats_are_refused(broken):
+    def quantize(state):
+        state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(40, 32, dtype=torch.int8)
+
+    refuse(rewritten(broken("tied"), quantize), "not stored as floats", "layers.0.mlp.up_proj.weight", "I8")
+
+
+@pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd", "..", "a/../../evil.safetensors", "x\\y"])
+def test_an_index_cannot_lead_out_of_its_folder(broken, shard):
+    folder = broken("tied_sharded")
+    shutil.copy(next(folder.glob("*.safetensors")), folder.parent / "evil.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = shard
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(folder, repr(shard), "not a file name")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none(broken, content):
+    folder = broken("tied_sharded")
+    (folder / "model.safetensors.index.json").write_text(content)
+    refuse(folder, "model.safetensors.index.json")
+
+
+def test_an_index_that_names_the_wrong_shard(broken):
+    folder = broken("tied_sharded")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    right = index["weight_map"]["model.norm.weight"]
+    wrong = next(shard for shard in shards if shard != right)
+    index["weight_map"]["model.norm.weight"] = wrong
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(folder, wrong, "model.norm.weight", "missing")
+
+
+def test_a_quantized_folder_is_refused(broken):
+    folder = broken("tied")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    refuse(folder, "quantized already (awq)")
+
+
+# ------------------------------------------------------------------------------------------------ digest
+
+
+def test_the_digest_changes_with_any_byte_that_matters_and_with_no_other(broken, tmp_path):
+    folder = broken("tied_sharded")
+    digest = Checkpoint(folder).digest()
+    assert len(digest) == 64
+
+    (folder / "README.md").write_text("a model")
+    assert Checkpoint(folder).digest() == digest
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    assert Checkpoint(moved).digest() == digest
+
+    (folder / "tokenizer_config.json").write_text("{}")
+    with_tokenizer = Checkpoint(folder).digest()
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert len({digest, with_tokenizer, Checkpoint(folder).digest()}) == 3
+
+
+def test_a_file_is_hashed_once_until_it_changes(broken, tmp_path, monkeypatch):
+    folder, cache = broken("tied_sharded"), tmp_path / "cache"
+    digest = Checkpoint(folder).digest(cache)
+    assert digest == Checkpoint(folder).digest()
+
+    opened = []
+    plain_open = Path.open
+
+    def counting_open(path, mode="r", *args, **kwargs):
+        opened.append(path.name)
+        return plain_open(path, mode, *args, **kwargs)
+
+    checkpoint = Checkpoint(folder)
+    monkeypatch.setattr(Path, "open", counting_open)
+    assert checkpoint.digest(cache) == digest
+    assert not [name for name in opened if name.endswith(".safetensors")]
+
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1_000_000))
+    opened.clear()
+    assert checkpoint.digest(cache) != digest
+    assert [name for name in opened if name.endswith(".safetensors")] == [shard.name]
+    assert not (folder / "digests.json").exists()
+
+
+def test_a_damaged_memo_is_written_anew(broken, tmp_path):
+    folder, cache = broken("tied"), tmp_path / "cache"
+    digest = Checkpoint(folder).digest(cache)
+    (cache / "digests.json").write_text("half a memo {")
+    assert Checkpoint(folder).digest(cache) == digest
+    assert str((folder / "model.safetensors").resolve()) in json.loads((cache / "digests.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+def save_tokenizer(folder, tokens):
+    vocabulary = {chr(97 + i): i for i in range(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def test_the_tokenizer_of_a_folder(broken):
+    folder = broken("tied")
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        load_tokenizer(folder)
+    save_tokenizer(folder, tokens=20)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.is_fast
+    assert tokenizer("cab")["input_ids"] == [2, 0, 1]
+    save_tokenizer(folder, tokens=60)
+    with pytest.raises(CheckpointError, match="60 tokens, the embedding only 48 rows"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_tokenizer(folder)
+
+
+# ------------------------------------------------------------------------------------------------ the Hub
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as a download needs: one repository `owner/tiny`, one commit."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        path = self.path.split("?")[0]
+        self.asked.append(path)
+        if path in (
+            "/api/models/owner/tiny/revision/main",
+            "/api/models/owner/tiny",
+            "/api/models/owner/tiny/revision/" + COMMIT,
+        ):
+            self.send(json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": []}).encode(), body)
+        elif path.startswith("/api/models/owner/tiny/tree/"):
+            files = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
+                for file in self.folder.iterdir()
+            ]
+            self.send(json.dumps(files).encode(), body)
+        elif path.startswith("/owner/tiny/resolve/"):
+            self.send((self.folder / path.split("/")[-1]).read_bytes(), body, ETag=f'"{path.split("/")[-1]}"')
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def send(self, content, body, **headers):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(saved, tmp_path, monkeypatch):
+    """A Hub at this machine, and an empty local cache. Its `close` takes the network away."""
+    served = shutil.copytree(saved[0] / "tied_sharded", tmp_path / "served")
+    save_tokenizer(served, tokens=20)
+    (served / "pytorch_model.bin").write_bytes(b"\x80 not to be fetched")
+    handler = type("Handler", (FakeHub,), {"folder": served, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    open_for_business = True
+
+    def close():
+        nonlocal open_for_business
+        if open_for_business:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+        open_for_business = False
+
+    handler.close = staticmethod(close)
+    yield handler
+    close()
+
+
+def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, saved):
+    assert resolve_revision("owner/tiny") == COMMIT
+    assert not [path for path in hub.asked if path.endswith(".safetensors")]
+    assert fetch_facts("owner/tiny", COMMIT) == fetch_facts("owner/tiny") == read_facts(saved[0] / "tied")
+
+    folder = locate("owner/tiny", COMMIT)
+    assert not [path for path in hub.asked if path.endswith(".bin")]
+    assert torch.equal(Checkpoint(folder).embedding(), Checkpoint(saved[0] / "tied").embedding())
+    assert load_tokenizer(folder).is_fast
+
+    hub.close()
+    assert resolve_revision("owner/tiny") == COMMIT
+    assert fetch_facts("owner/tiny", COMMIT) == fetch_facts("owner/tiny") == read_facts(saved[0] / "tied")
+    assert locate("owner/tiny", COMMIT) == locate("owner/tiny") == locate("owner/tiny", offline=True) == folder
+
+
+def test_a_hub_without_an_answer_fails_fast_and_says_how_to_go_on(hub):
+    hub.close()
+    started = time.monotonic()
+    for ask in (resolve_revision, locate, fetch_facts):
+        with pytest.raises(CheckpointError, match=r"owner/tiny.*model=local model\.path=DIR") as refusal:
+            ask("owner/tiny")
+        assert "\n" not in str(refusal.value)
+    assert time.monotonic() - started < 5
+
+
+def test_a_model_that_the_hub_does_not_have(hub):
+    for ask in (resolve_revision, locate, fetch_facts):
+        with pytest.raises(CheckpointError, match=r"owner/missing.*it has no such model"):
+            ask("owner/missing")
+
+
+def test_a_commit_is_its_own_revision_and_a_folder_its_own_place(hub, saved):
+    assert resolve_revision("owner/tiny", "f" * 40) == "f" * 40
+    assert locate(str(saved[0] / "tied")) == saved[0] / "tied"
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c", "../up", ""])
+def test_neither_folder_nor_hub_id(hub, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="neither a folder nor a Hub id"):
+        locate(source)
+    assert hub.asked == []
+
+
+def test_a_folder_has_no_revision(saved):
+    with pytest.raises(CheckpointError, match="is a folder, which has no revision"):
+        locate(str(saved[0] / "tied"), "main")
+
+
+def test_a_file_is_not_a_folder(saved):
+    with pytest.raises(CheckpointError, match="is a file"):
+        locate(str(saved[0] / "tied" / "model.safetensors"))

@@ -1,0 +1,73 @@
+"""Our staged forward computes what transformers computes."""
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
+from q3q.models.qwen3 import finish
+
+COMMON = dict(
+    vocab_size=97,
+    hidden_size=32,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+
+
+def build(kind: str, tied: bool) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if kind == "dense":
+        return Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=tied, **COMMON)).eval()
+    config = Qwen3MoeConfig(
+        tie_word_embeddings=tied,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        **COMMON,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@torch.inference_mode()
+def test_logits_equal_transformers(kind, tied, tmp_path):
+    theirs = build(kind, tied)
+    theirs.save_pretrained(tmp_path)
+    ours = load_decoder(Checkpoint(tmp_path), torch.float32)
+    ids = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
+    expected = theirs(input_ids=ids).logits.flatten(0, 1)
+    hidden = ours.hidden(ids).flatten(0, 1)
+    logits = torch.cat([part for _, part in ours.logits(hidden)])
+    assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_padding_on_the_right_changes_nothing_on_the_left(tmp_path):
+    build("dense", True).save_pretrained(tmp_path)
+    ours = load_decoder(Checkpoint(tmp_path), torch.float32)
+    ids = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours.hidden(ids)[:, :20], ours.hidden(ids[:, :20]))
+
+
+@torch.inference_mode()
+def test_weights_exchanged_between_stages_are_used_from_there_on(tmp_path):
+    build("dense", True).save_pretrained(tmp_path)
+    ours = load_decoder(Checkpoint(tmp_path), torch.float32)
+    block, x = ours.blocks[0], torch.randn(2, 5, 32)
+    changed = {"mlp.down_proj.weight": torch.zeros(32, 48)}
+    moving = block.with_weights({})
+    stages = moving.stages(x, ours.rope)
+    for _ in range(4):
+        next(stages)
+    moving.weights.update(changed)
+    torch.testing.assert_close(finish(stages), block.with_weights(changed)(x, ours.rope))

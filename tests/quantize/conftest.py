@@ -1,0 +1,63 @@
+"""A small random decoder of each kind, and calibration windows for it."""
+
+import pytest
+import torch
+
+from q3q.models.anatomy import block_class
+from q3q.models.checkpoint import read_facts
+from q3q.models.decoder import Decoder
+
+CONFIG = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_attention_heads": 6,  # heads x head_dim = 48, not hidden
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "hidden_act": "silu",
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+
+
+@pytest.fixture(params=["dense", "moe"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def decoder(kind):
+    return random_decoder(kind)
+
+
+def random_decoder(kind: str, seed: int = 0) -> Decoder:
+    config = {**CONFIG, "model_type": "qwen3"} if kind == "dense" else {**CONFIG, **MOE, "model_type": "qwen3_moe"}
+    facts = read_facts(config)
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(name, shape):
+        if "norm" in name:
+            return 1 + 0.3 * torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator) * 1.5 / shape[-1] ** 0.5
+
+    blocks = [
+        block_class(facts, k)(facts, {name: weight(name, shape) for name, shape in facts.block_shapes(k).items()})
+        for k in range(facts.layers)
+    ]
+    embedding = torch.randn(facts.vocab, facts.hidden, generator=generator)
+    return Decoder(facts, embedding, torch.ones(facts.hidden), embedding, blocks)
+
+
+@pytest.fixture
+def moe_decoder():
+    return random_decoder("moe")
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(61, (12, 40), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,169 @@
+"""The walk: what it shows each method, what it passes on, and that a killed one ends with the same bits."""
+
+import pytest
+import torch
+
+from q3q.calibrate.statistics import Gram
+from q3q.errors import NumericsError
+from q3q.models.decoder import Decoder
+from q3q.quantize.blocks import BlockStore
+from q3q.quantize.methods.awq import Awq
+from q3q.quantize.methods.gptq import Gptq, gptq_round
+from q3q.quantize.methods.rtn import Rtn
+from q3q.quantize.methods.settings import AwqSettings, GptqSettings, RtnSettings
+from q3q.quantize.walk import quantize_model, stack_rows
+from q3q.spec import Scheme
+
+SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
+METHODS = {
+    "rtn": lambda: Rtn(RtnSettings()),
+    "gptq": lambda: Gptq(GptqSettings()),
+    "gptq_whole": lambda: Gptq(GptqSettings(true_sequential=False, act_order=False)),
+    "awq": lambda: Awq(AwqSettings()),
+    "awq_v_to_o": lambda: Awq(AwqSettings(v_to_o=True)),
+}
+
+
+class Nowhere:
+    def load(self, index):
+        return None
+
+    def store(self, block):
+        pass
+
+
+class DiesAfter(BlockStore):
+    """A store whose process is gone after so many blocks."""
+
+    def __init__(self, folder, blocks):
+        super().__init__(folder)
+        self.left = blocks
+
+    def store(self, block):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        super().store(block)
+
+
+def copy(decoder):
+    return Decoder(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_every_weight_of_every_site_is_quantized_and_inputs_untouched(decoder, windows, name):
+    before = [{k: w.clone() for k, w in block.weights.items()} for block in decoder.blocks]
+    original = list(decoder.blocks)
+    results = quantize_model(decoder, METHODS[name](), SCHEME, windows if name != "rtn" else None, Nowhere())
+    for block, old, kept, result in zip(decoder.blocks, original, before, results, strict=True):
+        assert set(result.quantized) == {weight for site in block.sites for weight in site.weights}
+        for weight, quantized in result.quantized.items():
+            assert quantized.most_levels_in_a_group() <= 8
+            assert torch.equal(block.weights[weight], quantized.dequantize().view_as(block.weights[weight]))
+        assert all(torch.equal(old.weights[k], kept[k]) for k in kept)
+    if name in ("rtn", "gptq"):
+        for block, kept in zip(decoder.blocks, before, strict=True):
+            assert all(torch.equal(block.weights[k], kept[k]) for k in kept if k not in results[0].quantized)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_a_killed_walk_goes_on_and_ends_with_the_same_bits(decoder, windows, name, tmp_path):
+    windows = windows if name != "rtn" else None
+    whole, broken = copy(decoder), copy(decoder)
+    quantize_model(whole, METHODS[name](), SCHEME, windows, Nowhere())
+    with pytest.raises(KeyboardInterrupt):
+        quantize_model(broken, METHODS[name](), SCHEME, windows, DiesAfter(tmp_path, 1))
+    resumed = copy(decoder)
+    store = BlockStore(tmp_path)
+    assert store.load(0) is not None
+    assert store.load(1) is None
+    quantize_model(resumed, METHODS[name](), SCHEME, windows, store)
+    for a, b in zip(whole.blocks, resumed.blocks, strict=True):
+        assert a.weights.keys() == b.weights.keys()
+        assert all(torch.equal(a.weights[k], b.weights[k]) for k in a.weights)
+
+
+@torch.inference_mode()
+def test_a_damaged_block_checkpoint_is_not_taken(decoder, tmp_path):
+    store = BlockStore(tmp_path)
+    quantize_model(decoder, METHODS["rtn"](), SCHEME, None, store)
+    path = tmp_path / "block_000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert store.load(0) is None
+    assert store.load(1) is not None
+    path.unlink()
+    assert store.load(0) is None
+
+
+@torch.inference_mode()
+def test_true_sequential_gptq_equals_running_the_whole_block_again_for_each_site(decoder, windows):
+    """The official driver re-runs the layer before each group of linears; one staged pass must give the same."""
+    block, rope = decoder.blocks[0], decoder.rope
+    x = decoder.embed(windows)
+    official = block.with_weights({})
+    for index, site in enumerate(block.sites):
+        stages = official.stages(x, rope)
+        for _ in range(index + 1):
+            _, inputs = next(stages)
+        gram = Gram()
+        gram.update(inputs)
+        weight, rows = stack_rows(official.weights, site)
+        for name, part in rows.items():  # linear by linear, as there
+            solved = gptq_round(weight[:, part], gram.mean_EII(), SCHEME, act_order=True).weight
+            official.weights[name] = solved.dequantize().view_as(official.weights[name])
+    quantize_model(decoder, Gptq(GptqSettings()), SCHEME, windows, Nowhere())
+    # Experts that saw fewer tokens than the stated least are rounded to nearest by the method and not by this twin.
+    for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.o_proj.weight"):
+        assert torch.equal(decoder.blocks[0].weights[name], official.weights[name])
+    if "mlp.down_proj.weight" in official.weights:
+        for name in official.weights:
+            assert torch.equal(decoder.blocks[0].weights[name], official.weights[name])
+
+
+@pytest.mark.parametrize(("name", "quantized_inputs"), [("gptq", True), ("awq", False)])
+@torch.inference_mode()
+def test_what_is_passed_on_is_what_the_methods_own_code_passes_on(decoder, windows, name, quantized_inputs):
+    """The last block must come out as if it were alone behind quantized (GPTQ) or original (AWQ) blocks."""
+    first = copy(decoder)
+    quantize_model(first, METHODS[name](), SCHEME, windows, Nowhere())
+    entrance = first.blocks[0] if quantized_inputs else decoder.blocks[0]
+    x = entrance(decoder.embed(windows), decoder.rope)
+    alone = copy(decoder)
+    alone.blocks = [decoder.blocks[1]]
+    alone.embed = lambda ids: x[: len(ids)]
+    quantize_model(alone, METHODS[name](), SCHEME, windows, Nowhere())
+    for weight in decoder.blocks[1].weights:
+        assert torch.equal(alone.blocks[0].weights[weight], first.blocks[1].weights[weight])
+
+
+@torch.inference_mode()
+def test_an_expert_that_no_token_reaches_is_rounded_and_named_not_zeroed(moe_decoder, windows):
+    decoder = moe_decoder
+    weights = dict(decoder.blocks[0].weights)
+    weights["mlp.gate.weight"] = weights["mlp.gate.weight"].clone()
+    weights["mlp.gate.weight"][2] = 0
+    weights["mlp.gate.weight"][[0, 1, 3]] *= 50
+    decoder.blocks[0] = decoder.blocks[0].with_weights(weights)
+    twin = copy(decoder)
+    few = windows[:4]
+    results = quantize_model(decoder, Gptq(GptqSettings(act_order=False)), SCHEME, few, Nowhere())
+    quantize_model(twin, Rtn(RtnSettings()), SCHEME, None, Nowhere())
+    starved = results[0].notes["blocks.0.gate_up"]["experts_rounded_to_nearest"]
+    assert 2 in starved
+    name = "mlp.experts.down_proj.weight"
+    for e in starved:
+        assert torch.equal(decoder.blocks[0].weights[name][e], twin.blocks[0].weights[name][e])
+        assert decoder.blocks[0].weights[name][e].abs().max() > 0
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(decoder):
+    name = "self_attn.o_proj.weight"
+    broken = decoder.blocks[1].weights[name].clone()
+    broken[0, 0] = float("nan")
+    decoder.blocks[1] = decoder.blocks[1].with_weights({name: broken})
+    with pytest.raises(NumericsError, match=r"blocks\.1\.o: .* not finite"):
+        quantize_model(decoder, METHODS["rtn"](), SCHEME, None, Nowhere())
