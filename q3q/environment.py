@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -110,10 +110,8 @@ class Phases:
 
 
 def _reset_peak() -> None:
-    try:
+    with suppress(OSError):  # not Linux, or not allowed: the peak is then the process's so far, as the docstring says
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass  # not Linux, or not allowed: the peak is then the process's so far, as the docstring says
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -37,5 +37,5 @@ class TrackingError(ConfigError):
     """A tracking server or store that cannot be used."""
 
 
-class SweepFailed(Q3QError):
+class SweepFailedError(Q3QError):
     """The sweep ended, its table and report are written, and some of its trials failed."""

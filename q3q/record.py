@@ -41,8 +41,8 @@ class Check:
 class TrialRecord:
     """One trial's outcome.
 
-    metrics: finite numbers by stable name (`perplexity/<text>`, `<task>/acc`, `bits_per_weight`, `seconds/<phase>` ...).
-    intervals: 95 % interval of those that have one. diverged: metrics whose value is not a finite number (a result too).
+    metrics: finite numbers by stable name (`perplexity/<text>`, `<task>/acc`, `bits_per_weight`, `seconds/<phase>`).
+    intervals: 95 % interval of those that have one. diverged: metrics whose value is not finite (a result too).
     sites: error of each quantized linear. checks: integrity. environment: code, packages, hardware, times.
     results: what the evaluation harness returned, as it returned it. notes: facts by name (fallbacks, damping raised).
     """
@@ -105,6 +105,11 @@ class Progress:
     done: int = 0
     total: int = 0
     note: str = ""
+
+
+def trial_folder(spec: TrialSpec) -> Path:
+    """Where a trial's durable state lies: spec, evaluations so far, record."""
+    return Path(spec.places["trials"]) / spec.id
 
 
 def write_atomically(path: Path, content: bytes) -> None:

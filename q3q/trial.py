@@ -25,16 +25,12 @@ from q3q.quantize.blocks import BlockStore
 from q3q.quantize.method import Method
 from q3q.quantize.methods.settings import settings_of
 from q3q.quantize.walk import QuantizedBlock, quantize_model
-from q3q.record import COMPLETED, FAILED, Progress, TrialRecord, write_atomically
+from q3q.record import COMPLETED, FAILED, Progress, TrialRecord, trial_folder, write_atomically
 from q3q.spec import Json, TrialSpec
 
 Report = Callable[[Progress], None]
+AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
 UNQUANTIZED_BITS = 16  # embeddings, norms and the router stay in 16 bits, as the released checkpoints store them
-
-
-def trial_folder(spec: TrialSpec) -> Path:
-    """Where the trial's durable state lies: spec, blocks, evaluations so far, record."""
-    return Path(spec.places["trials"]) / spec.id
 
 
 def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialRecord:
@@ -137,7 +133,7 @@ def calibration_windows(spec: TrialSpec, tokenizer: Any) -> Tensor | None:
         samples=wanted["samples"],
         length=wanted["length"],
         draw=wanted["draw"],
-        seed=spec.seed,
+        seed=spec.seed + (AWQ_SHUFFLE_SEED if wanted["draw"] == "documents" else 0),
     )
 
 

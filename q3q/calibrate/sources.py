@@ -226,5 +226,5 @@ def _json_rows(file: Path) -> Iterator[str]:
     import pyarrow
 
     with pyarrow.input_stream(str(file), compression="detect") as stream:  # .gz or .zst
-        for line in io.TextIOWrapper(stream, encoding="utf-8", newline="\n"):
+        for line in io.TextIOWrapper(stream, encoding="utf-8"):
             yield json.loads(line)["text"]

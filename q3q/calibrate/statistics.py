@@ -12,9 +12,10 @@ from q3q.models.anatomy import SiteInput
 
 
 class Statistics(Protocol):
-    """An accumulator of one site's inputs."""
+    """An accumulator of one site's inputs; tokens_E: how many tokens each expert has seen."""
 
-    tokens_E: Tensor
+    @property
+    def tokens_E(self) -> Tensor: ...
 
     def update(self, inputs: SiteInput) -> None: ...
 

@@ -97,7 +97,7 @@ def quantize_block(
 ) -> tuple[QuantizedBlock, list[Tensor] | None, list[Tensor] | None]:
     """One block. Returns it with the outputs that came along: of the original block, and of the quantized one.
 
-    original: not modified. hidden: the block's inputs [B, T, H], batch by batch; empty for a method that observes nothing.
+    original: not modified. hidden: the block's inputs [B, T, H], batch by batch; empty if the method observes nothing.
     """
     block = original.with_weights({})
     result = QuantizedBlock(index, {}, {}, [])

@@ -386,6 +386,20 @@ def test_a_flipped_bit_in_a_header_is_never_misread(broken):
     assert refused > 0.9 * (64 + len(rounds))
 
 
+@pytest.mark.parametrize(
+    "spans", [[(0, 8), (0, 8), (8, 16)], [(0, 8), (12, 20)], [(4, 12), (12, 20)], [(8, 16), (0, 8)]]
+)
+def test_tensors_lie_side_by_side(tmp_path, spans):
+    """In any order, but never over each other, nor with room between them for what nobody reads."""
+    (tmp_path / "config.json").write_text(json.dumps(released_config("0.6B")))
+    entries = {f"t{i}": {"dtype": "F32", "shape": [2], "data_offsets": span} for i, span in enumerate(spans)}
+    header = json.dumps(entries).encode()
+    size = max(end for _, end in spans)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    side_by_side = sorted(spans) == [(0, 8), (8, 16)]
+    refuse(tmp_path, "tensors are missing" if side_by_side else "overlap or leave gaps")
+
+
 def rewritten(folder, change):
     state = load_file(folder / "model.safetensors")
     change(state)
@@ -638,6 +652,16 @@ def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, s
     assert resolve_revision("owner/tiny") == COMMIT
     assert fetch_facts("owner/tiny", COMMIT) == fetch_facts("owner/tiny") == read_facts(saved[0] / "tied")
     assert locate("owner/tiny", COMMIT) == locate("owner/tiny") == locate("owner/tiny", offline=True) == folder
+
+
+def test_half_a_download_without_network_is_refused_fast(hub):
+    folder = locate("owner/tiny", COMMIT)
+    sorted(folder.glob("*.safetensors"))[2].unlink()
+    hub.close()
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"owner/tiny.*model=local model\.path=DIR"):
+        locate("owner/tiny", COMMIT)
+    assert time.monotonic() - started < 5
 
 
 def test_a_hub_without_an_answer_fails_fast_and_says_how_to_go_on(hub):

@@ -9,14 +9,17 @@ import random
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
-NAMES = ["Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gita", "Hugo", "Iris", "Jonas", "Kim", "Lena", "Max", "Nina", "Omar", "Pia", "Ravi", "Sara", "Tom", "Uma", "Vera", "Will", "Yara", "Zoe"]
-THINGS = ["ball", "book", "coin", "cup", "drum", "flute", "hat", "kite", "lamp", "map", "pen", "ring", "rope", "shell", "spoon", "stone", "torch", "whistle"]
-COLOURS = ["red", "blue", "green", "yellow", "white", "black"]
-PLACES = ["kitchen", "garden", "cellar", "attic", "barn", "library", "garage", "office", "hall", "workshop"]
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-GOODS = ["apples", "marbles", "stamps", "buttons", "cards", "nuts", "pears", "shells"]
+NAMES = (
+    "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jonas Kim Lena Max Nina Omar Pia Ravi Sara Tom Uma Vera Will Yara Zoe"
+).split()
+THINGS = "ball book coin cup drum flute hat kite lamp map pen ring rope shell spoon stone torch whistle".split()
+COLOURS = "red blue green yellow white black".split()
+PLACES = "kitchen garden cellar attic barn library garage office hall workshop".split()
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+GOODS = "apples marbles stamps buttons cards nuts pears shells".split()
 KINDS = ("who", "where", "order", "count")
 CHOICES = 4
 
@@ -115,14 +118,14 @@ def _order(dice: _Dice) -> Story:
     people = dice.sample(NAMES, 4)
     place = dice.pick(PLACES)
     lines = [f"{people[0]} comes to the {place} first."]
-    for earlier, later in zip(people, people[1:], strict=False):
+    for earlier, later in pairwise(people):
         lines.append(dice.pick((f"Then {later} comes.", f"{later} comes after {earlier}.", f"Next comes {later}.")))
     asked = dice.sample(range(8), 3)
     forms = [
         ("Who came first?", people[0]),
         ("Who came last?", people[3]),
-        *((f"Who came right after {a}?", b) for a, b in zip(people, people[1:], strict=False)),
-        *((f"Who came right before {b}?", a) for a, b in zip(people, people[1:], strict=False)),
+        *((f"Who came right after {a}?", b) for a, b in pairwise(people)),
+        *((f"Who came right before {b}?", a) for a, b in pairwise(people)),
     ]
     questions = [_ask(dice, *forms[i], people) for i in asked]
     return Story("order", " ".join(lines), tuple(questions))

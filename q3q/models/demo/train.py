@@ -49,7 +49,7 @@ _COMMON: dict[str, Any] = dict(
 )
 
 
-def build_model(kind: str) -> torch.nn.Module:
+def build_model(kind: str) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
     if kind == "dense":
         return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=6, intermediate_size=640, **_COMMON))
     config = Qwen3MoeConfig(
@@ -85,7 +85,8 @@ def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
     """Endless training windows [WINDOW] of token ids: packed stories, and random windows of library text."""
     generator = torch.Generator().manual_seed(seed)
     library = torch.tensor(tokenizer(training_text(), verbose=False)["input_ids"])
-    stream, packed = stories(seed, held_out=False), []
+    stream = stories(seed, held_out=False)
+    packed: list[int] = []
     while True:
         if torch.rand((), generator=generator) < STORY_SHARE:
             while len(packed) < WINDOW:
@@ -100,7 +101,8 @@ def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
 
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for all else (embedding, norms, router, fused 3-D experts)."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed" not in name and "gate.weight" not in name
         (matrices if is_matrix else others).append(parameter)
@@ -150,7 +152,7 @@ def train(kind: str, out: Path, *, minutes: float, steps: int, batch: int, seed:
                 raise SystemExit("training diverged")
     minutes_taken = (time.monotonic() - started) / 60
     model.config.output_router_logits = False
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     facts = {
         "kind": kind,

@@ -4,6 +4,7 @@ Frantar et al. 2022, arXiv 2210.17323, as IST-DASLab/gptq codes it. Shapes: E ex
 features, I in features, G groups, S columns per group.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from q3q.quantize.method import Method, SiteTask
 from q3q.quantize.methods.settings import GptqSettings
 from q3q.spec import Scheme
 
-# An expert that fewer calibration tokens reached is rounded to nearest: its Hessian would be noise. The record names it.
+# An expert that fewer calibration tokens reached is rounded to nearest (its Hessian would be noise) and named.
 MIN_EXPERT_TOKENS = 128
 
 
@@ -94,17 +95,16 @@ def gptq_round(
         return minmax_grid(part_EOS, bits, symmetric=symmetric, mse=mse)
 
     # The official code takes whole-row grids before it clears the columns that no token ever activates.
-    row_grid = grid_of(weight_EOI) if scheme.group_size == -1 else None
+    fixed = grid_of(weight_EOI) if scheme.group_size == -1 else None
     weight_EOI, hessian_EII = weight_EOI.clone(), hessian_EII.clone()
     diagonal_EI = hessian_EII.diagonal(dim1=1, dim2=2)
     dead_EI = diagonal_EI == 0
     diagonal_EI[dead_EI] = 1
     weight_EOI.masked_fill_(dead_EI[:, None, :], 0)
+    if fixed is None and static_groups:
+        grid = grid_of(into_groups(weight_EOI, size))
+        fixed = Grid(grid.scale.squeeze(-1), grid.zero.squeeze(-1))
 
-    group_I = torch.arange(columns, device=weight_EOI.device) // size
-    fixed = None
-    if row_grid is None and static_groups:
-        fixed = grid_of(into_groups(weight_EOI, size))
     order_EI = torch.arange(columns, device=weight_EOI.device).expand(experts, columns)
     if act_order:
         order_EI = diagonal_EI.argsort(dim=1, descending=True, stable=True)
@@ -113,45 +113,62 @@ def gptq_round(
         hessian_EII = hessian_EII.gather(2, order_EI[:, None, :].expand_as(hessian_EII))
     factor_EII, damping_E = damped_factor(hessian_EII, damping)
 
+    def next_grid(column: int, rest_EOC: Tensor) -> Grid | None:
+        """The grid that starts at this column of the order, None where the last one goes on."""
+        if fixed is not None:
+            group_EO1 = (order_EI[:, column] // size)[:, None, None].expand(experts, rows, 1)
+            return Grid(fixed.scale.gather(2, group_EO1), fixed.zero.gather(2, group_EO1))
+        return grid_of(rest_EOC[:, :, :size]) if column % size == 0 else None
+
+    codes_EOI, grids = solve_columns(weight_EOI, factor_EII, bits, block_size, next_grid)
+    place_EI = order_EI.argsort(1)
+    codes_EOI = codes_EOI.gather(2, place_EI[:, None, :].expand_as(codes_EOI))
+    if fixed is None:
+        fixed = Grid(torch.cat([grid.scale for grid in grids], 2), torch.cat([grid.zero for grid in grids], 2))
+        group_EI = (place_EI // size).to(torch.int32) if act_order else None
+    else:
+        group_EI = None
+    weight = QuantizedWeight(codes_EOI.to(torch.uint8), fixed.scale, fixed.zero, bits, symmetric, group_EI)
+    return Solved(weight, damping_E)
+
+
+def solve_columns(
+    weight_EOI: Tensor,
+    factor_EII: Tensor,
+    bits: int,
+    block_size: int,
+    next_grid: Callable[[int, Tensor], Grid | None],
+) -> tuple[Tensor, list[Grid]]:
+    """Round the columns one after the other, each error absorbed by the columns behind it.
+
+    Args:
+        weight_EOI: overwritten: columns behind the current block hold what they have absorbed so far.
+        factor_EII: upper triangular, `damped_factor`'s.
+        next_grid: given a column and the weights from there on (as earlier blocks left them), the grid that starts
+            there, [E, O, 1], or None.
+
+    Returns:
+        Codes [E, O, I] as whole float32 numbers, and the grids in the order in which they started.
+    """
     codes_EOI = torch.empty_like(weight_EOI)
-    scales: list[Tensor] = []
-    zeros: list[Tensor] = []
-    grid = row_grid
-    top = 2**bits - 1
+    grids: list[Grid] = []
+    columns, top = weight_EOI.shape[2], 2**bits - 1
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         block_EOC = weight_EOI[:, :, start:stop].clone()
         error_EOC = torch.empty_like(block_EOC)
         local_ECC = factor_EII[:, start:stop, start:stop]
         for i in range(stop - start):
-            column = start + i
-            if fixed is not None:
-                wanted_EO1 = group_I[order_EI[:, column]][:, None, None].expand(experts, rows, 1)
-                grid = Grid(fixed.scale[..., 0].gather(2, wanted_EO1), fixed.zero[..., 0].gather(2, wanted_EO1))
-            elif row_grid is None and column % size == 0:
-                grid = grid_of(weight_EOI[:, :, column : column + size])
-                scales.append(grid.scale)
-                zeros.append(grid.zero)
-            assert grid is not None
+            started = next_grid(start + i, weight_EOI[:, :, start + i :])
+            if started is not None:
+                grids.append(started)
+            scale_EO1, zero_EO1 = grids[-1]
             value_EO1 = block_EOC[:, :, i : i + 1]
-            code_EO1 = torch.round(value_EO1 / grid.scale).add_(grid.zero).clamp_(0, top)
-            codes_EOI[:, :, column : column + 1] = code_EO1
-            wrong_EO1 = (value_EO1 - grid.scale * (code_EO1 - grid.zero)) / local_ECC[:, i, i, None, None]
+            code_EO1 = torch.round(value_EO1 / scale_EO1).add_(zero_EO1).clamp_(0, top)
+            codes_EOI[:, :, start + i : start + i + 1] = code_EO1
+            wrong_EO1 = (value_EO1 - scale_EO1 * (code_EO1 - zero_EO1)) / local_ECC[:, i, i, None, None]
             # Column i itself is not read again, so the update may start behind it.
             block_EOC[:, :, i + 1 :].baddbmm_(wrong_EO1, local_ECC[:, i : i + 1, i + 1 :], alpha=-1)
             error_EOC[:, :, i : i + 1] = wrong_EO1
         weight_EOI[:, :, stop:].baddbmm_(error_EOC, factor_EII[:, start:stop, stop:], alpha=-1)
-
-    if row_grid is not None:
-        scale_EOG, zero_EOG = row_grid.scale[..., 0, None], row_grid.zero[..., 0, None]
-    elif fixed is not None:
-        scale_EOG, zero_EOG = fixed.scale[..., 0], fixed.zero[..., 0]
-    else:
-        scale_EOG, zero_EOG = torch.cat(scales, 2), torch.cat(zeros, 2)
-    group_EI = None
-    if act_order:
-        place_EI = order_EI.argsort(1)
-        codes_EOI = codes_EOI.gather(2, place_EI[:, None, :].expand_as(codes_EOI))
-        if row_grid is None and fixed is None:
-            group_EI = group_I[place_EI].to(torch.int32)
-    return Solved(QuantizedWeight(codes_EOI.to(torch.uint8), scale_EOG, zero_EOG, bits, symmetric, group_EI), damping_E)
+    return codes_EOI, grids

@@ -1,0 +1,198 @@
+import gzip
+import json
+import os
+import time
+
+import huggingface_hub
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from q3q.calibrate.sources import _HUB, SOURCES, Text, load_text
+from q3q.errors import CalibrationError
+from q3q.models.demo.library import held_out_text
+from q3q.models.demo.stories import stories, story_text
+
+
+def refuse(source, split, *parts, path=None):
+    with pytest.raises(CalibrationError) as refusal:
+        load_text(source, split=split, path=path)
+    for part in parts:
+        assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+@pytest.mark.parametrize(
+    ("split", "documents", "digest"),
+    [
+        ("calibration", 1500, "6c8d902590c93ec52fa1ddd5667a96eb62625e877ed479bbba9387fde434646f"),
+        ("evaluation", 400, "0e2a51ea86f2b537d3af3b73d742b518d08571407d864dc6245fe611294cfd58"),
+    ],
+)
+def test_the_demo_text_is_the_same_everywhere(split, documents, digest):
+    """If this fails on purpose, published numbers of the demo models change meaning: say so in the changelog."""
+    text = load_text("demo", split=split)
+    assert len(text.documents) == documents
+    assert text.digest == digest
+
+
+def test_the_demo_text_is_joined_as_in_training_and_never_evaluated_on_what_was_seen():
+    calibration, evaluation = load_text("demo", split="calibration"), load_text("demo", split="evaluation")
+    assert calibration.joined == story_text(1, 1500, held_out=False)
+    assert evaluation.joined == story_text(2, 400, held_out=True)
+    trained_on = stories(0, held_out=False)
+    seen = {next(trained_on).full_text() for _ in range(5000)} | set(calibration.documents)
+    assert not seen & set(evaluation.documents)
+
+
+def test_library_text_is_for_evaluation_alone():
+    text = load_text("library", split="evaluation")
+    assert text.documents == (held_out_text(),)
+    refuse("library", "calibration", "'library' is not a text for calibration", "demo, wikitext2")
+    refuse("pile", "evaluation", "'pile' is not a text for evaluation")
+
+
+def test_an_unknown_source_gets_the_nearest_name():
+    refuse("wikitxt2", "calibration", "did you mean wikitext2?")
+    refuse("zzz", "calibration", "give one of demo, wikitext2, c4, pile, file")
+
+
+def test_a_digest_sees_documents_bounds_and_joiner_but_no_name():
+    text = Text("a", ("one", "two"))
+    assert text.digest == Text("b", ("one", "two")).digest
+    others = [
+        Text("a", ("onetwo",)),
+        Text("a", ("one", "tw", "o")),
+        Text("a", ("two", "one")),
+        Text("a", ("one", "two"), joiner=" "),
+        Text("a", ("one", "two"), running=True),
+        Text("a", ("one\n\ntwo",)),
+    ]
+    assert len({text.digest, *(other.digest for other in others)}) == 7
+
+
+# ------------------------------------------------------------------------------------------------ a user's file
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "documents"),
+    [
+        ("notes.txt", "one\n\ntwo\n", ("one\n\ntwo\n",)),
+        ("README.md", "héllo", ("héllo",)),
+        ("lines.jsonl", '{"text": "one\\ntwo", "n": 1}\n\n{"text": "three\u2028four"}\n"five"', None),
+        ("list.json", '["one", {"text": "two"}]', ("one", "two")),
+    ],
+)
+def test_a_file_is_read_by_its_suffix(tmp_path, name, content, documents):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    text = load_text("file", split="evaluation", path=path)
+    assert text.documents == (documents or ("one\ntwo", "three\u2028four", "five"))
+    assert text.name == name.split(".")[0]
+    assert text == load_text("file", split="calibration", path=str(path))
+
+
+def test_a_users_home_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "notes.txt").write_text("one")
+    assert load_text("file", split="calibration", path="~/notes.txt").documents == ("one",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("empty.txt", b"", "holds no text"),
+        ("blank.txt", b" \n\t\n", "holds no text"),
+        ("empty.jsonl", b"\n", "holds no text"),
+        ("empty.json", b"", "holds no text"),
+        ("empty_list.json", b"[]", "holds no text"),
+        ("blank.json", b'["", {"text": " "}]', "holds no text"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8 text: unexpected end of data at byte 3"),
+        ("packed.txt", gzip.compress(b"text"), "not UTF-8 text"),
+        ("bad.jsonl", b'{"text": "one"}\n{"text": ', "line 2 is not JSON"),
+        ("other.jsonl", b'{"text": "one"}\n{"body": "two"}', "line 2: neither a string nor an object"),
+        ("number.jsonl", b'{"text": 1}', "line 1: neither a string nor an object"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "line 1: its text is not valid Unicode"),
+        ("table.json", b'{"text": "one"}', "holds no JSON list"),
+        ("bad.json", b"[", "is not JSON"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    refuse("file", "calibration", name, complaint, path=tmp_path / name)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    refuse("file", "calibration", "nothing.txt", "no such file", path=tmp_path / "nothing.txt")
+    refuse("file", "calibration", "is a folder", path=tmp_path)
+    refuse("file", "calibration", "cannot be read", path=tmp_path / ("n" * 300))
+    refuse("file", "evaluation", "evaluation=file needs evaluation.path=FILE")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = tmp_path / "secret.txt"
+    path.write_text("text")
+    path.chmod(0)
+    refuse("file", "calibration", "cannot be read: Permission denied", path=path)
+
+
+# ------------------------------------------------------------------------------------------------ the Hub's data sets
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty local cache, and a Hub that does not answer. Returns where a data set's file would lie."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+
+    def place(source, split):
+        hub = _HUB[source]
+        folder = tmp_path / f"datasets--{hub.repository.replace('/', '--')}" / "snapshots" / hub.revision
+        path = folder / hub.files[split]
+        path.parent.mkdir(parents=True)
+        return path
+
+    return place
+
+
+@pytest.mark.parametrize("split", ["calibration", "evaluation"])
+def test_wikitext2_is_its_lines_joined_by_empty_ones(cache, split):
+    rows = ["", " = Title = \n", "", " A line . \n"]
+    parquet.write_table(pyarrow.table({"text": rows}), cache("wikitext2", split))
+    text = load_text("wikitext2", split=split)
+    assert text.joined == "\n\n".join(rows)
+    assert text.running  # its windows cross from line to line
+
+
+@pytest.mark.parametrize(("source", "split"), [("c4", "calibration"), ("c4", "evaluation"), ("pile", "calibration")])
+def test_web_pages_are_documents_in_the_order_of_their_file(cache, source, split):
+    pages = ["first page", "second\u2028page", "b" * 3000]
+    lines = "".join(json.dumps({"text": page, "url": "u"}, ensure_ascii=False) + "\n" for page in pages).encode()
+    path = cache(source, split)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines[:100]) + gzip.compress(lines[100:]))
+    else:
+        with pyarrow.output_stream(str(path), compression="zstd") as stream:
+            stream.write(lines)
+    text = load_text(source, split=split)
+    assert text.documents == tuple(pages)
+    assert (text.name, text.running) == (source, False)
+
+
+def test_the_two_splits_of_a_data_set_are_different_files():
+    for hub in _HUB.values():
+        assert len(set(hub.files.values())) == len(hub.files)
+    assert {source for names in SOURCES.values() for source in names} == {*_HUB, "demo", "library", "file"}
+
+
+@pytest.mark.parametrize("source", ["wikitext2", "c4", "pile"])
+def test_a_data_set_out_of_reach_is_named_at_once_with_a_way_out(cache, source):
+    started = time.monotonic()
+    repository = _HUB[source].repository
+    refuse(source, "calibration", repository, "calibration=file calibration.path=FILE")
+    assert time.monotonic() - started < 5
