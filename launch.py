@@ -15,7 +15,10 @@ from q3q.front import explain, run_alone
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> object:
-    return run_alone(config)
+    try:
+        return run_alone(config)
+    except Exception as error:
+        sys.exit(explain(error))  # not raised: Hydra would print a second line about it
 
 
 if __name__ == "__main__":

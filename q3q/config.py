@@ -3,7 +3,7 @@
 import difflib
 import functools
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ DRAWS = ("random", "first", "documents")
 # How each evaluation text is named in metrics, and drawn: the study's C4 is 256 random windows, others run through.
 TEXT_NAMES = {"demo": "stories"}
 RANDOM_TEXTS = {"c4": 256}
+# No text has tokens so long on average: with more characters than this per token needed, it is long enough.
+CHARACTERS_PER_TOKEN = 100
 
 
 @dataclass
@@ -125,6 +127,7 @@ def spec_from(config: DictConfig) -> TrialSpec:
     Raises:
         IncompatibleError: valid values that make no sense together. ConfigError: a value that cannot be meant.
     """
+    _refuse_strangers(config)
     settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
     problem = settings.problem()
     if problem:
@@ -132,8 +135,8 @@ def spec_from(config: DictConfig) -> TrialSpec:
     _one_of("keep", config.keep, ("none", "blocks"))
     model, folder, facts = _model(config)
     scheme = _scheme(config, settings, facts)
-    calibration = _calibration(config, settings) if scheme is not None and settings.observes else None
-    evaluation = _evaluation(config, facts)
+    calibration = _calibration(config, settings, folder) if scheme is not None and settings.observes else None
+    evaluation = _evaluation(config, facts, folder)
     places: Json = {"trials": str(Path(config.storage).absolute() / "trials"), "keep": config.keep}
     if folder is not None:
         places["model"] = str(folder)
@@ -158,14 +161,26 @@ def tracking_uri(config: DictConfig) -> str:
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """`; did you mean gptq?`, or nothing if no known name is near."""
+    """The end of a sentence about an unknown name: `; did you mean gptq? `, or just its full stop."""
     close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"; did you mean {' or '.join(close)}? " if close else ". "
+
+
+def _refuse_strangers(config: DictConfig) -> None:
+    """Hydra lets `+key=value` add anything; a setting that nobody reads would be ignored in silence."""
+    parts = {"": (config, Config), "method.": (config.method, SETTINGS[config.method.name])}
+    for name, kind in (("model", ModelConfig), ("calibration", CalibrationConfig), ("evaluation", EvaluationConfig)):
+        parts[f"{name}."] = (config[name], kind)
+    for prefix, (part, kind) in parts.items():
+        known = [one.name for one in fields(kind)]
+        for key in part:
+            if key not in known and prefix + key != "hydra":
+                raise ConfigError(f"{prefix}{key} is not a setting{nearest(key, known)}See python launch.py --help")
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"{key}={value} is not known{nearest(value, list(known))} Choose from: {', '.join(known)}")
+        raise ConfigError(f"{key}={value} is not known{nearest(value, list(known))}Choose from: {', '.join(known)}")
 
 
 def _model(config: DictConfig) -> tuple[Json, Path | None, ModelFacts]:
@@ -232,7 +247,7 @@ def _check_group_size(size: int, facts: ModelFacts) -> None:
         raise ConfigError(f"group_size={size} does not divide {', '.join(wrong)}; sizes that do: {usable} or -1")
 
 
-def _calibration(config: DictConfig, settings: MethodSettings) -> Json:
+def _calibration(config: DictConfig, settings: MethodSettings, folder: Path | None) -> Json:
     wanted = config.calibration
     draw = wanted.draw or settings.default_draw
     _one_of("calibration.draw", draw, DRAWS)
@@ -242,10 +257,11 @@ def _calibration(config: DictConfig, settings: MethodSettings) -> Json:
         if value < 1:
             raise ConfigError(f"calibration.{key}={value}: give 1 or more")
     text = _text(wanted.source, "calibration", wanted.path)
+    _check_long_enough(text, folder, samples, length, draw)
     return {"source": wanted.source, "digest": text.digest, "samples": samples, "length": length, "draw": draw}
 
 
-def _evaluation(config: DictConfig, facts: ModelFacts) -> Json:
+def _evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Json:
     wanted = config.evaluation
     for key, least in (("window", 2), ("limit", 1), ("task_limit", 1)):
         value = wanted[key]
@@ -257,6 +273,7 @@ def _evaluation(config: DictConfig, facts: ModelFacts) -> Json:
     for source in wanted.texts:
         text = _text(source, "evaluation", wanted.path)
         samples = RANDOM_TEXTS.get(source)
+        _check_long_enough(text, folder, 1, wanted.window, "random" if samples else "first")
         texts.append(
             {
                 "name": _metric_name(text.name) if source == "file" else TEXT_NAMES.get(source, source),
@@ -273,6 +290,33 @@ def _evaluation(config: DictConfig, facts: ModelFacts) -> Json:
         "tasks": list(wanted.tasks),
         "task_limit": wanted.task_limit if wanted.tasks else None,
     }
+
+
+@functools.cache
+def _check_long_enough(text: Text, folder: Path | None, samples: int, length: int, draw: str) -> None:
+    """Draw the windows now if the text may be too short for them, so that no trial starts in vain.
+
+    Raises:
+        CalibrationError: it is too short, or has no document of the length asked for.
+    """
+    needed = length * (samples if draw == "first" else 1)
+    if draw != "documents" and sum(map(len, text.documents)) >= CHARACTERS_PER_TOKEN * needed:
+        return
+    if folder is None:
+        return  # a Hub model that may not be here yet: its trial says so itself
+    from tokenizers import Tokenizer
+
+    from q3q.calibrate.windows import draw_windows
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    draw_windows(
+        text,
+        lambda part: tokenizer.encode(part, add_special_tokens=False).ids,
+        samples=samples,
+        length=length,
+        draw=draw,
+        seed=0,
+    )
 
 
 def _metric_name(stem: str) -> str:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from q3q.config import Config, facts_of, nearest, spec_from
-from q3q.errors import ConfigError, Q3QError, SweepFailed
+from q3q.errors import ConfigError, Q3QError, SweepFailedError
 
 FAILED, MISUSED = 1, 2  # exit codes: something went wrong while running; nothing was started
 
@@ -47,7 +47,7 @@ def run_alone(config: DictConfig) -> object:
 
 def explain(error: Exception) -> int:
     """Say in one line what is wrong and what to do; the exit code. A bug of ours keeps its traceback."""
-    if isinstance(error, SweepFailed):
+    if isinstance(error, SweepFailedError):
         print(f"q3q: {error}", file=sys.stderr)
         return FAILED
     if isinstance(error, Q3QError):
@@ -65,13 +65,13 @@ def _hydra_line(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = [option for option in error.options if not option.startswith("_")]
-        return f"{group}={name} is not known{nearest(name, options)} Choose from: {', '.join(options)}"
+        return f"{group}={name} is not known{nearest(name, options)}Choose from: {', '.join(options)}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
     lines = [line.strip() for line in str(error if key is None else cause).splitlines() if line.strip()]
-    unknown = re.search(r"Key '(\w+)' is not in struct", " ".join([*lines, str(error.__cause__)]))
+    unknown = re.search(r"Key '(\w+)' (?:is )?not in", " ".join([*lines, str(error.__cause__)]))
     if unknown:
-        known = [field.name for field in dataclasses.fields(Config)]
-        whole = key or unknown[1]
-        return f"{whole} is not a setting{nearest(unknown[1], known)} See python launch.py --help"
+        owner = getattr(cause, "object_type", None)
+        known = [field.name for field in dataclasses.fields(owner if dataclasses.is_dataclass(owner) else Config)]
+        return f"{key or unknown[1]} is not a setting{nearest(unknown[1], known)}See python launch.py --help"
     return f"{key}: {lines[0]}" if key and lines else " ".join(lines[:3])

@@ -164,12 +164,18 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["method=gptq", "calibration=file", "calibration.path=/nowhere.txt"], CalibrationError, "no such file"),
         (["method=gptq", "calibration.draw=rnadom"], ConfigError, "did you mean random"),
         (["method=gptq", "calibration.samples=0"], ConfigError, "calibration.samples=0"),
+        (["method=gptq", "calibration=file", "calibration.path=SHORT"], CalibrationError, "SHORT.*2048|tokens"),
+        (["evaluation=file", "evaluation.path=SHORT"], CalibrationError, "tokens"),
+        (["evaluation=file", "evaluation.path=EMPTY"], CalibrationError, "holds no text"),
         (["evaluation.window=1"], ConfigError, "evaluation.window=1"),
         (["evaluation.window=4096"], ConfigError, "takes at most 2048 tokens"),
         (["evaluation.texts=[wikitext]"], CalibrationError, "did you mean 'wikitext2'|did you mean wikitext2"),
     ],
 )
-def test_bad_values_are_refused_in_one_line(overrides, error, words):
+def test_bad_values_are_refused_in_one_line(overrides, error, words, tmp_path):
+    (tmp_path / "SHORT").write_text("Too short for a window.", encoding="utf-8")
+    (tmp_path / "EMPTY").write_text("", encoding="utf-8")
+    overrides = [one.replace("SHORT", f"{tmp_path}/SHORT").replace("EMPTY", f"{tmp_path}/EMPTY") for one in overrides]
     with pytest.raises(error, match=words) as caught:
         spec(*overrides)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""A study's book-keeping: which trials are done already, what each new record means to the tracker, the report at the end.
+"""A study's book-keeping: which trials are done, what a new record means to the tracker, the report at the end.
 
 Everything durable is on disk before anybody is told: the tracker may die and be told later.
 """
@@ -7,13 +7,15 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from q3q.errors import TrackingError
-from q3q.record import COMPLETED, TrialRecord, write_atomically
-from q3q.report.write import Report, trial_artifacts, write_report
+from q3q.record import COMPLETED, TrialRecord, trial_folder, write_atomically
 from q3q.spec import TrialSpec
 from q3q.track.tracker import Sweep, Tracker
-from q3q.trial import trial_folder
+
+if TYPE_CHECKING:
+    from q3q.report.write import Report
 
 UNTRACKED = "untracked"  # a file in a trial's folder: the tracker has not taken its record yet
 
@@ -58,8 +60,10 @@ class Study:
         write_atomically(trial_folder(record.spec) / UNTRACKED, b"")
         self._track(record)
 
-    def close(self) -> Report:
+    def close(self) -> "Report":
         """Write the report, tell the tracker, and say where it is."""
+        from q3q.report.write import write_report
+
         ordered = [self.records[spec.id] for spec in self.specs if spec.id in self.records]
         report = write_report(ordered, self.storage / "reports" / f"{self.name}_{self.id}", self.command)
         finished = len(ordered) == len(self.specs) and all(record.completed for record in ordered)
@@ -71,6 +75,8 @@ class Study:
         return report
 
     def _track(self, record: TrialRecord) -> None:
+        from q3q.report.write import trial_artifacts
+
         if not self._tracking:
             return
         try:

@@ -8,13 +8,12 @@ import itertools
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -26,14 +25,19 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from q3q.config import facts_of, spec_from, tracking_uri
-from q3q.errors import ConfigError, IncompatibleError, Q3QError, SweepFailed
-from q3q.record import Progress, TrialRecord
+from q3q.errors import ConfigError, IncompatibleError, Q3QError, SweepFailedError
+from q3q.record import Progress, TrialRecord, trial_folder
 from q3q.spec import TrialSpec
-from q3q.sweep.cluster import Cluster, Outcome, Resources, Started, Task
-from q3q.sweep.launcher import Job, JobPolicy, RayLauncher
+from q3q.sweep.cluster import Cluster, Outcome, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.launcher import Job, JobPolicy, RayLauncher, failed_return
 from q3q.sweep.plan import describe, gpus_here, plan
-from q3q.sweep.progress import Display
 from q3q.sweep.study import Study, finished_record
+
+if TYPE_CHECKING:
+    from q3q.sweep.progress import Display
+
+# Workers show nothing themselves, and must not all start as many threads as there are cores.
+WORKER_ENV = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass
@@ -63,7 +67,7 @@ class StudySweeper(Sweeper):
         """Run the study.
 
         Raises:
-            ConfigError: an invalid value; nothing has started. SweepFailed: it ended, and some trials failed.
+            ConfigError: an invalid value; nothing has started. SweepFailedError: it ended, and some trials failed.
         """
         assert self.config is not None
         jobs = list(self._jobs(arguments))
@@ -72,7 +76,6 @@ class StudySweeper(Sweeper):
             print(left_out)
         settings = jobs[0].config  # what is the same for all: cluster, track, storage
         finished = {} if settings.fresh else _finished(trials)
-        waiting = {key: mine for key, mine in trials.items() if key not in finished}
         cluster = settings.cluster
         gpus = _gpus_per_trial(cluster)
         ordered = plan(
@@ -89,24 +92,26 @@ class StudySweeper(Sweeper):
             return []
         specs = [mine.spec for mine in trials.values()]
         command = "python launch.py -m " + shlex.join(arguments)
-        with running_study(settings, specs, command, finished) as study:
-            if waiting:
-                first = [trials[one.spec.id] for one in ordered if one.spec.id in waiting]
-                self._launch(first, study, settings)
-            returns = [
-                _job_return(job, study.records.get(mine.spec.id)) for mine in trials.values() for job in mine.jobs
-            ]
-        return [sorted(returns, key=lambda done: done.hydra_cfg.hydra.job.num if done.hydra_cfg else 0)]
+        queue = [trials[one.spec.id] for one in ordered if not one.done]
+        with ExitStack() as stack:
+            launch = self._launcher(stack, settings) if queue else None  # Ray starts while the tracker opens
+            study = stack.enter_context(running_study(settings, specs, command, finished))
+            if launch:
+                launch(queue, study)
+            records = study.records
+        by_number = {job.number: (job, records.get(mine.spec.id)) for mine in trials.values() for job in mine.jobs}
+        return [[_job_return(job, record) for _, (job, record) in sorted(by_number.items())]]
 
     def _jobs(self, arguments: Sequence[str]) -> Iterator[Job]:
         """Every combination of the overrides' values, composed."""
-        assert self.config is not None and self.hydra_context is not None
+        assert self.config is not None
+        assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
         parser = OverridesParser.create(config_loader=loader)
         given = parser.parse_overrides(list(arguments))
         refuse_contradictions(given)
         named = {override.get_key_element() for override in given}
-        saved = [override for override in parser.parse_overrides([f"{k}={v}" for k, v in self.params.items()])]
+        saved = parser.parse_overrides([f"{key}={value}" for key, value in self.params.items()])
         combined = [override for override in saved if override.get_key_element() not in named] + given
         for number, overrides in enumerate(itertools.product(*map(_choices, combined))):
             config = loader.load_sweep_config(self.config, list(overrides))
@@ -114,18 +119,29 @@ class StudySweeper(Sweeper):
                 config.hydra.job.id = config.hydra.job.num = number
             yield Job(number=number, overrides=tuple(overrides), config=config)
 
-    def _launch(self, trials: Sequence["Trial"], study: "RunningStudy", settings: DictConfig) -> None:
-        if not isinstance(self.launcher, RayLauncher):
+    def _launcher(self, stack: ExitStack, settings: DictConfig) -> Callable[[Sequence["Trial"], "RunningStudy"], None]:
+        """How the trials will be run; a cluster starts in the background and lives as long as `stack`."""
+        launcher = self.launcher
+        assert launcher is not None
+        if isinstance(launcher, RayLauncher):
+            address = settings.cluster.address
+            cluster = stack.enter_context(Cluster(address=address, env=WORKER_ENV) if address else launcher.cluster())
+            cluster.env |= WORKER_ENV
+            return lambda trials, study: _run_on_ray(launcher, cluster, trials, study, settings.cluster)
+
+        def launch(trials: Sequence[Trial], study: RunningStudy) -> None:
             # Another launcher was asked for: it composes and runs Hydra's way, and the task function returns records.
-            assert self.launcher is not None
-            done = self.launcher.launch([list(mine.jobs[0].overrides) for mine in trials], initial_job_idx=0)
-            for one in done:
-                study.finished(one.return_value)
-            return
-        with Cluster(address=settings.cluster.address) as cluster:
-            study.display.note(f"Ray has {cluster.total().cpus:g} cores and {cluster.total().gpus:g} GPUs")
-            policy = TrialPolicy({mine.jobs[0].number: mine.spec for mine in trials}, study, settings.cluster)
-            self.launcher.run([mine.jobs[0] for mine in trials], policy, cluster=cluster)
+            for done in launcher.launch([list(mine.jobs[0].overrides) for mine in trials], initial_job_idx=0):
+                study.finished(done.return_value)
+
+        return launch
+
+
+def _run_on_ray(
+    launcher: RayLauncher, cluster: Cluster, trials: Sequence["Trial"], study: "RunningStudy", settings: DictConfig
+) -> None:
+    policy = TrialPolicy({mine.jobs[0].number: mine.spec for mine in trials}, study, settings)
+    launcher.run([mine.jobs[0] for mine in trials], policy, cluster=cluster)
 
 
 @dataclass
@@ -176,16 +192,19 @@ class TrialPolicy(JobPolicy):
         self.study = study
         self.resources = Resources(cpus=cluster.cpus_per_trial, gpus=_gpus_per_trial(cluster))
 
-    def task(self, job: Job) -> Task:
+    def task(self, job: Job, plain: Task) -> Task:
         spec = self.specs[job.number]
         return Task(key=spec.id, call=partial(work, spec.to_json()), resources=self.resources, retries=1)
 
     def on_event(self, job: Job, event: Any) -> None:
         spec = self.specs[job.number]
         if isinstance(event, Started):
-            self.study.display.started(spec.id, f"{spec.name} · {spec.model['name']}", event)
+            self.study.display.started(spec.id, f"{spec.name} · {spec.model['name']}")
         elif isinstance(event, Progress):
             self.study.display.event(event)
+
+    def on_retry(self, job: Job, error: WorkerDiedError) -> None:
+        self.study.display.retried(self.specs[job.number].id, str(error))
 
     def on_outcome(self, job: Job, outcome: Outcome) -> JobReturn:
         spec = self.specs[job.number]
@@ -193,7 +212,7 @@ class TrialPolicy(JobPolicy):
             record = TrialRecord.from_json(outcome.value)
         else:
             record = TrialRecord.failed(spec, f"{outcome.error} ({outcome.attempts} attempts)")
-            record.save(Path(spec.places["trials"]) / spec.id / "record.json")
+            record.save(trial_folder(spec) / "record.json")
         self.study.finished(record, outcome.seconds)
         return _job_return(job, record)
 
@@ -208,7 +227,7 @@ def work(spec: dict[str, Any], report: Callable[[Any], None]) -> dict[str, Any]:
 class RunningStudy:
     """A study and what the person at the terminal sees of it."""
 
-    def __init__(self, study: Study, display: Display) -> None:
+    def __init__(self, study: Study, display: "Display") -> None:
         self.study = study
         self.display = display
 
@@ -228,8 +247,9 @@ def running_study(
     """Track and show what runs inside; at the end, however it ends, write and print the report.
 
     Raises:
-        TrackingError: the tracker cannot be used; nothing has started. SweepFailed: some trials failed.
+        TrackingError: the tracker cannot be used; nothing has started. SweepFailedError: some trials failed.
     """
+    from q3q.sweep.progress import Display
     from q3q.track.mlflow import MlflowTracker
 
     tracker = MlflowTracker(tracking_uri(settings), f"{settings.storage}/artifacts", settings.track.experiment)
@@ -265,7 +285,7 @@ def running_study(
     if failed:
         for record in failed:
             print(f"FAILED {record.spec.name} · {record.spec.model['name']}: {record.reason}", file=sys.stderr)
-        raise SweepFailed(f"{len(failed)} of {len(specs)} trials failed; the same command tries them again")
+        raise SweepFailedError(f"{len(failed)} of {len(specs)} trials failed; the same command tries them again")
 
 
 def trials_at_once(cluster: DictConfig, gpus: float) -> int:
@@ -300,9 +320,7 @@ def _gpus_per_trial(cluster: DictConfig) -> float:
 
 
 def _job_return(job: Job, record: TrialRecord | None) -> JobReturn:
-    done = JobReturn(overrides=list(job.overrides), cfg=job.config, hydra_cfg=job.config, working_dir=str(Path.cwd()))
-    done.task_name = HydraConfig.instance().cfg.hydra.job.name if HydraConfig.initialized() else "q3q"
-    completed = record is not None and record.completed
-    done.status = JobStatus.COMPLETED if completed else JobStatus.FAILED
-    done.return_value = record if completed else Q3QError(record.reason if record else "not run")
-    return done
+    """Hydra's view of a job's trial: its record, or the reason why there is none."""
+    if record is not None and record.completed:
+        return replace(failed_return(job, Q3QError()), status=JobStatus.COMPLETED, _return_value=record)
+    return failed_return(job, Q3QError(record.reason if record else "not run"))

@@ -1,0 +1,546 @@
+"""Run callables on Ray and yield each result as it ends. The only file that imports ray, and only once it is used.
+
+A task is a Ray *streaming generator*: its first item says that it began, the next ones are what it reported, the last
+one is its result or its own exception. One ordered stream per task means that a result cannot overtake an event, that
+a dead worker is seen on the stream that it fed, and that there is no mailbox process which could die, or lag, for all.
+The callable runs in a thread beside the generator (so it cannot install signal handlers, which only a process's main
+thread may).
+"""
+
+import logging
+import os
+import platform
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from q3q.errors import ConfigError, Q3QError
+
+Report = Callable[[Any], None]
+
+OBJECT_STORE_BYTES = 200_000_000  # only specs, records and events cross
+REPORTS_AHEAD = 64  # a task that is so many reports ahead of the driver waits, so nobody's memory fills with them
+ANSWER_SECONDS = 12  # how long the cluster at an address may take to answer
+CANCEL_SECONDS = 10  # how long cancelled workers are waited for
+
+_KNOCK = """
+import sys, ray
+from ray._private.services import canonicalize_bootstrap_address_or_die
+ray._raylet.GcsClient(address=canonicalize_bootstrap_address_or_die(sys.argv[1]))
+"""
+
+
+class WorkerDiedError(Q3QError):
+    """A task's process or machine died under it; no exception of the task's own says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a task reserves, or a cluster has. memory is in bytes; None reserves none."""
+
+    cpus: float = 1
+    gpus: float = 0
+    memory: int | None = None
+
+    def __str__(self) -> str:
+        memory = [] if self.memory is None else [f"{self.memory / 2**30:.1f} GiB of memory"]
+        return ", ".join([f"{self.cpus:g} CPUs", f"{self.gpus:g} GPUs", *memory])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One callable to run in a worker process.
+
+    call: picklable (cloudpickle: lambdas and what `__main__` defines are fine). It is given `report`, which sends a
+        small picklable event to the driver and may be called from any thread until the call returns.
+    retries: how often it runs again if its process or machine died. An exception of its own is never retried.
+    """
+
+    key: str
+    call: Callable[[Report], Any]
+    resources: Resources = Resources()
+    retries: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The first event of each attempt: a worker has taken the task."""
+
+    key: str
+    pid: int
+    node: str
+    attempt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a task ended: with a value, or with an error.
+
+    error: the task's own exception (its `__cause__` shows the worker's traceback), WorkerDiedError if its process or
+        machine died, ConfigError if no machine of the cluster can ever run it.
+    seconds: of the last attempt, from its start; 0 if it never started.
+    """
+
+    key: str
+    value: Any = None
+    error: BaseException | None = None
+    died: bool = False
+    attempts: int
+    seconds: float = 0.0
+
+
+class Cluster:
+    """Ray on this machine, or the Ray cluster at `address`; a context manager that starts it without waiting.
+
+    Starting takes seconds, so it goes on in the background until the first `total` or `run` needs it. A thread of this
+    class starts Ray, keeps it and stops it: Ray's processes die with the *thread* that started them (the kernel's
+    parent-death signal is a thread's), which is also what makes workers die with a killed driver.
+
+    Args:
+        address: `host:port` or `auto` of a running cluster that this machine is a node of; None starts one here.
+        cpus, gpus: what the local cluster may hand out; None lets Ray count.
+        env: environment variables that each worker gets before it imports anything for a task.
+        patience: seconds to wait for a machine large enough for a task, where a cluster grows on demand; with 0, a
+            task that fits on no machine of now is refused at once.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        cpus: int | None = None,
+        gpus: float | None = None,
+        env: Mapping[str, str] | None = None,
+        patience: float = 0.0,
+    ) -> None:
+        if address is not None and (cpus is not None or gpus is not None):
+            raise ConfigError(f"cpus and gpus are for a local cluster: the one at {address} has what it has")
+        if address is not None and "://" in address:
+            raise ConfigError(f"cluster address {address}: run on a node of the cluster and give host:port, or auto")
+        self.address, self.cpus, self.gpus = address, cpus, gpus
+        self.env, self.patience = dict(env or {}), patience
+        self._up, self._over = threading.Event(), threading.Event()
+        self._failure: BaseException | None = None
+        self._keeper: threading.Thread | None = None
+        self._sigterm_is_ours = False
+
+    def start(self) -> "Cluster":
+        """Start in the background, unless that was done. What goes wrong is raised by `total` and `run`."""
+        if self._keeper is None:
+            self._keeper = threading.Thread(target=self._keep, name="ray-keeper", daemon=True)
+            self._keeper.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop a local cluster with all its processes; leave one at an address, ending only what we ran there."""
+        self._over.set()
+        if self._keeper is not None:
+            self._keeper.join()
+        if self._sigterm_is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            self._sigterm_is_ours = False
+
+    def __enter__(self) -> "Cluster":
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def total(self) -> Resources:
+        """All that the cluster has, taken or free."""
+        self._wait_until_up()
+        import ray
+
+        return _resources_of(ray.cluster_resources())
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        on_event: Callable[[str, Any], None],
+        on_retry: Callable[[str, WorkerDiedError], None] | None = None,
+    ) -> Generator[Outcome, None, None]:
+        """Run the tasks, in their order as far as resources allow, and yield one Outcome for each as it ends.
+
+        Closing the iterator, or an exception in the driver (Ctrl-C too), kills the workers of unfinished tasks.
+
+        Args:
+            tasks: with distinct keys. Only as many as can help wait in Ray's queue at a time.
+            on_event: called in the driver with a task's key and each event, Started first, in order, as they come.
+            on_retry: called when a task is about to run again because it died.
+        """
+        if len({task.key for task in tasks}) < len(tasks):
+            raise ValueError("tasks must have distinct keys")
+        run = _Run(self, tasks, on_event, on_retry)
+        try:
+            yield from run.outcomes()
+        finally:
+            run.cancel()
+
+    def _keep(self) -> None:
+        """The keeper thread's life."""
+        try:
+            self._start_here() if self.address is None else self._connect(self.address)
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._up.set()
+        self._over.wait()
+        if self._failure is None:
+            import ray
+
+            ray.shutdown()
+
+    def _start_here(self) -> None:
+        # On any platform this variable decides whether Ray listens on loopback alone; read when ray is first imported.
+        with _environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
+            self._init(
+                address="local",  # even if a cluster already runs here or RAY_ADDRESS names one
+                num_cpus=self.cpus,
+                num_gpus=self.gpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+            )
+
+    def _connect(self, address: str) -> None:
+        # ray.init takes minutes to give up on an address, cannot be interrupted, and then ends the process: let another
+        # process knock first.
+        try:
+            answer = subprocess.run(
+                [sys.executable, "-c", _KNOCK, address],
+                capture_output=True,
+                text=True,
+                timeout=ANSWER_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"no Ray cluster answers at {address}. Give the host:port that `ray start --head` printed"
+            ) from None
+        if answer.returncode != 0:
+            reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise ConfigError(f"cannot use the Ray cluster at {address}: {reason}")
+        self._init(address=address)
+
+    def _init(self, **options: Any) -> None:
+        import ray
+
+        if ray.is_initialized():
+            raise ConfigError("Ray already runs in this process: pass its Cluster on instead of starting a second one")
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:
+            where = f"the Ray cluster at {self.address}" if self.address else "Ray on this machine"
+            raise ConfigError(f"cannot start {where}: {error}") from error
+        # Ray prints a paragraph on the driver's stdout for each dead worker, even so; our Outcome says it in a line.
+        ray._private.worker._worker_logs_enabled = False
+
+    def _wait_until_up(self) -> None:
+        if self._keeper is None:
+            raise RuntimeError("start the cluster first: `with Cluster() as cluster`")
+        self._up.wait()
+        if self._failure is not None:
+            raise self._failure
+        if self._over.is_set():
+            raise RuntimeError("this cluster is stopped")
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            # Ray's core would answer SIGTERM with a stack trace and sudden death; end as Python ends instead.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            self._sigterm_is_ours = True
+
+
+_EVENT, _VALUE, _ERROR, _DIED = "event", "value", "error", "died"
+
+
+@dataclass
+class _Flight:
+    """A task that Ray has. clock: monotonic seconds when it was submitted, then when it began."""
+
+    task: Task
+    attempt: int
+    began: Started | None = None
+    clock: float = field(default_factory=time.monotonic)
+
+    def ended(self, value: Any = None, error: BaseException | None = None, died: bool = False) -> Outcome:
+        seconds = time.monotonic() - self.clock if self.began else 0.0
+        key, attempts = self.task.key, self.attempt
+        return Outcome(key=key, value=value, error=error, died=died, attempts=attempts, seconds=seconds)
+
+
+class _Run:
+    """The tasks of one `Cluster.run`: those that still wait here, and those that Ray has."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        tasks: Sequence[Task],
+        on_event: Callable[[str, Any], None],
+        on_retry: Callable[[str, WorkerDiedError], None] | None,
+    ) -> None:
+        self.on_event, self.on_retry = on_event, on_retry
+        self.env, self.patience = cluster.env, cluster.patience
+        # So many tasks of a shape may wait in Ray's queue: enough to fill the cluster at once, and to show one that
+        # grows on demand that there is demand.
+        self.ahead = max(8, int(cluster.total().cpus))
+        # Each shape has its own queue, so that tasks that wait for a GPU do not hold up those that need none.
+        self.queues: dict[Resources, deque[tuple[Task, int]]] = {}
+        for task in tasks:
+            self.queues.setdefault(task.resources, deque()).append((task, 1))
+        self.entries = {shape: _entry(shape) for shape in self.queues}
+        self.flights: dict[Any, _Flight] = {}
+        self.checked = time.monotonic()
+
+    def outcomes(self) -> Iterator[Outcome]:
+        while self.flights or any(self.queues.values()):
+            yield from self._submit()
+            yield from self._listen()
+            yield from self._refuse()
+
+    def cancel(self) -> None:
+        _cancel(list(self.flights))
+
+    def _submit(self) -> Iterator[Outcome]:
+        """Give Ray as many tasks as may wait there."""
+        import ray
+
+        waiting = Counter(flight.task.resources for flight in self.flights.values() if flight.began is None)
+        path = [os.path.abspath(entry) for entry in sys.path]
+        for shape, queue_of_shape in self.queues.items():
+            while queue_of_shape and waiting[shape] < self.ahead:
+                flight = _Flight(*queue_of_shape.popleft())
+                task = flight.task
+                try:
+                    call = ray.cloudpickle.dumps(task.call)
+                except Exception as error:
+                    problem = Q3QError(f"{task.key} cannot be sent to a worker: {error}")
+                    yield flight.ended(error=_caused_by(problem, error))
+                    continue
+                work = (call, task.key, flight.attempt, shape.cpus, shape.gpus)
+                self.flights[self.entries[shape].remote(path, os.getcwd(), self.env, *work)] = flight
+                waiting[shape] += 1
+
+    def _listen(self) -> Iterator[Outcome]:
+        """Take what one stream has to say, if one speaks up within a second."""
+        import ray
+
+        ready = ray.wait(list(self.flights), num_returns=1, timeout=1.0)[0] if self.flights else []
+        for stream in ready:
+            flight = self.flights.pop(stream)
+            task = flight.task
+            kind, content = _next_message(stream, flight)
+            if kind == _EVENT:
+                self.flights[stream] = flight  # last in line: a talkative task must not keep others from being heard
+                if isinstance(content, Started):
+                    flight.began, flight.clock = content, time.monotonic()
+                self.on_event(task.key, content)
+            elif kind == _VALUE:
+                yield flight.ended(value=content)
+            elif kind == _DIED and flight.attempt <= task.retries:
+                self.queues[task.resources].appendleft((task, flight.attempt + 1))
+                if self.on_retry is not None:
+                    self.on_retry(task.key, content)
+            else:
+                yield flight.ended(error=content, died=kind == _DIED)
+
+    def _refuse(self) -> Iterator[Outcome]:
+        """End, now and then, the tasks that no machine of the cluster is large enough for."""
+        now = time.monotonic()
+        if now - self.checked < 1.0:
+            return
+        self.checked = now
+        overdue = [
+            (stream, flight)
+            for stream, flight in self.flights.items()
+            if flight.began is None and now - flight.clock > self.patience
+        ]
+        machines = _machines() if overdue else []
+        for stream, flight in overdue:
+            wanted = flight.task.resources
+            if not any(_fits(wanted, machine) for machine in machines):
+                del self.flights[stream]
+                _cancel([stream])
+                has = "; ".join(map(str, machines)) or "none"
+                yield flight.ended(
+                    error=ConfigError(f"{flight.task.key} needs {wanted}, and no machine has that. Machines: {has}")
+                )
+
+
+class _RaisedInWorkerError(Exception):
+    """Shows, as the cause of a task's exception, where in the worker it was raised."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+_HOW_IT_DIED = {  # by the name of Ray's exception
+    "WorkerCrashedError": "its process was killed or crashed",
+    "OutOfMemoryError": "out of memory, so Ray killed it before its machine was full",
+    "NodeDiedError": "its machine was lost",
+    "LocalRayletDiedError": "Ray ended on this machine",
+    "ObjectLostError": "its answer was lost with the machine that held it",
+    "RaySystemError": "Ray failed",
+    "StopIteration": "it ended without an answer",
+}
+
+
+def _next_message(stream: Any, flight: _Flight) -> tuple[str, Any]:
+    """What a task's stream says next. Only called when it has something to say."""
+    import ray
+
+    key = flight.task.key
+    try:
+        kind, content, *trace = ray.cloudpickle.loads(ray.get(next(stream)))
+    except (ray.exceptions.RayError, StopIteration) as error:
+        how = [_HOW_IT_DIED[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _HOW_IT_DIED]
+        if how:
+            worker = f" (pid {flight.began.pid} on {flight.began.node})" if flight.began else ""
+            return _DIED, _caused_by(WorkerDiedError(f"{key} died{worker}: {how[0]}"), error.with_traceback(None))
+        reason = getattr(error, "cause", None) or error  # before our code ran: q3q is not installed there, say
+        return _ERROR, _caused_by(Q3QError(f"Ray could not run {key}: {reason}"), error)
+    except Exception as error:
+        return _ERROR, _caused_by(Q3QError(f"what {key} sent cannot be read here: {error}"), error)
+    return kind, _caused_by(content, _RaisedInWorkerError(*trace)) if kind == _ERROR else content
+
+
+def _caused_by(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+def _cancel(streams: Sequence[Any]) -> None:
+    """Kill the workers that run these tasks, and see them dead: their files may be written by others next."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):  # the cluster itself may be gone
+        for stream in streams:
+            ray.cancel(stream, force=True)
+        if streams:
+            ends = [stream.completed() for stream in streams]
+            ray.wait(ends, num_returns=len(ends), timeout=CANCEL_SECONDS, fetch_local=False)
+
+
+def _machines() -> list[Resources]:
+    import ray
+
+    return [_resources_of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _resources_of(amounts: Mapping[str, float]) -> Resources:
+    return Resources(
+        cpus=amounts.get("CPU", 0), gpus=amounts.get("GPU", 0), memory=int(amounts.get("memory", 0)) or None
+    )
+
+
+def _fits(wanted: Resources, machine: Resources) -> bool:
+    return wanted.cpus <= machine.cpus and wanted.gpus <= machine.gpus and (wanted.memory or 0) <= (machine.memory or 0)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that child processes inherit, for as long as the block lasts."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _entry(shape: Resources) -> Any:
+    """The Ray function for tasks of this shape."""
+    import ray
+
+    # Nested, because nested functions are pickled whole: it makes q3q importable before anything of q3q is needed.
+    def task(path: list[str], cwd: str, env: dict[str, str], *work: Any) -> Iterator[bytes]:
+        import os
+        import sys
+
+        sys.path[:] = [*filter(os.path.exists, path), *(entry for entry in sys.path if entry not in path)]
+        os.environ.update(env)
+        if os.path.isdir(cwd):  # not on another machine
+            os.chdir(cwd)
+        from q3q.sweep.cluster import _work
+
+        yield from _work(*work)
+
+    options: dict[str, Any] = {
+        "num_cpus": shape.cpus,
+        "num_gpus": shape.gpus,
+        "memory": shape.memory,
+        "num_returns": "streaming",
+        "max_retries": 0,  # we retry ourselves, and say so
+        "_generator_backpressure_num_objects": REPORTS_AHEAD,
+    }
+    return ray.remote(**options)(task)
+
+
+def _work(call: bytes, key: str, attempt: int, cpus: float, gpus: float) -> Iterator[bytes]:
+    """In the worker: run one pickled call in a thread of its own; yield what it reports, then how it ended."""
+    outbox: queue.Queue[bytes | None] = queue.Queue(maxsize=REPORTS_AHEAD)
+    yield _pack(_EVENT, Started(key=key, pid=os.getpid(), node=platform.node(), attempt=attempt))
+    threading.Thread(target=_run_call, args=(call, cpus, gpus, outbox), name=key, daemon=True).start()
+    while (message := outbox.get()) is not None:
+        yield message
+
+
+def _run_call(call: bytes, cpus: float, gpus: float, outbox: "queue.Queue[bytes | None]") -> None:
+    try:
+        _keep_to(cpus, gpus)
+        value = _unpack(call)(lambda event: outbox.put(_pack(_EVENT, event)))
+    except BaseException as error:  # sys.exit too: this thread must always say how it ended
+        end = _pack_error(error)
+    else:
+        try:
+            end = _pack(_VALUE, value)
+        except Exception as error:
+            problem = Q3QError(f"the result, of type {type(value).__name__}, cannot be sent: {error}")
+            end = _pack_error(_caused_by(problem, error))
+    outbox.put(end)
+    outbox.put(None)
+
+
+def _keep_to(cpus: float, gpus: float) -> None:
+    """Compute with as many threads as CPUs were reserved; see no GPU if none was."""
+    threads = max(1, int(cpus))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(threads)  # for libraries that are loaded from now on
+    if "torch" in sys.modules:  # from an earlier task; OpenMP counts threads for each calling thread anew
+        sys.modules["torch"].set_num_threads(threads)
+    if gpus == 0:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray gives GPU tasks processes of their own, so none inherits this
+
+
+def _pack(*message: Any) -> bytes:
+    from ray import cloudpickle
+
+    return cloudpickle.dumps(message)
+
+
+def _unpack(packed: bytes) -> Any:
+    from ray import cloudpickle
+
+    return cloudpickle.loads(packed)
+
+
+def _pack_error(error: BaseException) -> bytes:
+    trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    try:
+        packed = _pack(_ERROR, error, trace)
+        _unpack(packed)  # an exception class with its own __init__ often pickles but does not come back
+    except Exception:
+        packed = _pack(_ERROR, Q3QError(f"{type(error).__name__}: {error}"), trace)
+    return packed

@@ -1,0 +1,328 @@
+"""Laws of tables, plots and the report, on records made by hand."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from q3q.record import COMPLETED, FAILED, SiteError, TrialRecord
+from q3q.report.plots import perplexity_against_bits, site_error_heatmap
+from q3q.report.tables import method_by_bits, result_tables, sites_csv, trial_table
+from q3q.report.write import trial_artifacts, write_report
+from q3q.spec import Scheme, TrialSpec
+
+STORIES, WHO = "perplexity/stories", "stories_who/acc"
+
+
+def spec(method: str = "gptq", bits: int = 4, **changes: Any) -> TrialSpec:
+    """A trial; keywords change the scheme, the method's knobs, or the spec, whichever has them."""
+    scheme: dict[str, Any] = {"bits": bits, "group_size": 128, "symmetric": False, "act_bits": None}
+    knobs: dict[str, Any] = {"name": method, "version": 1, **({"damping": 0.01} if method == "gptq" else {})}
+    whole: dict[str, Any] = {
+        "model": {"name": "demo", "digest": "d1", "dtype": "float32"},
+        "calibration": None,
+        "evaluation": {"texts": [{"name": "stories", "window": 512}], "tasks": ["stories_who"], "task_limit": None},
+        "seed": 0,
+    }
+    if method in ("gptq", "awq"):
+        whole["calibration"] = {"source": "demo", "digest": "d2", "length": 512 if method == "awq" else 2048}
+    for name, value in changes.items():
+        next((part for part in (scheme, knobs, whole) if name in part), knobs)[name] = value
+    return TrialSpec(method=knobs, scheme=None if method == "none" else Scheme(**scheme), **whole)
+
+
+def record(
+    method: str = "gptq", bits: int = 4, perplexity: float | None = 3.5, acc: float = 0.75, **changes: Any
+) -> TrialRecord:
+    """A completed trial, its perplexity diverged if None."""
+    measured = {} if perplexity is None else {STORIES: perplexity}
+    return TrialRecord(
+        spec=spec(method, bits, **changes),
+        status=COMPLETED,
+        metrics={**measured, WHO: acc, "bits_per_weight": bits + 0.25, "seconds/quantize": 2.0, "seconds/load": 0.5},
+        intervals={WHO: (acc - 0.05, acc + 0.04)},
+        diverged=() if perplexity is not None else (STORIES,),
+    )
+
+
+def failed(method: str, bits: int, reason: str = "the worker died", **changes: Any) -> TrialRecord:
+    return TrialRecord.failed(spec(method, bits, **changes), reason)
+
+
+GRID = [
+    record("awq", 4, 3.25),
+    record("gptq", 3, 12.3456),
+    failed("gptq", 2),
+    record("none", perplexity=3.0, acc=0.875),
+    record("rtn", 2, None, acc=0.25),
+    record("rtn", 3, 123456.0),
+    record("rtn", 4, 987.654),
+]
+
+
+def test_method_by_bits_holds_every_outcome_in_its_cell() -> None:
+    grid = method_by_bits(GRID, STORIES)
+    assert list(grid.columns) == [2, 3, 4, 16]
+    assert list(grid.index) == ["none", "rtn", "awq", "gptq"]
+    assert grid.to_numpy().tolist() == [
+        ["-", "-", "-", 3.0],
+        ["diverged", 123456.0, 987.654, "-"],
+        ["-", "-", 3.25, "-"],
+        ["failed", 12.3456, "-", "-"],
+    ]
+
+
+def test_the_terminal_table_is_exactly_this() -> None:
+    perplexity, accuracy = result_tables(GRID, everything=False)
+    assert perplexity.plain() == (
+        "demo: perplexity of stories (lower is better)\n"
+        "method \\ bits         2         3      4     16\n"
+        "none                  -         -      -  3.000\n"
+        "rtn            diverged  1.23e+05  987.7      -\n"
+        "awq                   -         -  3.250      -\n"
+        "gptq             failed     12.35      -      -"
+    )
+    assert accuracy.plain() == (
+        "demo: accuracy on stories_who, % (higher is better)\n"
+        "method \\ bits       2     3     4    16\n"
+        "none                -     -     -  87.5\n"
+        "rtn              25.0  75.0  75.0     -\n"
+        "awq                 -     -  75.0     -\n"
+        "gptq           failed  75.0     -     -\n"
+        "95 % intervals reach at most 4.5 points to either side."
+    )
+
+
+def test_the_markdown_table_is_exactly_this() -> None:
+    assert result_tables(GRID[:3], everything=False)[0].markdown() == (
+        "**demo: perplexity of stories (lower is better)**\n\n"
+        "| method \\ bits | 2 | 3 | 4 |\n"
+        "| --- | ---: | ---: | ---: |\n"
+        "| awq | - | - | 3.250 |\n"
+        "| gptq | failed | 12.35 | - |\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ({"group_size": 128}, {"group_size": 64}, ["gptq g64", "gptq g128"]),
+        ({"group_size": 128}, {"group_size": -1}, ["gptq g128", "gptq pc"]),
+        ({"act_bits": None}, {"act_bits": 8}, ["gptq a8", "gptq a16"]),
+        ({"symmetric": True}, {"symmetric": False}, ["gptq asym", "gptq sym"]),
+        ({"seed": 0}, {"seed": 1}, ["gptq seed 0", "gptq seed 1"]),
+        ({"damping": 0.01}, {"damping": 0.05}, ["gptq damping=0.01", "gptq damping=0.05"]),
+        (
+            {"calibration": {"source": "c4", "digest": "d3"}},
+            {"calibration": {"source": "demo", "digest": "d4"}},
+            ["gptq source=c4", "gptq source=demo"],
+        ),
+        (
+            {"calibration": {"source": "file", "digest": "d3"}},
+            {"calibration": {"source": "file", "digest": "d4"}},
+            ["gptq digest=d3", "gptq digest=d4"],
+        ),
+    ],
+)
+def test_what_differs_stands_in_the_label_and_nothing_is_overwritten(
+    one: dict[str, Any], other: dict[str, Any], expected: list[str]
+) -> None:
+    records = [record("gptq", 3, 5.0, **one), record("gptq", 3, 6.0, **other), record("gptq", 4, 4.0, **one)]
+    grid = method_by_bits(records, STORIES)
+    assert list(grid.index) == expected
+    assert sorted(value for value in grid.to_numpy().flatten() if value != "-") == [4.0, 5.0, 6.0]
+
+
+def test_methods_own_defaults_do_not_crowd_the_labels_but_group_sizes_do() -> None:
+    same = [record("awq", 3), record("gptq", 3), record("none")]  # they calibrate differently, as each method does
+    assert list(method_by_bits(same, STORIES).index) == ["none", "awq", "gptq"]
+    differ = [record("rtn", 3, group_size=-1), record("gptq", 3), record("none")]
+    assert list(method_by_bits(differ, STORIES).index) == ["none", "rtn pc", "gptq g128"]
+
+
+def test_evaluations_that_differ_are_told_apart_only_where_they_matter() -> None:
+    short = {"texts": [{"name": "stories", "window": 128}], "tasks": ["stories_who"], "task_limit": None}
+    records = [record(perplexity=3.5), record(perplexity=4.5, evaluation=short)]
+    assert method_by_bits(records, STORIES).to_dict()[4] == {"gptq window=128": 4.5, "gptq window=512": 3.5}
+    assert method_by_bits(records, WHO).to_dict()[4] == {"gptq": 0.75}
+
+
+def test_a_number_is_not_hidden_by_a_trial_that_failed_to_measure_it_again() -> None:
+    more = {"texts": [{"name": "stories", "window": 512}], "tasks": [], "task_limit": None}
+    for order in (1, -1):
+        records = [record(perplexity=3.5), failed("gptq", 4, evaluation=more)][::order]
+        assert method_by_bits(records, STORIES).to_dict()[4] == {"gptq": 3.5}
+
+
+def test_a_failed_trials_numbers_are_not_shown() -> None:
+    untrusted = replace(record("gptq", 3, 5.0), status=FAILED, reason="levels: 9 levels in a group of 3 bits")
+    assert method_by_bits([untrusted], STORIES).to_dict() == {3: {"gptq": "failed"}}
+    row = trial_table([untrusted]).iloc[0]
+    assert row[STORIES] is None
+    assert row["seconds"] == 2.5
+
+
+def test_several_tasks_have_a_mean_and_models_have_tables_of_their_own() -> None:
+    asked = {"texts": [], "tasks": ["a", "b"], "task_limit": None}
+    moe = {"name": "demo_moe", "digest": "d5", "dtype": "float32"}
+    records = [
+        replace(record("rtn", 4, evaluation=asked, model=model), metrics={"a/acc": 0.5, "b/acc": accuracy})
+        for model, accuracy in ((spec().model, 0.6), (moe, 0.9))
+    ]
+    short = [(table.title, table.rows) for table in result_tables(records, everything=False)]
+    assert short == [
+        ("demo: mean accuracy of the tasks, % (higher is better)", (("rtn", "55.0"),)),
+        ("demo_moe: mean accuracy of the tasks, % (higher is better)", (("rtn", "70.0"),)),
+    ]
+    assert len(result_tables(records, everything=True)) == 6
+    assert list(method_by_bits(records, "a/acc").index) == ["rtn demo", "rtn demo_moe"]
+
+
+def test_tables_too_wide_for_the_terminal_number_their_labels() -> None:
+    long = "x" * 120
+    records = [record("gptq", 3, 5.0, damping=long), record("gptq", 3, 6.0, damping="y")]
+    lines = result_tables(records, everything=False)[0].plain(100).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[2:4] == ["[1]            5.000", "[2]            6.000"]
+    legend = "".join(line.strip() for line in lines[4:])
+    assert legend == f"[1] gptq damping={long}[2] gptq damping=y"
+
+
+def test_the_long_table_has_a_row_per_trial_and_says_how_each_ended() -> None:
+    table = trial_table(
+        [*GRID, replace(GRID[0], metrics={**GRID[0].metrics, STORIES: 9.0})]
+    )  # the latest record counts
+    assert list(table["method"]) == ["none", "rtn", "rtn", "rtn", "awq", "gptq", "gptq"]
+    assert list(table["bits"]) == [None, 2, 3, 4, 4, 2, 3]
+    assert list(table[STORIES]) == [3.0, "diverged", 123456.0, 987.654, 9.0, None, 12.3456]
+    assert list(table["status"]) == ["COMPLETED"] * 5 + ["FAILED", "COMPLETED"]
+    assert table["reason"][5] == "the worker died"
+    assert table[f"{WHO}.low"][0] == pytest.approx(0.825)
+    assert {"trial", "model", "group_size", "act_bits", "symmetric", "seed", "seconds"} <= set(table.columns)
+
+
+def test_a_report_is_three_files_that_do_not_depend_on_the_order_trials_ended_in(tmp_path: Path) -> None:
+    command = "python launch.py -m method=none,rtn,gptq,awq bits=2,3,4"
+    other = failed("gptq", 8, "out of\nmemory")
+    report = write_report([other, *GRID], tmp_path / "one", command)
+    again = write_report([*GRID[::-1], other], tmp_path / "two", command)
+    assert sorted(path.name for path in report.folder.iterdir()) == ["perplexity.png", "results.csv", "results.md"]
+    assert {path.name: path.read_bytes() for path in report.folder.iterdir()} == report.files
+    assert report.files == again.files
+    page = report.files["results.md"].decode()
+    assert command in page
+    assert "(perplexity.png)" in page
+    assert f"- gptq w2 g128 · demo (`{GRID[2].spec.id}`): the worker died" in page
+    assert f"- rtn w2 g128 · demo (`{GRID[4].spec.id}`): {STORIES}" in page
+    assert "the worker died\n- gptq w8 g128 · demo" in page
+    assert "out of memory" in page
+    assert "8 trials: 6 completed, 2 failed." in page
+    assert report.text == "\n\n".join(table.plain() for table in result_tables([other, *GRID], everything=False))
+    assert report.artifacts()["table.md"].decode().count("| gptq | failed |") == 2
+
+
+@pytest.mark.parametrize("records", [[], [failed("gptq", 2)], [record("rtn", 2, None)]])
+def test_nothing_to_show_is_shown_as_such(records: list[TrialRecord], tmp_path: Path) -> None:
+    report = write_report(records, tmp_path, "python launch.py")
+    assert pixels(report.files["perplexity.png"]).size
+    assert len(report.files["results.csv"].decode().splitlines()) == 1 + len(records)
+    assert report.text
+
+
+def test_a_trials_artifacts_are_its_record_and_what_it_has(tmp_path: Path) -> None:
+    assert set(trial_artifacts(failed("gptq", 2))) == {"record.json"}
+    whole = replace(with_sites(2, ["q_proj", "o_proj"]), results={"results": {"stories_who": {"acc,none": 0.75}}})
+    files = trial_artifacts(whole)
+    assert set(files) == {"record.json", "sites.csv", "heatmap.png", "lm_eval.json"}
+    assert TrialRecord.from_json(json.loads(files["record.json"])) == whole
+    assert json.loads(files["lm_eval.json"]) == whole.results
+    assert files["sites.csv"].decode() == sites_csv(whole)
+
+
+def with_sites(blocks: int, linears: list[str], outputs: bool = True) -> TrialRecord:
+    sites = [
+        SiteError(block=k, site="qkv", linear=name, weight_error=0.5 / (k + 1), output_error=0.25 if outputs else None)
+        for k in range(blocks)
+        for name in linears
+    ]
+    return replace(record(), sites=tuple(sites))
+
+
+def test_the_sites_table_is_exactly_this() -> None:
+    assert sites_csv(with_sites(2, ["q_proj"])) == (
+        "block,site,linear,weight_error,output_error\n0,qkv,q_proj,0.5,0.25\n1,qkv,q_proj,0.25,0.25\n"
+    )
+    assert sites_csv(with_sites(1, ["q_proj"], outputs=False)).endswith("0,qkv,q_proj,0.5,\n")
+
+
+def pixels(png: bytes) -> Any:
+    import io
+
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def texts(png_of: Any, *arguments: Any) -> list[str]:
+    """Every text that a plot draws, read from its figure before it becomes pixels."""
+    from matplotlib.text import Text
+
+    from q3q.report import plots
+
+    found: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        draw = plots._png
+
+        def read(figure: Any) -> bytes:
+            png = draw(figure)
+            found.extend(text.get_text() for text in figure.findobj(Text) if text.get_text())
+            return png
+
+        patch.setattr(plots, "_png", read)
+        png_of(*arguments)
+    return found
+
+
+def test_the_plot_says_what_it_cannot_show_and_names_its_axes() -> None:
+    told = texts(perplexity_against_bits, GRID)
+    assert "perplexity per token" in told
+    assert "bits of a weight\nnot shown: rtn 2-bit diverged, gptq 2-bit failed" in told
+    assert {"unquantized", "rtn", "awq", "gptq", "demo: stories"} <= set(told)
+    assert "100000" in told  # a logarithmic axis with plain numbers
+
+
+def test_a_point_moves_in_the_plot_when_its_perplexity_does() -> None:
+    before, after = (
+        [record("rtn", 3, 9.0), record("rtn", 4, low), record("none", perplexity=3.0)] for low in (4.0, 6.0)
+    )
+    pictures = [pixels(perplexity_against_bits(records)) for records in (before, after)]
+    assert pictures[0].shape == pictures[1].shape
+    assert (pictures[0] != pictures[1]).any()
+
+
+def test_the_heatmap_prefers_the_error_of_outputs_and_says_so() -> None:
+    told = " ".join(texts(site_error_heatmap, with_sites(2, ["q_proj", "k_proj"])))
+    assert "output error ‖X(W − Q)ᵀ‖ / ‖XWᵀ‖" in told
+    assert "qkv/k_proj" in told
+    told = " ".join(texts(site_error_heatmap, with_sites(2, ["q_proj"], outputs=False)))
+    assert "weight error ‖W − Q‖ / ‖W‖" in told
+
+
+def test_the_heatmap_averages_many_linears_and_says_so_and_counts_cells_without_a_number() -> None:
+    told = " ".join(texts(site_error_heatmap, with_sites(3, [f"experts.{i}" for i in range(65)])))
+    assert "mean over the 65 linears of each site" in told
+    assert "qkv/experts.0" not in told
+    known = with_sites(2, ["q_proj", "k_proj"])
+    unknown = replace(known, sites=(replace(known.sites[0], output_error=None), *known.sites[1:]))
+    assert "grey: 1 without a number" in " ".join(texts(site_error_heatmap, unknown))
+
+
+def test_importing_the_report_is_cheap() -> None:
+    heavy = ("matplotlib", "pandas", "numpy", "torch", "mlflow", "ray")
+    script = f"import sys, q3q.report.write; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "[]\n"

@@ -1,0 +1,384 @@
+"""Laws of the cluster, with real Ray and real processes. Order is forced with files and events, never with sleeps."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from q3q.errors import ConfigError, Q3QError
+from q3q.sweep import cluster as cluster_module
+from q3q.sweep.cluster import Cluster, Outcome, Report, Resources, Started, Task, WorkerDiedError
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(cpus=2, gpus=1, env={"Q3Q_TEST_COLOUR": "blue"}) as started:
+        yield started
+
+
+def run(cluster: Cluster, *tasks: Task, on_event: Callable[[str, Any], None] = lambda *_: None) -> dict[str, Outcome]:
+    return {outcome.key: outcome for outcome in cluster.run(tasks, on_event)}
+
+
+def value_of(cluster: Cluster, call: Callable[[Report], Any], **settings: Any) -> Any:
+    outcome = run(cluster, Task(key="only", call=call, **settings))["only"]
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.value
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+def ends_soon(pid: int, seconds: float = 10) -> bool:
+    deadline = time.monotonic() + seconds
+    while runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not runs(pid)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class PickyError(Exception):
+    """Pickles, but does not come back: its __init__ wants what `args` does not hold."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what} because {why}")
+
+
+def test_total_is_what_it_was_given(cluster):
+    total = cluster.total()
+    assert (total.cpus, total.gpus) == (2, 1)
+    assert total.memory > 0
+
+
+def test_each_outcome_comes_as_its_task_ends(cluster, tmp_path):
+    gate = tmp_path / "gate"
+    tasks = [Task(key="slow", call=lambda _: wait_for(gate)), Task(key="quick", call=lambda _: "value")]
+    outcomes = cluster.run(tasks, lambda *_: None)
+    quick = next(outcomes)
+    assert (quick.key, quick.value, quick.error, quick.attempts) == ("quick", "value", None, 1)
+    gate.touch()  # only now can the other one end
+    assert [outcome.key for outcome in outcomes] == ["slow"]
+
+
+def test_events_arrive_in_order_and_while_the_task_runs(cluster, tmp_path):
+    heard = []
+
+    def call(report):
+        for number in range(200):  # more than may be on their way at a time
+            report(number)
+        wait_for(tmp_path / "199")  # made by the driver when it hears the last number
+        return os.getpid()
+
+    def on_event(key, event):
+        heard.append(event)
+        (tmp_path / str(event)).touch()
+
+    outcome = run(cluster, Task(key="talker", call=call), on_event=on_event)["talker"]
+    assert heard[0] == Started(key="talker", pid=outcome.value, node=heard[0].node, attempt=1)
+    assert heard[1:] == list(range(200))
+    assert outcome.seconds > 0
+
+
+def test_an_exception_comes_back_as_itself_and_is_not_retried(cluster, tmp_path):
+    def fails(report):
+        with (tmp_path / "runs").open("a") as file:
+            file.write("x")
+        raise KeyError("no such block")
+
+    outcome = run(cluster, Task(key="bad", call=fails, retries=5))["bad"]
+    assert type(outcome.error) is KeyError
+    assert outcome.error.args == ("no such block",)
+    assert "in fails" in str(outcome.error.__cause__)  # the worker's traceback
+    assert (outcome.died, outcome.attempts, outcome.value) == (False, 1, None)
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_an_exception_that_cannot_travel_still_says_what_it_was(cluster):
+    def fails(report):
+        raise PickyError("no scale", "all zero")
+
+    with pytest.raises(Q3QError, match="PickyError: no scale because all zero"):
+        value_of(cluster, fails)
+
+
+def test_sys_exit_is_the_tasks_own_error(cluster):
+    with pytest.raises(SystemExit, match="3"):
+        value_of(cluster, lambda _: sys.exit(3))
+
+
+def test_what_cannot_be_pickled_is_an_error_not_a_hang(cluster):
+    lock = threading.Lock()
+    outcomes = run(
+        cluster,
+        Task(key="result", call=lambda _: threading.Lock()),
+        Task(key="event", call=lambda report: report(threading.Lock())),
+        Task(key="call", call=lambda _: lock),
+        Task(key="fine", call=lambda _: 1),
+    )
+    assert "result, of type lock, cannot be sent" in str(outcomes["result"].error)
+    assert isinstance(outcomes["event"].error, TypeError)
+    assert "call cannot be sent to a worker" in str(outcomes["call"].error)
+    assert outcomes["fine"].value == 1
+
+
+def test_a_killed_task_runs_again(cluster, tmp_path):
+    def dies_once(report):
+        report("working")
+        if not (tmp_path / "died").exists():
+            (tmp_path / "died").touch()
+            die()
+        return "done"
+
+    attempts, retried = [], []
+    [outcome] = cluster.run(
+        [Task(key="fragile", call=dies_once)],
+        lambda key, event: attempts.append(event.attempt) if isinstance(event, Started) else None,
+        lambda key, error: retried.append((key, type(error))),
+    )
+    assert (outcome.value, outcome.error, outcome.attempts) == ("done", None, 2)
+    assert attempts[-1] == 2
+    assert retried == [("fragile", WorkerDiedError)]
+
+
+def test_a_task_that_always_dies_costs_no_other(cluster):
+    outcomes = run(
+        cluster,
+        Task(key="doomed", call=lambda _: die()),
+        Task(key="once", call=lambda _: os._exit(7), retries=0),
+        *[Task(key=f"fine {i}", call=lambda _, i=i: i) for i in range(6)],
+    )
+    assert (outcomes["doomed"].died, outcomes["doomed"].attempts) == (True, 2)
+    assert (outcomes["once"].died, outcomes["once"].attempts) == (True, 1)
+    assert isinstance(outcomes["doomed"].error, WorkerDiedError)
+    assert "killed or crashed" in str(outcomes["doomed"].error)
+    assert [outcomes[f"fine {i}"].value for i in range(6)] == list(range(6))
+
+
+def test_a_task_too_large_for_every_machine_is_refused(cluster):
+    huge = Resources(cpus=1000, memory=2**60)
+    outcomes = run(cluster, Task(key="huge", call=lambda _: 1, resources=huge), Task(key="fine", call=lambda _: 1))
+    assert isinstance(outcomes["huge"].error, ConfigError)
+    assert "huge needs 1000 CPUs" in str(outcomes["huge"].error)
+    assert "2 CPUs, 1 GPUs" in str(outcomes["huge"].error)
+    assert outcomes["fine"].value == 1
+
+
+def test_a_cluster_that_may_grow_is_given_time(cluster, monkeypatch):
+    monkeypatch.setattr(cluster, "patience", 2.0)
+    begin = time.monotonic()
+    outcomes = run(cluster, Task(key="huge", call=lambda _: 1, resources=Resources(cpus=1000)))
+    assert isinstance(outcomes["huge"].error, ConfigError)
+    assert time.monotonic() - begin > 2.0
+
+
+def test_keys_must_differ(cluster):
+    with pytest.raises(ValueError, match="distinct"):
+        next(cluster.run([Task(key="a", call=print), Task(key="a", call=print)], lambda *_: None))
+
+
+def test_tasks_that_wait_for_a_gpu_do_not_hold_up_the_others(cluster, tmp_path):
+    gpu = Resources(cpus=0, gpus=1)
+    tasks = [Task(key=f"gpu {i}", call=lambda _: wait_for(tmp_path / "never"), resources=gpu) for i in range(20)]
+    outcomes = cluster.run([*tasks, Task(key="cpu", call=lambda _: None)], lambda *_: None)
+    assert next(outcomes).key == "cpu"
+    outcomes.close()
+
+
+def test_a_task_sees_the_gpus_that_it_reserved(cluster):
+    def visible(report):
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    assert value_of(cluster, visible) == ""
+    assert value_of(cluster, visible, resources=Resources(gpus=1)) == "0"
+    assert value_of(cluster, visible) == ""
+
+
+def test_a_task_computes_with_as_many_threads_as_it_reserved_cpus(cluster):
+    def threads(report):
+        import torch
+
+        return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
+
+    for cpus in (1, 2, 1):  # worker processes are used again
+        assert value_of(cluster, threads, resources=Resources(cpus=cpus)) == (cpus, str(cpus))
+
+
+def test_workers_see_the_drivers_modules_folder_and_variables(cluster, tmp_path, monkeypatch):
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "only_the_driver_knows.py").write_text("ANSWER = 42")
+    monkeypatch.syspath_prepend(tmp_path / "library")
+    monkeypatch.chdir(tmp_path)
+
+    def call(report):
+        import only_the_driver_knows
+
+        return only_the_driver_knows.ANSWER, os.getcwd(), os.environ["Q3Q_TEST_COLOUR"]
+
+    assert value_of(cluster, call) == (42, str(tmp_path), "blue")
+
+
+class CountedCall:
+    """Counts, in the driver, how often one of its kind was sent to Ray."""
+
+    sent = 0
+
+    def __reduce__(self):
+        CountedCall.sent += 1
+        return (CountedCall, ())
+
+    def __call__(self, report):
+        return None
+
+
+def test_a_large_sweep_waits_in_the_driver_not_in_ray(cluster):
+    CountedCall.sent = 0
+    begin = time.monotonic()
+    ended = excess = 0
+    for _ in cluster.run([Task(key=str(i), call=CountedCall()) for i in range(300)], lambda *_: None):
+        ended += 1
+        excess = max(excess, CountedCall.sent - ended)
+    print(f"{(time.monotonic() - begin) / 300 * 1000:.1f} ms per empty task")
+    assert ended == CountedCall.sent == 300
+    assert excess <= 8 + 8 + 2  # not heard from yet, heard to have started and perhaps ended, running
+
+
+def endless(report):
+    child = subprocess.Popen(["sleep", "600"])
+    report(child.pid)
+    while True:
+        pass
+
+
+def test_closing_the_iterator_kills_the_workers(cluster, tmp_path):
+    pids = []
+    under_way = tmp_path / "under way"
+
+    def on_event(key, event):
+        if key == "endless":
+            pids.append(event.pid if isinstance(event, Started) else event)
+            if len(pids) == 2:
+                under_way.touch()
+
+    tasks = [Task(key="endless", call=endless), Task(key="quick", call=lambda _: wait_for(under_way))]
+    outcomes = cluster.run(tasks, on_event)
+    assert next(outcomes).key == "quick"
+    assert all(runs(pid) for pid in pids)
+    outcomes.close()
+    assert len(pids) == 2
+    assert all(ends_soon(pid) for pid in pids)
+    assert value_of(cluster, lambda _: 1) == 1
+
+
+def test_ctrl_c_kills_the_workers_and_comes_through(cluster):
+    pids = []
+
+    def on_event(key, event):
+        pids.append(event.pid if isinstance(event, Started) else event)
+        if len(pids) == 4:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(cluster, Task(key="a", call=endless), Task(key="b", call=endless), on_event=on_event)
+    assert len(pids) == 4
+    assert all(ends_soon(pid) for pid in pids)
+    assert value_of(cluster, lambda _: 1) == 1
+
+
+def test_a_second_cluster_in_one_process_is_refused(cluster):
+    with Cluster(cpus=1) as second, pytest.raises(ConfigError, match="already runs in this process"):
+        second.total()
+    assert value_of(cluster, lambda _: 1) == 1
+
+
+def test_an_address_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr(cluster_module, "ANSWER_SECONDS", 1)
+    with Cluster("127.0.0.1:1") as nowhere, pytest.raises(ConfigError, match=r"answers at 127\.0\.0\.1:1\."):
+        next(nowhere.run([], lambda *_: None))
+
+
+def test_settings_that_contradict_are_refused():
+    with pytest.raises(ConfigError, match="for a local cluster"):
+        Cluster("127.0.0.1:6379", cpus=2)
+    with pytest.raises(ConfigError, match="host:port"):
+        Cluster("ray://127.0.0.1:10001")
+
+
+def test_importing_it_imports_no_ray():
+    code = "import sys, q3q.sweep.cluster; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# A program of its own: what `__main__` defines must reach the workers too.
+PROGRAM = """
+import sys, time
+from q3q.sweep.cluster import Cluster, Started, Task
+
+def sleeps(report):
+    import ray
+    report([node["NodeManagerAddress"] for node in ray.nodes()])
+    time.sleep(600)
+
+def hogs(report):
+    hog = []
+    while True:
+        hog.append(b"x" * 20_000_000)
+        time.sleep(0.01)
+
+def show(key, event):
+    print(event.pid if isinstance(event, Started) else event, flush=True)
+
+with Cluster(cpus=1) as cluster:
+    for outcome in cluster.run([Task(key=sys.argv[1], call=globals()[sys.argv[1]], retries=0)], show):
+        print(outcome.died, outcome.error)
+"""
+
+
+@pytest.fixture
+def start_program(tmp_path):
+    def start(call: str, **variables: str) -> "subprocess.Popen[str]":
+        (tmp_path / "program.py").write_text(PROGRAM)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+        return subprocess.Popen(
+            [sys.executable, "program.py", call], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env
+        )
+
+    return start
+
+
+def test_a_local_cluster_is_on_loopback_and_its_workers_do_not_outlive_a_killed_driver(start_program):
+    with start_program("sleeps") as driver:
+        pid = int(driver.stdout.readline())
+        assert driver.stdout.readline() == "['127.0.0.1']\n"
+        driver.kill()
+        assert ends_soon(pid)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads Linux's memory use")
+def test_a_task_that_fills_the_memory_is_said_to_have_done_so(start_program):
+    memory = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+    in_use = 1 - memory["MemAvailable"] / memory["MemTotal"]
+    with start_program("hogs", RAY_memory_usage_threshold=f"{in_use + 0.03:.3f}") as driver:
+        last = driver.communicate(timeout=120)[0].splitlines()[-1]
+    assert last.startswith("True hogs died")
+    assert "out of memory" in last

@@ -1,0 +1,395 @@
+"""Laws of the tracker, on real MLflow stores: a SQLite file, and a server in a process of its own."""
+
+import os
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from q3q.errors import TrackingError
+from q3q.record import COMPLETED, FAILED, Check, TrialRecord
+from q3q.spec import Scheme, TrialSpec
+from q3q.track.mlflow import MlflowTracker
+from q3q.track.tracker import MemoryTracker, Sweep, Tracker
+
+COMMAND = "python launch.py -m method=gptq bits=2,3"
+
+
+def spec(bits: int = 3, **changes: Any) -> TrialSpec:
+    whole = TrialSpec(
+        model={"name": "demo", "digest": "d1", "dtype": "float32"},
+        method={"name": "gptq", "version": 1, "damping": 0.01},
+        scheme=Scheme(bits=bits, group_size=128, symmetric=False),
+        calibration={"source": "demo", "digest": "d2", "samples": 8, "length": 64, "draw": "random"},
+        evaluation={"texts": [{"name": "stories", "window": 512}], "tasks": ["stories_who"], "task_limit": None},
+        seed=0,
+    )
+    return replace(whole, **changes)
+
+
+def record(bits: int = 3, **changes: Any) -> TrialRecord:
+    whole = TrialRecord(
+        spec=spec(bits),
+        status=COMPLETED,
+        metrics={"perplexity/stories": 3.5, "stories_who/acc": 0.75, "seconds/quantize": 1.25, "model_bytes": 9e6},
+        intervals={"perplexity/stories": (3.25, 3.75)},
+        environment={
+            "git_commit": "0123abc+changes",
+            "started": "2026-01-02T03:04:05.500+00:00",
+            "ended": "2026-01-02T03:04:15.750+00:00",
+        },
+    )
+    return replace(whole, **changes)
+
+
+def sweep(*trials: TrialSpec, id: str = "sweep00001") -> Sweep:
+    return Sweep(id=id, name="gptq", command=COMMAND, config="bits: 3\n", trials=trials or (spec(2), spec(3)))
+
+
+def tracker_in(folder: Path) -> MlflowTracker:
+    return MlflowTracker(f"sqlite:///{folder}/mlflow.db", str(folder / "artifacts"))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store, shared by tests that keep to experiments of their own. Odd letters are no obstacle."""
+    folder = tmp_path_factory.mktemp("größer als 1 %")
+    tracker_in(folder).check()
+    return folder
+
+
+@pytest.fixture
+def tracker(store: Path, request: pytest.FixtureRequest) -> MlflowTracker:
+    return MlflowTracker(f"sqlite:///{store}/mlflow.db", str(store / "artifacts"), experiment=request.node.name)
+
+
+def runs(tracker: MlflowTracker, wanted: str = "") -> list[Any]:
+    """What a reader finds: active runs of the tracker's experiment, through a client of its own."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracker.uri)
+    experiment = client.get_experiment_by_name(tracker.experiment)
+    return [] if experiment is None else list(client.search_runs([experiment.experiment_id], wanted))
+
+
+def children(tracker: MlflowTracker) -> list[Any]:
+    return [run for run in runs(tracker) if "mlflow.parentRunId" in run.data.tags]
+
+
+def parents(tracker: MlflowTracker) -> list[Any]:
+    return runs(tracker, "tags.`q3q.sweep` LIKE '%'")
+
+
+def artifact(run: Any, tracker: MlflowTracker, name: str, tmp_path: Path) -> bytes:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=tracker.uri)
+    return Path(client.download_artifacts(run.info.run_id, name, str(tmp_path))).read_bytes()
+
+
+def test_both_trackers_keep_the_seam(tmp_path: Path) -> None:
+    memory, mlflow = MemoryTracker(), tracker_in(tmp_path)
+    trackers: list[Tracker] = [memory, mlflow]
+    assert len(trackers) == 2
+    memory.open(sweep())
+    memory.log(record(), {"a": b"1"})
+    memory.close({"table.md": b"t"}, succeeded=True)
+    assert memory.records == {spec().id: record()}
+    assert memory.artifacts[spec().id] == {"a": b"1"}
+    assert (memory.sweep, memory.succeeded, memory.closing) == (sweep(), True, {"table.md": b"t"})
+
+
+def test_importing_the_tracker_imports_no_mlflow() -> None:
+    script = (
+        "import sys, q3q.track.mlflow, q3q.track.tracker; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> None:
+    tracker.open(sweep())
+    tracker.log(record(), {"record.json": b"{}", "figures/heatmap.png": b"png"})
+    tracker.close({"table.md": b"| gptq | 3.5 |", "perplexity.png": b"p"}, succeeded=True)
+
+    [parent] = parents(tracker)
+    assert parent.info.run_name == "gptq"
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params == {
+        "models": "demo",
+        "methods": "gptq",
+        "bits": "2, 3",
+        "group_sizes": "128",
+        "act_bits": "-",
+        "seeds": "0",
+        "trials": "2",
+    }
+    assert COMMAND in parent.data.tags["mlflow.note.content"]
+    assert "| gptq | 3.5 |" in parent.data.tags["mlflow.note.content"]
+    assert artifact(parent, tracker, "config.yaml", tmp_path) == b"bits: 3\n"
+    assert artifact(parent, tracker, "perplexity.png", tmp_path) == b"p"
+
+    [child] = children(tracker)
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.info.run_name == "gptq w3 g128 · demo"
+    assert child.info.status == "FINISHED"
+    assert child.info.end_time - child.info.start_time == 10_250
+    assert child.data.params == spec().flat()
+    assert child.data.metrics == {
+        "perplexity/stories": 3.5,
+        "perplexity/stories.low": 3.25,
+        "perplexity/stories.high": 3.75,
+        "stories_who/acc": 0.75,
+        "seconds/quantize": 1.25,
+        "model_bytes": 9e6,
+    }
+    tags = child.data.tags
+    assert tags["q3q.trial"] == spec().id
+    assert tags["q3q.quantization"] == spec().quantization_id
+    assert [tags[f"q3q.{key}"] for key in ("method", "model", "status", "git_commit")] == [
+        "gptq",
+        "demo",
+        "COMPLETED",
+        "0123abc+changes",
+    ]
+    assert tags["mlflow.source.git.commit"] == "0123abc"
+    assert "q3q.reason" not in tags
+    assert artifact(child, tracker, "record.json", tmp_path) == b"{}"
+    assert artifact(child, tracker, "figures/heatmap.png", tmp_path) == b"png"
+
+
+def test_what_is_not_a_number_is_said_in_words(tracker: MlflowTracker) -> None:
+    tracker.open(sweep())
+    tracker.log(record(2, metrics={"bits_per_weight": 2.25}, intervals={}, diverged=("perplexity/stories",)), {})
+    failed = Check(name="levels", passed=False, detail="9 levels in a group of 3 bits")
+    tracker.log(record(3, status=FAILED, reason="levels: 9 levels", checks=(failed,), metrics={}, intervals={}), {})
+    tracker.close({}, succeeded=False)
+    diverged, broken = sorted(children(tracker), key=lambda run: run.info.run_name)
+    assert diverged.data.tags["q3q.diverged"] == "perplexity/stories"
+    assert diverged.data.metrics == {"bits_per_weight": 2.25}
+    assert diverged.info.status == "FINISHED"
+    assert broken.info.status == "FAILED"
+    assert broken.data.tags["q3q.reason"] == "levels: 9 levels"
+    assert "9 levels in a group of 3 bits" in broken.data.tags["mlflow.note.content"]
+    assert parents(tracker)[0].info.status == "FAILED"
+
+
+def test_texts_longer_than_mlflow_takes_are_cut(tracker: MlflowTracker) -> None:
+    tasks = [f"a_task_with_a_long_name_{number}" for number in range(400)]
+    long = spec(evaluation={"texts": [], "tasks": tasks, "task_limit": None})
+    many = {f"task_{number}/acc": number / 2000 for number in range(2000)}
+    tracker.open(replace(sweep(long), command="python launch.py " + "x" * 9000))
+    tracker.log(record(spec=long, status=FAILED, reason="boom " * 5000, metrics=many, intervals={}), {})
+    [child] = children(tracker)
+    assert child.data.params["evaluation.tasks"].startswith('["a_task_with_a_long_name_0"')
+    assert child.data.params["evaluation.tasks"].endswith("…")
+    assert child.data.tags["q3q.reason"].startswith("boom boom")
+    assert child.data.metrics == many
+
+
+def test_the_same_record_twice_is_one_child(tracker: MlflowTracker) -> None:
+    tracker.open(sweep())
+    tracker.log(record(), {"record.json": b"1"})
+    [first] = children(tracker)
+    tracker.log(record(), {"record.json": b"1"})
+    [second] = children(tracker)
+    assert first.info.run_id == second.info.run_id
+
+
+def test_a_rerun_replaces_the_failed_trial(tracker: MlflowTracker) -> None:
+    tracker.open(sweep())
+    tracker.log(TrialRecord.failed(spec(), "the worker died"), {})
+    tracker.log(record(2), {})
+    tracker.close({}, succeeded=False)
+    again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
+    again.open(sweep())
+    again.log(record(), {"record.json": b"1"})
+    again.close({}, succeeded=True)
+    found = {run.data.tags["q3q.trial"]: run for run in children(tracker)}
+    assert len(children(tracker)) == 2
+    assert found[spec().id].info.status == "FINISHED"
+    assert "q3q.reason" not in found[spec().id].data.tags
+
+
+def test_the_same_sweep_goes_on_in_its_parent_and_another_gets_its_own(tracker: MlflowTracker) -> None:
+    tracker.open(sweep())
+    tracker.close({}, succeeded=False)
+    again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
+    again.open(replace(sweep(), command="python launch.py -m bits=2,3 method=gptq"))
+    [parent] = parents(tracker)
+    assert parent.info.status == "RUNNING"
+    assert "bits=2,3 method=gptq" in parent.data.tags["q3q.command"]
+    again.close({}, succeeded=True)
+    other = MlflowTracker(tracker.uri, experiment=tracker.experiment)
+    other.open(sweep(id="sweep00002"))
+    assert {run.data.tags["q3q.sweep"]: run.info.status for run in parents(tracker)} == {
+        "sweep00001": "FINISHED",
+        "sweep00002": "RUNNING",
+    }
+
+
+def test_a_child_left_half_written_is_replaced(tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_full(run: str, artifacts: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    tracker.open(sweep())
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "_upload", disk_full)
+        with pytest.raises(TrackingError, match=f"did not take trial {spec().id}.*No space left on device"):
+            tracker.log(record(), {"record.json": b"1"})
+    assert [run.info.status for run in children(tracker)] == ["RUNNING"]
+    tracker.log(record(), {"record.json": b"1"})
+    assert [run.info.status for run in children(tracker)] == ["FINISHED"]
+
+
+def test_our_own_mistakes_are_not_called_tracking_errors(tracker: MlflowTracker) -> None:
+    tracker.open(sweep())
+    with pytest.raises(TypeError):
+        tracker.log(record(), {"record.json": "text, not bytes"})  # type: ignore[dict-item]
+    with pytest.raises(TrackingError, match=r"open\(\) comes before"):
+        MlflowTracker(tracker.uri).log(record(), {})
+
+
+def test_a_fresh_store_is_what_mlflow_itself_would_make(store: Path, tmp_path: Path) -> None:
+    """Same tables, same migration: ours is only quicker."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    SqlAlchemyStore(f"sqlite:///{tmp_path}/theirs.db", str(tmp_path)).engine.dispose()
+    ours, theirs = (sqlite3.connect(path) for path in (store / "mlflow.db", tmp_path / "theirs.db"))
+    tables, version = "SELECT name, sql FROM sqlite_master", "SELECT version_num FROM alembic_version"
+    assert ours.execute(version).fetchall() == theirs.execute(version).fetchall()
+    # Migrations write a table's constraints in any order.
+    found, wanted = (
+        {name: sorted(re.split(r"[\s,]+", sql or "")) for name, sql in one.execute(tables)} for one in (ours, theirs)
+    )
+    assert len(wanted) > 50
+    assert found == wanted
+
+
+def test_a_check_leaves_a_store_and_nothing_else(tmp_path: Path) -> None:
+    tracker = MlflowTracker(f"sqlite:///{tmp_path}/new/mlflow.db")
+    tracker.check()
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "mlflow.db"]
+    assert runs(tracker) == []
+
+
+def test_a_relative_file_lies_in_the_working_directory_whatever_comes_later(
+    store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(store)
+    tracker = MlflowTracker("sqlite:///mlflow.db", experiment="relative")
+    monkeypatch.chdir(tmp_path)
+    tracker.open(sweep())
+    assert tracker.uri == f"sqlite:///{store}/mlflow.db"
+    assert Path(artifact(parents(tracker)[0], tracker, "config.yaml", tmp_path).decode()) == Path("bits: 3\n")
+    assert not list(tmp_path.glob("mlflow.db"))
+
+
+@pytest.mark.parametrize(
+    "uri", ["mlruns", "file:///tmp/mlruns", "postgresql://user:secret@host/db", "sqlite:///:memory:"]
+)
+def test_a_uri_that_cannot_be_meant_is_refused_at_once(uri: str) -> None:
+    with pytest.raises(TrackingError, match="give sqlite:///FILE, or the address of an MLflow server") as refusal:
+        MlflowTracker(uri)
+    assert "secret" not in str(refusal.value)
+
+
+def test_files_that_are_no_store_are_refused_and_left_as_they_are(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("these are notes, and by no means a database\n" * 20)
+    for path, why in ((text, "not a database"), (tmp_path, "unable to open"), (text / "deeper.db", "File exists")):
+        with pytest.raises(TrackingError, match=why) as refusal:
+            MlflowTracker(f"sqlite:///{path}").check()
+        assert str(path) in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_a_deleted_experiment_is_said_to_be_deleted(tracker: MlflowTracker) -> None:
+    from mlflow.tracking import MlflowClient
+
+    tracker.open(sweep())
+    client = MlflowClient(tracking_uri=tracker.uri)
+    client.delete_experiment(parents(tracker)[0].info.experiment_id)
+    with pytest.raises(TrackingError, match="was deleted there; restore it"):
+        MlflowTracker(tracker.uri, experiment=tracker.experiment).check()
+
+
+def test_an_address_that_refuses_or_keeps_silent_is_told_within_ten_seconds() -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        port = silent.getsockname()[1]
+        with pytest.raises(TrackingError, match=rf"track.uri=http://127.0.0.1:{port} .*Connection refused"):
+            MlflowTracker(f"http://127.0.0.1:{port}").check()
+        silent.listen()
+        started = time.monotonic()
+        with pytest.raises(TrackingError, match=r"timed out.*see that an MLflow server answers") as refusal:
+            MlflowTracker(f"http://user:secret@127.0.0.1:{port}").check()
+        assert time.monotonic() - started < 10
+        assert "secret" not in str(refusal.value)
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """An MLflow server with a store of its own, on a free port of this machine."""
+    tracker_in(folder).check()  # its migrations take the server many seconds
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "served")]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, *places], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline, (folder / "server.log").read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: the server and its workers, nobody else
+    process.wait(timeout=10)
+
+
+def test_a_server_takes_the_same_and_its_death_is_told_in_bounded_time(tmp_path: Path) -> None:
+    with server(tmp_path) as (uri, process):
+        tracker = MlflowTracker(uri, artifacts=str(tmp_path / "unused"))
+        tracker.check()
+        tracker.open(sweep())
+        tracker.log(record(3), {"record.json": b"{}"})
+        [child] = children(tracker)
+        assert child.data.params == spec().flat()
+        assert child.data.metrics["perplexity/stories.low"] == 3.25
+        assert artifact(child, tracker, "record.json", tmp_path) == b"{}"
+        assert list((tmp_path / "served").rglob("record.json"))
+        stop(process)
+        for end in (lambda: tracker.log(record(2), {}), lambda: tracker.close({}, succeeded=True)):
+            started = time.monotonic()
+            with pytest.raises(TrackingError, match=f"track.uri={uri} did not take .*Connection refused"):
+                end()
+            assert time.monotonic() - started < 15
+    assert not (tmp_path / "unused").exists()
+    # What the server had taken before it died is there.
+    assert [run.info.run_name for run in children(tracker_in(tmp_path))] == ["gptq w3 g128 · demo"]
