@@ -59,7 +59,7 @@ def main() -> None:
         environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         bare = subprocess.run(bare_command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
         seconds = json.loads(bare.stdout.splitlines()[-1])
-    ideal = max(max(seconds.values()), sum(seconds.values()) / at_once)
+    ideal = max(*seconds.values(), sum(seconds.values()) / at_once)
     for name, value in seconds.items():
         print(f"bare {name:16} {value:6.1f} s")
     print(f"bare sum {sum(seconds.values()):.1f} s, {at_once} trials at once: ideal {ideal:.1f} s")

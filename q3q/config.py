@@ -168,12 +168,15 @@ def nearest(word: str, known: list[str]) -> str:
 
 def _refuse_strangers(config: DictConfig) -> None:
     """Hydra lets `+key=value` add anything; a setting that nobody reads would be ignored in silence."""
-    parts = {"": (config, Config), "method.": (config.method, SETTINGS[config.method.name])}
+    parts: dict[str, tuple[DictConfig, Any]] = {
+        "": (config, Config),
+        "method.": (config.method, SETTINGS[config.method.name]),
+    }
     for name, kind in (("model", ModelConfig), ("calibration", CalibrationConfig), ("evaluation", EvaluationConfig)):
         parts[f"{name}."] = (config[name], kind)
     for prefix, (part, kind) in parts.items():
         known = [one.name for one in fields(kind)]
-        for key in part:
+        for key in map(str, part):
             if key not in known and prefix + key != "hydra":
                 raise ConfigError(f"{prefix}{key} is not a setting{nearest(key, known)}See python launch.py --help")
 

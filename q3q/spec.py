@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from q3q.errors import ConfigError
@@ -57,12 +58,12 @@ class TrialSpec:
         if self.seed < 0:
             raise ConfigError(f"seed must be 0 or more, got {self.seed}")
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Ten hex digits; equal specs share an id on every machine, so a finished trial is never run twice."""
         return _digest({**self.quantization, "evaluation": self.evaluation})
 
-    @property
+    @cached_property
     def quantization_id(self) -> str:
         """Ten hex digits that say which quantized weights these are, however they are evaluated."""
         return _digest(self.quantization)

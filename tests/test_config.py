@@ -85,7 +85,9 @@ def test_every_model_becomes_a_spec(name, monkeypatch, tmp_path):
 def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
     if name in ("c4", "pile", "wikitext2"):
         plain = schema.load_text
-        monkeypatch.setattr(schema, "load_text", lambda source, **rest: plain("file", split="calibration", path=text_file))
+        monkeypatch.setattr(
+            schema, "load_text", lambda source, **rest: plain("file", split="calibration", path=text_file)
+        )
         schema._text.cache_clear()
     path = [f"calibration.path={text_file}".replace(" ", "\\ ")] if name == "file" else []
     made = spec("method=gptq", f"calibration={name}", *path)
@@ -98,12 +100,17 @@ def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
 def test_every_evaluation_becomes_a_spec(name, monkeypatch, text_file):
     plain = schema.load_text
     if name == "perplexity":
-        monkeypatch.setattr(schema, "load_text", lambda source, **rest: plain("file", split="evaluation", path=text_file))
+        monkeypatch.setattr(
+            schema, "load_text", lambda source, **rest: plain("file", split="evaluation", path=text_file)
+        )
         schema._text.cache_clear()
     path = [f"evaluation.path={text_file}".replace(" ", "\\ ")] if name == "file" else []
     made = spec(f"evaluation={name}", *path)
     names = [text["name"] for text in made.evaluation["texts"]]
-    assert names == {"demo": ["stories", "library"], "perplexity": ["wikitext2", "c4"], "file": ["my_text"], "none": []}[name]
+    assert (
+        names
+        == {"demo": ["stories", "library"], "perplexity": ["wikitext2", "c4"], "file": ["my_text"], "none": []}[name]
+    )
     schema._text.cache_clear()
 
 
@@ -122,7 +129,9 @@ def test_null_means_the_methods_own_default_and_is_resolved():
 
 def test_what_cannot_change_a_number_does_not_change_the_id(tmp_path):
     one = spec("method=gptq", "bits=4")
-    assert one.id == spec("method=gptq", f"storage={tmp_path}", "cluster=existing", "track.uri=http://x", "keep=blocks").id
+    assert (
+        one.id == spec("method=gptq", f"storage={tmp_path}", "cluster=existing", "track.uri=http://x", "keep=blocks").id
+    )
     # null and the default it stands for; what a method ignores
     assert one.id == spec("method=gptq", "group_size=128", "symmetric=false").id
     assert spec("method=none", "bits=4").id == spec("method=none", "bits=3", "calibration.samples=7").id
@@ -131,10 +140,20 @@ def test_what_cannot_change_a_number_does_not_change_the_id(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    ["bits=3", "seed=1", "method.damping=0.02", "group_size=64", "act_bits=8", "calibration.samples=8", "dtype=bfloat16"],
+    [
+        "bits=3",
+        "seed=1",
+        "method.damping=0.02",
+        "group_size=64",
+        "act_bits=8",
+        "calibration.samples=8",
+        "dtype=bfloat16",
+    ],
 )
 def test_what_can_change_a_number_changes_the_id(change):
-    assert spec("method=gptq", "bits=4").id != spec("method=gptq", "bits=4" if "bits=3" != change else "seed=0", change).id
+    assert (
+        spec("method=gptq", "bits=4").id != spec("method=gptq", "bits=4" if change != "bits=3" else "seed=0", change).id
+    )
 
 
 def test_a_new_evaluation_keeps_the_quantization():
@@ -149,7 +168,11 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["bits=0"], ConfigError, "bits=0 is out of range: give 1 to 8"),
         (["bits=9"], ConfigError, "bits=9 is out of range"),
         (["bits=1", "method=gptq"], IncompatibleError, "method=gptq cannot do bits=1; it takes 2 to 8"),
-        (["group_size=96"], ConfigError, r"group_size=96 does not divide qkv .*down.*sizes that do: \[16, 32, 64, 128\] or -1"),
+        (
+            ["group_size=96"],
+            ConfigError,
+            r"group_size=96 does not divide qkv .*down.*sizes that do: \[16, 32, 64, 128\] or -1",
+        ),
         (["group_size=0"], ConfigError, "group_size=0"),
         (["act_bits=1"], ConfigError, "act_bits=1"),
         (["method=none", "act_bits=8"], IncompatibleError, "quantizes nothing"),

@@ -114,7 +114,7 @@ def test_an_error_becomes_a_failed_record_that_says_why(spec_of, monkeypatch):
 
 def test_weights_that_are_not_the_codes_fail_the_trial(spec_of, monkeypatch):
     """Something between quantizing and evaluating changed the model: the numbers must not count."""
-    import q3q.trial as trial
+    from q3q import trial
 
     plain = trial.set_activations
 
@@ -141,9 +141,7 @@ run_trial(TrialSpec.from_json(json.load(open(sys.argv[1]))), lambda event: print
 """
     path = tmp_path / "given.json"
     path.write_text(json.dumps(spec.to_json()), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, text=True, stdout=subprocess.PIPE
-    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, text=True, stdout=subprocess.PIPE)
     for line in process.stdout:
         if line.split() == ["quantize", "2"]:
             os.kill(process.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ class RayLauncherConf:
     _target_: str = "hydra_plugins.q3q.RayLauncher"
     address: str | None = None
     cpus: int | None = None
-    gpus: float | None = None
+    gpus: int | None = None
     cpus_per_job: float = 1.0
     gpus_per_job: float = 0.0
     retries: int = 1

@@ -24,10 +24,10 @@ def check_weights(model: Decoder, quantized: Sequence[dict[str, QuantizedWeight]
                     missing.append(where)
                     continue
                 weight = block.weights[name]
-                stored = codes[name].dequantize().view(weight.shape).to(device=weight.device, dtype=weight.dtype)
-                if not torch.equal(weight, stored):
+                code = codes[name].to(weight.device)
+                if not torch.equal(weight, code.dequantize().view(weight.shape).to(weight.dtype)):
                     different.append(where)
-                if codes[name].most_levels_in_a_group() > 2 ** codes[name].bits:
+                if code.most_levels_in_a_group() > 2**code.bits:
                     too_fine.append(where)
         not_finite += [f"blocks.{k}.{name}" for name, w in block.weights.items() if not torch.isfinite(w).all()]
     return [

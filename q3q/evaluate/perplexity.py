@@ -20,7 +20,7 @@ NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
 @dataclass(frozen=True)
 class Perplexity:
-    """nll: mean negative log-likelihood, nats per token, may be infinite or nan. standard_error: of nll, over windows."""
+    """nll: mean negative log-likelihood, nats per token, may be infinite or nan. standard_error: over windows."""
 
     nll: float
     standard_error: float

@@ -48,6 +48,11 @@ class QuantizedWeight:
         index = self.group_EI.long()[:, None, :].expand(experts, rows, columns)
         return self.scale_EOG.gather(2, index) * (self.codes_EOI - self.zero_EOG.gather(2, index))
 
+    def to(self, device: torch.device | str) -> "QuantizedWeight":
+        """The same on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.to_tensors().items()}
+        return self.from_tensors(moved, self.facts())
+
     def rows(self, start: int, stop: int) -> "QuantizedWeight":
         """The same for output rows start .. stop - 1 alone."""
         return QuantizedWeight(

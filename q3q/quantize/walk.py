@@ -4,7 +4,7 @@ Shapes: B windows, T tokens of one, H hidden; E, O, I as in `quantize.method`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -36,11 +36,17 @@ class QuantizedBlock:
 
     def weights_for(self, block: Qwen3Block) -> dict[str, Tensor]:
         """The block's exchanged weights as numbers in its own dtype and shapes."""
-        weights = dict(self.changed)
+        weights = {name: weight.to(block.weights[name]) for name, weight in self.changed.items()}
         for name, quantized in self.quantized.items():
             old = block.weights[name]
-            weights[name] = quantized.dequantize().view(old.shape).to(old.dtype)
+            weights[name] = quantized.to(old.device).dequantize().view(old.shape).to(old.dtype)
         return weights
+
+    def parked(self) -> "QuantizedBlock":
+        """The same in main memory, so that a whole model's codes do not fill a GPU."""
+        quantized = {name: weight.to("cpu") for name, weight in self.quantized.items()}
+        changed = {name: weight.cpu() for name, weight in self.changed.items()}
+        return replace(self, quantized=quantized, changed=changed)
 
 
 class BlockSink(Protocol):
@@ -76,6 +82,7 @@ def quantize_model(
         original_outputs: list[Tensor] | None = None
         if result is None:
             result, original_outputs, quantized_outputs = quantize_block(block, k, method, scheme, hidden, rope)
+            result = result.parked()
             sink.store(result)
         else:
             quantized_outputs = None

@@ -118,7 +118,7 @@ class Cluster:
         self,
         address: str | None = None,
         cpus: int | None = None,
-        gpus: float | None = None,
+        gpus: int | None = None,
         env: Mapping[str, str] | None = None,
         patience: float = 0.0,
     ) -> None:
@@ -213,8 +213,7 @@ class Cluster:
             )
 
     def _connect(self, address: str) -> None:
-        # ray.init takes minutes to give up on an address, cannot be interrupted, and then ends the process: let another
-        # process knock first.
+        # ray.init takes minutes to give up on an address and cannot be interrupted: let another process knock first.
         try:
             answer = subprocess.run(
                 [sys.executable, "-c", _KNOCK, address],

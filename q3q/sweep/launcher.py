@@ -64,7 +64,7 @@ class RayLauncher(Launcher):
         *,
         address: str | None = None,
         cpus: int | None = None,
-        gpus: float | None = None,
+        gpus: int | None = None,
         cpus_per_job: float = 1.0,
         gpus_per_job: float = 0.0,
         retries: int = 1,

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from q3q.errors import TrackingError
-from q3q.record import COMPLETED, TrialRecord, trial_folder, write_atomically
+from q3q.record import COMPLETED, TrialRecord, trial_folder
 from q3q.spec import TrialSpec
 from q3q.track.tracker import Sweep, Tracker
 
 if TYPE_CHECKING:
     from q3q.report.write import Report
-
-UNTRACKED = "untracked"  # a file in a trial's folder: the tracker has not taken its record yet
 
 
 @dataclass
@@ -35,7 +33,7 @@ class Study:
     tracker: Tracker
     note: Callable[[str], None]
     records: dict[str, TrialRecord] = field(default_factory=dict)
-    _tracking: bool = True
+    _tracking: bool = True  # no longer, once the tracker has failed
 
     @property
     def id(self) -> str:
@@ -50,14 +48,12 @@ class Study:
         """
         sweep = Sweep(id=self.id, name=self.name, command=self.command, config=self.config, trials=tuple(self.specs))
         self.tracker.open(sweep)
-        for record in self.records.values():
-            if (trial_folder(record.spec) / UNTRACKED).exists():
-                self._track(record)
+        for record in self.records.values():  # costs nothing where the tracker has it already
+            self._track(record)
 
     def take(self, record: TrialRecord) -> None:
         """A trial has ended; its record is on disk."""
         self.records[record.spec.id] = record
-        write_atomically(trial_folder(record.spec) / UNTRACKED, b"")
         self._track(record)
 
     def close(self) -> "Report":
@@ -67,11 +63,10 @@ class Study:
         ordered = [self.records[spec.id] for spec in self.specs if spec.id in self.records]
         report = write_report(ordered, self.storage / "reports" / f"{self.name}_{self.id}", self.command)
         finished = len(ordered) == len(self.specs) and all(record.completed for record in ordered)
-        if self._tracking:
-            try:
-                self.tracker.close(report.artifacts(), finished)
-            except TrackingError as error:
-                self.note(f"{error} The report is on disk; the same command tells the tracker later.")
+        try:
+            self.tracker.close(report.artifacts(), finished)
+        except TrackingError as error:
+            self.note(f"{error} The report is on disk; the same command tells the tracker later.")
         return report
 
     def _track(self, record: TrialRecord) -> None:
@@ -84,8 +79,6 @@ class Study:
         except TrackingError as error:
             self._tracking = False  # one that is down would cost every trial its time-out
             self.note(f"{error} Records stay on disk; the same command logs them later.")
-        else:
-            (trial_folder(record.spec) / UNTRACKED).unlink(missing_ok=True)
 
 
 def finished_record(spec: TrialSpec) -> TrialRecord | None:

@@ -254,7 +254,7 @@ def running_study(
 
     tracker = MlflowTracker(tracking_uri(settings), f"{settings.storage}/artifacts", settings.track.experiment)
     tracker.check()
-    shown = OmegaConf.masked_copy(settings, [key for key in settings if key != "hydra"])
+    shown = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
     name = settings.name or "+".join(dict.fromkeys(str(spec.method["name"]) for spec in specs))
     with Display(total=len(specs) - len(finished)) as display:
         study = Study(

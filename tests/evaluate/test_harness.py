@@ -62,7 +62,9 @@ def test_requests_that_begin_another_ride_along():
 
 
 def test_batches_keep_to_the_budget_and_hardly_pad():
-    runs = share_prefixes([(("", ""), list(range(i, i + n)), [1]) for i, n in enumerate([5, 50, 7, 49, 48, 6] * 3)], 100)
+    runs = share_prefixes(
+        [(("", ""), list(range(i, i + n)), [1]) for i, n in enumerate([5, 50, 7, 49, 48, 6] * 3)], 100
+    )
     batches = pack(runs, 200)
     assert sum(map(len, batches)) == len(runs)
     for batch in batches:

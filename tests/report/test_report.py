@@ -94,7 +94,7 @@ def test_the_terminal_table_is_exactly_this() -> None:
         "rtn              25.0  75.0  75.0     -\n"
         "awq                 -     -  75.0     -\n"
         "gptq           failed  75.0     -     -\n"
-        "95 % intervals reach at most 4.5 points to either side."
+        "95 % intervals reach at most 5.0 points to either side."
     )
 
 
@@ -165,6 +165,14 @@ def test_a_failed_trials_numbers_are_not_shown() -> None:
     row = trial_table([untrusted]).iloc[0]
     assert row[STORIES] is None
     assert row["seconds"] == 2.5
+
+
+def test_a_task_without_accuracy_is_told_by_what_it_has() -> None:
+    asked = {"texts": [], "tasks": ["copying"], "task_limit": None}
+    measured = replace(record(evaluation=asked), metrics={"copying/exact_match": 0.5}, intervals={})
+    [table] = result_tables([measured, failed("gptq", 3, evaluation=asked)], everything=False)
+    assert table.title == "demo: copying/exact_match"
+    assert table.rows == (("gptq", "failed", "0.5000"),)
 
 
 def test_several_tasks_have_a_mean_and_models_have_tables_of_their_own() -> None:

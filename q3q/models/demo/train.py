@@ -63,7 +63,9 @@ def build_model(kind: str) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
         router_aux_loss_coef=0.01,
         **_COMMON,
     )
-    return Qwen3MoeForCausalLM(config)
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation("grouped_mm")  # trains twice as fast as expert by expert
+    return model
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -78,7 +80,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     stream = stories(seed=0, held_out=False)
     tokenizer.train_from_iterator([training_text(), *(next(stream).full_text() for _ in range(10_000))], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=2048)
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
@@ -151,7 +153,8 @@ def train(kind: str, out: Path, *, minutes: float, steps: int, batch: int, seed:
             if not math.isfinite(curve[-1][1]):
                 raise SystemExit("training diverged")
     minutes_taken = (time.monotonic() - started) / 60
-    model.config.output_router_logits = False
+    if kind == "moe":
+        model.config.output_router_logits = False  # wanted for the balancing loss alone
     model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     facts = {

@@ -1,0 +1,396 @@
+"""MLflow as the tracker: one parent run per sweep, one child run per trial. The only file that imports mlflow.
+
+Every call names its run: MLflow's global active run is never used, and nobody but the driver writes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sqlite3
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from q3q.errors import TrackingError
+from q3q.record import TrialRecord, write_atomically
+from q3q.spec import TrialSpec
+from q3q.track.tracker import Sweep
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+# Seconds that a server may keep silent, and how often a request is sent again.
+WHEN_CHECKING = (5, 0)
+WHEN_WORKING = (15, 2)
+# What MLflow takes, in characters (tags: servers before 3.0). Longer texts are cut and stand whole in artifacts.
+LONGEST_PARAM, LONGEST_TAG = 6000, 5000
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+
+
+class MlflowTracker:
+    """Keeps sweeps in an MLflow store.
+
+    uri: `sqlite:///FILE` (relative to the working directory, made if missing) or the address of a server.
+    artifacts: the folder for files beside a SQLite store, `artifacts` next to it if None; a server has its own place.
+    experiment: what MLflow files the runs under.
+
+    Raises:
+        TrackingError: the URI is neither.
+    """
+
+    def __init__(self, uri: str, artifacts: str | None = None, experiment: str = "q3q") -> None:
+        self.uri, self._database = _read_uri(uri)
+        self.experiment = experiment
+        self._artifacts: Path | None = None
+        if self._database is not None:
+            self._artifacts = Path(artifacts or self._database.parent / "artifacts").absolute()
+        self._connecting = threading.Lock()
+        self._connected: MlflowClient | None = None
+        self._experiment_id = ""
+        self._sweep: Sweep | None = None
+        self._parent = ""
+        self._children: dict[str, dict[str, str]] = {}  # trial id -> its runs -> digest of the record that each holds
+
+    def check(self) -> None:
+        """See `Tracker.check`. Imports MLflow and makes a missing SQLite store: takes seconds, may run in a thread."""
+        with self._trouble("cannot be used"), _patience(*WHEN_CHECKING):
+            self._find_experiment()
+
+    def open(self, sweep: Sweep) -> None:
+        with self._trouble("cannot be used"), _patience(*WHEN_WORKING):
+            client = self._client()
+            self._experiment_id = self._find_experiment() or self._make_experiment()
+            found = client.search_runs(
+                [self._experiment_id], f"tags.`q3q.sweep` = '{sweep.id}'", order_by=["start_time DESC"], max_results=1
+            )
+            tags = {
+                "q3q.sweep": sweep.id,
+                "q3q.command": sweep.command,
+                "mlflow.note.content": _note(sweep.command),
+                **_origin(),
+            }
+            known: dict[str, str] = {}
+            if found:
+                self._parent, known = found[0].info.run_id, found[0].data.params
+                client.update_run(self._parent, status="RUNNING")
+            else:
+                self._parent = client.create_run(self._experiment_id, run_name=sweep.name).info.run_id
+            params = {key: value for key, value in _summary(sweep.trials).items() if key not in known}
+            self._log_batch(self._parent, {}, 0, params, tags)
+            self._upload(self._parent, {"config.yaml": sweep.config.encode()})
+            self._sweep, self._children = sweep, {}
+            for run in self._children_of(self._parent):
+                trial, digest = run.data.tags.get("q3q.trial", ""), run.data.tags.get("q3q.record", "")
+                self._children.setdefault(trial, {})[run.info.run_id] = digest
+
+    def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
+        trial, digest = record.spec.id, _digest(record)
+        with self._trouble(f"did not take trial {trial}"), _patience(*WHEN_WORKING):
+            self._expect_open()
+            runs = self._children.setdefault(trial, {})
+            if digest in runs.values():
+                return
+            client, earlier = self._client(), list(runs)
+            started, ended = _times(record)
+            run = client.create_run(
+                self._experiment_id,
+                start_time=started,
+                run_name=f"{record.spec.name} · {_model(record.spec)}",
+                tags={"mlflow.parentRunId": self._parent, "q3q.trial": trial},
+            )
+            # From here on the run is known, and without a digest: if the rest fails, the next try replaces it.
+            runs[run.info.run_id] = ""
+            self._log_batch(run.info.run_id, _metrics(record), ended, record.spec.flat(), _tags(record))
+            self._upload(run.info.run_id, artifacts)
+            client.set_terminated(run.info.run_id, "FINISHED" if record.completed else "FAILED", ended)
+            client.set_tag(run.info.run_id, "q3q.record", digest)
+            runs[run.info.run_id] = digest
+            for old in earlier:
+                client.delete_run(old)
+                del runs[old]
+
+    def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
+        with self._trouble("did not take the sweep's table and plots"), _patience(*WHEN_WORKING):
+            sweep, client = self._expect_open(), self._client()
+            self._upload(self._parent, artifacts)
+            table = artifacts.get("table.md", b"").decode()
+            self._log_batch(self._parent, {}, 0, {}, {"mlflow.note.content": _note(sweep.command, table)})
+            client.set_terminated(self._parent, "FINISHED" if succeeded else "FAILED")
+
+    def _client(self) -> "MlflowClient":
+        with self._connecting:
+            if self._connected is None:
+                for name, value in QUIET.items():
+                    os.environ.setdefault(name, value)
+                if self._database is not None:
+                    _prepare_database(self._database, str(self._artifacts))
+                from mlflow.tracking import MlflowClient
+
+                self._connected = MlflowClient(tracking_uri=self.uri)
+        return self._connected
+
+    def _find_experiment(self) -> str | None:
+        found = self._client().get_experiment_by_name(self.experiment)
+        if found is not None and found.lifecycle_stage != "active":
+            raise TrackingError(
+                f"track.uri={_shown(self.uri)}: the experiment {self.experiment} was deleted there; "
+                "restore it in MLflow, or give another name as track.experiment"
+            )
+        return None if found is None else str(found.experiment_id)
+
+    def _make_experiment(self) -> str:
+        location = None if self._artifacts is None else self._artifacts.as_uri()
+        try:
+            return str(self._client().create_experiment(self.experiment, artifact_location=location))
+        except Exception:
+            faster = self._find_experiment()  # another sweep may have made it meanwhile
+            if faster is None:
+                raise
+            return faster
+
+    def _children_of(self, parent: str) -> Iterator[Any]:
+        wanted, token = f"tags.`mlflow.parentRunId` = '{parent}'", None
+        while True:
+            page = self._client().search_runs([self._experiment_id], wanted, max_results=1000, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _log_batch(
+        self, run: str, metrics: Mapping[str, float], at: int, params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        self._client().log_batch(
+            run,
+            [Metric(name, value, at, 0) for name, value in metrics.items()],
+            [Param(name, _cut(value, LONGEST_PARAM)) for name, value in params.items()],
+            [RunTag(name, _cut(value, LONGEST_TAG)) for name, value in tags.items()],
+        )
+
+    def _upload(self, run: str, artifacts: Mapping[str, bytes]) -> None:
+        if not artifacts:
+            return
+        with tempfile.TemporaryDirectory(prefix="q3q-") as folder:
+            for name, content in artifacts.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+            self._client().log_artifacts(run, folder)
+
+    def _expect_open(self) -> Sweep:
+        if self._sweep is None:
+            raise TrackingError("the tracker has no open sweep: open() comes before log() and close()")
+        return self._sweep
+
+    @contextmanager
+    def _trouble(self, what: str) -> Iterator[None]:
+        """MLflow's, the database's and the network's errors as one line of ours; our own bugs stay what they are."""
+        try:
+            yield
+        except TrackingError:
+            raise
+        except Exception as error:
+            if not (isinstance(error, (OSError, sqlite3.Error)) or type(error).__module__.startswith(_DOORS)):
+                raise
+            advice = (
+                "see that the file and its folder can be written, or give another file"
+                if self._database is not None
+                else "see that an MLflow server answers there (mlflow server --port PORT), or give sqlite:///FILE"
+            )
+            raise TrackingError(f"track.uri={_shown(self.uri)} {what} ({_reason(error)}); {advice}") from error
+
+
+_DOORS = ("mlflow.", "sqlalchemy.", "requests.", "urllib3.")  # whose exceptions speak of the store, not of our code
+
+
+def _read_uri(uri: str) -> tuple[str, Path | None]:
+    """The URI in full, and the file that it means, None for a server."""
+    if re.match(r"https?://[^/]", uri):
+        return uri.rstrip("/"), None
+    file = re.fullmatch(r"sqlite:///([^?]+)", uri)
+    if file is None or file[1] == ":memory:":
+        raise TrackingError(
+            f"track.uri={_shown(uri)}: give sqlite:///FILE, or the address of an MLflow server (http://HOST:PORT); "
+            "another database is reached through `mlflow server --backend-store-uri`"
+        )
+    path = Path(file[1]).absolute()
+    return f"sqlite:///{path}", path
+
+
+def _prepare_database(path: Path, artifacts: str) -> None:
+    """A SQLite store that can be written, made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        _create_database(path, artifacts)
+    # MLflow tries an unusable file again for minutes: see for ourselves that it is a database and can be written.
+    with closing(sqlite3.connect(path, timeout=5)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.rollback()
+
+
+def _create_database(path: Path, artifacts: str) -> None:
+    """MLflow's own migrations, without waiting for the disk at each of their 430 statements: 0.7 s, not 6 s.
+
+    The file appears under its name when it is whole and on the disk, so a crash leaves no half-migrated store. If
+    another process was faster, its store stands.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    write_atomically(partial, b"")  # an unwritable folder fails here and now
+    event.listen(Engine, "connect", _leave_disk_alone)
+    try:
+        SqlAlchemyStore(f"sqlite:///{partial}", artifacts).engine.dispose()
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    finally:
+        event.remove(Engine, "connect", _leave_disk_alone)
+        partial.unlink()
+
+
+def _leave_disk_alone(connection: Any, _: Any) -> None:
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA journal_mode = MEMORY")
+
+
+@contextmanager
+def _patience(seconds: int, retries: int) -> Iterator[None]:
+    """How long MLflow's client waits for a server; it reads this at each request. Single retries are not told."""
+    wanted = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    retrying = logging.getLogger("urllib3.connectionpool")
+    level = retrying.level
+    os.environ.update(wanted)
+    retrying.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        retrying.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _reason(error: BaseException) -> str:
+    """The error at the bottom of the chain, in one line: `Connection refused`, not the five errors around it."""
+    while deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        error = deeper
+    return _cut(" ".join(str(error).split()) or type(error).__name__, 200)
+
+
+def _shown(uri: str) -> str:
+    """A URI without the password in it."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _digest(record: TrialRecord) -> str:
+    return hashlib.sha256(json.dumps(record.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _times(record: TrialRecord) -> tuple[int, int]:
+    """When the trial started and ended, in milliseconds since 1970; now, for one that died before it could say."""
+    now = int(time.time() * 1000)
+    ended, started = (_milliseconds(record.environment.get(key)) for key in ("ended", "started"))
+    return started or ended or now, ended or now
+
+
+def _milliseconds(moment: str | None) -> int | None:
+    return None if moment is None else int(datetime.fromisoformat(moment).timestamp() * 1000)
+
+
+def _metrics(record: TrialRecord) -> dict[str, float]:
+    """The record's metrics under names that MLflow takes, and `<metric>.low`, `<metric>.high` of each 95 % interval."""
+    named = dict(record.metrics)
+    for name, (low, high) in record.intervals.items():
+        named |= {f"{name}.low": low, f"{name}.high": high}
+    return {re.sub(r"[^\w/.\- ]", "_", name): value for name, value in named.items()}
+
+
+def _tags(record: TrialRecord) -> dict[str, str]:
+    spec, commit = record.spec, str(record.environment.get("git_commit") or "")
+    tags = {
+        "q3q.quantization": spec.quantization_id,
+        "q3q.method": str(spec.method["name"]),
+        "q3q.model": _model(spec),
+        "q3q.status": record.status,
+        "q3q.reason": record.reason,
+        "q3q.diverged": ", ".join(record.diverged),
+        "q3q.git_commit": commit,
+        "mlflow.source.git.commit": commit.partition("+")[0],
+        "mlflow.note.content": _story(record),
+        **_origin(),
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def _story(record: TrialRecord) -> str:
+    """What a person should know of the trial, in Markdown."""
+    lines = [f"{record.spec.name} · {_model(record.spec)}: **{record.status}**"]
+    if record.reason:
+        lines.append(f"Reason: {record.reason}")
+    if record.diverged:
+        lines.append(f"Not a finite number: {', '.join(record.diverged)}")
+    lines += [f"Check {check.name} failed: {check.detail}" for check in record.checks if not check.passed]
+    return "\n\n".join(lines)
+
+
+def _origin() -> dict[str, str]:
+    user = os.environ.get("USER") or os.environ.get("LOGNAME")
+    return {"mlflow.source.name": "launch.py", "mlflow.source.type": "LOCAL"} | ({"mlflow.user": user} if user else {})
+
+
+def _summary(trials: tuple[TrialSpec, ...]) -> dict[str, str]:
+    """What the sweep varies, as short strings."""
+    schemes = [spec.scheme for spec in trials if spec.scheme is not None]
+    return {
+        "models": _listed(_model(spec) for spec in trials),
+        "methods": _listed(spec.method["name"] for spec in trials),
+        "bits": _listed(scheme.bits for scheme in schemes),
+        "group_sizes": _listed(scheme.group_size for scheme in schemes),
+        "act_bits": _listed(scheme.act_bits for scheme in schemes),
+        "seeds": _listed(spec.seed for spec in trials),
+        "trials": str(len(trials)),
+    }
+
+
+def _listed(values: Any) -> str:
+    """Each value once, in order; `-` if there is none."""
+    return ", ".join(map(str, sorted({value for value in values if value is not None}))) or "-"
+
+
+def _model(spec: TrialSpec) -> str:
+    return str(spec.model.get("name") or spec.model.get("source"))
+
+
+def _note(command: str, table: str = "") -> str:
+    return f"```\n{command}\n```\n\n{table}"
