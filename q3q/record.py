@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -110,6 +111,17 @@ class Progress:
 def trial_folder(spec: TrialSpec) -> Path:
     """Where a trial's durable state lies: spec, evaluations so far, record."""
     return Path(spec.places["trials"]) / spec.id
+
+
+def blocks_folder(spec: TrialSpec) -> Path:
+    """Where quantized blocks lie; trials that differ in their evaluation alone share them."""
+    return Path(spec.places["trials"]) / "blocks" / spec.quantization_id
+
+
+def forget_progress(spec: TrialSpec) -> None:
+    """Start from nothing the next time: no blocks, no evaluations. The last record stays until a new one replaces it."""
+    shutil.rmtree(blocks_folder(spec), ignore_errors=True)
+    shutil.rmtree(trial_folder(spec) / "evaluations", ignore_errors=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -25,7 +25,7 @@ from q3q.quantize.blocks import BlockStore
 from q3q.quantize.method import Method
 from q3q.quantize.methods.settings import settings_of
 from q3q.quantize.walk import QuantizedBlock, quantize_model
-from q3q.record import COMPLETED, FAILED, Progress, TrialRecord, trial_folder, write_atomically
+from q3q.record import COMPLETED, FAILED, Progress, TrialRecord, blocks_folder, trial_folder, write_atomically
 from q3q.spec import Json, TrialSpec
 
 Report = Callable[[Progress], None]
@@ -56,7 +56,7 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialReco
             tokenizer = load_tokenizer(checkpoint.folder)
             model = load_decoder(checkpoint, getattr(torch, spec.model["dtype"]), device)
         blocks: list[QuantizedBlock] = []
-        store = BlockStore(Path(spec.places["trials"]) / "blocks" / spec.quantization_id)
+        store = BlockStore(blocks_folder(spec))
         if spec.scheme is not None:
             steps("calibrate")(0, 1)
             with phases.phase("calibrate"):

@@ -55,6 +55,9 @@ class HarnessLM(TemplateLM):
         ids: list[int] = self.tokenizer(string, add_special_tokens=bool(add_special_tokens), verbose=False)["input_ids"]
         return ids
 
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # q3q shows its own progress
+
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: list[Encoded], **kwargs: Any) -> list[tuple[float, bool]]:
         sequences = share_prefixes(requests, self.max_length)

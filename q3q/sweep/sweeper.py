@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from q3q.config import facts_of, spec_from, tracking_uri
 from q3q.errors import ConfigError, IncompatibleError, Q3QError, SweepFailedError
-from q3q.record import Progress, TrialRecord, trial_folder
+from q3q.record import Progress, TrialRecord, forget_progress, trial_folder
 from q3q.spec import TrialSpec
 from q3q.sweep.cluster import Cluster, Outcome, Resources, Started, Task, WorkerDiedError
 from q3q.sweep.launcher import Job, JobPolicy, RayLauncher, failed_return
@@ -254,6 +254,9 @@ def running_study(
 
     tracker = MlflowTracker(tracking_uri(settings), f"{settings.storage}/artifacts", settings.track.experiment)
     tracker.check()
+    if settings.fresh:
+        for spec in specs:
+            forget_progress(spec)
     shown = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
     name = settings.name or "+".join(dict.fromkeys(str(spec.method["name"]) for spec in specs))
     with Display(total=len(specs) - len(finished)) as display:

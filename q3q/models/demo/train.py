@@ -1,21 +1,26 @@
 """How the two demo models were made: `python -m q3q.models.demo.train dense` (or `moe`).
 
 A byte-level BPE of 4,096 tokens and a small Qwen3 are trained on Python's standard library and on generated stories.
-The result is an ordinary Hugging Face folder (safetensors, tokenizer, config, model card with the loss curve).
+The result is an ordinary Hugging Face folder (safetensors, tokenizer, config) with a `training.json` that holds the
+loss curve. Two stages: plain language modelling, then the same with the answers to the stories' questions counted
+extra, because they are a small share of the tokens and all that the tasks look at.
 """
 
 import argparse
 import json
 import math
 import platform
+import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -30,7 +35,28 @@ from q3q.models.demo.stories import stories
 VOCAB_SIZE = 4096
 END = "<|endoftext|>"
 WINDOW = 512
-STORY_SHARE = 0.6  # of the windows; the rest is library text
+
+
+@dataclass(frozen=True)
+class Stage:
+    """steps of a batch; seed; story_share of the windows, the rest being library text; rate: share of the peak rates.
+
+    answer_weight: weight of the mean loss of answer tokens, beside the mean loss of all tokens.
+    """
+
+    steps: int
+    seed: int
+    story_share: float
+    answer_weight: float
+    rate: float
+
+
+STAGES = (
+    Stage(steps=2000, seed=0, story_share=0.6, answer_weight=0.0, rate=1.0),
+    Stage(steps=500, seed=1000, story_share=0.8, answer_weight=1.0, rate=0.6),
+)
+BATCH = 8  # windows a step
+ROUTER_BALANCE = 0.01
 
 _COMMON: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE,
@@ -60,7 +86,7 @@ def build_model(kind: str) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
         num_experts_per_tok=2,
         norm_topk_prob=True,
         output_router_logits=True,
-        router_aux_loss_coef=0.01,
+        router_aux_loss_coef=ROUTER_BALANCE,
         **_COMMON,
     )
     model = Qwen3MoeForCausalLM(config)
@@ -83,22 +109,49 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=2048)
 
 
-def windows(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Tensor]:
-    """Endless training windows [WINDOW] of token ids: packed stories, and random windows of library text."""
+def windows(tokenizer: PreTrainedTokenizerFast, seed: int, story_share: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless training windows: token ids [WINDOW], and which of them are answers [WINDOW].
+
+    Packed stories, or random windows of library text, which has no answers.
+    """
     generator = torch.Generator().manual_seed(seed)
     library = torch.tensor(tokenizer(training_text(), verbose=False)["input_ids"])
     stream = stories(seed, held_out=False)
     packed: list[int] = []
+    answers: list[bool] = []
     while True:
-        if torch.rand((), generator=generator) < STORY_SHARE:
+        if torch.rand((), generator=generator) < story_share:
             while len(packed) < WINDOW:
-                batch = "\n".join(next(stream).full_text() for _ in range(200))
-                packed += tokenizer(batch + "\n", verbose=False)["input_ids"]
-            yield torch.tensor(packed[:WINDOW])
-            packed = packed[WINDOW:]
+                text = "\n".join(next(stream).full_text() for _ in range(200)) + "\n"
+                encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+                spans = [match.span(1) for match in re.finditer(r"Answer:( .*)\n", text)]
+                packed += encoded["input_ids"]
+                answers += _inside(encoded["offset_mapping"], spans)
+            yield torch.tensor(packed[:WINDOW]), torch.tensor(answers[:WINDOW])
+            packed, answers = packed[WINDOW:], answers[WINDOW:]
         else:
             start = int(torch.randint(len(library) - WINDOW, (), generator=generator))
-            yield library[start : start + WINDOW]
+            yield library[start : start + WINDOW], torch.zeros(WINDOW, dtype=torch.bool)
+
+
+def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """For each token, whether its characters lie in one of the spans; both in order."""
+    inside, k = [], 0
+    for start, end in offsets:
+        while k < len(spans) and spans[k][1] <= start:
+            k += 1
+        inside.append(k < len(spans) and spans[k][0] <= start and end <= spans[k][1])
+    return inside
+
+
+def stage_loss(logits_BTV: Tensor, ids_BT: Tensor, answers_BT: Tensor, answer_weight: float) -> Tensor:
+    """Mean negative log-likelihood of all next tokens, plus the weighted mean over answer tokens, nats."""
+    loss_BT = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none")
+    loss = loss_BT.mean()
+    asked = answers_BT[:, 1:].flatten()
+    if answer_weight and asked.any():
+        loss = loss + answer_weight * loss_BT[asked].mean()
+    return loss
 
 
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
@@ -119,68 +172,79 @@ def learning_rate_factor(done: float) -> float:
     return min(1.0, done / 0.02 + 1e-3, 2 * (1 - done) + 1e-3)
 
 
-def train(kind: str, out: Path, *, minutes: float, steps: int, batch: int, seed: int) -> None:
-    """Train for `steps` steps of `batch` windows (or stop the schedule at `minutes`), and write the folder."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
-    model = build_model(kind)
+def train(kind: str, out: Path) -> None:
+    """Both stages, each from the folder that the one before wrote; one that `training.json` lists is not repeated."""
+    facts = json.loads((out / "training.json").read_text(encoding="utf-8")) if (out / "training.json").exists() else {}
+    done = facts.get("stages", 0)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out) if done else build_tokenizer()
+    for number, stage in enumerate(STAGES[done:], start=done):
+        torch.manual_seed(stage.seed)
+        model = build_model(kind)
+        if number:
+            model.load_state_dict(type(model).from_pretrained(out, dtype=torch.float32).state_dict())
+        started = time.monotonic()
+        curve = run_stage(model, tokenizer, stage)
+        minutes = (time.monotonic() - started) / 60
+        if kind == "moe":
+            model.config.output_router_logits = False  # wanted for the balancing loss alone
+        model.bfloat16().save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        before = facts.get("steps", 0)
+        facts = {
+            "kind": kind,
+            "stages": number + 1,
+            "seed": STAGES[0].seed,
+            "steps": before + stage.steps,
+            "batch": BATCH,
+            "window": WINDOW,
+            "tokens": (before + stage.steps) * BATCH * WINDOW,
+            "minutes": round(facts.get("minutes", 0) + minutes, 1),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "loss": facts.get("loss", []) + [[before + s, round(v, 4)] for s, v in curve],
+        }
+        (out / "training.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+
+
+def run_stage(
+    model: Qwen3ForCausalLM | Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, stage: Stage
+) -> list[tuple[int, float]]:
+    """Train the model in place. Returns the loss curve: (step, mean loss of the 50 steps before it)."""
     compiled = torch.compile(model)
-    stream = windows(tokenizer, seed)
+    stream = windows(tokenizer, stage.seed, stage.story_share)
     parts = optimizers(model)
-    peak = [group["lr"] for part in parts for group in part.param_groups]
+    peak = [stage.rate * group["lr"] for part in parts for group in part.param_groups]
     curve: list[tuple[int, float]] = []
-    started, recent = time.monotonic(), []
-    step, done = 0, 0.0
-    while done < 1.0:
+    recent: list[float] = []
+    started = time.monotonic()
+    for step in range(1, stage.steps + 1):
         for group, rate in zip((g for part in parts for g in part.param_groups), peak, strict=True):
-            group["lr"] = rate * learning_rate_factor(done)
-        ids = torch.stack([next(stream) for _ in range(batch)])
+            group["lr"] = rate * learning_rate_factor((step - 1) / stage.steps)
+        ids_BT, answers_BT = (torch.stack(column) for column in zip(*(next(stream) for _ in range(BATCH)), strict=True))
         with torch.autocast("cpu", torch.bfloat16):
-            loss = compiled(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
+            found = compiled(input_ids=ids_BT, use_cache=False)
+        loss = stage_loss(found.logits, ids_BT, answers_BT, stage.answer_weight)
+        balancing = getattr(found, "aux_loss", None)  # keeps the experts of an MoE in use
+        (loss if balancing is None else loss + ROUTER_BALANCE * balancing).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in parts:
             part.step()
             part.zero_grad(set_to_none=True)
-        step += 1
-        elapsed = (time.monotonic() - started) / 60
-        done = max(step / steps, elapsed / minutes)
         recent.append(loss.item())
-        if step % 50 == 0 or done >= 1.0:
+        if step % 50 == 0:
             curve.append((step, sum(recent) / len(recent)))
             recent = []
-            print(f"step {step}/{steps}  loss {curve[-1][1]:.3f}  {elapsed:.1f} min", flush=True)
+            elapsed = (time.monotonic() - started) / 60
+            print(f"step {step}/{stage.steps}  loss {curve[-1][1]:.3f}  {elapsed:.1f} min", flush=True)
             if not math.isfinite(curve[-1][1]):
                 raise SystemExit("training diverged")
-    minutes_taken = (time.monotonic() - started) / 60
-    if kind == "moe":
-        model.config.output_router_logits = False  # wanted for the balancing loss alone
-    model.bfloat16().save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    facts = {
-        "kind": kind,
-        "seed": seed,
-        "steps": step,
-        "batch": batch,
-        "window": WINDOW,
-        "tokens": step * batch * WINDOW,
-        "minutes": round(minutes_taken, 1),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "loss": [[s, round(v, 4)] for s, v in curve],
-    }
-    (out / "training.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    return curve
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("dense", "moe"))
     parser.add_argument("--out", type=Path, help="folder to write; default: beside this file")
-    parser.add_argument("--minutes", type=float, default=1e9, help="end the schedule after this long")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    folder = given.out or Path(__file__).parent / given.kind
-    train(given.kind, folder, minutes=given.minutes, steps=given.steps, batch=given.batch, seed=given.seed)
+    train(given.kind, given.out or Path(__file__).parent / given.kind)
