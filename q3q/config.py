@@ -3,6 +3,7 @@
 import difflib
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from q3q.calibrate.sources import Text, load_text
-from q3q.errors import CalibrationError, ConfigError, IncompatibleError
+from q3q.errors import CalibrationError, CheckpointError, ConfigError, IncompatibleError
 from q3q.models.checkpoint import Checkpoint, ModelFacts, fetch_facts, resolve_revision
 from q3q.quantize.methods.settings import SETTINGS, MethodSettings
 from q3q.spec import Json, Scheme, TrialSpec
 
 DEMO_MODELS = Path(__file__).parent / "models" / "demo"
+DEMO_NAMES = ("demo", "demo_moe")
+OWN_TASKS = Path(__file__).parent / "evaluate" / "tasks"
 DTYPES = ("float32", "bfloat16", "float16")
 DRAWS = ("random", "first", "documents")
 # How each evaluation text is named in metrics, and drawn: the study's C4 is 256 random windows, others run through.
@@ -105,17 +108,20 @@ class Config:
     storage: str = "mlruns"
 
 
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "calibration": CalibrationConfig,
+    "evaluation": EvaluationConfig,
+    "cluster": ClusterConfig,
+    "track": TrackConfig,
+}
+
+
 def register() -> None:
     """Give Hydra the schema; once, before it composes."""
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config, package="_global_", provider="q3q")
-    for name, node in (
-        ("model", ModelConfig),
-        ("calibration", CalibrationConfig),
-        ("evaluation", EvaluationConfig),
-        ("cluster", ClusterConfig),
-        ("track", TrackConfig),
-    ):
+    for name, node in GROUPS.items():
         store.store(group="schema", name=name, node=node, provider="q3q")
     for name, settings in SETTINGS.items():
         store.store(group="schema/method", name=name, node=settings, provider="q3q")
@@ -140,9 +146,9 @@ def spec_from(config: DictConfig) -> TrialSpec:
     places: Json = {"trials": str(Path(config.storage).absolute() / "trials"), "keep": config.keep}
     if folder is not None:
         places["model"] = str(folder)
-    for part in (config.calibration, config.evaluation):
-        if part.path is not None:
-            places["calibration" if part is config.calibration else "evaluation"] = str(Path(part.path).absolute())
+    for name in ("calibration", "evaluation"):
+        if config[name].path is not None:
+            places[name] = str(Path(config[name].path).expanduser().absolute())
     return TrialSpec(
         model=model,
         method={**asdict(settings), "version": settings.version},
@@ -172,7 +178,7 @@ def _refuse_strangers(config: DictConfig) -> None:
         "": (config, Config),
         "method.": (config.method, SETTINGS[config.method.name]),
     }
-    for name, kind in (("model", ModelConfig), ("calibration", CalibrationConfig), ("evaluation", EvaluationConfig)):
+    for name, kind in GROUPS.items():
         parts[f"{name}."] = (config[name], kind)
     for prefix, (part, kind) in parts.items():
         known = [one.name for one in fields(kind)]
@@ -193,6 +199,8 @@ def _model(config: DictConfig) -> tuple[Json, Path | None, ModelFacts]:
         raise ConfigError("model=local needs a folder: model.path=DIR")
     if wanted.path is not None:
         path: str = wanted.path
+        if wanted.source is not None or (wanted.name in DEMO_NAMES and not path.startswith("demo:")):
+            raise ConfigError(f"model.path={path} and model={wanted.name} contradict each other: give model=local")
         folder = DEMO_MODELS / path.removeprefix("demo:") if path.startswith("demo:") else Path(path).expanduser()
         if wanted.revision is not None:
             raise ConfigError(f"model.revision={wanted.revision} is for Hub models; {path} is a folder")
@@ -210,6 +218,8 @@ def _model(config: DictConfig) -> tuple[Json, Path | None, ModelFacts]:
 @functools.cache
 def _local_model(folder: Path, storage: str) -> tuple[ModelFacts, str]:
     checkpoint = Checkpoint(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(f"{folder} has no tokenizer.json: a model is evaluated with its own tokenizer")
     return checkpoint.facts, checkpoint.digest(Path(storage) / "trials" / "digests")
 
 
@@ -259,6 +269,7 @@ def _calibration(config: DictConfig, settings: MethodSettings, folder: Path | No
     for key, value in (("samples", samples), ("length", length)):
         if value < 1:
             raise ConfigError(f"calibration.{key}={value}: give 1 or more")
+    _path_is_for_files(wanted.path, "calibration", [wanted.source])
     text = _text(wanted.source, "calibration", wanted.path)
     _check_long_enough(text, folder, samples, length, draw)
     return {"source": wanted.source, "digest": text.digest, "samples": samples, "length": length, "draw": draw}
@@ -272,6 +283,8 @@ def _evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> J
             raise ConfigError(f"evaluation.{key}={value}: give {least} or more")
     if wanted.window > facts.max_positions:
         raise ConfigError(f"evaluation.window={wanted.window}: this model takes at most {facts.max_positions} tokens")
+    _path_is_for_files(wanted.path, "evaluation", wanted.texts)
+    _check_tasks(tuple(wanted.tasks))
     texts = []
     for source in wanted.texts:
         text = _text(source, "evaluation", wanted.path)
@@ -325,6 +338,26 @@ def _check_long_enough(text: Text, folder: Path | None, samples: int, length: in
 def _metric_name(stem: str) -> str:
     """A file's name as part of a metric's: trackers take few characters."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", stem)
+
+
+def _path_is_for_files(path: str | None, split: str, sources: Sequence[str]) -> None:
+    if path is not None and "file" not in sources:
+        raise ConfigError(f"{split}.path={path} is not read by {split}={'+'.join(sources)}: add {split}=file")
+
+
+@functools.cache
+def _check_tasks(tasks: tuple[str, ...]) -> None:
+    """Names of tasks, before hours go by. lm-eval's own list takes seconds to load, and is asked only for them."""
+    own = [path.stem for path in OWN_TASKS.glob("*.yaml")]
+    others = [task for task in tasks if task not in own]
+    if not others:
+        return
+    from q3q.evaluate.harness import known_tasks
+
+    known = [*own, *known_tasks()]
+    for task in others:
+        if task not in known:
+            raise ConfigError(f"evaluation.tasks: {task} is no task of lm-eval{nearest(task, known)}".strip())
 
 
 @functools.cache

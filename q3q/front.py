@@ -1,6 +1,7 @@
 """What launch.py does beyond Hydra: one trial without a sweep, and errors as one line and an exit code."""
 
 import dataclasses
+import os
 import re
 import shlex
 import sys
@@ -22,7 +23,7 @@ def run_alone(config: DictConfig) -> object:
     """One trial, in this process: what `python launch.py` does without -m."""
     from pathlib import Path
 
-    from q3q.sweep.plan import describe, plan
+    from q3q.sweep.plan import describe, gpus_here, plan
     from q3q.sweep.study import finished_record
     from q3q.sweep.sweeper import refuse_contradictions, running_study
 
@@ -32,7 +33,7 @@ def run_alone(config: DictConfig) -> object:
     done = None if config.fresh else finished_record(spec)
     finished = {} if done is None else {spec.id: done}
     if config.plan:
-        ordered = plan([spec], finished, {spec.id: facts_of(config)}, cpus=config.cluster.cpus_per_trial, gpus=0.0)
+        ordered = plan([spec], finished, {spec.id: facts_of(config)}, cpus=os.cpu_count() or 1, gpus=gpus_here())
         print(describe(ordered, at_once=1, where="this process", storage=Path(config.storage)))
         return None
     command = "python launch.py " + shlex.join(overrides)

@@ -18,8 +18,8 @@ COMPLETED, FAILED = "COMPLETED", "FAILED"
 class SiteError:
     """How far one quantized linear is from the original.
 
-    weight_error: ||W - Q|| / ||W||, Frobenius. output_error: ||X (W - Q)^T|| / ||X W^T|| over the calibration tokens,
-    None for a method that saw none.
+    weight_error: ||W - Q|| / ||W||, Frobenius (of AWQ, W after its scales have moved). output_error:
+    ||X (W - Q)^T|| / ||X W^T|| over the calibration tokens, None for a method that saw none.
     """
 
     block: int
@@ -89,8 +89,12 @@ class TrialRecord:
             }
         )
 
-    def save(self, path: Path) -> None:
-        write_atomically(path, json.dumps(self.to_json(), indent=1, allow_nan=False).encode())
+    def save(self) -> None:
+        """To the trial's folder: `record.json`, or `failed.json`, so that no failure ever replaces a result."""
+        content = json.dumps(self.to_json(), indent=1, allow_nan=False).encode()
+        write_atomically(trial_folder(self.spec) / ("record.json" if self.completed else "failed.json"), content)
+        if self.completed:
+            (trial_folder(self.spec) / "failed.json").unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "TrialRecord":
@@ -114,14 +118,19 @@ def trial_folder(spec: TrialSpec) -> Path:
 
 
 def blocks_folder(spec: TrialSpec) -> Path:
-    """Where quantized blocks lie; trials that differ in their evaluation alone share them."""
+    """Where a trial under way writes its quantized blocks."""
+    return trial_folder(spec) / "blocks"
+
+
+def kept_blocks_folder(spec: TrialSpec) -> Path:
+    """Where finished blocks are kept (keep=blocks); trials that differ in their evaluation alone share them."""
     return Path(spec.places["trials"]) / "blocks" / spec.quantization_id
 
 
 def forget_progress(spec: TrialSpec) -> None:
-    """Start from nothing the next time: no blocks, no evaluations. The last record stays until a new one replaces it."""
-    shutil.rmtree(blocks_folder(spec), ignore_errors=True)
-    shutil.rmtree(trial_folder(spec) / "evaluations", ignore_errors=True)
+    """Start from nothing the next time. The last record stays until a new one replaces it."""
+    for folder in (blocks_folder(spec), kept_blocks_folder(spec), trial_folder(spec) / "evaluations"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -61,7 +61,8 @@ class TrialSpec:
     @cached_property
     def id(self) -> str:
         """Ten hex digits; equal specs share an id on every machine, so a finished trial is never run twice."""
-        return _digest({**self.quantization, "evaluation": self.evaluation})
+        act_bits = self.scheme.act_bits if self.scheme else None
+        return _digest({**self.quantization, "evaluation": self.evaluation, "act_bits": act_bits})
 
     @cached_property
     def quantization_id(self) -> str:
@@ -70,9 +71,12 @@ class TrialSpec:
 
     @property
     def quantization(self) -> Json:
-        """All that determines the quantized weights."""
+        """All that determines the quantized weights. Activations are quantized later; a model's name is for people."""
         whole = self.to_json()
         del whole["places"], whole["evaluation"]
+        whole["model"] = {key: value for key, value in self.model.items() if key != "name"}
+        if self.scheme is not None:
+            del whole["scheme"]["act_bits"]
         return whole
 
     @property

@@ -25,7 +25,16 @@ from q3q.quantize.blocks import BlockStore
 from q3q.quantize.method import Method
 from q3q.quantize.methods.settings import settings_of
 from q3q.quantize.walk import QuantizedBlock, quantize_model
-from q3q.record import COMPLETED, FAILED, Progress, TrialRecord, blocks_folder, trial_folder, write_atomically
+from q3q.record import (
+    COMPLETED,
+    FAILED,
+    Progress,
+    TrialRecord,
+    blocks_folder,
+    kept_blocks_folder,
+    trial_folder,
+    write_atomically,
+)
 from q3q.spec import Json, TrialSpec
 
 Report = Callable[[Progress], None]
@@ -56,11 +65,11 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialReco
             tokenizer = load_tokenizer(checkpoint.folder)
             model = load_decoder(checkpoint, getattr(torch, spec.model["dtype"]), device)
         blocks: list[QuantizedBlock] = []
-        store = BlockStore(blocks_folder(spec))
+        store = BlockStore(blocks_folder(spec), kept_blocks_folder(spec))
         if spec.scheme is not None:
             steps("calibrate")(0, 1)
             with phases.phase("calibrate"):
-                windows = calibration_windows(spec, tokenizer)
+                windows = None if store.holds(len(model.blocks)) else calibration_windows(spec, tokenizer)
             steps("quantize")(0, len(model.blocks))
             with phases.phase("quantize"):
                 method = build_method(spec)
@@ -68,7 +77,7 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialReco
         with phases.phase("evaluate"):
             set_activations(model, spec)
             scores = evaluate(model, tokenizer, spec, folder / "evaluations", steps)
-        checks = check_weights(model, [block.quantized for block in blocks]) if blocks else []
+        checks = check_weights(model, [block.quantized for block in blocks])
     failed = [check for check in checks if not check.passed]
     record = TrialRecord(
         spec=spec,
@@ -87,11 +96,14 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialReco
             "ended": now(),
         },
         results=scores.results,
-        notes={key: note for block in blocks for key, note in block.notes.items()},
+        notes={key: note for block in blocks for key, note in block.notes.items()}
+        | ({"blocks_from_disk": store.taken} if store.taken else {}),
     )
-    record.save(folder / "record.json")
+    record.save()
     shutil.rmtree(folder / "evaluations", ignore_errors=True)
-    if spec.places.get("keep") != "blocks":
+    if record.completed and spec.places.get("keep") == "blocks":
+        store.keep()
+    else:
         store.delete()
     return record
 
@@ -106,7 +118,7 @@ def attempt_trial(spec: TrialSpec, report: Report = lambda event: None) -> Trial
         environment = {"git_commit": git_commit(), "packages": packages(), "started": started, "ended": now()}
         environment["traceback"] = traceback.format_exc()
         record = TrialRecord.failed(spec, reason, environment)
-        record.save(trial_folder(spec) / "record.json")
+        record.save()
         return record
 
 
@@ -200,7 +212,7 @@ def _measure_text(
     _same_text(text.digest, wanted["digest"], wanted["name"])
     encode = encoder(tokenizer)
     if wanted["draw"] == "random":
-        samples = wanted["limit"] or wanted["samples"]
+        samples = min(wanted["samples"], wanted["limit"] or wanted["samples"])
         windows = draw_windows(text, encode, samples=samples, length=wanted["window"], draw="random", seed=0)
     else:
         ids = encode(text.joined)

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q import config as schema
-from q3q.record import TrialRecord, trial_folder
+from q3q.record import TrialRecord, blocks_folder, kept_blocks_folder, trial_folder
 from q3q.trial import attempt_trial, run_trial
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def test_the_record_holds_what_it_promises(run, spec_of):
     record = run("model=demo", "method=gptq", "bits=3")
     assert record.completed
     assert {check.name for check in record.checks if check.passed} == {check.name for check in record.checks}
-    assert len(record.checks) >= 4
+    assert len(record.checks) == 4
     assert len(record.sites) == 6 * 7
     assert all(0 < site.output_error < 1 and 0 < site.weight_error < 1 for site in record.sites)
     for phase in ("load", "calibrate", "quantize", "evaluate"):
@@ -109,7 +109,8 @@ def test_an_error_becomes_a_failed_record_that_says_why(spec_of, monkeypatch):
     assert record.status == "FAILED"
     assert record.reason == "ZeroDivisionError: division by zero"
     assert "load_decoder" in record.environment["traceback"]
-    assert json.loads((trial_folder(spec) / "record.json").read_text())["status"] == "FAILED"
+    assert json.loads((trial_folder(spec) / "failed.json").read_text())["status"] == "FAILED"
+    assert not (trial_folder(spec) / "record.json").exists()
 
 
 def test_weights_that_are_not_the_codes_fail_the_trial(spec_of, monkeypatch):
@@ -147,14 +148,18 @@ run_trial(TrialSpec.from_json(json.load(open(sys.argv[1]))), lambda event: print
             os.kill(process.pid, signal.SIGKILL)
             break
     assert process.wait(timeout=30) == -signal.SIGKILL
-    blocks = sorted((tmp_path / "blocks" / spec.quantization_id).glob("*.json"))
+    blocks = sorted(blocks_folder(spec).glob("*.json"))
     assert 2 <= len(blocks) < 6
     untouched = [block.stat().st_mtime_ns for block in blocks[:2]]
     time.sleep(0.01)
-    seen = []
-    resumed = run_trial(
-        spec.with_places({**spec.places, "keep": "blocks"}), lambda event: seen.append((event.phase, event.done))
-    )
-    assert [block.stat().st_mtime_ns for block in blocks[:2]] == untouched
+    resumed = run_trial(spec.with_places({**spec.places, "keep": "blocks"}))
+    kept = [kept_blocks_folder(spec) / block.name for block in blocks[:2]]
+    assert [block.stat().st_mtime_ns for block in kept] == untouched
+    assert resumed.notes["blocks_from_disk"] == len(blocks)
     assert resumed.metrics["perplexity/stories"] == reference.metrics["perplexity/stories"]
     assert resumed.sites == reference.sites
+    # keep=blocks: another evaluation of the same quantization computes no block, and reads no calibration text.
+    again = spec_of("model=demo", "method=gptq", "bits=3", "calibration.samples=24", "evaluation.limit=3")
+    found = run_trial(again.with_places(spec.places))
+    assert found.notes["blocks_from_disk"] == 6
+    assert found.sites == reference.sites

@@ -121,6 +121,11 @@ def pack(sequences: Sequence[Run], budget: int) -> list[list[Run]]:
     return batches
 
 
+def known_tasks() -> list[str]:
+    """Names of all tasks and groups that lm-eval ships."""
+    return list(TaskManager().all_tasks)
+
+
 @dataclass(frozen=True)
 class TaskScores:
     """metrics by `<task>/<metric>`, their 95 % intervals where lm-eval gives a standard error, and its own results."""

@@ -13,9 +13,18 @@ def check_weights(model: Decoder, quantized: Sequence[dict[str, QuantizedWeight]
     """Is what will be evaluated what was quantized, all of it, and nothing more precise?
 
     Args:
-        model: the decoder as evaluated. quantized: codes by weight name, a dictionary a block.
+        model: the decoder as evaluated. quantized: codes by weight name, a dictionary a block; empty for a model that
+            was left as it is, which must still be finite.
     """
     missing, different, too_fine, not_finite = [], [], [], []
+    for name, weight in (("embedding", model.embedding_VH), ("final norm", model.norm_H), ("head", model.head_VH)):
+        if not torch.isfinite(weight).all():
+            not_finite.append(name)
+    for k, block in enumerate(model.blocks):
+        not_finite += [f"blocks.{k}.{name}" for name, w in block.weights.items() if not torch.isfinite(w).all()]
+    finite = _check("all weights are finite", not_finite)
+    if not quantized:
+        return [finite]
     for k, (block, codes) in enumerate(zip(model.blocks, quantized, strict=True)):
         for site in block.sites:
             for name in site.weights:
@@ -29,12 +38,14 @@ def check_weights(model: Decoder, quantized: Sequence[dict[str, QuantizedWeight]
                     different.append(where)
                 if code.most_levels_in_a_group() > 2**code.bits:
                     too_fine.append(where)
-        not_finite += [f"blocks.{k}.{name}" for name, w in block.weights.items() if not torch.isfinite(w).all()]
+    count = sum(code.codes_EOI.numel() for codes in quantized for code in codes.values())
+    if count != model.facts.linear_parameters:
+        missing.append(f"{model.facts.linear_parameters - count} of {model.facts.linear_parameters} weights")
     return [
         _check("every targeted weight is quantized", missing),
         _check("the weights evaluated are the codes' values", different),
         _check("no group has more than 2^bits levels", too_fine),
-        _check("all weights are finite", not_finite),
+        finite,
     ]
 
 

@@ -87,13 +87,14 @@ def on_grid(weight: Tensor, grid: Grid, bits: int) -> Tensor:
 
 
 def absmax_per_token(inputs_xI: Tensor, bits: int) -> Tensor:
-    """Dynamic symmetric fake quantization of activations, one scale per token, in the inputs' own dtype.
+    """Dynamic symmetric fake quantization of activations, one scale per token; computed in float32.
 
     Source: SmoothQuant's quantize_activation_per_token_absmax (arXiv 2211.10438), but leaves its input untouched.
     """
     top = 2 ** (bits - 1) - 1
-    scale = inputs_xI.abs().amax(-1, keepdim=True).clamp(min=1e-5) / top
-    return (inputs_xI / scale).round() * scale
+    wide_xI = inputs_xI.float()  # in 16 bits the scale itself is rounded, and codes beyond the top would appear
+    scale = wide_xI.abs().amax(-1, keepdim=True).clamp(min=1e-5) / top
+    return ((wide_xI / scale).round().clamp(-top, top) * scale).to(inputs_xI.dtype)
 
 
 def into_groups(weight_xI: Tensor, group_size: int) -> Tensor:

@@ -20,10 +20,14 @@ class BlockStore:
 
     The facts are written last and hold the tensors' checksum: a block without them, or that differs from them, was not
     finished and is computed again.
+
+    kept: a folder of the same, where finished blocks may lie already. taken: how many blocks were not computed here.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept: Path | None = None) -> None:
         self.folder = folder
+        self.kept = kept
+        self.taken = 0
 
     def store(self, block: QuantizedBlock) -> None:
         tensors = {f"changed/{name}": tensor.contiguous() for name, tensor in block.changed.items()}
@@ -36,14 +40,38 @@ class BlockStore:
             "errors": [asdict(error) for error in block.errors],
             "notes": block.notes,
         }
-        write_atomically(self._tensors(block.index), content)
-        write_atomically(self._facts(block.index), json.dumps(facts).encode())
+        write_atomically(_tensors(self.folder, block.index), content)
+        write_atomically(_facts(self.folder, block.index), json.dumps(facts).encode())
 
     def load(self, index: int) -> QuantizedBlock | None:
         """The block as it was stored, on the CPU, or None if it is not there whole."""
+        for folder in (self.folder, self.kept):
+            block = None if folder is None else self._read(folder, index)
+            if block is not None:
+                self.taken += 1
+                return block
+        return None
+
+    def holds(self, count: int) -> bool:
+        """Whether all `count` blocks are there whole, so that nothing has to be calibrated."""
+        folders = [folder for folder in (self.folder, self.kept) if folder is not None]
+        return all(any(self._read(folder, k) is not None for folder in folders) for k in range(count))
+
+    def keep(self) -> None:
+        """Move finished blocks to where other trials find them; those that lie there already are the same."""
+        if self.kept is not None and self.folder.exists():
+            self.kept.mkdir(parents=True, exist_ok=True)
+            for path in sorted(self.folder.glob("*.safetensors")) + sorted(self.folder.glob("*.json")):
+                path.replace(self.kept / path.name)
+        self.delete()
+
+    def delete(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self, folder: Path, index: int) -> QuantizedBlock | None:
         try:
-            facts: dict[str, Any] = json.loads(self._facts(index).read_text(encoding="utf-8"))
-            content = self._tensors(index).read_bytes()
+            facts: dict[str, Any] = json.loads(_facts(folder, index).read_text(encoding="utf-8"))
+            content = _tensors(folder, index).read_bytes()
         except (FileNotFoundError, ValueError):
             return None
         if hashlib.sha256(content).hexdigest() != facts["sha256"]:
@@ -64,11 +92,10 @@ class BlockStore:
             facts["notes"],
         )
 
-    def delete(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _tensors(self, index: int) -> Path:
-        return self.folder / f"block_{index:03d}.safetensors"
+def _tensors(folder: Path, index: int) -> Path:
+    return folder / f"block_{index:03d}.safetensors"
 
-    def _facts(self, index: int) -> Path:
-        return self.folder / f"block_{index:03d}.json"
+
+def _facts(folder: Path, index: int) -> Path:
+    return folder / f"block_{index:03d}.json"

@@ -13,6 +13,7 @@ from q3q.spec import TrialSpec
 CORE_FLOPS, GPU_FLOPS = 5e10, 2e14
 # Passes over the calibration tokens that a method makes, in forward passes: GPTQ's Hessians and solves, AWQ's search.
 CALIBRATION_PASSES = {"gptq": 3.0, "awq": 25.0}
+PROCESS_BYTES = 1_000_000_000  # an interpreter with torch, lm-eval and small batches
 TASK_TOKENS = 15_000  # of one task with its questions, where nothing better is known
 
 
@@ -79,6 +80,11 @@ def describe(planned: Sequence[Planned], *, at_once: int, where: str, storage: P
         f"{len(left)} to run on {where}, {at_once} at a time: about {_duration(total)}. State and records: {storage}"
     )
     return "\n".join(lines)
+
+
+def memory_of(facts: ModelFacts, spec: TrialSpec) -> int:
+    """Bytes of main memory that a trial reserves: the weights, half as much again to work on them, and the process."""
+    return round(1.5 * facts.weight_bytes(spec.model["dtype"])) + PROCESS_BYTES
 
 
 def gpus_here() -> int:

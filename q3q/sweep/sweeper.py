@@ -26,16 +26,17 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from q3q.config import facts_of, spec_from, tracking_uri
 from q3q.errors import ConfigError, IncompatibleError, Q3QError, SweepFailedError
-from q3q.record import Progress, TrialRecord, forget_progress, trial_folder
+from q3q.record import Progress, TrialRecord, forget_progress
 from q3q.spec import TrialSpec
 from q3q.sweep.cluster import Cluster, Outcome, Resources, Started, Task, WorkerDiedError
 from q3q.sweep.launcher import Job, JobPolicy, RayLauncher, failed_return
-from q3q.sweep.plan import describe, gpus_here, plan
+from q3q.sweep.plan import describe, gpus_here, memory_of, plan
 from q3q.sweep.study import Study, finished_record
 
 if TYPE_CHECKING:
     from q3q.sweep.progress import Display
 
+SWEEP_SETTINGS = ("cluster", "track", "storage", "name", "plan", "fresh", "keep")
 # Workers show nothing themselves, and must not all start as many threads as there are cores.
 WORKER_ENV = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -74,7 +75,8 @@ class StudySweeper(Sweeper):
         trials, left_out = resolve(jobs)
         if left_out:
             print(left_out)
-        settings = jobs[0].config  # what is the same for all: cluster, track, storage
+        settings = jobs[0].config
+        refuse_many_settings(jobs)
         finished = {} if settings.fresh else _finished(trials)
         cluster = settings.cluster
         gpus = _gpus_per_trial(cluster)
@@ -94,8 +96,8 @@ class StudySweeper(Sweeper):
         command = "python launch.py -m " + shlex.join(arguments)
         queue = [trials[one.spec.id] for one in ordered if not one.done]
         with ExitStack() as stack:
-            launch = self._launcher(stack, settings) if queue else None  # Ray starts while the tracker opens
-            study = stack.enter_context(running_study(settings, specs, command, finished))
+            ready, launch = self._launcher(stack, settings) if queue else (None, None)
+            study = stack.enter_context(running_study(settings, specs, command, finished, ready))
             if launch:
                 launch(queue, study)
             records = study.records
@@ -119,28 +121,39 @@ class StudySweeper(Sweeper):
                 config.hydra.job.id = config.hydra.job.num = number
             yield Job(number=number, overrides=tuple(overrides), config=config)
 
-    def _launcher(self, stack: ExitStack, settings: DictConfig) -> Callable[[Sequence["Trial"], "RunningStudy"], None]:
-        """How the trials will be run; a cluster starts in the background and lives as long as `stack`."""
+    def _launcher(
+        self, stack: ExitStack, settings: DictConfig
+    ) -> tuple[Callable[[], object], Callable[[Sequence["Trial"], "RunningStudy"], None]]:
+        """What waits for a cluster, which starts in the background and lives as long as `stack`; what runs trials."""
         launcher = self.launcher
         assert launcher is not None
         if isinstance(launcher, RayLauncher):
             address = settings.cluster.address
             cluster = stack.enter_context(Cluster(address=address, env=WORKER_ENV) if address else launcher.cluster())
             cluster.env |= WORKER_ENV
-            return lambda trials, study: _run_on_ray(launcher, cluster, trials, study, settings.cluster)
+            return cluster.total, lambda trials, study: _run_on_ray(launcher, cluster, trials, study, settings.cluster)
 
         def launch(trials: Sequence[Trial], study: RunningStudy) -> None:
             # Another launcher was asked for: it composes and runs Hydra's way, and the task function returns records.
             for done in launcher.launch([list(mine.jobs[0].overrides) for mine in trials], initial_job_idx=0):
                 study.finished(done.return_value)
 
-        return launch
+        return lambda: None, launch
 
 
 def _run_on_ray(
     launcher: RayLauncher, cluster: Cluster, trials: Sequence["Trial"], study: "RunningStudy", settings: DictConfig
 ) -> None:
-    policy = TrialPolicy({mine.jobs[0].number: mine.spec for mine in trials}, study, settings)
+    has = cluster.total()
+    gpus = settings.gpus_per_trial if settings.gpus_per_trial is not None else float(has.gpus >= 1)
+    study.display.note(f"Ray has {has}; each trial takes {settings.cpus_per_trial:g} CPUs and {gpus:g} GPUs")
+    needs = {
+        mine.jobs[0].number: Resources(
+            cpus=settings.cpus_per_trial, gpus=gpus, memory=memory_of(facts_of(mine.jobs[0].config), mine.spec)
+        )
+        for mine in trials
+    }
+    policy = TrialPolicy({mine.jobs[0].number: mine.spec for mine in trials}, needs, study)
     launcher.run([mine.jobs[0] for mine in trials], policy, cluster=cluster)
 
 
@@ -153,13 +166,21 @@ class Trial:
 
 
 def refuse_contradictions(overrides: Sequence[Override]) -> None:
-    """Two values for one key, neither of them a sweep: whichever won, somebody would be surprised."""
+    """Two overrides of one key: whichever won, somebody would be surprised."""
     seen: dict[str, str] = {}
     for override in overrides:
-        key = override.get_key_element()
+        key = override.get_key_element().lstrip("+")
         if key in seen and seen[key] != override.input_line:
             raise ConfigError(f"{seen[key]} and {override.input_line} contradict each other: give {key} once")
         seen[key] = str(override.input_line)
+
+
+def refuse_many_settings(jobs: Sequence[Job]) -> None:
+    """What belongs to the sweep and not to a trial must be the same for all its jobs."""
+    for key in SWEEP_SETTINGS:
+        values = {str(OmegaConf.select(job.config, key)) for job in jobs}
+        if len(values) > 1:
+            raise ConfigError(f"{key} is the whole sweep's, give it one value: {', '.join(sorted(values))}")
 
 
 def resolve(jobs: Sequence[Job]) -> tuple[dict[str, Trial], str]:
@@ -187,14 +208,14 @@ def resolve(jobs: Sequence[Job]) -> tuple[dict[str, Trial], str]:
 class TrialPolicy(JobPolicy):
     """q3q's say in how its jobs run: only specs, records and progress cross a process border."""
 
-    def __init__(self, specs: dict[int, TrialSpec], study: "RunningStudy", cluster: DictConfig) -> None:
+    def __init__(self, specs: dict[int, TrialSpec], needs: dict[int, Resources], study: "RunningStudy") -> None:
         self.specs = specs
+        self.needs = needs
         self.study = study
-        self.resources = Resources(cpus=cluster.cpus_per_trial, gpus=_gpus_per_trial(cluster))
 
     def task(self, job: Job, plain: Task) -> Task:
         spec = self.specs[job.number]
-        return Task(key=spec.id, call=partial(work, spec.to_json()), resources=self.resources, retries=1)
+        return Task(key=spec.id, call=partial(work, spec.to_json()), resources=self.needs[job.number], retries=1)
 
     def on_event(self, job: Job, event: Any) -> None:
         spec = self.specs[job.number]
@@ -212,7 +233,7 @@ class TrialPolicy(JobPolicy):
             record = TrialRecord.from_json(outcome.value)
         else:
             record = TrialRecord.failed(spec, f"{outcome.error} ({outcome.attempts} attempts)")
-            record.save(trial_folder(spec) / "record.json")
+        record.save()  # again, if the worker could: its disk may not be ours
         self.study.finished(record, outcome.seconds)
         return _job_return(job, record)
 
@@ -242,7 +263,11 @@ class RunningStudy:
 
 @contextmanager
 def running_study(
-    settings: DictConfig, specs: Sequence[TrialSpec], command: str, finished: dict[str, TrialRecord]
+    settings: DictConfig,
+    specs: Sequence[TrialSpec],
+    command: str,
+    finished: dict[str, TrialRecord],
+    ready: Callable[[], object] | None = None,
 ) -> Iterator[RunningStudy]:
     """Track and show what runs inside; at the end, however it ends, write and print the report.
 
@@ -254,6 +279,8 @@ def running_study(
 
     tracker = MlflowTracker(tracking_uri(settings), f"{settings.storage}/artifacts", settings.track.experiment)
     tracker.check()
+    if ready is not None:
+        ready()  # a cluster that does not answer must not leave an open run behind
     if settings.fresh:
         for spec in specs:
             forget_progress(spec)
@@ -278,6 +305,9 @@ def running_study(
             yield RunningStudy(study, display)
         except KeyboardInterrupt:
             interrupted = True
+        except BaseException:
+            study.close()  # what is finished is reported, however this ends
+            raise
         report = study.close()
     print(report.text)
     print(f"\nReport and plots: {report.folder}\nMLflow: make ui, or: mlflow ui --backend-store-uri {tracker.uri}")

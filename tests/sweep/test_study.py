@@ -31,11 +31,10 @@ def launch(storage: Path, *arguments: str) -> tuple[int, str]:
 
 
 def records(storage: Path) -> dict[str, dict]:
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in storage.glob("trials/*/record.json")]
-    return {
-        record["spec"]["method"]["name"] + str((record["spec"]["scheme"] or {}).get("bits", "")): record
-        for record in found
-    }
+    def name(record: dict) -> str:
+        return record["spec"]["method"]["name"] + str((record["spec"]["scheme"] or {}).get("bits", ""))
+
+    return {name(record): record for record in _all(storage)}
 
 
 def descendants(pid: int) -> list[int]:
@@ -88,7 +87,7 @@ def swept(tmp_path_factory):
     killed = None
     while killed is None and time.monotonic() < deadline and process.poll() is None:
         # A trial that has written a block and no record yet is at work; kill whoever has one in hand.
-        if any(storage.glob("trials/blocks/*/block_000.json")) and (busy := working(process.pid)):
+        if any(storage.glob("trials/*/blocks/block_000.json")) and (busy := working(process.pid)):
             killed = busy[0]
             os.kill(killed, signal.SIGKILL)
         time.sleep(0.02)
@@ -179,7 +178,8 @@ def test_a_trial_that_fails_costs_no_other_and_the_exit_code_says_so(tmp_path):
 
 
 def _all(storage: Path) -> list[dict]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in storage.glob("trials/*/record.json")]
+    paths = [*storage.glob("trials/*/record.json"), *storage.glob("trials/*/failed.json")]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):

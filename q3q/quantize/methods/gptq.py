@@ -78,7 +78,8 @@ def gptq_round(
 
     Args:
         weight_EOI: float32. Not modified.
-        hessian_EII: mean of x x^T over calibration tokens, up to any positive factor. Not modified.
+        hessian_EII: mean of x x^T over calibration tokens. Any positive factor gives the same codes, but for columns
+            that no token activates: their diagonal becomes 1, which weighs in the mean that damping is a share of.
         block_size: columns per lazy update of the rest; a group's grid sees updates of earlier blocks only.
         act_order: most active columns (largest Hessian diagonal) first. Groups are then formed in that order.
         static_groups: grids are fixed beforehand from neighbouring original columns, also under act_order.
@@ -113,18 +114,22 @@ def gptq_round(
         hessian_EII = hessian_EII.gather(2, order_EI[:, None, :].expand_as(hessian_EII))
     factor_EII, damping_E = damped_factor(hessian_EII, damping)
 
-    def next_grid(column: int, rest_EOC: Tensor) -> Grid | None:
-        """The grid that starts at this column of the order, None where the last one goes on."""
+    started: list[Grid] = []
+
+    def next_grid(column: int, rest_EOC: Tensor) -> Grid:
+        """The grid of this column of the order."""
         if fixed is not None:
             group_EO1 = (order_EI[:, column] // size)[:, None, None].expand(experts, rows, 1)
             return Grid(fixed.scale.gather(2, group_EO1), fixed.zero.gather(2, group_EO1))
-        return grid_of(rest_EOC[:, :, :size]) if column % size == 0 else None
+        if column % size == 0:
+            started.append(grid_of(rest_EOC[:, :, :size]))
+        return started[-1]
 
-    codes_EOI, grids = solve_columns(weight_EOI, factor_EII, bits, block_size, next_grid)
+    codes_EOI = solve_columns(weight_EOI, factor_EII, bits, block_size, next_grid)
     place_EI = order_EI.argsort(1)
     codes_EOI = codes_EOI.gather(2, place_EI[:, None, :].expand_as(codes_EOI))
     if fixed is None:
-        fixed = Grid(torch.cat([grid.scale for grid in grids], 2), torch.cat([grid.zero for grid in grids], 2))
+        fixed = Grid(torch.cat([grid.scale for grid in started], 2), torch.cat([grid.zero for grid in started], 2))
         group_EI = (place_EI // size).to(torch.int32) if act_order else None
     else:
         group_EI = None
@@ -137,21 +142,19 @@ def solve_columns(
     factor_EII: Tensor,
     bits: int,
     block_size: int,
-    next_grid: Callable[[int, Tensor], Grid | None],
-) -> tuple[Tensor, list[Grid]]:
+    next_grid: Callable[[int, Tensor], Grid],
+) -> Tensor:
     """Round the columns one after the other, each error absorbed by the columns behind it.
 
     Args:
         weight_EOI: overwritten: columns behind the current block hold what they have absorbed so far.
         factor_EII: upper triangular, `damped_factor`'s.
-        next_grid: given a column and the weights from there on (as earlier blocks left them), the grid that starts
-            there, [E, O, 1], or None.
+        next_grid: given a column and the weights from there on (as earlier blocks left them), its grid [E, O, 1].
 
     Returns:
-        Codes [E, O, I] as whole float32 numbers, and the grids in the order in which they started.
+        Codes [E, O, I] as whole float32 numbers.
     """
     codes_EOI = torch.empty_like(weight_EOI)
-    grids: list[Grid] = []
     columns, top = weight_EOI.shape[2], 2**bits - 1
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
@@ -159,10 +162,7 @@ def solve_columns(
         error_EOC = torch.empty_like(block_EOC)
         local_ECC = factor_EII[:, start:stop, start:stop]
         for i in range(stop - start):
-            started = next_grid(start + i, weight_EOI[:, :, start + i :])
-            if started is not None:
-                grids.append(started)
-            scale_EO1, zero_EO1 = grids[-1]
+            scale_EO1, zero_EO1 = next_grid(start + i, weight_EOI[:, :, start + i :])
             value_EO1 = block_EOC[:, :, i : i + 1]
             code_EO1 = torch.round(value_EO1 / scale_EO1).add_(zero_EO1).clamp_(0, top)
             codes_EOI[:, :, start + i : start + i + 1] = code_EO1
@@ -171,4 +171,4 @@ def solve_columns(
             block_EOC[:, :, i + 1 :].baddbmm_(wrong_EO1, local_ECC[:, i : i + 1, i + 1 :], alpha=-1)
             error_EOC[:, :, i : i + 1] = wrong_EO1
         weight_EOI[:, :, stop:].baddbmm_(error_EOC, factor_EII[:, start:stop, stop:], alpha=-1)
-    return codes_EOI, grids
+    return codes_EOI

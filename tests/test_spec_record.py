@@ -1,0 +1,113 @@
+"""Specs know their own name; records go to disk and come back, whole or not at all."""
+
+import json
+import math
+
+import pytest
+
+from q3q.errors import ConfigError
+from q3q.record import Check, SiteError, TrialRecord, blocks_folder, forget_progress, trial_folder, write_atomically
+from q3q.spec import Scheme, TrialSpec
+
+
+def spec(**changed) -> TrialSpec:
+    given = {
+        "model": {"name": "demo", "digest": "abc", "dtype": "float32"},
+        "method": {"name": "gptq", "version": 1, "damping": 0.01},
+        "scheme": Scheme(bits=3, group_size=128, symmetric=False),
+        "calibration": {"source": "demo", "samples": 8},
+        "evaluation": {"texts": [{"name": "stories"}], "tasks": []},
+        "seed": 0,
+    }
+    return TrialSpec(**{**given, **changed})
+
+
+def record(**changed) -> TrialRecord:
+    given = {
+        "spec": spec(),
+        "status": "COMPLETED",
+        "metrics": {"perplexity/stories": 2.5},
+        "intervals": {"perplexity/stories": (2.4, 2.6)},
+        "diverged": ("perplexity/library",),
+        "sites": (SiteError(block=0, site="qkv", linear="self_attn.q_proj", weight_error=0.1, output_error=None),),
+        "checks": (Check(name="finite", passed=True, detail=""),),
+    }
+    return TrialRecord(**{**given, **changed})
+
+
+def test_an_id_is_the_same_for_equal_specs_and_does_not_see_places():
+    assert spec().id == spec(places={"trials": "/elsewhere"}).id
+    assert spec() == spec(places={"trials": "/elsewhere"})
+    assert len(spec().id) == 10
+    # A constant: ids must not drift between versions, or everything would run again.
+    assert spec().id == TrialSpec.from_json(json.loads(json.dumps(spec().to_json()))).id
+
+
+@pytest.mark.parametrize("field", ["model", "method", "calibration", "evaluation", "seed", "scheme"])
+def test_every_part_of_a_spec_counts(field):
+    changed = {"scheme": None, "seed": 1}.get(field, {"name": "other"})
+    assert spec(**{field: changed}).id != spec().id
+    assert (spec(**{field: changed}).quantization_id == spec().quantization_id) == (field == "evaluation")
+
+
+def test_names_are_for_people():
+    assert spec().name == "gptq w3 g128"
+    assert spec(scheme=Scheme(bits=4, group_size=-1, symmetric=True, act_bits=8)).name == "gptq w4a8 pc"
+    assert spec(scheme=None, method={"name": "none"}).name == "none"
+
+
+def test_flat_params_are_dotted():
+    flat = spec().flat()
+    assert flat["scheme.bits"] == "3"
+    assert flat["evaluation.texts.0.name"] == "stories"
+    assert not any(key.startswith("places") for key in flat)
+
+
+@pytest.mark.parametrize("wrong", [{"bits": 0}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"act_bits": 1}])
+def test_a_scheme_checks_itself_at_birth(wrong):
+    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        Scheme(**{"bits": 4, "group_size": 128, "symmetric": False, **wrong})
+
+
+def test_a_record_comes_back_from_disk_as_it_went(tmp_path):
+    there = record(spec=spec(places={"trials": str(tmp_path)}))
+    there.save()
+    assert TrialRecord.load(trial_folder(there.spec) / "record.json") == there
+    assert [file.name for file in trial_folder(there.spec).iterdir()] == ["record.json"]
+
+
+def test_a_failure_never_replaces_a_result(tmp_path):
+    one = spec(places={"trials": str(tmp_path)})
+    folder = trial_folder(one)
+    TrialRecord.failed(one, "out of luck").save()
+    assert [file.name for file in folder.iterdir()] == ["failed.json"]
+    record(spec=one).save()
+    assert [file.name for file in folder.iterdir()] == ["record.json"]
+    TrialRecord.failed(one, "out of luck again").save()
+    assert TrialRecord.load(folder / "record.json").completed
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_metric_that_is_not_finite_is_refused(value):
+    with pytest.raises(ValueError, match="perplexity/x"):
+        record(metrics={"perplexity/x": value})
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+    monkeypatch.setattr("q3q.record.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_forgetting_progress_keeps_the_last_record(tmp_path):
+    one = spec(places={"trials": str(tmp_path)})
+    record(spec=one).save()
+    write_atomically(trial_folder(one) / "evaluations" / "1.json", b"{}")
+    write_atomically(blocks_folder(one) / "block_000.json", b"{}")
+    forget_progress(one)
+    assert (trial_folder(one) / "record.json").exists()
+    assert not (trial_folder(one) / "evaluations").exists()
+    assert not blocks_folder(one).exists()
