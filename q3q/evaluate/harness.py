@@ -153,7 +153,7 @@ def run_tasks(
         tasks=list(tasks),
         limit=limit,
         task_manager=manager,
-        bootstrap_iters=0,
+        bootstrap_iters=1000,  # means have closed-form standard errors; 0 would switch those off too
         log_samples=False,
         random_seed=seed,
         numpy_random_seed=seed,
