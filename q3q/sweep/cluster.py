@@ -169,6 +169,7 @@ class Cluster:
         tasks: Sequence[Task],
         on_event: Callable[[str, Any], None],
         on_retry: Callable[[str, WorkerDiedError], None] | None = None,
+        on_tick: Callable[[], None] | None = None,
     ) -> Generator[Outcome, None, None]:
         """Run the tasks, in their order as far as resources allow, and yield one Outcome for each as it ends.
 
@@ -178,12 +179,13 @@ class Cluster:
             tasks: with distinct keys. Only as many as can help wait in Ray's queue at a time.
             on_event: called in the driver with a task's key and each event, Started first, in order, as they come.
             on_retry: called when a task is about to run again because it died.
+            on_tick: called about once a second at least; what it raises ends the run.
         """
         if len({task.key for task in tasks}) < len(tasks):
             raise ValueError("tasks must have distinct keys")
         run = _Run(self, tasks, on_event, on_retry)
         try:
-            yield from run.outcomes()
+            yield from run.outcomes(on_tick or (lambda: None))
         finally:
             run.cancel()
 
@@ -299,8 +301,9 @@ class _Run:
         self.flights: dict[Any, _Flight] = {}
         self.checked = time.monotonic()
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def outcomes(self, on_tick: Callable[[], None]) -> Iterator[Outcome]:
         while self.flights or any(self.queues.values()):
+            on_tick()
             yield from self._submit()
             yield from self._listen()
             yield from self._refuse()

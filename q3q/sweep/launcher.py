@@ -39,6 +39,9 @@ class JobPolicy:
     def on_event(self, job: Job, event: Any) -> None:
         """The job started (again), or its task reported something."""
 
+    def on_tick(self) -> None:
+        """Called about once a second while jobs run; what it raises ends them."""
+
     def on_retry(self, job: Job, error: WorkerDiedError) -> None:
         log.warning(f"\t#{job.number} : runs again, {error}")
 
@@ -124,6 +127,7 @@ class RayLauncher(Launcher):
                 tasks,
                 on_event=lambda key, event: policy.on_event(job_of_task[key], event),
                 on_retry=lambda key, error: policy.on_retry(job_of_task[key], error),
+                on_tick=policy.on_tick,
             )
             for outcome in stack.enter_context(closing(outcomes)):
                 returns[outcome.key] = policy.on_outcome(job_of_task[outcome.key], outcome)

@@ -156,7 +156,8 @@ def _run_on_ray(
         for mine in trials
     }
     policy = TrialPolicy({mine.jobs[0].number: mine.spec for mine in trials}, needs, study)
-    launcher.run([mine.jobs[0] for mine in trials], policy, cluster=cluster)
+    with study.heeding_interrupts():
+        launcher.run([mine.jobs[0] for mine in trials], policy, cluster=cluster)
 
 
 @dataclass
@@ -220,12 +221,15 @@ class TrialPolicy(JobPolicy):
         return Task(key=spec.id, call=partial(work, spec.to_json()), resources=self.needs[job.number], retries=1)
 
     def on_event(self, job: Job, event: Any) -> None:
-        self.study.heed_interrupt()
         spec = self.specs[job.number]
         if isinstance(event, Started):
             self.study.display.started(spec.id, f"{spec.name} · {spec.model['name']}")
         elif isinstance(event, Progress):
             self.study.display.event(event)
+
+    def on_tick(self) -> None:
+        if self.study.interrupted:
+            raise KeyboardInterrupt
 
     def on_retry(self, job: Job, error: WorkerDiedError) -> None:
         self.study.display.retried(self.specs[job.number].id, str(error))
@@ -238,7 +242,6 @@ class TrialPolicy(JobPolicy):
             record = TrialRecord.failed(spec, f"{outcome.error} ({outcome.attempts} attempts)")
         record.save()  # again, if the worker could: its disk may not be ours
         self.study.finished(record, outcome.seconds)
-        self.study.heed_interrupt()
         return _job_return(job, record)
 
 
@@ -258,25 +261,26 @@ class RunningStudy:
         self.interrupted = False
 
     @contextmanager
-    def noticing_interrupts(self) -> Iterator[None]:
-        """Remember Ctrl-C: a KeyboardInterrupt that lands in a garbage collector's callback is ignored by Python."""
+    def heeding_interrupts(self) -> Iterator[None]:
+        """Let the first Ctrl-C wait, for a second at most, until `on_tick` is asked.
+
+        Python drops a KeyboardInterrupt that happens to land in a callback of the garbage collector. The next one
+        lands where it lands.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def notice(number: int, frame: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
             self.interrupted = True
-            raise KeyboardInterrupt
 
         before = signal.signal(signal.SIGINT, notice)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-    def heed_interrupt(self) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
 
     @property
     def records(self) -> dict[str, TrialRecord]:
@@ -329,8 +333,7 @@ def running_study(
         interrupted = False
         running = RunningStudy(study, display)
         try:
-            with running.noticing_interrupts():
-                yield running
+            yield running
         except KeyboardInterrupt:
             interrupted = True
         except BaseException:
