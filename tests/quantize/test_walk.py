@@ -160,6 +160,15 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_named_not_zeroed(moe_dec
         assert decoder.blocks[0].weights[name][e].abs().max() > 0
 
 
+@pytest.mark.parametrize("clip", [True, False])
+@torch.inference_mode()
+def test_awq_names_an_expert_that_no_token_reaches(moe_decoder, windows, clip):
+    gate = torch.zeros_like(moe_decoder.blocks[0].weights["mlp.gate.weight"])
+    moe_decoder.blocks[0] = moe_decoder.blocks[0].with_weights({"mlp.gate.weight": gate})  # ties: always the same two
+    results = quantize_model(moe_decoder, Awq(AwqSettings(clip=clip)), SCHEME, windows, Nowhere())
+    assert len(results[0].notes["blocks.0.down"]["experts_without_tokens"]) == 2
+
+
 def test_weights_that_are_not_finite_are_refused_by_name(decoder):
     name = "self_attn.o_proj.weight"
     broken = decoder.blocks[1].weights[name].clone()

@@ -57,19 +57,16 @@ class Awq(Method):
 
     def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
         weight_EOI = task.weight_EOI
+        seen = [e for e, tokens in enumerate(task.statistics.tokens_E.tolist()) if tokens]
+        if len(seen) < len(weight_EOI):  # neither scaled nor clipped: plain rounding, and the record says so
+            task.notes["experts_without_tokens"] = sorted(set(range(len(weight_EOI))) - set(seen))
         if self.settings.clip:
             weight_EOI = weight_EOI.clone()
-            unseen = []
-            for e, tokens in enumerate(task.statistics.tokens_E.tolist()):
-                if not tokens:
-                    unseen.append(e)
-                    continue
+            for e in seen:
                 inputs_TI = task.statistics.expert_tokens(e).float()
                 for name, rows in task.rows.items():
                     if name not in UNCLIPPED:
                         weight_EOI[e, rows] = clip_search(weight_EOI[e, rows], inputs_TI, scheme)
-            if unseen:
-                task.notes["experts_without_tokens"] = unseen
         groups = into_groups(weight_EOI, scheme.group_size)
         grid = awq_grid(groups, scheme.bits, symmetric=scheme.symmetric)
         return round_to_grid(weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
