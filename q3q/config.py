@@ -318,8 +318,11 @@ def _check_long_enough(text: Text, folder: Path | None, samples: int, length: in
     needed = length * (samples if draw == "first" else 1)
     if draw != "documents" and sum(map(len, text.documents)) >= CHARACTERS_PER_TOKEN * needed:
         return
-    if folder is None:
-        return  # a Hub model that may not be here yet: its trial says so itself
+    if folder is None:  # a Hub model, whose tokenizer may not be here yet: only what is certain is said
+        count = len(text.joined.encode())
+        if count < needed:  # a byte-level tokenizer makes at most one token of each byte
+            raise CalibrationError(f"{text.name} has {count} bytes, so fewer than the {needed} tokens asked for")
+        return
     from tokenizers import Tokenizer
 
     from q3q.calibrate.windows import draw_windows

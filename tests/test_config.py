@@ -202,3 +202,11 @@ def test_bad_values_are_refused_in_one_line(overrides, error, words, tmp_path):
     with pytest.raises(error, match=words) as caught:
         spec(*overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_too_short_for_a_hub_model_is_refused_before_any_download(monkeypatch, tmp_path):
+    monkeypatch.setattr(schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG)))
+    (tmp_path / "short.txt").write_text("Too short for a window.", encoding="utf-8")
+    file = ["calibration=file", f"calibration.path={tmp_path}/short.txt"]
+    with pytest.raises(CalibrationError, match="short has 23 bytes, so fewer than the 2048 tokens"):
+        spec("model=qwen3_8b", "method=gptq", *file)
