@@ -21,6 +21,7 @@ DEMO_MODELS = Path(__file__).parent / "models" / "demo"
 DEMO_NAMES = ("demo", "demo_moe")
 OWN_TASKS = Path(__file__).parent / "evaluate" / "tasks"
 DTYPES = ("float32", "bfloat16", "float16")
+UNTOUCHED_BITS = 16  # act_bits=16: activations stay as they are
 DRAWS = ("random", "first", "documents")
 # How each evaluation text is named in metrics, and drawn: the study's C4 is 256 random windows, others run through.
 TEXT_NAMES = {"demo": "stories"}
@@ -141,7 +142,7 @@ def spec_from(config: DictConfig) -> TrialSpec:
     _one_of("keep", config.keep, ("none", "blocks"))
     model, folder, facts = _model(config)
     scheme = _scheme(config, settings, facts)
-    calibration = _calibration(config, settings, folder) if scheme is not None and settings.observes else None
+    calibration = _calibration(config, settings, folder) if scheme is not None and settings.observes() else None
     evaluation = _evaluation(config, facts, folder)
     places: Json = {"trials": str(Path(config.storage).absolute() / "trials"), "keep": config.keep}
     if folder is not None:
@@ -231,22 +232,23 @@ def _hub_model(source: str, revision: str | None) -> tuple[str, ModelFacts]:
 
 def _scheme(config: DictConfig, settings: MethodSettings, facts: ModelFacts) -> Scheme | None:
     bits = settings.default_bits if config.bits is None else config.bits
+    act_bits = settings.default_act_bits if config.act_bits is None else config.act_bits
     scheme = Scheme(
         bits=bits,
         group_size=settings.default_group_size if config.group_size is None else config.group_size,
         symmetric=settings.default_symmetric if config.symmetric is None else config.symmetric,
-        act_bits=config.act_bits,
+        act_bits=None if act_bits == UNTOUCHED_BITS else act_bits,
     )
     _check_group_size(scheme.group_size, facts)
     if not settings.quantizes:
-        if config.act_bits is not None:
+        if scheme.act_bits is not None:
             raise IncompatibleError(
                 f"method={settings.name} quantizes nothing, so act_bits={config.act_bits} has no use"
             )
         return None
-    if bits not in settings.bits:
-        able = f"{min(settings.bits)} to {max(settings.bits)}" if len(settings.bits) > 1 else str(settings.bits[0])
-        raise IncompatibleError(f"method={settings.name} cannot do bits={bits}; it takes {able}")
+    clash = settings.clash(scheme)
+    if clash:
+        raise IncompatibleError(clash)
     return scheme
 
 

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from q3q.spec import Scheme
+
 
 @dataclass
 class MethodSettings:
     """What every method's settings say of themselves.
 
     version: goes up when a change can change the numbers, so that a mended bug is not served stale.
-    bits, observes, default_*: what the method can take, whether it reads calibration text, and what null means for it.
+    bits, default_*: what the method can take, and what null means for it (default_act_bits None: 16-bit activations).
     """
 
     name: str = "???"
@@ -18,10 +20,10 @@ class MethodSettings:
     implementation: ClassVar[str] = ""  # module:class
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)
     quantizes: ClassVar[bool] = True
-    observes: ClassVar[bool] = False
     default_bits: ClassVar[int] = 4
     default_group_size: ClassVar[int] = 128
     default_symmetric: ClassVar[bool] = False
+    default_act_bits: ClassVar[int | None] = None
     default_samples: ClassVar[int] = 128
     default_length: ClassVar[int] = 2048
     default_draw: ClassVar[str] = "random"
@@ -29,6 +31,17 @@ class MethodSettings:
     def problem(self) -> str | None:
         """What is wrong with the knobs, in one line, or None."""
         return None
+
+    def clash(self, scheme: Scheme) -> str | None:
+        """Why this method makes no sense with this scheme, each valid by itself, in one line; or None."""
+        if scheme.bits in self.bits:
+            return None
+        able = f"{min(self.bits)} to {max(self.bits)}" if len(self.bits) > 1 else str(self.bits[0])
+        return f"method={self.name} cannot do bits={scheme.bits}; it takes {able}"
+
+    def observes(self) -> bool:
+        """Whether, with these knobs, the method reads calibration text."""
+        return False
 
 
 @dataclass
@@ -55,7 +68,9 @@ class GptqSettings(MethodSettings):
     static_groups: bool = False
     mse: bool = False
     implementation: ClassVar[str] = "q3q.quantize.methods.gptq:Gptq"
-    observes: ClassVar[bool] = True
+
+    def observes(self) -> bool:
+        return True
 
     def problem(self) -> str | None:
         if not 0 < self.damping <= 1:
@@ -73,9 +88,11 @@ class AwqSettings(MethodSettings):
     grid: int = 20
     v_to_o: bool = False
     implementation: ClassVar[str] = "q3q.quantize.methods.awq:Awq"
-    observes: ClassVar[bool] = True
     default_length: ClassVar[int] = 512
     default_draw: ClassVar[str] = "documents"
+
+    def observes(self) -> bool:
+        return True
 
     def problem(self) -> str | None:
         if self.grid < 1:
