@@ -4,7 +4,7 @@ A *site* is one tensor that several linears read; statistics and solves belong t
 and the weight before it that can take over a scale per channel without changing what the block computes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -46,11 +46,21 @@ class SiteInput:
     """What flows into a site. Shapes: T tokens, I channels.
 
     whole_TI: all tokens, None where the tensor exists per expert only. experts: the tokens each expert reads (in a
-    dense block one entry, the whole).
+    dense block one entry, the whole); go through them once and in order, they may be made on the way. The walk knows:
+    windows: in how many calibration windows the tokens came, of_windows: of how many in all (each as long), 0 if that
+    is not known. linears: how many read it.
     """
 
     whole_TI: Tensor | None
-    experts: list[Tensor]
+    experts: Sequence[Tensor]
+    windows: int = 1
+    of_windows: int = 0
+    linears: int = 0
+
+    @property
+    def shared(self) -> bool:
+        """Whether every expert reads all tokens."""
+        return self.whole_TI is not None and all(tokens is self.whole_TI for tokens in self.experts)
 
 
 QKV = Site("qkv", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"))

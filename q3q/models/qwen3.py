@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, silu
 
 from q3q.models.anatomy import DOWN, GATE_UP, QKV, O, ScaleGroup, Site, SiteInput
+from q3q.models.attention import CAUSAL, Attention
 from q3q.numerics.grid import absmax_per_token
 
 if TYPE_CHECKING:
@@ -28,21 +29,21 @@ def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float) -> Tensor:
 
 
 class Rope:
-    """Rotary position embedding: cos and sin [T, D] of positions 0 .. T-1 (arXiv 2104.09864)."""
+    """Rotary position embedding (arXiv 2104.09864): cos and sin [1, T, D] of positions [T]; of [B, T], [B, 1, T, D]."""
 
     def __init__(self, facts: "ModelFacts", device: torch.device | str = "cpu") -> None:
         exponents = torch.arange(0, facts.head_dim, 2, dtype=torch.int64, device=device).float() / facts.head_dim
         self._frequencies = 1.0 / (facts.rope_theta**exponents)
 
-    def __call__(self, tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(tokens, device=self._frequencies.device).float()
-        angles = torch.outer(positions, self._frequencies).repeat(1, 2)
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        half = positions[..., None].float() * self._frequencies
+        angles = torch.cat((half, half), dim=-1).unsqueeze(-3)  # the same for every head
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x_BNTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+def rotate(x_BNTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     low, high = x_BNTD.chunk(2, dim=-1)
-    return x_BNTD * cos_TD + torch.cat((-high, low), dim=-1) * sin_TD
+    return x_BNTD * cos + torch.cat((-high, low), dim=-1) * sin
 
 
 class Qwen3Block:
@@ -50,7 +51,8 @@ class Qwen3Block:
 
     `stages` yields every site with its input and takes up the weights anew after each: whoever quantizes a site's
     weights between two stages gets sequential quantization from one forward pass.
-    act_bits: fake-quantize the input of every site per token; None leaves activations alone.
+    act_bits: fake-quantize the input of every site per token; None leaves activations alone. unrounded: names of sites
+    whose input stays as it is all the same, because their weights do.
     """
 
     sites: ClassVar[tuple[Site, ...]] = (QKV, O, GATE_UP, DOWN)
@@ -59,56 +61,60 @@ class Qwen3Block:
         self.facts = facts
         self.weights = dict(weights)
         self.act_bits = act_bits
+        self.unrounded: frozenset[str] = frozenset()
 
     def with_weights(self, changed: Weights) -> "Qwen3Block":
         """The same block with some weights exchanged."""
-        return type(self)(self.facts, {**self.weights, **changed}, self.act_bits)
+        block = type(self)(self.facts, {**self.weights, **changed}, self.act_bits)
+        block.unrounded = self.unrounded
+        return block
 
-    def __call__(self, x_BTH: Tensor, rope: Rope) -> Tensor:
-        return finish(self.stages(x_BTH, rope))
+    def __call__(self, x_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL) -> Tensor:
+        return finish(self.stages(x_BTH, rope, attention))
 
-    def stages(self, x_BTH: Tensor, rope: Rope) -> Stages:
-        """The block's forward, halting before each site is read; its value is the block's output [B, T, H]."""
+    def stages(self, x_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL) -> Stages:
+        """The block's forward, halting before each site is read; its value is the block's output [B, T, H].
+
+        attention: what each token sees; by default each row is one text from its beginning.
+        """
         eps = self.facts.rms_norm_eps
         attended_BTH = yield from self.attention_stages(
-            rms_norm(x_BTH, self.weights["input_layernorm.weight"], eps), rope
+            rms_norm(x_BTH, self.weights["input_layernorm.weight"], eps), rope, attention
         )
         x_BTH = x_BTH + attended_BTH
         mlp_BTH = yield from self.mlp_stages(rms_norm(x_BTH, self.weights["post_attention_layernorm.weight"], eps))
         return x_BTH + mlp_BTH
 
-    def attention_stages(self, normed_BTH: Tensor, rope: Rope) -> Stages:
+    def attention_stages(self, normed_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL) -> Stages:
         yield QKV, _whole(normed_BTH)
-        seen = self.seen(normed_BTH)
+        seen = self.seen(QKV, normed_BTH)
         query, key, value = (
             linear(seen, self.weights[name]).unflatten(-1, (-1, self.facts.head_dim)) for name in QKV.weights
         )
         query = rms_norm(query, self.weights["self_attn.q_norm.weight"], self.facts.rms_norm_eps)
         key = rms_norm(key, self.weights["self_attn.k_norm.weight"], self.facts.rms_norm_eps)
-        cos, sin = rope(normed_BTH.shape[1], normed_BTH.dtype)
-        context_BNTD = scaled_dot_product_attention(
-            rotate(query.transpose(1, 2), cos, sin),
-            rotate(key.transpose(1, 2), cos, sin),
-            value.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=True,
+        cos, sin = rope(attention.positions(normed_BTH.shape[1], normed_BTH.device), normed_BTH.dtype)
+        context_BNTD = attention(
+            rotate(query.transpose(1, 2), cos, sin), rotate(key.transpose(1, 2), cos, sin), value.transpose(1, 2)
         )
         context = context_BNTD.transpose(1, 2).flatten(2)
         yield O, _whole(context)
-        return linear(self.seen(context), self.weights["self_attn.o_proj.weight"])
+        return linear(self.seen(O, context), self.weights["self_attn.o_proj.weight"])
 
     def mlp_stages(self, normed_BTH: Tensor) -> Stages:
         yield GATE_UP, _whole(normed_BTH)
-        seen = self.seen(normed_BTH)
+        seen = self.seen(GATE_UP, normed_BTH)
         gated = silu(linear(seen, self.weights["mlp.gate_proj.weight"])) * linear(
             seen, self.weights["mlp.up_proj.weight"]
         )
         yield DOWN, _whole(gated)
-        return linear(self.seen(gated), self.weights["mlp.down_proj.weight"])
+        return linear(self.seen(DOWN, gated), self.weights["mlp.down_proj.weight"])
 
-    def seen(self, inputs: Tensor) -> Tensor:
-        """A site's input as its quantized linears see it."""
-        return inputs if self.act_bits is None else absmax_per_token(inputs, self.act_bits)
+    def seen(self, site: Site, inputs: Tensor) -> Tensor:
+        """A site's input as its linears see it."""
+        if self.act_bits is None or site.name in self.unrounded:
+            return inputs
+        return absmax_per_token(inputs, self.act_bits)
 
     @property
     def scale_groups(self) -> tuple[ScaleGroup, ...]:

@@ -4,18 +4,26 @@ Experts are stacked: gate and up [E, I, H], down [E, H, I]. Each token is read b
 as it is and reads the unquantized tensor.
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from q3q.errors import NumericsError
 from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, QKV, O, ScaleGroup, Site, SiteInput
-from q3q.models.qwen3 import Qwen3Block, Stages
+from q3q.models.qwen3 import Qwen3Block, Stages, Weights
 
 
 class Qwen3MoeBlock(Qwen3Block):
-    """Agrees with transformers' Qwen3MoeDecoderLayer (tested)."""
+    """Agrees with transformers' Qwen3MoeDecoderLayer (tested).
+
+    every_expert: the sites show every token to every expert (calibration.route=all), not only to those that the router
+    picks. The block's output is the router's all the same.
+    """
+
+    every_expert: bool = False
 
     sites: ClassVar[tuple[Site, ...]] = (QKV, O, EXPERT_GATE_UP, EXPERT_DOWN)
 
@@ -27,19 +35,36 @@ class Qwen3MoeBlock(Qwen3Block):
             share = share / share.sum(-1, keepdim=True)
         return expert, share.to(tokens_TH.dtype)
 
+    def with_weights(self, changed: Weights) -> "Qwen3MoeBlock":
+        block = super().with_weights(changed)
+        assert isinstance(block, Qwen3MoeBlock)
+        block.every_expert = self.every_expert
+        return block
+
     def mlp_stages(self, normed_BTH: Tensor) -> Stages:
         tokens_TH = normed_BTH.flatten(0, 1)
         expert_Tk, share_Tk = self.route(tokens_TH)
-        reads = [(expert_Tk == e).nonzero(as_tuple=True) for e in range(self.facts.experts)]
-        inputs = [tokens_TH[token] for token, _ in reads]
-        yield EXPERT_GATE_UP, SiteInput(tokens_TH, inputs)
+        # Readings (a token, and one of its experts) sorted by expert, and in one expert by token.
+        counts = torch.bincount(expert_Tk.flatten(), minlength=self.facts.experts).tolist()
+        reading_R = expert_Tk.flatten().argsort(stable=True)
+        token_R = reading_R // self.facts.top_k
+        inputs = list(tokens_TH[token_R].split(counts))
+        shown = [tokens_TH] * len(inputs) if self.every_expert else inputs
+        yield EXPERT_GATE_UP, SiteInput(tokens_TH, shown)
         gate, up = (self.weights[name] for name in EXPERT_GATE_UP.weights)
-        gated = [silu(linear(seen, gate[e])) * linear(seen, up[e]) for e, seen in enumerate(map(self.seen, inputs))]
-        yield EXPERT_DOWN, SiteInput(None, gated)
+        gated = [
+            silu(linear(seen, gate[e])) * linear(seen, up[e])
+            for e, seen in enumerate(self.seen(EXPERT_GATE_UP, tokens) for tokens in inputs)
+        ]
+        del inputs, shown
+        all_gated = EveryExpert(self.seen(EXPERT_GATE_UP, tokens_TH), gate, up)
+        yield EXPERT_DOWN, SiteInput(None, all_gated if self.every_expert else gated)
         down = self.weights["mlp.experts.down_proj.weight"]
         mixed_TH = torch.zeros_like(tokens_TH)
-        for e, (token, place) in enumerate(reads):
-            part = linear(self.seen(gated[e]), down[e]) * share_Tk[token, place, None]
+        shares = share_Tk.flatten()[reading_R].split(counts)
+        # Expert by expert: added all at once, a GPU would add a token's parts in any order.
+        for e, token in enumerate(token_R.split(counts)):
+            part = linear(self.seen(EXPERT_DOWN, gated[e]), down[e]) * shares[e][:, None]
             mixed_TH.index_add_(0, token, part.to(mixed_TH.dtype))
         return mixed_TH.view_as(normed_BTH)
 
@@ -52,3 +77,27 @@ class Qwen3MoeBlock(Qwen3Block):
             ScaleGroup(EXPERT_GATE_UP, "post_attention_layernorm.weight"),
             ScaleGroup(EXPERT_DOWN, "mlp.experts.up_proj.weight"),
         )
+
+
+class EveryExpert(Sequence[Tensor]):
+    """What each expert's down would read if all tokens went to it, made when asked for: all at once would not fit."""
+
+    def __init__(self, seen_TH: Tensor, gate_EIH: Tensor, up_EIH: Tensor) -> None:
+        self._seen, self._gate, self._up = seen_TH, gate_EIH, up_EIH
+
+    def __len__(self) -> int:
+        return len(self._gate)
+
+    @overload
+    def __getitem__(self, expert: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, expert: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, expert: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(expert, slice):
+            return [self[e] for e in range(*expert.indices(len(self)))]
+        gated_TI = silu(linear(self._seen, self._gate[expert])) * linear(self._seen, self._up[expert])
+        if not torch.isfinite(gated_TI).all():
+            raise NumericsError(f"{EXPERT_DOWN.name}, expert {expert}: calibration activations are not finite")
+        return gated_TI

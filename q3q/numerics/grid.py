@@ -12,7 +12,7 @@ from q3q.errors import ShapeError
 
 # GPTQ's MSE search (the `mse` path of IST-DASLab/gptq): 80 shrinks in steps of 1/100, error to the power 2.4.
 MSE_SHRINKS, MSE_STEPS, MSE_POWER = 80, 100, 2.4
-AWQ_SMALLEST = 1e-5
+SMALLEST_RANGE = 1e-5
 
 
 class Grid(NamedTuple):
@@ -67,23 +67,37 @@ def awq_grid(weight_xS: Tensor, bits: int, *, symmetric: bool) -> Grid:
 
     Source: mit-han-lab/llm-awq, quantizer.py. Shapes as in `minmax_grid`.
     """
-    if symmetric:
-        scale = weight_xS.abs().amax(-1, keepdim=True).clamp(min=AWQ_SMALLEST) / (2 ** (bits - 1) - 1)
-        return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)))
-    top = 2**bits - 1
     low, high = weight_xS.amin(-1, keepdim=True), weight_xS.amax(-1, keepdim=True)
-    scale = (high - low).clamp(min=AWQ_SMALLEST) / top
+    return awq_grid_of_range(low, high, bits, symmetric=symmetric)
+
+
+def awq_grid_of_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> Grid:
+    """`awq_grid` of weights whose smallest and largest are known."""
+    if symmetric:
+        return absmax_grid(torch.maximum(-low, high), bits)
+    top = 2**bits - 1
+    scale = (high - low).clamp(min=SMALLEST_RANGE) / top
     return Grid(scale, (-(low / scale).round()).clamp(0, top))
+
+
+def absmax_grid(weight_xS: Tensor, bits: int) -> Grid:
+    """The symmetric grid whose outermost points are +-max |w|; of the 2**bits codes the lowest stays unused.
+
+    Source: SmoothQuant's quantize_weight_per_channel_absmax (mit-han-lab/smoothquant, fake_quant.py), and llm-awq's
+    quantizer without zero points. Shapes as in `minmax_grid`; bits 2 or more.
+    """
+    scale = weight_xS.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_RANGE) / (2 ** (bits - 1) - 1)
+    return Grid(scale, torch.full_like(scale, 2 ** (bits - 1)))
 
 
 def to_codes(weight: Tensor, grid: Grid, bits: int) -> Tensor:
     """Nearest code of each weight, float32 whole numbers in 0 .. 2**bits - 1 (ties to even)."""
-    return ((weight / grid.scale).round() + grid.zero).clamp(0, 2**bits - 1)
+    return (weight / grid.scale).round_().add_(grid.zero).clamp_(0, 2**bits - 1)
 
 
 def on_grid(weight: Tensor, grid: Grid, bits: int) -> Tensor:
     """Each weight moved to the nearest point of its grid."""
-    return grid.scale * (to_codes(weight, grid, bits) - grid.zero)
+    return to_codes(weight, grid, bits).sub_(grid.zero).mul_(grid.scale)
 
 
 def absmax_per_token(inputs_xI: Tensor, bits: int) -> Tensor:

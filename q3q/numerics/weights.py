@@ -1,10 +1,12 @@
-"""A quantized weight: integer codes, and the scales and zero points that turn them back into numbers.
+"""Quantized weights: codes, and the few numbers per group that turn them back into weights.
 
+Two kinds behind one protocol: points of a uniform grid (`QuantizedWeight`), and BiLLM's signs (`BinarizedWeight`).
 Shapes: E experts (1 in a dense block), O out features, I in features, G groups, S columns per group.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +16,42 @@ from q3q.numerics.grid import Grid, into_groups, to_codes
 
 SCALE_BITS = 16  # as every deployed format stores them
 GROUP_INDEX_BITS = 32
+
+
+class StoredWeight(Protocol):
+    """A weight [E, O, I] as a checkpoint would store it; what the walk, block checkpoints and checks ask of it."""
+
+    kind: ClassVar[str]
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def dequantize(self) -> Tensor:
+        """The weight as numbers [E, O, I], float32."""
+
+    def to(self, device: torch.device | str) -> "StoredWeight":
+        """The same on another device."""
+
+    def rows(self, start: int, stop: int) -> "StoredWeight":
+        """The same for output rows start .. stop - 1 alone."""
+
+    def storage_bits(self) -> int:
+        """Bits that a packed checkpoint of it needs, all told."""
+
+    def nominal_bits(self) -> int:
+        """Bits as papers count them: those of the codes alone."""
+
+    def largest_scale(self) -> float:
+        """Largest magnitude among the numbers that are stored in 16 bits."""
+
+    def too_fine(self) -> bool:
+        """Whether a group holds more different values than its bits can tell apart."""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """As plain tensors, for safetensors; with `facts`, all that `stored_weight` needs to make it again."""
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values, among them `kind`."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +69,8 @@ class QuantizedWeight:
     symmetric: bool
     group_EI: Tensor | None = None
 
+    kind: ClassVar[str] = "grid"
+
     def __post_init__(self) -> None:
         if self.codes_EOI.ndim != 3 or self.scale_EOG.shape != self.zero_EOG.shape:
             raise ShapeError(f"codes {tuple(self.codes_EOI.shape)}, scale {tuple(self.scale_EOG.shape)} do not fit")
@@ -40,7 +80,6 @@ class QuantizedWeight:
         return self.codes_EOI.shape
 
     def dequantize(self) -> Tensor:
-        """The weight as numbers [E, O, I], float32."""
         experts, rows, columns = self.codes_EOI.shape
         if self.group_EI is None:
             codes_EOGS = self.codes_EOI.unflatten(2, (self.scale_EOG.shape[2], -1))
@@ -49,12 +88,10 @@ class QuantizedWeight:
         return self.scale_EOG.gather(2, index) * (self.codes_EOI - self.zero_EOG.gather(2, index))
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
-        """The same on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.to_tensors().items()}
         return self.from_tensors(moved, self.facts())
 
     def rows(self, start: int, stop: int) -> "QuantizedWeight":
-        """The same for output rows start .. stop - 1 alone."""
         return QuantizedWeight(
             self.codes_EOI[:, start:stop],
             self.scale_EOG[:, start:stop],
@@ -73,6 +110,15 @@ class QuantizedWeight:
             total += self.group_EI.numel() * GROUP_INDEX_BITS
         return total
 
+    def nominal_bits(self) -> int:
+        return self.codes_EOI.numel() * self.bits
+
+    def largest_scale(self) -> float:
+        return float(self.scale_EOG.abs().amax())
+
+    def too_fine(self) -> bool:
+        return self.most_levels_in_a_group() > 2**self.bits
+
     def most_levels_in_a_group(self) -> int:
         """Largest number of different values among the weights that share a scale."""
         if self.group_EI is None:
@@ -88,20 +134,103 @@ class QuantizedWeight:
         return int(used.sum(-1).max())
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """As plain tensors, for safetensors."""
         tensors = {"codes": self.codes_EOI, "scale": self.scale_EOG, "zero": self.zero_EOG}
         if self.group_EI is not None:
             tensors["group"] = self.group_EI.clone()  # linears of a site share it; a file may not
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def facts(self) -> dict[str, Any]:
-        return {"bits": self.bits, "symmetric": self.symmetric}
+        return {"kind": self.kind, "bits": self.bits, "symmetric": self.symmetric}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> "QuantizedWeight":
+    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "QuantizedWeight":
         return cls(
             tensors["codes"], tensors["scale"], tensors["zero"], facts["bits"], facts["symmetric"], tensors.get("group")
         )
+
+
+@dataclass(frozen=True)
+class BinarizedWeight:
+    """BiLLM's (arXiv 2402.04291): each weight is its group's mean, plus or minus its group's scale.
+
+    Each row of each block of S neighbouring columns has three groups: *small* and *large*, told apart weight by weight,
+    and *salient*, the same columns in all rows of a linear, whose remainder is binarized once more.
+
+    codes_EOI: uint8; bit 0 is the sign, bit 1 says large, or of a salient weight the remainder's sign; bit 2 salient.
+    mean_EOG4, scale_EOG4: float32, of small, large, salient, and the salient's remainder.
+    """
+
+    codes_EOI: Tensor
+    mean_EOG4: Tensor
+    scale_EOG4: Tensor
+
+    kind: ClassVar[str] = "binarized"
+    SALIENT: ClassVar[int] = 4  # codes from here on
+
+    def __post_init__(self) -> None:
+        if self.mean_EOG4.shape != self.scale_EOG4.shape or self.mean_EOG4.shape[:2] != self.codes_EOI.shape[:2]:
+            raise ShapeError(f"codes {tuple(self.codes_EOI.shape)}, means {tuple(self.mean_EOG4.shape)} do not fit")
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes_EOI.shape
+
+    def dequantize(self) -> Tensor:
+        signs_2 = torch.tensor([-1.0, 1.0], device=self.mean_EOG4.device)
+        value_EOG42 = self.mean_EOG4[..., None] + signs_2 * self.scale_EOG4[..., None]
+        once_EOG4 = value_EOG42[..., :2, :].flatten(-2)
+        twice_EOG4 = (value_EOG42[..., 3, :, None] + value_EOG42[..., 2, None, :]).flatten(-2)
+        level_EOG8 = torch.cat([once_EOG4, twice_EOG4], dim=-1)
+        codes_EOGS = self.codes_EOI.unflatten(2, (self.mean_EOG4.shape[2], -1))
+        return level_EOG8.gather(-1, codes_EOGS.long()).flatten(2)
+
+    def to(self, device: torch.device | str) -> "BinarizedWeight":
+        return BinarizedWeight(self.codes_EOI.to(device), self.mean_EOG4.to(device), self.scale_EOG4.to(device))
+
+    def rows(self, start: int, stop: int) -> "BinarizedWeight":
+        return BinarizedWeight(
+            self.codes_EOI[:, start:stop], self.mean_EOG4[:, start:stop], self.scale_EOG4[:, start:stop]
+        )
+
+    def storage_bits(self) -> int:
+        """Of one linear: two bits a weight (a sign, and which group or the second sign), 8 numbers of 16 bits for each
+        row of a block, and a bit a column for the salient ones. With blocks of 128 columns, 3 bits a weight.
+        """
+        experts, _, columns = self.codes_EOI.shape
+        return 2 * self.codes_EOI.numel() + 2 * self.mean_EOG4.numel() * SCALE_BITS + experts * columns
+
+    def nominal_bits(self) -> int:
+        """As BiLLM's paper counts: a bit a weight, and one more for salient ones.
+
+        The published code counts the salient share of each linear's last block only; this counts all blocks.
+        """
+        return self.codes_EOI.numel() + int((self.codes_EOI >= self.SALIENT).sum())
+
+    def largest_scale(self) -> float:
+        return max(float(self.scale_EOG4.amax()), float(self.mean_EOG4.abs().amax()))
+
+    def too_fine(self) -> bool:
+        """Of one linear: a code of more than three bits, or a column that is salient in some of its rows only."""
+        salient_EOI = self.codes_EOI >= self.SALIENT
+        return bool((self.codes_EOI > 7).any()) or not torch.equal(salient_EOI.all(1), salient_EOI.any(1))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        tensors = {"codes": self.codes_EOI, "mean": self.mean_EOG4, "scale": self.scale_EOG4}
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": self.kind}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "BinarizedWeight":
+        return cls(tensors["codes"], tensors["mean"], tensors["scale"])
+
+
+def stored_weight(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> StoredWeight:
+    """The weight that `to_tensors` and `facts` describe."""
+    kinds = {kind.kind: kind for kind in (QuantizedWeight, BinarizedWeight)}
+    made: StoredWeight = kinds[facts["kind"]].from_tensors(tensors, facts)
+    return made
 
 
 def round_to_grid(weight_EOI: Tensor, grid: Grid, bits: int, group_size: int, *, symmetric: bool) -> QuantizedWeight:
@@ -110,6 +239,19 @@ def round_to_grid(weight_EOI: Tensor, grid: Grid, bits: int, group_size: int, *,
     return QuantizedWeight(
         codes_EOGS.flatten(2).to(torch.uint8), grid.scale.squeeze(-1), grid.zero.squeeze(-1), bits, symmetric
     )
+
+
+def with_scales(weight: StoredWeight, types: str | None) -> StoredWeight:
+    """The same codes, their scales rounded to each of these types in turn (`bfloat16 float16`); None: left as they are.
+
+    As a format will store them, so that what is evaluated is what is exported.
+    """
+    if types is None or not isinstance(weight, QuantizedWeight):
+        return weight
+    scale_EOG = weight.scale_EOG
+    for name in types.split():
+        scale_EOG = scale_EOG.to(getattr(torch, name))
+    return replace(weight, scale_EOG=scale_EOG.float())
 
 
 def concatenate_rows(parts: list[QuantizedWeight]) -> QuantizedWeight:

@@ -10,9 +10,10 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from q3q.numerics.weights import QuantizedWeight
+from q3q.numerics.weights import stored_weight
 from q3q.quantize.walk import QuantizedBlock
 from q3q.record import SiteError, write_atomically
+from q3q.spec import Json
 
 
 class BlockStore:
@@ -57,6 +58,17 @@ class BlockStore:
         folders = [folder for folder in (self.folder, self.kept) if folder is not None]
         return all(any(self._read(folder, k) is not None for folder in folders) for k in range(count))
 
+    def remember(self, name: str, facts: Json) -> None:
+        """Keep something that was found out beside the blocks, under a name of its own, until they are deleted."""
+        write_atomically(self.folder / f"{name}.json", json.dumps(facts).encode())
+
+    def recall(self, name: str) -> Json | None:
+        for folder in (self.folder, self.kept):
+            if folder is not None and (folder / f"{name}.json").exists():
+                facts: Json = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+                return facts
+        return None
+
     def keep(self) -> None:
         """Move finished blocks to where other trials find them; those that lie there already are the same."""
         if self.kept is not None and self.folder.exists():
@@ -86,7 +98,7 @@ class BlockStore:
                 parts[name][part[0]] = tensor
         return QuantizedBlock(
             index,
-            {name: QuantizedWeight.from_tensors(parts[name], fact) for name, fact in facts["quantized"].items()},
+            {name: stored_weight(parts[name], fact) for name, fact in facts["quantized"].items()},
             changed,
             [SiteError(**error) for error in facts["errors"]],
             facts["notes"],

@@ -5,7 +5,7 @@ a dense block), O out features (of all the site's weights, row-concatenated), I 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from q3q.calibrate.statistics import Statistics
 from q3q.models.anatomy import ScaleGroup
-from q3q.numerics.weights import QuantizedWeight
+from q3q.numerics.weights import StoredWeight
 from q3q.spec import Scheme
 
 
@@ -38,14 +38,16 @@ class SiteTask:
 class ScaleTask:
     """One scale group, to be rebalanced.
 
-    weights: the block's weights by name, current. run: outputs of the piece of the block that reads the site, batch by
-    batch, with some of its weights exchanged. apply: shift `scale` [E or 1, I] from the producer to the readers.
+    weights: the block's weights by name, current. rows: the site's inputs [R, T, I] as rows that the piece of the block
+    which reads them treats one by one: windows for attention, tokens (T is 1) for an MLP. run: that piece's outputs for
+    some rows, with some of its weights exchanged. apply: shift `scale` [E or 1, I] from the producer to the readers.
     """
 
     group: ScaleGroup
     weights: Mapping[str, Tensor]
     statistics: Any
-    run: Callable[[Mapping[str, Tensor]], Iterator[Tensor]]
+    rows: Callable[[], Tensor]
+    run: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     apply: Callable[[Tensor], None]
 
 
@@ -59,6 +61,14 @@ class Method(ABC):
 
     sequential: ClassVar[bool] = False
     passes_on_quantized: ClassVar[bool] = True
+    search_windows: int = 8
+
+    def variants(self) -> dict[str, "Method"]:
+        """Ways to set the method up, by name, of which `quantize.search` is to find the one that serves the model best.
+
+        Empty, as here, if there is nothing to search. `search_windows` calibration windows are what they are tried on.
+        """
+        return {}
 
     def observe(self) -> Statistics | None:
         """A fresh accumulator for one site's inputs, or None if the method needs no calibration data."""
@@ -68,5 +78,5 @@ class Method(ABC):
         """Shift scale between a producer and its readers, leaving the block's function unchanged."""
 
     @abstractmethod
-    def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
+    def quantize(self, task: SiteTask, scheme: Scheme) -> StoredWeight:
         """Choose the codes of one site's weights. `task.weight_EOI` is not modified."""

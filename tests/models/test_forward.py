@@ -71,3 +71,23 @@ def test_weights_exchanged_between_stages_are_used_from_there_on(tmp_path):
         next(stages)
     moving.weights.update(changed)
     torch.testing.assert_close(finish(stages), block.with_weights(changed)(x, ours.rope))
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@torch.inference_mode()
+def test_a_site_whose_weights_stay_reads_activations_as_they_are(kind, tmp_path):
+    build(kind, True).save_pretrained(tmp_path)
+    ours = load_decoder(Checkpoint(tmp_path), torch.float32)
+    block, x = ours.blocks[0], torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    whole = block(x, ours.rope)
+    block.act_bits = 2
+    rounded = block(x, ours.rope)
+    assert not torch.equal(rounded, whole)
+    names = [site.name for site in block.sites]
+    for name in names:
+        block.unrounded = frozenset({name})
+        one = block.with_weights({})(x, ours.rope)
+        assert not torch.equal(one, rounded), name
+        assert not torch.equal(one, whole), name
+    block.unrounded = frozenset(names)
+    assert torch.equal(block(x, ours.rope), whole)

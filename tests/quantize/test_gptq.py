@@ -3,11 +3,15 @@
 import pytest
 import torch
 
+from q3q.calibrate.statistics import Gram
 from q3q.errors import NumericsError
+from q3q.models.anatomy import SiteInput
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.linalg import damped_factor, inverse_upper_cholesky
 from q3q.numerics.weights import round_to_grid
-from q3q.quantize.methods.gptq import gptq_round
+from q3q.quantize.method import SiteTask
+from q3q.quantize.methods.gptq import Gptq, gptq_round
+from q3q.quantize.methods.settings import GptqSettings
 from q3q.spec import Scheme
 
 
@@ -105,6 +109,22 @@ def test_equals_the_official_loops(act_order, static_groups, group_size, symmetr
     assert agree > 0.995  # float32 against float64: a tie may fall the other way
     same = (ours.codes_EOI[0] == codes).all(1)
     torch.testing.assert_close(ours.dequantize()[0][same].double(), expected[same], rtol=1e-3, atol=1e-4)
+
+
+def test_a_dead_columns_one_weighs_in_damping_on_the_official_scale():
+    """2/windows * sum x x^T with a dead diagonal of 1, against the mean over tokens that the method works with."""
+    x = torch.randn(6, 40, 64, generator=torch.Generator().manual_seed(0)) * 0.1
+    x[:, :, 5:40] = 0
+    gram, weight = Gram(), problem()[0]
+    for part in x.split(4):
+        gram.update(SiteInput(part.flatten(0, 1), [part.flatten(0, 1)], windows=len(part)))
+    official = 2 / 6 * x.flatten(0, 1).T @ x.flatten(0, 1)
+    ours = Gptq(GptqSettings(damping=0.5)).quantize(SiteTask(0, "qkv", weight, {}, gram), scheme())
+    _, codes = plain_gptq(weight[0], official, 3, 16, False, 0.5, 128, True, False)
+    off_scale = gptq_round(weight, gram.mean_EII(), scheme(), damping=0.5, act_order=True).weight
+    live = official.diagonal() > 0  # a group of zeros has its zero point halfway between two codes
+    assert (ours.codes_EOI[0] == codes)[:, live].double().mean() > 0.995
+    assert (off_scale.codes_EOI[0] == codes)[:, live].double().mean() < 0.98
 
 
 def test_is_rounding_when_inputs_are_independent():

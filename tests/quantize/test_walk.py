@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from q3q.calibrate.statistics import Gram
-from q3q.errors import NumericsError
+from q3q.errors import IncompatibleError, NumericsError
 from q3q.models.decoder import Decoder
 from q3q.quantize.blocks import BlockStore
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.gptq import Gptq, gptq_round
 from q3q.quantize.methods.rtn import Rtn
 from q3q.quantize.methods.settings import AwqSettings, GptqSettings, RtnSettings
-from q3q.quantize.walk import quantize_model, stack_rows
-from q3q.spec import Scheme
+from q3q.quantize.walk import quantize_ends, quantize_model, stack_rows
+from q3q.spec import Scheme, Schemes
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
 METHODS = {
@@ -176,3 +176,135 @@ def test_weights_that_are_not_finite_are_refused_by_name(decoder):
     decoder.blocks[1] = decoder.blocks[1].with_weights({name: broken})
     with pytest.raises(NumericsError, match=r"blocks\.1\.o: .* not finite"):
         quantize_model(decoder, METHODS["rtn"](), SCHEME, None, Nowhere())
+
+
+def test_activations_that_are_not_finite_are_refused_by_name(decoder, windows):
+    decoder.embedding_VH[windows[0, 0]] = float("inf")
+    with pytest.raises(NumericsError, match=r"blocks\.0\.qkv: calibration activations are not finite"):
+        quantize_model(decoder, METHODS["gptq"](), SCHEME, windows, Nowhere())
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq"])
+@torch.inference_mode()
+def test_an_outlier_whose_scale_does_not_fit_16_bits_is_refused_by_name(decoder, windows, name):
+    weight = decoder.blocks[1].weights["self_attn.k_proj.weight"].clone()
+    weight[0, 0] = 1e7
+    decoder.blocks[1] = decoder.blocks[1].with_weights({"self_attn.k_proj.weight": weight})
+    method = Awq(AwqSettings(scale=False, clip=False)) if name == "awq" else METHODS[name]()
+    with pytest.raises(NumericsError, match=r"blocks\.1\.self_attn\.k_proj: its largest weight, .* 65504 at most"):
+        quantize_model(decoder, method, SCHEME, windows if name != "rtn" else None, Nowhere())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_a_site_of_zeros_stays_zero(decoder, windows, name):
+    site = decoder.blocks[0].sites[-1]
+    zeros = {weight: torch.zeros_like(decoder.blocks[0].weights[weight]) for weight in site.weights}
+    decoder.blocks[0] = decoder.blocks[0].with_weights(zeros)
+    quantize_model(decoder, METHODS[name](), SCHEME, windows if name != "rtn" else None, Nowhere())
+    for weight in site.weights:
+        assert not decoder.blocks[0].weights[weight].any()
+
+
+Q, K, V = (f"self_attn.{part}_proj.weight" for part in "qkv")
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq_whole"])
+@torch.inference_mode()
+def test_a_linear_with_a_scheme_of_its_own_comes_out_as_if_all_had_that_scheme(decoder, windows, name):
+    """Rows are independent given the statistics: splitting a site by rows is exact. The first site sees no change."""
+    windows = windows if name != "rtn" else None
+    mixed, coarse, fine = copy(decoder), copy(decoder), copy(decoder)
+    overrides = {"blocks.0.self_attn.k_proj": {"bits": 6, "group_size": 8, "symmetric": True}}
+    results = quantize_model(mixed, METHODS[name](), Schemes(SCHEME, overrides), windows, Nowhere())
+    quantize_model(coarse, METHODS[name](), SCHEME, windows, Nowhere())
+    quantize_model(fine, METHODS[name](), Scheme(bits=6, group_size=8, symmetric=True), windows, Nowhere())
+    assert torch.equal(mixed.blocks[0].weights[Q], coarse.blocks[0].weights[Q])
+    assert torch.equal(mixed.blocks[0].weights[V], coarse.blocks[0].weights[V])
+    assert torch.equal(mixed.blocks[0].weights[K], fine.blocks[0].weights[K])
+    assert not torch.equal(mixed.blocks[0].weights[K], coarse.blocks[0].weights[K])
+    assert results[0].quantized[K].bits == 6
+    assert results[1].quantized[K].bits == 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_linears_that_are_left_out_keep_the_blocks_function_and_the_others_are_quantized(
+    decoder, windows, name, tmp_path
+):
+    windows = windows if name != "rtn" else None
+    linears = {f"blocks.{k}.{weight.removesuffix('.weight')}" for k in range(2) for weight in decoder.blocks[k].weights}
+    everything = Schemes(SCHEME, skip=linears)
+    original = copy(decoder)
+    same = copy(decoder)
+    results = quantize_model(same, METHODS[name](), everything, windows, BlockStore(tmp_path))
+    assert not any(result.quantized or result.errors for result in results)
+    for block, untouched in zip(same.blocks, original.blocks, strict=True):
+        assert all(torch.equal(block.weights[key], untouched.weights[key]) for key in block.weights)
+    down = [weight for site in decoder.blocks[0].sites if site.name == "down" for weight in site.weights]
+    others = Schemes(SCHEME, skip={name for name in linears if "down" in name or ".1." in name})
+    results = quantize_model(decoder, METHODS[name](), others, windows, Nowhere())
+    assert set(results[0].quantized) | set(down) == {w for site in decoder.blocks[0].sites for w in site.weights}
+    assert all(torch.equal(decoder.blocks[0].weights[weight], original.blocks[0].weights[weight]) for weight in down)
+
+
+@torch.inference_mode()
+def test_a_producer_that_is_left_out_keeps_the_scale_that_its_reader_was_given(decoder, windows, tmp_path):
+    """AWQ shifts scale from up_proj to down_proj: with up_proj left out, its shifted weights must reach the disk."""
+    up = next(weight for site in decoder.blocks[0].sites if site.name == "gate_up" for weight in site.weights[1:])
+    gate_up = {f"blocks.0.{w.removesuffix('.weight')}" for w in (up, up.replace("up_proj", "gate_proj"))}
+    near_exact = Schemes(Scheme(bits=8, group_size=8, symmetric=False), skip=gate_up)
+    decoder.blocks = decoder.blocks[:1]
+    before = decoder.blocks[0]
+    x, twin = decoder.embed(windows), copy(decoder)
+    quantize_model(decoder, Awq(AwqSettings(clip=False)), near_exact, windows, BlockStore(tmp_path))
+    assert not torch.equal(decoder.blocks[0].weights[up], before.weights[up])
+    expected, found = before(x, decoder.rope), decoder.blocks[0](x, decoder.rope)
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    quantize_model(twin, Awq(AwqSettings(clip=False)), near_exact, windows, BlockStore(tmp_path))  # all from disk
+    assert torch.equal(twin.blocks[0](x, twin.rope), found)
+
+
+@torch.inference_mode()
+def test_the_scale_search_is_told_the_scheme_of_the_site_that_it_serves(decoder, windows):
+    told = {}
+
+    class Listening(Awq):
+        def rebalance(self, task, scheme):
+            told.setdefault(task.group.site.name, []).append(scheme.bits)
+
+    names = [w.removesuffix(".weight") for w in decoder.blocks[0].sites[3].weights]
+    schemes = Schemes(SCHEME, {f"blocks.1.{name}": {"bits": 7} for name in names}, skip={"blocks.0.self_attn.o_proj"})
+    quantize_model(decoder, Listening(AwqSettings(clip=False)), schemes, windows, Nowhere())
+    assert told == {"qkv": [3, 3], "o": [3], "gate_up": [3, 3], "down": [3, 7]}
+    uneven = Schemes(SCHEME, {"blocks.0.self_attn.q_proj": {"bits": 7}})
+    with pytest.raises(IncompatibleError, match=r"blocks\.0\.qkv: .* one setting"):
+        quantize_model(decoder, Awq(AwqSettings()), uneven, windows, Nowhere())
+
+
+@torch.inference_mode()
+def test_head_and_embedding_are_rounded_once_where_they_are_tied_and_apart_where_not(decoder):
+    eight, four = (Scheme(bits=bits, group_size=16, symmetric=True) for bits in (8, 4))
+    original = decoder.embedding_VH.clone()
+    tied = copy(decoder)
+    codes = quantize_ends(tied, Schemes(SCHEME, head=eight, embedding=eight))
+    assert list(codes) == ["embedding"]
+    assert tied.head_VH is tied.embedding_VH
+    assert torch.equal(tied.embedding_VH, codes["embedding"].dequantize()[0])
+    step = original.unflatten(1, (-1, 16)).abs().amax(-1) * 2 / 255
+    assert ((tied.embedding_VH - original).unflatten(1, (-1, 16)).abs().amax(-1) <= 1.001 * step).all()
+
+    apart = copy(decoder)
+    apart.head_VH = decoder.embedding_VH * 2
+    codes = quantize_ends(apart, Schemes(SCHEME, head=four))
+    assert list(codes) == ["head"]
+    assert torch.equal(apart.embedding_VH, original)
+    assert torch.equal(apart.head_VH, codes["head"].dequantize()[0])
+    assert quantize_ends(apart, Schemes(SCHEME)) == {}
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), 1e9])
+def test_an_embedding_that_cannot_be_rounded_is_refused_by_name(decoder, wrong):
+    decoder.embedding_VH[3, 3] = wrong
+    with pytest.raises(NumericsError, match=r"^embedding: "):
+        quantize_ends(decoder, Schemes(SCHEME, embedding=SCHEME, head=SCHEME))

@@ -1,0 +1,80 @@
+"""GPTQ's inner loop over the columns of one block as one Triton kernel: one launch where `columns` makes five a column.
+
+Importing this file needs Triton. Tested in Triton's interpreter on a CPU. Shapes as in `columns`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Rows that one program solves; a block of 128 columns of them stays in registers.
+BLOCK_ROWS = 16
+
+
+@triton.jit
+def _solve(  # type: ignore[no-untyped-def]
+    weight,
+    factor,
+    scale,
+    zero,
+    grid_of,
+    codes,
+    error,
+    columns,
+    rows,
+    grids,
+    weight_stride,
+    top,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    e = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    c = tl.arange(0, BLOCK_COLUMNS)
+    inside = o < rows
+    place = c[:, None] * rows + o[None, :]
+    tile = tl.load(weight + e * weight_stride + place, mask=(c < columns)[:, None] & inside[None, :], other=0.0)
+    for i in range(columns):
+        k = e * grids + tl.load(grid_of + i)
+        s = tl.load(scale + k * rows + o, mask=inside, other=1.0)
+        z = tl.load(zero + k * rows + o, mask=inside, other=0.0)
+        value = tl.sum(tl.where(c[:, None] == i, tile, 0.0), axis=0)
+        # Clamped first (the bounds are whole numbers), so that adding and taking 1.5 * 2**23 rounds half to even.
+        level = tl.minimum(tl.maximum(tl.div_rn(value, s), -z), top - z)
+        level = (level + 12582912.0) - 12582912.0
+        wrong = value - s * level
+        out = (e * columns + i) * rows + o
+        tl.store(codes + out, level + z, mask=inside)
+        tl.store(error + out, wrong, mask=inside)
+        row = factor + (e * columns + i) * columns
+        behind = tl.load(row + c, mask=(c > i) & (c < columns), other=0.0)
+        tile -= behind[:, None] * wrong[None, :]
+
+
+def solve_block_fused(
+    weight_ECO: Tensor, factor_ECC: Tensor, scale_EKO: Tensor, zero_EKO: Tensor, grid_of_C: Sequence[int], top: int
+) -> tuple[Tensor, Tensor]:
+    """`columns.solve_block_plain`, fused. `weight_ECO` may be a slice of rows of a contiguous [E, I, O]; left as is."""
+    experts, columns, rows = weight_ECO.shape
+    codes_ECO = torch.empty(weight_ECO.shape, device=weight_ECO.device)
+    error_ECO = torch.empty_like(codes_ECO)
+    _solve[(experts, triton.cdiv(rows, BLOCK_ROWS))](
+        weight_ECO,
+        factor_ECC.contiguous(),
+        scale_EKO.contiguous(),
+        zero_EKO.contiguous(),
+        torch.tensor(grid_of_C, dtype=torch.int32, device=weight_ECO.device),
+        codes_ECO,
+        error_ECO,
+        columns,
+        rows,
+        scale_EKO.shape[1],
+        weight_ECO.stride(0),
+        float(top),
+        BLOCK_COLUMNS=triton.next_power_of_2(columns),
+        BLOCK_ROWS=BLOCK_ROWS,
+    )
+    return codes_ECO, error_ECO

@@ -1,0 +1,86 @@
+"""Choosing among a method's variants by trying each: whichever keeps the model closest to itself wins.
+
+Shapes: B windows, T tokens of one, P positions, H hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from q3q.errors import NumericsError
+from q3q.models.decoder import Decoder
+from q3q.quantize.method import Method
+from q3q.quantize.walk import QuantizedBlock, quantize_model
+from q3q.spec import Json, Scheme, Schemes
+
+
+class _Nowhere:
+    """A sink that keeps nothing: a variant is tried from its first block."""
+
+    def load(self, index: int) -> QuantizedBlock | None:
+        return None
+
+    def store(self, block: QuantizedBlock) -> None:
+        pass
+
+
+def search_variants(
+    model: Decoder,
+    variants: Mapping[str, Method],
+    scheme: Scheme | Schemes,
+    windows_BT: Tensor,
+    set_activations: Callable[[Decoder], None],
+    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> Json:
+    """Quantize a copy of the model with each variant and measure how far its predictions are from the model's own.
+
+    The same windows serve for calibration and for judging. Deterministic: equal arguments choose the same variant.
+
+    Args:
+        model: not modified; a copy of its linears exists beside it while a variant is tried.
+        windows_BT: a few calibration windows.
+        set_activations: makes a copy's blocks quantize their inputs as they will be quantized in the end.
+        progress: told (variant, variants done, variants in all).
+
+    Returns:
+        chosen: the name of the variant with the lowest divergence, the first of equals. divergence: the mean over all
+        positions of KL(model || variant) of the next token's distribution, nats; None where it is not finite. windows:
+        how many.
+
+    Raises:
+        NumericsError: no variant has a finite divergence.
+    """
+    original_PH = _final_hidden(model, windows_BT)
+    found: dict[str, float] = {}
+    for done, (name, method) in enumerate(variants.items()):
+        progress(name, done, len(variants))
+        copy = replace(model, blocks=list(model.blocks))
+        quantize_model(copy, method, scheme, windows_BT, _Nowhere())
+        set_activations(copy)
+        found[name] = mean_divergence(model, original_PH, _final_hidden(copy, windows_BT))
+    finite = {name: value for name, value in found.items() if math.isfinite(value)}
+    if not finite:
+        raise NumericsError(f"none of {', '.join(found)} leaves a model with finite predictions")
+    return {
+        "chosen": min(finite, key=finite.__getitem__),
+        "divergence": {name: finite.get(name) for name in found},
+        "windows": len(windows_BT),
+    }
+
+
+def mean_divergence(model: Decoder, original_PH: Tensor, changed_PH: Tensor) -> float:
+    """Mean over positions of KL(original || changed) of the next token's distribution, nats, both through one head."""
+    total = 0.0
+    pairs = zip(model.logits(original_PH), model.logits(changed_PH), strict=True)
+    for (_, original_CV), (_, changed_CV) in pairs:
+        log_p_CV, log_q_CV = original_CV.log_softmax(-1), changed_CV.log_softmax(-1)
+        total += float(kl_div(log_q_CV, log_p_CV, log_target=True, reduction="none").sum(-1).double().sum())
+    return total / len(original_PH)
+
+
+def _final_hidden(model: Decoder, windows_BT: Tensor) -> Tensor:
+    return torch.cat([model.hidden(ids_1T[None])[0] for ids_1T in windows_BT])

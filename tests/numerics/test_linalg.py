@@ -1,0 +1,71 @@
+"""Linear algebra of the Hessian, against float64 and plain products."""
+
+import pytest
+import torch
+
+from q3q.numerics.linalg import add_gram, inverse_upper_triangular, mirror, quadratic_form_E
+
+
+def tokens(count, columns, seed=0):
+    """Correlated, with a few channels a hundred times the others, as a transformer's activations are."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 24, generator=generator) @ torch.randn(24, columns, generator=generator)
+    x = x + torch.randn(count, columns, generator=generator)
+    x[:, :: columns // 4] *= 100
+    return x
+
+
+def gram(x):
+    upper = torch.zeros(x.shape[1], x.shape[1])
+    for part in x.split(512):
+        add_gram(upper, part)
+    mirror(upper[None])
+    return upper
+
+
+def error(found, x):
+    exact = x.double().T @ x.double()
+    return float((found - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("columns", [1, 64, 200, 300, 700])
+def test_panels_make_the_whole_symmetric_matrix(columns):
+    x = torch.randn(1100, columns, generator=torch.Generator().manual_seed(0))
+    found = gram(x)
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found, x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_error_of_float32_sums_and_of_narrower_products_against_float64():
+    """Inputs rounded as a tensor core reads them; products are summed in float32 in all three cases."""
+
+    def kept_bits(x, bits):
+        """Round a float32's mantissa to so many bits (TF32 keeps 10, bfloat16 7)."""
+        unit = 2.0 ** (x.abs().log2().floor() - bits)
+        return (x / unit).round() * unit
+
+    x = tokens(4096, 256)
+    assert torch.equal(kept_bits(x, 7), x.bfloat16().float())
+    errors = {name: error(gram(kept_bits(x, bits)), x) for name, bits in {"fp32": 23, "tf32": 10, "bf16": 7}.items()}
+    assert errors["fp32"] < 1e-6
+    assert 20 * errors["fp32"] < errors["tf32"] < 2e-4
+    assert 4 * errors["tf32"] < errors["bf16"] < 2e-3
+    # What comes from a bfloat16 model loses nothing in a TF32 product.
+    assert torch.equal(kept_bits(x.bfloat16().float(), 10), x.bfloat16().float())
+
+
+def test_a_quadratic_form_is_the_trace():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(3, 5, 300, generator=generator), torch.randn(3, 50, 300, generator=generator)
+    symmetric = x.mT @ x
+    expected = torch.stack([torch.trace(w @ s @ w.T) for w, s in zip(weight, symmetric, strict=True)])
+    torch.testing.assert_close(quadratic_form_E(weight, symmetric), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [1, 127, 128, 129, 517])
+def test_inverse_by_halves_equals_float64s(columns):
+    generator = torch.Generator().manual_seed(0)
+    upper = torch.eye(columns) + torch.randn(2, columns, columns, generator=generator).triu() / columns
+    found = inverse_upper_triangular(upper)
+    assert torch.equal(found, found.triu())
+    torch.testing.assert_close(found.double(), torch.linalg.inv(upper.double()), rtol=1e-4, atol=1e-6)

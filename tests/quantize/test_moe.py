@@ -1,0 +1,247 @@
+"""Experts: each one's codes are its own, and every way of calibrating them does what it says."""
+
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from torch.nn.functional import linear, silu
+
+from q3q import config as schema
+from q3q.calibrate.statistics import MIN_EXPERT_TOKENS, Gram
+from q3q.errors import ConfigError, NumericsError
+from q3q.models.decoder import Decoder
+from q3q.quantize.methods import gptq
+from q3q.quantize.methods.gptq import gptq_round
+from q3q.quantize.methods.settings import SETTINGS, GptqSettings
+from q3q.quantize.walk import quantize_model, stack_rows
+from q3q.spec import Scheme
+from q3q.trial import set_route
+
+CONF = Path(__file__).parents[2] / "conf"
+GATE, UP, DOWN = (f"mlp.experts.{name}_proj.weight" for name in ("gate", "up", "down"))
+
+
+def built(name, **settings):
+    chosen = SETTINGS[name](**settings)
+    module, _, kind = chosen.implementation.partition(":")
+    return getattr(import_module(module), kind)(chosen)
+
+
+METHODS = [name for name, settings in SETTINGS.items() if settings.quantizes]
+
+
+def scheme_for(name):
+    bits = 3 if 3 in SETTINGS[name].bits else SETTINGS[name].bits[0]
+    return Scheme(bits=bits, group_size=16, symmetric=SETTINGS[name].default_symmetric)
+
+
+class Nowhere:
+    def load(self, index):
+        return None
+
+    def store(self, block):
+        pass
+
+
+def first_block(decoder):
+    return Decoder(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, decoder.blocks[:1])
+
+
+def quantized(decoder, name, windows, every_expert=False, **settings):
+    """The first block, quantized: its result and its block."""
+    alone = first_block(decoder)
+    alone.blocks[0] = alone.blocks[0].with_weights({})
+    alone.blocks[0].every_expert = every_expert
+    method = built(name, **settings)
+    reads = windows if method.settings.observes() else None
+    [result] = quantize_model(alone, method, scheme_for(name), reads, Nowhere())
+    return result, alone.blocks[0]
+
+
+@pytest.fixture
+def many(windows):
+    return torch.randint(61, (32, 40), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("touched", [GATE, DOWN])
+@pytest.mark.parametrize("name", METHODS)
+@torch.inference_mode()
+def test_one_weight_of_one_expert_changes_that_experts_codes_alone(moe_decoder, many, name, touched):
+    weight = moe_decoder.blocks[0].weights[touched].clone()
+    weight[2, 5, 7] += 3 * weight.std()
+    other = first_block(moe_decoder)
+    other.blocks[0] = other.blocks[0].with_weights({touched: weight})
+    before, after = (quantized(decoder, name, many)[0].quantized for decoder in (moe_decoder, other))
+    assert not torch.equal(before[touched].codes_EOI[2], after[touched].codes_EOI[2])
+    for linear_name in before:
+        for e, (old, new) in enumerate(zip(before[linear_name].codes_EOI, after[linear_name].codes_EOI, strict=True)):
+            its_own = linear_name in (GATE, UP, DOWN) and e == 2
+            assert its_own or torch.equal(old, new), (linear_name, e)
+
+
+@pytest.mark.parametrize("every_expert", [False, True])
+@torch.inference_mode()
+def test_the_router_stays_as_it_is(moe_decoder, many, every_expert):
+    result, block = quantized(moe_decoder, "gptq", many, every_expert)
+    assert torch.equal(block.weights["mlp.gate.weight"], moe_decoder.blocks[0].weights["mlp.gate.weight"])
+    assert not [name for name in result.quantized if "gate.weight" in name]
+
+
+def observed(decoder, windows, every_expert):
+    """The inputs of each site of the original first block, and its output."""
+    block = decoder.blocks[0].with_weights({})
+    block.every_expert = every_expert
+    stages, seen = block.stages(decoder.embed(windows), decoder.rope), {}
+    while True:
+        try:
+            site, inputs = next(stages)
+        except StopIteration as end:
+            return seen, end.value
+        seen[site.name] = inputs
+
+
+@torch.inference_mode()
+def test_every_expert_is_shown_every_token_and_the_output_is_still_the_routers(moe_decoder, many):
+    routed, expected = observed(moe_decoder, many, False)
+    seen, output = observed(moe_decoder, many, True)
+    assert torch.equal(output, expected)
+    tokens, weights = routed["gate_up"].whole_TI, moe_decoder.blocks[0].weights
+    assert seen["gate_up"].shared
+    assert not routed["gate_up"].shared
+    assert sum(map(len, routed["gate_up"].experts)) == moe_decoder.facts.top_k * len(tokens)
+    for e in range(4):
+        torch.testing.assert_close(seen["gate_up"].experts[e], tokens)
+        gated = silu(linear(tokens, weights[GATE][e])) * linear(tokens, weights[UP][e])
+        torch.testing.assert_close(seen["down"].experts[e], gated)
+
+
+@torch.inference_mode()
+def test_every_expert_on_every_token_equals_solving_each_as_a_dense_linear(moe_decoder, many):
+    """GPTQ with route=all against one Hessian after the other, of all tokens, written out."""
+    result, _ = quantized(moe_decoder, "gptq", many, every_expert=True, true_sequential=False)
+    seen, _ = observed(moe_decoder, many, False)
+    tokens, weights = seen["gate_up"].whole_TI, moe_decoder.blocks[0].weights
+    for e in range(4):
+        inputs = {GATE: tokens, UP: tokens, DOWN: silu(tokens @ weights[GATE][e].T) * (tokens @ weights[UP][e].T)}
+        for name, x in inputs.items():
+            hessian = (x.T @ x / len(x))[None]
+            alone = gptq_round(weights[name][e : e + 1], hessian, scheme_for("gptq"), act_order=True).weight
+            ours = result.quantized[name]
+            assert (ours.codes_EOI[e] == alone.codes_EOI[0]).double().mean() > 0.99
+            assert torch.equal(ours.group_EI[e], alone.group_EI[0])
+    assert result.notes["blocks.0.gate_up"] == {"tokens_per_expert": [len(tokens)] * 4}
+
+
+@torch.inference_mode()
+def test_one_shared_hessian_is_kept_and_factored_once(moe_decoder, many, monkeypatch):
+    gram, factored = Gram(), []
+    gram.update(observed(moe_decoder, many, True)[0]["gate_up"])
+    assert gram.shared
+    assert gram.sum_EII.shape == (4, 32, 32)
+    assert gram.sum_EII.untyped_storage().nbytes() == 4 * 32 * 32
+    factor = gptq.damped_factor
+    monkeypatch.setattr(gptq, "damped_factor", lambda h, damping: factored.append(len(h)) or factor(h, damping))
+    quantized(moe_decoder, "gptq", many, every_expert=True)
+    assert factored == [1, 1, 1, 4]  # qkv, o, all experts' gate and up, each expert's down
+
+
+@torch.inference_mode()
+def test_chunks_of_experts_and_of_rows_change_nothing(moe_decoder, many, monkeypatch):
+    whole, _ = quantized(moe_decoder, "gptq", many)
+    monkeypatch.setattr(gptq, "HESSIAN_BYTES", 2 * 4 * 32 * 32)
+    monkeypatch.setattr(gptq, "CPU_ROWS", 24)
+    parts, _ = quantized(moe_decoder, "gptq", many)
+    for name, weight in whole.quantized.items():
+        assert (weight.codes_EOI == parts.quantized[name].codes_EOI).double().mean() > 0.98
+        assert torch.equal(weight.group_EI, parts.quantized[name].group_EI)
+
+
+@torch.inference_mode()
+def test_tokens_are_counted_for_each_expert_and_starved_ones_named(moe_decoder, windows):
+    gate = moe_decoder.blocks[0].weights["mlp.gate.weight"].clone()
+    gate[2] = 0
+    gate[[0, 1, 3]] *= 50
+    moe_decoder.blocks[0] = moe_decoder.blocks[0].with_weights({"mlp.gate.weight": gate})
+    windows = windows[:8]
+    routed = observed(moe_decoder, windows, False)[0]["gate_up"]
+    counts = [len(tokens) for tokens in routed.experts]
+    assert min(counts) < MIN_EXPERT_TOKENS < max(counts)
+    result, _ = quantized(moe_decoder, "gptq", windows, true_sequential=False)
+    note = result.notes["blocks.0.gate_up"]
+    assert note["tokens_per_expert"] == counts
+    assert note["experts_rounded_to_nearest"] == [e for e, count in enumerate(counts) if count < MIN_EXPERT_TOKENS]
+    assert "tokens_per_expert" not in result.notes["blocks.0.down"]
+
+
+@torch.inference_mode()
+def test_fewer_tokens_than_columns_are_noted_with_the_rank(decoder, windows, kind):
+    few = windows[:1, :24]  # 24 tokens for 32, 48 and (dense) 48 columns
+    alone = first_block(decoder)
+    [result] = quantize_model(alone, built("gptq"), scheme_for("gptq"), few, Nowhere())
+    assert result.notes["qkv.fewer_tokens_than_columns"] == {"rank": 24, "columns": 32}
+    assert result.notes["o.fewer_tokens_than_columns"] == {"rank": 24, "columns": 48}
+    if kind == "moe":
+        note = result.notes["blocks.0.gate_up"]
+        lowest = min(note["tokens_per_expert"])
+        assert note["fewer_tokens_than_columns"] == {"experts": 4, "lowest_rank": lowest, "columns": 32}
+    else:
+        assert result.notes["down.fewer_tokens_than_columns"] == {"rank": 24, "columns": 48}
+    enough = quantize_model(first_block(decoder), built("gptq"), scheme_for("gptq"), windows, Nowhere())
+    assert not [key for key in enough[0].notes if key.endswith("fewer_tokens_than_columns")]
+
+
+@torch.inference_mode()
+def test_activations_that_overflow_are_refused_wherever_they_are_made(moe_decoder, many):
+    up = moe_decoder.blocks[0].weights[UP].clone()
+    up[1] = 3e38
+    moe_decoder.blocks[0] = moe_decoder.blocks[0].with_weights({UP: up})
+    for every_expert in (False, True):
+        with pytest.raises(NumericsError, match=r"down.*activations are not finite"):
+            quantized(moe_decoder, "gptq", many, every_expert, true_sequential=False)
+
+
+@torch.inference_mode()
+def test_experts_solved_in_one_batch_equal_experts_solved_one_by_one(moe_decoder, many):
+    block = moe_decoder.blocks[0]
+    inputs = observed(moe_decoder, many, False)[0]["gate_up"]
+    gram = Gram()
+    gram.update(inputs)
+    [site] = [site for site in block.sites if site.name == "gate_up"]
+    weight, _ = stack_rows(block.weights, site)
+    together = gptq_round(weight, gram.mean_EII(), scheme_for("gptq"), act_order=GptqSettings().act_order).weight
+    for e, tokens in enumerate(inputs.experts):
+        hessian = (tokens.T @ tokens / len(tokens))[None]
+        alone = gptq_round(weight[e : e + 1], hessian, scheme_for("gptq"), act_order=True).weight
+        assert (together.codes_EOI[e] == alone.codes_EOI[0]).double().mean() > 0.99
+
+
+def test_the_route_is_part_of_what_a_trial_is_where_there_are_experts():
+    schema.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        specs = {
+            (model, route): schema.spec_from(
+                compose("config", ["method=gptq", "calibration=demo", f"model={model}", f"calibration.route={route}"])
+            )
+            for model in ("demo", "demo_moe")
+            for route in ("top_k", "all")
+        }
+        with pytest.raises(ConfigError, match=r"calibration\.route=al is not known; did you mean all"):
+            schema.spec_from(compose("config", ["method=gptq", "calibration.route=al"]))
+    assert specs["demo", "top_k"].id == specs["demo", "all"].id
+    assert "route" not in specs["demo", "all"].calibration
+    assert specs["demo_moe", "top_k"].id != specs["demo_moe", "all"].id
+    assert specs["demo_moe", "all"].calibration["route"] == "all"
+
+
+def test_a_trial_shows_its_experts_what_its_spec_says(moe_decoder):
+    spec = SimpleNamespace(calibration={"route": "all"})
+    set_route(moe_decoder, spec)
+    assert all(block.with_weights({}).every_expert for block in moe_decoder.blocks)
+    for calibration in ({"route": "top_k"}, None):
+        set_route(moe_decoder, SimpleNamespace(calibration=calibration))
+        assert not any(block.every_expert for block in moe_decoder.blocks)
