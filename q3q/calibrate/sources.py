@@ -102,7 +102,7 @@ SOURCES: dict[Split, tuple[str, ...]] = {
 }
 
 
-def load_text(source: str, *, split: Split, path: str | Path | None = None) -> Text:
+def load_text(source: str, *, split: Split, path: str | Path | None = None, data: str | Path | None = None) -> Text:
     """A text by name.
 
     Args:
@@ -112,6 +112,7 @@ def load_text(source: str, *, split: Split, path: str | Path | None = None) -> T
         split: what for. The two never share a document, but for `file`, which is what it is.
         path: of `file`: `.jsonl` (one document per line, its `text`), `.json` (a list of documents, each a string or
             an object with `text`), or any other name: plain text, one document.
+        data: a folder with data sets (data.path), where `wikitext2`, `c4` and `pile` are looked for first.
 
     Raises:
         CalibrationError: no such source for that split; a file missing, empty, not UTF-8 or not what its name says; a
@@ -130,7 +131,7 @@ def load_text(source: str, *, split: Split, path: str | Path | None = None) -> T
         if path is None:
             raise CalibrationError(f"{split}=file needs {split}.path=FILE")
         return _file_text(Path(path).expanduser())
-    return _hub_text(source, split)
+    return _hub_text(source, split, None if data is None else Path(data))
 
 
 def _demo_text(split: Split) -> Text:
@@ -188,14 +189,27 @@ def _text_of(where: str, item: Any) -> str:
     return text
 
 
-def _hub_text(source: str, split: Split) -> Text:
+def _hub_text(source: str, split: Split, data: Path | None) -> Text:
     hub = _HUB[source]
-    file = _hub_file(source, split)
-    rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-    return Text(source, tuple(rows), joiner=hub.joiner, running=hub.running)
+    file = _own_copy(source, split, data) or _hub_file(source, split, data)
+    try:
+        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
+        return Text(source, tuple(rows), joiner=hub.joiner, running=hub.running)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(f"{file} is not a file of {source}, rows with a `text`: {error}") from error
 
 
-def _hub_file(source: str, split: Split) -> Path:
+def _own_copy(source: str, split: Split, data: Path | None) -> Path | None:
+    """The file in the user's folder: as the Hub has it, or named after its split, `wikitext2/test.parquet`."""
+    if data is None:
+        return None
+    name = _HUB[source].files[split]
+    part = next(part for part in ("train", "validation", "test", "val") if part in name)
+    names = [name, Path(name).name, *(f"{part}{suffix}" for suffix in (".parquet", ".jsonl", ".json.gz", ".jsonl.zst"))]
+    return next((data / source / name for name in names if (data / source / name).is_file()), None)
+
+
+def _hub_file(source: str, split: Split, data: Path | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     hub = _HUB[source]
@@ -211,7 +225,8 @@ def _hub_file(source: str, split: Split) -> Path:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise CalibrationError(
             f"{split}={source} needs {name} of the data set {hub.repository}, which is neither in the local cache "
-            f"nor to be had from the Hub: {reason}. For a text of your own: {split}=file {split}.path=FILE"
+            f"nor to be had from the Hub: {reason}. To provide it: data.path={data or 'DIR'} with "
+            f"{data or 'DIR'}/{source}/{Path(name).name}; for a text of your own: {split}=file {split}.path=FILE"
         ) from error
 
 

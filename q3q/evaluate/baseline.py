@@ -1,0 +1,353 @@
+"""What the unquantized model says about a text, kept on disk and shared by all trials of that model.
+
+A trial that is measured against the unquantized model needs that model's next-token distributions. They are not kept
+(151,936 numbers a position), but what determines them: the final hidden states, which go through the model's own head
+again. Beside them lies each window's negative log-likelihood, for paired differences of perplexity.
+
+An entry is a folder `<baselines>/<key>`: one safetensors file a window in the model's own dtype, bit for bit, and a
+manifest with the SHA-256 of each, and of itself. Its key is the content hash of all that determines it. It is written
+beside its place and renamed when it is whole; every byte is checked when it is opened, and again when it is read. One
+that is not whole, or not what its name says, is computed again. The folder may be deleted at any time.
+
+Shapes: N windows, T tokens of one, P = T - 1 positions that predict one of its tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from q3q.errors import IntegrityError
+from q3q.spec import Json
+
+if TYPE_CHECKING:  # a plan asks for sizes, and must not load torch for them
+    import torch
+    from torch import Tensor
+
+    from q3q.models.decoder import Decoder
+
+Progress = Callable[[int, int], None]
+
+VERSION = 1  # of the numbers in an entry: raised when the forward pass or the likelihoods are computed otherwise
+# 256 windows of 2048 tokens take 1.0 GiB at 0.6B (1024 wide, bfloat16), 4.3 GB at 8B (4096 wide). Where all take more
+# than SMALL_BYTES, FEW_WINDOWS are kept: 65,504 positions.
+SMALL_BYTES = 1 << 30
+FEW_WINDOWS = 32
+PATIENCE = 3600.0  # seconds without a sign of life after which another process's turn is not waited for
+_POLL = 0.2  # seconds
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+# ---------------------------------------------------------------------------------------------- what it takes
+
+
+def kept_windows(windows: int, tokens: int, hidden: int, dtype: str, wanted: int | None = None) -> int:
+    """How many of a text's windows the drift is measured on.
+
+    Args:
+        windows, tokens: N and T. hidden, dtype: the model's.
+        wanted: at most so many; if None, all where they take at most SMALL_BYTES, else FEW_WINDOWS.
+    """
+    if wanted is None:
+        wanted = windows if baseline_bytes(windows, tokens, hidden, dtype) <= SMALL_BYTES else FEW_WINDOWS
+    return min(windows, wanted)
+
+
+def baseline_bytes(kept: int, tokens: int, hidden: int, dtype: str) -> int:
+    """Bytes on disk of the hidden states of `kept` windows of `tokens` tokens; the rest of an entry is small."""
+    return kept * (tokens - 1) * hidden * _BYTES[dtype]
+
+
+def kept_rows(windows: int, kept: int) -> tuple[int, ...]:
+    """Which windows are kept: spread evenly over the text, the first among them."""
+    return tuple(k * windows // kept for k in range(kept))
+
+
+# ---------------------------------------------------------------------------------------------- what it is
+
+
+def windows_digest(windows_NT: Tensor) -> str:
+    """SHA-256 (hex) of token ids and how they are cut. A different tokenizer gives different ids."""
+    import torch
+
+    ids = windows_NT.to(device="cpu", dtype=torch.int64).contiguous()
+    return hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineIdentity:
+    """All that determines an entry's numbers.
+
+    model: digest of the files, or Hub source and revision; and dtype (a TrialSpec's model entry; its name is for
+    people). text: digest of the text. windows: `windows_digest`. kept: windows whose hidden states are kept.
+    """
+
+    model: Json
+    text: str
+    windows: str
+    kept: int
+    version: int = VERSION
+
+    @classmethod
+    def of(cls, model: Json, text: str, windows_NT: Tensor, kept: int) -> BaselineIdentity:
+        if not 1 <= kept <= len(windows_NT):
+            raise ValueError(f"kept={kept} of {len(windows_NT)} windows")
+        model = {key: value for key, value in model.items() if key != "name"}
+        return cls(model=model, text=text, windows=windows_digest(windows_NT), kept=kept)
+
+    @property
+    def key(self) -> str:
+        """Its folder's name: 32 hex digits."""
+        return _digest(asdict(self))[:32]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """An entry that was found whole. rows: the windows whose hidden states it has. nll_N: float64, nats per token."""
+
+    folder: Path
+    identity: BaselineIdentity
+    rows: tuple[int, ...]
+    nll_N: Tensor
+    vocab: int
+    hidden_size: int
+    dtype: str
+    checksums: dict[int, str]
+
+    def hidden(self, row: int) -> Tensor:
+        """Final hidden states [P, H] of window `row`, on the CPU, in the model's own dtype.
+
+        Raises:
+            IntegrityError: the file changed since the entry was opened.
+        """
+        from safetensors.torch import load
+
+        path = self.folder / _file(row)
+        content = _content(path, self.checksums[row])
+        if content is None:
+            raise IntegrityError(f"{path} changed while it was in use; run the trial again, which computes it anew")
+        return load(content)["hidden"]
+
+    def check_fits(self, model: Decoder, windows_NT: Tensor) -> None:
+        """Is this the baseline of this vocabulary and of these tokens?
+
+        Raises:
+            IntegrityError: it is not.
+        """
+        facts = model.facts
+        if (facts.vocab, facts.hidden) != (self.vocab, self.hidden_size):
+            raise IntegrityError(
+                f"the baseline in {self.folder} has {self.vocab} tokens and hidden size {self.hidden_size}, "
+                f"the model {facts.vocab} and {facts.hidden}: it is not this model's"
+            )
+        if int(windows_NT.max()) >= self.vocab:
+            raise IntegrityError(
+                f"token {int(windows_NT.max())} of the text is not among the baseline's {self.vocab}: "
+                "the text was encoded by another tokenizer"
+            )
+        if windows_digest(windows_NT) != self.identity.windows:
+            raise IntegrityError(
+                f"the baseline in {self.folder} is of other tokens than the text's: "
+                "encoded by another tokenizer, or cut otherwise"
+            )
+
+
+# ---------------------------------------------------------------------------------------------- finding and making it
+
+
+def find_baseline(folder: Path, identity: BaselineIdentity) -> Baseline | None:
+    """The entry, every byte of it checked, or None if it is not there, damaged, or not what its name says."""
+    import torch
+
+    entry = folder / identity.key
+    try:
+        manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+        body: dict[str, Any] = manifest["body"]
+        if manifest["sha256"] != _digest(body) or body["identity"] != asdict(identity):
+            return None
+        checksums = {int(row): sha for row, sha in body["windows"].items()}
+        baseline = Baseline(
+            folder=entry,
+            identity=identity,
+            rows=tuple(checksums),
+            nll_N=torch.tensor(body["nll"], dtype=torch.float64),
+            vocab=body["vocab"],
+            hidden_size=body["hidden"],
+            dtype=body["dtype"],
+            checksums=checksums,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    whole = all(_content(entry / _file(row), sha) is not None for row, sha in checksums.items())
+    return baseline if whole else None
+
+
+def baseline_for(
+    folder: Path,
+    identity: BaselineIdentity,
+    model: Decoder,
+    windows_NT: Tensor,
+    progress: Progress = lambda done, total: None,
+) -> Baseline:
+    """The entry, computed with `model` if it is not there whole. Other processes that want it wait for the first.
+
+    Args:
+        folder: where entries lie.
+        identity: of the entry.
+        model: the *unquantized* model; it runs only if the entry has to be computed.
+        windows_NT: token ids.
+        progress: told windows done and in all.
+
+    Raises:
+        IntegrityError: the entry does not fit the model or the windows, the model's likelihoods are not finite, or what
+            was written cannot be read back.
+    """
+    if identity.windows != windows_digest(windows_NT):
+        raise IntegrityError("the windows are not those that the baseline was to be computed for")
+    baseline = find_baseline(folder, identity)
+    if baseline is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _turn(folder / f"{identity.key}.lock") as turn:
+            baseline = find_baseline(folder, identity)  # it may have come while we waited
+            if baseline is None:
+                _compute(folder, identity, model, windows_NT, turn, progress)
+                baseline = find_baseline(folder, identity)
+    if baseline is None:
+        raise IntegrityError(f"{folder / identity.key} does not read back as it was written: check the disk")
+    baseline.check_fits(model, windows_NT)
+    return baseline
+
+
+def scored_states(model: Decoder, windows_NT: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Every window's number, and its final hidden states [P, H] at the positions that predict one of its tokens."""
+    from q3q.evaluate.perplexity import BATCH_TOKENS
+
+    rows = max(1, BATCH_TOKENS // windows_NT.shape[1])
+    for first in range(0, len(windows_NT), rows):
+        for row, hidden_TH in enumerate(model.hidden(windows_NT[first : first + rows]), start=first):
+            yield row, hidden_TH[:-1]
+
+
+def _compute(
+    folder: Path, identity: BaselineIdentity, model: Decoder, windows_NT: Tensor, turn: _Turn, progress: Progress
+) -> None:
+    """Write the entry beside its place, then rename it. Who finds another there was slower, with the same numbers."""
+    from safetensors.torch import save
+
+    entry = folder / identity.key
+    shutil.rmtree(entry, ignore_errors=True)  # damaged
+    partial = turn.workplace(folder, identity.key)
+    rows, checksums, nlls = set(kept_rows(len(windows_NT), identity.kept)), {}, []
+    dtype: torch.dtype | None = None
+    try:
+        for row, hidden_PH in scored_states(model, windows_NT):
+            scores_P, _ = model.log_likelihoods(hidden_PH, windows_NT[row, 1:])
+            nlls.append(-float(scores_P.double().mean()))
+            if row in rows:
+                dtype = hidden_PH.dtype
+                content = save({"hidden": hidden_PH.cpu().contiguous()})
+                (partial / _file(row)).write_bytes(content)
+                checksums[row] = hashlib.sha256(content).hexdigest()
+            turn.alive()
+            progress(row + 1, len(windows_NT))
+        if not all(nll < float("inf") for nll in nlls):  # false of nan, too
+            raise IntegrityError(
+                "the unquantized model's likelihoods of the text are not finite: nothing to compare with"
+            )
+        body = {
+            "identity": asdict(identity),
+            "vocab": model.facts.vocab,
+            "hidden": model.facts.hidden,
+            "dtype": str(dtype).removeprefix("torch."),
+            "windows": {str(row): sha for row, sha in checksums.items()},
+            "nll": nlls,
+        }
+        manifest = json.dumps({"sha256": _digest(body), "body": body}, indent=1, allow_nan=False)
+        (partial / "manifest.json").write_text(manifest, encoding="utf-8")
+        # Nothing is synced to disk: what a power cut tears has another checksum, and is computed again.
+        try:
+            partial.rename(entry)
+        except OSError:
+            if not entry.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------- one at a time
+
+
+class _Turn:
+    """Who computes an entry. mine: nobody else who keeps to the lock does. It saves work; renaming keeps it right."""
+
+    def __init__(self, lock: Path, mine: bool) -> None:
+        self.lock = lock
+        self.mine = mine
+
+    def alive(self) -> None:
+        """A sign of life, for those that wait."""
+        if self.mine:
+            os.utime(self.lock)
+
+    def workplace(self, folder: Path, key: str) -> Path:
+        """An empty folder to write in; under the lock always the same, so that what a killed process left goes."""
+        if not self.mine:
+            return Path(tempfile.mkdtemp(prefix=f"{key}.partial.", dir=folder))
+        partial = folder / f"{key}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        return partial
+
+
+@contextmanager
+def _turn(lock: Path) -> Iterator[_Turn]:
+    """Wait for the lock, which the kernel takes from a process that dies, however it dies.
+
+    A holder that lives and shows no sign of it for PATIENCE seconds is not waited for, nor is a file system without
+    locks: then both compute.
+    """
+    with lock.open("ab") as file:
+        yield _Turn(lock, _acquire(file.fileno(), lock))
+
+
+def _acquire(descriptor: int, lock: Path) -> bool:
+    started = time.time()
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.time() - max(started, lock.stat().st_mtime) > PATIENCE:
+                return False
+            time.sleep(_POLL)
+        except OSError:
+            return False
+        else:
+            os.utime(lock)
+            return True
+
+
+def _file(row: int) -> str:
+    return f"window_{row:05d}.safetensors"
+
+
+def _content(path: Path, sha256: str) -> bytes | None:
+    """A file's bytes if they are what they were, else None."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    return content if hashlib.sha256(content).hexdigest() == sha256 else None
+
+
+def _digest(body: Json) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

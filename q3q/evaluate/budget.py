@@ -1,0 +1,74 @@
+"""How many tokens to run at once: found by measuring, halved when memory runs out."""
+
+import gc
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+START_TOKENS = 512
+MOST_TOKENS = 1 << 16
+# Doubling must raise tokens per second by this factor, else the smaller batch is kept: it needs less memory.
+WORTH_DOUBLING = 1.05
+TRIES = 2  # batches measured at each size; the best counts, since everything else on the machine only slows down
+
+
+class TokenBudget:
+    """tokens: what a batch may hold now. It doubles while that is faster, and halves for good on out-of-memory."""
+
+    def __init__(self, start: int = START_TOKENS, most: int = MOST_TOKENS) -> None:
+        self.tokens = start
+        self._most = most
+        self._settled = False
+        self._before = 0.0  # tokens per second at half the size
+        self._rates: list[float] = []
+
+    def run(self, attempt: Callable[[int], tuple[int, Result]]) -> Result:
+        """The result of attempt(budget), which returns how many tokens it ran with it; tried anew with less memory.
+
+        Raises:
+            MemoryError, RuntimeError: a single token is too much.
+        """
+        while True:
+            begin = time.perf_counter()
+            try:
+                tokens, result = attempt(self.tokens)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self.tokens == 1:
+                    raise
+                self.tokens //= 2
+                self._most, self._settled = self.tokens, True
+            else:
+                self._learn(tokens, time.perf_counter() - begin)
+                return result
+            # Out here the error, and with it the tensors that its traceback holds, is gone.
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _learn(self, tokens: int, seconds: float) -> None:
+        if self._settled or tokens < 0.75 * self.tokens:
+            return
+        self._rates.append(tokens / seconds)
+        if len(self._rates) < TRIES:
+            return
+        rate = max(self._rates)
+        self._rates = []
+        if rate < WORTH_DOUBLING * self._before:
+            self.tokens //= 2
+            self._settled = True
+        elif 2 * self.tokens > self._most:
+            self._settled = True
+        else:
+            self.tokens *= 2
+            self._before = rate
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is a GPU's, the CPU allocator's or Python's way to say so."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)

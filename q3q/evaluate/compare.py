@@ -1,0 +1,227 @@
+"""Paired statistics: is a difference between two trials more than chance?
+
+Two trials that answer the same questions and read the same windows are compared question by question and window by
+window: what makes a question hard is hard for both, and cancels. Scores come keyed by what they were given for
+(`<task>/<doc id>/<hash of the document>`, or `window_scores`), so that only like is compared with like.
+
+Samples count as independent of each other. Windows cut from one running text are nearly so; intervals of a text that
+repeats itself are too narrow.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy
+from numpy.typing import NDArray
+
+from q3q.errors import IntegrityError
+from q3q.record import Comparison
+
+Scores = Mapping[str, float]
+Floats = NDArray[numpy.float64]
+
+RESAMPLES = 10_000  # of the bootstrap: an interval's ends move by about 1 % of its width with the seed
+LEVEL = 0.05  # a difference that chance alone exceeds more rarely than this is called distinguishable
+EXACT_BELOW = 25  # discordant pairs; from here on McNemar's chi-squared approximation holds
+FEWEST_PAIRS = 6  # of fewer, even differences all of one sign come by chance more often than LEVEL: 2 * 2**-5 > 0.05
+NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
+_DRAWS = 1 << 21  # random indices held at one time
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over n samples; standard_error is nan if n is too small to know it."""
+
+    value: float
+    standard_error: float
+    n: int
+
+
+def compare(metric: str, ours: Scores, baseline: Scores, *, seed: int = 0) -> Comparison:
+    """Compare a trial with its baseline: right or wrong answers by McNemar's test, anything else by the bootstrap.
+
+    Args:
+        metric: its name, for the record.
+        ours, baseline: the trial's and the baseline's score of each sample.
+        seed: of the bootstrap.
+
+    Raises:
+        IntegrityError: the two were not scored on the same samples, or on none.
+    """
+    ours_N, baseline_N = _pairs(metric, ours, baseline)
+    if all(bool(numpy.isin(scores, (0.0, 1.0)).all()) for scores in (ours_N, baseline_N)):
+        return _compare_answers(metric, ours_N == 1, baseline_N == 1)
+    return _compare_means(metric, ours_N, baseline_N, seed)
+
+
+def window_scores(digest: str, nll_N: Sequence[float]) -> dict[str, float]:
+    """Each window's mean negative log-likelihood (nats per token) as scores; digest: `baseline.windows_digest`."""
+    return {f"{digest}/{row}": float(nll) for row, nll in enumerate(nll_N)}
+
+
+def estimate(scores: Scores) -> Estimate:
+    """The mean of a metric's scores and its standard error, s / sqrt(n) with s over n - 1."""
+    values_N = numpy.array(list(scores.values()), dtype=numpy.float64)
+    n = len(values_N)
+    error = float(values_N.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
+    return Estimate(float(values_N.mean()) if n else math.nan, error, n)
+
+
+def group_mean(parts: Iterable[Estimate]) -> Estimate:
+    """The mean over all samples of a group of tasks, such as MMLU's micro-average: sum n_k m_k / sum n_k.
+
+    Its standard error is that of stratified sampling, sqrt(sum (n_k / n)^2 se_k^2) (Cochran, Sampling Techniques,
+    1977, chapter 5, without the finite population term): which tasks the group has is given, not drawn.
+    """
+    parts = list(parts)
+    n = sum(part.n for part in parts)
+    if n == 0:
+        return Estimate(math.nan, math.nan, 0)
+    mean = sum(part.n * part.value for part in parts) / n
+    return Estimate(mean, math.sqrt(sum((part.n / n * part.standard_error) ** 2 for part in parts)), n)
+
+
+def mcnemar(better: int, worse: int) -> tuple[float, str]:
+    """Two-sided p-value of `better` pairs that speak for one side and `worse` for the other, and the test's name.
+
+    McNemar (Psychometrika 12, 1947): were the two equally good, each discordant pair would be a fair coin's toss. Below
+    EXACT_BELOW pairs by the binomial distribution, p = min(1, 2 P(X <= min(better, worse))), X ~ Bin(better + worse,
+    1/2); else by chi^2 = (|better - worse| - 1)^2 / (better + worse) with one degree of freedom, that is with the
+    continuity correction of Edwards (Psychometrika 13, 1948).
+    """
+    pairs = better + worse
+    if pairs < EXACT_BELOW:
+        tail = sum(math.comb(pairs, k) for k in range(min(better, worse) + 1))
+        return min(1.0, 2 * tail / 2**pairs), "McNemar exact"
+    chi_squared = max(0, abs(better - worse) - 1) ** 2 / pairs
+    return math.erfc(math.sqrt(chi_squared / 2)), "McNemar with continuity correction"
+
+
+def paired_interval(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
+    """95 % interval of the difference of two proportions, first less second, from paired counts.
+
+    Newcombe (Statistics in Medicine 17, 1998, 2635-2650), method 10: the Wilson intervals of the two proportions,
+    combined with their correlation phi (its numerator corrected for continuity). Unlike Wald's it stays within +-1 and
+    has a width when all pairs agree.
+    """
+    n = both + first + second + neither
+    p, q = (both + first) / n, (both + second) / n
+    (p_low, p_high), (q_low, q_high) = _wilson(p, n), _wilson(q, n)
+    margins = (both + first) * (second + neither) * (both + second) * (first + neither)
+    product = both * neither - first * second
+    corrected = product if product < 0 else max(0.0, product - n / 2)
+    phi = corrected / math.sqrt(margins) if margins else 0.0
+
+    def spread(down: float, up: float) -> float:
+        return math.sqrt(max(0.0, down**2 - 2 * phi * down * up + up**2))
+
+    return p - q - spread(p - p_low, q_high - q), p - q + spread(p_high - p, q - q_low)
+
+
+def _wilson(p: float, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson, JASA 22, 1927)."""
+    z2 = NORMAL_95**2
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = NORMAL_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2)) / (1 + z2 / n)
+    return middle - half, middle + half
+
+
+def _pairs(metric: str, ours: Scores, baseline: Scores) -> tuple[Floats, Floats]:
+    """Both sides' scores [N] in one order."""
+    only = [sorted(ours.keys() - baseline.keys()), sorted(baseline.keys() - ours.keys())]
+    if only[0] or only[1]:
+        shown = "; ".join(
+            f"{len(keys)} only in the {whose}, first {keys[0]}"
+            for keys, whose in zip(only, ("trial", "baseline"), strict=True)
+            if keys
+        )
+        raise IntegrityError(
+            f"{metric}: trial and baseline were not scored on the same samples ({shown}). "
+            "Evaluate both with the same settings and data"
+        )
+    if not ours:
+        raise IntegrityError(f"{metric}: no samples to compare")
+    keys = sorted(ours)
+    return tuple(numpy.array([side[key] for key in keys], dtype=numpy.float64) for side in (ours, baseline))  # type: ignore[return-value]
+
+
+def _compare_answers(metric: str, ours_N: NDArray[numpy.bool_], baseline_N: NDArray[numpy.bool_]) -> Comparison:
+    n = len(ours_N)
+    both, better, worse = (int(x.sum()) for x in (ours_N & baseline_N, ours_N & ~baseline_N, ~ours_N & baseline_N))
+    p_value, test = mcnemar(better, worse)
+    low, high = paired_interval(both, better, worse, n - both - better - worse)
+    return Comparison(
+        metric=metric,
+        difference=(better - worse) / n,
+        low=low,
+        high=high,
+        distinguishable=p_value < LEVEL,
+        p_value=p_value,
+        n=n,
+        test=f"{test}; interval Newcombe's",
+    )
+
+
+def _compare_means(metric: str, ours_N: Floats, baseline_N: Floats, seed: int) -> Comparison:
+    """The mean difference, its interval and p-value by `studentized_bootstrap`, where there is one."""
+    n = len(ours_N)
+    finite = [bool(numpy.isfinite(scores).all()) for scores in (ours_N, baseline_N)]
+    difference = low = high = p_value = None
+    if not all(finite):
+        distinguishable, test = finite[0] != finite[1], "none: not all scores are finite"
+    else:
+        difference = float((ours_N - baseline_N).mean())
+        if n < FEWEST_PAIRS:
+            distinguishable, test = False, f"none: {FEWEST_PAIRS} pairs are the fewest that can tell"
+        else:
+            low, high, p_value = studentized_bootstrap(ours_N - baseline_N, seed)
+            distinguishable, test = p_value < LEVEL, f"paired studentized bootstrap, {RESAMPLES} resamples"
+    return Comparison(
+        metric=metric,
+        difference=difference,
+        low=low,
+        high=high,
+        distinguishable=distinguishable,
+        p_value=p_value,
+        n=n,
+        test=test,
+    )
+
+
+def studentized_bootstrap(difference_N: Floats, seed: int) -> tuple[float | None, float | None, float]:
+    """95 % interval of a mean, and the p-value of its being zero, from samples drawn anew with replacement.
+
+    The bootstrap-t of Efron and Tibshirani (An Introduction to the Bootstrap, 1993, section 12.5): how far a resample's
+    mean m* is from the mean m, in its own standard errors, t* = (m* - m) / se*, stands for how far m is from the truth;
+    the interval is m - se t*_(97.5 %) to m - se t*_(2.5 %). Of 8 normal samples it covers the truth in 94 % of cases,
+    of 8 exponential ones too, where the percentile interval covers it in 88 % and 84 %.
+    The p-value inverts it: twice the smaller share of t* on either side of m / se, each share counting one more, so
+    that none is zero (Davison and Hinkley, Bootstrap Methods, 1997, chapter 4).
+
+    Returns:
+        low, high, p-value. An end is None where resamples without any spread leave it open.
+    """
+    n, mean = len(difference_N), float(difference_N.mean())
+    error = float(difference_N.std(ddof=1)) / math.sqrt(n)
+    if error == 0:
+        return mean, mean, 1.0 if mean == 0 else 2 / (RESAMPLES + 1)
+    t_R = _resampled_t(difference_N, seed)
+    ends = [mean - error * float(t) for t in numpy.quantile(t_R, (0.975, 0.025), method="inverted_cdf")]
+    low, high = (end if math.isfinite(end) else None for end in ends)
+    smaller = min(int((t_R >= mean / error).sum()), int((t_R <= mean / error).sum()))
+    return low, high, min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1))
+
+
+def _resampled_t(values_N: Floats, seed: int) -> Floats:
+    """t* [RESAMPLES] of `studentized_bootstrap`; infinite for a resample without spread that is off the mean."""
+    dice = numpy.random.default_rng(seed)
+    n, mean = len(values_N), values_N.mean()
+    rows = max(1, _DRAWS // n)
+    parts = []
+    for start in range(0, RESAMPLES, rows):
+        drawn_RN = values_N[dice.integers(0, n, (min(rows, RESAMPLES - start), n))]
+        off_R, error_R = drawn_RN.mean(1) - mean, drawn_RN.std(1, ddof=1) / math.sqrt(n)
+        without_spread_R = numpy.where(off_R == 0, 0.0, numpy.copysign(numpy.inf, off_R))
+        parts.append(numpy.divide(off_R, error_R, out=without_spread_R, where=error_R > 0))
+    return numpy.concatenate(parts)

@@ -1,0 +1,160 @@
+"""How far the quantized model's next-token distributions are from the original's, and its perplexity, in one pass.
+
+Measured where perplexity is: at the T - 1 positions of a window that predict one of its tokens, over the whole
+vocabulary with its padding. Shapes: N windows, T tokens of one, P = T - 1 positions, H hidden, V vocabulary, C
+positions whose logits exist at one time.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from q3q.errors import IntegrityError
+from q3q.evaluate.baseline import Baseline, scored_states
+from q3q.evaluate.perplexity import NORMAL_95, Perplexity
+from q3q.models.decoder import Decoder
+
+# Logits whose divergence is computed at one time: the float64 copies of so few stay in the processor's cache.
+STRIP_LOGITS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Drift:
+    """KL(unquantized || quantized) of the next token, nats, and how often both have the same likeliest token.
+
+    kl, kl_99: mean and 99th percentile over positions. agreement: share of positions. Errors are standard errors of the
+    means over windows, since positions of one window are not independent; nan for a single window. A model whose
+    logits are not finite has a kl that is not.
+    """
+
+    kl: float
+    kl_error: float
+    kl_99: float
+    agreement: float
+    agreement_error: float
+    windows: int
+    positions: int
+
+    def metrics(self, text: str) -> dict[str, float]:
+        return {
+            f"kl/{text}": self.kl,
+            f"kl_p99/{text}": self.kl_99,
+            f"top1_agreement/{text}": self.agreement,
+        }
+
+    def intervals(self, text: str) -> dict[str, tuple[float, float]]:
+        """95 % intervals, within what is possible."""
+        kl, agreement = NORMAL_95 * self.kl_error, NORMAL_95 * self.agreement_error
+        return {
+            f"kl/{text}": (max(0.0, self.kl - kl), self.kl + kl),
+            f"top1_agreement/{text}": (max(0.0, self.agreement - agreement), min(1.0, self.agreement + agreement)),
+        }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over a text gives. nll_N: each window's mean negative log-likelihood, float64, nats per token."""
+
+    perplexity: Perplexity
+    nll_N: Tensor
+    drift: Drift
+
+
+def perplexity_and_drift(
+    model: Decoder,
+    windows_NT: Tensor,
+    baseline: Baseline,
+    head_VH: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Measured:
+    """Run `model` over the windows once, for its perplexity on all and its drift on those that the baseline keeps.
+
+    Args:
+        model: the quantized model.
+        windows_NT: token ids, those of the baseline.
+        baseline: the unquantized model's final hidden states.
+        head_VH: the unquantized model's own head, which turns them into logits again.
+        progress: told windows done and in all.
+
+    Raises:
+        IntegrityError: the baseline is of another vocabulary or of other tokens, the head is not its own, or its files
+            changed.
+    """
+    baseline.check_fits(model, windows_NT)
+    _check_head(head_VH, baseline)
+    kept, nlls, kls, same = frozenset(baseline.rows), [], [], []
+    for row, hidden_PH in scored_states(model, windows_NT):
+        targets_P = windows_NT[row, 1:]
+        if row in kept:
+            theirs_PH = baseline.hidden(row).to(head_VH.device)
+            nll_P, kl_P, same_P = compare_positions(model, hidden_PH, theirs_PH, head_VH, targets_P)
+            kls.append(kl_P.cpu())
+            same.append(same_P.cpu())
+        else:
+            nll_P = -model.log_likelihoods(hidden_PH, targets_P)[0]
+        nlls.append(nll_P.double().mean().cpu())
+        progress(row + 1, len(windows_NT))
+    nll_N, kl_KP, same_KP = torch.stack(nlls), torch.stack(kls), torch.stack(same).double()
+    kl, kl_error = _mean_over_windows(kl_KP.mean(1))
+    agreement, agreement_error = _mean_over_windows(same_KP.mean(1))
+    drift = Drift(
+        kl=kl,
+        kl_error=kl_error,
+        kl_99=float(numpy.quantile(kl_KP.numpy(), 0.99)),
+        agreement=agreement,
+        agreement_error=agreement_error,
+        windows=len(kl_KP),
+        positions=kl_KP.numel(),
+    )
+    return Measured(Perplexity(*_mean_over_windows(nll_N), len(nll_N)), nll_N, drift)
+
+
+def compare_positions(
+    model: Decoder, ours_PH: Tensor, theirs_PH: Tensor, head_VH: Tensor, targets_P: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each position: the target's negative log-likelihood under `model` (float32, nats), the divergence of its
+    distribution from the unquantized model's (float64, nats), and whether both have the same likeliest token; all [P].
+
+    Two slabs of float32 logits [C, V] exist at one time, one of each model.
+    """
+    nlls, kls, same = [], [], []
+    for chunk, ours_CV in model.logits(ours_PH):
+        theirs_CV = linear(theirs_PH[chunk], head_VH).float().to(ours_CV.device)
+        chosen_C = ours_CV.gather(1, targets_P[chunk, None].to(ours_CV.device)).squeeze(1)
+        nlls.append(ours_CV.logsumexp(1) - chosen_C)
+        kls.append(divergence(theirs_CV, ours_CV))
+        same.append(ours_CV.argmax(1) == theirs_CV.argmax(1))
+    return torch.cat(nlls), torch.cat(kls), torch.cat(same)
+
+
+def divergence(p_CV: Tensor, q_CV: Tensor) -> Tensor:
+    """KL(softmax p || softmax q) of each row of logits, [C] float64, nats.
+
+    In float64, since a sum of 151,936 float32 terms is off by 5e-6 nats, which an 8-bit model's divergence would show.
+    """
+    kls = []
+    rows = max(1, STRIP_LOGITS // p_CV.shape[1])
+    for p_SV, q_SV in zip(p_CV.split(rows), q_CV.split(rows), strict=True):
+        log_p, log_q = p_SV.double().log_softmax(1), q_SV.double().log_softmax(1)
+        kls.append((log_p.exp() * (log_p - log_q)).sum(1))
+    return torch.cat(kls)
+
+
+def _mean_over_windows(value_N: Tensor) -> tuple[float, float]:
+    """Mean and its standard error."""
+    error = float(value_N.std() / math.sqrt(len(value_N))) if len(value_N) > 1 else math.nan
+    return float(value_N.mean()), error
+
+
+def _check_head(head_VH: Tensor, baseline: Baseline) -> None:
+    shape, dtype = tuple(head_VH.shape), str(head_VH.dtype).removeprefix("torch.")
+    if (shape, dtype) != ((baseline.vocab, baseline.hidden_size), baseline.dtype):
+        raise IntegrityError(
+            f"a head {list(shape)} in {dtype} is not that of the baseline, "
+            f"[{baseline.vocab}, {baseline.hidden_size}] in {baseline.dtype}"
+        )

@@ -1,0 +1,350 @@
+"""Which tasks q3q knows by itself, on which data sets they stand, and how all tasks of a trial are scored."""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from q3q.data import MMLU, WIKITEXT, DataSet, Library, serving
+from q3q.evaluate import mmlu_paper
+from q3q.spec import Json, task_metric
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from q3q.evaluate.prefixes import Ids
+    from q3q.models.decoder import Decoder
+
+Tell = Callable[[int, int], None]
+
+OWN_TASKS = Path(__file__).parent / "tasks"
+STUDY_MMLU = "mmlu_paper"
+QUICK_SEED = 0  # of the questions that evaluation.quick draws
+PLAIN_CHAT = "none"
+# chat template applied, and its `enable_thinking` (None: as the template has it)
+CHATS: dict[str, tuple[bool, bool | None]] = {
+    PLAIN_CHAT: (False, None),
+    "template": (True, None),
+    "thinking": (True, True),
+    "no_thinking": (True, False),
+}
+SUBJECTS = tuple(
+    "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
+    "college_computer_science college_mathematics college_medicine college_physics computer_security "
+    "conceptual_physics econometrics electrical_engineering elementary_mathematics formal_logic global_facts "
+    "high_school_biology high_school_chemistry high_school_computer_science high_school_european_history "
+    "high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_mathematics "
+    "high_school_microeconomics high_school_physics high_school_psychology high_school_statistics "
+    "high_school_us_history high_school_world_history human_aging human_sexuality international_law jurisprudence "
+    "logical_fallacies machine_learning management marketing medical_genetics miscellaneous moral_disputes "
+    "moral_scenarios nutrition philosophy prehistory professional_accounting professional_law professional_medicine "
+    "professional_psychology public_relations security_studies sociology us_foreign_policy virology "
+    "world_religions".split()
+)
+_MMLU = tuple(DataSet(MMLU, subject, ("test", "dev")) for subject in SUBJECTS)
+# Known without asking lm-eval, whose thousands of task files take seconds to read.
+KNOWN: dict[str, tuple[DataSet, ...]] = {
+    "piqa": (DataSet("baber/piqa", None, ("validation",)),),
+    "arc_easy": (DataSet("allenai/ai2_arc", "ARC-Easy", ("test",)),),
+    "arc_challenge": (DataSet("allenai/ai2_arc", "ARC-Challenge", ("test",)),),
+    "hellaswag": (DataSet("Rowan/hellaswag", None, ("validation",)),),
+    "winogrande": (DataSet("allenai/winogrande", "winogrande_xl", ("validation",)),),
+    "boolq": (DataSet("aps/super_glue", "boolq", ("validation",)),),
+    "wikitext": (DataSet(WIKITEXT, "wikitext-2-raw-v1", ("test",)),),
+    "mmlu": _MMLU,
+    STUDY_MMLU: _MMLU,
+    **{path.stem: () for path in sorted(OWN_TASKS.glob("*.yaml"))},
+}
+FIRST_SHOTS = ("mmlu", STUDY_MMLU)  # their examples are the first ones; of others they are drawn at random
+
+
+@dataclass
+class Part:
+    """One part of an evaluation. samples: rows as `samples.py` files them. results: lm-eval's own, plain JSON."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    results: Json = field(default_factory=dict)
+    samples: list[Json] = field(default_factory=list)
+
+    def to_json(self) -> Json:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tasks that one run of lm-eval scores together. shots, limit: None for the tasks' own, and for all questions."""
+
+    tasks: tuple[str, ...]
+    shots: int | None
+    limit: int | None
+
+
+def batches(evaluation: Json) -> list[Batch]:
+    """The tasks of an evaluation, those with equal settings together, in the order of their first."""
+    found: dict[tuple[bool, int | None, int | None], list[str]] = {}
+    for task in evaluation["tasks"]:
+        shots = evaluation.get("shots", {}).get(task)
+        limit = evaluation.get("limits", {}).get(task, evaluation.get("task_limit"))
+        found.setdefault((task == STUDY_MMLU, shots, limit), []).append(task)
+    return [Batch(tuple(tasks), shots, limit) for (_, shots, limit), tasks in found.items()]
+
+
+def draws_shots(tasks: Iterable[str], shots: Mapping[str, int]) -> bool:
+    """Whether a seed decides which examples some task shows."""
+    return any(task not in FIRST_SHOTS and (task not in KNOWN or shots.get(task, 0) > 0) for task in tasks)
+
+
+def data_sets(tasks: Sequence[str], shots: Mapping[str, int], include: Path | None, library: Library) -> list[DataSet]:
+    """Every data set that the tasks stand on, each identified and so known to be there.
+
+    Tasks that are not known here are loaded by lm-eval, to see what they ask for.
+
+    Raises:
+        ConfigError: a data set is not to be had. IntegrityError: a task has no documents.
+    """
+    wanted: list[DataSet] = []
+    for task in tasks:
+        for data in KNOWN.get(task, ()):
+            drawn = ("train",) if shots.get(task, 0) and task not in FIRST_SHOTS else ()
+            wanted.append(DataSet(data.repository, data.name, data.splits + drawn))
+    for data in wanted:
+        library.identify(data)
+    strangers = [task for task in tasks if task not in KNOWN]
+    if strangers:
+        from q3q.evaluate.harness import tasks_from
+
+        def note(data: DataSet, options: dict[str, Any]) -> "DatasetDict":
+            library.identify(data)
+            wanted.append(data)
+            return library.load(data, **options)
+
+        with serving(note):
+            tasks_from([OWN_TASKS, *([include] if include else [])], strangers).load(strangers)
+    return wanted
+
+
+def score_batch(
+    model: "Decoder",
+    tokenizer: Any,
+    evaluation: Json,
+    batch: Batch,
+    library: Library,
+    *,
+    include: Path | None,
+    seed: int,
+    journal: Path,
+    identity: str,
+    tell: Tell,
+) -> Part:
+    """Score some tasks; metrics are named as `spec.task_metric` says.
+
+    journal: folder of the scores so far. identity: of the model, and of all that was done to it.
+
+    Raises:
+        IntegrityError: a score is not finite, a task is empty or has another number of samples than documents.
+    """
+    quick = bool(evaluation.get("quick"))
+
+    def load(data: DataSet, options: dict[str, Any]) -> "DatasetDict":
+        found = library.load(data, **options)
+        return subset(found, data, batch.limit) if quick and batch.limit else found
+
+    limit = None if quick else batch.limit
+    if batch.tasks == (STUDY_MMLU,):
+        part = _study_mmlu(model, tokenizer, load, limit, journal, identity, tell)
+    else:
+        part = _lm_eval(model, tokenizer, evaluation, batch, limit, load, include, seed, journal, identity, tell)
+    return _named(part, quick)
+
+
+def subset(data: "DatasetDict", wanted: DataSet, count: int) -> "DatasetDict":
+    """So many questions of each split that is asked from, drawn once and for all; examples stay as they are."""
+    from datasets import DatasetDict
+
+    chosen = {}
+    for split, rows in data.items():
+        few = split in ("validation", "test") and len(rows) > count
+        dice = random.Random(f"{QUICK_SEED} {wanted.key} {split}")
+        chosen[split] = rows.select(sorted(dice.sample(range(len(rows)), count))) if few else rows
+    return DatasetDict(chosen)
+
+
+def _lm_eval(
+    model: "Decoder",
+    tokenizer: Any,
+    evaluation: Json,
+    batch: Batch,
+    limit: int | None,
+    load: Callable[[DataSet, dict[str, Any]], "DatasetDict"],
+    include: Path | None,
+    seed: int,
+    journal: Path,
+    identity: str,
+    tell: Tell,
+) -> Part:
+    from q3q.evaluate.harness import Chat, run_tasks  # lm-eval takes seconds to import
+
+    template, thinking = CHATS[evaluation.get("chat", PLAIN_CHAT)]
+    with serving(load):
+        found = run_tasks(
+            model,
+            tokenizer,
+            batch.tasks,
+            limit=limit,
+            num_fewshot=batch.shots,
+            seed=seed,
+            include_path=include,
+            chat=Chat(template=template, thinking=thinking),
+            journal=journal,
+            identity=identity,
+            progress=tell,
+        )
+    members = found.results.get("group_subtasks", {})
+    leaves = {group: _leaves(group, members) for group in members}
+    samples = [
+        _sample(task, [group for group, tasks in leaves.items() if task in tasks and task != group], row)
+        for task, rows in found.samples.items()
+        for row in rows
+    ]
+    intervals = dict(found.intervals)
+    for task, rows in found.samples.items():
+        intervals |= weighted_intervals(task, rows)
+    results = {**_plain(found.results), "effort": asdict(found.effort)}
+    return Part(dict(found.metrics), intervals, {"+".join(batch.tasks): results}, samples)
+
+
+def weighted_intervals(task: str, rows: Sequence[Json]) -> dict[str, tuple[float, float]]:
+    """95 % intervals of exp(-sum l / sum w), documents with log-likelihood l and weight w (words or bytes), and of bits
+    per byte, its logarithm: lm-eval gives none.
+
+    By the variance of a ratio r = sum l / sum w of n documents, n / (n - 1) sum (l - r w)^2 / (sum w)^2 (Cochran,
+    Sampling Techniques, 1977, section 6.4).
+    """
+    from q3q.evaluate.compare import NORMAL_95
+
+    found: dict[str, tuple[float, float]] = {}
+    for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        pairs = [tuple(row[name]) for row in rows if isinstance(row.get(name), (tuple, list))]
+        if len(pairs) < 2:
+            continue
+        n, weight = len(pairs), sum(w for _, w in pairs)
+        ratio = sum(score for score, _ in pairs) / weight
+        error = math.sqrt(n / (n - 1) * sum((score - ratio * w) ** 2 for score, w in pairs)) / weight
+        ends = (-ratio - NORMAL_95 * error, -ratio + NORMAL_95 * error)
+        bits = name == "bits_per_byte"
+        found[f"{task}/{name}"] = (ends[0] / math.log(2), ends[1] / math.log(2)) if bits else _exps(*ends)
+    return found
+
+
+def _exps(low: float, high: float) -> tuple[float, float]:
+    return math.exp(min(low, 700)), math.exp(min(high, 700))
+
+
+def _leaves(group: str, members: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks of a group, those of its groups among them."""
+    if not members.get(group):
+        return [group]
+    return [leaf for member in members[group] for leaf in _leaves(member, members)]
+
+
+ROW = ("doc_id", "doc_hash", "prompt_hash", "filter", "target", "log_likelihood", "greedy", "text")
+
+
+def _sample(task: str, groups: Sequence[str], row: Json) -> Json:
+    """One of lm-eval's samples as `samples.py` files it; of the metrics, those that are numbers of their own."""
+    scores = {
+        name: float(value) for name, value in row.items() if name not in ROW and isinstance(value, (int, float, bool))
+    }
+    kept = {name: row.get(name) for name in ROW}
+    kept["target"] = None if row.get("target") is None else str(row["target"])
+    suffix = "" if row["filter"] == "none" else f"/{row['filter']}"
+    return {"task": task, "groups": groups, **kept, "scores": {name + suffix: value for name, value in scores.items()}}
+
+
+def _study_mmlu(
+    model: "Decoder",
+    tokenizer: Any,
+    load: Callable[[DataSet, dict[str, Any]], "DatasetDict"],
+    limit: int | None,
+    journal: Path,
+    identity: str,
+    tell: Tell,
+) -> Part:
+    """MMLU by the study's script: see mmlu_paper.py. All subjects' questions count alike."""
+    from q3q.evaluate.compare import NORMAL_95, estimate
+    from q3q.evaluate.encoding import LineEncoder, as_ids
+    from q3q.evaluate.harness import HarnessLM
+    from q3q.evaluate.journal import Journal
+
+    encode = LineEncoder(tokenizer)
+    tokens = mmlu_paper.answer_tokens(encode)
+    rows: list[tuple[int, Json]] = []
+    prompts: list[Ids] = []
+    for data in _MMLU:
+        splits = load(data, {})
+        examples = list(splits["dev"])
+        for number, row in enumerate(splits["test"]):
+            if limit is not None and number >= limit:
+                break
+            question = {**row, "subject": data.name}
+            rows.append((number, question))
+            prompts.append(as_ids(mmlu_paper.fitting_prompt(question, examples, encode)))
+    kept = Journal(journal / "mmlu_paper.jsonl", identity)
+    try:
+        lm = HarnessLM(model, tokenizer, tell, journal=kept)
+        asked = [lm._request(ids, as_ids([token]), STUDY_MMLU) for ids in prompts for token in tokens]
+        found = [one.log_likelihood for one in lm._score(asked, tell)]
+    finally:
+        kept.close()
+    samples: list[Json] = []
+    for (number, row), ids, start in zip(rows, prompts, range(0, len(found), len(tokens)), strict=True):
+        scores = found[start : start + len(tokens)]
+        right = max(range(len(tokens)), key=lambda k: scores[k]) == row["answer"]
+        samples.append(
+            {
+                "task": STUDY_MMLU,
+                **dict.fromkeys(ROW),
+                "doc_id": number,
+                "doc_hash": _hash([row["subject"], row["question"], row["choices"], row["answer"]]),
+                "prompt_hash": _hash(ids.tolist()),
+                "filter": "none",
+                "target": mmlu_paper.LETTERS[row["answer"]],
+                "log_likelihood": scores,
+                "scores": {"acc": float(right)},
+            }
+        )
+    mean = estimate({str(number): row["scores"]["acc"] for number, row in enumerate(samples)})
+    spread = NORMAL_95 * mean.standard_error
+    name = f"{STUDY_MMLU}/acc"
+    interval = (max(0.0, mean.value - spread), min(1.0, mean.value + spread))
+    return Part({name: mean.value}, {name: interval}, {STUDY_MMLU: {"effort": asdict(lm.effort)}}, samples)
+
+
+def _named(part: Part, quick: bool) -> Part:
+    """The same under the names that records use."""
+    return Part(
+        metrics={task_metric(name, quick): value for name, value in part.metrics.items()},
+        intervals={task_metric(name, quick): value for name, value in part.intervals.items()},
+        results=part.results,
+        samples=part.samples,
+    )
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types only: lm-eval's results hold functions and arrays."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, int, bool)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(getattr(value, "__name__", value))

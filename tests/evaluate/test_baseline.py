@@ -1,0 +1,369 @@
+"""The baseline's entry is bit for bit what the model said, whole or not used, and computed once."""
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import q3q.evaluate.baseline as baseline_module
+from q3q.errors import IntegrityError
+from q3q.evaluate.baseline import (
+    BaselineIdentity,
+    baseline_bytes,
+    baseline_for,
+    find_baseline,
+    kept_rows,
+    kept_windows,
+    windows_digest,
+)
+from q3q.evaluate.perplexity import perplexity
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "q3q" / "models" / "demo" / "dense"
+MODEL = {"name": "demo", "digest": "d1", "dtype": "float32"}
+
+
+class Counted:
+    """A decoder that counts the windows it runs."""
+
+    def __init__(self, decoder):
+        self.decoder = decoder
+        self.windows = 0
+
+    def __getattr__(self, name):
+        return getattr(self.decoder, name)
+
+    def hidden(self, ids):
+        self.windows += len(ids)
+        return self.decoder.hidden(ids)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return load_decoder(Checkpoint(DEMO), torch.float32)
+
+
+@pytest.fixture
+def model(decoder):
+    return Counted(decoder)
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(200, (5, 12), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def identity(windows):
+    return BaselineIdentity.of(MODEL, "t1", windows, kept=3)
+
+
+def same(one, other):
+    return (
+        one.rows == other.rows
+        and torch.equal(one.nll_N, other.nll_N)
+        and all(torch.equal(one.hidden(row), other.hidden(row)) for row in one.rows)
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what is kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_come_back_bit_for_bit(tmp_path, windows, identity, dtype):
+    model = load_decoder(Checkpoint(DEMO), dtype)
+    entry = baseline_for(tmp_path, identity, model, windows)
+    assert entry.rows == (0, 1, 3)
+    hidden_BTH = model.hidden(windows)
+    for row in entry.rows:
+        found = entry.hidden(row)
+        assert found.dtype == dtype
+        assert torch.equal(found, hidden_BTH[row, :-1])
+    assert len(entry.nll_N) == 5  # of all windows, also those whose states are not kept
+    expected = perplexity(model, windows)
+    assert float(entry.nll_N.mean()) == pytest.approx(expected.nll, rel=1e-6 if dtype == torch.float32 else 1e-3)
+
+
+def test_it_is_computed_once(tmp_path, model, windows, identity):
+    told = []
+    first = baseline_for(tmp_path, identity, model, windows, lambda *step: told.append(step))
+    assert told == [(k, 5) for k in range(1, 6)]
+    second = baseline_for(tmp_path, identity, model, windows)
+    assert model.windows == 5
+    assert same(first, second)
+    assert {path.name for path in tmp_path.iterdir()} == {identity.key, f"{identity.key}.lock"}
+
+
+def test_all_that_changes_numbers_changes_the_key(windows, identity):
+    of = BaselineIdentity.of
+    others = [
+        of({**MODEL, "digest": "d2"}, "t1", windows, 3),
+        of({**MODEL, "dtype": "bfloat16"}, "t1", windows, 3),
+        of({"source": "d1", "revision": "r", "dtype": "float32"}, "t1", windows, 3),
+        of(MODEL, "t2", windows, 3),
+        of(MODEL, "t1", windows + 1, 3),
+        of(MODEL, "t1", windows[:, :11], 3),
+        of(MODEL, "t1", windows.view(10, 6), 3),
+        of(MODEL, "t1", windows, 2),
+        replace(identity, version=identity.version + 1),
+    ]
+    assert len({identity.key, *(other.key for other in others)}) == len(others) + 1
+    assert of({**MODEL, "name": "another name"}, "t1", windows, 3).key == identity.key
+
+
+def test_what_it_takes_on_disk(tmp_path, model, windows, identity):
+    entry = baseline_for(tmp_path, identity, model, windows)
+    states = sum((entry.folder / f"window_{row:05d}.safetensors").stat().st_size for row in entry.rows)
+    expected = baseline_bytes(3, 12, model.facts.hidden, "float32")
+    assert expected <= states <= expected + 3 * 200  # the rest are safetensors' headers
+    assert baseline_bytes(256, 2048, 4096, "bfloat16") == 256 * 2047 * 4096 * 2
+
+
+def test_large_texts_of_wide_models_are_thinned():
+    assert kept_windows(256, 2048, 1024, "bfloat16") == 256
+    assert kept_windows(256, 2048, 4096, "bfloat16") == 32
+    assert kept_windows(256, 2048, 4096, "bfloat16", wanted=100) == 100
+    assert kept_windows(20, 2048, 8192, "float32", wanted=None) == 20
+    assert kept_windows(20, 2048, 1024, "bfloat16", wanted=100) == 20
+    assert kept_rows(8, 8) == tuple(range(8))
+    assert kept_rows(146, 4) == (0, 36, 73, 109)
+
+
+def test_a_plan_can_ask_without_torch():
+    code = "import sys, q3q.evaluate.baseline as b; b.kept_windows(9, 9, 9, 'float32'); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
+
+
+# ------------------------------------------------------------------------------------------------ what is not trusted
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def edit(path, change):
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def reseal(path, change):
+    """A manifest that says something else, and vouches for it."""
+    edit(path, lambda m: (change(m["body"]), m.update(sha256=baseline_module._digest(m["body"]))))
+
+
+WINDOW, MANIFEST = "window_00001.safetensors", "manifest.json"
+DAMAGE = {
+    "a byte of the states": lambda entry: flip(entry / WINDOW, -1),
+    "a byte of their header": lambda entry: flip(entry / WINDOW, 12),
+    "cut short": lambda entry: os.truncate(entry / WINDOW, (entry / WINDOW).stat().st_size - 4),
+    "emptied": lambda entry: (entry / WINDOW).write_bytes(b""),
+    "a window lost": lambda entry: (entry / WINDOW).unlink(),
+    "windows exchanged": lambda entry: (entry / WINDOW).write_bytes((entry / "window_00000.safetensors").read_bytes()),
+    "no manifest": lambda entry: (entry / MANIFEST).unlink(),
+    "half a manifest": lambda entry: os.truncate(entry / MANIFEST, 100),
+    "a list for a manifest": lambda entry: (entry / MANIFEST).write_text("[1]"),
+    "another likelihood": lambda entry: edit(entry / MANIFEST, lambda m: m["body"]["nll"].__setitem__(0, 1.0)),
+    "another model": lambda entry: reseal(entry / MANIFEST, lambda b: b["identity"]["model"].update(digest="d2")),
+    "an older version": lambda entry: reseal(entry / MANIFEST, lambda b: b["identity"].update(version=0)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_entry_is_computed_again(tmp_path, model, windows, identity, damage):
+    good = baseline_for(tmp_path / "good", identity, model, windows)
+    entry = baseline_for(tmp_path / "bad", identity, model, windows)
+    damage(entry.folder)
+    assert find_baseline(tmp_path / "bad", identity) is None
+    model.windows = 0
+    assert same(baseline_for(tmp_path / "bad", identity, model, windows), good)
+    assert model.windows == 5
+
+
+def test_another_models_entry_under_this_name_is_not_used(tmp_path, model, windows, identity):
+    other = BaselineIdentity.of({**MODEL, "digest": "d2"}, "t1", windows, 3)
+    baseline_for(tmp_path, other, model, windows).folder.rename(tmp_path / identity.key)
+    assert find_baseline(tmp_path, identity) is None
+
+
+def test_damage_while_in_use_is_noticed(tmp_path, model, windows, identity):
+    entry = baseline_for(tmp_path, identity, model, windows)
+    flip(entry.folder / WINDOW, -1)
+    entry.hidden(0)
+    with pytest.raises(IntegrityError, match="changed while it was in use"):
+        entry.hidden(1)
+
+
+def test_another_vocabulary_is_refused(tmp_path, model, windows, identity):
+    entry = baseline_for(tmp_path, identity, model, windows)
+    reseal(entry.folder / MANIFEST, lambda body: body.update(vocab=body["vocab"] - 1))
+    with pytest.raises(IntegrityError, match="not this model's"):
+        baseline_for(tmp_path, identity, model, windows)
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path, model, windows, identity):
+    entry = baseline_for(tmp_path, identity, model, windows)
+    with pytest.raises(IntegrityError, match="another tokenizer"):
+        entry.check_fits(model, windows + 1)
+    with pytest.raises(IntegrityError, match="another tokenizer"):
+        entry.check_fits(model, windows + model.facts.vocab)
+    with pytest.raises(IntegrityError, match="not those"):
+        baseline_for(tmp_path, identity, model, windows + 1)
+
+
+def test_an_unquantized_model_that_is_broken_leaves_no_entry(tmp_path, decoder, windows, identity):
+    broken = replace(decoder, head_VH=decoder.head_VH * float("inf"))
+    with pytest.raises(IntegrityError, match="not finite"):
+        baseline_for(tmp_path, identity, broken, windows)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{identity.key}.lock"]
+
+
+# ------------------------------------------------------------------------------------------------ many processes
+
+
+class Slow(Counted):
+    """A decoder that takes its time over each window, and all the time in the world over the one it stops at."""
+
+    def __init__(self, decoder, stop_at):
+        super().__init__(decoder)
+        self.stop_at = stop_at
+
+    def hidden(self, ids):
+        time.sleep(300 if self.windows == self.stop_at else 0.05)
+        return super().hidden(ids)
+
+
+@pytest.fixture
+def worker(tmp_path, decoder, windows, identity, monkeypatch):
+    """Starts a process that computes the entry window by window and sends how many windows it ran."""
+    monkeypatch.setattr("q3q.evaluate.perplexity.BATCH_TOKENS", windows.shape[1])
+    context, started = multiprocessing.get_context("fork"), []
+
+    def work(model, answer):
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        baseline_for(tmp_path, identity, model, windows)
+        answer.send(model.windows)
+
+    def start(stop_at=None):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(Slow(decoder, stop_at), sender))
+        process.start()
+        started.append(process)
+        return process, receiver
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def test_a_writer_killed_midway_leaves_nothing_that_is_used(tmp_path, model, windows, identity, worker):
+    process, _ = worker(stop_at=2)
+    partial, deadline = tmp_path / f"{identity.key}.partial", time.monotonic() + 60
+    while not (partial / WINDOW).exists():
+        assert time.monotonic() < deadline
+        assert process.is_alive()
+        time.sleep(0.01)
+    assert find_baseline(tmp_path, identity) is None  # under way is not there
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert partial.exists()
+    assert find_baseline(tmp_path, identity) is None
+    began = time.monotonic()
+    entry = baseline_for(tmp_path, identity, model, windows)  # waits for no dead process
+    assert time.monotonic() - began < 10
+    assert model.windows == 5
+    assert not partial.exists()
+    assert same(entry, baseline_for(tmp_path / "other", identity, model, windows))
+
+
+def test_processes_at_once_share_one_computation(tmp_path, model, windows, identity, worker):
+    processes = [worker() for _ in range(3)]
+    ran = []
+    for process, receiver in processes:
+        assert receiver.poll(60)
+        ran.append(receiver.recv())
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(ran) == [0, 0, 5]
+    assert same(find_baseline(tmp_path, identity), baseline_for(tmp_path / "other", identity, model, windows))
+
+
+def test_without_locks_both_compute_and_one_entry_stands(tmp_path, model, windows, identity, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    found, meet = [], threading.Barrier(2, timeout=30)
+
+    def run():
+        started = []
+
+        def together(done, total):
+            if not started:
+                started.append(meet.wait())  # both are past looking for the entry
+
+        found.append(baseline_for(tmp_path, identity, model, windows, together))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(found) == 2
+    assert same(*found)
+    assert {path.name for path in tmp_path.iterdir()} == {identity.key, f"{identity.key}.lock"}
+
+
+def test_a_holder_that_shows_no_life_is_not_waited_for(tmp_path, model, windows, identity, monkeypatch):
+    monkeypatch.setattr(baseline_module, "PATIENCE", 0.3)
+    with (tmp_path / f"{identity.key}.lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        began = time.monotonic()
+        entry = baseline_for(tmp_path, identity, model, windows)
+        assert 0.3 < time.monotonic() - began < 10
+    assert same(entry, find_baseline(tmp_path, identity))
+
+
+def test_a_holder_that_lives_is_waited_for(tmp_path, model, windows, identity, monkeypatch):
+    monkeypatch.setattr(baseline_module, "PATIENCE", 0.7)
+    lock, began, waited = tmp_path / f"{identity.key}.lock", time.monotonic(), []
+
+    def wait():
+        baseline_for(tmp_path, identity, model, windows)
+        waited.append(time.monotonic() - began)
+
+    with lock.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        for _ in range(14):
+            os.utime(lock)
+            time.sleep(0.1)
+        assert model.windows == 0
+    thread.join(30)
+    assert waited[0] > 1.4
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_windows_are_told_apart_by_their_tokens_alone(windows):
+    assert windows_digest(windows) == windows_digest(windows.to(torch.int32))
+    assert windows_digest(windows) == windows_digest(windows.T.contiguous().T)
+    assert windows_digest(windows) != windows_digest(windows.T)

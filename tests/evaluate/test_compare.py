@@ -1,0 +1,209 @@
+"""Paired statistics against published figures, scipy, and the laws they must keep."""
+
+import json
+import math
+
+import numpy
+import pytest
+from scipy.stats import binomtest, chi2
+
+from q3q.errors import IntegrityError
+from q3q.evaluate.compare import (
+    Comparison,
+    Estimate,
+    compare,
+    estimate,
+    group_mean,
+    mcnemar,
+    paired_interval,
+    studentized_bootstrap,
+    window_scores,
+)
+
+
+def scores(values):
+    return {f"task/{k}": float(value) for k, value in enumerate(values)}
+
+
+def answers(both, first, second, neither):
+    """Right and wrong answers of two sides with these paired counts."""
+    ours = [1] * both + [1] * first + [0] * second + [0] * neither
+    theirs = [1] * both + [0] * first + [1] * second + [0] * neither
+    return scores(ours), scores(theirs)
+
+
+# ------------------------------------------------------------------------------------------------ right or wrong
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (0, 6), (3, 3), (2, 9), (12, 12), (24, 0)])
+def test_few_discordant_pairs_are_tossed_coins(better, worse):
+    expected = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    p_value, test = mcnemar(better, worse)
+    assert (p_value, test) == (pytest.approx(expected, rel=1e-12), "McNemar exact")
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar(1, 5)[0] == pytest.approx(2 * (1 + 6) / 64)
+    assert mcnemar(0, 5)[0] == pytest.approx(2 / 32)
+
+
+@pytest.mark.parametrize(("better", "worse"), [(13, 12), (20, 20), (9, 25), (300, 420)])
+def test_many_discordant_pairs_are_chi_squared_with_continuity(better, worse):
+    statistic = max(0, abs(better - worse) - 1) ** 2 / (better + worse)
+    p_value, test = mcnemar(better, worse)
+    assert (p_value, test) == (pytest.approx(chi2.sf(statistic, 1), rel=1e-9), "McNemar with continuity correction")
+    assert p_value == pytest.approx(binomtest(better, better + worse).pvalue, abs=0.02)  # an approximation of the exact
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ((59, 6, 16, 80), (-0.1186, -0.0046)),  # Fagerland, Lydersen, Laake: Statistical Analysis of Contingency Tables
+        ((36, 12, 2, 0), (0.0569, 0.3404)),  # Newcombe 1998, method 10
+    ],
+)
+def test_newcombes_interval_of_published_tables(counts, expected):
+    assert paired_interval(*counts) == pytest.approx(expected, abs=5e-5)
+
+
+def test_newcombes_interval_turns_around_with_the_sides_and_stays_possible():
+    for both, first, second, neither in [(5, 3, 1, 2), (0, 10, 0, 0), (7, 0, 0, 0), (0, 0, 0, 4), (1, 0, 1, 30)]:
+        low, high = paired_interval(both, first, second, neither)
+        assert paired_interval(both, second, first, neither) == pytest.approx((-high, -low))
+        assert -1 <= low <= (first - second) / (both + first + second + neither) <= high <= 1
+        assert high - low > 0.01  # never certain
+
+
+def test_a_trial_that_answers_worse_is_told_from_one_that_does_not():
+    worse = compare("arc_easy/acc", *answers(600, 20, 60, 320))
+    assert worse.difference == pytest.approx(-0.04)
+    assert worse.low < -0.04 < worse.high < 0
+    assert worse.distinguishable
+    assert worse.p_value < 1e-4
+    assert (worse.n, worse.metric) == (1000, "arc_easy/acc")
+    same = compare("arc_easy/acc", *answers(600, 40, 43, 317))
+    assert not same.distinguishable
+    assert same.low < 0 < same.high
+
+
+def test_pairing_finds_what_two_separate_samples_would_not():
+    ours, theirs = answers(700, 2, 20, 278)
+    separate = math.hypot(estimate(ours).standard_error, estimate(theirs).standard_error)
+    found = compare("m", ours, theirs)
+    assert found.distinguishable
+    assert abs(found.difference) < separate  # not even one standard error apart
+
+
+# ------------------------------------------------------------------------------------------------ perplexity
+
+
+def test_identical_likelihoods_differ_by_nothing():
+    same = compare("perplexity/demo", window_scores("d", [2.5, 3.5, 3.0] * 4), window_scores("d", [2.5, 3.5, 3.0] * 4))
+    assert (same.difference, same.low, same.high, same.p_value, same.distinguishable) == (0, 0, 0, 1, False)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_too_few_windows_are_never_told_apart(n):
+    found = compare("perplexity/demo", window_scores("d", [4.0] * n), window_scores("d", [1.5] * n))
+    assert found.difference == 2.5
+    assert (found.low, found.high, found.p_value, found.distinguishable) == (None, None, None, False)
+
+
+def test_a_small_shift_is_seen_through_large_differences_between_windows():
+    dice = numpy.random.default_rng(0)
+    hardness = dice.normal(3, 1, 30)
+    ours = hardness + 0.02 + dice.normal(0, 0.01, 30)
+    found = compare("perplexity/demo", window_scores("d", ours), window_scores("d", hardness))
+    assert found.distinguishable
+    assert 0.01 < found.low < found.difference < found.high < 0.03
+    assert found.difference == pytest.approx((ours - hardness).mean())
+    shuffled = compare("perplexity/demo", window_scores("d", ours), window_scores("d", dice.permutation(hardness)))
+    assert not shuffled.distinguishable  # the pairing did it
+
+
+def test_the_same_seed_gives_the_same_interval_and_the_sides_turn_it_around():
+    dice = numpy.random.default_rng(1)
+    a, b = (window_scores("d", dice.normal(3, 1, 12)) for _ in range(2))
+    once = compare("m", a, b, seed=3)
+    assert once == compare("m", a, b, seed=3)
+    assert once != compare("m", a, b, seed=4)
+    turned = compare("m", b, a, seed=3)
+    assert (turned.low, turned.high) == pytest.approx((-once.high, -once.low), abs=0.02 * (once.high - once.low))
+
+
+@pytest.mark.parametrize(("draw", "truth"), [("normal", 0.0), ("exponential", 1.0)])
+def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say(monkeypatch, draw, truth):
+    monkeypatch.setattr("q3q.evaluate.compare.RESAMPLES", 1000)
+    dice, trials = numpy.random.default_rng(0), 400
+    covered = rejected = 0
+    for seed in range(trials):
+        low, high, p_value = studentized_bootstrap(getattr(dice, draw)(size=12) - truth, seed)
+        covered += low <= 0 <= high
+        rejected += p_value < 0.05
+    assert 0.92 < covered / trials < 0.975  # 2.5 standard errors; the percentile interval gives 0.90 and 0.85
+    assert rejected / trials == pytest.approx(1 - covered / trials, abs=0.01)  # p-value and interval agree
+
+
+def test_scores_that_nearly_always_agree_leave_an_end_open_rather_than_invent_one():
+    ours = scores([0.5] + [0.0] * 39)
+    found = compare("task/f1", ours, scores([0.0] * 40))
+    assert found.low is None or found.high is None
+    assert not found.distinguishable
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("diverged", [math.inf, math.nan])
+def test_a_model_that_diverged_is_told_from_one_that_did_not(diverged):
+    ours, theirs = window_scores("d", [3.0] * 7 + [diverged]), window_scores("d", [3.0] * 8)
+    found = compare("perplexity/demo", ours, theirs)
+    assert (found.difference, found.low, found.p_value, found.distinguishable) == (None, None, None, True)
+    assert not compare("perplexity/demo", ours, ours).distinguishable
+
+
+# ------------------------------------------------------------------------------------------------ both
+
+
+def test_only_like_is_compared_with_like():
+    with pytest.raises(
+        IntegrityError, match=r"1 only in the trial, first task/2; 2 only in the baseline, first task/7"
+    ):
+        compare("m", {"task/1": 1.0, "task/2": 0.0}, {"task/1": 1.0, "task/7": 1.0, "task/8": 1.0})
+    with pytest.raises(IntegrityError, match="same samples"):
+        compare("m", window_scores("one", [1.0, 2.0]), window_scores("other", [1.0, 2.0]))
+    with pytest.raises(IntegrityError, match="no samples"):
+        compare("m", {}, {})
+
+
+def test_order_of_samples_does_not_matter():
+    ours, theirs = answers(5, 4, 1, 3)
+    assert compare("m", dict(reversed(ours.items())), theirs) == compare("m", ours, theirs)
+
+
+@pytest.mark.parametrize("pair", [answers(5, 4, 1, 3), (window_scores("d", [1.0]), window_scores("d", [2.0]))])
+def test_a_comparison_survives_json(pair):
+    found = compare("m", *pair)
+    assert Comparison.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
+
+
+def test_a_groups_mean_is_that_of_all_its_samples():
+    easy, hard = scores([1, 1, 1, 0, 1, 1]), scores([0, 1, 0, 0])
+    group = group_mean([estimate(easy), estimate(hard)])
+    assert (group.value, group.n) == (pytest.approx(6 / 10), 10)
+    assert estimate(hard).standard_error == pytest.approx(numpy.std([0, 1, 0, 0], ddof=1) / 2)
+    expected = (0.6**2 * estimate(easy).standard_error ** 2 + 0.4**2 * estimate(hard).standard_error ** 2) ** 0.5
+    assert group.standard_error == pytest.approx(expected)
+
+
+def test_a_groups_standard_error_is_the_spread_of_its_mean():
+    dice, sizes, shares = numpy.random.default_rng(0), (30, 90), (0.9, 0.4)
+    drawn = [
+        group_mean(estimate(scores(dice.random(n) < p)) for n, p in zip(sizes, shares, strict=True)) for _ in range(600)
+    ]
+    spread = numpy.std([group.value for group in drawn])
+    assert numpy.mean([group.standard_error for group in drawn]) == pytest.approx(spread, rel=0.08)
+
+
+def test_nothing_has_no_mean():
+    assert math.isnan(group_mean([]).value)
+    assert math.isnan(estimate({}).value)
+    assert math.isnan(group_mean([Estimate(1.0, math.nan, 1)]).standard_error)

@@ -1,0 +1,218 @@
+"""Drift and perplexity from one pass, against plain float64 references."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import q3q.evaluate.drift as drift_module
+from q3q.errors import IntegrityError
+from q3q.evaluate.baseline import BaselineIdentity, baseline_for
+from q3q.evaluate.drift import Drift, divergence, perplexity_and_drift
+from q3q.evaluate.perplexity import perplexity
+from q3q.models import decoder as decoder_module
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
+
+DEMO = Path(decoder_module.__file__).parent / "demo" / "dense"
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return load_decoder(Checkpoint(DEMO), torch.float32)
+
+
+def damaged(decoder, amount):
+    """The same model with noise in its blocks' weights, relative to their size."""
+    dice = torch.Generator().manual_seed(0)
+
+    def noisy(weight):
+        return weight + amount * weight.std() * torch.randn(weight.shape, generator=dice).to(weight)
+
+    blocks = [
+        block.with_weights({name: noisy(w) for name, w in block.weights.items() if w.dim() == 2})
+        for block in decoder.blocks
+    ]
+    return replace(decoder, blocks=blocks)
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(200, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def baseline(tmp_path, decoder, windows):
+    return kept(tmp_path, decoder, windows, 4)
+
+
+def kept(folder, model, windows, count):
+    identity = BaselineIdentity.of({"digest": "d", "dtype": "float32"}, "t", windows, count)
+    return baseline_for(folder, identity, model, windows)
+
+
+# ------------------------------------------------------------------------------------------------ the divergence
+
+
+def test_divergence_by_hand():
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    assert divergence(p, q).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
+    assert divergence(q, p).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-6)
+
+
+def test_divergence_of_a_distribution_from_itself_is_nothing():
+    logits = 5 * torch.randn(20, 1000, generator=torch.Generator().manual_seed(0))
+    assert divergence(logits, logits.clone()).tolist() == [0.0] * 20
+    shifted = divergence(logits, logits + 8)  # a shift of all logits changes no probability
+    assert shifted.abs().max() < 1e-6
+
+
+def test_small_divergences_of_a_large_vocabulary_are_exact(monkeypatch):
+    dice = torch.Generator().manual_seed(0)
+    p = 3 * torch.randn(3, 151_936, generator=dice)
+    q = p + 1e-3 * torch.randn(p.shape, generator=dice)
+    log_p, log_q = p.double().log_softmax(1), q.double().log_softmax(1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(1)
+    assert expected.min() > 1e-7
+    assert expected.max() < 1e-6
+    for strip in (1, 1 << 18, 1 << 30):
+        monkeypatch.setattr(drift_module, "STRIP_LOGITS", strip)
+        assert torch.allclose(divergence(p, q), expected, rtol=1e-6, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ one pass
+
+
+@torch.inference_mode()
+def test_a_model_does_not_drift_from_itself(decoder, windows, baseline):
+    found = perplexity_and_drift(decoder, windows, baseline, decoder.head_VH)
+    assert (found.drift.kl, found.drift.kl_99, found.drift.agreement) == (0, 0, 1)
+    assert (found.drift.kl_error, found.drift.agreement_error) == (0, 0)
+    assert torch.equal(found.nll_N, baseline.nll_N)
+
+
+@torch.inference_mode()
+def test_equals_a_plain_float64_computation(decoder, windows, baseline, monkeypatch):
+    monkeypatch.setattr(decoder_module, "HEAD_CHUNK", 7)
+    quantized = damaged(decoder, 0.1)
+    found = perplexity_and_drift(quantized, windows, baseline, decoder.head_VH)
+
+    assert baseline.rows == (0, 1, 3, 4)
+    rows = list(baseline.rows)
+    theirs, ours = (
+        (model.hidden(windows[rows])[:, :-1] @ model.head_VH.T).double().log_softmax(-1)
+        for model in (decoder, quantized)
+    )
+    kl = (theirs.exp() * (theirs - ours)).sum(-1)
+    same = (theirs.argmax(-1) == ours.argmax(-1)).double()
+    assert 0.05 < kl.mean() < 5
+    assert 0 < same.mean() < 1
+    assert found.drift.kl == pytest.approx(float(kl.mean()), rel=1e-5)
+    assert found.drift.kl_99 == pytest.approx(float(numpy.quantile(kl.numpy(), 0.99)), rel=1e-5)
+    assert found.drift.agreement == pytest.approx(float(same.mean()), rel=1e-12)
+    assert found.drift.kl_error == pytest.approx(float(kl.mean(1).std() / 2), rel=1e-5)
+    assert found.drift.agreement_error == pytest.approx(float(same.mean(1).std() / 2), rel=1e-9)
+    assert (found.drift.windows, found.drift.positions) == (4, 4 * 15)
+
+
+@torch.inference_mode()
+def test_its_perplexity_is_that_of_perplexity(decoder, windows, baseline):
+    quantized = damaged(decoder, 0.1)
+    found, alone = perplexity_and_drift(quantized, windows, baseline, decoder.head_VH), perplexity(quantized, windows)
+    assert found.perplexity.value == pytest.approx(alone.value, rel=1e-6)
+    assert found.perplexity.interval == pytest.approx(alone.interval, rel=1e-5)
+    assert found.nll_N.dtype == torch.float64
+    assert float(found.nll_N.mean()) == found.perplexity.nll
+
+
+@torch.inference_mode()
+def test_the_model_runs_once_and_only_chunks_of_logits_exist(decoder, windows, baseline, monkeypatch):
+    chunk, vocab = 8, decoder.facts.vocab
+    monkeypatch.setattr(decoder_module, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr("q3q.evaluate.perplexity.BATCH_TOKENS", 32)
+    ran, told, largest = [], [], 0
+
+    class Spy(type(decoder)):
+        def hidden(self, ids):
+            ran.extend(ids.tolist())
+            return super().hidden(ids)
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (list, tuple)) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (vocab,) and tensor is not args[0]:
+                    largest = max(largest, tensor.numel())
+            return result
+
+    model = Spy(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, decoder.blocks)
+    with Largest():
+        perplexity_and_drift(model, windows, baseline, decoder.head_VH, lambda *step: told.append(step))
+    assert ran == windows.tolist()
+    assert told == [(k, 6) for k in range(1, 7)]
+    assert largest == chunk * vocab
+
+
+@torch.inference_mode()
+def test_more_damage_drifts_further(decoder, windows, baseline):
+    found = [
+        perplexity_and_drift(damaged(decoder, a), windows, baseline, decoder.head_VH).drift for a in (0.01, 0.1, 1)
+    ]
+    assert 0 < found[0].kl < found[1].kl < found[2].kl
+    assert found[0].agreement > found[1].agreement > found[2].agreement
+    assert all(drift.kl < drift.kl_99 for drift in found)
+
+
+@torch.inference_mode()
+def test_bfloat16_goes_through_its_own_head(tmp_path, windows):
+    model = load_decoder(Checkpoint(DEMO), torch.bfloat16)
+    entry = kept(tmp_path, model, windows, 6)
+    assert perplexity_and_drift(model, windows, entry, model.head_VH).drift.kl == 0
+    with pytest.raises(IntegrityError, match="not that of the baseline"):
+        perplexity_and_drift(model, windows, entry, model.head_VH.float())
+
+
+@torch.inference_mode()
+def test_the_baseline_keeps_its_own_head(decoder, windows, baseline):
+    """A quantized head is part of the drift, and the baseline's is not."""
+    other = replace(decoder, head_VH=decoder.head_VH * 1.5)
+    assert perplexity_and_drift(other, windows, baseline, decoder.head_VH).drift.kl > 0.01
+
+
+@torch.inference_mode()
+def test_a_single_window_has_no_standard_error(tmp_path, decoder, windows):
+    entry = kept(tmp_path, decoder, windows[:1], 1)
+    found = perplexity_and_drift(damaged(decoder, 0.1), windows[:1], entry, decoder.head_VH)
+    assert math.isfinite(found.drift.kl)
+    assert math.isnan(found.drift.kl_error)
+    assert math.isnan(found.perplexity.standard_error)
+
+
+@torch.inference_mode()
+def test_a_model_that_diverged_is_measured_and_not_finite(decoder, windows, baseline):
+    broken = replace(decoder, head_VH=decoder.head_VH * float("inf"))
+    found = perplexity_and_drift(broken, windows, baseline, decoder.head_VH)
+    assert not math.isfinite(found.drift.kl)
+    assert not math.isfinite(found.drift.kl_99)
+    assert not math.isfinite(found.perplexity.value)
+
+
+@torch.inference_mode()
+def test_a_baseline_of_other_tokens_is_refused(decoder, windows, baseline):
+    with pytest.raises(IntegrityError, match="another tokenizer"):
+        perplexity_and_drift(decoder, windows.flip(0), baseline, decoder.head_VH)
+    with pytest.raises(IntegrityError, match="not that of the baseline"):
+        perplexity_and_drift(decoder, windows, baseline, decoder.head_VH[:-1])
+
+
+def test_names_and_intervals_of_the_record():
+    drift = Drift(0.1, 0.1, 0.9, 0.99, 0.02, 4, 60)
+    assert drift.metrics("c4") == {"kl/c4": 0.1, "kl_p99/c4": 0.9, "top1_agreement/c4": 0.99}
+    intervals = drift.intervals("c4")
+    assert intervals["kl/c4"] == (0.0, pytest.approx(0.1 + 0.196, abs=1e-3))
+    assert intervals["top1_agreement/c4"] == (pytest.approx(0.99 - 0.0392, abs=1e-3), 1.0)

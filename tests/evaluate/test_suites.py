@@ -1,0 +1,314 @@
+"""The study's suite on data sets of our own making, and where data sets come from."""
+
+import csv
+import json
+import re
+import shutil
+
+import datasets
+import huggingface_hub
+import pytest
+import torch
+
+from q3q.calibrate.sources import Text
+from q3q.calibrate.windows import draw_windows
+from q3q.config import DEMO_MODELS
+from q3q.data import LOCAL, MMLU, REVISIONS, DataSet, Library, serving
+from q3q.errors import ConfigError
+from q3q.evaluate import mmlu_paper, suites
+from q3q.evaluate.samples import comparisons, measured, read_samples, window_rows, write_samples
+from q3q.evaluate.suites import KNOWN, SUBJECTS, batches, data_sets, draws_shots, score_batch, weighted_intervals
+from q3q.models.checkpoint import Checkpoint, load_tokenizer
+from q3q.models.decoder import load_decoder
+
+SUITE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "mmlu", "mmlu_paper", "wikitext")
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_decoder(Checkpoint(DEMO_MODELS / "dense"), torch.float32), load_tokenizer(DEMO_MODELS / "dense")
+
+
+def score(demo, evaluation, folder, journal):
+    library = Library(folder, settle=True)
+    data_sets(evaluation["tasks"], evaluation.get("shots", {}), None, library)
+    parts = [
+        score_batch(
+            *demo,
+            evaluation,
+            batch,
+            Library(folder, library.identities),
+            include=None,
+            seed=0,
+            journal=journal / str(number),
+            identity="demo",
+            tell=lambda done, total: None,
+        )
+        for number, batch in enumerate(batches(evaluation))
+    ]
+    metrics = {name: value for part in parts for name, value in part.metrics.items()}
+    intervals = {name: value for part in parts for name, value in part.intervals.items()}
+    return metrics, intervals, [row for part in parts for row in part.samples]
+
+
+@pytest.fixture
+def three_subjects(monkeypatch):
+    monkeypatch.setattr(suites, "_MMLU", suites._MMLU[:3])
+
+
+@pytest.fixture(scope="module")
+def scored(demo, study_data, tmp_path_factory):
+    evaluation = {"texts": [], "tasks": list(SUITE), "task_limit": None, "shots": {"mmlu": 5}}
+    return score(demo, evaluation, study_data, tmp_path_factory.mktemp("journal"))
+
+
+# ------------------------------------------------------------------------------------------------ what is scored
+
+
+def test_the_suite_has_the_studys_metrics_each_with_an_interval(scored):
+    metrics, intervals, samples = scored
+    for name in (*(f"{task}/acc" for task in SUITE[:-1]), "word_perplexity/wikitext2", "byte_perplexity/wikitext2"):
+        assert intervals[name][0] <= metrics[name] <= intervals[name][1], name
+    assert {row["task"] for row in samples} == {
+        *SUITE[:6],
+        "wikitext",
+        "mmlu_paper",
+        *(f"mmlu_{subject}" for subject in SUBJECTS),
+    }
+    assert len(samples) == 7 * 6 + 2 * 2 * 57
+
+
+def test_a_group_is_the_mean_of_its_tasks_questions(scored):
+    metrics, _, samples = scored
+    found = measured(samples, quick=False)
+    assert len(found["mmlu/acc"]) == len(found["mmlu_paper/acc"]) == 2 * 57
+    assert len(found["mmlu_stem/acc"]) < len(found["mmlu/acc"])
+    for name in ("mmlu/acc", "mmlu_paper/acc", "piqa/acc", "mmlu_stem/acc"):
+        assert sum(found[name].values()) / len(found[name]) == pytest.approx(metrics[name])
+
+
+def test_a_pages_perplexity_is_that_of_its_words(scored, study_data):
+    metrics, intervals, samples = scored
+    rows = [row for row in samples if row["task"] == "wikitext"]
+    likelihoods = sum(row["log_likelihood"][0] for row in rows)
+    nats_a_word = torch.tensor(metrics["word_perplexity/wikitext2"]).log()
+    pages = [json.loads(line)["page"] for line in (study_data / "wikitext" / "test.jsonl").open(encoding="utf-8")]
+    assert -likelihoods / nats_a_word == pytest.approx(sum(len(re.split(r"\s+", page)) for page in pages))
+    same = [{"word_perplexity": (-20.0, 10)}, {"word_perplexity": (-40.0, 20)}]
+    low, high = weighted_intervals("t", same)["t/word_perplexity"]
+    assert low == pytest.approx(high) == pytest.approx(torch.tensor(2.0).exp().item())  # no spread between pages
+    low, high = intervals["word_perplexity/wikitext2"]
+    assert low < high
+
+
+def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(demo, study_data, tmp_path, three_subjects):
+    evaluation = {"tasks": ["piqa", "wikitext", "mmlu_paper"], "task_limit": 3, "limits": {"mmlu_paper": 1}}
+    evaluation |= {"quick": True, "texts": []}
+    metrics, _, samples = score(demo, evaluation, study_data, tmp_path / "a")
+    again = score(demo, evaluation, study_data, tmp_path / "b")
+    assert (metrics, samples) == (again[0], again[2])
+    assert {name for name in metrics if "_quick" not in name} == set()
+    assert {"piqa_quick/acc", "word_perplexity_quick/wikitext2", "mmlu_paper_quick/acc"} <= set(metrics)
+    drawn = [row["doc_hash"] for row in samples if row["task"] == "piqa"]
+    first = score(demo, {"tasks": ["piqa"], "task_limit": 3, "texts": []}, study_data, tmp_path / "c")[2]
+    assert len(drawn) == len(first) == 3
+    assert drawn != [row["doc_hash"] for row in first]  # of six, these three are not the first three
+    assert len([row for row in samples if row["task"] == "mmlu_paper"]) == 3
+
+
+def test_a_killed_run_finds_its_scores_again(demo, study_data, tmp_path, monkeypatch, three_subjects):
+    evaluation = {"tasks": ["piqa", "mmlu_paper"], "task_limit": 2, "limits": {"mmlu_paper": 1}, "texts": []}
+    first = score(demo, evaluation, study_data, tmp_path)
+    monkeypatch.setattr(type(demo[0]), "hidden", lambda *_: pytest.fail("scored again"))
+    again = score(demo, evaluation, study_data, tmp_path)
+    assert again[0] == first[0]
+
+
+# -------------------------------------------------------------------------------------- MMLU by the study's script
+
+QUESTION = {"question": "What? ", "subject": "us_foreign_policy", "choices": ["a", "b", "c", "d"], "answer": 3}
+
+
+def test_the_prompt_is_the_scripts():
+    example = {**QUESTION, "question": "Who?", "answer": 1}
+    assert mmlu_paper.prompt(QUESTION, [example]) == (
+        "The following are multiple choice questions (with answers) about  us foreign policy.\n\n"
+        "Who?\nA. a\nB. b\nC. c\nD. d\nAnswer: B\n\n"
+        "What? \nA. a\nB. b\nC. c\nD. d\nAnswer:"
+    )
+
+
+@pytest.mark.parametrize(("words", "shots"), [(10, 5), (700, 2), (3000, 0)])
+def test_examples_are_dropped_while_the_prompt_is_too_long(words, shots):
+    examples = [{**QUESTION, "question": "word " * words}] * 7
+    ids = mmlu_paper.fitting_prompt(QUESTION, examples, lambda text: [0] * text.count("word") + [1] * text.count("Ans"))
+    assert ids.count(1) == shots + 1
+
+
+def test_the_answer_is_the_bare_letters_token(demo, study_data, tmp_path, three_subjects):
+    """The study's script by hand: logits of the last position, argmax over the tokens of the letters alone."""
+    model, tokenizer = demo
+    _, _, samples = score(demo, {"tasks": ["mmlu_paper"], "task_limit": 1, "texts": []}, study_data, tmp_path)
+    for row, subject in zip(samples, SUBJECTS[:3], strict=True):
+        splits = {}
+        for split in ("dev", "test"):
+            with (study_data / "mmlu" / split / f"{subject}_{split}.csv").open(newline="", encoding="utf-8") as file:
+                splits[split] = list(csv.reader(file))
+        head = f"The following are multiple choice questions (with answers) about  {subject.replace('_', ' ')}.\n\n"
+
+        def asked(cells):
+            return cells[0] + "".join(f"\n{letter}. {cells[k]}" for k, letter in enumerate("ABCD", 1)) + "\nAnswer:"
+
+        shots = "".join(f"{asked(cells)} {cells[5]}\n\n" for cells in splits["dev"])
+        ids = tokenizer(head + shots + asked(splits["test"][0]), return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            logits_V = model.hidden(ids)[0, -1] @ model.head_VH.T
+        letters = [tokenizer(letter)["input_ids"][-1] for letter in "ABCD"]
+        right = "ABCD"[int(logits_V[letters].argmax())] == splits["test"][0][5]
+        assert row["scores"]["acc"] == float(right)
+        assert row["log_likelihood"] == pytest.approx(logits_V.log_softmax(0)[letters].tolist(), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ C4's windows
+
+# Of the study's windows of C4: document, first token, and the number of tokens that its document has beyond 2048, at
+# least (the lists in its repository; 45,576 documents in the validation part's first file).
+C4 = """
+25247 388 389, 31845 829 1024, 23465 597 598, 16417 1090 1091, 9631 79 128, 5886 347 348, 8155 325 326, 7605
+298 4096, 13064 1065 2048, 23406 397 512, 2994 1114 1115
+"""
+
+
+def test_c4_is_drawn_as_the_study_drew_it():
+    """Python's random.seed(0): a document, again until one is long enough, then a place in it."""
+    expected = [tuple(map(int, row.split())) for row in C4.split(",")]
+    extra = {}
+    for document, _, beyond in expected:
+        extra[document] = max(beyond, extra.get(document, 0))
+    text = Text("c4", tuple("x" * (2048 + extra[i] if i in extra else 9) for i in range(45_576)))
+
+    def encode(document):
+        return list(range(len(document)))
+
+    windows = draw_windows(text, encode, samples=len(expected), length=2048, draw="random", seed=0)
+    assert windows[:, 0].tolist() == [start for _, start, _ in expected]
+
+
+# ------------------------------------------------------------------------------------------------ data sets
+
+
+@pytest.fixture
+def no_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("task", ["piqa", "mmlu"])
+def test_a_data_set_that_is_nowhere_is_named_with_a_way_out(no_hub, tmp_path, task):
+    with pytest.raises(ConfigError) as refusal:
+        data_sets([task], {}, None, Library(tmp_path, settle=True))
+    assert KNOWN[task][0].key in str(refusal.value)
+    assert f"data.path={tmp_path} with {tmp_path}/{task}/ holding" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_downloaded_data_set_counts_if_it_is_the_pinned_commit(no_hub):
+    """A cache as `datasets` lays it out: of our commit it is taken without the Hub, of another it is not."""
+    data = DataSet("baber/piqa", None, ("validation",))
+    revision = REVISIONS["baber/piqa"]
+    rows = datasets.Dataset.from_list([{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}])
+    place = no_hub / "baber___piqa" / "default" / "0.0.0" / revision
+    saved = datasets.DatasetDict({"validation": rows, "train": rows})
+    saved.save_to_disk(no_hub / "scratch")
+    place.mkdir(parents=True)
+    for split in saved:
+        shutil.copy(next((no_hub / "scratch" / split).glob("*.arrow")), place / f"piqa-{split}.arrow")
+    splits = datasets.SplitDict({s: datasets.SplitInfo(name=s, num_examples=1) for s in saved})
+    datasets.DatasetInfo(splits=splits, features=rows.features).write_to_directory(str(place))
+    library = Library(None, settle=True)
+    assert library.identify(data) == revision
+    assert list(library.load(data)["validation"]) == list(rows)
+    place.rename(place.with_name("0" * 40))
+    with pytest.raises(ConfigError, match="neither in the cache"):
+        Library(None, settle=True).identify(data)
+
+
+def test_a_folder_is_known_by_its_content(study_data, tmp_path):
+    shutil.copytree(study_data / "piqa", tmp_path / "piqa")
+    data = KNOWN["piqa"][0]
+    library = Library(tmp_path, settle=True)
+    identity = library.identify(data)
+    assert identity.startswith(LOCAL)
+    assert identity == Library(study_data, settle=True).identify(data)
+    (tmp_path / "piqa" / "validation.jsonl").write_text(
+        json.dumps({"goal": "g", "sol1": "a", "sol2": "b", "label": 0}) + "\n", encoding="utf-8"
+    )
+    with pytest.raises(ConfigError, match="changed since the trial was planned"):
+        Library(tmp_path, library.identities).load(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("validation.jsonl", '{"goal": "g"}\n', "row 1: baber/piqa has a column sol1, this has none"),
+        ("validation.jsonl", "[1]\n", "no JSON object"),
+        ("validation.jsonl", "{\n", "cannot be read"),
+        ("test.jsonl", '{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n', "no rows of the split validation"),
+        ("validation.parquet", "no parquet", "cannot be read"),
+    ],
+)
+def test_a_folder_that_cannot_serve_is_refused(tmp_path, name, content, complaint):
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=complaint):
+        data_sets(["piqa"], {}, None, Library(tmp_path, settle=True))
+
+
+def test_examples_need_a_training_split(study_data):
+    with pytest.raises(ConfigError, match="no rows of the split train"):
+        data_sets(["piqa"], {"piqa": 2}, None, Library(study_data, settle=True))
+
+
+def test_mmlu_may_come_in_either_layout(study_data, tmp_path):
+    data = DataSet(MMLU, "anatomy", ("test", "dev"))
+    official = Library(study_data, settle=True)
+    official.identify(data)
+    for split in ("test", "dev"):
+        (tmp_path / "mmlu" / "anatomy").mkdir(parents=True, exist_ok=True)
+        official.load(data)[split].to_parquet(tmp_path / "mmlu" / "anatomy" / f"{split}-00000-of-00001.parquet")
+    other = Library(tmp_path, settle=True)
+    other.identify(data)
+    assert all(list(other.load(data)[split]) == list(official.load(data)[split]) for split in ("test", "dev"))
+
+
+def test_a_tasks_own_files_are_not_ours_to_serve(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
+    with serving(lambda data, options: pytest.fail("asked")):
+        found = datasets.load_dataset(
+            "json", data_files={"test": str(tmp_path / "rows.jsonl")}, cache_dir=str(tmp_path / "c")
+        )
+    assert found["test"][0] == {"a": 1}
+
+
+def test_a_seed_decides_about_examples_that_are_drawn():
+    assert not draws_shots(["piqa", "stories_who", "mmlu"], {"mmlu": 5})
+    assert draws_shots(["piqa"], {"piqa": 2})
+    assert draws_shots(["gsm8k"], {})  # its own number is not known here
+
+
+# ------------------------------------------------------------------------------------------------ samples and pairs
+
+
+def test_samples_read_back_and_pair_up(scored, tmp_path):
+    rows = [*scored[2], *window_rows("perplexity/wikitext2", "f" * 64, [2.0 + 0.01 * k for k in range(20)])]
+    write_samples(tmp_path / "samples.parquet", rows)
+    ours = measured(read_samples(tmp_path / "samples.parquet"), quick=False)
+    worse = [{**row, "scores": {name: value + 0.1 for name, value in row["scores"].items()}} for row in rows[-20:]]
+    theirs = measured([*rows[:-20], *worse], quick=False)
+    found = comparisons(ours, theirs)
+    assert found["perplexity/wikitext2"].difference == pytest.approx(-0.1)
+    assert found["perplexity/wikitext2"].distinguishable
+    same = found["mmlu/acc"]
+    assert (same.difference, same.distinguishable, same.n) == (0.0, False, 2 * 57)
+    assert "acc" in "".join(name for name in found if name.startswith("hellaswag"))
