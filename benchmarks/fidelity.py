@@ -1,0 +1,320 @@
+"""The study's grid on the demo models, and docs/FIDELITY.md's tables: `python benchmarks/fidelity.py STORAGE`.
+
+Runs what is missing in STORAGE through launch.py (RTN, GPTQ and AWQ at 8, 4, 3 and 2 bits per channel and in groups of
+128; SmoothQuant w8a8, w4a8 and w4a4, smoothed and as the study's script ran it; BiLLM), then reads the records and
+rewrites the page between its markers. Whether an ordering that the study reports holds here is computed from the
+records. Options: --models, --methods (fewer cells), --tables (write from the records that are there, run nothing).
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "FIDELITY.md"
+MODELS = ("demo", "demo_moe")
+TEXTS = ("library", "stories")
+WEIGHT_ONLY = ("rtn", "gptq", "awq")
+SWEEPS = {
+    "none": ["method=none"],
+    **{name: [f"method={name}", "bits=8,4,3,2", "group_size=-1,128"] for name in WEIGHT_ONLY},
+    "smoothquant": ["method=smoothquant", "method.smooth=true,false", "bits=8,4", "act_bits=8"],
+    "smoothquant_w4a4": ["method=smoothquant", "method.smooth=true,false", "bits=4", "act_bits=4"],
+    "billm": ["method=billm", "group_size=128"],
+}
+LOSSLESS, KEPT, COLLAPSED = 1.01, 2.0, 10.0  # perplexity over the unquantized model's
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trial: its place in the grid, and what it scored. perplexity: by text, infinite if it diverged."""
+
+    method: str
+    bits: int
+    group_size: int
+    act_bits: int | None
+    perplexity: dict[str, float]
+    accuracy: float
+    bits_per_weight: float
+
+    @property
+    def name(self) -> str:
+        if not self.bits:
+            return "unquantized"
+        act = f"a{self.act_bits}" if self.act_bits else ""
+        return f"{self.method} w{self.bits}{act} {'per channel' if self.group_size == -1 else f'g{self.group_size}'}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One model's cells, (method, bits, group size, activation bits) each, and the text by which they are judged."""
+
+    cells: dict[tuple[str, int, int, int | None], Cell] = field(default_factory=dict)
+    text: str = TEXTS[0]
+
+    def loss(self, method: str, bits: int, group_size: int = -1, act_bits: int | None = None) -> float:
+        """Perplexity over the unquantized model's; nan if either was not run."""
+        cell, reference = self.cells.get((method, bits, group_size, act_bits)), self.cells.get(("none", 0, 0, None))
+        return cell.perplexity[self.text] / reference.perplexity[self.text] if cell and reference else math.nan
+
+
+def run(storage: Path, models: list[str], methods: list[str]) -> None:
+    for name, overrides in SWEEPS.items():
+        if name.split("_")[0] in methods:
+            command = [sys.executable, "launch.py", "-m", f"model={','.join(models)}", *overrides]
+            # A sweep with a failed trial ends with 1; its cell is then missing from the table, which says so.
+            subprocess.run(
+                [*command, f"storage={storage}"], cwd=ROOT, env={**os.environ, "TQDM_DISABLE": "1"}, check=False
+            )
+
+
+def read(storage: Path, model: str) -> Grid:
+    """The cells among a storage folder's records."""
+    grid = Grid()
+    for path in sorted(storage.glob("trials/*/record.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        spec, metrics = record["spec"], record["metrics"]
+        if spec["model"]["name"] != model or record["status"] != "COMPLETED":
+            continue
+        method, scheme = spec["method"], spec["scheme"] or {}
+        metrics |= dict.fromkeys(record["diverged"], math.inf)
+        accuracies = [value for name, value in metrics.items() if name.endswith("/acc")]
+        cell = Cell(
+            method=method["name"] if method.get("smooth", True) else "rtn w/a",
+            bits=scheme.get("bits", 0),
+            group_size=scheme.get("group_size", 0),
+            act_bits=scheme.get("act_bits"),
+            perplexity={text: metrics[f"perplexity/{text}"] for text in TEXTS},
+            accuracy=sum(accuracies) / len(accuracies),
+            bits_per_weight=metrics["bits_per_weight"],
+        )
+        grid.cells[cell.method, cell.bits, cell.group_size, cell.act_bits] = cell
+    return grid
+
+
+# ------------------------------------------------------------------------------------------- what the study reports
+
+Judgement = tuple[bool | None, str]  # holds or not, None if a cell is missing; the numbers
+
+
+def losses_at(grid: Grid, bits: int, methods: Iterable[str] = WEIGHT_ONLY) -> list[tuple[str, float]]:
+    return [(f"{m} {'g128' if g > 0 else 'pc'}", grid.loss(m, bits, g)) for m in methods for g in (-1, 128)]
+
+
+def judged(holds: Callable[[], bool], losses: Iterable[tuple[str, float]]) -> Judgement:
+    losses = list(losses)
+    if any(math.isnan(loss) for _, loss in losses):
+        return None, ", ".join(name for name, loss in losses if math.isnan(loss))
+    return holds(), ", ".join(f"{name} x{number(loss)}" for name, loss in losses)
+
+
+def eight_bits(grid: Grid) -> Judgement:
+    losses = losses_at(grid, 8)
+    return judged(lambda: all(loss < LOSSLESS for _, loss in losses), losses)
+
+
+def four_bits(grid: Grid) -> Judgement:
+    losses = losses_at(grid, 4)
+    return judged(lambda: all(loss > LOSSLESS for _, loss in losses), losses)
+
+
+def three_bits(grid: Grid) -> Judgement:
+    losses = losses_at(grid, 3)
+    return judged(lambda: all((loss < KEPT) == name.startswith("awq") for name, loss in losses), losses)
+
+
+def two_bits(grid: Grid) -> Judgement:
+    losses = losses_at(grid, 2)
+    return judged(lambda: all((loss < COLLAPSED) == name.startswith("gptq") for name, loss in losses), losses)
+
+
+def gptq_best_at_two(grid: Grid) -> Judgement:
+    losses = losses_at(grid, 2)
+    return judged(lambda: min(losses, key=lambda pair: pair[1])[0].startswith("gptq"), losses)
+
+
+def groups(method: str) -> Callable[[Grid], Judgement]:
+    def judge(grid: Grid) -> Judgement:
+        losses = [(f"w{b} {'g128' if g > 0 else 'pc'}", grid.loss(method, b, g)) for b in (4, 3, 2) for g in (-1, 128)]
+        return judged(lambda: all(losses[i + 1][1] < losses[i][1] for i in (0, 2, 4)), losses)
+
+    return judge
+
+
+def smooth_steps(method: str) -> Callable[[Grid], Judgement]:
+    def judge(grid: Grid) -> Judgement:
+        losses = [(f"w{w}a{a}", grid.loss(method, w, -1, a)) for w, a in ((8, 8), (4, 8), (4, 4))]
+        return judged(
+            lambda: losses[0][1] < losses[1][1] < losses[2][1] and losses[2][1] > COLLAPSED,
+            losses,
+        )
+
+    return judge
+
+
+def w4a8_worse(grid: Grid) -> Judgement:
+    losses = [("smoothquant w4a8", grid.loss("smoothquant", 4, -1, 8))]
+    losses += [(f"{m} w4 pc", grid.loss(m, 4)) for m in ("gptq", "awq")]
+    return judged(lambda: losses[0][1] > max(loss for _, loss in losses[1:]), losses)
+
+
+def billm_above_two_bits(grid: Grid) -> Judgement:
+    losses = [("billm", grid.loss("billm", 1, 128)), ("rtn w2 g128", grid.loss("rtn", 2, 128))]
+    losses += [("awq w2 g128", grid.loss("awq", 2, 128)), ("awq w3 g128", grid.loss("awq", 3, 128))]
+    return judged(lambda: losses[3][1] < losses[0][1] < min(losses[1][1], losses[2][1]), losses)
+
+
+CLAIMS: list[tuple[str, Callable[[Grid], Judgement]]] = [
+    (f"8 bits cost nearly nothing (less than {LOSSLESS - 1:.0%}), whichever method and group", eight_bits),
+    (f"4 bits cost noticeably (more than {LOSSLESS - 1:.0%}), whichever method and group", four_bits),
+    (f"at 3 bits AWQ alone keeps the model (below x{KEPT:g})", three_bits),
+    (f"at 2 bits GPTQ alone keeps something (below x{COLLAPSED:g})", two_bits),
+    ("at 2 bits GPTQ is the best of the three", gptq_best_at_two),
+    ("GPTQ: groups of 128 are better than whole rows", groups("gptq")),
+    ("AWQ: groups of 128 are better than whole rows (the study's tables have it the other way round)", groups("awq")),
+    (
+        f"SmoothQuant: w8a8, w4a8, w4a4 each worse, and w4a4 collapses (above x{COLLAPSED:g})",
+        smooth_steps("smoothquant"),
+    ),
+    ("The same of what the study's script ran, without smoothing", smooth_steps("rtn w/a")),
+    ("SmoothQuant w4a8 is worse than GPTQ and AWQ at 4 bits", w4a8_worse),
+    ("BiLLM lies between 3-bit AWQ and the other methods' 2 bits (on the study's small models)", billm_above_two_bits),
+]
+
+
+# ------------------------------------------------------------------------------------------------------- the page
+
+
+VERDICT = {None: "not run", True: "holds", False: "does not"}
+
+
+def number(value: float) -> str:
+    if not math.isfinite(value):
+        return "diverged"
+    return f"{value:.3f}" if value < 100 else f"{value:.3g}"
+
+
+def grid_table(grid: Grid) -> str:
+    order = ("none", "rtn", "gptq", "awq", "smoothquant", "rtn w/a", "billm")
+    cells = sorted(
+        grid.cells.values(), key=lambda c: (order.index(c.method), c.group_size, -c.bits, -(c.act_bits or 0))
+    )
+    lines = [
+        f"| cell | bits a weight | {' | '.join(f'perplexity, {text}' for text in TEXTS)} | mean accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    for cell in cells:
+        perplexities = " | ".join(number(cell.perplexity[text]) for text in TEXTS)
+        lines.append(f"| {cell.name} | {cell.bits_per_weight:.2f} | {perplexities} | {cell.accuracy:.1%} |")
+    return "\n".join(lines)
+
+
+def claims_table(grids: dict[str, Grid]) -> str:
+    lines = [f"| the study | model | {' | '.join(f'here, {text}' for text in TEXTS)} |", "|---|---|---|---|"]
+    for claim, judge in CLAIMS:
+        for model, grid in grids.items():
+            found = [judge(Grid(grid.cells, text)) for text in TEXTS]
+            lines.append(f"| {claim} | {model} | {' | '.join(f'{VERDICT[holds]}: {how}' for holds, how in found)} |")
+    return "\n".join(lines)
+
+
+def hessian_table(model: str) -> str:
+    """Relative error of each site's Gram matrix, and of the 4-bit codes it leads to, by precision of accumulation."""
+    import torch
+
+    from q3q.calibrate.sources import load_text
+    from q3q.calibrate.statistics import Gram
+    from q3q.calibrate.windows import draw_windows, encoder
+    from q3q.models.anatomy import SiteInput
+    from q3q.models.checkpoint import Checkpoint, load_tokenizer
+    from q3q.models.decoder import load_decoder
+    from q3q.quantize.methods.gptq import gptq_round
+    from q3q.quantize.walk import stack_rows
+    from q3q.spec import Scheme
+
+    def tf32(x: torch.Tensor) -> torch.Tensor:
+        """Mantissas of ten bits, to nearest, as tensor cores read them; they accumulate in float32."""
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        gram = Gram()
+        for part in x.split(2048):
+            gram.update(SiteInput(part, [part]))
+        return gram.sum_EII[0]
+
+    checkpoint = Checkpoint(ROOT / "q3q/models/demo" / ("dense" if model == "demo" else "moe"))
+    text = load_text("demo", split="calibration")
+    encode = encoder(load_tokenizer(checkpoint.folder))
+    scheme = Scheme(bits=4, group_size=128, symmetric=False)
+    kinds = {
+        "float32 (q3q's)": product,
+        "TF32 products, emulated": lambda x: product(tf32(x)),
+        "bfloat16 inputs, float32 sums": lambda x: product(x.bfloat16().float()),
+    }
+    errors: dict[str, list[float]] = {name: [] for name in kinds}
+    codes: dict[str, list[float]] = {name: [] for name in kinds}
+    with torch.inference_mode():
+        decoder = load_decoder(checkpoint, torch.float32)
+        hidden = decoder.embed(draw_windows(text, encode, samples=32, length=256, draw="random", seed=0))
+        for block in decoder.blocks:
+            stages = block.stages(hidden, decoder.rope)
+            for site in block.sites:
+                _, inputs = next(stages)
+                if inputs.whole_TI is None or len(inputs.experts) > 1:
+                    continue  # one site of each kind says enough
+                weight_EOI, _ = stack_rows(block.weights, site)
+                exact = inputs.whole_TI.double().T @ inputs.whole_TI.double()
+
+                def solve(gram: torch.Tensor, weight_EOI: torch.Tensor = weight_EOI) -> torch.Tensor:
+                    return gptq_round(weight_EOI, gram.float()[None], scheme, act_order=True).weight.codes_EOI
+
+                wanted = solve(exact / len(inputs.whole_TI))
+                for name, accumulate in kinds.items():
+                    found = accumulate(inputs.whole_TI)
+                    errors[name].append(float((found.double() - exact).norm() / exact.norm()))
+                    codes[name].append(float((solve(found / len(inputs.whole_TI)) != wanted).float().mean()))
+            hidden = block(hidden, decoder.rope)
+    lines = ["| accumulation | largest relative error of a site | 4-bit codes that differ, mean |", "|---|---|---|"]
+    for name in kinds:
+        lines.append(f"| {name} | {max(errors[name]):.1e} | {sum(codes[name]) / len(codes[name]):.2%} |")
+    return "\n".join(lines)
+
+
+def replace(page: str, marker: str, content: str) -> str:
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if page.count(start) != 1 or page.count(end) != 1:
+        raise SystemExit(f"{PAGE} needs {start} and {end}, once each")
+    head, rest = page.split(start)
+    return f"{head}{start}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("storage", type=Path, help="folder of trials; what is done there already is not run again")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument(
+        "--methods", nargs="+", default=[n for n in SWEEPS if "_" not in n], help="cells of these alone"
+    )
+    parser.add_argument("--tables", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    storage = options.storage.absolute()
+    if not options.tables:
+        run(storage, options.models, options.methods)
+    grids = {model: read(storage, model) for model in options.models}
+    page = PAGE.read_text(encoding="utf-8")
+    for model, grid in grids.items():
+        page = replace(page, f"grid {model}", grid_table(grid))
+    page = replace(page, "claims", claims_table(grids))
+    page = replace(page, "hessians", hessian_table("demo"))
+    PAGE.write_text(page, encoding="utf-8")
+    print(page[page.index("## ") :])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Small random checkpoints on disk, for drivers that load them with transformers and with q3q, and token windows."""
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+VOCABULARY = 97
+
+
+def save_random(folder, *, seed=0, sharpness=1.2, skewed=False, dead=(), starved=None, **config):
+    """A checkpoint with weights wide enough that blocks matter, and norms and channels of unequal size.
+
+    skewed: positive weights four times as large as negative ones. dead: channels that both norms switch off.
+    starved: the expert that the routers hardly ever choose.
+    """
+    torch.manual_seed(seed)
+    moe = "num_experts" in config
+    kind, model = (Qwen3MoeConfig, Qwen3MoeForCausalLM) if moe else (Qwen3Config, Qwen3ForCausalLM)
+    theirs = model(kind(vocab_size=VOCABULARY, **config))
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "norm" in name:
+                weight.copy_(1 + 0.3 * torch.randn_like(weight))
+                if "layernorm" in name:
+                    weight[::13] *= 4  # outlier channels, as trained models have
+                    weight[list(dead)] = 0
+            elif "layers" in name:
+                weight.copy_(torch.randn_like(weight) * sharpness / weight.shape[-1] ** 0.5)
+                if name.endswith("mlp.gate.weight") and starved is not None:
+                    others = [e for e in range(len(weight)) if e != starved]
+                    weight[starved] = weight[others].mean(0)  # so always below one of them, and mostly below two
+                if skewed:
+                    weight.copy_(torch.where(weight > 0, weight, weight / 4))
+            else:
+                weight.copy_(torch.randn_like(weight) * 0.3)
+    theirs.save_pretrained(folder)
+    return folder
+
+
+SHAPE = dict(
+    hidden_size=64,
+    num_attention_heads=6,  # heads x head_dim = 96, not hidden
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+)
+WIDE = {**SHAPE, "hidden_size": 128, "head_dim": 32, "intermediate_size": 192}  # every width a multiple of 64
+MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
+
+
+def windows_of(count, length, seed, vocabulary=VOCABULARY):
+    """Token windows in which some tokens are much more frequent than others."""
+    generator = torch.Generator().manual_seed(seed)
+    return (vocabulary * torch.rand(count, length, generator=generator) ** 2).long()

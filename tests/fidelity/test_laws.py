@@ -1,0 +1,189 @@
+"""Laws that hold whatever the code: on small random models, and on the trained ones that ship with q3q."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import q3q.models.demo
+from q3q.calibrate.sources import load_text
+from q3q.calibrate.windows import consecutive_windows, draw_windows, encoder
+from q3q.evaluate.perplexity import perplexity
+from q3q.models.checkpoint import Checkpoint, load_tokenizer
+from q3q.models.decoder import load_decoder
+from q3q.quantize.methods.awq import Awq
+from q3q.quantize.methods.gptq import Gptq
+from q3q.quantize.methods.rtn import Rtn
+from q3q.quantize.methods.settings import AwqSettings, GptqSettings, RtnSettings, SmoothQuantSettings
+from q3q.quantize.methods.smoothquant import SmoothQuant
+from q3q.quantize.walk import quantize_model
+from q3q.spec import Scheme
+from tests.fidelity import plain
+from tests.fidelity.test_drivers import Nowhere, different, one_expert, walked, worth
+
+METHODS = {
+    "rtn": lambda: Rtn(RtnSettings()),
+    "gptq": lambda: Gptq(GptqSettings()),
+    "awq": lambda: Awq(AwqSettings()),
+    "smoothquant": lambda: SmoothQuant(SmoothQuantSettings()),
+}
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("group_size", [-1, 32])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_gptqs_objective_is_below_rtns_at_every_linear(folder, windows, bits, group_size, act_order):
+    """tr((W - Q) H (W - Q)^T), with H from transformers' own first layer, where both see the original inputs."""
+    layer = plain.load(folder).model.layers[0]
+    hidden, kwargs = plain.first_inputs(plain.load(folder), windows)
+    hessians = plain.hessians_of(layer, list(plain.linears(layer)), hidden, kwargs)
+    scheme = Scheme(bits=bits, group_size=group_size, symmetric=False)
+    gptq = Gptq(GptqSettings(act_order=act_order, true_sequential=False))
+    solved, nearest = walked(folder, gptq, scheme, windows)[1], walked(folder, METHODS["rtn"](), scheme, None)[1]
+    for name, seen in hessians.items():
+        weight = plain.linears(layer)[name].weight
+        cost = {}
+        for which, found in (("gptq", solved), ("rtn", nearest)):
+            wrong = (found[f"0.{name}"].weight - weight).double()
+            cost[which] = float(((wrong @ seen.H.double()) * wrong).sum())
+        assert cost["gptq"] < 0.9 * cost["rtn"], name
+
+
+@dataclass(frozen=True)
+class Unrounded:
+    """A weight that nobody rounded."""
+
+    weight_EOI: torch.Tensor
+
+    @property
+    def shape(self):
+        return self.weight_EOI.shape
+
+    def dequantize(self):
+        return self.weight_EOI
+
+    def rows(self, start, stop):
+        return Unrounded(self.weight_EOI[:, start:stop])
+
+    def to(self, device):
+        return self
+
+    def largest_scale(self):
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Awq(AwqSettings()),
+        Awq(AwqSettings(v_to_o=True)),
+        SmoothQuant(SmoothQuantSettings()),
+        SmoothQuant(SmoothQuantSettings(alpha=0.8, o_and_down=True)),
+    ],
+    ids=["awq", "awq v_to_o", "smoothquant", "smoothquant o_and_down"],
+)
+def test_migrated_scales_leave_the_models_function_unchanged(folder, windows, held_out, method, monkeypatch):
+    """Whole models with every scale moved and no weight rounded: norms, grouped v -> o, experts and the router."""
+    monkeypatch.setattr(method, "quantize", lambda task, scheme: Unrounded(task.weight_EOI), raising=False)
+    decoder = load_decoder(Checkpoint(folder), torch.float32)
+    original = [dict(block.weights) for block in decoder.blocks]
+    before = worth(decoder, held_out)
+    with torch.inference_mode():
+        quantize_model(decoder, method, Scheme(bits=3, group_size=32, symmetric=False), windows, Nowhere())
+    assert worth(decoder, held_out) == pytest.approx(before, rel=1e-5)
+    moved = {
+        name
+        for block, old in zip(decoder.blocks, original, strict=True)
+        for name in old
+        if not torch.allclose(block.weights[name], old[name], rtol=1e-2)
+    }
+    assert {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_proj.weight"} <= moved
+    everywhere = getattr(method.settings, "o_and_down", False) or getattr(method.settings, "v_to_o", False)
+    assert ("self_attn.o_proj.weight" in moved) == everywhere
+    assert ("mlp.gate.weight" in moved) == ("mlp.gate.weight" in original[0])
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_act_order_does_not_see_how_hidden_units_are_numbered(folder, windows, held_out, act_order):
+    """Renumbering an MLP's units permutes the columns of down; codes and groups follow if GPTQ orders them."""
+    scheme = Scheme(bits=3, group_size=32, symmetric=False)
+    decoders = [load_decoder(Checkpoint(folder), torch.float32) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    orders = []
+    for block in decoders[1].blocks:
+        down = next(name for name in block.weights if name.endswith("down_proj.weight"))
+        order = torch.randperm(block.weights[down].shape[-1], generator=generator)
+        orders.append(order)
+        for name, weight in list(block.weights.items()):
+            if name.endswith(("gate_proj.weight", "up_proj.weight")):
+                block.weights[name] = weight[..., order, :]
+            elif name == down:
+                block.weights[name] = weight[..., order]
+    assert worth(decoders[1], held_out) == pytest.approx(worth(decoders[0], held_out), rel=1e-5)
+    with torch.inference_mode():
+        results = [
+            quantize_model(decoder, Gptq(GptqSettings(act_order=act_order)), scheme, windows, Nowhere())
+            for decoder in decoders
+        ]
+    plainly, renumbered = (blocks[0].quantized[down] for blocks in results)
+    differ = total = 0
+    for e in range(plainly.shape[0]):
+        one, other = one_expert(plainly, e), one_expert(renumbered, e)
+        one = plain.Rounded(*(x[:, orders[0]] for x in (one.codes, one.scale, one.zero)))
+        differ, total = differ + int(different(one, other).sum()), total + other.codes.numel()
+    if act_order:
+        assert differ < 0.005 * total
+    else:
+        assert differ > 0.1 * total
+
+
+def test_static_grids_are_those_of_rounding_to_nearest(folder, windows):
+    """Whatever the inputs and the order: GPTQ chooses codes alone."""
+    scheme = Scheme(bits=4, group_size=32, symmetric=False)
+    _, solved = walked(folder, Gptq(GptqSettings(static_groups=True)), scheme, windows)
+    _, nearest = walked(folder, METHODS["rtn"](), scheme, None)
+    for name, one in solved.items():
+        torch.testing.assert_close(one.scale, nearest[name].scale)
+        assert torch.equal(one.zero, nearest[name].zero)
+    moved = sum(int(different(one, nearest[name]).sum()) for name, one in solved.items())
+    assert moved > 0.1 * sum(one.codes.numel() for one in solved.values())
+
+
+# ------------------------------------------------------------------------------------------------ trained models
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def demo(request):
+    """A trained model's folder, calibration windows and evaluation windows of its own kind of text."""
+    checkpoint = Checkpoint(Path(q3q.models.demo.__path__[0]) / request.param)
+    encode = encoder(load_tokenizer(checkpoint.folder))
+    calibration = draw_windows(
+        load_text("demo", split="calibration"), encode, samples=4, length=256, draw="random", seed=0
+    )
+    evaluation = consecutive_windows(encode(load_text("demo", split="evaluation").joined), 256, 8)
+    return checkpoint, calibration, evaluation
+
+
+def perplexity_of(demo, method=None, scheme=None):
+    checkpoint, calibration, evaluation = demo
+    decoder = load_decoder(checkpoint, torch.float32)
+    with torch.inference_mode():
+        if method is not None:
+            quantize_model(decoder, METHODS[method](), scheme, None if method == "rtn" else calibration, Nowhere())
+            for block in decoder.blocks:
+                block.act_bits = scheme.act_bits
+        return perplexity(decoder, evaluation).value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_bits_cost_more_and_eight_cost_nearly_nothing(demo, method):
+    smooth = method == "smoothquant"
+    schemes = {
+        bits: Scheme(bits=bits, group_size=-1 if smooth else 128, symmetric=smooth, act_bits=8 if smooth else None)
+        for bits in (8, 4, 3, 2)
+    }
+    found = [perplexity_of(demo), *(perplexity_of(demo, method, scheme) for scheme in schemes.values())]
+    assert found[1] == pytest.approx(found[0], rel=0.01)
+    assert found[1] < found[2] < found[3] < found[4]
