@@ -9,12 +9,12 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from q3q.record import TrialRecord
-from q3q.spec import TrialSpec
+from q3q.spec import TrialSpec, text_metric
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 DIVERGED, FAILED, ABSENT = "diverged", "failed", "-"  # cells that hold no number
 UNQUANTIZED_BITS = 16  # the column of the unquantized model
 MEAN_ACCURACY = "accuracy"  # over the tasks that a trial was asked for
+FEW_SHOT, WORD_TASK = ("mmlu", "mmlu_paper"), "wikitext"  # tasks that are no part of a mean accuracy
 SIZES = ("bits_per_weight", "bits_per_weight_model")
 
 Cell = float | str
@@ -67,10 +68,11 @@ def in_order(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     return [latest[trial] for *_, trial in sorted(places)]
 
 
-def result_tables(records: Sequence[TrialRecord], *, everything: bool) -> list[Table]:
+def result_tables(records: Sequence[TrialRecord], *, everything: bool, intervals: bool = False) -> list[Table]:
     """For each model, a table per metric.
 
     everything: also each task by itself, and the sizes; else perplexities and the tasks' mean.
+    intervals: 95 % intervals in the cells, `3.50 [3.25, 3.75]`; else how wide the widest is, below the table.
     """
     tables = []
     for model, mine in by_model(in_order(records)).items():
@@ -80,9 +82,9 @@ def result_tables(records: Sequence[TrialRecord], *, everything: bool) -> list[T
         elif MEAN_ACCURACY in metrics:
             metrics = [name for name in metrics if not name.endswith("/acc")]
         for metric in metrics:
-            grid = _grid(mine, metric)
+            grid = _grid(mine, metric, with_interval if intervals else shown_of)
             if not grid.empty:
-                tables.append(_table(grid, model, metric, _widest_interval(mine, metric)))
+                tables.append(_table(grid, model, metric, "" if intervals else _widest_interval(mine, metric)))
     return tables
 
 
@@ -92,10 +94,10 @@ def method_by_bits(records: Sequence[TrialRecord], metric: str) -> "DataFrame":
     Cells are numbers as measured, or `diverged`, `failed`, `-` (not run, or not measured). The unquantized model stands
     under 16. A row without anything to say is left out.
     """
-    return _grid(in_order(records), metric)
+    return _grid(in_order(records), metric, cell)
 
 
-def _grid(ordered: Sequence[TrialRecord], metric: str) -> "DataFrame":
+def _grid(ordered: Sequence[TrialRecord], metric: str, content: Callable[[TrialRecord, str], Cell]) -> "DataFrame":
     from pandas import DataFrame
 
     told = [record for record in ordered if cell(record, metric) != ABSENT]
@@ -103,10 +105,10 @@ def _grid(ordered: Sequence[TrialRecord], metric: str) -> "DataFrame":
     rows: dict[str, dict[int, Cell]] = {}
     for record, label in zip(told, labels([record.spec for record in told], metric), strict=True):
         row = rows.setdefault(label, dict.fromkeys(columns, ABSENT))
-        found, bits = cell(record, metric), bits_of(record.spec)
+        bits = bits_of(record.spec)
         # Trials that differ in nothing this metric depends on: what was measured counts, not what failed.
-        if isinstance(found, float) or row[bits] in (ABSENT, FAILED):
-            row[bits] = found
+        if isinstance(cell(record, metric), float) or row[bits] in (ABSENT, FAILED):
+            row[bits] = content(record, metric)
     grid = DataFrame.from_dict(rows, orient="index", columns=columns, dtype=object)
     return grid.rename_axis(index="method", columns="bits")
 
@@ -169,12 +171,14 @@ def headline_metrics(records: Iterable[TrialRecord]) -> list[str]:
     """
     records = list(records)
     seen = {name for record in records for name in (*record.metrics, *record.diverged)}
-    texts = [f"perplexity/{text['name']}" for record in records for text in record.spec.evaluation.get("texts", [])]
+    texts = [metric for record in records for metric in text_metrics(record.spec)]
     tasks = []
-    for task in (task for record in records for task in record.spec.evaluation.get("tasks", [])):
-        others = sorted(name for name in seen if name.startswith(f"{task}/"))
-        tasks += [f"{task}/acc"] if f"{task}/acc" in seen or not others else others
-    several = len({name for name in tasks if name.endswith("/acc")}) > 1
+    for spec, task in ((record.spec, task) for record in records for task in record.spec.evaluation.get("tasks", [])):
+        accuracy = _task_metric(spec, task)
+        start = "word_perplexity" if task == WORD_TASK else accuracy.removesuffix("acc")
+        others = sorted(name for name in seen if name.startswith(start))
+        tasks += [accuracy] if accuracy in seen or not others else others
+    several = any(len(mean_metrics(record.spec)) > 1 for record in records)
     return list(dict.fromkeys([*texts, *([MEAN_ACCURACY] if several else []), *tasks]))
 
 
@@ -189,14 +193,38 @@ def cell(record: TrialRecord, metric: str) -> Cell:
     return float(record.metrics[metric]) if metric in record.metrics else ABSENT
 
 
+def text_metrics(spec: TrialSpec) -> list[str]:
+    """The perplexities that a trial was asked for."""
+    quick = bool(spec.evaluation.get("quick"))
+    return [text_metric("perplexity", text["name"], quick) for text in spec.evaluation.get("texts", [])]
+
+
+def mean_metrics(spec: TrialSpec) -> list[str]:
+    """The accuracies that a trial's mean is over; as in the study, not MMLU's, which has five shots."""
+    tasks = [task for task in spec.evaluation.get("tasks", []) if task != WORD_TASK]
+    zero_shot = [task for task in tasks if task not in FEW_SHOT]
+    return [_task_metric(spec, task) for task in zero_shot or tasks]
+
+
+def is_perplexity(metric: str) -> bool:
+    return metric.partition("/")[0] in ("perplexity", "perplexity_quick")
+
+
+def is_accuracy(metric: str) -> bool:
+    return metric == MEAN_ACCURACY or metric.endswith("/acc")
+
+
+def _task_metric(spec: TrialSpec, task: str) -> str:
+    return f"{task}{'_quick' if spec.evaluation.get('quick') else ''}/acc"
+
+
 def _asked(spec: TrialSpec, metric: str) -> bool:
-    texts = [f"perplexity/{text['name']}" for text in spec.evaluation.get("texts", [])]
-    tasks = tuple(f"{task}/" for task in spec.evaluation.get("tasks", []))
-    return metric in (*texts, *SIZES) or metric.startswith(tasks)
+    tasks = tuple(_task_metric(spec, task).removesuffix("acc") for task in spec.evaluation.get("tasks", []))
+    return metric in (*text_metrics(spec), *SIZES) or metric.startswith(tasks)
 
 
 def _mean_accuracy(record: TrialRecord) -> Cell:
-    cells = [cell(record, f"{task}/acc") for task in record.spec.evaluation.get("tasks", [])]
+    cells = [cell(record, metric) for metric in mean_metrics(record.spec)]
     words = [found for found in cells if isinstance(found, str)]
     if not cells or ABSENT in words:
         return ABSENT
@@ -212,6 +240,37 @@ def shown(found: Cell, metric: str) -> str:
     if metric in SIZES:
         return f"{found:.2f}"
     return f"{found:#.4g}".rstrip(".") if 1e-3 <= abs(found) < 1e4 else f"{found:.2e}"
+
+
+def shown_of(record: TrialRecord, metric: str) -> str:
+    return shown(cell(record, metric), metric)
+
+
+def with_interval(record: TrialRecord, metric: str) -> str:
+    """A cell for people, with its 95 % interval if it has one."""
+    bounds = interval(record, metric)
+    text = shown_of(record, metric)
+    return text if bounds is None else f"{text} [{shown(bounds[0], metric)}, {shown(bounds[1], metric)}]"
+
+
+def interval(record: TrialRecord, metric: str) -> tuple[float, float] | None:
+    """The metric's 95 % interval; None for one that has none, or that is not to be trusted.
+
+    Of the tasks' mean: the half widths of the tasks add in squares, as errors of independent questions do.
+    """
+    if not isinstance(cell(record, metric), float):
+        return None
+    if metric != MEAN_ACCURACY:
+        return record.intervals.get(metric)
+    names = mean_metrics(record.spec)
+    if not all(name in record.intervals for name in names):
+        return None
+    below, above = (
+        math.sqrt(math.fsum((record.metrics[name] - record.intervals[name][end]) ** 2 for name in names)) / len(names)
+        for end in (0, 1)
+    )
+    mean = float(cell(record, metric))
+    return mean - below, mean + above
 
 
 def seconds(record: TrialRecord) -> float | None:
@@ -273,14 +332,15 @@ def _traits(spec: TrialSpec, metric: str | None) -> dict[str, str]:
         "method": {key: value for key, value in spec.method.items() if key != "name"},
         "calibration": spec.calibration or {},
         "trial": {"seed": spec.seed},
+        "mixed": {"settings": spec.departures},
         "evaluation": {},
     }
     wanted = spec.evaluation
     if metric == MEAN_ACCURACY:
         parts["evaluation"] = {key: wanted.get(key) for key in ("tasks", "task_limit")}
-    elif metric is not None and metric.startswith("perplexity/"):
+    elif metric is not None and is_perplexity(metric):
         texts = {text["name"]: text for text in wanted.get("texts", [])}
-        parts["evaluation"] = texts.get(metric.removeprefix("perplexity/"), {})
+        parts["evaluation"] = texts.get(metric.partition("/")[2], {})
     elif metric is not None and metric not in SIZES:
         parts["evaluation"] = {"task_limit": wanted.get("task_limit")}
     return {
@@ -303,6 +363,8 @@ def _word(key: str, value: str) -> str:
         return "sym" if value == "true" else "asym"
     if key == "scheme.act_bits":
         return f"a{UNQUANTIZED_BITS if value == 'null' else value}"
+    if key == "mixed.settings":
+        return value or "uniform"
     if key in ("model.name", "model.dtype"):
         return value
     return f"seed {value}" if key == "trial.seed" else f"{name}={value}"
@@ -314,14 +376,15 @@ def _natural(text: str) -> list[tuple[int, int, str]]:
 
 
 def _table(grid: "DataFrame", model: str, metric: str, note: str) -> Table:
-    rows = tuple((str(label), *(shown(found, metric) for found in row)) for label, *row in grid.itertuples())
+    rows = tuple((str(label), *map(str, row)) for label, *row in grid.itertuples())
     return Table(f"{model}: {title(metric)}", ("method \\ bits", *map(str, grid.columns)), rows, note)
 
 
 def title(metric: str) -> str:
     """A metric in words, with its unit and its good direction."""
-    if metric.startswith("perplexity/"):
-        return f"perplexity of {metric.removeprefix('perplexity/')} (lower is better)"
+    if is_perplexity(metric):
+        kind, _, text = metric.partition("/")
+        return f"perplexity of {text} (lower is better{', a quick look' if kind.endswith('_quick') else ''})"
     if metric == MEAN_ACCURACY:
         return "mean accuracy of the tasks, % (higher is better)"
     if metric.endswith(("/acc", "/acc_norm")):

@@ -1,15 +1,37 @@
-"""What a sweep leaves for people: a table, a picture, and a page that says how to get them again."""
+"""What a sweep leaves for people: a page that answers, its twin in Markdown, its numbers and its pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from q3q.record import TrialRecord, write_atomically
-from q3q.report.plots import perplexity_against_bits, site_error_heatmap
-from q3q.report.tables import Table, in_order, model_name, result_tables, sites_csv, trial_table
+from q3q.record import TrialRecord, trial_folder, write_atomically
+from q3q.report.latex import latex
+from q3q.report.page import Contents, html, markdown, versions
+from q3q.report.paper import Compared, compare_with_paper, paper_table, share_reproduced
+from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
+from q3q.report.tables import Table, in_order, result_tables, sites_csv, trial_table
 
-PAGE, CSV, PICTURE = "results.md", "results.csv", "perplexity.png"
+HTML, PAGE, CSV, LATEX, PICTURE = "report.html", "results.md", "results.csv", "results.tex", "perplexity.png"
+PLOTS = "plots"  # folder of each plot as PNG and SVG
+FORMATS = {"html": HTML, "md": PAGE, "csv": CSV, "latex": LATEX}
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a report says of its records beyond themselves.
+
+    command: what a person types to get them again. question, expectation: of a saved study. predicted: seconds by
+    trial. warnings: what went wrong in finding the records. against_paper: say so too if no published cell was run.
+    """
+
+    name: str
+    command: str
+    question: str = ""
+    expectation: str = ""
+    predicted: Mapping[str, float] | None = None
+    warnings: Sequence[str] = ()
+    against_paper: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,22 +48,38 @@ class Report:
         return {"table.md": self.table.encode(), **self.files}
 
 
-def write_report(records: Sequence[TrialRecord], folder: Path, command: str) -> Report:
-    """Write `results.csv`, `results.md` and `perplexity.png`; each appears whole or not at all.
-
-    command: what a person types to get these results again.
-    """
+def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> Report:
+    """Write the page, its twin, `results.csv`, `results.tex` and the pictures; each appears whole or not at all."""
     records = in_order(records)
     main = result_tables(records, everything=False)
+    contents = _contents(records, about)
+    pictures = {f"{PLOTS}/{plot.name}.svg": plot.svg() for plot in contents.plots}
+    pictures |= {f"{PLOTS}/{plot.name}.png": plot.png() for plot in contents.plots}
     files = {
-        CSV: trial_table(records).to_csv(index=False, lineterminator="\n").encode(),
+        HTML: html(contents).encode(),
+        PAGE: markdown(contents, {plot.name: f"{PLOTS}/{plot.name}.png" for plot in contents.plots}).encode(),
+        CSV: _csv(records, None),
+        LATEX: latex(records).encode(),
         PICTURE: perplexity_against_bits(records),
-        PAGE: _page(records, command).encode(),
+        **pictures,
     }
     for name, content in files.items():
         write_atomically(folder / name, content)
     text = "\n\n".join(table.plain() for table in main) or "No results: no trial measured anything."
-    return Report(folder, text, _joined(main), files)
+    if contents.compared:
+        text += f"\n\nAgainst the paper: {share_reproduced(contents.compared)}"
+    return Report(folder, text, "\n".join(table.markdown() for table in main), files)
+
+
+def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes:
+    """The report in one of `FORMATS`, alone: its Markdown has no pictures. CSV against the paper is of its cells."""
+    records = in_order(records)
+    if kind == "latex":
+        return latex(records).encode()
+    if kind == "csv":
+        return _csv(records, compare_with_paper(records) if about.against_paper else None)
+    contents = _contents(records, about, plots=kind == "html")
+    return (html(contents) if kind == "html" else markdown(contents, {})).encode()
 
 
 def trial_artifacts(record: TrialRecord) -> dict[str, bytes]:
@@ -51,37 +89,47 @@ def trial_artifacts(record: TrialRecord) -> dict[str, bytes]:
         files |= {"sites.csv": sites_csv(record).encode(), "heatmap.png": site_error_heatmap(record)}
     if record.results:
         files["lm_eval.json"] = _json(record.results)
-    return files
+    beside = {name: trial_folder(record.spec) / name for name in record.files}
+    return files | {name: path.read_bytes() for name, path in beside.items() if path.is_file()}
 
 
-def _page(records: Sequence[TrialRecord], command: str) -> str:
-    failed = [f"- {_name(record)}: {_reason(record)}" for record in records if not record.completed]
-    diverged = [f"- {_name(r)}: {', '.join(r.diverged)}" for r in records if r.completed and r.diverged]
-    commits = sorted({str(record.environment.get("git_commit") or "") for record in records} - {""})
-    count = f"{len(records)} trials: {len(records) - len(failed)} completed, {len(failed)} failed."
-    parts = [
-        f"# Results\n\n```\n{command}\n```\n\n{count}" + (f" Code: {', '.join(commits)}." if commits else ""),
-        f"![Perplexity against bits]({PICTURE})",
-        _joined(result_tables(records, everything=True)) or "Nothing was measured.",
-    ]
-    if failed:
-        parts.append("## Failed\n\n" + "\n".join(failed))
-    if diverged:
-        parts.append("## Diverged\n\nThese are not finite numbers:\n\n" + "\n".join(diverged))
-    parts.append(f"Every metric of every trial: [{CSV}]({CSV}).")
-    return "\n\n".join(parts) + "\n"
+def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) -> Contents:
+    compared = compare_with_paper(records)
+    warnings = list(about.warnings)
+    if len(commits := versions(records)) > 1:
+        warnings.append(f"These trials were measured by {len(commits)} versions of the code: {_by_version(records)}.")
+    return Contents(
+        name=about.name,
+        command=about.command,
+        question=about.question,
+        expectation=about.expectation,
+        records=records,
+        plots=study_plots(records, about.predicted) if plots else [],
+        compared=compared if compared or about.against_paper else None,
+        warnings=warnings,
+    )
 
 
-def _joined(tables: Sequence[Table]) -> str:
-    return "\n".join(table.markdown() for table in tables)
+def _by_version(records: Sequence[TrialRecord]) -> str:
+    counts: dict[str, int] = {}
+    for record in records:
+        commit = str(record.environment.get("git_commit") or "unknown")
+        counts[commit] = counts.get(commit, 0) + 1
+    return ", ".join(f"{count} by {commit}" for commit, count in sorted(counts.items()))
 
 
-def _name(record: TrialRecord) -> str:
-    return f"{record.spec.name} · {model_name(record.spec)} (`{record.spec.id}`)"
+def _csv(records: Sequence[TrialRecord], compared: Sequence[Compared] | None) -> bytes:
+    if compared is None:
+        return trial_table(records).to_csv(index=False, lineterminator="\n").encode()
+    import csv
+    import io
 
-
-def _reason(record: TrialRecord) -> str:
-    return " ".join(record.reason.split()) or "no reason given"
+    text = io.StringIO()
+    table: Table = paper_table(compared)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.columns)
+    writer.writerows(table.rows)
+    return text.getvalue().encode()
 
 
 def _json(data: object) -> bytes:

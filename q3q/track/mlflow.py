@@ -6,6 +6,7 @@ Every call names its run: MLflow's global active run is never used, and nobody b
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sqlite3
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.errors import TrackingError
+from q3q.masking import masked
 from q3q.record import TrialRecord, write_atomically
 from q3q.spec import TrialSpec
 from q3q.track.tracker import Sweep
@@ -31,6 +33,8 @@ WHEN_CHECKING = (5, 0)
 WHEN_WORKING = (15, 2)
 # What MLflow takes, in characters (tags: servers before 3.0). Longer texts are cut and stand whole in artifacts.
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
+LONGEST_NAME = 120  # of a run, which stands in a table's column
+MOST_AT_ONCE = 1000  # metrics in one request
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -44,15 +48,18 @@ class MlflowTracker:
 
     uri: `sqlite:///FILE` (relative to the working directory, made if missing) or the address of a server.
     artifacts: the folder for files beside a SQLite store, `artifacts` next to it if None; a server has its own place.
-    experiment: what MLflow files the runs under.
+    experiment: what MLflow files the runs under. register: name of a model in the registry that exported checkpoints
+    become versions of, None for none.
 
     Raises:
         TrackingError: the URI is neither.
     """
 
-    def __init__(self, uri: str, artifacts: str | None = None, experiment: str = "q3q") -> None:
+    def __init__(
+        self, uri: str, artifacts: str | None = None, experiment: str = "q3q", register: str | None = None
+    ) -> None:
         self.uri, self._database = _read_uri(uri)
-        self.experiment = experiment
+        self.experiment, self.register = experiment, register
         self._artifacts: Path | None = None
         if self._database is not None:
             self._artifacts = Path(artifacts or self._database.parent / "artifacts").absolute()
@@ -61,12 +68,15 @@ class MlflowTracker:
         self._experiment_id = ""
         self._sweep: Sweep | None = None
         self._parent = ""
+        self._live: dict[str, str] = {}  # trial id -> the run that its metrics go to while it works
         self._children: dict[str, dict[str, str]] = {}  # trial id -> its runs -> digest of the record that each holds
 
     def check(self) -> None:
         """See `Tracker.check`. Imports MLflow and makes a missing SQLite store: takes seconds, may run in a thread."""
         with self._trouble("cannot be used"), _patience(*WHEN_CHECKING):
             self._find_experiment()
+            if self.register is not None:
+                self._check_registry()
 
     def open(self, sweep: Sweep) -> None:
         with self._trouble("cannot be used"), _patience(*WHEN_WORKING):
@@ -78,7 +88,7 @@ class MlflowTracker:
             tags = {
                 "q3q.sweep": sweep.id,
                 "q3q.command": sweep.command,
-                "mlflow.note.content": _note(sweep.command),
+                "mlflow.note.content": _note(sweep),
                 **_origin(),
             }
             known: dict[str, str] = {}
@@ -86,14 +96,26 @@ class MlflowTracker:
                 self._parent, known = found[0].info.run_id, found[0].data.params
                 client.update_run(self._parent, status="RUNNING")
             else:
-                self._parent = client.create_run(self._experiment_id, run_name=sweep.name).info.run_id
+                self._parent = client.create_run(self._experiment_id, run_name=_headline(sweep)).info.run_id
             params = {key: value for key, value in _summary(sweep.trials).items() if key not in known}
             self._log_batch(self._parent, {}, 0, params, tags)
             self._upload(self._parent, {"config.yaml": sweep.config.encode()})
-            self._sweep, self._children = sweep, {}
+            self._sweep, self._children, self._live = sweep, {}, {}
             for run in self._children_of(self._parent):
                 trial, digest = run.data.tags.get("q3q.trial", ""), run.data.tags.get("q3q.record", "")
                 self._children.setdefault(trial, {})[run.info.run_id] = digest
+
+    def live(self, spec: TrialSpec, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        with self._trouble(f"did not take trial {spec.id}"), _patience(*WHEN_CHECKING):
+            self._expect_open()
+            now = int(time.time() * 1000)
+            if spec.id not in self._live:
+                self._live[spec.id] = self._begin(spec, now)
+                self._children.setdefault(spec.id, {})[self._live[spec.id]] = ""
+            named = [Metric(_metric_name(name), value, now, step) for name, value in metrics.items()]
+            self._client().log_batch(self._live[spec.id], named)
 
     def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
         trial, digest = record.spec.id, _digest(record)
@@ -102,21 +124,21 @@ class MlflowTracker:
             runs = self._children.setdefault(trial, {})
             if digest in runs.values():
                 return
-            client, earlier = self._client(), list(runs)
+            client = self._client()
             started, ended = _times(record)
-            run = client.create_run(
-                self._experiment_id,
-                start_time=started,
-                run_name=f"{record.spec.name} · {_model(record.spec)}",
-                tags={"mlflow.parentRunId": self._parent, "q3q.trial": trial},
-            )
+            run = self._live.pop(trial, None) or self._begin(record.spec, started)
+            earlier = [old for old in runs if old != run]
             # From here on the run is known, and without a digest: if the rest fails, the next try replaces it.
-            runs[run.info.run_id] = ""
-            self._log_batch(run.info.run_id, _metrics(record), ended, record.spec.flat(), _tags(record))
-            self._upload(run.info.run_id, artifacts)
-            client.set_terminated(run.info.run_id, "FINISHED" if record.completed else "FAILED", ended)
-            client.set_tag(run.info.run_id, "q3q.record", digest)
-            runs[run.info.run_id] = digest
+            runs[run] = ""
+            self._log_batch(run, _metrics(record), ended, record.spec.flat(), _tags(record))
+            self._log_blocks(run, record, ended)
+            self._log_texts(run, record.spec)
+            self._upload(run, artifacts)
+            if self.register is not None and record.completed and record.spec.export:
+                self._register(run, record)
+            client.set_terminated(run, "FINISHED" if record.completed else "FAILED", ended)
+            client.set_tag(run, "q3q.record", digest)
+            runs[run] = digest
             for old in earlier:
                 client.delete_run(old)
                 del runs[old]
@@ -126,8 +148,78 @@ class MlflowTracker:
             sweep, client = self._expect_open(), self._client()
             self._upload(self._parent, artifacts)
             table = artifacts.get("table.md", b"").decode()
-            self._log_batch(self._parent, {}, 0, {}, {"mlflow.note.content": _note(sweep.command, table)})
+            self._log_batch(self._parent, {}, 0, {}, {"mlflow.note.content": _note(sweep, table)})
+            for run in self._live.values():  # interrupted at work: nobody writes to it any more
+                client.set_terminated(run, "KILLED")
             client.set_terminated(self._parent, "FINISHED" if succeeded else "FAILED")
+
+    def _begin(self, spec: TrialSpec, started: int) -> str:
+        """A child run under way."""
+        run = self._client().create_run(
+            self._experiment_id,
+            start_time=started,
+            run_name=f"{spec.name} · {_model(spec)}",
+            tags={"mlflow.parentRunId": self._parent, "q3q.trial": spec.id},
+        )
+        return str(run.info.run_id)
+
+    def _log_blocks(self, run: str, record: TrialRecord, at: int) -> None:
+        """Mean error of each block's linears, a step a block, so that the UI draws it."""
+        from mlflow.entities import Metric
+
+        series: dict[tuple[str, int], list[float]] = {}
+        for site in record.sites:
+            series.setdefault(("block/weight_error", site.block), []).append(site.weight_error)
+            if site.output_error is not None:
+                series.setdefault(("block/output_error", site.block), []).append(site.output_error)
+        means = [(name, step, sum(values) / len(values)) for (name, step), values in series.items()]
+        metrics = [Metric(name, value, at, step) for name, step, value in means if math.isfinite(value)]
+        for start in range(0, len(metrics), MOST_AT_ONCE):
+            self._client().log_batch(run, metrics[start : start + MOST_AT_ONCE])
+
+    def _log_texts(self, run: str, spec: TrialSpec) -> None:
+        """The texts that a trial calibrated and was measured on, as MLflow's data sets."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        texts = [("calibration", spec.calibration)] if spec.calibration else []
+        texts += [("evaluation", text) for text in spec.evaluation.get("texts", [])]
+        inputs = [
+            DatasetInput(
+                Dataset(
+                    name=str(text.get("name") or text["source"]),
+                    digest=str(text.get("digest", ""))[:36] or "unknown",
+                    source_type="q3q",
+                    source=json.dumps({key: value for key, value in text.items() if key != "digest"}),
+                ),
+                [InputTag("mlflow.data.context", context)],
+            )
+            for context, text in texts
+        ]
+        if inputs:
+            self._client().log_inputs(run, inputs)
+
+    def _check_registry(self) -> None:
+        """A registry takes only what lies in an artifact store that it can reach.
+
+        Raises:
+            TrackingError: it refuses local files.
+        """
+        if self._database is not None:
+            raise TrackingError(
+                f"track.register={self.register} needs a remote artifact store, and track.uri={masked(self.uri)} keeps "
+                "files on this machine alone: give a server with one (track.uri=http://HOST:PORT), or leave it out"
+            )
+
+    def _register(self, run: str, record: TrialRecord) -> None:
+        """Upload the checkpoint and make it a version of the model."""
+        assert self.register is not None
+        client = self._client()
+        folder = str(record.spec.places["export"])
+        client.log_artifacts(run, folder, "checkpoint")
+        if not client.search_registered_models(f"name = '{self.register}'"):
+            client.create_registered_model(self.register)
+        source = f"{client.get_run(run).info.artifact_uri}/checkpoint"
+        client.create_model_version(self.register, source, run_id=run, tags={"q3q.trial": record.spec.id})
 
     def _client(self) -> "MlflowClient":
         with self._connecting:
@@ -145,7 +237,7 @@ class MlflowTracker:
         found = self._client().get_experiment_by_name(self.experiment)
         if found is not None and found.lifecycle_stage != "active":
             raise TrackingError(
-                f"track.uri={_shown(self.uri)}: the experiment {self.experiment} was deleted there; "
+                f"track.uri={masked(self.uri)}: the experiment {self.experiment} was deleted there; "
                 "restore it in MLflow, or give another name as track.experiment"
             )
         return None if found is None else str(found.experiment_id)
@@ -211,7 +303,7 @@ class MlflowTracker:
                 if self._database is not None
                 else "see that an MLflow server answers there (mlflow server --port PORT), or give sqlite:///FILE"
             )
-            raise TrackingError(f"track.uri={_shown(self.uri)} {what} ({_reason(error)}); {advice}") from error
+            raise TrackingError(f"track.uri={masked(self.uri)} {what} ({_reason(error)}); {advice}") from error
 
 
 _DOORS = ("mlflow.", "sqlalchemy.", "requests.", "urllib3.")  # whose exceptions speak of the store, not of our code
@@ -224,7 +316,7 @@ def _read_uri(uri: str) -> tuple[str, Path | None]:
     file = re.fullmatch(r"sqlite:///([^?]+)", uri)
     if file is None or file[1] == ":memory:":
         raise TrackingError(
-            f"track.uri={_shown(uri)}: give sqlite:///FILE, or the address of an MLflow server (http://HOST:PORT); "
+            f"track.uri={masked(uri)}: give sqlite:///FILE, or the address of an MLflow server (http://HOST:PORT); "
             "another database is reached through `mlflow server --backend-store-uri`"
         )
     path = Path(file[1]).absolute()
@@ -301,12 +393,7 @@ def _reason(error: BaseException) -> str:
     """The error at the bottom of the chain, in one line: `Connection refused`, not the five errors around it."""
     while deeper := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = deeper
-    return _cut(" ".join(str(error).split()) or type(error).__name__, 200)
-
-
-def _shown(uri: str) -> str:
-    """A URI without the password in it."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return _cut(masked(" ".join(str(error).split())) or type(error).__name__, 200)
 
 
 def _cut(text: str, longest: int) -> str:
@@ -329,11 +416,19 @@ def _milliseconds(moment: str | None) -> int | None:
 
 
 def _metrics(record: TrialRecord) -> dict[str, float]:
-    """The record's metrics under names that MLflow takes, and `<metric>.low`, `<metric>.high` of each 95 % interval."""
+    """The record's metrics under names that MLflow takes, `<metric>.low` and `<metric>.high` of each 95 % interval, and
+    `<metric>.difference` from the unquantized model."""
     named = dict(record.metrics)
     for name, (low, high) in record.intervals.items():
         named |= {f"{name}.low": low, f"{name}.high": high}
-    return {re.sub(r"[^\w/.\- ]", "_", name): value for name, value in named.items()}
+    for name, compared in record.comparisons.items():
+        if compared.difference is not None:
+            named[f"{name}.difference"] = compared.difference
+    return {_metric_name(name): value for name, value in named.items()}
+
+
+def _metric_name(name: str) -> str:
+    return re.sub(r"[^\w/.\- ]", "_", name)
 
 
 def _tags(record: TrialRecord) -> dict[str, str]:
@@ -360,6 +455,9 @@ def _story(record: TrialRecord) -> str:
         lines.append(f"Reason: {record.reason}")
     if record.diverged:
         lines.append(f"Not a finite number: {', '.join(record.diverged)}")
+    if record.comparisons:
+        told = [name for name, compared in record.comparisons.items() if compared.distinguishable]
+        lines.append(f"Distinguishable from the unquantized model: {', '.join(told) or 'nothing'}")
     lines += [f"Check {check.name} failed: {check.detail}" for check in record.checks if not check.passed]
     return "\n\n".join(lines)
 
@@ -392,5 +490,16 @@ def _model(spec: TrialSpec) -> str:
     return str(spec.model.get("name") or spec.model.get("source"))
 
 
-def _note(command: str, table: str = "") -> str:
-    return f"```\n{command}\n```\n\n{table}"
+def _headline(sweep: Sweep) -> str:
+    """What the sweep's own run is called: its question, if it has one."""
+    return _cut(sweep.question or sweep.name, LONGEST_NAME)
+
+
+def _note(sweep: Sweep, table: str = "") -> str:
+    """What was asked, how to ask it again, and the answer."""
+    asked = [
+        f"**{word}.** {text}"
+        for word, text in (("Question", sweep.question), ("Expectation", sweep.expectation))
+        if text
+    ]
+    return "\n\n".join([*asked, f"```\n{sweep.command}\n```", table])

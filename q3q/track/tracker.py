@@ -1,11 +1,13 @@
 """Where a sweep's results are kept for browsing: the seam, and its twin for tests."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol
 
-from q3q.record import TrialRecord
-from q3q.spec import TrialSpec
+from q3q.record import TrialRecord, write_atomically
+from q3q.spec import Json, TrialSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +15,8 @@ class Sweep:
     """What is known of a sweep before it runs.
 
     id: the same for the same set of trials. command: what a person types to get it again. config: composed, as YAML.
+    question, expectation: of a saved study, in its own words. predicted: seconds of each trial still to run, by id.
+    experiment: what a tracker files it under.
     """
 
     id: str
@@ -20,6 +24,22 @@ class Sweep:
     command: str
     config: str
     trials: tuple[TrialSpec, ...]
+    question: str = ""
+    expectation: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
+    experiment: str = "q3q"
+
+    def save(self, storage: Path) -> None:
+        """To `<storage>/sweeps/<name>_<id>.json`: a report, or a new tracker, finds its trials there."""
+        write_atomically(storage / "sweeps" / f"{self.name}_{self.id}.json", json.dumps(self.to_json()).encode())
+
+    def to_json(self) -> Json:
+        return {**asdict(self), "trials": [spec.to_json() for spec in self.trials]}
+
+    @classmethod
+    def load(cls, path: Path) -> "Sweep":
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**data, "trials": tuple(TrialSpec.from_json(spec) for spec in data["trials"])})
 
 
 class Tracker(Protocol):
@@ -37,6 +57,13 @@ class Tracker(Protocol):
 
         Raises:
             TrackingError: the store cannot be used.
+        """
+
+    def live(self, spec: TrialSpec, metrics: Mapping[str, float], step: int) -> None:
+        """Keep what is known of a trial at work, so that its charts move; `log` goes on in the same entry.
+
+        Raises:
+            TrackingError: the store did not take it. Nothing is lost: its record will hold it.
         """
 
     def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
@@ -63,12 +90,16 @@ class MemoryTracker:
         self.artifacts: dict[str, dict[str, bytes]] = {}
         self.closing: dict[str, bytes] = {}
         self.succeeded: bool | None = None
+        self.steps: dict[str, list[tuple[int, dict[str, float]]]] = {}
 
     def check(self) -> None:
         pass
 
     def open(self, sweep: Sweep) -> None:
         self.sweep, self.succeeded = sweep, None
+
+    def live(self, spec: TrialSpec, metrics: Mapping[str, float], step: int) -> None:
+        self.steps.setdefault(spec.id, []).append((step, dict(metrics)))
 
     def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
         self.records[record.spec.id] = record

@@ -13,7 +13,7 @@ import pytest
 from q3q.record import COMPLETED, FAILED, SiteError, TrialRecord
 from q3q.report.plots import perplexity_against_bits, site_error_heatmap
 from q3q.report.tables import method_by_bits, result_tables, sites_csv, trial_table
-from q3q.report.write import trial_artifacts, write_report
+from q3q.report.write import About, trial_artifacts, write_report
 from q3q.spec import Scheme, TrialSpec
 
 STORIES, WHO = "perplexity/stories", "stories_who/acc"
@@ -214,17 +214,23 @@ def test_the_long_table_has_a_row_per_trial_and_says_how_each_ended() -> None:
     assert {"trial", "model", "group_size", "act_bits", "symmetric", "seed", "seconds"} <= set(table.columns)
 
 
-def test_a_report_is_three_files_that_do_not_depend_on_the_order_trials_ended_in(tmp_path: Path) -> None:
+def about(command: str = "python launch.py") -> About:
+    return About(name="a study", command=command, question="Which is best?", expectation="GPTQ & <co>")
+
+
+def test_a_reports_files_do_not_depend_on_the_order_trials_ended_in(tmp_path: Path) -> None:
     command = "python launch.py -m method=none,rtn,gptq,awq bits=2,3,4"
     other = failed("gptq", 8, "out of\nmemory")
-    report = write_report([other, *GRID], tmp_path / "one", command)
-    again = write_report([*GRID[::-1], other], tmp_path / "two", command)
-    assert sorted(path.name for path in report.folder.iterdir()) == ["perplexity.png", "results.csv", "results.md"]
-    assert {path.name: path.read_bytes() for path in report.folder.iterdir()} == report.files
+    report = write_report([other, *GRID], tmp_path / "one", about(command))
+    again = write_report([*GRID[::-1], other], tmp_path / "two", about(command))
+    files = {str(path.relative_to(report.folder)): path for path in report.folder.rglob("*") if path.is_file()}
+    assert {"report.html", "results.md", "results.csv", "results.tex", "perplexity.png"} <= set(files)
+    assert {f"plots/demo-perplexity-stories-bits.{kind}" for kind in ("svg", "png")} <= set(files)
+    assert {name: path.read_bytes() for name, path in files.items()} == report.files
     assert report.files == again.files
     page = report.files["results.md"].decode()
     assert command in page
-    assert "(perplexity.png)" in page
+    assert "(plots/demo-perplexity-stories-bits.png)" in page
     assert f"- gptq w2 g128 · demo (`{GRID[2].spec.id}`): the worker died" in page
     assert f"- rtn w2 g128 · demo (`{GRID[4].spec.id}`): {STORIES}" in page
     assert "the worker died\n- gptq w8 g128 · demo" in page
@@ -236,7 +242,7 @@ def test_a_report_is_three_files_that_do_not_depend_on_the_order_trials_ended_in
 
 @pytest.mark.parametrize("records", [[], [failed("gptq", 2)], [record("rtn", 2, None)]])
 def test_nothing_to_show_is_shown_as_such(records: list[TrialRecord], tmp_path: Path) -> None:
-    report = write_report(records, tmp_path, "python launch.py")
+    report = write_report(records, tmp_path, about())
     assert pixels(report.files["perplexity.png"]).size
     assert len(report.files["results.csv"].decode().splitlines()) == 1 + len(records)
     assert report.text

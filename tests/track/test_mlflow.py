@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from q3q.errors import TrackingError
-from q3q.record import COMPLETED, FAILED, Check, TrialRecord
+from q3q.record import COMPLETED, FAILED, Check, SiteError, TrialRecord
 from q3q.spec import Scheme, TrialSpec
 from q3q.track.mlflow import MlflowTracker
 from q3q.track.tracker import MemoryTracker, Sweep, Tracker
@@ -393,3 +393,96 @@ def test_a_server_takes_the_same_and_its_death_is_told_in_bounded_time(tmp_path:
     assert not (tmp_path / "unused").exists()
     # What the server had taken before it died is there.
     assert [run.info.run_name for run in children(tracker_in(tmp_path))] == ["gptq w3 g128 · demo"]
+
+
+def test_a_saved_study_reads_well_without_knowing_q3q(tracker: MlflowTracker) -> None:
+    asked = replace(sweep(), question="Which method is best at 2 bits?", expectation="GPTQ.")
+    tracker.open(asked)
+    tracker.close({"table.md": b"| gptq | 3.5 |"}, succeeded=True)
+    [parent] = parents(tracker)
+    assert parent.info.run_name == "Which method is best at 2 bits?"
+    note = parent.data.tags["mlflow.note.content"]
+    assert note.startswith("**Question.** Which method is best at 2 bits?\n\n**Expectation.** GPTQ.\n\n```\n" + COMMAND)
+    assert note.endswith("| gptq | 3.5 |")
+
+
+def test_metrics_arrive_while_a_trial_runs_and_stay_in_its_one_run(tracker: MlflowTracker) -> None:
+    from mlflow.tracking import MlflowClient
+
+    tracker.open(sweep())
+    for block in (1, 2):
+        tracker.live(spec(), {"progress/blocks": float(block)}, block)
+    [child] = children(tracker)
+    assert child.info.status == "RUNNING"
+    assert child.info.run_name == "gptq w3 g128 · demo"
+    sites = tuple(
+        SiteError(block=k, site="o", linear=name, weight_error=error, output_error=None)
+        for k in range(2)
+        for name, error in (("a", 0.1 + k), ("b", 0.3 + k))
+    )
+    tracker.log(record(sites=sites), {})
+    [ended] = children(tracker)
+    assert (ended.info.run_id, ended.info.status) == (child.info.run_id, "FINISHED")
+    client = MlflowClient(tracking_uri=tracker.uri)
+    history = {
+        name: [(one.step, one.value) for one in client.get_metric_history(child.info.run_id, name)]
+        for name in ("progress/blocks", "block/weight_error")
+    }
+    assert history["progress/blocks"] == [(1, 1.0), (2, 2.0)]
+    assert history["block/weight_error"] == [(0, pytest.approx(0.2)), (1, pytest.approx(1.2))]
+
+
+def test_texts_are_data_sets_with_their_digests(tracker: MlflowTracker) -> None:
+    tracker.open(sweep())
+    tracker.log(record(), {})
+    [child] = children(tracker)
+    found = [(one.tags[0].value, one.dataset.name, one.dataset.digest) for one in child.inputs.dataset_inputs]
+    assert sorted(found) == [("calibration", "demo", "d2"), ("evaluation", "stories", "unknown")]
+
+
+def test_registering_needs_a_server_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TrackingError, match=r"track\.register=mine needs a remote artifact store") as refusal:
+        MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", register="mine").check()
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_emptied_store_is_rebuilt_from_the_records_and_again_changes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from q3q.track.__main__ import main
+
+    mine = [replace(spec(bits), places={"trials": str(tmp_path / "trials")}) for bits in (2, 3)]
+    for one in mine:
+        replace(record(), spec=one).save()
+    loose, filed = mine[1], replace(sweep(mine[0]), question="Why?", experiment="study")
+    filed.save(tmp_path)
+    seen = []
+    for _ in range(2):
+        assert main(["sync", "--storage", str(tmp_path)]) == 0
+        told = capsys.readouterr().out
+        for name in ("study", "q3q"):
+            tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts"), name)
+            seen.append(sorted((run.info.run_id, run.info.run_name) for run in runs(tracker)))
+        assert "1 of 1 trials are in experiment study" in told
+    assert seen[:2] == seen[2:]
+    assert [name for _, name in seen[0]] != [name for _, name in seen[1]]
+    assert sorted(name for _, name in seen[0]) == ["Why?", "gptq w2 g128 · demo"]
+    assert f"gptq w{loose.scheme.bits} g128 · demo" in {name for _, name in seen[1]}
+
+
+def test_syncing_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from q3q.track.__main__ import main
+
+    assert main(["sync", "--storage", str(tmp_path)]) == 2
+    assert "holds no records" in capsys.readouterr().err
+
+
+def test_a_trial_that_was_interrupted_does_not_run_for_ever(tracker: MlflowTracker) -> None:
+    tracker.open(sweep())
+    tracker.live(spec(), {"progress/blocks": 1.0}, 1)
+    tracker.close({}, succeeded=False)
+    assert [run.info.status for run in children(tracker)] == ["KILLED"]
+    again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
+    again.open(sweep())
+    again.log(record(), {})
+    assert [run.info.status for run in children(tracker)] == ["FINISHED"]

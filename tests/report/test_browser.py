@@ -1,0 +1,149 @@
+"""The page in a real browser: no console errors, every point there, no request."""
+
+import http.server
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from q3q.record import COMPLETED, SiteError, TrialRecord
+from q3q.report.write import About, write_report
+from q3q.spec import Scheme, TrialSpec
+
+BROWSER = next(
+    (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the report's page is not looked at")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--virtual-time-budget=5000 --enable-logging=stderr --log-level=0"
+).split()
+# Reports what a reader's pointer would meet.
+PROBE = """<script>
+addEventListener("load", () => {
+  const point = document.querySelector("svg .point[data-line]");
+  point.dispatchEvent(new PointerEvent("pointerenter"));
+  const told = document.getElementById("tip").textContent;
+  document.querySelector("svg .entry[data-line='gptq']").dispatchEvent(new Event("click"));
+  const faint = new Set([...document.querySelectorAll(".faint")].map((part) => part.dataset.line));
+  document.body.dataset.probe = JSON.stringify({
+    told, faint: [...faint].sort(), overflow: document.documentElement.scrollWidth > innerWidth,
+  });
+});
+</script>"""
+
+
+def record(method: str, bits: int, perplexity: float | None) -> TrialRecord:
+    spec = TrialSpec(
+        model={"name": "demo", "digest": "d", "dtype": "float32"},
+        method={"name": method, "version": 1},
+        scheme=None if method == "none" else Scheme(bits=bits, group_size=128, symmetric=False),
+        calibration=None,
+        evaluation={"texts": [{"name": "stories", "window": 512, "limit": None}], "tasks": [], "task_limit": None},
+        seed=0,
+    )
+    measured = {} if perplexity is None else {"perplexity/stories": perplexity}
+    sizes = {"model_bytes": 1e6 * bits, "bits_per_weight_model": float(bits), "kl/stories": 1 / bits}
+    sites = [SiteError(block=k, site="o", linear="o_proj", weight_error=0.1, output_error=None) for k in range(3)]
+    return TrialRecord(
+        spec=spec,
+        status=COMPLETED,
+        metrics={**measured, **sizes},
+        diverged=() if measured else ("perplexity/stories",),
+        sites=() if method == "none" else tuple(sites),
+    )
+
+
+RECORDS = [
+    record("none", 16, 3.0),
+    record("rtn", 2, None),
+    record("rtn", 4, 4.0),
+    record("gptq", 2, 5.0),
+    record("gptq", 4, 3.5),
+]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("report")
+    about = About(name="<b>a study</b>", command="python launch.py -m method=rtn,gptq")
+    return write_report(RECORDS, folder, about).files["report.html"].decode()
+
+
+class Asked(http.server.BaseHTTPRequestHandler):
+    """Serves the page, and keeps every path that the browser asks for."""
+
+    page = ""
+    paths: list[str] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.paths.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(self.page.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def browse(page: str, tmp_path: Path, width: int) -> tuple[str, str, list[str]]:
+    """The page's DOM after its script ran, the browser's console, and what it asked the server for."""
+    assert BROWSER is not None
+    handler = type("Handler", (Asked,), {"page": page.replace("</body>", PROBE + "</body>"), "paths": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/page"
+        places = [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900"]
+        shown = subprocess.run(
+            [BROWSER, *FLAGS, *places, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=True
+        )
+        server.shutdown()
+    console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
+    return shown.stdout, "\n".join(console), handler.paths
+
+
+def test_the_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
+    dom, console, asked = browse(page, tmp_path, 1200)
+    assert console == ""
+    assert asked == ["/page"]
+    probe = re.search(r'data-probe="([^"]*)"', dom)
+    assert probe is not None
+    told = probe[1].replace("&quot;", '"')
+    assert '"told":"rtn, 4 bits: 4.000"' in told
+    assert '"faint":["none","rtn"]' in told
+    assert '"overflow":false' in told
+
+
+def test_every_plot_has_the_points_it_should(page: str) -> None:
+    points = {
+        name: re.findall(r'data-tip="([^"]*)"', body)
+        for name, body in re.findall(r'<figure id="([^"]*)".*?>(.*?)</figure>', page, re.DOTALL)
+    }
+    assert points["demo-perplexity-stories-bits"] == [
+        "rtn, 4 bits: 4.000",
+        "gptq, 2 bits: 5.000",
+        "gptq, 4 bits: 3.500",
+    ]
+    assert [tip.partition(":")[0] for tip in points["demo-pareto"]] == [
+        "none, 16 bits",
+        "rtn, 4 bits",
+        "gptq, 2 bits",
+        "gptq, 4 bits",
+    ]
+    assert len(points["demo-stories-kl"]) == 4
+    assert len([name for name in points if name.endswith("-sites")]) == 2
+    assert "not shown: rtn 2-bit" in page
+    assert "Not shown: rtn w2 g128 (diverged)." in page
+
+
+def test_the_page_asks_for_nothing_and_takes_names_for_text(page: str) -> None:
+    assert "&lt;b&gt;a study&lt;/b&gt;" in page
+    outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', page) + re.findall(r"@import|url\((?!#)", page)
+    assert outside == []
+    identities = re.findall(r'\bid="([^"]*)"', page)
+    assert len(identities) == len(set(identities))

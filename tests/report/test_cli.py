@@ -1,0 +1,103 @@
+"""`python -m q3q.report` on folders of records: what it finds, what it refuses, what it says about damage."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from q3q.record import COMPLETED, TrialRecord
+from q3q.report.__main__ import main
+from q3q.spec import Scheme, TrialSpec
+from q3q.track.tracker import Sweep
+
+
+def record(storage: Path, bits: int, model: str = "demo", commit: str = "aaa") -> TrialRecord:
+    """Saved in the storage folder."""
+    spec = TrialSpec(
+        model={"name": model, "digest": "d", "dtype": "float32"},
+        method={"name": "rtn", "version": 1, "mse": False},
+        scheme=Scheme(bits=bits, group_size=128, symmetric=False),
+        calibration=None,
+        evaluation={"texts": [{"name": "wikitext2", "window": 2048, "limit": None}], "tasks": [], "task_limit": None},
+        seed=0,
+        places={"trials": str(storage / "trials")},
+    )
+    metrics = {"perplexity/wikitext2": 10.0 + bits, "seconds/evaluate": 2.0}
+    found = TrialRecord(spec=spec, status=COMPLETED, metrics=metrics, environment={"git_commit": commit})
+    found.save()
+    return found
+
+
+def sweep(storage: Path, name: str, *records: TrialRecord) -> None:
+    specs = tuple(record.spec for record in records)
+    Sweep(id=f"id{name}", name=name, command=f"run {name}", config="", trials=specs, question=f"{name}?").save(storage)
+
+
+def test_a_study_is_found_by_its_name_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two, three = record(tmp_path, 2), record(tmp_path, 3)
+    sweep(tmp_path, "first", two)
+    sweep(tmp_path, "second", two, three, replace(two, spec=replace(two.spec, seed=9)))
+    assert main(["--study", "second", "--storage", str(tmp_path)]) == 0
+    page = (tmp_path / "reports/second_idsecond/report.html").read_text()
+    assert "second?" in page
+    assert "run second" in page
+    assert "1 of the study&#x27;s 3 trials have no record yet." in page
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_each_format_is_printed_alone(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    record(tmp_path, 2, model="qwen3_8b_base")
+    shown = {}
+    for kind in ("html", "md", "csv", "latex"):
+        assert main(["--storage", str(tmp_path), "--format", kind]) == 0
+        shown[kind] = capfdbinary.readouterr().out.decode()
+    assert shown["html"].startswith("<!doctype html>")
+    assert "| rtn | 12.00 |" in shown["md"]
+    assert shown["csv"].splitlines()[0].startswith("trial,label,model,method,bits")
+    assert r"qwen3\_8b\_base & RTN & 2 & 16 & 128 & 12.00 \\" in shown["latex"]
+    assert not (tmp_path / "reports").exists()
+
+
+def test_against_the_paper_says_so_even_when_nothing_was_run(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    record(tmp_path, 2)
+    main(["--storage", str(tmp_path), "--format", "md"])
+    assert b"Against the paper" not in capfdbinary.readouterr().out
+    main(["--storage", str(tmp_path), "--format", "md", "--against", "paper"])
+    assert b"None of the study's 2250 cells" in capfdbinary.readouterr().out
+
+
+def test_no_records_and_unknown_studies_are_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--storage", str(tmp_path)]) == 2
+    assert "holds no records: run a sweep first" in capsys.readouterr().err
+    sweep(tmp_path, "group_size", record(tmp_path, 2))
+    assert main(["--storage", str(tmp_path), "--study", "groupsize"]) == 2
+    assert capsys.readouterr().err == (
+        f"q3q: --study groupsize is not known; did you mean group_size? Known in {tmp_path}: group_size\n"
+    )
+
+
+def test_a_damaged_record_is_left_out_and_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, 2)
+    broken, strange = record(tmp_path, 3), record(tmp_path, 4)
+    path = tmp_path / "trials" / broken.spec.id / "record.json"
+    path.write_text(path.read_text()[:100])
+    other = tmp_path / "trials" / strange.spec.id / "record.json"
+    other.write_text(json.dumps({**strange.to_json(), "spec": {**strange.spec.to_json(), "seed": 5}}))
+    assert main(["--storage", str(tmp_path), "--format", "md"]) == 0
+    told = capfd.readouterr()
+    assert f"{path} cannot be read and is left out (not JSON)" in told.err
+    assert f"{other} cannot be read and is left out (ValueError: it belongs to trial" in told.err
+    assert "1 trials: 1 completed" in told.out
+    assert str(path) in told.out
+
+
+def test_records_of_several_code_versions_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, 2, commit="aaa")
+    record(tmp_path, 3, commit="bbb")
+    main(["--storage", str(tmp_path), "--format", "md"])
+    assert "measured by 2 versions of the code: 1 by aaa, 1 by bbb." in capfd.readouterr().out
