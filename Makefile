@@ -1,20 +1,22 @@
 # make demo: set up and run the example sweep. make test: set up and run the tests. make ui: browse the results.
+# make report [STUDY=name]: the report of what was run.
 VENV ?= .venv
 PYTHON ?= python3
 PORT ?= 5000
 STORAGE ?= mlruns
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-fast lint ui clean
+.PHONY: demo test test-slow lint ui report clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python launch.py -m method=rtn,gptq,awq bits=2,3,4
 
+# Two workers: many tests wait for processes of their own. test-slow: the rest, which CI runs as well.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-fast: $(VENV)/.ready
-	$(BIN)/python -m pytest -m "not slow"
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -23,6 +25,9 @@ lint: $(VENV)/.ready
 
 ui: $(VENV)/.ready
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(STORAGE)/mlflow.db --host 127.0.0.1 --port $(PORT)
+
+report: $(VENV)/.ready
+	$(BIN)/python -m q3q.report --storage $(STORAGE) $(if $(STUDY),--study $(STUDY))
 
 clean:
 	rm -rf $(VENV)

@@ -9,7 +9,8 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here whole, and leave in one
 import hydra
 from omegaconf import DictConfig
 
-from q3q.config import register
+from q3q.boundary import refuse_code
+from q3q.config import register, with_plain_keys
 from q3q.front import explain, run_alone
 
 
@@ -23,7 +24,9 @@ def main(config: DictConfig) -> object:
 
 if __name__ == "__main__":
     register()
+    sys.argv[1:] = [with_plain_keys(argument) for argument in sys.argv[1:]]
     try:
+        refuse_code(sys.argv[1:])
         main()
     except KeyboardInterrupt:
         sys.exit(130)

@@ -21,6 +21,7 @@ PACKAGES = (
     "transformers",
     "tokenizers",
     "safetensors",
+    "compressed-tensors",
     "lm-eval",
     "datasets",
     "ray",

@@ -33,8 +33,16 @@ class IntegrityError(Q3QError):
     """A trial whose own checks say that its numbers must not be trusted."""
 
 
+class ExportError(ConfigError):
+    """A checkpoint that cannot be written where or as it was asked for."""
+
+
 class TrackingError(ConfigError):
     """A tracking server or store that cannot be used."""
+
+
+class ReportError(ConfigError):
+    """A report that has nothing to be about: no records, or a study that nobody ran."""
 
 
 class SweepFailedError(Q3QError):

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 import traceback
+from functools import partial
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from q3q.config import Config, facts_of, nearest, spec_from
 from q3q.errors import ConfigError, Q3QError, SweepFailedError
+from q3q.masking import masked
 
 FAILED, MISUSED = 1, 2  # exit codes: something went wrong while running; nothing was started
 
@@ -24,10 +26,13 @@ def run_alone(config: DictConfig) -> object:
     from pathlib import Path
 
     from q3q.sweep.plan import describe, gpus_here, plan
-    from q3q.sweep.study import finished_record
+    from q3q.sweep.study import baseline_record, finished_record
     from q3q.sweep.sweeper import refuse_contradictions, running_study
 
     overrides = list(HydraConfig.get().overrides.task)
+    study = HydraConfig.get().runtime.choices.get("study")
+    if study:
+        raise ConfigError(f"study={study} is a sweep, give -m: python launch.py -m {shlex.join(overrides)}")
     refuse_contradictions(OverridesParser.create().parse_overrides(overrides))
     spec = spec_from(config)
     done = None if config.fresh else finished_record(spec)
@@ -38,26 +43,30 @@ def run_alone(config: DictConfig) -> object:
         return None
     command = "python launch.py " + shlex.join(overrides)
     with running_study(config, [spec], command, finished) as study:
+        if "baseline" in spec.places and baseline_record(spec, {}) is None:
+            study.display.note(
+                "Nothing to compare with yet: run the same with method=none once, then this again (it only compares)"
+            )
         if done is None:
             from q3q.trial import attempt_trial
 
             study.display.started(spec.id, f"{spec.name} · {spec.model['name']}")
-            study.finished(attempt_trial(spec, study.display.event))
+            study.finished(attempt_trial(spec, partial(study.heard, spec)))
     return study.records[spec.id]
 
 
 def explain(error: Exception) -> int:
     """Say in one line what is wrong and what to do; the exit code. A bug of ours keeps its traceback."""
     if isinstance(error, SweepFailedError):
-        print(f"q3q: {error}", file=sys.stderr)
+        print(f"q3q: {masked(str(error))}", file=sys.stderr)
         return FAILED
     if isinstance(error, Q3QError):
-        print(f"q3q: {error}", file=sys.stderr)
+        print(f"q3q: {masked(str(error))}", file=sys.stderr)
         return MISUSED if isinstance(error, ConfigError) else FAILED
     if isinstance(error, (HydraException, OmegaConfBaseException)):
-        print(f"q3q: {_hydra_line(error)}", file=sys.stderr)
+        print(f"q3q: {masked(_hydra_line(error))}", file=sys.stderr)
         return MISUSED
-    traceback.print_exception(error)
+    print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return FAILED
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from q3q.errors import ConfigError, Q3QError
+from q3q.masking import masked
 
 Report = Callable[[Any], None]
 
@@ -32,6 +35,8 @@ OBJECT_STORE_BYTES = 200_000_000  # only specs, records and events cross
 REPORTS_AHEAD = 64  # a task that is so many reports ahead of the driver waits, so nobody's memory fills with them
 ANSWER_SECONDS = 12  # how long the cluster at an address may take to answer
 CANCEL_SECONDS = 10  # how long cancelled workers are waited for
+
+AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 _KNOCK = """
 import sys, ray
@@ -204,6 +209,9 @@ class Cluster:
             ray.shutdown()
 
     def _start_here(self) -> None:
+        if _token_wanted() and not os.environ.get(TOKEN_PATH):
+            # One of this process's own, on no disk; for its lifetime, because Ray's core keeps the first that it sees.
+            os.environ.setdefault(TOKEN, secrets.token_hex(32))
         # On any platform this variable decides whether Ray listens on loopback alone; read when ray is first imported.
         with _environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
             self._init(
@@ -215,6 +223,11 @@ class Cluster:
             )
 
     def _connect(self, address: str) -> None:
+        if _token_wanted() and not _token_known():
+            raise ConfigError(
+                f"the Ray cluster at {address} is joined with a token, and none is here: put the head's "
+                f"(ray get-auth-token) into ~/.ray/auth_token, or set {AUTH_MODE}=disabled for a cluster without one"
+            )
         # ray.init takes minutes to give up on an address and cannot be interrupted: let another process knock first.
         try:
             answer = subprocess.run(
@@ -229,8 +242,13 @@ class Cluster:
                 f"no Ray cluster answers at {address}. Give the host:port that `ray start --head` printed"
             ) from None
         if answer.returncode != 0:
+            if "InvalidAuthToken" in answer.stderr:
+                raise ConfigError(
+                    f"the Ray cluster at {address} does not take the token that is here, or wants one and got none: "
+                    f"give the head's (ray get-auth-token there) as ~/.ray/auth_token, with {AUTH_MODE}=token"
+                )
             reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise ConfigError(f"cannot use the Ray cluster at {address}: {reason}")
+            raise ConfigError(f"cannot use the Ray cluster at {address}: {masked(reason)}")
         self._init(address=address)
 
     def _init(self, **options: Any) -> None:
@@ -258,6 +276,16 @@ class Cluster:
             # Ray's core would answer SIGTERM with a stack trace and sudden death; end as Python ends instead.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             self._sigterm_is_ours = True
+
+
+def _token_wanted() -> bool:
+    """Whether Ray is to check tokens: always, unless the environment says otherwise."""
+    return os.environ.setdefault(AUTH_MODE, "token").lower() == "token"
+
+
+def _token_known() -> bool:
+    """Whether there is a token where Ray looks for one."""
+    return any(os.environ.get(name) for name in (TOKEN, TOKEN_PATH)) or Path("~/.ray/auth_token").expanduser().is_file()
 
 
 _EVENT, _VALUE, _ERROR, _DIED = "event", "value", "error", "died"

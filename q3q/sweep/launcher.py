@@ -15,6 +15,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from q3q.masking import masked
 from q3q.sweep.cluster import Cluster, Outcome, Report, Resources, Task, WorkerDiedError
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class RayLauncher(Launcher):
             return self.run(jobs, cluster=cluster)
 
     def compose(self, overrides: list[str], number: int) -> Job:
-        log.info(f"\t#{number} : {' '.join(filter_overrides(overrides))}")
+        log.info(f"\t#{number} : {masked(' '.join(filter_overrides(overrides)))}")
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = number

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from q3q.models.checkpoint import ModelFacts
 from q3q.record import TrialRecord
-from q3q.spec import TrialSpec
+from q3q.spec import Json, TrialSpec
 
 # A rough machine: float operations per second of one core and of one GPU at work. Finished trials correct it.
 CORE_FLOPS, GPU_FLOPS = 5e10, 2e14
@@ -15,6 +15,19 @@ CORE_FLOPS, GPU_FLOPS = 5e10, 2e14
 CALIBRATION_PASSES = {"gptq": 3.0, "awq": 25.0}
 PROCESS_BYTES = 1_000_000_000  # an interpreter with torch, lm-eval and small batches
 TASK_TOKENS = 15_000  # of one task with its questions, where nothing better is known
+# Questions of the study's tasks and distinct tokens of one, its answers included and shared prompts shared.
+KNOWN_TASKS = {
+    "piqa": (1838, 60),
+    "arc_easy": (2376, 50),
+    "arc_challenge": (1172, 60),
+    "hellaswag": (10042, 180),
+    "winogrande": (1267, 50),
+    "boolq": (3270, 140),
+    "mmlu": (14042, 120),
+    "mmlu_paper": (14042, 120),
+    "wikitext": (62, 4500),
+}
+SUBJECTS, SHARED = 57, 700  # of MMLU, and the tokens that a subject's questions share
 
 
 @dataclass(frozen=True)
@@ -35,12 +48,24 @@ def predict(spec: TrialSpec, facts: ModelFacts, *, cpus: float, gpus: float) -> 
         tokens += passes * spec.calibration["samples"] * spec.calibration["length"]
     for text in spec.evaluation["texts"]:
         tokens += (text["limit"] or text["samples"] or 150) * text["window"]
-    tokens += TASK_TOKENS * len(spec.evaluation["tasks"])
+    tokens += sum(task_tokens(task, spec.evaluation) for task in spec.evaluation["tasks"])
     active = facts.linear_parameters
     if facts.experts:
         active = round(active * facts.top_k / facts.experts)
     speed = gpus * GPU_FLOPS if gpus else cpus * CORE_FLOPS
     return 2 * active * tokens / speed
+
+
+def task_tokens(task: str, evaluation: Json) -> float:
+    """Tokens that a task runs, roughly."""
+    if task not in KNOWN_TASKS:
+        return TASK_TOKENS
+    questions, length = KNOWN_TASKS[task]
+    parts = SUBJECTS if task.startswith("mmlu") else 1
+    limit = evaluation.get("limits", {}).get(task, evaluation["task_limit"])
+    if limit is not None:
+        questions = min(questions, limit * parts)
+    return questions * length + (parts * SHARED if parts > 1 else 0)
 
 
 def plan(
@@ -51,7 +76,8 @@ def plan(
     cpus: float,
     gpus: float,
 ) -> list[Planned]:
-    """The trials, those still to run first and longest first, so that the last one to end is a short one.
+    """The trials still to run first: the unquantized models, which the others are compared with, then longest first, so
+    that the last one to end is a short one.
 
     A finished trial of the same model and method tells better than arithmetic what another will take.
     """
@@ -64,7 +90,7 @@ def plan(
         known = seen.get((spec.model["name"], spec.method["name"]))
         seconds = sum(known) / len(known) if known else predict(spec, facts[spec.id], cpus=cpus, gpus=gpus)
         planned.append(Planned(spec, seconds, "as its kin took" if known else "rough", spec.id in finished))
-    return sorted(planned, key=lambda one: (one.done, -one.seconds))
+    return sorted(planned, key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds))
 
 
 def describe(planned: Sequence[Planned], *, at_once: int, where: str, storage: Path) -> str:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TextIO
 
+from q3q.masking import masked
 from q3q.record import Progress, TrialRecord
+from q3q.sweep.bulletin import Publisher, View, Work
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -110,10 +112,20 @@ def _harmless(
 
 
 class Display:
-    """Shows a sweep of `total` trials while it is entered: a live picture on a terminal, else lines in `stream`."""
+    """Shows a sweep of `total` trials while it is entered: a live picture on a terminal, else lines in `stream`.
 
-    def __init__(self, total: int, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    publisher: tells other terminals the same.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        publisher: Publisher | None = None,
+    ) -> None:
         self.total = total
+        self.publisher = publisher
         self.stream = sys.stderr if stream is None else stream
         self.pace = Pace()
         self._clock = clock
@@ -138,12 +150,16 @@ class Display:
         screen, self._screen = self._screen, None
         if screen is not None:
             screen.close()
+        if self.publisher is not None:
+            self.publisher.close()
 
     @_harmless
     def _enter(self) -> None:
         self._began = self._clock()
         if self.stream.isatty() and os.environ.get("TERM") != "dumb":
-            self._screen = Screen(self.stream, self._picture, self._confess)
+            self._screen = Screen(self.stream, lambda *size: picture(self.view(), *size), self._confess)
+        if self.publisher is not None:
+            self.publisher.start(self.view, self._confess)
 
     @_harmless
     def _summarize(self) -> None:
@@ -204,41 +220,41 @@ class Display:
 
     def _say(self, text: str, where: str = "") -> None:
         """A line that stays. where: how far the sweep is, which a live picture shows anyway."""
+        line = f"{time.strftime('%H:%M:%S')} {_printable(masked(text + where))}"
+        if self.publisher is not None:
+            self.publisher.say(line)
         if self._screen is not None:
-            self._screen.say(_printable(text))
+            self._screen.say(_printable(masked(text)))
         else:
-            line = f"{time.strftime('%H:%M:%S')} {_printable(text + where)}"
             encoding = self.stream.encoding or "utf-8"  # a log in plain ASCII gets a ? for a letter it cannot hold
             print(line.encode(encoding, "replace").decode(encoding), file=self.stream, flush=True)
 
     def _count(self) -> str:
-        """How far the sweep is: `3 of 6 done, 1 failed, 40 s left`."""
-        waiting = max(0, self.total - len(self._ended) - len(self._running))
-        left = self.pace.sweep_left(list(self._running.values()), waiting, self._at_once, self._clock())
-        failed = f", {self._failed} failed" if self._failed else ""
-        going = f", {_left(left)}" if waiting or self._running else ""
-        return f"{len(self._ended)} of {self.total} done{failed}{going}"
+        return count(self.view())
 
-    def _picture(self, width: int, height: int) -> "RenderableType":
-        """A line per running trial, as many as fit, and one for the sweep."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
+    def view(self) -> View:
+        """The sweep as it stands."""
         with self._lock:
-            now, trials = self._clock(), list(self._running.values())
-            shown = trials[: max(1, height - 3)]
-            times = [f"{duration(now - trial.started)}, {_left(self.pace.trial_left(trial, now))}" for trial in shown]
-            table = Table.grid(padding=(0, 2))
-            table.add_column(no_wrap=True, overflow="ellipsis")
-            table.add_column(no_wrap=True, overflow="ellipsis")
-            table.add_column(no_wrap=True, justify="right", min_width=max(map(len, times), default=0))
-            for trial, passed in zip(shown, times, strict=True):
-                bar = [ProgressBar(total=1.0, completed=trial.share, width=12)] if width >= WIDE else []
-                table.add_row(Text(_printable(trial.name)), Text(_printable(trial.doing)), Text(passed), *bar)
-            more = f"and {len(trials) - len(shown)} more, " if len(trials) > len(shown) else ""
-            return Group(table, Text(f"{more}{self._count()}, {duration(now - self._began)} so far", style="bold"))
+            now, trials = self._clock(), list(self._running.items())
+            waiting = max(0, self.total - len(self._ended) - len(trials))
+            return View(
+                total=self.total,
+                ended=len(self._ended),
+                failed=self._failed,
+                seconds=now - self._began,
+                left=self.pace.sweep_left([trial for _, trial in trials], waiting, self._at_once, now),
+                running=tuple(
+                    Work(
+                        trial=key,
+                        name=_printable(trial.name),
+                        doing=_printable(trial.doing),
+                        share=trial.share,
+                        seconds=now - trial.started,
+                        left=self.pace.trial_left(trial, now),
+                    )
+                    for key, trial in trials
+                ),
+            )
 
     def _confess(self, error: Exception) -> None:
         if not self._confessed:
@@ -248,6 +264,33 @@ class Display:
                 type(error).__name__,
                 error,
             )
+
+
+def count(view: View) -> str:
+    """How far a sweep is: `3 of 6 done, 1 failed, 40 s left`."""
+    failed = f", {view.failed} failed" if view.failed else ""
+    going = f", {_left(view.left)}" if view.ended < view.total or view.running else ""
+    return f"{view.ended} of {view.total} done{failed}{going}"
+
+
+def picture(view: View, width: int, height: int) -> "RenderableType":
+    """A line per running trial, as many as fit, and one for the sweep."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = view.running[: max(1, height - 3)]
+    times = [f"{duration(work.seconds)}, {_left(work.left)}" for work in shown]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    table.add_column(no_wrap=True, justify="right", min_width=max(map(len, times), default=0))
+    for work, passed in zip(shown, times, strict=True):
+        bar = [ProgressBar(total=1.0, completed=work.share, width=12)] if width >= WIDE else []
+        table.add_row(Text(work.name), Text(work.doing), Text(passed), *bar)
+    more = f"and {len(view.running) - len(shown)} more, " if len(view.running) > len(shown) else ""
+    return Group(table, Text(f"{more}{count(view)}, {duration(view.seconds)} so far", style="bold"))
 
 
 class Screen:

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +28,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from q3q.config import facts_of, spec_from, tracking_uri
 from q3q.errors import ConfigError, IncompatibleError, Q3QError, SweepFailedError
+from q3q.export.destination import forget_export, refuse_shared
+from q3q.masking import masked
 from q3q.record import Progress, TrialRecord, forget_progress
 from q3q.spec import TrialSpec
 from q3q.sweep.cluster import Cluster, Outcome, Resources, Started, Task, WorkerDiedError
@@ -38,24 +40,32 @@ from q3q.sweep.study import Study, finished_record
 if TYPE_CHECKING:
     from q3q.sweep.progress import Display
 
-SWEEP_SETTINGS = ("cluster", "track", "storage", "name", "plan", "fresh", "keep")
+NOTHING_QUANTIZED = {
+    **dict.fromkeys(("bits", "group_size", "symmetric", "act_bits", "head_bits", "embedding_bits"), "null"),
+    "overrides": "{}",
+    "skip": "[]",
+}
+SWEEP_SETTINGS = ("cluster", "track", "storage", "name", "question", "expectation", "plan", "fresh", "keep")
 # Workers show nothing themselves, and must not all start as many threads as there are cores.
 WORKER_ENV = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass
 class StudySweeperConf:
-    """params: sweep values by key, for saved studies; the command line wins."""
+    """For saved studies. params: sweep values by key, of all rows. rows: each sweeps some keys of its own; together
+    they are the study. Its values can be narrowed on the command line, not replaced (`narrowed`)."""
 
     _target_: str = "hydra_plugins.q3q.StudySweeper"
     params: dict[str, str] | None = None
+    rows: list[dict[str, str]] | None = None
 
 
 class StudySweeper(Sweeper):
     """See the module's first lines."""
 
-    def __init__(self, params: dict[str, str] | None = None) -> None:
+    def __init__(self, params: dict[str, str] | None = None, rows: list[dict[str, str]] | None = None) -> None:
         self.params = params or {}
+        self.rows = rows or [{}]
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None
@@ -77,6 +87,11 @@ class StudySweeper(Sweeper):
         trials, left_out = resolve(jobs)
         if left_out:
             print(left_out)
+        asked = set(trials)
+        trials |= self._baselines(trials, first_number=len(jobs))
+        if added := [mine.spec for key, mine in trials.items() if key not in asked]:
+            models = ", ".join(str(spec.model["name"]) for spec in added)
+            print(f"method=none of {models} is added, to compare with; evaluation.baseline=false leaves it out")
         settings = jobs[0].config
         refuse_many_settings(jobs)
         finished = {} if settings.fresh else _finished(trials)
@@ -99,11 +114,12 @@ class StudySweeper(Sweeper):
         queue = [trials[one.spec.id] for one in ordered if not one.done]
         with ExitStack() as stack:
             ready, launch = self._launcher(stack, settings) if queue else (None, None)
-            study = stack.enter_context(running_study(settings, specs, command, finished, ready))
+            predicted = {one.spec.id: one.seconds for one in ordered if not one.done}
+            study = stack.enter_context(running_study(settings, specs, command, finished, ready, predicted))
             if launch:
                 launch(queue, study)
             records = study.records
-        by_number = {job.number: (job, records.get(mine.spec.id)) for mine in trials.values() for job in mine.jobs}
+        by_number = {job.number: (job, records.get(key)) for key in asked for job in trials[key].jobs}
         return [[_job_return(job, record) for _, (job, record) in sorted(by_number.items())]]
 
     def _jobs(self, arguments: Sequence[str]) -> Iterator[Job]:
@@ -114,14 +130,41 @@ class StudySweeper(Sweeper):
         parser = OverridesParser.create(config_loader=loader)
         given = parser.parse_overrides(list(arguments))
         refuse_contradictions(given)
-        named = {override.get_key_element() for override in given}
-        saved = parser.parse_overrides([f"{key}={value}" for key, value in self.params.items()])
-        combined = [override for override in saved if override.get_key_element() not in named] + given
-        for number, overrides in enumerate(itertools.product(*map(_choices, combined))):
+        rows = [
+            parser.parse_overrides([f"{key}={value}" for key, value in {**self.params, **row}.items()])
+            for row in self.rows
+        ]
+        study = OmegaConf.select(self.config, "hydra.runtime.choices.study")
+        combined = narrowed(str(study), rows, given) if study else [replaced(row, given) for row in rows]
+        jobs = itertools.chain.from_iterable(itertools.product(*map(_choices, row)) for row in combined)
+        for number, overrides in enumerate(jobs):
             config = loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
             yield Job(number=number, overrides=tuple(overrides), config=config)
+
+    def _baselines(self, trials: dict[str, "Trial"], first_number: int) -> dict[str, "Trial"]:
+        """The trials of the unquantized model that these are compared with, as far as they are not among them."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        loader, added = self.hydra_context.config_loader, dict[str, Trial]()
+        for mine in trials.values():
+            baseline = mine.spec.places.get("baseline")
+            if baseline is None or baseline in trials or baseline in added:
+                continue
+            overrides = unquantized(mine.jobs[0].overrides)
+            config = loader.load_sweep_config(self.config, overrides)
+            spec = spec_from(config)
+            if spec.id != baseline:
+                raise ConfigError(
+                    f"the baseline of {mine.spec.name} cannot be made from this command ({' '.join(overrides)}): "
+                    "run method=none by itself, and this with evaluation.baseline=false"
+                )
+            number = first_number + len(added)
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+            added[baseline] = Trial(spec, [Job(number=number, overrides=tuple(overrides), config=config)])
+        return added
 
     def _launcher(
         self, stack: ExitStack, settings: DictConfig
@@ -131,7 +174,8 @@ class StudySweeper(Sweeper):
         assert launcher is not None
         if isinstance(launcher, RayLauncher):
             address = settings.cluster.address
-            cluster = stack.enter_context(Cluster(address=address, env=WORKER_ENV) if address else launcher.cluster())
+            joined = Cluster(address=address, env=WORKER_ENV, patience=settings.cluster.patience) if address else None
+            cluster = stack.enter_context(joined or launcher.cluster())
             cluster.env |= WORKER_ENV
             return cluster.total, lambda trials, study: _run_on_ray(launcher, cluster, trials, study, settings.cluster)
 
@@ -168,6 +212,13 @@ class Trial:
     jobs: list[Job]
 
 
+def unquantized(overrides: Sequence[str]) -> list[str]:
+    """The same job's overrides, but for the unquantized model."""
+    keys = ("method", "calibration", "export", *NOTHING_QUANTIZED)
+    kept = [one for one in overrides if one.lstrip("+~").partition("=")[0].partition(".")[0] not in keys]
+    return [*kept, "method=none", "export=none", *(f"{key}={value}" for key, value in NOTHING_QUANTIZED.items())]
+
+
 def refuse_contradictions(overrides: Sequence[Override]) -> None:
     """Two overrides of one key: whichever won, somebody would be surprised."""
     seen: dict[str, str] = {}
@@ -176,6 +227,71 @@ def refuse_contradictions(overrides: Sequence[Override]) -> None:
         if key in seen and seen[key] != override.input_line:
             raise ConfigError(f"{seen[key]} and {override.input_line} contradict each other: give {key} once")
         seen[key] = str(override.input_line)
+
+
+def replaced(row: Sequence[Override], given: Sequence[Override]) -> list[Override]:
+    """A row with the command line's values in the place of its own."""
+    named = {override.get_key_element() for override in given}
+    return [override for override in row if override.get_key_element() not in named] + list(given)
+
+
+def narrowed(study: str, rows: Sequence[Sequence[Override]], given: Sequence[Override]) -> list[list[Override]]:
+    """The rows of a saved study that the command line leaves, with the values that it leaves.
+
+    A study is a question: one of its own values given on the command line asks for that part of it, anything else would
+    change what every row means under the study's name. With a name of its own (name=...) it is another study, and the
+    command line wins.
+
+    Raises:
+        ConfigError: an override would change every row, or leaves none.
+    """
+    keys = {override.get_key_element().lstrip("+").partition("@")[0] for override in given}
+    if "name" in keys:
+        return [replaced(row, given) for row in rows]
+    swept = {key: values for row in rows for key, values in _values(row).items()}
+    for row in rows:
+        for key, values in _values(row).items():
+            swept[key] = list(dict.fromkeys([*swept[key], *values]))
+    left = list(map(list, rows))
+    others = []
+    for override in given:
+        key = override.get_key_element().lstrip("+")
+        if key not in swept:
+            if key != "study" and key.partition(".")[0] not in (*SWEEP_SETTINGS, "hydra", "data"):
+                raise ConfigError(_changes_all(study, override, swept))
+            others.append(override)
+            continue
+        wanted = _values([override])[key]
+        strange = [value for value in wanted if value not in swept[key]]
+        if strange:
+            raise ConfigError(_changes_all(study, override, swept))
+        left = [kept for row in left if (kept := _kept(row, key, wanted))]
+    if not left:
+        raise ConfigError(f"study={study} has no row with all of {' '.join(str(one.input_line) for one in given)}")
+    return [row + others for row in left]
+
+
+def _kept(row: list[Override], key: str, wanted: Sequence[str]) -> list[Override] | None:
+    """A row with those of its values that are wanted, None if it has none of them."""
+    own = _values(row).get(key)
+    left = [value for value in own or [] if value in wanted]
+    if not left:
+        return None
+    [narrow] = OverridesParser.create().parse_overrides([f"{key}={','.join(left)}"])
+    return [narrow if one.get_key_element() == key else one for one in row]
+
+
+def _values(row: Sequence[Override]) -> dict[str, list[str]]:
+    return {one.get_key_element().lstrip("+"): [choice.partition("=")[2] for choice in _choices(one)] for one in row}
+
+
+def _changes_all(study: str, override: Override, swept: Mapping[str, Sequence[str]]) -> str:
+    key = override.get_key_element().lstrip("+")
+    may = f"the study has {key}={','.join(swept[key])}" if key in swept else f"it can be narrowed by {', '.join(swept)}"
+    return (
+        f"{override.input_line} would change every row of study={study}: {may}. "
+        "Give it a name of its own (name=...) to ask another question with it"
+    )
 
 
 def refuse_many_settings(jobs: Sequence[Job]) -> None:
@@ -204,6 +320,7 @@ def resolve(jobs: Sequence[Job]) -> tuple[dict[str, Trial], str]:
     reasons = "; ".join(incompatible)
     if not trials:
         raise IncompatibleError(reasons or "the sweep has no jobs")
+    refuse_shared(trial.spec for trial in trials.values())
     count = sum(incompatible.values())
     return trials, f"{count} of {len(jobs)} combinations left out: {reasons}" if count else ""
 
@@ -225,7 +342,7 @@ class TrialPolicy(JobPolicy):
         if isinstance(event, Started):
             self.study.display.started(spec.id, f"{spec.name} · {spec.model['name']}")
         elif isinstance(event, Progress):
-            self.study.display.event(event)
+            self.study.heard(spec, event)
 
     def on_tick(self) -> None:
         if self.study.interrupted:
@@ -286,6 +403,10 @@ class RunningStudy:
     def records(self) -> dict[str, TrialRecord]:
         return self.study.records
 
+    def heard(self, spec: TrialSpec, event: Progress) -> None:
+        self.display.event(event)
+        self.study.progressed(spec, event)
+
     def finished(self, record: TrialRecord, seconds: float = 0.0) -> None:
         self.study.take(record)
         self.display.finished(record, seconds)
@@ -298,34 +419,46 @@ def running_study(
     command: str,
     finished: dict[str, TrialRecord],
     ready: Callable[[], object] | None = None,
+    predicted: Mapping[str, float] | None = None,
 ) -> Iterator[RunningStudy]:
     """Track and show what runs inside; at the end, however it ends, write and print the report.
 
     Raises:
         TrackingError: the tracker cannot be used; nothing has started. SweepFailedError: some trials failed.
     """
+    from q3q.sweep.bulletin import Publisher
     from q3q.sweep.progress import Display
     from q3q.track.mlflow import MlflowTracker
 
-    tracker = MlflowTracker(tracking_uri(settings), f"{settings.storage}/artifacts", settings.track.experiment)
+    experiment = settings.track.experiment or settings.name or "q3q"
+    artifacts = f"{settings.storage}/artifacts"
+    tracker = MlflowTracker(tracking_uri(settings), artifacts, experiment, settings.track.register)
     tracker.check()
     if ready is not None:
         ready()  # a cluster that does not answer must not leave an open run behind
     if settings.fresh:
         for spec in specs:
             forget_progress(spec)
+            forget_export(spec)
     shown = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
-    name = settings.name or "+".join(dict.fromkeys(str(spec.method["name"]) for spec in specs))
-    with Display(total=len(specs) - len(finished)) as display:
+    methods = list(dict.fromkeys(str(spec.method["name"]) for spec in specs))
+    name = settings.name or "+".join([method for method in methods if method != "none"] or methods)
+    command, storage = masked(command), Path(settings.storage)
+    publisher = Publisher(storage, name, command)
+    with Display(total=len(specs) - len(finished), publisher=publisher) as display:
         study = Study(
             name=name,
             command=command,
-            config=OmegaConf.to_yaml(shown),
+            config=masked(OmegaConf.to_yaml(shown)),
             specs=specs,
-            storage=Path(settings.storage),
+            storage=storage,
             tracker=tracker,
             note=display.note,
             records=dict(finished),
+            question=settings.question or "",
+            expectation=settings.expectation or "",
+            predicted=predicted or {},
+            experiment=experiment,
         )
         study.open()
         if finished:
@@ -341,7 +474,8 @@ def running_study(
             raise
         report = study.close()
     print(report.text)
-    print(f"\nReport and plots: {report.folder}\nMLflow: make ui, or: mlflow ui --backend-store-uri {tracker.uri}")
+    print(f"\nReport and plots: {report.folder}")
+    print(f"MLflow: make ui, or: mlflow ui --backend-store-uri {masked(tracker.uri)}")
     if interrupted:
         print(f"Interrupted: {len(study.records)} of {len(specs)} trials are recorded; the same command goes on.")
         raise KeyboardInterrupt

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 from hydra.types import HydraContext, RunMode
+from hydra.version import VersionBase
 
 from q3q.errors import Q3QError
 from q3q.sweep.cluster import Cluster, Resources, Started, WorkerDiedError
@@ -50,6 +51,15 @@ def existing_cluster():
 def connected(existing_cluster):
     with Cluster("auto") as cluster:
         yield cluster
+
+
+@pytest.fixture(autouse=True)
+def no_version_base():
+    """Hydra's suites expect the defaults of a process in which nobody has named a version yet."""
+    before = VersionBase.instance()
+    VersionBase.set_instance(VersionBase())
+    yield
+    VersionBase.set_instance(before)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Real sweeps through launch.py: real Ray, real MLflow, real processes killed."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -99,9 +100,22 @@ def swept(tmp_path_factory):
 def test_a_killed_worker_costs_nothing(swept):
     storage, code, output, killed = swept
     assert code == 0, output
-    assert len(records(storage)) == 6
+    assert len(records(storage)) == 7
     assert {record["status"] for record in records(storage).values()} == {"COMPLETED"}
     assert f"pid {killed}" in output  # the death was seen, and said
+
+
+def test_the_unquantized_model_is_added_and_all_are_compared_with_it(swept):
+    storage, _, output, _ = swept
+    assert "method=none of demo is added, to compare with" in output
+    found = records(storage)
+    assert found["none"]["comparisons"] == {}
+    for name in set(found) - {"none"}:
+        compared = found[name]["comparisons"]["perplexity/stories"]
+        ours, theirs = (found[one]["metrics"]["perplexity/stories"] for one in (name, "none"))
+        assert compared["difference"] == pytest.approx(math.log(ours / theirs))
+        assert compared["n"] == 4
+    assert found["rtn2"]["metrics"]["kl/stories"] > found["rtn4"]["metrics"]["kl/stories"] > 0
 
 
 def test_the_table_and_the_report_are_there(swept):
@@ -117,7 +131,7 @@ def test_mlflow_has_what_ran(swept):
     storage, *_ = swept
     parents, children = runs(storage)
     assert len(parents) == 1
-    assert len(children) == 6
+    assert len(children) == 7
     assert all(child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id for child in children)
     by_trial = {child.data.tags["q3q.trial"]: child for child in children}
     for record in records(storage).values():
@@ -128,7 +142,8 @@ def test_mlflow_has_what_ran(swept):
         assert child.data.params["seed"] == "0"
         assert child.info.status == "FINISHED"
         names = {artifact.path for artifact in client(storage).list_artifacts(child.info.run_id)}
-        assert {"record.json", "sites.csv"} <= names
+        assert {"record.json", "samples.parquet"} <= names
+        assert ("sites.csv" in names) == (record["spec"]["scheme"] is not None)
     names = {artifact.path for artifact in client(storage).list_artifacts(parents[0].info.run_id)}
     assert {"config.yaml", "results.csv", "table.md", "perplexity.png"} <= names
 
@@ -143,7 +158,7 @@ def test_the_same_command_again_runs_nothing(swept):
     assert {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/record.json")} == before
     assert time.monotonic() - started < 60
     parents, children = runs(storage)
-    assert (len(parents), len(children)) == (1, 6)
+    assert (len(parents), len(children)) == (1, 7)
 
 
 def test_equal_jobs_run_once_and_incompatible_pairs_are_counted(tmp_path):
@@ -166,9 +181,10 @@ def test_a_trial_that_fails_costs_no_other_and_the_exit_code_says_so(tmp_path):
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(weights, broken / "model.safetensors")
     path = f"model.path='{broken}','{ROOT}/q3q/models/demo/dense'"
-    code, output = launch(tmp_path, "-m", "model=local", path, "method=rtn", "bits=4")
+    alone = ("evaluation.baseline=false", "evaluation.drift=false")
+    code, output = launch(tmp_path, "-m", "model=local", path, "method=rtn", "bits=4", *alone)
     assert code == 1, output
-    assert "blocks.1.gate_up" in output
+    assert "blocks.1.mlp.up_proj" in output
     assert "1 of 2 trials failed" in output
     assert sorted(record["status"] for record in _all(tmp_path)) == ["COMPLETED", "FAILED"]
     failed = next(record for record in _all(tmp_path) if record["status"] == "FAILED")
@@ -183,7 +199,7 @@ def _all(storage: Path) -> list[dict]:
 
 
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
-    command = ("-m", "method=gptq", "bits=2,3,4,5,6,8")
+    command = ("-m", "method=gptq", "bits=2,3,4,5,6,8", "evaluation.baseline=false")
     process = start(tmp_path, *command)
     deadline = time.monotonic() + 120
     while len(_all(tmp_path)) < 2 and time.monotonic() < deadline:
@@ -208,6 +224,7 @@ def test_one_trial_without_a_sweep(tmp_path):
     code, output = launch(tmp_path, "method=awq", "bits=3")
     assert code == 0, output
     assert set(records(tmp_path)) == {"awq3"}
+    assert "Nothing to compare with yet: run the same with method=none once" in output
     parents, children = runs(tmp_path)
     assert (len(parents), len(children)) == (1, 1)
 
@@ -240,6 +257,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(arguments, words, tmp_path):
 def test_plan_starts_nothing(tmp_path):
     code, output = launch(tmp_path, "-m", "method=gptq,awq", "bits=2,3", "plan=true")
     assert code == 0, output
-    assert output.count("to run  ") == 4
+    assert output.count("to run  ") == 5
+    assert output.index("none ") < output.index("gptq w2")  # what all are compared with runs first
     assert not (tmp_path / "mlflow.db").exists()
     assert not list(tmp_path.glob("trials/*/spec.json"))

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# One Ray over the nodes of a Slurm job, one sweep on it. How to use it: docs/CLUSTER.md.
+#   sbatch --nodes=4 cluster/slurm.sh -m model=qwen3_8b method=gptq,awq bits=2,3,4
+#SBATCH --job-name=q3q
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --output=q3q-%j.log
+set -euo pipefail
+
+# The folder that sbatch was called in, on a file system that all nodes see, and its environment.
+cd "$SLURM_SUBMIT_DIR"
+source "${VENV:-.venv}/bin/activate"
+storage=${STORAGE:-$SLURM_SUBMIT_DIR/mlruns}
+
+# One token for this user's clusters; nodes share the home folder.
+export RAY_AUTH_MODE=token
+(umask 077 && mkdir -p ~/.ray && ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token)
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')
+port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs may share a node
+
+# start NODE HOW...: a Ray node in the background, that ends with the job.
+start() {
+    local node=$1
+    shift
+    srun --nodes=1 --ntasks=1 --exact --overlap --nodelist="$node" \
+        ray start "$@" --block --disable-usage-stats --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" &
+}
+
+start "${nodes[0]}" --head --node-ip-address="$head" --port="$port" --include-dashboard=false
+for _ in $(seq 60); do
+    ray health-check --address "$head:$port" > /dev/null 2>&1 && break
+    sleep 2
+done
+for node in "${nodes[@]:1}"; do
+    start "$node" --address="$head:$port"
+done
+
+# A trial that finds no machine waits for the nodes that are still to come.
+python launch.py "$@" cluster=existing cluster.address="$head:$port" cluster.patience=300 storage="$storage"

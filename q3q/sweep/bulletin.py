@@ -1,0 +1,160 @@
+"""What a running sweep tells other terminals: a small file in its storage folder, written anew every other second."""
+
+import json
+import os
+import platform
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from q3q.masking import masked
+from q3q.record import write_atomically
+from q3q.spec import Json
+
+EVERY_SECONDS = 2.0
+SILENT_SECONDS = 60.0  # after which a sweep on another machine counts as gone; on this one its process is looked for
+KEPT_SECONDS = 86_400.0  # what a sweep that is over, or gone, leaves is swept away by the next one after a day
+LAST_LINES = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A trial at work. share: of it that is done, 0 to 1. seconds: so far; left: expected, None if unknown."""
+
+    trial: str
+    name: str
+    doing: str
+    share: float
+    seconds: float
+    left: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A sweep at one moment. total, ended, failed: trials (ended counts the failed). seconds, left: as in `Work`."""
+
+    total: int
+    ended: int
+    failed: int
+    seconds: float
+    left: float | None
+    running: tuple[Work, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bulletin:
+    """One sweep's file. updated: seconds since 1970. lines: the last that it said, numbered since it began."""
+
+    name: str
+    command: str
+    host: str
+    pid: int
+    view: View
+    updated: float
+    over: bool = False
+    lines: tuple[tuple[int, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.host}-{self.pid}"
+
+    def gone(self) -> bool:
+        """Whether it can say nothing more, though it never said that it was over."""
+        if self.host == platform.node() and not _runs(self.pid):
+            return not self.over
+        return not self.over and abs(time.time() - self.updated) > SILENT_SECONDS
+
+    def going(self) -> bool:
+        return not self.over and not self.gone()
+
+    def to_json(self) -> Json:
+        return asdict(self)
+
+    @classmethod
+    def load(cls, path: Path) -> "Bulletin":
+        data = json.loads(path.read_text(encoding="utf-8"))
+        view = data["view"]
+        running = tuple(Work(**work) for work in view["running"])
+        lines = tuple((int(number), str(line)) for number, line in data["lines"])
+        return cls(**{**data, "view": View(**{**view, "running": running}), "lines": lines})
+
+
+def bulletins(storage: Path) -> list[Bulletin]:
+    """Of all sweeps in a storage folder, those that go on first, then the newest."""
+    found = []
+    for path in (storage / "running").glob("*.json"):
+        try:
+            found.append(Bulletin.load(path))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # another version's: it tells nothing that could be understood here
+    return sorted(found, key=lambda one: (not one.going(), -one.updated))
+
+
+class Publisher:
+    """Writes the bulletin of this process's sweep, in a thread of its own.
+
+    storage: the sweep's. on_error: told if a bulletin cannot be written; the sweep goes on without.
+    """
+
+    def __init__(self, storage: Path, name: str, command: str) -> None:
+        self.folder = storage / "running"
+        self._base = Bulletin(
+            name=name,
+            command=masked(command),
+            host=platform.node(),
+            pid=os.getpid(),
+            view=View(total=0, ended=0, failed=0, seconds=0.0, left=None),
+            updated=0.0,
+        )
+        self._lines: deque[tuple[int, str]] = deque(maxlen=LAST_LINES)
+        self._said = 0
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, view: Callable[[], View], on_error: Callable[[Exception], None]) -> None:
+        self._view, self._on_error = view, on_error
+        self._thread = threading.Thread(target=self._publish_until_closed, name="q3q-bulletin", daemon=True)
+        self._thread.start()
+
+    def say(self, line: str) -> None:
+        self._said += 1
+        self._lines.append((self._said, line))
+
+    def close(self) -> None:
+        """Say that the sweep is over."""
+        if self._thread is not None:
+            self._closing.set()
+            self._thread.join()
+            self._publish(over=True)
+
+    def _publish_until_closed(self) -> None:
+        self._tidy()
+        while True:
+            self._publish(over=False)
+            if self._closing.wait(EVERY_SECONDS):
+                return
+
+    def _publish(self, *, over: bool) -> None:
+        try:
+            now = replace(self._base, view=self._view(), updated=time.time(), over=over, lines=tuple(self._lines))
+            write_atomically(self.folder / f"{now.key}.json", json.dumps(now.to_json()).encode())
+        except Exception as error:
+            self._on_error(error)
+
+    def _tidy(self) -> None:
+        for old in bulletins(self.folder.parent):
+            if not old.going() and abs(time.time() - old.updated) > KEPT_SECONDS:
+                (self.folder / f"{old.key}.json").unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,294 @@
+"""What `python -m q3q.trials` says of a storage folder, and what it does there."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from q3q import trial as trial_module
+from q3q.record import Progress, TrialRecord, trial_folder, write_atomically
+from q3q.spec import Scheme, TrialSpec
+from q3q.sweep import bulletin
+from q3q.sweep.bulletin import Bulletin, Publisher, View, Work, bulletins
+from q3q.sweep.progress import Display
+from q3q.track.tracker import Sweep
+from q3q.trials import find_trials, main
+
+
+@pytest.fixture
+def storage(tmp_path):
+    (tmp_path / "trials").mkdir()
+    return tmp_path
+
+
+def spec(storage, bits, **evaluation):
+    scheme = Scheme(bits=bits, group_size=128, symmetric=False)
+    places = {"trials": str(storage / "trials")}
+    method = {"name": "rtn", "version": 1}
+    return TrialSpec(
+        model={"name": "demo"},
+        method=method,
+        scheme=scheme,
+        calibration=None,
+        evaluation=evaluation,
+        seed=0,
+        places=places,
+    )
+
+
+def begin(one, blocks=0):
+    """What a trial leaves that was killed after so many blocks."""
+    write_atomically(trial_folder(one) / "spec.json", json.dumps(one.to_json()).encode())
+    for k in range(blocks):
+        write_atomically(trial_folder(one) / "blocks" / f"block_{k:03d}.safetensors", bytes(1000))
+        write_atomically(trial_folder(one) / "blocks" / f"block_{k:03d}.json", b"{}")
+    return one
+
+
+def complete(one):
+    TrialRecord(spec=begin(one), status="COMPLETED").save()
+    return one
+
+
+def fail(one, reason):
+    TrialRecord.failed(begin(one), reason).save()
+    return one
+
+
+def sweep(storage, *specs, command="python launch.py -m method=rtn"):
+    Sweep(id="0" * 10, name="study", command=command, config="", trials=specs).save(storage)
+
+
+def view(*running, total=4, ended=1):
+    works = tuple(
+        Work(trial=one.id, name=one.name, doing="quantize, block 2 of 6", share=0.2, seconds=3.0, left=12.0)
+        for one in running
+    )
+    return View(total=total, ended=ended, failed=0, seconds=10.0, left=50.0, running=works)
+
+
+def post(storage, **facts):
+    """A running sweep's bulletin: of this process, unless said otherwise."""
+    known = dict(name="study", command="python launch.py -m method=rtn", host=platform.node(), pid=os.getpid())
+    one = Bulletin(**{**known, "view": view(), "updated": time.time(), **facts})
+    write_atomically(storage / "running" / f"{one.key}.json", json.dumps(one.to_json()).encode())
+    return one
+
+
+def states(storage):
+    return {trial.id: (trial.state, trial.waits) for trial in find_trials(storage)}
+
+
+def test_each_trial_has_a_state_and_says_what_it_waits_for(storage):
+    done, failed, stopped, waiting = (spec(storage, bits) for bits in (2, 3, 4, 5))
+    complete(done)
+    fail(failed, "the text is\ntoo short")
+    begin(stopped, blocks=3)
+    (storage / "trials" / "0123456789").mkdir()
+    sweep(storage, done, failed, stopped, waiting)
+    found = states(storage)
+    again = "python launch.py -m method=rtn"
+    assert found == {
+        done.id: ("completed", ""),
+        failed.id: ("failed", f"the text is too short; then {again}"),
+        stopped.id: ("stopped", f"to go on at block 3: {again}"),
+        waiting.id: ("waiting", again),
+        "0123456789": found["0123456789"],
+    }
+    assert found["0123456789"][0] == "unknown"
+
+
+def test_while_its_sweep_runs_a_trial_is_at_work_or_waits_for_its_turn(storage):
+    works, waits = begin(spec(storage, 2), blocks=1), spec(storage, 3)
+    sweep(storage, works, waits)
+    post(storage, view=view(works))
+    assert states(storage) == {
+        works.id: ("running", "quantize, block 2 of 6"),
+        waits.id: ("waiting", "its turn in the running sweep"),
+    }
+    post(storage, view=view(works), over=True)
+    assert states(storage)[works.id][0] == "stopped"
+
+
+def test_a_failure_after_a_success_hides_nothing(storage):
+    one = complete(spec(storage, 2))
+    TrialRecord.failed(one, "later").save()
+    assert states(storage)[one.id] == ("completed", "")
+
+
+def test_a_trial_without_its_baseline_waits_for_it(storage):
+    base = spec(storage, 8)
+    one = spec(storage, 2)
+    one = complete(one.with_places({**one.places, "baseline": base.id}))
+    assert states(storage)[one.id] == ("completed", f"method=none ({base.id}), to be compared with")
+    complete(base)
+    assert states(storage)[one.id] == ("completed", "")
+
+
+def test_sizes_are_those_on_disk_kept_blocks_included(storage):
+    one = begin(spec(storage, 2), blocks=2)
+    [found] = find_trials(storage)
+    assert found.size == sum(path.stat().st_size for path in trial_folder(one).rglob("*") if path.is_file()) > 2000
+    write_atomically(storage / "trials" / "blocks" / one.quantization_id / "block_000.safetensors", bytes(5000))
+    assert find_trials(storage)[0].size == found.size + 5000
+
+
+def test_the_list_is_a_line_a_trial_and_can_be_narrowed(storage, capsys):
+    complete(spec(storage, 2))
+    stopped = begin(spec(storage, 3))
+    assert main(["--storage", str(storage)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert lines[1].split()[:1] == [stopped.id]
+    assert lines[-1].startswith("1 completed, 1 stopped; ")
+    assert main(["--storage", str(storage), "list", "completed"]) == 0
+    assert stopped.id not in capsys.readouterr().out
+
+
+def test_deleting_frees_what_no_other_trial_has_use_for(storage, capsys):
+    first, second = spec(storage, 2, limit=1), spec(storage, 2, limit=2)
+    assert first.quantization_id == second.quantization_id
+    kept = storage / "trials" / "blocks" / first.quantization_id / "block_000.safetensors"
+    write_atomically(kept, b"x")
+    complete(first), complete(second)
+    assert main(["--storage", str(storage), "delete", first.id]) == 0
+    assert not trial_folder(first).exists()
+    assert kept.exists()
+    assert main(["--storage", str(storage), "delete", second.id]) == 0
+    assert not kept.parent.exists()
+    assert (storage / "trials").exists()
+    assert "deleted" in capsys.readouterr().out
+
+
+def test_what_runs_is_not_deleted_and_what_is_not_there_is_named(storage, capsys):
+    one = begin(spec(storage, 2))
+    post(storage, view=view(one))
+    assert main(["--storage", str(storage), "delete", one.id]) == 2
+    assert "is at work in a running sweep" in capsys.readouterr().err
+    assert main(["--storage", str(storage), "delete", "../../etc"]) == 2
+    assert "is no trial's id" in capsys.readouterr().err
+    assert main(["--storage", str(storage), "delete", "stopped"]) == 0
+    assert trial_folder(one).exists()
+    assert main(["--storage", str(storage / "no"), "list"]) == 2
+
+
+def test_resuming_runs_what_stopped_or_failed_and_nothing_that_is_done(storage, monkeypatch, capsys):
+    done, failed, stopped = (spec(storage, bits) for bits in (2, 3, 4))
+    complete(done), fail(failed, "out of memory"), begin(stopped, blocks=1)
+    ran = []
+
+    def attempt(one):
+        ran.append(one)
+        record = TrialRecord(spec=one, status="COMPLETED")
+        record.save()
+        return record
+
+    monkeypatch.setattr(trial_module, "attempt_trial", attempt)
+    assert main(["--storage", str(storage), "resume", "stopped", failed.id, done.id]) == 0
+    assert ran == [stopped, failed]
+    assert ran[0].places["trials"] == str(storage / "trials")
+    assert {state for state, _ in states(storage).values()} == {"completed"}
+    assert f"{done.id} rtn w2 g128 · demo: is done already" in capsys.readouterr().out
+    monkeypatch.setattr(trial_module, "attempt_trial", lambda one: TrialRecord.failed(one, "again"))
+    begin(spec(storage, 5))
+    assert main(["--storage", str(storage), "resume", "stopped"]) == 1
+
+
+def test_a_storage_folder_that_moved_is_resumed_where_it_lies(storage, tmp_path_factory, monkeypatch):
+    begin(spec(storage, 2))
+    moved = tmp_path_factory.mktemp("elsewhere") / "mlruns"
+    storage.rename(moved)
+    ran = []
+    monkeypatch.setattr(trial_module, "attempt_trial", lambda one: ran.append(one) or TrialRecord.failed(one, "x"))
+    main(["--storage", str(moved), "resume", "stopped"])
+    assert ran[0].places["trials"] == str(moved / "trials")
+
+
+def test_a_bulletin_comes_back_as_it_was(storage):
+    one = post(storage, view=view(spec(storage, 2)), lines=((1, "a line"),))
+    assert bulletins(storage) == [one]
+    (storage / "running" / "damaged.json").write_text('{"name": 1}')
+    assert bulletins(storage) == [one]
+
+
+def test_a_sweep_is_gone_when_its_process_is_or_when_another_machine_falls_silent(storage):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    here = Bulletin(name="a", command="", host=platform.node(), pid=os.getpid(), view=view(), updated=time.time())
+    assert here.going()
+    assert replace(here, updated=0.0, pid=process.pid).gone()
+    there = replace(here, host="another")
+    assert there.going()
+    assert replace(there, updated=time.time() - bulletin.SILENT_SECONDS - 5).gone()
+    assert not replace(here, over=True, pid=process.pid).gone()
+
+
+def test_a_second_terminal_sees_a_sweep_to_its_end(storage, monkeypatch, capsys):
+    monkeypatch.setattr(bulletin, "EVERY_SECONDS", 0.05)
+    one = spec(storage, 2)
+    attached = threading.Event()
+
+    def run():
+        secret = "http://ada:lovelace@tracker"
+        publisher = Publisher(storage, "study", f"python launch.py -m method=rtn track.uri={secret}")
+        with open(os.devnull, "w") as nowhere, Display(total=1, stream=nowhere, publisher=publisher) as display:
+            display.started(one.id, f"{one.name} · demo")
+            display.event(Progress(trial=one.id, phase="quantize", done=1, total=6))
+            attached.wait(10)
+            display.finished(TrialRecord(spec=one, status="COMPLETED"), 3.0)
+
+    sweeping = threading.Thread(target=run)
+    sweeping.start()
+    while not (bulletins(storage) and bulletins(storage)[0].view.running):
+        time.sleep(0.01)
+    assert bulletins(storage)[0].view.running[0].doing == "quantize, block 2 of 6"
+    threading.Timer(0.3, attached.set).start()
+    assert main(["--storage", str(storage), "attach"]) == 0
+    sweeping.join()
+    shown = capsys.readouterr().out
+    assert "track.uri=http://***@tracker" in shown
+    assert "rtn w2 g128 · demo: quantize, block 2 of 6" in shown
+    assert shown.count("rtn w2 g128 · demo: 3.0 s (1 of 1 done)") == 1
+    assert shown.endswith("study: 1 of 1 done; it has ended\n")
+    assert main(["--storage", str(storage), "attach"]) == 2
+    assert "The last one, study, has ended" in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_killed_is_seen_to_be(storage, capsys):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        post(storage, pid=process.pid)
+        threading.Timer(0.3, process.kill).start()
+        watching = threading.Timer(0.6, process.wait)  # a zombie would still be there
+        watching.start()
+        assert main(["--storage", str(storage), "attach"]) == 1
+    assert "it died, the same command goes on" in capsys.readouterr().out
+
+
+def test_of_several_sweeps_one_is_named(storage, capsys):
+    post(storage, name="one", host="a")
+    post(storage, name="two", host="b", over=False)
+    assert main(["--storage", str(storage), "attach"]) == 2
+    assert "name one: one, two" in capsys.readouterr().err
+    assert main(["--storage", str(storage), "attach", "three"]) == 2
+
+
+def test_a_disk_that_takes_no_bulletin_stops_no_sweep(storage, caplog):
+    (storage / "running").write_text("a file where a folder should be")
+    with Display(total=1, publisher=Publisher(storage, "study", "")) as display:
+        display.finished(TrialRecord(spec=spec(storage, 2), status="COMPLETED"), 1.0)
+    assert "the progress display has failed" in caplog.text
+
+
+def test_old_bulletins_are_swept_away_by_the_next_sweep(storage):
+    old = post(storage, host="another", over=True, updated=time.time() - bulletin.KEPT_SECONDS - 60)
+    new = post(storage, host="yet another", over=True)
+    with Display(total=0, publisher=Publisher(storage, "study", "")):
+        pass
+    assert {one.host for one in bulletins(storage)} == {new.host, platform.node()}
+    assert old.host not in {one.host for one in bulletins(storage)}
