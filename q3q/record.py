@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from q3q.masking import masked
 from q3q.spec import Json, TrialSpec
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
@@ -39,6 +40,33 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One metric of a trial against its baseline's, sample by sample.
+
+    difference: the trial's mean less the baseline's; of a perplexity in nats per token, so that its exp is the ratio of
+    the two perplexities. None if one of them is not finite. low, high: its 95 % interval, None where there is none.
+    distinguishable: p_value < 0.05. p_value: how often chance alone would give such a difference, None if unknown.
+    n: pairs. test: what gave the p-value and the interval.
+    """
+
+    metric: str
+    difference: float | None
+    low: float | None
+    high: float | None
+    distinguishable: bool
+    p_value: float | None
+    n: int
+    test: str
+
+    def to_json(self) -> Json:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Comparison":
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """One trial's outcome.
 
@@ -46,6 +74,8 @@ class TrialRecord:
     intervals: 95 % interval of those that have one. diverged: metrics whose value is not finite (a result too).
     sites: error of each quantized linear. checks: integrity. environment: code, packages, hardware, times.
     results: what the evaluation harness returned, as it returned it. notes: facts by name (fallbacks, damping raised).
+    comparisons: with the unquantized model, by metric, once its trial is there too.
+    files: others in the trial's folder.
     """
 
     spec: TrialSpec
@@ -59,6 +89,8 @@ class TrialRecord:
     environment: Json = field(default_factory=dict)
     results: Json = field(default_factory=dict)
     notes: Json = field(default_factory=dict)
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         wrong = [name for name, value in self.metrics.items() if not math.isfinite(value)]
@@ -67,7 +99,8 @@ class TrialRecord:
 
     @classmethod
     def failed(cls, spec: TrialSpec, reason: str, environment: Json | None = None) -> "TrialRecord":
-        return cls(spec=spec, status=FAILED, reason=reason, environment=environment or {})
+        told = {key: masked(fact) if isinstance(fact, str) else fact for key, fact in (environment or {}).items()}
+        return cls(spec=spec, status=FAILED, reason=masked(reason), environment=told)
 
     @property
     def completed(self) -> bool:
@@ -86,6 +119,8 @@ class TrialRecord:
                 "diverged": tuple(data["diverged"]),
                 "sites": tuple(SiteError(**site) for site in data["sites"]),
                 "checks": tuple(Check(**check) for check in data["checks"]),
+                "comparisons": {name: Comparison(**row) for name, row in data.get("comparisons", {}).items()},
+                "files": tuple(data.get("files", ())),
             }
         )
 
@@ -103,13 +138,17 @@ class TrialRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A trial tells how far it is. phase: load, calibrate, quantize, evaluate ... done of total steps of that phase."""
+    """A trial tells how far it is. phase: load, calibrate, quantize, evaluate ... done of total steps of that phase.
+
+    metrics: what these steps have measured, by the name that the record will have it under; finite.
+    """
 
     trial: str
     phase: str
     done: int = 0
     total: int = 0
     note: str = ""
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def trial_folder(spec: TrialSpec) -> Path:

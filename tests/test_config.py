@@ -1,16 +1,24 @@
 """Every file in conf/ is a promise; every bad value is refused with a line that says what to do."""
 
+import itertools
+import json
+import shlex
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from q3q import config as schema
 from q3q.errors import CalibrationError, CheckpointError, ConfigError, IncompatibleError
+from q3q.models.anatomy import block_class
 from q3q.models.checkpoint import read_facts
+from q3q.patterns import linears
 from q3q.quantize.methods.settings import SETTINGS
 from q3q.spec import TrialSpec
+from q3q.sweep.launcher import Job
+from q3q.sweep.sweeper import _choices, resolve
 
 CONF = Path(__file__).parent.parent / "conf"
 HUB_CONFIG = {
@@ -58,7 +66,7 @@ def options(group: str) -> list[str]:
 def test_every_method_becomes_a_spec(name):
     made = spec(f"method={name}")
     assert made.method["name"] == name
-    assert set(made.method) - {"version"} == set(vars(SETTINGS[name]()))
+    assert set(made.method) - {"version"} == set(SETTINGS[name]().knobs(made.scheme))
     assert TrialSpec.from_json(made.to_json()) == made
 
 
@@ -97,21 +105,61 @@ def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
 
 
 @pytest.mark.parametrize("name", options("evaluation"))
-def test_every_evaluation_becomes_a_spec(name, monkeypatch, text_file):
-    plain = schema.load_text
-    if name == "perplexity":
-        monkeypatch.setattr(
-            schema, "load_text", lambda source, **rest: plain("file", split="evaluation", path=text_file)
-        )
-        schema._text.cache_clear()
-    path = [f"evaluation.path={text_file}".replace(" ", "\\ ")] if name == "file" else []
-    made = spec(f"evaluation={name}", *path)
-    names = [text["name"] for text in made.evaluation["texts"]]
-    assert (
-        names
-        == {"demo": ["stories", "library"], "perplexity": ["wikitext2", "c4"], "file": ["my_text"], "none": []}[name]
-    )
-    schema._text.cache_clear()
+def test_every_evaluation_becomes_a_spec(name, study_data, text_file):
+    more = {
+        "file": [f"evaluation.path={text_file}".replace(" ", "\\ ")],
+        "tasks": ["evaluation.tasks=[piqa,stories_who]", "evaluation.num_fewshot=0", "evaluation.limit=3"],
+    }.get(name, [])
+    data = [] if name in ("demo", "file", "none") else [f"data.path={study_data}", "evaluation.window=256"]
+    made = spec(f"evaluation={name}", *more, *data)
+    study = ["wikitext2", "c4"]
+    texts = {"demo": ["stories", "library"], "file": ["my_text"], "none": [], "tasks": []}
+    assert [text["name"] for text in made.evaluation["texts"]] == texts.get(name, study)
+    assert TrialSpec.from_json(made.to_json()) == made
+    if name in ("paper", "quick"):
+        assert made.evaluation["shots"] == {"mmlu": 5}
+        assert len(made.evaluation["data"]) == (57 + 7 if name == "paper" else 57 + 6)
+        assert made.evaluation.get("quick", False) == (name == "quick")
+    if name == "tasks":
+        assert made.evaluation["tasks"] == ["piqa", "stories_who"]
+        assert made.evaluation["task_limit"] == 3
+
+
+def test_a_trial_knows_its_baseline():
+    """All trials of one model and evaluation have one; what it cannot depend on does not change it."""
+    base = spec("method=none")
+    for overrides in (
+        ["method=gptq", "bits=2", "seed=3"],
+        ["bits=4", "act_bits=8"],
+        ["head_bits=8", "embedding_bits=8"],
+    ):
+        assert spec(*overrides).places["baseline"] == base.id
+    assert base.id == spec("method=none", "seed=3").id
+    assert "baseline" not in base.places
+    assert "baseline" not in spec("evaluation.baseline=false").places
+    assert "baseline" not in spec("evaluation=none").places
+    for change in ("evaluation.limit=3", "evaluation.task_limit=3", "dtype=bfloat16", "model=demo_moe"):
+        assert spec(change).places["baseline"] not in (base.id, spec(change).id)
+    drawn = ["evaluation.num_fewshot=2"]
+    assert spec(*drawn, "seed=1").places["baseline"] != spec(*drawn, "seed=2").places["baseline"]
+
+
+@pytest.mark.parametrize("knob", ["evaluation.chat=thinking", "evaluation.num_fewshot=1", "evaluation.drift=false"])
+def test_how_it_is_evaluated_is_part_of_a_trial(knob, monkeypatch):
+    monkeypatch.setattr(schema, "_has_chat_template", lambda folder: True)
+    assert spec(knob).id != spec().id
+    assert spec(knob).quantization_id == spec().quantization_id
+
+
+def test_task_files_of_the_users_are_known_by_their_content(tmp_path):
+    task = {"task": "mine", "include": str(schema.OWN_TASKS / "stories_who.yaml")}
+    (tmp_path / "mine.yaml").write_text(json.dumps(task), encoding="utf-8")
+    mine = ["evaluation=tasks", "evaluation.tasks=[mine]", f"evaluation.include_path={tmp_path}"]
+    one = spec(*mine)
+    assert one.places["tasks"] == str(tmp_path)
+    schema._data_sets.cache_clear()
+    (tmp_path / "mine.yaml").write_text(json.dumps({**task, "description": "Think."}), encoding="utf-8")
+    assert spec(*mine).id != one.id
 
 
 @pytest.mark.parametrize("name", options("cluster"))
@@ -156,6 +204,104 @@ def test_what_can_change_a_number_changes_the_id(change):
     )
 
 
+def test_patterns_are_filed_as_what_they_mean():
+    plain = spec("method=gptq", "bits=3")
+    mixed = spec("method=gptq", "bits=3", "overrides={blocks.0:{bits:8},*.down:{bits:4}}", "skip=[blocks.5.o]")
+    assert mixed.overrides["blocks.0.self_attn.q_proj"] == {"bits": 8}
+    assert mixed.overrides["blocks.0.mlp.down_proj"] == {"bits": 4}  # the last pattern wins
+    assert len(mixed.overrides) == 7 + 5
+    assert mixed.skip == ("blocks.5.self_attn.o_proj",)
+    assert mixed.name == "gptq w3 g128 blocks.0:w8 *.down:w4 -blocks.5.o"
+    assert mixed.id != plain.id
+    same = [
+        ["overrides={blocks.0.*:{bits:8},*.down_proj:{bits:4}}", "skip=[blocks.5.self_attn.o_proj]"],
+        ["overrides={*:{bits:8},blocks.[1-5]:{bits:3},*.down:{bits:4}}", "skip=[blocks.5.o,*.5.o]"],
+        ["overrides={blocks.0:{bits:8,group_size:128},*.down:{bits:4},blocks.5.o:{bits:2}}", "skip=[blocks.5.o]"],
+    ]
+    for overrides in same:
+        escaped = [one.replace("[1-5]", r"\[1-5\]") for one in overrides]
+        assert spec("method=gptq", "bits=3", *escaped).id == mixed.id
+    # What changes nothing is not there, in the name neither.
+    assert spec("method=gptq", "bits=3", "overrides={*.o:{bits:3}}").to_json() == plain.to_json()
+    assert spec("method=none", "overrides={*.o:{bits:8}}", "skip=[blocks.0]").to_json() == spec("method=none").to_json()
+
+
+def test_settings_of_several_patterns_add_up_one_by_one():
+    mixed = spec("overrides={*.down:{group_size:64,bits:8},blocks.0.down:{bits:2}}")
+    assert mixed.overrides["blocks.0.mlp.down_proj"] == {"group_size": 64, "bits": 2}
+    assert mixed.overrides["blocks.1.mlp.down_proj"] == {"group_size": 64, "bits": 8}
+
+
+def test_a_block_without_a_star_is_that_block_alone(monkeypatch):
+    monkeypatch.setattr(schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG)))
+    one = spec("model=qwen3_8b", "skip=[blocks.1]", "evaluation=none")
+    assert {name.split(".")[1] for name in one.skip} == {"1"}
+    some = spec("model=qwen3_8b", "skip=[blocks.1?]", "evaluation=none")
+    assert {name.split(".")[1] for name in some.skip} == {str(k) for k in range(10, 20)}
+
+
+def test_experts_are_one_linear_of_their_site():
+    moe = spec("model=demo_moe", "skip=[*.gate_up]", "method=gptq")
+    assert {name.split(".", 2)[2] for name in moe.skip} == {"mlp.experts.gate_proj", "mlp.experts.up_proj"}
+
+
+def test_sites_of_patterns_are_the_models_sites():
+    for model in ("demo", "demo_moe"):
+        facts = schema.facts_of(compose("config", [f"model={model}"]))
+        for k in range(facts.layers):
+            block = block_class(facts, k)
+            expected = {weight.removesuffix(".weight"): site.name for site in block.sites for weight in site.weights}
+            mine = {linear.name: linear.site for linear in linears(facts).values() if linear.block == k}
+            assert mine == expected
+
+
+def test_a_skip_list_that_leaves_nothing_needs_no_text():
+    ends = ["head_bits=8", "embedding_bits=8", "skip=[blocks.*]"]
+    assert spec("method=gptq", *ends).calibration is None
+    assert spec("method=gptq", *ends[:2]).calibration is not None
+
+
+def test_head_and_embedding_of_a_model_that_does_not_tie_them(monkeypatch):
+    monkeypatch.setattr(schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG)))
+    alone = spec("model=qwen3_8b", "head_bits=8", "evaluation=none")
+    assert (alone.head_bits, alone.embedding_bits) == (8, None)
+    assert alone.name == "rtn w4 g128 head:w8"
+
+
+@pytest.mark.parametrize(
+    ("words", "meaning"),
+    [
+        ("""'overrides={"blocks.0":{bits:8},"*.down":{bits:4}}'""", "blocks.0:w8 *.down:w4"),
+        (
+            """'overrides={blocks.0: {bits: 8, symmetric: true}, *.down: {group_size: 64}}'""",
+            "blocks.0:w8sym *.down:g64",
+        ),
+        ("""'overrides={"blocks.[0-2]":{bits:8}}' 'skip=["*.o",blocks.5]'""", "blocks.[0-2]:w8 -*.o -blocks.5"),
+    ],
+)
+def test_what_a_shell_hands_over_is_understood(words, meaning):
+    given = [schema.with_plain_keys(word) for word in shlex.split(words)]
+    assert spec(*given).name == f"rtn w4 g128 {meaning}"
+
+
+def test_a_grid_leaves_out_what_makes_no_sense_and_counts_it():
+    given = OverridesParser.create().parse_overrides(["method=gptq,billm", "bits=1,4"])
+    jobs = []
+    for number, overrides in enumerate(itertools.product(*map(_choices, given))):
+        jobs.append(Job(number=number, overrides=overrides, config=compose("config", list(overrides))))
+    trials, left_out = resolve(jobs)
+    assert [mine.spec.name for mine in trials.values()] == ["gptq w4 g128", "billm w1 g128"]
+    assert left_out == (
+        "2 of 4 combinations left out: method=gptq cannot do bits=1; it takes 2 to 8; "
+        "method=billm cannot do bits=4; it takes 1"
+    )
+    with pytest.raises(IncompatibleError, match="method=gptq cannot do bits=1"):
+        resolve([jobs[0]])
+    wrong = Job(number=4, overrides=("bits=9",), config=compose("config", ["bits=9"]))
+    with pytest.raises(ConfigError, match="bits=9 is out of range"):
+        resolve([*jobs, wrong])
+
+
 def test_a_new_evaluation_keeps_the_quantization():
     one, other = spec("method=gptq"), spec("method=gptq", "evaluation.limit=3")
     assert one.id != other.id
@@ -176,6 +322,40 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["group_size=0"], ConfigError, "group_size=0"),
         (["act_bits=1"], ConfigError, "act_bits=1"),
         (["method=none", "act_bits=8"], IncompatibleError, "quantizes nothing"),
+        (["overrides={*.dwon:{bits:8}}"], ConfigError, r"overrides: \*.dwon matches nothing .*did you mean \*.down "),
+        (
+            ["skip=[blocks.6]"],
+            ConfigError,
+            "skip: blocks.6 matches nothing .*did you mean blocks.5 .*Names go from blo",
+        ),
+        (["skip=[lm_head]"], ConfigError, "skip: lm_head is not in a block; .*head_bits"),
+        (["overrides={*.o:{bits:9}}"], ConfigError, r"overrides: \*.o: bits=9 is out of range"),
+        (["overrides={*.o:{group_size:0}}"], ConfigError, r"overrides: \*.o: group_size=0"),
+        (["overrides={*.o:{}}"], ConfigError, r"overrides: \*.o says nothing; give bits, group_size or symmetric"),
+        (
+            ["overrides={blocks.0:{group_size:96},*.down:{group_size:512}}"],
+            ConfigError,
+            r"group_size=96 does not divide qkv of block 0, gate_up of block 0 \(256 columns\); .*"
+            r"group_size=512 does not divide down of blocks 0-5 \(640 columns\); sizes that do: \[16, 32, 64, 128\]",
+        ),
+        (
+            ["method=gptq", "overrides={blocks.[0-2]:{bits:1},blocks.4.self_attn.q_proj:{bits:1}}"],
+            IncompatibleError,
+            "method=gptq cannot do bits=1; .*qkv of blocks 0-2, .*down of blocks 0-2, self_attn.q_proj of block 4",
+        ),
+        (
+            ["method=awq", "overrides={blocks.3.*.q_proj:{bits:8}}"],
+            IncompatibleError,
+            "give qkv of block 3 one setting",
+        ),
+        (["skip=[*]"], IncompatibleError, "leaves nothing to quantize: that is method=none"),
+        (["storage=s3://bucket/x"], ConfigError, "storage=s3://bucket/x is no folder"),
+        (["skip=[*.q_proj]", "act_bits=8"], IncompatibleError, "skip all of .*, or none"),
+        (["head_bits=8"], IncompatibleError, "demo ties head and embedding.*head_bits=8 must be two equal"),
+        (["head_bits=8", "embedding_bits=4"], IncompatibleError, "ties head and embedding"),
+        (["head_bits=9", "embedding_bits=9"], ConfigError, "head_bits=9 is out of range"),
+        (["method=none", "head_bits=8", "embedding_bits=8"], IncompatibleError, "method=rtn skip="),
+        (["method.name=gptq"], ConfigError, "choose the method with method="),
         (["method=gptq", "method.damping=0"], ConfigError, "method.damping=0"),
         (["seed=-1"], ConfigError, "seed must be 0 or more"),
         (["dtype=float8"], ConfigError, "dtype=float8 is not known"),
@@ -192,12 +372,33 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["evaluation=file", "evaluation.path=EMPTY"], CalibrationError, "holds no text"),
         (["evaluation.window=1"], ConfigError, "evaluation.window=1"),
         (["evaluation.window=4096"], ConfigError, "takes at most 2048 tokens"),
+        (["evaluation=tasks"], ConfigError, r"evaluation.tasks=\[piqa"),
+        (["evaluation.chat=template"], ConfigError, "has no chat template"),
+        (["evaluation.chat=polite"], ConfigError, "evaluation.chat=polite is not known"),
+        (["evaluation.shots={piqa:2}"], ConfigError, "piqa is not one of evaluation.tasks"),
+        (["evaluation.limits={stories_who:0}"], ConfigError, "0 is too few"),
+        (["evaluation.drift_windows=0"], ConfigError, "evaluation.drift_windows=0: give 1 or more"),
+        (["evaluation.quick=true", "evaluation.limit=null"], ConfigError, "give evaluation.limit"),
+        (["evaluation=tasks", "evaluation.tasks=[mmlu_paper]", "evaluation.num_fewshot=0"], ConfigError, "not 0; mmlu"),
+        (
+            ["evaluation=tasks", "evaluation.tasks=[piqa]", "data.path=/nowhere"],
+            ConfigError,
+            "data.path=/nowhere is not",
+        ),
+        (
+            ["evaluation=tasks", "evaluation.tasks=[piqa]"],
+            ConfigError,
+            "baber/piqa is neither .* data.path=DIR with DIR/piqa",
+        ),
+        (["evaluation=paper"], CalibrationError, "Salesforce/wikitext.*data.path=DIR with DIR/wikitext2"),
+        (["evaluation.include_path=/nowhere"], ConfigError, "include_path=/nowhere is not a folder"),
         (["evaluation.texts=[wikitext]"], CalibrationError, "did you mean 'wikitext2'|did you mean wikitext2"),
     ],
 )
 def test_bad_values_are_refused_in_one_line(overrides, error, words, tmp_path):
     (tmp_path / "SHORT").write_text("Too short for a window.", encoding="utf-8")
     (tmp_path / "EMPTY").write_text("", encoding="utf-8")
+    overrides = [one.replace("[0-2]", r"\[0-2\]") for one in overrides]
     overrides = [one.replace("SHORT", f"{tmp_path}/SHORT").replace("EMPTY", f"{tmp_path}/EMPTY") for one in overrides]
     with pytest.raises(error, match=words) as caught:
         spec(*overrides)

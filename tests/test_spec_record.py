@@ -7,7 +7,15 @@ import pytest
 
 from q3q.errors import ConfigError
 from q3q.record import Check, SiteError, TrialRecord, blocks_folder, forget_progress, trial_folder, write_atomically
-from q3q.spec import Scheme, TrialSpec
+from q3q.spec import Scheme, Schemes, TrialSpec
+
+MIXED = {
+    "overrides": {"blocks.0.mlp.down_proj": {"bits": 8, "symmetric": True}},
+    "skip": ("blocks.1.self_attn.o_proj",),
+    "head_bits": 8,
+    "embedding_bits": 4,
+    "rules": {"overrides": {"blocks.0.down": {"bits": 8, "symmetric": True}}, "skip": ["blocks.1.o"]},
+}
 
 
 def spec(**changed) -> TrialSpec:
@@ -39,7 +47,8 @@ def test_an_id_is_the_same_for_equal_specs_and_does_not_see_places():
     assert spec().id == spec(places={"trials": "/elsewhere"}).id
     assert spec() == spec(places={"trials": "/elsewhere"})
     assert len(spec().id) == 10
-    # A constant: ids must not drift between versions, or everything would run again.
+    # Constants: ids must not drift between versions, or everything would run again.
+    assert (spec().id, spec().quantization_id) == ("1cf2479714", "6ebb937219")
     assert spec().id == TrialSpec.from_json(json.loads(json.dumps(spec().to_json()))).id
 
 
@@ -54,6 +63,35 @@ def test_names_are_for_people():
     assert spec().name == "gptq w3 g128"
     assert spec(scheme=Scheme(bits=4, group_size=-1, symmetric=True, act_bits=8)).name == "gptq w4a8 pc"
     assert spec(scheme=None, method={"name": "none"}).name == "none"
+
+
+def test_what_departs_from_the_scheme_is_in_the_name_the_params_and_the_id():
+    mixed = spec(**MIXED)
+    assert mixed.name == "gptq w3 g128 blocks.0.down:w8sym -blocks.1.o head:w8 embedding:w4"
+    assert mixed.flat()["overrides"] == '{"blocks.0.down": {"bits": 8, "symmetric": true}}'
+    assert mixed.flat()["skip"] == '["blocks.1.o"]'
+    assert TrialSpec.from_json(json.loads(json.dumps(mixed.to_json()))) == mixed
+    ids = {spec(**{key: value}).quantization_id for key, value in MIXED.items() if key != "rules"}
+    assert len(ids | {spec().quantization_id}) == 5
+    # Patterns are for people: what they mean for this model's linears is what counts.
+    assert spec(**MIXED | {"rules": {}}).id == mixed.id
+    assert not {"overrides", "skip", "head_bits", "embedding_bits", "rules"} & set(spec().to_json())
+
+
+def test_schemes_say_how_each_linear_is_stored():
+    schemes = spec(**MIXED).schemes
+    assert schemes.of("blocks.0.mlp.down_proj") == Scheme(bits=8, group_size=128, symmetric=True)
+    assert schemes.of("blocks.1.self_attn.o_proj") is None
+    assert schemes.of("blocks.1.mlp.down_proj") == schemes.base == Scheme(bits=3, group_size=128, symmetric=False)
+    assert (schemes.head.bits, schemes.embedding.bits) == (8, 4)
+    assert spec().schemes == Schemes(spec().scheme, skip=frozenset())
+    assert spec(scheme=None).schemes is None
+
+
+@pytest.mark.parametrize("key", ["head_bits", "embedding_bits"])
+def test_bits_of_the_ends_are_checked_at_birth(key):
+    with pytest.raises(ConfigError, match=f"{key}=1 is out of range: give 2 to 8"):
+        spec(**{key: 1})
 
 
 def test_flat_params_are_dotted():

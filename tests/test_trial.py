@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q import config as schema
+from q3q.evaluate.samples import read_samples
 from q3q.record import TrialRecord, blocks_folder, kept_blocks_folder, trial_folder
+from q3q.sweep.study import Study
+from q3q.track.tracker import MemoryTracker
 from q3q.trial import attempt_trial, run_trial
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +56,9 @@ def loss(record: TrialRecord) -> float:
 
 
 @pytest.mark.parametrize("model", ["demo", "demo_moe"])
-@pytest.mark.parametrize(("method", "hurt"), [("rtn", 0.1), ("gptq", 0.01), ("awq", 0.05)])
+@pytest.mark.parametrize(
+    ("method", "hurt"), [("rtn", 0.1), ("gptq", 0.01), pytest.param("awq", 0.05, marks=pytest.mark.slow)]
+)
 def test_perplexity_falls_with_bits_and_8_bits_are_nearly_lossless(run, model, method, hurt):
     none = loss(run(f"model={model}", "method=none"))
     losses = [loss(run(f"model={model}", f"method={method}", f"bits={bits}")) for bits in (2, 3, 8)]
@@ -84,6 +91,98 @@ def test_the_record_holds_what_it_promises(run, spec_of):
     assert TrialRecord.load(trial_folder(record.spec) / "record.json") == record
 
 
+def test_drift_and_perplexity_come_from_one_pass_against_what_the_unquantized_model_said(run):
+    none, two, eight = (
+        run("model=demo", "method=none"),
+        *(run("model=demo", "method=rtn", f"bits={bits}") for bits in (2, 8)),
+    )
+    assert 0 < eight.metrics["kl/stories"] < 1e-3
+    assert 0.1 < two.metrics["kl/stories"] < two.metrics["kl_p99/stories"]
+    assert two.metrics["top1_agreement/stories"] < 0.9
+    assert 0.99 < eight.metrics["top1_agreement/stories"] < 1
+    assert not [name for name in none.metrics if name.startswith(("kl", "top1"))]
+    for record in (none, two, eight):
+        rows = read_samples(trial_folder(record.spec) / record.files[0])
+        nlls = [row["scores"]["nll"] for row in rows]
+        assert len(nlls) == 16
+        assert record.metrics["perplexity/stories"] == pytest.approx(math.exp(sum(nlls) / 16))
+    plain = run("model=demo", "method=rtn", "bits=8", "evaluation.drift=false")
+    assert loss(plain) == pytest.approx(loss(eight), abs=1e-6)
+    assert "kl/stories" not in plain.metrics
+
+
+def test_the_unquantized_head_is_what_drift_is_measured_with(run):
+    """Of a model whose head and embedding alone are rounded, the drift is theirs."""
+    ends = run("model=demo", "method=rtn", "skip=[blocks.*]", "head_bits=3", "embedding_bits=3")
+    assert ends.metrics["kl/stories"] > 0.01
+
+
+def test_a_pair_of_trials_is_compared_when_both_are_there(run, spec_of):
+    """The baseline may end last; a second look changes nothing and tells the tracker nothing."""
+    none, two = run("model=demo", "method=none"), run("model=demo", "method=rtn", "bits=2")
+    assert two.spec.places["baseline"] == none.spec.id
+    tracker, notes = MemoryTracker(), []
+    study = Study(
+        name="s",
+        command="c",
+        config="",
+        specs=[two.spec, none.spec],
+        storage=Path(two.spec.places["trials"]).parent,
+        tracker=tracker,
+        note=notes.append,
+    )
+    (trial_folder(none.spec) / "record.json").rename(trial_folder(none.spec) / "away.json")
+    study.take(two)
+    assert not study.records[two.spec.id].comparisons
+    (trial_folder(none.spec) / "away.json").rename(trial_folder(none.spec) / "record.json")
+    study.take(none)
+    compared = tracker.records[two.spec.id].comparisons["perplexity/stories"]
+    assert compared.difference == pytest.approx(loss(two) - loss(none))
+    assert compared.distinguishable
+    assert compared.low < compared.difference < compared.high
+    assert TrialRecord.load(trial_folder(two.spec) / "record.json") == tracker.records[two.spec.id]
+    damaged = trial_folder(none.spec) / none.files[0]
+    kept = damaged.read_bytes()
+    damaged.write_bytes(kept[:-9])
+    study.take(two)
+    assert "cannot be compared" in notes[-1]
+    damaged.write_bytes(kept)
+
+
+def test_a_logit_that_is_not_finite_fails_the_trial_and_says_where(spec_of, monkeypatch):
+    from q3q import trial
+
+    monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([1.0, torch.nan]))
+    record = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
+    assert record.status == "FAILED"
+    assert record.reason == "the model's logits in window 1 of stories are not finite"
+    monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([1000.0, 1.0]).double())
+    far_off = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
+    assert far_off.completed
+    assert math.log(far_off.metrics["perplexity/stories"]) == pytest.approx(500.5)
+    monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([2000.0, 1.0]).double())
+    diverged = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
+    assert diverged.completed
+    assert diverged.diverged == ("perplexity/stories",)
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(spec_of):
+    spec = spec_of("model=demo", "method=none", "evaluation.texts=[]", "evaluation.tasks=[stories_who]")
+
+    def stop(event):
+        if event.phase == "evaluate" and event.done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(spec, stop)
+    told = []
+    record = run_trial(spec, lambda event: told.append(event.done) if event.total > 1 else None)
+    assert told[0] > 3  # scored already
+    assert record.completed
+    assert record.metrics["stories_who/acc"] >= 0
+    assert not (trial_folder(spec) / "evaluations").exists()
+
+
 def test_bits_per_weight_counts_scales_and_zero_points(run):
     metrics = run("model=demo", "method=rtn", "bits=4").metrics
     assert metrics["bits_per_weight"] == pytest.approx(4 + (16 + 4) / 128)
@@ -95,6 +194,66 @@ def test_bits_per_weight_counts_scales_and_zero_points(run):
     assert metrics["bits_per_weight_model"] == pytest.approx(bits / whole)
     assert metrics["model_bytes"] == pytest.approx(bits / 8)
     assert run("model=demo", "method=none").metrics["bits_per_weight_model"] == 16
+
+
+MIXED = ["overrides={blocks.0:{bits:8},*.down:{bits:4,group_size:64}}", "skip=[blocks.5.o]"]
+
+
+def test_mixed_settings_are_followed_counted_and_checked(run):
+    ends = ["head_bits=8", "embedding_bits=8"]
+    record = run("model=demo", "method=gptq", "bits=2", *MIXED, *ends)
+    assert record.completed, record.reason
+    assert loss(record) < loss(run("model=demo", "method=gptq", "bits=2"))
+    assert len(record.sites) == 6 * 7 - 1
+    assert ("o", 5) not in {(site.site, site.block) for site in record.sites}
+    qkv, o, gate_up, down = 256 * (384 + 2 * 192), 384 * 256, 2 * 256 * 640, 640 * 256
+    first = (qkv + o + gate_up) * (8 + (16 + 8) / 128)
+    rest = (5 * (qkv + gate_up) + 4 * o) * (2 + (16 + 2) / 128)
+    downs = 6 * down * (4 + (16 + 4) / 64)
+    order = 32 * sum(640 if name == "down" else 384 if name == "o" else 256 for name in _linears()) - 32 * 384
+    count = 6 * (qkv + o + gate_up + down) - o
+    assert record.metrics["bits_per_weight"] == pytest.approx((first + rest + downs + order) / count)
+    norms, embedding = 6 * (2 * 256 + 2 * 64) + 256, 4096 * 256
+    whole = 6 * (qkv + o + gate_up + down) + norms + embedding
+    assert record.metrics["share_quantized"] == pytest.approx((count + embedding) / whole)
+    bits = first + rest + downs + order + embedding * (8 + (16 + 8) / 128) + (norms + o) * 16
+    assert record.metrics["bits_per_weight_model"] == pytest.approx(bits / whole)
+
+
+def _linears():
+    """The site of each linear of the demo model; GPTQ's act-order stores an index per column of each."""
+    return 6 * ["qkv", "qkv", "qkv", "o", "gate_up", "gate_up", "down"]
+
+
+@pytest.mark.parametrize(
+    ("tampering", "named"),
+    [
+        (lambda model: setattr(model, "head_VH", model.head_VH * 1.01), "embedding|head, which is tied"),
+        (lambda model: setattr(model, "embedding_VH", model.embedding_VH.clone()), "head, which is tied"),
+        (lambda model: model.embedding_VH[7, 7].mul_(1.01), "embedding"),
+    ],
+)
+def test_ends_that_are_not_their_codes_fail_the_trial(spec_of, monkeypatch, tampering, named):
+    from q3q import trial
+
+    plain = trial.set_activations
+    monkeypatch.setattr(trial, "set_activations", lambda model, spec: (plain(model, spec), tampering(model)))
+    record = run_trial(
+        spec_of("model=demo", "method=rtn", "bits=7", "head_bits=8", "embedding_bits=8", "evaluation.texts=[]")
+    )
+    assert record.status == "FAILED"
+    assert re.search(named, record.reason)
+
+
+def test_a_linear_that_was_to_be_left_out_and_was_not_fails_the_trial(spec_of, monkeypatch):
+    from q3q import trial
+
+    plain = trial.quantize_model
+    monkeypatch.setattr(
+        trial, "quantize_model", lambda model, method, schemes, *rest: plain(model, method, schemes.base, *rest)
+    )
+    record = run_trial(spec_of("model=demo", "method=rtn", "bits=7", "skip=[blocks.2.o]", "evaluation.texts=[]"))
+    assert "blocks.2.self_attn.o_proj (which was to be left out)" in record.reason
 
 
 def test_quantized_activations_cost_more_than_weights_alone(run):

@@ -11,13 +11,14 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.errors import CheckpointError
+from q3q.models.packed import Layout, Packing, read_packing
 from q3q.record import write_atomically
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _ITEM_BYTES = {
 _WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "merges.txt",
@@ -49,8 +50,9 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
-# All that a Qwen3 folder needs. Pickles, which can run code when loaded, are not on the list.
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+# All that a Qwen3 folder needs, and its licence. Pickles, which can run code when loaded, are not on the list.
+_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+EXPORT_MARKER = "q3q.json"  # a file that q3q's own exports have
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_SECONDS = 5.0  # to wait for the Hub's answer
@@ -205,6 +207,7 @@ class ModelFacts:
     rope_theta: float
     max_positions: int
     dtype: str
+    packing: Packing | None = None  # how its linears are stored, if they are not plain numbers
 
     def sparse(self, layer: int) -> bool:
         """Whether this block routes its tokens to experts."""
@@ -280,7 +283,8 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
     """Facts of a model folder, or of its parsed config.json, as transformers 4 or 5 write it.
 
     Raises:
-        CheckpointError: no readable config.json, not a Qwen3, quantized already, or a kind of Qwen3 q3q cannot run.
+        CheckpointError: no readable config.json, not a Qwen3, quantized in a way that q3q cannot read, or a kind of
+            Qwen3 that it cannot run.
     """
     if isinstance(source, Mapping):
         where, config = "the config", source
@@ -293,9 +297,12 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
     model_type = config.get("model_type")
     if model_type not in _FAMILY:
         raise wrong(f"not a Qwen3 but {model_type!r}. q3q runs model_type {' and '.join(_FAMILY)}")
+    packing = None
     if (quantized := config.get("quantization_config")) is not None:
-        how = quantized.get("quant_method", "unknown method") if isinstance(quantized, Mapping) else quantized
-        raise wrong(f"quantized already ({how}); a second rounding would measure both. Give the original model")
+        try:
+            packing = read_packing(quantized)
+        except CheckpointError as error:
+            raise wrong(str(error)) from error
     for key, only in _FIXED.items():
         if config.get(key, only) != only:
             raise wrong(f"{key}={config[key]!r} is not supported, only {only!r}")
@@ -337,6 +344,7 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
         max_positions=count("max_position_embeddings", 32_768),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        packing=packing,
     )
     if facts.heads % facts.kv_heads:
         raise wrong(f"{facts.heads} attention heads cannot share {facts.kv_heads} key/value heads evenly")
@@ -369,7 +377,7 @@ class Checkpoint:
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged (the shard or tensor is named), pickled, quantized
-            already, or not a Qwen3.
+            in a way that q3q cannot read, or not a Qwen3.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -413,25 +421,49 @@ class Checkpoint:
         """Output head, [vocab, hidden]; the embedding itself if the two are tied."""
         return self._embedding if self.facts.tied else self.read(["lm_head.weight"])["lm_head.weight"]
 
-    def block(self, k: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def block(
+        self, k: int, dtype: torch.dtype | None = None, names: Collection[str] | None = None
+    ) -> dict[str, Tensor]:
         """Weights of block `k`, named and shaped as `ModelFacts.block_shapes` says: experts stacked.
 
-        The same from either layout on disk, one matrix per expert or (transformers 5 in memory) fused ones.
+        The same from either layout on disk, one matrix per expert or (transformers 5 in memory) fused ones. Packed
+        weights come as numbers, in the dtype of config.json.
 
         Args:
             k: 0 to layers - 1.
             dtype: to convert to; as stored if None.
+            names: those of its weights that are wanted; all if None.
         """
         if not 0 <= k < self.facts.layers:
             raise IndexError(f"block {k} of {self.facts.layers}")
-        prefix, fused = f"model.layers.{k}.", self._fused(k)
-        on_disk = self.read(prefix + name for name in _disk_shapes(self.facts, k, fused))
-        raw = {name.removeprefix(prefix): tensor for name, tensor in on_disk.items()}
+        fused = self._fused(k)
+        wanted = [name for name in self.facts.block_shapes(k) if names is None or name in names]
+        sources = [source for name in wanted for source in _sources(name, self.facts.experts, fused)]
+        raw = self._numbers(k, dict.fromkeys(sources))  # fused, gate and up have the same one
         block = {}
-        for name in self.facts.block_shapes(k):
+        for name in wanted:
             tensor = _assemble(raw, name, self.facts.experts, fused)
             block[name] = tensor.to(dtype or tensor.dtype).contiguous()
         return block
+
+    def _numbers(self, k: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of one block as plain numbers, by their names on disk less the block's prefix."""
+        prefix, shapes = f"model.layers.{k}.", disk_shapes(self.facts, k, self._fused(k))
+        layouts = {name: _layout(self.facts, prefix + name) for name in names}
+        parts = {
+            name: [name] if layout is None else list(_parts(layout, name, shapes[name]))
+            for name, layout in layouts.items()
+        }
+        raw = self.read(prefix + part for some in parts.values() for part in some)
+        numbers = {}
+        for name, layout in layouts.items():
+            if layout is None:
+                numbers[name] = raw[prefix + name]
+                continue
+            rows, columns = shapes[name]
+            packed = {part.rpartition(".")[2]: raw[prefix + part] for part in parts[name]}
+            numbers[name] = layout.unpack(packed, rows, columns).to(_torch_dtype(self.facts.dtype))
+        return numbers
 
     def digest(self, cache: Path | None = None) -> str:
         """SHA-256 (hex) of what determines the model's numbers: config.json, tokenizer files and every shard.
@@ -441,7 +473,7 @@ class Checkpoint:
                 are hashed once. Nothing is written into the model's folder.
         """
         shards = {stored.shard for stored in self._stored.values()}
-        files = [self.folder / "config.json", *(self.folder / name for name in _TOKENIZER_FILES), *sorted(shards)]
+        files = [self.folder / "config.json", *(self.folder / name for name in TOKENIZER_FILES), *sorted(shards)]
         memo = _Memo(cache)
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
         memo.save()
@@ -457,9 +489,15 @@ class Checkpoint:
     def _check_complete(self) -> None:
         facts = self.facts
         expected: dict[str, Shape] = {"model.embed_tokens.weight": (facts.vocab, facts.hidden)}
+        packed: dict[str, tuple[str, ...]] = {}
         for k in range(facts.layers):
-            shapes = _disk_shapes(facts, k, self._fused(k))
-            expected |= {f"model.layers.{k}.{name}": shape for name, shape in shapes.items()}
+            for name, shape in disk_shapes(facts, k, self._fused(k)).items():
+                full = f"model.layers.{k}.{name}"
+                if (layout := _layout(facts, full)) is None:
+                    expected[full] = shape
+                    continue
+                for part, (types, part_shape) in _parts(layout, full, shape).items():
+                    expected[part], packed[part] = part_shape, types
         expected["model.norm.weight"] = (facts.hidden,)
         if not facts.tied:
             expected["lm_head.weight"] = (facts.vocab, facts.hidden)
@@ -472,10 +510,10 @@ class Checkpoint:
                 for name, shape in expected.items()
                 if (stored := self._stored[name]).shape != shape
             ],
-            "not stored as floats": [
+            "not stored as floats, or as the packed format says": [
                 f"{name} in {stored.shard.name}: {stored.dtype}"
                 for name in expected
-                if (stored := self._stored[name]).dtype not in _WEIGHT_DTYPES
+                if (stored := self._stored[name]).dtype not in packed.get(name, _WEIGHT_DTYPES)
             ],
         }.items():
             if misfits:
@@ -501,7 +539,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _disk_shapes(facts: ModelFacts, layer: int, fused: bool) -> dict[str, Shape]:
+def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str, Shape]:
     """`ModelFacts.block_shapes` as files hold them: each expert's matrices alone, or (fused) gate and up joined."""
     shapes = facts.block_shapes(layer)
     if not facts.sparse(layer):
@@ -513,16 +551,47 @@ def _disk_shapes(facts: ModelFacts, layer: int, fused: bool) -> dict[str, Shape]
         shapes["mlp.experts.down_proj"] = (experts, hidden, inner)
         return shapes
     for name, (experts, *matrix) in stacked.items():
-        shapes |= {_of_expert(name, e): tuple(matrix) for e in range(experts)}
+        shapes |= {of_expert(name, e): tuple(matrix) for e in range(experts)}
     return shapes
 
 
-def _of_expert(name: str, expert: int) -> str:
+def of_expert(name: str, expert: int) -> str:
+    """`mlp.experts.up_proj.weight` as files name one expert's, `mlp.experts.3.up_proj.weight`."""
     return name.replace("mlp.experts.", f"mlp.experts.{expert}.")
 
 
+def _layout(facts: ModelFacts, name: str) -> Layout | None:
+    """How a tensor of a block is packed; None for plain numbers. name: on disk, `model.layers.0.mlp.up_proj.weight`."""
+    if facts.packing is None or not name.endswith("_proj.weight"):
+        return None
+    return facts.packing.of(name.removesuffix(".weight"))
+
+
+def _parts(layout: Layout, name: str, shape: Shape) -> dict[str, tuple[tuple[str, ...], Shape]]:
+    """The tensors that a packed weight is stored as: their names, types and shapes."""
+    rows, columns = shape
+    base = name.removesuffix("weight")
+    return {base + part: facts for part, facts in layout.parts(rows, columns).items()}
+
+
+def _sources(name: str, experts: int, fused: bool) -> list[str]:
+    """The names on disk that one tensor of a block is assembled from."""
+    if not name.startswith("mlp.experts."):
+        return [name]
+    if fused:
+        return ["mlp.experts.down_proj" if "down_proj" in name else "mlp.experts.gate_up_proj"]
+    return [of_expert(name, e) for e in range(experts)]
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
 def _assemble(raw: Mapping[str, Tensor], name: str, experts: int, fused: bool) -> Tensor:
-    """One tensor of a block, from the tensors of `_disk_shapes`."""
+    """One tensor of a block, from the tensors of `disk_shapes`."""
     if not name.startswith("mlp.experts."):
         return raw[name]
     if fused:
@@ -532,7 +601,7 @@ def _assemble(raw: Mapping[str, Tensor], name: str, experts: int, fused: bool) -
         return gate if name == "mlp.experts.gate_proj.weight" else up
     import torch
 
-    return torch.stack([raw[_of_expert(name, e)] for e in range(experts)])
+    return torch.stack([raw[of_expert(name, e)] for e in range(experts)])
 
 
 def _read_headers(folder: Path) -> dict[str, _Stored]:

@@ -1,0 +1,82 @@
+"""vLLM's own format, whose config the `compressed-tensors` library makes and checks."""
+
+import json
+from typing import ClassVar
+
+import torch
+
+from q3q.export.formats import FORMATS, layouts
+from q3q.export.writer import PackingExporter
+from q3q.models.packed import Layout
+from q3q.spec import Json
+
+
+class CompressedTensorsExporter(PackingExporter):
+    """Weight-only grids of 2 to 8 bits (`pack-quantized`), and 8-bit weights with 8-bit activations (`int-quantized`).
+
+    Each setting is a config group; linears that stay as they are, the head and the routers are ignored.
+    """
+
+    name: ClassVar[str] = "compressed_tensors"
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+
+    def quantization_config(self) -> Json:
+        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
+        facts = self.checkpoint.facts
+        targets: dict[Layout, list[str]] = {}
+        ignored = ["lm_head"]
+        if any(facts.sparse(k) for k in range(facts.layers)):
+            ignored.append(r"re:.*mlp\.gate$")
+        base = self._base()
+        for name, _, layout in layouts(self.spec, facts):
+            module = name.removesuffix(".weight")
+            if layout is None:
+                ignored += [module] if name.endswith("_proj.weight") else []
+            elif layout != base:
+                targets.setdefault(layout, []).append(module)
+        groups = [(["Linear"], base), *((names, layout) for layout, names in targets.items())]
+        config = QuantizationConfig(
+            config_groups={
+                f"group_{k}": QuantizationScheme(targets=names, **_arguments(layout))
+                for k, (names, layout) in enumerate(groups)
+            },
+            format=_format(base),
+            quantization_status="compressed",
+            ignore=ignored,
+        )
+        described: Json = json.loads(config.model_dump_json())
+        return described
+
+    def _base(self) -> Layout:
+        """What most linears have: an override of the rest is told apart by name."""
+        make, scheme = FORMATS[self.name].layout, self.spec.scheme
+        assert make is not None
+        assert scheme is not None
+        return make(scheme)
+
+
+def _format(layout: Layout) -> str:
+    return "pack-quantized" if layout.act_bits is None else "int-quantized"
+
+
+def _arguments(layout: Layout) -> Json:
+    from compressed_tensors.quantization import QuantizationArgs
+
+    size = (
+        {"strategy": "channel"} if layout.group_size == -1 else {"strategy": "group", "group_size": layout.group_size}
+    )
+    found: Json = {
+        "weights": QuantizationArgs(
+            num_bits=layout.bits, type="int", symmetric=layout.symmetric, dynamic=False, **size
+        ),
+        "format": _format(layout),
+    }
+    if layout.act_bits is not None:
+        found["input_activations"] = QuantizationArgs(
+            num_bits=layout.act_bits, type="int", symmetric=True, dynamic=True, strategy="token"
+        )
+    return found

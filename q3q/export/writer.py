@@ -1,0 +1,333 @@
+"""Writing a checkpoint block by block while the walk goes on: what all formats have in common.
+
+One file a block and one for embedding, final norm and head, each written whole or not at all, so memory holds one block
+whatever the model's size. Facts of each are written after it: a killed trial goes on after the blocks that have them.
+config.json comes last: without it no loader takes the folder.
+"""
+
+import json
+import os
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from q3q.errors import ExportError
+from q3q.export.destination import VERSION, check_destination, is_finished, is_ours, partial_path
+from q3q.export.formats import FORMATS, layouts
+from q3q.export.reload import sketch
+from q3q.models.checkpoint import EXPORT_MARKER, TOKENIZER_FILES, Checkpoint, of_expert
+from q3q.models.decoder import Decoder
+from q3q.models.packed import Layout
+from q3q.numerics.weights import QuantizedWeight, StoredWeight
+from q3q.record import write_atomically
+from q3q.spec import Json, TrialSpec
+
+if TYPE_CHECKING:
+    from q3q.quantize.walk import QuantizedBlock
+
+COPIED = (*TOKENIZER_FILES, "generation_config.json")
+
+
+class BlockSource(Protocol):
+    """What the walk's own store offers: blocks as they were stored, if they were."""
+
+    def load(self, index: int) -> "QuantizedBlock | None": ...
+
+    def store(self, block: "QuantizedBlock") -> None: ...
+
+
+class Exporter(ABC):
+    """Writes one trial's checkpoint. A format says how one weight is stored and what config.json says about it.
+
+    seconds: spent packing and writing so far. reordered: whether any weight's groups lie apart, known at the end.
+
+    Raises:
+        ExportError: it cannot be written where it is to go.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, spec: TrialSpec, checkpoint: Checkpoint) -> None:
+        check_destination(spec, checkpoint.facts)
+        self.spec, self.checkpoint = spec, checkpoint
+        self.path = Path(spec.places["export"])
+        self.partial = partial_path(self.path)
+        self.dtype: torch.dtype = getattr(torch, spec.model["dtype"])
+        self.seconds = 0.0
+        self.reordered = False
+        self._layouts = {name: layout for name, _, layout in layouts(spec, checkpoint.facts)}
+        self.finished = is_finished(spec)
+        if not self.finished and not is_ours(self.partial, spec):
+            self.partial.mkdir(parents=True)
+            write_atomically(self.partial / EXPORT_MARKER, json.dumps(self._marker()).encode())
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is now."""
+        return self.path if self.finished else self.partial
+
+    # ------------------------------------------------------------------------------------------ a format's own
+
+    @abstractmethod
+    def weight(self, layout: Layout | None, name: str, weight: StoredWeight) -> dict[str, Tensor]:
+        """Tensors of one quantized linear by their names on disk. name: `model.layers.0.mlp.up_proj.weight`."""
+
+    @abstractmethod
+    def quantization_config(self) -> Json | None:
+        """What config.json says about how weights are stored."""
+
+    def other_files(self) -> Mapping[str, bytes]:
+        """What else the format wants to lie in the folder."""
+        return {}
+
+    # ------------------------------------------------------------------------------------------ block by block
+
+    def holds(self, index: int) -> bool:
+        """Whether block `index` is written already."""
+        return self.finished or self._facts(index) is not None
+
+    def store(self, block: "QuantizedBlock") -> None:
+        """Write one block: its quantized linears, and whatever else it has as numbers in the model's dtype."""
+        with self._timed():
+            weights = block.quantized
+            tensors: dict[str, Tensor] = {}
+            sketches: dict[str, list[float]] = {}
+            shapes = self.checkpoint.facts.block_shapes(block.index)
+            plain = {name for name in shapes if name not in weights and name not in block.changed}
+            numbers = self.checkpoint.block(block.index, self.dtype, plain) | {
+                name: tensor.to(self.dtype) for name, tensor in block.changed.items()
+            }
+            for name, shape in shapes.items():
+                stacked = len(shape) == 3
+                plain_E = None if name in weights else numbers[name] if stacked else numbers[name][None]
+                for e in range(shape[0] if stacked else 1):
+                    full = f"model.layers.{block.index}.{of_expert(name, e) if stacked else name}"
+                    if plain_E is None:
+                        one = _of_one_expert(weights[name], e)
+                        written = self.weight(self._layouts[full], full, one)
+                        value = one.dequantize()[0].to(self.dtype)
+                    else:
+                        value = plain_E[e]
+                        written = {full: value}
+                    tensors |= written
+                    sketches[full] = sketch(value)
+            apart = any(getattr(weight, "group_EI", None) is not None for weight in weights.values())
+            self._write(block.index, tensors, {"sketches": sketches, "reordered": apart})
+
+    def finish(self, model: Decoder) -> Json:
+        """Write what is not in a block, and all that makes the files a checkpoint. Returns their index.
+
+        model: as evaluated.
+        """
+        with self._timed():
+            facts = self.checkpoint.facts
+            if not self.finished:
+                ends = {"model.embed_tokens.weight": model.embedding_VH, "model.norm.weight": model.norm_H}
+                if not facts.tied:
+                    ends["lm_head.weight"] = model.head_VH
+                tensors = {name: tensor.to("cpu", self.dtype) for name, tensor in ends.items()}
+                self._write(facts.layers, tensors, {"sketches": {name: sketch(part) for name, part in tensors.items()}})
+                self._write_files()
+            index: Json = json.loads((self.folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+            return index
+
+    def publish(self, card: str) -> None:
+        """The folder, proved, takes its name: from here on it is a checkpoint."""
+        write_atomically(self.folder / "README.md", card.encode())
+        if not self.finished:
+            shutil.rmtree(self.partial / "facts", ignore_errors=True)
+            self.partial.replace(self.path)
+            self.finished = True
+
+    def withdraw(self) -> None:
+        """What was written is not what was evaluated: nobody shall load it. What has its name already stays."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def sketches(self) -> dict[str, list[float]]:
+        """Of every weight by name, what `reload` must find."""
+        return dict(json.loads((self.folder / "sketches.json").read_text(encoding="utf-8")))
+
+    def sizes(self) -> dict[str, float]:
+        """Bytes of the tensors on disk and, where codes are stored, bits per weight, as the files themselves say."""
+        stored = _stored_bytes(self.folder)
+        whole = float(sum(stored.values()))
+        count, size = 0, 0
+        for name, shape, layout in layouts(self.spec, self.checkpoint.facts):
+            if layout is not None:
+                rows, columns = shape
+                count += rows * columns
+                size += sum(stored[name.removesuffix("weight") + part] for part in layout.parts(rows, columns))
+        if not count:
+            return {"export_bytes": whole}
+        return {
+            "export_bytes": whole,
+            "model_bytes": whole,
+            "bits_per_weight": 8 * size / count,
+            "bits_per_weight_model": 8 * whole / self.checkpoint.facts.parameters,
+        }
+
+    # ------------------------------------------------------------------------------------------ files
+
+    def _write(self, index: int, tensors: Mapping[str, Tensor], facts: Json) -> None:
+        """One file, and then its facts."""
+        shard = self.partial / self._shard(index)
+        expected = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        unfinished = shard.with_suffix(".unfinished")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata={"format": "pt"}
+        )
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(shard)
+        facts |= {"bytes": expected, "size": shard.stat().st_size, "names": sorted(tensors)}
+        write_atomically(self.partial / "facts" / f"{index:03d}.json", json.dumps(facts).encode())
+
+    def _facts(self, index: int) -> Json | None:
+        """Facts of a file that is there whole."""
+        try:
+            facts: Json = json.loads((self.partial / "facts" / f"{index:03d}.json").read_text(encoding="utf-8"))
+            whole = (self.partial / self._shard(index)).stat().st_size == facts["size"]
+        except (OSError, ValueError):
+            return None
+        return facts if whole else None
+
+    def _shard(self, index: int) -> str:
+        count = self.checkpoint.facts.layers + 1
+        return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+    def _write_files(self) -> None:
+        count = self.checkpoint.facts.layers + 1
+        found = [self._facts(k) for k in range(count)]
+        missing = [self._shard(k) for k, facts in enumerate(found) if facts is None]
+        if missing:
+            raise ExportError(f"{self.partial}: {missing[0]} is not there whole; was something removed meanwhile?")
+        parts = [facts for facts in found if facts is not None]
+        index = {
+            "metadata": {"total_size": sum(facts["bytes"] for facts in parts)},
+            "weight_map": {name: self._shard(k) for k, facts in enumerate(parts) for name in facts["names"]},
+        }
+        self.reordered = any(facts.get("reordered") for facts in parts)
+        sketches = {name: value for facts in parts for name, value in facts["sketches"].items()}
+        for name in COPIED:
+            if (self.checkpoint.folder / name).is_file():
+                shutil.copyfile(self.checkpoint.folder / name, self.partial / name)
+        for licence in self.checkpoint.folder.glob("LICENSE*"):
+            shutil.copyfile(licence, self.partial / licence.name)
+        files = {
+            **self.other_files(),
+            "sketches.json": json.dumps(sketches).encode(),
+            "model.safetensors.index.json": json.dumps(index, indent=1).encode(),
+            "config.json": json.dumps(self._config(), indent=1).encode(),
+        }
+        for name, content in files.items():
+            write_atomically(self.partial / name, content)
+
+    def _config(self) -> Json:
+        config: Json = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        config.pop("quantization_config", None)
+        config |= {"dtype": self.spec.model["dtype"], "torch_dtype": self.spec.model["dtype"]}
+        described = self.quantization_config()
+        return config | ({"quantization_config": described} if described else {})
+
+    def _marker(self) -> Json:
+        return {
+            "format": self.name,
+            "trial": self.spec.id,
+            "quantization": self.spec.quantization_id,
+            "name": self.spec.name,
+            "version": VERSION,
+        }
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - started
+
+
+class PackingExporter(Exporter):
+    """A format that stores codes: most of what one needs."""
+
+    def weight(self, layout: Layout | None, name: str, weight: StoredWeight) -> dict[str, Tensor]:
+        if not isinstance(weight, QuantizedWeight) or layout is None:
+            raise ExportError(
+                f"export={self.name} stores codes of a uniform grid; {name} has none. export=hf stores all"
+            )
+        scale_OG = weight.scale_EOG[0].to(self.scale_dtype)
+        if not torch.equal(scale_OG.float(), weight.scale_EOG[0]):
+            raise ExportError(
+                f"{name}: its scales are no {self.scale_dtype} numbers, so what was measured is not stored"
+            )
+        group_I = None if weight.group_EI is None else weight.group_EI[0]
+        parts = layout.pack(weight.codes_EOI[0], scale_OG, weight.zero_EOG[0], group_I)
+        base = name.removesuffix("weight")
+        return {base + part: tensor for part, tensor in parts.items()}
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Float16, as GPTQ's and AWQ's readers expect."""
+        return torch.float16
+
+
+class ExportingSink:
+    """The walk's sink when its blocks are exported too. A block that was stored, but not exported yet, is exported."""
+
+    def __init__(self, store: BlockSource, exporter: Exporter) -> None:
+        self._store, self._exporter = store, exporter
+
+    def load(self, index: int) -> "QuantizedBlock | None":
+        block = self._store.load(index)
+        if block is not None and not self._exporter.holds(index):
+            self._exporter.store(block)
+        return block
+
+    def store(self, block: "QuantizedBlock") -> None:
+        self._store.store(block)
+        if not self._exporter.holds(block.index):
+            self._exporter.store(block)
+
+
+def open_exporter(spec: TrialSpec, checkpoint: Checkpoint) -> Exporter | None:
+    """The exporter that the spec asks for, ready to write; None if it asks for none.
+
+    Raises:
+        ExportError: it cannot be written where it is to go.
+    """
+    if spec.export is None:
+        return None
+    module, _, name = FORMATS[spec.export].implementation.partition(":")
+    kind: type[Exporter] = getattr(import_module(module), name)
+    return kind(spec, checkpoint)
+
+
+def _of_one_expert(weight: StoredWeight, expert: int) -> StoredWeight:
+    if weight.shape[0] == 1:
+        return weight
+    tensors = {name: tensor[expert : expert + 1] for name, tensor in weight.to_tensors().items()}
+    made: StoredWeight = type(weight).from_tensors(tensors, weight.facts())  # type: ignore[attr-defined]
+    return made
+
+
+def _stored_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of every tensor in the folder's files, by name, as their headers say."""
+    sizes = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            sizes[name] = end - begin
+    return sizes

@@ -1,0 +1,295 @@
+"""How packed checkpoints store a linear: compressed-tensors, GPTQ and AWQ, both ways, and what their configs say.
+
+Shapes: O out features, I in features, G groups. A weight is scale * (code - zero), scale and zero its column's group's.
+What needs no numbers (names, shapes, bytes, configs) needs no torch: a plan or a refusal costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from q3q.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+# Types by the names that safetensors gives them.
+WORDS, SCALES = ("I32",), ("F16", "BF16", "F32")
+
+
+@dataclass(frozen=True)
+class Layout(ABC):
+    """The tensors of one linear on disk. group_size: -1 is the whole row. act_bits: of its input, per token."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    act_bits: int | None = None
+
+    marker: ClassVar[str]  # a part that only a packed linear has
+
+    def groups(self, columns: int) -> int:
+        return 1 if self.group_size == -1 else columns // self.group_size
+
+    @abstractmethod
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
+        """Its tensors by what their names end in: the types they may have (the written one first), and the shape."""
+
+    @abstractmethod
+    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+        """The tensors; scales in the dtype that scale_OG has. group_I: group of each column, None for neighbours."""
+
+    @abstractmethod
+    def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        """The weight as numbers [O, I], float32."""
+
+
+@dataclass(frozen=True)
+class PackedInts(Layout):
+    """compressed-tensors' `pack-quantized`: rows of codes packed; zero points, unless implied, packed down the rows."""
+
+    marker: ClassVar[str] = "weight_packed"
+
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
+        found: dict[str, tuple[tuple[str, ...], Shape]] = {
+            "weight_packed": (WORDS, (rows, _words(columns, self.bits))),
+            "weight_scale": (SCALES, (rows, self.groups(columns))),
+            "weight_shape": (("I64", "I32"), (2,)),
+        }
+        if not self.symmetric:
+            found["weight_zero_point"] = (WORDS, (_words(rows, self.bits), self.groups(columns)))
+        return found
+
+    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+        import torch
+
+        from q3q.numerics.packing import pack_bits
+
+        _refuse_group_index(group_I)
+        packed = {
+            "weight_packed": pack_bits(codes_OI, self.bits),
+            "weight_scale": scale_OG,
+            "weight_shape": torch.tensor(codes_OI.shape),
+        }
+        if not self.symmetric:
+            packed["weight_zero_point"] = pack_bits(zero_OG.T.to(torch.uint8), self.bits).T
+        return packed
+
+    def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        from q3q.numerics.packing import unpack_bits
+
+        codes_OI = unpack_bits(parts["weight_packed"], self.bits, columns)
+        if self.symmetric:
+            return _times(codes_OI, parts["weight_scale"], 2 ** (self.bits - 1))
+        zero_GO = unpack_bits(parts["weight_zero_point"].T, self.bits, rows)
+        return _times(codes_OI, parts["weight_scale"], zero_GO.T)
+
+
+@dataclass(frozen=True)
+class PlainInts(Layout):
+    """compressed-tensors' `int-quantized`: signed bytes, symmetric."""
+
+    marker: ClassVar[str] = "weight_scale"
+
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
+        return {"weight": (("I8",), (rows, columns)), "weight_scale": (SCALES, (rows, self.groups(columns)))}
+
+    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+        import torch
+
+        _refuse_group_index(group_I)
+        signed_OI = codes_OI.to(torch.int16) - 2 ** (self.bits - 1)
+        return {"weight": signed_OI.to(torch.int8), "weight_scale": scale_OG}
+
+    def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        return _times(parts["weight"], parts["weight_scale"], 0)
+
+
+@dataclass(frozen=True)
+class GptqWords(Layout):
+    """AutoGPTQ's and GPTQModel's: codes packed down the columns, zero points along the rows, all transposed.
+
+    below: what is taken off each zero point before it is stored: 1 in the first version (`gptq`), whose zero point 0
+    cannot be stored, and 0 in the second (`gptq_v2`).
+    """
+
+    below: int = 0
+
+    marker: ClassVar[str] = "qweight"
+
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
+        groups = self.groups(columns)
+        return {
+            "qweight": (WORDS, (_words(columns, self.bits), rows)),
+            "qzeros": (WORDS, (groups, _words(rows, self.bits))),
+            "scales": (SCALES, (groups, rows)),
+            "g_idx": (WORDS, (columns,)),
+        }
+
+    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+        import torch
+
+        from q3q.numerics.packing import pack_bits
+
+        columns = codes_OI.shape[1]
+        if group_I is None:
+            group_I = torch.arange(columns) // (columns // scale_OG.shape[1])
+        return {
+            "qweight": pack_bits(codes_OI, self.bits).T,
+            "qzeros": pack_bits((zero_OG.T.to(torch.int64) - self.below) & (2**self.bits - 1), self.bits),
+            "scales": scale_OG.T,
+            "g_idx": group_I.to(torch.int32),
+        }
+
+    def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        from q3q.numerics.packing import unpack_bits
+
+        codes_OI = unpack_bits(parts["qweight"].T, self.bits, columns)
+        # Stored below 0, a zero point comes back as the highest code; adding wraps it round again.
+        zero_GO = (unpack_bits(parts["qzeros"], self.bits, rows) + self.below) & (2**self.bits - 1)
+        return _times(codes_OI, parts["scales"].T, zero_GO.T, parts["g_idx"])
+
+
+@dataclass(frozen=True)
+class AwqWords(Layout):
+    """AutoAWQ's `gemm`: codes and zero points packed along the rows, eight at a time in an order of its own."""
+
+    marker: ClassVar[str] = "qweight"
+    ORDER: ClassVar[tuple[int, ...]] = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
+        groups = self.groups(columns)
+        return {
+            "qweight": (WORDS, (columns, _words(rows, self.bits))),
+            "qzeros": (WORDS, (groups, _words(rows, self.bits))),
+            "scales": (SCALES, (groups, rows)),
+        }
+
+    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+        import torch
+
+        from q3q.numerics.packing import pack_bits
+
+        _refuse_group_index(group_I)
+
+        def interleaved(codes_xO: Tensor) -> Tensor:
+            runs_xn8 = codes_xO.to(torch.uint8).unflatten(-1, (-1, len(self.ORDER)))
+            return pack_bits(runs_xn8[..., list(self.ORDER)].flatten(-2), self.bits)
+
+        return {"qweight": interleaved(codes_OI.T), "qzeros": interleaved(zero_OG.T), "scales": scale_OG.T}
+
+    def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        from q3q.numerics.packing import unpack_bits
+
+        places = [self.ORDER.index(k) for k in range(len(self.ORDER))]
+
+        def straight(words_xW: Tensor) -> Tensor:
+            return unpack_bits(words_xW, self.bits, rows).unflatten(-1, (-1, len(places)))[..., places].flatten(-2)
+
+        return _times(straight(parts["qweight"]).T, parts["scales"].T, straight(parts["qzeros"]).T)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a packed checkpoint's config says. rules: the layout of linears whose whole name fits; the first counts."""
+
+    method: str
+    rules: tuple[tuple[str, Layout | None], ...]
+
+    def of(self, linear: str) -> Layout | None:
+        """linear: a name on disk, `model.layers.0.self_attn.q_proj`. None for one that is stored as plain numbers."""
+        return next((layout for pattern, layout in self.rules if re.fullmatch(pattern, linear)), None)
+
+    @property
+    def act_bits(self) -> int | None:
+        """Of every quantized linear's input."""
+        return next((layout.act_bits for _, layout in self.rules if layout is not None), None)
+
+
+def read_packing(config: Mapping[str, Any]) -> Packing:
+    """The packing that a `quantization_config` means.
+
+    Raises:
+        CheckpointError: a method or a variant of one that cannot be read here.
+    """
+    method = config.get("quant_method", "unknown method")
+    readers: dict[str, Callable[[Mapping[str, Any]], Packing]] = {
+        "compressed-tensors": _read_compressed_tensors,
+        "gptq": _read_gptq,
+        "awq": _read_awq,
+    }
+    if method not in readers:
+        raise CheckpointError(f"quantized already ({method}), which is not read here: give the original model")
+    try:
+        return readers[method](config)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"quantized already ({method}), and its config makes no sense: {error!r}") from error
+
+
+def _read_compressed_tensors(config: Mapping[str, Any]) -> Packing:
+    layouts = {"pack-quantized": PackedInts, "int-quantized": PlainInts}
+    rules: list[tuple[str, Layout | None]] = [(_target(name), None) for name in config.get("ignore") or ()]
+    for group in config["config_groups"].values():
+        weights, inputs = group["weights"], group.get("input_activations")
+        kind = layouts.get(group.get("format") or config["format"])
+        fits = weights["type"] == "int" and weights["strategy"] in ("group", "channel") and not weights.get("dynamic")
+        if inputs is not None:
+            fits &= inputs["type"] == "int" and inputs["dynamic"] is True and inputs["strategy"] == "token"
+        if kind is None or not fits or (kind is PlainInts and not weights["symmetric"]):
+            raise CheckpointError(f"quantized already (compressed-tensors), in a way ({group}) that is not read here")
+        size = weights["group_size"] if weights["strategy"] == "group" else -1
+        layout = kind(weights["num_bits"], size, weights["symmetric"], inputs["num_bits"] if inputs else None)
+        rules += [(_target(name), layout) for name in group["targets"]]
+    # A name or a pattern goes before a class.
+    return Packing("compressed-tensors", tuple(sorted(rules, key=lambda rule: (rule[1] is not None, rule[0] == ".*"))))
+
+
+def _target(name: str) -> str:
+    if name.startswith("re:"):
+        return name[3:] + ".*"  # the library matches from the start on, not to the end
+    return ".*" if name == "Linear" else re.escape(name)
+
+
+def _read_gptq(config: Mapping[str, Any]) -> Packing:
+    version = config.get("checkpoint_format") or "gptq"
+    if version not in ("gptq", "gptq_v2") or config.get("dynamic") or config.get("modules_in_block_to_quantize"):
+        raise CheckpointError(f"quantized already (gptq), in a variant ({version}) that is not read here")
+    below = 1 if version == "gptq" else 0
+    layout = GptqWords(config["bits"], config["group_size"], bool(config["sym"]), below=below)
+    return Packing("gptq", ((".*", layout),))
+
+
+def _read_awq(config: Mapping[str, Any]) -> Packing:
+    version = str(config.get("version") or config.get("format") or "gemm").lower()
+    bits = config.get("bits") or config["w_bit"]
+    if version != "gemm" or bits != 4 or not config.get("zero_point", True):
+        raise CheckpointError(f"quantized already (awq), in a variant ({version}, {bits} bits) that is not read here")
+    layout = AwqWords(bits, config.get("group_size") or config["q_group_size"], False)
+    left_out = tuple((f".*{re.escape(part)}.*", None) for part in config.get("modules_to_not_convert") or ())
+    return Packing("awq", (*left_out, (".*", layout)))
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
+
+
+def _times(codes_OI: Tensor, scale_OG: Tensor, zero: Tensor | int, group_I: Tensor | None = None) -> Tensor:
+    """scale * (code - zero) in float32, where a 16-bit scale times a code is exact."""
+    columns, groups = codes_OI.shape[1], scale_OG.shape[1]
+
+    def spread(number_OG: Tensor) -> Tensor:
+        if group_I is None:
+            return number_OG.float().repeat_interleave(columns // groups, dim=1)
+        return number_OG.float()[:, group_I.long()]
+
+    return spread(scale_OG) * (codes_OI.float() - (zero if isinstance(zero, int) else spread(zero)))
+
+
+def _refuse_group_index(group_I: Tensor | None) -> None:
+    if group_I is not None:
+        raise ValueError("this layout has no place for a group index")

@@ -1,0 +1,136 @@
+"""Small random checkpoints on disk, and quantized blocks of them."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from q3q.export.formats import stored_scales
+from q3q.export.writer import open_exporter
+from q3q.models.checkpoint import Checkpoint, disk_shapes, read_facts
+from q3q.models.decoder import load_decoder
+from q3q.numerics.grid import into_groups, minmax_grid
+from q3q.numerics.weights import round_to_grid, with_scales
+from q3q.quantize.walk import QuantizedBlock
+from q3q.spec import Scheme, TrialSpec
+
+DEMO = Path(__file__).parents[2] / "q3q" / "models" / "demo" / "dense"
+CONFIG = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_attention_heads": 4,  # heads x head_dim = 64, not hidden
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+
+
+def make_checkpoint(folder: Path, *, moe: bool = False, tied: bool = True, dtype: str = "bfloat16") -> Checkpoint:
+    kind = {"model_type": "qwen3_moe", **MOE} if moe else {"model_type": "qwen3"}
+    architecture = "Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"
+    config = {**CONFIG, **kind, "architectures": [architecture], "tie_word_embeddings": tied, "torch_dtype": dtype}
+    facts, generator = read_facts(config), torch.Generator().manual_seed(0)
+
+    def weight(name, shape):
+        numbers = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return (1 + 0.3 * numbers if "norm" in name else 1.5 * numbers).to(getattr(torch, dtype))
+
+    shapes = {"model.embed_tokens.weight": (facts.vocab, facts.hidden), "model.norm.weight": (facts.hidden,)}
+    if not tied:
+        shapes["lm_head.weight"] = (facts.vocab, facts.hidden)
+    for k in range(facts.layers):
+        shapes |= {f"model.layers.{k}.{name}": shape for name, shape in disk_shapes(facts, k).items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: weight(name, shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(DEMO / name, folder / name)
+    return Checkpoint(folder)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return lambda **kind: make_checkpoint(tmp_path / "original", **kind)
+
+
+def spec_of(checkpoint, export, path, **scheme) -> TrialSpec:
+    scales = stored_scales(export, checkpoint.facts.dtype)
+    wanted = {"bits": 4, "group_size": 16, "symmetric": False, "scales": scales, **scheme}
+    return TrialSpec(
+        model={"name": "tiny", "digest": "0", "dtype": checkpoint.facts.dtype},
+        method={"name": "rtn"},
+        scheme=Scheme(**wanted),
+        calibration=None,
+        evaluation={"texts": [], "tasks": []},
+        seed=0,
+        export=export,
+        places={"export": str(path), "trials": str(path.parent / "trials")},
+    )
+
+
+def apart(weight, seed):
+    """The same codes, but columns that share a group lie apart, as act-order leaves them."""
+    columns, groups = weight.shape[2], weight.scale_EOG.shape[2]
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+    group_I = (torch.arange(columns) // (columns // groups))[order].to(torch.int32)
+    return replace(weight, group_EI=group_I.expand(weight.shape[0], -1))
+
+
+def quantized_blocks(checkpoint, spec, *, act_order=False, leave=()):
+    """Every block rounded to nearest as the spec says, and the model as it would be evaluated."""
+    model = load_decoder(checkpoint, getattr(torch, spec.model["dtype"]))
+    blocks = []
+    for k, block in enumerate(model.blocks):
+        quantized = {}
+        for name in (name for site in block.sites for name in site.weights):
+            scheme = spec.schemes.of(f"blocks.{k}.{name.removesuffix('.weight')}")
+            if scheme is None or (k, name) in leave:
+                continue
+            weight = block.weights[name].float()
+            weight = weight if weight.ndim == 3 else weight[None]
+            grid = minmax_grid(into_groups(weight, scheme.group_size), scheme.bits, symmetric=scheme.symmetric)
+            rounded = round_to_grid(weight, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+            rounded = with_scales(rounded, scheme.scales)
+            quantized[name] = apart(rounded, k) if act_order else rounded
+        changed = {"input_layernorm.weight": block.weights["input_layernorm.weight"] * 1.25}
+        result = QuantizedBlock(k, quantized, changed, [])
+        model.blocks[k] = block.with_weights(result.weights_for(block))
+        model.blocks[k].act_bits = spec.scheme.act_bits
+        blocks.append(result)
+    return blocks, model
+
+
+def export(checkpoint, spec, **how):
+    """(exporter that has published, the model as evaluated)."""
+    blocks, model = quantized_blocks(checkpoint, spec, **how)
+    exporter = open_exporter(spec, checkpoint)
+    for block in blocks:
+        exporter.store(block)
+    exporter.finish(model)
+    exporter.publish("# card\n")
+    return exporter, model
+
+
+@pytest.fixture(name="spec_of")
+def fixture_spec_of():
+    return spec_of
+
+
+@pytest.fixture(name="quantized_blocks")
+def fixture_quantized_blocks():
+    return quantized_blocks
+
+
+@pytest.fixture(name="export")
+def fixture_export():
+    return export

@@ -1,0 +1,118 @@
+"""What each format can hold: refused at composition with those that can; the page's table; bytes as the layouts say."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from q3q import config as schema
+from q3q.errors import ConfigError, ExportError, IncompatibleError
+from q3q.export.formats import FORMATS, expected_bytes, stored_scales, table
+from q3q.spec import TrialSpec
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def trial(tmp_path):
+    schema.register()
+    GlobalHydra.instance().clear()
+
+    def make(*overrides) -> TrialSpec:
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return schema.spec_from(compose("config", ["evaluation=none", f"storage={tmp_path}/s", *overrides]))
+
+    return make
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "conf" / "export").glob("*.yaml")))
+def test_every_export_config_becomes_a_spec(trial, name):
+    spec = trial("method=rtn", f"export={name}")
+    assert spec.export == (None if name == "none" else name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method=gptq", "export=compressed_tensors"], "act-order.*static_groups=true.*these can: export=hf, gptq"),
+        (["method=gptq", "export=awq", "method.static_groups=true", "bits=3"], "bits=3.*hf, compressed_tensors, gptq"),
+        (["method=rtn", "export=gptq", "bits=5"], "bits=5.*it takes 2, 3, 4, 8.*hf, compressed_tensors"),
+        (["method=billm", "export=gptq"], "binarized.*these can: export=hf"),
+        (["method=smoothquant", "export=hf"], "act_bits=8.*these can: export=compressed_tensors"),
+        (["method=smoothquant", "bits=4", "export=compressed_tensors"], "act_bits=8.*no format can"),
+        (["method=rtn", "export=gptq", "skip=[*.down]"], "overrides or skip.*hf, compressed_tensors"),
+        (["method=rtn", "export=awq", "head_bits=8", "embedding_bits=8"], "head or embedding.*these can: export=hf"),
+        (["method=none", "export=hf"], "no use"),
+        (["model=demo_moe", "method=rtn", "export=compressed_tensors", "skip=[*.down]"], "experts, which loaders fuse"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_naming_those_that_can(trial, overrides, says):
+    with pytest.raises(IncompatibleError, match=says):
+        trial(*overrides)
+
+
+def test_scales_are_part_of_the_quantization_and_the_format_is_part_of_the_trial(trial):
+    alone, gptq, awq, hf = (trial("method=awq", f"export={name}") for name in ("none", "gptq", "awq", "hf"))
+    assert len({spec.id for spec in (alone, gptq, awq, hf)}) == 4
+    assert alone.quantization_id == hf.quantization_id  # plain numbers: nothing is rounded that was not
+    assert gptq.quantization_id == awq.quantization_id != alone.quantization_id
+    assert TrialSpec.from_json(gptq.to_json()) == gptq
+    assert stored_scales("gptq", "bfloat16") == "bfloat16 float16"
+    assert stored_scales("compressed_tensors", "bfloat16") == "bfloat16"
+
+
+def test_bad_destinations_are_refused_before_anything_runs(trial, tmp_path, monkeypatch):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    with pytest.raises(ExportError, match=r"taken is there already"):
+        trial("method=rtn", "export=hf", f"export.path={taken}")
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ExportError, match=r"file is not a folder"):
+        trial("method=rtn", "export=hf", f"export.path={file}/out")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ExportError, match="not writable"):
+        trial("method=rtn", "export=hf", f"export.path={tmp_path}/out")
+    monkeypatch.undo()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**6})())
+    with pytest.raises(ExportError, match=r"needs 0.1 GB and .* has 0.0 GB free"):
+        trial("method=rtn", "export=hf", f"export.path={tmp_path}/out")
+
+
+def test_settings_that_nobody_would_read_are_refused(trial):
+    with pytest.raises(ConfigError, match="not read by export=none"):
+        trial("method=rtn", "export.path=out")
+    with pytest.raises(ConfigError, match="Choose from: none, hf"):
+        trial("method=rtn", "export=hf", "export.name=onnx")
+
+
+def test_the_page_has_the_table_of_what_is_refused():
+    assert table() in (ROOT / "docs" / "EXPORT.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_bytes_on_disk_are_those_of_the_formats_definition(checkpoint, spec_of, export, tmp_path, name, moe, tied):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint(moe=moe, tied=tied)
+    facts, spec = original.facts, spec_of(original, name, tmp_path / "out")
+    made, _ = export(original, spec)
+    found = made.sizes()
+    assert found["export_bytes"] == expected_bytes(spec, facts)
+    if name == "hf":
+        assert found == {"export_bytes": 2 * facts.parameters}
+        return
+    linears, groups = facts.linear_parameters, facts.linear_parameters // 16
+    matrices = [  # columns of each, an expert's counted by itself
+        shape[-1]
+        for k in range(facts.layers)
+        for name, shape in facts.block_shapes(k).items()
+        if name.endswith("_proj.weight")
+        for _ in range(shape[0] if len(shape) == 3 else 1)
+    ]
+    extra = {"gptq": 4 * sum(matrices), "awq": 0, "compressed_tensors": 16 * len(matrices)}[name]  # groups; shapes
+    packed = linears // 2 + groups * 2 + groups // 2 + extra
+    assert found["bits_per_weight"] == pytest.approx(8 * packed / linears)
+    assert found["model_bytes"] == packed + 2 * (facts.parameters - linears)

@@ -1,0 +1,125 @@
+"""The words on disk, against each format's definition by hand and against the format's own library."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from q3q.errors import CheckpointError
+from q3q.models.packed import AwqWords, GptqWords, PackedInts, PlainInts, read_packing
+
+
+def random_parts(bits, rows=32, columns=64, groups=4, *, symmetric=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**bits, (rows, columns), generator=generator).to(torch.uint8)
+    zero = torch.randint(2**bits, (rows, groups), generator=generator).float()
+    if symmetric:
+        zero = torch.full_like(zero, 2 ** (bits - 1))
+    return codes, (torch.rand(rows, groups, generator=generator) + 0.1).half(), zero
+
+
+def plain(codes, scale, zero, group=None):
+    group = torch.arange(codes.shape[1]) // (codes.shape[1] // scale.shape[1]) if group is None else group.long()
+    return scale.float()[:, group] * (codes.float() - zero[:, group])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("below", [0, 1])
+def test_gptq_reads_back_what_it_wrote_whatever_the_grouping(bits, below):
+    codes, scale, zero = random_parts(bits)
+    group = (torch.randperm(64, generator=torch.Generator().manual_seed(1)) // 16).int()
+    for given in (None, group):
+        layout = GptqWords(bits, 16, False, below=below)
+        parts = layout.pack(codes, scale, zero, given)
+        assert {name: tuple(t.shape) for name, t in parts.items()} == {
+            name: shape for name, (_, shape) in layout.parts(32, 64).items()
+        }
+        assert torch.equal(layout.unpack(parts, 32, 64), plain(codes, scale, zero, given))
+
+
+def test_gptqs_first_version_stores_zero_points_less_one():
+    codes, scale, zero = random_parts(4, symmetric=True)
+    first = GptqWords(4, 16, True, below=1).pack(codes, scale, zero, None)
+    assert set(first["qzeros"].flatten().tolist()) == {0x77777777}
+    second = GptqWords(4, 16, True, below=0).pack(codes, scale, zero, None)
+    assert set(second["qzeros"].flatten().tolist()) == {0x88888888 - 2**32}
+    # The code of column i, row o, is four bits of word i // 8.
+    assert (int(first["qweight"][1, 3]) >> (4 * 2)) & 15 == int(codes[3, 10])
+
+
+def test_awq_packs_rows_in_its_own_order():
+    codes, scale, zero = random_parts(4)
+    parts = AwqWords(4, 16, False).pack(codes, scale, zero, None)
+    for number, shift in enumerate((0, 16, 4, 20, 8, 24, 12, 28)):  # number 1 lies in the fifth four bits
+        assert (int(parts["qweight"][5, 2]) >> shift) & 15 == int(codes[16 + number, 5])
+        assert (int(parts["qzeros"][3, 1]) >> shift) & 15 == int(zero[8 + number, 3])
+    assert torch.equal(AwqWords(4, 16, False).unpack(parts, 32, 64), plain(codes, scale, zero))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_packed_ints_are_the_compressed_tensors_librarys(bits, symmetric):
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    codes, scale, zero = random_parts(bits, symmetric=symmetric)
+    layout = PackedInts(bits, 16, symmetric)
+    parts = layout.pack(codes, scale, zero, None)
+    args = quantization.QuantizationArgs(num_bits=bits, group_size=16, strategy="group", symmetric=symmetric)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args)
+    compressor = compressors.BaseCompressor.get_value_from_registry("pack-quantized")
+    numbers = plain(codes, scale, zero)
+    offset = {"weight_zero_point": (zero - 2 ** (bits - 1)).to(torch.int8)}
+    theirs = compressor.compress({"weight": numbers, "weight_scale": scale, **offset}, scheme)
+    for name, tensor in parts.items():
+        assert torch.equal(tensor, theirs[name]), name
+    assert torch.equal(layout.unpack(parts, 32, 64), numbers)
+
+
+def test_plain_ints_are_signed_bytes():
+    codes, scale, zero = random_parts(8, groups=1, symmetric=True)
+    parts = PlainInts(8, -1, True, 8).pack(codes, scale, zero, None)
+    assert parts["weight"].dtype == torch.int8
+    assert torch.equal(parts["weight"].int(), codes.int() - 128)
+    assert torch.equal(PlainInts(8, -1, True).unpack(parts, 32, 64), plain(codes, scale, zero))
+
+
+def test_a_layout_without_a_group_index_does_not_drop_one():
+    codes, scale, zero = random_parts(4)
+    with pytest.raises(ValueError, match="group index"):
+        AwqWords(4, 16, False).pack(codes, scale, zero, torch.zeros(64))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": "bitsandbytes"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "checkpoint_format": "marlin"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "dynamic": {"-:x": {}}},
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
+        {"quant_method": "awq", "bits": 8, "group_size": 128, "version": "gemm"},
+        {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {"targets": []}}},
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(config):
+    with pytest.raises(CheckpointError, match=f"quantized already \\({config['quant_method']}"):
+        read_packing(config)
+
+
+def test_files_and_config_are_what_loaders_expect(checkpoint, spec_of, export, tmp_path):
+    original = checkpoint(moe=True)
+    made, _ = export(original, spec_of(original, "gptq", tmp_path / "out", symmetric=True), act_order=True)
+    config = json.loads((made.path / "config.json").read_text())
+    described = config["quantization_config"]
+    assert described == json.loads((made.path / "quantize_config.json").read_text())
+    assert (described["checkpoint_format"], described["desc_act"], described["sym"]) == ("gptq", True, True)
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16"
+    index = json.loads((made.path / "model.safetensors.index.json").read_text())["weight_map"]
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        assert f"model.layers.1.mlp.experts.3.gate_proj.{part}" in index
+    assert "model.layers.0.mlp.gate.weight" in index  # the router stays as it is
+    assert "lm_head.weight" not in index  # tied
+    tensors = load_file(made.path / index["model.layers.0.self_attn.o_proj.scales"])
+    assert tensors["model.layers.0.self_attn.o_proj.scales"].dtype == torch.float16
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"):
+        assert (made.path / name).is_file()
