@@ -51,7 +51,7 @@ def test_links_lead_somewhere():
 
 def test_every_option_in_conf_is_named_in_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for group in ("model", "method", "calibration", "evaluation", "cluster"):
+    for group in ("model", "method", "calibration", "evaluation", "export", "cluster"):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             name = path.stem.removesuffix("_base")
             assert f"`{name}`" in text, f"{group}={name}"
