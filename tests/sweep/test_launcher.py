@@ -15,6 +15,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 from hydra.types import HydraContext, RunMode
@@ -56,10 +57,11 @@ def connected(existing_cluster):
 @pytest.fixture(autouse=True)
 def no_version_base():
     """Hydra's suites expect the defaults of a process in which nobody has named a version yet."""
-    before = VersionBase.instance()
-    VersionBase.set_instance(VersionBase())
+    named = Singleton._instances.pop(VersionBase, None)
     yield
-    VersionBase.set_instance(before)
+    Singleton._instances.pop(VersionBase, None)
+    if named is not None:
+        VersionBase.set_instance(named)
 
 
 @pytest.fixture
