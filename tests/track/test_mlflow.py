@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -354,14 +355,19 @@ def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
             [*command, *places], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        deadline = time.monotonic() + 60
+        # Up is a server that has answered from its store: the first answer takes many seconds on a busy machine.
+        asked, deadline = (
+            f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0",
+            time.monotonic() + 90,
+        )
         while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
+            try:
+                with urllib.request.urlopen(asked, timeout=30):
                     break
-            assert process.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            time.sleep(0.1)
+            except OSError:
+                assert process.poll() is None, (folder / "server.log").read_text()
+                assert time.monotonic() < deadline, (folder / "server.log").read_text()
+                time.sleep(0.1)
         yield f"http://127.0.0.1:{port}", process
     finally:
         stop(process)
