@@ -48,14 +48,17 @@ class SiteInput:
     whole_TI: all tokens, None where the tensor exists per expert only. experts: the tokens each expert reads (in a
     dense block one entry, the whole); go through them once and in order, they may be made on the way. The walk knows:
     windows: in how many calibration windows the tokens came, of_windows: of how many in all (each as long), 0 if that
-    is not known. linears: how many read it.
+    is not known. first_window: the place of its first among all, None if they follow those that came before. linears:
+    how many read it. unrouted: every expert reads all tokens, be it in a tensor of its own.
     """
 
     whole_TI: Tensor | None
     experts: Sequence[Tensor]
     windows: int = 1
     of_windows: int = 0
+    first_window: int | None = None
     linears: int = 0
+    unrouted: bool = False
 
     @property
     def shared(self) -> bool:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from q3q.calibrate.statistics import Statistics
+from q3q.calibrate.statistics import Statistics, starved_experts
 from q3q.models.anatomy import ScaleGroup
 from q3q.numerics.weights import StoredWeight
 from q3q.spec import Scheme
@@ -23,7 +24,7 @@ class SiteTask:
 
     weight_EOI: float32, the site's weights concatenated by rows; rows names each one's slice. statistics: what the
     method's own accumulator saw, None if it observes nothing. notes: facts for the record (a raised damping, experts
-    that fell back), filled by the method.
+    that fell back), filled by the method. first_expert: where these experts begin among all of the site's.
     """
 
     block: int
@@ -32,6 +33,21 @@ class SiteTask:
     rows: dict[str, slice]
     statistics: Any
     notes: dict[str, Any] = field(default_factory=dict)
+    first_expert: int = 0
+
+    def starved_experts(self) -> list[int]:
+        """The experts that too few calibration tokens reached: rounded to nearest by every method, and noted."""
+        starved = starved_experts(self.statistics.tokens_E)
+        if starved:
+            self.notes["starved_experts"] = [self.first_expert + e for e in starved]
+        return starved
+
+    def note_damping(self, damping_E: Tensor, wanted: float) -> None:
+        """Note the experts whose Hessian could be factored only with more damping than was asked for."""
+        dampings = enumerate(damping_E.tolist(), start=self.first_expert)
+        raised = {e: damping for e, damping in dampings if damping > wanted * 1.01}
+        if raised:
+            self.notes["damping_raised"] = raised
 
 
 @dataclass
@@ -76,6 +92,11 @@ class Method(ABC):
 
     def rebalance(self, task: ScaleTask, scheme: Scheme) -> None:  # noqa: B027  (a hook, not a duty)
         """Shift scale between a producer and its readers, leaving the block's function unchanged."""
+
+    def row_step(self, device: torch.device) -> int | None:
+        """Rows of a dense site may be quantized apart, given the same statistics, in runs of a multiple of so many (but
+        for the last) without changing a bit; None: only all together. So the ranks of a gang divide them."""
+        return None
 
     @abstractmethod
     def quantize(self, task: SiteTask, scheme: Scheme) -> StoredWeight:

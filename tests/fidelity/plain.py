@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-MIN_EXPERT_TOKENS = 128  # below, an expert's Hessian is not used (q3q's rule; official code has none)
+MIN_EXPERT_TOKENS = 128  # below, what an expert's tokens say is not used (q3q's rule; official code has none)
 
 
 @dataclass
@@ -410,7 +410,7 @@ def awq(model, windows_NT, bits, group_size, *, scale=True, clip=True, grid=20):
             groups = find_scales(layer, modules, feats, kwargs, bits, group_size, grid)
             apply_scales(layer, modules, feats, groups)
         for name, module in modules.items():
-            if clip and name in feats and "q_" not in name and "k_" not in name:
+            if clip and not starved(name, feats) and "q_" not in name and "k_" not in name:
                 inputs = feats[name].reshape(-1, module.in_features)
                 limit, doubtful = search_clip(module.weight, inputs, bits, group_size)
                 module.weight.copy_(torch.clamp(module.weight, -limit, limit))
@@ -421,6 +421,11 @@ def awq(model, windows_NT, bits, group_size, *, scale=True, clip=True, grid=20):
             module.weight.copy_(rounded.weight)
             found[f"{k}.{name}"] = rounded
     return found
+
+
+def starved(name, feats):
+    """Whether this is a linear of an expert that hardly any token reached, which has neither scale nor clip."""
+    return "experts" in name and (name not in feats or feats[name].numel() < MIN_EXPERT_TOKENS * feats[name].shape[-1])
 
 
 def find_scales(layer, modules, feats, kwargs, bits, group_size, grid):
@@ -439,7 +444,7 @@ def find_scales(layer, modules, feats, kwargs, bits, group_size, grid):
     gate_up = [name for name in modules if name.endswith(("gate_proj", "up_proj"))]
     groups.append((layer.post_attention_layernorm, gate_up, search(layer.mlp, gate_up, feats["mlp"], {})))
     for down in [name for name in modules if name.endswith("down_proj")]:
-        if down in feats:  # an expert that no token reached has neither scale nor clip
+        if not starved(down, feats):
             up = modules[down.replace("down_proj", "up_proj")]
             groups.append((up, [down], search(modules[down], [down], feats[down], {})))
     return groups

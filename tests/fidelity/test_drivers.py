@@ -181,13 +181,13 @@ def test_gptq_where_few_tokens_reach_an_expert(folders, windows, held_out):
     assert all(ours[name].weight.abs().max() > 0 for name in starved)
 
 
-def starved_linears(model, windows):
-    """Of the first layer's experts, those that fewer than the stated least of tokens reach: one expert's three."""
+def starved_linears(model, windows, experts=1):
+    """Of the first layer's experts, those that fewer than the stated least of tokens reach: each one's three."""
     hidden, kwargs = plain.first_inputs(model, windows)
     layer = model.model.layers[0]
     seen = plain.hessians_of(layer, list(plain.linears(layer)), hidden, kwargs)
     starved = [name for name, one in seen.items() if one.tokens < plain.MIN_EXPERT_TOKENS]
-    assert len(starved) == 3
+    assert len(starved) == 3 * experts
     return [f"0.{name}" for name in starved]
 
 
@@ -218,6 +218,13 @@ def test_awq(folders, kind, windows, held_out, variant):
     """On weights whose positive side is the longer one, so that clipping never cuts both sides of a group (below)."""
     knobs = {"bits": 4, "group_size": 32, **AWQ[variant]}
     ours, theirs, decoder, model = awq_on(folders[f"{kind} skewed"], knobs, windows)
+    check(ours, theirs, decoder, model, held_out)
+
+
+def test_awq_where_few_tokens_reach_an_expert(folders, windows, held_out):
+    folder, few = folders["moe starved skewed"], windows[:8]
+    starved_linears(plain.load(folder), few, experts=2)
+    ours, theirs, decoder, model = awq_on(folder, {"bits": 4, "group_size": 32}, few)
     check(ours, theirs, decoder, model, held_out)
 
 

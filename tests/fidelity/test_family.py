@@ -25,7 +25,7 @@ from q3q.quantize.methods.settings import AwqSettings, BillmSettings, GptqSettin
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
-from q3q.trial import sizes
+from q3q.trial import Ledger, sizes
 from tests.fidelity.checkpoints import save_random, windows_of
 from tests.fidelity.test_drivers import Nowhere
 
@@ -133,7 +133,10 @@ def test_every_shape_goes_through_every_method(folder_of, size, method):
     assert not failed
 
     facts = checkpoint.facts
-    found = sizes(checkpoint, blocks, {})
+    ledger = Ledger()
+    for block in blocks:
+        ledger.add(block)
+    found = sizes(checkpoint, ledger, {})
     linears = 0 if build is None else facts.linear_parameters
     assert found["share_quantized"] == linears / facts.parameters
     assert sum(weight.numel() for block in decoder.blocks for weight in block.weights.values()) == sum(

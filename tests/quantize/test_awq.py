@@ -30,7 +30,7 @@ from q3q.quantize.methods.awq import (
     still_racing,
 )
 from q3q.quantize.methods.settings import AwqSettings
-from q3q.quantize.walk import _observe, _scale_task, migrate_scale, quantize_model
+from q3q.quantize.walk import Share, _scale_task, _show, migrate_scale, quantize_model
 from q3q.spec import Scheme
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
@@ -130,9 +130,13 @@ def plain_mlp(w, x, facts):
 
 
 def plain_awq(block, hidden, scheme):
-    """A block's scales by site, and its codes; `hidden` [B, T, H]. Grouped-query attention: v -> o is left out."""
+    """A block's scales by site, and its codes; `hidden` [B, T, H]. Grouped-query attention: v -> o is left out.
+
+    An expert with fewer than 128 tokens has no scale of its own, and is not clipped.
+    """
     w, facts = dict(block.weights), block.facts
     experts = [name for name in w if "mlp.experts" in name]
+    least = 128 if experts else 1
 
     def rounded(weight, s):
         flat = weight.reshape(-1, weight.shape[-1])
@@ -175,7 +179,9 @@ def plain_awq(block, hidden, scheme):
     three = {name: (w[name] if experts else w[name][None]).clone() for name in (*gate_up, down)}
     scales["down"] = []
     for e, x in enumerate(down_inputs):
-        s = search(x, {"down": three[down][e]}, lambda new, x=x: x @ new["down"].T) if len(x) else torch.ones_like(x[0])
+        s = torch.ones(x.shape[1])
+        if len(x) >= least:
+            s = search(x, {"down": three[down][e]}, lambda new, x=x: x @ new["down"].T)
         three[down][e] *= s
         three[up][e] /= s[:, None]
         scales["down"].append(s)
@@ -189,7 +195,7 @@ def plain_awq(block, hidden, scheme):
         codes[name] = torch.empty_like(weight)
         for e in range(len(weight)):
             clipped = weight[e]
-            if x is not None and len(x[e]):
+            if x is not None and len(x[e]) >= (least if name in experts else 1):
                 clipped = plain_clip(weight[e], x[e], scheme.group_size, scheme.bits, scheme.symmetric)
             for r in range(clipped.shape[0]):
                 for g in range(0, clipped.shape[1], scheme.group_size):
@@ -208,11 +214,13 @@ class Nowhere:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @torch.inference_mode()
-def test_a_block_comes_out_as_in_the_plain_transcription(decoder, windows, symmetric):
-    scheme, windows = Scheme(bits=3, group_size=16, symmetric=symmetric), windows[:3]
+def test_a_block_comes_out_as_in_the_plain_transcription(decoder, windows, kind, symmetric):
+    scheme, windows = Scheme(bits=3, group_size=16, symmetric=symmetric), windows[: 3 if kind == "dense" else 6]
     original = decoder.blocks[0]
     scales, codes = plain_awq(original, decoder.embed(windows), scheme)
     found = quantize_model(decoder, Awq(AwqSettings()), scheme, windows, Nowhere())[0]
+    if kind == "moe":  # of both kinds
+        assert 0 < len(found.notes["blocks.0.down"]["starved_experts"]) < 4
     for site, norm in (("qkv", "input_layernorm.weight"), ("gate_up", "post_attention_layernorm.weight")):
         torch.testing.assert_close(original.weights[norm] / found.changed[norm], scales[site], rtol=1e-4, atol=1e-5)
     same = total = 0
@@ -263,9 +271,22 @@ def observed(decoder, windows, index=0):
     """One block's sites with what AWQ keeps of them."""
     block, method = decoder.blocks[index].with_weights({}), Awq(AwqSettings())
     hidden = [decoder.embed(part) for part in windows.split(5)]
-    runs = [block.stages(x, decoder.rope) for x in hidden]
-    counts = [len(x) for x in hidden]
-    return block, hidden, {site.name: _observe(method, site, runs, index, counts) for site in block.sites}
+    kept = {site.name: method.observe() for site in block.sites}
+    for x in hidden:
+        for site, inputs in block.stages(x, decoder.rope):
+            told = replace(inputs, windows=len(x), of_windows=len(windows))
+            _show(kept[site.name], site, told, slice(None), index)
+    return block, hidden, kept
+
+
+def task_of(decoder, block, group, statistics, hidden):
+    """What a method is given to shift scale in one group; what it chooses is applied at once."""
+
+    def apply(scale):
+        block.weights.update(migrate_scale(block.weights, group, scale))
+        statistics.rescale(scale)
+
+    return _scale_task(block, group, statistics, decoder.rope, Share.of_all(hidden), apply)
 
 
 @torch.inference_mode()
@@ -292,7 +313,7 @@ def test_a_candidate_is_dropped_only_if_it_cannot_be_the_first_lowest(decoder, w
     block, hidden, statistics = observed(decoder, windows)
     for group in (group for group in block.scale_groups if len(group.site.weights) > 1):
         kept = statistics[group.site.name]
-        task = _scale_task(block, group, kept, decoder.rope, hidden)
+        task = task_of(decoder, block, group, kept, hidden)
         mean = kept.mean_absolute_EI()
         candidates = torch.stack([scale_candidate(mean, step / 20) for step in range(20)])
         candidates = torch.cat([candidates[:8], candidates[7:8], candidates[8:]])  # two are equal
@@ -314,7 +335,7 @@ def chosen_scales(decoder, windows, index, scheme, race):
     block, hidden, statistics = observed(decoder, windows, index)
     method, scales, judged = Awq(AwqSettings(race=race)), [], 0
     for group in block.scale_groups:
-        task = _scale_task(block, group, statistics[group.site.name], decoder.rope, hidden)
+        task = task_of(decoder, block, group, statistics[group.site.name], hidden)
         run, apply = task.run, task.apply
 
         def counted(rows, exchanged, run=run):
@@ -424,7 +445,7 @@ def test_a_candidate_is_dropped_at_six_standard_errors_of_the_paired_difference(
 def test_scaling_v_and_o_shares_a_scale_among_the_heads_that_read_one_value(decoder, windows):
     before = decoder.blocks[0](decoder.embed(windows), decoder.rope)
     block, hidden, statistics = observed(decoder, windows)
-    task = _scale_task(block, block.scale_groups[1], statistics["o"], decoder.rope, hidden)
+    task = task_of(decoder, block, block.scale_groups[1], statistics["o"], hidden)
     chosen = []
     apply, task.apply = task.apply, chosen.append
     Awq(AwqSettings()).rebalance(task, SCHEME)

@@ -138,7 +138,7 @@ def test_factoring_a_few_experts_at_a_time_changes_nothing(moe_decoder, windows,
     quantize_model(moe_decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
     whole = moe_decoder.blocks
     moe_decoder.blocks = block
-    monkeypatch.setattr("q3q.quantize.methods.billm.HESSIAN_NUMBERS", 32 * 32)
+    monkeypatch.setattr("q3q.calibrate.statistics.HESSIAN_BYTES", 4 * 32 * 32)
     quantize_model(moe_decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
     for a, b in zip(whole, moe_decoder.blocks, strict=True):
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
@@ -234,9 +234,9 @@ def test_an_expert_with_few_tokens_is_binarized_without_a_hessian_and_named(moe_
     gate = torch.zeros_like(weights["mlp.gate.weight"])  # ties: always the same two
     moe_decoder.blocks[0] = moe_decoder.blocks[0].with_weights({"mlp.gate.weight": gate})
     results = quantize_model(moe_decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
-    starved = results[0].notes["blocks.0.gate_up"]["experts_binarized_without_hessian"]
+    starved = results[0].notes["blocks.0.gate_up"]["starved_experts"]
     assert len(starved) == 2
-    assert results[0].notes["blocks.0.down"]["experts_binarized_without_hessian"] == starved
+    assert results[0].notes["blocks.0.down"]["starved_experts"] == starved
     name = "mlp.experts.down_proj.weight"
     identity = torch.eye(16)[None]
     for e in starved:

@@ -1,5 +1,6 @@
 """Experts: each one's codes are its own, and every way of calibrating them does what it says."""
 
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 from torch.nn.functional import linear, silu
 
 from q3q import config as schema
-from q3q.calibrate.statistics import MIN_EXPERT_TOKENS, Gram
+from q3q.calibrate import statistics
+from q3q.calibrate.statistics import MIN_EXPERT_TOKENS, Gram, Kept
 from q3q.errors import ConfigError, NumericsError
 from q3q.models.decoder import Decoder
-from q3q.quantize.methods import gptq
+from q3q.quantize.methods import awq, gptq
 from q3q.quantize.methods.gptq import gptq_round
 from q3q.quantize.methods.settings import SETTINGS, GptqSettings
 from q3q.quantize.walk import quantize_model, stack_rows
@@ -136,6 +138,25 @@ def test_every_expert_on_every_token_equals_solving_each_as_a_dense_linear(moe_d
     assert result.notes["blocks.0.gate_up"] == {"tokens_per_expert": [len(tokens)] * 4}
 
 
+@pytest.mark.parametrize("sample", [100, 2000])  # of 1280 tokens: some, or all
+@torch.inference_mode()
+def test_awq_on_every_token_holds_a_sample_and_chooses_what_it_would_from_all(moe_decoder, many, monkeypatch, sample):
+    monkeypatch.setattr(awq, "CLIP_TOKENS", sample)
+    bounded, _ = quantized(moe_decoder, "awq", many, every_expert=True)
+    update, kept_all = Kept.update, []
+
+    def keep_all(self, inputs):
+        update(self, replace(inputs, unrouted=False))
+        kept_all.append(not self.samples)
+
+    monkeypatch.setattr(Kept, "update", keep_all)
+    whole, _ = quantized(moe_decoder, "awq", many, every_expert=True)
+    assert kept_all.count(True) > kept_all.count(False) > 0  # o has one linear in any block
+    for name, weight in whole.quantized.items():
+        assert torch.equal(weight.codes_EOI, bounded.quantized[name].codes_EOI)
+        assert torch.equal(weight.scale_EOG, bounded.quantized[name].scale_EOG)
+
+
 @torch.inference_mode()
 def test_one_shared_hessian_is_kept_and_factored_once(moe_decoder, many, monkeypatch):
     gram, factored = Gram(), []
@@ -144,7 +165,12 @@ def test_one_shared_hessian_is_kept_and_factored_once(moe_decoder, many, monkeyp
     assert gram.sum_EII.shape == (4, 32, 32)
     assert gram.sum_EII.untyped_storage().nbytes() == 4 * 32 * 32
     factor = gptq.damped_factor
-    monkeypatch.setattr(gptq, "damped_factor", lambda h, damping: factored.append(len(h)) or factor(h, damping))
+
+    def counted(hessian, *how, **more):
+        factored.append(len(hessian))
+        return factor(hessian, *how, **more)
+
+    monkeypatch.setattr(gptq, "damped_factor", counted)
     quantized(moe_decoder, "gptq", many, every_expert=True)
     assert factored == [1, 1, 1, 4]  # qkv, o, all experts' gate and up, each expert's down
 
@@ -152,7 +178,7 @@ def test_one_shared_hessian_is_kept_and_factored_once(moe_decoder, many, monkeyp
 @torch.inference_mode()
 def test_chunks_of_experts_and_of_rows_change_nothing(moe_decoder, many, monkeypatch):
     whole, _ = quantized(moe_decoder, "gptq", many)
-    monkeypatch.setattr(gptq, "HESSIAN_BYTES", 2 * 4 * 32 * 32)
+    monkeypatch.setattr(statistics, "HESSIAN_BYTES", 2 * 4 * 32 * 32)
     monkeypatch.setattr(gptq, "CPU_ROWS", 24)
     parts, _ = quantized(moe_decoder, "gptq", many)
     for name, weight in whole.quantized.items():
@@ -173,7 +199,7 @@ def test_tokens_are_counted_for_each_expert_and_starved_ones_named(moe_decoder, 
     result, _ = quantized(moe_decoder, "gptq", windows, true_sequential=False)
     note = result.notes["blocks.0.gate_up"]
     assert note["tokens_per_expert"] == counts
-    assert note["experts_rounded_to_nearest"] == [e for e, count in enumerate(counts) if count < MIN_EXPERT_TOKENS]
+    assert note["starved_experts"] == [e for e, count in enumerate(counts) if count < MIN_EXPERT_TOKENS]
     assert "tokens_per_expert" not in result.notes["blocks.0.down"]
 
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from q3q.calibrate.statistics import Gram
+from q3q.calibrate.statistics import MIN_EXPERT_TOKENS, Gram
 from q3q.errors import IncompatibleError, NumericsError
 from q3q.models.decoder import Decoder
+from q3q.numerics.grid import awq_grid, into_groups, on_grid
 from q3q.quantize.blocks import BlockStore
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.gptq import Gptq, gptq_round
@@ -152,7 +153,7 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_named_not_zeroed(moe_dec
     few = windows[:4]
     results = quantize_model(decoder, Gptq(GptqSettings(act_order=False)), SCHEME, few, Nowhere())
     quantize_model(twin, Rtn(RtnSettings()), SCHEME, None, Nowhere())
-    starved = results[0].notes["blocks.0.gate_up"]["experts_rounded_to_nearest"]
+    starved = results[0].notes["blocks.0.gate_up"]["starved_experts"]
     assert 2 in starved
     name = "mlp.experts.down_proj.weight"
     for e in starved:
@@ -162,11 +163,29 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_named_not_zeroed(moe_dec
 
 @pytest.mark.parametrize("clip", [True, False])
 @torch.inference_mode()
-def test_awq_names_an_expert_that_no_token_reaches(moe_decoder, windows, clip):
-    gate = torch.zeros_like(moe_decoder.blocks[0].weights["mlp.gate.weight"])
-    moe_decoder.blocks[0] = moe_decoder.blocks[0].with_weights({"mlp.gate.weight": gate})  # ties: always the same two
-    results = quantize_model(moe_decoder, Awq(AwqSettings(clip=clip)), SCHEME, windows, Nowhere())
-    assert len(results[0].notes["blocks.0.down"]["experts_without_tokens"]) == 2
+def test_awq_gives_an_expert_that_few_tokens_reach_no_scale_and_no_clipping_of_its_own(moe_decoder, windows, clip):
+    original = moe_decoder.blocks[0]
+    results = quantize_model(moe_decoder, Awq(AwqSettings(clip=clip)), SCHEME, windows[:6], Nowhere())
+    notes = results[0].notes
+    tokens = notes["blocks.0.gate_up"]["tokens_per_expert"]
+    starved = [e for e in range(4) if tokens[e] < MIN_EXPERT_TOKENS]
+    assert 0 < len(starved) < 4
+    assert min(tokens) > 0
+    assert notes["blocks.0.gate_up"]["starved_experts"] == notes["blocks.0.down"]["starved_experts"] == starved
+    name = "mlp.experts.down_proj.weight"
+    groups = into_groups(original.weights[name], SCHEME.group_size)
+    rounded = on_grid(groups, awq_grid(groups, SCHEME.bits, symmetric=SCHEME.symmetric), SCHEME.bits).flatten(-2)
+    plain = {e for e in range(4) if torch.equal(moe_decoder.blocks[0].weights[name][e], rounded[e])}
+    assert plain == set(starved) if clip else set(starved) <= plain < set(range(4))  # a scale of 1 may be the best
+    # Gate and up have the scale that all experts share, and range up to their largest weight.
+    norm = "post_attention_layernorm.weight"
+    scaled = original.weights["mlp.experts.gate_proj.weight"] * (original.weights[norm] / results[0].changed[norm])
+    groups = into_groups(scaled, SCHEME.group_size)
+    rounded = on_grid(groups, awq_grid(groups, SCHEME.bits, symmetric=SCHEME.symmetric), SCHEME.bits).flatten(-2)
+    found = moe_decoder.blocks[0].weights["mlp.experts.gate_proj.weight"]
+    for e in range(4):
+        close = torch.isclose(found[e], rounded[e], rtol=1e-4).double().mean()
+        assert close > 0.99 if e in starved or not clip else close < 0.9
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(decoder):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from q3q.calibrate.statistics import Kept
+from q3q.calibrate.statistics import Kept, starved_experts
 from q3q.models.anatomy import ScaleGroup
 from q3q.numerics.grid import awq_grid, awq_grid_of_range, into_groups, on_grid
 from q3q.numerics.weights import QuantizedWeight, round_to_grid
@@ -38,7 +38,13 @@ TOKENS_AT_ONCE = {"cpu": 2**10, "cuda": 2**14}
 
 
 class Awq(Method):
-    """All statistics come from the original model: the next block is calibrated on full-precision outputs."""
+    """All statistics come from the original model: the next block is calibrated on full-precision outputs.
+
+    An expert that too few tokens reached has neither a scale of its own (before its down) nor a clipped range. The
+    scale that gate and up of all experts share with the norm before them reaches it too, or the block's function would
+    change; it is chosen by the paper's loss, the block's output error over all tokens, in which a starved expert counts
+    for the few tokens that it answers.
+    """
 
     passes_on_quantized = False
 
@@ -62,18 +68,17 @@ class Awq(Method):
         else:
             loss_CE = piece_losses(task, candidates_CEI, scheme, race=self.settings.race)
         best_EI = first_lowest(loss_CE, candidates_CEI)
-        seen_E = task.statistics.tokens_E.to(best_EI.device) > 0
-        if len(best_EI) == len(seen_E) > 1:
-            best_EI = torch.where(seen_E[:, None], best_EI, torch.ones_like(best_EI))
+        if len(best_EI) > 1:  # an expert's own; one that all share is chosen by the tokens of all
+            best_EI[starved_experts(task.statistics.tokens_E)] = 1
         task.apply(best_EI)
 
     def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
         weight_EOI = task.weight_EOI
-        unseen = (task.statistics.tokens_E == 0).nonzero().flatten().tolist()
-        if unseen:  # neither scaled nor clipped: plain rounding, and the record says so
-            task.notes["experts_without_tokens"] = unseen
+        starved = task.starved_experts()
         if self.settings.clip:
             inputs = [task.statistics.sample_TI(e) for e in range(len(weight_EOI))]
+            for e in starved:
+                inputs[e] = inputs[e][:0]
             weight_EOI = weight_EOI.clone()
             for name, rows in task.rows.items():
                 if name not in UNCLIPPED:

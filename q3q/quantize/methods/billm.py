@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from q3q.calibrate.statistics import Gram, starved_experts
+from q3q.calibrate.statistics import Gram
 from q3q.numerics.grid import into_groups
 from q3q.numerics.linalg import damped_factor
 from q3q.numerics.weights import BinarizedWeight
@@ -25,7 +25,6 @@ from q3q.spec import Scheme
 
 MOST_SALIENT = 50  # salient columns of a block are the first 1 to 49 of its 50 most salient ones
 SHARES = torch.linspace(0.10, 0.90, 81, dtype=torch.float64)  # thresholds tried: these quantiles of |saliency|
-HESSIAN_NUMBERS = 2**26  # of all experts that are factored together; bounds memory, changes nothing
 CHUNK = 2**20  # numbers that a search holds at a time; bounds memory, changes nothing
 
 
@@ -43,37 +42,21 @@ class Billm(Method):
 
     def quantize(self, task: SiteTask, scheme: Scheme) -> BinarizedWeight:
         gram: Gram = task.statistics
-        experts, _, columns = task.weight_EOI.shape
-        starved = starved_experts(gram.tokens_E)
-        if starved:
-            task.notes["experts_binarized_without_hessian"] = starved
-        # The official Hessian is 2/windows * sum x x^T, ours the mean over tokens.
-        dead_diagonal_E = gram.windows / (2 * gram.tokens_E.clamp(min=1)).to(task.weight_EOI.device)
-        solved = []
-        for some in torch.arange(experts).split(max(1, HESSIAN_NUMBERS // columns**2)):
-            part = slice(int(some[0]), int(some[-1]) + 1)
-            hessian_EII = gram.mean_EII(part)
-            if gram.shared:
-                hessian_EII = hessian_EII[:1]
-            elif starved:
-                # With the identity for a Hessian saliency is magnitude, and no column makes up for another's error.
-                without = torch.isin(some, torch.tensor(starved)).to(hessian_EII.device)
-                hessian_EII[without] = torch.eye(columns, device=hessian_EII.device)
-            solved.append(
-                billm_round(
-                    task.weight_EOI[part],
-                    hessian_EII,
-                    scheme.group_size,
-                    linears=task.rows.values(),
-                    damping=self.settings.damping,
-                    metric=self.settings.salient_metric,
-                    dead_diagonal_E=dead_diagonal_E[part],
-                )
+        solved = [
+            billm_round(
+                task.weight_EOI[hessians.experts],
+                # A starved expert's is the identity: saliency is magnitude, and no column makes up for another's error.
+                hessians.mean_MII,
+                scheme.group_size,
+                linears=task.rows.values(),
+                damping=self.settings.damping,
+                metric=self.settings.salient_metric,
+                dead_diagonal_E=hessians.dead_diagonal_M,
+                overwrite_hessian=True,
             )
-        damping_E = torch.cat([part.damping_E for part in solved])
-        raised = {e: d for e, d in enumerate(damping_E.tolist()) if d > self.settings.damping * 1.01}
-        if raised:
-            task.notes["damping_raised"] = raised
+            for hessians in gram.hessians(task.starved_experts())
+        ]
+        task.note_damping(torch.cat([part.damping_E for part in solved]), self.settings.damping)
         return _joined([part.weight for part in solved], 0)
 
 
@@ -94,6 +77,7 @@ def billm_round(
     damping: float = 0.01,
     metric: str = "hessian",
     dead_diagonal_E: Tensor | None = None,
+    overwrite_hessian: bool = False,
 ) -> Solved:
     """Algorithm 1 of BiLLM for every expert at once: binarize block by block; later blocks absorb each block's error.
 
@@ -105,21 +89,20 @@ def billm_round(
         metric: what the searches look at, w^2 / diag(U)^2 (hessian; U^T U = H^-1) or w itself (magnitude).
         dead_diagonal_E: what the diagonal becomes where no token activates a column: 1 in the official code, on the
             scale of its Hessian. It weighs in the mean that damping is a share of.
+        overwrite_hessian: its memory may be used; otherwise it is not modified.
 
     Raises:
         ShapeError: the block size does not divide I. NumericsError: the Hessian cannot be factored.
     """
     into_groups(weight_EOI, block_size)  # refuses a size that does not divide
     experts = len(weight_EOI)
+    hessian_EII = hessian_EII if overwrite_hessian else hessian_EII.clone()
     diagonal_EI = hessian_EII.diagonal(dim1=1, dim2=2)
     dead_EI = diagonal_EI == 0
     weight_EOI = weight_EOI.masked_fill(dead_EI[:, None, :], 0)
-    if dead_EI.any():
-        one_E = weight_EOI.new_ones(experts) if dead_diagonal_E is None else dead_diagonal_E
-        diagonal_EI = torch.where(dead_EI, one_E[: len(dead_EI), None].to(diagonal_EI), diagonal_EI)
-        hessian_EII = hessian_EII.clone()
-        hessian_EII.diagonal(dim1=1, dim2=2).copy_(diagonal_EI)
-    factor_EII, damping_E = damped_factor(hessian_EII, damping)
+    one_E = diagonal_EI.new_ones(len(diagonal_EI)) if dead_diagonal_E is None else dead_diagonal_E
+    diagonal_EI.copy_(torch.where(dead_EI, one_E[:, None].to(diagonal_EI), diagonal_EI))
+    factor_EII, damping_E = damped_factor(hessian_EII, damping, overwrite=True)
     factor_EII, damping_E = factor_EII.expand(experts, -1, -1), damping_E.expand(experts)
 
     blocks = []

@@ -6,11 +6,12 @@ features, I in features, G groups, S columns per group, C columns of one lazy up
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from q3q.calibrate.statistics import Gram, starved_experts
+from q3q.calibrate.statistics import Gram
 from q3q.numerics.grid import Grid, into_groups, minmax_grid
 from q3q.numerics.linalg import damped_factor
 from q3q.numerics.weights import QuantizedWeight, concatenate_rows
@@ -19,8 +20,6 @@ from q3q.quantize.method import Method, SiteTask
 from q3q.quantize.methods.settings import GptqSettings
 from q3q.spec import Scheme
 
-# Experts are factored and solved in chunks: bytes of their Hessians, of which a factorization holds up to eight copies.
-HESSIAN_BYTES = 2**27
 # Rows (of all experts of a chunk) that go through the columns together: on a CPU as measured; a GPU wants all it can
 # get, and so many of 4096 columns are 0.5 GB.
 CPU_ROWS, GPU_ROWS = 4096, 2**15
@@ -39,43 +38,31 @@ class Gptq(Method):
     def observe(self) -> Gram:
         return Gram()
 
+    def row_step(self, device: torch.device) -> int:
+        return CPU_ROWS if device.type == "cpu" else GPU_ROWS
+
     def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
         gram: Gram = task.statistics
-        weight_EOI = task.weight_EOI
-        experts, _, columns = weight_EOI.shape
-        starved = starved_experts(gram.tokens_E)
-        if starved:
-            task.notes["experts_rounded_to_nearest"] = starved
-        if gram.shared:  # one Hessian for all experts: their rows are rows of one linear
-            weight_EOI = weight_EOI.flatten(0, 1)[None]
-        # The official Hessian is 2/windows * sum x x^T, ours the mean over tokens.
-        dead_diagonal_E = gram.windows / (2 * gram.tokens_E.clamp(min=1)).to(weight_EOI.device)
-        solved = []
-        chunk = max(1, HESSIAN_BYTES // (4 * columns**2))
-        for first in range(0, len(weight_EOI), chunk):
-            some = slice(first, min(first + chunk, len(weight_EOI)))
-            hessian_EII = gram.mean_EII(some)
-            # With the identity for a Hessian no column can help another, and GPTQ is rounding to nearest.
-            for e in starved:
-                if some.start <= e < some.stop:
-                    hessian_EII[e - some.start] = torch.eye(columns, device=hessian_EII.device)
+        experts, solved = len(task.weight_EOI), []
+        for hessians in gram.hessians(task.starved_experts()):
+            weight_EOI = task.weight_EOI[hessians.experts]
+            if gram.shared:  # one Hessian for all experts: their rows are rows of one linear
+                weight_EOI = weight_EOI.flatten(0, 1)[None]
             solved.append(
                 gptq_round(
-                    weight_EOI[some],
-                    hessian_EII,
+                    weight_EOI,
+                    hessians.mean_MII,
                     scheme,
                     damping=self.settings.damping,
                     block_size=self.settings.block_size,
                     act_order=self.settings.act_order,
                     static_groups=self.settings.static_groups,
                     mse=self.settings.mse,
-                    dead_diagonal_E=dead_diagonal_E[some],
+                    dead_diagonal_E=hessians.dead_diagonal_M,
+                    overwrite_hessian=True,
                 )
             )
-        damping_E = torch.cat([part.damping_E for part in solved]).expand(experts)
-        raised = {e: d for e, d in enumerate(damping_E.tolist()) if d > self.settings.damping * 1.01}
-        if raised:
-            task.notes["damping_raised"] = raised
+        task.note_damping(torch.cat([part.damping_E for part in solved]).expand(experts), self.settings.damping)
         weight = concatenate_experts([part.weight for part in solved])
         return split_experts(weight, experts) if gram.shared else weight
 
@@ -100,92 +87,134 @@ def gptq_round(
     mse: bool = False,
     dead_diagonal_E: Tensor | None = None,
     solver: BlockSolver | None = None,
+    overwrite_hessian: bool = False,
 ) -> Solved:
     """Algorithm 1 of GPTQ (arXiv 2210.17323), for every expert at once.
 
     Args:
         weight_EOI: float32. Not modified.
         hessian_EII: mean of x x^T over calibration tokens, or that times any positive factor: the codes are the same.
-            Not modified.
         block_size: columns per lazy update of the rest; a group's grid sees updates of earlier blocks only.
         act_order: most active columns (largest Hessian diagonal) first. Groups are then formed in that order.
         static_groups: grids are fixed beforehand from neighbouring original columns, also under act_order.
         dead_diagonal_E: what the diagonal becomes where no token activates a column: 1 in the official code, on the
             scale of its Hessian. It weighs in the mean that damping is a share of.
         solver: of one block's columns; by default the device's fastest.
+        overwrite_hessian: its memory may be used; otherwise it is not modified.
 
     Raises:
         ShapeError: the group size does not divide I. NumericsError: the Hessian cannot be factored.
     """
     into_groups(weight_EOI, scheme.group_size)  # refuses a size that does not divide
-    experts, rows, columns = weight_EOI.shape
-    size = columns if scheme.group_size == -1 else scheme.group_size
+    columns, damping_E = factored_columns(
+        hessian_EII if overwrite_hessian else hessian_EII.clone(), damping, dead_diagonal_E, act_order=act_order
+    )
+    grid_of = partial(minmax_grid, bits=scheme.bits, symmetric=scheme.symmetric, mse=mse)
+    solve = partial(
+        round_rows,
+        scheme=scheme,
+        grid_of=grid_of,
+        static_groups=static_groups,
+        block_size=block_size,
+        solver=solver or block_solver(weight_EOI.device),
+    )
+    experts, rows, _ = weight_EOI.shape
+    at_once = CPU_ROWS if weight_EOI.device.type == "cpu" else GPU_ROWS
+    few = max(1, at_once // rows)
+    solved = [
+        concatenate_rows([solve(part_eoI, columns.of(e, e + few)) for part_eoI in some_eOI.split(at_once, 1)])
+        for e, some_eOI in zip(range(0, experts, few), weight_EOI.split(few), strict=True)
+    ]
+    return Solved(concatenate_experts(solved), damping_E)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns as they are treated, of each expert.
+
+    factor_EII: upper triangular U, U^T U the inverse of the damped Hessian, in that order. dead_EI: no token activates
+    the column. order_EI: which column comes at each place, None for one after the other.
+    """
+
+    factor_EII: Tensor
+    dead_EI: Tensor
+    order_EI: Tensor | None
+
+    def of(self, first: int, stop: int) -> "Columns":
+        some = slice(first, stop)
+        order_EI = None if self.order_EI is None else self.order_EI[some]
+        return Columns(self.factor_EII[some], self.dead_EI[some], order_EI)
+
+
+def factored_columns(
+    hessian_EII: Tensor, damping: float, dead_diagonal_E: Tensor | None, *, act_order: bool
+) -> tuple[Columns, Tensor]:
+    """Order the columns, and factor the inverse of their Hessian, which is overwritten. Also the damping needed [E]."""
     diagonal_EI = hessian_EII.diagonal(dim1=1, dim2=2)
     dead_EI = diagonal_EI == 0
-    if dead_EI.any():
-        one_E = torch.ones(experts, device=weight_EOI.device) if dead_diagonal_E is None else dead_diagonal_E
-        hessian_EII = hessian_EII.clone()
-        diagonal_EI = torch.where(dead_EI, one_E[:, None], diagonal_EI)
-        hessian_EII.diagonal(dim1=1, dim2=2).copy_(diagonal_EI)
-    order_EI = torch.arange(columns, device=weight_EOI.device).expand(experts, columns)
+    one_E = diagonal_EI.new_ones(len(diagonal_EI)) if dead_diagonal_E is None else dead_diagonal_E
+    diagonal_EI.copy_(torch.where(dead_EI, one_E[:, None], diagonal_EI))
+    order_EI = None
     if act_order:
         order_EI = diagonal_EI.argsort(dim=1, descending=True, stable=True)
-        pairs = zip(hessian_EII, order_EI, strict=True)
-        hessian_EII = torch.stack([whole_II[order_I][:, order_I] for whole_II, order_I in pairs])
-    factor_EII, damping_E = damped_factor(hessian_EII, damping)
-    place_EI = order_EI.argsort(1)
+        for whole_II, order_I in zip(hessian_EII, order_EI, strict=True):
+            torch.index_select(whole_II[order_I], 1, order_I, out=whole_II)
+    factor_EII, damping_E = damped_factor(hessian_EII, damping, overwrite=True)
+    return Columns(factor_EII, dead_EI, order_EI), damping_E
 
-    def grid_of(part_xS: Tensor) -> Grid:
-        return minmax_grid(part_xS, scheme.bits, symmetric=scheme.symmetric, mse=mse)
 
-    def solve(some: slice, weight_EOI: Tensor) -> QuantizedWeight:
-        """Some experts, and some of their rows."""
-        fixed: Grid | None = None
-        if scheme.group_size == -1:
-            # The official code takes whole-row grids before it clears the columns that no token ever activates.
-            fixed = grid_of(weight_EOI)
-        weight_EOI = weight_EOI.masked_fill(dead_EI[some, None], 0)
-        if fixed is None and static_groups:
-            grid = grid_of(into_groups(weight_EOI, size))
-            fixed = Grid(grid.scale.squeeze(-1), grid.zero.squeeze(-1))
-        weight_EIO = permuted(weight_EOI.mT.contiguous(), order_EI[some])
-        if fixed is None:
-            shape = (len(weight_EIO), columns // size, weight_EIO.shape[2])
-            grids = Grid(weight_EIO.new_empty(shape), weight_EIO.new_empty(shape))
-            grids_of = started_grids(weight_EIO, size, grid_of, grids)
-        else:
-            grids = Grid(fixed.scale.mT, fixed.zero.mT)
-            grids_of = fixed_grids(grids, order_EI[some] // size)
-        codes_EIO = solve_columns(
-            weight_EIO, factor_EII[some], scheme.bits, block_size, grids_of, solver or block_solver(weight_EIO.device)
-        )
-        return QuantizedWeight(
-            permuted(codes_EIO, place_EI[some]).mT.contiguous(),
-            grids.scale.mT.contiguous(),
-            grids.zero.mT.contiguous(),
-            scheme.bits,
-            scheme.symmetric,
-            (place_EI[some] // size).to(torch.int32) if act_order and fixed is None else None,
-        )
-
-    at_once = CPU_ROWS if weight_EOI.device.type == "cpu" else GPU_ROWS
-    chunks = [slice(e, e + max(1, at_once // rows)) for e in range(0, experts, max(1, at_once // rows))]
-    return Solved(
-        concatenate_experts(
-            [concatenate_rows([solve(some, part) for part in weight_EOI[some].split(at_once, 1)]) for some in chunks]
-        ),
-        damping_E,
+def round_rows(
+    weight_EOI: Tensor,
+    columns: Columns,
+    scheme: Scheme,
+    grid_of: Callable[[Tensor], Grid],
+    *,
+    static_groups: bool,
+    block_size: int,
+    solver: BlockSolver,
+) -> QuantizedWeight:
+    """Some rows, of which none depends on another given the factor: take grids, round column by column, put back."""
+    size = weight_EOI.shape[2] if scheme.group_size == -1 else scheme.group_size
+    fixed: Grid | None = None
+    if scheme.group_size == -1:
+        # The official code takes whole-row grids before it clears the columns that no token ever activates.
+        fixed = grid_of(weight_EOI)
+    weight_EOI = weight_EOI.masked_fill(columns.dead_EI[:, None], 0)
+    if fixed is None and static_groups:
+        grid = grid_of(into_groups(weight_EOI, size))
+        fixed = Grid(grid.scale.squeeze(-1), grid.zero.squeeze(-1))
+    weight_EIO = in_order(weight_EOI.mT.contiguous(), columns.order_EI)
+    if fixed is None:
+        shape = (len(weight_EIO), weight_EIO.shape[1] // size, weight_EIO.shape[2])
+        grids = Grid(weight_EIO.new_empty(shape), weight_EIO.new_empty(shape))
+        grids_of = started_grids(weight_EIO, size, grid_of, grids)
+    else:
+        grids = Grid(fixed.scale.mT, fixed.zero.mT)
+        grids_of = fixed_grids(grids, size, columns.order_EI)
+    codes_EIO = solve_columns(weight_EIO, columns.factor_EII, scheme.bits, block_size, grids_of, solver)
+    place_EI = None if columns.order_EI is None else columns.order_EI.argsort(1)
+    return QuantizedWeight(
+        in_order(codes_EIO, place_EI).mT.contiguous(),
+        grids.scale.mT.contiguous(),
+        grids.zero.mT.contiguous(),
+        scheme.bits,
+        scheme.symmetric,
+        None if place_EI is None or fixed is not None else (place_EI // size).to(torch.int32),
     )
 
 
-def fixed_grids(grids: Grid, group_EI: Tensor) -> GridsOf:
-    """Grids [E, G, O] that were taken beforehand, and the group of each column, which may differ by expert."""
+def fixed_grids(grids: Grid, size: int, order_EI: Tensor | None) -> GridsOf:
+    """Grids [E, G, O] that were taken beforehand, of groups of neighbours; each expert's columns come in its order."""
 
     def grids_of(start: int, stop: int) -> tuple[Grid, list[int]]:
+        if order_EI is None:
+            first = start // size
+            used = slice(first, -(-stop // size))
+            return Grid(grids.scale[:, used], grids.zero[:, used]), [i // size - first for i in range(start, stop)]
         if grids.scale.shape[1] == 1:
             return grids, [0] * (stop - start)
-        group_EC = group_EI[:, start:stop]
-        return Grid(permuted(grids.scale, group_EC), permuted(grids.zero, group_EC)), list(range(stop - start))
+        group_EC = order_EI[:, start:stop] // size
+        return Grid(in_order(grids.scale, group_EC), in_order(grids.zero, group_EC)), list(range(stop - start))
 
     return grids_of
 
@@ -239,8 +268,10 @@ def solve_columns(
     return codes_EIO
 
 
-def permuted(values_EIO: Tensor, order_EI: Tensor) -> Tensor:
-    """Each expert's rows in its order; a row may be taken more than once or not at all."""
+def in_order(values_EIO: Tensor, order_EI: Tensor | None) -> Tensor:
+    """Each expert's rows in its order, in which a row may come more than once or not at all; as they are with None."""
+    if order_EI is None:
+        return values_EIO
     return torch.stack([rows_IO[order_I] for rows_IO, order_I in zip(values_EIO, order_EI, strict=True)])
 
 

@@ -1,5 +1,7 @@
 """Round to nearest: the yardstick that every other method must beat."""
 
+import torch
+
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import QuantizedWeight, round_to_grid
 from q3q.quantize.method import Method, SiteTask
@@ -12,6 +14,9 @@ class Rtn(Method):
 
     def __init__(self, settings: RtnSettings) -> None:
         self.settings = settings
+
+    def row_step(self, device: torch.device) -> int:
+        return 1  # each weight is rounded by itself
 
     def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
         groups = into_groups(task.weight_EOI, scheme.group_size)

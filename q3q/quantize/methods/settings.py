@@ -74,7 +74,7 @@ class GptqSettings(MethodSettings):
     true_sequential: bool = True
     static_groups: bool = False
     mse: bool = False
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     implementation: ClassVar[str] = "q3q.quantize.methods.gptq:Gptq"
 
     def observes(self) -> bool:
@@ -96,7 +96,7 @@ class AwqSettings(MethodSettings):
     grid: int = 20
     v_to_o: bool = False
     race: bool = True
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     implementation: ClassVar[str] = "q3q.quantize.methods.awq:Awq"
     rebalances: ClassVar[bool] = True
     default_length: ClassVar[int] = 512
@@ -120,6 +120,7 @@ class SmoothQuantSettings(MethodSettings):
     search: bool = False
     alpha_grid: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
     search_windows: int = 8
+    version: ClassVar[int] = 2
     implementation: ClassVar[str] = "q3q.quantize.methods.smoothquant:SmoothQuant"
     rebalances: ClassVar[bool] = True
     default_bits: ClassVar[int] = 8
@@ -169,6 +170,7 @@ class BillmSettings(MethodSettings):
     name: str = "billm"
     damping: float = 0.01
     salient_metric: str = "hessian"
+    version: ClassVar[int] = 2
     implementation: ClassVar[str] = "q3q.quantize.methods.billm:Billm"
     bits: ClassVar[tuple[int, ...]] = (1,)
     default_bits: ClassVar[int] = 1

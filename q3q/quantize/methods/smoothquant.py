@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from q3q.calibrate.statistics import Peak
+from q3q.calibrate.statistics import Peak, starved_experts
 from q3q.models.anatomy import ScaleGroup
 from q3q.numerics.grid import absmax_grid, into_groups
 from q3q.numerics.weights import QuantizedWeight, round_to_grid
@@ -27,7 +27,7 @@ class SmoothQuant(Method):
     """Activation ranges are the full-precision model's. Without smoothing it is absmax rounding, and observes nothing.
 
     o_and_down: also between v and o, where query heads that read one value head share its scale, and between up and
-    down, where an expert that saw no token is left as it is, and named.
+    down, where an expert that too few tokens reached is left as it is, and named.
     """
 
     passes_on_quantized = False
@@ -55,16 +55,16 @@ class SmoothQuant(Method):
         act_EI = _shared_by_repeats(task.statistics.peak_EI, group)
         weight_EI = _shared_by_repeats(_largest_weights(task, len(act_EI)), group)
         scale_EI = smoothing_scale(act_EI, weight_EI, self.settings.alpha)
-        seen_E = task.statistics.tokens_E.to(scale_EI.device) > 0
-        if len(scale_EI) == len(seen_E):
-            scale_EI = torch.where(seen_E[:, None], scale_EI, torch.ones_like(scale_EI))
+        if len(scale_EI) > 1:  # an expert's own; one that all share is that of all tokens
+            scale_EI[starved_experts(task.statistics.tokens_E)] = 1
         task.apply(scale_EI)
+
+    def row_step(self, device: torch.device) -> int:
+        return 1  # each weight is rounded by itself
 
     def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
         if self.settings.smooth and self.settings.o_and_down and task.site == "down":
-            unseen = (task.statistics.tokens_E == 0).nonzero().flatten().tolist()
-            if unseen:
-                task.notes["experts_not_smoothed"] = unseen
+            task.starved_experts()
         grid = absmax_grid(into_groups(task.weight_EOI, scheme.group_size), scheme.bits)
         return round_to_grid(task.weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=True)
 
