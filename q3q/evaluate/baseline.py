@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # a plan asks for sizes, and must not load torch for them
 
 Progress = Callable[[int, int], None]
 
-VERSION = 1  # of the numbers in an entry: raised when the forward pass or the likelihoods are computed otherwise
+VERSION = 2  # of the numbers in an entry: raised when the forward pass or the likelihoods are computed otherwise
 # 256 windows of 2048 tokens take 1.0 GiB at 0.6B (1024 wide, bfloat16), 4.3 GB at 8B (4096 wide). Where all take more
 # than SMALL_BYTES, FEW_WINDOWS are kept: 65,504 positions.
 SMALL_BYTES = 1 << 30
@@ -228,21 +228,13 @@ def baseline_for(
     return baseline
 
 
-def scored_states(model: Decoder, windows_NT: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Every window's number, and its final hidden states [P, H] at the positions that predict one of its tokens."""
-    from q3q.evaluate.perplexity import BATCH_TOKENS
-
-    rows = max(1, BATCH_TOKENS // windows_NT.shape[1])
-    for first in range(0, len(windows_NT), rows):
-        for row, hidden_TH in enumerate(model.hidden(windows_NT[first : first + rows]), start=first):
-            yield row, hidden_TH[:-1]
-
-
 def _compute(
     folder: Path, identity: BaselineIdentity, model: Decoder, windows_NT: Tensor, turn: _Turn, progress: Progress
 ) -> None:
     """Write the entry beside its place, then rename it. Who finds another there was slower, with the same numbers."""
     from safetensors.torch import save
+
+    from q3q.evaluate.perplexity import scored_windows
 
     entry = folder / identity.key
     shutil.rmtree(entry, ignore_errors=True)  # damaged
@@ -250,7 +242,7 @@ def _compute(
     rows, checksums, nlls = set(kept_rows(len(windows_NT), identity.kept)), {}, []
     dtype: torch.dtype | None = None
     try:
-        for row, hidden_PH in scored_states(model, windows_NT):
+        for row, hidden_PH in scored_windows(model, windows_NT):
             scores_P, _ = model.log_likelihoods(hidden_PH, windows_NT[row, 1:])
             nlls.append(-float(scores_P.double().mean()))
             if row in rows:

@@ -7,10 +7,17 @@ from typing import TypeVar
 
 import torch
 
+from q3q.models.decoder import Decoder
+
 Result = TypeVar("Result")
 
 START_TOKENS = 512
-MOST_TOKENS = 1 << 16
+# More makes a GPU no faster, nor a CPU, whose caches the rest of a larger batch leaves.
+MOST_TOKENS, MOST_CPU_TOKENS = 1 << 16, 1 << 11
+# Of a batch where none is measured: windows of a text, and whatever goes through a streamed model.
+SET_TOKENS = {"cpu": 2048, "cuda": 8192}
+# Hidden states that lie on disk, beyond what memory may hold, while a streamed model is gone through once.
+PASS_BYTES = 1 << 34
 # Doubling must raise tokens per second by this factor, else the smaller batch is kept: it needs less memory.
 WORTH_DOUBLING = 1.05
 TRIES = 2  # batches measured at each size; the best counts, since everything else on the machine only slows down
@@ -25,6 +32,19 @@ class TokenBudget:
         self._settled = False
         self._before = 0.0  # tokens per second at half the size
         self._rates: list[float] = []
+
+    @classmethod
+    def measured(cls, model: Decoder) -> "TokenBudget":
+        """For this model: to be found by measuring, unless it is streamed, where a pass is all that could be timed."""
+        if model.streamed:
+            return cls.set(model)
+        return cls(most=MOST_CPU_TOKENS if model.device.type == "cpu" else MOST_TOKENS)
+
+    @classmethod
+    def set(cls, model: Decoder, least: int = 1) -> "TokenBudget":
+        """For this model, and always the same while memory lasts, so that numbers are too; `least` tokens at least."""
+        tokens = max(least, SET_TOKENS.get(model.device.type, SET_TOKENS["cpu"]))
+        return cls(tokens, most=tokens)
 
     def run(self, attempt: Callable[[int], tuple[int, Result]]) -> Result:
         """The result of attempt(budget), which returns how many tokens it ran with it; tried anew with less memory.
@@ -65,6 +85,11 @@ class TokenBudget:
         else:
             self.tokens *= 2
             self._before = rate
+
+
+def pass_tokens(model: Decoder) -> int:
+    """How many tokens go through the model at a time: all that the disk may hold of a streamed one, else a batch."""
+    return PASS_BYTES // (model.facts.hidden * model.norm_H.element_size()) if model.streamed else 1
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ Scores = Mapping[str, float]
 Floats = NDArray[numpy.float64]
 
 RESAMPLES = 10_000  # of the bootstrap: an interval's ends move by about 1 % of its width with the seed
+QUANTILE_RESAMPLES = 1000  # each goes through all values
 LEVEL = 0.05  # a difference that chance alone exceeds more rarely than this is called distinguishable
 EXACT_BELOW = 25  # discordant pairs; from here on McNemar's chi-squared approximation holds
 FEWEST_PAIRS = 6  # of fewer, even differences all of one sign come by chance more often than LEVEL: 2 * 2**-5 > 0.05
@@ -80,6 +81,30 @@ def group_mean(parts: Iterable[Estimate]) -> Estimate:
         return Estimate(math.nan, math.nan, 0)
     mean = sum(part.n * part.value for part in parts) / n
     return Estimate(mean, math.sqrt(sum((part.n / n * part.standard_error) ** 2 for part in parts)), n)
+
+
+def quantile_interval(value_KP: Floats, share: float, *, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the `share` quantile of all values, by resampling the K windows whole; nan of a single one.
+
+    The percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3) of clusters,
+    since positions of one window are not independent. Quantiles between two values lie on the line between them.
+    """
+    count, length = value_KP.shape
+    if count < 2:
+        return math.nan, math.nan
+    order = numpy.argsort(value_KP, axis=None, kind="stable")
+    value_M, window_M = value_KP.ravel()[order], order // length
+    place = share * (count * length - 1)
+    below = int(place)
+    dice = numpy.random.default_rng(seed)
+    found_R = numpy.empty(QUANTILE_RESAMPLES)
+    for r in range(QUANTILE_RESAMPLES):
+        times_K = numpy.bincount(dice.integers(count, size=count), minlength=count)
+        # The i-th value of the resampled text, in order of size, is the first up to which there are more than i.
+        low, high = numpy.searchsorted(numpy.cumsum(times_K[window_M]), [below, below + 1], side="right")
+        found_R[r] = value_M[low] + (place - below) * (value_M[min(high, len(value_M) - 1)] - value_M[low])
+    low, high = numpy.quantile(found_R, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
 
 
 def mcnemar(better: int, worse: int) -> tuple[float, str]:

@@ -15,26 +15,26 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from q3q.errors import IntegrityError
-from q3q.evaluate.baseline import Baseline, scored_states
-from q3q.evaluate.perplexity import NORMAL_95, Perplexity
+from q3q.evaluate.baseline import Baseline
+from q3q.evaluate.compare import quantile_interval
+from q3q.evaluate.perplexity import NORMAL_95, Perplexity, scored_windows
 from q3q.models.decoder import Decoder
-
-# Logits whose divergence is computed at one time: the float64 copies of so few stay in the processor's cache.
-STRIP_LOGITS = 1 << 20
+from q3q.numerics.divergence import kl_divergence
 
 
 @dataclass(frozen=True)
 class Drift:
     """KL(unquantized || quantized) of the next token, nats, and how often both have the same likeliest token.
 
-    kl, kl_99: mean and 99th percentile over positions. agreement: share of positions. Errors are standard errors of the
-    means over windows, since positions of one window are not independent; nan for a single window. A model whose
-    logits are not finite has a kl that is not.
+    kl, kl_99: mean and 99th percentile over positions. kl_99_interval: 95 %, see `compare.quantile_interval`.
+    agreement: share of positions. Errors are standard errors of the means over windows, since positions of one window
+    are not independent; nan for a single window. A model whose logits are not finite has a kl that is not.
     """
 
     kl: float
     kl_error: float
     kl_99: float
+    kl_99_interval: tuple[float, float]
     agreement: float
     agreement_error: float
     windows: int
@@ -52,6 +52,7 @@ class Drift:
         kl, agreement = NORMAL_95 * self.kl_error, NORMAL_95 * self.agreement_error
         return {
             f"kl/{text}": (max(0.0, self.kl - kl), self.kl + kl),
+            f"kl_p99/{text}": self.kl_99_interval,
             f"top1_agreement/{text}": (max(0.0, self.agreement - agreement), min(1.0, self.agreement + agreement)),
         }
 
@@ -88,7 +89,7 @@ def perplexity_and_drift(
     baseline.check_fits(model, windows_NT)
     _check_head(head_VH, baseline)
     kept, nlls, kls, same = frozenset(baseline.rows), [], [], []
-    for row, hidden_PH in scored_states(model, windows_NT):
+    for row, hidden_PH in scored_windows(model, windows_NT):
         targets_P = windows_NT[row, 1:]
         if row in kept:
             theirs_PH = baseline.hidden(row).to(head_VH.device)
@@ -106,6 +107,7 @@ def perplexity_and_drift(
         kl=kl,
         kl_error=kl_error,
         kl_99=float(numpy.quantile(kl_KP.numpy(), 0.99)),
+        kl_99_interval=quantile_interval(kl_KP.numpy(), 0.99),
         agreement=agreement,
         agreement_error=agreement_error,
         windows=len(kl_KP),
@@ -127,22 +129,9 @@ def compare_positions(
         theirs_CV = linear(theirs_PH[chunk], head_VH).float().to(ours_CV.device)
         chosen_C = ours_CV.gather(1, targets_P[chunk, None].to(ours_CV.device)).squeeze(1)
         nlls.append(ours_CV.logsumexp(1) - chosen_C)
-        kls.append(divergence(theirs_CV, ours_CV))
+        kls.append(kl_divergence(theirs_CV, ours_CV))
         same.append(ours_CV.argmax(1) == theirs_CV.argmax(1))
     return torch.cat(nlls), torch.cat(kls), torch.cat(same)
-
-
-def divergence(p_CV: Tensor, q_CV: Tensor) -> Tensor:
-    """KL(softmax p || softmax q) of each row of logits, [C] float64, nats.
-
-    In float64, since a sum of 151,936 float32 terms is off by 5e-6 nats, which an 8-bit model's divergence would show.
-    """
-    kls = []
-    rows = max(1, STRIP_LOGITS // p_CV.shape[1])
-    for p_SV, q_SV in zip(p_CV.split(rows), q_CV.split(rows), strict=True):
-        log_p, log_q = p_SV.double().log_softmax(1), q_SV.double().log_softmax(1)
-        kls.append((log_p.exp() * (log_p - log_q)).sum(1))
-    return torch.cat(kls)
 
 
 def _mean_over_windows(value_N: Tensor) -> tuple[float, float]:

@@ -82,11 +82,12 @@ def _read(model: Decoder, contexts: Sequence[Ids], room: int, budget: TokenBudge
     ends_B = torch.tensor([int(place[-1]) for place in places])
     next_B = torch.zeros(len(contexts), dtype=torch.int64, device=model.device)
     keys_values: list[list[KeysValues]] = [[] for _ in model.blocks]
-    for batch, hidden_TH in run_tape(model, tape, budget, keys_values):
-        here = (ends_B >= batch.first) & (ends_B < batch.stop)
+    wanted_P = ends_B.unique()
+    for first, stop, hidden_PH in run_tape(model, tape, budget, wanted_P.numpy(), keys_values):
+        here = (ends_B >= first) & (ends_B < stop)
         if here.any():
-            ends_P = (ends_B[here] - batch.first).to(model.device)
-            next_B[here.to(model.device)] = _most_likely(model, hidden_TH[ends_P])
+            rows_P = ends_B[here].unique(return_inverse=True)[1].to(model.device)
+            next_B[here.to(model.device)] = _most_likely(model, hidden_PH)[rows_P]
     length_B = torch.tensor([len(place) for place in places])
     index_BP = torch.zeros(len(places), int(length_B.max()), dtype=torch.int64)
     for row, place in zip(index_BP, places, strict=True):

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from q3q.evaluate.journal import Journal, request_key
 from q3q.evaluate.perplexity import NORMAL_95
 from q3q.evaluate.prefixes import Ids
 from q3q.evaluate.scoring import Effort, Request, Score, score
+from q3q.models.checkpoint import end_tokens
 from q3q.models.decoder import Decoder
 
 OWN_TASKS = Path(__file__).parent / "tasks"
@@ -86,7 +87,7 @@ class HarnessLM(TemplateLM):
         self.max_length = max_length or model.facts.max_positions
         self.journal = journal
         self.chat = chat
-        self.budget = budget or TokenBudget()
+        self.budget = budget or TokenBudget.measured(model)
         self.effort = Effort()
         self.batch_size = 1  # lm-eval prints it; batches here are packed by tokens
         self.encode = LineEncoder(tokenizer)
@@ -94,6 +95,11 @@ class HarnessLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def end_tokens(self) -> tuple[int, ...]:
+        """What ends a generated text: the tokenizer's token and the model's own."""
+        return tuple(sorted({self.eot_token_id, *end_tokens(Path(self.tokenizer.name_or_path))}))
 
     @property
     def prefix_token_id(self) -> int:
@@ -197,8 +203,14 @@ class HarnessLM(TemplateLM):
         """Greedy continuations up to a stop string, an end-of-text token, or the task's most tokens.
 
         Raises:
-            ConfigError: a task wants sampling or beams.
+            ConfigError: a task wants sampling or beams, or the model is streamed.
         """
+        if self.model.streamed:
+            tasks = ", ".join(sorted({instance.task_name or "a task" for instance in requests}))
+            raise ConfigError(
+                f"{tasks} generates text, and this model is read from disk block by block, all of it for each token; "
+                "leave the task out, or give the trial memory for the whole model"
+            )
         wanted = [Generation.of(instance.args[1], instance.task_name or "a task", self) for instance in requests]
         answers: dict[int, str] = {}
         groups: dict[Generation, dict[bytes, list[int]]] = {}
@@ -226,11 +238,12 @@ class HarnessLM(TemplateLM):
 
 @dataclass(frozen=True)
 class Generation:
-    """until: stop strings, the end-of-text token's among them. most: tokens. think_end: None without thinking."""
+    """until: stop strings, the tokenizer's end-of-text token's among them. most: tokens. ends: tokens after which
+    nothing comes, the tokenizer's and those of the model's generation_config.json. think_end: None without thinking."""
 
     until: tuple[str, ...]
     most: int
-    end_token: int
+    ends: tuple[int, ...]
     think_end: str | None
 
     @classmethod
@@ -246,14 +259,14 @@ class Generation:
             raise ConfigError(f"{task} wants {most} generated tokens, the window has {lm.max_length}")
         end = lm.tokenizer.decode([lm.eot_token_id], skip_special_tokens=False)
         until = tuple(handle_stop_sequences(list(kwargs["until"]), eos=end))
-        return cls(until, most, lm.eot_token_id, lm.chat.think_end if lm.chat.thinking else None)
+        return cls(until, most, lm.end_tokens, lm.chat.think_end if lm.chat.thinking else None)
 
     def key(self, tokens: bytes) -> str:
         return request_key(b"generate", tokens, json.dumps(asdict(self)).encode())
 
     def ended(self, tokenizer: Any, tokens: list[int]) -> bool:
         """Whether a stop string is there. While the model thinks, none counts."""
-        if tokens[-1] == self.end_token:
+        if tokens[-1] in self.ends:
             return True
         text = tokenizer.decode(tokens)
         if self.think_end is not None:
@@ -263,8 +276,6 @@ class Generation:
         return any(stop in text for stop in self.until)
 
     def answer(self, tokens: list[int], tokenizer: Any) -> str:
-        if tokens[-1] == self.end_token:
-            tokens = tokens[:-1]
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         answer: str = postprocess_generated_text(text, list(self.until), self.think_end)
         return answer

@@ -6,16 +6,16 @@ the study's script leaves them in 16 bits.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from q3q.evaluate.budget import START_TOKENS, TokenBudget
+from q3q.evaluate.budget import TokenBudget, pass_tokens
 from q3q.models.decoder import Decoder
 
-BATCH_TOKENS = 8192  # of windows whose hidden states are kept together
 NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
 
 
@@ -55,22 +55,42 @@ def window_losses(
     model: Decoder, windows_NT: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Tensor:
     """Each window's mean negative log-likelihood [N], float64, nats per token; arguments as of `perplexity`."""
-    count, length = windows_NT.shape
-    loss_N = torch.zeros(count, dtype=torch.float64)
-    done, budget = 0, TokenBudget(max(START_TOKENS, length))
-
-    def attempt(tokens: int) -> tuple[int, Tensor]:
-        ids_BT = windows_NT[done : done + max(1, tokens // length)]
-        hidden_BTH = model.hidden(ids_BT)[:, :-1]
-        scores_P, _ = model.log_likelihoods(hidden_BTH.flatten(0, 1), ids_BT[:, 1:].flatten())
-        return ids_BT.numel(), -scores_P.view(len(ids_BT), -1).double().mean(1).cpu()
-
-    while done < count:
-        loss_B = budget.run(attempt)
-        loss_N[done : done + len(loss_B)] = loss_B
-        done += len(loss_B)
-        progress(done, count)
+    loss_N = torch.zeros(len(windows_NT), dtype=torch.float64)
+    for first, hidden_BPH in scored_states(model, windows_NT):
+        rows = slice(first, first + len(hidden_BPH))
+        scores_P, _ = model.log_likelihoods(hidden_BPH.flatten(0, 1), windows_NT[rows, 1:].flatten())
+        loss_N[rows] = -scores_P.view(len(hidden_BPH), -1).double().mean(1).cpu()
+        progress(rows.stop, len(windows_NT))
     return loss_N
+
+
+def scored_states(model: Decoder, windows_NT: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Windows batch by batch: the first one's number, and the final hidden states [B, P, H] at the P = T - 1 positions
+    that predict one of a window's tokens.
+
+    The same batches whatever the machine is busy with, so the same bits. A streamed model is gone through once for as
+    many windows as the disk may hold the hidden states of.
+    """
+    count, length = windows_NT.shape
+    budget = TokenBudget.set(model, least=length)
+    together = max(1, pass_tokens(model) // length)
+    first = 0
+
+    def attempt(tokens: int) -> tuple[int, Iterator[Tensor]]:
+        rows = max(1, tokens // length)
+        states = model.states(windows_NT[first : first + max(together, rows)].split(rows))
+        return 0, chain([next(states)], states)  # whatever could take too much memory has been run by then
+
+    while first < count:
+        for hidden_BTH in budget.run(attempt):
+            yield first, hidden_BTH[:, :-1]
+            first += len(hidden_BTH)
+
+
+def scored_windows(model: Decoder, windows_NT: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """`scored_states` window by window: its number, and [P, H]."""
+    for first, hidden_BPH in scored_states(model, windows_NT):
+        yield from enumerate(hidden_BPH, start=first)
 
 
 def _exp(value: float) -> float:

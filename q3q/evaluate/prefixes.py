@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens first .. stop - 1 of the tape and how they attend, ready for `Decoder.hidden`."""
+    """Tokens first .. stop - 1 of the tape and how they attend, ready for `Decoder.states`."""
 
     first: int
     stop: int
@@ -48,13 +48,16 @@ class Batch:
     depth_T: torch.Tensor
     keep: torch.Tensor
 
-    def attention(self, kept: KeysValues | None, fresh: list[KeysValues] | None = None) -> Tree:
-        """One block's attention; kept: what the block kept of the batch before, None at the tape's start."""
-        return Tree(self.own, self.shared, self.depth_T, self.keep, kept, fresh)
+    def attention(self, kept: KeysValues | None, wanted: torch.Tensor | None = None) -> Tree:
+        """One block's attention.
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same with its indices where the model is."""
-        own, shared = ([look.to(device) for look in looks] for looks in (self.own, self.shared))
+        kept: what the block kept of the batch before, None at the tape's start. wanted: see `Tree`.
+        """
+        return Tree(self.own, self.shared, self.depth_T, self.keep, kept, wanted=wanted)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        """The same with its indices where the model is, and what is added to its scores in the model's dtype."""
+        own, shared = ([look.to(device, dtype) for look in looks] for looks in (self.own, self.shared))
         return Batch(self.first, self.stop, own, shared, self.depth_T.to(device), self.keep.to(device))
 
 
@@ -116,8 +119,13 @@ class Tape:
         return self._plan(pieces, next_depth=depth)
 
     def advance(self) -> None:
-        """Go past the last batch: it has been run."""
+        """Go past the last batch."""
         (self._text, self._depth), self._kept = self._next, self._next[1]
+
+    def follow(self, copied: "Tape") -> None:
+        """Go to where a copy has gone."""
+        self._text, self._depth, self._kept = copied._text, copied._depth, copied._kept
+        self.attended, self.padded = copied.attended, copied.padded
 
     def _plan(self, pieces: list[Piece], next_depth: int) -> Batch:
         # Keys are numbered: the kept path by depth, then the batch's tokens.
@@ -148,19 +156,20 @@ class Tape:
         # Query i of a piece sees its ancestors (keys that are not its own) and i + 1 of its own; pads come after those.
         ancestors = torch.tensor([len(keys) - len(query) for query, (_, keys) in zip(queries, bucket, strict=True)])
         causal = not ancestors.any()
-        allowed = None
+        bias = None
         if not causal:
-            allowed = torch.arange(tall) <= ancestors[:, None, None] + torch.arange(wide)[:, None]
+            unseen = torch.arange(tall) > ancestors[:, None, None] + torch.arange(wide)[:, None]
+            bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
         if len(bucket) == 1:
             [(piece, keys)] = bucket
             tokens = slice(piece.offset, piece.offset + wide)
             if (np.diff(keys) == 1).all():
-                return Look(tokens, slice(int(keys[0]), int(keys[0]) + tall), causal, allowed)
-            return Look(tokens, torch.from_numpy(keys)[None], causal, allowed)
+                return Look(tokens, slice(int(keys[0]), int(keys[0]) + tall), causal, bias)
+            return Look(tokens, torch.from_numpy(keys)[None], causal, bias)
         query, key = _stacked(queries, wide), _stacked([keys for _, keys in bucket], tall)
         place = np.concatenate([row * wide + np.arange(len(tokens)) for row, tokens in enumerate(queries)])
         real = torch.from_numpy(place), torch.from_numpy(np.concatenate(queries))
-        return Look(query, key, causal, allowed, real)
+        return Look(query, key, causal, bias, real)
 
 
 def shared_stretches(pieces: Sequence[Piece]) -> tuple[dict[int, list[tuple[int, int, int]]], list[int]]:

@@ -128,6 +128,18 @@ def data_sets(tasks: Sequence[str], shots: Mapping[str, int], include: Path | No
     return wanted
 
 
+def generating(tasks: Sequence[str], include: Path | None, library: Library) -> list[str]:
+    """Those tasks (of groups, their tasks) that have the model generate text; none of those known here does."""
+    strangers = [task for task in tasks if task not in KNOWN]
+    if not strangers:
+        return []
+    from q3q.evaluate.harness import tasks_from
+
+    with serving(lambda data, options: library.load(data, **options)):
+        loaded = tasks_from([OWN_TASKS, *([include] if include else [])], strangers).load(strangers)
+    return [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
+
+
 def score_batch(
     model: "Decoder",
     tokenizer: Any,

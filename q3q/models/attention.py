@@ -27,6 +27,10 @@ class Attention(Protocol):
         """Context [B, N, T, D] of each query; queries and keys carry their rotary embedding already."""
         ...
 
+    def read(self, states_BTX: Tensor) -> Tensor:
+        """Of the batch's tokens those that somebody reads after this block; others go no further than their keys."""
+        ...
+
 
 class Causal:
     """Each row is one text from its beginning."""
@@ -37,6 +41,9 @@ class Causal:
     def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
         return scaled_dot_product_attention(query_BNTD, key_BKTD, value_BKTD, is_causal=True, enable_gqa=True)
 
+    def read(self, states_BTX: Tensor) -> Tensor:
+        return states_BTX
+
 
 CAUSAL = Causal()
 
@@ -46,21 +53,22 @@ class Look:
     """Which tokens of a batch look at which keys. A slice stands for one piece, an index [S, Q] or [S, P] for several.
 
     query: tokens of the batch. key: what was kept of earlier batches comes first, then the batch's own tokens.
-    allowed_SQP: None if every query sees every key, or exactly the keys up to its own where `causal`.
+    bias_SQP: added to the scores, 0 where a query sees a key and else minus infinity, in the model's dtype; None if
+    every query sees every key, or exactly the keys up to its own where `causal`.
     real: where a padded index is used, the flat positions in [S, Q] that are no padding, and the tokens they are.
     """
 
     query: Index
     key: Index
     causal: bool = False
-    allowed_SQP: Tensor | None = None
+    bias_SQP: Tensor | None = None
     real: tuple[Tensor, Tensor] | None = None
 
-    def to(self, device: torch.device) -> "Look":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Look":
         query, key = (index if isinstance(index, slice) else index.to(device) for index in (self.query, self.key))
-        allowed = None if self.allowed_SQP is None else self.allowed_SQP.to(device)
+        bias = None if self.bias_SQP is None else self.bias_SQP.to(device, dtype)
         real = None if self.real is None else (self.real[0].to(device), self.real[1].to(device))
-        return Look(query, key, self.causal, allowed, real)
+        return Look(query, key, self.causal, bias, real)
 
 
 @dataclass
@@ -72,7 +80,8 @@ class Tree:
 
     own: every token in exactly one. shared: what tokens see beyond that. depth_T: position of each token in its text.
     kept: keys and values [K, P, D] of earlier batches; replaced by what the next batch needs, `keep` of all keys.
-    fresh: a list that takes the batch's own keys and values [K, T, D], if somebody wants them all.
+    fresh: the batch's own keys and values [K, T, D], once it has run.
+    wanted: tokens of the batch that are read after this block, None for all.
     """
 
     own: Sequence[Look]
@@ -80,15 +89,15 @@ class Tree:
     depth_T: Tensor
     keep: Tensor
     kept: KeysValues | None = None
-    fresh: list[KeysValues] | None = None
+    fresh: KeysValues | None = None
+    wanted: Tensor | None = None
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         return self.depth_T
 
     def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
         query_NTD, key_KTD, value_KTD = query_BNTD[0], key_BKTD[0], value_BKTD[0]
-        if self.fresh is not None:
-            self.fresh.append((key_KTD, value_KTD))
+        self.fresh = key_KTD, value_KTD
         if self.kept is not None:
             key_KTD = torch.cat((self.kept[0], key_KTD), dim=1)
             value_KTD = torch.cat((self.kept[1], value_KTD), dim=1)
@@ -108,6 +117,9 @@ class Tree:
             total_TN[where] = after_TN
         return context_TND.to(query_NTD.dtype).transpose(0, 1)[None]
 
+    def read(self, states_BTX: Tensor) -> Tensor:
+        return states_BTX if self.wanted is None else states_BTX[:, self.wanted]
+
 
 def _look(look: Look, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> tuple[Index, Tensor, Tensor]:
     """The batch's tokens that look, their context [T, N, D] and its denominator's logarithm [T, N]."""
@@ -115,7 +127,7 @@ def _look(look: Look, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> 
         _pieces(query_NTD, look.query),
         _pieces(key_KTD, look.key),
         _pieces(value_KTD, look.key),
-        look.allowed_SQP,
+        look.bias_SQP,
         look.causal,
     )
     part_TND, logsum_TN = part_SNQD.transpose(1, 2).flatten(0, 1), logsum_SNQ.transpose(1, 2).flatten(0, 1)
@@ -126,22 +138,22 @@ def _look(look: Look, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> 
 
 
 def _pieces(states_KTD: Tensor, index: Index) -> Tensor:
-    """[S, K, Q, D]: one piece as a view, several gathered."""
-    return states_KTD[None, :, index] if isinstance(index, slice) else states_KTD[:, index].transpose(0, 1)
+    """[S, K, Q, D]: one piece as a view, several gathered, each token's heads at once."""
+    if isinstance(index, slice):
+        return states_KTD[None, :, index]
+    return states_KTD.transpose(0, 1)[index].transpose(1, 2)
 
 
 def attend(
-    query_SNQD: Tensor, key_SKPD: Tensor, value_SKPD: Tensor, allowed_SQP: Tensor | None = None, causal: bool = False
+    query_SNQD: Tensor, key_SKPD: Tensor, value_SKPD: Tensor, bias_SQP: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Context [S, N, Q, D] and, in float32, the log of the softmax's denominator [S, N, Q].
 
-    allowed_SQP: which keys each query sees; at least one each. causal: query i sees keys 0 .. i.
+    bias_SQP: minus infinity where a query sees no key, else 0; each sees one. causal: query i sees keys 0 .. i.
     """
     if query_SNQD.device.type != "cpu":
-        return attend_plainly(query_SNQD, key_SKPD, value_SKPD, allowed_SQP, causal)
-    bias = None
-    if allowed_SQP is not None:
-        bias = query_SNQD.new_zeros(allowed_SQP.shape).masked_fill_(~allowed_SQP, -torch.inf)[:, None]
+        return attend_plainly(query_SNQD, key_SKPD, value_SKPD, bias_SQP, causal)
+    bias = None if bias_SQP is None else bias_SQP[:, None]
     # What scaled_dot_product_attention calls on a CPU; it alone also tells the denominator.
     context, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query_SNQD, key_SKPD, value_SKPD, 0.0, causal, attn_mask=bias
@@ -150,15 +162,15 @@ def attend(
 
 
 def attend_plainly(
-    query_SNQD: Tensor, key_SKPD: Tensor, value_SKPD: Tensor, allowed_SQP: Tensor | None = None, causal: bool = False
+    query_SNQD: Tensor, key_SKPD: Tensor, value_SKPD: Tensor, bias_SQP: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The plain twin of `attend`: the formula, in float32, with all scores in memory."""
     grouped = query_SNQD.float().unflatten(1, (key_SKPD.shape[1], -1))
     scores = grouped @ key_SKPD.float()[:, :, None].transpose(-1, -2) / query_SNQD.shape[-1] ** 0.5
     if causal:
-        allowed_SQP = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()[None]
-    if allowed_SQP is not None:
-        scores = scores.masked_fill(~allowed_SQP[:, None, None], -torch.inf)
+        bias_SQP = scores.new_full(scores.shape[-2:], -torch.inf).triu(1)[None]
+    if bias_SQP is not None:
+        scores = scores + bias_SQP[:, None, None]
     logsum = scores.logsumexp(-1)
     context = (scores - logsum[..., None]).exp() @ value_SKPD.float()[:, :, None]
     return context.flatten(1, 2).to(query_SNQD.dtype), logsum.flatten(1, 2)
@@ -192,6 +204,9 @@ class Cached:
             attn_mask=sees_BP[:, None, None],
             enable_gqa=True,
         )
+
+    def read(self, states_BTX: Tensor) -> Tensor:
+        return states_BTX
 
     def select(self, rows_R: Tensor, length_R: Tensor) -> "Cached":
         """The cache of some of the rows."""

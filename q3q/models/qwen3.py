@@ -29,21 +29,28 @@ def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float) -> Tensor:
 
 
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864): cos and sin [1, T, D] of positions [T]; of [B, T], [B, 1, T, D]."""
+    """Rotary position embedding (arXiv 2104.09864): cos and sin [T, 1, D] of positions [T]; of [B, T], [B, T, 1, D].
+
+    The first half of sin is negated, as `rotate` takes it. What the last tensor of positions gave is kept: the next
+    block often has the same.
+    """
 
     def __init__(self, facts: "ModelFacts", device: torch.device | str = "cpu") -> None:
         exponents = torch.arange(0, facts.head_dim, 2, dtype=torch.int64, device=device).float() / facts.head_dim
         self._frequencies = 1.0 / (facts.rope_theta**exponents)
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        half = positions[..., None].float() * self._frequencies
-        angles = torch.cat((half, half), dim=-1).unsqueeze(-3)  # the same for every head
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        if self._last is None or self._last[0] is not positions or self._last[1].dtype != dtype:
+            angles = (positions[..., None].float() * self._frequencies).unsqueeze(-2)  # the same for every head
+            cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+            self._last = positions, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return self._last[1:]
 
 
-def rotate(x_BNTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x_BNTD.chunk(2, dim=-1)
-    return x_BNTD * cos + torch.cat((-high, low), dim=-1) * sin
+def rotate(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x_BTND.chunk(2, dim=-1)
+    return (x_BTND * cos).add_(torch.cat((high, low), dim=-1).mul_(sin))
 
 
 class Qwen3Block:
@@ -81,7 +88,8 @@ class Qwen3Block:
         attended_BTH = yield from self.attention_stages(
             rms_norm(x_BTH, self.weights["input_layernorm.weight"], eps), rope, attention
         )
-        x_BTH = x_BTH + attended_BTH
+        x_BTH = attention.read(x_BTH) + attended_BTH
+        del attended_BTH
         mlp_BTH = yield from self.mlp_stages(rms_norm(x_BTH, self.weights["post_attention_layernorm.weight"], eps))
         return x_BTH + mlp_BTH
 
@@ -95,18 +103,19 @@ class Qwen3Block:
         key = rms_norm(key, self.weights["self_attn.k_norm.weight"], self.facts.rms_norm_eps)
         cos, sin = rope(attention.positions(normed_BTH.shape[1], normed_BTH.device), normed_BTH.dtype)
         context_BNTD = attention(
-            rotate(query.transpose(1, 2), cos, sin), rotate(key.transpose(1, 2), cos, sin), value.transpose(1, 2)
+            rotate(query, cos, sin).transpose(1, 2), rotate(key, cos, sin).transpose(1, 2), value.transpose(1, 2)
         )
-        context = context_BNTD.transpose(1, 2).flatten(2)
+        context = attention.read(context_BNTD.transpose(1, 2).flatten(2))
+        del normed_BTH, seen, query, key, value, context_BNTD  # halted, a run holds what is still to be used
         yield O, _whole(context)
         return linear(self.seen(O, context), self.weights["self_attn.o_proj.weight"])
 
     def mlp_stages(self, normed_BTH: Tensor) -> Stages:
         yield GATE_UP, _whole(normed_BTH)
         seen = self.seen(GATE_UP, normed_BTH)
-        gated = silu(linear(seen, self.weights["mlp.gate_proj.weight"])) * linear(
-            seen, self.weights["mlp.up_proj.weight"]
-        )
+        gated = silu(linear(seen, self.weights["mlp.gate_proj.weight"]), inplace=True)
+        gated *= linear(seen, self.weights["mlp.up_proj.weight"])
+        del normed_BTH, seen
         yield DOWN, _whole(gated)
         return linear(self.seen(DOWN, gated), self.weights["mlp.down_proj.weight"])
 
@@ -115,6 +124,12 @@ class Qwen3Block:
         if self.act_bits is None or site.name in self.unrounded:
             return inputs
         return absmax_per_token(inputs, self.act_bits)
+
+    @property
+    def widest(self) -> int:
+        """Numbers that a run holds for each token while it is halted, at most; it has its input to itself."""
+        hidden = self.facts.hidden
+        return hidden + max(hidden, self.facts.heads * self.facts.head_dim, self.facts.intermediate)
 
     @property
     def scale_groups(self) -> tuple[ScaleGroup, ...]:

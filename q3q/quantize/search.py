@@ -5,27 +5,19 @@ Shapes: B windows, T tokens of one, P positions, H hidden, V vocabulary.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 
 from q3q.errors import NumericsError
 from q3q.models.decoder import Decoder
+from q3q.numerics.divergence import kl_divergence
+from q3q.quantize.blocks import BlockStore
 from q3q.quantize.method import Method
-from q3q.quantize.walk import QuantizedBlock, quantize_model
+from q3q.quantize.walk import quantized_blocks
 from q3q.spec import Json, Scheme, Schemes
-
-
-class _Nowhere:
-    """A sink that keeps nothing: a variant is tried from its first block."""
-
-    def load(self, index: int) -> QuantizedBlock | None:
-        return None
-
-    def store(self, block: QuantizedBlock) -> None:
-        pass
 
 
 def search_variants(
@@ -41,7 +33,8 @@ def search_variants(
     The same windows serve for calibration and for judging. Deterministic: equal arguments choose the same variant.
 
     Args:
-        model: not modified; a copy of its linears exists beside it while a variant is tried.
+        model: not modified. While a variant is tried a copy of its linears exists beside it (none of a streamed model),
+            and the codes of one on disk.
         windows_BT: a few calibration windows.
         set_activations: makes a copy's blocks quantize their inputs as they will be quantized in the end.
         progress: told (variant, variants done, variants in all).
@@ -58,10 +51,12 @@ def search_variants(
     found: dict[str, float] = {}
     for done, (name, method) in enumerate(variants.items()):
         progress(name, done, len(variants))
-        copy = replace(model, blocks=list(model.blocks))
-        quantize_model(copy, method, scheme, windows_BT, _Nowhere())
-        set_activations(copy)
-        found[name] = mean_divergence(model, original_PH, _final_hidden(copy, windows_BT))
+        copy = model.copy()
+        with TemporaryDirectory(prefix="q3q_search_") as folder:  # a streamed copy reads its blocks from there again
+            for _ in quantized_blocks(copy, method, scheme, windows_BT, BlockStore(Path(folder))):
+                pass
+            set_activations(copy)
+            found[name] = mean_divergence(model, original_PH, _final_hidden(copy, windows_BT))
     finite = {name: value for name, value in found.items() if math.isfinite(value)}
     if not finite:
         raise NumericsError(f"none of {', '.join(found)} leaves a model with finite predictions")
@@ -74,13 +69,10 @@ def search_variants(
 
 def mean_divergence(model: Decoder, original_PH: Tensor, changed_PH: Tensor) -> float:
     """Mean over positions of KL(original || changed) of the next token's distribution, nats, both through one head."""
-    total = 0.0
     pairs = zip(model.logits(original_PH), model.logits(changed_PH), strict=True)
-    for (_, original_CV), (_, changed_CV) in pairs:
-        log_p_CV, log_q_CV = original_CV.log_softmax(-1), changed_CV.log_softmax(-1)
-        total += float(kl_div(log_q_CV, log_p_CV, log_target=True, reduction="none").sum(-1).double().sum())
+    total = sum(float(kl_divergence(original_CV, changed_CV).sum()) for (_, original_CV), (_, changed_CV) in pairs)
     return total / len(original_PH)
 
 
 def _final_hidden(model: Decoder, windows_BT: Tensor) -> Tensor:
-    return torch.cat([model.hidden(ids_1T[None])[0] for ids_1T in windows_BT])
+    return torch.cat([hidden_1TH[0] for hidden_1TH in model.states(windows_BT.split(1))])

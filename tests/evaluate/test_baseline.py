@@ -46,9 +46,10 @@ class Counted:
     def __getattr__(self, name):
         return getattr(self.decoder, name)
 
-    def hidden(self, ids):
-        self.windows += len(ids)
-        return self.decoder.hidden(ids)
+    def states(self, batches):
+        for ids, states in zip(batches, self.decoder.states(batches), strict=True):
+            self.windows += len(ids)
+            yield states
 
 
 @pytest.fixture(scope="module")
@@ -244,15 +245,15 @@ class Slow(Counted):
         super().__init__(decoder)
         self.stop_at = stop_at
 
-    def hidden(self, ids):
+    def states(self, batches):
         time.sleep(300 if self.windows == self.stop_at else 0.05)
-        return super().hidden(ids)
+        return super().states(batches)
 
 
 @pytest.fixture
 def worker(tmp_path, decoder, windows, identity, monkeypatch):
     """Starts a process that computes the entry window by window and sends how many windows it ran."""
-    monkeypatch.setattr("q3q.evaluate.perplexity.BATCH_TOKENS", windows.shape[1])
+    monkeypatch.setattr("q3q.evaluate.budget.SET_TOKENS", {"cpu": windows.shape[1]})
     context, started = multiprocessing.get_context("fork"), []
 
     def work(model, answer):

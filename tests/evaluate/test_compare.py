@@ -7,6 +7,7 @@ import numpy
 import pytest
 from scipy.stats import binomtest, chi2
 
+import q3q.evaluate.compare as compare_module
 from q3q.errors import IntegrityError
 from q3q.evaluate.compare import (
     Comparison,
@@ -16,6 +17,7 @@ from q3q.evaluate.compare import (
     group_mean,
     mcnemar,
     paired_interval,
+    quantile_interval,
     studentized_bootstrap,
     window_scores,
 )
@@ -207,3 +209,17 @@ def test_nothing_has_no_mean():
     assert math.isnan(group_mean([]).value)
     assert math.isnan(estimate({}).value)
     assert math.isnan(group_mean([Estimate(1.0, math.nan, 1)]).standard_error)
+
+
+def test_the_interval_of_a_quantile_resamples_windows_whole():
+    dice = numpy.random.default_rng(5)
+    values = dice.exponential(size=(7, 11)) * dice.exponential(size=(7, 1))
+    again, found = numpy.random.default_rng(0), []
+    for _ in range(compare_module.QUANTILE_RESAMPLES):
+        found.append(numpy.quantile(values[again.integers(7, size=7)], 0.9))
+    expected = numpy.quantile(found, [0.025, 0.975])
+    assert quantile_interval(values, 0.9) == pytest.approx(tuple(expected), rel=1e-12)
+    assert quantile_interval(values, 0.9) == quantile_interval(values, 0.9)
+    assert all(map(math.isnan, quantile_interval(values[:1], 0.9)))
+    # Windows that are all alike say the same whichever are drawn, however different their positions.
+    assert quantile_interval(numpy.tile(values[:1], (7, 1)), 0.5) == (pytest.approx(numpy.median(values[0])),) * 2

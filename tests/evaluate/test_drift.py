@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import q3q.evaluate.drift as drift_module
 from q3q.errors import IntegrityError
 from q3q.evaluate.baseline import BaselineIdentity, baseline_for
-from q3q.evaluate.drift import Drift, divergence, perplexity_and_drift
+from q3q.evaluate.drift import Drift, perplexity_and_drift
 from q3q.evaluate.perplexity import perplexity
 from q3q.models import decoder as decoder_module
 from q3q.models.checkpoint import Checkpoint
@@ -55,35 +54,6 @@ def kept(folder, model, windows, count):
     return baseline_for(folder, identity, model, windows)
 
 
-# ------------------------------------------------------------------------------------------------ the divergence
-
-
-def test_divergence_by_hand():
-    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    assert divergence(p, q).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
-    assert divergence(q, p).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-6)
-
-
-def test_divergence_of_a_distribution_from_itself_is_nothing():
-    logits = 5 * torch.randn(20, 1000, generator=torch.Generator().manual_seed(0))
-    assert divergence(logits, logits.clone()).tolist() == [0.0] * 20
-    shifted = divergence(logits, logits + 8)  # a shift of all logits changes no probability
-    assert shifted.abs().max() < 1e-6
-
-
-def test_small_divergences_of_a_large_vocabulary_are_exact(monkeypatch):
-    dice = torch.Generator().manual_seed(0)
-    p = 3 * torch.randn(3, 151_936, generator=dice)
-    q = p + 1e-3 * torch.randn(p.shape, generator=dice)
-    log_p, log_q = p.double().log_softmax(1), q.double().log_softmax(1)
-    expected = (log_p.exp() * (log_p - log_q)).sum(1)
-    assert expected.min() > 1e-7
-    assert expected.max() < 1e-6
-    for strip in (1, 1 << 18, 1 << 30):
-        monkeypatch.setattr(drift_module, "STRIP_LOGITS", strip)
-        assert torch.allclose(divergence(p, q), expected, rtol=1e-6, atol=0)
-
-
 # ------------------------------------------------------------------------------------------------ one pass
 
 
@@ -113,6 +83,8 @@ def test_equals_a_plain_float64_computation(decoder, windows, baseline, monkeypa
     assert 0 < same.mean() < 1
     assert found.drift.kl == pytest.approx(float(kl.mean()), rel=1e-5)
     assert found.drift.kl_99 == pytest.approx(float(numpy.quantile(kl.numpy(), 0.99)), rel=1e-5)
+    low, high = found.drift.kl_99_interval
+    assert low < found.drift.kl_99 <= high
     assert found.drift.agreement == pytest.approx(float(same.mean()), rel=1e-12)
     assert found.drift.kl_error == pytest.approx(float(kl.mean(1).std() / 2), rel=1e-5)
     assert found.drift.agreement_error == pytest.approx(float(same.mean(1).std() / 2), rel=1e-9)
@@ -133,13 +105,14 @@ def test_its_perplexity_is_that_of_perplexity(decoder, windows, baseline):
 def test_the_model_runs_once_and_only_chunks_of_logits_exist(decoder, windows, baseline, monkeypatch):
     chunk, vocab = 8, decoder.facts.vocab
     monkeypatch.setattr(decoder_module, "HEAD_CHUNK", chunk)
-    monkeypatch.setattr("q3q.evaluate.perplexity.BATCH_TOKENS", 32)
+    monkeypatch.setattr("q3q.evaluate.budget.SET_TOKENS", {"cpu": 32})
     ran, told, largest = [], [], 0
 
     class Spy(type(decoder)):
-        def hidden(self, ids):
-            ran.extend(ids.tolist())
-            return super().hidden(ids)
+        def states(self, batches):
+            for ids in batches:
+                ran.extend(ids.tolist())
+            return super().states(batches)
 
     class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -190,6 +163,7 @@ def test_a_single_window_has_no_standard_error(tmp_path, decoder, windows):
     found = perplexity_and_drift(damaged(decoder, 0.1), windows[:1], entry, decoder.head_VH)
     assert math.isfinite(found.drift.kl)
     assert math.isnan(found.drift.kl_error)
+    assert all(map(math.isnan, found.drift.kl_99_interval))
     assert math.isnan(found.perplexity.standard_error)
 
 
@@ -211,8 +185,9 @@ def test_a_baseline_of_other_tokens_is_refused(decoder, windows, baseline):
 
 
 def test_names_and_intervals_of_the_record():
-    drift = Drift(0.1, 0.1, 0.9, 0.99, 0.02, 4, 60)
+    drift = Drift(0.1, 0.1, 0.9, (0.5, 1.2), 0.99, 0.02, 4, 60)
     assert drift.metrics("c4") == {"kl/c4": 0.1, "kl_p99/c4": 0.9, "top1_agreement/c4": 0.99}
     intervals = drift.intervals("c4")
     assert intervals["kl/c4"] == (0.0, pytest.approx(0.1 + 0.196, abs=1e-3))
+    assert intervals["kl_p99/c4"] == (0.5, 1.2)
     assert intervals["top1_agreement/c4"] == (pytest.approx(0.99 - 0.0392, abs=1e-3), 1.0)

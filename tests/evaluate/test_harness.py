@@ -1,5 +1,6 @@
 """Our language model behind lm-eval's interface answers what lm-eval's own HFLM answers."""
 
+import csv
 import json
 import os
 import signal
@@ -152,6 +153,27 @@ def test_generated_texts_equal_hflms(both):
     expected = [hflm.generate_until(instances([pair], "generate_until"), disable_tqdm=True)[0] for pair in pairs]
     assert found == expected
     assert len(set(found)) > 3
+
+
+def test_generation_ends_where_the_models_own_settings_say(both, tmp_path):
+    """A post-trained Qwen3 has two tokens that end its turn, its tokenizer names one of them."""
+    ours, _ = both
+    for file in (DEMO_MODELS / "dense").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    settings = {"until": ["nowhere"], "max_gen_toks": 24}
+    pairs = [(STORY, settings), ("Ada has a red ball. Ben has", settings), ("The", settings)]
+    [full, *_] = ours.generate_until(instances(pairs, "generate_until"))
+    stop = ours.tokenizer(full)["input_ids"][5]
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop]}))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    hflm = HFLM(pretrained=theirs, tokenizer=load_tokenizer(tmp_path), batch_size=1, max_length=WINDOW)
+    again = HarnessLM(ours.model, load_tokenizer(tmp_path), max_length=WINDOW)
+    assert again.end_tokens == (0, stop)
+    found = again.generate_until(instances(pairs, "generate_until"))
+    assert found == hflm.generate_until(instances(pairs, "generate_until"), disable_tqdm=True)
+    assert full.startswith(found[0])
+    assert found[0] != full
 
 
 def test_sampling_is_refused(both):
@@ -369,6 +391,75 @@ def test_tasks_without_documents_and_documents_without_samples_fail(both, tmp_pa
         check_samples({"t": rows}, {"t": 4}, None)
     with pytest.raises(IntegrityError, match="there should be 3"):
         check_samples({"t": [*rows, rows[0]]}, {"t": 3}, None)
+
+
+REAL = Path(os.environ.get("Q3Q_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def real_tasks(folder, count=2):
+    """lm-eval's MMLU and ARC-Easy with questions of the real data sets: names of the local tasks."""
+
+    def rows(path, few):
+        with path.open(encoding="utf-8", newline="") as file:
+            return [row for _, row in zip(range(few), csv.reader(file), strict=False)]
+
+    def mmlu(row):
+        return {"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5])}
+
+    def arc(row):
+        choices = {"text": row[1:5], "label": list("ABCD")}
+        return {"id": row[0][:20], "question": row[0], "choices": choices, "answerKey": row[5]}
+
+    splits = {"arc_easy": {"test": [arc(row) for row in rows(REAL / "arc" / "arc_easy.csv", 6)]}}
+    files = {"arc_easy": "arc/arc_easy.yaml"}
+    for subject in ("global_facts", "abstract_algebra"):
+        files[f"mmlu_{subject}"] = f"mmlu/default/mmlu_{subject}.yaml"
+        splits[f"mmlu_{subject}"] = {
+            split: [mmlu(row) for row in rows(REAL / "mmlu" / split / f"{subject}_{split}.csv", few)]
+            for split, few in (("dev", 5), ("test", count))
+        }
+    for name, file in files.items():
+        paths = {}
+        for split, content in splits[name].items():
+            paths[split] = str(folder / f"{name}_{split}.jsonl")
+            Path(paths[split]).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        task = {
+            "include": str(OFFICIAL / file),
+            "task": f"real_{name}",
+            "tag": "real",
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": paths, "cache_dir": str(folder / "cache")},
+            **({"num_fewshot": 5} if name.startswith("mmlu") else {"training_split": None, "validation_split": None}),
+        }
+        (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")
+    return [f"real_{name}" for name in files]
+
+
+@pytest.mark.skipif(
+    not (REAL / "mmlu").is_dir() or not (REAL / "arc").is_dir(),
+    reason=f"no real questions: Q3Q_TEST_DATA ({REAL}) has no mmlu/ and arc/",
+)
+def test_real_questions_score_as_with_hflm(both, tmp_path):
+    ours, small = both
+    window = ours.model.facts.max_positions
+    hflm = HFLM(pretrained=small.model, tokenizer=small.tokenizer, batch_size=2, max_length=window, logits_cache=False)
+    tasks = real_tasks(tmp_path)
+    found = run_tasks(ours.model, ours.tokenizer, tasks, limit=None, seed=0, include_path=tmp_path)
+    theirs = simple_evaluate(
+        model=hflm,
+        tasks=tasks,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        fewshot_random_seed=0,
+    )
+    for task in tasks:
+        assert found.metrics[f"{task}/acc"] == theirs["results"][task]["acc,none"]
+        for row, sample in zip(found.samples[task], theirs["samples"][task], strict=True):
+            assert row["prompt_hash"] == sample["prompt_hash"]
+            assert row["acc"] == sample["acc"]
+            agree(zip(row["log_likelihood"], row["greedy"], strict=True), sample["filtered_resps"])
+    assert found.effort.computed == found.effort.unique < 0.4 * found.effort.asked
 
 
 CHILD = """

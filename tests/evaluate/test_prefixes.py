@@ -68,10 +68,10 @@ def test_hidden_states_equal_those_of_whole_texts(decoder, budget, worth, monkey
     texts = random_texts(1, count=15 if budget > 1 else 5, most=40)
     tape, _ = lay_out(requests_of(texts))
     found, reached = [], 0
-    for batch, hidden_TH in run_tape(decoder, tape, fixed(budget)):
-        assert batch.first == reached
-        assert batch.stop - batch.first <= budget
-        reached = batch.stop
+    for first, stop, hidden_TH in run_tape(decoder, tape, fixed(budget)):
+        assert first == reached
+        assert stop - first <= budget
+        reached = stop
         found.append(hidden_TH)
     assert reached == len(tape)
     hidden_TH = torch.cat(found)
@@ -85,7 +85,7 @@ def test_a_long_prefix_is_attended_without_large_masks(decoder, monkeypatch):
     monkeypatch.setattr(prefixes, "LOOK_SCORES", 2000)  # ancestors x queries of one piece are more
     text = np.random.default_rng(3).integers(0, 4096, 400).astype(np.int32)
     tape = Tape([text])
-    hidden_TH = torch.cat([hidden for _, hidden in run_tape(decoder, tape, fixed(90))])
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tape(decoder, tape, fixed(90))])
     torch.testing.assert_close(
         hidden_TH, decoder.hidden(torch.from_numpy(text.astype(np.int64))[None])[0], rtol=2e-4, atol=2e-4
     )
@@ -128,14 +128,14 @@ def test_a_likelihood_that_is_not_finite_names_its_task(decoder):
 def test_running_out_of_memory_halves_the_batches_and_changes_no_score(decoder, monkeypatch):
     requests = requests_of(random_texts(4))
     expected = dict(pair for ended, _ in score(decoder, requests, fixed(4096)) for pair in ended)
-    hidden = type(decoder).hidden
+    states = type(decoder).states
 
-    def small(self, ids_BT, attentions=()):
-        if ids_BT.numel() > 100:
+    def small(self, batches, attend=None):
+        if any(ids_BT.numel() > 100 for ids_BT in batches):
             raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
-        return hidden(self, ids_BT, attentions)
+        return states(self, batches, attend)
 
-    monkeypatch.setattr(type(decoder), "hidden", small)
+    monkeypatch.setattr(type(decoder), "states", small)
     budget = fixed(4096)
     found = dict(pair for ended, _ in score(decoder, requests, budget) for pair in ended)
     assert budget.tokens == 64

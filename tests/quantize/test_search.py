@@ -10,8 +10,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 from q3q import config as schema
 from q3q import trial
+from q3q.config import DEMO_MODELS
 from q3q.errors import NumericsError
-from q3q.models.decoder import Decoder
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import Decoder, load_decoder
+from q3q.models.streaming import StreamedDecoder
 from q3q.quantize.blocks import BlockStore
 from q3q.quantize.methods.rtn import Rtn
 from q3q.quantize.methods.settings import RtnSettings, SmoothQuantSettings
@@ -39,8 +42,7 @@ def copy(decoder):
 
 
 def set_activations(model: Decoder) -> None:
-    for block in model.blocks:
-        block.act_bits = SCHEME.act_bits
+    model.adjust(lambda k, block: setattr(block, "act_bits", SCHEME.act_bits))
 
 
 @torch.inference_mode()
@@ -89,6 +91,18 @@ def test_activations_are_quantized_as_they_will_be(decoder, windows, tmp_path):
         found = search_variants(decoder, {"8": AtBits(8)}, SCHEME, few, act)["divergence"]["8"]
         assert found == pytest.approx(expected[-1], rel=1e-4)
     assert expected[1] > 1.2 * expected[0]
+
+
+@torch.inference_mode()
+def test_a_streamed_model_finds_the_same(windows):
+    found = []
+    for model in (
+        load_decoder(Checkpoint(DEMO_MODELS / "dense"), torch.float32),
+        StreamedDecoder(Checkpoint(DEMO_MODELS / "dense"), torch.float32),
+    ):
+        variants = {f"bits={bits}": AtBits(bits) for bits in (8, 3)}
+        found.append(search_variants(model, variants, SCHEME, windows[:2], set_activations))
+    assert found[0] == found[1]
 
 
 @torch.inference_mode()
@@ -141,7 +155,7 @@ def test_a_trial_that_goes_on_keeps_its_choice_and_its_record_says_what_was_foun
     with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
         spec = schema.spec_from(compose("config", overrides))
     with monkeypatch.context() as patched:
-        patched.setattr(trial, "quantize_model", lambda *_: 1 / 0)  # dies between the search and its first block
+        patched.setattr(trial, "quantized_blocks", lambda *_: 1 / 0)  # dies between the search and its first block
         with pytest.raises(ZeroDivisionError):
             trial.run_trial(spec)
     monkeypatch.setattr(trial, "search_variants", lambda *_: 1 / 0)  # what is found is not looked for again
