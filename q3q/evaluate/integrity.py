@@ -1,11 +1,12 @@
 """The checks that a trial must pass to count."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from q3q.models.decoder import Decoder
+from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import StoredWeight
 from q3q.record import Check
 
@@ -21,39 +22,51 @@ def check_weights(
 ) -> list[Check]:
     """Is what will be evaluated what was quantized, all of it, and nothing more precise?
 
+    Block by block, so that neither model nor codes need be in memory as a whole.
+
     Args:
         model: the decoder as evaluated. quantized: codes by weight name, a dictionary a block; empty for a model that
             was left as it is, which must still be finite. ends: codes of `embedding` and `head`, those that were
             quantized. skip: linears (`blocks.0.mlp.down_proj`) that were left out on purpose.
     """
     ends = ends or {}
-    ends_VH = {"embedding": model.embedding_VH, "head": model.head_VH}
-    weights = {**ends_VH, "final norm": model.norm_H}
-    weights |= {f"blocks.{k}.{name}": w for k, block in enumerate(model.blocks) for name, w in block.weights.items()}
-    finite = _check("all weights are finite", [name for name, w in weights.items() if not torch.isfinite(w).all()])
-    if not quantized:
-        return [finite]
-    missing, left_out, pairs = [], 0, []
-    for k, (block, codes) in enumerate(zip(model.blocks, quantized, strict=True)):
+    endless, missing, different, too_fine = [], [], [], []  # names of what is wrong, and how
+    count, wanted = 0, model.facts.linear_parameters
+
+    def compare(where: str, parts: Iterable[tuple[Tensor, Tensor]], code: StoredWeight) -> None:
+        if not all(torch.equal(*both) for both in parts):
+            different.append(where)
+        if any(part.too_fine() for part in _by_rows(code)):
+            too_fine.append(where)
+
+    for k in range(len(model.blocks)):
+        block = model.blocks[k]
+        endless += [f"blocks.{k}.{name}" for name, weight in block.weights.items() if not all_finite(weight)]
+        codes = quantized[k] if quantized else {}
         for name in (name for site in block.sites for name in site.weights):
-            where = f"blocks.{k}.{name.removesuffix('.weight')}"
+            where, weight = f"blocks.{k}.{name.removesuffix('.weight')}", block.weights[name]
             if where in skip:
-                left_out += block.weights[name].numel()
+                wanted -= weight.numel()
             if (where in skip) == (name in codes):
                 missing.append(where + (" (which was to be left out)" if where in skip else ""))
             if name in codes:
-                pairs.append((where, block.weights[name], codes[name]))
-    wanted = model.facts.linear_parameters - left_out
-    count = sum(code.shape.numel() for _, _, code in pairs)
+                count += codes[name].shape.numel()
+                compare(where, _pieces(weight, codes[name]), codes[name])
+        del block, codes  # before the next ones are read
+    if not all_finite(model.norm_H):
+        endless.append("final norm")
+    for end in ("embedding",) if model.tied else ("embedding", "head"):
+        if not all(all_finite(rows_RH) for rows_RH in model.rows(end)):
+            endless.append(end)
+        if end in ends:
+            compare(end, _rows(model.rows(end), ends[end]), ends[end])
+    finite = _check("all weights are finite", endless)
+    if not quantized:
+        return [finite]
     if count != wanted:
         missing.append(f"{wanted - count} of {wanted} weights")
-    pairs += [(name, ends_VH[name], code) for name, code in ends.items()]
-    different = [
-        where for where, weight, code in pairs if not all(torch.equal(*both) for both in _pieces(weight, code))
-    ]
-    if model.facts.tied and model.head_VH is not model.embedding_VH:
+    if model.facts.tied and not model.tied:
         different.append("head, which is tied to the embedding")
-    too_fine = [where for where, _, code in pairs if any(part.too_fine() for part in _by_rows(code))]
     return [
         _check("every targeted weight is quantized", missing),
         _check("the weights evaluated are the codes' values", different),
@@ -72,6 +85,14 @@ def _pieces(weight: Tensor, code: StoredWeight) -> Iterator[tuple[Tensor, Tensor
     parts_EOI = weight.view(code.shape).split(ROWS, dim=1)
     for part_EOI, part in zip(parts_EOI, _by_rows(code), strict=True):
         yield part_EOI, part.to(weight.device).dequantize().to(weight.dtype)
+
+
+def _rows(parts: Iterable[Tensor], code: StoredWeight) -> Iterator[tuple[Tensor, Tensor]]:
+    """`_pieces` of a matrix that comes some rows after the other."""
+    start = 0
+    for part_RH in parts:
+        yield from _pieces(part_RH, code.rows(start, start + len(part_RH)))
+        start += len(part_RH)
 
 
 def _check(name: str, offenders: list[str]) -> Check:

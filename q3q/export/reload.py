@@ -1,6 +1,6 @@
 """Load an exported checkpoint as a stranger would, and say what is in it. A script that cannot import q3q.
 
-    python -I -S reload.py CHECKPOINT WINDOWS.safetensors OUT PACKAGES_DIR...
+    python -I -S reload.py CHECKPOINT WINDOWS.safetensors|weights OUT PACKAGES_DIR...
 
 reads token ids [B, T] from WINDOWS, loads the checkpoint with its format's public loader, and writes OUT.safetensors
 (logits [B, T, V]; `rounded` too, if the checkpoint says that activations are quantized) and OUT.json (who loaded it, to
@@ -8,12 +8,15 @@ how many bits activations are rounded, and a `sketch` of every weight by its nam
 public loader does not run without a GPU, the tensors are unpacked here, written from the format's definition with no
 care for speed, and transformers runs what comes out.
 
+Given `weights` in place of a file with windows, it runs nothing and needs memory for one weight: every one is unpacked
+here, and OUT.json alone is written.
+
 The forward runs in float32 whatever the weights' dtype, so that a difference in logits is one in weights.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Parts = dict[str, "Tensor"]
+SKETCHED_AT_ONCE = 1 << 22  # numbers that are wide at one time, of a matrix that is sketched or unpacked
 
 
 def sketch(weight: "Tensor") -> list[float]:
@@ -29,17 +33,26 @@ def sketch(weight: "Tensor") -> list[float]:
 
     The difference of two sketches over the norm estimates the relative difference of the weights.
     """
+    return sketch_rows(weight.shape, weight.split(max(1, SKETCHED_AT_ONCE // max(1, weight[0].numel()))))
+
+
+def sketch_rows(shape: Sequence[int], parts: Iterable["Tensor"]) -> list[float]:
+    """`sketch` of a weight that comes in parts along its first axis."""
     import torch
 
-    wide = weight.detach().cpu().double()
     vectors = [
         torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(7 + axis))
-        for axis, size in enumerate(wide.shape)
+        for axis, size in enumerate(shape)
     ]
-    value = wide
-    for vector in reversed(vectors):
-        value = value @ vector
-    return [float(value), float(wide.norm())]
+    total, square, start = 0.0, 0.0, 0
+    for part in parts:
+        value = wide = part.detach().cpu().double()
+        for vector in reversed(vectors[1:]):
+            value = value @ vector
+        total += float(value @ vectors[0][start : start + len(part)])
+        square += float(wide.square_().sum())
+        start += len(part)
+    return [total, square**0.5]
 
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -77,31 +90,36 @@ def transformers_takes(config: dict[str, Any], packed: dict[str, Any]) -> bool:
     return symmetric and all(group["format"] == "pack-quantized" for group in groups)
 
 
+def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, "Tensor"]]:
+    """(name, weight as numbers) of every weight in the files, one at a time; a layer's tensors are in one file."""
+    import torch
+    from safetensors import safe_open
+
+    packed, dtype = config.get("quantization_config") or {}, getattr(torch, config["dtype"])
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            names = set(file.keys())
+            for name in sorted(names):
+                base, _, last = name.rpartition(".")
+                if last == "weight" and base + ".weight_scale" not in names:
+                    yield name, file.get_tensor(name)
+                elif last in ("qweight", "weight_packed", "weight"):
+                    own = (key for key in names if key.rpartition(".")[0] == base)
+                    parts = {key.rpartition(".")[2]: file.get_tensor(key) for key in own}
+                    yield base + ".weight", UNPACKERS[packed["quant_method"]](parts, packed).to(dtype)
+
+
 def load_unpacked(folder: Path, config: dict[str, Any], packed: dict[str, Any]) -> Any:
     """A plain transformers model with the weights that the packed tensors stand for."""
     import torch
     import transformers
-    from safetensors import safe_open
 
-    tensors: Parts = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     dtype = getattr(torch, config["dtype"])
     settings = transformers.AutoConfig.for_model(**plain)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype)
-    weights: Parts = {}
-    for name in list(tensors):
-        base, _, last = name.rpartition(".")
-        if last == "weight" and base + ".weight_scale" not in tensors:
-            weights[name] = tensors[name]
-        elif last in ("qweight", "weight_packed", "weight"):
-            parts = {
-                key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == base
-            }
-            weights[base + ".weight"] = UNPACKERS[packed["quant_method"]](parts, packed).to(dtype)
+    weights = dict(numbers_on_disk(folder, config))
     if config["model_type"] == "qwen3_moe":
         fuse_experts(weights, config)
     if config.get("tie_word_embeddings"):
@@ -137,10 +155,13 @@ def stream(words: "Tensor", bits: int, count: int) -> Any:
     """The codes in a row of 32-bit words: bit k of the row is bit k % 32 of word k // 32, a code is `bits` of them."""
     import numpy
 
-    raw = numpy.ascontiguousarray(words.numpy()).view(numpy.uint8)
-    each = numpy.unpackbits(raw, axis=-1, bitorder="little")[..., : count * bits]
     powers = (1 << numpy.arange(bits)).astype(numpy.int64)
-    return (each.reshape(*each.shape[:-1], count, bits) * powers).sum(-1)
+    rows, codes = words.reshape(-1, words.shape[-1]), []
+    for some in rows.split(max(1, SKETCHED_AT_ONCE // (count * bits))):
+        raw = numpy.ascontiguousarray(some.numpy()).view(numpy.uint8)
+        each = numpy.unpackbits(raw, axis=-1, bitorder="little")[..., : count * bits]
+        codes.append((each.reshape(-1, count, bits) * powers).sum(-1))
+    return numpy.concatenate(codes).reshape(*words.shape[:-1], count)
 
 
 def from_gptq(parts: Parts, packed: dict[str, Any]) -> "Tensor":
@@ -273,12 +294,17 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    ids = load_file(windows)["ids"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     groups = (config.get("quantization_config") or {}).get("config_groups", {}).values()
     act_bits = next(
         (group["input_activations"]["num_bits"] for group in groups if group.get("input_activations")), None
     )
+    if windows.name == "weights":
+        sketches = {name: sketch(tensor) for name, tensor in numbers_on_disk(folder, config)}
+        facts = {"loader": "a plain unpacker, weight by weight", "act_bits": act_bits, "sketches": sketches}
+        out.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
+        return
+    ids = load_file(windows)["ids"]
     with torch.inference_mode():
         model, who = load(folder)
         model(ids[:1, :1])  # compressed-tensors unpacks when the model first runs

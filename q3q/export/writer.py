@@ -6,7 +6,7 @@ config.json comes last: without it no loader takes the folder.
 """
 
 import json
-import os
+import math
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from q3q.errors import ExportError
 from q3q.export.destination import VERSION, check_destination, is_finished, is_ours, partial_path
 from q3q.export.formats import FORMATS, layouts
-from q3q.export.reload import sketch
+from q3q.export.reload import sketch, sketch_rows
 from q3q.models.checkpoint import EXPORT_MARKER, TOKENIZER_FILES, Checkpoint, of_expert
 from q3q.models.decoder import Decoder
 from q3q.models.packed import Layout
+from q3q.models.tensor_files import Rows, encoded
 from q3q.numerics.weights import QuantizedWeight, StoredWeight
 from q3q.record import write_atomically
 from q3q.spec import Json, TrialSpec
@@ -99,7 +99,7 @@ class Exporter(ABC):
         """Write one block: its quantized linears, and whatever else it has as numbers in the model's dtype."""
         with self._timed():
             weights = block.quantized
-            tensors: dict[str, Tensor] = {}
+            tensors: dict[str, Tensor | Rows] = {}
             sketches: dict[str, list[float]] = {}
             shapes = self.checkpoint.facts.block_shapes(block.index)
             plain = {name for name in shapes if name not in weights and name not in block.changed}
@@ -131,11 +131,16 @@ class Exporter(ABC):
         with self._timed():
             facts = self.checkpoint.facts
             if not self.finished:
-                ends = {"model.embed_tokens.weight": model.embedding_VH, "model.norm.weight": model.norm_H}
-                if not facts.tied:
-                    ends["lm_head.weight"] = model.head_VH
-                tensors = {name: tensor.to("cpu", self.dtype) for name, tensor in ends.items()}
-                self._write(facts.layers, tensors, {"sketches": {name: sketch(part) for name, part in tensors.items()}})
+                ends = {"model.embed_tokens.weight": "embedding"} | ({} if facts.tied else {"lm_head.weight": "head"})
+                shape = facts.vocab, facts.hidden
+                norm = model.norm_H.to("cpu", self.dtype)
+                sketches = {"model.norm.weight": sketch(norm)}
+                tensors: dict[str, Tensor | Rows] = {"model.norm.weight": norm}
+                for name, end in ends.items():  # a vocabulary is long: twice a few rows at a time, never all of it
+                    rows = (part.to("cpu", self.dtype) for part in model.rows(end))
+                    sketches[name] = sketch_rows(shape, rows)
+                    tensors[name] = Rows(shape, self.dtype, (part.to("cpu", self.dtype) for part in model.rows(end)))
+                self._write(facts.layers, tensors, {"sketches": sketches})
                 self._write_files()
             index: Json = json.loads((self.folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
             return index
@@ -145,6 +150,8 @@ class Exporter(ABC):
         write_atomically(self.folder / "README.md", card.encode())
         if not self.finished:
             shutil.rmtree(self.partial / "facts", ignore_errors=True)
+            for torn in self.partial.glob(".*.partial"):  # of a process that died while it wrote
+                torn.unlink(missing_ok=True)
             self.partial.replace(self.path)
             self.finished = True
 
@@ -177,17 +184,11 @@ class Exporter(ABC):
 
     # ------------------------------------------------------------------------------------------ files
 
-    def _write(self, index: int, tensors: Mapping[str, Tensor], facts: Json) -> None:
+    def _write(self, index: int, tensors: Mapping[str, Tensor | Rows], facts: Json) -> None:
         """One file, and then its facts."""
         shard = self.partial / self._shard(index)
-        expected = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        unfinished = shard.with_suffix(".unfinished")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata={"format": "pt"}
-        )
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(shard)
+        expected = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+        write_atomically(shard, encoded(tensors, {"format": "pt"}))
         facts |= {"bytes": expected, "size": shard.stat().st_size, "names": sorted(tensors)}
         write_atomically(self.partial / "facts" / f"{index:03d}.json", json.dumps(facts).encode())
 

@@ -1,7 +1,8 @@
 """A Qwen3 checkpoint on disk: what it holds, whether it is whole, and its weights one block at a time.
 
 Finding a model, `read_facts` and the checks of `Checkpoint` read JSON and headers alone, without torch:
-a plan or a refusal costs milliseconds. Weights are mapped, not loaded, until somebody uses them.
+a plan or a refusal costs milliseconds. Weights are read into memory of their own, not mapped: mapped pages count as the
+process's, and lie wherever the file's header ends, on which the last bits of a matrix product depend.
 """
 
 from __future__ import annotations
@@ -10,15 +11,14 @@ import hashlib
 import json
 import math
 import re
-import struct
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.errors import CheckpointError
 from q3q.models.packed import Layout, Packing, read_packing
+from q3q.models.tensor_files import Shape, Stored, read_header
 from q3q.record import write_atomically
 
 if TYPE_CHECKING:
@@ -26,21 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-Shape = tuple[int, ...]
-
 _FAMILY = ("qwen3", "qwen3_moe")
 # What the forward of q3q takes for granted. Another value would be computed wrongly, in silence.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
-# Bytes of one element, by the name safetensors gives its type.
-_ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
-}
 _WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -358,15 +348,6 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
 # ---------------------------------------------------------------------------------------------- its weights
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies, and what its shard's header says about it."""
-
-    shard: Path
-    dtype: str
-    shape: Shape
-
-
 class Checkpoint:
     """A model folder, checked when opened, read one block at a time.
 
@@ -389,37 +370,28 @@ class Checkpoint:
         self._check_complete()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by their names on disk, each shard opened once. Mapped copy-on-write: writing changes no file.
+        """Tensors by their names on disk.
 
         Raises:
-            KeyError: a name that the checkpoint does not have.
+            KeyError: a name that the checkpoint does not have. CheckpointError: a file changed since it was opened.
         """
-        from safetensors import SafetensorError, safe_open
+        return {name: self._stored[name].read() for name in names}
 
-        by_shard: dict[Path, list[str]] = {}
-        names = list(names)
-        for name in names:
-            by_shard.setdefault(self._stored[name].shard, []).append(name)
-        tensors: dict[str, Tensor] = {}
-        for shard, wanted in by_shard.items():
-            try:
-                with safe_open(shard, framework="pt") as file:
-                    tensors |= {name: file.get_tensor(name) for name in wanted}
-            except (OSError, SafetensorError) as error:  # changed since it was opened
-                raise CheckpointError(f"{shard} cannot be read: {_first_line(error)}") from error
-        return {name: tensors[name] for name in names}
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """Some rows of a tensor, read from its file. name: on disk, `model.embed_tokens.weight`."""
+        return self._stored[name].read(first, count)
 
     def embedding(self) -> Tensor:
         """Token embedding, [vocab, hidden]."""
-        return self._embedding
+        return self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
 
     def final_norm(self) -> Tensor:
         """Weight of the norm before the head, [hidden]."""
         return self.read(["model.norm.weight"])["model.norm.weight"]
 
     def head(self) -> Tensor:
-        """Output head, [vocab, hidden]; the embedding itself if the two are tied."""
-        return self._embedding if self.facts.tied else self.read(["lm_head.weight"])["lm_head.weight"]
+        """Output head, [vocab, hidden]; what the embedding is if the two are tied."""
+        return self.embedding() if self.facts.tied else self.read(["lm_head.weight"])["lm_head.weight"]
 
     def block(
         self, k: int, dtype: torch.dtype | None = None, names: Collection[str] | None = None
@@ -438,13 +410,17 @@ class Checkpoint:
             raise IndexError(f"block {k} of {self.facts.layers}")
         fused = self._fused(k)
         wanted = [name for name in self.facts.block_shapes(k) if names is None or name in names]
-        sources = [source for name in wanted for source in _sources(name, self.facts.experts, fused)]
-        raw = self._numbers(k, dict.fromkeys(sources))  # fused, gate and up have the same one
-        block = {}
-        for name in wanted:
-            tensor = _assemble(raw, name, self.facts.experts, fused)
-            block[name] = tensor.to(dtype or tensor.dtype).contiguous()
-        return block
+        sources = {name: _sources(name, self.facts.experts, fused) for name in wanted}
+        last: dict[str, Tensor] = {}
+
+        def number(source: str) -> Tensor:
+            nonlocal last
+            if source not in last:  # fused, gate and up have the same one
+                last = {}
+                last = self._numbers(k, [source])
+            return last[source]
+
+        return {name: _assemble(map(number, sources[name]), name, self.facts, k, dtype) for name in wanted}
 
     def _numbers(self, k: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of one block as plain numbers, by their names on disk less the block's prefix."""
@@ -478,10 +454,6 @@ class Checkpoint:
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
         memo.save()
         return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    @cached_property
-    def _embedding(self) -> Tensor:
-        return self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
 
     def _fused(self, k: int) -> bool:
         return f"model.layers.{k}.mlp.experts.gate_up_proj" in self._stored
@@ -539,6 +511,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Tokens after which the model has nothing more to say, as transformers' `generate` finds them.
+
+    From generation_config.json where there is one, else config.json; a post-trained Qwen3 has two.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its eos_token_id is neither a number nor a list of numbers.
+    """
+    own = folder / "generation_config.json"
+    path = own if own.is_file() else folder / "config.json"
+    found = _read_json(path).get("eos_token_id")
+    ends = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(end, int) for end in ends):
+        raise CheckpointError(f"{path}: eos_token_id is {found!r}, neither a number nor a list of numbers")
+    return tuple(ends)
+
+
 def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str, Shape]:
     """`ModelFacts.block_shapes` as files hold them: each expert's matrices alone, or (fused) gate and up joined."""
     shapes = facts.block_shapes(layer)
@@ -590,25 +579,28 @@ def _torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def _assemble(raw: Mapping[str, Tensor], name: str, experts: int, fused: bool) -> Tensor:
-    """One tensor of a block, from the tensors of `disk_shapes`."""
-    if not name.startswith("mlp.experts."):
-        return raw[name]
-    if fused:
-        if name == "mlp.experts.down_proj.weight":
-            return raw["mlp.experts.down_proj"]
-        gate, up = raw["mlp.experts.gate_up_proj"].chunk(2, dim=1)
-        return gate if name == "mlp.experts.gate_proj.weight" else up
+def _assemble(parts: Iterator[Tensor], name: str, facts: ModelFacts, k: int, dtype: torch.dtype | None) -> Tensor:
+    """One tensor of a block from those that it is stored as, which are taken one at a time."""
     import torch
 
-    return torch.stack([raw[of_expert(name, e)] for e in range(experts)])
+    shape = facts.block_shapes(k)[name]
+    first = next(parts)
+    if first.ndim == len(shape):
+        if len(shape) == 3 and ".down_proj." not in name:  # fused, gate over up
+            first = first.chunk(2, dim=1)[0 if ".gate_proj." in name else 1]
+        return first.to(dtype or first.dtype).contiguous()
+    stacked = torch.empty(shape, dtype=dtype or first.dtype)
+    stacked[0] = first
+    for e, part in enumerate(parts, start=1):
+        stacked[e] = part
+    return stacked
 
 
-def _read_headers(folder: Path) -> dict[str, _Stored]:
+def _read_headers(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder. Like transformers, one model.safetensors goes before an index."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        return _read_header(single)
+        return read_header(single)
     if not index.is_file():
         if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")):
             raise CheckpointError(
@@ -619,61 +611,17 @@ def _read_headers(folder: Path) -> dict[str, _Stored]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: no `weight_map` from tensor to shard")
-    headers: dict[str, dict[str, _Stored]] = {}
+    headers: dict[str, dict[str, Stored]] = {}
     for name in sorted(set(weight_map.values())):
         if name in (".", "..", "") or re.search(r"[/\\:\0]", name):
             raise CheckpointError(f"{index}: the shard {name!r} is not a file name; a shard lies beside its index")
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: the shard {name}, which the index lists, is missing")
-        headers[name] = _read_header(folder / name)
+        headers[name] = read_header(folder / name)
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
             raise CheckpointError(f"{folder / shard}: {tensor}, which the index places there, is missing")
     return {tensor: headers[shard][tensor] for tensor, shard in weight_map.items()}
-
-
-def _read_header(shard: Path) -> dict[str, _Stored]:
-    """A safetensors header: 8 bytes of length, JSON, then data without gaps, to the last byte of the file."""
-
-    def damaged(how: str) -> CheckpointError:
-        return CheckpointError(f"{shard} is damaged: {how}. Download or copy it again")
-
-    try:
-        size = shard.stat().st_size
-        with shard.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            if length > min(_HEADER_LIMIT, size - 8):
-                raise damaged(f"its header cannot fit into its {size} bytes")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{shard} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise damaged("its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise damaged("its header is not a table of tensors")
-    header.pop("__metadata__", None)
-
-    stored, spans = {}, []
-    for name, entry in header.items():
-        match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-                dtype in _ITEM_BYTES
-                and all(type(n) is int and n >= 0 for n in shape)
-                and end - begin == math.prod(shape) * _ITEM_BYTES[dtype]
-            ):
-                stored[name] = _Stored(shard, dtype, tuple(shape))
-                spans.append((begin, end))
-            case _:
-                raise damaged(f"its header's entry for {name!r} makes no sense")
-    reached = 0
-    for begin, end in sorted(spans):
-        if begin != reached:
-            raise damaged("its header's tensors overlap or leave gaps")
-        reached = end
-    if 8 + length + reached != size:
-        raise damaged(f"it has {size} bytes, its header says {8 + length + reached}")
-    return stored
 
 
 class _Memo:

@@ -35,6 +35,12 @@ class Qwen3MoeBlock(Qwen3Block):
             share = share / share.sum(-1, keepdim=True)
         return expert, share.to(tokens_TH.dtype)
 
+    @property
+    def widest(self) -> int:
+        hidden, readings = self.facts.hidden, self.facts.top_k
+        within = max(hidden, self.facts.moe_intermediate)
+        return hidden + max(self.facts.heads * self.facts.head_dim, hidden + readings * within)
+
     def with_weights(self, changed: Weights) -> "Qwen3MoeBlock":
         block = super().with_weights(changed)
         assert isinstance(block, Qwen3MoeBlock)
@@ -58,7 +64,7 @@ class Qwen3MoeBlock(Qwen3Block):
         ]
         del inputs, shown
         all_gated = EveryExpert(self.seen(EXPERT_GATE_UP, tokens_TH), gate, up)
-        yield EXPERT_DOWN, SiteInput(None, all_gated if self.every_expert else gated)
+        yield EXPERT_DOWN, SiteInput(None, all_gated if self.every_expert else gated, unrouted=self.every_expert)
         down = self.weights["mlp.experts.down_proj.weight"]
         mixed_TH = torch.zeros_like(tokens_TH)
         shares = share_Tk.flatten()[reading_R].split(counts)
@@ -82,8 +88,8 @@ class Qwen3MoeBlock(Qwen3Block):
 class EveryExpert(Sequence[Tensor]):
     """What each expert's down would read if all tokens went to it, made when asked for: all at once would not fit."""
 
-    def __init__(self, seen_TH: Tensor, gate_EIH: Tensor, up_EIH: Tensor) -> None:
-        self._seen, self._gate, self._up = seen_TH, gate_EIH, up_EIH
+    def __init__(self, seen_TH: Tensor, gate_EIH: Tensor, up_EIH: Tensor, first: int = 0) -> None:
+        self._seen, self._gate, self._up, self._first = seen_TH, gate_EIH, up_EIH, first
 
     def __len__(self) -> int:
         return len(self._gate)
@@ -92,12 +98,14 @@ class EveryExpert(Sequence[Tensor]):
     def __getitem__(self, expert: int) -> Tensor: ...
 
     @overload
-    def __getitem__(self, expert: slice) -> list[Tensor]: ...
+    def __getitem__(self, expert: slice) -> "EveryExpert": ...
 
-    def __getitem__(self, expert: int | slice) -> Tensor | list[Tensor]:
+    def __getitem__(self, expert: int | slice) -> "Tensor | EveryExpert":
         if isinstance(expert, slice):
-            return [self[e] for e in range(*expert.indices(len(self)))]
+            first = self._first + expert.indices(len(self))[0]
+            return EveryExpert(self._seen, self._gate[expert], self._up[expert], first)
         gated_TI = silu(linear(self._seen, self._gate[expert])) * linear(self._seen, self._up[expert])
         if not torch.isfinite(gated_TI).all():
-            raise NumericsError(f"{EXPERT_DOWN.name}, expert {expert}: calibration activations are not finite")
+            where = f"{EXPERT_DOWN.name}, expert {self._first + expert}"
+            raise NumericsError(f"{where}: calibration activations are not finite")
         return gated_TI

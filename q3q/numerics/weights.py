@@ -4,7 +4,7 @@ Two kinds behind one protocol: points of a uniform grid (`QuantizedWeight`), and
 Shapes: E experts (1 in a dense block), O out features, I in features, G groups, S columns per group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from q3q.numerics.grid import Grid, into_groups, to_codes
 
 SCALE_BITS = 16  # as every deployed format stores them
 GROUP_INDEX_BITS = 32
+NUMBERS_AT_ONCE = 1 << 23  # weights that are wide (float32, or 64-bit indices) at one time: 64 MB
 
 
 class StoredWeight(Protocol):
@@ -231,6 +232,25 @@ def stored_weight(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> St
     kinds = {kind.kind: kind for kind in (QuantizedWeight, BinarizedWeight)}
     made: StoredWeight = kinds[facts["kind"]].from_tensors(tensors, facts)
     return made
+
+
+def numbers(weight: StoredWeight, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """The weight [E, O, I] as numbers in `dtype`, a few rows at a time: in float32 the whole may be too large."""
+    experts, rows, columns = weight.shape
+    out_EOI = torch.empty(weight.shape, dtype=dtype, device=device)
+    at_once = max(1, NUMBERS_AT_ONCE // (experts * columns))
+    for start in range(0, rows, at_once):
+        part = weight.rows(start, min(start + at_once, rows))
+        out_EOI[:, start : start + at_once] = part.to(device).dequantize()
+    return out_EOI
+
+
+def concatenate_experts(parts: Sequence[StoredWeight]) -> StoredWeight:
+    """Several experts' weights, of one kind and scheme, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [part.to_tensors() for part in parts]
+    return stored_weight({name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}, parts[0].facts())
 
 
 def round_to_grid(weight_EOI: Tensor, grid: Grid, bits: int, group_size: int, *, symmetric: bool) -> QuantizedWeight:

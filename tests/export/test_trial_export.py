@@ -8,10 +8,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 from q3q import config as schema
 from q3q import trial
+from q3q.attempt import finished_record
 from q3q.errors import CheckpointError
 from q3q.export.proof import PASSED, Proof
 from q3q.record import Check
-from q3q.sweep.study import finished_record
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["evaluation.tasks=[]", "evaluation.texts=[demo]", "evaluation.limit=2", "calibration.samples=2"]

@@ -128,8 +128,7 @@ def test_blocks_are_those_of_transformers(saved, name, layout):
     assert torch.equal(checkpoint.embedding(), model.model.embed_tokens.weight)
     assert torch.equal(checkpoint.final_norm(), model.model.norm.weight)
     assert torch.equal(checkpoint.head(), model.lm_head.weight)
-    tied = checkpoint.head().data_ptr() == checkpoint.embedding().data_ptr()
-    assert tied == (name == "tied")
+    assert torch.equal(checkpoint.head(), checkpoint.embedding()) == (name == "tied")
 
 
 def test_fused_and_per_expert_layouts_read_alike(saved, broken):

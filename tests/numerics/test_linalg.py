@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from q3q.numerics.linalg import add_gram, inverse_upper_triangular, mirror, quadratic_form_E
+from q3q.numerics import linalg
+from q3q.numerics.linalg import add_gram, all_finite, invert_upper_triangular, mirror, quadratic_form_E, reverse
 
 
 def tokens(count, columns, seed=0):
@@ -66,6 +67,28 @@ def test_a_quadratic_form_is_the_trace():
 def test_inverse_by_halves_equals_float64s(columns):
     generator = torch.Generator().manual_seed(0)
     upper = torch.eye(columns) + torch.randn(2, columns, columns, generator=generator).triu() / columns
-    found = inverse_upper_triangular(upper)
+    found = upper.clone()
+    invert_upper_triangular(found)
     assert torch.equal(found, found.triu())
     torch.testing.assert_close(found.double(), torch.linalg.inv(upper.double()), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 8])
+def test_reversing_in_place_flips_both_axes(columns, monkeypatch):
+    monkeypatch.setattr(linalg, "REVERSED_AT_ONCE", 3)
+    matrix = torch.arange(2.0 * columns**2).view(2, columns, columns)
+    found = matrix.clone()
+    reverse(found)
+    assert torch.equal(found, matrix.flip(-1, -2))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (7,), (5, 4), (2, 3, 4)])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(shape, monkeypatch):
+    monkeypatch.setattr(linalg, "LOOKED_AT", 3)
+    numbers = torch.zeros(shape)
+    assert all_finite(numbers)
+    for i in range(numbers.numel()):
+        for wrong in (float("nan"), -float("inf")):
+            flat = numbers.flatten().clone()
+            flat[i] = wrong
+            assert not all_finite(flat.view(shape))

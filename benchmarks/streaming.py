@@ -1,0 +1,173 @@
+"""A model that does not fit: `python benchmarks/streaming.py [--shape 0.6b|1.7b|4b] [--cache DIR] [--methods rtn]`.
+
+Makes a random Qwen3 checkpoint of a real shape (4B: 8 GB), and runs whole trials on it under a third of its bytes:
+quantize, perplexity, and divergence from the unquantized model, each trial in a process of its own. Its peak is the
+kernel's (VmHWM), the largest of all phases. Then, at 0.6B, where both fit, streamed against resident: processor and
+disk together, taking turns, the best of a few. Exits with 1 if a peak is above its bound, or streaming below 60 % of
+the resident speed.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from q3q.models.checkpoint import ModelFacts, disk_shapes, read_facts
+from q3q.models.footprint import in_gb
+from q3q.models.tensor_files import Rows, encoded
+
+ROOT = Path(__file__).parent.parent
+BASE = {
+    "model_type": "qwen3",
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "hidden_act": "silu",
+}
+SHAPES = {
+    "0.6b": {"num_hidden_layers": 28, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 3072},
+    "1.7b": {"num_hidden_layers": 28, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 6144},
+    "4b": {"num_hidden_layers": 36, "hidden_size": 2560, "num_attention_heads": 32, "intermediate_size": 9728},
+}
+SETTINGS = [
+    "calibration=demo",
+    "calibration.samples=8",
+    "calibration.length=512",
+    "evaluation.tasks=[]",
+    "evaluation.texts=[demo]",
+    "evaluation.window=512",
+    "evaluation.limit=4",
+]
+WANTED_SPEED = 0.6
+
+
+def random_parts(shape: tuple[int, ...], generator: torch.Generator, rows: int = 4096) -> Iterator[Tensor]:
+    for start in range(0, shape[0], rows):
+        part = torch.empty(min(rows, shape[0] - start), *shape[1:], dtype=torch.bfloat16)
+        yield part.fill_(1) if len(shape) == 1 else part.normal_(std=shape[-1] ** -0.5, generator=generator)
+
+
+def write_checkpoint(folder: Path, shape: str) -> ModelFacts:
+    """A shard a block, a few rows at a time; what is there whole already stays."""
+    config = {**BASE, **SHAPES[shape]}
+    facts = read_facts(config)
+    if (folder / "config.json").exists():
+        return facts
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [
+        {f"model.layers.{k}.{name}": size for name, size in disk_shapes(facts, k).items()} for k in range(facts.layers)
+    ]
+    shards.append({"model.embed_tokens.weight": (facts.vocab, facts.hidden), "model.norm.weight": (facts.hidden,)})
+    weight_map: dict[str, str] = {}
+    for k, sizes in enumerate(shards):
+        name = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
+        generator = torch.Generator().manual_seed(k)
+        tensors = {key: Rows(size, torch.bfloat16, random_parts(size, generator)) for key, size in sizes.items()}
+        with (folder / name).open("wb") as file:
+            file.writelines(encoded(tensors, {"format": "pt"}))
+        weight_map |= dict.fromkeys(sizes, name)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "q3q" / "models" / "demo" / "dense" / name, folder / name)
+    index = {"metadata": {"total_size": facts.weight_bytes()}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return facts
+
+
+def one_trial(folder: Path, overrides: list[str]) -> None:
+    """In a process of its own: run it, and print what it took as JSON."""
+    from hydra import compose, initialize_config_dir
+
+    from q3q import config as schema
+    from q3q.trial import run_trial
+
+    schema.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        spec = schema.spec_from(compose("config", ["model=local", f"model.path={folder}", *SETTINGS, *overrides]))
+
+    def tell(event: object) -> None:
+        if getattr(event, "phase", "") == "quantize":
+            print(f"\r{event.done} of {event.total} blocks ", end="", file=sys.stderr, flush=True)  # type: ignore[attr-defined]
+
+    record = run_trial(spec, tell)
+    if not record.completed:
+        raise SystemExit(record.reason)
+    print(json.dumps({"metrics": record.metrics, "loading": record.environment["loading"]}))
+
+
+def run(folder: Path, storage: Path, *overrides: str) -> dict[str, dict[str, float]]:
+    shutil.rmtree(storage / "trials", ignore_errors=True)  # of an equal trial before it
+    command = [sys.executable, __file__, "--trial", str(folder), f"storage={storage}", *overrides]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def phase(found: dict[str, dict[str, float]], what: str) -> dict[str, float]:
+    return {name.partition("/")[2]: value for name, value in found["metrics"].items() if name.startswith(what)}
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--trial"]:
+        one_trial(Path(sys.argv[2]), sys.argv[3:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="4b")
+    parser.add_argument("--methods", default="rtn,gptq", help="to run under the bound")
+    parser.add_argument("--cache", type=Path, help="folder to keep checkpoints in")
+    parser.add_argument("--memory", help="the bound; by default a third of the checkpoint's bytes")
+    parser.add_argument("--rounds", type=int, default=2, help="of streamed against resident; 0 for none")
+    wanted = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="q3q_streaming_") as scratch:
+        cache, storage = wanted.cache or Path(scratch), Path(scratch) / "storage"
+        facts = write_checkpoint(cache / wanted.shape, wanted.shape)
+        bound = int(wanted.memory) if wanted.memory else facts.weight_bytes() // 3
+        print(f"{wanted.shape}: {in_gb(facts.weight_bytes())} on disk, memory={bound} ({in_gb(bound)})")
+        for method in wanted.methods.split(","):
+            found = run(cache / wanted.shape, storage, f"method={method}", f"memory={bound}")
+            peaks, seconds = phase(found, "peak_bytes/"), phase(found, "seconds/")
+            where = max(peaks, key=peaks.__getitem__)
+            within = peaks[where] <= bound
+            failed |= not within
+            print(
+                f"{method:6} {found['loading']['loader']}: peak {peaks[where] / 1e9:.2f} GB ({where}), "
+                f"{'within' if within else 'ABOVE'} the bound; {sum(seconds.values()):.0f} s; "
+                + ", ".join(f"{name} {peak / 1e9:.2f}" for name, peak in peaks.items()),
+                flush=True,
+            )
+        if wanted.rounds:
+            write_checkpoint(cache / "0.6b", "0.6b")
+            for method in wanted.methods.split(","):
+                best: dict[str, float] = {}
+                for _ in range(wanted.rounds):
+                    for loader in ("resident", "streamed"):
+                        seconds = phase(
+                            run(cache / "0.6b", storage, f"method={method}", f"loader={loader}"), "seconds/"
+                        )
+                        best[loader] = min(best.get(loader, float("inf")), sum(seconds.values()))
+                speed = best["resident"] / best["streamed"]
+                failed |= speed < WANTED_SPEED
+                print(
+                    f"0.6b {method}: resident {best['resident']:.1f} s, streamed {best['streamed']:.1f} s, "
+                    f"{speed:.0%} of its speed (at least {WANTED_SPEED:.0%} wanted)",
+                    flush=True,
+                )
+    raise SystemExit(int(failed))
+
+
+if __name__ == "__main__":
+    main()

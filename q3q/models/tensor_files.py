@@ -1,0 +1,168 @@
+"""Safetensors files: their headers without torch, their tensors one at a time, and writing more than memory holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from q3q.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+
+# Bytes of one element, by the name safetensors gives its type.
+_ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+_TORCH_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+}
+_HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies, and what its shard's header says about it. start: of its bytes in the file."""
+
+    shard: Path
+    dtype: str
+    shape: Shape
+    start: int
+
+    def read(self, first: int = 0, count: int | None = None) -> Tensor:
+        """Its numbers in memory of their own; of `count` entries along the first axis, from number `first` on.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends too early.
+        """
+        import torch
+
+        shape = self.shape if count is None else (count, *self.shape[1:])
+        tensor = torch.empty(shape, dtype=getattr(torch, _TORCH_DTYPES[self.dtype]))
+        place = self.start + first * math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
+        wanted = tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+        try:
+            with self.shard.open("rb", buffering=0) as file:
+                done = 0
+                while done < len(wanted):
+                    got = os.preadv(file.fileno(), [wanted[done:]], place + done)
+                    if not got:
+                        raise CheckpointError(f"{self.shard} is damaged: it ends too early. Download or copy it again")
+                    done += got
+        except OSError as error:
+            raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
+        return tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor to be written that does not exist as a whole: its parts along the first axis, one after the other."""
+
+    shape: Shape
+    dtype: torch.dtype
+    parts: Iterator[Tensor]
+
+
+def encoded(tensors: Mapping[str, Tensor | Rows], metadata: Mapping[str, str] | None = None) -> Iterator[bytes]:
+    """The content of a safetensors file, piece by piece. Wide numbers come first, so that all are aligned."""
+    names = {getattr_name: name for name, getattr_name in _TORCH_DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    begin = 0
+    for name in order:
+        tensor = tensors[name]
+        end = begin + math.prod(tensor.shape) * tensor.dtype.itemsize
+        kind = names[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for name in order:
+        tensor = tensors[name]
+        for part in tensor.parts if isinstance(tensor, Rows) else [tensor]:
+            yield _bytes(part)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Not a copy where the tensor is in memory and contiguous."""
+    import torch
+
+    if not tensor.numel():
+        return b""
+    view: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+    return view  # type: ignore[return-value]  # a buffer, which is all that a file and a hash ask for
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, in memory of their own.
+
+    Raises:
+        CheckpointError: it is damaged, or cannot be read.
+    """
+    return {name: stored.read() for name, stored in read_header(path).items()}
+
+
+def read_header(shard: Path) -> dict[str, Stored]:
+    """A safetensors header: 8 bytes of length, JSON, then data without gaps, to the last byte of the file."""
+
+    def damaged(how: str) -> CheckpointError:
+        return CheckpointError(f"{shard} is damaged: {how}. Download or copy it again")
+
+    try:
+        size = shard.stat().st_size
+        with shard.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > min(_HEADER_LIMIT, size - 8):
+                raise damaged(f"its header cannot fit into its {size} bytes")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{shard} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged("its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise damaged("its header is not a table of tensors")
+    header.pop("__metadata__", None)
+
+    stored, spans = {}, []
+    for name, entry in header.items():
+        match entry:
+            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+                dtype in _ITEM_BYTES
+                and all(type(n) is int and n >= 0 for n in shape)
+                and end - begin == math.prod(shape) * _ITEM_BYTES[dtype]
+            ):
+                stored[name] = Stored(shard, dtype, tuple(shape), 8 + length + begin)
+                spans.append((begin, end))
+            case _:
+                raise damaged(f"its header's entry for {name!r} makes no sense")
+    reached = 0
+    for begin, end in sorted(spans):
+        if begin != reached:
+            raise damaged("its header's tensors overlap or leave gaps")
+        reached = end
+    if 8 + length + reached != size:
+        raise damaged(f"it has {size} bytes, its header says {8 + length + reached}")
+    return stored

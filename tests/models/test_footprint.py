@@ -1,0 +1,92 @@
+"""What fits where, from a config alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+from q3q.errors import ConfigError
+from q3q.models.checkpoint import read_facts
+from q3q.models.footprint import LOADERS, bytes_of, choose, free_memory, need
+
+FOUR_B = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+MOE = {
+    **FOUR_B,
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("method", [None, "rtn", "gptq"])
+def test_eight_gigabytes_stream_through_a_third_of_that(method):
+    facts = read_facts(FOUR_B)
+    third = facts.weight_bytes() // 3
+    assert need(facts, "bfloat16", method=method, loader="streamed") <= third
+    assert choose(facts, "bfloat16", method=method, memory=third) == "streamed"
+    assert choose(facts, "bfloat16", method=method, memory=16 * 10**9) == "resident"
+    assert need(facts, "bfloat16", method=method, loader="resident") > facts.weight_bytes()
+
+
+def test_a_gang_shares_what_one_cannot_hold():
+    facts = read_facts(MOE)
+    whole = need(facts, "bfloat16", method="gptq", loader="resident", device="cuda")
+    needs = [need(facts, "bfloat16", method="gptq", loader="sharded", ranks=n, device="cuda") for n in (2, 4, 8)]
+    assert whole > needs[0] > needs[1] > needs[2] > facts.weight_bytes() // 8
+    assert need(facts, "bfloat16", method="gptq", loader="streamed", device="cuda") < facts.weight_bytes() // 4
+
+
+def test_experts_that_come_in_chunks_need_less_than_all_at_once():
+    facts = read_facts(MOE)
+    chunked, whole = (need(facts, "bfloat16", method=name, loader="streamed") for name in ("gptq", "awq"))
+    assert whole > chunked + 2 * 10**9
+
+
+def test_what_fits_nowhere_is_refused_with_what_would():
+    with pytest.raises(
+        ConfigError, match=r"does not fit into 1\.0 GB: streamed it needs 2\.\d GB, resident 1\d\.\d GB"
+    ):
+        choose(read_facts(FOUR_B), "bfloat16", method="gptq", memory=10**9)
+    with pytest.raises(
+        ConfigError, match=r"loader=mapped is not known\. Choose from: auto, resident, streamed, sharded"
+    ):
+        need(read_facts(FOUR_B), "bfloat16", method="rtn", loader="mapped")
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [("2.5GB", 25 * 10**8), ("8GiB", 2**33), ("8g", 8 * 10**9), ("512 MiB", 2**29), (4096, 4096), ("4096", 4096)],
+)
+def test_sizes(size, count):
+    assert bytes_of(size) == count
+
+
+@pytest.mark.parametrize("size", ["", "GB", "2.5 gigabytes", "-1GB", "0", "1e9", "8iB"])
+def test_what_is_no_size(size):
+    with pytest.raises(ConfigError, match=r"memory=.* is no size: give bytes such as 2\.5GB"):
+        bytes_of(size)
+
+
+def test_free_memory_is_of_this_machine():
+    assert 2**26 < free_memory() < 2**50
+
+
+def test_it_is_arithmetic_without_torch():
+    code = "import sys, q3q.models.footprint; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert LOADERS == ("resident", "streamed", "sharded")

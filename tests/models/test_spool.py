@@ -1,0 +1,90 @@
+"""A list of tensors, part of it on disk."""
+
+import gc
+
+import pytest
+import torch
+
+from q3q.errors import Q3QError
+from q3q.models.spool import Spool
+
+
+def some_tensors() -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    whole = torch.randn(6, 8)
+    return [whole, whole[2:4], whole.T, torch.tensor(2.5), whole.bfloat16(), torch.zeros(0, 3), whole[:, ::2].long()]
+
+
+@pytest.mark.parametrize("memory", [None, 0, 200, 10**6])
+def test_tensors_come_back_as_they_were(tmp_path, memory):
+    tensors = some_tensors()
+    tensors[0][0, 0] = float("nan")  # bit for bit, whatever the bits mean
+    with Spool(memory, tmp_path) as spool:
+        for tensor in tensors:
+            spool.append(tensor)
+        assert len(spool) == len(tensors)
+        for put_in, found in zip(tensors, spool, strict=True):
+            assert found.dtype == put_in.dtype
+            assert torch.equal(found.nan_to_num(9), put_in.nan_to_num(9))
+            assert found.isnan().sum() == put_in.isnan().sum()
+
+
+def test_no_more_than_memory_allows_is_held_and_the_first_stay(tmp_path):
+    with Spool(100, tmp_path) as spool:
+        for k in range(5):
+            spool.append(torch.full((10,), float(k)))  # 40 bytes each
+        assert spool.spilled == 3
+        [folder] = tmp_path.iterdir()
+        assert sorted(file.name for file in folder.iterdir()) == ["2", "3", "4"]
+        # Exchanged in order, as a block's inputs are for its outputs.
+        for k in range(5):
+            spool[k] = spool[k] + 10
+        assert spool.spilled == 3
+        assert [float(tensor[0]) for tensor in spool] == [10, 11, 12, 13, 14]
+        spool[0] = torch.zeros(30)  # does not fit beside the other one any more
+        assert spool.spilled == 4
+        assert spool[0].shape == (30,)
+        assert float(spool[-1][0]) == 14
+    assert not list(tmp_path.iterdir())
+
+
+def test_unbounded_it_makes_no_file(tmp_path):
+    with Spool(None, tmp_path) as spool:
+        for tensor in some_tensors():
+            spool.append(tensor)
+        assert spool.spilled == 0
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_view_does_not_keep_what_it_is_a_view_of():
+    whole = torch.zeros(1000)
+    spool = Spool(10**6)
+    spool.append(whole[:10])
+    assert spool[0].untyped_storage().nbytes() == 40
+
+
+def test_its_files_go_when_nobody_holds_it(tmp_path):
+    spool = Spool(0, tmp_path)
+    spool.append(torch.ones(3))
+    assert list(tmp_path.iterdir())
+    del spool
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_was_cut_off_is_an_error_and_not_other_numbers(tmp_path):
+    with Spool(0, tmp_path) as spool:
+        spool.append(torch.ones(3))
+        [file] = [file for file in tmp_path.rglob("*") if file.is_file()]
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(Q3QError, match="11 bytes instead of 12"):
+            spool[0]
+
+
+def test_beyond_its_end_is_an_index_error():
+    spool = Spool()
+    spool.append(torch.ones(3))
+    with pytest.raises(IndexError):
+        spool[1]
+    with pytest.raises(IndexError):
+        spool[1] = torch.ones(3)

@@ -1,0 +1,156 @@
+"""Two ranks give the codes that one gives, bit for bit: every method, dense and MoE."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import q3q.models.demo
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
+from q3q.quantize import walk
+from q3q.quantize.methods import gptq
+from q3q.quantize.methods.awq import Awq
+from q3q.quantize.methods.billm import Billm
+from q3q.quantize.methods.gptq import Gptq
+from q3q.quantize.methods.rtn import Rtn
+from q3q.quantize.methods.settings import (
+    AwqSettings,
+    BillmSettings,
+    GptqSettings,
+    RtnSettings,
+    SmoothQuantSettings,
+)
+from q3q.quantize.methods.smoothquant import SmoothQuant
+from q3q.quantize.walk import quantize_model
+from q3q.spec import Scheme
+
+DEMO = Path(q3q.models.demo.__file__).parent
+# Small parts, so that there are several to divide: batches, experts of a site, and rows.
+SMALL = {"BATCH_TOKENS": {"cpu": 256}, "CHUNK_BYTES": 2**20}
+CPU_ROWS = 256
+GROUPS = Scheme(bits=3, group_size=64, symmetric=False)
+CASES = {
+    "rtn": (Rtn(RtnSettings()), GROUPS),
+    "gptq": (Gptq(GptqSettings()), GROUPS),
+    "gptq at once": (Gptq(GptqSettings(true_sequential=False, act_order=True)), GROUPS),
+    "awq": (Awq(AwqSettings()), GROUPS),
+    "smoothquant": (SmoothQuant(SmoothQuantSettings(o_and_down=True)), Scheme(bits=8, group_size=-1, symmetric=True)),
+    "billm": (Billm(BillmSettings()), Scheme(bits=1, group_size=64, symmetric=True)),
+}
+
+
+class Nowhere:
+    """A sink that keeps what it is given in memory."""
+
+    def __init__(self):
+        self.blocks = {}
+
+    def load(self, index):
+        return self.blocks.get(index)
+
+    def store(self, block):
+        self.blocks[block.index] = block
+
+
+def some_windows(vocab):
+    # Three batches, of lanes 0, 3 and 6: two of rank 0 and one of rank 1.
+    return torch.randint(0, vocab, (10, 64), generator=torch.Generator().manual_seed(0))
+
+
+def facts_of(block):
+    """All that a block came to: codes, scales, numbers, errors and notes."""
+    tensors = {f"{name}/{part}": t for name, code in block.quantized.items() for part, t in code.to_tensors().items()}
+    return tensors | block.changed, block.errors, block.notes
+
+
+SLOW = ("rtn", "gptq at once", "awq", "billm")
+
+
+@pytest.fixture(scope="module")
+def quick(gang):
+    return quantized_by(gang, [name for name in CASES if name not in SLOW])
+
+
+@pytest.fixture(scope="module")
+def slow(gang):
+    return quantized_by(gang, SLOW)
+
+
+def quantized_by(gang, names):
+    """By model and case: each block, states of the quantized model, and what rank 1 held after each block."""
+    wanted = {name: CASES[name] for name in names}
+    demo, cases, sink, windows, facts, small, rows = DEMO, wanted, Nowhere, some_windows, facts_of, SMALL, CPU_ROWS
+
+    def lead(team):
+        import gc
+
+        import torch
+
+        from q3q.models.checkpoint import Checkpoint
+        from q3q.models.sharded import load_sharded
+        from q3q.quantize.walk import quantize_model
+        from tests.ranks import live_bytes
+
+        said = {}
+        for kind in ("dense", "moe"):
+            for name, (method, scheme) in cases.items():
+                model = load_sharded(Checkpoint(demo / kind), torch.float32, team)
+                ids = windows(model.facts.vocab)
+                held = []
+
+                def look(done, total, name=name, held=held):
+                    if name == "gptq":
+                        held.append(team.together(live_bytes)[1])
+
+                blocks = quantize_model(model, method, scheme, ids, sink(), look)
+                said[kind, name] = [facts(block) for block in blocks], list(model.states(ids[:2].split(1))), held
+                del model, blocks
+                gc.collect()
+        team.dismiss()
+        return said
+
+    def call(team):
+        import torch
+
+        import q3q.quantize.methods.gptq
+        import q3q.quantize.walk
+
+        for name, value in small.items():
+            setattr(q3q.quantize.walk, name, value)
+        q3q.quantize.methods.gptq.CPU_ROWS = rows
+        with torch.inference_mode():
+            return team.follow() if team.rank else lead(team)
+
+    return gang(2, call)[0]
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [pytest.param(name, "slow", marks=pytest.mark.slow) if name in SLOW else (name, "quick") for name in CASES],
+)
+def test_two_ranks_give_the_codes_of_one(request, monkeypatch, kind, case, told):
+    blocks, their_states, held = request.getfixturevalue(told)[kind, case]
+    method, scheme = CASES[case]
+    for constant, value in SMALL.items():
+        monkeypatch.setattr(walk, constant, value)
+    monkeypatch.setattr(gptq, "CPU_ROWS", CPU_ROWS)
+    with torch.inference_mode():
+        model = load_decoder(Checkpoint(DEMO / kind), torch.float32)
+        ids = some_windows(model.facts.vocab)
+        whole = sum(weight.nbytes for block in model.blocks for weight in block.weights.values())
+        alone = quantize_model(model, method, scheme, ids, Nowhere())
+        states = list(model.states(ids[:2].split(1)))
+    assert len(blocks) == len(alone) > 3
+    for (tensors, errors, notes), block in zip(blocks, alone, strict=True):
+        mine, my_errors, my_notes = facts_of(block)
+        assert tensors.keys() == mine.keys()
+        assert [key for key in mine if not torch.equal(tensors[key], mine[key])] == []
+        assert errors == my_errors
+        assert notes == my_notes
+    assert all(torch.equal(a, b) for a, b in zip(their_states, states, strict=True))
+    # Between two blocks a rank has its share of the model, and its activations.
+    limit = 0.6 * (whole + model.embedding_VH.nbytes) + 0.5 * ids.numel() * model.facts.hidden * 4
+    assert all(bytes < limit for bytes in held)
+    assert len(held) == (len(alone) if case == "gptq" else 0)

@@ -1,0 +1,262 @@
+"""The walk over a model that is not in memory: the resident walk's codes, whatever memory, chunks and kills do."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from q3q.errors import IntegrityError
+from q3q.evaluate.integrity import check_weights
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
+from q3q.models.streaming import StreamedBlocks, StreamedDecoder
+from q3q.quantize import walk
+from q3q.quantize.blocks import BlockStore
+from q3q.quantize.methods.awq import Awq
+from q3q.quantize.methods.billm import Billm
+from q3q.quantize.methods.gptq import Gptq
+from q3q.quantize.methods.rtn import Rtn
+from q3q.quantize.methods.settings import (
+    AwqSettings,
+    BillmSettings,
+    GptqSettings,
+    RtnSettings,
+    SmoothQuantSettings,
+)
+from q3q.quantize.methods.smoothquant import SmoothQuant
+from q3q.quantize.search import search_variants
+from q3q.quantize.walk import quantize_ends, quantize_model, quantized_blocks
+from q3q.spec import Scheme, Schemes
+
+METHODS = {
+    "rtn": lambda: Rtn(RtnSettings()),
+    "gptq": lambda: Gptq(GptqSettings()),
+    "gptq_at_once": lambda: Gptq(GptqSettings(true_sequential=False)),
+    "awq": lambda: Awq(AwqSettings()),
+    "smoothquant": lambda: SmoothQuant(SmoothQuantSettings()),
+    "billm": lambda: Billm(BillmSettings()),
+}
+SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
+ACTIVATIONS = [40_000, 0]  # bytes: of some batches, and of none
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients(monkeypatch):
+    monkeypatch.setattr(walk, "BATCH_TOKENS", {"cpu": 80})  # six batches
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(61, (12, 40), generator=torch.Generator().manual_seed(1))
+
+
+def read_by(name, windows):
+    return None if name == "rtn" else windows
+
+
+def scheme_for(name):
+    return replace(SCHEME, bits=1) if name == "billm" else SCHEME
+
+
+def same_codes(ours, theirs):
+    assert [block.index for block in ours] == [block.index for block in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.quantized.keys() == b.quantized.keys()
+        assert a.changed.keys() == b.changed.keys()
+        for name in a.quantized:
+            one, other = a.quantized[name].to_tensors(), b.quantized[name].to_tensors()
+            assert all(torch.equal(one[part], other[part]) for part in one), name
+        assert all(torch.equal(a.changed[name], b.changed[name]) for name in a.changed)
+        assert a.errors == b.errors
+        assert a.notes == b.notes
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_streamed_walk_gives_the_resident_ones_bits(random_checkpoint, tmp_path, windows, kind, name):
+    folder, ids = random_checkpoint(kind), torch.arange(60).view(2, 30)
+    resident = load_decoder(Checkpoint(folder), torch.float32)
+    expected = quantize_model(
+        resident, METHODS[name](), scheme_for(name), read_by(name, windows), BlockStore(tmp_path / "r")
+    )
+    for activations in ACTIVATIONS:
+        streamed = StreamedDecoder(Checkpoint(folder), torch.float32, activations=activations)
+        store = BlockStore(tmp_path / f"s{activations}")
+        found = quantize_model(streamed, METHODS[name](), scheme_for(name), read_by(name, windows), store)
+        same_codes(found, expected)
+        assert store.taken == 0
+        assert torch.equal(streamed.hidden(ids), resident.hidden(ids))
+        checks = check_weights(streamed, [block.quantized for block in found])
+        assert all(check.passed for check in checks), checks
+    assert not torch.equal(load_decoder(Checkpoint(folder), torch.float32).hidden(ids), resident.hidden(ids))
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("name", ["gptq", "smoothquant"])  # which pass activations on as they go, and afterwards
+def test_a_streamed_walk_that_was_killed_goes_on_and_ends_with_the_same_bits(
+    random_checkpoint, tmp_path, windows, kind, name
+):
+    folder = random_checkpoint(kind)
+    whole = quantize_model(
+        StreamedDecoder(Checkpoint(folder), torch.float32),
+        METHODS[name](),
+        scheme_for(name),
+        read_by(name, windows),
+        BlockStore(tmp_path / "whole"),
+    )
+    broken = quantized_blocks(
+        StreamedDecoder(Checkpoint(folder), torch.float32),
+        METHODS[name](),
+        scheme_for(name),
+        read_by(name, windows),
+        BlockStore(tmp_path / "broken"),
+    )
+    next(broken)
+    broken.close()
+    for loader in (StreamedDecoder, load_decoder):
+        store = BlockStore(tmp_path / "again", kept=tmp_path / "broken")
+        found = quantize_model(
+            loader(Checkpoint(folder), torch.float32), METHODS[name](), scheme_for(name), read_by(name, windows), store
+        )
+        same_codes(found, whole)
+        assert store.taken == 1
+        store.delete()
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq_at_once"])
+@pytest.mark.parametrize("route", ["top_k", "all"])
+def test_chunks_of_experts_change_no_bit(random_checkpoint, tmp_path, windows, name, route, monkeypatch):
+    folder = random_checkpoint("moe", num_experts=7)
+    results = []
+    for size in (2**28, 3 * 4 * 32 * 32, 1):  # all seven at once, three, and as few as can be
+        monkeypatch.setattr(walk, "CHUNK_BYTES", size)
+        model = StreamedDecoder(Checkpoint(folder), torch.float32, activations=None if size > 1 else 30_000)
+        model.adjust(lambda k, block: setattr(block, "every_expert", route == "all"))
+        store = BlockStore(tmp_path / str(size))
+        results.append(quantize_model(model, METHODS[name](), scheme_for(name), read_by(name, windows), store))
+    for found in results[1:]:
+        same_codes(found, results[0])
+    if name != "rtn":
+        notes = results[0][0].notes["blocks.0.gate_up"]
+        assert len(notes["tokens_per_expert"]) == 7
+
+
+def test_starved_experts_are_named_by_their_place_among_all(random_checkpoint, tmp_path, windows, monkeypatch):
+    folder = random_checkpoint("moe", num_experts=7)
+    model = load_decoder(Checkpoint(folder), torch.float32)
+    monkeypatch.setattr(walk, "CHUNK_BYTES", 1)
+    [first, *_] = quantize_model(model, METHODS["gptq"](), SCHEME, windows[:6], BlockStore(tmp_path))
+    note = first.notes["blocks.0.gate_up"]
+    starved = [e for e, tokens in enumerate(note["tokens_per_expert"]) if tokens < 128]
+    assert any(e > 2 for e in starved)
+    assert note["starved_experts"] == starved
+
+
+@pytest.mark.parametrize("name", ["gptq", "billm"])
+def test_only_a_chunk_of_experts_is_observed_and_widened_at_one_time(
+    random_checkpoint, tmp_path, windows, name, monkeypatch
+):
+    monkeypatch.setattr(walk, "CHUNK_BYTES", 1)
+    method, seen = METHODS[name](), []
+    plain = method.quantize
+
+    def quantize(task, scheme):
+        seen.append((task.site, len(task.weight_EOI), len(task.statistics.tokens_E)))
+        return plain(task, scheme)
+
+    monkeypatch.setattr(method, "quantize", quantize)
+    model = StreamedDecoder(Checkpoint(random_checkpoint("moe")), torch.float32)
+    quantize_model(model, method, scheme_for(name), windows, BlockStore(tmp_path))
+    for site in ("gate_up", "down"):
+        assert [sizes for where, *sizes in seen if where == site] == [[2, 2], [3, 3]] * 3
+
+
+def test_no_more_runs_are_halted_than_there_is_room_for(random_checkpoint, windows):
+    block = load_decoder(Checkpoint(random_checkpoint()), torch.float32)
+    hidden = [block.embed(part) for part in windows.split(2)]
+    first = block.blocks[0]
+    size = 2 * 40 * first.widest * 4
+    for room, count in ((None, 6), (size * 3 + 1, 3), (0, 0)):
+        assert len(walk.Runs(first, SimpleNamespace(hidden=hidden, room=room), block.rope)._halted) == count
+    # What a run holds while it is halted is no more than is reckoned with.
+    run = first.stages(hidden[0], block.rope)
+    for _ in first.sites:
+        next(run)
+        held, frame = {}, run
+        while frame is not None:
+            for value in frame.gi_frame.f_locals.values():
+                if isinstance(value, torch.Tensor):
+                    held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            frame = frame.gi_yieldfrom
+        rotary = 2 * 40 * 8 * 4
+        assert sum(held.values()) <= size + rotary
+
+
+def test_the_walk_holds_one_block_of_codes(random_checkpoint, tmp_path, windows):
+    import gc
+    import weakref
+
+    model = StreamedDecoder(Checkpoint(random_checkpoint()), torch.float32)
+    alive = []
+    for block in quantized_blocks(model, METHODS["gptq"](), SCHEME, windows, BlockStore(tmp_path)):
+        gc.collect()
+        assert sum(one() is not None for one in alive) == 0
+        alive += [weakref.ref(weight.codes_EOI) for weight in block.quantized.values()]
+        del block
+    assert len(alive) == 3 * 7
+
+
+def test_a_block_that_is_gone_is_an_error_and_not_the_original(random_checkpoint, tmp_path):
+    model = StreamedDecoder(Checkpoint(random_checkpoint()), torch.float32)
+    quantize_model(model, METHODS["rtn"](), SCHEME, None, BlockStore(tmp_path))
+    (tmp_path / "block_001.safetensors").unlink()
+    with pytest.raises(IntegrityError, match="block 1, which was quantized and stored"):
+        model.hidden(torch.arange(10)[None])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ends_of_a_streamed_model(random_checkpoint, tied, monkeypatch):
+    folder = random_checkpoint(tie_word_embeddings=tied)
+    schemes = Schemes(SCHEME, head=SCHEME, embedding=SCHEME)
+    models = load_decoder(Checkpoint(folder), torch.float32), StreamedDecoder(Checkpoint(folder), torch.float32)
+    codes = [quantize_ends(model, schemes) for model in models]
+    assert codes[0].keys() == codes[1].keys() == ({"embedding"} if tied else {"embedding", "head"})
+    for end in codes[0]:
+        assert torch.equal(codes[0][end].codes_EOI, codes[1][end].codes_EOI)
+    ids = torch.arange(60).view(2, 30)
+    hidden = [model.hidden(ids) for model in models]
+    assert torch.equal(*hidden)
+    found = [model.log_likelihoods(hidden[0][0], ids[0])[0] for model in models]
+    assert torch.equal(*found)
+
+
+def test_variants_are_tried_on_a_streamed_model_too(random_checkpoint, windows):
+    folder = random_checkpoint()
+    variants = {f"alpha={a}": SmoothQuant(SmoothQuantSettings(alpha=a)) for a in (0.3, 0.7)}
+    found = [
+        search_variants(
+            model,
+            variants,
+            replace(SCHEME, bits=8, group_size=-1),
+            windows[:2],
+            lambda copy: copy.adjust(lambda k, block: setattr(block, "act_bits", 8)),
+        )
+        for model in (
+            load_decoder(Checkpoint(folder), torch.float32),
+            StreamedDecoder(Checkpoint(folder), torch.float32),
+        )
+    ]
+    assert found[0] == found[1]
+
+
+def test_reading_ahead_or_not_is_the_same(random_checkpoint, tmp_path, windows):
+    folder = random_checkpoint()
+    found = []
+    for ahead in (True, False):
+        model = StreamedDecoder(Checkpoint(folder), torch.float32, ahead=ahead)
+        assert isinstance(model.blocks, StreamedBlocks)
+        found.append(quantize_model(model, METHODS["gptq"](), SCHEME, windows, BlockStore(tmp_path / str(ahead))))
+    same_codes(*found)

@@ -1,0 +1,142 @@
+"""Whole trials on a model that is not in memory: the resident trial's record, within a bound that the kernel sees."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from q3q import config as schema
+from q3q.errors import ConfigError
+from q3q.models.checkpoint import read_facts
+from q3q.models.footprint import need
+from q3q.trial import run_trial
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "q3q" / "models" / "demo" / "dense"
+SMALL = [
+    "evaluation.tasks=[]",
+    "evaluation.texts=[demo]",
+    "evaluation.window=128",
+    "evaluation.limit=3",
+    "calibration.samples=4",
+    "calibration.length=128",
+]
+# Of lists of overrides as JSON, the record of each, one trial after the other.
+RUN = """
+import json, sys
+from hydra import compose, initialize_config_dir
+from q3q import config as schema
+from q3q.trial import run_trial
+schema.register()
+with initialize_config_dir(sys.argv[1], version_base="1.3"):
+    specs = [schema.spec_from(compose("config", overrides)) for overrides in json.loads(sys.argv[2])]
+print(json.dumps([run_trial(spec).to_json() for spec in specs]))
+"""
+
+
+@pytest.fixture
+def spec_of(tmp_path):
+    schema.register()
+    GlobalHydra.instance().clear()
+
+    def make(*overrides, storage="storage"):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return schema.spec_from(compose("config", [*SMALL, f"storage={tmp_path / storage}", *overrides]))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=demo", "method=gptq", "bits=3", "head_bits=4", "embedding_bits=4", "export=hf", "keep=blocks"),
+        ("model=demo_moe", "method=rtn", "bits=4", "evaluation.tasks=[stories_who]", "evaluation.task_limit=2"),
+    ],
+    ids=["dense", "moe"],
+)
+def test_a_streamed_trial_has_the_resident_ones_record(spec_of, overrides):
+    resident, streamed = (
+        run_trial(spec_of(*overrides, f"loader={loader}", storage=loader)) for loader in ("resident", "streamed")
+    )
+    assert resident.spec.id == streamed.spec.id
+    for record, loader in ((resident, "resident"), (streamed, "streamed")):
+        assert record.completed, record.reason
+        assert record.environment["loading"]["loader"] == loader
+    timed = ("seconds/", "peak_bytes/")
+    ours, theirs = (
+        {name: value for name, value in record.metrics.items() if not name.startswith(timed)}
+        for record in (streamed, resident)
+    )
+    assert ours == theirs
+    assert streamed.sites == resident.sites
+    assert streamed.results == resident.results
+    assert [check.name for check in streamed.checks] == [check.name for check in resident.checks]
+    if "export=hf" in overrides:
+        paths = [Path(record.notes["export"]["path"]) for record in (resident, streamed)]
+        for shard in paths[0].glob("*.safetensors"):
+            assert shard.read_bytes() == (paths[1] / shard.name).read_bytes()
+        assert streamed.notes["export"]["reloaded_by"] == "a plain unpacker, weight by weight"
+        assert streamed.notes["export"]["logit_error"] is None
+        # Another evaluation of kept blocks quantizes nothing.
+        again = run_trial(spec_of(*overrides, "evaluation.limit=2", "loader=streamed", storage="streamed"))
+        assert again.notes["blocks_from_disk"] == len(list(paths[0].glob("*.safetensors"))) - 1
+
+
+def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(random_checkpoint, tmp_path):
+    changes = {"vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "head_dim": 128}
+    changes |= {"intermediate_size": 4096, "num_hidden_layers": 8, "torch_dtype": "float32"}
+    folder = random_checkpoint(max_position_embeddings=2048, **changes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, folder / name)
+    facts = read_facts(folder)
+    bound = need(facts, "float32", method="rtn", loader="streamed") + 10 * 2**20
+    overrides = ["model=local", f"model.path={folder}", "method=rtn", "evaluation.tasks=[]", "evaluation.texts=[demo]"]
+    overrides += ["evaluation.window=64", "evaluation.limit=1", "evaluation.drift=false"]
+    # The kernel's count begins anew with each phase, so one process serves for both, the smaller trial first.
+    both = [[*overrides, given, f"storage={tmp_path / given[:3]}"] for given in (f"memory={bound}", "loader=resident")]
+    command = [sys.executable, "-c", RUN, str(ROOT / "conf"), json.dumps(both)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [record["environment"]["loading"]["loader"] for record in found] == ["streamed", "resident"]
+    records = {record["environment"]["loading"]["loader"]: record["metrics"] for record in found}
+    peaks = {
+        loader: max(value for name, value in metrics.items() if name.startswith("peak_bytes/"))
+        for loader, metrics in records.items()
+    }
+    assert peaks["streamed"] <= bound
+    assert peaks["resident"] > peaks["streamed"] + facts.weight_bytes() // 3
+    assert records["streamed"]["perplexity/stories"] == records["resident"]["perplexity/stories"]
+
+
+def test_settings_of_memory_are_checked_before_anything_runs(spec_of):
+    spec = spec_of("memory=2.5GB", "loader=streamed")
+    assert spec.places["memory"] == 25 * 10**8
+    assert spec.places["loader"] == "streamed"
+    assert spec.id == spec_of().id  # neither changes a number
+    assert "memory" not in spec_of().places
+    with pytest.raises(ConfigError, match="memory=plenty is no size"):
+        spec_of("memory=plenty")
+    with pytest.raises(ConfigError, match="loader=mapped is not known"):
+        spec_of("loader=mapped")
+    with pytest.raises(ConfigError, match=r"does not fit into 0\.1 GB: streamed it needs"):
+        spec_of("memory=100MB")
+    with pytest.raises(ConfigError, match="memory=100MB is too little for loader=resident: it needs"):
+        spec_of("memory=100MB", "loader=resident")
+
+
+def test_text_is_not_generated_by_a_model_that_is_read_anew_for_each_token(spec_of, tmp_path):
+    lines = ["task: tiny", "dataset_path: json", f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}"]
+    lines += ["test_split: test", "output_type: generate_until", 'doc_to_text: "{{q}}"', 'doc_to_target: "{{a}}"']
+    lines += ["generation_kwargs: {until: ['.'], do_sample: false, max_gen_toks: 4}"]
+    lines += ["metric_list: [{metric: exact_match}]"]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"q": "One and", "a": "two"}\n' * 3, encoding="utf-8")
+    spec = spec_of(f"evaluation.include_path={tmp_path / 'tasks'}", "evaluation.tasks=[tiny]", "loader=streamed")
+    with pytest.raises(ConfigError, match="tiny: text is generated token by token"):
+        run_trial(spec)
