@@ -23,6 +23,7 @@ from q3q.export.destination import check_destination, default_path, marker_of
 from q3q.export.formats import FORMATS, refuse_what_it_cannot_hold, stored_scales
 from q3q.masking import masked
 from q3q.models.checkpoint import Checkpoint, ModelFacts, fetch_facts, resolve_revision
+from q3q.models.footprint import AUTO, LOADERS, bytes_of, choose, in_gb, need
 from q3q.patterns import Linear, linears, meant, near, together
 from q3q.quantize.methods.registry import described, offers, settings_class
 from q3q.quantize.methods.settings import SETTINGS, MethodSettings, NoneSettings
@@ -105,15 +106,21 @@ class DataConfig:
 
 @dataclass
 class ClusterConfig:
-    """address: of a running Ray, null to start one here. A trial gets so many cores (and torch threads) and GPUs.
+    """address: of a running Ray, null to start one here. auto: as the plan sees fit, from the model's bytes.
 
-    patience: seconds to wait for a machine large enough for a trial, where a cluster grows on demand.
+    cpus_per_trial: cores, and torch threads. gpus_per_trial: a share of one GPU, 1, or n for a gang of n that share the
+    model out. ranks_per_trial: n for a gang of n, also on cores alone. memory_per_trial: of main memory, which a trial
+    reserves (16GB). gpu_memory: of one GPU, for clusters whose GPUs this machine cannot ask (80GB). patience: seconds
+    to wait for a machine large enough for a trial, where a cluster grows on demand.
     """
 
     name: str = MISSING
     address: str | None = None
-    cpus_per_trial: float = 1.0
-    gpus_per_trial: float | None = None
+    cpus_per_trial: Any = "auto"  # numbers or words: the plan reads them
+    gpus_per_trial: Any = "auto"
+    ranks_per_trial: Any = "auto"
+    memory_per_trial: Any = "auto"
+    gpu_memory: Any = "auto"
     patience: float = 0.0
 
 
@@ -175,6 +182,8 @@ class Config:
     question: str | None = None
     expectation: str | None = None
     storage: str = "mlruns"
+    memory: int | str | None = None
+    loader: str = AUTO
 
 
 GROUPS: dict[str, type] = {
@@ -247,6 +256,7 @@ def spec_from(config: DictConfig) -> TrialSpec:
             places[name] = str(Path(config[name].path).expanduser().absolute())
     if (data := _data_folder(config)) is not None:
         places["data"] = str(data)
+    places |= _loading(config, facts, model["dtype"], settings.name if schemes else None)
     if config.evaluation.include_path is not None:
         places["tasks"] = str(Path(config.evaluation.include_path).expanduser().absolute())
     scheme = schemes.base if schemes else None
@@ -271,6 +281,20 @@ def spec_from(config: DictConfig) -> TrialSpec:
     if schemes is None or not measures or not config.evaluation.baseline:
         return spec
     return spec.with_places({**spec.places, "baseline": _baseline_of(spec).id})
+
+
+def _loading(config: DictConfig, facts: ModelFacts, dtype: str, method: str | None) -> Json:
+    """Where the model is to be held, as far as that is said; refused now if it cannot fit there."""
+    _one_of("loader", config.loader, (AUTO, *LOADERS))
+    places: Json = {} if config.loader == AUTO else {"loader": config.loader}
+    if config.memory is None:
+        return places
+    memory = bytes_of(config.memory)
+    if config.loader == AUTO:
+        choose(facts, dtype, method=method, memory=memory)
+    elif config.loader != "sharded" and (needs := need(facts, dtype, method=method, loader=config.loader)) > memory:
+        raise ConfigError(f"memory={config.memory} is too little for loader={config.loader}: it needs {in_gb(needs)}")
+    return {**places, "memory": memory}
 
 
 def _baseline_of(spec: TrialSpec) -> TrialSpec:

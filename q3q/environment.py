@@ -63,7 +63,7 @@ def hardware() -> Json:
     facts: Json = {
         "machine": platform.machine(),
         "system": platform.system(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
@@ -73,7 +73,8 @@ def hardware() -> Json:
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
+    """The model of this machine's processor, as its kernel names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -108,6 +109,32 @@ class Phases:
             gpu = _gpu_peak_bytes()
             if gpu is not None:
                 self.metrics[f"gpu_peak_bytes/{name}"] = gpu
+
+
+class SystemWatch:
+    """What this process takes, at most every so many seconds: how many cores are at work (100 each), its memory, and a
+    GPU's memory in use and, where the driver's library is there, its load."""
+
+    def __init__(self, every: float = 10.0) -> None:
+        self._every, self._looked, self._busy = every, time.monotonic(), time.process_time()
+
+    def due(self) -> dict[str, float]:
+        """Metrics by MLflow's names for them; none if the last ones are too fresh."""
+        now_, busy = time.monotonic(), time.process_time()
+        if (passed := now_ - self._looked) < self._every:
+            return {}
+        found = {"system/cpu_utilization_percentage": round(100 * (busy - self._busy) / passed, 1)}
+        self._looked, self._busy = now_, busy
+        with suppress(OSError, IndexError):  # not Linux
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+            found["system/process_memory_usage_megabytes"] = round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            found["system/gpu_0_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
+            with suppress(Exception):  # torch asks a library that need not be installed, each with errors of its own
+                found["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization())
+        return found
 
 
 def _reset_peak() -> None:

@@ -1,7 +1,7 @@
 """What launch.py does beyond Hydra: one trial without a sweep, and errors as one line and an exit code."""
 
 import dataclasses
-import os
+import errno
 import re
 import shlex
 import sys
@@ -25,9 +25,12 @@ def run_alone(config: DictConfig) -> object:
     """One trial, in this process: what `python launch.py` does without -m."""
     from pathlib import Path
 
-    from q3q.sweep.plan import describe, gpus_here, plan
-    from q3q.sweep.study import baseline_record, finished_record
-    from q3q.sweep.sweeper import refuse_contradictions, running_study
+    from q3q.attempt import afresh, finished_record
+    from q3q.environment import now
+    from q3q.sweep.costs import CostModel
+    from q3q.sweep.plan import describe, machine_here, plan, wishes_of, with_gpu_memory
+    from q3q.sweep.study import baseline_record, facts_of_spec, recent_records, sole_driver
+    from q3q.sweep.sweeper import refuse_contradictions, running_study, with_plan
 
     overrides = list(HydraConfig.get().overrides.task)
     study = HydraConfig.get().runtime.choices.get("study")
@@ -37,12 +40,22 @@ def run_alone(config: DictConfig) -> object:
     spec = spec_from(config)
     done = None if config.fresh else finished_record(spec)
     finished = {} if done is None else {spec.id: done}
+    storage, wishes = Path(config.storage), wishes_of(config.cluster.get)
+    here = machine_here()  # all its cores, and of its GPUs the first
+    wishes = dataclasses.replace(wishes, cpus=wishes.cpus or here.cpus)
+    machines = with_gpu_memory([dataclasses.replace(here, gpus=min(here.gpus, 1))], wishes.gpu_memory)
+    costs = CostModel().learned(recent_records(storage), facts_of_spec)
+    [planned] = plan([spec], finished, {spec.id: facts_of(config)}, machines=machines, wishes=wishes, model=costs)
     if config.plan:
-        ordered = plan([spec], finished, {spec.id: facts_of(config)}, cpus=os.cpu_count() or 1, gpus=gpus_here())
-        print(describe(ordered, at_once=1, where="this process", storage=Path(config.storage)))
+        print(describe([planned], machines=machines, where="this process", storage=storage))
         return None
+    if config.fresh:
+        spec = afresh(spec, now())
     command = "python launch.py " + shlex.join(overrides)
-    with running_study(config, [spec], command, finished) as study:
+    with (
+        sole_driver([spec], Path(config.storage), partial(print, file=sys.stderr)),
+        running_study(config, [spec], command, finished) as study,
+    ):
         if "baseline" in spec.places and baseline_record(spec, {}) is None:
             study.display.note(
                 "Nothing to compare with yet: run the same with method=none once, then this again (it only compares)"
@@ -51,7 +64,9 @@ def run_alone(config: DictConfig) -> object:
             from q3q.trial import attempt_trial
 
             study.display.started(spec.id, f"{spec.name} · {spec.model['name']}")
-            study.finished(attempt_trial(spec, partial(study.heard, spec)))
+            record = with_plan(attempt_trial(spec, partial(study.heard, spec)), planned)
+            record.save()
+            study.finished(record)
     return study.records[spec.id]
 
 
@@ -66,6 +81,10 @@ def explain(error: Exception) -> int:
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         print(f"q3q: {masked(_hydra_line(error))}", file=sys.stderr)
         return MISUSED
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"q3q: the disk is full{where}: free some space, and the same command goes on", file=sys.stderr)
+        return FAILED
     print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return FAILED
 

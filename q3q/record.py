@@ -1,10 +1,12 @@
 """What a trial left behind: its record, durable and plain, and the small events it sends while it works."""
 
+import hashlib
 import json
 import math
 import os
+import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from q3q.masking import masked
 from q3q.spec import Json, TrialSpec
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
+SEAL = "sha256"  # of all else in a file, as canonical JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,8 @@ class TrialRecord:
 
     metrics: finite numbers by stable name (`perplexity/<text>`, `<task>/acc`, `bits_per_weight`, `seconds/<phase>`).
     intervals: 95 % interval of those that have one. diverged: metrics whose value is not finite (a result too).
-    sites: error of each quantized linear. checks: integrity. environment: code, packages, hardware, times.
+    sites: error of each quantized linear. checks: integrity. environment: code, packages, hardware, times, and what was
+    planned beside what it took.
     results: what the evaluation harness returned, as it returned it. notes: facts by name (fallbacks, damping raised).
     comparisons: with the unquantized model, by metric, once its trial is there too.
     files: others in the trial's folder.
@@ -113,7 +117,7 @@ class TrialRecord:
     def from_json(cls, data: Mapping[str, Any]) -> "TrialRecord":
         return cls(
             **{
-                **data,
+                **{key: value for key, value in data.items() if key != SEAL},
                 "spec": TrialSpec.from_json(data["spec"]),
                 "intervals": {name: (low, high) for name, (low, high) in data["intervals"].items()},
                 "diverged": tuple(data["diverged"]),
@@ -126,14 +130,15 @@ class TrialRecord:
 
     def save(self) -> None:
         """To the trial's folder: `record.json`, or `failed.json`, so that no failure ever replaces a result."""
-        content = json.dumps(self.to_json(), indent=1, allow_nan=False).encode()
+        content = sealed(self.to_json(), finite=True)
         write_atomically(trial_folder(self.spec) / ("record.json" if self.completed else "failed.json"), content)
         if self.completed:
             (trial_folder(self.spec) / "failed.json").unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "TrialRecord":
-        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        """Raises ValueError if the file is torn, or not what was written."""
+        return cls.from_json(unsealed(path.read_bytes()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +146,7 @@ class Progress:
     """A trial tells how far it is. phase: load, calibrate, quantize, evaluate ... done of total steps of that phase.
 
     metrics: what these steps have measured, by the name that the record will have it under; finite.
+    system: what the process takes meanwhile, now and then; names as MLflow's own system metrics.
     """
 
     trial: str
@@ -149,6 +155,19 @@ class Progress:
     total: int = 0
     note: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    system: dict[str, float] = field(default_factory=dict)
+
+
+def block_errors(sites: Iterable[SiteError]) -> dict[int, dict[str, float]]:
+    """Of each block the mean error of its linears, as metrics; what is not finite is left out."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for site in sites:
+        of_block = found.setdefault(site.block, {})
+        of_block.setdefault("block/weight_error", []).append(site.weight_error)
+        if site.output_error is not None:
+            of_block.setdefault("block/output_error", []).append(site.output_error)
+    means = {k: {name: sum(some) / len(some) for name, some in lists.items()} for k, lists in found.items()}
+    return {k: {name: mean for name, mean in some.items() if math.isfinite(mean)} for k, some in means.items()}
 
 
 def trial_folder(spec: TrialSpec) -> Path:
@@ -167,17 +186,54 @@ def kept_blocks_folder(spec: TrialSpec) -> Path:
 
 
 def forget_progress(spec: TrialSpec) -> None:
-    """Start from nothing the next time. The last record stays until a new one replaces it."""
-    for folder in (blocks_folder(spec), kept_blocks_folder(spec), trial_folder(spec) / "evaluations"):
+    """Start from nothing the next time, but for kept blocks. The last record stays until a new one replaces it."""
+    for folder in (blocks_folder(spec), trial_folder(spec) / "evaluations"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old content or the new, never half of either."""
+def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Write a file, or its parts one after the other, so that a crash at any moment leaves the old content or the new,
+    never half of either."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            for part in [content] if isinstance(content, bytes) else content:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)  # of a full disk it would take the last room
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def sealed(facts: Json, *, finite: bool = False) -> bytes:
+    """As JSON that carries its own checksum, so that a flipped bit in a number is no other number.
+
+    Raises:
+        ValueError: a number is not finite, and they must be.
+    """
+    plain: Json = json.loads(json.dumps(facts, allow_nan=not finite))  # as it will be read: tuples are lists
+    return json.dumps({**plain, SEAL: _checksum(plain)}, indent=1).encode()
+
+
+def unsealed(content: bytes) -> Json:
+    """What `sealed` was given.
+
+    Raises:
+        ValueError: it is torn, or not what was written.
+    """
+    facts = json.loads(content)
+    if not isinstance(facts, dict):
+        raise ValueError("not what q3q writes")
+    seal = facts.pop(SEAL, None)
+    if seal is not None and seal != _checksum(facts):  # none: from before files were sealed
+        raise ValueError("damaged: its checksum does not fit")
+    return facts
+
+
+def _checksum(facts: Json) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

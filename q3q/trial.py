@@ -1,12 +1,14 @@
 """One trial from start to finish: load, calibrate, quantize, evaluate, record."""
 
+import errno
 import json
 import math
 import random
 import shutil
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,49 +17,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q3q.attempt import Attempt, attempt
 from q3q.calibrate.sources import load_text
 from q3q.calibrate.windows import consecutive_windows, draw_windows, encoder
+from q3q.claim import ClaimLostError
 from q3q.data import Library, folder_digest
-from q3q.environment import Phases, git_commit, hardware, now, packages
+from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import ConfigError, IntegrityError, Q3QError
 from q3q.evaluate.baseline import Baseline, BaselineIdentity, baseline_for, kept_windows, windows_digest
 from q3q.evaluate.drift import perplexity_and_drift
 from q3q.evaluate.integrity import check_weights
 from q3q.evaluate.perplexity import of_losses, window_losses
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
-from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, score_batch
+from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, generating, score_batch
 from q3q.export.card import model_card
 from q3q.export.proof import prove
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
 from q3q.models.checkpoint import Checkpoint, load_tokenizer, locate
 from q3q.models.decoder import Decoder, load_decoder
+from q3q.models.footprint import AUTO, Device, choose, free_memory, in_gb, need
+from q3q.models.qwen3 import Qwen3Block
 from q3q.models.qwen3_moe import Qwen3MoeBlock
+from q3q.models.sharded import ShardedDecoder, load_sharded
+from q3q.models.streaming import StreamedDecoder
 from q3q.numerics.weights import StoredWeight
 from q3q.quantize.blocks import BlockStore
 from q3q.quantize.method import Method
 from q3q.quantize.methods.registry import settings_of
 from q3q.quantize.search import search_variants
-from q3q.quantize.walk import QuantizedBlock, quantize_ends, quantize_model
+from q3q.quantize.walk import QuantizedBlock, quantize_ends, quantized_blocks
 from q3q.record import (
     COMPLETED,
     FAILED,
     Check,
     Progress,
+    SiteError,
     TrialRecord,
+    block_errors,
     blocks_folder,
     kept_blocks_folder,
+    sealed,
     trial_folder,
+    unsealed,
     write_atomically,
 )
 from q3q.spec import Json, TrialSpec, text_metric
+from q3q.team import SOLO, PeerLostError, Seat, Team, joined
 
 Report = Callable[[Progress], None]
 AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
+LEAST_ACTIVATIONS = 64 * 2**20  # bytes that hidden states may take however little is left for them
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 UNQUANTIZED_BITS = 16  # embeddings, norms and the router stay in 16 bits, as the released checkpoints store them
 
 
-def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialRecord:
+def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team = SOLO) -> TrialRecord:
     """Load, calibrate, quantize, evaluate: one trial, on this machine, going on from where a killed one stopped.
+
+    team: of a gang, whose rank 0 this is; it divides the model and the work among all.
 
     Returns:
         The record, already saved. A trial that fails its integrity checks is FAILED and says why.
@@ -68,10 +85,12 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialReco
     folder, phases, started = trial_folder(spec), Phases(), now()
     write_atomically(folder / "spec.json", json.dumps(spec.to_json(), indent=1).encode())
 
+    watch = SystemWatch()
+
     def steps(phase: str, note: str = "", metrics: Mapping[str, float] | None = None) -> Callable[[int, int], None]:
         known = dict(metrics or {})
         return lambda done, total: report(
-            Progress(trial=spec.id, phase=phase, done=done, total=total, note=note, metrics=known)
+            Progress(trial=spec.id, phase=phase, done=done, total=total, note=note, metrics=known, system=watch.due())
         )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -80,10 +99,11 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialReco
         with phases.phase("load"):
             checkpoint = open_checkpoint(spec)
             tokenizer = load_tokenizer(checkpoint.folder)
-            model = load_decoder(checkpoint, getattr(torch, spec.model["dtype"]), device)
+            model, loading = load_model(checkpoint, spec, device, team)
+        steps("load", loading.told)(1, 1)
         with phases.phase("baseline"):
             reference = reference_of(model, tokenizer, spec, steps)
-        blocks: list[QuantizedBlock] = []
+        ledger = Ledger()
         ends: dict[str, StoredWeight] = {}
         store = BlockStore(blocks_folder(spec), kept_blocks_folder(spec))
         exporter = open_exporter(spec, checkpoint)
@@ -96,17 +116,21 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialReco
             steps("quantize")(0, len(model.blocks))
             with phases.phase("quantize"):
                 method = settle_variant(build_method(spec), model, spec, windows, store, steps)
-                blocks = quantize_model(model, method, spec.schemes, windows, sink, steps("quantize"))
+                for block in quantized_blocks(model, method, spec.schemes, windows, sink):
+                    ledger.add(block)
+                    found = block_errors(block.errors).get(block.index)
+                    steps("quantize", metrics=found)(block.index + 1, len(model.blocks))
                 ends = quantize_ends(model, spec.schemes)
         with phases.phase("evaluate"):
             set_activations(model, spec)
             scores = evaluate(model, tokenizer, spec, reference, folder / "evaluations", steps)
-        checks = check_weights(model, [block.quantized for block in blocks], ends=ends, skip=spec.skip)
+        checks = check_weights(model, StoredCodes(store, ledger.blocks), ends=ends, skip=spec.skip)
         exported = Exported()
         if exporter is not None:
             steps("export")(0, 1)
             with phases.phase("export"):
                 exported = finish_export(exporter, model, spec, scores, checks)
+    steps("record")(0, 1)
     failed = [check for check in checks if not check.passed]
     searched = store.recall("search")
     if scores.samples:
@@ -115,46 +139,91 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialReco
         spec=spec,
         status=FAILED if failed else COMPLETED,
         reason="; ".join(f"{check.name}: {check.detail}" for check in failed),
-        metrics={**scores.metrics, **sizes(checkpoint, blocks, ends), **exported.metrics, **phases.metrics},
+        metrics={**scores.metrics, **sizes(checkpoint, ledger, ends), **exported.metrics, **phases.metrics},
         intervals=scores.intervals,
         diverged=tuple(scores.diverged),
-        sites=tuple(error for block in blocks for error in block.errors),
+        sites=tuple(ledger.errors),
         checks=tuple(checks),
         environment={
             "git_commit": git_commit(),
             "packages": packages(),
             "hardware": hardware(),
+            "loading": asdict(loading),
             "started": started,
             "ended": now(),
         },
         results=scores.results,
-        notes={key: note for block in blocks for key, note in block.notes.items()}
+        notes=ledger.notes
         | ({"search": searched} if searched else {})
         | ({"blocks_from_disk": store.taken} if store.taken else {})
         | exported.notes,
         files=(SAMPLES,) if scores.samples else (),
     )
     record.save()
-    shutil.rmtree(folder / "evaluations", ignore_errors=True)
+    clear(record)
+    return record
+
+
+def clear(record: TrialRecord) -> None:
+    """Delete what only a trial under way needs; its blocks move to where other trials find them, if it keeps them."""
+    spec = record.spec
+    shutil.rmtree(trial_folder(spec) / "evaluations", ignore_errors=True)
+    for torn in trial_folder(spec).glob(".*.partial"):  # of a process that died while it wrote
+        torn.unlink(missing_ok=True)
+    store = BlockStore(blocks_folder(spec), kept_blocks_folder(spec))
     if record.completed and spec.places.get("keep") == "blocks":
         store.keep()
     else:
         store.delete()
-    return record
 
 
-def attempt_trial(spec: TrialSpec, report: Report = lambda event: None) -> TrialRecord:
-    """`run_trial`, but an error becomes a FAILED record, saved with its traceback: it costs no other trial."""
+def share_trial(spec: TrialSpec, report: Report, seat: Seat) -> TrialRecord | None:
+    """`attempt_trial` by a gang: rank 0 runs it, and the others do their part."""
+    with joined(seat) as team:
+        if team.rank > 0:
+            with torch.inference_mode():
+                # What it reports is not heard, but its machine may have asked for it back.
+                team.follow(lambda: report(Progress(trial=spec.id, phase="follow")))
+            return None
+        record = attempt_trial(spec, report, team)
+        if record.completed:  # else the others may wait for something else, and are ended with the gang
+            team.dismiss()
+        return record
+
+
+def attempt_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team = SOLO) -> TrialRecord:
+    """`run_trial`, alone at it and not if it is done; an error becomes a FAILED record, saved with its traceback, and
+    costs no other trial."""
+    while True:
+        try:
+            with attempt(spec, report) as mine:
+                if mine.done is None:
+                    return _recorded(spec, mine, team)
+                clear(mine.done)  # whoever finished it may have died before that
+                return mine.done
+        except ClaimLostError:  # whoever took this process for dead is at it by now, and is waited for
+            if team.size > 1:  # with new ranks: these are where they were when the claim was lost
+                raise PeerLostError("another process took this gang's trial over") from None
+
+
+def _recorded(spec: TrialSpec, mine: Attempt, team: Team) -> TrialRecord:
     started = now()
     try:
-        return run_trial(spec, report)
+        record = run_trial(spec, mine.tell, team)
+    except (ClaimLostError, PeerLostError):
+        raise
     except Exception as error:
         reason = str(error) if isinstance(error, Q3QError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            where = error.filename or trial_folder(spec)
+            reason = f"the disk is full ({where}); free some space, and the same command goes on from the last block"
         environment = {"git_commit": git_commit(), "packages": packages(), "started": started, "ended": now()}
         environment["traceback"] = traceback.format_exc()
         record = TrialRecord.failed(spec, reason, environment)
-        record.save()
-        return record
+        with suppress(OSError):  # what could not be written is still the answer to whoever asked for the trial
+            record.save()
+    mine.end(record)
+    return record
 
 
 def open_checkpoint(spec: TrialSpec) -> Checkpoint:
@@ -165,6 +234,109 @@ def open_checkpoint(spec: TrialSpec) -> Checkpoint:
     if wanted is not None and checkpoint.digest(Path(spec.places["trials"]) / "digests") != wanted:
         raise IntegrityError(f"the files in {checkpoint.folder} changed since the trial was planned; start it again")
     return checkpoint
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the model is held: by which loader, bytes that the trial may take (of a GPU's memory, if it has one), that it
+    is predicted to take, and that hidden states may take of them; of a gang, each of its ranks."""
+
+    loader: str
+    memory: int
+    needs: int
+    activations: int
+    ranks: int = 1
+
+    @property
+    def told(self) -> str:
+        return f"{self.loader}, {in_gb(self.needs)} of {in_gb(self.memory)}"
+
+
+def load_model(checkpoint: Checkpoint, spec: TrialSpec, device: str, team: Team = SOLO) -> tuple[Decoder, Loading]:
+    """The model as its places say or, where they say nothing, as fits into the memory that is free; a gang divides it.
+
+    Raises:
+        ConfigError: it does not fit, or it is streamed and a task generates text.
+    """
+    facts, dtype = checkpoint.facts, spec.model["dtype"]
+    kind: Device = "cuda" if device == "cuda" else "cpu"
+    method = None if spec.scheme is None else str(spec.method["name"])
+    memory = spec.places.get("memory") or (torch.cuda.mem_get_info()[0] if kind == "cuda" else free_memory())
+    loader = spec.places.get("loader", AUTO) if team.size == 1 else "sharded"
+    if loader == AUTO:
+        loader = choose(facts, dtype, method=method, memory=memory, device=kind)
+    elif loader not in ("resident", "streamed") and team.size == 1:
+        raise ConfigError(
+            f"loader={loader} is for a gang of processes (cluster.ranks_per_trial=2 or more); one alone takes resident "
+            "or streamed"
+        )
+    needs = need(facts, dtype, method=method, loader=loader, ranks=team.size, device=kind)
+    loading = Loading(loader, memory, needs, max(memory - needs, LEAST_ACTIVATIONS), team.size)
+    if loader == "resident":
+        model = load_decoder(checkpoint, getattr(torch, dtype), device)
+        model.activations = loading.activations
+        return model, loading
+    refuse_generation(spec)
+    if loader == "sharded":
+        return load_sharded(checkpoint, getattr(torch, dtype), team, activations=loading.activations), loading
+    model = StreamedDecoder(checkpoint, getattr(torch, dtype), device, activations=loading.activations)
+    return model, loading
+
+
+def refuse_generation(spec: TrialSpec) -> None:
+    """Generated text takes a pass through all blocks for each token.
+
+    Raises:
+        ConfigError: a task generates.
+    """
+    places = {name: Path(spec.places[name]) if name in spec.places else None for name in ("data", "tasks")}
+    library = Library(places["data"], spec.evaluation.get("data", {}))
+    if found := generating(spec.evaluation["tasks"], places["tasks"], library):
+        raise ConfigError(
+            f"{', '.join(found)}: text is generated token by token, and a streamed model would be read anew for each; "
+            "give more memory (loader=resident), or leave such tasks out of evaluation.tasks"
+        )
+
+
+@dataclass
+class Ledger:
+    """What a record needs of the quantized blocks, taken down one by one: they are too large to be kept.
+
+    weights, bits, nominal_bits: of all quantized linears.
+    """
+
+    blocks: int = 0
+    errors: list[SiteError] = field(default_factory=list)
+    notes: Json = field(default_factory=dict)
+    weights: int = 0
+    bits: int = 0
+    nominal_bits: int = 0
+
+    def add(self, block: QuantizedBlock) -> None:
+        self.blocks += 1
+        self.errors += block.errors
+        self.notes |= block.notes
+        for weight in block.quantized.values():
+            self.weights += weight.shape.numel()
+            self.bits += weight.storage_bits()
+            self.nominal_bits += weight.nominal_bits()
+
+
+@dataclass(frozen=True)
+class StoredCodes(Sequence[Mapping[str, StoredWeight]]):
+    """Each block's codes by weight name, read from disk when they are asked for."""
+
+    store: BlockStore
+    blocks: int
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def __getitem__(self, k: Any) -> Any:
+        block = self.store.load(range(self.blocks)[k])
+        if block is None:
+            raise IntegrityError(f"block {k} was quantized and stored, and is not there whole any more")
+        return block.quantized
 
 
 def calibration_windows(spec: TrialSpec, tokenizer: Any) -> Tensor | None:
@@ -229,21 +401,41 @@ def settle_variant(
 
 def set_route(model: Decoder, spec: TrialSpec) -> None:
     """Whether calibration shows every token to every expert. What the experts pass on is the router's choice always."""
-    for block in model.blocks:
+    if model.facts.experts:
+        model.adjust(Route(spec.calibration is not None and spec.calibration.get("route") == "all"))
+
+
+@dataclass(frozen=True)
+class Route:
+    """A change of every block, which can go to other processes."""
+
+    every_expert: bool
+
+    def __call__(self, _: int, block: Qwen3Block) -> None:
         if isinstance(block, Qwen3MoeBlock):
-            block.every_expert = spec.calibration is not None and spec.calibration["route"] == "all"
+            block.every_expert = self.every_expert
 
 
 def set_activations(model: Decoder, spec: TrialSpec) -> None:
     """From here on each site's input is fake-quantized, if the scheme says so. Calibration saw 16-bit activations."""
     if spec.scheme is not None:  # a model that is evaluated as it is may have been stored with activations to quantize
-        for k, block in enumerate(model.blocks):
-            block.act_bits = spec.scheme.act_bits
-            block.unrounded = frozenset(
-                site.name
-                for site in block.sites
-                if all(f"blocks.{k}.{name.removesuffix('.weight')}" in spec.skip for name in site.weights)
-            )
+        model.adjust(RoundedInputs(spec.scheme.act_bits, frozenset(spec.skip)))
+
+
+@dataclass(frozen=True)
+class RoundedInputs:
+    """A change of every block, which can go to other processes. skip: linears that stay as they are."""
+
+    act_bits: int | None
+    skip: frozenset[str]
+
+    def __call__(self, k: int, block: Qwen3Block) -> None:
+        block.act_bits = self.act_bits
+        block.unrounded = frozenset(
+            site.name
+            for site in block.sites
+            if all(f"blocks.{k}.{name.removesuffix('.weight')}" in self.skip for name in site.weights)
+        )
 
 
 @dataclass
@@ -272,10 +464,11 @@ class Scores:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the unquantized model said of each text, by the text's name, and its head, which turns that into logits."""
+    """What the unquantized model said of each text, by the text's name; and its head, which turns that into logits and
+    is asked for when it is needed."""
 
     baselines: dict[str, Baseline]
-    head_VH: Tensor | None
+    head: Callable[[], Tensor]
 
 
 def reference_of(
@@ -285,7 +478,7 @@ def reference_of(
     could tell that it is not."""
     drift = spec.evaluation.get("drift")
     if drift is None:
-        return Reference({}, None)
+        return Reference({}, lambda: model.head_VH)
     folder, found = Path(spec.places["trials"]).parent / "baselines", {}
     for text in spec.evaluation["texts"]:
         windows_NT = evaluation_windows(tokenizer, spec, text)
@@ -294,7 +487,11 @@ def reference_of(
         kept = kept_windows(count, length, model.facts.hidden, spec.model["dtype"], wanted)
         identity = BaselineIdentity.of(spec.model, text["digest"], windows_NT, kept)
         found[text["name"]] = baseline_for(folder, identity, model, windows_NT, steps("baseline", text["name"]))
-    return Reference(found, model.head_VH)
+    model.rest()
+    if isinstance(model, (StreamedDecoder, ShardedDecoder)):
+        return Reference(found, model.original_head)
+    head_VH = model.head_VH
+    return Reference(found, lambda: head_VH)
 
 
 def evaluate(
@@ -318,13 +515,23 @@ def evaluate(
         note = f"{name}, {number} of {len(parts)}"
         steps("evaluate", note)(0, 1)
         kept = journal / f"{number}_{name}.json"
-        if not kept.exists():
-            write_atomically(kept, json.dumps(measure(steps("evaluate", note)).to_json()).encode())
-        part = json.loads(kept.read_text(encoding="utf-8"))
+        part = _measured(kept)
+        if part is None:
+            content = sealed(measure(steps("evaluate", note)).to_json())
+            write_atomically(kept, content)
+            part = unsealed(content)  # as it is read by whoever goes on from here
         scores.add(part)
         known = {key: value for key, value in part["metrics"].items() if value is not None and math.isfinite(value)}
         steps("evaluate", note, known)(1, 1)
     return scores
+
+
+def _measured(path: Path) -> Json | None:
+    """What was measured before, None if that is not there whole."""
+    try:
+        return unsealed(path.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def evaluation_windows(tokenizer: Any, spec: TrialSpec, wanted: Json) -> Tensor:
@@ -356,12 +563,12 @@ def _measure_text(
     name, quick = wanted["name"], bool(spec.evaluation.get("quick"))
     windows_NT, part = evaluation_windows(tokenizer, spec, wanted), Part()
     baseline = reference.baselines.get(name)
-    if baseline is None or reference.head_VH is None:
+    if baseline is None:
         nll_N = window_losses(model, windows_NT, tell)
     elif spec.scheme is None:
         nll_N = baseline.nll_N
     else:
-        found = perplexity_and_drift(model, windows_NT, baseline, reference.head_VH, tell)
+        found = perplexity_and_drift(model, windows_NT, baseline, reference.head(), tell)
         nll_N = found.nll_N
         part.metrics |= {_quickly(key, quick): value for key, value in found.drift.metrics(name).items()}
         part.intervals |= {_quickly(key, quick): value for key, value in found.drift.intervals(name).items()}
@@ -419,30 +626,28 @@ def finish_export(exporter: Exporter, model: Decoder, spec: TrialSpec, scores: S
     exporter.publish(
         model_card(spec, scores.metrics, scores.intervals, packages(), exporter.checkpoint.folder, proof.loader)
     )
-    facts = {"format": spec.export, "path": str(exporter.path), "reloaded_by": proof.loader}
+    # Remembered, so that nobody has to hash the files again who evaluates the checkpoint.
+    digest = Checkpoint(exporter.path).digest(Path(spec.places["trials"]) / "digests")
+    facts = {"format": spec.export, "path": str(exporter.path), "sha256": digest, "reloaded_by": proof.loader}
     return Exported(
         {**exporter.sizes(), "seconds/export_write": round(exporter.seconds, 4)},
         {"export": facts | {"logit_error": proof.logit_error}},
     )
 
 
-def sizes(checkpoint: Checkpoint, blocks: list[QuantizedBlock], ends: Mapping[str, StoredWeight]) -> dict[str, float]:
+def sizes(checkpoint: Checkpoint, ledger: Ledger, ends: Mapping[str, StoredWeight]) -> dict[str, float]:
     """Bits per weight of the quantized linears (with scales and zero points) and of the whole model, and its bytes.
 
     Nominal bits are those of the codes alone, as papers count them.
     ends: embedding and head if they are quantized too: a part of the model, but no linear that a method treats.
     """
-    parameters = checkpoint.facts.parameters
-    quantized = [weight for block in blocks for weight in block.quantized.values()]
-    count = sum(weight.shape.numel() for weight in quantized)
-    bits = sum(weight.storage_bits() for weight in quantized)
-    nominal = sum(weight.nominal_bits() for weight in quantized)
+    parameters, count, bits = checkpoint.facts.parameters, ledger.weights, ledger.bits
     ends_count = sum(weight.shape.numel() for weight in ends.values())
     whole = bits + sum(weight.storage_bits() for weight in ends.values())
     whole += (parameters - count - ends_count) * UNQUANTIZED_BITS
     return {
         "bits_per_weight": bits / count if count else float(UNQUANTIZED_BITS),
-        "bits_per_weight_nominal": nominal / count if count else float(UNQUANTIZED_BITS),
+        "bits_per_weight_nominal": ledger.nominal_bits / count if count else float(UNQUANTIZED_BITS),
         "bits_per_weight_model": whole / parameters,
         "model_bytes": whole / 8,
         "share_quantized": (count + ends_count) / parameters,

@@ -8,8 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from q3q.attempt import CLAIM
+from q3q.claim import Claim, Holder, claim_or_refuse, holder_of
 from q3q.errors import ConfigError, Q3QError
 from q3q.masking import masked
 from q3q.record import TrialRecord, kept_blocks_folder, trial_folder
@@ -120,6 +123,9 @@ def _state(
         for work in bulletin.view.running:
             if work.trial == spec.id:
                 return "running", work.doing
+    holder = holder_of(folder, CLAIM)
+    if holder is not None and holder.dead() is False:  # resumed by hand, say; of one elsewhere a look cannot tell
+        return "running", str(holder)
     again = masked(sweep.command) if sweep is not None else f"python -m q3q.trials resume {spec.id}"
     coming = any(sweep is not None and one.command == masked(sweep.command) for one in going)
     after = "its turn in the running sweep" if coming else again
@@ -189,7 +195,9 @@ def chosen(trials: Sequence[Trial], which: Iterable[str], states: Sequence[str])
             )
         for trial in fitting:
             if trial.state == "running":
-                raise ConfigError(f"{trial.id} ({trial.name}) is at work in a running sweep: stop that first")
+                raise ConfigError(
+                    f"{trial.id} ({trial.name}) is at work in a running sweep ({trial.waits}): stop that first"
+                )
             found[trial.id] = trial
     return list(found.values())
 
@@ -198,7 +206,11 @@ def chosen(trials: Sequence[Trial], which: Iterable[str], states: Sequence[str])
 
 
 def delete_trials(which: Sequence[Trial], trials: Sequence[Trial], storage: Path, say: Callable[[str], object]) -> None:
-    """Delete their folders, and kept blocks that no other trial's record vouches for."""
+    """Delete their folders, and kept blocks that no other trial's record vouches for.
+
+    Raises:
+        ConfigError: one of them is at work, on another machine perhaps; those before it are deleted.
+    """
     going = {trial.id for trial in which}
     used = {trial.spec.quantization_id for trial in trials if trial.spec is not None and trial.id not in going}
     for trial in which:
@@ -206,11 +218,19 @@ def delete_trials(which: Sequence[Trial], trials: Sequence[Trial], storage: Path
         if trial.spec is not None and trial.spec.quantization_id not in used:
             folders.append(storage / "trials" / "blocks" / trial.spec.quantization_id)
         freed = sum(map(_size, folders))
+        claim = Claim(folders[0], CLAIM)
+        if folders[0].exists():
+            claim_or_refuse(claim, partial(_at_work, trial), say)
         for folder in filter(Path.exists, folders):
             shutil.rmtree(folder)
+        claim.release()
         say(f"{trial.id} {trial.name}: deleted, {_bytes(freed)}")
     if not which:
         say("Nothing to delete.")
+
+
+def _at_work(trial: Trial, holder: Holder) -> ConfigError:
+    return ConfigError(f"{trial.id} ({trial.name}) is at work: {holder}. Stop that first")
 
 
 def go_on(which: Sequence[Trial], say: Callable[[str], object]) -> int:

@@ -3,6 +3,11 @@
 import csv
 import json
 import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -15,6 +20,23 @@ for name, value in {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }.items():
     os.environ.setdefault(name, value)
+
+# One rank of a gang: runs a pickled call(team) and leaves what it returns.
+RANK = """
+import os, pickle, socket, sys
+sys.path.insert(0, os.getcwd())
+import torch
+from q3q.team import LOOPBACK, Seat, joined
+folder, rank, size, port, listener = sys.argv[1], *map(int, sys.argv[2:])
+with open(f"{folder}/call", "rb") as file:
+    call = pickle.load(file)
+taken = socket.socket(fileno=listener) if rank == 0 else None
+seat = Seat(rank=rank, size=size, host=LOOPBACK, port=port, own_host=LOOPBACK, listener=taken)
+with joined(seat) as team:
+    value = call(team)
+with open(f"{folder}/{rank}", "wb") as file:
+    pickle.dump(value, file)
+"""
 
 PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
 
@@ -75,3 +97,94 @@ def study_data(tmp_path_factory):
                     asked = f'{subject[:9]}: who has "{i}"?'
                     csv.writer(file).writerow([asked, *(f"{who}, {i}" for who in PEOPLE), "ABCD"[(i + number) % 4]])
     return root
+
+
+@pytest.fixture(scope="session")
+def gang(tmp_path_factory):
+    """gang(size, call): what call(team), a function within a function, returns on each rank; a process each."""
+    import cloudpickle
+
+    def run(size, call):
+        folder = tmp_path_factory.mktemp("gang")
+        (folder / "call").write_bytes(cloudpickle.dumps(call))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            seats = [[folder, rank, size, listener.getsockname()[1], listener.fileno()] for rank in range(size)]
+            ranks = [
+                subprocess.Popen(
+                    [sys.executable, "-c", RANK, *map(str, seat)],
+                    pass_fds=[listener.fileno()],
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                for seat in seats
+            ]
+        deadline = time.monotonic() + 240
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            if any(rank.poll() for rank in ranks):  # the others would wait for it
+                break
+            time.sleep(0.05)
+        for rank in ranks:
+            rank.kill()
+        words = [rank.communicate()[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(words)
+        return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(size)]
+
+    return run
+
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_attention_heads": 6,  # heads x head_dim = 48, not hidden
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "hidden_act": "silu",
+}
+SMALL_MOE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+
+
+@pytest.fixture
+def random_checkpoint(tmp_path):
+    """Writes a small random model, dense or moe, a shard a block, and returns its folder."""
+    import torch
+    from safetensors.torch import save_file
+
+    from q3q.models.checkpoint import disk_shapes, read_facts
+
+    def make(kind="dense", name="model", *, fused=False, **changes):
+        config = SMALL | (SMALL_MOE if kind == "moe" else {}) | changes
+        config["model_type"] = "qwen3_moe" if kind == "moe" else "qwen3"
+        facts, folder = read_facts(config), tmp_path / name
+        dtype, generator = getattr(torch, facts.dtype), torch.Generator().manual_seed(0)
+
+        def weight(name, shape):
+            wide = torch.randn(shape, generator=generator)
+            return (1 + 0.3 * wide if "norm" in name else wide * 1.5 / shape[-1] ** 0.5).to(dtype)
+
+        shards = [
+            {f"model.layers.{k}.{name}": shape for name, shape in disk_shapes(facts, k, fused).items()}
+            for k in range(facts.layers)
+        ]
+        shards[0]["model.embed_tokens.weight"] = (facts.vocab, facts.hidden)
+        shards[-1]["model.norm.weight"] = (facts.hidden,)
+        if not facts.tied:
+            shards[-1]["lm_head.weight"] = (facts.vocab, facts.hidden)
+        folder.mkdir()
+        weight_map = {}
+        for k, shapes in enumerate(shards):
+            file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
+            save_file({name: weight(name, shape) for name, shape in shapes.items()}, folder / file)
+            weight_map |= dict.fromkeys(shapes, file)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folder
+
+    return make

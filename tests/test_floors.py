@@ -22,24 +22,29 @@ FLOORS = {
     "q3q.sweep.study": 5,
     "q3q.report": 5,
     "q3q.sweep.plan": 4,
+    "q3q.sweep.costs": 4,
+    "q3q.sweep.teller": 4,
     "q3q.sweep.cluster": 4,
     "q3q.sweep.progress": 4,
     "q3q.sweep.bulletin": 4,
     "q3q.track": 4,
     "q3q.track.__main__": 5,
     "q3q.trial": 3,
+    "q3q.attempt": 3,
     "q3q.calibrate": 2,
     "q3q.quantize": 2,
     "q3q.evaluate": 2,
     "q3q.export": 2,
     "q3q.models": 1,
     "q3q.data": 1,
+    "q3q.team": 1,
     "q3q.numerics": 1,
     "q3q.environment": 0,
     "q3q.spec": 0,
     "q3q.record": 0,
     "q3q.errors": 0,
     "q3q.masking": 0,
+    "q3q.claim": 0,
 }
 # Rooms of floor 2 do not know each other, with what DESIGN allows.
 SAME_FLOOR_ALLOWED = {("q3q.quantize", "q3q.calibrate.statistics")}
@@ -60,7 +65,7 @@ DOORS = {
     "pandas": {"q3q.report"},
     "transformers": {"q3q.models", "q3q.export.reload"},
     "compressed_tensors": {"q3q.export.compressed_tensors", "q3q.export.reload"},
-    "deepspeed": set(),
+    "deepspeed": {"q3q.models.sharded"},
 }
 
 

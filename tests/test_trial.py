@@ -248,9 +248,9 @@ def test_ends_that_are_not_their_codes_fail_the_trial(spec_of, monkeypatch, tamp
 def test_a_linear_that_was_to_be_left_out_and_was_not_fails_the_trial(spec_of, monkeypatch):
     from q3q import trial
 
-    plain = trial.quantize_model
+    plain = trial.quantized_blocks
     monkeypatch.setattr(
-        trial, "quantize_model", lambda model, method, schemes, *rest: plain(model, method, schemes.base, *rest)
+        trial, "quantized_blocks", lambda model, method, schemes, *rest: plain(model, method, schemes.base, *rest)
     )
     record = run_trial(spec_of("model=demo", "method=rtn", "bits=7", "skip=[blocks.2.o]", "evaluation.texts=[]"))
     assert "blocks.2.self_attn.o_proj (which was to be left out)" in record.reason

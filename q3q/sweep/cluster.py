@@ -5,6 +5,10 @@ one is its result or its own exception. One ordered stream per task means that a
 a dead worker is seen on the stream that it fed, and that there is no mailbox process which could die, or lag, for all.
 The callable runs in a thread beside the generator (so it cannot install signal handlers, which only a process's main
 thread may).
+
+A gang is a task that runs as several ranks at once, each in a worker of its own, placed together (a Ray placement
+group). Rank 0 is the task: what it reports and how it ends counts. When any rank dies or fails, so does the gang: the
+others, who wait for it, are killed at once.
 """
 
 import logging
@@ -13,6 +17,7 @@ import platform
 import queue
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,13 +26,14 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from q3q.errors import ConfigError, Q3QError
 from q3q.masking import masked
+from q3q.team import LOOPBACK, PeerLostError, Seat
 
 Report = Callable[[Any], None]
 
@@ -49,17 +55,29 @@ class WorkerDiedError(Q3QError):
     """A task's process or machine died under it; no exception of the task's own says why."""
 
 
+class OutOfMemoryError(WorkerDiedError):
+    """A task ran out of memory: its process was killed for it, or it said so itself (MemoryError, or torch's own)."""
+
+
+class HandedBackError(BaseException):
+    """Raised in a task, when it reports, after its process was asked to end (SIGTERM). Not an Exception, so that a task
+    that catches its own errors lets it through."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a task reserves, or a cluster has. memory is in bytes; None reserves none."""
+    """What a task reserves, or a cluster has. memory is in bytes; None reserves none. ranks: of a gang, so many times
+    the same, perhaps on several machines."""
 
     cpus: float = 1
     gpus: float = 0
     memory: int | None = None
+    ranks: int = 1
 
     def __str__(self) -> str:
         memory = [] if self.memory is None else [f"{self.memory / 2**30:.1f} GiB of memory"]
-        return ", ".join([f"{self.cpus:g} CPUs", f"{self.gpus:g} GPUs", *memory])
+        each = ", ".join([f"{self.cpus:g} CPUs", f"{self.gpus:g} GPUs", *memory])
+        return each if self.ranks == 1 else f"{self.ranks} ranks of {each}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +85,23 @@ class Task:
     """One callable to run in a worker process.
 
     call: picklable (cloudpickle: lambdas and what `__main__` defines are fine). It is given `report`, which sends a
-        small picklable event to the driver and may be called from any thread until the call returns.
-    retries: how often it runs again if its process or machine died. An exception of its own is never retried.
+        small picklable event to the driver and may be called from any thread until the call returns. Each rank of a
+        gang is given its `Seat` too; only what rank 0 reports and returns is heard.
+    retries: how often it runs again if its process or machine died. An exception of its own is never retried, and what
+        its machine hands back (see `_work`) is no death.
+    furthers: whether an event says that the task got further than ever before, so that it need not do this again;
+        deaths are counted from there on.
+    larger: what runs in its place, under the same key, if it runs out of memory: the same work with more of it.
+    near: tasks that name the same here had better run where one of them has run; a preference, for which none waits.
     """
 
     key: str
-    call: Callable[[Report], Any]
+    call: Callable[..., Any]
     resources: Resources = Resources()
     retries: int = 1
+    furthers: Callable[[Any], bool] = lambda event: False
+    larger: "Task | None" = None
+    near: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +112,7 @@ class Started:
     pid: int
     node: str
     attempt: int
+    node_id: str = field(default="", compare=False)  # Ray's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +196,11 @@ class Cluster:
         import ray
 
         return _resources_of(ray.cluster_resources())
+
+    def machines(self) -> list[Resources]:
+        """What each of its machines has, taken or free."""
+        self._wait_until_up()
+        return _machines()
 
     def run(
         self,
@@ -263,6 +296,8 @@ class Cluster:
             raise ConfigError(f"cannot start {where}: {error}") from error
         # Ray prints a paragraph on the driver's stdout for each dead worker, even so; our Outcome says it in a line.
         ray._private.worker._worker_logs_enabled = False
+        # Nor is it of interest that a rank which was ended with its gang never said how it ended.
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
     def _wait_until_up(self) -> None:
         if self._keeper is None:
@@ -288,17 +323,23 @@ def _token_known() -> bool:
     return any(os.environ.get(name) for name in (TOKEN, TOKEN_PATH)) or Path("~/.ray/auth_token").expanduser().is_file()
 
 
-_EVENT, _VALUE, _ERROR, _DIED = "event", "value", "error", "died"
+_EVENT, _VALUE, _ERROR, _DIED, _BACK, _MEET = "event", "value", "error", "died", "handed back", "meet"
+ECHO_SECONDS = 3.0  # that the ranks of a gang have to end once one has, and to say which of them failed first
+PARTING_SECONDS = 1.0  # that a process which was asked to end stays, so that its last words are heard
 
 
 @dataclass
 class _Flight:
-    """A task that Ray has. clock: monotonic seconds when it was submitted, then when it began."""
+    """A task that Ray has, or one rank of it. deaths: since it last got further. clock: monotonic seconds when it was
+    submitted, then when it began."""
 
     task: Task
     attempt: int
+    deaths: int = 0
     began: Started | None = None
     clock: float = field(default_factory=time.monotonic)
+    rank: int = 0
+    gang: "_Gang | None" = None
 
     def ended(self, value: Any = None, error: BaseException | None = None, died: bool = False) -> Outcome:
         seconds = time.monotonic() - self.clock if self.began else 0.0
@@ -322,11 +363,14 @@ class _Run:
         # grows on demand that there is demand.
         self.ahead = max(8, int(cluster.total().cpus))
         # Each shape has its own queue, so that tasks that wait for a GPU do not hold up those that need none.
-        self.queues: dict[Resources, deque[tuple[Task, int]]] = {}
+        self.queues: dict[Resources, deque[tuple[Task, int, int]]] = {}
         for task in tasks:
-            self.queues.setdefault(task.resources, deque()).append((task, 1))
+            self.queues.setdefault(task.resources, deque()).append((task, 1, 0))
         self.entries = {shape: _entry(shape) for shape in self.queues}
+        self.homes: dict[str, str] = {}  # of tasks that had better be near each other, the node where one began last
+        self.several = len(_machines()) > 1 or self.patience > 0
         self.flights: dict[Any, _Flight] = {}
+        self.gangs: list[_Flight] = []  # rank 0 of each
         self.checked = time.monotonic()
 
     def outcomes(self, on_tick: Callable[[], None]) -> Iterator[Outcome]:
@@ -338,12 +382,16 @@ class _Run:
 
     def cancel(self) -> None:
         _cancel(list(self.flights))
+        for flight in list(self.gangs):
+            self._disband(flight)
 
     def _submit(self) -> Iterator[Outcome]:
         """Give Ray as many tasks as may wait there."""
         import ray
 
-        waiting = Counter(flight.task.resources for flight in self.flights.values() if flight.began is None)
+        waiting = Counter(
+            flight.task.resources for flight in self.flights.values() if flight.began is None and flight.rank == 0
+        )
         path = [os.path.abspath(entry) for entry in sys.path]
         for shape, queue_of_shape in self.queues.items():
             while queue_of_shape and waiting[shape] < self.ahead:
@@ -355,9 +403,24 @@ class _Run:
                     problem = Q3QError(f"{task.key} cannot be sent to a worker: {error}")
                     yield flight.ended(error=_caused_by(problem, error))
                     continue
-                work = (call, task.key, flight.attempt, shape.cpus, shape.gpus)
-                self.flights[self.entries[shape].remote(path, os.getcwd(), self.env, *work)] = flight
+                work = (path, os.getcwd(), self.env, call, task.key, flight.attempt, shape.cpus, shape.gpus)
+                if shape.ranks > 1:
+                    flight.gang = _Gang(shape, self.entries[shape], work)
+                    self.gangs.append(flight)
+                    self.flights[flight.gang.seat(0)] = flight
+                else:
+                    self.flights[self._entry_near(task).remote(*work)] = flight
                 waiting[shape] += 1
+
+    def _entry_near(self, task: Task) -> Any:
+        """The Ray function for a task, with a wish where to run. One that would have to wait there runs elsewhere."""
+        entry, home = self.entries[task.resources], self.homes.get(task.near)
+        if not (self.several and task.near and home):
+            return entry
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(home, soft=True, _spill_on_unavailable=True)
+        return entry.options(scheduling_strategy=there)
 
     def _listen(self) -> Iterator[Outcome]:
         """Take what one stream has to say, if one speaks up within a second."""
@@ -366,21 +429,64 @@ class _Run:
         ready = ray.wait(list(self.flights), num_returns=1, timeout=1.0)[0] if self.flights else []
         for stream in ready:
             flight = self.flights.pop(stream)
-            task = flight.task
             kind, content = _next_message(stream, flight)
             if kind == _EVENT:
                 self.flights[stream] = flight  # last in line: a talkative task must not keep others from being heard
-                if isinstance(content, Started):
-                    flight.began, flight.clock = content, time.monotonic()
-                self.on_event(task.key, content)
-            elif kind == _VALUE:
-                yield flight.ended(value=content)
-            elif kind == _DIED and flight.attempt <= task.retries:
-                self.queues[task.resources].appendleft((task, flight.attempt + 1))
-                if self.on_retry is not None:
-                    self.on_retry(task.key, content)
+                self._heard(flight, content)
+            elif kind == _MEET and flight.gang is not None:
+                self.flights[stream] = flight
+                for rank in range(1, flight.task.resources.ranks):
+                    self.flights[flight.gang.seat(rank, content)] = replace(flight, rank=rank, began=None)
+            elif flight.gang is None:
+                yield from self._landed(flight, kind, content)
             else:
-                yield flight.ended(error=content, died=kind == _DIED)
+                flight.gang.ends[flight.rank] = kind, content
+        for flight in list(self.gangs):
+            if flight.gang is not None and (end := flight.gang.verdict()) is not None:
+                self._disband(flight)
+                yield from self._landed(flight, *end)
+
+    def _heard(self, flight: _Flight, event: Any) -> None:
+        """What a task reports; of a gang, rank 0 speaks for all."""
+        if isinstance(event, Started):
+            flight.began, flight.clock = event, time.monotonic()
+            self.homes[flight.task.near] = event.node_id
+        elif flight.rank == 0 and flight.task.furthers(event):
+            flight.deaths = 0
+        if flight.rank == 0:
+            self.on_event(flight.task.key, event)
+
+    def _landed(self, flight: _Flight, kind: str, content: Any) -> Iterator[Outcome]:
+        """A task ended, and perhaps is to run again."""
+        task = flight.task
+        if kind == _VALUE:
+            yield flight.ended(value=content)
+        elif task.larger is not None and isinstance(content, OutOfMemoryError):
+            shape = task.larger.resources
+            self.queues.setdefault(shape, deque()).appendleft((task.larger, flight.attempt + 1, 0))
+            self.entries.setdefault(shape, _entry(shape))
+            if self.on_retry is not None:
+                self.on_retry(task.key, content)
+        elif kind == _BACK or (kind == _DIED and flight.deaths < task.retries):
+            deaths = flight.deaths + (kind == _DIED)
+            self.queues[task.resources].appendleft((task, flight.attempt + 1, deaths))
+            if self.on_retry is not None:
+                self.on_retry(task.key, content)
+        else:
+            yield flight.ended(error=content, died=kind == _DIED)
+
+    def _disband(self, flight: _Flight) -> None:
+        """End what is left of a gang."""
+        import ray
+
+        assert flight.gang is not None
+        self.gangs.remove(flight)
+        streams = [stream for stream, other in self.flights.items() if other.gang is flight.gang]
+        for stream in streams:
+            del self.flights[stream]
+        _cancel(streams)
+        with suppress(ray.exceptions.RayError):
+            ray.util.remove_placement_group(flight.gang.group)
 
     def _refuse(self) -> Iterator[Outcome]:
         """End, now and then, the tasks that no machine of the cluster is large enough for."""
@@ -391,18 +497,73 @@ class _Run:
         overdue = [
             (stream, flight)
             for stream, flight in self.flights.items()
-            if flight.began is None and now - flight.clock > self.patience
+            if flight.began is None and flight.rank == 0 and now - flight.clock > self.patience
         ]
         machines = _machines() if overdue else []
         for stream, flight in overdue:
             wanted = flight.task.resources
-            if not any(_fits(wanted, machine) for machine in machines):
-                del self.flights[stream]
-                _cancel([stream])
+            if sum(_rooms(wanted, machine) for machine in machines) < wanted.ranks:
+                if flight.gang is None:
+                    del self.flights[stream]
+                    _cancel([stream])
+                else:
+                    self._disband(flight)
                 has = "; ".join(map(str, machines)) or "none"
+                who = "no machine has" if wanted.ranks == 1 else "all machines together do not have"
                 yield flight.ended(
-                    error=ConfigError(f"{flight.task.key} needs {wanted}, and no machine has that. Machines: {has}")
+                    error=ConfigError(f"{flight.task.key} needs {wanted}, and {who} that. Machines: {has}")
                 )
+
+
+class _Gang:
+    """The ranks of one task. group: Ray's, with room for all. ends: how each rank that ended did."""
+
+    def __init__(self, shape: Resources, entry: Any, work: tuple[Any, ...]) -> None:
+        import ray
+
+        amounts = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory}
+        bundle = {name: amount for name, amount in amounts.items() if amount}
+        # On as few machines as possible, and all at once or not at all, so that no two gangs wait for each other.
+        self.group = ray.util.placement_group([bundle] * shape.ranks, strategy="PACK")
+        self.ranks, self.ends = shape.ranks, dict[int, tuple[str, Any]]()
+        self._entry, self._work = entry, work
+        self._failed: float | None = None
+
+    def seat(self, rank: int, address: tuple[str, int] | None = None) -> Any:
+        """Have Ray run a rank; its stream. address: where rank 0 waits for it."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
+        return self._entry.options(scheduling_strategy=strategy).remote(*self._work, (rank, self.ranks, address))
+
+    def verdict(self) -> tuple[str, Any] | None:
+        """How the gang ended, None if it did not.
+
+        Whoever loses the connection to a rank that failed fails too, and may be heard first. When rank 0 is through,
+        the others end by themselves in a moment, and their processes serve others.
+        """
+        said = [(rank, end) for rank, end in self.ends.items() if rank == 0 or end[0] != _VALUE]
+        if not said:
+            return None
+        weight, rank = min((_weight(rank, *end), rank) for rank, end in said)
+        self._failed = self._failed or time.monotonic()
+        waited = len(self.ends) == self.ranks or time.monotonic() - self._failed > ECHO_SECONDS
+        if weight in (_DONE, _OTHERS_ERROR, _ECHO) and not waited:
+            return None
+        if weight == _ECHO:
+            lost = WorkerDiedError("the ranks of a gang lost each other, and none says why")
+            return _DIED, _caused_by(lost, self.ends[rank][1])
+        return self.ends[rank]
+
+
+_DONE, _GONE, _OWN_ERROR, _OTHERS_ERROR, _ECHO = range(5)
+
+
+def _weight(rank: int, kind: str, content: Any) -> int:
+    """What counts first of how the ranks of a gang ended."""
+    if kind == _ERROR:
+        return _ECHO if isinstance(content, PeerLostError) else _OTHERS_ERROR if rank else _OWN_ERROR
+    return _DONE if kind == _VALUE else _GONE
 
 
 class _RaisedInWorkerError(Exception):
@@ -434,11 +595,18 @@ def _next_message(stream: Any, flight: _Flight) -> tuple[str, Any]:
         how = [_HOW_IT_DIED[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _HOW_IT_DIED]
         if how:
             worker = f" (pid {flight.began.pid} on {flight.began.node})" if flight.began else ""
-            return _DIED, _caused_by(WorkerDiedError(f"{key} died{worker}: {how[0]}"), error.with_traceback(None))
+            worker += f", rank {flight.rank} of {flight.task.resources.ranks}" if flight.gang else ""
+            short = isinstance(error, ray.exceptions.OutOfMemoryError)
+            died = (OutOfMemoryError if short else WorkerDiedError)(f"{key} died{worker}: {how[0]}")
+            return _DIED, _caused_by(died, error.with_traceback(None))
         reason = getattr(error, "cause", None) or error  # before our code ran: q3q is not installed there, say
         return _ERROR, _caused_by(Q3QError(f"Ray could not run {key}: {reason}"), error)
     except Exception as error:
         return _ERROR, _caused_by(Q3QError(f"what {key} sent cannot be read here: {error}"), error)
+    if kind == _BACK:
+        return kind, WorkerDiedError(f"{key} was handed back (pid {content} was asked to end)")
+    if kind == _ERROR and any(one.__name__ in ("MemoryError", "OutOfMemoryError") for one in type(content).__mro__):
+        content = OutOfMemoryError(f"{key}: {content or type(content).__name__}")
     return kind, _caused_by(content, _RaisedInWorkerError(*trace)) if kind == _ERROR else content
 
 
@@ -471,8 +639,14 @@ def _resources_of(amounts: Mapping[str, float]) -> Resources:
     )
 
 
-def _fits(wanted: Resources, machine: Resources) -> bool:
-    return wanted.cpus <= machine.cpus and wanted.gpus <= machine.gpus and (wanted.memory or 0) <= (machine.memory or 0)
+def _rooms(wanted: Resources, machine: Resources) -> int:
+    """How many such tasks, or ranks of one, the machine has room for when it is empty."""
+    amounts = [
+        (wanted.cpus, machine.cpus),
+        (wanted.gpus, machine.gpus),
+        (wanted.memory or 0, machine.memory or 0),
+    ]
+    return min((int(has // needs) for needs, has in amounts if needs), default=wanted.ranks)
 
 
 @contextmanager
@@ -518,19 +692,80 @@ def _entry(shape: Resources) -> Any:
     return ray.remote(**options)(task)
 
 
-def _work(call: bytes, key: str, attempt: int, cpus: float, gpus: float) -> Iterator[bytes]:
-    """In the worker: run one pickled call in a thread of its own; yield what it reports, then how it ended."""
+def _work(
+    call: bytes,
+    key: str,
+    attempt: int,
+    cpus: float,
+    gpus: float,
+    place: tuple[int, int, tuple[str, int] | None] | None = None,
+) -> Iterator[bytes]:
+    """In the worker: run one pickled call in a thread of its own; yield what it reports, then how it ended.
+
+    SIGTERM (a spot machine's notice, a scheduler's) lets the call go on to where it next reports something, which a
+    trial does when a block or a measurement is on disk. There it ends and is handed back, and its process ends too. A
+    notice that is too short for that ends as any death does.
+
+    place: of a gang's rank: which one, of how many, and where it meets rank 0, who says where.
+    """
     outbox: queue.Queue[bytes | None] = queue.Queue(maxsize=REPORTS_AHEAD)
-    yield _pack(_EVENT, Started(key=key, pid=os.getpid(), node=platform.node(), attempt=attempt))
-    threading.Thread(target=_run_call, args=(call, cpus, gpus, outbox), name=key, daemon=True).start()
-    while (message := outbox.get()) is not None:
-        yield message
+    asked = threading.Event()
+    with _heeding_sigterm(asked):
+        here = platform.node()
+        yield _pack(_EVENT, Started(key=key, pid=os.getpid(), node=here, attempt=attempt, node_id=_node_id()))
+        work: tuple[Any, ...] = (call, cpus, gpus, outbox, asked)
+        if place is not None:
+            seat = _seat(*place)
+            work += (seat,)
+            if seat.rank == 0:
+                yield _pack(_MEET, (seat.host, seat.port))
+        threading.Thread(target=_run_call, args=work, name=key, daemon=True).start()
+        while (message := outbox.get()) is not None:
+            yield message
+        if asked.is_set():
+            time.sleep(PARTING_SECONDS)
+            sys.exit(128 + signal.SIGTERM)
 
 
-def _run_call(call: bytes, cpus: float, gpus: float, outbox: "queue.Queue[bytes | None]") -> None:
+@contextmanager
+def _heeding_sigterm(asked: threading.Event) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _seat(rank: int, size: int, address: tuple[str, int] | None) -> Seat:
+    """A rank's place in its gang; rank 0 listens from here on, on loopback if all ranks are on its machine."""
+    import ray
+
+    table = ray.util.placement_group_table(ray.util.get_current_placement_group())
+    together = len(set(table["bundles_to_node_id"].values())) == 1
+    own_host = LOOPBACK if together else ray.util.get_node_ip_address()
+    listener = socket.create_server((own_host, 0)) if address is None else None
+    host, port = address or (own_host, 0)
+    if listener is not None:
+        port = listener.getsockname()[1]
+    return Seat(rank=rank, size=size, host=host, port=port, own_host=own_host, listener=listener)
+
+
+def _run_call(
+    call: bytes, cpus: float, gpus: float, outbox: "queue.Queue[bytes | None]", asked: threading.Event, *seats: Seat
+) -> None:
+    def report(event: Any) -> None:
+        if asked.is_set():
+            raise HandedBackError
+        outbox.put(_pack(_EVENT, event))
+
     try:
         _keep_to(cpus, gpus)
-        value = _unpack(call)(lambda event: outbox.put(_pack(_EVENT, event)))
+        value = _unpack(call)(report, *seats)
+    except HandedBackError:
+        end = _pack(_BACK, os.getpid())
     except BaseException as error:  # sys.exit too: this thread must always say how it ended
         end = _pack_error(error)
     else:
@@ -552,6 +787,12 @@ def _keep_to(cpus: float, gpus: float) -> None:
         sys.modules["torch"].set_num_threads(threads)
     if gpus == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray gives GPU tasks processes of their own, so none inherits this
+
+
+def _node_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _pack(*message: Any) -> bytes:

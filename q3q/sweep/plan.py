@@ -1,116 +1,471 @@
-"""Which trials run, on what, in what order, and what they are predicted to take."""
+"""Which trials run, on what, in what order, and what they are predicted to take: from config.json and arithmetic alone.
 
+A trial's resources come from the bytes that its model needs (`models/footprint`): a share of a GPU, one, or a gang; of
+main memory what it takes, and of the cores the same part as of the memory, at least one. What comes next where that was
+too little is the next rung of the same ladder (`rungs`).
+"""
+
+import functools
+import heapq
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from q3q.errors import ConfigError
+from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.checkpoint import ModelFacts
+from q3q.models.footprint import AUTO, LOADERS, Device, bytes_of, free_memory, in_gb, need
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
+from q3q.sweep.costs import CostModel, Rate, text_windows
 
-# A rough machine: float operations per second of one core and of one GPU at work. Finished trials correct it.
-CORE_FLOPS, GPU_FLOPS = 5e10, 2e14
-# Passes over the calibration tokens that a method makes, in forward passes: GPTQ's Hessians and solves, AWQ's search.
-CALIBRATION_PASSES = {"gptq": 3.0, "awq": 25.0}
-PROCESS_BYTES = 1_000_000_000  # an interpreter with torch, lm-eval and small batches
-TASK_TOKENS = 15_000  # of one task with its questions, where nothing better is known
-# Questions of the study's tasks and distinct tokens of one, its answers included and shared prompts shared.
-KNOWN_TASKS = {
-    "piqa": (1838, 60),
-    "arc_easy": (2376, 50),
-    "arc_challenge": (1172, 60),
-    "hellaswag": (10042, 180),
-    "winogrande": (1267, 50),
-    "boolq": (3270, 140),
-    "mmlu": (14042, 120),
-    "mmlu_paper": (14042, 120),
-    "wikitext": (62, 4500),
-}
-SUBJECTS, SHARED = 57, 700  # of MMLU, and the tokens that a subject's questions share
+FRACTIONS = (0.25, 0.5, 1.0)  # of a GPU: smaller shares would only make trials wait for each other on it
+ROOM = 0.92  # of a GPU's memory that trials may plan with: the rest fragments, and belongs to its driver
+FREE = 0.9  # of the memory that is free on this machine, likewise
+MOST_ACTIVATIONS = 8_000_000_000  # bytes of hidden states that a trial reserves memory for
+HOST_BYTES = 4_000_000_000  # of main memory that a trial on a GPU takes, beside two blocks on their way to it
+MOST_THREADS = 16  # of a trial on a GPU, which hardly computes on its cores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What one machine has. memory: bytes that trials may take; gpu_memory: of one of its GPUs; each None if unknown.
+    name: of its GPU or processor, as records have it, or ""."""
+
+    cpus: float
+    gpus: float = 0
+    memory: int | None = None
+    gpu_memory: int | None = None
+    name: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the person asked for; None: as the plan sees fit. gpus: a share of one, or how many a gang has. ranks: that
+    share a trial. memory: of main memory, bytes that a trial reserves. gpu_memory: of a GPU. patience: seconds to wait
+    for larger machines to come, so that no trial is refused for its size."""
+
+    cpus: float | None = None
+    gpus: float | None = None
+    ranks: int | None = None
+    memory: int | None = None
+    gpu_memory: int | None = None
+    patience: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What a trial gets; of a gang, what each of its ranks gets.
+
+    memory: of main memory, bytes that it reserves. needs: bytes that it is predicted to take where its model lies, in
+    main memory or a GPU's. room: bytes that it may take there, more than needed for activations; None if unknown.
+    """
+
+    cpus: float
+    gpus: float
+    memory: int
+    needs: int
+    room: int | None = None
+    loader: str = "resident"
+    ranks: int = 1
+
+    def __str__(self) -> str:
+        if self.gpus:
+            count = self.gpus * self.ranks
+            return f"{count:g} GPU{'s' if count > 1 else ''}"
+        gang = f"{self.ranks} x " if self.ranks > 1 else ""
+        return f"{gang}{self.cpus:g} CPU{'s' if self.cpus > 1 else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One trial, how long it should take in seconds, and how that is known."""
+    """One trial. share: None of one that is done. larger: what it is tried with once more if it runs out of memory.
+    phases: predicted seconds of each. basis: how they are known. disk: bytes that it leaves beside its record."""
 
     spec: TrialSpec
-    seconds: float
+    share: Share | None
+    larger: Share | None = None
+    phases: Mapping[str, float]
     basis: str
-    done: bool
+    disk: int
+
+    @property
+    def done(self) -> bool:
+        return self.share is None
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+    @property
+    def gpu_hours(self) -> float:
+        return 0.0 if self.share is None else self.seconds * self.share.gpus * self.share.ranks / 3600
+
+    def to_json(self, share: Share | None = None) -> Json:
+        """What a record keeps of it, beside what was measured. share: what the trial had in the end."""
+        had = share or self.share
+        assert had is not None
+        return {
+            "seconds": round(self.seconds, 3),
+            "phases": {phase: round(seconds, 3) for phase, seconds in self.phases.items()},
+            "memory": had.needs,
+            "cpus": had.cpus,
+            "gpus": had.gpus,
+            "ranks": had.ranks,
+            "loader": had.loader,
+        }
 
 
-def predict(spec: TrialSpec, facts: ModelFacts, *, cpus: float, gpus: float) -> float:
-    """Seconds from float operations alone: 2 per parameter and token, for calibration passes and evaluation."""
-    tokens = 0.0
-    if spec.calibration is not None:
-        passes = CALIBRATION_PASSES.get(spec.method["name"], 3.0)
-        tokens += passes * spec.calibration["samples"] * spec.calibration["length"]
-    for text in spec.evaluation["texts"]:
-        tokens += (text["limit"] or text["samples"] or 150) * text["window"]
-    tokens += sum(task_tokens(task, spec.evaluation) for task in spec.evaluation["tasks"])
-    active = facts.linear_parameters
-    if facts.experts:
-        active = round(active * facts.top_k / facts.experts)
-    speed = gpus * GPU_FLOPS if gpus else cpus * CORE_FLOPS
-    return 2 * active * tokens / speed
+# ---------------------------------------------------------------------------------------------- resources
 
 
-def task_tokens(task: str, evaluation: Json) -> float:
-    """Tokens that a task runs, roughly."""
-    if task not in KNOWN_TASKS:
-        return TASK_TOKENS
-    questions, length = KNOWN_TASKS[task]
-    parts = SUBJECTS if task.startswith("mmlu") else 1
-    limit = evaluation.get("limits", {}).get(task, evaluation["task_limit"])
-    if limit is not None:
-        questions = min(questions, limit * parts)
-    return questions * length + (parts * SHARED if parts > 1 else 0)
+def rungs(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes) -> Iterator[Share]:
+    """What the trial could be given, from the least on; whether it is enough or there is as much is not asked.
+
+    On cores: what it needs, twice that, and the same streamed. On GPUs: shares of one with its model resident, gangs
+    that share the model out, then one GPU that streams it.
+    """
+    loader = spec.places.get("loader", AUTO)
+    if loader not in (AUTO, *LOADERS):
+        raise ConfigError(f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}")
+    on_gpu = (wishes.gpus if wishes.gpus is not None else max((one.gpus for one in machines), default=0)) > 0
+    for share in (_on_gpus if on_gpu else _on_cores)(spec, facts, machines, wishes):
+        if loader in (AUTO, share.loader) and wishes.ranks in (None, share.ranks):
+            yield share
+
+
+def _on_cores(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes) -> Iterator[Share]:
+    roomiest = max(machines, key=lambda one: one.memory or 0)
+    ranks = wishes.ranks or 1  # cores alone never make a gang of their own accord: streaming takes less memory
+    for loader in ("resident", "streamed") if ranks == 1 else ("sharded",):
+        needs = _need(facts, spec.model["dtype"], str(spec.method["name"]), loader, ranks, "cpu")
+        if wishes.memory is not None and wishes.memory < needs:
+            continue
+        for times in (1, 2):
+            memory = times * (wishes.memory or needs + min(_activations(spec, facts), MOST_ACTIVATIONS))
+            if wishes.memory is None and roomiest.memory is not None:
+                memory = max(times * needs, min(memory, roomiest.memory))
+            part = min(1.0, memory / roomiest.memory) if roomiest.memory else 0.0
+            cpus = max(1, int(roomiest.cpus * part)) if wishes.cpus is None else wishes.cpus
+            yield Share(cpus=cpus, gpus=0, memory=memory, needs=needs, room=memory, loader=loader, ranks=ranks)
+
+
+def _activations(spec: TrialSpec, facts: ModelFacts) -> int:
+    """Bytes of the hidden states of all calibration windows, between two blocks; what has no room goes to disk."""
+    if spec.calibration is None:
+        return 0
+    item = facts.weight_bytes(spec.model["dtype"]) // facts.parameters
+    return int(spec.calibration["samples"] * spec.calibration["length"] * facts.hidden * item)
+
+
+def _on_gpus(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes) -> Iterator[Share]:
+    method, dtype = str(spec.method["name"]), spec.model["dtype"]
+    best = max(machines, key=lambda one: (one.gpus, one.cpus), default=Machine(cpus=1, gpus=1))
+    count = sum(int(one.gpus) for one in machines)
+    asked = wishes.ranks if wishes.gpus is None and (wishes.ranks or 1) > 1 else wishes.gpus
+    host = wishes.memory or HOST_BYTES + 2 * facts.block_bytes(0, dtype)
+
+    sizes = [one.gpu_memory for one in machines if one.gpus and one.gpu_memory is not None]
+
+    def share(loader: str, gpus: float = 1.0, ranks: int = 1) -> Share:
+        threads = min(MOST_THREADS, max(1, int(best.cpus / max(best.gpus, 1) * gpus)))
+        needs = _need(facts, dtype, method, loader, ranks, "cuda")
+        cpus = wishes.cpus if wishes.cpus is not None else threads
+        room = round(ROOM * gpus * min(sizes)) if sizes else None
+        return Share(cpus=cpus, gpus=gpus, memory=host, needs=needs, room=room, loader=loader, ranks=ranks)
+
+    for fraction in FRACTIONS if asked is None else sorted({asked, 1.0}):
+        if asked is None and not sizes and fraction < 1:
+            continue  # how much of it the model would fill is not known
+        if (asked is None or fraction >= asked) and fraction <= 1:
+            yield share("resident", fraction)
+    ranks = max(2, int(asked or 0))
+    while ranks <= max(count, int(asked or 0)):
+        yield share("sharded", ranks=ranks)
+        ranks *= 2
+    if asked is None or asked <= 1:
+        yield share("streamed", asked or 1.0)
+
+
+@functools.cache
+def _need(facts: ModelFacts, dtype: str, method: str, loader: str, ranks: int, device: Device) -> int:
+    return need(facts, dtype, method=None if method == "none" else method, loader=loader, ranks=ranks, device=device)
+
+
+def fits(share: Share, machines: Sequence[Machine], bound: int | None = None) -> bool:
+    """Whether the machines can ever hold it. bound: bytes that the person allows the model."""
+    if bound is not None and share.needs > bound:
+        return False
+    return sum(rooms(share, machine) for machine in machines) >= share.ranks
+
+
+def rooms(share: Share, machine: Machine) -> int:
+    """How many trials of this share (or ranks of such a gang) an idle machine holds side by side."""
+    limits = [machine.cpus / share.cpus if share.cpus else 1e9]
+    if machine.memory is not None and share.memory:
+        limits.append(machine.memory / share.memory)
+    if share.gpus:
+        if machine.gpu_memory is not None and share.needs > ROOM * machine.gpu_memory * min(1.0, share.gpus):
+            return 0
+        limits.append(machine.gpus // share.gpus if share.gpus >= 1 else machine.gpus * (1 // share.gpus))
+    elif share.needs > share.memory:
+        return 0  # less was asked for than it takes
+    return int(min(limits) + 1e-9)
+
+
+def shares_of(
+    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes
+) -> tuple[Share, Share | None]:
+    """What the trial gets, and what it gets once more if that was too little: the first two rungs that fit.
+
+    Raises:
+        ConfigError: none fits; it says what would.
+    """
+    bound = spec.places.get("memory")
+    ladder = list(rungs(spec, facts, machines, wishes))
+    fitting = [share for share in ladder if wishes.patience or fits(share, machines, bound)]
+    if not fitting:
+        raise ConfigError(_too_large(spec, facts, machines, ladder, wishes))
+    return fitting[0], next((share for share in fitting[1:] if share != fitting[0]), None)
+
+
+def _too_large(
+    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], ladder: Sequence[Share], wishes: Wishes
+) -> str:
+    """One line: what it takes, what there is, and what would make it fit."""
+    dtype, method = spec.model["dtype"], str(spec.method["name"])
+    largest = max(machines, key=lambda one: (one.gpus, one.memory or 0))
+    on_gpu = any(share.gpus for share in ladder) or (not ladder and largest.gpus > 0 and wishes.gpus != 0)
+    device: Device = "cuda" if on_gpu else "cpu"
+    needs = {loader: _need(facts, dtype, method, loader, 1, device) for loader in ("resident", "streamed")}
+    has = largest.gpu_memory if device == "cuda" else largest.memory
+    count, unit = (largest.gpus, "GPU") if device == "cuda" else (largest.cpus, "CPU")
+    where = f"{count:g} {unit}{'' if count == 1 else 's'}"
+    held = f"{where}, {in_gb(has)} of memory" if has else where
+    wanted = spec.places.get("loader", AUTO)
+    advice = []
+    if wanted not in (AUTO, "streamed") and has and needs["streamed"] <= has:
+        advice.append("loader=streamed")
+    if wishes.memory is not None and has and needs["streamed"] <= has:
+        advice.append(f"cluster.memory_per_trial=auto (or at least {in_gb(needs['streamed']).replace(' ', '')})")
+    bound = spec.places.get("memory")
+    if bound is not None and needs["streamed"] > bound:
+        advice.append(f"memory={in_gb(needs['streamed']).replace(' ', '')} or more")
+    if wishes.cpus is not None and wishes.cpus > largest.cpus:
+        advice.append(f"cluster.cpus_per_trial={largest.cpus:g} or fewer")
+    if device == "cuda" and not largest.gpus:
+        advice.append("cluster.gpus_per_trial=0, which computes on cores")
+    if device == "cuda":
+        if wishes.gpus and wishes.gpus < 1:
+            advice.append("cluster.gpus_per_trial=1")
+        ranks = next((n for n in (2, 4, 8, 16, 32, 64) if has and _fits_gang(facts, dtype, method, n, has)), None)
+        if ranks is not None and ranks > sum(int(one.gpus) for one in machines):
+            advice.append(f"{ranks} such GPUs (cluster.gpus_per_trial={ranks})")
+    advice.append(f"a cluster whose machines have {in_gb(min(needs.values()))} or more (cluster=existing)")
+    return (
+        f"{spec.name} · {spec.model['name']} fits nowhere: resident it needs {in_gb(needs['resident'])}, streamed "
+        f"{in_gb(needs['streamed'])}, and the largest machine has {held}. What would make it fit: {'; '.join(advice)}"
+    )
+
+
+def _fits_gang(facts: ModelFacts, dtype: str, method: str, ranks: int, gpu_memory: int) -> bool:
+    return _need(facts, dtype, method, "sharded", ranks, "cuda") <= ROOM * gpu_memory
+
+
+# ---------------------------------------------------------------------------------------------- the plan
 
 
 def plan(
     specs: Sequence[TrialSpec],
-    finished: dict[str, TrialRecord],
-    facts: dict[str, ModelFacts],
+    finished: Mapping[str, TrialRecord],
+    facts: Mapping[str, ModelFacts],
     *,
-    cpus: float,
-    gpus: float,
+    machines: Sequence[Machine],
+    wishes: Wishes,
+    model: CostModel,
 ) -> list[Planned]:
     """The trials still to run first: the unquantized models, which the others are compared with, then longest first, so
-    that the last one to end is a short one.
+    that the last one to end is a short one. Of those that take as long, a model's are neighbours.
 
-    A finished trial of the same model and method tells better than arithmetic what another will take.
+    Raises:
+        ConfigError: a trial fits nowhere.
     """
-    seen: dict[tuple[str, str], list[float]] = {}
-    for record in finished.values():
-        seconds = sum(value for name, value in record.metrics.items() if name.startswith("seconds/"))
-        seen.setdefault((record.spec.model["name"], record.spec.method["name"]), []).append(seconds)
     planned = []
+    chosen: dict[tuple[str, ...], tuple[Share, Share | None]] = {}
     for spec in specs:
-        known = seen.get((spec.model["name"], spec.method["name"]))
-        seconds = sum(known) / len(known) if known else predict(spec, facts[spec.id], cpus=cpus, gpus=gpus)
-        planned.append(Planned(spec, seconds, "as its kin took" if known else "rough", spec.id in finished))
-    return sorted(planned, key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds))
+        mine = facts[spec.id]
+        if spec.id in finished:
+            planned.append(Planned(spec=spec, share=None, phases={}, basis="done", disk=0))
+            continue
+        kind = (model_key(spec), spec.model["dtype"], spec.method["name"], str(spec.places.get("loader")))
+        if kind not in chosen:
+            chosen[kind] = shares_of(spec, mine, machines, wishes)
+        share, larger = chosen[kind]
+        where = rate_of(share, machines)
+        phases = model.phases(spec, mine, where, loader=share.loader, ranks=share.ranks)
+        basis = "measured" if model.knows(spec, where) else "rough"
+        planned.append(
+            Planned(spec=spec, share=share, larger=larger, phases=phases, basis=basis, disk=disk_of(spec, mine))
+        )
+    return sorted(planned, key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds, model_key(one.spec)))
 
 
-def describe(planned: Sequence[Planned], *, at_once: int, where: str, storage: Path) -> str:
-    """The plan for people: a line a trial, and the total."""
-    lines = [f"{'trial':12} {'what':24} {'model':20} {'state':8} predicted"]
+def model_key(spec: TrialSpec) -> str:
+    """The files that a trial reads its model from: machines that have them are preferred."""
+    return str(spec.model.get("digest") or f"{spec.model.get('source')}@{spec.model.get('revision')}")
+
+
+def rate_of(share: Share, machines: Sequence[Machine]) -> Rate:
+    """Where such a trial computes; on which of several kinds of machine nobody knows beforehand."""
+    names = {machine.name for machine in machines if rooms(share, machine)}
+    name = names.pop() if len(names) == 1 else ""
+    return Rate(name, share.gpus > 0, min(1.0, share.gpus) if share.gpus else share.cpus)
+
+
+def disk_of(spec: TrialSpec, facts: ModelFacts) -> int:
+    """Bytes that a finished trial leaves: kept blocks, an export; of an unquantized model what drift is measured
+    against, which all trials of that model share."""
+    dtype = spec.model["dtype"]
+    plain = facts.weight_bytes(dtype)
+    if spec.scheme is None:
+        if (drift := spec.evaluation.get("drift")) is None:
+            return 0
+        return sum(_baseline(text, facts, dtype, drift) for text in spec.evaluation["texts"])
+    columns = facts.hidden if spec.scheme.group_size == -1 else spec.scheme.group_size
+    weights = facts.linear_parameters
+    scales = 8 * weights // columns  # float32 scale and zero point
+    total = weights + scales if spec.places.get("keep") == "blocks" else 0  # a byte a code
+    if spec.export:
+        item = plain // facts.parameters
+        packed = weights * spec.scheme.bits // 8 + scales // 2
+        total += plain if spec.export == "hf" else packed + item * (facts.parameters - weights)
+    return total
+
+
+def _baseline(text: Json, facts: ModelFacts, dtype: str, drift: object) -> int:
+    windows, length = text_windows(text), text["window"]
+    wanted = None if drift == AUTO else int(str(drift))
+    return baseline_bytes(kept_windows(windows, length, facts.hidden, dtype, wanted), length, facts.hidden, dtype)
+
+
+def simulate(planned: Sequence[Planned], machines: Sequence[Machine]) -> tuple[float, int]:
+    """Seconds from the first trial's start to the last one's end, and how many run at once at most, if each trial in
+    the plan's order starts as soon as there is room for it, and later ones pass it where there is none."""
+    cores = [machine.cpus for machine in machines]
+    memory = [float("inf") if machine.memory is None else machine.memory for machine in machines]
+    gpus = [[1.0] * int(machine.gpus) for machine in machines]
+    queues: dict[Share, deque[float]] = {}
     for one in planned:
-        cost = "-" if one.done else f"{_duration(one.seconds)} ({one.basis})"
-        state = "done" if one.done else "to run"
-        lines.append(f"{one.spec.id:12} {one.spec.name:24} {one.spec.model['name']:20} {state:8} {cost}")
-    left = [one.seconds for one in planned if not one.done]
-    total = max([*left, sum(left) / max(1, at_once)], default=0.0)
-    lines.append(
-        f"{len(left)} to run on {where}, {at_once} at a time: about {_duration(total)}. State and records: {storage}"
-    )
+        if one.share is not None:
+            queues.setdefault(one.share, deque()).append(one.seconds)
+    now, most, ticket = 0.0, 0, 0
+    running: list[tuple[float, int, Share, list[tuple[int, int]]]] = []
+    while running or any(queues.values()):
+        for share, waiting in queues.items():
+            while waiting:
+                places = _place(share, cores, memory, gpus)
+                if len(places) < share.ranks:
+                    break
+                for node, gpu in places:
+                    cores[node] -= share.cpus
+                    memory[node] -= share.memory
+                    if gpu >= 0:
+                        gpus[node][gpu] -= min(1.0, share.gpus)
+                heapq.heappush(running, (now + waiting.popleft(), ticket, share, places))
+                ticket += 1
+        most = max(most, len(running))
+        if not running:  # machines that are still to come: one for each that waits
+            return now + max((max(waiting) for waiting in queues.values() if waiting), default=0.0), max(1, most)
+        now, _, share, places = heapq.heappop(running)
+        for node, gpu in places:
+            cores[node] += share.cpus
+            memory[node] += share.memory
+            if gpu >= 0:
+                gpus[node][gpu] += min(1.0, share.gpus)
+    return now, most
+
+
+def _place(
+    share: Share, cores: Sequence[float], memory: Sequence[float], gpus: Sequence[Sequence[float]]
+) -> list[tuple[int, int]]:
+    """Machine and GPU (-1: none) for each rank, as far as there is room."""
+    found: list[tuple[int, int]] = []
+    for node in range(len(cores)):
+        free = min(int(cores[node] / share.cpus + 1e-9) if share.cpus else share.ranks, share.ranks - len(found))
+        if share.memory:
+            free = min(free, int(memory[node] // share.memory))
+        if free <= 0:
+            continue
+        if not share.gpus:
+            found += [(node, -1)] * free
+        else:
+            open_ = [k for k, left in enumerate(gpus[node]) if left + 1e-9 >= min(1.0, share.gpus)]
+            open_.sort(key=lambda k: gpus[node][k])  # a GPU that is begun is filled first
+            found += [(node, k) for k in open_[:free]]
+        if len(found) >= share.ranks:
+            return found[: share.ranks]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- for people
+
+
+def describe(planned: Sequence[Planned], *, machines: Sequence[Machine], where: str, storage: Path) -> str:
+    """The plan for people: a line a trial, and the total."""
+    rows = [("trial", "what", "model", "on", "loader", "predicted", "memory", "disk", "GPU-hours")]
+    for one in planned:
+        share = one.share
+        head = (one.spec.id, one.spec.name, str(one.spec.model["name"]))
+        if share is None:
+            rows.append((*head, "done", "", "", "", "", ""))
+            continue
+        busy = f"{one.gpu_hours:.2f}" if share.gpus else "-"
+        took = f"{duration(one.seconds)}{'' if one.basis == 'measured' else ' (rough)'}"
+        left_on_disk = _bytes(one.disk) if one.disk else "-"
+        rows.append((*head, str(share), share.loader, took, in_gb(share.needs), left_on_disk, busy))
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    left = [one for one in planned if not one.done]
+    wall, at_once = simulate(left, machines)
+    disk, hours = sum(one.disk for one in left), sum(one.gpu_hours for one in left)
+    total = [f"{len(left)} to run on {where}", f"{at_once} at a time at most", f"about {duration(wall)}"]
+    total += [f"{hours:.1f} GPU-hours"] if hours else []
+    total += [f"{_bytes(disk)} of disk"] if disk else []
+    lines.append(f"{', '.join(total)}. State and records: {storage}")
+    if left and any(one.basis != "measured" for one in left):
+        lines.append("Rough: arithmetic alone; trials that finish here correct it for the next plan.")
     return "\n".join(lines)
 
 
-def memory_of(facts: ModelFacts, spec: TrialSpec) -> int:
-    """Bytes of main memory that a trial reserves: the weights, half as much again to work on them, and the process."""
-    return round(1.5 * facts.weight_bytes(spec.model["dtype"])) + PROCESS_BYTES
+def _bytes(count: int) -> str:
+    return in_gb(count) if count >= 1e8 else f"{count / 1e6:.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+# ---------------------------------------------------------------------------------------------- machines
+
+
+def machine_here(gpu_memory: int | None = None) -> Machine:
+    """This machine. gpu_memory: of a GPU, where the person knows better than `nvidia-smi`."""
+    gpus = gpus_here()
+    found, name = _gpu_here() if gpus else (None, "")
+    from q3q.environment import processor
+
+    return Machine(
+        cpus=os.cpu_count() or 1,
+        gpus=gpus,
+        memory=_free_here(),
+        gpu_memory=gpu_memory or found,
+        name=name if gpus else processor(),
+    )
 
 
 def gpus_here() -> int:
@@ -121,7 +476,67 @@ def gpus_here() -> int:
     return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def _gpu_here() -> tuple[int | None, str]:
+    """Bytes of the smallest GPU, and the first one's name, as the driver's own tool tells them."""
+    query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None, ""
+    rows = [line.split(",", 1) for line in told.splitlines() if "," in line]
+    sizes = [int(size) * 2**20 for size, _ in rows if size.strip().isdigit()]
+    return (min(sizes), rows[0][1].strip()) if sizes else (None, "")
+
+
+def _free_here() -> int | None:
+    try:
+        return round(FREE * free_memory())
+    except ConfigError:  # not Linux; Ray will count
+        return None
+
+
+def amount(key: str, given: object) -> float | None:
+    """A knob that is a number, or auto (or null): None."""
+    if given is None or given == AUTO:
+        return None
+    try:
+        number = float(str(given))
+    except ValueError:
+        raise ConfigError(f"{key}={given}: give a number, or {AUTO}") from None
+    if not 0 <= number < float("inf"):
+        raise ConfigError(f"{key}={given}: give 0 or more, or {AUTO}")
+    return number
+
+
+def size(key: str, given: object) -> int | None:
+    """A knob that is bytes (`16GB`, `512MiB`, or a plain number), or auto (or null): None."""
+    return None if given is None or given == AUTO else bytes_of(str(given), key)
+
+
+def wishes_of(cluster: Callable[[str], object]) -> Wishes:
+    """The cluster's knobs, read by name.
+
+    Raises:
+        ConfigError: one of them cannot be meant.
+    """
+    cpus, gpus = (amount(f"cluster.{key}_per_trial", cluster(f"{key}_per_trial")) for key in ("cpus", "gpus"))
+    if cpus == 0:
+        raise ConfigError("cluster.cpus_per_trial=0: give at least a part of one, or auto")
+    if gpus is not None and gpus > 1 and gpus != int(gpus):
+        raise ConfigError(f"cluster.gpus_per_trial={gpus:g}: give a part of one GPU, 1, or a whole number for a gang")
+    ranks = amount("cluster.ranks_per_trial", cluster("ranks_per_trial"))
+    if ranks is not None and (ranks != int(ranks) or ranks < 1):
+        raise ConfigError(f"cluster.ranks_per_trial={ranks:g}: give 1, a whole number for a gang, or auto")
+    if gpus and ranks and ranks != max(1, gpus):
+        raise ConfigError(
+            f"cluster.ranks_per_trial={ranks:g} and cluster.gpus_per_trial={gpus:g} contradict each other: each rank "
+            "has one GPU"
+        )
+    memory, gpu_memory = (size(f"cluster.{key}", cluster(key)) for key in ("memory_per_trial", "gpu_memory"))
+    patience = float(str(cluster("patience") or 0))
+    whole = None if ranks is None else int(ranks)
+    return Wishes(cpus=cpus, gpus=gpus, ranks=whole, memory=memory, gpu_memory=gpu_memory, patience=patience)
+
+
+def with_gpu_memory(machines: Sequence[Machine], gpu_memory: int | None) -> list[Machine]:
+    return [replace(one, gpu_memory=gpu_memory or one.gpu_memory) if one.gpus else one for one in machines]

@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TextIO, TypeVar
 
 from q3q.masking import masked
 from q3q.record import Progress, TrialRecord
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 FRAME_SECONDS = 0.2  # between two pictures on a terminal
 QUIET_SECONDS = 10.0  # after which a plain line says that a phase still goes on
+PATIENCE_SECONDS = 3.0  # after which something that comes before the sweep says how far it is
 BRIEF_SECONDS = 1.0  # a trial says nothing more so soon after its last plain line: phases shorter than that go unsaid
 WIDE = 100  # columns of a terminal with room for bars
 MOST_NAMES = 5  # of trials in one line
@@ -93,6 +95,34 @@ class Pace:
         if waiting and typical is None:
             return None
         return max([0.0, *known, (sum(known) + waiting * (typical or 0.0)) / max(1, at_once)])
+
+
+def counted(
+    items: Iterable[T],
+    total: int,
+    what: str,
+    units: str,
+    stream: TextIO | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[T]:
+    """Pass items on, and say how far that is and how long it takes still, once it turns out to take a while.
+
+    One line that is written over on a terminal, else a line every now and then.
+    """
+    stream = sys.stderr if stream is None else stream
+    live = stream.isatty() and os.environ.get("TERM") != "dumb"
+    began = said = clock()
+    for done, item in enumerate(items):
+        now = clock()
+        if done and now - began > PATIENCE_SECONDS and now - said > (FRAME_SECONDS if live else QUIET_SECONDS):
+            said = now
+            left = duration((now - began) / done * (total - done))
+            line = f"{what}: {done} of {total} {units}, {left} left"
+            print(f"\r\x1b[K{line}" if live else line, end="" if live else "\n", file=stream, flush=True)
+        yield item
+    if clock() - began > PATIENCE_SECONDS:
+        line = f"{what}: {total} {units} in {duration(clock() - began)}"
+        print(f"\r\x1b[K{line}" if live else line, file=stream, flush=True)
 
 
 def _harmless(

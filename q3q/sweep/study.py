@@ -3,20 +3,57 @@
 Everything durable is on disk before anybody is told: the tracker may die and be told later.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import heapq
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from q3q.errors import IntegrityError, TrackingError
-from q3q.export.destination import is_finished
-from q3q.record import COMPLETED, Progress, TrialRecord, trial_folder
+from q3q.claim import Claim, Holder, claim_or_refuse
+from q3q.errors import ConfigError, IntegrityError, Q3QError, TrackingError
+from q3q.models.checkpoint import ModelFacts, fetch_facts, read_facts
+from q3q.record import Progress, TrialRecord, trial_folder
 from q3q.spec import TrialSpec
+from q3q.sweep.teller import Teller
 from q3q.track.tracker import Sweep, Tracker
 
 if TYPE_CHECKING:
     from q3q.report.write import Report
+
+
+def study_id(specs: Iterable[TrialSpec]) -> str:
+    """Ten hex digits; of this set of trials, in whatever order."""
+    return hashlib.sha256(",".join(sorted(spec.id for spec in specs)).encode()).hexdigest()[:10]
+
+
+@contextmanager
+def sole_driver(specs: Sequence[TrialSpec], storage: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Be the only process that drives this set of trials in this storage folder.
+
+    Raises:
+        ConfigError: another one does.
+    """
+
+    def refuse(holder: Holder) -> ConfigError:
+        return ConfigError(
+            f"this sweep is at work already: {holder}. Watch it with python -m q3q.trials --storage {storage} attach; "
+            "when it has ended, or died, the same command goes on"
+        )
+
+    claim = Claim(storage / "running", study_id(specs))
+    claim_or_refuse(claim, refuse, say)
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+RECENT_RECORDS = 200  # that correct the cost model
+TRY_AGAIN_SECONDS = 30.0  # after which a tracker that failed is asked again
 
 
 @dataclass
@@ -25,6 +62,8 @@ class Study:
 
     note: where to say that something went wrong but nothing is lost. question, expectation: of a saved study.
     predicted: seconds of each trial still to run, by its id.
+
+    Once it is open, the tracker is told in a thread of its own: a slow one holds up no trial.
     """
 
     name: str
@@ -39,12 +78,17 @@ class Study:
     expectation: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
     experiment: str = "q3q"
-    _tracking: bool = True  # no longer, once the tracker has failed
+    _sweep: Sweep | None = None
+    _teller: Teller = field(default_factory=Teller)
+    # Of trials at work, what is still to be told: steps, and what was measured there.
+    _live: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
+    _owed: set[str] = field(default_factory=set)  # trials whose records the tracker did not take
+    _silent_until: float = 0.0  # monotonic seconds; a tracker that failed is left alone until then
 
     @property
     def id(self) -> str:
         """Of this set of trials, in whatever order: the same command goes on in the same place."""
-        return hashlib.sha256(",".join(sorted(spec.id for spec in self.specs)).encode()).hexdigest()[:10]
+        return study_id(self.specs)
 
     def open(self) -> None:
         """Open the tracker's parent run, and tell it what it missed the last time.
@@ -52,7 +96,7 @@ class Study:
         Raises:
             TrackingError: the store cannot be used. Nothing has started yet then.
         """
-        sweep = Sweep(
+        self._sweep = Sweep(
             id=self.id,
             name=self.name,
             command=self.command,
@@ -63,21 +107,63 @@ class Study:
             predicted=self._earlier_predictions() | dict(self.predicted),
             experiment=self.experiment,
         )
-        sweep.save(self.storage)
-        self.tracker.open(sweep)
+        self._sweep.save(self.storage)
+        self.tracker.open(self._sweep)
         for record in list(self.records.values()):  # costs nothing where the tracker has it already
-            self._track(record if record.comparisons else self._compared(record))
+            self._tell_of(record if record.comparisons else self._compared(record))
 
     def progressed(self, spec: TrialSpec, event: Progress) -> None:
         """A trial is at work: its metrics so far go to the tracker at once."""
-        if not self._tracking or not (event.metrics or (event.phase == "quantize" and event.done)):
+        metrics = {**event.metrics, **event.system}
+        if self._silent or not metrics:
             return
-        metrics = dict(event.metrics) or {"progress/blocks": float(event.done)}
+        step = max(0, event.done - 1) if event.phase == "quantize" else 0  # blocks count from 0
+        self._live.setdefault(spec.id, []).append((step, metrics))
+        self._teller.do(("live", spec.id), self._tell_live, spec)
+
+    def _tell_live(self, spec: TrialSpec) -> None:
+        for step, metrics in self._live.pop(spec.id, []):
+            if self._silent:
+                return
+            try:
+                self.tracker.live(spec, metrics, step)
+            except TrackingError as error:
+                self._fail(error)
+
+    def tick(self) -> None:
+        """Called now and then: a tracker that failed is tried again after a while."""
+        if self._silent and time.monotonic() >= self._silent_until:
+            self._teller.do("reconcile", self._try_again)
+
+    def _try_again(self) -> None:
+        if self._silent and time.monotonic() >= self._silent_until:
+            self._reconcile()
+
+    @property
+    def _silent(self) -> bool:
+        """Whether the tracker is left alone: one that is down would cost every trial its time-out."""
+        return self._silent_until > 0
+
+    def _fail(self, error: TrackingError) -> None:
+        if not self._silent:
+            self.note(f"{error} Records stay on disk, and it is tried again every {TRY_AGAIN_SECONDS:g} s.")
+        self._silent_until = time.monotonic() + TRY_AGAIN_SECONDS
+
+    def _reconcile(self) -> bool:
+        """Tell a tracker that failed all that it should know: it may have missed records, or come back empty."""
+        assert self._sweep is not None
         try:
-            self.tracker.live(spec, metrics, event.done if event.phase == "quantize" else 0)
+            self.tracker.check()
+            self.tracker.open(self._sweep)
         except TrackingError as error:
-            self._tracking = False
-            self.note(f"{error} Records stay on disk; the same command logs them later.")
+            self._fail(error)
+            return False
+        self._silent_until = 0.0
+        for record in list(self.records.values()):  # what it has already costs nothing
+            self._track(record)
+        if not self._silent:
+            self.note("The tracker is back, and has been told what it missed.")
+        return not self._silent
 
     def _earlier_predictions(self) -> dict[str, float]:
         """Of the same study when it was started before: what is done by now is not predicted again."""
@@ -89,12 +175,14 @@ class Study:
     def take(self, record: TrialRecord) -> None:
         """A trial has ended; its record is on disk. One that has its baseline by now is compared with it."""
         self.records[record.spec.id] = record
-        self._track(self._compared(record))
+        self._tell_of(self._compared(record))
+        if not record.completed or record.spec.scheme is not None:
+            return  # no other is compared with it
         for other in list(self.records.values()):
-            if record.completed and other.spec.places.get("baseline") == record.spec.id:
+            if other.spec.places.get("baseline") == record.spec.id:
                 before = other.comparisons
                 if (now := self._compared(other)).comparisons != before:
-                    self._track(now)
+                    self._tell_of(now)
 
     def _compared(self, record: TrialRecord) -> TrialRecord:
         """The record with its comparisons, saved, if its baseline is there; else as it is."""
@@ -128,22 +216,61 @@ class Study:
         )
         report = write_report(ordered, self.storage / "reports" / f"{self.name}_{self.id}", about)
         finished = len(ordered) == len(self.specs) and all(record.completed for record in ordered)
-        try:
-            self.tracker.close(report.artifacts(), finished)
-        except TrackingError as error:
-            self.note(f"{error} The report is on disk; the same command tells the tracker later.")
+        self._teller.settle(lambda left: self.note(f"the tracker is still to be told of {left} more"))
+        if not self._close_tracker(report, finished):
+            owed = f"{len(self._owed)} records and the report are" if self._owed else "The report is"
+            self.note(f"{owed} on disk, not with the tracker; python -m q3q.track sync or the same command tells it.")
         return report
+
+    def _close_tracker(self, report: "Report", finished: bool) -> bool:
+        """Whether the tracker took it: at once, or after it was told everything anew (its store may be another)."""
+        for known in (not self._silent, False):
+            if not known and not self._reconcile():
+                return False
+            try:
+                self.tracker.close(report.artifacts(), finished)
+            except TrackingError as error:
+                self._fail(error)
+            else:
+                return True
+        return False
+
+    def _tell_of(self, record: TrialRecord) -> None:
+        self._teller.do(("record", record.spec.id), self._track, record)
 
     def _track(self, record: TrialRecord) -> None:
         from q3q.report.write import trial_artifacts
 
-        if not self._tracking:
+        self._owed.add(record.spec.id)
+        if self._silent:
             return
         try:
             self.tracker.log(record, trial_artifacts(record))
         except TrackingError as error:
-            self._tracking = False  # one that is down would cost every trial its time-out
-            self.note(f"{error} Records stay on disk; the same command logs them later.")
+            self._fail(error)
+        else:
+            self._owed.discard(record.spec.id)
+
+
+def recent_records(storage: Path, most: int = RECENT_RECORDS) -> Iterator[TrialRecord]:
+    """The records of trials that finished last in a storage folder; those that cannot be read are passed over."""
+    found = [(path.stat().st_mtime_ns, path) for path in (storage / "trials").glob("*/record.json")]
+    for _, path in heapq.nlargest(most, found):
+        with suppress(OSError, ValueError, KeyError, TypeError, Q3QError):
+            yield TrialRecord.load(path)
+
+
+def facts_of_spec(spec: TrialSpec) -> ModelFacts | None:
+    """Facts of the model that a trial was of, None where nothing here tells them any more."""
+    return _facts(spec.places.get("model"), spec.model.get("source"), spec.model.get("revision"))
+
+
+@functools.cache
+def _facts(folder: str | None, source: str | None, revision: str | None) -> ModelFacts | None:
+    try:
+        return read_facts(Path(folder)) if folder is not None else fetch_facts(str(source), revision)
+    except (OSError, Q3QError):
+        return None
 
 
 def baseline_record(spec: TrialSpec, records: Mapping[str, TrialRecord]) -> TrialRecord | None:
@@ -174,15 +301,3 @@ def compared(record: TrialRecord, baseline: TrialRecord) -> TrialRecord:
         for one in (record, baseline)
     )
     return replace(record, comparisons=comparisons(ours, theirs))
-
-
-def finished_record(spec: TrialSpec) -> TrialRecord | None:
-    """The record of a trial that is done already, or None: not run, failed, not readable, or its export is gone."""
-    path = trial_folder(spec) / "record.json"
-    try:
-        record = TrialRecord.load(path)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    # The identity of a record is recomputed, not read: a file in the wrong folder is nobody's result.
-    done = record.status == COMPLETED and record.spec.id == spec.id and is_finished(spec)
-    return record if done else None

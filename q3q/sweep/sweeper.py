@@ -6,10 +6,12 @@ values that make no sense together are left out and counted; what is done alread
 
 import itertools
 import shlex
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,19 +28,27 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from q3q.attempt import afresh, finished_record
 from q3q.config import facts_of, spec_from, tracking_uri
+from q3q.environment import now
 from q3q.errors import ConfigError, IncompatibleError, Q3QError, SweepFailedError
-from q3q.export.destination import forget_export, refuse_shared
+from q3q.export.destination import refuse_shared
 from q3q.masking import masked
-from q3q.record import Progress, TrialRecord, forget_progress
-from q3q.spec import TrialSpec
-from q3q.sweep.cluster import Cluster, Outcome, Resources, Started, Task, WorkerDiedError
-from q3q.sweep.launcher import Job, JobPolicy, RayLauncher, failed_return
-from q3q.sweep.plan import describe, gpus_here, memory_of, plan
-from q3q.sweep.study import Study, finished_record
+from q3q.models.checkpoint import ModelFacts
+from q3q.models.footprint import in_gb
+from q3q.record import Progress, TrialRecord, kept_blocks_folder
+from q3q.spec import Json, TrialSpec
+from q3q.sweep.cluster import Cluster, Outcome, OutOfMemoryError, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.costs import CostModel
+from q3q.sweep.launcher import Job, JobPolicy, RayLauncher
+from q3q.sweep.plan import Machine, Planned, Share, describe, machine_here, model_key, plan, wishes_of, with_gpu_memory
+from q3q.sweep.progress import counted
+from q3q.sweep.study import Study, facts_of_spec, recent_records, sole_driver
+from q3q.team import Seat
 
 if TYPE_CHECKING:
     from q3q.sweep.progress import Display
+    from q3q.track.mlflow import MlflowTracker
 
 NOTHING_QUANTIZED = {
     **dict.fromkeys(("bits", "group_size", "symmetric", "act_bits", "head_bits", "embedding_bits"), "null"),
@@ -46,6 +56,8 @@ NOTHING_QUANTIZED = {
     "skip": "[]",
 }
 SWEEP_SETTINGS = ("cluster", "track", "storage", "name", "question", "expectation", "plan", "fresh", "keep")
+# How the reason of a trial that ran out of memory begins: Python's own error, torch's on a GPU, and torch's on a CPU.
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "RuntimeError: [enforce fail at alloc_cpu")
 # Workers show nothing themselves, and must not all start as many threads as there are cores.
 WORKER_ENV = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -60,8 +72,29 @@ class StudySweeperConf:
     rows: list[dict[str, str]] | None = None
 
 
+Work = Callable[..., Json | None]  # a trial's spec, whom to report to and, of a gang, the rank's seat
+
+
+def work(spec: Json, report: Callable[[Any], None], seat: Seat | None = None) -> Json | None:
+    """What a worker does: one trial, or its part of one. Imported there, so that the driver needs no torch."""
+    from q3q.trial import attempt_trial, share_trial
+
+    trial = TrialSpec.from_json(spec)
+    record = attempt_trial(trial, report) if seat is None else share_trial(trial, report, seat)
+    if record is None:
+        return None
+    if not record.completed and record.reason.startswith(OUT_OF_MEMORY):
+        raise MemoryError(record.reason)  # the driver knows whether there is a larger plan
+    return record.to_json()
+
+
 class StudySweeper(Sweeper):
-    """See the module's first lines."""
+    """See the module's first lines.
+
+    trial: what a worker does for a trial: takes its spec and where to report, and gives its record, all three as JSON.
+    """
+
+    trial: Work = staticmethod(work)
 
     def __init__(self, params: dict[str, str] | None = None, rows: list[dict[str, str]] | None = None) -> None:
         self.params = params or {}
@@ -83,44 +116,68 @@ class StudySweeper(Sweeper):
             ConfigError: an invalid value; nothing has started. SweepFailedError: it ended, and some trials failed.
         """
         assert self.config is not None
-        jobs = list(self._jobs(arguments))
+        jobs = OneSetting(self._jobs(arguments))
         trials, left_out = resolve(jobs)
+        jobs.refuse_many()
+        settings = jobs.config
         if left_out:
             print(left_out)
         asked = set(trials)
-        trials |= self._baselines(trials, first_number=len(jobs))
+        trials |= self._baselines(trials)
         if added := [mine.spec for key, mine in trials.items() if key not in asked]:
             models = ", ".join(str(spec.model["name"]) for spec in added)
             print(f"method=none of {models} is added, to compare with; evaluation.baseline=false leaves it out")
-        settings = jobs[0].config
-        refuse_many_settings(jobs)
         finished = {} if settings.fresh else _finished(trials)
-        cluster = settings.cluster
-        gpus = _gpus_per_trial(cluster)
-        ordered = plan(
-            [mine.spec for mine in trials.values()],
-            finished,
-            {key: facts_of(mine.jobs[0].config) for key, mine in trials.items()},
-            cpus=cluster.cpus_per_trial,
-            gpus=gpus,
-        )
-        if settings.plan:
-            where = cluster.address or "this machine"
-            at_once = trials_at_once(cluster, gpus)
-            print(describe(ordered, at_once=at_once, where=where, storage=Path(settings.storage)))
-            return []
-        specs = [mine.spec for mine in trials.values()]
-        command = "python launch.py -m " + shlex.join(arguments)
-        queue = [trials[one.spec.id] for one in ordered if not one.done]
         with ExitStack() as stack:
-            ready, launch = self._launcher(stack, settings) if queue else (None, None)
-            predicted = {one.spec.id: one.seconds for one in ordered if not one.done}
+            cluster, machines = self._machines(stack, settings)
+            storage, wishes = Path(settings.storage), wishes_of(settings.cluster.get)
+            ordered = plan(
+                [mine.spec for mine in trials.values()],
+                finished,
+                {key: mine.facts for key, mine in trials.items()},
+                machines=with_gpu_memory(machines, wishes.gpu_memory),
+                wishes=wishes,
+                model=CostModel().learned(recent_records(storage), facts_of_spec),
+            )
+            if settings.plan:
+                print(
+                    describe(
+                        ordered, machines=machines, where=settings.cluster.address or "this machine", storage=storage
+                    )
+                )
+                return []
+            if settings.fresh:
+                since = now()
+                for mine in trials.values():
+                    mine.spec = afresh(mine.spec, since)
+            specs = [mine.spec for mine in trials.values()]
+            command = "python launch.py -m " + shlex.join(arguments)
+            left = [one for one in ordered if not one.done]
+            stack.enter_context(sole_driver(specs, storage, partial(print, file=sys.stderr)))
+            ready, launch = self._launcher(stack, settings, cluster) if left else (None, None)
+            predicted = {one.spec.id: one.seconds for one in left}
             study = stack.enter_context(running_study(settings, specs, command, finished, ready, predicted))
             if launch:
-                launch(queue, study)
+                launch([(trials[one.spec.id], one) for one in left], study)
             records = study.records
-        by_number = {job.number: (job, records.get(key)) for key in asked for job in trials[key].jobs}
-        return [[_job_return(job, record) for _, (job, record) in sorted(by_number.items())]]
+        by_number = {
+            number: _job_return(overrides, records.get(key))
+            for key in asked
+            for number, overrides in trials[key].jobs.items()
+        }
+        return [[by_number[number] for number in sorted(by_number)]]
+
+    def _machines(self, stack: ExitStack, settings: DictConfig) -> tuple[Cluster | None, list[Machine]]:
+        """The cluster that was asked for, joined, or None for this machine's own; and the machines there are."""
+        here = machine_here()
+        address = settings.cluster.address
+        if not isinstance(self.launcher, RayLauncher) or not address:
+            return None, [here]
+        cluster = Cluster(address=address, env=WORKER_ENV, patience=settings.cluster.patience)
+        found = stack.enter_context(cluster).machines()
+        return cluster, [
+            Machine(cpus=one.cpus, gpus=one.gpus, memory=one.memory, gpu_memory=here.gpu_memory) for one in found
+        ]
 
     def _jobs(self, arguments: Sequence[str]) -> Iterator[Job]:
         """Every combination of the overrides' values, composed."""
@@ -136,14 +193,14 @@ class StudySweeper(Sweeper):
         ]
         study = OmegaConf.select(self.config, "hydra.runtime.choices.study")
         combined = narrowed(str(study), rows, given) if study else [replaced(row, given) for row in rows]
-        jobs = itertools.chain.from_iterable(itertools.product(*map(_choices, row)) for row in combined)
-        for number, overrides in enumerate(jobs):
+        jobs = [overrides for row in combined for overrides in itertools.product(*map(_choices, row))]
+        for number, overrides in enumerate(counted(jobs, len(jobs), "composing", "jobs")):
             config = loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
             yield Job(number=number, overrides=tuple(overrides), config=config)
 
-    def _baselines(self, trials: dict[str, "Trial"], first_number: int) -> dict[str, "Trial"]:
+    def _baselines(self, trials: dict[str, "Trial"]) -> dict[str, "Trial"]:
         """The trials of the unquantized model that these are compared with, as far as they are not among them."""
         assert self.config is not None
         assert self.hydra_context is not None
@@ -152,7 +209,7 @@ class StudySweeper(Sweeper):
             baseline = mine.spec.places.get("baseline")
             if baseline is None or baseline in trials or baseline in added:
                 continue
-            overrides = unquantized(mine.jobs[0].overrides)
+            overrides = unquantized(next(iter(mine.jobs.values())))
             config = loader.load_sweep_config(self.config, overrides)
             spec = spec_from(config)
             if spec.id != baseline:
@@ -160,56 +217,54 @@ class StudySweeper(Sweeper):
                     f"the baseline of {mine.spec.name} cannot be made from this command ({' '.join(overrides)}): "
                     "run method=none by itself, and this with evaluation.baseline=false"
                 )
-            number = first_number + len(added)
-            with open_dict(config):
-                config.hydra.job.id = config.hydra.job.num = number
-            added[baseline] = Trial(spec, [Job(number=number, overrides=tuple(overrides), config=config)])
+            added[baseline] = Trial(spec, facts_of(config), {-1 - len(added): tuple(overrides)})  # nobody's job
         return added
 
     def _launcher(
-        self, stack: ExitStack, settings: DictConfig
-    ) -> tuple[Callable[[], object], Callable[[Sequence["Trial"], "RunningStudy"], None]]:
+        self, stack: ExitStack, settings: DictConfig, cluster: Cluster | None
+    ) -> tuple[Callable[[], object], Callable[[Sequence[tuple["Trial", Planned]], "RunningStudy"], None]]:
         """What waits for a cluster, which starts in the background and lives as long as `stack`; what runs trials."""
         launcher = self.launcher
         assert launcher is not None
         if isinstance(launcher, RayLauncher):
-            address = settings.cluster.address
-            joined = Cluster(address=address, env=WORKER_ENV, patience=settings.cluster.patience) if address else None
-            cluster = stack.enter_context(joined or launcher.cluster())
+            cluster = cluster or stack.enter_context(launcher.cluster())
             cluster.env |= WORKER_ENV
-            return cluster.total, lambda trials, study: _run_on_ray(launcher, cluster, trials, study, settings.cluster)
+            return cluster.total, partial(_run_on_ray, launcher, cluster, settings, self.trial)
 
-        def launch(trials: Sequence[Trial], study: RunningStudy) -> None:
+        def launch(trials: Sequence[tuple[Trial, Planned]], study: RunningStudy) -> None:
             # Another launcher was asked for: it composes and runs Hydra's way, and the task function returns records.
-            for done in launcher.launch([list(mine.jobs[0].overrides) for mine in trials], initial_job_idx=0):
+            jobs = [list(next(iter(mine.jobs.values()))) for mine, _ in trials]
+            for done in launcher.launch(jobs, initial_job_idx=0):
                 study.finished(done.return_value)
 
         return lambda: None, launch
 
 
 def _run_on_ray(
-    launcher: RayLauncher, cluster: Cluster, trials: Sequence["Trial"], study: "RunningStudy", settings: DictConfig
+    launcher: RayLauncher,
+    cluster: Cluster,
+    settings: DictConfig,
+    work: Work,
+    trials: Sequence[tuple["Trial", Planned]],
+    study: "RunningStudy",
 ) -> None:
-    has = cluster.total()
-    gpus = settings.gpus_per_trial if settings.gpus_per_trial is not None else float(has.gpus >= 1)
-    study.display.note(f"Ray has {has}; each trial takes {settings.cpus_per_trial:g} CPUs and {gpus:g} GPUs")
-    needs = {
-        mine.jobs[0].number: Resources(
-            cpus=settings.cpus_per_trial, gpus=gpus, memory=memory_of(facts_of(mine.jobs[0].config), mine.spec)
-        )
-        for mine in trials
-    }
-    policy = TrialPolicy({mine.jobs[0].number: mine.spec for mine in trials}, needs, study)
+    shares = Counter(f"{one.share}, {one.share.loader}" for _, one in trials if one.share)
+    plans = "; ".join(f"{count} on {share}" for share, count in shares.items())
+    study.display.note(f"Ray has {cluster.total()}; of {len(trials)} trials {plans} each")
+    policy = TrialPolicy({min(mine.jobs): (mine.spec, one) for mine, one in trials}, study, work)
+    # What a trial is told is in its spec; of the jobs' own configs, a megabyte each, none is kept.
+    jobs = [Job(number=min(mine.jobs), overrides=mine.jobs[min(mine.jobs)], config=settings) for mine, _ in trials]
     with study.heeding_interrupts():
-        launcher.run([mine.jobs[0] for mine in trials], policy, cluster=cluster)
+        launcher.run(jobs, policy, cluster=cluster)
 
 
 @dataclass
 class Trial:
-    """One trial, and all the jobs that mean it."""
+    """One trial, its model's facts, and all the jobs that mean it: their overrides by number."""
 
     spec: TrialSpec
-    jobs: list[Job]
+    facts: ModelFacts
+    jobs: dict[int, tuple[str, ...]]
 
 
 def unquantized(overrides: Sequence[str]) -> list[str]:
@@ -294,15 +349,32 @@ def _changes_all(study: str, override: Override, swept: Mapping[str, Sequence[st
     )
 
 
-def refuse_many_settings(jobs: Sequence[Job]) -> None:
-    """What belongs to the sweep and not to a trial must be the same for all its jobs."""
-    for key in SWEEP_SETTINGS:
-        values = {str(OmegaConf.select(job.config, key)) for job in jobs}
-        if len(values) > 1:
-            raise ConfigError(f"{key} is the whole sweep's, give it one value: {', '.join(sorted(values))}")
+class OneSetting:
+    """Passes jobs on, and sees that what belongs to the sweep and not to a trial is the same for all of them.
+
+    config: the first one's. Only its own config is kept, the others are a megabyte each.
+    """
+
+    def __init__(self, jobs: Iterable[Job]) -> None:
+        self.jobs = jobs
+        self.config: DictConfig = OmegaConf.create()
+        self._values: dict[str, dict[str, None]] = {key: {} for key in SWEEP_SETTINGS}
+
+    def __iter__(self) -> Iterator[Job]:
+        for number, job in enumerate(self.jobs):
+            self.config = self.config if number else job.config
+            for key, values in self._values.items():
+                values[str(OmegaConf.select(job.config, key))] = None
+            yield job
+
+    def refuse_many(self) -> None:
+        """Raises ConfigError if there are several values of one."""
+        for key, values in self._values.items():
+            if len(values) > 1:
+                raise ConfigError(f"{key} is the whole sweep's, give it one value: {', '.join(sorted(values))}")
 
 
-def resolve(jobs: Sequence[Job]) -> tuple[dict[str, Trial], str]:
+def resolve(jobs: Iterable[Job]) -> tuple[dict[str, Trial], str]:
     """Jobs as trials by id, in the jobs' order, and a line that counts what was left out (or nothing).
 
     Raises:
@@ -310,32 +382,64 @@ def resolve(jobs: Sequence[Job]) -> tuple[dict[str, Trial], str]:
     """
     trials: dict[str, Trial] = {}
     incompatible: dict[str, int] = {}
+    number = 0
     for job in jobs:
+        number += 1
         try:
             spec = spec_from(job.config)
         except IncompatibleError as error:
             incompatible[str(error)] = incompatible.get(str(error), 0) + 1
             continue
-        trials.setdefault(spec.id, Trial(spec, [])).jobs.append(job)
+        if spec.id not in trials:
+            trials[spec.id] = Trial(spec, facts_of(job.config), {})
+        trials[spec.id].jobs[job.number] = job.overrides
     reasons = "; ".join(incompatible)
     if not trials:
         raise IncompatibleError(reasons or "the sweep has no jobs")
     refuse_shared(trial.spec for trial in trials.values())
     count = sum(incompatible.values())
-    return trials, f"{count} of {len(jobs)} combinations left out: {reasons}" if count else ""
+    return trials, f"{count} of {number} combinations left out: {reasons}" if count else ""
+
+
+class Furthest:
+    """Whether a trial got further than it ever was: on its way there it replays what is on disk."""
+
+    def __init__(self) -> None:
+        self.share = 0.0
+
+    def __call__(self, event: Any) -> bool:
+        from q3q.sweep.progress import share_done
+
+        share = share_done(event) if isinstance(event, Progress) else 0.0
+        further, self.share = share > self.share, max(share, self.share)
+        return further
 
 
 class TrialPolicy(JobPolicy):
     """q3q's say in how its jobs run: only specs, records and progress cross a process border."""
 
-    def __init__(self, specs: dict[int, TrialSpec], needs: dict[int, Resources], study: "RunningStudy") -> None:
-        self.specs = specs
-        self.needs = needs
+    def __init__(self, trials: Mapping[int, tuple[TrialSpec, Planned]], study: "RunningStudy", work: Work) -> None:
+        self.specs = {number: spec for number, (spec, _) in trials.items()}
+        self.planned = {number: planned for number, (_, planned) in trials.items()}
+        self.shares = {number: planned.share for number, planned in self.planned.items()}
         self.study = study
+        self.work = work
 
     def task(self, job: Job, plain: Task) -> Task:
-        spec = self.specs[job.number]
-        return Task(key=spec.id, call=partial(work, spec.to_json()), resources=self.needs[job.number], retries=1)
+        planned = self.planned[job.number]
+        assert planned.share is not None
+        larger = None if planned.larger is None else self._task(job.number, planned.larger)
+        return replace(self._task(job.number, planned.share), larger=larger)
+
+    def _task(self, number: int, share: Share) -> Task:
+        spec = self.specs[number]
+        # Of what several trials share, each is told its part; what the person allowed counts too.
+        rooms = [room for room in (spec.places.get("memory"), share.room) if room is not None]
+        bounds = {"memory": min(rooms)} if rooms else {}
+        told = spec.with_places({**spec.places, "loader": share.loader, **bounds})
+        resources = Resources(cpus=share.cpus, gpus=share.gpus, memory=share.memory, ranks=share.ranks)
+        call = partial(self.work, told.to_json())
+        return Task(key=spec.id, call=call, resources=resources, furthers=Furthest(), near=model_key(spec))
 
     def on_event(self, job: Job, event: Any) -> None:
         spec = self.specs[job.number]
@@ -345,28 +449,44 @@ class TrialPolicy(JobPolicy):
             self.study.heard(spec, event)
 
     def on_tick(self) -> None:
-        if self.study.interrupted:
-            raise KeyboardInterrupt
+        self.study.tick()
+        if self.study.interruption is not None:
+            raise self.study.interruption
 
     def on_retry(self, job: Job, error: WorkerDiedError) -> None:
-        self.study.display.retried(self.specs[job.number].id, str(error))
+        why, larger = str(error), self.planned[job.number].larger
+        if isinstance(error, OutOfMemoryError) and larger is not None:
+            self.shares[job.number] = larger
+            why += f"; now with {larger}, {in_gb(larger.memory)} of memory, {larger.loader}"
+        self.study.display.retried(self.specs[job.number].id, why)
 
     def on_outcome(self, job: Job, outcome: Outcome) -> JobReturn:
-        spec = self.specs[job.number]
+        spec, planned, share = self.specs[job.number], self.planned[job.number], self.shares[job.number]
         if outcome.error is None:
             record = TrialRecord.from_json(outcome.value)
         else:
             record = TrialRecord.failed(spec, f"{outcome.error} ({outcome.attempts} attempts)")
+        record = with_plan(record, planned, share)
         record.save()  # again, if the worker could: its disk may not be ours
         self.study.finished(record, outcome.seconds)
-        return _job_return(job, record)
+        return _job_return(job.overrides, record)
 
 
-def work(spec: dict[str, Any], report: Callable[[Any], None]) -> dict[str, Any]:
-    """What a worker does: one trial. Imported there, so that the driver needs no torch."""
-    from q3q.trial import attempt_trial
+def with_plan(record: TrialRecord, planned: Planned, share: Share | None = None) -> TrialRecord:
+    """The record with what was planned beside what it took. share: what the trial had in the end, if it is known."""
+    kept = planned.to_json(share) | measured(record)
+    if share is not None and planned.share is not None and share != planned.share:
+        kept["first"] = f"{planned.share}, {planned.share.loader}: out of memory"
+    return replace(record, environment={**record.environment, "planned": kept})
 
-    return attempt_trial(TrialSpec.from_json(spec), report).to_json()
+
+def measured(record: TrialRecord) -> Json:
+    """What a trial took, to stand beside what was planned: seconds of its phases, and its peak where its model lay."""
+    metrics = record.metrics
+    kind = "gpu_peak_bytes/" if any(name.startswith("gpu_peak_bytes/") for name in metrics) else "peak_bytes/"
+    peaks = [value for name, value in metrics.items() if name.startswith(kind)]
+    took = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    return {"took": round(took, 3), "peak": max(peaks)} if peaks else {}
 
 
 class RunningStudy:
@@ -375,29 +495,30 @@ class RunningStudy:
     def __init__(self, study: Study, display: "Display") -> None:
         self.study = study
         self.display = display
-        self.interrupted = False
+        self.interruption: BaseException | None = None
 
     @contextmanager
     def heeding_interrupts(self) -> Iterator[None]:
-        """Let the first Ctrl-C wait, for a second at most, until `on_tick` is asked.
+        """Let the first Ctrl-C or SIGTERM wait, for a second at most, until `on_tick` is asked.
 
-        Python drops a KeyboardInterrupt that happens to land in a callback of the garbage collector. The next one
-        lands where it lands.
+        Python drops what a signal's handler raises if it happens to land in a callback of the garbage collector. The
+        next one lands where it lands.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def notice(number: int, frame: Any) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
+            if self.interruption is not None:
+                raise self.interruption
+            self.interruption = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
-        before = signal.signal(signal.SIGINT, notice)
+        before = {number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @property
     def records(self) -> dict[str, TrialRecord]:
@@ -406,6 +527,9 @@ class RunningStudy:
     def heard(self, spec: TrialSpec, event: Progress) -> None:
         self.display.event(event)
         self.study.progressed(spec, event)
+
+    def tick(self) -> None:
+        self.study.tick()
 
     def finished(self, record: TrialRecord, seconds: float = 0.0) -> None:
         self.study.take(record)
@@ -438,8 +562,7 @@ def running_study(
         ready()  # a cluster that does not answer must not leave an open run behind
     if settings.fresh:
         for spec in specs:
-            forget_progress(spec)
-            forget_export(spec)
+            shutil.rmtree(kept_blocks_folder(spec), ignore_errors=True)
     shown = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
     methods = list(dict.fromkeys(str(spec.method["name"]) for spec in specs))
     name = settings.name or "+".join([method for method in methods if method != "none"] or methods)
@@ -463,22 +586,22 @@ def running_study(
         study.open()
         if finished:
             display.skipped([f"{record.spec.name} · {record.spec.model['name']}" for record in finished.values()])
-        interrupted = False
+        interruption: BaseException | None = None
         running = RunningStudy(study, display)
         try:
             yield running
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, SystemExit) as asked:  # SystemExit: SIGTERM, of a spot machine or a scheduler
+            interruption = asked
         except BaseException:
             study.close()  # what is finished is reported, however this ends
             raise
         report = study.close()
     print(report.text)
     print(f"\nReport and plots: {report.folder}")
-    print(f"MLflow: make ui, or: mlflow ui --backend-store-uri {masked(tracker.uri)}")
-    if interrupted:
+    print(_where_to_browse(tracker))
+    if interruption is not None:
         print(f"Interrupted: {len(study.records)} of {len(specs)} trials are recorded; the same command goes on.")
-        raise KeyboardInterrupt
+        raise interruption
     failed = [record for record in study.records.values() if not record.completed]
     if failed:
         for record in failed:
@@ -486,13 +609,11 @@ def running_study(
         raise SweepFailedError(f"{len(failed)} of {len(specs)} trials failed; the same command tries them again")
 
 
-def trials_at_once(cluster: DictConfig, gpus: float) -> int:
-    """How many trials this machine runs side by side, by its cores and GPUs."""
-    import os
-
-    by_cores = int((os.cpu_count() or 1) // max(cluster.cpus_per_trial, 1e-9))
-    by_gpus = int(gpus_here() // gpus) if gpus else by_cores
-    return max(1, min(by_cores, by_gpus))
+def _where_to_browse(tracker: "MlflowTracker") -> str:
+    uri, page = masked(tracker.uri), tracker.page
+    if not uri.startswith("sqlite:"):
+        return f"MLflow: {uri}/{page}"
+    return f"MLflow: make ui (or: mlflow ui --backend-store-uri {uri}), then http://127.0.0.1:5000/{page}"
 
 
 def _choices(override: Override) -> list[str]:
@@ -511,14 +632,11 @@ def _finished(trials: dict[str, Trial]) -> dict[str, TrialRecord]:
     return {key: record for key, record in found.items() if record is not None}
 
 
-def _gpus_per_trial(cluster: DictConfig) -> float:
-    if cluster.gpus_per_trial is not None:
-        return float(cluster.gpus_per_trial)
-    return 1.0 if gpus_here() else 0.0
-
-
-def _job_return(job: Job, record: TrialRecord | None) -> JobReturn:
-    """Hydra's view of a job's trial: its record, or the reason why there is none."""
-    if record is not None and record.completed:
-        return replace(failed_return(job, Q3QError()), status=JobStatus.COMPLETED, _return_value=record)
-    return failed_return(job, Q3QError(record.reason if record else "not run"))
+def _job_return(overrides: Sequence[str], record: TrialRecord | None) -> JobReturn:
+    """Hydra's view of a job's trial: its record, which says what it ran, or the reason why there is none."""
+    done = record is not None and record.completed
+    return JobReturn(
+        overrides=list(overrides),
+        status=JobStatus.COMPLETED if done else JobStatus.FAILED,
+        _return_value=record if done else Q3QError(record.reason if record else "not run"),
+    )

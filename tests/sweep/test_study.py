@@ -257,7 +257,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(arguments, words, tmp_path):
 def test_plan_starts_nothing(tmp_path):
     code, output = launch(tmp_path, "-m", "method=gptq,awq", "bits=2,3", "plan=true")
     assert code == 0, output
-    assert output.count("to run  ") == 5
+    assert output.count(" resident ") == 5
+    assert "5 to run on this machine" in output
     assert output.index("none ") < output.index("gptq w2")  # what all are compared with runs first
     assert not (tmp_path / "mlflow.db").exists()
     assert not list(tmp_path.glob("trials/*/spec.json"))

@@ -1,0 +1,205 @@
+"""A whole sweep through launch.py, Ray and MLflow included, and what can befall its workers and its driver."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.chaos.faults import (
+    blocks_of,
+    end_of,
+    freeze,
+    in_child,
+    last_words,
+    launch,
+    log_of,
+    numbers,
+    records,
+    runs,
+    start,
+    wait_until,
+)
+
+METHODS = ("method=rtn,gptq", "bits=2,3,4")
+# Long enough phases to be stopped in; a phase takes a tiny trial some milliseconds.
+LONGER = ("calibration.samples=32", "evaluation.limit=64")
+PHASES = ["load", "calibrate", "quantize 1 of 3", "evaluate stories", "record"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    """The numbers of a sweep that nothing befell, by trial."""
+    storage = tmp_path_factory.mktemp("undisturbed")
+    code, output = launch(storage, tiny, *METHODS, *LONGER)
+    assert code == 0, output
+    found = {trial: numbers(record) for trial, record in records(storage).items()}
+    assert len(found) == 6
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, undisturbed, tmp_path_factory):
+    """One sweep, a worker of which is killed in each phase, in each another trial's; and one that is told to go."""
+    storage = tmp_path_factory.mktemp("killed")
+    process = start(storage, tiny, *METHODS, *LONGER)
+    hits = {}
+    for phase in PHASES:
+        hits[phase] = freeze(storage, phase, {hit.folder.name for hit in hits.values()})
+        os.kill(hits[phase].pid, signal.SIGKILL)
+    hits["told"] = told = freeze(storage, "quantize", {hit.folder.name for hit in hits.values()})
+    os.kill(told.pid, signal.SIGTERM)
+    os.kill(told.pid, signal.SIGCONT)
+    output, _ = process.communicate(timeout=240)
+    return storage, hits, process.returncode, output
+
+
+@pytest.mark.slow
+def test_the_sweep_with_its_dead_workers_ends_as_if_nothing_had_been(killed, undisturbed):
+    storage, _, code, output = killed
+    assert code == 0, output
+    assert {trial: numbers(record) for trial, record in records(storage).items()} == undisturbed
+    assert not list(storage.glob("trials/*/failed.json"))
+    assert not list(storage.glob("trials/*/blocks"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_worker_killed_in_any_phase_was_there_and_its_trial_goes_on_from_its_blocks(killed, phase):
+    storage, hits, _, output = killed
+    hit = hits[phase]
+    assert last_words(hit.folder, hit.pid).startswith(phase)
+    assert f"(pid {hit.pid} on " in output
+    assert records(storage)[hit.folder.name]["notes"].get("blocks_from_disk", 0) == len(hit.whole)
+    assert len({step.pid for step in log_of(hit.folder)}) == 2
+    assert [step.words for step in log_of(hit.folder)].count("end COMPLETED") == 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_told_to_go_hands_its_trial_back(killed):
+    storage, hits, _, output = killed
+    told = hits["told"]
+    assert last_words(told.folder, told.pid) == "stop HandedBackError"
+    assert f"was handed back (pid {told.pid} was asked to end)" in output
+    assert not runs(told.pid)
+    assert records(storage)[told.folder.name]["notes"]["blocks_from_disk"] >= max(1, len(told.whole))
+
+
+@pytest.mark.slow
+def test_mlflow_has_each_trial_once(killed, undisturbed):
+    from mlflow import MlflowClient
+
+    storage, *_ = killed
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    found = [run for one in client.search_experiments() for run in client.search_runs([one.experiment_id])]
+    trials = [run.data.tags["q3q.trial"] for run in found if "q3q.trial" in run.data.tags]
+    assert sorted(trials) == sorted(undisturbed)
+    assert {run.info.status for run in found} == {"FINISHED"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
+    tiny, undisturbed, tmp_path, number, code
+):
+    """Before that a second driver of the same sweep is refused."""
+    process = start(tmp_path, tiny, *METHODS, *LONGER)
+    wait_until(lambda: records(tmp_path), "a record")
+    hit = freeze(tmp_path, "quantize 1 of 3", set())
+    if number == signal.SIGKILL:
+        refused, said = launch(tmp_path, tiny, *METHODS, *LONGER)
+        assert refused == 2, said
+        assert re.search(rf"this sweep is at work already: process {process.pid} on \S+, since .* UTC", said)
+        assert "q3q.trials --storage" in said
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("trials/*/record.json")}
+    os.kill(process.pid, number)
+    if number == signal.SIGTERM:
+        os.kill(hit.pid, signal.SIGCONT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    if number == signal.SIGTERM:
+        assert "the same command goes on" in output
+    workers = {step.pid for path in tmp_path.glob("trials/*/trial.log") for step in log_of(path.parent)}
+    wait_until(lambda: not any(map(runs, workers)), "the end of its workers", 30)
+    begun = {path.parent.parent for path in tmp_path.glob("trials/*/blocks/*0.json")}
+    left = {folder.name: blocks_of(folder) for folder in begun if not (folder / "record.json").exists()}
+    if number == signal.SIGKILL:  # it stood still when its driver died, and so it died there
+        assert left[hit.folder.name] == hit.whole
+    resumed, said = launch(tmp_path, tiny, *METHODS, *LONGER)
+    assert resumed == 0, said
+    found = records(tmp_path)
+    assert {trial: numbers(record) for trial, record in found.items()} == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for trial, blocks in left.items():
+        assert found[trial]["notes"]["blocks_from_disk"] == len(blocks)
+    for folder in tmp_path.glob("trials/*/trial.log"):
+        assert [step.words for step in log_of(folder.parent)].count("end COMPLETED") == 1
+
+
+@pytest.mark.slow
+def test_two_sweeps_that_share_trials_run_each_once(tiny, undisturbed, tmp_path):
+    both = [start(tmp_path, tiny, *LONGER, *more) for more in (METHODS, ("method=gptq", "bits=4,3,2"))]
+    for process in both:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    assert {trial: numbers(record) for trial, record in records(tmp_path).items()} == undisturbed
+    for path in tmp_path.glob("trials/*/trial.log"):
+        assert [step.words for step in log_of(path.parent)].count("start") == 1
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_stops_the_sweep_in_a_line_and_with_room_it_goes_on(tiny, undisturbed, small_disk):
+    subprocess.run(["mount", "-o", "remount,size=3m", str(small_disk)], check=True)
+    with (small_disk / "filler").open("wb") as file:
+        file.write(bytes(2_400_000))
+    database = small_disk.parent / "mlflow.db"
+    arguments = (*METHODS, *LONGER, f"track.uri=sqlite:///{database}")
+    code, output = launch(small_disk, tiny, *arguments)
+    assert code == 1, output
+    assert "the disk is full" in output
+    assert "Traceback" not in output
+    (small_disk / "filler").unlink()
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    code, output = launch(small_disk, tiny, *arguments)
+    assert code == 0, output
+    assert {trial: numbers(record) for trial, record in records(small_disk).items()} == undisturbed
+
+
+def test_a_second_terminal_lists_what_runs_by_its_claim(tiny, tmp_path):
+    """`python -m q3q.trials resume` is no sweep: what says that its trial is at work is the claim."""
+    from q3q.claim import claimed
+    from q3q.spec import Scheme, TrialSpec
+    from q3q.trials import find_trials, main
+
+    scheme = Scheme(bits=2, group_size=32, symmetric=False)
+    spec = TrialSpec(
+        model={"name": "demo"},
+        method={"name": "rtn", "version": 1},
+        scheme=scheme,
+        calibration=None,
+        evaluation={},
+        seed=0,
+        places={"trials": str(tmp_path / "trials")},
+    )
+    folder = tmp_path / "trials" / spec.id
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(json.dumps(spec.to_json()))
+
+    def hold():
+        with claimed(folder, "trial"):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+
+    child = in_child(hold)
+    wait_until((tmp_path / "held").exists, "the holder")
+    [found] = find_trials(tmp_path)
+    assert (found.state, found.waits.partition(" on ")[0]) == ("running", f"process {child}")
+    for verb in ("resume", "delete"):
+        assert main(["--storage", str(tmp_path), verb, spec.id]) == 2
+    os.kill(child, signal.SIGKILL)
+    assert end_of(child) == -signal.SIGKILL
+    assert find_trials(tmp_path)[0].state == "stopped"
+    assert main(["--storage", str(tmp_path), "delete", spec.id]) == 0

@@ -1,0 +1,191 @@
+"""Clusters as far as one machine can be one: two nodes and a job on a real Ray with its token, MLflow on PostgreSQL."""
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.conftest import tiny  # noqa: F401
+from tests.chaos.faults import ROOT, SMALL, last_words, launch, log_of, numbers, records, runs, start, wait_until
+from tests.chaos.test_tracker_faults import children, free_port, kill, serve
+
+pytestmark = pytest.mark.slow
+RAY = str(Path(sys.executable).parent / "ray")
+SWEEP = ("method=rtn,gptq", "bits=2,3", "calibration.samples=32", "evaluation.limit=64")
+
+
+@pytest.fixture(scope="module")
+def tokened():
+    """Environment of a cluster that wants a token."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tokened, tmp_path_factory):
+    """Two nodes on this machine: the address, the dashboard's, and the id of the second one's process."""
+    head = free_port()
+    dashboard = free_port()
+    started, log = [], (tmp_path_factory.mktemp("nodes") / "log").open("ab")
+
+    def ray_start(*words):
+        environment = {**os.environ, **tokened, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *words],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    address = f"127.0.0.1:{head}"
+    dash = ("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}")
+    ray_start("--head", "--node-ip-address=127.0.0.1", f"--port={head}", "--num-cpus=1", *dash)
+    ready = [RAY, "status", f"--address={address}"]
+
+    def nodes(count):
+        told = subprocess.run(ready, env={**os.environ, **tokened}, capture_output=True, text=True, check=False)
+        return len(re.findall(r"^ 1 node_", told.stdout, re.M)) == count
+
+    try:
+        wait_until(lambda: nodes(1) or started[0].poll() is not None, "the head", 90)
+        assert started[0].poll() is None, Path(log.name).read_text()
+        second = ray_start(f"--address={address}", "--node-ip-address=127.0.0.1", "--num-cpus=1")
+        wait_until(lambda: nodes(2), "the second node", 90)
+        yield address, f"http://127.0.0.1:{dashboard}", second
+    finally:
+        for process in started:
+            with_all(process)
+        log.close()
+
+
+def descends(pid, ancestor):
+    """Whether a process that runs was started by another, or by one that that one started."""
+    while pid > 1 and pid != ancestor and runs(pid):
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid == ancestor
+
+
+def with_all(process):
+    """Kill a node: `ray start --block` and the processes that it started, nobody else's."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=20)
+
+
+def test_a_job_submitted_to_the_head_runs_a_sweep(two_nodes, tokened, tiny, tmp_path):  # noqa: F811
+    address, dashboard, _ = two_nodes
+    settings = {one.partition("=")[0]: one for one in (*SMALL, "method=rtn", "bits=4,5")}
+    where = [f"model.path={tiny}", f"storage={tmp_path}", "cluster=existing", f"cluster.address={address}"]
+    command = [RAY, "job", "submit", "--address", dashboard, "--", sys.executable, str(ROOT / "launch.py"), "-m"]
+    environment = {**os.environ, **tokened}
+    done = subprocess.run(
+        [*command, *settings.values(), *where],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(records(tmp_path)) == 2
+    refused = subprocess.run(
+        [*command[:5], "--", "true"],
+        env={**environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert refused.returncode != 0
+    assert "token" in (refused.stdout + refused.stderr).lower()
+
+
+def test_a_node_that_is_killed_costs_nothing(two_nodes, tokened, tiny, tmp_path):  # noqa: F811
+    address, _, second = two_nodes
+    joined = ("cluster=existing", f"cluster.address={address}")
+    process = start(tmp_path, tiny, *SWEEP, *joined, **tokened)
+    mine = set()
+
+    def at_work_there():
+        for path in tmp_path.glob("trials/*/trial.log"):
+            steps = log_of(path.parent)
+            last = steps[-1] if steps else None
+            if last and not last.words.startswith("end") and descends(last.pid, second.pid):
+                mine.add((path.parent, last.pid))
+                return True
+        return False
+
+    wait_until(at_work_there, "a trial on the second node")
+    [(folder, worker)] = mine
+    with_all(second)
+    wait_until(lambda: not runs(worker), "the end of its worker", 30)
+    lost = last_words(folder, worker)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    found = records(tmp_path)
+    assert len(found) == 4
+    if not lost.startswith("end"):
+        assert f"(pid {worker} on " in output
+        assert len({step.pid for step in log_of(folder)}) == 2
+    code, again = launch(tmp_path / "alone", tiny, *SWEEP)
+    assert code == 0, again
+    alone = {trial: numbers(record) for trial, record in records(tmp_path / "alone").items()}
+    assert {trial: numbers(record) for trial, record in found.items()} == alone
+
+
+@contextmanager
+def postgres():
+    """A PostgreSQL server of its own, on loopback, whose user has a password; its URI."""
+    programs = [*Path("/usr/lib/postgresql").glob("*/bin"), *filter(None, [shutil.which("initdb")])]
+    found = [Path(one) if Path(one).is_dir() else Path(one).parent for one in programs]
+    found = [one for one in found if (one / "initdb").exists() and (one / "pg_ctl").exists()]
+    if not found:
+        pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
+    pytest.importorskip("psycopg", reason="MLflow reaches PostgreSQL through psycopg (cluster/requirements.txt)")
+    folder = Path(tempfile.mkdtemp(prefix="q3q-postgres-"))  # not pytest's, which only its owner may enter
+    data, port, password = folder / "data", free_port(), secrets.token_hex(16)
+    (folder / "password").write_text(password)
+    user = []
+    if os.geteuid() == 0:  # it refuses to run as root
+        shutil.chown(folder, "postgres", "postgres")
+        shutil.chown(folder / "password", "postgres")
+        user = ["runuser", "-u", "postgres", "--"]
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
+    make = [found[0] / "initdb", "-D", data, "-U", "q3q", "-A", "scram-sha-256", "--pwfile", folder / "password"]
+    subprocess.run([*user, *make], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+    control = [*user, found[0] / "pg_ctl", "-D", data, "-w"]
+    subprocess.run([*control, "-o", options, "-l", folder / "log", "start"], check=True, stdout=subprocess.DEVNULL)
+    try:
+        yield f"postgresql+psycopg://q3q:{password}@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+        shutil.rmtree(folder)
+
+
+def test_a_sweep_is_kept_by_an_mlflow_server_on_postgresql_that_passes_artifacts_on(tiny, tmp_path):  # noqa: F811
+    with postgres() as database:
+        port = free_port()
+        server = serve(tmp_path, port, "--backend-store-uri", database)
+        try:
+            uri = f"http://127.0.0.1:{port}"
+            arguments = ("method=rtn", "bits=3,4", f"track.uri={uri}")
+            for _ in range(2):
+                code, output = launch(tmp_path / "storage", tiny, *arguments)
+                assert code == 0, output
+            found = records(tmp_path / "storage")
+            assert len(found) == 2
+            assert children(uri) == sorted(found)
+            assert len(list((tmp_path / "served").rglob("record.json"))) == 2
+            assert "postgresql" not in output  # the server's password is not the sweep's business
+        finally:
+            kill(server)

@@ -1,0 +1,147 @@
+"""Laws of gangs, with real Ray and real processes that really die."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from q3q.errors import ConfigError
+from q3q.sweep.cluster import Cluster, Resources, Started, Task, WorkerDiedError
+
+TWO = Resources(cpus=1, ranks=2)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(cpus=2, gpus=0) as started:
+        yield started
+
+
+def run(cluster, *tasks, on_event=lambda *_: None, on_retry=None):
+    return {outcome.key: outcome for outcome in cluster.run(tasks, on_event, on_retry)}
+
+
+def runs(pid):
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.startswith("Z")
+
+
+def free(cluster):
+    """Whether the cluster is empty again: nothing of a gang keeps a place."""
+    return run(cluster, Task(key="both", call=lambda _: "free", resources=Resources(cpus=2)))["both"].value == "free"
+
+
+def test_ranks_meet_and_rank_0_speaks_for_all(cluster):
+    def call(report, seat):
+        from q3q.team import joined
+
+        report(f"rank {seat.rank}")
+        with joined(seat) as team:
+            return seat.host, team.gather((os.getpid(), seat.rank, seat.size))
+
+    heard = []
+    outcome = run(cluster, Task(key="gang", call=call, resources=TWO), on_event=lambda _, event: heard.append(event))
+    host, ranks = outcome["gang"].value
+    assert host == "127.0.0.1"
+    assert [rank for _, rank, _ in ranks] == [0, 1]
+    assert [size for _, _, size in ranks] == [2, 2]
+    assert heard == [Started(key="gang", pid=ranks[0][0], node=heard[0].node, attempt=1), "rank 0"]
+    assert free(cluster)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_takes_its_gang_down_and_the_task_runs_again(cluster, tmp_path, victim):
+    def call(report, seat):
+        from q3q.team import joined
+
+        with joined(seat) as team:
+            pids = team.gather(os.getpid())
+            if not (tmp_path / "died").exists():
+                if seat.rank == victim:
+                    (tmp_path / "pids").write_text(" ".join(map(str, [*pids, seat.port])))
+                    (tmp_path / "died").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(1000)  # nothing that would notice
+            return team.gather("done")
+
+    retried, left = [], []
+
+    def on_retry(key, error):
+        *pids, port = map(int, (tmp_path / "pids").read_text().split())
+        listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout
+        left.append(([pid for pid in pids if runs(pid)], f"127.0.0.1:{port} " in listening))
+        retried.append((type(error), f"rank {victim} of 2" in str(error)))
+
+    begin = time.monotonic()
+    outcome = run(cluster, Task(key="gang", call=call, resources=TWO), on_retry=on_retry)["gang"]
+    assert (outcome.value, outcome.attempts, outcome.error) == (["done", "done"], 2, None)
+    assert retried == [(WorkerDiedError, True)]
+    assert left == [([], False)]  # when it is said, all are dead and the port is free
+    assert time.monotonic() - begin < 60
+    assert free(cluster)
+
+
+def test_who_loses_the_other_does_not_hide_why(cluster):
+    def call(report, seat):
+        from q3q.team import joined
+
+        with joined(seat) as team:
+            if seat.rank == 1:
+                raise KeyError("its own reason")
+            team.barrier()
+
+    outcome = run(cluster, Task(key="gang", call=call, resources=TWO))["gang"]
+    assert isinstance(outcome.error, KeyError)
+    assert (outcome.died, outcome.attempts) == (False, 1)
+    assert free(cluster)
+
+
+def test_what_all_ranks_find_wrong_is_told_by_rank_0(cluster):
+    def call(report, seat):
+        raise ValueError(f"rank {seat.rank} will not")
+
+    outcome = run(cluster, Task(key="gang", call=call, resources=TWO))["gang"]
+    assert outcome.error.args == ("rank 0 will not",)
+
+
+def test_a_gang_that_fits_nowhere_is_refused_and_one_that_has_to_wait_is_not(cluster):
+    huge = Resources(cpus=1, ranks=3)
+    outcomes = run(
+        cluster,
+        Task(key="single", call=lambda _: time.sleep(2)),
+        Task(key="huge", call=lambda *_: None, resources=huge),
+        Task(key="gang", call=lambda _, seat: seat.rank, resources=TWO),
+    )
+    assert isinstance(outcomes["huge"].error, ConfigError)
+    assert "huge needs 3 ranks of 1 CPUs, 0 GPUs, and all machines together do not have that" in str(
+        outcomes["huge"].error
+    )
+    assert outcomes["gang"].value == 0
+    assert free(cluster)
+
+
+def test_the_run_that_is_given_up_leaves_no_rank_behind(cluster, tmp_path):
+    def call(report, seat):
+        (tmp_path / f"{seat.rank}").write_text(str(os.getpid()))
+        while not (tmp_path / "1").exists():
+            time.sleep(0.05)
+        report("both")
+        time.sleep(1000)
+
+    class GivenUpError(Exception):
+        pass
+
+    def on_event(_, event):
+        if event == "both":
+            raise GivenUpError
+
+    with pytest.raises(GivenUpError):
+        list(cluster.run([Task(key="gang", call=call, resources=TWO)], on_event))
+    deadline = time.monotonic() + 10
+    pids = [int((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, pids))
+    assert free(cluster)

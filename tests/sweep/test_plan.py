@@ -1,0 +1,336 @@
+"""Resources from true byte counts, order, packing, refusals; all arithmetic on Qwen3's own shapes."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from q3q.errors import ConfigError
+from q3q.models.checkpoint import read_facts
+from q3q.models.footprint import need
+from q3q.record import TrialRecord
+from q3q.spec import Scheme, TrialSpec
+from q3q.sweep.costs import CostModel, Rate, forward
+from q3q.sweep.plan import (
+    Machine,
+    Planned,
+    Share,
+    Wishes,
+    describe,
+    disk_of,
+    fits,
+    plan,
+    shares_of,
+    simulate,
+    size,
+    wishes_of,
+)
+
+SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, tied
+    "qwen3_0_6b": (1024, 28, 16, 8, 3072, True),
+    "qwen3_8b": (4096, 36, 32, 8, 12288, False),
+    "qwen3_32b": (5120, 64, 64, 8, 25600, False),
+}
+
+
+def facts(name):
+    hidden, layers, heads, kv_heads, intermediate, tied = SHAPES[name]
+    return read_facts(
+        {
+            "model_type": "qwen3",
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 128,
+            "intermediate_size": intermediate,
+            "vocab_size": 151936,
+            "tie_word_embeddings": tied,
+            "max_position_embeddings": 40960,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+            "dtype": "bfloat16",
+        }
+    )
+
+
+def spec(model="qwen3_8b", method="gptq", bits=4, places=None, **other):
+    text = {"name": "wikitext2", "source": "wikitext2", "window": 2048, "limit": 10, "samples": None, "draw": "first"}
+    observes = method in ("gptq", "awq")
+    return TrialSpec(
+        model={"name": model, "source": model, "revision": "x", "dtype": "bfloat16"},
+        method={"name": method, "version": 1},
+        scheme=None if method == "none" else Scheme(bits=bits, group_size=128, symmetric=False),
+        calibration={"samples": 128, "length": 2048} if observes else None,
+        evaluation={"texts": [{**text, "digest": ""}], "tasks": [], "task_limit": None},
+        seed=0,
+        places={"trials": "/nowhere", "keep": "none", **(places or {})},
+        **other,
+    )
+
+
+def planned_for(specs, machines, wishes=None, finished=None, model=None):
+    known = {one.id: facts(one.model["name"]) for one in specs}
+    return plan(specs, finished or {}, known, machines=machines, wishes=wishes or Wishes(), model=model or CostModel())
+
+
+NODE = Machine(cpus=64, gpus=8, memory=1_000_000_000_000, gpu_memory=80_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "ranks", "loader"),
+    [("qwen3_0_6b", 0.25, 1, "resident"), ("qwen3_8b", 0.5, 1, "resident"), ("qwen3_32b", 1, 2, "sharded")],
+)
+def test_a_trial_gets_the_gpus_that_its_bytes_need(model, gpus, ranks, loader):
+    share, larger = shares_of(spec(model), facts(model), [NODE], Wishes())
+    assert (share.gpus, share.ranks, share.loader) == (gpus, ranks, loader)
+    assert share.needs == need(facts(model), "bfloat16", method="gptq", loader=loader, ranks=ranks, device="cuda")
+    assert share.needs <= 80e9 * share.gpus
+    assert larger.gpus * larger.ranks == 2 * share.gpus * share.ranks  # what it is tried with if that was too little
+
+
+def test_without_enough_gpus_for_a_gang_the_model_is_streamed_through_one():
+    share, _ = shares_of(spec("qwen3_32b"), facts("qwen3_32b"), [replace(NODE, gpus=1)], Wishes())
+    assert (share.gpus, share.ranks, share.loader) == (1, 1, "streamed")
+
+
+def test_a_gpu_of_unknown_size_is_given_whole():
+    share, _ = shares_of(spec("qwen3_0_6b"), facts("qwen3_0_6b"), [replace(NODE, gpu_memory=None)], Wishes())
+    assert share.gpus == 1
+
+
+def test_what_is_asked_for_wins():
+    def asked(**wishes):
+        return shares_of(spec(), facts("qwen3_8b"), [NODE], Wishes(**wishes))[0]
+
+    assert (asked(gpus=4).ranks, asked(gpus=4).loader) == (4, "sharded")
+    assert asked(gpus=1).gpus == 1
+    assert asked(cpus=3).cpus == 3
+    assert asked(gpus=0).gpus == 0
+    assert asked(memory=123_000_000_000).memory == 123_000_000_000
+
+
+def test_on_cores_a_trial_takes_the_part_of_them_that_it_takes_of_the_memory():
+    machine = Machine(cpus=32, memory=64_000_000_000)
+    large, small = (shares_of(spec(name), facts(name), [machine], Wishes())[0] for name in ("qwen3_8b", "qwen3_0_6b"))
+    assert large.cpus == math.floor(32 * large.memory / machine.memory) > small.cpus >= 1
+    assert large.loader == "resident"
+
+
+def test_on_cores_what_does_not_fit_is_streamed_and_a_second_try_gets_more():
+    facts_8b = facts("qwen3_8b")
+    resident = need(facts_8b, "bfloat16", method="gptq", loader="resident")
+    roomy, tight = (Machine(cpus=2, memory=int(times * resident)) for times in (1.5, 0.9))
+    assert [one.loader for one in shares_of(spec(), facts_8b, [roomy], Wishes())] == ["resident", "streamed"]
+    share, larger = shares_of(spec(), facts_8b, [tight], Wishes())
+    assert (share.loader, larger.loader, larger.memory) == ("streamed", "streamed", 2 * share.memory)
+    again = shares_of(spec(), facts_8b, [Machine(cpus=2, memory=4 * resident)], Wishes())[1]
+    assert (again.loader, again.memory >= 2 * resident) == ("resident", True)
+
+
+@pytest.mark.parametrize(
+    ("machine", "places", "wishes", "advice"),
+    [
+        (Machine(cpus=8, memory=3_000_000_000), {}, {}, "a cluster whose machines have"),
+        (Machine(cpus=8, memory=12_000_000_000), {"loader": "resident"}, {}, "loader=streamed"),
+        (Machine(cpus=8, memory=99_000_000_000), {}, {"memory": 3_500_000_000}, "cluster.memory_per_trial=auto"),
+        (Machine(cpus=8, memory=99_000_000_000), {"memory": 1_000_000_000}, {}, "memory="),
+        (Machine(cpus=8, memory=99_000_000_000), {}, {"cpus": 9}, "cluster.cpus_per_trial=8"),
+        (
+            replace(NODE, gpus=1, gpu_memory=9_000_000_000),
+            {"loader": "sharded"},
+            {},
+            "such GPUs (cluster.gpus_per_trial=",
+        ),
+        (replace(NODE, gpu_memory=20_000_000_000), {"loader": "resident"}, {"gpus": 0.25}, "cluster.gpus_per_trial=1"),
+    ],
+)
+def test_what_fits_nowhere_is_refused_with_what_would_make_it_fit(machine, places, wishes, advice):
+    with pytest.raises(ConfigError, match="fits nowhere") as refused:
+        shares_of(spec(places=places), facts("qwen3_8b"), [machine], Wishes(**wishes))
+    assert advice in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_where_machines_are_still_to_come_nothing_is_refused_for_its_size():
+    share, _ = shares_of(spec(), facts("qwen3_8b"), [Machine(cpus=1, memory=1)], Wishes(patience=60, gpus=1))
+    assert share.gpus == 1
+
+
+def test_baselines_come_first_then_the_longest():
+    specs = [spec("qwen3_0_6b"), spec("qwen3_0_6b", "awq"), spec("qwen3_0_6b", "none"), spec("qwen3_8b", "rtn")]
+    ordered = planned_for(specs, [NODE])
+    assert ordered[0].spec.scheme is None
+    assert [one.seconds for one in ordered[1:]] == sorted((one.seconds for one in ordered[1:]), reverse=True)
+
+
+def pretend(seconds, gpus=1.0, ranks=1):
+    share = Share(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks)
+    return Planned(spec=spec(), share=share, phases={"evaluate": seconds}, basis="rough", disk=0)
+
+
+def test_the_simulated_sweep_packs_fractions_gangs_and_single_gpus():
+    machine = replace(NODE, gpus=4)
+    assert simulate([pretend(10)] * 8, [machine]) == (20, 4)
+    assert simulate([pretend(10, 0.25)] * 16, [machine]) == (10, 16)
+    assert simulate([pretend(10, ranks=4), pretend(10)], [machine]) == (20, 1)
+    assert simulate([pretend(10, ranks=8)], [machine, machine]) == (10, 1)  # its ranks sit on two machines
+    # The gang has to wait for the long one; the short one does not wait behind it.
+    assert simulate([pretend(30), pretend(10, ranks=4), pretend(5)], [machine]) == (40, 2)
+    # 0.5 + 0.5 share a GPU rather than begin one each, so the gang of three has room at once.
+    assert simulate([pretend(10, 0.5), pretend(10, 0.5), pretend(10, ranks=3)], [machine]) == (10, 3)
+
+
+def test_longest_first_ends_earlier_than_shortest_first():
+    lengths = [pretend(seconds) for seconds in (1, 1, 1, 1, 4)]
+    longest_first = sorted(lengths, key=lambda one: -one.seconds)
+    machine = replace(NODE, gpus=2)
+    assert simulate(longest_first, [machine])[0] == 4 < simulate(lengths, [machine])[0]
+
+
+def record_of(one, seconds, processor="EPYC", threads=2, **other):
+    hardware = {"processor": processor, "threads": threads}
+    metrics = {f"seconds/{phase}": took for phase, took in seconds.items()}
+    return TrialRecord(spec=one, status="COMPLETED", metrics=metrics, environment={"hardware": hardware}, **other)
+
+
+def test_what_a_small_model_took_at_4_bits_corrects_what_a_large_one_will_take_at_2():
+    costs, where = CostModel(), Rate("EPYC", False, 2.0)
+    small, large = spec("qwen3_0_6b"), spec("qwen3_8b", bits=2)
+    plain = {one.id: costs.phases(one, facts(one.model["name"]), where, loader="resident") for one in (small, large)}
+    took = {"quantize": 3 * plain[small.id]["quantize"], "evaluate": 0.5 * plain[small.id]["evaluate"]}
+    learned = costs.learned([record_of(small, took)], lambda one: facts(one.model["name"]))
+    corrected = learned.phases(large, facts("qwen3_8b"), where, loader="resident")
+    assert corrected["quantize"] == pytest.approx(3 * plain[large.id]["quantize"])
+    assert corrected["evaluate"] == pytest.approx(0.5 * plain[large.id]["evaluate"])
+    assert corrected["load"] == plain[large.id]["load"]
+
+
+def test_a_busy_hour_a_resumed_phase_or_a_failure_does_not_spoil_the_correction():
+    costs, one = CostModel(), spec("qwen3_0_6b")
+    plain = costs.phases(one, facts("qwen3_0_6b"), Rate("EPYC", False, 2.0), loader="resident")
+    normal = [record_of(one, {"quantize": 2 * plain["quantize"]}) for _ in range(3)]
+    busy = record_of(one, {"quantize": 100 * plain["quantize"]})
+    resumed = [record_of(one, {"quantize": 0.06 * plain["quantize"]}, notes={"blocks_from_disk": 27})] * 9
+    failed = [replace(record_of(one, {"quantize": 0.06 * plain["quantize"]}), status="FAILED")] * 9
+    learned = costs.learned([*normal, busy, *resumed, *failed], lambda _: facts("qwen3_0_6b"))
+    now = learned.phases(one, facts("qwen3_0_6b"), Rate("EPYC", False, 2.0), loader="resident")
+    assert now["quantize"] == pytest.approx(2 * plain["quantize"])
+
+
+def test_another_kind_of_machine_is_corrected_only_while_nothing_nearer_is_known():
+    costs, one = CostModel(), spec("qwen3_0_6b", "rtn")
+    plain = costs.phases(one, facts("qwen3_0_6b"), Rate("EPYC", False, 2.0), loader="resident")
+    learned = costs.learned(
+        [
+            record_of(one, {"evaluate": 2 * plain["evaluate"]}),
+            record_of(one, {"evaluate": 6 * plain["evaluate"]}, "i386"),
+        ],
+        lambda _: facts("qwen3_0_6b"),
+    )
+
+    def evaluate(name, gpu=False):
+        return learned.phases(one, facts("qwen3_0_6b"), Rate(name, gpu, 2.0), loader="resident")["evaluate"]
+
+    assert evaluate("EPYC") == pytest.approx(2 * plain["evaluate"])
+    assert evaluate("i386") == pytest.approx(6 * plain["evaluate"])
+    assert evaluate("unheard of") == pytest.approx(4 * plain["evaluate"])
+    gpu = costs.phases(one, facts("qwen3_0_6b"), Rate("A100", True, 2.0), loader="resident")["evaluate"]
+    assert evaluate("A100", gpu=True) == pytest.approx(gpu)  # cores say nothing about a GPU
+
+
+def test_operations_of_a_forward_are_two_a_weight_and_token():
+    shape = facts("qwen3_8b")
+    assert forward(shape, 1000, 0) == 2 * 1000 * shape.linear_parameters
+    assert forward(shape, 1000, 2048) > forward(shape, 1000, 0)
+
+
+def test_the_methods_stand_in_their_order_of_cost():
+    shape, costs = facts("qwen3_0_6b"), CostModel()
+    took = [
+        costs.operations(spec("qwen3_0_6b", method), shape)["quantize"] for method in ("none", "rtn", "gptq", "awq")
+    ]
+    assert took == sorted(took)
+    assert took[0] == 0
+
+
+def test_disk_counts_kept_blocks_exports_and_baselines():
+    shape = facts("qwen3_8b")
+    assert disk_of(spec(), shape) == 0
+    kept = disk_of(spec(places={"keep": "blocks"}), shape)
+    assert shape.linear_parameters < kept < 1.1 * shape.linear_parameters  # a byte a code, and scales
+    assert disk_of(spec(export="hf"), shape) == shape.weight_bytes()
+    assert 0.25 < disk_of(spec(export="gptq"), shape) / shape.weight_bytes() < 0.5
+    drifting = {**spec(method="none").evaluation, "drift": "auto"}
+    assert disk_of(replace(spec(method="none"), evaluation=drifting), shape) == 10 * 2047 * 4096 * 2
+
+
+def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
+    finished = spec("qwen3_0_6b", "rtn")
+    specs = [spec("qwen3_32b"), spec("qwen3_0_6b", "awq"), finished]
+    ordered = planned_for(specs, [NODE], finished={finished.id: record_of(finished, {})})
+    shown = describe(ordered, machines=[NODE], where="this machine", storage=tmp_path)
+    lines = shown.splitlines()
+    [gang] = [line for line in lines if "qwen3_32b" in line]
+    assert "2 GPUs" in gang
+    assert "sharded" in gang
+    assert "(rough)" in gang
+    [fraction] = [line for line in lines if "awq" in line]
+    assert "0.25 GPU " in fraction
+    [done] = [line for line in lines if "rtn" in line]
+    assert done.split()[-1] == "done"
+    assert "2 to run on this machine, 2 at a time at most" in shown
+    assert "GPU-hours" in lines[-2]
+
+
+def test_two_thousand_trials_for_64_nodes_of_8_gpus_are_planned_in_seconds():
+    specs = [
+        replace(spec(name, method), seed=seed) for name in SHAPES for method in ("rtn", "gptq") for seed in range(100)
+    ]
+    ordered = planned_for(specs, [NODE] * 64)
+    wall, at_once = simulate(ordered, [NODE] * 64)
+    busy = sum(one.gpu_hours for one in ordered) * 3600
+    assert wall >= busy / 512
+    assert wall <= busy / 512 + max(one.seconds for one in ordered)  # Graham's bound of list scheduling
+    assert at_once <= 64 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("given", "bytes_"), [("16GB", 16e9), ("512MiB", 512 * 2**20), (1000, 1000), ("1.5 gb", 1.5e9), ("auto", None)]
+)
+def test_sizes_are_read_as_people_write_them(given, bytes_):
+    assert size("cluster.gpu_memory", given) == bytes_
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"cpus_per_trial": "many"},
+        {"cpus_per_trial": 0},
+        {"gpus_per_trial": 1.5},
+        {"gpus_per_trial": -1},
+        {"memory_per_trial": "16 potatoes"},
+        {"gpu_memory": "-1GB"},
+    ],
+)
+def test_a_knob_that_cannot_be_meant_is_refused_by_name(knobs):
+    [key] = knobs
+    with pytest.raises(ConfigError, match=f"cluster.{key}="):
+        wishes_of(knobs.get)
+
+
+def test_a_share_too_small_for_its_model_fits_nowhere():
+    share = Share(cpus=1, gpus=0.25, memory=1, needs=30_000_000_000)
+    assert not fits(share, [NODE])
+    assert fits(replace(share, gpus=0.5), [NODE])
+
+
+def test_plan_needs_no_torch():
+    import subprocess
+    import sys
+
+    root = Path(__file__).parent.parent.parent
+    code = "import sys, q3q.sweep.plan; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
