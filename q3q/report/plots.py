@@ -5,11 +5,13 @@ the SVG takes the page's colours and its points answer to the mouse, a finger an
 """
 
 import io
+import itertools
 import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape, unescape
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,7 @@ MOST_ROWS = 64  # of the heatmap; beyond it the linears of a site are averaged
 PANEL = (4.0, 3.6)  # inches; as wide as a telephone shows it, so that letters stay legible
 MOST_HEATMAPS = 6  # of one model in a page
 MOST_NAMED = 12  # trials in a caption
+MOST_ENTRIES = 40  # of a legend, which would else leave no room for the picture
 MOST_NUMBERED = 12  # blocks of the heatmap whose cells have room for their numbers
 
 
@@ -67,6 +70,10 @@ class Plot:
 
     def svg(self) -> bytes:
         """Without a date, and with the same ids each time: the same records give the same bytes."""
+        return self._svg
+
+    @cached_property
+    def _svg(self) -> bytes:
         from matplotlib import rc_context
 
         content = io.BytesIO()
@@ -91,7 +98,7 @@ def study_plots(records: Sequence[TrialRecord], predicted: Mapping[str, float] |
         plots += _tokens_of_experts(model, mine)
         plots += _site_errors(model, mine)
     plots += _quality_against_size(models)
-    plots += _cost(records, predicted or {})
+    plots += _cost(records, {**(predicted or {}), **_planned(records)})
     return plots
 
 
@@ -118,6 +125,7 @@ def perplexity_against_bits(records: Sequence[TrialRecord]) -> bytes:
         axes.set_title(f"{model}: {text.partition('/')[2]}", fontsize=10)
     for axes in figure.axes[len(panels) :]:
         axes.set_axis_off()
+    drawn = dict(itertools.islice(drawn.items(), MOST_ENTRIES))
     if drawn:
         inches = 0.6 + 0.08 * max(map(len, drawn))  # of one entry in letters of this size
         beside = max(1, min(len(drawn), int(figure.get_figwidth() / inches)))
@@ -460,6 +468,12 @@ def _quality_against_size(models: Mapping[str, Sequence[TrialRecord]]) -> Iterat
         yield Plot(f"size-{bits}bits", title, _not_shown(left_out, metric), figure)
 
 
+def _planned(records: Sequence[TrialRecord]) -> dict[str, float]:
+    """Seconds that a trial was predicted to take, as its record says; by its id."""
+    plans = {r.spec.id: r.environment.get("planned", {}) for r in records}
+    return {trial: float(planned["seconds"]) for trial, planned in plans.items() if "seconds" in planned}
+
+
 def _cost(records: Sequence[TrialRecord], predicted: Mapping[str, float]) -> Iterator[Plot]:
     """Predicted against actual seconds, a point per trial."""
     known = [
@@ -520,10 +534,13 @@ def _legend(figure: "Figure", drawn: Mapping[str, Any]) -> None:
     """Below the picture; in the page its entries bring out their line."""
     if not drawn:
         return
-    beside = max(1, min(len(drawn), int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, drawn))))))
+    shown = dict(itertools.islice(drawn.items(), MOST_ENTRIES))
+    beside = max(1, min(len(shown), int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, shown))))))
     legend = figure.legend(
-        drawn.values(), drawn.keys(), loc="outside lower center", ncols=beside, fontsize=9, frameon=False
+        shown.values(), shown.keys(), loc="outside lower center", ncols=beside, fontsize=9, frameon=False
     )
+    if len(shown) < len(drawn):
+        legend.set_title(f"the first {len(shown)} of {len(drawn)}")
     for text in legend.get_texts():
         text.set_gid(f"{ENTRY}|{text.get_text().replace('unquantized', 'none', 1)}|")
 

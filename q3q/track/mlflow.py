@@ -6,14 +6,13 @@ Every call names its run: MLflow's global active run is never used, and nobody b
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from q3q.errors import TrackingError
 from q3q.masking import masked
-from q3q.record import TrialRecord, write_atomically
+from q3q.record import TrialRecord, block_errors, write_atomically
 from q3q.spec import TrialSpec
 from q3q.track.tracker import Sweep
 
@@ -35,6 +34,7 @@ WHEN_WORKING = (15, 2)
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 LONGEST_NAME = 120  # of a run, which stands in a table's column
 MOST_AT_ONCE = 1000  # metrics in one request
+MOST_COLUMNS = 8  # metrics in the UI's table of a sweep
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -70,6 +70,14 @@ class MlflowTracker:
         self._parent = ""
         self._live: dict[str, str] = {}  # trial id -> the run that its metrics go to while it works
         self._children: dict[str, dict[str, str]] = {}  # trial id -> its runs -> digest of the record that each holds
+        self._drawn: dict[str, set[tuple[str, int]]] = {}  # trial id -> metrics and steps that it has while it works
+        self._measured: dict[str, None] = {}  # what trials of the sweep measured, in the order of their records
+
+    @property
+    def page(self) -> str:
+        """Where the UI shows the open sweep: its trials as a table with what was measured, below a server's address."""
+        sweep = self._expect_open()
+        return f"#/experiments/{self._experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={sweep.id}"
 
     def check(self) -> None:
         """See `Tracker.check`. Imports MLflow and makes a missing SQLite store: takes seconds, may run in a thread."""
@@ -100,7 +108,7 @@ class MlflowTracker:
             params = {key: value for key, value in _summary(sweep.trials).items() if key not in known}
             self._log_batch(self._parent, {}, 0, params, tags)
             self._upload(self._parent, {"config.yaml": sweep.config.encode()})
-            self._sweep, self._children, self._live = sweep, {}, {}
+            self._sweep, self._children, self._live, self._measured = sweep, {}, {}, {}
             for run in self._children_of(self._parent):
                 trial, digest = run.data.tags.get("q3q.trial", ""), run.data.tags.get("q3q.record", "")
                 self._children.setdefault(trial, {})[run.info.run_id] = digest
@@ -116,11 +124,13 @@ class MlflowTracker:
                 self._children.setdefault(spec.id, {})[self._live[spec.id]] = ""
             named = [Metric(_metric_name(name), value, now, step) for name, value in metrics.items()]
             self._client().log_batch(self._live[spec.id], named)
+            self._drawn.setdefault(spec.id, set()).update((name, step) for name in metrics)
 
     def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
         trial, digest = record.spec.id, _digest(record)
         with self._trouble(f"did not take trial {trial}"), _patience(*WHEN_WORKING):
             self._expect_open()
+            self._show(name for name in record.metrics if name in record.intervals)
             runs = self._children.setdefault(trial, {})
             if digest in runs.values():
                 return
@@ -131,7 +141,7 @@ class MlflowTracker:
             # From here on the run is known, and without a digest: if the rest fails, the next try replaces it.
             runs[run] = ""
             self._log_batch(run, _metrics(record), ended, record.spec.flat(), _tags(record))
-            self._log_blocks(run, record, ended)
+            self._log_blocks(run, record, self._drawn.pop(trial, set()), ended)
             self._log_texts(run, record.spec)
             self._upload(run, artifacts)
             if self.register is not None and record.completed and record.spec.export:
@@ -153,6 +163,15 @@ class MlflowTracker:
                 client.set_terminated(run, "KILLED")
             client.set_terminated(self._parent, "FINISHED" if succeeded else "FAILED")
 
+    def _show(self, measured: Iterable[str]) -> None:
+        """See that the sweep's page has columns for these metrics."""
+        if (known := self._measured | dict.fromkeys(measured)) != self._measured:
+            view = _view(self._parent, list(known))
+            self._client().set_experiment_tag(
+                self._experiment_id, f"mlflow.sharedViewState.{self._expect_open().id}", view
+            )
+            self._measured = known
+
     def _begin(self, spec: TrialSpec, started: int) -> str:
         """A child run under way."""
         run = self._client().create_run(
@@ -163,17 +182,16 @@ class MlflowTracker:
         )
         return str(run.info.run_id)
 
-    def _log_blocks(self, run: str, record: TrialRecord, at: int) -> None:
-        """Mean error of each block's linears, a step a block, so that the UI draws it."""
+    def _log_blocks(self, run: str, record: TrialRecord, drawn: set[tuple[str, int]], at: int) -> None:
+        """Mean error of each block's linears, a step a block, so that the UI draws it: those that are not drawn yet."""
         from mlflow.entities import Metric
 
-        series: dict[tuple[str, int], list[float]] = {}
-        for site in record.sites:
-            series.setdefault(("block/weight_error", site.block), []).append(site.weight_error)
-            if site.output_error is not None:
-                series.setdefault(("block/output_error", site.block), []).append(site.output_error)
-        means = [(name, step, sum(values) / len(values)) for (name, step), values in series.items()]
-        metrics = [Metric(name, value, at, step) for name, step, value in means if math.isfinite(value)]
+        metrics = [
+            Metric(name, value, at, block)
+            for block, errors in block_errors(record.sites).items()
+            for name, value in errors.items()
+            if (name, block) not in drawn
+        ]
         for start in range(0, len(metrics), MOST_AT_ONCE):
             self._client().log_batch(run, metrics[start : start + MOST_AT_ONCE])
 
@@ -245,7 +263,9 @@ class MlflowTracker:
     def _make_experiment(self) -> str:
         location = None if self._artifacts is None else self._artifacts.as_uri()
         try:
-            return str(self._client().create_experiment(self.experiment, artifact_location=location))
+            # The kind decides which of its faces the UI shows: runs, or traces of chat applications.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self._client().create_experiment(self.experiment, artifact_location=location, tags=kind))
         except Exception:
             faster = self._find_experiment()  # another sweep may have made it meanwhile
             if faster is None:
@@ -443,9 +463,18 @@ def _tags(record: TrialRecord) -> dict[str, str]:
         "q3q.git_commit": commit,
         "mlflow.source.git.commit": commit.partition("+")[0],
         "mlflow.note.content": _story(record),
+        **_exported(record),
         **_origin(),
     }
     return {name: value for name, value in tags.items() if value}
+
+
+def _exported(record: TrialRecord) -> dict[str, str]:
+    """Where an exported checkpoint is and what: gigabytes are not copied unless somebody registers them."""
+    facts = record.notes.get("export", {})
+    size = {"bytes": f"{record.metrics['model_bytes']:.0f}"} if facts and "model_bytes" in record.metrics else {}
+    named = {name: str(facts[name]) for name in ("format", "path", "sha256") if name in facts}
+    return {f"q3q.export.{name}": value for name, value in {**named, **size}.items()}
 
 
 def _story(record: TrialRecord) -> str:
@@ -488,6 +517,25 @@ def _listed(values: Any) -> str:
 
 def _model(spec: TrialSpec) -> str:
     return str(spec.model.get("name") or spec.model.get("source"))
+
+
+def _view(parent: str, measured: list[str]) -> str:
+    """What the UI's table of a sweep shows, as the UI itself keeps a view that somebody shares: the trials alone, what
+    they measured beside their bits, the best first. A UI that does not know it says so and shows all runs."""
+    main = [name for name in measured if not name.startswith("top1_agreement/")] or measured
+    columns = [f"metrics.`{_metric_name(name)}`" for name in [*main[:MOST_COLUMNS], "bits_per_weight_model"]]
+    return json.dumps(
+        {
+            "searchFilter": f"tags.mlflow.parentRunId = '{parent}'",
+            "orderByKey": columns[0],
+            "orderByAsc": "/acc" not in columns[0],
+            "startTime": "ALL",
+            "lifecycleFilter": "Active",
+            "datasetsFilter": [],
+            "modelVersionFilter": "All Runs",
+            "selectedColumns": [*columns, "params.`scheme.bits`", "params.`scheme.group_size`"],
+        }
+    )
 
 
 def _headline(sweep: Sweep) -> str:

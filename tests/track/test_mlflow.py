@@ -1,5 +1,6 @@
 """Laws of the tracker, on real MLflow stores: a SQLite file, and a server in a process of its own."""
 
+import json
 import os
 import re
 import signal
@@ -416,8 +417,7 @@ def test_metrics_arrive_while_a_trial_runs_and_stay_in_its_one_run(tracker: Mlfl
     from mlflow.tracking import MlflowClient
 
     tracker.open(sweep())
-    for block in (1, 2):
-        tracker.live(spec(), {"progress/blocks": float(block)}, block)
+    tracker.live(spec(), {"block/weight_error": 0.2, "system/cpu_utilization_percentage": 97.0}, 0)
     [child] = children(tracker)
     assert child.info.status == "RUNNING"
     assert child.info.run_name == "gptq w3 g128 · demo"
@@ -431,11 +431,45 @@ def test_metrics_arrive_while_a_trial_runs_and_stay_in_its_one_run(tracker: Mlfl
     assert (ended.info.run_id, ended.info.status) == (child.info.run_id, "FINISHED")
     client = MlflowClient(tracking_uri=tracker.uri)
     history = {
-        name: [(one.step, one.value) for one in client.get_metric_history(child.info.run_id, name)]
-        for name in ("progress/blocks", "block/weight_error")
+        name: sorted((one.step, one.value) for one in client.get_metric_history(child.info.run_id, name))
+        for name in ("system/cpu_utilization_percentage", "block/weight_error")
     }
-    assert history["progress/blocks"] == [(1, 1.0), (2, 2.0)]
-    assert history["block/weight_error"] == [(0, pytest.approx(0.2)), (1, pytest.approx(1.2))]
+    assert history["system/cpu_utilization_percentage"] == [(0, 97.0)]
+    assert history["block/weight_error"] == [(0, pytest.approx(0.2)), (1, pytest.approx(1.2))]  # each block once
+
+
+def test_an_exported_checkpoint_is_a_pointer_with_size_and_hash(tracker: MlflowTracker) -> None:
+    tracker.open(sweep())
+    facts = {"format": "gptq", "path": "/served/q3", "sha256": "ab12", "reloaded_by": "transformers"}
+    tracker.log(record(notes={"export": facts}, metrics={"model_bytes": 4200000.0}), {})
+    [child] = children(tracker)
+    assert {name: child.data.tags[f"q3q.export.{name}"] for name in ("format", "path", "sha256", "bytes")} == {
+        "format": "gptq",
+        "path": "/served/q3",
+        "sha256": "ab12",
+        "bytes": "4200000",
+    }
+
+
+def test_the_sweeps_page_is_a_view_of_its_trials(tracker: MlflowTracker) -> None:
+    from mlflow.tracking import MlflowClient
+
+    tracker.open(sweep())
+    tracker.log(
+        record(metrics={"perplexity/stories": 3.0, "seconds/load": 1.0}, intervals={"perplexity/stories": (2.0, 4.0)}),
+        {},
+    )
+    client = MlflowClient(tracking_uri=tracker.uri)
+    experiment = client.get_experiment_by_name(tracker.experiment)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep().id}"])
+    [parent] = parents(tracker)
+    assert view["searchFilter"] == f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    assert view["orderByKey"] == "metrics.`perplexity/stories`"
+    assert "metrics.`seconds/load`" not in view["selectedColumns"]
+    assert tracker.page == (
+        f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={sweep().id}"
+    )
 
 
 def test_texts_are_data_sets_with_their_digests(tracker: MlflowTracker) -> None:
@@ -485,7 +519,7 @@ def test_syncing_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_trial_that_was_interrupted_does_not_run_for_ever(tracker: MlflowTracker) -> None:
     tracker.open(sweep())
-    tracker.live(spec(), {"progress/blocks": 1.0}, 1)
+    tracker.live(spec(), {"block/weight_error": 1.0}, 1)
     tracker.close({}, succeeded=False)
     assert [run.info.status for run in children(tracker)] == ["KILLED"]
     again = MlflowTracker(tracker.uri, experiment=tracker.experiment)

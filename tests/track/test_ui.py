@@ -1,0 +1,124 @@
+"""MLflow's own pages in a real browser, after a real sweep: what a person who opens them finds."""
+
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+BROWSER = next(
+    (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
+)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium here: MLflow's pages are not looked at"),
+]
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --window-size=2400,1200 --virtual-time-budget=20000"
+).split()
+SWEEP = (
+    "-m method=rtn bits=2,4 evaluation.tasks=[] evaluation.texts=[demo] evaluation.limit=4 "
+    "name=widths question=How.few.bits"
+).split()
+
+
+class Ui:
+    """A served store. start: the page that the sweep named when it ended."""
+
+    def __init__(self, address: str, start: str, folder: Path) -> None:
+        self.address, self.start, self.folder = address, start, folder
+
+    def text(self, page: str, *awaited: str) -> str:
+        """What a page shows, once it shows all that is awaited: it fetches that, so a look may come too early."""
+        assert BROWSER is not None
+        for _ in range(4):
+            command = [BROWSER, *FLAGS, f"--user-data-dir={self.folder}/profile", "--dump-dom", self.address + page]
+            shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+            bare = re.sub(r"<(style|script)\b.*?</\1>", "", shown, flags=re.DOTALL)
+            text = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", bare)))
+            if all(words in text for words in awaited):
+                break
+        return text
+
+    def link(self, name: str) -> str:
+        """Where a run of that name has its page."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(self.address.rstrip("/"))
+        experiment = client.get_experiment_by_name("widths")
+        [run] = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+        return f"#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
+
+
+@pytest.fixture(scope="module")
+def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
+    folder = tmp_path_factory.mktemp("ui")
+    command = [sys.executable, "launch.py", *SWEEP, f"storage={folder}/mlruns"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    said = re.search(r"make ui .*, then http://127\.0\.0\.1:5000/(#\S+)", ended.stdout)
+    assert said is not None, ended.stdout
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = ["ui", "--backend-store-uri", f"sqlite:///{folder}/mlruns/mlflow.db", "--host", "127.0.0.1"]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [str(Path(sys.executable).parent / "mlflow"), *serve, "--port", str(port), "--workers", "1"],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            try:
+                urllib.request.urlopen(address + "health", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield Ui(address, said[1], folder)
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+def test_the_page_that_the_sweep_names_is_a_table_of_its_trials(ui: Ui) -> None:
+    names = ("none · demo", "rtn w4 g128 · demo", "rtn w2 g128 · demo")
+    columns = ("perplexity/stories", "kl/stories", "bits_per_weight_model", "scheme.bits")
+    text = ui.text(ui.start, *names, *columns)
+    places = [text.find(name) for name in names]
+    assert -1 not in places
+    assert places == sorted(places)  # by perplexity, the best first
+    assert all(column in text for column in columns)
+    assert "3 matching runs" in text
+    assert "Overview Observability Traces" not in text  # the face for chat applications
+
+
+def test_the_parent_asks_and_answers(ui: Ui) -> None:
+    text = ui.text(ui.link("How.few.bits"), "python launch.py", "lower is better")
+    assert "Question. How.few.bits" in text
+    assert "python launch.py -m method=rtn bits=2,4" in text
+    assert "perplexity of stories (lower is better)" in text  # the table that answers
+
+
+def test_a_trial_has_metrics_texts_and_files(ui: Ui) -> None:
+    page = ui.link("rtn w2 g128 · demo")
+    text = ui.text(page, "perplexity/stories", "Datasets")
+    assert "COMPLETED" in text
+    assert "perplexity/stories" in text
+    assert "scheme.bits" in text
+    assert re.search(r"Datasets.{0,40}stories", text)
+    files = ui.text(page + "/artifacts", "record.json")
+    assert "record.json" in files
+    metrics = ui.text(page + "/model-metrics", "block/weight_error")
+    assert "block/weight_error" in metrics
