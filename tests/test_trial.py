@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q import config as schema
+from q3q.attempt import afresh
 from q3q.evaluate.samples import read_samples
 from q3q.record import TrialRecord, blocks_folder, kept_blocks_folder, trial_folder
 from q3q.sweep.study import Study
@@ -136,6 +137,7 @@ def test_a_pair_of_trials_is_compared_when_both_are_there(run, spec_of):
     assert not study.records[two.spec.id].comparisons
     (trial_folder(none.spec) / "away.json").rename(trial_folder(none.spec) / "record.json")
     study.take(none)
+    study._teller.settle()
     compared = tracker.records[two.spec.id].comparisons["perplexity/stories"]
     assert compared.difference == pytest.approx(loss(two) - loss(none))
     assert compared.distinguishable
@@ -161,7 +163,7 @@ def test_a_logit_that_is_not_finite_fails_the_trial_and_says_where(spec_of, monk
     assert far_off.completed
     assert math.log(far_off.metrics["perplexity/stories"]) == pytest.approx(500.5)
     monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([2000.0, 1.0]).double())
-    diverged = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
+    diverged = attempt_trial(afresh(far_off.spec, "once more"))
     assert diverged.completed
     assert diverged.diverged == ("perplexity/stories",)
 

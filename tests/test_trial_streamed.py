@@ -87,6 +87,7 @@ def test_a_streamed_trial_has_the_resident_ones_record(spec_of, overrides):
         assert again.notes["blocks_from_disk"] == len(list(paths[0].glob("*.safetensors"))) - 1
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(random_checkpoint, tmp_path):
     changes = {"vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "head_dim": 128}
     changes |= {"intermediate_size": 4096, "num_hidden_layers": 8, "torch_dtype": "float32"}

@@ -45,6 +45,11 @@ class Sweep:
 class Tracker(Protocol):
     """Written by one process, the sweep's driver. Records are on disk first: what a tracker cannot take is not lost."""
 
+    @property
+    def page(self) -> str:
+        """Where a person looks at the open sweep, below the place's own address; empty if there is nothing to see."""
+        ...
+
     def check(self) -> None:
         """See that results can be kept here, within about ten seconds; no run is made, a failed check leaves no file.
 
@@ -91,6 +96,10 @@ class MemoryTracker:
         self.closing: dict[str, bytes] = {}
         self.succeeded: bool | None = None
         self.steps: dict[str, list[tuple[int, dict[str, float]]]] = {}
+
+    @property
+    def page(self) -> str:
+        return ""
 
     def check(self) -> None:
         pass
