@@ -24,6 +24,8 @@ class SiteError:
 
     weight_error: ||W - Q|| / ||W||, Frobenius (of AWQ, W after its scales have moved). output_error:
     ||X (W - Q)^T|| / ||X W^T|| over the calibration tokens, None for a method that saw none.
+    experts: of a linear that every expert has, each one's output error, its weight error where there is none; to four
+    digits.
     """
 
     block: int
@@ -31,6 +33,11 @@ class SiteError:
     linear: str
     weight_error: float
     output_error: float | None
+    experts: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.experts is not None:  # a list, where it was read from JSON
+            object.__setattr__(self, "experts", tuple(self.experts))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -739,20 +739,24 @@ class Squares:
 
 
 def _site_error(index: int, site: Site, name: str, squares: Sequence[Squares]) -> SiteError:
-    outputs = [part.outputs for part in squares if part.outputs is not None]
+    wrong_E = torch.cat([part.wrong_E for part in squares]).double()
+    whole_E = torch.cat([part.whole_E for part in squares]).double()
+    seen = [part.outputs for part in squares if part.outputs is not None]
+    outputs = [torch.cat(part).double() for part in zip(*seen, strict=True)]
+    of_each_E = _root_ratio(*(outputs or (wrong_E, whole_E)))
     return SiteError(
         block=index,
         site=site.name,
         linear=name.removesuffix(".weight"),
-        weight_error=_root_ratio([part.wrong_E for part in squares], [part.whole_E for part in squares]),
-        output_error=_root_ratio(*zip(*outputs, strict=True)) if outputs else None,
+        weight_error=float(_root_ratio(wrong_E.sum(), whole_E.sum())),
+        output_error=float(_root_ratio(*(part_E.sum() for part_E in outputs))) if outputs else None,
+        experts=tuple(float(f"{error:.4g}") for error in of_each_E.tolist()) if len(of_each_E) > 1 else None,
     )
 
 
-def _root_ratio(parts: Iterable[Tensor], wholes: Iterable[Tensor]) -> float:
-    """sqrt(part / whole), each summed over all experts; a whole of nothing has no error."""
-    part, whole = (torch.cat(list(some)).double().sum() for some in (parts, wholes))
-    return float((part.clamp(min=0) / whole).sqrt()) if whole > 0 else 0.0
+def _root_ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """sqrt(part / whole); a whole of nothing has no error."""
+    return torch.where(whole > 0, (part.clamp(min=0) / whole).sqrt(), 0.0)
 
 
 def _scale_task(

@@ -96,6 +96,7 @@ def study_plots(records: Sequence[TrialRecord], predicted: Mapping[str, float] |
         plots += _quality_against_bytes(model, mine, looks)
         plots += _drift(model, mine, looks)
         plots += _tokens_of_experts(model, mine)
+        plots += _errors_of_experts(model, mine)
         plots += _site_errors(model, mine)
     plots += _quality_against_size(models)
     plots += _cost(records, {**(predicted or {}), **_planned(records)})
@@ -393,32 +394,60 @@ def _tokens_of_experts(model: str, records: Sequence[TrialRecord]) -> Iterator[P
         if not counts or key in seen or len(seen) >= MOST_HEATMAPS:
             continue
         seen.add(key)
-        blocks = sorted(counts)
-        experts = len(counts[blocks[0]])
-        grid = [[float(counts[block][e]) or math.nan for block in blocks] for e in range(experts)]
-        figure = _figure(2.8 + min(max(3.0, 0.4 * len(blocks)), 10), 1.2 + min(max(1.4, 0.24 * experts), 9))
-        axes = figure.subplots()
-        _draw_grid(figure, axes, grid, "calibration tokens", lambda y, x, b=blocks: f"block {b[x]}, expert {y}")  # type: ignore[misc]
-        step = math.ceil(len(blocks) / 24)
-        axes.set_xticks(range(0, len(blocks), step), labels=[str(block) for block in blocks[::step]], fontsize=8)
-        axes.set_yticks(range(0, experts, math.ceil(experts / 16)))
-        axes.tick_params(labelsize=8)
-        axes.set_xlabel("block", fontsize=9)
-        axes.set_ylabel("expert", fontsize=9)
-        without = sum(math.isnan(value) for row in grid for value in row)
+        numbers = {block: [float(count) or math.nan for count in mine] for block, mine in counts.items()}
+        figure = _grid_of_experts(numbers, "calibration tokens")
+        without = sum(math.isnan(value) for mine in numbers.values() for value in mine)
         caption = f"As the calibration of {record.spec.name} routed them. Grey: {without} experts saw no token."
         title = "Calibration tokens of each expert"
         yield Plot(f"{model}-{record.spec.id}-experts", title, caption, figure, model)
 
 
-def _site_errors(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
-    """Heatmaps of the trials with the fewest bits of each method, where errors are largest."""
-    with_sites = [r for r in records if r.sites]
+def _errors_of_experts(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
+    """Of the trials with the fewest bits of each method: how far each expert is from what it was."""
+    for record in _worst_of_each_method([r for r in records if any(site.experts for site in r.sites)]):
+        found: dict[int, list[tuple[float, ...]]] = {}
+        for site in record.sites:
+            if site.experts is not None:
+                found.setdefault(site.block, []).append(site.experts)
+        means = {block: [_mean(list(some)) for some in zip(*linears, strict=True)] for block, linears in found.items()}
+        outputs = any(site.experts is not None and site.output_error is not None for site in record.sites)
+        what = "output error" if outputs else "weight error"
+        caption = f"Mean {what} of an expert's gate, up and down, relative to what they were."
+        title = f"Error of each expert: {record.spec.name}"
+        yield Plot(f"{model}-{record.spec.id}-expert-errors", title, caption, _grid_of_experts(means, what), model)
+
+
+def _grid_of_experts(numbers: Mapping[int, Sequence[float]], what: str) -> "Figure":
+    """numbers: by block, one an expert; nan for none."""
+    blocks = sorted(numbers)
+    experts = len(numbers[blocks[0]])
+    grid = [[numbers[block][e] for block in blocks] for e in range(experts)]
+    figure = _figure(2.8 + min(max(3.0, 0.4 * len(blocks)), 10), 1.2 + min(max(1.4, 0.24 * experts), 9))
+    axes = figure.subplots()
+    _draw_grid(figure, axes, grid, what, lambda y, x: f"block {blocks[x]}, expert {y}")
+    step = math.ceil(len(blocks) / 24)
+    axes.set_xticks(range(0, len(blocks), step), labels=[str(block) for block in blocks[::step]], fontsize=8)
+    axes.set_yticks(range(0, experts, math.ceil(experts / 16)))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("block", fontsize=9)
+    axes.set_ylabel("expert", fontsize=9)
+    return figure
+
+
+def _worst_of_each_method(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Of each method the one with the fewest bits, so many as there is room for."""
     chosen: list[TrialRecord] = []
-    for record in sorted(with_sites, key=lambda r: bits_of(r.spec)):
+    for record in sorted(records, key=lambda r: bits_of(r.spec)):
         same = [r for r in chosen if r.spec.method["name"] == record.spec.method["name"]]
         if not same and len(chosen) < MOST_HEATMAPS:
             chosen.append(record)
+    return chosen
+
+
+def _site_errors(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
+    """Heatmaps of the trials with the fewest bits of each method, where errors are largest."""
+    with_sites = [r for r in records if r.sites]
+    chosen = _worst_of_each_method(with_sites)
     for record in chosen:
         left = len(with_sites) - len(chosen)
         caption = f"{left} more trials have theirs beside their records in MLflow (heatmap.png)." if left else ""

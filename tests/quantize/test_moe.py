@@ -271,3 +271,21 @@ def test_a_trial_shows_its_experts_what_its_spec_says(moe_decoder):
     for calibration in ({"route": "top_k"}, None):
         set_route(moe_decoder, SimpleNamespace(calibration=calibration))
         assert not any(block.every_expert for block in moe_decoder.blocks)
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq"])
+@torch.inference_mode()
+def test_each_experts_error_is_on_record_and_together_they_are_the_sites(moe_decoder, many, name):
+    result, block = quantized(moe_decoder, name, many)
+    original = moe_decoder.blocks[0].weights[DOWN].double()
+    wrong = (original - block.weights[DOWN].double()).square().sum((1, 2))
+    [down] = [error for error in result.errors if error.linear + ".weight" == DOWN]
+    assert len(down.experts) == len(original)
+    each = (wrong / original.square().sum((1, 2))).sqrt()
+    if name == "rtn":
+        assert down.experts == pytest.approx(each.tolist(), rel=1e-3)
+        assert down.output_error is None
+    else:  # weighed by the inputs that each expert saw
+        assert min(down.experts) <= down.output_error <= max(down.experts)
+        assert down.experts != pytest.approx(each.tolist(), rel=1e-3)
+    assert all(error.experts is None for error in result.errors if "experts" not in error.linear)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from q3q.record import COMPLETED, FAILED, SiteError, TrialRecord
-from q3q.report.plots import perplexity_against_bits, site_error_heatmap
+from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
 from q3q.report.tables import method_by_bits, result_tables, sites_csv, trial_table
 from q3q.report.write import About, trial_artifacts, write_report
 from q3q.spec import Scheme, TrialSpec
@@ -265,6 +265,20 @@ def with_sites(blocks: int, linears: list[str], outputs: bool = True) -> TrialRe
         for name in linears
     ]
     return replace(record(), sites=tuple(sites))
+
+
+def test_each_experts_error_is_drawn_for_the_fewest_bits_of_a_method() -> None:
+    def of(bits: int) -> TrialRecord:
+        errors = [
+            SiteError(block=k, site="down", linear="down", weight_error=0.2, output_error=0.1, experts=(0.1 * k, 0.3))
+            for k in range(2)
+        ]
+        return replace(record("gptq", bits), sites=tuple(errors))
+
+    plots = {plot.name: plot for plot in study_plots([of(4), of(3)]) if plot.name.endswith("-expert-errors")}
+    [plot] = plots.values()
+    assert "w3" in plot.title
+    assert "output error" in plot.caption
 
 
 def test_the_sites_table_is_exactly_this() -> None:
