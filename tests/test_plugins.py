@@ -110,6 +110,7 @@ def test_the_guides_test_passes(installed):
     assert "1 passed" in ran.stdout
 
 
+@pytest.mark.slow
 def test_an_installed_method_runs_from_the_command_line_and_on_ray(installed, tmp_path):
     ran = launch(installed[1], "method=tiny", "method.shrinks=7", f"storage={tmp_path}", *SMALL)
     assert ran.returncode == 0, ran.stderr

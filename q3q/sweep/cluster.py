@@ -27,6 +27,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -243,8 +244,7 @@ class Cluster:
 
     def _start_here(self) -> None:
         if _token_wanted() and not os.environ.get(TOKEN_PATH):
-            # One of this process's own, on no disk; for its lifetime, because Ray's core keeps the first that it sees.
-            os.environ.setdefault(TOKEN, secrets.token_hex(32))
+            os.environ.setdefault(TOKEN, _own_token())
         # On any platform this variable decides whether Ray listens on loopback alone; read when ray is first imported.
         with _environment({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
             self._init(
@@ -316,6 +316,12 @@ class Cluster:
 def _token_wanted() -> bool:
     """Whether Ray is to check tokens: always, unless the environment says otherwise."""
     return os.environ.setdefault(AUTH_MODE, "token").lower() == "token"
+
+
+@cache
+def _own_token() -> str:
+    """One of this process's own, on no disk; for its lifetime, because Ray's core keeps the first that it sees."""
+    return secrets.token_hex(32)
 
 
 def _token_known() -> bool:

@@ -198,6 +198,7 @@ def _all(storage: Path) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     command = ("-m", "method=gptq", "bits=2,3,4,5,6,8", "evaluation.baseline=false")
     process = start(tmp_path, *command)
