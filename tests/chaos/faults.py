@@ -48,6 +48,8 @@ def start(storage: Path, tiny: Path, *arguments: str, **environment: str) -> "su
     """The real command, in a session of its own."""
     settings = {one.partition("=")[0]: one for one in (*SMALL, *arguments)}  # the later one counts
     command = [sys.executable, "launch.py", "-m", *settings.values(), f"model.path={tiny}", f"storage={storage}"]
+    # Under nohup a stopped worker would outlive its driver: the kernel wakes orphans with this signal.
+    command = ["env", "--default-signal=HUP", *command]
     return subprocess.Popen(
         command,
         cwd=ROOT,
