@@ -18,6 +18,7 @@ for name, value in {
     "TQDM_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "RAY_AUTH_MODE": "token",  # Ray's core reads it once, when a test first imports any of Ray
 }.items():
     os.environ.setdefault(name, value)
 
