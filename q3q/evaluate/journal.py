@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from q3q.errors import IntegrityError
 
 
 class Journal:
-    """A JSONL file. The first line names whose scores these are, every other is [key, score].
+    """One line each: the first names whose scores these are, every other is [key, score]; then its checksum.
 
-    A line that a crash tore, and whatever stands behind it, is cut off when the file is opened again. Keys say all that
-    a score depends on beside the model (see `request_key`), so a changed task finds none of its old ones.
+    A line that a crash tore or in which a bit flipped, and whatever stands behind it, is cut off when the file is opened
+    again. Keys say all that a score depends on beside the model (see `request_key`), so a changed task finds none of its
+    old ones.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
@@ -50,7 +52,7 @@ class Journal:
         """Append, and hand to the operating system: what is here survives this process being killed."""
         for key, score in scores:
             self._scores[key] = score
-            self._file.write(json.dumps([key, score]).encode() + b"\n")
+            self._file.write(_line(key, score))
         self._file.flush()
 
     def close(self) -> None:
@@ -65,12 +67,17 @@ def request_key(*parts: bytes) -> str:
     return digest.hexdigest()[:32]
 
 
+def _line(key: str, score: Any) -> bytes:
+    content = json.dumps([key, score])
+    return f"{content} {zlib.crc32(content.encode()):08x}\n".encode()
+
+
 def _parse(line: bytes) -> list[Any] | None:
-    """[key, score], or None for a line that is not whole."""
+    """[key, score], or None for a line that is not what was written."""
     if not line.endswith(b"\n"):
         return None
     try:
-        entry = json.loads(line)
+        entry = json.loads(line.rpartition(b" ")[0])
     except ValueError:
         return None
-    return entry if isinstance(entry, list) and len(entry) == 2 else None
+    return entry if isinstance(entry, list) and len(entry) == 2 and _line(*entry) == line else None

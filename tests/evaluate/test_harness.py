@@ -512,6 +512,18 @@ def test_a_killed_evaluation_goes_on_where_it_was(both, tmp_path):
     assert resumed.effort.computed < whole.effort.computed
 
 
+def test_a_flipped_bit_in_a_journal_is_no_other_score(tmp_path):
+    path = tmp_path / "journal"
+    journal = Journal(path, "demo")
+    journal.add([("a", [-1.5, True]), ("b", [-2.0, False])])
+    journal.close()
+    path.write_bytes(path.read_bytes().replace(b"-2.0", b"-3.0"))
+    journal = Journal(path, "demo")
+    assert journal.get("a") == [-1.5, True]
+    assert journal.get("b") is None
+    journal.close()
+
+
 def test_a_torn_journal_keeps_what_is_whole(tmp_path):
     path = tmp_path / "scores.jsonl"
     journal = Journal(path, "demo")
