@@ -57,7 +57,7 @@ class Holder:
         """Whether it certainly is; None if that cannot be known from here."""
         if self.place != _place():
             return None
-        return not _runs(self.pid) or _born(self.pid) != self.born
+        return not runs(self.pid) or _born(self.pid) != self.born
 
 
 NOBODY = Holder(host="?", pid=0, place="", born="", since="?")  # of a claim that is being written, or was torn
@@ -246,7 +246,8 @@ def _born(pid: int) -> str:
     return "".join(_stat(pid)[19:20])
 
 
-def _runs(pid: int) -> bool:
+def runs(pid: int) -> bool:
+    """Whether there is such a process on this machine, and it is not dead."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -13,9 +13,9 @@ from q3q.errors import IntegrityError
 class Journal:
     """One line each: the first names whose scores these are, every other is [key, score]; then its checksum.
 
-    A line that a crash tore or in which a bit flipped, and whatever stands behind it, is cut off when the file is opened
-    again. Keys say all that a score depends on beside the model (see `request_key`), so a changed task finds none of its
-    old ones.
+    A line that a crash tore or in which a bit flipped, and whatever stands behind it, is cut off when the file is
+    opened again. Keys say all that a score depends on beside the model (see `request_key`), so a changed task finds
+    none of its old ones.
     """
 
     def __init__(self, path: Path, identity: str) -> None:

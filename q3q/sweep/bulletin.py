@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from q3q.claim import runs
 from q3q.masking import masked
 from q3q.record import write_atomically
 from q3q.spec import Json
@@ -63,7 +64,7 @@ class Bulletin:
 
     def gone(self) -> bool:
         """Whether it can say nothing more, though it never said that it was over."""
-        if self.host == platform.node() and not _runs(self.pid):
+        if self.host == platform.node() and not runs(self.pid):
             return not self.over
         return not self.over and abs(time.time() - self.updated) > SILENT_SECONDS
 
@@ -148,13 +149,3 @@ class Publisher:
         for old in bulletins(self.folder.parent):
             if not old.going() and abs(time.time() - old.updated) > KEPT_SECONDS:
                 (self.folder / f"{old.key}.json").unlink(missing_ok=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
