@@ -111,7 +111,7 @@ def test_a_users_home_is_understood(tmp_path, monkeypatch):
         ("empty_list.json", b"[]", "holds no text"),
         ("blank.json", b'["", {"text": " "}]', "holds no text"),
         ("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8 text: unexpected end of data at byte 3"),
-        ("packed.txt", gzip.compress(b"text"), "not UTF-8 text"),
+        ("packed.txt", gzip.compress(b"text", mtime=0), "not UTF-8 text"),
         ("bad.jsonl", b'{"text": "one"}\n{"text": ', "line 2 is not JSON"),
         ("other.jsonl", b'{"text": "one"}\n{"body": "two"}', "line 2: neither a string nor an object"),
         ("number.jsonl", b'{"text": 1}', "line 1: neither a string nor an object"),
