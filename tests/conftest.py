@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pickle
+import secrets
 import socket
 import subprocess
 import sys
@@ -18,7 +19,9 @@ for name, value in {
     "TQDM_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "RAY_AUTH_MODE": "token",  # Ray's core reads it once, when a test first imports any of Ray
+    # Ray's core reads both once in a process, and its clusters come one after the other: all of them have one token.
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }.items():
     os.environ.setdefault(name, value)
 
