@@ -18,11 +18,20 @@ from q3q.calibrate.sources import Text, load_text
 from q3q.data import Library, folder_digest
 from q3q.errors import CalibrationError, CheckpointError, ConfigError, IncompatibleError
 from q3q.evaluate.mmlu_paper import SHOTS as MMLU_SHOTS
-from q3q.evaluate.suites import CHATS, KNOWN, OWN_TASKS, PLAIN_CHAT, STUDY_MMLU, data_sets, draws_shots
+from q3q.evaluate.suites import (
+    CHATS,
+    KNOWN,
+    OWN_TASKS,
+    PLAIN_CHAT,
+    STUDY_MMLU,
+    data_sets,
+    draws_shots,
+    refuse_generation,
+)
 from q3q.export.destination import check_destination, default_path, marker_of
 from q3q.export.formats import FORMATS, refuse_what_it_cannot_hold, stored_scales
 from q3q.masking import masked
-from q3q.models.checkpoint import Checkpoint, ModelFacts, fetch_facts, resolve_revision
+from q3q.models.checkpoint import Checkpoint, ModelFacts, end_tokens, fetch_facts, resolve_revision
 from q3q.models.footprint import AUTO, LOADERS, bytes_of, choose, in_gb, need
 from q3q.patterns import Linear, linears, meant, near, together
 from q3q.quantize.methods.registry import described, offers, settings_class
@@ -256,7 +265,7 @@ def spec_from(config: DictConfig) -> TrialSpec:
             places[name] = str(Path(config[name].path).expanduser().absolute())
     if (data := _data_folder(config)) is not None:
         places["data"] = str(data)
-    places |= _loading(config, facts, model["dtype"], settings.name if schemes else None)
+    places |= _loading(config, facts, model["dtype"], settings.name if schemes else None, evaluation)
     if config.evaluation.include_path is not None:
         places["tasks"] = str(Path(config.evaluation.include_path).expanduser().absolute())
     scheme = schemes.base if schemes else None
@@ -283,15 +292,17 @@ def spec_from(config: DictConfig) -> TrialSpec:
     return spec.with_places({**spec.places, "baseline": _baseline_of(spec).id})
 
 
-def _loading(config: DictConfig, facts: ModelFacts, dtype: str, method: str | None) -> Json:
+def _loading(config: DictConfig, facts: ModelFacts, dtype: str, method: str | None, evaluation: Json) -> Json:
     """Where the model is to be held, as far as that is said; refused now if it cannot fit there."""
     _one_of("loader", config.loader, (AUTO, *LOADERS))
     places: Json = {} if config.loader == AUTO else {"loader": config.loader}
+    if config.loader != AUTO:
+        refuse_generation(evaluation, config.loader)
     if config.memory is None:
         return places
     memory = bytes_of(config.memory)
     if config.loader == AUTO:
-        choose(facts, dtype, method=method, memory=memory)
+        refuse_generation(evaluation, choose(facts, dtype, method=method, memory=memory))
     elif config.loader != "sharded" and (needs := need(facts, dtype, method=method, loader=config.loader)) > memory:
         raise ConfigError(f"memory={config.memory} is too little for loader={config.loader}: it needs {in_gb(needs)}")
     return {**places, "memory": memory}
@@ -654,13 +665,16 @@ def _tasks(config: DictConfig, folder: Path | None) -> Json:
     if not tasks:
         return found
     found["task_limit"] = wanted.limit if wanted.task_limit is None else wanted.task_limit
-    known = _data_sets(tuple(tasks), tuple(sorted(shots.items())), include, _data_folder(config))
+    known, generating = _data_sets(tuple(tasks), tuple(sorted(shots.items())), include, _data_folder(config))
     optional = {
         "shots": dict(sorted(shots.items())),
         "limits": dict(sorted(limits.items())),
         "chat": None if wanted.chat == PLAIN_CHAT else wanted.chat,
         "include": None if include is None else folder_digest(include),
         "data": known,
+        "generates": generating,
+        # Where a generated answer ends is not in the weights; a hub's revision covers the file that says it.
+        "ends": list(end_tokens(folder)) if generating and folder is not None else None,
     }
     return found | {key: value for key, value in optional.items() if value}
 
@@ -668,11 +682,11 @@ def _tasks(config: DictConfig, folder: Path | None) -> Json:
 @functools.cache
 def _data_sets(
     tasks: tuple[str, ...], shots: tuple[tuple[str, int], ...], include: Path | None, folder: Path | None
-) -> dict[str, str]:
-    """What each data set of the tasks is: its commit, or the digest of its files."""
+) -> tuple[dict[str, str], list[str]]:
+    """What each data set of the tasks is: its commit, or the digest of its files; and which tasks generate text."""
     library = Library(folder, settle=True)
-    data_sets(tasks, dict(shots), include, library)
-    return dict(sorted(library.identities.items()))
+    _, generating = data_sets(tasks, dict(shots), include, library)
+    return dict(sorted(library.identities.items())), generating
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -29,7 +29,7 @@ from q3q.evaluate.drift import perplexity_and_drift
 from q3q.evaluate.integrity import check_weights
 from q3q.evaluate.perplexity import of_losses, window_losses
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
-from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, generating, score_batch
+from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, refuse_generation, score_batch
 from q3q.export.card import model_card
 from q3q.export.proof import prove
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
@@ -276,26 +276,11 @@ def load_model(checkpoint: Checkpoint, spec: TrialSpec, device: str, team: Team 
         model = load_decoder(checkpoint, getattr(torch, dtype), device)
         model.activations = loading.activations
         return model, loading
-    refuse_generation(spec)
+    refuse_generation(spec.evaluation, loader)
     if loader == "sharded":
         return load_sharded(checkpoint, getattr(torch, dtype), team, activations=loading.activations), loading
     model = StreamedDecoder(checkpoint, getattr(torch, dtype), device, activations=loading.activations)
     return model, loading
-
-
-def refuse_generation(spec: TrialSpec) -> None:
-    """Generated text takes a pass through all blocks for each token.
-
-    Raises:
-        ConfigError: a task generates.
-    """
-    places = {name: Path(spec.places[name]) if name in spec.places else None for name in ("data", "tasks")}
-    library = Library(places["data"], spec.evaluation.get("data", {}))
-    if found := generating(spec.evaluation["tasks"], places["tasks"], library):
-        raise ConfigError(
-            f"{', '.join(found)}: text is generated token by token, and a streamed model would be read anew for each; "
-            "give more memory (loader=resident), or leave such tasks out of evaluation.tasks"
-        )
 
 
 @dataclass

@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from q3q import config as schema
 from q3q.errors import ConfigError
-from q3q.models.checkpoint import read_facts
+from q3q.models.checkpoint import end_tokens, read_facts
 from q3q.models.footprint import need
 from q3q.trial import run_trial
 
@@ -138,6 +138,13 @@ def test_text_is_not_generated_by_a_model_that_is_read_anew_for_each_token(spec_
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "tiny.yaml").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "rows.jsonl").write_text('{"q": "One and", "a": "two"}\n' * 3, encoding="utf-8")
-    spec = spec_of(f"evaluation.include_path={tmp_path / 'tasks'}", "evaluation.tasks=[tiny]", "loader=streamed")
+    asked = (f"evaluation.include_path={tmp_path / 'tasks'}", "evaluation.tasks=[tiny]")
+    spec = spec_of(*asked)
+    assert (spec.evaluation["generates"], spec.evaluation["ends"]) == (["tiny"], list(end_tokens(DEMO)))
+    with pytest.raises(ConfigError, match="tiny: text is generated token by token, and a streamed model"):
+        spec_of(*asked, "loader=streamed")
+    with pytest.raises(ConfigError, match="and a sharded model"):
+        spec_of(*asked, "loader=sharded")
+    # Planned without saying where: the machine that would stream it turns out to be too small when it loads.
     with pytest.raises(ConfigError, match="tiny: text is generated token by token"):
-        run_trial(spec)
+        run_trial(spec.with_places({**spec.places, "loader": "streamed"}))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.data import MMLU, WIKITEXT, DataSet, Library, serving
+from q3q.errors import ConfigError
 from q3q.evaluate import mmlu_paper
 from q3q.spec import Json, task_metric
 
@@ -99,10 +100,13 @@ def draws_shots(tasks: Iterable[str], shots: Mapping[str, int]) -> bool:
     return any(task not in FIRST_SHOTS and (task not in KNOWN or shots.get(task, 0) > 0) for task in tasks)
 
 
-def data_sets(tasks: Sequence[str], shots: Mapping[str, int], include: Path | None, library: Library) -> list[DataSet]:
-    """Every data set that the tasks stand on, each identified and so known to be there.
+def data_sets(
+    tasks: Sequence[str], shots: Mapping[str, int], include: Path | None, library: Library
+) -> tuple[list[DataSet], list[str]]:
+    """Every data set that the tasks stand on, each identified and so known to be there; and those tasks (of groups,
+    their tasks) that have the model generate text.
 
-    Tasks that are not known here are loaded by lm-eval, to see what they ask for.
+    Tasks that are not known here are loaded by lm-eval, to see what they ask for; none that is known generates.
 
     Raises:
         ConfigError: a data set is not to be had. IntegrityError: a task has no documents.
@@ -115,29 +119,32 @@ def data_sets(tasks: Sequence[str], shots: Mapping[str, int], include: Path | No
     for data in wanted:
         library.identify(data)
     strangers = [task for task in tasks if task not in KNOWN]
-    if strangers:
-        from q3q.evaluate.harness import tasks_from
-
-        def note(data: DataSet, options: dict[str, Any]) -> "DatasetDict":
-            library.identify(data)
-            wanted.append(data)
-            return library.load(data, **options)
-
-        with serving(note):
-            tasks_from([OWN_TASKS, *([include] if include else [])], strangers).load(strangers)
-    return wanted
-
-
-def generating(tasks: Sequence[str], include: Path | None, library: Library) -> list[str]:
-    """Those tasks (of groups, their tasks) that have the model generate text; none of those known here does."""
-    strangers = [task for task in tasks if task not in KNOWN]
     if not strangers:
-        return []
+        return wanted, []
     from q3q.evaluate.harness import tasks_from
 
-    with serving(lambda data, options: library.load(data, **options)):
+    def note(data: DataSet, options: dict[str, Any]) -> "DatasetDict":
+        library.identify(data)
+        wanted.append(data)
+        return library.load(data, **options)
+
+    with serving(note):
         loaded = tasks_from([OWN_TASKS, *([include] if include else [])], strangers).load(strangers)
-    return [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
+    return wanted, [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
+
+
+def refuse_generation(evaluation: Json, loader: str) -> None:
+    """Generated text takes a pass through all blocks for each token: only a resident model does it.
+
+    Raises:
+        ConfigError: a task generates, and the loader does not hold the whole model.
+    """
+    found = evaluation.get("generates")
+    if found and loader != "resident":
+        raise ConfigError(
+            f"{', '.join(found)}: text is generated token by token, and a {loader} model would be read anew for each; "
+            "give more memory (loader=resident), or leave such tasks out of evaluation.tasks"
+        )
 
 
 def score_batch(

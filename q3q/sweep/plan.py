@@ -132,8 +132,10 @@ def rungs(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishe
     if loader not in (AUTO, *LOADERS):
         raise ConfigError(f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}")
     on_gpu = (wishes.gpus if wishes.gpus is not None else max((one.gpus for one in machines), default=0)) > 0
+    whole = bool(spec.evaluation.get("generates"))  # token by token: no model that is read anew for each
     for share in (_on_gpus if on_gpu else _on_cores)(spec, facts, machines, wishes):
-        if loader in (AUTO, share.loader) and wishes.ranks in (None, share.ranks):
+        held = share.loader == "resident" or not whole
+        if held and loader in (AUTO, share.loader) and wishes.ranks in (None, share.ranks):
             yield share
 
 
@@ -240,20 +242,25 @@ def _too_large(
     largest = max(machines, key=lambda one: (one.gpus, one.memory or 0))
     on_gpu = any(share.gpus for share in ladder) or (not ladder and largest.gpus > 0 and wishes.gpus != 0)
     device: Device = "cuda" if on_gpu else "cpu"
-    needs = {loader: _need(facts, dtype, method, loader, 1, device) for loader in ("resident", "streamed")}
+    generates = ", ".join(spec.evaluation.get("generates", ()))
+    ways = ("resident",) if generates else ("resident", "streamed")
+    needs = {loader: _need(facts, dtype, method, loader, 1, device) for loader in ways}
+    least = min(needs.values())
     has = largest.gpu_memory if device == "cuda" else largest.memory
     count, unit = (largest.gpus, "GPU") if device == "cuda" else (largest.cpus, "CPU")
     where = f"{count:g} {unit}{'' if count == 1 else 's'}"
     held = f"{where}, {in_gb(has)} of memory" if has else where
     wanted = spec.places.get("loader", AUTO)
     advice = []
-    if wanted not in (AUTO, "streamed") and has and needs["streamed"] <= has:
+    if wanted not in (AUTO, "streamed") and has and needs.get("streamed", has + 1) <= has:
         advice.append("loader=streamed")
-    if wishes.memory is not None and has and needs["streamed"] <= has:
-        advice.append(f"cluster.memory_per_trial=auto (or at least {in_gb(needs['streamed']).replace(' ', '')})")
+    if wishes.memory is not None and has and least <= has:
+        advice.append(f"cluster.memory_per_trial=auto (or at least {in_gb(least).replace(' ', '')})")
     bound = spec.places.get("memory")
-    if bound is not None and needs["streamed"] > bound:
-        advice.append(f"memory={in_gb(needs['streamed']).replace(' ', '')} or more")
+    if bound is not None and least > bound:
+        advice.append(f"memory={in_gb(least).replace(' ', '')} or more")
+    if generates:
+        advice.append(f"evaluation.tasks without {generates}, which generates text and so needs a resident model")
     if wishes.cpus is not None and wishes.cpus > largest.cpus:
         advice.append(f"cluster.cpus_per_trial={largest.cpus:g} or fewer")
     if device == "cuda" and not largest.gpus:
@@ -261,13 +268,15 @@ def _too_large(
     if device == "cuda":
         if wishes.gpus and wishes.gpus < 1:
             advice.append("cluster.gpus_per_trial=1")
-        ranks = next((n for n in (2, 4, 8, 16, 32, 64) if has and _fits_gang(facts, dtype, method, n, has)), None)
+        sizes = () if generates else (2, 4, 8, 16, 32, 64)
+        ranks = next((n for n in sizes if has and _fits_gang(facts, dtype, method, n, has)), None)
         if ranks is not None and ranks > sum(int(one.gpus) for one in machines):
             advice.append(f"{ranks} such GPUs (cluster.gpus_per_trial={ranks})")
-    advice.append(f"a cluster whose machines have {in_gb(min(needs.values()))} or more (cluster=existing)")
+    advice.append(f"a cluster whose machines have {in_gb(least)} or more (cluster=existing)")
+    takes = ", ".join(f"{in_gb(size)} {loader}" for loader, size in needs.items())
     return (
-        f"{spec.name} · {spec.model['name']} fits nowhere: resident it needs {in_gb(needs['resident'])}, streamed "
-        f"{in_gb(needs['streamed'])}, and the largest machine has {held}. What would make it fit: {'; '.join(advice)}"
+        f"{spec.name} · {spec.model['name']} fits nowhere: it needs {takes}, and the largest machine has {held}. "
+        f"What would make it fit: {'; '.join(advice)}"
     )
 
 
@@ -300,7 +309,9 @@ def plan(
         if spec.id in finished:
             planned.append(Planned(spec=spec, share=None, phases={}, basis="done", disk=0))
             continue
-        kind = (model_key(spec), spec.model["dtype"], spec.method["name"], str(spec.places.get("loader")))
+        held = (str(spec.places.get(key)) for key in ("loader", "memory"))
+        whole = str("generates" in spec.evaluation)
+        kind = (model_key(spec), spec.model["dtype"], spec.method["name"], *held, whole, str(_activations(spec, mine)))
         if kind not in chosen:
             chosen[kind] = shares_of(spec, mine, machines, wishes)
         share, larger = chosen[kind]

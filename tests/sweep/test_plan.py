@@ -153,6 +153,21 @@ def test_what_fits_nowhere_is_refused_with_what_would_make_it_fit(machine, place
     assert "\n" not in str(refused.value)
 
 
+def test_a_model_that_generates_is_held_whole_or_refused():
+    plain = spec()
+    talks = replace(plain, evaluation={**plain.evaluation, "tasks": ["gsm8k"], "generates": ["gsm8k"]})
+    resident = need(facts("qwen3_8b"), "bfloat16", method="gptq", loader="resident")
+    roomy, tight = (Machine(cpus=2, memory=part * resident // 4) for part in (8, 3))
+    assert planned_for([plain], [tight])[0].share.loader == "streamed"
+    assert planned_for([talks], [roomy])[0].share.loader == "resident"
+    for machine in (tight, replace(NODE, gpu_memory=12_000_000_000)):
+        with pytest.raises(
+            ConfigError, match=r"without gsm8k, which generates text and so needs a resident"
+        ) as refused:
+            planned_for([plain, talks], [machine])
+        assert "streamed" not in str(refused.value)
+
+
 def test_where_machines_are_still_to_come_nothing_is_refused_for_its_size():
     share, _ = shares_of(spec(), facts("qwen3_8b"), [Machine(cpus=1, memory=1)], Wishes(patience=60, gpus=1))
     assert share.gpus == 1
