@@ -12,12 +12,14 @@ from hydra.core.global_hydra import GlobalHydra
 
 from q3q import config as schema
 from q3q.errors import ConfigError
+from q3q.export.formats import expected_bytes
 from q3q.models.checkpoint import end_tokens, read_facts
 from q3q.models.footprint import need
 from q3q.trial import run_trial
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "q3q" / "models" / "demo" / "dense"
+SHIPPED = {"demo": "dense", "demo_moe": "moe"}
 SMALL = [
     "evaluation.tasks=[]",
     "evaluation.texts=[demo]",
@@ -85,6 +87,32 @@ def test_a_streamed_trial_has_the_resident_ones_record(spec_of, overrides):
         # Another evaluation of kept blocks quantizes nothing.
         again = run_trial(spec_of(*overrides, "evaluation.limit=2", "loader=streamed", storage="streamed"))
         assert again.notes["blocks_from_disk"] == len(list(paths[0].glob("*.safetensors"))) - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["demo", "demo_moe"])
+@pytest.mark.parametrize(
+    ("form", "overrides"),
+    [
+        ("compressed_tensors", ["symmetric=true"]),
+        ("gptq", ["symmetric=true"]),
+        ("awq", ["group_size=64"]),
+    ],
+)
+def test_a_streamed_model_is_packed_into_the_files_of_the_resident_one(spec_of, model, form, overrides):
+    asked = [f"model={model}", "method=rtn", "bits=4", *overrides, f"export={form}"]
+    asked += ["evaluation.limit=1", "evaluation.drift=false"]
+    paths = []
+    for loader in ("resident", "streamed"):
+        record = run_trial(spec_of(*asked, f"loader={loader}", storage=loader))
+        assert record.completed, record.reason
+        assert record.environment["loading"]["loader"] == loader
+        assert record.metrics["export_bytes"] == expected_bytes(record.spec, read_facts(DEMO.parent / SHIPPED[model]))
+        paths.append(Path(record.notes["export"]["path"]))
+    names = [sorted(path.name for path in folder.iterdir()) for folder in paths]
+    assert names[0] == names[1]
+    for shard in paths[0].glob("*.safetensors"):
+        assert shard.read_bytes() == (paths[1] / shard.name).read_bytes(), shard.name
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from q3q.spec import Scheme, TrialSpec
 
 TESTED, UNTESTED = "tested", "untested"
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
-SCALE_BYTES = 2
+DTYPE_BYTES = {"float32": 4, "float64": 8}  # of a model's numbers; 2 of all others
+SCALE_BYTES = 2  # in float16
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,12 @@ def without_expert(name: str) -> str:
 
 def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> int:
     """Bytes of one weight on disk, whatever tensors it takes."""
+    own = DTYPE_BYTES.get(dtype, 2)
     if layout is None:
-        return math.prod(shape) * {"float32": 4, "float64": 8}.get(dtype, 2)
+        return math.prod(shape) * own
+    scale = own if layout.own_scales else SCALE_BYTES
     return sum(
-        math.prod(part) * (SCALE_BYTES if "F16" in types else ITEM_BYTES[types[0]])
+        math.prod(part) * (scale if "F16" in types else ITEM_BYTES[types[0]])
         for types, part in layout.parts(*shape).values()
     )
 

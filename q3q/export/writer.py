@@ -271,7 +271,10 @@ class PackingExporter(Exporter):
                 f"{name}: its scales are no {self.scale_dtype} numbers, so what was measured is not stored"
             )
         group_I = None if weight.group_EI is None else weight.group_EI[0]
-        parts = layout.pack(weight.codes_EOI[0], scale_OG, weight.zero_EOG[0], group_I)
+        # A float32 model's scales are numbers of 16 bits too, but a loader that unpacks in the type of the scales, as
+        # transformers does with experts, has to find the model's own.
+        stored_OG = scale_OG.to(self.dtype) if layout.own_scales else scale_OG
+        parts = layout.pack(weight.codes_EOI[0], stored_OG, weight.zero_EOG[0], group_I)
         base = name.removesuffix("weight")
         return {base + part: tensor for part, tensor in parts.items()}
 

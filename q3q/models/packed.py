@@ -32,6 +32,7 @@ class Layout(ABC):
     act_bits: int | None = None
 
     marker: ClassVar[str]  # a part that only a packed linear has
+    own_scales: ClassVar[bool] = False  # stored in the model's own type; else in float16
 
     def groups(self, columns: int) -> int:
         return 1 if self.group_size == -1 else columns // self.group_size
@@ -54,6 +55,7 @@ class PackedInts(Layout):
     """compressed-tensors' `pack-quantized`: rows of codes packed; zero points, unless implied, packed down the rows."""
 
     marker: ClassVar[str] = "weight_packed"
+    own_scales: ClassVar[bool] = True
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
         found: dict[str, tuple[tuple[str, ...], Shape]] = {
@@ -95,6 +97,7 @@ class PlainInts(Layout):
     """compressed-tensors' `int-quantized`: signed bytes, symmetric."""
 
     marker: ClassVar[str] = "weight_scale"
+    own_scales: ClassVar[bool] = True
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
         return {"weight": (("I8",), (rows, columns)), "weight_scale": (SCALES, (rows, self.groups(columns)))}
