@@ -8,12 +8,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from q3q.claim import Holder, claimed
+from q3q.claim import Board, Claim, Holder, claimed
 from q3q.environment import now
 from q3q.errors import Q3QError
 from q3q.export.destination import forget_export, is_finished
 from q3q.masking import masked
-from q3q.record import COMPLETED, Progress, TrialRecord, forget_progress, trial_folder
+from q3q.mirror import Mirror, delivering, is_light, mirror_for
+from q3q.record import COMPLETED, Progress, TrialRecord, forget_progress, kept_blocks_folder, trial_folder
 from q3q.spec import TrialSpec
 
 CLAIM = "trial"  # the name of a trial's claim, in its folder
@@ -41,7 +42,8 @@ def attempt(spec: TrialSpec, report: Report) -> Iterator[Attempt]:
     def wait(holder: Holder) -> None:
         report(Progress(trial=spec.id, phase="wait", note=f"for {holder}, which runs it"))
 
-    with claimed(folder, CLAIM, wait) as claim:
+    mirror = mirror_for(spec.places)
+    with claimed(claims_of(spec, mirror), CLAIM, wait) as claim, _mirrored(spec, mirror, claim):
         done = finished_record(spec)
         if done is not None and _fresh(spec) in (None, _fresh(done.spec)):
             yield Attempt(done, report, lambda record: None)
@@ -61,6 +63,32 @@ def attempt(spec: TrialSpec, report: Report) -> Iterator[Attempt]:
         except BaseException as error:  # asked to end, or no longer ours: it says so and goes
             log.write(f"stop {type(error).__name__}")
             raise
+
+
+def claims_of(spec: TrialSpec, mirror: Mirror | None) -> Path | Board:
+    """Where the trial is claimed: in its folder, or in its store's."""
+    return trial_folder(spec) if mirror is None else mirror.board(f"trials/{spec.id}")
+
+
+@contextmanager
+def _mirrored(spec: TrialSpec, mirror: Mirror | None, claim: Claim) -> Iterator[None]:
+    """With a store as storage: have here what others left of the trial, and bring what comes of it there."""
+    if mirror is None:
+        yield
+        return
+    names = [mirror.name_of(folder) for folder in (trial_folder(spec), kept_blocks_folder(spec))]
+    mine, kept = (name for name in names if name is not None)
+    exported = mirror.name_of(Path(spec.places["export"])) if spec.export is not None else None
+    mirror.pull(mine)
+    if exported is not None:
+        mirror.pull(exported, only=is_light)
+    others = [kept, *([] if exported is None else [exported])]
+    done = finished_record(spec) is not None
+    mirror.pull(*([] if done else others))
+    with delivering(mirror, mine, *([] if done else [kept]), sure=claim.confirm) as courier:
+        yield
+        if exported is not None and is_finished(spec):  # proved
+            courier.add(exported)
 
 
 def finished_record(spec: TrialSpec) -> TrialRecord | None:

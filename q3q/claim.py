@@ -7,6 +7,8 @@ claim for the dead one that it saw before. Whether a holder is dead is never ask
 - of a process in the same place (machine, boot, and container), the kernel knows;
 - of any other, whoever wants the claim watches the counter, and takes over what stood still for `SILENT_SECONDS` of its
   own monotonic clock. A holder that only slept sees at its next beat that it has lost the claim.
+
+Where claims lie is a *board*: a folder, or (`q3q.mirror`) an object store, which beats and looks more slowly.
 """
 
 import json
@@ -20,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 from q3q.errors import Q3QError
 
@@ -63,16 +66,95 @@ class Holder:
 NOBODY = Holder(host="?", pid=0, place="", born="", since="?")  # of a claim that is being written, or was torn
 
 
-class Claim:
-    """A claim on `name` in a folder, not taken yet. beat, silent: see the constants."""
+class Slip(Protocol):
+    """A file that this process put on a board, and which is written in place, whatever lies under its name by now."""
 
-    def __init__(self, folder: Path, name: str, *, beat: float = BEAT_SECONDS, silent: float = SILENT_SECONDS) -> None:
-        self.folder, self.name = folder, name
-        self.beat, self.silent = beat, silent
+    def write(self, text: str) -> None:
+        """At the file's start. Raises OSError."""
+
+    def close(self) -> None: ...
+
+
+class Board(Protocol):
+    """A place for claims. beat, silent, look: seconds, see the constants; of this place."""
+
+    beat: float
+    silent: float
+    look: float
+
+    def create(self, name: str) -> Slip | None:
+        """A new file, with nothing in it or its first content; None if there is one of that name."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> bytes:
+        """Raises FileNotFoundError."""
+
+    def remove(self, name: str) -> None:
+        """Whether it is there or not."""
+
+
+class FolderBoard:
+    """A folder on a disk, or of a file server."""
+
+    beat, silent, look = BEAT_SECONDS, SILENT_SECONDS, LOOK_SECONDS
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def create(self, name: str) -> "_OpenFile | None":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return None
+        return _OpenFile(self.folder / name, file)
+
+    def names(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+
+    def read(self, name: str) -> bytes:
+        """Opened anew each time: NFS then asks its server."""
+        return (self.folder / name).read_bytes()
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+
+class _OpenFile:
+    def __init__(self, path: Path, file: int) -> None:
+        self._path, self._file = path, file
+
+    def write(self, text: str) -> None:
+        content = text.encode()
+        if os.pwrite(self._file, content, 0) != len(content):
+            raise OSError(f"{self._path} could not be written whole")
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class Claim:
+    """A claim on `name` in a folder or on another board, not taken yet. beat, silent: None for the board's own."""
+
+    def __init__(
+        self, where: Path | Board, name: str, *, beat: float | None = None, silent: float | None = None
+    ) -> None:
+        self.board: Board = FolderBoard(where) if isinstance(where, Path) else where
+        self.name = name
+        self.beat = self.board.beat if beat is None else beat
+        self.silent = self.board.silent if silent is None else silent
         self.lost = False
         self.heard = False  # whether the holder that `take` named certainly lives
         self._number = 0  # of the generation that is ours
-        self._file: int | None = None
+        self._slip: Slip | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._watched: tuple[int, str] = (0, "")  # generation and counter at the last look, and
@@ -93,31 +175,36 @@ class Claim:
 
     def release(self) -> None:
         """Give it up. Whoever comes next may take it at once."""
-        if self._file is None:
+        if self._slip is None:
             return
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
         with suppress(OSError):  # a disk or server that takes nothing: it will be seen that this process is gone
-            self._write(FREE)
-        os.close(self._file)
-        self._file = None
+            self._slip.write(FREE)
+        self._slip.close()
+        self._slip = None
 
     def check(self) -> None:
         """Raises ClaimLostError if somebody else has it by now."""
         if self.lost:
-            raise ClaimLostError(f"{self.folder / self.name}: this process was silent too long, and another took over")
+            raise ClaimLostError(f"{self.board}/{self.name}: this process was silent too long, and another took over")
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{self.name}.claim.{number}"
+    def confirm(self) -> None:
+        """`check`, after a look at the board: a process that slept has not beaten yet. Raises what the board raises."""
+        self.lost = self.lost or self._newest() != self._number
+        self.check()
+
+    def _file(self, number: int) -> str:
+        return f"{self.name}.claim.{number}"
 
     def _newest(self) -> int:
-        return max(_generations(self.folder, self.name), default=0)
+        return max(_generations(self.board, self.name), default=0)
 
     def _living(self, number: int) -> Holder | None:
         """Who holds a generation; None if it is free, gone, or its holder is dead."""
         try:
-            counter, holder = _read(self._path(number))
+            counter, holder = _parsed(self.board.read(self._file(number)))
         except FileNotFoundError:
             return None
         dead = counter == FREE or holder.dead()
@@ -131,58 +218,51 @@ class Claim:
 
     def _create(self, number: int) -> bool:
         """Take a generation, unless somebody else is faster."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = os.open(self._path(number), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
+        slip = self.board.create(self._file(number))
+        if slip is None:
             return False
-        self._file, self._number = file, number
+        self._slip, self._number = slip, number
         self._closing.clear()
         self.lost = False
         try:
-            self._write(f"{1:0{WIDTH}d}\n{json.dumps(asdict(Holder.here()))}\n")
+            slip.write(f"{1:0{WIDTH}d}\n{json.dumps(asdict(Holder.here()))}\n")
         except OSError:
             self._withdraw()
             raise
         if self._newest() != number:  # what was seen was long ago: others came and went since
             self._withdraw()
             return False
-        for older in _generations(self.folder, self.name):
+        for older in _generations(self.board, self.name):
             if older < number:
-                self._path(older).unlink(missing_ok=True)
+                self.board.remove(self._file(older))
         return True
 
     def _withdraw(self) -> None:
-        assert self._file is not None
-        os.close(self._file)
-        self._file = None
-        self._path(self._number).unlink(missing_ok=True)
-
-    def _write(self, text: str) -> None:
-        """At the file's start; of our own file, whatever lies under its name by now."""
-        assert self._file is not None
-        content = text.encode()
-        if os.pwrite(self._file, content, 0) != len(content):
-            raise OSError(f"{self._path(self._number)} could not be written whole")
-        os.fsync(self._file)
+        assert self._slip is not None
+        self._slip.close()
+        self._slip = None
+        self.board.remove(self._file(self._number))
 
     def _keep_beating(self) -> None:
-        beats = 1
+        beats, slip = 1, self._slip
+        assert slip is not None
         while not self._closing.wait(self.beat):
             beats += 1
             with suppress(OSError):  # a full disk or a lost server: if it lasts, the silence says so to others
-                self._write(f"{beats:0{WIDTH}d}")
+                slip.write(f"{beats:0{WIDTH}d}")
             with suppress(OSError):
                 self.lost = self._newest() != self._number
 
 
 @contextmanager
-def claimed(folder: Path, name: str, on_wait: Callable[[Holder], object] = lambda holder: None) -> Iterator[Claim]:
+def claimed(
+    where: Path | Board, name: str, on_wait: Callable[[Holder], object] = lambda holder: None
+) -> Iterator[Claim]:
     """Hold a claim; wait for whoever has it. on_wait: told at every look, and may raise."""
-    claim = Claim(folder, name)
+    claim = Claim(where, name)
     while (holder := claim.take()) is not None:
         on_wait(holder)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(claim.board.look)
     try:
         yield claim
     finally:
@@ -202,30 +282,26 @@ def claim_or_refuse(claim: Claim, refuse: Callable[[Holder], Exception], say: Ca
         if not told:
             say(f"{holder} began this and has not said that it ended: seeing whether it lives, for {claim.silent:g} s")
             told = True
-        time.sleep(LOOK_SECONDS)
+        time.sleep(claim.board.look)
 
 
 def holder_of(folder: Path, name: str) -> Holder | None:
     """Who has a claim, as far as one look can tell: one elsewhere may be dead. None if nobody has it."""
-    numbers = _generations(folder, name)
     try:
+        numbers = _generations(FolderBoard(folder), name)
         return Claim(folder, name)._living(max(numbers)) if numbers else None
     except OSError:
         return None
 
 
-def _generations(folder: Path, name: str) -> list[int]:
-    try:
-        names = os.listdir(folder)
-    except FileNotFoundError:
-        return []
-    found = (re.fullmatch(rf"{re.escape(name)}\.claim\.(\d+)", one) for one in names)
+def _generations(board: Board, name: str) -> list[int]:
+    found = (re.fullmatch(rf"{re.escape(name)}\.claim\.(\d+)", one) for one in board.names())
     return [int(one[1]) for one in found if one]
 
 
-def _read(path: Path) -> tuple[str, Holder]:
-    """Counter and holder; NOBODY where they are not whole. Opened anew each time: NFS then asks its server."""
-    text = path.read_bytes().decode(errors="replace")
+def _parsed(content: bytes) -> tuple[str, Holder]:
+    """Counter and holder; NOBODY where they are not whole."""
+    text = content.decode(errors="replace")
     try:
         return text[:WIDTH], Holder(**json.loads(text[WIDTH + 1 :]))
     except (ValueError, TypeError):

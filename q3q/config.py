@@ -30,7 +30,7 @@ from q3q.evaluate.suites import (
 )
 from q3q.export.destination import check_destination, default_path, marker_of
 from q3q.export.formats import FORMATS, refuse_what_it_cannot_hold, stored_scales
-from q3q.masking import masked
+from q3q.mirror import folder_of, is_url, refuse_unusable
 from q3q.models.checkpoint import Checkpoint, ModelFacts, end_tokens, fetch_facts, resolve_revision
 from q3q.models.footprint import AUTO, LOADERS, bytes_of, choose, in_gb, need
 from q3q.patterns import Linear, linears, meant, near, together
@@ -206,6 +206,10 @@ GROUPS: dict[str, type] = {
 }
 
 
+# For Hydra's own folders, which lie in the storage folder.
+OmegaConf.register_new_resolver("folder_of", lambda storage: str(folder_of(storage)), replace=True)
+
+
 def register() -> None:
     """Give Hydra the schema; once, before it composes."""
     store = ConfigStore.instance()
@@ -246,18 +250,18 @@ def spec_from(config: DictConfig) -> TrialSpec:
     if problem:
         raise ConfigError(problem)
     _one_of("keep", config.keep, ("none", "blocks"))
-    if "://" in config.storage:
-        raise ConfigError(
-            f"storage={masked(config.storage)} is no folder, and trials rename and lock their files: give a folder "
-            "that every node sees"
-        )
+    if is_url(config.storage):
+        refuse_unusable(config.storage)
+    storage = folder_of(config.storage).absolute()
     model, folder, facts = _model(config)
     _refuse_second_rounding(settings, folder, facts)
     schemes, rules = _schemes(config, settings, facts)
     reads = schemes is not None and settings.observes() and len(schemes.skip) < len(linears(facts))
     calibration = _calibration(config, settings, folder, facts) if reads else None
     evaluation = _evaluation(config, facts, folder)
-    places: Json = {"trials": str(Path(config.storage).absolute() / "trials"), "keep": config.keep}
+    places: Json = {"trials": str(storage / "trials"), "keep": config.keep}
+    if is_url(config.storage):
+        places["store"] = config.storage.rstrip("/")
     if folder is not None:
         places["model"] = str(folder)
     for name in ("calibration", "evaluation"):
@@ -328,7 +332,7 @@ def _seed_of_shots(evaluation: Json, seed: int) -> int:
 
 def tracking_uri(config: DictConfig) -> str:
     """The MLflow URI that the config means."""
-    return config.track.uri or f"sqlite:///{config.storage}/mlflow.db"
+    return config.track.uri or f"sqlite:///{folder_of(config.storage)}/mlflow.db"
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -386,7 +390,7 @@ def _model(config: DictConfig) -> tuple[Json, Path | None, ModelFacts]:
         folder = DEMO_MODELS / path.removeprefix("demo:") if path.startswith("demo:") else Path(path).expanduser()
         if wanted.revision is not None:
             raise ConfigError(f"model.revision={wanted.revision} is for Hub models; {path} is a folder")
-        facts, digest = _local_model(folder.absolute(), str(Path(config.storage).absolute()))
+        facts, digest = _local_model(folder.absolute(), str(folder_of(config.storage).absolute()))
         identity: Json = {"name": wanted.name or folder.absolute().name, "digest": digest}
         place: Path | None = folder.absolute()
     else:
@@ -432,7 +436,7 @@ def _exported(config: DictConfig, spec: TrialSpec, facts: ModelFacts) -> TrialSp
     refuse_what_it_cannot_hold(name, spec, facts)
     assert spec.scheme is not None
     spec = replace(spec, export=name, scheme=replace(spec.scheme, scales=stored_scales(name, spec.model["dtype"])))
-    folder = default_path(spec, config.storage) if path is None else Path(path).expanduser().absolute()
+    folder = default_path(spec, str(folder_of(config.storage))) if path is None else Path(path).expanduser().absolute()
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     spec = spec.with_places({**spec.places, "export": str(folder), "command": f"python {command}"})
     check_destination(spec, facts)

@@ -23,10 +23,9 @@ FAILED, MISUSED = 1, 2  # exit codes: something went wrong while running; nothin
 
 def run_alone(config: DictConfig) -> object:
     """One trial, in this process: what `python launch.py` does without -m."""
-    from pathlib import Path
-
     from q3q.attempt import afresh, finished_record
     from q3q.environment import now
+    from q3q.mirror import refreshed
     from q3q.sweep.costs import CostModel
     from q3q.sweep.plan import describe, machine_here, plan, wishes_of, with_gpu_memory
     from q3q.sweep.study import baseline_record, facts_of_spec, recent_records, sole_driver
@@ -38,22 +37,22 @@ def run_alone(config: DictConfig) -> object:
         raise ConfigError(f"study={study} is a sweep, give -m: python launch.py -m {shlex.join(overrides)}")
     refuse_contradictions(OverridesParser.create().parse_overrides(overrides))
     spec = spec_from(config)
+    storage, wishes = refreshed(config.storage), wishes_of(config.cluster.get)
     done = None if config.fresh else finished_record(spec)
     finished = {} if done is None else {spec.id: done}
-    storage, wishes = Path(config.storage), wishes_of(config.cluster.get)
     here = machine_here()  # all its cores, and of its GPUs the first
     wishes = dataclasses.replace(wishes, cpus=wishes.cpus or here.cpus)
     machines = with_gpu_memory([dataclasses.replace(here, gpus=min(here.gpus, 1))], wishes.gpu_memory)
     costs = CostModel().learned(recent_records(storage), facts_of_spec)
     [planned] = plan([spec], finished, {spec.id: facts_of(config)}, machines=machines, wishes=wishes, model=costs)
     if config.plan:
-        print(describe([planned], machines=machines, where="this process", storage=storage))
+        print(describe([planned], machines=machines, where="this process", storage=config.storage))
         return None
     if config.fresh:
         spec = afresh(spec, now())
     command = "python launch.py " + shlex.join(overrides)
     with (
-        sole_driver([spec], Path(config.storage), partial(print, file=sys.stderr)),
+        sole_driver([spec], config.storage, partial(print, file=sys.stderr)),
         running_study(config, [spec], command, finished) as study,
     ):
         if "baseline" in spec.places and baseline_record(spec, {}) is None:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from q3q.errors import ConfigError
+from q3q.mirror import settled
 
 Json = dict[str, Any]
 SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules")
@@ -168,9 +169,15 @@ class TrialSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TrialSpec":
-        scheme = data["scheme"]
+        """Its places are those of this machine, whichever wrote it."""
+        scheme, places = data["scheme"], settled(data.get("places", {}))
         return cls(
-            **{**data, "scheme": None if scheme is None else Scheme(**scheme), "skip": tuple(data.get("skip", ()))}
+            **{
+                **data,
+                "scheme": None if scheme is None else Scheme(**scheme),
+                "skip": tuple(data.get("skip", ())),
+                "places": places,
+            }
         )
 
     def with_places(self, places: Json) -> "TrialSpec":

@@ -33,6 +33,7 @@ from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, refuse_generat
 from q3q.export.card import model_card
 from q3q.export.proof import prove
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
+from q3q.mirror import mirror_for
 from q3q.models.checkpoint import Checkpoint, load_tokenizer, locate
 from q3q.models.decoder import Decoder, load_decoder
 from q3q.models.footprint import AUTO, Device, choose, free_memory, in_gb, need
@@ -464,14 +465,18 @@ def reference_of(
     drift = spec.evaluation.get("drift")
     if drift is None:
         return Reference({}, lambda: model.head_VH)
-    folder, found = Path(spec.places["trials"]).parent / "baselines", {}
+    folder, found, mirror = Path(spec.places["trials"]).parent / "baselines", {}, mirror_for(spec.places)
+    fetch = (lambda key: None) if mirror is None else (lambda key: mirror.pull(f"baselines/{key}"))
     for text in spec.evaluation["texts"]:
         windows_NT = evaluation_windows(tokenizer, spec, text)
         wanted = None if drift == "auto" else int(drift)
         count, length = windows_NT.shape
         kept = kept_windows(count, length, model.facts.hidden, spec.model["dtype"], wanted)
         identity = BaselineIdentity.of(spec.model, text["digest"], windows_NT, kept)
-        found[text["name"]] = baseline_for(folder, identity, model, windows_NT, steps("baseline", text["name"]))
+        told = steps("baseline", text["name"])
+        found[text["name"]] = baseline_for(folder, identity, model, windows_NT, told, fetch)
+        if mirror is not None:
+            mirror.offer(f"baselines/{identity.key}")
     model.rest()
     if isinstance(model, (StreamedDecoder, ShardedDecoder)):
         return Reference(found, model.original_head)
@@ -613,7 +618,10 @@ def finish_export(exporter: Exporter, model: Decoder, spec: TrialSpec, scores: S
     )
     # Remembered, so that nobody has to hash the files again who evaluates the checkpoint.
     digest = Checkpoint(exporter.path).digest(Path(spec.places["trials"]) / "digests")
-    facts = {"format": spec.export, "path": str(exporter.path), "sha256": digest, "reloaded_by": proof.loader}
+    mirror = mirror_for(spec.places)
+    sent = None if mirror is None else mirror.name_of(exporter.path)
+    where = str(exporter.path) if sent is None else f"{spec.places['store']}/{sent}"
+    facts = {"format": spec.export, "path": where, "sha256": digest, "reloaded_by": proof.loader}
     return Exported(
         {**exporter.sizes(), "seconds/export_write": round(exporter.seconds, 4)},
         {"export": facts | {"logit_error": proof.logit_error}},

@@ -15,6 +15,7 @@ from q3q.attempt import CLAIM
 from q3q.claim import Claim, Holder, claim_or_refuse, holder_of
 from q3q.errors import ConfigError, Q3QError
 from q3q.masking import masked
+from q3q.mirror import DRIVER_SECONDS, Mirror, folder_of, is_url, mirror_at, refreshed
 from q3q.record import TrialRecord, kept_blocks_folder, trial_folder
 from q3q.report.records import RECORDS, all_sweeps
 from q3q.spec import TrialSpec
@@ -43,7 +44,7 @@ class Trial:
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the module's first line. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m q3q.trials", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--storage", type=Path, default=Path("mlruns"), metavar="DIR", help="default: mlruns")
+    parser.add_argument("--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns")
     verbs = parser.add_subparsers(dest="verb", metavar="list | resume | delete | attach", title="what to do")
     listing = verbs.add_parser("list", help="every trial: state, size on disk, what it waits for (the default)")
     listing.add_argument("state", nargs="*", choices=[*STATES, []], help="only trials in these states")
@@ -55,16 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     attach.add_argument("sweep", nargs="?", help="its name; without it the one that runs")
     given = parser.parse_args(arguments)
     try:
+        storage = refreshed(given.storage)
         if given.verb == "attach":
-            return watch(given.storage, given.sweep)
-        trials = find_trials(given.storage)
+            return watch(storage, given.sweep, mirror_at(given.storage))
+        trials = find_trials(storage, given.storage)
         if given.verb == "resume":
             return go_on(chosen(trials, given.which, ("failed", "stopped")), print)
         if given.verb == "delete":
             delete_trials(chosen(trials, given.which, ("failed", "stopped", "unknown")), trials, given.storage, print)
             return 0
         wanted = getattr(given, "state", None) or STATES
-        print(listed([trial for trial in trials if trial.state in wanted], given.storage))
+        print(listed([trial for trial in trials if trial.state in wanted], given.storage, storage))
     except Q3QError as error:
         print(f"q3q: {masked(str(error))}", file=sys.stderr)
         return MISUSED
@@ -76,14 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------------------------------------- what is there
 
 
-def find_trials(storage: Path) -> list[Trial]:
+def find_trials(storage: Path, named: str = "") -> list[Trial]:
     """Every trial with a folder, or with a place in a sweep that was started; those at work and waiting first.
+
+    named: what the storage was called, if not by its folder: a URL's is its mirror.
 
     Raises:
         ConfigError: nothing was ever stored there.
     """
     if not storage.is_dir():
-        raise ConfigError(f"--storage {storage} is not a folder: give the one that the sweep was started with")
+        raise ConfigError(f"--storage {named or storage} is not a folder: give the one that the sweep was started with")
     sweeps = all_sweeps(storage)[0]
     owner = {spec.id: sweep for sweep in sweeps for spec in sweep.trials}
     planned = {spec.id: spec for sweep in sweeps for spec in sweep.trials}
@@ -91,27 +95,33 @@ def find_trials(storage: Path) -> list[Trial]:
     ids = [path.name for path in sorted(folder.glob("*/")) if path.name not in NOT_TRIALS]
     going = [one for one in bulletins(storage) if one.going()]
     found = [
-        _trial(folder / name, planned.get(name), owner.get(name), going) for name in dict.fromkeys([*ids, *planned])
+        _trial(folder / name, planned.get(name), owner.get(name), going, named)
+        for name in dict.fromkeys([*ids, *planned])
     ]
     order = ("running", "waiting", "stopped", "failed", "unknown", "completed")
     return sorted(found, key=lambda trial: (order.index(trial.state), trial.name, trial.id))
 
 
-def _trial(folder: Path, planned: TrialSpec | None, sweep: Sweep | None, going: Sequence[Bulletin]) -> Trial:
+def _trial(
+    folder: Path, planned: TrialSpec | None, sweep: Sweep | None, going: Sequence[Bulletin], named: str
+) -> Trial:
     spec, record = _read(folder)
     spec = spec or planned
     if spec is None or spec.id != folder.name:
         about = "another version of q3q made it, or its files are damaged; nothing will use it"
         return Trial(id=folder.name, name="?", state="unknown", size=_size(folder), waits=about, spec=None)
     state, waits = _state(spec, folder, record, sweep, going)
-    shared = kept_blocks_folder(spec.with_places({**spec.places, "trials": str(folder.parent)}))
+    # Where it was found counts: a storage may have been copied.
+    places = {key: value for key, value in spec.places.items() if key != "store"}
+    places |= {"trials": str(folder.parent.absolute())} | ({"store": named.rstrip("/")} if is_url(named) else {})
+    spec = spec.with_places(places)
     return Trial(
         id=spec.id,
         name=f"{spec.name} · {spec.model.get('name')}",
         state=state,
-        size=_size(folder) + _size(shared),
+        size=_size(folder) + _size(kept_blocks_folder(spec)),
         waits=waits,
-        spec=spec.with_places({**spec.places, "trials": str(folder.parent.absolute())}),
+        spec=spec,
     )
 
 
@@ -166,8 +176,9 @@ def _size(folder: Path) -> int:
     return total
 
 
-def listed(trials: Sequence[Trial], storage: Path) -> str:
-    """A line per trial, and one for all."""
+def listed(trials: Sequence[Trial], storage: str | Path, folder: Path | None = None) -> str:
+    """A line per trial, and one for all. folder: where a storage that is a URL lies here."""
+    folder = Path(storage) if folder is None else folder
     if not trials:
         return f"No trials in {storage}."
     width = max(len(trial.name) for trial in trials)
@@ -177,7 +188,7 @@ def listed(trials: Sequence[Trial], storage: Path) -> str:
     ]
     states = [f"{number} {state}" for state in STATES if (number := sum(one.state == state for one in trials))]
     head = f"{'trial':10}  {'what':{width}}  {'state':9}  {'on disk':>8}  waits for"
-    return "\n".join([head, *lines, f"{', '.join(states)}; {_bytes(_size(storage))} in {storage} with all else there"])
+    return "\n".join([head, *lines, f"{', '.join(states)}; {_bytes(_size(folder))} in {folder} with all else there"])
 
 
 def chosen(trials: Sequence[Trial], which: Iterable[str], states: Sequence[str]) -> list[Trial]:
@@ -205,25 +216,34 @@ def chosen(trials: Sequence[Trial], which: Iterable[str], states: Sequence[str])
 # ---------------------------------------------------------------------------------------------- what is done
 
 
-def delete_trials(which: Sequence[Trial], trials: Sequence[Trial], storage: Path, say: Callable[[str], object]) -> None:
-    """Delete their folders, and kept blocks that no other trial's record vouches for.
+def delete_trials(
+    which: Sequence[Trial], trials: Sequence[Trial], storage: str | Path, say: Callable[[str], object]
+) -> None:
+    """Delete their folders, and kept blocks that no other trial's record vouches for; here and, of a URL, there.
 
     Raises:
         ConfigError: one of them is at work, on another machine perhaps; those before it are deleted.
     """
     going = {trial.id for trial in which}
+    folder, mirror = folder_of(str(storage)), mirror_at(str(storage))
     used = {trial.spec.quantization_id for trial in trials if trial.spec is not None and trial.id not in going}
     for trial in which:
-        folders = [storage / "trials" / trial.id]
+        folders = [folder / "trials" / trial.id]
         if trial.spec is not None and trial.spec.quantization_id not in used:
-            folders.append(storage / "trials" / "blocks" / trial.spec.quantization_id)
+            folders.append(folder / "trials" / "blocks" / trial.spec.quantization_id)
         freed = sum(map(_size, folders))
-        claim = Claim(folders[0], CLAIM)
+        board = None if mirror is None else mirror.board(f"trials/{trial.id}")
+        claim = Claim(board or folders[0], CLAIM)
         if folders[0].exists():
             claim_or_refuse(claim, partial(_at_work, trial), say)
-        for folder in filter(Path.exists, folders):
-            shutil.rmtree(folder)
+        if mirror is not None:
+            for one in folders:
+                mirror.remove(str(one.relative_to(folder)))
+        for one in filter(Path.exists, folders):
+            shutil.rmtree(one)
         claim.release()
+        if board is not None:
+            board.clear()
         say(f"{trial.id} {trial.name}: deleted, {_bytes(freed)}")
     if not which:
         say("Nothing to delete.")
@@ -257,8 +277,10 @@ def go_on(which: Sequence[Trial], say: Callable[[str], object]) -> int:
     return FAILED if failed else 0
 
 
-def watch(storage: Path, name: str | None) -> int:
+def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
     """Show a running sweep until it ends: a live picture on a terminal, else its lines as they come.
+
+    mirror: of a storage that is a URL, asked every DRIVER_SECONDS.
 
     Returns:
         0 when the sweep is over; 1 if it vanished (its machine or process died).
@@ -277,7 +299,7 @@ def watch(storage: Path, name: str | None) -> int:
     print(f"{shown.name} on {shown.host}, process {shown.pid}: {shown.command}", flush=True)
     latest = {"bulletin": shown}
     screen = _screen(latest) if sys.stdout.isatty() else None
-    said = 0
+    said, asked = 0, time.monotonic()
     try:
         while True:
             for number, line in shown.lines:
@@ -287,6 +309,9 @@ def watch(storage: Path, name: str | None) -> int:
             if not shown.going():
                 break
             time.sleep(LOOK_SECONDS)
+            if mirror is not None and time.monotonic() - asked > DRIVER_SECONDS:
+                mirror.pull("running")
+                asked = time.monotonic()
             shown = latest["bulletin"] = Bulletin.load(path)
     finally:
         if screen is not None:

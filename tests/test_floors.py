@@ -45,6 +45,7 @@ FLOORS = {
     "q3q.errors": 0,
     "q3q.masking": 0,
     "q3q.claim": 0,
+    "q3q.mirror": 0,
 }
 # Rooms of floor 2 do not know each other, with what DESIGN allows.
 SAME_FLOOR_ALLOWED = {("q3q.quantize", "q3q.calibrate.statistics")}
@@ -66,6 +67,7 @@ DOORS = {
     "transformers": {"q3q.models", "q3q.export.reload"},
     "compressed_tensors": {"q3q.export.compressed_tensors", "q3q.export.reload"},
     "deepspeed": {"q3q.models.sharded"},
+    "fsspec": {"q3q.mirror"},
 }
 
 

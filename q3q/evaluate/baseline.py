@@ -198,6 +198,7 @@ def baseline_for(
     model: Decoder,
     windows_NT: Tensor,
     progress: Progress = lambda done, total: None,
+    fetch: Callable[[str], object] = lambda key: None,
 ) -> Baseline:
     """The entry, computed with `model` if it is not there whole. Other processes that want it wait for the first.
 
@@ -207,6 +208,7 @@ def baseline_for(
         model: the *unquantized* model; it runs only if the entry has to be computed.
         windows_NT: token ids.
         progress: told windows done and in all.
+        fetch: may bring the entry of that key from elsewhere, before it is computed.
 
     Raises:
         IntegrityError: the entry does not fit the model or the windows, the model's likelihoods are not finite, or what
@@ -218,6 +220,7 @@ def baseline_for(
     if baseline is None:
         folder.mkdir(parents=True, exist_ok=True)
         with _turn(folder / f"{identity.key}.lock") as turn:
+            fetch(identity.key)
             baseline = find_baseline(folder, identity)  # it may have come while we waited
             if baseline is None:
                 _compute(folder, identity, model, windows_NT, turn, progress)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from q3q.errors import Q3QError
+from q3q.mirror import refreshed
 from q3q.report.records import Found, find_records, predictions
 from q3q.report.write import FORMATS, HTML, About, one_format, write_report
 
@@ -16,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report, or print it in one format. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m q3q.report", description=__doc__, allow_abbrev=False)
     parser.add_argument("--study", metavar="NAME", help="name or id of a sweep; without it all records are taken")
-    parser.add_argument("--storage", type=Path, default=Path("mlruns"), metavar="DIR", help="default: mlruns")
+    parser.add_argument("--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns")
     parser.add_argument("--format", choices=FORMATS, help="print this format alone; without it a folder is written")
     parser.add_argument(
         "--against", choices=["paper"], help="compare with published numbers, and say so if none was run"
@@ -24,23 +25,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: <storage>/reports/<study>")
     given = parser.parse_args(arguments)
     try:
-        found = find_records(given.storage, given.study)
+        storage = refreshed(given.storage)
+        found = find_records(storage, given.study)
     except Q3QError as error:
         print(f"q3q: {error}", file=sys.stderr)
         return MISUSED
     for line in found.damaged:
         print(f"q3q: {line}", file=sys.stderr)
-    about = _about(found, given)
+    about = _about(found, given, storage)
     if given.format:
         sys.stdout.buffer.write(one_format(found.records, about, given.format))
         return 0
     name = f"{found.sweep.name}_{found.sweep.id}" if found.sweep else "all"
-    report = write_report(found.records, given.out or given.storage / "reports" / name, about)
+    report = write_report(found.records, given.out or storage / "reports" / name, about)
     print(f"{report.text}\n\nReport: {report.folder / HTML}")
     return 0
 
 
-def _about(found: Found, given: argparse.Namespace) -> About:
+def _about(found: Found, given: argparse.Namespace, storage: Path) -> About:
     warnings = list(found.damaged)
     if found.missing:
         warnings.append(
@@ -52,7 +54,7 @@ def _about(found: Found, given: argparse.Namespace) -> About:
         command=sweep.command if sweep else f"python -m q3q.report --storage {given.storage}",
         question=sweep.question if sweep else "",
         expectation=sweep.expectation if sweep else "",
-        predicted=predictions(given.storage),
+        predicted=predictions(storage),
         warnings=warnings,
         against_paper=given.against == "paper",
     )

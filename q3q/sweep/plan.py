@@ -424,7 +424,7 @@ def _place(
 # ---------------------------------------------------------------------------------------------- for people
 
 
-def describe(planned: Sequence[Planned], *, machines: Sequence[Machine], where: str, storage: Path) -> str:
+def describe(planned: Sequence[Planned], *, machines: Sequence[Machine], where: str, storage: Path | str) -> str:
     """The plan for people: a line a trial, and the total."""
     rows = [("trial", "what", "model", "on", "loader", "predicted", "memory", "disk", "GPU-hours")]
     for one in planned:

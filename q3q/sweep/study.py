@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from q3q.claim import Claim, Holder, claim_or_refuse
 from q3q.errors import ConfigError, IntegrityError, Q3QError, TrackingError
+from q3q.mirror import Courier, is_light, mirror_at
 from q3q.models.checkpoint import ModelFacts, fetch_facts, read_facts
 from q3q.record import Progress, TrialRecord, trial_folder
 from q3q.spec import TrialSpec
@@ -31,8 +32,8 @@ def study_id(specs: Iterable[TrialSpec]) -> str:
 
 
 @contextmanager
-def sole_driver(specs: Sequence[TrialSpec], storage: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """Be the only process that drives this set of trials in this storage folder.
+def sole_driver(specs: Sequence[TrialSpec], storage: str | Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Be the only process that drives this set of trials in this storage, a folder or a URL.
 
     Raises:
         ConfigError: another one does.
@@ -44,7 +45,8 @@ def sole_driver(specs: Sequence[TrialSpec], storage: Path, say: Callable[[str], 
             "when it has ended, or died, the same command goes on"
         )
 
-    claim = Claim(storage / "running", study_id(specs))
+    mirror = mirror_at(str(storage))
+    claim = Claim(Path(storage) / "running" if mirror is None else mirror.board("running"), study_id(specs))
     claim_or_refuse(claim, refuse, say)
     try:
         yield
@@ -62,6 +64,7 @@ class Study:
 
     note: where to say that something went wrong but nothing is lost. question, expectation: of a saved study.
     predicted: seconds of each trial still to run, by its id.
+    courier: what brings records to a storage that is a URL. takes_exports: whether the tracker wants their files.
 
     Once it is open, the tracker is told in a thread of its own: a slow one holds up no trial.
     """
@@ -78,6 +81,8 @@ class Study:
     expectation: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
     experiment: str = "q3q"
+    courier: Courier | None = None
+    takes_exports: bool = False
     _sweep: Sweep | None = None
     _teller: Teller = field(default_factory=Teller)
     # Of trials at work, what is still to be told: steps, and what was measured there.
@@ -172,9 +177,21 @@ class Study:
         known = predictions(self.storage)
         return {spec.id: known[spec.id] for spec in self.specs if spec.id in known}
 
+    def fetch(self, spec: TrialSpec) -> None:
+        """Have here what a trial that has ended elsewhere left in the store; of a folder that is shared, nothing."""
+        if self.courier is not None:
+            self.courier.mirror.pull(f"trials/{spec.id}", only=is_light)
+            if spec.export is not None and (name := self.courier.mirror.name_of(Path(spec.places["export"]))):
+                self.courier.mirror.pull(name, only=(lambda one: True) if self.takes_exports else is_light)
+
+    def _send(self, record: TrialRecord) -> None:
+        if self.courier is not None:
+            self.courier.add(*(f"trials/{record.spec.id}/{name}" for name in ("record.json", "failed.json")))
+
     def take(self, record: TrialRecord) -> None:
         """A trial has ended; its record is on disk. One that has its baseline by now is compared with it."""
         self.records[record.spec.id] = record
+        self._send(record)
         self._tell_of(self._compared(record))
         if not record.completed or record.spec.scheme is not None:
             return  # no other is compared with it
@@ -196,6 +213,7 @@ class Study:
             return record
         if found != record:
             found.save()
+            self._send(found)
             self.records[record.spec.id] = found
         return found
 

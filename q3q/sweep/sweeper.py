@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -34,6 +33,7 @@ from q3q.environment import now
 from q3q.errors import ConfigError, IncompatibleError, Q3QError, SweepFailedError
 from q3q.export.destination import refuse_shared
 from q3q.masking import masked
+from q3q.mirror import DRIVER_SECONDS, Courier, delivering, folder_of, is_url, mirror_at, refreshed
 from q3q.models.checkpoint import ModelFacts
 from q3q.models.footprint import in_gb
 from q3q.record import Progress, TrialRecord, kept_blocks_folder
@@ -127,10 +127,11 @@ class StudySweeper(Sweeper):
         if added := [mine.spec for key, mine in trials.items() if key not in asked]:
             models = ", ".join(str(spec.model["name"]) for spec in added)
             print(f"method=none of {models} is added, to compare with; evaluation.baseline=false leaves it out")
+        storage = refreshed(settings.storage)
         finished = {} if settings.fresh else _finished(trials)
         with ExitStack() as stack:
             cluster, machines = self._machines(stack, settings)
-            storage, wishes = Path(settings.storage), wishes_of(settings.cluster.get)
+            wishes = wishes_of(settings.cluster.get)
             ordered = plan(
                 [mine.spec for mine in trials.values()],
                 finished,
@@ -142,7 +143,10 @@ class StudySweeper(Sweeper):
             if settings.plan:
                 print(
                     describe(
-                        ordered, machines=machines, where=settings.cluster.address or "this machine", storage=storage
+                        ordered,
+                        machines=machines,
+                        where=settings.cluster.address or "this machine",
+                        storage=settings.storage,
                     )
                 )
                 return []
@@ -153,7 +157,7 @@ class StudySweeper(Sweeper):
             specs = [mine.spec for mine in trials.values()]
             command = "python launch.py -m " + shlex.join(arguments)
             left = [one for one in ordered if not one.done]
-            stack.enter_context(sole_driver(specs, storage, partial(print, file=sys.stderr)))
+            stack.enter_context(sole_driver(specs, settings.storage, partial(print, file=sys.stderr)))
             ready, launch = self._launcher(stack, settings, cluster) if left else (None, None)
             predicted = {one.spec.id: one.seconds for one in left}
             study = stack.enter_context(running_study(settings, specs, command, finished, ready, predicted))
@@ -466,6 +470,7 @@ class TrialPolicy(JobPolicy):
             record = TrialRecord.from_json(outcome.value)
         else:
             record = TrialRecord.failed(spec, f"{outcome.error} ({outcome.attempts} attempts)")
+        self.study.fetch(spec)
         record = with_plan(record, planned, share)
         record.save()  # again, if the worker could: its disk may not be ours
         self.study.finished(record, outcome.seconds)
@@ -531,6 +536,9 @@ class RunningStudy:
     def tick(self) -> None:
         self.study.tick()
 
+    def fetch(self, spec: TrialSpec) -> None:
+        self.study.fetch(spec)
+
     def finished(self, record: TrialRecord, seconds: float = 0.0) -> None:
         self.study.take(record)
         self.display.finished(record, seconds)
@@ -555,7 +563,8 @@ def running_study(
     from q3q.track.mlflow import MlflowTracker
 
     experiment = settings.track.experiment or settings.name or "q3q"
-    artifacts = f"{settings.storage}/artifacts"
+    storage, mirror = folder_of(settings.storage), mirror_at(settings.storage)
+    artifacts = f"{storage}/artifacts"
     tracker = MlflowTracker(tracking_uri(settings), artifacts, experiment, settings.track.register)
     tracker.check()
     if ready is not None:
@@ -563,12 +572,17 @@ def running_study(
     if settings.fresh:
         for spec in specs:
             shutil.rmtree(kept_blocks_folder(spec), ignore_errors=True)
+            if mirror is not None:
+                mirror.remove(f"trials/blocks/{spec.quantization_id}")
     shown = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
     methods = list(dict.fromkeys(str(spec.method["name"]) for spec in specs))
     name = settings.name or "+".join([method for method in methods if method != "none"] or methods)
-    command, storage = masked(command), Path(settings.storage)
+    command = masked(command)
     publisher = Publisher(storage, name, command)
-    with Display(total=len(specs) - len(finished), publisher=publisher) as display:
+    with (
+        _courier(settings.storage, finished) as courier,
+        Display(total=len(specs) - len(finished), publisher=publisher) as display,
+    ):
         study = Study(
             name=name,
             command=command,
@@ -582,6 +596,8 @@ def running_study(
             expectation=settings.expectation or "",
             predicted=predicted or {},
             experiment=experiment,
+            courier=courier,
+            takes_exports=settings.track.register is not None,
         )
         study.open()
         if finished:
@@ -599,6 +615,8 @@ def running_study(
     print(report.text)
     print(f"\nReport and plots: {report.folder}")
     print(_where_to_browse(tracker))
+    if is_url(settings.storage):
+        print(_what_is_here_alone(tracker, masked(settings.storage)))
     if interruption is not None:
         print(f"Interrupted: {len(study.records)} of {len(specs)} trials are recorded; the same command goes on.")
         raise interruption
@@ -614,6 +632,23 @@ def _where_to_browse(tracker: "MlflowTracker") -> str:
     if not uri.startswith("sqlite:"):
         return f"MLflow: {uri}/{page}"
     return f"MLflow: make ui (or: mlflow ui --backend-store-uri {uri}), then http://127.0.0.1:5000/{page}"
+
+
+@contextmanager
+def _courier(storage: str, finished: Mapping[str, TrialRecord]) -> Iterator[Courier | None]:
+    """What brings a driver's files to a storage that is a URL; None for a folder, which needs nothing of the kind."""
+    mirror = mirror_at(storage)
+    if mirror is None:
+        yield None
+        return
+    with delivering(mirror, "sweeps", "reports", "running", every=DRIVER_SECONDS) as courier:
+        courier.add(*(f"trials/{trial}" for trial in finished))  # what a worker of this machine could not send any more
+        yield courier
+
+
+def _what_is_here_alone(tracker: "MlflowTracker", storage: str) -> str:
+    database = "; MLflow's database is on this machine alone, track.uri= names a shared one"
+    return f"Records and report are in {storage}{database if tracker.uri.startswith('sqlite:') else ''}."
 
 
 def _choices(override: Override) -> list[str]:

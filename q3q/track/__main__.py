@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from q3q.errors import Q3QError
+from q3q.mirror import refreshed
 from q3q.report.records import all_sweeps, find_records
 from q3q.sweep.study import Study
 from q3q.track.mlflow import MlflowTracker
@@ -19,11 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Log every sweep of a storage folder; what the store has already is not logged again. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m q3q.track", description=__doc__, allow_abbrev=False)
     parser.add_argument("what", choices=["sync"])
-    parser.add_argument("--storage", type=Path, default=Path("mlruns"), metavar="DIR", help="default: mlruns")
+    parser.add_argument("--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns")
     parser.add_argument("--uri", help="of the MLflow store or server; default: sqlite:///<storage>/mlflow.db")
     given = parser.parse_args(arguments)
     try:
-        for line in sync(given.storage, given.uri or f"sqlite:///{given.storage}/mlflow.db"):
+        storage = refreshed(given.storage)
+        for line in sync(storage, given.uri or f"sqlite:///{storage}/mlflow.db"):
             print(line)
     except Q3QError as error:
         print(f"q3q: {error}", file=sys.stderr)

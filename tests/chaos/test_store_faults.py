@@ -1,0 +1,198 @@
+"""Trials and sweeps whose storage is a URL: whoever goes on is another machine, which has a mirror of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from q3q import claim as claim_module
+from q3q import config as schema
+from q3q import mirror as mirror_module
+from q3q.mirror import open_store, settled
+from q3q.record import trial_folder
+from q3q.trial import attempt_trial
+from tests.chaos.faults import ROOT, SMALL, end_of, in_child, launch, log_of, numbers, start, wait_until
+from tests.stores import make_bucket, s3_server
+
+SWEEP = ("method=rtn,gptq", "bits=3", "calibration.samples=32", "evaluation.limit=64", "keep=blocks")
+
+
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.slow)])
+def url(request, tmp_path):
+    if request.param == "file":
+        yield f"file://{tmp_path}/store"
+        return
+    with s3_server():
+        yield make_bucket("faults") + "/study"
+
+
+@pytest.fixture
+def spec(url, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path / "driver"))
+    schema.register()
+    GlobalHydra.instance().clear()
+    settings = [*SMALL, "evaluation.drift=true", f"model.path={tiny}", f"storage={url}", "method=gptq", "bits=3"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return schema.spec_from(compose("config", settings))
+
+
+def on(node, spec, work):
+    """Do something with the trial as it is on a machine of that name: the exit code of the process that did."""
+
+    def there():
+        os.environ["Q3Q_MIRRORS"] = str(node)
+        mirror_module.EVERY_SECONDS = 0.05
+        work(spec.with_places(settled(spec.places)))
+
+    return end_of(in_child(there))
+
+
+def in_store(url, name):
+    return json.loads(open_store(url).read(name))
+
+
+def test_a_node_that_is_killed_costs_what_it_had_not_sent_and_another_goes_on(spec, url, tmp_path):
+    plain = spec.with_places({"trials": str(tmp_path / "plain/trials"), "model": spec.places["model"]})
+    reference = attempt_trial(plain)
+    assert reference.completed, reference.reason
+    second = f"trials/{spec.id}/blocks/block_001.json"
+
+    def killed(spec):
+        store = open_store(url)
+
+        def report(event):
+            if event.phase == "quantize" and event.done == 2:
+                wait_until(lambda: store.mark(second) and store.mark(second.replace("json", "safetensors")), "a block")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        attempt_trial(spec, report)
+
+    assert on(tmp_path / "a", spec, killed) == -signal.SIGKILL
+    assert not open_store(url).mark(f"trials/{spec.id}/record.json")
+
+    def resumed(spec):
+        computed = []
+        record = attempt_trial(spec, lambda event: computed.append(event) if event.phase == "baseline" else None)
+        assert record.completed, record.reason
+        assert not computed  # the drift's baseline was fetched
+        assert record.notes["blocks_from_disk"] == 2
+
+    assert on(tmp_path / "b", spec, resumed) == 0
+    left = sorted(name.partition("/")[2] for name in open_store(url).find(f"trials/{spec.id}"))
+    names = {name.rpartition("/")[2] for name in left}
+    assert names == {"record.json", "samples.parquet", "spec.json", "trial.claim.2", "trial.log"}
+    assert numbers(in_store(url, f"trials/{spec.id}/record.json")) == numbers(
+        json.loads(json.dumps(reference.to_json()))
+    )
+
+    def finds_it_done(spec):
+        record = attempt_trial(spec)
+        assert record.completed
+        assert record.spec.places["trials"] == spec.places["trials"]
+        assert [step.words for step in log_of(trial_folder(spec))].count("start") == 2
+
+    assert on(tmp_path / "c", spec, finds_it_done) == 0
+
+
+def test_one_that_slept_sends_nothing_over_the_result_of_another(spec, url, tmp_path):
+    folder = f"trials/{spec.id}"
+
+    def hasty():
+        mirror_module.BEAT_SECONDS, mirror_module.SILENT_SECONDS, mirror_module.EVERY_SECONDS = 0.1, 0.8, 0.05
+
+    def sleeper():
+        os.environ["Q3Q_MIRRORS"] = str(tmp_path / "a")
+        hasty()
+        here = spec.with_places(settled(spec.places))
+
+        def report(event):
+            if event.phase == "quantize" and event.done == 1:
+                (tmp_path / "there").touch()
+                time.sleep(3)
+
+        record = attempt_trial(here, report)
+        assert record.completed
+        assert [step.words for step in log_of(trial_folder(here))].count("stop ClaimLostError") <= 1
+
+    def far(spec):
+        hasty()
+        claim_module._place = lambda: "another machine"
+        assert attempt_trial(spec).completed
+
+    child = in_child(sleeper)
+    wait_until((tmp_path / "there").exists, "a block")
+    os.kill(child, signal.SIGSTOP)
+    assert on(tmp_path / "b", spec, far) == 0
+    mark = open_store(url).mark(f"{folder}/record.json")
+    before = in_store(url, f"{folder}/record.json")
+    os.kill(child, signal.SIGCONT)
+    assert end_of(child) == 0
+    assert open_store(url).mark(f"{folder}/record.json") == mark
+    assert in_store(url, f"{folder}/record.json") == before
+    assert not [name for name in open_store(url).find(folder) if "/blocks/" in name]
+
+
+def command(module, url, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", f"q3q.{module}", "--storage", url, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+
+
+def test_a_plan_on_a_url_starts_nothing_and_leaves_nothing_there(tiny, tmp_path):
+    url = f"file://{tmp_path}/store"
+    code, said = launch(url, tiny, *SWEEP, "plan=true", Q3Q_MIRRORS=str(tmp_path / "a"))
+    assert code == 0, said
+    assert f"State and records: {url}" in said
+    assert open_store(url).find("") == {}
+
+
+@pytest.mark.slow
+def test_a_sweep_on_a_url_whose_driver_is_killed_and_that_another_machine_completes(url, tiny, tmp_path):
+    """Meanwhile a second driver is refused. Afterwards a third machine lists, reports and deletes."""
+    here, there, third = ({"Q3Q_MIRRORS": str(tmp_path / name)} for name in "abc")
+    process, store = start(url, tiny, *SWEEP, **here), open_store(url)
+
+    def sent(name):
+        return [one for one in store.find("trials") if one.endswith(name)]
+
+    wait_until(lambda: sent("trial.log") or process.poll() is not None, "a trial's log in the store")
+    code, said = launch(url, tiny, *SWEEP, **there)
+    assert code == 2, said
+    assert re.search(rf"this sweep is at work already: process {process.pid} on .* --storage {re.escape(url)} ", said)
+    wait_until(lambda: sent("record.json") or process.poll() is not None, "a record in the store")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    done = {name: store.mark(name) for name in sent("record.json")}
+    code, said = launch(url, tiny, *SWEEP, **there)
+    assert code == 0, said
+    assert "Records and report are in" in said
+    records = {name: json.loads(store.read(name)) for name in sent("record.json")}
+    assert len(records) == 2
+    assert {record["status"] for record in records.values()} == {"COMPLETED"}
+    for name in done:
+        log = store.read(name.replace("record.json", "trial.log")).decode()
+        assert log.count(" end COMPLETED") == 1
+    assert sent("block_000.safetensors")  # keep=blocks
+    assert any(name.endswith("report.html") for name in store.find("reports"))
+
+    listed = command("trials", url, **third)
+    assert "2 completed" in listed.stdout, listed.stderr
+    report = command("report", url, "--format", "csv", **third)
+    assert report.stdout.count("COMPLETED") or report.stdout.count("gptq"), report.stderr
+    trial = next(iter(records)).split("/")[1]
+    deleted = command("trials", url, "delete", trial, **third)
+    assert deleted.returncode == 0, deleted.stderr
+    assert not store.find(f"trials/{trial}")
+    assert "1 completed" in command("trials", url, **there).stdout  # gone from its mirror as well

@@ -1,0 +1,400 @@
+"""Laws of mirrors: what one pushed another pulls, nothing is half there, and one of many gets a claim."""
+
+import os
+import re
+import secrets
+import signal
+import time
+
+import pytest
+
+from q3q import claim as claim_module
+from q3q import mirror as mirror_module
+from q3q.claim import WIDTH, Claim, ClaimLostError
+from q3q.errors import ConfigError
+from q3q.mirror import (
+    Mirror,
+    StoreError,
+    delivering,
+    folder_of,
+    mirror_of,
+    open_store,
+    patiently,
+    refreshed,
+    refuse_unusable,
+    settled,
+)
+from q3q.spec import Scheme, TrialSpec
+from tests.stores import make_bucket, s3_server
+
+
+@pytest.fixture(scope="module")
+def s3():
+    with s3_server():
+        yield make_bucket("laws")
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request, tmp_path):
+    if request.param == "file":
+        return f"file://{tmp_path}/store"
+    return f"{request.getfixturevalue('s3')}/{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def node(url, tmp_path, monkeypatch):
+    """node(name): the URL's mirror on a machine of that name."""
+
+    def make(name, of=url):
+        monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path / name))
+        return Mirror(of)
+
+    return make
+
+
+def write(mirror, **files):
+    for name, content in files.items():
+        path = mirror.folder / "trials/x" / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def held(mirror):
+    return {
+        str(path.relative_to(mirror.folder / "trials/x")): path.read_text()
+        for path in (mirror.folder / "trials").rglob("*")
+        if path.is_file()
+    }
+
+
+def in_store(mirror):
+    return sorted(mirror.store.find("trials"))
+
+
+def test_what_one_pushes_another_pulls_and_nothing_travels_twice(node):
+    a, b = node("a"), node("b")
+    write(a, record_json="1", blocks__block_json="2", empty_txt="")
+    assert a.push("trials") == 3
+    b.pull("trials")
+    assert held(b) == held(a) == {"record.json": "1", "blocks/block.json": "2", "empty.txt": ""}
+    before = {path: path.stat().st_mtime_ns for path in b.folder.rglob("*") if path.is_file()}
+    b.pull("trials")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (a.push("trials"), b.push("trials"), b.push("trials/x/record.json")) == (0, 0, 0)
+
+
+def test_the_side_that_changed_counts_and_of_both_the_store(node):
+    a, b = node("a"), node("b")
+    write(a, one="old", two="old", three="old")
+    a.push("trials")
+    b.pull("trials")
+    write(b, one="b's", three="b's longer")
+    assert b.push("trials") == 2
+    write(a, two="a's", three="a's")
+    a.pull("trials")
+    assert held(a) == {"one": "b's", "two": "a's", "three": "b's longer"}
+    assert a.push("trials") == 1
+
+
+def test_what_one_deletes_goes_everywhere_but_not_what_nobody_sent(node):
+    a, b = node("a"), node("b")
+    write(a, one="1", two="2", three="3")
+    a.push("trials")
+    b.pull("trials")
+    (b.folder / "trials/x/one").unlink()
+    (b.folder / "trials/x/two").unlink()
+    assert b.push("trials") == 2
+    assert in_store(b) == ["trials/x/three"]
+    write(a, two="changed since", four="never sent")
+    a.pull("trials")
+    assert held(a) == {"two": "changed since", "three": "3", "four": "never sent"}
+    stranger = node("c")  # has none of these, and never had
+    assert stranger.push("trials") == 0
+    assert in_store(stranger) == ["trials/x/three"]
+    (a.folder / "trials/x/three").unlink()
+    a.pull("trials")  # missing here, so it is brought: only a push says that it was deleted
+    assert held(a)["three"] == "3"
+
+
+def test_a_file_is_whole_or_absent_however_its_download_ends(node):
+    a, b = node("a"), node("b")
+    write(a, one="a whole file")
+    a.push("trials")
+
+    def half(name, path):
+        path.write_text("a wh")
+        raise KeyboardInterrupt
+
+    whole, b.store.get = b.store.get, half
+    with pytest.raises(KeyboardInterrupt):
+        b.pull("trials")
+    assert held(b) == {}
+    b.store.get = whole
+    b.pull("trials")
+    assert held(b) == {"one": "a whole file"}
+
+
+def test_what_is_under_way_stays_and_the_record_goes_last(node):
+    a = node("a")
+    write(a, record_json="1", a="2", z="3", q3q_json="4")
+    for name in (".a.partial", "lock.lock", "trial.claim.3", "out.partial/file"):
+        (a.folder / "trials/x" / name).parent.mkdir(exist_ok=True)
+        (a.folder / "trials/x" / name).write_text("under way")
+    sent, put = [], a.store.put
+    a.store.put = lambda name, path: (sent.append(path.name), put(name, path))
+    assert a.push("trials") == 4
+    assert sent[2:] == ["q3q.json", "record.json"]
+    assert len(in_store(a)) == 4
+
+
+def test_a_courier_brings_what_changes_and_stops_when_it_may_no_more(node):
+    a = node("a")
+    may = True
+
+    def sure():
+        if not may:
+            raise ClaimLostError("lost")
+
+    with delivering(a, "trials", every=0.05, sure=sure):
+        write(a, one="1")
+        deadline = time.monotonic() + 20
+        while not in_store(a):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    write(a, two="2")
+    with delivering(a, "trials", every=60, sure=sure):
+        pass  # at the end all is sent
+    assert in_store(a) == ["trials/x/one", "trials/x/two"]
+    may = False
+    write(a, three="3")
+    with pytest.raises(ClaimLostError), delivering(a, "trials", every=0.05, sure=sure):
+        time.sleep(0.2)
+    assert in_store(a) == ["trials/x/one", "trials/x/two"]
+
+
+def test_refreshed_brings_what_is_read_and_leaves_the_tensors(node):
+    a = node("a")
+    write(a, record_json="1", blocks__block_safetensors="2", evaluations__1_json="3")
+    a.push("trials")
+    b = node("b")
+    assert refreshed(b.url) == b.folder
+    assert held(b) == {"record.json": "1"}
+    assert b.push("trials") == 0  # what it does not have it does not delete
+    assert len(in_store(b)) == 3
+
+
+# ---------------------------------------------------------------------------------------------- claims
+
+
+def quick(mirror, **settings):
+    return Claim(mirror.board("running"), "it", **{"beat": 0.05, "silent": 0.6, **settings})
+
+
+def test_one_has_it_until_it_is_released(node):
+    first, second = quick(node("a")), quick(node("b"))
+    assert first.take() is None
+    assert second.take().pid == os.getpid()
+    assert second.heard
+    first.confirm()
+    first.release()
+    assert second.take() is None
+    second.release()
+    assert len(node("a").store.names("running")) == 1
+
+
+def test_a_holder_elsewhere_keeps_it_while_it_beats_and_loses_it_by_silence(node, monkeypatch):
+    holder = quick(node("a"))
+    holder.take()
+    monkeypatch.setattr(claim_module, "_place", lambda: "another machine")
+    waiting, began = quick(node("b"), silent=1.0), time.monotonic()
+    while time.monotonic() - began < 1.5:
+        assert waiting.take() is not None
+        time.sleep(0.05)
+    assert waiting.heard
+    holder._closing.set()  # as if its machine slept
+    holder._thread.join()
+    deadline = time.monotonic() + 10
+    while waiting.take() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(ClaimLostError, match="another took over"):
+        holder.confirm()
+    holder.release()
+    waiting.confirm()
+    waiting.release()
+
+
+def test_of_many_processes_one_gets_it(node, tmp_path):
+    """Each fork opens the store anew. Whoever wins stays until all have tried: the dead hold nothing."""
+    a = node("a")
+    url, gate, children = a.url, tmp_path / "gate", []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                mine = quick(Mirror(url), silent=60)
+                while not gate.exists():
+                    time.sleep(0.001)
+                won = mine.take() is None
+                (tmp_path / f"{'won' if won else 'lost'} {os.getpid()}").touch()
+                deadline = time.monotonic() + 60
+                while won and len(list(tmp_path.glob("*o* *"))) < 4 and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            finally:
+                os._exit(0)
+        children.append(pid)
+    gate.touch()
+    for child in children:
+        os.waitpid(child, 0)
+    assert len(list(tmp_path.glob("won *"))) == 1
+
+
+def test_a_holder_killed_on_this_machine_is_seen_to_be_at_once(node, tmp_path):
+    a = node("a")
+    url = a.url
+    pid = os.fork()
+    if pid == 0:
+        try:
+            quick(Mirror(url)).take()
+            (tmp_path / "has it").touch()
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    while not (tmp_path / "has it").exists():
+        time.sleep(0.01)
+    waiting = quick(node("b"), silent=60)
+    assert waiting.take().pid == pid
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert waiting.take() is None
+    waiting.release()
+
+
+def test_an_answer_that_was_lost_does_not_turn_a_claim_against_its_holder(s3):
+    """The request went through, and was sent again because nobody heard so: "exists" is then said of one's own."""
+    store, name = open_store(f"{s3}/{secrets.token_hex(4)}"), "running/it.claim.1"
+    assert store.create(name, b"mine")
+    assert store.create(name, b"mine")
+    assert not store.create(name, b"another's")
+
+
+def test_a_beat_replaces_the_counter_alone(node):
+    a = node("a")
+    claim = quick(a, beat=60)
+    claim.take()
+    before = a.board("running").read("it.claim.1")
+    claim._slip.write(f"{7:0{WIDTH}d}")
+    after = a.board("running").read("it.claim.1")
+    assert after == f"{7:0{WIDTH}d}".encode() + before[WIDTH:]
+    claim.release()
+
+
+# ---------------------------------------------------------------------------------------------- refusals and errors
+
+
+def test_a_store_that_can_be_used_is_left_as_it_was(node):
+    a = node("a")
+    refuse_unusable.cache_clear()
+    refuse_unusable(a.url)
+    assert a.store.find("") == {}
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("nowhere://x/y", "of no kind that fsspec knows"),
+        ("memory://x", "only one of two processes gets"),
+        ("file://x/y", "three slashes"),
+        ("s3://ada:lovelace99@bucket/x", "credentials come from the environment"),
+        ("s3://bucket/x?key=secret99", "credentials come from the environment"),
+    ],
+)
+def test_a_url_that_cannot_be_storage_is_refused_in_one_line(bad, reason):
+    refuse_unusable.cache_clear()
+    with pytest.raises(ConfigError, match=reason) as refused:
+        refuse_unusable(bad)
+    assert "\n" not in str(refused.value)
+    assert not re.search("lovelace99|secret99", str(refused.value))
+
+
+def test_a_bucket_that_is_not_there_is_refused(s3):
+    refuse_unusable.cache_clear()
+    with pytest.raises(ConfigError, match="there is no such bucket"):
+        refuse_unusable("s3://no-such-bucket/x")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def missing(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(mirror_module, "open_store", missing)
+    refuse_unusable.cache_clear()
+    with pytest.raises(ConfigError, match=r"pip install 'q3q\[s3\]'"):
+        refuse_unusable("s3://bucket/x")
+
+
+def test_a_store_that_lets_two_create_the_same_file_is_refused(tmp_path, monkeypatch):
+    store = open_store(f"file://{tmp_path}")
+    store.create = lambda name, content: store.write(name, content) is None
+    monkeypatch.setattr(mirror_module, "open_store", lambda url: store)
+    refuse_unusable.cache_clear()
+    with pytest.raises(ConfigError, match="lets two processes create the same file"):
+        refuse_unusable("s3://bucket/x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_may_pass_is_tried_again_and_what_lasts_is_said_in_a_line(monkeypatch):
+    monkeypatch.setattr(mirror_module, "LONGEST_PAUSE", 0.01)
+    pauses = []
+    monkeypatch.setattr(mirror_module.time, "sleep", pauses.append)
+    answers = iter([TimeoutError("slow"), OSError("reset"), "there"])
+
+    def call():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert patiently("s3://bucket/x", call) == "there"
+    assert len(pauses) == 2
+
+    def refuse():
+        raise PermissionError("key=AKIAABCDEFGHIJKLMNOP may not")
+
+    with pytest.raises(StoreError, match="cannot be used any more") as refused:
+        patiently("s3://bucket/x", refuse)
+    assert "AKIA" not in str(refused.value)
+    assert len(pauses) == 2
+    monkeypatch.setattr(mirror_module, "PATIENCE", 0.0)
+    with pytest.raises(StoreError, match="slow"):
+        patiently("s3://bucket/x", lambda: (_ for _ in ()).throw(TimeoutError("slow")))
+
+
+def test_places_are_those_of_the_machine_that_reads_them(monkeypatch, tmp_path):
+    url = "s3://bucket/x"
+    monkeypatch.setenv("Q3Q_MIRRORS", "/home/ada/mirrors")
+    there = mirror_of(url)
+    spec = TrialSpec(
+        model={"name": "demo"},
+        method={"name": "rtn", "version": 1},
+        scheme=Scheme(bits=2, group_size=32, symmetric=False),
+        calibration=None,
+        evaluation={},
+        seed=0,
+        places={"trials": str(there / "trials"), "export": str(there / "exports/x"), "store": url, "keep": "none"},
+    )
+    monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path))
+    here = TrialSpec.from_json(spec.to_json())
+    assert here.id == spec.id
+    assert here.places == {
+        "trials": str(mirror_of(url) / "trials"),
+        "export": str(mirror_of(url) / "exports/x"),
+        "store": url,
+        "keep": "none",
+    }
+    elsewhere = settled({**spec.places, "export": "/data/out"})
+    assert elsewhere["export"] == "/data/out"
+    shared = {"trials": "/storage/trials", "export": "/storage/exports/x"}
+    assert settled(shared) is shared
+    assert folder_of("mlruns").name == "mlruns"
+    assert mirror_of(url + "/") == mirror_of(url) != mirror_of("s3://bucket/y")
