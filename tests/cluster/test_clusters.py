@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,36 @@ def test_a_job_submitted_to_the_head_runs_a_sweep(two_nodes, tokened, tiny, tmp_
     )
     assert refused.returncode != 0
     assert "token" in (refused.stdout + refused.stderr).lower()
+
+
+def test_a_gangs_ranks_sit_on_two_nodes(two_nodes, tokened, tiny, tmp_path):  # noqa: F811
+    """Each node has one core, so two ranks of one core each cannot share one."""
+    address, _, second = two_nodes
+    sweep = ("method=gptq", "bits=3", "calibration.samples=8", "evaluation.limit=8")
+    gang = ("cluster.ranks_per_trial=2", "cluster.cpus_per_trial=1", "cluster=existing", f"cluster.address={address}")
+    process = start(tmp_path / "gang", tiny, *sweep, *gang, **tokened)
+    seen = set()
+
+    def ranks():
+        """Processes of the second node that compute: one that leads a gang or follows in it has torch.distributed."""
+        for path in Path("/proc").glob("[0-9]*/maps"):
+            with suppress(OSError):
+                pid = int(path.parent.name)
+                if descends(pid, second.pid) and "libtorch" in path.read_text():
+                    seen.add(pid)
+        return bool(seen) or process.poll() is not None
+
+    wait_until(ranks, "a rank on the second node", 120)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert seen
+    assert "on 2 x 1 CPU, sharded" in output
+    code, again = launch(tmp_path / "alone", tiny, *sweep)
+    assert code == 0, again
+    together, alone = (
+        {trial: numbers(record) for trial, record in records(tmp_path / name).items()} for name in ("gang", "alone")
+    )
+    assert together == alone
 
 
 def test_a_node_that_is_killed_costs_nothing(two_nodes, tokened, tiny, tmp_path):  # noqa: F811
