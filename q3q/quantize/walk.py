@@ -95,8 +95,12 @@ def quantize_model(
     sink: BlockSink,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[QuantizedBlock]:
-    """`quantized_blocks`, all of them: codes of a whole model."""
-    return list(quantized_blocks(model, method, scheme, windows_BT, sink, progress))
+    """`quantized_blocks`, all of them: codes of a whole model. progress: told (blocks done, blocks in all)."""
+    blocks = []
+    for block in quantized_blocks(model, method, scheme, windows_BT, sink):
+        blocks.append(block)
+        progress(len(blocks), len(model.blocks))
+    return blocks
 
 
 def quantized_blocks(
@@ -105,7 +109,6 @@ def quantized_blocks(
     scheme: Scheme | Schemes,
     windows_BT: Tensor | None,
     sink: BlockSink,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[QuantizedBlock]:
     """Quantize every block of `model` in place, first to last; blocks that the sink already holds are taken from it.
 
@@ -114,18 +117,16 @@ def quantized_blocks(
     Args:
         scheme: of every linear, or of each (`Schemes`).
         windows_BT: calibration token ids, None for a method that observes nothing.
-        progress: told (blocks done, blocks in all).
 
     Raises:
         IntegrityError: the sink does not give back a block that a streamed model needs.
     """
     schemes = scheme if isinstance(scheme, Schemes) else Schemes(scheme)
-    team, total = model.team, len(model.blocks)
+    team = model.team
     walk: Walk = team.together(_begin, model.number, method, schemes, windows_BT, model=model, sink=sink)
     with walk.share.hidden:
-        for k in range(total):
+        for k in range(len(model.blocks)):
             result: QuantizedBlock = team.together(_go_on, model.number, k, walk=walk)
-            progress(k + 1, total)
             yield result
             del result
     team.together(_end, model.number, walk=walk)
