@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,12 +44,14 @@ SMALL = [
 ]
 
 
-def start(storage: Path, tiny: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-    """The real command, in a session of its own."""
+def start(
+    storage: Path, tiny: Path, *arguments: str, inside: Sequence[str] = (), **environment: str
+) -> "subprocess.Popen[str]":
+    """The real command, in a session of its own. inside: a command that runs it somewhere else."""
     settings = {one.partition("=")[0]: one for one in (*SMALL, *arguments)}  # the later one counts
     command = [sys.executable, "launch.py", "-m", *settings.values(), f"model.path={tiny}", f"storage={storage}"]
     # Under nohup a stopped worker would outlive its driver: the kernel wakes orphans with this signal.
-    command = ["env", "--default-signal=HUP", *command]
+    command = [*inside, "env", "--default-signal=HUP", *command]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -61,8 +63,10 @@ def start(storage: Path, tiny: Path, *arguments: str, **environment: str) -> "su
     )
 
 
-def launch(storage: Path, tiny: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    process = start(storage, tiny, *arguments, **environment)
+def launch(
+    storage: Path, tiny: Path, *arguments: str, inside: Sequence[str] = (), **environment: str
+) -> tuple[int, str]:
+    process = start(storage, tiny, *arguments, inside=inside, **environment)
     output, _ = process.communicate(timeout=240)
     return process.returncode, output
 

@@ -140,6 +140,69 @@ def test_a_gangs_ranks_sit_on_two_nodes(two_nodes, tokened, tiny, tmp_path):  # 
     assert together == alone
 
 
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces that see each other as two hosts do: how to run something there, and their addresses."""
+    ip, names = shutil.which("ip"), [f"q3q-{secrets.token_hex(3)}" for _ in range(2)]
+    if ip is None or os.geteuid() != 0:
+        pytest.skip("two hosts are network namespaces: needs root and iproute2")
+    ends, addresses = [f"{name}-e" for name in names], ["10.79.31.1", "10.79.31.2"]
+
+    def run(*words, check=True):
+        return subprocess.run([ip, *words], capture_output=True, text=True, check=check)
+
+    if run("netns", "add", names[0], check=False).returncode:
+        pytest.skip("this machine does not let us make network namespaces")
+    try:
+        run("netns", "add", names[1])
+        run("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+        for name, end, address in zip(names, ends, addresses, strict=True):
+            run("link", "set", end, "netns", name)
+            run("-n", name, "addr", "add", f"{address}/24", "dev", end)
+            run("-n", name, "link", "set", end, "up")
+            run("-n", name, "link", "set", "lo", "up")
+        yield [[ip, "netns", "exec", name] for name in names], addresses
+    finally:
+        for name in names:
+            run("netns", "del", name, check=False)
+
+
+def test_a_gangs_ranks_meet_from_host_to_host(two_hosts, tokened, tiny, tmp_path):  # noqa: F811
+    inside, addresses = two_hosts
+    environment = {**os.environ, **tokened, "PYTHONPATH": str(ROOT)}
+    begin = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", "--num-cpus=1"]
+    head = f"{addresses[0]}:6399"
+    nodes = []
+    try:
+        with (tmp_path / "nodes.log").open("ab") as log:
+            for where, own, rest in zip(
+                inside, addresses, (["--head", "--port=6399"], [f"--address={head}"]), strict=True
+            ):
+                command = [*where, *begin, f"--node-ip-address={own}", *rest]
+                nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+                status = [*where, RAY, "status", f"--address={head}"]
+
+                def up(status=status):
+                    told = subprocess.run(status, env=environment, capture_output=True, text=True, check=False).stdout
+                    return len(re.findall(r"^ 1 node_", told, re.M)) == len(nodes)
+
+                wait_until(up, f"node {len(nodes)}", 90)
+        sweep = ("method=gptq", "bits=3", "calibration.samples=8", "evaluation.limit=8")
+        gang = ("cluster.ranks_per_trial=2", "cluster.cpus_per_trial=1", "cluster=existing", f"cluster.address={head}")
+        code, output = launch(tmp_path / "gang", tiny, *sweep, *gang, inside=inside[0], **tokened)
+        assert code == 0, output
+        assert "on 2 x 1 CPU, sharded" in output
+    finally:
+        for node in nodes:
+            with_all(node)
+    code, again = launch(tmp_path / "alone", tiny, *sweep)
+    assert code == 0, again
+    together, alone = (
+        {trial: numbers(record) for trial, record in records(tmp_path / name).items()} for name in ("gang", "alone")
+    )
+    assert together == alone
+
+
 def test_a_node_that_is_killed_costs_nothing(two_nodes, tokened, tiny, tmp_path):  # noqa: F811
     address, _, second = two_nodes
     joined = ("cluster=existing", f"cluster.address={address}")
