@@ -38,6 +38,8 @@ class Told:
 
     def heard(self, spec, event): ...
 
+    def fetch(self, spec): ...
+
     def retried(self, trial, why):
         self.lines.append(why)
 
