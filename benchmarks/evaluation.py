@@ -142,6 +142,7 @@ def measure(side: str, folder: Path, suite: dict) -> dict:  # noqa: PLR0915
     with torch.inference_mode():
         run(warm)
         if side == "ours" and suite["kind"] != "perplexity":
+            run(windows[: suite["trial"] * 4])  # finds its batches by trying, as theirs were found
             lm.effort = type(lm.effort)()
         # What warming up and trying batch sizes have freed would else be taken for part of the loaded model.
         gc.collect()
