@@ -87,25 +87,26 @@ def test_a_job_submitted_to_the_head_runs_a_sweep(two_nodes, tokened, tiny, tmp_
     settings = {one.partition("=")[0]: one for one in (*SMALL, "method=rtn", "bits=4,5")}
     where = [f"model.path={tiny}", f"storage={tmp_path}", "cluster=existing", f"cluster.address={address}"]
     command = [RAY, "job", "submit", "--address", dashboard, "--", sys.executable, str(ROOT / "launch.py"), "-m"]
-    environment = {**os.environ, **tokened}
-    done = subprocess.run(
-        [*command, *settings.values(), *where],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+
+    def submit(words, **environment):
+        return subprocess.run(
+            words,
+            env={**os.environ, **tokened, **environment},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    def taken():
+        """The head answers before its job agent is there, and then wants to be asked again."""
+        return "No available agent" not in submit([*command[:5], "--", "true"]).stderr
+
+    wait_until(taken, "the head's job agent", 90)
+    done = submit([*command, *settings.values(), *where])
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(records(tmp_path)) == 2
-    refused = subprocess.run(
-        [*command[:5], "--", "true"],
-        env={**environment, "RAY_AUTH_TOKEN": secrets.token_hex(32)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    refused = submit([*command[:5], "--", "true"], RAY_AUTH_TOKEN=secrets.token_hex(32))
     assert refused.returncode != 0
     assert "token" in (refused.stdout + refused.stderr).lower()
 
