@@ -9,12 +9,27 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# One request at a time: moto looks whether there is an object, and then makes it; S3 does both at once.
+# One request at a time: moto looks whether there is an object, and then makes it; S3 does both at once. But each is
+# received, and answered, in a thread of its own: a client that stands still in the middle of one holds nobody up.
 SERVER = """
-import sys
+import io, sys, threading
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import run_simple
-run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app), threaded=False)
+
+moto, turn = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+def one_at_a_time(environ, start_response):
+    size = None if environ.get("wsgi.input_terminated") else int(environ.get("CONTENT_LENGTH") or 0)
+    body = environ["wsgi.input"].read() if size is None else environ["wsgi.input"].read(size)
+    environ["wsgi.input"] = io.BytesIO(body)
+    with turn:
+        answer = moto(environ, start_response)
+        try:
+            return [b"".join(answer)]
+        finally:
+            getattr(answer, "close", lambda: None)()
+
+run_simple("127.0.0.1", int(sys.argv[1]), one_at_a_time, threaded=True)
 """
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
