@@ -36,7 +36,7 @@ from q3q.models.footprint import AUTO, LOADERS, bytes_of, choose, in_gb, need
 from q3q.patterns import Linear, linears, meant, near, together
 from q3q.quantize.methods.registry import described, offers, settings_class
 from q3q.quantize.methods.settings import SETTINGS, MethodSettings, NoneSettings
-from q3q.spec import Json, Scheme, Schemes, TrialSpec
+from q3q.spec import Json, Scheme, Schemes, TrialSpec, heads_held
 
 DEMO_MODELS = Path(__file__).parent / "models" / "demo"
 DEMO_NAMES = ("demo", "demo_moe")
@@ -305,10 +305,15 @@ def _loading(config: DictConfig, facts: ModelFacts, dtype: str, method: str | No
     if config.memory is None:
         return places
     memory = bytes_of(config.memory)
+    heads = heads_held(config.head_bits, evaluation)
     if config.loader == AUTO:
-        refuse_generation(evaluation, choose(facts, dtype, method=method, memory=memory))
-    elif config.loader != "sharded" and (needs := need(facts, dtype, method=method, loader=config.loader)) > memory:
-        raise ConfigError(f"memory={config.memory} is too little for loader={config.loader}: it needs {in_gb(needs)}")
+        refuse_generation(evaluation, choose(facts, dtype, method=method, memory=memory, heads=heads))
+    elif config.loader != "sharded":
+        needs = need(facts, dtype, method=method, loader=config.loader, heads=heads)
+        if needs > memory:
+            raise ConfigError(
+                f"memory={config.memory} is too little for loader={config.loader}: it needs {in_gb(needs)}"
+            )
     return {**places, "memory": memory}
 
 

@@ -133,6 +133,10 @@ class TrialSpec:
         return Schemes(self.scheme, self.overrides, frozenset(self.skip), head, embedding)
 
     @property
+    def heads(self) -> int:
+        return heads_held(self.head_bits, self.evaluation)
+
+    @property
     def name(self) -> str:
         """Short, for people: `gptq w3 g128`, `gptq w3 g128 blocks.0:w8 -*.down head:w8`."""
         if self.scheme is None:
@@ -205,6 +209,11 @@ def _brief_data(evaluation: Json) -> Json:
         parts.setdefault(name.partition(":")[0], []).append(identity)
     brief = {name: found[0] if len(set(found)) == 1 else _digest({"all": found}) for name, found in parts.items()}
     return {**evaluation, "data": brief} if brief else evaluation
+
+
+def heads_held(head_bits: int | None, evaluation: Mapping[str, Any]) -> int:
+    """How many heads a trial holds: two where what a quantized one says is compared with what the original says."""
+    return 2 if head_bits is not None and evaluation.get("drift") is not None else 1
 
 
 def _brief(changed: Json) -> str:

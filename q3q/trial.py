@@ -265,13 +265,13 @@ def load_model(checkpoint: Checkpoint, spec: TrialSpec, device: str, team: Team 
     memory = spec.places.get("memory") or (torch.cuda.mem_get_info()[0] if kind == "cuda" else free_memory())
     loader = spec.places.get("loader", AUTO) if team.size == 1 else "sharded"
     if loader == AUTO:
-        loader = choose(facts, dtype, method=method, memory=memory, device=kind)
+        loader = choose(facts, dtype, method=method, memory=memory, device=kind, heads=spec.heads)
     elif loader not in ("resident", "streamed") and team.size == 1:
         raise ConfigError(
             f"loader={loader} is for a gang of processes (cluster.ranks_per_trial=2 or more); one alone takes resident "
             "or streamed"
         )
-    needs = need(facts, dtype, method=method, loader=loader, ranks=team.size, device=kind)
+    needs = need(facts, dtype, method=method, loader=loader, ranks=team.size, device=kind, heads=spec.heads)
     loading = Loading(loader, memory, needs, max(memory - needs, LEAST_ACTIVATIONS), team.size)
     if loader == "resident":
         model = load_decoder(checkpoint, getattr(torch, dtype), device)

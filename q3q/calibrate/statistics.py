@@ -20,14 +20,15 @@ Shapes: E experts (1 in a dense block), T tokens, I channels; M matrices: one an
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from dataclasses import dataclass
+from typing import Protocol, Self, overload
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from q3q.models.anatomy import SiteInput
+from q3q.models.spool import Spool
 from q3q.numerics.linalg import add_gram, add_upper, mirror
 
 # An expert that fewer calibration tokens reached is rounded to nearest (its statistics would be noise) and named.
@@ -289,19 +290,20 @@ class Kept:
     """A site's inputs as they came, for methods that run a piece of the block; their Gram matrices; mean |x|.
 
     Holds what the calibration tokens take at this site, in the model's dtype: tokens * channels, where experts are
-    routed to also the tokens of each expert (experts per token times that much). Where one linear reads them and every
-    expert (or the dense block) reads all tokens, no piece is run that its Gram matrix cannot stand for, and only the
-    sample is held: experts * twice the sample * channels at most.
+    routed to also the tokens of each expert (experts per token times that much); beyond what `bound` allows, on disk.
+    Where one linear reads them and every expert (or the dense block) reads all tokens, no piece is run that its Gram
+    matrix cannot stand for, and only the sample is held: experts * twice the sample * channels at most.
 
-    sample: evenly spaced tokens of each expert that `sample_TI` gives, about so many (at least; at most all).
-    batches, samples: the inputs that are held whole; what is held of others, by expert.
+    sample: evenly spaced tokens of each expert that `samples` gives, about so many (at least; at most all). taken: of
+    what is not held whole, by expert.
     """
 
     def __init__(self, sample: int) -> None:
         self.gram = Gram()
         self.sample = sample
-        self.batches: list[SiteInput] = []
-        self.samples: dict[int, list[Tensor]] = {}
+        self.taken: dict[int, list[Tensor]] = {}
+        self._inputs = Spool()
+        self._counts: list[list[int] | None] = []  # of each of them: tokens by expert; None of a window that all read
         self._whole_tokens = 0
         self._absolute = LaneSum(_add)  # of |x|; one row where all experts read the same tensor
         self._scale_EI: Tensor | None = None  # what the inputs are to be divided by
@@ -310,28 +312,41 @@ class Kept:
     def tokens_E(self) -> Tensor:
         return self.gram.tokens_E
 
+    def bound(self, memory: int | None) -> None:
+        """Before the first batch: how many bytes of inputs may be in memory, None for all."""
+        self._inputs = Spool(memory)
+
     def update(self, inputs: SiteInput) -> None:
         unrouted = inputs.unrouted or len(inputs.experts) == 1
         sampled = inputs.linears == 1 and unrouted and inputs.of_windows > 0
-        if not sampled:
-            inputs = replace(inputs, experts=list(inputs.experts))  # made once
-            self.batches.append(inputs)
         place, lane = self.gram.place(inputs), self.gram.lane(inputs)
         sums = [] if inputs.whole_TI is None else [_sum_absolute(inputs.whole_TI)]
+        apart = []  # what experts read, if that is not the whole
         for e, tokens_TI in enumerate(self.gram.feed(inputs)):
             if inputs.whole_TI is None:
                 sums.append(_sum_absolute(tokens_TI))
             if sampled:
                 stride = self._stride(len(tokens_TI) * inputs.of_windows // inputs.windows)
                 before = place * len(tokens_TI) // inputs.windows
-                self.samples.setdefault(e, []).append(tokens_TI[-before % stride :: stride].clone())
-        self._whole_tokens += 0 if inputs.whole_TI is None else len(inputs.whole_TI)
+                self.taken.setdefault(e, []).append(tokens_TI[-before % stride :: stride].clone())
+            elif not inputs.shared:
+                apart.append(tokens_TI)
+        if inputs.whole_TI is not None:
+            self._whole_tokens += len(inputs.whole_TI)
+            for window_TI in () if sampled else inputs.whole_TI.chunk(inputs.windows):
+                self._keep(window_TI, None)
+        if apart:
+            self._keep(torch.cat(apart), list(map(len, apart)))
         sums_EI = torch.stack(sums)
         absolute_EI, fresh = self._absolute.of(lane, sums_EI.shape, sums_EI.device)
         if fresh:
             absolute_EI.copy_(sums_EI)
         else:
             absolute_EI += sums_EI
+
+    def _keep(self, tokens_TI: Tensor, counts: list[int] | None) -> None:
+        self._inputs.append(tokens_TI)
+        self._counts.append(counts)
 
     def keep_lanes(self) -> None:
         self.gram.keep_lanes()
@@ -341,26 +356,36 @@ class Kept:
         self.gram.absorb(later.gram)
         self._absolute.absorb(later._absolute)
         self._whole_tokens += later._whole_tokens
-        self.batches += later.batches
-        for e, taken in later.samples.items():
-            self.samples.setdefault(e, []).extend(taken)
+        self._inputs.take(later._inputs)
+        self._counts += later._counts
+        for e, taken in later.taken.items():
+            self.taken.setdefault(e, []).extend(taken)
 
-    def whole_TI(self) -> Tensor:
-        """The tokens of a site that all experts read, as they came."""
-        return torch.cat([batch.whole_TI for batch in self.batches if batch.whole_TI is not None])
+    def windows(self) -> "Windows":
+        """What all experts read, as it came."""
+        return Windows(self._inputs, [i for i, counts in enumerate(self._counts) if counts is None])
 
     def _stride(self, tokens: int) -> int:
         return max(1, tokens // self.sample)
 
-    def sample_TI(self, expert: int) -> Tensor:
-        """Evenly spaced tokens of those that one expert reads, float32."""
-        stride = self._stride(int(self.tokens_E[expert]))
-        taken, start = list(self.samples.get(expert, [])), 0
-        for batch in self.batches:
-            tokens_TI = batch.experts[expert]
-            taken.append(tokens_TI[start::stride])
-            start = (start - len(tokens_TI)) % stride
-        sample_TI = torch.cat(taken)
+    def samples(self) -> list[Tensor]:
+        """Of each expert, evenly spaced tokens of those that it reads, float32; one tensor for all that read the same.
+
+        The inputs are gone through once: they may lie on disk.
+        """
+        taken_E: list[list[Tensor]] = [list(self.taken.get(e, [])) for e in range(len(self.tokens_E))]
+        some = [0] if self.gram.shared else range(len(taken_E))
+        stride_E, start_E = [self._stride(tokens) for tokens in self.tokens_E.tolist()], [0] * len(taken_E)
+        for tokens_TI, counts in zip(self._inputs, self._counts, strict=True):
+            if (counts is None) != self.gram.shared:
+                continue
+            for e, read_TI in zip(some, tokens_TI.split(counts or [len(tokens_TI)]), strict=True):
+                taken_E[e].append(read_TI[start_E[e] :: stride_E[e]].clone())
+                start_E[e] = (start_E[e] - len(read_TI)) % stride_E[e]
+        sample_E = [self._rescaled(torch.cat(taken_E[e]), e) for e in some]
+        return sample_E * len(taken_E) if self.gram.shared else sample_E
+
+    def _rescaled(self, sample_TI: Tensor, expert: int) -> Tensor:
         if self._scale_EI is not None:
             sample_TI = (sample_TI / self._scale_EI[expert if len(self._scale_EI) > 1 else 0]).to(sample_TI.dtype)
         return sample_TI.float()
@@ -376,6 +401,27 @@ class Kept:
         self.gram.rescale(scale_EI.expand(len(self.tokens_E), -1))
         self._absolute.total().div_(scale_EI)
         self._scale_EI = scale_EI if self._scale_EI is None else self._scale_EI * scale_EI
+
+
+class Windows(Sequence[Tensor]):
+    """Calibration windows at a site, [T, I] each, some of them perhaps on disk."""
+
+    def __init__(self, spool: Spool, places: Sequence[int]) -> None:
+        self._spool, self._places = spool, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, window: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, window: slice) -> "Windows": ...
+
+    def __getitem__(self, window: int | slice) -> "Tensor | Windows":
+        if isinstance(window, slice):
+            return Windows(self._spool, self._places[window])
+        return self._spool[self._places[window]]
 
 
 def _sum_absolute(tokens_TI: Tensor) -> Tensor:

@@ -33,42 +33,55 @@ SEQUENTIAL, CHUNKED = ("gptq",), ("rtn", "gptq", "billm")
 
 
 def need(
-    facts: ModelFacts, dtype: str, *, method: str | None, loader: str, ranks: int = 1, device: Device = "cpu"
+    facts: ModelFacts,
+    dtype: str,
+    *,
+    method: str | None,
+    loader: str,
+    ranks: int = 1,
+    device: Device = "cpu",
+    heads: int = 1,
 ) -> int:
     """Peak bytes of one process (of each rank) that quantizes and evaluates this model, the process itself included.
 
     Args:
         dtype: that it runs in. method: by name; None to evaluate the model as it is. loader: one of `LOADERS`.
-        ranks: how many share a sharded model.
+        ranks: how many share a sharded model. heads: 2 where what a quantized one says is compared with the original's.
     """
     block = max(facts.block_bytes(k, dtype) for k in range(facts.layers))
     ends = _ends_bytes(facts, dtype)
+    more = (heads - 1) * ends
     running = _running(facts, dtype, device)
     work = 0 if method in (None, "none") else _quantizing(facts, method, running)
     # A method that goes from site to site lets go of what it replaces; others keep the block as it was.
     changing = 1.5 if method in SEQUENTIAL else 2.5
     if loader == "resident":
-        peak = facts.weight_bytes(dtype) + max(running + LOGIT_BYTES[device], work and int(changing * block) + work)
+        peak = (
+            facts.weight_bytes(dtype) + more + max(running + LOGIT_BYTES[device], work and int(changing * block) + work)
+        )
     elif loader == "streamed":
         # The block, what becomes of it, and the next one; when all have run, the head.
         quantizing = work and int((1 + changing) * block) + work
-        peak = max(2 * block + running, quantizing, ends + max(LOGIT_BYTES[device], block + running))
+        peak = max(2 * block + running, quantizing, ends + more + max(LOGIT_BYTES[device], block + running))
     elif loader == "sharded":
-        shares = (facts.weight_bytes(dtype) - ends) // ranks + ends
+        shares = (facts.weight_bytes(dtype) - ends) // ranks + ends + more
         peak = shares + max(2 * block + work, running + LOGIT_BYTES[device])
     else:
         raise ConfigError(f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}")
     return PROCESS_BYTES[device] + peak
 
 
-def choose(facts: ModelFacts, dtype: str, *, method: str | None, memory: int, device: Device = "cpu") -> str:
-    """The first of resident, streamed that fits into `memory` bytes.
+def choose(
+    facts: ModelFacts, dtype: str, *, method: str | None, memory: int, device: Device = "cpu", heads: int = 1
+) -> str:
+    """The first of resident, streamed that fits into `memory` bytes. See `need`.
 
     Raises:
         ConfigError: neither does; it says what would.
     """
     needs = {
-        loader: need(facts, dtype, method=method, loader=loader, device=device) for loader in ("resident", "streamed")
+        loader: need(facts, dtype, method=method, loader=loader, device=device, heads=heads)
+        for loader in ("resident", "streamed")
     }
     for loader, bytes_needed in needs.items():
         if bytes_needed <= memory:

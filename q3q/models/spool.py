@@ -4,7 +4,7 @@ What runs over all calibration or evaluation tokens block by block keeps their a
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -62,6 +62,16 @@ class Spool:
     def append(self, tensor: Tensor) -> None:
         self._items.append(self._keep(len(self), tensor))
 
+    def __reduce__(self) -> "tuple[Callable[..., Spool], tuple[int | None, list[Tensor]]]":
+        """A copy for another process has files of its own there. While it is made, and read, all is in memory."""
+        return _filled, (self._memory, list(self))
+
+    def take(self, other: "Spool") -> None:
+        """Append what another one holds, one by one; it is left empty."""
+        for tensor in other:
+            self.append(tensor)
+        other.close()
+
     def close(self) -> None:
         """Let go of all tensors, and remove the files."""
         self._items, self._held = [], 0
@@ -118,3 +128,10 @@ class Spool:
         if count != len(content):
             raise Q3QError(f"activations cannot be read from {self._file(i)}: {count} bytes instead of {len(content)}")
         return tensor.to(what.device)
+
+
+def _filled(memory: int | None, tensors: Sequence[Tensor]) -> Spool:
+    spool = Spool(memory)
+    for tensor in tensors:
+        spool.append(tensor)
+    return spool

@@ -5,7 +5,7 @@ a dense block), O out features (of all the site's weights, row-concatenated), I 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from q3q.calibrate.statistics import Statistics, starved_experts
 from q3q.models.anatomy import ScaleGroup
+from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight
 from q3q.spec import Scheme
 
@@ -54,16 +55,20 @@ class SiteTask:
 class ScaleTask:
     """One scale group, to be rebalanced.
 
-    weights: the block's weights by name, current. rows: the site's inputs [R, T, I] as rows that the piece of the block
-    which reads them treats one by one: windows for attention, tokens (T is 1) for an MLP. run: that piece's outputs for
-    some rows, with some of its weights exchanged. apply: shift `scale` [E or 1, I] from the producer to the readers.
+    weights: the block's weights by name, current. windows: the site's inputs, [T, I] for each calibration window; they
+    may lie on disk. row: how many tokens the piece of the block that reads them treats as one: a window's in
+    attention, 1 in an MLP. run: that piece's outputs for some rows [R, row, I], with some of its weights exchanged.
+    spool: where to put what is as large as the inputs. apply: shift `scale` [E or 1, I] from the producer to the
+    readers.
     """
 
     group: ScaleGroup
     weights: Mapping[str, Tensor]
     statistics: Any
-    rows: Callable[[], Tensor]
+    windows: Sequence[Tensor]
+    row: int
     run: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    spool: Callable[[], Spool]
     apply: Callable[[Tensor], None]
 
 

@@ -45,6 +45,9 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 CHUNK_BYTES = 2**28
 # Of the memory for activations, the share that is for those between two blocks; the rest is for halted runs.
 SPOOL_SHARE = 1 / 3
+# Of that rest each of so many has a part, where a method keeps inputs: those of qkv, of gate and up, and of routed
+# experts' down, and what is compared with a piece's outputs.
+KEPT_AT_ONCE = 4
 # Every deployed format stores scales in 16 bits, GPTQ's and AWQ's in float16.
 LARGEST_SCALE = torch.finfo(torch.float16).max
 
@@ -164,7 +167,7 @@ class Share:
 
     hidden: [B, T, H], batch by batch. first: of each batch, the place of its first window among all. windows: of all
     ranks together, 0 for a method that observes nothing. length: tokens of one. room: bytes that runs may hold which
-    are halted inside a block, None for any; more changes no bit.
+    are halted inside a block, or a method of the inputs that it keeps, None for any; more changes no bit.
     """
 
     hidden: Spool
@@ -185,8 +188,22 @@ class Share:
         """What batch b brings, and where it belongs."""
         return replace(inputs, windows=windows, of_windows=self.windows, first_window=self.first[b])
 
-    def observing(self, method: Method) -> Statistics | None:
+    def spool(self) -> Spool:
+        """For what a method keeps at a site that is as large as its inputs."""
+        return Spool(self._each)
+
+    @property
+    def _each(self) -> int | None:
+        return None if self.room is None else self.room // KEPT_AT_ONCE
+
+    def _fresh(self, method: Method) -> Any:
         statistics = method.observe()
+        if isinstance(statistics, Kept):
+            statistics.bound(self._each)
+        return statistics
+
+    def observing(self, method: Method) -> Statistics | None:
+        statistics: Statistics | None = self._fresh(method)
         if statistics is not None and self.team.size > 1:
             if not hasattr(statistics, "keep_lanes"):
                 raise ConfigError(
@@ -202,7 +219,7 @@ class Share:
             return seen
 
         def add(total: Any, later: Any) -> Any:
-            total = method.observe() if total is None else total
+            total = self._fresh(method) if total is None else total
             total.absorb(later)
             return total
 
@@ -770,15 +787,13 @@ def _scale_task(
 ) -> ScaleTask:
     attention = group.site.name == "qkv"
 
-    def rows() -> Tensor:
-        whole_TI: Tensor = statistics.whole_TI()
-        return whole_TI.view(-1, share.length if attention else 1, whole_TI.shape[1])
-
     def run(rows_RTI: Tensor, exchanged: Mapping[str, Tensor]) -> Tensor:
         piece = block.with_weights(exchanged)
         return finish(piece.attention_stages(rows_RTI, rope) if attention else piece.mlp_stages(rows_RTI))
 
-    return ScaleTask(group, block.weights, statistics, rows, run, apply)
+    windows = statistics.windows() if isinstance(statistics, Kept) else ()
+    row = share.length if attention else 1
+    return ScaleTask(group, block.weights, statistics, windows, row, run, share.spool, apply)
 
 
 def migrate_scale(weights: Mapping[str, Tensor], group: ScaleGroup, scale_EI: Tensor) -> dict[str, Tensor]:

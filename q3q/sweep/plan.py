@@ -26,6 +26,7 @@ FRACTIONS = (0.25, 0.5, 1.0)  # of a GPU: smaller shares would only make trials 
 ROOM = 0.92  # of a GPU's memory that trials may plan with: the rest fragments, and belongs to its driver
 FREE = 0.9  # of the memory that is free on this machine, likewise
 MOST_ACTIVATIONS = 8_000_000_000  # bytes of hidden states that a trial reserves memory for
+KEEPS_INPUTS = {"awq": 5}  # so many times the hidden states are held in memory at once, in the walk's shares of it
 HOST_BYTES = 4_000_000_000  # of main memory that a trial on a GPU takes, beside two blocks on their way to it
 MOST_THREADS = 16  # of a trial on a GPU, which hardly computes on its cores
 
@@ -143,7 +144,7 @@ def _on_cores(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], w
     roomiest = max(machines, key=lambda one: one.memory or 0)
     ranks = wishes.ranks or 1  # cores alone never make a gang of their own accord: streaming takes less memory
     for loader in ("resident", "streamed") if ranks == 1 else ("sharded",):
-        needs = _need(facts, spec.model["dtype"], str(spec.method["name"]), loader, ranks, "cpu")
+        needs = _need(facts, spec.model["dtype"], str(spec.method["name"]), loader, ranks, "cpu", spec.heads)
         if wishes.memory is not None and wishes.memory < needs:
             continue
         for times in (1, 2):
@@ -156,11 +157,13 @@ def _on_cores(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], w
 
 
 def _activations(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Bytes of the hidden states of all calibration windows, between two blocks; what has no room goes to disk."""
+    """Bytes of the hidden states of all calibration windows between two blocks, and of inputs that the method keeps
+    inside one; what has no room goes to disk."""
     if spec.calibration is None:
         return 0
     item = facts.weight_bytes(spec.model["dtype"]) // facts.parameters
-    return int(spec.calibration["samples"] * spec.calibration["length"] * facts.hidden * item)
+    times = KEEPS_INPUTS.get(str(spec.method["name"]), 1)
+    return int(times * spec.calibration["samples"] * spec.calibration["length"] * facts.hidden * item)
 
 
 def _on_gpus(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes) -> Iterator[Share]:
@@ -174,7 +177,7 @@ def _on_gpus(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wi
 
     def share(loader: str, gpus: float = 1.0, ranks: int = 1) -> Share:
         threads = min(MOST_THREADS, max(1, int(best.cpus / max(best.gpus, 1) * gpus)))
-        needs = _need(facts, dtype, method, loader, ranks, "cuda")
+        needs = _need(facts, dtype, method, loader, ranks, "cuda", spec.heads)
         cpus = wishes.cpus if wishes.cpus is not None else threads
         room = round(ROOM * gpus * min(sizes)) if sizes else None
         return Share(cpus=cpus, gpus=gpus, memory=host, needs=needs, room=room, loader=loader, ranks=ranks)
@@ -193,8 +196,9 @@ def _on_gpus(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wi
 
 
 @functools.cache
-def _need(facts: ModelFacts, dtype: str, method: str, loader: str, ranks: int, device: Device) -> int:
-    return need(facts, dtype, method=None if method == "none" else method, loader=loader, ranks=ranks, device=device)
+def _need(facts: ModelFacts, dtype: str, name: str, loader: str, ranks: int, device: Device, heads: int) -> int:
+    method = None if name == "none" else name
+    return need(facts, dtype, method=method, loader=loader, ranks=ranks, device=device, heads=heads)
 
 
 def fits(share: Share, machines: Sequence[Machine], bound: int | None = None) -> bool:
@@ -244,7 +248,7 @@ def _too_large(
     device: Device = "cuda" if on_gpu else "cpu"
     generates = ", ".join(spec.evaluation.get("generates", ()))
     ways = ("resident",) if generates else ("resident", "streamed")
-    needs = {loader: _need(facts, dtype, method, loader, 1, device) for loader in ways}
+    needs = {loader: _need(facts, dtype, method, loader, 1, device, spec.heads) for loader in ways}
     least = min(needs.values())
     has = largest.gpu_memory if device == "cuda" else largest.memory
     count, unit = (largest.gpus, "GPU") if device == "cuda" else (largest.cpus, "CPU")
@@ -269,7 +273,7 @@ def _too_large(
         if wishes.gpus and wishes.gpus < 1:
             advice.append("cluster.gpus_per_trial=1")
         sizes = () if generates else (2, 4, 8, 16, 32, 64)
-        ranks = next((n for n in sizes if has and _fits_gang(facts, dtype, method, n, has)), None)
+        ranks = next((n for n in sizes if has and _fits_gang(spec, facts, n, has)), None)
         if ranks is not None and ranks > sum(int(one.gpus) for one in machines):
             advice.append(f"{ranks} such GPUs (cluster.gpus_per_trial={ranks})")
     advice.append(f"a cluster whose machines have {in_gb(least)} or more (cluster=existing)")
@@ -280,8 +284,9 @@ def _too_large(
     )
 
 
-def _fits_gang(facts: ModelFacts, dtype: str, method: str, ranks: int, gpu_memory: int) -> bool:
-    return _need(facts, dtype, method, "sharded", ranks, "cuda") <= ROOM * gpu_memory
+def _fits_gang(spec: TrialSpec, facts: ModelFacts, ranks: int, gpu_memory: int) -> bool:
+    method = str(spec.method["name"])
+    return _need(facts, spec.model["dtype"], method, "sharded", ranks, "cuda", spec.heads) <= ROOM * gpu_memory
 
 
 # ---------------------------------------------------------------------------------------------- the plan
@@ -310,8 +315,8 @@ def plan(
             planned.append(Planned(spec=spec, share=None, phases={}, basis="done", disk=0))
             continue
         held = (str(spec.places.get(key)) for key in ("loader", "memory"))
-        whole = str("generates" in spec.evaluation)
-        kind = (model_key(spec), spec.model["dtype"], spec.method["name"], *held, whole, str(_activations(spec, mine)))
+        rest = map(str, ("generates" in spec.evaluation, spec.heads, _activations(spec, mine)))
+        kind = (model_key(spec), spec.model["dtype"], spec.method["name"], *held, *rest)
         if kind not in chosen:
             chosen[kind] = shares_of(spec, mine, machines, wishes)
         share, larger = chosen[kind]

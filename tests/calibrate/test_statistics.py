@@ -11,7 +11,21 @@ from q3q.models.anatomy import SiteInput
 from q3q.models.qwen3_moe import EveryExpert
 
 WINDOWS, LENGTH, COLUMNS, EXPERTS = 21, 10, 40, 4
-KINDS = {"Gram": Gram, "Peak": Peak, "Kept": partial(Kept, 25), "Kept, all": partial(Kept, 1000)}
+
+
+def kept_on_disk(memory=3000):
+    kept = Kept(25)
+    kept.bound(memory)
+    return kept
+
+
+KINDS = {
+    "Gram": Gram,
+    "Peak": Peak,
+    "Kept": partial(Kept, 25),
+    "Kept, all": partial(Kept, 1000),
+    "Kept, on disk": kept_on_disk,
+}
 
 
 def every_expert(x):
@@ -75,9 +89,7 @@ def numbers(statistics):
         return [statistics.tokens_E, statistics.peak_EI]
     if isinstance(statistics, Gram):
         return [statistics.tokens_E, torch.tensor(statistics.windows), statistics.sum_EII, statistics.mean_EII()]
-    samples = [statistics.sample_TI(e) for e in range(len(statistics.tokens_E))]
-    whole = [statistics.whole_TI()] if any(batch.whole_TI is not None for batch in statistics.batches) else []
-    return [*numbers(statistics.gram), statistics.mean_absolute_EI(), *samples, *whole]
+    return [*numbers(statistics.gram), statistics.mean_absolute_EI(), *statistics.samples(), *statistics.windows()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -196,13 +208,24 @@ def test_of_experts_that_all_read_all_tokens_only_a_sample_is_held(sample):
     everything = EXPERTS * WINDOWS * LENGTH * COLUMNS // 2
     assert held(whole) == everything
     assert held(bounded) <= min(everything, EXPERTS * 2 * sample * COLUMNS // 2)
-    assert not bounded.batches
+
+
+@pytest.mark.parametrize("routing", ["dense", "routed, gate and up", "routed, down", "all, gate and up"])
+@pytest.mark.parametrize("memory", [0, 3000])
+def test_inputs_beyond_their_memory_lie_on_disk_and_change_no_bit(routing, memory):
+    bounded, whole = by_one(partial(kept_on_disk, memory), routing), by_one(partial(Kept, 25), routing)
+    for found, wanted in zip(numbers(bounded), numbers(whole), strict=True):
+        assert torch.equal(found, wanted)
+    assert whole._inputs.spilled == 0
+    assert bounded._inputs.spilled > 0
+    in_memory = sum(one.nbytes for one in bounded._inputs._items if isinstance(one, torch.Tensor))
+    assert in_memory <= memory
+    assert (in_memory > 0) == (memory > 0)
 
 
 def held(kept):
     """Numbers that are held of a site's inputs."""
-    inputs = [tokens for batch in kept.batches for tokens in batch.experts]
-    return sum(one.numel() for one in [*inputs, *(one for taken in kept.samples.values() for one in taken)])
+    return sum(one.numel() for one in [*kept._inputs, *(one for taken in kept.taken.values() for one in taken)])
 
 
 def test_what_is_made_on_the_way_is_made_once(monkeypatch):

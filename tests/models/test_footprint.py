@@ -51,6 +51,15 @@ def test_a_gang_shares_what_one_cannot_hold():
     assert need(facts, "bfloat16", method="gptq", loader="streamed", device="cuda") < facts.weight_bytes() // 4
 
 
+@pytest.mark.parametrize("loader", ["resident", "streamed", "sharded"])
+def test_a_quantized_head_beside_the_original_takes_as_much_again(loader):
+    facts = read_facts(FOUR_B)
+    one, two = (need(facts, "bfloat16", method="rtn", loader=loader, ranks=2, heads=n) for n in (1, 2))
+    head = 2 * facts.vocab * facts.hidden
+    # Streamed, the head comes when the blocks are done, and one of them being quantized takes more than one head.
+    assert 0 < two - one < head if loader == "streamed" else two - one == head
+
+
 def test_experts_that_come_in_chunks_need_less_than_all_at_once():
     facts = read_facts(MOE)
     chunked, whole = (need(facts, "bfloat16", method=name, loader="streamed") for name in ("gptq", "awq"))

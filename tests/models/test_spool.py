@@ -1,6 +1,7 @@
 """A list of tensors, part of it on disk."""
 
 import gc
+import pickle
 
 import pytest
 import torch
@@ -46,6 +47,29 @@ def test_no_more_than_memory_allows_is_held_and_the_first_stay(tmp_path):
         assert spool[0].shape == (30,)
         assert float(spool[-1][0]) == 14
     assert not list(tmp_path.iterdir())
+
+
+def test_in_another_process_it_is_what_it_was_with_files_of_its_own():
+    tensors = some_tensors()
+    with Spool(200) as spool:
+        for tensor in tensors:
+            spool.append(tensor)
+        content = pickle.dumps(spool)
+    with pickle.loads(content) as copy:
+        assert 0 < copy.spilled < len(copy)
+        assert all(torch.equal(found, put_in) for found, put_in in zip(copy, tensors, strict=True))
+
+
+def test_what_one_holds_another_takes_over():
+    tensors = some_tensors()
+    with Spool(200) as spool, Spool(0) as other:
+        spool.append(tensors[0])
+        for tensor in tensors[1:]:
+            other.append(tensor)
+        spool.take(other)
+        assert len(other) == 0
+        assert 0 < spool.spilled < len(spool)
+        assert all(torch.equal(found, put_in) for found, put_in in zip(spool, tensors, strict=True))
 
 
 def test_unbounded_it_makes_no_file(tmp_path):

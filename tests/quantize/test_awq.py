@@ -17,6 +17,7 @@ from q3q.calibrate.windows import draw_windows, encoder
 from q3q.models.anatomy import ScaleGroup, Site, SiteInput
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
+from q3q.models.spool import Spool
 from q3q.numerics.grid import awq_grid, into_groups, on_grid
 from q3q.quantize.method import ScaleTask
 from q3q.quantize.methods import awq
@@ -317,7 +318,7 @@ def test_a_candidate_is_dropped_only_if_it_cannot_be_the_first_lowest(decoder, w
         mean = kept.mean_absolute_EI()
         candidates = torch.stack([scale_candidate(mean, step / 20) for step in range(20)])
         candidates = torch.cat([candidates[:8], candidates[7:8], candidates[8:]])  # two are equal
-        rows = task.rows()
+        rows = torch.cat(list(task.windows)).unflatten(0, (-1, task.row))
         wanted, plain = task.run(rows, {}), []
         for scale in candidates:
             tried = {name: scaled_rounding(block.weights[name], scale[0], SCHEME) for name in group.site.weights}
@@ -387,9 +388,11 @@ def by_hand(monkeypatch, inputs_RI, windows):
     return ScaleTask(
         ScaleGroup(Site("gate_up", ("gate", "up")), "norm"),
         {"gate": inputs_RI, "up": inputs_RI},
-        SimpleNamespace(tokens_E=torch.tensor([len(inputs_RI)]), gram=SimpleNamespace(windows=windows)),
-        lambda: inputs_RI[:, None],
+        SimpleNamespace(tokens_E=torch.tensor([len(inputs_RI)])),
+        inputs_RI.view(windows, -1, inputs_RI.shape[1]).unbind(),
+        1,
         lambda rows, exchanged: rows * exchanged.get("gate", 1.0),
+        Spool,
         lambda scale: None,
     )
 
@@ -467,7 +470,7 @@ def test_statistics_follow_a_scale():
     direct.update(SiteInput(x / s, [x / s]))
     torch.testing.assert_close(kept.mean_absolute_EI(), direct.mean_absolute_EI())
     torch.testing.assert_close(kept.gram.mean_EII(), direct.gram.mean_EII())
-    torch.testing.assert_close(kept.sample_TI(0), direct.sample_TI(0))
+    torch.testing.assert_close(kept.samples()[0], direct.samples()[0])
 
 
 def test_samples_are_evenly_spaced_whatever_the_batches():
@@ -475,8 +478,8 @@ def test_samples_are_evenly_spaced_whatever_the_batches():
     kept = Kept(30)
     for part in x.split([7, 0, 1, 92, 50, 50]):
         kept.update(SiteInput(None, [part, part[:1]]))
-    assert torch.equal(kept.sample_TI(0), x[::6])
-    assert kept.sample_TI(1).shape == (5, 4)
+    assert torch.equal(kept.samples()[0], x[::6])
+    assert kept.samples()[1].shape == (5, 4)
     torch.testing.assert_close(kept.mean_absolute_EI()[0], x.mean(0))
 
 
@@ -488,13 +491,14 @@ def test_of_what_one_dense_linear_reads_only_the_sample_is_kept(count):
         inputs = SiteInput(windows, [windows], windows=len(windows) // 10, of_windows=20, linears=1)
         kept.update(inputs)
         whole.update(replace(inputs, linears=2))
-    assert not kept.batches
-    assert torch.equal(whole.whole_TI(), x)
+    assert len(kept.windows()) == 0
+    assert len(whole.windows()) == 20
+    assert torch.equal(torch.cat(list(whole.windows())), x)
     for statistics in (kept, whole):
         statistics.rescale(torch.tensor([[1.0, 2.0, 4.0, 8.0]]))
-    assert torch.equal(kept.sample_TI(0), (x / torch.tensor([1.0, 2.0, 4.0, 8.0]))[:: 6 if count == 30 else 1])
+    assert torch.equal(kept.samples()[0], (x / torch.tensor([1.0, 2.0, 4.0, 8.0]))[:: 6 if count == 30 else 1])
     for one, other in (
-        (kept.sample_TI(0), whole.sample_TI(0)),
+        (kept.samples()[0], whole.samples()[0]),
         (kept.mean_absolute_EI(), whole.mean_absolute_EI()),
         (kept.gram.sum_EII, whole.gram.sum_EII),
     ):

@@ -147,7 +147,7 @@ def test_awq_on_every_token_holds_a_sample_and_chooses_what_it_would_from_all(mo
 
     def keep_all(self, inputs):
         update(self, replace(inputs, unrouted=False))
-        kept_all.append(not self.samples)
+        kept_all.append(not self.taken)
 
     monkeypatch.setattr(Kept, "update", keep_all)
     whole, _ = quantized(moe_decoder, "awq", many, every_expert=True)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from q3q.errors import IntegrityError
 from q3q.evaluate.integrity import check_weights
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.models.spool import Spool
 from q3q.models.streaming import StreamedBlocks, StreamedDecoder
 from q3q.quantize import walk
 from q3q.quantize.blocks import BlockStore
@@ -92,6 +94,36 @@ def test_a_streamed_walk_gives_the_resident_ones_bits(random_checkpoint, tmp_pat
         checks = check_weights(streamed, [block.quantized for block in found])
         assert all(check.passed for check in checks), checks
     assert not torch.equal(load_decoder(Checkpoint(folder), torch.float32).hidden(ids), resident.hidden(ids))
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_what_awq_keeps_of_a_blocks_inputs_stays_within_the_memory_for_activations(
+    random_checkpoint, tmp_path, windows, kind, monkeypatch
+):
+    spools, most, spilled = WeakSet(), [], []
+    keep, write = Spool._keep, Spool._write
+
+    def kept(self, i, tensor):
+        spools.add(self)
+        item = keep(self, i, tensor)
+        most.append(sum(one._held for one in spools))
+        return item
+
+    def written(self, i, tensor):
+        spilled.append(tensor.shape)
+        return write(self, i, tensor)
+
+    monkeypatch.setattr(Spool, "_keep", kept)
+    monkeypatch.setattr(Spool, "_write", written)
+    folder, found = random_checkpoint(kind), {}
+    for activations in (40_000, 1_000_000):
+        streamed = StreamedDecoder(Checkpoint(folder), torch.float32, activations=activations)
+        del most[:], spilled[:]
+        store = BlockStore(tmp_path / f"{activations}")
+        quantize_model(streamed, METHODS["awq"](), SCHEME, windows, store)
+        found[activations] = max(most)
+        assert any(len(shape) == 2 for shape in spilled) == (activations == 40_000)  # of a site, not between blocks
+    assert found[40_000] <= 40_000 < found[1_000_000]
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])

@@ -90,6 +90,24 @@ def test_a_trial_gets_the_gpus_that_its_bytes_need(model, gpus, ranks, loader):
     assert larger.gpus * larger.ranks == 2 * share.gpus * share.ranks  # what it is tried with if that was too little
 
 
+def test_a_quantized_head_beside_the_original_is_counted_for_its_trial_alone():
+    plain = spec("qwen3_8b", bits=4)
+    both = spec("qwen3_8b", bits=3, head_bits=8)
+    both = replace(both, evaluation={**both.evaluation, "drift": "auto"})
+    needs = {one.spec.id: one.share.needs for one in planned_for([plain, both], [NODE])}
+    assert needs[both.id] - needs[plain.id] == 2 * 151936 * 4096
+
+
+def test_awq_is_given_room_for_the_inputs_that_it_keeps():
+    machine = replace(NODE, gpus=0, gpu_memory=None)
+    gptq, awq = (
+        shares_of(spec("qwen3_0_6b", name), facts("qwen3_0_6b"), [machine], Wishes())[0] for name in ("gptq", "awq")
+    )
+    hidden = 128 * 2048 * 1024 * 2
+    assert gptq.memory - gptq.needs == hidden
+    assert awq.memory - awq.needs == 5 * hidden
+
+
 def test_without_enough_gpus_for_a_gang_the_model_is_streamed_through_one():
     share, _ = shares_of(spec("qwen3_32b"), facts("qwen3_32b"), [replace(NODE, gpus=1)], Wishes())
     assert (share.gpus, share.ranks, share.loader) == (1, 1, "streamed")

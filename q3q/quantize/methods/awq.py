@@ -7,7 +7,7 @@ of them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Awq(Method):
         weight_EOI = task.weight_EOI
         starved = task.starved_experts()
         if self.settings.clip:
-            inputs = [task.statistics.sample_TI(e) for e in range(len(weight_EOI))]
+            inputs = task.statistics.samples()
             for e in starved:
                 inputs[e] = inputs[e][:0]
             weight_EOI = weight_EOI.clone()
@@ -129,54 +129,70 @@ def piece_losses(task: ScaleTask, candidates_CEI: Tensor, scheme: Scheme, *, rac
     race: judge all candidates on some of the windows, in an order drawn at random, and go on with those alone that may
     still be the best (`still_racing`); one that is dropped keeps an infinite loss.
 
-    What is left is decided exactly, on every token. The error is a sum over rows of terms that are never negative, so a
-    candidate is dropped once what it has cost already cannot be the first lowest: branch and bound. Rows that cost the
-    best candidate so far most come first, so that others show early what they cost.
-    """
-    rows_RTI, windows, steps = task.rows(), task.statistics.gram.windows, len(candidates_CEI)
-    ends = [int(share * windows) for share in RACE_SHARES if race and int(share * windows) >= RACE_WINDOWS]
-    if ends:
-        order_W = torch.randperm(windows, generator=torch.Generator().manual_seed(0)).to(rows_RTI.device)
-        rows_RTI = rows_RTI.unflatten(0, (windows, -1))[order_W].flatten(0, 1)
-    share_of_experts = int(task.statistics.tokens_E.sum()) / (rows_RTI[..., 0].numel() * len(task.statistics.tokens_E))
-    tokens = _at_once(TOKENS_AT_ONCE, rows_RTI) / share_of_experts  # so that an expert, too, sees that many
-    at_once = max(1, int(tokens) // rows_RTI.shape[1])
-    original_RTO = torch.cat([task.run(some_rTI, {}) for some_rTI in rows_RTI.split(at_once)])
+    What is left is decided exactly, on every token. The error is a sum over windows of terms that are never negative,
+    so a candidate is dropped once what it has cost already cannot be the first lowest: branch and bound. Windows that
+    cost the best candidate so far most come first, so that others show early what they cost.
 
-    def costs(step: int, rows_RTI: Tensor, wanted_RTO: Tensor) -> Iterator[Tensor]:
-        """What each row costs with this candidate's weights, some rows at a time."""
+    Windows and the piece's outputs are read a few at a time: they may lie on disk.
+    """
+    windows, steps = len(task.windows), len(candidates_CEI)
+    ends = [int(share * windows) for share in RACE_SHARES if race and int(share * windows) >= RACE_WINDOWS]
+    order = list(range(windows))
+    if ends:
+        order = torch.randperm(windows, generator=torch.Generator().manual_seed(0)).tolist()
+    read_E, length = task.statistics.tokens_E, len(task.windows[0])
+    share_of_experts = int(read_E.sum()) / (windows * length * len(read_E))
+    tokens = _at_once(TOKENS_AT_ONCE, task.windows[0]) / share_of_experts  # so that an expert, too, sees that many
+    few, rows = max(1, int(tokens) // length), max(1, int(tokens) // task.row)
+
+    def outputs(some: Sequence[int], weights: Mapping[str, Tensor]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """A few windows, and what the piece makes of them [w * T, O]."""
+        for start in range(0, len(some), few):
+            group = some[start : start + few]
+            inputs_RTI = torch.cat([task.windows[w] for w in group]).unflatten(0, (-1, task.row))
+            made_RTO = torch.cat([task.run(some_rTI, weights) for some_rTI in inputs_RTI.split(rows)])
+            yield group, made_RTO.flatten(0, 1)
+
+    def costs(step: int, some: Sequence[int]) -> Iterator[dict[int, float]]:
+        """What each window costs with this candidate's weights, some windows at a time."""
         tried = {
             name: _scaled_rounding_by_parts(task.weights[name], candidates_CEI[step, 0], scheme)
             for name in task.group.site.weights
         }
-        for some_rTI, wanted_rTO in zip(rows_RTI.split(at_once), wanted_RTO.split(at_once), strict=True):
-            yield (task.run(some_rTI, tried).float() - wanted_rTO).square_().sum((1, 2))
+        for group, made_TO in outputs(some, tried):
+            wanted_TO = torch.cat([wanted[places[w]] for w in group])
+            cost_T = (made_TO.float() - wanted_TO).square_().sum(1)
+            yield dict(zip(group, cost_T.double().view(len(group), -1).sum(1).tolist(), strict=True))
 
-    alive, loss_CW = list(range(steps)), torch.zeros(steps, 0, dtype=torch.float64)
-    for end in ends:
-        new = end - loss_CW.shape[1]
-        few = new * len(rows_RTI) // (windows - loss_CW.shape[1])
-        added_CW = torch.full((steps, new), math.inf, dtype=torch.float64)
-        for step in alive:
-            cost_R = torch.cat(list(costs(step, rows_RTI[:few], original_RTO[:few])))
-            added_CW[step] = cost_R.double().view(new, -1).sum(1)
-        loss_CW = torch.cat([loss_CW, added_CW], 1)
-        alive = still_racing(loss_CW, alive, windows)
-        rows_RTI, original_RTO = rows_RTI[few:], original_RTO[few:]
+    places = {w: place for place, w in enumerate(order)}
+    with task.spool() as wanted:
+        for group, made_TO in outputs(order, {}):
+            for window_TO in made_TO.chunk(len(group)):
+                wanted.append(window_TO)
 
-    loss_C1 = torch.full((steps, 1), math.inf, dtype=torch.float64)
-    lowest, known_C = (math.inf, steps), loss_CW.sum(1).tolist()
-    for step in sorted(alive, key=lambda step: (known_C[step], abs(step / steps - FIRST_EXPONENT))):
-        parts, total = [], known_C[step]
-        for cost_r in costs(step, rows_RTI, original_RTO):
-            parts.append(cost_r)
-            total += float(cost_r.double().sum())
-            if not (total, step) < lowest:
-                break
-        else:
-            loss_C1[step], lowest = total, (total, step)
-            dearest_R = torch.cat(parts).argsort(descending=True)
-            rows_RTI, original_RTO = rows_RTI[dearest_R], original_RTO[dearest_R]
+        alive, loss_CW = list(range(steps)), torch.zeros(steps, 0, dtype=torch.float64)
+        for end in ends:
+            new = order[loss_CW.shape[1] : end]
+            added_CW = torch.full((steps, len(new)), math.inf, dtype=torch.float64)
+            for step in alive:
+                known = {w: cost for some in costs(step, new) for w, cost in some.items()}
+                added_CW[step] = torch.tensor([known[w] for w in new], dtype=torch.float64)
+            loss_CW = torch.cat([loss_CW, added_CW], 1)
+            alive = still_racing(loss_CW, alive, windows)
+
+        rest = order[loss_CW.shape[1] :]
+        loss_C1 = torch.full((steps, 1), math.inf, dtype=torch.float64)
+        lowest, known_C = (math.inf, steps), loss_CW.sum(1).tolist()
+        for step in sorted(alive, key=lambda step: (known_C[step], abs(step / steps - FIRST_EXPONENT))):
+            cost: dict[int, float] = {}
+            for some in costs(step, rest):
+                cost |= some
+                if not (total := known_C[step] + math.fsum(cost.values()), step) < lowest:
+                    break
+            else:
+                total = known_C[step] + math.fsum(cost.values())
+                loss_C1[step], lowest = total, (total, step)
+                rest.sort(key=lambda w: -cost[w])
     return loss_C1
 
 
