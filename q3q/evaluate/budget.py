@@ -15,7 +15,7 @@ START_TOKENS = 512
 # More makes a GPU no faster, nor a CPU, whose caches the rest of a larger batch leaves.
 MOST_TOKENS, MOST_CPU_TOKENS = 1 << 16, 1 << 11
 # Of a batch where none is measured: windows of a text, and whatever goes through a streamed model.
-SET_TOKENS = {"cpu": 2048, "cuda": 8192}
+SET_TOKENS = {"cpu": 1024, "cuda": 8192}
 # Hidden states that lie on disk, beyond what memory may hold, while a streamed model is gone through once.
 PASS_BYTES = 1 << 34
 # Doubling must raise tokens per second by this factor, else the smaller batch is kept: it needs less memory.
