@@ -14,6 +14,7 @@ from torch.nn.functional import linear, silu
 from q3q.errors import NumericsError
 from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, QKV, O, ScaleGroup, Site, SiteInput
 from q3q.models.qwen3 import Qwen3Block, Stages, Weights
+from q3q.numerics.linalg import all_finite
 
 
 class Qwen3MoeBlock(Qwen3Block):
@@ -105,7 +106,7 @@ class EveryExpert(Sequence[Tensor]):
             first = self._first + expert.indices(len(self))[0]
             return EveryExpert(self._seen, self._gate[expert], self._up[expert], first)
         gated_TI = silu(linear(self._seen, self._gate[expert])) * linear(self._seen, self._up[expert])
-        if not torch.isfinite(gated_TI).all():
+        if not all_finite(gated_TI):
             where = f"{EXPERT_DOWN.name}, expert {self._first + expert}"
             raise NumericsError(f"{where}: calibration activations are not finite")
         return gated_TI

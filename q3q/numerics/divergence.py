@@ -14,7 +14,13 @@ def kl_divergence(p_CV: Tensor, q_CV: Tensor) -> Tensor:
     """
     kls = []
     rows = max(1, STRIP_LOGITS // p_CV.shape[1])
+    # Large tensors come from the operating system page by page, and that costs more than what is done with them here.
+    held = [p_CV.new_empty(min(rows, len(p_CV)), p_CV.shape[1], dtype=torch.float64) for _ in range(3)]
     for p_SV, q_SV in zip(p_CV.split(rows), q_CV.split(rows), strict=True):
-        log_p, log_q = p_SV.double().log_softmax(1), q_SV.double().log_softmax(1)
-        kls.append((log_p.exp() * (log_p - log_q)).sum(1))
+        log_p, log_q, work = (one[: len(p_SV)] for one in held)
+        for log_softmax, logits_SV in ((log_p, p_SV), (log_q, q_SV)):
+            log_softmax.copy_(logits_SV).sub_(log_softmax.amax(1, keepdim=True))
+            log_softmax.sub_(torch.exp(log_softmax, out=work).sum(1, keepdim=True).log())
+        torch.exp(log_p, out=work)
+        kls.append(work.mul_(log_p.sub_(log_q)).sum(1))
     return torch.cat(kls)

@@ -16,15 +16,12 @@ TRIANGULAR_LEAF = 128
 PANELS, NARROWEST_PANEL = 4, 128
 # Numbers at each end of a matrix that change places at a time; bounds memory, changes nothing.
 REVERSED_AT_ONCE = 1 << 20
-# Numbers that are looked at together where all must be finite; likewise.
-LOOKED_AT = 1 << 20
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether every number is. Looked at in pieces: torch makes a copy and two masks of what it is asked about."""
-    rows = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor
-    at_once = max(1, LOOKED_AT // max(1, rows[:1].numel()))
-    return all(bool(torch.isfinite(part).all()) for part in rows.split(at_once)) if len(rows) else True
+    """Whether every number is. One that is none makes the extremes none; `isfinite` takes 15 to 30 times as long, and
+    makes a copy and two masks."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def add_gram(upper_II: Tensor, tokens_TI: Tensor, *, fresh: bool = False) -> None:

@@ -81,12 +81,12 @@ class QuantizedWeight:
         return self.codes_EOI.shape
 
     def dequantize(self) -> Tensor:
-        experts, rows, columns = self.codes_EOI.shape
+        codes_EOI = self.codes_EOI.float()  # first of all: torch is slow where types are mixed
         if self.group_EI is None:
-            codes_EOGS = self.codes_EOI.unflatten(2, (self.scale_EOG.shape[2], -1))
-            return (self.scale_EOG[..., None] * (codes_EOGS - self.zero_EOG[..., None])).flatten(2)
-        index = self.group_EI.long()[:, None, :].expand(experts, rows, columns)
-        return self.scale_EOG.gather(2, index) * (self.codes_EOI - self.zero_EOG.gather(2, index))
+            codes_EOGS = codes_EOI.unflatten(2, (self.scale_EOG.shape[2], -1))
+            return codes_EOGS.sub_(self.zero_EOG[..., None]).mul_(self.scale_EOG[..., None]).flatten(2)
+        index = self.group_EI.long()[:, None, :].expand(self.codes_EOI.shape)
+        return codes_EOI.sub_(self.zero_EOG.gather(2, index)).mul_(self.scale_EOG.gather(2, index))
 
     def to(self, device: torch.device | str) -> "QuantizedWeight":
         moved = {name: tensor.to(device) for name, tensor in self.to_tensors().items()}
@@ -118,7 +118,8 @@ class QuantizedWeight:
         return float(self.scale_EOG.abs().amax())
 
     def too_fine(self) -> bool:
-        return self.most_levels_in_a_group() > 2**self.bits
+        within = int(self.codes_EOI.amax()) < 2**self.bits if self.codes_EOI.numel() else True
+        return not within and self.most_levels_in_a_group() > 2**self.bits
 
     def most_levels_in_a_group(self) -> int:
         """Largest number of different values among the weights that share a scale."""

@@ -1,5 +1,7 @@
 """Linear algebra of the Hessian, against float64 and plain products."""
 
+import math
+
 import pytest
 import torch
 
@@ -82,13 +84,24 @@ def test_reversing_in_place_flips_both_axes(columns, monkeypatch):
     assert torch.equal(found, matrix.flip(-1, -2))
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (7,), (5, 4), (2, 3, 4)])
-def test_one_number_that_is_not_finite_is_found_wherever_it_is(shape, monkeypatch):
-    monkeypatch.setattr(linalg, "LOOKED_AT", 3)
-    numbers = torch.zeros(shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (7,), (5, 4), (2, 3, 4), (3, 67)])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(shape, dtype):
+    numbers = torch.linspace(-5e4, 5e4, math.prod(shape)).view(shape).to(dtype)
     assert all_finite(numbers)
     for i in range(numbers.numel()):
-        for wrong in (float("nan"), -float("inf")):
+        for wrong in (math.nan, math.inf, -math.inf):
             flat = numbers.flatten().clone()
             flat[i] = wrong
             assert not all_finite(flat.view(shape))
+            assert not all_finite(flat.view(shape).transpose(0, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_nan_among_many_numbers_is_found_by_all_threads_together(dtype):
+    numbers = torch.zeros(300_000, dtype=dtype)
+    for i in (0, 1, 99_999, 150_000, 299_999):
+        numbers[i] = math.nan
+        assert not all_finite(numbers)
+        numbers[i] = 0
+    assert all_finite(numbers)
