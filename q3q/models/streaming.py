@@ -17,6 +17,7 @@ from q3q.models.decoder import VOCABULARY_ROWS, Change, Decoder, Source, load_bl
 from q3q.models.qwen3 import Qwen3Block
 from q3q.numerics.weights import StoredWeight, numbers
 
+_MMAP_THRESHOLD, _LARGE = -3, 1 << 24  # of glibc's malloc.h; bytes
 _ON_DISK = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
 
 
@@ -49,7 +50,6 @@ class StreamedBlocks:
 
     def __getitem__(self, k: int) -> Qwen3Block:
         k = range(len(self))[k]
-        _give_back_what_is_freed()
         expected, self._next = self._next, None
         if expected is not None and expected[0] != k:
             self._drop(expected[1])
@@ -106,6 +106,7 @@ class StreamedDecoder(Decoder):
         activations: int | None = None,
         ahead: bool = True,
     ) -> None:
+        _give_back_what_is_freed()
         self.facts, self.activations = checkpoint.facts, activations
         self.blocks = StreamedBlocks(checkpoint, dtype, device, ahead=ahead)
         self.norm_H = placed(checkpoint.final_norm(), "final norm", dtype, device)
@@ -189,9 +190,9 @@ class StreamedDecoder(Decoder):
 
 
 def _give_back_what_is_freed() -> None:
-    """Of tensors up to 32 MB, which a block's mostly are, glibc keeps the memory in the heap of each thread that made
-    one, in holes where the next ones may not fit. From block to block these go back to the system: what is made again
-    and again within a block, its activations, would come anew page by page if each went back by itself.
+    """Of tensors up to 32 MB, which a block's mostly are, glibc would keep the memory in the heap of each thread that
+    made one, in holes where the next ones may not fit. Large ones of this process go back to the system from here on.
+    Smaller ones do not: activations, which are made again and again, would each time come anew page by page.
     """
     with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _LARGE)
