@@ -3,8 +3,11 @@
 Each side runs in a process of its own, with the same threads and the same requests, HFLM at the fastest of the batch
 sizes it is tried with (not counted) and with its logits cache. Memory is the peak above the loaded model.
 
-Models: the demo, and a random one with Qwen3-0.6B's widths and real vocabulary (`--blocks` of 28). Suites: real 5-shot
-MMLU from the files of hendrycks/test (`--mmlu`), a generated one with HellaSwag's shape, and perplexity in windows.
+With `--device cuda` each side is one process for all suites, and memory is what torch allocates on the GPU.
+
+Models: the demo, and random ones with the widths and vocabulary of Qwen3-0.6B or 8B (`--blocks`, of 28 or 36).
+Suites: real 5-shot MMLU from the files of hendrycks/test (`--mmlu`), a generated one with HellaSwag's shape, and
+perplexity in windows.
 The window is 8,192 tokens on both sides, since the demo's small vocabulary makes prompts longer than its own 2,048.
 """
 
@@ -24,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 WINDOW = 8192
-BATCH_SIZES = (1, 2, 4, 8, 16)
+BATCH_SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (4, 8, 16, 32, 64, 128, 256)}
 # Whole subjects with short, middling and long prompts.
 DEMO_SUBJECTS = "abstract_algebra,global_facts,us_foreign_policy,business_ethics,college_computer_science"
 
@@ -77,107 +80,170 @@ def status_kilobytes(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def measure(side: str, folder: Path, suite: dict) -> dict:  # noqa: PLR0915
-    """In a process of its own: load, warm up, run, and say seconds, peak memory and scores."""
+class Meter:
+    """Seconds, processor seconds, and bytes at the peak beyond those of the loaded model."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.cuda = torch.cuda if device == "cuda" else None
+
+    def __enter__(self) -> "Meter":
+        # What warming up and trying batch sizes have freed would else be taken for part of the loaded model.
+        gc.collect()
+        if self.cuda:
+            self.cuda.synchronize()
+            self.cuda.empty_cache()
+            self.cuda.reset_peak_memory_stats()
+            self.before = self.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+            self.before = status_kilobytes("VmRSS")
+        self.seconds, self.processor = -time.perf_counter(), -time.process_time()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.cuda:
+            self.cuda.synchronize()
+        self.seconds += time.perf_counter()
+        self.processor += time.process_time()
+        self.peak = (
+            self.cuda.max_memory_allocated() - self.before
+            if self.cuda
+            else (status_kilobytes("VmHWM") - self.before) * 1024
+        )
+
+
+def measure(side: str, folder: Path, suites: list[dict]) -> list[dict]:
+    """In a process of its own: load, and of each suite warm up, run, and say seconds, peak memory and scores."""
     import torch
-    from lm_eval.api.instance import Instance
     from transformers import AutoModelForCausalLM
 
-    from q3q.evaluate.harness import HarnessLM
     from q3q.models.checkpoint import Checkpoint, load_tokenizer
     from q3q.models.decoder import load_decoder
 
-    torch.set_num_threads(suite["threads"])
+    device, dtype = suites[0]["device"], getattr(torch, suites[0]["dtype"])
+    torch.set_num_threads(suites[0]["threads"])
     tokenizer = load_tokenizer(folder)
     if side == "ours":
-        model = load_decoder(Checkpoint(folder), getattr(torch, suite["dtype"]))
+        model = load_decoder(Checkpoint(folder), dtype, device)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, suite["dtype"])).eval()
-    notes = {}
-    if suite["kind"] == "perplexity":
-        windows = windows_of(suite["count"], suite["length"], tokenizer)
-        warm = windows[:, :32]
-
-        def run(chosen: torch.Tensor) -> list[float]:
-            if side == "ours":
-                from q3q.evaluate.perplexity import perplexity
-
-                return [perplexity(model, chosen).nll]
-            losses = []
-            for window in chosen:
-                logits = model(window[None]).logits[:, :-1].contiguous().float()
-                losses.append(float(torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), window[1:])))
-            return [sum(losses) / len(losses)]
-
-    else:
-        pairs = (
-            mmlu(Path(suite["mmlu"]), suite["subjects"])
-            if suite["kind"] == "mmlu"
-            else hellaswag_shaped(suite["count"])
-        )
-        windows = [
-            Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i, metadata=("benchmark", i, 1))
-            for i, pair in enumerate(pairs)
-        ]
-        warm = windows[:4]
-        if side == "ours":
-            lm = HarnessLM(model, tokenizer, max_length=WINDOW)
-        else:
-            from lm_eval.models.huggingface import HFLM
-
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=WINDOW)
-            trial = windows[: suite["trial"] * 4]
-            rates = {}
-            for size in BATCH_SIZES:
-                lm.batch_size_per_gpu = size
-                begin = time.perf_counter()
-                lm.loglikelihood(trial, disable_tqdm=True)
-                rates[size] = time.perf_counter() - begin
-            lm.batch_size_per_gpu = min(rates, key=rates.get)
-            notes["batch_size"] = lm.batch_size
-
-        def run(chosen: list) -> list[float]:
-            return [score for score, _ in lm.loglikelihood(chosen, disable_tqdm=True)]
-
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     with torch.inference_mode():
-        run(warm)
-        if side == "ours" and suite["kind"] != "perplexity":
-            run(windows[: suite["trial"] * 4])  # finds its batches by trying, as theirs were found
-            lm.effort = type(lm.effort)()
-        # What warming up and trying batch sizes have freed would else be taken for part of the loaded model.
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-        loaded = status_kilobytes("VmRSS")
-        begin, worked = time.perf_counter(), time.process_time()
+        found = []
+        for suite in suites:
+            kind = perplexity_suite if suite["kind"] == "perplexity" else requests_suite
+            found.append(kind(side, model, tokenizer, suite))
+        return found
+
+
+def perplexity_suite(side: str, model: object, tokenizer: object, suite: dict) -> dict:
+    import torch
+
+    from q3q.evaluate.perplexity import perplexity
+
+    windows = windows_of(suite["count"], suite["length"], tokenizer)
+
+    def run(chosen: torch.Tensor) -> list[float]:
+        if side == "ours":
+            return [perplexity(model, chosen).nll]
+        losses = []
+        for window in chosen.to(suite["device"]):
+            logits = model(window[None]).logits[:, :-1].contiguous().float()
+            losses.append(torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), window[1:]))
+        return [float(torch.stack(losses).mean())]
+
+    run(windows[:, :32] if suite["device"] == "cpu" else windows[:4])
+    with Meter(suite["device"]) as meter:
         scores = run(windows)
-        seconds, worked = time.perf_counter() - begin, time.process_time() - worked
-    if side == "ours" and suite["kind"] != "perplexity":
+    return said(meter, scores, {})
+
+
+def requests_suite(side: str, model: object, tokenizer: object, suite: dict) -> dict:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from q3q.evaluate.harness import HarnessLM
+
+    of_mmlu = suite["kind"] == "mmlu"
+    pairs = mmlu(Path(suite["mmlu"]), suite["subjects"]) if of_mmlu else hellaswag_shaped(suite["count"])
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i, metadata=("benchmark", i, 1))
+        for i, pair in enumerate(pairs)
+    ]
+    trial, notes = requests[: suite["trial"] * 4], {}
+    if side == "ours":
+        lm = HarnessLM(model, tokenizer, max_length=WINDOW)
+        lm.loglikelihood(trial)  # finds its batches by trying, as theirs are found
+        lm.loglikelihood(trial)
+        lm.effort = type(lm.effort)()
+    else:
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=WINDOW)
+        lm.batch_size_per_gpu = fastest_batch(lm, trial, suite["device"])
+        notes["batch_size"] = lm.batch_size
+    with Meter(suite["device"]) as meter:
+        scores = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
+    if side == "ours":
         notes |= vars(lm.effort) | {"budget": lm.budget.tokens}
+    return said(meter, scores, notes)
+
+
+def fastest_batch(lm: object, trial: list, device: str) -> int:
+    """Of HFLM's batch sizes; one that does not fit into memory is not."""
+    import torch
+
+    lm.loglikelihood(trial[:4], disable_tqdm=True)
+    rates = {}
+    for size in BATCH_SIZES[device]:
+        lm.batch_size_per_gpu = size
+        begin = time.perf_counter()
+        try:
+            lm.loglikelihood(trial, disable_tqdm=True)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        rates[size] = time.perf_counter() - begin
+    return min(rates, key=rates.get)
+
+
+def said(meter: Meter, scores: list[float], notes: dict) -> dict:
     return {
-        "seconds": seconds,
-        "cpu": worked,
-        "peak": (status_kilobytes("VmHWM") - loaded) * 1024,
+        "seconds": meter.seconds,
+        "cpu": meter.processor,
+        "peak": meter.peak,
         "scores": scores,
         "notes": notes,
     }
 
 
-def worker(side: str, folder: Path, suite: dict) -> dict:
-    command = [sys.executable, __file__, "--worker", side, str(folder), json.dumps(suite)]
-    environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(suite["threads"])}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+def worker(side: str, folder: Path, suites: list[dict]) -> list[dict]:
+    command = [sys.executable, __file__, "--worker", side, str(folder), json.dumps(suites)]
+    threads = str(suites[0]["threads"])
+    environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{side} failed:\n{done.stderr.decode()[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(title: str, folder: Path, suite: dict, turns: int) -> None:
-    """Both take turns; of each, the fastest one counts."""
-    pairs_of_turns = [[worker(side, folder, suite) for side in ("ours", "theirs")] for _ in range(turns)]
-    ours, theirs = (min(found, key=lambda one: one["seconds"]) for found in zip(*pairs_of_turns, strict=True))
+def compare_all(model: str, folder: Path, suites: dict[str, dict], turns: int) -> None:
+    """Both take turns, on a CPU suite by suite; of each, the fastest turn counts."""
+    groups = [list(suites)] if next(iter(suites.values()))["device"] == "cuda" else [[name] for name in suites]
+    for names in groups:
+        chosen = [suites[name] for name in names]
+        taken = [[worker(side, folder, chosen) for side in ("ours", "theirs")] for _ in range(turns)]
+        for n, name in enumerate(names):
+            sides = [[turn[side][n] for turn in taken] for side in (0, 1)]
+            ours, theirs = (min(found, key=lambda one: one["seconds"]) for found in sides)
+            compare(f"{model}, {name}", ours, theirs, suites[name]["dtype"])
+
+
+def compare(title: str, ours: dict, theirs: dict, dtype: str) -> None:
     pairs = list(zip(ours["scores"], theirs["scores"], strict=True))
     far = max(abs(a - b) / (1e-4 + 1e-6 * abs(b)) for a, b in pairs)
     apart = f"{far:.2f} of the tolerance"
-    if suite["dtype"] != "float32":  # HFLM rounds each log-probability to the model's 16 bits, we do not
+    if dtype != "float32":  # HFLM rounds each log-probability to the model's 16 bits, we do not
         apart = f"{max(abs(a - b) / abs(b) for a, b in pairs):.2%}"
     faster, lighter = theirs["seconds"] / ours["seconds"], ours["peak"] / theirs["peak"]
     print(
@@ -205,39 +271,43 @@ def main() -> None:
     parser.add_argument("--mmlu", type=Path, help="folder of hendrycks/test with dev/ and test/; without, no MMLU")
     parser.add_argument("--turns", type=int, default=1, help="of each side; the fastest one counts")
     parser.add_argument("--subjects", default=DEMO_SUBJECTS, help="for the demo model; `all` takes hours for HFLM")
-    parser.add_argument("--shape-subjects", default="abstract_algebra", help="for the 0.6B-shaped model")
-    parser.add_argument("--blocks", type=int, default=2, help="blocks of the 0.6B-shaped model, 28 in the real one")
-    parser.add_argument("--shape-dtype", default="bfloat16", help="of the 0.6B-shaped model; as Qwen3 is released")
+    parser.add_argument("--shape-subjects", default="abstract_algebra", help="for the random models")
+    parser.add_argument("--blocks", type=int, help="blocks of the random models; 2 on a CPU, the real number on a GPU")
+    parser.add_argument("--shape-dtype", default="bfloat16", help="of the random models; as Qwen3 is released")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--models", default="demo,shape")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--models", default="demo,0.6B", help="of demo, 0.6B, 8B")
     parser.add_argument("--suites", default="mmlu,hellaswag,perplexity")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        shape = Path(scratch) / "shape"
-        if "shape" in options.models:
-            from benchmarks.trial import make_model
-
-            make_model(shape, options.blocks)
-        for model in options.models.split(","):
+    cuda = options.device == "cuda"
+    for model in options.models.split(","):
+        with tempfile.TemporaryDirectory() as scratch:
             demo = model == "demo"
-            folder = ROOT / "q3q/models/demo/dense" if demo else shape
-            subjects = options.subjects if demo else options.shape_subjects
+            folder = ROOT / "q3q/models/demo/dense" if demo else Path(scratch)
+            if not demo:
+                from benchmarks.trial import make_model
+
+                make_model(folder, options.blocks or (None if cuda else 2), model)
+            few = demo or cuda
             suites = {
-                "mmlu": {"kind": "mmlu", "mmlu": str(options.mmlu), "subjects": subjects, "trial": 16 if demo else 2},
-                "hellaswag": {"kind": "hellaswag", "count": 200 if demo else 12, "trial": 16 if demo else 2},
-                "perplexity": {"kind": "perplexity", "count": 32 if demo else 2, "length": 1024},
+                "mmlu": {
+                    "mmlu": str(options.mmlu),
+                    "subjects": options.subjects if demo else options.shape_subjects,
+                    "trial": 64 if cuda else 16 if demo else 2,
+                },
+                "hellaswag": {
+                    "count": 2000 if cuda else 200 if demo else 12,
+                    "trial": 256 if cuda else 16 if few else 2,
+                },
+                "perplexity": {"count": 32 if few else 2, "length": 1024},
             }
-            for name in options.suites.split(","):
-                if name == "mmlu" and (options.mmlu is None or not options.mmlu.is_dir()):
-                    print("mmlu left out: give its folder as --mmlu")
-                    continue
-                dtype = "float32" if demo else options.shape_dtype
-                compare(
-                    f"{model}, {name}",
-                    folder,
-                    suites[name] | {"threads": options.threads, "dtype": dtype},
-                    options.turns,
-                )
+            shared = {"threads": options.threads, "device": options.device}
+            shared["dtype"] = "float32" if demo and not cuda else options.shape_dtype
+            chosen = {name: {"kind": name, **suites[name], **shared} for name in options.suites.split(",")}
+            if "mmlu" in chosen and (options.mmlu is None or not options.mmlu.is_dir()):
+                print("mmlu left out: give its folder as --mmlu")
+                del chosen["mmlu"]
+            compare_all(model, folder, chosen, options.turns)
 
 
 if __name__ == "__main__":

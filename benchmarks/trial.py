@@ -15,27 +15,36 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def make_model(folder: Path, blocks: int) -> None:
-    """A random checkpoint with Qwen3-0.6B's widths, and the demo's tokenizer."""
+# Widths of Qwen3 sizes, and how many blocks the real ones have.
+SHAPES = {
+    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=16, tie_word_embeddings=True, blocks=28),
+    "8B": dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32, tie_word_embeddings=False, blocks=36),
+}
+
+
+def make_model(folder: Path, blocks: int | None = None, shape: str = "0.6B") -> None:
+    """A random checkpoint with a real size's widths and vocabulary, and the demo's tokenizer. blocks: the real number
+    if None. Drawn on a GPU where there is one."""
     import shutil
 
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
+    widths = dict(SHAPES[shape])
+    real = widths.pop("blocks")
     config = Qwen3Config(
         vocab_size=151_936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=blocks,
-        num_attention_heads=16,
+        num_hidden_layers=blocks or real,
         num_key_value_heads=8,
         head_dim=128,
         max_position_embeddings=40_960,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        tie_word_embeddings=True,
+        dtype="bfloat16",
+        **widths,
     )
-    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ROOT / "q3q/models/demo/dense" / name, folder / name)
 

@@ -8,6 +8,7 @@ exceed one window. No batch holds a padding token.
 Counts: R reads (a target asked of a position), T tokens of a batch or of the tape.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from q3q.models.attention import KeysValues, Look, Tree
+from q3q.models.attention import KeysValues, Look, RaggedLook, Tree, sent
 
 Ids = NDArray[np.int32]
 Places = NDArray[np.int64]
@@ -23,6 +24,8 @@ Places = NDArray[np.int64]
 # A stretch of the tree that several branches share is attended to once for all of them if that spares gathering this
 # many keys; a shorter one is gathered with each branch's own keys.
 WORTH_SHARING = 4096
+# The same for ragged looks: a GPU gathers quickly, and putting two looks together costs it more.
+RAGGED_WORTH_SHARING = 1 << 15
 # Scores (queries x keys) of one look, and keys gathered for it: bounds of its memory.
 LOOK_SCORES = 1 << 22
 LOOK_KEYS = 1 << 15
@@ -43,8 +46,8 @@ class Batch:
 
     first: int
     stop: int
-    own: list[Look]
-    shared: list[Look]
+    own: Sequence[Look | RaggedLook]
+    shared: Sequence[Look | RaggedLook]
     depth_T: torch.Tensor
     keep: torch.Tensor
 
@@ -58,19 +61,21 @@ class Batch:
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """The same with its indices where the model is, and what is added to its scores in the model's dtype."""
         own, shared = ([look.to(device, dtype) for look in looks] for looks in (self.own, self.shared))
-        return Batch(self.first, self.stop, own, shared, self.depth_T.to(device), self.keep.to(device))
+        return Batch(self.first, self.stop, own, shared, sent(self.depth_T, device), sent(self.keep, device))
 
 
 @dataclass
 class Tape:
     """The prefix tree of texts, depth first.
 
-    texts: token ids, distinct and sorted. shared: how many tokens each has in common with the one before it. begin:
-    where each one's branch begins on the tape. attended, padded: query slots of all batches so far, and those of them
+    texts: token ids, distinct and sorted. ragged: whether batches attend by `RaggedLook`s. shared: how many tokens each
+    texts: token ids, distinct and sorted. ragged: whether batches attend by `RaggedLook`s. shared: how many tokens each
+    has in common with the one before it. begin:
     that were padding of the attention's own (linear layers see none).
     """
 
     texts: list[Ids]
+    ragged: bool = False
     shared: list[int] = field(init=False)
     begin: list[int] = field(init=False)
     ids: Ids = field(init=False)
@@ -130,22 +135,33 @@ class Tape:
     def _plan(self, pieces: list[Piece], next_depth: int) -> Batch:
         # Keys are numbered: the kept path by depth, then the batch's tokens.
         path = np.concatenate([np.arange(self._kept), np.zeros(len(self._path) - self._kept, np.int64)])
-        stretches, floors = shared_stretches(pieces)
-        shared: list[Look] = []
+        stretches, floors = shared_stretches(pieces, *self._bounds)
+        shared: list[Look | RaggedLook] = []
         leaves: list[tuple[Piece, Places]] = []
         for number, piece in enumerate(pieces):
             for floor, top, last in stretches.get(number, ()):
                 until = pieces[last].offset + pieces[last].stop - pieces[last].start
-                shared += _shared_looks(piece.offset, until, path[floor:top])
+                look = _ragged_shared if self.ragged else _shared_looks
+                shared += look(piece.offset, until, path[floor:top])
             place = self._kept + piece.offset
             path[piece.start : piece.stop] = np.arange(place, place + piece.stop - piece.start)
             leaves.append((piece, path[floors[number] : piece.stop].copy()))
-        own = [self._own_look(bucket) for bucket in buckets(leaves)]
         tokens = pieces[-1].offset + pieces[-1].stop - pieces[-1].start
+        own: list[Look | RaggedLook]
+        if self.ragged:
+            own = [_ragged_own(leaves)]
+            self.attended += tokens
+        else:
+            own = [self._own_look(bucket) for bucket in buckets(leaves)]
         first = self.begin[self._text] + self._depth - self.shared[self._text]
         depths = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
         keep = path[:next_depth].copy()
         return Batch(first, first + tokens, own, shared, torch.from_numpy(depths), torch.from_numpy(keep))
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        """For `shared_stretches`. Ragged looks hold no scores."""
+        return (RAGGED_WORTH_SHARING, sys.maxsize) if self.ragged else (WORTH_SHARING, LOOK_SCORES)
 
     def _own_look(self, bucket: list[tuple[Piece, Places]]) -> Look:
         """Each piece's own tokens, and the ancestors that were not worth sharing, causally."""
@@ -172,8 +188,13 @@ class Tape:
         return Look(query, key, causal, bias, real)
 
 
-def shared_stretches(pieces: Sequence[Piece]) -> tuple[dict[int, list[tuple[int, int, int]]], list[int]]:
+def shared_stretches(
+    pieces: Sequence[Piece], worth: int, most: int
+) -> tuple[dict[int, list[tuple[int, int, int]]], list[int]]:
     """Which stretches of the tree are attended to once for many pieces, and what is left to each piece.
+
+    Args:
+        worth: keys that sharing must spare from being gathered. most: scores that a piece may have with its ancestors.
 
     Returns:
         By its first piece, each run of pieces that shares the depths floor .. top - 1: (floor, top, last piece); and
@@ -187,7 +208,7 @@ def shared_stretches(pieces: Sequence[Piece]) -> tuple[dict[int, list[tuple[int,
         top = min(piece.start for piece in pieces[first : last + 1])
         tokens = pieces[last].offset + pieces[last].stop - pieces[last].start - pieces[first].offset
         # A piece whose own scores against its ancestors would be too many gives them up too: they need no mask then.
-        if (last - first) * (top - floor) >= WORTH_SHARING or tokens * (top - floor) > LOOK_SCORES:
+        if (last - first) * (top - floor) >= worth or tokens * (top - floor) > most:
             stretches.setdefault(first, []).append((floor, top, last))
             floor = top
         begin = first
@@ -234,6 +255,27 @@ def _shared_looks(first: int, until: int, keys: Places) -> Iterator[Look]:
     slab = max(1, LOOK_SCORES // len(keys))
     for start in range(first, until, slab):
         yield Look(slice(start, min(until, start + slab)), index)
+
+
+def _ragged_own(leaves: Sequence[tuple[Piece, Places]]) -> RaggedLook:
+    """All pieces of a batch at their own tokens, and at the ancestors that were not worth sharing."""
+    queries = np.array([piece.stop - piece.start for piece, _ in leaves])
+    keys = np.array([len(key) for _, key in leaves])
+    return _ragged(slice(0, int(queries.sum())), np.concatenate([key for _, key in leaves]), queries, keys, causal=True)
+
+
+def _ragged_shared(first: int, until: int, keys: Places) -> list[RaggedLook]:
+    """Queries first .. until - 1 at the same keys."""
+    return [_ragged(slice(first, until), keys, np.array([until - first]), np.array([len(keys)]), causal=False)]
+
+
+def _ragged(query: slice, keys: Places, query_S: Places, key_S: Places, *, causal: bool) -> RaggedLook:
+    """query_S, key_S: how many each piece has."""
+    key = slice(int(keys[0]), int(keys[-1]) + 1) if (np.diff(keys) == 1).all() else torch.from_numpy(keys.copy())
+    query_ends_S, key_ends_S = (
+        torch.from_numpy(np.concatenate([[0], np.cumsum(each)]).astype(np.int32)) for each in (query_S, key_S)
+    )
+    return RaggedLook(query, key, query_ends_S, key_ends_S, (int(query_S.max()), int(key_S.max())), causal)
 
 
 def _stacked(rows: Sequence[Places], width: int) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """Log-likelihoods of continuations: each token of their prefix tree runs once, each position asked is read once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from q3q.errors import IntegrityError
 from q3q.evaluate.budget import Result, TokenBudget, pass_tokens
 from q3q.evaluate.prefixes import Batch, Ids, Places, Tape
-from q3q.models.attention import KeysValues, Tree
+from q3q.models.attention import KeysValues, Tree, sent, takes_ragged
 from q3q.models.decoder import Decoder
 from q3q.models.spool import Spool
 from q3q.team import Team
@@ -74,35 +75,54 @@ def score(
     if model.team.leads:
         yield from score_together(model, requests)
         return
-    tape, readers = lay_out(requests)
+    tape, readers = lay_out(requests, ragged=takes_ragged(model.device, model.norm_H.dtype))
     reads = Reads.of(tape, readers, requests)
     total_R, greedy_R = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
     left_R = np.array([len(request.targets) for request in requests])
     effort = Effort(sum(len(request.inputs) for request in requests), len(tape))
-    for first, stop, hidden_PH in run_tape(model, tape, budget, np.unique(reads.position)):
-        part = reads.within(first, stop)
-        row_R = np.unique(part.position, return_inverse=True)[1]
-        effort = replace(
-            effort,
-            computed=effort.computed + stop - first,
-            logits=effort.logits + len(hidden_PH),
-            attended=tape.attended,
-            padded=tape.padded,
-        )
+
+    def run() -> Iterator[tuple[Reads, Tensor, Tensor, Effort]]:
+        """Of each batch what is read, the log-likelihoods and whether they are greedy, and the effort so far."""
+        done = effort
+        for first, stop, hidden_PH in run_tape(model, tape, budget, np.unique(reads.position)):
+            part = reads.within(first, stop)
+            row_R = np.unique(part.position, return_inverse=True)[1]
+            done = replace(
+                done,
+                computed=done.computed + stop - first,
+                logits=done.logits + len(hidden_PH),
+                attended=tape.attended,
+                padded=tape.padded,
+            )
+            found = model.log_likelihoods(hidden_PH, torch.from_numpy(part.target), torch.from_numpy(row_R))
+            yield part, *found, done
+
+    for part, found_R, best_R, done in one_behind(run()):
         ended: list[tuple[int, Score]] = []
         if len(part.owner):
-            found, best = model.log_likelihoods(hidden_PH, torch.from_numpy(part.target), torch.from_numpy(row_R))
-            likelihood = found.double().cpu().numpy()
+            likelihood = found_R.double().cpu().numpy()
             if not np.isfinite(likelihood).all():
                 task = requests[part.owner[np.flatnonzero(~np.isfinite(likelihood))[0]]].task
                 raise IntegrityError(f"{task}: a log-likelihood is not finite")
             np.add.at(total_R, part.owner, likelihood)
-            np.logical_and.at(greedy_R, part.owner, best.cpu().numpy())
+            np.logical_and.at(greedy_R, part.owner, best_R.cpu().numpy())
             np.subtract.at(left_R, part.owner, 1)
             for owner in np.unique(part.owner):
                 if not left_R[owner]:
                     ended.append((int(owner), Score(float(total_R[owner]), bool(greedy_R[owner]))))
-        yield ended, effort
+        yield ended, done
+
+
+Item = TypeVar("Item")
+
+
+def one_behind(items: Iterable[Item]) -> Iterator[Item]:
+    """Each when the next one has been begun: so a GPU is busy with that while this one is fetched from it."""
+    before: list[Item] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
 
 
 def score_together(model: Decoder, requests: Sequence[Request]) -> Iterator[tuple[list[tuple[int, Score]], Effort]]:
@@ -246,7 +266,7 @@ class Piece:
         if self._wanted is None:
             return None
         low, high = np.searchsorted(self._wanted, [first, stop])
-        return torch.from_numpy(self._wanted[low:high] - first).to(self._model.device)
+        return sent(torch.from_numpy(self._wanted[low:high] - first), self._model.device)
 
 
 @dataclass(frozen=True)
@@ -279,11 +299,11 @@ class Reads:
         return Reads(self.position[low:high], self.target[low:high], self.owner[low:high])
 
 
-def lay_out(requests: Sequence[Request]) -> tuple[Tape, list[list[int]]]:
+def lay_out(requests: Sequence[Request], *, ragged: bool = False) -> tuple[Tape, list[list[int]]]:
     """The tape of all distinct inputs, and the requests that each of its texts serves."""
     readers: dict[bytes, list[int]] = {}
     for number, request in enumerate(requests):
         # Big-endian bytes sort as the tokens do.
         readers.setdefault(request.inputs.astype(">u4").tobytes(), []).append(number)
     order = sorted(readers)
-    return Tape([requests[readers[key][0]].inputs for key in order]), [readers[key] for key in order]
+    return Tape([requests[readers[key][0]].inputs for key in order], ragged), [readers[key] for key in order]

@@ -5,7 +5,7 @@ queries and keys. A block computes queries, keys and values of its tokens and le
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -65,10 +65,69 @@ class Look:
     real: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Look":
-        query, key = (index if isinstance(index, slice) else index.to(device) for index in (self.query, self.key))
-        bias = None if self.bias_SQP is None else self.bias_SQP.to(device, dtype)
-        real = None if self.real is None else (self.real[0].to(device), self.real[1].to(device))
+        query, key = (index if isinstance(index, slice) else sent(index, device) for index in (self.query, self.key))
+        bias = None if self.bias_SQP is None else sent(self.bias_SQP, device).to(dtype)
+        real = None if self.real is None else (sent(self.real[0], device), sent(self.real[1], device))
         return Look(query, key, self.causal, bias, real)
+
+    def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> "Seen":
+        part_SNQD, logsum_SNQ = attend(
+            _pieces(query_NTD, self.query),
+            _pieces(key_KTD, self.key),
+            _pieces(value_KTD, self.key),
+            self.bias_SQP,
+            self.causal,
+        )
+        part_TND, logsum_TN = part_SNQD.transpose(1, 2).flatten(0, 1), logsum_SNQ.transpose(1, 2).flatten(0, 1)
+        if self.real is None:
+            return self.query, part_TND, logsum_TN
+        place_T, token_T = self.real
+        return token_T, part_TND[place_T], logsum_TN[place_T]
+
+
+@dataclass(frozen=True)
+class RaggedLook:
+    """Pieces of a batch that stand one behind the other, each at keys of its own: nothing is padded or masked.
+
+    query: all their tokens. key: their keys, piece after piece, numbered as a `Look`'s. query_ends_S, key_ends_S:
+    int32, 0 and how far each piece reaches among them. longest: of any piece, queries and keys. causal: a piece's last
+    keys are its own tokens, and each token sees none behind itself; otherwise it sees all of its piece's.
+    """
+
+    query: slice
+    key: Index
+    query_ends_S: Tensor
+    key_ends_S: Tensor
+    longest: tuple[int, int]
+    causal: bool
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "RaggedLook":
+        key = self.key if isinstance(self.key, slice) else sent(self.key, device)
+        return replace(
+            self, key=key, query_ends_S=sent(self.query_ends_S, device), key_ends_S=sent(self.key_ends_S, device)
+        )
+
+    def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> "Seen":
+        query_TND, key_PKD, value_PKD = (
+            states_NTD.transpose(0, 1)[index]
+            for states_NTD, index in ((query_NTD, self.query), (key_KTD, self.key), (value_KTD, self.key))
+        )
+        attend = attend_ragged if takes_ragged(query_NTD.device, query_NTD.dtype) else attend_ragged_plainly
+        part_TND, logsum_TN = attend(
+            query_TND, key_PKD, value_PKD, self.query_ends_S, self.key_ends_S, self.longest, self.causal
+        )
+        return self.query, part_TND, logsum_TN
+
+
+# The tokens that looked, their context [T, N, D], and its denominator's logarithm [T, N].
+Seen = tuple[Index, Tensor, Tensor]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device. To a GPU from pinned memory: only then does nobody wait for what the GPU is busy with."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass
@@ -84,8 +143,8 @@ class Tree:
     wanted: tokens of the batch that are read after this block, None for all.
     """
 
-    own: Sequence[Look]
-    shared: Sequence[Look]
+    own: Sequence[Look | RaggedLook]
+    shared: Sequence[Look | RaggedLook]
     depth_T: Tensor
     keep: Tensor
     kept: KeysValues | None = None
@@ -106,11 +165,11 @@ class Tree:
         context_TND = query_NTD.new_empty(tokens, heads, size, dtype=torch.float32 if self.shared else None)
         total_TN = query_NTD.new_empty(tokens, heads, dtype=torch.float32)
         for look in self.own:
-            where, part_TND, logsum_TN = _look(look, query_NTD, key_KTD, value_KTD)
+            where, part_TND, logsum_TN = look(query_NTD, key_KTD, value_KTD)
             context_TND[where] = part_TND.to(context_TND.dtype)
             total_TN[where] = logsum_TN
         for look in self.shared:
-            where, part_TND, logsum_TN = _look(look, query_NTD, key_KTD, value_KTD)
+            where, part_TND, logsum_TN = look(query_NTD, key_KTD, value_KTD)
             after_TN = torch.logaddexp(total_TN[where], logsum_TN)
             context_TND[where] *= (total_TN[where] - after_TN).exp()[..., None]
             context_TND[where] += part_TND * (logsum_TN - after_TN).exp()[..., None]
@@ -119,22 +178,6 @@ class Tree:
 
     def read(self, states_BTX: Tensor) -> Tensor:
         return states_BTX if self.wanted is None else states_BTX[:, self.wanted]
-
-
-def _look(look: Look, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> tuple[Index, Tensor, Tensor]:
-    """The batch's tokens that look, their context [T, N, D] and its denominator's logarithm [T, N]."""
-    part_SNQD, logsum_SNQ = attend(
-        _pieces(query_NTD, look.query),
-        _pieces(key_KTD, look.key),
-        _pieces(value_KTD, look.key),
-        look.bias_SQP,
-        look.causal,
-    )
-    part_TND, logsum_TN = part_SNQD.transpose(1, 2).flatten(0, 1), logsum_SNQ.transpose(1, 2).flatten(0, 1)
-    if look.real is None:
-        return look.query, part_TND, logsum_TN
-    place_T, token_T = look.real
-    return token_T, part_TND[place_T], logsum_TN[place_T]
 
 
 def _pieces(states_KTD: Tensor, index: Index) -> Tensor:
@@ -152,7 +195,14 @@ def attend(
     bias_SQP: minus infinity where a query sees no key, else 0; each sees one. causal: query i sees keys 0 .. i.
     """
     if query_SNQD.device.type != "cpu":
-        return attend_plainly(query_SNQD, key_SKPD, value_SKPD, bias_SQP, causal)
+        if bias_SQP is not None:  # of few scores: larger looks have no bias
+            return attend_plainly(query_SNQD, key_SKPD, value_SKPD, bias_SQP)
+        repeats = query_SNQD.shape[1] // key_SKPD.shape[1]
+        key_SNPD, value_SNPD = (states.repeat_interleave(repeats, dim=1) for states in (key_SKPD, value_SKPD))
+        context, logsum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query_SNQD, key_SNPD, value_SNPD, None, True, 0.0, causal
+        )
+        return context, logsum[..., : query_SNQD.shape[2]]  # its rows are padded
     bias = None if bias_SQP is None else bias_SQP[:, None]
     # What scaled_dot_product_attention calls on a CPU; it alone also tells the denominator.
     context, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -176,27 +226,96 @@ def attend_plainly(
     return context.flatten(1, 2).to(query_SNQD.dtype), logsum.flatten(1, 2)
 
 
+def takes_ragged(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attend_ragged` runs there: FlashAttention, of 16-bit numbers, from NVIDIA's Ampere on."""
+    return (
+        device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def attend_ragged(
+    query_TND: Tensor,
+    key_PKD: Tensor,
+    value_PKD: Tensor,
+    query_ends_S: Tensor,
+    key_ends_S: Tensor,
+    longest: tuple[int, int],
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Context [T, N, D] and, in float32, the log of the softmax's denominator [T, N]; arguments as of `RaggedLook`.
+
+    The kernel of FlashAttention (arXiv 2307.08691) for sequences of different lengths, as PyTorch ships it.
+    """
+    context_TND, logsum_NT, *_ = torch.ops.aten._flash_attention_forward(
+        query_TND, key_PKD, value_PKD, query_ends_S, key_ends_S, *longest, 0.0, causal, False
+    )
+    return context_TND, logsum_NT.transpose(0, 1)
+
+
+def attend_ragged_plainly(
+    query_TND: Tensor,
+    key_PKD: Tensor,
+    value_PKD: Tensor,
+    query_ends_S: Tensor,
+    key_ends_S: Tensor,
+    longest: tuple[int, int],
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """The plain twin of `attend_ragged`: piece by piece through `attend_plainly`."""
+    contexts, logsums = [], []
+    queries, keys = (ends_S.diff().tolist() for ends_S in (query_ends_S, key_ends_S))
+    for query_QND, key_QKD, value_QKD in zip(
+        query_TND.split(queries), key_PKD.split(keys), value_PKD.split(keys), strict=True
+    ):
+        wide, tall = len(query_QND), len(key_QKD)
+        bias = query_QND.new_full((1, wide, tall), -torch.inf, dtype=torch.float32).triu(tall - wide + 1)
+        query_1NQD, key_1KQD, value_1KQD = (states.transpose(0, 1)[None] for states in (query_QND, key_QKD, value_QKD))
+        context_1NQD, logsum_1NQ = attend_plainly(query_1NQD, key_1KQD, value_1KQD, bias if causal else None)
+        contexts.append(context_1NQD[0].transpose(0, 1))
+        logsums.append(logsum_1NQ[0].transpose(0, 1))
+    return torch.cat(contexts), torch.cat(logsums)
+
+
+@dataclass
+class Lengths:
+    """How many tokens the rows of a cache have so far: each one's, where the model is, and here the most of any."""
+
+    each_B: Tensor
+    longest: int
+
+    def grow(self) -> None:
+        """By a token each, when all blocks have it."""
+        self.each_B += 1
+        self.longest += 1
+
+    def select(self, rows_R: Tensor) -> "Lengths":
+        each_R = self.each_B[rows_R]
+        return Lengths(each_R, int(each_R.max()))
+
+
 @dataclass
 class Cached:
     """Attention of one new token a row to the row's own past, which it joins.
 
-    key_BKPD, value_BKPD: room for all tokens to come. length_B: tokens of each row so far; who advances all blocks by
-    a token raises it.
+    key_BKPD, value_BKPD: room for all tokens to come. lengths: so far, shared by all blocks.
     """
 
     key_BKPD: Tensor
     value_BKPD: Tensor
-    length_B: Tensor
+    lengths: Lengths
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
-        return self.length_B[:, None]
+        return self.lengths.each_B[:, None]
 
     def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
-        rows_B = torch.arange(len(self.length_B), device=query_BNTD.device)
-        self.key_BKPD[rows_B, :, self.length_B] = key_BKTD[:, :, 0]
-        self.value_BKPD[rows_B, :, self.length_B] = value_BKTD[:, :, 0]
-        longest = int(self.length_B.max()) + 1
-        sees_BP = torch.arange(longest, device=query_BNTD.device) <= self.length_B[:, None]
+        length_B, longest = self.lengths.each_B, self.lengths.longest + 1
+        rows_B = torch.arange(len(length_B), device=query_BNTD.device)
+        self.key_BKPD[rows_B, :, length_B] = key_BKTD[:, :, 0]
+        self.value_BKPD[rows_B, :, length_B] = value_BKTD[:, :, 0]
+        sees_BP = torch.arange(longest, device=query_BNTD.device) <= length_B[:, None]
         return scaled_dot_product_attention(
             query_BNTD,
             self.key_BKPD[:, :, :longest],
@@ -208,15 +327,15 @@ class Cached:
     def read(self, states_BTX: Tensor) -> Tensor:
         return states_BTX
 
-    def select(self, rows_R: Tensor, length_R: Tensor) -> "Cached":
-        """The cache of some of the rows."""
-        return Cached(self.key_BKPD[rows_R], self.value_BKPD[rows_R], length_R)
+    def select(self, rows_R: Tensor, lengths: Lengths) -> "Cached":
+        """The cache of some of the rows, and their lengths."""
+        return Cached(self.key_BKPD[rows_R], self.value_BKPD[rows_R], lengths)
 
     @classmethod
-    def gathered(cls, key_KTD: Tensor, value_KTD: Tensor, index_BP: Tensor, length_B: Tensor, room: int) -> "Cached":
-        """From the keys and values of a whole tape: row b's past is its tokens `index_BP[b, : length_B[b]]`."""
+    def gathered(cls, key_KTD: Tensor, value_KTD: Tensor, index_BP: Tensor, lengths: Lengths, room: int) -> "Cached":
+        """From the keys and values of a whole tape: row b's past is the first of its tokens `index_BP[b]`."""
 
         def past(states_KTD: Tensor) -> Tensor:
             return pad(states_KTD[:, index_BP].transpose(0, 1), (0, 0, 0, room))
 
-        return cls(past(key_KTD), past(value_KTD), length_B)
+        return cls(past(key_KTD), past(value_KTD), lengths)

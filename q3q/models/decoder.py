@@ -5,6 +5,7 @@ Shapes: B windows, T tokens, H hidden, V vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar, Protocol
 
 import torch
@@ -13,10 +14,11 @@ from torch.nn.functional import linear
 
 from q3q.errors import NumericsError
 from q3q.models.anatomy import block_class
-from q3q.models.attention import CAUSAL, Attention
+from q3q.models.attention import CAUSAL, Attention, sent
 from q3q.models.checkpoint import Checkpoint, ModelFacts
 from q3q.models.qwen3 import Qwen3Block, Rope, rms_norm
 from q3q.models.spool import Spool
+from q3q.numerics.kernels.logsum import has_fused, logsum
 from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.team import SOLO, Team
@@ -130,7 +132,7 @@ class Decoder:
         """Let go of what can be read again when it is asked for: of a streamed model, its head."""
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        return self.embedding_VH[ids_BT.to(self.device)]
+        return self.embedding_VH[sent(ids_BT, self.device)]
 
     def embedded(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """`embed` of each."""
@@ -194,32 +196,40 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """Natural log-probability of each target, and whether it is the most likely token; both [R].
 
-        positions_R: the row of hidden_PH that each target is read at; by default one target a row.
+        positions_R: the row of hidden_PH that each target is read at, ascending; by default one target a row. Where
+        targets and positions are in main memory, nobody waits for a GPU.
         Logits exist for one slab of the vocabulary at a time, small enough to stay in a CPU's cache.
         """
-        device = hidden_PH.device
-        targets_R = targets_R.to(device)
-        positions_R = torch.arange(len(targets_R), device=device) if positions_R is None else positions_R.to(device)
-        positions, vocabulary = hidden_PH.shape[0], self.head_VH.shape[0]
+        device, positions, vocabulary = hidden_PH.device, hidden_PH.shape[0], self.head_VH.shape[0]
+        positions_R = torch.arange(len(targets_R)) if positions_R is None else positions_R
+        rows, numbers = self._slab(device)
+        bounds = [*range(0, positions, rows), positions]
+        asked = torch.searchsorted(positions_R, torch.tensor(bounds)).tolist()
+        targets_R, positions_R = sent(targets_R, device), sent(positions_R, device)
         logsum_P = hidden_PH.new_full((positions,), -torch.inf, dtype=torch.float32)
         highest_P = torch.full_like(logsum_P, -torch.inf)
         chosen_R = logsum_P.new_full((len(targets_R),), torch.nan)
-        slab = CACHED_LOGITS if device.type == "cpu" else HEAD_LOGITS
-        whole = slab // vocabulary
-        chunk = min(HEAD_CHUNK, whole) if whole >= FEW_POSITIONS else HEAD_CHUNK
-        for start in range(0, positions, chunk):
-            rows = slice(start, min(positions, start + chunk))
-            asked_R = (positions_R >= rows.start) & (positions_R < rows.stop)
-            width = max(1, slab // (rows.stop - rows.start))
+        for (start, stop), (begin, end) in zip(pairwise(bounds), pairwise(asked), strict=True):
+            width = max(1, numbers // (stop - start))
+            target_R, row_R = targets_R[begin:end], positions_R[begin:end] - start
             for first in range(0, vocabulary, width):
-                logits_CS = linear(hidden_PH[rows], self.head_VH[first : first + width]).float()
-                here_R = (asked_R & (targets_R >= first) & (targets_R < first + width)).nonzero().squeeze(1)
-                chosen_R[here_R] = logits_CS[positions_R[here_R] - start, targets_R[here_R] - first]
-                high_C = logits_CS.amax(1)
-                highest_P[rows] = torch.maximum(highest_P[rows], high_C)
-                slab_C = high_C + logits_CS.sub_(high_C[:, None]).exp_().sum(1).log()
-                logsum_P[rows] = torch.logaddexp(logsum_P[rows], slab_C)
+                logits_CS = linear(hidden_PH[start:stop], self.head_VH[first : first + width])
+                there_R = (target_R - first).clamp(0, logits_CS.shape[1] - 1)
+                here_R = there_R == target_R - first
+                chosen_R[begin:end] = torch.where(here_R, logits_CS[row_R, there_R].float(), chosen_R[begin:end])
+                slab_C, high_C = logsum(logits_CS)
+                highest_P[start:stop] = torch.maximum(highest_P[start:stop], high_C)
+                logsum_P[start:stop] = torch.logaddexp(logsum_P[start:stop], slab_C)
         return chosen_R - logsum_P[positions_R], chosen_R == highest_P[positions_R]
+
+    def _slab(self, device: torch.device) -> tuple[int, int]:
+        """Positions whose logits exist at one time where only likelihoods are wanted, and how many of these do."""
+        vocabulary = self.facts.vocab
+        if has_fused(device):
+            return HEAD_CHUNK, HEAD_CHUNK * vocabulary
+        numbers = CACHED_LOGITS if device.type == "cpu" else HEAD_LOGITS
+        whole = numbers // vocabulary
+        return min(HEAD_CHUNK, whole) if whole >= FEW_POSITIONS else HEAD_CHUNK, numbers
 
 
 def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:

@@ -138,12 +138,17 @@ def _ends_bytes(facts: ModelFacts, dtype: str) -> int:
     return facts.weight_bytes(dtype) // facts.parameters * facts.vocab * facts.hidden
 
 
-def _running(facts: ModelFacts, dtype: str, device: Device) -> int:
-    """A block's forward over one batch of tokens: what lies between two sites, twice, and the float32 of a norm."""
+def token_bytes(facts: ModelFacts, dtype: str) -> int:
+    """Of one token in a block's forward: what lies between two sites, twice, and the float32 of a norm."""
     item = facts.weight_bytes(dtype) // facts.parameters
     inner = max(facts.intermediate, facts.top_k * (facts.moe_intermediate + facts.hidden))
     widest = 3 * inner + 2 * facts.heads * facts.head_dim + 4 * facts.hidden
-    return TOKENS[device] * (widest * item + 2 * 4 * facts.hidden)
+    return widest * item + 2 * 4 * facts.hidden
+
+
+def _running(facts: ModelFacts, dtype: str, device: Device) -> int:
+    """A block's forward over one batch of tokens."""
+    return TOKENS[device] * token_bytes(facts, dtype)
 
 
 def _quantizing(facts: ModelFacts, method: str | None, running: int) -> int:

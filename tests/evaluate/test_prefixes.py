@@ -80,6 +80,36 @@ def test_hidden_states_equal_those_of_whole_texts(decoder, budget, worth, monkey
         torch.testing.assert_close(hidden_TH[torch.from_numpy(places)], expected, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("budget", [7, 100, 5000])
+@pytest.mark.parametrize("worth", [1, 50, 10**9])
+@torch.inference_mode()
+def test_ragged_looks_see_the_same(decoder, budget, worth, monkeypatch):
+    """What FlashAttention computes on a GPU, by its plain twin."""
+    monkeypatch.setattr(prefixes, "RAGGED_WORTH_SHARING", worth)
+    texts = random_texts(1, count=15, most=40)
+    tape, _ = lay_out(requests_of(texts), ragged=True)
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tape(decoder, tape, fixed(budget))])
+    assert len(hidden_TH) == tape.attended == len(tape)
+    assert tape.padded == 0
+    for text, places in zip(tape.texts, tape.places(), strict=True):
+        expected = decoder.hidden(torch.from_numpy(text.astype(np.int64))[None])[0]
+        torch.testing.assert_close(hidden_TH[torch.from_numpy(places)], expected, rtol=2e-4, atol=2e-4)
+
+
+def test_a_ragged_batch_is_one_look_and_one_for_each_stretch_worth_sharing(monkeypatch):
+    monkeypatch.setattr(prefixes, "RAGGED_WORTH_SHARING", 100)
+    stem = np.arange(60, dtype=np.int32)
+    texts = [np.concatenate((stem, ids(100 + k, 7, 8))) for k in range(5)]
+    tape = Tape(texts, ragged=True)
+    batch = tape.next_batch(1000)
+    [own], [shared] = batch.own, batch.shared
+    assert own.query == slice(0, len(tape))
+    assert own.query_ends_S.tolist() == [0, 63, 66, 69, 72, 75]  # the first text is the stem's piece too
+    assert own.key_ends_S.tolist() == [0, 63, 66, 69, 72, 75]
+    assert (own.longest, own.causal) == ((63, 63), True)
+    assert (shared.query, shared.key, shared.causal) == (slice(63, 75), slice(0, 60), False)
+
+
 @torch.inference_mode()
 def test_a_long_prefix_is_attended_without_large_masks(decoder, monkeypatch):
     monkeypatch.setattr(prefixes, "LOOK_SCORES", 2000)  # ancestors x queries of one piece are more

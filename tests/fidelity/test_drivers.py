@@ -32,8 +32,8 @@ SAME_WORTH_ROUNDED_INPUTS = 5e-3  # where activations round too: each one near a
 SAME_WORTH_AFTER_TIES = 5e-3  # one code of a model this small can be worth that much
 TIE = 2e-3  # from a midpoint, in units of the scale
 FEW = 0.02  # share of codes
-# Where a site sees what earlier codes made, all that follows a tie sees other inputs, and in a mixture of experts a token
-# may go elsewhere: how far depends on the processor that sums. The first code to differ is what is held to a tie.
+# Where a site sees what earlier codes made, all that follows a tie sees other inputs, and in a mixture of experts a
+# token may go elsewhere: how far depends on the processor that sums. The first code to differ is what must be a tie.
 FEW_FOLLOW, FOLLOWERS_WORTH = 0.2, 5e-2
 
 
