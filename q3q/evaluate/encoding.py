@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,18 @@ class LineEncoder:
                 known = self._lines[line] = self._whole(line)
             ids += known
         return ids
+
+    def learn(self, texts: Iterable[str]) -> None:
+        """Remember the lines of these texts; those not seen yet go to the tokenizer together, which uses all cores."""
+        if not self._by_line:
+            return
+        fresh = list({line for text in texts for line in LINE_START.split(text)} - self._lines.keys())
+        if fresh:
+            if len(self._lines) + len(fresh) > MOST_LINES:
+                self._lines.clear()
+            # The library's own way: what it would say beside the ids takes longer than the ids.
+            found = self._tokenizer.backend_tokenizer.encode_batch_fast(fresh, add_special_tokens=False)
+            self._lines |= {line: encoding.ids for line, encoding in zip(fresh, found, strict=True)}
 
     def _whole(self, text: str, **options: Any) -> list[int]:
         ids: list[int] = self._tokenizer(text, verbose=False, **options)["input_ids"]

@@ -37,6 +37,7 @@ SHIPPED = {
     "boolq": "super_glue/boolq",
     "mmlu": "mmlu/default",
 }
+LEARNT_TOGETHER = 1 << 12  # requests whose texts go to the tokenizer together
 GENERATED_TOKENS = 256  # where a task does not say how many, as in HFLM
 # Settings of a generation that leave greedy decoding as it is.
 GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
@@ -132,7 +133,10 @@ class HarnessLM(TemplateLM):
         # Several continuations share a context, one after the other, and several requests a context's array.
         encode = lru_cache(maxsize=64)(lambda text: as_ids(self.tok_encode(text)))
         encoded = []
-        for instance in requests:
+        for number, instance in enumerate(requests):
+            if number % LEARNT_TOGETHER == 0:
+                some = [one.args for one in requests[number : number + LEARNT_TOGETHER]]
+                self.encode.learn(text for context, more in some for text in (context.rstrip(), context + more))
             context, continuation = instance.args
             if context == "":
                 ids = as_ids(self.tok_encode(continuation, add_special_tokens=False))

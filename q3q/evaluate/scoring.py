@@ -84,9 +84,9 @@ def score(
     def run() -> Iterator[tuple[Reads, Tensor, Tensor, Effort]]:
         """Of each batch what is read, the log-likelihoods and whether they are greedy, and the effort so far."""
         done = effort
-        for first, stop, hidden_PH in run_tape(model, tape, budget, np.unique(reads.position)):
+        for first, stop, hidden_PH in run_tape(model, tape, budget, reads.position[reads.new]):
             part = reads.within(first, stop)
-            row_R = np.unique(part.position, return_inverse=True)[1]
+            row_R = part.new.cumsum() - 1
             done = replace(
                 done,
                 computed=done.computed + stop - first,
@@ -292,6 +292,11 @@ class Reads:
         position, target, owner = map(np.concatenate, (positions, targets, owners))
         order = np.argsort(position, kind="stable")
         return cls(position[order], target[order], owner[order])
+
+    @property
+    def new(self) -> np.ndarray:
+        """Whether no target before is asked at the same place [R]."""
+        return np.diff(self.position, prepend=-1) > 0
 
     def within(self, first: int, stop: int) -> "Reads":
         """Those of tokens first .. stop - 1."""
