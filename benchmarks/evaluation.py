@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 WINDOW = 8192
-BATCH_SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (4, 8, 16, 32, 64, 128, 256)}
+BATCH_SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (16, 64, 128, 256)}
 # Whole subjects with short, middling and long prompts.
 DEMO_SUBJECTS = "abstract_algebra,global_facts,us_foreign_policy,business_ethics,college_computer_science"
 
@@ -276,6 +276,7 @@ def main() -> None:
     parser.add_argument("--shape-dtype", default="bfloat16", help="of the random models; as Qwen3 is released")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--questions", type=int, default=2000, help="of the HellaSwag-shaped suite on a GPU")
     parser.add_argument("--models", default="demo,0.6B", help="of demo, 0.6B, 8B")
     parser.add_argument("--suites", default="mmlu,hellaswag,perplexity")
     options = parser.parse_args()
@@ -296,8 +297,8 @@ def main() -> None:
                     "trial": 64 if cuda else 16 if demo else 2,
                 },
                 "hellaswag": {
-                    "count": 2000 if cuda else 200 if demo else 12,
-                    "trial": 256 if cuda else 16 if few else 2,
+                    "count": options.questions if cuda else 200 if demo else 12,
+                    "trial": 128 if cuda else 16 if few else 2,
                 },
                 "perplexity": {"count": 32 if few else 2, "length": 1024},
             }
