@@ -25,10 +25,9 @@ import time
 from multiprocessing import Process
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.trial import make_model
+from benchmarks.trial import ROOT, make_model
 
 WINDOW = 8192
 BATCH_SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (16, 64, 128, 256)}
