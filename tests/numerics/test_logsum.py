@@ -1,0 +1,50 @@
+"""The sum over logits: plain, and the fused kernel in Triton's interpreter where Triton is installed."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from q3q.numerics.kernels.logsum import has_fused, logsum, logsum_plain
+
+AGAINST_PLAIN = """
+import torch
+from q3q.numerics.kernels import fused
+from q3q.numerics.kernels.logsum import logsum_plain
+fused.BLOCK_COLUMNS = 64
+for columns in (3, 64, 150):
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (5 * torch.randn(4, columns, generator=torch.Generator().manual_seed(0))).to(dtype)
+        logits[1, 1:] = -torch.inf
+        before = logits.clone()
+        logsum, highest = fused.logsum_fused(logits)
+        assert torch.equal(logits, before)
+        expected, expected_highest = logsum_plain(before)
+        torch.testing.assert_close(logsum, expected, rtol=1e-6, atol=1e-5)
+        assert torch.equal(highest, expected_highest)
+"""
+
+
+def test_the_sum_is_that_of_the_formula():
+    logits = 50 * torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    found, highest = logsum(logits.clone())
+    torch.testing.assert_close(found, logits.double().exp().sum(1).log().float())
+    assert torch.equal(highest, logits.max(1).values)
+    assert logsum(torch.tensor([[1.0, torch.nan]]))[0].isnan().all()
+
+
+def test_a_cpu_sums_plainly():
+    assert not has_fused(torch.device("cpu"))
+    assert torch.equal(logsum(torch.ones(2, 3))[0], logsum_plain(torch.ones(2, 3))[0])
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: the fused kernel is not tested here")
+def test_the_fused_kernel_equals_the_plain_one():
+    """In a process of its own, since Triton reads TRITON_INTERPRET once, when it is imported."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", AGAINST_PLAIN]
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
