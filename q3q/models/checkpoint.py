@@ -107,6 +107,30 @@ def fetch_facts(source: str, revision: str | None = None) -> ModelFacts:
     return read_facts(_config_folder(source, revision))
 
 
+def fetch_file(source: str, name: str, revision: str | None = None) -> Path | None:
+    """A small file of a Hub model, None if the model has none of this name.
+
+    Raises:
+        CheckpointError: neither the Hub nor the local cache can tell.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = try_to_load_from_cache(source, name, revision=revision)
+    if isinstance(cached, str):
+        return Path(cached)
+    if cached is not None:  # it was asked for before, and is not there
+        return None
+    try:
+        return Path(hf_hub_download(source, name, revision=revision, etag_timeout=_HUB_SECONDS))
+    except LocalEntryNotFoundError as error:  # the Hub does not answer
+        raise _unreachable(source, revision, error) from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # see `locate`
+        raise _unreachable(source, revision, error) from error
+
+
 def _config_folder(source: str, revision: str | None) -> Path:
     """A snapshot of the local cache with config.json in it, up to date if the Hub answers."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache

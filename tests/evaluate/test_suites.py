@@ -17,10 +17,21 @@ from q3q.data import LOCAL, MMLU, REVISIONS, DataSet, Library, serving
 from q3q.errors import ConfigError
 from q3q.evaluate import mmlu_paper, suites
 from q3q.evaluate.samples import comparisons, measured, read_samples, window_rows, write_samples
-from q3q.evaluate.suites import KNOWN, SUBJECTS, batches, data_sets, draws_shots, score_batch, weighted_intervals
+from q3q.evaluate.suites import (
+    KNOWN,
+    QUESTIONS,
+    SUBJECTS,
+    batches,
+    draws_shots,
+    score_batch,
+    settle,
+    weighted_intervals,
+)
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 
+HAS = {"piqa": 6, "arc_easy": 6, "arc_challenge": 6, "hellaswag": 6, "winogrande": 6, "boolq": 6, "wikitext": 6}
+HAS |= {"mmlu": 2, "mmlu_paper": 2}  # questions in our own data sets
 SUITE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "mmlu", "mmlu_paper", "wikitext")
 
 
@@ -31,7 +42,7 @@ def demo():
 
 def score(demo, evaluation, folder, journal):
     library = Library(folder, settle=True)
-    data_sets(evaluation["tasks"], evaluation.get("shots", {}), None, library)
+    settle(evaluation["tasks"], library, shots=evaluation.get("shots", {}), limits=HAS)
     parts = [
         score_batch(
             *demo,
@@ -119,7 +130,7 @@ def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(demo
 def test_a_killed_run_finds_its_scores_again(demo, study_data, tmp_path, monkeypatch, three_subjects):
     evaluation = {"tasks": ["piqa", "mmlu_paper"], "task_limit": 2, "limits": {"mmlu_paper": 1}, "texts": []}
     first = score(demo, evaluation, study_data, tmp_path)
-    monkeypatch.setattr(type(demo[0]), "hidden", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(type(demo[0]), "states", lambda *_: pytest.fail("scored again"))
     again = score(demo, evaluation, study_data, tmp_path)
     assert again[0] == first[0]
 
@@ -207,7 +218,7 @@ def no_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", ["piqa", "mmlu"])
 def test_a_data_set_that_is_nowhere_is_named_with_a_way_out(no_hub, tmp_path, task):
     with pytest.raises(ConfigError) as refusal:
-        data_sets([task], {}, None, Library(tmp_path, settle=True))
+        settle([task], Library(tmp_path, settle=True))
     assert KNOWN[task][0].key in str(refusal.value)
     assert f"data.path={tmp_path} with {tmp_path}/{task}/ holding" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -229,6 +240,10 @@ def test_a_downloaded_data_set_counts_if_it_is_the_pinned_commit(no_hub):
     library = Library(None, settle=True)
     assert library.identify(data) == revision
     assert list(library.load(data)["validation"]) == list(rows)
+    with pytest.raises(ConfigError, match="neither in the cache"):
+        Library(None, settle=True).identify(data, data_dir="part")
+    (no_hub / "baber___piqa" / "default-data_dir=part").symlink_to(no_hub / "baber___piqa" / "default")
+    assert Library(None, settle=True).identify(data, data_dir="part") == revision  # options are in the folder's name
     place.rename(place.with_name("0" * 40))
     with pytest.raises(ConfigError, match="neither in the cache"):
         Library(None, settle=True).identify(data)
@@ -262,12 +277,30 @@ def test_a_folder_that_cannot_serve_is_refused(tmp_path, name, content, complain
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / name).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=complaint):
-        data_sets(["piqa"], {}, None, Library(tmp_path, settle=True))
+        settle(["piqa"], Library(tmp_path, settle=True))
 
 
 def test_examples_need_a_training_split(study_data):
     with pytest.raises(ConfigError, match="no rows of the split train"):
-        data_sets(["piqa"], {"piqa": 2}, None, Library(study_data, settle=True))
+        settle(["piqa"], Library(study_data, settle=True), shots={"piqa": 2})
+
+
+def test_a_data_set_that_is_not_whole_is_refused_unless_a_limit_says_so(study_data):
+    library = Library(study_data, settle=True)
+    with pytest.raises(ConfigError, match=r"piqa has 6 rows of the split validation, and 1838 .*limits=\{piqa:6\}"):
+        settle(["piqa"], library)
+    settle(["piqa", "mmlu"], library, limits={"piqa": 6, "mmlu": 1})
+    with pytest.raises(ConfigError, match="6 rows"):
+        settle(["piqa"], library, limits={"piqa": 7})
+    assert sum(count for key, count in QUESTIONS.items() if key.startswith(MMLU)) == 14_042
+    with pytest.raises(ConfigError, match=r"mmlu is to show 6 examples, and .*mmlu has 5 in dev"):
+        settle(["mmlu"], library, limits=HAS, shots={"mmlu": 6})
+
+
+@pytest.mark.parametrize("task", ["stories_who", "wikitext"])
+def test_where_there_are_no_examples_none_are_shown(task):
+    with pytest.raises(ConfigError, match=f"{task} has no examples, and cannot show 1"):
+        settle([task], Library(None, settle=True), shots={task: 1})
 
 
 def test_mmlu_may_come_in_either_layout(study_data, tmp_path):
