@@ -295,38 +295,50 @@ def _lm_eval(
         )
     members = found.results.get("group_subtasks", {})
     leaves = {group: _leaves(group, members) for group in members}
-    samples = [
-        _sample(task, [group for group, tasks in leaves.items() if task in tasks and task != group], row)
-        for task, rows in found.samples.items()
-        for row in rows
-    ]
+    samples: list[Json] = []
     intervals = dict(found.intervals)
     for task, rows in found.samples.items():
-        intervals |= weighted_intervals(task, rows)
+        groups = [group for group, tasks in leaves.items() if task in tasks and task != group]
+        weighted = weighted_losses(rows)
+        intervals |= weighted_intervals(task, weighted)
+        for number, row in enumerate(rows):
+            samples.append(_sample(task, groups, row, {name: losses[number] for name, losses in weighted.items()}))
     results = {**_plain(found.results), "effort": asdict(found.effort)}
     return Part(dict(found.metrics), intervals, {"+".join(batch.tasks): results}, samples)
 
 
-def weighted_intervals(task: str, rows: Sequence[Json]) -> dict[str, tuple[float, float]]:
-    """95 % intervals of exp(-sum l / sum w), documents with log-likelihood l and weight w (words or bytes), and of bits
-    per byte, its logarithm: lm-eval gives none.
+def weighted_losses(rows: Sequence[Json]) -> dict[str, list[float]]:
+    """What each document contributes to a perplexity per word or byte, and to the bits per byte: nats (bits) of which
+    the mean is its logarithm, L = -sum l / sum w of documents with log-likelihoods l and weights w (words or bytes).
 
-    By the variance of a ratio r = sum l / sum w of n documents, n / (n - 1) sum (l - r w)^2 / (sum w)^2 (Cochran,
-    Sampling Techniques, 1977, section 6.4).
+    A document that is longer counts more. Its contribution is L + n (-l - L w) / sum w, of n documents, whose variance
+    is that of the ratio (Cochran, Sampling Techniques, 1977, section 6.4); so intervals and paired comparisons of the
+    mean are those of the ratio.
     """
-    from q3q.evaluate.compare import NORMAL_95
-
-    found: dict[str, tuple[float, float]] = {}
+    found: dict[str, list[float]] = {}
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         pairs = [tuple(row[name]) for row in rows if isinstance(row.get(name), (tuple, list))]
-        if len(pairs) < 2:
+        if not pairs or len(pairs) < len(rows):
             continue
         n, weight = len(pairs), sum(w for _, w in pairs)
-        ratio = sum(score for score, _ in pairs) / weight
-        error = math.sqrt(n / (n - 1) * sum((score - ratio * w) ** 2 for score, w in pairs)) / weight
-        ends = (-ratio - NORMAL_95 * error, -ratio + NORMAL_95 * error)
-        bits = name == "bits_per_byte"
-        found[f"{task}/{name}"] = (ends[0] / math.log(2), ends[1] / math.log(2)) if bits else _exps(*ends)
+        loss = -sum(score for score, _ in pairs) / weight
+        unit = math.log(2) if name == "bits_per_byte" else 1.0
+        found[name] = [(loss + n * (-score - loss * w) / weight) / unit for score, w in pairs]
+    return found
+
+
+def weighted_intervals(task: str, losses: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """95 % intervals of what `weighted_losses` are the contributions to: lm-eval gives none."""
+    from q3q.evaluate.compare import NORMAL_95, estimate
+
+    found: dict[str, tuple[float, float]] = {}
+    for name, values in losses.items():
+        if len(values) < 2:
+            continue
+        mean = estimate({str(number): value for number, value in enumerate(values)})
+        spread = NORMAL_95 * mean.standard_error
+        ends = mean.value - spread, mean.value + spread
+        found[f"{task}/{name}"] = ends if name == "bits_per_byte" else _exps(*ends)
     return found
 
 
@@ -344,11 +356,12 @@ def _leaves(group: str, members: Mapping[str, Sequence[str]]) -> list[str]:
 ROW = ("doc_id", "doc_hash", "prompt_hash", "filter", "target", "log_likelihood", "greedy", "text")
 
 
-def _sample(task: str, groups: Sequence[str], row: Json) -> Json:
-    """One of lm-eval's samples as `samples.py` files it; of the metrics, those that are numbers of their own."""
+def _sample(task: str, groups: Sequence[str], row: Json, weighted: Mapping[str, float]) -> Json:
+    """One of lm-eval's samples as `samples.py` files it; of the metrics, those that are numbers of their own, and its
+    `weighted_losses`."""
     scores = {
         name: float(value) for name, value in row.items() if name not in ROW and isinstance(value, (int, float, bool))
-    }
+    } | weighted
     kept = {name: row.get(name) for name in ROW}
     kept["target"] = None if row.get("target") is None else str(row["target"])
     suffix = "" if row["filter"] == "none" else f"/{row['filter']}"

@@ -14,8 +14,9 @@ from q3q.calibrate.sources import Text
 from q3q.calibrate.windows import draw_windows
 from q3q.config import DEMO_MODELS
 from q3q.data import LOCAL, MMLU, REVISIONS, DataSet, Library, serving
-from q3q.errors import ConfigError
+from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate import mmlu_paper, suites
+from q3q.evaluate.compare import compare
 from q3q.evaluate.samples import comparisons, measured, read_samples, window_rows, write_samples
 from q3q.evaluate.suites import (
     KNOWN,
@@ -26,6 +27,7 @@ from q3q.evaluate.suites import (
     score_batch,
     settle,
     weighted_intervals,
+    weighted_losses,
 )
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
@@ -106,10 +108,31 @@ def test_a_pages_perplexity_is_that_of_its_words(scored, study_data):
     pages = [json.loads(line)["page"] for line in (study_data / "wikitext" / "test.jsonl").open(encoding="utf-8")]
     assert -likelihoods / nats_a_word == pytest.approx(sum(len(re.split(r"\s+", page)) for page in pages))
     same = [{"word_perplexity": (-20.0, 10)}, {"word_perplexity": (-40.0, 20)}]
-    low, high = weighted_intervals("t", same)["t/word_perplexity"]
+    low, high = weighted_intervals("t", weighted_losses(same))["t/word_perplexity"]
     assert low == pytest.approx(high) == pytest.approx(torch.tensor(2.0).exp().item())  # no spread between pages
     low, high = intervals["word_perplexity/wikitext2"]
     assert low < high
+    scores = measured(samples, quick=False)
+    for name in ("word_perplexity/wikitext2", "byte_perplexity/wikitext2"):
+        assert sum(scores[name].values()) / 6 == pytest.approx(torch.tensor(metrics[name]).log().item())
+    assert sum(scores["bits_per_byte/wikitext2"].values()) / 6 == pytest.approx(metrics["bits_per_byte/wikitext2"])
+
+
+def test_two_models_word_perplexities_are_compared_page_by_page():
+    """The difference is of nats per word, and its interval that of a ratio: a page's length alone is no difference."""
+    dice = torch.Generator().manual_seed(0)
+    words = torch.randint(50, 5000, (40,), generator=dice).tolist()
+    ours, theirs = (
+        {f"page {k}": loss for k, loss in enumerate(weighted_losses(rows)["word_perplexity"])}
+        for rows in ([{"word_perplexity": (-w * (3.0 + worse), w)} for w in words] for worse in (0.02, 0.0))
+    )
+    found = compare("word_perplexity/wikitext2", ours, theirs)
+    assert found.difference == pytest.approx(0.02)
+    assert (found.low, found.high) == (pytest.approx(0.02), pytest.approx(0.02))
+    assert found.distinguishable
+    noisy = [{"word_perplexity": (-w * (3.0 + float(torch.randn((), generator=dice)) / 10), w)} for w in words]
+    theirs = {f"page {k}": loss for k, loss in enumerate(weighted_losses(noisy)["word_perplexity"])}
+    assert not compare("word_perplexity/wikitext2", ours, theirs).distinguishable
 
 
 def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(demo, study_data, tmp_path, three_subjects):
@@ -345,3 +368,12 @@ def test_samples_read_back_and_pair_up(scored, tmp_path):
     same = found["mmlu/acc"]
     assert (same.difference, same.distinguishable, same.n) == (0.0, False, 2 * 57)
     assert "acc" in "".join(name for name in found if name.startswith("hellaswag"))
+    assert found["word_perplexity/wikitext2"].difference == 0
+
+
+def test_answers_to_other_prompts_are_not_compared(scored):
+    _, _, samples = scored
+    rows = [row for row in samples if row["task"] == "piqa"]
+    other = [{**row, "prompt_hash": f"{row['prompt_hash']}x"} for row in rows]
+    with pytest.raises(IntegrityError, match="not scored on the same samples"):
+        comparisons(measured(rows, quick=False), measured(other, quick=False))
