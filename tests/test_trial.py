@@ -148,21 +148,27 @@ def test_a_pair_of_trials_is_compared_when_both_are_there(run, spec_of):
     damaged.write_bytes(kept[:-9])
     study.take(two)
     assert "cannot be compared" in notes[-1]
+    study._teller.settle()
+    for record in (tracker.records[two.spec.id], TrialRecord.load(trial_folder(two.spec) / "record.json")):
+        assert "samples.parquet cannot be read" in record.notes["not_compared"]
     damaged.write_bytes(kept)
+    study.take(study.records[two.spec.id])
+    assert "not_compared" not in study.records[two.spec.id].notes
+    assert study.records[two.spec.id].comparisons["perplexity/stories"] == compared
 
 
 def test_a_logit_that_is_not_finite_fails_the_trial_and_says_where(spec_of, monkeypatch):
     from q3q import trial
 
-    monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([1.0, torch.nan]))
+    monkeypatch.setattr(trial, "window_losses", lambda *_: torch.tensor([1.0, torch.nan]))
     record = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
     assert record.status == "FAILED"
     assert record.reason == "the model's logits in window 1 of stories are not finite"
-    monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([1000.0, 1.0]).double())
+    monkeypatch.setattr(trial, "window_losses", lambda *_: torch.tensor([1000.0, 1.0]).double())
     far_off = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
     assert far_off.completed
     assert math.log(far_off.metrics["perplexity/stories"]) == pytest.approx(500.5)
-    monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([2000.0, 1.0]).double())
+    monkeypatch.setattr(trial, "window_losses", lambda *_: torch.tensor([2000.0, 1.0]).double())
     diverged = attempt_trial(afresh(far_off.spec, "once more"))
     assert diverged.completed
     assert diverged.diverged == ("perplexity/stories",)
