@@ -16,6 +16,7 @@ from q3q.models.anatomy import block_class
 from q3q.models.checkpoint import read_facts
 from q3q.patterns import linears
 from q3q.quantize.methods.settings import SETTINGS
+from q3q.report.command import command_of
 from q3q.spec import TrialSpec
 from q3q.sweep.launcher import Job
 from q3q.sweep.sweeper import _choices, resolve
@@ -233,9 +234,11 @@ def test_how_much_a_task_may_generate_is_part_of_a_trial(tmp_path, monkeypatch):
     assert one.id != other.id
     monkeypatch.setattr(schema, "_chat_template", lambda *_: "{% if enable_thinking is false %}<think></think>")
     with pytest.raises(ConfigError, match=r"evaluation.chat=template needs evaluation.max_gen_toks"):
-        spec(*mine, "evaluation.chat=template")  # Qwen3's own way, if it is not told not to
+        # Qwen3 thinks if it is not told not to.
+        spec(*write_task(tmp_path, **GENERATES, generation_kwargs={"until": []}), "evaluation.chat=template")
     assert one.evaluation["generates"] == ["mine"]
     assert one.evaluation["max_gen_toks"] == 100
+    assert "evaluation.max_gen_toks=100" in command_of(one)
 
 
 def test_a_task_has_one_place_in_the_record(tmp_path):

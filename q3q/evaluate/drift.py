@@ -83,7 +83,7 @@ def perplexity_and_drift(
         baseline: the unquantized model's final hidden states.
         head_VH: the unquantized model's own head, which turns them into logits again.
         progress: told windows done and in all.
-        journal: of this model and these windows; what it holds is not computed again, the rest goes there.
+        journal: of this model and these windows; what it holds is not computed again, and what is finite goes there.
 
     Raises:
         IntegrityError: the baseline is of another vocabulary or of other tokens, the head is not its own, or its files
@@ -102,7 +102,7 @@ def perplexity_and_drift(
         else:
             nll_P, drifted = -model.log_likelihoods(hidden_PH, targets_P)[0], []
         found.append([float(nll_P.double().mean()), *drifted])
-        if journal is not None:
+        if journal is not None and math.isfinite(found[row][0]):
             journal.add([(str(row), found[row])])
         progress(row + 1, len(windows_NT))
     nll_N = torch.tensor([nll for nll, *_ in found], dtype=torch.float64)

@@ -395,6 +395,7 @@ def _told(error: Exception) -> str:
 
 def tasks_from(folders: Sequence[Path], wanted: Sequence[str]) -> CheckedTasks:
     """A manager that knows the wanted tasks. lm-eval's own thousands are read only if the folders lack one."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     paths = [str(folder) for folder in folders]
     few = [str(OFFICIAL / folder) for folder in dict.fromkeys(SHIPPED[task] for task in wanted if task in SHIPPED)]
     manager = CheckedTasks(include_path=[*few, *paths], include_defaults=False)
@@ -530,7 +531,6 @@ def run_tasks(
     Raises:
         IntegrityError: a score is not finite, a task is empty, or a document has no sample or more than one.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else its bootstrap forks this process, model and threads and all
     manager = tasks_from([OWN_TASKS, *([Path(include_path)] if include_path is not None else [])], tasks)
     kept = None if journal is None else Journal(journal / SCORES, identity)

@@ -60,7 +60,7 @@ def window_losses(
 ) -> Tensor:
     """Each window's mean negative log-likelihood [N], float64, nats per token; arguments as of `perplexity`.
 
-    journal: of this model and these windows; what it holds is not computed again, the rest goes there.
+    journal: of this model and these windows; what it holds is not computed again, and what is finite goes there.
     """
     loss_N = torch.zeros(len(windows_NT), dtype=torch.float64)
     known = [] if journal is None else journal.counted()
@@ -70,7 +70,8 @@ def window_losses(
         scores_P, _ = model.log_likelihoods(hidden_BPH.flatten(0, 1), windows_NT[rows, 1:].flatten())
         loss_N[rows] = -scores_P.view(len(hidden_BPH), -1).double().mean(1).cpu()
         if journal is not None:
-            journal.add((str(row), float(loss_N[row])) for row in range(first, rows.stop))
+            losses = enumerate(loss_N[rows].tolist(), start=first)
+            journal.add((str(row), loss) for row, loss in losses if math.isfinite(loss))
         progress(rows.stop, len(windows_NT))
     return loss_N
 

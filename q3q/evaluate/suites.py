@@ -356,7 +356,7 @@ def _leaves(group: str, members: Mapping[str, Sequence[str]]) -> list[str]:
 ROW = ("doc_id", "doc_hash", "prompt_hash", "filter", "target", "log_likelihood", "greedy", "text")
 
 
-def _sample(task: str, groups: Sequence[str], row: Json, weighted: Mapping[str, float]) -> Json:
+def _sample(task: str, groups: Sequence[str], row: Json, weighted: dict[str, float]) -> Json:
     """One of lm-eval's samples as `samples.py` files it; of the metrics, those that are numbers of their own, and its
     `weighted_losses`."""
     scores = {
