@@ -30,7 +30,7 @@ from q3q.evaluate.integrity import check_weights
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.perplexity import of_losses, window_losses
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
-from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, lm_eval_version, refuse_generation, score_batch
+from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, refuse_generation, refuse_other_versions, score_batch
 from q3q.export.card import model_card
 from q3q.export.proof import prove
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
@@ -84,10 +84,9 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
     Raises:
         Q3QError: a setting, a file or the numerics make the trial impossible. Nothing is recorded then.
     """
-    folder, phases, started = trial_folder(spec), Phases(), now()
+    refuse_other_versions(spec.evaluation)
+    folder, phases, started, watch = trial_folder(spec), Phases(), now(), SystemWatch()
     write_atomically(folder / "spec.json", json.dumps(spec.to_json(), indent=1).encode())
-
-    watch = SystemWatch()
 
     def steps(phase: str, note: str = "", metrics: Mapping[str, float] | None = None) -> Callable[[int, int], None]:
         known = dict(metrics or {})
@@ -585,10 +584,6 @@ def _measure_tasks(
     places = {name: Path(spec.places[name]) if name in spec.places else None for name in ("data", "tasks")}
     if places["tasks"] and folder_digest(places["tasks"]) != spec.evaluation["include"]:
         raise ConfigError(f"the task files in {places['tasks']} changed since the trial was planned; start it again")
-    if lm_eval_version() != spec.evaluation["lm_eval"]:
-        raise ConfigError(
-            f"this machine has lm-eval {lm_eval_version()}, the trial was planned with {spec.evaluation['lm_eval']}"
-        )
     return score_batch(
         model,
         tokenizer,

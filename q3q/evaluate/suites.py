@@ -221,6 +221,22 @@ def refuse_generation(evaluation: Json, loader: str) -> None:
         )
 
 
+def refuse_other_versions(evaluation: Json) -> None:
+    """A trial that was planned with another evaluation, on another machine or before an upgrade, has another name.
+
+    Raises:
+        ConfigError: q3q's evaluation or lm-eval is not of the version here that the trial was planned with.
+    """
+    here = {"version": EVALUATION_VERSION} if evaluation.get("texts") or evaluation.get("tasks") else {}
+    here |= {"lm_eval": lm_eval_version()} if evaluation.get("tasks") else {}
+    for key, version in here.items():
+        if evaluation.get(key) != version:
+            name = "lm-eval" if key == "lm_eval" else "q3q's evaluation"
+            raise ConfigError(
+                f"the trial was planned with {name} {evaluation.get(key)}, and this process has {version}; plan it anew"
+            )
+
+
 def score_batch(
     model: "Decoder",
     tokenizer: Any,

@@ -158,6 +158,18 @@ def test_a_killed_run_finds_its_scores_again(demo, study_data, tmp_path, monkeyp
     assert again[0] == first[0]
 
 
+def test_a_trial_that_was_planned_with_another_evaluation_is_not_run(monkeypatch):
+    planned = {"texts": [], "tasks": ["piqa"], "version": suites.EVALUATION_VERSION}
+    planned["lm_eval"] = suites.lm_eval_version()
+    suites.refuse_other_versions(planned)
+    suites.refuse_other_versions({"texts": [], "tasks": []})
+    with pytest.raises(ConfigError, match=r"planned with lm-eval 0\.1, and this process has"):
+        suites.refuse_other_versions({**planned, "lm_eval": "0.1"})
+    monkeypatch.setattr(suites, "EVALUATION_VERSION", suites.EVALUATION_VERSION + 1)
+    with pytest.raises(ConfigError, match=r"planned with q3q's evaluation 1, and this process has 2"):
+        suites.refuse_other_versions(planned)
+
+
 # -------------------------------------------------------------------------------------- MMLU by the study's script
 
 QUESTION = {"question": "What? ", "subject": "us_foreign_policy", "choices": ["a", "b", "c", "d"], "answer": 3}
