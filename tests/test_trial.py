@@ -191,6 +191,28 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(spec_of)
     assert not (trial_folder(spec) / "evaluations").exists()
 
 
+@pytest.mark.parametrize("drift", ["true", "false"])
+def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(spec_of, run, drift):
+    wanted = ["model=demo", "method=rtn", "bits=6", "evaluation.window=128", f"evaluation.drift={drift}"]
+    spec, told = spec_of(*wanted), []
+
+    def stop(event):
+        if event.phase == "evaluate" and event.done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(spec, stop)
+    resumed = run_trial(
+        spec, lambda event: told.append(event.done) if event.phase == "evaluate" and event.total > 1 else None
+    )
+    assert told[0] > 3  # what was measured is not measured again
+    assert told[-1] == 16
+    whole = run(*wanted)
+    assert resumed.metrics["perplexity/stories"] == whole.metrics["perplexity/stories"]
+    assert resumed.metrics.get("kl/stories") == whole.metrics.get("kl/stories")
+    assert resumed.intervals == whole.intervals
+
+
 def test_bits_per_weight_counts_scales_and_zero_points(run):
     metrics = run("model=demo", "method=rtn", "bits=4").metrics
     assert metrics["bits_per_weight"] == pytest.approx(4 + (16 + 4) / 128)

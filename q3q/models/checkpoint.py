@@ -117,17 +117,15 @@ def fetch_file(source: str, name: str, revision: str | None = None) -> Path | No
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     cached = try_to_load_from_cache(source, name, revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
-    if cached is not None:  # it was asked for before, and is not there
-        return None
+    if cached is not None:  # a path, or the note that the model was found not to have it
+        return Path(cached) if isinstance(cached, str) else None
+    if (silence := _ask_hub(source, revision)) is not None:
+        raise _unreachable(source, revision, silence) from silence
     try:
         return Path(hf_hub_download(source, name, revision=revision, etag_timeout=_HUB_SECONDS))
-    except LocalEntryNotFoundError as error:  # the Hub does not answer
-        raise _unreachable(source, revision, error) from error
-    except EntryNotFoundError:
-        return None
     except Exception as error:  # see `locate`
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         raise _unreachable(source, revision, error) from error
 
 
