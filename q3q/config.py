@@ -818,7 +818,7 @@ def _check_tasks(tasks: tuple[str, ...], include: Path | None) -> None:
     from q3q.evaluate.harness import refuse_namesakes, tasks_from
 
     if include is not None:
-        refuse_namesakes(include)
+        refuse_namesakes(include, tasks)
     own = [OWN_TASKS, *([include] if include else [])]
     known = [*KNOWN, *tasks_from(own, [task for task in tasks if task not in KNOWN]).all_tasks]
     for task in tasks:

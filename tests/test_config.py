@@ -190,9 +190,10 @@ GENERATES |= {"doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]}
 @pytest.mark.parametrize(
     ("settings", "overrides", "words"),
     [
-        ({"task": "piqa"}, [], "mine.yaml defines piqa, which is a task of lm-eval"),
-        ({"task": "stories_who"}, [], "mine.yaml defines stories_who, which is a task of q3q"),
-        ({"task": "gsm8k"}, [], "mine.yaml defines gsm8k, which is a task of lm-eval; give it another name"),
+        ({"task": "piqa"}, [], "mine.yaml defines piqa, which is a name of lm-eval's; give it another"),
+        ({"task": "stories_who"}, [], "mine.yaml defines stories_who, which is a name of q3q's"),
+        ({"task": "gsm8k"}, [], "mine.yaml defines gsm8k, which is a name of lm-eval's"),
+        ({"tag": "ai2_arc"}, ["evaluation.tasks=[ai2_arc]"], "mine.yaml defines ai2_arc, which is a name of lm-eval's"),
         ({"include": "nowhere.yaml"}, [], "mine.yaml cannot be read: FileNotFoundError"),
         ({"doc_to_text": "{{question"}, [], "mine .*mine.yaml. cannot be loaded: TemplateSyntaxError"),
         ({"output_type": "none"}, [], "mine .*mine.yaml. cannot be loaded: ValueError"),

@@ -403,33 +403,43 @@ def tasks_from(folders: Sequence[Path], wanted: Sequence[str]) -> CheckedTasks:
     return manager if known.issuperset(wanted) else CheckedTasks(include_path=paths)
 
 
-def refuse_namesakes(include: Path) -> None:
+def refuse_namesakes(include: Path, wanted: Sequence[str]) -> None:
     """The user's task files must be readable, and not put themselves in the place of tasks that are there already:
     lm-eval would take them for the official ones, and say nothing.
+
+    wanted: what is asked for. A tag of lm-eval's that the user's tasks bear too would mean these alone; that counts
+    only if it is asked for, since whoever includes an official file has its tags.
 
     Raises:
         ConfigError: a file is broken, or defines a name that lm-eval or q3q defines.
     """
     own: dict[str, Path] = {}
+    tags: set[str] = set()
     for path in sorted(include.rglob("*.yaml")):
         try:
             content = load_yaml(path, resolve_func=False)
         except Exception as error:
             raise ConfigError(f"evaluation.include_path: {path} cannot be read: {_told(error)}") from error
-        name = content.get("group", content.get("task"))
-        if isinstance(name, str):
-            own[name] = path
+        name, borne = content.get("group", content.get("task")), content.get("tag") or []
+        asked = {borne} & set(wanted) if isinstance(borne, str) else set(borne) & set(wanted)
+        tags |= asked
+        own |= dict.fromkeys([*asked, *([name] if isinstance(name, str) else [])], path)
     if not own:
         return
     # lm-eval's index says the same, and takes ten times as long to build.
     names = "|".join(map(re.escape, own))
-    defines = re.compile(rf"""^(?:task|group):[ ]*(["']?)({names})\1[ ]*(?:#.*)?$""", re.MULTILINE)
-    for path in (*OWN_TASKS.rglob("*.yaml"), *OFFICIAL.rglob("*.yaml")):
-        if found := defines.search(path.read_text(encoding="utf-8")):
-            raise ConfigError(
-                f"evaluation.include_path: {own[found[2]]} defines {found[2]}, which is a task of "
-                f"{'q3q' if path.is_relative_to(OWN_TASKS) else 'lm-eval'}; give it another name"
-            )
+    says = rf"""^(?:(?:task|group|tag):|(?P<item>[ ]*-))[ ]*(["']?)(?P<name>{names})\2[ ]*(?:#.*)?$"""
+    defines = re.compile(says, re.MULTILINE)
+    files = [
+        path for path in OFFICIAL.rglob("*yaml*") if path.suffix in ("", ".yaml")
+    ]  # some that are included have none
+    for path in (*OWN_TASKS.rglob("*.yaml"), *files):
+        for found in defines.finditer(path.read_text(encoding="utf-8")):
+            if found["item"] is None or found["name"] in tags:
+                raise ConfigError(
+                    f"evaluation.include_path: {own[found['name']]} defines {found['name']}, which is a name of "
+                    f"{'q3q' if path.is_relative_to(OWN_TASKS) else 'lm-eval'}'s; give it another"
+                )
 
 
 def examine(

@@ -227,7 +227,7 @@ def refuse_other_versions(evaluation: Json) -> None:
     Raises:
         ConfigError: q3q's evaluation or lm-eval is not of the version here that the trial was planned with.
     """
-    here = {"version": EVALUATION_VERSION} if evaluation.get("texts") or evaluation.get("tasks") else {}
+    here: Json = {"version": EVALUATION_VERSION} if evaluation.get("texts") or evaluation.get("tasks") else {}
     here |= {"lm_eval": lm_eval_version()} if evaluation.get("tasks") else {}
     for key, version in here.items():
         if evaluation.get(key) != version:
