@@ -20,18 +20,21 @@ from q3q.errors import CalibrationError, CheckpointError, ConfigError, Incompati
 from q3q.evaluate.mmlu_paper import SHOTS as MMLU_SHOTS
 from q3q.evaluate.suites import (
     CHATS,
+    EVALUATION_VERSION,
     KNOWN,
     OWN_TASKS,
     PLAIN_CHAT,
     STUDY_MMLU,
-    data_sets,
+    THINK_END,
     draws_shots,
+    lm_eval_version,
     refuse_generation,
+    settle,
 )
 from q3q.export.destination import check_destination, default_path, marker_of
 from q3q.export.formats import FORMATS, refuse_what_it_cannot_hold, stored_scales
 from q3q.mirror import folder_of, is_url, refuse_unusable
-from q3q.models.checkpoint import Checkpoint, ModelFacts, end_tokens, fetch_facts, resolve_revision
+from q3q.models.checkpoint import Checkpoint, ModelFacts, end_tokens, fetch_facts, fetch_file, resolve_revision
 from q3q.models.footprint import AUTO, LOADERS, bytes_of, choose, in_gb, need
 from q3q.patterns import Linear, linears, meant, near, together
 from q3q.quantize.methods.registry import described, offers, settings_class
@@ -84,7 +87,8 @@ class EvaluationConfig:
     limit: windows of each text and questions of each task at most, null for all; task_limit: questions, where that
     differs; limits: questions of single tasks. quick: these are drawn at random once and for all, and every metric's
     name says so. num_fewshot: examples in every task's prompt, null for the task's own; shots: of single tasks.
-    chat: none, template, thinking or no_thinking. drift: divergence from the unquantized model, on drift_windows
+    chat: none, template, thinking or no_thinking. max_gen_toks: tokens of a generated text at most, thoughts among
+    them; null for each task's own number. drift: divergence from the unquantized model, on drift_windows
     windows of each text (null: as many as take a GiB of disk, else 32). baseline: compare with method=none.
     """
 
@@ -101,6 +105,7 @@ class EvaluationConfig:
     shots: dict[str, int] = field(default_factory=dict)
     include_path: str | None = None
     chat: str = PLAIN_CHAT
+    max_gen_toks: int | None = None
     drift: bool = True
     drift_windows: int | None = None
     baseline: bool = True
@@ -610,7 +615,7 @@ def _calibration(config: DictConfig, settings: MethodSettings, folder: Path | No
 def _evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Json:
     """What is measured. What is not asked for is absent; `drift` says on how many windows: auto, or a number."""
     wanted = config.evaluation
-    least = {"window": 2, "limit": 1, "task_limit": 1, "drift_windows": 1, "num_fewshot": 0}
+    least = {"window": 2, "limit": 1, "task_limit": 1, "drift_windows": 1, "num_fewshot": 0, "max_gen_toks": 1}
     for key, lowest in least.items():
         value = wanted[key]
         if value is not None and value < lowest:
@@ -636,7 +641,9 @@ def _evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> J
                 "samples": samples,
             }
         )
-    evaluation: Json = {"texts": texts, **_tasks(config, folder)}
+    evaluation: Json = {"texts": texts, **_tasks(config, facts, folder)}
+    if texts or evaluation["tasks"]:
+        evaluation["version"] = EVALUATION_VERSION
     if wanted.quick:
         evaluation["quick"] = True
     if wanted.drift and texts:
@@ -644,11 +651,8 @@ def _evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> J
     return evaluation
 
 
-def _tasks(config: DictConfig, folder: Path | None) -> Json:
-    """The tasks, their settings and what their data sets are; all of it is known to be there."""
-    wanted = config.evaluation
-    tasks = list(dict.fromkeys(wanted.tasks))
-    _one_of("evaluation.chat", wanted.chat, tuple(CHATS))
+def _shots_and_limits(wanted: DictConfig, tasks: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """By task: examples in the prompt, where they are given, and questions, where they differ from all tasks'."""
     shots, limits = ({str(task): value for task, value in wanted[key].items()} for key in ("shots", "limits"))
     for key, given, lowest in (("shots", shots, 0), ("limits", limits, 1)):
         for task, value in given.items():
@@ -662,19 +666,50 @@ def _tasks(config: DictConfig, folder: Path | None) -> Json:
     if wanted.num_fewshot is not None:
         shots = {task: shots.get(task, wanted.num_fewshot) for task in tasks}
     shots.pop(STUDY_MMLU, None)
+    return shots, limits
+
+
+def _tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Json:
+    """The tasks, their settings and what their data sets are; all of it is known to be there."""
+    wanted = config.evaluation
+    tasks = list(dict.fromkeys(wanted.tasks))
+    _one_of("evaluation.chat", wanted.chat, tuple(CHATS))
+    shots, limits = _shots_and_limits(wanted, tasks)
     include = None if wanted.include_path is None else Path(wanted.include_path).expanduser().absolute()
     if include is not None and not include.is_dir():
         raise ConfigError(f"evaluation.include_path={wanted.include_path} is not a folder with task files")
     _check_tasks(tuple(tasks), include)
-    if wanted.chat != PLAIN_CHAT and tasks and folder is not None and not _has_chat_template(folder):
-        raise ConfigError(f"evaluation.chat={wanted.chat}: the tokenizer in {folder} has no chat template")
     found: Json = {"tasks": tasks, "task_limit": None}
     if not tasks and wanted.name == "tasks":
         raise ConfigError("evaluation=tasks needs some: evaluation.tasks=[piqa,mmlu]")
+    generating: list[str] = []
+    template = ""
+    if tasks:
+        if wanted.chat != PLAIN_CHAT:
+            template = _chat_template(config.model.source, config.model.revision, folder)
+            if not template:
+                where = folder or config.model.source
+                raise ConfigError(f"evaluation.chat={wanted.chat}: the tokenizer in {where} has no chat template")
+        found["task_limit"] = wanted.limit if wanted.task_limit is None else wanted.task_limit
+        known, generating = _data_sets(
+            tuple(tasks),
+            tuple(sorted(shots.items())),
+            tuple((task, limits.get(task, found["task_limit"])) for task in tasks),
+            include,
+            _data_folder(config),
+            wanted.max_gen_toks,
+            facts.max_positions,
+        )
+    if wanted.max_gen_toks is not None and not generating:
+        raise ConfigError(f"evaluation.max_gen_toks={wanted.max_gen_toks}: none of evaluation.tasks generates text")
     if not tasks:
         return found
-    found["task_limit"] = wanted.limit if wanted.task_limit is None else wanted.task_limit
-    known, generating = _data_sets(tuple(tasks), tuple(sorted(shots.items())), include, _data_folder(config))
+    thinks = CHATS[wanted.chat][1] or (wanted.chat == "template" and THINK_END in template)
+    if thinks and generating and wanted.max_gen_toks is None:
+        raise ConfigError(
+            f"evaluation.chat={wanted.chat} needs evaluation.max_gen_toks=N, the most tokens of a thought and its "
+            f"answer: what {', '.join(generating)} allows is for an answer alone"
+        )
     optional = {
         "shots": dict(sorted(shots.items())),
         "limits": dict(sorted(limits.items())),
@@ -682,28 +717,48 @@ def _tasks(config: DictConfig, folder: Path | None) -> Json:
         "include": None if include is None else folder_digest(include),
         "data": known,
         "generates": generating,
+        "max_gen_toks": wanted.max_gen_toks,
         # Where a generated answer ends is not in the weights; a hub's revision covers the file that says it.
         "ends": list(end_tokens(folder)) if generating and folder is not None else None,
+        "lm_eval": lm_eval_version(),
     }
     return found | {key: value for key, value in optional.items() if value}
 
 
 @functools.cache
 def _data_sets(
-    tasks: tuple[str, ...], shots: tuple[tuple[str, int], ...], include: Path | None, folder: Path | None
+    tasks: tuple[str, ...],
+    shots: tuple[tuple[str, int], ...],
+    limits: tuple[tuple[str, int | None], ...],
+    include: Path | None,
+    folder: Path | None,
+    most: int | None,
+    window: int,
 ) -> tuple[dict[str, str], list[str]]:
     """What each data set of the tasks is: its commit, or the digest of its files; and which tasks generate text."""
     library = Library(folder, settle=True)
-    _, generating = data_sets(tasks, dict(shots), include, library)
+    generating = settle(
+        tasks, library, shots=dict(shots), limits=dict(limits), include=include, most=most, window=window
+    )
     return dict(sorted(library.identities.items())), generating
 
 
-def _has_chat_template(folder: Path) -> bool:
+@functools.cache
+def _chat_template(source: str | None, revision: str | None, folder: Path | None) -> str:
+    """The chat template of the model's tokenizer; empty if it has none."""
+
+    def read(name: str) -> str:
+        path = fetch_file(str(source), name, revision) if folder is None else folder / name
+        try:
+            return "" if path is None else path.read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = {}
-    return (folder / "chat_template.jinja").is_file() or bool(settings.get("chat_template"))
+        inside = json.loads(read("tokenizer_config.json") or "{}").get("chat_template")
+    except ValueError:
+        inside = None
+    return str(inside or read("chat_template.jinja"))
 
 
 def _data_folder(config: DictConfig) -> Path | None:
@@ -758,10 +813,12 @@ def _path_is_for_files(path: str | None, split: str, sources: Sequence[str]) -> 
 @functools.cache
 def _check_tasks(tasks: tuple[str, ...], include: Path | None) -> None:
     """Names of tasks, before hours go by. lm-eval's own list takes seconds to load, and is asked only for them."""
-    if set(tasks) <= set(KNOWN):
+    if include is None and set(tasks) <= set(KNOWN):
         return
-    from q3q.evaluate.harness import tasks_from
+    from q3q.evaluate.harness import refuse_namesakes, tasks_from
 
+    if include is not None:
+        refuse_namesakes(include, tasks)
     own = [OWN_TASKS, *([include] if include else [])]
     known = [*KNOWN, *tasks_from(own, [task for task in tasks if task not in KNOWN]).all_tasks]
     for task in tasks:

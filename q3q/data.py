@@ -7,6 +7,7 @@ exactly that, or is refused.
 from __future__ import annotations
 
 import csv
+import glob
 import hashlib
 import json
 import re
@@ -90,8 +91,8 @@ class Library:
         self.settle = settle
         self._loaded: dict[DataSet, DatasetDict] = {}
 
-    def identify(self, wanted: DataSet) -> str:
-        """What it is, which is checked to be there.
+    def identify(self, wanted: DataSet, **options: Any) -> str:
+        """What it is, which is checked to be there. options: of `datasets.load_dataset`.
 
         Raises:
             ConfigError: it is nowhere to be had, or lacks a split.
@@ -103,12 +104,15 @@ class Library:
             self.identities[wanted.key] = (
                 LOCAL + _digest([path for _, path in files]) if files else _revision(wanted.repository)
             )
-        loaded = self.load(wanted)
+        loaded = self.load(wanted, **options)
         for split in wanted.splits:
             if split not in loaded or not len(loaded[split]):
-                where = f"{self.folder}/{wanted.folders[0]}" if self._is_local(wanted) else wanted.key
-                raise ConfigError(f"{where} has no rows of the split {split}, which its task needs")
+                raise ConfigError(f"{self.where(wanted)} has no rows of the split {split}, which its task needs")
         return self.identities[wanted.key]
+
+    def where(self, wanted: DataSet) -> str:
+        """Its folder, or its name on the Hub, once it is identified."""
+        return f"{self.folder}/{wanted.folders[0]}" if self._is_local(wanted) else wanted.key
 
     def load(self, wanted: DataSet, **options: Any) -> DatasetDict:
         """Its splits. options: of `datasets.load_dataset`.
@@ -265,7 +269,7 @@ def _from_hub(wanted: DataSet, revision: str, folder: Path | None, options: dict
     """From the cache of `datasets` if this very commit is there, else from the Hub."""
     import datasets
 
-    if not options and (cached := _from_cache(wanted, revision)) is not None:
+    if (cached := _from_cache(wanted, revision, options)) is not None:
         return cached
     try:
         from huggingface_hub import HfApi
@@ -283,15 +287,16 @@ def _from_hub(wanted: DataSet, revision: str, folder: Path | None, options: dict
         raise ConfigError(_nowhere(wanted, folder, error)) from error
 
 
-def _from_cache(wanted: DataSet, revision: str) -> DatasetDict | None:
-    """What `datasets` downloaded earlier, of this commit and no other; no network."""
+def _from_cache(wanted: DataSet, revision: str, options: dict[str, Any]) -> DatasetDict | None:
+    """What `datasets` downloaded earlier, of this commit and no other and with these options; no network."""
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
     namespace, _, base = wanted.repository.rpartition("/")
     folder = "___".join(filter(None, [namespace, camelcase_to_snakecase(base)]))
     root = Path(datasets.config.HF_DATASETS_CACHE) / folder
-    for place in sorted(root.glob(f"{wanted.name or 'default'}/*/{revision}")):
+    configuration = datasets.BuilderConfig(wanted.name or "default").create_config_id(options)
+    for place in sorted(root.glob(f"{glob.escape(configuration)}/*/{revision}")):
         try:
             info = datasets.DatasetInfo.from_directory(str(place))
             found = datasets.DatasetDict()

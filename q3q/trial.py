@@ -7,7 +7,7 @@ import random
 import shutil
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
@@ -27,9 +27,10 @@ from q3q.errors import ConfigError, IntegrityError, Q3QError
 from q3q.evaluate.baseline import Baseline, BaselineIdentity, baseline_for, kept_windows, windows_digest
 from q3q.evaluate.drift import perplexity_and_drift
 from q3q.evaluate.integrity import check_weights
+from q3q.evaluate.journal import Journal
 from q3q.evaluate.perplexity import of_losses, window_losses
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
-from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, refuse_generation, score_batch
+from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, refuse_generation, refuse_other_versions, score_batch
 from q3q.export.card import model_card
 from q3q.export.proof import prove
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
@@ -83,10 +84,9 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
     Raises:
         Q3QError: a setting, a file or the numerics make the trial impossible. Nothing is recorded then.
     """
-    folder, phases, started = trial_folder(spec), Phases(), now()
+    refuse_other_versions(spec.evaluation)
+    folder, phases, started, watch = trial_folder(spec), Phases(), now(), SystemWatch()
     write_atomically(folder / "spec.json", json.dumps(spec.to_json(), indent=1).encode())
-
-    watch = SystemWatch()
 
     def steps(phase: str, note: str = "", metrics: Mapping[str, float] | None = None) -> Callable[[int, int], None]:
         known = dict(metrics or {})
@@ -472,7 +472,7 @@ def reference_of(
         wanted = None if drift == "auto" else int(drift)
         count, length = windows_NT.shape
         kept = kept_windows(count, length, model.facts.hidden, spec.model["dtype"], wanted)
-        identity = BaselineIdentity.of(spec.model, text["digest"], windows_NT, kept)
+        identity = BaselineIdentity.of(spec.model, text["digest"], windows_NT, kept, model.device.type)
         told = steps("baseline", text["name"])
         found[text["name"]] = baseline_for(folder, identity, model, windows_NT, told, fetch)
         if mirror is not None:
@@ -496,10 +496,10 @@ def evaluate(
     wanted = spec.evaluation
     parts: list[tuple[str, Callable[[Callable[[int, int], None]], Part]]] = []
     for text in wanted["texts"]:
-        parts.append((text["name"], partial(_measure_text, model, tokenizer, spec, reference, text)))
-    for number, batch in enumerate(batches(wanted), start=1):
+        parts.append((text["name"], partial(_measure_text, model, tokenizer, spec, reference, text, journal)))
+    for batch in batches(wanted):
         name = "tasks" if len(batch.tasks) > 1 else batch.tasks[0]
-        parts.append((name, partial(_measure_tasks, model, tokenizer, spec, batch, journal / f"tasks_{number}")))
+        parts.append((name, partial(_measure_tasks, model, tokenizer, spec, batch, journal)))
     scores = Scores()
     for number, (name, measure) in enumerate(parts, start=1):
         note = f"{name}, {number} of {len(parts)}"
@@ -547,21 +547,23 @@ def _measure_text(
     spec: TrialSpec,
     reference: Reference,
     wanted: Json,
+    folder: Path,
     tell: Callable[[int, int], None],
 ) -> Part:
     """Perplexity, and drift where there is a baseline; of the unquantized model its baseline is the measurement."""
     name, quick = wanted["name"], bool(spec.evaluation.get("quick"))
     windows_NT, part = evaluation_windows(tokenizer, spec, wanted), Part()
     baseline = reference.baselines.get(name)
-    if baseline is None:
-        nll_N = window_losses(model, windows_NT, tell)
-    elif spec.scheme is None:
-        nll_N = baseline.nll_N
-    else:
-        found = perplexity_and_drift(model, windows_NT, baseline, reference.head(), tell)
-        nll_N = found.nll_N
-        part.metrics |= {_quickly(key, quick): value for key, value in found.drift.metrics(name).items()}
-        part.intervals |= {_quickly(key, quick): value for key, value in found.drift.intervals(name).items()}
+    with closing(Journal(folder / f"windows_{name}.jsonl", spec.id)) as journal:
+        if baseline is None:
+            nll_N = window_losses(model, windows_NT, tell, journal)
+        elif spec.scheme is None:
+            nll_N = baseline.nll_N
+        else:
+            found = perplexity_and_drift(model, windows_NT, baseline, reference.head(), tell, journal)
+            nll_N = found.nll_N
+            part.metrics |= {_quickly(key, quick): value for key, value in found.drift.metrics(name).items()}
+            part.intervals |= {_quickly(key, quick): value for key, value in found.drift.intervals(name).items()}
     if not torch.isfinite(nll_N).all():
         row = int((~torch.isfinite(nll_N)).nonzero()[0])
         raise IntegrityError(f"the model's logits in window {row} of {name} are not finite")

@@ -16,6 +16,7 @@ from q3q.models.anatomy import block_class
 from q3q.models.checkpoint import read_facts
 from q3q.patterns import linears
 from q3q.quantize.methods.settings import SETTINGS
+from q3q.report.command import command_of
 from q3q.spec import TrialSpec
 from q3q.sweep.launcher import Job
 from q3q.sweep.sweeper import _choices, resolve
@@ -111,6 +112,8 @@ def test_every_evaluation_becomes_a_spec(name, study_data, text_file):
         "tasks": ["evaluation.tasks=[piqa,stories_who]", "evaluation.num_fewshot=0", "evaluation.limit=3"],
     }.get(name, [])
     data = [] if name in ("demo", "file", "none") else [f"data.path={study_data}", "evaluation.window=256"]
+    if name in ("paper", "quick"):  # of our own data sets, which are not whole
+        data += ["evaluation.task_limit=6", "evaluation.limits={mmlu:2,mmlu_paper:2}"]
     made = spec(f"evaluation={name}", *more, *data)
     study = ["wikitext2", "c4"]
     texts = {"demo": ["stories", "library"], "file": ["my_text"], "none": [], "tasks": []}
@@ -125,7 +128,16 @@ def test_every_evaluation_becomes_a_spec(name, study_data, text_file):
         assert made.evaluation["task_limit"] == 3
 
 
-def test_a_trial_knows_its_baseline():
+def write_task(folder, **settings):
+    """A task file of the user's, and the settings that ask for it."""
+    task = {"task": "mine", "include": str(schema.OWN_TASKS / "stories_who.yaml"), **settings}
+    (folder / "mine.yaml").write_text(json.dumps(task), encoding="utf-8")
+    schema._data_sets.cache_clear()
+    schema._check_tasks.cache_clear()
+    return ["evaluation=tasks", f"evaluation.tasks=[{task['task']}]", f"evaluation.include_path={folder}"]
+
+
+def test_a_trial_knows_its_baseline(tmp_path):
     """All trials of one model and evaluation have one; what it cannot depend on does not change it."""
     base = spec("method=none")
     for overrides in (
@@ -140,26 +152,115 @@ def test_a_trial_knows_its_baseline():
     assert "baseline" not in spec("evaluation=none").places
     for change in ("evaluation.limit=3", "evaluation.task_limit=3", "dtype=bfloat16", "model=demo_moe"):
         assert spec(change).places["baseline"] not in (base.id, spec(change).id)
-    drawn = ["evaluation.num_fewshot=2"]
+    drawn = write_task(tmp_path)  # a task that is not known may show examples
     assert spec(*drawn, "seed=1").places["baseline"] != spec(*drawn, "seed=2").places["baseline"]
 
 
-@pytest.mark.parametrize("knob", ["evaluation.chat=thinking", "evaluation.num_fewshot=1", "evaluation.drift=false"])
+@pytest.mark.parametrize(
+    "knob", ["evaluation.chat=thinking", "evaluation.limits={stories_who:3}", "evaluation.drift=false"]
+)
 def test_how_it_is_evaluated_is_part_of_a_trial(knob, monkeypatch):
-    monkeypatch.setattr(schema, "_has_chat_template", lambda folder: True)
-    assert spec(knob).id != spec().id
-    assert spec(knob).quantization_id == spec().quantization_id
+    monkeypatch.setattr(schema, "_chat_template", lambda *_: "a template")
+    assert spec(f"evaluation.{knob}").id != spec().id
+    assert spec(f"evaluation.{knob}").quantization_id == spec().quantization_id
 
 
 def test_task_files_of_the_users_are_known_by_their_content(tmp_path):
-    task = {"task": "mine", "include": str(schema.OWN_TASKS / "stories_who.yaml")}
-    (tmp_path / "mine.yaml").write_text(json.dumps(task), encoding="utf-8")
-    mine = ["evaluation=tasks", "evaluation.tasks=[mine]", f"evaluation.include_path={tmp_path}"]
-    one = spec(*mine)
+    one = spec(*write_task(tmp_path))
     assert one.places["tasks"] == str(tmp_path)
-    schema._data_sets.cache_clear()
-    (tmp_path / "mine.yaml").write_text(json.dumps({**task, "description": "Think."}), encoding="utf-8")
-    assert spec(*mine).id != one.id
+    assert spec(*write_task(tmp_path, description="Think.")).id != one.id
+
+
+def test_whoever_makes_the_prompts_and_scores_the_answers_is_part_of_a_trial(monkeypatch):
+    made = spec()
+    assert made.evaluation["version"] == schema.EVALUATION_VERSION
+    monkeypatch.setattr(schema, "EVALUATION_VERSION", schema.EVALUATION_VERSION + 1)
+    mended = spec()
+    assert mended.id != made.id
+    monkeypatch.setattr(schema, "lm_eval_version", lambda: "9.9")
+    assert spec().id not in (made.id, mended.id)
+    assert "lm_eval" not in spec("evaluation.tasks=[]").evaluation
+    assert spec().quantization_id == made.quantization_id
+
+
+GENERATES = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{choices[answer]}}"}
+GENERATES |= {"doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "words"),
+    [
+        ({"task": "piqa"}, [], "mine.yaml defines piqa, which is a name of lm-eval's; give it another"),
+        ({"task": "stories_who"}, [], "mine.yaml defines stories_who, which is a name of q3q's"),
+        ({"task": "gsm8k"}, [], "mine.yaml defines gsm8k, which is a name of lm-eval's"),
+        ({"tag": "ai2_arc"}, ["evaluation.tasks=[ai2_arc]"], "mine.yaml defines ai2_arc, which is a name of lm-eval's"),
+        ({"include": "nowhere.yaml"}, [], "mine.yaml cannot be read: FileNotFoundError"),
+        ({"doc_to_text": "{{question"}, [], "mine .*mine.yaml. cannot be loaded: TemplateSyntaxError"),
+        ({"output_type": "none"}, [], "mine .*mine.yaml. cannot be loaded: ValueError"),
+        ({"metric_list": [{"metric": "no_such"}]}, [], "mine .*mine.yaml. cannot be loaded"),
+        ({"doc_to_choice": "{{choices[9]}}"}, [], "mine .*mine.yaml. cannot be loaded"),
+        ({}, ["evaluation.num_fewshot=1"], "mine has no examples but the questions themselves, so it cannot show 1"),
+        ({"num_fewshot": 0, "training_split": "test"}, ["evaluation.num_fewshot=1"], "says num_fewshot: 0 in its file"),
+        ({"unsafe_code": True}, [], "mine runs the code that a model writes"),
+        ({"doc_to_image": ["picture"]}, [], "mine shows images or sound"),
+        ({}, ["evaluation.max_gen_toks=9"], "evaluation.max_gen_toks=9: none of evaluation.tasks generates text"),
+        (
+            {**GENERATES, "generation_kwargs": {"do_sample": True, "temperature": 0.7, "until": []}},
+            [],
+            "mine wants sampled text",
+        ),
+        ({**GENERATES, "generation_kwargs": {"num_beams": 2, "until": []}}, [], "mine sets num_beams"),
+        (
+            {**GENERATES, "generation_kwargs": {"max_gen_toks": 4096, "until": []}},
+            [],
+            "mine wants 4096 generated tokens, the window has 2048; evaluation.max_gen_toks=N takes fewer",
+        ),
+        (
+            {**GENERATES, "generation_kwargs": {"until": []}},
+            ["evaluation.chat=thinking"],
+            "evaluation.chat=thinking needs evaluation.max_gen_toks=N",
+        ),
+    ],
+)
+def test_a_task_that_no_trial_could_run_is_refused_before_any_starts(settings, overrides, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "_chat_template", lambda *_: "a template")
+    with pytest.raises(ConfigError, match=words) as caught:
+        spec(*write_task(tmp_path, **settings), *overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_how_much_a_task_may_generate_is_part_of_a_trial(tmp_path, monkeypatch):
+    mine = write_task(tmp_path, **GENERATES, generation_kwargs={"max_gen_toks": 4096, "until": []})
+    one, other = (spec(*mine, f"evaluation.max_gen_toks={most}") for most in (100, 200))
+    assert one.id != other.id
+    monkeypatch.setattr(schema, "_chat_template", lambda *_: "{% if enable_thinking is false %}<think></think>")
+    with pytest.raises(ConfigError, match=r"evaluation.chat=template needs evaluation.max_gen_toks"):
+        # Qwen3 thinks if it is not told not to.
+        spec(*write_task(tmp_path, **GENERATES, generation_kwargs={"until": []}), "evaluation.chat=template")
+    assert one.evaluation["generates"] == ["mine"]
+    assert one.evaluation["max_gen_toks"] == 100
+    assert "evaluation.max_gen_toks=100" in command_of(one)
+
+
+def test_a_task_has_one_place_in_the_record(tmp_path):
+    group = {"group": "several", "task": ["stories_who", "stories_where"]}
+    mine = write_task(tmp_path)
+    (tmp_path / "mine.yaml").write_text(json.dumps(group), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"stories_who is in .* and in .*; leave one of them out"):
+        spec(*mine, "evaluation.tasks=[several,stories_who]")
+
+
+def test_a_hub_models_chat_template_is_looked_for_before_any_download(monkeypatch, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    files = {"tokenizer_config.json": tmp_path / "tokenizer_config.json"}
+    monkeypatch.setattr(schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG)))
+    monkeypatch.setattr(schema, "fetch_file", lambda source, name, revision: files.get(name))
+    with pytest.raises(ConfigError, match="the tokenizer in Qwen/Qwen3-8B has no chat template"):
+        spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]")
+    schema._chat_template.cache_clear()
+    files["chat_template.jinja"] = tmp_path / "chat_template.jinja"
+    files["chat_template.jinja"].write_text("{{ messages }}", encoding="utf-8")
+    assert spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]").evaluation["chat"] == "template"
 
 
 @pytest.mark.parametrize("name", options("cluster"))

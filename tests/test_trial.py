@@ -148,21 +148,27 @@ def test_a_pair_of_trials_is_compared_when_both_are_there(run, spec_of):
     damaged.write_bytes(kept[:-9])
     study.take(two)
     assert "cannot be compared" in notes[-1]
+    study._teller.settle()
+    for record in (tracker.records[two.spec.id], TrialRecord.load(trial_folder(two.spec) / "record.json")):
+        assert "samples.parquet cannot be read" in record.notes["not_compared"]
     damaged.write_bytes(kept)
+    study.take(study.records[two.spec.id])
+    assert "not_compared" not in study.records[two.spec.id].notes
+    assert study.records[two.spec.id].comparisons["perplexity/stories"] == compared
 
 
 def test_a_logit_that_is_not_finite_fails_the_trial_and_says_where(spec_of, monkeypatch):
     from q3q import trial
 
-    monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([1.0, torch.nan]))
+    monkeypatch.setattr(trial, "window_losses", lambda *_: torch.tensor([1.0, torch.nan]))
     record = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
     assert record.status == "FAILED"
     assert record.reason == "the model's logits in window 1 of stories are not finite"
-    monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([1000.0, 1.0]).double())
+    monkeypatch.setattr(trial, "window_losses", lambda *_: torch.tensor([1000.0, 1.0]).double())
     far_off = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
     assert far_off.completed
     assert math.log(far_off.metrics["perplexity/stories"]) == pytest.approx(500.5)
-    monkeypatch.setattr(trial, "window_losses", lambda model, windows_NT, tell: torch.tensor([2000.0, 1.0]).double())
+    monkeypatch.setattr(trial, "window_losses", lambda *_: torch.tensor([2000.0, 1.0]).double())
     diverged = attempt_trial(afresh(far_off.spec, "once more"))
     assert diverged.completed
     assert diverged.diverged == ("perplexity/stories",)
@@ -183,6 +189,28 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(spec_of)
     assert record.completed
     assert record.metrics["stories_who/acc"] >= 0
     assert not (trial_folder(spec) / "evaluations").exists()
+
+
+@pytest.mark.parametrize("drift", ["true", "false"])
+def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(spec_of, run, drift):
+    wanted = ["model=demo", "method=rtn", "bits=6", "evaluation.window=128", f"evaluation.drift={drift}"]
+    spec, told = spec_of(*wanted), []
+
+    def stop(event):
+        if event.phase == "evaluate" and event.done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(spec, stop)
+    resumed = run_trial(
+        spec, lambda event: told.append(event.done) if event.phase == "evaluate" and event.total > 1 else None
+    )
+    assert told[0] > 3  # what was measured is not measured again
+    assert told[-1] == 16
+    whole = run(*wanted)
+    assert resumed.metrics["perplexity/stories"] == whole.metrics["perplexity/stories"]
+    assert resumed.metrics.get("kl/stories") == whole.metrics.get("kl/stories")
+    assert resumed.intervals == whole.intervals
 
 
 def test_bits_per_weight_counts_scales_and_zero_points(run):

@@ -7,7 +7,8 @@ again. Beside them lies each window's negative log-likelihood, for paired differ
 An entry is a folder `<baselines>/<key>`: one safetensors file a window in the model's own dtype, bit for bit, and a
 manifest with the SHA-256 of each, and of itself. Its key is the content hash of all that determines it. It is written
 beside its place and renamed when it is whole; every byte is checked when it is opened, and again when it is read. One
-that is not whole, or not what its name says, is computed again. The folder may be deleted at any time.
+that is not whole, or not what its name says, is computed again; one that a killed process was at is gone on with, from
+the windows that are whole. The folder may be deleted at any time.
 
 Shapes: N windows, T tokens of one, P = T - 1 positions that predict one of its tokens, H hidden.
 """
@@ -22,7 +23,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,6 @@ from q3q.errors import IntegrityError
 from q3q.spec import Json
 
 if TYPE_CHECKING:  # a plan asks for sizes, and must not load torch for them
-    import torch
     from torch import Tensor
 
     from q3q.models.decoder import Decoder
@@ -43,6 +43,7 @@ VERSION = 2  # of the numbers in an entry: raised when the forward pass or the l
 # than SMALL_BYTES, FEW_WINDOWS are kept: 65,504 positions.
 SMALL_BYTES = 1 << 30
 FEW_WINDOWS = 32
+JOURNAL = "journal.jsonl"  # of the windows that have ended, while an entry is computed
 PATIENCE = 3600.0  # seconds without a sign of life after which another process's turn is not waited for
 _POLL = 0.2  # seconds
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -90,20 +91,23 @@ class BaselineIdentity:
 
     model: digest of the files, or Hub source and revision; and dtype (a TrialSpec's model entry; its name is for
     people). text: digest of the text. windows: `windows_digest`. kept: windows whose hidden states are kept.
+    device: type of what computed them; kernels round differently, and what a CPU says a GPU's trial would take for
+    drift.
     """
 
     model: Json
     text: str
     windows: str
     kept: int
+    device: str
     version: int = VERSION
 
     @classmethod
-    def of(cls, model: Json, text: str, windows_NT: Tensor, kept: int) -> BaselineIdentity:
+    def of(cls, model: Json, text: str, windows_NT: Tensor, kept: int, device: str) -> BaselineIdentity:
         if not 1 <= kept <= len(windows_NT):
             raise ValueError(f"kept={kept} of {len(windows_NT)} windows")
         model = {key: value for key, value in model.items() if key != "name"}
-        return cls(model=model, text=text, windows=windows_digest(windows_NT), kept=kept)
+        return cls(model=model, text=text, windows=windows_digest(windows_NT), kept=kept, device=device)
 
     @property
     def key(self) -> str:
@@ -237,25 +241,30 @@ def _compute(
     """Write the entry beside its place, then rename it. Who finds another there was slower, with the same numbers."""
     from safetensors.torch import save
 
+    from q3q.evaluate.journal import Journal
     from q3q.evaluate.perplexity import scored_windows
 
     entry = folder / identity.key
     shutil.rmtree(entry, ignore_errors=True)  # damaged
     partial = turn.workplace(folder, identity.key)
-    rows, checksums, nlls = set(kept_rows(len(windows_NT), identity.kept)), {}, []
-    dtype: torch.dtype | None = None
+    rows, ended = set(kept_rows(len(windows_NT), identity.kept)), False
     try:
-        for row, hidden_PH in scored_windows(model, windows_NT):
-            scores_P, _ = model.log_likelihoods(hidden_PH, windows_NT[row, 1:])
-            nlls.append(-float(scores_P.double().mean()))
-            if row in rows:
-                dtype = hidden_PH.dtype
-                content = save({"hidden": hidden_PH.cpu().contiguous()})
-                (partial / _file(row)).write_bytes(content)
-                checksums[row] = hashlib.sha256(content).hexdigest()
-            turn.alive()
-            progress(row + 1, len(windows_NT))
+        with closing(Journal(partial / JOURNAL, identity.key)) as journal:
+            found = _whole(partial, journal.counted())  # of each window its nll and, if it is kept, its file's SHA-256
+            for row, hidden_PH in scored_windows(model, windows_NT, len(found)):
+                scores_P, _ = model.log_likelihoods(hidden_PH, windows_NT[row, 1:])
+                sha = None
+                if row in rows:
+                    content = save({"hidden": hidden_PH.cpu().contiguous()})
+                    (partial / _file(row)).write_bytes(content)
+                    sha = hashlib.sha256(content).hexdigest()
+                found.append([-float(scores_P.double().mean()), sha])
+                journal.add([(str(row), found[row])])
+                turn.alive()
+                progress(row + 1, len(windows_NT))
+        nlls = [nll for nll, _ in found]
         if not all(nll < float("inf") for nll in nlls):  # false of nan, too
+            ended = True
             raise IntegrityError(
                 "the unquantized model's likelihoods of the text are not finite: nothing to compare with"
             )
@@ -263,12 +272,14 @@ def _compute(
             "identity": asdict(identity),
             "vocab": model.facts.vocab,
             "hidden": model.facts.hidden,
-            "dtype": str(dtype).removeprefix("torch."),
-            "windows": {str(row): sha for row, sha in checksums.items()},
+            "dtype": str(model.norm_H.dtype).removeprefix("torch."),
+            "windows": {str(row): sha for row, (_, sha) in enumerate(found) if sha is not None},
             "nll": nlls,
         }
         manifest = json.dumps({"sha256": _digest(body), "body": body}, indent=1, allow_nan=False)
         (partial / "manifest.json").write_text(manifest, encoding="utf-8")
+        (partial / JOURNAL).unlink()
+        ended = True
         # Nothing is synced to disk: what a power cut tears has another checksum, and is computed again.
         try:
             partial.rename(entry)
@@ -276,7 +287,16 @@ def _compute(
             if not entry.exists():
                 raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ended or not turn.mine:  # else whoever comes next goes on with it
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _whole(partial: Path, found: list[Any]) -> list[Any]:
+    """The windows up to the first whose file is not what was written."""
+    for row, (_, sha) in enumerate(found):
+        if sha is not None and _content(partial / _file(row), sha) is None:
+            return found[:row]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- one at a time
@@ -295,12 +315,11 @@ class _Turn:
             os.utime(self.lock)
 
     def workplace(self, folder: Path, key: str) -> Path:
-        """An empty folder to write in; under the lock always the same, so that what a killed process left goes."""
+        """A folder to write in: an empty one or, under the lock, what a killed process left."""
         if not self.mine:
             return Path(tempfile.mkdtemp(prefix=f"{key}.partial.", dir=folder))
         partial = folder / f"{key}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(exist_ok=True)
         return partial
 
 

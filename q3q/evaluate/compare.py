@@ -4,8 +4,11 @@ Two trials that answer the same questions and read the same windows are compared
 window: what makes a question hard is hard for both, and cancels. Scores come keyed by what they were given for
 (`<task>/<doc id>/<hash of the document>`, or `window_scores`), so that only like is compared with like.
 
-Samples count as independent of each other. Windows cut from one running text are nearly so; intervals of a text that
-repeats itself are too narrow.
+Samples count as independent of each other. Windows cut from one running text, or two from one document, are nearly so;
+intervals of a text that repeats itself are too narrow.
+
+Distinguishable is what the test tells from chance (p < LEVEL), and the interval says the same: it leaves zero out then,
+and only then.
 """
 
 import math
@@ -175,7 +178,7 @@ def _compare_answers(metric: str, ours_N: NDArray[numpy.bool_], baseline_N: NDAr
     n = len(ours_N)
     both, better, worse = (int(x.sum()) for x in (ours_N & baseline_N, ours_N & ~baseline_N, ~ours_N & baseline_N))
     p_value, test = mcnemar(better, worse)
-    low, high = paired_interval(both, better, worse, n - both - better - worse)
+    low, high = _as_the_test_says(*paired_interval(both, better, worse, n - both - better - worse), p_value)
     return Comparison(
         metric=metric,
         difference=(better - worse) / n,
@@ -186,6 +189,16 @@ def _compare_answers(metric: str, ours_N: NDArray[numpy.bool_], baseline_N: NDAr
         n=n,
         test=f"{test}; interval Newcombe's",
     )
+
+
+def _as_the_test_says(low: float | None, high: float | None, p_value: float) -> tuple[float | None, float | None]:
+    """An interval that leaves zero out where the test does not: it reaches to zero then.
+
+    Newcombe's is a little narrower than McNemar's test is strict; never does one include zero that the test excludes.
+    """
+    if p_value < LEVEL:
+        return low, high
+    return None if low is None else min(low, 0.0), None if high is None else max(high, 0.0)
 
 
 def _compare_means(metric: str, ours_N: Floats, baseline_N: Floats, seed: int) -> Comparison:
@@ -201,6 +214,7 @@ def _compare_means(metric: str, ours_N: Floats, baseline_N: Floats, seed: int) -
             distinguishable, test = False, f"none: {FEWEST_PAIRS} pairs are the fewest that can tell"
         else:
             low, high, p_value = studentized_bootstrap(ours_N - baseline_N, seed)
+            low, high = _as_the_test_says(low, high, p_value)
             distinguishable, test = p_value < LEVEL, f"paired studentized bootstrap, {RESAMPLES} resamples"
     return Comparison(
         metric=metric,

@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from q3q.errors import IntegrityError
 from q3q.evaluate.baseline import Baseline
 from q3q.evaluate.compare import quantile_interval
+from q3q.evaluate.journal import Journal
 from q3q.evaluate.perplexity import NORMAL_95, Perplexity, scored_windows
 from q3q.models.decoder import Decoder
 from q3q.numerics.divergence import kl_divergence
@@ -72,6 +73,7 @@ def perplexity_and_drift(
     baseline: Baseline,
     head_VH: Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    journal: Journal | None = None,
 ) -> Measured:
     """Run `model` over the windows once, for its perplexity on all and its drift on those that the baseline keeps.
 
@@ -81,6 +83,7 @@ def perplexity_and_drift(
         baseline: the unquantized model's final hidden states.
         head_VH: the unquantized model's own head, which turns them into logits again.
         progress: told windows done and in all.
+        journal: of this model and these windows; what it holds is not computed again, and what is finite goes there.
 
     Raises:
         IntegrityError: the baseline is of another vocabulary or of other tokens, the head is not its own, or its files
@@ -88,21 +91,24 @@ def perplexity_and_drift(
     """
     baseline.check_fits(model, windows_NT)
     _check_head(head_VH, baseline)
-    kept, nlls, kls, same = frozenset(baseline.rows), [], [], []
-    for row, hidden_PH in scored_windows(model, windows_NT):
+    kept = frozenset(baseline.rows)
+    found = [] if journal is None else journal.counted()  # of each window its nll, and its kl [P] and agreement if kept
+    for row, hidden_PH in scored_windows(model, windows_NT, len(found)):
         targets_P = windows_NT[row, 1:]
         if row in kept:
             theirs_PH = baseline.hidden(row).to(head_VH.device)
             nll_P, kl_P, same_P = compare_positions(model, hidden_PH, theirs_PH, head_VH, targets_P)
-            kls.append(kl_P.cpu())
-            same.append(same_P.cpu())
+            drifted = [kl_P.tolist(), float(same_P.double().mean())]
         else:
-            nll_P = -model.log_likelihoods(hidden_PH, targets_P)[0]
-        nlls.append(nll_P.double().mean().cpu())
+            nll_P, drifted = -model.log_likelihoods(hidden_PH, targets_P)[0], []
+        found.append([float(nll_P.double().mean()), *drifted])
+        if journal is not None and math.isfinite(found[row][0]):
+            journal.add([(str(row), found[row])])
         progress(row + 1, len(windows_NT))
-    nll_N, kl_KP, same_KP = torch.stack(nlls), torch.stack(kls), torch.stack(same).double()
+    nll_N = torch.tensor([nll for nll, *_ in found], dtype=torch.float64)
+    kl_KP, same_K = (torch.tensor([found[row][part] for row in sorted(kept)], dtype=torch.float64) for part in (1, 2))
     kl, kl_error = _mean_over_windows(kl_KP.mean(1))
-    agreement, agreement_error = _mean_over_windows(same_KP.mean(1))
+    agreement, agreement_error = _mean_over_windows(same_K)
     drift = Drift(
         kl=kl,
         kl_error=kl_error,

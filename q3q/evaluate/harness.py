@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -15,20 +17,22 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from q3q.errors import ConfigError, IntegrityError
+from q3q.errors import ConfigError, IntegrityError, Q3QError
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.encoding import LineEncoder, as_ids, encode_pair
 from q3q.evaluate.generation import generate
-from q3q.evaluate.journal import Journal, request_key
+from q3q.evaluate.journal import SCORES, Journal, request_key
 from q3q.evaluate.perplexity import NORMAL_95
 from q3q.evaluate.prefixes import Ids
 from q3q.evaluate.scoring import Effort, Request, Score, score
+from q3q.evaluate.suites import OWN_TASKS, THINK_END, THINK_START, Choose, Tell
 from q3q.models.checkpoint import end_tokens
 from q3q.models.decoder import Decoder
 
-OWN_TASKS = Path(__file__).parent / "tasks"
+OFFICIAL = Path(lm_eval.tasks.__file__).parent
 # Where in lm-eval some tasks lie: to look through all of it takes seconds.
 SHIPPED = {
     **{name: name for name in ("piqa", "hellaswag", "winogrande", "wikitext")},
@@ -42,21 +46,25 @@ GENERATED_TOKENS = 256  # where a task does not say how many, as in HFLM
 # Settings of a generation that leave greedy decoding as it is.
 GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
-Tell = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class Chat:
     """How prompts are put to a post-trained model: through its chat template, with or without thinking.
 
-    template: apply it. thinking: the template's `enable_thinking`, None to leave it to the template. think_end: only
-    what comes after it counts as the answer.
+    template: apply it. thinking: the template's `enable_thinking`, None to leave it to the template. think_start,
+    think_end: around a thought; only what comes after it counts as the answer.
     """
 
     template: bool = False
     thinking: bool | None = None
-    think_end: str = "</think>"
+    think_start: str = THINK_START
+    think_end: str = THINK_END
     system: str | None = None
+
+    @property
+    def thinks(self) -> bool:
+        """Whether an answer may begin with a thought."""
+        return self.template and self.thinking is not False
 
 
 class HarnessLM(TemplateLM):
@@ -75,11 +83,13 @@ class HarnessLM(TemplateLM):
         max_length: int | None = None,
         journal: Journal | None = None,
         chat: Chat = Chat(),
+        max_gen_toks: int | None = None,
         budget: TokenBudget | None = None,
     ) -> None:
         """progress: told (requests done, in all). max_length: the window in tokens, the model's own if None.
 
-        journal: scores found there are not computed again, others go there as batches end.
+        journal: scores found there are not computed again, others go there as batches end. max_gen_toks: of a
+        generated text, the task's own if None. finished: by task, whether each generated text ended after its thought.
         """
         super().__init__()
         self.model = model
@@ -88,6 +98,8 @@ class HarnessLM(TemplateLM):
         self.max_length = max_length or model.facts.max_positions
         self.journal = journal
         self.chat = chat
+        self.max_gen_toks = max_gen_toks
+        self.finished: dict[str, list[bool]] = {}
         self.budget = budget or TokenBudget.measured(model)
         self.effort = Effort()
         self.batch_size = 1  # lm-eval prints it; batches here are packed by tokens
@@ -215,15 +227,18 @@ class HarnessLM(TemplateLM):
                 f"{tasks} generates text, and this model is read from disk block by block, all of it for each token; "
                 "leave the task out, or give the trial memory for the whole model"
             )
-        wanted = [Generation.of(instance.args[1], instance.task_name or "a task", self) for instance in requests]
-        answers: dict[int, str] = {}
+        wanted = []
+        for instance in requests:
+            prompt, settings = instance.args
+            wanted.append(Generation.of(prompt, settings, instance.task_name or "a task", self))
+        answers: dict[int, Answer] = {}
         groups: dict[Generation, dict[bytes, list[int]]] = {}
         for i, (instance, generation) in enumerate(zip(requests, wanted, strict=True)):
             ids = as_ids(self.tok_encode(instance.args[0]) or [self.prefix_token_id])
             tokens = ids[-(self.max_length - generation.most) :].astype(">u4").tobytes()
             known = None if self.journal is None else self.journal.get(generation.key(tokens))
             if known is not None:
-                answers[i] = known
+                answers[i] = Answer(*known)
             else:
                 groups.setdefault(generation, {}).setdefault(tokens, []).append(i)
         self.progress(len(answers), len(requests))
@@ -235,35 +250,59 @@ class HarnessLM(TemplateLM):
                 answer = generation.answer(generated, self.tokenizer)
                 answers.update((i, answer) for i in readers[order[number]])
                 if self.journal is not None:
-                    self.journal.add([(generation.key(order[number]), answer)])
+                    self.journal.add([(generation.key(order[number]), [answer.text, answer.finished])])
                 self.progress(len(answers), len(requests))
-        return [answers[i] for i in range(len(requests))]
+        for i, instance in enumerate(requests):
+            self.finished.setdefault(instance.task_name or "a task", []).append(answers[i].finished)
+        return [answers[i].text for i in range(len(requests))]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text without its thought. finished: False if it ended in the middle of one, and answers nothing."""
+
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Where a thought begins and ends. begun: the text stands in one from its first token on."""
+
+    start: str
+    end: str
+    begun: bool
+
+    def after(self, text: str) -> str | None:
+        """What follows the thought, or the whole of a text without one; None while it lasts."""
+        if not self.begun and not text.lstrip().startswith(self.start):
+            return text
+        _, ended, answer = text.rpartition(self.end)
+        return answer.lstrip() if ended else None
 
 
 @dataclass(frozen=True)
 class Generation:
     """until: stop strings, the tokenizer's end-of-text token's among them. most: tokens. ends: tokens after which
-    nothing comes, the tokenizer's and those of the model's generation_config.json. think_end: None without thinking."""
+    nothing comes, the tokenizer's and those of the model's generation_config.json. thought: None if there can be none.
+    """
 
     until: tuple[str, ...]
     most: int
     ends: tuple[int, ...]
-    think_end: str | None
+    thought: Thought | None
 
     @classmethod
-    def of(cls, settings: dict[str, Any], task: str, lm: HarnessLM) -> "Generation":
+    def of(cls, prompt: str, settings: dict[str, Any], task: str, lm: HarnessLM) -> "Generation":
         """What lm-eval's settings of a request mean."""
-        kwargs = dict(normalize_gen_kwargs(settings, GENERATED_TOKENS))
-        if kwargs["do_sample"]:
-            raise ConfigError(f"{task} wants sampled text ({settings}); only greedy generation is supported")
-        if unknown := set(kwargs) - GREEDY_SETTINGS:
-            raise ConfigError(f"{task} sets {', '.join(sorted(unknown))}; only greedy generation is supported")
-        most = kwargs["max_gen_toks"]
-        if not 0 < most < lm.max_length:
-            raise ConfigError(f"{task} wants {most} generated tokens, the window has {lm.max_length}")
+        kwargs = greedy_settings(settings, task, lm.max_gen_toks, lm.max_length)
         end = lm.tokenizer.decode([lm.eot_token_id], skip_special_tokens=False)
         until = tuple(handle_stop_sequences(list(kwargs["until"]), eos=end))
-        return cls(until, most, lm.end_tokens, lm.chat.think_end if lm.chat.thinking else None)
+        chat, thought = lm.chat, None
+        if chat.thinks:  # asked to, or where the template itself begins a thought, or the model does
+            begun = bool(chat.thinking) or prompt.rstrip().endswith(chat.think_start)
+            thought = Thought(chat.think_start, chat.think_end, begun)
+        return cls(until, kwargs["max_gen_toks"], lm.end_tokens, thought)
 
     def key(self, tokens: bytes) -> str:
         return request_key(b"generate", tokens, json.dumps(asdict(self)).encode())
@@ -272,43 +311,195 @@ class Generation:
         """Whether a stop string is there. While the model thinks, none counts."""
         if tokens[-1] in self.ends:
             return True
-        text = tokenizer.decode(tokens)
-        if self.think_end is not None:
-            _, thought, text = text.rpartition(self.think_end)
-            if not thought:
-                return False
-        return any(stop in text for stop in self.until)
+        # Asked after each token: a stop string that was not there before is at the end, and a token is a byte at least.
+        tail = tokenizer.decode(tokens[-(self._longest + 4) :])
+        if not any(stop in tail for stop in self.until):
+            return False
+        return any(stop in (self._answered(tokenizer.decode(tokens)) or "") for stop in self.until)
 
-    def answer(self, tokens: list[int], tokenizer: Any) -> str:
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        answer: str = postprocess_generated_text(text, list(self.until), self.think_end)
-        return answer
+    def answer(self, tokens: list[int], tokenizer: Any) -> Answer:
+        text = self._answered(tokenizer.decode(tokens, skip_special_tokens=True))
+        if text is None:
+            return Answer("", finished=False)
+        return Answer(postprocess_generated_text(text, list(self.until), None), finished=True)
+
+    def _answered(self, text: str) -> str | None:
+        return text if self.thought is None else self.thought.after(text)
+
+    @cached_property
+    def _longest(self) -> int:
+        """Bytes of the longest stop string."""
+        return max((len(stop.encode()) for stop in self.until), default=0)
+
+
+def greedy_settings(settings: dict[str, Any], task: str, most: int | None, window: int) -> dict[str, Any]:
+    """lm-eval's settings of a generation in their normal form; `most` tokens, if it is given.
+
+    Raises:
+        ConfigError: they want sampling or beams, or the window holds nothing beside so many tokens.
+    """
+    kwargs = dict(normalize_gen_kwargs(settings, GENERATED_TOKENS))
+    if kwargs["do_sample"]:
+        raise ConfigError(f"{task} wants sampled text ({settings}); only greedy generation is supported")
+    if unknown := set(kwargs) - GREEDY_SETTINGS:
+        raise ConfigError(f"{task} sets {', '.join(sorted(unknown))}; only greedy generation is supported")
+    if most is not None:
+        kwargs["max_gen_toks"] = most
+    if not 0 < kwargs["max_gen_toks"] < window:
+        raise ConfigError(
+            f"{task} wants {kwargs['max_gen_toks']} generated tokens, the window has {window}; "
+            "evaluation.max_gen_toks=N takes fewer"
+        )
+    return kwargs
 
 
 class CheckedTasks(TaskManager):
-    """lm-eval's tasks, refused where there is nothing to evaluate; remembers how many documents each one has."""
+    """lm-eval's tasks, refused where they cannot be loaded or there is nothing to evaluate.
+
+    documents: how many each of the tasks loaded last has.
+    """
 
     documents: dict[str, int]
+    _loaded: tuple[list[str], Any] | None = None
 
     def load(self, task_list: Any) -> Any:
-        try:
-            loaded = super().load(task_list)
+        """What lm-eval's own returns; asked for the same tasks again, the same objects.
+
+        Raises:
+            ConfigError: a task's file is broken. IntegrityError: a task has no documents.
+        """
+        names = [str(name) for name in task_list]
+        if self._loaded is None or self._loaded[0] != names:
+            parts = [self._load_one(name) for name in names]
+            keys = ("tasks", "groups", "group_map")
+            loaded = {key: {k: v for part in parts for k, v in part[key].items()} for key in keys}
             self.documents = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
             if empty := [name for name, count in self.documents.items() if not count]:
                 raise IntegrityError(f"no documents to evaluate: {', '.join(empty)}")
-        except IndexError as error:  # lm-eval looks at a task's first document while it loads it
-            raise IntegrityError(f"a task has no documents to evaluate, among {', '.join(task_list)}") from error
-        return loaded
+            self._loaded = names, loaded
+        return self._loaded[1]
+
+    def _load_one(self, name: str) -> Any:
+        try:
+            return super().load([name])
+        except Q3QError:
+            raise
+        except Exception as error:  # a task file is a program: its templates and functions may raise anything
+            if isinstance(error, IndexError) and "size 0" in str(error):  # `datasets`, asked for a first row
+                raise IntegrityError(f"{name} has no documents to evaluate") from error
+            entry = self.task_index.get(name)
+            where = f" ({entry.yaml_path})" if entry is not None and entry.yaml_path else ""
+            raise ConfigError(f"{name}{where} cannot be loaded: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def tasks_from(folders: Sequence[Path], wanted: Sequence[str]) -> CheckedTasks:
     """A manager that knows the wanted tasks. lm-eval's own thousands are read only if the folders lack one."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     paths = [str(folder) for folder in folders]
-    shipped = Path(lm_eval.tasks.__file__).parent
-    few = [str(shipped / folder) for folder in dict.fromkeys(SHIPPED[task] for task in wanted if task in SHIPPED)]
+    few = [str(OFFICIAL / folder) for folder in dict.fromkeys(SHIPPED[task] for task in wanted if task in SHIPPED)]
     manager = CheckedTasks(include_path=[*few, *paths], include_defaults=False)
     known = set(manager.all_tasks)
     return manager if known.issuperset(wanted) else CheckedTasks(include_path=paths)
+
+
+def refuse_namesakes(include: Path, wanted: Sequence[str]) -> None:
+    """The user's task files must be readable, and not put themselves in the place of tasks that are there already:
+    lm-eval would take them for the official ones, and say nothing.
+
+    wanted: what is asked for. A tag of lm-eval's that the user's tasks bear too would mean these alone; that counts
+    only if it is asked for, since whoever includes an official file has its tags.
+
+    Raises:
+        ConfigError: a file is broken, or defines a name that lm-eval or q3q defines.
+    """
+    own: dict[str, Path] = {}
+    tags: set[str] = set()
+    for path in sorted(include.rglob("*.yaml")):
+        try:
+            content = load_yaml(path, resolve_func=False)
+        except Exception as error:
+            raise ConfigError(f"evaluation.include_path: {path} cannot be read: {_told(error)}") from error
+        name, borne = content.get("group", content.get("task")), content.get("tag") or []
+        asked = {borne} & set(wanted) if isinstance(borne, str) else set(borne) & set(wanted)
+        tags |= asked
+        own |= dict.fromkeys([*asked, *([name] if isinstance(name, str) else [])], path)
+    if not own:
+        return
+    # lm-eval's index says the same, and takes ten times as long to build.
+    names = "|".join(map(re.escape, own))
+    says = rf"""^(?:(?:task|group|tag):|(?P<item>[ ]*-))[ ]*(["']?)(?P<name>{names})\2[ ]*(?:#.*)?$"""
+    defines = re.compile(says, re.MULTILINE)
+    files = [
+        path for path in OFFICIAL.rglob("*yaml*") if path.suffix in ("", ".yaml")
+    ]  # some that are included have none
+    for path in (*OWN_TASKS.rglob("*.yaml"), *files):
+        for found in defines.finditer(path.read_text(encoding="utf-8")):
+            if found["item"] is None or found["name"] in tags:
+                raise ConfigError(
+                    f"evaluation.include_path: {own[found['name']]} defines {found['name']}, which is a name of "
+                    f"{'q3q' if path.is_relative_to(OWN_TASKS) else 'lm-eval'}'s; give it another"
+                )
+
+
+def examine(
+    manager: CheckedTasks, tasks: Sequence[str], shots: Mapping[str, int], most: int | None, window: int
+) -> dict[str, dict[str, str]]:
+    """Load tasks as a trial will, and refuse what it would refuse after hours of quantization, or not even notice.
+
+    Args:
+        shots: examples asked for, by task. most: tokens of a generated text, the task's own number if None. window: in
+            tokens.
+
+    Returns:
+        For each of the tasks those that it consists of, with their types of output.
+
+    Raises:
+        ConfigError: a task cannot be loaded or run. IntegrityError: it has no documents.
+    """
+    found = {}
+    for task in tasks:
+        leaves = manager.load([task])["tasks"]
+        for name, leaf in leaves.items():
+            _refuse_unusable(name, leaf, shots.get(task), most, window)
+        found[task] = {name: str(leaf.OUTPUT_TYPE) for name, leaf in leaves.items()}
+    return found
+
+
+def _refuse_unusable(name: str, task: Any, shots: int | None, most: int | None, window: int) -> None:
+    if getattr(task, "UNSAFE_CODE", False):
+        raise ConfigError(f"{name} runs the code that a model writes, which q3q does not do; leave it out")
+    if getattr(task, "MULTIMODAL", False):
+        raise ConfigError(f"{name} shows images or sound, and Qwen3 reads text; leave it out")
+    own = task.get_config("num_fewshot")
+    if shots and own == 0:
+        raise ConfigError(f"{name} says num_fewshot: 0 in its file, and lm-eval then shows no example: not {shots}")
+    if shots and task.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise ConfigError(f"{name} reads whole texts and shows no example: not {shots}")
+    if shots and not _has_examples(task):
+        raise ConfigError(f"{name} has no examples but the questions themselves, so it cannot show {shots}")
+    needed = shots if shots is not None and own != 0 else own or 0
+    if needed and len(there := list(task.fewshot_docs())) < needed:
+        raise ConfigError(f"{name} is to show {needed} examples, and its data set has {len(there)}")
+    if task.OUTPUT_TYPE == "generate_until":
+        greedy_settings(task.get_config("generation_kwargs") or {}, name, most, window)
+
+
+def _has_examples(task: Any) -> bool:
+    """Whether examples come from elsewhere than the questions, which lm-eval falls back on."""
+    config, given = task.config, getattr(task, "fewshot_cfg", None)
+    asked = config.test_split or config.validation_split
+    if given is not None and given.split is not None:
+        return given.split != asked or given.split == config.test_split  # then no question is its own example
+    if given is not None and given.samples is not None:
+        return True
+    if task.has_training_docs() and config.training_split != asked:
+        return True
+    return bool(task.has_test_docs() and task.has_validation_docs()) and config.validation_split != asked
 
 
 @dataclass(frozen=True)
@@ -332,9 +523,11 @@ def run_tasks(
     *,
     limit: int | None,
     seed: int,
+    choose: Choose | None = None,
     num_fewshot: int | None = None,
     include_path: str | Path | None = None,
     chat: Chat = Chat(),
+    max_gen_toks: int | None = None,
     max_length: int | None = None,
     journal: Path | None = None,
     identity: str = "",
@@ -343,7 +536,8 @@ def run_tasks(
     """Score lm-eval tasks through `lm_eval.simple_evaluate`.
 
     Args:
-        limit: documents of each task, all if None. num_fewshot: the task's own if None.
+        limit: the first documents of each task, all if None. choose: instead, which ones (their numbers, ascending) of
+            a task by its name and how many it has. num_fewshot, max_gen_toks: the task's own if None.
         include_path: a folder with the user's own task files. max_length: tokens of a window, the model's own if None.
         journal: folder where scores are kept as batches end; what it holds is not scored again. identity: whose scores.
         progress: told (requests done, in all).
@@ -351,15 +545,20 @@ def run_tasks(
     Raises:
         IntegrityError: a score is not finite, a task is empty, or a document has no sample or more than one.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else its bootstrap forks this process, model and threads and all
     manager = tasks_from([OWN_TASKS, *([Path(include_path)] if include_path is not None else [])], tasks)
-    kept = None if journal is None else Journal(journal / "scores.jsonl", identity)
-    lm = HarnessLM(model, tokenizer, progress, max_length=max_length, journal=kept, chat=chat)
+    kept = None if journal is None else Journal(journal / SCORES, identity)
+    lm = HarnessLM(
+        model, tokenizer, progress, max_length=max_length, journal=kept, chat=chat, max_gen_toks=max_gen_toks
+    )
     try:
+        manager.load(tasks)
+        asked = asked_documents(manager.documents, limit, choose)
         answer: Any = simple_evaluate(
             model=lm,
             tasks=list(tasks),
-            limit=limit,
+            limit=limit if choose is None else None,
+            samples=None if choose is None else asked,
             num_fewshot=num_fewshot,
             task_manager=manager,
             bootstrap_iters=1000,  # means have closed-form standard errors; 0 would switch those off too
@@ -374,8 +573,10 @@ def run_tasks(
     finally:
         if kept is not None:
             kept.close()
-    check_samples(answer["samples"], manager.documents, limit)
+    check_samples(answer["samples"], asked)
     metrics, intervals = read_metrics(answer["results"])
+    if chat.thinks:
+        metrics |= {f"unfinished/{task}": found.count(False) / len(found) for task, found in lm.finished.items()}
     samples = {task: [sample_row(sample) for sample in rows] for task, rows in answer["samples"].items()}
     results = {
         key: answer[key] for key in ("results", "n-samples", "versions", "configs", "group_subtasks") if key in answer
@@ -383,14 +584,29 @@ def run_tasks(
     return TaskScores(metrics, intervals, results, samples, lm.effort)
 
 
-def check_samples(samples: dict[str, list[dict[str, Any]]], documents: dict[str, int], limit: int | None) -> None:
-    """Each document, up to the limit, must have one sample (a filter)."""
-    for task, count in documents.items():
-        expected = count if limit is None else min(count, limit)
-        rows = [(sample["doc_id"], sample["filter"]) for sample in samples.get(task, ())]
-        found = len({document for document, _ in rows})
-        if found != expected or len(set(rows)) != len(rows):
-            raise IntegrityError(f"{task}: {len(rows)} samples of {found} documents, there should be {expected}")
+def asked_documents(documents: Mapping[str, int], limit: int | None, choose: Choose | None) -> dict[str, list[int]]:
+    """The numbers of the documents that each task is scored on."""
+    if choose is not None:
+        return {task: list(choose(task, count)) for task, count in documents.items()}
+    return {task: list(range(count if limit is None else min(count, limit))) for task, count in documents.items()}
+
+
+def check_samples(samples: Mapping[str, Sequence[dict[str, Any]]], asked: Mapping[str, Sequence[int]]) -> None:
+    """Each document asked must have one sample of each filter, and no other has any.
+
+    Raises:
+        IntegrityError: that is not so.
+    """
+    for task, wanted in asked.items():
+        by_filter: dict[str, list[int]] = {}
+        for sample in samples.get(task, ()):
+            by_filter.setdefault(sample["filter"], []).append(sample["doc_id"])
+        for name, found in by_filter.items() or [("none", [])]:
+            if sorted(found) != sorted(wanted):
+                raise IntegrityError(
+                    f"{task} (filter {name}): {len(found)} samples of {len(set(found))} documents, "
+                    f"there should be {len(wanted)}"
+                )
 
 
 def sample_row(sample: dict[str, Any]) -> dict[str, Any]:

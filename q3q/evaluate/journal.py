@@ -1,4 +1,4 @@
-"""What an evaluation has scored so far, on disk: one line a request, so that a killed evaluation goes on."""
+"""What an evaluation has scored so far, on disk: one line a request or window, so that a killed evaluation goes on."""
 
 import hashlib
 import json
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from q3q.errors import IntegrityError
+
+SCORES = "scores.jsonl"  # of all requests of an evaluation: what two of its tasks ask is scored once
 
 
 class Journal:
@@ -47,6 +49,13 @@ class Journal:
     def get(self, key: str) -> Any:
         """The score kept under this key, None if there is none."""
         return self._scores.get(key)
+
+    def counted(self) -> list[Any]:
+        """The scores kept under "0", "1" and so on, up to the first that is missing: of windows, which end in order."""
+        found: list[Any] = []
+        while (score := self.get(str(len(found)))) is not None:
+            found.append(score)
+        return found
 
     def add(self, scores: Iterable[tuple[str, Any]]) -> None:
         """Append, and hand to the operating system: what is here survives this process being killed."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from q3q.evaluate.budget import TokenBudget, pass_tokens
+from q3q.evaluate.journal import Journal
 from q3q.models.decoder import Decoder
 
 NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
@@ -52,21 +53,32 @@ def of_losses(loss_N: Tensor) -> Perplexity:
 
 
 def window_losses(
-    model: Decoder, windows_NT: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
+    model: Decoder,
+    windows_NT: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    journal: Journal | None = None,
 ) -> Tensor:
-    """Each window's mean negative log-likelihood [N], float64, nats per token; arguments as of `perplexity`."""
+    """Each window's mean negative log-likelihood [N], float64, nats per token; arguments as of `perplexity`.
+
+    journal: of this model and these windows; what it holds is not computed again, and what is finite goes there.
+    """
     loss_N = torch.zeros(len(windows_NT), dtype=torch.float64)
-    for first, hidden_BPH in scored_states(model, windows_NT):
+    known = [] if journal is None else journal.counted()
+    loss_N[: len(known)] = torch.tensor(known, dtype=torch.float64)
+    for first, hidden_BPH in scored_states(model, windows_NT, len(known)):
         rows = slice(first, first + len(hidden_BPH))
         scores_P, _ = model.log_likelihoods(hidden_BPH.flatten(0, 1), windows_NT[rows, 1:].flatten())
         loss_N[rows] = -scores_P.view(len(hidden_BPH), -1).double().mean(1).cpu()
+        if journal is not None:
+            losses = enumerate(loss_N[rows].tolist(), start=first)
+            journal.add((str(row), loss) for row, loss in losses if math.isfinite(loss))
         progress(rows.stop, len(windows_NT))
     return loss_N
 
 
-def scored_states(model: Decoder, windows_NT: Tensor) -> Iterator[tuple[int, Tensor]]:
+def scored_states(model: Decoder, windows_NT: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
     """Windows batch by batch: the first one's number, and the final hidden states [B, P, H] at the P = T - 1 positions
-    that predict one of a window's tokens.
+    that predict one of a window's tokens. start: windows before it are left out, but for those of its own batch.
 
     The same batches whatever the machine is busy with, so the same bits. A streamed model is gone through once for as
     many windows as the disk may hold the hidden states of.
@@ -74,7 +86,7 @@ def scored_states(model: Decoder, windows_NT: Tensor) -> Iterator[tuple[int, Ten
     count, length = windows_NT.shape
     budget = TokenBudget.set(model, least=length)
     together = max(1, pass_tokens(model) // length)
-    first = 0
+    first = start if start == count else start - start % max(1, budget.tokens // length)
 
     def attempt(tokens: int) -> tuple[int, Iterator[Tensor]]:
         rows = max(1, tokens // length)
@@ -87,10 +99,11 @@ def scored_states(model: Decoder, windows_NT: Tensor) -> Iterator[tuple[int, Ten
             first += len(hidden_BTH)
 
 
-def scored_windows(model: Decoder, windows_NT: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """`scored_states` window by window: its number, and [P, H]."""
-    for first, hidden_BPH in scored_states(model, windows_NT):
-        yield from enumerate(hidden_BPH, start=first)
+def scored_windows(model: Decoder, windows_NT: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """`scored_states` window by window, from `start` on: its number, and [P, H]."""
+    for first, hidden_BPH in scored_states(model, windows_NT, start):
+        skipped = max(0, start - first)
+        yield from enumerate(hidden_BPH[skipped:], start=first + skipped)
 
 
 def _exp(value: float) -> float:

@@ -243,8 +243,9 @@ def common_prefix(a: Ids, b: Ids) -> int:
 
 
 def _rung(count: int) -> int:
-    """The next rung of a ladder whose steps are about an eighth: what stands on one rung pads little."""
-    step = max(4, 1 << max(0, count.bit_length() - 4))
+    """The next rung of a ladder, so that what stands on one pads little: steps of 1 below 8, of 2 below 16, of 4 below
+    64, then of an eighth at most. With finer ones there would be many looks at next to nothing."""
+    step = max(min(4, 1 << max(0, count.bit_length() - 3)), 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 
 

@@ -11,6 +11,7 @@ from q3q.spec import Json, task_metric
 
 SAMPLES = "samples.parquet"
 LOSS = "nll"  # of a window of text, nats per token
+SAMPLE = ("task", "doc_id", "doc_hash", "prompt_hash")
 Measured = dict[str, dict[str, float]]  # metric -> sample -> score
 
 
@@ -66,10 +67,13 @@ def read_samples(path: Path) -> list[Json]:
 
 
 def measured(rows: Sequence[Json], quick: bool) -> Measured:
-    """Scores by metric, as `compare` takes them; a group has the samples of all its tasks."""
+    """Scores by metric, as `compare` takes them; a group has the samples of all its tasks.
+
+    A sample is a document as it was put to the model: an answer to another prompt is to another question.
+    """
     found: Measured = {}
     for row in rows:
-        sample = f"{row['task']}/{row['doc_id']}/{row['doc_hash']}"
+        sample = "/".join(str(row[key]) for key in SAMPLE if row.get(key) is not None)
         for name, score in row["scores"].items():
             if name == LOSS:
                 found.setdefault(row["task"], {})[sample] = score

@@ -4,9 +4,13 @@ import hashlib
 import json
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from q3q.data import MMLU, WIKITEXT, DataSet, Library, serving
@@ -21,7 +25,9 @@ if TYPE_CHECKING:
     from q3q.models.decoder import Decoder
 
 Tell = Callable[[int, int], None]
+Choose = Callable[[str, int], Sequence[int]]
 
+EVALUATION_VERSION = 1  # of all numbers here: raised when a text is cut, a prompt put or an answer scored otherwise
 OWN_TASKS = Path(__file__).parent / "tasks"
 STUDY_MMLU = "mmlu_paper"
 QUICK_SEED = 0  # of the questions that evaluation.quick draws
@@ -33,6 +39,7 @@ CHATS: dict[str, tuple[bool, bool | None]] = {
     "thinking": (True, True),
     "no_thinking": (True, False),
 }
+THINK_START, THINK_END = "<think>", "</think>"  # around a thought of a post-trained Qwen3
 SUBJECTS = tuple(
     "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
     "college_computer_science college_mathematics college_medicine college_physics computer_security "
@@ -46,8 +53,13 @@ SUBJECTS = tuple(
     "professional_psychology public_relations security_studies sociology us_foreign_policy virology "
     "world_religions".split()
 )
+_ASKED = (
+    "100 135 152 100 265 144 100 100 100 173 102 100 235 114 145 378 126 100 310 203 100 165 198 193 390 270 238 "
+    "151 545 216 204 237 223 131 121 108 163 112 103 234 100 783 346 895 306 311 324 282 1534 272 612 110 245 201 100 "
+    "166 171"
+)
 _MMLU = tuple(DataSet(MMLU, subject, ("test", "dev")) for subject in SUBJECTS)
-# Known without asking lm-eval, whose thousands of task files take seconds to read.
+# Known without asking lm-eval, whose thousands of task files take seconds to read. The first split is asked from.
 KNOWN: dict[str, tuple[DataSet, ...]] = {
     "piqa": (DataSet("baber/piqa", None, ("validation",)),),
     "arc_easy": (DataSet("allenai/ai2_arc", "ARC-Easy", ("test",)),),
@@ -60,7 +72,23 @@ KNOWN: dict[str, tuple[DataSet, ...]] = {
     STUDY_MMLU: _MMLU,
     **{path.stem: () for path in sorted(OWN_TASKS.glob("*.yaml"))},
 }
+# Questions of each data set; another number under the same name would be another metric.
+QUESTIONS = {
+    "baber/piqa": 1838,
+    "allenai/ai2_arc:ARC-Easy": 2376,
+    "allenai/ai2_arc:ARC-Challenge": 1172,
+    "Rowan/hellaswag": 10042,
+    "allenai/winogrande:winogrande_xl": 1267,
+    "aps/super_glue:boolq": 3270,
+    f"{WIKITEXT}:wikitext-2-raw-v1": 62,
+    **{data.key: int(count) for data, count in zip(_MMLU, _ASKED.split(), strict=True)},
+}
 FIRST_SHOTS = ("mmlu", STUDY_MMLU)  # their examples are the first ones; of others they are drawn at random
+
+
+def lm_eval_version() -> str:
+    """Whose task files the prompts are made by."""
+    return metadata.version("lm_eval")
 
 
 @dataclass
@@ -100,37 +128,83 @@ def draws_shots(tasks: Iterable[str], shots: Mapping[str, int]) -> bool:
     return any(task not in FIRST_SHOTS and (task not in KNOWN or shots.get(task, 0) > 0) for task in tasks)
 
 
-def data_sets(
-    tasks: Sequence[str], shots: Mapping[str, int], include: Path | None, library: Library
-) -> tuple[list[DataSet], list[str]]:
-    """Every data set that the tasks stand on, each identified and so known to be there; and those tasks (of groups,
-    their tasks) that have the model generate text.
+def settle(
+    tasks: Sequence[str],
+    library: Library,
+    *,
+    shots: Mapping[str, int] = MappingProxyType({}),
+    limits: Mapping[str, int | None] = MappingProxyType({}),
+    include: Path | None = None,
+    most: int | None = None,
+    window: int = sys.maxsize,
+) -> list[str]:
+    """Have every data set that the tasks stand on identified and so known to be there, and refuse what no trial can do.
 
     Tasks that are not known here are loaded by lm-eval, to see what they ask for; none that is known generates.
 
+    Args:
+        shots, limits: by task. include: a folder with task files. most: tokens of a generated text, the task's own
+            number if None. window: the model's, in tokens.
+
+    Returns:
+        Those tasks (of groups, their tasks) that have the model generate text.
+
     Raises:
-        ConfigError: a data set is not to be had. IntegrityError: a task has no documents.
+        ConfigError: a data set is not to be had or not whole, a task cannot be loaded or run as asked, or two of them
+            have a task in common. IntegrityError: a task has no documents.
     """
-    wanted: list[DataSet] = []
     for task in tasks:
-        for data in KNOWN.get(task, ()):
-            drawn = ("train",) if shots.get(task, 0) and task not in FIRST_SHOTS else ()
-            wanted.append(DataSet(data.repository, data.name, data.splits + drawn))
-    for data in wanted:
-        library.identify(data)
+        _settle_known(task, library, shots.get(task, 0), limits.get(task))
     strangers = [task for task in tasks if task not in KNOWN]
     if not strangers:
-        return wanted, []
-    from q3q.evaluate.harness import tasks_from
+        return []
+    from q3q.evaluate.harness import examine, tasks_from
 
     def note(data: DataSet, options: dict[str, Any]) -> "DatasetDict":
-        library.identify(data)
-        wanted.append(data)
+        library.identify(data, **options)
         return library.load(data, **options)
 
     with serving(note):
-        loaded = tasks_from([OWN_TASKS, *([include] if include else [])], strangers).load(strangers)
-    return wanted, [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
+        manager = tasks_from([OWN_TASKS, *([include] if include else [])], strangers)
+        found = examine(manager, strangers, shots, most, window)
+    _refuse_overlaps({task: found.get(task) or _parts(task) for task in tasks})
+    return [name for parts in found.values() for name, output in parts.items() if output == "generate_until"]
+
+
+def _parts(task: str) -> list[str]:
+    """The tasks that a known one consists of."""
+    return [f"mmlu_{subject}" for subject in SUBJECTS] if task == "mmlu" else [task]
+
+
+def _settle_known(task: str, library: Library, shots: int, limit: int | None) -> None:
+    """The data sets of a known task: there, with enough examples to show, and whole, unless no more is asked of them
+    than is there and in the official ones."""
+    if shots and (task == "wikitext" or not KNOWN.get(task, (task,))):
+        raise ConfigError(f"{task} has no examples, and cannot show {shots}; name others in evaluation.shots")
+    for data in KNOWN.get(task, ()):
+        asked, whole = data.splits[0], QUESTIONS[data.key]
+        source = "dev" if task in FIRST_SHOTS else "train"
+        library.identify(replace(data, splits=(asked, source) if shots or source in data.splits else (asked,)))
+        rows, where = library.load(data), library.where(data)
+        if shots > len(rows[source]):
+            raise ConfigError(f"{task} is to show {shots} examples, and {where} has {len(rows[source])} in {source}")
+        count = len(rows[asked])
+        if count != whole and (limit is None or count < min(limit, whole)):
+            raise ConfigError(
+                f"{task}: {where} has {count} rows of the split {asked}, and {whole} are its questions: give all of "
+                f"them, or say evaluation.limits={{{task}:{min(count, whole)}}}"
+            )
+
+
+def _refuse_overlaps(parts: Mapping[str, Iterable[str]]) -> None:
+    owner: dict[str, str] = {}
+    for task, names in parts.items():
+        for name in names:
+            if owner.setdefault(name, task) != task:
+                raise ConfigError(
+                    f"evaluation.tasks: {name} is in {owner[name]} and in {task}, and has one place in the record; "
+                    "leave one of them out"
+                )
 
 
 def refuse_generation(evaluation: Json, loader: str) -> None:
@@ -145,6 +219,22 @@ def refuse_generation(evaluation: Json, loader: str) -> None:
             f"{', '.join(found)}: text is generated token by token, and a {loader} model would be read anew for each; "
             "give more memory (loader=resident), or leave such tasks out of evaluation.tasks"
         )
+
+
+def refuse_other_versions(evaluation: Json) -> None:
+    """A trial that was planned with another evaluation, on another machine or before an upgrade, has another name.
+
+    Raises:
+        ConfigError: q3q's evaluation or lm-eval is not of the version here that the trial was planned with.
+    """
+    here: Json = {"version": EVALUATION_VERSION} if evaluation.get("texts") or evaluation.get("tasks") else {}
+    here |= {"lm_eval": lm_eval_version()} if evaluation.get("tasks") else {}
+    for key, version in here.items():
+        if evaluation.get(key) != version:
+            name = "lm-eval" if key == "lm_eval" else "q3q's evaluation"
+            raise ConfigError(
+                f"the trial was planned with {name} {evaluation.get(key)}, and this process has {version}; plan it anew"
+            )
 
 
 def score_batch(
@@ -168,29 +258,24 @@ def score_batch(
         IntegrityError: a score is not finite, a task is empty or has another number of samples than documents.
     """
     quick = bool(evaluation.get("quick"))
-
-    def load(data: DataSet, options: dict[str, Any]) -> "DatasetDict":
-        found = library.load(data, **options)
-        return subset(found, data, batch.limit) if quick and batch.limit else found
-
-    limit = None if quick else batch.limit
     if batch.tasks == (STUDY_MMLU,):
-        part = _study_mmlu(model, tokenizer, load, limit, journal, identity, tell)
+        choose = partial(drawn if quick else first, batch.limit)
+        part = _study_mmlu(model, tokenizer, library, choose, journal, identity, tell)
     else:
-        part = _lm_eval(model, tokenizer, evaluation, batch, limit, load, include, seed, journal, identity, tell)
+        part = _lm_eval(model, tokenizer, evaluation, batch, library, include, seed, journal, identity, tell)
     return _named(part, quick)
 
 
-def subset(data: "DatasetDict", wanted: DataSet, count: int) -> "DatasetDict":
-    """So many questions of each split that is asked from, drawn once and for all; examples stay as they are."""
-    from datasets import DatasetDict
+def first(limit: int | None, task: str, count: int) -> Sequence[int]:
+    """The numbers of the first questions."""
+    return range(count if limit is None else min(count, limit))
 
-    chosen = {}
-    for split, rows in data.items():
-        few = split in ("validation", "test") and len(rows) > count
-        dice = random.Random(f"{QUICK_SEED} {wanted.key} {split}")
-        chosen[split] = rows.select(sorted(dice.sample(range(len(rows)), count))) if few else rows
-    return DatasetDict(chosen)
+
+def drawn(limit: int | None, task: str, count: int) -> Sequence[int]:
+    """The numbers, ascending, of so many of a task's questions, drawn once and for all."""
+    if limit is None or count <= limit:
+        return range(count)
+    return sorted(random.Random(f"{QUICK_SEED} {task}").sample(range(count), limit))
 
 
 def _lm_eval(
@@ -198,8 +283,7 @@ def _lm_eval(
     tokenizer: Any,
     evaluation: Json,
     batch: Batch,
-    limit: int | None,
-    load: Callable[[DataSet, dict[str, Any]], "DatasetDict"],
+    library: Library,
     include: Path | None,
     seed: int,
     journal: Path,
@@ -209,13 +293,15 @@ def _lm_eval(
     from q3q.evaluate.harness import Chat, run_tasks  # lm-eval takes seconds to import
 
     template, thinking = CHATS[evaluation.get("chat", PLAIN_CHAT)]
-    with serving(load):
+    with serving(lambda data, options: library.load(data, **options)):
         found = run_tasks(
             model,
             tokenizer,
             batch.tasks,
-            limit=limit,
+            limit=batch.limit,
+            choose=partial(drawn, batch.limit) if evaluation.get("quick") else None,
             num_fewshot=batch.shots,
+            max_gen_toks=evaluation.get("max_gen_toks"),
             seed=seed,
             include_path=include,
             chat=Chat(template=template, thinking=thinking),
@@ -225,38 +311,50 @@ def _lm_eval(
         )
     members = found.results.get("group_subtasks", {})
     leaves = {group: _leaves(group, members) for group in members}
-    samples = [
-        _sample(task, [group for group, tasks in leaves.items() if task in tasks and task != group], row)
-        for task, rows in found.samples.items()
-        for row in rows
-    ]
+    samples: list[Json] = []
     intervals = dict(found.intervals)
     for task, rows in found.samples.items():
-        intervals |= weighted_intervals(task, rows)
+        groups = [group for group, tasks in leaves.items() if task in tasks and task != group]
+        weighted = weighted_losses(rows)
+        intervals |= weighted_intervals(task, weighted)
+        for number, row in enumerate(rows):
+            samples.append(_sample(task, groups, row, {name: losses[number] for name, losses in weighted.items()}))
     results = {**_plain(found.results), "effort": asdict(found.effort)}
     return Part(dict(found.metrics), intervals, {"+".join(batch.tasks): results}, samples)
 
 
-def weighted_intervals(task: str, rows: Sequence[Json]) -> dict[str, tuple[float, float]]:
-    """95 % intervals of exp(-sum l / sum w), documents with log-likelihood l and weight w (words or bytes), and of bits
-    per byte, its logarithm: lm-eval gives none.
+def weighted_losses(rows: Sequence[Json]) -> dict[str, list[float]]:
+    """What each document contributes to a perplexity per word or byte, and to the bits per byte: nats (bits) of which
+    the mean is its logarithm, L = -sum l / sum w of documents with log-likelihoods l and weights w (words or bytes).
 
-    By the variance of a ratio r = sum l / sum w of n documents, n / (n - 1) sum (l - r w)^2 / (sum w)^2 (Cochran,
-    Sampling Techniques, 1977, section 6.4).
+    A document that is longer counts more. Its contribution is L + n (-l - L w) / sum w, of n documents, whose variance
+    is that of the ratio (Cochran, Sampling Techniques, 1977, section 6.4); so intervals and paired comparisons of the
+    mean are those of the ratio.
     """
-    from q3q.evaluate.compare import NORMAL_95
-
-    found: dict[str, tuple[float, float]] = {}
+    found: dict[str, list[float]] = {}
     for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         pairs = [tuple(row[name]) for row in rows if isinstance(row.get(name), (tuple, list))]
-        if len(pairs) < 2:
+        if not pairs or len(pairs) < len(rows):
             continue
         n, weight = len(pairs), sum(w for _, w in pairs)
-        ratio = sum(score for score, _ in pairs) / weight
-        error = math.sqrt(n / (n - 1) * sum((score - ratio * w) ** 2 for score, w in pairs)) / weight
-        ends = (-ratio - NORMAL_95 * error, -ratio + NORMAL_95 * error)
-        bits = name == "bits_per_byte"
-        found[f"{task}/{name}"] = (ends[0] / math.log(2), ends[1] / math.log(2)) if bits else _exps(*ends)
+        loss = -sum(score for score, _ in pairs) / weight
+        unit = math.log(2) if name == "bits_per_byte" else 1.0
+        found[name] = [(loss + n * (-score - loss * w) / weight) / unit for score, w in pairs]
+    return found
+
+
+def weighted_intervals(task: str, losses: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """95 % intervals of what `weighted_losses` are the contributions to: lm-eval gives none."""
+    from q3q.evaluate.compare import NORMAL_95, estimate
+
+    found: dict[str, tuple[float, float]] = {}
+    for name, values in losses.items():
+        if len(values) < 2:
+            continue
+        mean = estimate({str(number): value for number, value in enumerate(values)})
+        spread = NORMAL_95 * mean.standard_error
+        ends = mean.value - spread, mean.value + spread
+        found[f"{task}/{name}"] = ends if name == "bits_per_byte" else _exps(*ends)
     return found
 
 
@@ -274,11 +372,12 @@ def _leaves(group: str, members: Mapping[str, Sequence[str]]) -> list[str]:
 ROW = ("doc_id", "doc_hash", "prompt_hash", "filter", "target", "log_likelihood", "greedy", "text")
 
 
-def _sample(task: str, groups: Sequence[str], row: Json) -> Json:
-    """One of lm-eval's samples as `samples.py` files it; of the metrics, those that are numbers of their own."""
+def _sample(task: str, groups: Sequence[str], row: Json, weighted: dict[str, float]) -> Json:
+    """One of lm-eval's samples as `samples.py` files it; of the metrics, those that are numbers of their own, and its
+    `weighted_losses`."""
     scores = {
         name: float(value) for name, value in row.items() if name not in ROW and isinstance(value, (int, float, bool))
-    }
+    } | weighted
     kept = {name: row.get(name) for name in ROW}
     kept["target"] = None if row.get("target") is None else str(row["target"])
     suffix = "" if row["filter"] == "none" else f"/{row['filter']}"
@@ -288,8 +387,8 @@ def _sample(task: str, groups: Sequence[str], row: Json) -> Json:
 def _study_mmlu(
     model: "Decoder",
     tokenizer: Any,
-    load: Callable[[DataSet, dict[str, Any]], "DatasetDict"],
-    limit: int | None,
+    library: Library,
+    choose: Choose,
     journal: Path,
     identity: str,
     tell: Tell,
@@ -298,22 +397,20 @@ def _study_mmlu(
     from q3q.evaluate.compare import NORMAL_95, estimate
     from q3q.evaluate.encoding import LineEncoder, as_ids
     from q3q.evaluate.harness import HarnessLM
-    from q3q.evaluate.journal import Journal
+    from q3q.evaluate.journal import SCORES, Journal
 
     encode = LineEncoder(tokenizer)
     tokens = mmlu_paper.answer_tokens(encode)
     rows: list[tuple[int, Json]] = []
     prompts: list[Ids] = []
     for data in _MMLU:
-        splits = load(data, {})
+        splits = library.load(data)
         examples = list(splits["dev"])
-        for number, row in enumerate(splits["test"]):
-            if limit is not None and number >= limit:
-                break
-            question = {**row, "subject": data.name}
+        for number in choose(f"mmlu_{data.name}", len(splits["test"])):  # the same as lm-eval's task asks
+            question = {**splits["test"][number], "subject": data.name}
             rows.append((number, question))
             prompts.append(as_ids(mmlu_paper.fitting_prompt(question, examples, encode)))
-    kept = Journal(journal / "mmlu_paper.jsonl", identity)
+    kept = Journal(journal / SCORES, identity)
     try:
         lm = HarnessLM(model, tokenizer, tell, journal=kept)
         asked = [lm._request(ids, as_ids([token]), STUDY_MMLU) for ids in prompts for token in tokens]

@@ -107,6 +107,28 @@ def fetch_facts(source: str, revision: str | None = None) -> ModelFacts:
     return read_facts(_config_folder(source, revision))
 
 
+def fetch_file(source: str, name: str, revision: str | None = None) -> Path | None:
+    """A small file of a Hub model, None if the model has none of this name.
+
+    Raises:
+        CheckpointError: neither the Hub nor the local cache can tell.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = try_to_load_from_cache(source, name, revision=revision)
+    if cached is not None:  # a path, or the note that the model was found not to have it
+        return Path(cached) if isinstance(cached, str) else None
+    if (silence := _ask_hub(source, revision)) is not None:
+        raise _unreachable(source, revision, silence) from silence
+    try:
+        return Path(hf_hub_download(source, name, revision=revision, etag_timeout=_HUB_SECONDS))
+    except Exception as error:  # see `locate`
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise _unreachable(source, revision, error) from error
+
+
 def _config_folder(source: str, revision: str | None) -> Path:
     """A snapshot of the local cache with config.json in it, up to date if the Hub answers."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache

@@ -88,7 +88,7 @@ def _evaluation(spec: TrialSpec) -> list[str]:
         words.append(f"evaluation.path={spec.places.get('evaluation', 'FILE')}")
     if wanted["texts"]:
         words += [f"evaluation.window={wanted['texts'][0]['window']}", f"evaluation.limit={_limit(wanted['texts'][0])}"]
-    for key in ("task_limit", "shots", "limits", "chat", "quick"):
+    for key in ("task_limit", "shots", "limits", "chat", "max_gen_toks", "quick"):
         if wanted.get(key):
             words.append(f"evaluation.{key}={_value(wanted[key])}")
     drift = wanted.get("drift")

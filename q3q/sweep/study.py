@@ -54,6 +54,7 @@ def sole_driver(specs: Sequence[TrialSpec], storage: str | Path, say: Callable[[
         claim.release()
 
 
+NOT_COMPARED = "not_compared"  # the note of a record that says why it is not compared with its baseline
 RECENT_RECORDS = 200  # that correct the cost model
 TRY_AGAIN_SECONDS = 30.0  # after which a tracker that failed is asked again
 
@@ -206,11 +207,12 @@ class Study:
         baseline = baseline_record(record.spec, self.records)
         if baseline is None or not record.completed or not record.files:
             return record
+        notes = {key: value for key, value in record.notes.items() if key != NOT_COMPARED}
         try:
-            found = compared(record, baseline)
+            found = compared(replace(record, notes=notes), baseline)
         except IntegrityError as error:
             self.note(f"{record.spec.name} cannot be compared with the unquantized model: {error}")
-            return record
+            found = replace(record, notes=notes | {NOT_COMPARED: str(error)})
         if found != record:
             found.save()
             self._send(found)

@@ -69,7 +69,7 @@ def windows():
 
 @pytest.fixture
 def identity(windows):
-    return BaselineIdentity.of(MODEL, "t1", windows, kept=3)
+    return BaselineIdentity.of(MODEL, "t1", windows, kept=3, device="cpu")
 
 
 def same(one, other):
@@ -111,18 +111,19 @@ def test_it_is_computed_once(tmp_path, model, windows, identity):
 def test_all_that_changes_numbers_changes_the_key(windows, identity):
     of = BaselineIdentity.of
     others = [
-        of({**MODEL, "digest": "d2"}, "t1", windows, 3),
-        of({**MODEL, "dtype": "bfloat16"}, "t1", windows, 3),
-        of({"source": "d1", "revision": "r", "dtype": "float32"}, "t1", windows, 3),
-        of(MODEL, "t2", windows, 3),
-        of(MODEL, "t1", windows + 1, 3),
-        of(MODEL, "t1", windows[:, :11], 3),
-        of(MODEL, "t1", windows.view(10, 6), 3),
-        of(MODEL, "t1", windows, 2),
+        of({**MODEL, "digest": "d2"}, "t1", windows, 3, "cpu"),
+        of({**MODEL, "dtype": "bfloat16"}, "t1", windows, 3, "cpu"),
+        of({"source": "d1", "revision": "r", "dtype": "float32"}, "t1", windows, 3, "cpu"),
+        of(MODEL, "t2", windows, 3, "cpu"),
+        of(MODEL, "t1", windows + 1, 3, "cpu"),
+        of(MODEL, "t1", windows[:, :11], 3, "cpu"),
+        of(MODEL, "t1", windows.view(10, 6), 3, "cpu"),
+        of(MODEL, "t1", windows, 2, "cpu"),
+        of(MODEL, "t1", windows, 3, "cuda"),
         replace(identity, version=identity.version + 1),
     ]
     assert len({identity.key, *(other.key for other in others)}) == len(others) + 1
-    assert of({**MODEL, "name": "another name"}, "t1", windows, 3).key == identity.key
+    assert of({**MODEL, "name": "another name"}, "t1", windows, 3, "cpu").key == identity.key
 
 
 def test_what_it_takes_on_disk(tmp_path, model, windows, identity):
@@ -197,8 +198,28 @@ def test_a_damaged_entry_is_computed_again(tmp_path, model, windows, identity, d
     assert model.windows == 5
 
 
+@pytest.mark.parametrize(("damage", "computed"), [(lambda path: None, 3), (lambda path: flip(path, -1), 4)])
+def test_what_a_killed_writer_left_is_gone_on_with_as_far_as_it_is_whole(
+    tmp_path, model, windows, identity, monkeypatch, damage, computed
+):
+    monkeypatch.setattr("q3q.evaluate.budget.SET_TOKENS", {"cpu": windows.shape[1]})
+
+    def killed(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        baseline_for(tmp_path, identity, model, windows, killed)
+    damage(tmp_path / f"{identity.key}.partial" / WINDOW)
+    model.windows = 0
+    entry = baseline_for(tmp_path, identity, model, windows)
+    assert model.windows == computed
+    assert same(entry, baseline_for(tmp_path / "other", identity, model, windows))
+    assert sorted(path.name for path in entry.folder.iterdir()) == [MANIFEST, *map(baseline_module._file, entry.rows)]
+
+
 def test_another_models_entry_under_this_name_is_not_used(tmp_path, model, windows, identity):
-    other = BaselineIdentity.of({**MODEL, "digest": "d2"}, "t1", windows, 3)
+    other = BaselineIdentity.of({**MODEL, "digest": "d2"}, "t1", windows, 3, "cpu")
     baseline_for(tmp_path, other, model, windows).folder.rename(tmp_path / identity.key)
     assert find_baseline(tmp_path, identity) is None
 
@@ -290,7 +311,7 @@ def test_a_writer_killed_midway_leaves_nothing_that_is_used(tmp_path, model, win
     began = time.monotonic()
     entry = baseline_for(tmp_path, identity, model, windows)  # waits for no dead process
     assert time.monotonic() - began < 10
-    assert model.windows == 5
+    assert model.windows in (3, 4)  # and goes on with what it left, which may lack the line of the second window
     assert not partial.exists()
     assert same(entry, baseline_for(tmp_path / "other", identity, model, windows))
 

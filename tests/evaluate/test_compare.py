@@ -88,6 +88,23 @@ def test_a_trial_that_answers_worse_is_told_from_one_that_does_not():
     assert same.low < 0 < same.high
 
 
+def test_interval_test_and_verdict_say_the_same():
+    """Of all tables with up to 40 discordant pairs; Newcombe's own interval contradicts McNemar's test in some."""
+    widened = 0
+    for n in (12, 40, 400):
+        for better in range(min(n, 40) + 1):
+            for worse in range(min(n, 40) + 1 - better):
+                both = (n - better - worse) * 2 // 3
+                counts = both, better, worse, n - both - better - worse
+                found = compare("m", *answers(*counts))
+                assert found.distinguishable == (found.p_value < 0.05) == (not found.low <= 0 <= found.high), counts
+                low, high = paired_interval(*counts)
+                assert found.low <= low
+                assert found.high >= high
+                widened += (found.low, found.high) != (low, high)
+    assert widened > 10
+
+
 def test_pairing_finds_what_two_separate_samples_would_not():
     ours, theirs = answers(700, 2, 20, 278)
     separate = math.hypot(estimate(ours).standard_error, estimate(theirs).standard_error)
@@ -144,6 +161,17 @@ def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say(monkeypatch, d
         rejected += p_value < 0.05
     assert 0.92 < covered / trials < 0.975  # 2.5 standard errors; the percentile interval gives 0.90 and 0.85
     assert rejected / trials == pytest.approx(1 - covered / trials, abs=0.01)  # p-value and interval agree
+
+
+def test_the_bootstraps_interval_leaves_zero_out_where_its_test_does():
+    dice = numpy.random.default_rng(3)
+    told = 0
+    for _ in range(60):
+        ours, theirs = scores(dice.normal(0.6, 1, 12)), scores([0.0] * 12)
+        found = compare("m", ours, theirs)
+        assert found.distinguishable == (found.p_value < 0.05) == (not found.low <= 0 <= found.high)
+        told += found.distinguishable
+    assert 10 < told < 50
 
 
 def test_scores_that_nearly_always_agree_leave_an_end_open_rather_than_invent_one():

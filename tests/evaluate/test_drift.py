@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from q3q.errors import IntegrityError
 from q3q.evaluate.baseline import BaselineIdentity, baseline_for
 from q3q.evaluate.drift import Drift, perplexity_and_drift
-from q3q.evaluate.perplexity import perplexity
+from q3q.evaluate.journal import Journal
+from q3q.evaluate.perplexity import perplexity, window_losses
 from q3q.models import decoder as decoder_module
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
@@ -50,7 +51,7 @@ def baseline(tmp_path, decoder, windows):
 
 
 def kept(folder, model, windows, count):
-    identity = BaselineIdentity.of({"digest": "d", "dtype": "float32"}, "t", windows, count)
+    identity = BaselineIdentity.of({"digest": "d", "dtype": "float32"}, "t", windows, count, "cpu")
     return baseline_for(folder, identity, model, windows)
 
 
@@ -191,3 +192,42 @@ def test_names_and_intervals_of_the_record():
     assert intervals["kl/c4"] == (0.0, pytest.approx(0.1 + 0.196, abs=1e-3))
     assert intervals["kl_p99/c4"] == (0.5, 1.2)
     assert intervals["top1_agreement/c4"] == (pytest.approx(0.99 - 0.0392, abs=1e-3), 1.0)
+
+
+@torch.inference_mode()
+def test_a_killed_pass_goes_on_at_the_window_where_it_was(decoder, windows, baseline, tmp_path, monkeypatch):
+    monkeypatch.setattr("q3q.evaluate.budget.SET_TOKENS", {"cpu": 32})  # two windows a batch
+    quantized = damaged(decoder, 0.1)
+    whole = perplexity_and_drift(quantized, windows, baseline, decoder.head_VH)
+    alone = window_losses(quantized, windows)
+    for name, measure, expected in (
+        ("drift", lambda *more: perplexity_and_drift(quantized, windows, baseline, decoder.head_VH, *more), whole),
+        ("perplexity", lambda *more: window_losses(quantized, windows, *more), alone),
+    ):
+        path, told = tmp_path / name, []
+
+        def killed(done, total):
+            if done >= 3:
+                raise KeyboardInterrupt
+
+        journal = Journal(path, "m")
+        with pytest.raises(KeyboardInterrupt):
+            measure(killed, journal)
+        journal.close()
+        path.write_bytes(path.read_bytes()[:-3])  # torn: its last window is not there
+        journal = Journal(path, "m")
+        before = len(journal.counted())
+        assert before in (2, 3)
+        found = measure(lambda done, total, told=told: told.append(done), journal)
+        assert told[0] > before
+        journal.close()
+        if name == "drift":
+            assert torch.equal(found.nll_N, expected.nll_N)
+            assert (found.drift, found.perplexity) == (expected.drift, expected.perplexity)
+        else:
+            assert torch.equal(found, expected)
+        journal = Journal(path, "m")
+        told.clear()
+        measure(lambda done, total, told=told: told.append(done), journal)
+        assert not told  # nothing is left to measure
+        journal.close()

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from q3q.config import DEMO_MODELS
 from q3q.errors import ConfigError, IntegrityError
-from q3q.evaluate.harness import Chat, HarnessLM, check_samples, run_tasks
+from q3q.evaluate.harness import Chat, HarnessLM, asked_documents, check_samples, run_tasks
 from q3q.evaluate.journal import Journal
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
@@ -100,18 +100,42 @@ def test_what_no_window_holds_is_refused(both):
         ours.loglikelihood(instances([("  ", "Ada")]))
 
 
+def rounded_to_8_bits(_, inputs):
+    """SmoothQuant's dynamic rounding of a linear's input, one scale a token, written down once more."""
+    scale = inputs[0].float().abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
+    return ((inputs[0].float() / scale).round() * scale).to(inputs[0].dtype)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize(
-    ("kind", "dtype", "median", "most"),
-    [("dense", torch.bfloat16, 0.04, 0.4), ("moe", torch.float32, 1e-5, 1e-3)],
-    ids=["dense bfloat16", "moe float32"],
+    ("kind", "dtype", "act_bits", "median", "most"),
+    [
+        ("dense", torch.bfloat16, None, 0.04, 0.4),
+        ("moe", torch.float32, None, 1e-5, 1e-3),
+        ("moe", torch.bfloat16, None, 0.06, 0.4),
+        ("dense", torch.float32, 8, 1e-4, 0.05),
+        ("dense", torch.bfloat16, 8, 0.06, 0.4),
+    ],
+    ids=["dense bfloat16", "moe float32", "moe bfloat16", "dense float32 act 8", "dense bfloat16 act 8"],
 )
-def test_where_rounding_may_flip_an_expert_differences_are_small(kind, dtype, median, most):
+def test_where_rounding_may_flip_a_code_or_an_expert_differences_are_small(kind, dtype, act_bits, median, most):
+    """The bounds are those of docs/EVALUATION.md."""
     ours, hflm = models(kind, dtype)
     pairs = [pair for pair in adversarial()[:-1] if len(pair[0]) < 700]
+    plain = ours.loglikelihood(instances(pairs))
+    if act_bits is not None:
+        for block in ours.model.blocks:
+            block.act_bits = act_bits
+        for name, linear in hflm.model.named_modules():
+            if isinstance(linear, torch.nn.Linear) and name.startswith("model.layers."):
+                linear.register_forward_pre_hook(rounded_to_8_bits)
     found, expected = ours.loglikelihood(instances(pairs)), hflm.loglikelihood(instances(pairs), disable_tqdm=True)
     differences = [abs(a - b) / max(1.0, abs(b) / 20) for (a, _), (b, _) in zip(found, expected, strict=True)]
     assert np.median(differences) <= median
     assert max(differences) <= most
+    if act_bits is not None:
+        effect = [abs(a - b) for (a, _), (b, _) in zip(found, plain, strict=True)]
+        assert np.median(effect) > 2 * np.median(differences)  # rounding was there, on both sides
 
 
 @torch.inference_mode()
@@ -223,6 +247,134 @@ def test_chat_templates_are_applied_as_hflm_does(both):
     unscored = run_tasks(ours.model, tokenizer, ["stories_where"], limit=3, seed=0)
     rows = zip(scored.samples["stories_where"], unscored.samples["stories_where"], strict=True)
     assert all(a["prompt_hash"] != b["prompt_hash"] for a, b in rows)
+
+
+QWEN_LIKE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+ALWAYS_THINKS = QWEN_LIKE.replace("{% if enable_thinking is defined and enable_thinking is false %}", "").replace(
+    "<think>\n\n</think>\n\n{% endif %}", "<think>\n"
+)
+
+
+class Counting:
+    """A tokenizer that counts the tokens it decodes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoded = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args, **options):
+        return self.tokenizer(*args, **options)
+
+    def decode(self, ids, **options):
+        self.decoded += len(ids)
+        return self.tokenizer.decode(ids, **options)
+
+
+def say(monkeypatch, text):
+    """Whatever is asked, the model says this text, as far as it may."""
+
+    def generate(model, contexts, most, ended, budget):
+        said = load_tokenizer(DEMO_MODELS / "dense")(text)["input_ids"]
+        for row in range(len(contexts)):
+            tokens = []
+            for token in said[:most]:
+                tokens.append(token)
+                if ended(tokens):
+                    break
+            yield row, tokens
+
+    monkeypatch.setattr("q3q.evaluate.harness.generate", generate)
+
+
+THOUGHT = "<think>\nHm.\n\nNot 7.\n\nSo it is\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "thinking", "said", "most", "answer", "finished"),
+    [
+        (QWEN_LIKE, True, THOUGHT + "42\n\nNext: 43", 200, "42", True),
+        (QWEN_LIKE, None, THOUGHT + "42\n\nNext: 43", 200, "42", True),  # a hybrid model thinks if it is left to it
+        (QWEN_LIKE, None, "42\n\nNext: 43", 200, "42", True),  # one that does not think answers at once
+        (QWEN_LIKE, None, THOUGHT + "42", 12, "", False),
+        (QWEN_LIKE, True, "Hm.\n\nNot 7.", 200, "", False),
+        (QWEN_LIKE, False, "42\n\nNext: 43", 200, "42", True),
+        (ALWAYS_THINKS, None, THOUGHT.removeprefix("<think>\n") + "42\n\nNext", 200, "42", True),
+        (ALWAYS_THINKS, None, "Hm.\n\nNot 7.", 200, "", False),
+    ],
+)
+def test_the_answer_is_what_comes_after_the_thought(
+    both, monkeypatch, template, thinking, said, most, answer, finished
+):
+    ours, _ = both
+    tokenizer = load_tokenizer(DEMO_MODELS / "dense")
+    tokenizer.chat_template = template
+    lm = HarnessLM(ours.model, tokenizer, chat=Chat(template=True, thinking=thinking), max_gen_toks=most)
+    prompt = lm.apply_chat_template([{"role": "user", "content": "6 * 7?"}])
+    assert prompt.endswith("</think>\n\n") == (thinking is False)
+    say(monkeypatch, said)
+    settings = {"until": ["\n\n"], "max_gen_toks": 3}  # the task's own number, which a thought would not fit into
+    assert lm.generate_until(instances([(prompt, settings)], "generate_until")) == [answer]
+    assert lm.finished == {"a_task": [finished]}
+
+
+def test_without_a_chat_template_no_text_is_a_thought(both, monkeypatch):
+    ours, _ = both
+    say(monkeypatch, "<think> a </think> b\nc")
+    found = ours.generate_until(instances([("a", {"until": ["\n"], "max_gen_toks": 40})], "generate_until"))
+    assert found == ["<think> a </think> b"]
+
+
+def test_looking_for_the_end_does_not_decode_the_whole_text_each_time(both, monkeypatch):
+    ours, _ = both
+    tokenizer = Counting(load_tokenizer(DEMO_MODELS / "dense"))
+    said = "word " * 400 + "é😀" + "\nSTOP here\n" + "word " * 400
+    settings = {"until": ["\nSTOP", "Nowhere at all"], "max_gen_toks": 1500}
+    say(monkeypatch, said)
+    lm = HarnessLM(ours.model, tokenizer)
+    [found] = lm.generate_until(instances([("a", settings)], "generate_until"))
+    assert found == said.partition("\nSTOP")[0]
+    length = len(tokenizer(found)["input_ids"])
+    assert length > 400
+    assert tokenizer.decoded < 30 * length  # with the whole text each time it is half its square
+
+
+def test_unfinished_thoughts_are_counted(both, monkeypatch, tmp_path):
+    ours, _ = both
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"What is {i}?", "a": "42"}) + "\n" for i in range(4)), encoding="utf-8")
+    task = {
+        "task": "talk",
+        "output_type": "generate_until",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "{{a}}",
+        "generation_kwargs": {"until": ["\n\n"]},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    (tmp_path / "talk.yaml").write_text(json.dumps(task), encoding="utf-8")
+    tokenizer = load_tokenizer(DEMO_MODELS / "dense")
+    tokenizer.chat_template = QWEN_LIKE
+
+    def scored(text, **more):
+        say(monkeypatch, text)
+        given = {"limit": None, "seed": 0, "include_path": tmp_path, **more}
+        return run_tasks(ours.model, tokenizer, ["talk"], **given).metrics
+
+    thinks = {"chat": Chat(template=True), "max_gen_toks": 100, "journal": tmp_path / "j", "identity": "demo"}
+    found = scored(THOUGHT + "42", **thinks)
+    assert (found["talk/exact_match"], found["unfinished/talk"]) == (1, 0)
+    assert scored("nothing", **thinks) == found  # the journal remembers
+    cut = scored(THOUGHT + "42", chat=Chat(template=True), max_gen_toks=9)
+    assert (cut["talk/exact_match"], cut["unfinished/talk"]) == (0, 1)
+    assert "unfinished/talk" not in scored("42", chat=Chat(template=True, thinking=False))
 
 
 PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
@@ -382,15 +534,20 @@ def test_tasks_without_documents_and_documents_without_samples_fail(both, tmp_pa
     (tmp_path / "piqa.yaml").write_text(
         "".join(f"{key}: {value if key == 'process_docs' else json.dumps(value)}\n" for key, value in task.items())
     )
-    with pytest.raises(IntegrityError, match="no documents to evaluate, among local_piqa"):
+    with pytest.raises(IntegrityError, match="local_piqa has no documents to evaluate"):
         run_tasks(ours.model, ours.tokenizer, ["local_piqa"], limit=2, seed=0, include_path=tmp_path)
     rows = [{"doc_id": i, "filter": "none"} for i in range(3)]
-    check_samples({"t": rows}, {"t": 3}, None)
-    check_samples({"t": rows}, {"t": 9}, 3)
-    with pytest.raises(IntegrityError, match="t: 3 samples of 3 documents, there should be 4"):
-        check_samples({"t": rows}, {"t": 4}, None)
+    check_samples({"t": rows}, {"t": range(3)})
+    check_samples({"t": rows}, asked_documents({"t": 9}, 3, None))
+    with pytest.raises(IntegrityError, match=r"t \(filter none\): 3 samples of 3 documents, there should be 4"):
+        check_samples({"t": rows}, {"t": range(4)})
     with pytest.raises(IntegrityError, match="there should be 3"):
-        check_samples({"t": [*rows, rows[0]]}, {"t": 3}, None)
+        check_samples({"t": [*rows, rows[0]]}, {"t": range(3)})
+    with pytest.raises(IntegrityError, match=r"t \(filter none\): 0 samples"):
+        check_samples({}, {"t": range(3)})
+    second = [{"doc_id": i, "filter": "strict"} for i in range(2)]
+    with pytest.raises(IntegrityError, match=r"t \(filter strict\): 2 samples of 2 documents, there should be 3"):
+        check_samples({"t": [*rows, *second]}, {"t": range(3)})  # all documents have a sample, not of each filter
 
 
 REAL = Path(os.environ.get("Q3Q_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))

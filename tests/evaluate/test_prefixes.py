@@ -195,3 +195,33 @@ def test_a_budget_grows_while_that_is_faster(monkeypatch):
     for _ in range(40):
         budget.run(attempt)
     assert budget.tokens == 1024
+
+
+def multiple_choice(random, questions, shared, asked, answers):
+    """Requests of questions with four answers each. shared: tokens that all begin with; asked, answers: from, to."""
+    begin = random.integers(0, 4096, shared)
+    for _ in range(questions):
+        question = random.integers(0, 4096, random.integers(*asked))
+        for _ in range(4):
+            answer = random.integers(0, 4096, random.integers(*answers))
+            inputs = np.concatenate((begin, question, answer[:-1])).astype(np.int32)
+            yield Request(inputs, answer.astype(np.int32), "t")
+
+
+@pytest.mark.parametrize("budget", [512, 2048, 8192])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"shared": 600, "asked": (20, 200), "answers": (1, 2)},  # 5-shot MMLU
+        {"shared": 0, "asked": (20, 60), "answers": (5, 30)},  # HellaSwag
+        {"shared": 0, "asked": (20, 60), "answers": (1, 6)},  # ARC: pieces of a few tokens
+        {"shared": 0, "asked": (10, 30), "answers": (6, 13)},  # PIQA's shorter ones
+    ],
+)
+def test_attention_pads_less_than_a_twentieth(shape, budget):
+    tape, _ = lay_out(list(multiple_choice(np.random.default_rng(0), 150, **shape)))
+    while not tape.done:
+        tape.next_batch(budget)
+        tape.advance()
+    assert tape.attended - tape.padded == len(tape)  # nothing but the attention's query slots is ever padded
+    assert tape.padded < 0.05 * tape.attended

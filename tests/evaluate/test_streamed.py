@@ -146,7 +146,7 @@ def test_running_out_of_memory_halves_the_batches_of_a_pass(resident, streamed, 
 
 @torch.inference_mode()
 def test_drift_is_measured_in_one_pass(resident, streamed, tmp_path):
-    identity = BaselineIdentity.of({"digest": "d", "dtype": "float32"}, "t", windows(), 4)
+    identity = BaselineIdentity.of({"digest": "d", "dtype": "float32"}, "t", windows(), 4, "cpu")
     entry = baseline_for(tmp_path / "streamed", identity, streamed, windows())
     assert streamed.blocks.asked == [0, 1]
     kept = baseline_for(tmp_path / "resident", identity, resident, windows())

@@ -14,13 +14,26 @@ from q3q.calibrate.sources import Text
 from q3q.calibrate.windows import draw_windows
 from q3q.config import DEMO_MODELS
 from q3q.data import LOCAL, MMLU, REVISIONS, DataSet, Library, serving
-from q3q.errors import ConfigError
+from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate import mmlu_paper, suites
+from q3q.evaluate.compare import compare
 from q3q.evaluate.samples import comparisons, measured, read_samples, window_rows, write_samples
-from q3q.evaluate.suites import KNOWN, SUBJECTS, batches, data_sets, draws_shots, score_batch, weighted_intervals
+from q3q.evaluate.suites import (
+    KNOWN,
+    QUESTIONS,
+    SUBJECTS,
+    batches,
+    draws_shots,
+    score_batch,
+    settle,
+    weighted_intervals,
+    weighted_losses,
+)
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 
+HAS = {"piqa": 6, "arc_easy": 6, "arc_challenge": 6, "hellaswag": 6, "winogrande": 6, "boolq": 6, "wikitext": 6}
+HAS |= {"mmlu": 2, "mmlu_paper": 2}  # questions in our own data sets
 SUITE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "mmlu", "mmlu_paper", "wikitext")
 
 
@@ -31,7 +44,7 @@ def demo():
 
 def score(demo, evaluation, folder, journal):
     library = Library(folder, settle=True)
-    data_sets(evaluation["tasks"], evaluation.get("shots", {}), None, library)
+    settle(evaluation["tasks"], library, shots=evaluation.get("shots", {}), limits=HAS)
     parts = [
         score_batch(
             *demo,
@@ -95,10 +108,31 @@ def test_a_pages_perplexity_is_that_of_its_words(scored, study_data):
     pages = [json.loads(line)["page"] for line in (study_data / "wikitext" / "test.jsonl").open(encoding="utf-8")]
     assert -likelihoods / nats_a_word == pytest.approx(sum(len(re.split(r"\s+", page)) for page in pages))
     same = [{"word_perplexity": (-20.0, 10)}, {"word_perplexity": (-40.0, 20)}]
-    low, high = weighted_intervals("t", same)["t/word_perplexity"]
+    low, high = weighted_intervals("t", weighted_losses(same))["t/word_perplexity"]
     assert low == pytest.approx(high) == pytest.approx(torch.tensor(2.0).exp().item())  # no spread between pages
     low, high = intervals["word_perplexity/wikitext2"]
     assert low < high
+    scores = measured(samples, quick=False)
+    for name in ("word_perplexity/wikitext2", "byte_perplexity/wikitext2"):
+        assert sum(scores[name].values()) / 6 == pytest.approx(torch.tensor(metrics[name]).log().item())
+    assert sum(scores["bits_per_byte/wikitext2"].values()) / 6 == pytest.approx(metrics["bits_per_byte/wikitext2"])
+
+
+def test_two_models_word_perplexities_are_compared_page_by_page():
+    """The difference is of nats per word, and its interval that of a ratio: a page's length alone is no difference."""
+    dice = torch.Generator().manual_seed(0)
+    words = torch.randint(50, 5000, (40,), generator=dice).tolist()
+    ours, theirs = (
+        {f"page {k}": loss for k, loss in enumerate(weighted_losses(rows)["word_perplexity"])}
+        for rows in ([{"word_perplexity": (-w * (3.0 + worse), w)} for w in words] for worse in (0.02, 0.0))
+    )
+    found = compare("word_perplexity/wikitext2", ours, theirs)
+    assert found.difference == pytest.approx(0.02)
+    assert (found.low, found.high) == (pytest.approx(0.02), pytest.approx(0.02))
+    assert found.distinguishable
+    noisy = [{"word_perplexity": (-w * (3.0 + float(torch.randn((), generator=dice)) / 10), w)} for w in words]
+    theirs = {f"page {k}": loss for k, loss in enumerate(weighted_losses(noisy)["word_perplexity"])}
+    assert not compare("word_perplexity/wikitext2", ours, theirs).distinguishable
 
 
 def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(demo, study_data, tmp_path, three_subjects):
@@ -119,9 +153,21 @@ def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(demo
 def test_a_killed_run_finds_its_scores_again(demo, study_data, tmp_path, monkeypatch, three_subjects):
     evaluation = {"tasks": ["piqa", "mmlu_paper"], "task_limit": 2, "limits": {"mmlu_paper": 1}, "texts": []}
     first = score(demo, evaluation, study_data, tmp_path)
-    monkeypatch.setattr(type(demo[0]), "hidden", lambda *_: pytest.fail("scored again"))
+    monkeypatch.setattr(type(demo[0]), "states", lambda *_: pytest.fail("scored again"))
     again = score(demo, evaluation, study_data, tmp_path)
     assert again[0] == first[0]
+
+
+def test_a_trial_that_was_planned_with_another_evaluation_is_not_run(monkeypatch):
+    planned = {"texts": [], "tasks": ["piqa"], "version": suites.EVALUATION_VERSION}
+    planned["lm_eval"] = suites.lm_eval_version()
+    suites.refuse_other_versions(planned)
+    suites.refuse_other_versions({"texts": [], "tasks": []})
+    with pytest.raises(ConfigError, match=r"planned with lm-eval 0\.1, and this process has"):
+        suites.refuse_other_versions({**planned, "lm_eval": "0.1"})
+    monkeypatch.setattr(suites, "EVALUATION_VERSION", suites.EVALUATION_VERSION + 1)
+    with pytest.raises(ConfigError, match=r"planned with q3q's evaluation 1, and this process has 2"):
+        suites.refuse_other_versions(planned)
 
 
 # -------------------------------------------------------------------------------------- MMLU by the study's script
@@ -207,7 +253,7 @@ def no_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", ["piqa", "mmlu"])
 def test_a_data_set_that_is_nowhere_is_named_with_a_way_out(no_hub, tmp_path, task):
     with pytest.raises(ConfigError) as refusal:
-        data_sets([task], {}, None, Library(tmp_path, settle=True))
+        settle([task], Library(tmp_path, settle=True))
     assert KNOWN[task][0].key in str(refusal.value)
     assert f"data.path={tmp_path} with {tmp_path}/{task}/ holding" in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -229,6 +275,10 @@ def test_a_downloaded_data_set_counts_if_it_is_the_pinned_commit(no_hub):
     library = Library(None, settle=True)
     assert library.identify(data) == revision
     assert list(library.load(data)["validation"]) == list(rows)
+    with pytest.raises(ConfigError, match="neither in the cache"):
+        Library(None, settle=True).identify(data, data_dir="part")
+    (no_hub / "baber___piqa" / "default-data_dir=part").symlink_to(no_hub / "baber___piqa" / "default")
+    assert Library(None, settle=True).identify(data, data_dir="part") == revision  # options are in the folder's name
     place.rename(place.with_name("0" * 40))
     with pytest.raises(ConfigError, match="neither in the cache"):
         Library(None, settle=True).identify(data)
@@ -262,12 +312,30 @@ def test_a_folder_that_cannot_serve_is_refused(tmp_path, name, content, complain
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / name).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=complaint):
-        data_sets(["piqa"], {}, None, Library(tmp_path, settle=True))
+        settle(["piqa"], Library(tmp_path, settle=True))
 
 
 def test_examples_need_a_training_split(study_data):
     with pytest.raises(ConfigError, match="no rows of the split train"):
-        data_sets(["piqa"], {"piqa": 2}, None, Library(study_data, settle=True))
+        settle(["piqa"], Library(study_data, settle=True), shots={"piqa": 2})
+
+
+def test_a_data_set_that_is_not_whole_is_refused_unless_a_limit_says_so(study_data):
+    library = Library(study_data, settle=True)
+    with pytest.raises(ConfigError, match=r"piqa has 6 rows of the split validation, and 1838 .*limits=\{piqa:6\}"):
+        settle(["piqa"], library)
+    settle(["piqa", "mmlu"], library, limits={"piqa": 6, "mmlu": 1})
+    with pytest.raises(ConfigError, match="6 rows"):
+        settle(["piqa"], library, limits={"piqa": 7})
+    assert sum(count for key, count in QUESTIONS.items() if key.startswith(MMLU)) == 14_042
+    with pytest.raises(ConfigError, match=r"mmlu is to show 6 examples, and .*mmlu has 5 in dev"):
+        settle(["mmlu"], library, limits=HAS, shots={"mmlu": 6})
+
+
+@pytest.mark.parametrize("task", ["stories_who", "wikitext"])
+def test_where_there_are_no_examples_none_are_shown(task):
+    with pytest.raises(ConfigError, match=f"{task} has no examples, and cannot show 1"):
+        settle([task], Library(None, settle=True), shots={task: 1})
 
 
 def test_mmlu_may_come_in_either_layout(study_data, tmp_path):
@@ -312,3 +380,12 @@ def test_samples_read_back_and_pair_up(scored, tmp_path):
     same = found["mmlu/acc"]
     assert (same.difference, same.distinguishable, same.n) == (0.0, False, 2 * 57)
     assert "acc" in "".join(name for name in found if name.startswith("hellaswag"))
+    assert found["word_perplexity/wikitext2"].difference == 0
+
+
+def test_answers_to_other_prompts_are_not_compared(scored):
+    _, _, samples = scored
+    rows = [row for row in samples if row["task"] == "piqa"]
+    other = [{**row, "prompt_hash": f"{row['prompt_hash']}x"} for row in rows]
+    with pytest.raises(IntegrityError, match="not scored on the same samples"):
+        comparisons(measured(rows, quick=False), measured(other, quick=False))

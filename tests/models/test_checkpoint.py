@@ -28,6 +28,7 @@ from q3q.errors import CheckpointError
 from q3q.models.checkpoint import (
     Checkpoint,
     fetch_facts,
+    fetch_file,
     load_tokenizer,
     locate,
     read_facts,
@@ -582,13 +583,18 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
                 for file in self.folder.iterdir()
             ]
             self.send(json.dumps(files).encode(), body)
+        elif path.startswith("/owner/tiny/resolve/") and not (self.folder / path.split("/")[-1]).exists():
+            self.miss("EntryNotFound", **{"X-Repo-Commit": COMMIT})
         elif path.startswith("/owner/tiny/resolve/"):
             self.send((self.folder / path.split("/")[-1]).read_bytes(), body, ETag=f'"{path.split("/")[-1]}"')
         else:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.miss("RepoNotFound")
+
+    def miss(self, what, **headers):
+        self.send_response(404)
+        for name, value in {"X-Error-Code": what, "Content-Length": "0", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def send(self, content, body, **headers):
         self.send_response(200)
@@ -651,6 +657,17 @@ def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, s
     assert resolve_revision("owner/tiny") == COMMIT
     assert fetch_facts("owner/tiny", COMMIT) == fetch_facts("owner/tiny") == read_facts(saved[0] / "tied")
     assert locate("owner/tiny", COMMIT) == locate("owner/tiny") == locate("owner/tiny", offline=True) == folder
+
+
+def test_a_file_of_a_hub_model_is_there_or_is_not_or_cannot_be_asked_for(hub):
+    settings = fetch_file("owner/tiny", "tokenizer_config.json", COMMIT)
+    assert settings.read_bytes() == (hub.folder / "tokenizer_config.json").read_bytes()
+    assert fetch_file("owner/tiny", "chat_template.jinja", COMMIT) is None
+    hub.close()
+    assert fetch_file("owner/tiny", "tokenizer_config.json", COMMIT) == settings
+    assert fetch_file("owner/tiny", "chat_template.jinja", COMMIT) is None
+    with pytest.raises(CheckpointError, match=r"owner/tiny.*nor to be had from the Hub"):
+        fetch_file("owner/tiny", "generation_config.json", COMMIT)
 
 
 def test_half_a_download_without_network_is_refused_fast(hub):
