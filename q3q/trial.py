@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import platform
 import random
 import shutil
 import traceback
@@ -36,7 +37,7 @@ from q3q.export.writer import Exporter, ExportingSink, open_exporter
 from q3q.mirror import mirror_for
 from q3q.models.checkpoint import Checkpoint, load_tokenizer, locate
 from q3q.models.decoder import Decoder, load_decoder
-from q3q.models.footprint import AUTO, Device, choose, free_memory, in_gb, need
+from q3q.models.footprint import AUTO, PROCESS_BYTES, Device, choose, free_memory, in_gb, need
 from q3q.models.qwen3 import Qwen3Block
 from q3q.models.qwen3_moe import Qwen3MoeBlock
 from q3q.models.sharded import ShardedDecoder, load_sharded
@@ -94,7 +95,7 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
             Progress(trial=spec.id, phase=phase, done=done, total=total, note=note, metrics=known, system=watch.due())
         )
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(spec)
     with torch.inference_mode():
         steps("load")(0, 1)
         with phases.phase("load"):
@@ -237,6 +238,28 @@ def open_checkpoint(spec: TrialSpec) -> Checkpoint:
     return checkpoint
 
 
+def device_of(spec: TrialSpec) -> Device:
+    """Where the trial computes: as its plan says; without one on a GPU, if there is one.
+
+    Raises:
+        ConfigError: it was planned on a GPU, and torch has none.
+    """
+    gpus, there = spec.places.get("share", {}).get("gpus"), torch.cuda.is_available()
+    if gpus and not there:
+        built = "no GPU is to be seen" if torch.version.cuda else "this torch was built without CUDA"
+        raise ConfigError(
+            f"this trial was planned on a GPU, and on {platform.node()} {built}: install a torch for its driver there "
+            "(README, A real Qwen3), or give cluster.gpus_per_trial=0"
+        )
+    return "cuda" if there and gpus != 0 else "cpu"
+
+
+def keep_to_share(gpus: float) -> None:
+    """Let torch allocate no more than this share of the GPU, so that it takes nothing from those beside it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(0.0, gpus - PROCESS_BYTES["cuda"] / total))
+
+
 @dataclass(frozen=True)
 class Loading:
     """How the model is held: by which loader, bytes that the trial may take (of a GPU's memory, if it has one), that it
@@ -253,17 +276,20 @@ class Loading:
         return f"{self.loader}, {in_gb(self.needs)} of {in_gb(self.memory)}"
 
 
-def load_model(checkpoint: Checkpoint, spec: TrialSpec, device: str, team: Team = SOLO) -> tuple[Decoder, Loading]:
-    """The model as its places say or, where they say nothing, as fits into the memory that is free; a gang divides it.
+def load_model(checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team = SOLO) -> tuple[Decoder, Loading]:
+    """The model as the trial's share and its places say or, where they say nothing, as fits into the memory that is
+    free; a gang divides it.
 
     Raises:
         ConfigError: it does not fit, or it is streamed and a task generates text.
     """
     facts, dtype = checkpoint.facts, spec.model["dtype"]
-    kind: Device = "cuda" if device == "cuda" else "cpu"
-    method = None if spec.scheme is None else str(spec.method["name"])
-    memory = spec.places.get("memory") or (torch.cuda.mem_get_info()[0] if kind == "cuda" else free_memory())
-    loader = spec.places.get("loader", AUTO) if team.size == 1 else "sharded"
+    method, share = None if spec.scheme is None else str(spec.method["name"]), spec.places.get("share", {})
+    bounds = [one["memory"] for one in (spec.places, share) if "memory" in one]
+    memory = min(bounds) if bounds else torch.cuda.mem_get_info()[0] if kind == "cuda" else free_memory()
+    loader = share.get("loader", spec.places.get("loader", AUTO)) if team.size == 1 else "sharded"
+    if kind == "cuda" and share.get("gpus", 1) < 1:
+        keep_to_share(share["gpus"])
     if loader == AUTO:
         loader = choose(facts, dtype, method=method, memory=memory, device=kind, heads=spec.heads)
     elif loader not in ("resident", "streamed") and team.size == 1:
@@ -274,13 +300,13 @@ def load_model(checkpoint: Checkpoint, spec: TrialSpec, device: str, team: Team 
     needs = need(facts, dtype, method=method, loader=loader, ranks=team.size, device=kind, heads=spec.heads)
     loading = Loading(loader, memory, needs, max(memory - needs, LEAST_ACTIVATIONS), team.size)
     if loader == "resident":
-        model = load_decoder(checkpoint, getattr(torch, dtype), device)
+        model = load_decoder(checkpoint, getattr(torch, dtype), kind)
         model.activations = loading.activations
         return model, loading
     refuse_generation(spec.evaluation, loader)
     if loader == "sharded":
         return load_sharded(checkpoint, getattr(torch, dtype), team, activations=loading.activations), loading
-    model = StreamedDecoder(checkpoint, getattr(torch, dtype), device, activations=loading.activations)
+    model = StreamedDecoder(checkpoint, getattr(torch, dtype), kind, activations=loading.activations)
     return model, loading
 
 

@@ -43,6 +43,7 @@ REPORTS_AHEAD = 64  # a task that is so many reports ahead of the driver waits, 
 ANSWER_SECONDS = 12  # how long the cluster at an address may take to answer
 CANCEL_SECONDS = 10  # how long cancelled workers are waited for
 
+KIND = "accelerator_type:"  # how Ray's name for the kind of a machine's GPUs begins
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 _KNOCK = """
@@ -68,17 +69,23 @@ class HandedBackError(BaseException):
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """What a task reserves, or a cluster has. memory is in bytes; None reserves none. ranks: of a gang, so many times
-    the same, perhaps on several machines."""
+    the same, perhaps on several machines. kind: of GPUs, as Ray calls it (A100); "": any."""
 
     cpus: float = 1
     gpus: float = 0
     memory: int | None = None
     ranks: int = 1
+    kind: str = ""
 
     def __str__(self) -> str:
         memory = [] if self.memory is None else [f"{self.memory / 2**30:.1f} GiB of memory"]
-        each = ", ".join([f"{self.cpus:g} CPUs", f"{self.gpus:g} GPUs", *memory])
+        each = ", ".join([f"{self.cpus:g} CPUs", f"{self.gpus:g} {self.kind} GPUs".replace("  ", " "), *memory])
         return each if self.ranks == 1 else f"{self.ranks} ranks of {each}"
+
+    @property
+    def pin(self) -> dict[str, float]:
+        """What to ask of Ray, besides, to get this kind of GPU: a machine has 1 of the name of its kind."""
+        return {f"{KIND}{self.kind}": 0.001} if self.kind else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -527,7 +534,7 @@ class _Gang:
     def __init__(self, shape: Resources, entry: Any, work: tuple[Any, ...]) -> None:
         import ray
 
-        amounts = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory}
+        amounts = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory, **shape.pin}
         bundle = {name: amount for name, amount in amounts.items() if amount}
         # On as few machines as possible, and all at once or not at all, so that no two gangs wait for each other.
         self.group = ray.util.placement_group([bundle] * shape.ranks, strategy="PACK")
@@ -640,13 +647,19 @@ def _machines() -> list[Resources]:
 
 
 def _resources_of(amounts: Mapping[str, float]) -> Resources:
+    kinds = [name.removeprefix(KIND) for name in amounts if name.startswith(KIND)]
     return Resources(
-        cpus=amounts.get("CPU", 0), gpus=amounts.get("GPU", 0), memory=int(amounts.get("memory", 0)) or None
+        cpus=amounts.get("CPU", 0),
+        gpus=amounts.get("GPU", 0),
+        memory=int(amounts.get("memory", 0)) or None,
+        kind=kinds[0] if len(kinds) == 1 else "",
     )
 
 
 def _rooms(wanted: Resources, machine: Resources) -> int:
     """How many such tasks, or ranks of one, the machine has room for when it is empty."""
+    if wanted.kind not in ("", machine.kind):
+        return 0
     amounts = [
         (wanted.cpus, machine.cpus),
         (wanted.gpus, machine.gpus),
@@ -691,6 +704,7 @@ def _entry(shape: Resources) -> Any:
         "num_cpus": shape.cpus,
         "num_gpus": shape.gpus,
         "memory": shape.memory,
+        "resources": shape.pin,
         "num_returns": "streaming",
         "max_retries": 0,  # we retry ourselves, and say so
         "_generator_backpressure_num_objects": REPORTS_AHEAD,
@@ -768,7 +782,7 @@ def _run_call(
         outbox.put(_pack(_EVENT, event))
 
     try:
-        _keep_to(cpus, gpus)
+        keep_to(cpus, gpus)
         value = _unpack(call)(report, *seats)
     except HandedBackError:
         end = _pack(_BACK, os.getpid())
@@ -784,7 +798,7 @@ def _run_call(
     outbox.put(None)
 
 
-def _keep_to(cpus: float, gpus: float) -> None:
+def keep_to(cpus: float, gpus: float) -> None:
     """Compute with as many threads as CPUs were reserved; see no GPU if none was."""
     threads = max(1, int(cpus))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

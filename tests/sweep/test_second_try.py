@@ -92,8 +92,8 @@ def working(how):
         spec = TrialSpec.from_json(spec)
         folder = Path(spec.places["trials"]).parent
         with (folder / "tries").open("a") as file:
-            file.write(f"{spec.places['loader']} ")
-        if spec.places["loader"] != "streamed":
+            file.write(f"{spec.places['share']['loader']} ")
+        if spec.places["share"]["loader"] != "streamed":
             how()
         metrics = {"seconds/evaluate": 1.0, "peak_bytes/load": 5.0, "peak_bytes/evaluate": 7.0}
         return TrialRecord(spec=spec, status="COMPLETED", metrics=metrics).to_json()
