@@ -61,8 +61,9 @@ def attempt(spec: TrialSpec, report: Report) -> Iterator[Attempt]:
 
         def tell(event: Progress) -> None:
             log.step(event)
-            claim.check()
             report(event)
+            # What follows a record's step cannot be undone, so the board is asked; else the last beat will do.
+            claim.confirm() if event.phase == "record" else claim.check()
 
         log.write("start")
         try:

@@ -84,10 +84,8 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
     Raises:
         Q3QError: a setting, a file or the numerics make the trial impossible. Nothing is recorded then.
     """
-    folder, phases, started = trial_folder(spec), Phases(), now()
+    folder, phases, watch, started = trial_folder(spec), Phases(), SystemWatch(), now()
     write_atomically(folder / "spec.json", json.dumps(spec.to_json(), indent=1).encode())
-
-    watch = SystemWatch()
 
     def steps(phase: str, note: str = "", metrics: Mapping[str, float] | None = None) -> Callable[[int, int], None]:
         known = dict(metrics or {})
@@ -162,6 +160,7 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
         files=(SAMPLES,) if scores.samples else (),
     )
     record.save()
+    steps("record")(1, 1)
     clear(record)
     return record
 

@@ -38,7 +38,16 @@ from q3q.models.checkpoint import ModelFacts
 from q3q.models.footprint import in_gb
 from q3q.record import Progress, TrialRecord, kept_blocks_folder
 from q3q.spec import Json, TrialSpec
-from q3q.sweep.cluster import Cluster, Outcome, OutOfMemoryError, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.cluster import (
+    Cluster,
+    Outcome,
+    OutOfMemoryError,
+    Resources,
+    Started,
+    Task,
+    WorkerDiedError,
+    ran_out_of_memory,
+)
 from q3q.sweep.costs import CostModel
 from q3q.sweep.launcher import Job, JobPolicy, RayLauncher
 from q3q.sweep.plan import (
@@ -68,8 +77,6 @@ NOTHING_QUANTIZED = {
     "skip": "[]",
 }
 SWEEP_SETTINGS = ("cluster", "track", "storage", "name", "question", "expectation", "plan", "fresh", "keep")
-# How the reason of a trial that ran out of memory begins: Python's own error, torch's on a GPU, and torch's on a CPU.
-OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "RuntimeError: [enforce fail at alloc_cpu")
 # Workers show nothing themselves, and must not all start as many threads as there are cores.
 WORKER_ENV = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -95,7 +102,7 @@ def work(spec: Json, report: Callable[[Any], None], seat: Seat | None = None) ->
     record = attempt_trial(trial, report) if seat is None else share_trial(trial, report, seat)
     if record is None:
         return None
-    if not record.completed and record.reason.startswith(OUT_OF_MEMORY):
+    if not record.completed and ran_out_of_memory(record.reason):
         raise MemoryError(record.reason)  # the driver knows whether there is a larger plan
     return record.to_json()
 
