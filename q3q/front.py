@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from q3q.sweep.plan import Wishes
 
 FAILED, MISUSED = 1, 2  # exit codes: something went wrong while running; nothing was started
+UNUSABLE = (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)  # of a folder, or a file in its place
 
 
 def run_alone(config: DictConfig) -> object:
@@ -107,6 +108,13 @@ def explain(error: Exception) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"q3q: the disk is full{where}: free some space, and the same command goes on", file=sys.stderr)
         return FAILED
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
+        print(
+            f"q3q: {error.filename}: {error.strerror}. storage= must be a folder that can be made and written here, "
+            "or an object store's URL; other files must be readable",
+            file=sys.stderr,
+        )
+        return MISUSED
     print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return FAILED
 
