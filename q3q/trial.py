@@ -37,7 +37,7 @@ from q3q.export.writer import Exporter, ExportingSink, open_exporter
 from q3q.mirror import mirror_for
 from q3q.models.checkpoint import Checkpoint, load_tokenizer, locate
 from q3q.models.decoder import Decoder, load_decoder
-from q3q.models.footprint import AUTO, PROCESS_BYTES, Device, choose, free_memory, in_gb, need
+from q3q.models.footprint import AUTO, PROCESS_BYTES, Device, ahead_bytes, choose, free_memory, in_gb, need
 from q3q.models.qwen3 import Qwen3Block
 from q3q.models.qwen3_moe import Qwen3MoeBlock
 from q3q.models.sharded import ShardedDecoder, load_sharded
@@ -297,7 +297,10 @@ def load_model(checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team
             "or streamed"
         )
     needs = need(facts, dtype, method=method, loader=loader, ranks=team.size, device=kind, heads=spec.heads)
-    loading = Loading(loader, memory, needs, max(memory - needs, LEAST_ACTIVATIONS), team.size)
+    spare = memory - needs
+    ahead = loader == "streamed" and spare >= ahead_bytes(facts, dtype)
+    spare -= ahead_bytes(facts, dtype) if ahead else 0
+    loading = Loading(loader, memory, needs, max(spare, LEAST_ACTIVATIONS), team.size)
     if loader == "resident":
         model = load_decoder(checkpoint, getattr(torch, dtype), kind)
         model.activations = loading.activations
@@ -305,8 +308,8 @@ def load_model(checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team
     refuse_generation(spec.evaluation, loader)
     if loader == "sharded":
         return load_sharded(checkpoint, getattr(torch, dtype), team, activations=loading.activations), loading
-    model = StreamedDecoder(checkpoint, getattr(torch, dtype), kind, activations=loading.activations)
-    return model, loading
+    dtype_read = getattr(torch, dtype)
+    return StreamedDecoder(checkpoint, dtype_read, kind, activations=loading.activations, ahead=ahead), loading
 
 
 @dataclass

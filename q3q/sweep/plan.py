@@ -18,7 +18,7 @@ from pathlib import Path
 from q3q.errors import ConfigError
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.checkpoint import ModelFacts
-from q3q.models.footprint import AUTO, LOADERS, Device, bytes_of, free_memory, in_gb, need
+from q3q.models.footprint import AUTO, LOADERS, Device, ahead_bytes, bytes_of, free_memory, in_gb, need
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.sweep.costs import CostModel, Rate, text_windows
@@ -176,8 +176,10 @@ def _on_cores(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], w
         needs = _need(facts, spec.model["dtype"], str(spec.method["name"]), loader, ranks, "cpu", spec.heads)
         if wishes.memory is not None and wishes.memory < needs:
             continue
+        more = min(_activations(spec, facts), MOST_ACTIVATIONS)
+        more += ahead_bytes(facts, spec.model["dtype"]) if loader == "streamed" else 0
         for times in (1, 2):
-            memory = times * (wishes.memory or needs + min(_activations(spec, facts), MOST_ACTIVATIONS))
+            memory = times * (wishes.memory or needs + more)
             if wishes.memory is None and roomiest.memory is not None:
                 memory = max(times * needs, min(memory, roomiest.memory))
             part = min(1.0, memory / roomiest.memory) if roomiest.memory else 0.0
