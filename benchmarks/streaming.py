@@ -2,9 +2,9 @@
 
 Makes a random Qwen3 checkpoint of a real shape (4B: 8 GB), and runs whole trials on it under a third of its bytes, and
 under 2.5 GB: quantize, perplexity, and divergence from the unquantized model, each trial in a process of its own. Its
-peak is the kernel's (VmHWM), the largest of all phases. Then, at 0.6B, where both fit, streamed against resident: processor and
-disk together, taking turns, the best of a few. Exits with 1 if a peak is above its bound, or streaming below 60 % of
-the resident speed.
+peak is the kernel's (VmHWM), the largest of all phases. Then, at 0.6B, where both fit, streamed against resident:
+processor and disk together, taking turns, the best of a few. Exits with 1 if a peak is above its bound, or streaming
+below 60 % of the resident speed.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """`python -m q3q.trials`: what a storage folder holds; resume, delete, or watch from a second terminal."""
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from q3q.attempt import CLAIM
 from q3q.claim import Claim, Holder, claim_or_refuse, holder_of
 from q3q.errors import ConfigError, Q3QError
+from q3q.export.destination import is_ours, partial_path
 from q3q.masking import masked
 from q3q.mirror import DRIVER_SECONDS, Mirror, folder_of, is_url, mirror_at, refreshed
 from q3q.record import TrialRecord, kept_blocks_folder, load_spec, moved, trial_folder
@@ -30,7 +32,8 @@ NOT_TRIALS = ("blocks", "digests")  # folders beside the trials'
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A trial that storage knows of. size: bytes on disk, kept blocks included. waits: for what, for people."""
+    """A trial that storage knows of. size: bytes on disk, kept blocks and export included. waits: for what, for
+    people."""
 
     id: str
     name: str
@@ -123,7 +126,7 @@ def _trial(
         id=spec.id,
         name=f"{spec.name} · {spec.model.get('name')}",
         state=state,
-        size=_size(folder) + _size(kept_blocks_folder(spec)),
+        size=sum(map(_size, [folder, kept_blocks_folder(spec), *exports_of(spec)])),
         waits=waits,
         spec=spec,
     )
@@ -223,26 +226,31 @@ def chosen(trials: Sequence[Trial], which: Iterable[str], states: Sequence[str])
 def delete_trials(
     which: Sequence[Trial], trials: Sequence[Trial], storage: str | Path, say: Callable[[str], object]
 ) -> None:
-    """Delete their folders, and kept blocks that no other trial's record vouches for; here and, of a URL, there.
+    """Delete their folders and exports, and of kept blocks, and of what drift is measured against, those that no other
+    trial has use for; here and, of a URL, there.
 
     Raises:
         ConfigError: one of them is at work, on another machine perhaps; those before it are deleted.
     """
     going = {trial.id for trial in which}
     folder, mirror = folder_of(str(storage)), mirror_at(str(storage))
-    used = {trial.spec.quantization_id for trial in trials if trial.spec is not None and trial.id not in going}
+    staying = [trial.spec for trial in trials if trial.spec is not None and trial.id not in going]
     for trial in which:
         folders = [folder / "trials" / trial.id]
-        if trial.spec is not None and trial.spec.quantization_id not in used:
-            folders.append(folder / "trials" / "blocks" / trial.spec.quantization_id)
+        if trial.spec is not None:
+            folders += exports_of(trial.spec)
+            if all(trial.spec.quantization_id != other.quantization_id for other in staying):
+                folders.append(kept_blocks_folder(trial.spec))
+            used = {one for other in staying for one in baselines_of(other, folder)}
+            folders += [one for one in baselines_of(trial.spec, folder) if one not in used]
         freed = sum(map(_size, folders))
         board = None if mirror is None else mirror.board(f"trials/{trial.id}")
         claim = Claim(board or folders[0], CLAIM)
         if folders[0].exists():
             claim_or_refuse(claim, partial(_at_work, trial), say)
         if mirror is not None:
-            for one in folders:
-                mirror.remove(str(one.relative_to(folder)))
+            for name in filter(None, map(mirror.name_of, folders)):
+                mirror.remove(name)
         for one in filter(Path.exists, folders):
             shutil.rmtree(one)
         claim.release()
@@ -251,6 +259,28 @@ def delete_trials(
         say(f"{trial.id} {trial.name}: deleted, {_bytes(freed)}")
     if not which:
         say("Nothing to delete.")
+
+
+def exports_of(spec: TrialSpec) -> list[Path]:
+    """What a trial exported, finished or not, wherever it is."""
+    if "export" not in spec.places:
+        return []
+    path = Path(spec.places["export"])
+    return [one for one in (path, partial_path(path)) if is_ours(one, spec)]
+
+
+def baselines_of(spec: TrialSpec, storage: Path) -> list[Path]:
+    """Entries that a trial's drift is measured against: of its model, on one of its texts."""
+    if spec.evaluation.get("drift") is None:
+        return []
+    model = {key: value for key, value in spec.model.items() if key != "name"}
+    texts, found = {text["digest"] for text in spec.evaluation["texts"]}, []
+    for path in (storage / "baselines").glob("*/manifest.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged, and made anew by whoever needs it
+            identity = json.loads(path.read_text(encoding="utf-8"))["body"]["identity"]
+            if identity["model"] == model and identity["text"] in texts:
+                found.append(path.parent)
+    return found
 
 
 def _at_work(trial: Trial, holder: Holder) -> ConfigError:

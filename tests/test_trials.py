@@ -16,6 +16,7 @@ import pytest
 
 from q3q import trial as trial_module
 from q3q import trials as trials_module
+from q3q.export import destination
 from q3q.record import Progress, TrialRecord, load_spec, trial_folder, write_atomically
 from q3q.report.records import all_sweeps
 from q3q.spec import Scheme, TrialSpec
@@ -169,6 +170,26 @@ def test_deleting_frees_what_no_other_trial_has_use_for(storage, capsys):
     assert not kept.parent.exists()
     assert (storage / "trials").exists()
     assert "deleted" in capsys.readouterr().out
+
+
+def test_deleting_takes_exports_and_baselines_that_no_other_trial_has_use_for(storage):
+    texts = [{"name": "stories", "digest": "abc", "window": 64}]
+    first, second = (spec(storage, bits, texts=texts, drift="auto") for bits in (2, 3))
+    export = storage / "exports" / "first"
+    first = complete(replace(first, export="hf", places={**first.places, "export": str(export)}))
+    write_atomically(export / "model.safetensors", bytes(5000))
+    marker = {"trial": first.id, "version": destination.VERSION}
+    write_atomically(export / destination.EXPORT_MARKER, json.dumps(marker).encode())
+    complete(second)
+    mine, others = (storage / "baselines" / name for name in ("mine", "others"))
+    for entry, model in ((mine, {}), (others, {"dtype": "float16"})):
+        identity = {"model": model, "text": "abc"}
+        write_atomically(entry / "manifest.json", json.dumps({"body": {"identity": identity}}).encode())
+    assert next(one for one in find_trials(storage) if one.id == first.id).size > 5000
+    assert main(["--storage", str(storage), "delete", first.id]) == 0
+    assert (export.exists(), mine.exists(), others.exists()) == (False, True, True)
+    assert main(["--storage", str(storage), "delete", second.id]) == 0
+    assert (mine.exists(), others.exists()) == (False, True)
 
 
 def test_what_runs_is_not_deleted_and_what_is_not_there_is_named(storage, capsys):

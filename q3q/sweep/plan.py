@@ -112,7 +112,8 @@ class Share:
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """One trial. share: None of one that is done. larger: what it is tried with once more if it runs out of memory.
-    phases: predicted seconds of each. basis: how they are known. disk: bytes that it leaves beside its record."""
+    phases: predicted seconds of each. basis: how they are known. disk: bytes that it leaves beside its record, but for
+    what trials before it left already."""
 
     spec: TrialSpec
     share: Share | None
@@ -398,11 +399,13 @@ def plan(
         ConfigError: a trial fits nowhere.
     """
     planned = []
+    there: set[tuple[str, ...]] = set()
     chosen: dict[tuple[str, ...], tuple[Share, Share | None]] = {}
     for spec in specs:
         mine = facts[spec.id]
         if spec.id in finished:
             planned.append(Planned(spec=spec, share=None, phases={}, basis="done", disk=0))
+            there |= left_behind(spec, mine).keys()
             continue
         held = (str(spec.places.get(key)) for key in ("loader", "memory"))
         rest = map(str, ("generates" in spec.evaluation, spec.heads, _activations(spec, mine)))
@@ -412,11 +415,15 @@ def plan(
         share, larger = chosen[kind]
         where = rate_of(share, machines)
         phases = model.phases(spec, mine, where, loader=share.loader, ranks=share.ranks)
-        basis = "measured" if model.knows(spec, where) else "rough"
-        planned.append(
-            Planned(spec=spec, share=share, larger=larger, phases=phases, basis=basis, disk=disk_of(spec, mine))
-        )
-    return sorted(planned, key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds, model_key(one.spec)))
+        basis = "measured" if model.knows(spec, where, share.loader) else "rough"
+        planned.append(Planned(spec=spec, share=share, larger=larger, phases=phases, basis=basis, disk=0))
+    planned.sort(key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds, model_key(one.spec)))
+    for number, one in enumerate(planned):
+        if not one.done:
+            left = left_behind(one.spec, facts[one.spec.id])
+            planned[number] = replace(one, disk=sum(size for what, size in left.items() if what not in there))
+            there |= left.keys()
+    return planned
 
 
 def model_key(spec: TrialSpec) -> str:
@@ -431,24 +438,32 @@ def rate_of(share: Share, machines: Sequence[Machine]) -> Rate:
     return Rate(name, share.gpus > 0, min(1.0, share.gpus) if share.gpus else share.cpus)
 
 
-def disk_of(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Bytes that a finished trial leaves: kept blocks, an export; of an unquantized model what drift is measured
-    against, which all trials of that model share."""
-    dtype = spec.model["dtype"]
-    plain = facts.weight_bytes(dtype)
+def left_behind(spec: TrialSpec, facts: ModelFacts) -> dict[tuple[str, ...], int]:
+    """Bytes that a finished trial leaves, by what they are, which several trials may share: what drift is measured
+    against, of a model and text; kept blocks, of a quantization; an export."""
+    dtype, plain = spec.model["dtype"], facts.weight_bytes(spec.model["dtype"])
+    left: dict[tuple[str, ...], int] = {}
+    if (drift := spec.evaluation.get("drift")) is not None:
+        for text in spec.evaluation["texts"]:
+            size = _baseline(text, facts, dtype, drift)
+            left["baseline", model_key(spec), dtype, str(text["name"]), str(text["window"]), str(size)] = size
     if spec.scheme is None:
-        if (drift := spec.evaluation.get("drift")) is None:
-            return 0
-        return sum(_baseline(text, facts, dtype, drift) for text in spec.evaluation["texts"])
+        return left
     columns = facts.hidden if spec.scheme.group_size == -1 else spec.scheme.group_size
     weights = facts.linear_parameters
     scales = 8 * weights // columns  # float32 scale and zero point
-    total = weights + scales if spec.places.get("keep") == "blocks" else 0  # a byte a code
+    if spec.places.get("keep") == "blocks":
+        left["blocks", spec.quantization_id] = weights + scales  # a byte a code
     if spec.export:
-        item = plain // facts.parameters
         packed = weights * spec.scheme.bits // 8 + scales // 2
-        total += plain if spec.export == "hf" else packed + item * (facts.parameters - weights)
-    return total
+        others = plain // facts.parameters * (facts.parameters - weights)
+        left["export", spec.id] = plain if spec.export == "hf" else packed + others
+    return left
+
+
+def disk_of(spec: TrialSpec, facts: ModelFacts) -> int:
+    """Bytes that a finished trial leaves if it shares them with none."""
+    return sum(left_behind(spec, facts).values())
 
 
 def _baseline(text: Json, facts: ModelFacts, dtype: str, drift: object) -> int:

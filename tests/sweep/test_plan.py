@@ -360,6 +360,25 @@ def test_another_kind_of_machine_is_corrected_only_while_nothing_nearer_is_known
     assert evaluate("A100", gpu=True) == pytest.approx(gpu)  # cores say nothing about a GPU
 
 
+def test_what_streaming_or_a_gang_took_corrects_no_resident_trial():
+    costs, one, where = CostModel(), spec("qwen3_0_6b", "rtn"), Rate("EPYC", False, 2.0)
+    shape = facts("qwen3_0_6b")
+
+    def took(model, loader):
+        return model.phases(one, shape, where, loader=loader, ranks=2 if loader == "sharded" else 1)["evaluate"]
+
+    records = []
+    for loader, times in (("resident", 2), ("streamed", 3), ("sharded", 5)):
+        record = record_of(one, {"evaluate": times * took(costs, loader)})
+        planned = {"loader": loader, "ranks": 2 if loader == "sharded" else 1}
+        records.append(replace(record, environment={**record.environment, "planned": planned}))
+    learned = costs.learned(records, lambda _: shape)
+    for loader, times in (("resident", 2), ("streamed", 3), ("sharded", 5)):
+        assert took(learned, loader) == pytest.approx(times * took(costs, loader))
+    [streamed] = [costs.learned(records[1:2], lambda _: shape)]
+    assert took(streamed, "resident") == pytest.approx(3 * took(costs, "resident"))  # while nothing nearer is known
+
+
 def test_operations_of_a_forward_are_two_a_weight_and_token():
     shape = facts("qwen3_8b")
     assert forward(shape, 1000, 0) == 2 * 1000 * shape.linear_parameters
@@ -384,6 +403,20 @@ def test_disk_counts_kept_blocks_exports_and_baselines():
     assert 0.25 < disk_of(spec(export="gptq"), shape) / shape.weight_bytes() < 0.5
     drifting = {**spec(method="none").evaluation, "drift": "auto"}
     assert disk_of(replace(spec(method="none"), evaluation=drifting), shape) == 10 * 2047 * 4096 * 2
+
+
+def test_what_trials_share_on_disk_is_counted_once():
+    drifting = {**spec().evaluation, "drift": "auto"}
+    kept = replace(spec("qwen3_8b", places={"keep": "blocks"}), evaluation=drifting)
+    text = kept.evaluation["texts"][0]
+    other = replace(kept, evaluation={**drifting, "texts": [{**text, "name": "c4", "source": "c4"}]})
+    shape = facts("qwen3_8b")
+    [first, second] = planned_for([kept, other], [NODE])
+    baseline = 10 * 2047 * 4096 * 2
+    assert first.disk == disk_of(kept, shape) > shape.linear_parameters + baseline
+    assert second.disk == baseline  # of its own text; the blocks are there
+    [more, done] = planned_for([kept, other], [NODE], finished={kept.id: record_of(kept, {})})
+    assert (more.disk, done.disk) == (baseline, 0)
 
 
 def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
