@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q3q.attempt import Attempt, attempt
+from q3q.attempt import LOG, Attempt, TrialLog, attempt
 from q3q.calibrate.sources import load_text
 from q3q.calibrate.windows import consecutive_windows, draw_windows, encoder
 from q3q.claim import ClaimLostError
@@ -182,6 +182,7 @@ def share_trial(spec: TrialSpec, report: Report, seat: Seat) -> TrialRecord | No
     """`attempt_trial` by a gang: rank 0 runs it, and the others do their part."""
     with joined(seat) as team:
         if team.rank > 0:
+            TrialLog(trial_folder(spec) / LOG).write(f"rank {team.rank} of {team.size}")
             with torch.inference_mode():
                 # What it reports is not heard, but its machine may have asked for it back.
                 team.follow(lambda: report(Progress(trial=spec.id, phase="follow")))

@@ -4,9 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from q3q.models.footprint import PROCESS_BYTES
+from q3q.trial import keep_to_share
 from tests.chaos.conftest import tiny  # noqa: F401
 from tests.chaos.faults import ROOT, SMALL, records
 
@@ -87,3 +91,25 @@ def test_a_trial_that_was_planned_on_a_gpu_fails_clearly_where_there_is_none(tin
     )
     assert done.stdout.startswith("FAILED this trial was planned on a GPU, and on ")
     assert "cluster.gpus_per_trial=0" in done.stdout
+
+
+def test_a_share_of_a_gpu_bounds_what_torch_allocates(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", told.append)
+    keep_to_share(0.25)
+    assert 4 * (told[0] * 80e9 + PROCESS_BYTES["cuda"]) == pytest.approx(80e9)  # four of them, and what else they take
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_more_than_the_share_of_a_real_gpu_is_out_of_memory():
+    run = (
+        "import torch; from q3q.trial import keep_to_share; keep_to_share(0.25)\n"
+        "total = torch.cuda.get_device_properties(0).total_memory\n"
+        "small = torch.empty(total // 8, dtype=torch.uint8, device='cuda')\n"
+        "try: torch.empty(total // 4, dtype=torch.uint8, device='cuda')\n"
+        "except torch.OutOfMemoryError as error: print(error)\n"
+    )
+    code, told, errors = command("-c", run)
+    assert code == 0, errors
+    assert "out of memory" in told

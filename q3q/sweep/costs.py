@@ -124,7 +124,7 @@ class CostModel:
         return seconds
 
     def _ratio(self, phase: str, spec: TrialSpec, where: Rate, loader: str) -> float:
-        """The nearest that is known: of this kind of machine, loader, phase and method first, of anything like it last."""
+        """The nearest that is known: of this kind of machine, loader, phase, method first; of anything alike last."""
         return next((self.ratios[key] for key in _ladder(phase, spec, where, loader) if key in self.ratios), 1.0)
 
     def knows(self, spec: TrialSpec, where: Rate, loader: str) -> bool:

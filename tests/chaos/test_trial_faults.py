@@ -311,6 +311,25 @@ def test_one_that_slept_until_another_machine_took_over_writes_nothing_and_takes
     assert numbers(first) == reference
 
 
+def test_a_clock_that_jumps_back_while_a_trial_runs_changes_no_number(spec, reference):
+    folder = trial_folder(spec)
+
+    def work():
+        really = time.time
+
+        def jump(event):
+            if words_of(folder) == "quantize 1 of 3 blocks":
+                time.time = lambda: really() - 1e9
+
+        record = attempt_trial(spec, jump)
+        assert time.time() < really() - 9e8
+        assert record.completed
+
+    assert end_of(in_child(work)) == 0
+    assert numbers(plain(TrialRecord.load(folder / "record.json"))) == reference
+    assert [step.words for step in log_of(folder)].count("start") == 1
+
+
 def test_a_clock_that_jumps_back_changes_no_number(spec, reference, tmp_path):
     """The second attempt runs in 1999, on files that were written in 2100."""
     killed_at(spec, "quantize 2 of 3 blocks")

@@ -489,3 +489,33 @@ def test_plan_needs_no_torch():
     code = "import sys, q3q.sweep.plan; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
+
+
+def test_the_plan_counts_the_cores_that_the_sweeps_own_ray_hands_out():
+    from contextlib import ExitStack
+
+    from omegaconf import OmegaConf
+
+    from q3q.environment import cores
+    from q3q.sweep.launcher import RayLauncher
+    from q3q.sweep.sweeper import StudySweeper
+
+    settings = OmegaConf.create({"cluster": {"address": None}, "hydra": {"job": {"env_copy": []}}})
+    for asked, counted in (({}, cores()), ({"cpus": 3}, 3)):
+        sweeper = StudySweeper()
+        sweeper.launcher = RayLauncher(**asked)
+        sweeper.launcher.config = settings
+        cluster, [machine] = sweeper._machines(ExitStack(), settings, Wishes())
+        assert cluster.cpus == machine.cpus == counted
+        assert cluster.gpus == machine.gpus
+
+
+def test_cores_are_those_that_a_process_may_use():
+    import os
+    import subprocess
+    import sys
+
+    code = f"import os; os.sched_setaffinity(0, [{min(os.sched_getaffinity(0))}])\n"
+    code += "from q3q.environment import cores; print(cores())"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "1"
