@@ -28,7 +28,7 @@ port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs may share a node
 start() {
     local node=$1
     shift
-    srun --nodes=1 --ntasks=1 --exact --overlap --nodelist="$node" \
+    srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --exact --overlap --nodelist="$node" \
         ray start "$@" --block --disable-usage-stats --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" &
 }
 
@@ -41,5 +41,13 @@ for node in "${nodes[@]:1}"; do
     start "$node" --address="$head:$port"
 done
 
-# A trial that finds no machine waits for the nodes that are still to come.
-python launch.py "$@" cluster=existing cluster.address="$head:$port" cluster.patience=300 storage="$storage"
+# The plan counts the nodes that are there: wait for all, for two minutes at most.
+for _ in $(seq 60); do
+    [ "$(ray status --address "$head:$port" 2> /dev/null | grep -c '^ 1 node_')" -ge "${#nodes[@]}" ] && break
+    sleep 2
+done
+
+# MLflow's database is on this node's own disk, for SQLite locks badly on a shared one: docs/CLUSTER.md makes it anew at
+# the end, from the records. A trial that finds no machine waits for the nodes that are still to come.
+python launch.py "$@" cluster=existing cluster.address="$head:$port" cluster.patience=300 storage="$storage" \
+    track.uri="${TRACK_URI:-sqlite:///${TMPDIR:-/tmp}/q3q-$SLURM_JOB_ID.db}"

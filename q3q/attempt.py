@@ -1,6 +1,5 @@
 """An attempt at a trial: alone at it, never at one that is done, and with a log of what it came to."""
 
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -14,7 +13,15 @@ from q3q.errors import Q3QError
 from q3q.export.destination import forget_export, is_finished
 from q3q.masking import masked
 from q3q.mirror import Mirror, delivering, is_light, mirror_for
-from q3q.record import COMPLETED, Progress, TrialRecord, forget_progress, kept_blocks_folder, trial_folder
+from q3q.record import (
+    COMPLETED,
+    Progress,
+    TrialRecord,
+    forget_progress,
+    kept_blocks_folder,
+    load_spec,
+    trial_folder,
+)
 from q3q.spec import TrialSpec
 
 CLAIM = "trial"  # the name of a trial's claim, in its folder
@@ -54,8 +61,9 @@ def attempt(spec: TrialSpec, report: Report) -> Iterator[Attempt]:
 
         def tell(event: Progress) -> None:
             log.step(event)
-            claim.check()
             report(event)
+            # What follows a record's step cannot be undone, so the board is asked; else the last beat will do.
+            claim.confirm() if event.phase == "record" else claim.check()
 
         log.write("start")
         try:
@@ -117,7 +125,7 @@ def _fresh(spec: TrialSpec) -> str | None:
 def _begun(spec: TrialSpec) -> str | None:
     """For which wish the trial's unfinished state was made."""
     try:
-        planned = TrialSpec.from_json(json.loads((trial_folder(spec) / "spec.json").read_text(encoding="utf-8")))
+        planned = load_spec(trial_folder(spec) / "spec.json")
     except (OSError, ValueError, KeyError, TypeError, Q3QError):
         return None
     return _fresh(planned)

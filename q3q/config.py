@@ -125,7 +125,7 @@ class ClusterConfig:
     cpus_per_trial: cores, and torch threads. gpus_per_trial: a share of one GPU, 1, or n for a gang of n that share the
     model out. ranks_per_trial: n for a gang of n, also on cores alone. memory_per_trial: of main memory, which a trial
     reserves (16GB). gpu_memory: of one GPU, for clusters whose GPUs this machine cannot ask (80GB). patience: seconds
-    to wait for a machine large enough for a trial, where a cluster grows on demand.
+    to wait for more machines, where a cluster grows on demand.
     """
 
     name: str = MISSING

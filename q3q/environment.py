@@ -82,6 +82,19 @@ def processor() -> str:
         return platform.processor()
 
 
+def cores() -> int:
+    """Cores that this process may use: those of the machine, less what its affinity or container leaves out."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no container of that kind, or one without a limit
+        of_two = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        count = min(count, int(of_two[0]) // int(of_two[1]))
+    with suppress(OSError, ValueError):
+        control = Path("/sys/fs/cgroup/cpu")
+        quota, period = (int((control / f"cpu.cfs_{one}_us").read_text()) for one in ("quota", "period"))
+        count = min(count, quota // period) if quota > 0 else count
+    return max(1, count)
+
+
 def now() -> str:
     """Coordinated universal time, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -7,6 +7,7 @@ import shlex
 import sys
 import traceback
 from functools import partial
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,7 +19,11 @@ from q3q.config import Config, facts_of, nearest, spec_from
 from q3q.errors import ConfigError, Q3QError, SweepFailedError
 from q3q.masking import masked
 
+if TYPE_CHECKING:
+    from q3q.sweep.plan import Wishes
+
 FAILED, MISUSED = 1, 2  # exit codes: something went wrong while running; nothing was started
+UNUSABLE = (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)  # of a folder, or a file in its place
 
 
 def run_alone(config: DictConfig) -> object:
@@ -26,8 +31,9 @@ def run_alone(config: DictConfig) -> object:
     from q3q.attempt import afresh, finished_record
     from q3q.environment import now
     from q3q.mirror import refreshed
+    from q3q.sweep.cluster import keep_to
     from q3q.sweep.costs import CostModel
-    from q3q.sweep.plan import describe, machine_here, plan, wishes_of, with_gpu_memory
+    from q3q.sweep.plan import describe, expected, machine_here, plan, wishes_of
     from q3q.sweep.study import baseline_record, facts_of_spec, recent_records, sole_driver
     from q3q.sweep.sweeper import refuse_contradictions, running_study, with_plan
 
@@ -36,13 +42,14 @@ def run_alone(config: DictConfig) -> object:
     if study:
         raise ConfigError(f"study={study} is a sweep, give -m: python launch.py -m {shlex.join(overrides)}")
     refuse_contradictions(OverridesParser.create().parse_overrides(overrides))
-    spec = spec_from(config)
-    storage, wishes = refreshed(config.storage), wishes_of(config.cluster.get)
+    spec, wishes = spec_from(config), wishes_of(config.cluster.get)
+    _refuse_many(config, wishes, overrides)
+    storage = refreshed(config.storage)
     done = None if config.fresh else finished_record(spec)
     finished = {} if done is None else {spec.id: done}
     here = machine_here()  # all its cores, and of its GPUs the first
     wishes = dataclasses.replace(wishes, cpus=wishes.cpus or here.cpus)
-    machines = with_gpu_memory([dataclasses.replace(here, gpus=min(here.gpus, 1))], wishes.gpu_memory)
+    machines = expected([dataclasses.replace(here, gpus=min(here.gpus, 1))], wishes)
     costs = CostModel().learned(recent_records(storage), facts_of_spec)
     [planned] = plan([spec], finished, {spec.id: facts_of(config)}, machines=machines, wishes=wishes, model=costs)
     if config.plan:
@@ -62,11 +69,28 @@ def run_alone(config: DictConfig) -> object:
         if done is None:
             from q3q.trial import attempt_trial
 
+            assert planned.share is not None
+            keep_to(planned.share.cpus, planned.share.gpus)
             study.display.started(spec.id, f"{spec.name} · {spec.model['name']}")
-            record = with_plan(attempt_trial(spec, partial(study.heard, spec)), planned)
+            told = spec.with_places({**spec.places, "share": planned.share.to_places()})
+            record = with_plan(attempt_trial(told, partial(study.heard, spec)), planned)
             record.save()
             study.finished(record)
     return study.records[spec.id]
+
+
+def _refuse_many(config: DictConfig, wishes: "Wishes", overrides: list[str]) -> None:
+    """What only a sweep has: other machines, and several processes for a trial."""
+    asked = {
+        f"cluster={config.cluster.name}": config.cluster.address is not None,
+        f"cluster.ranks_per_trial={wishes.ranks}": (wishes.ranks or 1) > 1,
+        f"cluster.gpus_per_trial={wishes.gpus:g}" if wishes.gpus else "": (wishes.gpus or 0) > 1,
+    }
+    if several := next((word for word, given in asked.items() if given), None):
+        raise ConfigError(
+            f"{several} is for sweeps, and without -m one process does it all here: "
+            f"python launch.py -m {shlex.join(overrides)}"
+        )
 
 
 def explain(error: Exception) -> int:
@@ -84,6 +108,13 @@ def explain(error: Exception) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"q3q: the disk is full{where}: free some space, and the same command goes on", file=sys.stderr)
         return FAILED
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
+        print(
+            f"q3q: {error.filename}: {error.strerror}. storage= must be a folder that can be made and written here, "
+            "or an object store's URL; other files must be readable",
+            file=sys.stderr,
+        )
+        return MISUSED
     print(masked("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     return FAILED
 

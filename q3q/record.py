@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,9 @@ class TrialRecord:
 
     @classmethod
     def load(cls, path: Path) -> "TrialRecord":
-        """Raises ValueError if the file is torn, or not what was written."""
-        return cls.from_json(unsealed(path.read_bytes()))
+        """Raises ValueError if the file is torn, or not what was written. Its places are where it lies: see `moved`."""
+        record = cls.from_json(unsealed(path.read_bytes()))
+        return replace(record, spec=_at(path, record.spec))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +181,28 @@ def block_errors(sites: Iterable[SiteError]) -> dict[int, dict[str, float]]:
 def trial_folder(spec: TrialSpec) -> Path:
     """Where a trial's durable state lies: spec, evaluations so far, record."""
     return Path(spec.places["trials"]) / spec.id
+
+
+def load_spec(path: Path) -> TrialSpec:
+    """A trial's spec.json. Its places are where it lies: see `moved`."""
+    return _at(path, TrialSpec.from_json(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def _at(path: Path, spec: TrialSpec) -> TrialSpec:
+    folder = path.absolute().parent
+    return moved(spec, folder.parents[1]) if (folder.parent.name, folder.name) == ("trials", spec.id) else spec
+
+
+def moved(spec: TrialSpec, storage: Path) -> TrialSpec:
+    """The spec as it is in a storage folder, which may have been moved or copied since the spec was written: what lay
+    in the old one lies in this one, and the store that the old one mirrored is not this one's."""
+    old = Path(spec.places["trials"]).parent if "trials" in spec.places else storage
+    if old == storage:
+        return spec
+    places = {key: value for key, value in spec.places.items() if key != "store"} | {"trials": str(storage / "trials")}
+    if "export" in places and Path(places["export"]).is_relative_to(old):
+        places["export"] = str(storage / Path(places["export"]).relative_to(old))
+    return spec.with_places(places)
 
 
 def blocks_folder(spec: TrialSpec) -> Path:

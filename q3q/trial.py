@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import platform
 import random
 import shutil
 import traceback
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q3q.attempt import Attempt, attempt
+from q3q.attempt import LOG, Attempt, TrialLog, attempt
 from q3q.calibrate.sources import load_text
 from q3q.calibrate.windows import consecutive_windows, draw_windows, encoder
 from q3q.claim import ClaimLostError
@@ -37,7 +38,7 @@ from q3q.export.writer import Exporter, ExportingSink, open_exporter
 from q3q.mirror import mirror_for
 from q3q.models.checkpoint import Checkpoint, load_tokenizer, locate
 from q3q.models.decoder import Decoder, load_decoder
-from q3q.models.footprint import AUTO, Device, choose, free_memory, in_gb, need
+from q3q.models.footprint import AUTO, PROCESS_BYTES, Device, ahead_bytes, choose, free_memory, in_gb, need
 from q3q.models.qwen3 import Qwen3Block
 from q3q.models.qwen3_moe import Qwen3MoeBlock
 from q3q.models.sharded import ShardedDecoder, load_sharded
@@ -94,7 +95,7 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
             Progress(trial=spec.id, phase=phase, done=done, total=total, note=note, metrics=known, system=watch.due())
         )
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(spec)
     with torch.inference_mode():
         steps("load")(0, 1)
         with phases.phase("load"):
@@ -161,6 +162,7 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
         files=(SAMPLES,) if scores.samples else (),
     )
     record.save()
+    steps("record")(1, 1)
     clear(record)
     return record
 
@@ -182,6 +184,7 @@ def share_trial(spec: TrialSpec, report: Report, seat: Seat) -> TrialRecord | No
     """`attempt_trial` by a gang: rank 0 runs it, and the others do their part."""
     with joined(seat) as team:
         if team.rank > 0:
+            TrialLog(trial_folder(spec) / LOG).write(f"rank {team.rank} of {team.size}")
             with torch.inference_mode():
                 # What it reports is not heard, but its machine may have asked for it back.
                 team.follow(lambda: report(Progress(trial=spec.id, phase="follow")))
@@ -237,6 +240,28 @@ def open_checkpoint(spec: TrialSpec) -> Checkpoint:
     return checkpoint
 
 
+def device_of(spec: TrialSpec) -> Device:
+    """Where the trial computes: as its plan says; without one on a GPU, if there is one.
+
+    Raises:
+        ConfigError: it was planned on a GPU, and torch has none.
+    """
+    gpus, there = spec.places.get("share", {}).get("gpus"), torch.cuda.is_available()
+    if gpus and not there:
+        built = "no GPU is to be seen" if torch.version.cuda else "this torch was built without CUDA"
+        raise ConfigError(
+            f"this trial was planned on a GPU, and on {platform.node()} {built}: install a torch for its driver there "
+            "(README, A real Qwen3), or give cluster.gpus_per_trial=0"
+        )
+    return "cuda" if there and gpus != 0 else "cpu"
+
+
+def keep_to_share(gpus: float) -> None:
+    """Let torch allocate no more than this share of the GPU, so that it takes nothing from those beside it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(0.0, gpus - PROCESS_BYTES["cuda"] / total))
+
+
 @dataclass(frozen=True)
 class Loading:
     """How the model is held: by which loader, bytes that the trial may take (of a GPU's memory, if it has one), that it
@@ -253,17 +278,20 @@ class Loading:
         return f"{self.loader}, {in_gb(self.needs)} of {in_gb(self.memory)}"
 
 
-def load_model(checkpoint: Checkpoint, spec: TrialSpec, device: str, team: Team = SOLO) -> tuple[Decoder, Loading]:
-    """The model as its places say or, where they say nothing, as fits into the memory that is free; a gang divides it.
+def load_model(checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team = SOLO) -> tuple[Decoder, Loading]:
+    """The model as the trial's share and its places say or, where they say nothing, as fits into the memory that is
+    free; a gang divides it.
 
     Raises:
         ConfigError: it does not fit, or it is streamed and a task generates text.
     """
     facts, dtype = checkpoint.facts, spec.model["dtype"]
-    kind: Device = "cuda" if device == "cuda" else "cpu"
-    method = None if spec.scheme is None else str(spec.method["name"])
-    memory = spec.places.get("memory") or (torch.cuda.mem_get_info()[0] if kind == "cuda" else free_memory())
-    loader = spec.places.get("loader", AUTO) if team.size == 1 else "sharded"
+    method, share = None if spec.scheme is None else str(spec.method["name"]), spec.places.get("share", {})
+    bounds = [one["memory"] for one in (spec.places, share) if "memory" in one]
+    memory = min(bounds) if bounds else torch.cuda.mem_get_info()[0] if kind == "cuda" else free_memory()
+    loader = share.get("loader", spec.places.get("loader", AUTO)) if team.size == 1 else "sharded"
+    if kind == "cuda" and share.get("gpus", 1) < 1:
+        keep_to_share(share["gpus"])
     if loader == AUTO:
         loader = choose(facts, dtype, method=method, memory=memory, device=kind, heads=spec.heads)
     elif loader not in ("resident", "streamed") and team.size == 1:
@@ -272,16 +300,19 @@ def load_model(checkpoint: Checkpoint, spec: TrialSpec, device: str, team: Team 
             "or streamed"
         )
     needs = need(facts, dtype, method=method, loader=loader, ranks=team.size, device=kind, heads=spec.heads)
-    loading = Loading(loader, memory, needs, max(memory - needs, LEAST_ACTIVATIONS), team.size)
+    spare = memory - needs
+    ahead = loader == "streamed" and spare >= ahead_bytes(facts, dtype)
+    spare -= ahead_bytes(facts, dtype) if ahead else 0
+    loading = Loading(loader, memory, needs, max(spare, LEAST_ACTIVATIONS), team.size)
     if loader == "resident":
-        model = load_decoder(checkpoint, getattr(torch, dtype), device)
+        model = load_decoder(checkpoint, getattr(torch, dtype), kind)
         model.activations = loading.activations
         return model, loading
     refuse_generation(spec.evaluation, loader)
     if loader == "sharded":
         return load_sharded(checkpoint, getattr(torch, dtype), team, activations=loading.activations), loading
-    model = StreamedDecoder(checkpoint, getattr(torch, dtype), device, activations=loading.activations)
-    return model, loading
+    dtype_read = getattr(torch, dtype)
+    return StreamedDecoder(checkpoint, dtype_read, kind, activations=loading.activations, ahead=ahead), loading
 
 
 @dataclass

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,24 +15,25 @@ from pathlib import Path
 from q3q.attempt import CLAIM
 from q3q.claim import Claim, Holder, claim_or_refuse, holder_of
 from q3q.errors import ConfigError, Q3QError
+from q3q.export.destination import is_ours, partial_path
 from q3q.masking import masked
 from q3q.mirror import DRIVER_SECONDS, Mirror, folder_of, is_url, mirror_at, refreshed
-from q3q.record import TrialRecord, kept_blocks_folder, trial_folder
+from q3q.record import TrialRecord, kept_blocks_folder, load_spec, moved, trial_folder
 from q3q.report.records import RECORDS, all_sweeps
 from q3q.spec import TrialSpec
-from q3q.sweep.bulletin import Bulletin, bulletins
+from q3q.sweep.bulletin import LOOK_SECONDS, SILENT_SECONDS, Bulletin, at_work, bulletins
 from q3q.sweep.progress import Screen, count, headline, picture
 from q3q.track.tracker import Sweep
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 STATES = ("completed", "failed", "running", "stopped", "waiting", "unknown")
-LOOK_SECONDS = 0.5  # between two looks at a running sweep
 NOT_TRIALS = ("blocks", "digests")  # folders beside the trials'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A trial that storage knows of. size: bytes on disk, kept blocks included. waits: for what, for people."""
+    """A trial that storage knows of. size: bytes on disk, kept blocks and export included. waits: for what, for
+    people."""
 
     id: str
     name: str
@@ -93,7 +95,7 @@ def find_trials(storage: Path, named: str = "") -> list[Trial]:
     planned = {spec.id: spec for sweep in sweeps for spec in sweep.trials}
     folder = storage / "trials"
     ids = [path.name for path in sorted(folder.glob("*/")) if path.name not in NOT_TRIALS]
-    going = [one for one in bulletins(storage) if one.going()]
+    going = sweeps_at_work(storage, mirror_at(named))
     found = [
         _trial(folder / name, planned.get(name), owner.get(name), going, named)
         for name in dict.fromkeys([*ids, *planned])
@@ -102,24 +104,29 @@ def find_trials(storage: Path, named: str = "") -> list[Trial]:
     return sorted(found, key=lambda trial: (order.index(trial.state), trial.name, trial.id))
 
 
+def sweeps_at_work(storage: Path, mirror: Mirror | None) -> list[Bulletin]:
+    """See `at_work`. mirror: of a storage that is a URL, where a sweep's word takes longer to arrive."""
+    if mirror is None:
+        return at_work(storage)
+    return at_work(storage, partial(mirror.pull, "running"), 3 * DRIVER_SECONDS)
+
+
 def _trial(
     folder: Path, planned: TrialSpec | None, sweep: Sweep | None, going: Sequence[Bulletin], named: str
 ) -> Trial:
     spec, record = _read(folder)
-    spec = spec or planned
+    spec = spec or (planned and moved(planned, folder.absolute().parent.parent))
     if spec is None or spec.id != folder.name:
         about = "another version of q3q made it, or its files are damaged; nothing will use it"
         return Trial(id=folder.name, name="?", state="unknown", size=_size(folder), waits=about, spec=None)
     state, waits = _state(spec, folder, record, sweep, going)
-    # Where it was found counts: a storage may have been copied.
-    places = {key: value for key, value in spec.places.items() if key != "store"}
-    places |= {"trials": str(folder.parent.absolute())} | ({"store": named.rstrip("/")} if is_url(named) else {})
-    spec = spec.with_places(places)
+    if is_url(named):
+        spec = spec.with_places({**spec.places, "store": named.rstrip("/")})
     return Trial(
         id=spec.id,
         name=f"{spec.name} · {spec.model.get('name')}",
         state=state,
-        size=_size(folder) + _size(kept_blocks_folder(spec)),
+        size=sum(map(_size, [folder, kept_blocks_folder(spec), *exports_of(spec)])),
         waits=waits,
         spec=spec,
     )
@@ -160,7 +167,7 @@ def _read(folder: Path) -> tuple[TrialSpec | None, TrialRecord | None]:
             continue
         return record.spec, record
     try:
-        return TrialSpec.from_json(json.loads((folder / "spec.json").read_text(encoding="utf-8"))), None
+        return load_spec(folder / "spec.json"), None
     except (OSError, ValueError, KeyError, TypeError, Q3QError):
         return None, None
 
@@ -219,26 +226,31 @@ def chosen(trials: Sequence[Trial], which: Iterable[str], states: Sequence[str])
 def delete_trials(
     which: Sequence[Trial], trials: Sequence[Trial], storage: str | Path, say: Callable[[str], object]
 ) -> None:
-    """Delete their folders, and kept blocks that no other trial's record vouches for; here and, of a URL, there.
+    """Delete their folders and exports, and of kept blocks, and of what drift is measured against, those that no other
+    trial has use for; here and, of a URL, there.
 
     Raises:
         ConfigError: one of them is at work, on another machine perhaps; those before it are deleted.
     """
     going = {trial.id for trial in which}
     folder, mirror = folder_of(str(storage)), mirror_at(str(storage))
-    used = {trial.spec.quantization_id for trial in trials if trial.spec is not None and trial.id not in going}
+    staying = [trial.spec for trial in trials if trial.spec is not None and trial.id not in going]
     for trial in which:
         folders = [folder / "trials" / trial.id]
-        if trial.spec is not None and trial.spec.quantization_id not in used:
-            folders.append(folder / "trials" / "blocks" / trial.spec.quantization_id)
+        if trial.spec is not None:
+            folders += exports_of(trial.spec)
+            if all(trial.spec.quantization_id != other.quantization_id for other in staying):
+                folders.append(kept_blocks_folder(trial.spec))
+            used = {one for other in staying for one in baselines_of(other, folder)}
+            folders += [one for one in baselines_of(trial.spec, folder) if one not in used]
         freed = sum(map(_size, folders))
         board = None if mirror is None else mirror.board(f"trials/{trial.id}")
         claim = Claim(board or folders[0], CLAIM)
         if folders[0].exists():
             claim_or_refuse(claim, partial(_at_work, trial), say)
         if mirror is not None:
-            for one in folders:
-                mirror.remove(str(one.relative_to(folder)))
+            for name in filter(None, map(mirror.name_of, folders)):
+                mirror.remove(name)
         for one in filter(Path.exists, folders):
             shutil.rmtree(one)
         claim.release()
@@ -247,6 +259,28 @@ def delete_trials(
         say(f"{trial.id} {trial.name}: deleted, {_bytes(freed)}")
     if not which:
         say("Nothing to delete.")
+
+
+def exports_of(spec: TrialSpec) -> list[Path]:
+    """What a trial exported, finished or not, wherever it is."""
+    if "export" not in spec.places:
+        return []
+    path = Path(spec.places["export"])
+    return [one for one in (path, partial_path(path)) if is_ours(one, spec)]
+
+
+def baselines_of(spec: TrialSpec, storage: Path) -> list[Path]:
+    """Entries that a trial's drift is measured against: of its model, on one of its texts."""
+    if spec.evaluation.get("drift") is None:
+        return []
+    model = {key: value for key, value in spec.model.items() if key != "name"}
+    texts, found = {text["digest"] for text in spec.evaluation["texts"]}, []
+    for path in (storage / "baselines").glob("*/manifest.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged, and made anew by whoever needs it
+            identity = json.loads(path.read_text(encoding="utf-8"))["body"]["identity"]
+            if identity["model"] == model and identity["text"] in texts:
+                found.append(path.parent)
+    return found
 
 
 def _at_work(trial: Trial, holder: Holder) -> ConfigError:
@@ -266,7 +300,7 @@ def go_on(which: Sequence[Trial], say: Callable[[str], object]) -> int:
             say(f"{trial.id} {trial.name}: is done already")
             continue
         (trial_folder(trial.spec) / "failed.json").unlink(missing_ok=True)
-        record = attempt_trial(trial.spec)
+        record = attempt_trial(alone(trial.spec))
         failed += not record.completed
         end = ", ".join(headline(record)) if record.completed else f"FAILED: {record.reason}"
         say(f"{trial.id} {trial.name}: {end}")
@@ -275,6 +309,14 @@ def go_on(which: Sequence[Trial], say: Callable[[str], object]) -> int:
     else:
         say("Nothing to resume.")
     return FAILED if failed else 0
+
+
+def alone(spec: TrialSpec) -> TrialSpec:
+    """The trial as one process runs it, on whatever there is here: without the share that another had of it."""
+    places = {key: value for key, value in spec.places.items() if key != "share"}
+    if places.get("loader") == "sharded":
+        del places["loader"]
+    return spec.with_places(places)
 
 
 def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
@@ -289,7 +331,7 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
         ConfigError: none runs, or none of that name, or it is not clear which.
     """
     known = [one for one in bulletins(storage) if name in (None, one.name)]
-    going = [one for one in known if one.going()]
+    going = [one for one in sweeps_at_work(storage, mirror) if name in (None, one.name)]
     if not going:
         last = f" The last one, {known[0].name}, {'has ended' if known[0].over else 'died'}." if known else ""
         raise ConfigError(f"no sweep{f' named {name}' if name else ''} runs with storage={storage}.{last}")
@@ -299,20 +341,24 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
     print(f"{shown.name} on {shown.host}, process {shown.pid}: {shown.command}", flush=True)
     latest = {"bulletin": shown}
     screen = _screen(latest) if sys.stdout.isatty() else None
-    said, asked = 0, time.monotonic()
+    said, asked, heard = 0, time.monotonic(), time.monotonic()
     try:
         while True:
             for number, line in shown.lines:
                 if number > said:
                     screen.say(line) if screen else print(line, flush=True)
                     said = number
-            if not shown.going():
+            lives = shown.lives()
+            if lives is False or (lives is None and time.monotonic() - heard > SILENT_SECONDS):
                 break
             time.sleep(LOOK_SECONDS)
             if mirror is not None and time.monotonic() - asked > DRIVER_SECONDS:
                 mirror.pull("running")
                 asked = time.monotonic()
-            shown = latest["bulletin"] = Bulletin.load(path)
+            before = shown.updated
+            with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or not there whole: that is silence too
+                shown = latest["bulletin"] = Bulletin.load(path)
+            heard = heard if shown.updated == before else time.monotonic()
     finally:
         if screen is not None:
             screen.close()

@@ -5,6 +5,11 @@ import gc
 import torch
 
 
+def parameter_bytes(team):
+    """Bytes of the parameters that each rank keeps, of all models."""
+    return team.gather(sum(model.held_bytes() for model in team.held.values()))
+
+
 def live_bytes(team):
     """Of each rank: bytes of all tensors that are alive in its process."""
     gc.collect()

@@ -179,6 +179,9 @@ def test_the_slurm_script():
     assert "export RAY_AUTH_MODE=token" in text
     for flag in ("--nodes", "--requeue", "--time", "--gpus-per-node"):
         assert f"#SBATCH {flag}" in text
+    assert re.search(r'srun .*--cpus-per-task="\$SLURM_CPUS_PER_TASK" --exact', text)  # --exact alone takes one core
+    assert "mlflow" not in text or "track.uri=" in text
+    assert "$storage" not in re.search(r"track\.uri=(.*)", text)[1]  # SQLite locks badly on a shared file system
 
 
 def test_every_command_in_the_page_is_one_that_was_run_or_says_that_it_was_not():
@@ -197,6 +200,17 @@ def test_each_way_takes_three_commands():
         section = PAGE[PAGE.index(f"## {title}") :]
         block = re.search(r"```bash\n(.*?)```", section, re.S)[1]
         assert len(block.strip().splitlines()) == 3, title
+
+
+def test_where_the_first_gpu_is_still_to_come_its_size_is_said():
+    [job] = of_kind("RayJob")
+    [memory] = re.findall(r"cluster\.gpu_memory=(\S+)", job["spec"]["entrypoint"])
+    assert memory in (CLUSTER / "kuberay.yaml").read_text(encoding="utf-8").partition("\napiVersion")[0]
+    for title, gib in (("AWS", 44), ("Google Cloud", 22)):  # an L40S, and an L4
+        block = re.search(r"```bash\n(.*?)```", PAGE[PAGE.index(f"## {title}") :], re.S)[1]
+        [command] = re.findall(r"python launch\.py [^#\n]*", block)
+        cluster = composed(command).cluster
+        assert (cluster.gpu_memory, cluster.gpus_per_trial, cluster.patience) == (f"{gib}GiB", "auto", 1200)
 
 
 def test_the_pages_options_of_our_own_programs_exist():

@@ -13,9 +13,9 @@ from hydra.core.global_hydra import GlobalHydra
 from q3q import config as schema
 from q3q.errors import ConfigError
 from q3q.export.formats import expected_bytes
-from q3q.models.checkpoint import end_tokens, read_facts
-from q3q.models.footprint import need
-from q3q.trial import run_trial
+from q3q.models.checkpoint import Checkpoint, end_tokens, read_facts
+from q3q.models.footprint import ahead_bytes, need
+from q3q.trial import load_model, run_trial
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "q3q" / "models" / "demo" / "dense"
@@ -140,6 +140,18 @@ def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(random_
     assert peaks["streamed"] <= bound
     assert peaks["resident"] > peaks["streamed"] + facts.weight_bytes() // 3
     assert records["streamed"]["perplexity/stories"] == records["resident"]["perplexity/stories"]
+
+
+def test_the_next_block_is_read_ahead_if_there_is_memory_for_it(spec_of):
+    checkpoint = Checkpoint(DEMO)
+    needs = need(checkpoint.facts, "float32", method="rtn", loader="streamed")
+    ahead = ahead_bytes(checkpoint.facts, "float32")
+    for spare, reads in ((0, False), (ahead - 1, False), (ahead, True)):
+        model, loading = load_model(
+            checkpoint, spec_of("method=rtn", "loader=streamed", f"memory={needs + spare}"), "cpu"
+        )
+        assert model.blocks._ahead is reads
+        assert loading.needs == needs
 
 
 def test_settings_of_memory_are_checked_before_anything_runs(spec_of):

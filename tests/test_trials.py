@@ -1,21 +1,27 @@
 """What `python -m q3q.trials` says of a storage folder, and what it does there."""
 
+import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
 from q3q import trial as trial_module
-from q3q.record import Progress, TrialRecord, trial_folder, write_atomically
+from q3q import trials as trials_module
+from q3q.export import destination
+from q3q.record import Progress, TrialRecord, load_spec, trial_folder, write_atomically
+from q3q.report.records import all_sweeps
 from q3q.spec import Scheme, TrialSpec
 from q3q.sweep import bulletin
-from q3q.sweep.bulletin import Bulletin, Publisher, View, Work, bulletins
+from q3q.sweep.bulletin import Bulletin, Publisher, View, Work, at_work, bulletins
 from q3q.sweep.progress import Display
 from q3q.track.tracker import Sweep
 from q3q.trials import find_trials, main
@@ -166,6 +172,26 @@ def test_deleting_frees_what_no_other_trial_has_use_for(storage, capsys):
     assert "deleted" in capsys.readouterr().out
 
 
+def test_deleting_takes_exports_and_baselines_that_no_other_trial_has_use_for(storage):
+    texts = [{"name": "stories", "digest": "abc", "window": 64}]
+    first, second = (spec(storage, bits, texts=texts, drift="auto") for bits in (2, 3))
+    export = storage / "exports" / "first"
+    first = complete(replace(first, export="hf", places={**first.places, "export": str(export)}))
+    write_atomically(export / "model.safetensors", bytes(5000))
+    marker = {"trial": first.id, "version": destination.VERSION}
+    write_atomically(export / destination.EXPORT_MARKER, json.dumps(marker).encode())
+    complete(second)
+    mine, others = (storage / "baselines" / name for name in ("mine", "others"))
+    for entry, model in ((mine, {}), (others, {"dtype": "float16"})):
+        identity = {"model": model, "text": "abc"}
+        write_atomically(entry / "manifest.json", json.dumps({"body": {"identity": identity}}).encode())
+    assert next(one for one in find_trials(storage) if one.id == first.id).size > 5000
+    assert main(["--storage", str(storage), "delete", first.id]) == 0
+    assert (export.exists(), mine.exists(), others.exists()) == (False, True, True)
+    assert main(["--storage", str(storage), "delete", second.id]) == 0
+    assert (mine.exists(), others.exists()) == (False, True)
+
+
 def test_what_runs_is_not_deleted_and_what_is_not_there_is_named(storage, capsys):
     one = begin(spec(storage, 2))
     post(storage, view=view(one))
@@ -210,6 +236,34 @@ def test_a_storage_folder_that_moved_is_resumed_where_it_lies(storage, tmp_path_
     assert ran[0].places["trials"] == str(moved / "trials")
 
 
+def test_a_gangs_trial_is_resumed_by_one_process_alone(storage, monkeypatch):
+    one = spec(storage, 2)
+    share = {"gpus": 1, "loader": "sharded", "memory": 10**9}
+    begin(one.with_places({**one.places, "loader": "sharded", "memory": 2 * 10**9, "share": share}))
+    ran = []
+    monkeypatch.setattr(trial_module, "attempt_trial", lambda one: ran.append(one) or TrialRecord.failed(one, "x"))
+    main(["--storage", str(storage), "resume", "stopped"])
+    assert ran[0].places == {"trials": str(storage / "trials"), "memory": 2 * 10**9}
+
+
+def test_a_storage_folder_that_was_copied_is_read_and_written_where_it_lies(storage, tmp_path_factory):
+    export = spec(storage, 2)
+    export = export.with_places({**export.places, "export": str(storage / "exports" / "x"), "store": "file:///gone"})
+    done = complete(export)
+    sweep(storage, done)
+    copied = tmp_path_factory.mktemp("elsewhere") / "mlruns"
+    shutil.copytree(storage, copied)
+    record = TrialRecord.load(copied / "trials" / done.id / "record.json")
+    places = {"trials": str(copied / "trials"), "export": str(copied / "exports" / "x")}
+    assert record.spec.places == load_spec(copied / "trials" / done.id / "spec.json").places == places
+    [loaded], _ = all_sweeps(copied)
+    assert loaded.trials[0].places == places
+    before = (storage / "trials" / done.id / "record.json").stat().st_mtime_ns
+    replace(record, notes={"seen": "there"}).save()
+    assert (storage / "trials" / done.id / "record.json").stat().st_mtime_ns == before
+    assert TrialRecord.load(copied / "trials" / done.id / "record.json").notes == {"seen": "there"}
+
+
 def test_a_bulletin_comes_back_as_it_was(storage):
     one = post(storage, view=view(spec(storage, 2)), lines=((1, "a line"),))
     assert bulletins(storage) == [one]
@@ -217,16 +271,58 @@ def test_a_bulletin_comes_back_as_it_was(storage):
     assert bulletins(storage) == [one]
 
 
-def test_a_sweep_is_gone_when_its_process_is_or_when_another_machine_falls_silent(storage):
+def test_a_sweep_is_gone_when_its_process_is(storage):
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
-    here = Bulletin(name="a", command="", host=platform.node(), pid=os.getpid(), view=view(), updated=time.time())
-    assert here.going()
-    assert replace(here, updated=0.0, pid=process.pid).gone()
-    there = replace(here, host="another")
-    assert there.going()
-    assert replace(there, updated=time.time() - bulletin.SILENT_SECONDS - 5).gone()
-    assert not replace(here, over=True, pid=process.pid).gone()
+    here = post(storage)
+    assert here.lives()
+    assert not replace(here, pid=process.pid).lives()
+    assert replace(here, host="another").lives() is None
+    assert replace(here, host="another", over=True).lives() is False
+
+
+@contextmanager
+def speaking(storage, updated=0.0, **facts):
+    """A sweep on another machine that writes its bulletin anew, and whose clock says what it likes."""
+    over = threading.Event()
+    post(storage, updated=updated, **facts)
+
+    def speak():
+        for number in itertools.count():
+            if over.wait(0.05):
+                return
+            post(storage, updated=updated - number, **facts)
+
+    speaker = threading.Thread(target=speak)
+    speaker.start()
+    try:
+        yield
+    finally:
+        over.set()
+        speaker.join()
+
+
+def test_of_another_machine_a_sweep_is_at_work_if_it_is_heard_whatever_the_clocks_say(storage, monkeypatch):
+    monkeypatch.setattr(bulletin, "HEARD_SECONDS", 0.6)
+    monkeypatch.setattr(bulletin, "LOOK_SECONDS", 0.1)
+    post(storage, host="silent")
+    with speaking(storage, host="heard", updated=-1e9):
+        assert [one.host for one in at_work(storage)] == ["heard"]
+    assert at_work(storage) == []
+
+
+def test_a_sweep_elsewhere_that_falls_silent_or_whose_file_goes_is_said_to_have_died(storage, monkeypatch, capsys):
+    monkeypatch.setattr(trials_module, "SILENT_SECONDS", 0.5)
+    with speaking(storage, host="another"):
+        found = []
+        watched = threading.Thread(target=lambda: found.append(main(["--storage", str(storage), "attach"])))
+        watched.start()
+        time.sleep(1.5)
+        assert found == []
+    [path.unlink() for path in (storage / "running").glob("*.json")]
+    watched.join(20)
+    assert found == [1]
+    assert "it died, the same command goes on" in capsys.readouterr().out
 
 
 def test_a_second_terminal_sees_a_sweep_to_its_end(storage, monkeypatch, capsys):
@@ -271,11 +367,10 @@ def test_a_sweep_that_is_killed_is_seen_to_be(storage, capsys):
 
 
 def test_of_several_sweeps_one_is_named(storage, capsys):
-    post(storage, name="one", host="a")
-    post(storage, name="two", host="b", over=False)
-    assert main(["--storage", str(storage), "attach"]) == 2
-    assert "name one: one, two" in capsys.readouterr().err
-    assert main(["--storage", str(storage), "attach", "three"]) == 2
+    with speaking(storage, name="one", host="a"), speaking(storage, name="two", host="b"):
+        assert main(["--storage", str(storage), "attach"]) == 2
+        assert "name one: one, two" in capsys.readouterr().err
+        assert main(["--storage", str(storage), "attach", "three"]) == 2
 
 
 def test_a_disk_that_takes_no_bulletin_stops_no_sweep(storage, caplog):

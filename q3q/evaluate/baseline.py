@@ -223,7 +223,7 @@ def baseline_for(
     baseline = find_baseline(folder, identity)
     if baseline is None:
         folder.mkdir(parents=True, exist_ok=True)
-        with _turn(folder / f"{identity.key}.lock") as turn:
+        with _turn(folder / f"{identity.key}.lock", lambda: progress(0, len(windows_NT))) as turn:
             fetch(identity.key)
             baseline = find_baseline(folder, identity)  # it may have come while we waited
             if baseline is None:
@@ -324,24 +324,28 @@ class _Turn:
 
 
 @contextmanager
-def _turn(lock: Path) -> Iterator[_Turn]:
-    """Wait for the lock, which the kernel takes from a process that dies, however it dies.
+def _turn(lock: Path, on_wait: Callable[[], None]) -> Iterator[_Turn]:
+    """Wait for the lock, which the kernel takes from a process that dies, however it dies. on_wait: told at every look,
+    and may raise.
 
     A holder that lives and shows no sign of it for PATIENCE seconds is not waited for, nor is a file system without
     locks: then both compute.
     """
     with lock.open("ab") as file:
-        yield _Turn(lock, _acquire(file.fileno(), lock))
+        yield _Turn(lock, _acquire(file.fileno(), lock, on_wait))
 
 
-def _acquire(descriptor: int, lock: Path) -> bool:
-    started = time.time()
+def _acquire(descriptor: int, lock: Path, on_wait: Callable[[], None]) -> bool:
+    sign, heard = 0, 0.0  # the holder's last one, and when it was first seen, on this process's own monotonic clock
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.time() - max(started, lock.stat().st_mtime) > PATIENCE:
+            if sign != (sign := lock.stat().st_mtime_ns):
+                heard = time.monotonic()
+            if time.monotonic() - heard > PATIENCE:
                 return False
+            on_wait()
             time.sleep(_POLL)
         except OSError:
             return False

@@ -42,13 +42,14 @@ def need(
     device: Device = "cpu",
     heads: int = 1,
 ) -> int:
-    """Peak bytes of one process (of each rank) that quantizes and evaluates this model, the process itself included.
+    """Peak bytes of one process (of each rank) that quantizes and evaluates this model, the process itself included;
+    of a streamed one without what it may read ahead (`ahead_bytes`).
 
     Args:
         dtype: that it runs in. method: by name; None to evaluate the model as it is. loader: one of `LOADERS`.
         ranks: how many share a sharded model. heads: 2 where what a quantized one says is compared with the original's.
     """
-    block = max(facts.block_bytes(k, dtype) for k in range(facts.layers))
+    block = ahead_bytes(facts, dtype)
     ends = _ends_bytes(facts, dtype)
     more = (heads - 1) * ends
     running = _running(facts, dtype, device)
@@ -60,15 +61,20 @@ def need(
             facts.weight_bytes(dtype) + more + max(running + LOGIT_BYTES[device], work and int(changing * block) + work)
         )
     elif loader == "streamed":
-        # The block, what becomes of it, and the next one; when all have run, the head.
-        quantizing = work and int((1 + changing) * block) + work
-        peak = max(2 * block + running, quantizing, ends + more + max(LOGIT_BYTES[device], block + running))
+        # The block and what becomes of it; when all have run, the head.
+        quantizing = work and int(changing * block) + work
+        peak = max(block + running, quantizing, ends + more + max(LOGIT_BYTES[device], block + running))
     elif loader == "sharded":
         shares = (facts.weight_bytes(dtype) - ends) // ranks + ends + more
         peak = shares + max(2 * block + work, running + LOGIT_BYTES[device])
     else:
         raise ConfigError(f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}")
     return PROCESS_BYTES[device] + peak
+
+
+def ahead_bytes(facts: ModelFacts, dtype: str) -> int:
+    """Of the largest block: what a streamed model holds besides while it reads one ahead of the one that is at work."""
+    return max(facts.block_bytes(k, dtype) for k in range(facts.layers))
 
 
 def choose(

@@ -16,7 +16,9 @@ from q3q.record import write_atomically
 from q3q.spec import Json
 
 EVERY_SECONDS = 2.0
-SILENT_SECONDS = 60.0  # after which a sweep on another machine counts as gone; on this one its process is looked for
+LOOK_SECONDS = 0.5  # between two looks at a sweep's file
+HEARD_SECONDS = 6.0  # within which a sweep on another machine must write anew, to be seen at work
+SILENT_SECONDS = 60.0  # without a new word, after which one that was seen at work counts as gone
 KEPT_SECONDS = 86_400.0  # what a sweep that is over, or gone, leaves is swept away by the next one after a day
 LAST_LINES = 40
 
@@ -47,7 +49,8 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Bulletin:
-    """One sweep's file. updated: seconds since 1970. lines: the last that it said, numbered since it began."""
+    """One sweep's file. updated: seconds since 1970 by its own clock, for people; that it changes is a sign of life.
+    lines: the last that it said, numbered since it began."""
 
     name: str
     command: str
@@ -62,14 +65,11 @@ class Bulletin:
     def key(self) -> str:
         return f"{self.host}-{self.pid}"
 
-    def gone(self) -> bool:
-        """Whether it can say nothing more, though it never said that it was over."""
-        if self.host == platform.node() and not runs(self.pid):
-            return not self.over
-        return not self.over and abs(time.time() - self.updated) > SILENT_SECONDS
-
-    def going(self) -> bool:
-        return not self.over and not self.gone()
+    def lives(self) -> bool | None:
+        """Whether it goes on; None if that cannot be known from here, of another machine's: see whether it changes."""
+        if self.over:
+            return False
+        return runs(self.pid) if self.host == platform.node() else None
 
     def to_json(self) -> Json:
         return asdict(self)
@@ -84,14 +84,32 @@ class Bulletin:
 
 
 def bulletins(storage: Path) -> list[Bulletin]:
-    """Of all sweeps in a storage folder, those that go on first, then the newest."""
+    """Of all sweeps in a storage folder: those that have not ended first, then the newest."""
     found = []
     for path in (storage / "running").glob("*.json"):
         try:
             found.append(Bulletin.load(path))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another version's: it tells nothing that could be understood here
-    return sorted(found, key=lambda one: (not one.going(), -one.updated))
+    return sorted(found, key=lambda one: (one.lives() is False, -one.updated))
+
+
+def at_work(storage: Path, fetch: Callable[[], object] = lambda: None, patience: float | None = None) -> list[Bulletin]:
+    """The sweeps of a storage folder that go on. One on another machine is watched until it is written anew.
+
+    fetch: brings the files, of a storage that is a URL. patience: seconds to watch at most, None for HEARD_SECONDS.
+    """
+    known = {one.key: one for one in bulletins(storage)}
+    silent = {key for key, one in known.items() if one.lives() is None}
+    deadline = time.monotonic() + (HEARD_SECONDS if patience is None else patience)
+    while silent and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+        fetch()
+        for one in bulletins(storage):
+            if one.key in silent and one.updated != known[one.key].updated:
+                known[one.key] = one
+                silent.remove(one.key)
+    return [one for key, one in known.items() if one.lives() is not False and key not in silent]
 
 
 class Publisher:
@@ -146,6 +164,6 @@ class Publisher:
             self._on_error(error)
 
     def _tidy(self) -> None:
-        for old in bulletins(self.folder.parent):
-            if not old.going() and abs(time.time() - old.updated) > KEPT_SECONDS:
+        for old in bulletins(self.folder.parent):  # one elsewhere whose clock is wrong writes its own anew
+            if not old.lives() and abs(time.time() - old.updated) > KEPT_SECONDS:
                 (self.folder / f"{old.key}.json").unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import queue
+import re
 import secrets
 import signal
 import socket
@@ -42,7 +43,14 @@ OBJECT_STORE_BYTES = 200_000_000  # only specs, records and events cross
 REPORTS_AHEAD = 64  # a task that is so many reports ahead of the driver waits, so nobody's memory fills with them
 ANSWER_SECONDS = 12  # how long the cluster at an address may take to answer
 CANCEL_SECONDS = 10  # how long cancelled workers are waited for
+ASK_SECONDS = 20  # how long a machine may take to say whether its kernel killed for memory
+# What torch and CUDA say, as errors of some general kind, where memory ran out: on a CPU, and in CUDA's libraries.
+MEMORY_WORDS = re.compile(
+    r"MemoryError|OutOfMemoryError|enforce fail at alloc_cpu|CUDA (error: )?out of memory"
+    r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED)"
+)
 
+KIND = "accelerator_type:"  # how Ray's name for the kind of a machine's GPUs begins
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 _KNOCK = """
@@ -57,7 +65,7 @@ class WorkerDiedError(Q3QError):
 
 
 class OutOfMemoryError(WorkerDiedError):
-    """A task ran out of memory: its process was killed for it, or it said so itself (MemoryError, or torch's own)."""
+    """A task ran out of memory: its process was killed for it, by Ray or the kernel, or it said so itself."""
 
 
 class HandedBackError(BaseException):
@@ -68,17 +76,23 @@ class HandedBackError(BaseException):
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """What a task reserves, or a cluster has. memory is in bytes; None reserves none. ranks: of a gang, so many times
-    the same, perhaps on several machines."""
+    the same, perhaps on several machines. kind: of GPUs, as Ray calls it (A100); "": any."""
 
     cpus: float = 1
     gpus: float = 0
     memory: int | None = None
     ranks: int = 1
+    kind: str = ""
 
     def __str__(self) -> str:
         memory = [] if self.memory is None else [f"{self.memory / 2**30:.1f} GiB of memory"]
-        each = ", ".join([f"{self.cpus:g} CPUs", f"{self.gpus:g} GPUs", *memory])
+        each = ", ".join([f"{self.cpus:g} CPUs", f"{self.gpus:g} {self.kind} GPUs".replace("  ", " "), *memory])
         return each if self.ranks == 1 else f"{self.ranks} ranks of {each}"
+
+    @property
+    def pin(self) -> dict[str, float]:
+        """What to ask of Ray, besides, to get this kind of GPU: a machine has 1 of the name of its kind."""
+        return {f"{KIND}{self.kind}": 0.001} if self.kind else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +121,15 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The first event of each attempt: a worker has taken the task."""
+    """The first event of each attempt: a worker has taken the task. node_id: Ray's. kernel_kills: processes that the
+    machine's kernel had killed for memory until then."""
 
     key: str
     pid: int
     node: str
     attempt: int
-    node_id: str = field(default="", compare=False)  # Ray's
+    node_id: str = field(default="", compare=False)
+    kernel_kills: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -527,7 +543,7 @@ class _Gang:
     def __init__(self, shape: Resources, entry: Any, work: tuple[Any, ...]) -> None:
         import ray
 
-        amounts = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory}
+        amounts = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory, **shape.pin}
         bundle = {name: amount for name, amount in amounts.items() if amount}
         # On as few machines as possible, and all at once or not at all, so that no two gangs wait for each other.
         self.group = ray.util.placement_group([bundle] * shape.ranks, strategy="PACK")
@@ -602,8 +618,10 @@ def _next_message(stream: Any, flight: _Flight) -> tuple[str, Any]:
         if how:
             worker = f" (pid {flight.began.pid} on {flight.began.node})" if flight.began else ""
             worker += f", rank {flight.rank} of {flight.task.resources.ranks}" if flight.gang else ""
-            short = isinstance(error, ray.exceptions.OutOfMemoryError)
-            died = (OutOfMemoryError if short else WorkerDiedError)(f"{key} died{worker}: {how[0]}")
+            short, why = isinstance(error, ray.exceptions.OutOfMemoryError), how[0]
+            if isinstance(error, ray.exceptions.WorkerCrashedError) and _kernel_killed_since(flight.began):
+                short, why = True, "out of memory, so the kernel killed it"
+            died = (OutOfMemoryError if short else WorkerDiedError)(f"{key} died{worker}: {why}")
             return _DIED, _caused_by(died, error.with_traceback(None))
         reason = getattr(error, "cause", None) or error  # before our code ran: q3q is not installed there, say
         return _ERROR, _caused_by(Q3QError(f"Ray could not run {key}: {reason}"), error)
@@ -611,9 +629,48 @@ def _next_message(stream: Any, flight: _Flight) -> tuple[str, Any]:
         return _ERROR, _caused_by(Q3QError(f"what {key} sent cannot be read here: {error}"), error)
     if kind == _BACK:
         return kind, WorkerDiedError(f"{key} was handed back (pid {content} was asked to end)")
-    if kind == _ERROR and any(one.__name__ in ("MemoryError", "OutOfMemoryError") for one in type(content).__mro__):
+    if kind == _ERROR and ran_out_of_memory(content):
         content = OutOfMemoryError(f"{key}: {content or type(content).__name__}")
     return kind, _caused_by(content, _RaisedInWorkerError(*trace)) if kind == _ERROR else content
+
+
+def ran_out_of_memory(error: BaseException | str) -> bool:
+    """Whether an error, or the reason that a record keeps of one (`Kind: words`), says so."""
+    kinds = [] if isinstance(error, str) else [one.__name__ for one in type(error).__mro__]
+    return MEMORY_WORDS.search(" ".join([*kinds, str(error)])) is not None
+
+
+def _kernel_killed_since(began: Started | None) -> bool:
+    """Whether the kernel of the machine where a task began has killed a process for memory since; False if the machine
+    does not answer. Which process, it does not tell: the task that died is the likeliest."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if began is None:
+        return False
+    if began.node_id == _node_id():
+        return _kernel_kills()() > began.kernel_kills
+    there = NodeAffinitySchedulingStrategy(began.node_id, soft=False)
+    ask = ray.remote(num_cpus=0, max_retries=0)(_kernel_kills()).options(scheduling_strategy=there)
+    with suppress(ray.exceptions.RayError):
+        return bool(ray.get(ask.remote(), timeout=ASK_SECONDS) > began.kernel_kills)
+    return False
+
+
+def _kernel_kills() -> Callable[[], int]:
+    """What counts the processes that a machine's kernel killed for memory, of its containers too; 0 if it does not
+    say. Nested, and so pickled whole, like `_entry`'s."""
+
+    def count() -> int:
+        from pathlib import Path
+
+        try:
+            counters = dict(line.split() for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines())
+        except OSError:
+            return 0
+        return int(counters.get("oom_kill", 0))
+
+    return count
 
 
 def _caused_by(error: BaseException, cause: BaseException) -> BaseException:
@@ -640,13 +697,19 @@ def _machines() -> list[Resources]:
 
 
 def _resources_of(amounts: Mapping[str, float]) -> Resources:
+    kinds = [name.removeprefix(KIND) for name in amounts if name.startswith(KIND)]
     return Resources(
-        cpus=amounts.get("CPU", 0), gpus=amounts.get("GPU", 0), memory=int(amounts.get("memory", 0)) or None
+        cpus=amounts.get("CPU", 0),
+        gpus=amounts.get("GPU", 0),
+        memory=int(amounts.get("memory", 0)) or None,
+        kind=kinds[0] if len(kinds) == 1 else "",
     )
 
 
 def _rooms(wanted: Resources, machine: Resources) -> int:
     """How many such tasks, or ranks of one, the machine has room for when it is empty."""
+    if wanted.kind not in ("", machine.kind):
+        return 0
     amounts = [
         (wanted.cpus, machine.cpus),
         (wanted.gpus, machine.gpus),
@@ -691,6 +754,7 @@ def _entry(shape: Resources) -> Any:
         "num_cpus": shape.cpus,
         "num_gpus": shape.gpus,
         "memory": shape.memory,
+        "resources": shape.pin,
         "num_returns": "streaming",
         "max_retries": 0,  # we retry ourselves, and say so
         "_generator_backpressure_num_objects": REPORTS_AHEAD,
@@ -717,8 +781,8 @@ def _work(
     outbox: queue.Queue[bytes | None] = queue.Queue(maxsize=REPORTS_AHEAD)
     asked = threading.Event()
     with _heeding_sigterm(asked):
-        here = platform.node()
-        yield _pack(_EVENT, Started(key=key, pid=os.getpid(), node=here, attempt=attempt, node_id=_node_id()))
+        where, kills = {"node": platform.node(), "node_id": _node_id()}, _kernel_kills()()
+        yield _pack(_EVENT, Started(key=key, pid=os.getpid(), attempt=attempt, kernel_kills=kills, **where))
         work: tuple[Any, ...] = (call, cpus, gpus, outbox, asked)
         if place is not None:
             seat = _seat(*place)
@@ -768,7 +832,7 @@ def _run_call(
         outbox.put(_pack(_EVENT, event))
 
     try:
-        _keep_to(cpus, gpus)
+        keep_to(cpus, gpus)
         value = _unpack(call)(report, *seats)
     except HandedBackError:
         end = _pack(_BACK, os.getpid())
@@ -784,7 +848,7 @@ def _run_call(
     outbox.put(None)
 
 
-def _keep_to(cpus: float, gpus: float) -> None:
+def keep_to(cpus: float, gpus: float) -> None:
     """Compute with as many threads as CPUs were reserved; see no GPU if none was."""
     threads = max(1, int(cpus))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

@@ -120,21 +120,22 @@ class CostModel:
         read = facts.weight_bytes(spec.model["dtype"]) / self.read_bytes if loader != "streamed" else 0.0
         seconds = {"load": self.start + read}
         for phase, operations in self.operations(spec, facts).items():
-            seconds[phase] = slower * operations / rate * self._ratio(phase, spec, where)
+            seconds[phase] = slower * operations / rate * self._ratio(phase, spec, where, loader)
         return seconds
 
-    def _ratio(self, phase: str, spec: TrialSpec, where: Rate) -> float:
-        """The nearest that is known: of this kind of machine, phase and method first, of anything alike last."""
-        return next((self.ratios[key] for key in _ladder(phase, spec, where) if key in self.ratios), 1.0)
+    def _ratio(self, phase: str, spec: TrialSpec, where: Rate, loader: str) -> float:
+        """The nearest that is known: of this kind of machine, loader, phase, method first; of anything alike last."""
+        return next((self.ratios[key] for key in _ladder(phase, spec, where, loader) if key in self.ratios), 1.0)
 
-    def knows(self, spec: TrialSpec, where: Rate) -> bool:
+    def knows(self, spec: TrialSpec, where: Rate, loader: str) -> bool:
         """Whether any finished trial corrects the prediction."""
-        return any(key in self.ratios for key in _ladder("evaluate", spec, where))
+        return any(key in self.ratios for key in _ladder("evaluate", spec, where, loader))
 
     def learned(
         self, records: Iterable[TrialRecord], facts_of: Callable[[TrialSpec], ModelFacts | None]
     ) -> "CostModel":
-        """The same, corrected: of each kind of machine, phase and method the median of measured over predicted.
+        """The same, corrected: of each kind of machine, loader (a gang has its own), phase and method the median of
+        measured over predicted.
 
         Medians, because a machine that was busy with other work, or a phase that was taken up halfway, says nothing.
         """
@@ -151,7 +152,7 @@ class CostModel:
                     continue
                 if phase == "quantize" and "blocks_from_disk" in record.notes:
                     continue
-                for key in _ladder(phase, record.spec, where):
+                for key in _ladder(phase, record.spec, where, loader):
                     found.setdefault(key, []).append(took / expected)
         return replace(self, ratios={key: statistics.median(ratios) for key, ratios in found.items()})
 
@@ -209,10 +210,11 @@ def ran_on(record: TrialRecord) -> tuple[Rate, int, str]:
     return Rate(str(hardware.get("processor", "")), False, float(hardware.get("threads", 1))), ranks, loader
 
 
-def _ladder(phase: str, spec: TrialSpec, where: Rate) -> list[Key]:
+def _ladder(phase: str, spec: TrialSpec, where: Rate, loader: str) -> list[Key]:
     """What a ratio is kept under, from the very kind to the merely alike."""
     device = "gpu" if where.gpu else "cpu"
-    kinds = [(device, where.name, f"{where.units:g}", spec.model["dtype"]), (device, where.name), (device,)]
+    very = (device, where.name, loader, f"{where.units:g}", spec.model["dtype"])
+    kinds = [very, (device, where.name, loader), (device, where.name), (device,)]
     work = [(phase, spec.method["name"])] if phase == "quantize" else []
     return [(*kind, *one) for kind in kinds for one in [*work, (phase,), ()]]
 

@@ -8,6 +8,7 @@ too little is the next rung of the same ladder (`rungs`).
 import functools
 import heapq
 import os
+import re
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from q3q.errors import ConfigError
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.checkpoint import ModelFacts
-from q3q.models.footprint import AUTO, LOADERS, Device, bytes_of, free_memory, in_gb, need
+from q3q.models.footprint import AUTO, LOADERS, Device, ahead_bytes, bytes_of, free_memory, in_gb, need
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.sweep.costs import CostModel, Rate, text_windows
@@ -29,17 +30,37 @@ MOST_ACTIVATIONS = 8_000_000_000  # bytes of hidden states that a trial reserves
 KEEPS_INPUTS = {"awq": 5}  # so many times the hidden states are held in memory at once, in the walk's shares of it
 HOST_BYTES = 4_000_000_000  # of main memory that a trial on a GPU takes, beside two blocks on their way to it
 MOST_THREADS = 16  # of a trial on a GPU, which hardly computes on its cores
+CORES_TO_COME = 4  # for each GPU of a machine that nobody has seen yet, or of a machine without GPUs
+# Bytes of a GPU, by the name that Ray has for its kind; of kinds that come in several sizes the smallest.
+GPU_BYTES = {
+    kind: gib * 2**30
+    for gib, kinds in {
+        12: ("K80",),
+        15: ("T4",),
+        16: ("V100", "P100"),
+        22: ("A10G", "L4"),
+        40: ("A100", "A100-40G"),
+        44: ("L40S",),
+        79: ("A100-80G", "H100"),
+        94: ("H20", "RTX-PRO-6000"),
+        140: ("H200",),
+        178: ("B200", "GB200"),
+        260: ("B300", "GB300"),
+    }.items()
+    for kind in kinds
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What one machine has. memory: bytes that trials may take; gpu_memory: of one of its GPUs; each None if unknown.
-    name: of its GPU or processor, as records have it, or ""."""
+    kind: of its GPUs, as Ray calls it, or "". name: of its GPU or processor, as records have it, or ""."""
 
     cpus: float
     gpus: float = 0
     memory: int | None = None
     gpu_memory: int | None = None
+    kind: str = ""
     name: str = ""
 
 
@@ -47,7 +68,7 @@ class Machine:
 class Wishes:
     """What the person asked for; None: as the plan sees fit. gpus: a share of one, or how many a gang has. ranks: that
     share a trial. memory: of main memory, bytes that a trial reserves. gpu_memory: of a GPU. patience: seconds to wait
-    for larger machines to come, so that no trial is refused for its size."""
+    for machines to come, so that no trial is refused because there are too few."""
 
     cpus: float | None = None
     gpus: float | None = None
@@ -63,6 +84,7 @@ class Share:
 
     memory: of main memory, bytes that it reserves. needs: bytes that it is predicted to take where its model lies, in
     main memory or a GPU's. room: bytes that it may take there, more than needed for activations; None if unknown.
+    kind: of GPU that it must land on, because it does not fit on the others; "": on any.
     """
 
     cpus: float
@@ -72,19 +94,26 @@ class Share:
     room: int | None = None
     loader: str = "resident"
     ranks: int = 1
+    kind: str = ""
 
     def __str__(self) -> str:
         if self.gpus:
             count = self.gpus * self.ranks
-            return f"{count:g} GPU{'s' if count > 1 else ''}"
+            return f"{count:g} {self.kind or 'GPU'}{'s' if count > 1 and not self.kind else ''}"
         gang = f"{self.ranks} x " if self.ranks > 1 else ""
         return f"{gang}{self.cpus:g} CPU{'s' if self.cpus > 1 else ''}"
+
+    def to_places(self) -> Json:
+        """What a trial is told of it (`places["share"]`): on what, how, and within which memory it runs."""
+        bound = {} if self.room is None else {"memory": self.room}
+        return {"gpus": self.gpus, "loader": self.loader, **bound}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """One trial. share: None of one that is done. larger: what it is tried with once more if it runs out of memory.
-    phases: predicted seconds of each. basis: how they are known. disk: bytes that it leaves beside its record."""
+    phases: predicted seconds of each. basis: how they are known. disk: bytes that it leaves beside its record, but for
+    what trials before it left already."""
 
     spec: TrialSpec
     share: Share | None
@@ -127,7 +156,8 @@ def rungs(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishe
     """What the trial could be given, from the least on; whether it is enough or there is as much is not asked.
 
     On cores: what it needs, twice that, and the same streamed. On GPUs: shares of one with its model resident, gangs
-    that share the model out, then one GPU that streams it.
+    that share the model out, then one GPU that streams it; where the machines' GPUs differ, each on any of them first,
+    then on the largest alone.
     """
     loader = spec.places.get("loader", AUTO)
     if loader not in (AUTO, *LOADERS):
@@ -141,14 +171,16 @@ def rungs(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishe
 
 
 def _on_cores(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes) -> Iterator[Share]:
-    roomiest = max(machines, key=lambda one: one.memory or 0)
+    roomiest = max(machines, key=lambda one: (one.cpus > 0, one.memory or 0))
     ranks = wishes.ranks or 1  # cores alone never make a gang of their own accord: streaming takes less memory
     for loader in ("resident", "streamed") if ranks == 1 else ("sharded",):
         needs = _need(facts, spec.model["dtype"], str(spec.method["name"]), loader, ranks, "cpu", spec.heads)
         if wishes.memory is not None and wishes.memory < needs:
             continue
+        more = min(_activations(spec, facts), MOST_ACTIVATIONS)
+        more += ahead_bytes(facts, spec.model["dtype"]) if loader == "streamed" else 0
         for times in (1, 2):
-            memory = times * (wishes.memory or needs + min(_activations(spec, facts), MOST_ACTIVATIONS))
+            memory = times * (wishes.memory or needs + more)
             if wishes.memory is None and roomiest.memory is not None:
                 memory = max(times * needs, min(memory, roomiest.memory))
             part = min(1.0, memory / roomiest.memory) if roomiest.memory else 0.0
@@ -167,32 +199,63 @@ def _activations(spec: TrialSpec, facts: ModelFacts) -> int:
 
 
 def _on_gpus(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes) -> Iterator[Share]:
-    method, dtype = str(spec.method["name"]), spec.model["dtype"]
-    best = max(machines, key=lambda one: (one.gpus, one.cpus), default=Machine(cpus=1, gpus=1))
-    count = sum(int(one.gpus) for one in machines)
     asked = wishes.ranks if wishes.gpus is None and (wishes.ranks or 1) > 1 else wishes.gpus
-    host = wishes.memory or HOST_BYTES + 2 * facts.block_bytes(0, dtype)
+    having = [one for one in machines if one.gpus]
+    largest = max(having, key=lambda one: one.gpu_memory or 0, default=None)
+    pools = {"": having}
+    if largest is not None and largest.kind and any(one.gpu_memory != largest.gpu_memory for one in having):
+        pools[largest.kind] = [one for one in having if one.kind == largest.kind]
 
-    sizes = [one.gpu_memory for one in machines if one.gpus and one.gpu_memory is not None]
+    def shares(loader: str, ranks: int = 1) -> Iterator[Share]:
+        for kind, pool in pools.items():
+            known = all(one.gpu_memory is not None for one in pool) and bool(pool)
+            for gpus in (1.0,) if ranks > 1 else _fractions(asked, known and loader == "resident"):
+                yield _on_pool(spec, facts, pool, wishes, loader=loader, gpus=gpus, ranks=ranks, kind=kind)
 
-    def share(loader: str, gpus: float = 1.0, ranks: int = 1) -> Share:
-        threads = min(MOST_THREADS, max(1, int(best.cpus / max(best.gpus, 1) * gpus)))
-        needs = _need(facts, dtype, method, loader, ranks, "cuda", spec.heads)
-        cpus = wishes.cpus if wishes.cpus is not None else threads
-        room = round(ROOM * gpus * min(sizes)) if sizes else None
-        return Share(cpus=cpus, gpus=gpus, memory=host, needs=needs, room=room, loader=loader, ranks=ranks)
-
-    for fraction in FRACTIONS if asked is None else sorted({asked, 1.0}):
-        if asked is None and not sizes and fraction < 1:
-            continue  # how much of it the model would fill is not known
-        if (asked is None or fraction >= asked) and fraction <= 1:
-            yield share("resident", fraction)
-    ranks = max(2, int(asked or 0))
-    while ranks <= max(count, int(asked or 0)):
-        yield share("sharded", ranks=ranks)
-        ranks *= 2
     if asked is None or asked <= 1:
-        yield share("streamed", asked or 1.0)
+        yield from shares("resident")
+    if asked is None or asked > 1:
+        count, ranks = sum(int(one.gpus) for one in having), int(asked or 2)
+        while ranks <= max(count, asked or 0):
+            yield from shares("sharded", ranks)
+            ranks *= 2
+    if asked is None or asked <= 1:
+        yield from shares("streamed")
+
+
+def _fractions(asked: float | None, packs: bool) -> Sequence[float]:
+    """Shares of one GPU, the least first: what was asked for, and a whole one. packs: whether less would do."""
+    if asked is not None:
+        return sorted({asked, 1.0})
+    return FRACTIONS if packs else FRACTIONS[-1:]
+
+
+def _on_pool(
+    spec: TrialSpec,
+    facts: ModelFacts,
+    pool: Sequence[Machine],
+    wishes: Wishes,
+    *,
+    loader: str,
+    gpus: float,
+    ranks: int,
+    kind: str,
+) -> Share:
+    """A share of these machines' GPUs, on whichever of them it lands."""
+    method, dtype = str(spec.method["name"]), spec.model["dtype"]
+    best = max(pool, key=lambda one: (one.gpus, one.cpus), default=Machine(cpus=CORES_TO_COME, gpus=1))
+    threads = min(MOST_THREADS, max(1, int(best.cpus / best.gpus * gpus)))
+    sizes = [one.gpu_memory for one in pool if one.gpu_memory is not None]
+    return Share(
+        cpus=threads if wishes.cpus is None else wishes.cpus,
+        gpus=gpus,
+        memory=wishes.memory or HOST_BYTES + 2 * facts.block_bytes(0, dtype),
+        needs=_need(facts, dtype, method, loader, ranks, "cuda", spec.heads),
+        room=round(ROOM * gpus * min(sizes)) if sizes else None,
+        loader=loader,
+        ranks=ranks,
+        kind=kind,
+    )
 
 
 @functools.cache
@@ -201,41 +264,67 @@ def _need(facts: ModelFacts, dtype: str, name: str, loader: str, ranks: int, dev
     return need(facts, dtype, method=method, loader=loader, ranks=ranks, device=device, heads=heads)
 
 
-def fits(share: Share, machines: Sequence[Machine], bound: int | None = None) -> bool:
-    """Whether the machines can ever hold it. bound: bytes that the person allows the model."""
+def fits(share: Share, machines: Sequence[Machine], bound: int | None = None, patience: float = 0.0) -> bool:
+    """Whether the machines can ever hold it, on whichever of them it lands. bound: bytes that the person allows the
+    model. patience: more machines like these, and with more main memory, are to come: their number is not asked."""
     if bound is not None and share.needs > bound:
         return False
-    return sum(rooms(share, machine) for machine in machines) >= share.ranks
+    if not share.gpus and share.needs > share.memory:
+        return False  # less was asked for than it takes
+    if not all(_holds(share, machine) for machine in machines if patience or _seats(share, machine)):
+        return False
+    return bool(patience) or sum(_seats(share, machine) for machine in machines) >= share.ranks
 
 
 def rooms(share: Share, machine: Machine) -> int:
     """How many trials of this share (or ranks of such a gang) an idle machine holds side by side."""
+    return _seats(share, machine) if _holds(share, machine) else 0
+
+
+def _seats(share: Share, machine: Machine) -> int:
+    """As many as Ray, which does not know what a GPU holds, would place there."""
     limits = [machine.cpus / share.cpus if share.cpus else 1e9]
     if machine.memory is not None and share.memory:
         limits.append(machine.memory / share.memory)
     if share.gpus:
-        if machine.gpu_memory is not None and share.needs > ROOM * machine.gpu_memory * min(1.0, share.gpus):
-            return 0
-        limits.append(machine.gpus // share.gpus if share.gpus >= 1 else machine.gpus * (1 // share.gpus))
-    elif share.needs > share.memory:
-        return 0  # less was asked for than it takes
+        allowed = share.kind in ("", machine.kind)
+        per_gpu = machine.gpus // share.gpus if share.gpus >= 1 else machine.gpus * (1 // share.gpus)
+        limits.append(per_gpu if allowed else 0)
     return int(min(limits) + 1e-9)
+
+
+def _holds(share: Share, machine: Machine) -> bool:
+    """Whether the share of one of its GPUs is large enough, as far as is known; of cores there is nothing to hold."""
+    if not share.gpus or not machine.gpus or machine.gpu_memory is None or share.kind not in ("", machine.kind):
+        return True
+    return share.needs <= ROOM * machine.gpu_memory * min(1.0, share.gpus)
 
 
 def shares_of(
     spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes
 ) -> tuple[Share, Share | None]:
-    """What the trial gets, and what it gets once more if that was too little: the first two rungs that fit.
+    """What the trial gets, and what it gets once more if that was too little: the first rung that fits and is what was
+    asked for, and the next one that fits.
 
     Raises:
         ConfigError: none fits; it says what would.
     """
     bound = spec.places.get("memory")
     ladder = list(rungs(spec, facts, machines, wishes))
-    fitting = [share for share in ladder if wishes.patience or fits(share, machines, bound)]
-    if not fitting:
+    fitting = [share for share in ladder if fits(share, machines, bound)]
+    if not fitting and wishes.patience:
+        fitting = [share for share in ladder if fits(share, machines, bound, wishes.patience)]
+    asked = [share for share in fitting if wishes.gpus in (None, share.gpus * share.ranks)]
+    if not asked:
         raise ConfigError(_too_large(spec, facts, machines, ladder, wishes))
-    return fitting[0], next((share for share in fitting[1:] if share != fitting[0]), None)
+    first = asked[0]
+    return first, next((share for share in fitting[fitting.index(first) :] if _has_more(share, first)), None)
+
+
+def _has_more(share: Share, first: Share) -> bool:
+    """Whether a later rung is worth a second try: more memory for each rank, more ranks, or less to hold."""
+    more = (share.room or share.gpus) > (first.room or first.gpus)
+    return more or share.ranks > first.ranks or share.loader != first.loader
 
 
 def _too_large(
@@ -243,7 +332,7 @@ def _too_large(
 ) -> str:
     """One line: what it takes, what there is, and what would make it fit."""
     dtype, method = spec.model["dtype"], str(spec.method["name"])
-    largest = max(machines, key=lambda one: (one.gpus, one.memory or 0))
+    largest = max(machines, key=lambda one: (one.gpus > 0, one.gpu_memory or 0, one.gpus, one.memory or 0))
     on_gpu = any(share.gpus for share in ladder) or (not ladder and largest.gpus > 0 and wishes.gpus != 0)
     device: Device = "cuda" if on_gpu else "cpu"
     generates = ", ".join(spec.evaluation.get("generates", ()))
@@ -253,7 +342,9 @@ def _too_large(
     has = largest.gpu_memory if device == "cuda" else largest.memory
     count, unit = (largest.gpus, "GPU") if device == "cuda" else (largest.cpus, "CPU")
     where = f"{count:g} {unit}{'' if count == 1 else 's'}"
-    held = f"{where}, {in_gb(has)} of memory" if has else where
+    held = f"the largest machine has {where}{f', {in_gb(has)} of memory' if has else ''}"
+    if device == "cuda" and has and wishes.gpus and wishes.gpus < 1:
+        held = f"{wishes.gpus:g} of a GPU of {in_gb(has)} has {in_gb(ROOM * wishes.gpus * has)} for it"
     wanted = spec.places.get("loader", AUTO)
     advice = []
     if wanted not in (AUTO, "streamed") and has and needs.get("streamed", has + 1) <= has:
@@ -274,12 +365,12 @@ def _too_large(
             advice.append("cluster.gpus_per_trial=1")
         sizes = () if generates else (2, 4, 8, 16, 32, 64)
         ranks = next((n for n in sizes if has and _fits_gang(spec, facts, n, has)), None)
-        if ranks is not None and ranks > sum(int(one.gpus) for one in machines):
+        if ranks is not None and (wishes.gpus or ranks > sum(int(one.gpus) for one in machines)):
             advice.append(f"{ranks} such GPUs (cluster.gpus_per_trial={ranks})")
     advice.append(f"a cluster whose machines have {in_gb(least)} or more (cluster=existing)")
     takes = ", ".join(f"{in_gb(size)} {loader}" for loader, size in needs.items())
     return (
-        f"{spec.name} · {spec.model['name']} fits nowhere: it needs {takes}, and the largest machine has {held}. "
+        f"{spec.name} · {spec.model['name']} fits nowhere: it needs {takes}, and {held}. "
         f"What would make it fit: {'; '.join(advice)}"
     )
 
@@ -308,11 +399,13 @@ def plan(
         ConfigError: a trial fits nowhere.
     """
     planned = []
+    there: set[tuple[str, ...]] = set()
     chosen: dict[tuple[str, ...], tuple[Share, Share | None]] = {}
     for spec in specs:
         mine = facts[spec.id]
         if spec.id in finished:
             planned.append(Planned(spec=spec, share=None, phases={}, basis="done", disk=0))
+            there |= left_behind(spec, mine).keys()
             continue
         held = (str(spec.places.get(key)) for key in ("loader", "memory"))
         rest = map(str, ("generates" in spec.evaluation, spec.heads, _activations(spec, mine)))
@@ -322,11 +415,15 @@ def plan(
         share, larger = chosen[kind]
         where = rate_of(share, machines)
         phases = model.phases(spec, mine, where, loader=share.loader, ranks=share.ranks)
-        basis = "measured" if model.knows(spec, where) else "rough"
-        planned.append(
-            Planned(spec=spec, share=share, larger=larger, phases=phases, basis=basis, disk=disk_of(spec, mine))
-        )
-    return sorted(planned, key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds, model_key(one.spec)))
+        basis = "measured" if model.knows(spec, where, share.loader) else "rough"
+        planned.append(Planned(spec=spec, share=share, larger=larger, phases=phases, basis=basis, disk=0))
+    planned.sort(key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds, model_key(one.spec)))
+    for number, one in enumerate(planned):
+        if not one.done:
+            left = left_behind(one.spec, facts[one.spec.id])
+            planned[number] = replace(one, disk=sum(size for what, size in left.items() if what not in there))
+            there |= left.keys()
+    return planned
 
 
 def model_key(spec: TrialSpec) -> str:
@@ -341,24 +438,32 @@ def rate_of(share: Share, machines: Sequence[Machine]) -> Rate:
     return Rate(name, share.gpus > 0, min(1.0, share.gpus) if share.gpus else share.cpus)
 
 
-def disk_of(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Bytes that a finished trial leaves: kept blocks, an export; of an unquantized model what drift is measured
-    against, which all trials of that model share."""
-    dtype = spec.model["dtype"]
-    plain = facts.weight_bytes(dtype)
+def left_behind(spec: TrialSpec, facts: ModelFacts) -> dict[tuple[str, ...], int]:
+    """Bytes that a finished trial leaves, by what they are, which several trials may share: what drift is measured
+    against, of a model and text; kept blocks, of a quantization; an export."""
+    dtype, plain = spec.model["dtype"], facts.weight_bytes(spec.model["dtype"])
+    left: dict[tuple[str, ...], int] = {}
+    if (drift := spec.evaluation.get("drift")) is not None:
+        for text in spec.evaluation["texts"]:
+            size = _baseline(text, facts, dtype, drift)
+            left["baseline", model_key(spec), dtype, str(text["name"]), str(text["window"]), str(size)] = size
     if spec.scheme is None:
-        if (drift := spec.evaluation.get("drift")) is None:
-            return 0
-        return sum(_baseline(text, facts, dtype, drift) for text in spec.evaluation["texts"])
+        return left
     columns = facts.hidden if spec.scheme.group_size == -1 else spec.scheme.group_size
     weights = facts.linear_parameters
     scales = 8 * weights // columns  # float32 scale and zero point
-    total = weights + scales if spec.places.get("keep") == "blocks" else 0  # a byte a code
+    if spec.places.get("keep") == "blocks":
+        left["blocks", spec.quantization_id] = weights + scales  # a byte a code
     if spec.export:
-        item = plain // facts.parameters
         packed = weights * spec.scheme.bits // 8 + scales // 2
-        total += plain if spec.export == "hf" else packed + item * (facts.parameters - weights)
-    return total
+        others = plain // facts.parameters * (facts.parameters - weights)
+        left["export", spec.id] = plain if spec.export == "hf" else packed + others
+    return left
+
+
+def disk_of(spec: TrialSpec, facts: ModelFacts) -> int:
+    """Bytes that a finished trial leaves if it shares them with none."""
+    return sum(left_behind(spec, facts).values())
 
 
 def _baseline(text: Json, facts: ModelFacts, dtype: str, drift: object) -> int:
@@ -373,6 +478,7 @@ def simulate(planned: Sequence[Planned], machines: Sequence[Machine]) -> tuple[f
     cores = [machine.cpus for machine in machines]
     memory = [float("inf") if machine.memory is None else machine.memory for machine in machines]
     gpus = [[1.0] * int(machine.gpus) for machine in machines]
+    kinds = [machine.kind for machine in machines]
     queues: dict[Share, deque[float]] = {}
     for one in planned:
         if one.share is not None:
@@ -382,7 +488,7 @@ def simulate(planned: Sequence[Planned], machines: Sequence[Machine]) -> tuple[f
     while running or any(queues.values()):
         for share, waiting in queues.items():
             while waiting:
-                places = _place(share, cores, memory, gpus)
+                places = _place(share, cores, memory, gpus, kinds)
                 if len(places) < share.ranks:
                     break
                 for node, gpu in places:
@@ -405,7 +511,11 @@ def simulate(planned: Sequence[Planned], machines: Sequence[Machine]) -> tuple[f
 
 
 def _place(
-    share: Share, cores: Sequence[float], memory: Sequence[float], gpus: Sequence[Sequence[float]]
+    share: Share,
+    cores: Sequence[float],
+    memory: Sequence[float],
+    gpus: Sequence[Sequence[float]],
+    kinds: Sequence[str],
 ) -> list[tuple[int, int]]:
     """Machine and GPU (-1: none) for each rank, as far as there is room."""
     found: list[tuple[int, int]] = []
@@ -413,7 +523,7 @@ def _place(
         free = min(int(cores[node] / share.cpus + 1e-9) if share.cpus else share.ranks, share.ranks - len(found))
         if share.memory:
             free = min(free, int(memory[node] // share.memory))
-        if free <= 0:
+        if free <= 0 or share.kind not in ("", kinds[node]):
             continue
         if not share.gpus:
             found += [(node, -1)] * free
@@ -431,17 +541,19 @@ def _place(
 
 def describe(planned: Sequence[Planned], *, machines: Sequence[Machine], where: str, storage: Path | str) -> str:
     """The plan for people: a line a trial, and the total."""
-    rows = [("trial", "what", "model", "on", "loader", "predicted", "memory", "disk", "GPU-hours")]
+    rows = [("trial", "what", "model", "on", "loader", "predicted", "needs", "main memory", "disk", "GPU-hours")]
     for one in planned:
         share = one.share
         head = (one.spec.id, one.spec.name, str(one.spec.model["name"]))
         if share is None:
-            rows.append((*head, "done", "", "", "", "", ""))
+            rows.append((*head, "done", "", "", "", "", "", ""))
             continue
         busy = f"{one.gpu_hours:.2f}" if share.gpus else "-"
         took = f"{duration(one.seconds)}{'' if one.basis == 'measured' else ' (rough)'}"
         left_on_disk = _bytes(one.disk) if one.disk else "-"
-        rows.append((*head, str(share), share.loader, took, in_gb(share.needs), left_on_disk, busy))
+        on = f"{share} + {share.cpus * share.ranks:g} CPUs" if share.gpus else str(share)
+        reserved = in_gb(share.memory * share.ranks)
+        rows.append((*head, on, share.loader, took, in_gb(share.needs), reserved, left_on_disk, busy))
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     left = [one for one in planned if not one.done]
@@ -469,18 +581,14 @@ def duration(seconds: float) -> str:
 # ---------------------------------------------------------------------------------------------- machines
 
 
-def machine_here(gpu_memory: int | None = None) -> Machine:
-    """This machine. gpu_memory: of a GPU, where the person knows better than `nvidia-smi`."""
+def machine_here() -> Machine:
+    """This machine, as far as this process may use it."""
     gpus = gpus_here()
-    found, name = _gpu_here() if gpus else (None, "")
-    from q3q.environment import processor
+    gpu_memory, name = _gpu_here() if gpus else (None, "")
+    from q3q.environment import cores, processor
 
     return Machine(
-        cpus=os.cpu_count() or 1,
-        gpus=gpus,
-        memory=_free_here(),
-        gpu_memory=gpu_memory or found,
-        name=name if gpus else processor(),
+        cpus=cores(), gpus=gpus, memory=_free_here(), gpu_memory=gpu_memory, name=name if gpus else processor()
     )
 
 
@@ -549,10 +657,25 @@ def wishes_of(cluster: Callable[[str], object]) -> Wishes:
             "has one GPU"
         )
     memory, gpu_memory = (size(f"cluster.{key}", cluster(key)) for key in ("memory_per_trial", "gpu_memory"))
-    patience = float(str(cluster("patience") or 0))
+    patience = amount("cluster.patience", cluster("patience")) or 0.0
     whole = None if ranks is None else int(ranks)
     return Wishes(cpus=cpus, gpus=gpus, ranks=whole, memory=memory, gpu_memory=gpu_memory, patience=patience)
 
 
-def with_gpu_memory(machines: Sequence[Machine], gpu_memory: int | None) -> list[Machine]:
-    return [replace(one, gpu_memory=gpu_memory or one.gpu_memory) if one.gpus else one for one in machines]
+def sized(kind: str, here: Machine) -> int | None:
+    """Bytes of a GPU of another machine, by what Ray calls its kind; where Ray does not say, as this machine's."""
+    if not kind or re.search(rf"\b{re.escape(kind)}\b", here.name):
+        return here.gpu_memory
+    return GPU_BYTES.get(kind)
+
+
+def expected(machines: Sequence[Machine], wishes: Wishes) -> list[Machine]:
+    """The machines that there are, with GPUs as large as the person says; and of a cluster that grows, while no trial
+    could run on any of them, one such as will come."""
+    known = [replace(one, gpu_memory=wishes.gpu_memory or one.gpu_memory) if one.gpus else one for one in machines]
+    on_gpu = bool(wishes.gpu_memory if wishes.gpus is None else wishes.gpus)
+    if wishes.patience and not any(one.gpus if on_gpu else one.cpus for one in known):
+        gpus = max(1, int(wishes.gpus or 1)) if on_gpu else 0
+        cpus = max(CORES_TO_COME * max(1, gpus), (wishes.cpus or 0) * max(1, gpus))
+        known.append(Machine(cpus=cpus, gpus=gpus, gpu_memory=wishes.gpu_memory if on_gpu else None))
+    return known

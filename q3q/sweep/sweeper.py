@@ -38,10 +38,31 @@ from q3q.models.checkpoint import ModelFacts
 from q3q.models.footprint import in_gb
 from q3q.record import Progress, TrialRecord, kept_blocks_folder
 from q3q.spec import Json, TrialSpec
-from q3q.sweep.cluster import Cluster, Outcome, OutOfMemoryError, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.cluster import (
+    Cluster,
+    Outcome,
+    OutOfMemoryError,
+    Resources,
+    Started,
+    Task,
+    WorkerDiedError,
+    ran_out_of_memory,
+)
 from q3q.sweep.costs import CostModel
 from q3q.sweep.launcher import Job, JobPolicy, RayLauncher
-from q3q.sweep.plan import Machine, Planned, Share, describe, machine_here, model_key, plan, wishes_of, with_gpu_memory
+from q3q.sweep.plan import (
+    Machine,
+    Planned,
+    Share,
+    Wishes,
+    describe,
+    expected,
+    machine_here,
+    model_key,
+    plan,
+    sized,
+    wishes_of,
+)
 from q3q.sweep.progress import counted
 from q3q.sweep.study import Study, facts_of_spec, recent_records, sole_driver
 from q3q.team import Seat
@@ -56,8 +77,6 @@ NOTHING_QUANTIZED = {
     "skip": "[]",
 }
 SWEEP_SETTINGS = ("cluster", "track", "storage", "name", "question", "expectation", "plan", "fresh", "keep")
-# How the reason of a trial that ran out of memory begins: Python's own error, torch's on a GPU, and torch's on a CPU.
-OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "RuntimeError: [enforce fail at alloc_cpu")
 # Workers show nothing themselves, and must not all start as many threads as there are cores.
 WORKER_ENV = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -83,7 +102,7 @@ def work(spec: Json, report: Callable[[Any], None], seat: Seat | None = None) ->
     record = attempt_trial(trial, report) if seat is None else share_trial(trial, report, seat)
     if record is None:
         return None
-    if not record.completed and record.reason.startswith(OUT_OF_MEMORY):
+    if not record.completed and ran_out_of_memory(record.reason):
         raise MemoryError(record.reason)  # the driver knows whether there is a larger plan
     return record.to_json()
 
@@ -130,13 +149,13 @@ class StudySweeper(Sweeper):
         storage = refreshed(settings.storage)
         finished = {} if settings.fresh else _finished(trials)
         with ExitStack() as stack:
-            cluster, machines = self._machines(stack, settings)
             wishes = wishes_of(settings.cluster.get)
+            cluster, machines = self._machines(stack, settings, wishes)
             ordered = plan(
                 [mine.spec for mine in trials.values()],
                 finished,
                 {key: mine.facts for key, mine in trials.items()},
-                machines=with_gpu_memory(machines, wishes.gpu_memory),
+                machines=machines,
                 wishes=wishes,
                 model=CostModel().learned(recent_records(storage), facts_of_spec),
             )
@@ -171,17 +190,31 @@ class StudySweeper(Sweeper):
         }
         return [[by_number[number] for number in sorted(by_number)]]
 
-    def _machines(self, stack: ExitStack, settings: DictConfig) -> tuple[Cluster | None, list[Machine]]:
-        """The cluster that was asked for, joined, or None for this machine's own; and the machines there are."""
-        here = machine_here()
-        address = settings.cluster.address
-        if not isinstance(self.launcher, RayLauncher) or not address:
-            return None, [here]
-        cluster = Cluster(address=address, env=WORKER_ENV, patience=settings.cluster.patience)
-        found = stack.enter_context(cluster).machines()
-        return cluster, [
-            Machine(cpus=one.cpus, gpus=one.gpus, memory=one.memory, gpu_memory=here.gpu_memory) for one in found
-        ]
+    def _machines(self, stack: ExitStack, settings: DictConfig, wishes: Wishes) -> tuple[Cluster | None, list[Machine]]:
+        """The cluster that trials run on, None with another launcher than Ray's; and the machines to plan with. One at
+        an address is joined; one of this machine's own has what the plan counts, and is started when it is needed."""
+        here, launcher, address = machine_here(), self.launcher, settings.cluster.address
+        if not isinstance(launcher, RayLauncher):
+            return None, expected([here], wishes)
+        if not address:
+            cluster = launcher.cluster()
+            cluster.cpus = int(here.cpus) if cluster.cpus is None else cluster.cpus
+            cluster.gpus = int(here.gpus) if cluster.gpus is None else cluster.gpus
+            return cluster, expected([replace(here, cpus=cluster.cpus, gpus=cluster.gpus)], wishes)
+        cluster = Cluster(address=address, patience=wishes.patience)
+        return cluster, expected(
+            [
+                Machine(
+                    cpus=one.cpus,
+                    gpus=one.gpus,
+                    memory=one.memory,
+                    gpu_memory=sized(one.kind, here) if one.gpus else None,
+                    kind=one.kind,
+                )
+                for one in stack.enter_context(cluster).machines()
+            ],
+            wishes,
+        )
 
     def _jobs(self, arguments: Sequence[str]) -> Iterator[Job]:
         """Every combination of the overrides' values, composed."""
@@ -230,9 +263,10 @@ class StudySweeper(Sweeper):
         """What waits for a cluster, which starts in the background and lives as long as `stack`; what runs trials."""
         launcher = self.launcher
         assert launcher is not None
-        if isinstance(launcher, RayLauncher):
-            cluster = cluster or stack.enter_context(launcher.cluster())
+        if isinstance(launcher, RayLauncher) and cluster is not None:
             cluster.env |= WORKER_ENV
+            if not cluster.address:
+                stack.enter_context(cluster)
             return cluster.total, partial(_run_on_ray, launcher, cluster, settings, self.trial)
 
         def launch(trials: Sequence[tuple[Trial, Planned]], study: RunningStudy) -> None:
@@ -437,11 +471,8 @@ class TrialPolicy(JobPolicy):
 
     def _task(self, number: int, share: Share) -> Task:
         spec = self.specs[number]
-        # Of what several trials share, each is told its part; what the person allowed counts too.
-        rooms = [room for room in (spec.places.get("memory"), share.room) if room is not None]
-        bounds = {"memory": min(rooms)} if rooms else {}
-        told = spec.with_places({**spec.places, "loader": share.loader, **bounds})
-        resources = Resources(cpus=share.cpus, gpus=share.gpus, memory=share.memory, ranks=share.ranks)
+        told = spec.with_places({**spec.places, "share": share.to_places()})
+        resources = Resources(cpus=share.cpus, gpus=share.gpus, memory=share.memory, ranks=share.ranks, kind=share.kind)
         call = partial(self.work, told.to_json())
         return Task(key=spec.id, call=call, resources=resources, furthers=Furthest(), near=model_key(spec))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from q3q.errors import Q3QError
+from q3q.masking import masked
 from q3q.mirror import refreshed
 from q3q.report.records import all_sweeps, find_records
 from q3q.sweep.study import Study
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in sync(storage, given.uri or f"sqlite:///{storage}/mlflow.db"):
             print(line)
     except Q3QError as error:
-        print(f"q3q: {error}", file=sys.stderr)
+        print(f"q3q: {masked(str(error))}", file=sys.stderr)
         return MISUSED
     return 0
 

@@ -352,6 +352,28 @@ def _prepare_database(path: Path, artifacts: str) -> None:
     with closing(sqlite3.connect(path, timeout=5)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.rollback()
+        _follow_artifacts(connection, Path(artifacts))
+
+
+def _follow_artifacts(connection: sqlite3.Connection, artifacts: Path) -> None:
+    """Where runs have their files, in a store that was moved or copied with them: MLflow keeps the whole path of each.
+
+    An experiment's files have come along if a folder of one of its runs is here, and its location is another.
+    """
+    ours, runs = artifacts.as_uri(), "SELECT run_uuid FROM runs WHERE experiment_id = ?"
+    for experiment, theirs in connection.execute(
+        "SELECT experiment_id, artifact_location FROM experiments WHERE artifact_location != ?", (ours,)
+    ).fetchall():
+        if any((artifacts / run).is_dir() for (run,) in connection.execute(runs, (experiment,))):
+            with connection:
+                connection.execute(
+                    "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (ours, experiment)
+                )
+                connection.execute(
+                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
+                    "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
+                    (ours, len(theirs) + 1, experiment, len(theirs), theirs),
+                )
 
 
 def _create_database(path: Path, artifacts: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from q3q.record import TrialRecord, write_atomically
+from q3q.record import TrialRecord, moved, write_atomically
 from q3q.spec import Json, TrialSpec
 
 
@@ -38,8 +38,9 @@ class Sweep:
 
     @classmethod
     def load(cls, path: Path) -> "Sweep":
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return cls(**{**data, "trials": tuple(TrialSpec.from_json(spec) for spec in data["trials"])})
+        """Its trials' places are in the storage folder where it lies: see `moved`."""
+        data, storage = json.loads(path.read_text(encoding="utf-8")), path.absolute().parent.parent
+        return cls(**{**data, "trials": tuple(moved(TrialSpec.from_json(spec), storage) for spec in data["trials"])})
 
 
 class Tracker(Protocol):

@@ -1,7 +1,8 @@
-"""Workers killed at random, over and over: whatever the moment, nothing is lost and nothing is run twice.
+"""Processes killed at random, over and over: whatever the moment, nothing is lost and nothing is run twice.
 
-Q3Q_CHAOS_ROUNDS says how often (2), Q3Q_CHAOS_SEED where the random numbers begin (0). A round is a sweep that is
-killed now and then, a worker or the driver, and started again until it ends.
+Q3Q_CHAOS_ROUNDS says how often (4), Q3Q_CHAOS_SEED where the random numbers begin (0). A round is a sweep, every other
+one of gangs of two, whose driver, workers and ranks are killed or told to go now and then; it is started again until it
+ends.
 """
 
 import os
@@ -13,9 +14,10 @@ import pytest
 
 from tests.chaos.faults import last_words, launch, log_of, numbers, records, runs, start, wait_until
 
-ROUNDS = int(os.environ.get("Q3Q_CHAOS_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("Q3Q_CHAOS_ROUNDS", "4"))
 SEED = int(os.environ.get("Q3Q_CHAOS_SEED", "0"))
 SWEEP = ("method=rtn,gptq", "bits=2,3", "calibration.samples=16", "evaluation.limit=32")
+GANGS = ("cluster.ranks_per_trial=2", "cluster.cpus_per_trial=1")
 MOST_KILLS = 4  # in a round
 
 
@@ -28,12 +30,13 @@ def undisturbed(tiny, tmp_path_factory):
 
 
 def at_work(storage):
-    """(folder, process) of each trial under way."""
+    """(folder, process) of each trial under way, or of each rank of a gang's."""
     found = []
     for path in storage.glob("trials/*/trial.log"):
         steps = log_of(path.parent)
-        if steps and not steps[-1].words.startswith(("end", "stop")) and runs(steps[-1].pid):
-            found.append((path.parent, steps[-1].pid))
+        last = {step.pid: step.words for step in steps}  # that each process said
+        if steps and not steps[-1].words.startswith(("end", "stop")):
+            found += [(path.parent, pid) for pid, words in last.items() if runs(pid) and "end " not in words]
     return found
 
 
@@ -44,8 +47,9 @@ def test_whatever_the_moment_of_death_nothing_is_lost(tiny, undisturbed, tmp_pat
     chance = random.Random(SEED + number)
     print(f"seed {SEED + number}")
     killed, code, kept = [], None, {}
+    sweep = SWEEP + (GANGS if number % 2 else ())
     for _ in range(MOST_KILLS + 2):
-        process = start(tmp_path, tiny, *SWEEP)
+        process = start(tmp_path, tiny, *sweep)
         while process.poll() is None and len(killed) < MOST_KILLS:
             time.sleep(chance.uniform(0.0, 1.5))
             working = at_work(tmp_path)
@@ -54,12 +58,16 @@ def test_whatever_the_moment_of_death_nothing_is_lost(tiny, undisturbed, tmp_pat
             folder, worker = chance.choice(working)
             kept |= {path: path.stat().st_mtime_ns for path in tmp_path.glob("trials/*/record.json")}
             victim = chance.choice([worker, worker, process.pid])
-            os.kill(victim, signal.SIGKILL)
-            wait_until(lambda victim=victim: not runs(victim), "its death", 20)
-            killed.append((victim, last_words(folder, worker)))
+            how = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+            said = last_words(folder, worker)
+            os.kill(victim, how)
+            if how == signal.SIGKILL:
+                wait_until(lambda victim=victim: not runs(victim), "its death", 20)
+                said = last_words(folder, worker)  # where it died
+            killed.append((victim, how.name, said))
         output, _ = process.communicate(timeout=200)
         code = process.returncode
-        assert code in (0, 1, -signal.SIGKILL), output
+        assert code in (0, 1, -signal.SIGKILL, 128 + signal.SIGTERM), output
         if code == 0:
             break
     print(killed)

@@ -2,14 +2,18 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
+from q3q.sweep.bulletin import Bulletin
 from tests.chaos.faults import (
+    ROOT,
     blocks_of,
     end_of,
     freeze,
@@ -115,6 +119,7 @@ def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
         assert re.search(rf"this sweep is at work already: process {process.pid} on \S+, since .* UTC", said)
         assert "q3q.trials --storage" in said
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("trials/*/record.json")}
+    wait_until(lambda: hit.folder.name in at_work_by(tmp_path, process.pid), "the driver's word that it is there", 30)
     os.kill(process.pid, number)
     if number == signal.SIGTERM:
         os.kill(hit.pid, signal.SIGCONT)
@@ -137,6 +142,91 @@ def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
         assert found[trial]["notes"]["blocks_from_disk"] == len(blocks)
     for folder in tmp_path.glob("trials/*/trial.log"):
         assert [step.words for step in log_of(folder.parent)].count("end COMPLETED") == 1
+
+
+def at_work_by(storage, driver):
+    """The trials that a driver's own bulletin says are at work."""
+    try:
+        bulletin = Bulletin.load(storage / "running" / f"{platform.node()}-{driver}.json")
+    except (OSError, ValueError):
+        return []
+    return [] if bulletin.over else [work.trial for work in bulletin.view.running]
+
+
+@pytest.mark.slow
+def test_of_two_drivers_that_start_at_the_same_moment_one_runs_the_sweep(tiny, undisturbed, tmp_path):
+    both = [start(tmp_path, tiny, *METHODS, *LONGER) for _ in range(2)]
+    ended = {process.communicate(timeout=240)[0]: process.returncode for process in both}
+    assert sorted(ended.values()) == [0, 2], ended
+    [refused] = [output for output, code in ended.items() if code == 2]
+    assert "this sweep is at work already: process " in refused
+    assert {trial: numbers(record) for trial, record in records(tmp_path).items()} == undisturbed
+    for path in tmp_path.glob("trials/*/trial.log"):
+        assert [step.words for step in log_of(path.parent)].count("start") == 1
+
+
+@pytest.mark.slow
+def test_a_rank_of_a_gang_that_is_killed_costs_nothing_and_the_same_command_runs_nothing_more(
+    tiny, undisturbed, tmp_path
+):
+    sweep = ("method=gptq", "bits=3", *LONGER, "cluster.ranks_per_trial=2", "cluster.cpus_per_trial=1")
+    process = start(tmp_path, tiny, *sweep)
+    hit = freeze(tmp_path, "quantize 1 of 3", set())
+    [rank] = [step for step in log_of(hit.folder) if step.words == "rank 1 of 2"]
+    os.kill(rank.pid, signal.SIGKILL)
+    os.kill(hit.pid, signal.SIGCONT)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert last_words(hit.folder, rank.pid) == "rank 1 of 2"  # it was in step with rank 0, which stood still there
+    assert f"(pid {rank.pid} on " in output
+    assert ", rank 1 of 2: its process was killed" in output
+    found = records(tmp_path)
+    assert {trial: undisturbed[trial] for trial in found} == {trial: numbers(one) for trial, one in found.items()}
+    assert found[hit.folder.name]["notes"]["blocks_from_disk"] >= len(hit.whole) == 1
+    assert [step.words for step in log_of(hit.folder)].count("rank 1 of 2") == 2
+    kept = (hit.folder / "record.json").stat().st_mtime_ns
+    code, output = launch(tmp_path, tiny, *sweep)
+    assert code == 0, output
+    assert (hit.folder / "record.json").stat().st_mtime_ns == kept
+    (hit.folder / "record.json").unlink()
+    resume = [sys.executable, "-m", "q3q.trials", "--storage", str(tmp_path), "resume", hit.folder.name]
+    subprocess.run(resume, cwd=ROOT, check=True)
+    again = records(tmp_path)[hit.folder.name]
+    assert again["environment"]["loading"]["loader"] == "resident"  # by one process alone
+    assert numbers(again) == undisturbed[hit.folder.name]
+
+
+@pytest.mark.slow
+def test_a_second_terminal_follows_a_real_sweep_which_listens_on_loopback_alone(tiny, tmp_path):
+    process = start(tmp_path, tiny, "method=rtn", "bits=3,4", *LONGER)
+    wait_until(lambda: list(tmp_path.glob("running/*.json")), "its bulletin")
+    attach = [sys.executable, "-m", "q3q.trials", "--storage", str(tmp_path), "attach"]
+    terminal = subprocess.Popen(attach, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    hit = freeze(tmp_path, "quantize", set())
+    listening = listening_of(process.pid)
+    os.kill(hit.pid, signal.SIGCONT)
+    output, _ = process.communicate(timeout=240)
+    shown, _ = terminal.communicate(timeout=60)
+    assert (process.returncode, terminal.returncode) == (0, 0), output + shown
+    assert shown.startswith(f"rtn on {platform.node()}, process {process.pid}: ")
+    assert "2 of 2 done; it has ended" in shown
+    assert all(f"({number} of 2 done" in shown for number in (1, 2))
+    assert listening
+    assert all(address.removeprefix("::ffff:") in ("127.0.0.1", "::1") for address in listening), listening
+
+
+def listening_of(ancestor):
+    """Addresses where a process, or one that it started, listens."""
+    processes = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    family, parents = {ancestor}, [tuple(map(int, line.split())) for line in processes.splitlines()]
+    while more := {pid for pid, parent in parents if parent in family} - family:
+        family |= more
+    told = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout
+    found = set()
+    for line in told.splitlines():
+        if family & set(map(int, re.findall(r"pid=(\d+)", line))):
+            found.add(line.split()[3].rpartition(":")[0].strip("[]"))
+    return found
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from q3q.sweep import study as study_module
 from q3q.sweep.study import Study
 from q3q.track.mlflow import MlflowTracker
 from q3q.track.tracker import MemoryTracker
-from tests.chaos.faults import ROOT
+from tests.chaos.faults import ROOT, freeze, launch, records, start
 
 
 def specs(storage, count=3):
@@ -224,6 +224,36 @@ def test_a_real_server_goes_comes_back_loses_its_database_and_goes_for_good(tmp_
         mine.close()
         assert time.monotonic() - began < 60
         assert "python -m q3q.track sync" in notes[-1]
+    finally:
+        if server.poll() is None:
+            kill(server)
+
+
+@pytest.mark.slow
+def test_a_real_sweep_whose_server_is_killed_ends_and_the_same_command_tells_a_new_one(tiny, tmp_path):
+    storage, port = tmp_path / "storage", free_port()
+    uri = f"http://127.0.0.1:{port}"
+    sweep = ("method=rtn", "bits=3,4", "evaluation.limit=64", f"track.uri={uri}")
+    server = serve(tmp_path, port)
+    try:
+        process = start(storage, tiny, *sweep)
+        hit = freeze(storage, "evaluate", set())
+        assert server.poll() is None
+        kill(server)
+        os.kill(hit.pid, signal.SIGCONT)
+        output, _ = process.communicate(timeout=280)
+        assert process.returncode == 0, output
+        assert "Records stay on disk, and it is tried again" in output
+        assert "python -m q3q.track sync or the same command tells it" in output
+        found = records(storage)
+        kept = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/record.json")}
+        assert len(found) == len(kept) == 2
+        (tmp_path / "mlflow.db").unlink()
+        server = serve(tmp_path, port)
+        code, output = launch(storage, tiny, *sweep)
+        assert code == 0, output
+        assert children(uri) == sorted(found)
+        assert {path: path.stat().st_mtime_ns for path in kept} == kept
     finally:
         if server.poll() is None:
             kill(server)

@@ -276,7 +276,10 @@ def test_of_two_processes_one_runs_it_and_the_other_takes_its_result(spec, refer
     assert [step.words for step in log_of(trial_folder(spec))].count("start") == 1
 
 
-def test_one_that_slept_until_another_machine_took_over_writes_nothing_and_takes_its_result(spec, reference, tmp_path):
+@pytest.mark.parametrize("step", ["quantize 1 of 3 blocks", "record"])
+def test_one_that_slept_until_another_machine_took_over_writes_nothing_and_takes_its_result(
+    spec, reference, tmp_path, step
+):
     folder = trial_folder(spec)
 
     def hasty():
@@ -284,7 +287,7 @@ def test_one_that_slept_until_another_machine_took_over_writes_nothing_and_takes
 
     def sleepy():
         hasty()
-        waits = lambda event: time.sleep(3) if words_of(folder) == "quantize 1 of 3 blocks" else None  # noqa: E731
+        waits = lambda event: time.sleep(3) if words_of(folder) == step else None  # noqa: E731
         (tmp_path / "a.json").write_text(json.dumps(plain(attempt_trial(spec, waits))))
 
     def far():
@@ -293,7 +296,7 @@ def test_one_that_slept_until_another_machine_took_over_writes_nothing_and_takes
         (tmp_path / "b.json").write_text(json.dumps(plain(attempt_trial(spec))))
 
     sleeper = in_child(sleepy)
-    wait_until(lambda: log_of(folder) and words_of(folder) == "quantize 1 of 3 blocks", "a block")
+    wait_until(lambda: log_of(folder) and words_of(folder) == step, step)
     os.kill(sleeper, signal.SIGSTOP)
     other = in_child(far)
     assert end_of(other) == 0
@@ -306,6 +309,25 @@ def test_one_that_slept_until_another_machine_took_over_writes_nothing_and_takes
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
     assert first == second
     assert numbers(first) == reference
+
+
+def test_a_clock_that_jumps_back_while_a_trial_runs_changes_no_number(spec, reference):
+    folder = trial_folder(spec)
+
+    def work():
+        really = time.time
+
+        def jump(event):
+            if words_of(folder) == "quantize 1 of 3 blocks":
+                time.time = lambda: really() - 1e9
+
+        record = attempt_trial(spec, jump)
+        assert time.time() < really() - 9e8
+        assert record.completed
+
+    assert end_of(in_child(work)) == 0
+    assert numbers(plain(TrialRecord.load(folder / "record.json"))) == reference
+    assert [step.words for step in log_of(folder)].count("start") == 1
 
 
 def test_a_clock_that_jumps_back_changes_no_number(spec, reference, tmp_path):

@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.conftest import tiny  # noqa: F401
-from tests.chaos.faults import ROOT, SMALL, last_words, launch, log_of, numbers, records, runs, start, wait_until
+from tests.chaos.faults import (
+    ROOT,
+    SMALL,
+    freeze,
+    last_words,
+    launch,
+    log_of,
+    numbers,
+    records,
+    runs,
+    start,
+    wait_until,
+)
 from tests.chaos.test_tracker_faults import children, free_port, kill, serve
 
 pytestmark = pytest.mark.slow
@@ -208,29 +220,23 @@ def test_a_node_that_is_killed_costs_nothing(two_nodes, tokened, tiny, tmp_path)
     address, _, second = two_nodes
     joined = ("cluster=existing", f"cluster.address={address}")
     process = start(tmp_path, tiny, *SWEEP, *joined, **tokened)
-    mine = set()
-
-    def at_work_there():
-        for path in tmp_path.glob("trials/*/trial.log"):
-            steps = log_of(path.parent)
-            last = steps[-1] if steps else None
-            if last and not last.words.startswith("end") and descends(last.pid, second.pid):
-                mine.add((path.parent, last.pid))
-                return True
-        return False
-
-    wait_until(at_work_there, "a trial on the second node")
-    [(folder, worker)] = mine
+    hit = freeze(tmp_path, "quantize 1 of 3", set(), lambda pid: descends(pid, second.pid))
     with_all(second)
-    wait_until(lambda: not runs(worker), "the end of its worker", 30)
-    lost = last_words(folder, worker)
+    with suppress(ProcessLookupError):  # a machine that is lost is lost with all that stood still on it
+        os.kill(hit.pid, signal.SIGKILL)
+    wait_until(lambda: not runs(hit.pid), "the end of its worker", 30)
+    assert last_words(hit.folder, hit.pid) == hit.words
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     found = records(tmp_path)
     assert len(found) == 4
-    if not lost.startswith("end"):
-        assert f"(pid {worker} on " in output
-        assert len({step.pid for step in log_of(folder)}) == 2
+    assert f"(pid {hit.pid} on " in output
+    assert len({step.pid for step in log_of(hit.folder)}) == 2
+    assert found[hit.folder.name]["notes"]["blocks_from_disk"] == len(hit.whole) == 1
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("trials/*/record.json")}
+    code, again = launch(tmp_path, tiny, *SWEEP)  # the same command, on what machine is left
+    assert code == 0, again
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     code, again = launch(tmp_path / "alone", tiny, *SWEEP)
     assert code == 0, again
     alone = {trial: numbers(record) for trial, record in records(tmp_path / "alone").items()}

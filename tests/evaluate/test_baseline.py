@@ -358,6 +358,7 @@ def test_a_holder_that_shows_no_life_is_not_waited_for(tmp_path, model, windows,
     monkeypatch.setattr(baseline_module, "PATIENCE", 0.3)
     with (tmp_path / f"{identity.key}.lock").open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
+        os.utime(held.fileno(), (4e9, 4e9))  # its clock is fifty years ahead
         began = time.monotonic()
         entry = baseline_for(tmp_path, identity, model, windows)
         assert 0.3 < time.monotonic() - began < 10
@@ -383,6 +384,25 @@ def test_a_holder_that_lives_is_waited_for(tmp_path, model, windows, identity, m
     thread.join(30)
     assert waited[0] > 1.4
     assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_who_waits_says_so_and_may_be_asked_to_end(tmp_path, model, windows, identity):
+    class AskedToEnd(BaseException):
+        pass
+
+    told = []
+
+    def progress(done, total):
+        told.append((done, total))
+        if len(told) == 2:
+            raise AskedToEnd
+
+    with (tmp_path / f"{identity.key}.lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(AskedToEnd):
+            baseline_for(tmp_path, identity, model, windows, progress)
+    assert told == [(0, len(windows))] * 2
+    assert model.windows == 0
 
 
 def test_windows_are_told_apart_by_their_tokens_alone(windows):

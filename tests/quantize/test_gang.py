@@ -78,7 +78,8 @@ def slow(gang):
 
 
 def quantized_by(gang, names):
-    """By model and case: each block, states of the quantized model, and what rank 1 held after each block."""
+    """By model and case: each block, states of the quantized model, and after each block the bytes of all tensors of
+    rank 1, and those of the parameters that each rank keeps."""
     wanted = {name: CASES[name] for name in names}
     demo, cases, sink, windows, facts, small, rows = DEMO, wanted, Nowhere, some_windows, facts_of, SMALL, CPU_ROWS
 
@@ -90,7 +91,7 @@ def quantized_by(gang, names):
         from q3q.models.checkpoint import Checkpoint
         from q3q.models.sharded import load_sharded
         from q3q.quantize.walk import quantize_model
-        from tests.ranks import live_bytes
+        from tests.ranks import live_bytes, parameter_bytes
 
         said = {}
         for kind in ("dense", "moe"):
@@ -99,9 +100,8 @@ def quantized_by(gang, names):
                 ids = windows(model.facts.vocab)
                 held = []
 
-                def look(done, total, name=name, held=held):
-                    if name == "gptq":
-                        held.append(team.together(live_bytes)[1])
+                def look(done, total, held=held):
+                    held.append((team.together(live_bytes)[1], team.together(parameter_bytes)))
 
                 blocks = quantize_model(model, method, scheme, ids, sink(), look)
                 said[kind, name] = [facts(block) for block in blocks], list(model.states(ids[:2].split(1))), held
@@ -151,6 +151,9 @@ def test_two_ranks_give_the_codes_of_one(request, monkeypatch, kind, case, told)
         assert notes == my_notes
     assert all(torch.equal(a, b) for a, b in zip(their_states, states, strict=True))
     # Between two blocks a rank has its share of the model, and its activations.
-    limit = 0.6 * (whole + model.embedding_VH.nbytes) + 0.5 * ids.numel() * model.facts.hidden * 4
-    assert all(bytes < limit for bytes in held)
-    assert len(held) == (len(alone) if case == "gptq" else 0)
+    share = 0.6 * (whole + model.embedding_VH.nbytes)
+    assert len(held) == len(alone)
+    for all_tensors, parameters in held:
+        assert len(parameters) == 2
+        assert all(0 < of_rank < share for of_rank in parameters)
+        assert all_tensors < share + 0.5 * ids.numel() * model.facts.hidden * 4

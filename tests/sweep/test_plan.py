@@ -19,11 +19,13 @@ from q3q.sweep.plan import (
     Wishes,
     describe,
     disk_of,
+    expected,
     fits,
     plan,
     shares_of,
     simulate,
     size,
+    sized,
     wishes_of,
 )
 
@@ -186,9 +188,94 @@ def test_a_model_that_generates_is_held_whole_or_refused():
         assert "streamed" not in str(refused.value)
 
 
-def test_where_machines_are_still_to_come_nothing_is_refused_for_its_size():
-    share, _ = shares_of(spec(), facts("qwen3_8b"), [Machine(cpus=1, memory=1)], Wishes(patience=60, gpus=1))
-    assert share.gpus == 1
+@pytest.mark.parametrize("model", ["qwen3_0_6b", "qwen3_8b", "qwen3_32b"])
+@pytest.mark.parametrize("machine", [NODE, replace(NODE, gpus=1)])
+def test_patience_changes_nothing_where_the_trial_fits_already(model, machine):
+    at_once, patient = (shares_of(spec(model), facts(model), [machine], Wishes(patience=one)) for one in (0, 300))
+    assert patient == at_once
+    assert patient[0].needs <= 80e9 * patient[0].gpus
+
+
+def test_patience_asks_for_no_number_of_machines_but_for_their_size():
+    one = replace(NODE, gpus=1)
+    with pytest.raises(ConfigError, match="fits nowhere"):
+        shares_of(spec("qwen3_32b"), facts("qwen3_32b"), [one], Wishes(gpus=4))
+    share, _ = shares_of(spec("qwen3_32b"), facts("qwen3_32b"), [one], Wishes(gpus=4, patience=60))
+    assert share.ranks == 4
+    small = replace(NODE, gpus=1, gpu_memory=6_000_000_000)
+    held = spec("qwen3_32b", places={"loader": "resident"})
+    with pytest.raises(ConfigError, match="fits nowhere"):
+        shares_of(held, facts("qwen3_32b"), [small], Wishes(patience=60))
+    with pytest.raises(ConfigError, match="memory="):
+        shares_of(spec(places={"memory": 10**9}), facts("qwen3_8b"), [NODE], Wishes(patience=60))
+
+
+HEAD = Machine(cpus=0, memory=16_000_000_000)
+
+
+@pytest.mark.parametrize("model", ["qwen3_0_6b", "qwen3_8b", "qwen3_32b"])
+def test_a_cluster_without_machines_is_planned_for_those_that_will_come(model):
+    wishes = Wishes(patience=1200, gpu_memory=44 * 2**30)
+    machines = expected([HEAD], wishes)
+    share, _ = shares_of(spec(model), facts(model), machines, wishes)
+    assert (share.gpus, share.loader) == {
+        "qwen3_0_6b": (0.25, "resident"),
+        "qwen3_8b": (0.5, "resident"),
+        "qwen3_32b": (1, "streamed"),
+    }[model]
+    assert share.cpus == max(1, 4 * share.gpus)
+    gang = replace(wishes, gpus=4)
+    asked, _ = shares_of(spec(model), facts(model), expected([HEAD], gang), gang)
+    assert (asked.gpus, asked.ranks, asked.cpus) == (1, 4, 4)
+
+
+def test_who_gives_no_patience_gets_no_machines_that_are_not_there():
+    wishes = Wishes(gpu_memory=44 * 2**30)
+    assert expected([HEAD], wishes) == [HEAD]
+    with pytest.raises(ConfigError, match="fits nowhere"):
+        shares_of(spec(), facts("qwen3_8b"), expected([HEAD], wishes), wishes)
+
+
+def test_without_a_word_of_gpus_machines_with_cores_are_expected():
+    [_, one] = expected([HEAD], Wishes(patience=60))
+    assert (one.gpus, one.cpus > 0) == (0, True)
+
+
+@pytest.mark.parametrize(("kind", "gib"), [("L40S", 44), ("A100", 40), ("", 24), ("H100", 80), ("Unheard", None)])
+def test_a_gpu_of_another_machine_is_known_by_its_kind(kind, gib):
+    here = Machine(cpus=8, gpus=1, gpu_memory=(80 if kind == "H100" else 24) * 2**30, name="NVIDIA H100 80GB HBM3")
+    assert sized(kind, here) == (None if gib is None else gib * 2**30)
+
+
+LARGE = replace(NODE, gpus=2, kind="H100")
+MIXED = [LARGE, replace(NODE, gpu_memory=24_000_000_000, kind="A10G")]
+
+
+def test_of_different_gpus_a_trial_fits_on_each_that_it_may_land_on():
+    small, _ = shares_of(spec("qwen3_0_6b"), facts("qwen3_0_6b"), MIXED, Wishes())
+    assert (small.kind, small.room <= 0.25 * 24e9) == ("", True)
+    middle, larger = shares_of(spec("qwen3_8b"), facts("qwen3_8b"), MIXED, Wishes())
+    assert (middle.kind, middle.gpus, middle.needs <= 24e9) == ("", 1, True)
+    assert (larger.kind, larger.gpus, larger.room > middle.room) == ("H100", 0.5, True)
+    held = spec("qwen3_8b", "awq", places={"loader": "resident"})
+    pinned, _ = shares_of(held, facts("qwen3_8b"), [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)], Wishes())
+    assert (pinned.kind, pinned.room > 0.5 * 15e9) == ("H100", True)
+    assert not fits(replace(pinned, kind=""), [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)])
+    assert simulate([pretend(10, kind="H100")] * 4, MIXED) == (20, 2)
+
+
+def test_one_gpu_is_no_gang():
+    tight = replace(NODE, gpu_memory=30_000_000_000)
+    share, larger = shares_of(spec("qwen3_32b"), facts("qwen3_32b"), [tight], Wishes(gpus=1))
+    assert (share.gpus, share.ranks, share.loader, larger) == (1, 1, "streamed", None)
+
+
+def test_a_share_that_was_asked_for_is_not_made_another():
+    held = spec("qwen3_8b", places={"loader": "resident"})
+    with pytest.raises(ConfigError, match=r"and 0\.25 of a GPU of 80\.0 GB has 18\.4 GB for it.*gpus_per_trial=1"):
+        shares_of(held, facts("qwen3_8b"), [NODE], Wishes(gpus=0.25))
+    share, larger = shares_of(held, facts("qwen3_8b"), [NODE], Wishes(gpus=0.5))
+    assert (share.gpus, larger.gpus) == (0.5, 1)
 
 
 def test_baselines_come_first_then_the_longest():
@@ -198,8 +285,8 @@ def test_baselines_come_first_then_the_longest():
     assert [one.seconds for one in ordered[1:]] == sorted((one.seconds for one in ordered[1:]), reverse=True)
 
 
-def pretend(seconds, gpus=1.0, ranks=1):
-    share = Share(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks)
+def pretend(seconds, gpus=1.0, ranks=1, kind=""):
+    share = Share(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks, kind=kind)
     return Planned(spec=spec(), share=share, phases={"evaluate": seconds}, basis="rough", disk=0)
 
 
@@ -273,6 +360,25 @@ def test_another_kind_of_machine_is_corrected_only_while_nothing_nearer_is_known
     assert evaluate("A100", gpu=True) == pytest.approx(gpu)  # cores say nothing about a GPU
 
 
+def test_what_streaming_or_a_gang_took_corrects_no_resident_trial():
+    costs, one, where = CostModel(), spec("qwen3_0_6b", "rtn"), Rate("EPYC", False, 2.0)
+    shape = facts("qwen3_0_6b")
+
+    def took(model, loader):
+        return model.phases(one, shape, where, loader=loader, ranks=2 if loader == "sharded" else 1)["evaluate"]
+
+    records = []
+    for loader, times in (("resident", 2), ("streamed", 3), ("sharded", 5)):
+        record = record_of(one, {"evaluate": times * took(costs, loader)})
+        planned = {"loader": loader, "ranks": 2 if loader == "sharded" else 1}
+        records.append(replace(record, environment={**record.environment, "planned": planned}))
+    learned = costs.learned(records, lambda _: shape)
+    for loader, times in (("resident", 2), ("streamed", 3), ("sharded", 5)):
+        assert took(learned, loader) == pytest.approx(times * took(costs, loader))
+    [streamed] = [costs.learned(records[1:2], lambda _: shape)]
+    assert took(streamed, "resident") == pytest.approx(3 * took(costs, "resident"))  # while nothing nearer is known
+
+
 def test_operations_of_a_forward_are_two_a_weight_and_token():
     shape = facts("qwen3_8b")
     assert forward(shape, 1000, 0) == 2 * 1000 * shape.linear_parameters
@@ -299,6 +405,20 @@ def test_disk_counts_kept_blocks_exports_and_baselines():
     assert disk_of(replace(spec(method="none"), evaluation=drifting), shape) == 10 * 2047 * 4096 * 2
 
 
+def test_what_trials_share_on_disk_is_counted_once():
+    drifting = {**spec().evaluation, "drift": "auto"}
+    kept = replace(spec("qwen3_8b", places={"keep": "blocks"}), evaluation=drifting)
+    text = kept.evaluation["texts"][0]
+    other = replace(kept, evaluation={**drifting, "texts": [{**text, "name": "c4", "source": "c4"}]})
+    shape = facts("qwen3_8b")
+    [first, second] = planned_for([kept, other], [NODE])
+    baseline = 10 * 2047 * 4096 * 2
+    assert first.disk == disk_of(kept, shape) > shape.linear_parameters + baseline
+    assert second.disk == baseline  # of its own text; the blocks are there
+    [more, done] = planned_for([kept, other], [NODE], finished={kept.id: record_of(kept, {})})
+    assert (more.disk, done.disk) == (baseline, 0)
+
+
 def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
     finished = spec("qwen3_0_6b", "rtn")
     specs = [spec("qwen3_32b"), spec("qwen3_0_6b", "awq"), finished]
@@ -310,7 +430,8 @@ def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
     assert "sharded" in gang
     assert "(rough)" in gang
     [fraction] = [line for line in lines if "awq" in line]
-    assert "0.25 GPU " in fraction
+    assert "0.25 GPU + 2 CPUs" in fraction
+    assert f"{ordered[1].share.memory / 1e9:.1f} GB" in fraction
     [done] = [line for line in lines if "rtn" in line]
     assert done.split()[-1] == "done"
     assert "2 to run on this machine, 2 at a time at most" in shown
@@ -345,6 +466,7 @@ def test_sizes_are_read_as_people_write_them(given, bytes_):
         {"gpus_per_trial": -1},
         {"memory_per_trial": "16 potatoes"},
         {"gpu_memory": "-1GB"},
+        {"patience": -1},
     ],
 )
 def test_a_knob_that_cannot_be_meant_is_refused_by_name(knobs):
@@ -367,3 +489,33 @@ def test_plan_needs_no_torch():
     code = "import sys, q3q.sweep.plan; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
+
+
+def test_the_plan_counts_the_cores_that_the_sweeps_own_ray_hands_out():
+    from contextlib import ExitStack
+
+    from omegaconf import OmegaConf
+
+    from q3q.environment import cores
+    from q3q.sweep.launcher import RayLauncher
+    from q3q.sweep.sweeper import StudySweeper
+
+    settings = OmegaConf.create({"cluster": {"address": None}, "hydra": {"job": {"env_copy": []}}})
+    for asked, counted in (({}, cores()), ({"cpus": 3}, 3)):
+        sweeper = StudySweeper()
+        sweeper.launcher = RayLauncher(**asked)
+        sweeper.launcher.config = settings
+        cluster, [machine] = sweeper._machines(ExitStack(), settings, Wishes())
+        assert cluster.cpus == machine.cpus == counted
+        assert cluster.gpus == machine.gpus
+
+
+def test_cores_are_those_that_a_process_may_use():
+    import os
+    import subprocess
+    import sys
+
+    code = f"import os; os.sched_setaffinity(0, [{min(os.sched_getaffinity(0))}])\n"
+    code += "from q3q.environment import cores; print(cores())"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "1"

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -92,8 +94,8 @@ def working(how):
         spec = TrialSpec.from_json(spec)
         folder = Path(spec.places["trials"]).parent
         with (folder / "tries").open("a") as file:
-            file.write(f"{spec.places['loader']} ")
-        if spec.places["loader"] != "streamed":
+            file.write(f"{spec.places['share']['loader']} ")
+        if spec.places["share"]["loader"] != "streamed":
             how()
         metrics = {"seconds/evaluate": 1.0, "peak_bytes/load": 5.0, "peak_bytes/evaluate": 7.0}
         return TrialRecord(spec=spec, status="COMPLETED", metrics=metrics).to_json()
@@ -160,6 +162,60 @@ def test_a_worker_that_ray_kills_for_memory_is_tried_larger_and_not_the_same_aga
     assert seen == [OutOfMemoryError]
     assert outcome.attempts == 2
     assert isinstance(outcome.error, OutOfMemoryError)  # once is enough
+
+
+@contextmanager
+def little_memory(size):
+    """A control group that may take so many bytes, to which a process adds itself."""
+    v2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    group = Path("/sys/fs/cgroup") / ("" if v2 else "memory") / f"q3q-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.max" if v2 else "memory.limit_in_bytes")).write_text(str(size))
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    try:
+        yield group / "cgroup.procs"
+    finally:
+        while (group / "cgroup.procs").read_text():
+            time.sleep(0.05)
+        group.rmdir()
+
+
+def test_a_worker_that_the_kernel_kills_for_memory_is_tried_larger(cluster):
+    with little_memory(600_000_000) as members:
+
+        def work(report):
+            members.write_text(str(os.getpid()))
+            held = bytearray(2_000_000_000)
+            held[::4096] = b"x" * len(held[::4096])
+
+        task = Task(key="t", call=work, resources=SMALL, larger=Task(key="t", call=lambda _: "done", resources=LARGE))
+        seen = []
+        [outcome] = cluster.run([task], on_event=lambda *_: None, on_retry=lambda key, error: seen.append(error))
+    assert (outcome.value, outcome.attempts) == ("done", 2)
+    assert [type(error) for error in seen] == [OutOfMemoryError]
+    assert "the kernel killed it" in str(seen[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "memory"),
+    [
+        ("MemoryError: not enough", True),
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB", True),
+        (
+            "RuntimeError: [enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory",
+            True,
+        ),
+        ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("AcceleratorError: CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("RuntimeError: CUDA error: an illegal memory access was encountered", False),
+        ("the disk is full (/tmp); free some space", False),
+    ],
+)
+def test_errors_that_say_that_memory_ran_out_are_known(words, memory):
+    assert sweep_cluster.ran_out_of_memory(words) is memory
+    assert sweep_cluster.ran_out_of_memory(RuntimeError(words)) is memory
 
 
 def test_what_was_measured_is_the_gpus_peak_where_there_is_one():
