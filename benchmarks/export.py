@@ -12,6 +12,7 @@ its logits (float16 arithmetic) compared with q3q's. Ends with an error where th
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,9 +27,12 @@ KINDS = {
     "awq": ["method.static_groups=true"],
     "compressed_tensors": ["method.static_groups=true"],
 }
+WAYS = [
+    f"{how} {size}" for how in ("symmetric=true", "symmetric=false") for size in ("group_size=128", "group_size=-1")
+]
 LOADED = {
-    "gptq": ["bits=2,3,4,8", "symmetric=true,false", "group_size=128,-1"],
-    "awq": ["symmetric=true,false", "group_size=128,-1", "method.static_groups=true"],
+    "gptq": [f"bits={bits} {way}" for bits in (2, 3, 4, 8) for way in WAYS],
+    "awq": [f"{way} method.static_groups=true" for way in WAYS],
 }
 SAME_IN_FLOAT16 = 0.01  # of the logits' size
 LOAD = """
@@ -36,20 +40,19 @@ import sys, torch
 from gptqmodel import BACKEND, GPTQModel
 ids = torch.load(sys.argv[1])
 for folder in sys.argv[2:]:
-    backend = BACKEND.AWQ_TORCH if "-awq-" in folder.rpartition("export")[2] else BACKEND.TORCH
+    backend = BACKEND.AWQ_TORCH if "awq" in folder.rpartition("/")[2] else BACKEND.TORCH
     model = GPTQModel.load(folder, device="cpu", dtype=torch.float16, backend=backend)
     with torch.inference_mode():
         torch.save(model.model(ids).logits.float(), folder + ".logits")
 """
 
 
-def run(overrides: list[str], storage: Path) -> list[dict]:
-    """Records of all trials that export."""
-    command = [sys.executable, "launch.py", "-m", "evaluation.tasks=[]", f"storage={storage}", *overrides]
+def run(overrides: list[str], storage: Path) -> dict:
+    command = [sys.executable, "launch.py", "evaluation.tasks=[]", f"storage={storage}", *overrides]
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     records = [json.loads(path.read_text(encoding="utf-8")) for path in storage.glob("trials/*/record.json")]
-    return [record for record in records if record["spec"].get("export")]
+    return next(record for record in records if record["spec"].get("export"))
 
 
 def costs(blocks: int, scratch: Path) -> None:
@@ -58,8 +61,7 @@ def costs(blocks: int, scratch: Path) -> None:
     print(f"0.6B-shaped, {blocks} blocks, 16 x 512 tokens, GPTQ 4 bits, group 128, bfloat16")
     for name, needed in KINDS.items():
         overrides = [*small, "calibration.length=512", "method=gptq", f"export={name}", *needed]
-        [record] = run(overrides, scratch / name)
-        metrics = record["metrics"]
+        metrics = run(overrides, scratch / name)["metrics"]
         write = metrics["seconds/export_write"]
         rest = sum(metrics[f"seconds/{phase}"] for phase in ("load", "calibrate", "quantize", "evaluate"))
         proof = metrics["seconds/export"]
@@ -67,6 +69,28 @@ def costs(blocks: int, scratch: Path) -> None:
             f"  {name:20} packing and writing {write:5.2f} s, {100 * write / rest:4.1f} % of {rest:5.1f} s; "
             f"proof {proof:5.1f} s; {metrics['export_bytes'] / 1e6:6.1f} MB"
         )
+
+
+def exports(scratch: Path) -> list[Path]:
+    """One export of each way, by trials in this process."""
+    from hydra import compose, initialize_config_dir
+
+    from q3q import config
+    from q3q.trial import attempt_trial
+
+    config.register()
+    small = ["method=gptq", "calibration.samples=4", "evaluation=none", f"storage={scratch}/loads"]
+    folders = []
+    for model in ("demo", "demo_moe"):
+        for name, way in ((name, way) for name, ways in LOADED.items() for way in ways):
+            folder = scratch / "loads" / re.sub(r"[^a-z0-9-]+", "_", f"{model} {name} {way}")
+            overrides = [*small, f"model={model}", f"export={name}", f"export.path={folder}", *way.split()]
+            with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+                record = attempt_trial(config.spec_from(compose("config", overrides)))
+            if not record.completed:
+                raise SystemExit(f"{folder.name}: {record.reason}")
+            folders.append(folder)
+    return folders
 
 
 def loads(python: str, scratch: Path) -> None:
@@ -78,27 +102,19 @@ def loads(python: str, scratch: Path) -> None:
     from q3q.models.checkpoint import Checkpoint
     from q3q.models.decoder import load_decoder
 
-    small = ["model=demo,demo_moe", "method=gptq", "calibration.samples=4", "evaluation.limit=2"]
-    small += ["evaluation.baseline=false", "evaluation.drift=false"]
-    records = [
-        record
-        for name, settings in LOADED.items()
-        for record in run([*small, f"export={name}", *settings], scratch / f"loads_{name}")
-    ]
-    folders = [record["notes"]["export"]["path"] for record in records]
-    ids = windows(Checkpoint(Path(folders[0])).facts)
-    torch.save(ids, scratch / "ids")
-    command = [python, "-I", "-c", LOAD, str(scratch / "ids"), *folders]
+    folders = exports(scratch)
+    torch.save(windows(Checkpoint(folders[0]).facts), scratch / "ids")
+    command = [python, "-I", "-c", LOAD, str(scratch / "ids"), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
     if done.returncode:
         raise SystemExit(f"GPTQModel does not load one of them\n{done.stderr[-2000:]}")
     wrong = []
     for folder in folders:
         with torch.inference_mode():
-            ours = run_in_float32(load_decoder(Checkpoint(Path(folder)), torch.float32), None).logits
+            ours = run_in_float32(load_decoder(Checkpoint(folder), torch.float32), None).logits
         error = float((torch.load(f"{folder}.logits") - ours).norm() / ours.norm())
-        print(f"  {Path(folder).name:60} by GPTQModel: logits differ by {error:.1e} of their size, in float16")
-        wrong += [folder] if not error <= SAME_IN_FLOAT16 else []
+        print(f"  {folder.name:60} by GPTQModel: logits differ by {error:.1e} of their size, in float16")
+        wrong += [folder.name] if not error <= SAME_IN_FLOAT16 else []
     if wrong:
         raise SystemExit(f"more than {SAME_IN_FLOAT16}: {', '.join(wrong)}")
 

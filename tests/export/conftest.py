@@ -35,10 +35,19 @@ CONFIG = {
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 
 
-def make_checkpoint(folder: Path, *, moe: bool = False, tied: bool = True, dtype: str = "bfloat16") -> Checkpoint:
+def make_checkpoint(
+    folder: Path, *, moe: bool = False, tied: bool = True, dtype: str = "bfloat16", **sizes: int
+) -> Checkpoint:
     kind = {"model_type": "qwen3_moe", **MOE} if moe else {"model_type": "qwen3"}
     architecture = "Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"
-    config = {**CONFIG, **kind, "architectures": [architecture], "tie_word_embeddings": tied, "torch_dtype": dtype}
+    config = {
+        **CONFIG,
+        **kind,
+        **sizes,
+        "architectures": [architecture],
+        "tie_word_embeddings": tied,
+        "torch_dtype": dtype,
+    }
     facts, generator = read_facts(config), torch.Generator().manual_seed(0)
 
     def weight(name, shape):
