@@ -189,6 +189,7 @@ def _reload(folder: Path, given: Path, out: Path, seconds: float) -> None:
     root = Path(__file__).parents[2]
     packages = [path for path in sys.path if path and Path(path).resolve() != root]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    environment["TORCHDYNAMO_DISABLE"] = "1"  # GPTQModel would compile for minutes what runs for a moment
     command = [sys.executable, "-I", "-S", str(SCRIPT), str(folder), str(given), str(out), *packages]
     try:
         done = subprocess.run(

@@ -134,6 +134,7 @@ def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(spec_of, tmp_
         spec_of("model=local", f"model.path={tmp_path}/copy", "method=rtn")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["demo", "demo_moe"])
 @pytest.mark.parametrize(
     "settings",
