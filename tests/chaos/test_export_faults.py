@@ -1,7 +1,7 @@
 """An exporting trial killed wherever it writes, renames or removes, and its disk full.
 
-It survived if there is a whole checkpoint or none that loads, and the same command ends with the files of an undisturbed
-one.
+It survived if there is a whole checkpoint or none that loads, and the same command ends with the files of one that was
+left in peace.
 """
 
 import json
