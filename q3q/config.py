@@ -4,7 +4,6 @@ import difflib
 import functools
 import json
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -31,8 +30,8 @@ from q3q.evaluate.suites import (
     refuse_generation,
     settle,
 )
-from q3q.export.destination import check_destination, default_path, marker_of
-from q3q.export.formats import FORMATS, refuse_what_it_cannot_hold, stored_scales
+from q3q.export.destination import check_destination, default_path
+from q3q.export.formats import FORMATS, not_for_servers, refuse_what_it_cannot_hold, stored_scales
 from q3q.mirror import folder_of, is_url, refuse_unusable
 from q3q.models.checkpoint import Checkpoint, ModelFacts, end_tokens, fetch_facts, fetch_file, resolve_revision
 from q3q.models.footprint import AUTO, LOADERS, bytes_of, choose, in_gb, need
@@ -426,11 +425,9 @@ def _hub_model(source: str, revision: str | None) -> tuple[str, ModelFacts]:
 
 
 def _refuse_second_rounding(settings: MethodSettings, folder: Path | None, facts: ModelFacts) -> None:
-    marker = marker_of(folder) if folder is not None else None
-    how = facts.packing.method if facts.packing else f"by q3q: {marker.get('name')}" if marker else None
-    if settings.quantizes and how is not None:
+    if settings.quantizes and facts.quantized is not None:
         raise CheckpointError(
-            f"{folder or 'the model'} is quantized already ({how}); a second rounding would measure both. "
+            f"{folder or 'the model'} is quantized already ({facts.quantized}); a second rounding would measure both. "
             "Give the original model, or method=none to evaluate this one as it is"
         )
 
@@ -447,10 +444,18 @@ def _exported(config: DictConfig, spec: TrialSpec, facts: ModelFacts) -> TrialSp
     assert spec.scheme is not None
     spec = replace(spec, export=name, scheme=replace(spec.scheme, scales=stored_scales(name, spec.model["dtype"])))
     folder = default_path(spec, str(folder_of(config.storage))) if path is None else Path(path).expanduser().absolute()
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    spec = spec.with_places({**spec.places, "export": str(folder), "command": f"python {command}"})
+    from q3q.report.command import command_of  # which reads this module
+
+    spec = spec.with_places({**spec.places, "export": str(folder), "command": command_of(spec)})
     check_destination(spec, facts)
+    if (warning := not_for_servers(name, spec, facts)) is not None:
+        _warn_once(warning)
     return spec
+
+
+@functools.cache
+def _warn_once(warning: str) -> None:
+    print(f"q3q: {warning}", file=sys.stderr)
 
 
 def _schemes(config: DictConfig, settings: MethodSettings, facts: ModelFacts) -> tuple[Schemes | None, Json]:

@@ -638,17 +638,29 @@ class Exported:
 
 
 def finish_export(exporter: Exporter, model: Decoder, spec: TrialSpec, scores: Scores, checks: list[Check]) -> Exported:
-    """Complete the checkpoint, load it elsewhere, and publish it if it is what was evaluated; a check says whether."""
+    """Complete the checkpoint, load it elsewhere, and publish it if it is what was evaluated; a check says whether.
+
+    Raises:
+        ExportError: it could not be found out. What was written stays, for the next attempt.
+    """
     if all(check.passed for check in checks):
         exporter.finish(model)
-        proof = prove(exporter.folder, model, exporter.sketches())
+        proof = prove(exporter.folder, model)
         checks.append(proof.check)
     if not all(check.passed for check in checks):
         exporter.withdraw()
         return Exported()
-    exporter.publish(
-        model_card(spec, scores.metrics, scores.intervals, packages(), exporter.checkpoint.folder, proof.loader)
+    card = model_card(
+        spec,
+        exporter.checkpoint.facts,
+        proof,
+        metrics=scores.metrics,
+        intervals=scores.intervals,
+        diverged=scores.diverged,
+        packages=packages(),
+        base=exporter.checkpoint.folder,
     )
+    exporter.publish(card)
     # Remembered, so that nobody has to hash the files again who evaluates the checkpoint.
     digest = Checkpoint(exporter.path).digest(Path(spec.places["trials"]) / "digests")
     mirror = mirror_for(spec.places)

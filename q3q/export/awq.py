@@ -12,7 +12,7 @@ class AwqExporter(PackingExporter):
     name: ClassVar[str] = "awq"
 
     def quantization_config(self) -> Json:
-        scheme = self.spec.scheme
+        scheme, facts = self.spec.scheme, self.checkpoint.facts
         assert scheme is not None
         return {
             "quant_method": "awq",
@@ -20,5 +20,7 @@ class AwqExporter(PackingExporter):
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "zero_point": True,
-            "modules_to_not_convert": None,
+            # In full: readers look for these words anywhere in a name, and `mlp.gate` is in `mlp.gate_proj` too.
+            "modules_to_not_convert": [f"model.layers.{k}.mlp.gate" for k in range(facts.layers) if facts.sparse(k)]
+            or None,
         }

@@ -2,39 +2,50 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from q3q.export.formats import FORMATS
-from q3q.spec import TrialSpec
+from q3q.export.proof import Proof
+from q3q.masking import masked
+from q3q.models.checkpoint import ModelFacts
+from q3q.spec import Json, TrialSpec
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 
 
 def model_card(
     spec: TrialSpec,
+    facts: ModelFacts,
+    proof: Proof,
+    *,
     metrics: Mapping[str, float],
     intervals: Mapping[str, tuple[float, float]],
+    diverged: Collection[str],
     packages: Mapping[str, str],
     base: Path,
-    loader: str,
 ) -> str:
     """Markdown with the front matter that the Hub reads.
 
-    base: folder of the original model, whose licence lines are taken over. loader: who proved the checkpoint.
+    diverged: metrics that are not finite. base: folder of the original model, whose licence lines are taken over.
     """
     scheme = spec.scheme
     assert scheme is not None
     assert spec.export is not None
     source = spec.model.get("source")
     front = [*licence_lines(base), *([f"base_model: {source}", "base_model_relation: quantized"] if source else [])]
+    rows = {name: f"{value:.6g} | {_interval(intervals.get(name))}" for name, value in metrics.items()}
+    rows |= dict.fromkeys(diverged, "diverged: not a finite number |")
     measured = [
-        f"| {name} | {value:.6g} | {_interval(intervals.get(name))} |"
-        for name, value in sorted(metrics.items())
+        f"| {name} | {row} |"
+        for name, row in sorted(rows.items())
         if "/" in name and not name.startswith(("seconds/", "peak_bytes/", "gpu_peak_bytes/"))
     ]
     group = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size} columns"
     acts = f", activations of {scheme.act_bits} bits per token" if scheme.act_bits else ""
+    departures = _departures(spec)
+    compared = "the same weights, bit for bit"
+    compared += ", and the same logits" if proof.logit_error is not None else "; logits were not compared"
     lines = [
         "---",
         *(front or ["license: unknown"]),
@@ -46,18 +57,19 @@ def model_card(
         f"{source or spec.model['name']} quantized by q3q: `{spec.method['name']}`, {scheme.bits} bits, {group}, "
         f"{'symmetric' if scheme.symmetric else 'asymmetric'}{acts}. Stored as `{spec.export}`: "
         f"{FORMATS[spec.export].what}. Embeddings, head, norms and routers stay in {spec.model['dtype']}"
-        f"{' but for what the settings below say' if spec.head_bits or spec.embedding_bits else ''}.",
+        f"{'; what differs is said below' if departures else ''}.",
         "",
         "## How it was made",
         "",
         f"- method: `{json.dumps(spec.method)}`",
+        *(f"- {key}: `{json.dumps(value)}`" for key, value in departures.items()),
         f"- calibration: `{json.dumps(spec.calibration)}`" if spec.calibration else "- calibration: none",
         f"- arithmetic: {spec.model['dtype']}; scales are stored in, and were rounded to, {scheme.scales or 'none'}",
         f"- trial `{spec.id}`, seed {spec.seed}, "
         + ", ".join(f"{name} {packages[name]}" for name in ("q3q", "torch", "transformers") if name in packages),
         "",
         "```bash",
-        spec.places.get("command") or f"# the spec is in spec.json; python launch.py export={spec.export} ...",
+        masked(spec.places["command"]),
         "```",
         "",
         "## What was measured",
@@ -66,17 +78,9 @@ def model_card(
         "|---|---|---|",
         *(measured or ["| none | | |"]),
         "",
-        f"Reloaded by {loader} in a process without q3q: the same weights, bit for bit, and the same logits.",
+        f"Reloaded by {proof.loader} in a process without q3q: {compared}.",
         "",
-        "## Serve it",
-        "",
-        "```bash",
-        "pip install vllm",
-        "vllm serve . # this folder",
-        "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
-        """-d '{"model": ".", "prompt": "Hello"}'""",
-        "```",
-        "",
+        *_serving(spec, facts),
     ]
     return "\n".join(lines)
 
@@ -88,6 +92,36 @@ def licence_lines(base: Path) -> list[str]:
     except (OSError, UnicodeDecodeError):
         return []
     return [line for line in front[1].splitlines() if re.match(r"license\w*:", line)] if front else []
+
+
+def _departures(spec: TrialSpec) -> Json:
+    """What is stored otherwise than the scheme says, as it was given."""
+    given: Json = {
+        "overrides": spec.rules.get("overrides", spec.overrides),
+        "skip": spec.rules.get("skip", list(spec.skip)),
+        "head_bits": spec.head_bits,
+        "embedding_bits": spec.embedding_bits,
+    }
+    return {key: value for key, value in given.items() if value}
+
+
+def _serving(spec: TrialSpec, facts: ModelFacts) -> list[str]:
+    assert spec.export is not None
+    kind = FORMATS[spec.export]
+    if (reason := kind.unserved(spec, facts)) is not None:
+        loaders = [f"- {who}: {what}" for who, _, what in kind.loaders if "vLLM" not in who]
+        return ["## Load it", "", f"vLLM does not take `{spec.export}` with {reason}. Who does:", "", *loaders, ""]
+    return [
+        "## Serve it",
+        "",
+        "```bash",
+        "pip install vllm",
+        "vllm serve . # this folder",
+        "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
+        """-d '{"model": ".", "prompt": "Hello"}'""",
+        "```",
+        "",
+    ]
 
 
 def _interval(interval: tuple[float, float] | None) -> str:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from q3q.export.formats import FORMATS, layouts
+from q3q.export.formats import layouts
 from q3q.export.writer import PackingExporter
 from q3q.models.packed import Layout
 from q3q.spec import Json
@@ -31,32 +31,27 @@ class CompressedTensorsExporter(PackingExporter):
         ignored = ["lm_head"]
         if any(facts.sparse(k) for k in range(facts.layers)):
             ignored.append(r"re:.*mlp\.gate$")
-        base = self._base()
         for name, _, layout in layouts(self.spec, facts):
             module = name.removesuffix(".weight")
-            if layout is None:
-                ignored += [module] if name.endswith("_proj.weight") else []
-            elif layout != base:
+            if layout is not None:
                 targets.setdefault(layout, []).append(module)
-        groups = [(["Linear"], base), *((names, layout) for layout, names in targets.items())]
+            elif name.endswith("_proj.weight"):
+                ignored.append(module)
+        if len(targets) == 1:
+            targets = {layout: ["Linear"] for layout in targets}
+        # Several settings are told apart by name alone: vLLM looks for a class before it looks for the parts of a
+        # joined q, k, v, so a group of "Linear" would take them all.
         config = QuantizationConfig(
             config_groups={
                 f"group_{k}": QuantizationScheme(targets=names, **_arguments(layout))
-                for k, (names, layout) in enumerate(groups)
+                for k, (layout, names) in enumerate(targets.items())
             },
-            format=_format(base),
+            format=_format(next(iter(targets))),
             quantization_status="compressed",
             ignore=ignored,
         )
         described: Json = json.loads(config.model_dump_json())
         return described
-
-    def _base(self) -> Layout:
-        """What most linears have: an override of the rest is told apart by name."""
-        make, scheme = FORMATS[self.name].layout, self.spec.scheme
-        assert make is not None
-        assert scheme is not None
-        return make(scheme)
 
 
 def _format(layout: Layout) -> str:

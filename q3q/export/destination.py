@@ -1,7 +1,8 @@
 """Where an export goes: refused before anything is computed if it cannot go there. No torch.
 
 An export is written into `PATH.partial` and renamed to PATH when it is whole and proved, so PATH either is not there or
-loads. A marker file in both says whose it is.
+loads. A marker file in both says whose it is. Folders come and go in one step, under a name beside theirs: a process
+that is killed leaves none of ours that does not say so.
 """
 
 import json
@@ -15,7 +16,8 @@ from typing import Any
 from q3q.errors import ExportError
 from q3q.export.formats import expected_bytes
 from q3q.models.checkpoint import EXPORT_MARKER, ModelFacts
-from q3q.spec import TrialSpec
+from q3q.record import write_atomically
+from q3q.spec import Json, TrialSpec
 
 SPARE_SHARE = 0.02  # of the checkpoint's bytes, for headers, tokenizer and the file under way
 SPARE_BYTES = 64 << 20
@@ -68,7 +70,23 @@ def forget_export(spec: TrialSpec) -> None:
         path = Path(spec.places["export"])
         for folder in (path, partial_path(path)):
             if is_ours(folder, spec):
-                shutil.rmtree(folder)
+                aside = _aside(folder)
+                folder.replace(aside)  # from here on nothing that loads bears its name
+                shutil.rmtree(aside)
+
+
+def begin_export(folder: Path, marker: Json) -> None:
+    """Make the folder with its marker in it, or none."""
+    aside = _aside(folder)
+    write_atomically(aside / EXPORT_MARKER, json.dumps(marker).encode())
+    aside.replace(folder)
+
+
+def _aside(folder: Path) -> Path:
+    """A name beside the folder's, free: what a killed process left there is removed."""
+    aside = folder.with_name(f".{folder.name}.aside")
+    shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def check_destination(spec: TrialSpec, facts: ModelFacts) -> None:
@@ -85,16 +103,46 @@ def check_destination(spec: TrialSpec, facts: ModelFacts) -> None:
         if folder.exists() and not is_ours(folder, spec):
             whose = "another trial's unfinished export" if folder == partial and marker_of(folder) else "there already"
             raise ExportError(f"export.path={path}: {folder} is {whose}; remove it, or give another path")
-    parent = next(folder for folder in path.parents if folder.exists())
+    parent = _parent(path)
     if not parent.is_dir():
         raise ExportError(f"export.path={path}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError(f"export.path={path}: {parent} is not writable")
-    needed = expected_bytes(spec, facts)
-    needed += int(needed * SPARE_SHARE) + SPARE_BYTES
-    written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
-    free = shutil.disk_usage(parent).free + written
+    needed, free = _needed_bytes(spec, facts), shutil.disk_usage(parent).free
     if free < needed:
         raise ExportError(
             f"export.path={path}: the checkpoint needs {needed / 1e9:.1f} GB and {parent} has {free / 1e9:.1f} GB free"
         )
+
+
+def check_room(trials: Iterable[tuple[TrialSpec, ModelFacts]]) -> None:
+    """Is there room for what all these trials export?
+
+    Raises:
+        ExportError: not on some disk.
+    """
+    wanted: dict[int, list[tuple[Path, int]]] = {}
+    for spec, facts in trials:
+        if not is_finished(spec):
+            parent = _parent(Path(spec.places["export"]))
+            wanted.setdefault(parent.stat().st_dev, []).append((parent, _needed_bytes(spec, facts)))
+    for those in wanted.values():
+        parent, needed, free = those[0][0], sum(count for _, count in those), shutil.disk_usage(those[0][0]).free
+        if free < needed:
+            raise ExportError(
+                f"the sweep's {len(those)} exports need {needed / 1e9:.1f} GB together and {parent} has "
+                f"{free / 1e9:.1f} GB free; export fewer of them, or somewhere else"
+            )
+
+
+def _parent(path: Path) -> Path:
+    """The nearest that is there."""
+    return next(folder for folder in path.parents if folder.exists())
+
+
+def _needed_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
+    """That are still to be written."""
+    partial = partial_path(Path(spec.places["export"]))
+    written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
+    needed = expected_bytes(spec, facts)
+    return max(0, needed + int(needed * SPARE_SHARE) + SPARE_BYTES - written)

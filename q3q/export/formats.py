@@ -14,9 +14,17 @@ from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
 from q3q.spec import Scheme, TrialSpec
 
 TESTED, UNTESTED = "tested", "untested"
+GPTQMODEL = "tested by benchmarks/export.py"
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
 DTYPE_BYTES = {"float32": 4, "float64": 8}  # of a model's numbers; 2 of all others
 SCALE_BYTES = 2  # in float16
+# Linears that servers run as one matrix, which then has one setting.
+JOINED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+}
+# What vLLM's kernels take of packed weights, as its sources say.
+SERVED_GROUPS = (-1, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,8 @@ class Format:
     that differ between linears, in a dense model): what it can hold. acts: (bits of weights, bits of dynamic per-token
     activations) that it can hold together, with one symmetric scale a row. words_per_row, words_per_column: these must
     fill whole 32-bit words. anything: plain numbers, which any method's weights are. layout: of one linear, None for
-    plain numbers. implementation: `module:Class`. loaders: who reads what of it, and whether we have seen it (`tested`)
+    plain numbers. implementation: `module:Class`. served_bits, served_asymmetric (of these kinds of models): what vLLM
+    takes of weights without rounded activations. loaders: who reads what of it, and whether we have seen it (`tested`)
     or have it from their sources (`untested`).
     """
 
@@ -44,27 +53,44 @@ class Format:
     anything: bool = False
     words_per_row: bool = False
     words_per_column: bool = False
+    served_bits: tuple[int, ...] = ()
+    served_asymmetric: tuple[str, ...] = ()
 
     ALL_BITS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
     def problems(self, spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
         """Why this format cannot hold what the trial makes, each reason in a few words."""
-        scheme = spec.scheme
+        scheme, schemes = spec.scheme, schemes_of(spec)
         assert scheme is not None
-        if scheme.act_bits is not None and not self._holds_activations(scheme):
+        if scheme.act_bits is not None and not all(map(self._holds_activations, schemes)):
             able = " or ".join(f"bits={w} act_bits={a} group_size=-1 symmetric=true" for w, a in self.acts)
             yield f"act_bits={scheme.act_bits} with these weights" + (f" (it takes {able})" if able else "")
         if not self.anything:
-            yield from self._problems_of_codes(spec, scheme, facts)
+            yield from self._problems_of_codes(spec, schemes, facts)
 
-    def _problems_of_codes(self, spec: TrialSpec, scheme: Scheme, facts: ModelFacts) -> Iterator[str]:
-        schemes = [scheme, *(replace(scheme, **changed) for changed in spec.overrides.values())]
+    def unserved(self, spec: TrialSpec, facts: ModelFacts) -> str | None:
+        """What of the trial's export vLLM does not take, in a few words; None if it takes all."""
+        if self.anything:
+            return None
+        kind = "experts" if facts.experts else "dense"
+        for scheme in schemes_of(spec):
+            if scheme.act_bits is not None:  # what the format holds of these, vLLM takes
+                continue
+            if scheme.bits not in self.served_bits:
+                return f"bits={scheme.bits} (it takes {', '.join(map(str, self.served_bits))})"
+            if scheme.group_size not in SERVED_GROUPS:
+                return f"group_size={scheme.group_size} (it takes {', '.join(map(str, SERVED_GROUPS))})"
+            if not scheme.symmetric and kind not in self.served_asymmetric:
+                return "symmetric=false" + (" of experts" if self.served_asymmetric else "")
+        return None
+
+    def _problems_of_codes(self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts) -> Iterator[str]:
         wrong = sorted({one.bits for one in schemes} - set(self.bits))
         if wrong == [1]:
             yield "binarized weights, for which there is no standard"
         elif wrong:
             yield f"bits={','.join(map(str, wrong))} (it takes {', '.join(map(str, self.bits))})"
-        elif not self._fills_words(scheme, facts):
+        elif not all(self._fills_words(scheme, facts) for scheme in schemes):
             yield "weights whose rows or columns do not fill whole 32-bit words"
         if spec.head_bits or spec.embedding_bits:
             yield "a quantized head or embedding"
@@ -72,6 +98,8 @@ class Format:
             yield "act-order's groups of columns that lie apart (method.static_groups=true keeps neighbours together)"
         if (spec.overrides or spec.skip) and not (self.mixed and not facts.experts):
             yield "overrides or skip" + (" in a model with experts, which loaders fuse" if self.mixed else "")
+        elif torn := next(_torn_sites(spec, facts), None):
+            yield f"settings that differ within a site ({torn}), which loaders run as one"
 
     def _fills_words(self, scheme: Scheme, facts: ModelFacts) -> bool:
         shapes = {
@@ -129,8 +157,11 @@ FORMATS: dict[str, Format] = {
             acts=((8, 8),),
             loaders=(
                 ("transformers + compressed-tensors", TESTED, "dense: all; experts: symmetric, weights only"),
-                ("vLLM, SGLang", UNTESTED, "4 and 8 bits; 8-bit weights with 8-bit activations"),
+                ("a plain unpacker of ours", TESTED, "all"),
+                ("vLLM, SGLang", UNTESTED, "4 and 8 bits, of experts symmetric; 8 bits with 8-bit activations"),
             ),
+            served_bits=(4, 8),
+            served_asymmetric=("dense",),
         ),
         Format(
             name="gptq",
@@ -143,9 +174,11 @@ FORMATS: dict[str, Format] = {
             words_per_row=True,
             words_per_column=True,
             loaders=(
-                ("GPTQModel", TESTED, "all, on CPU (benchmarks/export.py)"),
-                ("vLLM, SGLang", UNTESTED, "4 and 8 bits, symmetric; the rest on their older kernels only"),
+                ("a plain unpacker of ours", TESTED, "all"),
+                ("GPTQModel", GPTQMODEL, "all, on CPU"),
+                ("vLLM, SGLang", UNTESTED, "4 and 8 bits, symmetric; asymmetric ones are refused or misread"),
             ),
+            served_bits=(4, 8),
         ),
         Format(
             name="awq",
@@ -156,12 +189,30 @@ FORMATS: dict[str, Format] = {
             implementation="q3q.export.awq:AwqExporter",
             words_per_column=True,
             loaders=(
-                ("GPTQModel", TESTED, "all, on CPU (benchmarks/export.py)"),
+                ("a plain unpacker of ours", TESTED, "all"),
+                ("GPTQModel", GPTQMODEL, "all, on CPU"),
                 ("vLLM, SGLang", UNTESTED, "all"),
             ),
+            served_bits=(4,),
+            served_asymmetric=("dense", "experts"),
         ),
     )
 }
+
+
+def schemes_of(spec: TrialSpec) -> list[Scheme]:
+    """Every setting that some linear may have."""
+    assert spec.scheme is not None
+    return [spec.scheme, *(replace(spec.scheme, **changed) for changed in spec.overrides.values())]
+
+
+def _torn_sites(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
+    schemes = spec.schemes
+    assert schemes is not None
+    for k in range(facts.layers):
+        for site, linears in JOINED.items():
+            if len({schemes.of(f"blocks.{k}.{linear}") for linear in linears}) > 1:
+                yield f"blocks.{k}.{site}"
 
 
 def _reorders(spec: TrialSpec, schemes: Sequence[Scheme]) -> bool:
@@ -183,6 +234,21 @@ def refuse_what_it_cannot_hold(name: str, spec: TrialSpec, facts: ModelFacts) ->
     able = [other.name for other in FORMATS.values() if not list(other.problems(spec, facts))]
     instead = f"these can: export={', '.join(able)}" if able else "no format can"
     raise IncompatibleError(f"export={name} cannot hold {'; nor '.join(reasons)}; {instead}")
+
+
+def not_for_servers(name: str, spec: TrialSpec, facts: ModelFacts) -> str | None:
+    """In a line, that vLLM does not serve the trial's export, and what it would; None if it does."""
+    reason = FORMATS[name].unserved(spec, facts)
+    if reason is None:
+        return None
+    able = [
+        one.name for one in FORMATS.values() if not list(one.problems(spec, facts)) and not one.unserved(spec, facts)
+    ]
+    what = f"with {reason}" + (", which is gptq_v2," if name == "gptq" and "symmetric" in reason else "")
+    return (
+        f"export={name} {what} is refused by vLLM, or misread by old ones; to serve these settings: "
+        f"export={' or '.join(able)}"
+    )
 
 
 def stored_scales(name: str, dtype: str) -> str | None:

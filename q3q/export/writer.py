@@ -1,10 +1,11 @@
 """Writing a checkpoint block by block while the walk goes on: what all formats have in common.
 
 One file a block and one for embedding, final norm and head, each written whole or not at all, so memory holds one block
-whatever the model's size. Facts of each are written after it: a killed trial goes on after the blocks that have them.
-config.json comes last: without it no loader takes the folder.
+whatever the model's size. Facts of each are written after it, its checksum and that of the codes it was made of: a
+killed trial goes on after the blocks that have them. config.json comes last: without it no loader takes the folder.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -20,10 +21,17 @@ import torch
 from torch import Tensor
 
 from q3q.errors import ExportError
-from q3q.export.destination import VERSION, check_destination, is_finished, is_ours, partial_path
+from q3q.export.destination import (
+    VERSION,
+    begin_export,
+    check_destination,
+    forget_export,
+    is_finished,
+    is_ours,
+    partial_path,
+)
 from q3q.export.formats import FORMATS, layouts
-from q3q.export.reload import sketch, sketch_rows
-from q3q.models.checkpoint import EXPORT_MARKER, TOKENIZER_FILES, Checkpoint, of_expert
+from q3q.models.checkpoint import EXPORT_KEY, TOKENIZER_FILES, Checkpoint, of_expert
 from q3q.models.decoder import Decoder
 from q3q.models.packed import Layout
 from q3q.models.tensor_files import Rows, encoded
@@ -65,10 +73,14 @@ class Exporter(ABC):
         self.seconds = 0.0
         self.reordered = False
         self._layouts = {name: layout for name, _, layout in layouts(spec, checkpoint.facts)}
+        self._whole: dict[int, tuple[str, int, int]] = {}  # checksum, size and time of change of files seen to be whole
         self.finished = is_finished(spec)
-        if not self.finished and not is_ours(self.partial, spec):
-            self.partial.mkdir(parents=True)
-            write_atomically(self.partial / EXPORT_MARKER, json.dumps(self._marker()).encode())
+        if self.finished:
+            return
+        if not is_ours(self.partial, spec):
+            begin_export(self.partial, self._marker())
+        # Left by an attempt that did not come to prove it: no loader takes the folder while its files are exchanged.
+        (self.partial / "config.json").unlink(missing_ok=True)
 
     @property
     def folder(self) -> Path:
@@ -91,16 +103,20 @@ class Exporter(ABC):
 
     # ------------------------------------------------------------------------------------------ block by block
 
-    def holds(self, index: int) -> bool:
-        """Whether block `index` is written already."""
-        return self.finished or self._facts(index) is not None
+    def holds(self, block: "QuantizedBlock") -> bool:
+        """Whether these very codes are written already."""
+        if self.finished:  # the proof says whether they are what was evaluated
+            return True
+        facts = self._facts(block.index)
+        return facts is not None and facts.get("codes") == _checksum(block)
 
     def store(self, block: "QuantizedBlock") -> None:
         """Write one block: its quantized linears, and whatever else it has as numbers in the model's dtype."""
+        if self.finished:
+            return
         with self._timed():
             weights = block.quantized
             tensors: dict[str, Tensor | Rows] = {}
-            sketches: dict[str, list[float]] = {}
             shapes = self.checkpoint.facts.block_shapes(block.index)
             plain = {name for name in shapes if name not in weights and name not in block.changed}
             numbers = self.checkpoint.block(block.index, self.dtype, plain) | {
@@ -108,20 +124,14 @@ class Exporter(ABC):
             }
             for name, shape in shapes.items():
                 stacked = len(shape) == 3
-                plain_E = None if name in weights else numbers[name] if stacked else numbers[name][None]
                 for e in range(shape[0] if stacked else 1):
                     full = f"model.layers.{block.index}.{of_expert(name, e) if stacked else name}"
-                    if plain_E is None:
-                        one = _of_one_expert(weights[name], e)
-                        written = self.weight(self._layouts[full], full, one)
-                        value = one.dequantize()[0].to(self.dtype)
+                    if name in weights:
+                        tensors |= self.weight(self._layouts[full], full, _of_one_expert(weights[name], e))
                     else:
-                        value = plain_E[e]
-                        written = {full: value}
-                    tensors |= written
-                    sketches[full] = sketch(value)
+                        tensors[full] = numbers[name][e] if stacked else numbers[name]
             apart = any(getattr(weight, "group_EI", None) is not None for weight in weights.values())
-            self._write(block.index, tensors, {"sketches": sketches, "reordered": apart})
+            self._write(block.index, tensors, {"codes": _checksum(block), "reordered": apart})
 
     def finish(self, model: Decoder) -> Json:
         """Write what is not in a block, and all that makes the files a checkpoint. Returns their index.
@@ -133,14 +143,10 @@ class Exporter(ABC):
             if not self.finished:
                 ends = {"model.embed_tokens.weight": "embedding"} | ({} if facts.tied else {"lm_head.weight": "head"})
                 shape = facts.vocab, facts.hidden
-                norm = model.norm_H.to("cpu", self.dtype)
-                sketches = {"model.norm.weight": sketch(norm)}
-                tensors: dict[str, Tensor | Rows] = {"model.norm.weight": norm}
-                for name, end in ends.items():  # a vocabulary is long: twice a few rows at a time, never all of it
-                    rows = (part.to("cpu", self.dtype) for part in model.rows(end))
-                    sketches[name] = sketch_rows(shape, rows)
+                tensors: dict[str, Tensor | Rows] = {"model.norm.weight": model.norm_H.to("cpu", self.dtype)}
+                for name, end in ends.items():  # a vocabulary is long: a few rows at a time, never all of it
                     tensors[name] = Rows(shape, self.dtype, (part.to("cpu", self.dtype) for part in model.rows(end)))
-                self._write(facts.layers, tensors, {"sketches": sketches})
+                self._write(facts.layers, tensors, {})
                 self._write_files()
             index: Json = json.loads((self.folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
             return index
@@ -156,12 +162,8 @@ class Exporter(ABC):
             self.finished = True
 
     def withdraw(self) -> None:
-        """What was written is not what was evaluated: nobody shall load it. What has its name already stays."""
-        shutil.rmtree(self.partial, ignore_errors=True)
-
-    def sketches(self) -> dict[str, list[float]]:
-        """Of every weight by name, what `reload` must find."""
-        return dict(json.loads((self.folder / "sketches.json").read_text(encoding="utf-8")))
+        """What was written is not what was evaluated: nobody shall load it."""
+        forget_export(self.spec)
 
     def sizes(self) -> dict[str, float]:
         """Bytes of the tensors on disk and, where codes are stored, bits per weight, as the files themselves say."""
@@ -186,20 +188,31 @@ class Exporter(ABC):
 
     def _write(self, index: int, tensors: Mapping[str, Tensor | Rows], facts: Json) -> None:
         """One file, and then its facts."""
-        shard = self.partial / self._shard(index)
+        shard, digest = self.partial / self._shard(index), hashlib.sha256()
+
+        def hashed() -> Iterator[bytes]:
+            for part in encoded(tensors, {"format": "pt"}):
+                digest.update(part)
+                yield part
+
         expected = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-        write_atomically(shard, encoded(tensors, {"format": "pt"}))
-        facts |= {"bytes": expected, "size": shard.stat().st_size, "names": sorted(tensors)}
+        write_atomically(shard, hashed())
+        facts |= {"sha256": digest.hexdigest(), "bytes": expected, "names": sorted(tensors)}
         write_atomically(self.partial / "facts" / f"{index:03d}.json", json.dumps(facts).encode())
+        self._whole[index] = digest.hexdigest(), *_state(shard)
 
     def _facts(self, index: int) -> Json | None:
         """Facts of a file that is there whole."""
+        shard = self.partial / self._shard(index)
         try:
             facts: Json = json.loads((self.partial / "facts" / f"{index:03d}.json").read_text(encoding="utf-8"))
-            whole = (self.partial / self._shard(index)).stat().st_size == facts["size"]
+            state = _state(shard)
+            if self._whole.get(index, ("",))[1:] != state:
+                with shard.open("rb") as file:
+                    self._whole[index] = hashlib.file_digest(file, "sha256").hexdigest(), *state
         except (OSError, ValueError):
             return None
-        return facts if whole else None
+        return facts if self._whole[index][0] == facts.get("sha256") else None
 
     def _shard(self, index: int) -> str:
         count = self.checkpoint.facts.layers + 1
@@ -217,15 +230,11 @@ class Exporter(ABC):
             "weight_map": {name: self._shard(k) for k, facts in enumerate(parts) for name in facts["names"]},
         }
         self.reordered = any(facts.get("reordered") for facts in parts)
-        sketches = {name: value for facts in parts for name, value in facts["sketches"].items()}
-        for name in COPIED:
-            if (self.checkpoint.folder / name).is_file():
-                shutil.copyfile(self.checkpoint.folder / name, self.partial / name)
-        for licence in self.checkpoint.folder.glob("LICENSE*"):
-            shutil.copyfile(licence, self.partial / licence.name)
+        original = self.checkpoint.folder
+        copied = [*(original / name for name in COPIED), *original.glob("LICENSE*")]
         files = {
+            **{file.name: file.read_bytes() for file in copied if file.is_file()},
             **self.other_files(),
-            "sketches.json": json.dumps(sketches).encode(),
             "model.safetensors.index.json": json.dumps(index, indent=1).encode(),
             "config.json": json.dumps(self._config(), indent=1).encode(),
         }
@@ -236,6 +245,7 @@ class Exporter(ABC):
         config: Json = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         config |= {"dtype": self.spec.model["dtype"], "torch_dtype": self.spec.model["dtype"]}
+        config[EXPORT_KEY] = self._marker()
         described = self.quantization_config()
         return config | ({"quantization_config": described} if described else {})
 
@@ -292,14 +302,13 @@ class ExportingSink:
 
     def load(self, index: int) -> "QuantizedBlock | None":
         block = self._store.load(index)
-        if block is not None and not self._exporter.holds(index):
+        if block is not None and not self._exporter.holds(block):
             self._exporter.store(block)
         return block
 
     def store(self, block: "QuantizedBlock") -> None:
         self._store.store(block)
-        if not self._exporter.holds(block.index):
-            self._exporter.store(block)
+        self._exporter.store(block)
 
 
 def open_exporter(spec: TrialSpec, checkpoint: Checkpoint) -> Exporter | None:
@@ -321,6 +330,22 @@ def _of_one_expert(weight: StoredWeight, expert: int) -> StoredWeight:
     tensors = {name: tensor[expert : expert + 1] for name, tensor in weight.to_tensors().items()}
     made: StoredWeight = type(weight).from_tensors(tensors, weight.facts())  # type: ignore[attr-defined]
     return made
+
+
+def _checksum(block: "QuantizedBlock") -> str:
+    """SHA-256 of all that is written of a block."""
+    tensors = {f"changed/{name}": tensor for name, tensor in block.changed.items()}
+    for name, weight in block.quantized.items():
+        tensors |= {f"quantized/{name}/{part}": tensor for part, tensor in weight.to_tensors().items()}
+    digest = hashlib.sha256()
+    for content in encoded(tensors):
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _stored_bytes(folder: Path) -> dict[str, int]:

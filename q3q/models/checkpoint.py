@@ -43,6 +43,7 @@ TOKENIZER_FILES = (
 # All that a Qwen3 folder needs, and its licence. Pickles, which can run code when loaded, are not on the list.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 EXPORT_MARKER = "q3q.json"  # a file that q3q's own exports have
+EXPORT_KEY = "q3q"  # and what their config.json says of itself, wherever it is copied to
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_SECONDS = 5.0  # to wait for the Hub's answer
@@ -220,6 +221,7 @@ class ModelFacts:
     max_positions: int
     dtype: str
     packing: Packing | None = None  # how its linears are stored, if they are not plain numbers
+    quantized: str | None = None  # how, if they were quantized before; also where they are plain numbers again
 
     def sparse(self, layer: int) -> bool:
         """Whether this block routes its tokens to experts."""
@@ -357,6 +359,7 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         max_positions=count("max_position_embeddings", 32_768),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         packing=packing,
+        quantized=packing.method if packing else _made_by_q3q(config.get(EXPORT_KEY)),
     )
     if facts.heads % facts.kv_heads:
         raise wrong(f"{facts.heads} attention heads cannot share {facts.kv_heads} key/value heads evenly")
@@ -550,6 +553,10 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     return tuple(ends)
 
 
+def _made_by_q3q(marker: Any) -> str | None:
+    return f"by q3q: {marker.get('name')}" if isinstance(marker, dict) else None
+
+
 def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str, Shape]:
     """`ModelFacts.block_shapes` as files hold them: each expert's matrices alone, or (fused) gate and up joined."""
     shapes = facts.block_shapes(layer)
@@ -569,6 +576,14 @@ def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str,
 def of_expert(name: str, expert: int) -> str:
     """`mlp.experts.up_proj.weight` as files name one expert's, `mlp.experts.3.up_proj.weight`."""
     return name.replace("mlp.experts.", f"mlp.experts.{expert}.")
+
+
+def names_on_disk(facts: ModelFacts, layer: int, names: Iterable[str]) -> Iterator[str]:
+    """Tensors of a block, one of each expert's where they are stacked, as files name them."""
+    for name in names:
+        stacked = name.startswith("mlp.experts.")
+        for one in [of_expert(name, e) for e in range(facts.experts)] if stacked else [name]:
+            yield f"model.layers.{layer}.{one}"
 
 
 def _layout(facts: ModelFacts, name: str) -> Layout | None:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from q3q.errors import NumericsError
 from q3q.models.anatomy import block_class
 from q3q.models.attention import CAUSAL, Attention, sent
-from q3q.models.checkpoint import Checkpoint, ModelFacts
+from q3q.models.checkpoint import Checkpoint, ModelFacts, names_on_disk
 from q3q.models.qwen3 import Qwen3Block, Rope, rms_norm
 from q3q.models.spool import Spool
 from q3q.numerics.kernels.logsum import has_fused, logsum
@@ -263,7 +263,25 @@ def load_block(
     weights = checkpoint.block(k, dtype, wanted) | dict(instead)
     for name in list(weights):  # one by one, so that no second block exists beside it on its way to the device
         weights[name] = placed(weights.pop(name), f"blocks.{k}.{name}", dtype, device)
-    return block_class(facts, k)(facts, weights, facts.packing.act_bits if facts.packing else None)
+    return block_of(facts, k, weights)
+
+
+def block_of(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Qwen3Block:
+    """The k-th block with these weights. Where the checkpoint says that activations are rounded, those of its sites are
+    whose linears it does not leave out.
+
+    Raises:
+        CheckpointError: it leaves out a part of a site.
+    """
+    block, packing = block_class(facts, k)(facts, weights), facts.packing
+    if packing is not None and packing.act_bits is not None:
+        block.act_bits = packing.act_bits
+        block.unrounded = frozenset(
+            site.name
+            for site in block.sites
+            if not packing.rounds(name.removesuffix(".weight") for name in names_on_disk(facts, k, site.weights))
+        )
+    return block
 
 
 def placed(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:

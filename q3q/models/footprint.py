@@ -119,10 +119,16 @@ def free_memory() -> int:
     Raises:
         ConfigError: this system does not say.
     """
+    unclaimed = unclaimed_memory()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return unclaimed + pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def unclaimed_memory() -> int:
+    """Bytes of main memory that no process has. Raises ConfigError as `free_memory` does."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, StopIteration) as error:
         raise ConfigError("this system does not say how much memory is free: give memory=8GB") from error
     for limit, used in (
@@ -132,7 +138,7 @@ def free_memory() -> int:
         with suppress(OSError, ValueError):  # not in a container of that kind, or without a limit
             control = Path("/sys/fs/cgroup")
             free = min(free, int((control / limit).read_text()) - int((control / used).read_text()))
-    return free + pages * os.sysconf("SC_PAGE_SIZE")
+    return free
 
 
 def in_gb(count: float) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 # Types by the names that safetensors gives them.
 WORDS, SCALES = ("I32",), ("F16", "BF16", "F32")
+NOTHING = r"(?!)"  # a pattern that fits no name
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,10 @@ class PlainInts(Layout):
         import torch
 
         _refuse_group_index(group_I)
-        signed_OI = codes_OI.to(torch.int16) - 2 ** (self.bits - 1)
+        middle = 2 ** (self.bits - 1)
+        if not bool((zero_OG == middle).all()):
+            raise ValueError("this layout has no place for zero points")
+        signed_OI = codes_OI.to(torch.int16) - middle
         return {"weight": signed_OI.to(torch.int8), "weight_scale": scale_OG}
 
     def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
@@ -213,6 +217,18 @@ class Packing:
         """Of every quantized linear's input."""
         return next((layout.act_bits for _, layout in self.rules if layout is not None), None)
 
+    def rounds(self, linears: Iterable[str]) -> bool:
+        """Whether the one input that these linears read is rounded, to `act_bits`.
+
+        Raises:
+            CheckpointError: for some of them it is, for others not.
+        """
+        found = {name: (layout := self.of(name)) is not None and layout.act_bits is not None for name in linears}
+        if len(set(found.values())) > 1:
+            one, other = (next(name for name, is_so in found.items() if is_so is wanted) for wanted in (True, False))
+            raise CheckpointError(f"{one} reads rounded activations and {other} the same ones unrounded: not read here")
+        return next(iter(found.values()))
+
 
 def read_packing(config: Mapping[str, Any]) -> Packing:
     """The packing that a `quantization_config` means.
@@ -236,7 +252,9 @@ def read_packing(config: Mapping[str, Any]) -> Packing:
 
 def _read_compressed_tensors(config: Mapping[str, Any]) -> Packing:
     layouts = {"pack-quantized": PackedInts, "int-quantized": PlainInts}
-    rules: list[tuple[str, Layout | None]] = [(_target(name), None) for name in config.get("ignore") or ()]
+    ignored: list[tuple[str, Layout | None]] = [(_any_of(config.get("ignore") or ()), None)]
+    named: list[tuple[str, Layout | None]] = []
+    classes: list[tuple[str, Layout | None]] = []
     for group in config["config_groups"].values():
         weights, inputs = group["weights"], group.get("input_activations")
         kind = layouts.get(group.get("format") or config["format"])
@@ -247,15 +265,19 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> Packing:
             raise CheckpointError(f"quantized already (compressed-tensors), in a way ({group}) that is not read here")
         size = weights["group_size"] if weights["strategy"] == "group" else -1
         layout = kind(weights["num_bits"], size, weights["symmetric"], inputs["num_bits"] if inputs else None)
-        rules += [(_target(name), layout) for name in group["targets"]]
-    # A name or a pattern goes before a class.
-    return Packing("compressed-tensors", tuple(sorted(rules, key=lambda rule: (rule[1] is not None, rule[0] == ".*"))))
+        named.append((_any_of(name for name in group["targets"] if name != "Linear"), layout))
+        classes += [(".*", layout)] if "Linear" in group["targets"] else []
+    packing = Packing("compressed-tensors", (*ignored, *named, *classes))  # a name or a pattern goes before a class
+    if len({layout.act_bits for _, layout in packing.rules if layout is not None}) > 1:
+        raise CheckpointError("quantized already (compressed-tensors), to several widths of activations: not read here")
+    return packing
 
 
-def _target(name: str) -> str:
-    if name.startswith("re:"):
-        return name[3:] + ".*"  # the library matches from the start on, not to the end
-    return ".*" if name == "Linear" else re.escape(name)
+def _any_of(names: Iterable[str]) -> str:
+    """A pattern that fits each of these targets and nothing else; of none, nothing."""
+    # The library matches its own patterns from the start on, not to the end.
+    patterns = [f"(?:{name[3:]}).*" if name.startswith("re:") else re.escape(name) for name in names]
+    return "|".join(patterns) or NOTHING
 
 
 def _read_gptq(config: Mapping[str, Any]) -> Packing:
@@ -273,8 +295,9 @@ def _read_awq(config: Mapping[str, Any]) -> Packing:
     if version != "gemm" or bits != 4 or not config.get("zero_point", True):
         raise CheckpointError(f"quantized already (awq), in a variant ({version}, {bits} bits) that is not read here")
     layout = AwqWords(bits, config.get("group_size") or config["q_group_size"], False)
-    left_out = tuple((f".*{re.escape(part)}.*", None) for part in config.get("modules_to_not_convert") or ())
-    return Packing("awq", (*left_out, (".*", layout)))
+    parts = config.get("modules_to_not_convert") or ()  # of names
+    left_out = f".*(?:{_any_of(parts)}).*"
+    return Packing("awq", ((left_out, None), (".*", layout)))
 
 
 def _words(count: int, bits: int) -> int:

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, ParameterList
 
-from q3q.models.anatomy import block_class
 from q3q.models.attention import CAUSAL, Attention
 from q3q.models.checkpoint import Checkpoint, ModelFacts
-from q3q.models.decoder import Change, Decoder, Source, placed
+from q3q.models.decoder import Change, Decoder, Source, block_of, placed
 from q3q.models.qwen3 import Qwen3Block, rms_norm
 from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight, numbers
@@ -216,8 +215,7 @@ class ShardedDecoder(Decoder):
     @in_step
     def gather_block(self, k: int) -> Qwen3Block:
         weights = _whole(self._shares["block", k])
-        act_bits = self.facts.packing.act_bits if self.facts.packing else None
-        block = block_class(self.facts, k)(self.facts, weights, act_bits)
+        block = block_of(self.facts, k, weights)
         for change in self._changes:
             change(k, block)
         return block

@@ -31,7 +31,7 @@ from q3q.attempt import afresh, finished_record
 from q3q.config import facts_of, spec_from, tracking_uri
 from q3q.environment import now
 from q3q.errors import ConfigError, IncompatibleError, Q3QError, SweepFailedError
-from q3q.export.destination import refuse_shared
+from q3q.export.destination import check_room, refuse_shared
 from q3q.masking import masked
 from q3q.mirror import DRIVER_SECONDS, Courier, delivering, folder_of, is_url, mirror_at, refreshed
 from q3q.models.checkpoint import ModelFacts
@@ -435,6 +435,7 @@ def resolve(jobs: Iterable[Job]) -> tuple[dict[str, Trial], str]:
     if not trials:
         raise IncompatibleError(reasons or "the sweep has no jobs")
     refuse_shared(trial.spec for trial in trials.values())
+    check_room((trial.spec, trial.facts) for trial in trials.values())
     count = sum(incompatible.values())
     return trials, f"{count} of {number} combinations left out: {reasons}" if count else ""
 

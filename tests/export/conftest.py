@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from q3q.export.formats import stored_scales
 from q3q.export.writer import open_exporter
 from q3q.models.checkpoint import Checkpoint, disk_shapes, read_facts
-from q3q.models.decoder import load_decoder
+from q3q.models.decoder import load_block, load_decoder
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid, with_scales
 from q3q.quantize.walk import QuantizedBlock
@@ -35,10 +35,19 @@ CONFIG = {
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 
 
-def make_checkpoint(folder: Path, *, moe: bool = False, tied: bool = True, dtype: str = "bfloat16") -> Checkpoint:
+def make_checkpoint(
+    folder: Path, *, moe: bool = False, tied: bool = True, dtype: str = "bfloat16", **sizes: int
+) -> Checkpoint:
     kind = {"model_type": "qwen3_moe", **MOE} if moe else {"model_type": "qwen3"}
     architecture = "Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"
-    config = {**CONFIG, **kind, "architectures": [architecture], "tie_word_embeddings": tied, "torch_dtype": dtype}
+    config = {
+        **CONFIG,
+        **kind,
+        **sizes,
+        "architectures": [architecture],
+        "tie_word_embeddings": tied,
+        "torch_dtype": dtype,
+    }
     facts, generator = read_facts(config), torch.Generator().manual_seed(0)
 
     def weight(name, shape):
@@ -74,7 +83,7 @@ def spec_of(checkpoint, export, path, **scheme) -> TrialSpec:
         evaluation={"texts": [], "tasks": []},
         seed=0,
         export=export,
-        places={"export": str(path), "trials": str(path.parent / "trials")},
+        places={"export": str(path), "trials": str(path.parent / "trials"), "command": "python launch.py method=rtn"},
     )
 
 
@@ -91,23 +100,32 @@ def quantized_blocks(checkpoint, spec, *, act_order=False, leave=()):
     model = load_decoder(checkpoint, getattr(torch, spec.model["dtype"]))
     blocks = []
     for k, block in enumerate(model.blocks):
-        quantized = {}
-        for name in (name for site in block.sites for name in site.weights):
-            scheme = spec.schemes.of(f"blocks.{k}.{name.removesuffix('.weight')}")
-            if scheme is None or (k, name) in leave:
-                continue
-            weight = block.weights[name].float()
-            weight = weight if weight.ndim == 3 else weight[None]
-            grid = minmax_grid(into_groups(weight, scheme.group_size), scheme.bits, symmetric=scheme.symmetric)
-            rounded = round_to_grid(weight, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
-            rounded = with_scales(rounded, scheme.scales)
-            quantized[name] = apart(rounded, k) if act_order else rounded
-        changed = {"input_layernorm.weight": block.weights["input_layernorm.weight"] * 1.25}
-        result = QuantizedBlock(k, quantized, changed, [])
+        result = quantized_block(block, k, spec, act_order=act_order, leave=leave)
         model.blocks[k] = block.with_weights(result.weights_for(block))
         model.blocks[k].act_bits = spec.scheme.act_bits
         blocks.append(result)
     return blocks, model
+
+
+def quantized_block(block, k, spec, *, act_order=False, leave=()):
+    quantized = {}
+    for name in (name for site in block.sites for name in site.weights):
+        scheme = spec.schemes.of(f"blocks.{k}.{name.removesuffix('.weight')}")
+        if scheme is None or (k, name) in leave:
+            continue
+        weight = block.weights[name].float()
+        weight = weight if weight.ndim == 3 else weight[None]
+        grid = minmax_grid(into_groups(weight, scheme.group_size), scheme.bits, symmetric=scheme.symmetric)
+        rounded = round_to_grid(weight, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+        rounded = with_scales(rounded, scheme.scales)
+        quantized[name] = apart(rounded, k) if act_order else rounded
+    changed = {"input_layernorm.weight": block.weights["input_layernorm.weight"] * 1.25}
+    return QuantizedBlock(k, quantized, changed, [])
+
+
+def one_block(checkpoint, spec):
+    """The first, without a model around it."""
+    return quantized_block(load_block(checkpoint, 0, getattr(torch, spec.model["dtype"])), 0, spec)
 
 
 def export(checkpoint, spec, **how):

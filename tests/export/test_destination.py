@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from q3q.errors import ExportError
-from q3q.export.destination import forget_export, is_finished, refuse_shared
+from q3q.export import destination
+from q3q.export.destination import check_room, forget_export, is_finished, refuse_shared
 from q3q.export.writer import open_exporter
 
 
@@ -29,3 +30,34 @@ def test_a_fresh_start_removes_its_own_export_and_no_other(checkpoint, spec_of, 
     open_exporter(spec, original)
     forget_export(spec)
     assert not made.partial.exists()
+
+
+def test_exports_of_a_sweep_must_fit_together(checkpoint, spec_of, export, tmp_path, monkeypatch):
+    original = checkpoint()
+    specs = [spec_of(original, "gptq", tmp_path / f"out{bits}", bits=bits) for bits in (2, 4, 8)]
+    monkeypatch.setattr(destination, "SPARE_BYTES", 0)
+    each = [destination._needed_bytes(spec, original.facts) for spec in specs]
+
+    def room(free):
+        monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free})())
+        check_room((spec, original.facts) for spec in specs)
+
+    room(sum(each))
+    with pytest.raises(ExportError, match=r"the sweep's 3 exports need .* together"):
+        room(sum(each) - 1)
+    monkeypatch.undo()
+    export(original, specs[0])  # what is there needs no more room
+    monkeypatch.setattr(destination, "SPARE_BYTES", 0)
+    room(each[1] + each[2])
+
+
+def test_what_a_killed_process_left_aside_is_in_nobodys_way(checkpoint, spec_of, tmp_path):
+    """Between making a folder and naming it, and between taking its name away and removing it."""
+    original = checkpoint()
+    for name in (".out.aside", ".out.partial.aside"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "torn").touch()
+    spec = spec_of(original, "gptq", tmp_path / "out")
+    assert open_exporter(spec, original).partial.is_dir()
+    forget_export(spec)
+    assert not list(tmp_path.glob("*out.partial*"))

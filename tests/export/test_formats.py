@@ -1,5 +1,6 @@
 """What each format can hold: refused at composition with those that can; the page's table; bytes as the layouts say."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from q3q import config as schema
 from q3q.errors import ConfigError, ExportError, IncompatibleError
-from q3q.export.formats import FORMATS, expected_bytes, stored_scales, table
+from q3q.export.formats import expected_bytes, stored_scales, table
 from q3q.spec import TrialSpec
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,15 @@ def test_every_export_config_becomes_a_spec(trial, name):
         (["method=rtn", "export=awq", "head_bits=8", "embedding_bits=8"], "head or embedding.*these can: export=hf"),
         (["method=none", "export=hf"], "no use"),
         (["model=demo_moe", "method=rtn", "export=compressed_tensors", "skip=[*.down]"], "experts, which loaders fuse"),
+        (["method=rtn", "export=compressed_tensors", "skip=[*.q_proj]"], r"within a site \(blocks.0.qkv\).*export=hf"),
+        (
+            ["method=rtn", "export=compressed_tensors", "overrides={blocks.2.mlp.up_proj:{bits:8}}"],
+            r"within a site \(blocks.2.gate_up\).*export=hf",
+        ),
+        (
+            ["method=smoothquant", "export=compressed_tensors", "overrides={blocks.1:{bits:4}}"],
+            "act_bits=8 with these weights.*no format can",
+        ),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_naming_those_that_can(trial, overrides, says):
@@ -91,28 +101,72 @@ def test_the_page_has_the_table_of_what_is_refused():
     assert table() in (ROOT / "docs" / "EXPORT.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["method=gptq", "export=gptq"], "export=gptq with symmetric=false, which is gptq_v2.*export=hf"),
+        (["method=rtn", "export=gptq"], "to serve these settings: export=hf or compressed_tensors or awq"),
+        (["method=rtn", "export=awq", "group_size=64"], None),
+        (["method=gptq", "export=gptq", "symmetric=true"], None),
+        (["model=demo_moe", "method=rtn", "export=compressed_tensors"], "symmetric=false of experts"),
+    ],
+)
+def test_who_exports_what_servers_refuse_or_misread_is_told_once(trial, capsys, overrides, says):
+    schema._warn_once.cache_clear()
+    for _ in range(2):
+        trial(*overrides)
+    told = [line for line in capsys.readouterr().err.splitlines() if "vLLM" in line]
+    assert len(told) == (says is not None)
+    assert says is None or re.search(says, told[0])
+
+
+SETTINGS = [
+    ("hf", {}),
+    *(("gptq", {"bits": bits, "symmetric": symmetric}) for bits in (2, 3, 4, 8) for symmetric in (False, True)),
+    ("gptq", {"group_size": -1}),
+    ("awq", {}),
+    ("awq", {"symmetric": True, "group_size": -1}),
+    *(
+        ("compressed_tensors", {"bits": bits, "symmetric": symmetric})
+        for bits in range(2, 9)
+        for symmetric in (False, True)
+    ),
+    ("compressed_tensors", {"bits": 8, "symmetric": True, "group_size": -1, "act_bits": 8}),
+]
+
+
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("name", sorted(FORMATS))
-def test_bytes_on_disk_are_those_of_the_formats_definition(checkpoint, spec_of, export, tmp_path, name, moe, tied):
+@pytest.mark.parametrize(("name", "scheme"), SETTINGS)
+def test_bytes_on_disk_are_those_of_the_formats_definition(
+    checkpoint, spec_of, export, tmp_path, name, scheme, moe, tied
+):
     pytest.importorskip("compressed_tensors")
     original = checkpoint(moe=moe, tied=tied)
-    facts, spec = original.facts, spec_of(original, name, tmp_path / "out")
+    facts, spec = original.facts, spec_of(original, name, tmp_path / "out", **scheme)
     made, _ = export(original, spec)
     found = made.sizes()
     assert found["export_bytes"] == expected_bytes(spec, facts)
     if name == "hf":
         assert found == {"export_bytes": 2 * facts.parameters}
         return
-    linears, groups = facts.linear_parameters, facts.linear_parameters // 16
-    matrices = [  # columns of each, an expert's counted by itself
-        shape[-1]
-        for k in range(facts.layers)
-        for name, shape in facts.block_shapes(k).items()
-        if name.endswith("_proj.weight")
-        for _ in range(shape[0] if len(shape) == 3 else 1)
-    ]
-    extra = {"gptq": 4 * sum(matrices), "awq": 0, "compressed_tensors": 16 * len(matrices)}[name]  # groups; shapes
-    packed = linears // 2 + groups * 2 + groups // 2 + extra
+    bits, group, acts = spec.scheme.bits, spec.scheme.group_size, spec.scheme.act_bits
+    # Codes, whose rows all fill whole words here, and a 16-bit scale a group; zero points where a format has them, of
+    # as many bits as a code; GPTQ's group number of each column, and the shape that compressed-tensors keeps.
+    packed = 0
+    for rows, columns in matrices(facts):
+        groups = rows * (1 if group == -1 else columns // group)
+        packed += rows * columns * bits // 8 + 2 * groups
+        packed += groups * bits // 8 if name != "compressed_tensors" or not spec.scheme.symmetric else 0
+        packed += {"gptq": 4 * columns, "awq": 0, "compressed_tensors": 0 if acts else 16}[name]
+    linears = facts.linear_parameters
     assert found["bits_per_weight"] == pytest.approx(8 * packed / linears)
     assert found["model_bytes"] == packed + 2 * (facts.parameters - linears)
+
+
+def matrices(facts):
+    """Rows and columns of each linear, an expert's counted by itself."""
+    for k in range(facts.layers):
+        for name, shape in facts.block_shapes(k).items():
+            if name.endswith("_proj.weight"):
+                yield from [shape[-2:]] * (shape[0] if len(shape) == 3 else 1)

@@ -90,6 +90,39 @@ def test_a_layout_without_a_group_index_does_not_drop_one():
         AwqWords(4, 16, False).pack(codes, scale, zero, torch.zeros(64))
 
 
+def test_signed_bytes_do_not_drop_zero_points():
+    codes, scale, zero = random_parts(8, groups=1)
+    with pytest.raises(ValueError, match="no place for zero points"):
+        PlainInts(8, -1, True, 8).pack(codes, scale, zero, None)
+
+
+def w8a8(**how):
+    weights = {"type": "int", "num_bits": 8, "strategy": "channel", "symmetric": True}
+    inputs = {"type": "int", "num_bits": 8, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": "int-quantized"}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, **how}
+
+
+def test_whose_inputs_are_rounded_is_read_from_what_is_ignored():
+    packing = read_packing(w8a8(ignore=["lm_head", "model.layers.0.self_attn.q_proj", r"re:.*layers\.1\..*o_proj$"]))
+    assert packing.act_bits == 8
+    assert packing.rounds(["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"])
+    assert not packing.rounds(["model.layers.1.self_attn.o_proj"])
+    with pytest.raises(CheckpointError, match=r"k_proj reads rounded activations and .*q_proj the same ones unrounded"):
+        packing.rounds(["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"])
+
+
+def test_a_name_goes_before_a_class_and_what_is_ignored_before_both():
+    config = w8a8(ignore=["model.layers.0.mlp.down_proj"])
+    first = config["config_groups"]["group_0"]
+    named = {**first, "targets": ["model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"]}
+    named["weights"] = {**first["weights"], "num_bits": 4}
+    packing = read_packing({**config, "config_groups": {"group_0": first, "group_1": named}})
+    assert packing.of("model.layers.0.mlp.down_proj") is None
+    assert packing.of("model.layers.0.mlp.up_proj").bits == 4
+    assert packing.of("model.layers.10.mlp.up_proj").bits == 8
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -104,6 +137,15 @@ def test_a_layout_without_a_group_index_does_not_drop_one():
 def test_what_cannot_be_read_is_refused_by_name(config):
     with pytest.raises(CheckpointError, match=f"quantized already \\({config['quant_method']}"):
         read_packing(config)
+
+
+def test_awq_names_its_routers_in_full(checkpoint, spec_of, export, tmp_path):
+    original = checkpoint(moe=True)
+    made, _ = export(original, spec_of(original, "awq", tmp_path / "out"))
+    described = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    assert described["modules_to_not_convert"] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    assert read_packing(described).of("model.layers.1.mlp.gate") is None
+    assert read_packing(described).of("model.layers.1.mlp.experts.0.gate_proj") is not None
 
 
 def test_files_and_config_are_what_loaders_expect(checkpoint, spec_of, export, tmp_path):

@@ -1,6 +1,7 @@
 """The proof: strangers load the checkpoint and find what was evaluated; what differs is named."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,33 +10,39 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from q3q.export import reload
-from q3q.export.proof import PASSED, float32_logits, prove, relative_errors, worst_weight
+from q3q.errors import ExportError
+from q3q.export import proof, reload
+from q3q.export.proof import PASSED, compared, given_to_it, prove, runs_of
 from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
+from q3q.models.streaming import StreamedDecoder
+
+W8A8 = {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}
 
 
-def strangers_view(made, model):
-    """As `prove`, but in this process: (who loaded it, worst weight, its difference, the logits' error)."""
+def strangers_view(made, model, *, logits=True):
+    """`prove`, but in this process."""
     with torch.inference_mode():
-        loaded, who = reload.load(made.path)
-        ids = torch.arange(24).view(1, 24)
-        loaded(ids[:, :1])
-        found = {name: reload.sketch(tensor) for name, tensor in reload.weights_on_disk(loaded)}
-        for module in loaded.modules():
-            module.quantization_enabled = False
-        reload.in_float32(loaded)
-        error = relative_errors(float32_logits(model, ids, None), loaded(ids).logits.float()).max()
-    return who, *worst_weight(made.sketches(), found), float(error)
+        runs = runs_of(model) if logits else {}
+        return compared(model, runs, *reload.findings(made.folder, given_to_it(model, runs) if logits else None))
 
 
+CT, GPTQ = "with compressed-tensors", "plain unpacker of `gptq`"
 SETTINGS = [
     ("hf", {}, {}, "transformers"),
-    ("compressed_tensors", {"symmetric": True}, {}, "with compressed-tensors"),
-    ("compressed_tensors", {"bits": 3}, {}, "dequantize=True"),
-    ("compressed_tensors", {"bits": 8, "group_size": -1, "symmetric": True}, {}, "with compressed-tensors"),
-    ("gptq", {"bits": 2}, {"act_order": True}, "plain unpacker of `gptq`"),
-    ("gptq", {"bits": 8, "symmetric": True, "group_size": -1}, {}, "plain unpacker of `gptq`"),
+    *(("compressed_tensors", {"bits": bits, "symmetric": True}, {}, CT) for bits in range(2, 9)),
+    *(("compressed_tensors", {"bits": bits}, {}, "dequantize=True") for bits in range(2, 9)),
+    ("compressed_tensors", {"bits": 8, "group_size": -1, "symmetric": True}, {}, CT),
+    ("compressed_tensors", W8A8, {}, CT),
+    *(
+        ("gptq", {"bits": bits, "symmetric": symmetric}, {"act_order": act_order}, GPTQ)
+        for bits in (2, 3, 4, 8)
+        for symmetric in (False, True)
+        for act_order in (False, True)
+    ),
+    ("gptq", {"bits": 8, "symmetric": True, "group_size": -1}, {}, GPTQ),
     ("awq", {}, {}, "plain unpacker of `awq`"),
+    ("awq", {"symmetric": True, "group_size": -1}, {}, "plain unpacker of `awq`"),
 ]
 
 
@@ -48,27 +55,46 @@ def test_public_loaders_and_plain_unpackers_find_the_same_model(
         pytest.importorskip("compressed_tensors")
     original = checkpoint(moe=moe, tied=moe)
     made, model = export(original, spec_of(original, name, tmp_path / "out", **scheme), **how)
-    who, worst, difference, error = strangers_view(made, model)
-    if moe and "dequantize" in loader:
-        loader = "plain unpacker of `compressed-tensors`"  # which transformers' fused experts have no zero points for
-    assert loader in who
-    assert difference < 1e-11, worst
-    assert error < 1e-4
+    found = strangers_view(made, model)
+    if moe and (scheme == W8A8 or "dequantize" in loader):
+        loader = "plain unpacker of `compressed-tensors`"  # transformers' fused experts have no room for either
+    assert loader in found.loader
+    assert found.check.passed, found.check.detail
+    assert found.logit_error < 1e-4
 
 
 def test_mixed_settings_are_config_groups_that_the_public_loader_follows(checkpoint, spec_of, export, tmp_path):
     pytest.importorskip("compressed_tensors")
     original = checkpoint()
     spec = spec_of(original, "compressed_tensors", tmp_path / "out", symmetric=True)
-    overrides = {"blocks.0.mlp.down_proj": {"bits": 8}, "blocks.1.self_attn.q_proj": {"group_size": 32}}
+    qkv = [f"blocks.1.self_attn.{name}_proj" for name in "qkv"]
+    overrides = {"blocks.0.mlp.down_proj": {"bits": 8}, **{name: {"group_size": 32} for name in qkv}}
     spec = replace(spec, overrides=overrides, skip=("blocks.1.self_attn.o_proj",))
     made, model = export(original, spec)
-    who, worst, difference, error = strangers_view(made, model)
-    assert "with compressed-tensors" in who
-    assert difference < 1e-11, worst
-    assert error < 1e-4
+    found = strangers_view(made, model)
+    assert "with compressed-tensors" in found.loader
+    assert found.check.passed, found.check.detail
     for k, block in enumerate(model.blocks):
         assert all(torch.equal(block.weights[n], t) for n, t in Checkpoint(made.path).block(k).items())
+
+    packed = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    assert vllms_group(packed, "model.layers.1.self_attn.qkv_proj", "QKVParallelLinear")["weights"]["group_size"] == 32
+    assert vllms_group(packed, "model.layers.0.self_attn.qkv_proj", "QKVParallelLinear")["weights"]["group_size"] == 16
+    assert vllms_group(packed, "model.layers.0.mlp.down_proj", "RowParallelLinear")["weights"]["num_bits"] == 8
+
+
+def vllms_group(packed, name, kind):
+    """The group that vLLM takes a linear for: by its name, else by a class in its class's name, else by its parts'."""
+    targets = {target: group for group in packed["config_groups"].values() for target in group["targets"]}
+    parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    if name in targets:
+        return targets[name]
+    if found := [target for target in targets if target.lower() in kind.lower()]:
+        return targets[found[0]]
+    joined = name.rpartition(".")[2]
+    of_parts = [targets[name.replace(joined, part)] for part in parts[joined]]
+    assert all(group == of_parts[0] for group in of_parts)
+    return of_parts[0]
 
 
 def test_one_changed_code_is_found_and_its_site_named(checkpoint, spec_of, export, tmp_path):
@@ -79,7 +105,7 @@ def test_one_changed_code_is_found_and_its_site_named(checkpoint, spec_of, expor
     tensors = load_file(shard)
     tensors[name][0, 0] ^= 1
     save_file(tensors, shard, metadata={"format": "pt"})
-    check = prove(made.path, model, made.sketches()).check
+    check = prove(made.path, model).check
     assert check.name == PASSED
     assert not check.passed
     assert "worst site blocks.1.self_attn.v_proj" in check.detail
@@ -89,17 +115,177 @@ def test_a_checkpoint_that_does_not_load_fails_with_the_loaders_words(checkpoint
     original = checkpoint()
     made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
     (made.path / "config.json").write_text("{}")
-    check = prove(made.path, model, made.sketches()).check
+    check = prove(made.path, model).check
     assert not check.passed
     assert "it cannot be loaded: " in check.detail
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_file_of_other_codes_is_found_whoever_wrote_it(checkpoint, spec_of, quantized_blocks, tmp_path, streamed):
+    """Left by an attempt whose codes were lost, say: the file and its facts agree, and the model differs."""
+    original = checkpoint()
+    spec = spec_of(original, "gptq", tmp_path / "out")
+    blocks, model = quantized_blocks(original, spec)
+    if streamed:
+        model = StreamedDecoder(original, torch.bfloat16)
+        for block in blocks:
+            of_block = model.blocks[block.index]
+            model.exchange(block.index, None, lambda block=block, of_block=of_block: block.weights_for(of_block))
+    exporter = proof_ready(spec, original, blocks, model)
+    assert strangers_view(exporter, model, logits=not streamed).check.passed
+
+    name = "self_attn.v_proj.weight"
+    other = blocks[1].quantized[name]
+    stale = replace(blocks[1], quantized={**blocks[1].quantized, name: replace(other, codes_EOI=15 - other.codes_EOI)})
+    exporter.store(stale)
+    exporter.finish(model)
+    found = strangers_view(exporter, model, logits=not streamed)
+    assert "worst site blocks.1.self_attn.v_proj" in found.check.detail
+
+
+def proof_ready(spec, original, blocks, model):
+    from q3q.export.writer import open_exporter
+
+    exporter = open_exporter(spec, original)
+    for block in blocks:
+        exporter.store(block)
+    exporter.finish(model)
+    return exporter
+
+
+def other_top(bits):
+    return lambda model, _, packed: reload_round(model, bits, packed)
+
+
+def left_out(*patterns):
+    return lambda model, bits, packed: reload_round(model, bits, {**packed, "ignore": [*packed["ignore"], *patterns]})
+
+
+reload_round = reload.round_activations
+
+
+@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize(
+    ("rounding", "block"),
+    [
+        (other_top(7), "blocks."),
+        (left_out(r"re:.*layers\.1\.self_attn\.o_proj"), "blocks.1"),
+        (left_out(r"re:.*layers\.0\..*(gate|up)_proj"), "blocks.0"),
+        (left_out(r"re:.*layers\.1\..*down_proj"), "blocks.1"),
+    ],
+)
+def test_activations_that_are_rounded_otherwise_are_found(
+    checkpoint, spec_of, export, tmp_path, monkeypatch, rounding, block, moe
+):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint(moe=moe, tied=moe)
+    made, model = export(original, spec_of(original, "compressed_tensors", tmp_path / "out", **W8A8))
+    monkeypatch.setattr(reload, "round_activations", rounding)
+    check = strangers_view(made, model).check
+    assert f"worst site {block}" in check.detail
+    assert "where rounded activations differ" in check.detail
+
+
+def test_what_skip_leaves_out_reads_its_input_unrounded_everywhere(checkpoint, spec_of, export, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint()
+    skip = ("blocks.0.mlp.gate_proj", "blocks.0.mlp.up_proj", "blocks.1.self_attn.o_proj")
+    spec = replace(spec_of(original, "compressed_tensors", tmp_path / "out", **W8A8), skip=skip)
+    made, model = export(original, spec)
+    model.blocks[0].unrounded, model.blocks[1].unrounded = frozenset({"gate_up"}), frozenset({"o"})
+    found = strangers_view(made, model)
+    assert found.check.passed, found.check.detail
+    read, ids = load_decoder(Checkpoint(made.path), torch.bfloat16), torch.arange(20)[None]
+    assert torch.equal(read.hidden(ids), model.hidden(ids))
+    model.blocks[1].unrounded = frozenset()
+    assert "blocks.1" in strangers_view(made, model).check.detail
+
+
+def test_where_logits_alone_differ_the_site_is_named(checkpoint, spec_of, export, tmp_path):
+    original = checkpoint()
+    made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
+    config = json.loads((made.path / "config.json").read_text())
+    (made.path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
+    check = strangers_view(made, model).check
+    assert re.search(r"logits differ by .*; worst site blocks\.[01]\.\w+, where plain activations differ", check.detail)
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9"),
+        ("import time; time.sleep(60)", "no answer in 1 s"),
+        (f"import sys; print('MemoryError: 5 GB', file=sys.stderr); sys.exit({reload.SHORT})", "MemoryError: 5 GB"),
+    ],
+)
+def test_what_comes_to_no_end_proves_nothing(checkpoint, spec_of, export, tmp_path, monkeypatch, script, why):
+    original = checkpoint()
+    made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
+    (tmp_path / "script.py").write_text(script)
+    monkeypatch.setattr(proof, "SCRIPT", tmp_path / "script.py")
+    monkeypatch.setattr(proof, "SECONDS", 1.0)
+    with pytest.raises(ExportError, match=rf"written but not proved: .*{why}.*the same command goes on"):
+        prove(made.path, model)
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (OSError(28, "No space left on device"), True),
+        (OSError("config.json is not what it should be"), False),
+        (RuntimeError("size mismatch"), False),
+    ],
+)
+def test_a_machine_that_is_too_small_says_nothing_of_the_checkpoint(error, short):
+    assert reload.is_short(error) is short
+
+
+def test_without_memory_for_a_second_model_weights_alone_are_compared(
+    checkpoint, spec_of, export, tmp_path, monkeypatch
+):
+    original = checkpoint()
+    made, model = export(original, spec_of(original, "awq", tmp_path / "out"))
+    asked = []
+    monkeypatch.setattr(proof, "unclaimed_memory", lambda: proof.PROCESS_BYTES)
+    monkeypatch.setattr(
+        proof, "_reload", lambda folder, given, out, seconds: asked.append(str(given)) or by_hand(made, out)
+    )
+    with torch.inference_mode():
+        found = prove(made.path, model)
+    assert asked == ["weights"]
+    assert found.check.passed, found.check.detail
+    assert found.logit_error is None
+
+
+def by_hand(made, out):
+    facts, tensors = reload.findings(made.path, None)
+    out.with_suffix(".json").write_text(json.dumps(facts))
+    save_file(tensors, out.with_suffix(".safetensors"))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_plain_unpacker_reads_bit_after_bit(bits):
+    words = torch.randint(-(2**31), 2**31, (3, 7), dtype=torch.int32, generator=torch.Generator().manual_seed(bits))
+    count = 7 * 32 // bits
+    found = reload.stream(words, bits, count)
+    assert found.shape == (3, count)
+    for row, codes in zip(words.tolist(), found.tolist(), strict=True):
+        number = sum((word % 2**32) << (32 * k) for k, word in enumerate(row))
+        assert codes == [(number >> (bits * k)) % 2**bits for k in range(count)]
+
+
 def test_the_other_process_cannot_import_q3q(tmp_path):
-    """Wherever it is installed: the script forbids it before it adds a single folder to look in."""
+    """Even where a folder that it is given has one; another package from there it can."""
+    for name in ("q3q", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
     code = (
         f"import runpy, sys; sys.argv = ['reload', 'a', 'b', 'c', {str(tmp_path)!r}]\n"
         f"try: runpy.run_path({reload.__file__!r}, run_name='__main__')\n"
-        "except ImportError: pass\n"
+        "except ImportError as error: assert 'torch' in str(error)\n"
+        "import other\n"
         "try: import q3q\n"
         "except ImportError: print('forbidden')"
     )

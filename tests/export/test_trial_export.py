@@ -1,17 +1,21 @@
 """A whole trial that exports: stopped, gone on, proved, published, evaluated again, and not quantized again."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file, save_file
 
 from q3q import config as schema
 from q3q import trial
 from q3q.attempt import finished_record
 from q3q.errors import CheckpointError
+from q3q.export import proof, reload
+from q3q.export.destination import partial_path
 from q3q.export.proof import PASSED, Proof
-from q3q.record import Check
+from q3q.record import Check, blocks_folder
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["evaluation.tasks=[]", "evaluation.texts=[demo]", "evaluation.limit=2", "calibration.samples=2"]
@@ -27,6 +31,18 @@ def spec_of(tmp_path):
             return schema.spec_from(compose("config", [*SMALL, f"storage={tmp_path}/s", *overrides]))
 
     return make
+
+
+@pytest.fixture
+def reloaded(monkeypatch):
+    """What the other process would find, without its seconds: it is the same script, run here."""
+
+    def here(folder, given, out, seconds):
+        found, tensors = reload.findings(folder, None if given.name == "weights" else load_file(given))
+        out.with_suffix(".json").write_text(json.dumps(found))
+        save_file(tensors, out.with_suffix(".safetensors"))
+
+    monkeypatch.setattr(proof, "_reload", here)
 
 
 class StoppedError(Exception):
@@ -75,20 +91,71 @@ def test_a_trial_that_was_stopped_exports_what_it_evaluated(spec_of, tmp_path):
 
 def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone(spec_of, tmp_path, monkeypatch):
     failed = Check(name=PASSED, passed=False, detail="worst site blocks.1.mlp.up_proj")
-    monkeypatch.setattr(trial, "prove", lambda folder, model, sketches: Proof(failed))
+    monkeypatch.setattr(trial, "prove", lambda folder, model: Proof(failed))
     record = trial.run_trial(spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out"))
     assert not record.completed
     assert "worst site blocks.1.mlp.up_proj" in record.reason
     assert not list(tmp_path.glob("out*"))
 
 
-def test_plain_numbers_are_known_to_be_quantized_too(spec_of, tmp_path, monkeypatch):
-    proof = Proof(Check(name=PASSED, passed=True, detail=""), "a test", 0.0)
-    monkeypatch.setattr(trial, "prove", lambda folder, model, sketches: proof)
+def test_what_could_not_be_proved_stays_and_the_same_command_goes_on(spec_of, tmp_path, monkeypatch, reloaded):
+    spec = spec_of("method=gptq", "export=gptq", f"export.path={tmp_path}/out")
+    how = proof._reload
+
+    def killed(folder, given, out, seconds):
+        raise proof._not_proved(folder, "the process that loads it was ended by signal 9")
+
+    monkeypatch.setattr(proof, "_reload", killed)
+    record = trial.attempt_trial(spec)
+    assert not record.completed
+    assert "is written but not proved: " in record.reason
+    assert not (tmp_path / "out").exists()
+    blocks = sorted(blocks_folder(spec).glob("*.safetensors"))
+    shards = sorted(partial_path(tmp_path / "out").glob("model-0000[1-6]*.safetensors"))
+    assert len(blocks) == len(shards) == 6
+    before = [path.stat().st_mtime_ns for path in shards]
+
+    monkeypatch.setattr(proof, "_reload", how)
+    record = trial.attempt_trial(spec)
+    assert record.completed, record.reason
+    assert record.notes["blocks_from_disk"] == 6
+    assert [(tmp_path / "out" / shard.name).stat().st_mtime_ns for shard in shards] == before
+
+
+def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(spec_of, tmp_path, reloaded):
     record = trial.run_trial(spec_of("method=billm", "export=hf", f"export.path={tmp_path}/out"))
     assert record.completed, record.reason
-    again = trial.run_trial(spec_of("model=local", f"model.path={tmp_path}/out", "method=none"))
+    (tmp_path / "out" / "q3q.json").unlink()  # a copy from a hub may have the model's own files alone
+    (tmp_path / "out").rename(tmp_path / "copy")
+    again = trial.run_trial(spec_of("model=local", f"model.path={tmp_path}/copy", "method=none"))
     same = pytest.approx(record.metrics["perplexity/stories"], rel=1e-6)  # sums depend on where in memory weights lie
     assert again.metrics["perplexity/stories"] == same
     with pytest.raises(CheckpointError, match=r"quantized already \(by q3q: billm w1 g128"):
-        spec_of("model=local", f"model.path={tmp_path}/out", "method=rtn")
+        spec_of("model=local", f"model.path={tmp_path}/copy", "method=rtn")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["demo", "demo_moe"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["export=hf", "method=rtn"],
+        ["export=gptq", "method=rtn", "bits=3"],
+        ["export=awq", "method=rtn", "group_size=64"],
+        ["export=compressed_tensors", "method=rtn", "bits=5"],
+        ["export=compressed_tensors", "method=smoothquant"],
+        ["export=compressed_tensors", "method=smoothquant", "skip=[blocks.1.gate_up,*.o]"],
+    ],
+)
+def test_evaluated_again_an_export_has_the_same_perplexity(spec_of, tmp_path, reloaded, model, settings):
+    if model == "demo_moe" and "skip" in settings[-1]:
+        pytest.skip("refused: loaders fuse experts")
+    record = trial.run_trial(spec_of(f"model={model}", *settings, f"export.path={tmp_path}/out"))
+    assert record.completed, record.reason
+    assert record.notes["export"]["logit_error"] < 1e-4
+    again = trial.run_trial(spec_of("model=local", f"model.path={tmp_path}/out", "method=none"))
+    same = pytest.approx(record.metrics["perplexity/stories"], rel=1e-6)  # sums depend on where in memory weights lie
+    assert again.metrics["perplexity/stories"] == same
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"python launch.py model={model} " in card
+    assert "and the same logits." in card

@@ -1,7 +1,10 @@
 """Written block by block: whole or not at all, resumed without rewriting, and in memory never more than a block."""
 
 import json
-import tracemalloc
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ from safetensors.torch import load_file
 
 from q3q.errors import CheckpointError, ExportError
 from q3q.export.card import licence_lines, model_card
+from q3q.export.proof import PASSED, Proof
 from q3q.export.writer import ExportingSink, open_exporter
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.record import Check
 
 FORMATS = ["hf", "compressed_tensors", "gptq", "awq"]
 
@@ -59,10 +64,10 @@ def test_a_killed_export_goes_on_after_the_blocks_that_are_there(checkpoint, spe
 
     exporter = open_exporter(spec, original)
     sink = ExportingSink(shelf, exporter)
-    assert [exporter.holds(k) for k in (0, 1)] == [True, False]
+    assert [exporter.holds(block) for block in blocks] == [True, False]
     assert [sink.load(k).index for k in (0, 1)] == [0, 1]
     assert (first.stat().st_mtime_ns, first.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
-    assert exporter.holds(1)
+    assert exporter.holds(blocks[1])
     exporter.finish(model)
     exporter.publish("# card\n")
     whole = Checkpoint(exporter.path)
@@ -70,18 +75,77 @@ def test_a_killed_export_goes_on_after_the_blocks_that_are_there(checkpoint, spe
         assert all(torch.equal(block.weights[name], tensor) for name, tensor in whole.block(k).items())
 
 
-def test_a_shard_that_was_cut_is_written_again(checkpoint, spec_of, quantized_blocks, tmp_path):
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_shard_that_was_damaged_is_written_again(checkpoint, spec_of, quantized_blocks, tmp_path, damage):
     original = checkpoint()
     spec = spec_of(original, "awq", tmp_path / "out")
     blocks, model = quantized_blocks(original, spec)
     exporter = open_exporter(spec, original)
     for block in blocks:
         exporter.store(block)
-    shard = exporter.partial / "model-00001-of-00003.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    assert not exporter.holds(0)
+    damage(exporter.partial / "model-00001-of-00003.safetensors")
+    assert not exporter.holds(blocks[0])
     with pytest.raises(ExportError, match=r"model-00001-of-00003\.safetensors is not there whole"):
         exporter.finish(model)
+
+
+@pytest.mark.parametrize("computed", ["again", "elsewhere"])
+def test_a_shard_of_other_codes_is_written_again(checkpoint, spec_of, quantized_blocks, tmp_path, computed):
+    """Of an attempt whose blocks were lost; quantized anew, the codes may be others."""
+    original = checkpoint()
+    spec = spec_of(original, "gptq", tmp_path / "out")
+    blocks, _ = quantized_blocks(original, spec)
+    name = "mlp.up_proj.weight"
+    weight = blocks[0].quantized[name]
+    other = replace(
+        blocks[0], quantized={**blocks[0].quantized, name: replace(weight, codes_EOI=15 - weight.codes_EOI)}
+    )
+    ExportingSink(Shelf(), open_exporter(spec, original)).store(other)
+    shelf = Shelf()
+    sink = ExportingSink(shelf, open_exporter(spec, original))
+    if computed == "again":
+        sink.store(blocks[0])
+    else:
+        shelf.store(blocks[0])  # and the process died before it was exported
+        sink.load(0)
+    words = load_file(tmp_path / "out.partial" / "model-00001-of-00003.safetensors")
+    fresh = open_exporter(replace(spec, places={**spec.places, "export": str(tmp_path / "fresh")}), original)
+    fresh.store(blocks[0])
+    expected = load_file(fresh.partial / "model-00001-of-00003.safetensors")
+    assert all(torch.equal(words[key], tensor) for key, tensor in expected.items())
+
+
+def test_while_files_are_exchanged_no_loader_takes_the_folder(checkpoint, spec_of, quantized_blocks, tmp_path):
+    original = checkpoint()
+    spec = spec_of(original, "gptq", tmp_path / "out")
+    blocks, model = quantized_blocks(original, spec)
+    exporter = open_exporter(spec, original)
+    for block in blocks:
+        exporter.store(block)
+    exporter.finish(model)
+    Checkpoint(exporter.partial)
+    with pytest.raises(CheckpointError):
+        Checkpoint(open_exporter(spec, original).partial)
+
+
+def test_what_was_published_and_is_not_what_was_evaluated_goes(checkpoint, spec_of, export, tmp_path):
+    original = checkpoint()
+    spec = spec_of(original, "gptq", tmp_path / "out")
+    export(original, spec)
+    again = open_exporter(spec, original)
+    assert again.finished
+    again.withdraw()
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_another_trials_folder_is_refused(checkpoint, spec_of, tmp_path):
@@ -99,7 +163,6 @@ def test_what_is_finished_is_taken_as_it_is(checkpoint, spec_of, export, quantiz
     before = {path.name: path.stat().st_mtime_ns for path in made.path.iterdir()}
     again = open_exporter(spec, original)
     assert again.finished
-    assert again.holds(0)
     again.finish(model)
     assert {path.name: path.stat().st_mtime_ns for path in made.path.iterdir()} == before
     assert again.sizes() == made.sizes()
@@ -136,32 +199,101 @@ def test_activations_come_back_with_the_checkpoint(checkpoint, spec_of, export, 
     assert torch.equal(read.hidden(ids), model.hidden(ids))
 
 
-def test_memory_does_not_grow_with_blocks(checkpoint, spec_of, quantized_blocks, tmp_path):
-    original = checkpoint()
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    (block, _), _ = quantized_blocks(original, spec)
-    exporter = open_exporter(spec, original)
-    exporter.store(block)
-    tracemalloc.start()
-    exporter.store(block)
-    kept, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert kept < 50_000  # of Python's own; tensors are freed with the block
-    assert not [value for value in vars(exporter).values() if isinstance(value, torch.Tensor)]
+LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "vocab_size": 64}
+PEAK = """
+import resource, sys, torch
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, {here!r})
+import conftest
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+original = conftest.Checkpoint(Path({original!r}))
+spec = conftest.spec_of(original, {name!r}, Path({out!r}))
+exporter = conftest.open_exporter(spec, original)
+block = conftest.one_block(original, spec)
+with torch.inference_mode():
+    for k in range(24):
+        exporter.store(replace(block, index=k))
+        before = peak() if k == 1 else before if k else 0
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("name", ["hf", "gptq"])
+def test_memory_does_not_grow_with_blocks(checkpoint, tmp_path, name):
+    """By the kernel's account, in a process that does nothing else: 22 blocks of 8 MB as numbers, 2 MB packed."""
+    original, here = checkpoint(**LARGE), Path(__file__).parent
+    code = PEAK.format(here=str(here), original=str(original.folder), out=str(tmp_path / "out"), name=name)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=here.parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 10e6
+
+
+def card_of(original, spec, **how):
+    proof = Proof(Check(name=PASSED, passed=True, detail=""), "somebody", 1e-7)
+    measured = {"metrics": {"perplexity/stories": 1.7, "seconds/load": 3.0}, "diverged": []}
+    measured |= {"intervals": {"perplexity/stories": (1.6, 1.8)}, "packages": {"torch": "2.13"}}
+    return model_card(spec, original.facts, how.pop("proof", proof), base=original.folder, **{**measured, **how})
 
 
 def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, spec_of, tmp_path):
     original = checkpoint()
     (original.folder / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: https://x/LICENSE\na: b\n---\n")
     spec = spec_of(original, "gptq", tmp_path / "out")
-    spec = spec.with_places({**spec.places, "command": "python launch.py method=rtn export=gptq"})
-    metrics = {"perplexity/stories": 1.7, "seconds/load": 3.0}
-    card = model_card(spec, metrics, {"perplexity/stories": (1.6, 1.8)}, {"torch": "2.13"}, original.folder, "somebody")
+    card = card_of(original, spec)
     assert licence_lines(original.folder) == ["license: apache-2.0", "license_link: https://x/LICENSE"]
     assert card.startswith("---\nlicense: apache-2.0\nlicense_link: https://x/LICENSE\n")
     for words in ("`rtn`, 4 bits", "groups of 16", "| perplexity/stories | 1.7 | 1.6 to 1.8 |", spec.places["command"]):
         assert words in card
     assert "seconds" not in card
+    assert "bit for bit, and the same logits." in card
+
+
+def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(checkpoint, spec_of, tmp_path):
+    original = checkpoint()
+    spec = replace(spec_of(original, "hf", tmp_path / "out"), head_bits=8, embedding_bits=8)
+    spec = replace(spec, skip=("blocks.0.mlp.down_proj",), overrides={"blocks.1.self_attn.o_proj": {"bits": 8}})
+    spec = spec.with_places({**spec.places, "command": "python launch.py data.path=s3://ada:lovelace@host/x"})
+    proof = Proof(Check(name=PASSED, passed=True, detail=""), "a plain unpacker", None)
+    card = card_of(original, spec, proof=proof, metrics={}, diverged=["perplexity/library"])
+    for words in (
+        '- overrides: `{"blocks.1.self_attn.o_proj": {"bits": 8}}`',
+        '- skip: `["blocks.0.mlp.down_proj"]`',
+        "- head_bits: `8`",
+        "- embedding_bits: `8`",
+        "| perplexity/library | diverged: not a finite number | |",
+        "bit for bit; logits were not compared.",
+        "s3://***@host",
+    ):
+        assert words in card
+    assert "lovelace" not in card
+    assert "| none |" not in card
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "moe", "served"),
+    [
+        ("hf", {"bits": 3}, True, True),
+        ("gptq", {"symmetric": True, "group_size": 32}, True, True),
+        ("gptq", {"group_size": 32}, False, False),
+        ("gptq", {"symmetric": True, "bits": 3, "group_size": 32}, False, False),
+        ("gptq", {"symmetric": True, "group_size": 16}, False, False),
+        ("awq", {"group_size": 32}, True, True),
+        ("compressed_tensors", {"group_size": 32}, False, True),
+        ("compressed_tensors", {"group_size": 32}, True, False),
+        ("compressed_tensors", {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}, True, True),
+    ],
+)
+def test_the_card_sends_to_vllm_what_vllm_takes(checkpoint, spec_of, tmp_path, name, scheme, moe, served):
+    original = checkpoint(moe=moe)
+    card = card_of(original, spec_of(original, name, tmp_path / "out", **scheme))
+    assert ("vllm serve" in card) is served
+    assert ("vLLM does not take" in card) is not served
 
 
 def test_shards_are_whole_tensors_of_one_block(checkpoint, spec_of, export, tmp_path):

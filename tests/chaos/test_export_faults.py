@@ -1,0 +1,188 @@
+"""An exporting trial killed wherever it writes, renames or removes, and its disk full.
+
+It survived if there is a whole checkpoint or none that loads, and the same command ends with the files of one that was
+left in peace.
+"""
+
+import json
+import os
+import shutil
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file, save_file
+
+from q3q import config as schema
+from q3q import record as record_module
+from q3q import trial
+from q3q.errors import CheckpointError
+from q3q.export import destination, proof, reload
+from q3q.models.checkpoint import Checkpoint
+from q3q.record import Check, TrialRecord, trial_folder
+from q3q.trial import attempt_trial
+from tests.chaos.faults import ROOT, SMALL, end_of, in_child, log_of, numbers
+
+
+@pytest.fixture
+def spec_of(tiny):
+    schema.register()
+    GlobalHydra.instance().clear()
+
+    def make(storage, export):
+        always = [*SMALL, f"model.path={tiny}", "method=gptq", "bits=4", "export=gptq"]
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            return schema.spec_from(compose("config", [*always, f"storage={storage}", f"export.path={export}"]))
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def same_process(monkeypatch):
+    """What the other process would find, without the seconds that it takes to start."""
+
+    def here(folder, given, out, seconds):
+        found, tensors = reload.findings(folder, None if given.name == "weights" else load_file(given))
+        out.with_suffix(".json").write_text(json.dumps(found))
+        save_file(tensors, out.with_suffix(".safetensors"))
+
+    monkeypatch.setattr(proof, "_reload", here)
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """The files' digest and the numbers of a trial that nothing befell, once it was run."""
+    return {}
+
+
+@pytest.fixture
+def reference(undisturbed, spec_of, tmp_path):
+    if not undisturbed:
+        record = attempt_trial(spec_of(tmp_path / "reference", tmp_path / "reference" / "out"))
+        assert record.completed, record.reason
+        undisturbed |= {"digest": Checkpoint(tmp_path / "reference" / "out").digest(), "numbers": plain(record)}
+    return undisturbed
+
+
+def plain(record):
+    return numbers(json.loads(json.dumps(record.to_json())))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def while_writing(beginning):
+    """With half of a file on the disk."""
+
+    def set_up():
+        def fsync(file):
+            if Path(os.readlink(f"/proc/self/fd/{file}")).name.startswith(beginning):
+                os.ftruncate(file, os.fstat(file).st_size // 2)
+                die()
+
+        record_module.os.fsync = fsync
+
+    return set_up
+
+
+def before_renaming(name):
+    def set_up():
+        replace = Path.replace
+
+        def watched(self, target):
+            if self.name == name:
+                die()
+            return replace(self, target)
+
+        Path.replace = watched
+
+    return set_up
+
+
+def while_removing_what_is_wrong():
+    """The proof failed, and one of the files is gone already."""
+
+    def rmtree(folder, **how):
+        if Path(folder).name == ".out.partial.aside" and Path(folder).exists():
+            next(Path(folder).glob("*.safetensors")).unlink()
+            die()
+
+    trial.prove = lambda folder, model: proof.Proof(Check(name=proof.PASSED, passed=False, detail="a test"))
+    destination.shutil.rmtree = rmtree
+
+
+def before_the_record():
+    TrialRecord.save = lambda self: die()
+
+
+@pytest.mark.parametrize(
+    ("set_up", "left"),
+    [
+        (while_writing(".q3q.json"), "nothing"),
+        (before_renaming(".out.partial.aside"), "nothing"),
+        (while_writing(".model-00002"), "part"),
+        (while_writing(".001.json"), "part"),
+        (while_writing(".model-00004"), "part"),
+        (while_writing(".tokenizer.json"), "part"),
+        (while_writing(".config.json"), "part"),
+        (while_writing(".README.md"), "unproved"),
+        (before_renaming("out.partial"), "unproved"),
+        (before_the_record, "whole"),
+        (while_removing_what_is_wrong, "nothing"),
+    ],
+)
+def test_killed_anywhere_it_leaves_a_whole_checkpoint_or_none_that_loads(spec_of, reference, set_up, left, tmp_path):
+    spec, out, partial = spec_of(tmp_path / "s", tmp_path / "out"), tmp_path / "out", tmp_path / "out.partial"
+
+    def work():
+        set_up()
+        attempt_trial(spec)
+
+    assert end_of(in_child(work)) == -signal.SIGKILL
+    assert out.exists() is (left == "whole")
+    assert partial.exists() is (left in ("part", "unproved"))
+    if left == "part":
+        with pytest.raises(CheckpointError):
+            Checkpoint(partial)
+    elif left != "nothing":
+        Checkpoint(out if left == "whole" else partial)
+
+    assert end_of(in_child(lambda: attempt_trial(spec))) == 0
+    record = TrialRecord.load(trial_folder(spec) / "record.json")
+    assert plain(record) == reference["numbers"]
+    assert Checkpoint(out).digest() == reference["digest"]
+    assert not [path.name for path in tmp_path.glob("*out*") if path != out]
+    assert not list(out.glob(".*"))
+
+
+def test_a_disk_that_fills_while_it_exports_is_said_and_with_room_it_goes_on(
+    spec_of, reference, small_disk, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(destination, "SPARE_BYTES", 0)
+    spec = spec_of(tmp_path / "s", small_disk / "out")
+
+    def fill(event):
+        if log_of(trial_folder(spec))[-1].words == "quantize 1 of 3 blocks":
+            with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(1000))
+            assert shutil.disk_usage(small_disk).free == 0
+
+    def work():
+        record = attempt_trial(spec, fill)
+        assert "the disk is full" in record.reason
+        assert str(small_disk) in record.reason
+
+    assert end_of(in_child(work)) == 0
+    assert [path.name for path in small_disk.glob("out*")] == ["out.partial"]
+    with pytest.raises(CheckpointError):
+        Checkpoint(small_disk / "out.partial")
+    (small_disk / "filler").unlink()
+    record = attempt_trial(spec)
+    assert record.completed, record.reason
+    assert record.notes["blocks_from_disk"] == 2  # the second was stored, and could not be exported
+    assert Checkpoint(small_disk / "out").digest() == reference["digest"]
