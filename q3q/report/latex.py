@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from q3q.record import TrialRecord
-from q3q.report.tables import ABSENT, MEAN_ACCURACY, cell, headline_metrics, in_order, model_name, shown
+from q3q.report.measures import ABSENT, MEAN_ACCURACY, cell, headline_metrics, in_order, model_name, shown
 
 NAMES = {"none": "FP16", "rtn": "RTN", "gptq": "GPTQ", "awq": "AWQ", "smoothquant": "SmoothQuant", "billm": "BiLLM"}
 HEADS = {

@@ -1,6 +1,7 @@
 """The page: one HTML file that needs nothing else, and the same in Markdown."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,9 +10,12 @@ from pathlib import Path
 from q3q.record import TrialRecord
 from q3q.report.answer import RULE, answers
 from q3q.report.command import command_of
+from q3q.report.luck import NOTE as LUCK
+from q3q.report.luck import luck_tables
+from q3q.report.measures import by_model, commit_of, in_order, model_name, seconds
 from q3q.report.paper import Compared, paper_table, share_reproduced
 from q3q.report.plots import COLOURS, Plot
-from q3q.report.tables import Table, by_model, in_order, model_name, result_tables, seconds
+from q3q.report.tables import Table, result_tables
 
 WIDE = 4.5  # inches; wider pictures get two columns, or are scrolled
 PARTS = Path(__file__).parent  # page.css and page.js lie beside
@@ -36,9 +40,9 @@ class Contents:
         return f"{len(self.records)} trials: {len(self.records) - failed} completed, {failed} failed."
 
 
-def versions(records: Sequence[TrialRecord]) -> list[str]:
-    """The commits that measured these records."""
-    return sorted({str(record.environment.get("git_commit") or "") for record in records} - {""})
+def versions(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """The commits that measured these records, and how many each."""
+    return dict(sorted(Counter(map(commit_of, records)).items()))
 
 
 def html(contents: Contents) -> str:
@@ -47,6 +51,12 @@ def html(contents: Contents) -> str:
     body = [_header(contents), _answer(contents)]
     if contents.compared is not None:
         body.append(_paper(contents.compared))
+    lucky = luck_tables(contents.records)
+    if lucky:
+        body.append(
+            f'<section class="luck"><h2>How much is luck</h2><div class="tables">{"".join(map(_table, lucky))}</div>'
+            f'<p class="quiet">{escape(LUCK)}</p></section>'
+        )
     body += [_model(model, mine, contents.plots) for model, mine in by_model(in_order(contents.records)).items()]
     over = [plot for plot in contents.plots if not plot.model]
     if over:
@@ -81,6 +91,9 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
         parts += ["## Against the paper", share_reproduced(contents.compared)]
         if contents.compared:
             parts.append(paper_table(contents.compared).markdown())
+    lucky = luck_tables(contents.records)
+    if lucky:
+        parts += ["## How much is luck", "\n".join(table.markdown() for table in lucky), LUCK]
     parts.append("## Results")
     parts += [
         f"![{_alt(plot)}]({files[plot.name]})" + (f"\n\n{plot.caption}" if plot.caption else "")
@@ -212,7 +225,8 @@ def _trials(records: Sequence[TrialRecord]) -> str:
         items.append(
             f"<details><summary>{escape(record.spec.name)} · {escape(model_name(record.spec))} "
             f'<span class="{status}">{status}</span> <span class="quiet">{_cost(record)}</span></summary>'
-            f"{reason}{_command(command_of(record.spec))}</details>"
+            f'{reason}{_command(command_of(record.spec))}<p class="quiet">Trial <code>{record.spec.id}</code>, code '
+            f"<code>{escape(_brief(commit_of(record)))}</code></p></details>"
         )
     return f'<section class="trials"><h2>Trials</h2>{"".join(items)}</section>'
 
@@ -228,7 +242,8 @@ def _cost(record: TrialRecord) -> str:
 
 def _trial_lines(record: TrialRecord) -> str:
     status = "completed" if record.completed else "FAILED"
-    return f"- {_named(record)}, {status}, {_cost(record)}: `{command_of(record.spec)}`"
+    code = f"code {_brief(commit_of(record))}"
+    return f"- {_named(record)}, {status}, {_cost(record)}, {code}: `{command_of(record.spec)}`"
 
 
 def _failed(records: Sequence[TrialRecord]) -> list[str]:

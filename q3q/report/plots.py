@@ -16,7 +16,7 @@ from html import escape, unescape
 from typing import TYPE_CHECKING, Any
 
 from q3q.record import SiteError, TrialRecord
-from q3q.report.tables import (
+from q3q.report.measures import (
     ABSENT,
     DIVERGED,
     FAILED,
@@ -30,11 +30,11 @@ from q3q.report.tables import (
     is_accuracy,
     is_perplexity,
     labels,
-    method_by_bits,
     model_name,
     seconds,
     shown,
 )
+from q3q.report.tables import method_by_bits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,6 +9,8 @@ from typing import Protocol
 from q3q.record import TrialRecord, write_atomically
 from q3q.spec import Json, TrialSpec
 
+ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -79,7 +81,7 @@ class Tracker(Protocol):
         """
 
     def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
-        """End the sweep's entry, with its files; a table for its front page is expected in `table.md`.
+        """End the sweep's entry, with its files; `ANSWER` among them is for its front page.
 
         Raises:
             TrackingError: the store did not take it.
