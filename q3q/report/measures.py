@@ -19,6 +19,7 @@ MEAN_ACCURACY = "accuracy"  # over the tasks that a trial was asked for
 FEW_SHOT, WORD_TASK = ("mmlu", "mmlu_paper"), "wikitext"  # tasks that are no part of a mean accuracy
 SIZES = ("bits_per_weight", "bits_per_weight_model")
 UNKNOWN_COMMIT = "unknown"
+ACTIVATIONS = "scheme.act_bits"
 
 Cell = float | str
 
@@ -158,24 +159,41 @@ def by_model(records: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
     return found
 
 
-def labels(specs: Sequence[TrialSpec], metric: str | None = None, *, seeds: bool = True) -> list[str]:
+def labels(
+    specs: Sequence[TrialSpec], metric: str | None = None, *, seeds: bool = True, models: bool = True
+) -> list[str]:
     """For each trial its method, and of everything but bits what differs between these trials: `gptq g64 damping=0.05`.
 
-    Knobs and calibration are compared within a method (each has defaults of its own), all else between all trials.
-    metric: also tell apart how its text or tasks were evaluated. seeds: whether the seed is told.
+    Knobs, calibration, symmetry and activations are compared within a method (each has defaults of its own), what a
+    model is within its name, all else between all trials. Quantized activations are told wherever others have none.
+    metric: also tell apart how its text or tasks were evaluated. seeds, models: whether seed and model's name are told.
     """
-    methods = [str(spec.method["name"]) for spec in specs]
-    traits = [_traits(spec, metric) | ({"trial.seed": str(spec.seed)} if seeds else {}) for spec in specs]
+    traits = [
+        _traits(spec, metric)
+        | ({"trial.seed": str(spec.seed)} if seeds else {})
+        | ({"model.name": model_name(spec)} if models else {})
+        for spec in specs
+    ]
     values: dict[tuple[str, str], set[str]] = {}
-    for method, mine in zip(methods, traits, strict=True):
+    for mine, spec in zip(traits, specs, strict=True):
         for key, value in mine.items():
-            values.setdefault((_scope(key, method), key), set()).add(value)
+            values.setdefault((_scope(key, spec), key), set()).add(value)
     telling = {place for place, found in values.items() if len(found) > 1}
+    activations = {mine[ACTIVATIONS] for mine in traits if ACTIVATIONS in mine}
+
+    def tells(key: str, value: str, spec: TrialSpec, telling: set[tuple[str, str]]) -> bool:
+        rounded = key == ACTIVATIONS and value != "null" and len(activations) > 1
+        return rounded or (_scope(key, spec), key) in telling
 
     def rows(telling: set[tuple[str, str]]) -> list[str]:
         return [
-            " ".join([method, *(_word(key, mine[key]) for key in mine if (_scope(key, method), key) in telling)])
-            for method, mine in zip(methods, traits, strict=True)
+            " ".join(
+                [
+                    str(spec.method["name"]),
+                    *(_word(key, mine[key]) for key in mine if tells(key, mine[key], spec, telling)),
+                ]
+            )
+            for mine, spec in zip(traits, specs, strict=True)
         ]
 
     # A digest tells people nothing where a name beside it differs as well.
@@ -191,7 +209,7 @@ def _traits(spec: TrialSpec, metric: str | None) -> dict[str, str]:
     stored = () if spec.scheme is None else ("group_size", "symmetric", "act_bits")
     parts: dict[str, Mapping[str, Any]] = {
         "scheme": {key: getattr(spec.scheme, key) for key in stored},
-        "model": spec.model,
+        "model": {key: value for key, value in spec.model.items() if key != "name"},
         "method": {key: value for key, value in spec.method.items() if key != "name"},
         "calibration": spec.calibration or {},
         "mixed": {"settings": spec.departures},
@@ -224,8 +242,14 @@ def _data_of(wanted: Mapping[str, Any]) -> dict[str, str]:
     return {"data.digest": hashlib.sha256(known.encode()).hexdigest()[:8]}
 
 
-def _scope(key: str, method: str) -> str:
-    return method if key.startswith(("method.", "calibration.")) else ""
+def _scope(key: str, spec: TrialSpec) -> str:
+    """Within what a trait is compared."""
+    if key == "model.name":
+        return ""
+    if key.startswith("model."):
+        return model_name(spec)
+    own = key.startswith(("method.", "calibration.")) or key in ("scheme.symmetric", ACTIVATIONS)
+    return str(spec.method["name"]) if own else ""
 
 
 def _word(key: str, value: str) -> str:
@@ -234,7 +258,7 @@ def _word(key: str, value: str) -> str:
     words = {
         "scheme.group_size": "pc" if value == "-1" else f"g{value}",
         "scheme.symmetric": "sym" if value == "true" else "asym",
-        "scheme.act_bits": f"a{UNQUANTIZED_BITS if value == 'null' else value}",
+        ACTIVATIONS: f"a{UNQUANTIZED_BITS if value == 'null' else value}",
         "mixed.settings": value or "uniform",
         "model.name": value,
         "model.dtype": value,

@@ -8,13 +8,12 @@ from html import escape
 from pathlib import Path
 
 from q3q.record import TrialRecord
-from q3q.report.answer import RULE, answers
+from q3q.report.answer import RULE
 from q3q.report.command import command_of
+from q3q.report.drawing import COLOURS, Plot
 from q3q.report.luck import NOTE as LUCK
-from q3q.report.luck import luck_tables
 from q3q.report.measures import by_model, commit_of, in_order, model_name, seconds
 from q3q.report.paper import Compared, paper_table, share_reproduced
-from q3q.report.plots import COLOURS, Plot
 from q3q.report.tables import Table, result_tables
 
 WIDE = 4.5  # inches; wider pictures get two columns, or are scrolled
@@ -23,13 +22,19 @@ PARTS = Path(__file__).parent  # page.css and page.js lie beside
 
 @dataclass(frozen=True)
 class Contents:
-    """What a report tells. command: of the whole sweep. warnings: what a reader must know before believing it."""
+    """What a report tells.
+
+    command: of the whole sweep. answers, luck: tables of `answer` and `luck`. warnings: what a reader must know before
+    believing it.
+    """
 
     name: str
     command: str
     question: str
     expectation: str
     records: Sequence[TrialRecord]
+    answers: Sequence[Table]
+    luck: Sequence[Table]
     plots: Sequence[Plot]
     compared: Sequence[Compared] | None
     warnings: Sequence[str]
@@ -51,10 +56,10 @@ def html(contents: Contents) -> str:
     body = [_header(contents), _answer(contents)]
     if contents.compared is not None:
         body.append(_paper(contents.compared))
-    lucky = luck_tables(contents.records)
-    if lucky:
+    if contents.luck:
+        tables = "".join(map(_table, contents.luck))
         body.append(
-            f'<section class="luck"><h2>How much is luck</h2><div class="tables">{"".join(map(_table, lucky))}</div>'
+            f'<section class="luck"><h2>How much is luck</h2><div class="tables">{tables}</div>'
             f'<p class="quiet">{escape(LUCK)}</p></section>'
         )
     body += [_model(model, mine, contents.plots) for model, mine in by_model(in_order(contents.records)).items()]
@@ -84,16 +89,14 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     code = f" Code: {', '.join(commits)}." if commits else ""
     parts += [f"```\n{contents.command}\n```", contents.counts + code]
     parts += [f"> **Note:** {warning}" for warning in contents.warnings]
-    found = answers(contents.records)
-    if found:
-        parts += ["## Answer", "\n".join(table.markdown() for table in found), RULE]
+    if contents.answers:
+        parts += ["## Answer", "\n".join(table.markdown() for table in contents.answers), RULE]
     if contents.compared is not None:
         parts += ["## Against the paper", share_reproduced(contents.compared)]
         if contents.compared:
             parts.append(paper_table(contents.compared).markdown())
-    lucky = luck_tables(contents.records)
-    if lucky:
-        parts += ["## How much is luck", "\n".join(table.markdown() for table in lucky), LUCK]
+    if contents.luck:
+        parts += ["## How much is luck", "\n".join(table.markdown() for table in contents.luck), LUCK]
     parts.append("## Results")
     parts += [
         f"![{_alt(plot)}]({files[plot.name]})" + (f"\n\n{plot.caption}" if plot.caption else "")
@@ -128,10 +131,9 @@ def _brief(commit: str) -> str:
 
 
 def _answer(contents: Contents) -> str:
-    tables = answers(contents.records)
-    if not tables:
+    if not contents.answers:
         return "<section><h2>Answer</h2><p>No quantized trial measured anything.</p></section>"
-    shown = "".join(_table(table) for table in tables)
+    shown = "".join(map(_table, contents.answers))
     return f'<section class="answer"><h2>Answer</h2>{shown}<p class="quiet">{escape(RULE)}</p></section>'
 
 

@@ -22,6 +22,7 @@ from q3q.report.measures import (
     interval,
     is_accuracy,
     labels,
+    model_name,
     shown,
 )
 from q3q.spec import TrialSpec
@@ -84,21 +85,22 @@ def shown_spread(spread: float, metric: str) -> str:
     return f"{float(f'{(100 if is_accuracy(metric) else 1) * spread:.2g}'):g}"
 
 
-def pools(records: Sequence[TrialRecord], metric: str | None = None) -> list[Pool]:
+def pools(records: Sequence[TrialRecord], metric: str | None = None, *, over_models: bool = False) -> list[Pool]:
     """The records as pools, in order.
 
-    metric: only trials that it says something of, told apart by what it depends on. Of trials that differ in nothing
-    that the metric depends on, what was measured counts, not what failed; if they measured different numbers all the
-    same, each stands for itself, with its id.
+    over_models: models are not told apart by the labels, so that a method has one of all. metric: only trials that it
+    says something of, told apart by what it depends on. Of trials that differ in nothing that the metric depends on,
+    what was measured counts, not what failed; if they measured different numbers all the same, each stands for itself,
+    with its id.
     """
     told = [record for record in in_order(records) if metric is None or cell(record, metric) != ABSENT]
-    names = labels([record.spec for record in told], metric, seeds=False)
-    places: dict[tuple[str, int], dict[str, list[TrialRecord]]] = {}
+    names = labels([record.spec for record in told], metric, seeds=False, models=not over_models)
+    places: dict[tuple[str, str, int], dict[str, list[TrialRecord]]] = {}
     for record, name in zip(told, names, strict=True):
-        twins = places.setdefault((name, bits_of(record.spec)), {})
+        twins = places.setdefault((name, model_name(record.spec), bits_of(record.spec)), {})
         twins.setdefault(_but_for_luck(record.spec), []).append(record)
     found = []
-    for (name, _), twins in places.items():
+    for (name, *_), twins in places.items():
         mine = [Pool(name, tuple(some)) for some in twins.values()]
         if metric is not None and len(mine) > 1:
             mine = _distinct(mine, metric)

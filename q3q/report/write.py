@@ -8,6 +8,7 @@ from pathlib import Path
 from q3q.record import TrialRecord, trial_folder, write_atomically
 from q3q.report.answer import answers
 from q3q.report.latex import latex
+from q3q.report.luck import luck_tables
 from q3q.report.measures import in_order
 from q3q.report.page import Contents, html, markdown, versions
 from q3q.report.paper import Compared, compare_with_paper, paper_table, share_reproduced
@@ -77,7 +78,7 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
     if contents.compared:
         text += f"\n\nAgainst the paper: {share_reproduced(contents.compared)}"
     table = "\n".join(table.markdown() for table in main)
-    answer = "\n".join(table.markdown() for table in answers(records)) or table
+    answer = "\n".join(table.markdown() for table in contents.answers) or table
     return Report(folder, text, table, answer, files)
 
 
@@ -115,6 +116,8 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         question=about.question,
         expectation=about.expectation,
         records=records,
+        answers=answers(records),
+        luck=luck_tables(records),
         plots=study_plots(records, about.predicted) if plots else [],
         compared=compared if compared or about.against_paper else None,
         warnings=warnings,
