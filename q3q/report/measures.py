@@ -31,7 +31,7 @@ def in_order(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     for trial, label in zip(latest, labels([record.spec for record in latest.values()]), strict=True):
         spec = latest[trial].spec
         first = {"none": 0, "rtn": 1}.get(str(spec.method["name"]), 2)
-        places.append((_natural(model_name(spec)), first, _natural(label), bits_of(spec), trial))
+        places.append((natural(model_name(spec)), first, natural(label), bits_of(spec), trial))
     return [latest[trial] for *_, trial in sorted(places)]
 
 
@@ -151,6 +151,10 @@ def model_name(spec: TrialSpec) -> str:
     return str(spec.model.get("name") or spec.model.get("source"))
 
 
+def is_base(spec: TrialSpec) -> bool:
+    return bool(re.search(r"[-_]base$", model_name(spec), re.IGNORECASE))
+
+
 def by_model(records: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
     """The records of each model, in the order in which they come."""
     found: dict[str, list[TrialRecord]] = {}
@@ -268,7 +272,7 @@ def _word(key: str, value: str) -> str:
     return words.get(key, f"{name}={value}")
 
 
-def _natural(text: str) -> list[tuple[int, int, str]]:
+def natural(text: str) -> list[tuple[int, int, str]]:
     """A sort key under which g64 comes before g128."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
 

@@ -200,9 +200,7 @@ def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
 
 def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
     """The study's model, method, bits, activation bits and group that a trial's are, or None if it has no such row."""
-    model = _models().get(_plain(spec.model.get("name") or "")) or _models().get(
-        _plain(str(spec.model.get("source", "")).rpartition("/")[2])
-    )
+    model = _models().get(_plain(study_model(spec)))
     method = METHODS.get(str(spec.method["name"]))
     if model is None or method is None or spec.departures or spec.overrides or spec.skip:
         return None
@@ -210,6 +208,12 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
         return model, method, 16, 16, ""
     group = GROUPS.get(spec.scheme.group_size)
     return None if group is None else (model, method, spec.scheme.bits, spec.scheme.act_bits or 16, group)
+
+
+def study_model(spec: TrialSpec) -> str:
+    """A model as the study writes it, Qwen3-8B-Base; one that it does not have by its own name."""
+    name, source = str(spec.model.get("name") or ""), str(spec.model.get("source", "")).rpartition("/")[2]
+    return _models().get(_plain(name)) or _models().get(_plain(source)) or name or source
 
 
 def departures(spec: TrialSpec, metric: str) -> tuple[str, ...]:

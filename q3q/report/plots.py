@@ -40,6 +40,7 @@ from q3q.report.measures import (
     headline_metrics,
     in_order,
     is_accuracy,
+    is_base,
     is_perplexity,
     judged_metrics,
     labels,
@@ -434,10 +435,10 @@ def _quality_against_size(records: Sequence[TrialRecord]) -> Iterator[Plot]:
         return
     judged = judged_metrics(records)
     metrics = [next(filter(is_perplexity, judged), None), next(filter(is_accuracy, judged), None)]
-    both = len({_is_base(model) for model in sizes}) > 1
+    both = len({is_base(record.spec) for record in records}) > 1
     for metric in filter(None, metrics):
         tried = pools(records, metric, over_models=True)
-        named = {id(pool): pool.label + (" base" if both and _is_base(model_name(pool.spec)) else "") for pool in tried}
+        named = {id(pool): pool.label + (" base" if both and is_base(pool.spec) else "") for pool in tried}
         looks = looks_of(name for name in named.values() if method_of(name) != "none")
         for bits in sorted({pool.bits for pool in tried if pool.spec.scheme is not None}):
             some = [pool for pool in tried if pool.bits in (bits, UNQUANTIZED_BITS)]
@@ -480,10 +481,6 @@ def _ticks_of(sizes: Sequence[float]) -> dict[float, str]:
         if not told or size > apart * max(told):
             told[size] = f"{size / 1e3:.2g}B" if size >= 100 else f"{size:.2g}M"
     return told
-
-
-def _is_base(model: str) -> bool:
-    return bool(re.search(r"[-_]base$", model, re.IGNORECASE))
 
 
 def _planned(records: Sequence[TrialRecord]) -> dict[str, float]:

@@ -56,7 +56,7 @@ def test_each_format_is_printed_alone(tmp_path: Path, capfdbinary: pytest.Captur
     assert shown["html"].startswith("<!doctype html>")
     assert "| rtn | 12.00 |" in shown["md"]
     assert shown["csv"].splitlines()[0].startswith("trial,label,model,method,bits")
-    assert r"qwen3\_8b\_base & RTN & 2 & 16 & 128 & 12.00 \\" in shown["latex"]
+    assert r"Qwen3-8B-Base & RTN & 2 & 16 & 128 & 12.0 \\" in shown["latex"]
     assert not (tmp_path / "reports").exists()
 
 
