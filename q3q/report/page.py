@@ -16,7 +16,7 @@ from q3q.report.measures import by_model, commit_of, in_order, model_name, secon
 from q3q.report.paper import Compared, paper_table, share_reproduced
 from q3q.report.tables import Table, result_tables
 
-WIDE = 4.5  # inches; wider pictures get two columns, or are scrolled
+WIDE = 4.5  # inches; wider pictures get more room, or are scrolled
 PARTS = Path(__file__).parent  # page.css and page.js lie beside
 
 
@@ -151,14 +151,19 @@ def _model(model: str, records: Sequence[TrialRecord], plots: Sequence[Plot]) ->
 
 
 def _plots(plots: Sequence[Plot]) -> str:
-    return f'<div class="plots">{"".join(map(_plot, plots))}</div>'
+    """Narrow pictures three beside each other, wide ones two."""
+    wide = [plot.figure.get_figwidth() > WIDE for plot in plots]
+    grids = [
+        (kind, "".join(_plot(plot) for plot, one in zip(plots, wide, strict=True) if one == of_kind))
+        for kind, of_kind in (("plots", False), ("plots wide", True))
+    ]
+    return "".join(f'<div class="{kind}">{figures}</div>' for kind, figures in grids if figures)
 
 
 def _plot(plot: Plot) -> str:
     caption = f'<span class="quiet">{escape(plot.caption)}</span>' if plot.caption else ""
-    wide = ' class="wide"' if plot.figure.get_figwidth() > WIDE else ""
     return (
-        f'<figure id="{escape(plot.name)}"{wide}>{_inline(plot)}'
+        f'<figure id="{escape(plot.name)}">{_inline(plot)}'
         f"<figcaption><b>{escape(plot.title)}</b> {caption}</figcaption></figure>"
     )
 
