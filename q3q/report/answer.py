@@ -14,18 +14,17 @@ from q3q.report.measures import (
     ABSENT,
     DIVERGED,
     FAILED,
-    MEAN_ACCURACY,
     headline_metrics,
     interval,
     is_better,
     is_perplexity,
     judged_metrics,
-    mean_metrics,
     short,
 )
 from q3q.report.pairs import difference, stratified, told_by_seeds
 from q3q.report.pools import Pool, comparable, pools
 from q3q.report.tables import MARK, MARKED, Table, other_versions
+from q3q.spec import MEAN_ACCURACY, mean_metrics
 
 RULE = (
     "Losses are against the unquantized model, with 95 % intervals of paired differences where a trial has them. Two "

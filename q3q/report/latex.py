@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from q3q.record import TrialRecord
 from q3q.report.measures import (
     ABSENT,
-    MEAN_ACCURACY,
     Cell,
     cell,
     headline_metrics,
@@ -17,7 +16,7 @@ from q3q.report.measures import (
 )
 from q3q.report.paper import METHODS, study_model
 from q3q.report.pools import Pool, pools, shown_spread
-from q3q.spec import TrialSpec
+from q3q.spec import MEAN_ACCURACY, TrialSpec
 
 HEADS = {
     "perplexity/wikitext2": r"WikiText2 $\downarrow$",

@@ -11,12 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from q3q.record import TrialRecord
-from q3q.spec import TrialSpec, text_metric
+from q3q.spec import MEAN_ACCURACY, WORD_TASK, TrialSpec, accuracy_metric, mean_metrics, text_metric
 
 DIVERGED, FAILED, ABSENT = "diverged", "failed", "-"  # cells that hold no number
 UNQUANTIZED_BITS = 16  # the column of the unquantized model
-MEAN_ACCURACY = "accuracy"  # over the tasks that a trial was asked for
-FEW_SHOT, WORD_TASK = ("mmlu", "mmlu_paper"), "wikitext"  # tasks that are no part of a mean accuracy
 SIZES = ("bits_per_weight", "bits_per_weight_model")
 UNKNOWN_COMMIT = "unknown"
 ACTIVATIONS = "scheme.act_bits"
@@ -45,7 +43,7 @@ def headline_metrics(records: Iterable[TrialRecord]) -> list[str]:
     texts = [metric for record in records for metric in text_metrics(record.spec)]
     tasks = []
     for spec, task in ((record.spec, task) for record in records for task in record.spec.evaluation.get("tasks", [])):
-        accuracy = _task_metric(spec, task)
+        accuracy = accuracy_metric(spec, task)
         start = "word_perplexity" if task == WORD_TASK else accuracy.removesuffix("acc")
         others = sorted(name for name in seen if name.startswith(start))
         tasks += [accuracy] if accuracy in seen or not others else others
@@ -70,13 +68,6 @@ def text_metrics(spec: TrialSpec) -> list[str]:
     return [text_metric("perplexity", text["name"], quick) for text in spec.evaluation.get("texts", [])]
 
 
-def mean_metrics(spec: TrialSpec) -> list[str]:
-    """The accuracies that a trial's mean is over; as in the study, not MMLU's, which has five shots."""
-    tasks = [task for task in spec.evaluation.get("tasks", []) if task != WORD_TASK]
-    zero_shot = [task for task in tasks if task not in FEW_SHOT]
-    return [_task_metric(spec, task) for task in zero_shot or tasks]
-
-
 def is_perplexity(metric: str) -> bool:
     return metric.partition("/")[0] in ("perplexity", "perplexity_quick")
 
@@ -85,12 +76,8 @@ def is_accuracy(metric: str) -> bool:
     return metric == MEAN_ACCURACY or metric.endswith("/acc")
 
 
-def _task_metric(spec: TrialSpec, task: str) -> str:
-    return f"{task}{'_quick' if spec.evaluation.get('quick') else ''}/acc"
-
-
 def _asked(spec: TrialSpec, metric: str) -> bool:
-    tasks = tuple(_task_metric(spec, task).removesuffix("acc") for task in spec.evaluation.get("tasks", []))
+    tasks = tuple(accuracy_metric(spec, task).removesuffix("acc") for task in spec.evaluation.get("tasks", []))
     return metric in (*text_metrics(spec), *SIZES) or metric.startswith(tasks)
 
 
@@ -296,6 +283,23 @@ def title(metric: str) -> str:
 def commit_of(record: TrialRecord) -> str:
     """The version of the code that measured it."""
     return str(record.environment.get("git_commit") or UNKNOWN_COMMIT)
+
+
+def trial_names(specs: Sequence[TrialSpec]) -> dict[str, str]:
+    """What each trial is called among these, by its id: `gptq w3 g128 · demo`.
+
+    Those that would be called alike have also what differs between them, or if no label says that their ids.
+    """
+    alike: dict[str, list[TrialSpec]] = {}
+    for spec in specs:
+        alike.setdefault(f"{spec.name} · {model_name(spec)}", []).append(spec)
+    found: dict[str, str] = {}
+    for name, mine in alike.items():
+        words = [label.partition(" ")[2] for label in labels(mine)]
+        for spec, told in zip(mine, words, strict=True):
+            own = f"{spec.name} {told}" if words.count(told) == 1 else f"{spec.name} {told} {spec.id}"
+            found[spec.id] = name if len(mine) == 1 else f"{' '.join(own.split())} · {model_name(spec)}"
+    return found
 
 
 def is_better(ours: float, theirs: float, metric: str) -> bool:

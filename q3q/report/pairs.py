@@ -7,8 +7,8 @@ from pathlib import Path
 
 from q3q.errors import IntegrityError
 from q3q.record import Comparison, trial_folder
-from q3q.report.measures import MEAN_ACCURACY, mean_metrics
 from q3q.report.pools import Pool
+from q3q.spec import MEAN_ACCURACY, mean_metrics
 
 REMEMBERED = 16  # trials whose samples are kept in memory: one of MMLU has tens of megabytes
 Scores = Mapping[str, float]

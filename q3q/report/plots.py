@@ -33,7 +33,6 @@ from q3q.report.drawing import (
 from q3q.report.measures import (
     DIVERGED,
     FAILED,
-    MEAN_ACCURACY,
     UNQUANTIZED_BITS,
     bits_of,
     by_model,
@@ -49,6 +48,7 @@ from q3q.report.measures import (
     shown,
 )
 from q3q.report.pools import Pool, comparable, pools
+from q3q.spec import MEAN_ACCURACY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

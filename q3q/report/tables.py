@@ -13,7 +13,6 @@ from q3q.record import TrialRecord
 from q3q.report.measures import (
     ABSENT,
     FAILED,
-    MEAN_ACCURACY,
     SIZES,
     Cell,
     by_model,
@@ -27,6 +26,7 @@ from q3q.report.measures import (
     title,
 )
 from q3q.report.pools import Pool, pools
+from q3q.spec import MEAN_ACCURACY
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -18,7 +18,8 @@ class Sweep:
 
     id: the same for the same set of trials. command: what a person types to get it again. config: composed, as YAML.
     question, expectation: of a saved study, in its own words. predicted: seconds of each trial still to run, by id.
-    experiment: what a tracker files it under.
+    experiment: what a tracker files it under. names: what each trial is called among these, by id.
+    started, ended: when it ran, of one that is filed after the fact (ISO 8601); empty: now.
     """
 
     id: str
@@ -30,6 +31,9 @@ class Sweep:
     expectation: str = ""
     predicted: dict[str, float] = field(default_factory=dict)
     experiment: str = "q3q"
+    names: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    ended: str = ""
 
     def save(self, storage: Path) -> None:
         """To `<storage>/sweeps/<name>_<id>.json`: a report, or a new tracker, finds its trials there."""
