@@ -351,7 +351,9 @@ def server(folder: Path, *artifacts: str) -> Iterator[tuple[str, subprocess.Pope
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     kept = artifacts or ("--artifacts-destination", str(folder / "served"))
     places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", *kept]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Its runners of jobs, which nobody needs here, are processes of their own that take long to start.
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {**os.environ, **quiet}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, *places], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
