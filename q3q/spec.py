@@ -11,6 +11,8 @@ from q3q.errors import ConfigError
 from q3q.mirror import settled
 
 Json = dict[str, Any]
+FEW_SHOT, WORD_TASK = ("mmlu", "mmlu_paper"), "wikitext"  # tasks that are no part of a mean accuracy
+MEAN_ACCURACY = "accuracy"  # the metric that is the mean over the others
 SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules")
 
 
@@ -200,6 +202,17 @@ def task_metric(name: str, quick: bool) -> str:
     """
     task, _, metric = name.partition("/")
     return text_metric(metric, "wikitext2", quick) if task == "wikitext" else text_metric(task, metric, quick)
+
+
+def mean_metrics(spec: TrialSpec) -> list[str]:
+    """The accuracies that a trial's mean is over; as in the study, not MMLU's, which has five shots."""
+    tasks = [task for task in spec.evaluation.get("tasks", []) if task != WORD_TASK]
+    zero_shot = [task for task in tasks if task not in FEW_SHOT]
+    return [accuracy_metric(spec, task) for task in zero_shot or tasks]
+
+
+def accuracy_metric(spec: TrialSpec, task: str) -> str:
+    return text_metric(task, "acc", bool(spec.evaluation.get("quick")))
 
 
 def _brief_data(evaluation: Json) -> Json:

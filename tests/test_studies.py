@@ -12,9 +12,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from q3q import config as schema
+from q3q.calibrate.sources import Text
 from q3q.errors import ConfigError
-from q3q.report.paper import GROUPS, METHODS, published
-from q3q.sweep.sweeper import _choices, narrowed, replaced
+from q3q.models.checkpoint import read_facts
+from q3q.report.paper import GROUPS, METHODS, cell_of, departures, published
+from q3q.sweep.costs import CostModel
+from q3q.sweep.launcher import Job
+from q3q.sweep.plan import Machine, describe, plan, wishes_of
+from q3q.sweep.sweeper import _choices, narrowed, replaced, resolve
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "conf/study").glob("*.yaml"))
@@ -52,6 +57,84 @@ def test_the_paper_study_is_the_papers_grid_and_nothing_else() -> None:
     assert set(meant) == printed
 
 
+# Hidden, intermediate, layers, heads, whether tied: as the models' config.json have them.
+SHAPES = {
+    "0.6B": (1024, 3072, 28, 16, True),
+    "1.7B": (2048, 6144, 28, 16, True),
+    "4B": (2560, 9728, 36, 32, True),
+    "8B": (4096, 12288, 36, 32, False),
+    "14B": (5120, 17408, 40, 40, False),
+    "32B": (5120, 25600, 64, 64, False),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What composing asks the Hub for: shapes of the models, and which texts and data sets there are."""
+
+    def facts(source: str, revision: str | None) -> Any:
+        hidden, intermediate, layers, heads, tied = SHAPES[source.split("-")[1]]
+        return read_facts(
+            {
+                "model_type": "qwen3",
+                "vocab_size": 151936,
+                "hidden_size": hidden,
+                "intermediate_size": intermediate,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "max_position_embeddings": 40960,
+                "rms_norm_eps": 1e-6,
+                "rope_theta": 1e6,
+                "tie_word_embeddings": tied,
+                "torch_dtype": "bfloat16",
+            }
+        )
+
+    def text(source: str, *_: Any) -> Text:
+        return Text(source, (f"of {source}",))
+
+    schema._hub_model.cache_clear()
+    monkeypatch.setattr(schema, "resolve_revision", lambda source, revision: f"commit of {source}")
+    monkeypatch.setattr(schema, "fetch_facts", facts)
+    monkeypatch.setattr(schema, "_text", text)
+    monkeypatch.setattr(schema, "_check_long_enough", lambda *_: None)
+    monkeypatch.setattr(schema, "_data_sets", lambda *_: ({}, []))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hub")
+def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compared(tmp_path: Path) -> None:
+    """From the yaml to the plan: none is another's twin, none left out, none departs from the paper's protocol."""
+    schema.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = [
+            Job(
+                number=number,
+                overrides=words,
+                config=compose("config", ["+study=paper", f"storage={tmp_path}", *words]),
+            )
+            for number, words in enumerate(tuple(f"{k}={v}" for k, v in job.items()) for job in jobs(rows_of("paper")))
+        ]
+    trials, left_out = resolve(composed)
+    assert (len(trials), left_out) == (239, "")
+    specs = [mine.spec for mine in trials.values()]
+    assert len({cell_of(spec) for spec in specs}) == 239
+    assert None not in map(cell_of, specs)
+    for spec in specs:
+        for metric in ("perplexity/wikitext2", "perplexity/c4", "piqa/acc", "mmlu/acc", "mmlu_paper/acc"):
+            assert departures(spec, metric) == (), spec.name
+    machine = Machine(cpus=128, gpus=8, memory=1 << 40, gpu_memory=80 << 30)
+    wishes = wishes_of(composed[0].config.cluster.get)
+    facts = {key: mine.facts for key, mine in trials.items()}
+    ordered = plan(specs, {}, facts, machines=[machine], wishes=wishes, model=CostModel())
+    told = describe(ordered, machines=[machine], where="a cluster", storage=str(tmp_path))
+    assert "239 to run on a cluster" in told
+    assert all(one.seconds > 0 for one in ordered)
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_says_what_it_asks_and_composes(study: str) -> None:
     lines = (ROOT / f"conf/study/{study}.yaml").read_text().splitlines()
@@ -83,12 +166,23 @@ def test_a_study_can_be_narrowed_to_some_of_its_own_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", ["bits=5", "bits=4,5", "group_size=64", "seed=1", "calibration=pile", "method.damping=0.1"]
+    "word",
+    [
+        *("bits=5", "bits=4,5", "group_size=64", "seed=1", "calibration=pile", "method.damping=0.1"),
+        *("hydra.sweeper.params.bits=8", "+hydra.sweeper.params.seed=1", "hydra/sweeper=basic", "evaluation.limit=2"),
+        "dtype=float32",
+    ],
 )
 def test_what_would_change_every_row_is_refused(word: str) -> None:
     with pytest.raises(ConfigError, match="would change every row of study=paper") as refusal:
         narrowed("paper", rows_of("paper"), parse("+study=paper", word))
     assert "name=..." in str(refusal.value)
+
+
+def test_the_studys_own_name_makes_it_no_other_study() -> None:
+    for name in ("paper", "'paper'"):
+        with pytest.raises(ConfigError, match="seed=1 would change every row of study=paper"):
+            narrowed("paper", rows_of("paper"), parse("+study=paper", f"name={name}", "seed=1"))
 
 
 def test_a_name_of_its_own_makes_it_another_study() -> None:
@@ -97,7 +191,8 @@ def test_a_name_of_its_own_makes_it_another_study() -> None:
 
 
 def test_what_belongs_to_the_sweep_may_be_said_of_a_study() -> None:
-    given = parse("+study=paper", "storage=/tmp/x", "cluster.address=host:1", "plan=true")
+    places = ["memory=8GB", "loader=streamed", "data.path=/data", "evaluation.baseline=false", "hydra.sweep.dir=/tmp/y"]
+    given = parse("+study=paper", "name=paper", "storage=/tmp/x", "cluster.address=host:1", "plan=true", *places)
     assert len(jobs(narrowed("paper", rows_of("paper"), given))) == 239
 
 

@@ -22,12 +22,15 @@ from q3q.evaluate.perplexity import NORMAL_95, Perplexity, scored_windows
 from q3q.models.decoder import Decoder
 from q3q.numerics.divergence import kl_divergence
 
+PERCENTILES = (1, 10, 25, 50, 75, 90, 99.9)  # of positions, kept beside the 99th
+
 
 @dataclass(frozen=True)
 class Drift:
     """KL(unquantized || quantized) of the next token, nats, and how often both have the same likeliest token.
 
     kl, kl_99: mean and 99th percentile over positions. kl_99_interval: 95 %, see `compare.quantile_interval`.
+    kl_percentiles: the distribution over positions, by `PERCENTILES`.
     agreement: share of positions. Errors are standard errors of the means over windows, since positions of one window
     are not independent; nan for a single window. A model whose logits are not finite has a kl that is not.
     """
@@ -36,6 +39,7 @@ class Drift:
     kl_error: float
     kl_99: float
     kl_99_interval: tuple[float, float]
+    kl_percentiles: tuple[float, ...]
     agreement: float
     agreement_error: float
     windows: int
@@ -46,6 +50,7 @@ class Drift:
             f"kl/{text}": self.kl,
             f"kl_p99/{text}": self.kl_99,
             f"top1_agreement/{text}": self.agreement,
+            **{f"kl_p{p:g}/{text}": kl for p, kl in zip(PERCENTILES, self.kl_percentiles, strict=True)},
         }
 
     def intervals(self, text: str) -> dict[str, tuple[float, float]]:
@@ -114,6 +119,7 @@ def perplexity_and_drift(
         kl_error=kl_error,
         kl_99=float(numpy.quantile(kl_KP.numpy(), 0.99)),
         kl_99_interval=quantile_interval(kl_KP.numpy(), 0.99),
+        kl_percentiles=tuple(numpy.percentile(kl_KP.numpy(), PERCENTILES).tolist()),
         agreement=agreement,
         agreement_error=agreement_error,
         windows=len(kl_KP),

@@ -10,6 +10,7 @@ from q3q.record import Comparison
 from q3q.spec import Json, task_metric
 
 SAMPLES = "samples.parquet"
+SCORED = ["task", "groups", "doc_id", "doc_hash", "scores"]
 LOSS = "nll"  # of a window of text, nats per token
 SAMPLE = ("task", "doc_id", "doc_hash", "prompt_hash")
 Measured = dict[str, dict[str, float]]  # metric -> sample -> score
@@ -50,8 +51,8 @@ def write_samples(path: Path, rows: Sequence[Json]) -> None:
     partial.replace(path)
 
 
-def read_samples(path: Path) -> list[Json]:
-    """What `write_samples` wrote.
+def read_samples(path: Path, columns: list[str] | None = None) -> list[Json]:
+    """What `write_samples` wrote. columns: those alone; `SCORED` are enough for `measured`.
 
     Raises:
         IntegrityError: the file is not there or damaged.
@@ -60,7 +61,7 @@ def read_samples(path: Path) -> list[Json]:
     from pyarrow import parquet
 
     try:
-        rows: list[Json] = parquet.read_table(path).to_pylist()
+        rows: list[Json] = parquet.read_table(path, columns=columns).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise IntegrityError(f"{path} cannot be read: {error}") from error
     return [{**row, "scores": dict(row["scores"])} for row in rows]

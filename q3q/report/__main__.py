@@ -16,7 +16,7 @@ MISUSED = 2
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report, or print it in one format. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m q3q.report", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--study", metavar="NAME", help="name or id of a sweep; without it all records are taken")
+    parser.add_argument("--study", metavar="NAME", help="name or id of a sweep; default: all records")
     parser.add_argument("--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns")
     parser.add_argument("--format", choices=FORMATS, help="print this format alone; without it a folder is written")
     parser.add_argument(
@@ -36,10 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.format:
         sys.stdout.buffer.write(one_format(found.records, about, given.format))
         return 0
-    name = f"{found.sweep.name}_{found.sweep.id}" if found.sweep else "all"
-    report = write_report(found.records, given.out or storage / "reports" / name, about)
+    folder = given.out or storage / "reports" / _folder(found)
+    try:
+        report = write_report(found.records, folder, about)
+    except OSError as error:
+        print(f"q3q: --out {folder} cannot be written ({error}): give another folder", file=sys.stderr)
+        return MISUSED
     print(f"{report.text}\n\nReport: {report.folder / HTML}")
     return 0
+
+
+def _folder(found: Found) -> str:
+    """That of the sweep's own report, unless this one is of several sweeps."""
+    if found.sweep is None:
+        return "all"
+    return found.sweep.name if found.merged else f"{found.sweep.name}_{found.sweep.id}"
 
 
 def _about(found: Found, given: argparse.Namespace, storage: Path) -> About:
@@ -48,6 +59,9 @@ def _about(found: Found, given: argparse.Namespace, storage: Path) -> About:
         warnings.append(
             f"{found.missing} of the study's {len(found.records) + found.missing} trials have no record yet."
         )
+    if found.merged:
+        count, ids = len(found.merged), ", ".join(found.merged)
+        warnings.append(f"{count} sweeps of this name are taken together; --study takes one by its id: {ids}.")
     sweep = found.sweep
     return About(
         name=sweep.name if sweep else "All records",

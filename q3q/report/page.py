@@ -1,31 +1,40 @@
 """The page: one HTML file that needs nothing else, and the same in Markdown."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 from q3q.record import TrialRecord
-from q3q.report.answer import RULE, answers
+from q3q.report.answer import RULE
 from q3q.report.command import command_of
+from q3q.report.drawing import COLOURS, Plot
+from q3q.report.luck import NOTE as LUCK
+from q3q.report.measures import by_model, commit_of, in_order, model_name, seconds
 from q3q.report.paper import Compared, paper_table, share_reproduced
-from q3q.report.plots import COLOURS, Plot
-from q3q.report.tables import Table, by_model, in_order, model_name, result_tables, seconds
+from q3q.report.tables import Table, result_tables
 
-WIDE = 4.5  # inches; wider pictures get two columns, or are scrolled
+WIDE = 4.5  # inches; wider pictures get more room, or are scrolled
 PARTS = Path(__file__).parent  # page.css and page.js lie beside
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a report tells. command: of the whole sweep. warnings: what a reader must know before believing it."""
+    """What a report tells.
+
+    command: of the whole sweep. answers, luck: tables of `answer` and `luck`. warnings: what a reader must know before
+    believing it.
+    """
 
     name: str
     command: str
     question: str
     expectation: str
     records: Sequence[TrialRecord]
+    answers: Sequence[Table]
+    luck: Sequence[Table]
     plots: Sequence[Plot]
     compared: Sequence[Compared] | None
     warnings: Sequence[str]
@@ -36,9 +45,9 @@ class Contents:
         return f"{len(self.records)} trials: {len(self.records) - failed} completed, {failed} failed."
 
 
-def versions(records: Sequence[TrialRecord]) -> list[str]:
-    """The commits that measured these records."""
-    return sorted({str(record.environment.get("git_commit") or "") for record in records} - {""})
+def versions(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """The commits that measured these records, and how many each."""
+    return dict(sorted(Counter(map(commit_of, records)).items()))
 
 
 def html(contents: Contents) -> str:
@@ -47,6 +56,12 @@ def html(contents: Contents) -> str:
     body = [_header(contents), _answer(contents)]
     if contents.compared is not None:
         body.append(_paper(contents.compared))
+    if contents.luck:
+        tables = "".join(map(_table, contents.luck))
+        body.append(
+            f'<section class="luck"><h2>How much is luck</h2><div class="tables">{tables}</div>'
+            f'<p class="quiet">{escape(LUCK)}</p></section>'
+        )
     body += [_model(model, mine, contents.plots) for model, mine in by_model(in_order(contents.records)).items()]
     over = [plot for plot in contents.plots if not plot.model]
     if over:
@@ -74,13 +89,14 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     code = f" Code: {', '.join(commits)}." if commits else ""
     parts += [f"```\n{contents.command}\n```", contents.counts + code]
     parts += [f"> **Note:** {warning}" for warning in contents.warnings]
-    found = answers(contents.records)
-    if found:
-        parts += ["## Answer", "\n".join(table.markdown() for table in found), RULE]
+    if contents.answers:
+        parts += ["## Answer", "\n".join(table.markdown() for table in contents.answers), RULE]
     if contents.compared is not None:
         parts += ["## Against the paper", share_reproduced(contents.compared)]
         if contents.compared:
             parts.append(paper_table(contents.compared).markdown())
+    if contents.luck:
+        parts += ["## How much is luck", "\n".join(table.markdown() for table in contents.luck), LUCK]
     parts.append("## Results")
     parts += [
         f"![{_alt(plot)}]({files[plot.name]})" + (f"\n\n{plot.caption}" if plot.caption else "")
@@ -115,10 +131,9 @@ def _brief(commit: str) -> str:
 
 
 def _answer(contents: Contents) -> str:
-    tables = answers(contents.records)
-    if not tables:
+    if not contents.answers:
         return "<section><h2>Answer</h2><p>No quantized trial measured anything.</p></section>"
-    shown = "".join(_table(table) for table in tables)
+    shown = "".join(map(_table, contents.answers))
     return f'<section class="answer"><h2>Answer</h2>{shown}<p class="quiet">{escape(RULE)}</p></section>'
 
 
@@ -136,14 +151,19 @@ def _model(model: str, records: Sequence[TrialRecord], plots: Sequence[Plot]) ->
 
 
 def _plots(plots: Sequence[Plot]) -> str:
-    return f'<div class="plots">{"".join(map(_plot, plots))}</div>'
+    """Narrow pictures three beside each other, wide ones two."""
+    wide = [plot.figure.get_figwidth() > WIDE for plot in plots]
+    grids = [
+        (kind, "".join(_plot(plot) for plot, one in zip(plots, wide, strict=True) if one == of_kind))
+        for kind, of_kind in (("plots", False), ("plots wide", True))
+    ]
+    return "".join(f'<div class="{kind}">{figures}</div>' for kind, figures in grids if figures)
 
 
 def _plot(plot: Plot) -> str:
     caption = f'<span class="quiet">{escape(plot.caption)}</span>' if plot.caption else ""
-    wide = ' class="wide"' if plot.figure.get_figwidth() > WIDE else ""
     return (
-        f'<figure id="{escape(plot.name)}"{wide}>{_inline(plot)}'
+        f'<figure id="{escape(plot.name)}">{_inline(plot)}'
         f"<figcaption><b>{escape(plot.title)}</b> {caption}</figcaption></figure>"
     )
 
@@ -212,7 +232,8 @@ def _trials(records: Sequence[TrialRecord]) -> str:
         items.append(
             f"<details><summary>{escape(record.spec.name)} · {escape(model_name(record.spec))} "
             f'<span class="{status}">{status}</span> <span class="quiet">{_cost(record)}</span></summary>'
-            f"{reason}{_command(command_of(record.spec))}</details>"
+            f'{reason}{_command(command_of(record.spec))}<p class="quiet">Trial <code>{record.spec.id}</code>, code '
+            f"<code>{escape(_brief(commit_of(record)))}</code></p></details>"
         )
     return f'<section class="trials"><h2>Trials</h2>{"".join(items)}</section>'
 
@@ -228,7 +249,8 @@ def _cost(record: TrialRecord) -> str:
 
 def _trial_lines(record: TrialRecord) -> str:
     status = "completed" if record.completed else "FAILED"
-    return f"- {_named(record)}, {status}, {_cost(record)}: `{command_of(record.spec)}`"
+    code = f"code {_brief(commit_of(record))}"
+    return f"- {_named(record)}, {status}, {_cost(record)}, {code}: `{command_of(record.spec)}`"
 
 
 def _failed(records: Sequence[TrialRecord]) -> list[str]:

@@ -6,6 +6,7 @@ The numbers are Tables 1 to 4 of "An Empirical Study of Qwen3 Quantization" (arX
 """
 
 import csv
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from q3q.config import RANDOM_TEXTS
+from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
-from q3q.report.tables import DIVERGED, Table, cell, in_order, shown
-from q3q.spec import TrialSpec
+from q3q.report.measures import DIVERGED, cell, in_order, shown
+from q3q.report.tables import Table
+from q3q.spec import Json, TrialSpec
 
 SOURCE = "An Empirical Study of Qwen3 Quantization, arXiv 2505.02214v1, Tables 1 to 4"
 PUBLISHED = Path(__file__).with_name("paper_results.csv")
@@ -42,6 +46,18 @@ DATASETS = {
     "mmlu_paper/acc": "mmlu",
     "mmlu/acc": "mmlu",
 }
+# What +study=paper sets itself; all else are a method's defaults.
+PROTOCOL_DTYPE = "bfloat16"  # in which every Qwen3 was released
+WINDOWS: Json = {"window": 2048, "limit": None}
+DRAWS: dict[str, Json] = {
+    "perplexity/c4": {"draw": "random", "samples": RANDOM_TEXTS["c4"]},
+    "perplexity/wikitext2": {"draw": "first"},
+}
+MMLU_SHOTS = 5
+LEFT_OUT = (
+    "Of the 2,500 printed numbers the 250 means over six tasks are not compared: in 29 of 250 rows the printed mean is "
+    "not that of the row's numbers, by up to 3.4 points."
+)
 
 
 @dataclass(frozen=True)
@@ -184,9 +200,7 @@ def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
 
 def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
     """The study's model, method, bits, activation bits and group that a trial's are, or None if it has no such row."""
-    model = _models().get(_plain(spec.model.get("name") or "")) or _models().get(
-        _plain(str(spec.model.get("source", "")).rpartition("/")[2])
-    )
+    model = _models().get(_plain(study_model(spec)))
     method = METHODS.get(str(spec.method["name"]))
     if model is None or method is None or spec.departures or spec.overrides or spec.skip:
         return None
@@ -196,25 +210,75 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
     return None if group is None else (model, method, spec.scheme.bits, spec.scheme.act_bits or 16, group)
 
 
+def study_model(spec: TrialSpec) -> str:
+    """A model as the study writes it, Qwen3-8B-Base; one that it does not have by its own name."""
+    name, source = str(spec.model.get("name") or ""), str(spec.model.get("source", "")).rpartition("/")[2]
+    return _models().get(_plain(name)) or _models().get(_plain(source)) or name or source
+
+
 def departures(spec: TrialSpec, metric: str) -> tuple[str, ...]:
-    """In what a trial departs from the study's protocol: such cells are shown, and not counted."""
-    found = []
+    """In what a trial departs from what `+study=paper` runs for that cell: such cells are shown, and not counted.
+
+    A seed is no departure: the study names none.
+    """
+    wanted = {"dtype": PROTOCOL_DTYPE, **_protocol_of_evaluation(metric), **_protocol_of_method(spec)}
+    return tuple(
+        f"{key}={_typed(value)}" for key, value in _settings(spec, metric).items() if value != wanted.get(key, value)
+    )
+
+
+def _protocol_of_evaluation(metric: str) -> Json:
+    if metric.startswith("perplexity/"):
+        return WINDOWS | DRAWS.get(metric, {})
+    shots = {"mmlu/acc": MMLU_SHOTS}.get(metric)
+    return {"task_limit": None, "limits": None, "shots": shots, "chat": None, "include": None}
+
+
+def _protocol_of_method(spec: TrialSpec) -> Json:
+    """The method's own defaults, and C4 as its calibration text."""
+    kind = settings_class(str(spec.method["name"]))
+    if kind is None or spec.scheme is None:
+        return {}
+    method = kind()
+    return {
+        **{f"method.{key}": value for key, value in method.knobs(spec.scheme).items() if key != "name"},
+        "symmetric": method.default_symmetric,
+        "head_bits": None,
+        "embedding_bits": None,
+        "scales": None,
+        "calibration": "c4",
+        "calibration.samples": method.default_samples,
+        "calibration.length": method.default_length,
+        "calibration.draw": method.default_draw,
+    }
+
+
+def _settings(spec: TrialSpec, metric: str) -> Json:
+    """What a trial did, by the names that `departures` compares."""
+    found: Json = {"dtype": spec.model.get("dtype")}
     if metric.startswith("perplexity/"):
         text = next(it for it in spec.evaluation["texts"] if f"perplexity/{it['name']}" == metric)
-        found += [f"window={text['window']}"] if text["window"] != 2048 else []
-        found += [f"limit={text['limit']}"] if text.get("limit") else []
-    elif spec.evaluation.get("task_limit"):
-        found.append(f"task_limit={spec.evaluation['task_limit']}")
-    if spec.calibration is not None and spec.calibration["source"] != "c4":
-        found.append(f"calibration={spec.calibration['source']}")
-    if spec.calibration is not None and spec.calibration.get("samples", 128) < 128:
-        found.append(f"calibration.samples={spec.calibration['samples']}")
-    if spec.method["name"] == "gptq":
-        wanted = {"act_order": True, "true_sequential": True, "static_groups": False, "mse": False, "damping": 0.01}
-        found += [f"{key}={spec.method[key]}" for key, value in wanted.items() if spec.method.get(key, value) != value]
-    if spec.method["name"] in ("rtn", "gptq", "awq") and spec.scheme is not None and spec.scheme.symmetric:
-        found.append("symmetric=true")
-    return tuple(found)
+        found |= {key: text.get(key) for key in ("window", "limit", "draw", "samples") if key in text}
+    else:
+        task = metric.removesuffix("/acc")
+        found |= {key: spec.evaluation.get(key) for key in ("task_limit", "chat", "include")}
+        found |= {key: spec.evaluation.get(key, {}).get(task) for key in ("limits", "shots")}
+    if spec.scheme is not None:
+        found |= {f"method.{key}": value for key, value in spec.method.items() if key != "name"}
+        found |= {"symmetric": spec.scheme.symmetric, "scales": spec.scheme.scales}
+    if spec.calibration is not None:
+        found["calibration"] = spec.calibration["source"]
+        found |= {
+            f"calibration.{key}": spec.calibration[key]
+            for key in ("samples", "length", "draw")
+            if key in spec.calibration
+        }
+    return found
+
+
+def _typed(value: object) -> str:
+    """As one types it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def verdict(metric: str, ours: float, theirs: float, interval: tuple[float, float] | None = None) -> str:
@@ -227,12 +291,16 @@ def verdict(metric: str, ours: float, theirs: float, interval: tuple[float, floa
     Args:
         ours: nan if it diverged; an accuracy as a share. theirs: as printed, an accuracy in percent.
     """
+    finite = math.isfinite(ours) and math.isfinite(theirs)
     if metric.startswith("perplexity/"):
-        collapsed = [not math.isfinite(value) or value > COLLAPSED for value in (ours, theirs)]
-        if any(collapsed):
-            return REPRODUCED if all(collapsed) else DIFFERENT
+        if all(not math.isfinite(value) or value > COLLAPSED for value in (ours, theirs)):
+            return REPRODUCED
+        if not finite:
+            return DIFFERENT
         off = max(0.0, abs(ours - theirs) - half_a_digit(theirs)) / theirs / PERPLEXITY_TOLERANCE
     else:
+        if not finite:
+            return REPRODUCED if math.isnan(ours) and math.isnan(theirs) else DIFFERENT
         if interval is not None and 100 * interval[0] <= theirs <= 100 * interval[1]:
             return REPRODUCED
         off = max(0.0, abs(100 * ours - theirs) - 0.05) / ACCURACY_TOLERANCE
@@ -252,7 +320,7 @@ def share_reproduced(found: Sequence[Compared]) -> str:
             by_cell.setdefault(it.published, []).append(it)
     if not by_cell:
         left = f" {len(found)} comparisons depart from its protocol and are not counted." if found else ""
-        return f"None of the study's {len(published())} cells was run by its protocol.{left}"
+        return f"None of the study's {len(published())} cells was run by its protocol.{left} {LEFT_OUT}"
     good = sum(all(it.verdict == REPRODUCED for it in mine) for mine in by_cell.values())
     close = sum(
         any(it.verdict != REPRODUCED for it in mine) and all(it.verdict != DIFFERENT for it in mine)
@@ -287,7 +355,9 @@ def paper_table(found: Sequence[Compared]) -> Table:
     )
     notes = [f"[{number}] {note}" for note, number in marks.items()]
     columns = ("trial", "measured on", "printed in", "published", "ours", "difference", "verdict", "notes")
-    return Table("Against the paper", columns, rows, "\n\n".join([tolerance, *notes, f"Published numbers: {SOURCE}."]))
+    return Table(
+        "Against the paper", columns, rows, "\n\n".join([tolerance, LEFT_OUT, *notes, f"Published numbers: {SOURCE}."])
+    )
 
 
 def _compared(theirs: Published, record: TrialRecord, metric: str, ours: float) -> Compared:

@@ -6,11 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from q3q.record import TrialRecord, trial_folder, write_atomically
+from q3q.report.answer import answers
 from q3q.report.latex import latex
+from q3q.report.luck import luck_tables
+from q3q.report.measures import in_order
 from q3q.report.page import Contents, html, markdown, versions
 from q3q.report.paper import Compared, compare_with_paper, paper_table, share_reproduced
 from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
-from q3q.report.tables import Table, in_order, result_tables, sites_csv, trial_table
+from q3q.report.tables import Table, result_tables, sites_csv, trial_table
+from q3q.track.tracker import ANSWER
 
 HTML, PAGE, CSV, LATEX, PICTURE = "report.html", "results.md", "results.csv", "results.tex", "perplexity.png"
 PLOTS = "plots"  # folder of each plot as PNG and SVG
@@ -36,16 +40,21 @@ class About:
 
 @dataclass(frozen=True)
 class Report:
-    """A report on disk. text: its main tables, for a terminal. table: the same in Markdown. files: content by name."""
+    """A report on disk.
+
+    text: its main tables, for a terminal. table: the same in Markdown. answer: in Markdown, for a front page. files:
+    content by name.
+    """
 
     folder: Path
     text: str
     table: str
+    answer: str
     files: Mapping[str, bytes]
 
     def artifacts(self) -> dict[str, bytes]:
         """What a tracker keeps of it."""
-        return {"table.md": self.table.encode(), **self.files}
+        return {ANSWER: self.answer.encode(), "table.md": self.table.encode(), **self.files}
 
 
 def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> Report:
@@ -68,7 +77,9 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
     text = "\n\n".join(table.plain() for table in main) or "No results: no trial measured anything."
     if contents.compared:
         text += f"\n\nAgainst the paper: {share_reproduced(contents.compared)}"
-    return Report(folder, text, "\n".join(table.markdown() for table in main), files)
+    table = "\n".join(table.markdown() for table in main)
+    answer = "\n".join(table.markdown() for table in contents.answers) or table
+    return Report(folder, text, table, answer, files)
 
 
 def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes:
@@ -97,25 +108,20 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
     compared = compare_with_paper(records)
     warnings = list(about.warnings)
     if len(commits := versions(records)) > 1:
-        warnings.append(f"These trials were measured by {len(commits)} versions of the code: {_by_version(records)}.")
+        counts = ", ".join(f"{count} by {commit}" for commit, count in commits.items())
+        warnings.append(f"These trials were measured by {len(commits)} versions of the code: {counts}.")
     return Contents(
         name=about.name,
         command=about.command,
         question=about.question,
         expectation=about.expectation,
         records=records,
+        answers=answers(records),
+        luck=luck_tables(records),
         plots=study_plots(records, about.predicted) if plots else [],
         compared=compared if compared or about.against_paper else None,
         warnings=warnings,
     )
-
-
-def _by_version(records: Sequence[TrialRecord]) -> str:
-    counts: dict[str, int] = {}
-    for record in records:
-        commit = str(record.environment.get("git_commit") or "unknown")
-        counts[commit] = counts.get(commit, 0) + 1
-    return ", ".join(f"{count} by {commit}" for commit, count in sorted(counts.items()))
 
 
 def _csv(records: Sequence[TrialRecord], compared: Sequence[Compared] | None) -> bytes:

@@ -102,6 +102,8 @@ class Study:
         Raises:
             TrackingError: the store cannot be used. Nothing has started yet then.
         """
+        from q3q.report.measures import trial_names
+
         self._sweep = Sweep(
             id=self.id,
             name=self.name,
@@ -112,6 +114,7 @@ class Study:
             expectation=self.expectation,
             predicted=self._earlier_predictions() | dict(self.predicted),
             experiment=self.experiment,
+            names=trial_names(self.specs),
         )
         self._sweep.save(self.storage)
         self.tracker.open(self._sweep)

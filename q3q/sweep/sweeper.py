@@ -76,6 +76,8 @@ NOTHING_QUANTIZED = {
     "overrides": "{}",
     "skip": "[]",
 }
+# Where and how a trial is held changes none of its numbers; nor does whether the unquantized model is added.
+PLACES = ("data", "memory", "loader")
 SWEEP_SETTINGS = ("cluster", "track", "storage", "name", "question", "expectation", "plan", "fresh", "keep")
 # Workers show nothing themselves, and must not all start as many threads as there are cores.
 WORKER_ENV = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -332,14 +334,14 @@ def narrowed(study: str, rows: Sequence[Sequence[Override]], given: Sequence[Ove
     """The rows of a saved study that the command line leaves, with the values that it leaves.
 
     A study is a question: one of its own values given on the command line asks for that part of it, anything else would
-    change what every row means under the study's name. With a name of its own (name=...) it is another study, and the
-    command line wins.
+    change what every row means under the study's name. With a name of its own (name=..., another than the study's) it
+    is another study, and the command line wins.
 
     Raises:
         ConfigError: an override would change every row, or leaves none.
     """
-    keys = {override.get_key_element().lstrip("+").partition("@")[0] for override in given}
-    if "name" in keys:
+    named = [one for one in given if one.get_key_element().lstrip("+") == "name"]
+    if any(one.is_delete() or str(one.value()) != study for one in named):
         return [replaced(row, given) for row in rows]
     swept = {key: values for row in rows for key, values in _values(row).items()}
     for row in rows:
@@ -350,7 +352,7 @@ def narrowed(study: str, rows: Sequence[Sequence[Override]], given: Sequence[Ove
     for override in given:
         key = override.get_key_element().lstrip("+")
         if key not in swept:
-            if key != "study" and key.partition(".")[0] not in (*SWEEP_SETTINGS, "hydra", "data"):
+            if not _may_be_said(key):
                 raise ConfigError(_changes_all(study, override, swept))
             others.append(override)
             continue
@@ -376,6 +378,14 @@ def _kept(row: list[Override], key: str, wanted: Sequence[str]) -> list[Override
 
 def _values(row: Sequence[Override]) -> dict[str, list[str]]:
     return {one.get_key_element().lstrip("+"): [choice.partition("=")[2] for choice in _choices(one)] for one in row}
+
+
+def _may_be_said(key: str) -> bool:
+    """Whether an override leaves every row of a study what it means. `hydra.sweeper` is where the rows are."""
+    if key.startswith("hydra.sweeper") or key == "hydra/sweeper":
+        return False
+    group = key.replace("/", ".").partition(".")[0]
+    return key in ("study", "evaluation.baseline") or group in (*SWEEP_SETTINGS, *PLACES, "hydra")
 
 
 def _changes_all(study: str, override: Override, swept: Mapping[str, Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ Every call names its run: MLflow's global active run is never used, and nobody b
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sqlite3
@@ -14,15 +15,17 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from q3q.errors import TrackingError
 from q3q.masking import masked
 from q3q.record import TrialRecord, block_errors, write_atomically
-from q3q.spec import TrialSpec
-from q3q.track.tracker import Sweep
+from q3q.spec import MEAN_ACCURACY, TrialSpec, mean_metrics
+from q3q.track.tracker import ANSWER, Sweep
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -32,15 +35,27 @@ WHEN_CHECKING = (5, 0)
 WHEN_WORKING = (15, 2)
 # What MLflow takes, in characters (tags: servers before 3.0). Longer texts are cut and stand whole in artifacts.
 LONGEST_PARAM, LONGEST_TAG = 6000, 5000
+LONGEST_COMMAND = 1500  # in the note of a sweep; whole in a tag, as far as that takes it
+ASIDE = ("top1_agreement/", "kl_p")  # of what a trial measured; no columns of the table of a sweep
 LONGEST_NAME = 120  # of a run, which stands in a table's column
 MOST_AT_ONCE = 1000  # metrics in one request
 MOST_COLUMNS = 8  # metrics in the UI's table of a sweep
+DIGITS = 7  # of a metric that is no whole number: a table has no room for more, record.json has them all
+REMOTE = ("mlflow-artifacts", "s3", "gs", "wasbs", "abfss", "dbfs", "hdfs", "http", "https", "ftp", "sftp", "r2")
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
 }
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which record a run holds: its digest, and when the attempt began that it is of; empty while there is none."""
+
+    digest: str = ""
+    started: str = ""
 
 
 class MlflowTracker:
@@ -69,7 +84,7 @@ class MlflowTracker:
         self._sweep: Sweep | None = None
         self._parent = ""
         self._live: dict[str, str] = {}  # trial id -> the run that its metrics go to while it works
-        self._children: dict[str, dict[str, str]] = {}  # trial id -> its runs -> digest of the record that each holds
+        self._children: dict[str, dict[str, Kept]] = {}  # trial id -> its runs -> the record that each holds
         self._drawn: dict[str, set[tuple[str, int]]] = {}  # trial id -> metrics and steps that it has while it works
         self._measured: dict[str, None] = {}  # what trials of the sweep measured, in the order of their records
 
@@ -104,14 +119,17 @@ class MlflowTracker:
                 self._parent, known = found[0].info.run_id, found[0].data.params
                 client.update_run(self._parent, status="RUNNING")
             else:
-                self._parent = client.create_run(self._experiment_id, run_name=_headline(sweep)).info.run_id
+                self._parent = client.create_run(
+                    self._experiment_id, run_name=_headline(sweep), start_time=_milliseconds(sweep.started or None)
+                ).info.run_id
             params = {key: value for key, value in _summary(sweep.trials).items() if key not in known}
             self._log_batch(self._parent, {}, 0, params, tags)
             self._upload(self._parent, {"config.yaml": sweep.config.encode()})
             self._sweep, self._children, self._live, self._measured = sweep, {}, {}, {}
             for run in self._children_of(self._parent):
-                trial, digest = run.data.tags.get("q3q.trial", ""), run.data.tags.get("q3q.record", "")
-                self._children.setdefault(trial, {})[run.info.run_id] = digest
+                tags = run.data.tags
+                kept = Kept(tags.get("q3q.record", ""), tags.get("q3q.started", ""))
+                self._children.setdefault(tags.get("q3q.trial", ""), {})[run.info.run_id] = kept
 
     def live(self, spec: TrialSpec, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
@@ -121,47 +139,62 @@ class MlflowTracker:
             now = int(time.time() * 1000)
             if spec.id not in self._live:
                 self._live[spec.id] = self._begin(spec, now)
-                self._children.setdefault(spec.id, {})[self._live[spec.id]] = ""
+                self._children.setdefault(spec.id, {})[self._live[spec.id]] = Kept()
             named = [Metric(_metric_name(name), value, now, step) for name, value in metrics.items()]
             self._client().log_batch(self._live[spec.id], named)
             self._drawn.setdefault(spec.id, set()).update((name, step) for name in metrics)
 
     def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
-        trial, digest = record.spec.id, _digest(record)
+        trial, now = record.spec.id, Kept(_digest(record), str(record.environment.get("started") or ""))
         with self._trouble(f"did not take trial {trial}"), _patience(*WHEN_WORKING):
             self._expect_open()
-            self._show(name for name in record.metrics if name in record.intervals)
+            self._show(name for name in _metrics(record) if name in record.intervals or name == MEAN_ACCURACY)
             runs = self._children.setdefault(trial, {})
-            if digest in runs.values():
+            if now in runs.values():
                 return
             client = self._client()
             started, ended = _times(record)
-            run = self._live.pop(trial, None) or self._begin(record.spec, started)
+            # The same attempt, of which more is known by now, goes on in its run: what was charted live stays there.
+            known = [run for run, kept in runs.items() if kept.digest and now.started and kept.started == now.started]
+            run = self._live.pop(trial, None) or next(iter(known), None) or self._begin(record.spec, started)
             earlier = [old for old in runs if old != run]
             # From here on the run is known, and without a digest: if the rest fails, the next try replaces it.
-            runs[run] = ""
-            self._log_batch(run, _metrics(record), ended, record.spec.flat(), _tags(record))
-            self._log_blocks(run, record, self._drawn.pop(trial, set()), ended)
-            self._log_texts(run, record.spec)
+            runs[run] = Kept()
+            self._bring_up_to_date(run, record, ended)
+            if run not in known:
+                self._log_blocks(run, record, self._drawn.pop(trial, set()), ended)
+                self._log_data(run, record.spec)
             self._upload(run, artifacts)
             if self.register is not None and record.completed and record.spec.export:
                 self._register(run, record)
             client.set_terminated(run, "FINISHED" if record.completed else "FAILED", ended)
-            client.set_tag(run, "q3q.record", digest)
-            runs[run] = digest
+            client.set_tag(run, "q3q.started", now.started)
+            client.set_tag(run, "q3q.record", now.digest)
+            runs[run] = now
             for old in earlier:
                 client.delete_run(old)
                 del runs[old]
+
+    def _bring_up_to_date(self, run: str, record: TrialRecord, at: int) -> None:
+        """Metrics, params and tags as the record has them; what the run has already is not logged twice."""
+        there, tags = self._client().get_run(run).data, _tags(record)
+        metrics = {name: value for name, value in _metrics(record).items() if there.metrics.get(name) != value}
+        params = {name: value for name, value in record.spec.flat().items() if name not in there.params}
+        self._log_batch(run, metrics, at, params, {**tags, "q3q.record": ""})
+        for name in there.tags:
+            if name.startswith("q3q.") and name not in (*tags, "q3q.trial", "q3q.record", "q3q.started"):
+                self._client().delete_tag(run, name)
 
     def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
         with self._trouble("did not take the sweep's table and plots"), _patience(*WHEN_WORKING):
             sweep, client = self._expect_open(), self._client()
             self._upload(self._parent, artifacts)
-            table = artifacts.get("table.md", b"").decode()
-            self._log_batch(self._parent, {}, 0, {}, {"mlflow.note.content": _note(sweep, table)})
+            answer = artifacts.get(ANSWER, b"").decode()
+            self._log_batch(self._parent, {}, 0, {}, {"mlflow.note.content": _note(sweep, answer)})
             for run in self._live.values():  # interrupted at work: nobody writes to it any more
                 client.set_terminated(run, "KILLED")
-            client.set_terminated(self._parent, "FINISHED" if succeeded else "FAILED")
+            ended = _milliseconds(sweep.ended or None)
+            client.set_terminated(self._parent, "FINISHED" if succeeded else "FAILED", ended)
 
     def _show(self, measured: Iterable[str]) -> None:
         """See that the sweep's page has columns for these metrics."""
@@ -177,7 +210,7 @@ class MlflowTracker:
         run = self._client().create_run(
             self._experiment_id,
             start_time=started,
-            run_name=f"{spec.name} · {_model(spec)}",
+            run_name=_cut(self._expect_open().names.get(spec.id, f"{spec.name} · {_model(spec)}"), LONGEST_NAME),
             tags={"mlflow.parentRunId": self._parent, "q3q.trial": spec.id},
         )
         return str(run.info.run_id)
@@ -195,12 +228,18 @@ class MlflowTracker:
         for start in range(0, len(metrics), MOST_AT_ONCE):
             self._client().log_batch(run, metrics[start : start + MOST_AT_ONCE])
 
-    def _log_texts(self, run: str, spec: TrialSpec) -> None:
-        """The texts that a trial calibrated and was measured on, as MLflow's data sets."""
+    def _log_data(self, run: str, spec: TrialSpec) -> None:
+        """What a trial calibrated and was measured on, as MLflow's data sets: texts, and the tasks' questions."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         texts = [("calibration", spec.calibration)] if spec.calibration else []
         texts += [("evaluation", text) for text in spec.evaluation.get("texts", [])]
+        start = "evaluation.data."
+        texts += [
+            ("evaluation", {"name": key.removeprefix(start), "digest": digest})
+            for key, digest in spec.flat().items()
+            if key.startswith(start)
+        ]
         inputs = [
             DatasetInput(
                 Dataset(
@@ -217,27 +256,36 @@ class MlflowTracker:
             self._client().log_inputs(run, inputs)
 
     def _check_registry(self) -> None:
-        """A registry takes only what lies in an artifact store that it can reach.
+        """A registry takes only what lies in an artifact store that it can reach: where, an experiment alone says.
 
         Raises:
             TrackingError: it refuses local files.
         """
-        if self._database is not None:
-            raise TrackingError(
-                f"track.register={self.register} needs a remote artifact store, and track.uri={masked(self.uri)} keeps "
-                "files on this machine alone: give a server with one (track.uri=http://HOST:PORT), or leave it out"
-            )
+        where = "files on this machine alone"
+        if self._database is None:
+            place = self._client().get_experiment(self._find_experiment() or self._make_experiment()).artifact_location
+            if urlsplit(place).scheme in REMOTE:
+                return
+            where = f"those of the experiment {self.experiment} in {place}, a folder of its machine"
+        raise TrackingError(
+            f"track.register={self.register} needs a remote artifact store, and track.uri={masked(self.uri)} keeps "
+            f"{where}: give a server (track.uri=http://HOST:PORT, mlflow server --artifacts-destination PLACE) and "
+            "an experiment that was made there (track.experiment=NAME), or leave it out"
+        )
 
     def _register(self, run: str, record: TrialRecord) -> None:
-        """Upload the checkpoint and make it a version of the model."""
+        """Upload the checkpoint and make it a version of the model, unless it is one."""
         assert self.register is not None
-        client = self._client()
-        folder = str(record.spec.places["export"])
-        client.log_artifacts(run, folder, "checkpoint")
+        client, sha256 = self._client(), str(record.notes.get("export", {}).get("sha256", ""))
+        tags = {"q3q.trial": record.spec.id, "q3q.export.sha256": sha256}
         if not client.search_registered_models(f"name = '{self.register}'"):
             client.create_registered_model(self.register)
+        for version in client.search_model_versions(f"name = '{self.register}'"):
+            if tags.items() <= version.tags.items() and version.status == "READY":
+                return
+        client.log_artifacts(run, str(record.spec.places["export"]), "checkpoint")
         source = f"{client.get_run(run).info.artifact_uri}/checkpoint"
-        client.create_model_version(self.register, source, run_id=run, tags={"q3q.trial": record.spec.id})
+        client.create_model_version(self.register, source, run_id=run, tags=tags)
 
     def _client(self) -> "MlflowClient":
         with self._connecting:
@@ -458,15 +506,22 @@ def _milliseconds(moment: str | None) -> int | None:
 
 
 def _metrics(record: TrialRecord) -> dict[str, float]:
-    """The record's metrics under names that MLflow takes, `<metric>.low` and `<metric>.high` of each 95 % interval, and
-    `<metric>.difference` from the unquantized model."""
+    """The record's metrics under names that MLflow takes, `<metric>.low` and `<metric>.high` of each 95 % interval,
+    `<metric>.difference` from the unquantized model, and the mean accuracy of the tasks."""
     named = dict(record.metrics)
     for name, (low, high) in record.intervals.items():
         named |= {f"{name}.low": low, f"{name}.high": high}
     for name, compared in record.comparisons.items():
         if compared.difference is not None:
             named[f"{name}.difference"] = compared.difference
-    return {_metric_name(name): value for name, value in named.items()}
+    accuracies = mean_metrics(record.spec)
+    if len(accuracies) > 1 and all(name in record.metrics for name in accuracies):
+        named[MEAN_ACCURACY] = math.fsum(record.metrics[name] for name in accuracies) / len(accuracies)
+    return {_metric_name(name): _brief(value) for name, value in named.items()}
+
+
+def _brief(value: float) -> float:
+    return value if float(value).is_integer() else float(f"{value:.{DIGITS}g}")
 
 
 def _metric_name(name: str) -> str:
@@ -544,20 +599,25 @@ def _model(spec: TrialSpec) -> str:
 def _view(parent: str, measured: list[str]) -> str:
     """What the UI's table of a sweep shows, as the UI itself keeps a view that somebody shares: the trials alone, what
     they measured beside their bits, the best first. A UI that does not know it says so and shows all runs."""
-    main = [name for name in measured if not name.startswith("top1_agreement/")] or measured
+    main = sorted((name for name in measured if not name.startswith(ASIDE)), key=_rank) or measured
     columns = [f"metrics.`{_metric_name(name)}`" for name in [*main[:MOST_COLUMNS], "bits_per_weight_model"]]
     return json.dumps(
         {
             "searchFilter": f"tags.mlflow.parentRunId = '{parent}'",
             "orderByKey": columns[0],
-            "orderByAsc": "/acc" not in columns[0],
+            "orderByAsc": "accuracy" not in columns[0] and "/acc" not in columns[0],
             "startTime": "ALL",
             "lifecycleFilter": "Active",
             "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
-            "selectedColumns": [*columns, "params.`scheme.bits`", "params.`scheme.group_size`"],
+            "selectedColumns": ["params.`scheme.bits`", "params.`scheme.group_size`", *columns],
         }
     )
+
+
+def _rank(name: str) -> int:
+    """Perplexities first, then the mean accuracy, then what is about single tasks and tokens."""
+    return 0 if name.startswith("perplexity") else 1 if name == MEAN_ACCURACY else 2
 
 
 def _headline(sweep: Sweep) -> str:
@@ -565,11 +625,19 @@ def _headline(sweep: Sweep) -> str:
     return _cut(sweep.question or sweep.name, LONGEST_NAME)
 
 
-def _note(sweep: Sweep, table: str = "") -> str:
-    """What was asked, how to ask it again, and the answer."""
+def _note(sweep: Sweep, answer: str = "") -> str:
+    """What was asked, how to ask it again, and as many tables of the answer as there is room for."""
     asked = [
         f"**{word}.** {text}"
         for word, text in (("Question", sweep.question), ("Expectation", sweep.expectation))
         if text
     ]
-    return "\n\n".join([*asked, f"```\n{sweep.command}\n```", table])
+    note = "\n\n".join([*asked, f"```\n{_cut(sweep.command, LONGEST_COMMAND)}\n```"])
+    if not answer:
+        return note
+    pointer = "The whole report is `report.html` among the artifacts of this run."
+    for table in re.split(r"\n\n(?=\*\*)", answer.strip()):
+        if len(note) + len(table) + len(pointer) + 4 > LONGEST_TAG:
+            break
+        note += f"\n\n{table}"
+    return f"{note}\n\n{pointer}"

@@ -9,6 +9,8 @@ from typing import Protocol
 from q3q.record import TrialRecord, moved, write_atomically
 from q3q.spec import Json, TrialSpec
 
+ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -16,7 +18,8 @@ class Sweep:
 
     id: the same for the same set of trials. command: what a person types to get it again. config: composed, as YAML.
     question, expectation: of a saved study, in its own words. predicted: seconds of each trial still to run, by id.
-    experiment: what a tracker files it under.
+    experiment: what a tracker files it under. names: what each trial is called among these, by id.
+    started, ended: when it ran, of one that is filed after the fact (ISO 8601); empty: now.
     """
 
     id: str
@@ -28,6 +31,9 @@ class Sweep:
     expectation: str = ""
     predicted: dict[str, float] = field(default_factory=dict)
     experiment: str = "q3q"
+    names: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    ended: str = ""
 
     def save(self, storage: Path) -> None:
         """To `<storage>/sweeps/<name>_<id>.json`: a report, or a new tracker, finds its trials there."""
@@ -80,7 +86,7 @@ class Tracker(Protocol):
         """
 
     def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
-        """End the sweep's entry, with its files; a table for its front page is expected in `table.md`.
+        """End the sweep's entry, with its files; `ANSWER` among them is for its front page.
 
         Raises:
             TrackingError: the store did not take it.

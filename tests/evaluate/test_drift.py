@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.baseline import BaselineIdentity, baseline_for
-from q3q.evaluate.drift import Drift, perplexity_and_drift
+from q3q.evaluate.drift import PERCENTILES, Drift, perplexity_and_drift
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.perplexity import perplexity, window_losses
 from q3q.models import decoder as decoder_module
@@ -84,6 +84,7 @@ def test_equals_a_plain_float64_computation(decoder, windows, baseline, monkeypa
     assert 0 < same.mean() < 1
     assert found.drift.kl == pytest.approx(float(kl.mean()), rel=1e-5)
     assert found.drift.kl_99 == pytest.approx(float(numpy.quantile(kl.numpy(), 0.99)), rel=1e-5)
+    assert found.drift.kl_percentiles == pytest.approx(numpy.percentile(kl.numpy(), PERCENTILES).tolist(), rel=1e-4)
     low, high = found.drift.kl_99_interval
     assert low < found.drift.kl_99 <= high
     assert found.drift.agreement == pytest.approx(float(same.mean()), rel=1e-12)
@@ -186,8 +187,11 @@ def test_a_baseline_of_other_tokens_is_refused(decoder, windows, baseline):
 
 
 def test_names_and_intervals_of_the_record():
-    drift = Drift(0.1, 0.1, 0.9, (0.5, 1.2), 0.99, 0.02, 4, 60)
-    assert drift.metrics("c4") == {"kl/c4": 0.1, "kl_p99/c4": 0.9, "top1_agreement/c4": 0.99}
+    drift = Drift(0.1, 0.1, 0.9, (0.5, 1.2), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0), 0.99, 0.02, 4, 60)
+    found = drift.metrics("c4")
+    assert found == {"kl/c4": 0.1, "kl_p99/c4": 0.9, "top1_agreement/c4": 0.99} | {
+        f"kl_p{p}/c4": kl for kl, p in enumerate(("1", "10", "25", "50", "75", "90", "99.9"), start=1)
+    }
     intervals = drift.intervals("c4")
     assert intervals["kl/c4"] == (0.0, pytest.approx(0.1 + 0.196, abs=1e-3))
     assert intervals["kl_p99/c4"] == (0.5, 1.2)

@@ -1,21 +1,30 @@
 """The answer at the top of a report."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from q3q.record import COMPLETED, Comparison, TrialRecord
-from q3q.report.answer import answers, loss
+from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
+from q3q.record import COMPLETED, Comparison, TrialRecord, trial_folder
+from q3q.report.answer import Loss, answers, loss
+from q3q.report.pools import Pool, pools
 from q3q.spec import Scheme, TrialSpec
 
 STORIES = "perplexity/stories"
 
 
 def record(
-    method: str, bits: int, perplexity: float, reach: float = 0.0, nats: tuple[float, float, float] | None = None
+    method: str,
+    bits: int,
+    perplexity: float,
+    reach: float = 0.0,
+    nats: tuple[float, float, float] | None = None,
+    **changes: Any,
 ) -> TrialRecord:
-    """reach: of the perplexity's own interval. nats: paired difference and its interval."""
+    """reach: of the perplexity's own interval. nats: paired difference and its interval. changes: of the spec."""
     spec = TrialSpec(
         model={"name": "demo", "digest": "d", "dtype": "float32"},
         method={"name": method, "version": 1},
@@ -24,6 +33,7 @@ def record(
         evaluation={"texts": [{"name": "stories", "window": 512}], "tasks": [], "task_limit": None},
         seed=0,
     )
+    spec = replace(spec, **changes)
     whole = TrialRecord(spec=spec, status=COMPLETED, metrics={STORIES: perplexity})
     if reach:
         whole = replace(whole, intervals={STORIES: (perplexity - reach, perplexity + reach)})
@@ -35,25 +45,64 @@ def record(
     return replace(whole, comparisons={STORIES: found})
 
 
+def alone(one: TrialRecord) -> Pool:
+    return Pool("it", (one,))
+
+
+def measured(folder: Path, one: TrialRecord, nll_N: Sequence[float], answers_N: Sequence[float] = ()) -> TrialRecord:
+    """With its samples on disk: each window's loss, and how each question of the tasks a and b was answered."""
+    found = replace(one, spec=one.spec.with_places({"trials": str(folder)}))
+    rows = window_rows(STORIES, "d", nll_N)
+    for task in ("a", "b"):
+        rows += [
+            {"task": task, "doc_id": n, "doc_hash": "h", "filter": "none", "scores": {"acc": float(right)}}
+            for n, right in enumerate(answers_N)
+        ]
+    trial_folder(found.spec).mkdir(parents=True)
+    write_samples(trial_folder(found.spec) / SAMPLES, rows)
+    return found
+
+
 def test_the_best_at_each_width_and_its_loss() -> None:
     records = [record("none", 16, 10.0), record("rtn", 2, 20.0), record("gptq", 2, 12.0), record("rtn", 4, 10.5)]
     [table] = answers(records)
     assert table.title == "demo"
-    assert table.rows == (("2", "gptq", "12.00", "+20.0 %", "-"), ("4", "rtn", "10.50", "+5.0 %", "-"))
+    assert table.rows == (
+        ("2", "gptq", "12.00", "+20.0 %", "unknown: rtn"),
+        ("4", "rtn", "10.50", "+5.0 %", "-"),
+    )
 
 
 def test_a_paired_comparison_gives_the_loss_its_interval() -> None:
-    found = loss(record("gptq", 2, 12.0, nats=(0.0953, 0.1823, 0.2624)), None, STORIES)
+    found = loss(alone(record("gptq", 2, 12.0, nats=(0.0953, 0.1823, 0.2624))), None, STORIES)
     assert found is not None
     assert (found.low, found.value, found.high) == pytest.approx((0.1, 0.2, 0.3), abs=1e-3)
     assert str(found) == "+20.0 % [+10.0, +30.0]"
-    assert "not distinguishable from none" in str(loss(record("gptq", 2, 10.0, nats=(-0.01, 0.0, 0.01)), None, STORIES))
+    none = alone(record("gptq", 2, 10.0, nats=(-0.01, 0.0, 0.01)))
+    assert "not distinguishable from none" in str(loss(none, None, STORIES))
 
 
-def test_what_intervals_cannot_tell_apart_is_named() -> None:
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [
+        (0.00123, 0.00101, 0.00145, "+0.123 % [+0.101, +0.145]"),
+        (-0.0003, None, None, "-0.030 %"),
+        (0.2, 0.1, 0.3, "+20.0 % [+10.0, +30.0]"),
+        (0.0, 0.0, 0.0, "+0.0 % [+0.0, +0.0]"),
+        (46.0, 45.0, 47.0, "47 times [46, 48]"),
+    ],
+)
+def test_a_loss_has_the_digits_that_its_interval_allows(
+    value: float, low: float | None, high: float | None, text: str
+) -> None:
+    assert str(Loss(STORIES, value, low, high)) == text
+
+
+def test_intervals_without_samples_tell_apart_or_leave_it_unknown() -> None:
+    """Two that overlap may well differ on the same windows: nothing follows."""
     apart = [record("rtn", 2, 20.0, reach=1), record("gptq", 2, 12.0, reach=1)]
     alike = [record("rtn", 2, 12.5, reach=1), record("gptq", 2, 12.0, reach=1)]
-    assert [answers(some)[0].rows[0][-1] for some in (apart, alike)] == ["-", "rtn"]
+    assert [answers(some)[0].rows[0][-1] for some in (apart, alike)] == ["-", "unknown: rtn"]
 
 
 def test_paired_losses_tell_apart_what_the_metrics_own_intervals_cannot() -> None:
@@ -67,4 +116,97 @@ def test_paired_losses_tell_apart_what_the_metrics_own_intervals_cannot() -> Non
 def test_without_a_reference_a_loss_is_unknown_and_without_numbers_nothing_is_best() -> None:
     failed = TrialRecord.failed(record("gptq", 3, 1.0).spec, "died")
     [table] = answers([record("rtn", 2, 20.0), failed])
-    assert table.rows == (("2", "rtn", "20.00", "unknown", "-"), ("3", "none", "failed", "-", "-"))
+    assert table.rows == (("2", "rtn", "20.00", "unknown", "-"), ("3", "-", "failed", "-", "-"))
+
+
+def test_two_methods_are_compared_window_by_window(tmp_path: Path) -> None:
+    """Their own intervals overlap widely, since windows are hard or easy for both; pairs tell them apart, or do not."""
+    hard = [1.0, 2.0, 3.0, 4.0, 1.5, 2.5, 3.5, 4.5]
+    worse = [nll + 0.01 + 0.001 * k for k, nll in enumerate(hard)]
+    other = [nll + 0.01 * (-1) ** k for k, nll in enumerate(hard)]
+    for name, nll_N, told in (("worse", worse, "-"), ("other", other, "rtn")):
+        pair = [
+            measured(tmp_path / name, record("rtn", 2, 12.5, reach=5), nll_N),
+            measured(tmp_path / name, record("gptq", 2, 12.0, reach=5), hard),
+        ]
+        assert answers(pair)[0].rows[0][-1] == told
+
+
+def test_the_mean_accuracys_loss_has_the_interval_of_its_pairs(tmp_path: Path) -> None:
+    """Two tasks, 100 questions each, of which 10 were lost: the mean of the differences, stratified."""
+    asked = {"texts": [], "tasks": ["a", "b"], "task_limit": None}
+    right, lost = [1.0] * 80 + [0.0] * 20, [0.0] * 10 + [1.0] * 70 + [0.0] * 20
+    trials = []
+    for method, answered_N, acc in (("none", right, 0.8), ("gptq", lost, 0.7)):
+        one = replace(record(method, 4, 1.0, evaluation=asked), metrics={"a/acc": acc, "b/acc": acc})
+        trials.append(measured(tmp_path, one, [], answered_N))
+    none, gptq = (Pool(one.spec.method["name"], (one,)) for one in trials)
+    found = loss(gptq, none, "accuracy")
+    assert found is not None
+    assert found.value == pytest.approx(-0.1)
+    assert found.low is not None
+    assert found.high is not None
+    # Each task's own standard error is sqrt(0.1 * 0.9 / 100) = 0.03; of the mean of two, 0.021.
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.021, rel=0.15)
+    assert found.distinguishable
+    [table] = answers(trials)
+    assert table.columns[:4] == ("bits", "best method", "mean accuracy, %", "loss")
+    assert table.rows[0][3].startswith("-10.0 points [-1")
+
+
+def test_trials_that_were_evaluated_otherwise_are_not_compared() -> None:
+    """A perplexity of the first two windows is lower, and says nothing of the others."""
+    short = {"texts": [{"name": "stories", "window": 512, "limit": 2}], "tasks": [], "task_limit": None}
+    whole = {"texts": [{"name": "stories", "window": 512, "limit": None}], "tasks": [], "task_limit": None}
+    tables = answers([record("rtn", 2, 1.5, evaluation=short), record("gptq", 2, 12.0, evaluation=whole)])
+    assert {table.title: table.rows[0][1] for table in tables} == {"demo (limit=null)": "gptq", "demo (limit=2)": "rtn"}
+    other = {"name": "demo", "digest": "another", "dtype": "bfloat16"}
+    titles = {table.title for table in answers([record("rtn", 2, 2.0), record("rtn", 2, 1.0, model=other)])}
+    assert titles == {"demo (dtype=bfloat16)", "demo (dtype=float32)"}
+
+
+CALIBRATED = {"calibration": {"source": "demo", "digest": "c", "samples": 8}}
+
+
+def test_a_lucky_seed_is_not_the_best_method() -> None:
+    """By its luckiest seed AWQ would win; by the mean it does not."""
+    trials = [record("gptq", 2, value, seed=seed, **CALIBRATED) for seed, value in enumerate((12.0, 12.1, 12.2))]
+    trials += [record("awq", 2, value, seed=seed, **CALIBRATED) for seed, value in enumerate((11.0, 15.0, 16.0))]
+    [table] = answers(trials)
+    assert table.rows[0][1:3] == ("gptq", "12.10 ± 0.1 (3 seeds)")
+    assert table.rows[0][-1] == "awq"  # the spread over seeds explains the difference
+    assert [pool.spread(STORIES) for pool in pools(trials)] == pytest.approx([2.6458, 0.1], abs=1e-4)
+
+
+def test_seeds_tell_apart_what_spreads_less_than_it_differs(tmp_path: Path) -> None:
+    trials = [record("gptq", 2, value, seed=seed, **CALIBRATED) for seed, value in enumerate((12.0, 12.1, 12.2))]
+    trials += [record("awq", 2, value, seed=seed, **CALIBRATED) for seed, value in enumerate((15.0, 15.1, 15.2))]
+    assert answers(trials)[0].rows[0][-1] == "unknown: awq"  # for want of samples
+    with_samples = [
+        measured(tmp_path, one, [one.metrics[STORIES] / 10 + 0.01 * window for window in range(8)]) for one in trials
+    ]
+    assert answers(with_samples)[0].rows[0][-1] == "-"
+
+
+def test_texts_that_disagree_about_the_best_say_so() -> None:
+    asked = {"texts": [{"name": "stories"}, {"name": "library"}], "tasks": [], "task_limit": None}
+    trials = [
+        replace(record(method, 2, stories, evaluation=asked), metrics={STORIES: stories, "perplexity/library": library})
+        for method, stories, library in (("none", 1.0, 10.0), ("gptq", 2.0, 40.0), ("awq", 3.0, 20.0))
+    ]
+    [table] = answers(trials)
+    assert table.columns[1] == "best method by perplexity, stories"
+    assert table.rows[0][1:] == (
+        *("gptq", "2.000", "+100.0 %", "40.00", "+300.0 %", "unknown: awq"),
+        "perplexity, library: awq (unknown whether by chance)",
+    )
+
+
+def test_code_of_another_version_is_marked() -> None:
+    trials = [
+        replace(record("gptq", bits, 12.0), environment={"git_commit": commit})
+        for bits, commit in ((2, "a"), (3, "a"), (4, "b"))
+    ]
+    [table] = answers(trials)
+    assert [row[1] for row in table.rows] == ["gptq", "gptq", "gptq *"]
+    assert "another version of the code" in table.note

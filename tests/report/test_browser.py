@@ -1,10 +1,12 @@
 """The page in a real browser: no console errors, every point there, no request."""
 
 import http.server
+import json
 import re
 import shutil
 import subprocess
 import threading
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--virtual-time-budget=5000 --enable-logging=stderr --log-level=0"
 ).split()
+OF_A_PAGE = 101845102  # Chromium's mark of requests by a page's loader: blink_resource_loader
 # Reports what a reader's pointer would meet.
 PROBE = """<script>
 addEventListener("load", () => {
@@ -32,6 +35,7 @@ addEventListener("load", () => {
   const faint = new Set([...document.querySelectorAll(".faint")].map((part) => part.dataset.line));
   document.body.dataset.probe = JSON.stringify({
     told, faint: [...faint].sort(), overflow: document.documentElement.scrollWidth > innerWidth,
+    paper: getComputedStyle(document.body).backgroundColor,
   });
 });
 </script>"""
@@ -147,3 +151,64 @@ def test_the_page_asks_for_nothing_and_takes_names_for_text(page: str) -> None:
     assert outside == []
     identities = re.findall(r'\bid="([^"]*)"', page)
     assert len(identities) == len(set(identities))
+
+
+def opened(page: str, tmp_path: Path, *flags: str) -> tuple[dict[str, Any], list[str]]:
+    """The page as a file: what its probe says, and every address that the browser asked anybody for."""
+    assert BROWSER is not None
+    file, log = tmp_path / "report.html", tmp_path / "net.json"
+    file.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    places = [f"--user-data-dir={tmp_path}/profile", f"--log-net-log={log}", "--net-log-capture-mode=Everything"]
+    command = [BROWSER, *FLAGS, *places, *flags, "--dump-dom", file.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in shown.stderr
+    probe = re.search(r'data-probe="([^"]*)"', shown.stdout)
+    assert probe is not None
+    # Chromium asks its maker for the time and for updates: a page's own requests have the mark of its loader.
+    asked = set(re.findall(rf'"traffic_annotation":{OF_A_PAGE},"url":"([^"]*)"', log.read_text(encoding="utf-8")))
+    return json.loads(unescape(probe[1])), sorted(asked)
+
+
+def test_as_a_file_it_works_and_asks_nobody_for_anything(page: str, tmp_path: Path) -> None:
+    told, asked = opened(page, tmp_path, "--window-size=1200,900")
+    assert told["told"] == "rtn, 4 bits: 4.000"
+    assert asked == []
+
+
+def test_a_request_would_be_noticed(page: str, tmp_path: Path) -> None:
+    outside = '<img src="http://127.0.0.1:9/font" onerror="" alt=""></main>'
+    assert BROWSER is not None
+    file, log = tmp_path / "asks.html", tmp_path / "net.json"
+    file.write_text(page.replace("</main>", outside), encoding="utf-8")
+    places = [f"--user-data-dir={tmp_path}/profile", f"--log-net-log={log}", "--net-log-capture-mode=Everything"]
+    subprocess.run(
+        [BROWSER, *FLAGS, *places, "--dump-dom", file.as_uri()], capture_output=True, timeout=120, check=True
+    )
+    assert f'"traffic_annotation":{OF_A_PAGE},"url":"http://127.0.0.1:9/font"' in log.read_text(encoding="utf-8")
+
+
+def test_it_is_read_on_a_telephone(page: str, tmp_path: Path) -> None:
+    """No wider than its screen; Chromium's own narrowest window is 500 pixels, so it is put in a frame of 360."""
+    inner = escape(page.replace("</body>", PROBE + "</body>"))
+    frame = f'<!doctype html><body><iframe style="width:360px;height:800px" srcdoc="{inner}"></iframe><script>'
+    frame += (
+        'addEventListener("load", () => { document.body.dataset.frame = '
+        'document.querySelector("iframe").contentDocument.body.dataset.probe; });</script></body>'
+    )
+    assert BROWSER is not None
+    file = tmp_path / "frame.html"
+    file.write_text(frame, encoding="utf-8")
+    command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--dump-dom", file.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    probe = re.search(r'data-frame="([^"]*)"', shown)
+    assert probe is not None
+    told = json.loads(unescape(probe[1]))
+    assert told["overflow"] is False
+
+
+def test_it_is_dark_where_its_reader_likes_that(page: str, tmp_path: Path) -> None:
+    (tmp_path / "light").mkdir()
+    (tmp_path / "dark").mkdir()
+    light, _ = opened(page, tmp_path / "light", "--blink-settings=preferredColorScheme=1")
+    dark, _ = opened(page, tmp_path / "dark", "--blink-settings=preferredColorScheme=0")
+    assert (light["paper"], dark["paper"]) == ("rgb(255, 255, 255)", "rgb(18, 21, 26)")

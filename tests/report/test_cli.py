@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_each_format_is_printed_alone(tmp_path: Path, capfdbinary: pytest.Captur
     assert shown["html"].startswith("<!doctype html>")
     assert "| rtn | 12.00 |" in shown["md"]
     assert shown["csv"].splitlines()[0].startswith("trial,label,model,method,bits")
-    assert r"qwen3\_8b\_base & RTN & 2 & 16 & 128 & 12.00 \\" in shown["latex"]
+    assert r"Qwen3-8B-Base & RTN & 2 & 16 & 128 & 12.0 \\" in shown["latex"]
     assert not (tmp_path / "reports").exists()
 
 
@@ -101,3 +102,87 @@ def test_records_of_several_code_versions_are_told(tmp_path: Path, capfd: pytest
     record(tmp_path, 3, commit="bbb")
     main(["--storage", str(tmp_path), "--format", "md"])
     assert "measured by 2 versions of the code: 1 by aaa, 1 by bbb." in capfd.readouterr().out
+
+
+def test_code_that_nobody_knows_is_a_version_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, 2, commit="aaa")
+    record(tmp_path, 3, commit="")
+    main(["--storage", str(tmp_path), "--format", "md"])
+    told = capfd.readouterr().out
+    assert "measured by 2 versions of the code: 1 by aaa, 1 by unknown." in told
+    assert "code aaa: `python launch.py" in told
+    main(["--storage", str(tmp_path), "--format", "csv"])
+    head, *rows = capfd.readouterr().out.splitlines()
+    place = head.split(",").index("git_commit")
+    assert [row.split(",")[place] for row in rows] == ["aaa", "unknown"]
+
+
+def test_all_sweeps_of_a_name_are_one_study_and_an_id_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two, three = record(tmp_path, 2), record(tmp_path, 3)
+    sweep(tmp_path, "grid", two)
+    older = tmp_path / "sweeps/grid_idgrid.json"
+    older.rename(tmp_path / "sweeps/grid_older.json")
+    sweep(tmp_path, "grid", three)
+    text = (tmp_path / "sweeps/grid_older.json").read_text()
+    (tmp_path / "sweeps/grid_older.json").write_text(text.replace('"idgrid"', '"older"'))
+    assert main(["--storage", str(tmp_path), "--study", "grid"]) == 0
+    page = (tmp_path / "reports/grid/report.html").read_text()
+    assert "2 trials: 2 completed" in page
+    assert "2 sweeps of this name are taken together" in page
+    assert main(["--storage", str(tmp_path), "--study", "older"]) == 0
+    assert "1 trials: 1 completed" in (tmp_path / "reports/grid_older/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"environment": None},
+        {"metrics": []},
+        {"notes": [1]},
+        {"intervals": {"a": [None, None]}},
+        {"sites": [{"block": 0, "site": "o", "linear": "o", "weight_error": "much", "output_error": None}]},
+        {"spec": {"seed": -1}},
+        {"spec": {"evaluation": []}},
+        {"spec": {"model": None}},
+        {"reason": None},
+        "[" * 100_000,
+        "null",
+    ],
+    ids=str,
+)
+def test_what_is_no_record_is_named_and_the_others_are_reported(
+    damage: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record(tmp_path, 2)
+    strange = record(tmp_path, 3)
+    path = tmp_path / "trials" / strange.spec.id / "record.json"
+    whole = strange.to_json()
+    if isinstance(damage, dict):
+        changed = {**whole["spec"], **damage["spec"]} if "spec" in damage else whole["spec"]
+        path.write_text(json.dumps({**whole, **damage, "spec": changed}))
+    else:
+        path.write_text(damage)
+    assert main(["--storage", str(tmp_path), "--format", "html"]) == 0
+    assert f"{path} cannot be read and is left out" in capfd.readouterr().err
+
+
+def test_a_damaged_sweep_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    sweep(tmp_path, "whole", record(tmp_path, 2))
+    (tmp_path / "sweeps/torn_1.json").write_text('{"id": "1", "trials": [')
+    assert main(["--storage", str(tmp_path), "--study", "whole", "--format", "md"]) == 0
+    assert "torn_1.json cannot be read and is left out (not JSON)" in capfd.readouterr().err
+    assert main(["--storage", str(tmp_path), "--study", "torn"]) == 2
+    assert "torn_1.json cannot be read" in capfd.readouterr().err
+
+
+def test_an_out_that_is_no_folder_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, 2)
+    file = tmp_path / "notes.txt"
+    file.write_text("notes")
+    assert main(["--storage", str(tmp_path), "--out", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"q3q: --out {file} cannot be written")
+    assert told.count("\n") == 1
+    assert file.read_text() == "notes"

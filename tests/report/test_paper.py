@@ -1,5 +1,6 @@
 """The published numbers, and what it takes for one of ours to reproduce them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from q3q.report.paper import (
     REPRODUCED,
     cell_of,
     compare_with_paper,
+    departures,
     paper_table,
     published,
     share_reproduced,
@@ -84,6 +86,11 @@ def test_a_trial_finds_its_cell(changes: dict[str, Any], cell: Any) -> None:
         ("perplexity/c4", float("nan"), float("nan"), REPRODUCED),
         ("perplexity/c4", 30.0, 2e7, DIFFERENT),
         ("perplexity/c4", float("nan"), 30.0, DIFFERENT),
+        ("perplexity/c4", 995.0, 1005.0, REPRODUCED),  # one on either side of what counts as collapsed
+        ("perplexity/c4", 1005.0, 995.0, REPRODUCED),
+        ("perplexity/c4", 960.0, 1005.0, NEAR),
+        ("perplexity/c4", 900.0, 3000.0, DIFFERENT),
+        ("piqa/acc", float("nan"), 70.0, DIFFERENT),
         ("piqa/acc", 0.715, 70.0, REPRODUCED),
         ("piqa/acc", 0.73, 70.0, NEAR),
         ("piqa/acc", 0.75, 70.0, DIFFERENT),
@@ -116,6 +123,41 @@ def test_a_trial_by_another_protocol_is_shown_and_not_counted() -> None:
     found = compare_with_paper([record(7.23, evaluation=short)])
     assert found[0].departs == ("window=512", "limit=8")
     assert "None of the study's 2250 cells was run by its protocol. 1 comparisons depart" in share_reproduced(found)
+    assert "the 250 means over six tasks are not compared" in share_reproduced(found)
+
+
+C4 = {"source": "c4", "digest": "d", "samples": 128, "length": 2048, "draw": "random"}
+ASKED = {"texts": [{"name": "wikitext2", "window": 2048, "limit": None}], "tasks": ["piqa"], "task_limit": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "departs"),
+    [
+        ({}, ()),
+        ({"seed": 3}, ()),
+        ({"calibration": C4 | {"length": 512}}, ("calibration.length=512",)),
+        ({"calibration": C4 | {"draw": "documents"}}, ("calibration.draw=documents",)),
+        ({"calibration": C4 | {"samples": 64}}, ("calibration.samples=64",)),
+        ({"calibration": C4 | {"samples": 256}}, ("calibration.samples=256",)),
+        ({"calibration": C4 | {"source": "pile"}}, ("calibration=pile",)),
+        ({"model": {"name": "qwen3_8b_base", "digest": "d", "dtype": "float32"}}, ("dtype=float32",)),
+        ({"evaluation": ASKED | {"chat": "thinking"}}, ("chat=thinking",)),
+        ({"evaluation": ASKED | {"task_limit": 9}}, ("task_limit=9",)),
+        ({"evaluation": ASKED | {"limits": {"piqa": 9}}}, ("limits=9",)),
+        ({"evaluation": ASKED | {"shots": {"piqa": 5}}}, ("shots=5",)),
+    ],
+)
+def test_what_departs_from_the_papers_protocol_is_named(changes: dict[str, Any], departs: tuple[str, ...]) -> None:
+    assert departures(spec(**changes), "piqa/acc") == departs
+
+
+def test_knobs_and_mmlus_examples_belong_to_the_protocol() -> None:
+    knobs = {"name": "gptq", "version": 1, "damping": 0.05}
+    assert departures(replace(spec(), method=knobs), "piqa/acc") == ("method.damping=0.05",)
+    five = spec(evaluation=ASKED | {"tasks": ["mmlu"], "shots": {"mmlu": 5}})
+    assert departures(five, "mmlu/acc") == ()
+    assert departures(spec(evaluation=ASKED | {"tasks": ["mmlu"]}), "mmlu/acc") == ("shots=null",)
+    assert departures(spec(evaluation=ASKED | {"tasks": ["mmlu_paper"]}), "mmlu_paper/acc") == ()
 
 
 def test_awqs_exchanged_blocks_are_told() -> None:

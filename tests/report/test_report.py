@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from q3q.record import COMPLETED, FAILED, SiteError, TrialRecord
+from q3q.report.luck import luck_tables
 from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
 from q3q.report.tables import method_by_bits, result_tables, sites_csv, trial_table
 from q3q.report.write import About, trial_artifacts, write_report
@@ -115,7 +116,6 @@ def test_the_markdown_table_is_exactly_this() -> None:
         ({"group_size": 128}, {"group_size": -1}, ["gptq g128", "gptq pc"]),
         ({"act_bits": None}, {"act_bits": 8}, ["gptq a8", "gptq a16"]),
         ({"symmetric": True}, {"symmetric": False}, ["gptq asym", "gptq sym"]),
-        ({"seed": 0}, {"seed": 1}, ["gptq seed 0", "gptq seed 1"]),
         ({"damping": 0.01}, {"damping": 0.05}, ["gptq damping=0.01", "gptq damping=0.05"]),
         (
             {"calibration": {"source": "c4", "digest": "d3"}},
@@ -136,6 +136,54 @@ def test_what_differs_stands_in_the_label_and_nothing_is_overwritten(
     grid = method_by_bits(records, STORIES)
     assert list(grid.index) == expected
     assert sorted(value for value in grid.to_numpy().flatten() if value != "-") == [4.0, 5.0, 6.0]
+
+
+def test_seeds_share_a_cell_that_says_so() -> None:
+    records = [record("gptq", 3, value, seed=seed) for seed, value in enumerate((5.0, 6.0, 7.0))]
+    assert method_by_bits(records, STORIES).to_dict() == {3: {"gptq": 6.0}}
+    assert result_tables(records, everything=False)[0].rows == (("gptq", "6.000 ± 1 (3 seeds)"),)
+    diverged = [*records, record("gptq", 3, None, seed=3)]
+    assert method_by_bits(diverged, STORIES).to_dict() == {3: {"gptq": "diverged"}}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "label"),
+    [
+        ({"chat": "thinking"}, {}, "gptq chat=thinking"),
+        ({"shots": {"stories_who": 5}}, {"shots": {"stories_who": 0}}, "gptq shots=5"),
+        ({"limits": {"stories_who": 9}}, {}, "gptq limits=9"),
+        ({"include": "d1"}, {"include": "d2"}, "gptq include=d1"),
+    ],
+)
+def test_questions_asked_otherwise_are_told_apart(one: dict[str, Any], other: dict[str, Any], label: str) -> None:
+    asked = {"texts": [{"name": "stories", "window": 512}], "tasks": ["stories_who"], "task_limit": None}
+    records = [record(acc=0.5, evaluation=asked | one), record(acc=0.75, evaluation=asked | other)]
+    assert method_by_bits(records, WHO).to_dict()[4][label] == 0.5
+    for metric in (WHO, "accuracy"):
+        assert sorted(method_by_bits(records, metric).to_dict()[4].values()) == [0.5, 0.75]
+    assert list(method_by_bits(records, STORIES).index) == ["gptq"]
+
+
+def test_numbers_that_differ_for_no_known_reason_are_both_shown() -> None:
+    """A data set changed between two trials, which is no trait of one task's metric."""
+    asked = {"texts": [], "tasks": ["stories_who"], "task_limit": None}
+    records = [record(acc=acc, evaluation=asked | {"data": {"x:y": str(acc)}}) for acc in (0.5, 0.75)]
+    found = method_by_bits(records, WHO).to_dict()[4]
+    assert found == {f"gptq ({one.spec.id})": one.metrics[WHO] for one in records}
+
+
+def test_how_much_is_luck_is_told_by_seeds_calibrations_and_methods() -> None:
+    sets = {8: {"samples": 8, "source": "demo"}, 32: {"samples": 32, "source": "demo"}}
+    values = {("gptq", 8): (5.0, 7.0), ("gptq", 32): (4.0, 4.0), ("awq", 8): (9.0, 9.0), ("awq", 32): (9.0, 9.0)}
+    records = [
+        record(method, 2, value, seed=seed, calibration=sets[count])
+        for (method, count), pair in values.items()
+        for seed, value in enumerate(pair)
+    ]
+    table = luck_tables(records)[0]
+    # Within cells the variances are 2, 0, 0, 0; between sets 2 and 0; between methods that of 5 and 9.
+    assert table.rows == (("2", "0.71", "1", "2.8", "4.0"),)
+    assert luck_tables([record("gptq", 2, 5.0), record("awq", 2, 6.0)]) == []
 
 
 def test_methods_own_defaults_do_not_crowd_the_labels_but_group_sizes_do() -> None:
@@ -304,24 +352,27 @@ def texts(png_of: Any, *arguments: Any) -> list[str]:
 
     found: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        draw = plots._png
+        draw = plots.png
 
         def read(figure: Any) -> bytes:
             png = draw(figure)
             found.extend(text.get_text() for text in figure.findobj(Text) if text.get_text())
             return png
 
-        patch.setattr(plots, "_png", read)
+        patch.setattr(plots, "png", read)
         png_of(*arguments)
     return found
 
 
 def test_the_plot_says_what_it_cannot_show_and_names_its_axes() -> None:
     told = texts(perplexity_against_bits, GRID)
-    assert "perplexity per token" in told
+    assert "perplexity above the unquantized\nmodel's, %" in told
     assert "bits of a weight\nnot shown: rtn 2-bit diverged, gptq 2-bit failed" in told
     assert {"unquantized", "rtn", "awq", "gptq", "demo: stories"} <= set(told)
-    assert "100000" in told  # a logarithmic axis with plain numbers
+    assert {"10", "1e+06"} <= set(told)  # a logarithmic axis with plain numbers
+    alone = texts(perplexity_against_bits, [one for one in GRID if one.spec.scheme])
+    assert "perplexity per token" in alone  # nothing to compare with
+    assert "100000" in alone
 
 
 def test_a_point_moves_in_the_plot_when_its_perplexity_does() -> None:

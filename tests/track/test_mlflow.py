@@ -121,7 +121,7 @@ def test_importing_the_tracker_imports_no_mlflow() -> None:
 def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> None:
     tracker.open(sweep())
     tracker.log(record(), {"record.json": b"{}", "figures/heatmap.png": b"png"})
-    tracker.close({"table.md": b"| gptq | 3.5 |", "perplexity.png": b"p"}, succeeded=True)
+    tracker.close({"answer.md": b"**demo**\n\n| gptq | 3.5 |", "perplexity.png": b"p"}, succeeded=True)
 
     [parent] = parents(tracker)
     assert parent.info.run_name == "gptq"
@@ -342,15 +342,18 @@ def test_an_address_that_refuses_or_keeps_silent_is_told_within_ten_seconds() ->
 
 
 @contextmanager
-def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def server(folder: Path, *artifacts: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """An MLflow server with a store of its own, on a free port of this machine."""
     tracker_in(folder).check()  # its migrations take the server many seconds
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "served")]
-    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    kept = artifacts or ("--artifacts-destination", str(folder / "served"))
+    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", *kept]
+    # Its runners of jobs, which nobody needs here, are processes of their own that take long to start.
+    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    environment = {**os.environ, **quiet}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, *places], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -359,7 +362,7 @@ def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
         # Up is a server that has answered from its store: the first answer takes many seconds on a busy machine.
         asked, deadline = (
             f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0",
-            time.monotonic() + 90,
+            time.monotonic() + 180,
         )
         while True:
             try:
@@ -405,12 +408,77 @@ def test_a_server_takes_the_same_and_its_death_is_told_in_bounded_time(tmp_path:
 def test_a_saved_study_reads_well_without_knowing_q3q(tracker: MlflowTracker) -> None:
     asked = replace(sweep(), question="Which method is best at 2 bits?", expectation="GPTQ.")
     tracker.open(asked)
-    tracker.close({"table.md": b"| gptq | 3.5 |"}, succeeded=True)
+    tracker.close({"answer.md": b"**demo**\n\n| gptq | 3.5 |"}, succeeded=True)
     [parent] = parents(tracker)
     assert parent.info.run_name == "Which method is best at 2 bits?"
     note = parent.data.tags["mlflow.note.content"]
     assert note.startswith("**Question.** Which method is best at 2 bits?\n\n**Expectation.** GPTQ.\n\n```\n" + COMMAND)
-    assert note.endswith("| gptq | 3.5 |")
+    assert note.endswith("| gptq | 3.5 |\n\nThe whole report is `report.html` among the artifacts of this run.")
+
+
+def test_an_answer_longer_than_a_note_ends_with_a_whole_table(tracker: MlflowTracker) -> None:
+    tables = [f"**model {k}**\n\n" + "| gptq | 3.5 |\n" * 60 for k in range(9)]
+    tracker.open(sweep())
+    tracker.close({"answer.md": "\n".join(tables).encode()}, succeeded=True)
+    note = parents(tracker)[0].data.tags["mlflow.note.content"]
+    assert 3000 < len(note) < 5000
+    assert note.endswith("| gptq | 3.5 |\n\nThe whole report is `report.html` among the artifacts of this run.")
+    assert note.count("| gptq | 3.5 |") % 60 == 0
+
+
+def test_trials_that_would_be_called_alike_are_told_apart(tracker: MlflowTracker) -> None:
+    from q3q.report.measures import trial_names
+
+    trials = [spec(seed=seed) for seed in (0, 1)] + [spec(2)]
+    names = trial_names(trials)
+    assert list(names.values()) == ["gptq w3 g128 seed 0 · demo", "gptq w3 g128 seed 1 · demo", "gptq w2 g128 · demo"]
+    other = spec(evaluation={"texts": [], "tasks": [], "task_limit": None})
+    assert len(set(trial_names([spec(), other]).values())) == 2
+    tracker.open(replace(sweep(*trials), names=names))
+    tracker.log(record(spec=trials[1]), {})
+    assert children(tracker)[0].info.run_name == "gptq w3 g128 seed 1 · demo"
+
+
+def test_what_is_known_later_of_an_attempt_joins_its_run(tracker: MlflowTracker) -> None:
+    """A comparison comes when the unquantized model's trial has ended; what was charted live is not lost for it."""
+    from mlflow.tracking import MlflowClient
+
+    from q3q.record import Comparison
+
+    paired: dict[str, Any] = {"low": 0.1, "high": 0.3, "distinguishable": True, "p_value": 0.01, "n": 8, "test": "t"}
+    found = Comparison(metric="perplexity/stories", difference=0.2, **paired)
+    tracker.open(sweep())
+    tracker.live(spec(), {"system/cpu_utilization_percentage": 97.0}, 0)
+    tracker.log(record(), {"record.json": b"1"})
+    [before] = children(tracker)
+    tracker.log(record(comparisons={"perplexity/stories": found}), {"record.json": b"2"})
+    again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
+    again.open(sweep())
+    again.log(record(comparisons={"perplexity/stories": found}), {"record.json": b"2"})
+    [after] = children(tracker)
+    assert after.info.run_id == before.info.run_id
+    assert after.info.end_time == before.info.end_time
+    assert after.data.metrics["perplexity/stories.difference"] == 0.2
+    assert "Distinguishable" in after.data.tags["mlflow.note.content"]
+    client = MlflowClient(tracking_uri=tracker.uri)
+    for name in ("system/cpu_utilization_percentage", "perplexity/stories"):
+        assert len(client.get_metric_history(after.info.run_id, name)) == 1
+
+
+def test_metrics_have_a_mean_and_digits_that_a_table_has_room_for(tracker: MlflowTracker) -> None:
+    asked = {"texts": [], "tasks": ["a", "b", "mmlu"], "task_limit": None}
+    measured = {
+        "a/acc": 0.5,
+        "b/acc": 0.25,
+        "mmlu/acc": 0.9,
+        "perplexity/stories": 1.23456789012,
+        "model_bytes": 4212345678.0,
+    }
+    tracker.open(sweep())
+    tracker.log(record(spec=spec(evaluation=asked), metrics=measured, intervals={}), {})
+    found = children(tracker)[0].data.metrics
+    assert found["accuracy"] == 0.375  # MMLU has five shots
+    assert (found["perplexity/stories"], found["model_bytes"]) == (1.234568, 4212345678.0)
 
 
 def test_metrics_arrive_while_a_trial_runs_and_stay_in_its_one_run(tracker: MlflowTracker) -> None:
@@ -480,6 +548,48 @@ def test_texts_are_data_sets_with_their_digests(tracker: MlflowTracker) -> None:
     assert sorted(found) == [("calibration", "demo", "d2"), ("evaluation", "stories", "unknown")]
 
 
+def test_the_tasks_questions_are_data_sets_too(tracker: MlflowTracker) -> None:
+    asked = {"texts": [], "tasks": ["piqa"], "task_limit": None, "data": {"org/piqa:validation": "abc"}}
+    tracker.open(sweep())
+    tracker.log(record(spec=spec(evaluation=asked)), {})
+    found = [(one.dataset.name, one.dataset.digest) for one in children(tracker)[0].inputs.dataset_inputs]
+    assert sorted(found) == [("demo", "d2"), ("org/piqa", "abc")]
+
+
+def exported(folder: Path) -> TrialRecord:
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint/model.safetensors").write_bytes(b"weights")
+    places = {"export": str(folder / "checkpoint")}
+    facts = {"format": "gptq", "path": places["export"], "sha256": "ab12"}
+    return record(spec=replace(spec(), export="gptq", places=places), notes={"export": facts})
+
+
+def test_a_server_registers_an_exported_checkpoint_once(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    with server(tmp_path) as (uri, _):
+        one = exported(tmp_path)
+        for more in ({}, {"later": 1}):
+            tracker = MlflowTracker(uri, register="mine")
+            tracker.check()
+            tracker.open(sweep())
+            tracker.log(replace(one, notes=one.notes | more), {})
+        client = MlflowClient(tracking_uri=uri)
+        [version] = client.search_model_versions("name = 'mine'")
+        [child] = children(tracker)
+        assert (version.run_id, version.status) == (child.info.run_id, "READY")
+        assert version.tags["q3q.trial"] == one.spec.id
+        fetched = client.download_artifacts(version.run_id, "checkpoint/model.safetensors", str(tmp_path))
+        assert Path(fetched).read_bytes() == b"weights"
+
+
+def test_a_server_whose_files_are_a_folder_is_refused_before_the_sweep(tmp_path: Path) -> None:
+    local = ("--no-serve-artifacts", "--default-artifact-root", str(tmp_path / "files"))
+    needs = pytest.raises(TrackingError, match=r"track\.register=mine needs a remote artifact store.*/files")
+    with server(tmp_path, *local) as (uri, _), needs:
+        MlflowTracker(uri, experiment="new", register="mine").check()
+
+
 def test_registering_needs_a_server_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match=r"track\.register=mine needs a remote artifact store") as refusal:
         MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", register="mine").check()
@@ -508,6 +618,78 @@ def test_an_emptied_store_is_rebuilt_from_the_records_and_again_changes_nothing(
     assert [name for _, name in seen[0]] != [name for _, name in seen[1]]
     assert sorted(name for _, name in seen[0]) == ["Why?", "gptq w2 g128 · demo"]
     assert f"gptq w{loose.scheme.bits} g128 · demo" in {name for _, name in seen[1]}
+
+
+def synced(folder: Path) -> int:
+    from q3q.track.__main__ import main
+
+    return main(["sync", "--storage", str(folder)])
+
+
+def saved(folder: Path, *bits: int) -> list[TrialSpec]:
+    mine = [replace(spec(one), places={"trials": str(folder / "trials")}) for one in bits]
+    for one in mine:
+        replace(record(), spec=one).save()
+    return mine
+
+
+def test_more_records_without_a_sweep_join_the_others(tmp_path: Path) -> None:
+    tracker = tracker_in(tmp_path)
+    for bits in (2, 3):
+        saved(tmp_path, bits)
+        assert synced(tmp_path) == 0
+    assert [run.info.run_name for run in parents(tracker)] == ["records without a sweep"]
+    assert len(children(tracker)) == 2
+
+
+def test_a_rebuilt_sweep_has_the_times_when_it_ran(tmp_path: Path) -> None:
+    sweep(*saved(tmp_path, 2, 3)).save(tmp_path)
+    for _ in range(2):
+        assert synced(tmp_path) == 0
+        [parent] = parents(tracker_in(tmp_path))
+        assert parent.info.start_time == children(tracker_in(tmp_path))[0].info.start_time
+        assert parent.info.end_time - parent.info.start_time == 10_250
+        assert parent.info.status == "FINISHED"
+
+
+def test_a_store_that_breaks_half_way_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep(*saved(tmp_path, 2, 3)).save(tmp_path)
+    upload, done = MlflowTracker._upload, []
+
+    def breaks(self: MlflowTracker, run: str, artifacts: Any) -> None:
+        done.append(run)
+        if len(done) > 2:  # the sweep's own, and the first trial's
+            raise OSError(28, "No space left on device")
+        upload(self, run, artifacts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowTracker, "_upload", breaks)
+        assert synced(tmp_path) == 1
+    told = capsys.readouterr()
+    assert "gptq: 1 of 2 records are told, then: track.uri=" in told.err
+    assert "trials are in" not in told.out
+    assert synced(tmp_path) == 0
+    assert "2 of 2 trials are in experiment q3q" in capsys.readouterr().out
+    assert len(children(tracker_in(tmp_path))) == 2
+
+
+def test_a_sweep_at_work_is_left_to_its_driver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from q3q.sweep.bulletin import Publisher
+    from q3q.sweep.progress import Display
+
+    sweep(*saved(tmp_path, 2, 3)).save(tmp_path)
+    publisher = Publisher(tmp_path, "gptq", COMMAND)
+    with (tmp_path / "said").open("w") as said, Display(total=2, stream=said, publisher=publisher):
+        until = time.monotonic() + 30
+        while not list((tmp_path / "running").glob("*.json")) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert synced(tmp_path) == 0
+    assert "gptq: is at work, and tells its tracker itself" in capsys.readouterr().out
+    assert parents(tracker_in(tmp_path)) == []
+    assert synced(tmp_path) == 0
+    assert len(parents(tracker_in(tmp_path))) == 1
 
 
 def test_syncing_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

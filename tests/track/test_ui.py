@@ -105,10 +105,11 @@ def test_the_page_that_the_sweep_names_is_a_table_of_its_trials(ui: Ui) -> None:
 
 
 def test_the_parent_asks_and_answers(ui: Ui) -> None:
-    text = ui.text(ui.link("How.few.bits"), "python launch.py", "lower is better")
+    text = ui.text(ui.link("How.few.bits"), "python launch.py", "best method")
     assert "Question. How.few.bits" in text
     assert "python launch.py -m method=rtn bits=2,4" in text
-    assert "perplexity of stories (lower is better)" in text  # the table that answers
+    assert "best method" in text  # the table that answers
+    assert "report.html" in text
 
 
 def test_a_trial_has_metrics_texts_and_files(ui: Ui) -> None:
