@@ -95,13 +95,12 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
             Progress(trial=spec.id, phase=phase, done=done, total=total, note=note, metrics=known, system=watch.due())
         )
 
-    device = device_of(spec)
     with torch.inference_mode():
         steps("load")(0, 1)
         with phases.phase("load"):
             checkpoint = open_checkpoint(spec)
             tokenizer = load_tokenizer(checkpoint.folder)
-            model, loading = load_model(checkpoint, spec, device, team)
+            model, loading = load_model(checkpoint, spec, device_of(spec), team)
         steps("load", loading.told)(1, 1)
         with phases.phase("baseline"):
             reference = reference_of(model, tokenizer, spec, steps)

@@ -13,7 +13,7 @@ from q3q.record import TrialRecord
 from q3q.report.measures import trial_names
 from q3q.report.records import all_sweeps, find_records, predictions
 from q3q.report.write import About, trial_artifacts, write_report
-from q3q.sweep.bulletin import bulletins
+from q3q.sweep.bulletin import at_work
 from q3q.track.mlflow import MlflowTracker
 from q3q.track.tracker import Sweep
 
@@ -58,11 +58,11 @@ def sync(storage: Path, uri: str, say: Callable[[str], object]) -> list[str]:
     if loose:
         # Its id does not depend on which they are: next time there may be more of them.
         sweeps.append(Sweep(id="loose", name=LOOSE, command="python -m q3q.track sync", config="", trials=loose))
-    at_work = {(bulletin.name, bulletin.command) for bulletin in bulletins(storage) if bulletin.going()}
+    busy = {(bulletin.name, bulletin.command) for bulletin in at_work(storage)}
     failures = []
     for sweep in sweeps:
         mine = [records[spec.id] for spec in sweep.trials if spec.id in records]
-        if (sweep.name, masked(sweep.command)) in at_work:
+        if (sweep.name, masked(sweep.command)) in busy:
             say(f"{sweep.name}: is at work, and tells its tracker itself")
         elif mine:
             tracker = MlflowTracker(uri, f"{storage}/artifacts", sweep.experiment)
