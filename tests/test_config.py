@@ -161,8 +161,8 @@ def test_a_trial_knows_its_baseline(tmp_path):
 )
 def test_how_it_is_evaluated_is_part_of_a_trial(knob, monkeypatch):
     monkeypatch.setattr(schema, "_chat_template", lambda *_: "a template")
-    assert spec(f"evaluation.{knob}").id != spec().id
-    assert spec(f"evaluation.{knob}").quantization_id == spec().quantization_id
+    assert spec(knob).id != spec().id
+    assert spec(knob).quantization_id == spec().quantization_id
 
 
 def test_task_files_of_the_users_are_known_by_their_content(tmp_path):

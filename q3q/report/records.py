@@ -152,9 +152,9 @@ def _refuse_strange(spec: TrialSpec) -> None:
         _be(getattr(spec, part), dict, part)
     _be(spec.calibration or {}, dict, "calibration")
     _be(spec.method["name"], str, "the method's name")
-    for text in spec.evaluation["texts"]:
+    for text in spec.evaluation.get("texts", ()):
         _be(text["name"], str, "a text's name")
-    for task in spec.evaluation["tasks"]:
+    for task in spec.evaluation.get("tasks", ()):
         _be(task, str, "a task")
     for part in ("shots", "limits", "data"):
         _be(spec.evaluation.get(part, {}), dict, part)
