@@ -22,12 +22,12 @@ ENV PATH=/opt/q3q/.venv/bin:$PATH \
     HF_HOME=/storage/huggingface
 
 # What changes seldom comes first: an edit of q3q does not install torch again.
-ARG TORCH_INDEX=https://pypi.org/simple
+ARG TORCH_INDEX=
 COPY --chown=q3q:q3q pyproject.toml constraints.txt ./
 COPY --chown=q3q:q3q cluster/requirements.txt cluster/
 RUN python3 -m venv .venv \
     && .venv/bin/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > /tmp/needs.txt \
-    && .venv/bin/pip install --no-cache-dir --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" \
+    && .venv/bin/pip install --no-cache-dir --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} \
         --requirement /tmp/needs.txt --requirement cluster/requirements.txt \
     && rm /tmp/needs.txt
 
