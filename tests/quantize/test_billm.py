@@ -127,7 +127,7 @@ def test_linears_of_a_site_and_experts_are_as_if_each_were_alone():
 def test_searching_in_pieces_changes_nothing(monkeypatch):
     weight, hessian = problem(experts=2, rows=30)
     whole = billm_round(weight, hessian, 64).weight
-    monkeypatch.setattr("q3q.quantize.methods.billm.CHUNK", 2 * 50 * 50 * 7)
+    monkeypatch.setattr("q3q.quantize.methods.billm.CHUNK", {"cpu": 2 * 50 * 50 * 7})
     assert torch.equal(billm_round(weight, hessian, 64).weight.codes_EOI, whole.codes_EOI)
 
 

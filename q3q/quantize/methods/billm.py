@@ -25,7 +25,7 @@ from q3q.spec import Scheme
 
 MOST_SALIENT = 50  # salient columns of a block are the first 1 to 49 of its 50 most salient ones
 SHARES = torch.linspace(0.10, 0.90, 81, dtype=torch.float64)  # thresholds tried: these quantiles of |saliency|
-CHUNK = 2**20  # numbers that a search holds at a time; bounds memory, changes nothing
+CHUNK = {"cpu": 2**20, "cuda": 2**23}  # numbers that a search holds at a time; bounds memory, changes nothing
 
 
 class Billm(Method):
@@ -173,7 +173,7 @@ def salient_columns(saliency_EOC: Tensor) -> Tensor:
     limit = min(MOST_SALIENT, columns)
     order_EC = saliency_EOC.abs().sum(1).argsort(dim=1, descending=True, stable=True)
     ordered_EOC = saliency_EOC.gather(2, order_EC[:, None, :].expand_as(saliency_EOC))
-    chunk = max(1, CHUNK // (experts * limit * limit))
+    chunk = max(1, CHUNK[saliency_EOC.device.type] // (experts * limit * limit))
     taken_EK = torch.stack([_taken_by_columns(part, limit).sum(1) for part in ordered_EOC.split(chunk, 1)]).sum(0)
     count_E1 = taken_EK.argmax(1, keepdim=True) + 1
     first_C = torch.arange(columns, device=order_EC.device)
@@ -228,7 +228,7 @@ def split_threshold(saliency_EOC: Tensor, salient_EC: Tensor) -> Tensor:
     rest_EOC = saliency_EOC.masked_fill(salient_EC[:, None, :], 0)
     threshold_ET = _quantiles(rest_EOC.abs().flatten(1))
     taken = []
-    for part_EOC in saliency_EOC.split(max(1, CHUNK // (experts * columns)), 1):
+    for part_EOC in saliency_EOC.split(max(1, CHUNK[saliency_EOC.device.type] // (experts * columns)), 1):
         numbers = SortedRows(part_EOC, salient_EC[:, None, :].expand_as(part_EOC))
         threshold_EOT = threshold_ET[:, None, :].expand(-1, part_EOC.shape[1], -1).double().contiguous()
         start_EOT = numbers.below(-threshold_EOT, equal=True)  # the small are those from here on,
