@@ -169,14 +169,29 @@ def test_a_study_can_be_narrowed_to_some_of_its_own_values() -> None:
     "word",
     [
         *("bits=5", "bits=4,5", "group_size=64", "seed=1", "calibration=pile", "method.damping=0.1"),
-        *("hydra.sweeper.params.bits=8", "+hydra.sweeper.params.seed=1", "hydra/sweeper=basic", "evaluation.limit=2"),
-        "dtype=float32",
+        *("evaluation.limit=2", "dtype=float32"),
     ],
 )
 def test_what_would_change_every_row_is_refused(word: str) -> None:
     with pytest.raises(ConfigError, match="would change every row of study=paper") as refusal:
         narrowed("paper", rows_of("paper"), parse("+study=paper", word))
     assert "name=..." in str(refusal.value)
+
+
+@pytest.mark.parametrize("word", ["hydra.sweeper.params.bits=8", "+hydra.sweeper.params.seed=1", "hydra/sweeper=basic"])
+def test_rows_are_not_changed_through_hydra_either(word: str) -> None:
+    with pytest.raises(ConfigError, match="would change every row of study=paper"):
+        narrowed("paper", rows_of("paper"), parse("+study=paper"), parse("hydra.mode=MULTIRUN", word))
+    renamed = parse("+study=paper", "name=mine")
+    assert len(jobs(narrowed("paper", rows_of("paper"), renamed, parse("hydra.mode=MULTIRUN", word)))) == 239
+
+
+def test_the_command_line_cannot_change_a_study_through_hydra(tmp_path: Path) -> None:
+    command = [sys.executable, "launch.py", "-m", "+study=moe", "hydra.sweeper.params.bits=8", f"storage={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2
+    assert "hydra.sweeper.params.bits=8 would change every row of study=moe" in done.stderr
+    assert not list(tmp_path.glob("trials/*/spec.json"))
 
 
 def test_the_studys_own_name_makes_it_no_other_study() -> None:

@@ -231,7 +231,9 @@ class StudySweeper(Sweeper):
             for row in self.rows
         ]
         study = OmegaConf.select(self.config, "hydra.runtime.choices.study")
-        combined = narrowed(str(study), rows, given) if study else [replaced(row, given) for row in rows]
+        # What is said of Hydra itself does not come with the arguments, and the rows are its sweeper's.
+        of_hydra = parser.parse_overrides(list(self.config.hydra.overrides.hydra))
+        combined = narrowed(str(study), rows, given, of_hydra) if study else [replaced(row, given) for row in rows]
         jobs = [overrides for row in combined for overrides in itertools.product(*map(_choices, row))]
         for number, overrides in enumerate(counted(jobs, len(jobs), "composing", "jobs")):
             config = loader.load_sweep_config(self.config, list(overrides))
@@ -330,8 +332,12 @@ def replaced(row: Sequence[Override], given: Sequence[Override]) -> list[Overrid
     return [override for override in row if override.get_key_element() not in named] + list(given)
 
 
-def narrowed(study: str, rows: Sequence[Sequence[Override]], given: Sequence[Override]) -> list[list[Override]]:
+def narrowed(
+    study: str, rows: Sequence[Sequence[Override]], given: Sequence[Override], of_hydra: Sequence[Override] = ()
+) -> list[list[Override]]:
     """The rows of a saved study that the command line leaves, with the values that it leaves.
+
+    of_hydra: what it says of Hydra itself, which is in force already.
 
     A study is a question: one of its own values given on the command line asks for that part of it, anything else would
     change what every row means under the study's name. With a name of its own (name=..., another than the study's) it
@@ -347,6 +353,9 @@ def narrowed(study: str, rows: Sequence[Sequence[Override]], given: Sequence[Ove
     for row in rows:
         for key, values in _values(row).items():
             swept[key] = list(dict.fromkeys([*swept[key], *values]))
+    for override in of_hydra:
+        if not _may_be_said(override.get_key_element().lstrip("+")):
+            raise ConfigError(_changes_all(study, override, swept))
     left = list(map(list, rows))
     others = []
     for override in given:
