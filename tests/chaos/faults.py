@@ -139,15 +139,17 @@ class Hit:
 def freeze(storage: Path, phase: str, avoid: set[str], mine: Callable[[int], bool] = runs) -> Hit:
     """Stop (SIGSTOP) a process of this machine whose trial's log says, as its last line, that it is in a phase.
 
-    Once it stands still its last line is read again, so that there is no doubt about where it is.
+    Once it stands still its last line is read again, so that there is no doubt about where it is. The record is written
+    in some milliseconds: who comes to it is stopped and let go again and again until it is there.
     """
     found: list[Hit] = []
+    near = (phase, "evaluate") if phase == "record" else (phase,)
 
     def look() -> bool:
         for path in storage.glob("trials/*/trial.log"):
             folder = path.parent
             steps = log_of(folder) if folder.name not in avoid else []
-            if not steps or not steps[-1].words.startswith(phase) or not mine(steps[-1].pid):
+            if not steps or not steps[-1].words.startswith(near) or not mine(steps[-1].pid):
                 continue
             pid = steps[-1].pid
             os.kill(pid, signal.SIGSTOP)

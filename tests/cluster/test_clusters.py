@@ -49,8 +49,10 @@ def two_nodes(tokened, tmp_path_factory):
 
     def ray_start(*words):
         environment = {**os.environ, **tokened, "PYTHONPATH": str(ROOT)}
+        # Agents that find their usual port taken, by another test's Ray, listen nowhere, and jobs go to one of them.
+        agent = f"--dashboard-agent-listen-port={free_port()}"
         process = subprocess.Popen(
-            [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", *words],
+            [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", agent, *words],
             env=environment,
             stdout=log,
             stderr=log,

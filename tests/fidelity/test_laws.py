@@ -187,7 +187,8 @@ def test_fewer_bits_cost_more_and_eight_cost_nearly_nothing(demo, method):
     }
     found = [perplexity_of(demo), *(perplexity_of(demo, method, scheme) for scheme in schemes.values())]
     assert found[1] == pytest.approx(found[0], rel=0.01)
-    # GPTQ fits what it is calibrated on: at 8, 4 and 3 bits stories differ by less than its rounding ties make of them.
-    noise = 0.001 if method == "gptq" else 0.0
+    # GPTQ fits what it is calibrated on: at 8, 4 and 3 bits stories differ by less than its rounding ties make of them,
+    # and among experts what a token makes that goes elsewhere.
+    noise = 0.004 if method == "gptq" else 0.0
     assert all(more < fewer * (1 + noise) for more, fewer in pairwise(found[1:]))
     assert found[1] < found[4] / 1.005
