@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 START_TOKENS = {"cpu": 512, "cuda": 4096}
 # More makes a GPU no faster, nor a CPU, whose caches the rest of a larger batch leaves.
-MOST_TOKENS, MOST_CPU_TOKENS = 1 << 16, 1 << 11
+MOST_TOKENS, MOST_CPU_TOKENS = 1 << 16, 1 << 10
 # Of a batch where none is measured: windows of a text, and whatever goes through a streamed model.
 SET_TOKENS = {"cpu": 1024, "cuda": 8192}
 # Hidden states that lie on disk, beyond what memory may hold, while a streamed model is gone through once.
