@@ -43,6 +43,7 @@ OBJECT_STORE_BYTES = 200_000_000  # only specs, records and events cross
 REPORTS_AHEAD = 64  # a task that is so many reports ahead of the driver waits, so nobody's memory fills with them
 ANSWER_SECONDS = 12  # how long the cluster at an address may take to answer
 CANCEL_SECONDS = 10  # how long cancelled workers are waited for
+HEAD_SECONDS = 30.0  # without an answer of the cluster's head. After 60 Ray ends this process, with no word of ours
 ASK_SECONDS = 20  # how long a machine may take to say whether its kernel killed for memory
 # What torch and CUDA say, as errors of some general kind, where memory ran out: on a CPU, and in CUDA's libraries.
 MEMORY_WORDS = re.compile(
@@ -62,6 +63,10 @@ ray._raylet.GcsClient(address=canonicalize_bootstrap_address_or_die(sys.argv[1])
 
 class WorkerDiedError(Q3QError):
     """A task's process or machine died under it; no exception of the task's own says why."""
+
+
+class HeadLostError(Q3QError):
+    """The cluster's head does not answer any more: nothing can be started there, and Ray is about to give up."""
 
 
 class OutOfMemoryError(WorkerDiedError):
@@ -182,6 +187,7 @@ class Cluster:
         self._failure: BaseException | None = None
         self._keeper: threading.Thread | None = None
         self._sigterm_is_ours = False
+        self._headless = False  # its head is gone: there is nobody to take leave of, and the workers end by themselves
 
     def start(self) -> "Cluster":
         """Start in the background, unless that was done. What goes wrong is raised by `total` and `run`."""
@@ -235,6 +241,9 @@ class Cluster:
             on_event: called in the driver with a task's key and each event, Started first, in order, as they come.
             on_retry: called when a task is about to run again because it died.
             on_tick: called about once a second at least; what it raises ends the run.
+
+        Raises:
+            HeadLostError: the cluster's head is gone.
         """
         if len({task.key for task in tasks}) < len(tasks):
             raise ValueError("tasks must have distinct keys")
@@ -242,7 +251,9 @@ class Cluster:
         try:
             yield from run.outcomes(on_tick or (lambda: None))
         finally:
-            run.cancel()
+            self._headless = run.head.silent
+            if not self._headless:
+                run.cancel()
 
     def _keep(self) -> None:
         """The keeper thread's life."""
@@ -253,7 +264,7 @@ class Cluster:
         finally:
             self._up.set()
         self._over.wait()
-        if self._failure is None:
+        if self._failure is None and not self._headless:
             import ray
 
             ray.shutdown()
@@ -394,13 +405,17 @@ class _Run:
         self.flights: dict[Any, _Flight] = {}
         self.gangs: list[_Flight] = []  # rank 0 of each
         self.checked = time.monotonic()
+        self.head = _Head()
 
     def outcomes(self, on_tick: Callable[[], None]) -> Iterator[Outcome]:
         while self.flights or any(self.queues.values()):
             on_tick()
+            if not self.head.answers():  # what Ray is asked now may never come back
+                time.sleep(1.0)
+                continue
             yield from self._submit()
-            yield from self._listen()
             yield from self._refuse()
+            yield from self._listen()
 
     def cancel(self) -> None:
         _cancel(list(self.flights))
@@ -535,6 +550,42 @@ class _Run:
                 yield flight.ended(
                     error=ConfigError(f"{flight.task.key} needs {wanted}, and {who} that. Machines: {has}")
                 )
+
+
+class _Head:
+    """The cluster's head, which is knocked at once a second."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self.address = str(ray.get_runtime_context().gcs_address)
+        self._knocked = self._heard = time.monotonic()
+
+    @property
+    def silent(self) -> bool:
+        """Whether it did not answer the last time."""
+        return self._heard < self._knocked
+
+    def answers(self) -> bool:
+        """Whether it does, as far as is known. One that is started again in time is not missed.
+
+        Raises:
+            HeadLostError: it has not for HEAD_SECONDS.
+        """
+        now = time.monotonic()
+        if now - self._knocked >= 1.0:
+            self._knocked = now
+            host, _, port = self.address.rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
+                self._heard = now
+            except OSError as error:
+                if now - self._heard > HEAD_SECONDS:
+                    raise HeadLostError(
+                        f"the head of the Ray cluster at {self.address} has not answered for {now - self._heard:.0f} s "
+                        f"({error.strerror or error}); when there is a cluster again, the same command goes on"
+                    ) from error
+        return not self.silent
 
 
 class _Gang:

@@ -13,11 +13,12 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -28,6 +29,7 @@ from q3q.spec import MEAN_ACCURACY, TrialSpec, mean_metrics
 from q3q.track.tracker import ANSWER, Sweep
 
 if TYPE_CHECKING:
+    from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
 # Seconds that a server may keep silent, and how often a request is sent again.
@@ -123,7 +125,7 @@ class MlflowTracker:
                     self._experiment_id, run_name=_headline(sweep), start_time=_milliseconds(sweep.started or None)
                 ).info.run_id
             params = {key: value for key, value in _summary(sweep.trials).items() if key not in known}
-            self._log_batch(self._parent, {}, 0, params, tags)
+            self._log_batch(self._parent, [], params, tags)
             self._upload(self._parent, {"config.yaml": sweep.config.encode()})
             self._sweep, self._children, self._live, self._measured = sweep, {}, {}, {}
             for run in self._children_of(self._parent):
@@ -132,16 +134,13 @@ class MlflowTracker:
                 self._children.setdefault(tags.get("q3q.trial", ""), {})[run.info.run_id] = kept
 
     def live(self, spec: TrialSpec, metrics: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
         with self._trouble(f"did not take trial {spec.id}"), _patience(*WHEN_CHECKING):
             self._expect_open()
             now = int(time.time() * 1000)
             if spec.id not in self._live:
                 self._live[spec.id] = self._begin(spec, now)
                 self._children.setdefault(spec.id, {})[self._live[spec.id]] = Kept()
-            named = [Metric(_metric_name(name), value, now, step) for name, value in metrics.items()]
-            self._client().log_batch(self._live[spec.id], named)
+            self._client().log_batch(self._live[spec.id], _named(metrics, now, step))
             self._drawn.setdefault(spec.id, set()).update((name, step) for name in metrics)
 
     def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
@@ -152,45 +151,55 @@ class MlflowTracker:
             runs = self._children.setdefault(trial, {})
             if now in runs.values():
                 return
-            client = self._client()
-            started, ended = _times(record)
             # The same attempt, of which more is known by now, goes on in its run: what was charted live stays there.
             known = [run for run, kept in runs.items() if kept.digest and now.started and kept.started == now.started]
-            run = self._live.pop(trial, None) or next(iter(known), None) or self._begin(record.spec, started)
-            earlier = [old for old in runs if old != run]
+            there = self._live.pop(trial, None) or next(iter(known), None)
+            goes_on = there in known
+            started, ended = _times(record)
+            tags = {**_tags(record), "q3q.started": now.started}
+            run = there or self._begin(record.spec, started, tags)
             # From here on the run is known, and without a digest: if the rest fails, the next try replaces it.
+            earlier = [old for old in runs if old != run]
             runs[run] = Kept()
-            self._bring_up_to_date(run, record, ended)
-            if run not in known:
-                self._log_blocks(run, record, self._drawn.pop(trial, set()), ended)
+            if goes_on:
+                self._client().set_tag(run, "q3q.record", "")
+            else:
                 self._log_data(run, record.spec)
             self._upload(run, artifacts)
             if self.register is not None and record.completed and record.spec.export:
                 self._register(run, record)
-            client.set_terminated(run, "FINISHED" if record.completed else "FAILED", ended)
-            client.set_tag(run, "q3q.started", now.started)
-            client.set_tag(run, "q3q.record", now.digest)
+            self._client().set_terminated(run, "FINISHED" if record.completed else "FAILED", ended)
+            metrics, params, signed = _metrics(record), record.spec.flat(), {"q3q.record": now.digest}
+            blocks = [] if goes_on else _of_blocks(record, self._drawn.pop(trial, set()), ended)
+            if there:
+                metrics, params = self._new_to(run, metrics, params, tags)
+                signed |= tags
+            # A request costs MLflow some milliseconds, whatever it holds: so all that is left is one, the digest its last.
+            self._log_batch(run, [*blocks, *_named(metrics, ended)], params, signed)
             runs[run] = now
             for old in earlier:
-                client.delete_run(old)
+                self._client().delete_run(old)
                 del runs[old]
 
-    def _bring_up_to_date(self, run: str, record: TrialRecord, at: int) -> None:
-        """Metrics, params and tags as the record has them; what the run has already is not logged twice."""
-        there, tags = self._client().get_run(run).data, _tags(record)
-        metrics = {name: value for name, value in _metrics(record).items() if there.metrics.get(name) != value}
-        params = {name: value for name, value in record.spec.flat().items() if name not in there.params}
-        self._log_batch(run, metrics, at, params, {**tags, "q3q.record": ""})
+    def _new_to(
+        self, run: str, metrics: Mapping[str, float], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> tuple[dict[str, float], dict[str, str]]:
+        """Those metrics and params that the run does not have as they are; tags that are no longer true go."""
+        there = self._client().get_run(run).data
         for name in there.tags:
-            if name.startswith("q3q.") and name not in (*tags, "q3q.trial", "q3q.record", "q3q.started"):
+            if name.startswith("q3q.") and name not in (*tags, "q3q.trial", "q3q.record"):
                 self._client().delete_tag(run, name)
+        return (
+            {name: value for name, value in metrics.items() if there.metrics.get(name) != value},
+            {name: value for name, value in params.items() if name not in there.params},
+        )
 
     def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
         with self._trouble("did not take the sweep's table and plots"), _patience(*WHEN_WORKING):
             sweep, client = self._expect_open(), self._client()
             self._upload(self._parent, artifacts)
             answer = artifacts.get(ANSWER, b"").decode()
-            self._log_batch(self._parent, {}, 0, {}, {"mlflow.note.content": _note(sweep, answer)})
+            self._client().set_tag(self._parent, "mlflow.note.content", _cut(_note(sweep, answer), LONGEST_TAG))
             for run in self._live.values():  # interrupted at work: nobody writes to it any more
                 client.set_terminated(run, "KILLED")
             ended = _milliseconds(sweep.ended or None)
@@ -205,28 +214,15 @@ class MlflowTracker:
             )
             self._measured = known
 
-    def _begin(self, spec: TrialSpec, started: int) -> str:
+    def _begin(self, spec: TrialSpec, started: int, tags: Mapping[str, str] = MappingProxyType({})) -> str:
         """A child run under way."""
         run = self._client().create_run(
             self._experiment_id,
             start_time=started,
             run_name=_cut(self._expect_open().names.get(spec.id, f"{spec.name} · {_model(spec)}"), LONGEST_NAME),
-            tags={"mlflow.parentRunId": self._parent, "q3q.trial": spec.id},
+            tags={**_fitting(tags), "mlflow.parentRunId": self._parent, "q3q.trial": spec.id},
         )
         return str(run.info.run_id)
-
-    def _log_blocks(self, run: str, record: TrialRecord, drawn: set[tuple[str, int]], at: int) -> None:
-        """Mean error of each block's linears, a step a block, so that the UI draws it: those that are not drawn yet."""
-        from mlflow.entities import Metric
-
-        metrics = [
-            Metric(name, value, at, block)
-            for block, errors in block_errors(record.sites).items()
-            for name, value in errors.items()
-            if (name, block) not in drawn
-        ]
-        for start in range(0, len(metrics), MOST_AT_ONCE):
-            self._client().log_batch(run, metrics[start : start + MOST_AT_ONCE])
 
     def _log_data(self, run: str, spec: TrialSpec) -> None:
         """What a trial calibrated and was measured on, as MLflow's data sets: texts, and the tasks' questions."""
@@ -330,15 +326,20 @@ class MlflowTracker:
                 return
 
     def _log_batch(
-        self, run: str, metrics: Mapping[str, float], at: int, params: Mapping[str, str], tags: Mapping[str, str]
+        self, run: str, metrics: Sequence["Metric"], params: Mapping[str, str], tags: Mapping[str, str]
     ) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+        """In as few requests as MLflow takes, the tags in the last, where MLflow writes them last."""
+        from mlflow.entities import Param, RunTag
 
+        room = MOST_AT_ONCE - len(params) - len(tags)
+        while len(metrics) > room:
+            self._client().log_batch(run, metrics[:MOST_AT_ONCE])
+            metrics = metrics[MOST_AT_ONCE:]
         self._client().log_batch(
             run,
-            [Metric(name, value, at, 0) for name, value in metrics.items()],
+            metrics,
             [Param(name, _cut(value, LONGEST_PARAM)) for name, value in params.items()],
-            [RunTag(name, _cut(value, LONGEST_TAG)) for name, value in tags.items()],
+            [RunTag(name, value) for name, value in _fitting(tags).items()],
         )
 
     def _upload(self, run: str, artifacts: Mapping[str, bytes]) -> None:
@@ -490,6 +491,10 @@ def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
+def _fitting(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: _cut(value, LONGEST_TAG) for name, value in tags.items()}
+
+
 def _digest(record: TrialRecord) -> str:
     return hashlib.sha256(json.dumps(record.to_json(), sort_keys=True).encode()).hexdigest()[:16]
 
@@ -518,6 +523,22 @@ def _metrics(record: TrialRecord) -> dict[str, float]:
     if len(accuracies) > 1 and all(name in record.metrics for name in accuracies):
         named[MEAN_ACCURACY] = math.fsum(record.metrics[name] for name in accuracies) / len(accuracies)
     return {_metric_name(name): _brief(value) for name, value in named.items()}
+
+
+def _named(metrics: Mapping[str, float], at: int, step: int = 0) -> list["Metric"]:
+    """As MLflow takes them. at: milliseconds since 1970."""
+    from mlflow.entities import Metric
+
+    return [Metric(_metric_name(name), value, at, step) for name, value in metrics.items()]
+
+
+def _of_blocks(record: TrialRecord, drawn: set[tuple[str, int]], at: int) -> list["Metric"]:
+    """Mean error of each block's linears, a step a block, so that the UI draws it: those that are not drawn yet."""
+    return [
+        metric
+        for block, errors in block_errors(record.sites).items()
+        for metric in _named({name: value for name, value in errors.items() if (name, block) not in drawn}, at, block)
+    ]
 
 
 def _brief(value: float) -> float:

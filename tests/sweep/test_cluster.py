@@ -1,6 +1,7 @@
 """Laws of the cluster, with real Ray and real processes. Order is forced with files and events, never with sleeps."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -336,7 +337,8 @@ def test_importing_it_imports_no_ray():
 # A program of its own: what `__main__` defines must reach the workers too.
 PROGRAM = """
 import sys, time
-from q3q.sweep.cluster import Cluster, Started, Task
+from q3q.sweep import cluster as cluster_module
+from q3q.sweep.cluster import Cluster, HeadLostError, Started, Task
 
 def sleeps(report):
     import ray
@@ -352,9 +354,13 @@ def hogs(report):
 def show(key, event):
     print(event.pid if isinstance(event, Started) else event, flush=True)
 
-with Cluster(cpus=1) as cluster:
-    for outcome in cluster.run([Task(key=sys.argv[1], call=globals()[sys.argv[1]], retries=0)], show):
-        print(outcome.died, outcome.error)
+cluster_module.HEAD_SECONDS = 3.0
+try:
+    with Cluster(cpus=1) as cluster:
+        for outcome in cluster.run([Task(key=sys.argv[1], call=globals()[sys.argv[1]], retries=0)], show):
+            print(outcome.died, outcome.error)
+except HeadLostError as error:
+    print(error)
 """
 
 
@@ -376,6 +382,23 @@ def test_a_local_cluster_is_on_loopback_and_its_workers_do_not_outlive_a_killed_
         assert driver.stdout.readline() == "['127.0.0.1']\n"
         driver.kill()
         assert ends_soon(pid)
+
+
+def test_a_head_that_is_gone_is_said_to_be_before_ray_ends_the_driver(start_program):
+    with start_program("sleeps") as driver:
+        pid = int(driver.stdout.readline())
+        driver.stdout.readline()
+        found = subprocess.run(["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True, check=True).stdout
+        [head] = [
+            int(one)
+            for one, parent, name in map(str.split, found.splitlines())
+            if parent == str(driver.pid) and name == "gcs_server"
+        ]
+        os.kill(head, signal.SIGKILL)
+        told = driver.communicate(timeout=50)[0]  # of the 60 s after which Ray ends its process
+        assert driver.returncode == 0
+        assert ends_soon(pid)
+    assert re.fullmatch(r"the head of the Ray cluster at \S+ has not answered for \d s .*the same command goes on\n", told)
 
 
 @pytest.mark.slow
