@@ -38,6 +38,7 @@ def generate(
     room = CACHE_BYTES
     if model.device.type == "cuda" and model.activations is not None:
         room = max(room, model.activations // 2)
+    reader = _Reader(model, contexts, budget)
     first = 0
     while first < len(contexts):
         longest, last = 0, first
@@ -46,16 +47,21 @@ def generate(
             if last > first and (last + 1 - first) * (longest + most) * token_bytes > room:
                 break
             last += 1
-        for row, tokens in _generate_together(model, contexts[first:last], most, ended, budget):
+        for row, tokens in _continue(model, *reader.read(last, most), most, ended):
             yield first + row, tokens
         first = last
 
 
-def _generate_together(
-    model: Decoder, contexts: Sequence[Ids], most: int, ended: Callable[[list[int]], bool], budget: TokenBudget
+def _continue(
+    model: Decoder,
+    next_B: Tensor,
+    caches: list[Cached],
+    lengths: Lengths,
+    most: int,
+    ended: Callable[[list[int]], bool],
 ) -> Iterator[tuple[int, list[int]]]:
-    next_B, caches, lengths = _read(model, contexts, most, budget)
-    rows = list(range(len(contexts)))
+    """Rows go on together, each after its own past. See `_Reader.read`."""
+    rows = list(range(len(next_B)))
     texts: list[list[int]] = [[] for _ in rows]
     unfinished = set(rows)
     while True:
@@ -78,33 +84,53 @@ def _generate_together(
         next_B = _most_likely(model, hidden_BH)
 
 
-def _read(
-    model: Decoder, contexts: Sequence[Ids], room: int, budget: TokenBudget
-) -> tuple[Tensor, list[Cached], Lengths]:
-    """The most likely token after each context [B], each block's keys and values of them, and how many these are."""
-    tape = Tape(list(contexts), takes_ragged(model.device, model.norm_H.dtype))
-    places = [np.array(place) for place in tape.places()]
-    ends_B = torch.tensor([int(place[-1]) for place in places])
-    next_B = torch.zeros(len(contexts), dtype=torch.int64, device=model.device)
-    keys_values: list[list[KeysValues]] = [[] for _ in model.blocks]
-    wanted_P = ends_B.unique()
-    for first, stop, hidden_PH in run_tape(model, tape, budget, wanted_P.numpy(), keys_values):
-        here = (ends_B >= first) & (ends_B < stop)
-        if here.any():
-            rows_P = ends_B[here].unique(return_inverse=True)[1].to(model.device)
-            next_B[here.to(model.device)] = _most_likely(model, hidden_PH)[rows_P]
-    counts = [len(place) for place in places]
-    lengths = Lengths(torch.tensor(counts, device=model.device), max(counts))
-    index_BP = torch.zeros(len(places), lengths.longest, dtype=torch.int64)
-    for row, place in zip(index_BP, places, strict=True):
-        row[: len(place)] = torch.from_numpy(place)
-    index_BP = index_BP.to(model.device)
-    caches = []
-    for block in keys_values:
-        key_KTD, value_KTD = (torch.cat(states, dim=1) for states in zip(*block, strict=True))
-        block.clear()
-        caches.append(Cached.gathered(key_KTD, value_KTD, index_BP, lengths, room))
-    return next_B, caches, lengths
+class _Reader:
+    """The contexts as one tape, of which so much is run as the rows that are wanted next need.
+
+    Of what has run, keys and values are held as long as a row to come begins with those tokens, or is not there yet.
+    """
+
+    def __init__(self, model: Decoder, contexts: Sequence[Ids], budget: TokenBudget) -> None:
+        self._model = model
+        self._tape = Tape(list(contexts), takes_ragged(model.device, model.norm_H.dtype))
+        self._end_B = np.array([place[-1] for place in self._tape.places()])
+        self._places = self._tape.places()
+        self._row, self._ran = 0, 0
+        self._next: list[Tensor] = []  # the most likely token after each row from `_row` on, as far as the tape has run
+        self._held_T = np.zeros(0, np.int64)  # places on the tape, ascending, and of each block their keys and values
+        self._keys_values: list[list[KeysValues]] = [[] for _ in model.blocks]
+        self._run = run_tape(model, self._tape, budget, self._end_B, self._keys_values)
+
+    def read(self, last: int, room: int) -> tuple[Tensor, list[Cached], Lengths]:
+        """Of the rows before `last` that were not read yet: the most likely token after each [B], each block's keys and
+        values, with room for as many more, and how many these are."""
+        until = self._tape.begin[last]
+        while self._ran < until:
+            first, self._ran, hidden_PH = next(self._run)
+            self._held_T = np.concatenate([self._held_T, np.arange(first, self._ran)])
+            if len(hidden_PH):
+                self._next += _most_likely(self._model, hidden_PH).unbind()
+        pasts = [np.searchsorted(self._held_T, next(self._places)) for _ in range(self._row, last)]
+        lengths = Lengths(
+            torch.tensor([len(past) for past in pasts], device=self._model.device), max(map(len, pasts))
+        )
+        index_BP = torch.zeros(len(pasts), lengths.longest, dtype=torch.int64)
+        for row_P, past in zip(index_BP, pasts, strict=True):
+            row_P[: len(past)] = torch.from_numpy(past)
+        index_BP = index_BP.to(self._model.device)
+        # The tape is a tree's, depth first: of what was read, the next rows have at most the last one's beginning.
+        shared = self._tape.shared[last] if last < len(self._tape.shared) else 0
+        stay = np.concatenate([pasts[-1][:shared], np.flatnonzero(self._held_T >= until)])
+        stay_T = torch.from_numpy(stay).to(self._model.device)
+        caches = []
+        for block in self._keys_values:
+            key_KTD, value_KTD = (torch.cat(states, dim=1) for states in zip(*block, strict=True))
+            block[:] = [(key_KTD[:, stay_T], value_KTD[:, stay_T])]
+            caches.append(Cached.gathered(key_KTD, value_KTD, index_BP, lengths, room))
+        self._held_T = self._held_T[stay]
+        next_B, self._next = torch.stack(self._next[: len(pasts)]), self._next[len(pasts) :]
+        self._row = last
+        return next_B, caches, lengths
 
 
 def _most_likely(model: Decoder, hidden_PH: Tensor) -> Tensor:

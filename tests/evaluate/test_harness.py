@@ -22,8 +22,13 @@ from transformers import AutoModelForCausalLM
 
 from q3q.config import DEMO_MODELS
 from q3q.errors import ConfigError, IntegrityError
+from q3q.evaluate import generation
+from q3q.evaluate.budget import TokenBudget
+from q3q.evaluate.encoding import as_ids
 from q3q.evaluate.harness import Chat, HarnessLM, asked_documents, check_samples, run_tasks
 from q3q.evaluate.journal import Journal
+from q3q.evaluate.prefixes import Tape
+from q3q.evaluate.scoring import run_tape
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 
@@ -177,6 +182,35 @@ def test_generated_texts_equal_hflms(both):
     expected = [hflm.generate_until(instances([pair], "generate_until"), disable_tqdm=True)[0] for pair in pairs]
     assert found == expected
     assert len(set(found)) > 3
+
+
+@pytest.mark.parametrize("tokens", [7, 64, 1000])
+def test_what_prompts_share_runs_once_however_few_are_continued_together(both, monkeypatch, tokens):
+    """tokens: of a batch, in which several rows end, or of which a row takes several."""
+    ours, _ = both
+    questions = [" What is red?", " Who has the cup?", "", " What is red? The ball", " Who"]
+    contexts = sorted((as_ids(ours.tok_encode(start + q)) for start in (STORY, "Ben") for q in questions), key=list)
+    ran = []
+
+    def counted(*given):
+        for first, stop, hidden in run_tape(*given):
+            ran.append(stop - first)
+            yield first, stop, hidden
+
+    monkeypatch.setattr(generation, "run_tape", counted)
+
+    def texts():
+        with torch.inference_mode():
+            budget = TokenBudget(tokens, most=tokens)
+            return dict(generation.generate(ours.model, contexts, 6, lambda found: found[-1] == 0, budget))
+
+    together = texts()
+    unique = sum(ran)
+    for cache in (1, 100_000):  # bytes: a row at a time, some
+        ran.clear()
+        monkeypatch.setattr(generation, "CACHE_BYTES", cache)
+        assert texts() == together
+        assert sum(ran) == unique == len(Tape(contexts)) < sum(map(len, contexts)) / 2
 
 
 def test_generation_ends_where_the_models_own_settings_say(both, tmp_path):
