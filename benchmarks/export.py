@@ -6,7 +6,8 @@ most 5 % wanted), and the proof in a second process, which a real calibration se
 
 --gptqmodel: a Python in whose environment GPTQModel is installed. Exports of both demo models in its two formats, at
 every number of bits, symmetric and not, in groups (of `gptq` in act-order) and in whole rows, are loaded with it, and
-its logits (float16 arithmetic) compared with q3q's. Ends with an error where they differ by more than 1 %.
+its logits (float16 arithmetic) compared with q3q's, token by token. Ends with an error where they differ by more than
+1 %; of an MoE model one token in twenty may, since float16 may send one that stands between two experts to the other.
 """
 
 import argparse
@@ -34,7 +35,8 @@ LOADED = {
     "gptq": [f"bits={bits} {way}" for bits in (2, 3, 4, 8) for way in WAYS],
     "awq": [f"{way} method.static_groups=true" for way in WAYS],
 }
-SAME_IN_FLOAT16 = 0.01  # of the logits' size
+SAME_IN_FLOAT16 = 0.01  # of the size of a token's logits
+SENT_ELSEWHERE = 0.05  # of an MoE model's tokens
 LOAD = """
 import sys, torch
 from gptqmodel import BACKEND, GPTQModel
@@ -114,11 +116,16 @@ def loads(python: str, scratch: Path) -> None:
     for folder in folders:
         with torch.inference_mode():
             ours = run_in_float32(load_decoder(Checkpoint(folder), torch.float32), None).logits
-        error = float((torch.load(f"{folder}.logits") - ours).norm() / ours.norm())
-        print(f"  {folder.name:60} by GPTQModel: logits differ by {error:.1e} of their size, in float16")
-        wrong += [folder.name] if not error <= SAME_IN_FLOAT16 else []
+        error_BT = (torch.load(f"{folder}.logits") - ours).norm(dim=-1) / ours.norm(dim=-1)
+        far = float((error_BT > SAME_IN_FLOAT16).float().mean())
+        print(
+            f"  {folder.name:68} by GPTQModel: logits of a token differ by {float(error_BT.median()):.1e} of their size, "
+            f"by {float(error_BT.max()):.1e} at most, in float16",
+            flush=True,
+        )
+        wrong += [folder.name] if far > (SENT_ELSEWHERE if "_moe_" in folder.name else 0) else []
     if wrong:
-        raise SystemExit(f"more than {SAME_IN_FLOAT16}: {', '.join(wrong)}")
+        raise SystemExit(f"differ by more than {SAME_IN_FLOAT16}: {', '.join(wrong)}")
 
 
 def main() -> None:

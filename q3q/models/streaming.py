@@ -3,21 +3,19 @@
 Shapes: B windows, T tokens, H hidden, V vocabulary.
 """
 
-import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 
 import torch
 from torch import Tensor
 
+from q3q.models import heap
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import VOCABULARY_ROWS, Change, Decoder, Source, load_block, placed
 from q3q.models.qwen3 import Qwen3Block
 from q3q.numerics.weights import StoredWeight, numbers
 
-_MMAP_THRESHOLD, _LARGE = -3, 1 << 24  # of glibc's malloc.h; bytes
 _ON_DISK = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
 
 
@@ -77,7 +75,7 @@ class StreamedBlocks:
         return other
 
     def _read(self, k: int) -> Qwen3Block:
-        _give_back_holes()
+        heap.return_holes()
         with torch.inference_mode():  # a thread does not inherit it
             source = self._sources.get(k)
             return load_block(self._checkpoint, k, self._dtype, self._device, None if source is None else source())
@@ -107,7 +105,7 @@ class StreamedDecoder(Decoder):
         activations: int | None = None,
         ahead: bool = True,
     ) -> None:
-        _give_back_what_is_freed()
+        heap.return_large()
         self.facts, self.activations = checkpoint.facts, activations
         self.blocks = StreamedBlocks(checkpoint, dtype, device, ahead=ahead)
         self.norm_H = placed(checkpoint.final_norm(), "final norm", dtype, device)
@@ -188,18 +186,3 @@ class StreamedDecoder(Decoder):
         if end in codes:
             return numbers(codes[end].rows(start, start + count), self._dtype, self.device)[0]
         return placed(self._checkpoint.rows(_ON_DISK[end], start, count), end, self._dtype, self.device)
-
-
-def _give_back_what_is_freed() -> None:
-    """Of tensors up to 32 MB, which a block's mostly are, glibc would keep the memory in the heap of each thread that
-    made one, in holes where the next ones may not fit. Large ones of this process go back to the system from here on.
-    Smaller ones do not: activations, which are made again and again, would each time come anew page by page.
-    """
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _LARGE)
-
-
-def _give_back_holes() -> None:
-    """What smaller ones left: some megabytes a block, were it never done."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -19,6 +19,7 @@ from torch.linalg import vector_norm
 
 from q3q.calibrate.statistics import Gram, Kept, Statistics, lane_of, lanes_of
 from q3q.errors import ConfigError, IncompatibleError, IntegrityError, NumericsError
+from q3q.models import heap
 from q3q.models.anatomy import ScaleGroup, Site, SiteInput
 from q3q.models.decoder import Decoder
 from q3q.models.qwen3 import Qwen3Block, Rope, Stages, finish
@@ -585,6 +586,7 @@ class SiteQuantizing:
             chunk.columns = statistics.sum_EII.shape[-1] if isinstance(statistics, Gram) else None
         gram = statistics.gram if isinstance(statistics, Kept) else statistics
         gram = gram if isinstance(gram, Gram) and len(gram.tokens_E) else None
+        heap.return_holes()  # nowhere does a walk need more than here
         for part, scheme in self.parts:
             self._solve_part(chunk, part, scheme, experts, statistics, gram, team)
         return chunk
