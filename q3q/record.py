@@ -221,9 +221,13 @@ def forget_progress(spec: TrialSpec) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: Path, content: bytes | Iterable[bytes], *, wait: bool = True) -> None:
     """Write a file, or its parts one after the other, so that a crash at any moment leaves the old content or the new,
-    never half of either."""
+    never half of either.
+
+    wait: until the disk has it. If not, a process that dies leaves no half either, but a machine may: for what carries
+    a checksum and is seen to be on the disk later.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
     try:
@@ -231,7 +235,8 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes]) -> None:
             for part in [content] if isinstance(content, bytes) else content:
                 file.write(part)
             file.flush()
-            os.fsync(file.fileno())
+            if wait:
+                os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)  # of a full disk it would take the last room

@@ -338,7 +338,7 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
     if len({one.name for one in going}) > 1:
         raise ConfigError(f"several sweeps run there, name one: {', '.join(sorted(one.name for one in going))}")
     path, shown = storage / "running" / f"{going[0].key}.json", going[0]
-    print(f"{shown.name} on {shown.host}, process {shown.pid}: {shown.command}", flush=True)
+    print(f"{shown.name} on {shown.holder.host}, process {shown.holder.pid}: {shown.command}", flush=True)
     latest = {"bulletin": shown}
     screen = _screen(latest) if sys.stdout.isatty() else None
     said, asked, heard = 0, time.monotonic(), time.monotonic()

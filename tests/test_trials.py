@@ -14,8 +14,10 @@ from dataclasses import replace
 
 import pytest
 
+from q3q import claim
 from q3q import trial as trial_module
 from q3q import trials as trials_module
+from q3q.claim import Holder
 from q3q.export import destination
 from q3q.record import Progress, TrialRecord, load_spec, trial_folder, write_atomically
 from q3q.report.records import all_sweeps
@@ -79,9 +81,11 @@ def view(*running, total=4, ended=1):
     return View(total=total, ended=ended, failed=0, seconds=10.0, left=50.0, running=works)
 
 
-def post(storage, **facts):
-    """A running sweep's bulletin: of this process, unless said otherwise."""
-    known = dict(name="study", command="python launch.py -m method=rtn", host=platform.node(), pid=os.getpid())
+def post(storage, host=None, holder=None, **facts):
+    """A running sweep's bulletin: of this process, unless said otherwise. host: of another machine."""
+    here = holder or Holder.here()
+    holder = replace(here, host=host, place=host) if host else here
+    known = dict(name="study", command="python launch.py -m method=rtn", holder=holder)
     one = Bulletin(**{**known, "view": view(), "updated": time.time(), **facts})
     write_atomically(storage / "running" / f"{one.key}.json", json.dumps(one.to_json()).encode())
     return one
@@ -276,9 +280,11 @@ def test_a_sweep_is_gone_when_its_process_is(storage):
         process.wait()
     here = post(storage)
     assert here.lives()
-    assert not replace(here, pid=process.pid).lives()
-    assert replace(here, host="another").lives() is None
-    assert replace(here, host="another", over=True).lives() is False
+    assert not replace(here, holder=replace(here.holder, pid=process.pid)).lives()
+    assert not replace(here, holder=replace(here.holder, born="0")).lives()  # its number was given anew
+    elsewhere = replace(here.holder, place="another", host="another")
+    assert replace(here, holder=elsewhere).lives() is None
+    assert replace(here, holder=elsewhere, over=True).lives() is False
 
 
 @contextmanager
@@ -307,7 +313,7 @@ def test_of_another_machine_a_sweep_is_at_work_if_it_is_heard_whatever_the_clock
     monkeypatch.setattr(bulletin, "LOOK_SECONDS", 0.1)
     post(storage, host="silent")
     with speaking(storage, host="heard", updated=-1e9):
-        assert [one.host for one in at_work(storage)] == ["heard"]
+        assert [one.holder.host for one in at_work(storage)] == ["heard"]
     assert at_work(storage) == []
 
 
@@ -358,7 +364,7 @@ def test_a_second_terminal_sees_a_sweep_to_its_end(storage, monkeypatch, capsys)
 
 def test_a_sweep_that_is_killed_is_seen_to_be(storage, capsys):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        post(storage, pid=process.pid)
+        post(storage, holder=replace(Holder.here(), pid=process.pid, born=claim._born(process.pid)))
         threading.Timer(0.3, process.kill).start()
         watching = threading.Timer(0.6, process.wait)  # a zombie would still be there
         watching.start()
@@ -385,5 +391,5 @@ def test_old_bulletins_are_swept_away_by_the_next_sweep(storage):
     new = post(storage, host="yet another", over=True)
     with Display(total=0, publisher=Publisher(storage, "study", "")):
         pass
-    assert {one.host for one in bulletins(storage)} == {new.host, platform.node()}
-    assert old.host not in {one.host for one in bulletins(storage)}
+    assert {one.holder.host for one in bulletins(storage)} == {new.holder.host, platform.node()}
+    assert old.holder.host not in {one.holder.host for one in bulletins(storage)}

@@ -111,9 +111,7 @@ class _Reader:
             if len(hidden_PH):
                 self._next += _most_likely(self._model, hidden_PH).unbind()
         pasts = [np.searchsorted(self._held_T, next(self._places)) for _ in range(self._row, last)]
-        lengths = Lengths(
-            torch.tensor([len(past) for past in pasts], device=self._model.device), max(map(len, pasts))
-        )
+        lengths = Lengths(torch.tensor([len(past) for past in pasts], device=self._model.device), max(map(len, pasts)))
         index_BP = torch.zeros(len(pasts), lengths.longest, dtype=torch.int64)
         for row_P, past in zip(index_BP, pasts, strict=True):
             row_P[: len(past)] = torch.from_numpy(past)

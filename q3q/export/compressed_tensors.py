@@ -4,6 +4,7 @@ import json
 from typing import ClassVar
 
 import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 from q3q.export.formats import layouts
 from q3q.export.writer import PackingExporter
@@ -24,8 +25,6 @@ class CompressedTensorsExporter(PackingExporter):
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
 
     def quantization_config(self) -> Json:
-        from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-
         facts = self.checkpoint.facts
         targets: dict[Layout, list[str]] = {}
         ignored = ["lm_head"]
@@ -59,8 +58,6 @@ def _format(layout: Layout) -> str:
 
 
 def _arguments(layout: Layout) -> Json:
-    from compressed_tensors.quantization import QuantizationArgs
-
     size = (
         {"strategy": "channel"} if layout.group_size == -1 else {"strategy": "group", "group_size": layout.group_size}
     )

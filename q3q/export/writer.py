@@ -8,6 +8,7 @@ killed trial goes on after the blocks that have them. config.json comes last: wi
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -158,6 +159,9 @@ class Exporter(ABC):
             shutil.rmtree(self.partial / "facts", ignore_errors=True)
             for torn in self.partial.glob(".*.partial"):  # of a process that died while it wrote
                 torn.unlink(missing_ok=True)
+            for shard in self.partial.glob("*.safetensors"):
+                with shard.open("rb") as file:
+                    os.fsync(file.fileno())
             self.partial.replace(self.path)
             self.finished = True
 
@@ -196,9 +200,9 @@ class Exporter(ABC):
                 yield part
 
         expected = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-        write_atomically(shard, hashed())
+        write_atomically(shard, hashed(), wait=False)  # the system brings it to the disk while the walk goes on
         facts |= {"sha256": digest.hexdigest(), "bytes": expected, "names": sorted(tensors)}
-        write_atomically(self.partial / "facts" / f"{index:03d}.json", json.dumps(facts).encode())
+        write_atomically(self.partial / "facts" / f"{index:03d}.json", json.dumps(facts).encode(), wait=False)
         self._whole[index] = digest.hexdigest(), *_state(shard)
 
     def _facts(self, index: int) -> Json | None:

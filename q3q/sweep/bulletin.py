@@ -1,8 +1,6 @@
 """What a running sweep tells other terminals: a small file in its storage folder, written anew every other second."""
 
 import json
-import os
-import platform
 import threading
 import time
 from collections import deque
@@ -10,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from q3q.claim import runs
+from q3q.claim import Holder
 from q3q.masking import masked
 from q3q.record import write_atomically
 from q3q.spec import Json
@@ -49,13 +47,12 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Bulletin:
-    """One sweep's file. updated: seconds since 1970 by its own clock, for people; that it changes is a sign of life.
-    lines: the last that it said, numbered since it began."""
+    """One sweep's file. holder: the process that drives it. updated: seconds since 1970 by its own clock, for people;
+    that it changes is a sign of life. lines: the last that it said, numbered since it began."""
 
     name: str
     command: str
-    host: str
-    pid: int
+    holder: Holder
     view: View
     updated: float
     over: bool = False
@@ -63,13 +60,12 @@ class Bulletin:
 
     @property
     def key(self) -> str:
-        return f"{self.host}-{self.pid}"
+        return f"{self.holder.host}-{self.holder.pid}"
 
     def lives(self) -> bool | None:
         """Whether it goes on; None if that cannot be known from here, of another machine's: see whether it changes."""
-        if self.over:
-            return False
-        return runs(self.pid) if self.host == platform.node() else None
+        dead = self.over or self.holder.dead()
+        return None if dead is None else not dead
 
     def to_json(self) -> Json:
         return asdict(self)
@@ -80,7 +76,8 @@ class Bulletin:
         view = data["view"]
         running = tuple(Work(**work) for work in view["running"])
         lines = tuple((int(number), str(line)) for number, line in data["lines"])
-        return cls(**{**data, "view": View(**{**view, "running": running}), "lines": lines})
+        holder = Holder(**data["holder"])
+        return cls(**{**data, "holder": holder, "view": View(**{**view, "running": running}), "lines": lines})
 
 
 def bulletins(storage: Path) -> list[Bulletin]:
@@ -123,8 +120,7 @@ class Publisher:
         self._base = Bulletin(
             name=name,
             command=masked(command),
-            host=platform.node(),
-            pid=os.getpid(),
+            holder=Holder.here(),
             view=View(total=0, ended=0, failed=0, seconds=0.0, left=None),
             updated=0.0,
         )

@@ -43,7 +43,10 @@ OBJECT_STORE_BYTES = 200_000_000  # only specs, records and events cross
 REPORTS_AHEAD = 64  # a task that is so many reports ahead of the driver waits, so nobody's memory fills with them
 ANSWER_SECONDS = 12  # how long the cluster at an address may take to answer
 CANCEL_SECONDS = 10  # how long cancelled workers are waited for
-HEAD_SECONDS = 30.0  # without an answer of the cluster's head. After 60 Ray ends this process, with no word of ours
+# Without an answer of its head for so many seconds a cluster is given up: half of those after which Ray ends this
+# process, with no word of ours. Nothing is asked of a head while an answer is overdue.
+HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60")) / 2  # noqa: SIM112
+OVERDUE_SECONDS = 3.0
 ASK_SECONDS = 20  # how long a machine may take to say whether its kernel killed for memory
 # What torch and CUDA say, as errors of some general kind, where memory ran out: on a CPU, and in CUDA's libraries.
 MEMORY_WORDS = re.compile(
@@ -66,7 +69,7 @@ class WorkerDiedError(Q3QError):
 
 
 class HeadLostError(Q3QError):
-    """The cluster's head does not answer any more: nothing can be started there, and Ray is about to give up."""
+    """The cluster's head does not answer any more, or Ray ended on this machine: nothing can be started there."""
 
 
 class OutOfMemoryError(WorkerDiedError):
@@ -250,10 +253,14 @@ class Cluster:
         run = _Run(self, tasks, on_event, on_retry)
         try:
             yield from run.outcomes(on_tick or (lambda: None))
+        except HeadLostError:
+            self._headless = True
+            raise
         finally:
-            self._headless = run.head.silent
+            self._headless |= not run.head.answers()
             if not self._headless:
                 run.cancel()
+            run.head.close()
 
     def _keep(self) -> None:
         """The keeper thread's life."""
@@ -401,21 +408,22 @@ class _Run:
             self.queues.setdefault(task.resources, deque()).append((task, 1, 0))
         self.entries = {shape: _entry(shape) for shape in self.queues}
         self.homes: dict[str, str] = {}  # of tasks that had better be near each other, the node where one began last
-        self.several = len(_machines()) > 1 or self.patience > 0
+        self.head = _Head()
+        self.judged: list[Resources] | None = None  # what machines there were when tasks were last refused
+        self.several = len(self.head.machines) > 1 or self.patience > 0
         self.flights: dict[Any, _Flight] = {}
         self.gangs: list[_Flight] = []  # rank 0 of each
-        self.checked = time.monotonic()
-        self.head = _Head()
 
     def outcomes(self, on_tick: Callable[[], None]) -> Iterator[Outcome]:
         while self.flights or any(self.queues.values()):
             on_tick()
-            if not self.head.answers():  # what Ray is asked now may never come back
+            self.head.check()
+            if self.head.answers():
+                yield from self._submit()
+                yield from self._listen()
+                yield from self._refuse()
+            else:  # what Ray is asked now may never come back
                 time.sleep(1.0)
-                continue
-            yield from self._submit()
-            yield from self._refuse()
-            yield from self._listen()
 
     def cancel(self) -> None:
         _cancel(list(self.flights))
@@ -526,20 +534,18 @@ class _Run:
             ray.util.remove_placement_group(flight.gang.group)
 
     def _refuse(self) -> Iterator[Outcome]:
-        """End, now and then, the tasks that no machine of the cluster is large enough for."""
-        now = time.monotonic()
-        if now - self.checked < 1.0:
+        """End the tasks that no machine of the cluster has been large enough for, for as long as patience lasts."""
+        now, machines = time.monotonic(), self.head.machines
+        if machines is self.judged:
             return
-        self.checked = now
-        overdue = [
-            (stream, flight)
-            for stream, flight in self.flights.items()
-            if flight.began is None and flight.rank == 0 and now - flight.clock > self.patience
-        ]
-        machines = _machines() if overdue else []
-        for stream, flight in overdue:
+        self.judged = machines
+        for stream, flight in list(self.flights.items()):
             wanted = flight.task.resources
-            if sum(_rooms(wanted, machine) for machine in machines) < wanted.ranks:
+            if flight.began is not None or flight.rank > 0:
+                continue
+            if sum(_rooms(wanted, machine) for machine in machines) >= wanted.ranks:
+                flight.clock = now
+            elif now - flight.clock > self.patience:
                 if flight.gang is None:
                     del self.flights[stream]
                     _cancel([stream])
@@ -553,39 +559,49 @@ class _Run:
 
 
 class _Head:
-    """The cluster's head, which is knocked at once a second."""
+    """The cluster's head, which a thread asks every second what machines there are: gone, it never answers.
+
+    machines: what it said last.
+    """
 
     def __init__(self) -> None:
         import ray
 
         self.address = str(ray.get_runtime_context().gcs_address)
-        self._knocked = self._heard = time.monotonic()
-
-    @property
-    def silent(self) -> bool:
-        """Whether it did not answer the last time."""
-        return self._heard < self._knocked
+        self.machines = _machines()
+        self._asked: float | None = None  # when it was, while the answer is awaited
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, name="q3q-head", daemon=True)
+        self._thread.start()
 
     def answers(self) -> bool:
-        """Whether it does, as far as is known. One that is started again in time is not missed.
+        """Whether it does, as far as is known."""
+        return self._awaited() < OVERDUE_SECONDS
 
-        Raises:
-            HeadLostError: it has not for HEAD_SECONDS.
-        """
-        now = time.monotonic()
-        if now - self._knocked >= 1.0:
-            self._knocked = now
-            host, _, port = self.address.rpartition(":")
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
-                self._heard = now
-            except OSError as error:
-                if now - self._heard > HEAD_SECONDS:
-                    raise HeadLostError(
-                        f"the head of the Ray cluster at {self.address} has not answered for {now - self._heard:.0f} s "
-                        f"({error.strerror or error}); when there is a cluster again, the same command goes on"
-                    ) from error
-        return not self.silent
+    def check(self) -> None:
+        """Raises HeadLostError after HEAD_SECONDS without an answer. One that is there again in time is not missed."""
+        if (seconds := self._awaited()) > HEAD_SECONDS:
+            raise HeadLostError(
+                f"the head of the Ray cluster at {self.address} has not answered for {seconds:.0f} s; when there is a "
+                "cluster again, the same command goes on"
+            )
+
+    def close(self) -> None:
+        self._over.set()
+        if self.answers():  # else it may be waited for as long as this process lives
+            self._thread.join(OVERDUE_SECONDS)
+
+    def _awaited(self) -> float:
+        """Seconds that the last question has waited for its answer."""
+        asked = self._asked
+        return 0.0 if asked is None else time.monotonic() - asked
+
+    def _ask(self) -> None:
+        while not self._over.wait(1.0):
+            self._asked = time.monotonic()
+            with suppress(Exception):  # by which it answers too: what Ray cannot do will be seen where it is needed
+                self.machines = _machines()
+            self._asked = None
 
 
 class _Gang:
@@ -650,7 +666,6 @@ _HOW_IT_DIED = {  # by the name of Ray's exception
     "WorkerCrashedError": "its process was killed or crashed",
     "OutOfMemoryError": "out of memory, so Ray killed it before its machine was full",
     "NodeDiedError": "its machine was lost",
-    "LocalRayletDiedError": "Ray ended on this machine",
     "ObjectLostError": "its answer was lost with the machine that held it",
     "RaySystemError": "Ray failed",
     "StopIteration": "it ended without an answer",
@@ -664,6 +679,8 @@ def _next_message(stream: Any, flight: _Flight) -> tuple[str, Any]:
     key = flight.task.key
     try:
         kind, content, *trace = ray.cloudpickle.loads(ray.get(next(stream)))
+    except ray.exceptions.LocalRayletDiedError as error:  # no task's death: none can be started from here
+        raise HeadLostError("Ray ended on this machine; when it runs again, the same command goes on") from error
     except (ray.exceptions.RayError, StopIteration) as error:
         how = [_HOW_IT_DIED[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _HOW_IT_DIED]
         if how:
@@ -703,9 +720,16 @@ def _kernel_killed_since(began: Started | None) -> bool:
         return _kernel_kills()() > began.kernel_kills
     there = NodeAffinitySchedulingStrategy(began.node_id, soft=False)
     ask = ray.remote(num_cpus=0, max_retries=0)(_kernel_kills()).options(scheduling_strategy=there)
-    with suppress(ray.exceptions.RayError):
-        return bool(ray.get(ask.remote(), timeout=ASK_SECONDS) > began.kernel_kills)
-    return False
+    found: list[int] = []
+
+    def look() -> None:
+        with suppress(ray.exceptions.RayError):
+            found.append(ray.get(ask.remote(), timeout=ASK_SECONDS))
+
+    asking = threading.Thread(target=look, daemon=True)  # without the cluster's head `remote` may never come back
+    asking.start()
+    asking.join(ASK_SECONDS)
+    return bool(found) and found[0] > began.kernel_kills
 
 
 def _kernel_kills() -> Callable[[], int]:

@@ -150,6 +150,7 @@ class StudySweeper(Sweeper):
             print(f"method=none of {models} is added, to compare with; evaluation.baseline=false leaves it out")
         storage = refreshed(settings.storage)
         finished = {} if settings.fresh else _finished(trials)
+        recent = list(recent_records(storage))
         with ExitStack() as stack:
             wishes = wishes_of(settings.cluster.get)
             cluster, machines = self._machines(stack, settings, wishes)
@@ -159,8 +160,13 @@ class StudySweeper(Sweeper):
                 {key: mine.facts for key, mine in trials.items()},
                 machines=machines,
                 wishes=wishes,
-                model=CostModel().learned(recent_records(storage), facts_of_spec),
+                model=CostModel().learned(recent, facts_of_spec),
             )
+            if not settings.fresh and (again := quantized_again([one.spec for one in ordered if not one.done], recent)):
+                print(
+                    f"{len(again)} trials quantize what finished ones here have quantized, of which nothing was kept: "
+                    "with keep=blocks a new evaluation needs only to evaluate"
+                )
             if settings.plan:
                 print(
                     describe(
@@ -711,6 +717,16 @@ def _choices(override: Override) -> list[str]:
     if not override.is_discrete_sweep():
         raise HydraException(f"{override.input_line}: give a list of values to sweep over, not an interval")
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def quantized_again(left: Sequence[TrialSpec], recent: Sequence[TrialRecord]) -> list[TrialSpec]:
+    """Those of the trials to run that have to quantize what a finished trial has, since its blocks were not kept."""
+    done = {record.spec.quantization_id for record in recent if record.completed}
+    return [
+        spec
+        for spec in left
+        if spec.scheme is not None and spec.quantization_id in done and not kept_blocks_folder(spec).exists()
+    ]
 
 
 def _finished(trials: dict[str, Trial]) -> dict[str, TrialRecord]:

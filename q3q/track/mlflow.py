@@ -40,7 +40,7 @@ LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 LONGEST_COMMAND = 1500  # in the note of a sweep; whole in a tag, as far as that takes it
 ASIDE = ("top1_agreement/", "kl_p")  # of what a trial measured; no columns of the table of a sweep
 LONGEST_NAME = 120  # of a run, which stands in a table's column
-MOST_AT_ONCE = 1000  # metrics in one request
+MOST_AT_ONCE, MOST_PARAMS = 1000, 100  # metrics, params and tags in one request, and params among them
 MOST_COLUMNS = 8  # metrics in the UI's table of a sweep
 DIGITS = 7  # of a metric that is no whole number: a table has no room for more, record.json has them all
 REMOTE = ("mlflow-artifacts", "s3", "gs", "wasbs", "abfss", "dbfs", "hdfs", "http", "https", "ftp", "sftp", "r2")
@@ -122,16 +122,21 @@ class MlflowTracker:
                 client.update_run(self._parent, status="RUNNING")
             else:
                 self._parent = client.create_run(
-                    self._experiment_id, run_name=_headline(sweep), start_time=_milliseconds(sweep.started or None)
+                    self._experiment_id,
+                    start_time=_milliseconds(sweep.started or None),
+                    run_name=_headline(sweep),
+                    tags={"q3q.sweep": sweep.id},
                 ).info.run_id
             params = {key: value for key, value in _summary(sweep.trials).items() if key not in known}
             self._log_batch(self._parent, [], params, tags)
             self._upload(self._parent, {"config.yaml": sweep.config.encode()})
-            self._sweep, self._children, self._live, self._measured = sweep, {}, {}, {}
+            self._sweep, self._children, self._live, self._measured, self._drawn = sweep, {}, {}, {}, {}
             for run in self._children_of(self._parent):
                 tags = run.data.tags
                 kept = Kept(tags.get("q3q.record", ""), tags.get("q3q.started", ""))
                 self._children.setdefault(tags.get("q3q.trial", ""), {})[run.info.run_id] = kept
+                if not kept.digest and run.info.status == "RUNNING":  # whoever wrote to it is gone
+                    client.set_terminated(run.info.run_id, "KILLED")
 
     def live(self, spec: TrialSpec, metrics: Mapping[str, float], step: int) -> None:
         with self._trouble(f"did not take trial {spec.id}"), _patience(*WHEN_CHECKING):
@@ -149,17 +154,19 @@ class MlflowTracker:
             self._expect_open()
             self._show(name for name in _metrics(record) if name in record.intervals or name == MEAN_ACCURACY)
             runs = self._children.setdefault(trial, {})
-            if now in runs.values():
+            whole = next((run for run, kept in runs.items() if kept == now), None)
+            if whole is not None:  # and others, if whoever logged it did not come to delete them
+                self._delete(trial, [run for run in runs if run != whole])
                 return
             # The same attempt, of which more is known by now, goes on in its run: what was charted live stays there.
             known = [run for run, kept in runs.items() if kept.digest and now.started and kept.started == now.started]
+            drawn = self._drawn.pop(trial, set())
             there = self._live.pop(trial, None) or next(iter(known), None)
             goes_on = there in known
             started, ended = _times(record)
             tags = {**_tags(record), "q3q.started": now.started}
             run = there or self._begin(record.spec, started, tags)
             # From here on the run is known, and without a digest: if the rest fails, the next try replaces it.
-            earlier = [old for old in runs if old != run]
             runs[run] = Kept()
             if goes_on:
                 self._client().set_tag(run, "q3q.record", "")
@@ -170,16 +177,19 @@ class MlflowTracker:
                 self._register(run, record)
             self._client().set_terminated(run, "FINISHED" if record.completed else "FAILED", ended)
             metrics, params, signed = _metrics(record), record.spec.flat(), {"q3q.record": now.digest}
-            blocks = [] if goes_on else _of_blocks(record, self._drawn.pop(trial, set()), ended)
+            blocks = [] if goes_on else _of_blocks(record, drawn, ended)
             if there:
                 metrics, params = self._new_to(run, metrics, params, tags)
                 signed |= tags
-            # A request costs MLflow some milliseconds, whatever it holds: so all that is left is one, the digest its last.
+            # A request costs MLflow some milliseconds, whatever it holds: so all that is left is one, the digest last.
             self._log_batch(run, [*blocks, *_named(metrics, ended)], params, signed)
             runs[run] = now
-            for old in earlier:
-                self._client().delete_run(old)
-                del runs[old]
+            self._delete(trial, [old for old in runs if old != run])
+
+    def _delete(self, trial: str, runs: Sequence[str]) -> None:
+        for run in runs:
+            self._client().delete_run(run)
+            del self._children[trial][run]
 
     def _new_to(
         self, run: str, metrics: Mapping[str, float], params: Mapping[str, str], tags: Mapping[str, str]
@@ -331,16 +341,14 @@ class MlflowTracker:
         """In as few requests as MLflow takes, the tags in the last, where MLflow writes them last."""
         from mlflow.entities import Param, RunTag
 
-        room = MOST_AT_ONCE - len(params) - len(tags)
-        while len(metrics) > room:
+        named = [Param(name, _cut(value, LONGEST_PARAM)) for name, value in params.items()]
+        while len(named) > MOST_PARAMS:
+            self._client().log_batch(run, params=named[:MOST_PARAMS])
+            named = named[MOST_PARAMS:]
+        while len(metrics) + len(named) + len(tags) > MOST_AT_ONCE:
             self._client().log_batch(run, metrics[:MOST_AT_ONCE])
             metrics = metrics[MOST_AT_ONCE:]
-        self._client().log_batch(
-            run,
-            metrics,
-            [Param(name, _cut(value, LONGEST_PARAM)) for name, value in params.items()],
-            [RunTag(name, value) for name, value in _fitting(tags).items()],
-        )
+        self._client().log_batch(run, metrics, named, [RunTag(name, value) for name, value in _fitting(tags).items()])
 
     def _upload(self, run: str, artifacts: Mapping[str, bytes]) -> None:
         if not artifacts:

@@ -161,6 +161,14 @@ def test_the_same_command_again_runs_nothing(swept):
     assert (len(parents), len(children)) == (1, 7)
 
 
+def test_another_evaluation_says_when_it_has_to_quantize_again(swept):
+    storage, *_ = swept
+    code, output = launch(storage, "-m", "method=rtn,gptq", "bits=2,3", "evaluation.limit=3", "plan=true")
+    assert code == 0, output
+    assert "4 trials quantize what finished ones here have quantized" in output
+    assert "keep=blocks" in output
+
+
 def test_equal_jobs_run_once_and_incompatible_pairs_are_counted(tmp_path):
     code, output = launch(tmp_path, "-m", "method=none,rtn", "bits=1,8")
     assert code == 0, output

@@ -253,6 +253,70 @@ def test_a_child_left_half_written_is_replaced(tracker: MlflowTracker, monkeypat
     assert [run.info.status for run in children(tracker)] == ["FINISHED"]
 
 
+def test_what_was_charted_live_is_charted_again_if_its_run_is_replaced(
+    tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    def disk_full(run: str, artifacts: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    sites = tuple(SiteError(block=k, site="o", linear="a", weight_error=0.25, output_error=None) for k in range(3))
+    tracker.open(sweep())
+    tracker.live(spec(), {"block/weight_error": 0.25}, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "_upload", disk_full)
+        with pytest.raises(TrackingError):
+            tracker.log(record(sites=sites), {"a": b"1"})
+    tracker.open(sweep())
+    tracker.log(record(sites=sites), {"a": b"1"})
+    [child] = children(tracker)
+    drawn = MlflowClient(tracking_uri=tracker.uri).get_metric_history(child.info.run_id, "block/weight_error")
+    assert sorted(point.step for point in drawn) == [0, 1, 2]
+
+
+def test_runs_that_a_dead_driver_left_are_ended_and_go(tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It died between a record and the deletion of the run that this replaces, and while another trial was at work."""
+    from mlflow.tracking import MlflowClient
+
+    tracker.open(sweep())
+    tracker.log(record(status=FAILED, reason="once"), {})
+    tracker.live(spec(2), {"block/weight_error": 0.5}, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "delete_run", lambda *_: (_ for _ in ()).throw(OSError("the server is gone")))
+        with pytest.raises(TrackingError):
+            tracker.log(record(environment={"started": "2026-01-02T05:00:00+00:00"}), {})
+    again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
+    again.open(sweep())
+    assert sorted(run.info.status for run in children(tracker)) == ["FAILED", "FINISHED", "KILLED"]
+    again.log(record(environment={"started": "2026-01-02T05:00:00+00:00"}), {})
+    again.log(record(2), {})
+    assert [run.info.status for run in children(tracker)] == ["FINISHED", "FINISHED"]
+
+
+def test_a_hundred_params_and_more_are_all_there_before_the_digest_is(
+    tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client sends a hundred at a time, and all tags with the first."""
+    from mlflow.tracking._tracking_service.client import TrackingServiceClient
+
+    many = replace(spec(), method={"name": "gptq", **{f"knob_{i}": i for i in range(250)}})
+    tracker.open(sweep(many))
+    requests = []
+    log_batch = TrackingServiceClient.log_batch
+
+    def noted(self: Any, run: str, metrics: Any = (), params: Any = (), tags: Any = (), **how: Any) -> Any:
+        requests.append((len(params), [tag.key for tag in tags]))
+        return log_batch(self, run, metrics, params, tags, **how)
+
+    monkeypatch.setattr(TrackingServiceClient, "log_batch", noted)
+    tracker.log(replace(record(), spec=many), {})
+    [child] = children(tracker)
+    assert len([name for name in child.data.params if "knob_" in name]) == 250
+    assert all(count <= 100 for count, _ in requests)
+    assert [index for index, (_, tags) in enumerate(requests) if "q3q.record" in tags] == [len(requests) - 1]
+
+
 def test_our_own_mistakes_are_not_called_tracking_errors(tracker: MlflowTracker) -> None:
     tracker.open(sweep())
     with pytest.raises(TypeError):
