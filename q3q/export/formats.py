@@ -5,10 +5,11 @@ The refusal of what a format cannot hold and the table in docs/EXPORT.md both co
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from q3q.errors import IncompatibleError
+from q3q.export.reload import transformers_takes
 from q3q.models.checkpoint import ModelFacts, disk_shapes
 from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
 from q3q.spec import Scheme, TrialSpec
@@ -60,7 +61,7 @@ class Format:
 
     def problems(self, spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
         """Why this format cannot hold what the trial makes, each reason in a few words."""
-        scheme, schemes = spec.scheme, schemes_of(spec)
+        scheme, schemes = spec.scheme, schemes_of(spec, facts)
         assert scheme is not None
         if scheme.act_bits is not None and not all(map(self._holds_activations, schemes)):
             able = " or ".join(f"bits={w} act_bits={a} group_size=-1 symmetric=true" for w, a in self.acts)
@@ -73,7 +74,7 @@ class Format:
         if self.anything:
             return None
         kind = "experts" if facts.experts else "dense"
-        for scheme in schemes_of(spec):
+        for scheme in schemes_of(spec, facts):
             if scheme.act_bits is not None:  # what the format holds of these, vLLM takes
                 continue
             if scheme.bits not in self.served_bits:
@@ -98,8 +99,11 @@ class Format:
             yield "act-order's groups of columns that lie apart (method.static_groups=true keeps neighbours together)"
         if (spec.overrides or spec.skip) and not (self.mixed and not facts.experts):
             yield "overrides or skip" + (" in a model with experts, which loaders fuse" if self.mixed else "")
-        elif torn := next(_torn_sites(spec, facts), None):
+            return
+        if torn := next(_torn_sites(spec, facts), None):
             yield f"settings that differ within a site ({torn}), which loaders run as one"
+        if not _told_apart(schemes):
+            yield "several settings when any is asymmetric (transformers then reads all linears by one of them)"
 
     def _fills_words(self, scheme: Scheme, facts: ModelFacts) -> bool:
         shapes = {
@@ -156,7 +160,11 @@ FORMATS: dict[str, Format] = {
             mixed=True,
             acts=((8, 8),),
             loaders=(
-                ("transformers + compressed-tensors", TESTED, "dense: all; experts: symmetric, weights only"),
+                (
+                    "transformers + compressed-tensors",
+                    TESTED,
+                    "dense: all, asymmetric ones with `dequantize=True`; experts: symmetric, weights only",
+                ),
                 ("a plain unpacker of ours", TESTED, "all"),
                 ("vLLM, SGLang", UNTESTED, "4 and 8 bits, of experts symmetric; 8 bits with 8-bit activations"),
             ),
@@ -200,10 +208,17 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def schemes_of(spec: TrialSpec) -> list[Scheme]:
-    """Every setting that some linear may have."""
-    assert spec.scheme is not None
-    return [spec.scheme, *(replace(spec.scheme, **changed) for changed in spec.overrides.values())]
+def schemes_of(spec: TrialSpec, facts: ModelFacts) -> list[Scheme]:
+    """Every setting that some linear has, once."""
+    schemes = spec.schemes
+    assert schemes is not None
+    linears = (
+        f"blocks.{k}.{name.removesuffix('.weight')}"
+        for k in range(facts.layers)
+        for name in facts.block_shapes(k)
+        if name.endswith("_proj.weight")
+    )
+    return list(dict.fromkeys(one for linear in linears if (one := schemes.of(linear)) is not None))
 
 
 def _torn_sites(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
@@ -213,6 +228,12 @@ def _torn_sites(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
         for site, linears in JOINED.items():
             if len({schemes.of(f"blocks.{k}.{linear}") for linear in linears}) > 1:
                 yield f"blocks.{k}.{site}"
+
+
+def _told_apart(schemes: Sequence[Scheme]) -> bool:
+    """Whether transformers reads each linear of a dense model by its own setting."""
+    symmetric, rounded = all(one.symmetric for one in schemes), any(one.act_bits is not None for one in schemes)
+    return transformers_takes(experts=False, settings=len(schemes), symmetric=symmetric, rounded=rounded)
 
 
 def _reorders(spec: TrialSpec, schemes: Sequence[Scheme]) -> bool:
@@ -315,7 +336,7 @@ def table() -> str:
     ]
     for one in FORMATS.values():
         acts = ", ".join(f"W{w}A{a}, one scale a row" for w, a in one.acts) or "no"
-        mixed = "yes" if one.anything else "dense models" if one.mixed else "no"
+        mixed = "yes" if one.anything else "dense models, symmetric" if one.mixed else "no"
         loaders = "; ".join(f"{who} ({seen}): {what}" for who, seen, what in one.loaders)
         cells = (
             f"`{one.name}`",

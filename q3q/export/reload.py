@@ -75,12 +75,12 @@ def load(folder: Path) -> tuple[Any, str]:
     who = f"transformers {transformers.__version__}"
     if packed is None:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    elif packed["quant_method"] == "compressed-tensors" and transformers_takes(config, packed):
+    elif packed["quant_method"] == "compressed-tensors" and transformers_takes(**settings_of(config, packed)):
         import compressed_tensors
 
         # Its modules for packed weights have no room for packed zero points: these are unpacked while they load.
-        asymmetric = not all(group["weights"]["symmetric"] for group in packed["config_groups"].values())
-        how = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+        symmetric = settings_of(config, packed)["symmetric"]
+        how = {} if symmetric else {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **how)
         who += f" with compressed-tensors {compressed_tensors.__version__}{' (dequantize=True)' if how else ''}"
     else:
@@ -89,13 +89,25 @@ def load(folder: Path) -> tuple[Any, str]:
     return model.eval(), who
 
 
-def transformers_takes(config: dict[str, Any], packed: dict[str, Any]) -> bool:
-    """Asymmetric weights of one setting only; of a model with experts, which it fuses, symmetric packed ones only."""
+def settings_of(config: dict[str, Any], packed: dict[str, Any]) -> dict[str, Any]:
+    """What `transformers_takes` asks, of a checkpoint of compressed-tensors."""
     groups = packed["config_groups"].values()
-    symmetric = all(group["weights"]["symmetric"] for group in groups)
-    if config["model_type"] == "qwen3":
-        return symmetric or len(groups) == 1
-    return symmetric and all(group["format"] == "pack-quantized" for group in groups)
+    return {
+        "experts": config["model_type"] != "qwen3",
+        "settings": len(groups),
+        "symmetric": all(group["weights"]["symmetric"] for group in groups),
+        "rounded": any(group.get("input_activations") for group in groups),
+    }
+
+
+def transformers_takes(*, experts: bool, settings: int, symmetric: bool, rounded: bool) -> bool:
+    """Whether transformers reads weights of compressed-tensors as they are meant. What formats refuse follows from it.
+
+    experts: whether the model has any; it fuses them, and reads symmetric ones without rounded activations only.
+    settings: how many differ between linears. Asymmetric weights are unpacked while they load, all by one setting.
+    symmetric: all of them.
+    """
+    return symmetric and not rounded if experts else symmetric or settings == 1
 
 
 def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, "Tensor"]]:

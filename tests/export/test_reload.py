@@ -83,6 +83,18 @@ def test_mixed_settings_are_config_groups_that_the_public_loader_follows(checkpo
     assert vllms_group(packed, "model.layers.0.mlp.down_proj", "RowParallelLinear")["weights"]["num_bits"] == 8
 
 
+def test_what_skip_leaves_out_of_asymmetric_weights_the_public_loader_leaves_alone(
+    checkpoint, spec_of, export, tmp_path
+):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint()
+    spec = spec_of(original, "compressed_tensors", tmp_path / "out", bits=3)
+    made, model = export(original, replace(spec, skip=("blocks.0.mlp.down_proj", "blocks.1.self_attn.o_proj")))
+    found = strangers_view(made, model)
+    assert "dequantize=True" in found.loader
+    assert found.check.passed, found.check.detail
+
+
 def vllms_group(packed, name, kind):
     """The group that vLLM takes a linear for: by its name, else by a class in its class's name, else by its parts'."""
     targets = {target: group for group in packed["config_groups"].values() for target in group["targets"]}
