@@ -138,14 +138,16 @@ def test_while_files_are_exchanged_no_loader_takes_the_folder(checkpoint, spec_o
         Checkpoint(open_exporter(spec, original).partial)
 
 
-def test_what_was_published_and_is_not_what_was_evaluated_goes(checkpoint, spec_of, export, tmp_path):
+def test_what_is_withdrawn_goes_but_not_what_another_run_published(checkpoint, spec_of, export, tmp_path):
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out")
+    open_exporter(spec, original).withdraw()
+    assert not list(tmp_path.glob("*out*"))
     export(original, spec)
     again = open_exporter(spec, original)
     assert again.finished
     again.withdraw()
-    assert not list(tmp_path.glob("*out*"))
+    Checkpoint(tmp_path / "out")
 
 
 def test_another_trials_folder_is_refused(checkpoint, spec_of, tmp_path):
