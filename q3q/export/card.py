@@ -5,13 +5,24 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from q3q.export.formats import FORMATS
+from q3q.export.formats import FORMATS, needs_unpacking
 from q3q.export.proof import Proof
 from q3q.masking import masked
 from q3q.models.checkpoint import ModelFacts
 from q3q.spec import Json, TrialSpec
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
+_LICENCE = re.compile(r"^license\w*:.*(?:\n[ \t-].*)*", re.MULTILINE)
+# How transformers loads asymmetric packed weights: left alone, it has no room for their zero points, and refuses.
+_UNPACKED = [
+    "```python",
+    "from transformers import AutoModelForCausalLM, CompressedTensorsConfig",
+    "",
+    "how = CompressedTensorsConfig(dequantize=True)",
+    'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", quantization_config=how)',
+    "```",
+    "",
+]
 
 
 def model_card(
@@ -110,7 +121,9 @@ def _serving(spec: TrialSpec, facts: ModelFacts) -> list[str]:
     kind = FORMATS[spec.export]
     if (reason := kind.unserved(spec, facts)) is not None:
         loaders = [f"- {who}: {what}" for who, _, what in kind.loaders if "vLLM" not in who]
-        return ["## Load it", "", f"vLLM does not take `{spec.export}` with {reason}. Who does:", "", *loaders, ""]
+        unpacked = _UNPACKED if needs_unpacking(spec, facts) else []
+        told = f"vLLM does not take `{spec.export}` with {reason}. Who does:"
+        return ["## Load it", "", told, "", *loaders, "", *unpacked]
     return [
         "## Serve it",
         "",

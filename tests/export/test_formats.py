@@ -150,6 +150,11 @@ def test_the_page_has_the_table_of_what_is_refused():
         (["method=rtn", "export=awq", "group_size=64"], None),
         (["method=gptq", "export=gptq", "symmetric=true"], None),
         (["model=demo_moe", "method=rtn", "export=compressed_tensors"], "symmetric=false of experts"),
+        (
+            ["method=rtn", "bits=8", "export=compressed_tensors"],
+            "symmetric=false and bits=8 \\(it takes 4 bits, 8 bits symmetric\\).*export=hf$",
+        ),
+        (["method=rtn", "bits=8", "symmetric=true", "export=compressed_tensors"], None),
     ],
 )
 def test_who_exports_what_servers_refuse_or_misread_is_told_once(trial, capsys, overrides, says):

@@ -288,6 +288,8 @@ def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(chec
         ("awq", {"group_size": 32}, True, True),
         ("compressed_tensors", {"group_size": 32}, False, True),
         ("compressed_tensors", {"group_size": 32}, True, False),
+        ("compressed_tensors", {"group_size": 32, "bits": 8}, False, False),
+        ("compressed_tensors", {"group_size": 32, "bits": 8, "symmetric": True}, False, True),
         ("compressed_tensors", {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}, True, True),
     ],
 )
@@ -296,6 +298,16 @@ def test_the_card_sends_to_vllm_what_vllm_takes(checkpoint, spec_of, tmp_path, n
     card = card_of(original, spec_of(original, name, tmp_path / "out", **scheme))
     assert ("vllm serve" in card) is served
     assert ("vLLM does not take" in card) is not served
+
+
+@pytest.mark.parametrize(
+    ("scheme", "moe", "needed"),
+    [({"bits": 3}, False, True), ({"bits": 3, "symmetric": True}, False, False), ({"bits": 3}, True, False)],
+)
+def test_the_card_says_how_transformers_reads_asymmetric_weights(checkpoint, spec_of, tmp_path, scheme, moe, needed):
+    original = checkpoint(moe=moe)
+    card = card_of(original, spec_of(original, "compressed_tensors", tmp_path / "out", **scheme))
+    assert ("CompressedTensorsConfig(dequantize=True)" in card) is needed
 
 
 def test_shards_are_whole_tensors_of_one_block(checkpoint, spec_of, export, tmp_path):
