@@ -256,6 +256,26 @@ def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, spec_of
     assert "bit for bit, and the same logits." in card
 
 
+@pytest.mark.parametrize(
+    ("front", "said"),
+    [
+        ("license:\n- mit\n- apache-2.0\ntags:\n- x\n", ["license:", "- mit", "- apache-2.0"]),
+        ("a: b\nlicense: other\nlicense_name: >-\n  a long\n  name\n", None),
+        ("license:\ntags:\n- x\n", []),
+        ("a: b\n", []),
+    ],
+)
+def test_licences_are_taken_over_whole_or_said_to_be_unknown(checkpoint, spec_of, tmp_path, front, said):
+    original = checkpoint()
+    (original.folder / "README.md").write_text(f"---\n{front}---\n# Model\n")
+    said = front.splitlines()[1:] if said is None else said
+    assert licence_lines(original.folder) == said
+    spec = spec_of(original, "gptq", tmp_path / "out")
+    card = card_of(original, replace(spec, model={**spec.model, "source": "Qwen/Qwen3-8B"}))
+    lines = ["---", *(said or ["license: unknown"]), "base_model: Qwen/Qwen3-8B"]
+    assert card.startswith("\n".join(lines))
+
+
 def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(checkpoint, spec_of, tmp_path):
     original = checkpoint()
     spec = replace(spec_of(original, "hf", tmp_path / "out"), head_bits=8, embedding_bits=8)
