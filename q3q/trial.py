@@ -9,7 +9,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +33,7 @@ from q3q.evaluate.perplexity import of_losses, window_losses
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
 from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, refuse_generation, refuse_other_versions, score_batch
 from q3q.export.card import model_card
-from q3q.export.proof import prove
+from q3q.export.proof import PASSED, prove
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
 from q3q.mirror import mirror_for
 from q3q.models.checkpoint import Checkpoint, load_tokenizer, locate
@@ -167,8 +167,13 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
 
 
 def clear(record: TrialRecord) -> None:
-    """Delete what only a trial under way needs; its blocks move to where other trials find them, if it keeps them."""
+    """Delete what only a trial under way needs; its blocks move to where other trials find them, if it keeps them.
+
+    All stays where the export's proof alone failed: codes and measurements are sound, and the next attempt takes them.
+    """
     spec = record.spec
+    if [check.name for check in record.checks if not check.passed] == [PASSED]:
+        return
     shutil.rmtree(trial_folder(spec) / "evaluations", ignore_errors=True)
     for torn in trial_folder(spec).glob(".*.partial"):  # of a process that died while it wrote
         torn.unlink(missing_ok=True)
@@ -645,7 +650,7 @@ def finish_export(exporter: Exporter, model: Decoder, spec: TrialSpec, scores: S
     if all(check.passed for check in checks):
         exporter.finish(model)
         proof = prove(exporter.folder, model)
-        checks.append(proof.check)
+        checks.append(_of_another_run(proof.check, exporter.path) if exporter.finished else proof.check)
     if not all(check.passed for check in checks):
         exporter.withdraw()
         return Exported()
@@ -670,6 +675,14 @@ def finish_export(exporter: Exporter, model: Decoder, spec: TrialSpec, scores: S
         {**exporter.sizes(), "seconds/export_write": round(exporter.seconds, 4)},
         {"export": facts | {"logit_error": proof.logit_error}},
     )
+
+
+def _of_another_run(check: Check, path: Path) -> Check:
+    """The proof of a checkpoint that this run found published: that of a sound one may fail, by other last digits."""
+    if check.passed:
+        return check
+    why = f"{path} was exported by another run, of other codes ({check.detail})"
+    return replace(check, detail=f"{why}; give fresh=true or another export.path")
 
 
 def sizes(checkpoint: Checkpoint, ledger: Ledger, ends: Mapping[str, StoredWeight]) -> dict[str, float]:

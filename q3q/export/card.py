@@ -5,13 +5,24 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from q3q.export.formats import FORMATS
+from q3q.export.formats import FORMATS, needs_unpacking
 from q3q.export.proof import Proof
 from q3q.masking import masked
 from q3q.models.checkpoint import ModelFacts
 from q3q.spec import Json, TrialSpec
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
+_LICENCE = re.compile(r"^license\w*:.*(?:\n[ \t-].*)*", re.MULTILINE)
+# How transformers loads asymmetric packed weights: left alone, it has no room for their zero points, and refuses.
+_UNPACKED = [
+    "```python",
+    "from transformers import AutoModelForCausalLM, CompressedTensorsConfig",
+    "",
+    "how = CompressedTensorsConfig(dequantize=True)",
+    'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", quantization_config=how)',
+    "```",
+    "",
+]
 
 
 def model_card(
@@ -33,7 +44,8 @@ def model_card(
     assert scheme is not None
     assert spec.export is not None
     source = spec.model.get("source")
-    front = [*licence_lines(base), *([f"base_model: {source}", "base_model_relation: quantized"] if source else [])]
+    front = licence_lines(base) or ["license: unknown"]
+    front += [f"base_model: {source}", "base_model_relation: quantized"] if source else []
     rows = {name: f"{value:.6g} | {_interval(intervals.get(name))}" for name, value in metrics.items()}
     rows |= dict.fromkeys(diverged, "diverged: not a finite number |")
     measured = [
@@ -48,7 +60,7 @@ def model_card(
     compared += ", and the same logits" if proof.logit_error is not None else "; logits were not compared"
     lines = [
         "---",
-        *(front or ["license: unknown"]),
+        *front,
         "tags: [quantized, q3q]",
         "---",
         "",
@@ -86,12 +98,14 @@ def model_card(
 
 
 def licence_lines(base: Path) -> list[str]:
-    """`license...` lines of the original model card's front matter; none if it has no card."""
+    """`license...` of the original model card's front matter, each with the lines that go on with it; none if it has no
+    card, or says nothing there."""
     try:
         front = _FRONT.match((base / "README.md").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         return []
-    return [line for line in front[1].splitlines() if re.match(r"license\w*:", line)] if front else []
+    found = _LICENCE.findall(front[1]) if front else []
+    return [line for entry in found for line in entry.splitlines() if entry.partition(":")[2].strip()]
 
 
 def _departures(spec: TrialSpec) -> Json:
@@ -110,7 +124,9 @@ def _serving(spec: TrialSpec, facts: ModelFacts) -> list[str]:
     kind = FORMATS[spec.export]
     if (reason := kind.unserved(spec, facts)) is not None:
         loaders = [f"- {who}: {what}" for who, _, what in kind.loaders if "vLLM" not in who]
-        return ["## Load it", "", f"vLLM does not take `{spec.export}` with {reason}. Who does:", "", *loaders, ""]
+        unpacked = _UNPACKED if needs_unpacking(spec, facts) else []
+        told = f"vLLM does not take `{spec.export}` with {reason}. Who does:"
+        return ["## Load it", "", told, "", *loaders, "", *unpacked]
     return [
         "## Serve it",
         "",

@@ -21,13 +21,14 @@ from q3q.spec import Json, TrialSpec
 
 SPARE_SHARE = 0.02  # of the checkpoint's bytes, for headers, tokenizer and the file under way
 SPARE_BYTES = 64 << 20
+WORDS = 200  # letters of a folder's name: it may have 255, and gets the trial's id, `.partial` and `.aside` too
 VERSION = 1  # of what is written: another one's unfinished export is started anew
 
 
 def default_path(spec: TrialSpec, storage: str) -> Path:
-    """`STORAGE/exports/` and a name for people that ends in the trial's id."""
+    """`STORAGE/exports/` and a name for people, cut where there are many words, that ends in the trial's id."""
     words = re.sub(r"[^A-Za-z0-9.]+", "-", f"{spec.model['name']} {spec.name}").strip("-")
-    return Path(storage).absolute() / "exports" / f"{words}-{spec.id}"
+    return Path(storage).absolute() / "exports" / f"{words[:WORDS].rstrip('-')}-{spec.id}"
 
 
 def partial_path(path: Path) -> Path:

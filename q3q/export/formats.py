@@ -5,10 +5,11 @@ The refusal of what a format cannot hold and the table in docs/EXPORT.md both co
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from q3q.errors import IncompatibleError
+from q3q.export.reload import transformers_takes
 from q3q.models.checkpoint import ModelFacts, disk_shapes
 from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
 from q3q.spec import Scheme, TrialSpec
@@ -23,8 +24,26 @@ JOINED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
 }
-# What vLLM's kernels take of packed weights, as its sources say.
+# What vLLM's kernels take of packed weights, as its sources say: sizes of groups, and pairs of bits and symmetric.
+# Zero points of 8 bits are for Hopper's kernel alone.
 SERVED_GROUPS = (-1, 32, 64, 128)
+SERVED_SYMMETRIC = ((4, True), (8, True))
+SERVED_EITHER = ((4, True), (4, False))
+SERVED_COMPRESSED = (*SERVED_EITHER, (8, True))
+# Sizes of groups that GPTQModel's kernels for a CPU take, as its sources say.
+GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+GPTQMODEL_AWQ_GROUPS = (-1, 16, 32, 64, 128)
+Pairs = tuple[tuple[int, bool], ...]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _in_words(pairs: Pairs) -> str:
+    """Pairs of bits and symmetric: `4 bits, 8 bits symmetric`."""
+    widths = sorted({bits for bits, _ in pairs})
+    return ", ".join(f"{bits} bits" + ("" if (bits, False) in pairs else " symmetric") for bits in widths)
 
 
 @dataclass(frozen=True)
@@ -35,9 +54,9 @@ class Format:
     that differ between linears, in a dense model): what it can hold. acts: (bits of weights, bits of dynamic per-token
     activations) that it can hold together, with one symmetric scale a row. words_per_row, words_per_column: these must
     fill whole 32-bit words. anything: plain numbers, which any method's weights are. layout: of one linear, None for
-    plain numbers. implementation: `module:Class`. served_bits, served_asymmetric (of these kinds of models): what vLLM
-    takes of weights without rounded activations. loaders: who reads what of it, and whether we have seen it (`tested`)
-    or have it from their sources (`untested`).
+    plain numbers. implementation: `module:Class`. served, served_experts: pairs of bits and symmetric that vLLM takes,
+    of a dense model and of one with experts, without rounded activations. loaders: who reads what of it, and whether we
+    have seen it (`tested`) or have it from their sources (`untested`).
     """
 
     name: str
@@ -53,14 +72,14 @@ class Format:
     anything: bool = False
     words_per_row: bool = False
     words_per_column: bool = False
-    served_bits: tuple[int, ...] = ()
-    served_asymmetric: tuple[str, ...] = ()
+    served: Pairs = ()
+    served_experts: Pairs = ()
 
     ALL_BITS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
     def problems(self, spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
         """Why this format cannot hold what the trial makes, each reason in a few words."""
-        scheme, schemes = spec.scheme, schemes_of(spec)
+        scheme, schemes = spec.scheme, schemes_of(spec, facts)
         assert scheme is not None
         if scheme.act_bits is not None and not all(map(self._holds_activations, schemes)):
             able = " or ".join(f"bits={w} act_bits={a} group_size=-1 symmetric=true" for w, a in self.acts)
@@ -72,16 +91,18 @@ class Format:
         """What of the trial's export vLLM does not take, in a few words; None if it takes all."""
         if self.anything:
             return None
-        kind = "experts" if facts.experts else "dense"
-        for scheme in schemes_of(spec):
+        pairs = self.served_experts if facts.experts else self.served
+        for scheme in schemes_of(spec, facts):
             if scheme.act_bits is not None:  # what the format holds of these, vLLM takes
                 continue
-            if scheme.bits not in self.served_bits:
-                return f"bits={scheme.bits} (it takes {', '.join(map(str, self.served_bits))})"
+            if all(bits != scheme.bits for bits, _ in pairs):
+                return f"bits={scheme.bits} (it takes {_in_words(pairs)})"
             if scheme.group_size not in SERVED_GROUPS:
-                return f"group_size={scheme.group_size} (it takes {', '.join(map(str, SERVED_GROUPS))})"
-            if not scheme.symmetric and kind not in self.served_asymmetric:
-                return "symmetric=false" + (" of experts" if self.served_asymmetric else "")
+                return f"group_size={scheme.group_size} (it takes {_listed(SERVED_GROUPS)})"
+            if (scheme.bits, scheme.symmetric) not in pairs:
+                if any(not symmetric for _, symmetric in pairs):
+                    return f"symmetric=false and bits={scheme.bits} (it takes {_in_words(pairs)})"
+                return "symmetric=false" + (" of experts" if pairs != self.served else "")
         return None
 
     def _problems_of_codes(self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts) -> Iterator[str]:
@@ -89,7 +110,7 @@ class Format:
         if wrong == [1]:
             yield "binarized weights, for which there is no standard"
         elif wrong:
-            yield f"bits={','.join(map(str, wrong))} (it takes {', '.join(map(str, self.bits))})"
+            yield f"bits={','.join(map(str, wrong))} (it takes {_listed(self.bits)})"
         elif not all(self._fills_words(scheme, facts) for scheme in schemes):
             yield "weights whose rows or columns do not fill whole 32-bit words"
         if spec.head_bits or spec.embedding_bits:
@@ -98,8 +119,11 @@ class Format:
             yield "act-order's groups of columns that lie apart (method.static_groups=true keeps neighbours together)"
         if (spec.overrides or spec.skip) and not (self.mixed and not facts.experts):
             yield "overrides or skip" + (" in a model with experts, which loaders fuse" if self.mixed else "")
-        elif torn := next(_torn_sites(spec, facts), None):
+            return
+        if torn := next(_torn_sites(spec, facts), None):
             yield f"settings that differ within a site ({torn}), which loaders run as one"
+        if not _told_apart(schemes):
+            yield "several settings when any is asymmetric (transformers then reads all linears by one of them)"
 
     def _fills_words(self, scheme: Scheme, facts: ModelFacts) -> bool:
         shapes = {
@@ -156,12 +180,21 @@ FORMATS: dict[str, Format] = {
             mixed=True,
             acts=((8, 8),),
             loaders=(
-                ("transformers + compressed-tensors", TESTED, "dense: all; experts: symmetric, weights only"),
+                (
+                    "transformers + compressed-tensors",
+                    TESTED,
+                    "dense: all, asymmetric ones with `dequantize=True`; experts: symmetric, weights only",
+                ),
                 ("a plain unpacker of ours", TESTED, "all"),
-                ("vLLM, SGLang", UNTESTED, "4 and 8 bits, of experts symmetric; 8 bits with 8-bit activations"),
+                (
+                    "vLLM, SGLang",
+                    UNTESTED,
+                    f"dense: {_in_words(SERVED_COMPRESSED)}; experts: {_in_words(SERVED_SYMMETRIC)}; 8 bits with "
+                    "8-bit activations",
+                ),
             ),
-            served_bits=(4, 8),
-            served_asymmetric=("dense",),
+            served=SERVED_COMPRESSED,
+            served_experts=SERVED_SYMMETRIC,
         ),
         Format(
             name="gptq",
@@ -175,10 +208,15 @@ FORMATS: dict[str, Format] = {
             words_per_column=True,
             loaders=(
                 ("a plain unpacker of ours", TESTED, "all"),
-                ("GPTQModel", GPTQMODEL, "all, on CPU"),
-                ("vLLM, SGLang", UNTESTED, "4 and 8 bits, symmetric; asymmetric ones are refused or misread"),
+                ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {_listed(GPTQMODEL_GROUPS)}"),
+                (
+                    "vLLM, SGLang",
+                    UNTESTED,
+                    f"{_in_words(SERVED_SYMMETRIC)}; asymmetric ones are refused or misread",
+                ),
             ),
-            served_bits=(4, 8),
+            served=SERVED_SYMMETRIC,
+            served_experts=SERVED_SYMMETRIC,
         ),
         Format(
             name="awq",
@@ -190,20 +228,27 @@ FORMATS: dict[str, Format] = {
             words_per_column=True,
             loaders=(
                 ("a plain unpacker of ours", TESTED, "all"),
-                ("GPTQModel", GPTQMODEL, "all, on CPU"),
-                ("vLLM, SGLang", UNTESTED, "all"),
+                ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {_listed(GPTQMODEL_AWQ_GROUPS)}"),
+                ("vLLM, SGLang", UNTESTED, _in_words(SERVED_EITHER)),
             ),
-            served_bits=(4,),
-            served_asymmetric=("dense", "experts"),
+            served=SERVED_EITHER,
+            served_experts=SERVED_EITHER,
         ),
     )
 }
 
 
-def schemes_of(spec: TrialSpec) -> list[Scheme]:
-    """Every setting that some linear may have."""
-    assert spec.scheme is not None
-    return [spec.scheme, *(replace(spec.scheme, **changed) for changed in spec.overrides.values())]
+def schemes_of(spec: TrialSpec, facts: ModelFacts) -> list[Scheme]:
+    """Every setting that some linear has, once."""
+    schemes = spec.schemes
+    assert schemes is not None
+    linears = (
+        f"blocks.{k}.{name.removesuffix('.weight')}"
+        for k in range(facts.layers)
+        for name in facts.block_shapes(k)
+        if name.endswith("_proj.weight")
+    )
+    return list(dict.fromkeys(one for linear in linears if (one := schemes.of(linear)) is not None))
 
 
 def _torn_sites(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
@@ -213,6 +258,12 @@ def _torn_sites(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
         for site, linears in JOINED.items():
             if len({schemes.of(f"blocks.{k}.{linear}") for linear in linears}) > 1:
                 yield f"blocks.{k}.{site}"
+
+
+def _told_apart(schemes: Sequence[Scheme]) -> bool:
+    """Whether transformers reads each linear of a dense model by its own setting."""
+    symmetric, rounded = all(one.symmetric for one in schemes), any(one.act_bits is not None for one in schemes)
+    return transformers_takes(experts=False, settings=len(schemes), symmetric=symmetric, rounded=rounded)
 
 
 def _reorders(spec: TrialSpec, schemes: Sequence[Scheme]) -> bool:
@@ -244,11 +295,17 @@ def not_for_servers(name: str, spec: TrialSpec, facts: ModelFacts) -> str | None
     able = [
         one.name for one in FORMATS.values() if not list(one.problems(spec, facts)) and not one.unserved(spec, facts)
     ]
-    what = f"with {reason}" + (", which is gptq_v2," if name == "gptq" and "symmetric" in reason else "")
+    what = f"with {reason}" + (", which is gptq_v2," if name == "gptq" and "symmetric=false" in reason else "")
     return (
         f"export={name} {what} is refused by vLLM, or misread by old ones; to serve these settings: "
         f"export={' or '.join(able)}"
     )
+
+
+def needs_unpacking(spec: TrialSpec, facts: ModelFacts) -> bool:
+    """Whether transformers reads the trial's export, but only with `dequantize=True`."""
+    symmetric = all(one.symmetric for one in schemes_of(spec, facts))
+    return spec.export == "compressed_tensors" and not facts.experts and not symmetric
 
 
 def stored_scales(name: str, dtype: str) -> str | None:
@@ -315,12 +372,12 @@ def table() -> str:
     ]
     for one in FORMATS.values():
         acts = ", ".join(f"W{w}A{a}, one scale a row" for w, a in one.acts) or "no"
-        mixed = "yes" if one.anything else "dense models" if one.mixed else "no"
+        mixed = "yes" if one.anything else "dense models, symmetric" if one.mixed else "no"
         loaders = "; ".join(f"{who} ({seen}): {what}" for who, seen, what in one.loaders)
         cells = (
             f"`{one.name}`",
             one.what,
-            "all, and BiLLM's" if one.anything else ", ".join(map(str, one.bits)),
+            "all, and BiLLM's" if one.anything else _listed(one.bits),
             one.symmetry,
             acts,
             _yes(one.act_order or one.anything),

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from q3q.errors import ExportError
-from q3q.export.reload import SHORT, along, sketch, sketch_rows
+from q3q.export.reload import SHORT, along, is_short, sketch, sketch_rows
 from q3q.models.checkpoint import ModelFacts, names_on_disk
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import unclaimed_memory
@@ -66,7 +66,7 @@ def prove(folder: Path, model: Decoder) -> Proof:
         given, out = Path("weights"), Path(scratch) / "out"
         if runs:
             given = Path(scratch) / "given.safetensors"
-            save_file(given_to_it(model, runs), given)
+            _give(given_to_it(model, runs), given, folder)
         try:
             _reload(folder, given, out, SECONDS + SECONDS_PER_BYTE * model.facts.weight_bytes(_dtype(model)))
         except _UnreadableError as error:
@@ -178,6 +178,16 @@ def sketches(model: Decoder) -> Iterator[tuple[str, list[float]]]:
 
 class _UnreadableError(Exception):
     """The other process says in a line why the checkpoint cannot be loaded."""
+
+
+def _give(tensors: Mapping[str, Tensor], path: Path, folder: Path) -> None:
+    """Raises ExportError: there is no room for them."""
+    try:
+        save_file(dict(tensors), path)
+    except Exception as error:  # safetensors' own kind, which says no more than its words
+        if not is_short(error):
+            raise
+        raise _not_proved(folder, f"{path.parent} does not take what the loader is given ({error})") from error
 
 
 def _reload(folder: Path, given: Path, out: Path, seconds: float) -> None:

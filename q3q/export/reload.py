@@ -8,7 +8,8 @@ and (if activations are rounded) `rounded`, the input [L, B, T, H] of every bloc
 on the input that is given for it, whatever the block before made: a difference stays where it arises. OUT gets the
 `logits` [B, T, V], and of either kind of run what `run` finds. Where the public loader does not run without a GPU, the
 tensors are unpacked here, written from the format's definition, and transformers runs what comes out. If GPTQModel is
-installed, its logits for its formats are there too, as `public`.
+installed, its logits for its formats are there too, as `public`; what it does not load (it takes some sizes of groups
+only) it is not asked.
 
 Given `weights` in place of a file, it runs nothing and needs memory for one weight: every one is unpacked here, and
 OUT.json alone says something.
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 Parts = dict[str, "Tensor"]
 SKETCHED_AT_ONCE = 1 << 22  # numbers that are wide at one time, of a matrix that is sketched or unpacked
 SHORT = 75  # exit code: of memory, disk or files; another time it may do
+LACKING = (errno.ENOMEM, errno.EMFILE, errno.ENOSPC, errno.EDQUOT)
+SAID = 200  # letters of what a loader says
 
 
 def sketch(weight: "Tensor") -> list[float]:
@@ -75,12 +78,12 @@ def load(folder: Path) -> tuple[Any, str]:
     who = f"transformers {transformers.__version__}"
     if packed is None:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    elif packed["quant_method"] == "compressed-tensors" and transformers_takes(config, packed):
+    elif packed["quant_method"] == "compressed-tensors" and transformers_takes(**settings_of(config, packed)):
         import compressed_tensors
 
         # Its modules for packed weights have no room for packed zero points: these are unpacked while they load.
-        asymmetric = not all(group["weights"]["symmetric"] for group in packed["config_groups"].values())
-        how = {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)} if asymmetric else {}
+        symmetric = settings_of(config, packed)["symmetric"]
+        how = {} if symmetric else {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **how)
         who += f" with compressed-tensors {compressed_tensors.__version__}{' (dequantize=True)' if how else ''}"
     else:
@@ -89,13 +92,25 @@ def load(folder: Path) -> tuple[Any, str]:
     return model.eval(), who
 
 
-def transformers_takes(config: dict[str, Any], packed: dict[str, Any]) -> bool:
-    """Asymmetric weights of one setting only; of a model with experts, which it fuses, symmetric packed ones only."""
+def settings_of(config: dict[str, Any], packed: dict[str, Any]) -> dict[str, Any]:
+    """What `transformers_takes` asks, of a checkpoint of compressed-tensors."""
     groups = packed["config_groups"].values()
-    symmetric = all(group["weights"]["symmetric"] for group in groups)
-    if config["model_type"] == "qwen3":
-        return symmetric or len(groups) == 1
-    return symmetric and all(group["format"] == "pack-quantized" for group in groups)
+    return {
+        "experts": config["model_type"] != "qwen3",
+        "settings": len(groups),
+        "symmetric": all(group["weights"]["symmetric"] for group in groups),
+        "rounded": any(group.get("input_activations") for group in groups),
+    }
+
+
+def transformers_takes(*, experts: bool, settings: int, symmetric: bool, rounded: bool) -> bool:
+    """Whether transformers reads weights of compressed-tensors as they are meant. What formats refuse follows from it.
+
+    experts: whether the model has any; it fuses them, and reads symmetric ones without rounded activations only.
+    settings: how many differ between linears. Asymmetric weights are unpacked while they load, all by one setting.
+    symmetric: all of them.
+    """
+    return symmetric and not rounded if experts else symmetric or settings == 1
 
 
 def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, "Tensor"]]:
@@ -344,16 +359,22 @@ def run(model: Any, ids: "Tensor", states: "Tensor") -> Parts:
     return {"logits": torch.stack(logits), **{name: torch.cat(parts) for name, parts in found.items()}}
 
 
-def by_gptqmodel(folder: Path, ids: "Tensor", dtype: "torch.dtype") -> "Tensor":
-    """Logits [B, T, V] of GPTQModel's plain kernels, which run in 16 bits."""
+def logits_of(model: Any, ids: "Tensor") -> "Tensor":
+    """[B, T, V], float32, a row at a time."""
+    import torch
+
+    return torch.stack([model(row[None], use_cache=False).logits[0].float() for row in ids])
+
+
+def load_by_gptqmodel(folder: Path, dtype: "torch.dtype") -> Any:
+    """The model on GPTQModel's plain kernels, which run in 16 bits."""
     import torch
     from gptqmodel import BACKEND, GPTQModel
 
     method = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
     backend = BACKEND.TORCH if method == "gptq" else BACKEND.AWQ_TORCH
     dtype = torch.float16 if dtype == torch.float32 else dtype
-    model = GPTQModel.load(str(folder), device="cpu", dtype=dtype, backend=backend).model
-    return torch.stack([model(row[None], use_cache=False).logits[0].float() for row in ids])
+    return GPTQModel.load(str(folder), device="cpu", dtype=dtype, backend=backend).model
 
 
 def weights_on_disk(model: Any) -> Iterator[tuple[str, "Tensor"]]:
@@ -374,8 +395,6 @@ def weights_on_disk(model: Any) -> Iterator[tuple[str, "Tensor"]]:
 
 def findings(folder: Path, given: Parts | None) -> tuple[dict[str, Any], Parts]:
     """What goes into OUT.json and into OUT. given: None to look at the weights alone."""
-    import torch
-
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     packed = config.get("quantization_config") or {}
     groups = packed.get("config_groups", {}).values()
@@ -393,15 +412,22 @@ def findings(folder: Path, given: Parts | None) -> tuple[dict[str, Any], Parts]:
         module.quantization_enabled = False  # compressed-tensors' own rounding of activations: see above
     dtype = model.dtype
     in_float32(model)
-    found = {"logits": torch.stack([model(row[None], use_cache=False).logits[0].float() for row in ids])}
+    found = {"logits": logits_of(model, ids)}
     found |= {f"plain/{name}": tensor for name, tensor in run(model, ids, given["plain"]).items()}
     if act_bits is not None and "rounded" in given:
         round_activations(model, act_bits, packed)
         found |= {f"rounded/{name}": tensor for name, tensor in run(model, ids, given["rounded"]).items()}
     del model
     if packed.get("quant_method") in ("gptq", "awq") and importlib.util.find_spec("gptqmodel") is not None:
-        found["public"] = by_gptqmodel(folder, ids, dtype)
-        who += ", and by GPTQModel"
+        try:
+            second = load_by_gptqmodel(folder, dtype)
+        except Exception as error:  # whatever it raises, every weight was read already
+            if is_short(error):
+                raise
+            who += f" (GPTQModel does not load it: {' '.join(str(error).split())[:SAID]})"
+        else:
+            found["public"] = logits_of(second, ids)
+            who += ", and by GPTQModel"
     return {"loader": who, "act_bits": act_bits, "sketches": weights}, found
 
 
@@ -420,9 +446,12 @@ def main() -> None:
 
 def is_short(error: BaseException) -> bool:
     """Whether the machine, not the checkpoint, is why it failed."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in LACKING):
+        return True
+    said = re.search(r"\bos error (\d+)", str(error))  # safetensors' errors have it in their words alone
+    if said is not None and int(said[1]) in LACKING:
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class Exporter(ABC):
     """Writes one trial's checkpoint. A format says how one weight is stored and what config.json says about it.
 
     seconds: spent packing and writing so far. reordered: whether any weight's groups lie apart, known at the end.
+    finished: whether the checkpoint is published; if from the start, another run did it, and nothing is written.
 
     Raises:
         ExportError: it cannot be written where it is to go.
@@ -166,8 +167,9 @@ class Exporter(ABC):
             self.finished = True
 
     def withdraw(self) -> None:
-        """What was written is not what was evaluated: nobody shall load it."""
-        forget_export(self.spec)
+        """What was written is not what was evaluated: nobody shall load it. Another run's, proved by it, stays."""
+        if not self.finished:
+            forget_export(self.spec)
 
     def sizes(self) -> dict[str, float]:
         """Bytes of the tensors on disk and, where codes are stored, bits per weight, as the files themselves say."""

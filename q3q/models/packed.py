@@ -255,10 +255,13 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> Packing:
     ignored: list[tuple[str, Layout | None]] = [(_any_of(config.get("ignore") or ()), None)]
     named: list[tuple[str, Layout | None]] = []
     classes: list[tuple[str, Layout | None]] = []
+    if config.get("transform_config"):
+        raise CheckpointError("quantized already (compressed-tensors), with transforms of activations: not read here")
     for group in config["config_groups"].values():
         weights, inputs = group["weights"], group.get("input_activations")
         kind = layouts.get(group.get("format") or config["format"])
         fits = weights["type"] == "int" and weights["strategy"] in ("group", "channel") and not weights.get("dynamic")
+        fits &= weights.get("actorder") in (None, "weight", "static")  # else columns of a group lie apart
         if inputs is not None:
             fits &= inputs["type"] == "int" and inputs["dynamic"] is True and inputs["strategy"] == "token"
         if kind is None or not fits or (kind is PlainInts and not weights["symmetric"]):

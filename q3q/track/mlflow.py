@@ -578,7 +578,7 @@ def _tags(record: TrialRecord) -> dict[str, str]:
 def _exported(record: TrialRecord) -> dict[str, str]:
     """Where an exported checkpoint is and what: gigabytes are not copied unless somebody registers them."""
     facts = record.notes.get("export", {})
-    size = {"bytes": f"{record.metrics['model_bytes']:.0f}"} if facts and "model_bytes" in record.metrics else {}
+    size = {"bytes": f"{record.metrics['export_bytes']:.0f}"} if facts and "export_bytes" in record.metrics else {}
     named = {name: str(facts[name]) for name in ("format", "path", "sha256") if name in facts}
     return {f"q3q.export.{name}": value for name, value in {**named, **size}.items()}
 

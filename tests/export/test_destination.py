@@ -6,7 +6,7 @@ import pytest
 
 from q3q.errors import ExportError
 from q3q.export import destination
-from q3q.export.destination import check_room, forget_export, is_finished, refuse_shared
+from q3q.export.destination import check_room, default_path, forget_export, is_finished, refuse_shared
 from q3q.export.writer import open_exporter
 
 
@@ -16,6 +16,23 @@ def test_two_trials_cannot_write_to_one_place(checkpoint, spec_of, tmp_path):
     refuse_shared([one, replace(other, export=None), spec_of(original, "gptq", tmp_path / "elsewhere")])
     with pytest.raises(ExportError, match=r"out is given to 2 trials.*method.name"):
         refuse_shared([one, other])
+
+
+def test_a_name_of_many_words_is_cut_and_leaves_room_for_what_is_beside_it(checkpoint, spec_of, tmp_path):
+    original = checkpoint()
+    spec = spec_of(original, "gptq", tmp_path / "out")
+    rules = {"skip": [f"blocks.{k}.self_attn.q_proj" for k in range(40)]}
+    long, other = (replace(spec, rules=rules, seed=seed) for seed in (0, 1))
+    assert len(long.name) > 255
+    path = default_path(long, str(tmp_path))
+    assert path != default_path(other, str(tmp_path))
+    assert path.name.endswith(f"-{long.id}")
+    path.parent.mkdir()
+    long = long.with_places({**long.places, "export": str(path)})
+    assert open_exporter(long, original).partial.is_dir()
+    forget_export(long)
+    assert not list(path.parent.iterdir())
+    assert default_path(spec, str(tmp_path)).name == f"tiny-rtn-w4-g16-export-gptq-{spec.id}"
 
 
 def test_a_fresh_start_removes_its_own_export_and_no_other(checkpoint, spec_of, export, tmp_path):

@@ -1,5 +1,6 @@
 """What each format can hold: refused at composition with those that can; the page's table; bytes as the layouts say."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from q3q import config as schema
 from q3q.errors import ConfigError, ExportError, IncompatibleError
 from q3q.export.formats import expected_bytes, stored_scales, table
+from q3q.export.reload import transformers_takes
 from q3q.spec import TrialSpec
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,14 @@ def test_every_export_config_becomes_a_spec(trial, name):
             r"within a site \(blocks.2.gate_up\).*export=hf",
         ),
         (
+            ["method=rtn", "export=compressed_tensors", "overrides={*.down:{bits:8}}"],
+            "several settings when any is asymmetric.*these can: export=hf",
+        ),
+        (
+            ["method=rtn", "symmetric=true", "export=compressed_tensors", "overrides={*.down:{symmetric:false}}"],
+            "several settings when any is asymmetric.*these can: export=hf",
+        ),
+        (
             ["method=smoothquant", "export=compressed_tensors", "overrides={blocks.1:{bits:4}}"],
             "act_bits=8 with these weights.*no format can",
         ),
@@ -60,6 +70,37 @@ def test_every_export_config_becomes_a_spec(trial, name):
 def test_what_a_format_cannot_hold_is_refused_naming_those_that_can(trial, overrides, says):
     with pytest.raises(IncompatibleError, match=says):
         trial(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["symmetric=true", "overrides={*.down:{bits:8,group_size:64}}"],
+        ["overrides={blocks.*:{bits:8}}"],  # of every linear: one setting
+        ["skip=[*.down]"],
+    ],
+)
+def test_settings_that_every_loader_tells_apart_are_not_refused(trial, overrides):
+    assert trial("method=rtn", "export=compressed_tensors", *overrides).export == "compressed_tensors"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("settings", [1, 2])
+@pytest.mark.parametrize("method", ["rtn", "smoothquant"])
+def test_what_transformers_reads_wrong_of_a_dense_model_is_refused(trial, method, settings, symmetric):
+    overrides = [f"method={method}", "bits=8", f"symmetric={symmetric}"]
+    overrides += ["overrides={*.down:{group_size:64}}"] if settings == 2 else []
+    rounded = method == "smoothquant"
+    if not transformers_takes(experts=False, settings=settings, symmetric=symmetric, rounded=rounded):
+        with pytest.raises(IncompatibleError):
+            trial("export=compressed_tensors", *overrides)
+
+
+def test_what_it_does_not_take_of_experts_the_table_says():
+    takes = functools.partial(transformers_takes, experts=True, settings=1)
+    kinds = [(symmetric, rounded) for symmetric in (True, False) for rounded in (False, True)]
+    assert [takes(symmetric=symmetric, rounded=rounded) for symmetric, rounded in kinds] == [True, False, False, False]
+    assert "experts: symmetric, weights only; a plain unpacker of ours (tested): all" in table()
 
 
 def test_scales_are_part_of_the_quantization_and_the_format_is_part_of_the_trial(trial):
@@ -109,6 +150,11 @@ def test_the_page_has_the_table_of_what_is_refused():
         (["method=rtn", "export=awq", "group_size=64"], None),
         (["method=gptq", "export=gptq", "symmetric=true"], None),
         (["model=demo_moe", "method=rtn", "export=compressed_tensors"], "symmetric=false of experts"),
+        (
+            ["method=rtn", "bits=8", "export=compressed_tensors"],
+            "symmetric=false and bits=8 \\(it takes 4 bits, 8 bits symmetric\\).*export=hf$",
+        ),
+        (["method=rtn", "bits=8", "symmetric=true", "export=compressed_tensors"], None),
     ],
 )
 def test_who_exports_what_servers_refuse_or_misread_is_told_once(trial, capsys, overrides, says):

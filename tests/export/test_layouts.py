@@ -132,11 +132,24 @@ def test_a_name_goes_before_a_class_and_what_is_ignored_before_both():
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
         {"quant_method": "awq", "bits": 8, "group_size": 128, "version": "gemm"},
         {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {"targets": []}}},
+        w8a8(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(config):
     with pytest.raises(CheckpointError, match=f"quantized already \\({config['quant_method']}"):
         read_packing(config)
+
+
+@pytest.mark.parametrize(("order", "read"), [(None, True), ("weight", True), ("group", False), ("dynamic", False)])
+def test_groups_of_columns_that_lie_apart_are_not_read_as_neighbours(order, read):
+    weights = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
+    group = {"targets": ["Linear"], "weights": {**weights, "actorder": order}, "format": "pack-quantized"}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "transform_config": {}}
+    if read:
+        assert read_packing(config).of("model.layers.0.mlp.up_proj") == PackedInts(4, 32, True)
+    else:
+        with pytest.raises(CheckpointError, match="not read here"):
+            read_packing(config)
 
 
 def test_awq_names_its_routers_in_full(checkpoint, spec_of, export, tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from q3q.errors import ExportError
@@ -81,6 +82,18 @@ def test_mixed_settings_are_config_groups_that_the_public_loader_follows(checkpo
     assert vllms_group(packed, "model.layers.1.self_attn.qkv_proj", "QKVParallelLinear")["weights"]["group_size"] == 32
     assert vllms_group(packed, "model.layers.0.self_attn.qkv_proj", "QKVParallelLinear")["weights"]["group_size"] == 16
     assert vllms_group(packed, "model.layers.0.mlp.down_proj", "RowParallelLinear")["weights"]["num_bits"] == 8
+
+
+def test_what_skip_leaves_out_of_asymmetric_weights_the_public_loader_leaves_alone(
+    checkpoint, spec_of, export, tmp_path
+):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint()
+    spec = spec_of(original, "compressed_tensors", tmp_path / "out", bits=3)
+    made, model = export(original, replace(spec, skip=("blocks.0.mlp.down_proj", "blocks.1.self_attn.o_proj")))
+    found = strangers_view(made, model)
+    assert "dequantize=True" in found.loader
+    assert found.check.passed, found.check.detail
 
 
 def vllms_group(packed, name, kind):
@@ -234,12 +247,64 @@ def test_what_comes_to_no_end_proves_nothing(checkpoint, spec_of, export, tmp_pa
         (MemoryError(), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
         (OSError(28, "No space left on device"), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while deserializing header: header too large"), False),
+        (SafetensorError("I/O error: No such file or directory (os error 2)"), False),
         (OSError("config.json is not what it should be"), False),
         (RuntimeError("size mismatch"), False),
     ],
 )
 def test_a_machine_that_is_too_small_says_nothing_of_the_checkpoint(error, short):
     assert reload.is_short(error) is short
+
+
+def test_where_what_the_loader_is_given_finds_no_room_nothing_is_proved(
+    checkpoint, spec_of, export, tmp_path, monkeypatch
+):
+    original = checkpoint()
+    made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
+
+    def full(tensors, path):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(proof, "save_file", full)
+    with torch.inference_mode(), pytest.raises(ExportError, match=r"not proved: .*No space left.*the same command"):
+        prove(made.path, model)
+
+
+GPTQMODEL = """
+class BACKEND:
+    TORCH = AWQ_TORCH = None
+class GPTQModel:
+    @staticmethod
+    def load(folder, **how):
+        raise {error}
+"""
+
+
+@pytest.fixture
+def gptqmodel(tmp_path, monkeypatch):
+    """A package of that name that raises when it is to load."""
+
+    def make(error):
+        (tmp_path / "gptqmodel.py").write_text(GPTQMODEL.format(error=error))
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "gptqmodel", raising=False)
+
+    return make
+
+
+def test_what_gptqmodel_does_not_load_it_is_not_asked(checkpoint, spec_of, export, tmp_path, gptqmodel):
+    """Its kernels take some sizes of groups; the checkpoint is none the worse for others."""
+    original = checkpoint()
+    made, model = export(original, spec_of(original, "gptq", tmp_path / "out"))
+    gptqmodel("NotImplementedError('only supports [-1, 32]:\\n group_size = 16')")
+    found = strangers_view(made, model)
+    assert found.check.passed, found.check.detail
+    assert found.loader.endswith("(GPTQModel does not load it: only supports [-1, 32]: group_size = 16)")
+    gptqmodel("MemoryError('for it')")  # which another try may have
+    with pytest.raises(MemoryError):
+        strangers_view(made, model)
 
 
 def test_without_memory_for_a_second_model_weights_alone_are_compared(

@@ -1,6 +1,7 @@
 """A whole trial that exports: stopped, gone on, proved, published, evaluated again, and not quantized again."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,13 +90,51 @@ def test_a_trial_that_was_stopped_exports_what_it_evaluated(spec_of, tmp_path):
     assert finished_record(spec) is None  # what was asked for is not there
 
 
-def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone(spec_of, tmp_path, monkeypatch):
-    failed = Check(name=PASSED, passed=False, detail="worst site blocks.1.mlp.up_proj")
-    monkeypatch.setattr(trial, "prove", lambda folder, model: Proof(failed))
-    record = trial.run_trial(spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out"))
+WRONG = Check(name=PASSED, passed=False, detail="worst site blocks.1.mlp.up_proj")
+
+
+def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone(
+    spec_of, tmp_path, monkeypatch, reloaded
+):
+    """But not the blocks and measurements, which are sound: the same command exports them again."""
+    spec, how = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out"), trial.prove
+    monkeypatch.setattr(trial, "prove", lambda folder, model: Proof(WRONG))
+    record = trial.run_trial(spec)
     assert not record.completed
     assert "worst site blocks.1.mlp.up_proj" in record.reason
     assert not list(tmp_path.glob("out*"))
+    assert len(list(blocks_folder(spec).glob("*.safetensors"))) == 6
+    measured = record.metrics["perplexity/stories"]
+
+    monkeypatch.setattr(trial, "prove", how)
+    monkeypatch.setattr(trial, "_measure_text", lambda *given: pytest.fail("it is measured already"))
+    record = trial.run_trial(spec)
+    assert record.completed, record.reason
+    assert record.notes["blocks_from_disk"] == 6
+    assert record.metrics["perplexity/stories"] == measured
+    assert not blocks_folder(spec).exists()
+
+
+def test_codes_that_fail_a_check_of_their_own_do_not_stay(spec_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "check_weights", lambda *given, **how: [Check(name="codes", passed=False, detail="bad")])
+    spec = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
+    assert not trial.run_trial(spec).completed
+    assert not blocks_folder(spec).exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_proved_checkpoint_outlives_another_run_that_comes_to_other_codes(spec_of, tmp_path, monkeypatch, reloaded):
+    """With another storage, on another processor: last digits differ, and the path is the same."""
+    spec = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
+    assert trial.run_trial(spec).completed
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    shutil.rmtree(tmp_path / "s")
+    monkeypatch.setattr(trial, "prove", lambda folder, model: Proof(WRONG))
+    record = trial.run_trial(spec)
+    assert not record.completed
+    assert f"{tmp_path}/out was exported by another run, of other codes (worst site" in record.reason
+    assert "give fresh=true or another export.path" in record.reason
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
 def test_what_could_not_be_proved_stays_and_the_same_command_goes_on(spec_of, tmp_path, monkeypatch, reloaded):

@@ -138,14 +138,16 @@ def test_while_files_are_exchanged_no_loader_takes_the_folder(checkpoint, spec_o
         Checkpoint(open_exporter(spec, original).partial)
 
 
-def test_what_was_published_and_is_not_what_was_evaluated_goes(checkpoint, spec_of, export, tmp_path):
+def test_what_is_withdrawn_goes_but_not_what_another_run_published(checkpoint, spec_of, export, tmp_path):
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out")
+    open_exporter(spec, original).withdraw()
+    assert not list(tmp_path.glob("*out*"))
     export(original, spec)
     again = open_exporter(spec, original)
     assert again.finished
     again.withdraw()
-    assert not list(tmp_path.glob("*out*"))
+    Checkpoint(tmp_path / "out")
 
 
 def test_another_trials_folder_is_refused(checkpoint, spec_of, tmp_path):
@@ -254,6 +256,26 @@ def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, spec_of
     assert "bit for bit, and the same logits." in card
 
 
+@pytest.mark.parametrize(
+    ("front", "said"),
+    [
+        ("license:\n- mit\n- apache-2.0\ntags:\n- x\n", ["license:", "- mit", "- apache-2.0"]),
+        ("a: b\nlicense: other\nlicense_name: >-\n  a long\n  name\n", None),
+        ("license:\ntags:\n- x\n", []),
+        ("a: b\n", []),
+    ],
+)
+def test_licences_are_taken_over_whole_or_said_to_be_unknown(checkpoint, spec_of, tmp_path, front, said):
+    original = checkpoint()
+    (original.folder / "README.md").write_text(f"---\n{front}---\n# Model\n")
+    said = front.splitlines()[1:] if said is None else said
+    assert licence_lines(original.folder) == said
+    spec = spec_of(original, "gptq", tmp_path / "out")
+    card = card_of(original, replace(spec, model={**spec.model, "source": "Qwen/Qwen3-8B"}))
+    lines = ["---", *(said or ["license: unknown"]), "base_model: Qwen/Qwen3-8B"]
+    assert card.startswith("\n".join(lines))
+
+
 def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(checkpoint, spec_of, tmp_path):
     original = checkpoint()
     spec = replace(spec_of(original, "hf", tmp_path / "out"), head_bits=8, embedding_bits=8)
@@ -286,6 +308,8 @@ def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(chec
         ("awq", {"group_size": 32}, True, True),
         ("compressed_tensors", {"group_size": 32}, False, True),
         ("compressed_tensors", {"group_size": 32}, True, False),
+        ("compressed_tensors", {"group_size": 32, "bits": 8}, False, False),
+        ("compressed_tensors", {"group_size": 32, "bits": 8, "symmetric": True}, False, True),
         ("compressed_tensors", {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}, True, True),
     ],
 )
@@ -294,6 +318,16 @@ def test_the_card_sends_to_vllm_what_vllm_takes(checkpoint, spec_of, tmp_path, n
     card = card_of(original, spec_of(original, name, tmp_path / "out", **scheme))
     assert ("vllm serve" in card) is served
     assert ("vLLM does not take" in card) is not served
+
+
+@pytest.mark.parametrize(
+    ("scheme", "moe", "needed"),
+    [({"bits": 3}, False, True), ({"bits": 3, "symmetric": True}, False, False), ({"bits": 3}, True, False)],
+)
+def test_the_card_says_how_transformers_reads_asymmetric_weights(checkpoint, spec_of, tmp_path, scheme, moe, needed):
+    original = checkpoint(moe=moe)
+    card = card_of(original, spec_of(original, "compressed_tensors", tmp_path / "out", **scheme))
+    assert ("CompressedTensorsConfig(dequantize=True)" in card) is needed
 
 
 def test_shards_are_whole_tensors_of_one_block(checkpoint, spec_of, export, tmp_path):

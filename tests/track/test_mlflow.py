@@ -573,7 +573,7 @@ def test_metrics_arrive_while_a_trial_runs_and_stay_in_its_one_run(tracker: Mlfl
 def test_an_exported_checkpoint_is_a_pointer_with_size_and_hash(tracker: MlflowTracker) -> None:
     tracker.open(sweep())
     facts = {"format": "gptq", "path": "/served/q3", "sha256": "ab12", "reloaded_by": "transformers"}
-    tracker.log(record(notes={"export": facts}, metrics={"model_bytes": 4200000.0}), {})
+    tracker.log(record(notes={"export": facts}, metrics={"export_bytes": 4200000.0, "model_bytes": 1100000.0}), {})
     [child] = children(tracker)
     assert {name: child.data.tags[f"q3q.export.{name}"] for name in ("format", "path", "sha256", "bytes")} == {
         "format": "gptq",
