@@ -10,6 +10,7 @@ import csv
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,15 +68,17 @@ class DataSet:
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Where it may lie in the user's folder, the first of these being what messages tell."""
+        """Where it may lie in the user's folder, the first of these being what messages tell: a folder of its own
+        before the one that other configurations may lie in too."""
         base = self.repository.rpartition("/")[2]
+        if not self.name:
+            return (base,)
         short = {
-            "ai2_arc": str(self.name).lower().replace("-", "_"),
+            "ai2_arc": self.name.lower().replace("-", "_"),
             "super_glue": self.name,
             "wikitext_document_level": "wikitext",
-        }.get(base, base)
-        inner = f"{base}/{self.name}" if self.name else base
-        return tuple(dict.fromkeys([str(short), inner, base]))
+        }.get(base)
+        return tuple(filter(None, [short, f"{base}/{self.name}", base]))
 
 
 class Library:
@@ -102,7 +105,7 @@ class Library:
                 raise ConfigError(f"the data set {wanted.key} is not one that this trial was planned with")
             files = self._files(wanted)
             self.identities[wanted.key] = (
-                LOCAL + _digest([path for _, path in files]) if files else _revision(wanted.repository)
+                LOCAL + _digest([path for _, path in files]) if files else _revision(wanted, self.folder, options)
             )
         loaded = self.load(wanted, **options)
         for split in wanted.splits:
@@ -112,7 +115,9 @@ class Library:
 
     def where(self, wanted: DataSet) -> str:
         """Its folder, or its name on the Hub, once it is identified."""
-        return f"{self.folder}/{wanted.folders[0]}" if self._is_local(wanted) else wanted.key
+        if not self.identities[wanted.key].startswith(LOCAL):
+            return wanted.key
+        return os.path.commonpath([path.parent for _, path in self._files(wanted)])
 
     def load(self, wanted: DataSet, **options: Any) -> DatasetDict:
         """Its splits. options: of `datasets.load_dataset`.
@@ -131,9 +136,6 @@ class Library:
                 return found
             self._loaded[place] = found
         return self._loaded[place]
-
-    def _is_local(self, wanted: DataSet) -> bool:
-        return self.identities[wanted.key].startswith(LOCAL)
 
     def _files(self, wanted: DataSet) -> list[tuple[str, Path]]:
         """(split, file) of those in the user's folder, in order; none if it has no folder for this data set."""
@@ -184,14 +186,18 @@ def serving(load: Callable[[DataSet, dict[str, Any]], DatasetDict]) -> Iterator[
 def split_files(folder: Path) -> list[tuple[str, Path]]:
     """The data files of a folder with the split that each belongs to, by name: `test.jsonl`, `data/test-0-of-2.csv`.
 
-    A split's files are read in the order of their names.
+    They lie in the folder itself, or all in its `data`: any other folder in it may be another configuration's. A
+    split's files are read in the order of their names.
     """
-    found = []
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        split = re.match(r"(train|validation|test|dev)(?![A-Za-z0-9])", path.name)
-        if split and path.suffix in SUFFIXES:
-            found.append((split[1], path))
-    return found
+    for place in (folder, folder / "data"):
+        found = []
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            split = re.match(r"(train|validation|test|dev)(?![A-Za-z0-9])", path.name)
+            if split and path.suffix in SUFFIXES and path.is_file():
+                found.append((split[1], path))
+        if found:
+            return found
+    return []
 
 
 def _study_mmlu(folder: Path, subject: str) -> list[tuple[str, Path]]:
@@ -250,18 +256,27 @@ def _mmlu_rows(path: Path, subject: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _revision(repository: str) -> str:
-    """The commit to take: the one that is pinned here, else what `main` is now."""
-    if repository in REVISIONS:
-        return REVISIONS[repository]
+def _revision(wanted: DataSet, folder: Path | None, options: dict[str, Any]) -> str:
+    """The commit to take: the one that is pinned here, else what `main` is now; where the Hub cannot be asked, the one
+    that was downloaded earlier."""
+    if wanted.repository in REVISIONS:
+        return REVISIONS[wanted.repository]
     from huggingface_hub import HfApi
 
     try:
-        sha = HfApi().dataset_info(repository, expand=["sha"], timeout=_HUB_SECONDS).sha
+        sha = HfApi().dataset_info(wanted.repository, expand=["sha"], timeout=_HUB_SECONDS).sha
     except Exception as error:  # the client's own, its HTTP library's: to the user all mean the same
-        raise ConfigError(_nowhere(DataSet(repository, None), None, error)) from error
+        downloaded = {place.name for place in _downloaded(wanted, options)}
+        if len(downloaded) == 1:
+            return downloaded.pop()
+        if downloaded:
+            raise ConfigError(
+                f"the Hub does not say which commit of {wanted.key} to take: {_reason(error)}. The cache of "
+                f"`datasets` has {len(downloaded)}, remove all but one there: {', '.join(sorted(downloaded))}"
+            ) from error
+        raise ConfigError(_nowhere(wanted, folder, error)) from error
     if not sha or not _COMMIT.fullmatch(sha):
-        raise ConfigError(f"the Hub does not say which commit {repository} has")
+        raise ConfigError(f"the Hub does not say which commit {wanted.repository} has")
     return sha
 
 
@@ -290,13 +305,10 @@ def _from_hub(wanted: DataSet, revision: str, folder: Path | None, options: dict
 def _from_cache(wanted: DataSet, revision: str, options: dict[str, Any]) -> DatasetDict | None:
     """What `datasets` downloaded earlier, of this commit and no other and with these options; no network."""
     import datasets
-    from datasets.naming import camelcase_to_snakecase
 
-    namespace, _, base = wanted.repository.rpartition("/")
-    folder = "___".join(filter(None, [namespace, camelcase_to_snakecase(base)]))
-    root = Path(datasets.config.HF_DATASETS_CACHE) / folder
-    configuration = datasets.BuilderConfig(wanted.name or "default").create_config_id(options)
-    for place in sorted(root.glob(f"{glob.escape(configuration)}/*/{revision}")):
+    for place in _downloaded(wanted, options):
+        if place.name != revision:
+            continue
         try:
             info = datasets.DatasetInfo.from_directory(str(place))
             found = datasets.DatasetDict()
@@ -312,17 +324,32 @@ def _from_cache(wanted: DataSet, revision: str, options: dict[str, Any]) -> Data
     return None
 
 
+def _downloaded(wanted: DataSet, options: dict[str, Any]) -> list[Path]:
+    """Where the cache of `datasets` has it with these options: a folder for each version and commit."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    namespace, _, base = wanted.repository.rpartition("/")
+    folder = "___".join(filter(None, [namespace, camelcase_to_snakecase(base)]))
+    configuration = datasets.BuilderConfig(wanted.name or "default").create_config_id(options)
+    places = (Path(datasets.config.HF_DATASETS_CACHE) / folder).glob(f"{glob.escape(configuration)}/*/*")
+    return sorted(place for place in places if _COMMIT.fullmatch(place.name))
+
+
 def _nowhere(wanted: DataSet, folder: Path | None, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
     base = "mmlu" if wanted.repository == MMLU else wanted.folders[0]
     place = f"{folder or 'DIR'}/{base}/"
     own = f"data.path={folder}" if folder else "data.path=DIR"
     study = "test/SUBJECT_test.csv and dev/SUBJECT_dev.csv"
     files = study if wanted.repository == MMLU else "SPLIT.parquet, SPLIT.jsonl or SPLIT.csv"
     return (
-        f"the data set {wanted.key} is neither in the cache of `datasets` nor to be had from the Hub: {reason}. "
-        f"To provide it: {own} with {place} holding {files}"
+        f"the data set {wanted.key} is neither in the cache of `datasets` nor to be had from the Hub: "
+        f"{_reason(error)}. To provide it: {own} with {place} holding {files}"
     )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -177,8 +177,8 @@ def _parts(task: str) -> list[str]:
 
 
 def _settle_known(task: str, library: Library, shots: int, limit: int | None) -> None:
-    """The data sets of a known task: there, with enough examples to show, and whole, unless no more is asked of them
-    than is there and in the official ones."""
+    """The data sets of a known task: there, with enough examples to show, and whole, unless no more is asked of a part
+    of them than it has. What has more than the official rows is no part of them."""
     if shots and (task == "wikitext" or not KNOWN.get(task, (task,))):
         raise ConfigError(f"{task} has no examples, and cannot show {shots}; name others in evaluation.shots")
     for data in KNOWN.get(task, ()):
@@ -189,10 +189,10 @@ def _settle_known(task: str, library: Library, shots: int, limit: int | None) ->
         if shots > len(rows[source]):
             raise ConfigError(f"{task} is to show {shots} examples, and {where} has {len(rows[source])} in {source}")
         count = len(rows[asked])
-        if count != whole and (limit is None or count < min(limit, whole)):
+        if count > whole or (count < whole and (limit is None or count < limit)):
+            other = "these alone" if count > whole else f"all of them, or say evaluation.limits={{{task}:{count}}}"
             raise ConfigError(
-                f"{task}: {where} has {count} rows of the split {asked}, and {whole} are its questions: give all of "
-                f"them, or say evaluation.limits={{{task}:{min(count, whole)}}}"
+                f"{task}: {where} has {count} rows of the split {asked}, and {whole} are its questions: give {other}"
             )
 
 
