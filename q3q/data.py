@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 from q3q.errors import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
+
+Row = dict[str, Any]
 
 MMLU, WIKITEXT = "cais/mmlu", "EleutherAI/wikitext_document_level"
 # The commit of each data set that the study's suite asks for; of any other, what `main` means when a sweep is planned.
@@ -149,15 +152,15 @@ class Library:
         return []
 
     def _from_folder(self, wanted: DataSet, identity: str) -> DatasetDict:
-        from datasets import Dataset, DatasetDict
+        from datasets import DatasetDict
 
         files = self._files(wanted)
         if not files or LOCAL + _digest([path for _, path in files]) != identity:
             raise ConfigError(f"the files of {wanted.key} in {self.folder} changed since the trial was planned")
-        rows: dict[str, list[dict[str, Any]]] = {}
+        rows: dict[str, list[tuple[str, Row]]] = {}
         for split, path in files:
             rows.setdefault(split, []).extend(_rows(wanted, path))
-        found = DatasetDict({split: Dataset.from_list(some) for split, some in rows.items()})
+        found = DatasetDict({split: _table(some) for split, some in rows.items()})
         # lm-eval looks for the training split of a task even where no example is drawn from it.
         for split in sorted({"train", "validation", "test", "dev"} - set(found)):
             found[split] = next(iter(found.values())).select([])
@@ -209,41 +212,72 @@ def _study_mmlu(folder: Path, subject: str) -> list[tuple[str, Path]]:
     return []
 
 
-def _rows(wanted: DataSet, path: Path) -> Iterator[dict[str, Any]]:
+def _table(rows: Sequence[tuple[str, Row]]) -> Dataset:
+    """Rows, each given with where it stands, as `datasets` has them."""
+    from datasets import Dataset
+
+    def table(count: int) -> Dataset:
+        return Dataset.from_list([row for _, row in rows[:count]])
+
+    def fails(count: int) -> bool:
+        try:
+            table(count)
+        except Exception:
+            return True
+        return False
+
+    try:
+        return table(len(rows))
+    except Exception as error:  # Arrow's own, or Python's for half a character: to the user all mean the same
+        first = bisect_left(range(1, len(rows)), True, key=fails)
+        raise ConfigError(f"{rows[first][0]} makes no table with the rows before it: {_reason(error)}") from error
+
+
+def _rows(wanted: DataSet, path: Path) -> Iterator[tuple[str, Row]]:
+    """Each row with where it stands."""
     try:
         if wanted.repository == MMLU and path.suffix == ".csv":
-            yield from _mmlu_rows(path, str(wanted.name))
+            yield from ((str(path), row) for row in _mmlu_rows(path, str(wanted.name)))
             return
-        for number, row in enumerate(_plain_rows(path), start=1):
-            missing = [name for name in COLUMNS.get(wanted.repository, ()) if name not in row]
+        for number, row in _plain_rows(path):
+            where = f"{path}, row {number}"
+            missing = [name for name in COLUMNS.get(wanted.repository, ()) if row.get(name) is None]
             if missing:
-                raise ConfigError(f"{path}, row {number}: {wanted.key} has a column {missing[0]}, this has none")
+                raise ConfigError(f"{where}: {wanted.key} has a column {missing[0]}, this has none")
             for name in TEXT_COLUMNS.get(wanted.repository, ()):
                 row[name] = str(row[name])
-            yield row
+            yield where, row
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
-def _plain_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _plain_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Each row with its number, of `.jsonl` its line's."""
     if path.suffix == ".jsonl":
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("a line is no JSON object")
-                yield row
+                yield number, _object(number, line)
     elif path.suffix == ".parquet":
         from pyarrow import parquet
 
-        yield from parquet.read_table(path).to_pylist()
+        yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
     else:
         from pyarrow import csv as arrow_csv
 
-        yield from arrow_csv.read_csv(path).to_pylist()
+        yield from enumerate(arrow_csv.read_csv(path).to_pylist(), start=1)
 
 
-def _mmlu_rows(path: Path, subject: str) -> Iterator[dict[str, Any]]:
+def _object(number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is no JSON object")
+    return row
+
+
+def _mmlu_rows(path: Path, subject: str) -> Iterator[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         for number, cells in enumerate(csv.reader(file), start=1):
             if len(cells) != 6 or cells[5] not in ("A", "B", "C", "D"):

@@ -8,7 +8,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -242,16 +242,17 @@ def _hub_file(source: str, split: Split, data: Path | None) -> Path:
         ) from error
 
 
-def _parquet_rows(file: Path) -> Iterable[str]:
+def _parquet_rows(file: Path) -> Iterator[str]:
     from pyarrow import parquet
 
-    rows: list[str] = parquet.read_table(file, columns=["text"])["text"].to_pylist()
-    return rows
+    rows = parquet.read_table(file, columns=["text"])["text"].to_pylist()
+    yield from (_text_of(f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
 def _json_rows(file: Path) -> Iterator[str]:
     import pyarrow
 
     with pyarrow.input_stream(str(file), compression="detect") as stream:  # .gz or .zst
-        for line in io.TextIOWrapper(stream, encoding="utf-8"):
-            yield json.loads(line)["text"]
+        for n, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
+            where = f"{file}, line {n}"
+            yield _text_of(where, _parsed(where, line))

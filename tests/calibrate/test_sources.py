@@ -200,6 +200,28 @@ def test_a_folders_copy_of_a_text_to_evaluate_on_is_the_whole_of_it(tmp_path, so
     assert len(load_text(source, split="calibration", data=tmp_path).documents) == rows + 1
 
 
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ('{"text": null}', "line 2: neither a string nor"),
+        ('["a row"]', "line 2: neither a string nor"),
+        ('{"text": "\\ud800"}', "line 2: its text is not valid Unicode"),
+        ('{"text": ', "line 2 is not JSON"),
+        ("", "line 2 is not JSON"),
+    ],
+)
+def test_a_folders_copy_with_a_row_that_is_no_text_is_refused_by_its_line(tmp_path, row, complaint):
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "train.jsonl").write_text(f'{{"text": "a row"}}\n{row}\n{{"text": "another"}}\n')
+    refuse("c4", "calibration", "train.jsonl", complaint, data=tmp_path)
+
+
+@pytest.mark.parametrize("rows", [["a row", None], [1, 2]])
+def test_a_parquet_file_with_a_row_that_is_no_text_is_refused(cache, rows):
+    parquet.write_table(pyarrow.table({"text": rows}), cache("wikitext2", "calibration"))
+    refuse("wikitext2", "calibration", f"row {rows.index(None) + 1 if None in rows else 1}: neither a string nor")
+
+
 def test_the_two_splits_of_a_data_set_are_different_files():
     for hub in _HUB.values():
         assert len(set(hub.files.values())) == len(hub.files)

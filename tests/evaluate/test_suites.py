@@ -316,6 +316,9 @@ def test_a_folder_is_known_by_its_content(study_data, tmp_path):
         Library(tmp_path, library.identities).load(data)
 
 
+PIQA_ROW = '{"goal": "g", "sol1": "a", "sol2": "b", "label": %s}\n'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
@@ -324,6 +327,19 @@ def test_a_folder_is_known_by_its_content(study_data, tmp_path):
         ("validation.jsonl", "{\n", "cannot be read"),
         ("test.jsonl", '{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n', "no rows of the split validation"),
         ("validation.parquet", "no parquet", "cannot be read"),
+        ("validation.jsonl", PIQA_ROW % 0 + "\n" + PIQA_ROW % "null", r"validation.jsonl, row 3: .* a column label"),
+        ("validation.jsonl", PIQA_ROW % 0 + "{", "line 2 is not JSON"),
+        ("validation.jsonl", PIQA_ROW % 0 + "[" * 100_000, "line 2 is not JSON"),
+        (
+            "validation.jsonl",
+            PIQA_ROW % 0 * 5 + PIQA_ROW % '"1"' + PIQA_ROW % 0 * 3,
+            r"validation.jsonl, row 6 makes no table .* '1'",
+        ),
+        (
+            "validation.jsonl",
+            PIQA_ROW % 0 + PIQA_ROW.replace('"a"', '"\\ud800"') % 0,
+            r"row 2 makes no table .* surrogates",
+        ),
     ],
 )
 def test_a_folder_that_cannot_serve_is_refused(tmp_path, name, content, complaint):
