@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from q3q.evaluate.harness import Chat, HarnessLM, asked_documents, check_samples
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.prefixes import Tape
 from q3q.evaluate.scoring import run_tape
+from q3q.models.attention import Cached
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 
@@ -208,9 +210,54 @@ def test_what_prompts_share_runs_once_however_few_are_continued_together(both, m
     unique = sum(ran)
     for cache in (1, 100_000):  # bytes: a row at a time, some
         ran.clear()
-        monkeypatch.setattr(generation, "CACHE_BYTES", cache)
+        monkeypatch.setattr(generation, "cache_bytes", lambda *_, cache=cache: cache)
         assert texts() == together
         assert sum(ran) == unique == len(Tape(contexts)) < sum(map(len, contexts)) / 2
+
+
+def test_rows_are_continued_together_within_what_is_free():
+    """In MiB: half of what is free, of which a batch that is read ahead has its part."""
+
+    def room(device, spare, ahead):
+        return generation.cache_bytes(device, None if spare is None else spare << 20, ahead << 20) >> 20
+
+    assert room("cpu", None, 0) == room("cpu", 8192, 0) == room("cuda", 512, 0) == 1024
+    assert (room("cpu", 512, 0), room("cuda", 8192, 0)) == (256, 4096)
+    assert (room("cpu", 512, 100), room("cuda", 8192, 1000)) == (156, 3096)
+    assert (room("cpu", 512, 1000), room("cuda", 8192, 9000)) == (128, 2048)
+    assert room("cpu", 16, 0) == room("cpu", 64, 64) == 64
+
+
+def test_when_rows_end_the_caches_are_copied_block_by_block(both, monkeypatch):
+    """There are as many as blocks, and one more while it is copied."""
+    ours, _ = both
+    seen, alive = [], []
+
+    def counted(select):
+        def wrapped(cache, rows_R, lengths):
+            copied = select(cache, rows_R, lengths)
+            seen.extend((weakref.ref(cache), weakref.ref(copied)))
+            alive.append(len({id(one()) for one in seen} - {id(None)}))
+            return copied
+
+        return wrapped
+
+    contexts = sorted((as_ids(ours.tok_encode(text)) for text in (STORY, "Ben", "The", "Ada has a")), key=list)
+    lengths = iter((1, 2, 3, 9))
+    limits = {}
+
+    def ended(tokens):
+        if len(tokens) == 1:
+            limits[id(tokens)] = next(lengths)
+        return len(tokens) >= limits[id(tokens)]
+
+    monkeypatch.setattr(Cached, "select", counted(Cached.select))
+    with torch.inference_mode():
+        found = dict(generation.generate(ours.model, contexts, 9, ended, TokenBudget(64, most=64)))
+    assert sorted(map(len, found.values())) == [1, 2, 3, 9]
+    blocks = len(ours.model.blocks)
+    assert len(alive) == 2 * blocks  # copied when two rows are left, and when one is
+    assert max(alive) == blocks + 1
 
 
 def test_generation_ends_where_the_models_own_settings_say(both, tmp_path):
