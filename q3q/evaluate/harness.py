@@ -14,6 +14,7 @@ import lm_eval.tasks
 import numpy as np
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.metrics import weighted_mean, weighted_perplexity
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
@@ -25,7 +26,7 @@ from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.encoding import LineEncoder, as_ids, encode_pair
 from q3q.evaluate.generation import generate
 from q3q.evaluate.journal import SCORES, Journal, request_key
-from q3q.evaluate.perplexity import NORMAL_95
+from q3q.evaluate.perplexity import NORMAL_95, exp_or_infinity
 from q3q.evaluate.prefixes import Ids
 from q3q.evaluate.scoring import Effort, Request, Score, score
 from q3q.evaluate.suites import OWN_TASKS, THINK_END, THINK_START, Choose, Tell
@@ -373,6 +374,10 @@ class CheckedTasks(TaskManager):
             parts = [self._load_one(name) for name in names]
             keys = ("tasks", "groups", "group_map")
             loaded = {key: {k: v for part in parts for k, v in part[key].items()} for key in keys}
+            for task in loaded["tasks"].values():
+                aggregations = task.aggregation()
+                for name in [name for name, one in aggregations.items() if one is weighted_perplexity]:
+                    aggregations[name] = perplexity_or_infinity
             self.documents = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
             if empty := [name for name, count in self.documents.items() if not count]:
                 raise IntegrityError(f"no documents to evaluate: {', '.join(empty)}")
@@ -390,6 +395,14 @@ class CheckedTasks(TaskManager):
             entry = self.task_index.get(name)
             where = f" ({entry.yaml_path})" if entry is not None and entry.yaml_path else ""
             raise ConfigError(f"{name}{where} cannot be loaded: {_told(error)}") from error
+
+
+def perplexity_or_infinity(items: Sequence[tuple[float, float]]) -> float:
+    """lm-eval's `weighted_perplexity`, which ends in an OverflowError where that is too large for a number.
+
+    items: log-likelihood and weight (words, bytes) of each document.
+    """
+    return exp_or_infinity(-weighted_mean(items))
 
 
 def _told(error: Exception) -> str:

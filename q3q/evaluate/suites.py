@@ -346,6 +346,7 @@ def weighted_losses(rows: Sequence[Json]) -> dict[str, list[float]]:
 def weighted_intervals(task: str, losses: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
     """95 % intervals of what `weighted_losses` are the contributions to: lm-eval gives none."""
     from q3q.evaluate.compare import NORMAL_95, estimate
+    from q3q.evaluate.perplexity import exp_or_infinity
 
     found: dict[str, tuple[float, float]] = {}
     for name, values in losses.items():
@@ -353,13 +354,11 @@ def weighted_intervals(task: str, losses: Mapping[str, Sequence[float]]) -> dict
             continue
         mean = estimate({str(number): value for number, value in enumerate(values)})
         spread = NORMAL_95 * mean.standard_error
-        ends = mean.value - spread, mean.value + spread
-        found[f"{task}/{name}"] = ends if name == "bits_per_byte" else _exps(*ends)
+        low, high = mean.value - spread, mean.value + spread
+        found[f"{task}/{name}"] = (
+            (low, high) if name == "bits_per_byte" else (exp_or_infinity(low), exp_or_infinity(high))
+        )
     return found
-
-
-def _exps(low: float, high: float) -> tuple[float, float]:
-    return math.exp(min(low, 700)), math.exp(min(high, 700))
 
 
 def _leaves(group: str, members: Mapping[str, Sequence[str]]) -> list[str]:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -604,6 +606,26 @@ def test_official_tasks_score_as_with_hflm(both, tmp_path):
         run_tasks(
             ours.model, ours.tokenizer, ["stories_who"], limit=1, seed=0, journal=tmp_path / "j", identity="other"
         )
+
+
+def test_a_perplexity_too_large_for_a_number_is_infinite_and_no_error(both, tmp_path, monkeypatch):
+    ours, _ = both
+    official_tasks(tmp_path, count=2)
+
+    def scored(nats):
+        """Every text has this many nats a word of its original."""
+        monkeypatch.setattr(
+            HarnessLM,
+            "loglikelihood_rolling",
+            lambda self, requests, **_: [-nats * len(re.split(r"\s+", one.doc["page"])) for one in requests],
+        )
+        found = run_tasks(ours.model, ours.tokenizer, ["local_wikitext"], limit=None, seed=0, include_path=tmp_path)
+        return {name.partition("/")[2]: value for name, value in found.metrics.items()}
+
+    assert scored(3.0)["word_perplexity"] == pytest.approx(math.exp(3))
+    wrecked = scored(20_000.0)
+    assert wrecked["word_perplexity"] == wrecked["byte_perplexity"] == math.inf
+    assert 1000 < wrecked["bits_per_byte"] < math.inf
 
 
 def test_tasks_without_documents_and_documents_without_samples_fail(both, tmp_path):
