@@ -28,7 +28,7 @@ from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate import generation
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.encoding import as_ids
-from q3q.evaluate.harness import Chat, HarnessLM, asked_documents, check_samples, run_tasks
+from q3q.evaluate.harness import Chat, HarnessLM, asked_documents, check_samples, read_metrics, run_tasks, shares
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.prefixes import Tape
 from q3q.evaluate.scoring import run_tape
@@ -446,10 +446,13 @@ def test_unfinished_thoughts_are_counted(both, monkeypatch, tmp_path):
     tokenizer = load_tokenizer(DEMO_MODELS / "dense")
     tokenizer.chat_template = QWEN_LIKE
 
-    def scored(text, **more):
+    def run(text, **more):
         say(monkeypatch, text)
         given = {"limit": None, "seed": 0, "include_path": tmp_path, **more}
-        return run_tasks(ours.model, tokenizer, ["talk"], **given).metrics
+        return run_tasks(ours.model, tokenizer, ["talk"], **given)
+
+    def scored(text, **more):
+        return run(text, **more).metrics
 
     thinks = {"chat": Chat(template=True), "max_gen_toks": 100, "journal": tmp_path / "j", "identity": "demo"}
     found = scored(THOUGHT + "42", **thinks)
@@ -457,7 +460,29 @@ def test_unfinished_thoughts_are_counted(both, monkeypatch, tmp_path):
     assert scored("nothing", **thinks) == found  # the journal remembers
     cut = scored(THOUGHT + "42", chat=Chat(template=True), max_gen_toks=9)
     assert (cut["talk/exact_match"], cut["unfinished/talk"]) == (0, 1)
+    low, high = run(THOUGHT + "42", chat=Chat(template=True), max_gen_toks=9).intervals["unfinished/talk"]
+    assert (low, high) == pytest.approx((0.5101, 1), abs=1e-4)  # Wilson's, of 4 of 4: 1 / (1 + 1.96^2 / 4)
     assert "unfinished/talk" not in scored("42", chat=Chat(template=True, thinking=False))
+
+
+def test_intervals_of_shares_whatever_their_name_stay_between_0_and_1():
+    rows = [
+        {
+            "filter": "none",
+            "metrics": ["exact_match", "f1", "loss"],
+            "exact_match": hit,
+            "f1": (hit, 1),
+            "loss": hit / 2,
+        }
+        for hit in (0.0, 1.0, 1.0, 1.0)
+    ]
+    assert shares({"t": rows}) == {("exact_match", "none")}
+    assert shares({"t": rows, "u": [{"filter": "none", "metrics": ["exact_match"], "exact_match": 0.5}]}) == set()
+    names = ("exact_match", "loss", "acc")
+    results = {"t": {f"{name}{part},none": x for name in names for part, x in (("", 0.75), ("_stderr", 0.25))}}
+    _, intervals = read_metrics(results, shares({"t": rows}))
+    assert intervals["t/exact_match"] == intervals["t/acc"] == (pytest.approx(0.26, abs=1e-3), 1)
+    assert intervals["t/loss"] == pytest.approx((0.26, 1.24), abs=1e-3)
 
 
 PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
