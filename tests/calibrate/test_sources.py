@@ -3,7 +3,7 @@ import json
 import os
 import time
 
-import huggingface_hub
+import huggingface_hub.constants
 import pyarrow
 import pytest
 from pyarrow import parquet
