@@ -119,8 +119,8 @@ def loads(python: str, scratch: Path) -> None:
         error_BT = (torch.load(f"{folder}.logits") - ours).norm(dim=-1) / ours.norm(dim=-1)
         far = float((error_BT > SAME_IN_FLOAT16).float().mean())
         print(
-            f"  {folder.name:68} by GPTQModel: logits of a token differ by {float(error_BT.median()):.1e} of their size, "
-            f"by {float(error_BT.max()):.1e} at most, in float16",
+            f"  {folder.name:68} by GPTQModel: logits of a token differ by {float(error_BT.median()):.1e} of their "
+            f"size, by {float(error_BT.max()):.1e} at most, in float16",
             flush=True,
         )
         wrong += [folder.name] if far > (SENT_ELSEWHERE if "_moe_" in folder.name else 0) else []

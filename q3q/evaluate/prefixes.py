@@ -69,9 +69,9 @@ class Tape:
     """The prefix tree of texts, depth first.
 
     texts: token ids, distinct and sorted. ragged: whether batches attend by `RaggedLook`s. shared: how many tokens each
-    has in common with the one before it. begin: where on the tape its own tokens begin, and at last the tape's end. ids:
-    the tape. attended, padded: query slots of attention in the batches so far, and those of them that were padding of
-    the attention's own (linear layers see none).
+    has in common with the one before it. begin: where on the tape its own tokens begin, and at last the tape's end.
+    ids: the tape. attended, padded: query slots of attention in the batches so far, and those of them that were padding
+    of the attention's own (linear layers see none).
     """
 
     texts: list[Ids]

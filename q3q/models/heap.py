@@ -19,6 +19,6 @@ def return_large() -> None:
 
 
 def return_holes() -> None:
-    """What smaller tensors left behind: a tenth of a gigabyte and more by the time that a block's last site is solved."""
+    """What smaller tensors left behind: a tenth of a gigabyte and more by the time a block's last site is solved."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -174,7 +174,7 @@ class MlflowTracker:
             if there:
                 metrics, params = self._new_to(run, metrics, params, tags)
                 signed |= tags
-            # A request costs MLflow some milliseconds, whatever it holds: so all that is left is one, the digest its last.
+            # A request costs MLflow some milliseconds, whatever it holds: so all that is left is one, the digest last.
             self._log_batch(run, [*blocks, *_named(metrics, ended)], params, signed)
             runs[run] = now
             for old in earlier:

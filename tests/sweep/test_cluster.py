@@ -398,7 +398,9 @@ def test_a_head_that_is_gone_is_said_to_be_before_ray_ends_the_driver(start_prog
         told = driver.communicate(timeout=50)[0]  # of the 60 s after which Ray ends its process
         assert driver.returncode == 0
         assert ends_soon(pid)
-    assert re.fullmatch(r"the head of the Ray cluster at \S+ has not answered for \d s .*the same command goes on\n", told)
+    assert re.fullmatch(
+        r"the head of the Ray cluster at \S+ has not answered for \d s .*the same command goes on\n", told
+    )
 
 
 @pytest.mark.slow
