@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from q3q.calibrate.sources import Text, load_text
+from q3q.calibrate.sources import SOURCES, Text, load_text
 from q3q.data import Library, folder_digest
 from q3q.errors import CalibrationError, CheckpointError, ConfigError, IncompatibleError
 from q3q.evaluate.mmlu_paper import SHOTS as MMLU_SHOTS
@@ -637,7 +637,7 @@ def _evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> J
         _check_long_enough(text, folder, 1, wanted.window, "random" if samples else "first")
         texts.append(
             {
-                "name": _metric_name(text.name) if source == "file" else TEXT_NAMES.get(source, source),
+                "name": _text_name(source, text),
                 "source": source,
                 "digest": text.digest,
                 "window": wanted.window,
@@ -645,6 +645,11 @@ def _evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> J
                 "draw": "random" if samples else "first",
                 "samples": samples,
             }
+        )
+    names = [text["name"] for text in texts]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"evaluation.texts: {', '.join(twice)} is there more than once, and has one place in the record"
         )
     evaluation: Json = {"texts": texts, **_tasks(config, facts, folder)}
     if texts or evaluation["tasks"]:
@@ -805,9 +810,21 @@ def _check_long_enough(text: Text, folder: Path | None, samples: int, length: in
     )
 
 
-def _metric_name(stem: str) -> str:
-    """A file's name as part of a metric's: trackers take few characters."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", stem)
+def _text_name(source: str, text: Text) -> str:
+    """A text's name in metrics; of a file its own, in the few characters that trackers take.
+
+    Raises:
+        ConfigError: a file is called like one of the texts that everyone knows: its numbers would pass for that one's.
+    """
+    if source != "file":
+        return TEXT_NAMES.get(source, source)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", text.name)
+    known = [TEXT_NAMES.get(source, source) for source in SOURCES["evaluation"] if source != "file"]
+    if name in known:
+        raise ConfigError(
+            f"evaluation.path: a file called {name} would be taken for q3q's text of that name; rename it"
+        )
+    return name
 
 
 def _path_is_for_files(path: str | None, split: str, sources: Sequence[str]) -> None:

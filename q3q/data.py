@@ -10,7 +10,9 @@ import csv
 import glob
 import hashlib
 import json
+import os
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 from q3q.errors import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
+
+Row = dict[str, Any]
 
 MMLU, WIKITEXT = "cais/mmlu", "EleutherAI/wikitext_document_level"
 # The commit of each data set that the study's suite asks for; of any other, what `main` means when a sweep is planned.
@@ -67,15 +71,17 @@ class DataSet:
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Where it may lie in the user's folder, the first of these being what messages tell."""
+        """Where it may lie in the user's folder, the first of these being what messages tell: a folder of its own
+        before the one that other configurations may lie in too."""
         base = self.repository.rpartition("/")[2]
+        if not self.name:
+            return (base,)
         short = {
-            "ai2_arc": str(self.name).lower().replace("-", "_"),
+            "ai2_arc": self.name.lower().replace("-", "_"),
             "super_glue": self.name,
             "wikitext_document_level": "wikitext",
-        }.get(base, base)
-        inner = f"{base}/{self.name}" if self.name else base
-        return tuple(dict.fromkeys([str(short), inner, base]))
+        }.get(base)
+        return tuple(filter(None, [short, f"{base}/{self.name}", base]))
 
 
 class Library:
@@ -102,7 +108,7 @@ class Library:
                 raise ConfigError(f"the data set {wanted.key} is not one that this trial was planned with")
             files = self._files(wanted)
             self.identities[wanted.key] = (
-                LOCAL + _digest([path for _, path in files]) if files else _revision(wanted.repository)
+                LOCAL + _digest([path for _, path in files]) if files else _revision(wanted, self.folder, options)
             )
         loaded = self.load(wanted, **options)
         for split in wanted.splits:
@@ -112,7 +118,9 @@ class Library:
 
     def where(self, wanted: DataSet) -> str:
         """Its folder, or its name on the Hub, once it is identified."""
-        return f"{self.folder}/{wanted.folders[0]}" if self._is_local(wanted) else wanted.key
+        if not self.identities[wanted.key].startswith(LOCAL):
+            return wanted.key
+        return os.path.commonpath([path.parent for _, path in self._files(wanted)])
 
     def load(self, wanted: DataSet, **options: Any) -> DatasetDict:
         """Its splits. options: of `datasets.load_dataset`.
@@ -132,9 +140,6 @@ class Library:
             self._loaded[place] = found
         return self._loaded[place]
 
-    def _is_local(self, wanted: DataSet) -> bool:
-        return self.identities[wanted.key].startswith(LOCAL)
-
     def _files(self, wanted: DataSet) -> list[tuple[str, Path]]:
         """(split, file) of those in the user's folder, in order; none if it has no folder for this data set."""
         if self.folder is None:
@@ -147,15 +152,15 @@ class Library:
         return []
 
     def _from_folder(self, wanted: DataSet, identity: str) -> DatasetDict:
-        from datasets import Dataset, DatasetDict
+        from datasets import DatasetDict
 
         files = self._files(wanted)
         if not files or LOCAL + _digest([path for _, path in files]) != identity:
             raise ConfigError(f"the files of {wanted.key} in {self.folder} changed since the trial was planned")
-        rows: dict[str, list[dict[str, Any]]] = {}
+        rows: dict[str, list[tuple[str, Row]]] = {}
         for split, path in files:
             rows.setdefault(split, []).extend(_rows(wanted, path))
-        found = DatasetDict({split: Dataset.from_list(some) for split, some in rows.items()})
+        found = DatasetDict({split: _table(some) for split, some in rows.items()})
         # lm-eval looks for the training split of a task even where no example is drawn from it.
         for split in sorted({"train", "validation", "test", "dev"} - set(found)):
             found[split] = next(iter(found.values())).select([])
@@ -184,14 +189,18 @@ def serving(load: Callable[[DataSet, dict[str, Any]], DatasetDict]) -> Iterator[
 def split_files(folder: Path) -> list[tuple[str, Path]]:
     """The data files of a folder with the split that each belongs to, by name: `test.jsonl`, `data/test-0-of-2.csv`.
 
-    A split's files are read in the order of their names.
+    They lie in the folder itself, or all in its `data`: any other folder in it may be another configuration's. A
+    split's files are read in the order of their names.
     """
-    found = []
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        split = re.match(r"(train|validation|test|dev)(?![A-Za-z0-9])", path.name)
-        if split and path.suffix in SUFFIXES:
-            found.append((split[1], path))
-    return found
+    for place in (folder, folder / "data"):
+        found = []
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            split = re.match(r"(train|validation|test|dev)(?![A-Za-z0-9])", path.name)
+            if split and path.suffix in SUFFIXES and path.is_file():
+                found.append((split[1], path))
+        if found:
+            return found
+    return []
 
 
 def _study_mmlu(folder: Path, subject: str) -> list[tuple[str, Path]]:
@@ -203,41 +212,72 @@ def _study_mmlu(folder: Path, subject: str) -> list[tuple[str, Path]]:
     return []
 
 
-def _rows(wanted: DataSet, path: Path) -> Iterator[dict[str, Any]]:
+def _table(rows: Sequence[tuple[str, Row]]) -> Dataset:
+    """Rows, each given with where it stands, as `datasets` has them."""
+    from datasets import Dataset
+
+    def table(count: int) -> Dataset:
+        return Dataset.from_list([row for _, row in rows[:count]])
+
+    def fails(count: int) -> bool:
+        try:
+            table(count)
+        except Exception:
+            return True
+        return False
+
+    try:
+        return table(len(rows))
+    except Exception as error:  # Arrow's own, or Python's for half a character: to the user all mean the same
+        first = bisect_left(range(1, len(rows)), True, key=fails)
+        raise ConfigError(f"{rows[first][0]} makes no table with the rows before it: {_reason(error)}") from error
+
+
+def _rows(wanted: DataSet, path: Path) -> Iterator[tuple[str, Row]]:
+    """Each row with where it stands."""
     try:
         if wanted.repository == MMLU and path.suffix == ".csv":
-            yield from _mmlu_rows(path, str(wanted.name))
+            yield from ((str(path), row) for row in _mmlu_rows(path, str(wanted.name)))
             return
-        for number, row in enumerate(_plain_rows(path), start=1):
-            missing = [name for name in COLUMNS.get(wanted.repository, ()) if name not in row]
+        for number, row in _plain_rows(path):
+            where = f"{path}, row {number}"
+            missing = [name for name in COLUMNS.get(wanted.repository, ()) if row.get(name) is None]
             if missing:
-                raise ConfigError(f"{path}, row {number}: {wanted.key} has a column {missing[0]}, this has none")
+                raise ConfigError(f"{where}: {wanted.key} has a column {missing[0]}, this has none")
             for name in TEXT_COLUMNS.get(wanted.repository, ()):
                 row[name] = str(row[name])
-            yield row
+            yield where, row
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
-def _plain_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _plain_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Each row with its number, of `.jsonl` its line's."""
     if path.suffix == ".jsonl":
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("a line is no JSON object")
-                yield row
+                yield number, _object(number, line)
     elif path.suffix == ".parquet":
         from pyarrow import parquet
 
-        yield from parquet.read_table(path).to_pylist()
+        yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
     else:
         from pyarrow import csv as arrow_csv
 
-        yield from arrow_csv.read_csv(path).to_pylist()
+        yield from enumerate(arrow_csv.read_csv(path).to_pylist(), start=1)
 
 
-def _mmlu_rows(path: Path, subject: str) -> Iterator[dict[str, Any]]:
+def _object(number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is no JSON object")
+    return row
+
+
+def _mmlu_rows(path: Path, subject: str) -> Iterator[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         for number, cells in enumerate(csv.reader(file), start=1):
             if len(cells) != 6 or cells[5] not in ("A", "B", "C", "D"):
@@ -250,18 +290,27 @@ def _mmlu_rows(path: Path, subject: str) -> Iterator[dict[str, Any]]:
             }
 
 
-def _revision(repository: str) -> str:
-    """The commit to take: the one that is pinned here, else what `main` is now."""
-    if repository in REVISIONS:
-        return REVISIONS[repository]
+def _revision(wanted: DataSet, folder: Path | None, options: dict[str, Any]) -> str:
+    """The commit to take: the one that is pinned here, else what `main` is now; where the Hub cannot be asked, the one
+    that was downloaded earlier."""
+    if wanted.repository in REVISIONS:
+        return REVISIONS[wanted.repository]
     from huggingface_hub import HfApi
 
     try:
-        sha = HfApi().dataset_info(repository, expand=["sha"], timeout=_HUB_SECONDS).sha
+        sha = HfApi().dataset_info(wanted.repository, expand=["sha"], timeout=_HUB_SECONDS).sha
     except Exception as error:  # the client's own, its HTTP library's: to the user all mean the same
-        raise ConfigError(_nowhere(DataSet(repository, None), None, error)) from error
+        downloaded = {place.name for place in _downloaded(wanted, options)}
+        if len(downloaded) == 1:
+            return downloaded.pop()
+        if downloaded:
+            raise ConfigError(
+                f"the Hub does not say which commit of {wanted.key} to take: {_reason(error)}. The cache of "
+                f"`datasets` has {len(downloaded)}, remove all but one there: {', '.join(sorted(downloaded))}"
+            ) from error
+        raise ConfigError(_nowhere(wanted, folder, error)) from error
     if not sha or not _COMMIT.fullmatch(sha):
-        raise ConfigError(f"the Hub does not say which commit {repository} has")
+        raise ConfigError(f"the Hub does not say which commit {wanted.repository} has")
     return sha
 
 
@@ -290,13 +339,10 @@ def _from_hub(wanted: DataSet, revision: str, folder: Path | None, options: dict
 def _from_cache(wanted: DataSet, revision: str, options: dict[str, Any]) -> DatasetDict | None:
     """What `datasets` downloaded earlier, of this commit and no other and with these options; no network."""
     import datasets
-    from datasets.naming import camelcase_to_snakecase
 
-    namespace, _, base = wanted.repository.rpartition("/")
-    folder = "___".join(filter(None, [namespace, camelcase_to_snakecase(base)]))
-    root = Path(datasets.config.HF_DATASETS_CACHE) / folder
-    configuration = datasets.BuilderConfig(wanted.name or "default").create_config_id(options)
-    for place in sorted(root.glob(f"{glob.escape(configuration)}/*/{revision}")):
+    for place in _downloaded(wanted, options):
+        if place.name != revision:
+            continue
         try:
             info = datasets.DatasetInfo.from_directory(str(place))
             found = datasets.DatasetDict()
@@ -312,17 +358,32 @@ def _from_cache(wanted: DataSet, revision: str, options: dict[str, Any]) -> Data
     return None
 
 
+def _downloaded(wanted: DataSet, options: dict[str, Any]) -> list[Path]:
+    """Where the cache of `datasets` has it with these options: a folder for each version and commit."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    namespace, _, base = wanted.repository.rpartition("/")
+    folder = "___".join(filter(None, [namespace, camelcase_to_snakecase(base)]))
+    configuration = datasets.BuilderConfig(wanted.name or "default").create_config_id(options)
+    places = (Path(datasets.config.HF_DATASETS_CACHE) / folder).glob(f"{glob.escape(configuration)}/*/*")
+    return sorted(place for place in places if _COMMIT.fullmatch(place.name))
+
+
 def _nowhere(wanted: DataSet, folder: Path | None, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
     base = "mmlu" if wanted.repository == MMLU else wanted.folders[0]
     place = f"{folder or 'DIR'}/{base}/"
     own = f"data.path={folder}" if folder else "data.path=DIR"
     study = "test/SUBJECT_test.csv and dev/SUBJECT_dev.csv"
     files = study if wanted.repository == MMLU else "SPLIT.parquet, SPLIT.jsonl or SPLIT.csv"
     return (
-        f"the data set {wanted.key} is neither in the cache of `datasets` nor to be had from the Hub: {reason}. "
-        f"To provide it: {own} with {place} holding {files}"
+        f"the data set {wanted.key} is neither in the cache of `datasets` nor to be had from the Hub: "
+        f"{_reason(error)}. To provide it: {own} with {place} holding {files}"
     )
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def _digest(files: Sequence[Path]) -> str:

@@ -589,7 +589,7 @@ def _measure_text(
     name, quick = wanted["name"], bool(spec.evaluation.get("quick"))
     windows_NT, part = evaluation_windows(tokenizer, spec, wanted), Part()
     baseline = reference.baselines.get(name)
-    with closing(Journal(folder / f"windows_{name}.jsonl", spec.id)) as journal:
+    with closing(Journal(folder / f"windows_{name}.jsonl", f"{spec.id} {wanted['digest']}")) as journal:
         if baseline is None:
             nll_N = window_losses(model, windows_NT, tell, journal)
         elif spec.scheme is None:

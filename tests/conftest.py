@@ -47,7 +47,8 @@ PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
 
 @pytest.fixture(scope="session")
 def study_data(tmp_path_factory):
-    """A folder for data.path: the data sets of the study's suite in their official schema, MMLU as its authors."""
+    """A folder for data.path: the data sets of the study's suite in their official schema, MMLU as its authors; the two
+    texts with the official numbers of rows."""
     from q3q.evaluate.suites import SUBJECTS
 
     root = tmp_path_factory.mktemp("data")
@@ -91,8 +92,8 @@ def study_data(tmp_path_factory):
     write("winogrande", "validation", winogrande)
     write("boolq", "validation", boolq)
     write("wikitext", "test", lambda i, who, what: {"page": f" = {who} = \n" + words(i, who, what) * 3})
-    write("wikitext2", "test", lambda i, who, what: {"text": words(i, who, what)}, 300)
-    write("c4", "validation", lambda i, who, what: {"text": words(i, who, what) * (60 if i % 3 == 0 else 2)}, 9)
+    write("wikitext2", "test", lambda i, who, what: {"text": words(i, who, what)}, 4358)
+    write("c4", "validation", lambda i, who, what: {"text": words(i, who, what) * (60 if i % 999 == 0 else 1)}, 45_576)
     for split, count in (("dev", 5), ("test", 2)):
         (root / "mmlu" / split).mkdir(parents=True)
         for number, subject in enumerate(SUBJECTS):

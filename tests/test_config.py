@@ -472,6 +472,20 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["method=gptq", "calibration=file", "calibration.path=SHORT"], CalibrationError, "SHORT.*2048|tokens"),
         (["evaluation=file", "evaluation.path=SHORT"], CalibrationError, "tokens"),
         (["evaluation=file", "evaluation.path=EMPTY"], CalibrationError, "holds no text"),
+        *(
+            (
+                ["evaluation=file", f"evaluation.path=NAMED/{name}"],
+                ConfigError,
+                f"a file called {name[:-4]} would be taken",
+            )
+            for name in ("wikitext2.txt", "c4.txt", "stories.txt", "library.txt")
+        ),
+        (["evaluation.texts=[library,demo,library]"], ConfigError, "texts: library is there more than once"),
+        (
+            ["evaluation.texts=[file,file]", "evaluation.path=NAMED/demo.txt"],
+            ConfigError,
+            "demo is there more than once",
+        ),
         (["evaluation.window=1"], ConfigError, "evaluation.window=1"),
         (["evaluation.window=4096"], ConfigError, "takes at most 2048 tokens"),
         (["evaluation=tasks"], ConfigError, r"evaluation.tasks=\[piqa"),
@@ -501,7 +515,10 @@ def test_bad_values_are_refused_in_one_line(overrides, error, words, tmp_path):
     (tmp_path / "SHORT").write_text("Too short for a window.", encoding="utf-8")
     (tmp_path / "EMPTY").write_text("", encoding="utf-8")
     overrides = [one.replace("[0-2]", r"\[0-2\]") for one in overrides]
+    for name in ("wikitext2", "c4", "stories", "library", "demo"):
+        (tmp_path / f"{name}.txt").write_text("Long enough for two windows. " * 1000, encoding="utf-8")
     overrides = [one.replace("SHORT", f"{tmp_path}/SHORT").replace("EMPTY", f"{tmp_path}/EMPTY") for one in overrides]
+    overrides = [one.replace("NAMED", str(tmp_path)) for one in overrides]
     with pytest.raises(error, match=words) as caught:
         spec(*overrides)
     assert "\n" not in str(caught.value)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from q3q import config as schema
 from q3q.attempt import afresh
+from q3q.evaluate.journal import Journal
 from q3q.evaluate.samples import read_samples
 from q3q.record import TrialRecord, blocks_folder, kept_blocks_folder, trial_folder
 from q3q.sweep.study import Study
@@ -211,6 +213,17 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(spec_of,
     assert resumed.metrics["perplexity/stories"] == whole.metrics["perplexity/stories"]
     assert resumed.metrics.get("kl/stories") == whole.metrics.get("kl/stories")
     assert resumed.intervals == whole.intervals
+
+
+def test_windows_of_another_text_of_the_same_name_are_not_taken_for_this_ones(spec_of):
+    spec = spec_of("model=demo", "method=rtn", "bits=5", "evaluation.drift=false")
+    with closing(
+        Journal(trial_folder(spec) / "evaluations" / "windows_stories.jsonl", f"{spec.id} {'0' * 64}")
+    ) as kept:
+        kept.add([("0", 1.0)])
+    record = attempt_trial(spec)
+    assert not record.completed
+    assert "holds scores of another model or text" in record.reason
 
 
 def test_bits_per_weight_counts_scales_and_zero_points(run):

@@ -8,7 +8,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,13 +55,17 @@ class Text:
 
 @dataclass(frozen=True)
 class _HubText:
-    """A data set of the Hub at a fixed commit: the file of each split, and how its rows make a text."""
+    """A data set of the Hub at a fixed commit: the file of each split, and how its rows make a text.
+
+    evaluated: rows of the file to evaluate on, None if there is none: of fewer or others, a perplexity is another.
+    """
 
     repository: str
     revision: str
     files: dict[Split, str]
     joiner: str
     running: bool
+    evaluated: int | None = None
 
 
 _HUB = {
@@ -75,6 +79,7 @@ _HUB = {
         },
         joiner="\n\n",
         running=True,
+        evaluated=4_358,
     ),
     # Rows are web pages. Joined by a space they are what is often called c4-new.
     "c4": _HubText(
@@ -86,6 +91,7 @@ _HUB = {
         },
         joiner=" ",
         running=False,
+        evaluated=45_576,
     ),
     # The Pile's validation set, which AWQ and SmoothQuant calibrate on: no evaluation text.
     "pile": _HubText(
@@ -116,7 +122,8 @@ def load_text(source: str, *, split: Split, path: str | Path | None = None, data
 
     Raises:
         CalibrationError: no such source for that split; a file missing, empty, not UTF-8 or not what its name says; a
-            data set that is neither in the local cache nor to be had from the Hub.
+            data set that is neither in the local cache nor to be had from the Hub; of one in `data`, to evaluate on, a
+            part or another.
     """
     if source not in SOURCES[split]:
         known = any(source in names for names in SOURCES.values())
@@ -190,13 +197,18 @@ def _text_of(where: str, item: Any) -> str:
 
 
 def _hub_text(source: str, split: Split, data: Path | None) -> Text:
-    hub = _HUB[source]
-    file = _own_copy(source, split, data) or _hub_file(source, split, data)
+    hub, own = _HUB[source], _own_copy(source, split, data)
+    file = own or _hub_file(source, split, data)
     try:
-        rows = _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file)
-        return Text(source, tuple(rows), joiner=hub.joiner, running=hub.running)
+        rows = tuple(_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(f"{file} is not a file of {source}, rows with a `text`: {error}") from error
+    if own and split == "evaluation" and len(rows) != hub.evaluated:
+        raise CalibrationError(
+            f"{file} has {len(rows)} rows, and {hub.files[split]} of {hub.repository}, which it stands for, has "
+            f"{hub.evaluated}: give that file, or another text by its own name: evaluation=file evaluation.path=FILE"
+        )
+    return Text(source, rows, joiner=hub.joiner, running=hub.running)
 
 
 def _own_copy(source: str, split: Split, data: Path | None) -> Path | None:
@@ -230,16 +242,17 @@ def _hub_file(source: str, split: Split, data: Path | None) -> Path:
         ) from error
 
 
-def _parquet_rows(file: Path) -> Iterable[str]:
+def _parquet_rows(file: Path) -> Iterator[str]:
     from pyarrow import parquet
 
-    rows: list[str] = parquet.read_table(file, columns=["text"])["text"].to_pylist()
-    return rows
+    rows = parquet.read_table(file, columns=["text"])["text"].to_pylist()
+    yield from (_text_of(f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
 def _json_rows(file: Path) -> Iterator[str]:
     import pyarrow
 
     with pyarrow.input_stream(str(file), compression="detect") as stream:  # .gz or .zst
-        for line in io.TextIOWrapper(stream, encoding="utf-8"):
-            yield json.loads(line)["text"]
+        for n, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
+            where = f"{file}, line {n}"
+            yield _text_of(where, _parsed(where, line))

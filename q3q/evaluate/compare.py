@@ -135,7 +135,7 @@ def paired_interval(both: int, first: int, second: int, neither: int) -> tuple[f
     """
     n = both + first + second + neither
     p, q = (both + first) / n, (both + second) / n
-    (p_low, p_high), (q_low, q_high) = _wilson(p, n), _wilson(q, n)
+    (p_low, p_high), (q_low, q_high) = share_interval(p, n), share_interval(q, n)
     margins = (both + first) * (second + neither) * (both + second) * (first + neither)
     product = both * neither - first * second
     corrected = product if product < 0 else max(0.0, product - n / 2)
@@ -147,12 +147,12 @@ def paired_interval(both: int, first: int, second: int, neither: int) -> tuple[f
     return p - q - spread(p - p_low, q_high - q), p - q + spread(p_high - p, q - q_low)
 
 
-def _wilson(p: float, n: int) -> tuple[float, float]:
+def share_interval(p: float, n: int) -> tuple[float, float]:
     """95 % score interval of a proportion (Wilson, JASA 22, 1927)."""
     z2 = NORMAL_95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = NORMAL_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2)) / (1 + z2 / n)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _pairs(metric: str, ours: Scores, baseline: Scores) -> tuple[Floats, Floats]:

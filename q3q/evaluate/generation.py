@@ -13,8 +13,8 @@ from q3q.evaluate.scoring import run_tape
 from q3q.models.attention import Cached, KeysValues, Lengths, takes_ragged
 from q3q.models.decoder import Decoder
 
-# Keys and values of all rows that are continued together, at least; on a GPU half of what is free beyond the model.
-CACHE_BYTES = 1 << 30
+# Keys and values of all rows that are continued together: see `cache_bytes`.
+CACHE_BYTES, LEAST_CACHE_BYTES = 1 << 30, 1 << 26
 
 
 def generate(
@@ -35,12 +35,10 @@ def generate(
     """
     facts = model.facts
     token_bytes = 2 * facts.layers * facts.kv_heads * facts.head_dim * model.embedding_VH.element_size()
-    room = CACHE_BYTES
-    if model.device.type == "cuda" and model.activations is not None:
-        room = max(room, model.activations // 2)
     reader = _Reader(model, contexts, budget)
     first = 0
     while first < len(contexts):
+        room = cache_bytes(model.device.type, model.activations, budget.tokens * token_bytes)
         longest, last = 0, first
         while last < len(contexts):
             longest = max(longest, len(contexts[last]))
@@ -50,6 +48,21 @@ def generate(
         for row, tokens in _continue(model, *reader.read(last, most), most, ended):
             yield first + row, tokens
         first = last
+
+
+def cache_bytes(device: str, spare: int | None, ahead: int) -> int:
+    """What keys and values of the rows that are continued together may take, in bytes.
+
+    Half of what is free beyond the model, CACHE_BYTES at least on a GPU and at most on a CPU, less the keys and values
+    of a batch that the reader holds of rows to come meanwhile, for which no more than half of that is kept.
+
+    Args:
+        spare: bytes free beyond the model, None if nobody knows. ahead: bytes of a batch's keys and values.
+    """
+    room = CACHE_BYTES
+    if spare is not None:
+        room = (max if device == "cuda" else min)(CACHE_BYTES, spare // 2)
+    return max(room - min(ahead, room // 2), LEAST_CACHE_BYTES)
 
 
 def _continue(
@@ -78,7 +91,8 @@ def _continue(
             rows = [rows[i] for i in stay]
             stay_R = torch.tensor(stay, device=model.device)
             next_B, lengths = next_B[stay_R], lengths.select(stay_R)
-            caches = [cache.select(stay_R, lengths) for cache in caches]
+            for k, cache in enumerate(caches):  # one by one, so that only one block's are there twice
+                caches[k] = cache.select(stay_R, lengths)
         hidden_BH = model.hidden(next_B[:, None], caches)[:, 0]
         lengths.grow()
         next_B = _most_likely(model, hidden_BH)

@@ -4,9 +4,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import lm_eval.tasks
 import numpy as np
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.metrics import weighted_mean, weighted_perplexity
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.tasks import TaskManager
@@ -22,10 +24,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from q3q.errors import ConfigError, IntegrityError, Q3QError
 from q3q.evaluate.budget import TokenBudget
+from q3q.evaluate.compare import share_interval
 from q3q.evaluate.encoding import LineEncoder, as_ids, encode_pair
 from q3q.evaluate.generation import generate
 from q3q.evaluate.journal import SCORES, Journal, request_key
-from q3q.evaluate.perplexity import NORMAL_95
+from q3q.evaluate.perplexity import NORMAL_95, exp_or_infinity
 from q3q.evaluate.prefixes import Ids
 from q3q.evaluate.scoring import Effort, Request, Score, score
 from q3q.evaluate.suites import OWN_TASKS, THINK_END, THINK_START, Choose, Tell
@@ -373,6 +376,10 @@ class CheckedTasks(TaskManager):
             parts = [self._load_one(name) for name in names]
             keys = ("tasks", "groups", "group_map")
             loaded = {key: {k: v for part in parts for k, v in part[key].items()} for key in keys}
+            for task in loaded["tasks"].values():
+                aggregations = task.aggregation()
+                for name in [name for name, one in aggregations.items() if one is weighted_perplexity]:
+                    aggregations[name] = perplexity_or_infinity
             self.documents = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
             if empty := [name for name, count in self.documents.items() if not count]:
                 raise IntegrityError(f"no documents to evaluate: {', '.join(empty)}")
@@ -390,6 +397,14 @@ class CheckedTasks(TaskManager):
             entry = self.task_index.get(name)
             where = f" ({entry.yaml_path})" if entry is not None and entry.yaml_path else ""
             raise ConfigError(f"{name}{where} cannot be loaded: {_told(error)}") from error
+
+
+def perplexity_or_infinity(items: Sequence[tuple[float, float]]) -> float:
+    """lm-eval's `weighted_perplexity`, which ends in an OverflowError where that is too large for a number.
+
+    items: log-likelihood and weight (words, bytes) of each document.
+    """
+    return exp_or_infinity(-weighted_mean(items))
 
 
 def _told(error: Exception) -> str:
@@ -504,7 +519,8 @@ def _has_examples(task: Any) -> bool:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """metrics by `<task>/<metric>`, their 95 % intervals where lm-eval gives a standard error, and its own results.
+    """metrics by `<task>/<metric>`, their 95 % intervals where lm-eval gives a standard error (and of unfinished
+    thoughts), and its own results.
 
     samples: for each task a row a document (and filter), see `sample_row`. effort: what it cost, in tokens.
     """
@@ -574,9 +590,10 @@ def run_tasks(
         if kept is not None:
             kept.close()
     check_samples(answer["samples"], asked)
-    metrics, intervals = read_metrics(answer["results"])
-    if chat.thinks:
-        metrics |= {f"unfinished/{task}": found.count(False) / len(found) for task, found in lm.finished.items()}
+    metrics, intervals = read_metrics(answer["results"], shares(answer["samples"]))
+    for task, finished in lm.finished.items() if chat.thinks else ():
+        share, name = finished.count(False) / len(finished), f"unfinished/{task}"
+        metrics[name], intervals[name] = share, share_interval(share, len(finished))
     samples = {task: [sample_row(sample) for sample in rows] for task, rows in answer["samples"].items()}
     results = {
         key: answer[key] for key in ("results", "n-samples", "versions", "configs", "group_subtasks") if key in answer
@@ -628,8 +645,23 @@ def sample_row(sample: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def read_metrics(results: dict[str, dict[str, Any]]) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Values by `<task>/<metric>` (and `/<filter>`, if one is named), and 95 % intervals."""
+def shares(samples: Mapping[str, Sequence[dict[str, Any]]]) -> set[tuple[str, str]]:
+    """Metric and filter of those that are 0 or 1 for every document that has them, of whatever task."""
+    found: dict[tuple[str, str], bool] = {}
+    for sample in chain.from_iterable(samples.values()):
+        for name in sample["metrics"]:
+            key, value = (name, sample["filter"]), sample[name]
+            found[key] = found.get(key, True) and np.ndim(value) == 0 and value in (0, 1)
+    return {key for key, share in found.items() if share}
+
+
+def read_metrics(
+    results: dict[str, dict[str, Any]], within_1: Collection[tuple[str, str]] = ()
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Values by `<task>/<metric>` (and `/<filter>`, if one is named), and 95 % intervals.
+
+    within_1: `shares`, whose intervals end at 0 and 1, as those of accuracies do.
+    """
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}
     for task, scores in results.items():
@@ -642,5 +674,6 @@ def read_metrics(results: dict[str, dict[str, Any]]) -> tuple[dict[str, float], 
             error = scores.get(f"{name}_stderr,{filtered}")
             if isinstance(error, (int, float)):
                 low, high = value - NORMAL_95 * error, value + NORMAL_95 * error
-                intervals[metric] = (max(0.0, low), min(1.0, high)) if name.startswith("acc") else (low, high)
+                share = name.startswith("acc") or (name, filtered) in within_1
+                intervals[metric] = (max(0.0, low), min(1.0, high)) if share else (low, high)
     return metrics, intervals

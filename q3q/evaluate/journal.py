@@ -21,7 +21,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, identity: str) -> None:
-        """Open or create. identity: the model and everything that was done to it.
+        """Open or create. identity: the model and everything that was done to it; of windows, their text too.
 
         Raises:
             IntegrityError: the file holds another identity's scores.
@@ -37,7 +37,9 @@ class Journal:
                 break
             if number == 0 and entry != ["identity", identity]:
                 self._file.close()
-                raise IntegrityError(f"{path} holds scores of another model ({entry[1]}, not {identity}); remove it")
+                raise IntegrityError(
+                    f"{path} holds scores of another model or text ({entry[1]}, not {identity}); remove it"
+                )
             if number:
                 self._scores[entry[0]] = entry[1]
             whole += len(line)

@@ -30,13 +30,13 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        return _exp(self.nll)
+        return exp_or_infinity(self.nll)
 
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the perplexity."""
         spread = NORMAL_95 * self.standard_error
-        return _exp(self.nll - spread), _exp(self.nll + spread)
+        return exp_or_infinity(self.nll - spread), exp_or_infinity(self.nll + spread)
 
 
 def perplexity(
@@ -106,6 +106,6 @@ def scored_windows(model: Decoder, windows_NT: Tensor, start: int = 0) -> Iterat
         yield from enumerate(hidden_BPH[skipped:], start=first + skipped)
 
 
-def _exp(value: float) -> float:
-    """exp that overflows to infinity, and stays nan for nan."""
+def exp_or_infinity(value: float) -> float:
+    """exp that overflows to infinity, and stays nan for nan: a perplexity that diverged is a result."""
     return math.exp(value) if not value > 700 else math.inf

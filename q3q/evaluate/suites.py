@@ -177,8 +177,8 @@ def _parts(task: str) -> list[str]:
 
 
 def _settle_known(task: str, library: Library, shots: int, limit: int | None) -> None:
-    """The data sets of a known task: there, with enough examples to show, and whole, unless no more is asked of them
-    than is there and in the official ones."""
+    """The data sets of a known task: there, with enough examples to show, and whole, unless no more is asked of a part
+    of them than it has. What has more than the official rows is no part of them."""
     if shots and (task == "wikitext" or not KNOWN.get(task, (task,))):
         raise ConfigError(f"{task} has no examples, and cannot show {shots}; name others in evaluation.shots")
     for data in KNOWN.get(task, ()):
@@ -189,10 +189,10 @@ def _settle_known(task: str, library: Library, shots: int, limit: int | None) ->
         if shots > len(rows[source]):
             raise ConfigError(f"{task} is to show {shots} examples, and {where} has {len(rows[source])} in {source}")
         count = len(rows[asked])
-        if count != whole and (limit is None or count < min(limit, whole)):
+        if count > whole or (count < whole and (limit is None or count < limit)):
+            other = "these alone" if count > whole else f"all of them, or say evaluation.limits={{{task}:{count}}}"
             raise ConfigError(
-                f"{task}: {where} has {count} rows of the split {asked}, and {whole} are its questions: give all of "
-                f"them, or say evaluation.limits={{{task}:{min(count, whole)}}}"
+                f"{task}: {where} has {count} rows of the split {asked}, and {whole} are its questions: give {other}"
             )
 
 
@@ -346,6 +346,7 @@ def weighted_losses(rows: Sequence[Json]) -> dict[str, list[float]]:
 def weighted_intervals(task: str, losses: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
     """95 % intervals of what `weighted_losses` are the contributions to: lm-eval gives none."""
     from q3q.evaluate.compare import NORMAL_95, estimate
+    from q3q.evaluate.perplexity import exp_or_infinity
 
     found: dict[str, tuple[float, float]] = {}
     for name, values in losses.items():
@@ -353,13 +354,11 @@ def weighted_intervals(task: str, losses: Mapping[str, Sequence[float]]) -> dict
             continue
         mean = estimate({str(number): value for number, value in enumerate(values)})
         spread = NORMAL_95 * mean.standard_error
-        ends = mean.value - spread, mean.value + spread
-        found[f"{task}/{name}"] = ends if name == "bits_per_byte" else _exps(*ends)
+        low, high = mean.value - spread, mean.value + spread
+        found[f"{task}/{name}"] = (
+            (low, high) if name == "bits_per_byte" else (exp_or_infinity(low), exp_or_infinity(high))
+        )
     return found
-
-
-def _exps(low: float, high: float) -> tuple[float, float]:
-    return math.exp(min(low, 700)), math.exp(min(high, 700))
 
 
 def _leaves(group: str, members: Mapping[str, Sequence[str]]) -> list[str]:

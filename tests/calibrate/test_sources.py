@@ -3,7 +3,7 @@ import json
 import os
 import time
 
-import huggingface_hub
+import huggingface_hub.constants
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -14,9 +14,9 @@ from q3q.models.demo.library import held_out_text
 from q3q.models.demo.stories import stories, story_text
 
 
-def refuse(source, split, *parts, path=None):
+def refuse(source, split, *parts, path=None, data=None):
     with pytest.raises(CalibrationError) as refusal:
-        load_text(source, split=split, path=path)
+        load_text(source, split=split, path=path, data=data)
     for part in parts:
         assert part in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -182,6 +182,44 @@ def test_web_pages_are_documents_in_the_order_of_their_file(cache, source, split
     text = load_text(source, split=split)
     assert text.documents == tuple(pages)
     assert (text.name, text.running) == (source, False)
+
+
+@pytest.mark.parametrize(("source", "part", "rows"), [("wikitext2", "test", 4358), ("c4", "validation", 45_576)])
+def test_a_folders_copy_of_a_text_to_evaluate_on_is_the_whole_of_it(tmp_path, source, part, rows):
+    """The study's windows of C4 are drawn among all of its documents; a part of them draws others."""
+    path = tmp_path / source / f"{part}.jsonl"
+    path.parent.mkdir()
+    line = '{"text": "a row"}\n'
+    path.write_text(line * rows)
+    text = load_text(source, split="evaluation", data=tmp_path)
+    assert text.documents == ("a row",) * rows
+    for other in (rows - 1, rows + 1):
+        path.write_text(line * other)
+        refuse(source, "evaluation", str(path), f"has {other} rows", f"has {rows}", "evaluation=file", data=tmp_path)
+    path.rename(path.with_name("train.jsonl"))
+    assert len(load_text(source, split="calibration", data=tmp_path).documents) == rows + 1
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ('{"text": null}', "line 2: neither a string nor"),
+        ('["a row"]', "line 2: neither a string nor"),
+        ('{"text": "\\ud800"}', "line 2: its text is not valid Unicode"),
+        ('{"text": ', "line 2 is not JSON"),
+        ("", "line 2 is not JSON"),
+    ],
+)
+def test_a_folders_copy_with_a_row_that_is_no_text_is_refused_by_its_line(tmp_path, row, complaint):
+    (tmp_path / "c4").mkdir()
+    (tmp_path / "c4" / "train.jsonl").write_text(f'{{"text": "a row"}}\n{row}\n{{"text": "another"}}\n')
+    refuse("c4", "calibration", "train.jsonl", complaint, data=tmp_path)
+
+
+@pytest.mark.parametrize("rows", [["a row", None], [1, 2]])
+def test_a_parquet_file_with_a_row_that_is_no_text_is_refused(cache, rows):
+    parquet.write_table(pyarrow.table({"text": rows}), cache("wikitext2", "calibration"))
+    refuse("wikitext2", "calibration", f"row {rows.index(None) + 1 if None in rows else 1}: neither a string nor")
 
 
 def test_the_two_splits_of_a_data_set_are_different_files():

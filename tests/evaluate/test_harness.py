@@ -2,11 +2,14 @@
 
 import csv
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +28,11 @@ from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate import generation
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.encoding import as_ids
-from q3q.evaluate.harness import Chat, HarnessLM, asked_documents, check_samples, run_tasks
+from q3q.evaluate.harness import Chat, HarnessLM, asked_documents, check_samples, read_metrics, run_tasks, shares
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.prefixes import Tape
 from q3q.evaluate.scoring import run_tape
+from q3q.models.attention import Cached
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 
@@ -208,9 +212,54 @@ def test_what_prompts_share_runs_once_however_few_are_continued_together(both, m
     unique = sum(ran)
     for cache in (1, 100_000):  # bytes: a row at a time, some
         ran.clear()
-        monkeypatch.setattr(generation, "CACHE_BYTES", cache)
+        monkeypatch.setattr(generation, "cache_bytes", lambda *_, cache=cache: cache)
         assert texts() == together
         assert sum(ran) == unique == len(Tape(contexts)) < sum(map(len, contexts)) / 2
+
+
+def test_rows_are_continued_together_within_what_is_free():
+    """In MiB: half of what is free, of which a batch that is read ahead has its part."""
+
+    def room(device, spare, ahead):
+        return generation.cache_bytes(device, None if spare is None else spare << 20, ahead << 20) >> 20
+
+    assert room("cpu", None, 0) == room("cpu", 8192, 0) == room("cuda", 512, 0) == 1024
+    assert (room("cpu", 512, 0), room("cuda", 8192, 0)) == (256, 4096)
+    assert (room("cpu", 512, 100), room("cuda", 8192, 1000)) == (156, 3096)
+    assert (room("cpu", 512, 1000), room("cuda", 8192, 9000)) == (128, 2048)
+    assert room("cpu", 16, 0) == room("cpu", 64, 64) == 64
+
+
+def test_when_rows_end_the_caches_are_copied_block_by_block(both, monkeypatch):
+    """There are as many as blocks, and one more while it is copied."""
+    ours, _ = both
+    seen, alive = [], []
+
+    def counted(select):
+        def wrapped(cache, rows_R, lengths):
+            copied = select(cache, rows_R, lengths)
+            seen.extend((weakref.ref(cache), weakref.ref(copied)))
+            alive.append(len({id(one()) for one in seen} - {id(None)}))
+            return copied
+
+        return wrapped
+
+    contexts = sorted((as_ids(ours.tok_encode(text)) for text in (STORY, "Ben", "The", "Ada has a")), key=list)
+    lengths = iter((1, 2, 3, 9))
+    limits = {}
+
+    def ended(tokens):
+        if len(tokens) == 1:
+            limits[id(tokens)] = next(lengths)
+        return len(tokens) >= limits[id(tokens)]
+
+    monkeypatch.setattr(Cached, "select", counted(Cached.select))
+    with torch.inference_mode():
+        found = dict(generation.generate(ours.model, contexts, 9, ended, TokenBudget(64, most=64)))
+    assert sorted(map(len, found.values())) == [1, 2, 3, 9]
+    blocks = len(ours.model.blocks)
+    assert len(alive) == 2 * blocks  # copied when two rows are left, and when one is
+    assert max(alive) == blocks + 1
 
 
 def test_generation_ends_where_the_models_own_settings_say(both, tmp_path):
@@ -397,10 +446,13 @@ def test_unfinished_thoughts_are_counted(both, monkeypatch, tmp_path):
     tokenizer = load_tokenizer(DEMO_MODELS / "dense")
     tokenizer.chat_template = QWEN_LIKE
 
-    def scored(text, **more):
+    def run(text, **more):
         say(monkeypatch, text)
         given = {"limit": None, "seed": 0, "include_path": tmp_path, **more}
-        return run_tasks(ours.model, tokenizer, ["talk"], **given).metrics
+        return run_tasks(ours.model, tokenizer, ["talk"], **given)
+
+    def scored(text, **more):
+        return run(text, **more).metrics
 
     thinks = {"chat": Chat(template=True), "max_gen_toks": 100, "journal": tmp_path / "j", "identity": "demo"}
     found = scored(THOUGHT + "42", **thinks)
@@ -408,7 +460,29 @@ def test_unfinished_thoughts_are_counted(both, monkeypatch, tmp_path):
     assert scored("nothing", **thinks) == found  # the journal remembers
     cut = scored(THOUGHT + "42", chat=Chat(template=True), max_gen_toks=9)
     assert (cut["talk/exact_match"], cut["unfinished/talk"]) == (0, 1)
+    low, high = run(THOUGHT + "42", chat=Chat(template=True), max_gen_toks=9).intervals["unfinished/talk"]
+    assert (low, high) == pytest.approx((0.5101, 1), abs=1e-4)  # Wilson's, of 4 of 4: 1 / (1 + 1.96^2 / 4)
     assert "unfinished/talk" not in scored("42", chat=Chat(template=True, thinking=False))
+
+
+def test_intervals_of_shares_whatever_their_name_stay_between_0_and_1():
+    rows = [
+        {
+            "filter": "none",
+            "metrics": ["exact_match", "f1", "loss"],
+            "exact_match": hit,
+            "f1": (hit, 1),
+            "loss": hit / 2,
+        }
+        for hit in (0.0, 1.0, 1.0, 1.0)
+    ]
+    assert shares({"t": rows}) == {("exact_match", "none")}
+    assert shares({"t": rows, "u": [{"filter": "none", "metrics": ["exact_match"], "exact_match": 0.5}]}) == set()
+    names = ("exact_match", "loss", "acc")
+    results = {"t": {f"{name}{part},none": x for name in names for part, x in (("", 0.75), ("_stderr", 0.25))}}
+    _, intervals = read_metrics(results, shares({"t": rows}))
+    assert intervals["t/exact_match"] == intervals["t/acc"] == (pytest.approx(0.26, abs=1e-3), 1)
+    assert intervals["t/loss"] == pytest.approx((0.26, 1.24), abs=1e-3)
 
 
 PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
@@ -557,6 +631,26 @@ def test_official_tasks_score_as_with_hflm(both, tmp_path):
         run_tasks(
             ours.model, ours.tokenizer, ["stories_who"], limit=1, seed=0, journal=tmp_path / "j", identity="other"
         )
+
+
+def test_a_perplexity_too_large_for_a_number_is_infinite_and_no_error(both, tmp_path, monkeypatch):
+    ours, _ = both
+    official_tasks(tmp_path, count=2)
+
+    def scored(nats):
+        """Every text has this many nats a word of its original."""
+        monkeypatch.setattr(
+            HarnessLM,
+            "loglikelihood_rolling",
+            lambda self, requests, **_: [-nats * len(re.split(r"\s+", one.doc["page"])) for one in requests],
+        )
+        found = run_tasks(ours.model, ours.tokenizer, ["local_wikitext"], limit=None, seed=0, include_path=tmp_path)
+        return {name.partition("/")[2]: value for name, value in found.metrics.items()}
+
+    assert scored(3.0)["word_perplexity"] == pytest.approx(math.exp(3))
+    wrecked = scored(20_000.0)
+    assert wrecked["word_perplexity"] == wrecked["byte_perplexity"] == math.inf
+    assert 1000 < wrecked["bits_per_byte"] < math.inf
 
 
 def test_tasks_without_documents_and_documents_without_samples_fail(both, tmp_path):

@@ -259,19 +259,24 @@ def test_a_data_set_that_is_nowhere_is_named_with_a_way_out(no_hub, tmp_path, ta
     assert "\n" not in str(refusal.value)
 
 
-def test_a_downloaded_data_set_counts_if_it_is_the_pinned_commit(no_hub):
-    """A cache as `datasets` lays it out: of our commit it is taken without the Hub, of another it is not."""
-    data = DataSet("baber/piqa", None, ("validation",))
-    revision = REVISIONS["baber/piqa"]
-    rows = datasets.Dataset.from_list([{"goal": "g", "sol1": "a", "sol2": "b", "label": 1}])
-    place = no_hub / "baber___piqa" / "default" / "0.0.0" / revision
+def download(place, row):
+    """A data set of one row in each of two splits, as `datasets` lays its cache out."""
+    rows = datasets.Dataset.from_list([row])
     saved = datasets.DatasetDict({"validation": rows, "train": rows})
-    saved.save_to_disk(no_hub / "scratch")
-    place.mkdir(parents=True)
+    saved.save_to_disk(place / "scratch")
     for split in saved:
-        shutil.copy(next((no_hub / "scratch" / split).glob("*.arrow")), place / f"piqa-{split}.arrow")
+        shutil.copy(next((place / "scratch" / split).glob("*.arrow")), place / f"some-{split}.arrow")
     splits = datasets.SplitDict({s: datasets.SplitInfo(name=s, num_examples=1) for s in saved})
     datasets.DatasetInfo(splits=splits, features=rows.features).write_to_directory(str(place))
+    return rows
+
+
+def test_a_downloaded_data_set_counts_if_it_is_the_pinned_commit(no_hub):
+    """Of our commit it is taken without the Hub, of another it is not."""
+    data = DataSet("baber/piqa", None, ("validation",))
+    revision = REVISIONS["baber/piqa"]
+    place = no_hub / "baber___piqa" / "default" / "0.0.0" / revision
+    rows = download(place, {"goal": "g", "sol1": "a", "sol2": "b", "label": 1})
     library = Library(None, settle=True)
     assert library.identify(data) == revision
     assert list(library.load(data)["validation"]) == list(rows)
@@ -281,6 +286,19 @@ def test_a_downloaded_data_set_counts_if_it_is_the_pinned_commit(no_hub):
     assert Library(None, settle=True).identify(data, data_dir="part") == revision  # options are in the folder's name
     place.rename(place.with_name("0" * 40))
     with pytest.raises(ConfigError, match="neither in the cache"):
+        Library(None, settle=True).identify(data)
+
+
+def test_of_a_data_set_that_is_not_pinned_the_downloaded_commit_is_taken_without_the_hub(no_hub, tmp_path):
+    data = DataSet("facebook/xnli", "en", ("validation",))
+    place = no_hub / "facebook___xnli" / "en" / "0.0.0"
+    rows = download(place / ("a" * 40), {"premise": "p"})
+    download(no_hub / "facebook___xnli" / "fr" / "0.0.0" / ("b" * 40), {"premise": "another's"})
+    library = Library(None, settle=True)
+    assert library.identify(data) == "a" * 40
+    assert list(library.load(data)["validation"]) == list(rows)
+    download(place / ("c" * 40), {"premise": "newer"})
+    with pytest.raises(ConfigError, match=r"which commit of facebook/xnli:en .* has 2, remove all but one there: aaa"):
         Library(None, settle=True).identify(data)
 
 
@@ -298,6 +316,9 @@ def test_a_folder_is_known_by_its_content(study_data, tmp_path):
         Library(tmp_path, library.identities).load(data)
 
 
+PIQA_ROW = '{"goal": "g", "sol1": "a", "sol2": "b", "label": %s}\n'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
@@ -306,6 +327,19 @@ def test_a_folder_is_known_by_its_content(study_data, tmp_path):
         ("validation.jsonl", "{\n", "cannot be read"),
         ("test.jsonl", '{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n', "no rows of the split validation"),
         ("validation.parquet", "no parquet", "cannot be read"),
+        ("validation.jsonl", PIQA_ROW % 0 + "\n" + PIQA_ROW % "null", r"validation.jsonl, row 3: .* a column label"),
+        ("validation.jsonl", PIQA_ROW % 0 + "{", "line 2 is not JSON"),
+        ("validation.jsonl", PIQA_ROW % 0 + "[" * 100_000, "line 2 is not JSON"),
+        (
+            "validation.jsonl",
+            PIQA_ROW % 0 * 5 + PIQA_ROW % '"1"' + PIQA_ROW % 0 * 3,
+            r"validation.jsonl, row 6 makes no table .* '1'",
+        ),
+        (
+            "validation.jsonl",
+            PIQA_ROW % 0 + PIQA_ROW.replace('"a"', '"\\ud800"') % 0,
+            r"row 2 makes no table .* surrogates",
+        ),
     ],
 )
 def test_a_folder_that_cannot_serve_is_refused(tmp_path, name, content, complaint):
@@ -320,13 +354,17 @@ def test_examples_need_a_training_split(study_data):
         settle(["piqa"], Library(study_data, settle=True), shots={"piqa": 2})
 
 
-def test_a_data_set_that_is_not_whole_is_refused_unless_a_limit_says_so(study_data):
+def test_a_data_set_that_is_not_whole_is_refused_unless_a_limit_says_so(study_data, monkeypatch):
     library = Library(study_data, settle=True)
     with pytest.raises(ConfigError, match=r"piqa has 6 rows of the split validation, and 1838 .*limits=\{piqa:6\}"):
         settle(["piqa"], library)
     settle(["piqa", "mmlu"], library, limits={"piqa": 6, "mmlu": 1})
     with pytest.raises(ConfigError, match="6 rows"):
         settle(["piqa"], library, limits={"piqa": 7})
+    monkeypatch.setitem(QUESTIONS, "baber/piqa", 5)
+    with pytest.raises(ConfigError, match="6 rows of the split validation, and 5 are its questions: give these alone"):
+        settle(["piqa"], library, limits={"piqa": 3})
+    monkeypatch.undo()
     assert sum(count for key, count in QUESTIONS.items() if key.startswith(MMLU)) == 14_042
     with pytest.raises(ConfigError, match=r"mmlu is to show 6 examples, and .*mmlu has 5 in dev"):
         settle(["mmlu"], library, limits=HAS, shots={"mmlu": 6})
@@ -339,15 +377,43 @@ def test_where_there_are_no_examples_none_are_shown(task):
 
 
 def test_mmlu_may_come_in_either_layout(study_data, tmp_path):
-    data = DataSet(MMLU, "anatomy", ("test", "dev"))
-    official = Library(study_data, settle=True)
-    official.identify(data)
-    for split in ("test", "dev"):
-        (tmp_path / "mmlu" / "anatomy").mkdir(parents=True, exist_ok=True)
-        official.load(data)[split].to_parquet(tmp_path / "mmlu" / "anatomy" / f"{split}-00000-of-00001.parquet")
-    other = Library(tmp_path, settle=True)
-    other.identify(data)
-    assert all(list(other.load(data)[split]) == list(official.load(data)[split]) for split in ("test", "dev"))
+    official, other = Library(study_data, settle=True), Library(tmp_path, settle=True)
+    subjects = [DataSet(MMLU, subject, ("test", "dev")) for subject in SUBJECTS]
+    for data in subjects:
+        official.identify(data)
+        (tmp_path / "mmlu" / data.name).mkdir(parents=True)
+        for split in data.splits:
+            official.load(data)[split].to_parquet(tmp_path / "mmlu" / data.name / f"{split}-00000-of-00001.parquet")
+    settle(["mmlu"], other, limits={"mmlu": 2})
+    for data in subjects:
+        assert all(list(other.load(data)[split]) == list(official.load(data)[split]) for split in data.splits)
+
+
+def test_a_configuration_is_served_its_own_rows_alone(tmp_path):
+    def write(folder, *languages):
+        (tmp_path / folder).mkdir(parents=True)
+        rows = "".join(json.dumps({"language": language}) + "\n" for language in languages)
+        (tmp_path / folder / "validation.jsonl").write_text(rows, encoding="utf-8")
+
+    def served(language):
+        data, library = DataSet("facebook/xnli", language, ("validation",)), Library(tmp_path, settle=True)
+        library.identify(data)
+        return library.load(data)["validation"]["language"][:], library.where(data)
+
+    write("xnli/en", "en", "en")
+    write("xnli/fr/data", "fr")
+    assert served("en") == (["en", "en"], f"{tmp_path}/xnli/en")
+    assert served("fr") == (["fr"], f"{tmp_path}/xnli/fr/data")
+    write("xnli/data", "all")
+    assert served("de") == (["all"], f"{tmp_path}/xnli/data")
+    assert served("fr")[0] == ["fr"]
+
+
+def test_a_configuration_that_only_its_siblings_have_files_of_is_not_there(no_hub, tmp_path):
+    (tmp_path / "xnli" / "fr").mkdir(parents=True)
+    (tmp_path / "xnli" / "fr" / "validation.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"facebook/xnli:en is neither .* with {tmp_path}/xnli/en/ holding SPLIT"):
+        Library(tmp_path, settle=True).identify(DataSet("facebook/xnli", "en", ("validation",)))
 
 
 def test_a_tasks_own_files_are_not_ours_to_serve(tmp_path):
