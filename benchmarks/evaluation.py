@@ -35,8 +35,11 @@ BATCH_SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (16, 64, 128, 256)}
 DEMO_SUBJECTS = "abstract_algebra,global_facts,us_foreign_policy,business_ethics,college_computer_science"
 
 
-def mmlu(folder: Path, subjects: str) -> list[tuple[str, str]]:
-    """Context and answer of each request, as lm-eval's mmlu template with num_fewshot=5 makes them."""
+def mmlu(folder: Path, subjects: str, every: int = 1) -> list[tuple[str, str]]:
+    """Context and answer of each request, as lm-eval's mmlu template with num_fewshot=5 makes them.
+
+    every: of so many questions of a subject one; fewer questions share less of what five examples cost.
+    """
 
     def ask(row: list[str]) -> str:
         choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row[1:5], strict=True))
@@ -49,7 +52,8 @@ def mmlu(folder: Path, subjects: str) -> list[tuple[str, str]]:
             shots = "".join(f"{ask(row)} {row[5]}\n\n" for row in list(csv.reader(dev))[:5])
         head = f"The following are multiple choice questions (with answers) about {name.replace('_', ' ')}.\n\n"
         with (folder / "test" / f"{name}_test.csv").open(encoding="utf-8") as test:
-            requests += [(head + shots + ask(row), f" {letter}") for row in csv.reader(test) for letter in "ABCD"]
+            asked = list(csv.reader(test))[::every]
+            requests += [(head + shots + ask(row), f" {letter}") for row in asked for letter in "ABCD"]
     return requests
 
 
@@ -170,7 +174,9 @@ def requests_suite(side: str, model: object, tokenizer: object, suite: dict) -> 
     from q3q.evaluate.harness import HarnessLM
 
     of_mmlu = suite["kind"] == "mmlu"
-    pairs = mmlu(Path(suite["mmlu"]), suite["subjects"]) if of_mmlu else hellaswag_shaped(suite["count"])
+    pairs = (
+        mmlu(Path(suite["mmlu"]), suite["subjects"], suite["every"]) if of_mmlu else hellaswag_shaped(suite["count"])
+    )
     requests = [
         Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i, metadata=("benchmark", i, 1))
         for i, pair in enumerate(pairs)
@@ -273,7 +279,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mmlu", type=Path, help="folder of hendrycks/test with dev/ and test/; without, no MMLU")
     parser.add_argument("--turns", type=int, default=1, help="of each side; the fastest one counts")
-    parser.add_argument("--subjects", default=DEMO_SUBJECTS, help="for the demo model; `all` takes hours for HFLM")
+    parser.add_argument("--subjects", default=DEMO_SUBJECTS, help="for the demo model; `all` takes HFLM an hour")
+    parser.add_argument("--every", type=int, default=1, help="of so many questions of a subject one")
     parser.add_argument("--shape-subjects", default="abstract_algebra", help="for the random models")
     parser.add_argument("--blocks", type=int, help="blocks of the random models; 2 on a CPU, the real number on a GPU")
     parser.add_argument("--shape-dtype", default="bfloat16", help="of the random models; as Qwen3 is released")
@@ -298,6 +305,7 @@ def main() -> None:
                 "mmlu": {
                     "mmlu": str(options.mmlu),
                     "subjects": options.subjects if demo else options.shape_subjects,
+                    "every": options.every,
                     "trial": 64 if cuda else 16 if demo else 2,
                 },
                 "hellaswag": {
