@@ -157,12 +157,12 @@ class Exporter(ABC):
         """The folder, proved, takes its name: from here on it is a checkpoint."""
         write_atomically(self.folder / "README.md", card.encode())
         if not self.finished:
-            shutil.rmtree(self.partial / "facts", ignore_errors=True)
-            for torn in self.partial.glob(".*.partial"):  # of a process that died while it wrote
-                torn.unlink(missing_ok=True)
             for shard in self.partial.glob("*.safetensors"):
                 with shard.open("rb") as file:
                     os.fsync(file.fileno())
+            shutil.rmtree(self.partial / "facts", ignore_errors=True)
+            for torn in self.partial.glob(".*.partial"):  # of a process that died while it wrote
+                torn.unlink(missing_ok=True)
             self.partial.replace(self.path)
             self.finished = True
 

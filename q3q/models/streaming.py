@@ -52,10 +52,10 @@ class StreamedBlocks:
         if expected is not None and expected[0] != k:
             self._drop(expected[1])
             expected = None
-        block = self._read(k) if expected is None else expected[1].result()
+        block = self._read(k, self._sources.get(k)) if expected is None else expected[1].result()
         del expected  # it holds the block
         if self._ahead and k + 1 < len(self):
-            self._next = k + 1, self._reader.submit(self._read, k + 1)
+            self._next = k + 1, self._reader.submit(self._read, k + 1, self._sources.get(k + 1))
         for change in self._changes:
             change(k, block)
         return block
@@ -74,10 +74,9 @@ class StreamedBlocks:
         other._sources, other._changes = dict(self._sources), list(self._changes)
         return other
 
-    def _read(self, k: int) -> Qwen3Block:
+    def _read(self, k: int, source: Source | None) -> Qwen3Block:
         heap.return_holes()
         with torch.inference_mode():  # a thread does not inherit it
-            source = self._sources.get(k)
             return load_block(self._checkpoint, k, self._dtype, self._device, None if source is None else source())
 
     @staticmethod

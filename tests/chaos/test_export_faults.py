@@ -17,10 +17,9 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
 from q3q import config as schema
-from q3q import record as record_module
 from q3q import trial
 from q3q.errors import CheckpointError
-from q3q.export import destination, proof, reload
+from q3q.export import destination, proof, reload, writer
 from q3q.models.checkpoint import Checkpoint
 from q3q.record import Check, TrialRecord, trial_folder
 from q3q.trial import attempt_trial
@@ -76,15 +75,33 @@ def die():
 
 
 def while_writing(beginning):
-    """With half of a file on the disk."""
+    """With half of a file there."""
+
+    def set_up():
+        replace = Path.replace
+
+        def watched(self, target):
+            if self.name.startswith(beginning):
+                os.truncate(self, self.stat().st_size // 2)
+                die()
+            return replace(self, target)
+
+        Path.replace = watched
+
+    return set_up
+
+
+def as_the_machine_dies(beginning):
+    """Of a file that was written whole the disk had half."""
 
     def set_up():
         def fsync(file):
-            if Path(os.readlink(f"/proc/self/fd/{file}")).name.startswith(beginning):
-                os.ftruncate(file, os.fstat(file).st_size // 2)
+            path = Path(os.readlink(f"/proc/self/fd/{file}"))
+            if path.name.startswith(beginning):
+                os.truncate(path, path.stat().st_size // 2)
                 die()
 
-        record_module.os.fsync = fsync
+        writer.os.fsync = fsync
 
     return set_up
 
@@ -130,6 +147,7 @@ def before_the_record():
         (while_writing(".tokenizer.json"), "part"),
         (while_writing(".config.json"), "part"),
         (while_writing(".README.md"), "unproved"),
+        (as_the_machine_dies("model-00002"), "torn"),
         (before_renaming("out.partial"), "unproved"),
         (before_the_record, "whole"),
         (while_removing_what_is_wrong, "nothing"),
@@ -144,11 +162,11 @@ def test_killed_anywhere_it_leaves_a_whole_checkpoint_or_none_that_loads(spec_of
 
     assert end_of(in_child(work)) == -signal.SIGKILL
     assert out.exists() is (left == "whole")
-    assert partial.exists() is (left in ("part", "unproved"))
+    assert partial.exists() is (left in ("part", "unproved", "torn"))
     if left == "part":
         with pytest.raises(CheckpointError):
             Checkpoint(partial)
-    elif left != "nothing":
+    elif left not in ("nothing", "torn"):
         Checkpoint(out if left == "whole" else partial)
 
     assert end_of(in_child(lambda: attempt_trial(spec))) == 0

@@ -59,9 +59,9 @@ def test_each_block_runs_once_over_all_batches_and_none_is_kept(random_checkpoin
     made, alive, most = [], [], 0
     plain = StreamedBlocks._read
 
-    def read(self, k):
+    def read(self, k, source):
         nonlocal most
-        block = plain(self, k)
+        block = plain(self, k, source)
         made.append(k)
         alive.append(weakref.ref(block))
         most = max(most, sum(one() is not None for one in alive))
@@ -79,7 +79,9 @@ def test_the_next_block_is_read_by_a_thread_and_without_reading_ahead_by_none(ra
     readers = []
     plain = StreamedBlocks._read
     monkeypatch.setattr(
-        StreamedBlocks, "_read", lambda self, k: readers.append((k, threading.current_thread().name)) or plain(self, k)
+        StreamedBlocks,
+        "_read",
+        lambda self, k, source: readers.append((k, threading.current_thread().name)) or plain(self, k, source),
     )
     checkpoint = Checkpoint(random_checkpoint())
     for ahead in (True, False):

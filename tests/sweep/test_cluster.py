@@ -387,6 +387,7 @@ def test_a_local_cluster_is_on_loopback_and_its_workers_do_not_outlive_a_killed_
         assert ends_soon(pid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", ["gcs_server", "raylet"])
 def test_without_ray_the_driver_says_so_before_ray_ends_it(start_program, gone):
     with start_program("sleeps", "waits") as driver:

@@ -163,7 +163,7 @@ def test_the_same_command_again_runs_nothing(swept):
 
 def test_another_evaluation_says_when_it_has_to_quantize_again(swept):
     storage, *_ = swept
-    code, output = launch(storage, "-m", "method=rtn,gptq", "bits=2,3", "evaluation.limit=3", "plan=true")
+    code, output = launch(storage, "-m", "method=rtn,gptq", "bits=2,3", "evaluation.drift=false", "plan=true")
     assert code == 0, output
     assert "4 trials quantize what finished ones here have quantized" in output
     assert "keep=blocks" in output
