@@ -150,7 +150,6 @@ class StudySweeper(Sweeper):
             print(f"method=none of {models} is added, to compare with; evaluation.baseline=false leaves it out")
         storage = refreshed(settings.storage)
         finished = {} if settings.fresh else _finished(trials)
-        recent = list(recent_records(storage))
         with ExitStack() as stack:
             wishes = wishes_of(settings.cluster.get)
             cluster, machines = self._machines(stack, settings, wishes)
@@ -160,9 +159,10 @@ class StudySweeper(Sweeper):
                 {key: mine.facts for key, mine in trials.items()},
                 machines=machines,
                 wishes=wishes,
-                model=CostModel().learned(recent, facts_of_spec),
+                model=CostModel().learned(recent_records(storage), facts_of_spec),
             )
-            if not settings.fresh and (again := quantized_again([one.spec for one in ordered if not one.done], recent)):
+            waiting = [] if settings.fresh else [one.spec for one in ordered if not one.done]
+            if waiting and (again := quantized_again(waiting, recent_records(storage))):
                 print(
                     f"{len(again)} trials quantize what finished ones here have quantized, of which nothing was kept: "
                     "with keep=blocks a new evaluation needs only to evaluate"
@@ -719,7 +719,7 @@ def _choices(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def quantized_again(left: Sequence[TrialSpec], recent: Sequence[TrialRecord]) -> list[TrialSpec]:
+def quantized_again(left: Sequence[TrialSpec], recent: Iterable[TrialRecord]) -> list[TrialSpec]:
     """Those of the trials to run that have to quantize what a finished trial has, since its blocks were not kept."""
     done = {record.spec.quantization_id for record in recent if record.completed}
     return [
