@@ -32,7 +32,9 @@ from benchmarks.trial import ROOT, make_model
 WINDOW = 8192
 BATCH_SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (16, 64, 128, 256)}
 # Whole subjects with short, middling and long prompts.
-DEMO_SUBJECTS = "abstract_algebra,global_facts,us_foreign_policy,business_ethics,college_computer_science"
+DEMO_SUBJECTS = (
+    "abstract_algebra,global_facts,us_foreign_policy,business_ethics,college_computer_science"
+)
 
 
 def mmlu(folder: Path, subjects: str, every: int = 1) -> list[tuple[str, str]]:
@@ -42,7 +44,9 @@ def mmlu(folder: Path, subjects: str, every: int = 1) -> list[tuple[str, str]]:
     """
 
     def ask(row: list[str]) -> str:
-        choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row[1:5], strict=True))
+        choices = "".join(
+            f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row[1:5], strict=True)
+        )
         return f"{row[0].strip()}\n{choices}Answer:"
 
     names = sorted(path.stem.removesuffix("_test") for path in (folder / "test").glob("*_test.csv"))
@@ -53,7 +57,9 @@ def mmlu(folder: Path, subjects: str, every: int = 1) -> list[tuple[str, str]]:
         head = f"The following are multiple choice questions (with answers) about {name.replace('_', ' ')}.\n\n"
         with (folder / "test" / f"{name}_test.csv").open(encoding="utf-8") as test:
             asked = list(csv.reader(test))[::every]
-            requests += [(head + shots + ask(row), f" {letter}") for row in asked for letter in "ABCD"]
+            requests += [
+                (head + shots + ask(row), f" {letter}") for row in asked for letter in "ABCD"
+            ]
     return requests
 
 
@@ -79,7 +85,9 @@ def windows_of(text_windows: int, length: int, tokenizer: object) -> object:
     from q3q.calibrate.sources import load_text
     from q3q.calibrate.windows import consecutive_windows, encoder
 
-    return consecutive_windows(encoder(tokenizer)(load_text("demo", split="evaluation").joined), length, text_windows)
+    return consecutive_windows(
+        encoder(tokenizer)(load_text("demo", split="evaluation").joined), length, text_windows
+    )
 
 
 def status_kilobytes(field: str) -> int:
@@ -158,7 +166,9 @@ def perplexity_suite(side: str, model: object, tokenizer: object, suite: dict) -
         losses = []
         for window in chosen.to(suite["device"]):
             logits = model(window[None]).logits[:, :-1].contiguous().float()
-            losses.append(torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), window[1:]))
+            losses.append(
+                torch.nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), window[1:])
+            )
         return [float(torch.stack(losses).mean())]
 
     run(windows[:, :32] if suite["device"] == "cpu" else windows[:4])
@@ -175,10 +185,18 @@ def requests_suite(side: str, model: object, tokenizer: object, suite: dict) -> 
 
     of_mmlu = suite["kind"] == "mmlu"
     pairs = (
-        mmlu(Path(suite["mmlu"]), suite["subjects"], suite["every"]) if of_mmlu else hellaswag_shaped(suite["count"])
+        mmlu(Path(suite["mmlu"]), suite["subjects"], suite["every"])
+        if of_mmlu
+        else hellaswag_shaped(suite["count"])
     )
     requests = [
-        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i, metadata=("benchmark", i, 1))
+        Instance(
+            request_type="loglikelihood",
+            doc={},
+            arguments=pair,
+            idx=i,
+            metadata=("benchmark", i, 1),
+        )
         for i, pair in enumerate(pairs)
     ]
     trial, notes = requests[: suite["trial"] * 4], {}
@@ -229,7 +247,12 @@ def said(meter: Meter, scores: list[float], notes: dict) -> dict:
 def worker(side: str, folder: Path, suites: list[dict]) -> list[dict]:
     command = [sys.executable, __file__, "--worker", side, str(folder), json.dumps(suites)]
     threads = str(suites[0]["threads"])
-    environment = {**os.environ, "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads}
+    environment = {
+        **os.environ,
+        "TQDM_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": threads,
+    }
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr.decode()[-3000:]}")
@@ -238,10 +261,16 @@ def worker(side: str, folder: Path, suites: list[dict]) -> list[dict]:
 
 def compare_all(model: str, folder: Path, suites: dict[str, dict], turns: int) -> None:
     """Both take turns, on a CPU suite by suite; of each, the fastest turn counts."""
-    groups = [list(suites)] if next(iter(suites.values()))["device"] == "cuda" else [[name] for name in suites]
+    groups = (
+        [list(suites)]
+        if next(iter(suites.values()))["device"] == "cuda"
+        else [[name] for name in suites]
+    )
     for names in groups:
         chosen = [suites[name] for name in names]
-        taken = [[worker(side, folder, chosen) for side in ("ours", "theirs")] for _ in range(turns)]
+        taken = [
+            [worker(side, folder, chosen) for side in ("ours", "theirs")] for _ in range(turns)
+        ]
         for n, name in enumerate(names):
             sides = [[turn[side][n] for turn in taken] for side in (0, 1)]
             ours, theirs = (min(found, key=lambda one: one["seconds"]) for found in sides)
@@ -259,7 +288,9 @@ def compare(title: str, ours: dict, theirs: dict, dtype: str) -> None:
         f"{title}: {faster:.2f} x as fast ({theirs['cpu'] / ours['cpu']:.2f} in CPU time), {lighter:.2f} of the memory"
     )
     for side, found in (("ours", ours), ("theirs", theirs)):
-        figures = f"{found['seconds']:8.2f} s {found['cpu']:8.2f} s CPU {found['peak'] / 1e6:8.0f} MB"
+        figures = (
+            f"{found['seconds']:8.2f} s {found['cpu']:8.2f} s CPU {found['peak'] / 1e6:8.0f} MB"
+        )
         print(f"  {side:>6} {figures}   {found['notes'] or ''}")
     print(f"  largest difference {apart}", end="")
     if notes := ours["notes"]:
@@ -276,17 +307,35 @@ def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         print(json.dumps(measure(sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]))))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mmlu", type=Path, help="folder of hendrycks/test with dev/ and test/; without, no MMLU")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--mmlu", type=Path, help="folder of hendrycks/test with dev/ and test/; without, no MMLU"
+    )
     parser.add_argument("--turns", type=int, default=1, help="of each side; the fastest one counts")
-    parser.add_argument("--subjects", default=DEMO_SUBJECTS, help="for the demo model; `all` takes HFLM an hour")
-    parser.add_argument("--every", type=int, default=1, help="of so many questions of a subject one")
-    parser.add_argument("--shape-subjects", default="abstract_algebra", help="for the random models")
-    parser.add_argument("--blocks", type=int, help="blocks of the random models; 2 on a CPU, the real number on a GPU")
-    parser.add_argument("--shape-dtype", default="bfloat16", help="of the random models; as Qwen3 is released")
+    parser.add_argument(
+        "--subjects", default=DEMO_SUBJECTS, help="for the demo model; `all` takes HFLM an hour"
+    )
+    parser.add_argument(
+        "--every", type=int, default=1, help="of so many questions of a subject one"
+    )
+    parser.add_argument(
+        "--shape-subjects", default="abstract_algebra", help="for the random models"
+    )
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        help="blocks of the random models; 2 on a CPU, the real number on a GPU",
+    )
+    parser.add_argument(
+        "--shape-dtype", default="bfloat16", help="of the random models; as Qwen3 is released"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--questions", type=int, default=2000, help="of the HellaSwag-shaped suite on a GPU")
+    parser.add_argument(
+        "--questions", type=int, default=2000, help="of the HellaSwag-shaped suite on a GPU"
+    )
     parser.add_argument("--models", default="demo,0.6B", help="of demo, 0.6B, 8B")
     parser.add_argument("--suites", default="mmlu,hellaswag,perplexity")
     options = parser.parse_args()
@@ -316,7 +365,9 @@ def main() -> None:
             }
             shared = {"threads": options.threads, "device": options.device}
             shared["dtype"] = "float32" if demo and not cuda else options.shape_dtype
-            chosen = {name: {"kind": name, **suites[name], **shared} for name in options.suites.split(",")}
+            chosen = {
+                name: {"kind": name, **suites[name], **shared} for name in options.suites.split(",")
+            }
             if "mmlu" in chosen and (options.mmlu is None or not options.mmlu.is_dir()):
                 print("mmlu left out: give its folder as --mmlu")
                 del chosen["mmlu"]

@@ -29,7 +29,9 @@ KINDS = {
     "compressed_tensors": ["method.static_groups=true"],
 }
 WAYS = [
-    f"{how} {size}" for how in ("symmetric=true", "symmetric=false") for size in ("group_size=128", "group_size=-1")
+    f"{how} {size}"
+    for how in ("symmetric=true", "symmetric=false")
+    for size in ("group_size=128", "group_size=-1")
 ]
 LOADED = {
     "gptq": [f"bits={bits} {way}" for bits in (2, 3, 4, 8) for way in WAYS],
@@ -53,19 +55,29 @@ def run(overrides: list[str], storage: Path) -> dict:
     command = [sys.executable, "launch.py", "evaluation.tasks=[]", f"storage={storage}", *overrides]
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in storage.glob("trials/*/record.json")]
+    records = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in storage.glob("trials/*/record.json")
+    ]
     return next(record for record in records if record["spec"].get("export"))
 
 
 def costs(blocks: int, scratch: Path) -> None:
     make_model(scratch / "model", blocks)
-    small = ["model=local", f"model.path={scratch}/model", "evaluation.limit=8", "calibration.samples=16"]
+    small = [
+        "model=local",
+        f"model.path={scratch}/model",
+        "evaluation.limit=8",
+        "calibration.samples=16",
+    ]
     print(f"0.6B-shaped, {blocks} blocks, 16 x 512 tokens, GPTQ 4 bits, group 128, bfloat16")
     for name, needed in KINDS.items():
         overrides = [*small, "calibration.length=512", "method=gptq", f"export={name}", *needed]
         metrics = run(overrides, scratch / name)["metrics"]
         write = metrics["seconds/export_write"]
-        rest = sum(metrics[f"seconds/{phase}"] for phase in ("load", "calibrate", "quantize", "evaluate"))
+        rest = sum(
+            metrics[f"seconds/{phase}"] for phase in ("load", "calibrate", "quantize", "evaluate")
+        )
         proof = metrics["seconds/export"]
         print(
             f"  {name:20} packing and writing {write:5.2f} s, {100 * write / rest:4.1f} % of {rest:5.1f} s; "
@@ -86,7 +98,13 @@ def exports(scratch: Path) -> list[Path]:
     for model in ("demo", "demo_moe"):
         for name, way in ((name, way) for name, ways in LOADED.items() for way in ways):
             folder = scratch / "loads" / re.sub(r"[^a-z0-9-]+", "_", f"{model} {name} {way}")
-            overrides = [*small, f"model={model}", f"export={name}", f"export.path={folder}", *way.split()]
+            overrides = [
+                *small,
+                f"model={model}",
+                f"export={name}",
+                f"export.path={folder}",
+                *way.split(),
+            ]
             with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
                 record = attempt_trial(config.spec_from(compose("config", overrides)))
             if not record.completed:
@@ -109,7 +127,9 @@ def loads(python: str, scratch: Path) -> None:
     command = [python, "-I", "-c", LOAD, str(scratch / "ids"), *map(str, folders)]
     # It would compile for minutes what runs for a moment.
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=scratch, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, cwd=scratch, check=False
+    )
     if done.returncode:
         raise SystemExit(f"GPTQModel does not load one of them\n{done.stderr[-2000:]}")
     wrong = []
@@ -129,9 +149,14 @@ def loads(python: str, scratch: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--blocks", type=int, default=4, help="blocks of the 0.6B-shaped model, 28 in the real one; 0 to skip it"
+        "--blocks",
+        type=int,
+        default=4,
+        help="blocks of the 0.6B-shaped model, 28 in the real one; 0 to skip it",
     )
     parser.add_argument("--gptqmodel", metavar="PYTHON", help="a Python that has GPTQModel")
     given = parser.parse_args()

@@ -58,10 +58,19 @@ class Grid:
     cells: dict[tuple[str, int, int, int | None], Cell] = field(default_factory=dict)
     text: str = TEXTS[0]
 
-    def loss(self, method: str, bits: int, group_size: int = -1, act_bits: int | None = None) -> float:
+    def loss(
+        self, method: str, bits: int, group_size: int = -1, act_bits: int | None = None
+    ) -> float:
         """Perplexity over the unquantized model's; nan if either was not run."""
-        cell, reference = self.cells.get((method, bits, group_size, act_bits)), self.cells.get(("none", 0, 0, None))
-        return cell.perplexity[self.text] / reference.perplexity[self.text] if cell and reference else math.nan
+        cell, reference = (
+            self.cells.get((method, bits, group_size, act_bits)),
+            self.cells.get(("none", 0, 0, None)),
+        )
+        return (
+            cell.perplexity[self.text] / reference.perplexity[self.text]
+            if cell and reference
+            else math.nan
+        )
 
 
 def run(storage: Path, models: list[str], methods: list[str]) -> None:
@@ -70,7 +79,10 @@ def run(storage: Path, models: list[str], methods: list[str]) -> None:
             command = [sys.executable, "launch.py", "-m", f"model={','.join(models)}", *overrides]
             # A sweep with a failed trial ends with 1; its cell is then missing from the table, which says so.
             subprocess.run(
-                [*command, f"storage={storage}"], cwd=ROOT, env={**os.environ, "TQDM_DISABLE": "1"}, check=False
+                [*command, f"storage={storage}"],
+                cwd=ROOT,
+                env={**os.environ, "TQDM_DISABLE": "1"},
+                check=False,
             )
 
 
@@ -103,8 +115,14 @@ def read(storage: Path, model: str) -> Grid:
 Judgement = tuple[bool | None, str]  # holds or not, None if a cell is missing; the numbers
 
 
-def losses_at(grid: Grid, bits: int, methods: Iterable[str] = WEIGHT_ONLY) -> list[tuple[str, float]]:
-    return [(f"{m} {'g128' if g > 0 else 'pc'}", grid.loss(m, bits, g)) for m in methods for g in (-1, 128)]
+def losses_at(
+    grid: Grid, bits: int, methods: Iterable[str] = WEIGHT_ONLY
+) -> list[tuple[str, float]]:
+    return [
+        (f"{m} {'g128' if g > 0 else 'pc'}", grid.loss(m, bits, g))
+        for m in methods
+        for g in (-1, 128)
+    ]
 
 
 def judged(holds: Callable[[], bool], losses: Iterable[tuple[str, float]]) -> Judgement:
@@ -126,12 +144,16 @@ def four_bits(grid: Grid) -> Judgement:
 
 def three_bits(grid: Grid) -> Judgement:
     losses = losses_at(grid, 3)
-    return judged(lambda: all((loss < KEPT) == name.startswith("awq") for name, loss in losses), losses)
+    return judged(
+        lambda: all((loss < KEPT) == name.startswith("awq") for name, loss in losses), losses
+    )
 
 
 def two_bits(grid: Grid) -> Judgement:
     losses = losses_at(grid, 2)
-    return judged(lambda: all((loss < COLLAPSED) == name.startswith("gptq") for name, loss in losses), losses)
+    return judged(
+        lambda: all((loss < COLLAPSED) == name.startswith("gptq") for name, loss in losses), losses
+    )
 
 
 def gptq_best_at_two(grid: Grid) -> Judgement:
@@ -141,7 +163,11 @@ def gptq_best_at_two(grid: Grid) -> Judgement:
 
 def groups(method: str) -> Callable[[Grid], Judgement]:
     def judge(grid: Grid) -> Judgement:
-        losses = [(f"w{b} {'g128' if g > 0 else 'pc'}", grid.loss(method, b, g)) for b in (4, 3, 2) for g in (-1, 128)]
+        losses = [
+            (f"w{b} {'g128' if g > 0 else 'pc'}", grid.loss(method, b, g))
+            for b in (4, 3, 2)
+            for g in (-1, 128)
+        ]
         return judged(lambda: all(losses[i + 1][1] < losses[i][1] for i in (0, 2, 4)), losses)
 
     return judge
@@ -171,20 +197,32 @@ def billm_above_two_bits(grid: Grid) -> Judgement:
 
 
 CLAIMS: list[tuple[str, Callable[[Grid], Judgement]]] = [
-    (f"8 bits cost nearly nothing (less than {LOSSLESS - 1:.0%}), whichever method and group", eight_bits),
-    (f"4 bits cost noticeably (more than {LOSSLESS - 1:.0%}), whichever method and group", four_bits),
+    (
+        f"8 bits cost nearly nothing (less than {LOSSLESS - 1:.0%}), whichever method and group",
+        eight_bits,
+    ),
+    (
+        f"4 bits cost noticeably (more than {LOSSLESS - 1:.0%}), whichever method and group",
+        four_bits,
+    ),
     (f"at 3 bits AWQ alone keeps the model (below x{KEPT:g})", three_bits),
     (f"at 2 bits GPTQ alone keeps something (below x{COLLAPSED:g})", two_bits),
     ("at 2 bits GPTQ is the best of the three", gptq_best_at_two),
     ("GPTQ: groups of 128 are better than whole rows", groups("gptq")),
-    ("AWQ: groups of 128 are better than whole rows (the study's tables have it the other way round)", groups("awq")),
+    (
+        "AWQ: groups of 128 are better than whole rows (the study's tables have it the other way round)",
+        groups("awq"),
+    ),
     (
         f"SmoothQuant: w8a8, w4a8, w4a4 each worse, and w4a4 collapses (above x{COLLAPSED:g})",
         smooth_steps("smoothquant"),
     ),
     ("The same of what the study's script ran, without smoothing", smooth_steps("rtn w/a")),
     ("SmoothQuant w4a8 is worse than GPTQ and AWQ at 4 bits", w4a8_worse),
-    ("BiLLM lies between 3-bit AWQ and the other methods' 2 bits (on the study's small models)", billm_above_two_bits),
+    (
+        "BiLLM lies between 3-bit AWQ and the other methods' 2 bits (on the study's small models)",
+        billm_above_two_bits,
+    ),
 ]
 
 
@@ -203,7 +241,8 @@ def number(value: float) -> str:
 def grid_table(grid: Grid) -> str:
     order = ("none", "rtn", "gptq", "awq", "smoothquant", "rtn w/a", "billm")
     cells = sorted(
-        grid.cells.values(), key=lambda c: (order.index(c.method), c.group_size, -c.bits, -(c.act_bits or 0))
+        grid.cells.values(),
+        key=lambda c: (order.index(c.method), c.group_size, -c.bits, -(c.act_bits or 0)),
     )
     lines = [
         f"| cell | bits a weight | {' | '.join(f'perplexity, {text}' for text in TEXTS)} | mean accuracy |",
@@ -211,16 +250,23 @@ def grid_table(grid: Grid) -> str:
     ]
     for cell in cells:
         perplexities = " | ".join(number(cell.perplexity[text]) for text in TEXTS)
-        lines.append(f"| {cell.name} | {cell.bits_per_weight:.2f} | {perplexities} | {cell.accuracy:.1%} |")
+        lines.append(
+            f"| {cell.name} | {cell.bits_per_weight:.2f} | {perplexities} | {cell.accuracy:.1%} |"
+        )
     return "\n".join(lines)
 
 
 def claims_table(grids: dict[str, Grid]) -> str:
-    lines = [f"| the study | model | {' | '.join(f'here, {text}' for text in TEXTS)} |", "|---|---|---|---|"]
+    lines = [
+        f"| the study | model | {' | '.join(f'here, {text}' for text in TEXTS)} |",
+        "|---|---|---|---|",
+    ]
     for claim, judge in CLAIMS:
         for model, grid in grids.items():
             found = [judge(Grid(grid.cells, text)) for text in TEXTS]
-            lines.append(f"| {claim} | {model} | {' | '.join(f'{VERDICT[holds]}: {how}' for holds, how in found)} |")
+            lines.append(
+                f"| {claim} | {model} | {' | '.join(f'{VERDICT[holds]}: {how}' for holds, how in found)} |"
+            )
     return "\n".join(lines)
 
 
@@ -261,7 +307,9 @@ def hessian_table(model: str) -> str:
     codes: dict[str, list[float]] = {name: [] for name in kinds}
     with torch.inference_mode():
         decoder = load_decoder(checkpoint, torch.float32)
-        hidden = decoder.embed(draw_windows(text, encode, samples=32, length=256, draw="random", seed=0))
+        hidden = decoder.embed(
+            draw_windows(text, encode, samples=32, length=256, draw="random", seed=0)
+        )
         for block in decoder.blocks:
             stages = block.stages(hidden, decoder.rope)
             for site in block.sites:
@@ -271,18 +319,29 @@ def hessian_table(model: str) -> str:
                 weight_EOI, _ = stack_rows(block.weights, site)
                 exact = inputs.whole_TI.double().T @ inputs.whole_TI.double()
 
-                def solve(gram: torch.Tensor, weight_EOI: torch.Tensor = weight_EOI) -> torch.Tensor:
-                    return gptq_round(weight_EOI, gram.float()[None], scheme, act_order=True).weight.codes_EOI
+                def solve(
+                    gram: torch.Tensor, weight_EOI: torch.Tensor = weight_EOI
+                ) -> torch.Tensor:
+                    return gptq_round(
+                        weight_EOI, gram.float()[None], scheme, act_order=True
+                    ).weight.codes_EOI
 
                 wanted = solve(exact / len(inputs.whole_TI))
                 for name, accumulate in kinds.items():
                     found = accumulate(inputs.whole_TI)
                     errors[name].append(float((found.double() - exact).norm() / exact.norm()))
-                    codes[name].append(float((solve(found / len(inputs.whole_TI)) != wanted).float().mean()))
+                    codes[name].append(
+                        float((solve(found / len(inputs.whole_TI)) != wanted).float().mean())
+                    )
             hidden = block(hidden, decoder.rope)
-    lines = ["| accumulation | largest relative error of a site | 4-bit codes that differ, mean |", "|---|---|---|"]
+    lines = [
+        "| accumulation | largest relative error of a site | 4-bit codes that differ, mean |",
+        "|---|---|---|",
+    ]
     for name in kinds:
-        lines.append(f"| {name} | {max(errors[name]):.1e} | {sum(codes[name]) / len(codes[name]):.2%} |")
+        lines.append(
+            f"| {name} | {max(errors[name]):.1e} | {sum(codes[name]) / len(codes[name]):.2%} |"
+        )
     return "\n".join(lines)
 
 
@@ -295,11 +354,18 @@ def replace(page: str, marker: str, content: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("storage", type=Path, help="folder of trials; what is done there already is not run again")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "storage", type=Path, help="folder of trials; what is done there already is not run again"
+    )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument(
-        "--methods", nargs="+", default=[n for n in SWEEPS if "_" not in n], help="cells of these alone"
+        "--methods",
+        nargs="+",
+        default=[n for n in SWEEPS if "_" not in n],
+        help="cells of these alone",
     )
     parser.add_argument("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()

@@ -40,14 +40,20 @@ def seconds(run: Callable[[], Any], times: int = 5) -> float:
 def show(title: str, **taken: float) -> None:
     (_, first), *others = taken.items()
     figures = ", ".join(f"{name} {value * 1e3:.2f} ms" for name, value in taken.items())
-    print(f"{title}: {figures}; {', '.join(f'{other / first:.1f} x' for _, other in others)}", flush=True)
+    print(
+        f"{title}: {figures}; {', '.join(f'{other / first:.1f} x' for _, other in others)}",
+        flush=True,
+    )
 
 
 def columns(title: str, rows: int, width: int) -> None:
     """One block of 128 columns, and a whole weight with act-order."""
     weight_ECO = torch.randn(1, 128, rows, device=GPU)
     factor_ECC = torch.eye(128, device=GPU) + 0.1 * torch.randn(1, 128, 128, device=GPU).triu(1)
-    scale_EKO, zero_EKO = torch.rand(1, 1, rows, device=GPU) + 0.1, torch.full((1, 1, rows), 8.0, device=GPU)
+    scale_EKO, zero_EKO = (
+        torch.rand(1, 1, rows, device=GPU) + 0.1,
+        torch.full((1, 1, rows), 8.0, device=GPU),
+    )
     rest = factor_ECC, scale_EKO, zero_EKO, [0] * 128, 15
 
     def each(solver: Any) -> float:
@@ -61,10 +67,15 @@ def columns(title: str, rows: int, width: int) -> None:
     )
     tokens_TI = torch.randn(2 * width, width, device=GPU) * (torch.rand(width, device=GPU) + 0.2)
     hessian_EII = (tokens_TI.T @ tokens_TI / len(tokens_TI))[None]
-    weight_EOI, scheme = torch.randn(1, rows, width, device=GPU), Scheme(bits=4, group_size=128, symmetric=False)
+    weight_EOI, scheme = (
+        torch.randn(1, rows, width, device=GPU),
+        Scheme(bits=4, group_size=128, symmetric=False),
+    )
 
     def whole(solver: Any) -> float:
-        return seconds(lambda: gptq_round(weight_EOI, hessian_EII, scheme, act_order=True, solver=solver), 3)
+        return seconds(
+            lambda: gptq_round(weight_EOI, hessian_EII, scheme, act_order=True, solver=solver), 3
+        )
 
     factor = seconds(lambda: factored_columns(hessian_EII.clone(), 0.01, None, act_order=True), 3)
     show(
@@ -90,7 +101,9 @@ def attention(title: str, texts: list[np.ndarray], heads: int) -> None:
         batch = Tape(texts, ragged=ragged).next_batch(16_384).to(GPU, torch.bfloat16)
         tokens = batch.stop - batch.first
         query = torch.randn(1, tokens, heads, 128, device=GPU).bfloat16().transpose(1, 2)
-        key, value = (torch.randn(1, tokens, 8, 128, device=GPU).bfloat16().transpose(1, 2) for _ in range(2))
+        key, value = (
+            torch.randn(1, tokens, 8, 128, device=GPU).bfloat16().transpose(1, 2) for _ in range(2)
+        )
 
         def run(batch: Any = batch, states: Any = (query, key, value)) -> None:
             tree: Tree = batch.attention(None)
@@ -105,7 +118,9 @@ def questions(stem: int, count: int, length: int, answers: int, answer: int) -> 
     random = np.random.default_rng(0)
 
     def some(mean: int) -> np.ndarray:
-        return random.integers(0, 150_000, max(1, round(random.normal(mean, mean / 4)))).astype(np.int32)
+        return random.integers(0, 150_000, max(1, round(random.normal(mean, mean / 4)))).astype(
+            np.int32
+        )
 
     head, texts = some(stem) if stem else np.zeros(0, np.int32), []
     for _ in range(count):

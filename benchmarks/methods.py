@@ -62,7 +62,12 @@ class Peer:
 LLM_COMPRESSOR = Peer(
     name="llm-compressor",
     script="run_llmcompressor.py",
-    requirements=("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "transformers==5.17.0", "datasets==5.2.0"),
+    requirements=(
+        "llmcompressor==0.14.0.1",
+        "compressed-tensors==0.19.0",
+        "transformers==5.17.0",
+        "datasets==5.2.0",
+    ),
 )
 # It asks for torch 2.14.1 or newer, but runs on 2.13: on the CPU it takes nothing from the newer one.
 GPTQMODEL = Peer(
@@ -121,7 +126,10 @@ CASES = (
     Case("shaped-gptq", "gptq", "shaped", 32, 2, 9, (Q3Q, PEER_LC, PEER_GM)),
     Case("shaped-awq", "awq", "shaped", 8, 2, 1, (Q3Q, PEER_LC)),
 )
-TITLES = {"demo": "demo model (6 blocks)", "shaped": "random model with Qwen3-0.6B's widths (2 blocks, its vocabulary)"}
+TITLES = {
+    "demo": "demo model (6 blocks)",
+    "shaped": "random model with Qwen3-0.6B's widths (2 blocks, its vocabulary)",
+}
 
 
 # ------------------------------------------------------------------------------------------------- environments
@@ -142,7 +150,16 @@ def environment_of(peer: Peer, cache: Path) -> Path:
         print(f"making an environment for {peer.name} in {folder}: some minutes")
         shutil.rmtree(folder, ignore_errors=True)
         _command([sys.executable, "-m", "venv", str(folder)])
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--retries", "1", "--disable-pip-version-check"]
+        pip = [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--retries",
+            "1",
+            "--disable-pip-version-check",
+        ]
         try:
             _command([*pip, torch_pin])
         except ContenderError:  # PyPI itself has no CPU build for Linux
@@ -156,11 +173,18 @@ def environment_of(peer: Peer, cache: Path) -> Path:
 
 def _command(command: list[str]) -> None:
     try:
-        done = subprocess.run(command, text=True, capture_output=True, timeout=INSTALL_LIMIT, check=False)
+        done = subprocess.run(
+            command, text=True, capture_output=True, timeout=INSTALL_LIMIT, check=False
+        )
     except subprocess.TimeoutExpired:
         raise ContenderError(f"not installed: pip took more than {INSTALL_LIMIT} s") from None
     if done.returncode:
-        silent = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "Connection refused")
+        silent = (
+            "NewConnectionError",
+            "NameResolutionError",
+            "ConnectTimeoutError",
+            "Connection refused",
+        )
         if any(word in done.stderr for word in silent):
             raise ContenderError(
                 "not installed: the package index cannot be reached; connect once, or give a --cache that has it"
@@ -255,7 +279,11 @@ class Judge:
             blocks = []
             for k, block in enumerate(model.blocks):
                 prefix = f"model.layers.{k}."
-                new = {name: weights[prefix + name] for name in block.weights if prefix + name in weights}
+                new = {
+                    name: weights[prefix + name]
+                    for name in block.weights
+                    if prefix + name in weights
+                }
                 linears = [name for site in block.sites for name in site.weights]
                 for name in linears:
                     check_levels(prefix + name, new.get(name))
@@ -269,7 +297,12 @@ class Judge:
             ours, theirs = (m.logits(m.hidden(ids_1T).flatten(0, 1)) for m in (model, self.model))
             for (_, new_CV), (_, old_CV) in zip(ours, theirs, strict=True):
                 divergence += float(
-                    kl_div(new_CV.log_softmax(1), old_CV.log_softmax(1), reduction="sum", log_target=True)
+                    kl_div(
+                        new_CV.log_softmax(1),
+                        old_CV.log_softmax(1),
+                        reduction="sum",
+                        log_target=True,
+                    )
                 )
                 count += len(old_CV)
         return divergence / count
@@ -282,7 +315,9 @@ def check_levels(name: str, weight_OI: Tensor | None) -> None:
     groups = weight_OI[:CHECKED_ROWS].unflatten(1, (-1, GROUP_SIZE)).sort(-1).values
     levels = 1 + int((groups.diff(dim=-1) != 0).sum(-1).max())
     if levels > 2**BITS:
-        raise ContenderError(f"{name} has {levels} levels in a group, {2**BITS} at most are possible")
+        raise ContenderError(
+            f"{name} has {levels} levels in a group, {2**BITS} at most are possible"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------- cases
@@ -310,7 +345,12 @@ def make_tokens(path: Path, case: Case, windows: int | None) -> tuple[Path, Tens
     return path, consecutive_windows(held_out, LENGTH, case.evaluated)
 
 
-def run_case(case: Case, checkpoint: Path, pythons: dict[str, Path | ContenderError], args: argparse.Namespace) -> None:
+def run_case(
+    case: Case,
+    checkpoint: Path,
+    pythons: dict[str, Path | ContenderError],
+    args: argparse.Namespace,
+) -> None:
     """Take turns, judge each contender's model, print the table."""
     print(f"\n{case.method.upper()}, {TITLES[case.model]}")
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in case.contenders}
@@ -321,7 +361,9 @@ def run_case(case: Case, checkpoint: Path, pythons: dict[str, Path | ContenderEr
         judge = Judge(load_decoder(Checkpoint(checkpoint), torch.float32), held_out)
         base = judge.scores()
         samples = len(load_file(tokens)["calibration"])
-        print(f"{samples} x {LENGTH} tokens to calibrate on, {len(held_out)} x {LENGTH} to evaluate on, float32")
+        print(
+            f"{samples} x {LENGTH} tokens to calibrate on, {len(held_out)} x {LENGTH} to evaluate on, float32"
+        )
         for number in range(min(case.rounds, args.repeats)):
             for contender in case.contenders:
                 if contender.name in failures or (contender.aside and number):
@@ -344,9 +386,14 @@ def run_case(case: Case, checkpoint: Path, pythons: dict[str, Path | ContenderEr
                         raise python
                     turn = take_turn(contender, python, job, args.cache)
                     if not number:
-                        scores[contender.name] = judge.scores(load_file(turn.folder / "weights.safetensors"))
+                        scores[contender.name] = judge.scores(
+                            load_file(turn.folder / "weights.safetensors")
+                        )
                     turns[contender.name].append(turn)
-                    print(f"  {contender.name}: {turn.seconds:.1f} s of {turn.process:.1f} s", file=sys.stderr)
+                    print(
+                        f"  {contender.name}: {turn.seconds:.1f} s of {turn.process:.1f} s",
+                        file=sys.stderr,
+                    )
                 except ContenderError as failure:
                     failures[contender.name] = str(failure)
     print_table(case, turns, failures, scores, base)
@@ -359,10 +406,18 @@ def print_table(
     scores: dict[str, tuple[float, float]],
     base: tuple[float, float],
 ) -> None:
-    best = {name: min(taken, key=lambda turn: turn.seconds) for name, taken in turns.items() if taken}
-    rivals = [best[c.name].seconds for c in case.contenders if c.peer and c.name in best and c.name not in failures]
+    best = {
+        name: min(taken, key=lambda turn: turn.seconds) for name, taken in turns.items() if taken
+    }
+    rivals = [
+        best[c.name].seconds
+        for c in case.contenders
+        if c.peer and c.name in best and c.name not in failures
+    ]
     fastest = min(rivals, default=None)
-    print(f"\n{'':22} {'seconds':>8} {'cpu s':>7} {'process':>8} {'speed':>6} {'perplexity':>12} {'KL, nats':>10}")
+    print(
+        f"\n{'':22} {'seconds':>8} {'cpu s':>7} {'process':>8} {'speed':>6} {'perplexity':>12} {'KL, nats':>10}"
+    )
     print(f"{'unquantized':22} {'':8} {'':7} {'':8} {'':6} {base[0]:12.5f}")
     for contender in case.contenders:
         name = contender.name
@@ -376,7 +431,9 @@ def print_table(
     print("\nspeed: seconds of the fastest peer over these. Where q3q's time went, and every knob:")
     for name, turn in best.items():
         if turn.phases:
-            parts = ", ".join(f"{phase} {share * turn.seconds:.2f}" for phase, share in turn.phases.items())
+            parts = ", ".join(
+                f"{phase} {share * turn.seconds:.2f}" for phase, share in turn.phases.items()
+            )
             print(f"  {name}, seconds: {parts}")
     for name, turn in best.items():
         print(f"  {name}: " + ", ".join(f"{knob}={value}" for knob, value in turn.knobs.items()))
@@ -392,18 +449,30 @@ def warm_up(contender: Contender, python: Path, cache: Path, threads: int) -> No
         tokens = Path(scratch) / "tokens.safetensors"
         save_file({"calibration": torch.arange(1024).view(4, 256)}, tokens)
         output = str(Path(scratch) / "out")
-        job = Job(str(DEMO), str(tokens), output, "gptq", BITS, GROUP_SIZE, DAMPING, GRID, threads, {})
+        job = Job(
+            str(DEMO), str(tokens), output, "gptq", BITS, GROUP_SIZE, DAMPING, GRID, threads, {}
+        )
         take_turn(contender, python, job, cache)
     mark.touch()
 
 
 def main() -> None:
     names = [case.name for case in CASES]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cache", type=Path, default=Path(tempfile.gettempdir()) / "q3q-peers", help="kept between runs"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=2, help="turns of each contender; AWQ, which is slow, takes one")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "q3q-peers",
+        help="kept between runs",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=2,
+        help="turns of each contender; AWQ, which is slow, takes one",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--windows", type=int, help="fewer calibration windows, for a quick look")
@@ -417,7 +486,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     pythons: dict[str, Path | ContenderError] = {}
     cases = [case for case in CASES if case.name in args.cases]
-    for contender in {contender.name: contender for case in cases for contender in case.contenders}.values():
+    for contender in {
+        contender.name: contender for case in cases for contender in case.contenders
+    }.values():
         try:
             python = Path(sys.executable)
             if contender.peer:

@@ -55,12 +55,18 @@ def random_block() -> Qwen3Block:
     def weight(name: str, shape: tuple[int, ...]) -> Tensor:
         if "norm" in name:
             return torch.ones(shape, dtype=torch.bfloat16)
-        return torch.empty(shape, dtype=torch.bfloat16).normal_(std=shape[-1] ** -0.5, generator=generator)
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(
+            std=shape[-1] ** -0.5, generator=generator
+        )
 
-    return block_class(facts, 0)(facts, {name: weight(name, shape) for name, shape in facts.block_shapes(0).items()})
+    return block_class(facts, 0)(
+        facts, {name: weight(name, shape) for name, shape in facts.block_shapes(0).items()}
+    )
 
 
-def official_loops(weight: Tensor, hessian: Tensor, damping: float = 0.01, block: int = 128, size: int = 128) -> None:
+def official_loops(
+    weight: Tensor, hessian: Tensor, damping: float = 0.01, block: int = 128, size: int = 128
+) -> None:
     """One linear as fasterquant treats it: act-order, and a dozen framework calls a column."""
     weight, hessian, top = weight.clone(), hessian.clone(), 2**SCHEME.bits - 1
     order = torch.argsort(hessian.diagonal(), descending=True)
@@ -72,11 +78,17 @@ def official_loops(weight: Tensor, hessian: Tensor, damping: float = 0.01, block
     grid = Grid(weight, weight)
     for start in range(0, weight.shape[1], block):
         stop = min(start + block, weight.shape[1])
-        part, wrong, local = weight[:, start:stop].clone(), torch.zeros(len(weight), stop - start), factor[start:stop]
+        part, wrong, local = (
+            weight[:, start:stop].clone(),
+            torch.zeros(len(weight), stop - start),
+            factor[start:stop],
+        )
         for i in range(stop - start):
             column, pivot = part[:, i], local[i, start + i]
             if (start + i) % size == 0:
-                grid = minmax_grid(weight[:, start + i : start + i + size], SCHEME.bits, symmetric=False)
+                grid = minmax_grid(
+                    weight[:, start + i : start + i + size], SCHEME.bits, symmetric=False
+                )
             codes = torch.clamp(torch.round(column[:, None] / grid.scale) + grid.zero, 0, top)
             value = (grid.scale * (codes - grid.zero)).flatten()
             rounded[:, start + i] = value
@@ -93,7 +105,9 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def compare(site: str, linears: int, weight_EOI: Tensor, hessian_EII: Tensor, rounds: int) -> tuple[float, float]:
+def compare(
+    site: str, linears: int, weight_EOI: Tensor, hessian_EII: Tensor, rounds: int
+) -> tuple[float, float]:
     """Together, one by one, and the official loops, taking turns. Returns the first and the last's seconds."""
 
     def together() -> None:
@@ -113,15 +127,22 @@ def compare(site: str, linears: int, weight_EOI: Tensor, hessian_EII: Tensor, ro
         for work in (together, one_by_one, official):
             best[work.__name__] = min(best[work.__name__], seconds(work))
     for name, value in best.items():
-        print(f"  {site:8} {name:11} {value:7.2f} s   {value / best['together']:.2f} times the batch's", flush=True)
+        print(
+            f"  {site:8} {name:11} {value:7.2f} s   {value / best['together']:.2f} times the batch's",
+            flush=True,
+        )
     return best["together"], best["official"]
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens, in windows of 512")
-    parser.add_argument("--experts", type=int, default=8, help="experts that are solved one by one as well")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="calibration tokens, in windows of 512"
+    )
+    parser.add_argument(
+        "--experts", type=int, default=8, help="experts that are solved one by one as well"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="each is the best of so many")
     wanted = parser.parse_args()
     print(f"{torch.get_num_threads()} of {os.cpu_count()} cores; torch {torch.__version__}")
@@ -130,7 +151,9 @@ def main() -> None:
     inputs = Spool()
     inputs.append(hidden)
     whole = seconds(
-        lambda: quantize_block(block, 0, Gptq(GptqSettings()), Schemes(SCHEME), Share.of_all(inputs), Rope(block.facts))
+        lambda: quantize_block(
+            block, 0, Gptq(GptqSettings()), Schemes(SCHEME), Share.of_all(inputs), Rope(block.facts)
+        )
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
@@ -140,11 +163,17 @@ def main() -> None:
     print(f"solving {wanted.experts} of its experts, Hessians of 4096 tokens each:", flush=True)
     totals = []
     for site in (EXPERT_GATE_UP, EXPERT_DOWN):
-        weight = torch.cat([block.weights[name][: wanted.experts].float() for name in site.weights], 1)
+        weight = torch.cat(
+            [block.weights[name][: wanted.experts].float() for name in site.weights], 1
+        )
         inputs = torch.randn(wanted.experts, 4096, weight.shape[2])
-        totals.append(compare(site.name, len(site.weights), weight, inputs.mT @ inputs, wanted.rounds))
+        totals.append(
+            compare(site.name, len(site.weights), weight, inputs.mT @ inputs, wanted.rounds)
+        )
     together, official = map(sum, zip(*totals, strict=True))
-    print(f"both sites: the official loops take {official / together:.1f} times as long (at least 4 wanted)")
+    print(
+        f"both sites: the official loops take {official / together:.1f} times as long (at least 4 wanted)"
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,12 @@ def main() -> None:
         command = [sys.executable, "launch.py", "-m", *SWEEP, f"storage={sweep_storage}"]
         started = time.perf_counter()
         sweep = subprocess.Popen(
-            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         assert sweep.stdout is not None
         start_up, lines = None, []
@@ -55,9 +60,18 @@ def main() -> None:
         whole = time.perf_counter() - started
 
         threads, at_once = 1, os.cpu_count() or 1
-        bare_command = [sys.executable, "-c", BARE, str(threads), str(sweep_storage / "trials"), str(bare_storage)]
+        bare_command = [
+            sys.executable,
+            "-c",
+            BARE,
+            str(threads),
+            str(sweep_storage / "trials"),
+            str(bare_storage),
+        ]
         environment |= {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-        bare = subprocess.run(bare_command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+        bare = subprocess.run(
+            bare_command, cwd=ROOT, env=environment, text=True, capture_output=True, check=True
+        )
         seconds = json.loads(bare.stdout.splitlines()[-1])
     ideal = max(*seconds.values(), sum(seconds.values()) / at_once)
     for name, value in seconds.items():

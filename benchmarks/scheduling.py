@@ -38,7 +38,11 @@ def brief(spec: dict[str, Any], report: Callable[[Any], None]) -> dict[str, Any]
     mine = TrialSpec.from_json(spec)
     report(Progress(trial=mine.id, phase="evaluate", done=0, total=1))
     time.sleep(0.001)
-    metrics = {"perplexity/stories": 2.0 + mine.seed / 1e4, "seconds/evaluate": 0.001, "peak_bytes/evaluate": 1e8}
+    metrics = {
+        "perplexity/stories": 2.0 + mine.seed / 1e4,
+        "seconds/evaluate": 0.001,
+        "peak_bytes/evaluate": 1e8,
+    }
     report(Progress(trial=mine.id, phase="evaluate", done=1, total=1, metrics=metrics))
     record = TrialRecord(spec=mine, status="COMPLETED", metrics=metrics)
     record.save()
@@ -84,7 +88,13 @@ def sweep(trials: int, storage: Path, *arguments: str) -> None:
     timed(study.Teller, "settle", "tracker, what was left")
     timed(study.Study, "close", "closing, the tracker's rest included")
     os.chdir(ROOT)
-    fixed = ["-m", "method=rtn", f"seed=range({trials})", "evaluation.baseline=false", "cluster.cpus_per_trial=1"]
+    fixed = [
+        "-m",
+        "method=rtn",
+        f"seed=range({trials})",
+        "evaluation.baseline=false",
+        "cluster.cpus_per_trial=1",
+    ]
     sys.argv[:] = [str(ROOT / "launch.py"), *fixed, f"storage={storage}", *arguments]
     began = time.perf_counter()
     runpy.run_path(str(ROOT / "launch.py"), run_name="__main__")
@@ -102,8 +112,18 @@ def sweep(trials: int, storage: Path, *arguments: str) -> None:
 def shown(title: str, trials: int, *arguments: str) -> None:
     print(f"\n{title}", flush=True)
     with tempfile.TemporaryDirectory() as storage:
-        command = [sys.executable, __file__, "--inside", storage, "--trials", str(trials), *arguments]
-        inside = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        command = [
+            sys.executable,
+            __file__,
+            "--inside",
+            storage,
+            "--trials",
+            str(trials),
+            *arguments,
+        ]
+        inside = subprocess.Popen(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         assert inside.stdout is not None
         tail, showing = [], False
         for line in inside.stdout:
@@ -124,10 +144,20 @@ def fake_cluster(trials: int, nodes: int) -> None:
             cluster.add_node(num_cpus=1, num_gpus=GPUS)
         where = ["cluster=existing", f"cluster.address={cluster.address}"]
         named = f"{nodes} fake nodes of {GPUS} GPUs and one core each"
-        shown(f"{trials} trials of 1 ms on {named}, on cores", trials, *where, "cluster.gpus_per_trial=0")
+        shown(
+            f"{trials} trials of 1 ms on {named}, on cores",
+            trials,
+            *where,
+            "cluster.gpus_per_trial=0",
+        )
         # Ray gives each task on a GPU a process of its own, so these are as many starts of Python.
         few = min(trials, 40)
-        shown(f"{few} trials of 1 ms on {named}, a quarter of a GPU each", few, *where, "cluster.gpus_per_trial=0.25")
+        shown(
+            f"{few} trials of 1 ms on {named}, a quarter of a GPU each",
+            few,
+            *where,
+            "cluster.gpus_per_trial=0.25",
+        )
     finally:
         cluster.shutdown()
 
@@ -142,7 +172,11 @@ def simulated(trials: int) -> None:
 
     shape = read_facts(ROOT / "q3q" / "models" / "demo" / "dense")
     # 0.6B, 8B and 32B, whose trials take a quarter of a GPU, half of one, and a gang of two.
-    sizes = {"0.6B": (1024, 28, 16, 3072), "8B": (4096, 36, 32, 12288), "32B": (5120, 64, 64, 25600)}
+    sizes = {
+        "0.6B": (1024, 28, 16, 3072),
+        "8B": (4096, 36, 32, 12288),
+        "32B": (5120, 64, 64, 25600),
+    }
     specs, facts = [], {}
     for seed in range(trials):
         name, method = list(sizes)[seed % 3], ("rtn", "gptq", "awq")[seed // 3 % 3]
@@ -167,9 +201,18 @@ def simulated(trials: int) -> None:
         )
         specs.append(spec)
         facts[spec.id] = replace(
-            shape, hidden=hidden, layers=layers, heads=heads, kv_heads=8, head_dim=128, intermediate=inner, vocab=151936
+            shape,
+            hidden=hidden,
+            layers=layers,
+            heads=heads,
+            kv_heads=8,
+            head_dim=128,
+            intermediate=inner,
+            vocab=151936,
         )
-    machines = [Machine(cpus=64, gpus=GPUS, memory=10**12, gpu_memory=80 * 10**9, name="GPU")] * NODES
+    machines = [
+        Machine(cpus=64, gpus=GPUS, memory=10**12, gpu_memory=80 * 10**9, name="GPU")
+    ] * NODES
     began = time.perf_counter()
     ordered = plan(specs, {}, facts, machines=machines, wishes=Wishes(), model=CostModel())
     planned = time.perf_counter()
@@ -177,12 +220,18 @@ def simulated(trials: int) -> None:
     packed = time.perf_counter()
     least = sum(one.gpu_hours for one in ordered) / (NODES * GPUS)
     print(f"\n{trials} trials of three sizes on {NODES} machines of {GPUS} GPUs, in simulation")
-    print(f"  planned in {1000 * (planned - began):.0f} ms, packed in {1000 * (packed - planned):.0f} ms")
-    print(f"  {at_once} at once at most; {wall / 3600:.2f} h predicted, {least:.2f} h if no GPU were ever idle")
+    print(
+        f"  planned in {1000 * (planned - began):.0f} ms, packed in {1000 * (packed - planned):.0f} ms"
+    )
+    print(
+        f"  {at_once} at once at most; {wall / 3600:.2f} h predicted, {least:.2f} h if no GPU were ever idle"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--nodes", type=int, default=4, help="of the fake cluster; 0 leaves it out")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
@@ -193,7 +242,9 @@ def main() -> None:
         return
     shown(f"{given.trials} trials of 1 ms on this machine, {os.cpu_count()} cores", given.trials)
     if given.nodes:
-        os.environ["RAY_AUTH_MODE"] = "disabled"  # between processes of this one user, for the benchmark's length
+        os.environ["RAY_AUTH_MODE"] = (
+            "disabled"  # between processes of this one user, for the benchmark's length
+        )
         fake_cluster(min(given.trials, 500), given.nodes)
     simulated(given.trials)
 

@@ -38,9 +38,24 @@ BASE = {
     "hidden_act": "silu",
 }
 SHAPES = {
-    "0.6b": {"num_hidden_layers": 28, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 3072},
-    "1.7b": {"num_hidden_layers": 28, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 6144},
-    "4b": {"num_hidden_layers": 36, "hidden_size": 2560, "num_attention_heads": 32, "intermediate_size": 9728},
+    "0.6b": {
+        "num_hidden_layers": 28,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "intermediate_size": 3072,
+    },
+    "1.7b": {
+        "num_hidden_layers": 28,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "intermediate_size": 6144,
+    },
+    "4b": {
+        "num_hidden_layers": 36,
+        "hidden_size": 2560,
+        "num_attention_heads": 32,
+        "intermediate_size": 9728,
+    },
 }
 SETTINGS = [
     "calibration=demo",
@@ -55,10 +70,16 @@ MOST_BYTES = 2_500_000_000  # of the bound, however large the checkpoint
 WANTED_SPEED = 0.6
 
 
-def random_parts(shape: tuple[int, ...], generator: torch.Generator, rows: int = 4096) -> Iterator[Tensor]:
+def random_parts(
+    shape: tuple[int, ...], generator: torch.Generator, rows: int = 4096
+) -> Iterator[Tensor]:
     for start in range(0, shape[0], rows):
         part = torch.empty(min(rows, shape[0] - start), *shape[1:], dtype=torch.bfloat16)
-        yield part.fill_(1) if len(shape) == 1 else part.normal_(std=shape[-1] ** -0.5, generator=generator)
+        yield (
+            part.fill_(1)
+            if len(shape) == 1
+            else part.normal_(std=shape[-1] ** -0.5, generator=generator)
+        )
 
 
 def write_checkpoint(folder: Path, shape: str) -> ModelFacts:
@@ -69,14 +90,23 @@ def write_checkpoint(folder: Path, shape: str) -> ModelFacts:
         return facts
     folder.mkdir(parents=True, exist_ok=True)
     shards = [
-        {f"model.layers.{k}.{name}": size for name, size in disk_shapes(facts, k).items()} for k in range(facts.layers)
+        {f"model.layers.{k}.{name}": size for name, size in disk_shapes(facts, k).items()}
+        for k in range(facts.layers)
     ]
-    shards.append({"model.embed_tokens.weight": (facts.vocab, facts.hidden), "model.norm.weight": (facts.hidden,)})
+    shards.append(
+        {
+            "model.embed_tokens.weight": (facts.vocab, facts.hidden),
+            "model.norm.weight": (facts.hidden,),
+        }
+    )
     weight_map: dict[str, str] = {}
     for k, sizes in enumerate(shards):
         name = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
         generator = torch.Generator().manual_seed(k)
-        tensors = {key: Rows(size, torch.bfloat16, random_parts(size, generator)) for key, size in sizes.items()}
+        tensors = {
+            key: Rows(size, torch.bfloat16, random_parts(size, generator))
+            for key, size in sizes.items()
+        }
         with (folder / name).open("wb") as file:
             file.writelines(encoded(tensors, {"format": "pt"}))
         weight_map |= dict.fromkeys(sizes, name)
@@ -97,7 +127,9 @@ def one_trial(folder: Path, overrides: list[str]) -> None:
 
     schema.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        spec = schema.spec_from(compose("config", ["model=local", f"model.path={folder}", *SETTINGS, *overrides]))
+        spec = schema.spec_from(
+            compose("config", ["model=local", f"model.path={folder}", *SETTINGS, *overrides])
+        )
 
     def tell(event: object) -> None:
         if getattr(event, "phase", "") == "quantize":
@@ -118,7 +150,11 @@ def run(folder: Path, storage: Path, *overrides: str) -> dict[str, dict[str, flo
 
 
 def phase(found: dict[str, dict[str, float]], what: str) -> dict[str, float]:
-    return {name.partition("/")[2]: value for name, value in found["metrics"].items() if name.startswith(what)}
+    return {
+        name.partition("/")[2]: value
+        for name, value in found["metrics"].items()
+        if name.startswith(what)
+    }
 
 
 def main() -> None:
@@ -129,15 +165,21 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="4b")
     parser.add_argument("--methods", default="rtn,gptq", help="to run under the bound")
     parser.add_argument("--cache", type=Path, help="folder to keep checkpoints in")
-    parser.add_argument("--memory", help="the bound; by default a third of the checkpoint's bytes, 2.5 GB at most")
-    parser.add_argument("--rounds", type=int, default=2, help="of streamed against resident; 0 for none")
+    parser.add_argument(
+        "--memory", help="the bound; by default a third of the checkpoint's bytes, 2.5 GB at most"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="of streamed against resident; 0 for none"
+    )
     wanted = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory(prefix="q3q_streaming_") as scratch:
         cache, storage = wanted.cache or Path(scratch), Path(scratch) / "storage"
         facts = write_checkpoint(cache / wanted.shape, wanted.shape)
         bound = int(wanted.memory) if wanted.memory else min(facts.weight_bytes() // 3, MOST_BYTES)
-        print(f"{wanted.shape}: {in_gb(facts.weight_bytes())} on disk, memory={bound} ({in_gb(bound)})")
+        print(
+            f"{wanted.shape}: {in_gb(facts.weight_bytes())} on disk, memory={bound} ({in_gb(bound)})"
+        )
         for method in wanted.methods.split(","):
             found = run(cache / wanted.shape, storage, f"method={method}", f"memory={bound}")
             peaks, seconds = phase(found, "peak_bytes/"), phase(found, "seconds/")
@@ -157,7 +199,8 @@ def main() -> None:
                 for _ in range(wanted.rounds):
                     for loader in ("resident", "streamed"):
                         seconds = phase(
-                            run(cache / "0.6b", storage, f"method={method}", f"loader={loader}"), "seconds/"
+                            run(cache / "0.6b", storage, f"method={method}", f"loader={loader}"),
+                            "seconds/",
                         )
                         best[loader] = min(best.get(loader, float("inf")), sum(seconds.values()))
                 speed = best["resident"] / best["streamed"]

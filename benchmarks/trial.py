@@ -17,8 +17,20 @@ ROOT = Path(__file__).parent.parent
 
 # Widths of Qwen3 sizes, and how many blocks the real ones have.
 SHAPES = {
-    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=16, tie_word_embeddings=True, blocks=28),
-    "8B": dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32, tie_word_embeddings=False, blocks=36),
+    "0.6B": dict(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_attention_heads=16,
+        tie_word_embeddings=True,
+        blocks=28,
+    ),
+    "8B": dict(
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_attention_heads=32,
+        tie_word_embeddings=False,
+        blocks=36,
+    ),
 }
 
 
@@ -50,7 +62,14 @@ def make_model(folder: Path, blocks: int | None = None, shape: str = "0.6B") -> 
 
 
 def measure(title: str, overrides: list[str], storage: Path) -> None:
-    command = [sys.executable, "launch.py", "method=gptq", "bits=4", f"storage={storage}", *overrides]
+    command = [
+        sys.executable,
+        "launch.py",
+        "method=gptq",
+        "bits=4",
+        f"storage={storage}",
+        *overrides,
+    ]
     environment = {**os.environ, "TQDM_DISABLE": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     record = json.loads(next(storage.glob("trials/*/record.json")).read_text(encoding="utf-8"))
@@ -62,7 +81,9 @@ def measure(title: str, overrides: list[str], storage: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=4, help="blocks of the 0.6B-shaped model, 28 in the real one")
+    parser.add_argument(
+        "--blocks", type=int, default=4, help="blocks of the 0.6B-shaped model, 28 in the real one"
+    )
     blocks = parser.parse_args().blocks
     with tempfile.TemporaryDirectory() as scratch:
         measure("demo", [], Path(scratch) / "demo")
@@ -75,7 +96,11 @@ def main() -> None:
             "evaluation.tasks=[]",
             "evaluation.limit=8",
         ]
-        measure(f"0.6B-shaped, {blocks} blocks, 16 x 512 tokens, bfloat16", small, Path(scratch) / "shaped")
+        measure(
+            f"0.6B-shaped, {blocks} blocks, 16 x 512 tokens, bfloat16",
+            small,
+            Path(scratch) / "shaped",
+        )
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ def attempt(spec: TrialSpec, report: Report) -> Iterator[Attempt]:
 
         log.write("start")
         try:
-            yield Attempt(None, tell, lambda record: log.write(f"end {record.status} {record.reason}"))
+            yield Attempt(
+                None, tell, lambda record: log.write(f"end {record.status} {record.reason}")
+            )
         except BaseException as error:  # asked to end, or no longer ours: it says so and goes
             log.write(f"stop {type(error).__name__}")
             raise

@@ -31,7 +31,10 @@ REFUSED_FLAGS = {
     **dict.fromkeys(("--config-dir", "--config-path", "--config-name", "-cd", "-cp", "-cn"), PAGES),
     "--experimental-rerun": "it loads a pickle, which can run code; give the command again",
 }
-TEXTS = {field.name for field in fields(Config)} - {*GROUPS, "method"}  # keys without a dot that choose no page
+TEXTS = {field.name for field in fields(Config)} - {
+    *GROUPS,
+    "method",
+}  # keys without a dot that choose no page
 PAGE = re.compile(r"[\w+-]*")  # no path that could lead out of conf/
 
 
@@ -46,7 +49,9 @@ def refuse_code(arguments: Sequence[str]) -> None:
         for known, why in REFUSED_FLAGS.items():
             if _means(flag, known):
                 raise ConfigError(f"{argument} is not taken: {why}")
-    overrides = [one for one in arguments if not one.startswith("-") and ("=" in one or one.startswith("~"))]
+    overrides = [
+        one for one in arguments if not one.startswith("-") and ("=" in one or one.startswith("~"))
+    ]
     for override in OverridesParser.create().parse_overrides(overrides):
         _refuse(override)
 
@@ -61,17 +66,25 @@ def _means(flag: str, known: str) -> bool:
 def _refuse(override: Override) -> None:
     key, said = override.get_key_element().lstrip("+~"), override.input_line
     path, _, package = key.partition("@")
-    if any(part.startswith("_") for part in path.replace("/", ".").split(".")) or any(_underscored(override.value())):
-        raise ConfigError(f"{said} is not taken: names like _target_ would run code, and the command line sets values")
+    if any(part.startswith("_") for part in path.replace("/", ".").split(".")) or any(
+        _underscored(override.value())
+    ):
+        raise ConfigError(
+            f"{said} is not taken: names like _target_ would run code, and the command line sets values"
+        )
     if package.split(":")[-1].split(".")[0] in ("hydra", "_global_"):
-        raise ConfigError(f"{said} is not taken: no page can be put under {package} from the command line")
+        raise ConfigError(
+            f"{said} is not taken: no page can be put under {package} from the command line"
+        )
     choices = _choices(override.value())
     if "." not in path and path not in TEXTS and not all(map(_page, choices)):
         raise ConfigError(f"{said} is not taken: {path} chooses a page of conf/ by its name")
     if path.replace("/", ".").split(".")[0] != "hydra" or path in HARMLESS:
         return
     if not path.startswith(PLUGINS):
-        raise ConfigError(f"{said} is not taken: of Hydra's own settings, these can be given: {', '.join(HARMLESS)}")
+        raise ConfigError(
+            f"{said} is not taken: of Hydra's own settings, these can be given: {', '.join(HARMLESS)}"
+        )
     if not all(map(_plain, choices)):
         raise ConfigError(f"{said} is not taken: give {path} a plain value")
 

@@ -54,7 +54,13 @@ class Holder:
     @classmethod
     def here(cls) -> "Holder":
         since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
-        return cls(host=platform.node(), pid=os.getpid(), place=_place(), born=_born(os.getpid()), since=since)
+        return cls(
+            host=platform.node(),
+            pid=os.getpid(),
+            place=_place(),
+            born=_born(os.getpid()),
+            since=since,
+        )
 
     def dead(self) -> bool | None:
         """Whether it certainly is; None if that cannot be known from here."""
@@ -63,7 +69,9 @@ class Holder:
         return not runs(self.pid) or _born(self.pid) != self.born
 
 
-NOBODY = Holder(host="?", pid=0, place="", born="", since="?")  # of a claim that is being written, or was torn
+NOBODY = Holder(
+    host="?", pid=0, place="", born="", since="?"
+)  # of a claim that is being written, or was torn
 
 
 class Slip(Protocol):
@@ -145,7 +153,12 @@ class Claim:
     """A claim on `name` in a folder or on another board, not taken yet. beat, silent: None for the board's own."""
 
     def __init__(
-        self, where: Path | Board, name: str, *, beat: float | None = None, silent: float | None = None
+        self,
+        where: Path | Board,
+        name: str,
+        *,
+        beat: float | None = None,
+        silent: float | None = None,
     ) -> None:
         self.board: Board = FolderBoard(where) if isinstance(where, Path) else where
         self.name = name
@@ -169,7 +182,9 @@ class Claim:
                 return holder
             if self._create(newest + 1):
                 break
-        self._thread = threading.Thread(target=self._keep_beating, name=f"q3q-claim-{self.name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._keep_beating, name=f"q3q-claim-{self.name}", daemon=True
+        )
         self._thread.start()
         return None
 
@@ -180,7 +195,9 @@ class Claim:
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
-        with suppress(OSError):  # a disk or server that takes nothing: it will be seen that this process is gone
+        with suppress(
+            OSError
+        ):  # a disk or server that takes nothing: it will be seen that this process is gone
             self._slip.write(FREE)
         self._slip.close()
         self._slip = None
@@ -188,7 +205,9 @@ class Claim:
     def check(self) -> None:
         """Raises ClaimLostError if somebody else has it by now."""
         if self.lost:
-            raise ClaimLostError(f"{self.board}/{self.name}: this process was silent too long, and another took over")
+            raise ClaimLostError(
+                f"{self.board}/{self.name}: this process was silent too long, and another took over"
+            )
 
     def confirm(self) -> None:
         """`check`, after a look at the board: a process that slept has not beaten yet. Raises what the board raises."""
@@ -248,7 +267,9 @@ class Claim:
         assert slip is not None
         while not self._closing.wait(self.beat):
             beats += 1
-            with suppress(OSError):  # a full disk or a lost server: if it lasts, the silence says so to others
+            with suppress(
+                OSError
+            ):  # a full disk or a lost server: if it lasts, the silence says so to others
                 slip.write(f"{beats:0{WIDTH}d}")
             with suppress(OSError):
                 self.lost = self._newest() != self._number
@@ -269,7 +290,9 @@ def claimed(
         claim.release()
 
 
-def claim_or_refuse(claim: Claim, refuse: Callable[[Holder], Exception], say: Callable[[str], object]) -> None:
+def claim_or_refuse(
+    claim: Claim, refuse: Callable[[Holder], Exception], say: Callable[[str], object]
+) -> None:
     """Take a claim, unless its holder lives. Of one elsewhere that takes as long as its silence can last.
 
     Raises:
@@ -280,7 +303,9 @@ def claim_or_refuse(claim: Claim, refuse: Callable[[Holder], Exception], say: Ca
         if claim.heard:
             raise refuse(holder)
         if not told:
-            say(f"{holder} began this and has not said that it ended: seeing whether it lives, for {claim.silent:g} s")
+            say(
+                f"{holder} began this and has not said that it ended: seeing whether it lives, for {claim.silent:g} s"
+            )
             told = True
         time.sleep(claim.board.look)
 
@@ -336,6 +361,11 @@ def runs(pid: int) -> bool:
 def _stat(pid: int) -> list[str]:
     """What Linux tells of a process, from its state on; nothing elsewhere."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return (
+            Path(f"/proc/{pid}/stat")
+            .read_text(encoding="utf-8", errors="replace")
+            .rpartition(")")[2]
+            .split()
+        )
     except OSError:
         return []

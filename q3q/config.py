@@ -33,7 +33,14 @@ from q3q.evaluate.suites import (
 from q3q.export.destination import check_destination, default_path
 from q3q.export.formats import FORMATS, not_for_servers, refuse_what_it_cannot_hold, stored_scales
 from q3q.mirror import folder_of, is_url, refuse_unusable
-from q3q.models.checkpoint import Checkpoint, ModelFacts, end_tokens, fetch_facts, fetch_file, resolve_revision
+from q3q.models.checkpoint import (
+    Checkpoint,
+    ModelFacts,
+    end_tokens,
+    fetch_facts,
+    fetch_file,
+    resolve_revision,
+)
 from q3q.models.footprint import AUTO, LOADERS, bytes_of, choose, in_gb, need
 from q3q.patterns import Linear, linears, meant, near, together
 from q3q.quantize.methods.registry import described, offers, settings_class
@@ -238,7 +245,11 @@ def with_plain_keys(argument: str) -> str:
     """`overrides={"blocks.0":{bits:8}}` without the quotes: Hydra's grammar takes the keys of a mapping bare only."""
     if not argument.lstrip("+").startswith("overrides="):
         return argument
-    return re.sub(r"""(["'])([^"']*)\1\s*:""", lambda key: re.sub(r"([\[\](){},:=])", r"\\\1", key[2]) + ":", argument)
+    return re.sub(
+        r"""(["'])([^"']*)\1\s*:""",
+        lambda key: re.sub(r"([\[\](){},:=])", r"\\\1", key[2]) + ":",
+        argument,
+    )
 
 
 def spec_from(config: DictConfig) -> TrialSpec:
@@ -273,7 +284,9 @@ def spec_from(config: DictConfig) -> TrialSpec:
             places[name] = str(Path(config[name].path).expanduser().absolute())
     if (data := _data_folder(config)) is not None:
         places["data"] = str(data)
-    places |= _loading(config, facts, model["dtype"], settings.name if schemes else None, evaluation)
+    places |= _loading(
+        config, facts, model["dtype"], settings.name if schemes else None, evaluation
+    )
     if config.evaluation.include_path is not None:
         places["tasks"] = str(Path(config.evaluation.include_path).expanduser().absolute())
     scheme = schemes.base if schemes else None
@@ -300,7 +313,9 @@ def spec_from(config: DictConfig) -> TrialSpec:
     return spec.with_places({**spec.places, "baseline": _baseline_of(spec).id})
 
 
-def _loading(config: DictConfig, facts: ModelFacts, dtype: str, method: str | None, evaluation: Json) -> Json:
+def _loading(
+    config: DictConfig, facts: ModelFacts, dtype: str, method: str | None, evaluation: Json
+) -> Json:
     """Where the model is to be held, as far as that is said; refused now if it cannot fit there."""
     _one_of("loader", config.loader, (AUTO, *LOADERS))
     places: Json = {} if config.loader == AUTO else {"loader": config.loader}
@@ -311,7 +326,9 @@ def _loading(config: DictConfig, facts: ModelFacts, dtype: str, method: str | No
     memory = bytes_of(config.memory)
     heads = heads_held(config.head_bits, evaluation)
     if config.loader == AUTO:
-        refuse_generation(evaluation, choose(facts, dtype, method=method, memory=memory, heads=heads))
+        refuse_generation(
+            evaluation, choose(facts, dtype, method=method, memory=memory, heads=heads)
+        )
     elif config.loader != "sharded":
         needs = need(facts, dtype, method=method, loader=config.loader, heads=heads)
         if needs > memory:
@@ -372,19 +389,25 @@ def _refuse_strangers(config: DictConfig) -> None:
         "method.": (config.method, OmegaConf.get_type(config.method)),
     }
     if settings_class(config.method.name) is not parts["method."][1]:
-        raise ConfigError(f"method.name={config.method.name} is not a setting: choose the method with method=")
+        raise ConfigError(
+            f"method.name={config.method.name} is not a setting: choose the method with method="
+        )
     for name, kind in GROUPS.items():
         parts[f"{name}."] = (config[name], kind)
     for prefix, (part, kind) in parts.items():
         known = [one.name for one in fields(kind)]
         for key in map(str, part):
             if key not in known and prefix + key != "hydra":
-                raise ConfigError(f"{prefix}{key} is not a setting{nearest(key, known)}See python launch.py --help")
+                raise ConfigError(
+                    f"{prefix}{key} is not a setting{nearest(key, known)}See python launch.py --help"
+                )
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ConfigError(f"{key}={value} is not known{nearest(value, list(known))}Choose from: {', '.join(known)}")
+        raise ConfigError(
+            f"{key}={value} is not known{nearest(value, list(known))}Choose from: {', '.join(known)}"
+        )
 
 
 def _model(config: DictConfig) -> tuple[Json, Path | None, ModelFacts]:
@@ -394,11 +417,21 @@ def _model(config: DictConfig) -> tuple[Json, Path | None, ModelFacts]:
         raise ConfigError("model=local needs a folder: model.path=DIR")
     if wanted.path is not None:
         path: str = wanted.path
-        if wanted.source is not None or (wanted.name in DEMO_NAMES and not path.startswith("demo:")):
-            raise ConfigError(f"model.path={path} and model={wanted.name} contradict each other: give model=local")
-        folder = DEMO_MODELS / path.removeprefix("demo:") if path.startswith("demo:") else Path(path).expanduser()
+        if wanted.source is not None or (
+            wanted.name in DEMO_NAMES and not path.startswith("demo:")
+        ):
+            raise ConfigError(
+                f"model.path={path} and model={wanted.name} contradict each other: give model=local"
+            )
+        folder = (
+            DEMO_MODELS / path.removeprefix("demo:")
+            if path.startswith("demo:")
+            else Path(path).expanduser()
+        )
         if wanted.revision is not None:
-            raise ConfigError(f"model.revision={wanted.revision} is for Hub models; {path} is a folder")
+            raise ConfigError(
+                f"model.revision={wanted.revision} is for Hub models; {path} is a folder"
+            )
         facts, digest = _local_model(folder.absolute(), str(folder_of(config.storage).absolute()))
         identity: Json = {"name": wanted.name or folder.absolute().name, "digest": digest}
         place: Path | None = folder.absolute()
@@ -414,7 +447,9 @@ def _model(config: DictConfig) -> tuple[Json, Path | None, ModelFacts]:
 def _local_model(folder: Path, storage: str) -> tuple[ModelFacts, str]:
     checkpoint = Checkpoint(folder)
     if not (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder} has no tokenizer.json: a model is evaluated with its own tokenizer")
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json: a model is evaluated with its own tokenizer"
+        )
     return checkpoint.facts, checkpoint.digest(Path(storage) / "trials" / "digests")
 
 
@@ -424,7 +459,9 @@ def _hub_model(source: str, revision: str | None) -> tuple[str, ModelFacts]:
     return commit, fetch_facts(source, commit)
 
 
-def _refuse_second_rounding(settings: MethodSettings, folder: Path | None, facts: ModelFacts) -> None:
+def _refuse_second_rounding(
+    settings: MethodSettings, folder: Path | None, facts: ModelFacts
+) -> None:
     if settings.quantizes and facts.quantized is not None:
         raise CheckpointError(
             f"{folder or 'the model'} is quantized already ({facts.quantized}); a second rounding would measure both. "
@@ -438,12 +475,22 @@ def _exported(config: DictConfig, spec: TrialSpec, facts: ModelFacts) -> TrialSp
     _one_of("export", name, ("none", *FORMATS))
     if name == "none":
         if path is not None:
-            raise ConfigError(f"export.path={path} is not read by export=none: choose a format, e.g. export=hf")
+            raise ConfigError(
+                f"export.path={path} is not read by export=none: choose a format, e.g. export=hf"
+            )
         return spec
     refuse_what_it_cannot_hold(name, spec, facts)
     assert spec.scheme is not None
-    spec = replace(spec, export=name, scheme=replace(spec.scheme, scales=stored_scales(name, spec.model["dtype"])))
-    folder = default_path(spec, str(folder_of(config.storage))) if path is None else Path(path).expanduser().absolute()
+    spec = replace(
+        spec,
+        export=name,
+        scheme=replace(spec.scheme, scales=stored_scales(name, spec.model["dtype"])),
+    )
+    folder = (
+        default_path(spec, str(folder_of(config.storage)))
+        if path is None
+        else Path(path).expanduser().absolute()
+    )
     from q3q.report.command import command_of  # which reads this module
 
     spec = spec.with_places({**spec.places, "export": str(folder), "command": command_of(spec)})
@@ -458,7 +505,9 @@ def _warn_once(warning: str) -> None:
     print(f"q3q: {warning}", file=sys.stderr)
 
 
-def _schemes(config: DictConfig, settings: MethodSettings, facts: ModelFacts) -> tuple[Schemes | None, Json]:
+def _schemes(
+    config: DictConfig, settings: MethodSettings, facts: ModelFacts
+) -> tuple[Schemes | None, Json]:
     """How each linear is stored (None: not at all), and the patterns that say so, for people."""
     act_bits = settings.default_act_bits if config.act_bits is None else config.act_bits
     base = Scheme(
@@ -488,9 +537,13 @@ def _mixed(config: DictConfig, base: Scheme, model: Mapping[str, Linear]) -> tup
     given: dict[str, Json] = {}
     changed: dict[str, Json] = {}
     for pattern, wanted in config.overrides.items():
-        given[str(pattern)] = change = {key: value for key, value in wanted.items() if value is not None}
+        given[str(pattern)] = change = {
+            key: value for key, value in wanted.items() if value is not None
+        }
         if not change:
-            raise ConfigError(f"overrides: {pattern} says nothing; give bits, group_size or symmetric")
+            raise ConfigError(
+                f"overrides: {pattern} says nothing; give bits, group_size or symmetric"
+            )
         try:
             replace(base, **change)
         except ConfigError as error:
@@ -500,7 +553,11 @@ def _mixed(config: DictConfig, base: Scheme, model: Mapping[str, Linear]) -> tup
     left_out = {name for pattern in config.skip for name in _meant("skip", pattern, model)}
     overrides = {}
     for name in model:
-        differs = {key: value for key, value in changed.get(name, {}).items() if value != getattr(base, key)}
+        differs = {
+            key: value
+            for key, value in changed.get(name, {}).items()
+            if value != getattr(base, key)
+        }
         if differs and name not in left_out:
             overrides[name] = differs
     rules: Json = {}
@@ -541,9 +598,17 @@ def _check_group_sizes(schemes: Schemes, model: Mapping[str, Linear]) -> None:
             if linear.columns % size:
                 wrong.setdefault(linear.columns, []).append(linear)
         if wrong:
-            where = ", ".join(f"{together(some)} ({columns} columns)" for columns, some in wrong.items())
-            usable = [s for s in (16, 32, 64, 128, 256, 512) if all(linear.columns % s == 0 for linear in those)]
-            complaints.append(f"group_size={size} does not divide {where}; sizes that do: {usable} or -1")
+            where = ", ".join(
+                f"{together(some)} ({columns} columns)" for columns, some in wrong.items()
+            )
+            usable = [
+                s
+                for s in (16, 32, 64, 128, 256, 512)
+                if all(linear.columns % s == 0 for linear in those)
+            ]
+            complaints.append(
+                f"group_size={size} does not divide {where}; sizes that do: {usable} or -1"
+            )
     if complaints:
         raise ConfigError("; ".join(complaints))
 
@@ -563,11 +628,16 @@ def _check_able(schemes: Schemes, settings: MethodSettings, model: Mapping[str, 
             clashes.setdefault(problem, []).append(linear)
     if clashes:
         raise IncompatibleError(
-            "; ".join(f"overrides: {problem} (asked of {together(some)})" for problem, some in clashes.items())
+            "; ".join(
+                f"overrides: {problem} (asked of {together(some)})"
+                for problem, some in clashes.items()
+            )
         )
     uneven = [site for site, found in schemes_of_sites.items() if len(found) > 1]
     if uneven and settings.rebalances:
-        where = together(linear for linear in model.values() if (linear.block, linear.site) in uneven)
+        where = together(
+            linear for linear in model.values() if (linear.block, linear.site) in uneven
+        )
         raise IncompatibleError(
             f"method={settings.name} scales all linears of a site together: give {where} one setting"
         )
@@ -582,7 +652,11 @@ def _check_able(schemes: Schemes, settings: MethodSettings, model: Mapping[str, 
 def _check_ends(spec: TrialSpec, facts: ModelFacts) -> None:
     """Head and embedding: rounded as the scheme says, and one tensor where they are tied."""
     head, embedding = spec.head_bits, spec.embedding_bits
-    asked = " ".join(f"{key}={bits}" for key, bits in (("head_bits", head), ("embedding_bits", embedding)) if bits)
+    asked = " ".join(
+        f"{key}={bits}"
+        for key, bits in (("head_bits", head), ("embedding_bits", embedding))
+        if bits
+    )
     if not asked:
         if spec.skip and len(spec.skip) == len(linears(facts)):
             raise IncompatibleError("skip leaves nothing to quantize: that is method=none")
@@ -593,14 +667,18 @@ def _check_ends(spec: TrialSpec, facts: ModelFacts) -> None:
             f"method={name} quantizes nothing, so {asked} has no use; for these alone: method=rtn skip=[blocks.*]"
         )
     if spec.scheme.group_size != -1 and facts.hidden % spec.scheme.group_size:
-        raise ConfigError(f"group_size={spec.scheme.group_size} does not divide the {facts.hidden} columns of {asked}")
+        raise ConfigError(
+            f"group_size={spec.scheme.group_size} does not divide the {facts.hidden} columns of {asked}"
+        )
     if facts.tied and head != embedding:
         raise IncompatibleError(
             f"{spec.model['name']} ties head and embedding, they are one tensor: {asked} must be two equal numbers"
         )
 
 
-def _calibration(config: DictConfig, settings: MethodSettings, folder: Path | None, facts: ModelFacts) -> Json:
+def _calibration(
+    config: DictConfig, settings: MethodSettings, folder: Path | None, facts: ModelFacts
+) -> Json:
     wanted = config.calibration
     _one_of("calibration.route", wanted.route, ROUTES)
     draw = wanted.draw or settings.default_draw
@@ -613,23 +691,40 @@ def _calibration(config: DictConfig, settings: MethodSettings, folder: Path | No
     _path_is_for_files(wanted.path, "calibration", [wanted.source])
     text = _text(wanted.source, "calibration", wanted.path, config.data.path)
     _check_long_enough(text, folder, samples, length, draw)
-    drawn = {"source": wanted.source, "digest": text.digest, "samples": samples, "length": length, "draw": draw}
+    drawn = {
+        "source": wanted.source,
+        "digest": text.digest,
+        "samples": samples,
+        "length": length,
+        "draw": draw,
+    }
     return {**drawn, "route": wanted.route} if facts.experts else drawn
 
 
 def _evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Json:
     """What is measured. What is not asked for is absent; `drift` says on how many windows: auto, or a number."""
     wanted = config.evaluation
-    least = {"window": 2, "limit": 1, "task_limit": 1, "drift_windows": 1, "num_fewshot": 0, "max_gen_toks": 1}
+    least = {
+        "window": 2,
+        "limit": 1,
+        "task_limit": 1,
+        "drift_windows": 1,
+        "num_fewshot": 0,
+        "max_gen_toks": 1,
+    }
     for key, lowest in least.items():
         value = wanted[key]
         if value is not None and value < lowest:
             raise ConfigError(f"evaluation.{key}={value}: give {lowest} or more")
     if wanted.window > facts.max_positions:
-        raise ConfigError(f"evaluation.window={wanted.window}: this model takes at most {facts.max_positions} tokens")
+        raise ConfigError(
+            f"evaluation.window={wanted.window}: this model takes at most {facts.max_positions} tokens"
+        )
     _path_is_for_files(wanted.path, "evaluation", wanted.texts)
     if wanted.quick and wanted.limit is None:
-        raise ConfigError("evaluation.quick=true draws evaluation.limit windows and questions: give evaluation.limit")
+        raise ConfigError(
+            "evaluation.quick=true draws evaluation.limit windows and questions: give evaluation.limit"
+        )
     texts = []
     for source in wanted.texts:
         text = _text(source, "evaluation", wanted.path, config.data.path)
@@ -661,18 +756,26 @@ def _evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> J
     return evaluation
 
 
-def _shots_and_limits(wanted: DictConfig, tasks: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+def _shots_and_limits(
+    wanted: DictConfig, tasks: list[str]
+) -> tuple[dict[str, int], dict[str, int]]:
     """By task: examples in the prompt, where they are given, and questions, where they differ from all tasks'."""
-    shots, limits = ({str(task): value for task, value in wanted[key].items()} for key in ("shots", "limits"))
+    shots, limits = (
+        {str(task): value for task, value in wanted[key].items()} for key in ("shots", "limits")
+    )
     for key, given, lowest in (("shots", shots, 0), ("limits", limits, 1)):
         for task, value in given.items():
             if task not in tasks:
                 raise ConfigError(f"evaluation.{key}: {task} is not one of evaluation.tasks")
             if value < lowest:
-                raise ConfigError(f"evaluation.{key}: {task}: {value} is too few, give {lowest} or more")
+                raise ConfigError(
+                    f"evaluation.{key}: {task}: {value} is too few, give {lowest} or more"
+                )
     studied = shots.get(STUDY_MMLU, wanted.num_fewshot)
     if STUDY_MMLU in tasks and studied not in (None, MMLU_SHOTS):
-        raise ConfigError(f"{STUDY_MMLU} shows {MMLU_SHOTS} examples, not {studied}; mmlu takes any number")
+        raise ConfigError(
+            f"{STUDY_MMLU} shows {MMLU_SHOTS} examples, not {studied}; mmlu takes any number"
+        )
     if wanted.num_fewshot is not None:
         shots = {task: shots.get(task, wanted.num_fewshot) for task in tasks}
     shots.pop(STUDY_MMLU, None)
@@ -685,9 +788,13 @@ def _tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Json:
     tasks = list(dict.fromkeys(wanted.tasks))
     _one_of("evaluation.chat", wanted.chat, tuple(CHATS))
     shots, limits = _shots_and_limits(wanted, tasks)
-    include = None if wanted.include_path is None else Path(wanted.include_path).expanduser().absolute()
+    include = (
+        None if wanted.include_path is None else Path(wanted.include_path).expanduser().absolute()
+    )
     if include is not None and not include.is_dir():
-        raise ConfigError(f"evaluation.include_path={wanted.include_path} is not a folder with task files")
+        raise ConfigError(
+            f"evaluation.include_path={wanted.include_path} is not a folder with task files"
+        )
     _check_tasks(tuple(tasks), include)
     found: Json = {"tasks": tasks, "task_limit": None}
     if not tasks and wanted.name == "tasks":
@@ -699,7 +806,9 @@ def _tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Json:
             template = _chat_template(config.model.source, config.model.revision, folder)
             if not template:
                 where = folder or config.model.source
-                raise ConfigError(f"evaluation.chat={wanted.chat}: the tokenizer in {where} has no chat template")
+                raise ConfigError(
+                    f"evaluation.chat={wanted.chat}: the tokenizer in {where} has no chat template"
+                )
         found["task_limit"] = wanted.limit if wanted.task_limit is None else wanted.task_limit
         known, generating = _data_sets(
             tuple(tasks),
@@ -711,7 +820,9 @@ def _tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Json:
             facts.max_positions,
         )
     if wanted.max_gen_toks is not None and not generating:
-        raise ConfigError(f"evaluation.max_gen_toks={wanted.max_gen_toks}: none of evaluation.tasks generates text")
+        raise ConfigError(
+            f"evaluation.max_gen_toks={wanted.max_gen_toks}: none of evaluation.tasks generates text"
+        )
     if not tasks:
         return found
     thinks = CHATS[wanted.chat][1] or (wanted.chat == "template" and THINK_END in template)
@@ -748,7 +859,13 @@ def _data_sets(
     """What each data set of the tasks is: its commit, or the digest of its files; and which tasks generate text."""
     library = Library(folder, settle=True)
     generating = settle(
-        tasks, library, shots=dict(shots), limits=dict(limits), include=include, most=most, window=window
+        tasks,
+        library,
+        shots=dict(shots),
+        limits=dict(limits),
+        include=include,
+        most=most,
+        window=window,
     )
     return dict(sorted(library.identities.items())), generating
 
@@ -781,7 +898,9 @@ def _data_folder(config: DictConfig) -> Path | None:
 
 
 @functools.cache
-def _check_long_enough(text: Text, folder: Path | None, samples: int, length: int, draw: str) -> None:
+def _check_long_enough(
+    text: Text, folder: Path | None, samples: int, length: int, draw: str
+) -> None:
     """Draw the windows now if the text may be too short for them, so that no trial starts in vain.
 
     Raises:
@@ -790,10 +909,14 @@ def _check_long_enough(text: Text, folder: Path | None, samples: int, length: in
     needed = length * (samples if draw == "first" else 1)
     if draw != "documents" and sum(map(len, text.documents)) >= CHARACTERS_PER_TOKEN * needed:
         return
-    if folder is None:  # a Hub model, whose tokenizer may not be here yet: only what is certain is said
+    if (
+        folder is None
+    ):  # a Hub model, whose tokenizer may not be here yet: only what is certain is said
         count = len(text.joined.encode())
         if count < needed:  # a byte-level tokenizer makes at most one token of each byte
-            raise CalibrationError(f"{text.name} has {count} bytes, so fewer than the {needed} tokens asked for")
+            raise CalibrationError(
+                f"{text.name} has {count} bytes, so fewer than the {needed} tokens asked for"
+            )
         return
     from tokenizers import Tokenizer
 
@@ -829,7 +952,9 @@ def _text_name(source: str, text: Text) -> str:
 
 def _path_is_for_files(path: str | None, split: str, sources: Sequence[str]) -> None:
     if path is not None and "file" not in sources:
-        raise ConfigError(f"{split}.path={path} is not read by {split}={'+'.join(sources)}: add {split}=file")
+        raise ConfigError(
+            f"{split}.path={path} is not read by {split}={'+'.join(sources)}: add {split}=file"
+        )
 
 
 @functools.cache
@@ -845,14 +970,18 @@ def _check_tasks(tasks: tuple[str, ...], include: Path | None) -> None:
     known = [*KNOWN, *tasks_from(own, [task for task in tasks if task not in KNOWN]).all_tasks]
     for task in tasks:
         if task not in known:
-            raise ConfigError(f"evaluation.tasks: {task} is no task of lm-eval{nearest(task, known)}".strip())
+            raise ConfigError(
+                f"evaluation.tasks: {task} is no task of lm-eval{nearest(task, known)}".strip()
+            )
 
 
 @functools.cache
 def _text(source: str, split: Any, path: str | None, data: str | None) -> Text:
     if source == "file" and path is None:
         raise CalibrationError(f"{split}=file needs a text: {split}.path=FILE")
-    return load_text(source, split=split, path=path, data=None if data is None else Path(data).expanduser())
+    return load_text(
+        source, split=split, path=path, data=None if data is None else Path(data).expanduser()
+    )
 
 
 def facts_of(config: DictConfig) -> ModelFacts:

@@ -47,11 +47,25 @@ COLUMNS = {
     MMLU: ("question", "choices", "answer"),
     WIKITEXT: ("page",),
 }
-TEXT_COLUMNS = {"Rowan/hellaswag": ("label",), "allenai/winogrande": ("option1", "option2", "answer")}
+TEXT_COLUMNS = {
+    "Rowan/hellaswag": ("label",),
+    "allenai/winogrande": ("option1", "option2", "answer"),
+}
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 LOCAL = "sha256:"
 # What `datasets` reads from files that the task names itself: not ours to pin.
-FILE_READERS = ("json", "csv", "parquet", "text", "arrow", "pandas", "xml", "webdataset", "imagefolder", "audiofolder")
+FILE_READERS = (
+    "json",
+    "csv",
+    "parquet",
+    "text",
+    "arrow",
+    "pandas",
+    "xml",
+    "webdataset",
+    "imagefolder",
+    "audiofolder",
+)
 _HUB_SECONDS = 5.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -91,7 +105,9 @@ class Library:
     one that is not in it is identified when it is first asked for, if `settle` allows.
     """
 
-    def __init__(self, folder: Path | None, identities: dict[str, str] | None = None, *, settle: bool = False) -> None:
+    def __init__(
+        self, folder: Path | None, identities: dict[str, str] | None = None, *, settle: bool = False
+    ) -> None:
         self.folder = folder
         self.identities = {} if identities is None else dict(identities)
         self.settle = settle
@@ -105,15 +121,21 @@ class Library:
         """
         if wanted.key not in self.identities:
             if not self.settle:
-                raise ConfigError(f"the data set {wanted.key} is not one that this trial was planned with")
+                raise ConfigError(
+                    f"the data set {wanted.key} is not one that this trial was planned with"
+                )
             files = self._files(wanted)
             self.identities[wanted.key] = (
-                LOCAL + _digest([path for _, path in files]) if files else _revision(wanted, self.folder, options)
+                LOCAL + _digest([path for _, path in files])
+                if files
+                else _revision(wanted, self.folder, options)
             )
         loaded = self.load(wanted, **options)
         for split in wanted.splits:
             if split not in loaded or not len(loaded[split]):
-                raise ConfigError(f"{self.where(wanted)} has no rows of the split {split}, which its task needs")
+                raise ConfigError(
+                    f"{self.where(wanted)} has no rows of the split {split}, which its task needs"
+                )
         return self.identities[wanted.key]
 
     def where(self, wanted: DataSet) -> str:
@@ -144,7 +166,11 @@ class Library:
         """(split, file) of those in the user's folder, in order; none if it has no folder for this data set."""
         if self.folder is None:
             return []
-        if wanted.repository == MMLU and wanted.name and (files := _study_mmlu(self.folder, wanted.name)):
+        if (
+            wanted.repository == MMLU
+            and wanted.name
+            and (files := _study_mmlu(self.folder, wanted.name))
+        ):
             return files
         for name in wanted.folders:
             if files := split_files(self.folder / name):
@@ -156,7 +182,9 @@ class Library:
 
         files = self._files(wanted)
         if not files or LOCAL + _digest([path for _, path in files]) != identity:
-            raise ConfigError(f"the files of {wanted.key} in {self.folder} changed since the trial was planned")
+            raise ConfigError(
+                f"the files of {wanted.key} in {self.folder} changed since the trial was planned"
+            )
         rows: dict[str, list[tuple[str, Row]]] = {}
         for split, path in files:
             rows.setdefault(split, []).extend(_rows(wanted, path))
@@ -177,7 +205,9 @@ def serving(load: Callable[[DataSet, dict[str, Any]], DatasetDict]) -> Iterator[
     def serve(path: str, name: str | None = None, **options: Any) -> Any:
         if path in FILE_READERS or Path(path).exists():
             return plain(path, name, **options)
-        return load(DataSet(path, name), {key: value for key, value in options.items() if value is not None})
+        return load(
+            DataSet(path, name), {key: value for key, value in options.items() if value is not None}
+        )
 
     datasets.load_dataset = serve
     try:
@@ -228,9 +258,13 @@ def _table(rows: Sequence[tuple[str, Row]]) -> Dataset:
 
     try:
         return table(len(rows))
-    except Exception as error:  # Arrow's own, or Python's for half a character: to the user all mean the same
+    except (
+        Exception
+    ) as error:  # Arrow's own, or Python's for half a character: to the user all mean the same
         first = bisect_left(range(1, len(rows)), True, key=fails)
-        raise ConfigError(f"{rows[first][0]} makes no table with the rows before it: {_reason(error)}") from error
+        raise ConfigError(
+            f"{rows[first][0]} makes no table with the rows before it: {_reason(error)}"
+        ) from error
 
 
 def _rows(wanted: DataSet, path: Path) -> Iterator[tuple[str, Row]]:
@@ -281,7 +315,9 @@ def _mmlu_rows(path: Path, subject: str) -> Iterator[Row]:
     with path.open(encoding="utf-8", newline="") as file:
         for number, cells in enumerate(csv.reader(file), start=1):
             if len(cells) != 6 or cells[5] not in ("A", "B", "C", "D"):
-                raise ValueError(f"row {number} is not: question, four answers, and one of A, B, C, D")
+                raise ValueError(
+                    f"row {number} is not: question, four answers, and one of A, B, C, D"
+                )
             yield {
                 "question": cells[0],
                 "subject": subject,
@@ -299,7 +335,9 @@ def _revision(wanted: DataSet, folder: Path | None, options: dict[str, Any]) -> 
 
     try:
         sha = HfApi().dataset_info(wanted.repository, expand=["sha"], timeout=_HUB_SECONDS).sha
-    except Exception as error:  # the client's own, its HTTP library's: to the user all mean the same
+    except (
+        Exception
+    ) as error:  # the client's own, its HTTP library's: to the user all mean the same
         downloaded = {place.name for place in _downloaded(wanted, options)}
         if len(downloaded) == 1:
             return downloaded.pop()
@@ -314,7 +352,9 @@ def _revision(wanted: DataSet, folder: Path | None, options: dict[str, Any]) -> 
     return sha
 
 
-def _from_hub(wanted: DataSet, revision: str, folder: Path | None, options: dict[str, Any]) -> DatasetDict:
+def _from_hub(
+    wanted: DataSet, revision: str, folder: Path | None, options: dict[str, Any]
+) -> DatasetDict:
     """From the cache of `datasets` if this very commit is there, else from the Hub."""
     import datasets
 
@@ -324,10 +364,16 @@ def _from_hub(wanted: DataSet, revision: str, folder: Path | None, options: dict
         from huggingface_hub import HfApi
 
         # Asked once, for seconds; `datasets` alone would try for minutes to reach a Hub that does not answer.
-        HfApi().dataset_info(wanted.repository, revision=revision, expand=["sha"], timeout=_HUB_SECONDS)
-        builder = datasets.load_dataset_builder(wanted.repository, wanted.name, revision=revision, **options)
+        HfApi().dataset_info(
+            wanted.repository, revision=revision, expand=["sha"], timeout=_HUB_SECONDS
+        )
+        builder = datasets.load_dataset_builder(
+            wanted.repository, wanted.name, revision=revision, **options
+        )
         if builder.hash != revision and not options:
-            raise ConfigError(f"{wanted.key}: the Hub gave {builder.hash} where {revision} was asked for")
+            raise ConfigError(
+                f"{wanted.key}: the Hub gave {builder.hash} where {revision} was asked for"
+            )
         builder.download_and_prepare()
         return builder.as_dataset()
     except ConfigError:
@@ -347,8 +393,12 @@ def _from_cache(wanted: DataSet, revision: str, options: dict[str, Any]) -> Data
             info = datasets.DatasetInfo.from_directory(str(place))
             found = datasets.DatasetDict()
             for split, entry in (info.splits or {}).items():
-                shards = sorted(place.glob(f"*-{split}.arrow")) or sorted(place.glob(f"*-{split}-*-of-*.arrow"))
-                found[split] = datasets.concatenate_datasets([datasets.Dataset.from_file(str(s)) for s in shards])
+                shards = sorted(place.glob(f"*-{split}.arrow")) or sorted(
+                    place.glob(f"*-{split}-*-of-*.arrow")
+                )
+                found[split] = datasets.concatenate_datasets(
+                    [datasets.Dataset.from_file(str(s)) for s in shards]
+                )
                 if len(found[split]) != entry.num_examples:
                     raise ValueError("incomplete")
         except (OSError, ValueError):
@@ -366,7 +416,9 @@ def _downloaded(wanted: DataSet, options: dict[str, Any]) -> list[Path]:
     namespace, _, base = wanted.repository.rpartition("/")
     folder = "___".join(filter(None, [namespace, camelcase_to_snakecase(base)]))
     configuration = datasets.BuilderConfig(wanted.name or "default").create_config_id(options)
-    places = (Path(datasets.config.HF_DATASETS_CACHE) / folder).glob(f"{glob.escape(configuration)}/*/*")
+    places = (Path(datasets.config.HF_DATASETS_CACHE) / folder).glob(
+        f"{glob.escape(configuration)}/*/*"
+    )
     return sorted(place for place in places if _COMMIT.fullmatch(place.name))
 
 
@@ -399,7 +451,11 @@ def folder_digest(folder: Path, suffixes: Collection[str] | None = None) -> str:
     """SHA-256 (hex) of all files below a folder and their places in it."""
     sha = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts and (suffixes is None or path.suffix in suffixes):
+        if (
+            path.is_file()
+            and "__pycache__" not in path.parts
+            and (suffixes is None or path.suffix in suffixes)
+        ):
             sha.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
             sha.update(path.read_bytes())
     return sha.hexdigest()

@@ -36,13 +36,17 @@ def git_commit() -> str | None:
     root = Path(__file__).parent.parent
     try:
         commit = _git(root, "rev-parse", "HEAD")
-        return commit + ("+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+        return commit + (
+            "+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True, timeout=10)
+    done = subprocess.run(
+        ["git", *arguments], cwd=root, check=True, capture_output=True, text=True, timeout=10
+    )
     return done.stdout.strip()
 
 
@@ -77,20 +81,26 @@ def processor() -> str:
     """The model of this machine's processor, as its kernel names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor()
 
 
 def cores() -> int:
     """Cores that this process may use: those of the machine, less what its affinity or container leaves out."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     with suppress(OSError, ValueError):  # no container of that kind, or one without a limit
         of_two = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         count = min(count, int(of_two[0]) // int(of_two[1]))
     with suppress(OSError, ValueError):
         control = Path("/sys/fs/cgroup/cpu")
-        quota, period = (int((control / f"cpu.cfs_{one}_us").read_text()) for one in ("quota", "period"))
+        quota, period = (
+            int((control / f"cpu.cfs_{one}_us").read_text()) for one in ("quota", "period")
+        )
         count = min(count, quota // period) if quota > 0 else count
     return max(1, count)
 
@@ -140,18 +150,24 @@ class SystemWatch:
         self._looked, self._busy = now_, busy
         with suppress(OSError, IndexError):  # not Linux
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            found["system/process_memory_usage_megabytes"] = round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+            found["system/process_memory_usage_megabytes"] = round(
+                pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1
+            )
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             found["system/gpu_0_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
-            with suppress(Exception):  # torch asks a library that need not be installed, each with errors of its own
+            with suppress(
+                Exception
+            ):  # torch asks a library that need not be installed, each with errors of its own
                 found["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization())
         return found
 
 
 def _reset_peak() -> None:
-    with suppress(OSError):  # not Linux, or not allowed: the peak is then the process's so far, as the docstring says
+    with suppress(
+        OSError
+    ):  # not Linux, or not allowed: the peak is then the process's so far, as the docstring says
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -169,4 +185,8 @@ def _peak_bytes() -> int:
 
 def _gpu_peak_bytes() -> int | None:
     torch = sys.modules.get("torch")
-    return torch.cuda.max_memory_allocated() if torch is not None and torch.cuda.is_available() else None
+    return (
+        torch.cuda.max_memory_allocated()
+        if torch is not None and torch.cuda.is_available()
+        else None
+    )

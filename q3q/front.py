@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from q3q.sweep.plan import Wishes
 
 FAILED, MISUSED = 1, 2  # exit codes: something went wrong while running; nothing was started
-UNUSABLE = (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS)  # of a folder, or a file in its place
+UNUSABLE = (
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+)  # of a folder, or a file in its place
 
 
 def run_alone(config: DictConfig) -> object:
@@ -40,7 +46,9 @@ def run_alone(config: DictConfig) -> object:
     overrides = list(HydraConfig.get().overrides.task)
     study = HydraConfig.get().runtime.choices.get("study")
     if study:
-        raise ConfigError(f"study={study} is a sweep, give -m: python launch.py -m {shlex.join(overrides)}")
+        raise ConfigError(
+            f"study={study} is a sweep, give -m: python launch.py -m {shlex.join(overrides)}"
+        )
     refuse_contradictions(OverridesParser.create().parse_overrides(overrides))
     spec, wishes = spec_from(config), wishes_of(config.cluster.get)
     _refuse_many(config, wishes, overrides)
@@ -51,7 +59,9 @@ def run_alone(config: DictConfig) -> object:
     wishes = dataclasses.replace(wishes, cpus=wishes.cpus or here.cpus)
     machines = expected([dataclasses.replace(here, gpus=min(here.gpus, 1))], wishes)
     costs = CostModel().learned(recent_records(storage), facts_of_spec)
-    [planned] = plan([spec], finished, {spec.id: facts_of(config)}, machines=machines, wishes=wishes, model=costs)
+    [planned] = plan(
+        [spec], finished, {spec.id: facts_of(config)}, machines=machines, wishes=wishes, model=costs
+    )
     if config.plan:
         print(describe([planned], machines=machines, where="this process", storage=config.storage))
         return None
@@ -106,7 +116,10 @@ def explain(error: Exception) -> int:
         return MISUSED
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" ({error.filename})" if error.filename else ""
-        print(f"q3q: the disk is full{where}: free some space, and the same command goes on", file=sys.stderr)
+        print(
+            f"q3q: the disk is full{where}: free some space, and the same command goes on",
+            file=sys.stderr,
+        )
         return FAILED
     if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename:
         print(
@@ -124,13 +137,20 @@ def _hydra_line(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = [option for option in error.options if not option.startswith("_")]
-        return f"{group}={name} is not known{nearest(name, options)}Choose from: {', '.join(options)}"
+        return (
+            f"{group}={name} is not known{nearest(name, options)}Choose from: {', '.join(options)}"
+        )
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = getattr(cause, "full_key", None)
-    lines = [line.strip() for line in str(error if key is None else cause).splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in str(error if key is None else cause).splitlines() if line.strip()
+    ]
     unknown = re.search(r"Key '(\w+)' (?:is )?not in", " ".join([*lines, str(error.__cause__)]))
     if unknown:
         owner = getattr(cause, "object_type", None)
-        known = [field.name for field in dataclasses.fields(owner if dataclasses.is_dataclass(owner) else Config)]
+        known = [
+            field.name
+            for field in dataclasses.fields(owner if dataclasses.is_dataclass(owner) else Config)
+        ]
         return f"{key or unknown[1]} is not a setting{nearest(unknown[1], known)}See python launch.py --help"
     return f"{key}: {lines[0]}" if key and lines else " ".join(lines[:3])

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 HIDDEN = "***"
 SHORTEST = 8  # characters: an environment variable with fewer is a word that may stand anywhere
-_SECRET_NAME = re.compile(r"(?i)(token|password|passwd|secret|api_?key|access_key|private_key|credentials)$")
+_SECRET_NAME = re.compile(
+    r"(?i)(token|password|passwd|secret|api_?key|access_key|private_key|credentials)$"
+)
 _WORDS = r"[\w.-]*(?:password|passwd|secret|api[_-]?key|access[_-]?key|secret[_-]?key|auth_token)"
 _RULES = (
     # user:password@ of a URI, also where the password has an @ of its own
@@ -15,7 +17,10 @@ _RULES = (
     # password=..., "api_key": "...", and of a bare `token` only token=...: much else here is called so
     (re.compile(rf"(?i)\b({_WORDS}[\"']?\s*[=:]\s*[\"']?)[^\s'\"&,;{{}})]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)\b([\w.-]*token=[\"']?)[^\s'\"&,;{})]+"), rf"\1{HIDDEN}"),
-    (re.compile(r"(?i)([?&](?:sig|signature|x-amz-signature|x-amz-credential|key)=)[^\s'\"&]+"), rf"\1{HIDDEN}"),
+    (
+        re.compile(r"(?i)([?&](?:sig|signature|x-amz-signature|x-amz-credential|key)=)[^\s'\"&]+"),
+        rf"\1{HIDDEN}",
+    ),
     # tokens that say themselves what they are: Hugging Face's, GitHub's, AWS's
     (re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_)\w{16,}|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), HIDDEN),
 )

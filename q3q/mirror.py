@@ -37,10 +37,34 @@ DRIVER_SECONDS = 10.0  # of a driver's
 PATIENCE = 180.0  # seconds for which a store that does not answer is tried again
 LONGEST_PAUSE = 30.0  # seconds between two tries
 AT_ONCE = 8  # transfers
-BEAT_SECONDS, SILENT_SECONDS, LOOK_SECONDS = 15.0, 120.0, 5.0  # of claims: each beat and look is a request to be paid
-LAST = ("manifest.json", "q3q.json", "record.json")  # vouch for other files, so they are sent, and fetched, after them
-PACKAGES = {"s3": "q3q[s3]", "s3a": "q3q[s3]", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-MARKS = ("ETag", "etag", "generation", "md5Hash", "mtime", "last_modified", "LastModified", "ino")  # the first found
+BEAT_SECONDS, SILENT_SECONDS, LOOK_SECONDS = (
+    15.0,
+    120.0,
+    5.0,
+)  # of claims: each beat and look is a request to be paid
+LAST = (
+    "manifest.json",
+    "q3q.json",
+    "record.json",
+)  # vouch for other files, so they are sent, and fetched, after them
+PACKAGES = {
+    "s3": "q3q[s3]",
+    "s3a": "q3q[s3]",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
+MARKS = (
+    "ETag",
+    "etag",
+    "generation",
+    "md5Hash",
+    "mtime",
+    "last_modified",
+    "LastModified",
+    "ino",
+)  # the first found
 LOCAL = ("file", "local")
 
 
@@ -121,14 +145,18 @@ def refuse_unusable(url: str) -> None:
     shown = f"storage={masked(url)}"
     protocol, _, rest = url.partition("://")
     if re.search(r"[?#]|::", url) or re.match(r"[^/@]*:[^/@]*@", rest):
-        raise ConfigError(f"{shown}: give no passwords, queries or chains in it; credentials come from the environment")
+        raise ConfigError(
+            f"{shown}: give no passwords, queries or chains in it; credentials come from the environment"
+        )
     if protocol in LOCAL and not rest.startswith("/"):
         raise ConfigError(f"{shown}: a folder's URL has three slashes, file:///folder")
     try:
         store = open_store(url)
     except ImportError:
         package = PACKAGES.get(protocol, f"the fsspec filesystem for {protocol}")
-        raise ConfigError(f"{shown} needs a package that is not installed: pip install '{package}'") from None
+        raise ConfigError(
+            f"{shown} needs a package that is not installed: pip install '{package}'"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{shown} is of no kind that fsspec knows ({_line(error)})") from None
     name, content = f".probe-{secrets.token_hex(8)}", b"q3q sees whether it may write here\n"
@@ -209,7 +237,9 @@ class FolderStore:
 
     def names(self, folder: str) -> list[str]:
         with suppress(FileNotFoundError):
-            return [name for name in os.listdir(self.root / folder) if not name.endswith(".partial")]
+            return [
+                name for name in os.listdir(self.root / folder) if not name.endswith(".partial")
+            ]
         return []
 
     def mark(self, name: str) -> str | None:
@@ -235,7 +265,9 @@ class FolderStore:
         with self._beside(name) as partial:
             partial.write_bytes(content)
             try:
-                (self.root / name).hardlink_to(partial)  # fails where something is, and brings the content with it
+                (self.root / name).hardlink_to(
+                    partial
+                )  # fails where something is, and brings the content with it
             except FileExistsError:
                 return False
         return True
@@ -282,7 +314,11 @@ class ObjectStore:
             found = self.fs.find(self._at(prefix), detail=True)
         except FileNotFoundError:
             return {}
-        infos = {name: info for name, info in found.items() if info.get("type") == "file" and not name.endswith("/")}
+        infos = {
+            name: info
+            for name, info in found.items()
+            if info.get("type") == "file" and not name.endswith("/")
+        }
         return {name[len(self.root) + 1 :]: _mark(info) for name, info in infos.items()}
 
     def names(self, folder: str) -> list[str]:
@@ -406,7 +442,9 @@ class Mirror:
         """What a file or folder of the mirror is called in the store; None if it lies elsewhere."""
         return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else None
 
-    def pull(self, *prefixes: str, only: Callable[[str], bool] = lambda name: True, claims: bool = False) -> None:
+    def pull(
+        self, *prefixes: str, only: Callable[[str], bool] = lambda name: True, claims: bool = False
+    ) -> None:
         """Bring what the store has and this folder lacks or holds otherwise, and delete here what was deleted there.
 
         What was changed here alone since the last exchange stays as it is. claims: bring them too, to be looked at.
@@ -414,7 +452,9 @@ class Mirror:
         for prefix in prefixes:
             there = patiently(self.url, functools.partial(self.store.find, prefix))
             there = {
-                name: mark for name, mark in there.items() if only(name) and (_travels(name) or _is_claim(name, claims))
+                name: mark
+                for name, mark in there.items()
+                if only(name) and (_travels(name) or _is_claim(name, claims))
             }
             self._in_order(there, functools.partial(self._fetch, marks=there))
             for name in self._known(prefix):
@@ -428,9 +468,16 @@ class Mirror:
         Returns:
             How many files were sent or deleted.
         """
-        changed = [name for prefix in prefixes for name in self._here(prefix) if self._is_changed(name)]
+        changed = [
+            name for prefix in prefixes for name in self._here(prefix) if self._is_changed(name)
+        ]
         self._in_order(changed, self._send, sure)
-        gone = [name for prefix in prefixes for name in self._known(prefix) if not (self.folder / name).exists()]
+        gone = [
+            name
+            for prefix in prefixes
+            for name in self._known(prefix)
+            if not (self.folder / name).exists()
+        ]
         if gone:
             sure()
         for name in gone:
@@ -451,7 +498,9 @@ class Mirror:
                 patiently(self.url, functools.partial(self.store.remove, name))
             self._record(name).unlink(missing_ok=True)
 
-    def _in_order(self, names: Any, work: Callable[[str], object], sure: Callable[[], object] = lambda: None) -> None:
+    def _in_order(
+        self, names: Any, work: Callable[[str], object], sure: Callable[[], object] = lambda: None
+    ) -> None:
         ranks: dict[int, list[str]] = {}
         for name in dict.fromkeys(names):
             last = name.rpartition("/")[2]
@@ -470,7 +519,9 @@ class Mirror:
             state = _state(path)
             if state is not None and known is not None and known.mark == mark:
                 return  # the same, or changed here since
-            if state is not None:  # another process may have sent it since the store was asked what it has
+            if (
+                state is not None
+            ):  # another process may have sent it since the store was asked what it has
                 now = patiently(self.url, functools.partial(self.store.mark, name))
                 if now is None or (known is not None and known.mark == now):
                     return
@@ -495,7 +546,9 @@ class Mirror:
                 mark = patiently(self.url, functools.partial(self.store.mark, name))
             except FileNotFoundError as error:
                 if path.exists():
-                    raise StoreError(f"storage={masked(self.url)} is gone ({_line(error)})") from None
+                    raise StoreError(
+                        f"storage={masked(self.url)} is gone ({_line(error)})"
+                    ) from None
                 return  # deleted here meanwhile
             if mark is not None and state is not None:
                 self._remember(name, mark, state)
@@ -541,7 +594,9 @@ class Mirror:
 def _travels(name: str) -> bool:
     """Whether a file is for others: not one under way, not a lock, not a claim, which lies in the store alone."""
     parts = name.split("/")
-    under_way = any(part.startswith(".") or part.endswith(".partial") or ".partial." in part for part in parts)
+    under_way = any(
+        part.startswith(".") or part.endswith(".partial") or ".partial." in part for part in parts
+    )
     return not under_way and not name.endswith(".lock") and not _is_claim(name, True)
 
 
@@ -581,15 +636,22 @@ class Courier:
     sure: see `Mirror.push`. A round that fails is no end: the next one sends what it left.
     """
 
-    def __init__(self, mirror: Mirror, *prefixes: str, every: float, sure: Callable[[], object]) -> None:
+    def __init__(
+        self, mirror: Mirror, *prefixes: str, every: float, sure: Callable[[], object]
+    ) -> None:
         self.mirror, self.every, self.sure = mirror, every, sure
         self._prefixes = dict.fromkeys(prefixes)
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._deliver_until_closed, name="q3q-courier", daemon=True)
+        self._thread = threading.Thread(
+            target=self._deliver_until_closed, name="q3q-courier", daemon=True
+        )
         self._thread.start()
 
     def add(self, *prefixes: str) -> None:
-        self._prefixes = {**self._prefixes, **dict.fromkeys(prefixes)}  # anew: the thread may be going through it
+        self._prefixes = {
+            **self._prefixes,
+            **dict.fromkeys(prefixes),
+        }  # anew: the thread may be going through it
 
     def deliver(self) -> None:
         self.mirror.push(*self._prefixes, sure=self.sure)
@@ -606,7 +668,10 @@ class Courier:
 
 @contextmanager
 def delivering(
-    mirror: Mirror, *prefixes: str, every: float | None = None, sure: Callable[[], object] = lambda: None
+    mirror: Mirror,
+    *prefixes: str,
+    every: float | None = None,
+    sure: Callable[[], object] = lambda: None,
 ) -> Iterator[Courier]:
     """A courier for the time of some work; at its end, however it ends, all is sent. every: EVERY_SECONDS if None.
 

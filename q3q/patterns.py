@@ -13,7 +13,15 @@ from fnmatch import fnmatchcase
 from q3q.models.checkpoint import ModelFacts
 
 # As in `models.anatomy`, which needs torch.
-SITES = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "gate_up", "up": "gate_up", "down": "down"}
+SITES = {
+    "q": "qkv",
+    "k": "qkv",
+    "v": "qkv",
+    "o": "o",
+    "gate": "gate_up",
+    "up": "gate_up",
+    "down": "down",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,11 @@ class Linear:
     @property
     def names(self) -> tuple[str, str, str]:
         """Its own, its site's, its block's."""
-        return f"blocks.{self.block}.{self.name}", f"blocks.{self.block}.{self.site}", f"blocks.{self.block}"
+        return (
+            f"blocks.{self.block}.{self.name}",
+            f"blocks.{self.block}.{self.site}",
+            f"blocks.{self.block}",
+        )
 
 
 def linears(facts: ModelFacts) -> dict[str, Linear]:
@@ -47,14 +59,23 @@ def linears(facts: ModelFacts) -> dict[str, Linear]:
 
 def meant(pattern: str, model: Mapping[str, Linear]) -> list[str]:
     """Full names of the linears that a pattern means."""
-    return [full for full, linear in model.items() if any(fnmatchcase(name, pattern) for name in linear.names)]
+    return [
+        full
+        for full, linear in model.items()
+        if any(fnmatchcase(name, pattern) for name in linear.names)
+    ]
 
 
 def near(pattern: str, model: Mapping[str, Linear]) -> list[str]:
     """Up to three names that somebody who wrote this pattern may have had in mind."""
     names: set[str] = set()
     for linear in model.values():
-        names |= {*linear.names, f"*.{linear.site}", f"*.{linear.name}", f"*.{linear.name.rpartition('.')[2]}"}
+        names |= {
+            *linear.names,
+            f"*.{linear.site}",
+            f"*.{linear.name}",
+            f"*.{linear.name.rpartition('.')[2]}",
+        }
     return difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.4)
 
 
@@ -69,7 +90,8 @@ def together(some: Iterable[Linear]) -> str:
         for name in [site] if whole else [linear.name for linear in mine]:
             blocks.setdefault(name, []).append(block)
     return ", ".join(
-        f"{name} of block{'s' if len(where) > 1 else ''} {_ranges(sorted(where))}" for name, where in blocks.items()
+        f"{name} of block{'s' if len(where) > 1 else ''} {_ranges(sorted(where))}"
+        for name, where in blocks.items()
     )
 
 

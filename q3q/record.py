@@ -110,7 +110,10 @@ class TrialRecord:
 
     @classmethod
     def failed(cls, spec: TrialSpec, reason: str, environment: Json | None = None) -> "TrialRecord":
-        told = {key: masked(fact) if isinstance(fact, str) else fact for key, fact in (environment or {}).items()}
+        told = {
+            key: masked(fact) if isinstance(fact, str) else fact
+            for key, fact in (environment or {}).items()
+        }
         return cls(spec=spec, status=FAILED, reason=masked(reason), environment=told)
 
     @property
@@ -130,7 +133,9 @@ class TrialRecord:
                 "diverged": tuple(data["diverged"]),
                 "sites": tuple(SiteError(**site) for site in data["sites"]),
                 "checks": tuple(Check(**check) for check in data["checks"]),
-                "comparisons": {name: Comparison(**row) for name, row in data.get("comparisons", {}).items()},
+                "comparisons": {
+                    name: Comparison(**row) for name, row in data.get("comparisons", {}).items()
+                },
                 "files": tuple(data.get("files", ())),
             }
         )
@@ -138,7 +143,9 @@ class TrialRecord:
     def save(self) -> None:
         """To the trial's folder: `record.json`, or `failed.json`, so that no failure ever replaces a result."""
         content = sealed(self.to_json(), finite=True)
-        write_atomically(trial_folder(self.spec) / ("record.json" if self.completed else "failed.json"), content)
+        write_atomically(
+            trial_folder(self.spec) / ("record.json" if self.completed else "failed.json"), content
+        )
         if self.completed:
             (trial_folder(self.spec) / "failed.json").unlink(missing_ok=True)
 
@@ -174,8 +181,14 @@ def block_errors(sites: Iterable[SiteError]) -> dict[int, dict[str, float]]:
         of_block.setdefault("block/weight_error", []).append(site.weight_error)
         if site.output_error is not None:
             of_block.setdefault("block/output_error", []).append(site.output_error)
-    means = {k: {name: sum(some) / len(some) for name, some in lists.items()} for k, lists in found.items()}
-    return {k: {name: mean for name, mean in some.items() if math.isfinite(mean)} for k, some in means.items()}
+    means = {
+        k: {name: sum(some) / len(some) for name, some in lists.items()}
+        for k, lists in found.items()
+    }
+    return {
+        k: {name: mean for name, mean in some.items() if math.isfinite(mean)}
+        for k, some in means.items()
+    }
 
 
 def trial_folder(spec: TrialSpec) -> Path:
@@ -190,7 +203,11 @@ def load_spec(path: Path) -> TrialSpec:
 
 def _at(path: Path, spec: TrialSpec) -> TrialSpec:
     folder = path.absolute().parent
-    return moved(spec, folder.parents[1]) if (folder.parent.name, folder.name) == ("trials", spec.id) else spec
+    return (
+        moved(spec, folder.parents[1])
+        if (folder.parent.name, folder.name) == ("trials", spec.id)
+        else spec
+    )
 
 
 def moved(spec: TrialSpec, storage: Path) -> TrialSpec:
@@ -199,7 +216,9 @@ def moved(spec: TrialSpec, storage: Path) -> TrialSpec:
     old = Path(spec.places["trials"]).parent if "trials" in spec.places else storage
     if old == storage:
         return spec
-    places = {key: value for key, value in spec.places.items() if key != "store"} | {"trials": str(storage / "trials")}
+    places = {key: value for key, value in spec.places.items() if key != "store"} | {
+        "trials": str(storage / "trials")
+    }
     if "export" in places and Path(places["export"]).is_relative_to(old):
         places["export"] = str(storage / Path(places["export"]).relative_to(old))
     return spec.with_places(places)
@@ -251,7 +270,9 @@ def sealed(facts: Json, *, finite: bool = False) -> bytes:
     Raises:
         ValueError: a number is not finite, and they must be.
     """
-    plain: Json = json.loads(json.dumps(facts, allow_nan=not finite))  # as it will be read: tuples are lists
+    plain: Json = json.loads(
+        json.dumps(facts, allow_nan=not finite)
+    )  # as it will be read: tuples are lists
     return json.dumps({**plain, SEAL: _checksum(plain)}, indent=1).encode()
 
 

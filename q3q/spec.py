@@ -11,7 +11,10 @@ from q3q.errors import ConfigError
 from q3q.mirror import settled
 
 Json = dict[str, Any]
-FEW_SHOT, WORD_TASK = ("mmlu", "mmlu_paper"), "wikitext"  # tasks that are no part of a mean accuracy
+FEW_SHOT, WORD_TASK = (
+    ("mmlu", "mmlu_paper"),
+    "wikitext",
+)  # tasks that are no part of a mean accuracy
 MEAN_ACCURACY = "accuracy"  # the metric that is the mean over the others
 SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules")
 
@@ -36,7 +39,9 @@ class Scheme:
         if not 1 <= self.bits <= 8:
             raise ConfigError(f"bits={self.bits} is out of range: give 1 to 8")
         if self.group_size != -1 and self.group_size < 1:
-            raise ConfigError(f"group_size={self.group_size}: give a positive number of columns, or -1 for whole rows")
+            raise ConfigError(
+                f"group_size={self.group_size}: give a positive number of columns, or -1 for whole rows"
+            )
         if self.act_bits is not None and not 2 <= self.act_bits <= 16:
             raise ConfigError(f"act_bits={self.act_bits} is out of range: give 2 to 16, or null")
 
@@ -98,7 +103,9 @@ class TrialSpec:
         for key in ("head_bits", "embedding_bits"):
             bits = getattr(self, key)
             if bits is not None and not 2 <= bits <= 8:
-                raise ConfigError(f"{key}={bits} is out of range: give 2 to 8, or null to leave it in 16 bits")
+                raise ConfigError(
+                    f"{key}={bits} is out of range: give 2 to 8, or null to leave it in 16 bits"
+                )
 
     @cached_property
     def id(self) -> str:
@@ -130,7 +137,8 @@ class TrialSpec:
         if self.scheme is None:
             return None
         head, embedding = (
-            None if bits is None else replace(self.scheme, bits=bits) for bits in (self.head_bits, self.embedding_bits)
+            None if bits is None else replace(self.scheme, bits=bits)
+            for bits in (self.head_bits, self.embedding_bits)
         )
         return Schemes(self.scheme, self.overrides, frozenset(self.skip), head, embedding)
 
@@ -150,7 +158,10 @@ class TrialSpec:
     @property
     def departures(self) -> str:
         """What is stored otherwise than the scheme says, for people: `blocks.0:w8 -*.down head:w8`; or nothing."""
-        words = [f"{pattern}:{_brief(changed)}" for pattern, changed in self.rules.get("overrides", {}).items()]
+        words = [
+            f"{pattern}:{_brief(changed)}"
+            for pattern, changed in self.rules.get("overrides", {}).items()
+        ]
         words += [f"-{pattern}" for pattern in self.rules.get("skip", ())]
         ends = {"head": self.head_bits, "embedding": self.embedding_bits}
         words += [f"{end}:w{bits}" for end, bits in ends.items() if bits]
@@ -201,7 +212,11 @@ def task_metric(name: str, quick: bool) -> str:
     lm-eval's `wikitext` task measures a text: what it calls wikitext/word_perplexity is word_perplexity/wikitext2.
     """
     task, _, metric = name.partition("/")
-    return text_metric(metric, "wikitext2", quick) if task == "wikitext" else text_metric(task, metric, quick)
+    return (
+        text_metric(metric, "wikitext2", quick)
+        if task == "wikitext"
+        else text_metric(task, metric, quick)
+    )
 
 
 def mean_metrics(spec: TrialSpec) -> list[str]:
@@ -220,7 +235,10 @@ def _brief_data(evaluation: Json) -> Json:
     parts: dict[str, list[str]] = {}
     for name, identity in evaluation.get("data", {}).items():
         parts.setdefault(name.partition(":")[0], []).append(identity)
-    brief = {name: found[0] if len(set(found)) == 1 else _digest({"all": found}) for name, found in parts.items()}
+    brief = {
+        name: found[0] if len(set(found)) == 1 else _digest({"all": found})
+        for name, found in parts.items()
+    }
     return {**evaluation, "data": brief} if brief else evaluation
 
 
@@ -240,7 +258,9 @@ def _brief(changed: Json) -> str:
 
 
 def _digest(data: Json) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:10]
+    return hashlib.sha256(
+        json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()[:10]
 
 
 def _flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -30,7 +30,9 @@ LOOPBACK = "127.0.0.1"
 # Followers wait for as long as rank 0 works alone. Whoever started the gang ends it if a rank dies, so no timeout does.
 PATIENCE = timedelta(days=30)
 HEED_SECONDS = 1.0
-MEETING = timedelta(minutes=10)  # for all ranks to be there: a machine of many may still be loading libraries
+MEETING = timedelta(
+    minutes=10
+)  # for all ranks to be there: a machine of many may still be loading libraries
 
 
 class PeerLostError(Q3QError):
@@ -55,7 +57,9 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.held: MutableMapping[int, Any] = {}  # what this rank keeps between two calls of `together`
+        self.held: MutableMapping[
+            int, Any
+        ] = {}  # what this rank keeps between two calls of `together`
         self._together = 0
         self._broken: BaseException | None = None
 
@@ -137,7 +141,10 @@ class Team:
 
     def gather(self, content: Any) -> list[Any]:
         """What each rank has, in the order of ranks, on every rank."""
-        return [self.broadcast(content if source == self.rank else None, source) for source in range(self.size)]
+        return [
+            self.broadcast(content if source == self.rank else None, source)
+            for source in range(self.size)
+        ]
 
     def along(self, content: Any, join: Callable[[Any, Any], Any], to: int | None = None) -> Any:
         """join(... join(join(None, rank 0's), rank 1's) ..., the last one's), on rank `to`, or on every rank.
@@ -256,7 +263,9 @@ def reaching_others() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo's own are nothing more special
         words = str(error)
-        if not isinstance(error, dist.DistError) and not any(name in words for name in ("gloo", "NCCL", "Connection")):
+        if not isinstance(error, dist.DistError) and not any(
+            name in words for name in ("gloo", "NCCL", "Connection")
+        ):
             raise
         raise PeerLostError("another rank of the gang is gone, or cannot be reached") from error
 
@@ -288,7 +297,9 @@ def joined(seat: Seat) -> Iterator[Team]:
             wait_for_workers=False,
             master_listen_fd=listening,
         )
-        dist.init_process_group(backend, store=store, rank=seat.rank, world_size=seat.size, timeout=PATIENCE)
+        dist.init_process_group(
+            backend, store=store, rank=seat.rank, world_size=seat.size, timeout=PATIENCE
+        )
     team = Team(seat.rank, seat.size)
     try:
         yield team
@@ -317,4 +328,6 @@ def interface_of(address: str) -> str:
                 continue
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
-    raise ConfigError(f"no network interface of this machine has the address {address}, by which Ray knows it")
+    raise ConfigError(
+        f"no network interface of this machine has the address {address}, by which Ray knows it"
+    )

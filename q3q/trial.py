@@ -25,20 +25,43 @@ from q3q.claim import ClaimLostError
 from q3q.data import Library, folder_digest
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import ConfigError, IntegrityError, Q3QError
-from q3q.evaluate.baseline import Baseline, BaselineIdentity, baseline_for, kept_windows, windows_digest
+from q3q.evaluate.baseline import (
+    Baseline,
+    BaselineIdentity,
+    baseline_for,
+    kept_windows,
+    windows_digest,
+)
 from q3q.evaluate.drift import perplexity_and_drift
 from q3q.evaluate.integrity import check_weights
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.perplexity import of_losses, window_losses
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
-from q3q.evaluate.suites import QUICK_SEED, Batch, Part, batches, refuse_generation, refuse_other_versions, score_batch
+from q3q.evaluate.suites import (
+    QUICK_SEED,
+    Batch,
+    Part,
+    batches,
+    refuse_generation,
+    refuse_other_versions,
+    score_batch,
+)
 from q3q.export.card import model_card
 from q3q.export.proof import PASSED, prove
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
 from q3q.mirror import mirror_for
 from q3q.models.checkpoint import Checkpoint, load_tokenizer, locate
 from q3q.models.decoder import Decoder, load_decoder
-from q3q.models.footprint import AUTO, PROCESS_BYTES, Device, ahead_bytes, choose, free_memory, in_gb, need
+from q3q.models.footprint import (
+    AUTO,
+    PROCESS_BYTES,
+    Device,
+    ahead_bytes,
+    choose,
+    free_memory,
+    in_gb,
+    need,
+)
 from q3q.models.qwen3 import Qwen3Block
 from q3q.models.qwen3_moe import Qwen3MoeBlock
 from q3q.models.sharded import ShardedDecoder, load_sharded
@@ -71,10 +94,14 @@ Report = Callable[[Progress], None]
 AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
 LEAST_ACTIVATIONS = 64 * 2**20  # bytes that hidden states may take however little is left for them
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-UNQUANTIZED_BITS = 16  # embeddings, norms and the router stay in 16 bits, as the released checkpoints store them
+UNQUANTIZED_BITS = (
+    16  # embeddings, norms and the router stay in 16 bits, as the released checkpoints store them
+)
 
 
-def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team = SOLO) -> TrialRecord:
+def run_trial(
+    spec: TrialSpec, report: Report = lambda event: None, team: Team = SOLO
+) -> TrialRecord:
     """Load, calibrate, quantize, evaluate: one trial, on this machine, going on from where a killed one stopped.
 
     team: of a gang, whose rank 0 this is; it divides the model and the work among all.
@@ -89,10 +116,20 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
     folder, phases, started, watch = trial_folder(spec), Phases(), now(), SystemWatch()
     write_atomically(folder / "spec.json", json.dumps(spec.to_json(), indent=1).encode())
 
-    def steps(phase: str, note: str = "", metrics: Mapping[str, float] | None = None) -> Callable[[int, int], None]:
+    def steps(
+        phase: str, note: str = "", metrics: Mapping[str, float] | None = None
+    ) -> Callable[[int, int], None]:
         known = dict(metrics or {})
         return lambda done, total: report(
-            Progress(trial=spec.id, phase=phase, done=done, total=total, note=note, metrics=known, system=watch.due())
+            Progress(
+                trial=spec.id,
+                phase=phase,
+                done=done,
+                total=total,
+                note=note,
+                metrics=known,
+                system=watch.due(),
+            )
         )
 
     with torch.inference_mode():
@@ -112,7 +149,9 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
         if spec.schemes is not None:
             steps("calibrate")(0, 1)
             with phases.phase("calibrate"):
-                windows = None if store.holds(len(model.blocks)) else calibration_windows(spec, tokenizer)
+                windows = (
+                    None if store.holds(len(model.blocks)) else calibration_windows(spec, tokenizer)
+                )
             set_route(model, spec)
             steps("quantize")(0, len(model.blocks))
             with phases.phase("quantize"):
@@ -140,7 +179,12 @@ def run_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team =
         spec=spec,
         status=FAILED if failed else COMPLETED,
         reason="; ".join(f"{check.name}: {check.detail}" for check in failed),
-        metrics={**scores.metrics, **sizes(checkpoint, ledger, ends), **exported.metrics, **phases.metrics},
+        metrics={
+            **scores.metrics,
+            **sizes(checkpoint, ledger, ends),
+            **exported.metrics,
+            **phases.metrics,
+        },
         intervals=scores.intervals,
         diverged=tuple(scores.diverged),
         sites=tuple(ledger.errors),
@@ -194,12 +238,16 @@ def share_trial(spec: TrialSpec, report: Report, seat: Seat) -> TrialRecord | No
                 team.follow(lambda: report(Progress(trial=spec.id, phase="follow")))
             return None
         record = attempt_trial(spec, report, team)
-        if record.completed:  # else the others may wait for something else, and are ended with the gang
+        if (
+            record.completed
+        ):  # else the others may wait for something else, and are ended with the gang
             team.dismiss()
         return record
 
 
-def attempt_trial(spec: TrialSpec, report: Report = lambda event: None, team: Team = SOLO) -> TrialRecord:
+def attempt_trial(
+    spec: TrialSpec, report: Report = lambda event: None, team: Team = SOLO
+) -> TrialRecord:
     """`run_trial`, alone at it and not if it is done; an error becomes a FAILED record, saved with its traceback, and
     costs no other trial."""
     while True:
@@ -209,7 +257,9 @@ def attempt_trial(spec: TrialSpec, report: Report = lambda event: None, team: Te
                     return _recorded(spec, mine, team)
                 clear(mine.done)  # whoever finished it may have died before that
                 return mine.done
-        except ClaimLostError:  # whoever took this process for dead is at it by now, and is waited for
+        except (
+            ClaimLostError
+        ):  # whoever took this process for dead is at it by now, and is waited for
             if team.size > 1:  # with new ranks: these are where they were when the claim was lost
                 raise PeerLostError("another process took this gang's trial over") from None
 
@@ -225,10 +275,17 @@ def _recorded(spec: TrialSpec, mine: Attempt, team: Team) -> TrialRecord:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             where = error.filename or trial_folder(spec)
             reason = f"the disk is full ({where}); free some space, and the same command goes on from the last block"
-        environment = {"git_commit": git_commit(), "packages": packages(), "started": started, "ended": now()}
+        environment = {
+            "git_commit": git_commit(),
+            "packages": packages(),
+            "started": started,
+            "ended": now(),
+        }
         environment["traceback"] = traceback.format_exc()
         record = TrialRecord.failed(spec, reason, environment)
-        with suppress(OSError):  # what could not be written is still the answer to whoever asked for the trial
+        with suppress(
+            OSError
+        ):  # what could not be written is still the answer to whoever asked for the trial
             record.save()
     mine.end(record)
     return record
@@ -240,7 +297,9 @@ def open_checkpoint(spec: TrialSpec) -> Checkpoint:
     checkpoint = Checkpoint(locate(source or spec.model["source"], revision))
     wanted = spec.model.get("digest")
     if wanted is not None and checkpoint.digest(Path(spec.places["trials"]) / "digests") != wanted:
-        raise IntegrityError(f"the files in {checkpoint.folder} changed since the trial was planned; start it again")
+        raise IntegrityError(
+            f"the files in {checkpoint.folder} changed since the trial was planned; start it again"
+        )
     return checkpoint
 
 
@@ -252,7 +311,9 @@ def device_of(spec: TrialSpec) -> Device:
     """
     gpus, there = spec.places.get("share", {}).get("gpus"), torch.cuda.is_available()
     if gpus and not there:
-        built = "no GPU is to be seen" if torch.version.cuda else "this torch was built without CUDA"
+        built = (
+            "no GPU is to be seen" if torch.version.cuda else "this torch was built without CUDA"
+        )
         raise ConfigError(
             f"this trial was planned on a GPU, and on {platform.node()} {built}: install a torch for its driver there "
             "(README, A real Qwen3), or give cluster.gpus_per_trial=0"
@@ -282,7 +343,9 @@ class Loading:
         return f"{self.loader}, {in_gb(self.needs)} of {in_gb(self.memory)}"
 
 
-def load_model(checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team = SOLO) -> tuple[Decoder, Loading]:
+def load_model(
+    checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team = SOLO
+) -> tuple[Decoder, Loading]:
     """The model as the trial's share and its places say or, where they say nothing, as fits into the memory that is
     free; a gang divides it.
 
@@ -290,9 +353,14 @@ def load_model(checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team
         ConfigError: it does not fit, or it is streamed and a task generates text.
     """
     facts, dtype = checkpoint.facts, spec.model["dtype"]
-    method, share = None if spec.scheme is None else str(spec.method["name"]), spec.places.get("share", {})
+    method, share = (
+        None if spec.scheme is None else str(spec.method["name"]),
+        spec.places.get("share", {}),
+    )
     bounds = [one["memory"] for one in (spec.places, share) if "memory" in one]
-    memory = min(bounds) if bounds else torch.cuda.mem_get_info()[0] if kind == "cuda" else free_memory()
+    memory = (
+        min(bounds) if bounds else torch.cuda.mem_get_info()[0] if kind == "cuda" else free_memory()
+    )
     loader = share.get("loader", spec.places.get("loader", AUTO)) if team.size == 1 else "sharded"
     if kind == "cuda" and share.get("gpus", 1) < 1:
         keep_to_share(share["gpus"])
@@ -303,7 +371,9 @@ def load_model(checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team
             f"loader={loader} is for a gang of processes (cluster.ranks_per_trial=2 or more); one alone takes resident "
             "or streamed"
         )
-    needs = need(facts, dtype, method=method, loader=loader, ranks=team.size, device=kind, heads=spec.heads)
+    needs = need(
+        facts, dtype, method=method, loader=loader, ranks=team.size, device=kind, heads=spec.heads
+    )
     spare = memory - needs
     ahead = loader == "streamed" and spare >= ahead_bytes(facts, dtype)
     spare -= ahead_bytes(facts, dtype) if ahead else 0
@@ -314,9 +384,13 @@ def load_model(checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team
         return model, loading
     refuse_generation(spec.evaluation, loader)
     if loader == "sharded":
-        return load_sharded(checkpoint, getattr(torch, dtype), team, activations=loading.activations), loading
+        return load_sharded(
+            checkpoint, getattr(torch, dtype), team, activations=loading.activations
+        ), loading
     dtype_read = getattr(torch, dtype)
-    return StreamedDecoder(checkpoint, dtype_read, kind, activations=loading.activations, ahead=ahead), loading
+    return StreamedDecoder(
+        checkpoint, dtype_read, kind, activations=loading.activations, ahead=ahead
+    ), loading
 
 
 @dataclass
@@ -356,7 +430,9 @@ class StoredCodes(Sequence[Mapping[str, StoredWeight]]):
     def __getitem__(self, k: Any) -> Any:
         block = self.store.load(range(self.blocks)[k])
         if block is None:
-            raise IntegrityError(f"block {k} was quantized and stored, and is not there whole any more")
+            raise IntegrityError(
+                f"block {k} was quantized and stored, and is not there whole any more"
+            )
         return block.quantized
 
 
@@ -366,7 +442,10 @@ def calibration_windows(spec: TrialSpec, tokenizer: Any) -> Tensor | None:
         return None
     wanted = spec.calibration
     text = load_text(
-        wanted["source"], split="calibration", path=spec.places.get("calibration"), data=spec.places.get("data")
+        wanted["source"],
+        split="calibration",
+        path=spec.places.get("calibration"),
+        data=spec.places.get("data"),
     )
     _same_text(text.digest, wanted["digest"], wanted["source"])
     return draw_windows(
@@ -389,7 +468,9 @@ def build_method(spec: TrialSpec) -> Method:
         owner = f"method={settings.name} of {spec.method.get('package', 'q3q')}"
         raise ConfigError(f"{owner}: {settings.implementation} is not there ({error})") from error
     if not issubclass(kind, Method):
-        raise ConfigError(f"method={settings.name}: {settings.implementation} is not derived from Method")
+        raise ConfigError(
+            f"method={settings.name}: {settings.implementation} is not derived from Method"
+        )
     method: Method = kind(settings)
     return method
 
@@ -404,7 +485,9 @@ def settle_variant(
 ) -> Method:
     """The method, or of one that offers variants the best; what was found lies beside the blocks that it made."""
     variants = method.variants()
-    if not variants or windows is None or spec.schemes is None:  # without windows all blocks are there, made by it
+    if (
+        not variants or windows is None or spec.schemes is None
+    ):  # without windows all blocks are there, made by it
         return method
     found = store.recall("search")
     if found is None:
@@ -439,7 +522,9 @@ class Route:
 
 def set_activations(model: Decoder, spec: TrialSpec) -> None:
     """From here on each site's input is fake-quantized, if the scheme says so. Calibration saw 16-bit activations."""
-    if spec.scheme is not None:  # a model that is evaluated as it is may have been stored with activations to quantize
+    if (
+        spec.scheme is not None
+    ):  # a model that is evaluated as it is may have been stored with activations to quantize
         model.adjust(RoundedInputs(spec.scheme.act_bits, frozenset(spec.skip)))
 
 
@@ -455,7 +540,9 @@ class RoundedInputs:
         block.unrounded = frozenset(
             site.name
             for site in block.sites
-            if all(f"blocks.{k}.{name.removesuffix('.weight')}" in self.skip for name in site.weights)
+            if all(
+                f"blocks.{k}.{name.removesuffix('.weight')}" in self.skip for name in site.weights
+            )
         )
 
 
@@ -493,21 +580,30 @@ class Reference:
 
 
 def reference_of(
-    model: Decoder, tokenizer: Any, spec: TrialSpec, steps: Callable[..., Callable[[int, int], None]]
+    model: Decoder,
+    tokenizer: Any,
+    spec: TrialSpec,
+    steps: Callable[..., Callable[[int, int], None]],
 ) -> Reference:
     """Find or compute what drift is measured against. To be called while the model is as it was loaded: later, nothing
     could tell that it is not."""
     drift = spec.evaluation.get("drift")
     if drift is None:
         return Reference({}, lambda: model.head_VH)
-    folder, found, mirror = Path(spec.places["trials"]).parent / "baselines", {}, mirror_for(spec.places)
+    folder, found, mirror = (
+        Path(spec.places["trials"]).parent / "baselines",
+        {},
+        mirror_for(spec.places),
+    )
     fetch = (lambda key: None) if mirror is None else (lambda key: mirror.pull(f"baselines/{key}"))
     for text in spec.evaluation["texts"]:
         windows_NT = evaluation_windows(tokenizer, spec, text)
         wanted = None if drift == "auto" else int(drift)
         count, length = windows_NT.shape
         kept = kept_windows(count, length, model.facts.hidden, spec.model["dtype"], wanted)
-        identity = BaselineIdentity.of(spec.model, text["digest"], windows_NT, kept, model.device.type)
+        identity = BaselineIdentity.of(
+            spec.model, text["digest"], windows_NT, kept, model.device.type
+        )
         told = steps("baseline", text["name"])
         found[text["name"]] = baseline_for(folder, identity, model, windows_NT, told, fetch)
         if mirror is not None:
@@ -531,7 +627,9 @@ def evaluate(
     wanted = spec.evaluation
     parts: list[tuple[str, Callable[[Callable[[int, int], None]], Part]]] = []
     for text in wanted["texts"]:
-        parts.append((text["name"], partial(_measure_text, model, tokenizer, spec, reference, text, journal)))
+        parts.append(
+            (text["name"], partial(_measure_text, model, tokenizer, spec, reference, text, journal))
+        )
     for batch in batches(wanted):
         name = "tasks" if len(batch.tasks) > 1 else batch.tasks[0]
         parts.append((name, partial(_measure_tasks, model, tokenizer, spec, batch, journal)))
@@ -546,7 +644,11 @@ def evaluate(
             write_atomically(kept, content)
             part = unsealed(content)  # as it is read by whoever goes on from here
         scores.add(part)
-        known = {key: value for key, value in part["metrics"].items() if value is not None and math.isfinite(value)}
+        known = {
+            key: value
+            for key, value in part["metrics"].items()
+            if value is not None and math.isfinite(value)
+        }
         steps("evaluate", note, known)(1, 1)
     return scores
 
@@ -562,17 +664,26 @@ def _measured(path: Path) -> Json | None:
 def evaluation_windows(tokenizer: Any, spec: TrialSpec, wanted: Json) -> Tensor:
     """Token windows [N, T] of one of the evaluation's texts."""
     text = load_text(
-        wanted["source"], split="evaluation", path=spec.places.get("evaluation"), data=spec.places.get("data")
+        wanted["source"],
+        split="evaluation",
+        path=spec.places.get("evaluation"),
+        data=spec.places.get("data"),
     )
     _same_text(text.digest, wanted["digest"], wanted["name"])
     encode, limit = encoder(tokenizer), wanted["limit"]
     if wanted["draw"] == "random":
         samples = min(wanted["samples"], limit or wanted["samples"])
-        return draw_windows(text, encode, samples=samples, length=wanted["window"], draw="random", seed=0)
+        return draw_windows(
+            text, encode, samples=samples, length=wanted["window"], draw="random", seed=0
+        )
     quick = bool(spec.evaluation.get("quick"))
-    windows_NT = consecutive_windows(encode(text.joined), wanted["window"], None if quick else limit)
+    windows_NT = consecutive_windows(
+        encode(text.joined), wanted["window"], None if quick else limit
+    )
     if quick and limit and limit < len(windows_NT):
-        windows_NT = windows_NT[sorted(random.Random(QUICK_SEED).sample(range(len(windows_NT)), limit))]
+        windows_NT = windows_NT[
+            sorted(random.Random(QUICK_SEED).sample(range(len(windows_NT)), limit))
+        ]
     return windows_NT
 
 
@@ -589,16 +700,24 @@ def _measure_text(
     name, quick = wanted["name"], bool(spec.evaluation.get("quick"))
     windows_NT, part = evaluation_windows(tokenizer, spec, wanted), Part()
     baseline = reference.baselines.get(name)
-    with closing(Journal(folder / f"windows_{name}.jsonl", f"{spec.id} {wanted['digest']}")) as journal:
+    with closing(
+        Journal(folder / f"windows_{name}.jsonl", f"{spec.id} {wanted['digest']}")
+    ) as journal:
         if baseline is None:
             nll_N = window_losses(model, windows_NT, tell, journal)
         elif spec.scheme is None:
             nll_N = baseline.nll_N
         else:
-            found = perplexity_and_drift(model, windows_NT, baseline, reference.head(), tell, journal)
+            found = perplexity_and_drift(
+                model, windows_NT, baseline, reference.head(), tell, journal
+            )
             nll_N = found.nll_N
-            part.metrics |= {_quickly(key, quick): value for key, value in found.drift.metrics(name).items()}
-            part.intervals |= {_quickly(key, quick): value for key, value in found.drift.intervals(name).items()}
+            part.metrics |= {
+                _quickly(key, quick): value for key, value in found.drift.metrics(name).items()
+            }
+            part.intervals |= {
+                _quickly(key, quick): value for key, value in found.drift.intervals(name).items()
+            }
     if not torch.isfinite(nll_N).all():
         row = int((~torch.isfinite(nll_N)).nonzero()[0])
         raise IntegrityError(f"the model's logits in window {row} of {name} are not finite")
@@ -614,11 +733,20 @@ def _quickly(metric: str, quick: bool) -> str:
 
 
 def _measure_tasks(
-    model: Decoder, tokenizer: Any, spec: TrialSpec, batch: Batch, journal: Path, tell: Callable[[int, int], None]
+    model: Decoder,
+    tokenizer: Any,
+    spec: TrialSpec,
+    batch: Batch,
+    journal: Path,
+    tell: Callable[[int, int], None],
 ) -> Part:
-    places = {name: Path(spec.places[name]) if name in spec.places else None for name in ("data", "tasks")}
+    places = {
+        name: Path(spec.places[name]) if name in spec.places else None for name in ("data", "tasks")
+    }
     if places["tasks"] and folder_digest(places["tasks"]) != spec.evaluation["include"]:
-        raise ConfigError(f"the task files in {places['tasks']} changed since the trial was planned; start it again")
+        raise ConfigError(
+            f"the task files in {places['tasks']} changed since the trial was planned; start it again"
+        )
     return score_batch(
         model,
         tokenizer,
@@ -641,7 +769,9 @@ class Exported:
     notes: Json = field(default_factory=dict)
 
 
-def finish_export(exporter: Exporter, model: Decoder, spec: TrialSpec, scores: Scores, checks: list[Check]) -> Exported:
+def finish_export(
+    exporter: Exporter, model: Decoder, spec: TrialSpec, scores: Scores, checks: list[Check]
+) -> Exported:
     """Complete the checkpoint, load it elsewhere, and publish it if it is what was evaluated; a check says whether.
 
     Raises:
@@ -650,7 +780,9 @@ def finish_export(exporter: Exporter, model: Decoder, spec: TrialSpec, scores: S
     if all(check.passed for check in checks):
         exporter.finish(model)
         proof = prove(exporter.folder, model)
-        checks.append(_of_another_run(proof.check, exporter.path) if exporter.finished else proof.check)
+        checks.append(
+            _of_another_run(proof.check, exporter.path) if exporter.finished else proof.check
+        )
     if not all(check.passed for check in checks):
         exporter.withdraw()
         return Exported()
@@ -685,7 +817,9 @@ def _of_another_run(check: Check, path: Path) -> Check:
     return replace(check, detail=f"{why}; give fresh=true or another export.path")
 
 
-def sizes(checkpoint: Checkpoint, ledger: Ledger, ends: Mapping[str, StoredWeight]) -> dict[str, float]:
+def sizes(
+    checkpoint: Checkpoint, ledger: Ledger, ends: Mapping[str, StoredWeight]
+) -> dict[str, float]:
     """Bits per weight of the quantized linears (with scales and zero points) and of the whole model, and its bytes.
 
     Nominal bits are those of the codes alone, as papers count them.
@@ -697,7 +831,9 @@ def sizes(checkpoint: Checkpoint, ledger: Ledger, ends: Mapping[str, StoredWeigh
     whole += (parameters - count - ends_count) * UNQUANTIZED_BITS
     return {
         "bits_per_weight": bits / count if count else float(UNQUANTIZED_BITS),
-        "bits_per_weight_nominal": ledger.nominal_bits / count if count else float(UNQUANTIZED_BITS),
+        "bits_per_weight_nominal": ledger.nominal_bits / count
+        if count
+        else float(UNQUANTIZED_BITS),
         "bits_per_weight_model": whole / parameters,
         "model_bytes": whole / 8,
         "share_quantized": (count + ends_count) / parameters,
@@ -706,4 +842,6 @@ def sizes(checkpoint: Checkpoint, ledger: Ledger, ends: Mapping[str, StoredWeigh
 
 def _same_text(found: str, wanted: str, name: str) -> None:
     if found != wanted:
-        raise ConfigError(f"the text {name} changed since the trial was planned (digest {found}, planned {wanted})")
+        raise ConfigError(
+            f"the text {name} changed since the trial was planned (digest {found}, planned {wanted})"
+        )

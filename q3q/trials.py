@@ -45,16 +45,32 @@ class Trial:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """See the module's first line. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m q3q.trials", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns")
-    verbs = parser.add_subparsers(dest="verb", metavar="list | resume | delete | attach", title="what to do")
-    listing = verbs.add_parser("list", help="every trial: state, size on disk, what it waits for (the default)")
-    listing.add_argument("state", nargs="*", choices=[*STATES, []], help="only trials in these states")
-    resume = verbs.add_parser("resume", help="go on with trials here, at the block where they stopped")
+    parser = argparse.ArgumentParser(
+        prog="python -m q3q.trials", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns"
+    )
+    verbs = parser.add_subparsers(
+        dest="verb", metavar="list | resume | delete | attach", title="what to do"
+    )
+    listing = verbs.add_parser(
+        "list", help="every trial: state, size on disk, what it waits for (the default)"
+    )
+    listing.add_argument(
+        "state", nargs="*", choices=[*STATES, []], help="only trials in these states"
+    )
+    resume = verbs.add_parser(
+        "resume", help="go on with trials here, at the block where they stopped"
+    )
     resume.add_argument("which", nargs="+", metavar="ID|failed|stopped")
-    delete = verbs.add_parser("delete", help="delete all that trials left on disk; MLflow keeps what it has")
+    delete = verbs.add_parser(
+        "delete", help="delete all that trials left on disk; MLflow keeps what it has"
+    )
     delete.add_argument("which", nargs="+", metavar="ID|failed|stopped|unknown")
-    attach = verbs.add_parser("attach", help="watch a sweep that runs in another terminal or on another machine")
+    attach = verbs.add_parser(
+        "attach", help="watch a sweep that runs in another terminal or on another machine"
+    )
     attach.add_argument("sweep", nargs="?", help="its name; without it the one that runs")
     given = parser.parse_args(arguments)
     try:
@@ -65,7 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.verb == "resume":
             return go_on(chosen(trials, given.which, ("failed", "stopped")), print)
         if given.verb == "delete":
-            delete_trials(chosen(trials, given.which, ("failed", "stopped", "unknown")), trials, given.storage, print)
+            delete_trials(
+                chosen(trials, given.which, ("failed", "stopped", "unknown")),
+                trials,
+                given.storage,
+                print,
+            )
             return 0
         wanted = getattr(given, "state", None) or STATES
         print(listed([trial for trial in trials if trial.state in wanted], given.storage, storage))
@@ -89,7 +110,9 @@ def find_trials(storage: Path, named: str = "") -> list[Trial]:
         ConfigError: nothing was ever stored there.
     """
     if not storage.is_dir():
-        raise ConfigError(f"--storage {named or storage} is not a folder: give the one that the sweep was started with")
+        raise ConfigError(
+            f"--storage {named or storage} is not a folder: give the one that the sweep was started with"
+        )
     sweeps = all_sweeps(storage)[0]
     owner = {spec.id: sweep for sweep in sweeps for spec in sweep.trials}
     planned = {spec.id: spec for sweep in sweeps for spec in sweep.trials}
@@ -112,13 +135,19 @@ def sweeps_at_work(storage: Path, mirror: Mirror | None) -> list[Bulletin]:
 
 
 def _trial(
-    folder: Path, planned: TrialSpec | None, sweep: Sweep | None, going: Sequence[Bulletin], named: str
+    folder: Path,
+    planned: TrialSpec | None,
+    sweep: Sweep | None,
+    going: Sequence[Bulletin],
+    named: str,
 ) -> Trial:
     spec, record = _read(folder)
     spec = spec or (planned and moved(planned, folder.absolute().parent.parent))
     if spec is None or spec.id != folder.name:
         about = "another version of q3q made it, or its files are damaged; nothing will use it"
-        return Trial(id=folder.name, name="?", state="unknown", size=_size(folder), waits=about, spec=None)
+        return Trial(
+            id=folder.name, name="?", state="unknown", size=_size(folder), waits=about, spec=None
+        )
     state, waits = _state(spec, folder, record, sweep, going)
     if is_url(named):
         spec = spec.with_places({**spec.places, "store": named.rstrip("/")})
@@ -133,7 +162,11 @@ def _trial(
 
 
 def _state(
-    spec: TrialSpec, folder: Path, record: TrialRecord | None, sweep: Sweep | None, going: Sequence[Bulletin]
+    spec: TrialSpec,
+    folder: Path,
+    record: TrialRecord | None,
+    sweep: Sweep | None,
+    going: Sequence[Bulletin],
 ) -> tuple[str, str]:
     """In which state a trial is, and what it waits for."""
     for bulletin in going:
@@ -141,14 +174,20 @@ def _state(
             if work.trial == spec.id:
                 return "running", work.doing
     holder = holder_of(folder, CLAIM)
-    if holder is not None and holder.dead() is False:  # resumed by hand, say; of one elsewhere a look cannot tell
+    if (
+        holder is not None and holder.dead() is False
+    ):  # resumed by hand, say; of one elsewhere a look cannot tell
         return "running", str(holder)
     again = masked(sweep.command) if sweep is not None else f"python -m q3q.trials resume {spec.id}"
     coming = any(sweep is not None and one.command == masked(sweep.command) for one in going)
     after = "its turn in the running sweep" if coming else again
     if record is not None and record.completed:
         baseline = spec.places.get("baseline")
-        lacks = baseline and not record.comparisons and not (folder.parent / baseline / "record.json").is_file()
+        lacks = (
+            baseline
+            and not record.comparisons
+            and not (folder.parent / baseline / "record.json").is_file()
+        )
         return "completed", f"method=none ({baseline}), to be compared with" if lacks else ""
     if record is not None:
         return "failed", f"{_brief(record.reason)}; then {after}"
@@ -193,9 +232,19 @@ def listed(trials: Sequence[Trial], storage: str | Path, folder: Path | None = N
         f"{trial.id:10}  {trial.name:{width}}  {trial.state:9}  {_bytes(trial.size):>8}  {trial.waits}".rstrip()
         for trial in trials
     ]
-    states = [f"{number} {state}" for state in STATES if (number := sum(one.state == state for one in trials))]
+    states = [
+        f"{number} {state}"
+        for state in STATES
+        if (number := sum(one.state == state for one in trials))
+    ]
     head = f"{'trial':10}  {'what':{width}}  {'state':9}  {'on disk':>8}  waits for"
-    return "\n".join([head, *lines, f"{', '.join(states)}; {_bytes(_size(folder))} in {folder} with all else there"])
+    return "\n".join(
+        [
+            head,
+            *lines,
+            f"{', '.join(states)}; {_bytes(_size(folder))} in {folder} with all else there",
+        ]
+    )
 
 
 def chosen(trials: Sequence[Trial], which: Iterable[str], states: Sequence[str]) -> list[Trial]:
@@ -206,7 +255,11 @@ def chosen(trials: Sequence[Trial], which: Iterable[str], states: Sequence[str])
     """
     found: dict[str, Trial] = {}
     for word in which:
-        fitting = [trial for trial in trials if trial.id == word or (word in states and trial.state == word)]
+        fitting = [
+            trial
+            for trial in trials
+            if trial.id == word or (word in states and trial.state == word)
+        ]
         if not fitting and word not in states:
             raise ConfigError(
                 f"{word} is no trial's id, nor one of {', '.join(states)}: python -m q3q.trials lists them"
@@ -224,7 +277,10 @@ def chosen(trials: Sequence[Trial], which: Iterable[str], states: Sequence[str])
 
 
 def delete_trials(
-    which: Sequence[Trial], trials: Sequence[Trial], storage: str | Path, say: Callable[[str], object]
+    which: Sequence[Trial],
+    trials: Sequence[Trial],
+    storage: str | Path,
+    say: Callable[[str], object],
 ) -> None:
     """Delete their folders and exports, and of kept blocks, and of what drift is measured against, those that no other
     trial has use for; here and, of a URL, there.
@@ -276,7 +332,9 @@ def baselines_of(spec: TrialSpec, storage: Path) -> list[Path]:
     model = {key: value for key, value in spec.model.items() if key != "name"}
     texts, found = {text["digest"] for text in spec.evaluation["texts"]}, []
     for path in (storage / "baselines").glob("*/manifest.json"):
-        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged, and made anew by whoever needs it
+        with suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # damaged, and made anew by whoever needs it
             identity = json.loads(path.read_text(encoding="utf-8"))["body"]["identity"]
             if identity["model"] == model and identity["text"] in texts:
                 found.append(path.parent)
@@ -305,7 +363,9 @@ def go_on(which: Sequence[Trial], say: Callable[[str], object]) -> int:
         end = ", ".join(headline(record)) if record.completed else f"FAILED: {record.reason}"
         say(f"{trial.id} {trial.name}: {end}")
     if which:
-        say("Records are on disk; the next sweep with these trials, or python -m q3q.track sync, tells MLflow.")
+        say(
+            "Records are on disk; the next sweep with these trials, or python -m q3q.track sync, tells MLflow."
+        )
     else:
         say("Nothing to resume.")
     return FAILED if failed else 0
@@ -333,12 +393,23 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
     known = [one for one in bulletins(storage) if name in (None, one.name)]
     going = [one for one in sweeps_at_work(storage, mirror) if name in (None, one.name)]
     if not going:
-        last = f" The last one, {known[0].name}, {'has ended' if known[0].over else 'died'}." if known else ""
-        raise ConfigError(f"no sweep{f' named {name}' if name else ''} runs with storage={storage}.{last}")
+        last = (
+            f" The last one, {known[0].name}, {'has ended' if known[0].over else 'died'}."
+            if known
+            else ""
+        )
+        raise ConfigError(
+            f"no sweep{f' named {name}' if name else ''} runs with storage={storage}.{last}"
+        )
     if len({one.name for one in going}) > 1:
-        raise ConfigError(f"several sweeps run there, name one: {', '.join(sorted(one.name for one in going))}")
+        raise ConfigError(
+            f"several sweeps run there, name one: {', '.join(sorted(one.name for one in going))}"
+        )
     path, shown = storage / "running" / f"{going[0].key}.json", going[0]
-    print(f"{shown.name} on {shown.holder.host}, process {shown.holder.pid}: {shown.command}", flush=True)
+    print(
+        f"{shown.name} on {shown.holder.host}, process {shown.holder.pid}: {shown.command}",
+        flush=True,
+    )
     latest = {"bulletin": shown}
     screen = _screen(latest) if sys.stdout.isatty() else None
     said, asked, heard = 0, time.monotonic(), time.monotonic()
@@ -356,18 +427,24 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
                 mirror.pull("running")
                 asked = time.monotonic()
             before = shown.updated
-            with suppress(OSError, ValueError, KeyError, TypeError):  # gone, or not there whole: that is silence too
+            with suppress(
+                OSError, ValueError, KeyError, TypeError
+            ):  # gone, or not there whole: that is silence too
                 shown = latest["bulletin"] = Bulletin.load(path)
             heard = heard if shown.updated == before else time.monotonic()
     finally:
         if screen is not None:
             screen.close()
-    print(f"{shown.name}: {count(shown.view)}; {'it has ended' if shown.over else 'it died, the same command goes on'}")
+    print(
+        f"{shown.name}: {count(shown.view)}; {'it has ended' if shown.over else 'it died, the same command goes on'}"
+    )
     return 0 if shown.over else FAILED
 
 
 def _screen(latest: Mapping[str, Bulletin]) -> Screen:
-    return Screen(sys.stdout, lambda *size: picture(latest["bulletin"].view, *size), lambda error: None)
+    return Screen(
+        sys.stdout, lambda *size: picture(latest["bulletin"].view, *size), lambda error: None
+    )
 
 
 def _brief(reason: str) -> str:

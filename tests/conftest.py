@@ -55,18 +55,31 @@ def study_data(tmp_path_factory):
 
     def write(name, split, make, count=6):
         (root / name).mkdir(exist_ok=True)
-        rows = "".join(json.dumps(make(i, PEOPLE[i % 4], THINGS[i % 4])) + "\n" for i in range(count))
+        rows = "".join(
+            json.dumps(make(i, PEOPLE[i % 4], THINGS[i % 4])) + "\n" for i in range(count)
+        )
         (root / name / f"{split}.jsonl").write_text(rows, encoding="utf-8")
 
     def arc(i, who, what):
         choices = {"text": [f"the {thing}" for thing in THINGS], "label": list("ABCD")}
-        return {"question": f"What did {who} find on day {i}?", "choices": choices, "answerKey": "ABCD"[i % 4]}
+        return {
+            "question": f"What did {who} find on day {i}?",
+            "choices": choices,
+            "answerKey": "ABCD"[i % 4],
+        }
 
     def piqa(i, who, what):
-        return {"goal": f"To lift {i} {what}s", "sol1": "use hands.", "sol2": "use feet.", "label": i % 2}
+        return {
+            "goal": f"To lift {i} {what}s",
+            "sol1": "use hands.",
+            "sol2": "use feet.",
+            "label": i % 2,
+        }
 
     def hellaswag(i, who, what):
-        endings = [f"{verb} the {what}." for verb in ("takes", "drops", "eats [title] up", "sings to")]
+        endings = [
+            f"{verb} the {what}." for verb in ("takes", "drops", "eats [title] up", "sings to")
+        ]
         return {
             "activity_label": f"Playing {i}",
             "ctx_a": f"{who} is here.",
@@ -80,7 +93,11 @@ def study_data(tmp_path_factory):
         return {"sentence": sentence, "option1": who, "option2": "Eve", "answer": str(1 + i % 2)}
 
     def boolq(i, who, what):
-        return {"passage": f"{who} has {i} {what}s.", "question": "does someone have it", "label": i % 2}
+        return {
+            "passage": f"{who} has {i} {what}s.",
+            "question": "does someone have it",
+            "label": i % 2,
+        }
 
     def words(i, who, what):
         return f"{who} has {i} {what}s and gives one to {PEOPLE[i * 3 % 4]} . "
@@ -91,16 +108,29 @@ def study_data(tmp_path_factory):
     write("hellaswag", "validation", hellaswag)
     write("winogrande", "validation", winogrande)
     write("boolq", "validation", boolq)
-    write("wikitext", "test", lambda i, who, what: {"page": f" = {who} = \n" + words(i, who, what) * 3})
+    write(
+        "wikitext",
+        "test",
+        lambda i, who, what: {"page": f" = {who} = \n" + words(i, who, what) * 3},
+    )
     write("wikitext2", "test", lambda i, who, what: {"text": words(i, who, what)}, 4358)
-    write("c4", "validation", lambda i, who, what: {"text": words(i, who, what) * (60 if i % 999 == 0 else 1)}, 45_576)
+    write(
+        "c4",
+        "validation",
+        lambda i, who, what: {"text": words(i, who, what) * (60 if i % 999 == 0 else 1)},
+        45_576,
+    )
     for split, count in (("dev", 5), ("test", 2)):
         (root / "mmlu" / split).mkdir(parents=True)
         for number, subject in enumerate(SUBJECTS):
-            with (root / "mmlu" / split / f"{subject}_{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            with (root / "mmlu" / split / f"{subject}_{split}.csv").open(
+                "w", newline="", encoding="utf-8"
+            ) as file:
                 for i in range(count):
                     asked = f'{subject[:9]}: who has "{i}"?'
-                    csv.writer(file).writerow([asked, *(f"{who}, {i}" for who in PEOPLE), "ABCD"[(i + number) % 4]])
+                    csv.writer(file).writerow(
+                        [asked, *(f"{who}, {i}" for who in PEOPLE), "ABCD"[(i + number) % 4]]
+                    )
     return root
 
 
@@ -113,7 +143,10 @@ def gang(tmp_path_factory):
         folder = tmp_path_factory.mktemp("gang")
         (folder / "call").write_bytes(cloudpickle.dumps(call))
         with socket.create_server(("127.0.0.1", 0)) as listener:
-            seats = [[folder, rank, size, listener.getsockname()[1], listener.fileno()] for rank in range(size)]
+            seats = [
+                [folder, rank, size, listener.getsockname()[1], listener.fileno()]
+                for rank in range(size)
+            ]
             ranks = [
                 subprocess.Popen(
                     [sys.executable, "-c", RANK, *map(str, seat)],
@@ -152,7 +185,12 @@ SMALL = {
     "torch_dtype": "float32",
     "hidden_act": "silu",
 }
-SMALL_MOE = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+SMALL_MOE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
 
 
 @pytest.fixture
@@ -174,7 +212,10 @@ def random_checkpoint(tmp_path):
             return (1 + 0.3 * wide if "norm" in name else wide * 1.5 / shape[-1] ** 0.5).to(dtype)
 
         shards = [
-            {f"model.layers.{k}.{name}": shape for name, shape in disk_shapes(facts, k, fused).items()}
+            {
+                f"model.layers.{k}.{name}": shape
+                for name, shape in disk_shapes(facts, k, fused).items()
+            }
             for k in range(facts.layers)
         ]
         shards[0]["model.embed_tokens.weight"] = (facts.vocab, facts.hidden)

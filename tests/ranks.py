@@ -19,7 +19,9 @@ def live_bytes(team):
             # What a parameter of DeepSpeed's holds is an attribute of it, and no object of its own to the collector.
             for tensor in (one, getattr(one, "ds_tensor", None)):
                 if tensor is not None and tensor.device.type != "meta":
-                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                    storages[tensor.untyped_storage().data_ptr()] = (
+                        tensor.untyped_storage().nbytes()
+                    )
     return team.gather(sum(storages.values()))
 
 

@@ -22,7 +22,9 @@ def elsewhere(monkeypatch, name="another machine"):
 
 def plant(folder, number=1, counter=f"{1:0{WIDTH}d}", **facts):
     """A claim as somebody left it."""
-    (folder / f"it.claim.{number}").write_text(f"{counter}\n{json.dumps(asdict(replace(Holder.here(), **facts)))}\n")
+    (folder / f"it.claim.{number}").write_text(
+        f"{counter}\n{json.dumps(asdict(replace(Holder.here(), **facts)))}\n"
+    )
 
 
 def take_slowly(claim, seconds=5.0):
@@ -117,7 +119,9 @@ def test_a_holder_elsewhere_that_beats_keeps_it_whatever_the_clocks_say(tmp_path
     elsewhere(monkeypatch)
     monkeypatch.setattr(time, "time", lambda: 1 / 0)
     mine, began = quick(tmp_path), time.monotonic()
-    while time.monotonic() - began < 1.0:  # more than twice the silence that would cost the holder its claim
+    while (
+        time.monotonic() - began < 1.0
+    ):  # more than twice the silence that would cost the holder its claim
         assert mine.take() is not None
         for path in tmp_path.glob("it.claim.*"):
             os.utime(path, (0, 0))  # a server whose clock jumped back to 1970

@@ -19,7 +19,14 @@ CLUSTER = ROOT / "cluster"
 LAUNCHED = [CLUSTER / "aws.yaml", CLUSTER / "gcp.yaml"]
 MANIFESTS = list(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text(encoding="utf-8")))
 PAGE = (ROOT / "docs" / "CLUSTER.md").read_text(encoding="utf-8")
-HERE = ("ray start", "ray job submit", "python launch.py", "python -m q3q", "make ui", "export RAY_AUTH_MODE")
+HERE = (
+    "ray start",
+    "ray job submit",
+    "python launch.py",
+    "python -m q3q",
+    "make ui",
+    "export RAY_AUTH_MODE",
+)
 
 
 def composed(command: str):
@@ -44,7 +51,9 @@ def test_rays_launcher_takes_the_file(path):
 @pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.stem)
 def test_launched_machines_have_a_token_and_the_code_and_only_workers_are_spot(path):
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    spot = {name for name, kind in config["available_node_types"].items() if "spot" in str(kind).lower()}
+    spot = {
+        name for name, kind in config["available_node_types"].items() if "spot" in str(kind).lower()
+    }
     assert spot == {"gpu"}
     assert config["head_node_type"] == "head"
     assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
@@ -53,7 +62,12 @@ def test_launched_machines_have_a_token_and_the_code_and_only_workers_are_spot(p
     setup = "\n".join(config["setup_commands"])
     assert "RAY_AUTH_MODE=token" in setup
     assert "--constraint constraints.txt" in setup
-    starts = [line for key in ("head", "worker") for line in config[f"{key}_start_ray_commands"] if "ray start" in line]
+    starts = [
+        line
+        for key in ("head", "worker")
+        for line in config[f"{key}_start_ray_commands"]
+        if "ray start" in line
+    ]
     assert len(starts) == 2
     assert all(line.startswith(". ~/.profile &&") for line in starts)  # where the token's mode is
     assert "--dashboard-host=127.0.0.1" in starts[0]
@@ -63,13 +77,27 @@ def test_launched_machines_have_a_token_and_the_code_and_only_workers_are_spot(p
 
 def instructions(text: str) -> list[tuple[str, str]]:
     joined = re.sub(r"\\\n", " ", re.sub(r"(?m)^\s*#.*\n", "", text))
-    return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in joined.splitlines() if line.strip()]
+    return [
+        (line.split(None, 1)[0], line.split(None, 1)[1])
+        for line in joined.splitlines()
+        if line.strip()
+    ]
 
 
 def test_the_image():
     lines = instructions((ROOT / "Dockerfile").read_text(encoding="utf-8"))
     verbs = [verb for verb, _ in lines]
-    assert set(verbs) <= {"ARG", "FROM", "RUN", "USER", "WORKDIR", "ENV", "COPY", "VOLUME", "CMD"}  # no ADD, no secrets
+    assert set(verbs) <= {
+        "ARG",
+        "FROM",
+        "RUN",
+        "USER",
+        "WORKDIR",
+        "ENV",
+        "COPY",
+        "VOLUME",
+        "CMD",
+    }  # no ADD, no secrets
     assert verbs[:2] == ["ARG", "FROM"]
     [base] = [rest for verb, rest in lines if verb == "ARG" and rest.startswith("BASE=")]
     assert re.fullmatch(r"BASE=nvidia/cuda:[\d.]+-base-ubuntu24\.04", base)  # a tag, and not latest
@@ -80,9 +108,15 @@ def test_the_image():
         if verb == "RUN":
             subprocess.run(["bash", "-n", "-c", rest], check=True)
             assert "sudo" not in rest
-            assert "apt-get install" not in rest or ("--no-install-recommends" in rest and "/var/lib/apt/lists" in rest)
+            assert "apt-get install" not in rest or (
+                "--no-install-recommends" in rest and "/var/lib/apt/lists" in rest
+            )
             assert "pip install" not in rest or (number > user and "--no-cache-dir" in rest)
-            assert "pip install" not in rest or "--constraint constraints.txt" in rest or "--no-deps" in rest
+            assert (
+                "pip install" not in rest
+                or "--constraint constraints.txt" in rest
+                or "--no-deps" in rest
+            )
         assert not re.search(r"(?i)(token|password|secret)=(?!token\b)\S", rest), rest
     [command] = [rest for verb, rest in lines if verb == "CMD"]
     assert command.startswith("[")  # signals reach Python and not a shell
@@ -92,9 +126,20 @@ def test_the_image():
 
 @pytest.mark.parametrize("name", [".dockerignore", ".rayignore"])
 def test_results_environments_and_secrets_stay_at_home(name):
-    ignored = {line.removeprefix("**/").strip("/") for line in (ROOT / name).read_text(encoding="utf-8").split()}
+    ignored = {
+        line.removeprefix("**/").strip("/")
+        for line in (ROOT / name).read_text(encoding="utf-8").split()
+    }
     assert {"mlruns", ".venv", ".git", ".env", "*.pem", "*.key", "auth_token"} <= ignored
-    assert not ignored & {"conf", "q3q", "cluster", "launch.py", "pyproject.toml", "constraints.txt", "hydra_plugins"}
+    assert not ignored & {
+        "conf",
+        "q3q",
+        "cluster",
+        "launch.py",
+        "pyproject.toml",
+        "constraints.txt",
+        "hydra_plugins",
+    }
 
 
 def test_what_a_head_needs_beyond_q3q_fits_the_tested_set():
@@ -103,10 +148,16 @@ def test_what_a_head_needs_beyond_q3q_fits_the_tested_set():
         if line and not line.startswith("#"):
             one = Requirement(line)
             tested[one.name.lower()] = next(iter(one.specifier)).version
-    listed = re.search(r"(?ms)^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    listed = re.search(
+        r"(?ms)^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    )[1]
     ours = re.findall('"(.+)"', listed)
     assert len(ours) > 10
-    extra = [line for line in (CLUSTER / "requirements.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+    extra = [
+        line
+        for line in (CLUSTER / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        if line[0] != "#"
+    ]
     for line in [*ours, *extra]:
         need = Requirement(line)
         pinned = tested.get(need.name.lower().replace("_", "-"))
@@ -132,7 +183,10 @@ def test_manifests_fit_together():
     claims = {one["metadata"]["name"] for one in of_kind("PersistentVolumeClaim")}
     for name, pod in pods():
         assert pod["securityContext"]["runAsNonRoot"] is True, name
-        volumes = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod.get("volumes", [])}
+        volumes = {
+            volume["name"]: volume["persistentVolumeClaim"]["claimName"]
+            for volume in pod.get("volumes", [])
+        }
         assert set(volumes.values()) <= claims
         for container in pod["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
@@ -143,11 +197,14 @@ def test_manifests_fit_together():
                 if re.search("PASSWORD|SECRET|TOKEN", variable["name"]):
                     assert variable["valueFrom"]["secretKeyRef"]["name"] == "q3q-secrets"
     labels = {
-        one["spec"]["template"]["metadata"]["labels"]["app"] for one in of_kind("Deployment") + of_kind("StatefulSet")
+        one["spec"]["template"]["metadata"]["labels"]["app"]
+        for one in of_kind("Deployment") + of_kind("StatefulSet")
     }
     for service in of_kind("Service"):
         assert service["spec"]["selector"]["app"] in labels
-        assert service["spec"].get("type", "ClusterIP") == "ClusterIP"  # nothing is reachable from outside
+        assert (
+            service["spec"].get("type", "ClusterIP") == "ClusterIP"
+        )  # nothing is reachable from outside
 
 
 def test_the_ray_job_composes_checks_tokens_and_its_head_runs_no_trial():
@@ -179,13 +236,22 @@ def test_the_slurm_script():
     assert "export RAY_AUTH_MODE=token" in text
     for flag in ("--nodes", "--requeue", "--time", "--gpus-per-node"):
         assert f"#SBATCH {flag}" in text
-    assert re.search(r'srun .*--cpus-per-task="\$SLURM_CPUS_PER_TASK" --exact', text)  # --exact alone takes one core
+    assert re.search(
+        r'srun .*--cpus-per-task="\$SLURM_CPUS_PER_TASK" --exact', text
+    )  # --exact alone takes one core
     assert "mlflow" not in text or "track.uri=" in text
-    assert "$storage" not in re.search(r"track\.uri=(.*)", text)[1]  # SQLite locks badly on a shared file system
+    assert (
+        "$storage" not in re.search(r"track\.uri=(.*)", text)[1]
+    )  # SQLite locks badly on a shared file system
 
 
 def test_every_command_in_the_page_is_one_that_was_run_or_says_that_it_was_not():
-    commands = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S) for line in block.splitlines() if line]
+    commands = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+        for line in block.splitlines()
+        if line
+    ]
     assert len(commands) > 15
     for line in commands:
         words = line.partition("#")[0]
@@ -205,12 +271,19 @@ def test_each_way_takes_three_commands():
 def test_where_the_first_gpu_is_still_to_come_its_size_is_said():
     [job] = of_kind("RayJob")
     [memory] = re.findall(r"cluster\.gpu_memory=(\S+)", job["spec"]["entrypoint"])
-    assert memory in (CLUSTER / "kuberay.yaml").read_text(encoding="utf-8").partition("\napiVersion")[0]
+    assert (
+        memory
+        in (CLUSTER / "kuberay.yaml").read_text(encoding="utf-8").partition("\napiVersion")[0]
+    )
     for title, gib in (("AWS", 44), ("Google Cloud", 22)):  # an L40S, and an L4
         block = re.search(r"```bash\n(.*?)```", PAGE[PAGE.index(f"## {title}") :], re.S)[1]
         [command] = re.findall(r"python launch\.py [^#\n]*", block)
         cluster = composed(command).cluster
-        assert (cluster.gpu_memory, cluster.gpus_per_trial, cluster.patience) == (f"{gib}GiB", "auto", 1200)
+        assert (cluster.gpu_memory, cluster.gpus_per_trial, cluster.patience) == (
+            f"{gib}GiB",
+            "auto",
+            1200,
+        )
 
 
 def test_the_pages_options_of_our_own_programs_exist():
@@ -219,7 +292,9 @@ def test_the_pages_options_of_our_own_programs_exist():
             words = shlex.split(arguments.replace("/storage", "."))
             from importlib import import_module
 
-            parser_of = import_module(program if program == "q3q.trials" else "q3q.track.__main__").main
+            parser_of = import_module(
+                program if program == "q3q.trials" else "q3q.track.__main__"
+            ).main
             with pytest.raises(SystemExit) as stop:
                 parser_of([*words, "--help"])
             assert stop.value.code == 0

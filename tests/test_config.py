@@ -79,7 +79,9 @@ def test_the_yaml_says_what_the_dataclass_says(name):
 
 @pytest.mark.parametrize("name", options("model"))
 def test_every_model_becomes_a_spec(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG)))
+    monkeypatch.setattr(
+        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+    )
     overrides = [f"model={name}", f"storage={tmp_path}"]
     if name == "local":
         overrides.append(f"model.path={schema.DEMO_MODELS / 'dense'}")
@@ -95,7 +97,9 @@ def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
     if name in ("c4", "pile", "wikitext2"):
         plain = schema.load_text
         monkeypatch.setattr(
-            schema, "load_text", lambda source, **rest: plain("file", split="calibration", path=text_file)
+            schema,
+            "load_text",
+            lambda source, **rest: plain("file", split="calibration", path=text_file),
         )
         schema._text.cache_clear()
     path = [f"calibration.path={text_file}".replace(" ", "\\ ")] if name == "file" else []
@@ -109,9 +113,17 @@ def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
 def test_every_evaluation_becomes_a_spec(name, study_data, text_file):
     more = {
         "file": [f"evaluation.path={text_file}".replace(" ", "\\ ")],
-        "tasks": ["evaluation.tasks=[piqa,stories_who]", "evaluation.num_fewshot=0", "evaluation.limit=3"],
+        "tasks": [
+            "evaluation.tasks=[piqa,stories_who]",
+            "evaluation.num_fewshot=0",
+            "evaluation.limit=3",
+        ],
     }.get(name, [])
-    data = [] if name in ("demo", "file", "none") else [f"data.path={study_data}", "evaluation.window=256"]
+    data = (
+        []
+        if name in ("demo", "file", "none")
+        else [f"data.path={study_data}", "evaluation.window=256"]
+    )
     if name in ("paper", "quick"):  # of our own data sets, which are not whole
         data += ["evaluation.task_limit=6", "evaluation.limits={mmlu:2,mmlu_paper:2}"]
     made = spec(f"evaluation={name}", *more, *data)
@@ -134,7 +146,11 @@ def write_task(folder, **settings):
     (folder / "mine.yaml").write_text(json.dumps(task), encoding="utf-8")
     schema._data_sets.cache_clear()
     schema._check_tasks.cache_clear()
-    return ["evaluation=tasks", f"evaluation.tasks=[{task['task']}]", f"evaluation.include_path={folder}"]
+    return [
+        "evaluation=tasks",
+        f"evaluation.tasks=[{task['task']}]",
+        f"evaluation.include_path={folder}",
+    ]
 
 
 def test_a_trial_knows_its_baseline(tmp_path):
@@ -150,14 +166,20 @@ def test_a_trial_knows_its_baseline(tmp_path):
     assert "baseline" not in base.places
     assert "baseline" not in spec("evaluation.baseline=false").places
     assert "baseline" not in spec("evaluation=none").places
-    for change in ("evaluation.limit=3", "evaluation.task_limit=3", "dtype=bfloat16", "model=demo_moe"):
+    for change in (
+        "evaluation.limit=3",
+        "evaluation.task_limit=3",
+        "dtype=bfloat16",
+        "model=demo_moe",
+    ):
         assert spec(change).places["baseline"] not in (base.id, spec(change).id)
     drawn = write_task(tmp_path)  # a task that is not known may show examples
     assert spec(*drawn, "seed=1").places["baseline"] != spec(*drawn, "seed=2").places["baseline"]
 
 
 @pytest.mark.parametrize(
-    "knob", ["evaluation.chat=thinking", "evaluation.limits={stories_who:3}", "evaluation.drift=false"]
+    "knob",
+    ["evaluation.chat=thinking", "evaluation.limits={stories_who:3}", "evaluation.drift=false"],
 )
 def test_how_it_is_evaluated_is_part_of_a_trial(knob, monkeypatch):
     monkeypatch.setattr(schema, "_chat_template", lambda *_: "a template")
@@ -183,33 +205,68 @@ def test_whoever_makes_the_prompts_and_scores_the_answers_is_part_of_a_trial(mon
     assert spec().quantization_id == made.quantization_id
 
 
-GENERATES = {"output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{choices[answer]}}"}
+GENERATES = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{choices[answer]}}",
+}
 GENERATES |= {"doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]}
 
 
 @pytest.mark.parametrize(
     ("settings", "overrides", "words"),
     [
-        ({"task": "piqa"}, [], "mine.yaml defines piqa, which is a name of lm-eval's; give it another"),
+        (
+            {"task": "piqa"},
+            [],
+            "mine.yaml defines piqa, which is a name of lm-eval's; give it another",
+        ),
         ({"task": "stories_who"}, [], "mine.yaml defines stories_who, which is a name of q3q's"),
         ({"task": "gsm8k"}, [], "mine.yaml defines gsm8k, which is a name of lm-eval's"),
-        ({"tag": "ai2_arc"}, ["evaluation.tasks=[ai2_arc]"], "mine.yaml defines ai2_arc, which is a name of lm-eval's"),
+        (
+            {"tag": "ai2_arc"},
+            ["evaluation.tasks=[ai2_arc]"],
+            "mine.yaml defines ai2_arc, which is a name of lm-eval's",
+        ),
         ({"include": "nowhere.yaml"}, [], "mine.yaml cannot be read: FileNotFoundError"),
-        ({"doc_to_text": "{{question"}, [], "mine .*mine.yaml. cannot be loaded: TemplateSyntaxError"),
+        (
+            {"doc_to_text": "{{question"},
+            [],
+            "mine .*mine.yaml. cannot be loaded: TemplateSyntaxError",
+        ),
         ({"output_type": "none"}, [], "mine .*mine.yaml. cannot be loaded: ValueError"),
         ({"metric_list": [{"metric": "no_such"}]}, [], "mine .*mine.yaml. cannot be loaded"),
         ({"doc_to_choice": "{{choices[9]}}"}, [], "mine .*mine.yaml. cannot be loaded"),
-        ({}, ["evaluation.num_fewshot=1"], "mine has no examples but the questions themselves, so it cannot show 1"),
-        ({"num_fewshot": 0, "training_split": "test"}, ["evaluation.num_fewshot=1"], "says num_fewshot: 0 in its file"),
+        (
+            {},
+            ["evaluation.num_fewshot=1"],
+            "mine has no examples but the questions themselves, so it cannot show 1",
+        ),
+        (
+            {"num_fewshot": 0, "training_split": "test"},
+            ["evaluation.num_fewshot=1"],
+            "says num_fewshot: 0 in its file",
+        ),
         ({"unsafe_code": True}, [], "mine runs the code that a model writes"),
         ({"doc_to_image": ["picture"]}, [], "mine shows images or sound"),
-        ({}, ["evaluation.max_gen_toks=9"], "evaluation.max_gen_toks=9: none of evaluation.tasks generates text"),
         (
-            {**GENERATES, "generation_kwargs": {"do_sample": True, "temperature": 0.7, "until": []}},
+            {},
+            ["evaluation.max_gen_toks=9"],
+            "evaluation.max_gen_toks=9: none of evaluation.tasks generates text",
+        ),
+        (
+            {
+                **GENERATES,
+                "generation_kwargs": {"do_sample": True, "temperature": 0.7, "until": []},
+            },
             [],
             "mine wants sampled text",
         ),
-        ({**GENERATES, "generation_kwargs": {"num_beams": 2, "until": []}}, [], "mine sets num_beams"),
+        (
+            {**GENERATES, "generation_kwargs": {"num_beams": 2, "until": []}},
+            [],
+            "mine sets num_beams",
+        ),
         (
             {**GENERATES, "generation_kwargs": {"max_gen_toks": 4096, "until": []}},
             [],
@@ -222,7 +279,9 @@ GENERATES |= {"doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]}
         ),
     ],
 )
-def test_a_task_that_no_trial_could_run_is_refused_before_any_starts(settings, overrides, words, tmp_path, monkeypatch):
+def test_a_task_that_no_trial_could_run_is_refused_before_any_starts(
+    settings, overrides, words, tmp_path, monkeypatch
+):
     monkeypatch.setattr(schema, "_chat_template", lambda *_: "a template")
     with pytest.raises(ConfigError, match=words) as caught:
         spec(*write_task(tmp_path, **settings), *overrides)
@@ -233,10 +292,17 @@ def test_how_much_a_task_may_generate_is_part_of_a_trial(tmp_path, monkeypatch):
     mine = write_task(tmp_path, **GENERATES, generation_kwargs={"max_gen_toks": 4096, "until": []})
     one, other = (spec(*mine, f"evaluation.max_gen_toks={most}") for most in (100, 200))
     assert one.id != other.id
-    monkeypatch.setattr(schema, "_chat_template", lambda *_: "{% if enable_thinking is false %}<think></think>")
-    with pytest.raises(ConfigError, match=r"evaluation.chat=template needs evaluation.max_gen_toks"):
+    monkeypatch.setattr(
+        schema, "_chat_template", lambda *_: "{% if enable_thinking is false %}<think></think>"
+    )
+    with pytest.raises(
+        ConfigError, match=r"evaluation.chat=template needs evaluation.max_gen_toks"
+    ):
         # Qwen3 thinks if it is not told not to.
-        spec(*write_task(tmp_path, **GENERATES, generation_kwargs={"until": []}), "evaluation.chat=template")
+        spec(
+            *write_task(tmp_path, **GENERATES, generation_kwargs={"until": []}),
+            "evaluation.chat=template",
+        )
     assert one.evaluation["generates"] == ["mine"]
     assert one.evaluation["max_gen_toks"] == 100
     assert "evaluation.max_gen_toks=100" in command_of(one)
@@ -253,14 +319,19 @@ def test_a_task_has_one_place_in_the_record(tmp_path):
 def test_a_hub_models_chat_template_is_looked_for_before_any_download(monkeypatch, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     files = {"tokenizer_config.json": tmp_path / "tokenizer_config.json"}
-    monkeypatch.setattr(schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG)))
+    monkeypatch.setattr(
+        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+    )
     monkeypatch.setattr(schema, "fetch_file", lambda source, name, revision: files.get(name))
     with pytest.raises(ConfigError, match="the tokenizer in Qwen/Qwen3-8B has no chat template"):
         spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]")
     schema._chat_template.cache_clear()
     files["chat_template.jinja"] = tmp_path / "chat_template.jinja"
     files["chat_template.jinja"].write_text("{{ messages }}", encoding="utf-8")
-    assert spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]").evaluation["chat"] == "template"
+    assert (
+        spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]").evaluation["chat"]
+        == "template"
+    )
 
 
 @pytest.mark.parametrize("name", options("cluster"))
@@ -269,7 +340,10 @@ def test_every_cluster_composes(name):
 
 
 def test_null_means_the_methods_own_default_and_is_resolved():
-    gptq, awq = (spec(f"method={name}", "calibration.length=null", "calibration.draw=null") for name in ("gptq", "awq"))
+    gptq, awq = (
+        spec(f"method={name}", "calibration.length=null", "calibration.draw=null")
+        for name in ("gptq", "awq")
+    )
     assert (gptq.calibration["length"], gptq.calibration["draw"]) == (2048, "random")
     assert (awq.calibration["length"], awq.calibration["draw"]) == (512, "documents")
     assert gptq.scheme.bits == 4
@@ -279,11 +353,21 @@ def test_null_means_the_methods_own_default_and_is_resolved():
 def test_what_cannot_change_a_number_does_not_change_the_id(tmp_path):
     one = spec("method=gptq", "bits=4")
     assert (
-        one.id == spec("method=gptq", f"storage={tmp_path}", "cluster=existing", "track.uri=http://x", "keep=blocks").id
+        one.id
+        == spec(
+            "method=gptq",
+            f"storage={tmp_path}",
+            "cluster=existing",
+            "track.uri=http://x",
+            "keep=blocks",
+        ).id
     )
     # null and the default it stands for; what a method ignores
     assert one.id == spec("method=gptq", "group_size=128", "symmetric=false").id
-    assert spec("method=none", "bits=4").id == spec("method=none", "bits=3", "calibration.samples=7").id
+    assert (
+        spec("method=none", "bits=4").id
+        == spec("method=none", "bits=3", "calibration.samples=7").id
+    )
     assert spec("method=rtn").id == spec("method=rtn", "calibration.samples=7").id
 
 
@@ -301,13 +385,19 @@ def test_what_cannot_change_a_number_does_not_change_the_id(tmp_path):
 )
 def test_what_can_change_a_number_changes_the_id(change):
     assert (
-        spec("method=gptq", "bits=4").id != spec("method=gptq", "bits=4" if change != "bits=3" else "seed=0", change).id
+        spec("method=gptq", "bits=4").id
+        != spec("method=gptq", "bits=4" if change != "bits=3" else "seed=0", change).id
     )
 
 
 def test_patterns_are_filed_as_what_they_mean():
     plain = spec("method=gptq", "bits=3")
-    mixed = spec("method=gptq", "bits=3", "overrides={blocks.0:{bits:8},*.down:{bits:4}}", "skip=[blocks.5.o]")
+    mixed = spec(
+        "method=gptq",
+        "bits=3",
+        "overrides={blocks.0:{bits:8},*.down:{bits:4}}",
+        "skip=[blocks.5.o]",
+    )
     assert mixed.overrides["blocks.0.self_attn.q_proj"] == {"bits": 8}
     assert mixed.overrides["blocks.0.mlp.down_proj"] == {"bits": 4}  # the last pattern wins
     assert len(mixed.overrides) == 7 + 5
@@ -315,16 +405,25 @@ def test_patterns_are_filed_as_what_they_mean():
     assert mixed.name == "gptq w3 g128 blocks.0:w8 *.down:w4 -blocks.5.o"
     assert mixed.id != plain.id
     same = [
-        ["overrides={blocks.0.*:{bits:8},*.down_proj:{bits:4}}", "skip=[blocks.5.self_attn.o_proj]"],
+        [
+            "overrides={blocks.0.*:{bits:8},*.down_proj:{bits:4}}",
+            "skip=[blocks.5.self_attn.o_proj]",
+        ],
         ["overrides={*:{bits:8},blocks.[1-5]:{bits:3},*.down:{bits:4}}", "skip=[blocks.5.o,*.5.o]"],
-        ["overrides={blocks.0:{bits:8,group_size:128},*.down:{bits:4},blocks.5.o:{bits:2}}", "skip=[blocks.5.o]"],
+        [
+            "overrides={blocks.0:{bits:8,group_size:128},*.down:{bits:4},blocks.5.o:{bits:2}}",
+            "skip=[blocks.5.o]",
+        ],
     ]
     for overrides in same:
         escaped = [one.replace("[1-5]", r"\[1-5\]") for one in overrides]
         assert spec("method=gptq", "bits=3", *escaped).id == mixed.id
     # What changes nothing is not there, in the name neither.
     assert spec("method=gptq", "bits=3", "overrides={*.o:{bits:3}}").to_json() == plain.to_json()
-    assert spec("method=none", "overrides={*.o:{bits:8}}", "skip=[blocks.0]").to_json() == spec("method=none").to_json()
+    assert (
+        spec("method=none", "overrides={*.o:{bits:8}}", "skip=[blocks.0]").to_json()
+        == spec("method=none").to_json()
+    )
 
 
 def test_settings_of_several_patterns_add_up_one_by_one():
@@ -334,7 +433,9 @@ def test_settings_of_several_patterns_add_up_one_by_one():
 
 
 def test_a_block_without_a_star_is_that_block_alone(monkeypatch):
-    monkeypatch.setattr(schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG)))
+    monkeypatch.setattr(
+        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+    )
     one = spec("model=qwen3_8b", "skip=[blocks.1]", "evaluation=none")
     assert {name.split(".")[1] for name in one.skip} == {"1"}
     some = spec("model=qwen3_8b", "skip=[blocks.1?]", "evaluation=none")
@@ -343,7 +444,10 @@ def test_a_block_without_a_star_is_that_block_alone(monkeypatch):
 
 def test_experts_are_one_linear_of_their_site():
     moe = spec("model=demo_moe", "skip=[*.gate_up]", "method=gptq")
-    assert {name.split(".", 2)[2] for name in moe.skip} == {"mlp.experts.gate_proj", "mlp.experts.up_proj"}
+    assert {name.split(".", 2)[2] for name in moe.skip} == {
+        "mlp.experts.gate_proj",
+        "mlp.experts.up_proj",
+    }
 
 
 def test_sites_of_patterns_are_the_models_sites():
@@ -351,8 +455,14 @@ def test_sites_of_patterns_are_the_models_sites():
         facts = schema.facts_of(compose("config", [f"model={model}"]))
         for k in range(facts.layers):
             block = block_class(facts, k)
-            expected = {weight.removesuffix(".weight"): site.name for site in block.sites for weight in site.weights}
-            mine = {linear.name: linear.site for linear in linears(facts).values() if linear.block == k}
+            expected = {
+                weight.removesuffix(".weight"): site.name
+                for site in block.sites
+                for weight in site.weights
+            }
+            mine = {
+                linear.name: linear.site for linear in linears(facts).values() if linear.block == k
+            }
             assert mine == expected
 
 
@@ -363,7 +473,9 @@ def test_a_skip_list_that_leaves_nothing_needs_no_text():
 
 
 def test_head_and_embedding_of_a_model_that_does_not_tie_them(monkeypatch):
-    monkeypatch.setattr(schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG)))
+    monkeypatch.setattr(
+        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+    )
     alone = spec("model=qwen3_8b", "head_bits=8", "evaluation=none")
     assert (alone.head_bits, alone.embedding_bits) == (8, None)
     assert alone.name == "rtn w4 g128 head:w8"
@@ -377,7 +489,10 @@ def test_head_and_embedding_of_a_model_that_does_not_tie_them(monkeypatch):
             """'overrides={blocks.0: {bits: 8, symmetric: true}, *.down: {group_size: 64}}'""",
             "blocks.0:w8sym *.down:g64",
         ),
-        ("""'overrides={"blocks.[0-2]":{bits:8}}' 'skip=["*.o",blocks.5]'""", "blocks.[0-2]:w8 -*.o -blocks.5"),
+        (
+            """'overrides={"blocks.[0-2]":{bits:8}}' 'skip=["*.o",blocks.5]'""",
+            "blocks.[0-2]:w8 -*.o -blocks.5",
+        ),
     ],
 )
 def test_what_a_shell_hands_over_is_understood(words, meaning):
@@ -389,7 +504,9 @@ def test_a_grid_leaves_out_what_makes_no_sense_and_counts_it():
     given = OverridesParser.create().parse_overrides(["method=gptq,billm", "bits=1,4"])
     jobs = []
     for number, overrides in enumerate(itertools.product(*map(_choices, given))):
-        jobs.append(Job(number=number, overrides=overrides, config=compose("config", list(overrides))))
+        jobs.append(
+            Job(number=number, overrides=overrides, config=compose("config", list(overrides)))
+        )
     trials, left_out = resolve(jobs)
     assert [mine.spec.name for mine in trials.values()] == ["gptq w4 g128", "billm w1 g128"]
     assert left_out == (
@@ -414,7 +531,11 @@ def test_a_new_evaluation_keeps_the_quantization():
     [
         (["bits=0"], ConfigError, "bits=0 is out of range: give 1 to 8"),
         (["bits=9"], ConfigError, "bits=9 is out of range"),
-        (["bits=1", "method=gptq"], IncompatibleError, "method=gptq cannot do bits=1; it takes 2 to 8"),
+        (
+            ["bits=1", "method=gptq"],
+            IncompatibleError,
+            "method=gptq cannot do bits=1; it takes 2 to 8",
+        ),
         (
             ["group_size=96"],
             ConfigError,
@@ -423,7 +544,11 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["group_size=0"], ConfigError, "group_size=0"),
         (["act_bits=1"], ConfigError, "act_bits=1"),
         (["method=none", "act_bits=8"], IncompatibleError, "quantizes nothing"),
-        (["overrides={*.dwon:{bits:8}}"], ConfigError, r"overrides: \*.dwon matches nothing .*did you mean \*.down "),
+        (
+            ["overrides={*.dwon:{bits:8}}"],
+            ConfigError,
+            r"overrides: \*.dwon matches nothing .*did you mean \*.down ",
+        ),
         (
             ["skip=[blocks.6]"],
             ConfigError,
@@ -432,7 +557,11 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["skip=[lm_head]"], ConfigError, "skip: lm_head is not in a block; .*head_bits"),
         (["overrides={*.o:{bits:9}}"], ConfigError, r"overrides: \*.o: bits=9 is out of range"),
         (["overrides={*.o:{group_size:0}}"], ConfigError, r"overrides: \*.o: group_size=0"),
-        (["overrides={*.o:{}}"], ConfigError, r"overrides: \*.o says nothing; give bits, group_size or symmetric"),
+        (
+            ["overrides={*.o:{}}"],
+            ConfigError,
+            r"overrides: \*.o says nothing; give bits, group_size or symmetric",
+        ),
         (
             ["overrides={blocks.0:{group_size:96},*.down:{group_size:512}}"],
             ConfigError,
@@ -450,10 +579,18 @@ def test_a_new_evaluation_keeps_the_quantization():
             "give qkv of block 3 one setting",
         ),
         (["skip=[*]"], IncompatibleError, "leaves nothing to quantize: that is method=none"),
-        (["storage=nowhere://bucket/x"], ConfigError, "storage=nowhere://bucket/x is of no kind that fsspec knows"),
+        (
+            ["storage=nowhere://bucket/x"],
+            ConfigError,
+            "storage=nowhere://bucket/x is of no kind that fsspec knows",
+        ),
         (["storage=memory://x"], ConfigError, "only one of two processes gets"),
         (["skip=[*.q_proj]", "act_bits=8"], IncompatibleError, "skip all of .*, or none"),
-        (["head_bits=8"], IncompatibleError, "demo ties head and embedding.*head_bits=8 must be two equal"),
+        (
+            ["head_bits=8"],
+            IncompatibleError,
+            "demo ties head and embedding.*head_bits=8 must be two equal",
+        ),
         (["head_bits=8", "embedding_bits=4"], IncompatibleError, "ties head and embedding"),
         (["head_bits=9", "embedding_bits=9"], ConfigError, "head_bits=9 is out of range"),
         (["method=none", "head_bits=8", "embedding_bits=8"], IncompatibleError, "method=rtn skip="),
@@ -466,10 +603,18 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["model=local", "model.path=/nowhere"], CheckpointError, "/nowhere is not a folder"),
         (["model=qwen3_8b"], CheckpointError, "model=local model.path=DIR"),
         (["method=gptq", "calibration=file"], CalibrationError, "calibration.path=FILE"),
-        (["method=gptq", "calibration=file", "calibration.path=/nowhere.txt"], CalibrationError, "no such file"),
+        (
+            ["method=gptq", "calibration=file", "calibration.path=/nowhere.txt"],
+            CalibrationError,
+            "no such file",
+        ),
         (["method=gptq", "calibration.draw=rnadom"], ConfigError, "did you mean random"),
         (["method=gptq", "calibration.samples=0"], ConfigError, "calibration.samples=0"),
-        (["method=gptq", "calibration=file", "calibration.path=SHORT"], CalibrationError, "SHORT.*2048|tokens"),
+        (
+            ["method=gptq", "calibration=file", "calibration.path=SHORT"],
+            CalibrationError,
+            "SHORT.*2048|tokens",
+        ),
         (["evaluation=file", "evaluation.path=SHORT"], CalibrationError, "tokens"),
         (["evaluation=file", "evaluation.path=EMPTY"], CalibrationError, "holds no text"),
         *(
@@ -480,7 +625,11 @@ def test_a_new_evaluation_keeps_the_quantization():
             )
             for name in ("wikitext2.txt", "c4.txt", "stories.txt", "library.txt")
         ),
-        (["evaluation.texts=[library,demo,library]"], ConfigError, "texts: library is there more than once"),
+        (
+            ["evaluation.texts=[library,demo,library]"],
+            ConfigError,
+            "texts: library is there more than once",
+        ),
         (
             ["evaluation.texts=[file,file]", "evaluation.path=NAMED/demo.txt"],
             ConfigError,
@@ -495,7 +644,11 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["evaluation.limits={stories_who:0}"], ConfigError, "0 is too few"),
         (["evaluation.drift_windows=0"], ConfigError, "evaluation.drift_windows=0: give 1 or more"),
         (["evaluation.quick=true", "evaluation.limit=null"], ConfigError, "give evaluation.limit"),
-        (["evaluation=tasks", "evaluation.tasks=[mmlu_paper]", "evaluation.num_fewshot=0"], ConfigError, "not 0; mmlu"),
+        (
+            ["evaluation=tasks", "evaluation.tasks=[mmlu_paper]", "evaluation.num_fewshot=0"],
+            ConfigError,
+            "not 0; mmlu",
+        ),
         (
             ["evaluation=tasks", "evaluation.tasks=[piqa]", "data.path=/nowhere"],
             ConfigError,
@@ -506,9 +659,21 @@ def test_a_new_evaluation_keeps_the_quantization():
             ConfigError,
             "baber/piqa is neither .* data.path=DIR with DIR/piqa",
         ),
-        (["evaluation=paper"], CalibrationError, "Salesforce/wikitext.*data.path=DIR with DIR/wikitext2"),
-        (["evaluation.include_path=/nowhere"], ConfigError, "include_path=/nowhere is not a folder"),
-        (["evaluation.texts=[wikitext]"], CalibrationError, "did you mean 'wikitext2'|did you mean wikitext2"),
+        (
+            ["evaluation=paper"],
+            CalibrationError,
+            "Salesforce/wikitext.*data.path=DIR with DIR/wikitext2",
+        ),
+        (
+            ["evaluation.include_path=/nowhere"],
+            ConfigError,
+            "include_path=/nowhere is not a folder",
+        ),
+        (
+            ["evaluation.texts=[wikitext]"],
+            CalibrationError,
+            "did you mean 'wikitext2'|did you mean wikitext2",
+        ),
     ],
 )
 def test_bad_values_are_refused_in_one_line(overrides, error, words, tmp_path):
@@ -516,8 +681,13 @@ def test_bad_values_are_refused_in_one_line(overrides, error, words, tmp_path):
     (tmp_path / "EMPTY").write_text("", encoding="utf-8")
     overrides = [one.replace("[0-2]", r"\[0-2\]") for one in overrides]
     for name in ("wikitext2", "c4", "stories", "library", "demo"):
-        (tmp_path / f"{name}.txt").write_text("Long enough for two windows. " * 1000, encoding="utf-8")
-    overrides = [one.replace("SHORT", f"{tmp_path}/SHORT").replace("EMPTY", f"{tmp_path}/EMPTY") for one in overrides]
+        (tmp_path / f"{name}.txt").write_text(
+            "Long enough for two windows. " * 1000, encoding="utf-8"
+        )
+    overrides = [
+        one.replace("SHORT", f"{tmp_path}/SHORT").replace("EMPTY", f"{tmp_path}/EMPTY")
+        for one in overrides
+    ]
     overrides = [one.replace("NAMED", str(tmp_path)) for one in overrides]
     with pytest.raises(error, match=words) as caught:
         spec(*overrides)
@@ -525,7 +695,9 @@ def test_bad_values_are_refused_in_one_line(overrides, error, words, tmp_path):
 
 
 def test_a_text_too_short_for_a_hub_model_is_refused_before_any_download(monkeypatch, tmp_path):
-    monkeypatch.setattr(schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG)))
+    monkeypatch.setattr(
+        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+    )
     (tmp_path / "short.txt").write_text("Too short for a window.", encoding="utf-8")
     file = ["calibration=file", f"calibration.path={tmp_path}/short.txt"]
     with pytest.raises(CalibrationError, match="short has 23 bytes, so fewer than the 2048 tokens"):

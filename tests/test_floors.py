@@ -72,7 +72,9 @@ DOORS = {
 
 
 def modules():
-    for path in sorted([*ROOT.glob("q3q/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py"), ROOT / "launch.py"]):
+    for path in sorted(
+        [*ROOT.glob("q3q/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py"), ROOT / "launch.py"]
+    ):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         if name not in ("q3q", "q3q.sweep", "q3q.evaluate.tasks.story_questions"):
             yield name, path
@@ -102,7 +104,9 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_imports_go_down(name, path):
     mine = room(name)
     assert mine is not None, f"{name} has no floor"
@@ -116,12 +120,16 @@ def test_imports_go_down(name, path):
             assert allowed, f"{name} imports its neighbour {imported}"
 
 
-@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_third_party_libraries_enter_by_their_door(name, path):
     for imported in imports(path):
         library = imported.partition(".")[0]
         if library in DOORS:
-            assert any(name == door or name.startswith(door + ".") for door in DOORS[library]), f"{name}: {imported}"
+            assert any(name == door or name.startswith(door + ".") for door in DOORS[library]), (
+                f"{name}: {imported}"
+            )
 
 
 @pytest.mark.parametrize(
@@ -134,5 +142,7 @@ def test_third_party_libraries_enter_by_their_door(name, path):
 )
 def test_light_modules_stay_light(module, unwanted):
     code = f"import sys, {module}; print([m for m in {unwanted} if m in sys.modules])"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert shown.stdout.strip() == "[]"

@@ -28,7 +28,9 @@ def command(*arguments, **environment):
 
 
 def launch(storage, model, *arguments, **environment):
-    return command("launch.py", *arguments, *SMALL, f"model.path={model}", f"storage={storage}", **environment)
+    return command(
+        "launch.py", *arguments, *SMALL, f"model.path={model}", f"storage={storage}", **environment
+    )
 
 
 def test_a_trial_alone_keeps_to_its_share_and_goes_on_where_its_storage_was_moved(tiny, tmp_path):  # noqa: F811
@@ -38,7 +40,11 @@ def test_a_trial_alone_keeps_to_its_share_and_goes_on_where_its_storage_was_move
     assert code == 0, errors
     [record] = records(first).values()
     share, planned = record["spec"]["places"]["share"], record["environment"]["planned"]
-    assert share == {"gpus": 0, "loader": "resident", "memory": record["environment"]["loading"]["memory"]}
+    assert share == {
+        "gpus": 0,
+        "loader": "resident",
+        "memory": record["environment"]["loading"]["memory"],
+    }
     assert record["environment"]["loading"]["needs"] == planned["memory"] <= share["memory"]
     assert record["environment"]["hardware"]["threads"] == planned["cpus"] == 1
     first.rename(second)
@@ -62,7 +68,9 @@ def test_a_storage_that_is_a_file_is_said_in_a_line(tiny, tmp_path, how):  # noq
     assert "Not a directory. storage= must be a folder" in line
 
 
-@pytest.mark.parametrize("asked", ["cluster.ranks_per_trial=2", "cluster.gpus_per_trial=4", "cluster=existing"])
+@pytest.mark.parametrize(
+    "asked", ["cluster.ranks_per_trial=2", "cluster.gpus_per_trial=4", "cluster=existing"]
+)
 def test_what_takes_a_sweep_is_not_run_alone(tiny, tmp_path, asked):  # noqa: F811
     code, _, errors = launch(tmp_path, tiny, "method=rtn", "bits=3", asked)
     [line] = errors.splitlines()
@@ -87,7 +95,13 @@ def test_a_trial_that_was_planned_on_a_gpu_fails_clearly_where_there_is_none(tin
     given = json.dumps({**spec, "places": {**spec["places"], "share": share}})
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-c", run], cwd=ROOT, input=given, capture_output=True, text=True, env=environment, check=True
+        [sys.executable, "-c", run],
+        cwd=ROOT,
+        input=given,
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
     assert done.stdout.startswith("FAILED this trial was planned on a GPU, and on ")
     assert "cluster.gpus_per_trial=0" in done.stdout
@@ -95,10 +109,14 @@ def test_a_trial_that_was_planned_on_a_gpu_fails_clearly_where_there_is_none(tin
 
 def test_a_share_of_a_gpu_bounds_what_torch_allocates(monkeypatch):
     told = []
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9)
+    )
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", told.append)
     keep_to_share(0.25)
-    assert 4 * (told[0] * 80e9 + PROCESS_BYTES["cuda"]) == pytest.approx(80e9)  # four of them, and what else they take
+    assert 4 * (told[0] * 80e9 + PROCESS_BYTES["cuda"]) == pytest.approx(
+        80e9
+    )  # four of them, and what else they take
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -381,7 +381,12 @@ def test_places_are_those_of_the_machine_that_reads_them(monkeypatch, tmp_path):
         calibration=None,
         evaluation={},
         seed=0,
-        places={"trials": str(there / "trials"), "export": str(there / "exports/x"), "store": url, "keep": "none"},
+        places={
+            "trials": str(there / "trials"),
+            "export": str(there / "exports/x"),
+            "store": url,
+            "keep": "none",
+        },
     )
     monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path))
     here = TrialSpec.from_json(spec.to_json())

@@ -55,13 +55,19 @@ class Plain:
 """
 
 
-def pretend_to_install(folder: Path, package: str, points: dict[str, str], version: str = "1.0") -> None:
+def pretend_to_install(
+    folder: Path, package: str, points: dict[str, str], version: str = "1.0"
+) -> None:
     """What an installer leaves of a package's metadata."""
     info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", encoding="utf-8")
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", encoding="utf-8"
+    )
     lines = [f"{name} = {value}" for name, value in points.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[q3q.methods]", *lines, ""]), encoding="utf-8")
+    (info / "entry_points.txt").write_text(
+        "\n".join(["[q3q.methods]", *lines, ""]), encoding="utf-8"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +79,21 @@ def installed(tmp_path_factory):
         path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(body, encoding="utf-8")
-    assert sorted(path.name for path in source.iterdir()) == ["pyproject.toml", "q3q_tiny", "test_tiny.py"]
-    install = ["pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    assert sorted(path.name for path in source.iterdir()) == [
+        "pyproject.toml",
+        "q3q_tiny",
+        "test_tiny.py",
+    ]
+    install = [
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        str(target),
+    ]
     subprocess.run([sys.executable, "-m", *install, str(source)], check=True, timeout=120)
     pretend_to_install(target, "q3q-broken", {"broken": "q3q_broken.settings:Broken"})
     return source, target
@@ -103,9 +122,19 @@ WARNING = "q3q: method=broken of the package q3q-broken 1.0 cannot be used: q3q_
 
 def test_the_guides_test_passes(installed):
     source, target = installed
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(source / "test_tiny.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        str(source / "test_tiny.py"),
+    ]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
-    ran = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, timeout=120, check=False)
+    ran = subprocess.run(
+        command, cwd=source, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert ran.returncode == 0, ran.stdout
     assert "1 passed" in ran.stdout
 
@@ -116,15 +145,29 @@ def test_an_installed_method_runs_from_the_command_line_and_on_ray(installed, tm
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr.count(WARNING) == 1
     tiny = records(tmp_path)["tiny"]
-    assert tiny["spec"]["method"] == {"name": "tiny", "shrinks": 7, "version": 1, "package": "q3q-tiny 0.1.0"}
+    assert tiny["spec"]["method"] == {
+        "name": "tiny",
+        "shrinks": 7,
+        "version": 1,
+        "package": "q3q-tiny 0.1.0",
+    }
     assert tiny["spec"]["scheme"]["group_size"] == 64
     assert tiny["status"] == "COMPLETED"
 
-    swept = launch(installed[1], "-m", "method=tiny,rtn", f"storage={tmp_path / 'ray'}", "group_size=64", *SMALL)
+    swept = launch(
+        installed[1],
+        "-m",
+        "method=tiny,rtn",
+        f"storage={tmp_path / 'ray'}",
+        "group_size=64",
+        *SMALL,
+    )
     assert swept.returncode == 0, swept.stderr
     assert swept.stderr.count(WARNING) == 1
     both = records(tmp_path / "ray")
-    errors = {name: sum(site["weight_error"] for site in record["sites"]) for name, record in both.items()}
+    errors = {
+        name: sum(site["weight_error"] for site in record["sites"]) for name, record in both.items()
+    }
     assert errors["tiny"] < errors["rtn"]  # it did something
 
 
@@ -132,7 +175,9 @@ def test_an_installed_method_is_shown_and_a_broken_one_refused_when_asked_for(in
     assert re.search(r"method: .*\btiny\b", launch(installed[1], "--help").stdout)
     refused = launch(installed[1], "-m", "method=broken,rtn", f"storage={tmp_path}", *SMALL)
     assert refused.returncode == 2
-    assert refused.stderr.strip() == f"{WARNING} (ModuleNotFoundError: No module named 'q3q_broken')"
+    assert (
+        refused.stderr.strip() == f"{WARNING} (ModuleNotFoundError: No module named 'q3q_broken')"
+    )
     assert not list(tmp_path.rglob("record.json"))
 
 
@@ -173,10 +218,13 @@ def test_the_packages_version_is_part_of_what_a_trial_is(outside, tmp_path):
     second = spec("method=fine", "method.knob=2")
     assert second.id != first.id
     with pytest.raises(
-        ConfigError, match=r"needs method=fine of outside 1\.0 on this machine; here is that of outside 1\.1"
+        ConfigError,
+        match=r"needs method=fine of outside 1\.0 on this machine; here is that of outside 1\.1",
     ):
         registry.settings_of(first.method)
-    with pytest.raises(ConfigError, match=r"method=fine of outside 1\.1: outside_methods:Nowhere is not there"):
+    with pytest.raises(
+        ConfigError, match=r"method=fine of outside 1\.1: outside_methods:Nowhere is not there"
+    ):
         build_method(second)
 
 
@@ -185,14 +233,24 @@ def test_the_packages_version_is_part_of_what_a_trial_is(outside, tmp_path):
     [
         ("gone", "outside_methods:Gone", r"does not load \(AttributeError: "),
         ("plain", "outside_methods:Plain", "is not a dataclass derived from MethodSettings"),
-        ("wrong", "outside_methods:WrongName", 'must say name: str = "wrong", as its entry point does'),
-        ("reserved", "outside_methods:Reserved", "has a setting named version, which q3q uses itself"),
+        (
+            "wrong",
+            "outside_methods:WrongName",
+            'must say name: str = "wrong", as its entry point does',
+        ),
+        (
+            "reserved",
+            "outside_methods:Reserved",
+            "has a setting named version, which q3q uses itself",
+        ),
         ("unheld", "outside_methods:Unheld", "has a setting of a type that a config cannot hold"),
         ("nothing", "outside_methods:Nothing", "must say implementation"),
         ("gptq", "outside_methods:Fine", "q3q has a method of that name itself"),
     ],
 )
-def test_what_cannot_be_used_is_named_warned_of_and_refused_when_asked_for(outside, capsys, name, value, why):
+def test_what_cannot_be_used_is_named_warned_of_and_refused_when_asked_for(
+    outside, capsys, name, value, why
+):
     outside({name: value, "fine": "outside_methods:Fine"})
     with pytest.raises(
         ConfigError, match=f"method={name} of the package outside 1.0 cannot be used: .*{why}"
@@ -208,6 +266,7 @@ def test_two_packages_with_one_name_are_refused(outside):
     outside({"fine": "outside_methods:Fine"})
     outside({"fine": "outside_methods:Fine"}, package="another")
     with pytest.raises(
-        ConfigError, match=r"offered by another 1\.0 and by outside 1\.0|by outside 1\.0 and by another 1\.0"
+        ConfigError,
+        match=r"offered by another 1\.0 and by outside 1\.0|by outside 1\.0 and by another 1\.0",
     ):
         spec("method=fine")

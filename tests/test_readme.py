@@ -14,26 +14,38 @@ from q3q import config as schema
 from q3q.sweep.sweeper import _choices
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "q3q/models/demo/README.md"]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "q3q/models/demo/README.md",
+]
 COMMANDS = sorted(
     {
         (page.name, command)
         for page in PAGES
-        for command in re.findall(r"(?m)python launch\.py ([^`\n#]+)", page.read_text(encoding="utf-8"))
+        for command in re.findall(
+            r"(?m)python launch\.py ([^`\n#]+)", page.read_text(encoding="utf-8")
+        )
     }
 )
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_every_launch_command_composes(page, command):
-    words = [word for word in shlex.split(command) if not word.startswith("-") and word not in ("job", "...")]
+    words = [
+        word
+        for word in shlex.split(command)
+        if not word.startswith("-") and word not in ("job", "...")
+    ]
     schema.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for override in OverridesParser.create().parse_overrides(words):
             for choice in _choices(override):
                 compose("config", [choice])
-        compose("config", [_choices(one)[0] for one in OverridesParser.create().parse_overrides(words)])
+        compose(
+            "config", [_choices(one)[0] for one in OverridesParser.create().parse_overrides(words)]
+        )
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "ui"])

@@ -101,7 +101,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def launch(*arguments: str, checked: bool = True) -> "subprocess.CompletedProcess[str]":
     start = ["launch.py"] if checked else ["-c", WITHOUT_THE_CHECK, "launch.py"]
     return subprocess.run(
-        [sys.executable, *start, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, *start, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
 
 
@@ -152,12 +157,16 @@ def test_plain_words_stay(text):
 
 def spec() -> TrialSpec:
     method = {"name": "none", "version": 1}
-    return TrialSpec(model={"name": "demo"}, method=method, scheme=None, calibration=None, evaluation={}, seed=0)
+    return TrialSpec(
+        model={"name": "demo"}, method=method, scheme=None, calibration=None, evaluation={}, seed=0
+    )
 
 
 def test_records_of_failures_hold_no_secret():
     uri = f"http://ada:{SECRET}@tracker"
-    record = TrialRecord.failed(spec(), f"no answer from {uri}", {"traceback": f"open({uri!r})", "git_commit": None})
+    record = TrialRecord.failed(
+        spec(), f"no answer from {uri}", {"traceback": f"open({uri!r})", "git_commit": None}
+    )
     assert SECRET not in json.dumps(record.to_json())
     assert "no answer from http://***@tracker" in record.reason
 
@@ -179,9 +188,15 @@ def test_what_a_sweep_keeps_and_tells_its_tracker_holds_no_secret(tmp_path, monk
     with running_study(settings, [record.spec], f"python launch.py track.uri={uri}", {}) as study:
         record.save()
         study.finished(record)
-    kept = [path.read_text() for path in tmp_path.rglob("*") if path.suffix in (".json", ".md", ".html", ".yaml")]
+    kept = [
+        path.read_text()
+        for path in tmp_path.rglob("*")
+        if path.suffix in (".json", ".md", ".html", ".yaml")
+    ]
     assert any("http://***@tracker:5000" in text for text in kept)
-    told = json.dumps([tracker.sweep.to_json(), {name: str(content) for name, content in tracker.closing.items()}])
+    told = json.dumps(
+        [tracker.sweep.to_json(), {name: str(content) for name, content in tracker.closing.items()}]
+    )
     assert "http://***@tracker:5000" in told
     assert SECRET not in "".join([*kept, told, *capsys.readouterr()])
 
@@ -209,10 +224,14 @@ def test_a_pickled_checkpoint_is_refused_by_name(model):
         Checkpoint(model)
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/../../b", "..", "C:\\x", "a\0b"])
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "/etc/passwd", "a/../../b", "..", "C:\\x", "a\0b"]
+)
 def test_an_index_cannot_lead_out_of_its_folder(model, shard):
     (model / "model.safetensors").unlink()
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": shard}}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": shard}})
+    )
     with pytest.raises(ConfigError, match="beside its index"):
         Checkpoint(model)
 
@@ -227,10 +246,16 @@ def without_token(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("without_token")
 def test_a_cluster_is_not_joined_without_a_token_unless_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(cluster_module, "ANSWER_SECONDS", 0.1)
-    with Cluster("127.0.0.1:1") as nowhere, pytest.raises(ConfigError, match="joined with a token, and none is here"):
+    with (
+        Cluster("127.0.0.1:1") as nowhere,
+        pytest.raises(ConfigError, match="joined with a token, and none is here"),
+    ):
         nowhere.total()
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with Cluster("127.0.0.1:1") as nowhere, pytest.raises(ConfigError, match="no Ray cluster answers"):
+    with (
+        Cluster("127.0.0.1:1") as nowhere,
+        pytest.raises(ConfigError, match="no Ray cluster answers"),
+    ):
         nowhere.total()
 
 
@@ -268,7 +293,12 @@ with Cluster(cpus=1) as cluster:
 def test_the_sweeps_own_ray_wants_its_token_and_is_on_loopback_alone(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", LOCAL_CLUSTER], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", LOCAL_CLUSTER],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     (mode, token), listening, with_token, with_another = json.loads(done.stdout.splitlines()[-1])

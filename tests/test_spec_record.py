@@ -6,7 +6,15 @@ import math
 import pytest
 
 from q3q.errors import ConfigError
-from q3q.record import Check, SiteError, TrialRecord, blocks_folder, forget_progress, trial_folder, write_atomically
+from q3q.record import (
+    Check,
+    SiteError,
+    TrialRecord,
+    blocks_folder,
+    forget_progress,
+    trial_folder,
+    write_atomically,
+)
 from q3q.spec import Scheme, Schemes, TrialSpec
 
 MIXED = {
@@ -14,7 +22,10 @@ MIXED = {
     "skip": ("blocks.1.self_attn.o_proj",),
     "head_bits": 8,
     "embedding_bits": 4,
-    "rules": {"overrides": {"blocks.0.down": {"bits": 8, "symmetric": True}}, "skip": ["blocks.1.o"]},
+    "rules": {
+        "overrides": {"blocks.0.down": {"bits": 8, "symmetric": True}},
+        "skip": ["blocks.1.o"],
+    },
 }
 
 
@@ -37,7 +48,11 @@ def record(**changed) -> TrialRecord:
         "metrics": {"perplexity/stories": 2.5},
         "intervals": {"perplexity/stories": (2.4, 2.6)},
         "diverged": ("perplexity/library",),
-        "sites": (SiteError(block=0, site="qkv", linear="self_attn.q_proj", weight_error=0.1, output_error=None),),
+        "sites": (
+            SiteError(
+                block=0, site="qkv", linear="self_attn.q_proj", weight_error=0.1, output_error=None
+            ),
+        ),
         "checks": (Check(name="finite", passed=True, detail=""),),
     }
     return TrialRecord(**{**given, **changed})
@@ -52,16 +67,23 @@ def test_an_id_is_the_same_for_equal_specs_and_does_not_see_places():
     assert spec().id == TrialSpec.from_json(json.loads(json.dumps(spec().to_json()))).id
 
 
-@pytest.mark.parametrize("field", ["model", "method", "calibration", "evaluation", "seed", "scheme"])
+@pytest.mark.parametrize(
+    "field", ["model", "method", "calibration", "evaluation", "seed", "scheme"]
+)
 def test_every_part_of_a_spec_counts(field):
     changed = {"scheme": None, "seed": 1}.get(field, {"name": "other"})
     assert spec(**{field: changed}).id != spec().id
-    assert (spec(**{field: changed}).quantization_id == spec().quantization_id) == (field == "evaluation")
+    assert (spec(**{field: changed}).quantization_id == spec().quantization_id) == (
+        field == "evaluation"
+    )
 
 
 def test_names_are_for_people():
     assert spec().name == "gptq w3 g128"
-    assert spec(scheme=Scheme(bits=4, group_size=-1, symmetric=True, act_bits=8)).name == "gptq w4a8 pc"
+    assert (
+        spec(scheme=Scheme(bits=4, group_size=-1, symmetric=True, act_bits=8)).name
+        == "gptq w4a8 pc"
+    )
     assert spec(scheme=None, method={"name": "none"}).name == "none"
 
 
@@ -82,7 +104,11 @@ def test_schemes_say_how_each_linear_is_stored():
     schemes = spec(**MIXED).schemes
     assert schemes.of("blocks.0.mlp.down_proj") == Scheme(bits=8, group_size=128, symmetric=True)
     assert schemes.of("blocks.1.self_attn.o_proj") is None
-    assert schemes.of("blocks.1.mlp.down_proj") == schemes.base == Scheme(bits=3, group_size=128, symmetric=False)
+    assert (
+        schemes.of("blocks.1.mlp.down_proj")
+        == schemes.base
+        == Scheme(bits=3, group_size=128, symmetric=False)
+    )
     assert (schemes.head.bits, schemes.embedding.bits) == (8, 4)
     assert spec().schemes == Schemes(spec().scheme, skip=frozenset())
     assert spec(scheme=None).schemes is None
@@ -101,7 +127,9 @@ def test_flat_params_are_dotted():
     assert not any(key.startswith("places") for key in flat)
 
 
-@pytest.mark.parametrize("wrong", [{"bits": 0}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"act_bits": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"bits": 0}, {"bits": 9}, {"group_size": 0}, {"group_size": -2}, {"act_bits": 1}]
+)
 def test_a_scheme_checks_itself_at_birth(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
         Scheme(**{"bits": 4, "group_size": 128, "symmetric": False, **wrong})
@@ -134,7 +162,9 @@ def test_a_metric_that_is_not_finite_is_refused(value):
 def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
-    monkeypatch.setattr("q3q.record.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        "q3q.record.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"

@@ -49,7 +49,9 @@ def test_the_paper_study_is_the_papers_grid_and_nothing_else() -> None:
     printed = {(it.model, it.method, it.bits, it.act_bits, it.group) for it in published()}
     meant = []
     for job in jobs(rows_of("paper")):
-        model = str(OmegaConf.load(ROOT / f"conf/model/{job['model']}.yaml").source).partition("/")[2]
+        model = str(OmegaConf.load(ROOT / f"conf/model/{job['model']}.yaml").source).partition("/")[
+            2
+        ]
         method, quantized = METHODS[job["method"]], job["method"] != "none"
         bits, group = int(job.get("bits", 16)), GROUPS[int(job["group_size"])] if quantized else ""
         meant.append((model, method, bits, int(job.get("act_bits", 16)), group))
@@ -105,7 +107,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("hub")
-def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compared(tmp_path: Path) -> None:
+def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compared(
+    tmp_path: Path,
+) -> None:
     """From the yaml to the plan: none is another's twin, none left out, none departs from the paper's protocol."""
     schema.register()
     GlobalHydra.instance().clear()
@@ -116,7 +120,9 @@ def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compa
                 overrides=words,
                 config=compose("config", ["+study=paper", f"storage={tmp_path}", *words]),
             )
-            for number, words in enumerate(tuple(f"{k}={v}" for k, v in job.items()) for job in jobs(rows_of("paper")))
+            for number, words in enumerate(
+                tuple(f"{k}={v}" for k, v in job.items()) for job in jobs(rows_of("paper"))
+            )
         ]
     trials, left_out = resolve(composed)
     assert (len(trials), left_out) == (239, "")
@@ -124,7 +130,13 @@ def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compa
     assert len({cell_of(spec) for spec in specs}) == 239
     assert None not in map(cell_of, specs)
     for spec in specs:
-        for metric in ("perplexity/wikitext2", "perplexity/c4", "piqa/acc", "mmlu/acc", "mmlu_paper/acc"):
+        for metric in (
+            "perplexity/wikitext2",
+            "perplexity/c4",
+            "piqa/acc",
+            "mmlu/acc",
+            "mmlu_paper/acc",
+        ):
             assert departures(spec, metric) == (), spec.name
     machine = Machine(cpus=128, gpus=8, memory=1 << 40, gpu_memory=80 << 30)
     wishes = wishes_of(composed[0].config.cluster.get)
@@ -144,7 +156,9 @@ def test_every_study_says_what_it_asks_and_composes(study: str) -> None:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for job in [tuple(job.items()) for job in jobs(rows_of(study))[::17]]:
-            config = compose("config", [f"+study={study}", *(f"{key}={value}" for key, value in job)])
+            config = compose(
+                "config", [f"+study={study}", *(f"{key}={value}" for key, value in job)]
+            )
             assert (config.name, bool(config.question)) == (study, True)
 
 
@@ -154,7 +168,9 @@ def test_a_study_can_be_narrowed_to_some_of_its_own_values() -> None:
         rows_of("paper"),
         parse("+study=paper", "model=qwen3_8b,qwen3_32b", "method=gptq,smoothquant", "bits=4"),
     )
-    kept = [(job["model"], job["method"], job["group_size"], job.get("act_bits")) for job in jobs(rows)]
+    kept = [
+        (job["model"], job["method"], job["group_size"], job.get("act_bits")) for job in jobs(rows)
+    ]
     assert kept == [
         ("qwen3_8b", "gptq", "-1", None),
         ("qwen3_8b", "gptq", "128", None),
@@ -168,7 +184,14 @@ def test_a_study_can_be_narrowed_to_some_of_its_own_values() -> None:
 @pytest.mark.parametrize(
     "word",
     [
-        *("bits=5", "bits=4,5", "group_size=64", "seed=1", "calibration=pile", "method.damping=0.1"),
+        *(
+            "bits=5",
+            "bits=4,5",
+            "group_size=64",
+            "seed=1",
+            "calibration=pile",
+            "method.damping=0.1",
+        ),
         *("evaluation.limit=2", "dtype=float32"),
     ],
 )
@@ -178,17 +201,33 @@ def test_what_would_change_every_row_is_refused(word: str) -> None:
     assert "name=..." in str(refusal.value)
 
 
-@pytest.mark.parametrize("word", ["hydra.sweeper.params.bits=8", "+hydra.sweeper.params.seed=1", "hydra/sweeper=basic"])
+@pytest.mark.parametrize(
+    "word", ["hydra.sweeper.params.bits=8", "+hydra.sweeper.params.seed=1", "hydra/sweeper=basic"]
+)
 def test_rows_are_not_changed_through_hydra_either(word: str) -> None:
     with pytest.raises(ConfigError, match="would change every row of study=paper"):
-        narrowed("paper", rows_of("paper"), parse("+study=paper"), parse("hydra.mode=MULTIRUN", word))
+        narrowed(
+            "paper", rows_of("paper"), parse("+study=paper"), parse("hydra.mode=MULTIRUN", word)
+        )
     renamed = parse("+study=paper", "name=mine")
-    assert len(jobs(narrowed("paper", rows_of("paper"), renamed, parse("hydra.mode=MULTIRUN", word)))) == 239
+    assert (
+        len(jobs(narrowed("paper", rows_of("paper"), renamed, parse("hydra.mode=MULTIRUN", word))))
+        == 239
+    )
 
 
 def test_the_command_line_cannot_change_a_study_through_hydra(tmp_path: Path) -> None:
-    command = [sys.executable, "launch.py", "-m", "+study=moe", "hydra.sweeper.params.bits=8", f"storage={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    command = [
+        sys.executable,
+        "launch.py",
+        "-m",
+        "+study=moe",
+        "hydra.sweeper.params.bits=8",
+        f"storage={tmp_path}",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 2
     assert "hydra.sweeper.params.bits=8 would change every row of study=moe" in done.stderr
     assert not list(tmp_path.glob("trials/*/spec.json"))
@@ -201,13 +240,28 @@ def test_the_studys_own_name_makes_it_no_other_study() -> None:
 
 
 def test_a_name_of_its_own_makes_it_another_study() -> None:
-    rows = narrowed("paper", rows_of("paper"), parse("+study=paper", "name=mine", "seed=1", "model=qwen3_8b"))
+    rows = narrowed(
+        "paper", rows_of("paper"), parse("+study=paper", "name=mine", "seed=1", "model=qwen3_8b")
+    )
     assert {(job["model"], job["seed"]) for job in jobs(rows)} == {("qwen3_8b", "1")}
 
 
 def test_what_belongs_to_the_sweep_may_be_said_of_a_study() -> None:
-    places = ["memory=8GB", "loader=streamed", "data.path=/data", "evaluation.baseline=false", "hydra.sweep.dir=/tmp/y"]
-    given = parse("+study=paper", "name=paper", "storage=/tmp/x", "cluster.address=host:1", "plan=true", *places)
+    places = [
+        "memory=8GB",
+        "loader=streamed",
+        "data.path=/data",
+        "evaluation.baseline=false",
+        "hydra.sweep.dir=/tmp/y",
+    ]
+    given = parse(
+        "+study=paper",
+        "name=paper",
+        "storage=/tmp/x",
+        "cluster.address=host:1",
+        "plan=true",
+        *places,
+    )
     assert len(jobs(narrowed("paper", rows_of("paper"), given))) == 239
 
 
@@ -217,13 +271,17 @@ def test_a_row_that_nothing_is_left_of_is_refused() -> None:
 
 
 def test_without_a_study_the_command_line_replaces() -> None:
-    assert jobs([replaced(parse("bits=2,3", "method=rtn"), parse("bits=4"))]) == [{"method": "rtn", "bits": "4"}]
+    assert jobs([replaced(parse("bits=2,3", "method=rtn"), parse("bits=4"))]) == [
+        {"method": "rtn", "bits": "4"}
+    ]
 
 
 def test_a_study_without_m_and_the_plan_of_one(tmp_path: Path) -> None:
     def launch(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "launch.py", *words, f"storage={tmp_path}"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        )
 
     alone = launch("+study=demo")
     assert alone.returncode == 2

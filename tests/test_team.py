@@ -42,7 +42,13 @@ def told(gang):
 
         said = {}
         whole = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
-        sent = {"part": whole[:, 1:], "whole": whole, "again": whole, "none": torch.zeros(0), "words": ["a", (1, None)]}
+        sent = {
+            "part": whole[:, 1:],
+            "whole": whole,
+            "again": whole,
+            "none": torch.zeros(0),
+            "words": ["a", (1, None)],
+        }
         said["broadcast"] = team.broadcast(sent if team.rank == 1 else None, source=1)
         said["gathered"] = team.gather(team.rank * 10)
         said["along"] = team.along(str(team.rank), lambda before, mine: (before or "") + mine)
@@ -56,7 +62,9 @@ def told(gang):
             said["leads"] = [team.leads]
             team.follow()
         pid = f"pid={os.getpid()},"
-        lines = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            ["ss", "-Hltnp"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         said["listens"] = [line.split()[3].rpartition(":")[0] for line in lines if pid in line]
         team.barrier()
         return said
@@ -83,18 +91,26 @@ def test_ranks_are_heard_in_order(told):
 
 
 def test_rank_0_leads_and_the_others_follow(told):
-    assert [said["leads"] for said in told] == [[True, False, True], [False], [False]]  # in step nobody does
+    assert [said["leads"] for said in told] == [
+        [True, False, True],
+        [False],
+        [False],
+    ]  # in step nobody does
     assert told[0]["led"] == [[1, 1, 1], [2, 2, 2]]
 
 
 def test_nothing_listens_beyond_loopback(told):
     assert told[0]["listens"]
-    assert {address.strip("[]").removeprefix("::ffff:") for said in told for address in said["listens"]} == {LOOPBACK}
+    assert {
+        address.strip("[]").removeprefix("::ffff:") for said in told for address in said["listens"]
+    } == {LOOPBACK}
 
 
 def test_an_interface_is_found_by_its_address():
     assert interface_of(LOOPBACK) == "lo"
-    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=True).stdout.split()
+    addresses = subprocess.run(
+        ["hostname", "-I"], capture_output=True, text=True, check=True
+    ).stdout.split()
     for address in addresses[:1]:
         assert interface_of(address) in os.listdir("/sys/class/net")
         assert interface_of(address) != "lo"

@@ -26,7 +26,12 @@ from q3q.track.tracker import MemoryTracker
 from q3q.trial import attempt_trial, run_trial
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["evaluation.tasks=[]", "evaluation.texts=[demo]", "evaluation.limit=16", "calibration.samples=8"]
+SMALL = [
+    "evaluation.tasks=[]",
+    "evaluation.texts=[demo]",
+    "evaluation.limit=16",
+    "calibration.samples=8",
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,8 @@ def loss(record: TrialRecord) -> float:
 
 @pytest.mark.parametrize("model", ["demo", "demo_moe"])
 @pytest.mark.parametrize(
-    ("method", "hurt"), [("rtn", 0.1), ("gptq", 0.01), pytest.param("awq", 0.05, marks=pytest.mark.slow)]
+    ("method", "hurt"),
+    [("rtn", 0.1), ("gptq", 0.01), pytest.param("awq", 0.05, marks=pytest.mark.slow)],
 )
 def test_perplexity_falls_with_bits_and_8_bits_are_nearly_lossless(run, model, method, hurt):
     none = loss(run(f"model={model}", "method=none"))
@@ -72,7 +78,9 @@ def test_perplexity_falls_with_bits_and_8_bits_are_nearly_lossless(run, model, m
 
 @pytest.mark.parametrize("model", ["demo", "demo_moe"])
 def test_gptq_and_awq_beat_rounding_at_3_bits(run, model):
-    rtn, gptq, awq = (loss(run(f"model={model}", f"method={name}", "bits=3")) for name in ("rtn", "gptq", "awq"))
+    rtn, gptq, awq = (
+        loss(run(f"model={model}", f"method={name}", "bits=3")) for name in ("rtn", "gptq", "awq")
+    )
     assert gptq < rtn
     assert awq < rtn
 
@@ -80,7 +88,9 @@ def test_gptq_and_awq_beat_rounding_at_3_bits(run, model):
 def test_the_record_holds_what_it_promises(run, spec_of):
     record = run("model=demo", "method=gptq", "bits=3")
     assert record.completed
-    assert {check.name for check in record.checks if check.passed} == {check.name for check in record.checks}
+    assert {check.name for check in record.checks if check.passed} == {
+        check.name for check in record.checks
+    }
     assert len(record.checks) == 4
     assert len(record.sites) == 6 * 7
     assert all(0 < site.output_error < 1 and 0 < site.weight_error < 1 for site in record.sites)
@@ -151,7 +161,10 @@ def test_a_pair_of_trials_is_compared_when_both_are_there(run, spec_of):
     study.take(two)
     assert "cannot be compared" in notes[-1]
     study._teller.settle()
-    for record in (tracker.records[two.spec.id], TrialRecord.load(trial_folder(two.spec) / "record.json")):
+    for record in (
+        tracker.records[two.spec.id],
+        TrialRecord.load(trial_folder(two.spec) / "record.json"),
+    ):
         assert "samples.parquet cannot be read" in record.notes["not_compared"]
     damaged.write_bytes(kept)
     study.take(study.records[two.spec.id])
@@ -177,7 +190,9 @@ def test_a_logit_that_is_not_finite_fails_the_trial_and_says_where(spec_of, monk
 
 
 def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(spec_of):
-    spec = spec_of("model=demo", "method=none", "evaluation.texts=[]", "evaluation.tasks=[stories_who]")
+    spec = spec_of(
+        "model=demo", "method=none", "evaluation.texts=[]", "evaluation.tasks=[stories_who]"
+    )
 
     def stop(event):
         if event.phase == "evaluate" and event.done > 3:
@@ -195,7 +210,13 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(spec_of)
 
 @pytest.mark.parametrize("drift", ["true", "false"])
 def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(spec_of, run, drift):
-    wanted = ["model=demo", "method=rtn", "bits=6", "evaluation.window=128", f"evaluation.drift={drift}"]
+    wanted = [
+        "model=demo",
+        "method=rtn",
+        "bits=6",
+        "evaluation.window=128",
+        f"evaluation.drift={drift}",
+    ]
     spec, told = spec_of(*wanted), []
 
     def stop(event):
@@ -205,7 +226,10 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(spec_of,
     with pytest.raises(KeyboardInterrupt):
         run_trial(spec, stop)
     resumed = run_trial(
-        spec, lambda event: told.append(event.done) if event.phase == "evaluate" and event.total > 1 else None
+        spec,
+        lambda event: (
+            told.append(event.done) if event.phase == "evaluate" and event.total > 1 else None
+        ),
     )
     assert told[0] > 3  # what was measured is not measured again
     assert told[-1] == 16
@@ -218,7 +242,9 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(spec_of,
 def test_windows_of_another_text_of_the_same_name_are_not_taken_for_this_ones(spec_of):
     spec = spec_of("model=demo", "method=rtn", "bits=5", "evaluation.drift=false")
     with closing(
-        Journal(trial_folder(spec) / "evaluations" / "windows_stories.jsonl", f"{spec.id} {'0' * 64}")
+        Journal(
+            trial_folder(spec) / "evaluations" / "windows_stories.jsonl", f"{spec.id} {'0' * 64}"
+        )
     ) as kept:
         kept.add([("0", 1.0)])
     record = attempt_trial(spec)
@@ -253,9 +279,14 @@ def test_mixed_settings_are_followed_counted_and_checked(run):
     first = (qkv + o + gate_up) * (8 + (16 + 8) / 128)
     rest = (5 * (qkv + gate_up) + 4 * o) * (2 + (16 + 2) / 128)
     downs = 6 * down * (4 + (16 + 4) / 64)
-    order = 32 * sum(640 if name == "down" else 384 if name == "o" else 256 for name in _linears()) - 32 * 384
+    order = (
+        32 * sum(640 if name == "down" else 384 if name == "o" else 256 for name in _linears())
+        - 32 * 384
+    )
     count = 6 * (qkv + o + gate_up + down) - o
-    assert record.metrics["bits_per_weight"] == pytest.approx((first + rest + downs + order) / count)
+    assert record.metrics["bits_per_weight"] == pytest.approx(
+        (first + rest + downs + order) / count
+    )
     norms, embedding = 6 * (2 * 256 + 2 * 64) + 256, 4096 * 256
     whole = 6 * (qkv + o + gate_up + down) + norms + embedding
     assert record.metrics["share_quantized"] == pytest.approx((count + embedding) / whole)
@@ -271,8 +302,14 @@ def _linears():
 @pytest.mark.parametrize(
     ("tampering", "named"),
     [
-        (lambda model: setattr(model, "head_VH", model.head_VH * 1.01), "embedding|head, which is tied"),
-        (lambda model: setattr(model, "embedding_VH", model.embedding_VH.clone()), "head, which is tied"),
+        (
+            lambda model: setattr(model, "head_VH", model.head_VH * 1.01),
+            "embedding|head, which is tied",
+        ),
+        (
+            lambda model: setattr(model, "embedding_VH", model.embedding_VH.clone()),
+            "head, which is tied",
+        ),
         (lambda model: model.embedding_VH[7, 7].mul_(1.01), "embedding"),
     ],
 )
@@ -280,9 +317,18 @@ def test_ends_that_are_not_their_codes_fail_the_trial(spec_of, monkeypatch, tamp
     from q3q import trial
 
     plain = trial.set_activations
-    monkeypatch.setattr(trial, "set_activations", lambda model, spec: (plain(model, spec), tampering(model)))
+    monkeypatch.setattr(
+        trial, "set_activations", lambda model, spec: (plain(model, spec), tampering(model))
+    )
     record = run_trial(
-        spec_of("model=demo", "method=rtn", "bits=7", "head_bits=8", "embedding_bits=8", "evaluation.texts=[]")
+        spec_of(
+            "model=demo",
+            "method=rtn",
+            "bits=7",
+            "head_bits=8",
+            "embedding_bits=8",
+            "evaluation.texts=[]",
+        )
     )
     assert record.status == "FAILED"
     assert re.search(named, record.reason)
@@ -293,14 +339,20 @@ def test_a_linear_that_was_to_be_left_out_and_was_not_fails_the_trial(spec_of, m
 
     plain = trial.quantized_blocks
     monkeypatch.setattr(
-        trial, "quantized_blocks", lambda model, method, schemes, *rest: plain(model, method, schemes.base, *rest)
+        trial,
+        "quantized_blocks",
+        lambda model, method, schemes, *rest: plain(model, method, schemes.base, *rest),
     )
-    record = run_trial(spec_of("model=demo", "method=rtn", "bits=7", "skip=[blocks.2.o]", "evaluation.texts=[]"))
+    record = run_trial(
+        spec_of("model=demo", "method=rtn", "bits=7", "skip=[blocks.2.o]", "evaluation.texts=[]")
+    )
     assert "blocks.2.self_attn.o_proj (which was to be left out)" in record.reason
 
 
 def test_quantized_activations_cost_more_than_weights_alone(run):
-    plain, rounded = (run("model=demo", "method=rtn", "bits=8", f"act_bits={act}") for act in ("null", "4"))
+    plain, rounded = (
+        run("model=demo", "method=rtn", "bits=8", f"act_bits={act}") for act in ("null", "4")
+    )
     assert loss(rounded) > loss(plain) + 0.01
 
 
@@ -323,7 +375,9 @@ def test_weights_that_are_not_the_codes_fail_the_trial(spec_of, monkeypatch):
 
     def tamper(model, spec):
         plain(model, spec)
-        model.blocks[2].weights["mlp.up_proj.weight"] = model.blocks[2].weights["mlp.up_proj.weight"] * 1.01
+        model.blocks[2].weights["mlp.up_proj.weight"] = (
+            model.blocks[2].weights["mlp.up_proj.weight"] * 1.01
+        )
 
     monkeypatch.setattr(trial, "set_activations", tamper)
     record = run_trial(spec_of("model=demo", "method=rtn", "bits=6"))
@@ -331,7 +385,9 @@ def test_weights_that_are_not_the_codes_fail_the_trial(spec_of, monkeypatch):
     assert "blocks.2.mlp.up_proj" in record.reason
 
 
-def test_a_trial_killed_by_sigkill_goes_on_at_its_block_and_ends_with_the_same_bits(spec_of, run, tmp_path):
+def test_a_trial_killed_by_sigkill_goes_on_at_its_block_and_ends_with_the_same_bits(
+    spec_of, run, tmp_path
+):
     """A real process, killed between blocks; the second one takes the finished blocks and gets the same numbers."""
     reference = run("model=demo", "method=gptq", "bits=3", "calibration.samples=24")
     spec = spec_of("model=demo", "method=gptq", "bits=3", "calibration.samples=24")
@@ -344,7 +400,9 @@ run_trial(TrialSpec.from_json(json.load(open(sys.argv[1]))), lambda event: print
 """
     path = tmp_path / "given.json"
     path.write_text(json.dumps(spec.to_json()), encoding="utf-8")
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    )
     for line in process.stdout:
         if line.split() == ["quantize", "2"]:
             os.kill(process.pid, signal.SIGKILL)
@@ -361,7 +419,9 @@ run_trial(TrialSpec.from_json(json.load(open(sys.argv[1]))), lambda event: print
     assert resumed.metrics["perplexity/stories"] == reference.metrics["perplexity/stories"]
     assert resumed.sites == reference.sites
     # keep=blocks: another evaluation of the same quantization computes no block, and reads no calibration text.
-    again = spec_of("model=demo", "method=gptq", "bits=3", "calibration.samples=24", "evaluation.limit=3")
+    again = spec_of(
+        "model=demo", "method=gptq", "bits=3", "calibration.samples=24", "evaluation.limit=3"
+    )
     found = run_trial(again.with_places(spec.places))
     assert found.notes["blocks_from_disk"] == 6
     assert found.sites == reference.sites

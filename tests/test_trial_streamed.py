@@ -48,7 +48,9 @@ def spec_of(tmp_path):
 
     def make(*overrides, storage="storage"):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(compose("config", [*SMALL, f"storage={tmp_path / storage}", *overrides]))
+            return schema.spec_from(
+                compose("config", [*SMALL, f"storage={tmp_path / storage}", *overrides])
+            )
 
     return make
 
@@ -56,14 +58,29 @@ def spec_of(tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model=demo", "method=gptq", "bits=3", "head_bits=4", "embedding_bits=4", "export=hf", "keep=blocks"),
-        ("model=demo_moe", "method=rtn", "bits=4", "evaluation.tasks=[stories_who]", "evaluation.task_limit=2"),
+        (
+            "model=demo",
+            "method=gptq",
+            "bits=3",
+            "head_bits=4",
+            "embedding_bits=4",
+            "export=hf",
+            "keep=blocks",
+        ),
+        (
+            "model=demo_moe",
+            "method=rtn",
+            "bits=4",
+            "evaluation.tasks=[stories_who]",
+            "evaluation.task_limit=2",
+        ),
     ],
     ids=["dense", "moe"],
 )
 def test_a_streamed_trial_has_the_resident_ones_record(spec_of, overrides):
     resident, streamed = (
-        run_trial(spec_of(*overrides, f"loader={loader}", storage=loader)) for loader in ("resident", "streamed")
+        run_trial(spec_of(*overrides, f"loader={loader}", storage=loader))
+        for loader in ("resident", "streamed")
     )
     assert resident.spec.id == streamed.spec.id
     for record, loader in ((resident, "resident"), (streamed, "streamed")):
@@ -85,7 +102,9 @@ def test_a_streamed_trial_has_the_resident_ones_record(spec_of, overrides):
         assert streamed.notes["export"]["reloaded_by"] == "a plain unpacker, weight by weight"
         assert streamed.notes["export"]["logit_error"] is None
         # Another evaluation of kept blocks quantizes nothing.
-        again = run_trial(spec_of(*overrides, "evaluation.limit=2", "loader=streamed", storage="streamed"))
+        again = run_trial(
+            spec_of(*overrides, "evaluation.limit=2", "loader=streamed", storage="streamed")
+        )
         assert again.notes["blocks_from_disk"] == len(list(paths[0].glob("*.safetensors"))) - 1
 
 
@@ -99,7 +118,9 @@ def test_a_streamed_trial_has_the_resident_ones_record(spec_of, overrides):
         ("awq", ["group_size=64"]),
     ],
 )
-def test_a_streamed_model_is_packed_into_the_files_of_the_resident_one(spec_of, model, form, overrides):
+def test_a_streamed_model_is_packed_into_the_files_of_the_resident_one(
+    spec_of, model, form, overrides
+):
     asked = [f"model={model}", "method=rtn", "bits=4", *overrides, f"export={form}"]
     asked += ["evaluation.limit=1", "evaluation.drift=false"]
     paths = []
@@ -107,7 +128,9 @@ def test_a_streamed_model_is_packed_into_the_files_of_the_resident_one(spec_of, 
         record = run_trial(spec_of(*asked, f"loader={loader}", storage=loader))
         assert record.completed, record.reason
         assert record.environment["loading"]["loader"] == loader
-        assert record.metrics["export_bytes"] == expected_bytes(record.spec, read_facts(DEMO.parent / SHIPPED[model]))
+        assert record.metrics["export_bytes"] == expected_bytes(
+            record.spec, read_facts(DEMO.parent / SHIPPED[model])
+        )
         paths.append(Path(record.notes["export"]["path"]))
     names = [sorted(path.name for path in folder.iterdir()) for folder in paths]
     assert names[0] == names[1]
@@ -116,7 +139,9 @@ def test_a_streamed_model_is_packed_into_the_files_of_the_resident_one(spec_of, 
 
 
 @pytest.mark.slow
-def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(random_checkpoint, tmp_path):
+def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(
+    random_checkpoint, tmp_path
+):
     changes = {"vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "head_dim": 128}
     changes |= {"intermediate_size": 4096, "num_hidden_layers": 8, "torch_dtype": "float32"}
     folder = random_checkpoint(max_position_embeddings=2048, **changes)
@@ -124,14 +149,26 @@ def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(random_
         shutil.copyfile(DEMO / name, folder / name)
     facts = read_facts(folder)
     bound = need(facts, "float32", method="rtn", loader="streamed") + 10 * 2**20
-    overrides = ["model=local", f"model.path={folder}", "method=rtn", "evaluation.tasks=[]", "evaluation.texts=[demo]"]
+    overrides = [
+        "model=local",
+        f"model.path={folder}",
+        "method=rtn",
+        "evaluation.tasks=[]",
+        "evaluation.texts=[demo]",
+    ]
     overrides += ["evaluation.window=64", "evaluation.limit=1", "evaluation.drift=false"]
     # The kernel's count begins anew with each phase, so one process serves for both, the smaller trial first.
-    both = [[*overrides, given, f"storage={tmp_path / given[:3]}"] for given in (f"memory={bound}", "loader=resident")]
+    both = [
+        [*overrides, given, f"storage={tmp_path / given[:3]}"]
+        for given in (f"memory={bound}", "loader=resident")
+    ]
     command = [sys.executable, "-c", RUN, str(ROOT / "conf"), json.dumps(both)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert [record["environment"]["loading"]["loader"] for record in found] == ["streamed", "resident"]
+    assert [record["environment"]["loading"]["loader"] for record in found] == [
+        "streamed",
+        "resident",
+    ]
     records = {record["environment"]["loading"]["loader"]: record["metrics"] for record in found}
     peaks = {
         loader: max(value for name, value in metrics.items() if name.startswith("peak_bytes/"))
@@ -166,13 +203,24 @@ def test_settings_of_memory_are_checked_before_anything_runs(spec_of):
         spec_of("loader=mapped")
     with pytest.raises(ConfigError, match=r"does not fit into 0\.1 GB: streamed it needs"):
         spec_of("memory=100MB")
-    with pytest.raises(ConfigError, match="memory=100MB is too little for loader=resident: it needs"):
+    with pytest.raises(
+        ConfigError, match="memory=100MB is too little for loader=resident: it needs"
+    ):
         spec_of("memory=100MB", "loader=resident")
 
 
 def test_text_is_not_generated_by_a_model_that_is_read_anew_for_each_token(spec_of, tmp_path):
-    lines = ["task: tiny", "dataset_path: json", f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}"]
-    lines += ["test_split: test", "output_type: generate_until", 'doc_to_text: "{{q}}"', 'doc_to_target: "{{a}}"']
+    lines = [
+        "task: tiny",
+        "dataset_path: json",
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}",
+    ]
+    lines += [
+        "test_split: test",
+        "output_type: generate_until",
+        'doc_to_text: "{{q}}"',
+        'doc_to_target: "{{a}}"',
+    ]
     lines += ["generation_kwargs: {until: ['.'], do_sample: false, max_gen_toks: 4}"]
     lines += ["metric_list: [{metric: exact_match}]"]
     (tmp_path / "tasks").mkdir()
@@ -180,8 +228,13 @@ def test_text_is_not_generated_by_a_model_that_is_read_anew_for_each_token(spec_
     (tmp_path / "rows.jsonl").write_text('{"q": "One and", "a": "two"}\n' * 3, encoding="utf-8")
     asked = (f"evaluation.include_path={tmp_path / 'tasks'}", "evaluation.tasks=[tiny]")
     spec = spec_of(*asked)
-    assert (spec.evaluation["generates"], spec.evaluation["ends"]) == (["tiny"], list(end_tokens(DEMO)))
-    with pytest.raises(ConfigError, match="tiny: text is generated token by token, and a streamed model"):
+    assert (spec.evaluation["generates"], spec.evaluation["ends"]) == (
+        ["tiny"],
+        list(end_tokens(DEMO)),
+    )
+    with pytest.raises(
+        ConfigError, match="tiny: text is generated token by token, and a streamed model"
+    ):
         spec_of(*asked, "loader=streamed")
     with pytest.raises(ConfigError, match="and a sharded model"):
         spec_of(*asked, "loader=sharded")

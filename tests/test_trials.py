@@ -75,7 +75,14 @@ def sweep(storage, *specs, command="python launch.py -m method=rtn"):
 
 def view(*running, total=4, ended=1):
     works = tuple(
-        Work(trial=one.id, name=one.name, doing="quantize, block 2 of 6", share=0.2, seconds=3.0, left=12.0)
+        Work(
+            trial=one.id,
+            name=one.name,
+            doing="quantize, block 2 of 6",
+            share=0.2,
+            seconds=3.0,
+            left=12.0,
+        )
         for one in running
     )
     return View(total=total, ended=ended, failed=0, seconds=10.0, left=50.0, running=works)
@@ -144,8 +151,14 @@ def test_a_trial_without_its_baseline_waits_for_it(storage):
 def test_sizes_are_those_on_disk_kept_blocks_included(storage):
     one = begin(spec(storage, 2), blocks=2)
     [found] = find_trials(storage)
-    assert found.size == sum(path.stat().st_size for path in trial_folder(one).rglob("*") if path.is_file()) > 2000
-    write_atomically(storage / "trials" / "blocks" / one.quantization_id / "block_000.safetensors", bytes(5000))
+    assert (
+        found.size
+        == sum(path.stat().st_size for path in trial_folder(one).rglob("*") if path.is_file())
+        > 2000
+    )
+    write_atomically(
+        storage / "trials" / "blocks" / one.quantization_id / "block_000.safetensors", bytes(5000)
+    )
     assert find_trials(storage)[0].size == found.size + 5000
 
 
@@ -188,7 +201,9 @@ def test_deleting_takes_exports_and_baselines_that_no_other_trial_has_use_for(st
     mine, others = (storage / "baselines" / name for name in ("mine", "others"))
     for entry, model in ((mine, {}), (others, {"dtype": "float16"})):
         identity = {"model": model, "text": "abc"}
-        write_atomically(entry / "manifest.json", json.dumps({"body": {"identity": identity}}).encode())
+        write_atomically(
+            entry / "manifest.json", json.dumps({"body": {"identity": identity}}).encode()
+        )
     assert next(one for one in find_trials(storage) if one.id == first.id).size > 5000
     assert main(["--storage", str(storage), "delete", first.id]) == 0
     assert (export.exists(), mine.exists(), others.exists()) == (False, True, True)
@@ -208,7 +223,9 @@ def test_what_runs_is_not_deleted_and_what_is_not_there_is_named(storage, capsys
     assert main(["--storage", str(storage / "no"), "list"]) == 2
 
 
-def test_resuming_runs_what_stopped_or_failed_and_nothing_that_is_done(storage, monkeypatch, capsys):
+def test_resuming_runs_what_stopped_or_failed_and_nothing_that_is_done(
+    storage, monkeypatch, capsys
+):
     done, failed, stopped = (spec(storage, bits) for bits in (2, 3, 4))
     complete(done), fail(failed, "out of memory"), begin(stopped, blocks=1)
     ran = []
@@ -230,12 +247,16 @@ def test_resuming_runs_what_stopped_or_failed_and_nothing_that_is_done(storage, 
     assert main(["--storage", str(storage), "resume", "stopped"]) == 1
 
 
-def test_a_storage_folder_that_moved_is_resumed_where_it_lies(storage, tmp_path_factory, monkeypatch):
+def test_a_storage_folder_that_moved_is_resumed_where_it_lies(
+    storage, tmp_path_factory, monkeypatch
+):
     begin(spec(storage, 2))
     moved = tmp_path_factory.mktemp("elsewhere") / "mlruns"
     storage.rename(moved)
     ran = []
-    monkeypatch.setattr(trial_module, "attempt_trial", lambda one: ran.append(one) or TrialRecord.failed(one, "x"))
+    monkeypatch.setattr(
+        trial_module, "attempt_trial", lambda one: ran.append(one) or TrialRecord.failed(one, "x")
+    )
     main(["--storage", str(moved), "resume", "stopped"])
     assert ran[0].places["trials"] == str(moved / "trials")
 
@@ -245,21 +266,29 @@ def test_a_gangs_trial_is_resumed_by_one_process_alone(storage, monkeypatch):
     share = {"gpus": 1, "loader": "sharded", "memory": 10**9}
     begin(one.with_places({**one.places, "loader": "sharded", "memory": 2 * 10**9, "share": share}))
     ran = []
-    monkeypatch.setattr(trial_module, "attempt_trial", lambda one: ran.append(one) or TrialRecord.failed(one, "x"))
+    monkeypatch.setattr(
+        trial_module, "attempt_trial", lambda one: ran.append(one) or TrialRecord.failed(one, "x")
+    )
     main(["--storage", str(storage), "resume", "stopped"])
     assert ran[0].places == {"trials": str(storage / "trials"), "memory": 2 * 10**9}
 
 
-def test_a_storage_folder_that_was_copied_is_read_and_written_where_it_lies(storage, tmp_path_factory):
+def test_a_storage_folder_that_was_copied_is_read_and_written_where_it_lies(
+    storage, tmp_path_factory
+):
     export = spec(storage, 2)
-    export = export.with_places({**export.places, "export": str(storage / "exports" / "x"), "store": "file:///gone"})
+    export = export.with_places(
+        {**export.places, "export": str(storage / "exports" / "x"), "store": "file:///gone"}
+    )
     done = complete(export)
     sweep(storage, done)
     copied = tmp_path_factory.mktemp("elsewhere") / "mlruns"
     shutil.copytree(storage, copied)
     record = TrialRecord.load(copied / "trials" / done.id / "record.json")
     places = {"trials": str(copied / "trials"), "export": str(copied / "exports" / "x")}
-    assert record.spec.places == load_spec(copied / "trials" / done.id / "spec.json").places == places
+    assert (
+        record.spec.places == load_spec(copied / "trials" / done.id / "spec.json").places == places
+    )
     [loaded], _ = all_sweeps(copied)
     assert loaded.trials[0].places == places
     before = (storage / "trials" / done.id / "record.json").stat().st_mtime_ns
@@ -281,7 +310,9 @@ def test_a_sweep_is_gone_when_its_process_is(storage):
     here = post(storage)
     assert here.lives()
     assert not replace(here, holder=replace(here.holder, pid=process.pid)).lives()
-    assert not replace(here, holder=replace(here.holder, born="0")).lives()  # its number was given anew
+    assert not replace(
+        here, holder=replace(here.holder, born="0")
+    ).lives()  # its number was given anew
     elsewhere = replace(here.holder, place="another", host="another")
     assert replace(here, holder=elsewhere).lives() is None
     assert replace(here, holder=elsewhere, over=True).lives() is False
@@ -308,7 +339,9 @@ def speaking(storage, updated=0.0, **facts):
         speaker.join()
 
 
-def test_of_another_machine_a_sweep_is_at_work_if_it_is_heard_whatever_the_clocks_say(storage, monkeypatch):
+def test_of_another_machine_a_sweep_is_at_work_if_it_is_heard_whatever_the_clocks_say(
+    storage, monkeypatch
+):
     monkeypatch.setattr(bulletin, "HEARD_SECONDS", 0.6)
     monkeypatch.setattr(bulletin, "LOOK_SECONDS", 0.1)
     post(storage, host="silent")
@@ -317,11 +350,15 @@ def test_of_another_machine_a_sweep_is_at_work_if_it_is_heard_whatever_the_clock
     assert at_work(storage) == []
 
 
-def test_a_sweep_elsewhere_that_falls_silent_or_whose_file_goes_is_said_to_have_died(storage, monkeypatch, capsys):
+def test_a_sweep_elsewhere_that_falls_silent_or_whose_file_goes_is_said_to_have_died(
+    storage, monkeypatch, capsys
+):
     monkeypatch.setattr(trials_module, "SILENT_SECONDS", 0.5)
     with speaking(storage, host="another"):
         found = []
-        watched = threading.Thread(target=lambda: found.append(main(["--storage", str(storage), "attach"])))
+        watched = threading.Thread(
+            target=lambda: found.append(main(["--storage", str(storage), "attach"]))
+        )
         watched.start()
         time.sleep(1.5)
         assert found == []
@@ -338,8 +375,13 @@ def test_a_second_terminal_sees_a_sweep_to_its_end(storage, monkeypatch, capsys)
 
     def run():
         secret = "http://ada:lovelace@tracker"
-        publisher = Publisher(storage, "study", f"python launch.py -m method=rtn track.uri={secret}")
-        with open(os.devnull, "w") as nowhere, Display(total=1, stream=nowhere, publisher=publisher) as display:
+        publisher = Publisher(
+            storage, "study", f"python launch.py -m method=rtn track.uri={secret}"
+        )
+        with (
+            open(os.devnull, "w") as nowhere,
+            Display(total=1, stream=nowhere, publisher=publisher) as display,
+        ):
             display.started(one.id, f"{one.name} · demo")
             display.event(Progress(trial=one.id, phase="quantize", done=1, total=6))
             attached.wait(10)

@@ -51,9 +51,16 @@ class Job:
         quantize()
         self._leave({"seconds": time.perf_counter() - wall, "cpu": time.process_time() - processor})
 
-    def finish(self, knobs: dict[str, Any], weights: dict[str, Tensor], phases: dict[str, float] | None = None) -> None:
+    def finish(
+        self,
+        knobs: dict[str, Any],
+        weights: dict[str, Tensor],
+        phases: dict[str, float] | None = None,
+    ) -> None:
         """Leave the rest: the knobs, the blocks' weights as plain numbers by checkpoint name, seconds by phase."""
-        whole = {name: weight.detach().to(torch.float32).contiguous() for name, weight in weights.items()}
+        whole = {
+            name: weight.detach().to(torch.float32).contiguous() for name, weight in weights.items()
+        }
         save_file(whole, Path(self.output) / "weights.safetensors")
         self._leave({"knobs": knobs, "phases": phases})
 

@@ -23,11 +23,20 @@ def main() -> None:
     data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in job.windows().tolist()]
     batch = {"batch_size": 4}
     job.run(lambda: model.quantize(data, **batch))
-    packed = {name: module for name, module in model.model.named_modules() if hasattr(module, "dequantize_weight")}
+    packed = {
+        name: module
+        for name, module in model.model.named_modules()
+        if hasattr(module, "dequantize_weight")
+    }
     for module in packed.values():
-        if module.qzero_format() == 1:  # zero points one too low, as in GPTQ files; its dequantization wants them plain
+        if (
+            module.qzero_format() == 1
+        ):  # zero points one too low, as in GPTQ files; its dequantization wants them plain
             convert_gptq_v1_to_v2_format_module(module, bits=job.bits, pack_dtype=module.pack_dtype)
-    job.finish(settings | batch, {f"{name}.weight": module.dequantize_weight().T for name, module in packed.items()})
+    job.finish(
+        settings | batch,
+        {f"{name}.weight": module.dequantize_weight().T for name, module in packed.items()},
+    )
 
 
 if __name__ == "__main__":

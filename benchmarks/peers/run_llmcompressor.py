@@ -19,8 +19,17 @@ def main() -> None:
     # AWQ pins its cache for a GPU's sake; where there is none, pinning stops it.
     if not torch.accelerator.is_available():
         IntermediatesCache.pin_memory = lambda self, batch_index: None
-    grid = {"num_bits": job.bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": job.group_size}
-    scheme = {"config_groups": {"all": {"targets": ["Linear"], "weights": grid}}, "ignore": ["lm_head"]}
+    grid = {
+        "num_bits": job.bits,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": job.group_size,
+    }
+    scheme = {
+        "config_groups": {"all": {"targets": ["Linear"], "weights": grid}},
+        "ignore": ["lm_head"],
+    }
     if job.method == "gptq":
         settings = {"dampening_frac": job.damping, "block_size": 128, "actorder": "static"}
         recipe = [GPTQModifier(**scheme, **settings)]
@@ -38,7 +47,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     windows = job.windows()
-    data = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
+    data = Dataset.from_dict(
+        {"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()}
+    )
     given = {"num_calibration_samples": len(windows), "max_seq_length": windows.shape[1], **options}
     job.run(lambda: oneshot(model=model, processor=tokenizer, dataset=data, recipe=recipe, **given))
 

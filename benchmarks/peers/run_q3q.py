@@ -38,13 +38,17 @@ class Phases:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, args=(threading.get_ident(),), daemon=True)
+        self._thread = threading.Thread(
+            target=self._sample, args=(threading.get_ident(),), daemon=True
+        )
 
     def __enter__(self) -> "Phases":
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._done.set()
         self._thread.join()
 
@@ -86,7 +90,12 @@ class Memory:
 def main() -> None:
     job = Job.given()
     if job.method == "gptq":
-        knobs = {"damping": job.damping, "act_order": True, "static_groups": True, "true_sequential": False}
+        knobs = {
+            "damping": job.damping,
+            "act_order": True,
+            "static_groups": True,
+            "true_sequential": False,
+        }
     else:
         knobs = {"grid": job.grid, "clip": False}
     knobs |= job.options
@@ -99,7 +108,11 @@ def main() -> None:
         model = load_decoder(Checkpoint(Path(job.model)), torch.float32)
         with Phases() as phases:
             job.run(lambda: quantize_model(model, method, scheme, windows, Memory()))
-    weights = {f"model.layers.{k}.{n}": w for k, block in enumerate(model.blocks) for n, w in block.weights.items()}
+    weights = {
+        f"model.layers.{k}.{n}": w
+        for k, block in enumerate(model.blocks)
+        for n, w in block.weights.items()
+    }
     job.finish(knobs, weights, phases.share())
 
 

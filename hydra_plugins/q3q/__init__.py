@@ -26,5 +26,9 @@ class StudySweeper(sweeper.StudySweeper):
     """`hydra/sweeper=q3q`."""
 
 
-ConfigStore.instance().store(group="hydra/sweeper", name="q3q", node=sweeper.StudySweeperConf, provider="q3q")
-ConfigStore.instance().store(group="hydra/launcher", name="q3q_ray", node=RayLauncherConf, provider="q3q")
+ConfigStore.instance().store(
+    group="hydra/sweeper", name="q3q", node=sweeper.StudySweeperConf, provider="q3q"
+)
+ConfigStore.instance().store(
+    group="hydra/launcher", name="q3q_ray", node=RayLauncherConf, provider="q3q"
+)

@@ -108,7 +108,9 @@ SOURCES: dict[Split, tuple[str, ...]] = {
 }
 
 
-def load_text(source: str, *, split: Split, path: str | Path | None = None, data: str | Path | None = None) -> Text:
+def load_text(
+    source: str, *, split: Split, path: str | Path | None = None, data: str | Path | None = None
+) -> Text:
     """A text by name.
 
     Args:
@@ -158,7 +160,9 @@ def _file_text(path: Path) -> Text:
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise CalibrationError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
     documents = tuple(_documents(path, content))
     if not any(document.strip() for document in documents):
         raise CalibrationError(f"{path} holds no text")
@@ -167,7 +171,11 @@ def _file_text(path: Path) -> Text:
 
 def _documents(path: Path, content: str) -> Iterator[str]:
     if path.suffix == ".jsonl":
-        lines = ((f"{path}, line {n}", line) for n, line in enumerate(content.split("\n"), 1) if line.strip())
+        lines = (
+            (f"{path}, line {n}", line)
+            for n, line in enumerate(content.split("\n"), 1)
+            if line.strip()
+        )
         yield from (_text_of(where, _parsed(where, line)) for where, line in lines)
     elif path.suffix == ".json" and content.strip():
         items = _parsed(str(path), content)
@@ -202,7 +210,9 @@ def _hub_text(source: str, split: Split, data: Path | None) -> Text:
     try:
         rows = tuple(_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))
     except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(f"{file} is not a file of {source}, rows with a `text`: {error}") from error
+        raise CalibrationError(
+            f"{file} is not a file of {source}, rows with a `text`: {error}"
+        ) from error
     if own and split == "evaluation" and len(rows) != hub.evaluated:
         raise CalibrationError(
             f"{file} has {len(rows)} rows, and {hub.files[split]} of {hub.repository}, which it stands for, has "
@@ -217,7 +227,11 @@ def _own_copy(source: str, split: Split, data: Path | None) -> Path | None:
         return None
     name = _HUB[source].files[split]
     part = next(part for part in ("train", "validation", "test", "val") if part in name)
-    names = [name, Path(name).name, *(f"{part}{suffix}" for suffix in (".parquet", ".jsonl", ".json.gz", ".jsonl.zst"))]
+    names = [
+        name,
+        Path(name).name,
+        *(f"{part}{suffix}" for suffix in (".parquet", ".jsonl", ".json.gz", ".jsonl.zst")),
+    ]
     return next((data / source / name for name in names if (data / source / name).is_file()), None)
 
 
@@ -226,14 +240,22 @@ def _hub_file(source: str, split: Split, data: Path | None) -> Path:
 
     hub = _HUB[source]
     name = hub.files[split]
-    cached = try_to_load_from_cache(hub.repository, name, repo_type="dataset", revision=hub.revision)
+    cached = try_to_load_from_cache(
+        hub.repository, name, repo_type="dataset", revision=hub.revision
+    )
     if isinstance(cached, str):
         return Path(cached)
     try:
         # Asked once, for seconds; a download alone would try for half a minute to reach a Hub that does not answer.
-        HfApi().dataset_info(hub.repository, revision=hub.revision, expand=["sha"], timeout=_HUB_SECONDS)
-        return Path(hf_hub_download(hub.repository, name, repo_type="dataset", revision=hub.revision))
-    except Exception as error:  # the client's own, its HTTP library's, the disk's: to the user all mean the same
+        HfApi().dataset_info(
+            hub.repository, revision=hub.revision, expand=["sha"], timeout=_HUB_SECONDS
+        )
+        return Path(
+            hf_hub_download(hub.repository, name, repo_type="dataset", revision=hub.revision)
+        )
+    except (
+        Exception
+    ) as error:  # the client's own, its HTTP library's, the disk's: to the user all mean the same
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         raise CalibrationError(
             f"{split}={source} needs {name} of the data set {hub.repository}, which is neither in the local cache "

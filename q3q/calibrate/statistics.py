@@ -101,10 +101,14 @@ class LaneSum:
         if lane in self.lanes:
             return self.lanes[lane], False
         if lane < max(self.lanes, default=self._last):
-            raise ValueError(f"a batch of lane {lane} came after one of a later lane; show windows in order")
+            raise ValueError(
+                f"a batch of lane {lane} came after one of a later lane; show windows in order"
+            )
         if not self.apart:
             self._add_up()
-        self.lanes[lane] = torch.zeros(*shape, device=device) if self._spare is None else self._spare
+        self.lanes[lane] = (
+            torch.zeros(*shape, device=device) if self._spare is None else self._spare
+        )
         self._spare = None
         return self.lanes[lane], True
 
@@ -203,7 +207,9 @@ class Gram:
     def absorb(self, later: "Gram") -> None:
         self._sum.absorb(later._sum)
         if later.tokens_E.numel():
-            self.tokens_E = self.tokens_E + later.tokens_E if self.tokens_E.numel() else later.tokens_E
+            self.tokens_E = (
+                self.tokens_E + later.tokens_E if self.tokens_E.numel() else later.tokens_E
+            )
             self.shared = later.shared
         self.windows += later.windows
         self._mirrored = False
@@ -236,7 +242,9 @@ class Gram:
             for e in starved:
                 if some.start <= e < some.stop:
                     mean_MII[e - first].zero_().fill_diagonal_(1)
-            yield Hessians(slice(0, experts) if self.shared else some, mean_MII, dead_diagonal_E[some])
+            yield Hessians(
+                slice(0, experts) if self.shared else some, mean_MII, dead_diagonal_E[some]
+            )
 
     def rescale(self, scale_EI: Tensor) -> None:
         """Make it the statistics of inputs divided by `scale` per channel."""
@@ -303,7 +311,9 @@ class Kept:
         self.sample = sample
         self.taken: dict[int, list[Tensor]] = {}
         self._inputs = Spool()
-        self._counts: list[list[int] | None] = []  # of each of them: tokens by expert; None of a window that all read
+        self._counts: list[
+            list[int] | None
+        ] = []  # of each of them: tokens by expert; None of a window that all read
         self._whole_tokens = 0
         self._absolute = LaneSum(_add)  # of |x|; one row where all experts read the same tensor
         self._scale_EI: Tensor | None = None  # what the inputs are to be divided by
@@ -373,9 +383,14 @@ class Kept:
 
         The inputs are gone through once: they may lie on disk.
         """
-        taken_E: list[list[Tensor]] = [list(self.taken.get(e, [])) for e in range(len(self.tokens_E))]
+        taken_E: list[list[Tensor]] = [
+            list(self.taken.get(e, [])) for e in range(len(self.tokens_E))
+        ]
         some = [0] if self.gram.shared else range(len(taken_E))
-        stride_E, start_E = [self._stride(tokens) for tokens in self.tokens_E.tolist()], [0] * len(taken_E)
+        stride_E, start_E = (
+            [self._stride(tokens) for tokens in self.tokens_E.tolist()],
+            [0] * len(taken_E),
+        )
         for tokens_TI, counts in zip(self._inputs, self._counts, strict=True):
             if (counts is None) != self.gram.shared:
                 continue
@@ -387,12 +402,16 @@ class Kept:
 
     def _rescaled(self, sample_TI: Tensor, expert: int) -> Tensor:
         if self._scale_EI is not None:
-            sample_TI = (sample_TI / self._scale_EI[expert if len(self._scale_EI) > 1 else 0]).to(sample_TI.dtype)
+            sample_TI = (sample_TI / self._scale_EI[expert if len(self._scale_EI) > 1 else 0]).to(
+                sample_TI.dtype
+            )
         return sample_TI.float()
 
     def mean_absolute_EI(self) -> Tensor:
         """Mean |x| of each channel; one row where all experts read the same tensor, else a row an expert."""
-        tokens_E = torch.tensor([self._whole_tokens]) if self._whole_tokens else self.tokens_E.clamp(min=1)
+        tokens_E = (
+            torch.tensor([self._whole_tokens]) if self._whole_tokens else self.tokens_E.clamp(min=1)
+        )
         absolute_EI = self._absolute.total()
         return absolute_EI / tokens_E.to(absolute_EI.device)[:, None]
 

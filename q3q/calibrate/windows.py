@@ -21,7 +21,9 @@ def encoder(tokenizer: Any) -> Encode:
     return lambda text: tokenizer(text, verbose=False)["input_ids"]
 
 
-def draw_windows(text: Text, encode: Encode, *, samples: int, length: int, draw: str, seed: int) -> Tensor:
+def draw_windows(
+    text: Text, encode: Encode, *, samples: int, length: int, draw: str, seed: int
+) -> Tensor:
     """Windows of tokens to calibrate on (or, of C4, the study's 256 to evaluate on).
 
     Args:
@@ -58,7 +60,9 @@ def draw_windows(text: Text, encode: Encode, *, samples: int, length: int, draw:
     return windows
 
 
-def consecutive_windows(ids: Sequence[int] | Tensor, window: int, limit: int | None = None) -> Tensor:
+def consecutive_windows(
+    ids: Sequence[int] | Tensor, window: int, limit: int | None = None
+) -> Tensor:
     """Cut tokens into windows that do not overlap; the tail is dropped, as the papers' perplexity does.
 
     Args:
@@ -103,13 +107,19 @@ def _leading_tokens(text: Text, encode: Encode, count: int) -> list[int]:
 def _random(text: Text, encode: Encode, samples: int, length: int, seed: int) -> Tensor:
     dice = random.Random(seed)
     rows = []
-    if text.running or len(text.documents) == 1 or not (long_enough := _maybe_longer(text, encode, length)):
+    if (
+        text.running
+        or len(text.documents) == 1
+        or not (long_enough := _maybe_longer(text, encode, length))
+    ):
         ids = encode(text.joined)
         _check_enough(len(ids), length, f"the text {text.name}")
         for _ in range(samples):
             rows.append(_window(dice, ids, length))
         return torch.tensor(rows)
-    while len(rows) < samples:  # ends: one document at least is long enough, and each is as likely as any
+    while (
+        len(rows) < samples
+    ):  # ends: one document at least is long enough, and each is as likely as any
         drawn = dice.randint(0, len(text.documents) - 1)
         if drawn in long_enough:
             ids = encode(text.documents[drawn])
@@ -144,14 +154,20 @@ def _documents(text: Text, encode: Encode, samples: int, length: int, seed: int)
 
     tokens: list[int] = []
     taken = 0
-    for i in numpy.random.default_rng(seed).permutation(len(text.documents)):  # datasets.Dataset.shuffle(seed)
+    for i in numpy.random.default_rng(seed).permutation(
+        len(text.documents)
+    ):  # datasets.Dataset.shuffle(seed)
         ids = encode(text.documents[i].strip())
         if 0 < len(ids) <= length:
             tokens += ids
             taken += 1
         if taken == samples:
             break
-    _check_enough(len(tokens), length, f"{taken} documents of 1 to {length} tokens, drawn from the text {text.name}")
+    _check_enough(
+        len(tokens),
+        length,
+        f"{taken} documents of 1 to {length} tokens, drawn from the text {text.name}",
+    )
     return consecutive_windows(tokens, length)
 
 

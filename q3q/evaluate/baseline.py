@@ -44,7 +44,9 @@ VERSION = 2  # of the numbers in an entry: raised when the forward pass or the l
 SMALL_BYTES = 1 << 30
 FEW_WINDOWS = 32
 JOURNAL = "journal.jsonl"  # of the windows that have ended, while an entry is computed
-PATIENCE = 3600.0  # seconds without a sign of life after which another process's turn is not waited for
+PATIENCE = (
+    3600.0  # seconds without a sign of life after which another process's turn is not waited for
+)
 _POLL = 0.2  # seconds
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -52,7 +54,9 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # ---------------------------------------------------------------------------------------------- what it takes
 
 
-def kept_windows(windows: int, tokens: int, hidden: int, dtype: str, wanted: int | None = None) -> int:
+def kept_windows(
+    windows: int, tokens: int, hidden: int, dtype: str, wanted: int | None = None
+) -> int:
     """How many of a text's windows the drift is measured on.
 
     Args:
@@ -60,7 +64,11 @@ def kept_windows(windows: int, tokens: int, hidden: int, dtype: str, wanted: int
         wanted: at most so many; if None, all where they take at most SMALL_BYTES, else FEW_WINDOWS.
     """
     if wanted is None:
-        wanted = windows if baseline_bytes(windows, tokens, hidden, dtype) <= SMALL_BYTES else FEW_WINDOWS
+        wanted = (
+            windows
+            if baseline_bytes(windows, tokens, hidden, dtype) <= SMALL_BYTES
+            else FEW_WINDOWS
+        )
     return min(windows, wanted)
 
 
@@ -82,7 +90,9 @@ def windows_digest(windows_NT: Tensor) -> str:
     import torch
 
     ids = windows_NT.to(device="cpu", dtype=torch.int64).contiguous()
-    return hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{tuple(ids.shape)}".encode() + ids.numpy().astype("<i8").tobytes()
+    ).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +113,15 @@ class BaselineIdentity:
     version: int = VERSION
 
     @classmethod
-    def of(cls, model: Json, text: str, windows_NT: Tensor, kept: int, device: str) -> BaselineIdentity:
+    def of(
+        cls, model: Json, text: str, windows_NT: Tensor, kept: int, device: str
+    ) -> BaselineIdentity:
         if not 1 <= kept <= len(windows_NT):
             raise ValueError(f"kept={kept} of {len(windows_NT)} windows")
         model = {key: value for key, value in model.items() if key != "name"}
-        return cls(model=model, text=text, windows=windows_digest(windows_NT), kept=kept, device=device)
+        return cls(
+            model=model, text=text, windows=windows_digest(windows_NT), kept=kept, device=device
+        )
 
     @property
     def key(self) -> str:
@@ -139,7 +153,9 @@ class Baseline:
         path = self.folder / _file(row)
         content = _content(path, self.checksums[row])
         if content is None:
-            raise IntegrityError(f"{path} changed while it was in use; run the trial again, which computes it anew")
+            raise IntegrityError(
+                f"{path} changed while it was in use; run the trial again, which computes it anew"
+            )
         return load(content)["hidden"]
 
     def check_fits(self, model: Decoder, windows_NT: Tensor) -> None:
@@ -230,13 +246,20 @@ def baseline_for(
                 _compute(folder, identity, model, windows_NT, turn, progress)
                 baseline = find_baseline(folder, identity)
     if baseline is None:
-        raise IntegrityError(f"{folder / identity.key} does not read back as it was written: check the disk")
+        raise IntegrityError(
+            f"{folder / identity.key} does not read back as it was written: check the disk"
+        )
     baseline.check_fits(model, windows_NT)
     return baseline
 
 
 def _compute(
-    folder: Path, identity: BaselineIdentity, model: Decoder, windows_NT: Tensor, turn: _Turn, progress: Progress
+    folder: Path,
+    identity: BaselineIdentity,
+    model: Decoder,
+    windows_NT: Tensor,
+    turn: _Turn,
+    progress: Progress,
 ) -> None:
     """Write the entry beside its place, then rename it. Who finds another there was slower, with the same numbers."""
     from safetensors.torch import save
@@ -250,7 +273,9 @@ def _compute(
     rows, ended = set(kept_rows(len(windows_NT), identity.kept)), False
     try:
         with closing(Journal(partial / JOURNAL, identity.key)) as journal:
-            found = _whole(partial, journal.counted())  # of each window its nll and, if it is kept, its file's SHA-256
+            found = _whole(
+                partial, journal.counted()
+            )  # of each window its nll and, if it is kept, its file's SHA-256
             for row, hidden_PH in scored_windows(model, windows_NT, len(found)):
                 scores_P, _ = model.log_likelihoods(hidden_PH, windows_NT[row, 1:])
                 sha = None
@@ -336,7 +361,10 @@ def _turn(lock: Path, on_wait: Callable[[], None]) -> Iterator[_Turn]:
 
 
 def _acquire(descriptor: int, lock: Path, on_wait: Callable[[], None]) -> bool:
-    sign, heard = 0, 0.0  # the holder's last one, and when it was first seen, on this process's own monotonic clock
+    sign, heard = (
+        0,
+        0.0,
+    )  # the holder's last one, and when it was first seen, on this process's own monotonic clock
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -368,4 +396,6 @@ def _content(path: Path, sha256: str) -> bytes | None:
 
 
 def _digest(body: Json) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()

@@ -24,9 +24,13 @@ from q3q.record import Comparison
 Scores = Mapping[str, float]
 Floats = NDArray[numpy.float64]
 
-RESAMPLES = 10_000  # of the bootstrap: an interval's ends move by about 1 % of its width with the seed
+RESAMPLES = (
+    10_000  # of the bootstrap: an interval's ends move by about 1 % of its width with the seed
+)
 QUANTILE_RESAMPLES = 1000  # each goes through all values
-LEVEL = 0.05  # a difference that chance alone exceeds more rarely than this is called distinguishable
+LEVEL = (
+    0.05  # a difference that chance alone exceeds more rarely than this is called distinguishable
+)
 EXACT_BELOW = 25  # discordant pairs; from here on McNemar's chi-squared approximation holds
 FEWEST_PAIRS = 6  # of fewer, even differences all of one sign come by chance more often than LEVEL: 2 * 2**-5 > 0.05
 NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
@@ -83,7 +87,9 @@ def group_mean(parts: Iterable[Estimate]) -> Estimate:
     if n == 0:
         return Estimate(math.nan, math.nan, 0)
     mean = sum(part.n * part.value for part in parts) / n
-    return Estimate(mean, math.sqrt(sum((part.n / n * part.standard_error) ** 2 for part in parts)), n)
+    return Estimate(
+        mean, math.sqrt(sum((part.n / n * part.standard_error) ** 2 for part in parts)), n
+    )
 
 
 def quantile_interval(value_KP: Floats, share: float, *, seed: int = 0) -> tuple[float, float]:
@@ -104,8 +110,12 @@ def quantile_interval(value_KP: Floats, share: float, *, seed: int = 0) -> tuple
     for r in range(QUANTILE_RESAMPLES):
         times_K = numpy.bincount(dice.integers(count, size=count), minlength=count)
         # The i-th value of the resampled text, in order of size, is the first up to which there are more than i.
-        low, high = numpy.searchsorted(numpy.cumsum(times_K[window_M]), [below, below + 1], side="right")
-        found_R[r] = value_M[low] + (place - below) * (value_M[min(high, len(value_M) - 1)] - value_M[low])
+        low, high = numpy.searchsorted(
+            numpy.cumsum(times_K[window_M]), [below, below + 1], side="right"
+        )
+        found_R[r] = value_M[low] + (place - below) * (
+            value_M[min(high, len(value_M) - 1)] - value_M[low]
+        )
     low, high = numpy.quantile(found_R, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
 
@@ -171,14 +181,22 @@ def _pairs(metric: str, ours: Scores, baseline: Scores) -> tuple[Floats, Floats]
     if not ours:
         raise IntegrityError(f"{metric}: no samples to compare")
     keys = sorted(ours)
-    return tuple(numpy.array([side[key] for key in keys], dtype=numpy.float64) for side in (ours, baseline))  # type: ignore[return-value]
+    return tuple(
+        numpy.array([side[key] for key in keys], dtype=numpy.float64) for side in (ours, baseline)
+    )  # type: ignore[return-value]
 
 
-def _compare_answers(metric: str, ours_N: NDArray[numpy.bool_], baseline_N: NDArray[numpy.bool_]) -> Comparison:
+def _compare_answers(
+    metric: str, ours_N: NDArray[numpy.bool_], baseline_N: NDArray[numpy.bool_]
+) -> Comparison:
     n = len(ours_N)
-    both, better, worse = (int(x.sum()) for x in (ours_N & baseline_N, ours_N & ~baseline_N, ~ours_N & baseline_N))
+    both, better, worse = (
+        int(x.sum()) for x in (ours_N & baseline_N, ours_N & ~baseline_N, ~ours_N & baseline_N)
+    )
     p_value, test = mcnemar(better, worse)
-    low, high = _as_the_test_says(*paired_interval(both, better, worse, n - both - better - worse), p_value)
+    low, high = _as_the_test_says(
+        *paired_interval(both, better, worse, n - both - better - worse), p_value
+    )
     return Comparison(
         metric=metric,
         difference=(better - worse) / n,
@@ -191,7 +209,9 @@ def _compare_answers(metric: str, ours_N: NDArray[numpy.bool_], baseline_N: NDAr
     )
 
 
-def _as_the_test_says(low: float | None, high: float | None, p_value: float) -> tuple[float | None, float | None]:
+def _as_the_test_says(
+    low: float | None, high: float | None, p_value: float
+) -> tuple[float | None, float | None]:
     """An interval that leaves zero out where the test does not: it reaches to zero then.
 
     Newcombe's is a little narrower than McNemar's test is strict; never does one include zero that the test excludes.
@@ -211,11 +231,17 @@ def _compare_means(metric: str, ours_N: Floats, baseline_N: Floats, seed: int) -
     else:
         difference = float((ours_N - baseline_N).mean())
         if n < FEWEST_PAIRS:
-            distinguishable, test = False, f"none: {FEWEST_PAIRS} pairs are the fewest that can tell"
+            distinguishable, test = (
+                False,
+                f"none: {FEWEST_PAIRS} pairs are the fewest that can tell",
+            )
         else:
             low, high, p_value = studentized_bootstrap(ours_N - baseline_N, seed)
             low, high = _as_the_test_says(low, high, p_value)
-            distinguishable, test = p_value < LEVEL, f"paired studentized bootstrap, {RESAMPLES} resamples"
+            distinguishable, test = (
+                p_value < LEVEL,
+                f"paired studentized bootstrap, {RESAMPLES} resamples",
+            )
     return Comparison(
         metric=metric,
         difference=difference,
@@ -228,7 +254,9 @@ def _compare_means(metric: str, ours_N: Floats, baseline_N: Floats, seed: int) -
     )
 
 
-def studentized_bootstrap(difference_N: Floats, seed: int) -> tuple[float | None, float | None, float]:
+def studentized_bootstrap(
+    difference_N: Floats, seed: int
+) -> tuple[float | None, float | None, float]:
     """95 % interval of a mean, and the p-value of its being zero, from samples drawn anew with replacement.
 
     The bootstrap-t of Efron and Tibshirani (An Introduction to the Bootstrap, 1993, section 12.5): how far a resample's
@@ -246,7 +274,9 @@ def studentized_bootstrap(difference_N: Floats, seed: int) -> tuple[float | None
     if error == 0:
         return mean, mean, 1.0 if mean == 0 else 2 / (RESAMPLES + 1)
     t_R = _resampled_t(difference_N, seed)
-    ends = [mean - error * float(t) for t in numpy.quantile(t_R, (0.975, 0.025), method="inverted_cdf")]
+    ends = [
+        mean - error * float(t) for t in numpy.quantile(t_R, (0.975, 0.025), method="inverted_cdf")
+    ]
     low, high = (end if math.isfinite(end) else None for end in ends)
     smaller = min(int((t_R >= mean / error).sum()), int((t_R <= mean / error).sum()))
     return low, high, min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1))

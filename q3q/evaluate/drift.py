@@ -50,7 +50,10 @@ class Drift:
             f"kl/{text}": self.kl,
             f"kl_p99/{text}": self.kl_99,
             f"top1_agreement/{text}": self.agreement,
-            **{f"kl_p{p:g}/{text}": kl for p, kl in zip(PERCENTILES, self.kl_percentiles, strict=True)},
+            **{
+                f"kl_p{p:g}/{text}": kl
+                for p, kl in zip(PERCENTILES, self.kl_percentiles, strict=True)
+            },
         }
 
     def intervals(self, text: str) -> dict[str, tuple[float, float]]:
@@ -59,7 +62,10 @@ class Drift:
         return {
             f"kl/{text}": (max(0.0, self.kl - kl), self.kl + kl),
             f"kl_p99/{text}": self.kl_99_interval,
-            f"top1_agreement/{text}": (max(0.0, self.agreement - agreement), min(1.0, self.agreement + agreement)),
+            f"top1_agreement/{text}": (
+                max(0.0, self.agreement - agreement),
+                min(1.0, self.agreement + agreement),
+            ),
         }
 
 
@@ -97,7 +103,9 @@ def perplexity_and_drift(
     baseline.check_fits(model, windows_NT)
     _check_head(head_VH, baseline)
     kept = frozenset(baseline.rows)
-    found = [] if journal is None else journal.counted()  # of each window its nll, and its kl [P] and agreement if kept
+    found = (
+        [] if journal is None else journal.counted()
+    )  # of each window its nll, and its kl [P] and agreement if kept
     for row, hidden_PH in scored_windows(model, windows_NT, len(found)):
         targets_P = windows_NT[row, 1:]
         if row in kept:
@@ -111,7 +119,10 @@ def perplexity_and_drift(
             journal.add([(str(row), found[row])])
         progress(row + 1, len(windows_NT))
     nll_N = torch.tensor([nll for nll, *_ in found], dtype=torch.float64)
-    kl_KP, same_K = (torch.tensor([found[row][part] for row in sorted(kept)], dtype=torch.float64) for part in (1, 2))
+    kl_KP, same_K = (
+        torch.tensor([found[row][part] for row in sorted(kept)], dtype=torch.float64)
+        for part in (1, 2)
+    )
     kl, kl_error = _mean_over_windows(kl_KP.mean(1))
     agreement, agreement_error = _mean_over_windows(same_K)
     drift = Drift(

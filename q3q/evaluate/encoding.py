@@ -9,9 +9,7 @@ import numpy as np
 
 from q3q.evaluate.prefixes import Ids
 
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # A single newline between something and a letter or digit: in Qwen's way of cutting text into words, and in GPT-2's,
 # a word ends there whatever stands before or after, and no merge crosses words.
 LINE_START = re.compile(r"(?<=\S\n)(?=[A-Za-z0-9])")
@@ -44,12 +42,16 @@ class LineEncoder:
         """Remember the lines of these texts; those not seen yet go to the tokenizer together, which uses all cores."""
         if not self._by_line:
             return
-        fresh = list({line for text in texts for line in LINE_START.split(text)} - self._lines.keys())
+        fresh = list(
+            {line for text in texts for line in LINE_START.split(text)} - self._lines.keys()
+        )
         if fresh:
             if len(self._lines) + len(fresh) > MOST_LINES:
                 self._lines.clear()
             # The library's own way: what it would say beside the ids takes longer than the ids.
-            found = self._tokenizer.backend_tokenizer.encode_batch_fast(fresh, add_special_tokens=False)
+            found = self._tokenizer.backend_tokenizer.encode_batch_fast(
+                fresh, add_special_tokens=False
+            )
             self._lines |= {line: encoding.ids for line, encoding in zip(fresh, found, strict=True)}
 
     def _whole(self, text: str, **options: Any) -> list[int]:
@@ -60,7 +62,10 @@ class LineEncoder:
 def cuts_at_lines(tokenizer: Any) -> bool:
     """Whether text may be encoded line by line: byte-level BPE with a known split, and nothing added at the ends."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:
+    if (
+        backend is None
+        or tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]
+    ):
         return False
     known = json.loads(backend.to_str())
     steps = known["pre_tokenizer"] or {}
@@ -70,7 +75,12 @@ def cuts_at_lines(tokenizer: Any) -> bool:
         case {
             "type": "Sequence",
             "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated", "invert": False},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": str(regex)},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
                 {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
             ],
         }:

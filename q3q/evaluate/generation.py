@@ -34,7 +34,9 @@ def generate(
         IntegrityError: a logit is not finite.
     """
     facts = model.facts
-    token_bytes = 2 * facts.layers * facts.kv_heads * facts.head_dim * model.embedding_VH.element_size()
+    token_bytes = (
+        2 * facts.layers * facts.kv_heads * facts.head_dim * model.embedding_VH.element_size()
+    )
     reader = _Reader(model, contexts, budget)
     first = 0
     while first < len(contexts):
@@ -86,12 +88,16 @@ def _continue(
                     yield row, texts[row]
         if not unfinished:
             return
-        if 2 * len(unfinished) <= len(rows):  # copying the caches costs more than a few steps of rows that have ended
+        if 2 * len(unfinished) <= len(
+            rows
+        ):  # copying the caches costs more than a few steps of rows that have ended
             stay = [i for i, row in enumerate(rows) if row in unfinished]
             rows = [rows[i] for i in stay]
             stay_R = torch.tensor(stay, device=model.device)
             next_B, lengths = next_B[stay_R], lengths.select(stay_R)
-            for k, cache in enumerate(caches):  # one by one, so that only one block's are there twice
+            for k, cache in enumerate(
+                caches
+            ):  # one by one, so that only one block's are there twice
                 caches[k] = cache.select(stay_R, lengths)
         hidden_BH = model.hidden(next_B[:, None], caches)[:, 0]
         lengths.grow()
@@ -110,8 +116,12 @@ class _Reader:
         self._end_B = np.array([place[-1] for place in self._tape.places()])
         self._places = self._tape.places()
         self._row, self._ran = 0, 0
-        self._next: list[Tensor] = []  # the most likely token after each row from `_row` on, as far as the tape has run
-        self._held_T = np.zeros(0, np.int64)  # places on the tape, ascending, and of each block their keys and values
+        self._next: list[
+            Tensor
+        ] = []  # the most likely token after each row from `_row` on, as far as the tape has run
+        self._held_T = np.zeros(
+            0, np.int64
+        )  # places on the tape, ascending, and of each block their keys and values
         self._keys_values: list[list[KeysValues]] = [[] for _ in model.blocks]
         self._run = run_tape(model, self._tape, budget, self._end_B, self._keys_values)
 
@@ -125,7 +135,10 @@ class _Reader:
             if len(hidden_PH):
                 self._next += _most_likely(self._model, hidden_PH).unbind()
         pasts = [np.searchsorted(self._held_T, next(self._places)) for _ in range(self._row, last)]
-        lengths = Lengths(torch.tensor([len(past) for past in pasts], device=self._model.device), max(map(len, pasts)))
+        lengths = Lengths(
+            torch.tensor([len(past) for past in pasts], device=self._model.device),
+            max(map(len, pasts)),
+        )
         index_BP = torch.zeros(len(pasts), lengths.longest, dtype=torch.int64)
         for row_P, past in zip(index_BP, pasts, strict=True):
             row_P[: len(past)] = torch.from_numpy(past)

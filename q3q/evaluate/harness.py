@@ -17,7 +17,11 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.metrics import weighted_mean, weighted_perplexity
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -127,13 +131,21 @@ class HarnessLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        if add_special_tokens is None and self.tokenizer.bos_token and string.startswith(self.tokenizer.bos_token):
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        if (
+            add_special_tokens is None
+            and self.tokenizer.bos_token
+            and string.startswith(self.tokenizer.bos_token)
+        ):
             add_special_tokens = False  # it is there already
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return self.encode(string, **options)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         thinking = {} if self.chat.thinking is None else {"enable_thinking": self.chat.thinking}
         text: str = self.tokenizer.apply_chat_template(
             chat_history,
@@ -151,7 +163,9 @@ class HarnessLM(TemplateLM):
         for number, instance in enumerate(requests):
             if number % LEARNT_TOGETHER == 0:
                 some = [one.args for one in requests[number : number + LEARNT_TOGETHER]]
-                self.encode.learn(text for context, more in some for text in (context.rstrip(), context + more))
+                self.encode.learn(
+                    text for context, more in some for text in (context.rstrip(), context + more)
+                )
             context, continuation = instance.args
             if context == "":
                 ids = as_ids(self.tok_encode(continuation, add_special_tokens=False))
@@ -160,13 +174,20 @@ class HarnessLM(TemplateLM):
             else:
                 pair = encode_pair(encode, context, continuation)
             encoded.append(self._request(*pair, task=instance.task_name or "a task"))
-        return [(found.log_likelihood, found.greedy) for found in self._score(encoded, self.progress)]
+        return [
+            (found.log_likelihood, found.greedy) for found in self._score(encoded, self.progress)
+        ]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        encoded = [self._request(as_ids(context), as_ids(target), "a task") for _, context, target in requests]
-        return [(found.log_likelihood, found.greedy) for found in self._score(encoded, self.progress)]
+        encoded = [
+            self._request(as_ids(context), as_ids(target), "a task")
+            for _, context, target in requests
+        ]
+        return [
+            (found.log_likelihood, found.greedy) for found in self._score(encoded, self.progress)
+        ]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of whole texts, each token predicted once, in windows with one token of context."""
@@ -180,7 +201,9 @@ class HarnessLM(TemplateLM):
                 context_len=1,
             )
             for context, target in map(make_disjoint_window, windows):
-                encoded.append(self._request(as_ids(context), as_ids(target), instance.task_name or "a task"))
+                encoded.append(
+                    self._request(as_ids(context), as_ids(target), instance.task_name or "a task")
+                )
                 owners.append(number)
         totals = [0.0] * len(requests)
         for number, found in zip(owners, self._score(encoded, self.progress), strict=True):
@@ -195,7 +218,9 @@ class HarnessLM(TemplateLM):
                 f"score 1 to {self.max_length}"
             )
         if not len(context):
-            raise ConfigError(f"{task}: a context is nothing but spaces, so there is no token to begin with")
+            raise ConfigError(
+                f"{task}: a context is nothing but spaces, so there is no token to begin with"
+            )
         inputs = context if len(continuation) == 1 else np.concatenate((context, continuation[:-1]))
         return Request(inputs[-self.max_length :], continuation, task)
 
@@ -204,15 +229,23 @@ class HarnessLM(TemplateLM):
         found: dict[int, Score] = {}
         keys: list[str] = []
         if self.journal is not None:
-            keys = [request_key(b"score", r.inputs.tobytes(), r.targets.tobytes()) for r in requests]
-            found = {i: Score(*known) for i, key in enumerate(keys) if (known := self.journal.get(key)) is not None}
+            keys = [
+                request_key(b"score", r.inputs.tobytes(), r.targets.tobytes()) for r in requests
+            ]
+            found = {
+                i: Score(*known)
+                for i, key in enumerate(keys)
+                if (known := self.journal.get(key)) is not None
+            }
         missing = [i for i in range(len(requests)) if i not in found]
         before = self.effort
         tell(len(found), len(requests))
         for ended, effort in score(self.model, [requests[i] for i in missing], self.budget):
             found.update((missing[i], one) for i, one in ended)
             if self.journal is not None:
-                self.journal.add((keys[missing[i]], [one.log_likelihood, one.greedy]) for i, one in ended)
+                self.journal.add(
+                    (keys[missing[i]], [one.log_likelihood, one.greedy]) for i, one in ended
+                )
             self.effort = before + effort
             tell(len(found), len(requests))
         return [found[i] for i in range(len(requests))]
@@ -249,11 +282,15 @@ class HarnessLM(TemplateLM):
             order = sorted(readers)
             contexts = [np.frombuffer(tokens, ">u4").astype(np.int32) for tokens in order]
             ended = partial(generation.ended, self.tokenizer)
-            for number, generated in generate(self.model, contexts, generation.most, ended, self.budget):
+            for number, generated in generate(
+                self.model, contexts, generation.most, ended, self.budget
+            ):
                 answer = generation.answer(generated, self.tokenizer)
                 answers.update((i, answer) for i in readers[order[number]])
                 if self.journal is not None:
-                    self.journal.add([(generation.key(order[number]), [answer.text, answer.finished])])
+                    self.journal.add(
+                        [(generation.key(order[number]), [answer.text, answer.finished])]
+                    )
                 self.progress(len(answers), len(requests))
         for i, instance in enumerate(requests):
             self.finished.setdefault(instance.task_name or "a task", []).append(answers[i].finished)
@@ -302,7 +339,9 @@ class Generation:
         end = lm.tokenizer.decode([lm.eot_token_id], skip_special_tokens=False)
         until = tuple(handle_stop_sequences(list(kwargs["until"]), eos=end))
         chat, thought = lm.chat, None
-        if chat.thinks:  # asked to, or where the template itself begins a thought, or the model does
+        if (
+            chat.thinks
+        ):  # asked to, or where the template itself begins a thought, or the model does
             begun = bool(chat.thinking) or prompt.rstrip().endswith(chat.think_start)
             thought = Thought(chat.think_start, chat.think_end, begun)
         return cls(until, kwargs["max_gen_toks"], lm.end_tokens, thought)
@@ -335,7 +374,9 @@ class Generation:
         return max((len(stop.encode()) for stop in self.until), default=0)
 
 
-def greedy_settings(settings: dict[str, Any], task: str, most: int | None, window: int) -> dict[str, Any]:
+def greedy_settings(
+    settings: dict[str, Any], task: str, most: int | None, window: int
+) -> dict[str, Any]:
     """lm-eval's settings of a generation in their normal form; `most` tokens, if it is given.
 
     Raises:
@@ -343,9 +384,13 @@ def greedy_settings(settings: dict[str, Any], task: str, most: int | None, windo
     """
     kwargs = dict(normalize_gen_kwargs(settings, GENERATED_TOKENS))
     if kwargs["do_sample"]:
-        raise ConfigError(f"{task} wants sampled text ({settings}); only greedy generation is supported")
+        raise ConfigError(
+            f"{task} wants sampled text ({settings}); only greedy generation is supported"
+        )
     if unknown := set(kwargs) - GREEDY_SETTINGS:
-        raise ConfigError(f"{task} sets {', '.join(sorted(unknown))}; only greedy generation is supported")
+        raise ConfigError(
+            f"{task} sets {', '.join(sorted(unknown))}; only greedy generation is supported"
+        )
     if most is not None:
         kwargs["max_gen_toks"] = most
     if not 0 < kwargs["max_gen_toks"] < window:
@@ -378,7 +423,9 @@ class CheckedTasks(TaskManager):
             loaded = {key: {k: v for part in parts for k, v in part[key].items()} for key in keys}
             for task in loaded["tasks"].values():
                 aggregations = task.aggregation()
-                for name in [name for name, one in aggregations.items() if one is weighted_perplexity]:
+                for name in [
+                    name for name, one in aggregations.items() if one is weighted_perplexity
+                ]:
                     aggregations[name] = perplexity_or_infinity
             self.documents = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
             if empty := [name for name, count in self.documents.items() if not count]:
@@ -391,8 +438,12 @@ class CheckedTasks(TaskManager):
             return super().load([name])
         except Q3QError:
             raise
-        except Exception as error:  # a task file is a program: its templates and functions may raise anything
-            if isinstance(error, IndexError) and "size 0" in str(error):  # `datasets`, asked for a first row
+        except (
+            Exception
+        ) as error:  # a task file is a program: its templates and functions may raise anything
+            if isinstance(error, IndexError) and "size 0" in str(
+                error
+            ):  # `datasets`, asked for a first row
                 raise IntegrityError(f"{name} has no documents to evaluate") from error
             entry = self.task_index.get(name)
             where = f" ({entry.yaml_path})" if entry is not None and entry.yaml_path else ""
@@ -416,7 +467,10 @@ def tasks_from(folders: Sequence[Path], wanted: Sequence[str]) -> CheckedTasks:
     """A manager that knows the wanted tasks. lm-eval's own thousands are read only if the folders lack one."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     paths = [str(folder) for folder in folders]
-    few = [str(OFFICIAL / folder) for folder in dict.fromkeys(SHIPPED[task] for task in wanted if task in SHIPPED)]
+    few = [
+        str(OFFICIAL / folder)
+        for folder in dict.fromkeys(SHIPPED[task] for task in wanted if task in SHIPPED)
+    ]
     manager = CheckedTasks(include_path=[*few, *paths], include_defaults=False)
     known = set(manager.all_tasks)
     return manager if known.issuperset(wanted) else CheckedTasks(include_path=paths)
@@ -438,7 +492,9 @@ def refuse_namesakes(include: Path, wanted: Sequence[str]) -> None:
         try:
             content = load_yaml(path, resolve_func=False)
         except Exception as error:
-            raise ConfigError(f"evaluation.include_path: {path} cannot be read: {_told(error)}") from error
+            raise ConfigError(
+                f"evaluation.include_path: {path} cannot be read: {_told(error)}"
+            ) from error
         name, borne = content.get("group", content.get("task")), content.get("tag") or []
         asked = {borne} & set(wanted) if isinstance(borne, str) else set(borne) & set(wanted)
         tags |= asked
@@ -447,7 +503,9 @@ def refuse_namesakes(include: Path, wanted: Sequence[str]) -> None:
         return
     # lm-eval's index says the same, and takes ten times as long to build.
     names = "|".join(map(re.escape, own))
-    says = rf"""^(?:(?:task|group|tag):|(?P<item>[ ]*-))[ ]*(["']?)(?P<name>{names})\2[ ]*(?:#.*)?$"""
+    says = (
+        rf"""^(?:(?:task|group|tag):|(?P<item>[ ]*-))[ ]*(["']?)(?P<name>{names})\2[ ]*(?:#.*)?$"""
+    )
     defines = re.compile(says, re.MULTILINE)
     files = [
         path for path in OFFICIAL.rglob("*yaml*") if path.suffix in ("", ".yaml")
@@ -462,7 +520,11 @@ def refuse_namesakes(include: Path, wanted: Sequence[str]) -> None:
 
 
 def examine(
-    manager: CheckedTasks, tasks: Sequence[str], shots: Mapping[str, int], most: int | None, window: int
+    manager: CheckedTasks,
+    tasks: Sequence[str],
+    shots: Mapping[str, int],
+    most: int | None,
+    window: int,
 ) -> dict[str, dict[str, str]]:
     """Load tasks as a trial will, and refuse what it would refuse after hours of quantization, or not even notice.
 
@@ -485,18 +547,26 @@ def examine(
     return found
 
 
-def _refuse_unusable(name: str, task: Any, shots: int | None, most: int | None, window: int) -> None:
+def _refuse_unusable(
+    name: str, task: Any, shots: int | None, most: int | None, window: int
+) -> None:
     if getattr(task, "UNSAFE_CODE", False):
-        raise ConfigError(f"{name} runs the code that a model writes, which q3q does not do; leave it out")
+        raise ConfigError(
+            f"{name} runs the code that a model writes, which q3q does not do; leave it out"
+        )
     if getattr(task, "MULTIMODAL", False):
         raise ConfigError(f"{name} shows images or sound, and Qwen3 reads text; leave it out")
     own = task.get_config("num_fewshot")
     if shots and own == 0:
-        raise ConfigError(f"{name} says num_fewshot: 0 in its file, and lm-eval then shows no example: not {shots}")
+        raise ConfigError(
+            f"{name} says num_fewshot: 0 in its file, and lm-eval then shows no example: not {shots}"
+        )
     if shots and task.OUTPUT_TYPE == "loglikelihood_rolling":
         raise ConfigError(f"{name} reads whole texts and shows no example: not {shots}")
     if shots and not _has_examples(task):
-        raise ConfigError(f"{name} has no examples but the questions themselves, so it cannot show {shots}")
+        raise ConfigError(
+            f"{name} has no examples but the questions themselves, so it cannot show {shots}"
+        )
     needed = shots if shots is not None and own != 0 else own or 0
     if needed and len(there := list(task.fewshot_docs())) < needed:
         raise ConfigError(f"{name} is to show {needed} examples, and its data set has {len(there)}")
@@ -509,12 +579,17 @@ def _has_examples(task: Any) -> bool:
     config, given = task.config, getattr(task, "fewshot_cfg", None)
     asked = config.test_split or config.validation_split
     if given is not None and given.split is not None:
-        return given.split != asked or given.split == config.test_split  # then no question is its own example
+        return (
+            given.split != asked or given.split == config.test_split
+        )  # then no question is its own example
     if given is not None and given.samples is not None:
         return True
     if task.has_training_docs() and config.training_split != asked:
         return True
-    return bool(task.has_test_docs() and task.has_validation_docs()) and config.validation_split != asked
+    return (
+        bool(task.has_test_docs() and task.has_validation_docs())
+        and config.validation_split != asked
+    )
 
 
 @dataclass(frozen=True)
@@ -561,11 +636,21 @@ def run_tasks(
     Raises:
         IntegrityError: a score is not finite, a task is empty, or a document has no sample or more than one.
     """
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # else its bootstrap forks this process, model and threads and all
-    manager = tasks_from([OWN_TASKS, *([Path(include_path)] if include_path is not None else [])], tasks)
+    os.environ.setdefault(
+        "DISABLE_MULTIPROC", "1"
+    )  # else its bootstrap forks this process, model and threads and all
+    manager = tasks_from(
+        [OWN_TASKS, *([Path(include_path)] if include_path is not None else [])], tasks
+    )
     kept = None if journal is None else Journal(journal / SCORES, identity)
     lm = HarnessLM(
-        model, tokenizer, progress, max_length=max_length, journal=kept, chat=chat, max_gen_toks=max_gen_toks
+        model,
+        tokenizer,
+        progress,
+        max_length=max_length,
+        journal=kept,
+        chat=chat,
+        max_gen_toks=max_gen_toks,
     )
     try:
         manager.load(tasks)
@@ -594,21 +679,32 @@ def run_tasks(
     for task, finished in lm.finished.items() if chat.thinks else ():
         share, name = finished.count(False) / len(finished), f"unfinished/{task}"
         metrics[name], intervals[name] = share, share_interval(share, len(finished))
-    samples = {task: [sample_row(sample) for sample in rows] for task, rows in answer["samples"].items()}
+    samples = {
+        task: [sample_row(sample) for sample in rows] for task, rows in answer["samples"].items()
+    }
     results = {
-        key: answer[key] for key in ("results", "n-samples", "versions", "configs", "group_subtasks") if key in answer
+        key: answer[key]
+        for key in ("results", "n-samples", "versions", "configs", "group_subtasks")
+        if key in answer
     }
     return TaskScores(metrics, intervals, results, samples, lm.effort)
 
 
-def asked_documents(documents: Mapping[str, int], limit: int | None, choose: Choose | None) -> dict[str, list[int]]:
+def asked_documents(
+    documents: Mapping[str, int], limit: int | None, choose: Choose | None
+) -> dict[str, list[int]]:
     """The numbers of the documents that each task is scored on."""
     if choose is not None:
         return {task: list(choose(task, count)) for task, count in documents.items()}
-    return {task: list(range(count if limit is None else min(count, limit))) for task, count in documents.items()}
+    return {
+        task: list(range(count if limit is None else min(count, limit)))
+        for task, count in documents.items()
+    }
 
 
-def check_samples(samples: Mapping[str, Sequence[dict[str, Any]]], asked: Mapping[str, Sequence[int]]) -> None:
+def check_samples(
+    samples: Mapping[str, Sequence[dict[str, Any]]], asked: Mapping[str, Sequence[int]]
+) -> None:
     """Each document asked must have one sample of each filter, and no other has any.
 
     Raises:
@@ -637,7 +733,10 @@ def sample_row(sample: dict[str, Any]) -> dict[str, Any]:
     row.update((name, sample[name]) for name in sample["metrics"])
     answers = sample["filtered_resps"]
     if all(isinstance(answer, tuple) for answer in answers):
-        row["log_likelihood"], row["greedy"] = [answer[0] for answer in answers], [answer[1] for answer in answers]
+        row["log_likelihood"], row["greedy"] = (
+            [answer[0] for answer in answers],
+            [answer[1] for answer in answers],
+        )
     elif all(isinstance(answer, float) for answer in answers):
         row["log_likelihood"] = list(answers)
     else:

@@ -41,7 +41,9 @@ def check_weights(
 
     for k in range(len(model.blocks)):
         block = model.blocks[k]
-        endless += [f"blocks.{k}.{name}" for name, weight in block.weights.items() if not all_finite(weight)]
+        endless += [
+            f"blocks.{k}.{name}" for name, weight in block.weights.items() if not all_finite(weight)
+        ]
         codes = quantized[k] if quantized else {}
         for name in (name for site in block.sites for name in site.weights):
             where, weight = f"blocks.{k}.{name.removesuffix('.weight')}", block.weights[name]
@@ -96,5 +98,7 @@ def _rows(parts: Iterable[Tensor], code: StoredWeight) -> Iterator[tuple[Tensor,
 
 
 def _check(name: str, offenders: list[str]) -> Check:
-    shown = ", ".join(offenders[:5]) + (f" and {len(offenders) - 5} more" if len(offenders) > 5 else "")
+    shown = ", ".join(offenders[:5]) + (
+        f" and {len(offenders) - 5} more" if len(offenders) > 5 else ""
+    )
     return Check(name=name, passed=not offenders, detail=shown)

@@ -9,7 +9,9 @@ from typing import Any
 
 from q3q.errors import IntegrityError
 
-SCORES = "scores.jsonl"  # of all requests of an evaluation: what two of its tasks ask is scored once
+SCORES = (
+    "scores.jsonl"  # of all requests of an evaluation: what two of its tasks ask is scored once
+)
 
 
 class Journal:

@@ -22,7 +22,9 @@ def prompt(question: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:
     return head + solved + _asked(question)
 
 
-def fitting_prompt(question: dict[str, Any], examples: Sequence[dict[str, Any]], encode: Encode) -> list[int]:
+def fitting_prompt(
+    question: dict[str, Any], examples: Sequence[dict[str, Any]], encode: Encode
+) -> list[int]:
     """The prompt's tokens with the first five examples, or as many fewer as it takes to stay within 2,048 tokens.
 
     Without any example a prompt may be longer: the script never ends then, here it is used as it is.
@@ -41,5 +43,7 @@ def answer_tokens(encode: Encode) -> list[int]:
 
 
 def _asked(row: dict[str, Any]) -> str:
-    choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True))
+    choices = "".join(
+        f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=True)
+    )
     return f"{row['question']}{choices}\nAnswer:"

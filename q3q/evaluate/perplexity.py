@@ -40,7 +40,9 @@ class Perplexity:
 
 
 def perplexity(
-    model: Decoder, windows_NT: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
+    model: Decoder,
+    windows_NT: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Perplexity:
     """Perplexity of `model` over windows of token ids [N, T]; progress is told (windows done, windows in all)."""
     return of_losses(window_losses(model, windows_NT, progress))
@@ -67,7 +69,9 @@ def window_losses(
     loss_N[: len(known)] = torch.tensor(known, dtype=torch.float64)
     for first, hidden_BPH in scored_states(model, windows_NT, len(known)):
         rows = slice(first, first + len(hidden_BPH))
-        scores_P, _ = model.log_likelihoods(hidden_BPH.flatten(0, 1), windows_NT[rows, 1:].flatten())
+        scores_P, _ = model.log_likelihoods(
+            hidden_BPH.flatten(0, 1), windows_NT[rows, 1:].flatten()
+        )
         loss_N[rows] = -scores_P.view(len(hidden_BPH), -1).double().mean(1).cpu()
         if journal is not None:
             losses = enumerate(loss_N[rows].tolist(), start=first)
@@ -76,7 +80,9 @@ def window_losses(
     return loss_N
 
 
-def scored_states(model: Decoder, windows_NT: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+def scored_states(
+    model: Decoder, windows_NT: Tensor, start: int = 0
+) -> Iterator[tuple[int, Tensor]]:
     """Windows batch by batch: the first one's number, and the final hidden states [B, P, H] at the P = T - 1 positions
     that predict one of a window's tokens. start: windows before it are left out, but for those of its own batch.
 
@@ -91,7 +97,9 @@ def scored_states(model: Decoder, windows_NT: Tensor, start: int = 0) -> Iterato
     def attempt(tokens: int) -> tuple[int, Iterator[Tensor]]:
         rows = max(1, tokens // length)
         states = model.states(windows_NT[first : first + max(together, rows)].split(rows))
-        return 0, chain([next(states)], states)  # whatever could take too much memory has been run by then
+        return 0, chain(
+            [next(states)], states
+        )  # whatever could take too much memory has been run by then
 
     while first < count:
         for hidden_BTH in budget.run(attempt):
@@ -99,7 +107,9 @@ def scored_states(model: Decoder, windows_NT: Tensor, start: int = 0) -> Iterato
             first += len(hidden_BTH)
 
 
-def scored_windows(model: Decoder, windows_NT: Tensor, start: int = 0) -> Iterator[tuple[int, Tensor]]:
+def scored_windows(
+    model: Decoder, windows_NT: Tensor, start: int = 0
+) -> Iterator[tuple[int, Tensor]]:
     """`scored_states` window by window, from `start` on: its number, and [P, H]."""
     for first, hidden_BPH in scored_states(model, windows_NT, start):
         skipped = max(0, start - first)

@@ -60,8 +60,12 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """The same with its indices where the model is, and what is added to its scores in the model's dtype."""
-        own, shared = ([look.to(device, dtype) for look in looks] for looks in (self.own, self.shared))
-        return Batch(self.first, self.stop, own, shared, sent(self.depth_T, device), sent(self.keep, device))
+        own, shared = (
+            [look.to(device, dtype) for look in looks] for looks in (self.own, self.shared)
+        )
+        return Batch(
+            self.first, self.stop, own, shared, sent(self.depth_T, device), sent(self.keep, device)
+        )
 
 
 @dataclass
@@ -134,7 +138,9 @@ class Tape:
 
     def _plan(self, pieces: list[Piece], next_depth: int) -> Batch:
         # Keys are numbered: the kept path by depth, then the batch's tokens.
-        path = np.concatenate([np.arange(self._kept), np.zeros(len(self._path) - self._kept, np.int64)])
+        path = np.concatenate(
+            [np.arange(self._kept), np.zeros(len(self._path) - self._kept, np.int64)]
+        )
         stretches, floors = shared_stretches(pieces, *self._bounds)
         shared: list[Look | RaggedLook] = []
         leaves: list[tuple[Piece, Places]] = []
@@ -156,7 +162,9 @@ class Tape:
         first = self.begin[self._text] + self._depth - self.shared[self._text]
         depths = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
         keep = path[:next_depth].copy()
-        return Batch(first, first + tokens, own, shared, torch.from_numpy(depths), torch.from_numpy(keep))
+        return Batch(
+            first, first + tokens, own, shared, torch.from_numpy(depths), torch.from_numpy(keep)
+        )
 
     @property
     def _bounds(self) -> tuple[int, int]:
@@ -165,12 +173,16 @@ class Tape:
 
     def _own_look(self, bucket: list[tuple[Piece, Places]]) -> Look:
         """Each piece's own tokens, and the ancestors that were not worth sharing, causally."""
-        queries = [np.arange(piece.offset, piece.offset + piece.stop - piece.start) for piece, _ in bucket]
+        queries = [
+            np.arange(piece.offset, piece.offset + piece.stop - piece.start) for piece, _ in bucket
+        ]
         wide, tall = max(map(len, queries)), max(len(keys) for _, keys in bucket)
         self.attended += wide * len(bucket)
         self.padded += wide * len(bucket) - sum(map(len, queries))
         # Query i of a piece sees its ancestors (keys that are not its own) and i + 1 of its own; pads come after those.
-        ancestors = torch.tensor([len(keys) - len(query) for query, (_, keys) in zip(queries, bucket, strict=True)])
+        ancestors = torch.tensor(
+            [len(keys) - len(query) for query, (_, keys) in zip(queries, bucket, strict=True)]
+        )
         causal = not ancestors.any()
         bias = None
         if not causal:
@@ -183,7 +195,9 @@ class Tape:
                 return Look(tokens, slice(int(keys[0]), int(keys[0]) + tall), causal, bias)
             return Look(tokens, torch.from_numpy(keys)[None], causal, bias)
         query, key = _stacked(queries, wide), _stacked([keys for _, keys in bucket], tall)
-        place = np.concatenate([row * wide + np.arange(len(tokens)) for row, tokens in enumerate(queries)])
+        place = np.concatenate(
+            [row * wide + np.arange(len(tokens)) for row, tokens in enumerate(queries)]
+        )
         real = torch.from_numpy(place), torch.from_numpy(np.concatenate(queries))
         return Look(query, key, causal, bias, real)
 
@@ -227,7 +241,9 @@ def buckets(leaves: Sequence[tuple[Piece, Places]]) -> Iterator[list[tuple[Piece
     """Pieces that attend together: of like length, with like numbers of keys, within the bounds of memory."""
     alike: dict[tuple[int, int], list[tuple[Piece, Places]]] = {}
     for piece, keys in leaves:
-        alike.setdefault((_rung(piece.stop - piece.start), _rung(len(keys))), []).append((piece, keys))
+        alike.setdefault((_rung(piece.stop - piece.start), _rung(len(keys))), []).append(
+            (piece, keys)
+        )
     for (wide, tall), group in alike.items():
         most = max(1, min(LOOK_SCORES // (wide * tall), LOOK_KEYS // tall))
         group.sort(key=lambda leaf: (leaf[0].stop - leaf[0].start, len(leaf[1])))
@@ -252,7 +268,11 @@ def _rung(count: int) -> int:
 def _shared_looks(first: int, until: int, keys: Places) -> Iterator[Look]:
     """Queries first .. until - 1 at the same keys, in slabs."""
     contiguous = (np.diff(keys) == 1).all()
-    index = slice(int(keys[0]), int(keys[-1]) + 1) if contiguous else torch.from_numpy(keys.copy())[None]
+    index = (
+        slice(int(keys[0]), int(keys[-1]) + 1)
+        if contiguous
+        else torch.from_numpy(keys.copy())[None]
+    )
     slab = max(1, LOOK_SCORES // len(keys))
     for start in range(first, until, slab):
         yield Look(slice(start, min(until, start + slab)), index)
@@ -262,21 +282,44 @@ def _ragged_own(leaves: Sequence[tuple[Piece, Places]]) -> RaggedLook:
     """All pieces of a batch at their own tokens, and at the ancestors that were not worth sharing."""
     queries = np.array([piece.stop - piece.start for piece, _ in leaves])
     keys = np.array([len(key) for _, key in leaves])
-    return _ragged(slice(0, int(queries.sum())), np.concatenate([key for _, key in leaves]), queries, keys, causal=True)
+    return _ragged(
+        slice(0, int(queries.sum())),
+        np.concatenate([key for _, key in leaves]),
+        queries,
+        keys,
+        causal=True,
+    )
 
 
 def _ragged_shared(first: int, until: int, keys: Places) -> list[RaggedLook]:
     """Queries first .. until - 1 at the same keys."""
-    return [_ragged(slice(first, until), keys, np.array([until - first]), np.array([len(keys)]), causal=False)]
+    return [
+        _ragged(
+            slice(first, until),
+            keys,
+            np.array([until - first]),
+            np.array([len(keys)]),
+            causal=False,
+        )
+    ]
 
 
-def _ragged(query: slice, keys: Places, query_S: Places, key_S: Places, *, causal: bool) -> RaggedLook:
+def _ragged(
+    query: slice, keys: Places, query_S: Places, key_S: Places, *, causal: bool
+) -> RaggedLook:
     """query_S, key_S: how many each piece has."""
-    key = slice(int(keys[0]), int(keys[-1]) + 1) if (np.diff(keys) == 1).all() else torch.from_numpy(keys.copy())
-    query_ends_S, key_ends_S = (
-        torch.from_numpy(np.concatenate([[0], np.cumsum(each)]).astype(np.int32)) for each in (query_S, key_S)
+    key = (
+        slice(int(keys[0]), int(keys[-1]) + 1)
+        if (np.diff(keys) == 1).all()
+        else torch.from_numpy(keys.copy())
     )
-    return RaggedLook(query, key, query_ends_S, key_ends_S, (int(query_S.max()), int(key_S.max())), causal)
+    query_ends_S, key_ends_S = (
+        torch.from_numpy(np.concatenate([[0], np.cumsum(each)]).astype(np.int32))
+        for each in (query_S, key_S)
+    )
+    return RaggedLook(
+        query, key, query_ends_S, key_ends_S, (int(query_S.max()), int(key_S.max())), causal
+    )
 
 
 def _stacked(rows: Sequence[Places], width: int) -> torch.Tensor:

@@ -19,7 +19,13 @@ Measured = dict[str, dict[str, float]]  # metric -> sample -> score
 def window_rows(metric: str, digest: str, nll_N: Sequence[float]) -> list[Json]:
     """A row a window. metric: of the text's perplexity. digest: of all its token ids."""
     return [
-        {"task": metric, "doc_id": number, "doc_hash": digest, "filter": "none", "scores": {LOSS: float(nll)}}
+        {
+            "task": metric,
+            "doc_id": number,
+            "doc_hash": digest,
+            "filter": "none",
+            "scores": {LOSS: float(nll)},
+        }
         for number, nll in enumerate(nll_N)
     ]
 
@@ -45,7 +51,10 @@ def write_samples(path: Path, rows: Sequence[Json]) -> None:
             ("scores", pa.map_(pa.string(), pa.float64())),
         ]
     )
-    plain = [{**row, "scores": list(row["scores"].items()), "text": _texts(row.get("text"))} for row in rows]
+    plain = [
+        {**row, "scores": list(row["scores"].items()), "text": _texts(row.get("text"))}
+        for row in rows
+    ]
     partial = path.with_name(f".{path.name}.partial")
     parquet.write_table(pa.Table.from_pylist(plain, schema=schema), partial)
     partial.replace(path)
@@ -90,7 +99,11 @@ def comparisons(ours: Measured, baseline: Measured) -> dict[str, Comparison]:
     Raises:
         IntegrityError: the two were not scored on the same samples.
     """
-    return {metric: compare(metric, ours[metric], baseline[metric]) for metric in ours if metric in baseline}
+    return {
+        metric: compare(metric, ours[metric], baseline[metric])
+        for metric in ours
+        if metric in baseline
+    }
 
 
 def _texts(answers: Any) -> list[str] | None:

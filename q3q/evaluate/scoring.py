@@ -58,7 +58,9 @@ class Effort:
     padded: int = 0
 
     def __add__(self, other: "Effort") -> "Effort":
-        return Effort(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        return Effort(
+            *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
+        )
 
 
 def score(
@@ -94,7 +96,9 @@ def score(
                 attended=tape.attended,
                 padded=tape.padded,
             )
-            found = model.log_likelihoods(hidden_PH, torch.from_numpy(part.target), torch.from_numpy(row_R))
+            found = model.log_likelihoods(
+                hidden_PH, torch.from_numpy(part.target), torch.from_numpy(row_R)
+            )
             yield part, *found, done
 
     for part, found_R, best_R, done in one_behind(run()):
@@ -125,20 +129,28 @@ def one_behind(items: Iterable[Item]) -> Iterator[Item]:
     yield from before
 
 
-def score_together(model: Decoder, requests: Sequence[Request]) -> Iterator[tuple[list[tuple[int, Score]], Effort]]:
+def score_together(
+    model: Decoder, requests: Sequence[Request]
+) -> Iterator[tuple[list[tuple[int, Score]], Effort]]:
     """`score` in rounds: in each, every rank of the model's team takes requests that are neighbours on the tape."""
     effort, size = Effort(), model.team.size
-    order = sorted(range(len(requests)), key=lambda number: requests[number].inputs.astype(">u4").tobytes())
+    order = sorted(
+        range(len(requests)), key=lambda number: requests[number].inputs.astype(">u4").tobytes()
+    )
     ends = np.cumsum([len(requests[number].inputs) for number in order])
     room, start = min(ROUND_TOKENS, pass_tokens(model) // 2), 0
     while start < len(order):
         before = ends[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, before + room * size, "right")))
-        cuts = np.searchsorted(ends, np.linspace(before, ends[stop - 1], size + 1)[1:-1], "right").clip(start, stop)
+        cuts = np.searchsorted(
+            ends, np.linspace(before, ends[stop - 1], size + 1)[1:-1], "right"
+        ).clip(start, stop)
         bounds = [start, *cuts.tolist(), stop]
         shares = [order[low:high] for low, high in pairwise(bounds)]
         asked = [[requests[number] for number in share] for share in shares]
-        for share, (found, cost) in zip(shares, model.team.together(_score_share, model.number, asked), strict=True):
+        for share, (found, cost) in zip(
+            shares, model.team.together(_score_share, model.number, asked), strict=True
+        ):
             effort += cost
             yield [(share[n], one) for n, one in found], effort
         start = stop
@@ -185,7 +197,9 @@ def run_tape(
     def attempt(most: int) -> tuple[int, tuple[Piece, Iterator[Tensor]]]:
         piece = Piece(model, tape, most, wanted_P, kept, all_keys=keys_values is not None)
         states = model.states(piece.ids, piece.attend)
-        begun = chain([next(states)], states)  # whatever could take too much memory has been run by then
+        begun = chain(
+            [next(states)], states
+        )  # whatever could take too much memory has been run by then
         piece.end_block()
         return 0 if model.streamed else len(piece.ids[0][0]), (piece, begun)
 
@@ -223,12 +237,20 @@ class Piece:
         self.fresh: list[KeysValues] = []
         self._all_keys = all_keys
         room = pass_tokens(model)
-        while not self.tape.done and (not self.spans or self.spans[-1][1] - self.spans[0][0] < room):
+        while not self.tape.done and (
+            not self.spans or self.spans[-1][1] - self.spans[0][0] < room
+        ):
             self._batch = self.tape.next_batch(most)
             self.tape.advance()
             self.spans.append((self._batch.first, self._batch.stop))
         self.ids = [torch.from_numpy(tape.ids[a:b].astype(np.int64))[None] for a, b in self.spans]
-        self._model, self._start, self._most, self._wanted, self._before = model, copy(tape), most, wanted_P, before
+        self._model, self._start, self._most, self._wanted, self._before = (
+            model,
+            copy(tape),
+            most,
+            wanted_P,
+            before,
+        )
         self._again: Tape | None = None
         self._tree: Tree | None = None
 
@@ -239,9 +261,13 @@ class Piece:
             before = self._tree.kept
         else:
             self.end_block()
-            before = None if self._before is None else (self._before[2 * k], self._before[2 * k + 1])
+            before = (
+                None if self._before is None else (self._before[2 * k], self._before[2 * k + 1])
+            )
         last = k == len(self._model.blocks) - 1
-        self._tree = self._planned(b).attention(before, self._rows(*self.spans[b]) if last else None)
+        self._tree = self._planned(b).attention(
+            before, self._rows(*self.spans[b]) if last else None
+        )
         return self._tree
 
     def end_block(self) -> None:
@@ -278,7 +304,9 @@ class Reads:
     owner: np.ndarray
 
     @classmethod
-    def of(cls, tape: Tape, readers: Sequence[Sequence[int]], requests: Sequence[Request]) -> "Reads":
+    def of(
+        cls, tape: Tape, readers: Sequence[Sequence[int]], requests: Sequence[Request]
+    ) -> "Reads":
         """readers: for each text of the tape, the requests whose inputs it is."""
         positions, targets, owners = [], [], []
         for places, numbers in zip(tape.places(), readers, strict=True):
@@ -311,4 +339,6 @@ def lay_out(requests: Sequence[Request], *, ragged: bool = False) -> tuple[Tape,
         # Big-endian bytes sort as the tokens do.
         readers.setdefault(request.inputs.astype(">u4").tobytes(), []).append(number)
     order = sorted(readers)
-    return Tape([requests[readers[key][0]].inputs for key in order], ragged), [readers[key] for key in order]
+    return Tape([requests[readers[key][0]].inputs for key in order], ragged), [
+        readers[key] for key in order
+    ]

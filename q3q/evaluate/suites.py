@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 Tell = Callable[[int, int], None]
 Choose = Callable[[str, int], Sequence[int]]
 
-EVALUATION_VERSION = 1  # of all numbers here: raised when a text is cut, a prompt put or an answer scored otherwise
+EVALUATION_VERSION = (
+    1  # of all numbers here: raised when a text is cut, a prompt put or an answer scored otherwise
+)
 OWN_TASKS = Path(__file__).parent / "tasks"
 STUDY_MMLU = "mmlu_paper"
 QUICK_SEED = 0  # of the questions that evaluation.quick draws
@@ -83,7 +85,10 @@ QUESTIONS = {
     f"{WIKITEXT}:wikitext-2-raw-v1": 62,
     **{data.key: int(count) for data, count in zip(_MMLU, _ASKED.split(), strict=True)},
 }
-FIRST_SHOTS = ("mmlu", STUDY_MMLU)  # their examples are the first ones; of others they are drawn at random
+FIRST_SHOTS = (
+    "mmlu",
+    STUDY_MMLU,
+)  # their examples are the first ones; of others they are drawn at random
 
 
 def lm_eval_version() -> str:
@@ -125,7 +130,9 @@ def batches(evaluation: Json) -> list[Batch]:
 
 def draws_shots(tasks: Iterable[str], shots: Mapping[str, int]) -> bool:
     """Whether a seed decides which examples some task shows."""
-    return any(task not in FIRST_SHOTS and (task not in KNOWN or shots.get(task, 0) > 0) for task in tasks)
+    return any(
+        task not in FIRST_SHOTS and (task not in KNOWN or shots.get(task, 0) > 0) for task in tasks
+    )
 
 
 def settle(
@@ -168,7 +175,12 @@ def settle(
         manager = tasks_from([OWN_TASKS, *([include] if include else [])], strangers)
         found = examine(manager, strangers, shots, most, window)
     _refuse_overlaps({task: found.get(task) or _parts(task) for task in tasks})
-    return [name for parts in found.values() for name, output in parts.items() if output == "generate_until"]
+    return [
+        name
+        for parts in found.values()
+        for name, output in parts.items()
+        if output == "generate_until"
+    ]
 
 
 def _parts(task: str) -> list[str]:
@@ -180,17 +192,27 @@ def _settle_known(task: str, library: Library, shots: int, limit: int | None) ->
     """The data sets of a known task: there, with enough examples to show, and whole, unless no more is asked of a part
     of them than it has. What has more than the official rows is no part of them."""
     if shots and (task == "wikitext" or not KNOWN.get(task, (task,))):
-        raise ConfigError(f"{task} has no examples, and cannot show {shots}; name others in evaluation.shots")
+        raise ConfigError(
+            f"{task} has no examples, and cannot show {shots}; name others in evaluation.shots"
+        )
     for data in KNOWN.get(task, ()):
         asked, whole = data.splits[0], QUESTIONS[data.key]
         source = "dev" if task in FIRST_SHOTS else "train"
-        library.identify(replace(data, splits=(asked, source) if shots or source in data.splits else (asked,)))
+        library.identify(
+            replace(data, splits=(asked, source) if shots or source in data.splits else (asked,))
+        )
         rows, where = library.load(data), library.where(data)
         if shots > len(rows[source]):
-            raise ConfigError(f"{task} is to show {shots} examples, and {where} has {len(rows[source])} in {source}")
+            raise ConfigError(
+                f"{task} is to show {shots} examples, and {where} has {len(rows[source])} in {source}"
+            )
         count = len(rows[asked])
         if count > whole or (count < whole and (limit is None or count < limit)):
-            other = "these alone" if count > whole else f"all of them, or say evaluation.limits={{{task}:{count}}}"
+            other = (
+                "these alone"
+                if count > whole
+                else f"all of them, or say evaluation.limits={{{task}:{count}}}"
+            )
             raise ConfigError(
                 f"{task}: {where} has {count} rows of the split {asked}, and {whole} are its questions: give {other}"
             )
@@ -227,7 +249,11 @@ def refuse_other_versions(evaluation: Json) -> None:
     Raises:
         ConfigError: q3q's evaluation or lm-eval is not of the version here that the trial was planned with.
     """
-    here: Json = {"version": EVALUATION_VERSION} if evaluation.get("texts") or evaluation.get("tasks") else {}
+    here: Json = (
+        {"version": EVALUATION_VERSION}
+        if evaluation.get("texts") or evaluation.get("tasks")
+        else {}
+    )
     here |= {"lm_eval": lm_eval_version()} if evaluation.get("tasks") else {}
     for key, version in here.items():
         if evaluation.get(key) != version:
@@ -262,7 +288,9 @@ def score_batch(
         choose = partial(drawn if quick else first, batch.limit)
         part = _study_mmlu(model, tokenizer, library, choose, journal, identity, tell)
     else:
-        part = _lm_eval(model, tokenizer, evaluation, batch, library, include, seed, journal, identity, tell)
+        part = _lm_eval(
+            model, tokenizer, evaluation, batch, library, include, seed, journal, identity, tell
+        )
     return _named(part, quick)
 
 
@@ -318,7 +346,11 @@ def _lm_eval(
         weighted = weighted_losses(rows)
         intervals |= weighted_intervals(task, weighted)
         for number, row in enumerate(rows):
-            samples.append(_sample(task, groups, row, {name: losses[number] for name, losses in weighted.items()}))
+            samples.append(
+                _sample(
+                    task, groups, row, {name: losses[number] for name, losses in weighted.items()}
+                )
+            )
     results = {**_plain(found.results), "effort": asdict(found.effort)}
     return Part(dict(found.metrics), intervals, {"+".join(batch.tasks): results}, samples)
 
@@ -343,7 +375,9 @@ def weighted_losses(rows: Sequence[Json]) -> dict[str, list[float]]:
     return found
 
 
-def weighted_intervals(task: str, losses: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+def weighted_intervals(
+    task: str, losses: Mapping[str, Sequence[float]]
+) -> dict[str, tuple[float, float]]:
     """95 % intervals of what `weighted_losses` are the contributions to: lm-eval gives none."""
     from q3q.evaluate.compare import NORMAL_95, estimate
     from q3q.evaluate.perplexity import exp_or_infinity
@@ -356,7 +390,9 @@ def weighted_intervals(task: str, losses: Mapping[str, Sequence[float]]) -> dict
         spread = NORMAL_95 * mean.standard_error
         low, high = mean.value - spread, mean.value + spread
         found[f"{task}/{name}"] = (
-            (low, high) if name == "bits_per_byte" else (exp_or_infinity(low), exp_or_infinity(high))
+            (low, high)
+            if name == "bits_per_byte"
+            else (exp_or_infinity(low), exp_or_infinity(high))
         )
     return found
 
@@ -375,12 +411,19 @@ def _sample(task: str, groups: Sequence[str], row: Json, weighted: dict[str, flo
     """One of lm-eval's samples as `samples.py` files it; of the metrics, those that are numbers of their own, and its
     `weighted_losses`."""
     scores = {
-        name: float(value) for name, value in row.items() if name not in ROW and isinstance(value, (int, float, bool))
+        name: float(value)
+        for name, value in row.items()
+        if name not in ROW and isinstance(value, (int, float, bool))
     } | weighted
     kept = {name: row.get(name) for name in ROW}
     kept["target"] = None if row.get("target") is None else str(row["target"])
     suffix = "" if row["filter"] == "none" else f"/{row['filter']}"
-    return {"task": task, "groups": groups, **kept, "scores": {name + suffix: value for name, value in scores.items()}}
+    return {
+        "task": task,
+        "groups": groups,
+        **kept,
+        "scores": {name + suffix: value for name, value in scores.items()},
+    }
 
 
 def _study_mmlu(
@@ -405,19 +448,25 @@ def _study_mmlu(
     for data in _MMLU:
         splits = library.load(data)
         examples = list(splits["dev"])
-        for number in choose(f"mmlu_{data.name}", len(splits["test"])):  # the same as lm-eval's task asks
+        for number in choose(
+            f"mmlu_{data.name}", len(splits["test"])
+        ):  # the same as lm-eval's task asks
             question = {**splits["test"][number], "subject": data.name}
             rows.append((number, question))
             prompts.append(as_ids(mmlu_paper.fitting_prompt(question, examples, encode)))
     kept = Journal(journal / SCORES, identity)
     try:
         lm = HarnessLM(model, tokenizer, tell, journal=kept)
-        asked = [lm._request(ids, as_ids([token]), STUDY_MMLU) for ids in prompts for token in tokens]
+        asked = [
+            lm._request(ids, as_ids([token]), STUDY_MMLU) for ids in prompts for token in tokens
+        ]
         found = [one.log_likelihood for one in lm._score(asked, tell)]
     finally:
         kept.close()
     samples: list[Json] = []
-    for (number, row), ids, start in zip(rows, prompts, range(0, len(found), len(tokens)), strict=True):
+    for (number, row), ids, start in zip(
+        rows, prompts, range(0, len(found), len(tokens)), strict=True
+    ):
         scores = found[start : start + len(tokens)]
         right = max(range(len(tokens)), key=lambda k: scores[k]) == row["answer"]
         samples.append(
@@ -437,7 +486,9 @@ def _study_mmlu(
     spread = NORMAL_95 * mean.standard_error
     name = f"{STUDY_MMLU}/acc"
     interval = (max(0.0, mean.value - spread), min(1.0, mean.value + spread))
-    return Part({name: mean.value}, {name: interval}, {STUDY_MMLU: {"effort": asdict(lm.effort)}}, samples)
+    return Part(
+        {name: mean.value}, {name: interval}, {STUDY_MMLU: {"effort": asdict(lm.effort)}}, samples
+    )
 
 
 def _named(part: Part, quick: bool) -> Part:
@@ -460,6 +511,10 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if value is None or isinstance(value, (str, int, bool)) or (isinstance(value, float) and math.isfinite(value)):
+    if (
+        value is None
+        or isinstance(value, (str, int, bool))
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
         return value
     return str(getattr(value, "__name__", value))

@@ -21,6 +21,8 @@ class AwqExporter(PackingExporter):
             "group_size": scheme.group_size,
             "zero_point": True,
             # In full: readers look for these words anywhere in a name, and `mlp.gate` is in `mlp.gate_proj` too.
-            "modules_to_not_convert": [f"model.layers.{k}.mlp.gate" for k in range(facts.layers) if facts.sparse(k)]
+            "modules_to_not_convert": [
+                f"model.layers.{k}.mlp.gate" for k in range(facts.layers) if facts.sparse(k)
+            ]
             or None,
         }

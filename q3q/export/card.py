@@ -46,7 +46,9 @@ def model_card(
     source = spec.model.get("source")
     front = licence_lines(base) or ["license: unknown"]
     front += [f"base_model: {source}", "base_model_relation: quantized"] if source else []
-    rows = {name: f"{value:.6g} | {_interval(intervals.get(name))}" for name, value in metrics.items()}
+    rows = {
+        name: f"{value:.6g} | {_interval(intervals.get(name))}" for name, value in metrics.items()
+    }
     rows |= dict.fromkeys(diverged, "diverged: not a finite number |")
     measured = [
         f"| {name} | {row} |"
@@ -57,7 +59,9 @@ def model_card(
     acts = f", activations of {scheme.act_bits} bits per token" if scheme.act_bits else ""
     departures = _departures(spec)
     compared = "the same weights, bit for bit"
-    compared += ", and the same logits" if proof.logit_error is not None else "; logits were not compared"
+    compared += (
+        ", and the same logits" if proof.logit_error is not None else "; logits were not compared"
+    )
     lines = [
         "---",
         *front,
@@ -75,10 +79,16 @@ def model_card(
         "",
         f"- method: `{json.dumps(spec.method)}`",
         *(f"- {key}: `{json.dumps(value)}`" for key, value in departures.items()),
-        f"- calibration: `{json.dumps(spec.calibration)}`" if spec.calibration else "- calibration: none",
+        f"- calibration: `{json.dumps(spec.calibration)}`"
+        if spec.calibration
+        else "- calibration: none",
         f"- arithmetic: {spec.model['dtype']}; scales are stored in, and were rounded to, {scheme.scales or 'none'}",
         f"- trial `{spec.id}`, seed {spec.seed}, "
-        + ", ".join(f"{name} {packages[name]}" for name in ("q3q", "torch", "transformers") if name in packages),
+        + ", ".join(
+            f"{name} {packages[name]}"
+            for name in ("q3q", "torch", "transformers")
+            if name in packages
+        ),
         "",
         "```bash",
         masked(spec.places["command"]),
@@ -105,7 +115,9 @@ def licence_lines(base: Path) -> list[str]:
     except (OSError, UnicodeDecodeError):
         return []
     found = _LICENCE.findall(front[1]) if front else []
-    return [line for entry in found for line in entry.splitlines() if entry.partition(":")[2].strip()]
+    return [
+        line for entry in found for line in entry.splitlines() if entry.partition(":")[2].strip()
+    ]
 
 
 def _departures(spec: TrialSpec) -> Json:

@@ -59,7 +59,9 @@ def _format(layout: Layout) -> str:
 
 def _arguments(layout: Layout) -> Json:
     size = (
-        {"strategy": "channel"} if layout.group_size == -1 else {"strategy": "group", "group_size": layout.group_size}
+        {"strategy": "channel"}
+        if layout.group_size == -1
+        else {"strategy": "group", "group_size": layout.group_size}
     )
     found: Json = {
         "weights": QuantizationArgs(

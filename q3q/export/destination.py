@@ -46,7 +46,9 @@ def marker_of(folder: Path) -> dict[str, Any] | None:
 
 def is_ours(folder: Path, spec: TrialSpec) -> bool:
     marker = marker_of(folder)
-    return marker is not None and marker.get("trial") == spec.id and marker.get("version") == VERSION
+    return (
+        marker is not None and marker.get("trial") == spec.id and marker.get("version") == VERSION
+    )
 
 
 def is_finished(spec: TrialSpec) -> bool:
@@ -102,8 +104,14 @@ def check_destination(spec: TrialSpec, facts: ModelFacts) -> None:
     partial = partial_path(path)
     for folder in (path, partial):
         if folder.exists() and not is_ours(folder, spec):
-            whose = "another trial's unfinished export" if folder == partial and marker_of(folder) else "there already"
-            raise ExportError(f"export.path={path}: {folder} is {whose}; remove it, or give another path")
+            whose = (
+                "another trial's unfinished export"
+                if folder == partial and marker_of(folder)
+                else "there already"
+            )
+            raise ExportError(
+                f"export.path={path}: {folder} is {whose}; remove it, or give another path"
+            )
     parent = _parent(path)
     if not parent.is_dir():
         raise ExportError(f"export.path={path}: {parent} is not a folder")
@@ -128,7 +136,11 @@ def check_room(trials: Iterable[tuple[TrialSpec, ModelFacts]]) -> None:
             parent = _parent(Path(spec.places["export"]))
             wanted.setdefault(parent.stat().st_dev, []).append((parent, _needed_bytes(spec, facts)))
     for those in wanted.values():
-        parent, needed, free = those[0][0], sum(count for _, count in those), shutil.disk_usage(those[0][0]).free
+        parent, needed, free = (
+            those[0][0],
+            sum(count for _, count in those),
+            shutil.disk_usage(those[0][0]).free,
+        )
         if free < needed:
             raise ExportError(
                 f"the sweep's {len(those)} exports need {needed / 1e9:.1f} GB together and {parent} has "
@@ -144,6 +156,10 @@ def _parent(path: Path) -> Path:
 def _needed_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
     """That are still to be written."""
     partial = partial_path(Path(spec.places["export"]))
-    written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.exists() else 0
+    written = (
+        sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        if partial.exists()
+        else 0
+    )
     needed = expected_bytes(spec, facts)
     return max(0, needed + int(needed * SPARE_SHARE) + SPARE_BYTES - written)

@@ -43,7 +43,9 @@ def _listed(numbers: Sequence[int]) -> str:
 def _in_words(pairs: Pairs) -> str:
     """Pairs of bits and symmetric: `4 bits, 8 bits symmetric`."""
     widths = sorted({bits for bits, _ in pairs})
-    return ", ".join(f"{bits} bits" + ("" if (bits, False) in pairs else " symmetric") for bits in widths)
+    return ", ".join(
+        f"{bits} bits" + ("" if (bits, False) in pairs else " symmetric") for bits in widths
+    )
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,12 @@ class Format:
         scheme, schemes = spec.scheme, schemes_of(spec, facts)
         assert scheme is not None
         if scheme.act_bits is not None and not all(map(self._holds_activations, schemes)):
-            able = " or ".join(f"bits={w} act_bits={a} group_size=-1 symmetric=true" for w, a in self.acts)
-            yield f"act_bits={scheme.act_bits} with these weights" + (f" (it takes {able})" if able else "")
+            able = " or ".join(
+                f"bits={w} act_bits={a} group_size=-1 symmetric=true" for w, a in self.acts
+            )
+            yield f"act_bits={scheme.act_bits} with these weights" + (
+                f" (it takes {able})" if able else ""
+            )
         if not self.anything:
             yield from self._problems_of_codes(spec, schemes, facts)
 
@@ -105,7 +111,9 @@ class Format:
                 return "symmetric=false" + (" of experts" if pairs != self.served else "")
         return None
 
-    def _problems_of_codes(self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts) -> Iterator[str]:
+    def _problems_of_codes(
+        self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts
+    ) -> Iterator[str]:
         wrong = sorted({one.bits for one in schemes} - set(self.bits))
         if wrong == [1]:
             yield "binarized weights, for which there is no standard"
@@ -118,7 +126,9 @@ class Format:
         if not self.act_order and _reorders(spec, schemes):
             yield "act-order's groups of columns that lie apart (method.static_groups=true keeps neighbours together)"
         if (spec.overrides or spec.skip) and not (self.mixed and not facts.experts):
-            yield "overrides or skip" + (" in a model with experts, which loaders fuse" if self.mixed else "")
+            yield "overrides or skip" + (
+                " in a model with experts, which loaders fuse" if self.mixed else ""
+            )
             return
         if torn := next(_torn_sites(spec, facts), None):
             yield f"settings that differ within a site ({torn}), which loaders run as one"
@@ -127,15 +137,23 @@ class Format:
 
     def _fills_words(self, scheme: Scheme, facts: ModelFacts) -> bool:
         shapes = {
-            shape[-2:] for k in range(facts.layers) for name, shape in facts.block_shapes(k).items() if "_proj" in name
+            shape[-2:]
+            for k in range(facts.layers)
+            for name, shape in facts.block_shapes(k).items()
+            if "_proj" in name
         }
         return not any(
-            (self.words_per_row and columns * scheme.bits % 32) or (self.words_per_column and rows * scheme.bits % 32)
+            (self.words_per_row and columns * scheme.bits % 32)
+            or (self.words_per_column and rows * scheme.bits % 32)
             for rows, columns in shapes
         )
 
     def _holds_activations(self, scheme: Scheme) -> bool:
-        return (scheme.bits, scheme.act_bits) in self.acts and scheme.symmetric and scheme.group_size == -1
+        return (
+            (scheme.bits, scheme.act_bits) in self.acts
+            and scheme.symmetric
+            and scheme.group_size == -1
+        )
 
 
 def _compressed_layout(scheme: Scheme) -> Layout:
@@ -146,7 +164,9 @@ def _compressed_layout(scheme: Scheme) -> Layout:
 def _gptq_layout(scheme: Scheme) -> Layout:
     # In the first version a zero point of 0 wraps round, and its readers disagree about what comes back: it is written
     # for symmetric weights alone, whose zero points are all the middle code.
-    return GptqWords(scheme.bits, scheme.group_size, scheme.symmetric, below=1 if scheme.symmetric else 0)
+    return GptqWords(
+        scheme.bits, scheme.group_size, scheme.symmetric, below=1 if scheme.symmetric else 0
+    )
 
 
 def _awq_layout(scheme: Scheme) -> Layout:
@@ -262,8 +282,13 @@ def _torn_sites(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
 
 def _told_apart(schemes: Sequence[Scheme]) -> bool:
     """Whether transformers reads each linear of a dense model by its own setting."""
-    symmetric, rounded = all(one.symmetric for one in schemes), any(one.act_bits is not None for one in schemes)
-    return transformers_takes(experts=False, settings=len(schemes), symmetric=symmetric, rounded=rounded)
+    symmetric, rounded = (
+        all(one.symmetric for one in schemes),
+        any(one.act_bits is not None for one in schemes),
+    )
+    return transformers_takes(
+        experts=False, settings=len(schemes), symmetric=symmetric, rounded=rounded
+    )
 
 
 def _reorders(spec: TrialSpec, schemes: Sequence[Scheme]) -> bool:
@@ -293,9 +318,13 @@ def not_for_servers(name: str, spec: TrialSpec, facts: ModelFacts) -> str | None
     if reason is None:
         return None
     able = [
-        one.name for one in FORMATS.values() if not list(one.problems(spec, facts)) and not one.unserved(spec, facts)
+        one.name
+        for one in FORMATS.values()
+        if not list(one.problems(spec, facts)) and not one.unserved(spec, facts)
     ]
-    what = f"with {reason}" + (", which is gptq_v2," if name == "gptq" and "symmetric=false" in reason else "")
+    what = f"with {reason}" + (
+        ", which is gptq_v2," if name == "gptq" and "symmetric=false" in reason else ""
+    )
     return (
         f"export={name} {what} is refused by vLLM, or misread by old ones; to serve these settings: "
         f"export={' or '.join(able)}"
@@ -319,7 +348,9 @@ def stored_scales(name: str, dtype: str) -> str | None:
     return own if name == "compressed_tensors" or own == "float16" else f"{own} float16"
 
 
-def layouts(spec: TrialSpec, facts: ModelFacts) -> Iterator[tuple[str, tuple[int, ...], Layout | None]]:
+def layouts(
+    spec: TrialSpec, facts: ModelFacts
+) -> Iterator[tuple[str, tuple[int, ...], Layout | None]]:
     """Every tensor of the exported model by its name on disk: its shape as numbers, and its layout (None: as they are).
 
     Names end in `.weight`.

@@ -68,7 +68,12 @@ def prove(folder: Path, model: Decoder) -> Proof:
             given = Path(scratch) / "given.safetensors"
             _give(given_to_it(model, runs), given, folder)
         try:
-            _reload(folder, given, out, SECONDS + SECONDS_PER_BYTE * model.facts.weight_bytes(_dtype(model)))
+            _reload(
+                folder,
+                given,
+                out,
+                SECONDS + SECONDS_PER_BYTE * model.facts.weight_bytes(_dtype(model)),
+            )
         except _UnreadableError as error:
             return Proof(Check(name=PASSED, passed=False, detail=f"it cannot be loaded: {error}"))
         found = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
@@ -80,7 +85,9 @@ def given_to_it(model: Decoder, runs: "Mapping[str, Run]") -> dict[str, Tensor]:
     return {"ids": windows(model.facts), **{kind: run.states for kind, run in runs.items()}}
 
 
-def compared(model: Decoder, runs: "Mapping[str, Run]", found: Json, theirs: Mapping[str, Tensor]) -> Proof:
+def compared(
+    model: Decoder, runs: "Mapping[str, Run]", found: Json, theirs: Mapping[str, Tensor]
+) -> Proof:
     """found, theirs: `reload.findings`."""
     wrong, error = _wrong_weights(model, found), None
     if runs:
@@ -93,8 +100,14 @@ def compared(model: Decoder, runs: "Mapping[str, Run]", found: Json, theirs: Map
 def is_room(model: Decoder) -> bool:
     """Whether another process can hold the whole model too: while it unpacks, and one piece of it as float32."""
     facts = model.facts
-    pieces = [facts.vocab * facts.hidden, *(facts.block_bytes(k, "float32") // 4 for k in range(facts.layers))]
-    return facts.weight_bytes(_dtype(model)) * 5 // 4 + 4 * max(pieces) + PROCESS_BYTES <= unclaimed_memory()
+    pieces = [
+        facts.vocab * facts.hidden,
+        *(facts.block_bytes(k, "float32") // 4 for k in range(facts.layers)),
+    ]
+    return (
+        facts.weight_bytes(_dtype(model)) * 5 // 4 + 4 * max(pieces) + PROCESS_BYTES
+        <= unclaimed_memory()
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what is ours
@@ -137,7 +150,9 @@ def run(model: Decoder, act_bits: int | None) -> Run:
         x_BTH = _observed(wide, k, x_BTH, rope, readings)
         readings[f"blocks.{k}"] = _reading(x_BTH - states[-1].to(x_BTH.device))
     hidden_BTH = rms_norm(x_BTH, model.norm_H.float(), model.facts.rms_norm_eps)
-    logits_BTV = torch.stack([linear(hidden_TH, model.head_VH.float()) for hidden_TH in hidden_BTH]).cpu()
+    logits_BTV = torch.stack(
+        [linear(hidden_TH, model.head_VH.float()) for hidden_TH in hidden_BTH]
+    ).cpu()
     return Run(torch.stack(states), readings, logits_BTV)
 
 
@@ -164,7 +179,10 @@ def sketches(model: Decoder) -> Iterator[tuple[str, list[float]]]:
     """(name on disk, `reload.sketch`) of every weight as evaluated."""
     facts = model.facts
     yield "model.norm.weight", sketch(model.norm_H)
-    yield "model.embed_tokens.weight", sketch_rows((facts.vocab, facts.hidden), model.rows("embedding"))
+    yield (
+        "model.embed_tokens.weight",
+        sketch_rows((facts.vocab, facts.hidden), model.rows("embedding")),
+    )
     if not facts.tied:
         yield "lm_head.weight", sketch_rows((facts.vocab, facts.hidden), model.rows("head"))
     for k, block in enumerate(model.blocks):
@@ -187,7 +205,9 @@ def _give(tensors: Mapping[str, Tensor], path: Path, folder: Path) -> None:
     except Exception as error:  # safetensors' own kind, which says no more than its words
         if not is_short(error):
             raise
-        raise _not_proved(folder, f"{path.parent} does not take what the loader is given ({error})") from error
+        raise _not_proved(
+            folder, f"{path.parent} does not take what the loader is given ({error})"
+        ) from error
 
 
 def _reload(folder: Path, given: Path, out: Path, seconds: float) -> None:
@@ -198,12 +218,34 @@ def _reload(folder: Path, given: Path, out: Path, seconds: float) -> None:
     """
     root = Path(__file__).parents[2]
     packages = [path for path in sys.path if path and Path(path).resolve() != root]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    environment["TORCHDYNAMO_DISABLE"] = "1"  # GPTQModel would compile for minutes what runs for a moment
-    command = [sys.executable, "-I", "-S", str(SCRIPT), str(folder), str(given), str(out), *packages]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    environment["TORCHDYNAMO_DISABLE"] = (
+        "1"  # GPTQModel would compile for minutes what runs for a moment
+    )
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        str(SCRIPT),
+        str(folder),
+        str(given),
+        str(out),
+        *packages,
+    ]
     try:
         done = subprocess.run(
-            command, env=environment, cwd=out.parent, capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            env=environment,
+            cwd=out.parent,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise _not_proved(folder, f"no answer in {seconds:.0f} s") from error
@@ -211,7 +253,9 @@ def _reload(folder: Path, given: Path, out: Path, seconds: float) -> None:
         return
     lines = done.stderr.strip().splitlines()
     if done.returncode < 0:
-        raise _not_proved(folder, f"the process that loads it was ended by signal {-done.returncode}")
+        raise _not_proved(
+            folder, f"the process that loads it was ended by signal {-done.returncode}"
+        )
     if done.returncode == SHORT:
         raise _not_proved(folder, lines[-1])
     raise _UnreadableError(lines[-1] if lines else f"exit code {done.returncode}")
@@ -230,7 +274,9 @@ def _not_proved(folder: Path, why: str) -> ExportError:
 def _wrong_weights(model: Decoder, found: Json) -> list[str]:
     worst, difference = worst_weight(dict(sketches(model)), found["sketches"])
     wrong = (
-        [f"worst site {worst}, relative difference about {difference:.2g}"] if not difference <= SAME_WEIGHTS else []
+        [f"worst site {worst}, relative difference about {difference:.2g}"]
+        if not difference <= SAME_WEIGHTS
+        else []
     )
     act_bits = model.blocks[0].act_bits
     if found["act_bits"] != act_bits:
@@ -238,14 +284,19 @@ def _wrong_weights(model: Decoder, found: Json) -> list[str]:
     return wrong
 
 
-def worst_weight(ours: Mapping[str, list[float]], theirs: Mapping[str, list[float]]) -> tuple[str, float]:
+def worst_weight(
+    ours: Mapping[str, list[float]], theirs: Mapping[str, list[float]]
+) -> tuple[str, float]:
     """The weight whose sketch differs most, by its block's name, and by what share of its norm; inf if missing."""
     worst, most = "none", 0.0
     for name, (value, norm) in ours.items():
         found = theirs.get(name)
         difference = abs(found[0] - value) / (norm or 1.0) if found is not None else torch.inf
         if not difference <= most:
-            worst, most = name.removesuffix(".weight").replace("model.layers.", "blocks."), difference
+            worst, most = (
+                name.removesuffix(".weight").replace("model.layers.", "blocks."),
+                difference,
+            )
     return worst, most
 
 
@@ -259,9 +310,13 @@ def _wrong_logits(runs: Mapping[str, Run], theirs: Mapping[str, Tensor], error: 
         logits = float((theirs[f"{kind}/logits"] - ours.logits).norm() / ours.logits.norm())
         if not max(most, logits) <= bounds[kind]:
             where, most = (site, most) if most > logits else ("the head", logits)
-            wrong.append(f"worst site {where}, where {kind} activations differ by {most:.2g} of their size")
+            wrong.append(
+                f"worst site {where}, where {kind} activations differ by {most:.2g} of their size"
+            )
     if "public" in theirs:
-        public = float((theirs["public"] - runs["plain"].logits).norm() / runs["plain"].logits.norm())
+        public = float(
+            (theirs["public"] - runs["plain"].logits).norm() / runs["plain"].logits.norm()
+        )
         if not public <= SAME_IN_16_BITS:
             wrong.append(f"GPTQModel's logits differ by {public:.2g} of their size")
     return wrong
@@ -269,7 +324,10 @@ def _wrong_logits(runs: Mapping[str, Run], theirs: Mapping[str, Tensor], error: 
 
 def worst_reading(ours: Run, theirs: Mapping[str, Tensor]) -> tuple[str, float]:
     """What differs most of what sites read and blocks add, and by what share of its norm."""
-    errors = {name: float((theirs[name] - found).norm()) / norm for name, (found, norm) in ours.readings.items()}
+    errors = {
+        name: float((theirs[name] - found).norm()) / norm
+        for name, (found, norm) in ours.readings.items()
+    }
     worst = max(errors, key=lambda name: errors[name])
     return worst, errors[worst]
 

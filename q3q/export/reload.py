@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Parts = dict[str, "Tensor"]
-SKETCHED_AT_ONCE = 1 << 22  # numbers that are wide at one time, of a matrix that is sketched or unpacked
+SKETCHED_AT_ONCE = (
+    1 << 22
+)  # numbers that are wide at one time, of a matrix that is sketched or unpacked
 SHORT = 75  # exit code: of memory, disk or files; another time it may do
 LACKING = (errno.ENOMEM, errno.EMFILE, errno.ENOSPC, errno.EDQUOT)
 SAID = 200  # letters of what a loader says
@@ -44,7 +46,9 @@ def sketch(weight: "Tensor") -> list[float]:
 
     The difference of two sketches over the norm estimates the relative difference of the weights.
     """
-    return sketch_rows(weight.shape, weight.split(max(1, SKETCHED_AT_ONCE // max(1, weight[0].numel()))))
+    return sketch_rows(
+        weight.shape, weight.split(max(1, SKETCHED_AT_ONCE // max(1, weight[0].numel())))
+    )
 
 
 def sketch_rows(shape: Sequence[int], parts: Iterable["Tensor"]) -> list[float]:
@@ -77,14 +81,24 @@ def load(folder: Path) -> tuple[Any, str]:
     packed = config.get("quantization_config")
     who = f"transformers {transformers.__version__}"
     if packed is None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    elif packed["quant_method"] == "compressed-tensors" and transformers_takes(**settings_of(config, packed)):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True
+        )
+    elif packed["quant_method"] == "compressed-tensors" and transformers_takes(
+        **settings_of(config, packed)
+    ):
         import compressed_tensors
 
         # Its modules for packed weights have no room for packed zero points: these are unpacked while they load.
         symmetric = settings_of(config, packed)["symmetric"]
-        how = {} if symmetric else {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, **how)
+        how = (
+            {}
+            if symmetric
+            else {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", local_files_only=True, **how
+        )
         who += f" with compressed-tensors {compressed_tensors.__version__}{' (dequantize=True)' if how else ''}"
     else:
         model = load_unpacked(folder, config, packed)
@@ -129,7 +143,10 @@ def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str,
                 elif last in ("qweight", "weight_packed", "weight"):
                     own = (key for key in names if key.rpartition(".")[0] == base)
                     parts = {key.rpartition(".")[2]: file.get_tensor(key) for key in own}
-                    yield base + ".weight", UNPACKERS[packed["quant_method"]](parts, packed).to(dtype)
+                    yield (
+                        base + ".weight",
+                        UNPACKERS[packed["quant_method"]](parts, packed).to(dtype),
+                    )
 
 
 def load_unpacked(folder: Path, config: dict[str, Any], packed: dict[str, Any]) -> Any:
@@ -168,7 +185,10 @@ def fuse_experts(weights: Parts, config: dict[str, Any]) -> None:
             torch.stack([weights.pop(f"{prefix}{e}.{name}_proj.weight") for e in range(count)])
             for name in ("gate", "up", "down")
         )
-        weights[prefix + "gate_up_proj"], weights[prefix + "down_proj"] = torch.cat([gate, up], dim=1), down
+        weights[prefix + "gate_up_proj"], weights[prefix + "down_proj"] = (
+            torch.cat([gate, up], dim=1),
+            down,
+        )
 
 
 # ---------------------------------------------------------------------------------------------- unpacking
@@ -183,7 +203,9 @@ def stream(words: "Tensor", bits: int, count: int) -> "Tensor":
     top = 2**bits - 1
     if 8 % bits == 0:  # no code straddles two bytes
         raw = words.contiguous().view(torch.uint8)
-        return torch.stack([(raw >> shift) & top for shift in range(0, 8, bits)], dim=-1).flatten(-2)[..., :count]
+        return torch.stack([(raw >> shift) & top for shift in range(0, 8, bits)], dim=-1).flatten(
+            -2
+        )[..., :count]
     place = torch.arange(count) * bits
     word, shift = place // 32, place % 32
     rows, codes = words.reshape(-1, words.shape[-1]), []
@@ -198,7 +220,9 @@ def from_gptq(parts: Parts, packed: dict[str, Any]) -> "Tensor":
     bits = packed["bits"]
     columns, rows = len(parts["g_idx"]), parts["scales"].shape[1]
     q_OI = stream(parts["qweight"].T, bits, columns)
-    z_GO = stream(parts["qzeros"], bits, rows).float() + (1 if packed["checkpoint_format"] == "gptq" else 0)
+    z_GO = stream(parts["qzeros"], bits, rows).float() + (
+        1 if packed["checkpoint_format"] == "gptq" else 0
+    )
     group_I = parts["g_idx"].long()
     weight_IO = q_OI.T.float()
     return weight_IO.sub_(z_GO[group_I]).mul_(parts["scales"].float()[group_I]).T.contiguous()
@@ -270,13 +294,23 @@ def rounded_inputs(packed: dict[str, Any], linear: str) -> bool:
     """Whether a linear's input is rounded. linear: its name on disk."""
 
     def means(target: str) -> bool:
-        return bool(re.match(target[3:], linear)) if target.startswith("re:") else target in (linear, "Linear")
+        return (
+            bool(re.match(target[3:], linear))
+            if target.startswith("re:")
+            else target in (linear, "Linear")
+        )
 
     if any(means(target) for target in packed["ignore"]):
         return False
     # As its readers do: a name or a pattern goes before a class.
-    groups = sorted(packed["config_groups"].values(), key=lambda group: group["targets"] == ["Linear"])
-    return next(bool(group.get("input_activations")) for group in groups if any(map(means, group["targets"])))
+    groups = sorted(
+        packed["config_groups"].values(), key=lambda group: group["targets"] == ["Linear"]
+    )
+    return next(
+        bool(group.get("input_activations"))
+        for group in groups
+        if any(map(means, group["targets"]))
+    )
 
 
 def round_activations(model: Any, bits: int, packed: dict[str, Any]) -> None:
@@ -292,11 +326,15 @@ def round_activations(model: Any, bits: int, packed: dict[str, Any]) -> None:
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / top
         return (x / scale).round().clamp(-top, top) * scale
 
-    def experts(name: str, module: Any, tokens: "Tensor", chosen: "Tensor", shares: "Tensor") -> "Tensor":
+    def experts(
+        name: str, module: Any, tokens: "Tensor", chosen: "Tensor", shares: "Tensor"
+    ) -> "Tensor":
         total = torch.zeros_like(tokens)
         for e in range(module.num_experts):
             seen, gate_up, down = (
-                rounded if rounded_inputs(packed, f"{name}.{e}.{which}_proj") else torch.Tensor.clone
+                rounded
+                if rounded_inputs(packed, f"{name}.{e}.{which}_proj")
+                else torch.Tensor.clone
                 for which in ("gate", "up", "down")
             )
             token, place = (chosen == e).nonzero(as_tuple=True)
@@ -308,8 +346,14 @@ def round_activations(model: Any, bits: int, packed: dict[str, Any]) -> None:
         return total
 
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.endswith("_proj") and rounded_inputs(packed, name):
-            module.register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]), *inputs[1:]))
+        if (
+            isinstance(module, torch.nn.Linear)
+            and name.endswith("_proj")
+            and rounded_inputs(packed, name)
+        ):
+            module.register_forward_pre_hook(
+                lambda module, inputs: (rounded(inputs[0]), *inputs[1:])
+            )
         elif name.endswith("mlp.experts"):
             module.forward = partial(experts, name, module)
 
@@ -318,7 +362,9 @@ def along(x: "Tensor") -> "Tensor":
     """One number a token: its vector along a fixed random direction, squared on average its norm squared."""
     import torch
 
-    direction = torch.randn(x.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(11))
+    direction = torch.randn(
+        x.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(11)
+    )
     return x.detach().cpu().double().flatten(0, -2) @ direction
 
 
@@ -346,7 +392,10 @@ def run(model: Any, ids: "Tensor", states: "Tensor") -> Parts:
     for k, layer in enumerate(model.model.layers):
         sites = {"qkv": layer.self_attn.q_proj, "o": layer.self_attn.o_proj, "gate_up": layer.mlp}
         sites |= {"down": layer.mlp.down_proj} if hasattr(layer.mlp, "down_proj") else {}
-        hooks += [layer.register_forward_pre_hook(partial(given, k)), layer.register_forward_hook(partial(adds, k))]
+        hooks += [
+            layer.register_forward_pre_hook(partial(given, k)),
+            layer.register_forward_hook(partial(adds, k)),
+        ]
         hooks += [
             # Before others, which round it.
             module.register_forward_pre_hook(partial(reads, f"blocks.{k}.{site}"), prepend=True)
@@ -356,7 +405,10 @@ def run(model: Any, ids: "Tensor", states: "Tensor") -> Parts:
         logits.append(model(ids[row][None], use_cache=False).logits[0].float())
     for hook in hooks:
         hook.remove()
-    return {"logits": torch.stack(logits), **{name: torch.cat(parts) for name, parts in found.items()}}
+    return {
+        "logits": torch.stack(logits),
+        **{name: torch.cat(parts) for name, parts in found.items()},
+    }
 
 
 def logits_of(model: Any, ids: "Tensor") -> "Tensor":
@@ -371,7 +423,9 @@ def load_by_gptqmodel(folder: Path, dtype: "torch.dtype") -> Any:
     import torch
     from gptqmodel import BACKEND, GPTQModel
 
-    method = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+    method = json.loads((folder / "config.json").read_text(encoding="utf-8"))[
+        "quantization_config"
+    ]["quant_method"]
     backend = BACKEND.TORCH if method == "gptq" else BACKEND.AWQ_TORCH
     dtype = torch.float16 if dtype == torch.float32 else dtype
     return GPTQModel.load(str(folder), device="cpu", dtype=dtype, backend=backend).model
@@ -399,26 +453,42 @@ def findings(folder: Path, given: Parts | None) -> tuple[dict[str, Any], Parts]:
     packed = config.get("quantization_config") or {}
     groups = packed.get("config_groups", {}).values()
     act_bits = next(
-        (group["input_activations"]["num_bits"] for group in groups if group.get("input_activations")), None
+        (
+            group["input_activations"]["num_bits"]
+            for group in groups
+            if group.get("input_activations")
+        ),
+        None,
     )
     if given is None:
         weights = {name: sketch(tensor) for name, tensor in numbers_on_disk(folder, config)}
-        return {"loader": "a plain unpacker, weight by weight", "act_bits": act_bits, "sketches": weights}, {}
+        return {
+            "loader": "a plain unpacker, weight by weight",
+            "act_bits": act_bits,
+            "sketches": weights,
+        }, {}
     ids = given["ids"]
     model, who = load(folder)
     model(ids[:1, :1])  # compressed-tensors unpacks when the model first runs
     weights = {name: sketch(tensor) for name, tensor in weights_on_disk(model)}
     for module in model.modules():
-        module.quantization_enabled = False  # compressed-tensors' own rounding of activations: see above
+        module.quantization_enabled = (
+            False  # compressed-tensors' own rounding of activations: see above
+        )
     dtype = model.dtype
     in_float32(model)
     found = {"logits": logits_of(model, ids)}
     found |= {f"plain/{name}": tensor for name, tensor in run(model, ids, given["plain"]).items()}
     if act_bits is not None and "rounded" in given:
         round_activations(model, act_bits, packed)
-        found |= {f"rounded/{name}": tensor for name, tensor in run(model, ids, given["rounded"]).items()}
+        found |= {
+            f"rounded/{name}": tensor for name, tensor in run(model, ids, given["rounded"]).items()
+        }
     del model
-    if packed.get("quant_method") in ("gptq", "awq") and importlib.util.find_spec("gptqmodel") is not None:
+    if (
+        packed.get("quant_method") in ("gptq", "awq")
+        and importlib.util.find_spec("gptqmodel") is not None
+    ):
         try:
             second = load_by_gptqmodel(folder, dtype)
         except Exception as error:  # whatever it raises, every weight was read already
@@ -448,7 +518,9 @@ def is_short(error: BaseException) -> bool:
     """Whether the machine, not the checkpoint, is why it failed."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in LACKING):
         return True
-    said = re.search(r"\bos error (\d+)", str(error))  # safetensors' errors have it in their words alone
+    said = re.search(
+        r"\bos error (\d+)", str(error)
+    )  # safetensors' errors have it in their words alone
     if said is not None and int(said[1]) in LACKING:
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -75,7 +75,9 @@ class Exporter(ABC):
         self.seconds = 0.0
         self.reordered = False
         self._layouts = {name: layout for name, _, layout in layouts(spec, checkpoint.facts)}
-        self._whole: dict[int, tuple[str, int, int]] = {}  # checksum, size and time of change of files seen to be whole
+        self._whole: dict[
+            int, tuple[str, int, int]
+        ] = {}  # checksum, size and time of change of files seen to be whole
         self.finished = is_finished(spec)
         if self.finished:
             return
@@ -129,10 +131,14 @@ class Exporter(ABC):
                 for e in range(shape[0] if stacked else 1):
                     full = f"model.layers.{block.index}.{of_expert(name, e) if stacked else name}"
                     if name in weights:
-                        tensors |= self.weight(self._layouts[full], full, _of_one_expert(weights[name], e))
+                        tensors |= self.weight(
+                            self._layouts[full], full, _of_one_expert(weights[name], e)
+                        )
                     else:
                         tensors[full] = numbers[name][e] if stacked else numbers[name]
-            apart = any(getattr(weight, "group_EI", None) is not None for weight in weights.values())
+            apart = any(
+                getattr(weight, "group_EI", None) is not None for weight in weights.values()
+            )
             self._write(block.index, tensors, {"codes": _checksum(block), "reordered": apart})
 
     def finish(self, model: Decoder) -> Json:
@@ -143,14 +149,25 @@ class Exporter(ABC):
         with self._timed():
             facts = self.checkpoint.facts
             if not self.finished:
-                ends = {"model.embed_tokens.weight": "embedding"} | ({} if facts.tied else {"lm_head.weight": "head"})
+                ends = {"model.embed_tokens.weight": "embedding"} | (
+                    {} if facts.tied else {"lm_head.weight": "head"}
+                )
                 shape = facts.vocab, facts.hidden
-                tensors: dict[str, Tensor | Rows] = {"model.norm.weight": model.norm_H.to("cpu", self.dtype)}
-                for name, end in ends.items():  # a vocabulary is long: a few rows at a time, never all of it
-                    tensors[name] = Rows(shape, self.dtype, (part.to("cpu", self.dtype) for part in model.rows(end)))
+                tensors: dict[str, Tensor | Rows] = {
+                    "model.norm.weight": model.norm_H.to("cpu", self.dtype)
+                }
+                for (
+                    name,
+                    end,
+                ) in ends.items():  # a vocabulary is long: a few rows at a time, never all of it
+                    tensors[name] = Rows(
+                        shape, self.dtype, (part.to("cpu", self.dtype) for part in model.rows(end))
+                    )
                 self._write(facts.layers, tensors, {})
                 self._write_files()
-            index: Json = json.loads((self.folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+            index: Json = json.loads(
+                (self.folder / "model.safetensors.index.json").read_text(encoding="utf-8")
+            )
             return index
 
     def publish(self, card: str) -> None:
@@ -180,7 +197,10 @@ class Exporter(ABC):
             if layout is not None:
                 rows, columns = shape
                 count += rows * columns
-                size += sum(stored[name.removesuffix("weight") + part] for part in layout.parts(rows, columns))
+                size += sum(
+                    stored[name.removesuffix("weight") + part]
+                    for part in layout.parts(rows, columns)
+                )
         if not count:
             return {"export_bytes": whole}
         return {
@@ -201,17 +221,25 @@ class Exporter(ABC):
                 digest.update(part)
                 yield part
 
-        expected = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-        write_atomically(shard, hashed(), wait=False)  # the system brings it to the disk while the walk goes on
+        expected = sum(
+            math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()
+        )
+        write_atomically(
+            shard, hashed(), wait=False
+        )  # the system brings it to the disk while the walk goes on
         facts |= {"sha256": digest.hexdigest(), "bytes": expected, "names": sorted(tensors)}
-        write_atomically(self.partial / "facts" / f"{index:03d}.json", json.dumps(facts).encode(), wait=False)
+        write_atomically(
+            self.partial / "facts" / f"{index:03d}.json", json.dumps(facts).encode(), wait=False
+        )
         self._whole[index] = digest.hexdigest(), *_state(shard)
 
     def _facts(self, index: int) -> Json | None:
         """Facts of a file that is there whole."""
         shard = self.partial / self._shard(index)
         try:
-            facts: Json = json.loads((self.partial / "facts" / f"{index:03d}.json").read_text(encoding="utf-8"))
+            facts: Json = json.loads(
+                (self.partial / "facts" / f"{index:03d}.json").read_text(encoding="utf-8")
+            )
             state = _state(shard)
             if self._whole.get(index, ("",))[1:] != state:
                 with shard.open("rb") as file:
@@ -229,11 +257,15 @@ class Exporter(ABC):
         found = [self._facts(k) for k in range(count)]
         missing = [self._shard(k) for k, facts in enumerate(found) if facts is None]
         if missing:
-            raise ExportError(f"{self.partial}: {missing[0]} is not there whole; was something removed meanwhile?")
+            raise ExportError(
+                f"{self.partial}: {missing[0]} is not there whole; was something removed meanwhile?"
+            )
         parts = [facts for facts in found if facts is not None]
         index = {
             "metadata": {"total_size": sum(facts["bytes"] for facts in parts)},
-            "weight_map": {name: self._shard(k) for k, facts in enumerate(parts) for name in facts["names"]},
+            "weight_map": {
+                name: self._shard(k) for k, facts in enumerate(parts) for name in facts["names"]
+            },
         }
         self.reordered = any(facts.get("reordered") for facts in parts)
         original = self.checkpoint.folder
@@ -248,7 +280,9 @@ class Exporter(ABC):
             write_atomically(self.partial / name, content)
 
     def _config(self) -> Json:
-        config: Json = json.loads((self.checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+        config: Json = json.loads(
+            (self.checkpoint.folder / "config.json").read_text(encoding="utf-8")
+        )
         config.pop("quantization_config", None)
         config |= {"dtype": self.spec.model["dtype"], "torch_dtype": self.spec.model["dtype"]}
         config[EXPORT_KEY] = self._marker()
@@ -342,7 +376,9 @@ def _checksum(block: "QuantizedBlock") -> str:
     """SHA-256 of all that is written of a block."""
     tensors = {f"changed/{name}": tensor for name, tensor in block.changed.items()}
     for name, weight in block.quantized.items():
-        tensors |= {f"quantized/{name}/{part}": tensor for part, tensor in weight.to_tensors().items()}
+        tensors |= {
+            f"quantized/{name}/{part}": tensor for part, tensor in weight.to_tensors().items()
+        }
     digest = hashlib.sha256()
     for content in encoded(tensors):
         digest.update(content)

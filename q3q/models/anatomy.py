@@ -71,7 +71,9 @@ O = Site("o", ("self_attn.o_proj.weight",))  # noqa: E741  (the field's name for
 GATE_UP = Site("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight"))
 DOWN = Site("down", ("mlp.down_proj.weight",))
 EXPERT_GATE_UP = Site(
-    "gate_up", ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight"), also=("mlp.gate.weight",)
+    "gate_up",
+    ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight"),
+    also=("mlp.gate.weight",),
 )
 EXPERT_DOWN = Site("down", ("mlp.experts.down_proj.weight",))
 

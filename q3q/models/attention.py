@@ -39,7 +39,9 @@ class Causal:
         return torch.arange(tokens, device=device)
 
     def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
-        return scaled_dot_product_attention(query_BNTD, key_BKTD, value_BKTD, is_causal=True, enable_gqa=True)
+        return scaled_dot_product_attention(
+            query_BNTD, key_BKTD, value_BKTD, is_causal=True, enable_gqa=True
+        )
 
     def read(self, states_BTX: Tensor) -> Tensor:
         return states_BTX
@@ -65,9 +67,14 @@ class Look:
     real: tuple[Tensor, Tensor] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Look":
-        query, key = (index if isinstance(index, slice) else sent(index, device) for index in (self.query, self.key))
+        query, key = (
+            index if isinstance(index, slice) else sent(index, device)
+            for index in (self.query, self.key)
+        )
         bias = None if self.bias_SQP is None else sent(self.bias_SQP, device).to(dtype)
-        real = None if self.real is None else (sent(self.real[0], device), sent(self.real[1], device))
+        real = (
+            None if self.real is None else (sent(self.real[0], device), sent(self.real[1], device))
+        )
         return Look(query, key, self.causal, bias, real)
 
     def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> "Seen":
@@ -78,7 +85,10 @@ class Look:
             self.bias_SQP,
             self.causal,
         )
-        part_TND, logsum_TN = part_SNQD.transpose(1, 2).flatten(0, 1), logsum_SNQ.transpose(1, 2).flatten(0, 1)
+        part_TND, logsum_TN = (
+            part_SNQD.transpose(1, 2).flatten(0, 1),
+            logsum_SNQ.transpose(1, 2).flatten(0, 1),
+        )
         if self.real is None:
             return self.query, part_TND, logsum_TN
         place_T, token_T = self.real
@@ -104,17 +114,34 @@ class RaggedLook:
     def to(self, device: torch.device, dtype: torch.dtype) -> "RaggedLook":
         key = self.key if isinstance(self.key, slice) else sent(self.key, device)
         return replace(
-            self, key=key, query_ends_S=sent(self.query_ends_S, device), key_ends_S=sent(self.key_ends_S, device)
+            self,
+            key=key,
+            query_ends_S=sent(self.query_ends_S, device),
+            key_ends_S=sent(self.key_ends_S, device),
         )
 
     def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> "Seen":
         query_TND, key_PKD, value_PKD = (
             states_NTD.transpose(0, 1)[index]
-            for states_NTD, index in ((query_NTD, self.query), (key_KTD, self.key), (value_KTD, self.key))
+            for states_NTD, index in (
+                (query_NTD, self.query),
+                (key_KTD, self.key),
+                (value_KTD, self.key),
+            )
         )
-        attend = attend_ragged if takes_ragged(query_NTD.device, query_NTD.dtype) else attend_ragged_plainly
+        attend = (
+            attend_ragged
+            if takes_ragged(query_NTD.device, query_NTD.dtype)
+            else attend_ragged_plainly
+        )
         part_TND, logsum_TN = attend(
-            query_TND, key_PKD, value_PKD, self.query_ends_S, self.key_ends_S, self.longest, self.causal
+            query_TND,
+            key_PKD,
+            value_PKD,
+            self.query_ends_S,
+            self.key_ends_S,
+            self.longest,
+            self.causal,
         )
         return self.query, part_TND, logsum_TN
 
@@ -162,7 +189,9 @@ class Tree:
             value_KTD = torch.cat((self.kept[1], value_KTD), dim=1)
         self.kept = key_KTD[:, self.keep], value_KTD[:, self.keep]
         heads, tokens, size = query_NTD.shape
-        context_TND = query_NTD.new_empty(tokens, heads, size, dtype=torch.float32 if self.shared else None)
+        context_TND = query_NTD.new_empty(
+            tokens, heads, size, dtype=torch.float32 if self.shared else None
+        )
         total_TN = query_NTD.new_empty(tokens, heads, dtype=torch.float32)
         for look in self.own:
             where, part_TND, logsum_TN = look(query_NTD, key_KTD, value_KTD)
@@ -188,7 +217,11 @@ def _pieces(states_KTD: Tensor, index: Index) -> Tensor:
 
 
 def attend(
-    query_SNQD: Tensor, key_SKPD: Tensor, value_SKPD: Tensor, bias_SQP: Tensor | None = None, causal: bool = False
+    query_SNQD: Tensor,
+    key_SKPD: Tensor,
+    value_SKPD: Tensor,
+    bias_SQP: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Context [S, N, Q, D] and, in float32, the log of the softmax's denominator [S, N, Q].
 
@@ -198,7 +231,9 @@ def attend(
         if bias_SQP is not None:  # of few scores: larger looks have no bias
             return attend_plainly(query_SNQD, key_SKPD, value_SKPD, bias_SQP)
         repeats = query_SNQD.shape[1] // key_SKPD.shape[1]
-        key_SNPD, value_SNPD = (states.repeat_interleave(repeats, dim=1) for states in (key_SKPD, value_SKPD))
+        key_SNPD, value_SNPD = (
+            states.repeat_interleave(repeats, dim=1) for states in (key_SKPD, value_SKPD)
+        )
         context, logsum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query_SNQD, key_SNPD, value_SNPD, None, True, 0.0, causal
         )
@@ -212,7 +247,11 @@ def attend(
 
 
 def attend_plainly(
-    query_SNQD: Tensor, key_SKPD: Tensor, value_SKPD: Tensor, bias_SQP: Tensor | None = None, causal: bool = False
+    query_SNQD: Tensor,
+    key_SKPD: Tensor,
+    value_SKPD: Tensor,
+    bias_SQP: Tensor | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The plain twin of `attend`: the formula, in float32, with all scores in memory."""
     grouped = query_SNQD.float().unflatten(1, (key_SKPD.shape[1], -1))
@@ -271,9 +310,15 @@ def attend_ragged_plainly(
         query_TND.split(queries), key_PKD.split(keys), value_PKD.split(keys), strict=True
     ):
         wide, tall = len(query_QND), len(key_QKD)
-        bias = query_QND.new_full((1, wide, tall), -torch.inf, dtype=torch.float32).triu(tall - wide + 1)
-        query_1NQD, key_1KQD, value_1KQD = (states.transpose(0, 1)[None] for states in (query_QND, key_QKD, value_QKD))
-        context_1NQD, logsum_1NQ = attend_plainly(query_1NQD, key_1KQD, value_1KQD, bias if causal else None)
+        bias = query_QND.new_full((1, wide, tall), -torch.inf, dtype=torch.float32).triu(
+            tall - wide + 1
+        )
+        query_1NQD, key_1KQD, value_1KQD = (
+            states.transpose(0, 1)[None] for states in (query_QND, key_QKD, value_QKD)
+        )
+        context_1NQD, logsum_1NQ = attend_plainly(
+            query_1NQD, key_1KQD, value_1KQD, bias if causal else None
+        )
         contexts.append(context_1NQD[0].transpose(0, 1))
         logsums.append(logsum_1NQ[0].transpose(0, 1))
     return torch.cat(contexts), torch.cat(logsums)
@@ -332,7 +377,9 @@ class Cached:
         return Cached(self.key_BKPD[rows_R], self.value_BKPD[rows_R], lengths)
 
     @classmethod
-    def gathered(cls, key_KTD: Tensor, value_KTD: Tensor, index_BP: Tensor, lengths: Lengths, room: int) -> "Cached":
+    def gathered(
+        cls, key_KTD: Tensor, value_KTD: Tensor, index_BP: Tensor, lengths: Lengths, room: int
+    ) -> "Cached":
         """From the keys and values of a whole tape: row b's past is the first of its tokens `index_BP[b]`."""
 
         def past(states_KTD: Tensor) -> Tensor:

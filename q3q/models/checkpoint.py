@@ -78,7 +78,9 @@ def locate(source: str, revision: str | None = None, *, offline: bool = False) -
             local_files_only=silence is not None,
             etag_timeout=_HUB_SECONDS,
         )
-    except Exception as error:  # the client's own, its HTTP library's, the disk's: to the user all mean the same
+    except (
+        Exception
+    ) as error:  # the client's own, its HTTP library's, the disk's: to the user all mean the same
         raise _unreachable(source, revision, silence or error) from error
     return Path(path)
 
@@ -135,11 +137,17 @@ def _config_folder(source: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(source, "config.json", revision=revision)
-    settled = revision is not None and _COMMIT.fullmatch(revision)  # a commit never changes, a branch does
+    settled = revision is not None and _COMMIT.fullmatch(
+        revision
+    )  # a commit never changes, a branch does
     if not (settled and isinstance(cached, str)):
         if (silence := _ask_hub(source, revision)) is None:
             try:
-                return Path(hf_hub_download(source, "config.json", revision=revision, etag_timeout=_HUB_SECONDS)).parent
+                return Path(
+                    hf_hub_download(
+                        source, "config.json", revision=revision, etag_timeout=_HUB_SECONDS
+                    )
+                ).parent
             except Exception as error:  # see `locate`
                 silence = error
         if not isinstance(cached, str):
@@ -163,15 +171,21 @@ def _local_folder(source: str, revision: str | None) -> Path | None:
     if not source or not folder.is_dir():
         return None
     if revision is not None:
-        raise CheckpointError(f"{source} is a folder, which has no revision {revision!r}. Leave model.revision out")
+        raise CheckpointError(
+            f"{source} is a folder, which has no revision {revision!r}. Leave model.revision out"
+        )
     return folder
 
 
 def _check_hub_id(source: str) -> None:
     if Path(source).expanduser().is_file():
-        raise CheckpointError(f"{source} is a file. Give the folder that holds config.json: model=local model.path=DIR")
+        raise CheckpointError(
+            f"{source} is a file. Give the folder that holds config.json: model=local model.path=DIR"
+        )
     if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(f"{source!r} is neither a folder nor a Hub id (owner/name). {_OWN_FOLDER}")
+        raise CheckpointError(
+            f"{source!r} is neither a folder nor a Hub id (owner/name). {_OWN_FOLDER}"
+        )
 
 
 def _unreachable(source: str, revision: str | None, error: Exception) -> CheckpointError:
@@ -221,11 +235,17 @@ class ModelFacts:
     max_positions: int
     dtype: str
     packing: Packing | None = None  # how its linears are stored, if they are not plain numbers
-    quantized: str | None = None  # how, if they were quantized before; also where they are plain numbers again
+    quantized: str | None = (
+        None  # how, if they were quantized before; also where they are plain numbers again
+    )
 
     def sparse(self, layer: int) -> bool:
         """Whether this block routes its tokens to experts."""
-        return self.experts > 0 and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+        return (
+            self.experts > 0
+            and layer not in self.mlp_only_layers
+            and (layer + 1) % self.decoder_sparse_step == 0
+        )
 
     def block_shapes(self, layer: int) -> dict[str, Shape]:
         """Names and shapes of one block's tensors, as `Checkpoint.block` gives them: experts stacked."""
@@ -255,7 +275,10 @@ class ModelFacts:
     @property
     def columns(self) -> dict[str, tuple[int, ...]]:
         """Input columns of each site, which a group size must divide. Two widths only where dense and sparse mix."""
-        inner = {self.moe_intermediate if self.sparse(k) else self.intermediate for k in range(self.layers)}
+        inner = {
+            self.moe_intermediate if self.sparse(k) else self.intermediate
+            for k in range(self.layers)
+        }
         return {
             "qkv": (self.hidden,),
             "o": (self.heads * self.head_dim,),
@@ -281,12 +304,16 @@ class ModelFacts:
     @property
     def parameters(self) -> int:
         """All of them."""
-        blocks = sum(math.prod(shape) for k in range(self.layers) for shape in self.block_shapes(k).values())
+        blocks = sum(
+            math.prod(shape) for k in range(self.layers) for shape in self.block_shapes(k).values()
+        )
         return blocks + self.embedding_parameters + self.hidden
 
     def block_bytes(self, layer: int, dtype: str | None = None) -> int:
         """Bytes of one block's weights in `dtype`; in the checkpoint's own if None."""
-        return _DTYPE_BYTES[dtype or self.dtype] * sum(map(math.prod, self.block_shapes(layer).values()))
+        return _DTYPE_BYTES[dtype or self.dtype] * sum(
+            map(math.prod, self.block_shapes(layer).values())
+        )
 
     def weight_bytes(self, dtype: str | None = None) -> int:
         """Bytes of all weights in `dtype`; in the checkpoint's own if None."""
@@ -331,7 +358,9 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         value = config.get(key)
         value = default if value is None else value
         if type(value) is not int or value < 1:
-            raise wrong(f"config.json gives {key}={value!r}; a whole number of 1 or more was expected")
+            raise wrong(
+                f"config.json gives {key}={value!r}; a whole number of 1 or more was expected"
+            )
         return value
 
     hidden, heads = count("hidden_size"), count("num_attention_heads")
@@ -344,7 +373,9 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         hidden=hidden,
         heads=heads,
         kv_heads=count("num_key_value_heads"),
-        head_dim=count("head_dim", hidden // heads if moe else 128),  # the defaults of transformers' two classes
+        head_dim=count(
+            "head_dim", hidden // heads if moe else 128
+        ),  # the defaults of transformers' two classes
         intermediate=count("intermediate_size"),
         vocab=count("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
@@ -362,7 +393,9 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         quantized=packing.method if packing else _made_by_q3q(config.get(EXPORT_KEY)),
     )
     if facts.heads % facts.kv_heads:
-        raise wrong(f"{facts.heads} attention heads cannot share {facts.kv_heads} key/value heads evenly")
+        raise wrong(
+            f"{facts.heads} attention heads cannot share {facts.kv_heads} key/value heads evenly"
+        )
     if facts.top_k > facts.experts:
         raise wrong(f"num_experts_per_tok={facts.top_k} of only {facts.experts} experts")
     if facts.dtype not in _DTYPE_BYTES:
@@ -416,7 +449,9 @@ class Checkpoint:
 
     def head(self) -> Tensor:
         """Output head, [vocab, hidden]; what the embedding is if the two are tied."""
-        return self.embedding() if self.facts.tied else self.read(["lm_head.weight"])["lm_head.weight"]
+        return (
+            self.embedding() if self.facts.tied else self.read(["lm_head.weight"])["lm_head.weight"]
+        )
 
     def block(
         self, k: int, dtype: torch.dtype | None = None, names: Collection[str] | None = None
@@ -445,7 +480,10 @@ class Checkpoint:
                 last = self._numbers(k, [source])
             return last[source]
 
-        return {name: _assemble(map(number, sources[name]), name, self.facts, k, dtype) for name in wanted}
+        return {
+            name: _assemble(map(number, sources[name]), name, self.facts, k, dtype)
+            for name in wanted
+        }
 
     def _numbers(self, k: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of one block as plain numbers, by their names on disk less the block's prefix."""
@@ -474,7 +512,11 @@ class Checkpoint:
                 are hashed once. Nothing is written into the model's folder.
         """
         shards = {stored.shard for stored in self._stored.values()}
-        files = [self.folder / "config.json", *(self.folder / name for name in TOKENIZER_FILES), *sorted(shards)]
+        files = [
+            self.folder / "config.json",
+            *(self.folder / name for name in TOKENIZER_FILES),
+            *sorted(shards),
+        ]
         memo = _Memo(cache)
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
         memo.save()
@@ -514,7 +556,9 @@ class Checkpoint:
             ],
         }.items():
             if misfits:
-                raise CheckpointError(f"{self.folder}: {_count(misfits)} {what}, first {misfits[0]}")
+                raise CheckpointError(
+                    f"{self.folder}: {_count(misfits)} {what}, first {misfits[0]}"
+                )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -528,11 +572,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # JSON, Rust and plain Python errors alike mean files that cannot be used
-        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # JSON, Rust and plain Python errors alike mean files that cannot be used
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}"
+        ) from error
     if len(tokenizer) > (vocab := read_facts(folder).vocab):
-        raise CheckpointError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding only {vocab} rows")
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding only {vocab} rows"
+        )
     return tokenizer
 
 
@@ -549,7 +601,9 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     found = _read_json(path).get("eos_token_id")
     ends = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(end, int) for end in ends):
-        raise CheckpointError(f"{path}: eos_token_id is {found!r}, neither a number nor a list of numbers")
+        raise CheckpointError(
+            f"{path}: eos_token_id is {found!r}, neither a number nor a list of numbers"
+        )
     return tuple(ends)
 
 
@@ -616,7 +670,9 @@ def _torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def _assemble(parts: Iterator[Tensor], name: str, facts: ModelFacts, k: int, dtype: torch.dtype | None) -> Tensor:
+def _assemble(
+    parts: Iterator[Tensor], name: str, facts: ModelFacts, k: int, dtype: torch.dtype | None
+) -> Tensor:
     """One tensor of a block from those that it is stored as, which are taken one at a time."""
     import torch
 
@@ -639,25 +695,33 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
     if single.is_file():
         return read_header(single)
     if not index.is_file():
-        if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")):
+        if pickles := sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
+        ):
             raise CheckpointError(
                 f"{folder}: only pickled weights ({pickles[0]}), which can run code when loaded. "
                 f"Save the model as safetensors: model.save_pretrained(DIR)"
             )
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(shard, str) for shard in weight_map.values()
+    ):
         raise CheckpointError(f"{index}: no `weight_map` from tensor to shard")
     headers: dict[str, dict[str, Stored]] = {}
     for name in sorted(set(weight_map.values())):
         if name in (".", "..", "") or re.search(r"[/\\:\0]", name):
-            raise CheckpointError(f"{index}: the shard {name!r} is not a file name; a shard lies beside its index")
+            raise CheckpointError(
+                f"{index}: the shard {name!r} is not a file name; a shard lies beside its index"
+            )
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: the shard {name}, which the index lists, is missing")
         headers[name] = read_header(folder / name)
     for tensor, shard in weight_map.items():
         if tensor not in headers[shard]:
-            raise CheckpointError(f"{folder / shard}: {tensor}, which the index places there, is missing")
+            raise CheckpointError(
+                f"{folder / shard}: {tensor}, which the index places there, is missing"
+            )
     return {tensor: headers[shard][tensor] for tensor, shard in weight_map.items()}
 
 
@@ -698,7 +762,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent}: no {path.name} there, so not a model folder. {_OWN_FOLDER}") from error
+        raise CheckpointError(
+            f"{path.parent}: no {path.name} there, so not a model folder. {_OWN_FOLDER}"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

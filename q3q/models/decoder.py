@@ -115,18 +115,24 @@ class Decoder:
 
     def exchange_ends(self, codes: Mapping[str, StoredWeight]) -> None:
         """Put quantized weights [1, V, H] in the place of `embedding`, `head`; tied, they are both the embedding's."""
-        ends = {name: numbers(code, self.norm_H.dtype, self.device)[0] for name, code in codes.items()}
+        ends = {
+            name: numbers(code, self.norm_H.dtype, self.device)[0] for name, code in codes.items()
+        }
         tied = self.tied
         self.embedding_VH = ends.get("embedding", self.embedding_VH)
         self.head_VH = self.embedding_VH if tied else ends.get("head", self.head_VH)
 
     def rows(self, end: str) -> Iterator[Tensor]:
         """All rows of `embedding` or `head`, VOCABULARY_ROWS at a time."""
-        yield from {"embedding": self.embedding_VH, "head": self.head_VH}[end].split(VOCABULARY_ROWS)
+        yield from {"embedding": self.embedding_VH, "head": self.head_VH}[end].split(
+            VOCABULARY_ROWS
+        )
 
     def copy(self) -> "Decoder":
         """The same model; blocks put into the copy leave this one alone."""
-        return replace(self, blocks=list(self.blocks) if isinstance(self.blocks, list) else self.blocks.copy())
+        return replace(
+            self, blocks=list(self.blocks) if isinstance(self.blocks, list) else self.blocks.copy()
+        )
 
     def rest(self) -> None:
         """Let go of what can be read again when it is asked for: of a streamed model, its head."""
@@ -216,7 +222,9 @@ class Decoder:
                 logits_CS = linear(hidden_PH[start:stop], self.head_VH[first : first + width])
                 there_R = (target_R - first).clamp(0, logits_CS.shape[1] - 1)
                 here_R = there_R == target_R - first
-                chosen_R[begin:end] = torch.where(here_R, logits_CS[row_R, there_R].float(), chosen_R[begin:end])
+                chosen_R[begin:end] = torch.where(
+                    here_R, logits_CS[row_R, there_R].float(), chosen_R[begin:end]
+                )
                 slab_C, high_C = logsum(logits_CS)
                 highest_P[start:stop] = torch.maximum(highest_P[start:stop], high_C)
                 logsum_P[start:stop] = torch.logaddexp(logsum_P[start:stop], slab_C)
@@ -232,7 +240,9 @@ class Decoder:
         return min(HEAD_CHUNK, whole) if whole >= FEW_POSITIONS else HEAD_CHUNK, numbers
 
 
-def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decoder:
+def load_decoder(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Decoder:
     """The whole model in memory, every weight in `dtype`.
 
     Raises:
@@ -261,7 +271,9 @@ def load_block(
     facts, instead = checkpoint.facts, instead or {}
     wanted = [name for name in facts.block_shapes(k) if name not in instead]
     weights = checkpoint.block(k, dtype, wanted) | dict(instead)
-    for name in list(weights):  # one by one, so that no second block exists beside it on its way to the device
+    for name in list(
+        weights
+    ):  # one by one, so that no second block exists beside it on its way to the device
         weights[name] = placed(weights.pop(name), f"blocks.{k}.{name}", dtype, device)
     return block_of(facts, k, weights)
 
@@ -279,7 +291,9 @@ def block_of(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Qwen3B
         block.unrounded = frozenset(
             site.name
             for site in block.sites
-            if not packing.rounds(name.removesuffix(".weight") for name in names_on_disk(facts, k, site.weights))
+            if not packing.rounds(
+                name.removesuffix(".weight") for name in names_on_disk(facts, k, site.weights)
+            )
         )
     return block
 
@@ -292,5 +306,7 @@ def placed(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device |
     """
     there = tensor.to(device=device, dtype=dtype)
     if not all_finite(there):
-        raise NumericsError(f"{name.removesuffix('.weight')}: the checkpoint's weights are not finite in {dtype}")
+        raise NumericsError(
+            f"{name.removesuffix('.weight')}: the checkpoint's weights are not finite in {dtype}"
+        )
     return there

@@ -59,17 +59,23 @@ def need(
     changing = 1.5 if method in SEQUENTIAL else 2.5
     if loader == "resident":
         peak = (
-            facts.weight_bytes(dtype) + more + max(running + LOGIT_BYTES[device], work and int(changing * block) + work)
+            facts.weight_bytes(dtype)
+            + more
+            + max(running + LOGIT_BYTES[device], work and int(changing * block) + work)
         )
     elif loader == "streamed":
         # The block and what becomes of it; when all have run, the head.
         quantizing = work and int(changing * block) + work
-        peak = max(block + running, quantizing, ends + more + max(LOGIT_BYTES[device], block + running))
+        peak = max(
+            block + running, quantizing, ends + more + max(LOGIT_BYTES[device], block + running)
+        )
     elif loader == "sharded":
         shares = (facts.weight_bytes(dtype) - ends) // ranks + ends + more
         peak = shares + max(2 * block + work, running + LOGIT_BYTES[device])
     else:
-        raise ConfigError(f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}")
+        raise ConfigError(
+            f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}"
+        )
     return PROCESS_BYTES[device] + peak
 
 
@@ -79,7 +85,13 @@ def ahead_bytes(facts: ModelFacts, dtype: str) -> int:
 
 
 def choose(
-    facts: ModelFacts, dtype: str, *, method: str | None, memory: int, device: Device = "cpu", heads: int = 1
+    facts: ModelFacts,
+    dtype: str,
+    *,
+    method: str | None,
+    memory: int,
+    device: Device = "cpu",
+    heads: int = 1,
 ) -> str:
     """The first of resident, streamed that fits into `memory` bytes. See `need`.
 
@@ -108,9 +120,13 @@ def bytes_of(size: int | str, key: str = "memory") -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
     count = 0
     if found and (found[2] or not found[3]):
-        count = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " "))
+        count = int(
+            float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
+        )
     if count < 1:
-        raise ConfigError(f"{key}={size} is no size: give bytes such as 2.5GB (10^9) or 8GiB (2^30)")
+        raise ConfigError(
+            f"{key}={size} is no size: give bytes such as 2.5GB (10^9) or 8GiB (2^30)"
+        )
     return count
 
 
@@ -129,9 +145,13 @@ def unclaimed_memory() -> int:
     """Bytes of main memory that no process has. Raises ConfigError as `free_memory` does."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        free = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration) as error:
-        raise ConfigError("this system does not say how much memory is free: give memory=8GB") from error
+        raise ConfigError(
+            "this system does not say how much memory is free: give memory=8GB"
+        ) from error
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -169,7 +189,12 @@ def _quantizing(facts: ModelFacts, method: str | None, running: int) -> int:
     most = 0
     for k in {facts.sparse(k): k for k in range(facts.layers)}.values():
         shapes = facts.block_shapes(k)
-        for kinds in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        for kinds in (
+            ("q_proj", "k_proj", "v_proj"),
+            ("o_proj",),
+            ("gate_proj", "up_proj"),
+            ("down_proj",),
+        ):
             site = [shape for name, shape in shapes.items() if name.split(".")[-2] in kinds]
             weights = 4 * sum(map(math.prod, site))
             experts = site[0][0] if len(site[0]) == 3 else 1

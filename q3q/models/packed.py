@@ -43,7 +43,9 @@ class Layout(ABC):
         """Its tensors by what their names end in: the types they may have (the written one first), and the shape."""
 
     @abstractmethod
-    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+    def pack(
+        self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
+    ) -> dict[str, Tensor]:
         """The tensors; scales in the dtype that scale_OG has. group_I: group of each column, None for neighbours."""
 
     @abstractmethod
@@ -68,7 +70,9 @@ class PackedInts(Layout):
             found["weight_zero_point"] = (WORDS, (_words(rows, self.bits), self.groups(columns)))
         return found
 
-    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+    def pack(
+        self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
+    ) -> dict[str, Tensor]:
         import torch
 
         from q3q.numerics.packing import pack_bits
@@ -101,9 +105,14 @@ class PlainInts(Layout):
     own_scales: ClassVar[bool] = True
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
-        return {"weight": (("I8",), (rows, columns)), "weight_scale": (SCALES, (rows, self.groups(columns)))}
+        return {
+            "weight": (("I8",), (rows, columns)),
+            "weight_scale": (SCALES, (rows, self.groups(columns))),
+        }
 
-    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+    def pack(
+        self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
+    ) -> dict[str, Tensor]:
         import torch
 
         _refuse_group_index(group_I)
@@ -138,7 +147,9 @@ class GptqWords(Layout):
             "g_idx": (WORDS, (columns,)),
         }
 
-    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+    def pack(
+        self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
+    ) -> dict[str, Tensor]:
         import torch
 
         from q3q.numerics.packing import pack_bits
@@ -148,7 +159,9 @@ class GptqWords(Layout):
             group_I = torch.arange(columns) // (columns // scale_OG.shape[1])
         return {
             "qweight": pack_bits(codes_OI, self.bits).T,
-            "qzeros": pack_bits((zero_OG.T.to(torch.int64) - self.below) & (2**self.bits - 1), self.bits),
+            "qzeros": pack_bits(
+                (zero_OG.T.to(torch.int64) - self.below) & (2**self.bits - 1), self.bits
+            ),
             "scales": scale_OG.T,
             "g_idx": group_I.to(torch.int32),
         }
@@ -177,7 +190,9 @@ class AwqWords(Layout):
             "scales": (SCALES, (groups, rows)),
         }
 
-    def pack(self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None) -> dict[str, Tensor]:
+    def pack(
+        self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
+    ) -> dict[str, Tensor]:
         import torch
 
         from q3q.numerics.packing import pack_bits
@@ -188,7 +203,11 @@ class AwqWords(Layout):
             runs_xn8 = codes_xO.to(torch.uint8).unflatten(-1, (-1, len(self.ORDER)))
             return pack_bits(runs_xn8[..., list(self.ORDER)].flatten(-2), self.bits)
 
-        return {"qweight": interleaved(codes_OI.T), "qzeros": interleaved(zero_OG.T), "scales": scale_OG.T}
+        return {
+            "qweight": interleaved(codes_OI.T),
+            "qzeros": interleaved(zero_OG.T),
+            "scales": scale_OG.T,
+        }
 
     def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         from q3q.numerics.packing import unpack_bits
@@ -196,7 +215,11 @@ class AwqWords(Layout):
         places = [self.ORDER.index(k) for k in range(len(self.ORDER))]
 
         def straight(words_xW: Tensor) -> Tensor:
-            return unpack_bits(words_xW, self.bits, rows).unflatten(-1, (-1, len(places)))[..., places].flatten(-2)
+            return (
+                unpack_bits(words_xW, self.bits, rows)
+                .unflatten(-1, (-1, len(places)))[..., places]
+                .flatten(-2)
+            )
 
         return _times(straight(parts["qweight"]).T, parts["scales"].T, straight(parts["qzeros"]).T)
 
@@ -210,7 +233,9 @@ class Packing:
 
     def of(self, linear: str) -> Layout | None:
         """linear: a name on disk, `model.layers.0.self_attn.q_proj`. None for one that is stored as plain numbers."""
-        return next((layout for pattern, layout in self.rules if re.fullmatch(pattern, linear)), None)
+        return next(
+            (layout for pattern, layout in self.rules if re.fullmatch(pattern, linear)), None
+        )
 
     @property
     def act_bits(self) -> int | None:
@@ -223,10 +248,18 @@ class Packing:
         Raises:
             CheckpointError: for some of them it is, for others not.
         """
-        found = {name: (layout := self.of(name)) is not None and layout.act_bits is not None for name in linears}
+        found = {
+            name: (layout := self.of(name)) is not None and layout.act_bits is not None
+            for name in linears
+        }
         if len(set(found.values())) > 1:
-            one, other = (next(name for name, is_so in found.items() if is_so is wanted) for wanted in (True, False))
-            raise CheckpointError(f"{one} reads rounded activations and {other} the same ones unrounded: not read here")
+            one, other = (
+                next(name for name, is_so in found.items() if is_so is wanted)
+                for wanted in (True, False)
+            )
+            raise CheckpointError(
+                f"{one} reads rounded activations and {other} the same ones unrounded: not read here"
+            )
         return next(iter(found.values()))
 
 
@@ -243,11 +276,15 @@ def read_packing(config: Mapping[str, Any]) -> Packing:
         "awq": _read_awq,
     }
     if method not in readers:
-        raise CheckpointError(f"quantized already ({method}), which is not read here: give the original model")
+        raise CheckpointError(
+            f"quantized already ({method}), which is not read here: give the original model"
+        )
     try:
         return readers[method](config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"quantized already ({method}), and its config makes no sense: {error!r}") from error
+        raise CheckpointError(
+            f"quantized already ({method}), and its config makes no sense: {error!r}"
+        ) from error
 
 
 def _read_compressed_tensors(config: Mapping[str, Any]) -> Packing:
@@ -256,37 +293,67 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> Packing:
     named: list[tuple[str, Layout | None]] = []
     classes: list[tuple[str, Layout | None]] = []
     if config.get("transform_config"):
-        raise CheckpointError("quantized already (compressed-tensors), with transforms of activations: not read here")
+        raise CheckpointError(
+            "quantized already (compressed-tensors), with transforms of activations: not read here"
+        )
     for group in config["config_groups"].values():
         weights, inputs = group["weights"], group.get("input_activations")
         kind = layouts.get(group.get("format") or config["format"])
-        fits = weights["type"] == "int" and weights["strategy"] in ("group", "channel") and not weights.get("dynamic")
-        fits &= weights.get("actorder") in (None, "weight", "static")  # else columns of a group lie apart
+        fits = (
+            weights["type"] == "int"
+            and weights["strategy"] in ("group", "channel")
+            and not weights.get("dynamic")
+        )
+        fits &= weights.get("actorder") in (
+            None,
+            "weight",
+            "static",
+        )  # else columns of a group lie apart
         if inputs is not None:
-            fits &= inputs["type"] == "int" and inputs["dynamic"] is True and inputs["strategy"] == "token"
+            fits &= (
+                inputs["type"] == "int"
+                and inputs["dynamic"] is True
+                and inputs["strategy"] == "token"
+            )
         if kind is None or not fits or (kind is PlainInts and not weights["symmetric"]):
-            raise CheckpointError(f"quantized already (compressed-tensors), in a way ({group}) that is not read here")
+            raise CheckpointError(
+                f"quantized already (compressed-tensors), in a way ({group}) that is not read here"
+            )
         size = weights["group_size"] if weights["strategy"] == "group" else -1
-        layout = kind(weights["num_bits"], size, weights["symmetric"], inputs["num_bits"] if inputs else None)
+        layout = kind(
+            weights["num_bits"], size, weights["symmetric"], inputs["num_bits"] if inputs else None
+        )
         named.append((_any_of(name for name in group["targets"] if name != "Linear"), layout))
         classes += [(".*", layout)] if "Linear" in group["targets"] else []
-    packing = Packing("compressed-tensors", (*ignored, *named, *classes))  # a name or a pattern goes before a class
+    packing = Packing(
+        "compressed-tensors", (*ignored, *named, *classes)
+    )  # a name or a pattern goes before a class
     if len({layout.act_bits for _, layout in packing.rules if layout is not None}) > 1:
-        raise CheckpointError("quantized already (compressed-tensors), to several widths of activations: not read here")
+        raise CheckpointError(
+            "quantized already (compressed-tensors), to several widths of activations: not read here"
+        )
     return packing
 
 
 def _any_of(names: Iterable[str]) -> str:
     """A pattern that fits each of these targets and nothing else; of none, nothing."""
     # The library matches its own patterns from the start on, not to the end.
-    patterns = [f"(?:{name[3:]}).*" if name.startswith("re:") else re.escape(name) for name in names]
+    patterns = [
+        f"(?:{name[3:]}).*" if name.startswith("re:") else re.escape(name) for name in names
+    ]
     return "|".join(patterns) or NOTHING
 
 
 def _read_gptq(config: Mapping[str, Any]) -> Packing:
     version = config.get("checkpoint_format") or "gptq"
-    if version not in ("gptq", "gptq_v2") or config.get("dynamic") or config.get("modules_in_block_to_quantize"):
-        raise CheckpointError(f"quantized already (gptq), in a variant ({version}) that is not read here")
+    if (
+        version not in ("gptq", "gptq_v2")
+        or config.get("dynamic")
+        or config.get("modules_in_block_to_quantize")
+    ):
+        raise CheckpointError(
+            f"quantized already (gptq), in a variant ({version}) that is not read here"
+        )
     below = 1 if version == "gptq" else 0
     layout = GptqWords(config["bits"], config["group_size"], bool(config["sym"]), below=below)
     return Packing("gptq", ((".*", layout),))
@@ -296,7 +363,9 @@ def _read_awq(config: Mapping[str, Any]) -> Packing:
     version = str(config.get("version") or config.get("format") or "gemm").lower()
     bits = config.get("bits") or config["w_bit"]
     if version != "gemm" or bits != 4 or not config.get("zero_point", True):
-        raise CheckpointError(f"quantized already (awq), in a variant ({version}, {bits} bits) that is not read here")
+        raise CheckpointError(
+            f"quantized already (awq), in a variant ({version}, {bits} bits) that is not read here"
+        )
     layout = AwqWords(bits, config.get("group_size") or config["q_group_size"], False)
     parts = config.get("modules_to_not_convert") or ()  # of names
     left_out = f".*(?:{_any_of(parts)}).*"
@@ -307,7 +376,9 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def _times(codes_OI: Tensor, scale_OG: Tensor, zero: Tensor | int, group_I: Tensor | None = None) -> Tensor:
+def _times(
+    codes_OI: Tensor, scale_OG: Tensor, zero: Tensor | int, group_I: Tensor | None = None
+) -> Tensor:
     """scale * (code - zero) in float32, where a 16-bit scale times a code is exact."""
     columns, groups = codes_OI.shape[1], scale_OG.shape[1]
 

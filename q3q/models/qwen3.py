@@ -36,13 +36,18 @@ class Rope:
     """
 
     def __init__(self, facts: "ModelFacts", device: torch.device | str = "cpu") -> None:
-        exponents = torch.arange(0, facts.head_dim, 2, dtype=torch.int64, device=device).float() / facts.head_dim
+        exponents = (
+            torch.arange(0, facts.head_dim, 2, dtype=torch.int64, device=device).float()
+            / facts.head_dim
+        )
         self._frequencies = 1.0 / (facts.rope_theta**exponents)
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self._last is None or self._last[0] is not positions or self._last[1].dtype != dtype:
-            angles = (positions[..., None].float() * self._frequencies).unsqueeze(-2)  # the same for every head
+            angles = (positions[..., None].float() * self._frequencies).unsqueeze(
+                -2
+            )  # the same for every head
             cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
             self._last = positions, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return self._last[1:]
@@ -90,23 +95,39 @@ class Qwen3Block:
         )
         x_BTH = attention.read(x_BTH) + attended_BTH
         del attended_BTH
-        mlp_BTH = yield from self.mlp_stages(rms_norm(x_BTH, self.weights["post_attention_layernorm.weight"], eps))
+        mlp_BTH = yield from self.mlp_stages(
+            rms_norm(x_BTH, self.weights["post_attention_layernorm.weight"], eps)
+        )
         return x_BTH + mlp_BTH
 
-    def attention_stages(self, normed_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL) -> Stages:
+    def attention_stages(
+        self, normed_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL
+    ) -> Stages:
         yield QKV, _whole(normed_BTH)
         seen = self.seen(QKV, normed_BTH)
         query, key, value = (
-            linear(seen, self.weights[name]).unflatten(-1, (-1, self.facts.head_dim)) for name in QKV.weights
+            linear(seen, self.weights[name]).unflatten(-1, (-1, self.facts.head_dim))
+            for name in QKV.weights
         )
         query = rms_norm(query, self.weights["self_attn.q_norm.weight"], self.facts.rms_norm_eps)
         key = rms_norm(key, self.weights["self_attn.k_norm.weight"], self.facts.rms_norm_eps)
-        cos, sin = rope(attention.positions(normed_BTH.shape[1], normed_BTH.device), normed_BTH.dtype)
+        cos, sin = rope(
+            attention.positions(normed_BTH.shape[1], normed_BTH.device), normed_BTH.dtype
+        )
         context_BNTD = attention(
-            rotate(query, cos, sin).transpose(1, 2), rotate(key, cos, sin).transpose(1, 2), value.transpose(1, 2)
+            rotate(query, cos, sin).transpose(1, 2),
+            rotate(key, cos, sin).transpose(1, 2),
+            value.transpose(1, 2),
         )
         context = attention.read(context_BNTD.transpose(1, 2).flatten(2))
-        del normed_BTH, seen, query, key, value, context_BNTD  # halted, a run holds what is still to be used
+        del (
+            normed_BTH,
+            seen,
+            query,
+            key,
+            value,
+            context_BNTD,
+        )  # halted, a run holds what is still to be used
         yield O, _whole(context)
         return linear(self.seen(O, context), self.weights["self_attn.o_proj.weight"])
 
@@ -136,7 +157,12 @@ class Qwen3Block:
         """In the order AWQ treats them. v -> o needs each value channel repeated for the query heads that read it."""
         return (
             ScaleGroup(QKV, "input_layernorm.weight"),
-            ScaleGroup(O, "self_attn.v_proj.weight", self.facts.heads // self.facts.kv_heads, self.facts.head_dim),
+            ScaleGroup(
+                O,
+                "self_attn.v_proj.weight",
+                self.facts.heads // self.facts.kv_heads,
+                self.facts.head_dim,
+            ),
             ScaleGroup(GATE_UP, "post_attention_layernorm.weight"),
             ScaleGroup(DOWN, "mlp.up_proj.weight"),
         )

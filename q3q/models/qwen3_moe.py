@@ -65,7 +65,10 @@ class Qwen3MoeBlock(Qwen3Block):
         ]
         del inputs, shown
         all_gated = EveryExpert(self.seen(EXPERT_GATE_UP, tokens_TH), gate, up)
-        yield EXPERT_DOWN, SiteInput(None, all_gated if self.every_expert else gated, unrouted=self.every_expert)
+        yield (
+            EXPERT_DOWN,
+            SiteInput(None, all_gated if self.every_expert else gated, unrouted=self.every_expert),
+        )
         down = self.weights["mlp.experts.down_proj.weight"]
         mixed_TH = torch.zeros_like(tokens_TH)
         shares = share_Tk.flatten()[reading_R].split(counts)
@@ -105,7 +108,9 @@ class EveryExpert(Sequence[Tensor]):
         if isinstance(expert, slice):
             first = self._first + expert.indices(len(self))[0]
             return EveryExpert(self._seen, self._gate[expert], self._up[expert], first)
-        gated_TI = silu(linear(self._seen, self._gate[expert])) * linear(self._seen, self._up[expert])
+        gated_TI = silu(linear(self._seen, self._gate[expert])) * linear(
+            self._seen, self._up[expert]
+        )
         if not all_finite(gated_TI):
             where = f"{EXPERT_DOWN.name}, expert {self._first + expert}"
             raise NumericsError(f"{where}: calibration activations are not finite")

@@ -43,12 +43,16 @@ def in_step(method: Method) -> Method:
     def call(self: "ShardedDecoder", *arguments: Any, **own: Any) -> Any:
         if not self.team.leads:
             return method(self, *arguments, **own)
-        return self.team.together(_on_each, list(self.team.held), self.number, method.__name__, *arguments, **own)
+        return self.team.together(
+            _on_each, list(self.team.held), self.number, method.__name__, *arguments, **own
+        )
 
     return call  # type: ignore[return-value]
 
 
-def _on_each(team: Team, known: Sequence[int], number: int, name: str, *arguments: Any, **own: Any) -> Any:
+def _on_each(
+    team: Team, known: Sequence[int], number: int, name: str, *arguments: Any, **own: Any
+) -> Any:
     """known: the models that rank 0 still has; the others' shares of any more are let go of."""
     for gone in set(team.held).difference(known):
         del team.held[gone]
@@ -90,12 +94,16 @@ class ShardedDecoder(Decoder):
     number: which of the team's models this is. activations: see `Decoder`.
     """
 
-    def __init__(self, team: Team, number: int, facts: ModelFacts, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, team: Team, number: int, facts: ModelFacts, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.team, self.number, self.facts = team, number, facts  # type: ignore[misc]
         self.walk: Any = None  # of a rank that follows, while the model is quantized
         self.activations: int | None = None
         self._dtype, self._device = dtype, device
-        self._shares: dict[tuple[str, int], dict[str, Parameter]] = {}  # of each block ("block", k), and of the ends
+        self._shares: dict[
+            tuple[str, int], dict[str, Parameter]
+        ] = {}  # of each block ("block", k), and of the ends
         self._changes: list[Change] = []
         self._head_VH: Tensor | None = None
         team.held[number] = self
@@ -225,7 +233,9 @@ class ShardedDecoder(Decoder):
         """The whole `embedding`, `head` or `original head`."""
         if (end, 0) not in self._shares:
             end = end.removeprefix("original ")
-        return _whole(self._shares["embedding" if self.tied and end == "head" else end, 0])["weight"]
+        return _whole(self._shares["embedding" if self.tied and end == "head" else end, 0])[
+            "weight"
+        ]
 
     @in_step
     def exchange_block(self, k: int, source: Source | None = None) -> None:
@@ -233,7 +243,9 @@ class ShardedDecoder(Decoder):
         weights = source() if self.team.rank == 0 and source is not None else {}
         names = self.team.broadcast(list(weights))
         shapes = self.facts.block_shapes(k)
-        self._shares["block", k] |= {name: self._share(shapes[name], weights.get(name)) for name in names}
+        self._shares["block", k] |= {
+            name: self._share(shapes[name], weights.get(name)) for name in names
+        }
         gc.collect()  # DeepSpeed's parameters hold themselves, so what was exchanged would stay for long
 
     @in_step
@@ -241,7 +253,9 @@ class ShardedDecoder(Decoder):
         whole_VH = None if code is None else numbers(code, self._dtype, self._device)[0]
         if end == "head" or self.tied:
             self._shares.setdefault(("original head", 0), self._shares[end, 0])
-        self._shares[end, 0] = {"weight": self._share((self.facts.vocab, self.facts.hidden), whole_VH)}
+        self._shares[end, 0] = {
+            "weight": self._share((self.facts.vocab, self.facts.hidden), whole_VH)
+        }
 
     @in_step
     def adjust_blocks(self, change: Change) -> None:
@@ -261,11 +275,19 @@ class ShardedDecoder(Decoder):
         """Tensor by tensor: rank 0 reads one, all take their shares of it, and it is gone."""
         facts = self.facts
 
-        def share(name: str, shape: Sequence[int], read: Callable[[Checkpoint], Tensor]) -> Parameter:
-            whole = None if checkpoint is None else placed(read(checkpoint), name, self._dtype, self._device)
+        def share(
+            name: str, shape: Sequence[int], read: Callable[[Checkpoint], Tensor]
+        ) -> Parameter:
+            whole = (
+                None
+                if checkpoint is None
+                else placed(read(checkpoint), name, self._dtype, self._device)
+            )
             return self._share(shape, whole)
 
-        ends = {"embedding": Checkpoint.embedding} | ({} if facts.tied else {"head": Checkpoint.head})
+        ends = {"embedding": Checkpoint.embedding} | (
+            {} if facts.tied else {"head": Checkpoint.head}
+        )
         for end, read in ends.items():
             self._shares[end, 0] = {"weight": share(end, (facts.vocab, facts.hidden), read)}
         norm_H = None
@@ -288,7 +310,9 @@ class ShardedDecoder(Decoder):
                 content.copy_(whole)
             holder = ParameterList([Parameter(content, requires_grad=False)])
             del content
-            deepspeed.zero.Init(module=holder, mem_efficient_linear=False)  # that would change torch's own `linear`
+            deepspeed.zero.Init(
+                module=holder, mem_efficient_linear=False
+            )  # that would change torch's own `linear`
             return holder[0]
 
 
@@ -309,12 +333,16 @@ def load_sharded(
     Raises:
         NumericsError: a weight is not finite, as stored or in `dtype`; it is named.
     """
-    model: ShardedDecoder = team.together(_begin, next(_NUMBERS), checkpoint.facts, dtype, activations)
+    model: ShardedDecoder = team.together(
+        _begin, next(_NUMBERS), checkpoint.facts, dtype, activations
+    )
     model.load(checkpoint=checkpoint)
     return model
 
 
-def _begin(team: Team, number: int, facts: ModelFacts, dtype: torch.dtype, activations: int | None) -> ShardedDecoder:
+def _begin(
+    team: Team, number: int, facts: ModelFacts, dtype: torch.dtype, activations: int | None
+) -> ShardedDecoder:
     if not team.held and team.rank == 0:
         team.held = WeakValueDictionary()  # a copy that nobody has any more is not kept
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -343,7 +371,9 @@ def _whole(share: Mapping[str, Parameter]) -> dict[str, Tensor]:
     import deepspeed
 
     with _plain_tensors(), reaching_others(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch, about the name of what DeepSpeed calls there
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # of torch, about the name of what DeepSpeed calls there
         with deepspeed.zero.GatheredParameters(list(share.values())):
             return {name: parameter.data for name, parameter in share.items()}
 

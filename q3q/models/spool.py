@@ -42,7 +42,9 @@ class Spool:
         self._memory, self._parent = memory, folder
         self._items: list[Tensor | _Spilled] = []
         self._held = 0  # bytes in memory
-        self._folder: tempfile.TemporaryDirectory[str] | None = None  # removes itself when nobody holds it any more
+        self._folder: tempfile.TemporaryDirectory[str] | None = (
+            None  # removes itself when nobody holds it any more
+        )
 
     def __len__(self) -> int:
         return len(self._items)
@@ -83,7 +85,10 @@ class Spool:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -114,7 +119,9 @@ class Spool:
         try:
             self._file(i).write_bytes(content.data)
         except OSError as error:
-            raise Q3QError(f"activations cannot be written to {self._file(i).parent}: {error.strerror}") from error
+            raise Q3QError(
+                f"activations cannot be written to {self._file(i).parent}: {error.strerror}"
+            ) from error
         return _Spilled(tensor.shape, tensor.dtype, tensor.device)
 
     def _read(self, i: int, what: _Spilled) -> Tensor:
@@ -124,9 +131,13 @@ class Spool:
             with self._file(i).open("rb") as file:
                 count = file.readinto(content)
         except OSError as error:
-            raise Q3QError(f"activations cannot be read from {self._file(i)}: {error.strerror}") from error
+            raise Q3QError(
+                f"activations cannot be read from {self._file(i)}: {error.strerror}"
+            ) from error
         if count != len(content):
-            raise Q3QError(f"activations cannot be read from {self._file(i)}: {count} bytes instead of {len(content)}")
+            raise Q3QError(
+                f"activations cannot be read from {self._file(i)}: {count} bytes instead of {len(content)}"
+            )
         return tensor.to(what.device)
 
 

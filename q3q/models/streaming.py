@@ -32,7 +32,12 @@ class StreamedBlocks:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu", *, ahead: bool = True
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        ahead: bool = True,
     ) -> None:
         self._checkpoint, self._dtype, self._device, self._ahead = checkpoint, dtype, device, ahead
         self._sources: dict[int, Source] = {}
@@ -77,7 +82,9 @@ class StreamedBlocks:
     def _read(self, k: int, source: Source | None) -> Qwen3Block:
         heap.return_holes()
         with torch.inference_mode():  # a thread does not inherit it
-            return load_block(self._checkpoint, k, self._dtype, self._device, None if source is None else source())
+            return load_block(
+                self._checkpoint, k, self._dtype, self._device, None if source is None else source()
+            )
 
     @staticmethod
     def _drop(reading: "Future[Qwen3Block]") -> None:
@@ -141,32 +148,49 @@ class StreamedDecoder(Decoder):
 
     def original_head(self) -> Tensor:
         """The head as the checkpoint has it, whatever is in its place now."""
-        return self.head_VH if self._origin("head") not in self._codes else self._whole(self._origin("head"), {})
+        return (
+            self.head_VH
+            if self._origin("head") not in self._codes
+            else self._whole(self._origin("head"), {})
+        )
 
     def rows(self, end: str) -> Iterator[Tensor]:
         end = self._origin(end)
-        return (self._rows(end, start, self._codes) for start in range(0, self.facts.vocab, VOCABULARY_ROWS))
+        return (
+            self._rows(end, start, self._codes)
+            for start in range(0, self.facts.vocab, VOCABULARY_ROWS)
+        )
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         wanted_U, place_BT = ids_BT.cpu().unique(return_inverse=True)
         if "embedding" in self._codes:
             rows_UH = torch.cat(
                 [
-                    part_RH[wanted_U[(wanted_U >= start) & (wanted_U < start + len(part_RH))] - start]
+                    part_RH[
+                        wanted_U[(wanted_U >= start) & (wanted_U < start + len(part_RH))] - start
+                    ]
                     for start, part_RH in zip(
-                        range(0, self.facts.vocab, VOCABULARY_ROWS), self.rows("embedding"), strict=True
+                        range(0, self.facts.vocab, VOCABULARY_ROWS),
+                        self.rows("embedding"),
+                        strict=True,
                     )
                 ]
             )
         else:
-            rows_UH = torch.cat([self._checkpoint.rows(_ON_DISK["embedding"], i, 1) for i in wanted_U.tolist()])
+            rows_UH = torch.cat(
+                [self._checkpoint.rows(_ON_DISK["embedding"], i, 1) for i in wanted_U.tolist()]
+            )
             rows_UH = placed(rows_UH, "embedding", self._dtype, self.device)
         return rows_UH[place_BT.to(self.device)]
 
     def copy(self) -> "StreamedDecoder":
         assert isinstance(self.blocks, StreamedBlocks)
         other = object.__new__(type(self))
-        other.__dict__ |= {**self.__dict__, "blocks": self.blocks.copy(), "_codes": dict(self._codes)}
+        other.__dict__ |= {
+            **self.__dict__,
+            "blocks": self.blocks.copy(),
+            "_codes": dict(self._codes),
+        }
         return other
 
     def _origin(self, end: str) -> str:
@@ -175,7 +199,9 @@ class StreamedDecoder(Decoder):
 
     def _whole(self, end: str, codes: Mapping[str, StoredWeight] | None = None) -> Tensor:
         codes = self._codes if codes is None else codes
-        whole_VH = torch.empty(self.facts.vocab, self.facts.hidden, dtype=self._dtype, device=self.device)
+        whole_VH = torch.empty(
+            self.facts.vocab, self.facts.hidden, dtype=self._dtype, device=self.device
+        )
         for start in range(0, self.facts.vocab, VOCABULARY_ROWS):
             whole_VH[start : start + VOCABULARY_ROWS] = self._rows(end, start, codes)
         return whole_VH
@@ -184,4 +210,6 @@ class StreamedDecoder(Decoder):
         count = min(VOCABULARY_ROWS, self.facts.vocab - start)
         if end in codes:
             return numbers(codes[end].rows(start, start + count), self._dtype, self.device)[0]
-        return placed(self._checkpoint.rows(_ON_DISK[end], start, count), end, self._dtype, self.device)
+        return placed(
+            self._checkpoint.rows(_ON_DISK[end], start, count), end, self._dtype, self.device
+        )

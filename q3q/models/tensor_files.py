@@ -61,14 +61,18 @@ class Stored:
         shape = self.shape if count is None else (count, *self.shape[1:])
         tensor = torch.empty(shape, dtype=getattr(torch, _TORCH_DTYPES[self.dtype]))
         place = self.start + first * math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
-        wanted = tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+        wanted = (
+            tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+        )
         try:
             with self.shard.open("rb", buffering=0) as file:
                 done = 0
                 while done < len(wanted):
                     got = os.preadv(file.fileno(), [wanted[done:]], place + done)
                     if not got:
-                        raise CheckpointError(f"{self.shard} is damaged: it ends too early. Download or copy it again")
+                        raise CheckpointError(
+                            f"{self.shard} is damaged: it ends too early. Download or copy it again"
+                        )
                     done += got
         except OSError as error:
             raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
@@ -84,7 +88,9 @@ class Rows:
     parts: Iterator[Tensor]
 
 
-def encoded(tensors: Mapping[str, Tensor | Rows], metadata: Mapping[str, str] | None = None) -> Iterator[bytes]:
+def encoded(
+    tensors: Mapping[str, Tensor | Rows], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes]:
     """The content of a safetensors file, piece by piece. Wide numbers come first, so that all are aligned."""
     names = {getattr_name: name for name, getattr_name in _TORCH_DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -149,7 +155,11 @@ def read_header(shard: Path) -> dict[str, Stored]:
     stored, spans = {}, []
     for name, entry in header.items():
         match entry:
-            case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+            case {
+                "dtype": str(dtype),
+                "shape": [*shape],
+                "data_offsets": [int(begin), int(end)],
+            } if (
                 dtype in _ITEM_BYTES
                 and all(type(n) is int and n >= 0 for n in shape)
                 and end - begin == math.prod(shape) * _ITEM_BYTES[dtype]

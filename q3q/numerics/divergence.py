@@ -16,7 +16,9 @@ def kl_divergence(p_CV: Tensor, q_CV: Tensor) -> Tensor:
     kls = []
     rows = max(1, STRIP_LOGITS.get(p_CV.device.type, STRIP_LOGITS["cpu"]) // p_CV.shape[1])
     # Large tensors come from the operating system page by page, and that costs more than what is done with them here.
-    held = [p_CV.new_empty(min(rows, len(p_CV)), p_CV.shape[1], dtype=torch.float64) for _ in range(3)]
+    held = [
+        p_CV.new_empty(min(rows, len(p_CV)), p_CV.shape[1], dtype=torch.float64) for _ in range(3)
+    ]
     for p_SV, q_SV in zip(p_CV.split(rows), q_CV.split(rows), strict=True):
         log_p, log_q, work = (one[: len(p_SV)] for one in held)
         for log_softmax, logits_SV in ((log_p, p_SV), (log_q, q_SV)):

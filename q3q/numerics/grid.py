@@ -46,7 +46,9 @@ def minmax_grid(weight_xS: Tensor, bits: int, *, symmetric: bool, mse: bool = Fa
 
     def grid(share: float) -> Grid:
         scale = (high - low) * share / top
-        zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low * share / scale).round()
+        zero = (
+            torch.full_like(scale, 2 ** (bits - 1)) if symmetric else (-low * share / scale).round()
+        )
         return Grid(scale, zero)
 
     best = grid(1.0)
@@ -55,10 +57,14 @@ def minmax_grid(weight_xS: Tensor, bits: int, *, symmetric: bool, mse: bool = Fa
     best_cost = torch.full_like(low, torch.inf)
     for step in range(MSE_SHRINKS):
         tried = grid(1 - step / MSE_STEPS)
-        cost = (on_grid(weight_xS, tried, bits) - weight_xS).abs().pow(MSE_POWER).sum(-1, keepdim=True)
+        cost = (
+            (on_grid(weight_xS, tried, bits) - weight_xS).abs().pow(MSE_POWER).sum(-1, keepdim=True)
+        )
         better = cost < best_cost
         best_cost = torch.where(better, cost, best_cost)
-        best = Grid(torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero))
+        best = Grid(
+            torch.where(better, tried.scale, best.scale), torch.where(better, tried.zero, best.zero)
+        )
     return best
 
 
@@ -106,7 +112,9 @@ def absmax_per_token(inputs_xI: Tensor, bits: int) -> Tensor:
     Source: SmoothQuant's quantize_activation_per_token_absmax (arXiv 2211.10438), but leaves its input untouched.
     """
     top = 2 ** (bits - 1) - 1
-    wide_xI = inputs_xI.float()  # in 16 bits the scale itself is rounded, and codes beyond the top would appear
+    wide_xI = (
+        inputs_xI.float()
+    )  # in 16 bits the scale itself is rounded, and codes beyond the top would appear
     scale = wide_xI.abs().amax(-1, keepdim=True).clamp(min=1e-5) / top
     return ((wide_xI / scale).round().clamp(-top, top) * scale).to(inputs_xI.dtype)
 

@@ -30,7 +30,9 @@ def add_gram(upper_II: Tensor, tokens_TI: Tensor, *, fresh: bool = False) -> Non
     fresh: what the matrix holds is not to be added to but overwritten.
     """
     for start, stop in _panels(len(upper_II)):
-        upper_II[start:stop, start:].addmm_(tokens_TI[:, start:stop].T, tokens_TI[:, start:], beta=0 if fresh else 1)
+        upper_II[start:stop, start:].addmm_(
+            tokens_TI[:, start:stop].T, tokens_TI[:, start:], beta=0 if fresh else 1
+        )
 
 
 def add_upper(total_EII: Tensor, upper_EII: Tensor) -> None:
@@ -70,7 +72,9 @@ def invert_upper_triangular(upper_EII: Tensor) -> None:
     """In place, by halves: [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]], so that most of it is products."""
     columns = upper_EII.shape[-1]
     if columns <= TRIANGULAR_LEAF:
-        identity = torch.eye(columns, dtype=upper_EII.dtype, device=upper_EII.device).expand_as(upper_EII)
+        identity = torch.eye(columns, dtype=upper_EII.dtype, device=upper_EII.device).expand_as(
+            upper_EII
+        )
         upper_EII.copy_(torch.linalg.solve_triangular(upper_EII, identity, upper=True))
         return
     half = columns // 2
@@ -78,7 +82,9 @@ def invert_upper_triangular(upper_EII: Tensor) -> None:
     invert_upper_triangular(upper_EII[:, first, first])
     invert_upper_triangular(upper_EII[:, last, last])
     corner_EII = upper_EII[:, first, last]
-    corner_EII.copy_(upper_EII[:, first, first] @ corner_EII)  # one product at a time: a quarter of the matrix
+    corner_EII.copy_(
+        upper_EII[:, first, first] @ corner_EII
+    )  # one product at a time: a quarter of the matrix
     corner_EII.copy_(corner_EII @ upper_EII[:, last, last]).neg_()
 
 
@@ -88,7 +94,10 @@ def reverse(matrix_EII: Tensor) -> None:
     half = flat_EN.shape[1] // 2
     for start in range(0, half, REVERSED_AT_ONCE):
         stop = min(start + REVERSED_AT_ONCE, half)
-        front, back = flat_EN[:, start:stop], flat_EN[:, flat_EN.shape[1] - stop : flat_EN.shape[1] - start]
+        front, back = (
+            flat_EN[:, start:stop],
+            flat_EN[:, flat_EN.shape[1] - stop : flat_EN.shape[1] - start],
+        )
         kept = front.flip(1)
         front.copy_(back.flip(1))
         back.copy_(kept)
@@ -110,11 +119,15 @@ def inverse_upper_cholesky(hessian_EII: Tensor) -> tuple[Tensor, Tensor]:
     torch.linalg.cholesky_ex(hessian_EII.mT, upper=True, out=(hessian_EII.mT, info_E))
     reverse(hessian_EII)
     invert_upper_triangular(hessian_EII)
-    finite_E = torch.tensor([all_finite(factor_II) for factor_II in hessian_EII], device=hessian_EII.device)
+    finite_E = torch.tensor(
+        [all_finite(factor_II) for factor_II in hessian_EII], device=hessian_EII.device
+    )
     return hessian_EII, (info_E != 0) | ~finite_E
 
 
-def damped_factor(hessian_EII: Tensor, damping: float, *, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+def damped_factor(
+    hessian_EII: Tensor, damping: float, *, overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Factor H + damping * mean(diag H) * I as `inverse_upper_cholesky` does.
 
     Args:
@@ -129,7 +142,9 @@ def damped_factor(hessian_EII: Tensor, damping: float, *, overwrite: bool = Fals
         NumericsError: a matrix cannot be factored even with damping raised tenfold `DAMPING_RAISES` times.
     """
     if not all_finite(hessian_EII):
-        raise NumericsError("the Hessian is not finite: calibration activations overflow or are not numbers")
+        raise NumericsError(
+            "the Hessian is not finite: calibration activations overflow or are not numbers"
+        )
     mean_diagonal_E = hessian_EII.diagonal(dim1=-2, dim2=-1).mean(-1)
     damping_E = torch.full_like(mean_diagonal_E, damping)
     for _ in range(DAMPING_RAISES + 1):

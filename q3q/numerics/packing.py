@@ -21,9 +21,13 @@ def pack_bits(codes_xN: Tensor, bits: int) -> Tensor:
     number_xn = runs_xn8[..., 0].to(torch.int64)
     for k in range(1, RUN):
         number_xn |= runs_xn8[..., k].to(torch.int64) << (k * bits)
-    bytes_xB = number_xn.contiguous().view(torch.uint8).unflatten(-1, (-1, 8))[..., :bits].flatten(-2)
+    bytes_xB = (
+        number_xn.contiguous().view(torch.uint8).unflatten(-1, (-1, 8))[..., :bits].flatten(-2)
+    )
     needed = -(-count * bits // 32) * 4
-    bytes_xB = torch.nn.functional.pad(bytes_xB, (0, max(0, needed - bytes_xB.shape[-1])))[..., :needed]
+    bytes_xB = torch.nn.functional.pad(bytes_xB, (0, max(0, needed - bytes_xB.shape[-1])))[
+        ..., :needed
+    ]
     return bytes_xB.contiguous().view(torch.int32)
 
 
@@ -31,7 +35,9 @@ def unpack_bits(words_xW: Tensor, bits: int, count: int) -> Tensor:
     """The first `count` codes [..., count], uint8, of packed int32 words."""
     bytes_xB = words_xW.contiguous().view(torch.uint8)
     runs = -(-count // RUN)
-    bytes_xB = torch.nn.functional.pad(bytes_xB, (0, max(0, runs * bits - bytes_xB.shape[-1])))[..., : runs * bits]
+    bytes_xB = torch.nn.functional.pad(bytes_xB, (0, max(0, runs * bits - bytes_xB.shape[-1])))[
+        ..., : runs * bits
+    ]
     eight_xn8 = torch.nn.functional.pad(bytes_xB.unflatten(-1, (runs, bits)), (0, 8 - bits))
     number_xn = eight_xn8.contiguous().view(torch.int64).squeeze(-1)
     mask = 2**bits - 1

@@ -74,7 +74,9 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         if self.codes_EOI.ndim != 3 or self.scale_EOG.shape != self.zero_EOG.shape:
-            raise ShapeError(f"codes {tuple(self.codes_EOI.shape)}, scale {tuple(self.scale_EOG.shape)} do not fit")
+            raise ShapeError(
+                f"codes {tuple(self.codes_EOI.shape)}, scale {tuple(self.scale_EOG.shape)} do not fit"
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -84,7 +86,9 @@ class QuantizedWeight:
         codes_EOI = self.codes_EOI.float()  # first of all: torch is slow where types are mixed
         if self.group_EI is None:
             codes_EOGS = codes_EOI.unflatten(2, (self.scale_EOG.shape[2], -1))
-            return codes_EOGS.sub_(self.zero_EOG[..., None]).mul_(self.scale_EOG[..., None]).flatten(2)
+            return (
+                codes_EOGS.sub_(self.zero_EOG[..., None]).mul_(self.scale_EOG[..., None]).flatten(2)
+            )
         index = self.group_EI.long()[:, None, :].expand(self.codes_EOI.shape)
         return codes_EOI.sub_(self.zero_EOG.gather(2, index)).mul_(self.scale_EOG.gather(2, index))
 
@@ -130,7 +134,9 @@ class QuantizedWeight:
         else:
             experts, rows, _ = self.codes_EOI.shape
             groups = self.scale_EOG.shape[2]
-            used = torch.zeros(experts, rows, groups * 256, dtype=torch.bool, device=self.codes_EOI.device)
+            used = torch.zeros(
+                experts, rows, groups * 256, dtype=torch.bool, device=self.codes_EOI.device
+            )
             used.scatter_(2, self.group_EI.long()[:, None, :] * 256 + self.codes_EOI.long(), True)
             used = used.unflatten(2, (groups, 256))
         return int(used.sum(-1).max())
@@ -145,9 +151,16 @@ class QuantizedWeight:
         return {"kind": self.kind, "bits": self.bits, "symmetric": self.symmetric}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "QuantizedWeight":
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    ) -> "QuantizedWeight":
         return cls(
-            tensors["codes"], tensors["scale"], tensors["zero"], facts["bits"], facts["symmetric"], tensors.get("group")
+            tensors["codes"],
+            tensors["scale"],
+            tensors["zero"],
+            facts["bits"],
+            facts["symmetric"],
+            tensors.get("group"),
         )
 
 
@@ -170,8 +183,13 @@ class BinarizedWeight:
     SALIENT: ClassVar[int] = 4  # codes from here on
 
     def __post_init__(self) -> None:
-        if self.mean_EOG4.shape != self.scale_EOG4.shape or self.mean_EOG4.shape[:2] != self.codes_EOI.shape[:2]:
-            raise ShapeError(f"codes {tuple(self.codes_EOI.shape)}, means {tuple(self.mean_EOG4.shape)} do not fit")
+        if (
+            self.mean_EOG4.shape != self.scale_EOG4.shape
+            or self.mean_EOG4.shape[:2] != self.codes_EOI.shape[:2]
+        ):
+            raise ShapeError(
+                f"codes {tuple(self.codes_EOI.shape)}, means {tuple(self.mean_EOG4.shape)} do not fit"
+            )
 
     @property
     def shape(self) -> torch.Size:
@@ -187,11 +205,15 @@ class BinarizedWeight:
         return level_EOG8.gather(-1, codes_EOGS.long()).flatten(2)
 
     def to(self, device: torch.device | str) -> "BinarizedWeight":
-        return BinarizedWeight(self.codes_EOI.to(device), self.mean_EOG4.to(device), self.scale_EOG4.to(device))
+        return BinarizedWeight(
+            self.codes_EOI.to(device), self.mean_EOG4.to(device), self.scale_EOG4.to(device)
+        )
 
     def rows(self, start: int, stop: int) -> "BinarizedWeight":
         return BinarizedWeight(
-            self.codes_EOI[:, start:stop], self.mean_EOG4[:, start:stop], self.scale_EOG4[:, start:stop]
+            self.codes_EOI[:, start:stop],
+            self.mean_EOG4[:, start:stop],
+            self.scale_EOG4[:, start:stop],
         )
 
     def storage_bits(self) -> int:
@@ -199,7 +221,9 @@ class BinarizedWeight:
         row of a block, and a bit a column for the salient ones. With blocks of 128 columns, 3 bits a weight.
         """
         experts, _, columns = self.codes_EOI.shape
-        return 2 * self.codes_EOI.numel() + 2 * self.mean_EOG4.numel() * SCALE_BITS + experts * columns
+        return (
+            2 * self.codes_EOI.numel() + 2 * self.mean_EOG4.numel() * SCALE_BITS + experts * columns
+        )
 
     def nominal_bits(self) -> int:
         """As BiLLM's paper counts: a bit a weight, and one more for salient ones.
@@ -214,7 +238,9 @@ class BinarizedWeight:
     def too_fine(self) -> bool:
         """Of one linear: a code of more than three bits, or a column that is salient in some of its rows only."""
         salient_EOI = self.codes_EOI >= self.SALIENT
-        return bool((self.codes_EOI > 7).any()) or not torch.equal(salient_EOI.all(1), salient_EOI.any(1))
+        return bool((self.codes_EOI > 7).any()) or not torch.equal(
+            salient_EOI.all(1), salient_EOI.any(1)
+        )
 
     def to_tensors(self) -> dict[str, Tensor]:
         tensors = {"codes": self.codes_EOI, "mean": self.mean_EOG4, "scale": self.scale_EOG4}
@@ -224,7 +250,9 @@ class BinarizedWeight:
         return {"kind": self.kind}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "BinarizedWeight":
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    ) -> "BinarizedWeight":
         return cls(tensors["codes"], tensors["mean"], tensors["scale"])
 
 
@@ -251,14 +279,22 @@ def concatenate_experts(parts: Sequence[StoredWeight]) -> StoredWeight:
     if len(parts) == 1:
         return parts[0]
     tensors = [part.to_tensors() for part in parts]
-    return stored_weight({name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}, parts[0].facts())
+    return stored_weight(
+        {name: torch.cat([each[name] for each in tensors]) for name in tensors[0]}, parts[0].facts()
+    )
 
 
-def round_to_grid(weight_EOI: Tensor, grid: Grid, bits: int, group_size: int, *, symmetric: bool) -> QuantizedWeight:
+def round_to_grid(
+    weight_EOI: Tensor, grid: Grid, bits: int, group_size: int, *, symmetric: bool
+) -> QuantizedWeight:
     """Round each weight to the nearest point of its group's grid (grid shape [E, O, G, 1])."""
     codes_EOGS = to_codes(into_groups(weight_EOI, group_size), grid, bits)
     return QuantizedWeight(
-        codes_EOGS.flatten(2).to(torch.uint8), grid.scale.squeeze(-1), grid.zero.squeeze(-1), bits, symmetric
+        codes_EOGS.flatten(2).to(torch.uint8),
+        grid.scale.squeeze(-1),
+        grid.zero.squeeze(-1),
+        bits,
+        symmetric,
     )
 
 

@@ -33,7 +33,9 @@ class BlockStore:
         self.kept = kept
         self._stored: set[int] = set()
         self._loaded: set[int] = set()
-        self._checked: dict[Path, tuple[str, int, int]] = {}  # a file's checksum, size and time of change
+        self._checked: dict[
+            Path, tuple[str, int, int]
+        ] = {}  # a file's checksum, size and time of change
 
     @property
     def taken(self) -> int:
@@ -43,7 +45,10 @@ class BlockStore:
     def store(self, block: QuantizedBlock) -> None:
         tensors = {f"changed/{name}": tensor.contiguous() for name, tensor in block.changed.items()}
         for name, quantized in block.quantized.items():
-            tensors |= {f"quantized/{name}/{part}": tensor for part, tensor in quantized.to_tensors().items()}
+            tensors |= {
+                f"quantized/{name}/{part}": tensor
+                for part, tensor in quantized.to_tensors().items()
+            }
         digest = hashlib.sha256()
 
         def hashed() -> Iterator[bytes]:
@@ -74,7 +79,10 @@ class BlockStore:
 
     def holds(self, count: int) -> bool:
         """Whether all `count` blocks are there whole, so that nothing has to be calibrated."""
-        return all(any(self._whole(folder, k) is not None for folder in self._folders) for k in range(count))
+        return all(
+            any(self._whole(folder, k) is not None for folder in self._folders)
+            for k in range(count)
+        )
 
     @property
     def _folders(self) -> list[Path]:
@@ -87,7 +95,9 @@ class BlockStore:
     def recall(self, name: str) -> Json | None:
         for folder in (self.folder, self.kept):
             if folder is not None:
-                with suppress(OSError, ValueError):  # not there, or damaged: it has to be found out again
+                with suppress(
+                    OSError, ValueError
+                ):  # not there, or damaged: it has to be found out again
                     return unsealed((folder / f"{name}.json").read_bytes())
         return None
 
@@ -95,7 +105,9 @@ class BlockStore:
         """Move finished blocks to where other trials find them; those that lie there already are the same."""
         if self.kept is not None and self.folder.exists():
             self.kept.mkdir(parents=True, exist_ok=True)
-            for path in sorted(self.folder.glob("*.safetensors")) + sorted(self.folder.glob("*.json")):
+            for path in sorted(self.folder.glob("*.safetensors")) + sorted(
+                self.folder.glob("*.json")
+            ):
                 path.replace(self.kept / path.name)
         self.delete()
 

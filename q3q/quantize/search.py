@@ -52,7 +52,9 @@ def search_variants(
     for done, (name, method) in enumerate(variants.items()):
         progress(name, done, len(variants))
         copy = model.copy()
-        with TemporaryDirectory(prefix="q3q_search_") as folder:  # a streamed copy reads its blocks from there again
+        with TemporaryDirectory(
+            prefix="q3q_search_"
+        ) as folder:  # a streamed copy reads its blocks from there again
             for _ in quantized_blocks(copy, method, scheme, windows_BT, BlockStore(Path(folder))):
                 pass
             set_activations(copy)
@@ -70,7 +72,10 @@ def search_variants(
 def mean_divergence(model: Decoder, original_PH: Tensor, changed_PH: Tensor) -> float:
     """Mean over positions of KL(original || changed) of the next token's distribution, nats, both through one head."""
     pairs = zip(model.logits(original_PH), model.logits(changed_PH), strict=True)
-    total = sum(float(kl_divergence(original_CV, changed_CV).sum()) for (_, original_CV), (_, changed_CV) in pairs)
+    total = sum(
+        float(kl_divergence(original_CV, changed_CV).sum())
+        for (_, original_CV), (_, changed_CV) in pairs
+    )
     return total / len(original_PH)
 
 

@@ -127,7 +127,9 @@ def quantized_blocks(
     """
     schemes = scheme if isinstance(scheme, Schemes) else Schemes(scheme)
     team = model.team
-    walk: Walk = team.together(_begin, model.number, method, schemes, windows_BT, model=model, sink=sink)
+    walk: Walk = team.together(
+        _begin, model.number, method, schemes, windows_BT, model=model, sink=sink
+    )
     with walk.share.hidden:
         for k in range(len(model.blocks)):
             result: QuantizedBlock = team.together(_go_on, model.number, k, walk=walk)
@@ -146,7 +148,13 @@ def _begin(
     sink: BlockSink | None = None,
 ) -> "Walk":
     """On each rank. model: rank 0's; the others have theirs under its number."""
-    walk = Walk(model or team.held[number], method, schemes, _share_of(model or team.held[number], windows_BT), sink)
+    walk = Walk(
+        model or team.held[number],
+        method,
+        schemes,
+        _share_of(model or team.held[number], windows_BT),
+        sink,
+    )
     if model is None:
         team.held[number].walk = walk
     return walk
@@ -269,12 +277,19 @@ def _share_of(model: Decoder, windows_BT: Tensor | None) -> Share:
     windows, lanes = len(windows_BT), lanes_of(team.rank, team.size)
     first = [start for start in range(0, windows, rows) if lane_of(start, windows) in lanes]
     batches = [windows_BT[start : start + rows] for start in first]
-    size = sum(map(len, batches)) * windows_BT.shape[1] * model.facts.hidden * model.norm_H.element_size()
+    size = (
+        sum(map(len, batches))
+        * windows_BT.shape[1]
+        * model.facts.hidden
+        * model.norm_H.element_size()
+    )
     most = None if model.activations is None else int(model.activations * SPOOL_SHARE)
     hidden = Spool(most)
     for x_BTH in model.embedded(batches):
         hidden.append(x_BTH)
-    room = None if model.activations is None or most is None else model.activations - min(size, most)
+    room = (
+        None if model.activations is None or most is None else model.activations - min(size, most)
+    )
     return Share(hidden, first, windows, windows_BT.shape[1], room, team)
 
 
@@ -282,7 +297,9 @@ def _exchanged(sink: BlockSink | None, index: int, like: Tensor) -> dict[str, Te
     """The weights of a block that was quantized, as the sink has them."""
     block = None if sink is None else sink.load(index)
     if block is None:
-        raise IntegrityError(f"block {index}, which was quantized and stored, is not there whole any more")
+        raise IntegrityError(
+            f"block {index}, which was quantized and stored, is not there whole any more"
+        )
     return block.numbers(like.dtype, like.device)
 
 
@@ -318,7 +335,9 @@ def quantize_block(
         # Each run halts before a site is read and goes on with the weights that were put there meanwhile.
         runs = Runs(block, share, rope)
         for site in block.sites:
-            _one_after_the_other(SiteQuantizing(block, site, parts[site], method, result), runs, method, share)
+            _one_after_the_other(
+                SiteQuantizing(block, site, parts[site], method, result), runs, method, share
+            )
         if passes_on:
             runs.finish()
         passes_on = False
@@ -326,13 +345,17 @@ def quantize_block(
         _from_original(original, block, method, parts, share, rope, result, passes_on=passes_on)
         del original
     # What was rescaled and is not quantized (norms, the router, a linear that is left out) stays as numbers.
-    result.changed |= {name: block.weights[name] for name, old in before.items() if block.weights[name] is not old}
+    result.changed |= {
+        name: block.weights[name] for name, old in before.items() if block.weights[name] is not old
+    }
     if passes_on and method.passes_on_quantized:
         _pass_on(block, share.hidden, rope)
     return result, block
 
 
-def _one_after_the_other(quantizing: "SiteQuantizing", runs: "Runs", method: Method, share: Share) -> None:
+def _one_after_the_other(
+    quantizing: "SiteQuantizing", runs: "Runs", method: Method, share: Share
+) -> None:
     """A site that waits for those before it: its experts chunk by chunk, one on each rank, or its rows divided."""
     team, chunks = share.team, quantizing.chunks
     for start in range(0, len(chunks), team.size):
@@ -348,9 +371,13 @@ def _one_after_the_other(quantizing: "SiteQuantizing", runs: "Runs", method: Met
         if len(chunks) == 1:
             quantizing.take(chunks[0], quantizing.solve(chunks[0], seen, team), mine=True)
             continue
-        solved = {owner: quantizing.solve(experts, seen) for owner, experts in some if owner == team.rank}
+        solved = {
+            owner: quantizing.solve(experts, seen) for owner, experts in some if owner == team.rank
+        }
         for owner, experts in some:
-            quantizing.take(experts, team.broadcast(solved.get(owner), owner), mine=owner == team.rank)
+            quantizing.take(
+                experts, team.broadcast(solved.get(owner), owner), mine=owner == team.rank
+            )
     quantizing.finish()
 
 
@@ -400,9 +427,13 @@ def _from_original(
             known = {site: (owners[u], seen[u]) for site, u in where.items()}
             _rebalance(block, method, parts, known, share, rope, index=result.index)
             del known
-        solved = {u: sites[units[u][0]].solve(units[u][1], _taken(seen, u)) for u in shares[team.rank]}
+        solved = {
+            u: sites[units[u][0]].solve(units[u][1], _taken(seen, u)) for u in shares[team.rank]
+        }
         for u, (site, experts) in enumerate(units):
-            sites[site].take(experts, team.broadcast(solved.pop(u, None), owners[u]), mine=owners[u] == team.rank)
+            sites[site].take(
+                experts, team.broadcast(solved.pop(u, None), owners[u]), mine=owners[u] == team.rank
+            )
     for quantizing in sites.values():
         quantizing.finish()
 
@@ -433,7 +464,9 @@ def _rebalance(
     for group, scheme, scales in zip(groups, schemes, found, strict=True):
         owner, statistics = seen[group.site]
         if owner == share.team.rank:
-            method.rebalance(_scale_task(block, group, statistics, rope, share, scales.append), scheme)
+            method.rebalance(
+                _scale_task(block, group, statistics, rope, share, scales.append), scheme
+            )
     for group, scales in zip(groups, found, strict=True):
         owner, statistics = seen[group.site]
         for scale_EI in share.team.broadcast(scales, owner):
@@ -506,14 +539,18 @@ def _advance(run: Stages, site: Site) -> SiteInput:
             return inputs
 
 
-def _show(statistics: Statistics | None, site: Site, inputs: SiteInput, experts: slice, index: int) -> None:
+def _show(
+    statistics: Statistics | None, site: Site, inputs: SiteInput, experts: slice, index: int
+) -> None:
     """Show some of a site's experts what one batch brings them. statistics: None if nobody looks."""
     some = inputs.experts if len(inputs.experts) == 1 else inputs.experts[experts]
     # Experts' inputs that are made on the way are checked where they are made.
     checked = some if isinstance(some, list) else []
     for tokens_TI in checked if inputs.whole_TI is None else [inputs.whole_TI]:
         if not all_finite(tokens_TI):
-            raise NumericsError(f"blocks.{index}.{site.name}: calibration activations are not finite")
+            raise NumericsError(
+                f"blocks.{index}.{site.name}: calibration activations are not finite"
+            )
     if statistics is not None:
         statistics.update(replace(inputs, experts=some, linears=len(site.weights)))
 
@@ -531,7 +568,9 @@ def parts_of(site: Site, schemes: Schemes, index: int) -> list[tuple[Site, Schem
     return [(replace(site, weights=tuple(names)), scheme) for scheme, names in parts.items()]
 
 
-def _only_scheme(site: Site, parts: Sequence[tuple[Site, Scheme]], method: Method, index: int) -> Scheme:
+def _only_scheme(
+    site: Site, parts: Sequence[tuple[Site, Scheme]], method: Method, index: int
+) -> Scheme:
     part, scheme = parts[0]
     if part != site and type(method).rebalance is not Method.rebalance:
         raise IncompatibleError(
@@ -556,14 +595,22 @@ class SiteQuantizing:
         method: Method,
         result: QuantizedBlock,
     ) -> None:
-        self.block, self.site, self.parts, self.method, self.result = block, site, parts, method, result
+        self.block, self.site, self.parts, self.method, self.result = (
+            block,
+            site,
+            parts,
+            method,
+            result,
+        )
         shapes = [block.weights[name].shape for name in site.weights]
         experts = shapes[0][0] if len(shapes[0]) == 3 else 1
         rows, columns = sum(shape[-2] for shape in shapes), shapes[0][-1]
         at_once = max(2, CHUNK_BYTES // (4 * columns * max(rows, columns)))
         whole = type(method).rebalance is not Method.rebalance
         count = 1 if whole or experts == 1 else max(1, min(-(-experts // at_once), experts // 2))
-        self.chunks = [slice(i * experts // count, (i + 1) * experts // count) for i in range(count)]
+        self.chunks = [
+            slice(i * experts // count, (i + 1) * experts // count) for i in range(count)
+        ]
         self.where = f"blocks.{result.index}.{site.name}"
         self._weights = sum(shape.numel() for shape in shapes)
         self._codes: dict[str, list[StoredWeight]] = {}
@@ -574,7 +621,11 @@ class SiteQuantizing:
     def cost(self, experts: slice) -> float:
         """Of solving a chunk, compared with others of the block: each weight meets each column."""
         share = (experts.stop - experts.start) / self.chunks[-1].stop
-        return share * self._weights * self.block.weights[self.site.weights[0]].shape[-1] if self.parts else 0.0
+        return (
+            share * self._weights * self.block.weights[self.site.weights[0]].shape[-1]
+            if self.parts
+            else 0.0
+        )
 
     def solve(self, experts: slice, statistics: Any, team: Team = SOLO) -> "Chunk":
         """Codes of a chunk of experts, given what was observed of it. team: whose ranks all do this, and divide it."""
@@ -607,7 +658,9 @@ class SiteQuantizing:
         """The whole site is quantized: its codes and errors are on record, and the block computes with them."""
         for name, codes in self._codes.items():
             self.result.quantized[name] = concatenate_experts(codes)
-            self.result.errors.append(_site_error(self.result.index, self.site, name, self._squares[name]))
+            self.result.errors.append(
+                _site_error(self.result.index, self.site, name, self._squares[name])
+            )
             self.block.weights[name] = self._rounded[name]
         self._codes, self._rounded = {}, {}
 
@@ -634,7 +687,14 @@ class SiteQuantizing:
         weight_EOI, rows = stack_rows(self.block.weights, part, experts)
         if not all_finite(weight_EOI):
             raise NumericsError(f"{where}: the checkpoint's weights are not finite")
-        task = SiteTask(self.result.index, self.site.name, weight_EOI, rows, statistics, first_expert=experts.start)
+        task = SiteTask(
+            self.result.index,
+            self.site.name,
+            weight_EOI,
+            rows,
+            statistics,
+            first_expert=experts.start,
+        )
         try:
             quantized = with_scales(by_rows(self.method, task, scheme, team), scheme.scales)
         except NumericsError as error:
@@ -642,7 +702,9 @@ class SiteQuantizing:
         chunk.notes.append((where, task.notes))
         for name, some in rows.items():
             chunk.codes[name] = quantized.rows(some.start, some.stop)
-            _check_scales(chunk.codes[name], weight_EOI[:, some], f"blocks.{self.result.index}.{name}")
+            _check_scales(
+                chunk.codes[name], weight_EOI[:, some], f"blocks.{self.result.index}.{name}"
+            )
             rounded_EOI = chunk.codes[name].dequantize()
             self._put(name, experts, rounded_EOI)
             chunk.squares[name] = Squares.of(weight_EOI[:, some], rounded_EOI, gram)
@@ -702,7 +764,9 @@ def by_rows(method: Method, task: SiteTask, scheme: Scheme, team: Team) -> Store
     steps = -(-rows // step)
     cuts = [min(rows, step * (rank * steps // team.size)) for rank in range(team.size + 1)]
     mine = slice(cuts[team.rank], cuts[team.rank + 1])
-    part = replace(task, weight_EOI=task.weight_EOI[:, mine], rows={"": slice(0, mine.stop - mine.start)})
+    part = replace(
+        task, weight_EOI=task.weight_EOI[:, mine], rows={"": slice(0, mine.stop - mine.start)}
+    )
     codes = method.quantize(part, scheme) if mine.start < mine.stop else None
     return concatenate_rows([code for code in team.gather(codes) if code is not None])
 
@@ -725,7 +789,9 @@ def stack_rows(
     for name in site.weights:
         rows[name] = slice(start, start + weights[name].shape[-2])
         start = rows[name].stop
-    parts = [weights[name] if weights[name].ndim == 3 else weights[name][None] for name in site.weights]
+    parts = [
+        weights[name] if weights[name].ndim == 3 else weights[name][None] for name in site.weights
+    ]
     count, _, columns = parts[0][experts].shape
     stacked_EOI = parts[0].new_empty(count, start, columns, dtype=torch.float32)
     for part, some in zip(parts, rows.values(), strict=True):
@@ -750,7 +816,10 @@ class Squares:
         outputs = None
         if gram is not None:
             sum_EII = gram.sum_EII
-            outputs = quadratic_form_E(wrong_EOI, sum_EII).cpu(), quadratic_form_E(weight_EOI, sum_EII).cpu()
+            outputs = (
+                quadratic_form_E(wrong_EOI, sum_EII).cpu(),
+                quadratic_form_E(weight_EOI, sum_EII).cpu(),
+            )
         wrong_E, whole_E = (
             torch.stack([vector_norm(part_OI).square() for part_OI in part_EOI]).cpu()
             for part_EOI in (wrong_EOI, weight_EOI)
@@ -770,7 +839,9 @@ def _site_error(index: int, site: Site, name: str, squares: Sequence[Squares]) -
         linear=name.removesuffix(".weight"),
         weight_error=float(_root_ratio(wrong_E.sum(), whole_E.sum())),
         output_error=float(_root_ratio(*(part_E.sum() for part_E in outputs))) if outputs else None,
-        experts=tuple(float(f"{error:.4g}") for error in of_each_E.tolist()) if len(of_each_E) > 1 else None,
+        experts=tuple(float(f"{error:.4g}") for error in of_each_E.tolist())
+        if len(of_each_E) > 1
+        else None,
     )
 
 
@@ -791,14 +862,18 @@ def _scale_task(
 
     def run(rows_RTI: Tensor, exchanged: Mapping[str, Tensor]) -> Tensor:
         piece = block.with_weights(exchanged)
-        return finish(piece.attention_stages(rows_RTI, rope) if attention else piece.mlp_stages(rows_RTI))
+        return finish(
+            piece.attention_stages(rows_RTI, rope) if attention else piece.mlp_stages(rows_RTI)
+        )
 
     windows = statistics.windows() if isinstance(statistics, Kept) else ()
     row = share.length if attention else 1
     return ScaleTask(group, block.weights, statistics, windows, row, run, share.spool, apply)
 
 
-def migrate_scale(weights: Mapping[str, Tensor], group: ScaleGroup, scale_EI: Tensor) -> dict[str, Tensor]:
+def migrate_scale(
+    weights: Mapping[str, Tensor], group: ScaleGroup, scale_EI: Tensor
+) -> dict[str, Tensor]:
     """The group's weights with `scale` taken from the producer's outputs and given to its readers' input columns.
 
     The block computes the same function: (x / s) (W s)^T = x W^T.
@@ -833,7 +908,9 @@ def quantize_ends(model: Decoder, schemes: Schemes) -> dict[str, StoredWeight]:
     """
     wanted = {"embedding": schemes.embedding, "head": None if model.tied else schemes.head}
     codes: dict[str, StoredWeight] = {
-        end: round_rows(model.rows(end), scheme, end) for end, scheme in wanted.items() if scheme is not None
+        end: round_rows(model.rows(end), scheme, end)
+        for end, scheme in wanted.items()
+        if scheme is not None
     }
     if codes:
         model.exchange_ends(codes)
@@ -848,8 +925,12 @@ def round_rows(parts: Iterable[Tensor], scheme: Scheme, where: str) -> Quantized
         wide_1RH = rows_RH.float()[None]
         if not all_finite(wide_1RH):
             raise NumericsError(f"{where}: the checkpoint's weights are not finite")
-        grid = minmax_grid(into_groups(wide_1RH, scheme.group_size), scheme.bits, symmetric=scheme.symmetric)
-        part = round_to_grid(wide_1RH, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+        grid = minmax_grid(
+            into_groups(wide_1RH, scheme.group_size), scheme.bits, symmetric=scheme.symmetric
+        )
+        part = round_to_grid(
+            wide_1RH, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric
+        )
         _check_scales(part, wide_1RH, where)
         rounded.append(part.to("cpu"))
     return concatenate_rows(rounded)

@@ -15,14 +15,29 @@ MISUSED = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report, or print it in one format. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m q3q.report", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--study", metavar="NAME", help="name or id of a sweep; default: all records")
-    parser.add_argument("--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns")
-    parser.add_argument("--format", choices=FORMATS, help="print this format alone; without it a folder is written")
-    parser.add_argument(
-        "--against", choices=["paper"], help="compare with published numbers, and say so if none was run"
+    parser = argparse.ArgumentParser(
+        prog="python -m q3q.report", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: <storage>/reports/<study>")
+    parser.add_argument(
+        "--study", metavar="NAME", help="name or id of a sweep; default: all records"
+    )
+    parser.add_argument(
+        "--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns"
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, help="print this format alone; without it a folder is written"
+    )
+    parser.add_argument(
+        "--against",
+        choices=["paper"],
+        help="compare with published numbers, and say so if none was run",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write; default: <storage>/reports/<study>",
+    )
     given = parser.parse_args(arguments)
     try:
         storage = refreshed(given.storage)
@@ -40,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = write_report(found.records, folder, about)
     except OSError as error:
-        print(f"q3q: --out {folder} cannot be written ({error}): give another folder", file=sys.stderr)
+        print(
+            f"q3q: --out {folder} cannot be written ({error}): give another folder", file=sys.stderr
+        )
         return MISUSED
     print(f"{report.text}\n\nReport: {report.folder / HTML}")
     return 0
@@ -61,7 +78,9 @@ def _about(found: Found, given: argparse.Namespace, storage: Path) -> About:
         )
     if found.merged:
         count, ids = len(found.merged), ", ".join(found.merged)
-        warnings.append(f"{count} sweeps of this name are taken together; --study takes one by its id: {ids}.")
+        warnings.append(
+            f"{count} sweeps of this name are taken together; --study takes one by its id: {ids}."
+        )
     sweep = found.sweep
     return About(
         name=sweep.name if sweep else "All records",

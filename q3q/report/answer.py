@@ -58,9 +58,13 @@ class Loss:
             text, *bounds = (f"{1 + end:.3g}" for end in ends)
             text = f"{text} times"
         else:
-            reach = 100 * max(map(abs, (end - self.value for end in ends[1:])), default=abs(self.value))
+            reach = 100 * max(
+                map(abs, (end - self.value for end in ends[1:])), default=abs(self.value)
+            )
             fewest, most = DECIMALS
-            digits = min(most, max(fewest, 1 - math.floor(math.log10(reach)))) if reach > 0 else fewest
+            digits = (
+                min(most, max(fewest, 1 - math.floor(math.log10(reach)))) if reach > 0 else fewest
+            )
             text, *bounds = (f"{100 * end:+.{digits}f}" for end in ends)
             text += " %" if is_perplexity(self.metric) else " points"
         if len(bounds) == 2:
@@ -118,7 +122,9 @@ def alike(one: Pool, other: Pool, reference: Pool | None, metric: str) -> bool |
 def _bounds(pool: Pool, reference: Pool | None, metric: str) -> list[tuple[float, float] | None]:
     """The intervals of its loss, and of its metric."""
     lost = loss(pool, reference, metric)
-    of_loss = None if lost is None or lost.low is None or lost.high is None else (lost.low, lost.high)
+    of_loss = (
+        None if lost is None or lost.low is None or lost.high is None else (lost.low, lost.high)
+    )
     return [of_loss, interval(pool.records[0], metric) if len(pool.records) == 1 else None]
 
 
@@ -130,7 +136,11 @@ def _recorded(pool: Pool, metric: str) -> Comparison | None:
     if metric != MEAN_ACCURACY:
         return known.get(metric)
     names = mean_metrics(pool.spec)
-    return stratified([known[name] for name in names]) if all(name in known for name in names) else None
+    return (
+        stratified([known[name] for name in names])
+        if all(name in known for name in names)
+        else None
+    )
 
 
 def _answer(name: str, records: Sequence[TrialRecord], strangers: frozenset[str]) -> Table | None:
@@ -138,7 +148,10 @@ def _answer(name: str, records: Sequence[TrialRecord], strangers: frozenset[str]
     if not judged or not headline_metrics(records):
         return None
     everything = pools(records)
-    reference = next((pool for pool in everything if pool.spec.scheme is None and pool.records[0].completed), None)
+    reference = next(
+        (pool for pool in everything if pool.spec.scheme is None and pool.records[0].completed),
+        None,
+    )
     tried = [pool for pool in everything if pool.spec.scheme is not None]
     rows = tuple(
         _row(bits, [pool for pool in tried if pool.bits == bits], reference, judged, strangers)
@@ -148,13 +161,20 @@ def _answer(name: str, records: Sequence[TrialRecord], strangers: frozenset[str]
         return None
     heads = [text for metric in judged for text in (short(metric), "loss")]
     by = f" by {short(judged[0])}" if len(judged) > 1 else ""
-    last = ["not distinguishable from the best", *(["best by the others"] if len(judged) > 1 else [])]
+    last = [
+        "not distinguishable from the best",
+        *(["best by the others"] if len(judged) > 1 else []),
+    ]
     note = MARKED if any(MARK in row[1] for row in rows) else ""
     return Table(name, ("bits", f"best method{by}", *heads, *last), rows, note)
 
 
 def _row(
-    bits: int, mine: Sequence[Pool], reference: Pool | None, judged: Sequence[str], strangers: frozenset[str]
+    bits: int,
+    mine: Sequence[Pool],
+    reference: Pool | None,
+    judged: Sequence[str],
+    strangers: frozenset[str],
 ) -> tuple[str, ...]:
     first, *others = judged
     best = _best(mine, first)
@@ -164,7 +184,9 @@ def _row(
         return (str(bits), ABSENT, " or ".join(sorted(map(str, words))) or ABSENT, *[ABSENT] * left)
     mark = MARK if any(record.spec.id in strangers for record in best.records) else ""
     numbers = [
-        text for metric in judged for text in (best.shown(metric), str(loss(best, reference, metric) or UNKNOWN))
+        text
+        for metric in judged
+        for text in (best.shown(metric), str(loss(best, reference, metric) or UNKNOWN))
     ]
     found: dict[bool | None, list[str]] = {}
     for pool in mine:
@@ -174,7 +196,10 @@ def _row(
     told += [f"{UNKNOWN}: {', '.join(found[None])}"] if None in found else []
     last = ["; ".join(told) or ABSENT]
     if others:
-        last.append("; ".join(filter(None, (_otherwise(best, mine, reference, one) for one in others))) or "the same")
+        last.append(
+            "; ".join(filter(None, (_otherwise(best, mine, reference, one) for one in others)))
+            or "the same"
+        )
     return (str(bits), best.label + mark, *numbers, *last)
 
 
@@ -182,7 +207,9 @@ def _best(mine: Sequence[Pool], metric: str) -> Pool | None:
     best: Pool | None = None
     for pool in mine:
         value = pool.cell(metric)
-        if isinstance(value, float) and (best is None or is_better(value, float(best.cell(metric)), metric)):
+        if isinstance(value, float) and (
+            best is None or is_better(value, float(best.cell(metric)), metric)
+        ):
             best = pool
     return best
 

@@ -20,14 +20,22 @@ def command_of(spec: TrialSpec) -> str:
     words = ["python", "launch.py", *_model(spec), f"method={spec.method['name']}", *_knobs(spec)]
     scheme = spec.scheme
     if scheme is not None:
-        words += [f"bits={scheme.bits}", f"group_size={scheme.group_size}", f"symmetric={_value(scheme.symmetric)}"]
+        words += [
+            f"bits={scheme.bits}",
+            f"group_size={scheme.group_size}",
+            f"symmetric={_value(scheme.symmetric)}",
+        ]
         words.append(f"act_bits={scheme.act_bits or UNTOUCHED_BITS}")
     rules = spec.rules
     if rules.get("overrides"):
         words.append(f"overrides={_value(rules['overrides'])}")
     if rules.get("skip"):
         words.append(f"skip={_value(list(rules['skip']))}")
-    words += [f"{key}={bits}" for key in ("head_bits", "embedding_bits") if (bits := getattr(spec, key)) is not None]
+    words += [
+        f"{key}={bits}"
+        for key in ("head_bits", "embedding_bits")
+        if (bits := getattr(spec, key)) is not None
+    ]
     words += [f"export={spec.export}"] if spec.export else []
     words += [f"data.path={spec.places['data']}"] if "data" in spec.places else []
     return shlex.join([*words, *_calibration(spec), *_evaluation(spec), f"seed={spec.seed}"])
@@ -46,7 +54,12 @@ def _model(spec: TrialSpec) -> list[str]:
         ]
     if name in DEMO_NAMES:
         return [f"model={name}", dtype]
-    return ["model=local", f"model.path={spec.places.get('model', 'DIR')}", f"model.name={name}", dtype]
+    return [
+        "model=local",
+        f"model.path={spec.places.get('model', 'DIR')}",
+        f"model.name={name}",
+        dtype,
+    ]
 
 
 def _knobs(spec: TrialSpec) -> list[str]:
@@ -87,7 +100,10 @@ def _evaluation(spec: TrialSpec) -> list[str]:
     if "file" in sources:
         words.append(f"evaluation.path={spec.places.get('evaluation', 'FILE')}")
     if wanted["texts"]:
-        words += [f"evaluation.window={wanted['texts'][0]['window']}", f"evaluation.limit={_limit(wanted['texts'][0])}"]
+        words += [
+            f"evaluation.window={wanted['texts'][0]['window']}",
+            f"evaluation.limit={_limit(wanted['texts'][0])}",
+        ]
     for key in ("task_limit", "shots", "limits", "chat", "max_gen_toks", "quick"):
         if wanted.get(key):
             words.append(f"evaluation.{key}={_value(wanted[key])}")
@@ -112,7 +128,11 @@ def _limit(text: dict[str, Any]) -> str:
 def _value(value: Any) -> str:
     """As Hydra's grammar reads it."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{_key(str(key))}:{_value(inner)}" for key, inner in value.items()) + "}"
+        return (
+            "{"
+            + ",".join(f"{_key(str(key))}:{_value(inner)}" for key, inner in value.items())
+            + "}"
+        )
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 

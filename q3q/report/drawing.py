@@ -27,11 +27,21 @@ POINT, CELL, ENTRY = "q3q-point", "q3q-cell", "q3q-entry"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", ":", "-.")
-METHODS = ("rtn", "gptq", "awq", "smoothquant", "billm")  # whose colours are the same in every report
+METHODS = (
+    "rtn",
+    "gptq",
+    "awq",
+    "smoothquant",
+    "billm",
+)  # whose colours are the same in every report
 SOFT = "0.35"
 DOTS_PER_INCH = 150
 PANEL = (4.0, 3.6)  # inches; as wide as a telephone shows it, so that letters stay legible
-SYMBOL, LETTER, ROW = 0.5, 0.072, 0.2  # inches of a legend: beside a line's name, of a letter of it, of a row
+SYMBOL, LETTER, ROW = (
+    0.5,
+    0.072,
+    0.2,
+)  # inches of a legend: beside a line's name, of a letter of it, of a row
 MOST_ENTRIES = 40  # of a legend
 MOST_NUMBERED = 12  # columns of a grid whose cells have room for their numbers
 MOST_CELLS = 1500  # of a grid that are drawn as shapes which answer; more are one picture
@@ -63,8 +73,12 @@ class Plot:
 
         content = io.BytesIO()
         with rc_context({"svg.hashsalt": self.name, "svg.fonttype": "none"}):
-            self.figure.savefig(content, format="svg", metadata={"Date": None, "Creator": "q3q"}, transparent=True)
-        return re.sub(rb"<g id=\"((?:q3q-point|q3q-cell|q3q-entry)\|[^\"]*)\">", _tagged, content.getvalue())
+            self.figure.savefig(
+                content, format="svg", metadata={"Date": None, "Creator": "q3q"}, transparent=True
+            )
+        return re.sub(
+            rb"<g id=\"((?:q3q-point|q3q-cell|q3q-entry)\|[^\"]*)\">", _tagged, content.getvalue()
+        )
 
 
 def figure(width: float, height: float) -> "Figure":
@@ -135,11 +149,24 @@ def line_only(look: Look) -> Look:
 def mark(axes: "Axes", x: float, y: float, look: Look, label: str, words: str) -> None:
     """One point that knows what it stands for."""
     axes.plot(
-        [x], [y], color=look["color"], marker=look["marker"], markersize=5.5, linestyle="", gid=_point(label, words)
+        [x],
+        [y],
+        color=look["color"],
+        marker=look["marker"],
+        markersize=5.5,
+        linestyle="",
+        gid=_point(label, words),
     )
 
 
-def line(axes: "Axes", xs: Sequence[float], ys: Sequence[float], look: Look, label: str, width: float = 1.5) -> None:
+def line(
+    axes: "Axes",
+    xs: Sequence[float],
+    ys: Sequence[float],
+    look: Look,
+    label: str,
+    width: float = 1.5,
+) -> None:
     """A line of one label, broken where there is no number."""
     axes.plot(xs, ys, linewidth=width, gid=_point(label, ""), **line_only(look))
 
@@ -161,7 +188,12 @@ def legend(whole: "Figure", drawn: Mapping[str, Any]) -> None:
     rows = math.ceil(len(shown) / beside) + (len(shown) < len(drawn))
     whole.set_size_inches(width, height + ROW * rows)
     box = whole.legend(
-        shown.values(), shown.keys(), loc="outside lower center", ncols=beside, fontsize=9, frameon=False
+        shown.values(),
+        shown.keys(),
+        loc="outside lower center",
+        ncols=beside,
+        fontsize=9,
+        frameon=False,
     )
     if len(shown) < len(drawn):
         box.set_title(f"the first {len(shown)} of {len(drawn)}")
@@ -218,12 +250,17 @@ def excess_scale(axes: "Axes", values: Sequence[float]) -> None:
     linear = 10.0 ** math.floor(math.log10(min(max(min(sizes), LEAST_EXCESS), max(sizes))))
     axes.set_yscale("symlog", linthresh=linear, linscale=0.5)
     decades = math.log10(max(sizes) / linear)
-    locator = SymmetricalLogLocator(linthresh=linear, base=10, subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0))
+    locator = SymmetricalLogLocator(
+        linthresh=linear, base=10, subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0)
+    )
     axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = min(0.0, *values), max(0.0, *values)
-    axes.set_ylim(low * 1.6 - (0.1 * linear if low == 0 else 0), high * 1.6 + (0.1 * linear if high == 0 else 0))
+    axes.set_ylim(
+        low * 1.6 - (0.1 * linear if low == 0 else 0),
+        high * 1.6 + (0.1 * linear if high == 0 else 0),
+    )
 
 
 LEAST_EXCESS = 0.01  # percent; what is nearer to nothing is drawn on a linear scale
@@ -247,7 +284,9 @@ def logarithmic(axis: "Axis", values: Sequence[float], set_scale: Callable[[str]
         return
     low, high = min(values), max(values)
     count = 4 if high > 1.15 * low else 1
-    ticks = sorted({float(f"{low * (high / low) ** (k / max(1, count - 1)):.2g}") for k in range(count)})
+    ticks = sorted(
+        {float(f"{low * (high / low) ** (k / max(1, count - 1)):.2g}") for k in range(count)}
+    )
     fixed_ticks(axis, {tick: f"{tick:g}" for tick in ticks})
 
 

@@ -31,7 +31,10 @@ HEADS = {
     "mmlu_paper/acc": r"MMLU $\uparrow$",
     MEAN_ACCURACY: r"Avg. $\uparrow$",
 }
-MMLU = ("mmlu_paper/acc", "mmlu/acc")  # the first that was measured: the study's own script before lm-eval's
+MMLU = (
+    "mmlu_paper/acc",
+    "mmlu/acc",
+)  # the first that was measured: the study's own script before lm-eval's
 ORDER = ("none", "rtn", "awq", "gptq", "smoothquant", "billm")  # of the rows of one width
 
 
@@ -44,7 +47,11 @@ def latex(records: Sequence[TrialRecord]) -> str:
     parts = [r"% \usepackage{booktabs}"]
     for group in sorted({pool.spec.scheme.group_size for pool in tried if pool.spec.scheme}):
         for base in (True, False):
-            some = [pool for pool in tried if is_base(pool.spec) == base and _group(pool.spec) in (None, group)]
+            some = [
+                pool
+                for pool in tried
+                if is_base(pool.spec) == base and _group(pool.spec) in (None, group)
+            ]
             models = {study_model(pool.spec) for pool in some if pool.spec.scheme}
             rows = [pool for pool in some if study_model(pool.spec) in models]
             if rows:
@@ -54,7 +61,14 @@ def latex(records: Sequence[TrialRecord]) -> str:
 
 def _table(tried: Sequence[Pool], base: bool, group: int) -> str:
     metrics = _columns([record for pool in tried for record in pool.records])
-    heads = ["Model", "Method", r"\#W", r"\#A", r"\#G", *(HEADS.get(name, _escaped(_head(name))) for name in metrics)]
+    heads = [
+        "Model",
+        "Method",
+        r"\#W",
+        r"\#A",
+        r"\#G",
+        *(HEADS.get(name, _escaped(_head(name))) for name in metrics),
+    ]
     lines = []
     before = ""
     for pool in sorted(tried, key=_place):
@@ -96,14 +110,22 @@ def _columns(records: Sequence[TrialRecord]) -> list[str]:
     measured = [name for name in MMLU if any(cell(record, name) != ABSENT for record in records)]
     last = [name for name in (MEAN_ACCURACY, *measured[:1]) if name in metrics]
     aside = (*MMLU, MEAN_ACCURACY)
-    return [name for name in metrics if name not in aside and not name.startswith("word_perplexity")] + last
+    return [
+        name for name in metrics if name not in aside and not name.startswith("word_perplexity")
+    ] + last
 
 
 def _place(pool: Pool) -> tuple[list, int, int, int, str]:
     """Of a row: by model and width, then as the study orders methods."""
     method, scheme = str(pool.spec.method["name"]), pool.spec.scheme
     order = ORDER.index(method) if method in ORDER else len(ORDER)
-    return natural(study_model(pool.spec)), -pool.bits, order, -(scheme.act_bits or 16 if scheme else 16), pool.label
+    return (
+        natural(study_model(pool.spec)),
+        -pool.bits,
+        order,
+        -(scheme.act_bits or 16 if scheme else 16),
+        pool.label,
+    )
 
 
 def _group(spec: TrialSpec) -> int | None:
@@ -113,18 +135,29 @@ def _group(spec: TrialSpec) -> int | None:
 def _method(pool: Pool) -> str:
     """The method, and what no column says of it: `GPTQ damping=0.05`."""
     name, *words = pool.label.split(" ")
-    return " ".join([METHODS.get(name, name), *(word for word in words if not re.fullmatch(r"pc|[ga]\d+", word))])
+    return " ".join(
+        [
+            METHODS.get(name, name),
+            *(word for word in words if not re.fullmatch(r"pc|[ga]\d+", word)),
+        ]
+    )
 
 
 def _width(pool: Pool) -> str:
     """Bits of a weight; as codes count where they are not whole, as BiLLM's 1.06."""
     nominal = pool.records[0].metrics.get("bits_per_weight_nominal", pool.bits)
-    return str(pool.bits) if pool.spec.scheme is None or abs(nominal - pool.bits) < 0.005 else f"{nominal:.2f}"
+    return (
+        str(pool.bits)
+        if pool.spec.scheme is None or abs(nominal - pool.bits) < 0.005
+        else f"{nominal:.2f}"
+    )
 
 
 def _told(pool: Pool, metric: str) -> str:
     spread = pool.spread(metric)
-    return _number(pool.cell(metric), metric) + (rf"$\pm${shown_spread(spread, metric)}" if spread is not None else "")
+    return _number(pool.cell(metric), metric) + (
+        rf"$\pm${shown_spread(spread, metric)}" if spread is not None else ""
+    )
 
 
 def _number(found: Cell, metric: str) -> str:
@@ -134,7 +167,11 @@ def _number(found: Cell, metric: str) -> str:
     if not is_perplexity(metric):
         return shown(found, metric)
     digits, _, exponent = f"{found:.2e}".partition("e")
-    return f"{digits}E{int(exponent)}" if int(exponent) > 2 else f"{float(f'{found:.3g}'):#.3g}".rstrip(".")
+    return (
+        f"{digits}E{int(exponent)}"
+        if int(exponent) > 2
+        else f"{float(f'{found:.3g}'):#.3g}".rstrip(".")
+    )
 
 
 def _head(metric: str) -> str:

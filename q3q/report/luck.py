@@ -25,7 +25,13 @@ def luck_tables(records: Sequence[TrialRecord]) -> list[Table]:
             rows = [_row(bits, tried, metric) for bits in sorted({pool.bits for pool in tried})]
             found = tuple(row for row in rows if row is not None)
             if found:
-                columns = ("bits", "over seeds", "over calibrations", "over methods", "methods / seeds")
+                columns = (
+                    "bits",
+                    "over seeds",
+                    "over calibrations",
+                    "over methods",
+                    "methods / seeds",
+                )
                 tables.append(Table(f"{name}: how much is luck, {title(metric)}", columns, found))
     return tables
 
@@ -35,21 +41,31 @@ def _row(bits: int, tried: Sequence[Pool], metric: str) -> tuple[str, ...] | Non
     mine = [pool for pool in tried if pool.bits == bits and pool.values(metric)]
     by_method: dict[str, list[float]] = {}
     for pool in mine:
-        by_method.setdefault(str(pool.spec.method["name"]), []).append(statistics.fmean(pool.values(metric)))
+        by_method.setdefault(str(pool.spec.method["name"]), []).append(
+            statistics.fmean(pool.values(metric))
+        )
     seeds = _within([pool.values(metric) for pool in mine])
     if seeds is None:
         return None
     calibrations = _within(list(by_method.values()))
     methods = _within([[statistics.fmean(means) for means in by_method.values()]])
     ratio = "-" if methods is None or seeds == 0 else f"{methods / seeds:.1f}"
-    return (str(bits), *("-" if one is None else _told(one, metric) for one in (seeds, calibrations, methods)), ratio)
+    return (
+        str(bits),
+        *("-" if one is None else _told(one, metric) for one in (seeds, calibrations, methods)),
+        ratio,
+    )
 
 
 def _within(groups: Sequence[Sequence[float]]) -> float | None:
     """The standard deviation within groups, pooled; None if each has one value."""
     several = [group for group in groups if len(group) > 1]
     freedom = sum(len(group) - 1 for group in several)
-    return math.sqrt(math.fsum((len(g) - 1) * statistics.variance(g) for g in several) / freedom) if freedom else None
+    return (
+        math.sqrt(math.fsum((len(g) - 1) * statistics.variance(g) for g in several) / freedom)
+        if freedom
+        else None
+    )
 
 
 def _told(spread: float, metric: str) -> str:

@@ -26,7 +26,9 @@ def in_order(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     """Each trial once, its latest record: by model, the reference first, then the yardstick, then by name and bits."""
     latest = {record.spec.id: record for record in records}
     places = []
-    for trial, label in zip(latest, labels([record.spec for record in latest.values()]), strict=True):
+    for trial, label in zip(
+        latest, labels([record.spec for record in latest.values()]), strict=True
+    ):
         spec = latest[trial].spec
         first = {"none": 0, "rtn": 1}.get(str(spec.method["name"]), 2)
         places.append((natural(model_name(spec)), first, natural(label), bits_of(spec), trial))
@@ -42,7 +44,11 @@ def headline_metrics(records: Iterable[TrialRecord]) -> list[str]:
     seen = {name for record in records for name in (*record.metrics, *record.diverged)}
     texts = [metric for record in records for metric in text_metrics(record.spec)]
     tasks = []
-    for spec, task in ((record.spec, task) for record in records for task in record.spec.evaluation.get("tasks", [])):
+    for spec, task in (
+        (record.spec, task)
+        for record in records
+        for task in record.spec.evaluation.get("tasks", [])
+    ):
         accuracy = accuracy_metric(spec, task)
         start = "word_perplexity" if task == WORD_TASK else accuracy.removesuffix("acc")
         others = sorted(name for name in seen if name.startswith(start))
@@ -65,7 +71,9 @@ def cell(record: TrialRecord, metric: str) -> Cell:
 def text_metrics(spec: TrialSpec) -> list[str]:
     """The perplexities that a trial was asked for."""
     quick = bool(spec.evaluation.get("quick"))
-    return [text_metric("perplexity", text["name"], quick) for text in spec.evaluation.get("texts", [])]
+    return [
+        text_metric("perplexity", text["name"], quick) for text in spec.evaluation.get("texts", [])
+    ]
 
 
 def is_perplexity(metric: str) -> bool:
@@ -77,7 +85,9 @@ def is_accuracy(metric: str) -> bool:
 
 
 def _asked(spec: TrialSpec, metric: str) -> bool:
-    tasks = tuple(accuracy_metric(spec, task).removesuffix("acc") for task in spec.evaluation.get("tasks", []))
+    tasks = tuple(
+        accuracy_metric(spec, task).removesuffix("acc") for task in spec.evaluation.get("tasks", [])
+    )
     return metric in (*text_metrics(spec), *SIZES) or metric.startswith(tasks)
 
 
@@ -117,7 +127,10 @@ def interval(record: TrialRecord, metric: str) -> tuple[float, float] | None:
     if not all(name in record.intervals for name in names):
         return None
     below, above = (
-        math.sqrt(math.fsum((record.metrics[name] - record.intervals[name][end]) ** 2 for name in names)) / len(names)
+        math.sqrt(
+            math.fsum((record.metrics[name] - record.intervals[name][end]) ** 2 for name in names)
+        )
+        / len(names)
         for end in (0, 1)
     )
     mean = float(cell(record, metric))
@@ -151,7 +164,11 @@ def by_model(records: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
 
 
 def labels(
-    specs: Sequence[TrialSpec], metric: str | None = None, *, seeds: bool = True, models: bool = True
+    specs: Sequence[TrialSpec],
+    metric: str | None = None,
+    *,
+    seeds: bool = True,
+    models: bool = True,
 ) -> list[str]:
     """For each trial its method, and of everything but bits what differs between these trials: `gptq g64 damping=0.05`.
 
@@ -181,7 +198,11 @@ def labels(
             " ".join(
                 [
                     str(spec.method["name"]),
-                    *(_word(key, mine[key]) for key in mine if tells(key, mine[key], spec, telling)),
+                    *(
+                        _word(key, mine[key])
+                        for key in mine
+                        if tells(key, mine[key], spec, telling)
+                    ),
                 ]
             )
             for mine, spec in zip(traits, specs, strict=True)
@@ -222,7 +243,11 @@ def _conditions(wanted: Mapping[str, Any], metric: str) -> dict[str, Any]:
             return dict(one) if is_perplexity(metric) else {**one, "drift": wanted.get("drift")}
     asked = {key: wanted.get(key) for key in ("task_limit", "chat", "include")}
     if metric == MEAN_ACCURACY:
-        return asked | {key: wanted.get(key) for key in ("tasks", "shots", "limits")} | _data_of(wanted)
+        return (
+            asked
+            | {key: wanted.get(key) for key in ("tasks", "shots", "limits")}
+            | _data_of(wanted)
+        )
     task = measure.removesuffix("_quick")
     return asked | {key: wanted.get(key, {}).get(task) for key in ("shots", "limits")}
 
@@ -261,7 +286,11 @@ def _word(key: str, value: str) -> str:
 
 def natural(text: str) -> list[tuple[int, int, str]]:
     """A sort key under which g64 comes before g128."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+    return [
+        (0, int(part), "") if part.isdigit() else (1, 0, part)
+        for part in re.split(r"(\d+)", text)
+        if part
+    ]
 
 
 def title(metric: str) -> str:
@@ -297,8 +326,12 @@ def trial_names(specs: Sequence[TrialSpec]) -> dict[str, str]:
     for name, mine in alike.items():
         words = [label.partition(" ")[2] for label in labels(mine)]
         for spec, told in zip(mine, words, strict=True):
-            own = f"{spec.name} {told}" if words.count(told) == 1 else f"{spec.name} {told} {spec.id}"
-            found[spec.id] = name if len(mine) == 1 else f"{' '.join(own.split())} · {model_name(spec)}"
+            own = (
+                f"{spec.name} {told}" if words.count(told) == 1 else f"{spec.name} {told} {spec.id}"
+            )
+            found[spec.id] = (
+                name if len(mine) == 1 else f"{' '.join(own.split())} · {model_name(spec)}"
+            )
     return found
 
 
@@ -310,7 +343,11 @@ def judged_metrics(records: Sequence[TrialRecord]) -> list[str]:
     """What a method is judged by: the perplexity of each text, and the mean accuracy, or the one task's."""
     metrics = headline_metrics(records)
     texts = [name for name in metrics if is_perplexity(name)]
-    tasks = [MEAN_ACCURACY] if MEAN_ACCURACY in metrics else [name for name in metrics if name.endswith("/acc")]
+    tasks = (
+        [MEAN_ACCURACY]
+        if MEAN_ACCURACY in metrics
+        else [name for name in metrics if name.endswith("/acc")]
+    )
     return [*texts, *tasks[:1]]
 
 

@@ -42,7 +42,9 @@ class Contents:
     @property
     def counts(self) -> str:
         failed = sum(not record.completed for record in self.records)
-        return f"{len(self.records)} trials: {len(self.records) - failed} completed, {failed} failed."
+        return (
+            f"{len(self.records)} trials: {len(self.records) - failed} completed, {failed} failed."
+        )
 
 
 def versions(records: Sequence[TrialRecord]) -> dict[str, int]:
@@ -52,7 +54,9 @@ def versions(records: Sequence[TrialRecord]) -> dict[str, int]:
 
 def html(contents: Contents) -> str:
     """The whole page. No request leaves it: styles, script and pictures are inside."""
-    style, script = (PARTS.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script = (
+        PARTS.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    )
     body = [_header(contents), _answer(contents)]
     if contents.compared is not None:
         body.append(_paper(contents.compared))
@@ -62,7 +66,10 @@ def html(contents: Contents) -> str:
             f'<section class="luck"><h2>How much is luck</h2><div class="tables">{tables}</div>'
             f'<p class="quiet">{escape(LUCK)}</p></section>'
         )
-    body += [_model(model, mine, contents.plots) for model, mine in by_model(in_order(contents.records)).items()]
+    body += [
+        _model(model, mine, contents.plots)
+        for model, mine in by_model(in_order(contents.records)).items()
+    ]
     over = [plot for plot in contents.plots if not plot.model]
     if over:
         body.append(f"<section><h2>Over all trials</h2>{_plots(over)}</section>")
@@ -96,7 +103,11 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
         if contents.compared:
             parts.append(paper_table(contents.compared).markdown())
     if contents.luck:
-        parts += ["## How much is luck", "\n".join(table.markdown() for table in contents.luck), LUCK]
+        parts += [
+            "## How much is luck",
+            "\n".join(table.markdown() for table in contents.luck),
+            LUCK,
+        ]
     parts.append("## Results")
     parts += [
         f"![{_alt(plot)}]({files[plot.name]})" + (f"\n\n{plot.caption}" if plot.caption else "")
@@ -104,7 +115,10 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     ]
     tables = result_tables(contents.records, everything=True, intervals=True)
     parts.append("\n".join(table.markdown() for table in tables) or "Nothing was measured.")
-    for word, some in (("Failed", _failed(contents.records)), ("Diverged", _diverged(contents.records))):
+    for word, some in (
+        ("Failed", _failed(contents.records)),
+        ("Diverged", _diverged(contents.records)),
+    ):
         if some:
             parts.append(f"## {word}\n\n" + "\n".join(f"- {line}" for line in some))
     parts.append("## Trials\n\n" + "\n".join(map(_trial_lines, contents.records)))
@@ -118,7 +132,11 @@ def _header(contents: Contents) -> str:
         if text:
             lines.append(f'<p class="{word.lower()}"><b>{word}.</b> {escape(text)}</p>')
     lines.append(_command(contents.command))
-    code = f" Code: {', '.join(f'<code>{escape(_brief(commit))}</code>' for commit in commits)}." if commits else ""
+    code = (
+        f" Code: {', '.join(f'<code>{escape(_brief(commit))}</code>' for commit in commits)}."
+        if commits
+        else ""
+    )
     lines.append(f'<p class="quiet">{escape(contents.counts)}{code}</p>')
     lines += [f'<p class="warning">{escape(warning)}</p>' for warning in contents.warnings]
     return f"<header>{''.join(lines)}</header>"
@@ -145,7 +163,9 @@ def _paper(compared: Sequence[Compared]) -> str:
 
 def _model(model: str, records: Sequence[TrialRecord], plots: Sequence[Plot]) -> str:
     mine = [plot for plot in plots if plot.model == model]
-    tables = "".join(_table(table) for table in result_tables(records, everything=True, intervals=True))
+    tables = "".join(
+        _table(table) for table in result_tables(records, everything=True, intervals=True)
+    )
     shown = f'<details open><summary>Tables</summary><div class="tables">{tables}</div></details>'
     return f"<section><h2>{escape(model)}</h2>{_plots(mine)}{shown}</section>"
 
@@ -154,7 +174,10 @@ def _plots(plots: Sequence[Plot]) -> str:
     """Narrow pictures three beside each other, wide ones two."""
     wide = [plot.figure.get_figwidth() > WIDE for plot in plots]
     grids = [
-        (kind, "".join(_plot(plot) for plot, one in zip(plots, wide, strict=True) if one == of_kind))
+        (
+            kind,
+            "".join(_plot(plot) for plot, one in zip(plots, wide, strict=True) if one == of_kind),
+        )
         for kind, of_kind in (("plots", False), ("plots wide", True))
     ]
     return "".join(f'<div class="{kind}">{figures}</div>' for kind, figures in grids if figures)
@@ -200,7 +223,9 @@ def _table(table: Table) -> str:
         + "</tr>"
         for row in table.rows
     )
-    note = "".join(f'<p class="quiet">{escape(part)}</p>' for part in table.note.split("\n\n") if part)
+    note = "".join(
+        f'<p class="quiet">{escape(part)}</p>' for part in table.note.split("\n\n") if part
+    )
     return (
         f'<div class="table"><table><caption>{escape(table.title)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{note}"

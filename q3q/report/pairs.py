@@ -23,7 +23,9 @@ def difference(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
 
     if metric == MEAN_ACCURACY:
         parts = [difference(ours, theirs, one) for one in mean_metrics(ours.spec)]
-        return stratified([part for part in parts if part is not None]) if None not in parts else None
+        return (
+            stratified([part for part in parts if part is not None]) if None not in parts else None
+        )
     scores = [_scores(pool, metric) for pool in (ours, theirs)]
     if scores[0] is None or scores[1] is None:
         return None
@@ -45,7 +47,11 @@ def stratified(parts: Sequence[Comparison]) -> Comparison | None:
     mean = math.fsum(differences) / len(parts)
 
     def end(ends: Sequence[float | None], sign: int) -> float | None:
-        reach = [bound - middle for bound, middle in zip(ends, differences, strict=True) if bound is not None]
+        reach = [
+            bound - middle
+            for bound, middle in zip(ends, differences, strict=True)
+            if bound is not None
+        ]
         return mean + sign * math.hypot(*reach) / len(parts) if len(reach) == len(parts) else None
 
     low, high = end([part.low for part in parts], -1), end([part.high for part in parts], 1)

@@ -42,7 +42,10 @@ GROUPS = {-1: "per-channel", 128: "128"}
 DATASETS = {
     "perplexity/wikitext2": "wikitext2",
     "perplexity/c4": "c4",
-    **{f"{task}/acc": task for task in ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")},
+    **{
+        f"{task}/acc": task
+        for task in ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq")
+    },
     "mmlu_paper/acc": "mmlu",
     "mmlu/acc": "mmlu",
 }
@@ -124,12 +127,15 @@ NOTES = (
     ),
     Note(
         "Table 2 prints for GPTQ, 8 bits, 4B the row of 1.7B.",
-        lambda it: it.source == "Table 2" and (it.model, it.method, it.bits) == ("Qwen3-4B", "GPTQ", 8),
+        lambda it: (
+            it.source == "Table 2" and (it.model, it.method, it.bits) == ("Qwen3-4B", "GPTQ", 8)
+        ),
     ),
     Note(
         "An 80.1 among neighbours of about 25: a misprint.",
         lambda it: (
-            it.source == "Table 2" and (it.model, it.method, it.bits, it.dataset) == ("Qwen3-4B", "GPTQ", 2, "arc_easy")
+            it.source == "Table 2"
+            and (it.model, it.method, it.bits, it.dataset) == ("Qwen3-4B", "GPTQ", 2, "arc_easy")
         ),
     ),
     Note(
@@ -140,7 +146,8 @@ NOTES = (
     Note(
         "Nearly the perplexities of the 0.6B row: probably a copy.",
         lambda it: (
-            (it.model, it.method, it.act_bits) == ("Qwen3-8B", "SmoothQuant", 4) and it.dataset in ("wikitext2", "c4")
+            (it.model, it.method, it.act_bits) == ("Qwen3-8B", "SmoothQuant", 4)
+            and it.dataset in ("wikitext2", "c4")
         ),
     ),
     Note(
@@ -152,7 +159,11 @@ NOTES = (
     ),
     Note(
         "HellaSwag at or above the unquantized model's: probably acc_norm where other rows print acc.",
-        lambda it: it.method == "BiLLM" and it.dataset == "hellaswag" and it.model in ("Qwen3-14B", "Qwen3-32B"),
+        lambda it: (
+            it.method == "BiLLM"
+            and it.dataset == "hellaswag"
+            and it.model in ("Qwen3-14B", "Qwen3-32B")
+        ),
     ),
     Note(
         "The unquantized model is printed twice, 19.2 and 19.3.",
@@ -207,12 +218,19 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
     if spec.scheme is None:
         return model, method, 16, 16, ""
     group = GROUPS.get(spec.scheme.group_size)
-    return None if group is None else (model, method, spec.scheme.bits, spec.scheme.act_bits or 16, group)
+    return (
+        None
+        if group is None
+        else (model, method, spec.scheme.bits, spec.scheme.act_bits or 16, group)
+    )
 
 
 def study_model(spec: TrialSpec) -> str:
     """A model as the study writes it, Qwen3-8B-Base; one that it does not have by its own name."""
-    name, source = str(spec.model.get("name") or ""), str(spec.model.get("source", "")).rpartition("/")[2]
+    name, source = (
+        str(spec.model.get("name") or ""),
+        str(spec.model.get("source", "")).rpartition("/")[2],
+    )
     return _models().get(_plain(name)) or _models().get(_plain(source)) or name or source
 
 
@@ -221,9 +239,15 @@ def departures(spec: TrialSpec, metric: str) -> tuple[str, ...]:
 
     A seed is no departure: the study names none.
     """
-    wanted = {"dtype": PROTOCOL_DTYPE, **_protocol_of_evaluation(metric), **_protocol_of_method(spec)}
+    wanted = {
+        "dtype": PROTOCOL_DTYPE,
+        **_protocol_of_evaluation(metric),
+        **_protocol_of_method(spec),
+    }
     return tuple(
-        f"{key}={_typed(value)}" for key, value in _settings(spec, metric).items() if value != wanted.get(key, value)
+        f"{key}={_typed(value)}"
+        for key, value in _settings(spec, metric).items()
+        if value != wanted.get(key, value)
     )
 
 
@@ -241,7 +265,11 @@ def _protocol_of_method(spec: TrialSpec) -> Json:
         return {}
     method = kind()
     return {
-        **{f"method.{key}": value for key, value in method.knobs(spec.scheme).items() if key != "name"},
+        **{
+            f"method.{key}": value
+            for key, value in method.knobs(spec.scheme).items()
+            if key != "name"
+        },
         "symmetric": method.default_symmetric,
         "head_bits": None,
         "embedding_bits": None,
@@ -258,7 +286,9 @@ def _settings(spec: TrialSpec, metric: str) -> Json:
     found: Json = {"dtype": spec.model.get("dtype")}
     if metric.startswith("perplexity/"):
         text = next(it for it in spec.evaluation["texts"] if f"perplexity/{it['name']}" == metric)
-        found |= {key: text.get(key) for key in ("window", "limit", "draw", "samples") if key in text}
+        found |= {
+            key: text.get(key) for key in ("window", "limit", "draw", "samples") if key in text
+        }
     else:
         task = metric.removesuffix("/acc")
         found |= {key: spec.evaluation.get(key) for key in ("task_limit", "chat", "include")}
@@ -281,7 +311,9 @@ def _typed(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def verdict(metric: str, ours: float, theirs: float, interval: tuple[float, float] | None = None) -> str:
+def verdict(
+    metric: str, ours: float, theirs: float, interval: tuple[float, float] | None = None
+) -> str:
     """Whether a published number holds.
 
     Reproduced: a perplexity within 2 %, an accuracy within 1.5 points or with the published value inside our 95 %
@@ -319,7 +351,11 @@ def share_reproduced(found: Sequence[Compared]) -> str:
         if not it.departs:
             by_cell.setdefault(it.published, []).append(it)
     if not by_cell:
-        left = f" {len(found)} comparisons depart from its protocol and are not counted." if found else ""
+        left = (
+            f" {len(found)} comparisons depart from its protocol and are not counted."
+            if found
+            else ""
+        )
         return f"None of the study's {len(published())} cells was run by its protocol.{left} {LEFT_OUT}"
     good = sum(all(it.verdict == REPRODUCED for it in mine) for mine in by_cell.values())
     close = sum(
@@ -354,9 +390,21 @@ def paper_table(found: Sequence[Compared]) -> Table:
         f"Close: within {CLOSE} times that."
     )
     notes = [f"[{number}] {note}" for note, number in marks.items()]
-    columns = ("trial", "measured on", "printed in", "published", "ours", "difference", "verdict", "notes")
+    columns = (
+        "trial",
+        "measured on",
+        "printed in",
+        "published",
+        "ours",
+        "difference",
+        "verdict",
+        "notes",
+    )
     return Table(
-        "Against the paper", columns, rows, "\n\n".join([tolerance, LEFT_OUT, *notes, f"Published numbers: {SOURCE}."])
+        "Against the paper",
+        columns,
+        rows,
+        "\n\n".join([tolerance, LEFT_OUT, *notes, f"Published numbers: {SOURCE}."]),
     )
 
 
@@ -364,11 +412,19 @@ def _compared(theirs: Published, record: TrialRecord, metric: str, ours: float) 
     notes = [note.text for note in NOTES if note.concerns(theirs)]
     found = verdict(metric, ours, theirs.value, record.intervals.get(metric))
     if theirs.method == "AWQ" and found != REPRODUCED and theirs.bits in (3, 4):
-        place = (theirs.model, "AWQ", theirs.bits, 16, "128" if theirs.group == "per-channel" else "per-channel")
+        place = (
+            theirs.model,
+            "AWQ",
+            theirs.bits,
+            16,
+            "128" if theirs.group == "per-channel" else "per-channel",
+        )
         [other] = _cells()[(*place, theirs.dataset)]
         if verdict(metric, ours, other.value, record.intervals.get(metric)) == REPRODUCED:
             notes.append("Ours is the number printed for the other group size.")
-    return Compared(theirs, record, metric, ours, found, departures(record.spec, metric), tuple(notes))
+    return Compared(
+        theirs, record, metric, ours, found, departures(record.spec, metric), tuple(notes)
+    )
 
 
 def _used(found: Sequence[Compared]) -> list[str]:
@@ -391,7 +447,9 @@ def _models() -> dict[str, str]:
 def _cells() -> dict[tuple, list[Published]]:
     found: dict[tuple, list[Published]] = {}
     for it in published():
-        found.setdefault((it.model, it.method, it.bits, it.act_bits, it.group, it.dataset), []).append(it)
+        found.setdefault(
+            (it.model, it.method, it.bits, it.act_bits, it.group, it.dataset), []
+        ).append(it)
     return found
 
 

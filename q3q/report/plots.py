@@ -61,7 +61,9 @@ NEAR = 0.1  # of the axis; two models nearer to each other share a tick
 PERCENTILES = ("1", "25", "50", "75", "99", "99.9")  # of the divergence, as drawn
 
 
-def study_plots(records: Sequence[TrialRecord], predicted: Mapping[str, float] | None = None) -> list[Plot]:
+def study_plots(
+    records: Sequence[TrialRecord], predicted: Mapping[str, float] | None = None
+) -> list[Plot]:
     """Every picture that these records can fill.
 
     predicted: seconds that a trial was predicted to take, by its id.
@@ -133,7 +135,9 @@ def _heatmap(record: TrialRecord) -> "Figure":
     axes = whole.subplots()
     draw_grid(whole, axes, grid, what, lambda y, x: f"block {blocks[x]}, {rows[y]}")
     step = math.ceil(len(blocks) / 24)
-    axes.set_xticks(range(0, len(blocks), step), labels=[str(block) for block in blocks[::step]], fontsize=8)
+    axes.set_xticks(
+        range(0, len(blocks), step), labels=[str(block) for block in blocks[::step]], fontsize=8
+    )
     axes.set_yticks(range(len(rows)), labels=rows, fontsize=8)
     axes.set_xlabel("block", fontsize=9)
     count = len(sites) // max(1, len(blocks) * len(rows))
@@ -151,16 +155,24 @@ def _draw_lines(axes: "Axes", tried: Sequence[Pool], looks: Looks, metric: str) 
     told apart beside 2. A width that was not run leaves a line whole; one that failed or diverged breaks it.
     """
     drawn: dict[str, Any] = {}
-    missing = [f"{pool.label} {pool.bits}-bit {word}" for pool in tried if isinstance(word := pool.cell(metric), str)]
+    missing = [
+        f"{pool.label} {pool.bits}-bit {word}"
+        for pool in tried
+        if isinstance(word := pool.cell(metric), str)
+    ]
     quantized = [pool for pool in tried if pool.spec.scheme is not None]
-    references = [pool for pool in tried if pool.spec.scheme is None and isinstance(pool.cell(metric), float)]
+    references = [
+        pool for pool in tried if pool.spec.scheme is None and isinstance(pool.cell(metric), float)
+    ]
     level, height = _above(references, metric)
     ticks = sorted({pool.bits for pool in quantized})
     values = []
     for pool in references:
         known = float(pool.cell(metric))
         values.append(height(known))
-        drawn[pool.label.replace("none", "unquantized", 1)] = axes.axhline(height(known), color=SOFT, linestyle="--")
+        drawn[pool.label.replace("none", "unquantized", 1)] = axes.axhline(
+            height(known), color=SOFT, linestyle="--"
+        )
         # On the left, where few bits keep the lines far above.
         axes.annotate(
             shown(known, metric),
@@ -187,7 +199,14 @@ def _draw_lines(axes: "Axes", tried: Sequence[Pool], looks: Looks, metric: str) 
             values.append(y)
             if (spread := pool.spread(metric)) is not None:
                 ends = [height(value - spread), height(value + spread)]
-                line(axes, [pool.bits, pool.bits], ends, {**looks[label], "linestyle": "-"}, label, 1.0)
+                line(
+                    axes,
+                    [pool.bits, pool.bits],
+                    ends,
+                    {**looks[label], "linestyle": "-"},
+                    label,
+                    1.0,
+                )
                 values += ends
             mark(axes, pool.bits, y, looks[label], label, f"{pool.name}: {pool.shown(metric)}")
         drawn[label] = handle(looks[label])
@@ -195,7 +214,13 @@ def _draw_lines(axes: "Axes", tried: Sequence[Pool], looks: Looks, metric: str) 
     if ticks:
         axes.set_xlim(min(ticks) - 0.3, max(ticks) + 0.3)
     if not values:
-        axes.text(0.5, 0.5, "no finite number" if tried else "not measured", transform=axes.transAxes, ha="center")
+        axes.text(
+            0.5,
+            0.5,
+            "no finite number" if tried else "not measured",
+            transform=axes.transAxes,
+            ha="center",
+        )
         axes.set_yticks([])
     elif level is not None:
         excess_scale(axes, values)
@@ -206,7 +231,9 @@ def _draw_lines(axes: "Axes", tried: Sequence[Pool], looks: Looks, metric: str) 
     return drawn
 
 
-def _above(references: Sequence[Pool], metric: str) -> tuple[float | None, Callable[[float], float]]:
+def _above(
+    references: Sequence[Pool], metric: str
+) -> tuple[float | None, Callable[[float], float]]:
     """The unquantized model's perplexity, and where a value is drawn: in percent above it, if it is known."""
     known = [value for pool in references if isinstance(value := pool.cell(metric), float)]
     if not is_perplexity(metric):
@@ -222,21 +249,33 @@ def _axis(metric: str, level: float | None) -> str:
     return "perplexity per token" if is_perplexity(metric) else "accuracy, %"
 
 
-def _quality_against_bits(model: str, records: Sequence[TrialRecord], looks: Looks) -> Iterator[Plot]:
+def _quality_against_bits(
+    model: str, records: Sequence[TrialRecord], looks: Looks
+) -> Iterator[Plot]:
     """A line per method; the unquantized model dashed."""
     metrics = headline_metrics(records)
     several = MEAN_ACCURACY in metrics
     for metric in metrics:
-        if not is_perplexity(metric) and (metric != MEAN_ACCURACY if several else not is_accuracy(metric)):
+        if not is_perplexity(metric) and (
+            metric != MEAN_ACCURACY if several else not is_accuracy(metric)
+        ):
             continue
         tried = pools(records, metric)
         whole, axes = panel()
         legend(whole, _draw_lines(axes, tried, looks, metric))
-        caption = "Bars: standard deviation over seeds." if any(pool.spread(metric) for pool in tried) else ""
-        yield Plot(f"{model}-{_slug(metric)}-bits", f"{_what(metric)} against bits", caption, whole, model)
+        caption = (
+            "Bars: standard deviation over seeds."
+            if any(pool.spread(metric) for pool in tried)
+            else ""
+        )
+        yield Plot(
+            f"{model}-{_slug(metric)}-bits", f"{_what(metric)} against bits", caption, whole, model
+        )
 
 
-def _quality_against_bytes(model: str, records: Sequence[TrialRecord], looks: Looks) -> Iterator[Plot]:
+def _quality_against_bytes(
+    model: str, records: Sequence[TrialRecord], looks: Looks
+) -> Iterator[Plot]:
     """The Pareto front: what no other trial that was evaluated alike beats in both."""
     for number, (name, mine) in enumerate(comparable(records).items(), start=1):
         metric = next(iter(judged_metrics(mine)), None)
@@ -244,7 +283,9 @@ def _quality_against_bytes(model: str, records: Sequence[TrialRecord], looks: Lo
             continue
         tried = pools(mine)
         sized = {pool.label: size for pool in tried if (size := _size(pool)) is not None}
-        good = [pool for pool in tried if isinstance(pool.cell(metric), float) and pool.label in sized]
+        good = [
+            pool for pool in tried if isinstance(pool.cell(metric), float) and pool.label in sized
+        ]
         if len(good) < 2:
             continue
         better = 1 if is_perplexity(metric) else -1
@@ -253,11 +294,16 @@ def _quality_against_bytes(model: str, records: Sequence[TrialRecord], looks: Lo
         front = [
             (size, value)
             for size, value in sorted(places)
-            if not any(s <= size and better * v <= better * value and (s, v) != (size, value) for s, v in places)
+            if not any(
+                s <= size and better * v <= better * value and (s, v) != (size, value)
+                for s, v in places
+            )
         ]
         whole, axes = panel()
         axes.step(*zip(*front, strict=True), where="post", color=SOFT, linestyle="--", linewidth=1)
-        drawn: dict[str, Any] = {"not beaten in both": handle({"color": SOFT, "marker": "", "linestyle": "--"})}
+        drawn: dict[str, Any] = {
+            "not beaten in both": handle({"color": SOFT, "marker": "", "linestyle": "--"})
+        }
         for pool, (size, value) in zip(good, places, strict=True):
             look = looks.get(pool.label, REFERENCE)
             words = f"{pool.label}, {pool.bits} bits: {_megabytes(size)}, {pool.shown(metric)}"
@@ -279,16 +325,22 @@ def _quality_against_bytes(model: str, records: Sequence[TrialRecord], looks: Lo
 
 def _size(pool: Pool) -> float | None:
     """Bytes of the model."""
-    return next((r.metrics["model_bytes"] for r in pool.records if "model_bytes" in r.metrics), None)
+    return next(
+        (r.metrics["model_bytes"] for r in pool.records if "model_bytes" in r.metrics), None
+    )
 
 
 def _drift(model: str, records: Sequence[TrialRecord], looks: Looks) -> Iterator[Plot]:
     """How far next-token distributions are from the unquantized model's, and how that is spread over tokens."""
-    for text in dict.fromkeys(name[3:] for r in records for name in r.metrics if name.startswith("kl/")):
+    for text in dict.fromkeys(
+        name[3:] for r in records for name in r.metrics if name.startswith("kl/")
+    ):
         metric = f"kl/{text}"
         asked = [r for r in records if r.spec.scheme is not None and text in _texts(r)]
         tried = pools(asked, metric)
-        good = [pool for pool in tried if isinstance(found := pool.cell(metric), float) and found > 0]
+        good = [
+            pool for pool in tried if isinstance(found := pool.cell(metric), float) and found > 0
+        ]
         if not good:
             continue
         whole, axes = panel()
@@ -298,13 +350,21 @@ def _drift(model: str, records: Sequence[TrialRecord], looks: Looks) -> Iterator
         ends: list[float] = []
         without = 0
         for pool in good:
-            look, mean = {**looks.get(pool.label, REFERENCE), "linestyle": "-"}, float(pool.cell(metric))
+            look, mean = (
+                {**looks.get(pool.label, REFERENCE), "linestyle": "-"},
+                float(pool.cell(metric)),
+            )
             x = pool.bits + step * (order.index(pool.label) - (len(order) - 1) / 2)
             known = {p: _mean(pool.values(f"kl_p{p}/{text}")) for p in PERCENTILES}
-            known = {p: value for p, value in known.items() if value > 0}  # nan and 0 have no place on this axis
+            known = {
+                p: value for p, value in known.items() if value > 0
+            }  # nan and 0 have no place on this axis
             without += "50" not in known
             for (low, high), width in ((("1", "99"), 1.0), (("25", "75"), 4.0)):
-                span = [known.get(low, mean if high == "99" else math.nan), known.get(high, math.nan)]
+                span = [
+                    known.get(low, mean if high == "99" else math.nan),
+                    known.get(high, math.nan),
+                ]
                 line(axes, [x, x], span, look, pool.label, width)
             for p, symbol in (("99.9", "_"), ("50", "|")):
                 if p in known:
@@ -323,9 +383,13 @@ def _drift(model: str, records: Sequence[TrialRecord], looks: Looks) -> Iterator
         axes.set_ylim(bottom=bottom / 1.5)
         dress(axes, "bits of a weight", "KL divergence, nats per token")
         legend(whole, drawn)
-        parts = ["Over tokens: mean (symbol), the middle half (thick), 98 % (thin), and what 99.9 % stay below (dash)."]
+        parts = [
+            "Over tokens: mean (symbol), the middle half (thick), 98 % (thin), and what 99.9 % stay below (dash)."
+        ]
         parts += ["What reaches the bottom goes on below it."] if min(ends) < bottom else []
-        parts += [f"Of {without} the mean alone is known, and up to where 99 % lie."] if without else []
+        parts += (
+            [f"Of {without} the mean alone is known, and up to where 99 % lie."] if without else []
+        )
         nothing = [(pool, "0, no divergence") for pool in tried if pool.cell(metric) == 0]
         nothing += [(pool, "") for pool in tried if isinstance(pool.cell(metric), str)]
         measured = {record.spec.id for pool in tried for record in pool.records}
@@ -357,7 +421,9 @@ def _tokens_of_experts(model: str, records: Sequence[TrialRecord]) -> Iterator[P
         if not counts or key in seen or len(seen) >= MOST_HEATMAPS:
             continue
         seen.add(key)
-        numbers = {block: [float(count) or math.nan for count in mine] for block, mine in counts.items()}
+        numbers = {
+            block: [float(count) or math.nan for count in mine] for block, mine in counts.items()
+        }
         whole = _grid_of_experts(numbers, "calibration tokens", number=",.0f")
         without = sum(math.isnan(value) for mine in numbers.values() for value in mine)
         caption = f"As the calibration of {record.spec.name} routed them. Grey: {without} experts saw no token."
@@ -370,16 +436,26 @@ def _errors_of_experts(model: str, records: Sequence[TrialRecord]) -> Iterator[P
 
     An expert that saw no token has no error of outputs: it is grey, and in no mean.
     """
-    for record in _worst_of_each_method([r for r in records if any(site.experts for site in r.sites)]):
+    for record in _worst_of_each_method(
+        [r for r in records if any(site.experts for site in r.sites)]
+    ):
         tokens = _tokens_of(record)
-        outputs = any(site.experts is not None and site.output_error is not None for site in record.sites)
+        outputs = any(
+            site.experts is not None and site.output_error is not None for site in record.sites
+        )
         found: dict[int, list[tuple[float, ...]]] = {}
         for site in record.sites:
             if site.experts is not None:
                 saw = tokens.get(site.block, []) if site.output_error is not None else []
-                errors = [e if e > 0 or not saw or saw[k] else math.nan for k, e in enumerate(site.experts)]
+                errors = [
+                    e if e > 0 or not saw or saw[k] else math.nan
+                    for k, e in enumerate(site.experts)
+                ]
                 found.setdefault(site.block, []).append(tuple(errors))
-        means = {block: [_mean(list(some)) for some in zip(*linears, strict=True)] for block, linears in found.items()}
+        means = {
+            block: [_mean(list(some)) for some in zip(*linears, strict=True)]
+            for block, linears in found.items()
+        }
         what = "output error" if outputs else "weight error"
         without = sum(math.isnan(value) for mine in means.values() for value in mine)
         grey = f" Grey: {without} experts saw no token." if without else ""
@@ -389,17 +465,23 @@ def _errors_of_experts(model: str, records: Sequence[TrialRecord]) -> Iterator[P
         yield Plot(f"{model}-{record.spec.id}-expert-errors", title, caption, whole, model)
 
 
-def _grid_of_experts(numbers: Mapping[int, Sequence[float]], what: str, number: str = ".3g") -> "Figure":
+def _grid_of_experts(
+    numbers: Mapping[int, Sequence[float]], what: str, number: str = ".3g"
+) -> "Figure":
     """numbers: by block, one an expert; nan for none."""
     blocks = sorted(numbers)
     experts = len(numbers[blocks[0]])
     grid = [[numbers[block][e] for block in blocks] for e in range(experts)]
-    whole = figure(2.8 + min(max(3.0, 0.4 * len(blocks)), 10), 1.2 + min(max(1.4, 0.24 * experts), 9))
+    whole = figure(
+        2.8 + min(max(3.0, 0.4 * len(blocks)), 10), 1.2 + min(max(1.4, 0.24 * experts), 9)
+    )
     axes = whole.subplots()
     places = {"number": number, "nothing": "no token"}
     draw_grid(whole, axes, grid, what, lambda y, x: f"block {blocks[x]}, expert {y}", **places)
     step = math.ceil(len(blocks) / 24)
-    axes.set_xticks(range(0, len(blocks), step), labels=[str(block) for block in blocks[::step]], fontsize=8)
+    axes.set_xticks(
+        range(0, len(blocks), step), labels=[str(block) for block in blocks[::step]], fontsize=8
+    )
     axes.set_yticks(range(0, experts, math.ceil(experts / 16)))
     axes.tick_params(labelsize=8)
     axes.set_xlabel("block", fontsize=9)
@@ -423,14 +505,24 @@ def _site_errors(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
     chosen = _worst_of_each_method(with_sites)
     for record in chosen:
         left = len(with_sites) - len(chosen)
-        caption = f"{left} more trials have theirs beside their records in MLflow (heatmap.png)." if left else ""
+        caption = (
+            f"{left} more trials have theirs beside their records in MLflow (heatmap.png)."
+            if left
+            else ""
+        )
         name = f"{model}-{record.spec.id}-sites"
-        yield Plot(name, f"Error per block and site: {record.spec.name}", caption, _heatmap(record), model)
+        yield Plot(
+            name, f"Error per block and site: {record.spec.name}", caption, _heatmap(record), model
+        )
 
 
 def _quality_against_size(records: Sequence[TrialRecord]) -> Iterator[Plot]:
     """Over models, at each bit width: do larger ones lose less? Base models have lines of their own."""
-    sizes = {model: size for model, mine in by_model(records).items() if (size := _parameters(mine)) is not None}
+    sizes = {
+        model: size
+        for model, mine in by_model(records).items()
+        if (size := _parameters(mine)) is not None
+    }
     if len(sizes) < 2:
         return
     judged = judged_metrics(records)
@@ -438,7 +530,10 @@ def _quality_against_size(records: Sequence[TrialRecord]) -> Iterator[Plot]:
     both = len({is_base(record.spec) for record in records}) > 1
     for metric in filter(None, metrics):
         tried = pools(records, metric, over_models=True)
-        named = {id(pool): pool.label + (" base" if both and is_base(pool.spec) else "") for pool in tried}
+        named = {
+            id(pool): pool.label + (" base" if both and is_base(pool.spec) else "")
+            for pool in tried
+        }
         looks = looks_of(name for name in named.values() if method_of(name) != "none")
         for bits in sorted({pool.bits for pool in tried if pool.spec.scheme is not None}):
             some = [pool for pool in tried if pool.bits in (bits, UNQUANTIZED_BITS)]
@@ -460,17 +555,29 @@ def _quality_against_size(records: Sequence[TrialRecord]) -> Iterator[Plot]:
                 points.sort(key=lambda point: point[:2])
                 line(axes, [x for x, _, _ in points], [y for _, y, _ in points], look, name)
                 for x, y, pool in points:
-                    mark(axes, x, y, look, name, f"{name}, {model_name(pool.spec)}: {pool.shown(metric)}")
+                    mark(
+                        axes,
+                        x,
+                        y,
+                        look,
+                        name,
+                        f"{name}, {model_name(pool.spec)}: {pool.shown(metric)}",
+                    )
                 drawn[name.replace("none", "unquantized", 1)] = handle(look)
             axes.set_xscale("log")
-            fixed_ticks(axes.xaxis, _ticks_of(sorted({x for points in lines.values() for x, _, _ in points})))
+            fixed_ticks(
+                axes.xaxis,
+                _ticks_of(sorted({x for points in lines.values() for x, _, _ in points})),
+            )
             if is_perplexity(metric):
                 scale(axes, [y for points in lines.values() for _, y, _ in points])
             dress(axes, "parameters of the model", _what(metric))
             legend(whole, drawn)
             title = f"{_what(metric)} against model size at {bits} bits"
             kind = "" if is_perplexity(metric) else "-accuracy"
-            yield Plot(f"size-{bits}bits{kind}", title, _not_shown(left_out, metric, models=True), whole)
+            yield Plot(
+                f"size-{bits}bits{kind}", title, _not_shown(left_out, metric, models=True), whole
+            )
 
 
 def _ticks_of(sizes: Sequence[float]) -> dict[float, str]:
@@ -486,13 +593,17 @@ def _ticks_of(sizes: Sequence[float]) -> dict[float, str]:
 def _planned(records: Sequence[TrialRecord]) -> dict[str, float]:
     """Seconds that a trial was predicted to take, as its record says; by its id."""
     plans = {r.spec.id: r.environment.get("planned", {}) for r in records}
-    return {trial: float(planned["seconds"]) for trial, planned in plans.items() if "seconds" in planned}
+    return {
+        trial: float(planned["seconds"]) for trial, planned in plans.items() if "seconds" in planned
+    }
 
 
 def _cost(records: Sequence[TrialRecord], predicted: Mapping[str, float]) -> Iterator[Plot]:
     """Predicted against actual seconds, a point per trial."""
     known = [
-        (predicted[r.spec.id], float(seconds(r) or 0), r) for r in records if r.spec.id in predicted and seconds(r)
+        (predicted[r.spec.id], float(seconds(r) or 0), r)
+        for r in records
+        if r.spec.id in predicted and seconds(r)
     ]
     known = [one for one in known if one[0] > 0 and one[2].completed]
     if not known:
@@ -525,7 +636,9 @@ def _looks_of(records: Sequence[TrialRecord]) -> Looks:
             named += [pool.label for pool in pools(mine, metric)]
         for group in comparable(mine).values():
             named += [pool.label for pool in pools(group)]
-        for text in dict.fromkeys(name for r in mine for name in r.metrics if name.startswith("kl/")):
+        for text in dict.fromkeys(
+            name for r in mine for name in r.metrics if name.startswith("kl/")
+        ):
             named += [pool.label for pool in pools(mine, text)]
     return looks_of(label for label in dict.fromkeys(named) if method_of(label) != "none")
 

@@ -56,7 +56,9 @@ class Pool:
 
     def values(self, metric: str) -> list[float]:
         """The numbers, one a seed."""
-        return [found for record in self.records if isinstance(found := cell(record, metric), float)]
+        return [
+            found for record in self.records if isinstance(found := cell(record, metric), float)
+        ]
 
     def cell(self, metric: str) -> Cell:
         """The mean over seeds. A seed that diverged leaves no mean; one that failed says nothing of the others."""
@@ -69,7 +71,11 @@ class Pool:
     def spread(self, metric: str) -> float | None:
         """Standard deviation over seeds; None of a single one."""
         numbers = self.values(metric)
-        return statistics.stdev(numbers) if len(numbers) > 1 and isinstance(self.cell(metric), float) else None
+        return (
+            statistics.stdev(numbers)
+            if len(numbers) > 1 and isinstance(self.cell(metric), float)
+            else None
+        )
 
     def shown(self, metric: str, *, intervals: bool = False) -> str:
         """Its cell for people: `3.512`, `3.512 [3.1, 3.9]`, of several seeds `3.512 ± 0.020 (4 seeds)`."""
@@ -77,7 +83,11 @@ class Pool:
         if spread is not None:
             return f"{text} ± {shown_spread(spread, metric)} ({len(self.values(metric))} seeds)"
         bounds = interval(self.records[0], metric) if intervals and len(self.records) == 1 else None
-        return text if bounds is None else f"{text} [{shown(bounds[0], metric)}, {shown(bounds[1], metric)}]"
+        return (
+            text
+            if bounds is None
+            else f"{text} [{shown(bounds[0], metric)}, {shown(bounds[1], metric)}]"
+        )
 
 
 def shown_spread(spread: float, metric: str) -> str:
@@ -85,7 +95,9 @@ def shown_spread(spread: float, metric: str) -> str:
     return f"{float(f'{(100 if is_accuracy(metric) else 1) * spread:.2g}'):g}"
 
 
-def pools(records: Sequence[TrialRecord], metric: str | None = None, *, over_models: bool = False) -> list[Pool]:
+def pools(
+    records: Sequence[TrialRecord], metric: str | None = None, *, over_models: bool = False
+) -> list[Pool]:
     """The records as pools, in order.
 
     over_models: models are not told apart by the labels, so that a method has one of all. metric: only trials that it
@@ -93,7 +105,9 @@ def pools(records: Sequence[TrialRecord], metric: str | None = None, *, over_mod
     what was measured counts, not what failed; if they measured different numbers all the same, each stands for itself,
     with its id.
     """
-    told = [record for record in in_order(records) if metric is None or cell(record, metric) != ABSENT]
+    told = [
+        record for record in in_order(records) if metric is None or cell(record, metric) != ABSENT
+    ]
     names = labels([record.spec for record in told], metric, seeds=False, models=not over_models)
     places: dict[tuple[str, str, int], dict[str, list[TrialRecord]]] = {}
     for record, name in zip(told, names, strict=True):
@@ -104,7 +118,11 @@ def pools(records: Sequence[TrialRecord], metric: str | None = None, *, over_mod
         mine = [Pool(name, tuple(some)) for some in twins.values()]
         if metric is not None and len(mine) > 1:
             mine = _distinct(mine, metric)
-        found += mine if len(mine) == 1 else [Pool(f"{name} ({one.spec.id})", one.records) for one in mine]
+        found += (
+            mine
+            if len(mine) == 1
+            else [Pool(f"{name} ({one.spec.id})", one.records) for one in mine]
+        )
     return found
 
 
@@ -147,14 +165,22 @@ def conditions(spec: TrialSpec) -> str:
 def _telling(specs: Sequence[TrialSpec]) -> list[str]:
     """Of each what differs from the others in model and evaluation: `limit=2, task_limit=10`."""
     flat = [
-        {k: v for k, v in spec.flat().items() if k.startswith(("model.", "evaluation.")) and k != "evaluation.drift"}
+        {
+            k: v
+            for k, v in spec.flat().items()
+            if k.startswith(("model.", "evaluation.")) and k != "evaluation.drift"
+        }
         for spec in specs
     ]
     keys = dict.fromkeys(key for one in flat for key in one if key != "model.name")
     differ = [key for key in keys if len({one.get(key) for one in flat}) > 1]
-    plain = [key for key in differ if not key.endswith(("digest", "revision")) and ".data." not in key] or differ
+    plain = [
+        key for key in differ if not key.endswith(("digest", "revision")) and ".data." not in key
+    ] or differ
     told = []
     for one in flat:
-        words = dict.fromkeys(f"{key.rpartition('.')[2]}={one.get(key, 'none')}"[:LONGEST_WORD] for key in plain)
+        words = dict.fromkeys(
+            f"{key.rpartition('.')[2]}={one.get(key, 'none')}"[:LONGEST_WORD] for key in plain
+        )
         told.append(", ".join([*words][:MOST_WORDS]) + (", …" if len(words) > MOST_WORDS else ""))
     return told

@@ -14,7 +14,10 @@ from q3q.track.tracker import Sweep
 # What reading a file raises that is torn, or that another program wrote.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Q3QError)
 LONGEST_REASON = 200
-RECORDS = ("record.json", "failed.json")  # the first that can be read counts: a failure never hides a result
+RECORDS = (
+    "record.json",
+    "failed.json",
+)  # the first that can be read counts: a failure never hides a result
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,13 @@ def find_records(storage: Path, study: str | None = None) -> Found:
     sweep = replace(sweeps[-1], trials=tuple(trials.values()))
     records, damaged = _read([storage / "trials" / trial for trial in trials])
     if not records:
-        raise ReportError(f"none of the {len(trials)} trials of study {study} has a record yet: run it first")
+        raise ReportError(
+            f"none of the {len(trials)} trials of study {study} has a record yet: run it first"
+        )
     merged = tuple(one.id for one in sweeps) if len(sweeps) > 1 else ()
-    return Found(tuple(records.values()), sweep, (*lost, *damaged), len(trials) - len(records), merged)
+    return Found(
+        tuple(records.values()), sweep, (*lost, *damaged), len(trials) - len(records), merged
+    )
 
 
 def find_sweeps(storage: Path, study: str) -> tuple[list[Sweep], list[str]]:
@@ -61,10 +68,16 @@ def find_sweeps(storage: Path, study: str) -> tuple[list[Sweep], list[str]]:
         ReportError: there is none.
     """
     sweeps, damaged = all_sweeps(storage)
-    fitting = [sweep for sweep in sweeps if study == sweep.id] or [sweep for sweep in sweeps if study == sweep.name]
+    fitting = [sweep for sweep in sweeps if study == sweep.id] or [
+        sweep for sweep in sweeps if study == sweep.name
+    ]
     if not fitting:
         names = list(dict.fromkeys(sweep.name for sweep in sweeps))
-        known = f"Known in {storage}: {', '.join(names)}" if names else f"No sweep was run with storage={storage}"
+        known = (
+            f"Known in {storage}: {', '.join(names)}"
+            if names
+            else f"No sweep was run with storage={storage}"
+        )
         unread = f". {damaged[0]}" if damaged else ""
         raise ReportError(f"--study {study} is not known{nearest(study, names)}{known}{unread}")
     return fitting, damaged
@@ -73,7 +86,9 @@ def find_sweeps(storage: Path, study: str) -> tuple[list[Sweep], list[str]]:
 def all_sweeps(storage: Path) -> tuple[list[Sweep], list[str]]:
     """Every sweep that was started in this storage folder, the newest last, and a line for each damaged file."""
     sweeps, damaged = [], []
-    paths = sorted((storage / "sweeps").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    paths = sorted(
+        (storage / "sweeps").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)
+    )
     for path in paths:
         try:
             sweep = Sweep.load(path)
@@ -142,7 +157,11 @@ def _refuse_strange_record(record: TrialRecord) -> None:
             _be(error, (int, float), f"an error of block {site.block}")
     for row in record.comparisons.values():
         for number in (row.difference, row.low, row.high):
-            _be(number if number is not None else 0.0, (int, float), f"the comparison of {row.metric}")
+            _be(
+                number if number is not None else 0.0,
+                (int, float),
+                f"the comparison of {row.metric}",
+            )
     _be(record.environment.get("planned", {}), dict, "planned")
 
 
@@ -166,7 +185,11 @@ def _be(value: object, kind: type | tuple[type, ...], what: str) -> None:
 
 
 def _damage(path: Path, error: Exception) -> str:
-    what = "not JSON" if isinstance(error, json.JSONDecodeError) else f"{type(error).__name__}: {error}"
+    what = (
+        "not JSON"
+        if isinstance(error, json.JSONDecodeError)
+        else f"{type(error).__name__}: {error}"
+    )
     return f"{path} cannot be read and is left out ({' '.join(what.split())[:LONGEST_REASON]})"
 
 

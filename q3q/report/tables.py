@@ -46,7 +46,9 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows]
-        body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        body = "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
         return f"**{self.title}**\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
 
     def plain(self, width: int = 100) -> str:
@@ -57,14 +59,25 @@ class Table:
             below += [f"[{number}] {row[0]}" for number, row in enumerate(self.rows, start=1)]
         widths = _widths((self.columns, *rows))
         lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
             for row in (self.columns, *rows)
         ]
-        legend = [line for text in below for line in textwrap.wrap(text, width, subsequent_indent="    ")]
-        return "\n".join([*textwrap.wrap(self.title, width), *(line.rstrip() for line in lines), *legend])
+        legend = [
+            line for text in below for line in textwrap.wrap(text, width, subsequent_indent="    ")
+        ]
+        return "\n".join(
+            [*textwrap.wrap(self.title, width), *(line.rstrip() for line in lines), *legend]
+        )
 
 
-def result_tables(records: Sequence[TrialRecord], *, everything: bool, intervals: bool = False) -> list[Table]:
+def result_tables(
+    records: Sequence[TrialRecord], *, everything: bool, intervals: bool = False
+) -> list[Table]:
     """For each model, a table per metric.
 
     everything: also each task by itself, and the sizes; else perplexities and the tasks' mean.
@@ -96,14 +109,18 @@ def method_by_bits(records: Sequence[TrialRecord], metric: str) -> "DataFrame":
     return _grid(records, metric, Pool.cell)
 
 
-def _grid(records: Sequence[TrialRecord], metric: str, content: Callable[[Pool, str], Cell]) -> "DataFrame":
+def _grid(
+    records: Sequence[TrialRecord], metric: str, content: Callable[[Pool, str], Cell]
+) -> "DataFrame":
     from pandas import DataFrame
 
     found = pools(records, metric)
     columns = sorted({pool.bits for pool in found})
     rows: dict[str, dict[int, Cell]] = {}
     for pool in found:
-        rows.setdefault(pool.label, dict.fromkeys(columns, ABSENT))[pool.bits] = content(pool, metric)
+        rows.setdefault(pool.label, dict.fromkeys(columns, ABSENT))[pool.bits] = content(
+            pool, metric
+        )
     grid = DataFrame.from_dict(rows, orient="index", columns=columns, dtype=object)
     return grid.rename_axis(index="method", columns="bits")
 
@@ -126,13 +143,25 @@ def trial_table(records: Sequence[TrialRecord]) -> "DataFrame":
 
     records = in_order(records)
     headline = headline_metrics(records)
-    others = sorted({name for record in records for name in record.metrics} - {*headline, *SIZES, "model_bytes"})
+    others = sorted(
+        {name for record in records for name in record.metrics} - {*headline, *SIZES, "model_bytes"}
+    )
     measured = []
     for name in headline:
         bounded = any(name in record.intervals for record in records)
         measured += [name, f"{name}.low", f"{name}.high"] if bounded else [name]
     columns = [
-        *("trial", "label", "model", "method", "bits", "group_size", "symmetric", "act_bits", "seed"),
+        *(
+            "trial",
+            "label",
+            "model",
+            "method",
+            "bits",
+            "group_size",
+            "symmetric",
+            "act_bits",
+            "seed",
+        ),
         *("status", "reason", "git_commit", *measured, *SIZES, "model_bytes", "seconds", *others),
     ]
     rows = []
@@ -168,13 +197,17 @@ def sites_csv(record: TrialRecord) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("block", "site", "linear", "weight_error", "output_error"))
-    writer.writerows((s.block, s.site, s.linear, s.weight_error, s.output_error) for s in record.sites)
+    writer.writerows(
+        (s.block, s.site, s.linear, s.weight_error, s.output_error) for s in record.sites
+    )
     return text.getvalue()
 
 
 def _table(grid: "DataFrame", model: str, metric: str, note: str) -> Table:
     rows = tuple((str(label), *map(str, row)) for label, *row in grid.itertuples())
-    return Table(f"{model}: {title(metric)}", ("method \\ bits", *map(str, grid.columns)), rows, note)
+    return Table(
+        f"{model}: {title(metric)}", ("method \\ bits", *map(str, grid.columns)), rows, note
+    )
 
 
 def _widest_interval(records: Sequence[TrialRecord], metric: str) -> str:

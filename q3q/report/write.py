@@ -16,7 +16,13 @@ from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_
 from q3q.report.tables import Table, result_tables, sites_csv, trial_table
 from q3q.track.tracker import ANSWER
 
-HTML, PAGE, CSV, LATEX, PICTURE = "report.html", "results.md", "results.csv", "results.tex", "perplexity.png"
+HTML, PAGE, CSV, LATEX, PICTURE = (
+    "report.html",
+    "results.md",
+    "results.csv",
+    "results.tex",
+    "perplexity.png",
+)
 PLOTS = "plots"  # folder of each plot as PNG and SVG
 FORMATS = {"html": HTML, "md": PAGE, "csv": CSV, "latex": LATEX}
 
@@ -66,7 +72,9 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
     pictures |= {f"{PLOTS}/{plot.name}.png": plot.png() for plot in contents.plots}
     files = {
         HTML: html(contents).encode(),
-        PAGE: markdown(contents, {plot.name: f"{PLOTS}/{plot.name}.png" for plot in contents.plots}).encode(),
+        PAGE: markdown(
+            contents, {plot.name: f"{PLOTS}/{plot.name}.png" for plot in contents.plots}
+        ).encode(),
         CSV: _csv(records, None),
         LATEX: latex(records).encode(),
         PICTURE: perplexity_against_bits(records),
@@ -97,7 +105,10 @@ def trial_artifacts(record: TrialRecord) -> dict[str, bytes]:
     """One trial's files for a tracker, content by name."""
     files = {"record.json": _json(record.to_json())}
     if record.sites:
-        files |= {"sites.csv": sites_csv(record).encode(), "heatmap.png": site_error_heatmap(record)}
+        files |= {
+            "sites.csv": sites_csv(record).encode(),
+            "heatmap.png": site_error_heatmap(record),
+        }
     if record.results:
         files["lm_eval.json"] = _json(record.results)
     beside = {name: trial_folder(record.spec) / name for name in record.files}
@@ -109,7 +120,9 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
     warnings = list(about.warnings)
     if len(commits := versions(records)) > 1:
         counts = ", ".join(f"{count} by {commit}" for commit, count in commits.items())
-        warnings.append(f"These trials were measured by {len(commits)} versions of the code: {counts}.")
+        warnings.append(
+            f"These trials were measured by {len(commits)} versions of the code: {counts}."
+        )
     return Contents(
         name=about.name,
         command=about.command,

@@ -17,7 +17,9 @@ EVERY_SECONDS = 2.0
 LOOK_SECONDS = 0.5  # between two looks at a sweep's file
 HEARD_SECONDS = 6.0  # within which a sweep on another machine must write anew, to be seen at work
 SILENT_SECONDS = 60.0  # without a new word, after which one that was seen at work counts as gone
-KEPT_SECONDS = 86_400.0  # what a sweep that is over, or gone, leaves is swept away by the next one after a day
+KEPT_SECONDS = (
+    86_400.0  # what a sweep that is over, or gone, leaves is swept away by the next one after a day
+)
 LAST_LINES = 40
 
 
@@ -77,7 +79,14 @@ class Bulletin:
         running = tuple(Work(**work) for work in view["running"])
         lines = tuple((int(number), str(line)) for number, line in data["lines"])
         holder = Holder(**data["holder"])
-        return cls(**{**data, "holder": holder, "view": View(**{**view, "running": running}), "lines": lines})
+        return cls(
+            **{
+                **data,
+                "holder": holder,
+                "view": View(**{**view, "running": running}),
+                "lines": lines,
+            }
+        )
 
 
 def bulletins(storage: Path) -> list[Bulletin]:
@@ -91,7 +100,9 @@ def bulletins(storage: Path) -> list[Bulletin]:
     return sorted(found, key=lambda one: (one.lives() is False, -one.updated))
 
 
-def at_work(storage: Path, fetch: Callable[[], object] = lambda: None, patience: float | None = None) -> list[Bulletin]:
+def at_work(
+    storage: Path, fetch: Callable[[], object] = lambda: None, patience: float | None = None
+) -> list[Bulletin]:
     """The sweeps of a storage folder that go on. One on another machine is watched until it is written anew.
 
     fetch: brings the files, of a storage that is a URL. patience: seconds to watch at most, None for HEARD_SECONDS.
@@ -131,7 +142,9 @@ class Publisher:
 
     def start(self, view: Callable[[], View], on_error: Callable[[Exception], None]) -> None:
         self._view, self._on_error = view, on_error
-        self._thread = threading.Thread(target=self._publish_until_closed, name="q3q-bulletin", daemon=True)
+        self._thread = threading.Thread(
+            target=self._publish_until_closed, name="q3q-bulletin", daemon=True
+        )
         self._thread.start()
 
     def say(self, line: str) -> None:
@@ -154,12 +167,20 @@ class Publisher:
 
     def _publish(self, *, over: bool) -> None:
         try:
-            now = replace(self._base, view=self._view(), updated=time.time(), over=over, lines=tuple(self._lines))
+            now = replace(
+                self._base,
+                view=self._view(),
+                updated=time.time(),
+                over=over,
+                lines=tuple(self._lines),
+            )
             write_atomically(self.folder / f"{now.key}.json", json.dumps(now.to_json()).encode())
         except Exception as error:
             self._on_error(error)
 
     def _tidy(self) -> None:
-        for old in bulletins(self.folder.parent):  # one elsewhere whose clock is wrong writes its own anew
+        for old in bulletins(
+            self.folder.parent
+        ):  # one elsewhere whose clock is wrong writes its own anew
             if not old.lives() and abs(time.time() - old.updated) > KEPT_SECONDS:
                 (self.folder / f"{old.key}.json").unlink(missing_ok=True)

@@ -94,7 +94,9 @@ class Resources:
 
     def __str__(self) -> str:
         memory = [] if self.memory is None else [f"{self.memory / 2**30:.1f} GiB of memory"]
-        each = ", ".join([f"{self.cpus:g} CPUs", f"{self.gpus:g} {self.kind} GPUs".replace("  ", " "), *memory])
+        each = ", ".join(
+            [f"{self.cpus:g} CPUs", f"{self.gpus:g} {self.kind} GPUs".replace("  ", " "), *memory]
+        )
         return each if self.ranks == 1 else f"{self.ranks} ranks of {each}"
 
     @property
@@ -181,9 +183,13 @@ class Cluster:
         patience: float = 0.0,
     ) -> None:
         if address is not None and (cpus is not None or gpus is not None):
-            raise ConfigError(f"cpus and gpus are for a local cluster: the one at {address} has what it has")
+            raise ConfigError(
+                f"cpus and gpus are for a local cluster: the one at {address} has what it has"
+            )
         if address is not None and "://" in address:
-            raise ConfigError(f"cluster address {address}: run on a node of the cluster and give host:port, or auto")
+            raise ConfigError(
+                f"cluster address {address}: run on a node of the cluster and give host:port, or auto"
+            )
         self.address, self.cpus, self.gpus = address, cpus, gpus
         self.env, self.patience = dict(env or {}), patience
         self._up, self._over = threading.Event(), threading.Event()
@@ -212,7 +218,10 @@ class Cluster:
         return self.start()
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -322,7 +331,9 @@ class Cluster:
         import ray
 
         if ray.is_initialized():
-            raise ConfigError("Ray already runs in this process: pass its Cluster on instead of starting a second one")
+            raise ConfigError(
+                "Ray already runs in this process: pass its Cluster on instead of starting a second one"
+            )
         try:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except Exception as error:
@@ -341,7 +352,10 @@ class Cluster:
             raise self._failure
         if self._over.is_set():
             raise RuntimeError("this cluster is stopped")
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        if (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        ):
             # Ray's core would answer SIGTERM with a stack trace and sudden death; end as Python ends instead.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
             self._sigterm_is_ours = True
@@ -360,12 +374,26 @@ def _own_token() -> str:
 
 def _token_known() -> bool:
     """Whether there is a token where Ray looks for one."""
-    return any(os.environ.get(name) for name in (TOKEN, TOKEN_PATH)) or Path("~/.ray/auth_token").expanduser().is_file()
+    return (
+        any(os.environ.get(name) for name in (TOKEN, TOKEN_PATH))
+        or Path("~/.ray/auth_token").expanduser().is_file()
+    )
 
 
-_EVENT, _VALUE, _ERROR, _DIED, _BACK, _MEET = "event", "value", "error", "died", "handed back", "meet"
-ECHO_SECONDS = 3.0  # that the ranks of a gang have to end once one has, and to say which of them failed first
-PARTING_SECONDS = 1.0  # that a process which was asked to end stays, so that its last words are heard
+_EVENT, _VALUE, _ERROR, _DIED, _BACK, _MEET = (
+    "event",
+    "value",
+    "error",
+    "died",
+    "handed back",
+    "meet",
+)
+ECHO_SECONDS = (
+    3.0  # that the ranks of a gang have to end once one has, and to say which of them failed first
+)
+PARTING_SECONDS = (
+    1.0  # that a process which was asked to end stays, so that its last words are heard
+)
 
 
 @dataclass
@@ -381,10 +409,14 @@ class _Flight:
     rank: int = 0
     gang: "_Gang | None" = None
 
-    def ended(self, value: Any = None, error: BaseException | None = None, died: bool = False) -> Outcome:
+    def ended(
+        self, value: Any = None, error: BaseException | None = None, died: bool = False
+    ) -> Outcome:
         seconds = time.monotonic() - self.clock if self.began else 0.0
         key, attempts = self.task.key, self.attempt
-        return Outcome(key=key, value=value, error=error, died=died, attempts=attempts, seconds=seconds)
+        return Outcome(
+            key=key, value=value, error=error, died=died, attempts=attempts, seconds=seconds
+        )
 
 
 class _Run:
@@ -407,9 +439,13 @@ class _Run:
         for task in tasks:
             self.queues.setdefault(task.resources, deque()).append((task, 1, 0))
         self.entries = {shape: _entry(shape) for shape in self.queues}
-        self.homes: dict[str, str] = {}  # of tasks that had better be near each other, the node where one began last
+        self.homes: dict[
+            str, str
+        ] = {}  # of tasks that had better be near each other, the node where one began last
         self.head = _Head()
-        self.judged: list[Resources] | None = None  # what machines there were when tasks were last refused
+        self.judged: list[Resources] | None = (
+            None  # what machines there were when tasks were last refused
+        )
         self.several = len(self.head.machines) > 1 or self.patience > 0
         self.flights: dict[Any, _Flight] = {}
         self.gangs: list[_Flight] = []  # rank 0 of each
@@ -435,7 +471,9 @@ class _Run:
         import ray
 
         waiting = Counter(
-            flight.task.resources for flight in self.flights.values() if flight.began is None and flight.rank == 0
+            flight.task.resources
+            for flight in self.flights.values()
+            if flight.began is None and flight.rank == 0
         )
         path = [os.path.abspath(entry) for entry in sys.path]
         for shape, queue_of_shape in self.queues.items():
@@ -448,7 +486,16 @@ class _Run:
                     problem = Q3QError(f"{task.key} cannot be sent to a worker: {error}")
                     yield flight.ended(error=_caused_by(problem, error))
                     continue
-                work = (path, os.getcwd(), self.env, call, task.key, flight.attempt, shape.cpus, shape.gpus)
+                work = (
+                    path,
+                    os.getcwd(),
+                    self.env,
+                    call,
+                    task.key,
+                    flight.attempt,
+                    shape.cpus,
+                    shape.gpus,
+                )
                 if shape.ranks > 1:
                     flight.gang = _Gang(shape, self.entries[shape], work)
                     self.gangs.append(flight)
@@ -476,12 +523,16 @@ class _Run:
             flight = self.flights.pop(stream)
             kind, content = _next_message(stream, flight)
             if kind == _EVENT:
-                self.flights[stream] = flight  # last in line: a talkative task must not keep others from being heard
+                self.flights[stream] = (
+                    flight  # last in line: a talkative task must not keep others from being heard
+                )
                 self._heard(flight, content)
             elif kind == _MEET and flight.gang is not None:
                 self.flights[stream] = flight
                 for rank in range(1, flight.task.resources.ranks):
-                    self.flights[flight.gang.seat(rank, content)] = replace(flight, rank=rank, began=None)
+                    self.flights[flight.gang.seat(rank, content)] = replace(
+                        flight, rank=rank, began=None
+                    )
             elif flight.gang is None:
                 yield from self._landed(flight, kind, content)
             else:
@@ -554,7 +605,9 @@ class _Run:
                 has = "; ".join(map(str, machines)) or "none"
                 who = "no machine has" if wanted.ranks == 1 else "all machines together do not have"
                 yield flight.ended(
-                    error=ConfigError(f"{flight.task.key} needs {wanted}, and {who} that. Machines: {has}")
+                    error=ConfigError(
+                        f"{flight.task.key} needs {wanted}, and {who} that. Machines: {has}"
+                    )
                 )
 
 
@@ -599,7 +652,9 @@ class _Head:
     def _ask(self) -> None:
         while not self._over.wait(1.0):
             self._asked = time.monotonic()
-            with suppress(Exception):  # by which it answers too: what Ray cannot do will be seen where it is needed
+            with suppress(
+                Exception
+            ):  # by which it answers too: what Ray cannot do will be seen where it is needed
                 self.machines = _machines()
             self._asked = None
 
@@ -623,7 +678,9 @@ class _Gang:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
-        return self._entry.options(scheduling_strategy=strategy).remote(*self._work, (rank, self.ranks, address))
+        return self._entry.options(scheduling_strategy=strategy).remote(
+            *self._work, (rank, self.ranks, address)
+        )
 
     def verdict(self) -> tuple[str, Any] | None:
         """How the gang ended, None if it did not.
@@ -651,7 +708,9 @@ _DONE, _GONE, _OWN_ERROR, _OTHERS_ERROR, _ECHO = range(5)
 def _weight(rank: int, kind: str, content: Any) -> int:
     """What counts first of how the ranks of a gang ended."""
     if kind == _ERROR:
-        return _ECHO if isinstance(content, PeerLostError) else _OTHERS_ERROR if rank else _OWN_ERROR
+        return (
+            _ECHO if isinstance(content, PeerLostError) else _OTHERS_ERROR if rank else _OWN_ERROR
+        )
     return _DONE if kind == _VALUE else _GONE
 
 
@@ -679,19 +738,33 @@ def _next_message(stream: Any, flight: _Flight) -> tuple[str, Any]:
     key = flight.task.key
     try:
         kind, content, *trace = ray.cloudpickle.loads(ray.get(next(stream)))
-    except ray.exceptions.LocalRayletDiedError as error:  # no task's death: none can be started from here
-        raise HeadLostError("Ray ended on this machine; when it runs again, the same command goes on") from error
+    except (
+        ray.exceptions.LocalRayletDiedError
+    ) as error:  # no task's death: none can be started from here
+        raise HeadLostError(
+            "Ray ended on this machine; when it runs again, the same command goes on"
+        ) from error
     except (ray.exceptions.RayError, StopIteration) as error:
-        how = [_HOW_IT_DIED[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in _HOW_IT_DIED]
+        how = [
+            _HOW_IT_DIED[kind.__name__]
+            for kind in type(error).__mro__
+            if kind.__name__ in _HOW_IT_DIED
+        ]
         if how:
             worker = f" (pid {flight.began.pid} on {flight.began.node})" if flight.began else ""
-            worker += f", rank {flight.rank} of {flight.task.resources.ranks}" if flight.gang else ""
+            worker += (
+                f", rank {flight.rank} of {flight.task.resources.ranks}" if flight.gang else ""
+            )
             short, why = isinstance(error, ray.exceptions.OutOfMemoryError), how[0]
-            if isinstance(error, ray.exceptions.WorkerCrashedError) and _kernel_killed_since(flight.began):
+            if isinstance(error, ray.exceptions.WorkerCrashedError) and _kernel_killed_since(
+                flight.began
+            ):
                 short, why = True, "out of memory, so the kernel killed it"
             died = (OutOfMemoryError if short else WorkerDiedError)(f"{key} died{worker}: {why}")
             return _DIED, _caused_by(died, error.with_traceback(None))
-        reason = getattr(error, "cause", None) or error  # before our code ran: q3q is not installed there, say
+        reason = (
+            getattr(error, "cause", None) or error
+        )  # before our code ran: q3q is not installed there, say
         return _ERROR, _caused_by(Q3QError(f"Ray could not run {key}: {reason}"), error)
     except Exception as error:
         return _ERROR, _caused_by(Q3QError(f"what {key} sent cannot be read here: {error}"), error)
@@ -726,7 +799,9 @@ def _kernel_killed_since(began: Started | None) -> bool:
         with suppress(ray.exceptions.RayError):
             found.append(ray.get(ask.remote(), timeout=ASK_SECONDS))
 
-    asking = threading.Thread(target=look, daemon=True)  # without the cluster's head `remote` may never come back
+    asking = threading.Thread(
+        target=look, daemon=True
+    )  # without the cluster's head `remote` may never come back
     asking.start()
     asking.join(ASK_SECONDS)
     return bool(found) and found[0] > began.kernel_kills
@@ -740,7 +815,10 @@ def _kernel_kills() -> Callable[[], int]:
         from pathlib import Path
 
         try:
-            counters = dict(line.split() for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines())
+            counters = dict(
+                line.split()
+                for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+            )
         except OSError:
             return 0
         return int(counters.get("oom_kill", 0))
@@ -817,7 +895,10 @@ def _entry(shape: Resources) -> Any:
         import os
         import sys
 
-        sys.path[:] = [*filter(os.path.exists, path), *(entry for entry in sys.path if entry not in path)]
+        sys.path[:] = [
+            *filter(os.path.exists, path),
+            *(entry for entry in sys.path if entry not in path),
+        ]
         os.environ.update(env)
         if os.path.isdir(cwd):  # not on another machine
             os.chdir(cwd)
@@ -857,7 +938,9 @@ def _work(
     asked = threading.Event()
     with _heeding_sigterm(asked):
         where, kills = {"node": platform.node(), "node_id": _node_id()}, _kernel_kills()()
-        yield _pack(_EVENT, Started(key=key, pid=os.getpid(), attempt=attempt, kernel_kills=kills, **where))
+        yield _pack(
+            _EVENT, Started(key=key, pid=os.getpid(), attempt=attempt, kernel_kills=kills, **where)
+        )
         work: tuple[Any, ...] = (call, cpus, gpus, outbox, asked)
         if place is not None:
             seat = _seat(*place)
@@ -899,7 +982,12 @@ def _seat(rank: int, size: int, address: tuple[str, int] | None) -> Seat:
 
 
 def _run_call(
-    call: bytes, cpus: float, gpus: float, outbox: "queue.Queue[bytes | None]", asked: threading.Event, *seats: Seat
+    call: bytes,
+    cpus: float,
+    gpus: float,
+    outbox: "queue.Queue[bytes | None]",
+    asked: threading.Event,
+    *seats: Seat,
 ) -> None:
     def report(event: Any) -> None:
         if asked.is_set():
@@ -917,7 +1005,9 @@ def _run_call(
         try:
             end = _pack(_VALUE, value)
         except Exception as error:
-            problem = Q3QError(f"the result, of type {type(value).__name__}, cannot be sent: {error}")
+            problem = Q3QError(
+                f"the result, of type {type(value).__name__}, cannot be sent: {error}"
+            )
             end = _pack_error(_caused_by(problem, error))
     outbox.put(end)
     outbox.put(None)
@@ -928,10 +1018,14 @@ def keep_to(cpus: float, gpus: float) -> None:
     threads = max(1, int(cpus))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)  # for libraries that are loaded from now on
-    if "torch" in sys.modules:  # from an earlier task; OpenMP counts threads for each calling thread anew
+    if (
+        "torch" in sys.modules
+    ):  # from an earlier task; OpenMP counts threads for each calling thread anew
         sys.modules["torch"].set_num_threads(threads)
     if gpus == 0:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray gives GPU tasks processes of their own, so none inherits this
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # Ray gives GPU tasks processes of their own, so none inherits this
+        )
 
 
 def _node_id() -> str:
@@ -956,7 +1050,9 @@ def _pack_error(error: BaseException) -> bytes:
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         packed = _pack(_ERROR, error, trace)
-        _unpack(packed)  # an exception class with its own __init__ often pickles but does not come back
+        _unpack(
+            packed
+        )  # an exception class with its own __init__ often pickles but does not come back
     except Exception:
         packed = _pack(_ERROR, Q3QError(f"{type(error).__name__}: {error}"), trace)
     return packed

@@ -55,13 +55,21 @@ class CostModel:
     Sources: R, records of the demo models' trials on one EPYC core; B, docs/BENCHMARKS.md; D, data sheets.
     """
 
-    core_flops: float = 5e10  # operations a second of one core; R, and B (22 s for GPTQ of 0.6B widths on two)
+    core_flops: float = (
+        5e10  # operations a second of one core; R, and B (22 s for GPTQ of 0.6B widths on two)
+    )
     gpu_flops: float = 1.5e14  # of one GPU; D: an A100's 3.1e14 in bfloat16 at half its peak
-    read_bytes: float = 1e9  # a second, from disk to where the model computes; D: a plain NVMe drive
+    read_bytes: float = (
+        1e9  # a second, from disk to where the model computes; D: a plain NVMe drive
+    )
     start: float = 1.0  # seconds of opening a model, whatever its size; R (0.1, and 2 where libraries are loaded too)
-    streamed: float = 1.6  # times as long as resident; benchmarks/streaming.py asks for at most 1 / 0.6
+    streamed: float = (
+        1.6  # times as long as resident; benchmarks/streaming.py asks for at most 1 / 0.6
+    )
     gang: float = 0.7  # share of its GPUs' speed that a gang has; a guess, corrected like all rates
-    rounding: float = 1_000.0  # operations that rounding a weight to nearest is worth; R (0.12 s for 4.7 million)
+    rounding: float = (
+        1_000.0  # operations that rounding a weight to nearest is worth; R (0.12 s for 4.7 million)
+    )
     cube: float = 0.6  # of columns^3: a site's factor and its inverse; B, "GPTQ's column loop"
     square: float = 0.8  # of rows x columns^2: its column loop; B, as above
     awq_passes: float = 14.0  # forward passes that AWQ's search is worth, with the race; R 17, B 8 (more tokens) to 20
@@ -78,7 +86,9 @@ class CostModel:
         tasks = sum(_task_tokens(task, spec.evaluation) for task in spec.evaluation["tasks"])
         tasks = forward(facts, tasks, 128)
         unquantized = spec.scheme is None
-        apart = unquantized and spec.evaluation.get("drift") is not None  # the baseline phase then measures the texts
+        apart = (
+            unquantized and spec.evaluation.get("drift") is not None
+        )  # the baseline phase then measures the texts
         return {
             "baseline": texts if apart else 0.0,
             "quantize": 0.0 if unquantized else self._quantizing(spec, facts),
@@ -87,8 +97,13 @@ class CostModel:
 
     def _text(self, facts: ModelFacts, text: Json, evaluation: Json) -> float:
         tokens = text_windows(text) * text["window"]
-        heads = 2 if evaluation.get("drift") is not None else 1  # the unquantized model's head speaks too
-        return forward(facts, tokens, text["window"]) + heads * 2.0 * facts.vocab * facts.hidden * tokens
+        heads = (
+            2 if evaluation.get("drift") is not None else 1
+        )  # the unquantized model's head speaks too
+        return (
+            forward(facts, tokens, text["window"])
+            + heads * 2.0 * facts.vocab * facts.hidden * tokens
+        )
 
     def _quantizing(self, spec: TrialSpec, facts: ModelFacts) -> float:
         method, wanted = spec.method, spec.calibration
@@ -98,16 +113,27 @@ class CostModel:
         tokens, length = wanted["samples"] * wanted["length"], wanted["length"]
         once = forward(facts, tokens, length)
         if method["name"] == "awq":
-            passes = self.awq_passes * method.get("grid", 20) / 20 * (1 if method.get("race", True) else self.awq_every)
+            passes = (
+                self.awq_passes
+                * method.get("grid", 20)
+                / 20
+                * (1 if method.get("race", True) else self.awq_every)
+            )
             return once * (1 + passes) + self.rounding * weights
         if method["name"] == "smoothquant":
             tried = len(method.get("alpha_grid", ())) if method.get("search") else 0
             few = forward(facts, method.get("search_windows", 0) * length, length)
-            return once * self.smooth_passes + tried * (2 * few + self.rounding * weights) + self.rounding * weights
+            return (
+                once * self.smooth_passes
+                + tried * (2 * few + self.rounding * weights)
+                + self.rounding * weights
+            )
         passes = 1 if method.get("true_sequential", True) else 2
         per_token, squares, cubes = _solving(facts)
         solved = passes * once + per_token * tokens + self.square * squares + self.cube * cubes
-        return solved + (self.binarizing * weights if method["name"] == "billm" else self.rounding * weights)
+        return solved + (
+            self.binarizing * weights if method["name"] == "billm" else self.rounding * weights
+        )
 
     # ------------------------------------------------------------------------------------------ seconds
 
@@ -117,7 +143,11 @@ class CostModel:
         """Predicted seconds of each phase, loading included."""
         slower = self.streamed if loader == "streamed" else 1 / self.gang if ranks > 1 else 1.0
         rate = (self.gpu_flops if where.gpu else self.core_flops) * where.units * ranks
-        read = facts.weight_bytes(spec.model["dtype"]) / self.read_bytes if loader != "streamed" else 0.0
+        read = (
+            facts.weight_bytes(spec.model["dtype"]) / self.read_bytes
+            if loader != "streamed"
+            else 0.0
+        )
         seconds = {"load": self.start + read}
         for phase, operations in self.operations(spec, facts).items():
             seconds[phase] = slower * operations / rate * self._ratio(phase, spec, where, loader)
@@ -125,7 +155,10 @@ class CostModel:
 
     def _ratio(self, phase: str, spec: TrialSpec, where: Rate, loader: str) -> float:
         """The nearest that is known: of this kind of machine, loader, phase, method first; of anything alike last."""
-        return next((self.ratios[key] for key in _ladder(phase, spec, where, loader) if key in self.ratios), 1.0)
+        return next(
+            (self.ratios[key] for key in _ladder(phase, spec, where, loader) if key in self.ratios),
+            1.0,
+        )
 
     def knows(self, spec: TrialSpec, where: Rate, loader: str) -> bool:
         """Whether any finished trial corrects the prediction."""
@@ -146,7 +179,9 @@ class CostModel:
             if facts is None:
                 continue
             where, ranks, loader = ran_on(record)
-            for phase, expected in plain.phases(record.spec, facts, where, loader=loader, ranks=ranks).items():
+            for phase, expected in plain.phases(
+                record.spec, facts, where, loader=loader, ranks=ranks
+            ).items():
                 took = record.metrics.get(f"seconds/{phase}", 0.0)
                 if phase not in PHASES or expected < SHORTEST or took <= 0:
                     continue
@@ -154,7 +189,9 @@ class CostModel:
                     continue
                 for key in _ladder(phase, record.spec, where, loader):
                     found.setdefault(key, []).append(took / expected)
-        return replace(self, ratios={key: statistics.median(ratios) for key, ratios in found.items()})
+        return replace(
+            self, ratios={key: statistics.median(ratios) for key, ratios in found.items()}
+        )
 
 
 def forward(facts: ModelFacts, tokens: float, context: float) -> float:
@@ -170,7 +207,11 @@ def _met(facts: ModelFacts) -> int:
     for k in range(facts.layers):
         for name, shape in facts.block_shapes(k).items():
             if name.endswith("_proj.weight"):
-                met += math.prod(shape) * facts.top_k // shape[0] if len(shape) == 3 else math.prod(shape)
+                met += (
+                    math.prod(shape) * facts.top_k // shape[0]
+                    if len(shape) == 3
+                    else math.prod(shape)
+                )
     return met
 
 
@@ -203,11 +244,22 @@ def text_windows(text: Json) -> int:
 
 def ran_on(record: TrialRecord) -> tuple[Rate, int, str]:
     """Where a trial ran, on how many ranks, and with which loader, as its record says."""
-    hardware, planned = record.environment.get("hardware", {}), record.environment.get("planned", {})
+    hardware, planned = (
+        record.environment.get("hardware", {}),
+        record.environment.get("planned", {}),
+    )
     ranks, loader = int(planned.get("ranks", 1)), str(planned.get("loader", "resident"))
     if "gpu" in hardware:
-        return Rate(str(hardware["gpu"]), True, min(1.0, float(planned.get("gpus", 1.0)))), ranks, loader
-    return Rate(str(hardware.get("processor", "")), False, float(hardware.get("threads", 1))), ranks, loader
+        return (
+            Rate(str(hardware["gpu"]), True, min(1.0, float(planned.get("gpus", 1.0)))),
+            ranks,
+            loader,
+        )
+    return (
+        Rate(str(hardware.get("processor", "")), False, float(hardware.get("threads", 1))),
+        ranks,
+        loader,
+    )
 
 
 def _ladder(phase: str, spec: TrialSpec, where: Rate, loader: str) -> list[Key]:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.core.utils import (
+    JobReturn,
+    JobStatus,
+    configure_log,
+    filter_overrides,
+    run_job,
+    setup_globals,
+)
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -77,23 +84,32 @@ class RayLauncher(Launcher):
         self.resources_per_job = Resources(cpus=cpus_per_job, gpus=gpus_per_job)
         self.retries = retries
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         self.hydra_context = hydra_context
         self.task_function = task_function
         self.config = config
 
     def cluster(self) -> Cluster:
         """The cluster that the launcher's configuration asks for, not started yet."""
-        env = {name: os.environ[name] for name in self.config.hydra.job.env_copy if name in os.environ}
+        env = {
+            name: os.environ[name] for name in self.config.hydra.job.env_copy if name in os.environ
+        }
         return Cluster(address=self.address, cpus=self.cpus, gpus=self.gpus, env=env)
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         Path(str(self.config.hydra.sweep.dir)).mkdir(parents=True, exist_ok=True)
         log.info(f"Launching {len(job_overrides)} jobs on Ray")
         with self.cluster() as cluster:  # starts while the jobs are composed
-            jobs = [self.compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+            jobs = [
+                self.compose(list(overrides), initial_job_idx + i)
+                for i, overrides in enumerate(job_overrides)
+            ]
             return self.run(jobs, cluster=cluster)
 
     def compose(self, overrides: list[str], number: int) -> Job:
@@ -118,7 +134,12 @@ class RayLauncher(Launcher):
         tasks = []
         for job in jobs:
             call = _HydraJob(self.task_function, self.hydra_context, singletons, job.config)
-            plain = Task(key=f"job {job.number}", call=call, resources=self.resources_per_job, retries=self.retries)
+            plain = Task(
+                key=f"job {job.number}",
+                call=call,
+                resources=self.resources_per_job,
+                retries=self.retries,
+            )
             tasks.append(policy.task(job, plain))
             job_of_task[tasks[-1].key] = job
         returns: dict[str, JobReturn] = {}
@@ -170,5 +191,7 @@ class _HydraJob:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-        _ = job_return.return_value  # raises the task function's own exception, and that is what the driver gets
+        _ = (
+            job_return.return_value
+        )  # raises the task function's own exception, and that is what the driver gets
         return job_return

@@ -18,19 +18,36 @@ from pathlib import Path
 from q3q.errors import ConfigError
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.checkpoint import ModelFacts
-from q3q.models.footprint import AUTO, LOADERS, Device, ahead_bytes, bytes_of, free_memory, in_gb, need
+from q3q.models.footprint import (
+    AUTO,
+    LOADERS,
+    Device,
+    ahead_bytes,
+    bytes_of,
+    free_memory,
+    in_gb,
+    need,
+)
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.sweep.costs import CostModel, Rate, text_windows
 
-FRACTIONS = (0.25, 0.5, 1.0)  # of a GPU: smaller shares would only make trials wait for each other on it
+FRACTIONS = (
+    0.25,
+    0.5,
+    1.0,
+)  # of a GPU: smaller shares would only make trials wait for each other on it
 ROOM = 0.92  # of a GPU's memory that trials may plan with: the rest fragments, and belongs to its driver
 FREE = 0.9  # of the memory that is free on this machine, likewise
 MOST_ACTIVATIONS = 8_000_000_000  # bytes of hidden states that a trial reserves memory for
-KEEPS_INPUTS = {"awq": 5}  # so many times the hidden states are held in memory at once, in the walk's shares of it
+KEEPS_INPUTS = {
+    "awq": 5
+}  # so many times the hidden states are held in memory at once, in the walk's shares of it
 HOST_BYTES = 4_000_000_000  # of main memory that a trial on a GPU takes, beside two blocks on their way to it
 MOST_THREADS = 16  # of a trial on a GPU, which hardly computes on its cores
-CORES_TO_COME = 4  # for each GPU of a machine that nobody has seen yet, or of a machine without GPUs
+CORES_TO_COME = (
+    4  # for each GPU of a machine that nobody has seen yet, or of a machine without GPUs
+)
 # Bytes of a GPU, by the name that Ray has for its kind; of kinds that come in several sizes the smallest.
 GPU_BYTES = {
     kind: gib * 2**30
@@ -132,7 +149,9 @@ class Planned:
 
     @property
     def gpu_hours(self) -> float:
-        return 0.0 if self.share is None else self.seconds * self.share.gpus * self.share.ranks / 3600
+        return (
+            0.0 if self.share is None else self.seconds * self.share.gpus * self.share.ranks / 3600
+        )
 
     def to_json(self, share: Share | None = None) -> Json:
         """What a record keeps of it, beside what was measured. share: what the trial had in the end."""
@@ -152,7 +171,9 @@ class Planned:
 # ---------------------------------------------------------------------------------------------- resources
 
 
-def rungs(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes) -> Iterator[Share]:
+def rungs(
+    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes
+) -> Iterator[Share]:
     """What the trial could be given, from the least on; whether it is enough or there is as much is not asked.
 
     On cores: what it needs, twice that, and the same streamed. On GPUs: shares of one with its model resident, gangs
@@ -161,20 +182,32 @@ def rungs(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishe
     """
     loader = spec.places.get("loader", AUTO)
     if loader not in (AUTO, *LOADERS):
-        raise ConfigError(f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}")
-    on_gpu = (wishes.gpus if wishes.gpus is not None else max((one.gpus for one in machines), default=0)) > 0
-    whole = bool(spec.evaluation.get("generates"))  # token by token: no model that is read anew for each
+        raise ConfigError(
+            f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}"
+        )
+    on_gpu = (
+        wishes.gpus if wishes.gpus is not None else max((one.gpus for one in machines), default=0)
+    ) > 0
+    whole = bool(
+        spec.evaluation.get("generates")
+    )  # token by token: no model that is read anew for each
     for share in (_on_gpus if on_gpu else _on_cores)(spec, facts, machines, wishes):
         held = share.loader == "resident" or not whole
         if held and loader in (AUTO, share.loader) and wishes.ranks in (None, share.ranks):
             yield share
 
 
-def _on_cores(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes) -> Iterator[Share]:
+def _on_cores(
+    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes
+) -> Iterator[Share]:
     roomiest = max(machines, key=lambda one: (one.cpus > 0, one.memory or 0))
-    ranks = wishes.ranks or 1  # cores alone never make a gang of their own accord: streaming takes less memory
+    ranks = (
+        wishes.ranks or 1
+    )  # cores alone never make a gang of their own accord: streaming takes less memory
     for loader in ("resident", "streamed") if ranks == 1 else ("sharded",):
-        needs = _need(facts, spec.model["dtype"], str(spec.method["name"]), loader, ranks, "cpu", spec.heads)
+        needs = _need(
+            facts, spec.model["dtype"], str(spec.method["name"]), loader, ranks, "cpu", spec.heads
+        )
         if wishes.memory is not None and wishes.memory < needs:
             continue
         more = min(_activations(spec, facts), MOST_ACTIVATIONS)
@@ -185,7 +218,15 @@ def _on_cores(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], w
                 memory = max(times * needs, min(memory, roomiest.memory))
             part = min(1.0, memory / roomiest.memory) if roomiest.memory else 0.0
             cpus = max(1, int(roomiest.cpus * part)) if wishes.cpus is None else wishes.cpus
-            yield Share(cpus=cpus, gpus=0, memory=memory, needs=needs, room=memory, loader=loader, ranks=ranks)
+            yield Share(
+                cpus=cpus,
+                gpus=0,
+                memory=memory,
+                needs=needs,
+                room=memory,
+                loader=loader,
+                ranks=ranks,
+            )
 
 
 def _activations(spec: TrialSpec, facts: ModelFacts) -> int:
@@ -195,22 +236,32 @@ def _activations(spec: TrialSpec, facts: ModelFacts) -> int:
         return 0
     item = facts.weight_bytes(spec.model["dtype"]) // facts.parameters
     times = KEEPS_INPUTS.get(str(spec.method["name"]), 1)
-    return int(times * spec.calibration["samples"] * spec.calibration["length"] * facts.hidden * item)
+    return int(
+        times * spec.calibration["samples"] * spec.calibration["length"] * facts.hidden * item
+    )
 
 
-def _on_gpus(spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes) -> Iterator[Share]:
+def _on_gpus(
+    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: Wishes
+) -> Iterator[Share]:
     asked = wishes.ranks if wishes.gpus is None and (wishes.ranks or 1) > 1 else wishes.gpus
     having = [one for one in machines if one.gpus]
     largest = max(having, key=lambda one: one.gpu_memory or 0, default=None)
     pools = {"": having}
-    if largest is not None and largest.kind and any(one.gpu_memory != largest.gpu_memory for one in having):
+    if (
+        largest is not None
+        and largest.kind
+        and any(one.gpu_memory != largest.gpu_memory for one in having)
+    ):
         pools[largest.kind] = [one for one in having if one.kind == largest.kind]
 
     def shares(loader: str, ranks: int = 1) -> Iterator[Share]:
         for kind, pool in pools.items():
             known = all(one.gpu_memory is not None for one in pool) and bool(pool)
             for gpus in (1.0,) if ranks > 1 else _fractions(asked, known and loader == "resident"):
-                yield _on_pool(spec, facts, pool, wishes, loader=loader, gpus=gpus, ranks=ranks, kind=kind)
+                yield _on_pool(
+                    spec, facts, pool, wishes, loader=loader, gpus=gpus, ranks=ranks, kind=kind
+                )
 
     if asked is None or asked <= 1:
         yield from shares("resident")
@@ -243,7 +294,9 @@ def _on_pool(
 ) -> Share:
     """A share of these machines' GPUs, on whichever of them it lands."""
     method, dtype = str(spec.method["name"]), spec.model["dtype"]
-    best = max(pool, key=lambda one: (one.gpus, one.cpus), default=Machine(cpus=CORES_TO_COME, gpus=1))
+    best = max(
+        pool, key=lambda one: (one.gpus, one.cpus), default=Machine(cpus=CORES_TO_COME, gpus=1)
+    )
     threads = min(MOST_THREADS, max(1, int(best.cpus / best.gpus * gpus)))
     sizes = [one.gpu_memory for one in pool if one.gpu_memory is not None]
     return Share(
@@ -259,19 +312,25 @@ def _on_pool(
 
 
 @functools.cache
-def _need(facts: ModelFacts, dtype: str, name: str, loader: str, ranks: int, device: Device, heads: int) -> int:
+def _need(
+    facts: ModelFacts, dtype: str, name: str, loader: str, ranks: int, device: Device, heads: int
+) -> int:
     method = None if name == "none" else name
     return need(facts, dtype, method=method, loader=loader, ranks=ranks, device=device, heads=heads)
 
 
-def fits(share: Share, machines: Sequence[Machine], bound: int | None = None, patience: float = 0.0) -> bool:
+def fits(
+    share: Share, machines: Sequence[Machine], bound: int | None = None, patience: float = 0.0
+) -> bool:
     """Whether the machines can ever hold it, on whichever of them it lands. bound: bytes that the person allows the
     model. patience: more machines like these, and with more main memory, are to come: their number is not asked."""
     if bound is not None and share.needs > bound:
         return False
     if not share.gpus and share.needs > share.memory:
         return False  # less was asked for than it takes
-    if not all(_holds(share, machine) for machine in machines if patience or _seats(share, machine)):
+    if not all(
+        _holds(share, machine) for machine in machines if patience or _seats(share, machine)
+    ):
         return False
     return bool(patience) or sum(_seats(share, machine) for machine in machines) >= share.ranks
 
@@ -288,14 +347,21 @@ def _seats(share: Share, machine: Machine) -> int:
         limits.append(machine.memory / share.memory)
     if share.gpus:
         allowed = share.kind in ("", machine.kind)
-        per_gpu = machine.gpus // share.gpus if share.gpus >= 1 else machine.gpus * (1 // share.gpus)
+        per_gpu = (
+            machine.gpus // share.gpus if share.gpus >= 1 else machine.gpus * (1 // share.gpus)
+        )
         limits.append(per_gpu if allowed else 0)
     return int(min(limits) + 1e-9)
 
 
 def _holds(share: Share, machine: Machine) -> bool:
     """Whether the share of one of its GPUs is large enough, as far as is known; of cores there is nothing to hold."""
-    if not share.gpus or not machine.gpus or machine.gpu_memory is None or share.kind not in ("", machine.kind):
+    if (
+        not share.gpus
+        or not machine.gpus
+        or machine.gpu_memory is None
+        or share.kind not in ("", machine.kind)
+    ):
         return True
     return share.needs <= ROOM * machine.gpu_memory * min(1.0, share.gpus)
 
@@ -318,7 +384,9 @@ def shares_of(
     if not asked:
         raise ConfigError(_too_large(spec, facts, machines, ladder, wishes))
     first = asked[0]
-    return first, next((share for share in fitting[fitting.index(first) :] if _has_more(share, first)), None)
+    return first, next(
+        (share for share in fitting[fitting.index(first) :] if _has_more(share, first)), None
+    )
 
 
 def _has_more(share: Share, first: Share) -> bool:
@@ -328,12 +396,20 @@ def _has_more(share: Share, first: Share) -> bool:
 
 
 def _too_large(
-    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], ladder: Sequence[Share], wishes: Wishes
+    spec: TrialSpec,
+    facts: ModelFacts,
+    machines: Sequence[Machine],
+    ladder: Sequence[Share],
+    wishes: Wishes,
 ) -> str:
     """One line: what it takes, what there is, and what would make it fit."""
     dtype, method = spec.model["dtype"], str(spec.method["name"])
-    largest = max(machines, key=lambda one: (one.gpus > 0, one.gpu_memory or 0, one.gpus, one.memory or 0))
-    on_gpu = any(share.gpus for share in ladder) or (not ladder and largest.gpus > 0 and wishes.gpus != 0)
+    largest = max(
+        machines, key=lambda one: (one.gpus > 0, one.gpu_memory or 0, one.gpus, one.memory or 0)
+    )
+    on_gpu = any(share.gpus for share in ladder) or (
+        not ladder and largest.gpus > 0 and wishes.gpus != 0
+    )
     device: Device = "cuda" if on_gpu else "cpu"
     generates = ", ".join(spec.evaluation.get("generates", ()))
     ways = ("resident",) if generates else ("resident", "streamed")
@@ -344,18 +420,24 @@ def _too_large(
     where = f"{count:g} {unit}{'' if count == 1 else 's'}"
     held = f"the largest machine has {where}{f', {in_gb(has)} of memory' if has else ''}"
     if device == "cuda" and has and wishes.gpus and wishes.gpus < 1:
-        held = f"{wishes.gpus:g} of a GPU of {in_gb(has)} has {in_gb(ROOM * wishes.gpus * has)} for it"
+        held = (
+            f"{wishes.gpus:g} of a GPU of {in_gb(has)} has {in_gb(ROOM * wishes.gpus * has)} for it"
+        )
     wanted = spec.places.get("loader", AUTO)
     advice = []
     if wanted not in (AUTO, "streamed") and has and needs.get("streamed", has + 1) <= has:
         advice.append("loader=streamed")
     if wishes.memory is not None and has and least <= has:
-        advice.append(f"cluster.memory_per_trial=auto (or at least {in_gb(least).replace(' ', '')})")
+        advice.append(
+            f"cluster.memory_per_trial=auto (or at least {in_gb(least).replace(' ', '')})"
+        )
     bound = spec.places.get("memory")
     if bound is not None and least > bound:
         advice.append(f"memory={in_gb(least).replace(' ', '')} or more")
     if generates:
-        advice.append(f"evaluation.tasks without {generates}, which generates text and so needs a resident model")
+        advice.append(
+            f"evaluation.tasks without {generates}, which generates text and so needs a resident model"
+        )
     if wishes.cpus is not None and wishes.cpus > largest.cpus:
         advice.append(f"cluster.cpus_per_trial={largest.cpus:g} or fewer")
     if device == "cuda" and not largest.gpus:
@@ -377,7 +459,10 @@ def _too_large(
 
 def _fits_gang(spec: TrialSpec, facts: ModelFacts, ranks: int, gpu_memory: int) -> bool:
     method = str(spec.method["name"])
-    return _need(facts, spec.model["dtype"], method, "sharded", ranks, "cuda", spec.heads) <= ROOM * gpu_memory
+    return (
+        _need(facts, spec.model["dtype"], method, "sharded", ranks, "cuda", spec.heads)
+        <= ROOM * gpu_memory
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the plan
@@ -416,19 +501,27 @@ def plan(
         where = rate_of(share, machines)
         phases = model.phases(spec, mine, where, loader=share.loader, ranks=share.ranks)
         basis = "measured" if model.knows(spec, where, share.loader) else "rough"
-        planned.append(Planned(spec=spec, share=share, larger=larger, phases=phases, basis=basis, disk=0))
-    planned.sort(key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds, model_key(one.spec)))
+        planned.append(
+            Planned(spec=spec, share=share, larger=larger, phases=phases, basis=basis, disk=0)
+        )
+    planned.sort(
+        key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds, model_key(one.spec))
+    )
     for number, one in enumerate(planned):
         if not one.done:
             left = left_behind(one.spec, facts[one.spec.id])
-            planned[number] = replace(one, disk=sum(size for what, size in left.items() if what not in there))
+            planned[number] = replace(
+                one, disk=sum(size for what, size in left.items() if what not in there)
+            )
             there |= left.keys()
     return planned
 
 
 def model_key(spec: TrialSpec) -> str:
     """The files that a trial reads its model from: machines that have them are preferred."""
-    return str(spec.model.get("digest") or f"{spec.model.get('source')}@{spec.model.get('revision')}")
+    return str(
+        spec.model.get("digest") or f"{spec.model.get('source')}@{spec.model.get('revision')}"
+    )
 
 
 def rate_of(share: Share, machines: Sequence[Machine]) -> Rate:
@@ -446,7 +539,14 @@ def left_behind(spec: TrialSpec, facts: ModelFacts) -> dict[tuple[str, ...], int
     if (drift := spec.evaluation.get("drift")) is not None:
         for text in spec.evaluation["texts"]:
             size = _baseline(text, facts, dtype, drift)
-            left["baseline", model_key(spec), dtype, str(text["name"]), str(text["window"]), str(size)] = size
+            left[
+                "baseline",
+                model_key(spec),
+                dtype,
+                str(text["name"]),
+                str(text["window"]),
+                str(size),
+            ] = size
     if spec.scheme is None:
         return left
     columns = facts.hidden if spec.scheme.group_size == -1 else spec.scheme.group_size
@@ -469,7 +569,9 @@ def disk_of(spec: TrialSpec, facts: ModelFacts) -> int:
 def _baseline(text: Json, facts: ModelFacts, dtype: str, drift: object) -> int:
     windows, length = text_windows(text), text["window"]
     wanted = None if drift == AUTO else int(str(drift))
-    return baseline_bytes(kept_windows(windows, length, facts.hidden, dtype, wanted), length, facts.hidden, dtype)
+    return baseline_bytes(
+        kept_windows(windows, length, facts.hidden, dtype, wanted), length, facts.hidden, dtype
+    )
 
 
 def simulate(planned: Sequence[Planned], machines: Sequence[Machine]) -> tuple[float, int]:
@@ -500,7 +602,9 @@ def simulate(planned: Sequence[Planned], machines: Sequence[Machine]) -> tuple[f
                 ticket += 1
         most = max(most, len(running))
         if not running:  # machines that are still to come: one for each that waits
-            return now + max((max(waiting) for waiting in queues.values() if waiting), default=0.0), max(1, most)
+            return now + max(
+                (max(waiting) for waiting in queues.values() if waiting), default=0.0
+            ), max(1, most)
         now, _, share, places = heapq.heappop(running)
         for node, gpu in places:
             cores[node] += share.cpus
@@ -520,7 +624,10 @@ def _place(
     """Machine and GPU (-1: none) for each rank, as far as there is room."""
     found: list[tuple[int, int]] = []
     for node in range(len(cores)):
-        free = min(int(cores[node] / share.cpus + 1e-9) if share.cpus else share.ranks, share.ranks - len(found))
+        free = min(
+            int(cores[node] / share.cpus + 1e-9) if share.cpus else share.ranks,
+            share.ranks - len(found),
+        )
         if share.memory:
             free = min(free, int(memory[node] // share.memory))
         if free <= 0 or share.kind not in ("", kinds[node]):
@@ -539,9 +646,24 @@ def _place(
 # ---------------------------------------------------------------------------------------------- for people
 
 
-def describe(planned: Sequence[Planned], *, machines: Sequence[Machine], where: str, storage: Path | str) -> str:
+def describe(
+    planned: Sequence[Planned], *, machines: Sequence[Machine], where: str, storage: Path | str
+) -> str:
     """The plan for people: a line a trial, and the total."""
-    rows = [("trial", "what", "model", "on", "loader", "predicted", "needs", "main memory", "disk", "GPU-hours")]
+    rows = [
+        (
+            "trial",
+            "what",
+            "model",
+            "on",
+            "loader",
+            "predicted",
+            "needs",
+            "main memory",
+            "disk",
+            "GPU-hours",
+        )
+    ]
     for one in planned:
         share = one.share
         head = (one.spec.id, one.spec.name, str(one.spec.model["name"]))
@@ -553,18 +675,29 @@ def describe(planned: Sequence[Planned], *, machines: Sequence[Machine], where: 
         left_on_disk = _bytes(one.disk) if one.disk else "-"
         on = f"{share} + {share.cpus * share.ranks:g} CPUs" if share.gpus else str(share)
         reserved = in_gb(share.memory * share.ranks)
-        rows.append((*head, on, share.loader, took, in_gb(share.needs), reserved, left_on_disk, busy))
+        rows.append(
+            (*head, on, share.loader, took, in_gb(share.needs), reserved, left_on_disk, busy)
+        )
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     left = [one for one in planned if not one.done]
     wall, at_once = simulate(left, machines)
     disk, hours = sum(one.disk for one in left), sum(one.gpu_hours for one in left)
-    total = [f"{len(left)} to run on {where}", f"{at_once} at a time at most", f"about {duration(wall)}"]
+    total = [
+        f"{len(left)} to run on {where}",
+        f"{at_once} at a time at most",
+        f"about {duration(wall)}",
+    ]
     total += [f"{hours:.1f} GPU-hours"] if hours else []
     total += [f"{_bytes(disk)} of disk"] if disk else []
     lines.append(f"{', '.join(total)}. State and records: {storage}")
     if left and any(one.basis != "measured" for one in left):
-        lines.append("Rough: arithmetic alone; trials that finish here correct it for the next plan.")
+        lines.append(
+            "Rough: arithmetic alone; trials that finish here correct it for the next plan."
+        )
     return "\n".join(lines)
 
 
@@ -588,7 +721,11 @@ def machine_here() -> Machine:
     from q3q.environment import cores, processor
 
     return Machine(
-        cpus=cores(), gpus=gpus, memory=_free_here(), gpu_memory=gpu_memory, name=name if gpus else processor()
+        cpus=cores(),
+        gpus=gpus,
+        memory=_free_here(),
+        gpu_memory=gpu_memory,
+        name=name if gpus else processor(),
     )
 
 
@@ -597,7 +734,11 @@ def gpus_here() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([one for one in visible.split(",") if one.strip() and one.strip() != "-1"])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) if Path("/proc/driver/nvidia/gpus").is_dir() else 0
+    return (
+        len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+        if Path("/proc/driver/nvidia/gpus").is_dir()
+        else 0
+    )
 
 
 def _gpu_here() -> tuple[int | None, str]:
@@ -643,23 +784,33 @@ def wishes_of(cluster: Callable[[str], object]) -> Wishes:
     Raises:
         ConfigError: one of them cannot be meant.
     """
-    cpus, gpus = (amount(f"cluster.{key}_per_trial", cluster(f"{key}_per_trial")) for key in ("cpus", "gpus"))
+    cpus, gpus = (
+        amount(f"cluster.{key}_per_trial", cluster(f"{key}_per_trial")) for key in ("cpus", "gpus")
+    )
     if cpus == 0:
         raise ConfigError("cluster.cpus_per_trial=0: give at least a part of one, or auto")
     if gpus is not None and gpus > 1 and gpus != int(gpus):
-        raise ConfigError(f"cluster.gpus_per_trial={gpus:g}: give a part of one GPU, 1, or a whole number for a gang")
+        raise ConfigError(
+            f"cluster.gpus_per_trial={gpus:g}: give a part of one GPU, 1, or a whole number for a gang"
+        )
     ranks = amount("cluster.ranks_per_trial", cluster("ranks_per_trial"))
     if ranks is not None and (ranks != int(ranks) or ranks < 1):
-        raise ConfigError(f"cluster.ranks_per_trial={ranks:g}: give 1, a whole number for a gang, or auto")
+        raise ConfigError(
+            f"cluster.ranks_per_trial={ranks:g}: give 1, a whole number for a gang, or auto"
+        )
     if gpus and ranks and ranks != max(1, gpus):
         raise ConfigError(
             f"cluster.ranks_per_trial={ranks:g} and cluster.gpus_per_trial={gpus:g} contradict each other: each rank "
             "has one GPU"
         )
-    memory, gpu_memory = (size(f"cluster.{key}", cluster(key)) for key in ("memory_per_trial", "gpu_memory"))
+    memory, gpu_memory = (
+        size(f"cluster.{key}", cluster(key)) for key in ("memory_per_trial", "gpu_memory")
+    )
     patience = amount("cluster.patience", cluster("patience")) or 0.0
     whole = None if ranks is None else int(ranks)
-    return Wishes(cpus=cpus, gpus=gpus, ranks=whole, memory=memory, gpu_memory=gpu_memory, patience=patience)
+    return Wishes(
+        cpus=cpus, gpus=gpus, ranks=whole, memory=memory, gpu_memory=gpu_memory, patience=patience
+    )
 
 
 def sized(kind: str, here: Machine) -> int | None:
@@ -672,10 +823,15 @@ def sized(kind: str, here: Machine) -> int | None:
 def expected(machines: Sequence[Machine], wishes: Wishes) -> list[Machine]:
     """The machines that there are, with GPUs as large as the person says; and of a cluster that grows, while no trial
     could run on any of them, one such as will come."""
-    known = [replace(one, gpu_memory=wishes.gpu_memory or one.gpu_memory) if one.gpus else one for one in machines]
+    known = [
+        replace(one, gpu_memory=wishes.gpu_memory or one.gpu_memory) if one.gpus else one
+        for one in machines
+    ]
     on_gpu = bool(wishes.gpu_memory if wishes.gpus is None else wishes.gpus)
     if wishes.patience and not any(one.gpus if on_gpu else one.cpus for one in known):
         gpus = max(1, int(wishes.gpus or 1)) if on_gpu else 0
         cpus = max(CORES_TO_COME * max(1, gpus), (wishes.cpus or 0) * max(1, gpus))
-        known.append(Machine(cpus=cpus, gpus=gpus, gpu_memory=wishes.gpu_memory if on_gpu else None))
+        known.append(
+            Machine(cpus=cpus, gpus=gpus, gpu_memory=wishes.gpu_memory if on_gpu else None)
+        )
     return known

@@ -79,19 +79,27 @@ class Pace:
         return self.seconds[key] / self.count[key] if self.count[key] else None
 
     def trial_left(self, trial: Running, now: float) -> float | None:
-        elapsed, rest, typical = max(0.0, now - trial.started), 1 - trial.share, self.typical(trial.name)
+        elapsed, rest, typical = (
+            max(0.0, now - trial.started),
+            1 - trial.share,
+            self.typical(trial.name),
+        )
         if typical is not None:
             return rest * (elapsed + rest * typical)
         return elapsed * rest / trial.share if trial.share > 0 else None
 
-    def sweep_left(self, running: Sequence[Running], waiting: int, at_once: int, now: float) -> float | None:
+    def sweep_left(
+        self, running: Sequence[Running], waiting: int, at_once: int, now: float
+    ) -> float | None:
         lefts = [self.trial_left(trial, now) for trial in running]
         known = [left for left in lefts if left is not None]
         if len(known) < len(lefts):
             return None
         typical = self.typical()
         if typical is None and known:
-            typical = sum(left + now - trial.started for left, trial in zip(known, running, strict=True)) / len(known)
+            typical = sum(
+                left + now - trial.started for left, trial in zip(known, running, strict=True)
+            ) / len(known)
         if waiting and typical is None:
             return None
         return max([0.0, *known, (sum(known) + waiting * (typical or 0.0)) / max(1, at_once)])
@@ -114,11 +122,20 @@ def counted(
     began = said = clock()
     for done, item in enumerate(items):
         now = clock()
-        if done and now - began > PATIENCE_SECONDS and now - said > (FRAME_SECONDS if live else QUIET_SECONDS):
+        if (
+            done
+            and now - began > PATIENCE_SECONDS
+            and now - said > (FRAME_SECONDS if live else QUIET_SECONDS)
+        ):
             said = now
             left = duration((now - began) / done * (total - done))
             line = f"{what}: {done} of {total} {units}, {left} left"
-            print(f"\r\x1b[K{line}" if live else line, end="" if live else "\n", file=stream, flush=True)
+            print(
+                f"\r\x1b[K{line}" if live else line,
+                end="" if live else "\n",
+                file=stream,
+                flush=True,
+            )
         yield item
     if clock() - began > PATIENCE_SECONDS:
         line = f"{what}: {total} {units} in {duration(clock() - began)}"
@@ -173,7 +190,10 @@ class Display:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._summarize()
         # Outside the lock: the screen's thread may be waiting for it, and has to end.
@@ -187,7 +207,9 @@ class Display:
     def _enter(self) -> None:
         self._began = self._clock()
         if self.stream.isatty() and os.environ.get("TERM") != "dumb":
-            self._screen = Screen(self.stream, lambda *size: picture(self.view(), *size), self._confess)
+            self._screen = Screen(
+                self.stream, lambda *size: picture(self.view(), *size), self._confess
+            )
         if self.publisher is not None:
             self.publisher.start(self.view, self._confess)
 
@@ -196,7 +218,9 @@ class Display:
         if self._ended:
             took = duration(self._clock() - self._began, tenths=True)
             completed = len(self._ended) - self._failed
-            self._say(f"{_trials(len(self._ended))} in {took}: {completed} completed, {self._failed} failed")
+            self._say(
+                f"{_trials(len(self._ended))} in {took}: {completed} completed, {self._failed} failed"
+            )
 
     @_harmless
     def started(self, trial: str, name: str) -> None:
@@ -235,14 +259,19 @@ class Display:
             self._say(f"{name}: {', '.join([*headline(record), took])}", f" ({self._count()})")
         else:
             self._failed += 1
-            self._say(f"{name}: FAILED after {took}: {record.reason[:LONGEST_REASON]}", f" ({self._count()})")
+            self._say(
+                f"{name}: FAILED after {took}: {record.reason[:LONGEST_REASON]}",
+                f" ({self._count()})",
+            )
 
     @_harmless
     def skipped(self, names: Sequence[str]) -> None:
         if names:
             more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
             verb = "is" if len(names) == 1 else "are"
-            self._say(f"{_trials(len(names))} {verb} done already: {', '.join(names[:MOST_NAMES])}{more}")
+            self._say(
+                f"{_trials(len(names))} {verb} done already: {', '.join(names[:MOST_NAMES])}{more}"
+            )
 
     @_harmless
     def note(self, text: str) -> None:
@@ -256,7 +285,9 @@ class Display:
         if self._screen is not None:
             self._screen.say(_printable(masked(text)))
         else:
-            encoding = self.stream.encoding or "utf-8"  # a log in plain ASCII gets a ? for a letter it cannot hold
+            encoding = (
+                self.stream.encoding or "utf-8"
+            )  # a log in plain ASCII gets a ? for a letter it cannot hold
             print(line.encode(encoding, "replace").decode(encoding), file=self.stream, flush=True)
 
     def _count(self) -> str:
@@ -272,7 +303,9 @@ class Display:
                 ended=len(self._ended),
                 failed=self._failed,
                 seconds=now - self._began,
-                left=self.pace.sweep_left([trial for _, trial in trials], waiting, self._at_once, now),
+                left=self.pace.sweep_left(
+                    [trial for _, trial in trials], waiting, self._at_once, now
+                ),
                 running=tuple(
                     Work(
                         trial=key,
@@ -330,7 +363,10 @@ class Screen:
     """
 
     def __init__(
-        self, stream: TextIO, picture: "Callable[[int, int], RenderableType]", confess: Callable[[Exception], None]
+        self,
+        stream: TextIO,
+        picture: "Callable[[int, int], RenderableType]",
+        confess: Callable[[Exception], None],
     ) -> None:
         from rich.console import Console
         from rich.live import Live
@@ -350,7 +386,9 @@ class Screen:
         self._lines: list[str] = []
         self._closing = threading.Event()
         self._live.start()
-        self._thread = threading.Thread(target=self._draw_until_closed, name="q3q-display", daemon=True)
+        self._thread = threading.Thread(
+            target=self._draw_until_closed, name="q3q-display", daemon=True
+        )
         self._thread.start()
 
     def say(self, line: str) -> None:

@@ -32,7 +32,9 @@ def study_id(specs: Iterable[TrialSpec]) -> str:
 
 
 @contextmanager
-def sole_driver(specs: Sequence[TrialSpec], storage: str | Path, say: Callable[[str], object]) -> Iterator[None]:
+def sole_driver(
+    specs: Sequence[TrialSpec], storage: str | Path, say: Callable[[str], object]
+) -> Iterator[None]:
     """Be the only process that drives this set of trials in this storage, a folder or a URL.
 
     Raises:
@@ -46,7 +48,9 @@ def sole_driver(specs: Sequence[TrialSpec], storage: str | Path, say: Callable[[
         )
 
     mirror = mirror_at(str(storage))
-    claim = Claim(Path(storage) / "running" if mirror is None else mirror.board("running"), study_id(specs))
+    claim = Claim(
+        Path(storage) / "running" if mirror is None else mirror.board("running"), study_id(specs)
+    )
     claim_or_refuse(claim, refuse, say)
     try:
         yield
@@ -54,7 +58,9 @@ def sole_driver(specs: Sequence[TrialSpec], storage: str | Path, say: Callable[[
         claim.release()
 
 
-NOT_COMPARED = "not_compared"  # the note of a record that says why it is not compared with its baseline
+NOT_COMPARED = (
+    "not_compared"  # the note of a record that says why it is not compared with its baseline
+)
 RECENT_RECORDS = 200  # that correct the cost model
 TRY_AGAIN_SECONDS = 30.0  # after which a tracker that failed is asked again
 
@@ -155,7 +161,9 @@ class Study:
 
     def _fail(self, error: TrackingError) -> None:
         if not self._silent:
-            self.note(f"{error} Records stay on disk, and it is tried again every {TRY_AGAIN_SECONDS:g} s.")
+            self.note(
+                f"{error} Records stay on disk, and it is tried again every {TRY_AGAIN_SECONDS:g} s."
+            )
         self._silent_until = time.monotonic() + TRY_AGAIN_SECONDS
 
     def _reconcile(self) -> bool:
@@ -185,12 +193,18 @@ class Study:
         """Have here what a trial that has ended elsewhere left in the store; of a folder that is shared, nothing."""
         if self.courier is not None:
             self.courier.mirror.pull(f"trials/{spec.id}", only=is_light)
-            if spec.export is not None and (name := self.courier.mirror.name_of(Path(spec.places["export"]))):
-                self.courier.mirror.pull(name, only=(lambda one: True) if self.takes_exports else is_light)
+            if spec.export is not None and (
+                name := self.courier.mirror.name_of(Path(spec.places["export"]))
+            ):
+                self.courier.mirror.pull(
+                    name, only=(lambda one: True) if self.takes_exports else is_light
+                )
 
     def _send(self, record: TrialRecord) -> None:
         if self.courier is not None:
-            self.courier.add(*(f"trials/{record.spec.id}/{name}" for name in ("record.json", "failed.json")))
+            self.courier.add(
+                *(f"trials/{record.spec.id}/{name}" for name in ("record.json", "failed.json"))
+            )
 
     def take(self, record: TrialRecord) -> None:
         """A trial has ended; its record is on disk. One that has its baseline by now is compared with it."""
@@ -235,14 +249,22 @@ class Study:
             question=self.question,
             expectation=self.expectation,
             predicted=predictions(self.storage),
-            warnings=[f"{missing} of the study's {len(self.specs)} trials have no record yet."] if missing else [],
+            warnings=[f"{missing} of the study's {len(self.specs)} trials have no record yet."]
+            if missing
+            else [],
         )
         report = write_report(ordered, self.storage / "reports" / f"{self.name}_{self.id}", about)
         finished = len(ordered) == len(self.specs) and all(record.completed for record in ordered)
-        self._teller.settle(lambda left: self.note(f"the tracker is still to be told of {left} more"))
+        self._teller.settle(
+            lambda left: self.note(f"the tracker is still to be told of {left} more")
+        )
         if not self._close_tracker(report, finished):
-            owed = f"{len(self._owed)} records and the report are" if self._owed else "The report is"
-            self.note(f"{owed} on disk, not with the tracker; python -m q3q.track sync or the same command tells it.")
+            owed = (
+                f"{len(self._owed)} records and the report are" if self._owed else "The report is"
+            )
+            self.note(
+                f"{owed} on disk, not with the tracker; python -m q3q.track sync or the same command tells it."
+            )
         return report
 
     def _close_tracker(self, report: "Report", finished: bool) -> bool:
@@ -291,7 +313,9 @@ def facts_of_spec(spec: TrialSpec) -> ModelFacts | None:
 @functools.cache
 def _facts(folder: str | None, source: str | None, revision: str | None) -> ModelFacts | None:
     try:
-        return read_facts(Path(folder)) if folder is not None else fetch_facts(str(source), revision)
+        return (
+            read_facts(Path(folder)) if folder is not None else fetch_facts(str(source), revision)
+        )
     except (OSError, Q3QError):
         return None
 
@@ -320,7 +344,9 @@ def compared(record: TrialRecord, baseline: TrialRecord) -> TrialRecord:
     from q3q.evaluate.samples import SAMPLES, comparisons, measured, read_samples
 
     ours, theirs = (
-        measured(read_samples(trial_folder(one.spec) / SAMPLES), bool(one.spec.evaluation.get("quick")))
+        measured(
+            read_samples(trial_folder(one.spec) / SAMPLES), bool(one.spec.evaluation.get("quick"))
+        )
         for one in (record, baseline)
     )
     return replace(record, comparisons=comparisons(ours, theirs))

@@ -72,13 +72,25 @@ if TYPE_CHECKING:
     from q3q.track.mlflow import MlflowTracker
 
 NOTHING_QUANTIZED = {
-    **dict.fromkeys(("bits", "group_size", "symmetric", "act_bits", "head_bits", "embedding_bits"), "null"),
+    **dict.fromkeys(
+        ("bits", "group_size", "symmetric", "act_bits", "head_bits", "embedding_bits"), "null"
+    ),
     "overrides": "{}",
     "skip": "[]",
 }
 # Where and how a trial is held changes none of its numbers; nor does whether the unquantized model is added.
 PLACES = ("data", "memory", "loader")
-SWEEP_SETTINGS = ("cluster", "track", "storage", "name", "question", "expectation", "plan", "fresh", "keep")
+SWEEP_SETTINGS = (
+    "cluster",
+    "track",
+    "storage",
+    "name",
+    "question",
+    "expectation",
+    "plan",
+    "fresh",
+    "keep",
+)
 # Workers show nothing themselves, and must not all start as many threads as there are cores.
 WORKER_ENV = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -93,7 +105,9 @@ class StudySweeperConf:
     rows: list[dict[str, str]] | None = None
 
 
-Work = Callable[..., Json | None]  # a trial's spec, whom to report to and, of a gang, the rank's seat
+Work = Callable[
+    ..., Json | None
+]  # a trial's spec, whom to report to and, of a gang, the rank's seat
 
 
 def work(spec: Json, report: Callable[[Any], None], seat: Seat | None = None) -> Json | None:
@@ -117,14 +131,18 @@ class StudySweeper(Sweeper):
 
     trial: Work = staticmethod(work)
 
-    def __init__(self, params: dict[str, str] | None = None, rows: list[dict[str, str]] | None = None) -> None:
+    def __init__(
+        self, params: dict[str, str] | None = None, rows: list[dict[str, str]] | None = None
+    ) -> None:
         self.params = params or {}
         self.rows = rows or [{}]
         self.config: DictConfig | None = None
         self.launcher: Launcher | None = None
         self.hydra_context: HydraContext | None = None
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
         self.hydra_context, self.config = hydra_context, config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
@@ -147,7 +165,9 @@ class StudySweeper(Sweeper):
         trials |= self._baselines(trials)
         if added := [mine.spec for key, mine in trials.items() if key not in asked]:
             models = ", ".join(str(spec.model["name"]) for spec in added)
-            print(f"method=none of {models} is added, to compare with; evaluation.baseline=false leaves it out")
+            print(
+                f"method=none of {models} is added, to compare with; evaluation.baseline=false leaves it out"
+            )
         storage = refreshed(settings.storage)
         finished = {} if settings.fresh else _finished(trials)
         with ExitStack() as stack:
@@ -184,10 +204,14 @@ class StudySweeper(Sweeper):
             specs = [mine.spec for mine in trials.values()]
             command = "python launch.py -m " + shlex.join(arguments)
             left = [one for one in ordered if not one.done]
-            stack.enter_context(sole_driver(specs, settings.storage, partial(print, file=sys.stderr)))
+            stack.enter_context(
+                sole_driver(specs, settings.storage, partial(print, file=sys.stderr))
+            )
             ready, launch = self._launcher(stack, settings, cluster) if left else (None, None)
             predicted = {one.spec.id: one.seconds for one in left}
-            study = stack.enter_context(running_study(settings, specs, command, finished, ready, predicted))
+            study = stack.enter_context(
+                running_study(settings, specs, command, finished, ready, predicted)
+            )
             if launch:
                 launch([(trials[one.spec.id], one) for one in left], study)
             records = study.records
@@ -198,7 +222,9 @@ class StudySweeper(Sweeper):
         }
         return [[by_number[number] for number in sorted(by_number)]]
 
-    def _machines(self, stack: ExitStack, settings: DictConfig, wishes: Wishes) -> tuple[Cluster | None, list[Machine]]:
+    def _machines(
+        self, stack: ExitStack, settings: DictConfig, wishes: Wishes
+    ) -> tuple[Cluster | None, list[Machine]]:
         """The cluster that trials run on, None with another launcher than Ray's; and the machines to plan with. One at
         an address is joined; one of this machine's own has what the plan counts, and is started when it is needed."""
         here, launcher, address = machine_here(), self.launcher, settings.cluster.address
@@ -233,14 +259,22 @@ class StudySweeper(Sweeper):
         given = parser.parse_overrides(list(arguments))
         refuse_contradictions(given)
         rows = [
-            parser.parse_overrides([f"{key}={value}" for key, value in {**self.params, **row}.items()])
+            parser.parse_overrides(
+                [f"{key}={value}" for key, value in {**self.params, **row}.items()]
+            )
             for row in self.rows
         ]
         study = OmegaConf.select(self.config, "hydra.runtime.choices.study")
         # What is said of Hydra itself does not come with the arguments, and the rows are its sweeper's.
         of_hydra = parser.parse_overrides(list(self.config.hydra.overrides.hydra))
-        combined = narrowed(str(study), rows, given, of_hydra) if study else [replaced(row, given) for row in rows]
-        jobs = [overrides for row in combined for overrides in itertools.product(*map(_choices, row))]
+        combined = (
+            narrowed(str(study), rows, given, of_hydra)
+            if study
+            else [replaced(row, given) for row in rows]
+        )
+        jobs = [
+            overrides for row in combined for overrides in itertools.product(*map(_choices, row))
+        ]
         for number, overrides in enumerate(counted(jobs, len(jobs), "composing", "jobs")):
             config = loader.load_sweep_config(self.config, list(overrides))
             with open_dict(config):
@@ -264,12 +298,16 @@ class StudySweeper(Sweeper):
                     f"the baseline of {mine.spec.name} cannot be made from this command ({' '.join(overrides)}): "
                     "run method=none by itself, and this with evaluation.baseline=false"
                 )
-            added[baseline] = Trial(spec, facts_of(config), {-1 - len(added): tuple(overrides)})  # nobody's job
+            added[baseline] = Trial(
+                spec, facts_of(config), {-1 - len(added): tuple(overrides)}
+            )  # nobody's job
         return added
 
     def _launcher(
         self, stack: ExitStack, settings: DictConfig, cluster: Cluster | None
-    ) -> tuple[Callable[[], object], Callable[[Sequence[tuple["Trial", Planned]], "RunningStudy"], None]]:
+    ) -> tuple[
+        Callable[[], object], Callable[[Sequence[tuple["Trial", Planned]], "RunningStudy"], None]
+    ]:
         """What waits for a cluster, which starts in the background and lives as long as `stack`; what runs trials."""
         launcher = self.launcher
         assert launcher is not None
@@ -301,7 +339,10 @@ def _run_on_ray(
     study.display.note(f"Ray has {cluster.total()}; of {len(trials)} trials {plans} each")
     policy = TrialPolicy({min(mine.jobs): (mine.spec, one) for mine, one in trials}, study, work)
     # What a trial is told is in its spec; of the jobs' own configs, a megabyte each, none is kept.
-    jobs = [Job(number=min(mine.jobs), overrides=mine.jobs[min(mine.jobs)], config=settings) for mine, _ in trials]
+    jobs = [
+        Job(number=min(mine.jobs), overrides=mine.jobs[min(mine.jobs)], config=settings)
+        for mine, _ in trials
+    ]
     with study.heeding_interrupts():
         launcher.run(jobs, policy, cluster=cluster)
 
@@ -318,8 +359,15 @@ class Trial:
 def unquantized(overrides: Sequence[str]) -> list[str]:
     """The same job's overrides, but for the unquantized model."""
     keys = ("method", "calibration", "export", *NOTHING_QUANTIZED)
-    kept = [one for one in overrides if one.lstrip("+~").partition("=")[0].partition(".")[0] not in keys]
-    return [*kept, "method=none", "export=none", *(f"{key}={value}" for key, value in NOTHING_QUANTIZED.items())]
+    kept = [
+        one for one in overrides if one.lstrip("+~").partition("=")[0].partition(".")[0] not in keys
+    ]
+    return [
+        *kept,
+        "method=none",
+        "export=none",
+        *(f"{key}={value}" for key, value in NOTHING_QUANTIZED.items()),
+    ]
 
 
 def refuse_contradictions(overrides: Sequence[Override]) -> None:
@@ -328,7 +376,9 @@ def refuse_contradictions(overrides: Sequence[Override]) -> None:
     for override in overrides:
         key = override.get_key_element().lstrip("+")
         if key in seen and seen[key] != override.input_line:
-            raise ConfigError(f"{seen[key]} and {override.input_line} contradict each other: give {key} once")
+            raise ConfigError(
+                f"{seen[key]} and {override.input_line} contradict each other: give {key} once"
+            )
         seen[key] = str(override.input_line)
 
 
@@ -339,7 +389,10 @@ def replaced(row: Sequence[Override], given: Sequence[Override]) -> list[Overrid
 
 
 def narrowed(
-    study: str, rows: Sequence[Sequence[Override]], given: Sequence[Override], of_hydra: Sequence[Override] = ()
+    study: str,
+    rows: Sequence[Sequence[Override]],
+    given: Sequence[Override],
+    of_hydra: Sequence[Override] = (),
 ) -> list[list[Override]]:
     """The rows of a saved study that the command line leaves, with the values that it leaves.
 
@@ -377,7 +430,9 @@ def narrowed(
             raise ConfigError(_changes_all(study, override, swept))
         left = [kept for row in left if (kept := _kept(row, key, wanted))]
     if not left:
-        raise ConfigError(f"study={study} has no row with all of {' '.join(str(one.input_line) for one in given)}")
+        raise ConfigError(
+            f"study={study} has no row with all of {' '.join(str(one.input_line) for one in given)}"
+        )
     return [row + others for row in left]
 
 
@@ -392,7 +447,10 @@ def _kept(row: list[Override], key: str, wanted: Sequence[str]) -> list[Override
 
 
 def _values(row: Sequence[Override]) -> dict[str, list[str]]:
-    return {one.get_key_element().lstrip("+"): [choice.partition("=")[2] for choice in _choices(one)] for one in row}
+    return {
+        one.get_key_element().lstrip("+"): [choice.partition("=")[2] for choice in _choices(one)]
+        for one in row
+    }
 
 
 def _may_be_said(key: str) -> bool:
@@ -405,7 +463,11 @@ def _may_be_said(key: str) -> bool:
 
 def _changes_all(study: str, override: Override, swept: Mapping[str, Sequence[str]]) -> str:
     key = override.get_key_element().lstrip("+")
-    may = f"the study has {key}={','.join(swept[key])}" if key in swept else f"it can be narrowed by {', '.join(swept)}"
+    may = (
+        f"the study has {key}={','.join(swept[key])}"
+        if key in swept
+        else f"it can be narrowed by {', '.join(swept)}"
+    )
     return (
         f"{override.input_line} would change every row of study={study}: {may}. "
         "Give it a name of its own (name=...) to ask another question with it"
@@ -434,7 +496,9 @@ class OneSetting:
         """Raises ConfigError if there are several values of one."""
         for key, values in self._values.items():
             if len(values) > 1:
-                raise ConfigError(f"{key} is the whole sweep's, give it one value: {', '.join(sorted(values))}")
+                raise ConfigError(
+                    f"{key} is the whole sweep's, give it one value: {', '.join(sorted(values))}"
+                )
 
 
 def resolve(jobs: Iterable[Job]) -> tuple[dict[str, Trial], str]:
@@ -482,7 +546,9 @@ class Furthest:
 class TrialPolicy(JobPolicy):
     """q3q's say in how its jobs run: only specs, records and progress cross a process border."""
 
-    def __init__(self, trials: Mapping[int, tuple[TrialSpec, Planned]], study: "RunningStudy", work: Work) -> None:
+    def __init__(
+        self, trials: Mapping[int, tuple[TrialSpec, Planned]], study: "RunningStudy", work: Work
+    ) -> None:
         self.specs = {number: spec for number, (spec, _) in trials.items()}
         self.planned = {number: planned for number, (_, planned) in trials.items()}
         self.shares = {number: planned.share for number, planned in self.planned.items()}
@@ -498,9 +564,17 @@ class TrialPolicy(JobPolicy):
     def _task(self, number: int, share: Share) -> Task:
         spec = self.specs[number]
         told = spec.with_places({**spec.places, "share": share.to_places()})
-        resources = Resources(cpus=share.cpus, gpus=share.gpus, memory=share.memory, ranks=share.ranks, kind=share.kind)
+        resources = Resources(
+            cpus=share.cpus,
+            gpus=share.gpus,
+            memory=share.memory,
+            ranks=share.ranks,
+            kind=share.kind,
+        )
         call = partial(self.work, told.to_json())
-        return Task(key=spec.id, call=call, resources=resources, furthers=Furthest(), near=model_key(spec))
+        return Task(
+            key=spec.id, call=call, resources=resources, furthers=Furthest(), near=model_key(spec)
+        )
 
     def on_event(self, job: Job, event: Any) -> None:
         spec = self.specs[job.number]
@@ -522,7 +596,11 @@ class TrialPolicy(JobPolicy):
         self.study.display.retried(self.specs[job.number].id, why)
 
     def on_outcome(self, job: Job, outcome: Outcome) -> JobReturn:
-        spec, planned, share = self.specs[job.number], self.planned[job.number], self.shares[job.number]
+        spec, planned, share = (
+            self.specs[job.number],
+            self.planned[job.number],
+            self.shares[job.number],
+        )
         if outcome.error is None:
             record = TrialRecord.from_json(outcome.value)
         else:
@@ -545,7 +623,11 @@ def with_plan(record: TrialRecord, planned: Planned, share: Share | None = None)
 def measured(record: TrialRecord) -> Json:
     """What a trial took, to stand beside what was planned: seconds of its phases, and its peak where its model lay."""
     metrics = record.metrics
-    kind = "gpu_peak_bytes/" if any(name.startswith("gpu_peak_bytes/") for name in metrics) else "peak_bytes/"
+    kind = (
+        "gpu_peak_bytes/"
+        if any(name.startswith("gpu_peak_bytes/") for name in metrics)
+        else "peak_bytes/"
+    )
     peaks = [value for name, value in metrics.items() if name.startswith(kind)]
     took = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
     return {"took": round(took, 3), "peak": max(peaks)} if peaks else {}
@@ -573,9 +655,13 @@ class RunningStudy:
         def notice(number: int, frame: Any) -> None:
             if self.interruption is not None:
                 raise self.interruption
-            self.interruption = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+            self.interruption = (
+                KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+            )
 
-        before = {number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
@@ -658,12 +744,20 @@ def running_study(
         )
         study.open()
         if finished:
-            display.skipped([f"{record.spec.name} · {record.spec.model['name']}" for record in finished.values()])
+            display.skipped(
+                [
+                    f"{record.spec.name} · {record.spec.model['name']}"
+                    for record in finished.values()
+                ]
+            )
         interruption: BaseException | None = None
         running = RunningStudy(study, display)
         try:
             yield running
-        except (KeyboardInterrupt, SystemExit) as asked:  # SystemExit: SIGTERM, of a spot machine or a scheduler
+        except (
+            KeyboardInterrupt,
+            SystemExit,
+        ) as asked:  # SystemExit: SIGTERM, of a spot machine or a scheduler
             interruption = asked
         except BaseException:
             study.close()  # what is finished is reported, however this ends
@@ -675,13 +769,20 @@ def running_study(
     if is_url(settings.storage):
         print(_what_is_here_alone(tracker, masked(settings.storage)))
     if interruption is not None:
-        print(f"Interrupted: {len(study.records)} of {len(specs)} trials are recorded; the same command goes on.")
+        print(
+            f"Interrupted: {len(study.records)} of {len(specs)} trials are recorded; the same command goes on."
+        )
         raise interruption
     failed = [record for record in study.records.values() if not record.completed]
     if failed:
         for record in failed:
-            print(f"FAILED {record.spec.name} · {record.spec.model['name']}: {record.reason}", file=sys.stderr)
-        raise SweepFailedError(f"{len(failed)} of {len(specs)} trials failed; the same command tries them again")
+            print(
+                f"FAILED {record.spec.name} · {record.spec.model['name']}: {record.reason}",
+                file=sys.stderr,
+            )
+        raise SweepFailedError(
+            f"{len(failed)} of {len(specs)} trials failed; the same command tries them again"
+        )
 
 
 def _where_to_browse(tracker: "MlflowTracker") -> str:
@@ -699,7 +800,9 @@ def _courier(storage: str, finished: Mapping[str, TrialRecord]) -> Iterator[Cour
         yield None
         return
     with delivering(mirror, "sweeps", "reports", "running", every=DRIVER_SECONDS) as courier:
-        courier.add(*(f"trials/{trial}" for trial in finished))  # what a worker of this machine could not send any more
+        courier.add(
+            *(f"trials/{trial}" for trial in finished)
+        )  # what a worker of this machine could not send any more
         yield courier
 
 
@@ -712,10 +815,14 @@ def _choices(override: Override) -> list[str]:
     key = override.get_key_element()
     if not override.is_sweep_override():
         return (
-            [f"{key}={override.get_value_element_as_str()}"] if not override.is_delete() else [str(override.input_line)]
+            [f"{key}={override.get_value_element_as_str()}"]
+            if not override.is_delete()
+            else [str(override.input_line)]
         )
     if not override.is_discrete_sweep():
-        raise HydraException(f"{override.input_line}: give a list of values to sweep over, not an interval")
+        raise HydraException(
+            f"{override.input_line}: give a list of values to sweep over, not an interval"
+        )
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
@@ -725,7 +832,9 @@ def quantized_again(left: Sequence[TrialSpec], recent: Iterable[TrialRecord]) ->
     return [
         spec
         for spec in left
-        if spec.scheme is not None and spec.quantization_id in done and not kept_blocks_folder(spec).exists()
+        if spec.scheme is not None
+        and spec.quantization_id in done
+        and not kept_blocks_folder(spec).exists()
     ]
 
 

@@ -23,10 +23,16 @@ LOOSE = "records without a sweep"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Log every sweep of a storage folder; what the store has already is not logged again. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m q3q.track", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m q3q.track", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("what", choices=["sync"])
-    parser.add_argument("--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns")
-    parser.add_argument("--uri", help="of the MLflow store or server; default: sqlite:///<storage>/mlflow.db")
+    parser.add_argument(
+        "--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns"
+    )
+    parser.add_argument(
+        "--uri", help="of the MLflow store or server; default: sqlite:///<storage>/mlflow.db"
+    )
     given = parser.parse_args(arguments)
     try:
         storage = refreshed(given.storage)
@@ -57,7 +63,11 @@ def sync(storage: Path, uri: str, say: Callable[[str], object]) -> list[str]:
     loose = tuple(record.spec for record in found.records if record.spec.id not in known)
     if loose:
         # Its id does not depend on which they are: next time there may be more of them.
-        sweeps.append(Sweep(id="loose", name=LOOSE, command="python -m q3q.track sync", config="", trials=loose))
+        sweeps.append(
+            Sweep(
+                id="loose", name=LOOSE, command="python -m q3q.track sync", config="", trials=loose
+            )
+        )
     busy = {(bulletin.name, bulletin.command) for bulletin in at_work(storage)}
     failures = []
     for sweep in sweeps:
@@ -76,11 +86,20 @@ def sync(storage: Path, uri: str, say: Callable[[str], object]) -> list[str]:
     return failures
 
 
-def _tell(tracker: MlflowTracker, sweep: Sweep, records: Sequence[TrialRecord], storage: Path) -> str:
+def _tell(
+    tracker: MlflowTracker, sweep: Sweep, records: Sequence[TrialRecord], storage: Path
+) -> str:
     """Tell the tracker all of a sweep, as of the time when it ran. Returns what went wrong, or nothing."""
-    times = [str(moment) for one in records for key in ("started", "ended") if (moment := one.environment.get(key))]
+    times = [
+        str(moment)
+        for one in records
+        for key in ("started", "ended")
+        if (moment := one.environment.get(key))
+    ]
     names = sweep.names or trial_names(sweep.trials)
-    sweep = replace(sweep, names=names, started=min(times, default=""), ended=max(times, default=""))
+    sweep = replace(
+        sweep, names=names, started=min(times, default=""), ended=max(times, default="")
+    )
     done = 0
     try:
         tracker.open(sweep)
@@ -105,9 +124,13 @@ def _report(sweep: Sweep, records: Sequence[TrialRecord], storage: Path) -> dict
         question=sweep.question,
         expectation=sweep.expectation,
         predicted=predictions(storage),
-        warnings=[f"{missing} of the study's {len(sweep.trials)} trials have no record yet."] if missing else [],
+        warnings=[f"{missing} of the study's {len(sweep.trials)} trials have no record yet."]
+        if missing
+        else [],
     )
-    return write_report(records, storage / "reports" / f"{sweep.name}_{sweep.id}", about).artifacts()
+    return write_report(
+        records, storage / "reports" / f"{sweep.name}_{sweep.id}", about
+    ).artifacts()
 
 
 if __name__ == "__main__":

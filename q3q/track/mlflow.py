@@ -40,10 +40,28 @@ LONGEST_PARAM, LONGEST_TAG = 6000, 5000
 LONGEST_COMMAND = 1500  # in the note of a sweep; whole in a tag, as far as that takes it
 ASIDE = ("top1_agreement/", "kl_p")  # of what a trial measured; no columns of the table of a sweep
 LONGEST_NAME = 120  # of a run, which stands in a table's column
-MOST_AT_ONCE, MOST_PARAMS = 1000, 100  # metrics, params and tags in one request, and params among them
+MOST_AT_ONCE, MOST_PARAMS = (
+    1000,
+    100,
+)  # metrics, params and tags in one request, and params among them
 MOST_COLUMNS = 8  # metrics in the UI's table of a sweep
-DIGITS = 7  # of a metric that is no whole number: a table has no room for more, record.json has them all
-REMOTE = ("mlflow-artifacts", "s3", "gs", "wasbs", "abfss", "dbfs", "hdfs", "http", "https", "ftp", "sftp", "r2")
+DIGITS = (
+    7  # of a metric that is no whole number: a table has no room for more, record.json has them all
+)
+REMOTE = (
+    "mlflow-artifacts",
+    "s3",
+    "gs",
+    "wasbs",
+    "abfss",
+    "dbfs",
+    "hdfs",
+    "http",
+    "https",
+    "ftp",
+    "sftp",
+    "r2",
+)
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -73,7 +91,11 @@ class MlflowTracker:
     """
 
     def __init__(
-        self, uri: str, artifacts: str | None = None, experiment: str = "q3q", register: str | None = None
+        self,
+        uri: str,
+        artifacts: str | None = None,
+        experiment: str = "q3q",
+        register: str | None = None,
     ) -> None:
         self.uri, self._database = _read_uri(uri)
         self.experiment, self.register = experiment, register
@@ -86,9 +108,15 @@ class MlflowTracker:
         self._sweep: Sweep | None = None
         self._parent = ""
         self._live: dict[str, str] = {}  # trial id -> the run that its metrics go to while it works
-        self._children: dict[str, dict[str, Kept]] = {}  # trial id -> its runs -> the record that each holds
-        self._drawn: dict[str, set[tuple[str, int]]] = {}  # trial id -> metrics and steps that it has while it works
-        self._measured: dict[str, None] = {}  # what trials of the sweep measured, in the order of their records
+        self._children: dict[
+            str, dict[str, Kept]
+        ] = {}  # trial id -> its runs -> the record that each holds
+        self._drawn: dict[
+            str, set[tuple[str, int]]
+        ] = {}  # trial id -> metrics and steps that it has while it works
+        self._measured: dict[
+            str, None
+        ] = {}  # what trials of the sweep measured, in the order of their records
 
     @property
     def page(self) -> str:
@@ -108,7 +136,10 @@ class MlflowTracker:
             client = self._client()
             self._experiment_id = self._find_experiment() or self._make_experiment()
             found = client.search_runs(
-                [self._experiment_id], f"tags.`q3q.sweep` = '{sweep.id}'", order_by=["start_time DESC"], max_results=1
+                [self._experiment_id],
+                f"tags.`q3q.sweep` = '{sweep.id}'",
+                order_by=["start_time DESC"],
+                max_results=1,
             )
             tags = {
                 "q3q.sweep": sweep.id,
@@ -127,10 +158,18 @@ class MlflowTracker:
                     run_name=_headline(sweep),
                     tags={"q3q.sweep": sweep.id},
                 ).info.run_id
-            params = {key: value for key, value in _summary(sweep.trials).items() if key not in known}
+            params = {
+                key: value for key, value in _summary(sweep.trials).items() if key not in known
+            }
             self._log_batch(self._parent, [], params, tags)
             self._upload(self._parent, {"config.yaml": sweep.config.encode()})
-            self._sweep, self._children, self._live, self._measured, self._drawn = sweep, {}, {}, {}, {}
+            self._sweep, self._children, self._live, self._measured, self._drawn = (
+                sweep,
+                {},
+                {},
+                {},
+                {},
+            )
             for run in self._children_of(self._parent):
                 tags = run.data.tags
                 kept = Kept(tags.get("q3q.record", ""), tags.get("q3q.started", ""))
@@ -149,17 +188,28 @@ class MlflowTracker:
             self._drawn.setdefault(spec.id, set()).update((name, step) for name in metrics)
 
     def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
-        trial, now = record.spec.id, Kept(_digest(record), str(record.environment.get("started") or ""))
+        trial, now = (
+            record.spec.id,
+            Kept(_digest(record), str(record.environment.get("started") or "")),
+        )
         with self._trouble(f"did not take trial {trial}"), _patience(*WHEN_WORKING):
             self._expect_open()
-            self._show(name for name in _metrics(record) if name in record.intervals or name == MEAN_ACCURACY)
+            self._show(
+                name
+                for name in _metrics(record)
+                if name in record.intervals or name == MEAN_ACCURACY
+            )
             runs = self._children.setdefault(trial, {})
             whole = next((run for run, kept in runs.items() if kept == now), None)
             if whole is not None:  # and others, if whoever logged it did not come to delete them
                 self._delete(trial, [run for run in runs if run != whole])
                 return
             # The same attempt, of which more is known by now, goes on in its run: what was charted live stays there.
-            known = [run for run, kept in runs.items() if kept.digest and now.started and kept.started == now.started]
+            known = [
+                run
+                for run, kept in runs.items()
+                if kept.digest and now.started and kept.started == now.started
+            ]
             drawn = self._drawn.pop(trial, set())
             there = self._live.pop(trial, None) or next(iter(known), None)
             goes_on = there in known
@@ -176,7 +226,11 @@ class MlflowTracker:
             if self.register is not None and record.completed and record.spec.export:
                 self._register(run, record)
             self._client().set_terminated(run, "FINISHED" if record.completed else "FAILED", ended)
-            metrics, params, signed = _metrics(record), record.spec.flat(), {"q3q.record": now.digest}
+            metrics, params, signed = (
+                _metrics(record),
+                record.spec.flat(),
+                {"q3q.record": now.digest},
+            )
             blocks = [] if goes_on else _of_blocks(record, drawn, ended)
             if there:
                 metrics, params = self._new_to(run, metrics, params, tags)
@@ -192,7 +246,11 @@ class MlflowTracker:
             del self._children[trial][run]
 
     def _new_to(
-        self, run: str, metrics: Mapping[str, float], params: Mapping[str, str], tags: Mapping[str, str]
+        self,
+        run: str,
+        metrics: Mapping[str, float],
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
     ) -> tuple[dict[str, float], dict[str, str]]:
         """Those metrics and params that the run does not have as they are; tags that are no longer true go."""
         there = self._client().get_run(run).data
@@ -209,7 +267,9 @@ class MlflowTracker:
             sweep, client = self._expect_open(), self._client()
             self._upload(self._parent, artifacts)
             answer = artifacts.get(ANSWER, b"").decode()
-            self._client().set_tag(self._parent, "mlflow.note.content", _cut(_note(sweep, answer), LONGEST_TAG))
+            self._client().set_tag(
+                self._parent, "mlflow.note.content", _cut(_note(sweep, answer), LONGEST_TAG)
+            )
             for run in self._live.values():  # interrupted at work: nobody writes to it any more
                 client.set_terminated(run, "KILLED")
             ended = _milliseconds(sweep.ended or None)
@@ -224,12 +284,17 @@ class MlflowTracker:
             )
             self._measured = known
 
-    def _begin(self, spec: TrialSpec, started: int, tags: Mapping[str, str] = MappingProxyType({})) -> str:
+    def _begin(
+        self, spec: TrialSpec, started: int, tags: Mapping[str, str] = MappingProxyType({})
+    ) -> str:
         """A child run under way."""
         run = self._client().create_run(
             self._experiment_id,
             start_time=started,
-            run_name=_cut(self._expect_open().names.get(spec.id, f"{spec.name} · {_model(spec)}"), LONGEST_NAME),
+            run_name=_cut(
+                self._expect_open().names.get(spec.id, f"{spec.name} · {_model(spec)}"),
+                LONGEST_NAME,
+            ),
             tags={**_fitting(tags), "mlflow.parentRunId": self._parent, "q3q.trial": spec.id},
         )
         return str(run.info.run_id)
@@ -252,7 +317,9 @@ class MlflowTracker:
                     name=str(text.get("name") or text["source"]),
                     digest=str(text.get("digest", ""))[:36] or "unknown",
                     source_type="q3q",
-                    source=json.dumps({key: value for key, value in text.items() if key != "digest"}),
+                    source=json.dumps(
+                        {key: value for key, value in text.items() if key != "digest"}
+                    ),
                 ),
                 [InputTag("mlflow.data.context", context)],
             )
@@ -269,7 +336,11 @@ class MlflowTracker:
         """
         where = "files on this machine alone"
         if self._database is None:
-            place = self._client().get_experiment(self._find_experiment() or self._make_experiment()).artifact_location
+            place = (
+                self._client()
+                .get_experiment(self._find_experiment() or self._make_experiment())
+                .artifact_location
+            )
             if urlsplit(place).scheme in REMOTE:
                 return
             where = f"those of the experiment {self.experiment} in {place}, a folder of its machine"
@@ -319,7 +390,11 @@ class MlflowTracker:
         try:
             # The kind decides which of its faces the UI shows: runs, or traces of chat applications.
             kind = {"mlflow.experimentKind": "custom_model_development"}
-            return str(self._client().create_experiment(self.experiment, artifact_location=location, tags=kind))
+            return str(
+                self._client().create_experiment(
+                    self.experiment, artifact_location=location, tags=kind
+                )
+            )
         except Exception:
             faster = self._find_experiment()  # another sweep may have made it meanwhile
             if faster is None:
@@ -329,14 +404,20 @@ class MlflowTracker:
     def _children_of(self, parent: str) -> Iterator[Any]:
         wanted, token = f"tags.`mlflow.parentRunId` = '{parent}'", None
         while True:
-            page = self._client().search_runs([self._experiment_id], wanted, max_results=1000, page_token=token)
+            page = self._client().search_runs(
+                [self._experiment_id], wanted, max_results=1000, page_token=token
+            )
             yield from page
             token = page.token
             if not token:
                 return
 
     def _log_batch(
-        self, run: str, metrics: Sequence["Metric"], params: Mapping[str, str], tags: Mapping[str, str]
+        self,
+        run: str,
+        metrics: Sequence["Metric"],
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
     ) -> None:
         """In as few requests as MLflow takes, the tags in the last, where MLflow writes them last."""
         from mlflow.entities import Param, RunTag
@@ -348,7 +429,9 @@ class MlflowTracker:
         while len(metrics) + len(named) + len(tags) > MOST_AT_ONCE:
             self._client().log_batch(run, metrics[:MOST_AT_ONCE])
             metrics = metrics[MOST_AT_ONCE:]
-        self._client().log_batch(run, metrics, named, [RunTag(name, value) for name, value in _fitting(tags).items()])
+        self._client().log_batch(
+            run, metrics, named, [RunTag(name, value) for name, value in _fitting(tags).items()]
+        )
 
     def _upload(self, run: str, artifacts: Mapping[str, bytes]) -> None:
         if not artifacts:
@@ -362,7 +445,9 @@ class MlflowTracker:
 
     def _expect_open(self) -> Sweep:
         if self._sweep is None:
-            raise TrackingError("the tracker has no open sweep: open() comes before log() and close()")
+            raise TrackingError(
+                "the tracker has no open sweep: open() comes before log() and close()"
+            )
         return self._sweep
 
     @contextmanager
@@ -373,17 +458,27 @@ class MlflowTracker:
         except TrackingError:
             raise
         except Exception as error:
-            if not (isinstance(error, (OSError, sqlite3.Error)) or type(error).__module__.startswith(_DOORS)):
+            if not (
+                isinstance(error, (OSError, sqlite3.Error))
+                or type(error).__module__.startswith(_DOORS)
+            ):
                 raise
             advice = (
                 "see that the file and its folder can be written, or give another file"
                 if self._database is not None
                 else "see that an MLflow server answers there (mlflow server --port PORT), or give sqlite:///FILE"
             )
-            raise TrackingError(f"track.uri={masked(self.uri)} {what} ({_reason(error)}); {advice}") from error
+            raise TrackingError(
+                f"track.uri={masked(self.uri)} {what} ({_reason(error)}); {advice}"
+            ) from error
 
 
-_DOORS = ("mlflow.", "sqlalchemy.", "requests.", "urllib3.")  # whose exceptions speak of the store, not of our code
+_DOORS = (
+    "mlflow.",
+    "sqlalchemy.",
+    "requests.",
+    "urllib3.",
+)  # whose exceptions speak of the store, not of our code
 
 
 def _read_uri(uri: str) -> tuple[str, Path | None]:
@@ -419,12 +514,14 @@ def _follow_artifacts(connection: sqlite3.Connection, artifacts: Path) -> None:
     """
     ours, runs = artifacts.as_uri(), "SELECT run_uuid FROM runs WHERE experiment_id = ?"
     for experiment, theirs in connection.execute(
-        "SELECT experiment_id, artifact_location FROM experiments WHERE artifact_location != ?", (ours,)
+        "SELECT experiment_id, artifact_location FROM experiments WHERE artifact_location != ?",
+        (ours,),
     ).fetchall():
         if any((artifacts / run).is_dir() for (run,) in connection.execute(runs, (experiment,))):
             with connection:
                 connection.execute(
-                    "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (ours, experiment)
+                    "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
+                    (ours, experiment),
                 )
                 connection.execute(
                     "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
@@ -529,7 +626,9 @@ def _metrics(record: TrialRecord) -> dict[str, float]:
             named[f"{name}.difference"] = compared.difference
     accuracies = mean_metrics(record.spec)
     if len(accuracies) > 1 and all(name in record.metrics for name in accuracies):
-        named[MEAN_ACCURACY] = math.fsum(record.metrics[name] for name in accuracies) / len(accuracies)
+        named[MEAN_ACCURACY] = math.fsum(record.metrics[name] for name in accuracies) / len(
+            accuracies
+        )
     return {_metric_name(name): _brief(value) for name, value in named.items()}
 
 
@@ -545,7 +644,9 @@ def _of_blocks(record: TrialRecord, drawn: set[tuple[str, int]], at: int) -> lis
     return [
         metric
         for block, errors in block_errors(record.sites).items()
-        for metric in _named({name: value for name, value in errors.items() if (name, block) not in drawn}, at, block)
+        for metric in _named(
+            {name: value for name, value in errors.items() if (name, block) not in drawn}, at, block
+        )
     ]
 
 
@@ -578,7 +679,11 @@ def _tags(record: TrialRecord) -> dict[str, str]:
 def _exported(record: TrialRecord) -> dict[str, str]:
     """Where an exported checkpoint is and what: gigabytes are not copied unless somebody registers them."""
     facts = record.notes.get("export", {})
-    size = {"bytes": f"{record.metrics['export_bytes']:.0f}"} if facts and "export_bytes" in record.metrics else {}
+    size = (
+        {"bytes": f"{record.metrics['export_bytes']:.0f}"}
+        if facts and "export_bytes" in record.metrics
+        else {}
+    )
     named = {name: str(facts[name]) for name in ("format", "path", "sha256") if name in facts}
     return {f"q3q.export.{name}": value for name, value in {**named, **size}.items()}
 
@@ -593,13 +698,17 @@ def _story(record: TrialRecord) -> str:
     if record.comparisons:
         told = [name for name, compared in record.comparisons.items() if compared.distinguishable]
         lines.append(f"Distinguishable from the unquantized model: {', '.join(told) or 'nothing'}")
-    lines += [f"Check {check.name} failed: {check.detail}" for check in record.checks if not check.passed]
+    lines += [
+        f"Check {check.name} failed: {check.detail}" for check in record.checks if not check.passed
+    ]
     return "\n\n".join(lines)
 
 
 def _origin() -> dict[str, str]:
     user = os.environ.get("USER") or os.environ.get("LOGNAME")
-    return {"mlflow.source.name": "launch.py", "mlflow.source.type": "LOCAL"} | ({"mlflow.user": user} if user else {})
+    return {"mlflow.source.name": "launch.py", "mlflow.source.type": "LOCAL"} | (
+        {"mlflow.user": user} if user else {}
+    )
 
 
 def _summary(trials: tuple[TrialSpec, ...]) -> dict[str, str]:
@@ -629,7 +738,10 @@ def _view(parent: str, measured: list[str]) -> str:
     """What the UI's table of a sweep shows, as the UI itself keeps a view that somebody shares: the trials alone, what
     they measured beside their bits, the best first. A UI that does not know it says so and shows all runs."""
     main = sorted((name for name in measured if not name.startswith(ASIDE)), key=_rank) or measured
-    columns = [f"metrics.`{_metric_name(name)}`" for name in [*main[:MOST_COLUMNS], "bits_per_weight_model"]]
+    columns = [
+        f"metrics.`{_metric_name(name)}`"
+        for name in [*main[:MOST_COLUMNS], "bits_per_weight_model"]
+    ]
     return json.dumps(
         {
             "searchFilter": f"tags.mlflow.parentRunId = '{parent}'",

@@ -37,7 +37,9 @@ class Sweep:
 
     def save(self, storage: Path) -> None:
         """To `<storage>/sweeps/<name>_<id>.json`: a report, or a new tracker, finds its trials there."""
-        write_atomically(storage / "sweeps" / f"{self.name}_{self.id}.json", json.dumps(self.to_json()).encode())
+        write_atomically(
+            storage / "sweeps" / f"{self.name}_{self.id}.json", json.dumps(self.to_json()).encode()
+        )
 
     def to_json(self) -> Json:
         return {**asdict(self), "trials": [spec.to_json() for spec in self.trials]}
@@ -46,7 +48,14 @@ class Sweep:
     def load(cls, path: Path) -> "Sweep":
         """Its trials' places are in the storage folder where it lies: see `moved`."""
         data, storage = json.loads(path.read_text(encoding="utf-8")), path.absolute().parent.parent
-        return cls(**{**data, "trials": tuple(moved(TrialSpec.from_json(spec), storage) for spec in data["trials"])})
+        return cls(
+            **{
+                **data,
+                "trials": tuple(
+                    moved(TrialSpec.from_json(spec), storage) for spec in data["trials"]
+                ),
+            }
+        )
 
 
 class Tracker(Protocol):

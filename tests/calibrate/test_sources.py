@@ -40,7 +40,10 @@ def test_the_demo_text_is_the_same_everywhere(split, documents, digest):
 
 
 def test_the_demo_text_is_joined_as_in_training_and_never_evaluated_on_what_was_seen():
-    calibration, evaluation = load_text("demo", split="calibration"), load_text("demo", split="evaluation")
+    calibration, evaluation = (
+        load_text("demo", split="calibration"),
+        load_text("demo", split="evaluation"),
+    )
     assert calibration.joined == story_text(1, 1500, held_out=False)
     assert evaluation.joined == story_text(2, 400, held_out=True)
     trained_on = stories(0, held_out=False)
@@ -82,7 +85,11 @@ def test_a_digest_sees_documents_bounds_and_joiner_but_no_name():
     [
         ("notes.txt", "one\n\ntwo\n", ("one\n\ntwo\n",)),
         ("README.md", "héllo", ("héllo",)),
-        ("lines.jsonl", '{"text": "one\\ntwo", "n": 1}\n\n{"text": "three\u2028four"}\n"five"', None),
+        (
+            "lines.jsonl",
+            '{"text": "one\\ntwo", "n": 1}\n\n{"text": "three\u2028four"}\n"five"',
+            None,
+        ),
         ("list.json", '["one", {"text": "two"}]', ("one", "two")),
     ],
 )
@@ -110,10 +117,18 @@ def test_a_users_home_is_understood(tmp_path, monkeypatch):
         ("empty.json", b"", "holds no text"),
         ("empty_list.json", b"[]", "holds no text"),
         ("blank.json", b'["", {"text": " "}]', "holds no text"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "not UTF-8 text: unexpected end of data at byte 3"),
+        (
+            "latin.txt",
+            "caf\xe9".encode("latin-1"),
+            "not UTF-8 text: unexpected end of data at byte 3",
+        ),
         ("packed.txt", gzip.compress(b"text", mtime=0), "not UTF-8 text"),
         ("bad.jsonl", b'{"text": "one"}\n{"text": ', "line 2 is not JSON"),
-        ("other.jsonl", b'{"text": "one"}\n{"body": "two"}', "line 2: neither a string nor an object"),
+        (
+            "other.jsonl",
+            b'{"text": "one"}\n{"body": "two"}',
+            "line 2: neither a string nor an object",
+        ),
         ("number.jsonl", b'{"text": 1}', "line 1: neither a string nor an object"),
         ("half.jsonl", b'{"text": "\\ud800"}', "line 1: its text is not valid Unicode"),
         ("table.json", b'{"text": "one"}', "holds no JSON list"),
@@ -152,7 +167,9 @@ def cache(tmp_path, monkeypatch):
 
     def place(source, split):
         hub = _HUB[source]
-        folder = tmp_path / f"datasets--{hub.repository.replace('/', '--')}" / "snapshots" / hub.revision
+        folder = (
+            tmp_path / f"datasets--{hub.repository.replace('/', '--')}" / "snapshots" / hub.revision
+        )
         path = folder / hub.files[split]
         path.parent.mkdir(parents=True)
         return path
@@ -169,10 +186,14 @@ def test_wikitext2_is_its_lines_joined_by_empty_ones(cache, split):
     assert text.running  # its windows cross from line to line
 
 
-@pytest.mark.parametrize(("source", "split"), [("c4", "calibration"), ("c4", "evaluation"), ("pile", "calibration")])
+@pytest.mark.parametrize(
+    ("source", "split"), [("c4", "calibration"), ("c4", "evaluation"), ("pile", "calibration")]
+)
 def test_web_pages_are_documents_in_the_order_of_their_file(cache, source, split):
     pages = ["first page", "second\u2028page", "b" * 3000]
-    lines = "".join(json.dumps({"text": page, "url": "u"}, ensure_ascii=False) + "\n" for page in pages).encode()
+    lines = "".join(
+        json.dumps({"text": page, "url": "u"}, ensure_ascii=False) + "\n" for page in pages
+    ).encode()
     path = cache(source, split)
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(lines[:100]) + gzip.compress(lines[100:]))
@@ -184,7 +205,9 @@ def test_web_pages_are_documents_in_the_order_of_their_file(cache, source, split
     assert (text.name, text.running) == (source, False)
 
 
-@pytest.mark.parametrize(("source", "part", "rows"), [("wikitext2", "test", 4358), ("c4", "validation", 45_576)])
+@pytest.mark.parametrize(
+    ("source", "part", "rows"), [("wikitext2", "test", 4358), ("c4", "validation", 45_576)]
+)
 def test_a_folders_copy_of_a_text_to_evaluate_on_is_the_whole_of_it(tmp_path, source, part, rows):
     """The study's windows of C4 are drawn among all of its documents; a part of them draws others."""
     path = tmp_path / source / f"{part}.jsonl"
@@ -195,7 +218,15 @@ def test_a_folders_copy_of_a_text_to_evaluate_on_is_the_whole_of_it(tmp_path, so
     assert text.documents == ("a row",) * rows
     for other in (rows - 1, rows + 1):
         path.write_text(line * other)
-        refuse(source, "evaluation", str(path), f"has {other} rows", f"has {rows}", "evaluation=file", data=tmp_path)
+        refuse(
+            source,
+            "evaluation",
+            str(path),
+            f"has {other} rows",
+            f"has {rows}",
+            "evaluation=file",
+            data=tmp_path,
+        )
     path.rename(path.with_name("train.jsonl"))
     assert len(load_text(source, split="calibration", data=tmp_path).documents) == rows + 1
 
@@ -212,20 +243,31 @@ def test_a_folders_copy_of_a_text_to_evaluate_on_is_the_whole_of_it(tmp_path, so
 )
 def test_a_folders_copy_with_a_row_that_is_no_text_is_refused_by_its_line(tmp_path, row, complaint):
     (tmp_path / "c4").mkdir()
-    (tmp_path / "c4" / "train.jsonl").write_text(f'{{"text": "a row"}}\n{row}\n{{"text": "another"}}\n')
+    (tmp_path / "c4" / "train.jsonl").write_text(
+        f'{{"text": "a row"}}\n{row}\n{{"text": "another"}}\n'
+    )
     refuse("c4", "calibration", "train.jsonl", complaint, data=tmp_path)
 
 
 @pytest.mark.parametrize("rows", [["a row", None], [1, 2]])
 def test_a_parquet_file_with_a_row_that_is_no_text_is_refused(cache, rows):
     parquet.write_table(pyarrow.table({"text": rows}), cache("wikitext2", "calibration"))
-    refuse("wikitext2", "calibration", f"row {rows.index(None) + 1 if None in rows else 1}: neither a string nor")
+    refuse(
+        "wikitext2",
+        "calibration",
+        f"row {rows.index(None) + 1 if None in rows else 1}: neither a string nor",
+    )
 
 
 def test_the_two_splits_of_a_data_set_are_different_files():
     for hub in _HUB.values():
         assert len(set(hub.files.values())) == len(hub.files)
-    assert {source for names in SOURCES.values() for source in names} == {*_HUB, "demo", "library", "file"}
+    assert {source for names in SOURCES.values() for source in names} == {
+        *_HUB,
+        "demo",
+        "library",
+        "file",
+    }
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4", "pile"])

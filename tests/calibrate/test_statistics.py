@@ -6,7 +6,16 @@ from functools import partial
 import pytest
 import torch
 
-from q3q.calibrate.statistics import LANES, MIN_EXPERT_TOKENS, Gram, Kept, LaneSum, Peak, lane_of, lanes_of
+from q3q.calibrate.statistics import (
+    LANES,
+    MIN_EXPERT_TOKENS,
+    Gram,
+    Kept,
+    LaneSum,
+    Peak,
+    lane_of,
+    lanes_of,
+)
 from q3q.models.anatomy import SiteInput
 from q3q.models.qwen3_moe import EveryExpert
 
@@ -38,7 +47,9 @@ def every_expert(x):
 def batches(routing, per_batch=2):
     """Windows of tokens on their way into a site, as a walk shows them."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(WINDOWS * LENGTH, COLUMNS, generator=generator) * 10 ** torch.rand(COLUMNS, generator=generator)
+    x = torch.randn(WINDOWS * LENGTH, COLUMNS, generator=generator) * 10 ** torch.rand(
+        COLUMNS, generator=generator
+    )
     expert = torch.randint(EXPERTS, (len(x),), generator=generator)
     expert[: len(x) // 2].clamp_(max=EXPERTS - 2)  # the last one sees nothing for long
     for first in range(0, WINDOWS, per_batch):
@@ -88,8 +99,18 @@ def numbers(statistics):
     if isinstance(statistics, Peak):
         return [statistics.tokens_E, statistics.peak_EI]
     if isinstance(statistics, Gram):
-        return [statistics.tokens_E, torch.tensor(statistics.windows), statistics.sum_EII, statistics.mean_EII()]
-    return [*numbers(statistics.gram), statistics.mean_absolute_EI(), *statistics.samples(), *statistics.windows()]
+        return [
+            statistics.tokens_E,
+            torch.tensor(statistics.windows),
+            statistics.sum_EII,
+            statistics.mean_EII(),
+        ]
+    return [
+        *numbers(statistics.gram),
+        statistics.mean_absolute_EI(),
+        *statistics.samples(),
+        *statistics.windows(),
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,7 +198,9 @@ def tensors(lane_sum):
 
 
 def test_windows_out_of_order_and_parts_out_of_order_are_refused():
-    shown = [SiteInput(**vars(inputs) | {"first_window": first}) for first, inputs in batches("dense")]
+    shown = [
+        SiteInput(**vars(inputs) | {"first_window": first}) for first, inputs in batches("dense")
+    ]
     gram = Gram()
     gram.update(shown[-1])
     with pytest.raises(ValueError, match="show windows in order"):
@@ -210,10 +233,15 @@ def test_of_experts_that_all_read_all_tokens_only_a_sample_is_held(sample):
     assert held(bounded) <= min(everything, EXPERTS * 2 * sample * COLUMNS // 2)
 
 
-@pytest.mark.parametrize("routing", ["dense", "routed, gate and up", "routed, down", "all, gate and up"])
+@pytest.mark.parametrize(
+    "routing", ["dense", "routed, gate and up", "routed, down", "all, gate and up"]
+)
 @pytest.mark.parametrize("memory", [0, 3000])
 def test_inputs_beyond_their_memory_lie_on_disk_and_change_no_bit(routing, memory):
-    bounded, whole = by_one(partial(kept_on_disk, memory), routing), by_one(partial(Kept, 25), routing)
+    bounded, whole = (
+        by_one(partial(kept_on_disk, memory), routing),
+        by_one(partial(Kept, 25), routing),
+    )
     for found, wanted in zip(numbers(bounded), numbers(whole), strict=True):
         assert torch.equal(found, wanted)
     assert whole._inputs.spilled == 0
@@ -225,7 +253,10 @@ def test_inputs_beyond_their_memory_lie_on_disk_and_change_no_bit(routing, memor
 
 def held(kept):
     """Numbers that are held of a site's inputs."""
-    return sum(one.numel() for one in [*kept._inputs, *(one for taken in kept.taken.values() for one in taken)])
+    return sum(
+        one.numel()
+        for one in [*kept._inputs, *(one for taken in kept.taken.values() for one in taken)]
+    )
 
 
 def test_what_is_made_on_the_way_is_made_once(monkeypatch):
@@ -235,7 +266,9 @@ def test_what_is_made_on_the_way_is_made_once(monkeypatch):
     kept = Kept(25)
     for count, (_, inputs) in enumerate(batches("all, down"), 1):
         kept.update(inputs)
-        assert [e for e in made if e < EXPERTS] == count * list(range(EXPERTS))  # one beyond the last ends a loop
+        assert [e for e in made if e < EXPERTS] == count * list(
+            range(EXPERTS)
+        )  # one beyond the last ends a loop
 
 
 def test_hessians_come_in_chunks_and_a_starved_experts_is_the_identity(monkeypatch):

@@ -35,7 +35,9 @@ class Counting:
 def documents_of(seed, count, longest):
     """Random documents of 0 to `longest` letters."""
     dice = random.Random(seed)
-    return tuple("".join(dice.choices("abcdef", k=dice.randrange(longest + 1))) for _ in range(count))
+    return tuple(
+        "".join(dice.choices("abcdef", k=dice.randrange(longest + 1))) for _ in range(count)
+    )
 
 
 def refuse(complaint, text, **wanted):
@@ -75,15 +77,22 @@ def test_first_windows_are_those_of_the_whole_text_though_only_its_start_is_enco
 
 def test_first_windows_hold_no_token_that_a_cut_between_documents_made():
     """Tokens of two characters that start anew at no document: the end of a prefix is not as in the whole."""
-    text = Text("t", tuple(a + b + c for a in "abcdefgh" for b in "ijk" for c in "lmnopq"), joiner="")
+    text = Text(
+        "t", tuple(a + b + c for a in "abcdefgh" for b in "ijk" for c in "lmnopq"), joiner=""
+    )
     whole = Text("t", (text.joined,))
 
     def pairs(part):
-        return [256 * ord(pair[0]) + ord(pair[-1]) for pair in (part[i : i + 2] for i in range(0, len(part), 2))]
+        return [
+            256 * ord(pair[0]) + ord(pair[-1])
+            for pair in (part[i : i + 2] for i in range(0, len(part), 2))
+        ]
 
     for samples in range(1, 100):
         wanted = {"samples": samples, "length": 2, "draw": "first", "seed": 0}
-        assert torch.equal(draw_windows(text, pairs, **wanted), draw_windows(whole, pairs, **wanted))
+        assert torch.equal(
+            draw_windows(text, pairs, **wanted), draw_windows(whole, pairs, **wanted)
+        )
 
 
 # ------------------------------------------------------------------------------------------------ random
@@ -114,7 +123,9 @@ def gptq_stream(joined, samples, length, seed):
 @pytest.mark.parametrize(("count", "longest", "length"), [(50, 30, 20), (200, 12, 11), (2, 40, 5)])
 def test_random_windows_of_documents_are_gptqs(seed, count, longest, length):
     documents = documents_of(seed, count, longest)
-    windows = draw_windows(Text("t", documents), characters, samples=16, length=length, draw="random", seed=seed)
+    windows = draw_windows(
+        Text("t", documents), characters, samples=16, length=length, draw="random", seed=seed
+    )
     assert spelled(windows) == gptq_documents(documents, 16, length, seed)
 
 
@@ -142,8 +153,12 @@ def test_random_windows_are_the_studys_256_of_c4():
         number = int(document[:5])
         return [100_000 * number + place for place in range(study[number][1])]
 
-    windows = draw_windows(Text("c4", documents), encode, samples=11, length=2048, draw="random", seed=0)
-    assert [divmod(start, 100_000) for start in windows[:, 0].tolist()] == [(k, at) for k, (at, _) in study.items()]
+    windows = draw_windows(
+        Text("c4", documents), encode, samples=11, length=2048, draw="random", seed=0
+    )
+    assert [divmod(start, 100_000) for start in windows[:, 0].tolist()] == [
+        (k, at) for k, (at, _) in study.items()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -170,11 +185,15 @@ def test_tokens_not_bytes_decide_whether_a_document_is_long_enough():
     windows = draw_windows(text, pairs, samples=9, length=4, draw="random", seed=0)
     assert spelled(windows) == gptq_stream("aaaacccceeee", 9, 4, seed=0)
     longer = Text("t", (*text.documents, "ghghghghgh"), joiner="")
-    assert set(spelled(draw_windows(longer, pairs, samples=9, length=4, draw="random", seed=0))) == {"gggg"}
+    assert set(
+        spelled(draw_windows(longer, pairs, samples=9, length=4, draw="random", seed=0))
+    ) == {"gggg"}
 
 
 def test_random_windows_may_overlap_and_a_text_of_just_one_window_gives_it():
-    assert spelled(draw_windows(Text("t", ("abcd",)), characters, samples=2, length=4, draw="random", seed=0)) == [
+    assert spelled(
+        draw_windows(Text("t", ("abcd",)), characters, samples=2, length=4, draw="random", seed=0)
+    ) == [
         "abcd",
         "abcd",
     ]
@@ -185,7 +204,9 @@ def test_random_windows_encode_a_few_documents_not_the_text():
     documents = tuple("x" * 10 if i % 10 else "y" * 100 for i in range(10_000))
     encode = Counting()
     draw_windows(Text("t", documents), encode, samples=8, length=50, draw="random", seed=0)
-    assert len(encode.seen) == 9  # the windows' documents, and one to learn that there are long ones
+    assert (
+        len(encode.seen) == 9
+    )  # the windows' documents, and one to learn that there are long ones
     assert len(set(encode.seen)) == 1
 
 
@@ -211,7 +232,9 @@ def awq_blocks(documents, samples, length, seed):
 @pytest.mark.parametrize(("count", "longest", "length"), [(100, 30, 20), (300, 60, 25), (10, 9, 8)])
 def test_document_windows_are_awqs(seed, count, longest, length):
     documents = tuple(f" {document}\n" for document in documents_of(seed, count, longest))
-    windows = draw_windows(Text("t", documents), characters, samples=32, length=length, draw="documents", seed=seed)
+    windows = draw_windows(
+        Text("t", documents), characters, samples=32, length=length, draw="documents", seed=seed
+    )
     assert spelled(windows) == awq_blocks(documents, 32, length, seed)
     assert 0 < len(windows) <= 32
 
@@ -219,7 +242,9 @@ def test_document_windows_are_awqs(seed, count, longest, length):
 def test_document_windows_need_short_documents():
     text = Text("t", ("abcdefgh", "ab", "", "  "))
     refuse(
-        "1 documents of 1 to 4 tokens, drawn from the text t: 2 tokens, but one window needs 4", text, draw="documents"
+        "1 documents of 1 to 4 tokens, drawn from the text t: 2 tokens, but one window needs 4",
+        text,
+        draw="documents",
     )
 
 
@@ -230,7 +255,10 @@ def test_document_windows_need_short_documents():
 def test_equal_seeds_draw_equal_windows_and_others_do_not(draw):
     text = load_text("demo", split="calibration")
     state = random.getstate()
-    drawn = [draw_windows(text, characters, samples=8, length=400, draw=draw, seed=seed) for seed in (0, 0, 1)]
+    drawn = [
+        draw_windows(text, characters, samples=8, length=400, draw=draw, seed=seed)
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert random.getstate() == state  # nobody else's dice are touched

@@ -25,12 +25,16 @@ def tiny(tmp_path_factory) -> Path:
         shutil.copy(demo / name, folder / name)
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     facts, generator = read_facts(CONFIG), torch.Generator().manual_seed(0)
-    weights = {"model.embed_tokens.weight": torch.randn(facts.vocab, facts.hidden, generator=generator)}
+    weights = {
+        "model.embed_tokens.weight": torch.randn(facts.vocab, facts.hidden, generator=generator)
+    }
     weights["model.norm.weight"] = torch.ones(facts.hidden)
     for k in range(facts.layers):
         for name, shape in facts.block_shapes(k).items():
             drawn = torch.randn(shape, generator=generator)
-            weights[f"model.layers.{k}.{name}"] = 1 + 0.1 * drawn if "norm" in name else drawn / shape[-1] ** 0.5
+            weights[f"model.layers.{k}.{name}"] = (
+                1 + 0.1 * drawn if "norm" in name else drawn / shape[-1] ** 0.5
+            )
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -43,7 +47,10 @@ def small_disk(tmp_path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")

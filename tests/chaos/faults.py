@@ -49,7 +49,14 @@ def start(
 ) -> "subprocess.Popen[str]":
     """The real command, in a session of its own. inside: a command that runs it somewhere else."""
     settings = {one.partition("=")[0]: one for one in (*SMALL, *arguments)}  # the later one counts
-    command = [sys.executable, "launch.py", "-m", *settings.values(), f"model.path={tiny}", f"storage={storage}"]
+    command = [
+        sys.executable,
+        "launch.py",
+        "-m",
+        *settings.values(),
+        f"model.path={tiny}",
+        f"storage={storage}",
+    ]
     # Under nohup a stopped worker would outlive its driver: the kernel wakes orphans with this signal.
     command = [*inside, "env", "--default-signal=HUP", *command]
     return subprocess.Popen(
@@ -109,8 +116,15 @@ def last_words(folder: Path, pid: int) -> str:
 def numbers(record: dict) -> dict:
     """What a record says that must not depend on what befell the trial."""
     passing = ("seconds/", "peak_bytes/", "gpu_peak_bytes/")
-    metrics = {name: value for name, value in record["metrics"].items() if not name.startswith(passing)}
-    return {"metrics": metrics, "intervals": record["intervals"], "sites": record["sites"], "status": record["status"]}
+    metrics = {
+        name: value for name, value in record["metrics"].items() if not name.startswith(passing)
+    }
+    return {
+        "metrics": metrics,
+        "intervals": record["intervals"],
+        "sites": record["sites"],
+        "status": record["status"],
+    }
 
 
 def records(storage: Path) -> dict[str, dict]:
@@ -155,7 +169,11 @@ def freeze(storage: Path, phase: str, avoid: set[str], mine: Callable[[int], boo
             os.kill(pid, signal.SIGSTOP)
             wait_until(lambda pid=pid: _stopped(pid), "a process that stands still", 10)
             last = log_of(folder)[-1]
-            if last.pid == pid and last.words.startswith(phase) and not (folder / "record.json").exists():
+            if (
+                last.pid == pid
+                and last.words.startswith(phase)
+                and not (folder / "record.json").exists()
+            ):
                 found.append(Hit(folder, pid, last.words, blocks_of(folder)))
                 return True
             os.kill(pid, signal.SIGCONT)

@@ -34,7 +34,9 @@ def spec_of(tiny):
     def make(storage, export):
         always = [*SMALL, f"model.path={tiny}", "method=gptq", "bits=4", "export=gptq"]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(compose("config", [*always, f"storage={storage}", f"export.path={export}"]))
+            return schema.spec_from(
+                compose("config", [*always, f"storage={storage}", f"export.path={export}"])
+            )
 
     return make
 
@@ -44,7 +46,9 @@ def same_process(monkeypatch):
     """What the other process would find, without the seconds that it takes to start."""
 
     def here(folder, given, out, seconds):
-        found, tensors = reload.findings(folder, None if given.name == "weights" else load_file(given))
+        found, tensors = reload.findings(
+            folder, None if given.name == "weights" else load_file(given)
+        )
         out.with_suffix(".json").write_text(json.dumps(found))
         save_file(tensors, out.with_suffix(".safetensors"))
 
@@ -62,7 +66,10 @@ def reference(undisturbed, spec_of, tmp_path):
     if not undisturbed:
         record = attempt_trial(spec_of(tmp_path / "reference", tmp_path / "reference" / "out"))
         assert record.completed, record.reason
-        undisturbed |= {"digest": Checkpoint(tmp_path / "reference" / "out").digest(), "numbers": plain(record)}
+        undisturbed |= {
+            "digest": Checkpoint(tmp_path / "reference" / "out").digest(),
+            "numbers": plain(record),
+        }
     return undisturbed
 
 
@@ -128,7 +135,9 @@ def while_removing_what_is_wrong():
             next(Path(folder).glob("*.safetensors")).unlink()
             die()
 
-    trial.prove = lambda folder, model: proof.Proof(Check(name=proof.PASSED, passed=False, detail="a test"))
+    trial.prove = lambda folder, model: proof.Proof(
+        Check(name=proof.PASSED, passed=False, detail="a test")
+    )
     destination.shutil.rmtree = rmtree
 
 
@@ -153,8 +162,14 @@ def before_the_record():
         (while_removing_what_is_wrong, "nothing"),
     ],
 )
-def test_killed_anywhere_it_leaves_a_whole_checkpoint_or_none_that_loads(spec_of, reference, set_up, left, tmp_path):
-    spec, out, partial = spec_of(tmp_path / "s", tmp_path / "out"), tmp_path / "out", tmp_path / "out.partial"
+def test_killed_anywhere_it_leaves_a_whole_checkpoint_or_none_that_loads(
+    spec_of, reference, set_up, left, tmp_path
+):
+    spec, out, partial = (
+        spec_of(tmp_path / "s", tmp_path / "out"),
+        tmp_path / "out",
+        tmp_path / "out.partial",
+    )
 
     def work():
         set_up()

@@ -36,7 +36,11 @@ def at_work(storage):
         steps = log_of(path.parent)
         last = {step.pid: step.words for step in steps}  # that each process said
         if steps and not steps[-1].words.startswith(("end", "stop")):
-            found += [(path.parent, pid) for pid, words in last.items() if runs(pid) and "end " not in words]
+            found += [
+                (path.parent, pid)
+                for pid, words in last.items()
+                if runs(pid) and "end " not in words
+            ]
     return found
 
 
@@ -56,7 +60,9 @@ def test_whatever_the_moment_of_death_nothing_is_lost(tiny, undisturbed, tmp_pat
             if not working:
                 continue
             folder, worker = chance.choice(working)
-            kept = {trial: record["environment"]["ended"] for trial, record in records(tmp_path).items()} | kept
+            kept = {
+                trial: record["environment"]["ended"] for trial, record in records(tmp_path).items()
+            } | kept
             victim = chance.choice([worker, worker, process.pid])
             how = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
             said = last_words(folder, worker)

@@ -18,10 +18,26 @@ from q3q import mirror as mirror_module
 from q3q.mirror import open_store, settled
 from q3q.record import trial_folder
 from q3q.trial import attempt_trial
-from tests.chaos.faults import ROOT, SMALL, end_of, in_child, launch, log_of, numbers, start, wait_until
+from tests.chaos.faults import (
+    ROOT,
+    SMALL,
+    end_of,
+    in_child,
+    launch,
+    log_of,
+    numbers,
+    start,
+    wait_until,
+)
 from tests.stores import make_bucket, s3_server
 
-SWEEP = ("method=rtn,gptq", "bits=3", "calibration.samples=32", "evaluation.limit=64", "keep=blocks")
+SWEEP = (
+    "method=rtn,gptq",
+    "bits=3",
+    "calibration.samples=32",
+    "evaluation.limit=64",
+    "keep=blocks",
+)
 
 
 @pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.slow)])
@@ -38,7 +54,14 @@ def spec(url, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path / "driver"))
     schema.register()
     GlobalHydra.instance().clear()
-    settings = [*SMALL, "evaluation.drift=true", f"model.path={tiny}", f"storage={url}", "method=gptq", "bits=3"]
+    settings = [
+        *SMALL,
+        "evaluation.drift=true",
+        f"model.path={tiny}",
+        f"storage={url}",
+        "method=gptq",
+        "bits=3",
+    ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return schema.spec_from(compose("config", settings))
 
@@ -59,17 +82,25 @@ def in_store(url, name):
 
 
 def test_a_node_that_is_killed_costs_what_it_had_not_sent_and_another_goes_on(spec, url, tmp_path):
-    plain = spec.with_places({"trials": str(tmp_path / "plain/trials"), "model": spec.places["model"]})
+    plain = spec.with_places(
+        {"trials": str(tmp_path / "plain/trials"), "model": spec.places["model"]}
+    )
     reference = attempt_trial(plain)
     assert reference.completed, reference.reason
-    blocks = [f"trials/{spec.id}/blocks/block_00{k}.{kind}" for k in (0, 1) for kind in ("json", "safetensors")]
+    blocks = [
+        f"trials/{spec.id}/blocks/block_00{k}.{kind}"
+        for k in (0, 1)
+        for kind in ("json", "safetensors")
+    ]
 
     def killed(spec):
         store = open_store(url)
 
         def report(event):
             if event.phase == "quantize" and event.done == 2:
-                wait_until(lambda: all(map(store.mark, blocks)), "two blocks")  # they are sent in any order
+                wait_until(
+                    lambda: all(map(store.mark, blocks)), "two blocks"
+                )  # they are sent in any order
                 os.kill(os.getpid(), signal.SIGKILL)
 
         attempt_trial(spec, report)
@@ -79,7 +110,9 @@ def test_a_node_that_is_killed_costs_what_it_had_not_sent_and_another_goes_on(sp
 
     def resumed(spec):
         computed = []
-        record = attempt_trial(spec, lambda event: computed.append(event) if event.phase == "baseline" else None)
+        record = attempt_trial(
+            spec, lambda event: computed.append(event) if event.phase == "baseline" else None
+        )
         assert record.completed, record.reason
         assert not computed  # the drift's baseline was fetched
         assert record.notes["blocks_from_disk"] == 2
@@ -105,7 +138,11 @@ def test_one_that_slept_sends_nothing_over_the_result_of_another(spec, url, tmp_
     folder = f"trials/{spec.id}"
 
     def hasty():
-        mirror_module.BEAT_SECONDS, mirror_module.SILENT_SECONDS, mirror_module.EVERY_SECONDS = 0.1, 0.8, 0.05
+        mirror_module.BEAT_SECONDS, mirror_module.SILENT_SECONDS, mirror_module.EVERY_SECONDS = (
+            0.1,
+            0.8,
+            0.05,
+        )
 
     def sleeper():
         os.environ["Q3Q_MIRRORS"] = str(tmp_path / "a")
@@ -159,7 +196,9 @@ def test_a_plan_on_a_url_starts_nothing_and_leaves_nothing_there(tiny, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_sweep_on_a_url_whose_driver_is_killed_and_that_another_machine_completes(url, tiny, tmp_path):
+def test_a_sweep_on_a_url_whose_driver_is_killed_and_that_another_machine_completes(
+    url, tiny, tmp_path
+):
     """Meanwhile a second driver is refused. Afterwards a third machine lists, reports and deletes."""
     here, there, third = ({"Q3Q_MIRRORS": str(tmp_path / name)} for name in "abc")
     process, store = start(url, tiny, *SWEEP, **here), open_store(url)
@@ -167,10 +206,15 @@ def test_a_sweep_on_a_url_whose_driver_is_killed_and_that_another_machine_comple
     def sent(name):
         return [one for one in store.find("trials") if one.endswith(name)]
 
-    wait_until(lambda: sent("trial.log") or process.poll() is not None, "a trial's log in the store")
+    wait_until(
+        lambda: sent("trial.log") or process.poll() is not None, "a trial's log in the store"
+    )
     code, said = launch(url, tiny, *SWEEP, **there)
     assert code == 2, said
-    assert re.search(rf"this sweep is at work already: process {process.pid} on .* --storage {re.escape(url)} ", said)
+    assert re.search(
+        rf"this sweep is at work already: process {process.pid} on .* --storage {re.escape(url)} ",
+        said,
+    )
     wait_until(lambda: sent("record.json") or process.poll() is not None, "a record in the store")
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)

@@ -73,7 +73,9 @@ def test_the_sweep_with_its_dead_workers_ends_as_if_nothing_had_been(killed, und
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_worker_killed_in_any_phase_was_there_and_its_trial_goes_on_from_its_blocks(killed, phase):
+def test_a_worker_killed_in_any_phase_was_there_and_its_trial_goes_on_from_its_blocks(
+    killed, phase
+):
     storage, hits, _, output = killed
     hit = hits[phase]
     assert last_words(hit.folder, hit.pid).startswith(phase)
@@ -90,7 +92,9 @@ def test_a_worker_that_is_told_to_go_hands_its_trial_back(killed):
     assert last_words(told.folder, told.pid) == "stop HandedBackError"
     assert f"was handed back (pid {told.pid} was asked to end)" in output
     assert not runs(told.pid)
-    assert records(storage)[told.folder.name]["notes"]["blocks_from_disk"] >= max(1, len(told.whole))
+    assert records(storage)[told.folder.name]["notes"]["blocks_from_disk"] >= max(
+        1, len(told.whole)
+    )
 
 
 @pytest.mark.slow
@@ -99,14 +103,20 @@ def test_mlflow_has_each_trial_once(killed, undisturbed):
 
     storage, *_ = killed
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
-    found = [run for one in client.search_experiments() for run in client.search_runs([one.experiment_id])]
+    found = [
+        run
+        for one in client.search_experiments()
+        for run in client.search_runs([one.experiment_id])
+    ]
     trials = [run.data.tags["q3q.trial"] for run in found if "q3q.trial" in run.data.tags]
     assert sorted(trials) == sorted(undisturbed)
     assert {run.info.status for run in found} == {"FINISHED"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)]
+)
 def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
     tiny, undisturbed, tmp_path, number, code
 ):
@@ -117,10 +127,16 @@ def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
     if number == signal.SIGKILL:
         refused, said = launch(tmp_path, tiny, *METHODS, *LONGER)
         assert refused == 2, said
-        assert re.search(rf"this sweep is at work already: process {process.pid} on \S+, since .* UTC", said)
+        assert re.search(
+            rf"this sweep is at work already: process {process.pid} on \S+, since .* UTC", said
+        )
         assert "q3q.trials --storage" in said
     before = {trial: record["environment"]["ended"] for trial, record in records(tmp_path).items()}
-    wait_until(lambda: hit.folder.name in at_work_by(tmp_path, process.pid), "the driver's word that it is there", 30)
+    wait_until(
+        lambda: hit.folder.name in at_work_by(tmp_path, process.pid),
+        "the driver's word that it is there",
+        30,
+    )
     os.kill(process.pid, number)
     if number == signal.SIGTERM:
         os.kill(hit.pid, signal.SIGCONT)
@@ -128,17 +144,23 @@ def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
     assert process.returncode == code, output
     if number == signal.SIGTERM:
         assert "the same command goes on" in output
-    workers = {step.pid for path in tmp_path.glob("trials/*/trial.log") for step in log_of(path.parent)}
+    workers = {
+        step.pid for path in tmp_path.glob("trials/*/trial.log") for step in log_of(path.parent)
+    }
     wait_until(lambda: not any(map(runs, workers)), "the end of its workers", 30)
     begun = {path.parent.parent for path in tmp_path.glob("trials/*/blocks/*0.json")}
-    left = {folder.name: blocks_of(folder) for folder in begun if not (folder / "record.json").exists()}
+    left = {
+        folder.name: blocks_of(folder) for folder in begun if not (folder / "record.json").exists()
+    }
     if number == signal.SIGKILL:  # it stood still when its driver died, and so it died there
         assert left[hit.folder.name] == hit.whole
     resumed, said = launch(tmp_path, tiny, *METHODS, *LONGER)
     assert resumed == 0, said
     found = records(tmp_path)
     assert {trial: numbers(record) for trial, record in found.items()} == undisturbed
-    assert {trial: found[trial]["environment"]["ended"] for trial in before} == before  # none of them ran again
+    assert {
+        trial: found[trial]["environment"]["ended"] for trial in before
+    } == before  # none of them ran again
     for trial, blocks in left.items():
         assert found[trial]["notes"]["blocks_from_disk"] == len(blocks)
     for folder in tmp_path.glob("trials/*/trial.log"):
@@ -155,7 +177,9 @@ def at_work_by(storage, driver):
 
 
 @pytest.mark.slow
-def test_of_two_drivers_that_start_at_the_same_moment_one_runs_the_sweep(tiny, undisturbed, tmp_path):
+def test_of_two_drivers_that_start_at_the_same_moment_one_runs_the_sweep(
+    tiny, undisturbed, tmp_path
+):
     both = [start(tmp_path, tiny, *METHODS, *LONGER) for _ in range(2)]
     ended = {process.communicate(timeout=240)[0]: process.returncode for process in both}
     assert sorted(ended.values()) == [0, 2], ended
@@ -170,7 +194,13 @@ def test_of_two_drivers_that_start_at_the_same_moment_one_runs_the_sweep(tiny, u
 def test_a_rank_of_a_gang_that_is_killed_costs_nothing_and_the_same_command_runs_nothing_more(
     tiny, undisturbed, tmp_path
 ):
-    sweep = ("method=gptq", "bits=3", *LONGER, "cluster.ranks_per_trial=2", "cluster.cpus_per_trial=1")
+    sweep = (
+        "method=gptq",
+        "bits=3",
+        *LONGER,
+        "cluster.ranks_per_trial=2",
+        "cluster.cpus_per_trial=1",
+    )
     process = start(tmp_path, tiny, *sweep)
     hit = freeze(tmp_path, "quantize 1 of 3", set())
     [rank] = [step for step in log_of(hit.folder) if step.words == "rank 1 of 2"]
@@ -178,11 +208,15 @@ def test_a_rank_of_a_gang_that_is_killed_costs_nothing_and_the_same_command_runs
     os.kill(hit.pid, signal.SIGCONT)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
-    assert last_words(hit.folder, rank.pid) == "rank 1 of 2"  # it was in step with rank 0, which stood still there
+    assert (
+        last_words(hit.folder, rank.pid) == "rank 1 of 2"
+    )  # it was in step with rank 0, which stood still there
     assert f"(pid {rank.pid} on " in output
     assert ", rank 1 of 2: its process was killed" in output
     found = records(tmp_path)
-    assert {trial: undisturbed[trial] for trial in found} == {trial: numbers(one) for trial, one in found.items()}
+    assert {trial: undisturbed[trial] for trial in found} == {
+        trial: numbers(one) for trial, one in found.items()
+    }
     assert found[hit.folder.name]["notes"]["blocks_from_disk"] >= len(hit.whole) == 1
     assert [step.words for step in log_of(hit.folder)].count("rank 1 of 2") == 2
     kept = (hit.folder / "record.json").stat().st_mtime_ns
@@ -190,7 +224,15 @@ def test_a_rank_of_a_gang_that_is_killed_costs_nothing_and_the_same_command_runs
     assert code == 0, output
     assert (hit.folder / "record.json").stat().st_mtime_ns == kept
     (hit.folder / "record.json").unlink()
-    resume = [sys.executable, "-m", "q3q.trials", "--storage", str(tmp_path), "resume", hit.folder.name]
+    resume = [
+        sys.executable,
+        "-m",
+        "q3q.trials",
+        "--storage",
+        str(tmp_path),
+        "resume",
+        hit.folder.name,
+    ]
     subprocess.run(resume, cwd=ROOT, check=True)
     again = records(tmp_path)[hit.folder.name]
     assert again["environment"]["loading"]["loader"] == "resident"  # by one process alone
@@ -202,7 +244,9 @@ def test_a_second_terminal_follows_a_real_sweep_which_listens_on_loopback_alone(
     process = start(tmp_path, tiny, "method=rtn", "bits=3,4", *LONGER)
     wait_until(lambda: list(tmp_path.glob("running/*.json")), "its bulletin")
     attach = [sys.executable, "-m", "q3q.trials", "--storage", str(tmp_path), "attach"]
-    terminal = subprocess.Popen(attach, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    terminal = subprocess.Popen(
+        attach, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     hit = freeze(tmp_path, "quantize", set())
     listening = listening_of(process.pid)
     os.kill(hit.pid, signal.SIGCONT)
@@ -213,12 +257,16 @@ def test_a_second_terminal_follows_a_real_sweep_which_listens_on_loopback_alone(
     assert "2 of 2 done; it has ended" in shown
     assert all(f"({number} of 2 done" in shown for number in (1, 2))
     assert listening
-    assert all(address.removeprefix("::ffff:") in ("127.0.0.1", "::1") for address in listening), listening
+    assert all(address.removeprefix("::ffff:") in ("127.0.0.1", "::1") for address in listening), (
+        listening
+    )
 
 
 def listening_of(ancestor):
     """Addresses where a process, or one that it started, listens."""
-    processes = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    processes = subprocess.run(
+        ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True
+    ).stdout
     family, parents = {ancestor}, [tuple(map(int, line.split())) for line in processes.splitlines()]
     while more := {pid for pid, parent in parents if parent in family} - family:
         family |= more
@@ -232,7 +280,9 @@ def listening_of(ancestor):
 
 @pytest.mark.slow
 def test_two_sweeps_that_share_trials_run_each_once(tiny, undisturbed, tmp_path):
-    both = [start(tmp_path, tiny, *LONGER, *more) for more in (METHODS, ("method=gptq", "bits=4,3,2"))]
+    both = [
+        start(tmp_path, tiny, *LONGER, *more) for more in (METHODS, ("method=gptq", "bits=4,3,2"))
+    ]
     for process in both:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
@@ -242,7 +292,9 @@ def test_two_sweeps_that_share_trials_run_each_once(tiny, undisturbed, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_stops_the_sweep_in_a_line_and_with_room_it_goes_on(tiny, undisturbed, small_disk):
+def test_a_disk_that_is_full_stops_the_sweep_in_a_line_and_with_room_it_goes_on(
+    tiny, undisturbed, small_disk
+):
     subprocess.run(["mount", "-o", "remount,size=3m", str(small_disk)], check=True)
     with (small_disk / "filler").open("wb") as file:
         file.write(bytes(2_400_000))

@@ -29,14 +29,22 @@ def specs(storage, count=3):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return [
-            schema.spec_from(compose("config", [f"storage={storage}", f"bits={2 + k}", "evaluation.baseline=false"]))
+            schema.spec_from(
+                compose(
+                    "config", [f"storage={storage}", f"bits={2 + k}", "evaluation.baseline=false"]
+                )
+            )
             for k in range(count)
         ]
 
 
 def recorded(spec):
     stories = 10.0 / spec.scheme.bits
-    record = TrialRecord(spec=spec, status="COMPLETED", metrics={"perplexity/stories": stories, "bits_per_weight": 4.1})
+    record = TrialRecord(
+        spec=spec,
+        status="COMPLETED",
+        metrics={"perplexity/stories": stories, "bits_per_weight": 4.1},
+    )
     record.save()
     return record
 
@@ -153,19 +161,41 @@ def free_port():
 def serve(folder: Path, port: int, *more: str) -> "subprocess.Popen[bytes]":
     """A real MLflow server that has answered once."""
     if not more:
-        MlflowTracker(f"sqlite:///{folder}/mlflow.db").check()  # its migrations take the server many seconds
+        MlflowTracker(
+            f"sqlite:///{folder}/mlflow.db"
+        ).check()  # its migrations take the server many seconds
         more = ("--backend-store-uri", f"sqlite:///{folder}/mlflow.db")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
-            [*command, *more, "--serve-artifacts", "--artifacts-destination", str(folder / "served")],
+            [
+                *command,
+                *more,
+                "--serve-artifacts",
+                "--artifacts-destination",
+                str(folder / "served"),
+            ],
             cwd=folder,
             env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-    asked, deadline = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0", time.monotonic() + 120
+    asked, deadline = (
+        f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0",
+        time.monotonic() + 120,
+    )
     while True:
         try:
             with urllib.request.urlopen(asked, timeout=30):
@@ -178,7 +208,9 @@ def serve(folder: Path, port: int, *more: str) -> "subprocess.Popen[bytes]":
 
 
 def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)  # its own session: the server and its workers, nobody else
+    os.killpg(
+        process.pid, signal.SIGKILL
+    )  # its own session: the server and its workers, nobody else
     process.wait(timeout=10)
 
 
@@ -230,7 +262,9 @@ def test_a_real_server_goes_comes_back_loses_its_database_and_goes_for_good(tmp_
 
 
 @pytest.mark.slow
-def test_a_real_sweep_whose_server_is_killed_ends_and_the_same_command_tells_a_new_one(tiny, tmp_path):
+def test_a_real_sweep_whose_server_is_killed_ends_and_the_same_command_tells_a_new_one(
+    tiny, tmp_path
+):
     storage, port = tmp_path / "storage", free_port()
     uri = f"http://127.0.0.1:{port}"
     sweep = ("method=rtn", "bits=3,4", "evaluation.limit=64", f"track.uri={uri}")

@@ -21,7 +21,18 @@ from q3q import config as schema
 from q3q import record as record_module
 from q3q.record import TrialRecord, trial_folder
 from q3q.trial import attempt_trial
-from tests.chaos.faults import ROOT, SMALL, blocks_of, end_of, in_child, last_words, log_of, numbers, runs, wait_until
+from tests.chaos.faults import (
+    ROOT,
+    SMALL,
+    blocks_of,
+    end_of,
+    in_child,
+    last_words,
+    log_of,
+    numbers,
+    runs,
+    wait_until,
+)
 
 TEXTS = ["evaluation.texts=[demo,library]"]
 TASKS = ["evaluation.tasks=[stories_who]", "evaluation.task_limit=4", "evaluation.texts=[]"]
@@ -42,7 +53,14 @@ STEPS = [
 @pytest.fixture(scope="module")
 def spec_of(tiny, tmp_path_factory):
     storage = tmp_path_factory.mktemp("reference")
-    always = [*SMALL, f"model.path={tiny}", f"storage={storage}", "method=gptq", "bits=3", "keep=blocks"]
+    always = [
+        *SMALL,
+        f"model.path={tiny}",
+        f"storage={storage}",
+        "method=gptq",
+        "bits=3",
+        "keep=blocks",
+    ]
     schema.register()
     GlobalHydra.instance().clear()
 
@@ -112,7 +130,9 @@ def completed(spec, tmp_path):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_killed_in_any_phase_it_goes_on_and_ends_with_the_same_numbers(spec, reference, step, tmp_path):
+def test_killed_in_any_phase_it_goes_on_and_ends_with_the_same_numbers(
+    spec, reference, step, tmp_path
+):
     killed_at(spec, step)
     before = written(trial_folder(spec))
     record, after = completed(spec, tmp_path)
@@ -223,7 +243,9 @@ def test_a_damaged_measurement_is_made_again(spec, reference, damage, tmp_path):
 def test_a_damaged_record_is_nobodys_result(spec, reference, damage, tmp_path):
     whole, _ = completed(spec, tmp_path)
     damage(trial_folder(spec) / "record.json")
-    with pytest.raises(ValueError, match=r"damaged|Expecting|delimiter|Unterminated|Invalid|control"):
+    with pytest.raises(
+        ValueError, match=r"damaged|Expecting|delimiter|Unterminated|Invalid|control"
+    ):
         TrialRecord.load(trial_folder(spec) / "record.json")
     again, _ = completed(spec, tmp_path)
     assert numbers(plain(again)) == numbers(plain(whole)) == reference

@@ -52,7 +52,15 @@ def two_nodes(tokened, tmp_path_factory):
         # Agents that find their usual port taken, by another test's Ray, listen nowhere, and jobs go to one of them.
         agent = f"--dashboard-agent-listen-port={free_port()}"
         process = subprocess.Popen(
-            [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", agent, *words],
+            [
+                RAY,
+                "start",
+                "--block",
+                "--disable-usage-stats",
+                "--object-store-memory=100000000",
+                agent,
+                *words,
+            ],
             env=environment,
             stdout=log,
             stderr=log,
@@ -62,12 +70,18 @@ def two_nodes(tokened, tmp_path_factory):
         return process
 
     address = f"127.0.0.1:{head}"
-    dash = ("--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}")
+    dash = (
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}",
+    )
     ray_start("--head", "--node-ip-address=127.0.0.1", f"--port={head}", "--num-cpus=1", *dash)
     ready = [RAY, "status", f"--address={address}"]
 
     def nodes(count):
-        told = subprocess.run(ready, env={**os.environ, **tokened}, capture_output=True, text=True, check=False)
+        told = subprocess.run(
+            ready, env={**os.environ, **tokened}, capture_output=True, text=True, check=False
+        )
         return len(re.findall(r"^ 1 node_", told.stdout, re.M)) == count
 
     try:
@@ -99,8 +113,23 @@ def with_all(process):
 def test_a_job_submitted_to_the_head_runs_a_sweep(two_nodes, tokened, tiny, tmp_path):  # noqa: F811
     address, dashboard, _ = two_nodes
     settings = {one.partition("=")[0]: one for one in (*SMALL, "method=rtn", "bits=4,5")}
-    where = [f"model.path={tiny}", f"storage={tmp_path}", "cluster=existing", f"cluster.address={address}"]
-    command = [RAY, "job", "submit", "--address", dashboard, "--", sys.executable, str(ROOT / "launch.py"), "-m"]
+    where = [
+        f"model.path={tiny}",
+        f"storage={tmp_path}",
+        "cluster=existing",
+        f"cluster.address={address}",
+    ]
+    command = [
+        RAY,
+        "job",
+        "submit",
+        "--address",
+        dashboard,
+        "--",
+        sys.executable,
+        str(ROOT / "launch.py"),
+        "-m",
+    ]
 
     def submit(words, **environment):
         return subprocess.run(
@@ -129,7 +158,12 @@ def test_a_gangs_ranks_sit_on_two_nodes(two_nodes, tokened, tiny, tmp_path):  # 
     """Each node has one core, so two ranks of one core each cannot share one."""
     address, _, second = two_nodes
     sweep = ("method=gptq", "bits=3", "calibration.samples=8", "evaluation.limit=8")
-    gang = ("cluster.ranks_per_trial=2", "cluster.cpus_per_trial=1", "cluster=existing", f"cluster.address={address}")
+    gang = (
+        "cluster.ranks_per_trial=2",
+        "cluster.cpus_per_trial=1",
+        "cluster=existing",
+        f"cluster.address={address}",
+    )
     process = start(tmp_path / "gang", tiny, *sweep, *gang, **tokened)
     seen = set()
 
@@ -150,7 +184,8 @@ def test_a_gangs_ranks_sit_on_two_nodes(two_nodes, tokened, tiny, tmp_path):  # 
     code, again = launch(tmp_path / "alone", tiny, *sweep)
     assert code == 0, again
     together, alone = (
-        {trial: numbers(record) for trial, record in records(tmp_path / name).items()} for name in ("gang", "alone")
+        {trial: numbers(record) for trial, record in records(tmp_path / name).items()}
+        for name in ("gang", "alone")
     )
     assert together == alone
 
@@ -185,7 +220,14 @@ def two_hosts():
 def test_a_gangs_ranks_meet_from_host_to_host(two_hosts, tokened, tiny, tmp_path):  # noqa: F811
     inside, addresses = two_hosts
     environment = {**os.environ, **tokened, "PYTHONPATH": str(ROOT)}
-    begin = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000", "--num-cpus=1"]
+    begin = [
+        RAY,
+        "start",
+        "--block",
+        "--disable-usage-stats",
+        "--object-store-memory=100000000",
+        "--num-cpus=1",
+    ]
     head = f"{addresses[0]}:6399"
     nodes = []
     try:
@@ -194,16 +236,27 @@ def test_a_gangs_ranks_meet_from_host_to_host(two_hosts, tokened, tiny, tmp_path
                 inside, addresses, (["--head", "--port=6399"], [f"--address={head}"]), strict=True
             ):
                 command = [*where, *begin, f"--node-ip-address={own}", *rest]
-                nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
+                nodes.append(
+                    subprocess.Popen(
+                        command, env=environment, stdout=log, stderr=log, start_new_session=True
+                    )
+                )
                 status = [*where, RAY, "status", f"--address={head}"]
 
                 def up(status=status):
-                    told = subprocess.run(status, env=environment, capture_output=True, text=True, check=False).stdout
+                    told = subprocess.run(
+                        status, env=environment, capture_output=True, text=True, check=False
+                    ).stdout
                     return len(re.findall(r"^ 1 node_", told, re.M)) == len(nodes)
 
                 wait_until(up, f"node {len(nodes)}", 90)
         sweep = ("method=gptq", "bits=3", "calibration.samples=8", "evaluation.limit=8")
-        gang = ("cluster.ranks_per_trial=2", "cluster.cpus_per_trial=1", "cluster=existing", f"cluster.address={head}")
+        gang = (
+            "cluster.ranks_per_trial=2",
+            "cluster.cpus_per_trial=1",
+            "cluster=existing",
+            f"cluster.address={head}",
+        )
         code, output = launch(tmp_path / "gang", tiny, *sweep, *gang, inside=inside[0], **tokened)
         assert code == 0, output
         assert "on 2 x 1 CPU, sharded" in output
@@ -213,7 +266,8 @@ def test_a_gangs_ranks_meet_from_host_to_host(two_hosts, tokened, tiny, tmp_path
     code, again = launch(tmp_path / "alone", tiny, *sweep)
     assert code == 0, again
     together, alone = (
-        {trial: numbers(record) for trial, record in records(tmp_path / name).items()} for name in ("gang", "alone")
+        {trial: numbers(record) for trial, record in records(tmp_path / name).items()}
+        for name in ("gang", "alone")
     )
     assert together == alone
 
@@ -224,7 +278,9 @@ def test_a_node_that_is_killed_costs_nothing(two_nodes, tokened, tiny, tmp_path)
     process = start(tmp_path, tiny, *SWEEP, *joined, **tokened)
     hit = freeze(tmp_path, "quantize 1 of 3", set(), lambda pid: descends(pid, second.pid))
     with_all(second)
-    with suppress(ProcessLookupError):  # a machine that is lost is lost with all that stood still on it
+    with suppress(
+        ProcessLookupError
+    ):  # a machine that is lost is lost with all that stood still on it
         os.kill(hit.pid, signal.SIGKILL)
     wait_until(lambda: not runs(hit.pid), "the end of its worker", 30)
     assert last_words(hit.folder, hit.pid) == hit.words
@@ -253,8 +309,12 @@ def postgres():
     found = [one for one in found if (one / "initdb").exists() and (one / "pg_ctl").exists()]
     if not found:
         pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
-    pytest.importorskip("psycopg", reason="MLflow reaches PostgreSQL through psycopg (cluster/requirements.txt)")
-    folder = Path(tempfile.mkdtemp(prefix="q3q-postgres-"))  # not pytest's, which only its owner may enter
+    pytest.importorskip(
+        "psycopg", reason="MLflow reaches PostgreSQL through psycopg (cluster/requirements.txt)"
+    )
+    folder = Path(
+        tempfile.mkdtemp(prefix="q3q-postgres-")
+    )  # not pytest's, which only its owner may enter
     data, port, password = folder / "data", free_port(), secrets.token_hex(16)
     (folder / "password").write_text(password)
     user = []
@@ -263,14 +323,30 @@ def postgres():
         shutil.chown(folder / "password", "postgres")
         user = ["runuser", "-u", "postgres", "--"]
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    make = [found[0] / "initdb", "-D", data, "-U", "q3q", "-A", "scram-sha-256", "--pwfile", folder / "password"]
+    make = [
+        found[0] / "initdb",
+        "-D",
+        data,
+        "-U",
+        "q3q",
+        "-A",
+        "scram-sha-256",
+        "--pwfile",
+        folder / "password",
+    ]
     subprocess.run([*user, *make], check=True, stdout=subprocess.DEVNULL, cwd=folder)
     control = [*user, found[0] / "pg_ctl", "-D", data, "-w"]
-    subprocess.run([*control, "-o", options, "-l", folder / "log", "start"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*control, "-o", options, "-l", folder / "log", "start"],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     try:
         yield f"postgresql+psycopg://q3q:{password}@127.0.0.1:{port}/postgres"
     finally:
-        subprocess.run([*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+        subprocess.run(
+            [*control, "-m", "immediate", "stop"], check=True, stdout=subprocess.DEVNULL, cwd=folder
+        )
         shutil.rmtree(folder)
 
 

@@ -21,7 +21,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(
-        os.geteuid() != 0 or shutil.which("debootstrap") is None, reason="needs root and debootstrap to make a root"
+        os.geteuid() != 0 or shutil.which("debootstrap") is None,
+        reason="needs root and debootstrap to make a root",
     ),
 ]
 
@@ -29,8 +30,16 @@ pytestmark = [
 @pytest.fixture
 def clean_root(tmp_path):
     folder = tmp_path / "root"
-    release = re.search(r"^VERSION_CODENAME=(.+)$", Path("/etc/os-release").read_text(encoding="utf-8"), re.MULTILINE)
-    subprocess.run(["debootstrap", "--variant=minbase", release[1], str(folder)], check=True, capture_output=True)
+    release = re.search(
+        r"^VERSION_CODENAME=(.+)$",
+        Path("/etc/os-release").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    subprocess.run(
+        ["debootstrap", "--variant=minbase", release[1], str(folder)],
+        check=True,
+        capture_output=True,
+    )
     for name in ("etc/resolv.conf", "etc/hosts"):
         if Path("/", name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +59,11 @@ class Build:
     def __init__(self, root):
         self.root, self.user, self.folder = root, "root", "/"
         self.env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
-        self.args = {name: self.shown(name, value) for name, value in os.environ.items() if LET_IN.match(name)}
+        self.args = {
+            name: self.shown(name, value)
+            for name, value in os.environ.items()
+            if LET_IN.match(name)
+        }
 
     def shown(self, name, value):
         """A variable that names a file (a bundle of certificates) names a copy of it inside."""
@@ -62,7 +75,11 @@ class Build:
         return str(Path("/", copy.relative_to(self.root)))
 
     def run(self, command):
-        settings = {**self.args, **self.env, "HOME": "/root" if self.user == "root" else f"/home/{self.user}"}
+        settings = {
+            **self.args,
+            **self.env,
+            "HOME": "/root" if self.user == "root" else f"/home/{self.user}",
+        }
         inside = ["env", "-i", *(f"{name}={value}" for name, value in settings.items()), *command]
         entered = f"cd {shlex.quote(self.folder)} && exec {shlex.join(inside)}"
         done = subprocess.run(
@@ -71,7 +88,9 @@ class Build:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert done.returncode == 0, (
+            f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        )
         return done.stdout
 
     def step(self, verb, rest):
@@ -95,9 +114,15 @@ class Build:
         *sources, target = words
         into = self.root / self.folder.lstrip("/") / target
         listed = subprocess.run(
-            ["git", "ls-files", "-z", "--", *sources], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "ls-files", "-z", "--", *sources],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
-        left_out = {line.strip("/") for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").split()}
+        left_out = {
+            line.strip("/") for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+        }
         for name in filter(None, listed.split("\0")):
             if Path(name).parts[0] in left_out:
                 continue
@@ -121,7 +146,13 @@ def test_the_images_commands_work_in_a_clean_root(clean_root):
         build.step(verb, rest.strip())
     assert build.user == "q3q"
     assert "method" in build.run(["python", "launch.py", "--help"])
-    trial = ["method=rtn", "bits=8", "evaluation.tasks=[]", "evaluation.limit=2", "storage=/storage"]
+    trial = [
+        "method=rtn",
+        "bits=8",
+        "evaluation.tasks=[]",
+        "evaluation.limit=2",
+        "storage=/storage",
+    ]
     printed = build.run(["python", "launch.py", *trial])
     assert "COMPLETED" in printed or "perplexity" in printed
     assert list((clean_root / "storage" / "trials").glob("*/record.json"))

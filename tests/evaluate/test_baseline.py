@@ -95,7 +95,9 @@ def test_hidden_states_come_back_bit_for_bit(tmp_path, windows, identity, dtype)
         assert torch.equal(found, hidden_BTH[row, :-1])
     assert len(entry.nll_N) == 5  # of all windows, also those whose states are not kept
     expected = perplexity(model, windows)
-    assert float(entry.nll_N.mean()) == pytest.approx(expected.nll, rel=1e-6 if dtype == torch.float32 else 1e-3)
+    assert float(entry.nll_N.mean()) == pytest.approx(
+        expected.nll, rel=1e-6 if dtype == torch.float32 else 1e-3
+    )
 
 
 def test_it_is_computed_once(tmp_path, model, windows, identity):
@@ -128,7 +130,9 @@ def test_all_that_changes_numbers_changes_the_key(windows, identity):
 
 def test_what_it_takes_on_disk(tmp_path, model, windows, identity):
     entry = baseline_for(tmp_path, identity, model, windows)
-    states = sum((entry.folder / f"window_{row:05d}.safetensors").stat().st_size for row in entry.rows)
+    states = sum(
+        (entry.folder / f"window_{row:05d}.safetensors").stat().st_size for row in entry.rows
+    )
     expected = baseline_bytes(3, 12, model.facts.hidden, "float32")
     assert expected <= states <= expected + 3 * 200  # the rest are safetensors' headers
     assert baseline_bytes(256, 2048, 4096, "bfloat16") == 256 * 2047 * 4096 * 2
@@ -146,7 +150,9 @@ def test_large_texts_of_wide_models_are_thinned():
 
 def test_a_plan_can_ask_without_torch():
     code = "import sys, q3q.evaluate.baseline as b; b.kept_windows(9, 9, 9, 'float32'); print('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert shown.stdout.strip() == "False"
 
 
@@ -177,13 +183,21 @@ DAMAGE = {
     "cut short": lambda entry: os.truncate(entry / WINDOW, (entry / WINDOW).stat().st_size - 4),
     "emptied": lambda entry: (entry / WINDOW).write_bytes(b""),
     "a window lost": lambda entry: (entry / WINDOW).unlink(),
-    "windows exchanged": lambda entry: (entry / WINDOW).write_bytes((entry / "window_00000.safetensors").read_bytes()),
+    "windows exchanged": lambda entry: (entry / WINDOW).write_bytes(
+        (entry / "window_00000.safetensors").read_bytes()
+    ),
     "no manifest": lambda entry: (entry / MANIFEST).unlink(),
     "half a manifest": lambda entry: os.truncate(entry / MANIFEST, 100),
     "a list for a manifest": lambda entry: (entry / MANIFEST).write_text("[1]"),
-    "another likelihood": lambda entry: edit(entry / MANIFEST, lambda m: m["body"]["nll"].__setitem__(0, 1.0)),
-    "another model": lambda entry: reseal(entry / MANIFEST, lambda b: b["identity"]["model"].update(digest="d2")),
-    "an older version": lambda entry: reseal(entry / MANIFEST, lambda b: b["identity"].update(version=0)),
+    "another likelihood": lambda entry: edit(
+        entry / MANIFEST, lambda m: m["body"]["nll"].__setitem__(0, 1.0)
+    ),
+    "another model": lambda entry: reseal(
+        entry / MANIFEST, lambda b: b["identity"]["model"].update(digest="d2")
+    ),
+    "an older version": lambda entry: reseal(
+        entry / MANIFEST, lambda b: b["identity"].update(version=0)
+    ),
 }
 
 
@@ -198,7 +212,9 @@ def test_a_damaged_entry_is_computed_again(tmp_path, model, windows, identity, d
     assert model.windows == 5
 
 
-@pytest.mark.parametrize(("damage", "computed"), [(lambda path: None, 3), (lambda path: flip(path, -1), 4)])
+@pytest.mark.parametrize(
+    ("damage", "computed"), [(lambda path: None, 3), (lambda path: flip(path, -1), 4)]
+)
 def test_what_a_killed_writer_left_is_gone_on_with_as_far_as_it_is_whole(
     tmp_path, model, windows, identity, monkeypatch, damage, computed
 ):
@@ -215,7 +231,10 @@ def test_what_a_killed_writer_left_is_gone_on_with_as_far_as_it_is_whole(
     entry = baseline_for(tmp_path, identity, model, windows)
     assert model.windows == computed
     assert same(entry, baseline_for(tmp_path / "other", identity, model, windows))
-    assert sorted(path.name for path in entry.folder.iterdir()) == [MANIFEST, *map(baseline_module._file, entry.rows)]
+    assert sorted(path.name for path in entry.folder.iterdir()) == [
+        MANIFEST,
+        *map(baseline_module._file, entry.rows),
+    ]
 
 
 def test_another_models_entry_under_this_name_is_not_used(tmp_path, model, windows, identity):
@@ -295,7 +314,9 @@ def worker(tmp_path, decoder, windows, identity, monkeypatch):
         process.join()
 
 
-def test_a_writer_killed_midway_leaves_nothing_that_is_used(tmp_path, model, windows, identity, worker):
+def test_a_writer_killed_midway_leaves_nothing_that_is_used(
+    tmp_path, model, windows, identity, worker
+):
     process, _ = worker(stop_at=2)
     partial, deadline = tmp_path / f"{identity.key}.partial", time.monotonic() + 60
     while not (partial / WINDOW).exists():
@@ -311,7 +332,10 @@ def test_a_writer_killed_midway_leaves_nothing_that_is_used(tmp_path, model, win
     began = time.monotonic()
     entry = baseline_for(tmp_path, identity, model, windows)  # waits for no dead process
     assert time.monotonic() - began < 10
-    assert model.windows in (3, 4)  # and goes on with what it left, which may lack the line of the second window
+    assert model.windows in (
+        3,
+        4,
+    )  # and goes on with what it left, which may lack the line of the second window
     assert not partial.exists()
     assert same(entry, baseline_for(tmp_path / "other", identity, model, windows))
 
@@ -325,10 +349,15 @@ def test_processes_at_once_share_one_computation(tmp_path, model, windows, ident
         process.join(60)
         assert process.exitcode == 0
     assert sorted(ran) == [0, 0, 5]
-    assert same(find_baseline(tmp_path, identity), baseline_for(tmp_path / "other", identity, model, windows))
+    assert same(
+        find_baseline(tmp_path, identity),
+        baseline_for(tmp_path / "other", identity, model, windows),
+    )
 
 
-def test_without_locks_both_compute_and_one_entry_stands(tmp_path, model, windows, identity, monkeypatch):
+def test_without_locks_both_compute_and_one_entry_stands(
+    tmp_path, model, windows, identity, monkeypatch
+):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -354,7 +383,9 @@ def test_without_locks_both_compute_and_one_entry_stands(tmp_path, model, window
     assert {path.name for path in tmp_path.iterdir()} == {identity.key, f"{identity.key}.lock"}
 
 
-def test_a_holder_that_shows_no_life_is_not_waited_for(tmp_path, model, windows, identity, monkeypatch):
+def test_a_holder_that_shows_no_life_is_not_waited_for(
+    tmp_path, model, windows, identity, monkeypatch
+):
     monkeypatch.setattr(baseline_module, "PATIENCE", 0.3)
     with (tmp_path / f"{identity.key}.lock").open("ab") as held:
         fcntl.flock(held, fcntl.LOCK_EX)

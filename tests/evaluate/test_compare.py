@@ -37,7 +37,9 @@ def answers(both, first, second, neither):
 # ------------------------------------------------------------------------------------------------ right or wrong
 
 
-@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (0, 6), (3, 3), (2, 9), (12, 12), (24, 0)])
+@pytest.mark.parametrize(
+    ("better", "worse"), [(0, 0), (1, 0), (0, 6), (3, 3), (2, 9), (12, 12), (24, 0)]
+)
 def test_few_discordant_pairs_are_tossed_coins(better, worse):
     expected = binomtest(better, better + worse).pvalue if better + worse else 1.0
     p_value, test = mcnemar(better, worse)
@@ -53,14 +55,22 @@ def test_mcnemar_by_hand():
 def test_many_discordant_pairs_are_chi_squared_with_continuity(better, worse):
     statistic = max(0, abs(better - worse) - 1) ** 2 / (better + worse)
     p_value, test = mcnemar(better, worse)
-    assert (p_value, test) == (pytest.approx(chi2.sf(statistic, 1), rel=1e-9), "McNemar with continuity correction")
-    assert p_value == pytest.approx(binomtest(better, better + worse).pvalue, abs=0.02)  # an approximation of the exact
+    assert (p_value, test) == (
+        pytest.approx(chi2.sf(statistic, 1), rel=1e-9),
+        "McNemar with continuity correction",
+    )
+    assert p_value == pytest.approx(
+        binomtest(better, better + worse).pvalue, abs=0.02
+    )  # an approximation of the exact
 
 
 @pytest.mark.parametrize(
     ("counts", "expected"),
     [
-        ((59, 6, 16, 80), (-0.1186, -0.0046)),  # Fagerland, Lydersen, Laake: Statistical Analysis of Contingency Tables
+        (
+            (59, 6, 16, 80),
+            (-0.1186, -0.0046),
+        ),  # Fagerland, Lydersen, Laake: Statistical Analysis of Contingency Tables
         ((36, 12, 2, 0), (0.0569, 0.3404)),  # Newcombe 1998, method 10
     ],
 )
@@ -69,7 +79,13 @@ def test_newcombes_interval_of_published_tables(counts, expected):
 
 
 def test_newcombes_interval_turns_around_with_the_sides_and_stays_possible():
-    for both, first, second, neither in [(5, 3, 1, 2), (0, 10, 0, 0), (7, 0, 0, 0), (0, 0, 0, 4), (1, 0, 1, 30)]:
+    for both, first, second, neither in [
+        (5, 3, 1, 2),
+        (0, 10, 0, 0),
+        (7, 0, 0, 0),
+        (0, 0, 0, 4),
+        (1, 0, 1, 30),
+    ]:
         low, high = paired_interval(both, first, second, neither)
         assert paired_interval(both, second, first, neither) == pytest.approx((-high, -low))
         assert -1 <= low <= (first - second) / (both + first + second + neither) <= high <= 1
@@ -97,7 +113,11 @@ def test_interval_test_and_verdict_say_the_same():
                 both = (n - better - worse) * 2 // 3
                 counts = both, better, worse, n - both - better - worse
                 found = compare("m", *answers(*counts))
-                assert found.distinguishable == (found.p_value < 0.05) == (not found.low <= 0 <= found.high), counts
+                assert (
+                    found.distinguishable
+                    == (found.p_value < 0.05)
+                    == (not found.low <= 0 <= found.high)
+                ), counts
                 low, high = paired_interval(*counts)
                 assert found.low <= low
                 assert found.high >= high
@@ -117,15 +137,30 @@ def test_pairing_finds_what_two_separate_samples_would_not():
 
 
 def test_identical_likelihoods_differ_by_nothing():
-    same = compare("perplexity/demo", window_scores("d", [2.5, 3.5, 3.0] * 4), window_scores("d", [2.5, 3.5, 3.0] * 4))
-    assert (same.difference, same.low, same.high, same.p_value, same.distinguishable) == (0, 0, 0, 1, False)
+    same = compare(
+        "perplexity/demo",
+        window_scores("d", [2.5, 3.5, 3.0] * 4),
+        window_scores("d", [2.5, 3.5, 3.0] * 4),
+    )
+    assert (same.difference, same.low, same.high, same.p_value, same.distinguishable) == (
+        0,
+        0,
+        0,
+        1,
+        False,
+    )
 
 
 @pytest.mark.parametrize("n", [1, 5])
 def test_too_few_windows_are_never_told_apart(n):
     found = compare("perplexity/demo", window_scores("d", [4.0] * n), window_scores("d", [1.5] * n))
     assert found.difference == 2.5
-    assert (found.low, found.high, found.p_value, found.distinguishable) == (None, None, None, False)
+    assert (found.low, found.high, found.p_value, found.distinguishable) == (
+        None,
+        None,
+        None,
+        False,
+    )
 
 
 def test_a_small_shift_is_seen_through_large_differences_between_windows():
@@ -136,7 +171,9 @@ def test_a_small_shift_is_seen_through_large_differences_between_windows():
     assert found.distinguishable
     assert 0.01 < found.low < found.difference < found.high < 0.03
     assert found.difference == pytest.approx((ours - hardness).mean())
-    shuffled = compare("perplexity/demo", window_scores("d", ours), window_scores("d", dice.permutation(hardness)))
+    shuffled = compare(
+        "perplexity/demo", window_scores("d", ours), window_scores("d", dice.permutation(hardness))
+    )
     assert not shuffled.distinguishable  # the pairing did it
 
 
@@ -147,7 +184,9 @@ def test_the_same_seed_gives_the_same_interval_and_the_sides_turn_it_around():
     assert once == compare("m", a, b, seed=3)
     assert once != compare("m", a, b, seed=4)
     turned = compare("m", b, a, seed=3)
-    assert (turned.low, turned.high) == pytest.approx((-once.high, -once.low), abs=0.02 * (once.high - once.low))
+    assert (turned.low, turned.high) == pytest.approx(
+        (-once.high, -once.low), abs=0.02 * (once.high - once.low)
+    )
 
 
 @pytest.mark.parametrize(("draw", "truth"), [("normal", 0.0), ("exponential", 1.0)])
@@ -159,8 +198,12 @@ def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say(monkeypatch, d
         low, high, p_value = studentized_bootstrap(getattr(dice, draw)(size=12) - truth, seed)
         covered += low <= 0 <= high
         rejected += p_value < 0.05
-    assert 0.92 < covered / trials < 0.975  # 2.5 standard errors; the percentile interval gives 0.90 and 0.85
-    assert rejected / trials == pytest.approx(1 - covered / trials, abs=0.01)  # p-value and interval agree
+    assert (
+        0.92 < covered / trials < 0.975
+    )  # 2.5 standard errors; the percentile interval gives 0.90 and 0.85
+    assert rejected / trials == pytest.approx(
+        1 - covered / trials, abs=0.01
+    )  # p-value and interval agree
 
 
 def test_the_bootstraps_interval_leaves_zero_out_where_its_test_does():
@@ -186,7 +229,12 @@ def test_scores_that_nearly_always_agree_leave_an_end_open_rather_than_invent_on
 def test_a_model_that_diverged_is_told_from_one_that_did_not(diverged):
     ours, theirs = window_scores("d", [3.0] * 7 + [diverged]), window_scores("d", [3.0] * 8)
     found = compare("perplexity/demo", ours, theirs)
-    assert (found.difference, found.low, found.p_value, found.distinguishable) == (None, None, None, True)
+    assert (found.difference, found.low, found.p_value, found.distinguishable) == (
+        None,
+        None,
+        None,
+        True,
+    )
     assert not compare("perplexity/demo", ours, ours).distinguishable
 
 
@@ -195,7 +243,8 @@ def test_a_model_that_diverged_is_told_from_one_that_did_not(diverged):
 
 def test_only_like_is_compared_with_like():
     with pytest.raises(
-        IntegrityError, match=r"1 only in the trial, first task/2; 2 only in the baseline, first task/7"
+        IntegrityError,
+        match=r"1 only in the trial, first task/2; 2 only in the baseline, first task/7",
     ):
         compare("m", {"task/1": 1.0, "task/2": 0.0}, {"task/1": 1.0, "task/7": 1.0, "task/8": 1.0})
     with pytest.raises(IntegrityError, match="same samples"):
@@ -209,7 +258,9 @@ def test_order_of_samples_does_not_matter():
     assert compare("m", dict(reversed(ours.items())), theirs) == compare("m", ours, theirs)
 
 
-@pytest.mark.parametrize("pair", [answers(5, 4, 1, 3), (window_scores("d", [1.0]), window_scores("d", [2.0]))])
+@pytest.mark.parametrize(
+    "pair", [answers(5, 4, 1, 3), (window_scores("d", [1.0]), window_scores("d", [2.0]))]
+)
 def test_a_comparison_survives_json(pair):
     found = compare("m", *pair)
     assert Comparison.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
@@ -220,14 +271,17 @@ def test_a_groups_mean_is_that_of_all_its_samples():
     group = group_mean([estimate(easy), estimate(hard)])
     assert (group.value, group.n) == (pytest.approx(6 / 10), 10)
     assert estimate(hard).standard_error == pytest.approx(numpy.std([0, 1, 0, 0], ddof=1) / 2)
-    expected = (0.6**2 * estimate(easy).standard_error ** 2 + 0.4**2 * estimate(hard).standard_error ** 2) ** 0.5
+    expected = (
+        0.6**2 * estimate(easy).standard_error ** 2 + 0.4**2 * estimate(hard).standard_error ** 2
+    ) ** 0.5
     assert group.standard_error == pytest.approx(expected)
 
 
 def test_a_groups_standard_error_is_the_spread_of_its_mean():
     dice, sizes, shares = numpy.random.default_rng(0), (30, 90), (0.9, 0.4)
     drawn = [
-        group_mean(estimate(scores(dice.random(n) < p)) for n, p in zip(sizes, shares, strict=True)) for _ in range(600)
+        group_mean(estimate(scores(dice.random(n) < p)) for n, p in zip(sizes, shares, strict=True))
+        for _ in range(600)
     ]
     spread = numpy.std([group.value for group in drawn])
     assert numpy.mean([group.standard_error for group in drawn]) == pytest.approx(spread, rel=0.08)
@@ -250,4 +304,7 @@ def test_the_interval_of_a_quantile_resamples_windows_whole():
     assert quantile_interval(values, 0.9) == quantile_interval(values, 0.9)
     assert all(map(math.isnan, quantile_interval(values[:1], 0.9)))
     # Windows that are all alike say the same whichever are drawn, however different their positions.
-    assert quantile_interval(numpy.tile(values[:1], (7, 1)), 0.5) == (pytest.approx(numpy.median(values[0])),) * 2
+    assert (
+        quantile_interval(numpy.tile(values[:1], (7, 1)), 0.5)
+        == (pytest.approx(numpy.median(values[0])),) * 2
+    )

@@ -84,7 +84,9 @@ def test_equals_a_plain_float64_computation(decoder, windows, baseline, monkeypa
     assert 0 < same.mean() < 1
     assert found.drift.kl == pytest.approx(float(kl.mean()), rel=1e-5)
     assert found.drift.kl_99 == pytest.approx(float(numpy.quantile(kl.numpy(), 0.99)), rel=1e-5)
-    assert found.drift.kl_percentiles == pytest.approx(numpy.percentile(kl.numpy(), PERCENTILES).tolist(), rel=1e-4)
+    assert found.drift.kl_percentiles == pytest.approx(
+        numpy.percentile(kl.numpy(), PERCENTILES).tolist(), rel=1e-4
+    )
     low, high = found.drift.kl_99_interval
     assert low < found.drift.kl_99 <= high
     assert found.drift.agreement == pytest.approx(float(same.mean()), rel=1e-12)
@@ -96,7 +98,10 @@ def test_equals_a_plain_float64_computation(decoder, windows, baseline, monkeypa
 @torch.inference_mode()
 def test_its_perplexity_is_that_of_perplexity(decoder, windows, baseline):
     quantized = damaged(decoder, 0.1)
-    found, alone = perplexity_and_drift(quantized, windows, baseline, decoder.head_VH), perplexity(quantized, windows)
+    found, alone = (
+        perplexity_and_drift(quantized, windows, baseline, decoder.head_VH),
+        perplexity(quantized, windows),
+    )
     assert found.perplexity.value == pytest.approx(alone.value, rel=1e-6)
     assert found.perplexity.interval == pytest.approx(alone.interval, rel=1e-5)
     assert found.nll_N.dtype == torch.float64
@@ -104,7 +109,9 @@ def test_its_perplexity_is_that_of_perplexity(decoder, windows, baseline):
 
 
 @torch.inference_mode()
-def test_the_model_runs_once_and_only_chunks_of_logits_exist(decoder, windows, baseline, monkeypatch):
+def test_the_model_runs_once_and_only_chunks_of_logits_exist(
+    decoder, windows, baseline, monkeypatch
+):
     chunk, vocab = 8, decoder.facts.vocab
     monkeypatch.setattr(decoder_module, "HEAD_CHUNK", chunk)
     monkeypatch.setattr("q3q.evaluate.budget.SET_TOKENS", {"cpu": 32})
@@ -121,13 +128,21 @@ def test_the_model_runs_once_and_only_chunks_of_logits_exist(decoder, windows, b
             nonlocal largest
             result = func(*args, **(kwargs or {}))
             for tensor in result if isinstance(result, (list, tuple)) else [result]:
-                if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (vocab,) and tensor is not args[0]:
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and tensor.shape[-1:] == (vocab,)
+                    and tensor is not args[0]
+                ):
                     largest = max(largest, tensor.numel())
             return result
 
-    model = Spy(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, decoder.blocks)
+    model = Spy(
+        decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, decoder.blocks
+    )
     with Largest():
-        perplexity_and_drift(model, windows, baseline, decoder.head_VH, lambda *step: told.append(step))
+        perplexity_and_drift(
+            model, windows, baseline, decoder.head_VH, lambda *step: told.append(step)
+        )
     assert ran == windows.tolist()
     assert told == [(k, 6) for k in range(1, 7)]
     assert largest == chunk * vocab
@@ -136,7 +151,8 @@ def test_the_model_runs_once_and_only_chunks_of_logits_exist(decoder, windows, b
 @torch.inference_mode()
 def test_more_damage_drifts_further(decoder, windows, baseline):
     found = [
-        perplexity_and_drift(damaged(decoder, a), windows, baseline, decoder.head_VH).drift for a in (0.01, 0.1, 1)
+        perplexity_and_drift(damaged(decoder, a), windows, baseline, decoder.head_VH).drift
+        for a in (0.01, 0.1, 1)
     ]
     assert 0 < found[0].kl < found[1].kl < found[2].kl
     assert found[0].agreement > found[1].agreement > found[2].agreement
@@ -190,7 +206,8 @@ def test_names_and_intervals_of_the_record():
     drift = Drift(0.1, 0.1, 0.9, (0.5, 1.2), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0), 0.99, 0.02, 4, 60)
     found = drift.metrics("c4")
     assert found == {"kl/c4": 0.1, "kl_p99/c4": 0.9, "top1_agreement/c4": 0.99} | {
-        f"kl_p{p}/c4": kl for kl, p in enumerate(("1", "10", "25", "50", "75", "90", "99.9"), start=1)
+        f"kl_p{p}/c4": kl
+        for kl, p in enumerate(("1", "10", "25", "50", "75", "90", "99.9"), start=1)
     }
     intervals = drift.intervals("c4")
     assert intervals["kl/c4"] == (0.0, pytest.approx(0.1 + 0.196, abs=1e-3))
@@ -199,13 +216,21 @@ def test_names_and_intervals_of_the_record():
 
 
 @torch.inference_mode()
-def test_a_killed_pass_goes_on_at_the_window_where_it_was(decoder, windows, baseline, tmp_path, monkeypatch):
+def test_a_killed_pass_goes_on_at_the_window_where_it_was(
+    decoder, windows, baseline, tmp_path, monkeypatch
+):
     monkeypatch.setattr("q3q.evaluate.budget.SET_TOKENS", {"cpu": 32})  # two windows a batch
     quantized = damaged(decoder, 0.1)
     whole = perplexity_and_drift(quantized, windows, baseline, decoder.head_VH)
     alone = window_losses(quantized, windows)
     for name, measure, expected in (
-        ("drift", lambda *more: perplexity_and_drift(quantized, windows, baseline, decoder.head_VH, *more), whole),
+        (
+            "drift",
+            lambda *more: perplexity_and_drift(
+                quantized, windows, baseline, decoder.head_VH, *more
+            ),
+            whole,
+        ),
         ("perplexity", lambda *more: window_losses(quantized, windows, *more), alone),
     ):
         path, told = tmp_path / name, []

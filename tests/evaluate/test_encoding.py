@@ -10,8 +10,40 @@ from q3q.calibrate.sources import load_text
 from q3q.evaluate.encoding import QWEN_SPLIT, LineEncoder, cuts_at_lines, encode_pair
 
 # What stands next to a newline in prompts, and what a merge might want to cross it for.
-PARTS = ["\n", "\n\n", "\r\n", "\r", " ", "  ", "\t", "\x0b", "\x1c", "\x85", "\u00a0", "\u2028", "\u3000"]
-PARTS += ["a", "Ab", "nn", "1", "23", "?", "?\n", "!!", ".\n", "'s", "'\n", "-\nb", "_", "é", "e\u0301", "\u0301", "ſ"]
+PARTS = [
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\r",
+    " ",
+    "  ",
+    "\t",
+    "\x0b",
+    "\x1c",
+    "\x85",
+    "\u00a0",
+    "\u2028",
+    "\u3000",
+]
+PARTS += [
+    "a",
+    "Ab",
+    "nn",
+    "1",
+    "23",
+    "?",
+    "?\n",
+    "!!",
+    ".\n",
+    "'s",
+    "'\n",
+    "-\nb",
+    "_",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "ſ",
+]
 PARTS += [
     "日本",
     "語",
@@ -28,7 +60,11 @@ PARTS += [
 ]
 
 
-def qwen_like(split=PRETOKENIZE_REGEX, normalizer=None, special=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
+def qwen_like(
+    split=PRETOKENIZE_REGEX,
+    normalizer=None,
+    special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+):
     """A byte-level BPE with Qwen3's normalizer, split and kinds of added tokens, trained on text full of newlines."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizer or normalizers.NFC()
@@ -97,7 +133,9 @@ def test_a_tokenizer_that_might_merge_over_lines_is_left_alone():
     across = r"[^\s]+\n[a-z]+|[^\s]+|\s+"
     other = qwen_like(split=across)
     assert not cuts_at_lines(other)
-    assert not cuts_at_lines(qwen_like(normalizer=normalizers.Sequence([normalizers.Replace("\n", " ")])))
+    assert not cuts_at_lines(
+        qwen_like(normalizer=normalizers.Sequence([normalizers.Replace("\n", " ")]))
+    )
     assert not cuts_at_lines(qwen_like(special=("<|endoftext|>", "a\nb")))
     encode = LineEncoder(other)
     for text in texts(200, seed=3):

@@ -28,7 +28,15 @@ from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate import generation
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.encoding import as_ids
-from q3q.evaluate.harness import Chat, HarnessLM, asked_documents, check_samples, read_metrics, run_tasks, shares
+from q3q.evaluate.harness import (
+    Chat,
+    HarnessLM,
+    asked_documents,
+    check_samples,
+    read_metrics,
+    run_tasks,
+    shares,
+)
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.prefixes import Tape
 from q3q.evaluate.scoring import run_tape
@@ -46,7 +54,9 @@ def models(kind, dtype):
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     # With its logits cache HFLM scores the wrong positions where the same tokens are cut into context and continuation
     # in two ways (lm-eval 0.4.13).
-    hflm = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=8, max_length=WINDOW, logits_cache=False)
+    hflm = HFLM(
+        pretrained=theirs, tokenizer=tokenizer, batch_size=8, max_length=WINDOW, logits_cache=False
+    )
     return HarnessLM(load_decoder(Checkpoint(folder), dtype), tokenizer, max_length=WINDOW), hflm
 
 
@@ -68,11 +78,28 @@ STORY = "Ada has a red ball. Ben has a blue cup.\nQuestion: Who has the ball?\nA
 
 def adversarial():
     pairs = [(STORY, f" {name}") for name in ("Ada", "Ben", "Cleo", "Dan")]
-    pairs += [(STORY, " the kitchen"), (STORY, " the garden"), (STORY, " the kitchen")]  # shared inputs, and a repeat
-    pairs += [(STORY + " Ada", " has it."), (STORY, " Ada has it.")]  # the same tokens, cut elsewhere
+    pairs += [
+        (STORY, " the kitchen"),
+        (STORY, " the garden"),
+        (STORY, " the kitchen"),
+    ]  # shared inputs, and a repeat
+    pairs += [
+        (STORY + " Ada", " has it."),
+        (STORY, " Ada has it."),
+    ]  # the same tokens, cut elsewhere
     pairs += [("", "Ada has a ball."), ("", " x")]  # empty context
-    pairs += [("def f(", "x):\n    return x"), ("naïve café — ", "déjà vu 😀"), ("日本", "語\u0301"), ("1 + 1 =", "2")]
-    pairs += [("trailing space ", "moves"), ("two lines \n\n", "move too"), ("wor", "ld merges"), ("a\n", "\nb")]
+    pairs += [
+        ("def f(", "x):\n    return x"),
+        ("naïve café — ", "déjà vu 😀"),
+        ("日本", "語\u0301"),
+        ("1 + 1 =", "2"),
+    ]
+    pairs += [
+        ("trailing space ", "moves"),
+        ("two lines \n\n", "move too"),
+        ("wor", "ld merges"),
+        ("a\n", "\nb"),
+    ]
     pairs += [
         ("word " * 700, "word"),
         ("word " * 700, " other words"),
@@ -93,7 +120,10 @@ def test_scores_equal_hflms(both):
     told = []
     ours.progress = lambda done, total: told.append((done, total))
     pairs = adversarial()[:-1]
-    agree(ours.loglikelihood(instances(pairs)), hflm.loglikelihood(instances(pairs), disable_tqdm=True))
+    agree(
+        ours.loglikelihood(instances(pairs)),
+        hflm.loglikelihood(instances(pairs), disable_tqdm=True),
+    )
     assert told[0] == (0, len(pairs))
     assert told[-1] == (len(pairs), len(pairs))
     assert [done for done, _ in told] == sorted(done for done, _ in told)
@@ -101,7 +131,9 @@ def test_scores_equal_hflms(both):
 
 def test_what_no_window_holds_is_refused(both):
     ours, _ = both
-    with pytest.raises(ConfigError, match=r"a_task: a continuation has \d+ tokens; a window of 512"):
+    with pytest.raises(
+        ConfigError, match=r"a_task: a continuation has \d+ tokens; a window of 512"
+    ):
         ours.loglikelihood(instances(adversarial()[-1:]))
     with pytest.raises(ConfigError, match="0 tokens"):
         ours.loglikelihood(instances([("Ada has", "")]))
@@ -125,9 +157,17 @@ def rounded_to_8_bits(_, inputs):
         ("dense", torch.float32, 8, 1e-4, 0.05),
         ("dense", torch.bfloat16, 8, 0.06, 0.4),
     ],
-    ids=["dense bfloat16", "moe float32", "moe bfloat16", "dense float32 act 8", "dense bfloat16 act 8"],
+    ids=[
+        "dense bfloat16",
+        "moe float32",
+        "moe bfloat16",
+        "dense float32 act 8",
+        "dense bfloat16 act 8",
+    ],
 )
-def test_where_rounding_may_flip_a_code_or_an_expert_differences_are_small(kind, dtype, act_bits, median, most):
+def test_where_rounding_may_flip_a_code_or_an_expert_differences_are_small(
+    kind, dtype, act_bits, median, most
+):
     """The bounds are those of docs/EVALUATION.md."""
     ours, hflm = models(kind, dtype)
     pairs = [pair for pair in adversarial()[:-1] if len(pair[0]) < 700]
@@ -138,8 +178,13 @@ def test_where_rounding_may_flip_a_code_or_an_expert_differences_are_small(kind,
         for name, linear in hflm.model.named_modules():
             if isinstance(linear, torch.nn.Linear) and name.startswith("model.layers."):
                 linear.register_forward_pre_hook(rounded_to_8_bits)
-    found, expected = ours.loglikelihood(instances(pairs)), hflm.loglikelihood(instances(pairs), disable_tqdm=True)
-    differences = [abs(a - b) / max(1.0, abs(b) / 20) for (a, _), (b, _) in zip(found, expected, strict=True)]
+    found, expected = (
+        ours.loglikelihood(instances(pairs)),
+        hflm.loglikelihood(instances(pairs), disable_tqdm=True),
+    )
+    differences = [
+        abs(a - b) / max(1.0, abs(b) / 20) for (a, _), (b, _) in zip(found, expected, strict=True)
+    ]
     assert np.median(differences) <= median
     assert max(differences) <= most
     if act_bits is not None:
@@ -166,16 +211,27 @@ def test_quantized_activations_do_not_depend_on_the_batch(both):
 
 def test_rolling_likelihoods_equal_hflms(both):
     ours, hflm = both
-    texts = [("Ada has a ball. " * 250,), ("Ben",), ("naïve — 😀\n\nNew paragraph",)]  # the first needs several windows
+    texts = [
+        ("Ada has a ball. " * 250,),
+        ("Ben",),
+        ("naïve — 😀\n\nNew paragraph",),
+    ]  # the first needs several windows
     found = ours.loglikelihood_rolling(instances(texts, "loglikelihood_rolling"))
-    expected = hflm.loglikelihood_rolling(instances(texts, "loglikelihood_rolling"), disable_tqdm=True)
+    expected = hflm.loglikelihood_rolling(
+        instances(texts, "loglikelihood_rolling"), disable_tqdm=True
+    )
     assert found == pytest.approx(expected, abs=1e-4, rel=1e-6)
 
 
 def test_generated_texts_equal_hflms(both):
     ours, hflm = both
     shared = {"until": ["\n", "?"], "max_gen_toks": 24, "do_sample": False}
-    pairs = [(STORY, shared), ("Ada has a red ball. Ben has", shared), (STORY + " Ada", shared), (STORY, shared)]
+    pairs = [
+        (STORY, shared),
+        ("Ada has a red ball. Ben has", shared),
+        (STORY + " Ada", shared),
+        (STORY, shared),
+    ]
     pairs += [
         ("Ada", {"until": ["."], "max_gen_toks": 40}),
         ("The", {"until": [], "max_gen_toks": 12, "temperature": 0.0}),
@@ -183,7 +239,10 @@ def test_generated_texts_equal_hflms(both):
     pairs += [("word " * 700 + "Ada has", shared)]
     found = ours.generate_until(instances(pairs, "generate_until"))
     hflm.batch_size_per_gpu = 1
-    expected = [hflm.generate_until(instances([pair], "generate_until"), disable_tqdm=True)[0] for pair in pairs]
+    expected = [
+        hflm.generate_until(instances([pair], "generate_until"), disable_tqdm=True)[0]
+        for pair in pairs
+    ]
     assert found == expected
     assert len(set(found)) > 3
 
@@ -193,7 +252,10 @@ def test_what_prompts_share_runs_once_however_few_are_continued_together(both, m
     """tokens: of a batch, in which several rows end, or of which a row takes several."""
     ours, _ = both
     questions = [" What is red?", " Who has the cup?", "", " What is red? The ball", " Who"]
-    contexts = sorted((as_ids(ours.tok_encode(start + q)) for start in (STORY, "Ben") for q in questions), key=list)
+    contexts = sorted(
+        (as_ids(ours.tok_encode(start + q)) for start in (STORY, "Ben") for q in questions),
+        key=list,
+    )
     ran = []
 
     def counted(*given):
@@ -206,7 +268,9 @@ def test_what_prompts_share_runs_once_however_few_are_continued_together(both, m
     def texts():
         with torch.inference_mode():
             budget = TokenBudget(tokens, most=tokens)
-            return dict(generation.generate(ours.model, contexts, 6, lambda found: found[-1] == 0, budget))
+            return dict(
+                generation.generate(ours.model, contexts, 6, lambda found: found[-1] == 0, budget)
+            )
 
     together = texts()
     unique = sum(ran)
@@ -221,7 +285,10 @@ def test_rows_are_continued_together_within_what_is_free():
     """In MiB: half of what is free, of which a batch that is read ahead has its part."""
 
     def room(device, spare, ahead):
-        return generation.cache_bytes(device, None if spare is None else spare << 20, ahead << 20) >> 20
+        return (
+            generation.cache_bytes(device, None if spare is None else spare << 20, ahead << 20)
+            >> 20
+        )
 
     assert room("cpu", None, 0) == room("cpu", 8192, 0) == room("cuda", 512, 0) == 1024
     assert (room("cpu", 512, 0), room("cuda", 8192, 0)) == (256, 4096)
@@ -244,7 +311,9 @@ def test_when_rows_end_the_caches_are_copied_block_by_block(both, monkeypatch):
 
         return wrapped
 
-    contexts = sorted((as_ids(ours.tok_encode(text)) for text in (STORY, "Ben", "The", "Ada has a")), key=list)
+    contexts = sorted(
+        (as_ids(ours.tok_encode(text)) for text in (STORY, "Ben", "The", "Ada has a")), key=list
+    )
     lengths = iter((1, 2, 3, 9))
     limits = {}
 
@@ -274,7 +343,9 @@ def test_generation_ends_where_the_models_own_settings_say(both, tmp_path):
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, stop]}))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    hflm = HFLM(pretrained=theirs, tokenizer=load_tokenizer(tmp_path), batch_size=1, max_length=WINDOW)
+    hflm = HFLM(
+        pretrained=theirs, tokenizer=load_tokenizer(tmp_path), batch_size=1, max_length=WINDOW
+    )
     again = HarnessLM(ours.model, load_tokenizer(tmp_path), max_length=WINDOW)
     assert again.end_tokens == (0, stop)
     found = again.generate_until(instances(pairs, "generate_until"))
@@ -294,7 +365,9 @@ def test_sampling_is_refused(both):
 
 def test_stop_strings_do_not_end_a_thought(both):
     ours, _ = both
-    thinking = HarnessLM(ours.model, ours.tokenizer, chat=Chat(template=True, thinking=True, think_end=" has"))
+    thinking = HarnessLM(
+        ours.model, ours.tokenizer, chat=Chat(template=True, thinking=True, think_end=" has")
+    )
     [answer] = thinking.generate_until(
         instances([("Ada has a red ball.", {"until": ["."], "max_gen_toks": 40})], "generate_until")
     )
@@ -325,8 +398,12 @@ def test_chat_templates_are_applied_as_hflm_does(both):
     finally:
         hflm.tokenizer.chat_template = None
     quiet = HarnessLM(ours.model, tokenizer, chat=Chat(template=True, thinking=False))
-    assert quiet.apply_chat_template(history) == plain.apply_chat_template(history) + "<think></think>"
-    scored = run_tasks(ours.model, tokenizer, ["stories_where"], limit=3, seed=0, chat=Chat(template=True))
+    assert (
+        quiet.apply_chat_template(history) == plain.apply_chat_template(history) + "<think></think>"
+    )
+    scored = run_tasks(
+        ours.model, tokenizer, ["stories_where"], limit=3, seed=0, chat=Chat(template=True)
+    )
     unscored = run_tasks(ours.model, tokenizer, ["stories_where"], limit=3, seed=0)
     rows = zip(scored.samples["stories_where"], unscored.samples["stories_where"], strict=True)
     assert all(a["prompt_hash"] != b["prompt_hash"] for a, b in rows)
@@ -337,9 +414,9 @@ QWEN_LIKE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-ALWAYS_THINKS = QWEN_LIKE.replace("{% if enable_thinking is defined and enable_thinking is false %}", "").replace(
-    "<think>\n\n</think>\n\n{% endif %}", "<think>\n"
-)
+ALWAYS_THINKS = QWEN_LIKE.replace(
+    "{% if enable_thinking is defined and enable_thinking is false %}", ""
+).replace("<think>\n\n</think>\n\n{% endif %}", "<think>\n")
 
 
 class Counting:
@@ -382,8 +459,22 @@ THOUGHT = "<think>\nHm.\n\nNot 7.\n\nSo it is\n</think>\n\n"
     ("template", "thinking", "said", "most", "answer", "finished"),
     [
         (QWEN_LIKE, True, THOUGHT + "42\n\nNext: 43", 200, "42", True),
-        (QWEN_LIKE, None, THOUGHT + "42\n\nNext: 43", 200, "42", True),  # a hybrid model thinks if it is left to it
-        (QWEN_LIKE, None, "42\n\nNext: 43", 200, "42", True),  # one that does not think answers at once
+        (
+            QWEN_LIKE,
+            None,
+            THOUGHT + "42\n\nNext: 43",
+            200,
+            "42",
+            True,
+        ),  # a hybrid model thinks if it is left to it
+        (
+            QWEN_LIKE,
+            None,
+            "42\n\nNext: 43",
+            200,
+            "42",
+            True,
+        ),  # one that does not think answers at once
         (QWEN_LIKE, None, THOUGHT + "42", 12, "", False),
         (QWEN_LIKE, True, "Hm.\n\nNot 7.", 200, "", False),
         (QWEN_LIKE, False, "42\n\nNext: 43", 200, "42", True),
@@ -397,11 +488,16 @@ def test_the_answer_is_what_comes_after_the_thought(
     ours, _ = both
     tokenizer = load_tokenizer(DEMO_MODELS / "dense")
     tokenizer.chat_template = template
-    lm = HarnessLM(ours.model, tokenizer, chat=Chat(template=True, thinking=thinking), max_gen_toks=most)
+    lm = HarnessLM(
+        ours.model, tokenizer, chat=Chat(template=True, thinking=thinking), max_gen_toks=most
+    )
     prompt = lm.apply_chat_template([{"role": "user", "content": "6 * 7?"}])
     assert prompt.endswith("</think>\n\n") == (thinking is False)
     say(monkeypatch, said)
-    settings = {"until": ["\n\n"], "max_gen_toks": 3}  # the task's own number, which a thought would not fit into
+    settings = {
+        "until": ["\n\n"],
+        "max_gen_toks": 3,
+    }  # the task's own number, which a thought would not fit into
     assert lm.generate_until(instances([(prompt, settings)], "generate_until")) == [answer]
     assert lm.finished == {"a_task": [finished]}
 
@@ -409,7 +505,9 @@ def test_the_answer_is_what_comes_after_the_thought(
 def test_without_a_chat_template_no_text_is_a_thought(both, monkeypatch):
     ours, _ = both
     say(monkeypatch, "<think> a </think> b\nc")
-    found = ours.generate_until(instances([("a", {"until": ["\n"], "max_gen_toks": 40})], "generate_until"))
+    found = ours.generate_until(
+        instances([("a", {"until": ["\n"], "max_gen_toks": 40})], "generate_until")
+    )
     assert found == ["<think> a </think> b"]
 
 
@@ -430,7 +528,10 @@ def test_looking_for_the_end_does_not_decode_the_whole_text_each_time(both, monk
 def test_unfinished_thoughts_are_counted(both, monkeypatch, tmp_path):
     ours, _ = both
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"q": f"What is {i}?", "a": "42"}) + "\n" for i in range(4)), encoding="utf-8")
+    rows.write_text(
+        "".join(json.dumps({"q": f"What is {i}?", "a": "42"}) + "\n" for i in range(4)),
+        encoding="utf-8",
+    )
     task = {
         "task": "talk",
         "output_type": "generate_until",
@@ -454,14 +555,23 @@ def test_unfinished_thoughts_are_counted(both, monkeypatch, tmp_path):
     def scored(text, **more):
         return run(text, **more).metrics
 
-    thinks = {"chat": Chat(template=True), "max_gen_toks": 100, "journal": tmp_path / "j", "identity": "demo"}
+    thinks = {
+        "chat": Chat(template=True),
+        "max_gen_toks": 100,
+        "journal": tmp_path / "j",
+        "identity": "demo",
+    }
     found = scored(THOUGHT + "42", **thinks)
     assert (found["talk/exact_match"], found["unfinished/talk"]) == (1, 0)
     assert scored("nothing", **thinks) == found  # the journal remembers
     cut = scored(THOUGHT + "42", chat=Chat(template=True), max_gen_toks=9)
     assert (cut["talk/exact_match"], cut["unfinished/talk"]) == (0, 1)
-    low, high = run(THOUGHT + "42", chat=Chat(template=True), max_gen_toks=9).intervals["unfinished/talk"]
-    assert (low, high) == pytest.approx((0.5101, 1), abs=1e-4)  # Wilson's, of 4 of 4: 1 / (1 + 1.96^2 / 4)
+    low, high = run(THOUGHT + "42", chat=Chat(template=True), max_gen_toks=9).intervals[
+        "unfinished/talk"
+    ]
+    assert (low, high) == pytest.approx(
+        (0.5101, 1), abs=1e-4
+    )  # Wilson's, of 4 of 4: 1 / (1 + 1.96^2 / 4)
     assert "unfinished/talk" not in scored("42", chat=Chat(template=True, thinking=False))
 
 
@@ -477,9 +587,18 @@ def test_intervals_of_shares_whatever_their_name_stay_between_0_and_1():
         for hit in (0.0, 1.0, 1.0, 1.0)
     ]
     assert shares({"t": rows}) == {("exact_match", "none")}
-    assert shares({"t": rows, "u": [{"filter": "none", "metrics": ["exact_match"], "exact_match": 0.5}]}) == set()
+    assert (
+        shares(
+            {"t": rows, "u": [{"filter": "none", "metrics": ["exact_match"], "exact_match": 0.5}]}
+        )
+        == set()
+    )
     names = ("exact_match", "loss", "acc")
-    results = {"t": {f"{name}{part},none": x for name in names for part, x in (("", 0.75), ("_stderr", 0.25))}}
+    results = {
+        "t": {
+            f"{name}{part},none": x for name in names for part, x in (("", 0.75), ("_stderr", 0.25))
+        }
+    }
     _, intervals = read_metrics(results, shares({"t": rows}))
     assert intervals["t/exact_match"] == intervals["t/acc"] == (pytest.approx(0.26, abs=1e-3), 1)
     assert intervals["t/loss"] == pytest.approx((0.26, 1.24), abs=1e-3)
@@ -517,7 +636,10 @@ def official_tasks(folder, count=6):
         }
 
     def hellaswag(i):
-        endings = [f"{end} the {THINGS[i % 4]}." for end in ("takes", "takes and drops", "eats [title] up", "sings to")]
+        endings = [
+            f"{end} the {THINGS[i % 4]}."
+            for end in ("takes", "takes and drops", "eats [title] up", "sings to")
+        ]
         return {
             "activity_label": "Playing",
             "ctx_a": f"{PEOPLE[i % 4]} walks in.",
@@ -527,7 +649,9 @@ def official_tasks(folder, count=6):
         }
 
     def winogrande(i):
-        sentence = f"{PEOPLE[i % 4]} gave {PEOPLE[(i + 1) % 4]} the {THINGS[i % 4]} because _ was kind."
+        sentence = (
+            f"{PEOPLE[i % 4]} gave {PEOPLE[(i + 1) % 4]} the {THINGS[i % 4]} because _ was kind."
+        )
         return {
             "sentence": sentence,
             "option1": PEOPLE[i % 4],
@@ -543,7 +667,9 @@ def official_tasks(folder, count=6):
         }
 
     def page(i):
-        return {"page": f" = {PEOPLE[i % 4]} = \n {PEOPLE[i % 4]} has {i} @,@ 000 {THINGS[i % 4]}s . \n"}
+        return {
+            "page": f" = {PEOPLE[i % 4]} = \n {PEOPLE[i % 4]} has {i} @,@ 000 {THINGS[i % 4]}s . \n"
+        }
 
     written = {
         "mmlu": ("mmlu/default/mmlu_anatomy.yaml", mmlu, {"num_fewshot": 5}),
@@ -605,9 +731,13 @@ def test_official_tasks_score_as_with_hflm(both, tmp_path):
             assert row["doc_id"] == sample["doc_id"]
             assert row["prompt_hash"] == sample["prompt_hash"]
             if task == "local_wikitext":
-                assert row["log_likelihood"] == pytest.approx(sample["filtered_resps"], abs=1e-4, rel=1e-6)
+                assert row["log_likelihood"] == pytest.approx(
+                    sample["filtered_resps"], abs=1e-4, rel=1e-6
+                )
             else:
-                agree(zip(row["log_likelihood"], row["greedy"], strict=True), sample["filtered_resps"])
+                agree(
+                    zip(row["log_likelihood"], row["greedy"], strict=True), sample["filtered_resps"]
+                )
                 assert row["acc"] == sample["acc"]
     assert found.effort.computed == found.effort.unique < 0.5 * found.effort.asked
     low, high = found.intervals["local_mmlu/acc"]
@@ -629,7 +759,13 @@ def test_official_tasks_score_as_with_hflm(both, tmp_path):
     assert again.samples == found.samples
     with pytest.raises(IntegrityError, match="another model"):
         run_tasks(
-            ours.model, ours.tokenizer, ["stories_who"], limit=1, seed=0, journal=tmp_path / "j", identity="other"
+            ours.model,
+            ours.tokenizer,
+            ["stories_who"],
+            limit=1,
+            seed=0,
+            journal=tmp_path / "j",
+            identity="other",
         )
 
 
@@ -642,9 +778,18 @@ def test_a_perplexity_too_large_for_a_number_is_infinite_and_no_error(both, tmp_
         monkeypatch.setattr(
             HarnessLM,
             "loglikelihood_rolling",
-            lambda self, requests, **_: [-nats * len(re.split(r"\s+", one.doc["page"])) for one in requests],
+            lambda self, requests, **_: [
+                -nats * len(re.split(r"\s+", one.doc["page"])) for one in requests
+            ],
         )
-        found = run_tasks(ours.model, ours.tokenizer, ["local_wikitext"], limit=None, seed=0, include_path=tmp_path)
+        found = run_tasks(
+            ours.model,
+            ours.tokenizer,
+            ["local_wikitext"],
+            limit=None,
+            seed=0,
+            include_path=tmp_path,
+        )
         return {name.partition("/")[2]: value for name, value in found.metrics.items()}
 
     assert scored(3.0)["word_perplexity"] == pytest.approx(math.exp(3))
@@ -660,22 +805,33 @@ def test_tasks_without_documents_and_documents_without_samples_fail(both, tmp_pa
     task["process_docs"] = "!function nothing.left"
     (tmp_path / "nothing.py").write_text("def left(dataset):\n    return dataset.select([])\n")
     (tmp_path / "piqa.yaml").write_text(
-        "".join(f"{key}: {value if key == 'process_docs' else json.dumps(value)}\n" for key, value in task.items())
+        "".join(
+            f"{key}: {value if key == 'process_docs' else json.dumps(value)}\n"
+            for key, value in task.items()
+        )
     )
     with pytest.raises(IntegrityError, match="local_piqa has no documents to evaluate"):
-        run_tasks(ours.model, ours.tokenizer, ["local_piqa"], limit=2, seed=0, include_path=tmp_path)
+        run_tasks(
+            ours.model, ours.tokenizer, ["local_piqa"], limit=2, seed=0, include_path=tmp_path
+        )
     rows = [{"doc_id": i, "filter": "none"} for i in range(3)]
     check_samples({"t": rows}, {"t": range(3)})
     check_samples({"t": rows}, asked_documents({"t": 9}, 3, None))
-    with pytest.raises(IntegrityError, match=r"t \(filter none\): 3 samples of 3 documents, there should be 4"):
+    with pytest.raises(
+        IntegrityError, match=r"t \(filter none\): 3 samples of 3 documents, there should be 4"
+    ):
         check_samples({"t": rows}, {"t": range(4)})
     with pytest.raises(IntegrityError, match="there should be 3"):
         check_samples({"t": [*rows, rows[0]]}, {"t": range(3)})
     with pytest.raises(IntegrityError, match=r"t \(filter none\): 0 samples"):
         check_samples({}, {"t": range(3)})
     second = [{"doc_id": i, "filter": "strict"} for i in range(2)]
-    with pytest.raises(IntegrityError, match=r"t \(filter strict\): 2 samples of 2 documents, there should be 3"):
-        check_samples({"t": [*rows, *second]}, {"t": range(3)})  # all documents have a sample, not of each filter
+    with pytest.raises(
+        IntegrityError, match=r"t \(filter strict\): 2 samples of 2 documents, there should be 3"
+    ):
+        check_samples(
+            {"t": [*rows, *second]}, {"t": range(3)}
+        )  # all documents have a sample, not of each filter
 
 
 REAL = Path(os.environ.get("Q3Q_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -700,14 +856,18 @@ def real_tasks(folder, count=2):
     for subject in ("global_facts", "abstract_algebra"):
         files[f"mmlu_{subject}"] = f"mmlu/default/mmlu_{subject}.yaml"
         splits[f"mmlu_{subject}"] = {
-            split: [mmlu(row) for row in rows(REAL / "mmlu" / split / f"{subject}_{split}.csv", few)]
+            split: [
+                mmlu(row) for row in rows(REAL / "mmlu" / split / f"{subject}_{split}.csv", few)
+            ]
             for split, few in (("dev", 5), ("test", count))
         }
     for name, file in files.items():
         paths = {}
         for split, content in splits[name].items():
             paths[split] = str(folder / f"{name}_{split}.jsonl")
-            Path(paths[split]).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+            Path(paths[split]).write_text(
+                "".join(json.dumps(row) + "\n" for row in content), encoding="utf-8"
+            )
         task = {
             "include": str(OFFICIAL / file),
             "task": f"real_{name}",
@@ -715,7 +875,11 @@ def real_tasks(folder, count=2):
             "dataset_path": "json",
             "dataset_name": None,
             "dataset_kwargs": {"data_files": paths, "cache_dir": str(folder / "cache")},
-            **({"num_fewshot": 5} if name.startswith("mmlu") else {"training_split": None, "validation_split": None}),
+            **(
+                {"num_fewshot": 5}
+                if name.startswith("mmlu")
+                else {"training_split": None, "validation_split": None}
+            ),
         }
         (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")
     return [f"real_{name}" for name in files]
@@ -728,7 +892,13 @@ def real_tasks(folder, count=2):
 def test_real_questions_score_as_with_hflm(both, tmp_path):
     ours, small = both
     window = ours.model.facts.max_positions
-    hflm = HFLM(pretrained=small.model, tokenizer=small.tokenizer, batch_size=2, max_length=window, logits_cache=False)
+    hflm = HFLM(
+        pretrained=small.model,
+        tokenizer=small.tokenizer,
+        batch_size=2,
+        max_length=window,
+        logits_cache=False,
+    )
     tasks = real_tasks(tmp_path)
     found = run_tasks(ours.model, ours.tokenizer, tasks, limit=None, seed=0, include_path=tmp_path)
     theirs = simple_evaluate(
@@ -769,7 +939,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(both, tmp_path):
     ours, _ = both
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", CHILD, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     for line in child.stdout:
         done, total = map(int, line.split())

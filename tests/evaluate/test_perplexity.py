@@ -31,7 +31,9 @@ def test_equals_the_papers_loop_on_transformers(kind):
     low, high = found.interval
     assert low < found.value < high
     spread = torch.tensor([float(n) / 256 for n in nlls]).std() / math.sqrt(6)
-    assert math.log(high) - math.log(found.value) == pytest.approx(1.959964 * float(spread), rel=1e-3)
+    assert math.log(high) - math.log(found.value) == pytest.approx(
+        1.959964 * float(spread), rel=1e-3
+    )
 
 
 def test_a_model_of_nothing_but_infinities_diverges_without_a_crash():

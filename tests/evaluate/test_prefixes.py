@@ -39,14 +39,20 @@ def random_texts(seed, count=40, most=60):
     for _ in range(count - 1):
         stem = texts[random.integers(len(texts))]
         texts.append(
-            np.concatenate((stem[: random.integers(len(stem) + 1)], random.integers(0, 9, random.integers(1, most))))
+            np.concatenate(
+                (
+                    stem[: random.integers(len(stem) + 1)],
+                    random.integers(0, 9, random.integers(1, most)),
+                )
+            )
         )
     return [text.astype(np.int32) for text in texts]
 
 
 def requests_of(texts):
     return [
-        Request(text[:-1] if len(text) > 1 else text, text[1:][-7:] if len(text) > 1 else text, "t") for text in texts
+        Request(text[:-1] if len(text) > 1 else text, text[1:][-7:] if len(text) > 1 else text, "t")
+        for text in texts
     ]
 
 
@@ -61,7 +67,9 @@ def test_the_tape_holds_each_prefix_once():
 
 
 @pytest.mark.parametrize("budget", [1, 7, 100, 5000])
-@pytest.mark.parametrize("worth", [1, 50, 10**9])  # everything shared is attended once, some of it, nothing
+@pytest.mark.parametrize(
+    "worth", [1, 50, 10**9]
+)  # everything shared is attended once, some of it, nothing
 @torch.inference_mode()
 def test_hidden_states_equal_those_of_whole_texts(decoder, budget, worth, monkeypatch):
     monkeypatch.setattr(prefixes, "WORTH_SHARING", worth)
@@ -77,7 +85,9 @@ def test_hidden_states_equal_those_of_whole_texts(decoder, budget, worth, monkey
     hidden_TH = torch.cat(found)
     for text, places in zip(tape.texts, tape.places(), strict=True):
         expected = decoder.hidden(torch.from_numpy(text.astype(np.int64))[None])[0]
-        torch.testing.assert_close(hidden_TH[torch.from_numpy(places)], expected, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(
+            hidden_TH[torch.from_numpy(places)], expected, rtol=2e-4, atol=2e-4
+        )
 
 
 @pytest.mark.parametrize("budget", [7, 100, 5000])
@@ -93,7 +103,9 @@ def test_ragged_looks_see_the_same(decoder, budget, worth, monkeypatch):
     assert tape.padded == 0
     for text, places in zip(tape.texts, tape.places(), strict=True):
         expected = decoder.hidden(torch.from_numpy(text.astype(np.int64))[None])[0]
-        torch.testing.assert_close(hidden_TH[torch.from_numpy(places)], expected, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(
+            hidden_TH[torch.from_numpy(places)], expected, rtol=2e-4, atol=2e-4
+        )
 
 
 def test_a_ragged_batch_is_one_look_and_one_for_each_stretch_worth_sharing(monkeypatch):
@@ -104,7 +116,14 @@ def test_a_ragged_batch_is_one_look_and_one_for_each_stretch_worth_sharing(monke
     batch = tape.next_batch(1000)
     [own], [shared] = batch.own, batch.shared
     assert own.query == slice(0, len(tape))
-    assert own.query_ends_S.tolist() == [0, 63, 66, 69, 72, 75]  # the first text is the stem's piece too
+    assert own.query_ends_S.tolist() == [
+        0,
+        63,
+        66,
+        69,
+        72,
+        75,
+    ]  # the first text is the stem's piece too
     assert own.key_ends_S.tolist() == [0, 63, 66, 69, 72, 75]
     assert (own.longest, own.causal) == ((63, 63), True)
     assert (shared.query, shared.key, shared.causal) == (slice(63, 75), slice(0, 60), False)
@@ -117,7 +136,10 @@ def test_a_long_prefix_is_attended_without_large_masks(decoder, monkeypatch):
     tape = Tape([text])
     hidden_TH = torch.cat([hidden for _, _, hidden in run_tape(decoder, tape, fixed(90))])
     torch.testing.assert_close(
-        hidden_TH, decoder.hidden(torch.from_numpy(text.astype(np.int64))[None])[0], rtol=2e-4, atol=2e-4
+        hidden_TH,
+        decoder.hidden(torch.from_numpy(text.astype(np.int64))[None])[0],
+        rtol=2e-4,
+        atol=2e-4,
     )
 
 
@@ -136,14 +158,21 @@ def test_only_positions_that_are_read_go_through_the_head(decoder, monkeypatch):
     assert seen == [1]  # one position, four targets
     logits_V = decoder.head_VH @ decoder.hidden(torch.arange(1, 50)[None])[0, -1]
     for number, answer in enumerate((5, 6, 7, 8)):
-        assert found[number].log_likelihood == pytest.approx(float(logits_V.log_softmax(0)[answer]), abs=1e-4)
+        assert found[number].log_likelihood == pytest.approx(
+            float(logits_V.log_softmax(0)[answer]), abs=1e-4
+        )
 
 
 @torch.inference_mode()
 def test_effort_says_what_was_shared(decoder):
     requests = requests_of(random_texts(2))
     *_, (_, effort) = score(decoder, requests, fixed(300))
-    assert effort.computed == effort.unique < effort.asked == sum(len(request.inputs) for request in requests)
+    assert (
+        effort.computed
+        == effort.unique
+        < effort.asked
+        == sum(len(request.inputs) for request in requests)
+    )
     assert effort.attended - effort.padded == effort.unique
 
 
@@ -162,7 +191,9 @@ def test_running_out_of_memory_halves_the_batches_and_changes_no_score(decoder, 
 
     def small(self, batches, attend=None):
         if any(ids_BT.numel() > 100 for ids_BT in batches):
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+            )
         return states(self, batches, attend)
 
     monkeypatch.setattr(type(decoder), "states", small)
@@ -189,7 +220,9 @@ def test_a_budget_grows_while_that_is_faster(monkeypatch):
     budget = TokenBudget(start=128)
 
     def attempt(tokens):
-        clock[0] += 1 + tokens / 100 if tokens <= 1024 else tokens / 10  # beyond 1,024 tokens it gets slow
+        clock[0] += (
+            1 + tokens / 100 if tokens <= 1024 else tokens / 10
+        )  # beyond 1,024 tokens it gets slow
         return tokens, None
 
     for _ in range(40):
@@ -223,5 +256,7 @@ def test_attention_pads_less_than_a_twentieth(shape, budget):
     while not tape.done:
         tape.next_batch(budget)
         tape.advance()
-    assert tape.attended - tape.padded == len(tape)  # nothing but the attention's query slots is ever padded
+    assert tape.attended - tape.padded == len(
+        tape
+    )  # nothing but the attention's query slots is ever padded
     assert tape.padded < 0.05 * tape.attended

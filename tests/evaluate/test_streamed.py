@@ -44,7 +44,9 @@ def resident(request):
 
 @pytest.fixture
 def streamed(resident):
-    return replace(resident, blocks=Counted(resident.blocks), activations=100_000)  # some of them go to disk
+    return replace(
+        resident, blocks=Counted(resident.blocks), activations=100_000
+    )  # some of them go to disk
 
 
 def windows(count=7, length=24):
@@ -80,7 +82,9 @@ def bytes_of(model, tokens):
 def test_a_text_goes_through_each_block_at_once(resident, streamed, monkeypatch):
     monkeypatch.setattr(budget_module, "SET_TOKENS", {"cpu": 2 * 24})  # two windows a batch
     expected, told = window_losses(resident, windows()), []
-    assert torch.equal(window_losses(streamed, windows(), lambda *step: told.append(step)), expected)
+    assert torch.equal(
+        window_losses(streamed, windows(), lambda *step: told.append(step)), expected
+    )
     assert streamed.blocks.asked == [0, 1]
     assert told == [(2, 7), (4, 7), (6, 7), (7, 7)]
 
@@ -131,7 +135,9 @@ def test_running_out_of_memory_halves_the_batches_of_a_pass(resident, streamed, 
 
     def small(self, batches, attend=None):
         if any(ids_BT.numel() > 50 for ids_BT in batches):
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+            )
         return states(self, batches, attend)
 
     expected, _ = scores(resident, fixed(45))
@@ -158,9 +164,13 @@ def test_drift_is_measured_in_one_pass(resident, streamed, tmp_path):
 
 def test_text_is_not_generated(streamed):
     lm = HarnessLM(streamed, load_tokenizer(DEMO_MODELS / "dense"))
-    story = Instance(request_type="generate_until", doc={}, arguments=("Ada", {"until": ["."]}), idx=0)
+    story = Instance(
+        request_type="generate_until", doc={}, arguments=("Ada", {"until": ["."]}), idx=0
+    )
     story.task_name = "poems"
-    with pytest.raises(ConfigError, match="poems generates text, and this model is read from disk block by block"):
+    with pytest.raises(
+        ConfigError, match="poems generates text, and this model is read from disk block by block"
+    ):
         lm.generate_until([story])
     assert streamed.blocks.asked == []
 

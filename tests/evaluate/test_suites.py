@@ -32,14 +32,34 @@ from q3q.evaluate.suites import (
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 
-HAS = {"piqa": 6, "arc_easy": 6, "arc_challenge": 6, "hellaswag": 6, "winogrande": 6, "boolq": 6, "wikitext": 6}
+HAS = {
+    "piqa": 6,
+    "arc_easy": 6,
+    "arc_challenge": 6,
+    "hellaswag": 6,
+    "winogrande": 6,
+    "boolq": 6,
+    "wikitext": 6,
+}
 HAS |= {"mmlu": 2, "mmlu_paper": 2}  # questions in our own data sets
-SUITE = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "mmlu", "mmlu_paper", "wikitext")
+SUITE = (
+    "piqa",
+    "arc_easy",
+    "arc_challenge",
+    "hellaswag",
+    "winogrande",
+    "boolq",
+    "mmlu",
+    "mmlu_paper",
+    "wikitext",
+)
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_decoder(Checkpoint(DEMO_MODELS / "dense"), torch.float32), load_tokenizer(DEMO_MODELS / "dense")
+    return load_decoder(Checkpoint(DEMO_MODELS / "dense"), torch.float32), load_tokenizer(
+        DEMO_MODELS / "dense"
+    )
 
 
 def score(demo, evaluation, folder, journal):
@@ -80,7 +100,11 @@ def scored(demo, study_data, tmp_path_factory):
 
 def test_the_suite_has_the_studys_metrics_each_with_an_interval(scored):
     metrics, intervals, samples = scored
-    for name in (*(f"{task}/acc" for task in SUITE[:-1]), "word_perplexity/wikitext2", "byte_perplexity/wikitext2"):
+    for name in (
+        *(f"{task}/acc" for task in SUITE[:-1]),
+        "word_perplexity/wikitext2",
+        "byte_perplexity/wikitext2",
+    ):
         assert intervals[name][0] <= metrics[name] <= intervals[name][1], name
     assert {row["task"] for row in samples} == {
         *SUITE[:6],
@@ -105,17 +129,28 @@ def test_a_pages_perplexity_is_that_of_its_words(scored, study_data):
     rows = [row for row in samples if row["task"] == "wikitext"]
     likelihoods = sum(row["log_likelihood"][0] for row in rows)
     nats_a_word = torch.tensor(metrics["word_perplexity/wikitext2"]).log()
-    pages = [json.loads(line)["page"] for line in (study_data / "wikitext" / "test.jsonl").open(encoding="utf-8")]
-    assert -likelihoods / nats_a_word == pytest.approx(sum(len(re.split(r"\s+", page)) for page in pages))
+    pages = [
+        json.loads(line)["page"]
+        for line in (study_data / "wikitext" / "test.jsonl").open(encoding="utf-8")
+    ]
+    assert -likelihoods / nats_a_word == pytest.approx(
+        sum(len(re.split(r"\s+", page)) for page in pages)
+    )
     same = [{"word_perplexity": (-20.0, 10)}, {"word_perplexity": (-40.0, 20)}]
     low, high = weighted_intervals("t", weighted_losses(same))["t/word_perplexity"]
-    assert low == pytest.approx(high) == pytest.approx(torch.tensor(2.0).exp().item())  # no spread between pages
+    assert (
+        low == pytest.approx(high) == pytest.approx(torch.tensor(2.0).exp().item())
+    )  # no spread between pages
     low, high = intervals["word_perplexity/wikitext2"]
     assert low < high
     scores = measured(samples, quick=False)
     for name in ("word_perplexity/wikitext2", "byte_perplexity/wikitext2"):
-        assert sum(scores[name].values()) / 6 == pytest.approx(torch.tensor(metrics[name]).log().item())
-    assert sum(scores["bits_per_byte/wikitext2"].values()) / 6 == pytest.approx(metrics["bits_per_byte/wikitext2"])
+        assert sum(scores[name].values()) / 6 == pytest.approx(
+            torch.tensor(metrics[name]).log().item()
+        )
+    assert sum(scores["bits_per_byte/wikitext2"].values()) / 6 == pytest.approx(
+        metrics["bits_per_byte/wikitext2"]
+    )
 
 
 def test_two_models_word_perplexities_are_compared_page_by_page():
@@ -124,34 +159,58 @@ def test_two_models_word_perplexities_are_compared_page_by_page():
     words = torch.randint(50, 5000, (40,), generator=dice).tolist()
     ours, theirs = (
         {f"page {k}": loss for k, loss in enumerate(weighted_losses(rows)["word_perplexity"])}
-        for rows in ([{"word_perplexity": (-w * (3.0 + worse), w)} for w in words] for worse in (0.02, 0.0))
+        for rows in (
+            [{"word_perplexity": (-w * (3.0 + worse), w)} for w in words] for worse in (0.02, 0.0)
+        )
     )
     found = compare("word_perplexity/wikitext2", ours, theirs)
     assert found.difference == pytest.approx(0.02)
     assert (found.low, found.high) == (pytest.approx(0.02), pytest.approx(0.02))
     assert found.distinguishable
-    noisy = [{"word_perplexity": (-w * (3.0 + float(torch.randn((), generator=dice)) / 10), w)} for w in words]
+    noisy = [
+        {"word_perplexity": (-w * (3.0 + float(torch.randn((), generator=dice)) / 10), w)}
+        for w in words
+    ]
     theirs = {f"page {k}": loss for k, loss in enumerate(weighted_losses(noisy)["word_perplexity"])}
     assert not compare("word_perplexity/wikitext2", ours, theirs).distinguishable
 
 
-def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(demo, study_data, tmp_path, three_subjects):
-    evaluation = {"tasks": ["piqa", "wikitext", "mmlu_paper"], "task_limit": 3, "limits": {"mmlu_paper": 1}}
+def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(
+    demo, study_data, tmp_path, three_subjects
+):
+    evaluation = {
+        "tasks": ["piqa", "wikitext", "mmlu_paper"],
+        "task_limit": 3,
+        "limits": {"mmlu_paper": 1},
+    }
     evaluation |= {"quick": True, "texts": []}
     metrics, _, samples = score(demo, evaluation, study_data, tmp_path / "a")
     again = score(demo, evaluation, study_data, tmp_path / "b")
     assert (metrics, samples) == (again[0], again[2])
     assert {name for name in metrics if "_quick" not in name} == set()
-    assert {"piqa_quick/acc", "word_perplexity_quick/wikitext2", "mmlu_paper_quick/acc"} <= set(metrics)
+    assert {"piqa_quick/acc", "word_perplexity_quick/wikitext2", "mmlu_paper_quick/acc"} <= set(
+        metrics
+    )
     drawn = [row["doc_hash"] for row in samples if row["task"] == "piqa"]
-    first = score(demo, {"tasks": ["piqa"], "task_limit": 3, "texts": []}, study_data, tmp_path / "c")[2]
+    first = score(
+        demo, {"tasks": ["piqa"], "task_limit": 3, "texts": []}, study_data, tmp_path / "c"
+    )[2]
     assert len(drawn) == len(first) == 3
-    assert drawn != [row["doc_hash"] for row in first]  # of six, these three are not the first three
+    assert drawn != [
+        row["doc_hash"] for row in first
+    ]  # of six, these three are not the first three
     assert len([row for row in samples if row["task"] == "mmlu_paper"]) == 3
 
 
-def test_a_killed_run_finds_its_scores_again(demo, study_data, tmp_path, monkeypatch, three_subjects):
-    evaluation = {"tasks": ["piqa", "mmlu_paper"], "task_limit": 2, "limits": {"mmlu_paper": 1}, "texts": []}
+def test_a_killed_run_finds_its_scores_again(
+    demo, study_data, tmp_path, monkeypatch, three_subjects
+):
+    evaluation = {
+        "tasks": ["piqa", "mmlu_paper"],
+        "task_limit": 2,
+        "limits": {"mmlu_paper": 1},
+        "texts": [],
+    }
     first = score(demo, evaluation, study_data, tmp_path)
     monkeypatch.setattr(type(demo[0]), "states", lambda *_: pytest.fail("scored again"))
     again = score(demo, evaluation, study_data, tmp_path)
@@ -166,13 +225,20 @@ def test_a_trial_that_was_planned_with_another_evaluation_is_not_run(monkeypatch
     with pytest.raises(ConfigError, match=r"planned with lm-eval 0\.1, and this process has"):
         suites.refuse_other_versions({**planned, "lm_eval": "0.1"})
     monkeypatch.setattr(suites, "EVALUATION_VERSION", suites.EVALUATION_VERSION + 1)
-    with pytest.raises(ConfigError, match=r"planned with q3q's evaluation 1, and this process has 2"):
+    with pytest.raises(
+        ConfigError, match=r"planned with q3q's evaluation 1, and this process has 2"
+    ):
         suites.refuse_other_versions(planned)
 
 
 # -------------------------------------------------------------------------------------- MMLU by the study's script
 
-QUESTION = {"question": "What? ", "subject": "us_foreign_policy", "choices": ["a", "b", "c", "d"], "answer": 3}
+QUESTION = {
+    "question": "What? ",
+    "subject": "us_foreign_policy",
+    "choices": ["a", "b", "c", "d"],
+    "answer": 3,
+}
 
 
 def test_the_prompt_is_the_scripts():
@@ -187,23 +253,33 @@ def test_the_prompt_is_the_scripts():
 @pytest.mark.parametrize(("words", "shots"), [(10, 5), (700, 2), (3000, 0)])
 def test_examples_are_dropped_while_the_prompt_is_too_long(words, shots):
     examples = [{**QUESTION, "question": "word " * words}] * 7
-    ids = mmlu_paper.fitting_prompt(QUESTION, examples, lambda text: [0] * text.count("word") + [1] * text.count("Ans"))
+    ids = mmlu_paper.fitting_prompt(
+        QUESTION, examples, lambda text: [0] * text.count("word") + [1] * text.count("Ans")
+    )
     assert ids.count(1) == shots + 1
 
 
 def test_the_answer_is_the_bare_letters_token(demo, study_data, tmp_path, three_subjects):
     """The study's script by hand: logits of the last position, argmax over the tokens of the letters alone."""
     model, tokenizer = demo
-    _, _, samples = score(demo, {"tasks": ["mmlu_paper"], "task_limit": 1, "texts": []}, study_data, tmp_path)
+    _, _, samples = score(
+        demo, {"tasks": ["mmlu_paper"], "task_limit": 1, "texts": []}, study_data, tmp_path
+    )
     for row, subject in zip(samples, SUBJECTS[:3], strict=True):
         splits = {}
         for split in ("dev", "test"):
-            with (study_data / "mmlu" / split / f"{subject}_{split}.csv").open(newline="", encoding="utf-8") as file:
+            with (study_data / "mmlu" / split / f"{subject}_{split}.csv").open(
+                newline="", encoding="utf-8"
+            ) as file:
                 splits[split] = list(csv.reader(file))
         head = f"The following are multiple choice questions (with answers) about  {subject.replace('_', ' ')}.\n\n"
 
         def asked(cells):
-            return cells[0] + "".join(f"\n{letter}. {cells[k]}" for k, letter in enumerate("ABCD", 1)) + "\nAnswer:"
+            return (
+                cells[0]
+                + "".join(f"\n{letter}. {cells[k]}" for k, letter in enumerate("ABCD", 1))
+                + "\nAnswer:"
+            )
 
         shots = "".join(f"{asked(cells)} {cells[5]}\n\n" for cells in splits["dev"])
         ids = tokenizer(head + shots + asked(splits["test"][0]), return_tensors="pt")["input_ids"]
@@ -212,7 +288,9 @@ def test_the_answer_is_the_bare_letters_token(demo, study_data, tmp_path, three_
         letters = [tokenizer(letter)["input_ids"][-1] for letter in "ABCD"]
         right = "ABCD"[int(logits_V[letters].argmax())] == splits["test"][0][5]
         assert row["scores"]["acc"] == float(right)
-        assert row["log_likelihood"] == pytest.approx(logits_V.log_softmax(0)[letters].tolist(), abs=1e-4)
+        assert row["log_likelihood"] == pytest.approx(
+            logits_V.log_softmax(0)[letters].tolist(), abs=1e-4
+        )
 
 
 # ------------------------------------------------------------------------------------------------ C4's windows
@@ -265,7 +343,9 @@ def download(place, row):
     saved = datasets.DatasetDict({"validation": rows, "train": rows})
     saved.save_to_disk(place / "scratch")
     for split in saved:
-        shutil.copy(next((place / "scratch" / split).glob("*.arrow")), place / f"some-{split}.arrow")
+        shutil.copy(
+            next((place / "scratch" / split).glob("*.arrow")), place / f"some-{split}.arrow"
+        )
     splits = datasets.SplitDict({s: datasets.SplitInfo(name=s, num_examples=1) for s in saved})
     datasets.DatasetInfo(splits=splits, features=rows.features).write_to_directory(str(place))
     return rows
@@ -282,14 +362,20 @@ def test_a_downloaded_data_set_counts_if_it_is_the_pinned_commit(no_hub):
     assert list(library.load(data)["validation"]) == list(rows)
     with pytest.raises(ConfigError, match="neither in the cache"):
         Library(None, settle=True).identify(data, data_dir="part")
-    (no_hub / "baber___piqa" / "default-data_dir=part").symlink_to(no_hub / "baber___piqa" / "default")
-    assert Library(None, settle=True).identify(data, data_dir="part") == revision  # options are in the folder's name
+    (no_hub / "baber___piqa" / "default-data_dir=part").symlink_to(
+        no_hub / "baber___piqa" / "default"
+    )
+    assert (
+        Library(None, settle=True).identify(data, data_dir="part") == revision
+    )  # options are in the folder's name
     place.rename(place.with_name("0" * 40))
     with pytest.raises(ConfigError, match="neither in the cache"):
         Library(None, settle=True).identify(data)
 
 
-def test_of_a_data_set_that_is_not_pinned_the_downloaded_commit_is_taken_without_the_hub(no_hub, tmp_path):
+def test_of_a_data_set_that_is_not_pinned_the_downloaded_commit_is_taken_without_the_hub(
+    no_hub, tmp_path
+):
     data = DataSet("facebook/xnli", "en", ("validation",))
     place = no_hub / "facebook___xnli" / "en" / "0.0.0"
     rows = download(place / ("a" * 40), {"premise": "p"})
@@ -298,7 +384,10 @@ def test_of_a_data_set_that_is_not_pinned_the_downloaded_commit_is_taken_without
     assert library.identify(data) == "a" * 40
     assert list(library.load(data)["validation"]) == list(rows)
     download(place / ("c" * 40), {"premise": "newer"})
-    with pytest.raises(ConfigError, match=r"which commit of facebook/xnli:en .* has 2, remove all but one there: aaa"):
+    with pytest.raises(
+        ConfigError,
+        match=r"which commit of facebook/xnli:en .* has 2, remove all but one there: aaa",
+    ):
         Library(None, settle=True).identify(data)
 
 
@@ -322,12 +411,24 @@ PIQA_ROW = '{"goal": "g", "sol1": "a", "sol2": "b", "label": %s}\n'
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("validation.jsonl", '{"goal": "g"}\n', "row 1: baber/piqa has a column sol1, this has none"),
+        (
+            "validation.jsonl",
+            '{"goal": "g"}\n',
+            "row 1: baber/piqa has a column sol1, this has none",
+        ),
         ("validation.jsonl", "[1]\n", "no JSON object"),
         ("validation.jsonl", "{\n", "cannot be read"),
-        ("test.jsonl", '{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n', "no rows of the split validation"),
+        (
+            "test.jsonl",
+            '{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}\n',
+            "no rows of the split validation",
+        ),
         ("validation.parquet", "no parquet", "cannot be read"),
-        ("validation.jsonl", PIQA_ROW % 0 + "\n" + PIQA_ROW % "null", r"validation.jsonl, row 3: .* a column label"),
+        (
+            "validation.jsonl",
+            PIQA_ROW % 0 + "\n" + PIQA_ROW % "null",
+            r"validation.jsonl, row 3: .* a column label",
+        ),
         ("validation.jsonl", PIQA_ROW % 0 + "{", "line 2 is not JSON"),
         ("validation.jsonl", PIQA_ROW % 0 + "[" * 100_000, "line 2 is not JSON"),
         (
@@ -356,13 +457,18 @@ def test_examples_need_a_training_split(study_data):
 
 def test_a_data_set_that_is_not_whole_is_refused_unless_a_limit_says_so(study_data, monkeypatch):
     library = Library(study_data, settle=True)
-    with pytest.raises(ConfigError, match=r"piqa has 6 rows of the split validation, and 1838 .*limits=\{piqa:6\}"):
+    with pytest.raises(
+        ConfigError, match=r"piqa has 6 rows of the split validation, and 1838 .*limits=\{piqa:6\}"
+    ):
         settle(["piqa"], library)
     settle(["piqa", "mmlu"], library, limits={"piqa": 6, "mmlu": 1})
     with pytest.raises(ConfigError, match="6 rows"):
         settle(["piqa"], library, limits={"piqa": 7})
     monkeypatch.setitem(QUESTIONS, "baber/piqa", 5)
-    with pytest.raises(ConfigError, match="6 rows of the split validation, and 5 are its questions: give these alone"):
+    with pytest.raises(
+        ConfigError,
+        match="6 rows of the split validation, and 5 are its questions: give these alone",
+    ):
         settle(["piqa"], library, limits={"piqa": 3})
     monkeypatch.undo()
     assert sum(count for key, count in QUESTIONS.items() if key.startswith(MMLU)) == 14_042
@@ -383,10 +489,15 @@ def test_mmlu_may_come_in_either_layout(study_data, tmp_path):
         official.identify(data)
         (tmp_path / "mmlu" / data.name).mkdir(parents=True)
         for split in data.splits:
-            official.load(data)[split].to_parquet(tmp_path / "mmlu" / data.name / f"{split}-00000-of-00001.parquet")
+            official.load(data)[split].to_parquet(
+                tmp_path / "mmlu" / data.name / f"{split}-00000-of-00001.parquet"
+            )
     settle(["mmlu"], other, limits={"mmlu": 2})
     for data in subjects:
-        assert all(list(other.load(data)[split]) == list(official.load(data)[split]) for split in data.splits)
+        assert all(
+            list(other.load(data)[split]) == list(official.load(data)[split])
+            for split in data.splits
+        )
 
 
 def test_a_configuration_is_served_its_own_rows_alone(tmp_path):
@@ -396,7 +507,10 @@ def test_a_configuration_is_served_its_own_rows_alone(tmp_path):
         (tmp_path / folder / "validation.jsonl").write_text(rows, encoding="utf-8")
 
     def served(language):
-        data, library = DataSet("facebook/xnli", language, ("validation",)), Library(tmp_path, settle=True)
+        data, library = (
+            DataSet("facebook/xnli", language, ("validation",)),
+            Library(tmp_path, settle=True),
+        )
         library.identify(data)
         return library.load(data)["validation"]["language"][:], library.where(data)
 
@@ -412,7 +526,9 @@ def test_a_configuration_is_served_its_own_rows_alone(tmp_path):
 def test_a_configuration_that_only_its_siblings_have_files_of_is_not_there(no_hub, tmp_path):
     (tmp_path / "xnli" / "fr").mkdir(parents=True)
     (tmp_path / "xnli" / "fr" / "validation.jsonl").write_text("{}\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match=f"facebook/xnli:en is neither .* with {tmp_path}/xnli/en/ holding SPLIT"):
+    with pytest.raises(
+        ConfigError, match=f"facebook/xnli:en is neither .* with {tmp_path}/xnli/en/ holding SPLIT"
+    ):
         Library(tmp_path, settle=True).identify(DataSet("facebook/xnli", "en", ("validation",)))
 
 
@@ -435,10 +551,16 @@ def test_a_seed_decides_about_examples_that_are_drawn():
 
 
 def test_samples_read_back_and_pair_up(scored, tmp_path):
-    rows = [*scored[2], *window_rows("perplexity/wikitext2", "f" * 64, [2.0 + 0.01 * k for k in range(20)])]
+    rows = [
+        *scored[2],
+        *window_rows("perplexity/wikitext2", "f" * 64, [2.0 + 0.01 * k for k in range(20)]),
+    ]
     write_samples(tmp_path / "samples.parquet", rows)
     ours = measured(read_samples(tmp_path / "samples.parquet"), quick=False)
-    worse = [{**row, "scores": {name: value + 0.1 for name, value in row["scores"].items()}} for row in rows[-20:]]
+    worse = [
+        {**row, "scores": {name: value + 0.1 for name, value in row["scores"].items()}}
+        for row in rows[-20:]
+    ]
     theirs = measured([*rows[:-20], *worse], quick=False)
     found = comparisons(ours, theirs)
     assert found["perplexity/wikitext2"].difference == pytest.approx(-0.1)

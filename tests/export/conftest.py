@@ -32,7 +32,12 @@ CONFIG = {
     "rope_theta": 10000.0,
     "hidden_act": "silu",
 }
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
 
 
 def make_checkpoint(
@@ -54,14 +59,21 @@ def make_checkpoint(
         numbers = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
         return (1 + 0.3 * numbers if "norm" in name else 1.5 * numbers).to(getattr(torch, dtype))
 
-    shapes = {"model.embed_tokens.weight": (facts.vocab, facts.hidden), "model.norm.weight": (facts.hidden,)}
+    shapes = {
+        "model.embed_tokens.weight": (facts.vocab, facts.hidden),
+        "model.norm.weight": (facts.hidden,),
+    }
     if not tied:
         shapes["lm_head.weight"] = (facts.vocab, facts.hidden)
     for k in range(facts.layers):
-        shapes |= {f"model.layers.{k}.{name}": shape for name, shape in disk_shapes(facts, k).items()}
+        shapes |= {
+            f"model.layers.{k}.{name}": shape for name, shape in disk_shapes(facts, k).items()
+        }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: weight(name, shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    save_file(
+        {name: weight(name, shape) for name, shape in shapes.items()}, folder / "model.safetensors"
+    )
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(DEMO / name, folder / name)
     return Checkpoint(folder)
@@ -83,7 +95,11 @@ def spec_of(checkpoint, export, path, **scheme) -> TrialSpec:
         evaluation={"texts": [], "tasks": []},
         seed=0,
         export=export,
-        places={"export": str(path), "trials": str(path.parent / "trials"), "command": "python launch.py method=rtn"},
+        places={
+            "export": str(path),
+            "trials": str(path.parent / "trials"),
+            "command": "python launch.py method=rtn",
+        },
     )
 
 
@@ -115,8 +131,12 @@ def quantized_block(block, k, spec, *, act_order=False, leave=()):
             continue
         weight = block.weights[name].float()
         weight = weight if weight.ndim == 3 else weight[None]
-        grid = minmax_grid(into_groups(weight, scheme.group_size), scheme.bits, symmetric=scheme.symmetric)
-        rounded = round_to_grid(weight, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+        grid = minmax_grid(
+            into_groups(weight, scheme.group_size), scheme.bits, symmetric=scheme.symmetric
+        )
+        rounded = round_to_grid(
+            weight, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric
+        )
         rounded = with_scales(rounded, scheme.scales)
         quantized[name] = apart(rounded, k) if act_order else rounded
     changed = {"input_layernorm.weight": block.weights["input_layernorm.weight"] * 1.25}

@@ -6,19 +6,29 @@ import pytest
 
 from q3q.errors import ExportError
 from q3q.export import destination
-from q3q.export.destination import check_room, default_path, forget_export, is_finished, refuse_shared
+from q3q.export.destination import (
+    check_room,
+    default_path,
+    forget_export,
+    is_finished,
+    refuse_shared,
+)
 from q3q.export.writer import open_exporter
 
 
 def test_two_trials_cannot_write_to_one_place(checkpoint, spec_of, tmp_path):
     original = checkpoint()
     one, other = (spec_of(original, "gptq", tmp_path / "out", bits=bits) for bits in (4, 8))
-    refuse_shared([one, replace(other, export=None), spec_of(original, "gptq", tmp_path / "elsewhere")])
+    refuse_shared(
+        [one, replace(other, export=None), spec_of(original, "gptq", tmp_path / "elsewhere")]
+    )
     with pytest.raises(ExportError, match=r"out is given to 2 trials.*method.name"):
         refuse_shared([one, other])
 
 
-def test_a_name_of_many_words_is_cut_and_leaves_room_for_what_is_beside_it(checkpoint, spec_of, tmp_path):
+def test_a_name_of_many_words_is_cut_and_leaves_room_for_what_is_beside_it(
+    checkpoint, spec_of, tmp_path
+):
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out")
     rules = {"skip": [f"blocks.{k}.self_attn.q_proj" for k in range(40)]}

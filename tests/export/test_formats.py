@@ -24,7 +24,9 @@ def trial(tmp_path):
 
     def make(*overrides) -> TrialSpec:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(compose("config", ["evaluation=none", f"storage={tmp_path}/s", *overrides]))
+            return schema.spec_from(
+                compose("config", ["evaluation=none", f"storage={tmp_path}/s", *overrides])
+            )
 
     return make
 
@@ -38,19 +40,47 @@ def test_every_export_config_becomes_a_spec(trial, name):
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["method=gptq", "export=compressed_tensors"], "act-order.*static_groups=true.*these can: export=hf, gptq"),
-        (["method=gptq", "export=awq", "method.static_groups=true", "bits=3"], "bits=3.*hf, compressed_tensors, gptq"),
-        (["method=rtn", "export=gptq", "bits=5"], "bits=5.*it takes 2, 3, 4, 8.*hf, compressed_tensors"),
+        (
+            ["method=gptq", "export=compressed_tensors"],
+            "act-order.*static_groups=true.*these can: export=hf, gptq",
+        ),
+        (
+            ["method=gptq", "export=awq", "method.static_groups=true", "bits=3"],
+            "bits=3.*hf, compressed_tensors, gptq",
+        ),
+        (
+            ["method=rtn", "export=gptq", "bits=5"],
+            "bits=5.*it takes 2, 3, 4, 8.*hf, compressed_tensors",
+        ),
         (["method=billm", "export=gptq"], "binarized.*these can: export=hf"),
         (["method=smoothquant", "export=hf"], "act_bits=8.*these can: export=compressed_tensors"),
-        (["method=smoothquant", "bits=4", "export=compressed_tensors"], "act_bits=8.*no format can"),
-        (["method=rtn", "export=gptq", "skip=[*.down]"], "overrides or skip.*hf, compressed_tensors"),
-        (["method=rtn", "export=awq", "head_bits=8", "embedding_bits=8"], "head or embedding.*these can: export=hf"),
-        (["method=none", "export=hf"], "no use"),
-        (["model=demo_moe", "method=rtn", "export=compressed_tensors", "skip=[*.down]"], "experts, which loaders fuse"),
-        (["method=rtn", "export=compressed_tensors", "skip=[*.q_proj]"], r"within a site \(blocks.0.qkv\).*export=hf"),
         (
-            ["method=rtn", "export=compressed_tensors", "overrides={blocks.2.mlp.up_proj:{bits:8}}"],
+            ["method=smoothquant", "bits=4", "export=compressed_tensors"],
+            "act_bits=8.*no format can",
+        ),
+        (
+            ["method=rtn", "export=gptq", "skip=[*.down]"],
+            "overrides or skip.*hf, compressed_tensors",
+        ),
+        (
+            ["method=rtn", "export=awq", "head_bits=8", "embedding_bits=8"],
+            "head or embedding.*these can: export=hf",
+        ),
+        (["method=none", "export=hf"], "no use"),
+        (
+            ["model=demo_moe", "method=rtn", "export=compressed_tensors", "skip=[*.down]"],
+            "experts, which loaders fuse",
+        ),
+        (
+            ["method=rtn", "export=compressed_tensors", "skip=[*.q_proj]"],
+            r"within a site \(blocks.0.qkv\).*export=hf",
+        ),
+        (
+            [
+                "method=rtn",
+                "export=compressed_tensors",
+                "overrides={blocks.2.mlp.up_proj:{bits:8}}",
+            ],
             r"within a site \(blocks.2.gate_up\).*export=hf",
         ),
         (
@@ -58,7 +88,12 @@ def test_every_export_config_becomes_a_spec(trial, name):
             "several settings when any is asymmetric.*these can: export=hf",
         ),
         (
-            ["method=rtn", "symmetric=true", "export=compressed_tensors", "overrides={*.down:{symmetric:false}}"],
+            [
+                "method=rtn",
+                "symmetric=true",
+                "export=compressed_tensors",
+                "overrides={*.down:{symmetric:false}}",
+            ],
             "several settings when any is asymmetric.*these can: export=hf",
         ),
         (
@@ -81,17 +116,23 @@ def test_what_a_format_cannot_hold_is_refused_naming_those_that_can(trial, overr
     ],
 )
 def test_settings_that_every_loader_tells_apart_are_not_refused(trial, overrides):
-    assert trial("method=rtn", "export=compressed_tensors", *overrides).export == "compressed_tensors"
+    assert (
+        trial("method=rtn", "export=compressed_tensors", *overrides).export == "compressed_tensors"
+    )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("settings", [1, 2])
 @pytest.mark.parametrize("method", ["rtn", "smoothquant"])
-def test_what_transformers_reads_wrong_of_a_dense_model_is_refused(trial, method, settings, symmetric):
+def test_what_transformers_reads_wrong_of_a_dense_model_is_refused(
+    trial, method, settings, symmetric
+):
     overrides = [f"method={method}", "bits=8", f"symmetric={symmetric}"]
     overrides += ["overrides={*.down:{group_size:64}}"] if settings == 2 else []
     rounded = method == "smoothquant"
-    if not transformers_takes(experts=False, settings=settings, symmetric=symmetric, rounded=rounded):
+    if not transformers_takes(
+        experts=False, settings=settings, symmetric=symmetric, rounded=rounded
+    ):
         with pytest.raises(IncompatibleError):
             trial("export=compressed_tensors", *overrides)
 
@@ -99,14 +140,23 @@ def test_what_transformers_reads_wrong_of_a_dense_model_is_refused(trial, method
 def test_what_it_does_not_take_of_experts_the_table_says():
     takes = functools.partial(transformers_takes, experts=True, settings=1)
     kinds = [(symmetric, rounded) for symmetric in (True, False) for rounded in (False, True)]
-    assert [takes(symmetric=symmetric, rounded=rounded) for symmetric, rounded in kinds] == [True, False, False, False]
+    assert [takes(symmetric=symmetric, rounded=rounded) for symmetric, rounded in kinds] == [
+        True,
+        False,
+        False,
+        False,
+    ]
     assert "experts: symmetric, weights only; a plain unpacker of ours (tested): all" in table()
 
 
 def test_scales_are_part_of_the_quantization_and_the_format_is_part_of_the_trial(trial):
-    alone, gptq, awq, hf = (trial("method=awq", f"export={name}") for name in ("none", "gptq", "awq", "hf"))
+    alone, gptq, awq, hf = (
+        trial("method=awq", f"export={name}") for name in ("none", "gptq", "awq", "hf")
+    )
     assert len({spec.id for spec in (alone, gptq, awq, hf)}) == 4
-    assert alone.quantization_id == hf.quantization_id  # plain numbers: nothing is rounded that was not
+    assert (
+        alone.quantization_id == hf.quantization_id
+    )  # plain numbers: nothing is rounded that was not
     assert gptq.quantization_id == awq.quantization_id != alone.quantization_id
     assert TrialSpec.from_json(gptq.to_json()) == gptq
     assert stored_scales("gptq", "bfloat16") == "bfloat16 float16"
@@ -145,11 +195,20 @@ def test_the_page_has_the_table_of_what_is_refused():
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["method=gptq", "export=gptq"], "export=gptq with symmetric=false, which is gptq_v2.*export=hf"),
-        (["method=rtn", "export=gptq"], "to serve these settings: export=hf or compressed_tensors or awq"),
+        (
+            ["method=gptq", "export=gptq"],
+            "export=gptq with symmetric=false, which is gptq_v2.*export=hf",
+        ),
+        (
+            ["method=rtn", "export=gptq"],
+            "to serve these settings: export=hf or compressed_tensors or awq",
+        ),
         (["method=rtn", "export=awq", "group_size=64"], None),
         (["method=gptq", "export=gptq", "symmetric=true"], None),
-        (["model=demo_moe", "method=rtn", "export=compressed_tensors"], "symmetric=false of experts"),
+        (
+            ["model=demo_moe", "method=rtn", "export=compressed_tensors"],
+            "symmetric=false of experts",
+        ),
         (
             ["method=rtn", "bits=8", "export=compressed_tensors"],
             "symmetric=false and bits=8 \\(it takes 4 bits, 8 bits symmetric\\).*export=hf$",
@@ -168,7 +227,11 @@ def test_who_exports_what_servers_refuse_or_misread_is_told_once(trial, capsys, 
 
 SETTINGS = [
     ("hf", {}),
-    *(("gptq", {"bits": bits, "symmetric": symmetric}) for bits in (2, 3, 4, 8) for symmetric in (False, True)),
+    *(
+        ("gptq", {"bits": bits, "symmetric": symmetric})
+        for bits in (2, 3, 4, 8)
+        for symmetric in (False, True)
+    ),
     ("gptq", {"group_size": -1}),
     ("awq", {}),
     ("awq", {"symmetric": True, "group_size": -1}),
@@ -203,7 +266,9 @@ def test_bytes_on_disk_are_those_of_the_formats_definition(
     for rows, columns in matrices(facts):
         groups = rows * (1 if group == -1 else columns // group)
         packed += rows * columns * bits // 8 + 2 * groups
-        packed += groups * bits // 8 if name != "compressed_tensors" or not spec.scheme.symmetric else 0
+        packed += (
+            groups * bits // 8 if name != "compressed_tensors" or not spec.scheme.symmetric else 0
+        )
         packed += {"gptq": 4 * columns, "awq": 0, "compressed_tensors": 0 if acts else 16}[name]
     linears = facts.linear_parameters
     assert found["bits_per_weight"] == pytest.approx(8 * packed / linears)

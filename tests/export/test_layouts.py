@@ -20,7 +20,11 @@ def random_parts(bits, rows=32, columns=64, groups=4, *, symmetric=False, seed=0
 
 
 def plain(codes, scale, zero, group=None):
-    group = torch.arange(codes.shape[1]) // (codes.shape[1] // scale.shape[1]) if group is None else group.long()
+    group = (
+        torch.arange(codes.shape[1]) // (codes.shape[1] // scale.shape[1])
+        if group is None
+        else group.long()
+    )
     return scale.float()[:, group] * (codes.float() - zero[:, group])
 
 
@@ -51,7 +55,9 @@ def test_gptqs_first_version_stores_zero_points_less_one():
 def test_awq_packs_rows_in_its_own_order():
     codes, scale, zero = random_parts(4)
     parts = AwqWords(4, 16, False).pack(codes, scale, zero, None)
-    for number, shift in enumerate((0, 16, 4, 20, 8, 24, 12, 28)):  # number 1 lies in the fifth four bits
+    for number, shift in enumerate(
+        (0, 16, 4, 20, 8, 24, 12, 28)
+    ):  # number 1 lies in the fifth four bits
         assert (int(parts["qweight"][5, 2]) >> shift) & 15 == int(codes[16 + number, 5])
         assert (int(parts["qzeros"][3, 1]) >> shift) & 15 == int(zero[8 + number, 3])
     assert torch.equal(AwqWords(4, 16, False).unpack(parts, 32, 64), plain(codes, scale, zero))
@@ -65,7 +71,9 @@ def test_packed_ints_are_the_compressed_tensors_librarys(bits, symmetric):
     codes, scale, zero = random_parts(bits, symmetric=symmetric)
     layout = PackedInts(bits, 16, symmetric)
     parts = layout.pack(codes, scale, zero, None)
-    args = quantization.QuantizationArgs(num_bits=bits, group_size=16, strategy="group", symmetric=symmetric)
+    args = quantization.QuantizationArgs(
+        num_bits=bits, group_size=16, strategy="group", symmetric=symmetric
+    )
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args)
     compressor = compressors.BaseCompressor.get_value_from_registry("pack-quantized")
     numbers = plain(codes, scale, zero)
@@ -99,16 +107,26 @@ def test_signed_bytes_do_not_drop_zero_points():
 def w8a8(**how):
     weights = {"type": "int", "num_bits": 8, "strategy": "channel", "symmetric": True}
     inputs = {"type": "int", "num_bits": 8, "strategy": "token", "dynamic": True}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "format": "int-quantized"}
+    group = {
+        "targets": ["Linear"],
+        "weights": weights,
+        "input_activations": inputs,
+        "format": "int-quantized",
+    }
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, **how}
 
 
 def test_whose_inputs_are_rounded_is_read_from_what_is_ignored():
-    packing = read_packing(w8a8(ignore=["lm_head", "model.layers.0.self_attn.q_proj", r"re:.*layers\.1\..*o_proj$"]))
+    packing = read_packing(
+        w8a8(ignore=["lm_head", "model.layers.0.self_attn.q_proj", r"re:.*layers\.1\..*o_proj$"])
+    )
     assert packing.act_bits == 8
     assert packing.rounds(["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"])
     assert not packing.rounds(["model.layers.1.self_attn.o_proj"])
-    with pytest.raises(CheckpointError, match=r"k_proj reads rounded activations and .*q_proj the same ones unrounded"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"k_proj reads rounded activations and .*q_proj the same ones unrounded",
+    ):
         packing.rounds(["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"])
 
 
@@ -127,11 +145,21 @@ def test_a_name_goes_before_a_class_and_what_is_ignored_before_both():
     "config",
     [
         {"quant_method": "bitsandbytes"},
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "checkpoint_format": "marlin"},
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "sym": True,
+            "checkpoint_format": "marlin",
+        },
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "dynamic": {"-:x": {}}},
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
         {"quant_method": "awq", "bits": 8, "group_size": 128, "version": "gemm"},
-        {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"a": {"targets": []}}},
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"a": {"targets": []}},
+        },
         w8a8(transform_config={"config_groups": {"u": {"type": "hadamard"}}}),
     ],
 )
@@ -140,11 +168,27 @@ def test_what_cannot_be_read_is_refused_by_name(config):
         read_packing(config)
 
 
-@pytest.mark.parametrize(("order", "read"), [(None, True), ("weight", True), ("group", False), ("dynamic", False)])
+@pytest.mark.parametrize(
+    ("order", "read"), [(None, True), ("weight", True), ("group", False), ("dynamic", False)]
+)
 def test_groups_of_columns_that_lie_apart_are_not_read_as_neighbours(order, read):
-    weights = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}
-    group = {"targets": ["Linear"], "weights": {**weights, "actorder": order}, "format": "pack-quantized"}
-    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "transform_config": {}}
+    weights = {
+        "type": "int",
+        "num_bits": 4,
+        "strategy": "group",
+        "group_size": 32,
+        "symmetric": True,
+    }
+    group = {
+        "targets": ["Linear"],
+        "weights": {**weights, "actorder": order},
+        "format": "pack-quantized",
+    }
+    config = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": group},
+        "transform_config": {},
+    }
     if read:
         assert read_packing(config).of("model.layers.0.mlp.up_proj") == PackedInts(4, 32, True)
     else:
@@ -156,18 +200,27 @@ def test_awq_names_its_routers_in_full(checkpoint, spec_of, export, tmp_path):
     original = checkpoint(moe=True)
     made, _ = export(original, spec_of(original, "awq", tmp_path / "out"))
     described = json.loads((made.path / "config.json").read_text())["quantization_config"]
-    assert described["modules_to_not_convert"] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    assert described["modules_to_not_convert"] == [
+        "model.layers.0.mlp.gate",
+        "model.layers.1.mlp.gate",
+    ]
     assert read_packing(described).of("model.layers.1.mlp.gate") is None
     assert read_packing(described).of("model.layers.1.mlp.experts.0.gate_proj") is not None
 
 
 def test_files_and_config_are_what_loaders_expect(checkpoint, spec_of, export, tmp_path):
     original = checkpoint(moe=True)
-    made, _ = export(original, spec_of(original, "gptq", tmp_path / "out", symmetric=True), act_order=True)
+    made, _ = export(
+        original, spec_of(original, "gptq", tmp_path / "out", symmetric=True), act_order=True
+    )
     config = json.loads((made.path / "config.json").read_text())
     described = config["quantization_config"]
     assert described == json.loads((made.path / "quantize_config.json").read_text())
-    assert (described["checkpoint_format"], described["desc_act"], described["sym"]) == ("gptq", True, True)
+    assert (described["checkpoint_format"], described["desc_act"], described["sym"]) == (
+        "gptq",
+        True,
+        True,
+    )
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
     index = json.loads((made.path / "model.safetensors.index.json").read_text())["weight_map"]
     for part in ("qweight", "qzeros", "scales", "g_idx"):

@@ -25,7 +25,9 @@ def strangers_view(made, model, *, logits=True):
     """`prove`, but in this process."""
     with torch.inference_mode():
         runs = runs_of(model) if logits else {}
-        return compared(model, runs, *reload.findings(made.folder, given_to_it(model, runs) if logits else None))
+        return compared(
+            model, runs, *reload.findings(made.folder, given_to_it(model, runs) if logits else None)
+        )
 
 
 CT, GPTQ = "with compressed-tensors", "plain unpacker of `gptq`"
@@ -64,24 +66,46 @@ def test_public_loaders_and_plain_unpackers_find_the_same_model(
     assert found.logit_error < 1e-4
 
 
-def test_mixed_settings_are_config_groups_that_the_public_loader_follows(checkpoint, spec_of, export, tmp_path):
+def test_mixed_settings_are_config_groups_that_the_public_loader_follows(
+    checkpoint, spec_of, export, tmp_path
+):
     pytest.importorskip("compressed_tensors")
     original = checkpoint()
     spec = spec_of(original, "compressed_tensors", tmp_path / "out", symmetric=True)
     qkv = [f"blocks.1.self_attn.{name}_proj" for name in "qkv"]
-    overrides = {"blocks.0.mlp.down_proj": {"bits": 8}, **{name: {"group_size": 32} for name in qkv}}
+    overrides = {
+        "blocks.0.mlp.down_proj": {"bits": 8},
+        **{name: {"group_size": 32} for name in qkv},
+    }
     spec = replace(spec, overrides=overrides, skip=("blocks.1.self_attn.o_proj",))
     made, model = export(original, spec)
     found = strangers_view(made, model)
     assert "with compressed-tensors" in found.loader
     assert found.check.passed, found.check.detail
     for k, block in enumerate(model.blocks):
-        assert all(torch.equal(block.weights[n], t) for n, t in Checkpoint(made.path).block(k).items())
+        assert all(
+            torch.equal(block.weights[n], t) for n, t in Checkpoint(made.path).block(k).items()
+        )
 
     packed = json.loads((made.path / "config.json").read_text())["quantization_config"]
-    assert vllms_group(packed, "model.layers.1.self_attn.qkv_proj", "QKVParallelLinear")["weights"]["group_size"] == 32
-    assert vllms_group(packed, "model.layers.0.self_attn.qkv_proj", "QKVParallelLinear")["weights"]["group_size"] == 16
-    assert vllms_group(packed, "model.layers.0.mlp.down_proj", "RowParallelLinear")["weights"]["num_bits"] == 8
+    assert (
+        vllms_group(packed, "model.layers.1.self_attn.qkv_proj", "QKVParallelLinear")["weights"][
+            "group_size"
+        ]
+        == 32
+    )
+    assert (
+        vllms_group(packed, "model.layers.0.self_attn.qkv_proj", "QKVParallelLinear")["weights"][
+            "group_size"
+        ]
+        == 16
+    )
+    assert (
+        vllms_group(packed, "model.layers.0.mlp.down_proj", "RowParallelLinear")["weights"][
+            "num_bits"
+        ]
+        == 8
+    )
 
 
 def test_what_skip_leaves_out_of_asymmetric_weights_the_public_loader_leaves_alone(
@@ -90,7 +114,9 @@ def test_what_skip_leaves_out_of_asymmetric_weights_the_public_loader_leaves_alo
     pytest.importorskip("compressed_tensors")
     original = checkpoint()
     spec = spec_of(original, "compressed_tensors", tmp_path / "out", bits=3)
-    made, model = export(original, replace(spec, skip=("blocks.0.mlp.down_proj", "blocks.1.self_attn.o_proj")))
+    made, model = export(
+        original, replace(spec, skip=("blocks.0.mlp.down_proj", "blocks.1.self_attn.o_proj"))
+    )
     found = strangers_view(made, model)
     assert "dequantize=True" in found.loader
     assert found.check.passed, found.check.detail
@@ -98,7 +124,9 @@ def test_what_skip_leaves_out_of_asymmetric_weights_the_public_loader_leaves_alo
 
 def vllms_group(packed, name, kind):
     """The group that vLLM takes a linear for: by its name, else by a class in its class's name, else by its parts'."""
-    targets = {target: group for group in packed["config_groups"].values() for target in group["targets"]}
+    targets = {
+        target: group for group in packed["config_groups"].values() for target in group["targets"]
+    }
     parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     if name in targets:
         return targets[name]
@@ -114,7 +142,10 @@ def test_one_changed_code_is_found_and_its_site_named(checkpoint, spec_of, expor
     original = checkpoint()
     made, model = export(original, spec_of(original, "gptq", tmp_path / "out"))
     name = "model.layers.1.self_attn.v_proj.qweight"
-    shard = made.path / json.loads((made.path / "model.safetensors.index.json").read_text())["weight_map"][name]
+    shard = (
+        made.path
+        / json.loads((made.path / "model.safetensors.index.json").read_text())["weight_map"][name]
+    )
     tensors = load_file(shard)
     tensors[name][0, 0] ^= 1
     save_file(tensors, shard, metadata={"format": "pt"})
@@ -124,7 +155,9 @@ def test_one_changed_code_is_found_and_its_site_named(checkpoint, spec_of, expor
     assert "worst site blocks.1.self_attn.v_proj" in check.detail
 
 
-def test_a_checkpoint_that_does_not_load_fails_with_the_loaders_words(checkpoint, spec_of, export, tmp_path):
+def test_a_checkpoint_that_does_not_load_fails_with_the_loaders_words(
+    checkpoint, spec_of, export, tmp_path
+):
     original = checkpoint()
     made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
     (made.path / "config.json").write_text("{}")
@@ -134,7 +167,9 @@ def test_a_checkpoint_that_does_not_load_fails_with_the_loaders_words(checkpoint
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_file_of_other_codes_is_found_whoever_wrote_it(checkpoint, spec_of, quantized_blocks, tmp_path, streamed):
+def test_a_file_of_other_codes_is_found_whoever_wrote_it(
+    checkpoint, spec_of, quantized_blocks, tmp_path, streamed
+):
     """Left by an attempt whose codes were lost, say: the file and its facts agree, and the model differs."""
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out")
@@ -143,13 +178,20 @@ def test_a_file_of_other_codes_is_found_whoever_wrote_it(checkpoint, spec_of, qu
         model = StreamedDecoder(original, torch.bfloat16)
         for block in blocks:
             of_block = model.blocks[block.index]
-            model.exchange(block.index, None, lambda block=block, of_block=of_block: block.weights_for(of_block))
+            model.exchange(
+                block.index,
+                None,
+                lambda block=block, of_block=of_block: block.weights_for(of_block),
+            )
     exporter = proof_ready(spec, original, blocks, model)
     assert strangers_view(exporter, model, logits=not streamed).check.passed
 
     name = "self_attn.v_proj.weight"
     other = blocks[1].quantized[name]
-    stale = replace(blocks[1], quantized={**blocks[1].quantized, name: replace(other, codes_EOI=15 - other.codes_EOI)})
+    stale = replace(
+        blocks[1],
+        quantized={**blocks[1].quantized, name: replace(other, codes_EOI=15 - other.codes_EOI)},
+    )
     exporter.store(stale)
     exporter.finish(model)
     found = strangers_view(exporter, model, logits=not streamed)
@@ -171,7 +213,9 @@ def other_top(bits):
 
 
 def left_out(*patterns):
-    return lambda model, bits, packed: reload_round(model, bits, {**packed, "ignore": [*packed["ignore"], *patterns]})
+    return lambda model, bits, packed: reload_round(
+        model, bits, {**packed, "ignore": [*packed["ignore"], *patterns]}
+    )
 
 
 reload_round = reload.round_activations
@@ -192,14 +236,18 @@ def test_activations_that_are_rounded_otherwise_are_found(
 ):
     pytest.importorskip("compressed_tensors")
     original = checkpoint(moe=moe, tied=moe)
-    made, model = export(original, spec_of(original, "compressed_tensors", tmp_path / "out", **W8A8))
+    made, model = export(
+        original, spec_of(original, "compressed_tensors", tmp_path / "out", **W8A8)
+    )
     monkeypatch.setattr(reload, "round_activations", rounding)
     check = strangers_view(made, model).check
     assert f"worst site {block}" in check.detail
     assert "where rounded activations differ" in check.detail
 
 
-def test_what_skip_leaves_out_reads_its_input_unrounded_everywhere(checkpoint, spec_of, export, tmp_path):
+def test_what_skip_leaves_out_reads_its_input_unrounded_everywhere(
+    checkpoint, spec_of, export, tmp_path
+):
     pytest.importorskip("compressed_tensors")
     original = checkpoint()
     skip = ("blocks.0.mlp.gate_proj", "blocks.0.mlp.up_proj", "blocks.1.self_attn.o_proj")
@@ -220,7 +268,10 @@ def test_where_logits_alone_differ_the_site_is_named(checkpoint, spec_of, export
     config = json.loads((made.path / "config.json").read_text())
     (made.path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
     check = strangers_view(made, model).check
-    assert re.search(r"logits differ by .*; worst site blocks\.[01]\.\w+, where plain activations differ", check.detail)
+    assert re.search(
+        r"logits differ by .*; worst site blocks\.[01]\.\w+, where plain activations differ",
+        check.detail,
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,16 +279,23 @@ def test_where_logits_alone_differ_the_site_is_named(checkpoint, spec_of, export
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9"),
         ("import time; time.sleep(60)", "no answer in 1 s"),
-        (f"import sys; print('MemoryError: 5 GB', file=sys.stderr); sys.exit({reload.SHORT})", "MemoryError: 5 GB"),
+        (
+            f"import sys; print('MemoryError: 5 GB', file=sys.stderr); sys.exit({reload.SHORT})",
+            "MemoryError: 5 GB",
+        ),
     ],
 )
-def test_what_comes_to_no_end_proves_nothing(checkpoint, spec_of, export, tmp_path, monkeypatch, script, why):
+def test_what_comes_to_no_end_proves_nothing(
+    checkpoint, spec_of, export, tmp_path, monkeypatch, script, why
+):
     original = checkpoint()
     made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
     (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(proof, "SCRIPT", tmp_path / "script.py")
     monkeypatch.setattr(proof, "SECONDS", 1.0)
-    with pytest.raises(ExportError, match=rf"written but not proved: .*{why}.*the same command goes on"):
+    with pytest.raises(
+        ExportError, match=rf"written but not proved: .*{why}.*the same command goes on"
+    ):
         prove(made.path, model)
 
 
@@ -245,9 +303,19 @@ def test_what_comes_to_no_end_proves_nothing(checkpoint, spec_of, export, tmp_pa
     ("error", "short"),
     [
         (MemoryError(), True),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+            ),
+            True,
+        ),
         (OSError(28, "No space left on device"), True),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (
+            SafetensorError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            ),
+            True,
+        ),
         (SafetensorError("Error while deserializing header: header too large"), False),
         (SafetensorError("I/O error: No such file or directory (os error 2)"), False),
         (OSError("config.json is not what it should be"), False),
@@ -265,10 +333,15 @@ def test_where_what_the_loader_is_given_finds_no_room_nothing_is_proved(
     made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
 
     def full(tensors, path):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
 
     monkeypatch.setattr(proof, "save_file", full)
-    with torch.inference_mode(), pytest.raises(ExportError, match=r"not proved: .*No space left.*the same command"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(ExportError, match=r"not proved: .*No space left.*the same command"),
+    ):
         prove(made.path, model)
 
 
@@ -294,14 +367,18 @@ def gptqmodel(tmp_path, monkeypatch):
     return make
 
 
-def test_what_gptqmodel_does_not_load_it_is_not_asked(checkpoint, spec_of, export, tmp_path, gptqmodel):
+def test_what_gptqmodel_does_not_load_it_is_not_asked(
+    checkpoint, spec_of, export, tmp_path, gptqmodel
+):
     """Its kernels take some sizes of groups; the checkpoint is none the worse for others."""
     original = checkpoint()
     made, model = export(original, spec_of(original, "gptq", tmp_path / "out"))
     gptqmodel("NotImplementedError('only supports [-1, 32]:\\n group_size = 16')")
     found = strangers_view(made, model)
     assert found.check.passed, found.check.detail
-    assert found.loader.endswith("(GPTQModel does not load it: only supports [-1, 32]: group_size = 16)")
+    assert found.loader.endswith(
+        "(GPTQModel does not load it: only supports [-1, 32]: group_size = 16)"
+    )
     gptqmodel("MemoryError('for it')")  # which another try may have
     with pytest.raises(MemoryError):
         strangers_view(made, model)
@@ -315,7 +392,9 @@ def test_without_memory_for_a_second_model_weights_alone_are_compared(
     asked = []
     monkeypatch.setattr(proof, "unclaimed_memory", lambda: proof.PROCESS_BYTES)
     monkeypatch.setattr(
-        proof, "_reload", lambda folder, given, out, seconds: asked.append(str(given)) or by_hand(made, out)
+        proof,
+        "_reload",
+        lambda folder, given, out, seconds: asked.append(str(given)) or by_hand(made, out),
     )
     with torch.inference_mode():
         found = prove(made.path, model)
@@ -332,7 +411,9 @@ def by_hand(made, out):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_the_plain_unpacker_reads_bit_after_bit(bits):
-    words = torch.randint(-(2**31), 2**31, (3, 7), dtype=torch.int32, generator=torch.Generator().manual_seed(bits))
+    words = torch.randint(
+        -(2**31), 2**31, (3, 7), dtype=torch.int32, generator=torch.Generator().manual_seed(bits)
+    )
     count = 7 * 32 // bits
     found = reload.stream(words, bits, count)
     assert found.shape == (3, count)
@@ -354,5 +435,7 @@ def test_the_other_process_cannot_import_q3q(tmp_path):
         "try: import q3q\n"
         "except ImportError: print('forbidden')"
     )
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "forbidden"

@@ -19,7 +19,12 @@ from q3q.export.proof import PASSED, Proof
 from q3q.record import Check, blocks_folder
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["evaluation.tasks=[]", "evaluation.texts=[demo]", "evaluation.limit=2", "calibration.samples=2"]
+SMALL = [
+    "evaluation.tasks=[]",
+    "evaluation.texts=[demo]",
+    "evaluation.limit=2",
+    "calibration.samples=2",
+]
 
 
 @pytest.fixture
@@ -29,7 +34,9 @@ def spec_of(tmp_path):
 
     def make(*overrides):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(compose("config", [*SMALL, f"storage={tmp_path}/s", *overrides]))
+            return schema.spec_from(
+                compose("config", [*SMALL, f"storage={tmp_path}/s", *overrides])
+            )
 
     return make
 
@@ -39,7 +46,9 @@ def reloaded(monkeypatch):
     """What the other process would find, without its seconds: it is the same script, run here."""
 
     def here(folder, given, out, seconds):
-        found, tensors = reload.findings(folder, None if given.name == "weights" else load_file(given))
+        found, tensors = reload.findings(
+            folder, None if given.name == "weights" else load_file(given)
+        )
         out.with_suffix(".json").write_text(json.dumps(found))
         save_file(tensors, out.with_suffix(".safetensors"))
 
@@ -80,7 +89,9 @@ def test_a_trial_that_was_stopped_exports_what_it_evaluated(spec_of, tmp_path):
     assert f"| {record.metrics['perplexity/stories']:.6g} |" in card
 
     again = trial.run_trial(spec_of("model=local", f"model.path={tmp_path}/out", "method=none"))
-    same = pytest.approx(record.metrics["perplexity/stories"], rel=1e-6)  # sums depend on where in memory weights lie
+    same = pytest.approx(
+        record.metrics["perplexity/stories"], rel=1e-6
+    )  # sums depend on where in memory weights lie
     assert again.metrics["perplexity/stories"] == same
     with pytest.raises(CheckpointError, match=r"quantized already \(gptq\).*method=none"):
         spec_of("model=local", f"model.path={tmp_path}/out", "method=rtn")
@@ -107,7 +118,9 @@ def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone
     measured = record.metrics["perplexity/stories"]
 
     monkeypatch.setattr(trial, "prove", how)
-    monkeypatch.setattr(trial, "_measure_text", lambda *given: pytest.fail("it is measured already"))
+    monkeypatch.setattr(
+        trial, "_measure_text", lambda *given: pytest.fail("it is measured already")
+    )
     record = trial.run_trial(spec)
     assert record.completed, record.reason
     assert record.notes["blocks_from_disk"] == 6
@@ -116,14 +129,20 @@ def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone
 
 
 def test_codes_that_fail_a_check_of_their_own_do_not_stay(spec_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "check_weights", lambda *given, **how: [Check(name="codes", passed=False, detail="bad")])
+    monkeypatch.setattr(
+        trial,
+        "check_weights",
+        lambda *given, **how: [Check(name="codes", passed=False, detail="bad")],
+    )
     spec = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
     assert not trial.run_trial(spec).completed
     assert not blocks_folder(spec).exists()
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_proved_checkpoint_outlives_another_run_that_comes_to_other_codes(spec_of, tmp_path, monkeypatch, reloaded):
+def test_a_proved_checkpoint_outlives_another_run_that_comes_to_other_codes(
+    spec_of, tmp_path, monkeypatch, reloaded
+):
     """With another storage, on another processor: last digits differ, and the path is the same."""
     spec = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
     assert trial.run_trial(spec).completed
@@ -132,12 +151,16 @@ def test_a_proved_checkpoint_outlives_another_run_that_comes_to_other_codes(spec
     monkeypatch.setattr(trial, "prove", lambda folder, model: Proof(WRONG))
     record = trial.run_trial(spec)
     assert not record.completed
-    assert f"{tmp_path}/out was exported by another run, of other codes (worst site" in record.reason
+    assert (
+        f"{tmp_path}/out was exported by another run, of other codes (worst site" in record.reason
+    )
     assert "give fresh=true or another export.path" in record.reason
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
-def test_what_could_not_be_proved_stays_and_the_same_command_goes_on(spec_of, tmp_path, monkeypatch, reloaded):
+def test_what_could_not_be_proved_stays_and_the_same_command_goes_on(
+    spec_of, tmp_path, monkeypatch, reloaded
+):
     spec = spec_of("method=gptq", "export=gptq", f"export.path={tmp_path}/out")
     how = proof._reload
 
@@ -164,10 +187,14 @@ def test_what_could_not_be_proved_stays_and_the_same_command_goes_on(spec_of, tm
 def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(spec_of, tmp_path, reloaded):
     record = trial.run_trial(spec_of("method=billm", "export=hf", f"export.path={tmp_path}/out"))
     assert record.completed, record.reason
-    (tmp_path / "out" / "q3q.json").unlink()  # a copy from a hub may have the model's own files alone
+    (
+        tmp_path / "out" / "q3q.json"
+    ).unlink()  # a copy from a hub may have the model's own files alone
     (tmp_path / "out").rename(tmp_path / "copy")
     again = trial.run_trial(spec_of("model=local", f"model.path={tmp_path}/copy", "method=none"))
-    same = pytest.approx(record.metrics["perplexity/stories"], rel=1e-6)  # sums depend on where in memory weights lie
+    same = pytest.approx(
+        record.metrics["perplexity/stories"], rel=1e-6
+    )  # sums depend on where in memory weights lie
     assert again.metrics["perplexity/stories"] == same
     with pytest.raises(CheckpointError, match=r"quantized already \(by q3q: billm w1 g128"):
         spec_of("model=local", f"model.path={tmp_path}/copy", "method=rtn")
@@ -186,14 +213,18 @@ def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(spec_of, tmp_
         ["export=compressed_tensors", "method=smoothquant", "skip=[blocks.1.gate_up,*.o]"],
     ],
 )
-def test_evaluated_again_an_export_has_the_same_perplexity(spec_of, tmp_path, reloaded, model, settings):
+def test_evaluated_again_an_export_has_the_same_perplexity(
+    spec_of, tmp_path, reloaded, model, settings
+):
     if model == "demo_moe" and "skip" in settings[-1]:
         pytest.skip("refused: loaders fuse experts")
     record = trial.run_trial(spec_of(f"model={model}", *settings, f"export.path={tmp_path}/out"))
     assert record.completed, record.reason
     assert record.notes["export"]["logit_error"] < 1e-4
     again = trial.run_trial(spec_of("model=local", f"model.path={tmp_path}/out", "method=none"))
-    same = pytest.approx(record.metrics["perplexity/stories"], rel=1e-6)  # sums depend on where in memory weights lie
+    same = pytest.approx(
+        record.metrics["perplexity/stories"], rel=1e-6
+    )  # sums depend on where in memory weights lie
     assert again.metrics["perplexity/stories"] == same
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"python launch.py model={model} " in card

@@ -51,7 +51,9 @@ def test_until_it_is_published_nothing_loads(checkpoint, spec_of, quantized_bloc
     Checkpoint(exporter.path)
 
 
-def test_a_killed_export_goes_on_after_the_blocks_that_are_there(checkpoint, spec_of, quantized_blocks, tmp_path):
+def test_a_killed_export_goes_on_after_the_blocks_that_are_there(
+    checkpoint, spec_of, quantized_blocks, tmp_path
+):
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out")
     blocks, model = quantized_blocks(original, spec)
@@ -60,7 +62,9 @@ def test_a_killed_export_goes_on_after_the_blocks_that_are_there(checkpoint, spe
     shelf.store(blocks[1])  # killed between the store and the export
     first = tmp_path / "out.partial" / "model-00001-of-00003.safetensors"
     before = first.stat()
-    (tmp_path / "out.partial" / "model-00002-of-00003.safetensors").write_bytes(b"half")  # without facts
+    (tmp_path / "out.partial" / "model-00002-of-00003.safetensors").write_bytes(
+        b"half"
+    )  # without facts
 
     exporter = open_exporter(spec, original)
     sink = ExportingSink(shelf, exporter)
@@ -72,7 +76,9 @@ def test_a_killed_export_goes_on_after_the_blocks_that_are_there(checkpoint, spe
     exporter.publish("# card\n")
     whole = Checkpoint(exporter.path)
     for k, block in enumerate(model.blocks):
-        assert all(torch.equal(block.weights[name], tensor) for name, tensor in whole.block(k).items())
+        assert all(
+            torch.equal(block.weights[name], tensor) for name, tensor in whole.block(k).items()
+        )
 
 
 def cut(path):
@@ -86,7 +92,9 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [cut, flip])
-def test_a_shard_that_was_damaged_is_written_again(checkpoint, spec_of, quantized_blocks, tmp_path, damage):
+def test_a_shard_that_was_damaged_is_written_again(
+    checkpoint, spec_of, quantized_blocks, tmp_path, damage
+):
     original = checkpoint()
     spec = spec_of(original, "awq", tmp_path / "out")
     blocks, model = quantized_blocks(original, spec)
@@ -100,7 +108,9 @@ def test_a_shard_that_was_damaged_is_written_again(checkpoint, spec_of, quantize
 
 
 @pytest.mark.parametrize("computed", ["again", "elsewhere"])
-def test_a_shard_of_other_codes_is_written_again(checkpoint, spec_of, quantized_blocks, tmp_path, computed):
+def test_a_shard_of_other_codes_is_written_again(
+    checkpoint, spec_of, quantized_blocks, tmp_path, computed
+):
     """Of an attempt whose blocks were lost; quantized anew, the codes may be others."""
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out")
@@ -108,7 +118,8 @@ def test_a_shard_of_other_codes_is_written_again(checkpoint, spec_of, quantized_
     name = "mlp.up_proj.weight"
     weight = blocks[0].quantized[name]
     other = replace(
-        blocks[0], quantized={**blocks[0].quantized, name: replace(weight, codes_EOI=15 - weight.codes_EOI)}
+        blocks[0],
+        quantized={**blocks[0].quantized, name: replace(weight, codes_EOI=15 - weight.codes_EOI)},
     )
     ExportingSink(Shelf(), open_exporter(spec, original)).store(other)
     shelf = Shelf()
@@ -119,13 +130,17 @@ def test_a_shard_of_other_codes_is_written_again(checkpoint, spec_of, quantized_
         shelf.store(blocks[0])  # and the process died before it was exported
         sink.load(0)
     words = load_file(tmp_path / "out.partial" / "model-00001-of-00003.safetensors")
-    fresh = open_exporter(replace(spec, places={**spec.places, "export": str(tmp_path / "fresh")}), original)
+    fresh = open_exporter(
+        replace(spec, places={**spec.places, "export": str(tmp_path / "fresh")}), original
+    )
     fresh.store(blocks[0])
     expected = load_file(fresh.partial / "model-00001-of-00003.safetensors")
     assert all(torch.equal(words[key], tensor) for key, tensor in expected.items())
 
 
-def test_while_files_are_exchanged_no_loader_takes_the_folder(checkpoint, spec_of, quantized_blocks, tmp_path):
+def test_while_files_are_exchanged_no_loader_takes_the_folder(
+    checkpoint, spec_of, quantized_blocks, tmp_path
+):
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out")
     blocks, model = quantized_blocks(original, spec)
@@ -138,7 +153,9 @@ def test_while_files_are_exchanged_no_loader_takes_the_folder(checkpoint, spec_o
         Checkpoint(open_exporter(spec, original).partial)
 
 
-def test_what_is_withdrawn_goes_but_not_what_another_run_published(checkpoint, spec_of, export, tmp_path):
+def test_what_is_withdrawn_goes_but_not_what_another_run_published(
+    checkpoint, spec_of, export, tmp_path
+):
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out")
     open_exporter(spec, original).withdraw()
@@ -158,7 +175,9 @@ def test_another_trials_folder_is_refused(checkpoint, spec_of, tmp_path):
     open_exporter(spec_of(original, "gptq", tmp_path / "out"), original)  # its own is not
 
 
-def test_what_is_finished_is_taken_as_it_is(checkpoint, spec_of, export, quantized_blocks, tmp_path):
+def test_what_is_finished_is_taken_as_it_is(
+    checkpoint, spec_of, export, quantized_blocks, tmp_path
+):
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out")
     made, model = export(original, spec)
@@ -170,7 +189,9 @@ def test_what_is_finished_is_taken_as_it_is(checkpoint, spec_of, export, quantiz
     assert again.sizes() == made.sizes()
 
 
-def test_scales_that_were_not_rounded_before_are_not_rounded_now(checkpoint, spec_of, quantized_blocks, tmp_path):
+def test_scales_that_were_not_rounded_before_are_not_rounded_now(
+    checkpoint, spec_of, quantized_blocks, tmp_path
+):
     original = checkpoint()
     spec = spec_of(original, "gptq", tmp_path / "out", scales=None)
     blocks, _ = quantized_blocks(original, spec)
@@ -180,7 +201,9 @@ def test_scales_that_were_not_rounded_before_are_not_rounded_now(checkpoint, spe
 
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_reading_it_back_gives_the_numbers_that_were_evaluated(checkpoint, spec_of, export, tmp_path, name, moe):
+def test_reading_it_back_gives_the_numbers_that_were_evaluated(
+    checkpoint, spec_of, export, tmp_path, name, moe
+):
     pytest.importorskip("compressed_tensors")
     original = checkpoint(moe=moe, tied=not moe)
     made, model = export(original, spec_of(original, name, tmp_path / "out"))
@@ -194,7 +217,9 @@ def test_activations_come_back_with_the_checkpoint(checkpoint, spec_of, export, 
     pytest.importorskip("compressed_tensors")
     original = checkpoint()
     scheme = {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}
-    made, model = export(original, spec_of(original, "compressed_tensors", tmp_path / "out", **scheme))
+    made, model = export(
+        original, spec_of(original, "compressed_tensors", tmp_path / "out", **scheme)
+    )
     read = load_decoder(Checkpoint(made.path), torch.bfloat16)
     assert [block.act_bits for block in read.blocks] == [8, 8]
     ids = torch.arange(20)[None]
@@ -228,9 +253,15 @@ print(peak() - before)
 def test_memory_does_not_grow_with_blocks(checkpoint, tmp_path, name):
     """By the kernel's account, in a process that does nothing else: 22 blocks of 8 MB as numbers, 2 MB packed."""
     original, here = checkpoint(**LARGE), Path(__file__).parent
-    code = PEAK.format(here=str(here), original=str(original.folder), out=str(tmp_path / "out"), name=name)
+    code = PEAK.format(
+        here=str(here), original=str(original.folder), out=str(tmp_path / "out"), name=name
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=here.parents[1]
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=here.parents[1],
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 10e6
@@ -240,17 +271,29 @@ def card_of(original, spec, **how):
     proof = Proof(Check(name=PASSED, passed=True, detail=""), "somebody", 1e-7)
     measured = {"metrics": {"perplexity/stories": 1.7, "seconds/load": 3.0}, "diverged": []}
     measured |= {"intervals": {"perplexity/stories": (1.6, 1.8)}, "packages": {"torch": "2.13"}}
-    return model_card(spec, original.facts, how.pop("proof", proof), base=original.folder, **{**measured, **how})
+    return model_card(
+        spec, original.facts, how.pop("proof", proof), base=original.folder, **{**measured, **how}
+    )
 
 
 def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, spec_of, tmp_path):
     original = checkpoint()
-    (original.folder / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: https://x/LICENSE\na: b\n---\n")
+    (original.folder / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlicense_link: https://x/LICENSE\na: b\n---\n"
+    )
     spec = spec_of(original, "gptq", tmp_path / "out")
     card = card_of(original, spec)
-    assert licence_lines(original.folder) == ["license: apache-2.0", "license_link: https://x/LICENSE"]
+    assert licence_lines(original.folder) == [
+        "license: apache-2.0",
+        "license_link: https://x/LICENSE",
+    ]
     assert card.startswith("---\nlicense: apache-2.0\nlicense_link: https://x/LICENSE\n")
-    for words in ("`rtn`, 4 bits", "groups of 16", "| perplexity/stories | 1.7 | 1.6 to 1.8 |", spec.places["command"]):
+    for words in (
+        "`rtn`, 4 bits",
+        "groups of 16",
+        "| perplexity/stories | 1.7 | 1.6 to 1.8 |",
+        spec.places["command"],
+    ):
         assert words in card
     assert "seconds" not in card
     assert "bit for bit, and the same logits." in card
@@ -265,7 +308,9 @@ def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, spec_of
         ("a: b\n", []),
     ],
 )
-def test_licences_are_taken_over_whole_or_said_to_be_unknown(checkpoint, spec_of, tmp_path, front, said):
+def test_licences_are_taken_over_whole_or_said_to_be_unknown(
+    checkpoint, spec_of, tmp_path, front, said
+):
     original = checkpoint()
     (original.folder / "README.md").write_text(f"---\n{front}---\n# Model\n")
     said = front.splitlines()[1:] if said is None else said
@@ -276,11 +321,17 @@ def test_licences_are_taken_over_whole_or_said_to_be_unknown(checkpoint, spec_of
     assert card.startswith("\n".join(lines))
 
 
-def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(checkpoint, spec_of, tmp_path):
+def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(
+    checkpoint, spec_of, tmp_path
+):
     original = checkpoint()
     spec = replace(spec_of(original, "hf", tmp_path / "out"), head_bits=8, embedding_bits=8)
-    spec = replace(spec, skip=("blocks.0.mlp.down_proj",), overrides={"blocks.1.self_attn.o_proj": {"bits": 8}})
-    spec = spec.with_places({**spec.places, "command": "python launch.py data.path=s3://ada:lovelace@host/x"})
+    spec = replace(
+        spec, skip=("blocks.0.mlp.down_proj",), overrides={"blocks.1.self_attn.o_proj": {"bits": 8}}
+    )
+    spec = spec.with_places(
+        {**spec.places, "command": "python launch.py data.path=s3://ada:lovelace@host/x"}
+    )
     proof = Proof(Check(name=PASSED, passed=True, detail=""), "a plain unpacker", None)
     card = card_of(original, spec, proof=proof, metrics={}, diverged=["perplexity/library"])
     for words in (
@@ -310,10 +361,17 @@ def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(chec
         ("compressed_tensors", {"group_size": 32}, True, False),
         ("compressed_tensors", {"group_size": 32, "bits": 8}, False, False),
         ("compressed_tensors", {"group_size": 32, "bits": 8, "symmetric": True}, False, True),
-        ("compressed_tensors", {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}, True, True),
+        (
+            "compressed_tensors",
+            {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8},
+            True,
+            True,
+        ),
     ],
 )
-def test_the_card_sends_to_vllm_what_vllm_takes(checkpoint, spec_of, tmp_path, name, scheme, moe, served):
+def test_the_card_sends_to_vllm_what_vllm_takes(
+    checkpoint, spec_of, tmp_path, name, scheme, moe, served
+):
     original = checkpoint(moe=moe)
     card = card_of(original, spec_of(original, name, tmp_path / "out", **scheme))
     assert ("vllm serve" in card) is served
@@ -322,9 +380,15 @@ def test_the_card_sends_to_vllm_what_vllm_takes(checkpoint, spec_of, tmp_path, n
 
 @pytest.mark.parametrize(
     ("scheme", "moe", "needed"),
-    [({"bits": 3}, False, True), ({"bits": 3, "symmetric": True}, False, False), ({"bits": 3}, True, False)],
+    [
+        ({"bits": 3}, False, True),
+        ({"bits": 3, "symmetric": True}, False, False),
+        ({"bits": 3}, True, False),
+    ],
 )
-def test_the_card_says_how_transformers_reads_asymmetric_weights(checkpoint, spec_of, tmp_path, scheme, moe, needed):
+def test_the_card_says_how_transformers_reads_asymmetric_weights(
+    checkpoint, spec_of, tmp_path, scheme, moe, needed
+):
     original = checkpoint(moe=moe)
     card = card_of(original, spec_of(original, "compressed_tensors", tmp_path / "out", **scheme))
     assert ("CompressedTensorsConfig(dequantize=True)" in card) is needed
@@ -337,6 +401,8 @@ def test_shards_are_whole_tensors_of_one_block(checkpoint, spec_of, export, tmp_
     total = 0
     for shard in sorted(set(index["weight_map"].values())):
         tensors = load_file(made.path / shard)
-        assert sorted(tensors) == sorted(name for name, place in index["weight_map"].items() if place == shard)
+        assert sorted(tensors) == sorted(
+            name for name, place in index["weight_map"].items() if place == shard
+        )
         total += sum(tensor.nbytes for tensor in tensors.values())
     assert index["metadata"]["total_size"] == total

@@ -27,7 +27,9 @@ def save_random(folder, *, seed=0, sharpness=1.2, skewed=False, dead=(), starved
                 weight.copy_(torch.randn_like(weight) * sharpness / weight.shape[-1] ** 0.5)
                 if name.endswith("mlp.gate.weight") and starved is not None:
                     others = [e for e in range(len(weight)) if e != starved]
-                    weight[starved] = weight[others].mean(0)  # so always below one of them, and mostly below two
+                    weight[starved] = weight[others].mean(
+                        0
+                    )  # so always below one of them, and mostly below two
                 if skewed:
                     weight.copy_(torch.where(weight > 0, weight, weight / 4))
             else:
@@ -46,7 +48,12 @@ SHAPE = dict(
     max_position_embeddings=128,
     tie_word_embeddings=True,
 )
-WIDE = {**SHAPE, "hidden_size": 128, "head_dim": 32, "intermediate_size": 192}  # every width a multiple of 64
+WIDE = {
+    **SHAPE,
+    "hidden_size": 128,
+    "head_dim": 32,
+    "intermediate_size": 192,
+}  # every width a multiple of 64
 MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
 
 

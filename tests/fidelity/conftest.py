@@ -16,7 +16,9 @@ def folders(tmp_path_factory):
         made[f"{kind} skewed"] = save_random(root / f"{kind}_skewed", skewed=True, **config)
         made[f"{kind} dead"] = save_random(root / f"{kind}_dead", dead=(3, 20, 41), **config)
     made["dense wide"] = save_random(root / "dense_wide", **WIDE)
-    made["moe starved skewed"] = save_random(root / "moe_starved_skewed", skewed=True, starved=2, **kinds["moe"])
+    made["moe starved skewed"] = save_random(
+        root / "moe_starved_skewed", skewed=True, starved=2, **kinds["moe"]
+    )
     made["moe starved"] = save_random(root / "moe_starved", starved=2, **{**kinds["moe"], **WIDE})
     return made
 

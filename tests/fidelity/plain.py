@@ -17,7 +17,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-MIN_EXPERT_TOKENS = 128  # below, what an expert's tokens say is not used (q3q's rule; official code has none)
+MIN_EXPERT_TOKENS = (
+    128  # below, what an expert's tokens say is not used (q3q's rule; official code has none)
+)
 
 
 @dataclass
@@ -68,7 +70,9 @@ class ListOfExperts(nn.Module):
     def __init__(self, fused):
         super().__init__()
         self.top_k, self.renormalize = fused.gate.top_k, fused.gate.norm_topk_prob
-        self.router = nn.Parameter(fused.gate.weight.detach().clone())  # not a Linear: no driver may quantize it
+        self.router = nn.Parameter(
+            fused.gate.weight.detach().clone()
+        )  # not a Linear: no driver may quantize it
         self.experts = nn.ModuleList()
         for gate_up, down in zip(fused.experts.gate_up_proj, fused.experts.down_proj, strict=True):
             gate, up = gate_up.detach().clone().chunk(2)
@@ -95,7 +99,9 @@ def as_linear(weight_OI):
 
 
 def load(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     model.config.use_cache = False
     for layer in model.model.layers:
         if hasattr(layer.mlp, "experts"):
@@ -116,7 +122,12 @@ def first_inputs(model, windows_NT):
     caught = []
 
     def catch(module, args, kwargs):
-        caught.append((args[0], {k: kwargs[k] for k in ("attention_mask", "position_ids", "position_embeddings")}))
+        caught.append(
+            (
+                args[0],
+                {k: kwargs[k] for k in ("attention_mask", "position_ids", "position_embeddings")},
+            )
+        )
         raise Stop
 
     handle = model.model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
@@ -173,10 +184,17 @@ def find_params(x_OS, bits, symmetric, mse=False):
             p = 1 - i / 100
             tried = (p * high - p * low) / maxq
             tried_zero = middle if symmetric else torch.round(-p * low / tried)
-            wrong = tried[:, None] * (nearest(x_OS, tried, tried_zero, bits) - tried_zero[:, None]) - x_OS
+            wrong = (
+                tried[:, None] * (nearest(x_OS, tried, tried_zero, bits) - tried_zero[:, None])
+                - x_OS
+            )
             cost = wrong.abs().pow(2.4).sum(1)
             better = cost < best
-            best[better], scale[better], zero[better] = cost[better], tried[better], tried_zero[better]
+            best[better], scale[better], zero[better] = (
+                cost[better],
+                tried[better],
+                tried_zero[better],
+            )
     return scale, zero
 
 
@@ -191,7 +209,10 @@ def round_to_nearest(w_OI, bits, group_size, symmetric, mse=False):
         part = w_OI[:, g : g + size]
         scale, zero = find_params(part, bits, symmetric, mse)
         rounded.codes[:, g : g + size] = nearest(part, scale, zero, bits)
-        rounded.scale[:, g : g + size], rounded.zero[:, g : g + size] = scale[:, None], zero[:, None]
+        rounded.scale[:, g : g + size], rounded.zero[:, g : g + size] = (
+            scale[:, None],
+            zero[:, None],
+        )
         rounded.value[:, g : g + size] = part / scale[:, None]
     return rounded
 
@@ -251,7 +272,9 @@ def upper_factor(H, damping):
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 
-def gptq_linear(W, H, bits, group_size, symmetric, damping, block_size, act_order, static_groups, mse):
+def gptq_linear(
+    W, H, bits, group_size, symmetric, damping, block_size, act_order, static_groups, mse
+):
     """fasterquant."""
     W, H = W.clone(), H.clone()
     rows, columns = W.shape
@@ -261,7 +284,10 @@ def gptq_linear(W, H, bits, group_size, symmetric, damping, block_size, act_orde
     H[dead, dead] = 1
     W[:, dead] = 0
     if static_groups and group_size != -1:
-        static = [find_params(W[:, g : g + group_size], bits, symmetric, mse) for g in range(0, columns, group_size)]
+        static = [
+            find_params(W[:, g : g + group_size], bits, symmetric, mse)
+            for g in range(0, columns, group_size)
+        ]
     order = torch.arange(columns)
     if act_order:
         order = torch.argsort(torch.diag(H), descending=True, stable=True)
@@ -279,7 +305,12 @@ def gptq_linear(W, H, bits, group_size, symmetric, damping, block_size, act_orde
                     scale, zero = find_params(W[:, i : i + group_size], bits, symmetric, mse)
             w = block[:, i - start]
             codes = nearest(w[:, None], scale, zero, bits)[:, 0]
-            out.codes[:, i], out.scale[:, i], out.zero[:, i], out.value[:, i] = codes, scale, zero, w / scale
+            out.codes[:, i], out.scale[:, i], out.zero[:, i], out.value[:, i] = (
+                codes,
+                scale,
+                zero,
+                w / scale,
+            )
             error = (w - scale * (codes - zero)) / Hinv[i, i]
             block[:, i - start :] -= error[:, None] * Hinv[i, i:stop][None, :]
             errors[:, i - start] = error
@@ -381,7 +412,9 @@ def search_clip(w_OI, x_TI, bits, group_size):
             for zero in (tried.zero, other_zero(tried)):
                 for nudge in (1 - 1e-5, 1 + 1e-5):
                     codes = ((tried.value * nudge).round() + zero).clamp(0, 2**bits - 1)
-                    errors.append((x @ (tried.scale * (codes - zero) - part).T).pow(2).mean(0)[:, None])
+                    errors.append(
+                        (x @ (tried.scale * (codes - zero) - part).T).pow(2).mean(0)[:, None]
+                    )
             at_best[better] = torch.cat(errors, 1).amax(1, keepdim=True)[better]
             at_least.append(torch.cat(errors, 1).amin(1, keepdim=True))
         doubtful = (torch.cat(at_least, 1) < 1.001 * at_best).sum(1, keepdim=True) > 1
@@ -425,24 +458,38 @@ def awq(model, windows_NT, bits, group_size, *, scale=True, clip=True, grid=20):
 
 def starved(name, feats):
     """Whether this is a linear of an expert that hardly any token reached, which has neither scale nor clip."""
-    return "experts" in name and (name not in feats or feats[name].numel() < MIN_EXPERT_TOKENS * feats[name].shape[-1])
+    return "experts" in name and (
+        name not in feats or feats[name].numel() < MIN_EXPERT_TOKENS * feats[name].shape[-1]
+    )
 
 
 def find_scales(layer, modules, feats, kwargs, bits, group_size, grid):
     """auto_scale_block: every group is searched before any is applied. Returns (producer, readers, scales)."""
 
     def search(inspect, names, x, kwargs):
-        return search_scale(inspect, [modules[name] for name in names], x, kwargs, bits, group_size, grid)
+        return search_scale(
+            inspect, [modules[name] for name in names], x, kwargs, bits, group_size, grid
+        )
 
     groups = []
     qkv = [f"self_attn.{c}_proj" for c in "qkv"]
     attention = {**kwargs, "past_key_values": None}
-    groups.append((layer.input_layernorm, qkv, search(layer.self_attn, qkv, feats[qkv[0]], attention)))
+    groups.append(
+        (layer.input_layernorm, qkv, search(layer.self_attn, qkv, feats[qkv[0]], attention))
+    )
     v, o = modules["self_attn.v_proj"], modules["self_attn.o_proj"]
     if v.weight.shape == o.weight.shape:
-        groups.append((v, ["self_attn.o_proj"], search(o, ["self_attn.o_proj"], feats["self_attn.o_proj"], {})))
+        groups.append(
+            (
+                v,
+                ["self_attn.o_proj"],
+                search(o, ["self_attn.o_proj"], feats["self_attn.o_proj"], {}),
+            )
+        )
     gate_up = [name for name in modules if name.endswith(("gate_proj", "up_proj"))]
-    groups.append((layer.post_attention_layernorm, gate_up, search(layer.mlp, gate_up, feats["mlp"], {})))
+    groups.append(
+        (layer.post_attention_layernorm, gate_up, search(layer.mlp, gate_up, feats["mlp"], {}))
+    )
     for down in [name for name in modules if name.endswith("down_proj")]:
         if not starved(down, feats):
             up = modules[down.replace("down_proj", "up_proj")]
@@ -489,7 +536,11 @@ def smoothquant(model, windows_NT, bits, act_bits, *, alpha=0.5, smooth=True):
                 if name == "mlp" and hasattr(layer.mlp, "router"):
                     readers.append(layer.mlp.router)
                 act = torch.stack(largest[k, name]).amax(0)
-                weight = torch.cat([w.abs().amax(0, keepdim=True) for w in readers]).amax(0).clamp(min=1e-5)
+                weight = (
+                    torch.cat([w.abs().amax(0, keepdim=True) for w in readers])
+                    .amax(0)
+                    .clamp(min=1e-5)
+                )
                 s = (act.pow(alpha) / weight.pow(1 - alpha)).clamp(min=1e-5)
                 norm.weight.div_(s)
                 for w in readers:
@@ -500,10 +551,14 @@ def smoothquant(model, windows_NT, bits, act_bits, *, alpha=0.5, smooth=True):
             scale = module.weight.abs().amax(1, keepdim=True).clamp(min=1e-5) / top
             codes = torch.round(module.weight / scale)
             zero, value = torch.zeros_like(codes), module.weight / scale
-            found[f"{k}.{name}"] = Rounded(codes, scale.expand_as(codes), zero, value, torch.arange(codes.shape[1]))
+            found[f"{k}.{name}"] = Rounded(
+                codes, scale.expand_as(codes), zero, value, torch.arange(codes.shape[1])
+            )
             module.weight.copy_(found[f"{k}.{name}"].weight)
             if act_bits is not None:
-                module.register_forward_pre_hook(lambda _, inputs: (per_token(inputs[0], act_bits),))
+                module.register_forward_pre_hook(
+                    lambda _, inputs: (per_token(inputs[0], act_bits),)
+                )
     return found
 
 
@@ -534,7 +589,9 @@ def structural_search(S):
     for count in range(1, min(50, S.shape[1])):
         mask = torch.zeros_like(S, dtype=torch.bool)
         mask[:, ranked[:count]] = True
-        cost = float((S - residual_binarize(S, mask, 2) - residual_binarize(S, ~mask, 2)).pow(2).mean())
+        cost = float(
+            (S - residual_binarize(S, mask, 2) - residual_binarize(S, ~mask, 2)).pow(2).mean()
+        )
         if cost < lowest:
             lowest, salient = cost, mask
     salient_part = residual_binarize(S, salient, 2)
@@ -586,7 +643,9 @@ def billm(model, windows_NT, *, damping=0.01, block_size=128, metric="hessian"):
         for name, seen in hessians_of(layer, list(modules), hidden, kwargs).items():
             if "experts" in name and seen.tokens < MIN_EXPERT_TOKENS:
                 seen.H = torch.eye(len(seen.H))
-            found[f"{k}.{name}"] = billm_linear(modules[name].weight, seen.H, damping, block_size, metric)
+            found[f"{k}.{name}"] = billm_linear(
+                modules[name].weight, seen.H, damping, block_size, metric
+            )
         for name, module in modules.items():
             module.weight.copy_(found[f"{k}.{name}"][0])
         hidden = [layer(x, **kwargs) for x in hidden]

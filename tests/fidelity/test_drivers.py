@@ -21,14 +21,22 @@ from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.billm import Billm
 from q3q.quantize.methods.gptq import Gptq
 from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import AwqSettings, BillmSettings, GptqSettings, RtnSettings, SmoothQuantSettings
+from q3q.quantize.methods.settings import (
+    AwqSettings,
+    BillmSettings,
+    GptqSettings,
+    RtnSettings,
+    SmoothQuantSettings,
+)
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.fidelity import plain
 
 SAME_WORTH = 1e-4  # perplexity, relative, where all codes are equal
-SAME_WORTH_ROUNDED_INPUTS = 5e-3  # where activations round too: each one near a midpoint is a coin toss
+SAME_WORTH_ROUNDED_INPUTS = (
+    5e-3  # where activations round too: each one near a midpoint is a coin toss
+)
 SAME_WORTH_AFTER_TIES = 5e-3  # one code of a model this small can be worth that much
 TIE = 2e-3  # from a midpoint, in units of the scale
 FEW = 0.02  # share of codes
@@ -70,7 +78,9 @@ def one_expert(weight, e):
         group = torch.arange(columns) // (columns // weight.scale_EOG.shape[2])
     else:
         group = weight.group_EI[e].long()
-    return plain.Rounded(weight.codes_EOI[e].float(), weight.scale_EOG[e][:, group], weight.zero_EOG[e][:, group])
+    return plain.Rounded(
+        weight.codes_EOI[e].float(), weight.scale_EOG[e][:, group], weight.zero_EOG[e][:, group]
+    )
 
 
 def check(ours, theirs, decoder, model, held_out, *, sequential=False, same_worth_at=SAME_WORTH):
@@ -96,7 +106,9 @@ def check(ours, theirs, decoder, model, held_out, *, sequential=False, same_wort
         if wrong and sequential and name == wrong[0]:
             break
         same = ~differ[name].any(1)
-        torch.testing.assert_close(ours[name].scale[same], theirs[name].scale[same], rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(
+            ours[name].scale[same], theirs[name].scale[same], rtol=1e-3, atol=1e-6, msg=name
+        )
     if wrong and sequential:
         assert share < FEW_FOLLOW
         assert loss < FOLLOWERS_WORTH
@@ -124,7 +136,9 @@ def different(ours, theirs):
 def in_order(names):
     """As the drivers treat them: block by block, and in a block site by site."""
     sites = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return sorted(names, key=lambda name: (int(name.split(".")[0]), sites.index(name.split(".")[-1])))
+    return sorted(
+        names, key=lambda name: (int(name.split(".")[0]), sites.index(name.split(".")[-1]))
+    )
 
 
 def worth(decoder, held_out):
@@ -138,14 +152,22 @@ def test_the_unquantized_models_agree(folder, held_out):
     model = plain.load(folder)
     fused = plain.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = held_out[:2]
-    torch.testing.assert_close(model(input_ids=ids).logits, fused(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        model(input_ids=ids).logits, fused(input_ids=ids).logits, rtol=1e-4, atol=1e-4
+    )
     decoder = load_decoder(Checkpoint(folder), torch.float32)
     assert worth(decoder, held_out) == pytest.approx(plain.perplexity(model, held_out), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("bits", "group_size", "symmetric", "mse"),
-    [(2, -1, False, False), (4, 32, False, False), (3, 32, True, False), (8, -1, True, False), (3, 32, False, True)],
+    [
+        (2, -1, False, False),
+        (4, 32, False, False),
+        (3, 32, True, False),
+        (8, -1, True, False),
+        (3, 32, False, True),
+    ],
 )
 def test_rtn(folder, held_out, bits, group_size, symmetric, mse):
     model = plain.load(folder)
@@ -183,7 +205,9 @@ def test_gptq_where_few_tokens_reach_an_expert(folders, windows, held_out):
     model = plain.load(folder)
     starved = starved_linears(model, few)
     theirs = plain.gptq(model, few, 4, 16)
-    decoder, ours = walked(folder, Gptq(GptqSettings()), Scheme(bits=4, group_size=16, symmetric=False), few)
+    decoder, ours = walked(
+        folder, Gptq(GptqSettings()), Scheme(bits=4, group_size=16, symmetric=False), few
+    )
     check(ours, theirs, decoder, model, held_out, sequential=True)
     assert all(ours[name].weight.abs().max() > 0 for name in starved)
 
@@ -219,7 +243,8 @@ AWQ = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "variant"), [*(("dense", variant) for variant in AWQ), ("moe", "study"), ("moe", "study 2 bits")]
+    ("kind", "variant"),
+    [*(("dense", variant) for variant in AWQ), ("moe", "study"), ("moe", "study 2 bits")],
 )
 def test_awq(folders, kind, windows, held_out, variant):
     """On weights whose positive side is the longer one, so that clipping never cuts both sides of a group (below)."""
@@ -261,7 +286,11 @@ def trained(which):
     encode = encoder(load_tokenizer(folder))
     text = load_text("demo", split="calibration")
     windows = draw_windows(text, encode, samples=4, length=256, draw="random", seed=0)
-    return folder, windows, consecutive_windows(encode(load_text("demo", split="evaluation").joined), 256, 4)
+    return (
+        folder,
+        windows,
+        consecutive_windows(encode(load_text("demo", split="evaluation").joined), 256, 4),
+    )
 
 
 @pytest.mark.slow
@@ -274,8 +303,13 @@ def test_gptq_on_trained_models_differs_no_more_than_the_official_loop_from_itse
     """
     folder, windows, held_out = trained(which)
     models = [plain.load(folder), plain.load(folder)]
-    theirs, reordered = plain.gptq(models[0], windows, 4, 128), plain.gptq(models[1], windows.flip(0), 4, 128)
-    decoder, ours = walked(folder, Gptq(GptqSettings()), Scheme(bits=4, group_size=128, symmetric=False), windows)
+    theirs, reordered = (
+        plain.gptq(models[0], windows, 4, 128),
+        plain.gptq(models[1], windows.flip(0), 4, 128),
+    )
+    decoder, ours = walked(
+        folder, Gptq(GptqSettings()), Scheme(bits=4, group_size=128, symmetric=False), windows
+    )
     for found in (ours, reordered):
         name, farthest = first_difference(found, theirs)
         # A token that stands between two experts goes to one or the other, and is seen by another's Hessian.
@@ -321,14 +355,17 @@ def test_smoothquant(folder, windows, held_out, variant):
     knobs = dict(SMOOTHQUANT[variant])
     model = plain.load(folder)
     theirs = plain.smoothquant(model, windows, **knobs)
-    scheme = Scheme(bits=knobs.pop("bits"), group_size=-1, symmetric=True, act_bits=knobs.pop("act_bits"))
+    scheme = Scheme(
+        bits=knobs.pop("bits"), group_size=-1, symmetric=True, act_bits=knobs.pop("act_bits")
+    )
     method = SmoothQuant(SmoothQuantSettings(**knobs))
     decoder, ours = walked(folder, method, scheme, windows if knobs.get("smooth", True) else None)
     check(ours, theirs, decoder, model, held_out, same_worth_at=SAME_WORTH_ROUNDED_INPUTS)
 
 
 @pytest.mark.parametrize(
-    ("which", "metric"), [("dense wide", "hessian"), ("dense wide", "magnitude"), ("moe starved", "hessian")]
+    ("which", "metric"),
+    [("dense wide", "hessian"), ("dense wide", "magnitude"), ("moe starved", "hessian")],
 )
 def test_billm(folders, windows, held_out, which, metric):
     """Two and more blocks of columns a row. What is compared is the weight itself: means, scales and signs in one.
@@ -355,7 +392,9 @@ def test_billm(folders, windows, held_out, which, metric):
         share[name] = float(rows.float().mean())
     loss = abs(worth(decoder, held_out) / plain.perplexity(model, held_out) - 1)
     wrong = [name for name in share if share[name]]
-    print(f"rows that differ: { {name: round(share[name], 4) for name in wrong} }, perplexity {loss:.1e}")
+    print(
+        f"rows that differ: { {name: round(share[name], 4) for name in wrong} }, perplexity {loss:.1e}"
+    )
     for name in wrong:
         if name.split(".")[0] == wrong[0].split(".")[0]:
             assert share[name] < FEW, name

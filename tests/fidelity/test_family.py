@@ -21,7 +21,13 @@ from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.billm import Billm
 from q3q.quantize.methods.gptq import Gptq
 from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import AwqSettings, BillmSettings, GptqSettings, RtnSettings, SmoothQuantSettings
+from q3q.quantize.methods.settings import (
+    AwqSettings,
+    BillmSettings,
+    GptqSettings,
+    RtnSettings,
+    SmoothQuantSettings,
+)
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
@@ -78,7 +84,10 @@ METHODS = {
     "none": (None, None),
     "rtn": (lambda: Rtn(RtnSettings()), Scheme(bits=4, group_size=GROUP, symmetric=False)),
     "gptq": (lambda: Gptq(GptqSettings()), Scheme(bits=4, group_size=GROUP, symmetric=False)),
-    "awq": (lambda: Awq(AwqSettings(v_to_o=True, grid=4)), Scheme(bits=4, group_size=GROUP, symmetric=False)),
+    "awq": (
+        lambda: Awq(AwqSettings(v_to_o=True, grid=4)),
+        Scheme(bits=4, group_size=GROUP, symmetric=False),
+    ),
     "smoothquant": (
         lambda: SmoothQuant(SmoothQuantSettings(o_and_down=True)),
         Scheme(bits=4, group_size=-1, symmetric=True, act_bits=8),
@@ -94,7 +103,9 @@ def folder_of(tmp_path_factory):
     def folder(size):
         if size not in made:
             large = FAMILY[size].hidden >= 4096
-            config = FAMILY[size].config(32 if large else 16, layers=1 if large else 2, experts=6, top_k=2)
+            config = FAMILY[size].config(
+                32 if large else 16, layers=1 if large else 2, experts=6, top_k=2
+            )
             made[size] = save_random(tmp_path_factory.mktemp(size), sharpness=0.7, **config)
         return made[size]
 
@@ -105,7 +116,12 @@ def folder_of(tmp_path_factory):
 def test_the_released_config_has_the_released_size(size):
     released = FAMILY[size]
     model_type = "qwen3_moe" if released.experts else "qwen3"
-    config = {**released.config(), "vocab_size": 151_936, "model_type": model_type, "torch_dtype": "bfloat16"}
+    config = {
+        **released.config(),
+        "vocab_size": 151_936,
+        "model_type": model_type,
+        "torch_dtype": "bfloat16",
+    }
     facts = read_facts(json.loads(json.dumps(config)))
     assert facts.linear_parameters / 1e9 == pytest.approx(released.linear_billions, abs=6e-5)
     assert facts.parameters / 1e9 == pytest.approx(released.total_billions, abs=6e-4)
@@ -125,11 +141,17 @@ def test_every_shape_goes_through_every_method(folder_of, size, method):
     build, scheme = METHODS[method]
     blocks = []
     if build is not None:
-        blocks = quantize_model(decoder, build(), scheme, windows if method != "rtn" else None, Nowhere())
+        blocks = quantize_model(
+            decoder, build(), scheme, windows if method != "rtn" else None, Nowhere()
+        )
         for block in decoder.blocks:
             block.act_bits = scheme.act_bits
     assert math.isfinite(perplexity(decoder, windows_of(1, 24, seed=4)).nll)
-    failed = [check for check in check_weights(decoder, [block.quantized for block in blocks]) if not check.passed]
+    failed = [
+        check
+        for check in check_weights(decoder, [block.quantized for block in blocks])
+        if not check.passed
+    ]
     assert not failed
 
     facts = checkpoint.facts
@@ -139,7 +161,9 @@ def test_every_shape_goes_through_every_method(folder_of, size, method):
     found = sizes(checkpoint, ledger, {})
     linears = 0 if build is None else facts.linear_parameters
     assert found["share_quantized"] == linears / facts.parameters
-    assert sum(weight.numel() for block in decoder.blocks for weight in block.weights.values()) == sum(
+    assert sum(
+        weight.numel() for block in decoder.blocks for weight in block.weights.values()
+    ) == sum(
         math.prod(shape) for k in range(facts.layers) for shape in facts.block_shapes(k).values()
     )
     for k, block in enumerate(decoder.blocks):
@@ -150,4 +174,6 @@ def test_every_shape_goes_through_every_method(folder_of, size, method):
             elif method in ("none", "rtn", "gptq", "billm"):
                 assert same, name
     if method == "rtn":
-        assert found["bits_per_weight"] == 4 + (16 + 4) / GROUP  # a code; a scale and a zero point a group
+        assert (
+            found["bits_per_weight"] == 4 + (16 + 4) / GROUP
+        )  # a code; a scale and a zero point a group

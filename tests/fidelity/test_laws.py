@@ -16,7 +16,12 @@ from q3q.models.decoder import load_decoder
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.gptq import Gptq
 from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import AwqSettings, GptqSettings, RtnSettings, SmoothQuantSettings
+from q3q.quantize.methods.settings import (
+    AwqSettings,
+    GptqSettings,
+    RtnSettings,
+    SmoothQuantSettings,
+)
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
@@ -34,14 +39,19 @@ METHODS = {
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("group_size", [-1, 32])
 @pytest.mark.parametrize("act_order", [True, False])
-def test_gptqs_objective_is_below_rtns_at_every_linear(folder, windows, bits, group_size, act_order):
+def test_gptqs_objective_is_below_rtns_at_every_linear(
+    folder, windows, bits, group_size, act_order
+):
     """tr((W - Q) H (W - Q)^T), with H from transformers' own first layer, where both see the original inputs."""
     layer = plain.load(folder).model.layers[0]
     hidden, kwargs = plain.first_inputs(plain.load(folder), windows)
     hessians = plain.hessians_of(layer, list(plain.linears(layer)), hidden, kwargs)
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=False)
     gptq = Gptq(GptqSettings(act_order=act_order, true_sequential=False))
-    solved, nearest = walked(folder, gptq, scheme, windows)[1], walked(folder, METHODS["rtn"](), scheme, None)[1]
+    solved, nearest = (
+        walked(folder, gptq, scheme, windows)[1],
+        walked(folder, METHODS["rtn"](), scheme, None)[1],
+    )
     for name, seen in hessians.items():
         weight = plain.linears(layer)[name].weight
         cost = {}
@@ -84,14 +94,20 @@ class Unrounded:
     ],
     ids=["awq", "awq v_to_o", "smoothquant", "smoothquant o_and_down"],
 )
-def test_migrated_scales_leave_the_models_function_unchanged(folder, windows, held_out, method, monkeypatch):
+def test_migrated_scales_leave_the_models_function_unchanged(
+    folder, windows, held_out, method, monkeypatch
+):
     """Whole models with every scale moved and no weight rounded: norms, grouped v -> o, experts and the router."""
-    monkeypatch.setattr(method, "quantize", lambda task, scheme: Unrounded(task.weight_EOI), raising=False)
+    monkeypatch.setattr(
+        method, "quantize", lambda task, scheme: Unrounded(task.weight_EOI), raising=False
+    )
     decoder = load_decoder(Checkpoint(folder), torch.float32)
     original = [dict(block.weights) for block in decoder.blocks]
     before = worth(decoder, held_out)
     with torch.inference_mode():
-        quantize_model(decoder, method, Scheme(bits=3, group_size=32, symmetric=False), windows, Nowhere())
+        quantize_model(
+            decoder, method, Scheme(bits=3, group_size=32, symmetric=False), windows, Nowhere()
+        )
     assert worth(decoder, held_out) == pytest.approx(before, rel=1e-5)
     moved = {
         name
@@ -99,8 +115,14 @@ def test_migrated_scales_leave_the_models_function_unchanged(folder, windows, he
         for name in old
         if not torch.allclose(block.weights[name], old[name], rtol=1e-2)
     }
-    assert {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_proj.weight"} <= moved
-    everywhere = getattr(method.settings, "o_and_down", False) or getattr(method.settings, "v_to_o", False)
+    assert {
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.q_proj.weight",
+    } <= moved
+    everywhere = getattr(method.settings, "o_and_down", False) or getattr(
+        method.settings, "v_to_o", False
+    )
     assert ("self_attn.o_proj.weight" in moved) == everywhere
     assert ("mlp.gate.weight" in moved) == ("mlp.gate.weight" in original[0])
 
@@ -124,7 +146,9 @@ def test_act_order_does_not_see_how_hidden_units_are_numbered(folder, windows, h
     assert worth(decoders[1], held_out) == pytest.approx(worth(decoders[0], held_out), rel=1e-5)
     with torch.inference_mode():
         results = [
-            quantize_model(decoder, Gptq(GptqSettings(act_order=act_order)), scheme, windows, Nowhere())
+            quantize_model(
+                decoder, Gptq(GptqSettings(act_order=act_order)), scheme, windows, Nowhere()
+            )
             for decoder in decoders
         ]
     plainly, renumbered = (blocks[0].quantized[down] for blocks in results)
@@ -171,7 +195,13 @@ def perplexity_of(demo, method=None, scheme=None):
     decoder = load_decoder(checkpoint, torch.float32)
     with torch.inference_mode():
         if method is not None:
-            quantize_model(decoder, METHODS[method](), scheme, None if method == "rtn" else calibration, Nowhere())
+            quantize_model(
+                decoder,
+                METHODS[method](),
+                scheme,
+                None if method == "rtn" else calibration,
+                Nowhere(),
+            )
             for block in decoder.blocks:
                 block.act_bits = scheme.act_bits
         return perplexity(decoder, evaluation).value
@@ -182,10 +212,18 @@ def perplexity_of(demo, method=None, scheme=None):
 def test_fewer_bits_cost_more_and_eight_cost_nearly_nothing(demo, method):
     smooth = method == "smoothquant"
     schemes = {
-        bits: Scheme(bits=bits, group_size=-1 if smooth else 128, symmetric=smooth, act_bits=8 if smooth else None)
+        bits: Scheme(
+            bits=bits,
+            group_size=-1 if smooth else 128,
+            symmetric=smooth,
+            act_bits=8 if smooth else None,
+        )
         for bits in (8, 4, 3, 2)
     }
-    found = [perplexity_of(demo), *(perplexity_of(demo, method, scheme) for scheme in schemes.values())]
+    found = [
+        perplexity_of(demo),
+        *(perplexity_of(demo, method, scheme) for scheme in schemes.values()),
+    ]
     assert found[1] == pytest.approx(found[0], rel=0.01)
     # GPTQ fits what it is calibrated on: at 8, 4 and 3 bits stories differ by less than its rounding ties make of them,
     # and among experts what a token makes that goes elsewhere.

@@ -46,13 +46,23 @@ def draw(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ragged_attention_equals_its_plain_twin(causal, dtype):
     queries, keys = [1, 70, 3, 200, 1], [5, 70, 64, 331, 1]
-    ends = [torch.tensor([0, *np.cumsum(each)], dtype=torch.int32, device=GPU) for each in (queries, keys)]
-    query = draw(16, sum(queries), 128, dtype=dtype).transpose(0, 1)  # as a block gives them: heads first
-    key, value = draw(sum(keys), 8, 128, seed=1, dtype=dtype), draw(sum(keys), 8, 128, seed=2, dtype=dtype)
+    ends = [
+        torch.tensor([0, *np.cumsum(each)], dtype=torch.int32, device=GPU)
+        for each in (queries, keys)
+    ]
+    query = draw(16, sum(queries), 128, dtype=dtype).transpose(
+        0, 1
+    )  # as a block gives them: heads first
+    key, value = (
+        draw(sum(keys), 8, 128, seed=1, dtype=dtype),
+        draw(sum(keys), 8, 128, seed=2, dtype=dtype),
+    )
     longest = max(queries), max(keys)
     assert takes_ragged(GPU, dtype)
     context, logsum = attend_ragged(query, key, value, *ends, longest, causal)
-    expected, expected_logsum = attend_ragged_plainly(query.float(), key.float(), value.float(), *ends, longest, causal)
+    expected, expected_logsum = attend_ragged_plainly(
+        query.float(), key.float(), value.float(), *ends, longest, causal
+    )
     torch.testing.assert_close(context.float(), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(logsum, expected_logsum, rtol=1e-3, atol=2e-3)
 
@@ -60,9 +70,15 @@ def test_ragged_attention_equals_its_plain_twin(causal, dtype):
 @pytest.mark.parametrize("wide", [1, 33, 256])
 @pytest.mark.parametrize("causal", [True, False])
 def test_float32_attention_equals_its_plain_twin(wide, causal):
-    query, key, value = draw(2, 8, wide, 64), draw(2, 4, wide, 64, seed=1), draw(2, 4, wide, 64, seed=2)
+    query, key, value = (
+        draw(2, 8, wide, 64),
+        draw(2, 4, wide, 64, seed=1),
+        draw(2, 4, wide, 64, seed=2),
+    )
     for found, expected in zip(
-        attend(query, key, value, None, causal), attend_plainly(query, key, value, None, causal), strict=True
+        attend(query, key, value, None, causal),
+        attend_plainly(query, key, value, None, causal),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -89,18 +105,24 @@ def test_log_likelihoods_are_those_of_whole_logits():
     model = load_decoder(Checkpoint(DEMO_MODELS / "dense"), BF16, GPU)
     hidden = draw(1100, model.facts.hidden, dtype=BF16)
     rows = torch.arange(1100).repeat_interleave(2)
-    targets = torch.randint(0, model.facts.vocab, (2200,), generator=torch.Generator().manual_seed(1))
+    targets = torch.randint(
+        0, model.facts.vocab, (2200,), generator=torch.Generator().manual_seed(1)
+    )
     targets[:50] = (hidden @ model.head_VH.T)[rows[:50].to(GPU)].argmax(1).cpu()
     found, greedy = model.log_likelihoods(hidden, targets, rows)
     logits = (hidden @ model.head_VH.T).float()[rows.to(GPU)]
     expected = logits.log_softmax(1)[torch.arange(2200, device=GPU), targets.to(GPU)]
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-2)
-    assert greedy[:50].float().mean() > 0.9  # products of other shapes may round a tie the other way
+    assert (
+        greedy[:50].float().mean() > 0.9
+    )  # products of other shapes may round a tie the other way
 
 
 def test_divergence_equals_the_cpus():
     p, q = draw(300, 5000), draw(300, 5000, seed=1)
-    torch.testing.assert_close(kl_divergence(p, q).cpu(), kl_divergence(p.cpu(), q.cpu()), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        kl_divergence(p, q).cpu(), kl_divergence(p.cpu(), q.cpu()), rtol=1e-9, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 128, 300, 1), (3, 128, 96, 4), (2, 24, 21, 3)])
@@ -109,7 +131,9 @@ def test_the_fused_columns_equal_the_plain_loop(shape):
     on_gpu = [tensor.to(GPU) for tensor in (weight, factor, scale, zero)]
     fused, fused_error = block_solver(GPU)(*on_gpu, grid_of, top)
     plain, plain_error = solve_block_plain(weight.to(GPU).clone(), *on_gpu[1:], grid_of, top)
-    same = (fused == plain).all(1, keepdim=True).expand_as(fused)  # a tie decides all that comes after it in a row
+    same = (
+        (fused == plain).all(1, keepdim=True).expand_as(fused)
+    )  # a tie decides all that comes after it in a row
     assert same.double().mean() > 0.95
     torch.testing.assert_close(fused_error[same], plain_error[same], rtol=1e-3, atol=1e-4)
 
@@ -131,26 +155,40 @@ def test_scores_of_the_tape_are_those_of_whole_texts(kind):
 
 
 def scored(model, requests):
-    found = dict(pair for ended, _ in score(model, requests, TokenBudget(700, most=700)) for pair in ended)
+    found = dict(
+        pair for ended, _ in score(model, requests, TokenBudget(700, most=700)) for pair in ended
+    )
     return np.array([found[number].log_likelihood for number in range(len(requests))])
 
 
 def scored_alone(model, requests):
     scores = []
     for request in requests:
-        hidden = model.hidden(torch.from_numpy(request.inputs.astype(np.int64))[None])[0, -len(request.targets) :]
-        scores.append(float(model.log_likelihoods(hidden, torch.from_numpy(request.targets.astype(np.int64)))[0].sum()))
+        hidden = model.hidden(torch.from_numpy(request.inputs.astype(np.int64))[None])[
+            0, -len(request.targets) :
+        ]
+        scores.append(
+            float(
+                model.log_likelihoods(hidden, torch.from_numpy(request.targets.astype(np.int64)))[
+                    0
+                ].sum()
+            )
+        )
     return np.array(scores)
 
 
 def calibration(kind, samples=8, length=256):
     tokenizer = load_tokenizer(DEMO_MODELS / kind)
-    return consecutive_windows(encoder(tokenizer)(load_text("demo", split="calibration").joined), length, samples)
+    return consecutive_windows(
+        encoder(tokenizer)(load_text("demo", split="calibration").joined), length, samples
+    )
 
 
 def held_out(kind):
     tokenizer = load_tokenizer(DEMO_MODELS / kind)
-    return consecutive_windows(encoder(tokenizer)(load_text("demo", split="evaluation").joined), 256, 8)
+    return consecutive_windows(
+        encoder(tokenizer)(load_text("demo", split="evaluation").joined), 256, 8
+    )
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -172,7 +210,13 @@ def test_rounding_to_nearest_gives_a_cpus_codes():
     """But for a scale's last bit, since CUDA divides by a number by multiplying, and what is at a tie for it."""
     method, scheme = CASES["rtn"]
     cpu, gpu = (
-        quantize_model(load_decoder(Checkpoint(DEMO_MODELS / "moe"), BF16, device), method, scheme, None, Nowhere())
+        quantize_model(
+            load_decoder(Checkpoint(DEMO_MODELS / "moe"), BF16, device),
+            method,
+            scheme,
+            None,
+            Nowhere(),
+        )
         for device in ("cpu", "cuda")
     )
     for ours, theirs in zip(gpu, cpu, strict=True):
@@ -205,16 +249,25 @@ def test_streamed_and_resident_and_resumed_give_the_same_bits(kind):
     assert perplexity(model, ids).nll == perplexity(resident, ids).nll
 
 
-@pytest.mark.parametrize(("dtype", "median", "most"), [(torch.float32, 2e-5, 2e-3), (BF16, 0.06, 0.6)])
+@pytest.mark.parametrize(
+    ("dtype", "median", "most"), [(torch.float32, 2e-5, 2e-3), (BF16, 0.06, 0.6)]
+)
 def test_scores_equal_hflms(dtype, median, most):
     folder = DEMO_MODELS / "dense"
     tokenizer = load_tokenizer(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(GPU)
-    hflm = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=8, max_length=512, logits_cache=False)
+    hflm = HFLM(
+        pretrained=theirs, tokenizer=tokenizer, batch_size=8, max_length=512, logits_cache=False
+    )
     ours = HarnessLM(load_decoder(Checkpoint(folder), dtype, GPU), tokenizer, max_length=512)
     pairs = [pair for pair in adversarial()[:-1] if len(pair[0]) < 700]
-    found, expected = ours.loglikelihood(instances(pairs)), hflm.loglikelihood(instances(pairs), disable_tqdm=True)
-    differences = [abs(a - b) / max(1.0, abs(b) / 20) for (a, _), (b, _) in zip(found, expected, strict=True)]
+    found, expected = (
+        ours.loglikelihood(instances(pairs)),
+        hflm.loglikelihood(instances(pairs), disable_tqdm=True),
+    )
+    differences = [
+        abs(a - b) / max(1.0, abs(b) / 20) for (a, _), (b, _) in zip(found, expected, strict=True)
+    ]
     assert np.median(differences) <= median
     assert max(differences) <= most
     texts = [(context, {"until": ["\n"], "max_gen_toks": 12}) for context, _ in pairs[:6]]

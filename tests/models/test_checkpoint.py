@@ -124,7 +124,9 @@ def test_blocks_are_those_of_transformers(saved, name, layout):
     for k in range(3):
         block = checkpoint.block(k)
         assert_same(block, expected_block(model, k))
-        assert {key: tuple(tensor.shape) for key, tensor in block.items()} == checkpoint.facts.block_shapes(k)
+        assert {
+            key: tuple(tensor.shape) for key, tensor in block.items()
+        } == checkpoint.facts.block_shapes(k)
         assert all(tensor.is_contiguous() for tensor in block.values())
     assert torch.equal(checkpoint.embedding(), model.model.embed_tokens.weight)
     assert torch.equal(checkpoint.final_norm(), model.model.norm.weight)
@@ -155,12 +157,20 @@ def test_experts_keep_their_order_beyond_ten(broken):
         prefix = f"model.layers.{k}.mlp"
         state[f"{prefix}.gate.weight"] = torch.zeros(12, 32, dtype=torch.bfloat16)
         for e in range(12):
-            for matrix, shape in {"gate_proj": (INNER, 32), "up_proj": (INNER, 32), "down_proj": (32, INNER)}.items():
-                state[f"{prefix}.experts.{e}.{matrix}.weight"] = torch.full(shape, float(e), dtype=torch.bfloat16)
+            for matrix, shape in {
+                "gate_proj": (INNER, 32),
+                "up_proj": (INNER, 32),
+                "down_proj": (32, INNER),
+            }.items():
+                state[f"{prefix}.experts.{e}.{matrix}.weight"] = torch.full(
+                    shape, float(e), dtype=torch.bfloat16
+                )
     save_file(state, folder / "model.safetensors")
     block = Checkpoint(folder).block(2)
     for matrix in ("gate_proj", "up_proj", "down_proj"):
-        assert block[f"mlp.experts.{matrix}.weight"].float().mean(dim=(1, 2)).tolist() == list(range(12))
+        assert block[f"mlp.experts.{matrix}.weight"].float().mean(dim=(1, 2)).tolist() == list(
+            range(12)
+        )
 
 
 def test_a_block_comes_in_the_dtype_asked_for(saved):
@@ -190,7 +200,9 @@ def test_opening_and_checking_imports_no_torch(saved):
         f"Checkpoint(Path({str(saved[0] / 'moe_sharded')!r})).digest();"
         "print([name for name in ('torch', 'transformers', 'safetensors') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.getcwd())
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=os.getcwd()
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -263,7 +275,11 @@ def test_facts_of_the_released_models(size):
         "down": (experts[2] if experts else intermediate,),
     }
     assert (facts.rope_theta, facts.rms_norm_eps, facts.max_positions) == (1e6, 1e-6, 40960)
-    assert (facts.tied, facts.norm_topk_prob, facts.dtype) == (tied, experts is not None, "bfloat16")
+    assert (facts.tied, facts.norm_topk_prob, facts.dtype) == (
+        tied,
+        experts is not None,
+        "bfloat16",
+    )
     assert {facts.sparse(k) for k in range(layers)} == {experts is not None}
 
 
@@ -277,7 +293,9 @@ def test_facts_count_what_transformers_counts(saved, name):
     assert blocks == 2 * sum(p.numel() for p in made[name].model.layers.parameters())
 
 
-@pytest.mark.parametrize(("mlp_only", "step"), [([], 1), ([], 2), ([1, 2], 1), ([3], 2), ([0, 1, 2, 3], 1)])
+@pytest.mark.parametrize(
+    ("mlp_only", "step"), [([], 1), ([], 2), ([1, 2], 1), ([3], 2), ([0, 1, 2, 3], 1)]
+)
 def test_which_blocks_are_sparse(mlp_only, step):
     config = Qwen3MoeConfig(
         **SMALL | {"num_hidden_layers": 4},
@@ -291,7 +309,9 @@ def test_which_blocks_are_sparse(mlp_only, step):
     with torch.device("meta"):
         layers = Qwen3MoeForCausalLM(config).model.layers
     facts = read_facts(config.to_dict())
-    assert [facts.sparse(k) for k in range(4)] == [hasattr(layer.mlp, "experts") for layer in layers]
+    assert [facts.sparse(k) for k in range(4)] == [
+        hasattr(layer.mlp, "experts") for layer in layers
+    ]
     widths = {INNER if facts.sparse(k) else 40 for k in range(4)}
     assert facts.columns["down"] == tuple(sorted(widths))
 
@@ -315,7 +335,10 @@ def test_both_spellings_of_a_config_say_the_same():
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized already (gptq)"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_type='yarn' is not supported",
+        ),
         ({"hidden_size": None}, "hidden_size=None"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"vocab_size": "many"}, "vocab_size='many'"),
@@ -392,10 +415,15 @@ def test_a_flipped_bit_in_a_header_is_never_misread(broken):
 def test_tensors_lie_side_by_side(tmp_path, spans):
     """In any order, but never over each other, nor with room between them for what nobody reads."""
     (tmp_path / "config.json").write_text(json.dumps(released_config("0.6B")))
-    entries = {f"t{i}": {"dtype": "F32", "shape": [2], "data_offsets": span} for i, span in enumerate(spans)}
+    entries = {
+        f"t{i}": {"dtype": "F32", "shape": [2], "data_offsets": span}
+        for i, span in enumerate(spans)
+    }
     header = json.dumps(entries).encode()
     size = max(end for _, end in spans)
-    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    (tmp_path / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + bytes(size)
+    )
     side_by_side = sorted(spans) == [(0, 8), (8, 16)]
     refuse(tmp_path, "tensors are missing" if side_by_side else "overlap or leave gaps")
 
@@ -412,27 +440,48 @@ def test_missing_and_misshapen_tensors_are_named_and_counted(broken):
         for k in range(3):
             del state[f"model.layers.{k}.self_attn.q_norm.weight"]
 
-    refuse(rewritten(broken("tied"), lose), "3 tensors are missing", "model.layers.0.self_attn.q_norm.weight")
+    refuse(
+        rewritten(broken("tied"), lose),
+        "3 tensors are missing",
+        "model.layers.0.self_attn.q_norm.weight",
+    )
 
     def bend(state):
         state["model.layers.1.mlp.up_proj.weight"] = torch.zeros(41, 32, dtype=torch.bfloat16)
 
-    refuse(rewritten(broken("untied"), bend), "1 tensor is of a shape", "layers.1.mlp.up_proj", "[41, 32]", "[40, 32]")
+    refuse(
+        rewritten(broken("untied"), bend),
+        "1 tensor is of a shape",
+        "layers.1.mlp.up_proj",
+        "[41, 32]",
+        "[40, 32]",
+    )
 
     def lose_one_expert(state):
         del state["model.layers.2.mlp.experts.3.down_proj.weight"]
 
-    refuse(rewritten(broken("moe"), lose_one_expert), "1 tensor is missing", "layers.2.mlp.experts.3.down_proj")
+    refuse(
+        rewritten(broken("moe"), lose_one_expert),
+        "1 tensor is missing",
+        "layers.2.mlp.experts.3.down_proj",
+    )
 
 
 def test_weights_that_are_not_floats_are_refused(broken):
     def quantize(state):
         state["model.layers.0.mlp.up_proj.weight"] = torch.zeros(40, 32, dtype=torch.int8)
 
-    refuse(rewritten(broken("tied"), quantize), "not stored as floats", "layers.0.mlp.up_proj.weight", "I8")
+    refuse(
+        rewritten(broken("tied"), quantize),
+        "not stored as floats",
+        "layers.0.mlp.up_proj.weight",
+        "I8",
+    )
 
 
-@pytest.mark.parametrize("shard", ["../evil.safetensors", "/etc/passwd", "..", "a/../../evil.safetensors", "x\\y"])
+@pytest.mark.parametrize(
+    "shard", ["../evil.safetensors", "/etc/passwd", "..", "a/../../evil.safetensors", "x\\y"]
+)
 def test_an_index_cannot_lead_out_of_its_folder(broken, shard):
     folder = broken("tied_sharded")
     shutil.copy(next(folder.glob("*.safetensors")), folder.parent / "evil.safetensors")
@@ -463,7 +512,9 @@ def test_an_index_that_names_the_wrong_shard(broken):
 def test_a_quantized_folder_is_refused(broken):
     folder = broken("tied")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "awq"}})
+    )
     refuse(folder, "quantized already (awq)")
 
 
@@ -522,7 +573,9 @@ def test_a_damaged_memo_is_written_anew(broken, tmp_path):
     digest = Checkpoint(folder).digest(cache)
     (cache / "digests.json").write_text("half a memo {")
     assert Checkpoint(folder).digest(cache) == digest
-    assert str((folder / "model.safetensors").resolve()) in json.loads((cache / "digests.json").read_text())
+    assert str((folder / "model.safetensors").resolve()) in json.loads(
+        (cache / "digests.json").read_text()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
@@ -576,17 +629,26 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             "/api/models/owner/tiny",
             "/api/models/owner/tiny/revision/" + COMMIT,
         ):
-            self.send(json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": []}).encode(), body)
+            self.send(
+                json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": []}).encode(), body
+            )
         elif path.startswith("/api/models/owner/tiny/tree/"):
             files = [
                 {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
                 for file in self.folder.iterdir()
             ]
             self.send(json.dumps(files).encode(), body)
-        elif path.startswith("/owner/tiny/resolve/") and not (self.folder / path.split("/")[-1]).exists():
+        elif (
+            path.startswith("/owner/tiny/resolve/")
+            and not (self.folder / path.split("/")[-1]).exists()
+        ):
             self.miss("EntryNotFound", **{"X-Repo-Commit": COMMIT})
         elif path.startswith("/owner/tiny/resolve/"):
-            self.send((self.folder / path.split("/")[-1]).read_bytes(), body, ETag=f'"{path.split("/")[-1]}"')
+            self.send(
+                (self.folder / path.split("/")[-1]).read_bytes(),
+                body,
+                ETag=f'"{path.split("/")[-1]}"',
+            )
         else:
             self.miss("RepoNotFound")
 
@@ -624,7 +686,9 @@ def hub(saved, tmp_path, monkeypatch):
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
     monkeypatch.setattr(
-        huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
     )
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -646,7 +710,11 @@ def hub(saved, tmp_path, monkeypatch):
 def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, saved):
     assert resolve_revision("owner/tiny") == COMMIT
     assert not [path for path in hub.asked if path.endswith(".safetensors")]
-    assert fetch_facts("owner/tiny", COMMIT) == fetch_facts("owner/tiny") == read_facts(saved[0] / "tied")
+    assert (
+        fetch_facts("owner/tiny", COMMIT)
+        == fetch_facts("owner/tiny")
+        == read_facts(saved[0] / "tied")
+    )
 
     folder = locate("owner/tiny", COMMIT)
     assert not [path for path in hub.asked if path.endswith(".bin")]
@@ -655,8 +723,17 @@ def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, s
 
     hub.close()
     assert resolve_revision("owner/tiny") == COMMIT
-    assert fetch_facts("owner/tiny", COMMIT) == fetch_facts("owner/tiny") == read_facts(saved[0] / "tied")
-    assert locate("owner/tiny", COMMIT) == locate("owner/tiny") == locate("owner/tiny", offline=True) == folder
+    assert (
+        fetch_facts("owner/tiny", COMMIT)
+        == fetch_facts("owner/tiny")
+        == read_facts(saved[0] / "tied")
+    )
+    assert (
+        locate("owner/tiny", COMMIT)
+        == locate("owner/tiny")
+        == locate("owner/tiny", offline=True)
+        == folder
+    )
 
 
 def test_a_file_of_a_hub_model_is_there_or_is_not_or_cannot_be_asked_for(hub):
@@ -684,7 +761,9 @@ def test_a_hub_without_an_answer_fails_fast_and_says_how_to_go_on(hub):
     hub.close()
     started = time.monotonic()
     for ask in (resolve_revision, locate, fetch_facts):
-        with pytest.raises(CheckpointError, match=r"owner/tiny.*model=local model\.path=DIR") as refusal:
+        with pytest.raises(
+            CheckpointError, match=r"owner/tiny.*model=local model\.path=DIR"
+        ) as refusal:
             ask("owner/tiny")
         assert "\n" not in str(refusal.value)
     assert time.monotonic() - started < 5
@@ -702,7 +781,9 @@ def test_a_commit_is_its_own_revision_and_a_folder_its_own_place(hub, saved):
     assert hub.asked == []
 
 
-@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c", "../up", ""])
+@pytest.mark.parametrize(
+    "source", ["/no/such/folder", "./nowhere", "nowhere", "a/b/c", "../up", ""]
+)
 def test_neither_folder_nor_hub_id(hub, source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="neither a folder nor a Hub id"):

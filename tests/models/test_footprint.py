@@ -46,15 +46,23 @@ def test_eight_gigabytes_stream_through_a_third_of_that(method):
 def test_a_gang_shares_what_one_cannot_hold():
     facts = read_facts(MOE)
     whole = need(facts, "bfloat16", method="gptq", loader="resident", device="cuda")
-    needs = [need(facts, "bfloat16", method="gptq", loader="sharded", ranks=n, device="cuda") for n in (2, 4, 8)]
+    needs = [
+        need(facts, "bfloat16", method="gptq", loader="sharded", ranks=n, device="cuda")
+        for n in (2, 4, 8)
+    ]
     assert whole > needs[0] > needs[1] > needs[2] > facts.weight_bytes() // 8
-    assert need(facts, "bfloat16", method="gptq", loader="streamed", device="cuda") < facts.weight_bytes() // 4
+    assert (
+        need(facts, "bfloat16", method="gptq", loader="streamed", device="cuda")
+        < facts.weight_bytes() // 4
+    )
 
 
 @pytest.mark.parametrize("loader", ["resident", "streamed", "sharded"])
 def test_a_quantized_head_beside_the_original_takes_as_much_again(loader):
     facts = read_facts(FOUR_B)
-    one, two = (need(facts, "bfloat16", method="rtn", loader=loader, ranks=2, heads=n) for n in (1, 2))
+    one, two = (
+        need(facts, "bfloat16", method="rtn", loader=loader, ranks=2, heads=n) for n in (1, 2)
+    )
     head = 2 * facts.vocab * facts.hidden
     # Streamed, the head comes when the blocks are done, and one of them being quantized takes more than one head.
     assert 0 < two - one < head if loader == "streamed" else two - one == head
@@ -62,24 +70,35 @@ def test_a_quantized_head_beside_the_original_takes_as_much_again(loader):
 
 def test_experts_that_come_in_chunks_need_less_than_all_at_once():
     facts = read_facts(MOE)
-    chunked, whole = (need(facts, "bfloat16", method=name, loader="streamed") for name in ("gptq", "awq"))
+    chunked, whole = (
+        need(facts, "bfloat16", method=name, loader="streamed") for name in ("gptq", "awq")
+    )
     assert whole > chunked + 2 * 10**9
 
 
 def test_what_fits_nowhere_is_refused_with_what_would():
     with pytest.raises(
-        ConfigError, match=r"does not fit into 1\.0 GB: streamed it needs 2\.\d GB, resident 1\d\.\d GB"
+        ConfigError,
+        match=r"does not fit into 1\.0 GB: streamed it needs 2\.\d GB, resident 1\d\.\d GB",
     ):
         choose(read_facts(FOUR_B), "bfloat16", method="gptq", memory=10**9)
     with pytest.raises(
-        ConfigError, match=r"loader=mapped is not known\. Choose from: auto, resident, streamed, sharded"
+        ConfigError,
+        match=r"loader=mapped is not known\. Choose from: auto, resident, streamed, sharded",
     ):
         need(read_facts(FOUR_B), "bfloat16", method="rtn", loader="mapped")
 
 
 @pytest.mark.parametrize(
     ("size", "count"),
-    [("2.5GB", 25 * 10**8), ("8GiB", 2**33), ("8g", 8 * 10**9), ("512 MiB", 2**29), (4096, 4096), ("4096", 4096)],
+    [
+        ("2.5GB", 25 * 10**8),
+        ("8GiB", 2**33),
+        ("8g", 8 * 10**9),
+        ("512 MiB", 2**29),
+        (4096, 4096),
+        ("4096", 4096),
+    ],
 )
 def test_sizes(size, count):
     assert bytes_of(size) == count

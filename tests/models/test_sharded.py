@@ -17,7 +17,10 @@ CHANGED = "self_attn.o_proj.weight"
 
 
 def some_ids(vocab):
-    return [torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0)) for shape in ((2, 9), (1, 5))]
+    return [
+        torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
+        for shape in ((2, 9), (1, 5))
+    ]
 
 
 def rounded(weight_VH):
@@ -47,8 +50,13 @@ def told(gang):
         for name in ("dense", "moe"):
             # What rank 1 still has of the model before this one goes with the next thing that this one asks for.
             before = team.together(live_bytes)[0], nothing
-            model, one = load_sharded(Checkpoint(demo / name), torch.float32, team), said.setdefault(name, {})
-            one["held"] = [now - then for now, then in zip(team.together(live_bytes), before, strict=True)]
+            model, one = (
+                load_sharded(Checkpoint(demo / name), torch.float32, team),
+                said.setdefault(name, {}),
+            )
+            one["held"] = [
+                now - then for now, then in zip(team.together(live_bytes), before, strict=True)
+            ]
             batches = make_ids(model.facts.vocab)
             one["blocks"] = [dict(block.weights) for block in model.blocks]
             one["ends"] = [model.embedding_VH, model.head_VH, model.norm_H]
@@ -88,7 +96,9 @@ def both(request, told):
 
 
 def same(found, wanted):
-    return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    return len(found) == len(wanted) and all(
+        torch.equal(a, b) for a, b in zip(found, wanted, strict=True)
+    )
 
 
 def test_what_is_gathered_is_the_model(both):
@@ -104,7 +114,10 @@ def test_no_rank_holds_more_than_60_percent_between_blocks(both):
     model, told = both
     whole = sum(weight.nbytes for block in model.blocks for weight in block.weights.values())
     whole += model.embedding_VH.nbytes + model.norm_H.nbytes
-    for share in [*told["held"], told["left"]]:  # also when blocks were gathered and let go of, and copies made
+    for share in [
+        *told["held"],
+        told["left"],
+    ]:  # also when blocks were gathered and let go of, and copies made
         assert 0.49 * whole < share < 0.6 * whole
 
 
@@ -129,6 +142,9 @@ def test_what_is_done_to_a_copy_leaves_the_model_alone(both):
 
 def test_the_moe_model_has_experts():
     """So that the tests above are about both kinds of blocks."""
-    kinds = {name: type(load_decoder(Checkpoint(DEMO / name), torch.float32).blocks[0]) for name in ("dense", "moe")}
+    kinds = {
+        name: type(load_decoder(Checkpoint(DEMO / name), torch.float32).blocks[0])
+        for name in ("dense", "moe")
+    }
     assert kinds["moe"] is Qwen3MoeBlock
     assert kinds["dense"] is not Qwen3MoeBlock

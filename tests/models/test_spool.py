@@ -13,7 +13,15 @@ from q3q.models.spool import Spool
 def some_tensors() -> list[torch.Tensor]:
     torch.manual_seed(0)
     whole = torch.randn(6, 8)
-    return [whole, whole[2:4], whole.T, torch.tensor(2.5), whole.bfloat16(), torch.zeros(0, 3), whole[:, ::2].long()]
+    return [
+        whole,
+        whole[2:4],
+        whole.T,
+        torch.tensor(2.5),
+        whole.bfloat16(),
+        torch.zeros(0, 3),
+        whole[:, ::2].long(),
+    ]
 
 
 @pytest.mark.parametrize("memory", [None, 0, 200, 10**6])

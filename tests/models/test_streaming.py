@@ -25,7 +25,10 @@ def no_gradients():
 
 
 def batches(count=5):
-    return [torch.randint(61, (2, 9 + i), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+    return [
+        torch.randint(61, (2, 9 + i), generator=torch.Generator().manual_seed(i))
+        for i in range(count)
+    ]
 
 
 def rounded(matrix):
@@ -38,14 +41,19 @@ def rounded(matrix):
 @pytest.mark.parametrize("kind", ["dense", "moe", "fused"])
 def test_a_streamed_model_says_what_the_resident_one_says(random_checkpoint, kind, tied, dtype):
     fused = kind == "fused"
-    folder = random_checkpoint("moe" if fused else kind, fused=fused, tie_word_embeddings=tied, torch_dtype=dtype)
+    folder = random_checkpoint(
+        "moe" if fused else kind, fused=fused, tie_word_embeddings=tied, torch_dtype=dtype
+    )
     resident = load_decoder(Checkpoint(folder), torch.float32)
     streamed = StreamedDecoder(Checkpoint(folder), torch.float32)
     assert streamed.streamed
     assert not resident.streamed
     for ours, theirs in zip(streamed.states(batches()), resident.states(batches()), strict=True):
         assert torch.equal(ours, theirs)
-        chosen = [model.log_likelihoods(ours[0], torch.arange(len(ours[0])))[0] for model in (streamed, resident)]
+        chosen = [
+            model.log_likelihoods(ours[0], torch.arange(len(ours[0])))[0]
+            for model in (streamed, resident)
+        ]
         assert torch.equal(*chosen)
     for end in ("embedding", "head"):
         assert torch.equal(torch.cat(list(streamed.rows(end))), torch.cat(list(resident.rows(end))))
@@ -75,13 +83,17 @@ def test_each_block_runs_once_over_all_batches_and_none_is_kept(random_checkpoin
     assert not any(one() is not None for one in alive)
 
 
-def test_the_next_block_is_read_by_a_thread_and_without_reading_ahead_by_none(random_checkpoint, monkeypatch):
+def test_the_next_block_is_read_by_a_thread_and_without_reading_ahead_by_none(
+    random_checkpoint, monkeypatch
+):
     readers = []
     plain = StreamedBlocks._read
     monkeypatch.setattr(
         StreamedBlocks,
         "_read",
-        lambda self, k, source: readers.append((k, threading.current_thread().name)) or plain(self, k, source),
+        lambda self, k, source: (
+            readers.append((k, threading.current_thread().name)) or plain(self, k, source)
+        ),
     )
     checkpoint = Checkpoint(random_checkpoint())
     for ahead in (True, False):
@@ -133,7 +145,9 @@ def test_changes_reach_blocks_that_are_still_to_be_read(random_checkpoint):
     assert first.act_bits is None
 
 
-def test_exchanged_weights_come_from_their_source_and_the_others_from_the_checkpoint(random_checkpoint):
+def test_exchanged_weights_come_from_their_source_and_the_others_from_the_checkpoint(
+    random_checkpoint,
+):
     folder = random_checkpoint()
     resident, streamed = (
         load_decoder(Checkpoint(folder), torch.float32),
@@ -163,7 +177,9 @@ def test_ends_that_were_exchanged(random_checkpoint, tied):
         StreamedDecoder(Checkpoint(folder), torch.float32),
     )
     before = streamed.head_VH
-    codes = {"embedding": rounded(resident.embedding_VH)} | ({} if tied else {"head": rounded(resident.head_VH)})
+    codes = {"embedding": rounded(resident.embedding_VH)} | (
+        {} if tied else {"head": rounded(resident.head_VH)}
+    )
     for model in (resident, streamed):
         model.exchange_ends(codes)
     assert torch.equal(streamed.head_VH, resident.head_VH)
@@ -193,7 +209,9 @@ def test_a_shard_that_is_cut_off_midway_is_an_error_by_name(random_checkpoint, a
     shard = folder / "model-00003-of-00003.safetensors"
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.safetensors is damaged: it ends too early"):
+    with pytest.raises(
+        CheckpointError, match=r"model-00003-of-00003\.safetensors is damaged: it ends too early"
+    ):
         model.hidden(batches()[0])
 
 

@@ -11,8 +11,12 @@ from q3q.numerics.divergence import kl_divergence
 
 def test_divergence_by_hand():
     p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    assert kl_divergence(p, q).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6)
-    assert kl_divergence(q, p).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-6)
+    assert kl_divergence(p, q).item() == pytest.approx(
+        0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-6
+    )
+    assert kl_divergence(q, p).item() == pytest.approx(
+        0.25 * math.log(0.5) + 0.75 * math.log(1.5), rel=1e-6
+    )
 
 
 def test_divergence_of_a_distribution_from_itself_is_nothing():

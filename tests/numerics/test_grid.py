@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from q3q.errors import ShapeError
-from q3q.numerics.grid import absmax_per_token, awq_grid, into_groups, minmax_grid, on_grid, to_codes
+from q3q.numerics.grid import (
+    absmax_per_token,
+    awq_grid,
+    into_groups,
+    minmax_grid,
+    on_grid,
+    to_codes,
+)
 from q3q.numerics.weights import QuantizedWeight, concatenate_rows, round_to_grid
 
 
@@ -25,7 +32,10 @@ def test_the_range_is_forced_to_include_zero_in_gptqs_grid_and_not_in_awqs():
 def test_a_group_of_zeros_stays_zero():
     row = torch.zeros(1, 4)
     for symmetric in (True, False):
-        for grid in (minmax_grid(row, 3, symmetric=symmetric), awq_grid(row, 3, symmetric=symmetric)):
+        for grid in (
+            minmax_grid(row, 3, symmetric=symmetric),
+            awq_grid(row, 3, symmetric=symmetric),
+        ):
             assert on_grid(row, grid, 3).abs().max() == 0
 
 
@@ -62,27 +72,35 @@ def test_activations_are_rounded_per_token_and_left_untouched():
 
 
 def test_a_group_size_that_does_not_divide_is_refused_with_those_that_do():
-    with pytest.raises(ShapeError, match=r"group_size=100 does not divide 96 input columns.*\[16, 32\]"):
+    with pytest.raises(
+        ShapeError, match=r"group_size=100 does not divide 96 input columns.*\[16, 32\]"
+    ):
         into_groups(torch.zeros(2, 96), 100)
 
 
 def weight(seed: int = 0) -> QuantizedWeight:
     values = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(seed))
-    return round_to_grid(values, minmax_grid(into_groups(values, 8), 3, symmetric=False), 3, 8, symmetric=False)
+    return round_to_grid(
+        values, minmax_grid(into_groups(values, 8), 3, symmetric=False), 3, 8, symmetric=False
+    )
 
 
 def test_a_quantized_weight_round_trips_through_plain_tensors():
     there = weight()
     back = QuantizedWeight.from_tensors(there.to_tensors(), there.facts())
     assert torch.equal(back.dequantize(), there.dequantize())
-    assert torch.equal(concatenate_rows([there.rows(0, 2), there.rows(2, 6)]).dequantize(), there.dequantize())
+    assert torch.equal(
+        concatenate_rows([there.rows(0, 2), there.rows(2, 6)]).dequantize(), there.dequantize()
+    )
 
 
 def test_a_group_index_says_which_scale_is_whose():
     there = weight()
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
     index = (torch.arange(32) // 8)[order].to(torch.int32).expand(2, 32)
-    shuffled = QuantizedWeight(there.codes_EOI[:, :, order], there.scale_EOG, there.zero_EOG, 3, False, index)
+    shuffled = QuantizedWeight(
+        there.codes_EOI[:, :, order], there.scale_EOG, there.zero_EOG, 3, False, index
+    )
     assert torch.equal(shuffled.dequantize(), there.dequantize()[:, :, order])
     assert shuffled.most_levels_in_a_group() == there.most_levels_in_a_group()
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from q3q.numerics import linalg
-from q3q.numerics.linalg import add_gram, all_finite, invert_upper_triangular, mirror, quadratic_form_E, reverse
+from q3q.numerics.linalg import (
+    add_gram,
+    all_finite,
+    invert_upper_triangular,
+    mirror,
+    quadratic_form_E,
+    reverse,
+)
 
 
 def tokens(count, columns, seed=0):
@@ -49,7 +56,10 @@ def test_error_of_float32_sums_and_of_narrower_products_against_float64():
 
     x = tokens(4096, 256)
     assert torch.equal(kept_bits(x, 7), x.bfloat16().float())
-    errors = {name: error(gram(kept_bits(x, bits)), x) for name, bits in {"fp32": 23, "tf32": 10, "bf16": 7}.items()}
+    errors = {
+        name: error(gram(kept_bits(x, bits)), x)
+        for name, bits in {"fp32": 23, "tf32": 10, "bf16": 7}.items()
+    }
     assert errors["fp32"] < 1e-6
     assert 20 * errors["fp32"] < errors["tf32"] < 2e-4
     assert 4 * errors["tf32"] < errors["bf16"] < 2e-3
@@ -59,20 +69,29 @@ def test_error_of_float32_sums_and_of_narrower_products_against_float64():
 
 def test_a_quadratic_form_is_the_trace():
     generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(3, 5, 300, generator=generator), torch.randn(3, 50, 300, generator=generator)
+    weight, x = (
+        torch.randn(3, 5, 300, generator=generator),
+        torch.randn(3, 50, 300, generator=generator),
+    )
     symmetric = x.mT @ x
-    expected = torch.stack([torch.trace(w @ s @ w.T) for w, s in zip(weight, symmetric, strict=True)])
+    expected = torch.stack(
+        [torch.trace(w @ s @ w.T) for w, s in zip(weight, symmetric, strict=True)]
+    )
     torch.testing.assert_close(quadratic_form_E(weight, symmetric), expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("columns", [1, 127, 128, 129, 517])
 def test_inverse_by_halves_equals_float64s(columns):
     generator = torch.Generator().manual_seed(0)
-    upper = torch.eye(columns) + torch.randn(2, columns, columns, generator=generator).triu() / columns
+    upper = (
+        torch.eye(columns) + torch.randn(2, columns, columns, generator=generator).triu() / columns
+    )
     found = upper.clone()
     invert_upper_triangular(found)
     assert torch.equal(found, found.triu())
-    torch.testing.assert_close(found.double(), torch.linalg.inv(upper.double()), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        found.double(), torch.linalg.inv(upper.double()), rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("columns", [1, 2, 5, 8])

@@ -41,7 +41,10 @@ def test_a_cpu_sums_plainly():
     assert torch.equal(logsum(torch.ones(2, 3))[0], logsum_plain(torch.ones(2, 3))[0])
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: the fused kernel is not tested here")
+@pytest.mark.skipif(
+    find_spec("triton") is None,
+    reason="Triton is not installed: the fused kernel is not tested here",
+)
 def test_the_fused_kernel_equals_the_plain_one():
     """In a process of its own, since Triton reads TRITON_INTERPRET once, when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

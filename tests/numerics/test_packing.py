@@ -17,7 +17,9 @@ def plain_words(codes, bits):
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("count", [1, 8, 21, 32, 96])
 def test_words_hold_the_codes_bit_by_bit(bits, count):
-    codes = torch.randint(2**bits, (3, count), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    codes = torch.randint(2**bits, (3, count), generator=torch.Generator().manual_seed(bits)).to(
+        torch.uint8
+    )
     packed = pack_bits(codes, bits)
     assert packed.dtype == torch.int32
     assert packed.tolist() == [plain_words(row, bits) for row in codes.tolist()]
@@ -25,6 +27,8 @@ def test_words_hold_the_codes_bit_by_bit(bits, count):
 
 
 def test_leading_axes_and_strides_do_not_matter():
-    codes = torch.randint(16, (2, 5, 24), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    codes = torch.randint(16, (2, 5, 24), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
     packed = pack_bits(codes.mT, 4)
     assert torch.equal(unpack_bits(packed, 4, 5), codes.mT)

@@ -10,7 +10,9 @@ from q3q.numerics.weights import BinarizedWeight, QuantizedWeight, round_to_grid
 
 def grid_weight() -> QuantizedWeight:
     values = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
-    return round_to_grid(values, minmax_grid(into_groups(values, 8), 3, symmetric=False), 3, 8, symmetric=False)
+    return round_to_grid(
+        values, minmax_grid(into_groups(values, 8), 3, symmetric=False), 3, 8, symmetric=False
+    )
 
 
 def binarized_weight() -> BinarizedWeight:
@@ -61,7 +63,12 @@ def test_what_each_code_of_a_binarized_weight_stands_for():
     scale = torch.tensor([0.1, 0.2, 0.3, 0.4]).view(1, 1, 1, 4)
     codes = torch.arange(8, dtype=torch.uint8).view(1, 1, 8)
     small, large = [0.9, 1.1], [9.8, 10.2]
-    salient = [100 - 0.3 + 1000 - 0.4, 100 + 0.3 + 1000 - 0.4, 100 - 0.3 + 1000 + 0.4, 100 + 0.3 + 1000 + 0.4]
+    salient = [
+        100 - 0.3 + 1000 - 0.4,
+        100 + 0.3 + 1000 - 0.4,
+        100 - 0.3 + 1000 + 0.4,
+        100 + 0.3 + 1000 + 0.4,
+    ]
     expected = torch.tensor([[[*small, *large, *salient]]])
     torch.testing.assert_close(BinarizedWeight(codes, mean, scale).dequantize(), expected)
 
@@ -69,9 +76,13 @@ def test_what_each_code_of_a_binarized_weight_stands_for():
 def test_more_levels_than_the_bits_allow_are_noticed(weight):
     assert not weight.too_fine()
     weight.codes_EOI[0, 0, :] = torch.arange(32) if weight.kind == "grid" else 8
-    assert weight.too_fine() == (weight.kind == "binarized")  # 32 codes, eight in each group of three bits
+    assert weight.too_fine() == (
+        weight.kind == "binarized"
+    )  # 32 codes, eight in each group of three bits
     if weight.kind == "grid":
-        assert QuantizedWeight(weight.codes_EOI, weight.scale_EOG, weight.zero_EOG, 2, False).too_fine()
+        assert QuantizedWeight(
+            weight.codes_EOI, weight.scale_EOG, weight.zero_EOG, 2, False
+        ).too_fine()
 
 
 def test_a_column_that_is_salient_in_some_rows_only_is_noticed():

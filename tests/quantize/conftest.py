@@ -22,7 +22,12 @@ CONFIG = {
     "torch_dtype": "float32",
     "hidden_act": "silu",
 }
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True}
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
 
 
 @pytest.fixture(params=["dense", "moe"])
@@ -36,7 +41,11 @@ def decoder(kind):
 
 
 def random_decoder(kind: str, seed: int = 0) -> Decoder:
-    config = {**CONFIG, "model_type": "qwen3"} if kind == "dense" else {**CONFIG, **MOE, "model_type": "qwen3_moe"}
+    config = (
+        {**CONFIG, "model_type": "qwen3"}
+        if kind == "dense"
+        else {**CONFIG, **MOE, "model_type": "qwen3_moe"}
+    )
     facts = read_facts(config)
     generator = torch.Generator().manual_seed(seed)
 
@@ -46,7 +55,9 @@ def random_decoder(kind: str, seed: int = 0) -> Decoder:
         return torch.randn(shape, generator=generator) * 1.5 / shape[-1] ** 0.5
 
     blocks = [
-        block_class(facts, k)(facts, {name: weight(name, shape) for name, shape in facts.block_shapes(k).items()})
+        block_class(facts, k)(
+            facts, {name: weight(name, shape) for name, shape in facts.block_shapes(k).items()}
+        )
         for k in range(facts.layers)
     ]
     embedding = torch.randn(facts.vocab, facts.hidden, generator=generator)

@@ -67,7 +67,9 @@ def plain_clip(w, x, group_size, bits, symmetric=False):
             part, lowest = w[r, g : g + group_size], math.inf
             for i in range(10):
                 limit = part.abs().max() * (1 - i / 20)
-                tried = plain_rounding(part.clamp(-limit, limit)[None], group_size, bits, symmetric)[0]
+                tried = plain_rounding(
+                    part.clamp(-limit, limit)[None], group_size, bits, symmetric
+                )[0]
                 cost = float(((x[:, g : g + group_size] @ (tried - part)) ** 2).mean())
                 if cost < lowest:
                     lowest, best = cost, limit
@@ -84,7 +86,9 @@ def plain_attention(w, windows, facts):
     read, returned = [], []
     heads, kv_heads, size = facts.heads, facts.kv_heads, facts.head_dim
     for x in windows:
-        time = torch.arange(len(x)).float()[:, None] / facts.rope_theta ** (torch.arange(0, size, 2).float() / size)
+        time = torch.arange(len(x)).float()[:, None] / facts.rope_theta ** (
+            torch.arange(0, size, 2).float() / size
+        )
         cos, sin = time.cos(), time.sin()
 
         def turned(y, cos=cos, sin=sin):
@@ -94,10 +98,14 @@ def plain_attention(w, windows, facts):
         contexts = []
         for head in range(heads):
             own = slice(head * size, head * size + size)
-            other = slice(head // (heads // kv_heads) * size, (head // (heads // kv_heads) + 1) * size)
+            other = slice(
+                head // (heads // kv_heads) * size, (head // (heads // kv_heads) + 1) * size
+            )
             q = turned(plain_norm(x @ w[QKV[0]][own].T, w["self_attn.q_norm.weight"]))
             k = turned(plain_norm(x @ w[QKV[1]][other].T, w["self_attn.k_norm.weight"]))
-            score = (q @ k.T / size**0.5).masked_fill(torch.ones(len(x), len(x)).triu(1).bool(), -math.inf)
+            score = (q @ k.T / size**0.5).masked_fill(
+                torch.ones(len(x), len(x)).triu(1).bool(), -math.inf
+            )
             contexts.append(score.softmax(1) @ (x @ w[QKV[2]][other].T))
         read.append(torch.cat(contexts, 1))
         returned.append(read[-1] @ w["self_attn.o_proj.weight"].T)
@@ -126,7 +134,8 @@ def plain_mlp(w, x, facts):
             out[t] += share * (down[e] @ middle)
     nothing = torch.zeros(0, x.shape[1]), torch.zeros(0, gate[0].shape[0])
     return *(
-        [torch.stack(r) if r else none for r in some] for some, none in zip((read, gated), nothing, strict=True)
+        [torch.stack(r) if r else none for r in some]
+        for some, none in zip((read, gated), nothing, strict=True)
     ), out
 
 
@@ -141,7 +150,9 @@ def plain_awq(block, hidden, scheme):
 
     def rounded(weight, s):
         flat = weight.reshape(-1, weight.shape[-1])
-        return (plain_rounding(flat * s, scheme.group_size, scheme.bits, scheme.symmetric) / s).view_as(weight)
+        return (
+            plain_rounding(flat * s, scheme.group_size, scheme.bits, scheme.symmetric) / s
+        ).view_as(weight)
 
     def search(x, weights, output):
         mean = sum(row.abs() for row in x) / len(x)
@@ -150,7 +161,9 @@ def plain_awq(block, hidden, scheme):
             s = mean.pow(step / 20).clamp(min=1e-4)
             s = s / (s.max() * s.min()).sqrt()
             loss = float(
-                (output({name: rounded(weight, s) for name, weight in weights.items()}) - wanted).pow(2).mean()
+                (output({name: rounded(weight, s) for name, weight in weights.items()}) - wanted)
+                .pow(2)
+                .mean()
             )
             if loss < lowest:
                 lowest, best = loss, s
@@ -164,14 +177,22 @@ def plain_awq(block, hidden, scheme):
     qkv_input = normed.flatten(0, 1)
 
     scales = {}
-    s = search(qkv_input, {n: w[n] for n in QKV}, lambda new: plain_attention({**w, **new}, normed, facts)[1])
+    s = search(
+        qkv_input,
+        {n: w[n] for n in QKV},
+        lambda new: plain_attention({**w, **new}, normed, facts)[1],
+    )
     for name in QKV:
         w[name] = w[name] * s
     scales["qkv"], qkv_input = s, qkv_input / s
 
     inner = "mlp.experts" if experts else "mlp"
     gate_up = [f"{inner}.gate_proj.weight", f"{inner}.up_proj.weight"]
-    s = search(mlp_input, {n: w[n] for n in gate_up}, lambda new: plain_mlp({**w, **new}, mlp_input, facts)[2])
+    s = search(
+        mlp_input,
+        {n: w[n] for n in gate_up},
+        lambda new: plain_mlp({**w, **new}, mlp_input, facts)[2],
+    )
     for name in (*gate_up, *(["mlp.gate.weight"] if experts else [])):
         w[name] = w[name] * s
     scales["gate_up"], expert_inputs = s, [x / s for x in expert_inputs]
@@ -197,11 +218,15 @@ def plain_awq(block, hidden, scheme):
         for e in range(len(weight)):
             clipped = weight[e]
             if x is not None and len(x[e]) >= (least if name in experts else 1):
-                clipped = plain_clip(weight[e], x[e], scheme.group_size, scheme.bits, scheme.symmetric)
+                clipped = plain_clip(
+                    weight[e], x[e], scheme.group_size, scheme.bits, scheme.symmetric
+                )
             for r in range(clipped.shape[0]):
                 for g in range(0, clipped.shape[1], scheme.group_size):
                     part = slice(g, g + scheme.group_size)
-                    codes[name][e, r, part] = plain_codes(clipped[r, part], scheme.bits, scheme.symmetric)[0]
+                    codes[name][e, r, part] = plain_codes(
+                        clipped[r, part], scheme.bits, scheme.symmetric
+                    )[0]
     return scales, codes
 
 
@@ -216,14 +241,22 @@ class Nowhere:
 @pytest.mark.parametrize("symmetric", [True, False])
 @torch.inference_mode()
 def test_a_block_comes_out_as_in_the_plain_transcription(decoder, windows, kind, symmetric):
-    scheme, windows = Scheme(bits=3, group_size=16, symmetric=symmetric), windows[: 3 if kind == "dense" else 6]
+    scheme, windows = (
+        Scheme(bits=3, group_size=16, symmetric=symmetric),
+        windows[: 3 if kind == "dense" else 6],
+    )
     original = decoder.blocks[0]
     scales, codes = plain_awq(original, decoder.embed(windows), scheme)
     found = quantize_model(decoder, Awq(AwqSettings()), scheme, windows, Nowhere())[0]
     if kind == "moe":  # of both kinds
         assert 0 < len(found.notes["blocks.0.down"]["starved_experts"]) < 4
-    for site, norm in (("qkv", "input_layernorm.weight"), ("gate_up", "post_attention_layernorm.weight")):
-        torch.testing.assert_close(original.weights[norm] / found.changed[norm], scales[site], rtol=1e-4, atol=1e-5)
+    for site, norm in (
+        ("qkv", "input_layernorm.weight"),
+        ("gate_up", "post_attention_layernorm.weight"),
+    ):
+        torch.testing.assert_close(
+            original.weights[norm] / found.changed[norm], scales[site], rtol=1e-4, atol=1e-5
+        )
     same = total = 0
     for name, wanted in codes.items():
         same += int((found.quantized[name].codes_EOI == wanted).sum())
@@ -235,7 +268,9 @@ def test_a_block_comes_out_as_in_the_plain_transcription(decoder, windows, kind,
 def test_rounding_of_scaled_weights_equals_the_plain_loops():
     generator = torch.Generator().manual_seed(0)
     w, s = torch.randn(6, 32, generator=generator), torch.rand(32, generator=generator) + 0.5
-    torch.testing.assert_close(scaled_rounding(w, s, SCHEME), plain_rounding(w * s, 16, 3) / s, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        scaled_rounding(w, s, SCHEME), plain_rounding(w * s, 16, 3) / s, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_scale_candidates():
@@ -247,12 +282,19 @@ def test_scale_candidates():
 def test_the_first_of_equals_is_chosen_and_never_what_is_no_number():
     candidates = torch.arange(4.0)[:, None, None].expand(4, 3, 1)
     loss = torch.tensor(
-        [[2.0, math.nan, math.nan], [1.0, 5.0, math.nan], [1.0, math.inf, math.nan], [3.0, 5.0, math.nan]]
+        [
+            [2.0, math.nan, math.nan],
+            [1.0, 5.0, math.nan],
+            [1.0, math.inf, math.nan],
+            [3.0, 5.0, math.nan],
+        ]
     )
     assert first_lowest(loss, candidates).flatten().tolist() == [1.0, 1.0, 0.0]
 
 
-@pytest.mark.parametrize(("group_size", "tokens"), [(16, 9), (16, 70), (-1, 9), (-1, 70)])  # few columns, or few tokens
+@pytest.mark.parametrize(
+    ("group_size", "tokens"), [(16, 9), (16, 70), (-1, 9), (-1, 70)]
+)  # few columns, or few tokens
 @pytest.mark.parametrize("at_once", [40, 2**19])
 def test_clip_search_equals_the_plain_loops(monkeypatch, group_size, tokens, at_once):
     monkeypatch.setattr(awq, "WEIGHTS_AT_ONCE", {"cpu": at_once})
@@ -301,15 +343,21 @@ def test_migrating_scale_leaves_the_blocks_function_unchanged(decoder, windows):
         scale = torch.rand(rows, reader.shape[-1], generator=generator) + 0.5
         if group.repeat > 1:  # heads that read one value head share its scale
             scale = scale.unflatten(1, (-1, group.repeat, group.head_dim))
-            scale = scale[:, :, :1].expand_as(scale.clone().expand(-1, -1, group.repeat, -1)).flatten(1)
+            scale = (
+                scale[:, :, :1].expand_as(scale.clone().expand(-1, -1, group.repeat, -1)).flatten(1)
+            )
         changed = migrate_scale(block.weights, group, scale)
         assert not torch.equal(changed[group.producer], block.weights[group.producer])
-        torch.testing.assert_close(block.with_weights(changed)(hidden[0], decoder.rope), before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            block.with_weights(changed)(hidden[0], decoder.rope), before, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("tokens_at_once", [80, 2**10])
 @torch.inference_mode()
-def test_a_candidate_is_dropped_only_if_it_cannot_be_the_first_lowest(decoder, windows, monkeypatch, tokens_at_once):
+def test_a_candidate_is_dropped_only_if_it_cannot_be_the_first_lowest(
+    decoder, windows, monkeypatch, tokens_at_once
+):
     monkeypatch.setattr(awq, "TOKENS_AT_ONCE", {"cpu": tokens_at_once})
     block, hidden, statistics = observed(decoder, windows)
     for group in (group for group in block.scale_groups if len(group.site.weights) > 1):
@@ -321,7 +369,10 @@ def test_a_candidate_is_dropped_only_if_it_cannot_be_the_first_lowest(decoder, w
         rows = torch.cat(list(task.windows)).unflatten(0, (-1, task.row))
         wanted, plain = task.run(rows, {}), []
         for scale in candidates:
-            tried = {name: scaled_rounding(block.weights[name], scale[0], SCHEME) for name in group.site.weights}
+            tried = {
+                name: scaled_rounding(block.weights[name], scale[0], SCHEME)
+                for name in group.site.weights
+            }
             plain.append((task.run(rows, tried) - wanted).double().square().sum())
         plain, found = torch.stack(plain), piece_losses(task, candidates, SCHEME, race=False)[:, 0]
         assert int(found.argmin()) == int(plain.argmin())
@@ -367,7 +418,9 @@ def test_racing_chooses_what_all_tokens_choose(decoder, bits):
     decoder.embedding_VH[:, ::8] *= 10  # loud channels, so that scales matter
     windows = torch.randint(61, (64, 16), generator=torch.Generator().manual_seed(2))
     for index in range(2):
-        same_scales_for_less(decoder, windows, index, Scheme(bits=bits, group_size=16, symmetric=False))
+        same_scales_for_less(
+            decoder, windows, index, Scheme(bits=bits, group_size=16, symmetric=False)
+        )
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
@@ -398,7 +451,9 @@ def by_hand(monkeypatch, inputs_RI, windows):
 
 
 def test_candidates_that_cost_the_same_all_run_to_the_end_and_the_first_wins(monkeypatch):
-    task = by_hand(monkeypatch, torch.randn(128, 2, generator=torch.Generator().manual_seed(0)), windows=64)
+    task = by_hand(
+        monkeypatch, torch.randn(128, 2, generator=torch.Generator().manual_seed(0)), windows=64
+    )
     found = piece_losses(task, torch.full((5, 1, 2), 1.5), SCHEME, race=True)
     assert found.argmin() == 0
     assert found[0].isfinite()
@@ -417,10 +472,14 @@ def test_the_first_windows_are_not_taken_for_all(monkeypatch):
     assert found == [math.inf, pytest.approx(float((inputs[:, 0] ** 2).sum())), math.inf]
 
 
-@pytest.mark.parametrize(("windows", "races"), [(7, 0), (15, 0), (16, 1), (32, 2), (64, 3), (128, 3)])
+@pytest.mark.parametrize(
+    ("windows", "races"), [(7, 0), (15, 0), (16, 1), (32, 2), (64, 3), (128, 3)]
+)
 def test_with_few_windows_nothing_is_raced(monkeypatch, windows, races):
     seen = []
-    monkeypatch.setattr(awq, "still_racing", lambda loss, alive, windows: seen.append(loss.shape[1]) or alive)
+    monkeypatch.setattr(
+        awq, "still_racing", lambda loss, alive, windows: seen.append(loss.shape[1]) or alive
+    )
     generator = torch.Generator().manual_seed(0)
     task = by_hand(monkeypatch, torch.randn(windows * 3, 2, generator=generator), windows)
     candidates = torch.rand(6, 1, 2, generator=generator)
@@ -432,11 +491,19 @@ def test_with_few_windows_nothing_is_raced(monkeypatch, windows, races):
 
 def test_a_candidate_is_dropped_at_six_standard_errors_of_the_paired_difference():
     generator = torch.Generator().manual_seed(0)
-    shared = 100 * torch.rand(16, dtype=torch.float64, generator=generator)  # what a window costs anyone
+    shared = 100 * torch.rand(
+        16, dtype=torch.float64, generator=generator
+    )  # what a window costs anyone
     spread = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(8)
     error = float(spread.std()) * math.sqrt(1 / 16 - 1 / 64)
     loss = torch.stack(
-        [shared, shared + spread + 6.1 * error, shared + spread + 5.9 * error, shared * math.nan, shared + 1e-6]
+        [
+            shared,
+            shared + spread + 6.1 * error,
+            shared + spread + 5.9 * error,
+            shared * math.nan,
+            shared + 1e-6,
+        ]
     )
     assert still_racing(loss, [0, 1, 2, 3, 4], 64) == [0, 2]
     assert still_racing(loss, [1, 2], 64) == [2]
@@ -452,13 +519,17 @@ def test_scaling_v_and_o_shares_a_scale_among_the_heads_that_read_one_value(deco
     chosen = []
     apply, task.apply = task.apply, chosen.append
     Awq(AwqSettings()).rebalance(task, SCHEME)
-    assert not chosen  # v and o differ in shape under grouped-query attention: left alone by default
+    assert (
+        not chosen
+    )  # v and o differ in shape under grouped-query attention: left alone by default
     Awq(AwqSettings(v_to_o=True)).rebalance(task, SCHEME)
     heads = chosen[0].view(2, 3, 8)
     torch.testing.assert_close(heads, heads[:, :1].expand_as(heads))
     assert heads.std() > 0.01
     apply(chosen[0])
-    torch.testing.assert_close(block(decoder.embed(windows), decoder.rope), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        block(decoder.embed(windows), decoder.rope), before, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_statistics_follow_a_scale():
@@ -496,7 +567,9 @@ def test_of_what_one_dense_linear_reads_only_the_sample_is_kept(count):
     assert torch.equal(torch.cat(list(whole.windows())), x)
     for statistics in (kept, whole):
         statistics.rescale(torch.tensor([[1.0, 2.0, 4.0, 8.0]]))
-    assert torch.equal(kept.samples()[0], (x / torch.tensor([1.0, 2.0, 4.0, 8.0]))[:: 6 if count == 30 else 1])
+    assert torch.equal(
+        kept.samples()[0], (x / torch.tensor([1.0, 2.0, 4.0, 8.0]))[:: 6 if count == 30 else 1]
+    )
     for one, other in (
         (kept.samples()[0], whole.samples()[0]),
         (kept.mean_absolute_EI(), whole.mean_absolute_EI()),

@@ -27,7 +27,9 @@ class Nowhere:
 def problem(experts=1, rows=12, columns=128, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(experts, rows, columns, generator=generator, dtype=dtype)
-    weight = weight * (0.3 + torch.rand(experts, 1, columns, generator=generator, dtype=dtype)) + 0.1
+    weight = (
+        weight * (0.3 + torch.rand(experts, 1, columns, generator=generator, dtype=dtype)) + 0.1
+    )
     mixing = torch.randn(experts, 40, columns, generator=generator, dtype=dtype)
     inputs = torch.randn(experts, 400, 40, generator=generator, dtype=dtype) @ mixing
     inputs = inputs + torch.randn(experts, 400, columns, generator=generator, dtype=dtype)
@@ -63,7 +65,9 @@ def plain_search(s, up_lim=50):
     for share in np.linspace(0.10, 0.90, 81):
         threshold = np.quantile(np.abs(s * ~mask3), share)
         large, small = (np.abs(s) >= threshold) & ~mask3, (np.abs(s) < threshold) & ~mask3
-        error = ((s - plain_residual(s, small, 1) - plain_residual(s, large, 1) - salient) ** 2).mean()
+        error = (
+            (s - plain_residual(s, small, 1) - plain_residual(s, large, 1) - salient) ** 2
+        ).mean()
         if error < lowest:
             lowest, masks = error, (small, large, mask3)
     return masks
@@ -83,7 +87,11 @@ def plain_billm(W, H, blocksize, metric="hessian", percdamp=0.01):
         ed = st + blocksize
         block, diagonal = W[:, st:ed].copy(), np.diag(Hc)[st:ed]
         small, large, mask3 = plain_search(block**2 / diagonal**2 if metric == "hessian" else block)
-        Q = plain_residual(block, small, 1) + plain_residual(block, large, 1) + plain_residual(block, mask3, 2)
+        Q = (
+            plain_residual(block, small, 1)
+            + plain_residual(block, large, 1)
+            + plain_residual(block, mask3, 2)
+        )
         salient[st:ed] = mask3[0]
         error = np.zeros_like(block)
         for i in range(blocksize):
@@ -106,7 +114,9 @@ def test_equals_the_official_loops(metric, block_size):
 
 def test_float32_differs_from_float64_where_a_tie_explains_it_only():
     weight, hessian = problem(rows=32, columns=256, seed=7)
-    exact, single = (billm_round(weight.to(d), hessian.to(d), 128).weight for d in (torch.float64, torch.float32))
+    exact, single = (
+        billm_round(weight.to(d), hessian.to(d), 128).weight for d in (torch.float64, torch.float32)
+    )
     assert (exact.codes_EOI == single.codes_EOI).double().mean() > 0.999
 
 
@@ -114,14 +124,18 @@ def test_linears_of_a_site_and_experts_are_as_if_each_were_alone():
     weight, hessian = problem(experts=3, rows=20)
     linears = (slice(0, 8), slice(8, 20))
     together = billm_round(weight, hessian, 64, linears=linears).weight
-    assert not torch.equal(together.codes_EOI[:, 0] >= 4, together.codes_EOI[:, 8] >= 4)  # each linear its own columns
+    assert not torch.equal(
+        together.codes_EOI[:, 0] >= 4, together.codes_EOI[:, 8] >= 4
+    )  # each linear its own columns
     for e in range(3):
         for rows in linears:
             alone = billm_round(weight[e : e + 1, rows], hessian[e : e + 1], 64).weight
             assert torch.equal(together.codes_EOI[e, rows], alone.codes_EOI[0])
             torch.testing.assert_close(together.dequantize()[e, rows], alone.dequantize()[0])
     shared = billm_round(weight, hessian[:1], 64).weight  # experts that all read the same tokens
-    assert torch.equal(shared.codes_EOI[2], billm_round(weight[2:], hessian[:1], 64).weight.codes_EOI[0])
+    assert torch.equal(
+        shared.codes_EOI[2], billm_round(weight[2:], hessian[:1], 64).weight.codes_EOI[0]
+    )
 
 
 def test_searching_in_pieces_changes_nothing(monkeypatch):
@@ -165,7 +179,10 @@ def test_costs_far_less_than_naive_binarization(metric, seed):
     groups = weight.unflatten(2, (-1, 64))
     naive = (groups.sign() * groups.abs().mean(-1, keepdim=True)).flatten(2)
     ours = billm_round(weight, hessian, 64, metric=metric).weight.dequantize()
-    cost = [float((((rounded - weight) @ hessian) * (rounded - weight)).sum()) for rounded in (ours, naive)]
+    cost = [
+        float((((rounded - weight) @ hessian) * (rounded - weight)).sum())
+        for rounded in (ours, naive)
+    ]
     assert cost[0] < 0.5 * cost[1]
 
 
@@ -174,7 +191,9 @@ def test_a_row_of_one_value_is_kept_exactly():
     weight[0, 3] = 0.25
     rounded = billm_round(weight, torch.eye(128)[None], 64, metric="magnitude").weight.dequantize()
     torch.testing.assert_close(rounded[0, 3], weight[0, 3])
-    assert torch.isfinite(billm_round(torch.zeros(1, 4, 128), hessian, 64).weight.dequantize()).all()
+    assert torch.isfinite(
+        billm_round(torch.zeros(1, 4, 128), hessian, 64).weight.dequantize()
+    ).all()
 
 
 def test_impossible_input_is_refused():
@@ -194,13 +213,25 @@ def test_a_walk_gives_one_bit_weights_and_goes_on_after_a_kill(decoder, windows,
             super().store(block)
 
     def again():
-        return type(decoder)(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks))
+        return type(decoder)(
+            decoder.facts,
+            decoder.embedding_VH,
+            decoder.norm_H,
+            decoder.head_VH,
+            list(decoder.blocks),
+        )
 
     whole, broken, resumed = again(), again(), again()
-    results = quantize_model(whole, Billm(BillmSettings()), SCHEME, windows, BlockStore(tmp_path / "whole"))
+    results = quantize_model(
+        whole, Billm(BillmSettings()), SCHEME, windows, BlockStore(tmp_path / "whole")
+    )
     with pytest.raises(KeyboardInterrupt):
-        quantize_model(broken, Billm(BillmSettings()), SCHEME, windows, DiesAfterOne(tmp_path / "broken"))
-    assert all(check.passed for check in check_weights(whole, [result.quantized for result in results]))
+        quantize_model(
+            broken, Billm(BillmSettings()), SCHEME, windows, DiesAfterOne(tmp_path / "broken")
+        )
+    assert all(
+        check.passed for check in check_weights(whole, [result.quantized for result in results])
+    )
     store = BlockStore(tmp_path / "broken")
     quantize_model(resumed, Billm(BillmSettings()), SCHEME, windows, store)
     assert store.taken == 1
@@ -212,14 +243,18 @@ def test_a_walk_gives_one_bit_weights_and_goes_on_after_a_kill(decoder, windows,
             assert not weight.too_fine()
             for values in weight.dequantize().unflatten(2, (-1, 16)).flatten(0, 2):
                 assert len(values.unique()) <= 2 + 2 + 4
-            assert torch.equal(block.weights[name], weight.dequantize().view_as(block.weights[name]))
+            assert torch.equal(
+                block.weights[name], weight.dequantize().view_as(block.weights[name])
+            )
 
 
 @torch.inference_mode()
 def test_the_next_block_is_calibrated_on_binarized_outputs(decoder, windows):
     first, block = decoder.blocks[0], decoder.blocks[1]
     quantize_model(decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
-    alone = type(decoder)(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, [block])
+    alone = type(decoder)(
+        decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, [block]
+    )
     entrance = decoder.blocks[0](decoder.embed(windows), decoder.rope)
     assert not torch.equal(entrance, first(decoder.embed(windows), decoder.rope))
     alone.embed = lambda ids: entrance[: len(ids)]
@@ -248,9 +283,15 @@ def test_an_expert_with_few_tokens_is_binarized_without_a_hessian_and_named(moe_
 def test_what_makes_no_sense_is_refused_in_one_line():
     settings = BillmSettings()
     assert settings.clash(SCHEME) is None
-    assert "cannot do bits=4; it takes 1" in settings.clash(Scheme(bits=4, group_size=128, symmetric=False))
-    assert "group_size=-1 makes no sense" in settings.clash(Scheme(bits=1, group_size=-1, symmetric=False))
-    assert "symmetric=true makes no sense" in settings.clash(Scheme(bits=1, group_size=128, symmetric=True))
+    assert "cannot do bits=4; it takes 1" in settings.clash(
+        Scheme(bits=4, group_size=128, symmetric=False)
+    )
+    assert "group_size=-1 makes no sense" in settings.clash(
+        Scheme(bits=1, group_size=-1, symmetric=False)
+    )
+    assert "symmetric=true makes no sense" in settings.clash(
+        Scheme(bits=1, group_size=128, symmetric=True)
+    )
     assert "choose from: hessian, magnitude" in BillmSettings(salient_metric="entropy").problem()
     assert "method.damping=0" in BillmSettings(damping=0).problem()
     assert settings.problem() is None

@@ -35,7 +35,10 @@ CASES = {
     "gptq": (Gptq(GptqSettings()), GROUPS),
     "gptq at once": (Gptq(GptqSettings(true_sequential=False, act_order=True)), GROUPS),
     "awq": (Awq(AwqSettings()), GROUPS),
-    "smoothquant": (SmoothQuant(SmoothQuantSettings(o_and_down=True)), Scheme(bits=8, group_size=-1, symmetric=True)),
+    "smoothquant": (
+        SmoothQuant(SmoothQuantSettings(o_and_down=True)),
+        Scheme(bits=8, group_size=-1, symmetric=True),
+    ),
     "billm": (Billm(BillmSettings()), Scheme(bits=1, group_size=64, symmetric=True)),
 }
 
@@ -60,7 +63,11 @@ def some_windows(vocab):
 
 def facts_of(block):
     """All that a block came to: codes, scales, numbers, errors and notes."""
-    tensors = {f"{name}/{part}": t for name, code in block.quantized.items() for part, t in code.to_tensors().items()}
+    tensors = {
+        f"{name}/{part}": t
+        for name, code in block.quantized.items()
+        for part, t in code.to_tensors().items()
+    }
     return tensors | block.changed, block.errors, block.notes
 
 
@@ -81,7 +88,15 @@ def quantized_by(gang, names):
     """By model and case: each block, states of the quantized model, and after each block the bytes of all tensors of
     rank 1, and those of the parameters that each rank keeps."""
     wanted = {name: CASES[name] for name in names}
-    demo, cases, sink, windows, facts, small, rows = DEMO, wanted, Nowhere, some_windows, facts_of, SMALL, CPU_ROWS
+    demo, cases, sink, windows, facts, small, rows = (
+        DEMO,
+        wanted,
+        Nowhere,
+        some_windows,
+        facts_of,
+        SMALL,
+        CPU_ROWS,
+    )
 
     def lead(team):
         import gc
@@ -104,7 +119,11 @@ def quantized_by(gang, names):
                     held.append((team.together(live_bytes)[1], team.together(parameter_bytes)))
 
                 blocks = quantize_model(model, method, scheme, ids, sink(), look)
-                said[kind, name] = [facts(block) for block in blocks], list(model.states(ids[:2].split(1))), held
+                said[kind, name] = (
+                    [facts(block) for block in blocks],
+                    list(model.states(ids[:2].split(1))),
+                    held,
+                )
                 del model, blocks
                 gc.collect()
         team.dismiss()
@@ -128,7 +147,10 @@ def quantized_by(gang, names):
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize(
     ("case", "told"),
-    [pytest.param(name, "slow", marks=pytest.mark.slow) if name in SLOW else (name, "quick") for name in CASES],
+    [
+        pytest.param(name, "slow", marks=pytest.mark.slow) if name in SLOW else (name, "quick")
+        for name in CASES
+    ],
 )
 def test_two_ranks_give_the_codes_of_one(request, monkeypatch, kind, case, told):
     blocks, their_states, held = request.getfixturevalue(told)[kind, case]

@@ -108,7 +108,9 @@ def test_equals_the_official_loops(act_order, static_groups, group_size, symmetr
     agree = (ours.codes_EOI[0] == codes).double().mean()
     assert agree > 0.995  # float32 against float64: a tie may fall the other way
     same = (ours.codes_EOI[0] == codes).all(1)
-    torch.testing.assert_close(ours.dequantize()[0][same].double(), expected[same], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        ours.dequantize()[0][same].double(), expected[same], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_a_dead_columns_one_weighs_in_damping_on_the_official_scale():
@@ -143,7 +145,9 @@ def test_beats_rounding_when_inputs_are_correlated(act_order, seed):
         wrong = rounded.dequantize() - weight
         return float(((wrong @ hessian) * wrong).sum())
 
-    assert cost(gptq_round(weight, hessian, scheme(), act_order=act_order).weight) < 0.6 * cost(rtn(weight, scheme()))
+    assert cost(gptq_round(weight, hessian, scheme(), act_order=act_order).weight) < 0.6 * cost(
+        rtn(weight, scheme())
+    )
 
 
 def test_rows_are_independent_given_the_hessian():
@@ -175,7 +179,9 @@ def test_the_factor_is_that_of_the_official_three_steps():
     _, hessian = problem(experts=2)
     hessian = hessian + 0.1 * torch.eye(64)
     factor, failed = inverse_upper_cholesky(hessian.clone())
-    official = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    official = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True
+    )
     assert not failed.any()
     torch.testing.assert_close(factor, official, rtol=1e-3, atol=1e-4)
 

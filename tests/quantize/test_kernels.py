@@ -31,10 +31,19 @@ def problem(experts, columns, rows, grids):
     """A block out of the middle of a larger weight, its factor and its grids."""
     generator = torch.Generator().manual_seed(0)
     whole = torch.randn(experts, columns + 16, rows, generator=generator)
-    factor = torch.eye(columns) + 0.3 * torch.randn(experts, columns, columns, generator=generator).triu(1)
+    factor = torch.eye(columns) + 0.3 * torch.randn(
+        experts, columns, columns, generator=generator
+    ).triu(1)
     scale = torch.rand(experts, grids, rows, generator=generator) + 0.1
     zero = torch.randint(0, 8, (experts, grids, rows), generator=generator).float()
-    return whole[:, 8 : 8 + columns], factor, scale, zero, [i * grids // columns for i in range(columns)], 7
+    return (
+        whole[:, 8 : 8 + columns],
+        factor,
+        scale,
+        zero,
+        [i * grids // columns for i in range(columns)],
+        7,
+    )
 
 
 @pytest.mark.parametrize("experts", [1, 3])
@@ -43,7 +52,9 @@ def test_few_calls_equal_the_plain_loop(experts, columns):
     weight, *rest = problem(experts, columns, 40, 1 if columns == 1 else 4)
     plain, plain_error = solve_block_plain(weight.clone(), *rest)
     codes, error = solve_block(weight.clone(), *rest)
-    same = (codes == plain).all(1, keepdim=True).expand_as(codes)  # a tie decides all that comes after it in a row
+    same = (
+        (codes == plain).all(1, keepdim=True).expand_as(codes)
+    )  # a tie decides all that comes after it in a row
     assert same.double().mean() > 0.97
     torch.testing.assert_close(error[same], plain_error[same], rtol=1e-3, atol=1e-4)
 
@@ -52,9 +63,14 @@ def test_few_calls_equal_the_plain_loop(experts, columns):
 def test_the_whole_method_gives_the_same_codes_with_either(act_order):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 400, 96, generator=generator) @ torch.randn(2, 96, 96, generator=generator)
-    weight, scheme = torch.randn(2, 24, 96, generator=generator), Scheme(bits=3, group_size=32, symmetric=False)
+    weight, scheme = (
+        torch.randn(2, 24, 96, generator=generator),
+        Scheme(bits=3, group_size=32, symmetric=False),
+    )
     plain, fast = (
-        gptq_round(weight, x.mT @ x, scheme, act_order=act_order, block_size=48, solver=solver).weight
+        gptq_round(
+            weight, x.mT @ x, scheme, act_order=act_order, block_size=48, solver=solver
+        ).weight
         for solver in (solve_block_plain, solve_block)
     )
     assert (plain.codes_EOI == fast.codes_EOI).double().mean() > 0.995
@@ -64,7 +80,10 @@ def test_a_cpu_takes_the_loop_of_few_calls():
     assert block_solver(torch.device("cpu")) is solve_block
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: the fused kernel is not tested here")
+@pytest.mark.skipif(
+    find_spec("triton") is None,
+    reason="Triton is not installed: the fused kernel is not tested here",
+)
 def test_the_fused_kernel_equals_the_plain_loop(tmp_path):
     """In a process of its own, since Triton reads TRITON_INTERPRET once, when it is imported."""
     (tmp_path / "tests_problem.py").write_text(

@@ -50,7 +50,9 @@ class Nowhere:
 
 
 def first_block(decoder):
-    return Decoder(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, decoder.blocks[:1])
+    return Decoder(
+        decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, decoder.blocks[:1]
+    )
 
 
 def quantized(decoder, name, windows, every_expert=False, **settings):
@@ -72,15 +74,21 @@ def many(windows):
 @pytest.mark.parametrize("touched", [GATE, DOWN])
 @pytest.mark.parametrize("name", METHODS)
 @torch.inference_mode()
-def test_one_weight_of_one_expert_changes_that_experts_codes_alone(moe_decoder, many, name, touched):
+def test_one_weight_of_one_expert_changes_that_experts_codes_alone(
+    moe_decoder, many, name, touched
+):
     weight = moe_decoder.blocks[0].weights[touched].clone()
     weight[2, 5, 7] += 3 * weight.std()
     other = first_block(moe_decoder)
     other.blocks[0] = other.blocks[0].with_weights({touched: weight})
-    before, after = (quantized(decoder, name, many)[0].quantized for decoder in (moe_decoder, other))
+    before, after = (
+        quantized(decoder, name, many)[0].quantized for decoder in (moe_decoder, other)
+    )
     assert not torch.equal(before[touched].codes_EOI[2], after[touched].codes_EOI[2])
     for linear_name in before:
-        for e, (old, new) in enumerate(zip(before[linear_name].codes_EOI, after[linear_name].codes_EOI, strict=True)):
+        for e, (old, new) in enumerate(
+            zip(before[linear_name].codes_EOI, after[linear_name].codes_EOI, strict=True)
+        ):
             its_own = linear_name in (GATE, UP, DOWN) and e == 2
             assert its_own or torch.equal(old, new), (linear_name, e)
 
@@ -89,7 +97,9 @@ def test_one_weight_of_one_expert_changes_that_experts_codes_alone(moe_decoder, 
 @torch.inference_mode()
 def test_the_router_stays_as_it_is(moe_decoder, many, every_expert):
     result, block = quantized(moe_decoder, "gptq", many, every_expert)
-    assert torch.equal(block.weights["mlp.gate.weight"], moe_decoder.blocks[0].weights["mlp.gate.weight"])
+    assert torch.equal(
+        block.weights["mlp.gate.weight"], moe_decoder.blocks[0].weights["mlp.gate.weight"]
+    )
     assert not [name for name in result.quantized if "gate.weight" in name]
 
 
@@ -128,10 +138,16 @@ def test_every_expert_on_every_token_equals_solving_each_as_a_dense_linear(moe_d
     seen, _ = observed(moe_decoder, many, False)
     tokens, weights = seen["gate_up"].whole_TI, moe_decoder.blocks[0].weights
     for e in range(4):
-        inputs = {GATE: tokens, UP: tokens, DOWN: silu(tokens @ weights[GATE][e].T) * (tokens @ weights[UP][e].T)}
+        inputs = {
+            GATE: tokens,
+            UP: tokens,
+            DOWN: silu(tokens @ weights[GATE][e].T) * (tokens @ weights[UP][e].T),
+        }
         for name, x in inputs.items():
             hessian = (x.T @ x / len(x))[None]
-            alone = gptq_round(weights[name][e : e + 1], hessian, scheme_for("gptq"), act_order=True).weight
+            alone = gptq_round(
+                weights[name][e : e + 1], hessian, scheme_for("gptq"), act_order=True
+            ).weight
             ours = result.quantized[name]
             assert (ours.codes_EOI[e] == alone.codes_EOI[0]).double().mean() > 0.99
             assert torch.equal(ours.group_EI[e], alone.group_EI[0])
@@ -140,7 +156,9 @@ def test_every_expert_on_every_token_equals_solving_each_as_a_dense_linear(moe_d
 
 @pytest.mark.parametrize("sample", [100, 2000])  # of 1280 tokens: some, or all
 @torch.inference_mode()
-def test_awq_on_every_token_holds_a_sample_and_chooses_what_it_would_from_all(moe_decoder, many, monkeypatch, sample):
+def test_awq_on_every_token_holds_a_sample_and_chooses_what_it_would_from_all(
+    moe_decoder, many, monkeypatch, sample
+):
     monkeypatch.setattr(awq, "CLIP_TOKENS", sample)
     bounded, _ = quantized(moe_decoder, "awq", many, every_expert=True)
     update, kept_all = Kept.update, []
@@ -199,7 +217,9 @@ def test_tokens_are_counted_for_each_expert_and_starved_ones_named(moe_decoder, 
     result, _ = quantized(moe_decoder, "gptq", windows, true_sequential=False)
     note = result.notes["blocks.0.gate_up"]
     assert note["tokens_per_expert"] == counts
-    assert note["starved_experts"] == [e for e, count in enumerate(counts) if count < MIN_EXPERT_TOKENS]
+    assert note["starved_experts"] == [
+        e for e, count in enumerate(counts) if count < MIN_EXPERT_TOKENS
+    ]
     assert "tokens_per_expert" not in result.notes["blocks.0.down"]
 
 
@@ -213,10 +233,16 @@ def test_fewer_tokens_than_columns_are_noted_with_the_rank(decoder, windows, kin
     if kind == "moe":
         note = result.notes["blocks.0.gate_up"]
         lowest = min(note["tokens_per_expert"])
-        assert note["fewer_tokens_than_columns"] == {"experts": 4, "lowest_rank": lowest, "columns": 32}
+        assert note["fewer_tokens_than_columns"] == {
+            "experts": 4,
+            "lowest_rank": lowest,
+            "columns": 32,
+        }
     else:
         assert result.notes["down.fewer_tokens_than_columns"] == {"rank": 24, "columns": 48}
-    enough = quantize_model(first_block(decoder), built("gptq"), scheme_for("gptq"), windows, Nowhere())
+    enough = quantize_model(
+        first_block(decoder), built("gptq"), scheme_for("gptq"), windows, Nowhere()
+    )
     assert not [key for key in enough[0].notes if key.endswith("fewer_tokens_than_columns")]
 
 
@@ -238,7 +264,9 @@ def test_experts_solved_in_one_batch_equal_experts_solved_one_by_one(moe_decoder
     gram.update(inputs)
     [site] = [site for site in block.sites if site.name == "gate_up"]
     weight, _ = stack_rows(block.weights, site)
-    together = gptq_round(weight, gram.mean_EII(), scheme_for("gptq"), act_order=GptqSettings().act_order).weight
+    together = gptq_round(
+        weight, gram.mean_EII(), scheme_for("gptq"), act_order=GptqSettings().act_order
+    ).weight
     for e, tokens in enumerate(inputs.experts):
         hessian = (tokens.T @ tokens / len(tokens))[None]
         alone = gptq_round(weight[e : e + 1], hessian, scheme_for("gptq"), act_order=True).weight
@@ -251,12 +279,22 @@ def test_the_route_is_part_of_what_a_trial_is_where_there_are_experts():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         specs = {
             (model, route): schema.spec_from(
-                compose("config", ["method=gptq", "calibration=demo", f"model={model}", f"calibration.route={route}"])
+                compose(
+                    "config",
+                    [
+                        "method=gptq",
+                        "calibration=demo",
+                        f"model={model}",
+                        f"calibration.route={route}",
+                    ],
+                )
             )
             for model in ("demo", "demo_moe")
             for route in ("top_k", "all")
         }
-        with pytest.raises(ConfigError, match=r"calibration\.route=al is not known; did you mean all"):
+        with pytest.raises(
+            ConfigError, match=r"calibration\.route=al is not known; did you mean all"
+        ):
             schema.spec_from(compose("config", ["method=gptq", "calibration.route=al"]))
     assert specs["demo", "top_k"].id == specs["demo", "all"].id
     assert "route" not in specs["demo", "all"].calibration

@@ -38,7 +38,9 @@ class AtBits(Rtn):
 
 
 def copy(decoder):
-    return Decoder(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks))
+    return Decoder(
+        decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks)
+    )
 
 
 def set_activations(model: Decoder) -> None:
@@ -71,7 +73,11 @@ def test_the_variant_that_keeps_the_model_closest_to_itself_is_chosen(decoder, w
         lambda *event: told.append(event),
     )
     assert found["chosen"] == "bits=8"
-    assert found["divergence"]["bits=8"] < found["divergence"]["bits=4"] < found["divergence"]["bits=2"]
+    assert (
+        found["divergence"]["bits=8"]
+        < found["divergence"]["bits=4"]
+        < found["divergence"]["bits=2"]
+    )
     assert found["windows"] == 3
     assert told == [("bits=2", 0, 3), ("bits=8", 1, 3), ("bits=4", 2, 3)]
     # The model is as it was, its activations too.
@@ -115,7 +121,9 @@ def test_alpha_is_searched_and_the_choice_is_the_same_again(decoder, windows):
     variants = SmoothQuant(settings).variants()
     assert list(variants) == ["alpha=0", "alpha=0.5", "alpha=1"]
     assert [variant.settings.alpha for variant in variants.values()] == [0.0, 0.5, 1.0]
-    first, again = (search_variants(decoder, variants, SCHEME, windows[:4], set_activations) for _ in range(2))
+    first, again = (
+        search_variants(decoder, variants, SCHEME, windows[:4], set_activations) for _ in range(2)
+    )
     assert first == again
     losses = first["divergence"]
     assert first["chosen"] == min(losses, key=losses.get)
@@ -128,7 +136,9 @@ def test_a_variant_that_diverges_loses_and_if_all_do_it_is_an_error(decoder, win
     decoder.head_VH = decoder.head_VH.clone()
     decoder.head_VH[0, 0] = math.inf  # no prediction is finite
     with pytest.raises(NumericsError, match="none of a, b leaves a model with finite predictions"):
-        search_variants(decoder, {"a": AtBits(4), "b": AtBits(8)}, SCHEME, windows[:2], set_activations)
+        search_variants(
+            decoder, {"a": AtBits(4), "b": AtBits(8)}, SCHEME, windows[:2], set_activations
+        )
 
 
 def test_a_choice_is_kept_with_the_blocks_and_goes_with_them(tmp_path):
@@ -138,13 +148,22 @@ def test_a_choice_is_kept_with_the_blocks_and_goes_with_them(tmp_path):
     assert store.recall("search") == {"chosen": "alpha=0.5"}
     store.keep()
     assert not (tmp_path / "working").exists()
-    assert BlockStore(tmp_path / "elsewhere", kept=tmp_path / "kept").recall("search") == {"chosen": "alpha=0.5"}
+    assert BlockStore(tmp_path / "elsewhere", kept=tmp_path / "kept").recall("search") == {
+        "chosen": "alpha=0.5"
+    }
 
 
-def test_a_trial_that_goes_on_keeps_its_choice_and_its_record_says_what_was_found(tmp_path, monkeypatch):
+def test_a_trial_that_goes_on_keeps_its_choice_and_its_record_says_what_was_found(
+    tmp_path, monkeypatch
+):
     schema.register()
     GlobalHydra.instance().clear()
-    overrides = ["method=smoothquant", "method.search=true", "method.alpha_grid=[0.2,0.6]", "method.search_windows=2"]
+    overrides = [
+        "method=smoothquant",
+        "method.search=true",
+        "method.alpha_grid=[0.2,0.6]",
+        "method.search_windows=2",
+    ]
     overrides += [
         "act_bits=4",
         "calibration.samples=4",
@@ -155,10 +174,14 @@ def test_a_trial_that_goes_on_keeps_its_choice_and_its_record_says_what_was_foun
     with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
         spec = schema.spec_from(compose("config", overrides))
     with monkeypatch.context() as patched:
-        patched.setattr(trial, "quantized_blocks", lambda *_: 1 / 0)  # dies between the search and its first block
+        patched.setattr(
+            trial, "quantized_blocks", lambda *_: 1 / 0
+        )  # dies between the search and its first block
         with pytest.raises(ZeroDivisionError):
             trial.run_trial(spec)
-    monkeypatch.setattr(trial, "search_variants", lambda *_: 1 / 0)  # what is found is not looked for again
+    monkeypatch.setattr(
+        trial, "search_variants", lambda *_: 1 / 0
+    )  # what is found is not looked for again
     record = trial.run_trial(spec)
     assert record.completed
     found = record.notes["search"]

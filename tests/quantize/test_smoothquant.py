@@ -23,7 +23,9 @@ class Nowhere:
 
 
 def copy(decoder):
-    return Decoder(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks))
+    return Decoder(
+        decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks)
+    )
 
 
 def with_outliers(decoder, channels=(3, 17), factor=30.0):
@@ -79,43 +81,67 @@ def test_a_walk_equals_the_official_code(decoder, windows, kind, alpha):
     """Its Llama branch for a dense block, its Mixtral branch (router and all experts together) for experts."""
     original = copy(with_outliers(decoder))
     inputs = inputs_of(original, windows)
-    results = quantize_model(decoder, SmoothQuant(SmoothQuantSettings(alpha=alpha)), SCHEME, windows, Nowhere())
-    for old, new, seen, result in zip(original.blocks, decoder.blocks, inputs, results, strict=True):
+    results = quantize_model(
+        decoder, SmoothQuant(SmoothQuantSettings(alpha=alpha)), SCHEME, windows, Nowhere()
+    )
+    for old, new, seen, result in zip(
+        original.blocks, decoder.blocks, inputs, results, strict=True
+    ):
         expected = {name: weight.clone() for name, weight in old.weights.items()}
         attention = [expected[f"self_attn.{part}_proj.weight"] for part in "qkv"]
-        plain_smooth(expected["input_layernorm.weight"], attention, seen["qkv"].whole_TI.abs().amax(0), alpha)
+        plain_smooth(
+            expected["input_layernorm.weight"], attention, seen["qkv"].whole_TI.abs().amax(0), alpha
+        )
         if kind == "dense":
             readers = [expected["mlp.gate_proj.weight"], expected["mlp.up_proj.weight"]]
         else:
-            gate, up = expected["mlp.experts.gate_proj.weight"], expected["mlp.experts.up_proj.weight"]
+            gate, up = (
+                expected["mlp.experts.gate_proj.weight"],
+                expected["mlp.experts.up_proj.weight"],
+            )
             readers = [expected["mlp.gate.weight"], *gate, *up]
         act_max = seen["gate_up"].whole_TI.abs().amax(0)
         plain_smooth(expected["post_attention_layernorm.weight"], readers, act_max, alpha)
         for name, smoothed in expected.items():
             rows = smoothed.reshape(-1, smoothed.shape[-1])
-            weight = plain_round(rows, 4).view_as(smoothed) if name in result.quantized else smoothed
+            weight = (
+                plain_round(rows, 4).view_as(smoothed) if name in result.quantized else smoothed
+            )
             wrong = (new.weights[name] - weight).abs() > 1e-4 * weight.abs() + 1e-5
             assert wrong.double().mean() < 0.002, name  # a tie may fall the other way
 
 
 @pytest.mark.parametrize("o_and_down", [False, True])
 @torch.inference_mode()
-def test_smoothing_leaves_the_models_function_unchanged(decoder, windows, kind, o_and_down, monkeypatch):
+def test_smoothing_leaves_the_models_function_unchanged(
+    decoder, windows, kind, o_and_down, monkeypatch
+):
     settings = SmoothQuantSettings(o_and_down=o_and_down)
     original = with_outliers(decoder)
     smoothed = copy(original)
     # What the walk stores are the smoothed weights themselves, so that nothing but scales has moved.
-    monkeypatch.setattr("q3q.quantize.methods.smoothquant.round_to_grid", lambda weight, *rest, **more: Exact(weight))
+    monkeypatch.setattr(
+        "q3q.quantize.methods.smoothquant.round_to_grid",
+        lambda weight, *rest, **more: Exact(weight),
+    )
     quantize_model(smoothed, SmoothQuant(settings), SCHEME, windows, Nowhere())
-    torch.testing.assert_close(smoothed.hidden(windows), original.hidden(windows), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(
+        smoothed.hidden(windows), original.hidden(windows), rtol=2e-3, atol=2e-3
+    )
     moved = {
         name
         for name, weight in smoothed.blocks[0].weights.items()
         if not torch.allclose(weight, original.blocks[0].weights[name])
     }
     experts = "experts." if kind == "moe" else ""
-    by_norms = {f"self_attn.{part}_proj.weight" for part in "qkv"} | {f"mlp.{experts}gate_proj.weight"}
-    by_norms |= {f"mlp.{experts}up_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"}
+    by_norms = {f"self_attn.{part}_proj.weight" for part in "qkv"} | {
+        f"mlp.{experts}gate_proj.weight"
+    }
+    by_norms |= {
+        f"mlp.{experts}up_proj.weight",
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    }
     by_norms |= {"mlp.gate.weight"} if kind == "moe" else set()
     others = {"self_attn.o_proj.weight", f"mlp.{experts}down_proj.weight"}
     assert moved == by_norms | (others if o_and_down else set())
@@ -146,7 +172,9 @@ class Exact:
 
 def output_error(original, settings, windows, scheme):
     rounded = copy(original)
-    quantize_model(rounded, SmoothQuant(settings), scheme, windows if settings.observes() else None, Nowhere())
+    quantize_model(
+        rounded, SmoothQuant(settings), scheme, windows if settings.observes() else None, Nowhere()
+    )
     for block in rounded.blocks:
         block.act_bits = scheme.act_bits
     return float((rounded.hidden(windows) - original.hidden(windows)).square().mean())
@@ -156,7 +184,10 @@ def output_error(original, settings, windows, scheme):
 def test_smoothing_helps_where_channels_stick_out(decoder, windows):
     decoder.blocks = with_outliers(decoder).blocks[:1]
     scheme = Scheme(bits=8, group_size=-1, symmetric=True, act_bits=6)
-    smooth, plain = (output_error(decoder, SmoothQuantSettings(smooth=on), windows, scheme) for on in (True, False))
+    smooth, plain = (
+        output_error(decoder, SmoothQuantSettings(smooth=on), windows, scheme)
+        for on in (True, False)
+    )
     assert smooth < 0.5 * plain  # over eight seeds of each kind the ratio is 0.13 to 0.34
 
 
@@ -180,7 +211,9 @@ def test_without_smoothing_it_is_absmax_rounding_and_reads_nothing(decoder, wind
 
 
 @torch.inference_mode()
-def test_an_expert_that_few_tokens_reach_is_left_unsmoothed_between_up_and_down_and_named(moe_decoder, windows):
+def test_an_expert_that_few_tokens_reach_is_left_unsmoothed_between_up_and_down_and_named(
+    moe_decoder, windows
+):
     weights = dict(moe_decoder.blocks[0].weights)
     settings = SmoothQuantSettings(o_and_down=True)
     results = quantize_model(moe_decoder, SmoothQuant(settings), SCHEME, windows[:6], Nowhere())
@@ -211,8 +244,12 @@ def test_a_killed_walk_goes_on_with_the_smoothed_norms(decoder, windows, tmp_pat
 
 def test_what_makes_no_sense_is_refused_in_one_line():
     settings = SmoothQuantSettings()
-    assert "symmetric=false makes no sense" in settings.clash(Scheme(bits=8, group_size=-1, symmetric=False))
-    assert "cannot do bits=1; it takes 2 to 8" in settings.clash(Scheme(bits=1, group_size=-1, symmetric=True))
+    assert "symmetric=false makes no sense" in settings.clash(
+        Scheme(bits=8, group_size=-1, symmetric=False)
+    )
+    assert "cannot do bits=1; it takes 2 to 8" in settings.clash(
+        Scheme(bits=1, group_size=-1, symmetric=True)
+    )
     assert settings.clash(SCHEME) is None
     assert "method.alpha has 1.5" in SmoothQuantSettings(alpha=1.5).problem()
     assert "method.alpha_grid has -1" in SmoothQuantSettings(alpha_grid=[0.5, -1]).problem()
@@ -224,11 +261,15 @@ def test_what_makes_no_sense_is_refused_in_one_line():
 
 def test_knobs_without_effect_are_no_part_of_what_a_trial_is():
     def knobs(act_bits=8, **given):
-        return SmoothQuantSettings(**given).knobs(Scheme(bits=8, group_size=-1, symmetric=True, act_bits=act_bits))
+        return SmoothQuantSettings(**given).knobs(
+            Scheme(bits=8, group_size=-1, symmetric=True, act_bits=act_bits)
+        )
 
     assert knobs(smooth=False, alpha=0.9) == knobs(smooth=False) != knobs()
     assert knobs(search_windows=3) == knobs() != knobs(alpha=0.9)
-    assert knobs(search=True, alpha=0.9) == knobs(search=True) != knobs(search=True, search_windows=3)
+    assert (
+        knobs(search=True, alpha=0.9) == knobs(search=True) != knobs(search=True, search_windows=3)
+    )
     # Weights do not depend on how activations are quantized later, but for an alpha that is searched.
     assert knobs(act_bits=4) == knobs()
     assert knobs(act_bits=4, search=True) != knobs(search=True)

@@ -48,7 +48,9 @@ class DiesAfter(BlockStore):
 
 
 def copy(decoder):
-    return Decoder(decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks))
+    return Decoder(
+        decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks)
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -56,16 +58,24 @@ def copy(decoder):
 def test_every_weight_of_every_site_is_quantized_and_inputs_untouched(decoder, windows, name):
     before = [{k: w.clone() for k, w in block.weights.items()} for block in decoder.blocks]
     original = list(decoder.blocks)
-    results = quantize_model(decoder, METHODS[name](), SCHEME, windows if name != "rtn" else None, Nowhere())
+    results = quantize_model(
+        decoder, METHODS[name](), SCHEME, windows if name != "rtn" else None, Nowhere()
+    )
     for block, old, kept, result in zip(decoder.blocks, original, before, results, strict=True):
         assert set(result.quantized) == {weight for site in block.sites for weight in site.weights}
         for weight, quantized in result.quantized.items():
             assert quantized.most_levels_in_a_group() <= 8
-            assert torch.equal(block.weights[weight], quantized.dequantize().view_as(block.weights[weight]))
+            assert torch.equal(
+                block.weights[weight], quantized.dequantize().view_as(block.weights[weight])
+            )
         assert all(torch.equal(old.weights[k], kept[k]) for k in kept)
     if name in ("rtn", "gptq"):
         for block, kept in zip(decoder.blocks, before, strict=True):
-            assert all(torch.equal(block.weights[k], kept[k]) for k in kept if k not in results[0].quantized)
+            assert all(
+                torch.equal(block.weights[k], kept[k])
+                for k in kept
+                if k not in results[0].quantized
+            )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -127,7 +137,9 @@ def test_true_sequential_gptq_equals_running_the_whole_block_again_for_each_site
 
 @pytest.mark.parametrize(("name", "quantized_inputs"), [("gptq", True), ("awq", False)])
 @torch.inference_mode()
-def test_what_is_passed_on_is_what_the_methods_own_code_passes_on(decoder, windows, name, quantized_inputs):
+def test_what_is_passed_on_is_what_the_methods_own_code_passes_on(
+    decoder, windows, name, quantized_inputs
+):
     """The last block must come out as if it were alone behind quantized (GPTQ) or original (AWQ) blocks."""
     first = copy(decoder)
     quantize_model(first, METHODS[name](), SCHEME, windows, Nowhere())
@@ -163,25 +175,41 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_named_not_zeroed(moe_dec
 
 @pytest.mark.parametrize("clip", [True, False])
 @torch.inference_mode()
-def test_awq_gives_an_expert_that_few_tokens_reach_no_scale_and_no_clipping_of_its_own(moe_decoder, windows, clip):
+def test_awq_gives_an_expert_that_few_tokens_reach_no_scale_and_no_clipping_of_its_own(
+    moe_decoder, windows, clip
+):
     original = moe_decoder.blocks[0]
-    results = quantize_model(moe_decoder, Awq(AwqSettings(clip=clip)), SCHEME, windows[:6], Nowhere())
+    results = quantize_model(
+        moe_decoder, Awq(AwqSettings(clip=clip)), SCHEME, windows[:6], Nowhere()
+    )
     notes = results[0].notes
     tokens = notes["blocks.0.gate_up"]["tokens_per_expert"]
     starved = [e for e in range(4) if tokens[e] < MIN_EXPERT_TOKENS]
     assert 0 < len(starved) < 4
     assert min(tokens) > 0
-    assert notes["blocks.0.gate_up"]["starved_experts"] == notes["blocks.0.down"]["starved_experts"] == starved
+    assert (
+        notes["blocks.0.gate_up"]["starved_experts"]
+        == notes["blocks.0.down"]["starved_experts"]
+        == starved
+    )
     name = "mlp.experts.down_proj.weight"
     groups = into_groups(original.weights[name], SCHEME.group_size)
-    rounded = on_grid(groups, awq_grid(groups, SCHEME.bits, symmetric=SCHEME.symmetric), SCHEME.bits).flatten(-2)
+    rounded = on_grid(
+        groups, awq_grid(groups, SCHEME.bits, symmetric=SCHEME.symmetric), SCHEME.bits
+    ).flatten(-2)
     plain = {e for e in range(4) if torch.equal(moe_decoder.blocks[0].weights[name][e], rounded[e])}
-    assert plain == set(starved) if clip else set(starved) <= plain < set(range(4))  # a scale of 1 may be the best
+    assert (
+        plain == set(starved) if clip else set(starved) <= plain < set(range(4))
+    )  # a scale of 1 may be the best
     # Gate and up have the scale that all experts share, and range up to their largest weight.
     norm = "post_attention_layernorm.weight"
-    scaled = original.weights["mlp.experts.gate_proj.weight"] * (original.weights[norm] / results[0].changed[norm])
+    scaled = original.weights["mlp.experts.gate_proj.weight"] * (
+        original.weights[norm] / results[0].changed[norm]
+    )
     groups = into_groups(scaled, SCHEME.group_size)
-    rounded = on_grid(groups, awq_grid(groups, SCHEME.bits, symmetric=SCHEME.symmetric), SCHEME.bits).flatten(-2)
+    rounded = on_grid(
+        groups, awq_grid(groups, SCHEME.bits, symmetric=SCHEME.symmetric), SCHEME.bits
+    ).flatten(-2)
     found = moe_decoder.blocks[0].weights["mlp.experts.gate_proj.weight"]
     for e in range(4):
         close = torch.isclose(found[e], rounded[e], rtol=1e-4).double().mean()
@@ -199,7 +227,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(decoder):
 
 def test_activations_that_are_not_finite_are_refused_by_name(decoder, windows):
     decoder.embedding_VH[windows[0, 0]] = float("inf")
-    with pytest.raises(NumericsError, match=r"blocks\.0\.qkv: calibration activations are not finite"):
+    with pytest.raises(
+        NumericsError, match=r"blocks\.0\.qkv: calibration activations are not finite"
+    ):
         quantize_model(decoder, METHODS["gptq"](), SCHEME, windows, Nowhere())
 
 
@@ -210,7 +240,9 @@ def test_an_outlier_whose_scale_does_not_fit_16_bits_is_refused_by_name(decoder,
     weight[0, 0] = 1e7
     decoder.blocks[1] = decoder.blocks[1].with_weights({"self_attn.k_proj.weight": weight})
     method = Awq(AwqSettings(scale=False, clip=False)) if name == "awq" else METHODS[name]()
-    with pytest.raises(NumericsError, match=r"blocks\.1\.self_attn\.k_proj: its largest weight, .* 65504 at most"):
+    with pytest.raises(
+        NumericsError, match=r"blocks\.1\.self_attn\.k_proj: its largest weight, .* 65504 at most"
+    ):
         quantize_model(decoder, method, SCHEME, windows if name != "rtn" else None, Nowhere())
 
 
@@ -230,14 +262,18 @@ Q, K, V = (f"self_attn.{part}_proj.weight" for part in "qkv")
 
 @pytest.mark.parametrize("name", ["rtn", "gptq", "gptq_whole"])
 @torch.inference_mode()
-def test_a_linear_with_a_scheme_of_its_own_comes_out_as_if_all_had_that_scheme(decoder, windows, name):
+def test_a_linear_with_a_scheme_of_its_own_comes_out_as_if_all_had_that_scheme(
+    decoder, windows, name
+):
     """Rows are independent given the statistics: splitting a site by rows is exact. The first site sees no change."""
     windows = windows if name != "rtn" else None
     mixed, coarse, fine = copy(decoder), copy(decoder), copy(decoder)
     overrides = {"blocks.0.self_attn.k_proj": {"bits": 6, "group_size": 8, "symmetric": True}}
     results = quantize_model(mixed, METHODS[name](), Schemes(SCHEME, overrides), windows, Nowhere())
     quantize_model(coarse, METHODS[name](), SCHEME, windows, Nowhere())
-    quantize_model(fine, METHODS[name](), Scheme(bits=6, group_size=8, symmetric=True), windows, Nowhere())
+    quantize_model(
+        fine, METHODS[name](), Scheme(bits=6, group_size=8, symmetric=True), windows, Nowhere()
+    )
     assert torch.equal(mixed.blocks[0].weights[Q], coarse.blocks[0].weights[Q])
     assert torch.equal(mixed.blocks[0].weights[V], coarse.blocks[0].weights[V])
     assert torch.equal(mixed.blocks[0].weights[K], fine.blocks[0].weights[K])
@@ -252,7 +288,11 @@ def test_linears_that_are_left_out_keep_the_blocks_function_and_the_others_are_q
     decoder, windows, name, tmp_path
 ):
     windows = windows if name != "rtn" else None
-    linears = {f"blocks.{k}.{weight.removesuffix('.weight')}" for k in range(2) for weight in decoder.blocks[k].weights}
+    linears = {
+        f"blocks.{k}.{weight.removesuffix('.weight')}"
+        for k in range(2)
+        for weight in decoder.blocks[k].weights
+    }
     everything = Schemes(SCHEME, skip=linears)
     original = copy(decoder)
     same = copy(decoder)
@@ -260,18 +300,34 @@ def test_linears_that_are_left_out_keep_the_blocks_function_and_the_others_are_q
     assert not any(result.quantized or result.errors for result in results)
     for block, untouched in zip(same.blocks, original.blocks, strict=True):
         assert all(torch.equal(block.weights[key], untouched.weights[key]) for key in block.weights)
-    down = [weight for site in decoder.blocks[0].sites if site.name == "down" for weight in site.weights]
+    down = [
+        weight for site in decoder.blocks[0].sites if site.name == "down" for weight in site.weights
+    ]
     others = Schemes(SCHEME, skip={name for name in linears if "down" in name or ".1." in name})
     results = quantize_model(decoder, METHODS[name](), others, windows, Nowhere())
-    assert set(results[0].quantized) | set(down) == {w for site in decoder.blocks[0].sites for w in site.weights}
-    assert all(torch.equal(decoder.blocks[0].weights[weight], original.blocks[0].weights[weight]) for weight in down)
+    assert set(results[0].quantized) | set(down) == {
+        w for site in decoder.blocks[0].sites for w in site.weights
+    }
+    assert all(
+        torch.equal(decoder.blocks[0].weights[weight], original.blocks[0].weights[weight])
+        for weight in down
+    )
 
 
 @torch.inference_mode()
-def test_a_producer_that_is_left_out_keeps_the_scale_that_its_reader_was_given(decoder, windows, tmp_path):
+def test_a_producer_that_is_left_out_keeps_the_scale_that_its_reader_was_given(
+    decoder, windows, tmp_path
+):
     """AWQ shifts scale from up_proj to down_proj: with up_proj left out, its shifted weights must reach the disk."""
-    up = next(weight for site in decoder.blocks[0].sites if site.name == "gate_up" for weight in site.weights[1:])
-    gate_up = {f"blocks.0.{w.removesuffix('.weight')}" for w in (up, up.replace("up_proj", "gate_proj"))}
+    up = next(
+        weight
+        for site in decoder.blocks[0].sites
+        if site.name == "gate_up"
+        for weight in site.weights[1:]
+    )
+    gate_up = {
+        f"blocks.0.{w.removesuffix('.weight')}" for w in (up, up.replace("up_proj", "gate_proj"))
+    }
     near_exact = Schemes(Scheme(bits=8, group_size=8, symmetric=False), skip=gate_up)
     decoder.blocks = decoder.blocks[:1]
     before = decoder.blocks[0]
@@ -280,7 +336,9 @@ def test_a_producer_that_is_left_out_keeps_the_scale_that_its_reader_was_given(d
     assert not torch.equal(decoder.blocks[0].weights[up], before.weights[up])
     expected, found = before(x, decoder.rope), decoder.blocks[0](x, decoder.rope)
     assert (found - expected).norm() < 0.05 * expected.norm()
-    quantize_model(twin, Awq(AwqSettings(clip=False)), near_exact, windows, BlockStore(tmp_path))  # all from disk
+    quantize_model(
+        twin, Awq(AwqSettings(clip=False)), near_exact, windows, BlockStore(tmp_path)
+    )  # all from disk
     assert torch.equal(twin.blocks[0](x, twin.rope), found)
 
 
@@ -293,7 +351,11 @@ def test_the_scale_search_is_told_the_scheme_of_the_site_that_it_serves(decoder,
             told.setdefault(task.group.site.name, []).append(scheme.bits)
 
     names = [w.removesuffix(".weight") for w in decoder.blocks[0].sites[3].weights]
-    schemes = Schemes(SCHEME, {f"blocks.1.{name}": {"bits": 7} for name in names}, skip={"blocks.0.self_attn.o_proj"})
+    schemes = Schemes(
+        SCHEME,
+        {f"blocks.1.{name}": {"bits": 7} for name in names},
+        skip={"blocks.0.self_attn.o_proj"},
+    )
     quantize_model(decoder, Listening(AwqSettings(clip=False)), schemes, windows, Nowhere())
     assert told == {"qkv": [3, 3], "o": [3], "gate_up": [3, 3], "down": [3, 7]}
     uneven = Schemes(SCHEME, {"blocks.0.self_attn.q_proj": {"bits": 7}})
@@ -311,7 +373,9 @@ def test_head_and_embedding_are_rounded_once_where_they_are_tied_and_apart_where
     assert tied.head_VH is tied.embedding_VH
     assert torch.equal(tied.embedding_VH, codes["embedding"].dequantize()[0])
     step = original.unflatten(1, (-1, 16)).abs().amax(-1) * 2 / 255
-    assert ((tied.embedding_VH - original).unflatten(1, (-1, 16)).abs().amax(-1) <= 1.001 * step).all()
+    assert (
+        (tied.embedding_VH - original).unflatten(1, (-1, 16)).abs().amax(-1) <= 1.001 * step
+    ).all()
 
     apart = copy(decoder)
     apart.head_VH = decoder.embedding_VH * 2

@@ -78,22 +78,32 @@ def same_codes(ours, theirs):
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_streamed_walk_gives_the_resident_ones_bits(random_checkpoint, tmp_path, windows, kind, name):
+def test_a_streamed_walk_gives_the_resident_ones_bits(
+    random_checkpoint, tmp_path, windows, kind, name
+):
     folder, ids = random_checkpoint(kind), torch.arange(60).view(2, 30)
     resident = load_decoder(Checkpoint(folder), torch.float32)
     expected = quantize_model(
-        resident, METHODS[name](), scheme_for(name), read_by(name, windows), BlockStore(tmp_path / "r")
+        resident,
+        METHODS[name](),
+        scheme_for(name),
+        read_by(name, windows),
+        BlockStore(tmp_path / "r"),
     )
     for activations in ACTIVATIONS:
         streamed = StreamedDecoder(Checkpoint(folder), torch.float32, activations=activations)
         store = BlockStore(tmp_path / f"s{activations}")
-        found = quantize_model(streamed, METHODS[name](), scheme_for(name), read_by(name, windows), store)
+        found = quantize_model(
+            streamed, METHODS[name](), scheme_for(name), read_by(name, windows), store
+        )
         same_codes(found, expected)
         assert store.taken == 0
         assert torch.equal(streamed.hidden(ids), resident.hidden(ids))
         checks = check_weights(streamed, [block.quantized for block in found])
         assert all(check.passed for check in checks), checks
-    assert not torch.equal(load_decoder(Checkpoint(folder), torch.float32).hidden(ids), resident.hidden(ids))
+    assert not torch.equal(
+        load_decoder(Checkpoint(folder), torch.float32).hidden(ids), resident.hidden(ids)
+    )
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -122,12 +132,16 @@ def test_what_awq_keeps_of_a_blocks_inputs_stays_within_the_memory_for_activatio
         store = BlockStore(tmp_path / f"{activations}")
         quantize_model(streamed, METHODS["awq"](), SCHEME, windows, store)
         found[activations] = max(most)
-        assert any(len(shape) == 2 for shape in spilled) == (activations == 40_000)  # of a site, not between blocks
+        assert any(len(shape) == 2 for shape in spilled) == (
+            activations == 40_000
+        )  # of a site, not between blocks
     assert found[40_000] <= 40_000 < found[1_000_000]
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("name", ["gptq", "smoothquant"])  # which pass activations on as they go, and afterwards
+@pytest.mark.parametrize(
+    "name", ["gptq", "smoothquant"]
+)  # which pass activations on as they go, and afterwards
 def test_a_streamed_walk_that_was_killed_goes_on_and_ends_with_the_same_bits(
     random_checkpoint, tmp_path, windows, kind, name
 ):
@@ -151,7 +165,11 @@ def test_a_streamed_walk_that_was_killed_goes_on_and_ends_with_the_same_bits(
     for loader in (StreamedDecoder, load_decoder):
         store = BlockStore(tmp_path / "again", kept=tmp_path / "broken")
         found = quantize_model(
-            loader(Checkpoint(folder), torch.float32), METHODS[name](), scheme_for(name), read_by(name, windows), store
+            loader(Checkpoint(folder), torch.float32),
+            METHODS[name](),
+            scheme_for(name),
+            read_by(name, windows),
+            store,
         )
         same_codes(found, whole)
         assert store.taken == 1
@@ -160,15 +178,21 @@ def test_a_streamed_walk_that_was_killed_goes_on_and_ends_with_the_same_bits(
 
 @pytest.mark.parametrize("name", ["rtn", "gptq", "gptq_at_once"])
 @pytest.mark.parametrize("route", ["top_k", "all"])
-def test_chunks_of_experts_change_no_bit(random_checkpoint, tmp_path, windows, name, route, monkeypatch):
+def test_chunks_of_experts_change_no_bit(
+    random_checkpoint, tmp_path, windows, name, route, monkeypatch
+):
     folder = random_checkpoint("moe", num_experts=7)
     results = []
     for size in (2**28, 3 * 4 * 32 * 32, 1):  # all seven at once, three, and as few as can be
         monkeypatch.setattr(walk, "CHUNK_BYTES", size)
-        model = StreamedDecoder(Checkpoint(folder), torch.float32, activations=None if size > 1 else 30_000)
+        model = StreamedDecoder(
+            Checkpoint(folder), torch.float32, activations=None if size > 1 else 30_000
+        )
         model.adjust(lambda k, block: setattr(block, "every_expert", route == "all"))
         store = BlockStore(tmp_path / str(size))
-        results.append(quantize_model(model, METHODS[name](), scheme_for(name), read_by(name, windows), store))
+        results.append(
+            quantize_model(model, METHODS[name](), scheme_for(name), read_by(name, windows), store)
+        )
     for found in results[1:]:
         same_codes(found, results[0])
     if name != "rtn":
@@ -176,11 +200,15 @@ def test_chunks_of_experts_change_no_bit(random_checkpoint, tmp_path, windows, n
         assert len(notes["tokens_per_expert"]) == 7
 
 
-def test_starved_experts_are_named_by_their_place_among_all(random_checkpoint, tmp_path, windows, monkeypatch):
+def test_starved_experts_are_named_by_their_place_among_all(
+    random_checkpoint, tmp_path, windows, monkeypatch
+):
     folder = random_checkpoint("moe", num_experts=7)
     model = load_decoder(Checkpoint(folder), torch.float32)
     monkeypatch.setattr(walk, "CHUNK_BYTES", 1)
-    [first, *_] = quantize_model(model, METHODS["gptq"](), SCHEME, windows[:6], BlockStore(tmp_path))
+    [first, *_] = quantize_model(
+        model, METHODS["gptq"](), SCHEME, windows[:6], BlockStore(tmp_path)
+    )
     note = first.notes["blocks.0.gate_up"]
     starved = [e for e, tokens in enumerate(note["tokens_per_expert"]) if tokens < 128]
     assert any(e > 2 for e in starved)
@@ -212,7 +240,10 @@ def test_no_more_runs_are_halted_than_there_is_room_for(random_checkpoint, windo
     first = block.blocks[0]
     size = 2 * 40 * first.widest * 4
     for room, count in ((None, 6), (size * 3 + 1, 3), (0, 0)):
-        assert len(walk.Runs(first, SimpleNamespace(hidden=hidden, room=room), block.rope)._halted) == count
+        assert (
+            len(walk.Runs(first, SimpleNamespace(hidden=hidden, room=room), block.rope)._halted)
+            == count
+        )
     # What a run holds while it is halted is no more than is reckoned with.
     run = first.stages(hidden[0], block.rope)
     for _ in first.sites:
@@ -253,7 +284,10 @@ def test_a_block_that_is_gone_is_an_error_and_not_the_original(random_checkpoint
 def test_ends_of_a_streamed_model(random_checkpoint, tied, monkeypatch):
     folder = random_checkpoint(tie_word_embeddings=tied)
     schemes = Schemes(SCHEME, head=SCHEME, embedding=SCHEME)
-    models = load_decoder(Checkpoint(folder), torch.float32), StreamedDecoder(Checkpoint(folder), torch.float32)
+    models = (
+        load_decoder(Checkpoint(folder), torch.float32),
+        StreamedDecoder(Checkpoint(folder), torch.float32),
+    )
     codes = [quantize_ends(model, schemes) for model in models]
     assert codes[0].keys() == codes[1].keys() == ({"embedding"} if tied else {"embedding", "head"})
     for end in codes[0]:
@@ -290,5 +324,9 @@ def test_reading_ahead_or_not_is_the_same(random_checkpoint, tmp_path, windows):
     for ahead in (True, False):
         model = StreamedDecoder(Checkpoint(folder), torch.float32, ahead=ahead)
         assert isinstance(model.blocks, StreamedBlocks)
-        found.append(quantize_model(model, METHODS["gptq"](), SCHEME, windows, BlockStore(tmp_path / str(ahead))))
+        found.append(
+            quantize_model(
+                model, METHODS["gptq"](), SCHEME, windows, BlockStore(tmp_path / str(ahead))
+            )
+        )
     same_codes(*found)

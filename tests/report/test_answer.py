@@ -40,7 +40,12 @@ def record(
     if nats is None:
         return whole
     low, middle, high = nats
-    paired: dict[str, Any] = {"p_value": 0.01, "n": 32, "test": "paired", "distinguishable": low > 0 or high < 0}
+    paired: dict[str, Any] = {
+        "p_value": 0.01,
+        "n": 32,
+        "test": "paired",
+        "distinguishable": low > 0 or high < 0,
+    }
     found = Comparison(metric=STORIES, difference=middle, low=low, high=high, **paired)
     return replace(whole, comparisons={STORIES: found})
 
@@ -49,13 +54,21 @@ def alone(one: TrialRecord) -> Pool:
     return Pool("it", (one,))
 
 
-def measured(folder: Path, one: TrialRecord, nll_N: Sequence[float], answers_N: Sequence[float] = ()) -> TrialRecord:
+def measured(
+    folder: Path, one: TrialRecord, nll_N: Sequence[float], answers_N: Sequence[float] = ()
+) -> TrialRecord:
     """With its samples on disk: each window's loss, and how each question of the tasks a and b was answered."""
     found = replace(one, spec=one.spec.with_places({"trials": str(folder)}))
     rows = window_rows(STORIES, "d", nll_N)
     for task in ("a", "b"):
         rows += [
-            {"task": task, "doc_id": n, "doc_hash": "h", "filter": "none", "scores": {"acc": float(right)}}
+            {
+                "task": task,
+                "doc_id": n,
+                "doc_hash": "h",
+                "filter": "none",
+                "scores": {"acc": float(right)},
+            }
             for n, right in enumerate(answers_N)
         ]
     trial_folder(found.spec).mkdir(parents=True)
@@ -64,7 +77,12 @@ def measured(folder: Path, one: TrialRecord, nll_N: Sequence[float], answers_N: 
 
 
 def test_the_best_at_each_width_and_its_loss() -> None:
-    records = [record("none", 16, 10.0), record("rtn", 2, 20.0), record("gptq", 2, 12.0), record("rtn", 4, 10.5)]
+    records = [
+        record("none", 16, 10.0),
+        record("rtn", 2, 20.0),
+        record("gptq", 2, 12.0),
+        record("rtn", 4, 10.5),
+    ]
     [table] = answers(records)
     assert table.title == "demo"
     assert table.rows == (
@@ -138,7 +156,9 @@ def test_the_mean_accuracys_loss_has_the_interval_of_its_pairs(tmp_path: Path) -
     right, lost = [1.0] * 80 + [0.0] * 20, [0.0] * 10 + [1.0] * 70 + [0.0] * 20
     trials = []
     for method, answered_N, acc in (("none", right, 0.8), ("gptq", lost, 0.7)):
-        one = replace(record(method, 4, 1.0, evaluation=asked), metrics={"a/acc": acc, "b/acc": acc})
+        one = replace(
+            record(method, 4, 1.0, evaluation=asked), metrics={"a/acc": acc, "b/acc": acc}
+        )
         trials.append(measured(tmp_path, one, [], answered_N))
     none, gptq = (Pool(one.spec.method["name"], (one,)) for one in trials)
     found = loss(gptq, none, "accuracy")
@@ -156,12 +176,28 @@ def test_the_mean_accuracys_loss_has_the_interval_of_its_pairs(tmp_path: Path) -
 
 def test_trials_that_were_evaluated_otherwise_are_not_compared() -> None:
     """A perplexity of the first two windows is lower, and says nothing of the others."""
-    short = {"texts": [{"name": "stories", "window": 512, "limit": 2}], "tasks": [], "task_limit": None}
-    whole = {"texts": [{"name": "stories", "window": 512, "limit": None}], "tasks": [], "task_limit": None}
-    tables = answers([record("rtn", 2, 1.5, evaluation=short), record("gptq", 2, 12.0, evaluation=whole)])
-    assert {table.title: table.rows[0][1] for table in tables} == {"demo (limit=null)": "gptq", "demo (limit=2)": "rtn"}
+    short = {
+        "texts": [{"name": "stories", "window": 512, "limit": 2}],
+        "tasks": [],
+        "task_limit": None,
+    }
+    whole = {
+        "texts": [{"name": "stories", "window": 512, "limit": None}],
+        "tasks": [],
+        "task_limit": None,
+    }
+    tables = answers(
+        [record("rtn", 2, 1.5, evaluation=short), record("gptq", 2, 12.0, evaluation=whole)]
+    )
+    assert {table.title: table.rows[0][1] for table in tables} == {
+        "demo (limit=null)": "gptq",
+        "demo (limit=2)": "rtn",
+    }
     other = {"name": "demo", "digest": "another", "dtype": "bfloat16"}
-    titles = {table.title for table in answers([record("rtn", 2, 2.0), record("rtn", 2, 1.0, model=other)])}
+    titles = {
+        table.title
+        for table in answers([record("rtn", 2, 2.0), record("rtn", 2, 1.0, model=other)])
+    }
     assert titles == {"demo (dtype=bfloat16)", "demo (dtype=float32)"}
 
 
@@ -170,20 +206,35 @@ CALIBRATED = {"calibration": {"source": "demo", "digest": "c", "samples": 8}}
 
 def test_a_lucky_seed_is_not_the_best_method() -> None:
     """By its luckiest seed AWQ would win; by the mean it does not."""
-    trials = [record("gptq", 2, value, seed=seed, **CALIBRATED) for seed, value in enumerate((12.0, 12.1, 12.2))]
-    trials += [record("awq", 2, value, seed=seed, **CALIBRATED) for seed, value in enumerate((11.0, 15.0, 16.0))]
+    trials = [
+        record("gptq", 2, value, seed=seed, **CALIBRATED)
+        for seed, value in enumerate((12.0, 12.1, 12.2))
+    ]
+    trials += [
+        record("awq", 2, value, seed=seed, **CALIBRATED)
+        for seed, value in enumerate((11.0, 15.0, 16.0))
+    ]
     [table] = answers(trials)
     assert table.rows[0][1:3] == ("gptq", "12.10 ± 0.1 (3 seeds)")
     assert table.rows[0][-1] == "awq"  # the spread over seeds explains the difference
-    assert [pool.spread(STORIES) for pool in pools(trials)] == pytest.approx([2.6458, 0.1], abs=1e-4)
+    assert [pool.spread(STORIES) for pool in pools(trials)] == pytest.approx(
+        [2.6458, 0.1], abs=1e-4
+    )
 
 
 def test_seeds_tell_apart_what_spreads_less_than_it_differs(tmp_path: Path) -> None:
-    trials = [record("gptq", 2, value, seed=seed, **CALIBRATED) for seed, value in enumerate((12.0, 12.1, 12.2))]
-    trials += [record("awq", 2, value, seed=seed, **CALIBRATED) for seed, value in enumerate((15.0, 15.1, 15.2))]
+    trials = [
+        record("gptq", 2, value, seed=seed, **CALIBRATED)
+        for seed, value in enumerate((12.0, 12.1, 12.2))
+    ]
+    trials += [
+        record("awq", 2, value, seed=seed, **CALIBRATED)
+        for seed, value in enumerate((15.0, 15.1, 15.2))
+    ]
     assert answers(trials)[0].rows[0][-1] == "unknown: awq"  # for want of samples
     with_samples = [
-        measured(tmp_path, one, [one.metrics[STORIES] / 10 + 0.01 * window for window in range(8)]) for one in trials
+        measured(tmp_path, one, [one.metrics[STORIES] / 10 + 0.01 * window for window in range(8)])
+        for one in trials
     ]
     assert answers(with_samples)[0].rows[0][-1] == "-"
 
@@ -191,8 +242,15 @@ def test_seeds_tell_apart_what_spreads_less_than_it_differs(tmp_path: Path) -> N
 def test_texts_that_disagree_about_the_best_say_so() -> None:
     asked = {"texts": [{"name": "stories"}, {"name": "library"}], "tasks": [], "task_limit": None}
     trials = [
-        replace(record(method, 2, stories, evaluation=asked), metrics={STORIES: stories, "perplexity/library": library})
-        for method, stories, library in (("none", 1.0, 10.0), ("gptq", 2.0, 40.0), ("awq", 3.0, 20.0))
+        replace(
+            record(method, 2, stories, evaluation=asked),
+            metrics={STORIES: stories, "perplexity/library": library},
+        )
+        for method, stories, library in (
+            ("none", 1.0, 10.0),
+            ("gptq", 2.0, 40.0),
+            ("awq", 3.0, 20.0),
+        )
     ]
     [table] = answers(trials)
     assert table.columns[1] == "best method by perplexity, stories"

@@ -17,9 +17,16 @@ from q3q.report.write import About, write_report
 from q3q.spec import Scheme, TrialSpec
 
 BROWSER = next(
-    (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
+    (
+        found
+        for name in ("chromium", "google-chrome", "chromium-browser")
+        if (found := shutil.which(name))
+    ),
+    None,
 )
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the report's page is not looked at")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium here: the report's page is not looked at"
+)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--virtual-time-budget=5000 --enable-logging=stderr --log-level=0"
@@ -47,12 +54,23 @@ def record(method: str, bits: int, perplexity: float | None) -> TrialRecord:
         method={"name": method, "version": 1},
         scheme=None if method == "none" else Scheme(bits=bits, group_size=128, symmetric=False),
         calibration=None,
-        evaluation={"texts": [{"name": "stories", "window": 512, "limit": None}], "tasks": [], "task_limit": None},
+        evaluation={
+            "texts": [{"name": "stories", "window": 512, "limit": None}],
+            "tasks": [],
+            "task_limit": None,
+        },
         seed=0,
     )
     measured = {} if perplexity is None else {"perplexity/stories": perplexity}
-    sizes = {"model_bytes": 1e6 * bits, "bits_per_weight_model": float(bits), "kl/stories": 1 / bits}
-    sites = [SiteError(block=k, site="o", linear="o_proj", weight_error=0.1, output_error=None) for k in range(3)]
+    sizes = {
+        "model_bytes": 1e6 * bits,
+        "bits_per_weight_model": float(bits),
+        "kl/stories": 1 / bits,
+    }
+    sites = [
+        SiteError(block=k, site="o", linear="o_proj", weight_error=0.1, output_error=None)
+        for k in range(3)
+    ]
     return TrialRecord(
         spec=spec,
         status=COMPLETED,
@@ -98,13 +116,19 @@ class Asked(http.server.BaseHTTPRequestHandler):
 def browse(page: str, tmp_path: Path, width: int) -> tuple[str, str, list[str]]:
     """The page's DOM after its script ran, the browser's console, and what it asked the server for."""
     assert BROWSER is not None
-    handler = type("Handler", (Asked,), {"page": page.replace("</body>", PROBE + "</body>"), "paths": []})
+    handler = type(
+        "Handler", (Asked,), {"page": page.replace("</body>", PROBE + "</body>"), "paths": []}
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}/page"
         places = [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900"]
         shown = subprocess.run(
-            [BROWSER, *FLAGS, *places, "--dump-dom", address], capture_output=True, text=True, timeout=120, check=True
+            [BROWSER, *FLAGS, *places, "--dump-dom", address],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
         )
         server.shutdown()
     console = [line for line in shown.stderr.splitlines() if "CONSOLE" in line]
@@ -147,7 +171,9 @@ def test_every_plot_has_the_points_it_should(page: str) -> None:
 
 def test_the_page_asks_for_nothing_and_takes_names_for_text(page: str) -> None:
     assert "&lt;b&gt;a study&lt;/b&gt;" in page
-    outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', page) + re.findall(r"@import|url\((?!#)", page)
+    outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', page) + re.findall(
+        r"@import|url\((?!#)", page
+    )
     assert outside == []
     identities = re.findall(r'\bid="([^"]*)"', page)
     assert len(identities) == len(set(identities))
@@ -158,14 +184,22 @@ def opened(page: str, tmp_path: Path, *flags: str) -> tuple[dict[str, Any], list
     assert BROWSER is not None
     file, log = tmp_path / "report.html", tmp_path / "net.json"
     file.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    places = [f"--user-data-dir={tmp_path}/profile", f"--log-net-log={log}", "--net-log-capture-mode=Everything"]
+    places = [
+        f"--user-data-dir={tmp_path}/profile",
+        f"--log-net-log={log}",
+        "--net-log-capture-mode=Everything",
+    ]
     command = [BROWSER, *FLAGS, *places, *flags, "--dump-dom", file.as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in shown.stderr
     probe = re.search(r'data-probe="([^"]*)"', shown.stdout)
     assert probe is not None
     # Chromium asks its maker for the time and for updates: a page's own requests have the mark of its loader.
-    asked = set(re.findall(rf'"traffic_annotation":{OF_A_PAGE},"url":"([^"]*)"', log.read_text(encoding="utf-8")))
+    asked = set(
+        re.findall(
+            rf'"traffic_annotation":{OF_A_PAGE},"url":"([^"]*)"', log.read_text(encoding="utf-8")
+        )
+    )
     return json.loads(unescape(probe[1])), sorted(asked)
 
 
@@ -180,11 +214,20 @@ def test_a_request_would_be_noticed(page: str, tmp_path: Path) -> None:
     assert BROWSER is not None
     file, log = tmp_path / "asks.html", tmp_path / "net.json"
     file.write_text(page.replace("</main>", outside), encoding="utf-8")
-    places = [f"--user-data-dir={tmp_path}/profile", f"--log-net-log={log}", "--net-log-capture-mode=Everything"]
+    places = [
+        f"--user-data-dir={tmp_path}/profile",
+        f"--log-net-log={log}",
+        "--net-log-capture-mode=Everything",
+    ]
     subprocess.run(
-        [BROWSER, *FLAGS, *places, "--dump-dom", file.as_uri()], capture_output=True, timeout=120, check=True
+        [BROWSER, *FLAGS, *places, "--dump-dom", file.as_uri()],
+        capture_output=True,
+        timeout=120,
+        check=True,
     )
-    assert f'"traffic_annotation":{OF_A_PAGE},"url":"http://127.0.0.1:9/font"' in log.read_text(encoding="utf-8")
+    assert f'"traffic_annotation":{OF_A_PAGE},"url":"http://127.0.0.1:9/font"' in log.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_it_is_read_on_a_telephone(page: str, tmp_path: Path) -> None:

@@ -20,22 +20,37 @@ def record(storage: Path, bits: int, model: str = "demo", commit: str = "aaa") -
         method={"name": "rtn", "version": 1, "mse": False},
         scheme=Scheme(bits=bits, group_size=128, symmetric=False),
         calibration=None,
-        evaluation={"texts": [{"name": "wikitext2", "window": 2048, "limit": None}], "tasks": [], "task_limit": None},
+        evaluation={
+            "texts": [{"name": "wikitext2", "window": 2048, "limit": None}],
+            "tasks": [],
+            "task_limit": None,
+        },
         seed=0,
         places={"trials": str(storage / "trials")},
     )
     metrics = {"perplexity/wikitext2": 10.0 + bits, "seconds/evaluate": 2.0}
-    found = TrialRecord(spec=spec, status=COMPLETED, metrics=metrics, environment={"git_commit": commit})
+    found = TrialRecord(
+        spec=spec, status=COMPLETED, metrics=metrics, environment={"git_commit": commit}
+    )
     found.save()
     return found
 
 
 def sweep(storage: Path, name: str, *records: TrialRecord) -> None:
     specs = tuple(record.spec for record in records)
-    Sweep(id=f"id{name}", name=name, command=f"run {name}", config="", trials=specs, question=f"{name}?").save(storage)
+    Sweep(
+        id=f"id{name}",
+        name=name,
+        command=f"run {name}",
+        config="",
+        trials=specs,
+        question=f"{name}?",
+    ).save(storage)
 
 
-def test_a_study_is_found_by_its_name_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_is_found_by_its_name_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     two, three = record(tmp_path, 2), record(tmp_path, 3)
     sweep(tmp_path, "first", two)
     sweep(tmp_path, "second", two, three, replace(two, spec=replace(two.spec, seed=9)))
@@ -47,7 +62,9 @@ def test_a_study_is_found_by_its_name_and_written(tmp_path: Path, capsys: pytest
     assert "report.html" in capsys.readouterr().out
 
 
-def test_each_format_is_printed_alone(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+def test_each_format_is_printed_alone(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     record(tmp_path, 2, model="qwen3_8b_base")
     shown = {}
     for kind in ("html", "md", "csv", "latex"):
@@ -82,13 +99,17 @@ def test_no_records_and_unknown_studies_are_refused_in_one_line(
     )
 
 
-def test_a_damaged_record_is_left_out_and_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_record_is_left_out_and_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     record(tmp_path, 2)
     broken, strange = record(tmp_path, 3), record(tmp_path, 4)
     path = tmp_path / "trials" / broken.spec.id / "record.json"
     path.write_text(path.read_text()[:100])
     other = tmp_path / "trials" / strange.spec.id / "record.json"
-    other.write_text(json.dumps({**strange.to_json(), "spec": {**strange.spec.to_json(), "seed": 5}}))
+    other.write_text(
+        json.dumps({**strange.to_json(), "spec": {**strange.spec.to_json(), "seed": 5}})
+    )
     assert main(["--storage", str(tmp_path), "--format", "md"]) == 0
     told = capfd.readouterr()
     assert f"{path} cannot be read and is left out (not JSON)" in told.err
@@ -97,14 +118,18 @@ def test_a_damaged_record_is_left_out_and_named(tmp_path: Path, capfd: pytest.Ca
     assert str(path) in told.out
 
 
-def test_records_of_several_code_versions_are_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_records_of_several_code_versions_are_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     record(tmp_path, 2, commit="aaa")
     record(tmp_path, 3, commit="bbb")
     main(["--storage", str(tmp_path), "--format", "md"])
     assert "measured by 2 versions of the code: 1 by aaa, 1 by bbb." in capfd.readouterr().out
 
 
-def test_code_that_nobody_knows_is_a_version_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_code_that_nobody_knows_is_a_version_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     record(tmp_path, 2, commit="aaa")
     record(tmp_path, 3, commit="")
     main(["--storage", str(tmp_path), "--format", "md"])
@@ -142,7 +167,17 @@ def test_all_sweeps_of_a_name_are_one_study_and_an_id_is_one(
         {"metrics": []},
         {"notes": [1]},
         {"intervals": {"a": [None, None]}},
-        {"sites": [{"block": 0, "site": "o", "linear": "o", "weight_error": "much", "output_error": None}]},
+        {
+            "sites": [
+                {
+                    "block": 0,
+                    "site": "o",
+                    "linear": "o",
+                    "weight_error": "much",
+                    "output_error": None,
+                }
+            ]
+        },
         {"spec": {"seed": -1}},
         {"spec": {"evaluation": []}},
         {"spec": {"model": None}},
@@ -177,7 +212,9 @@ def test_a_damaged_sweep_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "torn_1.json cannot be read" in capfd.readouterr().err
 
 
-def test_an_out_that_is_no_folder_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_out_that_is_no_folder_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record(tmp_path, 2)
     file = tmp_path / "notes.txt"
     file.write_text("notes")

@@ -25,13 +25,25 @@ def trial(words: list[str]):
     [
         [],
         ["method=none"],
-        ["method=gptq", "bits=3", "group_size=-1", "method.damping=0.05", "method.act_order=false", "seed=2"],
+        [
+            "method=gptq",
+            "bits=3",
+            "group_size=-1",
+            "method.damping=0.05",
+            "method.act_order=false",
+            "seed=2",
+        ],
         ["method=awq", "model=demo_moe", "calibration.route=all", "calibration.samples=4"],
         ["method=smoothquant", "method.smooth=false", "bits=4", "act_bits=4"],
         ["method=smoothquant", "method.search=true", "method.alpha_grid=[0.4,0.6]"],
         ["method=billm"],
         ["evaluation=none", "bits=8", "symmetric=true", "dtype=bfloat16"],
-        ["evaluation.limit=4", "evaluation.task_limit=8", "evaluation.window=128", "evaluation.drift=false"],
+        [
+            "evaluation.limit=4",
+            "evaluation.task_limit=8",
+            "evaluation.window=128",
+            "evaluation.drift=false",
+        ],
         [
             "evaluation.quick=true",
             "evaluation.limit=4",

@@ -10,8 +10,22 @@ from q3q.report.latex import latex
 from q3q.report.paper import DATASETS, METHODS, PUBLISHED
 from q3q.spec import Scheme, TrialSpec
 
-TASKS = ["piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande", "boolq", "mmlu", "mmlu_paper", "wikitext"]
-ASKED: dict[str, Any] = {"texts": [{"name": "wikitext2"}, {"name": "c4"}], "tasks": TASKS, "task_limit": None}
+TASKS = [
+    "piqa",
+    "arc_easy",
+    "arc_challenge",
+    "hellaswag",
+    "winogrande",
+    "boolq",
+    "mmlu",
+    "mmlu_paper",
+    "wikitext",
+]
+ASKED: dict[str, Any] = {
+    "texts": [{"name": "wikitext2"}, {"name": "c4"}],
+    "tasks": TASKS,
+    "task_limit": None,
+}
 
 
 def printed() -> dict[str, dict[tuple[str, ...], dict[str, str]]]:
@@ -32,9 +46,15 @@ def trial(key: tuple[str, ...], values: dict[str, str]) -> TrialRecord:
     if method != "FP16":
         size = 128 if group == "128" else -1
         act = None if act_bits == "16" else int(act_bits)
-        scheme = Scheme(bits=int(float(bits)), group_size=size, symmetric=method == "SmoothQuant", act_bits=act)
+        scheme = Scheme(
+            bits=int(float(bits)), group_size=size, symmetric=method == "SmoothQuant", act_bits=act
+        )
     spec = TrialSpec(
-        model={"name": model.lower().replace("-", "_").replace(".", "_"), "digest": model, "dtype": "bfloat16"},
+        model={
+            "name": model.lower().replace("-", "_").replace(".", "_"),
+            "digest": model,
+            "dtype": "bfloat16",
+        },
         method={"name": names[method], "version": 1},
         scheme=scheme,
         calibration=None,
@@ -47,7 +67,9 @@ def trial(key: tuple[str, ...], values: dict[str, str]) -> TrialRecord:
         if value == value and metric != "mmlu/acc":  # noqa: PLR0124
             metrics[metric] = value if metric.startswith("perplexity/") else value / 100
     metrics["mmlu/acc"] = 0.999  # lm-eval's, which the study did not run
-    diverged = tuple(f"perplexity/{text}" for text in ("wikitext2", "c4") if f"perplexity/{text}" not in metrics)
+    diverged = tuple(
+        f"perplexity/{text}" for text in ("wikitext2", "c4") if f"perplexity/{text}" not in metrics
+    )
     return TrialRecord(spec=spec, status=COMPLETED, metrics=metrics, diverged=diverged)
 
 
@@ -62,7 +84,9 @@ def rows(table: str) -> list[list[str]]:
 
 def test_the_studys_own_numbers_come_out_as_its_tables() -> None:
     tables = printed()
-    records = {key: trial(key, values) for table in tables.values() for key, values in table.items()}
+    records = {
+        key: trial(key, values) for table in tables.values() for key, values in table.items()
+    }
     found = latex([*records.values()][::-1]).split(r"\begin{table}")[1:]
     assert len(found) == 4
     datasets = ["wikitext2", "c4", *TASKS[:6], None, "mmlu"]
@@ -79,7 +103,9 @@ def test_the_studys_own_numbers_come_out_as_its_tables() -> None:
         found_here = [tuple(row[:5]) for row in ours]
         if source == "Table 2":  # which prints 14B's 3 bits before its SmoothQuant rows at 4
             assert sorted(found_here) == sorted(wanted)
-            found_here, order = ([key for key in keys if key[0] != "Qwen3-14B"] for keys in (found_here, wanted))
+            found_here, order = (
+                [key for key in keys if key[0] != "Qwen3-14B"] for keys in (found_here, wanted)
+            )
         else:
             order = [*wanted]
         assert found_here == order, source
@@ -105,6 +131,8 @@ def test_what_no_column_tells_stands_beside_the_method_and_seeds_are_a_mean() ->
     method = one.spec.method | {"damping": 0.01}
     plain = replace(one, spec=replace(one.spec, method=method))
     other = replace(one, spec=replace(one.spec, method=method | {"damping": 0.05}))
-    again = replace(plain, spec=replace(plain.spec, seed=1), metrics=plain.metrics | {"perplexity/c4": 52.0})
+    again = replace(
+        plain, spec=replace(plain.spec, seed=1), metrics=plain.metrics | {"perplexity/c4": 52.0}
+    )
     found = {row[1]: row[6] for row in rows(latex([plain, other, again]))}
     assert found == {"GPTQ damping=0.01": r"51.0$\pm$1.4", "GPTQ damping=0.05": "50.0"}

@@ -22,11 +22,26 @@ from q3q.spec import Scheme, TrialSpec
 
 
 def spec(
-    method: str = "gptq", bits: int = 4, group_size: int = 128, act_bits: int | None = None, **changes: Any
+    method: str = "gptq",
+    bits: int = 4,
+    group_size: int = 128,
+    act_bits: int | None = None,
+    **changes: Any,
 ) -> Any:
     whole: dict[str, Any] = {
-        "model": {"name": "qwen3_8b_base", "source": "Qwen/Qwen3-8B-Base", "revision": "r", "dtype": "bfloat16"},
-        "calibration": {"source": "c4", "digest": "d", "samples": 128, "length": 2048, "draw": "random"},
+        "model": {
+            "name": "qwen3_8b_base",
+            "source": "Qwen/Qwen3-8B-Base",
+            "revision": "r",
+            "dtype": "bfloat16",
+        },
+        "calibration": {
+            "source": "c4",
+            "digest": "d",
+            "samples": 128,
+            "length": 2048,
+            "draw": "random",
+        },
         "evaluation": {
             "texts": [{"name": "wikitext2", "window": 2048, "limit": None}],
             "tasks": ["piqa"],
@@ -36,7 +51,9 @@ def spec(
     }
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=False, act_bits=act_bits)
     return TrialSpec(
-        **{**whole, **changes}, method={"name": method, "version": 1}, scheme=None if method == "none" else scheme
+        **{**whole, **changes},
+        method={"name": method, "version": 1},
+        scheme=None if method == "none" else scheme,
     )
 
 
@@ -50,7 +67,10 @@ def test_the_table_is_the_papers() -> None:
     rows = published()
     assert len(rows) == 2250
     assert len({(it.model, it.method, it.bits, it.act_bits, it.group) for it in rows}) == 239
-    assert len({(it.model, it.method, it.bits, it.act_bits, it.group, it.source) for it in rows}) == 250
+    assert (
+        len({(it.model, it.method, it.bits, it.act_bits, it.group, it.source) for it in rows})
+        == 250
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,8 +84,14 @@ def test_the_table_is_the_papers() -> None:
             ("Qwen3-8B-Base", "SmoothQuant", 4, 8, "per-channel"),
         ),
         ({"method": "billm", "bits": 1}, ("Qwen3-8B-Base", "BiLLM", 1, 16, "128")),
-        ({"model": {"name": "Qwen3-0.6B", "digest": "d", "dtype": "float32"}}, ("Qwen3-0.6B", "GPTQ", 4, 16, "128")),
-        ({"model": {"name": "mine", "source": "Qwen/Qwen3-32B", "revision": "r"}}, ("Qwen3-32B", "GPTQ", 4, 16, "128")),
+        (
+            {"model": {"name": "Qwen3-0.6B", "digest": "d", "dtype": "float32"}},
+            ("Qwen3-0.6B", "GPTQ", 4, 16, "128"),
+        ),
+        (
+            {"model": {"name": "mine", "source": "Qwen/Qwen3-32B", "revision": "r"}},
+            ("Qwen3-32B", "GPTQ", 4, 16, "128"),
+        ),
         ({"group_size": 64}, None),
         ({"model": {"name": "demo", "digest": "d"}}, None),
         ({"head_bits": 8}, None),
@@ -86,7 +112,12 @@ def test_a_trial_finds_its_cell(changes: dict[str, Any], cell: Any) -> None:
         ("perplexity/c4", float("nan"), float("nan"), REPRODUCED),
         ("perplexity/c4", 30.0, 2e7, DIFFERENT),
         ("perplexity/c4", float("nan"), 30.0, DIFFERENT),
-        ("perplexity/c4", 995.0, 1005.0, REPRODUCED),  # one on either side of what counts as collapsed
+        (
+            "perplexity/c4",
+            995.0,
+            1005.0,
+            REPRODUCED,
+        ),  # one on either side of what counts as collapsed
         ("perplexity/c4", 1005.0, 995.0, REPRODUCED),
         ("perplexity/c4", 960.0, 1005.0, NEAR),
         ("perplexity/c4", 900.0, 3000.0, DIFFERENT),
@@ -96,7 +127,9 @@ def test_a_trial_finds_its_cell(changes: dict[str, Any], cell: Any) -> None:
         ("piqa/acc", 0.75, 70.0, DIFFERENT),
     ],
 )
-def test_the_verdict_keeps_to_its_tolerance(metric: str, ours: float, theirs: float, expected: str) -> None:
+def test_the_verdict_keeps_to_its_tolerance(
+    metric: str, ours: float, theirs: float, expected: str
+) -> None:
     assert verdict(metric, ours, theirs) == expected
 
 
@@ -113,21 +146,42 @@ def test_cells_are_shown_beside_ours_and_counted() -> None:
         (7.22, REPRODUCED),
     ]
     assert {it.published.source for it in found} == {"Table 1", "Table 3"}
-    assert share_reproduced(found).startswith("1 of 3 cells reproduced (33 %), 0 close, 2 different")
+    assert share_reproduced(found).startswith(
+        "1 of 3 cells reproduced (33 %), 0 close, 2 different"
+    )
     row = paper_table(found).rows[2]
-    assert row[:7] == ("Qwen3-8B-Base gptq w4 g128", "wikitext2", "Table 3", "7.220", "7.230", "+0.1 %", "reproduced")
+    assert row[:7] == (
+        "Qwen3-8B-Base gptq w4 g128",
+        "wikitext2",
+        "Table 3",
+        "7.220",
+        "7.230",
+        "+0.1 %",
+        "reproduced",
+    )
 
 
 def test_a_trial_by_another_protocol_is_shown_and_not_counted() -> None:
-    short = {"texts": [{"name": "wikitext2", "window": 512, "limit": 8}], "tasks": [], "task_limit": None}
+    short = {
+        "texts": [{"name": "wikitext2", "window": 512, "limit": 8}],
+        "tasks": [],
+        "task_limit": None,
+    }
     found = compare_with_paper([record(7.23, evaluation=short)])
     assert found[0].departs == ("window=512", "limit=8")
-    assert "None of the study's 2250 cells was run by its protocol. 1 comparisons depart" in share_reproduced(found)
+    assert (
+        "None of the study's 2250 cells was run by its protocol. 1 comparisons depart"
+        in share_reproduced(found)
+    )
     assert "the 250 means over six tasks are not compared" in share_reproduced(found)
 
 
 C4 = {"source": "c4", "digest": "d", "samples": 128, "length": 2048, "draw": "random"}
-ASKED = {"texts": [{"name": "wikitext2", "window": 2048, "limit": None}], "tasks": ["piqa"], "task_limit": None}
+ASKED = {
+    "texts": [{"name": "wikitext2", "window": 2048, "limit": None}],
+    "tasks": ["piqa"],
+    "task_limit": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -140,14 +194,19 @@ ASKED = {"texts": [{"name": "wikitext2", "window": 2048, "limit": None}], "tasks
         ({"calibration": C4 | {"samples": 64}}, ("calibration.samples=64",)),
         ({"calibration": C4 | {"samples": 256}}, ("calibration.samples=256",)),
         ({"calibration": C4 | {"source": "pile"}}, ("calibration=pile",)),
-        ({"model": {"name": "qwen3_8b_base", "digest": "d", "dtype": "float32"}}, ("dtype=float32",)),
+        (
+            {"model": {"name": "qwen3_8b_base", "digest": "d", "dtype": "float32"}},
+            ("dtype=float32",),
+        ),
         ({"evaluation": ASKED | {"chat": "thinking"}}, ("chat=thinking",)),
         ({"evaluation": ASKED | {"task_limit": 9}}, ("task_limit=9",)),
         ({"evaluation": ASKED | {"limits": {"piqa": 9}}}, ("limits=9",)),
         ({"evaluation": ASKED | {"shots": {"piqa": 5}}}, ("shots=5",)),
     ],
 )
-def test_what_departs_from_the_papers_protocol_is_named(changes: dict[str, Any], departs: tuple[str, ...]) -> None:
+def test_what_departs_from_the_papers_protocol_is_named(
+    changes: dict[str, Any], departs: tuple[str, ...]
+) -> None:
     assert departures(spec(**changes), "piqa/acc") == departs
 
 

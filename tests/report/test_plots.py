@@ -17,14 +17,20 @@ from q3q.spec import Scheme, TrialSpec
 STORIES = "perplexity/stories"
 
 
-def record(method: str, bits: int, perplexity: float | None, model: str = "demo", **changes: Any) -> TrialRecord:
+def record(
+    method: str, bits: int, perplexity: float | None, model: str = "demo", **changes: Any
+) -> TrialRecord:
     """A completed trial, its perplexity diverged if None. changes: of the spec."""
     spec = TrialSpec(
         model={"name": model, "digest": model, "dtype": "float32"},
         method={"name": method, "version": 1},
         scheme=None if method == "none" else Scheme(bits=bits, group_size=128, symmetric=False),
         calibration=None,
-        evaluation={"texts": [{"name": "stories", "window": 512, "limit": None}], "tasks": [], "task_limit": None},
+        evaluation={
+            "texts": [{"name": "stories", "window": 512, "limit": None}],
+            "tasks": [],
+            "task_limit": None,
+        },
         seed=0,
     )
     measured = {} if perplexity is None else {STORIES: perplexity}
@@ -67,7 +73,12 @@ def test_a_width_that_was_not_run_leaves_a_line_whole_and_one_that_diverged_brea
 
 def test_perplexities_are_drawn_as_what_they_are_above_the_unquantized_models() -> None:
     """So that 0.1 % and 50 % are both seen, and one below it is not lost."""
-    records = [record("none", 16, 2.0), record("gptq", 2, 3.0), record("gptq", 4, 2.002), record("gptq", 8, 1.9999)]
+    records = [
+        record("none", 16, 2.0),
+        record("gptq", 2, 3.0),
+        record("gptq", 4, 2.002),
+        record("gptq", 8, 1.9999),
+    ]
     plot = plots(records)["demo-perplexity-stories-bits"]
     assert [height for _, height in lines(plot)["gptq"]] == pytest.approx([50, 0.1, -0.005])
     [axes] = plot.figure.axes
@@ -95,7 +106,9 @@ def test_a_method_has_its_colour_in_every_picture_and_its_variants_look_differen
 
 def test_a_legend_of_many_lines_leaves_the_picture_its_room() -> None:
     def height(count: int) -> float:
-        calibrated = [{"source": "demo", "digest": "d", "samples": samples} for samples in range(count)]
+        calibrated = [
+            {"source": "demo", "digest": "d", "samples": samples} for samples in range(count)
+        ]
         records = [record("gptq", 2, 5.0, calibration=one) for one in calibrated]
         plot = plots(records)["demo-perplexity-stories-bits"]
         plot.png()
@@ -105,7 +118,11 @@ def test_a_legend_of_many_lines_leaves_the_picture_its_room() -> None:
 
 
 def test_what_has_no_place_on_an_axis_is_named() -> None:
-    none = [replace(record("none", 16, 2.0), metrics={STORIES: 2.0}), record("rtn", 4, 4.0), record("gptq", 4, 3.0)]
+    none = [
+        replace(record("none", 16, 2.0), metrics={STORIES: 2.0}),
+        record("rtn", 4, 4.0),
+        record("gptq", 4, 3.0),
+    ]
     assert plots(none)["demo-pareto"].caption == "Not shown: none (no size)."
     same, other = (
         replace(one, metrics={**one.metrics, "kl/stories": kl})
@@ -119,7 +136,10 @@ def test_what_has_no_place_on_an_axis_is_named() -> None:
 
 def test_the_divergence_shows_how_it_is_spread_over_tokens() -> None:
     one = record("rtn", 4, 2.0)
-    found = {f"kl_p{p}/stories": kl for p, kl in (("1", 0.01), ("25", 0.1), ("50", 0.2), ("75", 0.4), ("99", 4.0))}
+    found = {
+        f"kl_p{p}/stories": kl
+        for p, kl in (("1", 0.01), ("25", 0.1), ("50", 0.2), ("75", 0.4), ("99", 4.0))
+    }
     one = replace(one, metrics={**one.metrics, "kl/stories": 0.5, **found, "kl_p99.9/stories": 9.0})
     plot = plots([one])["demo-stories-kl"]
     assert tips(plot) == [
@@ -151,14 +171,26 @@ def test_accuracy_has_a_picture_over_size_too() -> None:
     asked = {"texts": [], "tasks": ["who"], "task_limit": None}
     records = [
         replace(one, metrics={**one.metrics, "who/acc": 0.5})
-        for one in (record("rtn", 4, 1.0, model, evaluation=asked) for model in ("m", "larger_model"))
+        for one in (
+            record("rtn", 4, 1.0, model, evaluation=asked) for model in ("m", "larger_model")
+        )
     ]
-    assert tips(plots(records)["size-4bits-accuracy"]) == ["rtn, m: 50.0", "rtn, larger_model: 50.0"]
+    assert tips(plots(records)["size-4bits-accuracy"]) == [
+        "rtn, m: 50.0",
+        "rtn, larger_model: 50.0",
+    ]
 
 
 def with_experts(count: int, tokens: list[int], errors: list[float]) -> TrialRecord:
     sites = [
-        SiteError(block=k, site="down", linear="down", weight_error=0.2, output_error=0.1, experts=tuple(errors))
+        SiteError(
+            block=k,
+            site="down",
+            linear="down",
+            weight_error=0.2,
+            output_error=0.1,
+            experts=tuple(errors),
+        )
         for k in range(count)
     ]
     notes = {f"blocks.{k}.gate_up": {"tokens_per_expert": tokens} for k in range(count)}
@@ -167,7 +199,9 @@ def with_experts(count: int, tokens: list[int], errors: list[float]) -> TrialRec
 
 def test_an_expert_without_tokens_has_no_error_and_tokens_are_whole_numbers() -> None:
     one = with_experts(2, [0, 12345], [0.0, 0.3])
-    found = {name.rpartition("-")[2]: plot for name, plot in plots([one]).items() if "expert" in name}
+    found = {
+        name.rpartition("-")[2]: plot for name, plot in plots([one]).items() if "expert" in name
+    }
     assert tips(found["errors"])[:3] == [
         "block 0, expert 0: no token",
         "block 1, expert 0: no token",
@@ -178,11 +212,19 @@ def test_an_expert_without_tokens_has_no_error_and_tokens_are_whole_numbers() ->
 
 
 def test_a_large_grid_is_one_picture_and_no_cell_stops_a_keyboard() -> None:
-    small = next(plot for name, plot in plots([with_experts(2, [1, 1], [0.1, 0.3])]).items() if "errors" in name)
+    small = next(
+        plot
+        for name, plot in plots([with_experts(2, [1, 1], [0.1, 0.3])]).items()
+        if "errors" in name
+    )
     assert len(tips(small)) == 4
     assert 'tabindex="0" data-tip' not in small.svg().decode()
     errors = [0.1 + 0.001 * k for k in range(128)]
-    large = next(plot for name, plot in plots([with_experts(94, [1] * 128, errors)]).items() if "errors" in name)
+    large = next(
+        plot
+        for name, plot in plots([with_experts(94, [1] * 128, errors)]).items()
+        if "errors" in name
+    )
     assert tips(large) == []
     assert b"<image" in large.svg()
     assert len(large.svg()) < 200_000

@@ -23,29 +23,51 @@ STORIES, WHO = "perplexity/stories", "stories_who/acc"
 def spec(method: str = "gptq", bits: int = 4, **changes: Any) -> TrialSpec:
     """A trial; keywords change the scheme, the method's knobs, or the spec, whichever has them."""
     scheme: dict[str, Any] = {"bits": bits, "group_size": 128, "symmetric": False, "act_bits": None}
-    knobs: dict[str, Any] = {"name": method, "version": 1, **({"damping": 0.01} if method == "gptq" else {})}
+    knobs: dict[str, Any] = {
+        "name": method,
+        "version": 1,
+        **({"damping": 0.01} if method == "gptq" else {}),
+    }
     whole: dict[str, Any] = {
         "model": {"name": "demo", "digest": "d1", "dtype": "float32"},
         "calibration": None,
-        "evaluation": {"texts": [{"name": "stories", "window": 512}], "tasks": ["stories_who"], "task_limit": None},
+        "evaluation": {
+            "texts": [{"name": "stories", "window": 512}],
+            "tasks": ["stories_who"],
+            "task_limit": None,
+        },
         "seed": 0,
     }
     if method in ("gptq", "awq"):
-        whole["calibration"] = {"source": "demo", "digest": "d2", "length": 512 if method == "awq" else 2048}
+        whole["calibration"] = {
+            "source": "demo",
+            "digest": "d2",
+            "length": 512 if method == "awq" else 2048,
+        }
     for name, value in changes.items():
         next((part for part in (scheme, knobs, whole) if name in part), knobs)[name] = value
     return TrialSpec(method=knobs, scheme=None if method == "none" else Scheme(**scheme), **whole)
 
 
 def record(
-    method: str = "gptq", bits: int = 4, perplexity: float | None = 3.5, acc: float = 0.75, **changes: Any
+    method: str = "gptq",
+    bits: int = 4,
+    perplexity: float | None = 3.5,
+    acc: float = 0.75,
+    **changes: Any,
 ) -> TrialRecord:
     """A completed trial, its perplexity diverged if None."""
     measured = {} if perplexity is None else {STORIES: perplexity}
     return TrialRecord(
         spec=spec(method, bits, **changes),
         status=COMPLETED,
-        metrics={**measured, WHO: acc, "bits_per_weight": bits + 0.25, "seconds/quantize": 2.0, "seconds/load": 0.5},
+        metrics={
+            **measured,
+            WHO: acc,
+            "bits_per_weight": bits + 0.25,
+            "seconds/quantize": 2.0,
+            "seconds/load": 0.5,
+        },
         intervals={WHO: (acc - 0.05, acc + 0.04)},
         diverged=() if perplexity is not None else (STORIES,),
     )
@@ -132,7 +154,11 @@ def test_the_markdown_table_is_exactly_this() -> None:
 def test_what_differs_stands_in_the_label_and_nothing_is_overwritten(
     one: dict[str, Any], other: dict[str, Any], expected: list[str]
 ) -> None:
-    records = [record("gptq", 3, 5.0, **one), record("gptq", 3, 6.0, **other), record("gptq", 4, 4.0, **one)]
+    records = [
+        record("gptq", 3, 5.0, **one),
+        record("gptq", 3, 6.0, **other),
+        record("gptq", 4, 4.0, **one),
+    ]
     grid = method_by_bits(records, STORIES)
     assert list(grid.index) == expected
     assert sorted(value for value in grid.to_numpy().flatten() if value != "-") == [4.0, 5.0, 6.0]
@@ -155,8 +181,14 @@ def test_seeds_share_a_cell_that_says_so() -> None:
         ({"include": "d1"}, {"include": "d2"}, "gptq include=d1"),
     ],
 )
-def test_questions_asked_otherwise_are_told_apart(one: dict[str, Any], other: dict[str, Any], label: str) -> None:
-    asked = {"texts": [{"name": "stories", "window": 512}], "tasks": ["stories_who"], "task_limit": None}
+def test_questions_asked_otherwise_are_told_apart(
+    one: dict[str, Any], other: dict[str, Any], label: str
+) -> None:
+    asked = {
+        "texts": [{"name": "stories", "window": 512}],
+        "tasks": ["stories_who"],
+        "task_limit": None,
+    }
     records = [record(acc=0.5, evaluation=asked | one), record(acc=0.75, evaluation=asked | other)]
     assert method_by_bits(records, WHO).to_dict()[4][label] == 0.5
     for metric in (WHO, "accuracy"):
@@ -167,14 +199,21 @@ def test_questions_asked_otherwise_are_told_apart(one: dict[str, Any], other: di
 def test_numbers_that_differ_for_no_known_reason_are_both_shown() -> None:
     """A data set changed between two trials, which is no trait of one task's metric."""
     asked = {"texts": [], "tasks": ["stories_who"], "task_limit": None}
-    records = [record(acc=acc, evaluation=asked | {"data": {"x:y": str(acc)}}) for acc in (0.5, 0.75)]
+    records = [
+        record(acc=acc, evaluation=asked | {"data": {"x:y": str(acc)}}) for acc in (0.5, 0.75)
+    ]
     found = method_by_bits(records, WHO).to_dict()[4]
     assert found == {f"gptq ({one.spec.id})": one.metrics[WHO] for one in records}
 
 
 def test_how_much_is_luck_is_told_by_seeds_calibrations_and_methods() -> None:
     sets = {8: {"samples": 8, "source": "demo"}, 32: {"samples": 32, "source": "demo"}}
-    values = {("gptq", 8): (5.0, 7.0), ("gptq", 32): (4.0, 4.0), ("awq", 8): (9.0, 9.0), ("awq", 32): (9.0, 9.0)}
+    values = {
+        ("gptq", 8): (5.0, 7.0),
+        ("gptq", 32): (4.0, 4.0),
+        ("awq", 8): (9.0, 9.0),
+        ("awq", 32): (9.0, 9.0),
+    }
     records = [
         record(method, 2, value, seed=seed, calibration=sets[count])
         for (method, count), pair in values.items()
@@ -187,16 +226,27 @@ def test_how_much_is_luck_is_told_by_seeds_calibrations_and_methods() -> None:
 
 
 def test_methods_own_defaults_do_not_crowd_the_labels_but_group_sizes_do() -> None:
-    same = [record("awq", 3), record("gptq", 3), record("none")]  # they calibrate differently, as each method does
+    same = [
+        record("awq", 3),
+        record("gptq", 3),
+        record("none"),
+    ]  # they calibrate differently, as each method does
     assert list(method_by_bits(same, STORIES).index) == ["none", "awq", "gptq"]
     differ = [record("rtn", 3, group_size=-1), record("gptq", 3), record("none")]
     assert list(method_by_bits(differ, STORIES).index) == ["none", "rtn pc", "gptq g128"]
 
 
 def test_evaluations_that_differ_are_told_apart_only_where_they_matter() -> None:
-    short = {"texts": [{"name": "stories", "window": 128}], "tasks": ["stories_who"], "task_limit": None}
+    short = {
+        "texts": [{"name": "stories", "window": 128}],
+        "tasks": ["stories_who"],
+        "task_limit": None,
+    }
     records = [record(perplexity=3.5), record(perplexity=4.5, evaluation=short)]
-    assert method_by_bits(records, STORIES).to_dict()[4] == {"gptq window=128": 4.5, "gptq window=512": 3.5}
+    assert method_by_bits(records, STORIES).to_dict()[4] == {
+        "gptq window=128": 4.5,
+        "gptq window=512": 3.5,
+    }
     assert method_by_bits(records, WHO).to_dict()[4] == {"gptq": 0.75}
 
 
@@ -208,7 +258,9 @@ def test_a_number_is_not_hidden_by_a_trial_that_failed_to_measure_it_again() -> 
 
 
 def test_a_failed_trials_numbers_are_not_shown() -> None:
-    untrusted = replace(record("gptq", 3, 5.0), status=FAILED, reason="levels: 9 levels in a group of 3 bits")
+    untrusted = replace(
+        record("gptq", 3, 5.0), status=FAILED, reason="levels: 9 levels in a group of 3 bits"
+    )
     assert method_by_bits([untrusted], STORIES).to_dict() == {3: {"gptq": "failed"}}
     row = trial_table([untrusted]).iloc[0]
     assert row[STORIES] is None
@@ -227,7 +279,10 @@ def test_several_tasks_have_a_mean_and_models_have_tables_of_their_own() -> None
     asked = {"texts": [], "tasks": ["a", "b"], "task_limit": None}
     moe = {"name": "demo_moe", "digest": "d5", "dtype": "float32"}
     records = [
-        replace(record("rtn", 4, evaluation=asked, model=model), metrics={"a/acc": 0.5, "b/acc": accuracy})
+        replace(
+            record("rtn", 4, evaluation=asked, model=model),
+            metrics={"a/acc": 0.5, "b/acc": accuracy},
+        )
         for model, accuracy in ((spec().model, 0.6), (moe, 0.9))
     ]
     short = [(table.title, table.rows) for table in result_tables(records, everything=False)]
@@ -259,11 +314,15 @@ def test_the_long_table_has_a_row_per_trial_and_says_how_each_ended() -> None:
     assert list(table["status"]) == ["COMPLETED"] * 5 + ["FAILED", "COMPLETED"]
     assert table["reason"][5] == "the worker died"
     assert table[f"{WHO}.low"][0] == pytest.approx(0.825)
-    assert {"trial", "model", "group_size", "act_bits", "symmetric", "seed", "seconds"} <= set(table.columns)
+    assert {"trial", "model", "group_size", "act_bits", "symmetric", "seed", "seconds"} <= set(
+        table.columns
+    )
 
 
 def about(command: str = "python launch.py") -> About:
-    return About(name="a study", command=command, question="Which is best?", expectation="GPTQ & <co>")
+    return About(
+        name="a study", command=command, question="Which is best?", expectation="GPTQ & <co>"
+    )
 
 
 def test_a_reports_files_do_not_depend_on_the_order_trials_ended_in(tmp_path: Path) -> None:
@@ -271,8 +330,14 @@ def test_a_reports_files_do_not_depend_on_the_order_trials_ended_in(tmp_path: Pa
     other = failed("gptq", 8, "out of\nmemory")
     report = write_report([other, *GRID], tmp_path / "one", about(command))
     again = write_report([*GRID[::-1], other], tmp_path / "two", about(command))
-    files = {str(path.relative_to(report.folder)): path for path in report.folder.rglob("*") if path.is_file()}
-    assert {"report.html", "results.md", "results.csv", "results.tex", "perplexity.png"} <= set(files)
+    files = {
+        str(path.relative_to(report.folder)): path
+        for path in report.folder.rglob("*")
+        if path.is_file()
+    }
+    assert {"report.html", "results.md", "results.csv", "results.tex", "perplexity.png"} <= set(
+        files
+    )
     assert {f"plots/demo-perplexity-stories-bits.{kind}" for kind in ("svg", "png")} <= set(files)
     assert {name: path.read_bytes() for name, path in files.items()} == report.files
     assert report.files == again.files
@@ -284,7 +349,9 @@ def test_a_reports_files_do_not_depend_on_the_order_trials_ended_in(tmp_path: Pa
     assert "the worker died\n- gptq w8 g128 · demo" in page
     assert "out of memory" in page
     assert "8 trials: 6 completed, 2 failed." in page
-    assert report.text == "\n\n".join(table.plain() for table in result_tables([other, *GRID], everything=False))
+    assert report.text == "\n\n".join(
+        table.plain() for table in result_tables([other, *GRID], everything=False)
+    )
     assert report.artifacts()["table.md"].decode().count("| gptq | failed |") == 2
 
 
@@ -298,7 +365,10 @@ def test_nothing_to_show_is_shown_as_such(records: list[TrialRecord], tmp_path: 
 
 def test_a_trials_artifacts_are_its_record_and_what_it_has(tmp_path: Path) -> None:
     assert set(trial_artifacts(failed("gptq", 2))) == {"record.json"}
-    whole = replace(with_sites(2, ["q_proj", "o_proj"]), results={"results": {"stories_who": {"acc,none": 0.75}}})
+    whole = replace(
+        with_sites(2, ["q_proj", "o_proj"]),
+        results={"results": {"stories_who": {"acc,none": 0.75}}},
+    )
     files = trial_artifacts(whole)
     assert set(files) == {"record.json", "sites.csv", "heatmap.png", "lm_eval.json"}
     assert TrialRecord.from_json(json.loads(files["record.json"])) == whole
@@ -308,7 +378,13 @@ def test_a_trials_artifacts_are_its_record_and_what_it_has(tmp_path: Path) -> No
 
 def with_sites(blocks: int, linears: list[str], outputs: bool = True) -> TrialRecord:
     sites = [
-        SiteError(block=k, site="qkv", linear=name, weight_error=0.5 / (k + 1), output_error=0.25 if outputs else None)
+        SiteError(
+            block=k,
+            site="qkv",
+            linear=name,
+            weight_error=0.5 / (k + 1),
+            output_error=0.25 if outputs else None,
+        )
         for k in range(blocks)
         for name in linears
     ]
@@ -318,12 +394,23 @@ def with_sites(blocks: int, linears: list[str], outputs: bool = True) -> TrialRe
 def test_each_experts_error_is_drawn_for_the_fewest_bits_of_a_method() -> None:
     def of(bits: int) -> TrialRecord:
         errors = [
-            SiteError(block=k, site="down", linear="down", weight_error=0.2, output_error=0.1, experts=(0.1 * k, 0.3))
+            SiteError(
+                block=k,
+                site="down",
+                linear="down",
+                weight_error=0.2,
+                output_error=0.1,
+                experts=(0.1 * k, 0.3),
+            )
             for k in range(2)
         ]
         return replace(record("gptq", bits), sites=tuple(errors))
 
-    plots = {plot.name: plot for plot in study_plots([of(4), of(3)]) if plot.name.endswith("-expert-errors")}
+    plots = {
+        plot.name: plot
+        for plot in study_plots([of(4), of(3)])
+        if plot.name.endswith("-expert-errors")
+    }
     [plot] = plots.values()
     assert "w3" in plot.title
     assert "output error" in plot.caption
@@ -377,7 +464,8 @@ def test_the_plot_says_what_it_cannot_show_and_names_its_axes() -> None:
 
 def test_a_point_moves_in_the_plot_when_its_perplexity_does() -> None:
     before, after = (
-        [record("rtn", 3, 9.0), record("rtn", 4, low), record("none", perplexity=3.0)] for low in (4.0, 6.0)
+        [record("rtn", 3, 9.0), record("rtn", 4, low), record("none", perplexity=3.0)]
+        for low in (4.0, 6.0)
     )
     pictures = [pixels(perplexity_against_bits(records)) for records in (before, after)]
     assert pictures[0].shape == pictures[1].shape
@@ -403,5 +491,12 @@ def test_the_heatmap_averages_many_linears_and_says_so_and_counts_cells_without_
 
 def test_importing_the_report_is_cheap() -> None:
     heavy = ("matplotlib", "pandas", "numpy", "torch", "mlflow", "ray")
-    script = f"import sys, q3q.report.write; print([name for name in {heavy} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "[]\n"
+    script = (
+        f"import sys, q3q.report.write; print([name for name in {heavy} if name in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], check=True, capture_output=True, text=True
+        ).stdout
+        == "[]\n"
+    )

@@ -24,7 +24,9 @@ def cluster():
         yield started
 
 
-def run(cluster: Cluster, *tasks: Task, on_event: Callable[[str, Any], None] = lambda *_: None) -> dict[str, Outcome]:
+def run(
+    cluster: Cluster, *tasks: Task, on_event: Callable[[str, Any], None] = lambda *_: None
+) -> dict[str, Outcome]:
     return {outcome.key: outcome for outcome in cluster.run(tasks, on_event)}
 
 
@@ -43,7 +45,9 @@ def wait_for(path: Path) -> None:
 
 
 def runs(pid: int) -> bool:
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+    ).stdout
     return bool(state.strip()) and not state.startswith("Z")
 
 
@@ -73,7 +77,10 @@ def test_total_is_what_it_was_given(cluster):
 
 def test_each_outcome_comes_as_its_task_ends(cluster, tmp_path):
     gate = tmp_path / "gate"
-    tasks = [Task(key="slow", call=lambda _: wait_for(gate)), Task(key="quick", call=lambda _: "value")]
+    tasks = [
+        Task(key="slow", call=lambda _: wait_for(gate)),
+        Task(key="quick", call=lambda _: "value"),
+    ]
     outcomes = cluster.run(tasks, lambda *_: None)
     quick = next(outcomes)
     assert (quick.key, quick.value, quick.error, quick.attempts) == ("quick", "value", None, 1)
@@ -177,7 +184,11 @@ def test_a_task_that_always_dies_costs_no_other(cluster):
 
 def test_a_task_too_large_for_every_machine_is_refused(cluster):
     huge = Resources(cpus=1000, memory=2**60)
-    outcomes = run(cluster, Task(key="huge", call=lambda _: 1, resources=huge), Task(key="fine", call=lambda _: 1))
+    outcomes = run(
+        cluster,
+        Task(key="huge", call=lambda _: 1, resources=huge),
+        Task(key="fine", call=lambda _: 1),
+    )
     assert isinstance(outcomes["huge"].error, ConfigError)
     assert "huge needs 1000 CPUs" in str(outcomes["huge"].error)
     assert "2 CPUs, 1 GPUs" in str(outcomes["huge"].error)
@@ -199,7 +210,10 @@ def test_keys_must_differ(cluster):
 
 def test_tasks_that_wait_for_a_gpu_do_not_hold_up_the_others(cluster, tmp_path):
     gpu = Resources(cpus=0, gpus=1)
-    tasks = [Task(key=f"gpu {i}", call=lambda _: wait_for(tmp_path / "never"), resources=gpu) for i in range(20)]
+    tasks = [
+        Task(key=f"gpu {i}", call=lambda _: wait_for(tmp_path / "never"), resources=gpu)
+        for i in range(20)
+    ]
     outcomes = cluster.run([*tasks, Task(key="cpu", call=lambda _: None)], lambda *_: None)
     assert next(outcomes).key == "cpu"
     outcomes.close()
@@ -255,12 +269,16 @@ def test_a_large_sweep_waits_in_the_driver_not_in_ray(cluster):
     CountedCall.sent = 0
     begin = time.monotonic()
     ended = excess = 0
-    for _ in cluster.run([Task(key=str(i), call=CountedCall()) for i in range(300)], lambda *_: None):
+    for _ in cluster.run(
+        [Task(key=str(i), call=CountedCall()) for i in range(300)], lambda *_: None
+    ):
         ended += 1
         excess = max(excess, CountedCall.sent - ended)
     print(f"{(time.monotonic() - begin) / 300 * 1000:.1f} ms per empty task")
     assert ended == CountedCall.sent == 300
-    assert excess <= 8 + 8 + 2  # not heard from yet, heard to have started and perhaps ended, running
+    assert (
+        excess <= 8 + 8 + 2
+    )  # not heard from yet, heard to have started and perhaps ended, running
 
 
 def endless(report):
@@ -280,7 +298,10 @@ def test_closing_the_iterator_kills_the_workers(cluster, tmp_path):
             if len(pids) == 2:
                 under_way.touch()
 
-    tasks = [Task(key="endless", call=endless), Task(key="quick", call=lambda _: wait_for(under_way))]
+    tasks = [
+        Task(key="endless", call=endless),
+        Task(key="quick", call=lambda _: wait_for(under_way)),
+    ]
     outcomes = cluster.run(tasks, on_event)
     assert next(outcomes).key == "quick"
     assert all(runs(pid) for pid in pids)
@@ -302,7 +323,9 @@ def test_ctrl_c_kills_the_workers_and_comes_through(cluster):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            run(cluster, Task(key="a", call=endless), Task(key="b", call=endless), on_event=on_event)
+            run(
+                cluster, Task(key="a", call=endless), Task(key="b", call=endless), on_event=on_event
+            )
     finally:
         signal.signal(signal.SIGINT, before)
     assert len(pids) == 4
@@ -311,14 +334,20 @@ def test_ctrl_c_kills_the_workers_and_comes_through(cluster):
 
 
 def test_a_second_cluster_in_one_process_is_refused(cluster):
-    with Cluster(cpus=1) as second, pytest.raises(ConfigError, match="already runs in this process"):
+    with (
+        Cluster(cpus=1) as second,
+        pytest.raises(ConfigError, match="already runs in this process"),
+    ):
         second.total()
     assert value_of(cluster, lambda _: 1) == 1
 
 
 def test_an_address_that_does_not_answer_is_named(monkeypatch):
     monkeypatch.setattr(cluster_module, "ANSWER_SECONDS", 1)
-    with Cluster("127.0.0.1:1") as nowhere, pytest.raises(ConfigError, match=r"answers at 127\.0\.0\.1:1\."):
+    with (
+        Cluster("127.0.0.1:1") as nowhere,
+        pytest.raises(ConfigError, match=r"answers at 127\.0\.0\.1:1\."),
+    ):
         next(nowhere.run([], lambda *_: None))
 
 
@@ -373,13 +402,19 @@ def start_program(tmp_path):
         (tmp_path / "program.py").write_text(PROGRAM)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
         return subprocess.Popen(
-            [sys.executable, "program.py", *calls], cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=env
+            [sys.executable, "program.py", *calls],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
         )
 
     return start
 
 
-def test_a_local_cluster_is_on_loopback_and_its_workers_do_not_outlive_a_killed_driver(start_program):
+def test_a_local_cluster_is_on_loopback_and_its_workers_do_not_outlive_a_killed_driver(
+    start_program,
+):
     with start_program("sleeps") as driver:
         pid = int(driver.stdout.readline())
         assert driver.stdout.readline() == "['127.0.0.1']\n"
@@ -393,7 +428,9 @@ def test_without_ray_the_driver_says_so_before_ray_ends_it(start_program, gone):
     with start_program("sleeps", "waits") as driver:
         pid = int(driver.stdout.readline())
         driver.stdout.readline()
-        found = subprocess.run(["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True, check=True).stdout
+        found = subprocess.run(
+            ["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True, check=True
+        ).stdout
         [head] = [
             int(one)
             for one, parent, name in map(str.split, found.splitlines())
@@ -403,13 +440,19 @@ def test_without_ray_the_driver_says_so_before_ray_ends_it(start_program, gone):
         told = driver.communicate(timeout=50)[0]  # of the 60 s after which Ray ends its process
         assert driver.returncode == 0
         assert ends_soon(pid)
-    assert re.fullmatch(r"(the head of the Ray cluster at \S+ has not|Ray ended on).*the same command goes on\n", told)
+    assert re.fullmatch(
+        r"(the head of the Ray cluster at \S+ has not|Ray ended on).*the same command goes on\n",
+        told,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads Linux's memory use")
 def test_a_task_that_fills_the_memory_is_said_to_have_done_so(start_program):
-    memory = {line.split(":")[0]: int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines()}
+    memory = {
+        line.split(":")[0]: int(line.split()[1])
+        for line in Path("/proc/meminfo").read_text().splitlines()
+    }
     in_use = 1 - memory["MemAvailable"] / memory["MemTotal"]
     with start_program("hogs", RAY_memory_usage_threshold=f"{in_use + 0.03:.3f}") as driver:
         last = driver.communicate(timeout=120)[0].splitlines()[-1]

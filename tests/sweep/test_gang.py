@@ -24,13 +24,20 @@ def run(cluster, *tasks, on_event=lambda *_: None, on_retry=None):
 
 
 def runs(pid):
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    state = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+    ).stdout
     return bool(state.strip()) and not state.startswith("Z")
 
 
 def free(cluster):
     """Whether the cluster is empty again: nothing of a gang keeps a place."""
-    return run(cluster, Task(key="both", call=lambda _: "free", resources=Resources(cpus=2)))["both"].value == "free"
+    return (
+        run(cluster, Task(key="both", call=lambda _: "free", resources=Resources(cpus=2)))[
+            "both"
+        ].value
+        == "free"
+    )
 
 
 def test_ranks_meet_and_rank_0_speaks_for_all(cluster):
@@ -42,7 +49,11 @@ def test_ranks_meet_and_rank_0_speaks_for_all(cluster):
             return seat.host, team.gather((os.getpid(), seat.rank, seat.size))
 
     heard = []
-    outcome = run(cluster, Task(key="gang", call=call, resources=TWO), on_event=lambda _, event: heard.append(event))
+    outcome = run(
+        cluster,
+        Task(key="gang", call=call, resources=TWO),
+        on_event=lambda _, event: heard.append(event),
+    )
     host, ranks = outcome["gang"].value
     assert host == "127.0.0.1"
     assert [rank for _, rank, _ in ranks] == [0, 1]
@@ -52,7 +63,9 @@ def test_ranks_meet_and_rank_0_speaks_for_all(cluster):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_killed_takes_its_gang_down_and_the_task_runs_again(cluster, tmp_path, victim):
+def test_a_rank_that_is_killed_takes_its_gang_down_and_the_task_runs_again(
+    cluster, tmp_path, victim
+):
     def call(report, seat):
         from q3q.team import joined
 
@@ -70,7 +83,9 @@ def test_a_rank_that_is_killed_takes_its_gang_down_and_the_task_runs_again(clust
 
     def on_retry(key, error):
         *pids, port = map(int, (tmp_path / "pids").read_text().split())
-        listening = subprocess.run(["ss", "-Hltn"], capture_output=True, text=True, check=True).stdout
+        listening = subprocess.run(
+            ["ss", "-Hltn"], capture_output=True, text=True, check=True
+        ).stdout
         left.append(([pid for pid in pids if runs(pid)], f"127.0.0.1:{port} " in listening))
         retried.append((type(error), f"rank {victim} of 2" in str(error)))
 
@@ -115,8 +130,9 @@ def test_a_gang_that_fits_nowhere_is_refused_and_one_that_has_to_wait_is_not(clu
         Task(key="gang", call=lambda _, seat: seat.rank, resources=TWO),
     )
     assert isinstance(outcomes["huge"].error, ConfigError)
-    assert "huge needs 3 ranks of 1 CPUs, 0 GPUs, and all machines together do not have that" in str(
-        outcomes["huge"].error
+    assert (
+        "huge needs 3 ranks of 1 CPUs, 0 GPUs, and all machines together do not have that"
+        in str(outcomes["huge"].error)
     )
     assert outcomes["gang"].value == 0
     assert free(cluster)

@@ -11,7 +11,8 @@ from q3q.spec import Scheme, TrialSpec
 from q3q.sweep.plan import Machine, Wishes, shares_of, wishes_of
 
 KNOBS = dict.fromkeys(
-    ("cpus_per_trial", "gpus_per_trial", "ranks_per_trial", "memory_per_trial", "gpu_memory"), "auto"
+    ("cpus_per_trial", "gpus_per_trial", "ranks_per_trial", "memory_per_trial", "gpu_memory"),
+    "auto",
 ) | {"patience": 0}
 FACTS = read_facts(Path(q3q.models.demo.__file__).parent / "dense")
 SPEC = TrialSpec(

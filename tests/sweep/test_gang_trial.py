@@ -48,7 +48,12 @@ def spec_of(tmp_path_factory):
 
 def record_of(cluster, spec, ranks, call=work, on_event=lambda *_: None):
     retried = []
-    task = Task(key=spec.id, call=partial(call, spec.to_json()), resources=Resources(cpus=1, ranks=ranks), retries=1)
+    task = Task(
+        key=spec.id,
+        call=partial(call, spec.to_json()),
+        resources=Resources(cpus=1, ranks=ranks),
+        retries=1,
+    )
     [outcome] = cluster.run([task], on_event, lambda _, error: retried.append(error))
     assert outcome.error is None
     return TrialRecord.from_json(outcome.value), retried
@@ -81,10 +86,14 @@ def test_a_gang_leaves_the_record_that_one_process_leaves(alone, cluster, spec_o
     ("number", "word"),
     [
         (signal.SIGKILL, "rank 1 of 2"),
-        pytest.param(signal.SIGTERM, "handed back", marks=pytest.mark.slow),  # its machine wants it back
+        pytest.param(
+            signal.SIGTERM, "handed back", marks=pytest.mark.slow
+        ),  # its machine wants it back
     ],
 )
-def test_a_rank_that_goes_costs_no_block_that_was_finished(alone, cluster, spec_of, tmp_path, number, word):
+def test_a_rank_that_goes_costs_no_block_that_was_finished(
+    alone, cluster, spec_of, tmp_path, number, word
+):
     model, wanted = alone
     spec = spec_of("left", f"model={model}", "evaluation.tasks=[]")
 

@@ -17,7 +17,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+from hydra.test_utils.launcher_common_tests import (
+    BatchedSweeperTestSuite,
+    IntegrationTestSuite,
+    LauncherTestSuite,
+)
 from hydra.types import HydraContext, RunMode
 from hydra.version import VersionBase
 
@@ -42,7 +46,9 @@ def existing_cluster():
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         command = [sys.executable, "-c", HEAD]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as head:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as head:
             patch.setenv("RAY_ADDRESS", head.stdout.readline().strip())
             yield
             head.stdin.close()
@@ -72,7 +78,8 @@ def shared_cluster(connected, monkeypatch):
 
 @pytest.mark.usefixtures("existing_cluster")
 @pytest.mark.parametrize(
-    ("task_launcher_cfg", "extra_flags"), [({}, ["-m", "hydra/launcher=q3q_ray", "hydra.launcher.address=auto"])]
+    ("task_launcher_cfg", "extra_flags"),
+    [({}, ["-m", "hydra/launcher=q3q_ray", "hydra.launcher.address=auto"])],
 )
 class TestHydraIntegrationSuite(IntegrationTestSuite):
     pass
@@ -85,7 +92,9 @@ class TestHydraLauncherSuite(LauncherTestSuite):
 
 
 @pytest.mark.usefixtures("shared_cluster")
-@pytest.mark.parametrize(("launcher_name", "overrides"), [("q3q_ray", ["hydra.sweeper.max_batch_size=2"])])
+@pytest.mark.parametrize(
+    ("launcher_name", "overrides"), [("q3q_ray", ["hydra.sweeper.max_batch_size=2"])]
+)
 class TestHydraBatchedSuite(BatchedSweeperTestSuite):
     pass
 
@@ -96,7 +105,10 @@ def launcher_for(hydra_restore_singletons, tmp_path):
 
     def build(task_function: TaskFunction, **settings: object) -> RayLauncher:
         hydra = Hydra.create_main_hydra_file_or_module(
-            calling_file=None, calling_module="hydra.test_utils.a_module", config_path="configs", job_name="test"
+            calling_file=None,
+            calling_module="hydra.test_utils.a_module",
+            config_path="configs",
+            job_name="test",
         )
         config = hydra.compose_config("compose", [f"hydra.sweep.dir={tmp_path}"], RunMode.MULTIRUN)
         launcher = RayLauncher(**settings)
@@ -122,7 +134,12 @@ def misbehave(config):
 @pytest.mark.usefixtures("shared_cluster")
 def test_a_job_that_fails_or_dies_costs_no_other(launcher_for, tmp_path, capsys):
     returns = launcher_for(misbehave).launch(JOBS, initial_job_idx=5)
-    assert [job_return.status.name for job_return in returns] == ["COMPLETED", "FAILED", "FAILED", "COMPLETED"]
+    assert [job_return.status.name for job_return in returns] == [
+        "COMPLETED",
+        "FAILED",
+        "FAILED",
+        "COMPLETED",
+    ]
     assert [job_return.overrides for job_return in returns] == JOBS
     assert [job_return.cfg.how for job_return in returns] == ["fine", "raises", "dies", "fine"]
     assert [job_return.hydra_cfg.hydra.job.num for job_return in returns] == [5, 6, 7, 8]
@@ -141,7 +158,11 @@ class TellingPolicy(JobPolicy):
         self.told = []
 
     def task(self, job, plain):
-        return replace(plain, key=f"odd {job.number}", call=lambda report: report("hello")) if job.number % 2 else plain
+        return (
+            replace(plain, key=f"odd {job.number}", call=lambda report: report("hello"))
+            if job.number % 2
+            else plain
+        )
 
     def on_event(self, job, event):
         self.told.append((job.number, "started" if isinstance(event, Started) else event))
@@ -175,7 +196,9 @@ def test_an_error_of_the_policy_stops_the_jobs_and_comes_through(launcher_for, c
 
     launcher = launcher_for(only_the_first_ends)
     with pytest.raises(Q3QError, match="disk full"):
-        launcher.run([launcher.compose([], number) for number in range(2)], Broken(), cluster=connected)
+        launcher.run(
+            [launcher.compose([], number) for number in range(2)], Broken(), cluster=connected
+        )
 
 
 def test_the_settings_reach_the_tasks(launcher_for, connected):
@@ -209,15 +232,26 @@ if __name__ == "__main__":
 def test_a_launch_starts_ray_and_leaves_nothing_running(tmp_path):
     (tmp_path / "app.py").write_text(APP)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "app.py", "-m", "hydra/launcher=q3q_ray", "hydra.launcher.cpus=2", "+how=fine,raises"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "app.py",
+        "-m",
+        "hydra/launcher=q3q_ray",
+        "hydra.launcher.cpus=2",
+        "+how=fine,raises",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert "LookupError: no such layer" in done.stderr
     assert "in main" in done.stderr  # the line of the task function that raised
     assert "(raylet)" not in done.stdout + done.stderr
     pids = (tmp_path / "pids").read_text().split()  # the workers' folder is the driver's
     assert len(pids) == 2
-    states = subprocess.run(["ps", "-o", "stat=", "-p", ",".join(pids)], capture_output=True, text=True, check=False)
+    states = subprocess.run(
+        ["ps", "-o", "stat=", "-p", ",".join(pids)], capture_output=True, text=True, check=False
+    )
     assert [state for state in states.stdout.split() if not state.startswith("Z")] == []
 
 
@@ -225,5 +259,8 @@ def test_importing_the_plugins_imports_nothing_heavy():
     code = "import sys, hydra_plugins.q3q; print(*{'ray', 'torch', 'mlflow', 'transformers'}.intersection(sys.modules))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout == "\n"
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
+        ).stdout
+        == "\n"
     )

@@ -58,7 +58,14 @@ def facts(name):
 
 
 def spec(model="qwen3_8b", method="gptq", bits=4, places=None, **other):
-    text = {"name": "wikitext2", "source": "wikitext2", "window": 2048, "limit": 10, "samples": None, "draw": "first"}
+    text = {
+        "name": "wikitext2",
+        "source": "wikitext2",
+        "window": 2048,
+        "limit": 10,
+        "samples": None,
+        "draw": "first",
+    }
     observes = method in ("gptq", "awq")
     return TrialSpec(
         model={"name": model, "source": model, "revision": "x", "dtype": "bfloat16"},
@@ -74,7 +81,14 @@ def spec(model="qwen3_8b", method="gptq", bits=4, places=None, **other):
 
 def planned_for(specs, machines, wishes=None, finished=None, model=None):
     known = {one.id: facts(one.model["name"]) for one in specs}
-    return plan(specs, finished or {}, known, machines=machines, wishes=wishes or Wishes(), model=model or CostModel())
+    return plan(
+        specs,
+        finished or {},
+        known,
+        machines=machines,
+        wishes=wishes or Wishes(),
+        model=model or CostModel(),
+    )
 
 
 NODE = Machine(cpus=64, gpus=8, memory=1_000_000_000_000, gpu_memory=80_000_000_000)
@@ -82,14 +96,22 @@ NODE = Machine(cpus=64, gpus=8, memory=1_000_000_000_000, gpu_memory=80_000_000_
 
 @pytest.mark.parametrize(
     ("model", "gpus", "ranks", "loader"),
-    [("qwen3_0_6b", 0.25, 1, "resident"), ("qwen3_8b", 0.5, 1, "resident"), ("qwen3_32b", 1, 2, "sharded")],
+    [
+        ("qwen3_0_6b", 0.25, 1, "resident"),
+        ("qwen3_8b", 0.5, 1, "resident"),
+        ("qwen3_32b", 1, 2, "sharded"),
+    ],
 )
 def test_a_trial_gets_the_gpus_that_its_bytes_need(model, gpus, ranks, loader):
     share, larger = shares_of(spec(model), facts(model), [NODE], Wishes())
     assert (share.gpus, share.ranks, share.loader) == (gpus, ranks, loader)
-    assert share.needs == need(facts(model), "bfloat16", method="gptq", loader=loader, ranks=ranks, device="cuda")
+    assert share.needs == need(
+        facts(model), "bfloat16", method="gptq", loader=loader, ranks=ranks, device="cuda"
+    )
     assert share.needs <= 80e9 * share.gpus
-    assert larger.gpus * larger.ranks == 2 * share.gpus * share.ranks  # what it is tried with if that was too little
+    assert (
+        larger.gpus * larger.ranks == 2 * share.gpus * share.ranks
+    )  # what it is tried with if that was too little
 
 
 def test_a_quantized_head_beside_the_original_is_counted_for_its_trial_alone():
@@ -103,7 +125,8 @@ def test_a_quantized_head_beside_the_original_is_counted_for_its_trial_alone():
 def test_awq_is_given_room_for_the_inputs_that_it_keeps():
     machine = replace(NODE, gpus=0, gpu_memory=None)
     gptq, awq = (
-        shares_of(spec("qwen3_0_6b", name), facts("qwen3_0_6b"), [machine], Wishes())[0] for name in ("gptq", "awq")
+        shares_of(spec("qwen3_0_6b", name), facts("qwen3_0_6b"), [machine], Wishes())[0]
+        for name in ("gptq", "awq")
     )
     hidden = 128 * 2048 * 1024 * 2
     assert gptq.memory - gptq.needs == hidden
@@ -116,7 +139,9 @@ def test_without_enough_gpus_for_a_gang_the_model_is_streamed_through_one():
 
 
 def test_a_gpu_of_unknown_size_is_given_whole():
-    share, _ = shares_of(spec("qwen3_0_6b"), facts("qwen3_0_6b"), [replace(NODE, gpu_memory=None)], Wishes())
+    share, _ = shares_of(
+        spec("qwen3_0_6b"), facts("qwen3_0_6b"), [replace(NODE, gpu_memory=None)], Wishes()
+    )
     assert share.gpus == 1
 
 
@@ -133,7 +158,10 @@ def test_what_is_asked_for_wins():
 
 def test_on_cores_a_trial_takes_the_part_of_them_that_it_takes_of_the_memory():
     machine = Machine(cpus=32, memory=64_000_000_000)
-    large, small = (shares_of(spec(name), facts(name), [machine], Wishes())[0] for name in ("qwen3_8b", "qwen3_0_6b"))
+    large, small = (
+        shares_of(spec(name), facts(name), [machine], Wishes())[0]
+        for name in ("qwen3_8b", "qwen3_0_6b")
+    )
     assert large.cpus == math.floor(32 * large.memory / machine.memory) > small.cpus >= 1
     assert large.loader == "resident"
 
@@ -142,9 +170,16 @@ def test_on_cores_what_does_not_fit_is_streamed_and_a_second_try_gets_more():
     facts_8b = facts("qwen3_8b")
     resident = need(facts_8b, "bfloat16", method="gptq", loader="resident")
     roomy, tight = (Machine(cpus=2, memory=int(times * resident)) for times in (1.5, 0.9))
-    assert [one.loader for one in shares_of(spec(), facts_8b, [roomy], Wishes())] == ["resident", "streamed"]
+    assert [one.loader for one in shares_of(spec(), facts_8b, [roomy], Wishes())] == [
+        "resident",
+        "streamed",
+    ]
     share, larger = shares_of(spec(), facts_8b, [tight], Wishes())
-    assert (share.loader, larger.loader, larger.memory) == ("streamed", "streamed", 2 * share.memory)
+    assert (share.loader, larger.loader, larger.memory) == (
+        "streamed",
+        "streamed",
+        2 * share.memory,
+    )
     again = shares_of(spec(), facts_8b, [Machine(cpus=2, memory=4 * resident)], Wishes())[1]
     assert (again.loader, again.memory >= 2 * resident) == ("resident", True)
 
@@ -154,7 +189,12 @@ def test_on_cores_what_does_not_fit_is_streamed_and_a_second_try_gets_more():
     [
         (Machine(cpus=8, memory=3_000_000_000), {}, {}, "a cluster whose machines have"),
         (Machine(cpus=8, memory=12_000_000_000), {"loader": "resident"}, {}, "loader=streamed"),
-        (Machine(cpus=8, memory=99_000_000_000), {}, {"memory": 3_500_000_000}, "cluster.memory_per_trial=auto"),
+        (
+            Machine(cpus=8, memory=99_000_000_000),
+            {},
+            {"memory": 3_500_000_000},
+            "cluster.memory_per_trial=auto",
+        ),
         (Machine(cpus=8, memory=99_000_000_000), {"memory": 1_000_000_000}, {}, "memory="),
         (Machine(cpus=8, memory=99_000_000_000), {}, {"cpus": 9}, "cluster.cpus_per_trial=8"),
         (
@@ -163,7 +203,12 @@ def test_on_cores_what_does_not_fit_is_streamed_and_a_second_try_gets_more():
             {},
             "such GPUs (cluster.gpus_per_trial=",
         ),
-        (replace(NODE, gpu_memory=20_000_000_000), {"loader": "resident"}, {"gpus": 0.25}, "cluster.gpus_per_trial=1"),
+        (
+            replace(NODE, gpu_memory=20_000_000_000),
+            {"loader": "resident"},
+            {"gpus": 0.25},
+            "cluster.gpus_per_trial=1",
+        ),
     ],
 )
 def test_what_fits_nowhere_is_refused_with_what_would_make_it_fit(machine, places, wishes, advice):
@@ -175,7 +220,9 @@ def test_what_fits_nowhere_is_refused_with_what_would_make_it_fit(machine, place
 
 def test_a_model_that_generates_is_held_whole_or_refused():
     plain = spec()
-    talks = replace(plain, evaluation={**plain.evaluation, "tasks": ["gsm8k"], "generates": ["gsm8k"]})
+    talks = replace(
+        plain, evaluation={**plain.evaluation, "tasks": ["gsm8k"], "generates": ["gsm8k"]}
+    )
     resident = need(facts("qwen3_8b"), "bfloat16", method="gptq", loader="resident")
     roomy, tight = (Machine(cpus=2, memory=part * resident // 4) for part in (8, 3))
     assert planned_for([plain], [tight])[0].share.loader == "streamed"
@@ -191,7 +238,9 @@ def test_a_model_that_generates_is_held_whole_or_refused():
 @pytest.mark.parametrize("model", ["qwen3_0_6b", "qwen3_8b", "qwen3_32b"])
 @pytest.mark.parametrize("machine", [NODE, replace(NODE, gpus=1)])
 def test_patience_changes_nothing_where_the_trial_fits_already(model, machine):
-    at_once, patient = (shares_of(spec(model), facts(model), [machine], Wishes(patience=one)) for one in (0, 300))
+    at_once, patient = (
+        shares_of(spec(model), facts(model), [machine], Wishes(patience=one)) for one in (0, 300)
+    )
     assert patient == at_once
     assert patient[0].needs <= 80e9 * patient[0].gpus
 
@@ -241,9 +290,16 @@ def test_without_a_word_of_gpus_machines_with_cores_are_expected():
     assert (one.gpus, one.cpus > 0) == (0, True)
 
 
-@pytest.mark.parametrize(("kind", "gib"), [("L40S", 44), ("A100", 40), ("", 24), ("H100", 80), ("Unheard", None)])
+@pytest.mark.parametrize(
+    ("kind", "gib"), [("L40S", 44), ("A100", 40), ("", 24), ("H100", 80), ("Unheard", None)]
+)
 def test_a_gpu_of_another_machine_is_known_by_its_kind(kind, gib):
-    here = Machine(cpus=8, gpus=1, gpu_memory=(80 if kind == "H100" else 24) * 2**30, name="NVIDIA H100 80GB HBM3")
+    here = Machine(
+        cpus=8,
+        gpus=1,
+        gpu_memory=(80 if kind == "H100" else 24) * 2**30,
+        name="NVIDIA H100 80GB HBM3",
+    )
     assert sized(kind, here) == (None if gib is None else gib * 2**30)
 
 
@@ -258,7 +314,9 @@ def test_of_different_gpus_a_trial_fits_on_each_that_it_may_land_on():
     assert (middle.kind, middle.gpus, middle.needs <= 24e9) == ("", 1, True)
     assert (larger.kind, larger.gpus, larger.room > middle.room) == ("H100", 0.5, True)
     held = spec("qwen3_8b", "awq", places={"loader": "resident"})
-    pinned, _ = shares_of(held, facts("qwen3_8b"), [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)], Wishes())
+    pinned, _ = shares_of(
+        held, facts("qwen3_8b"), [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)], Wishes()
+    )
     assert (pinned.kind, pinned.room > 0.5 * 15e9) == ("H100", True)
     assert not fits(replace(pinned, kind=""), [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)])
     assert simulate([pretend(10, kind="H100")] * 4, MIXED) == (20, 2)
@@ -272,17 +330,26 @@ def test_one_gpu_is_no_gang():
 
 def test_a_share_that_was_asked_for_is_not_made_another():
     held = spec("qwen3_8b", places={"loader": "resident"})
-    with pytest.raises(ConfigError, match=r"and 0\.25 of a GPU of 80\.0 GB has 18\.4 GB for it.*gpus_per_trial=1"):
+    with pytest.raises(
+        ConfigError, match=r"and 0\.25 of a GPU of 80\.0 GB has 18\.4 GB for it.*gpus_per_trial=1"
+    ):
         shares_of(held, facts("qwen3_8b"), [NODE], Wishes(gpus=0.25))
     share, larger = shares_of(held, facts("qwen3_8b"), [NODE], Wishes(gpus=0.5))
     assert (share.gpus, larger.gpus) == (0.5, 1)
 
 
 def test_baselines_come_first_then_the_longest():
-    specs = [spec("qwen3_0_6b"), spec("qwen3_0_6b", "awq"), spec("qwen3_0_6b", "none"), spec("qwen3_8b", "rtn")]
+    specs = [
+        spec("qwen3_0_6b"),
+        spec("qwen3_0_6b", "awq"),
+        spec("qwen3_0_6b", "none"),
+        spec("qwen3_8b", "rtn"),
+    ]
     ordered = planned_for(specs, [NODE])
     assert ordered[0].spec.scheme is None
-    assert [one.seconds for one in ordered[1:]] == sorted((one.seconds for one in ordered[1:]), reverse=True)
+    assert [one.seconds for one in ordered[1:]] == sorted(
+        (one.seconds for one in ordered[1:]), reverse=True
+    )
 
 
 def pretend(seconds, gpus=1.0, ranks=1, kind=""):
@@ -295,11 +362,17 @@ def test_the_simulated_sweep_packs_fractions_gangs_and_single_gpus():
     assert simulate([pretend(10)] * 8, [machine]) == (20, 4)
     assert simulate([pretend(10, 0.25)] * 16, [machine]) == (10, 16)
     assert simulate([pretend(10, ranks=4), pretend(10)], [machine]) == (20, 1)
-    assert simulate([pretend(10, ranks=8)], [machine, machine]) == (10, 1)  # its ranks sit on two machines
+    assert simulate([pretend(10, ranks=8)], [machine, machine]) == (
+        10,
+        1,
+    )  # its ranks sit on two machines
     # The gang has to wait for the long one; the short one does not wait behind it.
     assert simulate([pretend(30), pretend(10, ranks=4), pretend(5)], [machine]) == (40, 2)
     # 0.5 + 0.5 share a GPU rather than begin one each, so the gang of three has room at once.
-    assert simulate([pretend(10, 0.5), pretend(10, 0.5), pretend(10, ranks=3)], [machine]) == (10, 3)
+    assert simulate([pretend(10, 0.5), pretend(10, 0.5), pretend(10, ranks=3)], [machine]) == (
+        10,
+        3,
+    )
 
 
 def test_longest_first_ends_earlier_than_shortest_first():
@@ -312,14 +385,22 @@ def test_longest_first_ends_earlier_than_shortest_first():
 def record_of(one, seconds, processor="EPYC", threads=2, **other):
     hardware = {"processor": processor, "threads": threads}
     metrics = {f"seconds/{phase}": took for phase, took in seconds.items()}
-    return TrialRecord(spec=one, status="COMPLETED", metrics=metrics, environment={"hardware": hardware}, **other)
+    return TrialRecord(
+        spec=one, status="COMPLETED", metrics=metrics, environment={"hardware": hardware}, **other
+    )
 
 
 def test_what_a_small_model_took_at_4_bits_corrects_what_a_large_one_will_take_at_2():
     costs, where = CostModel(), Rate("EPYC", False, 2.0)
     small, large = spec("qwen3_0_6b"), spec("qwen3_8b", bits=2)
-    plain = {one.id: costs.phases(one, facts(one.model["name"]), where, loader="resident") for one in (small, large)}
-    took = {"quantize": 3 * plain[small.id]["quantize"], "evaluate": 0.5 * plain[small.id]["evaluate"]}
+    plain = {
+        one.id: costs.phases(one, facts(one.model["name"]), where, loader="resident")
+        for one in (small, large)
+    }
+    took = {
+        "quantize": 3 * plain[small.id]["quantize"],
+        "evaluate": 0.5 * plain[small.id]["evaluate"],
+    }
     learned = costs.learned([record_of(small, took)], lambda one: facts(one.model["name"]))
     corrected = learned.phases(large, facts("qwen3_8b"), where, loader="resident")
     assert corrected["quantize"] == pytest.approx(3 * plain[large.id]["quantize"])
@@ -332,7 +413,9 @@ def test_a_busy_hour_a_resumed_phase_or_a_failure_does_not_spoil_the_correction(
     plain = costs.phases(one, facts("qwen3_0_6b"), Rate("EPYC", False, 2.0), loader="resident")
     normal = [record_of(one, {"quantize": 2 * plain["quantize"]}) for _ in range(3)]
     busy = record_of(one, {"quantize": 100 * plain["quantize"]})
-    resumed = [record_of(one, {"quantize": 0.06 * plain["quantize"]}, notes={"blocks_from_disk": 27})] * 9
+    resumed = [
+        record_of(one, {"quantize": 0.06 * plain["quantize"]}, notes={"blocks_from_disk": 27})
+    ] * 9
     failed = [replace(record_of(one, {"quantize": 0.06 * plain["quantize"]}), status="FAILED")] * 9
     learned = costs.learned([*normal, busy, *resumed, *failed], lambda _: facts("qwen3_0_6b"))
     now = learned.phases(one, facts("qwen3_0_6b"), Rate("EPYC", False, 2.0), loader="resident")
@@ -351,12 +434,16 @@ def test_another_kind_of_machine_is_corrected_only_while_nothing_nearer_is_known
     )
 
     def evaluate(name, gpu=False):
-        return learned.phases(one, facts("qwen3_0_6b"), Rate(name, gpu, 2.0), loader="resident")["evaluate"]
+        return learned.phases(one, facts("qwen3_0_6b"), Rate(name, gpu, 2.0), loader="resident")[
+            "evaluate"
+        ]
 
     assert evaluate("EPYC") == pytest.approx(2 * plain["evaluate"])
     assert evaluate("i386") == pytest.approx(6 * plain["evaluate"])
     assert evaluate("unheard of") == pytest.approx(4 * plain["evaluate"])
-    gpu = costs.phases(one, facts("qwen3_0_6b"), Rate("A100", True, 2.0), loader="resident")["evaluate"]
+    gpu = costs.phases(one, facts("qwen3_0_6b"), Rate("A100", True, 2.0), loader="resident")[
+        "evaluate"
+    ]
     assert evaluate("A100", gpu=True) == pytest.approx(gpu)  # cores say nothing about a GPU
 
 
@@ -365,7 +452,9 @@ def test_what_streaming_or_a_gang_took_corrects_no_resident_trial():
     shape = facts("qwen3_0_6b")
 
     def took(model, loader):
-        return model.phases(one, shape, where, loader=loader, ranks=2 if loader == "sharded" else 1)["evaluate"]
+        return model.phases(
+            one, shape, where, loader=loader, ranks=2 if loader == "sharded" else 1
+        )["evaluate"]
 
     records = []
     for loader, times in (("resident", 2), ("streamed", 3), ("sharded", 5)):
@@ -376,7 +465,9 @@ def test_what_streaming_or_a_gang_took_corrects_no_resident_trial():
     for loader, times in (("resident", 2), ("streamed", 3), ("sharded", 5)):
         assert took(learned, loader) == pytest.approx(times * took(costs, loader))
     [streamed] = [costs.learned(records[1:2], lambda _: shape)]
-    assert took(streamed, "resident") == pytest.approx(3 * took(costs, "resident"))  # while nothing nearer is known
+    assert took(streamed, "resident") == pytest.approx(
+        3 * took(costs, "resident")
+    )  # while nothing nearer is known
 
 
 def test_operations_of_a_forward_are_two_a_weight_and_token():
@@ -388,7 +479,8 @@ def test_operations_of_a_forward_are_two_a_weight_and_token():
 def test_the_methods_stand_in_their_order_of_cost():
     shape, costs = facts("qwen3_0_6b"), CostModel()
     took = [
-        costs.operations(spec("qwen3_0_6b", method), shape)["quantize"] for method in ("none", "rtn", "gptq", "awq")
+        costs.operations(spec("qwen3_0_6b", method), shape)["quantize"]
+        for method in ("none", "rtn", "gptq", "awq")
     ]
     assert took == sorted(took)
     assert took[0] == 0
@@ -398,7 +490,9 @@ def test_disk_counts_kept_blocks_exports_and_baselines():
     shape = facts("qwen3_8b")
     assert disk_of(spec(), shape) == 0
     kept = disk_of(spec(places={"keep": "blocks"}), shape)
-    assert shape.linear_parameters < kept < 1.1 * shape.linear_parameters  # a byte a code, and scales
+    assert (
+        shape.linear_parameters < kept < 1.1 * shape.linear_parameters
+    )  # a byte a code, and scales
     assert disk_of(spec(export="hf"), shape) == shape.weight_bytes()
     assert 0.25 < disk_of(spec(export="gptq"), shape) / shape.weight_bytes() < 0.5
     drifting = {**spec(method="none").evaluation, "drift": "auto"}
@@ -409,7 +503,9 @@ def test_what_trials_share_on_disk_is_counted_once():
     drifting = {**spec().evaluation, "drift": "auto"}
     kept = replace(spec("qwen3_8b", places={"keep": "blocks"}), evaluation=drifting)
     text = kept.evaluation["texts"][0]
-    other = replace(kept, evaluation={**drifting, "texts": [{**text, "name": "c4", "source": "c4"}]})
+    other = replace(
+        kept, evaluation={**drifting, "texts": [{**text, "name": "c4", "source": "c4"}]}
+    )
     shape = facts("qwen3_8b")
     [first, second] = planned_for([kept, other], [NODE])
     baseline = 10 * 2047 * 4096 * 2
@@ -440,18 +536,24 @@ def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
 
 def test_two_thousand_trials_for_64_nodes_of_8_gpus_are_planned_in_seconds():
     specs = [
-        replace(spec(name, method), seed=seed) for name in SHAPES for method in ("rtn", "gptq") for seed in range(100)
+        replace(spec(name, method), seed=seed)
+        for name in SHAPES
+        for method in ("rtn", "gptq")
+        for seed in range(100)
     ]
     ordered = planned_for(specs, [NODE] * 64)
     wall, at_once = simulate(ordered, [NODE] * 64)
     busy = sum(one.gpu_hours for one in ordered) * 3600
     assert wall >= busy / 512
-    assert wall <= busy / 512 + max(one.seconds for one in ordered)  # Graham's bound of list scheduling
+    assert wall <= busy / 512 + max(
+        one.seconds for one in ordered
+    )  # Graham's bound of list scheduling
     assert at_once <= 64 * 8 * 4
 
 
 @pytest.mark.parametrize(
-    ("given", "bytes_"), [("16GB", 16e9), ("512MiB", 512 * 2**20), (1000, 1000), ("1.5 gb", 1.5e9), ("auto", None)]
+    ("given", "bytes_"),
+    [("16GB", 16e9), ("512MiB", 512 * 2**20), (1000, 1000), ("1.5 gb", 1.5e9), ("auto", None)],
 )
 def test_sizes_are_read_as_people_write_them(given, bytes_):
     assert size("cluster.gpu_memory", given) == bytes_
@@ -487,7 +589,9 @@ def test_plan_needs_no_torch():
 
     root = Path(__file__).parent.parent.parent
     code = "import sys, q3q.sweep.plan; print('torch' in sys.modules)"
-    shown = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert shown.stdout.strip() == "False"
 
 

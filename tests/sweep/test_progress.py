@@ -24,7 +24,11 @@ def spec(method: str = "gptq", bits: int = 3, seed: int = 0) -> TrialSpec:
         method={"name": method, "version": 1},
         scheme=Scheme(bits=bits, group_size=128, symmetric=False),
         calibration=None,
-        evaluation={"texts": [{"name": "stories"}, {"name": "library"}], "tasks": ["a", "b"], "task_limit": None},
+        evaluation={
+            "texts": [{"name": "stories"}, {"name": "library"}],
+            "tasks": ["a", "b"],
+            "task_limit": None,
+        },
         seed=seed,
     )
 
@@ -73,7 +77,9 @@ def test_a_log_file_gets_these_lines() -> None:
         display.retried(two.id, "its worker died (signal 9)")
         display.started(two.id, "gptq w3 g128 · demo")
         clock.now += 4
-        display.finished(TrialRecord.failed(two, "levels: 9 levels\nin a group of \x1b[31m3 bits"), 4.0)
+        display.finished(
+            TrialRecord.failed(two, "levels: 9 levels\nin a group of \x1b[31m3 bits"), 4.0
+        )
         display.note("MLflow does not answer")
     assert lines(stream) == [
         "1 trial is done already: rtn w4 g128 · demo",
@@ -110,7 +116,9 @@ def test_a_long_phase_is_said_again_every_ten_seconds_and_a_short_one_not_at_all
 
 
 def test_what_cannot_be_measured_is_said_and_not_made_up() -> None:
-    assert headline(record(spec(), metrics={"bits_per_weight": 2.25}, diverged=("perplexity/stories",))) == [
+    assert headline(
+        record(spec(), metrics={"bits_per_weight": 2.25}, diverged=("perplexity/stories",))
+    ) == [
         "stories diverged",
         "2.25 bits per weight",
     ]
@@ -161,11 +169,18 @@ def test_time_left_is_unknown_then_the_trials_own_pace_then_that_of_its_kind() -
 
 
 def test_the_sweeps_time_left_counts_the_waiting_and_is_at_least_the_longest_trials() -> None:
-    pace, quick, slow = Pace(), Running("rtn w3", 0.0, share=0.5), Running("awq w3", 0.0, share=0.25)
+    pace, quick, slow = (
+        Pace(),
+        Running("rtn w3", 0.0, share=0.5),
+        Running("awq w3", 0.0, share=0.25),
+    )
     assert pace.sweep_left([], waiting=4, at_once=2, now=10.0) is None
     assert pace.sweep_left([quick, Running("gptq w3", 0.0)], waiting=0, at_once=2, now=10.0) is None
     assert pace.sweep_left([quick, slow], waiting=0, at_once=2, now=10.0) == 30.0
-    assert pace.sweep_left([quick, slow], waiting=4, at_once=2, now=10.0) == (10 + 30 + 4 * (20 + 40) / 2) / 2
+    assert (
+        pace.sweep_left([quick, slow], waiting=4, at_once=2, now=10.0)
+        == (10 + 30 + 4 * (20 + 40) / 2) / 2
+    )
     assert pace.sweep_left([], waiting=0, at_once=0, now=10.0) == 0.0
 
 
@@ -181,7 +196,8 @@ def test_time_left_never_goes_below_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (42, "42 s"), (59.7, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")]
+    ("seconds", "words"),
+    [(0.4, "0 s"), (42, "42 s"), (59.7, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")],
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
@@ -192,7 +208,9 @@ class Broken(io.StringIO):
         raise OSError("the disk is full")
 
 
-def test_a_display_that_cannot_write_says_so_once_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_display_that_cannot_write_says_so_once_and_hurts_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     with caplog.at_level(logging.WARNING), Display(2, Broken()) as display:
         for trial in (spec(bits=2), spec(bits=3)):
             display.started(trial.id, "gptq")
@@ -259,7 +277,9 @@ def terminal() -> Iterator[tuple[TextIO, Terminal]]:
 @pytest.fixture(autouse=True)
 def _colour_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "20"}.items():
-        monkeypatch.setenv(name, value)  # rich asks the standard streams for the size, which are no terminals here
+        monkeypatch.setenv(
+            name, value
+        )  # rich asks the standard streams for the size, which are no terminals here
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -285,14 +305,22 @@ def test_a_terminal_shows_each_running_trial_the_sweep_and_results_as_they_come(
     assert "\x1b[2J" not in person.raw
     # What stays is said once; the last line is how it went, and the cursor is back.
     assert person.shown.count("gptq w2 g128 · demo: stories 3.142") == 1
-    assert person.shown.count("gptq w3 g128 · demo: FAILED after 1.0 s: [bold]no markup[/bold] [2Jhere") == 1
+    assert (
+        person.shown.count(
+            "gptq w3 g128 · demo: FAILED after 1.0 s: [bold]no markup[/bold] [2Jhere"
+        )
+        == 1
+    )
     assert re.search(r"2 trials in [\d.]+ s: 1 completed, 1 failed\s*$", person.shown)
     assert person.raw.rindex("\x1b[?25h") > person.raw.rindex("\x1b[?25l")
 
 
 def test_two_thousand_instant_trials_cost_little_and_all_are_told() -> None:
     trials = [spec(seed=seed) for seed in range(2000)]
-    records, numbers = [record(trial) for trial in trials], {trial.id: n for n, trial in enumerate(trials)}
+    records, numbers = (
+        [record(trial) for trial in trials],
+        {trial.id: n for n, trial in enumerate(trials)},
+    )
     with terminal() as (stream, person):
         started = time.thread_time()
         with Display(len(trials), stream) as display:
@@ -301,7 +329,9 @@ def test_two_thousand_instant_trials_cost_little_and_all_are_told() -> None:
                 display.started(trial, f"gptq {numbers[trial]}")
                 display.event(Progress(trial=trial, phase="quantize", done=1, total=6))
                 display.finished(ended, 0.001)
-        assert time.thread_time() - started < 4.0  # 0.4 s on a quiet core, most of it for the trials' ids
+        assert (
+            time.thread_time() - started < 4.0
+        )  # 0.4 s on a quiet core, most of it for the trials' ids
     assert all(person.shown.count(f"gptq {number}: stories") == 1 for number in (0, 1, 999, 1999))
     assert person.raw.count("of 2000 done") < 200  # pictures, not one per trial
 

@@ -67,7 +67,12 @@ def run_trial(cluster, folder, work, larger=True):
     first = Share(cpus=1, gpus=0, memory=100_000_000, needs=90_000_000)
     second = Share(cpus=2, gpus=0, memory=200_000_000, needs=90_000_000, loader="streamed")
     planned = Planned(
-        spec=spec, share=first, larger=second if larger else None, phases={"evaluate": 2.0}, basis="rough", disk=0
+        spec=spec,
+        share=first,
+        larger=second if larger else None,
+        phases={"evaluate": 2.0},
+        basis="rough",
+        disk=0,
     )
     policy = TrialPolicy({3: (spec, planned)}, told, work)
     job = Job(number=3, overrides=("method=rtn",), config=SimpleNamespace())
@@ -80,7 +85,9 @@ def run_trial(cluster, folder, work, larger=True):
     done = policy.on_outcome(job, outcome)
     tries = (folder / "tries").read_text().split()
     return (
-        TrialRecord.load(folder / "trials" / spec.id / ("record.json" if larger else "failed.json")),
+        TrialRecord.load(
+            folder / "trials" / spec.id / ("record.json" if larger else "failed.json")
+        ),
         told,
         tries,
         done,
@@ -143,7 +150,9 @@ def test_another_error_is_not_tried_again(cluster, tmp_path):
     assert json.loads(next(tmp_path.glob("trials/*/failed.json")).read_text())["status"] == "FAILED"
 
 
-def test_a_worker_that_ray_kills_for_memory_is_tried_larger_and_not_the_same_again(cluster, monkeypatch):
+def test_a_worker_that_ray_kills_for_memory_is_tried_larger_and_not_the_same_again(
+    cluster, monkeypatch
+):
     """The worker dies by SIGKILL, as one dies that Ray's watch picks; that it was picked is put in Ray's mouth."""
     seen = []
 
@@ -151,14 +160,21 @@ def test_a_worker_that_ray_kills_for_memory_is_tried_larger_and_not_the_same_aga
         raise MemoryError("the second is out of memory too")
 
     larger = Task(key="t", call=work, resources=LARGE)
-    task = Task(key="t", call=lambda report: os.kill(os.getpid(), signal.SIGKILL), resources=SMALL, larger=larger)
+    task = Task(
+        key="t",
+        call=lambda report: os.kill(os.getpid(), signal.SIGKILL),
+        resources=SMALL,
+        larger=larger,
+    )
 
     def dies_of_memory(stream, flight, really=sweep_cluster._next_message):
         kind, content = really(stream, flight)
         return (kind, OutOfMemoryError(str(content))) if kind == "died" else (kind, content)
 
     monkeypatch.setattr(sweep_cluster, "_next_message", dies_of_memory)
-    [outcome] = cluster.run([task], on_event=lambda *_: None, on_retry=lambda key, error: seen.append(type(error)))
+    [outcome] = cluster.run(
+        [task], on_event=lambda *_: None, on_retry=lambda key, error: seen.append(type(error))
+    )
     assert seen == [OutOfMemoryError]
     assert outcome.attempts == 2
     assert isinstance(outcome.error, OutOfMemoryError)  # once is enough
@@ -190,9 +206,16 @@ def test_a_worker_that_the_kernel_kills_for_memory_is_tried_larger(cluster):
             held = bytearray(2_000_000_000)
             held[::4096] = b"x" * len(held[::4096])
 
-        task = Task(key="t", call=work, resources=SMALL, larger=Task(key="t", call=lambda _: "done", resources=LARGE))
+        task = Task(
+            key="t",
+            call=work,
+            resources=SMALL,
+            larger=Task(key="t", call=lambda _: "done", resources=LARGE),
+        )
         seen = []
-        [outcome] = cluster.run([task], on_event=lambda *_: None, on_retry=lambda key, error: seen.append(error))
+        [outcome] = cluster.run(
+            [task], on_event=lambda *_: None, on_retry=lambda key, error: seen.append(error)
+        )
     assert (outcome.value, outcome.attempts) == ("done", 2)
     assert [type(error) for error in seen] == [OutOfMemoryError]
     assert "the kernel killed it" in str(seen[0])
@@ -207,8 +230,14 @@ def test_a_worker_that_the_kernel_kills_for_memory_is_tried_larger(cluster):
             "RuntimeError: [enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory",
             True,
         ),
-        ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
-        ("AcceleratorError: CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        (
+            "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            True,
+        ),
+        (
+            "AcceleratorError: CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+            True,
+        ),
         ("RuntimeError: CUDA error: an illegal memory access was encountered", False),
         ("the disk is full (/tmp); free some space", False),
     ],
@@ -222,7 +251,12 @@ def test_what_was_measured_is_the_gpus_peak_where_there_is_one():
     record = TrialRecord(
         spec=spec_in(Path("/nowhere")),
         status="COMPLETED",
-        metrics={"seconds/load": 1.0, "seconds/evaluate": 2.0, "peak_bytes/load": 9.0, "gpu_peak_bytes/evaluate": 4.0},
+        metrics={
+            "seconds/load": 1.0,
+            "seconds/evaluate": 2.0,
+            "peak_bytes/load": 9.0,
+            "gpu_peak_bytes/evaluate": 4.0,
+        },
     )
     assert measured(record) == {"took": 3.0, "peak": 4.0}
 
@@ -246,12 +280,16 @@ def test_tasks_that_name_the_same_prefer_the_machine_where_one_of_them_ran(clust
             return self.real.options(**wanted)
 
     monkeypatch.setattr(sweep_cluster, "_entry", Watched)
-    tasks = [Task(key=str(k), call=lambda report: 1, resources=SMALL, near="a model") for k in range(12)]
+    tasks = [
+        Task(key=str(k), call=lambda report: 1, resources=SMALL, near="a model") for k in range(12)
+    ]
     assert len(list(cluster.run(tasks, on_event=lambda *_: None))) == 12
     assert asked == []
     machines = sweep_cluster._machines
     monkeypatch.setattr(sweep_cluster, "_machines", lambda: [*machines(), *machines()])
     assert [one.error for one in cluster.run(tasks, on_event=lambda *_: None)] == [None] * 12
     assert asked  # those that were sent after the first one began
-    assert all(isinstance(one, Affinity) and one.soft and one._spill_on_unavailable for one in asked)
+    assert all(
+        isinstance(one, Affinity) and one.soft and one._spill_on_unavailable for one in asked
+    )
     assert len({one.node_id for one in asked}) == 1

@@ -15,13 +15,23 @@ import pytest
 from q3q.record import TrialRecord
 
 ROOT = Path(__file__).parent.parent.parent
-SMALL = ["evaluation.tasks=[]", "evaluation.texts=[demo]", "evaluation.limit=4", "calibration.samples=8"]
+SMALL = [
+    "evaluation.tasks=[]",
+    "evaluation.texts=[demo]",
+    "evaluation.limit=4",
+    "calibration.samples=8",
+]
 
 
 def start(storage: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "launch.py", *arguments, *SMALL, f"storage={storage}"]
     return subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
@@ -33,7 +43,9 @@ def launch(storage: Path, *arguments: str) -> tuple[int, str]:
 
 def records(storage: Path) -> dict[str, dict]:
     def name(record: dict) -> str:
-        return record["spec"]["method"]["name"] + str((record["spec"]["scheme"] or {}).get("bits", ""))
+        return record["spec"]["method"]["name"] + str(
+            (record["spec"]["scheme"] or {}).get("bits", "")
+        )
 
     return {name(record): record for record in _all(storage)}
 
@@ -74,7 +86,11 @@ def client(storage: Path):
 
 def runs(storage: Path) -> tuple[list, list]:
     mlflow = client(storage)
-    everything = [run for exp in mlflow.search_experiments() for run in mlflow.search_runs([exp.experiment_id])]
+    everything = [
+        run
+        for exp in mlflow.search_experiments()
+        for run in mlflow.search_runs([exp.experiment_id])
+    ]
     parents = [run for run in everything if "mlflow.parentRunId" not in run.data.tags]
     return parents, [run for run in everything if run not in parents]
 
@@ -123,7 +139,9 @@ def test_the_table_and_the_report_are_there(swept):
     assert re.search(r"method.*2.*3.*4", output)
     folder = Path(re.search(r"Report and plots: (.*)", output)[1])
     folder = folder if folder.is_absolute() else ROOT / folder
-    assert {"results.csv", "results.md", "perplexity.png"} <= {path.name for path in folder.iterdir()}
+    assert {"results.csv", "results.md", "perplexity.png"} <= {
+        path.name for path in folder.iterdir()
+    }
     assert "\x1b" not in output  # a pipe is no terminal
 
 
@@ -132,12 +150,18 @@ def test_mlflow_has_what_ran(swept):
     parents, children = runs(storage)
     assert len(parents) == 1
     assert len(children) == 7
-    assert all(child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id for child in children)
+    assert all(
+        child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id for child in children
+    )
     by_trial = {child.data.tags["q3q.trial"]: child for child in children}
     for record in records(storage).values():
         child = by_trial[TrialRecord.from_json(record).spec.id]
-        assert child.data.metrics["perplexity/stories"] == pytest.approx(record["metrics"]["perplexity/stories"])
-        assert child.data.metrics["bits_per_weight"] == pytest.approx(record["metrics"]["bits_per_weight"])
+        assert child.data.metrics["perplexity/stories"] == pytest.approx(
+            record["metrics"]["perplexity/stories"]
+        )
+        assert child.data.metrics["bits_per_weight"] == pytest.approx(
+            record["metrics"]["bits_per_weight"]
+        )
         assert child.data.tags["q3q.method"] == record["spec"]["method"]["name"]
         assert child.data.params["seed"] == "0"
         assert child.info.status == "FINISHED"
@@ -155,7 +179,9 @@ def test_the_same_command_again_runs_nothing(swept):
     code, output = launch(storage, "-m", "method=rtn,gptq", "bits=2,3,4")
     assert code == 0, output
     assert "done already" in output
-    assert {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/record.json")} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in storage.glob("trials/*/record.json")
+    } == before
     assert time.monotonic() - started < 60
     parents, children = runs(storage)
     assert (len(parents), len(children)) == (1, 7)
@@ -163,7 +189,9 @@ def test_the_same_command_again_runs_nothing(swept):
 
 def test_another_evaluation_says_when_it_has_to_quantize_again(swept):
     storage, *_ = swept
-    code, output = launch(storage, "-m", "method=rtn,gptq", "bits=2,3", "evaluation.drift=false", "plan=true")
+    code, output = launch(
+        storage, "-m", "method=rtn,gptq", "bits=2,3", "evaluation.drift=false", "plan=true"
+    )
     assert code == 0, output
     assert "4 trials quantize what finished ones here have quantized" in output
     assert "keep=blocks" in output

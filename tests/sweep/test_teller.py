@@ -66,7 +66,9 @@ class Terminal(io.StringIO):
 def test_what_takes_long_before_the_sweep_says_how_far_it_is(stream, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     now = iter(range(0, 10_000, 2))  # every look at the clock, two seconds have passed
-    assert list(counted(range(20), 20, "composing", "jobs", stream, lambda: float(next(now)))) == list(range(20))
+    assert list(
+        counted(range(20), 20, "composing", "jobs", stream, lambda: float(next(now)))
+    ) == list(range(20))
     text = stream.getvalue()
     assert "composing: 5 of 20 jobs, 36 s left" in text or "composing: 6 of 20 jobs" in text
     assert "composing: 20 jobs in" in text

@@ -32,8 +32,18 @@ def spec(bits: int = 3, **changes: Any) -> TrialSpec:
         model={"name": "demo", "digest": "d1", "dtype": "float32"},
         method={"name": "gptq", "version": 1, "damping": 0.01},
         scheme=Scheme(bits=bits, group_size=128, symmetric=False),
-        calibration={"source": "demo", "digest": "d2", "samples": 8, "length": 64, "draw": "random"},
-        evaluation={"texts": [{"name": "stories", "window": 512}], "tasks": ["stories_who"], "task_limit": None},
+        calibration={
+            "source": "demo",
+            "digest": "d2",
+            "samples": 8,
+            "length": 64,
+            "draw": "random",
+        },
+        evaluation={
+            "texts": [{"name": "stories", "window": 512}],
+            "tasks": ["stories_who"],
+            "task_limit": None,
+        },
         seed=0,
     )
     return replace(whole, **changes)
@@ -43,7 +53,12 @@ def record(bits: int = 3, **changes: Any) -> TrialRecord:
     whole = TrialRecord(
         spec=spec(bits),
         status=COMPLETED,
-        metrics={"perplexity/stories": 3.5, "stories_who/acc": 0.75, "seconds/quantize": 1.25, "model_bytes": 9e6},
+        metrics={
+            "perplexity/stories": 3.5,
+            "stories_who/acc": 0.75,
+            "seconds/quantize": 1.25,
+            "model_bytes": 9e6,
+        },
         intervals={"perplexity/stories": (3.25, 3.75)},
         environment={
             "git_commit": "0123abc+changes",
@@ -55,7 +70,9 @@ def record(bits: int = 3, **changes: Any) -> TrialRecord:
 
 
 def sweep(*trials: TrialSpec, id: str = "sweep00001") -> Sweep:
-    return Sweep(id=id, name="gptq", command=COMMAND, config="bits: 3\n", trials=trials or (spec(2), spec(3)))
+    return Sweep(
+        id=id, name="gptq", command=COMMAND, config="bits: 3\n", trials=trials or (spec(2), spec(3))
+    )
 
 
 def tracker_in(folder: Path) -> MlflowTracker:
@@ -72,7 +89,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tracker(store: Path, request: pytest.FixtureRequest) -> MlflowTracker:
-    return MlflowTracker(f"sqlite:///{store}/mlflow.db", str(store / "artifacts"), experiment=request.node.name)
+    return MlflowTracker(
+        f"sqlite:///{store}/mlflow.db", str(store / "artifacts"), experiment=request.node.name
+    )
 
 
 def runs(tracker: MlflowTracker, wanted: str = "") -> list[Any]:
@@ -81,7 +100,9 @@ def runs(tracker: MlflowTracker, wanted: str = "") -> list[Any]:
 
     client = MlflowClient(tracking_uri=tracker.uri)
     experiment = client.get_experiment_by_name(tracker.experiment)
-    return [] if experiment is None else list(client.search_runs([experiment.experiment_id], wanted))
+    return (
+        [] if experiment is None else list(client.search_runs([experiment.experiment_id], wanted))
+    )
 
 
 def children(tracker: MlflowTracker) -> list[Any]:
@@ -112,16 +133,21 @@ def test_both_trackers_keep_the_seam(tmp_path: Path) -> None:
 
 
 def test_importing_the_tracker_imports_no_mlflow() -> None:
-    script = (
-        "import sys, q3q.track.mlflow, q3q.track.tracker; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
+    script = "import sys, q3q.track.mlflow, q3q.track.tracker; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], check=True, capture_output=True, text=True
+        ).stdout
+        == "[]\n"
     )
-    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> None:
     tracker.open(sweep())
     tracker.log(record(), {"record.json": b"{}", "figures/heatmap.png": b"png"})
-    tracker.close({"answer.md": b"**demo**\n\n| gptq | 3.5 |", "perplexity.png": b"p"}, succeeded=True)
+    tracker.close(
+        {"answer.md": b"**demo**\n\n| gptq | 3.5 |", "perplexity.png": b"p"}, succeeded=True
+    )
 
     [parent] = parents(tracker)
     assert parent.info.run_name == "gptq"
@@ -171,9 +197,19 @@ def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> N
 
 def test_what_is_not_a_number_is_said_in_words(tracker: MlflowTracker) -> None:
     tracker.open(sweep())
-    tracker.log(record(2, metrics={"bits_per_weight": 2.25}, intervals={}, diverged=("perplexity/stories",)), {})
+    tracker.log(
+        record(
+            2, metrics={"bits_per_weight": 2.25}, intervals={}, diverged=("perplexity/stories",)
+        ),
+        {},
+    )
     failed = Check(name="levels", passed=False, detail="9 levels in a group of 3 bits")
-    tracker.log(record(3, status=FAILED, reason="levels: 9 levels", checks=(failed,), metrics={}, intervals={}), {})
+    tracker.log(
+        record(
+            3, status=FAILED, reason="levels: 9 levels", checks=(failed,), metrics={}, intervals={}
+        ),
+        {},
+    )
     tracker.close({}, succeeded=False)
     diverged, broken = sorted(children(tracker), key=lambda run: run.info.run_name)
     assert diverged.data.tags["q3q.diverged"] == "perplexity/stories"
@@ -190,7 +226,9 @@ def test_texts_longer_than_mlflow_takes_are_cut(tracker: MlflowTracker) -> None:
     long = spec(evaluation={"texts": [], "tasks": tasks, "task_limit": None})
     many = {f"task_{number}/acc": number / 2000 for number in range(2000)}
     tracker.open(replace(sweep(long), command="python launch.py " + "x" * 9000))
-    tracker.log(record(spec=long, status=FAILED, reason="boom " * 5000, metrics=many, intervals={}), {})
+    tracker.log(
+        record(spec=long, status=FAILED, reason="boom " * 5000, metrics=many, intervals={}), {}
+    )
     [child] = children(tracker)
     assert child.data.params["evaluation.tasks"].startswith('["a_task_with_a_long_name_0"')
     assert child.data.params["evaluation.tasks"].endswith("…")
@@ -222,7 +260,9 @@ def test_a_rerun_replaces_the_failed_trial(tracker: MlflowTracker) -> None:
     assert "q3q.reason" not in found[spec().id].data.tags
 
 
-def test_the_same_sweep_goes_on_in_its_parent_and_another_gets_its_own(tracker: MlflowTracker) -> None:
+def test_the_same_sweep_goes_on_in_its_parent_and_another_gets_its_own(
+    tracker: MlflowTracker,
+) -> None:
     tracker.open(sweep())
     tracker.close({}, succeeded=False)
     again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
@@ -239,14 +279,18 @@ def test_the_same_sweep_goes_on_in_its_parent_and_another_gets_its_own(tracker: 
     }
 
 
-def test_a_child_left_half_written_is_replaced(tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_left_half_written_is_replaced(
+    tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def disk_full(run: str, artifacts: Any) -> None:
         raise OSError(28, "No space left on device")
 
     tracker.open(sweep())
     with monkeypatch.context() as patch:
         patch.setattr(tracker, "_upload", disk_full)
-        with pytest.raises(TrackingError, match=f"did not take trial {spec().id}.*No space left on device"):
+        with pytest.raises(
+            TrackingError, match=f"did not take trial {spec().id}.*No space left on device"
+        ):
             tracker.log(record(), {"record.json": b"1"})
     assert [run.info.status for run in children(tracker)] == ["RUNNING"]
     tracker.log(record(), {"record.json": b"1"})
@@ -261,7 +305,10 @@ def test_what_was_charted_live_is_charted_again_if_its_run_is_replaced(
     def disk_full(run: str, artifacts: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    sites = tuple(SiteError(block=k, site="o", linear="a", weight_error=0.25, output_error=None) for k in range(3))
+    sites = tuple(
+        SiteError(block=k, site="o", linear="a", weight_error=0.25, output_error=None)
+        for k in range(3)
+    )
     tracker.open(sweep())
     tracker.live(spec(), {"block/weight_error": 0.25}, 0)
     with monkeypatch.context() as patch:
@@ -271,11 +318,15 @@ def test_what_was_charted_live_is_charted_again_if_its_run_is_replaced(
     tracker.open(sweep())
     tracker.log(record(sites=sites), {"a": b"1"})
     [child] = children(tracker)
-    drawn = MlflowClient(tracking_uri=tracker.uri).get_metric_history(child.info.run_id, "block/weight_error")
+    drawn = MlflowClient(tracking_uri=tracker.uri).get_metric_history(
+        child.info.run_id, "block/weight_error"
+    )
     assert sorted(point.step for point in drawn) == [0, 1, 2]
 
 
-def test_runs_that_a_dead_driver_left_are_ended_and_go(tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_a_dead_driver_left_are_ended_and_go(
+    tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It died between a record and the deletion of the run that this replaces, and while another trial was at work."""
     from mlflow.tracking import MlflowClient
 
@@ -283,7 +334,11 @@ def test_runs_that_a_dead_driver_left_are_ended_and_go(tracker: MlflowTracker, m
     tracker.log(record(status=FAILED, reason="once"), {})
     tracker.live(spec(2), {"block/weight_error": 0.5}, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "delete_run", lambda *_: (_ for _ in ()).throw(OSError("the server is gone")))
+        patch.setattr(
+            MlflowClient,
+            "delete_run",
+            lambda *_: (_ for _ in ()).throw(OSError("the server is gone")),
+        )
         with pytest.raises(TrackingError):
             tracker.log(record(environment={"started": "2026-01-02T05:00:00+00:00"}), {})
     again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
@@ -305,7 +360,9 @@ def test_a_hundred_params_and_more_are_all_there_before_the_digest_is(
     requests = []
     log_batch = TrackingServiceClient.log_batch
 
-    def noted(self: Any, run: str, metrics: Any = (), params: Any = (), tags: Any = (), **how: Any) -> Any:
+    def noted(
+        self: Any, run: str, metrics: Any = (), params: Any = (), tags: Any = (), **how: Any
+    ) -> Any:
         requests.append((len(params), [tag.key for tag in tags]))
         return log_batch(self, run, metrics, params, tags, **how)
 
@@ -314,7 +371,9 @@ def test_a_hundred_params_and_more_are_all_there_before_the_digest_is(
     [child] = children(tracker)
     assert len([name for name in child.data.params if "knob_" in name]) == 250
     assert all(count <= 100 for count, _ in requests)
-    assert [index for index, (_, tags) in enumerate(requests) if "q3q.record" in tags] == [len(requests) - 1]
+    assert [index for index, (_, tags) in enumerate(requests) if "q3q.record" in tags] == [
+        len(requests) - 1
+    ]
 
 
 def test_our_own_mistakes_are_not_called_tracking_errors(tracker: MlflowTracker) -> None:
@@ -331,11 +390,15 @@ def test_a_fresh_store_is_what_mlflow_itself_would_make(store: Path, tmp_path: P
 
     SqlAlchemyStore(f"sqlite:///{tmp_path}/theirs.db", str(tmp_path)).engine.dispose()
     ours, theirs = (sqlite3.connect(path) for path in (store / "mlflow.db", tmp_path / "theirs.db"))
-    tables, version = "SELECT name, sql FROM sqlite_master", "SELECT version_num FROM alembic_version"
+    tables, version = (
+        "SELECT name, sql FROM sqlite_master",
+        "SELECT version_num FROM alembic_version",
+    )
     assert ours.execute(version).fetchall() == theirs.execute(version).fetchall()
     # Migrations write a table's constraints in any order.
     found, wanted = (
-        {name: sorted(re.split(r"[\s,]+", sql or "")) for name, sql in one.execute(tables)} for one in (ours, theirs)
+        {name: sorted(re.split(r"[\s,]+", sql or "")) for name, sql in one.execute(tables)}
+        for one in (ours, theirs)
     )
     assert len(wanted) > 50
     assert found == wanted
@@ -356,15 +419,20 @@ def test_a_relative_file_lies_in_the_working_directory_whatever_comes_later(
     monkeypatch.chdir(tmp_path)
     tracker.open(sweep())
     assert tracker.uri == f"sqlite:///{store}/mlflow.db"
-    assert Path(artifact(parents(tracker)[0], tracker, "config.yaml", tmp_path).decode()) == Path("bits: 3\n")
+    assert Path(artifact(parents(tracker)[0], tracker, "config.yaml", tmp_path).decode()) == Path(
+        "bits: 3\n"
+    )
     assert not list(tmp_path.glob("mlflow.db"))
 
 
 @pytest.mark.parametrize(
-    "uri", ["mlruns", "file:///tmp/mlruns", "postgresql://user:secret@host/db", "sqlite:///:memory:"]
+    "uri",
+    ["mlruns", "file:///tmp/mlruns", "postgresql://user:secret@host/db", "sqlite:///:memory:"],
 )
 def test_a_uri_that_cannot_be_meant_is_refused_at_once(uri: str) -> None:
-    with pytest.raises(TrackingError, match="give sqlite:///FILE, or the address of an MLflow server") as refusal:
+    with pytest.raises(
+        TrackingError, match="give sqlite:///FILE, or the address of an MLflow server"
+    ) as refusal:
         MlflowTracker(uri)
     assert "secret" not in str(refusal.value)
 
@@ -372,7 +440,11 @@ def test_a_uri_that_cannot_be_meant_is_refused_at_once(uri: str) -> None:
 def test_files_that_are_no_store_are_refused_and_left_as_they_are(tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("these are notes, and by no means a database\n" * 20)
-    for path, why in ((text, "not a database"), (tmp_path, "unable to open"), (text / "deeper.db", "File exists")):
+    for path, why in (
+        (text, "not a database"),
+        (tmp_path, "unable to open"),
+        (text / "deeper.db", "File exists"),
+    ):
         with pytest.raises(TrackingError, match=why) as refusal:
             MlflowTracker(f"sqlite:///{path}").check()
         assert str(path) in str(refusal.value)
@@ -394,11 +466,15 @@ def test_an_address_that_refuses_or_keeps_silent_is_told_within_ten_seconds() ->
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         port = silent.getsockname()[1]
-        with pytest.raises(TrackingError, match=rf"track.uri=http://127.0.0.1:{port} .*Connection refused"):
+        with pytest.raises(
+            TrackingError, match=rf"track.uri=http://127.0.0.1:{port} .*Connection refused"
+        ):
             MlflowTracker(f"http://127.0.0.1:{port}").check()
         silent.listen()
         started = time.monotonic()
-        with pytest.raises(TrackingError, match=r"timed out.*see that an MLflow server answers") as refusal:
+        with pytest.raises(
+            TrackingError, match=r"timed out.*see that an MLflow server answers"
+        ) as refusal:
             MlflowTracker(f"http://user:secret@127.0.0.1:{port}").check()
         assert time.monotonic() - started < 10
         assert "secret" not in str(refusal.value)
@@ -412,7 +488,18 @@ def server(folder: Path, *artifacts: str) -> Iterator[tuple[str, subprocess.Pope
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     kept = artifacts or ("--artifacts-destination", str(folder / "served"))
     places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", *kept]
     # Its runners of jobs, which nobody needs here, are processes of their own that take long to start.
@@ -420,7 +507,12 @@ def server(folder: Path, *artifacts: str) -> Iterator[tuple[str, subprocess.Pope
     environment = {**os.environ, **quiet}
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, *places], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            [*command, *places],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     try:
         # Up is a server that has answered from its store: the first answer takes many seconds on a busy machine.
@@ -443,7 +535,9 @@ def server(folder: Path, *artifacts: str) -> Iterator[tuple[str, subprocess.Pope
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: the server and its workers, nobody else
+        os.killpg(
+            process.pid, signal.SIGKILL
+        )  # its own session: the server and its workers, nobody else
     process.wait(timeout=10)
 
 
@@ -461,7 +555,9 @@ def test_a_server_takes_the_same_and_its_death_is_told_in_bounded_time(tmp_path:
         stop(process)
         for end in (lambda: tracker.log(record(2), {}), lambda: tracker.close({}, succeeded=True)):
             started = time.monotonic()
-            with pytest.raises(TrackingError, match=f"track.uri={uri} did not take .*Connection refused"):
+            with pytest.raises(
+                TrackingError, match=f"track.uri={uri} did not take .*Connection refused"
+            ):
                 end()
             assert time.monotonic() - started < 15
     assert not (tmp_path / "unused").exists()
@@ -476,8 +572,12 @@ def test_a_saved_study_reads_well_without_knowing_q3q(tracker: MlflowTracker) ->
     [parent] = parents(tracker)
     assert parent.info.run_name == "Which method is best at 2 bits?"
     note = parent.data.tags["mlflow.note.content"]
-    assert note.startswith("**Question.** Which method is best at 2 bits?\n\n**Expectation.** GPTQ.\n\n```\n" + COMMAND)
-    assert note.endswith("| gptq | 3.5 |\n\nThe whole report is `report.html` among the artifacts of this run.")
+    assert note.startswith(
+        "**Question.** Which method is best at 2 bits?\n\n**Expectation.** GPTQ.\n\n```\n" + COMMAND
+    )
+    assert note.endswith(
+        "| gptq | 3.5 |\n\nThe whole report is `report.html` among the artifacts of this run."
+    )
 
 
 def test_an_answer_longer_than_a_note_ends_with_a_whole_table(tracker: MlflowTracker) -> None:
@@ -486,7 +586,9 @@ def test_an_answer_longer_than_a_note_ends_with_a_whole_table(tracker: MlflowTra
     tracker.close({"answer.md": "\n".join(tables).encode()}, succeeded=True)
     note = parents(tracker)[0].data.tags["mlflow.note.content"]
     assert 3000 < len(note) < 5000
-    assert note.endswith("| gptq | 3.5 |\n\nThe whole report is `report.html` among the artifacts of this run.")
+    assert note.endswith(
+        "| gptq | 3.5 |\n\nThe whole report is `report.html` among the artifacts of this run."
+    )
     assert note.count("| gptq | 3.5 |") % 60 == 0
 
 
@@ -495,7 +597,11 @@ def test_trials_that_would_be_called_alike_are_told_apart(tracker: MlflowTracker
 
     trials = [spec(seed=seed) for seed in (0, 1)] + [spec(2)]
     names = trial_names(trials)
-    assert list(names.values()) == ["gptq w3 g128 seed 0 · demo", "gptq w3 g128 seed 1 · demo", "gptq w2 g128 · demo"]
+    assert list(names.values()) == [
+        "gptq w3 g128 seed 0 · demo",
+        "gptq w3 g128 seed 1 · demo",
+        "gptq w2 g128 · demo",
+    ]
     other = spec(evaluation={"texts": [], "tasks": [], "task_limit": None})
     assert len(set(trial_names([spec(), other]).values())) == 2
     tracker.open(replace(sweep(*trials), names=names))
@@ -509,7 +615,14 @@ def test_what_is_known_later_of_an_attempt_joins_its_run(tracker: MlflowTracker)
 
     from q3q.record import Comparison
 
-    paired: dict[str, Any] = {"low": 0.1, "high": 0.3, "distinguishable": True, "p_value": 0.01, "n": 8, "test": "t"}
+    paired: dict[str, Any] = {
+        "low": 0.1,
+        "high": 0.3,
+        "distinguishable": True,
+        "p_value": 0.01,
+        "n": 8,
+        "test": "t",
+    }
     found = Comparison(metric="perplexity/stories", difference=0.2, **paired)
     tracker.open(sweep())
     tracker.live(spec(), {"system/cpu_utilization_percentage": 97.0}, 0)
@@ -563,19 +676,37 @@ def test_metrics_arrive_while_a_trial_runs_and_stay_in_its_one_run(tracker: Mlfl
     assert (ended.info.run_id, ended.info.status) == (child.info.run_id, "FINISHED")
     client = MlflowClient(tracking_uri=tracker.uri)
     history = {
-        name: sorted((one.step, one.value) for one in client.get_metric_history(child.info.run_id, name))
+        name: sorted(
+            (one.step, one.value) for one in client.get_metric_history(child.info.run_id, name)
+        )
         for name in ("system/cpu_utilization_percentage", "block/weight_error")
     }
     assert history["system/cpu_utilization_percentage"] == [(0, 97.0)]
-    assert history["block/weight_error"] == [(0, pytest.approx(0.2)), (1, pytest.approx(1.2))]  # each block once
+    assert history["block/weight_error"] == [
+        (0, pytest.approx(0.2)),
+        (1, pytest.approx(1.2)),
+    ]  # each block once
 
 
 def test_an_exported_checkpoint_is_a_pointer_with_size_and_hash(tracker: MlflowTracker) -> None:
     tracker.open(sweep())
-    facts = {"format": "gptq", "path": "/served/q3", "sha256": "ab12", "reloaded_by": "transformers"}
-    tracker.log(record(notes={"export": facts}, metrics={"export_bytes": 4200000.0, "model_bytes": 1100000.0}), {})
+    facts = {
+        "format": "gptq",
+        "path": "/served/q3",
+        "sha256": "ab12",
+        "reloaded_by": "transformers",
+    }
+    tracker.log(
+        record(
+            notes={"export": facts}, metrics={"export_bytes": 4200000.0, "model_bytes": 1100000.0}
+        ),
+        {},
+    )
     [child] = children(tracker)
-    assert {name: child.data.tags[f"q3q.export.{name}"] for name in ("format", "path", "sha256", "bytes")} == {
+    assert {
+        name: child.data.tags[f"q3q.export.{name}"]
+        for name in ("format", "path", "sha256", "bytes")
+    } == {
         "format": "gptq",
         "path": "/served/q3",
         "sha256": "ab12",
@@ -588,7 +719,10 @@ def test_the_sweeps_page_is_a_view_of_its_trials(tracker: MlflowTracker) -> None
 
     tracker.open(sweep())
     tracker.log(
-        record(metrics={"perplexity/stories": 3.0, "seconds/load": 1.0}, intervals={"perplexity/stories": (2.0, 4.0)}),
+        record(
+            metrics={"perplexity/stories": 3.0, "seconds/load": 1.0},
+            intervals={"perplexity/stories": (2.0, 4.0)},
+        ),
         {},
     )
     client = MlflowClient(tracking_uri=tracker.uri)
@@ -608,15 +742,25 @@ def test_texts_are_data_sets_with_their_digests(tracker: MlflowTracker) -> None:
     tracker.open(sweep())
     tracker.log(record(), {})
     [child] = children(tracker)
-    found = [(one.tags[0].value, one.dataset.name, one.dataset.digest) for one in child.inputs.dataset_inputs]
+    found = [
+        (one.tags[0].value, one.dataset.name, one.dataset.digest)
+        for one in child.inputs.dataset_inputs
+    ]
     assert sorted(found) == [("calibration", "demo", "d2"), ("evaluation", "stories", "unknown")]
 
 
 def test_the_tasks_questions_are_data_sets_too(tracker: MlflowTracker) -> None:
-    asked = {"texts": [], "tasks": ["piqa"], "task_limit": None, "data": {"org/piqa:validation": "abc"}}
+    asked = {
+        "texts": [],
+        "tasks": ["piqa"],
+        "task_limit": None,
+        "data": {"org/piqa:validation": "abc"},
+    }
     tracker.open(sweep())
     tracker.log(record(spec=spec(evaluation=asked)), {})
-    found = [(one.dataset.name, one.dataset.digest) for one in children(tracker)[0].inputs.dataset_inputs]
+    found = [
+        (one.dataset.name, one.dataset.digest) for one in children(tracker)[0].inputs.dataset_inputs
+    ]
     assert sorted(found) == [("demo", "d2"), ("org/piqa", "abc")]
 
 
@@ -643,19 +787,25 @@ def test_a_server_registers_an_exported_checkpoint_once(tmp_path: Path) -> None:
         [child] = children(tracker)
         assert (version.run_id, version.status) == (child.info.run_id, "READY")
         assert version.tags["q3q.trial"] == one.spec.id
-        fetched = client.download_artifacts(version.run_id, "checkpoint/model.safetensors", str(tmp_path))
+        fetched = client.download_artifacts(
+            version.run_id, "checkpoint/model.safetensors", str(tmp_path)
+        )
         assert Path(fetched).read_bytes() == b"weights"
 
 
 def test_a_server_whose_files_are_a_folder_is_refused_before_the_sweep(tmp_path: Path) -> None:
     local = ("--no-serve-artifacts", "--default-artifact-root", str(tmp_path / "files"))
-    needs = pytest.raises(TrackingError, match=r"track\.register=mine needs a remote artifact store.*/files")
+    needs = pytest.raises(
+        TrackingError, match=r"track\.register=mine needs a remote artifact store.*/files"
+    )
     with server(tmp_path, *local) as (uri, _), needs:
         MlflowTracker(uri, experiment="new", register="mine").check()
 
 
 def test_registering_needs_a_server_and_says_so(tmp_path: Path) -> None:
-    with pytest.raises(TrackingError, match=r"track\.register=mine needs a remote artifact store") as refusal:
+    with pytest.raises(
+        TrackingError, match=r"track\.register=mine needs a remote artifact store"
+    ) as refusal:
         MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", register="mine").check()
     assert "\n" not in str(refusal.value)
 
@@ -675,7 +825,9 @@ def test_an_emptied_store_is_rebuilt_from_the_records_and_again_changes_nothing(
         assert main(["sync", "--storage", str(tmp_path)]) == 0
         told = capsys.readouterr().out
         for name in ("study", "q3q"):
-            tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts"), name)
+            tracker = MlflowTracker(
+                f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts"), name
+            )
             seen.append(sorted((run.info.run_id, run.info.run_name) for run in runs(tracker)))
         assert "1 of 1 trials are in experiment study" in told
     assert seen[:2] == seen[2:]
@@ -739,7 +891,9 @@ def test_a_store_that_breaks_half_way_is_no_success(
     assert len(children(tracker_in(tmp_path))) == 2
 
 
-def test_a_sweep_at_work_is_left_to_its_driver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_at_work_is_left_to_its_driver(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from q3q.sweep.bulletin import Publisher
     from q3q.sweep.progress import Display
 

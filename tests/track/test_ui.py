@@ -15,11 +15,18 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 BROWSER = next(
-    (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
+    (
+        found
+        for name in ("chromium", "google-chrome", "chromium-browser")
+        if (found := shutil.which(name))
+    ),
+    None,
 )
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium here: MLflow's pages are not looked at"),
+    pytest.mark.skipif(
+        BROWSER is None, reason="no Chromium here: MLflow's pages are not looked at"
+    ),
 ]
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -41,8 +48,16 @@ class Ui:
         """What a page shows, once it shows all that is awaited: it fetches that, so a look may come too early."""
         assert BROWSER is not None
         for _ in range(4):
-            command = [BROWSER, *FLAGS, f"--user-data-dir={self.folder}/profile", "--dump-dom", self.address + page]
-            shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+            command = [
+                BROWSER,
+                *FLAGS,
+                f"--user-data-dir={self.folder}/profile",
+                "--dump-dom",
+                self.address + page,
+            ]
+            shown = subprocess.run(
+                command, capture_output=True, text=True, timeout=120, check=True
+            ).stdout
             bare = re.sub(r"<(style|script)\b.*?</\1>", "", shown, flags=re.DOTALL)
             text = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", bare)))
             if all(words in text for words in awaited):
@@ -63,17 +78,32 @@ class Ui:
 def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     folder = tmp_path_factory.mktemp("ui")
     command = [sys.executable, "launch.py", *SWEEP, f"storage={folder}/mlruns"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     said = re.search(r"make ui .*, then http://127\.0\.0\.1:5000/(#\S+)", ended.stdout)
     assert said is not None, ended.stdout
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve = ["ui", "--backend-store-uri", f"sqlite:///{folder}/mlruns/mlflow.db", "--host", "127.0.0.1"]
+    serve = [
+        "ui",
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlruns/mlflow.db",
+        "--host",
+        "127.0.0.1",
+    ]
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(
-            [str(Path(sys.executable).parent / "mlflow"), *serve, "--port", str(port), "--workers", "1"],
+            [
+                str(Path(sys.executable).parent / "mlflow"),
+                *serve,
+                "--port",
+                str(port),
+                "--workers",
+                "1",
+            ],
             stdout=log,
             stderr=subprocess.STDOUT,
         )

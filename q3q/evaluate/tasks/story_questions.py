@@ -15,6 +15,11 @@ def build(kind: str, seed: int, count: int, **metadata: Any) -> dict[str, Datase
         story = next(stream)
         asked = story.questions[0]
         rows.append(
-            {"text": story.text, "question": asked.question, "choices": list(asked.choices), "answer": asked.answer}
+            {
+                "text": story.text,
+                "question": asked.question,
+                "choices": list(asked.choices),
+                "answer": asked.answer,
+            }
         )
     return {"test": Dataset.from_list(rows)}

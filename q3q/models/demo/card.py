@@ -50,7 +50,11 @@ def page(records: list[dict[str, Any]]) -> str:
             f"The last {facts['steps'] - plain} steps count the answers to the stories' questions extra; their loss,\n"
             f"with that, ends at {last:.2f}.\n\n"
             + _results(
-                [r for r in records if r["spec"]["model"]["name"] == ("demo" if kind == "dense" else "demo_moe")]
+                [
+                    r
+                    for r in records
+                    if r["spec"]["model"]["name"] == ("demo" if kind == "dense" else "demo_moe")
+                ]
             )
         )
     return "\n\n".join(parts) + "\n"
@@ -73,7 +77,9 @@ def _results(records: list[dict[str, Any]]) -> str:
             low, high = record["intervals"][f"{task}/acc"]
             cells.append(f"{record['metrics'][f'{task}/acc']:.1%} ({low:.0%} to {high:.0%})")
         rows.append(cells)
-    return "What they can do, with 95 % intervals:\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "What they can do, with 95 % intervals:\n\n" + "\n".join(
+        "| " + " | ".join(row) + " |" for row in rows
+    )
 
 
 def _order(record: dict[str, Any]) -> tuple[str, int]:

@@ -8,7 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # Pure-Python modules that every supported Python has; kept from training.
-HELD_OUT_MODULES = ("argparse", "calendar", "difflib", "fractions", "heapq", "pprint", "shelve", "textwrap")
+HELD_OUT_MODULES = (
+    "argparse",
+    "calendar",
+    "difflib",
+    "fractions",
+    "heapq",
+    "pprint",
+    "shelve",
+    "textwrap",
+)
 # Tests, generated tables and vendored packages teach a small model little.
 _LEFT_OUT = {
     "test",
@@ -43,4 +52,7 @@ def _folder() -> Path:
 
 
 def _joined(paths: Iterable[Path]) -> str:
-    return "\n\n".join(path.read_text(encoding="utf-8", errors="replace").strip() for path in paths) + "\n"
+    return (
+        "\n\n".join(path.read_text(encoding="utf-8", errors="replace").strip() for path in paths)
+        + "\n"
+    )

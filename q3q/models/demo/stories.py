@@ -93,7 +93,10 @@ def _who(dice: _Dice) -> Story:
         verb = dice.pick(("gives", "lends", "hands"))
         lines.append(f"{holder[thing]} {verb} the {thing} to {taker}.")
         holder[thing] = taker
-    questions = [_ask(dice, f"Who has the {thing}?", holder[thing], people) for thing in dice.sample(things, 3)]
+    questions = [
+        _ask(dice, f"Who has the {thing}?", holder[thing], people)
+        for thing in dice.sample(things, 3)
+    ]
     return Story("who", " ".join(lines), tuple(questions))
 
 
@@ -108,7 +111,12 @@ def _where(dice: _Dice) -> Story:
         lines.append(f"{dice.pick(NAMES)} {verb} the {thing} to the {place}.")
         place_of[thing] = place
     questions = [
-        _ask(dice, f"Where is the {thing}?", f"the {place_of[thing]}", [f"the {place}" for place in places])
+        _ask(
+            dice,
+            f"Where is the {thing}?",
+            f"the {place_of[thing]}",
+            [f"the {place}" for place in places],
+        )
         for thing in dice.sample(things, 3)
     ]
     return Story("where", " ".join(lines), tuple(questions))
@@ -119,7 +127,11 @@ def _order(dice: _Dice) -> Story:
     place = dice.pick(PLACES)
     lines = [f"{people[0]} comes to the {place} first."]
     for earlier, later in pairwise(people):
-        lines.append(dice.pick((f"Then {later} comes.", f"{later} comes after {earlier}.", f"Next comes {later}.")))
+        lines.append(
+            dice.pick(
+                (f"Then {later} comes.", f"{later} comes after {earlier}.", f"Next comes {later}.")
+            )
+        )
     asked = dice.sample(range(8), 3)
     forms = [
         ("Who came first?", people[0]),

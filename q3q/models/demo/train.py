@@ -105,11 +105,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     stream = stories(seed=0, held_out=False)
-    tokenizer.train_from_iterator([training_text(), *(next(stream).full_text() for _ in range(10_000))], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=2048)
+    tokenizer.train_from_iterator(
+        [training_text(), *(next(stream).full_text() for _ in range(10_000))], trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=2048
+    )
 
 
-def windows(tokenizer: PreTrainedTokenizerFast, seed: int, story_share: float) -> Iterator[tuple[Tensor, Tensor]]:
+def windows(
+    tokenizer: PreTrainedTokenizerFast, seed: int, story_share: float
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless training windows: token ids [WINDOW], and which of them are answers [WINDOW].
 
     Packed stories, or random windows of library text, which has no answers.
@@ -144,9 +150,13 @@ def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> lis
     return inside
 
 
-def stage_loss(logits_BTV: Tensor, ids_BT: Tensor, answers_BT: Tensor, answer_weight: float) -> Tensor:
+def stage_loss(
+    logits_BTV: Tensor, ids_BT: Tensor, answers_BT: Tensor, answer_weight: float
+) -> Tensor:
     """Mean negative log-likelihood of all next tokens, plus the weighted mean over answer tokens, nats."""
-    loss_BT = cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none")
+    loss_BT = cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none"
+    )
     loss = loss_BT.mean()
     asked = answers_BT[:, 1:].flatten()
     if answer_weight and asked.any():
@@ -174,14 +184,20 @@ def learning_rate_factor(done: float) -> float:
 
 def train(kind: str, out: Path) -> None:
     """Both stages, each from the folder that the one before wrote; one that `training.json` lists is not repeated."""
-    facts = json.loads((out / "training.json").read_text(encoding="utf-8")) if (out / "training.json").exists() else {}
+    facts = (
+        json.loads((out / "training.json").read_text(encoding="utf-8"))
+        if (out / "training.json").exists()
+        else {}
+    )
     done = facts.get("stages", 0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out) if done else build_tokenizer()
     for number, stage in enumerate(STAGES[done:], start=done):
         torch.manual_seed(stage.seed)
         model = build_model(kind)
         if number:
-            model.load_state_dict(type(model).from_pretrained(out, dtype=torch.float32).state_dict())
+            model.load_state_dict(
+                type(model).from_pretrained(out, dtype=torch.float32).state_dict()
+            )
         started = time.monotonic()
         curve = run_stage(model, tokenizer, stage)
         minutes = (time.monotonic() - started) / 60
@@ -221,7 +237,10 @@ def run_stage(
     for step in range(1, stage.steps + 1):
         for group, rate in zip((g for part in parts for g in part.param_groups), peak, strict=True):
             group["lr"] = rate * learning_rate_factor((step - 1) / stage.steps)
-        ids_BT, answers_BT = (torch.stack(column) for column in zip(*(next(stream) for _ in range(BATCH)), strict=True))
+        ids_BT, answers_BT = (
+            torch.stack(column)
+            for column in zip(*(next(stream) for _ in range(BATCH)), strict=True)
+        )
         with torch.autocast("cpu", torch.bfloat16):
             found = compiled(input_ids=ids_BT, use_cache=False)
         loss = stage_loss(found.logits, ids_BT, answers_BT, stage.answer_weight)
@@ -236,7 +255,9 @@ def run_stage(
             curve.append((step, sum(recent) / len(recent)))
             recent = []
             elapsed = (time.monotonic() - started) / 60
-            print(f"step {step}/{stage.steps}  loss {curve[-1][1]:.3f}  {elapsed:.1f} min", flush=True)
+            print(
+                f"step {step}/{stage.steps}  loss {curve[-1][1]:.3f}  {elapsed:.1f} min", flush=True
+            )
             if not math.isfinite(curve[-1][1]):
                 raise SystemExit("training diverged")
     return curve

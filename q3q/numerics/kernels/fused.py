@@ -25,7 +25,9 @@ def _logsum(  # type: ignore[no-untyped-def]
     high = tl.full([BLOCK_COLUMNS], -float("inf"), tl.float32)
     total = tl.full([BLOCK_COLUMNS], 0.0, tl.float32)
     for start in range(0, columns, BLOCK_COLUMNS):
-        value = tl.load(logits + row * stride + start + c, mask=start + c < columns, other=-float("inf")).to(tl.float32)
+        value = tl.load(
+            logits + row * stride + start + c, mask=start + c < columns, other=-float("inf")
+        ).to(tl.float32)
         above = tl.maximum(high, value)
         shift = tl.where(above == -float("inf"), 0.0, above)  # a lane that has seen no logit yet
         total = total * tl.exp(high - shift) + tl.exp(value - shift)
@@ -42,6 +44,12 @@ def logsum_fused(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     highest_C = torch.empty_like(logsum_C)
     if rows:
         _logsum[(rows,)](
-            logits_CV, logsum_C, highest_C, columns, logits_CV.stride(0), BLOCK_COLUMNS=BLOCK_COLUMNS, num_warps=8
+            logits_CV,
+            logsum_C,
+            highest_C,
+            columns,
+            logits_CV.stride(0),
+            BLOCK_COLUMNS=BLOCK_COLUMNS,
+            num_warps=8,
         )
     return logsum_C, highest_C

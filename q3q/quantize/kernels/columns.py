@@ -19,7 +19,12 @@ BlockSolver = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int], int], tup
 
 
 def solve_block_plain(
-    weight_ECO: Tensor, factor_ECC: Tensor, scale_EKO: Tensor, zero_EKO: Tensor, grid_of_C: Sequence[int], top: int
+    weight_ECO: Tensor,
+    factor_ECC: Tensor,
+    scale_EKO: Tensor,
+    zero_EKO: Tensor,
+    grid_of_C: Sequence[int],
+    top: int,
 ) -> tuple[Tensor, Tensor]:
     """Round each column; the columns behind it absorb its error (arXiv 2210.17323, Algorithm 1, the inner loop).
 
@@ -43,7 +48,12 @@ def solve_block_plain(
 
 
 def solve_block(
-    weight_ECO: Tensor, factor_ECC: Tensor, scale_EKO: Tensor, zero_EKO: Tensor, grid_of_C: Sequence[int], top: int
+    weight_ECO: Tensor,
+    factor_ECC: Tensor,
+    scale_EKO: Tensor,
+    zero_EKO: Tensor,
+    grid_of_C: Sequence[int],
+    top: int,
 ) -> tuple[Tensor, Tensor]:
     """`solve_block_plain` with five calls per column, none of which allocates."""
     experts, columns, _ = weight_ECO.shape
@@ -71,9 +81,13 @@ def solve_block(
             if experts == 1:
                 weight[i + 1 : stop].addr_(factor[i, i + 1 : stop], wrong, alpha=-1)
             else:
-                weight[:, i + 1 : stop].baddbmm_(factor[:, i, i + 1 : stop, None], wrong[:, None], alpha=-1)
+                weight[:, i + 1 : stop].baddbmm_(
+                    factor[:, i, i + 1 : stop, None], wrong[:, None], alpha=-1
+                )
         if stop < columns:
-            weight_ECO[:, stop:].baddbmm_(factor_ECC[:, start:stop, stop:].mT, error_ECO[:, start:stop], alpha=-1)
+            weight_ECO[:, stop:].baddbmm_(
+                factor_ECC[:, start:stop, stop:].mT, error_ECO[:, start:stop], alpha=-1
+            )
     for i, k in enumerate(grid_of_C):
         levels[i].sub_(lows[k])
     return codes_ECO, error_ECO

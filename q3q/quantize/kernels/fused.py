@@ -36,7 +36,9 @@ def _solve(  # type: ignore[no-untyped-def]
     c = tl.arange(0, BLOCK_COLUMNS)
     inside = o < rows
     place = c[:, None] * rows + o[None, :]
-    tile = tl.load(weight + e * weight_stride + place, mask=(c < columns)[:, None] & inside[None, :], other=0.0)
+    tile = tl.load(
+        weight + e * weight_stride + place, mask=(c < columns)[:, None] & inside[None, :], other=0.0
+    )
     for i in range(columns):
         k = e * grids + tl.load(grid_of + i)
         s = tl.load(scale + k * rows + o, mask=inside, other=1.0)
@@ -55,7 +57,12 @@ def _solve(  # type: ignore[no-untyped-def]
 
 
 def solve_block_fused(
-    weight_ECO: Tensor, factor_ECC: Tensor, scale_EKO: Tensor, zero_EKO: Tensor, grid_of_C: Sequence[int], top: int
+    weight_ECO: Tensor,
+    factor_ECC: Tensor,
+    scale_EKO: Tensor,
+    zero_EKO: Tensor,
+    grid_of_C: Sequence[int],
+    top: int,
 ) -> tuple[Tensor, Tensor]:
     """`columns.solve_block_plain`, fused. `weight_ECO` may be a slice of rows of a contiguous [E, I, O]; left as is."""
     experts, columns, rows = weight_ECO.shape

@@ -56,8 +56,12 @@ class Awq(Method):
 
     def rebalance(self, task: ScaleTask, scheme: Scheme) -> None:
         group = task.group
-        shapes_equal = task.weights[group.producer].shape == task.weights[group.site.weights[0]].shape
-        if not self.settings.scale or (group.site.name == "o" and not shapes_equal and not self.settings.v_to_o):
+        shapes_equal = (
+            task.weights[group.producer].shape == task.weights[group.site.weights[0]].shape
+        )
+        if not self.settings.scale or (
+            group.site.name == "o" and not shapes_equal and not self.settings.v_to_o
+        ):
             # llm-awq scales v -> o only where both have one shape, which grouped-query attention never has.
             return
         mean_EI = _shared_by_repeats(task.statistics.mean_absolute_EI(), group)
@@ -85,7 +89,9 @@ class Awq(Method):
                     weight_EOI[:, rows] = clip_search(weight_EOI[:, rows], inputs, scheme)
         groups = into_groups(weight_EOI, scheme.group_size)
         grid = awq_grid(groups, scheme.bits, symmetric=scheme.symmetric)
-        return round_to_grid(weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+        return round_to_grid(
+            weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric
+        )
 
 
 def scale_candidate(mean_EI: Tensor, exponent: float) -> Tensor:
@@ -104,7 +110,9 @@ def first_lowest(loss_CE: Tensor, candidates_CEI: Tensor) -> Tensor:
 def scaled_rounding(weight_xOI: Tensor, scale_xI: Tensor, scheme: Scheme) -> Tensor:
     """Q(W * s) / s: what the linear computes with scaled weights, seen from unscaled inputs."""
     groups = into_groups(weight_xOI.float() * scale_xI[..., None, :], scheme.group_size)
-    rounded = on_grid(groups, awq_grid(groups, scheme.bits, symmetric=scheme.symmetric), scheme.bits)
+    rounded = on_grid(
+        groups, awq_grid(groups, scheme.bits, symmetric=scheme.symmetric), scheme.bits
+    )
     return rounded.flatten(-2).div_(scale_xI[..., None, :])
 
 
@@ -136,21 +144,31 @@ def piece_losses(task: ScaleTask, candidates_CEI: Tensor, scheme: Scheme, *, rac
     Windows and the piece's outputs are read a few at a time: they may lie on disk.
     """
     windows, steps = len(task.windows), len(candidates_CEI)
-    ends = [int(share * windows) for share in RACE_SHARES if race and int(share * windows) >= RACE_WINDOWS]
+    ends = [
+        int(share * windows)
+        for share in RACE_SHARES
+        if race and int(share * windows) >= RACE_WINDOWS
+    ]
     order = list(range(windows))
     if ends:
         order = torch.randperm(windows, generator=torch.Generator().manual_seed(0)).tolist()
     read_E, length = task.statistics.tokens_E, len(task.windows[0])
     share_of_experts = int(read_E.sum()) / (windows * length * len(read_E))
-    tokens = _at_once(TOKENS_AT_ONCE, task.windows[0]) / share_of_experts  # so that an expert, too, sees that many
+    tokens = (
+        _at_once(TOKENS_AT_ONCE, task.windows[0]) / share_of_experts
+    )  # so that an expert, too, sees that many
     few, rows = max(1, int(tokens) // length), max(1, int(tokens) // task.row)
 
-    def outputs(some: Sequence[int], weights: Mapping[str, Tensor]) -> Iterator[tuple[Sequence[int], Tensor]]:
+    def outputs(
+        some: Sequence[int], weights: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """A few windows, and what the piece makes of them [w * T, O]."""
         for start in range(0, len(some), few):
             group = some[start : start + few]
             inputs_RTI = torch.cat([task.windows[w] for w in group]).unflatten(0, (-1, task.row))
-            made_RTO = torch.cat([task.run(some_rTI, weights) for some_rTI in inputs_RTI.split(rows)])
+            made_RTO = torch.cat(
+                [task.run(some_rTI, weights) for some_rTI in inputs_RTI.split(rows)]
+            )
             yield group, made_RTO.flatten(0, 1)
 
     def costs(step: int, some: Sequence[int]) -> Iterator[dict[int, float]]:
@@ -162,7 +180,9 @@ def piece_losses(task: ScaleTask, candidates_CEI: Tensor, scheme: Scheme, *, rac
         for group, made_TO in outputs(some, tried):
             wanted_TO = torch.cat([wanted[places[w]] for w in group])
             cost_T = (made_TO.float() - wanted_TO).square_().sum(1)
-            yield dict(zip(group, cost_T.double().view(len(group), -1).sum(1).tolist(), strict=True))
+            yield dict(
+                zip(group, cost_T.double().view(len(group), -1).sum(1).tolist(), strict=True)
+            )
 
     places = {w: place for place, w in enumerate(order)}
     with task.spool() as wanted:
@@ -183,7 +203,9 @@ def piece_losses(task: ScaleTask, candidates_CEI: Tensor, scheme: Scheme, *, rac
         rest = order[loss_CW.shape[1] :]
         loss_C1 = torch.full((steps, 1), math.inf, dtype=torch.float64)
         lowest, known_C = (math.inf, steps), loss_CW.sum(1).tolist()
-        for step in sorted(alive, key=lambda step: (known_C[step], abs(step / steps - FIRST_EXPONENT))):
+        for step in sorted(
+            alive, key=lambda step: (known_C[step], abs(step / steps - FIRST_EXPONENT))
+        ):
             cost: dict[int, float] = {}
             for some in costs(step, rest):
                 cost |= some
@@ -232,16 +254,23 @@ def clip_search(weight_EOI: Tensor, inputs: Sequence[Tensor], scheme: Scheme) ->
         _, _, tokens, columns = inputs_eGTS.shape
         gram_eGSS = inputs_eGTS.mT @ inputs_eGTS if columns < tokens else None
         for r in rows:
-            weight_eGrS = into_groups(weight_EOI[e, r], scheme.group_size).transpose(1, 2).contiguous()
+            weight_eGrS = (
+                into_groups(weight_EOI[e, r], scheme.group_size).transpose(1, 2).contiguous()
+            )
             low, high = weight_eGrS.amin(-1, keepdim=True), weight_eGrS.amax(-1, keepdim=True)
             largest = torch.maximum(-low, high)
             lowest_cost, best_limit = torch.full_like(largest, math.inf), largest
             for share in CLIP_SHARES:
                 limit = largest * share
                 grid = awq_grid_of_range(
-                    low.clamp(-limit, limit), high.clamp(-limit, limit), scheme.bits, symmetric=scheme.symmetric
+                    low.clamp(-limit, limit),
+                    high.clamp(-limit, limit),
+                    scheme.bits,
+                    symmetric=scheme.symmetric,
                 )
-                wrong_eGrS = on_grid(weight_eGrS.clamp(-limit, limit), grid, scheme.bits).sub_(weight_eGrS)
+                wrong_eGrS = on_grid(weight_eGrS.clamp(-limit, limit), grid, scheme.bits).sub_(
+                    weight_eGrS
+                )
                 if gram_eGSS is None:
                     cost = (wrong_eGrS @ inputs_eGTS.mT).square_().sum(-1, keepdim=True)
                 else:
@@ -249,7 +278,9 @@ def clip_search(weight_EOI: Tensor, inputs: Sequence[Tensor], scheme: Scheme) ->
                 better = cost < lowest_cost
                 lowest_cost = torch.where(better, cost, lowest_cost)
                 best_limit = torch.where(better, limit, best_limit)
-            clipped_EOI[e, r] = weight_eGrS.clamp(-best_limit, best_limit).transpose(1, 2).flatten(-2)
+            clipped_EOI[e, r] = (
+                weight_eGrS.clamp(-best_limit, best_limit).transpose(1, 2).flatten(-2)
+            )
     return clipped_EOI
 
 
@@ -278,7 +309,9 @@ def _scaled_rounding_by_parts(weight_xOI: Tensor, scale_I: Tensor, scheme: Schem
     """The same for a large weight whose experts share a scale, in its own dtype."""
     rounded_xOI = weight_xOI.new_empty(weight_xOI.shape)
     few = max(1, _at_once(WEIGHTS_AT_ONCE, weight_xOI) // weight_xOI.shape[-1])
-    parts = zip(weight_xOI.flatten(0, -2).split(few), rounded_xOI.flatten(0, -2).split(few), strict=True)
+    parts = zip(
+        weight_xOI.flatten(0, -2).split(few), rounded_xOI.flatten(0, -2).split(few), strict=True
+    )
     for part_rI, rounded_rI in parts:
         rounded_rI.copy_(scaled_rounding(part_rI, scale_I, scheme))
     return rounded_xOI

@@ -24,8 +24,13 @@ from q3q.quantize.methods.settings import BillmSettings
 from q3q.spec import Scheme
 
 MOST_SALIENT = 50  # salient columns of a block are the first 1 to 49 of its 50 most salient ones
-SHARES = torch.linspace(0.10, 0.90, 81, dtype=torch.float64)  # thresholds tried: these quantiles of |saliency|
-CHUNK = {"cpu": 2**20, "cuda": 2**23}  # numbers that a search holds at a time; bounds memory, changes nothing
+SHARES = torch.linspace(
+    0.10, 0.90, 81, dtype=torch.float64
+)  # thresholds tried: these quantiles of |saliency|
+CHUNK = {
+    "cpu": 2**20,
+    "cuda": 2**23,
+}  # numbers that a search holds at a time; bounds memory, changes nothing
 
 
 class Billm(Method):
@@ -120,7 +125,9 @@ def billm_round(
         blocks.append(_joined(parts, 1))
         # As coded there, a block's columns do not make up for each other: all of it is binarized at once.
         wrong_EOC = (block_EOC - blocks[-1].dequantize()) / pivot_E1C
-        weight_EOI[:, :, columns.stop :].baddbmm_(wrong_EOC, factor_EII[:, columns, columns.stop :], alpha=-1)
+        weight_EOI[:, :, columns.stop :].baddbmm_(
+            wrong_EOC, factor_EII[:, columns, columns.stop :], alpha=-1
+        )
     return Solved(_joined(blocks, 2), damping_E)
 
 
@@ -144,7 +151,9 @@ def binarize_block(weight_EOC: Tensor, salient_EC: Tensor, large_EOC: Tensor) ->
         scales.append(scale_EO)
         sign_EOC |= above_EOC & mask_EOC
     once_EOC = mean_EO[..., None] + torch.where(above_EOC, 1.0, -1.0) * scale_EO[..., None]
-    mean_EO, scale_EO, above_EOC = binarize(weight_EOC - once_EOC, groups[-1])  # what is left of the salient ones
+    mean_EO, scale_EO, above_EOC = binarize(
+        weight_EOC - once_EOC, groups[-1]
+    )  # what is left of the salient ones
     second_EOC = torch.where(salient_E1C, above_EOC, large_EOC)
     codes_EOC = sign_EOC + 2 * second_EOC + BinarizedWeight.SALIENT * salient_E1C
     mean_EO4, scale_EO4 = torch.stack([*means, mean_EO], -1), torch.stack([*scales, scale_EO], -1)
@@ -174,7 +183,9 @@ def salient_columns(saliency_EOC: Tensor) -> Tensor:
     order_EC = saliency_EOC.abs().sum(1).argsort(dim=1, descending=True, stable=True)
     ordered_EOC = saliency_EOC.gather(2, order_EC[:, None, :].expand_as(saliency_EOC))
     chunk = max(1, CHUNK[saliency_EOC.device.type] // (experts * limit * limit))
-    taken_EK = torch.stack([_taken_by_columns(part, limit).sum(1) for part in ordered_EOC.split(chunk, 1)]).sum(0)
+    taken_EK = torch.stack(
+        [_taken_by_columns(part, limit).sum(1) for part in ordered_EOC.split(chunk, 1)]
+    ).sum(0)
     count_E1 = taken_EK.argmax(1, keepdim=True) + 1
     first_C = torch.arange(columns, device=order_EC.device)
     return torch.zeros_like(order_EC, dtype=torch.bool).scatter_(1, order_EC, first_C < count_E1)
@@ -200,17 +211,24 @@ def _taken_by_columns(x_EOC: Tensor, limit: int) -> Tensor:
 
     count_2K = torch.stack([k_K, columns - k_K]).double()[:, None, None, :]
     inside_EOK = x_EOC.double().cumsum(-1)[..., : limit - 1]
-    mean_2EOK = torch.stack([inside_EOK, x_EOC.double().sum(-1, keepdim=True) - inside_EOK]) / count_2K
+    mean_2EOK = (
+        torch.stack([inside_EOK, x_EOC.double().sum(-1, keepdim=True) - inside_EOK]) / count_2K
+    )
     outside_EOK = mean_2EOK[1]
     centered_EOKL = leading_EO1L - per_number(mean_2EOK)
     above_EOKL = centered_EOKL > 0
     split_EOK = others.below(outside_EOK)
-    scale_2EOK = of_each_side(centered_EOKL.abs(), others.distance(others.first, others.count, outside_EOK)) / count_2K
+    scale_2EOK = (
+        of_each_side(centered_EOKL.abs(), others.distance(others.first, others.count, outside_EOK))
+        / count_2K
+    )
     above_2EOK = of_each_side(above_EOKL, others.count - split_EOK)
 
     # What remains is (x - mean) -+ scale, whose mean follows from how many numbers lie above.
     mean2_2EOK = scale_2EOK * (1 - 2 * above_2EOK / count_2K)
-    shift_EOKL = torch.where(above_EOKL, per_number(scale_2EOK + mean2_2EOK), per_number(mean2_2EOK - scale_2EOK))
+    shift_EOKL = torch.where(
+        above_EOKL, per_number(scale_2EOK + mean2_2EOK), per_number(mean2_2EOK - scale_2EOK)
+    )
     upper_EOK, lower_EOK = (outside_EOK + mean2_2EOK[1] + sign * scale_2EOK[1] for sign in (1, -1))
     distance_EOK = others.distance(others.first, split_EOK, lower_EOK)
     distance_EOK += others.distance(split_EOK, others.count, upper_EOK)
@@ -228,9 +246,13 @@ def split_threshold(saliency_EOC: Tensor, salient_EC: Tensor) -> Tensor:
     rest_EOC = saliency_EOC.masked_fill(salient_EC[:, None, :], 0)
     threshold_ET = _quantiles(rest_EOC.abs().flatten(1))
     taken = []
-    for part_EOC in saliency_EOC.split(max(1, CHUNK[saliency_EOC.device.type] // (experts * columns)), 1):
+    for part_EOC in saliency_EOC.split(
+        max(1, CHUNK[saliency_EOC.device.type] // (experts * columns)), 1
+    ):
         numbers = SortedRows(part_EOC, salient_EC[:, None, :].expand_as(part_EOC))
-        threshold_EOT = threshold_ET[:, None, :].expand(-1, part_EOC.shape[1], -1).double().contiguous()
+        threshold_EOT = (
+            threshold_ET[:, None, :].expand(-1, part_EOC.shape[1], -1).double().contiguous()
+        )
         start_EOT = numbers.below(-threshold_EOT, equal=True)  # the small are those from here on,
         stop_EOT = torch.maximum(numbers.below(threshold_EOT), start_EOT)  # to here
         first, end = numbers.first.expand_as(start_EOT), numbers.count.expand_as(start_EOT)
@@ -240,7 +262,9 @@ def split_threshold(saliency_EOC: Tensor, salient_EC: Tensor) -> Tensor:
         scale_EOT = numbers.distance(start_EOT, stop_EOT, mean_EOT) / small_EOT.clamp(min=1)
         taken_EOT = small_EOT * (mean_EOT.square() + scale_EOT.square())
         mean_EOT = large_sum_EOT / large_EOT.clamp(min=1)
-        distance_EOT = numbers.distance(first, end, mean_EOT) - numbers.distance(start_EOT, stop_EOT, mean_EOT)
+        distance_EOT = numbers.distance(first, end, mean_EOT) - numbers.distance(
+            start_EOT, stop_EOT, mean_EOT
+        )
         scale_EOT = distance_EOT / large_EOT.clamp(min=1)
         taken_EOT += large_EOT * (mean_EOT.square() + scale_EOT.square())
         taken.append(taken_EOT.sum(1))
@@ -263,7 +287,9 @@ class SortedRows:
     """
 
     def __init__(self, x_EOC: Tensor, left_out_EOC: Tensor | None = None) -> None:
-        left_out = torch.zeros_like(x_EOC, dtype=torch.bool) if left_out_EOC is None else left_out_EOC
+        left_out = (
+            torch.zeros_like(x_EOC, dtype=torch.bool) if left_out_EOC is None else left_out_EOC
+        )
         self.sorted_EOC = x_EOC.masked_fill(left_out, torch.inf).sort(-1).values.double()
         sums_EOC = self.sorted_EOC.masked_fill(self.sorted_EOC == torch.inf, 0).cumsum(-1)
         self.sums_EON = torch.nn.functional.pad(sums_EOC, (1, 0))

@@ -62,7 +62,9 @@ class Gptq(Method):
                     overwrite_hessian=True,
                 )
             )
-        task.note_damping(torch.cat([part.damping_E for part in solved]).expand(experts), self.settings.damping)
+        task.note_damping(
+            torch.cat([part.damping_E for part in solved]).expand(experts), self.settings.damping
+        )
         weight = concatenate_experts([part.weight for part in solved])
         return split_experts(weight, experts) if gram.shared else weight
 
@@ -107,7 +109,10 @@ def gptq_round(
     """
     into_groups(weight_EOI, scheme.group_size)  # refuses a size that does not divide
     columns, damping_E = factored_columns(
-        hessian_EII if overwrite_hessian else hessian_EII.clone(), damping, dead_diagonal_E, act_order=act_order
+        hessian_EII if overwrite_hessian else hessian_EII.clone(),
+        damping,
+        dead_diagonal_E,
+        act_order=act_order,
     )
     grid_of = partial(minmax_grid, bits=scheme.bits, symmetric=scheme.symmetric, mse=mse)
     solve = partial(
@@ -122,7 +127,9 @@ def gptq_round(
     at_once = CPU_ROWS if weight_EOI.device.type == "cpu" else GPU_ROWS
     few = max(1, at_once // rows)
     solved = [
-        concatenate_rows([solve(part_eoI, columns.of(e, e + few)) for part_eoI in some_eOI.split(at_once, 1)])
+        concatenate_rows(
+            [solve(part_eoI, columns.of(e, e + few)) for part_eoI in some_eOI.split(at_once, 1)]
+        )
         for e, some_eOI in zip(range(0, experts, few), weight_EOI.split(few), strict=True)
     ]
     return Solved(concatenate_experts(solved), damping_E)
@@ -191,7 +198,9 @@ def round_rows(
     else:
         grids = Grid(fixed.scale.mT, fixed.zero.mT)
         grids_of = fixed_grids(grids, size, columns.order_EI)
-    codes_EIO = solve_columns(weight_EIO, columns.factor_EII, scheme.bits, block_size, grids_of, solver)
+    codes_EIO = solve_columns(
+        weight_EIO, columns.factor_EII, scheme.bits, block_size, grids_of, solver
+    )
     place_EI = None if columns.order_EI is None else columns.order_EI.argsort(1)
     return QuantizedWeight(
         in_order(codes_EIO, place_EI).mT.contiguous(),
@@ -210,16 +219,22 @@ def fixed_grids(grids: Grid, size: int, order_EI: Tensor | None) -> GridsOf:
         if order_EI is None:
             first = start // size
             used = slice(first, -(-stop // size))
-            return Grid(grids.scale[:, used], grids.zero[:, used]), [i // size - first for i in range(start, stop)]
+            return Grid(grids.scale[:, used], grids.zero[:, used]), [
+                i // size - first for i in range(start, stop)
+            ]
         if grids.scale.shape[1] == 1:
             return grids, [0] * (stop - start)
         group_EC = order_EI[:, start:stop] // size
-        return Grid(in_order(grids.scale, group_EC), in_order(grids.zero, group_EC)), list(range(stop - start))
+        return Grid(in_order(grids.scale, group_EC), in_order(grids.zero, group_EC)), list(
+            range(stop - start)
+        )
 
     return grids_of
 
 
-def started_grids(weight_EIO: Tensor, size: int, grid_of: Callable[[Tensor], Grid], grids: Grid) -> GridsOf:
+def started_grids(
+    weight_EIO: Tensor, size: int, grid_of: Callable[[Tensor], Grid], grids: Grid
+) -> GridsOf:
     """Grids that are taken when a block is reached, from its groups as earlier blocks left them.
 
     grids: [E, G, O], filled as the blocks are reached.
@@ -230,15 +245,25 @@ def started_grids(weight_EIO: Tensor, size: int, grid_of: Callable[[Tensor], Gri
         if first < last:
             groups_EKOS = weight_EIO[:, first * size : last * size].unflatten(1, (-1, size)).mT
             fresh = grid_of(groups_EKOS)
-            grids.scale[:, first:last], grids.zero[:, first:last] = fresh.scale.squeeze(-1), fresh.zero.squeeze(-1)
+            grids.scale[:, first:last], grids.zero[:, first:last] = (
+                fresh.scale.squeeze(-1),
+                fresh.zero.squeeze(-1),
+            )
         used = slice(start // size, last)
-        return Grid(grids.scale[:, used], grids.zero[:, used]), [i // size - used.start for i in range(start, stop)]
+        return Grid(grids.scale[:, used], grids.zero[:, used]), [
+            i // size - used.start for i in range(start, stop)
+        ]
 
     return grids_of
 
 
 def solve_columns(
-    weight_EIO: Tensor, factor_EII: Tensor, bits: int, block_size: int, grids_of: GridsOf, solver: BlockSolver
+    weight_EIO: Tensor,
+    factor_EII: Tensor,
+    bits: int,
+    block_size: int,
+    grids_of: GridsOf,
+    solver: BlockSolver,
 ) -> Tensor:
     """Round the columns one after the other, each error absorbed by the columns behind it.
 
@@ -260,7 +285,12 @@ def solve_columns(
         factor_ECI = factor_EII[:, start:stop, start:] / pivot_EC1
         block = slice(0, stop - start)
         codes_ECO, error_ECO = solver(
-            weight_EIO[:, start:stop], factor_ECI[:, :, block], grids.scale, grids.zero, grid_of_C, 2**bits - 1
+            weight_EIO[:, start:stop],
+            factor_ECI[:, :, block],
+            grids.scale,
+            grids.zero,
+            grid_of_C,
+            2**bits - 1,
         )
         codes_EIO[:, start:stop] = codes_ECO
         if stop < columns:
@@ -272,7 +302,9 @@ def in_order(values_EIO: Tensor, order_EI: Tensor | None) -> Tensor:
     """Each expert's rows in its order, in which a row may come more than once or not at all; as they are with None."""
     if order_EI is None:
         return values_EIO
-    return torch.stack([rows_IO[order_I] for rows_IO, order_I in zip(values_EIO, order_EI, strict=True)])
+    return torch.stack(
+        [rows_IO[order_I] for rows_IO, order_I in zip(values_EIO, order_EI, strict=True)]
+    )
 
 
 def concatenate_experts(parts: list[QuantizedWeight]) -> QuantizedWeight:

@@ -67,14 +67,23 @@ def settings_of(method: dict[str, Any]) -> MethodSettings:
     kind = settings_class(name)
     offer = None if wanted is None else offers().get(name)
     if kind is None or wanted != (offer and offer.package):
-        there = "none of that name" if offer is None else offer.problem or f"that of {offer.package}"
-        raise ConfigError(f"this trial needs method={name} of {wanted or 'q3q'} on this machine; here is {there}")
+        there = (
+            "none of that name" if offer is None else offer.problem or f"that of {offer.package}"
+        )
+        raise ConfigError(
+            f"this trial needs method={name} of {wanted or 'q3q'} on this machine; here is {there}"
+        )
     return kind(**{knob.name: method[knob.name] for knob in fields(kind) if knob.name in method})
 
 
 def _offer(point: EntryPoint, package: str) -> Offer:
     def broken(why: str) -> Offer:
-        return Offer(point.name, package, None, f"method={point.name} of the package {package} cannot be used: {why}")
+        return Offer(
+            point.name,
+            package,
+            None,
+            f"method={point.name} of the package {package} cannot be used: {why}",
+        )
 
     if point.name in SETTINGS:
         return broken("q3q has a method of that name itself; the package must choose another")
@@ -83,12 +92,20 @@ def _offer(point: EntryPoint, package: str) -> Offer:
     except Exception as error:  # somebody else's code: whatever it raises
         return broken(f"{point.value} does not load ({type(error).__name__}: {_first_line(error)})")
     problem = _misfit(settings, point.name)
-    return broken(f"{point.value} {problem}") if problem else Offer(point.name, package, settings, None)
+    return (
+        broken(f"{point.value} {problem}")
+        if problem
+        else Offer(point.name, package, settings, None)
+    )
 
 
 def _misfit(settings: Any, name: str) -> str | None:
     """Why an object cannot be a method's settings, said of it; or None."""
-    if not (isinstance(settings, type) and issubclass(settings, MethodSettings) and is_dataclass(settings)):
+    if not (
+        isinstance(settings, type)
+        and issubclass(settings, MethodSettings)
+        and is_dataclass(settings)
+    ):
         return "is not a dataclass derived from MethodSettings"
     knobs = {field.name: field.default for field in fields(settings)}
     if knobs["name"] != name:

@@ -21,4 +21,6 @@ class Rtn(Method):
     def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
         groups = into_groups(task.weight_EOI, scheme.group_size)
         grid = minmax_grid(groups, scheme.bits, symmetric=scheme.symmetric, mse=self.settings.mse)
-        return round_to_grid(task.weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric)
+        return round_to_grid(
+            task.weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric
+        )
