@@ -9,9 +9,9 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here whole, and leave in one
 import hydra
 from omegaconf import DictConfig
 
-from q3q.boundary import refuse_code
-from q3q.config import register, with_plain_keys
-from q3q.front import explain, run_alone
+from q3q.cli import explain, run_alone
+from q3q.config.guard import refuse_code
+from q3q.config.schema import register, with_plain_keys
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -65,7 +65,7 @@ def mmlu(folder: Path, subjects: str, every: int = 1) -> list[tuple[str, str]]:
 
 def hellaswag_shaped(count: int) -> list[tuple[str, str]]:
     """A label and about 75 tokens of context, four endings of about 27: HellaSwag's means."""
-    from q3q.calibrate.sources import load_text
+    from q3q.data.texts import load_text
 
     words = load_text("demo", split="evaluation").joined.split()
     draw = random.Random(0)
@@ -82,8 +82,8 @@ def hellaswag_shaped(count: int) -> list[tuple[str, str]]:
 
 
 def windows_of(text_windows: int, length: int, tokenizer: object) -> object:
-    from q3q.calibrate.sources import load_text
-    from q3q.calibrate.windows import consecutive_windows, encoder
+    from q3q.data.texts import load_text
+    from q3q.data.windows import consecutive_windows, encoder
 
     return consecutive_windows(
         encoder(tokenizer)(load_text("demo", split="evaluation").joined), length, text_windows
@@ -181,7 +181,7 @@ def requests_suite(side: str, model: object, tokenizer: object, suite: dict) -> 
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from q3q.evaluate.harness import HarnessLM
+    from q3q.evaluate.harness.lm import HarnessLM
 
     of_mmlu = suite["kind"] == "mmlu"
     pairs = (

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from trial import make_model
 
+from q3q.config import schema
+
 ROOT = Path(__file__).parent.parent
 KINDS = {
     "hf": [],
@@ -89,10 +91,10 @@ def exports(scratch: Path) -> list[Path]:
     """One export of each way, by trials in this process."""
     from hydra import compose, initialize_config_dir
 
-    from q3q import config
+    from q3q.config import resolve as config
     from q3q.trial import attempt_trial
 
-    config.register()
+    schema.register()
     small = ["method=gptq", "calibration.samples=4", "evaluation=none", f"storage={scratch}/loads"]
     folders = []
     for model in ("demo", "demo_moe"):

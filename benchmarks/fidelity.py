@@ -274,14 +274,14 @@ def hessian_table(model: str) -> str:
     """Relative error of each site's Gram matrix, and of the 4-bit codes it leads to, by precision of accumulation."""
     import torch
 
-    from q3q.calibrate.sources import load_text
-    from q3q.calibrate.statistics import Gram
-    from q3q.calibrate.windows import draw_windows, encoder
+    from q3q.data.texts import load_text
+    from q3q.data.windows import draw_windows, encoder
     from q3q.models.anatomy import SiteInput
     from q3q.models.checkpoint import Checkpoint, load_tokenizer
     from q3q.models.decoder import load_decoder
     from q3q.quantize.methods.gptq import gptq_round
-    from q3q.quantize.walk import stack_rows
+    from q3q.quantize.sites import stack_rows
+    from q3q.quantize.statistics import Gram
     from q3q.spec import Scheme
 
     def tf32(x: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, block_class
-from q3q.models.checkpoint import read_facts
+from q3q.models.facts import read_facts
 from q3q.models.qwen3 import Qwen3Block, Rope
 from q3q.models.spool import Spool
 from q3q.numerics.grid import Grid, minmax_grid
+from q3q.quantize.activations import Activations
 from q3q.quantize.methods.gptq import Gptq, gptq_round
 from q3q.quantize.methods.settings import GptqSettings
-from q3q.quantize.walk import Share, quantize_block
+from q3q.quantize.walk import quantize_block
 from q3q.spec import Scheme, Schemes
 
 CONFIG = {
@@ -152,7 +153,12 @@ def main() -> None:
     inputs.append(hidden)
     whole = seconds(
         lambda: quantize_block(
-            block, 0, Gptq(GptqSettings()), Schemes(SCHEME), Share.of_all(inputs), Rope(block.facts)
+            block,
+            0,
+            Gptq(GptqSettings()),
+            Schemes(SCHEME),
+            Activations.of_all(inputs),
+            Rope(block.facts),
         )
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

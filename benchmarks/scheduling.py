@@ -85,7 +85,7 @@ def sweep(trials: int, storage: Path, *arguments: str) -> None:
     timed(sweeper, "resolve", "composing")
     timed(sweeper, "plan", "planning")
     timed(RayLauncher, "run", "running")
-    timed(study.Teller, "settle", "tracker, what was left")
+    timed(study.BackgroundQueue, "settle", "tracker, what was left")
     timed(study.Study, "close", "closing, the tracker's rest included")
     os.chdir(ROOT)
     fixed = [
@@ -165,10 +165,11 @@ def fake_cluster(trials: int, nodes: int) -> None:
 def simulated(trials: int) -> None:
     from dataclasses import replace
 
-    from q3q.models.checkpoint import read_facts
+    from q3q.models.facts import read_facts
     from q3q.spec import Scheme, TrialSpec
     from q3q.sweep.costs import CostModel
-    from q3q.sweep.plan import Machine, Wishes, plan, simulate
+    from q3q.sweep.machines import Machine, ResourceRequest
+    from q3q.sweep.plan import plan, simulate
 
     shape = read_facts(ROOT / "q3q" / "models" / "demo" / "dense")
     # 0.6B, 8B and 32B, whose trials take a quarter of a GPU, half of one, and a gang of two.
@@ -214,7 +215,7 @@ def simulated(trials: int) -> None:
         Machine(cpus=64, gpus=GPUS, memory=10**12, gpu_memory=80 * 10**9, name="GPU")
     ] * NODES
     began = time.perf_counter()
-    ordered = plan(specs, {}, facts, machines=machines, wishes=Wishes(), model=CostModel())
+    ordered = plan(specs, {}, facts, machines=machines, wishes=ResourceRequest(), model=CostModel())
     planned = time.perf_counter()
     wall, at_once = simulate(ordered, machines)
     packed = time.perf_counter()

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from q3q.models.checkpoint import ModelFacts, disk_shapes, read_facts
+from q3q.config import schema
+from q3q.models.checkpoint import disk_shapes
+from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.footprint import in_gb
 from q3q.models.tensor_files import Rows, encoded
 
@@ -122,12 +124,12 @@ def one_trial(folder: Path, overrides: list[str]) -> None:
     """In a process of its own: run it, and print what it took as JSON."""
     from hydra import compose, initialize_config_dir
 
-    from q3q import config as schema
+    from q3q.config import resolve
     from q3q.trial import run_trial
 
     schema.register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        spec = schema.spec_from(
+        spec = resolve.spec_from(
             compose("config", ["model=local", f"model.path={folder}", *SETTINGS, *overrides])
         )
 

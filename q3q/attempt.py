@@ -7,12 +7,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from q3q.claim import Board, Claim, Holder, claimed
 from q3q.environment import now
 from q3q.errors import Q3QError
 from q3q.export.destination import forget_export, is_finished
 from q3q.masking import masked
-from q3q.mirror import Mirror, delivering, is_light, mirror_for
 from q3q.record import (
     COMPLETED,
     Progress,
@@ -23,6 +21,8 @@ from q3q.record import (
     trial_folder,
 )
 from q3q.spec import TrialSpec
+from q3q.storage.claim import Board, Claim, Holder, claimed
+from q3q.storage.mirror import Mirror, is_light, mirror_for, uploading
 
 CLAIM = "trial"  # the name of a trial's claim, in its folder
 LOG = "trial.log"
@@ -95,7 +95,7 @@ def _mirrored(spec: TrialSpec, mirror: Mirror | None, claim: Claim) -> Iterator[
     others = [kept, *([] if exported is None else [exported])]
     done = finished_record(spec) is not None
     mirror.pull(*([] if done else others))
-    with delivering(mirror, mine, *([] if done else [kept]), sure=claim.confirm) as courier:
+    with uploading(mirror, mine, *([] if done else [kept]), sure=claim.confirm) as courier:
         yield
         if exported is not None and is_finished(spec):  # proved
             courier.add(exported)

@@ -1,10 +1,7 @@
 """What a trial left behind: its record, durable and plain, and the small events it sends while it works."""
 
-import hashlib
 import json
 import math
-import os
-import platform
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,9 +10,9 @@ from typing import Any
 
 from q3q.masking import masked
 from q3q.spec import Json, TrialSpec
+from q3q.storage.files import SEAL, sealed, unsealed, write_atomically
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
-SEAL = "sha256"  # of all else in a file, as canonical JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,56 +237,74 @@ def forget_progress(spec: TrialSpec) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_atomically(path: Path, content: bytes | Iterable[bytes], *, wait: bool = True) -> None:
-    """Write a file, or its parts one after the other, so that a crash at any moment leaves the old content or the new,
-    never half of either.
+ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
 
-    wait: until the disk has it. If not, a process that dies leaves no half either, but a machine may: for what carries
-    a checksum and is seen to be on the disk later.
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What is known of a sweep before it runs.
+
+    id: the same for the same set of trials. command: what a person types to get it again. config: composed, as YAML.
+    question, expectation: of a saved study, in its own words. predicted: seconds of each trial still to run, by id.
+    experiment: what a tracker files it under. names: what each trial is called among these, by id.
+    started, ended: when it ran, of one that is filed after the fact (ISO 8601); empty: now.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            for part in [content] if isinstance(content, bytes) else content:
-                file.write(part)
-            file.flush()
-            if wait:
-                os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)  # of a full disk it would take the last room
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+
+    id: str
+    name: str
+    command: str
+    config: str
+    trials: tuple[TrialSpec, ...]
+    question: str = ""
+    expectation: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
+    experiment: str = "q3q"
+    names: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    ended: str = ""
+
+    def save(self, storage: Path) -> None:
+        """To `<storage>/sweeps/<name>_<id>.json`: a report, or a new tracker, finds its trials there."""
+        write_atomically(
+            storage / "sweeps" / f"{self.name}_{self.id}.json", json.dumps(self.to_json()).encode()
+        )
+
+    def to_json(self) -> Json:
+        return {**asdict(self), "trials": [spec.to_json() for spec in self.trials]}
+
+    @classmethod
+    def load(cls, path: Path) -> "Sweep":
+        """Its trials' places are in the storage folder where it lies: see `moved`."""
+        data, storage = json.loads(path.read_text(encoding="utf-8")), path.absolute().parent.parent
+        return cls(
+            **{
+                **data,
+                "trials": tuple(
+                    moved(TrialSpec.from_json(spec), storage) for spec in data["trials"]
+                ),
+            }
+        )
 
 
-def sealed(facts: Json, *, finite: bool = False) -> bytes:
-    """As JSON that carries its own checksum, so that a flipped bit in a number is no other number.
+@dataclass
+class Scores:
+    """What evaluation found so far: metrics with intervals, names of those that are not finite, lm-eval's results, and
+    what each sample scored."""
 
-    Raises:
-        ValueError: a number is not finite, and they must be.
-    """
-    plain: Json = json.loads(
-        json.dumps(facts, allow_nan=not finite)
-    )  # as it will be read: tuples are lists
-    return json.dumps({**plain, SEAL: _checksum(plain)}, indent=1).encode()
+    metrics: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    diverged: list[str] = field(default_factory=list)
+    results: Json = field(default_factory=dict)
+    samples: list[Json] = field(default_factory=list)
 
-
-def unsealed(content: bytes) -> Json:
-    """What `sealed` was given.
-
-    Raises:
-        ValueError: it is torn, or not what was written.
-    """
-    facts = json.loads(content)
-    if not isinstance(facts, dict):
-        raise ValueError("not what q3q writes")
-    seal = facts.pop(SEAL, None)
-    if seal is not None and seal != _checksum(facts):  # none: from before files were sealed
-        raise ValueError("damaged: its checksum does not fit")
-    return facts
-
-
-def _checksum(facts: Json) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    def add(self, part: Json) -> None:
+        for name, value in part["metrics"].items():
+            if value is None or not math.isfinite(value):
+                self.diverged.append(name)
+                continue
+            self.metrics[name] = value
+            low, high = part["intervals"].get(name) or (math.nan, math.nan)
+            if math.isfinite(low) and math.isfinite(high):
+                self.intervals[name] = (low, high)
+        self.results.update(part["results"])
+        self.samples += part["samples"]

@@ -5,10 +5,13 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from q3q.errors import ConfigError
-from q3q.mirror import settled
+from q3q.storage.mirror import settled
+
+if TYPE_CHECKING:
+    pass
 
 Json = dict[str, Any]
 FEW_SHOT, WORD_TASK = (
@@ -273,3 +276,6 @@ def _flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]
         else:
             pairs.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
     return pairs
+
+
+QUICK_SEED = 0  # of the questions that evaluation.quick draws

@@ -13,17 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from q3q.attempt import CLAIM
-from q3q.claim import Claim, Holder, claim_or_refuse, holder_of
 from q3q.errors import ConfigError, Q3QError
 from q3q.export.destination import is_ours, partial_path
 from q3q.masking import masked
-from q3q.mirror import DRIVER_SECONDS, Mirror, folder_of, is_url, mirror_at, refreshed
-from q3q.record import TrialRecord, kept_blocks_folder, load_spec, moved, trial_folder
+from q3q.record import Sweep, TrialRecord, kept_blocks_folder, load_spec, moved, trial_folder
 from q3q.report.records import RECORDS, all_sweeps
 from q3q.spec import TrialSpec
-from q3q.sweep.bulletin import LOOK_SECONDS, SILENT_SECONDS, Bulletin, at_work, bulletins
+from q3q.storage.claim import Claim, Holder, claim_or_refuse, holder_of
+from q3q.storage.mirror import DRIVER_SECONDS, Mirror, mirror_at, refreshed
+from q3q.storage.status import LOOK_SECONDS, SILENT_SECONDS, SweepStatus, at_work, sweep_statuses
+from q3q.storage.stores import folder_of, is_url
 from q3q.sweep.progress import Screen, count, headline, picture
-from q3q.track.tracker import Sweep
 
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 STATES = ("completed", "failed", "running", "stopped", "waiting", "unknown")
@@ -127,7 +127,7 @@ def find_trials(storage: Path, named: str = "") -> list[Trial]:
     return sorted(found, key=lambda trial: (order.index(trial.state), trial.name, trial.id))
 
 
-def sweeps_at_work(storage: Path, mirror: Mirror | None) -> list[Bulletin]:
+def sweeps_at_work(storage: Path, mirror: Mirror | None) -> list[SweepStatus]:
     """See `at_work`. mirror: of a storage that is a URL, where a sweep's word takes longer to arrive."""
     if mirror is None:
         return at_work(storage)
@@ -138,7 +138,7 @@ def _trial(
     folder: Path,
     planned: TrialSpec | None,
     sweep: Sweep | None,
-    going: Sequence[Bulletin],
+    going: Sequence[SweepStatus],
     named: str,
 ) -> Trial:
     spec, record = _read(folder)
@@ -166,7 +166,7 @@ def _state(
     folder: Path,
     record: TrialRecord | None,
     sweep: Sweep | None,
-    going: Sequence[Bulletin],
+    going: Sequence[SweepStatus],
 ) -> tuple[str, str]:
     """In which state a trial is, and what it waits for."""
     for bulletin in going:
@@ -390,7 +390,7 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
     Raises:
         ConfigError: none runs, or none of that name, or it is not clear which.
     """
-    known = [one for one in bulletins(storage) if name in (None, one.name)]
+    known = [one for one in sweep_statuses(storage) if name in (None, one.name)]
     going = [one for one in sweeps_at_work(storage, mirror) if name in (None, one.name)]
     if not going:
         last = (
@@ -430,7 +430,7 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
             with suppress(
                 OSError, ValueError, KeyError, TypeError
             ):  # gone, or not there whole: that is silence too
-                shown = latest["bulletin"] = Bulletin.load(path)
+                shown = latest["bulletin"] = SweepStatus.load(path)
             heard = heard if shown.updated == before else time.monotonic()
     finally:
         if screen is not None:
@@ -441,7 +441,7 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
     return 0 if shown.over else FAILED
 
 
-def _screen(latest: Mapping[str, Bulletin]) -> Screen:
+def _screen(latest: Mapping[str, SweepStatus]) -> Screen:
     return Screen(
         sys.stdout, lambda *size: picture(latest["bulletin"].view, *size), lambda error: None
     )

@@ -49,7 +49,7 @@ PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
 def study_data(tmp_path_factory):
     """A folder for data.path: the data sets of the study's suite in their official schema, MMLU as its authors; the two
     texts with the official numbers of rows."""
-    from q3q.evaluate.suites import SUBJECTS
+    from q3q.evaluate.catalogue import SUBJECTS
 
     root = tmp_path_factory.mktemp("data")
 
@@ -199,7 +199,8 @@ def random_checkpoint(tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    from q3q.models.checkpoint import disk_shapes, read_facts
+    from q3q.models.checkpoint import disk_shapes
+    from q3q.models.facts import read_facts
 
     def make(kind="dense", name="model", *, fused=False, **changes):
         config = SMALL | (SMALL_MOE if kind == "moe" else {}) | changes

@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from q3q import claim as claim_module
-from q3q.claim import FREE, WIDTH, Claim, ClaimLostError, Holder, claimed, holder_of
+from q3q.storage import claim as claim_module
+from q3q.storage.claim import FREE, WIDTH, Claim, ClaimLostError, Holder, claimed, holder_of
 
 
 def quick(folder, **settings):

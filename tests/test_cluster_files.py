@@ -11,8 +11,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from packaging.requirements import Requirement
 
-from q3q import config as schema
-from q3q.boundary import refuse_code
+from q3q.config import schema
+from q3q.config.guard import refuse_code
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"

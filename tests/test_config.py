@@ -10,16 +10,21 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from q3q import config as schema
+from q3q.config import evaluation as config_evaluation
+from q3q.config import model as config_model
+from q3q.config import resolve, schema
+from q3q.config import texts as config_texts
+from q3q.config.command import command_of
+from q3q.config.patterns import linears
+from q3q.data import texts as data_texts
 from q3q.errors import CalibrationError, CheckpointError, ConfigError, IncompatibleError
+from q3q.evaluate import catalogue
 from q3q.models.anatomy import block_class
-from q3q.models.checkpoint import read_facts
-from q3q.patterns import linears
+from q3q.models.facts import read_facts
 from q3q.quantize.methods.settings import SETTINGS
-from q3q.report.command import command_of
 from q3q.spec import TrialSpec
+from q3q.sweep.grid import choices_of, trials_of
 from q3q.sweep.launcher import Job
-from q3q.sweep.sweeper import _choices, resolve
 
 CONF = Path(__file__).parent.parent / "conf"
 HUB_CONFIG = {
@@ -56,7 +61,7 @@ def text_file(tmp_path):
 
 
 def spec(*overrides: str) -> TrialSpec:
-    return schema.spec_from(compose("config", list(overrides)))
+    return resolve.spec_from(compose("config", list(overrides)))
 
 
 def options(group: str) -> list[str]:
@@ -80,11 +85,11 @@ def test_the_yaml_says_what_the_dataclass_says(name):
 @pytest.mark.parametrize("name", options("model"))
 def test_every_model_becomes_a_spec(name, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
     )
     overrides = [f"model={name}", f"storage={tmp_path}"]
     if name == "local":
-        overrides.append(f"model.path={schema.DEMO_MODELS / 'dense'}")
+        overrides.append(f"model.path={config_model.DEMO_MODELS / 'dense'}")
     made = spec(*overrides)
     assert made.model["name"] == ("dense" if name == "local" else name)
     if name.startswith("qwen3"):
@@ -95,18 +100,18 @@ def test_every_model_becomes_a_spec(name, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", options("calibration"))
 def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
     if name in ("c4", "pile", "wikitext2"):
-        plain = schema.load_text
+        plain = data_texts.load_text
         monkeypatch.setattr(
-            schema,
+            config_texts,
             "load_text",
             lambda source, **rest: plain("file", split="calibration", path=text_file),
         )
-        schema._text.cache_clear()
+        config_texts.open_text.cache_clear()
     path = [f"calibration.path={text_file}".replace(" ", "\\ ")] if name == "file" else []
     made = spec("method=gptq", f"calibration={name}", *path)
     assert made.calibration["source"] == name
     assert made.calibration["samples"] > 0
-    schema._text.cache_clear()
+    config_texts.open_text.cache_clear()
 
 
 @pytest.mark.parametrize("name", options("evaluation"))
@@ -142,10 +147,10 @@ def test_every_evaluation_becomes_a_spec(name, study_data, text_file):
 
 def write_task(folder, **settings):
     """A task file of the user's, and the settings that ask for it."""
-    task = {"task": "mine", "include": str(schema.OWN_TASKS / "stories_who.yaml"), **settings}
+    task = {"task": "mine", "include": str(catalogue.OWN_TASKS / "stories_who.yaml"), **settings}
     (folder / "mine.yaml").write_text(json.dumps(task), encoding="utf-8")
-    schema._data_sets.cache_clear()
-    schema._check_tasks.cache_clear()
+    config_evaluation._data_sets.cache_clear()
+    config_evaluation._check_tasks.cache_clear()
     return [
         "evaluation=tasks",
         f"evaluation.tasks=[{task['task']}]",
@@ -182,7 +187,7 @@ def test_a_trial_knows_its_baseline(tmp_path):
     ["evaluation.chat=thinking", "evaluation.limits={stories_who:3}", "evaluation.drift=false"],
 )
 def test_how_it_is_evaluated_is_part_of_a_trial(knob, monkeypatch):
-    monkeypatch.setattr(schema, "_chat_template", lambda *_: "a template")
+    monkeypatch.setattr(config_evaluation, "_chat_template", lambda *_: "a template")
     assert spec(knob).id != spec().id
     assert spec(knob).quantization_id == spec().quantization_id
 
@@ -195,11 +200,11 @@ def test_task_files_of_the_users_are_known_by_their_content(tmp_path):
 
 def test_whoever_makes_the_prompts_and_scores_the_answers_is_part_of_a_trial(monkeypatch):
     made = spec()
-    assert made.evaluation["version"] == schema.EVALUATION_VERSION
-    monkeypatch.setattr(schema, "EVALUATION_VERSION", schema.EVALUATION_VERSION + 1)
+    assert made.evaluation["version"] == catalogue.EVALUATION_VERSION
+    monkeypatch.setattr(config_evaluation, "EVALUATION_VERSION", catalogue.EVALUATION_VERSION + 1)
     mended = spec()
     assert mended.id != made.id
-    monkeypatch.setattr(schema, "lm_eval_version", lambda: "9.9")
+    monkeypatch.setattr(config_evaluation, "lm_eval_version", lambda: "9.9")
     assert spec().id not in (made.id, mended.id)
     assert "lm_eval" not in spec("evaluation.tasks=[]").evaluation
     assert spec().quantization_id == made.quantization_id
@@ -282,7 +287,7 @@ GENERATES |= {"doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]}
 def test_a_task_that_no_trial_could_run_is_refused_before_any_starts(
     settings, overrides, words, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(schema, "_chat_template", lambda *_: "a template")
+    monkeypatch.setattr(config_evaluation, "_chat_template", lambda *_: "a template")
     with pytest.raises(ConfigError, match=words) as caught:
         spec(*write_task(tmp_path, **settings), *overrides)
     assert "\n" not in str(caught.value)
@@ -293,7 +298,9 @@ def test_how_much_a_task_may_generate_is_part_of_a_trial(tmp_path, monkeypatch):
     one, other = (spec(*mine, f"evaluation.max_gen_toks={most}") for most in (100, 200))
     assert one.id != other.id
     monkeypatch.setattr(
-        schema, "_chat_template", lambda *_: "{% if enable_thinking is false %}<think></think>"
+        config_evaluation,
+        "_chat_template",
+        lambda *_: "{% if enable_thinking is false %}<think></think>",
     )
     with pytest.raises(
         ConfigError, match=r"evaluation.chat=template needs evaluation.max_gen_toks"
@@ -320,12 +327,14 @@ def test_a_hub_models_chat_template_is_looked_for_before_any_download(monkeypatc
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     files = {"tokenizer_config.json": tmp_path / "tokenizer_config.json"}
     monkeypatch.setattr(
-        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
     )
-    monkeypatch.setattr(schema, "fetch_file", lambda source, name, revision: files.get(name))
+    monkeypatch.setattr(
+        config_evaluation, "fetch_file", lambda source, name, revision: files.get(name)
+    )
     with pytest.raises(ConfigError, match="the tokenizer in Qwen/Qwen3-8B has no chat template"):
         spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]")
-    schema._chat_template.cache_clear()
+    config_evaluation._chat_template.cache_clear()
     files["chat_template.jinja"] = tmp_path / "chat_template.jinja"
     files["chat_template.jinja"].write_text("{{ messages }}", encoding="utf-8")
     assert (
@@ -434,7 +443,7 @@ def test_settings_of_several_patterns_add_up_one_by_one():
 
 def test_a_block_without_a_star_is_that_block_alone(monkeypatch):
     monkeypatch.setattr(
-        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
     )
     one = spec("model=qwen3_8b", "skip=[blocks.1]", "evaluation=none")
     assert {name.split(".")[1] for name in one.skip} == {"1"}
@@ -452,7 +461,7 @@ def test_experts_are_one_linear_of_their_site():
 
 def test_sites_of_patterns_are_the_models_sites():
     for model in ("demo", "demo_moe"):
-        facts = schema.facts_of(compose("config", [f"model={model}"]))
+        facts = config_model.facts_of(compose("config", [f"model={model}"]))
         for k in range(facts.layers):
             block = block_class(facts, k)
             expected = {
@@ -474,7 +483,7 @@ def test_a_skip_list_that_leaves_nothing_needs_no_text():
 
 def test_head_and_embedding_of_a_model_that_does_not_tie_them(monkeypatch):
     monkeypatch.setattr(
-        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
     )
     alone = spec("model=qwen3_8b", "head_bits=8", "evaluation=none")
     assert (alone.head_bits, alone.embedding_bits) == (8, None)
@@ -503,21 +512,21 @@ def test_what_a_shell_hands_over_is_understood(words, meaning):
 def test_a_grid_leaves_out_what_makes_no_sense_and_counts_it():
     given = OverridesParser.create().parse_overrides(["method=gptq,billm", "bits=1,4"])
     jobs = []
-    for number, overrides in enumerate(itertools.product(*map(_choices, given))):
+    for number, overrides in enumerate(itertools.product(*map(choices_of, given))):
         jobs.append(
             Job(number=number, overrides=overrides, config=compose("config", list(overrides)))
         )
-    trials, left_out = resolve(jobs)
+    trials, left_out = trials_of(jobs)
     assert [mine.spec.name for mine in trials.values()] == ["gptq w4 g128", "billm w1 g128"]
     assert left_out == (
         "2 of 4 combinations left out: method=gptq cannot do bits=1; it takes 2 to 8; "
         "method=billm cannot do bits=4; it takes 1"
     )
     with pytest.raises(IncompatibleError, match="method=gptq cannot do bits=1"):
-        resolve([jobs[0]])
+        trials_of([jobs[0]])
     wrong = Job(number=4, overrides=("bits=9",), config=compose("config", ["bits=9"]))
     with pytest.raises(ConfigError, match="bits=9 is out of range"):
-        resolve([*jobs, wrong])
+        trials_of([*jobs, wrong])
 
 
 def test_a_new_evaluation_keeps_the_quantization():
@@ -696,7 +705,7 @@ def test_bad_values_are_refused_in_one_line(overrides, error, words, tmp_path):
 
 def test_a_text_too_short_for_a_hub_model_is_refused_before_any_download(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        schema, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
+        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
     )
     (tmp_path / "short.txt").write_text("Too short for a window.", encoding="utf-8")
     file = ["calibration=file", f"calibration.path={tmp_path}/short.txt"]

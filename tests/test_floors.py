@@ -1,143 +1,134 @@
-"""Imports go down the floors only, and third-party libraries enter by their door."""
+"""Imports go down the floors and never in a circle; third-party libraries enter by their door."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from functools import cache
+from graphlib import TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# room -> floor; a module belongs to the longest name that begins its own.
-FLOORS = {
-    "launch": 5,
-    "hydra_plugins": 5,
-    "q3q.front": 5,
-    "q3q.boundary": 5,
-    "q3q.trials": 5,
-    "q3q.config": 5,
-    "q3q.patterns": 5,
-    "q3q.sweep.sweeper": 5,
-    "q3q.sweep.launcher": 5,
-    "q3q.sweep.study": 5,
-    "q3q.report": 5,
-    "q3q.sweep.plan": 4,
-    "q3q.sweep.costs": 4,
-    "q3q.sweep.teller": 4,
-    "q3q.sweep.cluster": 4,
-    "q3q.sweep.progress": 4,
-    "q3q.sweep.bulletin": 4,
-    "q3q.track": 4,
-    "q3q.track.__main__": 5,
-    "q3q.trial": 3,
-    "q3q.attempt": 3,
-    "q3q.calibrate": 2,
-    "q3q.quantize": 2,
-    "q3q.evaluate": 2,
-    "q3q.export": 2,
-    "q3q.models": 1,
-    "q3q.data": 1,
-    "q3q.team": 1,
-    "q3q.numerics": 1,
-    "q3q.environment": 0,
-    "q3q.spec": 0,
-    "q3q.record": 0,
-    "q3q.errors": 0,
-    "q3q.masking": 0,
-    "q3q.claim": 0,
-    "q3q.mirror": 0,
-}
-# Rooms of floor 2 do not know each other, with what DESIGN allows.
-SAME_FLOOR_ALLOWED = {("q3q.quantize", "q3q.calibrate.statistics")}
+# From the ground up. A module belongs to the longest name that begins its own.
+FLOORS = [
+    "q3q.errors q3q.spec q3q.masking q3q.storage q3q.placement q3q.record q3q.environment",
+    "q3q.numerics q3q.data q3q.team q3q.models",
+    "q3q.quantize q3q.evaluate q3q.export",
+    "q3q.trial q3q.attempt",
+    "q3q.sweep.machines q3q.sweep.shares q3q.sweep.costs q3q.sweep.plan q3q.sweep.ray "
+    "q3q.sweep.background q3q.sweep.progress q3q.track",
+    "q3q.config q3q.report q3q.sweep",
+    "launch hydra_plugins q3q.cli q3q.trials q3q.track.__main__ q3q.report.__main__",
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
+SEPARATE = {"q3q.quantize", "q3q.evaluate", "q3q.export"}  # rooms that do not know each other
 DOORS = {
-    "ray": {"q3q.sweep.cluster"},
-    "mlflow": {"q3q.track.mlflow"},
+    "ray": {"q3q.sweep.ray"},
+    "mlflow": {"q3q.track"},
     "lm_eval": {"q3q.evaluate.harness"},
-    "hydra": {
-        "launch",
-        "hydra_plugins",
-        "q3q.boundary",
-        "q3q.front",
-        "q3q.config",
-        "q3q.sweep.sweeper",
-        "q3q.sweep.launcher",
-    },
+    "hydra": {"launch", "hydra_plugins", "q3q.cli", "q3q.config", "q3q.sweep"},
     "matplotlib": {"q3q.report"},
     "pandas": {"q3q.report"},
+    "jinja2": {"q3q.report.page"},
     "transformers": {"q3q.models", "q3q.export.reload"},
     "compressed_tensors": {"q3q.export.compressed_tensors", "q3q.export.reload"},
     "deepspeed": {"q3q.models.sharded"},
-    "fsspec": {"q3q.mirror"},
+    "fsspec": {"q3q.storage.stores"},
 }
+# torch brings triton where there is CUDA; gptqmodel loads an export where a user has installed it.
+OPTIONAL = {"triton", "gptqmodel"}
 
 
 def modules():
-    for path in sorted(
-        [*ROOT.glob("q3q/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py"), ROOT / "launch.py"]
-    ):
+    paths = [*ROOT.glob("q3q/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py"), ROOT / "launch.py"]
+    for path in sorted(paths):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if name not in ("q3q", "q3q.sweep", "q3q.evaluate.tasks.story_questions"):
+        if path.read_text(encoding="utf-8").strip():
             yield name, path
 
 
-def room(module):
-    fitting = [known for known in FLOORS if module == known or module.startswith(known + ".")]
-    return max(fitting, key=len, default=None)
+MODULES = dict(modules())
+EACH = pytest.mark.parametrize("name", MODULES)
 
 
-def imports(path):
-    """Every module imported anywhere in the file, also inside functions; under TYPE_CHECKING nothing runs."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def room_of(module):
+    rooms = [room for room in FLOOR_OF if module == room or module.startswith(room + ".")]
+    return max(rooms, key=len, default=None)
+
+
+@cache
+def imports(name, typing_too=False):
+    """Return all that a module imports, inside functions too; for type checkers alone if asked."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
         for inner in ast.walk(node)
     }
+    names = set()
     for node in ast.walk(tree):
-        if id(node) in typing_only:
+        if id(node) in typing_only and not typing_too:
             continue
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
-@pytest.mark.parametrize(
-    ("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_imports_go_down(name, path):
-    mine = room(name)
-    assert mine is not None, f"{name} has no floor"
-    for imported in imports(path):
-        theirs = room(imported)
-        if theirs is None or theirs == mine:
+@EACH
+def test_imports_go_down(name):
+    room = room_of(name)
+    assert room is not None, f"{name} has no floor"
+    for imported in imports(name):
+        other = room_of(imported)
+        if other is None or other == room:
             continue
-        assert FLOORS[theirs] <= FLOORS[mine], f"{name} imports {imported} from above"
-        if FLOORS[theirs] == FLOORS[mine] == 2:
-            allowed = any(mine == a and imported.startswith(b) for a, b in SAME_FLOOR_ALLOWED)
-            assert allowed, f"{name} imports its neighbour {imported}"
+        assert FLOOR_OF[other] <= FLOOR_OF[room], f"{name} imports {imported} from above"
+        assert not {room, other} <= SEPARATE, f"{name} imports its neighbour {imported}"
 
 
-@pytest.mark.parametrize(
-    ("name", "path"), modules(), ids=lambda value: value if isinstance(value, str) else ""
-)
-def test_third_party_libraries_enter_by_their_door(name, path):
-    for imported in imports(path):
-        library = imported.partition(".")[0]
-        if library in DOORS:
-            assert any(name == door or name.startswith(door + ".") for door in DOORS[library]), (
-                f"{name}: {imported}"
-            )
+def test_no_imports_go_in_a_circle():
+    graph = {name: imports(name, True) & MODULES.keys() - {name} for name in MODULES}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@EACH
+def test_third_party_libraries_enter_by_their_door(name):
+    for imported in imports(name):
+        doors = DOORS.get(imported.partition(".")[0], {name})
+        assert any(name == door or name.startswith(door + ".") for door in doors), imported
+
+
+@EACH
+def test_what_is_imported_is_declared(name):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {
+        re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
+        for requirement in project["dependencies"]
+    }
+    owners = packages_distributions()
+    for library in {imported.partition(".")[0] for imported in imports(name)} - OPTIONAL:
+        if library in sys.stdlib_module_names or library in ("q3q", "hydra_plugins"):
+            continue
+        distributions = {owner.lower().replace("_", "-") for owner in owners[library]}
+        assert distributions & declared, f"{name} imports {library}, which pyproject does not name"
 
 
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
         ("q3q.record", ["torch", "numpy", "ray", "mlflow", "hydra"]),
-        ("q3q.config", ["torch", "ray", "mlflow", "transformers"]),
-        ("hydra_plugins.q3q", ["torch", "ray", "mlflow", "pandas", "matplotlib", "transformers"]),
+        ("q3q.config.resolve", ["torch", "ray", "mlflow", "transformers"]),
+        (
+            "hydra_plugins.q3q",
+            ["torch", "ray", "mlflow", "pandas", "matplotlib", "transformers", "jinja2"],
+        ),
     ],
 )
 def test_light_modules_stay_light(module, unwanted):

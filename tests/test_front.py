@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from q3q.models.footprint import PROCESS_BYTES
-from q3q.trial import keep_to_share
+from q3q.models.loading import keep_to_share
 from tests.chaos.conftest import tiny  # noqa: F401
 from tests.chaos.faults import ROOT, SMALL, records
 

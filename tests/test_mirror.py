@@ -8,23 +8,21 @@ import time
 
 import pytest
 
-from q3q import claim as claim_module
-from q3q import mirror as mirror_module
-from q3q.claim import WIDTH, Claim, ClaimLostError
 from q3q.errors import ConfigError
-from q3q.mirror import (
-    Mirror,
+from q3q.spec import Scheme, TrialSpec
+from q3q.storage import claim as claim_module
+from q3q.storage import mirror as mirror_module
+from q3q.storage import stores as stores_module
+from q3q.storage.claim import WIDTH, Claim, ClaimLostError
+from q3q.storage.mirror import Mirror, refreshed, settled, uploading
+from q3q.storage.stores import (
     StoreError,
-    delivering,
     folder_of,
     mirror_of,
     open_store,
-    patiently,
-    refreshed,
     refuse_unusable,
-    settled,
+    with_retries,
 )
-from q3q.spec import Scheme, TrialSpec
 from tests.stores import make_bucket, s3_server
 
 
@@ -155,19 +153,19 @@ def test_a_courier_brings_what_changes_and_stops_when_it_may_no_more(node):
         if not may:
             raise ClaimLostError("lost")
 
-    with delivering(a, "trials", every=0.05, sure=sure):
+    with uploading(a, "trials", every=0.05, sure=sure):
         write(a, one="1")
         deadline = time.monotonic() + 20
         while not in_store(a):
             assert time.monotonic() < deadline
             time.sleep(0.02)
     write(a, two="2")
-    with delivering(a, "trials", every=60, sure=sure):
+    with uploading(a, "trials", every=60, sure=sure):
         pass  # at the end all is sent
     assert in_store(a) == ["trials/x/one", "trials/x/two"]
     may = False
     write(a, three="3")
-    with pytest.raises(ClaimLostError), delivering(a, "trials", every=0.05, sure=sure):
+    with pytest.raises(ClaimLostError), uploading(a, "trials", every=0.05, sure=sure):
         time.sleep(0.2)
     assert in_store(a) == ["trials/x/one", "trials/x/two"]
 
@@ -344,9 +342,9 @@ def test_a_store_that_lets_two_create_the_same_file_is_refused(tmp_path, monkeyp
 
 
 def test_what_may_pass_is_tried_again_and_what_lasts_is_said_in_a_line(monkeypatch):
-    monkeypatch.setattr(mirror_module, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(stores_module, "LONGEST_PAUSE", 0.01)
     pauses = []
-    monkeypatch.setattr(mirror_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(stores_module.time, "sleep", pauses.append)
     answers = iter([TimeoutError("slow"), OSError("reset"), "there"])
 
     def call():
@@ -355,19 +353,19 @@ def test_what_may_pass_is_tried_again_and_what_lasts_is_said_in_a_line(monkeypat
             raise answer
         return answer
 
-    assert patiently("s3://bucket/x", call) == "there"
+    assert with_retries("s3://bucket/x", call) == "there"
     assert len(pauses) == 2
 
     def refuse():
         raise PermissionError("key=AKIAABCDEFGHIJKLMNOP may not")
 
     with pytest.raises(StoreError, match="cannot be used any more") as refused:
-        patiently("s3://bucket/x", refuse)
+        with_retries("s3://bucket/x", refuse)
     assert "AKIA" not in str(refused.value)
     assert len(pauses) == 2
-    monkeypatch.setattr(mirror_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(stores_module, "PATIENCE", 0.0)
     with pytest.raises(StoreError, match="slow"):
-        patiently("s3://bucket/x", lambda: (_ for _ in ()).throw(TimeoutError("slow")))
+        with_retries("s3://bucket/x", lambda: (_ for _ in ()).throw(TimeoutError("slow")))
 
 
 def test_places_are_those_of_the_machine_that_reads_them(monkeypatch, tmp_path):

@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import config as schema
+from q3q.config import resolve, schema
 from q3q.errors import ConfigError
 from q3q.quantize.methods import registry
-from q3q.trial import build_method
+from q3q.quantize.methods.build import build_method
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "docs" / "METHOD_GUIDE.md"
@@ -192,20 +192,20 @@ def outside(tmp_path, monkeypatch):
     def install(points, package="outside", version="1.0"):
         pretend_to_install(tmp_path, package, points, version)
         registry.offers.cache_clear()
-        schema._warn_of_broken_methods.cache_clear()
+        resolve._warn_of_broken_methods.cache_clear()
         schema.register()
 
     yield install
     store.repo.update(before)
     sys.modules.pop("outside_methods", None)
-    for cached in (registry.offers, schema._warn_of_broken_methods):
+    for cached in (registry.offers, resolve._warn_of_broken_methods):
         cached.cache_clear()
 
 
 def spec(*overrides):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return schema.spec_from(compose("config", ["evaluation=none", *overrides]))
+        return resolve.spec_from(compose("config", ["evaluation=none", *overrides]))
 
 
 def test_the_packages_version_is_part_of_what_a_trial_is(outside, tmp_path):

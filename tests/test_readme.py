@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from q3q import config as schema
-from q3q.sweep.sweeper import _choices
+from q3q.config import schema
+from q3q.sweep.grid import choices_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -41,10 +41,11 @@ def test_every_launch_command_composes(page, command):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for override in OverridesParser.create().parse_overrides(words):
-            for choice in _choices(override):
+            for choice in choices_of(override):
                 compose("config", [choice])
         compose(
-            "config", [_choices(one)[0] for one in OverridesParser.create().parse_overrides(words)]
+            "config",
+            [choices_of(one)[0] for one in OverridesParser.create().parse_overrides(words)],
         )
 
 

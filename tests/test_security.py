@@ -10,15 +10,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import config as schema
-from q3q.boundary import refuse_code
+from q3q.config import resolve, schema
+from q3q.config.guard import refuse_code
 from q3q.errors import ConfigError
 from q3q.masking import masked
 from q3q.models.checkpoint import Checkpoint
 from q3q.record import TrialRecord
 from q3q.spec import TrialSpec
-from q3q.sweep import cluster as cluster_module
-from q3q.sweep.cluster import Cluster
+from q3q.sweep.ray import cluster as cluster_module
+from q3q.sweep.ray.cluster import Cluster
 
 ROOT = Path(__file__).parent.parent
 RUNS_CODE = [
@@ -91,8 +91,8 @@ def test_what_sets_values_is_taken():
 HANDLER = "+hydra.job_logging.handlers.x={{class:logging.FileHandler,filename:{}}}"  # Hydra itself refuses Popen
 WITHOUT_THE_CHECK = """
 import runpy, sys
-import q3q.boundary
-q3q.boundary.refuse_code = lambda arguments: None
+import q3q.config.guard
+q3q.config.guard.refuse_code = lambda arguments: None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -172,7 +172,7 @@ def test_records_of_failures_hold_no_secret():
 
 
 def test_what_a_sweep_keeps_and_tells_its_tracker_holds_no_secret(tmp_path, monkeypatch, capsys):
-    from q3q.sweep.sweeper import running_study
+    from q3q.sweep.run import running_study
     from q3q.track import mlflow
     from q3q.track.tracker import MemoryTracker
 
@@ -184,7 +184,7 @@ def test_what_a_sweep_keeps_and_tells_its_tracker_holds_no_secret(tmp_path, monk
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         given = [f"track.uri={uri}", f"storage={tmp_path}", "method=none", "evaluation=none"]
         settings = compose("config", given)
-        record = TrialRecord(spec=schema.spec_from(settings), status="COMPLETED")
+        record = TrialRecord(spec=resolve.spec_from(settings), status="COMPLETED")
     with running_study(settings, [record.spec], f"python launch.py track.uri={uri}", {}) as study:
         record.save()
         study.finished(record)
@@ -262,7 +262,8 @@ def test_a_cluster_is_not_joined_without_a_token_unless_that_is_asked_for(monkey
 LOCAL_CLUSTER = """
 import json, os, subprocess, sys
 import psutil
-from q3q.sweep.cluster import Cluster, Task
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Task
 
 def look(report):
     import ray

@@ -6,16 +6,9 @@ import math
 import pytest
 
 from q3q.errors import ConfigError
-from q3q.record import (
-    Check,
-    SiteError,
-    TrialRecord,
-    blocks_folder,
-    forget_progress,
-    trial_folder,
-    write_atomically,
-)
+from q3q.record import Check, SiteError, TrialRecord, blocks_folder, forget_progress, trial_folder
 from q3q.spec import Scheme, Schemes, TrialSpec
+from q3q.storage.files import write_atomically
 
 MIXED = {
     "overrides": {"blocks.0.mlp.down_proj": {"bits": 8, "symmetric": True}},

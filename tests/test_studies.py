@@ -11,15 +11,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from q3q import config as schema
-from q3q.calibrate.sources import Text
+from q3q.config import evaluation as config_evaluation
+from q3q.config import model as config_model
+from q3q.config import schema
+from q3q.config import texts as config_texts
+from q3q.data.texts import Text
 from q3q.errors import ConfigError
-from q3q.models.checkpoint import read_facts
+from q3q.models.facts import read_facts
 from q3q.report.paper import GROUPS, METHODS, cell_of, departures, published
 from q3q.sweep.costs import CostModel
+from q3q.sweep.grid import choices_of, narrowed, replaced, trials_of
 from q3q.sweep.launcher import Job
-from q3q.sweep.plan import Machine, describe, plan, wishes_of
-from q3q.sweep.sweeper import _choices, narrowed, replaced, resolve
+from q3q.sweep.machines import Machine, request_of
+from q3q.sweep.plan import describe, plan
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "conf/study").glob("*.yaml"))
@@ -40,7 +44,9 @@ def parse(*words: str) -> list[Any]:
 def jobs(rows: list[list[Any]]) -> list[dict[str, str]]:
     import itertools
 
-    combined = itertools.chain.from_iterable(itertools.product(*map(_choices, row)) for row in rows)
+    combined = itertools.chain.from_iterable(
+        itertools.product(*map(choices_of, row)) for row in rows
+    )
     return [dict(choice.split("=", 1) for choice in job) for job in combined]
 
 
@@ -97,12 +103,15 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def text(source: str, *_: Any) -> Text:
         return Text(source, (f"of {source}",))
 
-    schema._hub_model.cache_clear()
-    monkeypatch.setattr(schema, "resolve_revision", lambda source, revision: f"commit of {source}")
-    monkeypatch.setattr(schema, "fetch_facts", facts)
-    monkeypatch.setattr(schema, "_text", text)
-    monkeypatch.setattr(schema, "_check_long_enough", lambda *_: None)
-    monkeypatch.setattr(schema, "_data_sets", lambda *_: ({}, []))
+    config_model._hub_model.cache_clear()
+    monkeypatch.setattr(
+        config_model, "resolve_revision", lambda source, revision: f"commit of {source}"
+    )
+    monkeypatch.setattr(config_model, "fetch_facts", facts)
+    for module in (config_texts, config_evaluation):
+        monkeypatch.setattr(module, "open_text", text)
+        monkeypatch.setattr(module, "check_long_enough", lambda *_: None)
+    monkeypatch.setattr(config_evaluation, "_data_sets", lambda *_: ({}, []))
 
 
 @pytest.mark.slow
@@ -124,7 +133,7 @@ def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compa
                 tuple(f"{k}={v}" for k, v in job.items()) for job in jobs(rows_of("paper"))
             )
         ]
-    trials, left_out = resolve(composed)
+    trials, left_out = trials_of(composed)
     assert (len(trials), left_out) == (239, "")
     specs = [mine.spec for mine in trials.values()]
     assert len({cell_of(spec) for spec in specs}) == 239
@@ -139,7 +148,7 @@ def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compa
         ):
             assert departures(spec, metric) == (), spec.name
     machine = Machine(cpus=128, gpus=8, memory=1 << 40, gpu_memory=80 << 30)
-    wishes = wishes_of(composed[0].config.cluster.get)
+    wishes = request_of(composed[0].config.cluster.get)
     facts = {key: mine.facts for key, mine in trials.items()}
     ordered = plan(specs, {}, facts, machines=[machine], wishes=wishes, model=CostModel())
     told = describe(ordered, machines=[machine], where="a cluster", storage=str(tmp_path))

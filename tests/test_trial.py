@@ -16,8 +16,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import config as schema
 from q3q.attempt import afresh
+from q3q.config import resolve, schema
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.samples import read_samples
 from q3q.record import TrialRecord, blocks_folder, kept_blocks_folder, trial_folder
@@ -42,7 +42,7 @@ def spec_of(tmp_path_factory):
 
     def make(*overrides):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
+            return resolve.spec_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
 
     return make
 
@@ -173,17 +173,17 @@ def test_a_pair_of_trials_is_compared_when_both_are_there(run, spec_of):
 
 
 def test_a_logit_that_is_not_finite_fails_the_trial_and_says_where(spec_of, monkeypatch):
-    from q3q import trial
+    from q3q.evaluate import measure
 
-    monkeypatch.setattr(trial, "window_losses", lambda *_: torch.tensor([1.0, torch.nan]))
+    monkeypatch.setattr(measure, "window_losses", lambda *_: torch.tensor([1.0, torch.nan]))
     record = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
     assert record.status == "FAILED"
     assert record.reason == "the model's logits in window 1 of stories are not finite"
-    monkeypatch.setattr(trial, "window_losses", lambda *_: torch.tensor([1000.0, 1.0]).double())
+    monkeypatch.setattr(measure, "window_losses", lambda *_: torch.tensor([1000.0, 1.0]).double())
     far_off = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
     assert far_off.completed
     assert math.log(far_off.metrics["perplexity/stories"]) == pytest.approx(500.5)
-    monkeypatch.setattr(trial, "window_losses", lambda *_: torch.tensor([2000.0, 1.0]).double())
+    monkeypatch.setattr(measure, "window_losses", lambda *_: torch.tensor([2000.0, 1.0]).double())
     diverged = attempt_trial(afresh(far_off.spec, "once more"))
     assert diverged.completed
     assert diverged.diverged == ("perplexity/stories",)

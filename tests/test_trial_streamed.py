@@ -10,12 +10,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import config as schema
+from q3q.config import resolve, schema
 from q3q.errors import ConfigError
 from q3q.export.formats import expected_bytes
-from q3q.models.checkpoint import Checkpoint, end_tokens, read_facts
+from q3q.models.checkpoint import Checkpoint, end_tokens
+from q3q.models.facts import read_facts
 from q3q.models.footprint import ahead_bytes, need
-from q3q.trial import load_model, run_trial
+from q3q.models.loading import load_model
+from q3q.trial import run_trial
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "q3q" / "models" / "demo" / "dense"
@@ -36,7 +38,7 @@ from q3q import config as schema
 from q3q.trial import run_trial
 schema.register()
 with initialize_config_dir(sys.argv[1], version_base="1.3"):
-    specs = [schema.spec_from(compose("config", overrides)) for overrides in json.loads(sys.argv[2])]
+    specs = [resolve.spec_from(compose("config", overrides)) for overrides in json.loads(sys.argv[2])]
 print(json.dumps([run_trial(spec).to_json() for spec in specs]))
 """
 
@@ -48,7 +50,7 @@ def spec_of(tmp_path):
 
     def make(*overrides, storage="storage"):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(
+            return resolve.spec_from(
                 compose("config", [*SMALL, f"storage={tmp_path / storage}", *overrides])
             )
 

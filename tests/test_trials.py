@@ -14,18 +14,18 @@ from dataclasses import replace
 
 import pytest
 
-from q3q import claim
 from q3q import trial as trial_module
 from q3q import trials as trials_module
-from q3q.claim import Holder
 from q3q.export import destination
-from q3q.record import Progress, TrialRecord, load_spec, trial_folder, write_atomically
+from q3q.record import Progress, Sweep, TrialRecord, load_spec, trial_folder
 from q3q.report.records import all_sweeps
 from q3q.spec import Scheme, TrialSpec
-from q3q.sweep import bulletin
-from q3q.sweep.bulletin import Bulletin, Publisher, View, Work, at_work, bulletins
+from q3q.storage import claim
+from q3q.storage import status as bulletin
+from q3q.storage.claim import Holder
+from q3q.storage.files import write_atomically
+from q3q.storage.status import StatusWriter, SweepStatus, View, Work, at_work, sweep_statuses
 from q3q.sweep.progress import Display
-from q3q.track.tracker import Sweep
 from q3q.trials import find_trials, main
 
 
@@ -93,7 +93,7 @@ def post(storage, host=None, holder=None, **facts):
     here = holder or Holder.here()
     holder = replace(here, host=host, place=host) if host else here
     known = dict(name="study", command="python launch.py -m method=rtn", holder=holder)
-    one = Bulletin(**{**known, "view": view(), "updated": time.time(), **facts})
+    one = SweepStatus(**{**known, "view": view(), "updated": time.time(), **facts})
     write_atomically(storage / "running" / f"{one.key}.json", json.dumps(one.to_json()).encode())
     return one
 
@@ -299,9 +299,9 @@ def test_a_storage_folder_that_was_copied_is_read_and_written_where_it_lies(
 
 def test_a_bulletin_comes_back_as_it_was(storage):
     one = post(storage, view=view(spec(storage, 2)), lines=((1, "a line"),))
-    assert bulletins(storage) == [one]
+    assert sweep_statuses(storage) == [one]
     (storage / "running" / "damaged.json").write_text('{"name": 1}')
-    assert bulletins(storage) == [one]
+    assert sweep_statuses(storage) == [one]
 
 
 def test_a_sweep_is_gone_when_its_process_is(storage):
@@ -375,7 +375,7 @@ def test_a_second_terminal_sees_a_sweep_to_its_end(storage, monkeypatch, capsys)
 
     def run():
         secret = "http://ada:lovelace@tracker"
-        publisher = Publisher(
+        publisher = StatusWriter(
             storage, "study", f"python launch.py -m method=rtn track.uri={secret}"
         )
         with (
@@ -389,9 +389,9 @@ def test_a_second_terminal_sees_a_sweep_to_its_end(storage, monkeypatch, capsys)
 
     sweeping = threading.Thread(target=run)
     sweeping.start()
-    while not (bulletins(storage) and bulletins(storage)[0].view.running):
+    while not (sweep_statuses(storage) and sweep_statuses(storage)[0].view.running):
         time.sleep(0.01)
-    assert bulletins(storage)[0].view.running[0].doing == "quantize, block 2 of 6"
+    assert sweep_statuses(storage)[0].view.running[0].doing == "quantize, block 2 of 6"
     threading.Timer(0.3, attached.set).start()
     assert main(["--storage", str(storage), "attach"]) == 0
     sweeping.join()
@@ -423,7 +423,7 @@ def test_of_several_sweeps_one_is_named(storage, capsys):
 
 def test_a_disk_that_takes_no_bulletin_stops_no_sweep(storage, caplog):
     (storage / "running").write_text("a file where a folder should be")
-    with Display(total=1, publisher=Publisher(storage, "study", "")) as display:
+    with Display(total=1, publisher=StatusWriter(storage, "study", "")) as display:
         display.finished(TrialRecord(spec=spec(storage, 2), status="COMPLETED"), 1.0)
     assert "the progress display has failed" in caplog.text
 
@@ -431,7 +431,10 @@ def test_a_disk_that_takes_no_bulletin_stops_no_sweep(storage, caplog):
 def test_old_bulletins_are_swept_away_by_the_next_sweep(storage):
     old = post(storage, host="another", over=True, updated=time.time() - bulletin.KEPT_SECONDS - 60)
     new = post(storage, host="yet another", over=True)
-    with Display(total=0, publisher=Publisher(storage, "study", "")):
+    with Display(total=0, publisher=StatusWriter(storage, "study", "")):
         pass
-    assert {one.holder.host for one in bulletins(storage)} == {new.holder.host, platform.node()}
-    assert old.holder.host not in {one.holder.host for one in bulletins(storage)}
+    assert {one.holder.host for one in sweep_statuses(storage)} == {
+        new.holder.host,
+        platform.node(),
+    }
+    assert old.holder.host not in {one.holder.host for one in sweep_statuses(storage)}

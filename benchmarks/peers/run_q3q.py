@@ -12,8 +12,9 @@ from job import Job
 
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.methods.settings import SETTINGS
-from q3q.quantize.walk import QuantizedBlock, quantize_model
+from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 
 SAMPLE_SECONDS = 0.01

@@ -3,19 +3,34 @@
 import hashlib
 import json
 import math
-import random
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from q3q.data import MMLU, WIKITEXT, DataSet, Library, serving
+from q3q.data.questions import DataSet, Library, serving
 from q3q.errors import ConfigError
 from q3q.evaluate import mmlu_paper
+from q3q.evaluate.catalogue import (
+    CHATS,
+    FIRST_SHOTS,
+    KNOWN,
+    MMLU_DATA,
+    OWN_TASKS,
+    PLAIN_CHAT,
+    QUESTIONS,
+    STUDY_MMLU,
+    SUBJECTS,
+    Batch,
+    Choose,
+    Part,
+    Tell,
+    drawn,
+    first,
+)
 from q3q.spec import Json, task_metric
 
 if TYPE_CHECKING:
@@ -23,116 +38,6 @@ if TYPE_CHECKING:
 
     from q3q.evaluate.prefixes import Ids
     from q3q.models.decoder import Decoder
-
-Tell = Callable[[int, int], None]
-Choose = Callable[[str, int], Sequence[int]]
-
-EVALUATION_VERSION = (
-    1  # of all numbers here: raised when a text is cut, a prompt put or an answer scored otherwise
-)
-OWN_TASKS = Path(__file__).parent / "tasks"
-STUDY_MMLU = "mmlu_paper"
-QUICK_SEED = 0  # of the questions that evaluation.quick draws
-PLAIN_CHAT = "none"
-# chat template applied, and its `enable_thinking` (None: as the template has it)
-CHATS: dict[str, tuple[bool, bool | None]] = {
-    PLAIN_CHAT: (False, None),
-    "template": (True, None),
-    "thinking": (True, True),
-    "no_thinking": (True, False),
-}
-THINK_START, THINK_END = "<think>", "</think>"  # around a thought of a post-trained Qwen3
-SUBJECTS = tuple(
-    "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
-    "college_computer_science college_mathematics college_medicine college_physics computer_security "
-    "conceptual_physics econometrics electrical_engineering elementary_mathematics formal_logic global_facts "
-    "high_school_biology high_school_chemistry high_school_computer_science high_school_european_history "
-    "high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_mathematics "
-    "high_school_microeconomics high_school_physics high_school_psychology high_school_statistics "
-    "high_school_us_history high_school_world_history human_aging human_sexuality international_law jurisprudence "
-    "logical_fallacies machine_learning management marketing medical_genetics miscellaneous moral_disputes "
-    "moral_scenarios nutrition philosophy prehistory professional_accounting professional_law professional_medicine "
-    "professional_psychology public_relations security_studies sociology us_foreign_policy virology "
-    "world_religions".split()
-)
-_ASKED = (
-    "100 135 152 100 265 144 100 100 100 173 102 100 235 114 145 378 126 100 310 203 100 165 198 193 390 270 238 "
-    "151 545 216 204 237 223 131 121 108 163 112 103 234 100 783 346 895 306 311 324 282 1534 272 612 110 245 201 100 "
-    "166 171"
-)
-_MMLU = tuple(DataSet(MMLU, subject, ("test", "dev")) for subject in SUBJECTS)
-# Known without asking lm-eval, whose thousands of task files take seconds to read. The first split is asked from.
-KNOWN: dict[str, tuple[DataSet, ...]] = {
-    "piqa": (DataSet("baber/piqa", None, ("validation",)),),
-    "arc_easy": (DataSet("allenai/ai2_arc", "ARC-Easy", ("test",)),),
-    "arc_challenge": (DataSet("allenai/ai2_arc", "ARC-Challenge", ("test",)),),
-    "hellaswag": (DataSet("Rowan/hellaswag", None, ("validation",)),),
-    "winogrande": (DataSet("allenai/winogrande", "winogrande_xl", ("validation",)),),
-    "boolq": (DataSet("aps/super_glue", "boolq", ("validation",)),),
-    "wikitext": (DataSet(WIKITEXT, "wikitext-2-raw-v1", ("test",)),),
-    "mmlu": _MMLU,
-    STUDY_MMLU: _MMLU,
-    **{path.stem: () for path in sorted(OWN_TASKS.glob("*.yaml"))},
-}
-# Questions of each data set; another number under the same name would be another metric.
-QUESTIONS = {
-    "baber/piqa": 1838,
-    "allenai/ai2_arc:ARC-Easy": 2376,
-    "allenai/ai2_arc:ARC-Challenge": 1172,
-    "Rowan/hellaswag": 10042,
-    "allenai/winogrande:winogrande_xl": 1267,
-    "aps/super_glue:boolq": 3270,
-    f"{WIKITEXT}:wikitext-2-raw-v1": 62,
-    **{data.key: int(count) for data, count in zip(_MMLU, _ASKED.split(), strict=True)},
-}
-FIRST_SHOTS = (
-    "mmlu",
-    STUDY_MMLU,
-)  # their examples are the first ones; of others they are drawn at random
-
-
-def lm_eval_version() -> str:
-    """Whose task files the prompts are made by."""
-    return metadata.version("lm_eval")
-
-
-@dataclass
-class Part:
-    """One part of an evaluation. samples: rows as `samples.py` files them. results: lm-eval's own, plain JSON."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    results: Json = field(default_factory=dict)
-    samples: list[Json] = field(default_factory=list)
-
-    def to_json(self) -> Json:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tasks that one run of lm-eval scores together. shots, limit: None for the tasks' own, and for all questions."""
-
-    tasks: tuple[str, ...]
-    shots: int | None
-    limit: int | None
-
-
-def batches(evaluation: Json) -> list[Batch]:
-    """The tasks of an evaluation, those with equal settings together, in the order of their first."""
-    found: dict[tuple[bool, int | None, int | None], list[str]] = {}
-    for task in evaluation["tasks"]:
-        shots = evaluation.get("shots", {}).get(task)
-        limit = evaluation.get("limits", {}).get(task, evaluation.get("task_limit"))
-        found.setdefault((task == STUDY_MMLU, shots, limit), []).append(task)
-    return [Batch(tuple(tasks), shots, limit) for (_, shots, limit), tasks in found.items()]
-
-
-def draws_shots(tasks: Iterable[str], shots: Mapping[str, int]) -> bool:
-    """Whether a seed decides which examples some task shows."""
-    return any(
-        task not in FIRST_SHOTS and (task not in KNOWN or shots.get(task, 0) > 0) for task in tasks
-    )
 
 
 def settle(
@@ -165,7 +70,7 @@ def settle(
     strangers = [task for task in tasks if task not in KNOWN]
     if not strangers:
         return []
-    from q3q.evaluate.harness import examine, tasks_from
+    from q3q.evaluate.harness.task_files import examine, tasks_from
 
     def note(data: DataSet, options: dict[str, Any]) -> "DatasetDict":
         library.identify(data, **options)
@@ -229,40 +134,6 @@ def _refuse_overlaps(parts: Mapping[str, Iterable[str]]) -> None:
                 )
 
 
-def refuse_generation(evaluation: Json, loader: str) -> None:
-    """Generated text takes a pass through all blocks for each token: only a resident model does it.
-
-    Raises:
-        ConfigError: a task generates, and the loader does not hold the whole model.
-    """
-    found = evaluation.get("generates")
-    if found and loader != "resident":
-        raise ConfigError(
-            f"{', '.join(found)}: text is generated token by token, and a {loader} model would be read anew for each; "
-            "give more memory (loader=resident), or leave such tasks out of evaluation.tasks"
-        )
-
-
-def refuse_other_versions(evaluation: Json) -> None:
-    """A trial that was planned with another evaluation, on another machine or before an upgrade, has another name.
-
-    Raises:
-        ConfigError: q3q's evaluation or lm-eval is not of the version here that the trial was planned with.
-    """
-    here: Json = (
-        {"version": EVALUATION_VERSION}
-        if evaluation.get("texts") or evaluation.get("tasks")
-        else {}
-    )
-    here |= {"lm_eval": lm_eval_version()} if evaluation.get("tasks") else {}
-    for key, version in here.items():
-        if evaluation.get(key) != version:
-            name = "lm-eval" if key == "lm_eval" else "q3q's evaluation"
-            raise ConfigError(
-                f"the trial was planned with {name} {evaluation.get(key)}, and this process has {version}; plan it anew"
-            )
-
-
 def score_batch(
     model: "Decoder",
     tokenizer: Any,
@@ -294,18 +165,6 @@ def score_batch(
     return _named(part, quick)
 
 
-def first(limit: int | None, task: str, count: int) -> Sequence[int]:
-    """The numbers of the first questions."""
-    return range(count if limit is None else min(count, limit))
-
-
-def drawn(limit: int | None, task: str, count: int) -> Sequence[int]:
-    """The numbers, ascending, of so many of a task's questions, drawn once and for all."""
-    if limit is None or count <= limit:
-        return range(count)
-    return sorted(random.Random(f"{QUICK_SEED} {task}").sample(range(count), limit))
-
-
 def _lm_eval(
     model: "Decoder",
     tokenizer: Any,
@@ -318,7 +177,8 @@ def _lm_eval(
     identity: str,
     tell: Tell,
 ) -> Part:
-    from q3q.evaluate.harness import Chat, run_tasks  # lm-eval takes seconds to import
+    from q3q.evaluate.catalogue import Chat
+    from q3q.evaluate.harness.run import run_tasks  # lm-eval takes seconds to import
 
     template, thinking = CHATS[evaluation.get("chat", PLAIN_CHAT)]
     with serving(lambda data, options: library.load(data, **options)):
@@ -438,14 +298,14 @@ def _study_mmlu(
     """MMLU by the study's script: see mmlu_paper.py. All subjects' questions count alike."""
     from q3q.evaluate.compare import NORMAL_95, estimate
     from q3q.evaluate.encoding import LineEncoder, as_ids
-    from q3q.evaluate.harness import HarnessLM
+    from q3q.evaluate.harness.lm import HarnessLM
     from q3q.evaluate.journal import SCORES, Journal
 
     encode = LineEncoder(tokenizer)
     tokens = mmlu_paper.answer_tokens(encode)
     rows: list[tuple[int, Json]] = []
     prompts: list[Ids] = []
-    for data in _MMLU:
+    for data in MMLU_DATA:
         splits = library.load(data)
         examples = list(splits["dev"])
         for number in choose(

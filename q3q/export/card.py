@@ -8,7 +8,7 @@ from pathlib import Path
 from q3q.export.formats import FORMATS, needs_unpacking
 from q3q.export.proof import Proof
 from q3q.masking import masked
-from q3q.models.checkpoint import ModelFacts
+from q3q.models.facts import ModelFacts
 from q3q.spec import Json, TrialSpec
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)

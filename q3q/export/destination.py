@@ -15,9 +15,10 @@ from typing import Any
 
 from q3q.errors import ExportError
 from q3q.export.formats import expected_bytes
-from q3q.models.checkpoint import EXPORT_MARKER, ModelFacts
-from q3q.record import write_atomically
+from q3q.models.checkpoint import EXPORT_MARKER
+from q3q.models.facts import ModelFacts
 from q3q.spec import Json, TrialSpec
+from q3q.storage.files import write_atomically
 
 SPARE_SHARE = 0.02  # of the checkpoint's bytes, for headers, tokenizer and the file under way
 SPARE_BYTES = 64 << 20

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from q3q.errors import IncompatibleError
 from q3q.export.reload import transformers_takes
-from q3q.models.checkpoint import ModelFacts, disk_shapes
+from q3q.models.checkpoint import disk_shapes
+from q3q.models.facts import ModelFacts
 from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
 from q3q.spec import Scheme, TrialSpec
 

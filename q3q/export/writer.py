@@ -32,16 +32,17 @@ from q3q.export.destination import (
     partial_path,
 )
 from q3q.export.formats import FORMATS, layouts
-from q3q.models.checkpoint import EXPORT_KEY, TOKENIZER_FILES, Checkpoint, of_expert
+from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, of_expert
 from q3q.models.decoder import Decoder
+from q3q.models.facts import EXPORT_KEY
 from q3q.models.packed import Layout
 from q3q.models.tensor_files import Rows, encoded
 from q3q.numerics.weights import QuantizedWeight, StoredWeight
-from q3q.record import write_atomically
 from q3q.spec import Json, TrialSpec
+from q3q.storage.files import write_atomically
 
 if TYPE_CHECKING:
-    from q3q.quantize.walk import QuantizedBlock
+    from q3q.quantize.block import QuantizedBlock
 
 COPIED = (*TOKENIZER_FILES, "generation_config.json")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from q3q.models.checkpoint import ModelFacts
+    from q3q.models.facts import ModelFacts
     from q3q.models.qwen3 import Qwen3Block
 
 

@@ -9,28 +9,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.errors import CheckpointError
-from q3q.models.packed import Layout, Packing, read_packing
+from q3q.models.facts import (
+    OWN_FOLDER,
+    ModelFacts,
+    first_line,
+    number_of_tensors,
+    read_facts,
+    read_json,
+)
+from q3q.models.packed import Layout
 from q3q.models.tensor_files import Shape, Stored, read_header
-from q3q.record import write_atomically
+from q3q.storage.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-_FAMILY = ("qwen3", "qwen3_moe")
-# What the forward of q3q takes for granted. Another value would be computed wrongly, in silence.
-_FIXED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 _WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
-_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -40,370 +42,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
-# All that a Qwen3 folder needs, and its licence. Pickles, which can run code when loaded, are not on the list.
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 EXPORT_MARKER = "q3q.json"  # a file that q3q's own exports have
-EXPORT_KEY = "q3q"  # and what their config.json says of itself, wherever it is copied to
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_SECONDS = 5.0  # to wait for the Hub's answer
-_OWN_FOLDER = "For a folder of your own: model=local model.path=DIR"
-
-
-# ---------------------------------------------------------------------------------------------- where it is
-
-
-def locate(source: str, revision: str | None = None, *, offline: bool = False) -> Path:
-    """The folder of a model: a local one as it is, a Hub id's snapshot, downloaded if need be.
-
-    Args:
-        source: a folder, or a Hub id such as `Qwen/Qwen3-8B`. A folder of that name wins.
-        revision: branch, tag or commit of a Hub id; its main branch if None.
-        offline: look in the local cache only.
-
-    Raises:
-        CheckpointError: no such folder, or neither the Hub nor the local cache gives the model.
-    """
-    if (folder := _local_folder(source, revision)) is not None:
-        return folder
-    _check_hub_id(source)
-    from huggingface_hub import snapshot_download
-
-    silence = CheckpointError("offline was asked for") if offline else _ask_hub(source, revision)
-    try:
-        path = snapshot_download(
-            source,
-            revision=revision,
-            allow_patterns=_DOWNLOADED,
-            local_files_only=silence is not None,
-            etag_timeout=_HUB_SECONDS,
-        )
-    except (
-        Exception
-    ) as error:  # the client's own, its HTTP library's, the disk's: to the user all mean the same
-        raise _unreachable(source, revision, silence or error) from error
-    return Path(path)
-
-
-def resolve_revision(source: str, revision: str | None = None) -> str:
-    """The commit that a Hub id means right now, found without downloading weights. A full commit is its own answer.
-
-    The Hub is asked, and if it does not answer within seconds, the local cache, which remembers what a branch meant
-    when something of it was last downloaded.
-
-    Raises:
-        CheckpointError: not a Hub id, or neither the Hub nor the local cache knows it.
-    """
-    _check_hub_id(source)
-    if revision is not None and _COMMIT.fullmatch(revision):
-        return revision
-    return _config_folder(source, revision).name  # .../snapshots/<commit>
-
-
-def fetch_facts(source: str, revision: str | None = None) -> ModelFacts:
-    """A Hub model's facts, from its config.json alone.
-
-    Raises:
-        CheckpointError: neither the Hub nor the local cache has it, or it is not a Qwen3.
-    """
-    _check_hub_id(source)
-    return read_facts(_config_folder(source, revision))
-
-
-def fetch_file(source: str, name: str, revision: str | None = None) -> Path | None:
-    """A small file of a Hub model, None if the model has none of this name.
-
-    Raises:
-        CheckpointError: neither the Hub nor the local cache can tell.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    cached = try_to_load_from_cache(source, name, revision=revision)
-    if cached is not None:  # a path, or the note that the model was found not to have it
-        return Path(cached) if isinstance(cached, str) else None
-    if (silence := _ask_hub(source, revision)) is not None:
-        raise _unreachable(source, revision, silence) from silence
-    try:
-        return Path(hf_hub_download(source, name, revision=revision, etag_timeout=_HUB_SECONDS))
-    except Exception as error:  # see `locate`
-        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-            return None
-        raise _unreachable(source, revision, error) from error
-
-
-def _config_folder(source: str, revision: str | None) -> Path:
-    """A snapshot of the local cache with config.json in it, up to date if the Hub answers."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(source, "config.json", revision=revision)
-    settled = revision is not None and _COMMIT.fullmatch(
-        revision
-    )  # a commit never changes, a branch does
-    if not (settled and isinstance(cached, str)):
-        if (silence := _ask_hub(source, revision)) is None:
-            try:
-                return Path(
-                    hf_hub_download(
-                        source, "config.json", revision=revision, etag_timeout=_HUB_SECONDS
-                    )
-                ).parent
-            except Exception as error:  # see `locate`
-                silence = error
-        if not isinstance(cached, str):
-            raise _unreachable(source, revision, silence) from silence
-    return Path(cached).parent
-
-
-def _ask_hub(source: str, revision: str | None) -> Exception | None:
-    """Why the Hub does not give a model, None if it does. Asked once, for seconds; a download tries half a minute."""
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi().model_info(source, revision=revision, expand=["sha"], timeout=_HUB_SECONDS)
-    except Exception as error:  # see `locate`
-        return error
-    return None
-
-
-def _local_folder(source: str, revision: str | None) -> Path | None:
-    folder = Path(source).expanduser()
-    if not source or not folder.is_dir():
-        return None
-    if revision is not None:
-        raise CheckpointError(
-            f"{source} is a folder, which has no revision {revision!r}. Leave model.revision out"
-        )
-    return folder
-
-
-def _check_hub_id(source: str) -> None:
-    if Path(source).expanduser().is_file():
-        raise CheckpointError(
-            f"{source} is a file. Give the folder that holds config.json: model=local model.path=DIR"
-        )
-    if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"{source!r} is neither a folder nor a Hub id (owner/name). {_OWN_FOLDER}"
-        )
-
-
-def _unreachable(source: str, revision: str | None, error: Exception) -> CheckpointError:
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
-    what = source if revision is None else f"{source} (revision {revision})"
-    if isinstance(error, RepositoryNotFoundError):
-        reason = "it has no such model, or wants a login"
-    elif isinstance(error, RevisionNotFoundError):
-        reason = "it has no such revision"
-    else:
-        reason = _first_line(error)
-    return CheckpointError(
-        f"{what} is no folder here, and as a Hub id it is neither in the local cache "
-        f"nor to be had from the Hub: {reason}. {_OWN_FOLDER}"
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-
-
-# ---------------------------------------------------------------------------------------------- what it is
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """What config.json alone says about a Qwen3 or Qwen3-MoE. Sizes count elements; a dense model has 0 experts."""
-
-    model_type: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int  # heads * head_dim differs from hidden in 0.6B, 4B, 32B and both MoEs
-    intermediate: int
-    vocab: int
-    tied: bool
-    experts: int
-    top_k: int
-    moe_intermediate: int
-    mlp_only_layers: tuple[int, ...]
-    decoder_sparse_step: int
-    norm_topk_prob: bool
-    rms_norm_eps: float
-    rope_theta: float
-    max_positions: int
-    dtype: str
-    packing: Packing | None = None  # how its linears are stored, if they are not plain numbers
-    quantized: str | None = (
-        None  # how, if they were quantized before; also where they are plain numbers again
-    )
-
-    def sparse(self, layer: int) -> bool:
-        """Whether this block routes its tokens to experts."""
-        return (
-            self.experts > 0
-            and layer not in self.mlp_only_layers
-            and (layer + 1) % self.decoder_sparse_step == 0
-        )
-
-    def block_shapes(self, layer: int) -> dict[str, Shape]:
-        """Names and shapes of one block's tensors, as `Checkpoint.block` gives them: experts stacked."""
-        hidden, head = self.hidden, self.head_dim
-        shapes: dict[str, Shape] = {
-            "input_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (self.heads * head, hidden),
-            "self_attn.k_proj.weight": (self.kv_heads * head, hidden),
-            "self_attn.v_proj.weight": (self.kv_heads * head, hidden),
-            "self_attn.o_proj.weight": (hidden, self.heads * head),
-            "self_attn.q_norm.weight": (head,),
-            "self_attn.k_norm.weight": (head,),
-            "post_attention_layernorm.weight": (hidden,),
-        }
-        if self.sparse(layer):
-            shapes["mlp.gate.weight"] = (self.experts, hidden)
-            inner = self.moe_intermediate
-            shapes["mlp.experts.gate_proj.weight"] = (self.experts, inner, hidden)
-            shapes["mlp.experts.up_proj.weight"] = (self.experts, inner, hidden)
-            shapes["mlp.experts.down_proj.weight"] = (self.experts, hidden, inner)
-        else:
-            shapes["mlp.gate_proj.weight"] = (self.intermediate, hidden)
-            shapes["mlp.up_proj.weight"] = (self.intermediate, hidden)
-            shapes["mlp.down_proj.weight"] = (hidden, self.intermediate)
-        return shapes
-
-    @property
-    def columns(self) -> dict[str, tuple[int, ...]]:
-        """Input columns of each site, which a group size must divide. Two widths only where dense and sparse mix."""
-        inner = {
-            self.moe_intermediate if self.sparse(k) else self.intermediate
-            for k in range(self.layers)
-        }
-        return {
-            "qkv": (self.hidden,),
-            "o": (self.heads * self.head_dim,),
-            "gate_up": (self.hidden,),
-            "down": tuple(sorted(inner)),
-        }
-
-    @property
-    def linear_parameters(self) -> int:
-        """Weights of the linears that are quantized: all in the blocks but norms and routers."""
-        return sum(
-            math.prod(shape)
-            for layer in range(self.layers)
-            for name, shape in self.block_shapes(layer).items()
-            if name.endswith("_proj.weight")
-        )
-
-    @property
-    def embedding_parameters(self) -> int:
-        """Embedding and head; one matrix if tied."""
-        return self.vocab * self.hidden * (1 if self.tied else 2)
-
-    @property
-    def parameters(self) -> int:
-        """All of them."""
-        blocks = sum(
-            math.prod(shape) for k in range(self.layers) for shape in self.block_shapes(k).values()
-        )
-        return blocks + self.embedding_parameters + self.hidden
-
-    def block_bytes(self, layer: int, dtype: str | None = None) -> int:
-        """Bytes of one block's weights in `dtype`; in the checkpoint's own if None."""
-        return _DTYPE_BYTES[dtype or self.dtype] * sum(
-            map(math.prod, self.block_shapes(layer).values())
-        )
-
-    def weight_bytes(self, dtype: str | None = None) -> int:
-        """Bytes of all weights in `dtype`; in the checkpoint's own if None."""
-        return _DTYPE_BYTES[dtype or self.dtype] * self.parameters
-
-
-def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
-    """Facts of a model folder, or of its parsed config.json, as transformers 4 or 5 write it.
-
-    Raises:
-        CheckpointError: no readable config.json, not a Qwen3, quantized in a way that q3q cannot read, or a kind of
-            Qwen3 that it cannot run.
-    """
-    if isinstance(source, Mapping):
-        where, config = "the config", source
-    else:
-        where, config = str(source), _read_json(source / "config.json")
-
-    def wrong(complaint: str) -> CheckpointError:
-        return CheckpointError(f"{where}: {complaint}")
-
-    model_type = config.get("model_type")
-    if model_type not in _FAMILY:
-        raise wrong(f"not a Qwen3 but {model_type!r}. q3q runs model_type {' and '.join(_FAMILY)}")
-    packing = None
-    if (quantized := config.get("quantization_config")) is not None:
-        try:
-            packing = read_packing(quantized)
-        except CheckpointError as error:
-            raise wrong(str(error)) from error
-    for key, only in _FIXED.items():
-        if config.get(key, only) != only:
-            raise wrong(f"{key}={config[key]!r} is not supported, only {only!r}")
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise wrong("layer_types other than full_attention are not supported")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise wrong(f"rope_type={rope_type!r} is not supported, only 'default'")
-
-    def count(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise wrong(
-                f"config.json gives {key}={value!r}; a whole number of 1 or more was expected"
-            )
-        return value
-
-    hidden, heads = count("hidden_size"), count("num_attention_heads")
-    moe = model_type == "qwen3_moe"
-    # transformers 5 renames num_experts when it saves.
-    experts_key = "num_experts" if "num_experts" in config else "num_local_experts"
-    facts = ModelFacts(
-        model_type=model_type,
-        layers=count("num_hidden_layers"),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=count("num_key_value_heads"),
-        head_dim=count(
-            "head_dim", hidden // heads if moe else 128
-        ),  # the defaults of transformers' two classes
-        intermediate=count("intermediate_size"),
-        vocab=count("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        experts=count(experts_key) if moe else 0,
-        top_k=count("num_experts_per_tok") if moe else 0,
-        moe_intermediate=count("moe_intermediate_size") if moe else 0,
-        mlp_only_layers=tuple(config.get("mlp_only_layers") or ()) if moe else (),
-        decoder_sparse_step=count("decoder_sparse_step", 1) if moe else 1,
-        norm_topk_prob=bool(config.get("norm_topk_prob", False)) and moe,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        max_positions=count("max_position_embeddings", 32_768),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-        packing=packing,
-        quantized=packing.method if packing else _made_by_q3q(config.get(EXPORT_KEY)),
-    )
-    if facts.heads % facts.kv_heads:
-        raise wrong(
-            f"{facts.heads} attention heads cannot share {facts.kv_heads} key/value heads evenly"
-        )
-    if facts.top_k > facts.experts:
-        raise wrong(f"num_experts_per_tok={facts.top_k} of only {facts.experts} experts")
-    if facts.dtype not in _DTYPE_BYTES:
-        raise wrong(f"dtype {facts.dtype!r} is not supported, only {', '.join(_DTYPE_BYTES)}")
-    return facts
-
-
-# ---------------------------------------------------------------------------------------------- its weights
 
 
 class Checkpoint:
@@ -421,7 +60,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
-            raise CheckpointError(f"{folder} is not a folder. {_OWN_FOLDER}")
+            raise CheckpointError(f"{folder} is not a folder. {OWN_FOLDER}")
         self.folder = folder
         self.facts = read_facts(folder)
         self._stored = _read_headers(folder)
@@ -542,7 +181,9 @@ class Checkpoint:
             expected["lm_head.weight"] = (facts.vocab, facts.hidden)
 
         if missing := [name for name in expected if name not in self._stored]:
-            raise CheckpointError(f"{self.folder}: {_count(missing)} missing, first {missing[0]}")
+            raise CheckpointError(
+                f"{self.folder}: {number_of_tensors(missing)} missing, first {missing[0]}"
+            )
         for what, misfits in {
             "of a shape that config.json does not imply": [
                 f"{name} in {stored.shard.name}: {list(stored.shape)} instead of {list(shape)}"
@@ -557,7 +198,7 @@ class Checkpoint:
         }.items():
             if misfits:
                 raise CheckpointError(
-                    f"{self.folder}: {_count(misfits)} {what}, first {misfits[0]}"
+                    f"{self.folder}: {number_of_tensors(misfits)} {what}, first {misfits[0]}"
                 )
 
 
@@ -579,7 +220,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         Exception
     ) as error:  # JSON, Rust and plain Python errors alike mean files that cannot be used
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}"
+            f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
         ) from error
     if len(tokenizer) > (vocab := read_facts(folder).vocab):
         raise CheckpointError(
@@ -598,17 +239,13 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     """
     own = folder / "generation_config.json"
     path = own if own.is_file() else folder / "config.json"
-    found = _read_json(path).get("eos_token_id")
+    found = read_json(path).get("eos_token_id")
     ends = found if isinstance(found, list) else [] if found is None else [found]
     if not all(isinstance(end, int) for end in ends):
         raise CheckpointError(
             f"{path}: eos_token_id is {found!r}, neither a number nor a list of numbers"
         )
     return tuple(ends)
-
-
-def _made_by_q3q(marker: Any) -> str | None:
-    return f"by q3q: {marker.get('name')}" if isinstance(marker, dict) else None
 
 
 def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str, Shape]:
@@ -703,7 +340,7 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
                 f"Save the model as safetensors: model.save_pretrained(DIR)"
             )
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(shard, str) for shard in weight_map.values()
     ):
@@ -756,23 +393,3 @@ class _Memo:
         if self._path is not None and self._changed:
             there = {file: entry for file, entry in self._known.items() if Path(file).is_file()}
             write_atomically(self._path, json.dumps(there, indent=1).encode())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent}: no {path.name} there, so not a model folder. {_OWN_FOLDER}"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a table of settings")
-    return content
-
-
-def _count(names: list[str]) -> str:
-    return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'}"

@@ -15,7 +15,8 @@ from torch.nn.functional import linear
 from q3q.errors import NumericsError
 from q3q.models.anatomy import block_class
 from q3q.models.attention import CAUSAL, Attention, sent
-from q3q.models.checkpoint import Checkpoint, ModelFacts, names_on_disk
+from q3q.models.checkpoint import Checkpoint, names_on_disk
+from q3q.models.facts import ModelFacts
 from q3q.models.qwen3 import Qwen3Block, Rope, rms_norm
 from q3q.models.spool import Spool
 from q3q.numerics.kernels.logsum import has_fused, logsum

@@ -9,14 +9,17 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from q3q.errors import ConfigError
-from q3q.models.checkpoint import ModelFacts
+from q3q.models.facts import ModelFacts
+from q3q.spec import Json
+
+if TYPE_CHECKING:
+    pass
 
 AUTO, LOADERS = "auto", ("resident", "streamed", "sharded")
 Device = Literal["cpu", "cuda"]
-
 # Python with torch, transformers, a tokenizer and lm-eval's tasks, and what its heap keeps of tensors that are gone; on
 # a GPU what its libraries reserve for themselves.
 PROCESS_BYTES = {"cpu": 764 * 2**20, "cuda": 600 * 2**20}
@@ -204,3 +207,17 @@ def _quantizing(facts: ModelFacts, method: str | None, running: int) -> int:
             observed = running + OBSERVED * hessians
             most = max(most, observed, *(int(h * hessians + w * weights) for h, w in COPIES))
     return most
+
+
+def refuse_generation(evaluation: Json, loader: str) -> None:
+    """Generated text takes a pass through all blocks for each token: only a resident model does it.
+
+    Raises:
+        ConfigError: a task generates, and the loader does not hold the whole model.
+    """
+    found = evaluation.get("generates")
+    if found and loader != "resident":
+        raise ConfigError(
+            f"{', '.join(found)}: text is generated token by token, and a {loader} model would be read anew for each; "
+            "give more memory (loader=resident), or leave such tasks out of evaluation.tasks"
+        )

@@ -16,7 +16,7 @@ from q3q.models.attention import CAUSAL, Attention
 from q3q.numerics.grid import absmax_per_token
 
 if TYPE_CHECKING:
-    from q3q.models.checkpoint import ModelFacts
+    from q3q.models.facts import ModelFacts
 
 Weights = Mapping[str, Tensor]
 Stages = Generator[tuple[Site, SiteInput], None, Tensor]

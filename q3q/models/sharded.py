@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.nn import Parameter, ParameterList
 
 from q3q.models.attention import CAUSAL, Attention
-from q3q.models.checkpoint import Checkpoint, ModelFacts
+from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import Change, Decoder, Source, block_of, placed
+from q3q.models.facts import ModelFacts
 from q3q.models.qwen3 import Qwen3Block, rms_norm
 from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight, numbers

@@ -12,9 +12,10 @@ from torch import Tensor
 from q3q.errors import CheckpointError
 from q3q.models.tensor_files import encoded, read_tensors
 from q3q.numerics.weights import stored_weight
-from q3q.quantize.walk import QuantizedBlock
-from q3q.record import SiteError, sealed, unsealed, write_atomically
+from q3q.quantize.block import QuantizedBlock
+from q3q.record import SiteError
 from q3q.spec import Json
+from q3q.storage.files import sealed, unsealed, write_atomically
 
 
 class BlockStore:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from q3q.calibrate.statistics import Statistics, starved_experts
 from q3q.models.anatomy import ScaleGroup
 from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight
+from q3q.quantize.statistics import Statistics, starved_experts
 from q3q.spec import Scheme
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from q3q.errors import NumericsError
+from q3q.models.adjust import set_activations
 from q3q.models.decoder import Decoder
 from q3q.numerics.divergence import kl_divergence
 from q3q.quantize.blocks import BlockStore
 from q3q.quantize.method import Method
 from q3q.quantize.walk import quantized_blocks
-from q3q.spec import Json, Scheme, Schemes
+from q3q.spec import Json, Scheme, Schemes, TrialSpec
 
 
 def search_variants(
@@ -81,3 +82,31 @@ def mean_divergence(model: Decoder, original_PH: Tensor, changed_PH: Tensor) -> 
 
 def _final_hidden(model: Decoder, windows_BT: Tensor) -> Tensor:
     return torch.cat([hidden_1TH[0] for hidden_1TH in model.states(windows_BT.split(1))])
+
+
+def settle_variant(
+    method: Method,
+    model: Decoder,
+    spec: TrialSpec,
+    windows: Tensor | None,
+    store: BlockStore,
+    steps: Callable[..., Callable[[int, int], None]],
+) -> Method:
+    """The method, or of one that offers variants the best; what was found lies beside the blocks that it made."""
+    variants = method.variants()
+    if (
+        not variants or windows is None or spec.schemes is None
+    ):  # without windows all blocks are there, made by it
+        return method
+    found = store.recall("search")
+    if found is None:
+        found = search_variants(
+            model,
+            variants,
+            spec.schemes,
+            windows[: method.search_windows],
+            lambda copy: set_activations(copy, spec),
+            lambda name, done, total: steps("search", name)(done, total),
+        )
+        store.remember("search", found)
+    return variants[found["chosen"]]

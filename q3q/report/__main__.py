@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from q3q.errors import Q3QError
-from q3q.mirror import refreshed
 from q3q.report.records import Found, find_records, predictions
 from q3q.report.write import FORMATS, HTML, About, one_format, write_report
+from q3q.storage.mirror import refreshed
 
 MISUSED = 2
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from q3q.config.command import command_of
 from q3q.record import TrialRecord
 from q3q.report.answer import RULE
-from q3q.report.command import command_of
 from q3q.report.drawing import COLOURS, Plot
 from q3q.report.luck import NOTE as LUCK
 from q3q.report.measures import by_model, commit_of, in_order, model_name, seconds

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from q3q.config import RANDOM_TEXTS
+from q3q.config.texts import RANDOM_TEXTS
 from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
 from q3q.report.measures import DIVERGED, cell, in_order, shown

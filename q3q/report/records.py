@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from q3q.config import nearest
+from q3q.config.schema import nearest
 from q3q.errors import Q3QError, ReportError
-from q3q.record import TrialRecord
+from q3q.record import Sweep, TrialRecord
 from q3q.spec import TrialSpec
-from q3q.track.tracker import Sweep
 
 # What reading a file raises that is torn, or that another program wrote.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Q3QError)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from q3q.record import TrialRecord, trial_folder, write_atomically
+from q3q.record import ANSWER, TrialRecord, trial_folder
 from q3q.report.answer import answers
 from q3q.report.latex import latex
 from q3q.report.luck import luck_tables
@@ -14,7 +14,7 @@ from q3q.report.page import Contents, html, markdown, versions
 from q3q.report.paper import Compared, compare_with_paper, paper_table, share_reproduced
 from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
 from q3q.report.tables import Table, result_tables, sites_csv, trial_table
-from q3q.track.tracker import ANSWER
+from q3q.storage.files import write_atomically
 
 HTML, PAGE, CSV, LATEX, PICTURE = (
     "report.html",

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from q3q.models.checkpoint import ModelFacts
+from q3q.models.facts import ModelFacts
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
 

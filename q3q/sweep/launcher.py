@@ -23,7 +23,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from q3q.masking import masked
-from q3q.sweep.cluster import Cluster, Outcome, Report, Resources, Task, WorkerDiedError
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Outcome, Report, Resources, Task, WorkerDiedError
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TextIO, TypeVar
 
 from q3q.masking import masked
 from q3q.record import Progress, TrialRecord
-from q3q.sweep.bulletin import Publisher, View, Work
+from q3q.storage.status import StatusWriter, View, Work
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -169,7 +169,7 @@ class Display:
         total: int,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
-        publisher: Publisher | None = None,
+        publisher: StatusWriter | None = None,
     ) -> None:
         self.total = total
         self.publisher = publisher

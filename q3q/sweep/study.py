@@ -13,14 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from q3q.claim import Claim, Holder, claim_or_refuse
 from q3q.errors import ConfigError, IntegrityError, Q3QError, TrackingError
-from q3q.mirror import Courier, is_light, mirror_at
-from q3q.models.checkpoint import ModelFacts, fetch_facts, read_facts
-from q3q.record import Progress, TrialRecord, trial_folder
+from q3q.models.facts import ModelFacts, read_facts
+from q3q.models.hub import fetch_facts
+from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import TrialSpec
-from q3q.sweep.teller import Teller
-from q3q.track.tracker import Sweep, Tracker
+from q3q.storage.claim import Claim, Holder, claim_or_refuse
+from q3q.storage.mirror import Uploader, is_light, mirror_at
+from q3q.sweep.background import BackgroundQueue
+from q3q.sweep.comparing import NOT_COMPARED, baseline_record, compared
+from q3q.track.tracker import Tracker
 
 if TYPE_CHECKING:
     from q3q.report.write import Report
@@ -58,9 +60,6 @@ def sole_driver(
         claim.release()
 
 
-NOT_COMPARED = (
-    "not_compared"  # the note of a record that says why it is not compared with its baseline
-)
 RECENT_RECORDS = 200  # that correct the cost model
 TRY_AGAIN_SECONDS = 30.0  # after which a tracker that failed is asked again
 
@@ -88,10 +87,10 @@ class Study:
     expectation: str = ""
     predicted: Mapping[str, float] = field(default_factory=dict)
     experiment: str = "q3q"
-    courier: Courier | None = None
+    courier: Uploader | None = None
     takes_exports: bool = False
     _sweep: Sweep | None = None
-    _teller: Teller = field(default_factory=Teller)
+    _teller: BackgroundQueue = field(default_factory=BackgroundQueue)
     # Of trials at work, what is still to be told: steps, and what was measured there.
     _live: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
     _owed: set[str] = field(default_factory=set)  # trials whose records the tracker did not take
@@ -318,35 +317,3 @@ def _facts(folder: str | None, source: str | None, revision: str | None) -> Mode
         )
     except (OSError, Q3QError):
         return None
-
-
-def baseline_record(spec: TrialSpec, records: Mapping[str, TrialRecord]) -> TrialRecord | None:
-    """The finished trial of the unquantized model that this one is compared with: of this study, or on disk."""
-    wanted = spec.places.get("baseline")
-    if wanted is None:
-        return None
-    known = records.get(wanted)
-    if known is not None:
-        return known if known.completed else None
-    try:
-        found = TrialRecord.load(Path(spec.places["trials"]) / wanted / "record.json")
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if found.completed and found.spec.id == wanted else None
-
-
-def compared(record: TrialRecord, baseline: TrialRecord) -> TrialRecord:
-    """The record with each of its metrics compared with the baseline's, sample by sample.
-
-    Raises:
-        IntegrityError: their samples are not the same ones, or a file of them is missing or damaged.
-    """
-    from q3q.evaluate.samples import SAMPLES, comparisons, measured, read_samples
-
-    ours, theirs = (
-        measured(
-            read_samples(trial_folder(one.spec) / SAMPLES), bool(one.spec.evaluation.get("quick"))
-        )
-        for one in (record, baseline)
-    )
-    return replace(record, comparisons=comparisons(ours, theirs))

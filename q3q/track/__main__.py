@@ -8,14 +8,13 @@ from pathlib import Path
 
 from q3q.errors import Q3QError, TrackingError
 from q3q.masking import masked
-from q3q.mirror import refreshed
-from q3q.record import TrialRecord
+from q3q.record import Sweep, TrialRecord
 from q3q.report.measures import trial_names
 from q3q.report.records import all_sweeps, find_records, predictions
 from q3q.report.write import About, trial_artifacts, write_report
-from q3q.sweep.bulletin import at_work
+from q3q.storage.mirror import refreshed
+from q3q.storage.status import at_work
 from q3q.track.mlflow import MlflowTracker
-from q3q.track.tracker import Sweep
 
 FAILED, MISUSED = 1, 2
 LOOSE = "records without a sweep"

@@ -1,61 +1,10 @@
 """Where a sweep's results are kept for browsing: the seam, and its twin for tests."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Protocol
 
-from q3q.record import TrialRecord, moved, write_atomically
-from q3q.spec import Json, TrialSpec
-
-ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """What is known of a sweep before it runs.
-
-    id: the same for the same set of trials. command: what a person types to get it again. config: composed, as YAML.
-    question, expectation: of a saved study, in its own words. predicted: seconds of each trial still to run, by id.
-    experiment: what a tracker files it under. names: what each trial is called among these, by id.
-    started, ended: when it ran, of one that is filed after the fact (ISO 8601); empty: now.
-    """
-
-    id: str
-    name: str
-    command: str
-    config: str
-    trials: tuple[TrialSpec, ...]
-    question: str = ""
-    expectation: str = ""
-    predicted: dict[str, float] = field(default_factory=dict)
-    experiment: str = "q3q"
-    names: dict[str, str] = field(default_factory=dict)
-    started: str = ""
-    ended: str = ""
-
-    def save(self, storage: Path) -> None:
-        """To `<storage>/sweeps/<name>_<id>.json`: a report, or a new tracker, finds its trials there."""
-        write_atomically(
-            storage / "sweeps" / f"{self.name}_{self.id}.json", json.dumps(self.to_json()).encode()
-        )
-
-    def to_json(self) -> Json:
-        return {**asdict(self), "trials": [spec.to_json() for spec in self.trials]}
-
-    @classmethod
-    def load(cls, path: Path) -> "Sweep":
-        """Its trials' places are in the storage folder where it lies: see `moved`."""
-        data, storage = json.loads(path.read_text(encoding="utf-8")), path.absolute().parent.parent
-        return cls(
-            **{
-                **data,
-                "trials": tuple(
-                    moved(TrialSpec.from_json(spec), storage) for spec in data["trials"]
-                ),
-            }
-        )
+from q3q.record import Sweep, TrialRecord
+from q3q.spec import TrialSpec
 
 
 class Tracker(Protocol):

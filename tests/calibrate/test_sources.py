@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from q3q.calibrate.sources import _HUB, SOURCES, Text, load_text
+from q3q.data.texts import _HUB, SOURCES, Text, load_text
 from q3q.errors import CalibrationError
 from q3q.models.demo.library import held_out_text
 from q3q.models.demo.stories import stories, story_text

@@ -6,7 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from q3q.calibrate.statistics import (
+from q3q.models.anatomy import SiteInput
+from q3q.models.qwen3_moe import EveryExpert
+from q3q.quantize.statistics import (
     LANES,
     MIN_EXPERT_TOKENS,
     Gram,
@@ -16,8 +18,6 @@ from q3q.calibrate.statistics import (
     lane_of,
     lanes_of,
 )
-from q3q.models.anatomy import SiteInput
-from q3q.models.qwen3_moe import EveryExpert
 
 WINDOWS, LENGTH, COLUMNS, EXPERTS = 21, 10, 40, 4
 
@@ -274,7 +274,7 @@ def test_what_is_made_on_the_way_is_made_once(monkeypatch):
 def test_hessians_come_in_chunks_and_a_starved_experts_is_the_identity(monkeypatch):
     gram = by_one(Gram, "routed, down")
     mean, columns = gram.mean_EII(), gram.sum_EII.shape[-1]
-    monkeypatch.setattr("q3q.calibrate.statistics.HESSIAN_BYTES", 3 * 4 * columns**2)
+    monkeypatch.setattr("q3q.quantize.statistics.HESSIAN_BYTES", 3 * 4 * columns**2)
     chunks = list(gram.hessians(starved=[3]))
     assert [(one.experts.start, one.experts.stop) for one in chunks] == [(0, 3), (3, 4)]
     assert torch.equal(chunks[0].mean_MII, mean[:3])

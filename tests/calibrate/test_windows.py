@@ -7,8 +7,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from q3q.calibrate.sources import Text, load_text
-from q3q.calibrate.windows import consecutive_windows, draw_windows, encoder
+from q3q.data.texts import Text, load_text
+from q3q.data.windows import consecutive_windows, draw_windows, encoder
 from q3q.errors import CalibrationError
 
 

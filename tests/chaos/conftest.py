@@ -18,7 +18,7 @@ from tests.chaos.faults import CONFIG, ROOT
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A random Qwen3 of three blocks with the demo's tokenizer."""
-    from q3q.models.checkpoint import read_facts
+    from q3q.models.facts import read_facts
 
     folder, demo = tmp_path_factory.mktemp("tiny"), ROOT / "q3q/models/demo/dense"
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

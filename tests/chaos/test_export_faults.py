@@ -16,10 +16,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
-from q3q import config as schema
-from q3q import trial
+from q3q.config import resolve, schema
 from q3q.errors import CheckpointError
-from q3q.export import destination, proof, reload, writer
+from q3q.export import destination, proof, publish, reload, writer
 from q3q.models.checkpoint import Checkpoint
 from q3q.record import Check, TrialRecord, trial_folder
 from q3q.trial import attempt_trial
@@ -34,7 +33,7 @@ def spec_of(tiny):
     def make(storage, export):
         always = [*SMALL, f"model.path={tiny}", "method=gptq", "bits=4", "export=gptq"]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(
+            return resolve.spec_from(
                 compose("config", [*always, f"storage={storage}", f"export.path={export}"])
             )
 
@@ -135,7 +134,7 @@ def while_removing_what_is_wrong():
             next(Path(folder).glob("*.safetensors")).unlink()
             die()
 
-    trial.prove = lambda folder, model: proof.Proof(
+    publish.prove = lambda folder, model: proof.Proof(
         Check(name=proof.PASSED, passed=False, detail="a test")
     )
     destination.shutil.rmtree = rmtree

@@ -12,11 +12,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import claim as claim_module
-from q3q import config as schema
-from q3q import mirror as mirror_module
-from q3q.mirror import open_store, settled
+from q3q.config import resolve, schema
 from q3q.record import trial_folder
+from q3q.storage import claim as claim_module
+from q3q.storage import mirror as mirror_module
+from q3q.storage.mirror import settled
+from q3q.storage.stores import open_store
 from q3q.trial import attempt_trial
 from tests.chaos.faults import (
     ROOT,
@@ -63,7 +64,7 @@ def spec(url, tiny, tmp_path, monkeypatch):
         "bits=3",
     ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return schema.spec_from(compose("config", settings))
+        return resolve.spec_from(compose("config", settings))
 
 
 def on(node, spec, work):

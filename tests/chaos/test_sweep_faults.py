@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from q3q.sweep.bulletin import Bulletin
+from q3q.storage.status import SweepStatus
 from tests.chaos.faults import (
     ROOT,
     blocks_of,
@@ -170,7 +170,7 @@ def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
 def at_work_by(storage, driver):
     """The trials that a driver's own bulletin says are at work."""
     try:
-        bulletin = Bulletin.load(storage / "running" / f"{platform.node()}-{driver}.json")
+        bulletin = SweepStatus.load(storage / "running" / f"{platform.node()}-{driver}.json")
     except (OSError, ValueError):
         return []
     return [] if bulletin.over else [work.trial for work in bulletin.view.running]
@@ -313,8 +313,8 @@ def test_a_disk_that_is_full_stops_the_sweep_in_a_line_and_with_room_it_goes_on(
 
 def test_a_second_terminal_lists_what_runs_by_its_claim(tiny, tmp_path):
     """`python -m q3q.trials resume` is no sweep: what says that its trial is at work is the claim."""
-    from q3q.claim import claimed
     from q3q.spec import Scheme, TrialSpec
+    from q3q.storage.claim import claimed
     from q3q.trials import find_trials, main
 
     scheme = Scheme(bits=2, group_size=32, symmetric=False)

@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import config as schema
+from q3q.config import resolve, schema
 from q3q.errors import TrackingError
 from q3q.record import TrialRecord
 from q3q.sweep import study as study_module
@@ -29,7 +29,7 @@ def specs(storage, count=3):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return [
-            schema.spec_from(
+            resolve.spec_from(
                 compose(
                     "config", [f"storage={storage}", f"bits={2 + k}", "evaluation.baseline=false"]
                 )

@@ -16,10 +16,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import claim as claim_module
-from q3q import config as schema
 from q3q import record as record_module
+from q3q.config import resolve, schema
 from q3q.record import TrialRecord, trial_folder
+from q3q.storage import claim as claim_module
 from q3q.trial import attempt_trial
 from tests.chaos.faults import (
     ROOT,
@@ -66,7 +66,7 @@ def spec_of(tiny, tmp_path_factory):
 
     def make(*overrides):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(compose("config", [*always, *overrides]))
+            return resolve.spec_from(compose("config", [*always, *overrides]))
 
     return make
 

@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from q3q.calibrate.sources import load_text
+from q3q.data.texts import load_text
 from q3q.evaluate.encoding import QWEN_SPLIT, LineEncoder, cuts_at_lines, encode_pair
 
 # What stands next to a newline in prompts, and what a merge might want to cross it for.

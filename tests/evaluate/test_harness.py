@@ -23,20 +23,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
-from q3q.config import DEMO_MODELS
+from q3q.config.model import DEMO_MODELS
 from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate import generation
 from q3q.evaluate.budget import TokenBudget
+from q3q.evaluate.catalogue import Chat
 from q3q.evaluate.encoding import as_ids
-from q3q.evaluate.harness import (
-    Chat,
-    HarnessLM,
-    asked_documents,
-    check_samples,
-    read_metrics,
-    run_tasks,
-    shares,
-)
+from q3q.evaluate.harness.lm import HarnessLM
+from q3q.evaluate.harness.run import asked_documents, check_samples, read_metrics, run_tasks, shares
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.prefixes import Tape
 from q3q.evaluate.scoring import run_tape

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from q3q.calibrate.sources import load_text
-from q3q.calibrate.windows import consecutive_windows, encoder
-from q3q.config import DEMO_MODELS
+from q3q.config.model import DEMO_MODELS
+from q3q.data.texts import load_text
+from q3q.data.windows import consecutive_windows, encoder
 from q3q.evaluate.perplexity import perplexity
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from q3q.config import DEMO_MODELS
+from q3q.config.model import DEMO_MODELS
 from q3q.errors import IntegrityError
 from q3q.evaluate import prefixes
 from q3q.evaluate.budget import TokenBudget, out_of_memory

@@ -7,13 +7,13 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from q3q.config import DEMO_MODELS
+from q3q.config.model import DEMO_MODELS
 from q3q.errors import ConfigError
 from q3q.evaluate import budget as budget_module
 from q3q.evaluate.baseline import BaselineIdentity, baseline_for
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.drift import perplexity_and_drift
-from q3q.evaluate.harness import HarnessLM
+from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.perplexity import window_losses
 from q3q.evaluate.scoring import Request, score
 from q3q.models.checkpoint import Checkpoint, load_tokenizer

@@ -10,25 +10,16 @@ import huggingface_hub
 import pytest
 import torch
 
-from q3q.calibrate.sources import Text
-from q3q.calibrate.windows import draw_windows
-from q3q.config import DEMO_MODELS
-from q3q.data import LOCAL, MMLU, REVISIONS, DataSet, Library, serving
+from q3q.config.model import DEMO_MODELS
+from q3q.data.questions import LOCAL, MMLU, REVISIONS, DataSet, Library, serving
+from q3q.data.texts import Text
+from q3q.data.windows import draw_windows
 from q3q.errors import ConfigError, IntegrityError
-from q3q.evaluate import mmlu_paper, suites
+from q3q.evaluate import catalogue, mmlu_paper, suites
+from q3q.evaluate.catalogue import KNOWN, QUESTIONS, SUBJECTS, batches, draws_shots
 from q3q.evaluate.compare import compare
 from q3q.evaluate.samples import comparisons, measured, read_samples, window_rows, write_samples
-from q3q.evaluate.suites import (
-    KNOWN,
-    QUESTIONS,
-    SUBJECTS,
-    batches,
-    draws_shots,
-    score_batch,
-    settle,
-    weighted_intervals,
-    weighted_losses,
-)
+from q3q.evaluate.suites import score_batch, settle, weighted_intervals, weighted_losses
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 
@@ -86,7 +77,7 @@ def score(demo, evaluation, folder, journal):
 
 @pytest.fixture
 def three_subjects(monkeypatch):
-    monkeypatch.setattr(suites, "_MMLU", suites._MMLU[:3])
+    monkeypatch.setattr(suites, "MMLU_DATA", suites.MMLU_DATA[:3])
 
 
 @pytest.fixture(scope="module")
@@ -218,17 +209,17 @@ def test_a_killed_run_finds_its_scores_again(
 
 
 def test_a_trial_that_was_planned_with_another_evaluation_is_not_run(monkeypatch):
-    planned = {"texts": [], "tasks": ["piqa"], "version": suites.EVALUATION_VERSION}
-    planned["lm_eval"] = suites.lm_eval_version()
-    suites.refuse_other_versions(planned)
-    suites.refuse_other_versions({"texts": [], "tasks": []})
+    planned = {"texts": [], "tasks": ["piqa"], "version": catalogue.EVALUATION_VERSION}
+    planned["lm_eval"] = catalogue.lm_eval_version()
+    catalogue.refuse_other_versions(planned)
+    catalogue.refuse_other_versions({"texts": [], "tasks": []})
     with pytest.raises(ConfigError, match=r"planned with lm-eval 0\.1, and this process has"):
-        suites.refuse_other_versions({**planned, "lm_eval": "0.1"})
-    monkeypatch.setattr(suites, "EVALUATION_VERSION", suites.EVALUATION_VERSION + 1)
+        catalogue.refuse_other_versions({**planned, "lm_eval": "0.1"})
+    monkeypatch.setattr(catalogue, "EVALUATION_VERSION", catalogue.EVALUATION_VERSION + 1)
     with pytest.raises(
         ConfigError, match=r"planned with q3q's evaluation 1, and this process has 2"
     ):
-        suites.refuse_other_versions(planned)
+        catalogue.refuse_other_versions(planned)
 
 
 # -------------------------------------------------------------------------------------- MMLU by the study's script

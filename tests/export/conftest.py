@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 
 from q3q.export.formats import stored_scales
 from q3q.export.writer import open_exporter
-from q3q.models.checkpoint import Checkpoint, disk_shapes, read_facts
+from q3q.models.checkpoint import Checkpoint, disk_shapes
 from q3q.models.decoder import load_block, load_decoder
+from q3q.models.facts import read_facts
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid, with_scales
-from q3q.quantize.walk import QuantizedBlock
+from q3q.quantize.block import QuantizedBlock
 from q3q.spec import Scheme, TrialSpec
 
 DEMO = Path(__file__).parents[2] / "q3q" / "models" / "demo" / "dense"

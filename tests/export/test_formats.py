@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import config as schema
+from q3q.config import resolve, schema
 from q3q.errors import ConfigError, ExportError, IncompatibleError
 from q3q.export.formats import expected_bytes, stored_scales, table
 from q3q.export.reload import transformers_takes
@@ -24,7 +24,7 @@ def trial(tmp_path):
 
     def make(*overrides) -> TrialSpec:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(
+            return resolve.spec_from(
                 compose("config", ["evaluation=none", f"storage={tmp_path}/s", *overrides])
             )
 
@@ -217,7 +217,7 @@ def test_the_page_has_the_table_of_what_is_refused():
     ],
 )
 def test_who_exports_what_servers_refuse_or_misread_is_told_once(trial, capsys, overrides, says):
-    schema._warn_once.cache_clear()
+    resolve._warn_once.cache_clear()
     for _ in range(2):
         trial(*overrides)
     told = [line for line in capsys.readouterr().err.splitlines() if "vLLM" in line]

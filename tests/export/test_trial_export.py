@@ -9,11 +9,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
-from q3q import config as schema
 from q3q import trial
 from q3q.attempt import finished_record
+from q3q.config import resolve, schema
 from q3q.errors import CheckpointError
-from q3q.export import proof, reload
+from q3q.evaluate import measure
+from q3q.export import proof, publish, reload
 from q3q.export.destination import partial_path
 from q3q.export.proof import PASSED, Proof
 from q3q.record import Check, blocks_folder
@@ -34,7 +35,7 @@ def spec_of(tmp_path):
 
     def make(*overrides):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(
+            return resolve.spec_from(
                 compose("config", [*SMALL, f"storage={tmp_path}/s", *overrides])
             )
 
@@ -108,8 +109,8 @@ def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone
     spec_of, tmp_path, monkeypatch, reloaded
 ):
     """But not the blocks and measurements, which are sound: the same command exports them again."""
-    spec, how = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out"), trial.prove
-    monkeypatch.setattr(trial, "prove", lambda folder, model: Proof(WRONG))
+    spec, how = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out"), proof.prove
+    monkeypatch.setattr(publish, "prove", lambda folder, model: Proof(WRONG))
     record = trial.run_trial(spec)
     assert not record.completed
     assert "worst site blocks.1.mlp.up_proj" in record.reason
@@ -117,9 +118,9 @@ def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone
     assert len(list(blocks_folder(spec).glob("*.safetensors"))) == 6
     measured = record.metrics["perplexity/stories"]
 
-    monkeypatch.setattr(trial, "prove", how)
+    monkeypatch.setattr(publish, "prove", how)
     monkeypatch.setattr(
-        trial, "_measure_text", lambda *given: pytest.fail("it is measured already")
+        measure, "_measure_text", lambda *given: pytest.fail("it is measured already")
     )
     record = trial.run_trial(spec)
     assert record.completed, record.reason
@@ -148,7 +149,7 @@ def test_a_proved_checkpoint_outlives_another_run_that_comes_to_other_codes(
     assert trial.run_trial(spec).completed
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     shutil.rmtree(tmp_path / "s")
-    monkeypatch.setattr(trial, "prove", lambda folder, model: Proof(WRONG))
+    monkeypatch.setattr(publish, "prove", lambda folder, model: Proof(WRONG))
     record = trial.run_trial(spec)
     assert not record.completed
     assert (

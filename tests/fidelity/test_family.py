@@ -15,8 +15,10 @@ import torch
 
 from q3q.evaluate.integrity import check_weights
 from q3q.evaluate.perplexity import perplexity
-from q3q.models.checkpoint import Checkpoint, read_facts
+from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.models.facts import read_facts
+from q3q.quantize.ledger import Ledger, sizes
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.billm import Billm
 from q3q.quantize.methods.gptq import Gptq
@@ -31,7 +33,6 @@ from q3q.quantize.methods.settings import (
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
-from q3q.trial import Ledger, sizes
 from tests.fidelity.checkpoints import save_random, windows_of
 from tests.fidelity.test_drivers import Nowhere
 

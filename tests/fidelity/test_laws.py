@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import q3q.models.demo
-from q3q.calibrate.sources import load_text
-from q3q.calibrate.windows import consecutive_windows, draw_windows, encoder
+from q3q.data.texts import load_text
+from q3q.data.windows import consecutive_windows, draw_windows, encoder
 from q3q.evaluate.perplexity import perplexity
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder

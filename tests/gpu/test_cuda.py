@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from q3q.calibrate.sources import load_text
-from q3q.calibrate.windows import consecutive_windows, encoder
-from q3q.config import DEMO_MODELS
+from q3q.config.model import DEMO_MODELS
+from q3q.data.texts import load_text
+from q3q.data.windows import consecutive_windows, encoder
 from q3q.evaluate.budget import TokenBudget
-from q3q.evaluate.harness import HarnessLM
+from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.perplexity import perplexity
 from q3q.evaluate.scoring import Request, score
 from q3q.models.attention import (

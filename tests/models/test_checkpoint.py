@@ -25,15 +25,9 @@ from transformers import (
 )
 
 from q3q.errors import CheckpointError
-from q3q.models.checkpoint import (
-    Checkpoint,
-    fetch_facts,
-    fetch_file,
-    load_tokenizer,
-    locate,
-    read_facts,
-    resolve_revision,
-)
+from q3q.models.checkpoint import Checkpoint, load_tokenizer
+from q3q.models.facts import read_facts
+from q3q.models.hub import fetch_facts, fetch_file, locate, resolve_revision
 
 SMALL = {
     "vocab_size": 48,

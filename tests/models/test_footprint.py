@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from q3q.errors import ConfigError
-from q3q.models.checkpoint import read_facts
+from q3q.models.facts import read_facts
 from q3q.models.footprint import LOADERS, bytes_of, choose, free_memory, need
 
 FOUR_B = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from q3q.models.anatomy import block_class
-from q3q.models.checkpoint import read_facts
 from q3q.models.decoder import Decoder
+from q3q.models.facts import read_facts
 
 CONFIG = {
     "vocab_size": 61,

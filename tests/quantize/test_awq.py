@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from q3q.calibrate.sources import load_text
-from q3q.calibrate.statistics import Kept
-from q3q.calibrate.windows import draw_windows, encoder
+from q3q.data.texts import load_text
+from q3q.data.windows import draw_windows, encoder
 from q3q.models.anatomy import ScaleGroup, Site, SiteInput
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.spool import Spool
 from q3q.numerics.grid import awq_grid, into_groups, on_grid
+from q3q.quantize.activations import Activations, show_inputs
 from q3q.quantize.method import ScaleTask
 from q3q.quantize.methods import awq
 from q3q.quantize.methods.awq import (
@@ -31,7 +31,9 @@ from q3q.quantize.methods.awq import (
     still_racing,
 )
 from q3q.quantize.methods.settings import AwqSettings
-from q3q.quantize.walk import Share, _scale_task, _show, migrate_scale, quantize_model
+from q3q.quantize.scales import migrate_scale, scale_task
+from q3q.quantize.statistics import Kept
+from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
@@ -318,7 +320,7 @@ def observed(decoder, windows, index=0):
     for x in hidden:
         for site, inputs in block.stages(x, decoder.rope):
             told = replace(inputs, windows=len(x), of_windows=len(windows))
-            _show(kept[site.name], site, told, slice(None), index)
+            show_inputs(kept[site.name], site, told, slice(None), index)
     return block, hidden, kept
 
 
@@ -329,7 +331,7 @@ def task_of(decoder, block, group, statistics, hidden):
         block.weights.update(migrate_scale(block.weights, group, scale))
         statistics.rescale(scale)
 
-    return _scale_task(block, group, statistics, decoder.rope, Share.of_all(hidden), apply)
+    return scale_task(block, group, statistics, decoder.rope, Activations.of_all(hidden), apply)
 
 
 @torch.inference_mode()

@@ -152,7 +152,7 @@ def test_factoring_a_few_experts_at_a_time_changes_nothing(moe_decoder, windows,
     quantize_model(moe_decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
     whole = moe_decoder.blocks
     moe_decoder.blocks = block
-    monkeypatch.setattr("q3q.calibrate.statistics.HESSIAN_BYTES", 4 * 32 * 32)
+    monkeypatch.setattr("q3q.quantize.statistics.HESSIAN_BYTES", 4 * 32 * 32)
     quantize_model(moe_decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
     for a, b in zip(whole, moe_decoder.blocks, strict=True):
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)

@@ -8,7 +8,7 @@ import torch
 import q3q.models.demo
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
-from q3q.quantize import walk
+from q3q.quantize import activations, sites
 from q3q.quantize.methods import gptq
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.billm import Billm
@@ -132,11 +132,13 @@ def quantized_by(gang, names):
     def call(team):
         import torch
 
+        import q3q.quantize.activations
         import q3q.quantize.methods.gptq
-        import q3q.quantize.walk
+        import q3q.quantize.sites
 
         for name, value in small.items():
-            setattr(q3q.quantize.walk, name, value)
+            home = q3q.quantize.sites if name == "CHUNK_BYTES" else q3q.quantize.activations
+            setattr(home, name, value)
         q3q.quantize.methods.gptq.CPU_ROWS = rows
         with torch.inference_mode():
             return team.follow() if team.rank else lead(team)
@@ -156,7 +158,8 @@ def test_two_ranks_give_the_codes_of_one(request, monkeypatch, kind, case, told)
     blocks, their_states, held = request.getfixturevalue(told)[kind, case]
     method, scheme = CASES[case]
     for constant, value in SMALL.items():
-        monkeypatch.setattr(walk, constant, value)
+        home = sites if constant == "CHUNK_BYTES" else activations
+        monkeypatch.setattr(home, constant, value)
     monkeypatch.setattr(gptq, "CPU_ROWS", CPU_ROWS)
     with torch.inference_mode():
         model = load_decoder(Checkpoint(DEMO / kind), torch.float32)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from q3q.calibrate.statistics import Gram
 from q3q.errors import NumericsError
 from q3q.models.anatomy import SiteInput
 from q3q.numerics.grid import into_groups, minmax_grid
@@ -12,6 +11,7 @@ from q3q.numerics.weights import round_to_grid
 from q3q.quantize.method import SiteTask
 from q3q.quantize.methods.gptq import Gptq, gptq_round
 from q3q.quantize.methods.settings import GptqSettings
+from q3q.quantize.statistics import Gram
 from q3q.spec import Scheme
 
 

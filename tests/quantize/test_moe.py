@@ -11,17 +11,18 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch.nn.functional import linear, silu
 
-from q3q import config as schema
-from q3q.calibrate import statistics
-from q3q.calibrate.statistics import MIN_EXPERT_TOKENS, Gram, Kept
+from q3q.config import resolve, schema
 from q3q.errors import ConfigError, NumericsError
+from q3q.models.adjust import set_route
 from q3q.models.decoder import Decoder
+from q3q.quantize import statistics
 from q3q.quantize.methods import awq, gptq
 from q3q.quantize.methods.gptq import gptq_round
 from q3q.quantize.methods.settings import SETTINGS, GptqSettings
-from q3q.quantize.walk import quantize_model, stack_rows
+from q3q.quantize.sites import stack_rows
+from q3q.quantize.statistics import MIN_EXPERT_TOKENS, Gram, Kept
+from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
-from q3q.trial import set_route
 
 CONF = Path(__file__).parents[2] / "conf"
 GATE, UP, DOWN = (f"mlp.experts.{name}_proj.weight" for name in ("gate", "up", "down"))
@@ -278,7 +279,7 @@ def test_the_route_is_part_of_what_a_trial_is_where_there_are_experts():
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         specs = {
-            (model, route): schema.spec_from(
+            (model, route): resolve.spec_from(
                 compose(
                     "config",
                     [
@@ -295,7 +296,7 @@ def test_the_route_is_part_of_what_a_trial_is_where_there_are_experts():
         with pytest.raises(
             ConfigError, match=r"calibration\.route=al is not known; did you mean all"
         ):
-            schema.spec_from(compose("config", ["method=gptq", "calibration.route=al"]))
+            resolve.spec_from(compose("config", ["method=gptq", "calibration.route=al"]))
     assert specs["demo", "top_k"].id == specs["demo", "all"].id
     assert "route" not in specs["demo", "all"].calibration
     assert specs["demo_moe", "top_k"].id != specs["demo_moe", "all"].id

@@ -8,13 +8,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import config as schema
 from q3q import trial
-from q3q.config import DEMO_MODELS
+from q3q.config import resolve, schema
+from q3q.config.model import DEMO_MODELS
 from q3q.errors import NumericsError
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import Decoder, load_decoder
 from q3q.models.streaming import StreamedDecoder
+from q3q.quantize import search
 from q3q.quantize.blocks import BlockStore
 from q3q.quantize.methods.rtn import Rtn
 from q3q.quantize.methods.settings import RtnSettings, SmoothQuantSettings
@@ -172,7 +173,7 @@ def test_a_trial_that_goes_on_keeps_its_choice_and_its_record_says_what_was_foun
         f"storage={tmp_path}",
     ]
     with initialize_config_dir(str(Path(__file__).parents[2] / "conf"), version_base="1.3"):
-        spec = schema.spec_from(compose("config", overrides))
+        spec = resolve.spec_from(compose("config", overrides))
     with monkeypatch.context() as patched:
         patched.setattr(
             trial, "quantized_blocks", lambda *_: 1 / 0
@@ -180,7 +181,7 @@ def test_a_trial_that_goes_on_keeps_its_choice_and_its_record_says_what_was_foun
         with pytest.raises(ZeroDivisionError):
             trial.run_trial(spec)
     monkeypatch.setattr(
-        trial, "search_variants", lambda *_: 1 / 0
+        search, "search_variants", lambda *_: 1 / 0
     )  # what is found is not looked for again
     record = trial.run_trial(spec)
     assert record.completed

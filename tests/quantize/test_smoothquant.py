@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from q3q.calibrate.statistics import MIN_EXPERT_TOKENS
 from q3q.models.decoder import Decoder
 from q3q.quantize.blocks import BlockStore
 from q3q.quantize.methods.settings import SmoothQuantSettings
 from q3q.quantize.methods.smoothquant import SmoothQuant
+from q3q.quantize.statistics import MIN_EXPERT_TOKENS
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 

@@ -3,16 +3,18 @@
 import pytest
 import torch
 
-from q3q.calibrate.statistics import MIN_EXPERT_TOKENS, Gram
 from q3q.errors import IncompatibleError, NumericsError
 from q3q.models.decoder import Decoder
 from q3q.numerics.grid import awq_grid, into_groups, on_grid
 from q3q.quantize.blocks import BlockStore
+from q3q.quantize.ends import quantize_ends
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.gptq import Gptq, gptq_round
 from q3q.quantize.methods.rtn import Rtn
 from q3q.quantize.methods.settings import AwqSettings, GptqSettings, RtnSettings
-from q3q.quantize.walk import quantize_ends, quantize_model, stack_rows
+from q3q.quantize.sites import stack_rows
+from q3q.quantize.statistics import MIN_EXPERT_TOKENS, Gram
+from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)

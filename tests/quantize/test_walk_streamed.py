@@ -13,8 +13,10 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.spool import Spool
 from q3q.models.streaming import StreamedBlocks, StreamedDecoder
-from q3q.quantize import walk
+from q3q.quantize import activations as held_activations
+from q3q.quantize import sites, walk
 from q3q.quantize.blocks import BlockStore
+from q3q.quantize.ends import quantize_ends
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.billm import Billm
 from q3q.quantize.methods.gptq import Gptq
@@ -28,7 +30,7 @@ from q3q.quantize.methods.settings import (
 )
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.search import search_variants
-from q3q.quantize.walk import quantize_ends, quantize_model, quantized_blocks
+from q3q.quantize.walk import quantize_model, quantized_blocks
 from q3q.spec import Scheme, Schemes
 
 METHODS = {
@@ -45,7 +47,7 @@ ACTIVATIONS = [40_000, 0]  # bytes: of some batches, and of none
 
 @pytest.fixture(autouse=True)
 def _no_gradients(monkeypatch):
-    monkeypatch.setattr(walk, "BATCH_TOKENS", {"cpu": 80})  # six batches
+    monkeypatch.setattr(held_activations, "BATCH_TOKENS", {"cpu": 80})  # six batches
     with torch.inference_mode():
         yield
 
@@ -184,7 +186,7 @@ def test_chunks_of_experts_change_no_bit(
     folder = random_checkpoint("moe", num_experts=7)
     results = []
     for size in (2**28, 3 * 4 * 32 * 32, 1):  # all seven at once, three, and as few as can be
-        monkeypatch.setattr(walk, "CHUNK_BYTES", size)
+        monkeypatch.setattr(sites, "CHUNK_BYTES", size)
         model = StreamedDecoder(
             Checkpoint(folder), torch.float32, activations=None if size > 1 else 30_000
         )
@@ -205,7 +207,7 @@ def test_starved_experts_are_named_by_their_place_among_all(
 ):
     folder = random_checkpoint("moe", num_experts=7)
     model = load_decoder(Checkpoint(folder), torch.float32)
-    monkeypatch.setattr(walk, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(sites, "CHUNK_BYTES", 1)
     [first, *_] = quantize_model(
         model, METHODS["gptq"](), SCHEME, windows[:6], BlockStore(tmp_path)
     )
@@ -219,7 +221,7 @@ def test_starved_experts_are_named_by_their_place_among_all(
 def test_only_a_chunk_of_experts_is_observed_and_widened_at_one_time(
     random_checkpoint, tmp_path, windows, name, monkeypatch
 ):
-    monkeypatch.setattr(walk, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(sites, "CHUNK_BYTES", 1)
     method, seen = METHODS[name](), []
     plain = method.quantize
 

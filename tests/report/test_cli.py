@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from q3q.record import COMPLETED, TrialRecord
+from q3q.record import COMPLETED, Sweep, TrialRecord
 from q3q.report.__main__ import main
 from q3q.spec import Scheme, TrialSpec
-from q3q.track.tracker import Sweep
 
 
 def record(storage: Path, bits: int, model: str = "demo", commit: str = "aaa") -> TrialRecord:

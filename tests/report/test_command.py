@@ -7,8 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import config as schema
-from q3q.report.command import command_of
+from q3q.config import resolve, schema
+from q3q.config.command import command_of
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -17,7 +17,9 @@ def trial(words: list[str]):
     schema.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return schema.spec_from(compose("config", [schema.with_plain_keys(word) for word in words]))
+        return resolve.spec_from(
+            compose("config", [schema.with_plain_keys(word) for word in words])
+        )
 
 
 @pytest.mark.parametrize(

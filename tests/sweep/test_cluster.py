@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from q3q.errors import ConfigError, Q3QError
-from q3q.sweep import cluster as cluster_module
-from q3q.sweep.cluster import Cluster, Outcome, Report, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.ray import cluster as cluster_module
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Outcome, Report, Resources, Started, Task, WorkerDiedError
 
 
 @pytest.fixture(scope="module")
@@ -359,15 +360,16 @@ def test_settings_that_contradict_are_refused():
 
 
 def test_importing_it_imports_no_ray():
-    code = "import sys, q3q.sweep.cluster; sys.exit('ray' in sys.modules)"
+    code = "import sys, q3q.sweep.ray.cluster; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # A program of its own: what `__main__` defines must reach the workers too.
 PROGRAM = """
 import sys, time
-from q3q.sweep import cluster as cluster_module
-from q3q.sweep.cluster import Cluster, HeadLostError, Started, Task
+from q3q.sweep.ray import head
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import HeadLostError, Started, Task
 
 def sleeps(report):
     import ray
@@ -386,7 +388,7 @@ def hogs(report):
 def show(key, event):
     print(event.pid if isinstance(event, Started) else event, flush=True)
 
-cluster_module.HEAD_SECONDS = 3.0
+head.HEAD_SECONDS = 3.0
 try:
     with Cluster(cpus=1) as cluster:
         for outcome in cluster.run([Task(key=name, call=globals()[name], retries=0) for name in sys.argv[1:]], show):

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from q3q.errors import ConfigError
-from q3q.sweep.cluster import Cluster, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Resources, Started, Task, WorkerDiedError
 
 TWO = Resources(cpus=1, ranks=2)
 

@@ -6,9 +6,10 @@ import pytest
 
 import q3q.models.demo
 from q3q.errors import ConfigError
-from q3q.models.checkpoint import read_facts
+from q3q.models.facts import read_facts
 from q3q.spec import Scheme, TrialSpec
-from q3q.sweep.plan import Machine, Wishes, shares_of, wishes_of
+from q3q.sweep.machines import Machine, ResourceRequest, request_of
+from q3q.sweep.shares import allocations_of
 
 KNOBS = dict.fromkeys(
     ("cpus_per_trial", "gpus_per_trial", "ranks_per_trial", "memory_per_trial", "gpu_memory"),
@@ -29,19 +30,19 @@ GPUS = Machine(cpus=32, gpus=4, memory=256_000_000_000, gpu_memory=80_000_000_00
 
 @pytest.mark.parametrize(("machine", "gpus"), [(CORES, 0), (GPUS, 1)])
 def test_ranks_that_are_asked_for_share_the_model(machine, gpus):
-    share, _ = shares_of(SPEC, FACTS, [machine], Wishes(ranks=2))
+    share, _ = allocations_of(SPEC, FACTS, [machine], ResourceRequest(ranks=2))
     assert (share.ranks, share.loader, share.gpus) == (2, "sharded", gpus)
-    alone, _ = shares_of(SPEC, FACTS, [machine], Wishes())
+    alone, _ = allocations_of(SPEC, FACTS, [machine], ResourceRequest())
     assert (alone.ranks, alone.loader) == (1, "resident")
 
 
 def test_one_rank_is_no_gang():
-    assert shares_of(SPEC, FACTS, [GPUS], Wishes(ranks=1))[0].ranks == 1
+    assert allocations_of(SPEC, FACTS, [GPUS], ResourceRequest(ranks=1))[0].ranks == 1
 
 
 def test_ranks_that_fit_nowhere_are_refused():
     with pytest.raises(ConfigError, match="fits nowhere"):
-        shares_of(SPEC, FACTS, [CORES], Wishes(ranks=5, cpus=1))
+        allocations_of(SPEC, FACTS, [CORES], ResourceRequest(ranks=5, cpus=1))
 
 
 @pytest.mark.parametrize(
@@ -54,9 +55,9 @@ def test_ranks_that_fit_nowhere_are_refused():
 )
 def test_ranks_that_make_no_sense_are_refused(given, words):
     with pytest.raises(ConfigError, match=words):
-        wishes_of({**KNOBS, **given}.__getitem__)
+        request_of({**KNOBS, **given}.__getitem__)
 
 
 def test_ranks_are_read():
-    assert wishes_of({**KNOBS, "ranks_per_trial": 2}.__getitem__).ranks == 2
-    assert wishes_of(KNOBS.__getitem__).ranks is None
+    assert request_of({**KNOBS, "ranks_per_trial": 2}.__getitem__).ranks == 2
+    assert request_of(KNOBS.__getitem__).ranks is None

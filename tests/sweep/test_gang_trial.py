@@ -9,10 +9,11 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import config as schema
+from q3q.config import resolve, schema
 from q3q.record import Progress, TrialRecord
-from q3q.sweep.cluster import Cluster, Resources, Task, WorkerDiedError
-from q3q.sweep.sweeper import WORKER_ENV, work
+from q3q.sweep.on_ray import WORKER_ENV, work
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Resources, Task, WorkerDiedError
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
@@ -41,7 +42,7 @@ def spec_of(tmp_path_factory):
     def make(name, *overrides):
         storage = tmp_path_factory.mktemp(name)
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return schema.spec_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
+            return resolve.spec_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
 
     return make
 

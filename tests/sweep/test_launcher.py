@@ -26,8 +26,9 @@ from hydra.types import HydraContext, RunMode
 from hydra.version import VersionBase
 
 from q3q.errors import Q3QError
-from q3q.sweep.cluster import Cluster, Resources, Started, WorkerDiedError
 from q3q.sweep.launcher import JobPolicy, RayLauncher
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Resources, Started, WorkerDiedError
 
 ROOT = Path(__file__).parents[2]
 

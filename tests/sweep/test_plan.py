@@ -7,27 +7,14 @@ from pathlib import Path
 import pytest
 
 from q3q.errors import ConfigError
-from q3q.models.checkpoint import read_facts
+from q3q.models.facts import read_facts
 from q3q.models.footprint import need
 from q3q.record import TrialRecord
 from q3q.spec import Scheme, TrialSpec
 from q3q.sweep.costs import CostModel, Rate, forward
-from q3q.sweep.plan import (
-    Machine,
-    Planned,
-    Share,
-    Wishes,
-    describe,
-    disk_of,
-    expected,
-    fits,
-    plan,
-    shares_of,
-    simulate,
-    size,
-    sized,
-    wishes_of,
-)
+from q3q.sweep.machines import Machine, ResourceRequest, expected, request_of, size, sized
+from q3q.sweep.plan import Planned, describe, disk_of, plan, simulate
+from q3q.sweep.shares import Allocation, allocations_of, fits
 
 SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, tied
     "qwen3_0_6b": (1024, 28, 16, 8, 3072, True),
@@ -86,7 +73,7 @@ def planned_for(specs, machines, wishes=None, finished=None, model=None):
         finished or {},
         known,
         machines=machines,
-        wishes=wishes or Wishes(),
+        wishes=wishes or ResourceRequest(),
         model=model or CostModel(),
     )
 
@@ -103,7 +90,7 @@ NODE = Machine(cpus=64, gpus=8, memory=1_000_000_000_000, gpu_memory=80_000_000_
     ],
 )
 def test_a_trial_gets_the_gpus_that_its_bytes_need(model, gpus, ranks, loader):
-    share, larger = shares_of(spec(model), facts(model), [NODE], Wishes())
+    share, larger = allocations_of(spec(model), facts(model), [NODE], ResourceRequest())
     assert (share.gpus, share.ranks, share.loader) == (gpus, ranks, loader)
     assert share.needs == need(
         facts(model), "bfloat16", method="gptq", loader=loader, ranks=ranks, device="cuda"
@@ -125,7 +112,9 @@ def test_a_quantized_head_beside_the_original_is_counted_for_its_trial_alone():
 def test_awq_is_given_room_for_the_inputs_that_it_keeps():
     machine = replace(NODE, gpus=0, gpu_memory=None)
     gptq, awq = (
-        shares_of(spec("qwen3_0_6b", name), facts("qwen3_0_6b"), [machine], Wishes())[0]
+        allocations_of(spec("qwen3_0_6b", name), facts("qwen3_0_6b"), [machine], ResourceRequest())[
+            0
+        ]
         for name in ("gptq", "awq")
     )
     hidden = 128 * 2048 * 1024 * 2
@@ -134,20 +123,22 @@ def test_awq_is_given_room_for_the_inputs_that_it_keeps():
 
 
 def test_without_enough_gpus_for_a_gang_the_model_is_streamed_through_one():
-    share, _ = shares_of(spec("qwen3_32b"), facts("qwen3_32b"), [replace(NODE, gpus=1)], Wishes())
+    share, _ = allocations_of(
+        spec("qwen3_32b"), facts("qwen3_32b"), [replace(NODE, gpus=1)], ResourceRequest()
+    )
     assert (share.gpus, share.ranks, share.loader) == (1, 1, "streamed")
 
 
 def test_a_gpu_of_unknown_size_is_given_whole():
-    share, _ = shares_of(
-        spec("qwen3_0_6b"), facts("qwen3_0_6b"), [replace(NODE, gpu_memory=None)], Wishes()
+    share, _ = allocations_of(
+        spec("qwen3_0_6b"), facts("qwen3_0_6b"), [replace(NODE, gpu_memory=None)], ResourceRequest()
     )
     assert share.gpus == 1
 
 
 def test_what_is_asked_for_wins():
     def asked(**wishes):
-        return shares_of(spec(), facts("qwen3_8b"), [NODE], Wishes(**wishes))[0]
+        return allocations_of(spec(), facts("qwen3_8b"), [NODE], ResourceRequest(**wishes))[0]
 
     assert (asked(gpus=4).ranks, asked(gpus=4).loader) == (4, "sharded")
     assert asked(gpus=1).gpus == 1
@@ -159,7 +150,7 @@ def test_what_is_asked_for_wins():
 def test_on_cores_a_trial_takes_the_part_of_them_that_it_takes_of_the_memory():
     machine = Machine(cpus=32, memory=64_000_000_000)
     large, small = (
-        shares_of(spec(name), facts(name), [machine], Wishes())[0]
+        allocations_of(spec(name), facts(name), [machine], ResourceRequest())[0]
         for name in ("qwen3_8b", "qwen3_0_6b")
     )
     assert large.cpus == math.floor(32 * large.memory / machine.memory) > small.cpus >= 1
@@ -170,17 +161,19 @@ def test_on_cores_what_does_not_fit_is_streamed_and_a_second_try_gets_more():
     facts_8b = facts("qwen3_8b")
     resident = need(facts_8b, "bfloat16", method="gptq", loader="resident")
     roomy, tight = (Machine(cpus=2, memory=int(times * resident)) for times in (1.5, 0.9))
-    assert [one.loader for one in shares_of(spec(), facts_8b, [roomy], Wishes())] == [
+    assert [one.loader for one in allocations_of(spec(), facts_8b, [roomy], ResourceRequest())] == [
         "resident",
         "streamed",
     ]
-    share, larger = shares_of(spec(), facts_8b, [tight], Wishes())
+    share, larger = allocations_of(spec(), facts_8b, [tight], ResourceRequest())
     assert (share.loader, larger.loader, larger.memory) == (
         "streamed",
         "streamed",
         2 * share.memory,
     )
-    again = shares_of(spec(), facts_8b, [Machine(cpus=2, memory=4 * resident)], Wishes())[1]
+    again = allocations_of(
+        spec(), facts_8b, [Machine(cpus=2, memory=4 * resident)], ResourceRequest()
+    )[1]
     assert (again.loader, again.memory >= 2 * resident) == ("resident", True)
 
 
@@ -213,7 +206,7 @@ def test_on_cores_what_does_not_fit_is_streamed_and_a_second_try_gets_more():
 )
 def test_what_fits_nowhere_is_refused_with_what_would_make_it_fit(machine, places, wishes, advice):
     with pytest.raises(ConfigError, match="fits nowhere") as refused:
-        shares_of(spec(places=places), facts("qwen3_8b"), [machine], Wishes(**wishes))
+        allocations_of(spec(places=places), facts("qwen3_8b"), [machine], ResourceRequest(**wishes))
     assert advice in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -239,7 +232,8 @@ def test_a_model_that_generates_is_held_whole_or_refused():
 @pytest.mark.parametrize("machine", [NODE, replace(NODE, gpus=1)])
 def test_patience_changes_nothing_where_the_trial_fits_already(model, machine):
     at_once, patient = (
-        shares_of(spec(model), facts(model), [machine], Wishes(patience=one)) for one in (0, 300)
+        allocations_of(spec(model), facts(model), [machine], ResourceRequest(patience=one))
+        for one in (0, 300)
     )
     assert patient == at_once
     assert patient[0].needs <= 80e9 * patient[0].gpus
@@ -248,15 +242,19 @@ def test_patience_changes_nothing_where_the_trial_fits_already(model, machine):
 def test_patience_asks_for_no_number_of_machines_but_for_their_size():
     one = replace(NODE, gpus=1)
     with pytest.raises(ConfigError, match="fits nowhere"):
-        shares_of(spec("qwen3_32b"), facts("qwen3_32b"), [one], Wishes(gpus=4))
-    share, _ = shares_of(spec("qwen3_32b"), facts("qwen3_32b"), [one], Wishes(gpus=4, patience=60))
+        allocations_of(spec("qwen3_32b"), facts("qwen3_32b"), [one], ResourceRequest(gpus=4))
+    share, _ = allocations_of(
+        spec("qwen3_32b"), facts("qwen3_32b"), [one], ResourceRequest(gpus=4, patience=60)
+    )
     assert share.ranks == 4
     small = replace(NODE, gpus=1, gpu_memory=6_000_000_000)
     held = spec("qwen3_32b", places={"loader": "resident"})
     with pytest.raises(ConfigError, match="fits nowhere"):
-        shares_of(held, facts("qwen3_32b"), [small], Wishes(patience=60))
+        allocations_of(held, facts("qwen3_32b"), [small], ResourceRequest(patience=60))
     with pytest.raises(ConfigError, match="memory="):
-        shares_of(spec(places={"memory": 10**9}), facts("qwen3_8b"), [NODE], Wishes(patience=60))
+        allocations_of(
+            spec(places={"memory": 10**9}), facts("qwen3_8b"), [NODE], ResourceRequest(patience=60)
+        )
 
 
 HEAD = Machine(cpus=0, memory=16_000_000_000)
@@ -264,9 +262,9 @@ HEAD = Machine(cpus=0, memory=16_000_000_000)
 
 @pytest.mark.parametrize("model", ["qwen3_0_6b", "qwen3_8b", "qwen3_32b"])
 def test_a_cluster_without_machines_is_planned_for_those_that_will_come(model):
-    wishes = Wishes(patience=1200, gpu_memory=44 * 2**30)
+    wishes = ResourceRequest(patience=1200, gpu_memory=44 * 2**30)
     machines = expected([HEAD], wishes)
-    share, _ = shares_of(spec(model), facts(model), machines, wishes)
+    share, _ = allocations_of(spec(model), facts(model), machines, wishes)
     assert (share.gpus, share.loader) == {
         "qwen3_0_6b": (0.25, "resident"),
         "qwen3_8b": (0.5, "resident"),
@@ -274,19 +272,19 @@ def test_a_cluster_without_machines_is_planned_for_those_that_will_come(model):
     }[model]
     assert share.cpus == max(1, 4 * share.gpus)
     gang = replace(wishes, gpus=4)
-    asked, _ = shares_of(spec(model), facts(model), expected([HEAD], gang), gang)
+    asked, _ = allocations_of(spec(model), facts(model), expected([HEAD], gang), gang)
     assert (asked.gpus, asked.ranks, asked.cpus) == (1, 4, 4)
 
 
 def test_who_gives_no_patience_gets_no_machines_that_are_not_there():
-    wishes = Wishes(gpu_memory=44 * 2**30)
+    wishes = ResourceRequest(gpu_memory=44 * 2**30)
     assert expected([HEAD], wishes) == [HEAD]
     with pytest.raises(ConfigError, match="fits nowhere"):
-        shares_of(spec(), facts("qwen3_8b"), expected([HEAD], wishes), wishes)
+        allocations_of(spec(), facts("qwen3_8b"), expected([HEAD], wishes), wishes)
 
 
 def test_without_a_word_of_gpus_machines_with_cores_are_expected():
-    [_, one] = expected([HEAD], Wishes(patience=60))
+    [_, one] = expected([HEAD], ResourceRequest(patience=60))
     assert (one.gpus, one.cpus > 0) == (0, True)
 
 
@@ -308,14 +306,17 @@ MIXED = [LARGE, replace(NODE, gpu_memory=24_000_000_000, kind="A10G")]
 
 
 def test_of_different_gpus_a_trial_fits_on_each_that_it_may_land_on():
-    small, _ = shares_of(spec("qwen3_0_6b"), facts("qwen3_0_6b"), MIXED, Wishes())
+    small, _ = allocations_of(spec("qwen3_0_6b"), facts("qwen3_0_6b"), MIXED, ResourceRequest())
     assert (small.kind, small.room <= 0.25 * 24e9) == ("", True)
-    middle, larger = shares_of(spec("qwen3_8b"), facts("qwen3_8b"), MIXED, Wishes())
+    middle, larger = allocations_of(spec("qwen3_8b"), facts("qwen3_8b"), MIXED, ResourceRequest())
     assert (middle.kind, middle.gpus, middle.needs <= 24e9) == ("", 1, True)
     assert (larger.kind, larger.gpus, larger.room > middle.room) == ("H100", 0.5, True)
     held = spec("qwen3_8b", "awq", places={"loader": "resident"})
-    pinned, _ = shares_of(
-        held, facts("qwen3_8b"), [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)], Wishes()
+    pinned, _ = allocations_of(
+        held,
+        facts("qwen3_8b"),
+        [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)],
+        ResourceRequest(),
     )
     assert (pinned.kind, pinned.room > 0.5 * 15e9) == ("H100", True)
     assert not fits(replace(pinned, kind=""), [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)])
@@ -324,7 +325,9 @@ def test_of_different_gpus_a_trial_fits_on_each_that_it_may_land_on():
 
 def test_one_gpu_is_no_gang():
     tight = replace(NODE, gpu_memory=30_000_000_000)
-    share, larger = shares_of(spec("qwen3_32b"), facts("qwen3_32b"), [tight], Wishes(gpus=1))
+    share, larger = allocations_of(
+        spec("qwen3_32b"), facts("qwen3_32b"), [tight], ResourceRequest(gpus=1)
+    )
     assert (share.gpus, share.ranks, share.loader, larger) == (1, 1, "streamed", None)
 
 
@@ -333,8 +336,8 @@ def test_a_share_that_was_asked_for_is_not_made_another():
     with pytest.raises(
         ConfigError, match=r"and 0\.25 of a GPU of 80\.0 GB has 18\.4 GB for it.*gpus_per_trial=1"
     ):
-        shares_of(held, facts("qwen3_8b"), [NODE], Wishes(gpus=0.25))
-    share, larger = shares_of(held, facts("qwen3_8b"), [NODE], Wishes(gpus=0.5))
+        allocations_of(held, facts("qwen3_8b"), [NODE], ResourceRequest(gpus=0.25))
+    share, larger = allocations_of(held, facts("qwen3_8b"), [NODE], ResourceRequest(gpus=0.5))
     assert (share.gpus, larger.gpus) == (0.5, 1)
 
 
@@ -353,7 +356,7 @@ def test_baselines_come_first_then_the_longest():
 
 
 def pretend(seconds, gpus=1.0, ranks=1, kind=""):
-    share = Share(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks, kind=kind)
+    share = Allocation(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks, kind=kind)
     return Planned(spec=spec(), share=share, phases={"evaluate": seconds}, basis="rough", disk=0)
 
 
@@ -574,11 +577,11 @@ def test_sizes_are_read_as_people_write_them(given, bytes_):
 def test_a_knob_that_cannot_be_meant_is_refused_by_name(knobs):
     [key] = knobs
     with pytest.raises(ConfigError, match=f"cluster.{key}="):
-        wishes_of(knobs.get)
+        request_of(knobs.get)
 
 
 def test_a_share_too_small_for_its_model_fits_nowhere():
-    share = Share(cpus=1, gpus=0.25, memory=1, needs=30_000_000_000)
+    share = Allocation(cpus=1, gpus=0.25, memory=1, needs=30_000_000_000)
     assert not fits(share, [NODE])
     assert fits(replace(share, gpus=0.5), [NODE])
 
@@ -609,7 +612,7 @@ def test_the_plan_counts_the_cores_that_the_sweeps_own_ray_hands_out():
         sweeper = StudySweeper()
         sweeper.launcher = RayLauncher(**asked)
         sweeper.launcher.config = settings
-        cluster, [machine] = sweeper._machines(ExitStack(), settings, Wishes())
+        cluster, [machine] = sweeper._machines(ExitStack(), settings, ResourceRequest())
         assert cluster.cpus == machine.cpus == counted
         assert cluster.gpus == machine.gpus
 

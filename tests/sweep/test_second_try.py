@@ -12,11 +12,13 @@ import pytest
 
 from q3q.record import TrialRecord
 from q3q.spec import Scheme, TrialSpec
-from q3q.sweep import cluster as sweep_cluster
-from q3q.sweep.cluster import Cluster, OutOfMemoryError, Resources, Task
 from q3q.sweep.launcher import Job
-from q3q.sweep.plan import Planned, Share
-from q3q.sweep.sweeper import TrialPolicy, measured
+from q3q.sweep.on_ray import TrialPolicy, measured
+from q3q.sweep.plan import Planned
+from q3q.sweep.ray import deaths, head, scheduler
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import OutOfMemoryError, Resources, Task
+from q3q.sweep.shares import Allocation
 
 SMALL, LARGE = Resources(cpus=0.5, memory=100_000_000), Resources(cpus=1, memory=200_000_000)
 
@@ -64,8 +66,8 @@ def spec_in(folder: Path) -> TrialSpec:
 def run_trial(cluster, folder, work, larger=True):
     """One trial through the sweeper's policy and Ray; its record, what was told, and what each try was given."""
     spec, told = spec_in(folder), Told()
-    first = Share(cpus=1, gpus=0, memory=100_000_000, needs=90_000_000)
-    second = Share(cpus=2, gpus=0, memory=200_000_000, needs=90_000_000, loader="streamed")
+    first = Allocation(cpus=1, gpus=0, memory=100_000_000, needs=90_000_000)
+    second = Allocation(cpus=2, gpus=0, memory=200_000_000, needs=90_000_000, loader="streamed")
     planned = Planned(
         spec=spec,
         share=first,
@@ -167,11 +169,11 @@ def test_a_worker_that_ray_kills_for_memory_is_tried_larger_and_not_the_same_aga
         larger=larger,
     )
 
-    def dies_of_memory(stream, flight, really=sweep_cluster._next_message):
+    def dies_of_memory(stream, flight, really=scheduler.next_message):
         kind, content = really(stream, flight)
         return (kind, OutOfMemoryError(str(content))) if kind == "died" else (kind, content)
 
-    monkeypatch.setattr(sweep_cluster, "_next_message", dies_of_memory)
+    monkeypatch.setattr(scheduler, "next_message", dies_of_memory)
     [outcome] = cluster.run(
         [task], on_event=lambda *_: None, on_retry=lambda key, error: seen.append(type(error))
     )
@@ -243,8 +245,8 @@ def test_a_worker_that_the_kernel_kills_for_memory_is_tried_larger(cluster):
     ],
 )
 def test_errors_that_say_that_memory_ran_out_are_known(words, memory):
-    assert sweep_cluster.ran_out_of_memory(words) is memory
-    assert sweep_cluster.ran_out_of_memory(RuntimeError(words)) is memory
+    assert deaths.ran_out_of_memory(words) is memory
+    assert deaths.ran_out_of_memory(RuntimeError(words)) is memory
 
 
 def test_what_was_measured_is_the_gpus_peak_where_there_is_one():
@@ -266,7 +268,7 @@ def test_tasks_that_name_the_same_prefer_the_machine_where_one_of_them_ran(clust
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
 
     asked = []
-    entry = sweep_cluster._entry
+    entry = scheduler.task_entry
 
     class Watched:
         def __init__(self, shape):
@@ -279,14 +281,14 @@ def test_tasks_that_name_the_same_prefer_the_machine_where_one_of_them_ran(clust
             asked.append(wanted["scheduling_strategy"])
             return self.real.options(**wanted)
 
-    monkeypatch.setattr(sweep_cluster, "_entry", Watched)
+    monkeypatch.setattr(scheduler, "task_entry", Watched)
     tasks = [
         Task(key=str(k), call=lambda report: 1, resources=SMALL, near="a model") for k in range(12)
     ]
     assert len(list(cluster.run(tasks, on_event=lambda *_: None))) == 12
     assert asked == []
-    machines = sweep_cluster._machines
-    monkeypatch.setattr(sweep_cluster, "_machines", lambda: [*machines(), *machines()])
+    machines = head.ray_machines
+    monkeypatch.setattr(head, "ray_machines", lambda: [*machines(), *machines()])
     assert [one.error for one in cluster.run(tasks, on_event=lambda *_: None)] == [None] * 12
     assert asked  # those that were sent after the first one began
     assert all(

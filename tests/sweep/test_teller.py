@@ -5,12 +5,12 @@ import threading
 
 import pytest
 
+from q3q.sweep.background import BackgroundQueue
 from q3q.sweep.progress import counted
-from q3q.sweep.teller import Teller
 
 
 def test_all_is_done_in_order_and_nobody_waits_before_settling():
-    teller, gate, heard = Teller(), threading.Event(), []
+    teller, gate, heard = BackgroundQueue(), threading.Event(), []
     teller.do("first", lambda: (gate.wait(10), heard.append("first")))
     for k in range(5):
         teller.do(k, heard.append, k)
@@ -21,7 +21,7 @@ def test_all_is_done_in_order_and_nobody_waits_before_settling():
 
 
 def test_of_what_waits_under_one_name_only_the_newest_is_told():
-    teller, gate, heard = Teller(), threading.Event(), []
+    teller, gate, heard = BackgroundQueue(), threading.Event(), []
     teller.do("gate", gate.wait, 10)
     for k in range(1000):
         teller.do("progress", heard.append, k)
@@ -33,7 +33,7 @@ def test_of_what_waits_under_one_name_only_the_newest_is_told():
 
 
 def test_an_error_ends_nothing_and_is_raised_to_whoever_settles():
-    teller, heard = Teller(), []
+    teller, heard = BackgroundQueue(), []
     teller.do("wrong", lambda: 1 / 0)
     teller.do("right", heard.append, "right")
     with pytest.raises(ZeroDivisionError):
@@ -43,8 +43,8 @@ def test_an_error_ends_nothing_and_is_raised_to_whoever_settles():
 
 
 def test_whoever_waits_long_is_told_how_much_is_left(monkeypatch):
-    monkeypatch.setattr("q3q.sweep.teller.SAY_SECONDS", 0.01)
-    teller, gate, said = Teller(), threading.Event(), []
+    monkeypatch.setattr("q3q.sweep.background.SAY_SECONDS", 0.01)
+    teller, gate, said = BackgroundQueue(), threading.Event(), []
 
     def say(left):
         said.append(left)

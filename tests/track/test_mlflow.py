@@ -19,10 +19,10 @@ from typing import Any
 import pytest
 
 from q3q.errors import TrackingError
-from q3q.record import COMPLETED, FAILED, Check, SiteError, TrialRecord
+from q3q.record import COMPLETED, FAILED, Check, SiteError, Sweep, TrialRecord
 from q3q.spec import Scheme, TrialSpec
 from q3q.track.mlflow import MlflowTracker
-from q3q.track.tracker import MemoryTracker, Sweep, Tracker
+from q3q.track.tracker import MemoryTracker, Tracker
 
 COMMAND = "python launch.py -m method=gptq bits=2,3"
 
@@ -894,11 +894,11 @@ def test_a_store_that_breaks_half_way_is_no_success(
 def test_a_sweep_at_work_is_left_to_its_driver(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from q3q.sweep.bulletin import Publisher
+    from q3q.storage.status import StatusWriter
     from q3q.sweep.progress import Display
 
     sweep(*saved(tmp_path, 2, 3)).save(tmp_path)
-    publisher = Publisher(tmp_path, "gptq", COMMAND)
+    publisher = StatusWriter(tmp_path, "gptq", COMMAND)
     with (tmp_path / "said").open("w") as said, Display(total=2, stream=said, publisher=publisher):
         until = time.monotonic() + 30
         while not list((tmp_path / "running").glob("*.json")) and time.monotonic() < until:

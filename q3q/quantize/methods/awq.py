@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from q3q.calibrate.statistics import Kept, starved_experts
 from q3q.models.anatomy import ScaleGroup
 from q3q.numerics.grid import awq_grid, awq_grid_of_range, into_groups, on_grid
 from q3q.numerics.weights import QuantizedWeight, round_to_grid
 from q3q.quantize.method import Method, ScaleTask, SiteTask
 from q3q.quantize.methods.settings import AwqSettings
+from q3q.quantize.statistics import Kept, starved_experts
 from q3q.spec import Scheme
 
 SMALLEST_SCALE = 1e-4

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from q3q.calibrate.statistics import Gram
 from q3q.numerics.grid import into_groups
 from q3q.numerics.linalg import damped_factor
 from q3q.numerics.weights import BinarizedWeight
 from q3q.quantize.method import Method, SiteTask
 from q3q.quantize.methods.settings import BillmSettings
+from q3q.quantize.statistics import Gram
 from q3q.spec import Scheme
 
 MOST_SALIENT = 50  # salient columns of a block are the first 1 to 49 of its 50 most salient ones

@@ -11,13 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from q3q.calibrate.statistics import Gram
 from q3q.numerics.grid import Grid, into_groups, minmax_grid
 from q3q.numerics.linalg import damped_factor
 from q3q.numerics.weights import QuantizedWeight, concatenate_rows
 from q3q.quantize.kernels.columns import BlockSolver, block_solver
 from q3q.quantize.method import Method, SiteTask
 from q3q.quantize.methods.settings import GptqSettings
+from q3q.quantize.statistics import Gram
 from q3q.spec import Scheme
 
 # Rows (of all experts of a chunk) that go through the columns together: on a CPU as measured; a GPU wants all it can

@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from q3q.calibrate.statistics import Peak, starved_experts
 from q3q.models.anatomy import ScaleGroup
 from q3q.numerics.grid import absmax_grid, into_groups
 from q3q.numerics.weights import QuantizedWeight, round_to_grid
 from q3q.quantize.method import Method, ScaleTask, SiteTask
 from q3q.quantize.methods.settings import SmoothQuantSettings
+from q3q.quantize.statistics import Peak, starved_experts
 from q3q.spec import Scheme
 
 SMALLEST = 1e-5  # of a channel's largest weight, and of a scale

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from q3q.models.checkpoint import ModelFacts
+from q3q.models.facts import ModelFacts
 
 # As in `models.anatomy`, which needs torch.
 SITES = {

@@ -7,7 +7,7 @@ from typing import Any
 SAY_SECONDS = 10.0  # between two words to whoever waits for it
 
 
-class Teller:
+class BackgroundQueue:
     """A thread that does what it is given, in order. Of calls with one key that still wait, only the last is done.
 
     So what waits is bounded by the number of keys, however slow the other side is. An error ends nothing here: it is

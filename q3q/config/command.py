@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import Any
 
-from q3q.config import DEMO_NAMES, TEXT_NAMES, UNTOUCHED_BITS
+from q3q.config.schema import DEMO_NAMES, TEXT_NAMES, UNTOUCHED_BITS
 from q3q.errors import ConfigError
 from q3q.quantize.methods.registry import settings_class
 from q3q.spec import TrialSpec

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 Row = dict[str, Any]
-
 MMLU, WIKITEXT = "cais/mmlu", "EleutherAI/wikitext_document_level"
 # The commit of each data set that the study's suite asks for; of any other, what `main` means when a sweep is planned.
 REVISIONS = {

@@ -19,7 +19,6 @@ from q3q.models.demo.library import held_out_text
 from q3q.models.demo.stories import stories
 
 Split = Literal["calibration", "evaluation"]
-
 _HUB_SECONDS = 5.0  # to wait for the Hub's answer
 # The demo's texts. The models were trained on seed 0 of the stories that are not held out.
 _STORIES = {"calibration": (1, 1_500), "evaluation": (2, 400)}  # seed, count

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from q3q.claim import Holder
 from q3q.masking import masked
-from q3q.record import write_atomically
 from q3q.spec import Json
+from q3q.storage.claim import Holder
+from q3q.storage.files import write_atomically
 
 EVERY_SECONDS = 2.0
 LOOK_SECONDS = 0.5  # between two looks at a sweep's file
@@ -48,7 +48,7 @@ class View:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bulletin:
+class SweepStatus:
     """One sweep's file. holder: the process that drives it. updated: seconds since 1970 by its own clock, for people;
     that it changes is a sign of life. lines: the last that it said, numbered since it began."""
 
@@ -73,7 +73,7 @@ class Bulletin:
         return asdict(self)
 
     @classmethod
-    def load(cls, path: Path) -> "Bulletin":
+    def load(cls, path: Path) -> "SweepStatus":
         data = json.loads(path.read_text(encoding="utf-8"))
         view = data["view"]
         running = tuple(Work(**work) for work in view["running"])
@@ -89,12 +89,12 @@ class Bulletin:
         )
 
 
-def bulletins(storage: Path) -> list[Bulletin]:
+def sweep_statuses(storage: Path) -> list[SweepStatus]:
     """Of all sweeps in a storage folder: those that have not ended first, then the newest."""
     found = []
     for path in (storage / "running").glob("*.json"):
         try:
-            found.append(Bulletin.load(path))
+            found.append(SweepStatus.load(path))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another version's: it tells nothing that could be understood here
     return sorted(found, key=lambda one: (one.lives() is False, -one.updated))
@@ -102,25 +102,25 @@ def bulletins(storage: Path) -> list[Bulletin]:
 
 def at_work(
     storage: Path, fetch: Callable[[], object] = lambda: None, patience: float | None = None
-) -> list[Bulletin]:
+) -> list[SweepStatus]:
     """The sweeps of a storage folder that go on. One on another machine is watched until it is written anew.
 
     fetch: brings the files, of a storage that is a URL. patience: seconds to watch at most, None for HEARD_SECONDS.
     """
-    known = {one.key: one for one in bulletins(storage)}
+    known = {one.key: one for one in sweep_statuses(storage)}
     silent = {key for key, one in known.items() if one.lives() is None}
     deadline = time.monotonic() + (HEARD_SECONDS if patience is None else patience)
     while silent and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
         fetch()
-        for one in bulletins(storage):
+        for one in sweep_statuses(storage):
             if one.key in silent and one.updated != known[one.key].updated:
                 known[one.key] = one
                 silent.remove(one.key)
     return [one for key, one in known.items() if one.lives() is not False and key not in silent]
 
 
-class Publisher:
+class StatusWriter:
     """Writes the bulletin of this process's sweep, in a thread of its own.
 
     storage: the sweep's. on_error: told if a bulletin cannot be written; the sweep goes on without.
@@ -128,7 +128,7 @@ class Publisher:
 
     def __init__(self, storage: Path, name: str, command: str) -> None:
         self.folder = storage / "running"
-        self._base = Bulletin(
+        self._base = SweepStatus(
             name=name,
             command=masked(command),
             holder=Holder.here(),
@@ -179,7 +179,7 @@ class Publisher:
             self._on_error(error)
 
     def _tidy(self) -> None:
-        for old in bulletins(
+        for old in sweep_statuses(
             self.folder.parent
         ):  # one elsewhere whose clock is wrong writes its own anew
             if not old.lives() and abs(time.time() - old.updated) > KEPT_SECONDS:

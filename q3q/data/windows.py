@@ -2,16 +2,19 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from q3q.calibrate.sources import Text
-from q3q.errors import CalibrationError
+from q3q.data.texts import Text, load_text
+from q3q.errors import CalibrationError, ConfigError
+from q3q.spec import QUICK_SEED, Json, TrialSpec
+
+if TYPE_CHECKING:
+    pass
 
 Encode = Callable[[str], list[int]]
-
 # The last tokens of a text that is cut may differ from the whole text's (a merge across the cut): kept away from.
 _SEAM = 64
 
@@ -175,4 +178,62 @@ def _check_enough(tokens: int, window: int, what: str) -> None:
     if tokens < window:
         raise CalibrationError(
             f"{what}: {tokens} tokens, but one window needs {window}. Give a longer text or a shorter window"
+        )
+
+
+AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
+
+
+def calibration_windows(spec: TrialSpec, tokenizer: Any) -> Tensor | None:
+    """Token windows [samples, length], None for a method that observes nothing."""
+    if spec.calibration is None:
+        return None
+    wanted = spec.calibration
+    text = load_text(
+        wanted["source"],
+        split="calibration",
+        path=spec.places.get("calibration"),
+        data=spec.places.get("data"),
+    )
+    refuse_changed_text(text.digest, wanted["digest"], wanted["source"])
+    return draw_windows(
+        text,
+        encoder(tokenizer),
+        samples=wanted["samples"],
+        length=wanted["length"],
+        draw=wanted["draw"],
+        seed=spec.seed + (AWQ_SHUFFLE_SEED if wanted["draw"] == "documents" else 0),
+    )
+
+
+def evaluation_windows(tokenizer: Any, spec: TrialSpec, wanted: Json) -> Tensor:
+    """Token windows [N, T] of one of the evaluation's texts."""
+    text = load_text(
+        wanted["source"],
+        split="evaluation",
+        path=spec.places.get("evaluation"),
+        data=spec.places.get("data"),
+    )
+    refuse_changed_text(text.digest, wanted["digest"], wanted["name"])
+    encode, limit = encoder(tokenizer), wanted["limit"]
+    if wanted["draw"] == "random":
+        samples = min(wanted["samples"], limit or wanted["samples"])
+        return draw_windows(
+            text, encode, samples=samples, length=wanted["window"], draw="random", seed=0
+        )
+    quick = bool(spec.evaluation.get("quick"))
+    windows_NT = consecutive_windows(
+        encode(text.joined), wanted["window"], None if quick else limit
+    )
+    if quick and limit and limit < len(windows_NT):
+        windows_NT = windows_NT[
+            sorted(random.Random(QUICK_SEED).sample(range(len(windows_NT)), limit))
+        ]
+    return windows_NT
+
+
+def refuse_changed_text(found: str, wanted: str, name: str) -> None:
+    if found != wanted:
+        raise ConfigError(
+            f"the text {name} changed since the trial was planned (digest {found}, planned {wanted})"
         )

@@ -15,12 +15,14 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from q3q.config import Config, facts_of, nearest, spec_from
+from q3q.config.model import facts_of
+from q3q.config.resolve import spec_from
+from q3q.config.schema import Config, nearest
 from q3q.errors import ConfigError, Q3QError, SweepFailedError
 from q3q.masking import masked
 
 if TYPE_CHECKING:
-    from q3q.sweep.plan import Wishes
+    from q3q.sweep.machines import ResourceRequest
 
 FAILED, MISUSED = 1, 2  # exit codes: something went wrong while running; nothing was started
 UNUSABLE = (
@@ -36,12 +38,16 @@ def run_alone(config: DictConfig) -> object:
     """One trial, in this process: what `python launch.py` does without -m."""
     from q3q.attempt import afresh, finished_record
     from q3q.environment import now
-    from q3q.mirror import refreshed
-    from q3q.sweep.cluster import keep_to
+    from q3q.storage.mirror import refreshed
+    from q3q.sweep.comparing import baseline_record
     from q3q.sweep.costs import CostModel
-    from q3q.sweep.plan import describe, expected, machine_here, plan, wishes_of
-    from q3q.sweep.study import baseline_record, facts_of_spec, recent_records, sole_driver
-    from q3q.sweep.sweeper import refuse_contradictions, running_study, with_plan
+    from q3q.sweep.grid import refuse_contradictions
+    from q3q.sweep.machines import expected, machine_here, request_of
+    from q3q.sweep.on_ray import with_plan
+    from q3q.sweep.plan import describe, plan
+    from q3q.sweep.ray.worker import keep_to
+    from q3q.sweep.run import running_study
+    from q3q.sweep.study import facts_of_spec, recent_records, sole_driver
 
     overrides = list(HydraConfig.get().overrides.task)
     study = HydraConfig.get().runtime.choices.get("study")
@@ -50,7 +56,7 @@ def run_alone(config: DictConfig) -> object:
             f"study={study} is a sweep, give -m: python launch.py -m {shlex.join(overrides)}"
         )
     refuse_contradictions(OverridesParser.create().parse_overrides(overrides))
-    spec, wishes = spec_from(config), wishes_of(config.cluster.get)
+    spec, wishes = spec_from(config), request_of(config.cluster.get)
     _refuse_many(config, wishes, overrides)
     storage = refreshed(config.storage)
     done = None if config.fresh else finished_record(spec)
@@ -89,7 +95,7 @@ def run_alone(config: DictConfig) -> object:
     return study.records[spec.id]
 
 
-def _refuse_many(config: DictConfig, wishes: "Wishes", overrides: list[str]) -> None:
+def _refuse_many(config: DictConfig, wishes: "ResourceRequest", overrides: list[str]) -> None:
     """What only a sweep has: other machines, and several processes for a trial."""
     asked = {
         f"cluster={config.cluster.name}": config.cluster.address is not None,

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 
-from q3q.config import GROUPS, Config
+from q3q.config.schema import GROUPS, Config
 from q3q.errors import ConfigError
 
 # Settings of Hydra's own that hold a value and no more. Others choose what is imported, called, or loaded.

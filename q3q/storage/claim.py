@@ -8,7 +8,7 @@ claim for the dead one that it saw before. Whether a holder is dead is never ask
 - of any other, whoever wants the claim watches the counter, and takes over what stood still for `SILENT_SECONDS` of its
   own monotonic clock. A holder that only slept sees at its next beat that it has lost the claim.
 
-Where claims lie is a *board*: a folder, or (`q3q.mirror`) an object store, which beats and looks more slowly.
+Where claims lie is a *board*: a folder, or (`q3q.storage.mirror`) an object store, which beats and looks more slowly.
 """
 
 import json

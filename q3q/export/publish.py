@@ -1,0 +1,70 @@
+"""Complete an exported checkpoint, prove it, and publish it."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from q3q.environment import packages
+from q3q.export.card import model_card
+from q3q.export.proof import prove
+from q3q.export.writer import Exporter
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import Decoder
+from q3q.record import Check, Scores
+from q3q.spec import Json, TrialSpec
+from q3q.storage.mirror import mirror_for
+
+
+@dataclass
+class Exported:
+    """What an export adds to the record: sizes as the files have them, and where and what it is."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: Json = field(default_factory=dict)
+
+
+def finish_export(
+    exporter: Exporter, model: Decoder, spec: TrialSpec, scores: Scores, checks: list[Check]
+) -> Exported:
+    """Complete the checkpoint, load it elsewhere, and publish it if it is what was evaluated; a check says whether.
+
+    Raises:
+        ExportError: it could not be found out. What was written stays, for the next attempt.
+    """
+    if all(check.passed for check in checks):
+        exporter.finish(model)
+        proof = prove(exporter.folder, model)
+        checks.append(
+            _of_another_run(proof.check, exporter.path) if exporter.finished else proof.check
+        )
+    if not all(check.passed for check in checks):
+        exporter.withdraw()
+        return Exported()
+    card = model_card(
+        spec,
+        exporter.checkpoint.facts,
+        proof,
+        metrics=scores.metrics,
+        intervals=scores.intervals,
+        diverged=scores.diverged,
+        packages=packages(),
+        base=exporter.checkpoint.folder,
+    )
+    exporter.publish(card)
+    # Remembered, so that nobody has to hash the files again who evaluates the checkpoint.
+    digest = Checkpoint(exporter.path).digest(Path(spec.places["trials"]) / "digests")
+    mirror = mirror_for(spec.places)
+    sent = None if mirror is None else mirror.name_of(exporter.path)
+    where = str(exporter.path) if sent is None else f"{spec.places['store']}/{sent}"
+    facts = {"format": spec.export, "path": where, "sha256": digest, "reloaded_by": proof.loader}
+    return Exported(
+        {**exporter.sizes(), "seconds/export_write": round(exporter.seconds, 4)},
+        {"export": facts | {"logit_error": proof.logit_error}},
+    )
+
+
+def _of_another_run(check: Check, path: Path) -> Check:
+    """The proof of a checkpoint that this run found published: that of a sound one may fail, by other last digits."""
+    if check.passed:
+        return check
+    why = f"{path} was exported by another run, of other codes ({check.detail})"
+    return replace(check, detail=f"{why}; give fresh=true or another export.path")

@@ -1,0 +1,170 @@
+"""The Hugging Face Hub and its local cache: revisions, downloads, and what to do when neither answers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from q3q.errors import CheckpointError
+from q3q.models.facts import OWN_FOLDER, ModelFacts, first_line, read_facts
+
+if TYPE_CHECKING:
+    pass
+
+# All that a Qwen3 folder needs, and its licence. Pickles, which can run code when loaded, are not on the list.
+_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_SECONDS = 5.0  # to wait for the Hub's answer
+
+
+def locate(source: str, revision: str | None = None, *, offline: bool = False) -> Path:
+    """The folder of a model: a local one as it is, a Hub id's snapshot, downloaded if need be.
+
+    Args:
+        source: a folder, or a Hub id such as `Qwen/Qwen3-8B`. A folder of that name wins.
+        revision: branch, tag or commit of a Hub id; its main branch if None.
+        offline: look in the local cache only.
+
+    Raises:
+        CheckpointError: no such folder, or neither the Hub nor the local cache gives the model.
+    """
+    if (folder := _local_folder(source, revision)) is not None:
+        return folder
+    _check_hub_id(source)
+    from huggingface_hub import snapshot_download
+
+    silence = CheckpointError("offline was asked for") if offline else _ask_hub(source, revision)
+    try:
+        path = snapshot_download(
+            source,
+            revision=revision,
+            allow_patterns=_DOWNLOADED,
+            local_files_only=silence is not None,
+            etag_timeout=_HUB_SECONDS,
+        )
+    except (
+        Exception
+    ) as error:  # the client's own, its HTTP library's, the disk's: to the user all mean the same
+        raise _unreachable(source, revision, silence or error) from error
+    return Path(path)
+
+
+def resolve_revision(source: str, revision: str | None = None) -> str:
+    """The commit that a Hub id means right now, found without downloading weights. A full commit is its own answer.
+
+    The Hub is asked, and if it does not answer within seconds, the local cache, which remembers what a branch meant
+    when something of it was last downloaded.
+
+    Raises:
+        CheckpointError: not a Hub id, or neither the Hub nor the local cache knows it.
+    """
+    _check_hub_id(source)
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    return _config_folder(source, revision).name  # .../snapshots/<commit>
+
+
+def fetch_facts(source: str, revision: str | None = None) -> ModelFacts:
+    """A Hub model's facts, from its config.json alone.
+
+    Raises:
+        CheckpointError: neither the Hub nor the local cache has it, or it is not a Qwen3.
+    """
+    _check_hub_id(source)
+    return read_facts(_config_folder(source, revision))
+
+
+def fetch_file(source: str, name: str, revision: str | None = None) -> Path | None:
+    """A small file of a Hub model, None if the model has none of this name.
+
+    Raises:
+        CheckpointError: neither the Hub nor the local cache can tell.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    cached = try_to_load_from_cache(source, name, revision=revision)
+    if cached is not None:  # a path, or the note that the model was found not to have it
+        return Path(cached) if isinstance(cached, str) else None
+    if (silence := _ask_hub(source, revision)) is not None:
+        raise _unreachable(source, revision, silence) from silence
+    try:
+        return Path(hf_hub_download(source, name, revision=revision, etag_timeout=_HUB_SECONDS))
+    except Exception as error:  # see `locate`
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise _unreachable(source, revision, error) from error
+
+
+def _config_folder(source: str, revision: str | None) -> Path:
+    """A snapshot of the local cache with config.json in it, up to date if the Hub answers."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, "config.json", revision=revision)
+    settled = revision is not None and _COMMIT.fullmatch(
+        revision
+    )  # a commit never changes, a branch does
+    if not (settled and isinstance(cached, str)):
+        if (silence := _ask_hub(source, revision)) is None:
+            try:
+                return Path(
+                    hf_hub_download(
+                        source, "config.json", revision=revision, etag_timeout=_HUB_SECONDS
+                    )
+                ).parent
+            except Exception as error:  # see `locate`
+                silence = error
+        if not isinstance(cached, str):
+            raise _unreachable(source, revision, silence) from silence
+    return Path(cached).parent
+
+
+def _ask_hub(source: str, revision: str | None) -> Exception | None:
+    """Why the Hub does not give a model, None if it does. Asked once, for seconds; a download tries half a minute."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(source, revision=revision, expand=["sha"], timeout=_HUB_SECONDS)
+    except Exception as error:  # see `locate`
+        return error
+    return None
+
+
+def _local_folder(source: str, revision: str | None) -> Path | None:
+    folder = Path(source).expanduser()
+    if not source or not folder.is_dir():
+        return None
+    if revision is not None:
+        raise CheckpointError(
+            f"{source} is a folder, which has no revision {revision!r}. Leave model.revision out"
+        )
+    return folder
+
+
+def _check_hub_id(source: str) -> None:
+    if Path(source).expanduser().is_file():
+        raise CheckpointError(
+            f"{source} is a file. Give the folder that holds config.json: model=local model.path=DIR"
+        )
+    if not _HUB_ID.fullmatch(source):
+        raise CheckpointError(
+            f"{source!r} is neither a folder nor a Hub id (owner/name). {OWN_FOLDER}"
+        )
+
+
+def _unreachable(source: str, revision: str | None, error: Exception) -> CheckpointError:
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    what = source if revision is None else f"{source} (revision {revision})"
+    if isinstance(error, RepositoryNotFoundError):
+        reason = "it has no such model, or wants a login"
+    elif isinstance(error, RevisionNotFoundError):
+        reason = "it has no such revision"
+    else:
+        reason = first_line(error)
+    return CheckpointError(
+        f"{what} is no folder here, and as a Hub id it is neither in the local cache "
+        f"nor to be had from the Hub: {reason}. {OWN_FOLDER}"
+    )
