@@ -1,4 +1,4 @@
-"""An attempt at a trial: alone at it, never at one that is done, and with a log of what it came to."""
+"""Run a trial exclusively; return its record if it is finished; log each step."""
 
 import os
 import platform
@@ -11,138 +11,136 @@ from q3q.environment import now
 from q3q.errors import Q3QError
 from q3q.export.destination import forget_export, is_finished
 from q3q.masking import masked
-from q3q.record import (
-    COMPLETED,
-    Progress,
-    TrialRecord,
-    forget_progress,
-    kept_blocks_folder,
-    load_spec,
-    trial_folder,
-)
-from q3q.spec import TrialSpec
-from q3q.storage.claim import Board, Claim, Holder, claimed
-from q3q.storage.mirror import Mirror, is_light, mirror_for, uploading
+from q3q.placement import Trial
+from q3q.record import COMPLETED, Progress, Report, TrialRecord, forget_progress, load_trial
+from q3q.storage.claim import Claim, ClaimStore, Holder, claimed
+from q3q.storage.mirror import Mirror, is_light, mirror_for
+from q3q.storage.uploader import uploading
 
 CLAIM = "trial"  # the name of a trial's claim, in its folder
 LOG = "trial.log"
 
-Report = Callable[[Progress], None]
-
 
 @dataclass(frozen=True)
 class Attempt:
-    """done: the trial's record if it is done already. tell: to be told of every step; raises ClaimLostError if another
-    process took this trial over, and what `report` raises. end: to be told of the record, once it is saved."""
+    """One process's turn at a trial.
+
+    done: the trial's record, if it is done already
+    report: receives every step; raises ClaimLostError if another process took the trial over,
+        and whatever the driver's `report` raises
+    end: receives the record once it is saved
+    """
 
     done: TrialRecord | None
-    tell: Report
+    report: Report
     end: Callable[[TrialRecord], None]
 
 
 @contextmanager
-def attempt(spec: TrialSpec, report: Report) -> Iterator[Attempt]:
-    """Be the only one that runs the trial; wait while another does, and take its result."""
-    folder = trial_folder(spec)
-    log = TrialLog(folder / LOG)
+def attempt(trial: Trial, report: Report) -> Iterator[Attempt]:
+    """Hold the trial's claim; while another process holds it, wait and take its result."""
+    log = TrialLog(trial.folder / LOG)
 
     def wait(holder: Holder) -> None:
-        report(Progress(trial=spec.id, phase="wait", note=f"for {holder}, which runs it"))
+        report(Progress(trial=trial.id, phase="wait", note=f"for {holder}, which runs it"))
 
-    mirror = mirror_for(spec.places)
-    with claimed(claims_of(spec, mirror), CLAIM, wait) as claim, _mirrored(spec, mirror, claim):
-        done = finished_record(spec)
-        if done is not None and _fresh(spec) in (None, _fresh(done.spec)):
+    mirror = mirror_for(trial.placement.store)
+    with claimed(claims_of(trial, mirror), CLAIM, wait) as claim, _mirrored(trial, mirror, claim):
+        done, wish = finished_record(trial), trial.placement.fresh
+        if done is not None and wish in (None, done.placement.fresh):
             yield Attempt(done, report, lambda record: None)
             return
-        if _fresh(spec) not in (None, _begun(spec)):
-            forget_progress(spec)
-            forget_export(spec)
+        if wish not in (None, _wish_of_unfinished(trial)):
+            forget_progress(trial)
+            forget_export(trial)
 
-        def tell(event: Progress) -> None:
+        def checked_report(event: Progress) -> None:
             log.step(event)
             report(event)
-            # What follows a record's step cannot be undone, so the board is asked; else the last beat will do.
+            # Nothing after the record's step can be undone, so the store itself is asked then.
             claim.confirm() if event.phase == "record" else claim.check()
 
         log.write("start")
         try:
             yield Attempt(
-                None, tell, lambda record: log.write(f"end {record.status} {record.reason}")
+                None,
+                checked_report,
+                lambda record: log.write(f"end {record.status} {record.reason}"),
             )
-        except BaseException as error:  # asked to end, or no longer ours: it says so and goes
+        except BaseException as error:  # asked to end, or the claim is lost
             log.write(f"stop {type(error).__name__}")
             raise
 
 
-def claims_of(spec: TrialSpec, mirror: Mirror | None) -> Path | Board:
-    """Where the trial is claimed: in its folder, or in its store's."""
-    return trial_folder(spec) if mirror is None else mirror.board(f"trials/{spec.id}")
+def claims_of(trial: Trial, mirror: Mirror | None) -> Path | ClaimStore:
+    """Return where the trial is claimed: in its folder, or in its store's."""
+    return trial.folder if mirror is None else mirror.claim_store(f"trials/{trial.id}")
 
 
 @contextmanager
-def _mirrored(spec: TrialSpec, mirror: Mirror | None, claim: Claim) -> Iterator[None]:
-    """With a store as storage: have here what others left of the trial, and bring what comes of it there."""
+def _mirrored(trial: Trial, mirror: Mirror | None, claim: Claim) -> Iterator[None]:
+    """Fetch from a store what others left of the trial, and upload what comes of it."""
     if mirror is None:
         yield
         return
-    names = [mirror.name_of(folder) for folder in (trial_folder(spec), kept_blocks_folder(spec))]
-    mine, kept = (name for name in names if name is not None)
-    exported = mirror.name_of(Path(spec.places["export"])) if spec.export is not None else None
-    mirror.pull(mine)
+    own, blocks = map(mirror.name_of, (trial.folder, trial.kept_blocks_folder))
+    assert own is not None
+    assert blocks is not None
+    export = trial.placement.export
+    exported = mirror.name_of(export) if trial.spec.export and export is not None else None
+    mirror.pull(own)
     if exported is not None:
         mirror.pull(exported, only=is_light)
-    others = [kept, *([] if exported is None else [exported])]
-    done = finished_record(spec) is not None
-    mirror.pull(*([] if done else others))
-    with uploading(mirror, mine, *([] if done else [kept]), sure=claim.confirm) as courier:
+    done = finished_record(trial) is not None
+    if not done:
+        mirror.pull(blocks, *([] if exported is None else [exported]))
+    with uploading(mirror, own, *([] if done else [blocks]), sure=claim.confirm) as uploader:
         yield
-        if exported is not None and is_finished(spec):  # proved
-            courier.add(exported)
+        if exported is not None and is_finished(trial):  # proved
+            uploader.add(exported)
 
 
-def finished_record(spec: TrialSpec) -> TrialRecord | None:
-    """The record of a trial that is done already, or None: not run, failed, not readable, or its export is gone."""
-    path = trial_folder(spec) / "record.json"
+def finished_record(trial: Trial) -> TrialRecord | None:
+    """Return a finished trial's record; None if it has not run, failed, or lost its export."""
     try:
-        record = TrialRecord.load(path)
+        record = TrialRecord.load(trial.folder / "record.json")
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    # The identity of a record is recomputed, not read: a file in the wrong folder is nobody's result.
-    done = record.status == COMPLETED and record.spec.id == spec.id and is_finished(spec)
+    # The identity of a record is recomputed, not read: a file in the wrong folder is no result.
+    done = record.status == COMPLETED and record.spec.id == trial.id and is_finished(trial)
     return record if done else None
 
 
-def afresh(spec: TrialSpec, since: str) -> TrialSpec:
-    """The spec of a trial that is to run from nothing, even if it is done (fresh=true). since: a name for this wish, so
-    that what comes of it counts as done."""
-    return spec.with_places({**spec.places, "fresh": since})
+def afresh(trial: Trial, since: str) -> Trial:
+    """Return the trial as one that is to run from nothing, even if it is done (fresh=true).
+
+    Args:
+        since: names this wish, so that what comes of it counts as done.
+    """
+    return trial.placed(fresh=since)
 
 
-def _fresh(spec: TrialSpec) -> str | None:
-    found: str | None = spec.places.get("fresh")
-    return found
-
-
-def _begun(spec: TrialSpec) -> str | None:
-    """For which wish the trial's unfinished state was made."""
+def _wish_of_unfinished(trial: Trial) -> str | None:
+    """Return the wish that the trial's unfinished state was made for."""
     try:
-        planned = load_spec(trial_folder(spec) / "spec.json")
+        return load_trial(trial.folder / "spec.json").placement.fresh
     except (OSError, ValueError, KeyError, TypeError, Q3QError):
         return None
-    return _fresh(planned)
 
 
 class TrialLog:
-    """A line for each step of a trial, over all its attempts: when, where, what. Written at once, so that the last line
-    of a process that died says where. Never in a trial's way: what cannot be written is left out."""
+    """A line for each step of a trial, over all its attempts: when, where, what.
+
+    Each line is written at once, so that the last line of a process that died says where. A log
+    that cannot be written stops no trial.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._last = ""
 
     def step(self, event: Progress) -> None:
-        """A phase, one of its blocks, or a measurement that is there; not each batch of it."""
+        """Log a phase, one of its blocks, or a finished measurement; not each batch of it."""
         words = f"{event.phase} {event.note}".rstrip()
         if event.phase == "quantize" and event.total:
             words += f" {event.done} of {event.total} blocks"

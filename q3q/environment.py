@@ -1,4 +1,4 @@
-"""Where a trial ran: code, packages, hardware; and what each of its phases took."""
+"""A trial's code, packages and hardware, and its phases' seconds and peak memory."""
 
 import os
 import platform
@@ -6,39 +6,32 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from q3q.spec import Json
 
 PACKAGES = (
-    "q3q",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "compressed-tensors",
-    "lm-eval",
-    "datasets",
-    "ray",
-    "hydra-core",
-    "mlflow",
-)
+    "q3q torch transformers tokenizers safetensors compressed-tensors lm-eval datasets ray "
+    "hydra-core mlflow"
+).split()
 
 
 @cache
 def git_commit() -> str | None:
-    """The commit of the code that runs, with `+changes` if the tree differs from it; None outside a checkout."""
+    """Return the code's commit, with `+changes` if the tree differs; None outside a checkout."""
     root = Path(__file__).parent.parent
     try:
         commit = _git(root, "rev-parse", "HEAD")
-        return commit + (
-            "+changes" if _git(root, "status", "--porcelain", "--untracked-files=no") else ""
-        )
+        changes = _git(root, "status", "--porcelain", "--untracked-files=no")
+        return commit + ("+changes" if changes else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -52,13 +45,11 @@ def _git(root: Path, *arguments: str) -> str:
 
 @cache
 def packages() -> dict[str, str]:
-    found = {}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return {"python": platform.python_version(), **found}
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def hardware() -> Json:
@@ -78,43 +69,54 @@ def hardware() -> Json:
 
 @cache
 def processor() -> str:
-    """The model of this machine's processor, as its kernel names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor()
+    """Return the model of this machine's processor, as its kernel names it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
 
 
 def cores() -> int:
-    """Cores that this process may use: those of the machine, less what its affinity or container leaves out."""
-    count = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    with suppress(OSError, ValueError):  # no container of that kind, or one without a limit
-        of_two = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        count = min(count, int(of_two[0]) // int(of_two[1]))
-    with suppress(OSError, ValueError):
-        control = Path("/sys/fs/cgroup/cpu")
-        quota, period = (
-            int((control / f"cpu.cfs_{one}_us").read_text()) for one in ("quota", "period")
-        )
+    """Return how many cores this process's affinity and container allow it to use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    control = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # cgroup v2; ValueError if it sets no limit
+        quota, period = map(int, (control / "cpu.max").read_text(encoding="ascii").split())
+        count = min(count, quota // period)
+    with suppress(OSError, ValueError):  # cgroup v1
+        files = (control / f"cpu/cpu.cfs_{name}_us" for name in ("quota", "period"))
+        quota, period = (int(file.read_text(encoding="ascii")) for file in files)
         count = min(count, quota // period) if quota > 0 else count
     return max(1, count)
 
 
 def now() -> str:
-    """Coordinated universal time, ISO 8601."""
+    """Return coordinated universal time, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@contextmanager
+def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for as long as the block lasts, then restore the old ones."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class Phases:
     """Seconds and peak memory of each named phase, as metrics.
 
-    peak_bytes is the process's resident peak within the phase where the kernel can reset it (Linux), else the peak so
-    far; gpu_peak_bytes is what torch allocated at most.
+    peak_bytes: the process's resident peak, within the phase on Linux, else the peak so far.
+    gpu_peak_bytes: the peak of torch's allocations.
     """
 
     def __init__(self) -> None:
@@ -129,64 +131,57 @@ class Phases:
         finally:
             self.metrics[f"seconds/{name}"] = round(time.perf_counter() - started, 4)
             self.metrics[f"peak_bytes/{name}"] = _peak_bytes()
-            gpu = _gpu_peak_bytes()
-            if gpu is not None:
-                self.metrics[f"gpu_peak_bytes/{name}"] = gpu
+            if (cuda := _cuda()) is not None:
+                self.metrics[f"gpu_peak_bytes/{name}"] = cuda.max_memory_allocated()
 
 
 class SystemWatch:
-    """What this process takes, at most every so many seconds: how many cores are at work (100 each), its memory, and a
-    GPU's memory in use and, where the driver's library is there, its load."""
+    """This process's load (100 for each busy core) and memory; a GPU's memory, and its load where
+    the driver's library is installed.
+
+    Args:
+        every: seconds between two measurements.
+    """
 
     def __init__(self, every: float = 10.0) -> None:
-        self._every, self._looked, self._busy = every, time.monotonic(), time.process_time()
+        self._every, self._measured, self._busy = every, time.monotonic(), time.process_time()
 
     def due(self) -> dict[str, float]:
-        """Metrics by MLflow's names for them; none if the last ones are too fresh."""
+        """Return metrics by MLflow's names for them; none if it is too early for the next ones."""
         now_, busy = time.monotonic(), time.process_time()
-        if (passed := now_ - self._looked) < self._every:
+        if (passed := now_ - self._measured) < self._every:
             return {}
-        found = {"system/cpu_utilization_percentage": round(100 * (busy - self._busy) / passed, 1)}
-        self._looked, self._busy = now_, busy
-        with suppress(OSError, IndexError):  # not Linux
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            found["system/process_memory_usage_megabytes"] = round(
-                pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1
-            )
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            found["system/gpu_0_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
-            with suppress(
-                Exception
-            ):  # torch asks a library that need not be installed, each with errors of its own
-                found["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization())
-        return found
+        megabytes = round(psutil.Process().memory_info().rss / 1e6, 1)
+        metrics = {
+            "system/cpu_utilization_percentage": round(100 * (busy - self._busy) / passed, 1),
+            "system/process_memory_usage_megabytes": megabytes,
+        }
+        self._measured, self._busy = now_, busy
+        if (cuda := _cuda()) is not None:
+            free, total = cuda.mem_get_info()
+            metrics["system/gpu_0_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
+            with suppress(Exception):  # raised by an optional library, with its own error types
+                metrics["system/gpu_0_utilization_percentage"] = float(cuda.utilization())
+        return metrics
 
 
 def _reset_peak() -> None:
-    with suppress(
-        OSError
-    ):  # not Linux, or not allowed: the peak is then the process's so far, as the docstring says
+    with suppress(OSError):  # not Linux, or not allowed
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if (cuda := _cuda()) is not None:
+        cuda.reset_peak_memory_stats()
 
 
 def _peak_bytes() -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        kib = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
+    with suppress(OSError):  # psutil does not read VmHWM, the peak that `_reset_peak` can reset
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _gpu_peak_bytes() -> int | None:
+def _cuda() -> Any:
+    """Return torch.cuda if torch is imported and finds a GPU, else None."""
     torch = sys.modules.get("torch")
-    return (
-        torch.cuda.max_memory_allocated()
-        if torch is not None and torch.cuda.is_available()
-        else None
-    )
+    return torch.cuda if torch is not None and torch.cuda.is_available() else None

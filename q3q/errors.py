@@ -1,4 +1,18 @@
-"""Everything that q3q raises on purpose. A message says what was wrong, what was given, and what to do next."""
+"""Everything that q3q raises on purpose. A message says what was wrong, what was given, and what to
+do next."""
+
+import re
+
+# The words by which Python, torch's CPU allocator and CUDA's libraries say that memory ran out, the
+# last two in errors of general kinds.
+MEMORY_WORDS = re.compile(
+    r"MemoryError|OutOfMemoryError|enforce fail at alloc_cpu"
+    r"|DefaultCPUAllocator: can't allocate memory|CUDA (error: )?out of memory"
+    r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(ALLOC|INTERNAL_ERROR_DEVICE_ALLOCATION)_FAILED"
+)
+
+# Exit codes: something went wrong while running; nothing was started; Ctrl-C.
+EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 
 
 class Q3QError(Exception):
@@ -6,11 +20,14 @@ class Q3QError(Exception):
 
 
 class ConfigError(Q3QError):
-    """A setting that cannot be meant: an unknown name, a value out of range, a folder that is not there."""
+    """A setting that cannot be right: an unknown name, a value out of range, a missing folder."""
 
 
 class IncompatibleError(ConfigError):
-    """Valid values that make no sense together (bits=1 with GPTQ): left out of a grid, refused when asked for alone."""
+    """Valid values that do not fit together, such as bits=1 with GPTQ.
+
+    A grid leaves the combination out; a single trial is refused.
+    """
 
 
 class CheckpointError(ConfigError):
@@ -26,15 +43,15 @@ class CalibrationError(ConfigError):
 
 
 class NumericsError(Q3QError):
-    """A computation that has no honest result: non-finite weights, a matrix that cannot be factored."""
+    """A computation without an honest result: non-finite weights, a matrix without a factor."""
 
 
 class IntegrityError(Q3QError):
-    """A trial whose own checks say that its numbers must not be trusted."""
+    """A trial whose own checks show that its numbers cannot be trusted."""
 
 
 class ExportError(ConfigError):
-    """A checkpoint that cannot be written where or as it was asked for."""
+    """A checkpoint that cannot be written to the given place or in the given format."""
 
 
 class TrackingError(ConfigError):
@@ -42,8 +59,8 @@ class TrackingError(ConfigError):
 
 
 class ReportError(ConfigError):
-    """A report that has nothing to be about: no records, or a study that nobody ran."""
+    """A report without content: no records, or a study that nobody ran."""
 
 
 class SweepFailedError(Q3QError):
-    """The sweep ended, its table and report are written, and some of its trials failed."""
+    """A sweep that ended with failed trials; its table and report are written."""

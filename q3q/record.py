@@ -1,28 +1,31 @@
-"""What a trial left behind: its record, durable and plain, and the small events it sends while it works."""
+"""What a trial leaves behind: its record, durable and plain, and the events it sends meanwhile."""
 
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from q3q.masking import masked
+from q3q.placement import Placement, Trial
 from q3q.spec import Json, TrialSpec
 from q3q.storage.files import SEAL, sealed, unsealed, write_atomically
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
+ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteError:
-    """How far one quantized linear is from the original.
+    """The error of one quantized linear.
 
-    weight_error: ||W - Q|| / ||W||, Frobenius (of AWQ, W after its scales have moved). output_error:
-    ||X (W - Q)^T|| / ||X W^T|| over the calibration tokens, None for a method that saw none.
-    experts: of a linear that every expert has, each one's output error, its weight error where there is none; to four
-    digits.
+    weight_error: ||W - Q|| / ||W||, Frobenius; for AWQ, W after its scales have moved
+    output_error: ||X (W - Q)^T|| / ||X W^T|| over the calibration tokens; None for a method that
+        saw none
+    experts: of a linear that every expert has, each expert's output error (its weight error where
+        there is none), to four digits
     """
 
     block: int
@@ -50,10 +53,13 @@ class Check:
 class Comparison:
     """One metric of a trial against its baseline's, sample by sample.
 
-    difference: the trial's mean less the baseline's; of a perplexity in nats per token, so that its exp is the ratio of
-    the two perplexities. None if one of them is not finite. low, high: its 95 % interval, None where there is none.
-    distinguishable: p_value < 0.05. p_value: how often chance alone would give such a difference, None if unknown.
-    n: pairs. test: what gave the p-value and the interval.
+    difference: the trial's mean less the baseline's; of a perplexity in nats per token, so that
+        its exp is the ratio of the two perplexities; None if one of them is not finite
+    low, high: its 95 % interval, None where there is none
+    distinguishable: p_value < 0.05
+    p_value: how often chance alone gives such a difference, None if unknown
+    n: pairs
+    test: what gave the p-value and the interval
     """
 
     metric: str
@@ -77,16 +83,21 @@ class Comparison:
 class TrialRecord:
     """One trial's outcome.
 
-    metrics: finite numbers by stable name (`perplexity/<text>`, `<task>/acc`, `bits_per_weight`, `seconds/<phase>`).
-    intervals: 95 % interval of those that have one. diverged: metrics whose value is not finite (a result too).
-    sites: error of each quantized linear. checks: integrity. environment: code, packages, hardware, times, and what was
-    planned beside what it took.
-    results: what the evaluation harness returned, as it returned it. notes: facts by name (fallbacks, damping raised).
-    comparisons: with the unquantized model, by metric, once its trial is there too.
-    files: others in the trial's folder.
+    metrics: finite numbers by stable name (`perplexity/<text>`, `<task>/acc`, `bits_per_weight`,
+        `seconds/<phase>`)
+    intervals: 95 % interval of those that have one
+    diverged: metrics whose value is not finite (a result too)
+    sites: error of each quantized linear
+    checks: integrity
+    environment: code, packages, hardware, times, and what was planned beside what it took
+    results: what the evaluation harness returned, unchanged
+    notes: facts by name (fallbacks, damping raised)
+    comparisons: with the unquantized model, by metric, once its trial has finished too
+    files: others in the trial's folder
     """
 
     spec: TrialSpec
+    placement: Placement = field(default=Placement(), compare=False)
     status: str
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -106,26 +117,46 @@ class TrialRecord:
             raise ValueError(f"metrics must be finite, list these under `diverged`: {wrong}")
 
     @classmethod
-    def failed(cls, spec: TrialSpec, reason: str, environment: Json | None = None) -> "TrialRecord":
-        told = {
+    def failed(cls, trial: Trial, reason: str, environment: Json | None = None) -> "TrialRecord":
+        shown = {
             key: masked(fact) if isinstance(fact, str) else fact
             for key, fact in (environment or {}).items()
         }
-        return cls(spec=spec, status=FAILED, reason=masked(reason), environment=told)
+        return cls(
+            spec=trial.spec,
+            placement=trial.placement,
+            status=FAILED,
+            reason=masked(reason),
+            environment=shown,
+        )
+
+    @property
+    def trial(self) -> Trial:
+        return Trial(self.spec, self.placement)
 
     @property
     def completed(self) -> bool:
         return self.status == COMPLETED
 
     def to_json(self) -> Json:
-        return asdict(self)
+        facts = vars(self) | {
+            "spec": self.trial.to_json(complete=True),
+            "sites": [asdict(site) for site in self.sites],
+            "checks": [asdict(check) for check in self.checks],
+            "comparisons": {name: row.to_json() for name, row in self.comparisons.items()},
+        }
+        del facts["placement"]
+        return facts
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TrialRecord":
+        facts = {key: value for key, value in data.items() if key != SEAL}
+        trial = Trial.from_json(data["spec"])
         return cls(
-            **{
-                **{key: value for key, value in data.items() if key != SEAL},
-                "spec": TrialSpec.from_json(data["spec"]),
+            **facts
+            | {
+                "spec": trial.spec,
+                "placement": trial.placement,
                 "intervals": {name: (low, high) for name, (low, high) in data["intervals"].items()},
                 "diverged": tuple(data["diverged"]),
                 "sites": tuple(SiteError(**site) for site in data["sites"]),
@@ -138,27 +169,31 @@ class TrialRecord:
         )
 
     def save(self) -> None:
-        """To the trial's folder: `record.json`, or `failed.json`, so that no failure ever replaces a result."""
+        """Write `record.json`, or `failed.json`, so that no failure ever replaces a result."""
+        folder = self.trial.folder
         content = sealed(self.to_json(), finite=True)
-        write_atomically(
-            trial_folder(self.spec) / ("record.json" if self.completed else "failed.json"), content
-        )
+        write_atomically(folder / ("record.json" if self.completed else "failed.json"), content)
         if self.completed:
-            (trial_folder(self.spec) / "failed.json").unlink(missing_ok=True)
+            (folder / "failed.json").unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "TrialRecord":
-        """Raises ValueError if the file is torn, or not what was written. Its places are where it lies: see `moved`."""
+        """Read a record; its placement is where the file lies.
+
+        Raises:
+            ValueError: the file is torn, or not what was written.
+        """
         record = cls.from_json(unsealed(path.read_bytes()))
-        return replace(record, spec=_at(path, record.spec))
+        return replace(record, placement=_as_found(path, record.trial).placement)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A trial tells how far it is. phase: load, calibrate, quantize, evaluate ... done of total steps of that phase.
+    """A trial's progress: `done` of `total` steps of a phase.
 
-    metrics: what these steps have measured, by the name that the record will have it under; finite.
-    system: what the process takes meanwhile, now and then; names as MLflow's own system metrics.
+    phase: load, calibrate, quantize, evaluate ...
+    metrics: what these steps have measured, finite, by the record's names
+    system: what the process takes meanwhile, by MLflow's names of system metrics
     """
 
     trial: str
@@ -170,126 +205,17 @@ class Progress:
     system: dict[str, float] = field(default_factory=dict)
 
 
-def block_errors(sites: Iterable[SiteError]) -> dict[int, dict[str, float]]:
-    """Of each block the mean error of its linears, as metrics; what is not finite is left out."""
-    found: dict[int, dict[str, list[float]]] = {}
-    for site in sites:
-        of_block = found.setdefault(site.block, {})
-        of_block.setdefault("block/weight_error", []).append(site.weight_error)
-        if site.output_error is not None:
-            of_block.setdefault("block/output_error", []).append(site.output_error)
-    means = {
-        k: {name: sum(some) / len(some) for name, some in lists.items()}
-        for k, lists in found.items()
-    }
-    return {
-        k: {name: mean for name, mean in some.items() if math.isfinite(mean)}
-        for k, some in means.items()
-    }
-
-
-def trial_folder(spec: TrialSpec) -> Path:
-    """Where a trial's durable state lies: spec, evaluations so far, record."""
-    return Path(spec.places["trials"]) / spec.id
-
-
-def load_spec(path: Path) -> TrialSpec:
-    """A trial's spec.json. Its places are where it lies: see `moved`."""
-    return _at(path, TrialSpec.from_json(json.loads(path.read_text(encoding="utf-8"))))
-
-
-def _at(path: Path, spec: TrialSpec) -> TrialSpec:
-    folder = path.absolute().parent
-    return (
-        moved(spec, folder.parents[1])
-        if (folder.parent.name, folder.name) == ("trials", spec.id)
-        else spec
-    )
-
-
-def moved(spec: TrialSpec, storage: Path) -> TrialSpec:
-    """The spec as it is in a storage folder, which may have been moved or copied since the spec was written: what lay
-    in the old one lies in this one, and the store that the old one mirrored is not this one's."""
-    old = Path(spec.places["trials"]).parent if "trials" in spec.places else storage
-    if old == storage:
-        return spec
-    places = {key: value for key, value in spec.places.items() if key != "store"} | {
-        "trials": str(storage / "trials")
-    }
-    if "export" in places and Path(places["export"]).is_relative_to(old):
-        places["export"] = str(storage / Path(places["export"]).relative_to(old))
-    return spec.with_places(places)
-
-
-def blocks_folder(spec: TrialSpec) -> Path:
-    """Where a trial under way writes its quantized blocks."""
-    return trial_folder(spec) / "blocks"
-
-
-def kept_blocks_folder(spec: TrialSpec) -> Path:
-    """Where finished blocks are kept (keep=blocks); trials that differ in their evaluation alone share them."""
-    return Path(spec.places["trials"]) / "blocks" / spec.quantization_id
-
-
-def forget_progress(spec: TrialSpec) -> None:
-    """Start from nothing the next time, but for kept blocks. The last record stays until a new one replaces it."""
-    for folder in (blocks_folder(spec), trial_folder(spec) / "evaluations"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """What is known of a sweep before it runs.
-
-    id: the same for the same set of trials. command: what a person types to get it again. config: composed, as YAML.
-    question, expectation: of a saved study, in its own words. predicted: seconds of each trial still to run, by id.
-    experiment: what a tracker files it under. names: what each trial is called among these, by id.
-    started, ended: when it ran, of one that is filed after the fact (ISO 8601); empty: now.
-    """
-
-    id: str
-    name: str
-    command: str
-    config: str
-    trials: tuple[TrialSpec, ...]
-    question: str = ""
-    expectation: str = ""
-    predicted: dict[str, float] = field(default_factory=dict)
-    experiment: str = "q3q"
-    names: dict[str, str] = field(default_factory=dict)
-    started: str = ""
-    ended: str = ""
-
-    def save(self, storage: Path) -> None:
-        """To `<storage>/sweeps/<name>_<id>.json`: a report, or a new tracker, finds its trials there."""
-        write_atomically(
-            storage / "sweeps" / f"{self.name}_{self.id}.json", json.dumps(self.to_json()).encode()
-        )
-
-    def to_json(self) -> Json:
-        return {**asdict(self), "trials": [spec.to_json() for spec in self.trials]}
-
-    @classmethod
-    def load(cls, path: Path) -> "Sweep":
-        """Its trials' places are in the storage folder where it lies: see `moved`."""
-        data, storage = json.loads(path.read_text(encoding="utf-8")), path.absolute().parent.parent
-        return cls(
-            **{
-                **data,
-                "trials": tuple(
-                    moved(TrialSpec.from_json(spec), storage) for spec in data["trials"]
-                ),
-            }
-        )
+Report = Callable[[Progress], None]
 
 
 @dataclass
 class Scores:
-    """What evaluation found so far: metrics with intervals, names of those that are not finite, lm-eval's results, and
-    what each sample scored."""
+    """An evaluation's results so far.
+
+    diverged: metrics that are not finite
+    results: lm-eval's own
+    samples: what each sample scored
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -308,3 +234,81 @@ class Scores:
                 self.intervals[name] = (low, high)
         self.results.update(part["results"])
         self.samples += part["samples"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A sweep, as it is filed before it runs.
+
+    id: the same for the same set of trials
+    command: what a person types to get it again
+    config: composed, as YAML
+    question, expectation: of a saved study, in its own words
+    predicted: seconds of each trial still to run, by id
+    experiment: what a tracker files it under
+    names: each trial's name among these, by id
+    started, ended: of a sweep that is filed after the fact (ISO 8601); empty means now
+    """
+
+    id: str
+    name: str
+    command: str
+    config: str
+    trials: tuple[Trial, ...]
+    question: str = ""
+    expectation: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
+    experiment: str = "q3q"
+    names: dict[str, str] = field(default_factory=dict)
+    started: str = ""
+    ended: str = ""
+
+    def save(self, storage: Path) -> None:
+        """Write `<storage>/sweeps/<name>_<id>.json`, where reports and new trackers look."""
+        path = storage / "sweeps" / f"{self.name}_{self.id}.json"
+        write_atomically(path, json.dumps(self.to_json()).encode())
+
+    def to_json(self) -> Json:
+        return vars(self) | {"trials": [trial.to_json() for trial in self.trials]}
+
+    @classmethod
+    def load(cls, path: Path) -> "Sweep":
+        """Read a sweep; its trials are placed in the storage folder where the file lies."""
+        data, storage = json.loads(path.read_text(encoding="utf-8")), path.absolute().parent.parent
+        trials = tuple(Trial.from_json(trial).moved(storage) for trial in data["trials"])
+        return cls(**{**data, "trials": trials})
+
+
+def load_trial(path: Path) -> Trial:
+    """Read a trial's spec.json; its placement is where the file lies."""
+    return _as_found(path, Trial.from_json(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def _as_found(path: Path, trial: Trial) -> Trial:
+    folder = path.absolute().parent
+    in_its_place = (folder.parent.name, folder.name) == ("trials", trial.id)
+    return trial.moved(folder.parents[1]) if in_its_place else trial
+
+
+def forget_progress(trial: Trial) -> None:
+    """Delete all but kept blocks, and the last record, which stays until a new one replaces it."""
+    for folder in (trial.blocks_folder, trial.folder / "evaluations"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def block_errors(sites: Iterable[SiteError]) -> dict[int, dict[str, float]]:
+    """Return the mean error of each block's linears, as metrics; without what is not finite."""
+    errors: dict[int, dict[str, list[float]]] = {}
+    for site in sites:
+        of_block = errors.setdefault(site.block, {})
+        of_block.setdefault("block/weight_error", []).append(site.weight_error)
+        if site.output_error is not None:
+            of_block.setdefault("block/output_error", []).append(site.output_error)
+    means = {
+        block: {name: sum(values) / len(values) for name, values in lists.items()}
+        for block, lists in errors.items()
+    }
+    return {
+        block: {name: mean for name, mean in of_block.items() if math.isfinite(mean)}
+        for block, of_block in means.items()
+    }

@@ -1,35 +1,228 @@
-"""What a trial is: everything that can change a number, in canonical form, and nothing that cannot."""
+"""What a trial is: everything that can change one of its numbers, and nothing else.
+
+A spec's id is a digest of its JSON, so the JSON is canonical: what a method ignores is absent,
+defaults are resolved, and a setting that is seldom given is left out where it is not. New settings
+must keep this, or old ids would change.
+"""
 
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from q3q.errors import ConfigError
-from q3q.storage.mirror import settled
-
-if TYPE_CHECKING:
-    pass
 
 Json = dict[str, Any]
-FEW_SHOT, WORD_TASK = (
-    ("mmlu", "mmlu_paper"),
-    "wikitext",
-)  # tasks that are no part of a mean accuracy
-MEAN_ACCURACY = "accuracy"  # the metric that is the mean over the others
+MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metrics.mean_metrics`
+QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
+AUTO_DRIFT = "auto"
+# Absent from a spec's JSON where they are not given.
 SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRef:
+    """A model's weights, and the type that they are computed in.
+
+    name: label for people, not part of any id
+    digest: of the files in a local folder
+    source, revision: Hub id and commit
+    dtype: float32, bfloat16 or float16
+    """
+
+    name: str | None
+    digest: str | None = None
+    source: str | None = None
+    revision: str | None = None
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        return str(self.name or self.source)
+
+    @property
+    def files(self) -> str:
+        """Identify the files alone, whatever type they are computed in."""
+        return self.digest or f"{self.source}@{self.revision}"
+
+    @property
+    def identity(self) -> Json:
+        facts = self.to_json()
+        del facts["name"]
+        return facts
+
+    def to_json(self) -> Json:
+        return _without_none(asdict(self), keep=("name",))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ModelRef":
+        return cls(**{"name": None, "dtype": None, **data})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRef:
+    """A method, the version of its numerics, and its knobs.
+
+    package: `name version` of the package that offers it; None for q3q's own
+    """
+
+    name: str
+    version: int | None
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    package: str | None = None
+
+    def to_json(self) -> Json:
+        ends = {"version": self.version, "package": self.package}
+        return {"name": self.name, **self.knobs, **_without_none(ends)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "MethodRef":
+        knobs = {"version": None, "package": None, **data}
+        name = _checked("the method's name", knobs.pop("name"), str)
+        version, package = knobs.pop("version"), knobs.pop("package")
+        return cls(name=name, version=version, knobs=knobs, package=package)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The windows that a method observes: `samples` of `length` tokens of one text.
+
+    draw: random, first or documents
+    route: experts that see a token, top_k (the router's choice) or all; None for a dense model
+    """
+
+    source: str
+    digest: str
+    samples: int
+    length: int
+    draw: str
+    route: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    def to_json(self) -> Json:
+        return _without_none(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRef:
+    """A text whose perplexity is measured, in windows of `window` tokens.
+
+    limit: most windows, None for all
+    draw, samples: random, of `samples` windows; or first, and None
+    """
+
+    name: str
+    source: str | None = None
+    digest: str
+    window: int
+    limit: int | None = None
+    draw: str = "first"
+    samples: int | None = None
+
+    def to_json(self) -> Json:
+        return _without_none(asdict(self), keep=("limit", "samples"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRef:
+    """A task of lm-eval's or q3q's own.
+
+    shots: examples in each prompt, None for the task's own number
+    limit: most questions, None for `Evaluation.task_limit`
+    """
+
+    name: str
+    shots: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured, on which texts and tasks.
+
+    task_limit: most questions of each task, None for all
+    chat: how prompts use the chat template; None: they do not
+    include: digest of the user's own task files
+    data: identity (commit or digest) of each data set
+    generates: tasks that have the model generate text
+    max_gen_toks: most tokens of a generated text, None for each task's own number
+    ends: tokens that end a generated text
+    lm_eval, version: of the code that makes prompts, cuts texts and scores answers
+    quick: windows and questions are drawn at random once, and every metric's name says so
+    drift: windows that are compared with the unquantized model: a number, `auto`, or None
+    """
+
+    texts: tuple[TextRef, ...] = ()
+    tasks: tuple[TaskRef, ...] = ()
+    task_limit: int | None = None
+    chat: str | None = None
+    include: str | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
+    generates: tuple[str, ...] = ()
+    max_gen_toks: int | None = None
+    ends: tuple[int, ...] = ()
+    lm_eval: str | None = None
+    version: int | None = None
+    quick: bool = False
+    drift: int | str | None = None
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+    def limit_of(self, task: TaskRef) -> int | None:
+        return self.task_limit if task.limit is None else task.limit
+
+    def to_json(self) -> Json:
+        """Return plain JSON without what is not asked for; shots and limits by task, sorted."""
+        by_name = sorted(self.tasks, key=lambda task: task.name)
+        facts = {
+            "texts": [text.to_json() for text in self.texts],
+            "tasks": list(self.task_names),
+            "task_limit": self.task_limit,
+        }
+        optional = {
+            "shots": {task.name: task.shots for task in by_name if task.shots is not None},
+            "limits": {task.name: task.limit for task in by_name if task.limit is not None},
+            **vars(self),
+            "data": dict(self.data),
+            "generates": list(self.generates),
+            "ends": list(self.ends),
+        }
+        return facts | {key: fact for key, fact in optional.items() if fact and key not in facts}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Evaluation":
+        rest = dict(data)
+        shots, limits = (_checked(key, rest.pop(key, {}), dict) for key in ("shots", "limits"))
+        tasks = [_checked("a task", name, str) for name in rest.pop("tasks", ())]
+        for text in rest.get("texts", ()):
+            _checked("a text's name", text["name"], str)
+        _checked("data", rest.get("data", {}), dict)
+        for key in ("generates", "ends"):
+            rest[key] = tuple(rest.get(key, ()))
+        rest["texts"] = tuple(TextRef(**text) for text in rest.get("texts", ()))
+        rest["tasks"] = tuple(
+            TaskRef(name=name, shots=shots.get(name), limit=limits.get(name)) for name in tasks
+        )
+        return cls(**rest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """How numbers are stored.
 
-    bits: bits of a weight's code. group_size: neighbouring input columns that share a scale, -1 for the whole row.
-    symmetric: codes lie evenly around zero. act_bits: bits of each quantized linear's input (dynamic, per token), or
-    None to leave activations alone. scales: types that scales are rounded to, in turn (`bfloat16 float16`), because an
-    export stores them so; None leaves them in float32.
+    bits: of a weight's code
+    group_size: neighbouring input columns that share a scale, -1 for the whole row
+    symmetric: codes lie evenly around zero
+    act_bits: of each quantized linear's input (dynamic, per token); None leaves it in 16 bits
+    scales: types that scales are rounded to in turn (`bfloat16 float16`), as an export stores
+        them; None leaves them in float32
     """
 
     bits: int
@@ -43,7 +236,8 @@ class Scheme:
             raise ConfigError(f"bits={self.bits} is out of range: give 1 to 8")
         if self.group_size != -1 and self.group_size < 1:
             raise ConfigError(
-                f"group_size={self.group_size}: give a positive number of columns, or -1 for whole rows"
+                f"group_size={self.group_size}: give a positive number of columns, or -1 for whole "
+                "rows"
             )
         if self.act_bits is not None and not 2 <= self.act_bits <= 16:
             raise ConfigError(f"act_bits={self.act_bits} is out of range: give 2 to 16, or null")
@@ -51,9 +245,11 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Schemes:
-    """The scheme of every linear by its full name, `blocks.3.mlp.down_proj`: the base's, but for some.
+    """The scheme of every linear, by its full name (`blocks.3.mlp.down_proj`).
 
-    overrides: what differs from the base. skip: linears that stay as they are. head, embedding: None leaves them alone.
+    overrides: what differs from the base
+    skip: linears that stay as they are
+    head, embedding: None leaves them in 16 bits
     """
 
     base: Scheme
@@ -63,41 +259,37 @@ class Schemes:
     embedding: Scheme | None = None
 
     def of(self, linear: str) -> Scheme | None:
-        """None for a linear that is not quantized."""
+        """Return None for a linear that is not quantized."""
         if linear in self.skip:
             return None
-        changed = self.overrides.get(linear)
-        return replace(self.base, **changed) if changed else self.base
+        changes = self.overrides.get(linear)
+        return replace(self.base, **changes) if changes else self.base
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialSpec:
-    """One trial. What a method ignores is absent (None), its defaults are resolved, files are content digests.
+    """One trial.
 
-    model: name, source (folder or hub id), digest (of a folder) or revision (of a hub id), dtype.
-    method: name, version of its numerics, and its knobs.
-    calibration: source, digest, samples, length, draw; None for a method that observes nothing.
-    evaluation: what is measured, on which texts (with digests) and tasks.
-    overrides, skip: which linears, by full name, differ from the scheme and in what, or stay as they are.
-    head_bits, embedding_bits: of the head and the embedding, rounded to nearest; None leaves them alone. One tensor and
-    equal where they are tied.
-    export: format of the checkpoint that is written too, None for none.
-    places: where on this machine the files are. rules: the name patterns that overrides and skip were given as, for
-    people. Neither is part of what the trial *is*: `id` does not see them.
+    calibration: None for a method that observes nothing
+    overrides, skip: linears, by full name, that differ from the scheme, and in what, or that
+        stay as they are
+    head_bits, embedding_bits: rounded to nearest; None leaves them in 16 bits. One tensor, and
+        equal, where the model ties them
+    export: format of the checkpoint that the trial writes too
+    rules: the name patterns that overrides and skip were given as; for people, not part of the id
     """
 
-    model: Json
-    method: Json
+    model: ModelRef
+    method: MethodRef
     scheme: Scheme | None
-    calibration: Json | None
-    evaluation: Json
+    calibration: Calibration | None
+    evaluation: Evaluation
     seed: int
     overrides: dict[str, Json] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
     head_bits: int | None = None
     embedding_bits: int | None = None
     export: str | None = None
-    places: Json = field(default_factory=dict, compare=False)
     rules: Json = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -112,31 +304,32 @@ class TrialSpec:
 
     @cached_property
     def id(self) -> str:
-        """Ten hex digits; equal specs share an id on every machine, so a finished trial is never run twice."""
-        act_bits = self.scheme.act_bits if self.scheme else None
-        whole = {**self.quantization, "evaluation": self.evaluation, "act_bits": act_bits}
-        return _digest(whole | ({"export": self.export} if self.export else {}))
+        """Ten hex digits, the same on every machine, so that no finished trial runs twice."""
+        facts = self.quantization | {
+            "evaluation": self.evaluation.to_json(),
+            "act_bits": self.scheme.act_bits if self.scheme else None,
+        }
+        return digest(facts | ({"export": self.export} if self.export else {}))[:10]
 
     @cached_property
     def quantization_id(self) -> str:
-        """Ten hex digits that say which quantized weights these are, however they are evaluated."""
-        return _digest(self.quantization)
+        """Ten hex digits of the quantized weights, however they are evaluated."""
+        return digest(self.quantization)[:10]
 
     @property
     def quantization(self) -> Json:
-        """All that determines the quantized weights. Activations are quantized later; a model's name is for people."""
-        whole = self.to_json()
-        del whole["places"], whole["evaluation"]
-        for later in ("export", "rules"):
-            whole.pop(later, None)
-        whole["model"] = {key: value for key, value in self.model.items() if key != "name"}
+        """Return all that determines the quantized weights. Activations are quantized later."""
+        facts = self.to_json()
+        for later in ("evaluation", "export", "rules"):
+            facts.pop(later, None)
+        facts["model"] = self.model.identity
         if self.scheme is not None:
-            del whole["scheme"]["act_bits"]
-        return whole
+            del facts["scheme"]["act_bits"]
+        return facts
 
     @property
     def schemes(self) -> Schemes | None:
-        """How each linear, the head and the embedding are stored; None if nothing is quantized."""
+        """Return None if nothing is quantized."""
         if self.scheme is None:
             return None
         head, embedding = (
@@ -147,23 +340,28 @@ class TrialSpec:
 
     @property
     def heads(self) -> int:
-        return heads_held(self.head_bits, self.evaluation)
+        return heads_in_memory(self.head_bits, self.evaluation)
 
     @property
     def name(self) -> str:
-        """Short, for people: `gptq w3 g128`, `gptq w3 g128 blocks.0:w8 -*.down head:w8`."""
+        """Name the trial for people: `gptq w3 g128 blocks.0:w8 -*.down head:w8`."""
         if self.scheme is None:
-            return str(self.method["name"])
+            return self.method.name
         group = "pc" if self.scheme.group_size == -1 else f"g{self.scheme.group_size}"
         act = f"a{self.scheme.act_bits}" if self.scheme.act_bits else ""
-        return f"{self.method['name']} w{self.scheme.bits}{act} {group} {self.departures}".rstrip()
+        return f"{self.method.name} w{self.scheme.bits}{act} {group} {self.departures}".rstrip()
+
+    @property
+    def label(self) -> str:
+        """Name the trial and its model: `gptq w3 g128 · qwen3_8b`."""
+        return f"{self.name} · {self.model.label}"
 
     @property
     def departures(self) -> str:
-        """What is stored otherwise than the scheme says, for people: `blocks.0:w8 -*.down head:w8`; or nothing."""
+        """List what differs from the scheme, for people: `blocks.0:w8 -*.down head:w8`."""
         words = [
-            f"{pattern}:{_brief(changed)}"
-            for pattern, changed in self.rules.get("overrides", {}).items()
+            f"{pattern}:{_override_in_a_word(changes)}"
+            for pattern, changes in self.rules.get("overrides", {}).items()
         ]
         words += [f"-{pattern}" for pattern in self.rules.get("skip", ())]
         ends = {"head": self.head_bits, "embedding": self.embedding_bits}
@@ -172,110 +370,117 @@ class TrialSpec:
         return " ".join(words)
 
     def flat(self) -> dict[str, str]:
-        """Dotted keys and printable values, as trackers like their params."""
-        whole = self.to_json()
-        del whole["places"]
+        """Return dotted keys and printable values, as trackers like their params."""
+        facts = self.to_json()
         # A pattern says in a word what it means in each of a hundred blocks.
-        whole |= {key: json.dumps(value) for key, value in whole.pop("rules", {}).items()}
-        whole["evaluation"] = _brief_data(whole["evaluation"])
-        return dict(_flatten(whole))
+        facts |= {key: json.dumps(value) for key, value in facts.pop("rules", {}).items()}
+        facts["evaluation"] = _with_brief_data(facts["evaluation"])
+        return dict(_flatten(facts))
 
-    def to_json(self) -> Json:
-        """What is seldom given is absent where it is not: the id of a trial without it must not change."""
-        whole = asdict(self)
+    def to_json(self, *, complete: bool = False) -> Json:
+        """Return plain JSON; `complete` keeps what is seldom given also where it is not."""
+        facts: Json = {part.name: getattr(self, part.name) for part in fields(self)}
+        facts |= {
+            "model": self.model.to_json(),
+            "method": self.method.to_json(),
+            "scheme": self.scheme and asdict(self.scheme),
+            "calibration": self.calibration and self.calibration.to_json(),
+            "evaluation": self.evaluation.to_json(),
+            "overrides": {name: dict(changes) for name, changes in self.overrides.items()},
+            "skip": list(self.skip),
+        }
+        if complete:
+            return facts
         if self.scheme is not None and self.scheme.scales is None:
-            del whole["scheme"]["scales"]
-        return {key: value for key, value in whole.items() if key not in SELDOM or value}
+            del facts["scheme"]["scales"]
+        return {key: value for key, value in facts.items() if key not in SELDOM or value}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "TrialSpec":
-        """Its places are those of this machine, whichever wrote it."""
-        scheme, places = data["scheme"], settled(data.get("places", {}))
+        """Read what any version wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not a spec.
+        """
+        facts = {key: value for key, value in data.items() if key != "places"}
+        for part in ("model", "method", "evaluation"):
+            _checked(part, data[part], dict)
+        scheme, calibration = data["scheme"], data["calibration"]
         return cls(
-            **{
-                **data,
+            **facts
+            | {
+                "model": ModelRef.from_json(data["model"]),
+                "method": MethodRef.from_json(data["method"]),
                 "scheme": None if scheme is None else Scheme(**scheme),
+                "calibration": None if calibration is None else Calibration(**calibration),
+                "evaluation": Evaluation.from_json(data["evaluation"]),
                 "skip": tuple(data.get("skip", ())),
-                "places": places,
+                "rules": _checked("rules", data.get("rules", {}), dict),
             }
         )
 
-    def with_places(self, places: Json) -> "TrialSpec":
-        return replace(self, places=places)
+
+def digest(facts: Json, *, spaced: bool = False) -> str:
+    """Return the SHA-256 (64 hex digits) of facts as canonical JSON.
+
+    Args:
+        spaced: with a space after each separator, as files' seals have always had it.
+    """
+    separators = None if spaced else (",", ":")
+    canonical = json.dumps(facts, sort_keys=True, separators=separators)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def text_metric(measure: str, text: str, quick: bool) -> str:
-    """`perplexity/wikitext2`; of a quick evaluation `perplexity_quick/wikitext2`."""
+    """Return `perplexity/wikitext2`; of a quick evaluation `perplexity_quick/wikitext2`."""
     return f"{measure}{'_quick' if quick else ''}/{text}"
 
 
-def task_metric(name: str, quick: bool) -> str:
-    """A metric as lm-eval names it under the name that records use: `mmlu/acc`, of a quick evaluation `mmlu_quick/acc`.
-
-    lm-eval's `wikitext` task measures a text: what it calls wikitext/word_perplexity is word_perplexity/wikitext2.
-    """
-    task, _, metric = name.partition("/")
-    return (
-        text_metric(metric, "wikitext2", quick)
-        if task == "wikitext"
-        else text_metric(task, metric, quick)
-    )
+def heads_in_memory(head_bits: int | None, evaluation: Evaluation) -> int:
+    """Return 2 where a quantized head's logits are compared with the original's, else 1."""
+    return 2 if head_bits is not None and evaluation.drift is not None else 1
 
 
-def mean_metrics(spec: TrialSpec) -> list[str]:
-    """The accuracies that a trial's mean is over; as in the study, not MMLU's, which has five shots."""
-    tasks = [task for task in spec.evaluation.get("tasks", []) if task != WORD_TASK]
-    zero_shot = [task for task in tasks if task not in FEW_SHOT]
-    return [accuracy_metric(spec, task) for task in zero_shot or tasks]
-
-
-def accuracy_metric(spec: TrialSpec, task: str) -> str:
-    return text_metric(task, "acc", bool(spec.evaluation.get("quick")))
-
-
-def _brief_data(evaluation: Json) -> Json:
-    """An evaluation with one digest for each repository of data sets: MMLU has 57."""
+def _with_brief_data(evaluation: Json) -> Json:
+    """Give an evaluation one digest for each repository of data sets: MMLU has 57 of them."""
     parts: dict[str, list[str]] = {}
     for name, identity in evaluation.get("data", {}).items():
         parts.setdefault(name.partition(":")[0], []).append(identity)
     brief = {
-        name: found[0] if len(set(found)) == 1 else _digest({"all": found})
-        for name, found in parts.items()
+        name: identities[0] if len(set(identities)) == 1 else digest({"all": identities})[:10]
+        for name, identities in parts.items()
     }
     return {**evaluation, "data": brief} if brief else evaluation
 
 
-def heads_held(head_bits: int | None, evaluation: Mapping[str, Any]) -> int:
-    """How many heads a trial holds: two where what a quantized one says is compared with what the original says."""
-    return 2 if head_bits is not None and evaluation.get("drift") is not None else 1
-
-
-def _brief(changed: Json) -> str:
-    """An override in a word: `w8`, `w4g64sym`."""
-    parts = {
+def _override_in_a_word(changes: Json) -> str:
+    """Return `w8` or `w4g64sym`."""
+    words = {
         "bits": lambda bits: f"w{bits}",
         "group_size": lambda size: "pc" if size == -1 else f"g{size}",
         "symmetric": lambda symmetric: "sym" if symmetric else "asym",
     }
-    return "".join(word(changed[key]) for key, word in parts.items() if key in changed)
+    return "".join(word(changes[key]) for key, word in words.items() if key in changes)
 
 
-def _digest(data: Json) -> str:
-    return hashlib.sha256(
-        json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()[:10]
+def _without_none(facts: Json, keep: Collection[str] = ()) -> Json:
+    return {key: value for key, value in facts.items() if value is not None or key in keep}
 
 
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def _checked(what: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} is {type(value).__name__}")
+    return value
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
-    for key, value in data.items():
+    for key, value in facts.items():
         if isinstance(value, Mapping):
             pairs += _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            pairs += _flatten({str(i): item for i, item in enumerate(value)}, f"{prefix}{key}.")
+            items = {str(number): item for number, item in enumerate(value)}
+            pairs += _flatten(items, f"{prefix}{key}.")
         else:
             pairs.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
     return pairs
-
-
-QUICK_SEED = 0  # of the questions that evaluation.quick draws

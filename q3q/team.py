@@ -1,11 +1,11 @@
-"""Who shares a trial: the ranks of a gang, one process each, in one torch.distributed group.
+"""Ranks that share a trial: a gang of processes in one torch.distributed group.
 
-Rank 0 runs the trial, as if it were alone; the others `follow`. Where work is worth dividing, rank 0 has all ranks call
-the same function at the same time (`together`), and in there they exchange what they must, in the same order. So what
-only one rank can know (what lies on its disk, what lm-eval asks) is decided in one place, and code that divides nothing
-needs not know of ranks at all.
+Rank 0 runs the trial as if it were alone, and the others `follow`. Where dividing the work pays,
+rank 0 has all ranks call the same function at the same time (`run_on_all`); inside it they exchange
+tensors and objects in the same order. So one rank decides what only it can know (the files on its
+disk, lm-eval's questions), and code that divides nothing need not know about ranks.
 
-Imports torch when a gang comes together, not before.
+torch is imported when a gang meets, not before.
 """
 
 import gc
@@ -27,51 +27,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LOOPBACK = "127.0.0.1"
-# Followers wait for as long as rank 0 works alone. Whoever started the gang ends it if a rank dies, so no timeout does.
+# Followers wait while rank 0 works alone; if a rank dies, whoever started the gang ends it.
 PATIENCE = timedelta(days=30)
-HEED_SECONDS = 1.0
-MEETING = timedelta(
-    minutes=10
-)  # for all ranks to be there: a machine of many may still be loading libraries
+CHECK_SECONDS = 1.0
+# For all ranks to arrive: a machine may still be loading libraries for many of them.
+MEETING = timedelta(minutes=10)
 
 
 class PeerLostError(Q3QError):
-    """Another rank of the gang is gone, or failed: what ended the gang is told there, not here."""
+    """Another rank of the gang failed or disappeared; that rank reports the cause, not this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seat:
-    """One rank's place in a gang. host, port: where rank 0 listens; own_host: this rank's address (if all ranks are on
-    one machine, loopback). listener: rank 0's listening socket, to which nobody has connected yet."""
+class Rendezvous:
+    """A rank, and the address at which its gang meets."""
 
     rank: int
     size: int
-    host: str
+    host: str  # where rank 0 listens
     port: int
-    own_host: str
-    listener: socket.socket | None = None
+    own_host: str  # this rank's address: loopback if all ranks are on one machine
+    listener: socket.socket | None = None  # rank 0's listening socket, without a connection yet
 
 
 class Team:
-    """A rank among the ranks of its gang. Costs nothing, and exchanges nothing, where it is the only one."""
+    """A rank of a gang. If it is the only one, it exchanges nothing, and costs nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
-        self.held: MutableMapping[
-            int, Any
-        ] = {}  # what this rank keeps between two calls of `together`
-        self._together = 0
+        self.models: MutableMapping[int, Any] = {}  # kept between two calls of `run_on_all`
+        self._depth = 0  # of nested calls of `run_on_all`
         self._broken: BaseException | None = None
 
     @property
     def leads(self) -> bool:
-        """Whether this is rank 0 of several, working alone: `together` would share the work."""
-        return self.size > 1 and self.rank == 0 and not self._together
+        """True if this is rank 0 of several and works alone: `run_on_all` would share the work."""
+        return self.size > 1 and self.rank == 0 and not self._depth
 
-    def share(self, costs: Sequence[float]) -> list[list[int]]:
-        """Which of the items each rank takes, by their costs: the dearest first, each to whoever has least to do.
+    def divide(self, costs: Sequence[float]) -> list[list[int]]:
+        """Return each rank's items in ascending order, the same lists on every rank.
 
-        The same on every rank. Within a rank in ascending order.
+        The most expensive item goes first, each to the rank with the least cost so far.
         """
         load, taken = [0.0] * self.size, [list[int]() for _ in range(self.size)]
         for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
@@ -80,13 +76,17 @@ class Team:
             taken[rank].append(item)
         return [sorted(items) for items in taken]
 
-    def together(self, call: Callable[..., Any], *arguments: Any, **own: Any) -> Any:
-        """Have every rank call `call(team, *arguments)`, a function of a module; returns rank 0's result.
+    def run_on_all(self, call: Callable[..., Any], *arguments: Any, **own: Any) -> Any:
+        """Have every rank call `call(team, *arguments)`; return rank 0's result.
 
-        own: keyword arguments for rank 0 alone. Called by rank 0; from within such a call it is an ordinary one. After
-        an error here nothing can be done together any more: the others are where they were.
+        Rank 0 calls this. Within such a call, or in a gang of one, it is an ordinary call. After an
+        error the gang can run nothing more: the other ranks are still inside the failed call.
+
+        Args:
+            call: a module's function, which can be pickled.
+            own: keyword arguments for rank 0 alone.
         """
-        if self._together or self.size == 1:
+        if self._depth or self.size == 1:
             return call(self, *arguments, **own)
         if self._broken is not None:
             raise self._broken
@@ -98,116 +98,121 @@ class Team:
             self._broken = error
             raise
 
-    def follow(self, heed: Callable[[], None] = lambda: None) -> None:
-        """Of any rank but 0: do what rank 0 has all do together, until it dismisses them.
+    def follow(self, check: Callable[[], None] = lambda: None) -> None:
+        """Run rank 0's calls on a rank other than 0, until rank 0 dismisses it.
 
-        heed: called between two such things, about once a second at most; what it raises ends this rank.
+        Args:
+            check: called between two calls, about once a second; may raise to end this rank.
         """
-        heeded = time.monotonic()
+        checked = time.monotonic()
         while (work := self.broadcast(None)) is not None:
             call, arguments = work
             with self._in_step():
                 call(self, *arguments)
             del work, call, arguments
-            if time.monotonic() - heeded > HEED_SECONDS:
-                heed()
-                heeded = time.monotonic()
+            if time.monotonic() - checked > CHECK_SECONDS:
+                check()
+                checked = time.monotonic()
 
     def dismiss(self) -> None:
-        """Rank 0's last word."""
+        """End the other ranks' `follow`."""
         if self.size > 1:
             self.broadcast(None)
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        self._together += 1
+        self._depth += 1
         try:
             yield
         finally:
-            self._together -= 1
+            self._depth -= 1
 
-    # ------------------------------------------------------------------------------------------ in step
+    # All ranks call each of the following at the same time.
 
     def broadcast(self, content: Any, source: int = 0) -> Any:
-        """What rank `source` has, on every rank. Anything that can be pickled; its tensors travel as they are."""
+        """Return rank `source`'s content on every rank.
+
+        The content can be anything that can be pickled. Its tensors are sent one by one as raw
+        bytes: torch's own object lists would hold another copy of every Hessian.
+        """
         if self.size == 1:
             return content
         import torch.distributed as dist
 
         if self.rank == source:
-            self._transfer(content, lambda tensor: dist.broadcast(tensor, source))
+            self._give(content, lambda tensor: dist.broadcast(tensor, source))
             return content
         return self._take(lambda tensor: dist.broadcast(tensor, source))
 
     def gather(self, content: Any) -> list[Any]:
-        """What each rank has, in the order of ranks, on every rank."""
-        return [
-            self.broadcast(content if source == self.rank else None, source)
-            for source in range(self.size)
-        ]
+        """Return all ranks' contents, in the order of ranks, on every rank."""
+        ranks = range(self.size)
+        return [self.broadcast(content if rank == self.rank else None, rank) for rank in ranks]
 
-    def along(self, content: Any, join: Callable[[Any, Any], Any], to: int | None = None) -> Any:
-        """join(... join(join(None, rank 0's), rank 1's) ..., the last one's), on rank `to`, or on every rank.
+    def fold(self, content: Any, join: Callable[[Any, Any], Any], to: int | None = None) -> Any:
+        """Return join(... join(join(None, rank 0's), rank 1's) ..., the last rank's).
 
-        Each rank joins its own to what the one before it sends: between two ranks goes one, whatever their number.
+        Each rank joins its content to what the rank before it sends, so one joined content travels
+        between two ranks, however many there are.
+
+        Args:
+            to: the rank that receives the result; every rank if None.
         """
         if self.size == 1:
             return join(None, content)
         import torch.distributed as dist
 
-        joined = None
-        if self.rank > 0:
-            joined = self._take(lambda tensor: dist.recv(tensor, self.rank - 1))
-        joined = join(joined, content)
+        before = self._take(lambda tensor: dist.recv(tensor, self.rank - 1)) if self.rank else None
+        joined = join(before, content)
         if self.rank + 1 < self.size:
-            self._transfer(joined, lambda tensor: dist.send(tensor, self.rank + 1))
+            self._give(joined, lambda tensor: dist.send(tensor, self.rank + 1))
         if to is None:
             return self.broadcast(joined, self.size - 1)
-        return self.sent(joined if self.rank == self.size - 1 else None, self.size - 1, to)
+        return self.send(joined if self.rank == self.size - 1 else None, self.size - 1, to)
 
-    def sent(self, content: Any, source: int, to: int = 0) -> Any:
-        """What rank `source` has, on rank `to`; None on the others."""
+    def send(self, content: Any, source: int, to: int = 0) -> Any:
+        """Return rank `source`'s content on rank `to`, None on the others."""
         import torch.distributed as dist
 
         if source == to:
             return content if self.rank == to else None
         if self.rank == source:
-            self._transfer(content, lambda tensor: dist.send(tensor, to))
+            self._give(content, lambda tensor: dist.send(tensor, to))
         return self._take(lambda tensor: dist.recv(tensor, source)) if self.rank == to else None
 
     def barrier(self) -> None:
         self.gather(None)
 
-    def _transfer(self, content: Any, give: Callable[["Tensor"], Any]) -> None:
-        """Say what comes, then its tensors one by one."""
+    def _give(self, content: Any, give: Callable[["Tensor"], Any]) -> None:
+        """Send the pickled content without its tensors, then the tensors one by one."""
         import torch
 
-        message = _Message()
-        message.dump(content)
-        words = torch.frombuffer(bytearray(message.buffer.getvalue()), dtype=torch.uint8)
-        with reaching_others():
-            give(torch.tensor([len(words)]))
-            give(words)
-            for tensor in message.tensors:
+        pickler = _TensorPickler()
+        pickler.dump(content)
+        pickled = torch.frombuffer(bytearray(pickler.buffer.getvalue()), dtype=torch.uint8)
+        with translating_peer_errors():
+            give(torch.tensor([len(pickled)]))
+            give(pickled)
+            for tensor in pickler.tensors:
                 if tensor.numel():
                     give(_bytes(tensor.detach().contiguous()))
 
     def _take(self, receive: Callable[["Tensor"], Any]) -> Any:
         import torch
 
-        with reaching_others():
+        with translating_peer_errors():
             length = torch.zeros(1, dtype=torch.int64)
             receive(length)
-            words = torch.empty(int(length), dtype=torch.uint8)
-            receive(words)
-            return _Received(words.numpy().tobytes(), receive).load()
+            pickled = torch.empty(int(length), dtype=torch.uint8)
+            receive(pickled)
+            return _TensorUnpickler(pickled.numpy().tobytes(), receive).load()
 
 
 SOLO = Team()
 
 
-class _Message(pickle.Pickler):
-    """Pickles anything; its tensors are left out, and listed, each once."""
+class _TensorPickler(pickle.Pickler):
+    """A pickler that leaves tensors out of the pickle and lists them, each once."""
 
     def __init__(self) -> None:
         self.buffer = io.BytesIO()
@@ -215,23 +220,23 @@ class _Message(pickle.Pickler):
         self.tensors: list[Tensor] = []
         self._numbers: dict[int, int] = {}
 
-    def persistent_id(self, one: Any) -> Any:
-        """What stands for a tensor: its number and what it is made like."""
+    def persistent_id(self, item: Any) -> Any:
+        """Return a tensor's number, shape, dtype and device, which stand for it in the pickle."""
         import torch
 
-        if type(one) is not torch.Tensor:
+        if type(item) is not torch.Tensor:
             return None
-        if id(one) not in self._numbers:
-            self._numbers[id(one)] = len(self.tensors)
-            self.tensors.append(one)
-        return self._numbers[id(one)], one.shape, one.dtype, one.device.type
+        if id(item) not in self._numbers:
+            self._numbers[id(item)] = len(self.tensors)
+            self.tensors.append(item)
+        return self._numbers[id(item)], item.shape, item.dtype, item.device.type
 
 
-class _Received(pickle.Unpickler):
-    """Receives each tensor when the message first speaks of it."""
+class _TensorUnpickler(pickle.Unpickler):
+    """An unpickler that receives each tensor where the pickle first refers to it."""
 
-    def __init__(self, words: bytes, receive: "Callable[[Tensor], Any]") -> None:
-        super().__init__(io.BytesIO(words))
+    def __init__(self, pickled: bytes, receive: "Callable[[Tensor], Any]") -> None:
+        super().__init__(io.BytesIO(pickled))
         self._receive = receive
         self._tensors: list[Tensor] = []
 
@@ -248,86 +253,82 @@ class _Received(pickle.Unpickler):
 
 
 def _bytes(tensor: "Tensor") -> "Tensor":
-    """A contiguous tensor's memory: gloo does not know all types of numbers."""
+    """View a contiguous tensor as bytes, as gloo does not support all dtypes."""
     import torch
 
     return tensor.view(-1).view(torch.uint8)
 
 
 @contextmanager
-def reaching_others() -> Iterator[None]:
-    """What torch.distributed says of a connection that broke becomes a PeerLostError."""
+def translating_peer_errors() -> Iterator[None]:
+    """Raise PeerLostError for torch.distributed's errors about a broken connection."""
     import torch.distributed as dist
 
     try:
         yield
-    except RuntimeError as error:  # gloo's own are nothing more special
-        words = str(error)
-        if not isinstance(error, dist.DistError) and not any(
-            name in words for name in ("gloo", "NCCL", "Connection")
-        ):
+    except RuntimeError as error:  # gloo raises no more specific type
+        is_connection = any(name in str(error) for name in ("gloo", "NCCL", "Connection"))
+        if not is_connection and not isinstance(error, dist.DistError):
             raise
         raise PeerLostError("another rank of the gang is gone, or cannot be reached") from error
 
 
 @contextmanager
-def joined(seat: Seat) -> Iterator[Team]:
-    """Meet the other ranks of the gang in one torch.distributed group: gloo, and NCCL where there are GPUs.
+def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
+    """Meet the gang's other ranks in one torch.distributed group: gloo, and NCCL with GPUs.
 
-    Nothing listens on any address but `own_host`, and rank 0's `host`: on one machine that is loopback.
+    Nothing listens on any address but `own_host` and rank 0's `host`, loopback on one machine.
 
     Raises:
-        PeerLostError: they did not all come.
+        PeerLostError: not all ranks came.
     """
     import torch
     import torch.distributed as dist
 
-    interface = interface_of(seat.own_host)
+    rank, size, interface = rendezvous.rank, rendezvous.size, interface_of(rendezvous.own_host)
     os.environ.update({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"})
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # torch's own server would listen on every address, so it gets a socket that listens on ours; it will close it.
-    listening = None if seat.listener is None else seat.listener.detach()
-    with reaching_others():
+    # torch's own server would listen on every address. It takes over, and closes, our socket.
+    listening = None if rendezvous.listener is None else rendezvous.listener.detach()
+    with translating_peer_errors():
         store = dist.TCPStore(  # type: ignore[attr-defined]
-            seat.host,
-            seat.port,
-            seat.size,
-            seat.rank == 0,
+            rendezvous.host,
+            rendezvous.port,
+            size,
+            rank == 0,
             timeout=MEETING,
             wait_for_workers=False,
             master_listen_fd=listening,
         )
-        dist.init_process_group(
-            backend, store=store, rank=seat.rank, world_size=seat.size, timeout=PATIENCE
-        )
-    team = Team(seat.rank, seat.size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    team = Team(rank, size)
     try:
         yield team
     finally:
-        team.held.clear()
-        gc.collect()  # DeepSpeed's parameters know the group, which must not outlive the interpreter with its threads
+        team.models.clear()
+        gc.collect()  # DeepSpeed's parameters hold the group, whose threads must end before Python
         dist.destroy_process_group()
 
 
 def interface_of(address: str) -> str:
-    """The name of this machine's network interface that has the address.
+    """Return the name of this machine's network interface with the address.
 
     Raises:
-        ConfigError: none has.
+        ConfigError: no interface has it.
     """
     if address == LOOPBACK:
         return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
     import fcntl
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
             try:
-                answer = fcntl.ioctl(asking, 0x8915, request)  # SIOCGIFADDR
+                answer = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR
             except OSError:  # no IPv4 address on it
                 continue
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     raise ConfigError(
-        f"no network interface of this machine has the address {address}, by which Ray knows it"
+        f"no network interface of this machine has the address {address}, under which Ray knows it"
     )

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -17,33 +18,30 @@ from q3q.config.texts import (
 )
 from q3q.data.questions import Library, folder_digest
 from q3q.errors import ConfigError
-from q3q.evaluate.catalogue import (
-    CHATS,
-    EVALUATION_VERSION,
-    KNOWN,
-    OWN_TASKS,
-    PLAIN_CHAT,
-    STUDY_MMLU,
-    THINK_END,
-    draws_shots,
-    lm_eval_version,
-)
+from q3q.evaluate.batches import draws_shots
+from q3q.evaluate.catalogue import OWN_TASKS, STUDY_MMLU, TASKS
+from q3q.evaluate.chat import CHATS, PLAIN_CHAT, THINK_END
+from q3q.evaluate.data_sets import resolve_data_sets
 from q3q.evaluate.mmlu_paper import SHOTS as MMLU_SHOTS
-from q3q.evaluate.suites import settle
+from q3q.evaluate.version import EVALUATION_VERSION, lm_eval_version
 from q3q.models.checkpoint import end_tokens
 from q3q.models.facts import ModelFacts
 from q3q.models.hub import fetch_file
-from q3q.spec import Json
+from q3q.spec import AUTO_DRIFT, Evaluation, TaskRef, TextRef
 
 
-def seed_of_shots(evaluation: Json, seed: int) -> int:
-    """The seed, where it decides about the examples in some prompt; 0 where it decides nothing."""
-    return seed if draws_shots(evaluation["tasks"], evaluation.get("shots", {})) else 0
+def seed_of_shots(evaluation: Evaluation, seed: int) -> int:
+    """Return the seed where it decides which examples a prompt shows, else 0."""
+    return seed if draws_shots(evaluation.tasks) else 0
 
 
-def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Json:
-    """What is measured. What is not asked for is absent; `drift` says on how many windows: auto, or a number."""
-    wanted = config.evaluation
+def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Evaluation:
+    """Return what is measured.
+
+    Args:
+        folder: of a local model, for its tokenizer.
+    """
+    settings = config.evaluation
     least = {
         "window": 2,
         "limit": 1,
@@ -53,137 +51,151 @@ def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | Non
         "max_gen_toks": 1,
     }
     for key, lowest in least.items():
-        value = wanted[key]
+        value = settings[key]
         if value is not None and value < lowest:
             raise ConfigError(f"evaluation.{key}={value}: give {lowest} or more")
-    if wanted.window > facts.max_positions:
+    if settings.window > facts.max_positions:
         raise ConfigError(
-            f"evaluation.window={wanted.window}: this model takes at most {facts.max_positions} tokens"
+            f"evaluation.window={settings.window}: this model takes at most {facts.max_positions} "
+            "tokens"
         )
-    check_path_is_read(wanted.path, "evaluation", wanted.texts)
-    if wanted.quick and wanted.limit is None:
+    check_path_is_read(settings.path, "evaluation", settings.texts)
+    if settings.quick and settings.limit is None:
         raise ConfigError(
-            "evaluation.quick=true draws evaluation.limit windows and questions: give evaluation.limit"
+            "evaluation.quick=true draws evaluation.limit windows and questions: give "
+            "evaluation.limit"
         )
-    texts = []
-    for source in wanted.texts:
-        text = open_text(source, "evaluation", wanted.path, config.data.path)
-        samples = RANDOM_TEXTS.get(source)
-        check_long_enough(text, folder, 1, wanted.window, "random" if samples else "first")
-        texts.append(
-            {
-                "name": name_of_text(source, text),
-                "source": source,
-                "digest": text.digest,
-                "window": wanted.window,
-                "limit": wanted.limit,
-                "draw": "random" if samples else "first",
-                "samples": samples,
-            }
-        )
-    names = [text["name"] for text in texts]
+    texts = tuple(_text_ref(config, source, folder) for source in settings.texts)
+    names = [text.name for text in texts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
-            f"evaluation.texts: {', '.join(twice)} is there more than once, and has one place in the record"
+            f"evaluation.texts: {', '.join(twice)} is there more than once, and has one place in "
+            "the record"
         )
-    evaluation: Json = {"texts": texts, **_tasks(config, facts, folder)}
-    if texts or evaluation["tasks"]:
-        evaluation["version"] = EVALUATION_VERSION
-    if wanted.quick:
-        evaluation["quick"] = True
-    if wanted.drift and texts:
-        evaluation["drift"] = "auto" if wanted.drift_windows is None else wanted.drift_windows
-    return evaluation
+    drift = AUTO_DRIFT if settings.drift_windows is None else settings.drift_windows
+    return replace(
+        _resolve_tasks(config, facts, folder),
+        texts=texts,
+        version=EVALUATION_VERSION if texts or settings.tasks else None,
+        quick=bool(settings.quick),
+        drift=drift if settings.drift and texts else None,
+    )
+
+
+def _text_ref(config: DictConfig, source: str, folder: Path | None) -> TextRef:
+    settings = config.evaluation
+    text = open_text(source, "evaluation", settings.path, config.data.path)
+    samples = RANDOM_TEXTS.get(source)
+    draw = "random" if samples else "first"
+    check_long_enough(text, folder, 1, settings.window, draw)
+    return TextRef(
+        name=name_of_text(source, text),
+        source=source,
+        digest=text.digest,
+        window=settings.window,
+        limit=settings.limit,
+        draw=draw,
+        samples=samples,
+    )
 
 
 def _shots_and_limits(
-    wanted: DictConfig, tasks: list[str]
+    settings: DictConfig, tasks: list[str]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """By task: examples in the prompt, where they are given, and questions, where they differ from all tasks'."""
+    """Return examples in the prompt and most questions, of the tasks with settings of their own."""
     shots, limits = (
-        {str(task): value for task, value in wanted[key].items()} for key in ("shots", "limits")
+        {str(task): value for task, value in settings[key].items()} for key in ("shots", "limits")
     )
-    for key, given, lowest in (("shots", shots, 0), ("limits", limits, 1)):
-        for task, value in given.items():
+    for key, by_task, lowest in (("shots", shots, 0), ("limits", limits, 1)):
+        for task, value in by_task.items():
             if task not in tasks:
                 raise ConfigError(f"evaluation.{key}: {task} is not one of evaluation.tasks")
             if value < lowest:
                 raise ConfigError(
                     f"evaluation.{key}: {task}: {value} is too few, give {lowest} or more"
                 )
-    studied = shots.get(STUDY_MMLU, wanted.num_fewshot)
-    if STUDY_MMLU in tasks and studied not in (None, MMLU_SHOTS):
+    study_shots = shots.get(STUDY_MMLU, settings.num_fewshot)
+    if STUDY_MMLU in tasks and study_shots not in (None, MMLU_SHOTS):
         raise ConfigError(
-            f"{STUDY_MMLU} shows {MMLU_SHOTS} examples, not {studied}; mmlu takes any number"
+            f"{STUDY_MMLU} shows {MMLU_SHOTS} examples, not {study_shots}; mmlu takes any number"
         )
-    if wanted.num_fewshot is not None:
-        shots = {task: shots.get(task, wanted.num_fewshot) for task in tasks}
+    if settings.num_fewshot is not None:
+        shots = {task: shots.get(task, settings.num_fewshot) for task in tasks}
     shots.pop(STUDY_MMLU, None)
     return shots, limits
 
 
-def _tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Json:
-    """The tasks, their settings and what their data sets are; all of it is known to be there."""
-    wanted = config.evaluation
-    tasks = list(dict.fromkeys(wanted.tasks))
-    refuse_unknown("evaluation.chat", wanted.chat, tuple(CHATS))
-    shots, limits = _shots_and_limits(wanted, tasks)
+def _resolve_tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Evaluation:
+    """Return the tasks, their settings and their data sets, all of which are at hand."""
+    settings = config.evaluation
+    tasks = list(dict.fromkeys(settings.tasks))
+    refuse_unknown("evaluation.chat", settings.chat, tuple(CHATS))
+    shots, limits = _shots_and_limits(settings, tasks)
     include = (
-        None if wanted.include_path is None else Path(wanted.include_path).expanduser().absolute()
+        None
+        if settings.include_path is None
+        else Path(settings.include_path).expanduser().absolute()
     )
     if include is not None and not include.is_dir():
         raise ConfigError(
-            f"evaluation.include_path={wanted.include_path} is not a folder with task files"
+            f"evaluation.include_path={settings.include_path} is not a folder with task files"
         )
     _check_tasks(tuple(tasks), include)
-    found: Json = {"tasks": tasks, "task_limit": None}
-    if not tasks and wanted.name == "tasks":
-        raise ConfigError("evaluation=tasks needs some: evaluation.tasks=[piqa,mmlu]")
-    generating: list[str] = []
-    template = ""
-    if tasks:
-        if wanted.chat != PLAIN_CHAT:
-            template = _chat_template(config.model.source, config.model.revision, folder)
-            if not template:
-                where = folder or config.model.source
-                raise ConfigError(
-                    f"evaluation.chat={wanted.chat}: the tokenizer in {where} has no chat template"
-                )
-        found["task_limit"] = wanted.limit if wanted.task_limit is None else wanted.task_limit
-        known, generating = _data_sets(
-            tuple(tasks),
-            tuple(sorted(shots.items())),
-            tuple((task, limits.get(task, found["task_limit"])) for task in tasks),
-            include,
-            data_folder(config),
-            wanted.max_gen_toks,
-            facts.max_positions,
-        )
-    if wanted.max_gen_toks is not None and not generating:
-        raise ConfigError(
-            f"evaluation.max_gen_toks={wanted.max_gen_toks}: none of evaluation.tasks generates text"
-        )
     if not tasks:
-        return found
-    thinks = CHATS[wanted.chat][1] or (wanted.chat == "template" and THINK_END in template)
-    if thinks and generating and wanted.max_gen_toks is None:
+        if settings.name == "tasks":
+            raise ConfigError("evaluation=tasks needs some: evaluation.tasks=[piqa,mmlu]")
+        _refuse_unread_length(settings)
+        return Evaluation()
+    template = ""
+    if settings.chat != PLAIN_CHAT:
+        template = _chat_template(config.model.source, config.model.revision, folder)
+        if not template:
+            where = folder or config.model.source
+            raise ConfigError(
+                f"evaluation.chat={settings.chat}: the tokenizer in {where} has no chat template"
+            )
+    task_limit = settings.limit if settings.task_limit is None else settings.task_limit
+    identities, generating = _data_sets(
+        tuple(tasks),
+        tuple(sorted(shots.items())),
+        tuple((task, limits.get(task, task_limit)) for task in tasks),
+        include,
+        data_folder(config),
+        settings.max_gen_toks,
+        facts.max_positions,
+    )
+    if not generating:
+        _refuse_unread_length(settings)
+    thinks = CHATS[settings.chat].thinking or (
+        settings.chat == "template" and THINK_END in template
+    )
+    if thinks and generating and settings.max_gen_toks is None:
         raise ConfigError(
-            f"evaluation.chat={wanted.chat} needs evaluation.max_gen_toks=N, the most tokens of a thought and its "
-            f"answer: what {', '.join(generating)} allows is for an answer alone"
+            f"evaluation.chat={settings.chat} needs evaluation.max_gen_toks=N, the most tokens of "
+            f"a thought and its answer: what {', '.join(generating)} allows is for an answer alone"
         )
-    optional = {
-        "shots": dict(sorted(shots.items())),
-        "limits": dict(sorted(limits.items())),
-        "chat": None if wanted.chat == PLAIN_CHAT else wanted.chat,
-        "include": None if include is None else folder_digest(include),
-        "data": known,
-        "generates": generating,
-        "max_gen_toks": wanted.max_gen_toks,
-        # Where a generated answer ends is not in the weights; a hub's revision covers the file that says it.
-        "ends": list(end_tokens(folder)) if generating and folder is not None else None,
-        "lm_eval": lm_eval_version(),
-    }
-    return found | {key: value for key, value in optional.items() if value}
+    return Evaluation(
+        tasks=tuple(
+            TaskRef(name=task, shots=shots.get(task), limit=limits.get(task)) for task in tasks
+        ),
+        task_limit=task_limit,
+        chat=None if settings.chat == PLAIN_CHAT else settings.chat,
+        include=None if include is None else folder_digest(include),
+        data=identities,
+        generates=tuple(generating),
+        max_gen_toks=settings.max_gen_toks,
+        # Where a generated answer ends is not in the weights; a Hub revision covers that file.
+        ends=end_tokens(folder) if generating and folder is not None else (),
+        lm_eval=lm_eval_version(),
+    )
+
+
+def _refuse_unread_length(settings: DictConfig) -> None:
+    if settings.max_gen_toks is not None:
+        raise ConfigError(
+            f"evaluation.max_gen_toks={settings.max_gen_toks}: none of evaluation.tasks generates "
+            "text"
+        )
 
 
 @functools.cache
@@ -196,9 +208,9 @@ def _data_sets(
     most: int | None,
     window: int,
 ) -> tuple[dict[str, str], list[str]]:
-    """What each data set of the tasks is: its commit, or the digest of its files; and which tasks generate text."""
+    """Return each data set's commit or digest, and the tasks that generate text."""
     library = Library(folder, settle=True)
-    generating = settle(
+    generating = resolve_data_sets(
         tasks,
         library,
         shots=dict(shots),
@@ -212,7 +224,7 @@ def _data_sets(
 
 @functools.cache
 def _chat_template(source: str | None, revision: str | None, folder: Path | None) -> str:
-    """The chat template of the model's tokenizer; empty if it has none."""
+    """Return the chat template of the model's tokenizer; empty if it has none."""
 
     def read(name: str) -> str:
         path = fetch_file(str(source), name, revision) if folder is None else folder / name
@@ -230,17 +242,18 @@ def _chat_template(source: str | None, revision: str | None, folder: Path | None
 
 @functools.cache
 def _check_tasks(tasks: tuple[str, ...], include: Path | None) -> None:
-    """Names of tasks, before hours go by. lm-eval's own list takes seconds to load, and is asked only for them."""
-    if include is None and set(tasks) <= set(KNOWN):
+    """Refuse unknown tasks at once; lm-eval's list takes seconds to load, so ask it last."""
+    if include is None and TASKS.keys() >= set(tasks):
         return
     from q3q.evaluate.harness.task_files import refuse_namesakes, tasks_from
 
     if include is not None:
         refuse_namesakes(include, tasks)
     own = [OWN_TASKS, *([include] if include else [])]
-    known = [*KNOWN, *tasks_from(own, [task for task in tasks if task not in KNOWN]).all_tasks]
+    others = [task for task in tasks if task not in TASKS]
+    names = [*TASKS, *tasks_from(own, others).all_tasks]
     for task in tasks:
-        if task not in known:
+        if task not in names:
             raise ConfigError(
-                f"evaluation.tasks: {task} is no task of lm-eval{nearest(task, known)}".strip()
+                f"evaluation.tasks: {task} is no task of lm-eval{nearest(task, names)}".strip()
             )

@@ -11,43 +11,43 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.facts import ModelFacts
 from q3q.models.hub import fetch_facts, resolve_revision
 from q3q.quantize.methods.settings import MethodSettings
-from q3q.spec import Json
+from q3q.spec import ModelRef
 from q3q.storage.stores import folder_of
 
 DEMO_MODELS = Path(__file__).parents[1] / "models" / "demo"
 
 
-def resolve_model(config: DictConfig) -> tuple[Json, Path | None, ModelFacts]:
-    """The spec's model entry, its folder if it is local, and its facts."""
-    wanted = config.model
-    if wanted.source is None and wanted.path is None:
+def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts]:
+    """Return the spec's model, its folder if it is local, and its facts."""
+    model = config.model
+    if model.source is None and model.path is None:
         raise ConfigError("model=local needs a folder: model.path=DIR")
-    if wanted.path is not None:
-        path: str = wanted.path
-        if wanted.source is not None or (
-            wanted.name in DEMO_NAMES and not path.startswith("demo:")
-        ):
+    folder: Path | None = None
+    if model.path is None:
+        revision, facts = _hub_model(model.source, model.revision)
+        identity = {"name": model.name, "source": model.source, "revision": revision}
+    else:
+        demo = model.path.startswith("demo:")
+        if model.source is not None or (model.name in DEMO_NAMES and not demo):
             raise ConfigError(
-                f"model.path={path} and model={wanted.name} contradict each other: give model=local"
+                f"model.path={model.path} and model={model.name} contradict each other: give "
+                "model=local"
+            )
+        if model.revision is not None:
+            raise ConfigError(
+                f"model.revision={model.revision} is for Hub models; {model.path} is a folder"
             )
         folder = (
-            DEMO_MODELS / path.removeprefix("demo:")
-            if path.startswith("demo:")
-            else Path(path).expanduser()
+            DEMO_MODELS / model.path.removeprefix("demo:")
+            if demo
+            else Path(model.path).expanduser()
         )
-        if wanted.revision is not None:
-            raise ConfigError(
-                f"model.revision={wanted.revision} is for Hub models; {path} is a folder"
-            )
-        facts, digest = _local_model(folder.absolute(), str(folder_of(config.storage).absolute()))
-        identity: Json = {"name": wanted.name or folder.absolute().name, "digest": digest}
-        place: Path | None = folder.absolute()
-    else:
-        revision, facts = _hub_model(wanted.source, wanted.revision)
-        identity, place = {"name": wanted.name, "source": wanted.source, "revision": revision}, None
-    dtype = config.dtype or wanted.dtype or facts.dtype
+        folder = folder.absolute()
+        facts, digest = _local_model(folder, str(folder_of(config.storage).absolute()))
+        identity = {"name": model.name or folder.name, "digest": digest}
+    dtype = config.dtype or model.dtype or facts.dtype
     refuse_unknown("dtype", dtype, DTYPES)
-    return {**identity, "dtype": dtype}, place, facts
+    return ModelRef(**identity, dtype=dtype), folder, facts
 
 
 @functools.cache
@@ -71,11 +71,12 @@ def refuse_second_rounding(
 ) -> None:
     if settings.quantizes and facts.quantized is not None:
         raise CheckpointError(
-            f"{folder or 'the model'} is quantized already ({facts.quantized}); a second rounding would measure both. "
-            "Give the original model, or method=none to evaluate this one as it is"
+            f"{folder or 'the model'} is quantized already ({facts.quantized}); a second rounding "
+            "would measure both. Give the original model, or method=none to evaluate this one as "
+            "it is"
         )
 
 
 def facts_of(config: DictConfig) -> ModelFacts:
-    """The facts of the model that a config means."""
+    """Return the facts of the model that a config means."""
     return resolve_model(config)[2]

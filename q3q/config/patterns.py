@@ -1,8 +1,9 @@
-"""Name patterns of blocks, sites and linears, and which linears of a model they mean.
+"""Name patterns of blocks, sites and linears, and the linears that they match.
 
-A linear has three names: its own (`blocks.3.self_attn.q_proj`), its site's (`blocks.3.qkv`) and its block's
-(`blocks.3`). A pattern means every linear that it fits by one of them, as the shell fits file names: `*` is any run of
-characters, dots included, `?` one, `[0-3]` one of these. So `blocks.1` is one block, and `blocks.1*` also 10 to 19.
+A linear has three names: its own (`blocks.3.self_attn.q_proj`), its site's (`blocks.3.qkv`) and its
+block's (`blocks.3`). A pattern selects each linear that it matches by one of them, as the shell
+matches file names: `*` is any run of characters, dots included, `?` one, `[0-3]` one of these. So
+`blocks.1` is one block, and `blocks.1*` also 10 to 19.
 """
 
 import difflib
@@ -12,21 +13,16 @@ from fnmatch import fnmatchcase
 
 from q3q.models.facts import ModelFacts
 
-# As in `models.anatomy`, which needs torch.
-SITES = {
-    "q": "qkv",
-    "k": "qkv",
-    "v": "qkv",
-    "o": "o",
-    "gate": "gate_up",
-    "up": "gate_up",
-    "down": "down",
-}
+# As in `models.anatomy`, which imports torch.
+SITES = dict(q="qkv", k="qkv", v="qkv", o="o", gate="gate_up", up="gate_up", down="down")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear of one block (all experts' of that kind). columns: of its input, which a group size must divide."""
+    """One linear of one block (all experts' of that kind).
+
+    columns: of its input; a group size must divide them.
+    """
 
     block: int
     name: str
@@ -38,16 +34,13 @@ class Linear:
 
     @property
     def names(self) -> tuple[str, str, str]:
-        """Its own, its site's, its block's."""
-        return (
-            f"blocks.{self.block}.{self.name}",
-            f"blocks.{self.block}.{self.site}",
-            f"blocks.{self.block}",
-        )
+        """The linear's own name, its site's and its block's."""
+        block = f"blocks.{self.block}"
+        return f"{block}.{self.name}", f"{block}.{self.site}", block
 
 
 def linears(facts: ModelFacts) -> dict[str, Linear]:
-    """Every linear that is quantized unless something else is said, by full name."""
+    """Return the linears that are quantized by default, by full name."""
     return {
         linear.names[0]: linear
         for k in range(facts.layers)
@@ -57,46 +50,42 @@ def linears(facts: ModelFacts) -> dict[str, Linear]:
     }
 
 
-def meant(pattern: str, model: Mapping[str, Linear]) -> list[str]:
-    """Full names of the linears that a pattern means."""
+def matching_linears(pattern: str, model: Mapping[str, Linear]) -> list[str]:
+    """Return the full names of the linears that a pattern matches."""
     return [
-        full
-        for full, linear in model.items()
+        full_name
+        for full_name, linear in model.items()
         if any(fnmatchcase(name, pattern) for name in linear.names)
     ]
 
 
-def near(pattern: str, model: Mapping[str, Linear]) -> list[str]:
-    """Up to three names that somebody who wrote this pattern may have had in mind."""
+def similar_names(pattern: str, model: Mapping[str, Linear]) -> list[str]:
+    """Return up to three names that the pattern's author may have meant."""
     names: set[str] = set()
     for linear in model.values():
-        names |= {
-            *linear.names,
-            f"*.{linear.site}",
-            f"*.{linear.name}",
-            f"*.{linear.name.rpartition('.')[2]}",
-        }
+        short_names = linear.site, linear.name, linear.name.rpartition(".")[2]
+        names |= {*linear.names, *(f"*.{name}" for name in short_names)}
     return difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.4)
 
 
-def together(some: Iterable[Linear]) -> str:
-    """Linears in few words: `down of blocks 0-5, self_attn.q_proj of block 7`; a site by name where it is whole."""
+def summarize_linears(linears: Iterable[Linear]) -> str:
+    """Summarize as `down of blocks 0-5, self_attn.q_proj of block 7`; whole sites by their name."""
     blocks: dict[str, list[int]] = {}
     sites: dict[tuple[int, str], list[Linear]] = {}
-    for linear in some:
+    for linear in linears:
         sites.setdefault((linear.block, linear.site), []).append(linear)
-    for (block, site), mine in sites.items():
-        whole = len(mine) == sum(one == site for one in SITES.values())
-        for name in [site] if whole else [linear.name for linear in mine]:
+    for (block, site), members in sites.items():
+        complete = len(members) == list(SITES.values()).count(site)
+        for name in [site] if complete else [linear.name for linear in members]:
             blocks.setdefault(name, []).append(block)
     return ", ".join(
-        f"{name} of block{'s' if len(where) > 1 else ''} {_ranges(sorted(where))}"
-        for name, where in blocks.items()
+        f"{name} of block{'s' if len(indices) > 1 else ''} {_ranges(sorted(indices))}"
+        for name, indices in blocks.items()
     )
 
 
 def _ranges(numbers: list[int]) -> str:
-    """0, 1, 2, 5 as `0-2, 5`."""
+    """Format 0, 1, 2, 5 as `0-2, 5`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

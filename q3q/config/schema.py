@@ -9,9 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from q3q.errors import ConfigError
-from q3q.evaluate.catalogue import (
-    PLAIN_CHAT,
-)
+from q3q.evaluate.chat import PLAIN_CHAT
 from q3q.models.footprint import AUTO
 from q3q.quantize.methods.registry import offers
 from q3q.quantize.methods.settings import SETTINGS, MethodSettings
@@ -22,13 +20,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 UNTOUCHED_BITS = 16  # act_bits=16: activations stay as they are
 DRAWS = ("random", "first", "documents")
 ROUTES = ("top_k", "all")
-# How each evaluation text is named in metrics, and drawn: the study's C4 is 256 random windows, others run through.
+# Names of evaluation texts in metrics, where they differ from the source.
 TEXT_NAMES = {"demo": "stories"}
 
 
 @dataclass
 class ModelConfig:
-    """name: for people. source: a Hub id, or path: a folder (`demo:dense` ships with q3q). revision: of a Hub id."""
+    """The model.
+
+    name: label for people
+    source, revision: Hub id
+    path: folder (`demo:dense` ships with q3q)
+    """
 
     name: str | None = None
     source: str | None = None
@@ -39,9 +42,11 @@ class ModelConfig:
 
 @dataclass
 class CalibrationConfig:
-    """samples windows of length tokens; draw: random, first or documents. null: the method's own default.
+    """The calibration text. null: the method's own default.
 
-    route: which experts see a token, top_k (the router's choice) or all; a dense model has none, and ignores it.
+    samples, length: windows, and tokens in each
+    draw: random, first or documents
+    route: experts that see a token, top_k (the router's choice) or all; ignored by dense models
     """
 
     source: str = MISSING
@@ -54,14 +59,19 @@ class CalibrationConfig:
 
 @dataclass
 class EvaluationConfig:
-    """texts: perplexity of each, in windows of `window` tokens. tasks: lm-eval's names, q3q's or include_path's own.
+    """What is measured.
 
-    limit: windows of each text and questions of each task at most, null for all; task_limit: questions, where that
-    differs; limits: questions of single tasks. quick: these are drawn at random once and for all, and every metric's
-    name says so. num_fewshot: examples in every task's prompt, null for the task's own; shots: of single tasks.
-    chat: none, template, thinking or no_thinking. max_gen_toks: tokens of a generated text at most, thoughts among
-    them; null for each task's own number. drift: divergence from the unquantized model, on drift_windows
-    windows of each text (null: as many as take a GiB of disk, else 32). baseline: compare with method=none.
+    texts: for perplexity, in windows of `window` tokens
+    tasks: names of lm-eval's, of q3q's, or of include_path's own
+    limit: most windows of each text and questions of each task; null for all
+    task_limit: most questions, where that differs; limits: of single tasks
+    quick: windows and questions are drawn at random, once for all trials; metrics' names say so
+    num_fewshot: examples in every prompt, null for the task's own number; shots: of single tasks
+    chat: none, template, thinking or no_thinking
+    max_gen_toks: most tokens of a generated text, thoughts included; null for each task's own
+    drift: measure the divergence from the unquantized model
+    drift_windows: of each text; null for as many as take a GiB of disk, else 32
+    baseline: compare with method=none
     """
 
     name: str = MISSING
@@ -85,19 +95,22 @@ class EvaluationConfig:
 
 @dataclass
 class DataConfig:
-    """path: a folder with data sets, one subfolder each, looked at before the Hub and its cache."""
+    """path: folder with data sets, one subfolder each; searched before the Hub and its cache."""
 
     path: str | None = None
 
 
 @dataclass
 class ClusterConfig:
-    """address: of a running Ray, null to start one here. auto: as the plan sees fit, from the model's bytes.
+    """The machines. auto: as the plan sees fit, from the model's bytes.
 
-    cpus_per_trial: cores, and torch threads. gpus_per_trial: a share of one GPU, 1, or n for a gang of n that share the
-    model out. ranks_per_trial: n for a gang of n, also on cores alone. memory_per_trial: of main memory, which a trial
-    reserves (16GB). gpu_memory: of one GPU, for clusters whose GPUs this machine cannot ask (80GB). patience: seconds
-    to wait for more machines, where a cluster grows on demand.
+    address: of a running Ray cluster, null to start one here
+    cpus_per_trial: cores, and torch threads
+    gpus_per_trial: share of one GPU, 1, or n for a gang of n that divide the model
+    ranks_per_trial: n for a gang of n, also on cores alone
+    memory_per_trial: main memory that a trial reserves (16GB)
+    gpu_memory: of one GPU, for clusters whose GPUs this machine cannot ask (80GB)
+    patience: seconds to wait for more machines, where a cluster grows on demand
     """
 
     name: str = MISSING
@@ -112,9 +125,11 @@ class ClusterConfig:
 
 @dataclass
 class TrackConfig:
-    """uri: of the MLflow store or server; null for a SQLite file in `storage`. experiment: null for the sweep's name.
+    """MLflow.
 
-    register: a model of the server's registry that exported checkpoints become versions of.
+    uri: of the store or server; null for a SQLite file in `storage`
+    experiment: null for the sweep's name
+    register: model of the server's registry that exported checkpoints become versions of
     """
 
     uri: str | None = None
@@ -124,7 +139,7 @@ class TrackConfig:
 
 @dataclass
 class ExportConfig:
-    """name: of the checkpoint format, or none. path: of the folder to write; null for one in `storage`."""
+    """name: checkpoint format, or none. path: folder to write; null for one in `storage`."""
 
     name: str = "none"
     path: str | None = None
@@ -132,7 +147,7 @@ class ExportConfig:
 
 @dataclass
 class OverrideConfig:
-    """What differs from bits, group_size and symmetric; null: nothing."""
+    """Other bits, group_size or symmetric for some linears; null: no change."""
 
     bits: int | None = None
     group_size: int | None = None
@@ -185,10 +200,14 @@ GROUPS: dict[str, type] = {
 
 def register() -> None:
     """Give Hydra the schema; once, before it composes."""
+    # Hydra's own folders lie in the storage folder.
+    OmegaConf.register_new_resolver(
+        "folder_of", lambda storage: str(folder_of(storage)), replace=True
+    )
     store = ConfigStore.instance()
-    whole = OmegaConf.structured(Config)
-    OmegaConf.set_struct(whole.overrides, False)  # its keys are the user's
-    store.store(group="schema", name="config", node=whole, package="_global_", provider="q3q")
+    schema = OmegaConf.structured(Config)
+    OmegaConf.set_struct(schema.overrides, False)  # its keys are the user's
+    store.store(group="schema", name="config", node=schema, package="_global_", provider="q3q")
     for name, kind in GROUPS.items():
         node = OmegaConf.structured(kind)
         for key in ("limits", "shots") if kind is EvaluationConfig else ():
@@ -198,13 +217,13 @@ def register() -> None:
         store.store(group="schema/method", name=name, node=settings, provider="q3q")
     for offer in offers().values():
         if offer.name not in SETTINGS:
-            # One that cannot be used is chosen like any other, and then says why it is refused.
+            # One that cannot be used is chosen like any other, and then refused with its reason.
             chosen: Any = offer.settings or MethodSettings(name=offer.name)
             store.store(group="method", name=offer.name, node=chosen, provider=offer.package)
 
 
 def with_plain_keys(argument: str) -> str:
-    """`overrides={"blocks.0":{bits:8}}` without the quotes: Hydra's grammar takes the keys of a mapping bare only."""
+    """Drop the quotes of `overrides={"blocks.0":{bits:8}}`: Hydra's grammar takes bare keys."""
     if not argument.lstrip("+").startswith("overrides="):
         return argument
     return re.sub(
@@ -215,18 +234,19 @@ def with_plain_keys(argument: str) -> str:
 
 
 def tracking_uri(config: DictConfig) -> str:
-    """The MLflow URI that the config means."""
+    """Return the MLflow URI that the config means."""
     return config.track.uri or f"sqlite:///{folder_of(config.storage)}/mlflow.db"
 
 
-def nearest(word: str, known: list[str]) -> str:
-    """The end of a sentence about an unknown name: `; did you mean gptq? `, or just its full stop."""
-    close = difflib.get_close_matches(word, known, n=2, cutoff=0.5)
+def nearest(word: str, names: list[str]) -> str:
+    """End a sentence about an unknown name: `; did you mean gptq? `, or just a full stop."""
+    close = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}? " if close else ". "
 
 
-def refuse_unknown(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
+def refuse_unknown(key: str, value: str, names: tuple[str, ...]) -> None:
+    if value not in names:
         raise ConfigError(
-            f"{key}={value} is not known{nearest(value, list(known))}Choose from: {', '.join(known)}"
+            f"{key}={value} is not known{nearest(value, list(names))}Choose from: "
+            f"{', '.join(names)}"
         )

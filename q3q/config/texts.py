@@ -4,45 +4,44 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
 from q3q.config.schema import DRAWS, ROUTES, TEXT_NAMES, refuse_unknown
-from q3q.data.texts import SOURCES, Text, load_text
+from q3q.data.texts import SOURCES, Split, Text, load_text
 from q3q.errors import CalibrationError, ConfigError
 from q3q.models.facts import ModelFacts
 from q3q.quantize.methods.settings import MethodSettings
-from q3q.spec import Json
+from q3q.spec import Calibration
 
 RANDOM_TEXTS = {"c4": 256}
-# No text has tokens so long on average: with more characters than this per token needed, it is long enough.
+# No text has longer tokens on average: with this many characters a token, it is long enough.
 CHARACTERS_PER_TOKEN = 100
 
 
 def resolve_calibration(
     config: DictConfig, settings: MethodSettings, folder: Path | None, facts: ModelFacts
-) -> Json:
-    wanted = config.calibration
-    refuse_unknown("calibration.route", wanted.route, ROUTES)
-    draw = wanted.draw or settings.default_draw
+) -> Calibration:
+    calibration = config.calibration
+    refuse_unknown("calibration.route", calibration.route, ROUTES)
+    draw = calibration.draw or settings.default_draw
     refuse_unknown("calibration.draw", draw, DRAWS)
-    samples = settings.default_samples if wanted.samples is None else wanted.samples
-    length = settings.default_length if wanted.length is None else wanted.length
+    samples = settings.default_samples if calibration.samples is None else calibration.samples
+    length = settings.default_length if calibration.length is None else calibration.length
     for key, value in (("samples", samples), ("length", length)):
         if value < 1:
             raise ConfigError(f"calibration.{key}={value}: give 1 or more")
-    check_path_is_read(wanted.path, "calibration", [wanted.source])
-    text = open_text(wanted.source, "calibration", wanted.path, config.data.path)
+    check_path_is_read(calibration.path, "calibration", [calibration.source])
+    text = open_text(calibration.source, "calibration", calibration.path, config.data.path)
     check_long_enough(text, folder, samples, length, draw)
-    drawn = {
-        "source": wanted.source,
-        "digest": text.digest,
-        "samples": samples,
-        "length": length,
-        "draw": draw,
-    }
-    return {**drawn, "route": wanted.route} if facts.experts else drawn
+    return Calibration(
+        source=calibration.source,
+        digest=text.digest,
+        samples=samples,
+        length=length,
+        draw=draw,
+        route=calibration.route if facts.experts else None,
+    )
 
 
 def data_folder(config: DictConfig) -> Path | None:
@@ -66,9 +65,7 @@ def check_long_enough(
     needed = length * (samples if draw == "first" else 1)
     if draw != "documents" and sum(map(len, text.documents)) >= CHARACTERS_PER_TOKEN * needed:
         return
-    if (
-        folder is None
-    ):  # a Hub model, whose tokenizer may not be here yet: only what is certain is said
+    if folder is None:  # a Hub model: its tokenizer may not be here yet, so refuse the certain
         count = len(text.joined.encode())
         if count < needed:  # a byte-level tokenizer makes at most one token of each byte
             raise CalibrationError(
@@ -91,18 +88,20 @@ def check_long_enough(
 
 
 def name_of_text(source: str, text: Text) -> str:
-    """A text's name in metrics; of a file its own, in the few characters that trackers take.
+    """Return a text's name in metrics: a file's own, in the few characters that trackers take.
 
     Raises:
-        ConfigError: a file is called like one of the texts that everyone knows: its numbers would pass for that one's.
+        ConfigError: a file has the name of a well-known text, and its numbers would pass for that
+            text's.
     """
     if source != "file":
         return TEXT_NAMES.get(source, source)
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", text.name)
-    known = [TEXT_NAMES.get(source, source) for source in SOURCES["evaluation"] if source != "file"]
-    if name in known:
+    reserved = [TEXT_NAMES.get(key, key) for key in SOURCES["evaluation"] if key != "file"]
+    if name in reserved:
         raise ConfigError(
-            f"evaluation.path: a file called {name} would be taken for q3q's text of that name; rename it"
+            f"evaluation.path: a file called {name} would be taken for q3q's text of that name; "
+            "rename it"
         )
     return name
 
@@ -115,7 +114,7 @@ def check_path_is_read(path: str | None, split: str, sources: Sequence[str]) -> 
 
 
 @functools.cache
-def open_text(source: str, split: Any, path: str | None, data: str | None) -> Text:
+def open_text(source: str, split: Split, path: str | None, data: str | None) -> Text:
     if source == "file" and path is None:
         raise CalibrationError(f"{split}=file needs a text: {split}.path=FILE")
     return load_text(

@@ -1,7 +1,7 @@
-"""Data sets of questions: from a folder of the user's, from the cache of `datasets`, or from the Hub at a fixed commit.
+"""Data sets of questions, from the user's folder, the cache of `datasets` or the Hub.
 
-What a data set is, is its identity: the commit on the Hub, or the digest of the files in the folder. A trial is given
-exactly that, or is refused.
+A data set's identity is its commit on the Hub or the digest of its files in the folder. A trial
+gets exactly that data set, or is refused.
 """
 
 from __future__ import annotations
@@ -20,39 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.errors import ConfigError
+from q3q.models.hub import COMMIT, HUB_SECONDS
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 Row = dict[str, Any]
 MMLU, WIKITEXT = "cais/mmlu", "EleutherAI/wikitext_document_level"
-# The commit of each data set that the study's suite asks for; of any other, what `main` means when a sweep is planned.
-REVISIONS = {
-    "baber/piqa": "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
-    "allenai/ai2_arc": "210d026faf9955653af8916fad021475a3f00453",
-    "Rowan/hellaswag": "218ec52e09a7e7462a5400043bb9a69a41d06b76",
-    "allenai/winogrande": "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
-    "aps/super_glue": "3de24cf8022e94f4ee4b9d55a6f539891524d646",
-    MMLU: "c30699e8356da336a370243923dbaf21066bb9fe",
-    WIKITEXT: "647234772b9554e208af6c826f23b99e3cac88c8",
-}
-# What a row must have, and the columns that are text though they look like numbers.
-COLUMNS = {
-    "baber/piqa": ("goal", "sol1", "sol2", "label"),
-    "allenai/ai2_arc": ("question", "choices", "answerKey"),
-    "Rowan/hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
-    "allenai/winogrande": ("sentence", "option1", "option2", "answer"),
-    "aps/super_glue": ("passage", "question", "label"),
-    MMLU: ("question", "choices", "answer"),
-    WIKITEXT: ("page",),
-}
-TEXT_COLUMNS = {
-    "Rowan/hellaswag": ("label",),
-    "allenai/winogrande": ("option1", "option2", "answer"),
-}
 SUFFIXES = (".parquet", ".jsonl", ".csv")
 LOCAL = "sha256:"
-# What `datasets` reads from files that the task names itself: not ours to pin.
+# Readers in `datasets` of files that a task names itself, which have no commit to pin.
 FILE_READERS = (
     "json",
     "csv",
@@ -65,27 +42,86 @@ FILE_READERS = (
     "imagefolder",
     "audiofolder",
 )
-_HUB_SECONDS = 5.0
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """One of the study's repositories on the Hub, at a fixed commit.
+
+    columns: those that each row must have
+    text_columns: those that are text although they look like numbers
+    """
+
+    name: str
+    commit: str
+    columns: tuple[str, ...]
+    text_columns: tuple[str, ...] = ()
+
+
+# Of all other repositories, the commit of `main` when the sweep is planned counts.
+REPOSITORIES = {
+    repository.name: repository
+    for repository in (
+        Repository(
+            "baber/piqa",
+            commit="142f6d7367fd9877f0fb3b5734ea6a545f54cdd1",
+            columns=("goal", "sol1", "sol2", "label"),
+        ),
+        Repository(
+            "allenai/ai2_arc",
+            commit="210d026faf9955653af8916fad021475a3f00453",
+            columns=("question", "choices", "answerKey"),
+        ),
+        Repository(
+            "Rowan/hellaswag",
+            commit="218ec52e09a7e7462a5400043bb9a69a41d06b76",
+            columns=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+            text_columns=("label",),
+        ),
+        Repository(
+            "allenai/winogrande",
+            commit="01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+            columns=("sentence", "option1", "option2", "answer"),
+            text_columns=("option1", "option2", "answer"),
+        ),
+        Repository(
+            "aps/super_glue",
+            commit="3de24cf8022e94f4ee4b9d55a6f539891524d646",
+            columns=("passage", "question", "label"),
+        ),
+        Repository(
+            MMLU,
+            commit="c30699e8356da336a370243923dbaf21066bb9fe",
+            columns=("question", "choices", "answer"),
+        ),
+        Repository(
+            WIKITEXT,
+            commit="647234772b9554e208af6c826f23b99e3cac88c8",
+            columns=("page",),
+        ),
+    )
+}
 
 
 @dataclass(frozen=True, order=True)
 class DataSet:
-    """One configuration of a repository of the Hub: `cais/mmlu`, `anatomy`. splits: those that must be there."""
+    """One configuration of a repository of the Hub: `cais/mmlu`, `anatomy`."""
 
     repository: str
     name: str | None
-    splits: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()  # the required ones
 
     @property
     def key(self) -> str:
-        """How it is called in a spec and in messages."""
+        """The name in specs and messages."""
         return self.repository + (f":{self.name}" if self.name else "")
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Where it may lie in the user's folder, the first of these being what messages tell: a folder of its own
-        before the one that other configurations may lie in too."""
+        """Possible folders in the user's folder; the last may hold other configurations too.
+
+        Messages name the first.
+        """
         base = self.repository.rpartition("/")[2]
         if not self.name:
             return (base,)
@@ -98,10 +134,12 @@ class DataSet:
 
 
 class Library:
-    """Where data sets come from.
+    """Loads data sets, each exactly as identified.
 
-    folder: the user's, None for the Hub and its cache alone. identities: what each is known to be (by `DataSet.key`);
-    one that is not in it is identified when it is first asked for, if `settle` allows.
+    Args:
+        folder: the user's folder; None to read only the Hub and its cache.
+        identities: identity by `DataSet.key`.
+        settle: identify a data set without identity on first use, instead of refusing it.
     """
 
     def __init__(
@@ -112,91 +150,89 @@ class Library:
         self.settle = settle
         self._loaded: dict[DataSet, DatasetDict] = {}
 
-    def identify(self, wanted: DataSet, **options: Any) -> str:
-        """What it is, which is checked to be there. options: of `datasets.load_dataset`.
+    def identify(self, dataset: DataSet, **options: Any) -> str:
+        """Return a data set's identity, after checking that it loads and has its splits.
+
+        Args:
+            dataset: the data set.
+            options: options of `datasets.load_dataset`.
 
         Raises:
-            ConfigError: it is nowhere to be had, or lacks a split.
+            ConfigError: it is not available, or lacks a split.
         """
-        if wanted.key not in self.identities:
+        if dataset.key not in self.identities:
             if not self.settle:
-                raise ConfigError(
-                    f"the data set {wanted.key} is not one that this trial was planned with"
-                )
-            files = self._files(wanted)
-            self.identities[wanted.key] = (
+                raise ConfigError(f"this trial was not planned with the data set {dataset.key}")
+            files = self._files(dataset)
+            self.identities[dataset.key] = (
                 LOCAL + _digest([path for _, path in files])
                 if files
-                else _revision(wanted, self.folder, options)
+                else _revision(dataset, self.folder, options)
             )
-        loaded = self.load(wanted, **options)
-        for split in wanted.splits:
+        loaded = self.load(dataset, **options)
+        for split in dataset.splits:
             if split not in loaded or not len(loaded[split]):
                 raise ConfigError(
-                    f"{self.where(wanted)} has no rows of the split {split}, which its task needs"
+                    f"{self.where(dataset)} has no rows of the split {split}, which its task needs"
                 )
-        return self.identities[wanted.key]
+        return self.identities[dataset.key]
 
-    def where(self, wanted: DataSet) -> str:
-        """Its folder, or its name on the Hub, once it is identified."""
-        if not self.identities[wanted.key].startswith(LOCAL):
-            return wanted.key
-        return os.path.commonpath([path.parent for _, path in self._files(wanted)])
+    def where(self, dataset: DataSet) -> str:
+        """Return an identified data set's folder, or its name on the Hub."""
+        if not self.identities[dataset.key].startswith(LOCAL):
+            return dataset.key
+        return os.path.commonpath([path.parent for _, path in self._files(dataset)])
 
-    def load(self, wanted: DataSet, **options: Any) -> DatasetDict:
-        """Its splits. options: of `datasets.load_dataset`.
+    def load(self, dataset: DataSet, **options: Any) -> DatasetDict:
+        """Return a data set's splits.
+
+        Args:
+            dataset: the data set.
+            options: options of `datasets.load_dataset`.
 
         Raises:
-            ConfigError: it is not to be had, or not what it is known to be.
+            ConfigError: it is not available, or has another identity.
         """
-        place = DataSet(wanted.repository, wanted.name)
-        if place not in self._loaded or options:
-            identity = self.identities.get(wanted.key) or self.identify(wanted)
+        configuration = DataSet(dataset.repository, dataset.name)
+        if configuration not in self._loaded or options:
+            identity = self.identities.get(dataset.key) or self.identify(dataset)
             if identity.startswith(LOCAL):
-                found = self._from_folder(wanted, identity)
+                splits = self._from_folder(dataset, identity)
             else:
-                found = _from_hub(wanted, identity, self.folder, options)
+                splits = _from_hub(dataset, identity, self.folder, options)
             if options:
-                return found
-            self._loaded[place] = found
-        return self._loaded[place]
+                return splits
+            self._loaded[configuration] = splits
+        return self._loaded[configuration]
 
-    def _files(self, wanted: DataSet) -> list[tuple[str, Path]]:
-        """(split, file) of those in the user's folder, in order; none if it has no folder for this data set."""
+    def _files(self, dataset: DataSet) -> list[tuple[str, Path]]:
+        """Return the data set's (split, file) pairs in the user's folder, in order."""
         if self.folder is None:
             return []
-        if (
-            wanted.repository == MMLU
-            and wanted.name
-            and (files := _study_mmlu(self.folder, wanted.name))
-        ):
-            return files
-        for name in wanted.folders:
-            if files := split_files(self.folder / name):
-                return files
-        return []
+        folders = (split_files(self.folder / name) for name in dataset.folders)
+        return _study_mmlu(self.folder, dataset) or next(filter(None, folders), [])
 
-    def _from_folder(self, wanted: DataSet, identity: str) -> DatasetDict:
+    def _from_folder(self, dataset: DataSet, identity: str) -> DatasetDict:
         from datasets import DatasetDict
 
-        files = self._files(wanted)
+        files = self._files(dataset)
         if not files or LOCAL + _digest([path for _, path in files]) != identity:
             raise ConfigError(
-                f"the files of {wanted.key} in {self.folder} changed since the trial was planned"
+                f"the files of {dataset.key} in {self.folder} changed since the trial was planned"
             )
         rows: dict[str, list[tuple[str, Row]]] = {}
         for split, path in files:
-            rows.setdefault(split, []).extend(_rows(wanted, path))
-        found = DatasetDict({split: _table(some) for split, some in rows.items()})
-        # lm-eval looks for the training split of a task even where no example is drawn from it.
-        for split in sorted({"train", "validation", "test", "dev"} - set(found)):
-            found[split] = next(iter(found.values())).select([])
-        return found
+            rows.setdefault(split, []).extend(_rows(dataset, path))
+        splits = DatasetDict({split: _table(split_rows) for split, split_rows in rows.items()})
+        # lm-eval looks for a task's training split even if it draws no example from it.
+        for split in sorted({"train", "validation", "test", "dev"} - set(splits)):
+            splits[split] = next(iter(splits.values())).select([])
+        return splits
 
 
 @contextmanager
 def serving(load: Callable[[DataSet, dict[str, Any]], DatasetDict]) -> Iterator[None]:
-    """Within, whoever asks `datasets` for a data set of the Hub by name gets it from `load`: lm-eval's tasks do."""
+    """Make `datasets.load_dataset`, which lm-eval's tasks call, take Hub data sets from `load`."""
     import datasets
 
     plain = datasets.load_dataset
@@ -216,33 +252,39 @@ def serving(load: Callable[[DataSet, dict[str, Any]], DatasetDict]) -> Iterator[
 
 
 def split_files(folder: Path) -> list[tuple[str, Path]]:
-    """The data files of a folder with the split that each belongs to, by name: `test.jsonl`, `data/test-0-of-2.csv`.
+    """Return a folder's data files with their splits, by name: `test.jsonl`,
+    `data/test-0-of-2.csv`.
 
-    They lie in the folder itself, or all in its `data`: any other folder in it may be another configuration's. A
-    split's files are read in the order of their names.
+    They lie in the folder itself, or all in its `data`: any other folder in it may be another
+    configuration's. A split's files are in the order of their names.
     """
-    for place in (folder, folder / "data"):
-        found = []
-        for path in sorted(place.iterdir()) if place.is_dir() else ():
+    for parent in (folder, folder / "data"):
+        files = []
+        for path in sorted(parent.iterdir()) if parent.is_dir() else ():
             split = re.match(r"(train|validation|test|dev)(?![A-Za-z0-9])", path.name)
             if split and path.suffix in SUFFIXES and path.is_file():
-                found.append((split[1], path))
-        if found:
-            return found
+                files.append((split[1], path))
+        if files:
+            return files
     return []
 
 
-def _study_mmlu(folder: Path, subject: str) -> list[tuple[str, Path]]:
-    """MMLU as its authors distribute it: `test/anatomy_test.csv` without a header, answers as letters."""
+def _study_mmlu(folder: Path, dataset: DataSet) -> list[tuple[str, Path]]:
+    """Return an MMLU subject's files as its authors distribute them: `test/anatomy_test.csv`.
+
+    They have no header, and answers as letters.
+    """
+    if dataset.repository != MMLU or not dataset.name:
+        return []
     for root in (folder / "mmlu", folder):
-        files = [(split, root / split / f"{subject}_{split}.csv") for split in ("dev", "test")]
+        files = [(split, root / split / f"{dataset.name}_{split}.csv") for split in ("dev", "test")]
         if all(path.is_file() for _, path in files):
             return files
     return []
 
 
 def _table(rows: Sequence[tuple[str, Row]]) -> Dataset:
-    """Rows, each given with where it stands, as `datasets` has them."""
+    """Make a table of rows, each paired with its place in a file."""
     from datasets import Dataset
 
     def table(count: int) -> Dataset:
@@ -257,27 +299,28 @@ def _table(rows: Sequence[tuple[str, Row]]) -> Dataset:
 
     try:
         return table(len(rows))
-    except (
-        Exception
-    ) as error:  # Arrow's own, or Python's for half a character: to the user all mean the same
+    except Exception as error:  # Arrow's, or Python's for half a character
         first = bisect_left(range(1, len(rows)), True, key=fails)
         raise ConfigError(
             f"{rows[first][0]} makes no table with the rows before it: {_reason(error)}"
         ) from error
 
 
-def _rows(wanted: DataSet, path: Path) -> Iterator[tuple[str, Row]]:
-    """Each row with where it stands."""
+def _rows(dataset: DataSet, path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield each row with its place."""
     try:
-        if wanted.repository == MMLU and path.suffix == ".csv":
-            yield from ((str(path), row) for row in _mmlu_rows(path, str(wanted.name)))
+        if dataset.repository == MMLU and path.suffix == ".csv":
+            yield from ((str(path), row) for row in _mmlu_rows(path, str(dataset.name)))
             return
+        repository = REPOSITORIES.get(dataset.repository)
+        columns = repository.columns if repository else ()
+        text_columns = repository.text_columns if repository else ()
         for number, row in _plain_rows(path):
             where = f"{path}, row {number}"
-            missing = [name for name in COLUMNS.get(wanted.repository, ()) if row.get(name) is None]
-            if missing:
-                raise ConfigError(f"{where}: {wanted.key} has a column {missing[0]}, this has none")
-            for name in TEXT_COLUMNS.get(wanted.repository, ()):
+            for name in columns:
+                if row.get(name) is None:
+                    raise ConfigError(f"{where}: {dataset.key} has a column {name}, this has none")
+            for name in text_columns:
                 row[name] = str(row[name])
             yield where, row
     except (OSError, ValueError) as error:
@@ -285,7 +328,7 @@ def _rows(wanted: DataSet, path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _plain_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Each row with its number, of `.jsonl` its line's."""
+    """Yield each row with its number, of `.jsonl` with its line's."""
     if path.suffix == ".jsonl":
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
             if line.strip():
@@ -317,119 +360,114 @@ def _mmlu_rows(path: Path, subject: str) -> Iterator[Row]:
                 raise ValueError(
                     f"row {number} is not: question, four answers, and one of A, B, C, D"
                 )
-            yield {
-                "question": cells[0],
-                "subject": subject,
-                "choices": cells[1:5],
-                "answer": "ABCD".index(cells[5]),
-            }
+            answer = "ABCD".index(cells[5])
+            question, choices = cells[0], cells[1:5]
+            yield {"question": question, "subject": subject, "choices": choices, "answer": answer}
 
 
-def _revision(wanted: DataSet, folder: Path | None, options: dict[str, Any]) -> str:
-    """The commit to take: the one that is pinned here, else what `main` is now; where the Hub cannot be asked, the one
-    that was downloaded earlier."""
-    if wanted.repository in REVISIONS:
-        return REVISIONS[wanted.repository]
+def _revision(dataset: DataSet, folder: Path | None, options: dict[str, Any]) -> str:
+    """Return the commit to take: the pinned one, else that of `main`.
+
+    If the Hub does not answer, it is the commit in the cache.
+    """
+    if dataset.repository in REPOSITORIES:
+        return REPOSITORIES[dataset.repository].commit
     from huggingface_hub import HfApi
 
     try:
-        sha = HfApi().dataset_info(wanted.repository, expand=["sha"], timeout=_HUB_SECONDS).sha
-    except (
-        Exception
-    ) as error:  # the client's own, its HTTP library's: to the user all mean the same
-        downloaded = {place.name for place in _downloaded(wanted, options)}
-        if len(downloaded) == 1:
-            return downloaded.pop()
-        if downloaded:
+        sha = HfApi().dataset_info(dataset.repository, expand=["sha"], timeout=HUB_SECONDS).sha
+    except Exception as error:  # the Hub client's or its HTTP library's
+        commits = sorted({folder.name for folder in _downloaded(dataset, options)})
+        if len(commits) == 1:
+            return commits[0]
+        if commits:
             raise ConfigError(
-                f"the Hub does not say which commit of {wanted.key} to take: {_reason(error)}. The cache of "
-                f"`datasets` has {len(downloaded)}, remove all but one there: {', '.join(sorted(downloaded))}"
+                f"the Hub does not say which commit of {dataset.key} to take: {_reason(error)}. "
+                f"The cache of `datasets` has {len(commits)}, remove all but one there: "
+                f"{', '.join(commits)}"
             ) from error
-        raise ConfigError(_nowhere(wanted, folder, error)) from error
-    if not sha or not _COMMIT.fullmatch(sha):
-        raise ConfigError(f"the Hub does not say which commit {wanted.repository} has")
+        raise ConfigError(_unavailable(dataset, folder, error)) from error
+    if not sha or not COMMIT.fullmatch(sha):
+        raise ConfigError(f"the Hub does not say which commit {dataset.repository} has")
     return sha
 
 
 def _from_hub(
-    wanted: DataSet, revision: str, folder: Path | None, options: dict[str, Any]
+    dataset: DataSet, revision: str, folder: Path | None, options: dict[str, Any]
 ) -> DatasetDict:
-    """From the cache of `datasets` if this very commit is there, else from the Hub."""
+    """Load from the cache of `datasets` if it has exactly this commit, else from the Hub."""
     import datasets
 
-    if (cached := _from_cache(wanted, revision, options)) is not None:
+    if (cached := _from_cache(dataset, revision, options)) is not None:
         return cached
     try:
         from huggingface_hub import HfApi
 
-        # Asked once, for seconds; `datasets` alone would try for minutes to reach a Hub that does not answer.
-        HfApi().dataset_info(
-            wanted.repository, revision=revision, expand=["sha"], timeout=_HUB_SECONDS
-        )
+        repository = dataset.repository
+        # Fails within seconds; `datasets` alone retries for minutes if the Hub does not answer.
+        HfApi().dataset_info(repository, revision=revision, expand=["sha"], timeout=HUB_SECONDS)
         builder = datasets.load_dataset_builder(
-            wanted.repository, wanted.name, revision=revision, **options
+            repository, dataset.name, revision=revision, **options
         )
         if builder.hash != revision and not options:
             raise ConfigError(
-                f"{wanted.key}: the Hub gave {builder.hash} where {revision} was asked for"
+                f"{dataset.key}: the Hub gave {builder.hash} where {revision} was asked for"
             )
         builder.download_and_prepare()
         return builder.as_dataset()
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(_nowhere(wanted, folder, error)) from error
+        raise ConfigError(_unavailable(dataset, folder, error)) from error
 
 
-def _from_cache(wanted: DataSet, revision: str, options: dict[str, Any]) -> DatasetDict | None:
-    """What `datasets` downloaded earlier, of this commit and no other and with these options; no network."""
+def _from_cache(dataset: DataSet, revision: str, options: dict[str, Any]) -> DatasetDict | None:
+    """Return what `datasets` downloaded of this commit with these options; no network."""
     import datasets
 
-    for place in _downloaded(wanted, options):
-        if place.name != revision:
+    for folder in _downloaded(dataset, options):
+        if folder.name != revision:
             continue
         try:
-            info = datasets.DatasetInfo.from_directory(str(place))
-            found = datasets.DatasetDict()
+            info = datasets.DatasetInfo.from_directory(str(folder))
+            splits = datasets.DatasetDict()
             for split, entry in (info.splits or {}).items():
-                shards = sorted(place.glob(f"*-{split}.arrow")) or sorted(
-                    place.glob(f"*-{split}-*-of-*.arrow")
-                )
-                found[split] = datasets.concatenate_datasets(
-                    [datasets.Dataset.from_file(str(s)) for s in shards]
-                )
-                if len(found[split]) != entry.num_examples:
+                shards = sorted(folder.glob(f"*-{split}.arrow"))
+                shards = shards or sorted(folder.glob(f"*-{split}-*-of-*.arrow"))
+                parts = [datasets.Dataset.from_file(str(shard)) for shard in shards]
+                splits[split] = datasets.concatenate_datasets(parts)
+                if len(splits[split]) != entry.num_examples:
                     raise ValueError("incomplete")
         except (OSError, ValueError):
             continue
-        if found:
-            return found
+        if splits:
+            return splits
     return None
 
 
-def _downloaded(wanted: DataSet, options: dict[str, Any]) -> list[Path]:
-    """Where the cache of `datasets` has it with these options: a folder for each version and commit."""
+def _downloaded(dataset: DataSet, options: dict[str, Any]) -> list[Path]:
+    """Return the data set's folders in the cache of `datasets`, one a version and commit."""
     import datasets
     from datasets.naming import camelcase_to_snakecase
 
-    namespace, _, base = wanted.repository.rpartition("/")
-    folder = "___".join(filter(None, [namespace, camelcase_to_snakecase(base)]))
-    configuration = datasets.BuilderConfig(wanted.name or "default").create_config_id(options)
-    places = (Path(datasets.config.HF_DATASETS_CACHE) / folder).glob(
-        f"{glob.escape(configuration)}/*/*"
-    )
-    return sorted(place for place in places if _COMMIT.fullmatch(place.name))
+    namespace, _, base = dataset.repository.rpartition("/")
+    name = "___".join(filter(None, [namespace, camelcase_to_snakecase(base)]))
+    configuration = datasets.BuilderConfig(dataset.name or "default").create_config_id(options)
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / name
+    folders = cache.glob(f"{glob.escape(configuration)}/*/*")
+    return sorted(folder for folder in folders if COMMIT.fullmatch(folder.name))
 
 
-def _nowhere(wanted: DataSet, folder: Path | None, error: Exception) -> str:
-    base = "mmlu" if wanted.repository == MMLU else wanted.folders[0]
-    place = f"{folder or 'DIR'}/{base}/"
-    own = f"data.path={folder}" if folder else "data.path=DIR"
-    study = "test/SUBJECT_test.csv and dev/SUBJECT_dev.csv"
-    files = study if wanted.repository == MMLU else "SPLIT.parquet, SPLIT.jsonl or SPLIT.csv"
+def _unavailable(dataset: DataSet, folder: Path | None, error: Exception) -> str:
+    """Return the message for a data set that is nowhere, with a way to provide it."""
+    path = folder or "DIR"
+    base, files = dataset.folders[0], "SPLIT.parquet, SPLIT.jsonl or SPLIT.csv"
+    if dataset.repository == MMLU:
+        base, files = "mmlu", "test/SUBJECT_test.csv and dev/SUBJECT_dev.csv"
     return (
-        f"the data set {wanted.key} is neither in the cache of `datasets` nor to be had from the Hub: "
-        f"{_reason(error)}. To provide it: {own} with {place} holding {files}"
+        f"the data set {dataset.key} is neither in the cache of `datasets` nor to be had from the "
+        f"Hub: {_reason(error)}. To provide it: data.path={path} with {path}/{base}/ holding "
+        f"{files}"
     )
 
 
@@ -447,14 +485,14 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def folder_digest(folder: Path, suffixes: Collection[str] | None = None) -> str:
-    """SHA-256 (hex) of all files below a folder and their places in it."""
+    """Return the SHA-256 (hex) of all files below a folder and their relative paths.
+
+    suffixes: of the files to read; None for all.
+    """
     sha = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if (
-            path.is_file()
-            and "__pycache__" not in path.parts
-            and (suffixes is None or path.suffix in suffixes)
-        ):
+        counts = suffixes is None or path.suffix in suffixes
+        if counts and path.is_file() and "__pycache__" not in path.parts:
             sha.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
             sha.update(path.read_bytes())
     return sha.hexdigest()

@@ -1,6 +1,6 @@
-"""Named texts to calibrate and evaluate on: generated, from the Hub's data sets, or a file of the user's.
+"""Named texts to calibrate and evaluate on: generated, from the Hub, or the user's file.
 
-A text is its documents. What it is called and where it came from is for people; its digest says what it is.
+A text's documents are its identity, which its digest states; its name and origin are for people.
 """
 
 import difflib
@@ -17,18 +17,18 @@ from typing import Any, Literal
 from q3q.errors import CalibrationError
 from q3q.models.demo.library import held_out_text
 from q3q.models.demo.stories import stories
+from q3q.models.hub import HUB_SECONDS
 
 Split = Literal["calibration", "evaluation"]
-_HUB_SECONDS = 5.0  # to wait for the Hub's answer
-# The demo's texts. The models were trained on seed 0 of the stories that are not held out.
-_STORIES = {"calibration": (1, 1_500), "evaluation": (2, 400)}  # seed, count
+# Seed and number of the demo's stories. The models were trained on seed 0, without held-out ones.
+_STORIES = {"calibration": (1, 1_500), "evaluation": (2, 400)}
 
 
 @dataclass(frozen=True)
 class Text:
     """Documents, and how they join into one text.
 
-    running: the documents are pieces of one running text, so a window may cross from one to the next.
+    running: the documents are pieces of one running text, so a window may cross their bounds.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Text:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of all that determines its windows: each document and its bounds, joiner, running."""
+        """SHA-256 (hex) of what determines windows: documents, their bounds, joiner, running."""
         sha = hashlib.sha256(json.dumps([len(self.documents), self.joiner, self.running]).encode())
         for document in self.documents:
             content = document.encode()
@@ -54,9 +54,9 @@ class Text:
 
 @dataclass(frozen=True)
 class _HubText:
-    """A data set of the Hub at a fixed commit: the file of each split, and how its rows make a text.
+    """A data set of the Hub at a fixed commit: each split's file, and how its rows make a text.
 
-    evaluated: rows of the file to evaluate on, None if there is none: of fewer or others, a perplexity is another.
+    evaluated: rows of the evaluation file, None if there is none; they decide the perplexity.
     """
 
     repository: str
@@ -68,7 +68,7 @@ class _HubText:
 
 
 _HUB = {
-    # Rows are lines. GPTQ and most after it join them by an empty line and cut windows anywhere.
+    # Rows are lines. GPTQ and most later methods join them by an empty line and cut anywhere.
     "wikitext2": _HubText(
         repository="Salesforce/wikitext",
         revision="b08601e04326c79dfdd32d625aee71d232d685c3",
@@ -80,7 +80,7 @@ _HUB = {
         running=True,
         evaluated=4_358,
     ),
-    # Rows are web pages. Joined by a space they are what is often called c4-new.
+    # Rows are web pages. Joined by a space they are often called c4-new.
     "c4": _HubText(
         repository="allenai/c4",
         revision="1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
@@ -110,26 +110,27 @@ SOURCES: dict[Split, tuple[str, ...]] = {
 def load_text(
     source: str, *, split: Split, path: str | Path | None = None, data: str | Path | None = None
 ) -> Text:
-    """A text by name.
+    """Load a text by name.
 
     Args:
-        source: `demo`, generated stories with their questions, never those a demo model was trained on when
-            evaluating; `library`, modules of Python's own standard library kept from training; `wikitext2`, `c4`,
-            `pile` from the Hub or its local cache; `file`, at `path`.
-        split: what for. The two never share a document, but for `file`, which is what it is.
-        path: of `file`: `.jsonl` (one document per line, its `text`), `.json` (a list of documents, each a string or
-            an object with `text`), or any other name: plain text, one document.
-        data: a folder with data sets (data.path), where `wikitext2`, `c4` and `pile` are looked for first.
+        source: `demo`, generated stories with their questions, for evaluation never those a demo
+            model was trained on; `library`, modules of Python's own standard library kept from
+            training; `wikitext2`, `c4`, `pile` from the Hub or its local cache; `file`, at `path`.
+        split: the text's use. The two splits share no document, except of `file`.
+        path: `file`'s: `.jsonl` (one document per line, its `text`), `.json` (a list of documents,
+            each a string or an object with `text`), or any other name: plain text, one document.
+        data: a folder with data sets (data.path), searched first for `wikitext2`, `c4` and `pile`.
 
     Raises:
-        CalibrationError: no such source for that split; a file missing, empty, not UTF-8 or not what its name says; a
-            data set that is neither in the local cache nor to be had from the Hub; of one in `data`, to evaluate on, a
-            part or another.
+        CalibrationError: the split has no such source; the file is missing, empty, not UTF-8 or not
+            what its name says; the data set is neither in the local cache nor available from the
+            Hub; the evaluation file in `data` is a part of the data set, or another.
     """
     if source not in SOURCES[split]:
-        known = any(source in names for names in SOURCES.values())
-        near = () if known else difflib.get_close_matches(source, SOURCES[split], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(SOURCES[split])}"
+        exists = any(source in names for names in SOURCES.values())
+        similar = () if exists else difflib.get_close_matches(source, SOURCES[split], n=1)
+        choices = ", ".join(SOURCES[split])
+        hint = f"did you mean {similar[0]}?" if similar else f"give one of {choices}"
         raise CalibrationError(f"{source!r} is not a text for {split}: {hint}")
     if source == "demo":
         return _demo_text(split)
@@ -170,12 +171,10 @@ def _file_text(path: Path) -> Text:
 
 def _documents(path: Path, content: str) -> Iterator[str]:
     if path.suffix == ".jsonl":
-        lines = (
-            (f"{path}, line {n}", line)
-            for n, line in enumerate(content.split("\n"), 1)
-            if line.strip()
-        )
-        yield from (_text_of(where, _parsed(where, line)) for where, line in lines)
+        for n, line in enumerate(content.split("\n"), 1):
+            if line.strip():
+                where = f"{path}, line {n}"
+                yield _text_of(where, _parsed(where, line))
     elif path.suffix == ".json" and content.strip():
         items = _parsed(str(path), content)
         if not isinstance(items, list):
@@ -204,62 +203,54 @@ def _text_of(where: str, item: Any) -> str:
 
 
 def _hub_text(source: str, split: Split, data: Path | None) -> Text:
-    hub, own = _HUB[source], _own_copy(source, split, data)
-    file = own or _hub_file(source, split, data)
+    hub, local_copy = _HUB[source], _local_copy(source, split, data)
+    file = local_copy or _hub_file(source, split, data)
     try:
         rows = tuple(_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationError(
             f"{file} is not a file of {source}, rows with a `text`: {error}"
         ) from error
-    if own and split == "evaluation" and len(rows) != hub.evaluated:
+    if local_copy and split == "evaluation" and len(rows) != hub.evaluated:
         raise CalibrationError(
-            f"{file} has {len(rows)} rows, and {hub.files[split]} of {hub.repository}, which it stands for, has "
-            f"{hub.evaluated}: give that file, or another text by its own name: evaluation=file evaluation.path=FILE"
+            f"{file} has {len(rows)} rows, but {hub.files[split]} of {hub.repository}, which it "
+            f"stands for, has {hub.evaluated}: give that file, or another text by its own name: "
+            "evaluation=file evaluation.path=FILE"
         )
     return Text(source, rows, joiner=hub.joiner, running=hub.running)
 
 
-def _own_copy(source: str, split: Split, data: Path | None) -> Path | None:
-    """The file in the user's folder: as the Hub has it, or named after its split, `wikitext2/test.parquet`."""
+def _local_copy(source: str, split: Split, data: Path | None) -> Path | None:
+    """Return the user's file, named as on the Hub or after its split (`test.parquet`)."""
     if data is None:
         return None
     name = _HUB[source].files[split]
     part = next(part for part in ("train", "validation", "test", "val") if part in name)
-    names = [
-        name,
-        Path(name).name,
-        *(f"{part}{suffix}" for suffix in (".parquet", ".jsonl", ".json.gz", ".jsonl.zst")),
-    ]
-    return next((data / source / name for name in names if (data / source / name).is_file()), None)
+    suffixes = (".parquet", ".jsonl", ".json.gz", ".jsonl.zst")
+    names = [name, Path(name).name, *(f"{part}{suffix}" for suffix in suffixes)]
+    return next((file for name in names if (file := data / source / name).is_file()), None)
 
 
 def _hub_file(source: str, split: Split, data: Path | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     hub = _HUB[source]
-    name = hub.files[split]
-    cached = try_to_load_from_cache(
-        hub.repository, name, repo_type="dataset", revision=hub.revision
-    )
+    name, repository, revision = hub.files[split], hub.repository, hub.revision
+    cached = try_to_load_from_cache(repository, name, repo_type="dataset", revision=revision)
     if isinstance(cached, str):
         return Path(cached)
     try:
-        # Asked once, for seconds; a download alone would try for half a minute to reach a Hub that does not answer.
-        HfApi().dataset_info(
-            hub.repository, revision=hub.revision, expand=["sha"], timeout=_HUB_SECONDS
-        )
-        return Path(
-            hf_hub_download(hub.repository, name, repo_type="dataset", revision=hub.revision)
-        )
-    except (
-        Exception
-    ) as error:  # the client's own, its HTTP library's, the disk's: to the user all mean the same
+        # Fails within seconds; a download alone retries half a minute if the Hub does not answer.
+        HfApi().dataset_info(repository, revision=revision, expand=["sha"], timeout=HUB_SECONDS)
+        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
+    except Exception as error:  # the Hub client's, its HTTP library's or the disk's
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+        folder = data or "DIR"
         raise CalibrationError(
-            f"{split}={source} needs {name} of the data set {hub.repository}, which is neither in the local cache "
-            f"nor to be had from the Hub: {reason}. To provide it: data.path={data or 'DIR'} with "
-            f"{data or 'DIR'}/{source}/{Path(name).name}; for a text of your own: {split}=file {split}.path=FILE"
+            f"{split}={source} needs {name} of the data set {repository}, which is neither in the "
+            f"local cache nor to be had from the Hub: {reason}. To provide it: data.path={folder} "
+            f"with {folder}/{source}/{Path(name).name}; for a text of your own: {split}=file "
+            f"{split}.path=FILE"
         ) from error
 
 

@@ -1,51 +1,50 @@
-"""Token windows of a text: the three ways in which the published methods draw them, and evaluation's."""
+"""Token windows of a text, drawn as the published methods do, or cut for evaluation."""
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from q3q.data.texts import Text, load_text
 from q3q.errors import CalibrationError, ConfigError
-from q3q.spec import QUICK_SEED, Json, TrialSpec
-
-if TYPE_CHECKING:
-    pass
+from q3q.placement import Trial
+from q3q.spec import QUICK_SEED, TextRef
 
 Encode = Callable[[str], list[int]]
-# The last tokens of a text that is cut may differ from the whole text's (a merge across the cut): kept away from.
+
+# Tokens dropped at a cut: a merge across it may make them differ from the whole text's.
 _SEAM = 64
 
 
 def encoder(tokenizer: Any) -> Encode:
-    """A tokenizer as a plain function, adding what it adds by itself (Qwen adds nothing), silent about long texts."""
+    """Return a tokenizer as a function, with its own special tokens, silent about long texts."""
     return lambda text: tokenizer(text, verbose=False)["input_ids"]
 
 
 def draw_windows(
     text: Text, encode: Encode, *, samples: int, length: int, draw: str, seed: int
 ) -> Tensor:
-    """Windows of tokens to calibrate on (or, of C4, the study's 256 to evaluate on).
+    """Draw windows of tokens to calibrate on (or, from C4, the study's 256 to evaluate on).
 
     Args:
-        text: what to draw from.
-        encode: text to token ids.
-        samples: windows wanted.
+        samples: number of windows.
         length: tokens per window.
-        draw:
-            `first`: consecutive windows from the start of the joined text, so that other tools can be given the same.
-            `random`: as GPTQ does (IST-DASLab/gptq, datautils.py): draw documents until one has more than `length`
-                tokens, then a random window of it. Of a running text, of a single document, and where no document is
-                longer than `length`: random windows of the joined text. Windows may overlap.
-            `documents`: as AWQ does (mit-han-lab/llm-awq, calib_data.py): shuffle, take the first `samples` documents
-                of 1 to `length` tokens (outer white space stripped), concatenate, cut; the tail is dropped, so there
-                are at most `samples` windows, often fewer. Its shuffle is that of `datasets`; its own seed is 42.
-        seed: of `random` and `documents`.
+        draw: one of
+            `first`: consecutive windows from the text's start, which other tools can read too.
+            `random`: as GPTQ does (IST-DASLab/gptq, datautils.py): draw documents until one has
+                more than `length` tokens, then a random window of it. From a running text, a single
+                document, or if no document is longer than `length`: random windows of the joined
+                text. Windows may overlap.
+            `documents`: as AWQ does (mit-han-lab/llm-awq, calib_data.py): shuffle, take the first
+                `samples` documents of 1 to `length` tokens (outer white space stripped),
+                concatenate and cut; the tail is dropped, so there are at most `samples` windows,
+                often fewer. The shuffle is that of `datasets`; AWQ's own seed is 42.
+        seed: seed of `random` and `documents`.
 
     Returns:
-        [samples, length] int64; of `documents`, [at most samples, length].
+        [samples, length] int64; for `documents`, [at most samples, length].
 
     Raises:
         CalibrationError: the text is too short, or `draw` is not one of these.
@@ -53,35 +52,32 @@ def draw_windows(
     if samples < 1 or length < 1:
         raise CalibrationError(f"samples={samples} and length={length} must both be 1 or more")
     if draw == "first":
-        windows = _first(text, encode, samples, length)
-    elif draw == "random":
-        windows = _random(text, encode, samples, length, seed)
-    elif draw == "documents":
-        windows = _documents(text, encode, samples, length, seed)
-    else:
-        raise CalibrationError(f"draw={draw!r}: give first, random or documents")
-    return windows
+        return _first(text, encode, samples, length)
+    if draw == "random":
+        return _random(text, encode, samples, length, seed)
+    if draw == "documents":
+        return _documents(text, encode, samples, length, seed)
+    raise CalibrationError(f"draw={draw!r}: give first, random or documents")
 
 
 def consecutive_windows(
     ids: Sequence[int] | Tensor, window: int, limit: int | None = None
 ) -> Tensor:
-    """Cut tokens into windows that do not overlap; the tail is dropped, as the papers' perplexity does.
+    """Cut tokens into windows without overlap; the tail is dropped, as in the papers' perplexity.
 
     Args:
-        ids: tokens of a text, [T].
+        ids: a text's tokens, [T].
         window: tokens per window.
-        limit: windows at most; all if None.
+        limit: the most windows; all if None.
 
     Returns:
         [n, window] int64, n >= 1.
 
     Raises:
-        CalibrationError: not even one window.
+        CalibrationError: the text is shorter than one window.
     """
     _check_enough(len(ids), window, "the text")
-    count = len(ids) // window
-    count = count if limit is None else min(count, limit)
+    count = min(len(ids) // window, len(ids) if limit is None else limit)
     return torch.as_tensor(ids[: count * window], dtype=torch.int64).view(count, window)
 
 
@@ -91,14 +87,14 @@ def _first(text: Text, encode: Encode, samples: int, length: int) -> Tensor:
     windows = consecutive_windows(ids, length, samples)
     if len(windows) < samples:
         raise CalibrationError(
-            f"the text {text.name} has {len(windows)} windows of {length} tokens, {samples} were asked for: "
-            "lower samples or length, or give a longer text"
+            f"the text {text.name} has {len(windows)} windows of {length} tokens, "
+            f"{samples} were asked for: lower samples or length, or give a longer text"
         )
     return windows
 
 
 def _leading_tokens(text: Text, encode: Encode, count: int) -> list[int]:
-    """The first `count` tokens of the joined text (all, if it has fewer), encoding no more documents than it takes."""
+    """Return the joined text's first `count` tokens, or all, encoding few documents beyond them."""
     documents = 1
     while True:
         ids = encode(text.joiner.join(text.documents[:documents]))
@@ -108,132 +104,115 @@ def _leading_tokens(text: Text, encode: Encode, count: int) -> list[int]:
 
 
 def _random(text: Text, encode: Encode, samples: int, length: int, seed: int) -> Tensor:
-    dice = random.Random(seed)
-    rows = []
-    if (
-        text.running
-        or len(text.documents) == 1
-        or not (long_enough := _maybe_longer(text, encode, length))
-    ):
+    generator = random.Random(seed)
+    whole_text = text.running or len(text.documents) == 1
+    candidates = set() if whole_text else _maybe_longer(text, encode, length)
+    if not candidates:
         ids = encode(text.joined)
         _check_enough(len(ids), length, f"the text {text.name}")
-        for _ in range(samples):
-            rows.append(_window(dice, ids, length))
-        return torch.tensor(rows)
-    while (
-        len(rows) < samples
-    ):  # ends: one document at least is long enough, and each is as likely as any
-        drawn = dice.randint(0, len(text.documents) - 1)
-        if drawn in long_enough:
-            ids = encode(text.documents[drawn])
+        return torch.tensor([_window(generator, ids, length) for _ in range(samples)])
+    rows: list[list[int]] = []
+    while len(rows) < samples:  # ends: at least one document is long enough
+        i = generator.randint(0, len(text.documents) - 1)
+        if i in candidates:
+            ids = encode(text.documents[i])
             if len(ids) > length:
-                rows.append(_window(dice, ids, length))
+                rows.append(_window(generator, ids, length))
             else:
-                long_enough.remove(drawn)  # never encoded again
+                candidates.remove(i)  # never encoded again
     return torch.tensor(rows)
 
 
-def _window(dice: random.Random, ids: list[int], length: int) -> list[int]:
-    # GPTQ never draws the last window there is, and stops with an error at exactly `length` tokens: we give that one.
-    start = dice.randint(0, max(0, len(ids) - length - 1))
+def _window(generator: random.Random, ids: list[int], length: int) -> list[int]:
+    # GPTQ never draws the last window, and fails on exactly `length` tokens; this returns those.
+    start = generator.randint(0, max(0, len(ids) - length - 1))
     return ids[start : start + length]
 
 
 def _maybe_longer(text: Text, encode: Encode, length: int) -> set[int]:
-    """Documents that may have more than `length` tokens; none, if not one really does.
+    """Return the documents that may have more than `length` tokens; none if none really has.
 
     A token spells at least one byte, so a document of few bytes need not be encoded.
     """
     size = {i: len(document.encode()) for i, document in enumerate(text.documents)}
-    maybe = sorted((i for i in size if size[i] > length), key=lambda i: -size[i])
-    for rank, i in enumerate(maybe):
+    candidates = sorted((i for i in size if size[i] > length), key=lambda i: -size[i])
+    for rank, i in enumerate(candidates):
         if len(encode(text.documents[i])) > length:
-            return set(maybe[rank:])
+            return set(candidates[rank:])
     return set()
 
 
 def _documents(text: Text, encode: Encode, samples: int, length: int, seed: int) -> Tensor:
     import numpy
 
-    tokens: list[int] = []
-    taken = 0
-    for i in numpy.random.default_rng(seed).permutation(
-        len(text.documents)
-    ):  # datasets.Dataset.shuffle(seed)
+    tokens, count = list[int](), 0
+    order = numpy.random.default_rng(seed).permutation(len(text.documents))  # as Dataset.shuffle
+    for i in order:
         ids = encode(text.documents[i].strip())
         if 0 < len(ids) <= length:
             tokens += ids
-            taken += 1
-        if taken == samples:
+            count += 1
+        if count == samples:
             break
-    _check_enough(
-        len(tokens),
-        length,
-        f"{taken} documents of 1 to {length} tokens, drawn from the text {text.name}",
-    )
+    source = f"{count} documents of 1 to {length} tokens, drawn from the text {text.name}"
+    _check_enough(len(tokens), length, source)
     return consecutive_windows(tokens, length)
 
 
-def _check_enough(tokens: int, window: int, what: str) -> None:
+def _check_enough(tokens: int, window: int, source: str) -> None:
     if tokens < window:
         raise CalibrationError(
-            f"{what}: {tokens} tokens, but one window needs {window}. Give a longer text or a shorter window"
+            f"{source}: {tokens} tokens, but one window needs {window}. "
+            "Give a longer text or a shorter window"
         )
 
 
 AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
 
 
-def calibration_windows(spec: TrialSpec, tokenizer: Any) -> Tensor | None:
-    """Token windows [samples, length], None for a method that observes nothing."""
-    if spec.calibration is None:
+def calibration_windows(trial: Trial, tokenizer: Any) -> Tensor | None:
+    """Return token windows [samples, length]; None for a method that observes nothing."""
+    calibration, placement = trial.spec.calibration, trial.placement
+    if calibration is None:
         return None
-    wanted = spec.calibration
     text = load_text(
-        wanted["source"],
-        split="calibration",
-        path=spec.places.get("calibration"),
-        data=spec.places.get("data"),
+        calibration.source, split="calibration", path=placement.calibration, data=placement.data
     )
-    refuse_changed_text(text.digest, wanted["digest"], wanted["source"])
+    refuse_changed_text(text.digest, calibration.digest, calibration.source)
     return draw_windows(
         text,
         encoder(tokenizer),
-        samples=wanted["samples"],
-        length=wanted["length"],
-        draw=wanted["draw"],
-        seed=spec.seed + (AWQ_SHUFFLE_SEED if wanted["draw"] == "documents" else 0),
+        samples=calibration.samples,
+        length=calibration.length,
+        draw=calibration.draw,
+        seed=trial.spec.seed + (AWQ_SHUFFLE_SEED if calibration.draw == "documents" else 0),
     )
 
 
-def evaluation_windows(tokenizer: Any, spec: TrialSpec, wanted: Json) -> Tensor:
-    """Token windows [N, T] of one of the evaluation's texts."""
-    text = load_text(
-        wanted["source"],
-        split="evaluation",
-        path=spec.places.get("evaluation"),
-        data=spec.places.get("data"),
+def evaluation_windows(tokenizer: Any, trial: Trial, text: TextRef) -> Tensor:
+    """Return token windows [N, T] of one of the evaluation's texts."""
+    placement, limit, quick = trial.placement, text.limit, trial.spec.evaluation.quick
+    content = load_text(
+        str(text.source), split="evaluation", path=placement.evaluation, data=placement.data
     )
-    refuse_changed_text(text.digest, wanted["digest"], wanted["name"])
-    encode, limit = encoder(tokenizer), wanted["limit"]
-    if wanted["draw"] == "random":
-        samples = min(wanted["samples"], limit or wanted["samples"])
+    refuse_changed_text(content.digest, text.digest, text.name)
+    encode = encoder(tokenizer)
+    if text.draw == "random":
+        assert text.samples is not None
+        count = min(text.samples, limit or text.samples)
         return draw_windows(
-            text, encode, samples=samples, length=wanted["window"], draw="random", seed=0
+            content, encode, samples=count, length=text.window, draw="random", seed=0
         )
-    quick = bool(spec.evaluation.get("quick"))
-    windows_NT = consecutive_windows(
-        encode(text.joined), wanted["window"], None if quick else limit
-    )
+    windows_NT = consecutive_windows(encode(content.joined), text.window, None if quick else limit)
     if quick and limit and limit < len(windows_NT):
-        windows_NT = windows_NT[
-            sorted(random.Random(QUICK_SEED).sample(range(len(windows_NT)), limit))
-        ]
+        drawn = random.Random(QUICK_SEED).sample(range(len(windows_NT)), limit)
+        return windows_NT[sorted(drawn)]
     return windows_NT
 
 
-def refuse_changed_text(found: str, wanted: str, name: str) -> None:
-    if found != wanted:
+def refuse_changed_text(digest: str, planned: str, name: str) -> None:
+    if digest != planned:
         raise ConfigError(
-            f"the text {name} changed since the trial was planned (digest {found}, planned {wanted})"
+            f"the text {name} changed since the trial was planned "
+            f"(digest {digest}, planned {planned})"
         )

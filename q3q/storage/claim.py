@@ -1,20 +1,24 @@
-"""Who is at work on what in a storage folder: whoever runs a trial, or a sweep, claims it first.
+"""Claims: at most one live process runs a trial or drives a sweep of a storage folder.
 
-A claim is a file that its holder creates, in a way that only one can (O_EXCL, which NFS keeps too), and in which it
-counts up while it lives. Generations of claims are numbered and a number is never used again, so nobody can take a new
-claim for the dead one that it saw before. Whether a holder is dead is never asked of a wall clock:
+A claim is a lease with a heartbeat. It is a file that only one process can create (O_EXCL, which
+NFS keeps too); its holder increments a counter in it while it lives. Claims have generation numbers
+that are never used again, so nobody mistakes a new claim for the dead one that it saw before. No
+wall clock decides whether a holder is dead:
 
-- of a process in the same place (machine, boot, and container), the kernel knows;
-- of any other, whoever wants the claim watches the counter, and takes over what stood still for `SILENT_SECONDS` of its
-  own monotonic clock. A holder that only slept sees at its next beat that it has lost the claim.
+- The kernel is asked about a process in the same place (machine, boot, and container).
+- For any other holder, whoever wants the claim watches the counter. If the counter stands still for
+  `SILENT_SECONDS` of the watcher's monotonic clock, the watcher takes the claim over. A holder that
+  only slept sees at its next heartbeat that it has lost the claim.
 
-Where claims lie is a *board*: a folder, or (`q3q.storage.mirror`) an object store, which beats and looks more slowly.
+A `ClaimStore` is where claims lie: a folder, or an object store (`q3q.storage.object_claims`),
+whose heartbeats and polls are slower.
 """
 
 import json
 import os
 import platform
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,29 +28,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 from q3q.errors import Q3QError
 
-BEAT_SECONDS = 5.0  # between two beats of a holder
-SILENT_SECONDS = 60.0  # without a beat, after which a holder elsewhere is dead: NFS may keep a file's end back for 30
-LOOK_SECONDS = 0.5  # between two looks at a claim that another has
+HEARTBEAT_SECONDS = 5.0
+# Silence after which a holder elsewhere is dead; NFS may keep a change back for 30 seconds.
+SILENT_SECONDS = 60.0
+POLL_SECONDS = 0.5
 WIDTH = 20  # bytes of the counter
-FREE = "free".ljust(WIDTH)  # in the counter's place: its holder is through
+FREE = "free".ljust(WIDTH)  # replaces the counter of a released claim
 
 
 class ClaimLostError(Q3QError):
-    """Another process took this one for dead, and goes on in its place."""
+    """Another process took this one for dead, and continues in its place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Holder:
-    """A process that has a claim. place: machine, boot and container. born: when the process began, as its kernel
-    counts. since: when it took the claim by its own clock, for people."""
+    """A process that has a claim. The fields are the keys of the claim file."""
 
     host: str
     pid: int
-    place: str
-    born: str
-    since: str
+    place: str  # machine, boot and container
+    born: str  # when the process started, see `_start_time`
+    since: str  # when it took the claim by its own wall clock, for people to read
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -54,58 +60,57 @@ class Holder:
     @classmethod
     def here(cls) -> "Holder":
         since = datetime.now(UTC).isoformat(sep=" ", timespec="seconds").replace("+00:00", " UTC")
+        pid = os.getpid()
         return cls(
-            host=platform.node(),
-            pid=os.getpid(),
-            place=_place(),
-            born=_born(os.getpid()),
-            since=since,
+            host=platform.node(), pid=pid, place=_place(), born=_start_time(pid), since=since
         )
 
     def dead(self) -> bool | None:
-        """Whether it certainly is; None if that cannot be known from here."""
+        """Return True if the process is certainly dead, None if this process cannot know."""
         if self.place != _place():
             return None
-        return not runs(self.pid) or _born(self.pid) != self.born
+        if not runs(self.pid):
+            return True
+        started = _start_time(self.pid)
+        return started != self.born if started and self.born else None
 
 
-NOBODY = Holder(
-    host="?", pid=0, place="", born="", since="?"
-)  # of a claim that is being written, or was torn
+# Stands for the holder of a claim file that is being written, or was torn.
+UNKNOWN_HOLDER = Holder(host="?", pid=0, place="", born="", since="?")
 
 
-class Slip(Protocol):
-    """A file that this process put on a board, and which is written in place, whatever lies under its name by now."""
+class ClaimFile(Protocol):
+    """A file that this process created, written in place even if its name is now another file's."""
 
     def write(self, text: str) -> None:
-        """At the file's start. Raises OSError."""
+        """Write at the file's start. Raises OSError."""
 
     def close(self) -> None: ...
 
 
-class Board(Protocol):
-    """A place for claims. beat, silent, look: seconds, see the constants; of this place."""
+class ClaimStore(Protocol):
+    """A place for claim files. heartbeat, silence, poll: this place's seconds."""
 
-    beat: float
-    silent: float
-    look: float
+    heartbeat: float
+    silence: float
+    poll: float
 
-    def create(self, name: str) -> Slip | None:
-        """A new file, with nothing in it or its first content; None if there is one of that name."""
+    def create(self, name: str) -> ClaimFile | None:
+        """Create a file, empty or with a first content; return None if the name exists."""
 
     def names(self) -> list[str]: ...
 
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError."""
+        """Return a file's content. Raises FileNotFoundError."""
 
     def remove(self, name: str) -> None:
-        """Whether it is there or not."""
+        """Remove a file if it exists."""
 
 
-class FolderBoard:
-    """A folder on a disk, or of a file server."""
+class FolderClaimStore:
+    """A folder on a local disk or a file server."""
 
-    beat, silent, look = BEAT_SECONDS, SILENT_SECONDS, LOOK_SECONDS
+    heartbeat, silence, poll = HEARTBEAT_SECONDS, SILENT_SECONDS, POLL_SECONDS
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -113,13 +118,13 @@ class FolderBoard:
     def __str__(self) -> str:
         return str(self.folder)
 
-    def create(self, name: str) -> "_OpenFile | None":
+    def create(self, name: str) -> "_LocalClaimFile | None":
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             return None
-        return _OpenFile(self.folder / name, file)
+        return _LocalClaimFile(self.folder / name, file)
 
     def names(self) -> list[str]:
         try:
@@ -128,21 +133,20 @@ class FolderBoard:
             return []
 
     def read(self, name: str) -> bytes:
-        """Opened anew each time: NFS then asks its server."""
-        return (self.folder / name).read_bytes()
+        return (self.folder / name).read_bytes()  # opening it anew makes NFS ask its server
 
     def remove(self, name: str) -> None:
         (self.folder / name).unlink(missing_ok=True)
 
 
-class _OpenFile:
+class _LocalClaimFile:
     def __init__(self, path: Path, file: int) -> None:
         self._path, self._file = path, file
 
     def write(self, text: str) -> None:
         content = text.encode()
         if os.pwrite(self._file, content, 0) != len(content):
-            raise OSError(f"{self._path} could not be written whole")
+            raise OSError(f"{self._path} could not be written completely")
         os.fsync(self._file)
 
     def close(self) -> None:
@@ -150,31 +154,40 @@ class _OpenFile:
 
 
 class Claim:
-    """A claim on `name` in a folder or on another board, not taken yet. beat, silent: None for the board's own."""
+    """A claim on `name`, not taken yet.
+
+    Args:
+        where: a folder, or another store of claims.
+        heartbeat: seconds between two heartbeats; the store's own if None.
+        silence: seconds after which a silent holder is dead; the store's own if None.
+    """
 
     def __init__(
         self,
-        where: Path | Board,
+        where: Path | ClaimStore,
         name: str,
         *,
-        beat: float | None = None,
-        silent: float | None = None,
+        heartbeat: float | None = None,
+        silence: float | None = None,
     ) -> None:
-        self.board: Board = FolderBoard(where) if isinstance(where, Path) else where
+        self.store: ClaimStore = FolderClaimStore(where) if isinstance(where, Path) else where
         self.name = name
-        self.beat = self.board.beat if beat is None else beat
-        self.silent = self.board.silent if silent is None else silent
+        self.heartbeat = self.store.heartbeat if heartbeat is None else heartbeat
+        self.silence = self.store.silence if silence is None else silence
         self.lost = False
-        self.heard = False  # whether the holder that `take` named certainly lives
-        self._number = 0  # of the generation that is ours
-        self._slip: Slip | None = None
+        self.holder_lives = False  # the holder that `take` returned is certainly alive
+        self._number = 0  # our generation
+        self._file: ClaimFile | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._watched: tuple[int, str] = (0, "")  # generation and counter at the last look, and
+        self._watched: tuple[int, str] = (0, "")  # generation and counter at the last poll, and
         self._since = 0.0  # monotonic seconds when they were first seen
 
     def take(self) -> Holder | None:
-        """Try once. None: it is ours. Else who has it; ask again, for it is by asking that a death is noticed."""
+        """Try once to take the claim. Return None if it is ours, else its holder.
+
+        Call it again to wait: only repeated calls notice that a holder elsewhere died.
+        """
         while True:
             newest = self._newest()
             holder = self._living(newest) if newest else None
@@ -183,107 +196,111 @@ class Claim:
             if self._create(newest + 1):
                 break
         self._thread = threading.Thread(
-            target=self._keep_beating, name=f"q3q-claim-{self.name}", daemon=True
+            target=self._send_heartbeats, name=f"q3q-claim-{self.name}", daemon=True
         )
         self._thread.start()
         return None
 
     def release(self) -> None:
-        """Give it up. Whoever comes next may take it at once."""
-        if self._slip is None:
+        """Give the claim up; the next process may take it at once."""
+        if self._file is None:
             return
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
-        with suppress(
-            OSError
-        ):  # a disk or server that takes nothing: it will be seen that this process is gone
-            self._slip.write(FREE)
-        self._slip.close()
-        self._slip = None
+        with suppress(OSError):  # nothing can be written: others will see that this process ended
+            self._file.write(FREE)
+        self._file.close()
+        self._file = None
 
     def check(self) -> None:
-        """Raises ClaimLostError if somebody else has it by now."""
+        """Raise ClaimLostError if the last heartbeat found that another process has the claim."""
         if self.lost:
             raise ClaimLostError(
-                f"{self.board}/{self.name}: this process was silent too long, and another took over"
+                f"{self.store}/{self.name}: this process was silent too long, and another took over"
             )
 
     def confirm(self) -> None:
-        """`check`, after a look at the board: a process that slept has not beaten yet. Raises what the board raises."""
+        """`check` after asking the store, as a process that slept has sent no heartbeat yet.
+
+        Raises:
+            ClaimLostError: another process has the claim. Also what the store raises.
+        """
         self.lost = self.lost or self._newest() != self._number
         self.check()
 
-    def _file(self, number: int) -> str:
+    def _file_name(self, number: int) -> str:
         return f"{self.name}.claim.{number}"
 
     def _newest(self) -> int:
-        return max(_generations(self.board, self.name), default=0)
+        return max(_generations(self.store, self.name), default=0)
 
     def _living(self, number: int) -> Holder | None:
-        """Who holds a generation; None if it is free, gone, or its holder is dead."""
+        """Return a generation's holder; None if it is free, removed, or its holder is dead."""
         try:
-            counter, holder = _parsed(self.board.read(self._file(number)))
+            counter, holder = _parsed(self.store.read(self._file_name(number)))
         except FileNotFoundError:
             return None
         dead = counter == FREE or holder.dead()
         if dead is not None:
-            self.heard = not dead
+            self.holder_lives = not dead
             return None if dead else holder
         if self._watched != (number, counter):
-            self.heard = self._watched[0] == number
+            self.holder_lives = self._watched[0] == number
             self._watched, self._since = (number, counter), time.monotonic()
-        return holder if time.monotonic() - self._since < self.silent else None
+        return holder if time.monotonic() - self._since < self.silence else None
 
     def _create(self, number: int) -> bool:
-        """Take a generation, unless somebody else is faster."""
-        slip = self.board.create(self._file(number))
-        if slip is None:
+        """Take a generation; return False if another process was faster."""
+        file = self.store.create(self._file_name(number))
+        if file is None:
             return False
-        self._slip, self._number = slip, number
+        self._file, self._number = file, number
         self._closing.clear()
         self.lost = False
         try:
-            slip.write(f"{1:0{WIDTH}d}\n{json.dumps(asdict(Holder.here()))}\n")
+            file.write(f"{1:0{WIDTH}d}\n{json.dumps(asdict(Holder.here()))}\n")
         except OSError:
             self._withdraw()
             raise
-        if self._newest() != number:  # what was seen was long ago: others came and went since
+        if self._newest() != number:  # this process slept meanwhile, and others took newer ones
             self._withdraw()
             return False
-        for older in _generations(self.board, self.name):
+        for older in _generations(self.store, self.name):
             if older < number:
-                self.board.remove(self._file(older))
+                self.store.remove(self._file_name(older))
         return True
 
     def _withdraw(self) -> None:
-        assert self._slip is not None
-        self._slip.close()
-        self._slip = None
-        self.board.remove(self._file(self._number))
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+        self.store.remove(self._file_name(self._number))
 
-    def _keep_beating(self) -> None:
-        beats, slip = 1, self._slip
-        assert slip is not None
-        while not self._closing.wait(self.beat):
-            beats += 1
-            with suppress(
-                OSError
-            ):  # a full disk or a lost server: if it lasts, the silence says so to others
-                slip.write(f"{beats:0{WIDTH}d}")
+    def _send_heartbeats(self) -> None:
+        count, file = 1, self._file
+        assert file is not None
+        while not self._closing.wait(self.heartbeat):
+            count += 1
+            with suppress(OSError):  # a full disk or a lost server: if it lasts, others see silence
+                file.write(f"{count:0{WIDTH}d}")
             with suppress(OSError):
                 self.lost = self._newest() != self._number
 
 
 @contextmanager
 def claimed(
-    where: Path | Board, name: str, on_wait: Callable[[Holder], object] = lambda holder: None
+    where: Path | ClaimStore, name: str, on_wait: Callable[[Holder], object] = lambda holder: None
 ) -> Iterator[Claim]:
-    """Hold a claim; wait for whoever has it. on_wait: told at every look, and may raise."""
+    """Hold a claim, after waiting for its present holder.
+
+    Args:
+        on_wait: receives the holder at every poll; may raise to stop waiting.
+    """
     claim = Claim(where, name)
     while (holder := claim.take()) is not None:
         on_wait(holder)
-        time.sleep(claim.board.look)
+        time.sleep(claim.store.poll)
     try:
         yield claim
     finally:
@@ -293,48 +310,49 @@ def claimed(
 def claim_or_refuse(
     claim: Claim, refuse: Callable[[Holder], Exception], say: Callable[[str], object]
 ) -> None:
-    """Take a claim, unless its holder lives. Of one elsewhere that takes as long as its silence can last.
+    """Take a claim unless its holder lives. For a holder elsewhere this may take `claim.silence`.
 
     Raises:
-        what `refuse` makes of the holder.
+        the exception that `refuse` makes from the living holder.
     """
-    told = False
+    announced = False
     while (holder := claim.take()) is not None:
-        if claim.heard:
+        if claim.holder_lives:
             raise refuse(holder)
-        if not told:
+        if not announced:
             say(
-                f"{holder} began this and has not said that it ended: seeing whether it lives, for {claim.silent:g} s"
+                f"{holder} began this and did not report its end: "
+                f"checking for {claim.silence:g} s whether it still runs"
             )
-            told = True
-        time.sleep(claim.board.look)
+            announced = True
+        time.sleep(claim.store.poll)
 
 
 def holder_of(folder: Path, name: str) -> Holder | None:
-    """Who has a claim, as far as one look can tell: one elsewhere may be dead. None if nobody has it."""
+    """Return a claim's holder, None if it is free. A holder elsewhere may be dead all the same."""
     try:
-        numbers = _generations(FolderBoard(folder), name)
+        numbers = _generations(FolderClaimStore(folder), name)
         return Claim(folder, name)._living(max(numbers)) if numbers else None
     except OSError:
         return None
 
 
-def _generations(board: Board, name: str) -> list[int]:
-    found = (re.fullmatch(rf"{re.escape(name)}\.claim\.(\d+)", one) for one in board.names())
-    return [int(one[1]) for one in found if one]
+def _generations(store: ClaimStore, name: str) -> list[int]:
+    pattern = re.compile(rf"{re.escape(name)}\.claim\.(\d+)")
+    return [int(match[1]) for match in map(pattern.fullmatch, store.names()) if match]
 
 
 def _parsed(content: bytes) -> tuple[str, Holder]:
-    """Counter and holder; NOBODY where they are not whole."""
+    """Return counter and holder; UNKNOWN_HOLDER if the content is incomplete."""
     text = content.decode(errors="replace")
     try:
         return text[:WIDTH], Holder(**json.loads(text[WIDTH + 1 :]))
     except (ValueError, TypeError):
-        return text[:WIDTH], NOBODY
+        return text[:WIDTH], UNKNOWN_HOLDER
 
 
 def _place() -> str:
-    """What two processes share that can see each other's ids."""
+    """Return what two processes have in common if they can see each other's ids."""
     parts = [platform.node()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
@@ -342,30 +360,27 @@ def _place() -> str:
     return " ".join(parts)
 
 
-def _born(pid: int) -> str:
-    """When a process began, in ticks since boot, so that a number that was given anew is told from the old one."""
-    return "".join(_stat(pid)[19:20])
+def _start_time(pid: int) -> str:
+    """Return when a process started, to tell it from a later one with its id; "" if unknown.
+
+    Linux: clock ticks since boot. psutil adds the boot time to them, which moves whenever the wall
+    clock is set. Elsewhere: psutil's seconds since 1970.
+    """
+    try:
+        if sys.platform == "linux":
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            return stat.rpartition(")")[2].split()[19]
+        return str(psutil.Process(pid).create_time())
+    except (OSError, psutil.Error):
+        return ""
 
 
 def runs(pid: int) -> bool:
-    """Whether there is such a process on this machine, and it is not dead."""
+    """Return whether the process exists on this machine and is no zombie."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)  # asked first: /proc may hide another user's process from psutil
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except (ProcessLookupError, psutil.NoSuchProcess):
         return False
-    except PermissionError:
+    except (PermissionError, psutil.AccessDenied):
         return True
-    return _stat(pid)[:1] not in (["Z"], ["X"])  # dead, and not yet buried by its parent
-
-
-def _stat(pid: int) -> list[str]:
-    """What Linux tells of a process, from its state on; nothing elsewhere."""
-    try:
-        return (
-            Path(f"/proc/{pid}/stat")
-            .read_text(encoding="utf-8", errors="replace")
-            .rpartition(")")[2]
-            .split()
-        )
-    except OSError:
-        return []

@@ -1,23 +1,22 @@
 """Write files so that a crash leaves the old content or the new, and seal facts with a checksum."""
 
-import hashlib
 import json
 import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-from q3q.spec import Json
+from q3q.spec import Json, digest
 
 SEAL = "sha256"  # of all else in a file, as canonical JSON
 
 
 def write_atomically(path: Path, content: bytes | Iterable[bytes], *, wait: bool = True) -> None:
-    """Write a file, or its parts one after the other, so that a crash at any moment leaves the old content or the new,
-    never half of either.
+    """Write a file, or its parts one by one; a crash leaves the old content or the new.
 
-    wait: until the disk has it. If not, a process that dies leaves no half either, but a machine may: for what carries
-    a checksum and is seen to be on the disk later.
+    Args:
+        wait: wait until the disk has it. Without, a machine that dies may leave half a file, which
+            is for content that carries a checksum and is checked later.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
@@ -30,38 +29,33 @@ def write_atomically(path: Path, content: bytes | Iterable[bytes], *, wait: bool
                 os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)  # of a full disk it would take the last room
+        partial.unlink(missing_ok=True)  # it would take a full disk's last room
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sealed(facts: Json, *, finite: bool = False) -> bytes:
-    """As JSON that carries its own checksum, so that a flipped bit in a number is no other number.
+    """Return JSON that carries its own checksum, so that a flipped bit cannot pass for a number.
 
     Raises:
-        ValueError: a number is not finite, and they must be.
+        ValueError: a number is not finite although `finite` asks for it.
     """
-    plain: Json = json.loads(
-        json.dumps(facts, allow_nan=not finite)
-    )  # as it will be read: tuples are lists
-    return json.dumps({**plain, SEAL: _checksum(plain)}, indent=1).encode()
+    # As it will be read: tuples are lists.
+    plain: Json = json.loads(json.dumps(facts, allow_nan=not finite))
+    return json.dumps({**plain, SEAL: digest(plain, spaced=True)}, indent=1).encode()
 
 
 def unsealed(content: bytes) -> Json:
-    """What `sealed` was given.
+    """Return what `sealed` received.
 
     Raises:
-        ValueError: it is torn, or not what was written.
+        ValueError: the content is torn, or not what was written.
     """
     facts = json.loads(content)
     if not isinstance(facts, dict):
         raise ValueError("not what q3q writes")
     seal = facts.pop(SEAL, None)
-    if seal is not None and seal != _checksum(facts):  # none: from before files were sealed
+    if seal is not None and seal != digest(facts, spaced=True):  # old files have none
         raise ValueError("damaged: its checksum does not fit")
     return facts
-
-
-def _checksum(facts: Json) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

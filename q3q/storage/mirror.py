@@ -1,20 +1,19 @@
-"""A storage that is a URL (s3://bucket/prefix, gs://..., file:///...): worked on in a local folder, its mirror.
+"""The local mirror of a storage that is a URL (s3://bucket/prefix, gs://..., file:///...).
 
-An object store has neither renames nor locks nor files that grow, and a trial needs all three. So it works in a folder
-of its machine, and a *courier* brings what is new or changed to the store every few seconds: whoever goes on elsewhere
-pulls it first. Nothing here needs to be right about the moment of a death: blocks, measurements and records vouch for
-themselves by checksum, whatever half of a trial's files arrived.
+An object store has neither renames nor locks nor files that grow, and a trial needs all three. So
+a trial works in a folder of its machine, and an uploader sends new and changed files to the store
+every few seconds; a process that goes on elsewhere pulls them first. A machine may die at any
+moment: blocks, measurements and records carry checksums, so that whichever of a trial's files
+arrived can be trusted.
 
-A mirror remembers of each file what it last exchanged: the store's mark (ETag, generation) and the local size and time
-of change. So it knows which side has changed. If both have, the store's counts.
+A mirror remembers each file's last exchange: the store's mark (ETag, generation), and the local
+size and time of change. So it knows which side has changed. If both have, the store's file wins.
 """
 
 import fcntl
 import functools
 import json
-import re
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -23,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from q3q.masking import masked
-from q3q.storage.claim import ClaimLostError
+from q3q.storage.object_claims import ObjectClaimStore, is_claim
 from q3q.storage.stores import (
-    FolderStore,
     Store,
     StoreError,
     files_below,
@@ -38,47 +36,28 @@ from q3q.storage.stores import (
 )
 
 KNOWN = ".known"  # in a mirror: of each file, what was last exchanged
-EVERY_SECONDS = 5.0  # between two rounds of a worker's courier, and
-DRIVER_SECONDS = 10.0  # of a driver's
 AT_ONCE = 8  # transfers
-BEAT_SECONDS, SILENT_SECONDS, LOOK_SECONDS = (
-    15.0,
-    120.0,
-    5.0,
-)  # of claims: each beat and look is a request to be paid
-LAST = (
-    "manifest.json",
-    "q3q.json",
-    "record.json",
-)  # vouch for other files, so they are sent, and fetched, after them
+# These vouch for other files, and so are sent and fetched after them.
+LAST = ("manifest.json", "q3q.json", "record.json")
 
 
 def mirror_at(storage: str) -> "Mirror | None":
     return Mirror(storage) if is_url(storage) else None
 
 
-def mirror_for(places: Mapping[str, Any]) -> "Mirror | None":
-    """Of a trial's places; None if they are folders that every node sees."""
-    return Mirror(places["store"]) if "store" in places else None
-
-
-def settled(places: dict[str, Any]) -> dict[str, Any]:
-    """A trial's places as they are on this machine, wherever the spec was written: homes differ from node to node."""
-    if "store" not in places:
-        return places
-    folder, there = mirror_of(places["store"]), Path(places["trials"]).parent
-    here = {**places, "trials": str(folder / "trials")}
-    if "export" in places and Path(places["export"]).is_relative_to(there):
-        here["export"] = str(folder / Path(places["export"]).relative_to(there))
-    return here
+def mirror_for(store: str | None) -> "Mirror | None":
+    """Return the mirror of a trial's store; None for folders that every node sees."""
+    return None if store is None else Mirror(store)
 
 
 def refreshed(storage: str) -> Path:
-    """`folder_of`; of a URL with all that a plan, a list or a report reads: everything but tensors and measurements
-    under way, and of exports what they say of themselves.
+    """Return the storage's folder here; of a URL, after pulling what plans and reports read.
+
+    That is everything but tensors and unfinished measurements, and of exports their markers.
 
     Raises:
-        ConfigError: the URL cannot be used. StoreError: it does not answer.
+        ConfigError: the URL cannot be used.
+        StoreError: the store does not answer.
     """
     mirror = mirror_at(storage)
     if mirror is None:
@@ -90,7 +69,7 @@ def refreshed(storage: str) -> Path:
 
 
 def is_light(name: str) -> bool:
-    """Whether a file is one that `refreshed` brings."""
+    """Return True for a file that `refreshed` pulls."""
     if name.startswith("exports/"):
         return name.endswith("/q3q.json")
     return not name.endswith(".safetensors") and "/evaluations/" not in name
@@ -98,14 +77,14 @@ def is_light(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """A file at its last exchange: the store's mark, and the local state."""
+    """A file at its last exchange: the store's mark, and the local size and time of change."""
 
     mark: str
     state: tuple[int, int]
 
 
 class Mirror:
-    """The local folder of a URL, and what brings the two together. Several processes of a machine may share it."""
+    """The local folder of a URL. Several processes of a machine may share it."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -115,38 +94,45 @@ class Mirror:
     def store(self) -> Store:
         return open_store(self.url)
 
-    def board(self, folder: str) -> "StoreBoard":
-        return StoreBoard(self.url, self.store, folder)
+    def claim_store(self, folder: str) -> "ObjectClaimStore":
+        return ObjectClaimStore(self.url, self.store, folder)
 
     def name_of(self, path: Path) -> str | None:
-        """What a file or folder of the mirror is called in the store; None if it lies elsewhere."""
+        """Return the name in the store of a file or folder; None if it lies outside the mirror."""
         return str(path.relative_to(self.folder)) if path.is_relative_to(self.folder) else None
 
     def pull(
         self, *prefixes: str, only: Callable[[str], bool] = lambda name: True, claims: bool = False
     ) -> None:
-        """Bring what the store has and this folder lacks or holds otherwise, and delete here what was deleted there.
+        """Fetch what is new or changed in the store; delete here what was deleted there.
 
-        What was changed here alone since the last exchange stays as it is. claims: bring them too, to be looked at.
+        Files changed here alone since the last exchange stay as they are.
+
+        Args:
+            claims: fetch claims too, to be looked at.
         """
         for prefix in prefixes:
-            there = with_retries(self.url, functools.partial(self.store.find, prefix))
-            there = {
+            marks = with_retries(self.url, functools.partial(self.store.find, prefix))
+            marks = {
                 name: mark
-                for name, mark in there.items()
-                if only(name) and (_travels(name) or _is_claim(name, claims))
+                for name, mark in marks.items()
+                if only(name) and (_travels(name) or (claims and is_claim(name)))
             }
-            self._in_order(there, functools.partial(self._fetch, marks=there))
+            self._in_order(marks, functools.partial(self._fetch, marks=marks))
             for name in self._known(prefix):
-                if name not in there and only(name):
+                if name not in marks and only(name):
                     self._forget(name)
 
     def push(self, *prefixes: str, sure: Callable[[], object] = lambda: None) -> int:
-        """Send what is new or changed here since the last exchange, what vouches for other files after those; then
-        delete there what was deleted here. sure: asked before each of these; what it raises ends the rest.
+        """Send what is new or changed here; then delete in the store what was deleted here.
+
+        Files that vouch for others are sent after them.
+
+        Args:
+            sure: called before each group of files; if it raises, nothing more is sent.
 
         Returns:
-            How many files were sent or deleted.
+            The number of files that were sent or deleted.
         """
         changed = [
             name for prefix in prefixes for name in self._here(prefix) if self._is_changed(name)
@@ -165,16 +151,16 @@ class Mirror:
             self._record(name).unlink(missing_ok=True)
         return len(changed) + len(gone)
 
-    def offer(self, prefix: str) -> None:
-        """Send what is below a prefix if nothing is there: of a cache, which others would compute likewise."""
+    def push_if_absent(self, prefix: str) -> None:
+        """Send a cache that others would compute likewise, if the store has none."""
         new = any(self._is_changed(name) for name in self._here(prefix))
         if new and not with_retries(self.url, lambda: self.store.find(prefix)):
             self.push(prefix)
 
     def remove(self, prefix: str) -> None:
-        """Delete all below a prefix there, claims excepted; what is here is the caller's."""
+        """Delete all below a prefix in the store, but for claims; local files stay."""
         for name in with_retries(self.url, functools.partial(self.store.find, prefix)):
-            if not _is_claim(name, True):
+            if not is_claim(name):
                 with_retries(self.url, functools.partial(self.store.remove, name))
             self._record(name).unlink(missing_ok=True)
 
@@ -185,25 +171,23 @@ class Mirror:
         for name in dict.fromkeys(names):
             last = name.rpartition("/")[2]
             ranks.setdefault(LAST.index(last) + 1 if last in LAST else 0, []).append(name)
-        for _, some in sorted(ranks.items()):
+        for _, group in sorted(ranks.items()):
             sure()
-            if len(some) == 1:
-                work(some[0])
+            if len(group) == 1:
+                work(group[0])
                 continue
             with ThreadPoolExecutor(AT_ONCE) as threads:
-                list(threads.map(work, some))
+                list(threads.map(work, group))
 
     def _fetch(self, name: str, marks: Mapping[str, str]) -> None:
         path, mark = self.folder / name, marks[name]
-        with self._turn(name) as known:
+        with self._turn(name) as exchanged:
             state = _state(path)
-            if state is not None and known is not None and known.mark == mark:
+            if state is not None and exchanged is not None and exchanged.mark == mark:
                 return  # the same, or changed here since
-            if (
-                state is not None
-            ):  # another process may have sent it since the store was asked what it has
+            if state is not None:  # another process may have sent it since the store was listed
                 now = with_retries(self.url, functools.partial(self.store.mark, name))
-                if now is None or (known is not None and known.mark == now):
+                if now is None or (exchanged is not None and exchanged.mark == now):
                     return
                 mark = now
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,15 +218,15 @@ class Mirror:
                 self._remember(name, mark, state)
 
     def _forget(self, name: str) -> None:
-        """It is gone there: delete it here, unless it was changed since it was known there."""
-        with self._turn(name) as known:
-            if known is not None and _state(self.folder / name) == known.state:
+        """Delete a file here that is gone from the store, unless it has changed since."""
+        with self._turn(name) as exchanged:
+            if exchanged is not None and _state(self.folder / name) == exchanged.state:
                 (self.folder / name).unlink(missing_ok=True)
             self._record(name).unlink(missing_ok=True)
 
     def _is_changed(self, name: str) -> bool:
-        known, state = _read_exchanged(self._record(name)), _state(self.folder / name)
-        return state is not None and (known is None or known.state != state)
+        exchanged, state = _read_exchanged(self._record(name)), _state(self.folder / name)
+        return state is not None and (exchanged is None or exchanged.state != state)
 
     def _here(self, prefix: str) -> list[str]:
         return [name for name in files_below(self.folder, prefix) if _travels(name)]
@@ -259,7 +243,11 @@ class Mirror:
 
     @contextmanager
     def _turn(self, name: str) -> Iterator[Exchanged | None]:
-        """One process of this machine at a time exchanges a file. The kernel takes the lock from one that dies."""
+        """Let one process of this machine at a time exchange a file.
+
+        A mutex, not a claim: nobody waits for it longer than for one transfer, and the kernel
+        releases it when its process dies.
+        """
         record = self._record(name)
         record.parent.mkdir(parents=True, exist_ok=True)
         with record.open("ab") as file:
@@ -272,16 +260,12 @@ class Mirror:
 
 
 def _travels(name: str) -> bool:
-    """Whether a file is for others: not one under way, not a lock, not a claim, which lies in the store alone."""
+    """Return True for files that are exchanged: finished ones, but neither locks nor claims."""
     parts = name.split("/")
-    under_way = any(
+    unfinished = any(
         part.startswith(".") or part.endswith(".partial") or ".partial." in part for part in parts
     )
-    return not under_way and not name.endswith(".lock") and not _is_claim(name, True)
-
-
-def _is_claim(name: str, wanted: bool) -> bool:
-    return wanted and re.search(r"\.claim\.\d+$", name) is not None
+    return not unfinished and not name.endswith(".lock") and not is_claim(name)
 
 
 def _state(path: Path) -> tuple[int, int] | None:
@@ -297,117 +281,3 @@ def _read_exchanged(record: Path) -> Exchanged | None:
     except (OSError, ValueError, TypeError):
         return None
     return Exchanged(mark, (size, changed))
-
-
-class Uploader:
-    """Pushes what changes below some prefixes, in a thread of its own, until it is closed.
-
-    sure: see `Mirror.push`. A round that fails is no end: the next one sends what it left.
-    """
-
-    def __init__(
-        self, mirror: Mirror, *prefixes: str, every: float, sure: Callable[[], object]
-    ) -> None:
-        self.mirror, self.every, self.sure = mirror, every, sure
-        self._prefixes = dict.fromkeys(prefixes)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(
-            target=self._deliver_until_closed, name="q3q-courier", daemon=True
-        )
-        self._thread.start()
-
-    def add(self, *prefixes: str) -> None:
-        self._prefixes = {
-            **self._prefixes,
-            **dict.fromkeys(prefixes),
-        }  # anew: the thread may be going through it
-
-    def deliver(self) -> None:
-        self.mirror.push(*self._prefixes, sure=self.sure)
-
-    def stop(self) -> None:
-        self._closing.set()
-        self._thread.join()
-
-    def _deliver_until_closed(self) -> None:
-        while not self._closing.wait(self.every):
-            with suppress(OSError, ClaimLostError):
-                self.deliver()
-
-
-@contextmanager
-def uploading(
-    mirror: Mirror,
-    *prefixes: str,
-    every: float | None = None,
-    sure: Callable[[], object] = lambda: None,
-) -> Iterator[Uploader]:
-    """A courier for the time of some work; at its end, however it ends, all is sent. every: EVERY_SECONDS if None.
-
-    Raises:
-        StoreError: it could not be. What `sure` raises.
-    """
-    courier = Uploader(
-        mirror, *prefixes, every=EVERY_SECONDS if every is None else every, sure=sure
-    )
-    try:
-        yield courier
-    except BaseException:
-        courier.stop()
-        with suppress(OSError, ClaimLostError):  # the first error is the one to hear of
-            courier.deliver()
-        raise
-    courier.stop()
-    courier.deliver()
-
-
-class StoreBoard:
-    """Claims in a folder of a store: `q3q.storage.claim.Board`."""
-
-    def __init__(self, url: str, store: Store, folder: str) -> None:
-        self.url, self.store, self.folder = url, store, folder
-        self.beat, self.silent = BEAT_SECONDS, SILENT_SECONDS
-        self.look = 0.5 if isinstance(store, FolderStore) else LOOK_SECONDS
-
-    def __str__(self) -> str:
-        return f"{masked(self.url)}/{self.folder}"
-
-    def create(self, name: str) -> "StoreSlip | None":
-        """It holds nothing yet but a number that no other process draws."""
-        content = secrets.token_hex(16).encode()
-        made = with_retries(self.url, lambda: self.store.create(f"{self.folder}/{name}", content))
-        return StoreSlip(self.store, f"{self.folder}/{name}") if made else None
-
-    def names(self) -> list[str]:
-        found: list[str] = with_retries(self.url, lambda: self.store.names(self.folder))
-        return found
-
-    def read(self, name: str) -> bytes:
-        content: bytes = with_retries(self.url, lambda: self.store.read(f"{self.folder}/{name}"))
-        return content
-
-    def remove(self, name: str) -> None:
-        with_retries(self.url, lambda: self.store.remove(f"{self.folder}/{name}"))
-
-    def clear(self) -> None:
-        """Remove all claims: of a folder that is deleted."""
-        for name in self.names():
-            if _is_claim(name, True):
-                self.remove(name)
-
-
-class StoreSlip:
-    """An object cannot be written in part: what it begins with is replaced, and all of it is written."""
-
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name, self._content = store, name, ""
-
-    def write(self, text: str) -> None:
-        self._content = text + self._content[len(text) :]
-        try:
-            self._store.write(self._name, self._content.encode())
-        except Exception as error:
-            raise StoreError(f"{self._name}: {one_line(error)}") from None
-
-    def close(self) -> None:
-        pass

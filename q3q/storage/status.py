@@ -1,4 +1,4 @@
-"""What a running sweep tells other terminals: a small file in its storage folder, written anew every other second."""
+"""A running sweep's status file, which other terminals read: rewritten every other second."""
 
 import json
 import threading
@@ -14,18 +14,20 @@ from q3q.storage.claim import Holder
 from q3q.storage.files import write_atomically
 
 EVERY_SECONDS = 2.0
-LOOK_SECONDS = 0.5  # between two looks at a sweep's file
-HEARD_SECONDS = 6.0  # within which a sweep on another machine must write anew, to be seen at work
-SILENT_SECONDS = 60.0  # without a new word, after which one that was seen at work counts as gone
-KEPT_SECONDS = (
-    86_400.0  # what a sweep that is over, or gone, leaves is swept away by the next one after a day
-)
+POLL_SECONDS = 0.5  # between two reads of a status file
+HEARD_SECONDS = 6.0  # a sweep on another machine that writes within this time is running
+SILENT_SECONDS = 60.0  # one that was running and writes nothing for this long is gone
+KEPT_SECONDS = 86_400.0  # the next sweep deletes status files of ended sweeps after a day
 LAST_LINES = 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A trial at work. share: of it that is done, 0 to 1. seconds: so far; left: expected, None if unknown."""
+    """A running trial.
+
+    share: done so far, 0 to 1
+    seconds, left: so far, and expected (None if unknown)
+    """
 
     trial: str
     name: str
@@ -37,7 +39,11 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A sweep at one moment. total, ended, failed: trials (ended counts the failed). seconds, left: as in `Work`."""
+    """A sweep at one moment.
+
+    total, ended, failed: numbers of trials; failed ones have ended too
+    seconds, left: as in `Work`
+    """
 
     total: int
     ended: int
@@ -49,8 +55,12 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepStatus:
-    """One sweep's file. holder: the process that drives it. updated: seconds since 1970 by its own clock, for people;
-    that it changes is a sign of life. lines: the last that it said, numbered since it began."""
+    """One sweep's status file.
+
+    holder: the process that drives the sweep
+    updated: seconds since 1970 by its clock; that it changes is a sign of life
+    lines: the last lines that it printed, numbered from its start
+    """
 
     name: str
     command: str
@@ -65,7 +75,7 @@ class SweepStatus:
         return f"{self.holder.host}-{self.holder.pid}"
 
     def lives(self) -> bool | None:
-        """Whether it goes on; None if that cannot be known from here, of another machine's: see whether it changes."""
+        """Return None for a sweep on another machine: see whether its file changes."""
         dead = self.over or self.holder.dead()
         return None if dead is None else not dead
 
@@ -75,55 +85,56 @@ class SweepStatus:
     @classmethod
     def load(cls, path: Path) -> "SweepStatus":
         data = json.loads(path.read_text(encoding="utf-8"))
-        view = data["view"]
-        running = tuple(Work(**work) for work in view["running"])
-        lines = tuple((int(number), str(line)) for number, line in data["lines"])
-        holder = Holder(**data["holder"])
+        running = tuple(Work(**work) for work in data["view"]["running"])
         return cls(
-            **{
-                **data,
-                "holder": holder,
-                "view": View(**{**view, "running": running}),
-                "lines": lines,
+            **data
+            | {
+                "holder": Holder(**data["holder"]),
+                "view": View(**data["view"] | {"running": running}),
+                "lines": tuple((int(number), str(line)) for number, line in data["lines"]),
             }
         )
 
 
 def sweep_statuses(storage: Path) -> list[SweepStatus]:
-    """Of all sweeps in a storage folder: those that have not ended first, then the newest."""
-    found = []
+    """Return all sweeps of a storage folder: running ones first, then the newest."""
+    statuses = []
     for path in (storage / "running").glob("*.json"):
         try:
-            found.append(SweepStatus.load(path))
+            statuses.append(SweepStatus.load(path))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # another version's: it tells nothing that could be understood here
-    return sorted(found, key=lambda one: (one.lives() is False, -one.updated))
+            continue  # another version wrote it
+    return sorted(statuses, key=lambda status: (status.lives() is False, -status.updated))
 
 
 def at_work(
     storage: Path, fetch: Callable[[], object] = lambda: None, patience: float | None = None
 ) -> list[SweepStatus]:
-    """The sweeps of a storage folder that go on. One on another machine is watched until it is written anew.
+    """Return running sweeps; watch the file of one on another machine until it changes.
 
-    fetch: brings the files, of a storage that is a URL. patience: seconds to watch at most, None for HEARD_SECONDS.
+    Args:
+        fetch: pulls the files of a storage that is a URL.
+        patience: most seconds to watch, HEARD_SECONDS if None.
     """
-    known = {one.key: one for one in sweep_statuses(storage)}
-    silent = {key for key, one in known.items() if one.lives() is None}
+    statuses = {status.key: status for status in sweep_statuses(storage)}
+    silent = {key for key, status in statuses.items() if status.lives() is None}
     deadline = time.monotonic() + (HEARD_SECONDS if patience is None else patience)
     while silent and time.monotonic() < deadline:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
         fetch()
-        for one in sweep_statuses(storage):
-            if one.key in silent and one.updated != known[one.key].updated:
-                known[one.key] = one
-                silent.remove(one.key)
-    return [one for key, one in known.items() if one.lives() is not False and key not in silent]
+        for status in sweep_statuses(storage):
+            if status.key in silent and status.updated != statuses[status.key].updated:
+                statuses[status.key] = status
+                silent.remove(status.key)
+    silent |= {key for key, status in statuses.items() if status.lives() is False}
+    return [status for key, status in statuses.items() if key not in silent]
 
 
 class StatusWriter:
-    """Writes the bulletin of this process's sweep, in a thread of its own.
+    """A thread that writes the status file of this process's sweep.
 
-    storage: the sweep's. on_error: told if a bulletin cannot be written; the sweep goes on without.
+    storage: the sweep's
+    on_error: receives an error of writing; the sweep goes on without a file
     """
 
     def __init__(self, storage: Path, name: str, command: str) -> None:
@@ -136,36 +147,36 @@ class StatusWriter:
             updated=0.0,
         )
         self._lines: deque[tuple[int, str]] = deque(maxlen=LAST_LINES)
-        self._said = 0
+        self._count = 0
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self, view: Callable[[], View], on_error: Callable[[Exception], None]) -> None:
         self._view, self._on_error = view, on_error
         self._thread = threading.Thread(
-            target=self._publish_until_closed, name="q3q-bulletin", daemon=True
+            target=self._write_until_closed, name="q3q-status", daemon=True
         )
         self._thread.start()
 
     def say(self, line: str) -> None:
-        self._said += 1
-        self._lines.append((self._said, line))
+        self._count += 1
+        self._lines.append((self._count, line))
 
     def close(self) -> None:
-        """Say that the sweep is over."""
+        """Write that the sweep is over."""
         if self._thread is not None:
             self._closing.set()
             self._thread.join()
-            self._publish(over=True)
+            self._write(over=True)
 
-    def _publish_until_closed(self) -> None:
+    def _write_until_closed(self) -> None:
         self._tidy()
         while True:
-            self._publish(over=False)
+            self._write(over=False)
             if self._closing.wait(EVERY_SECONDS):
                 return
 
-    def _publish(self, *, over: bool) -> None:
+    def _write(self, *, over: bool) -> None:
         try:
             now = replace(
                 self._base,
@@ -179,8 +190,7 @@ class StatusWriter:
             self._on_error(error)
 
     def _tidy(self) -> None:
-        for old in sweep_statuses(
-            self.folder.parent
-        ):  # one elsewhere whose clock is wrong writes its own anew
+        # A sweep elsewhere whose clock is wrong rewrites its file.
+        for old in sweep_statuses(self.folder.parent):
             if not old.lives() and abs(time.time() - old.updated) > KEPT_SECONDS:
                 (self.folder / f"{old.key}.json").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The stores that a URL names, a folder or an object store, and how requests to them are retried."""
+"""The stores that a URL names (a folder or an object store), and retries of requests to them."""
 
 import functools
 import hashlib
@@ -15,31 +15,17 @@ from typing import Any, Protocol
 from q3q.errors import ConfigError, Q3QError
 from q3q.masking import masked
 
-PATIENCE = 180.0  # seconds for which a store that does not answer is tried again
+PATIENCE = 180.0  # seconds of retries of a store that does not answer
 LONGEST_PAUSE = 30.0  # seconds between two tries
-PACKAGES = {
-    "s3": "q3q[s3]",
-    "s3a": "q3q[s3]",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-}
-MARKS = (
-    "ETag",
-    "etag",
-    "generation",
-    "md5Hash",
-    "mtime",
-    "last_modified",
-    "LastModified",
-    "ino",
-)  # the first found
+PACKAGES = dict(s3="q3q[s3]", s3a="q3q[s3]", gs="gcsfs", gcs="gcsfs", az="adlfs", abfs="adlfs")
+# The first of these that a store knows is a file's mark.
+MARKS = ("ETag", "etag", "generation", "md5Hash", "mtime", "last_modified", "LastModified", "ino")
 LOCAL = ("file", "local")
+FOLDER = "Q3Q_MIRRORS"  # environment variable: where mirrors lie
 
 
 class StoreError(Q3QError, OSError):
-    """A store that does not take or give files, or not any more."""
+    """A store that does not take or give files."""
 
 
 def is_url(storage: str) -> bool:
@@ -48,16 +34,17 @@ def is_url(storage: str) -> bool:
 
 @functools.cache
 def refuse_unusable(url: str) -> None:
-    """See that a store can be used as storage, once in a process: it is written to, exclusively, and tidied up.
+    """Check, once in a process, that a store can be used: create a file exclusively, remove it.
 
     Raises:
-        ConfigError: it cannot; one line that says what to do.
+        ConfigError: it cannot be used; one line says what to do.
     """
     shown = f"storage={masked(url)}"
     protocol, _, rest = url.partition("://")
     if re.search(r"[?#]|::", url) or re.match(r"[^/@]*:[^/@]*@", rest):
         raise ConfigError(
-            f"{shown}: give no passwords, queries or chains in it; credentials come from the environment"
+            f"{shown}: give no passwords, queries or chains in it; credentials come from the "
+            "environment"
         )
     if protocol in LOCAL and not rest.startswith("/"):
         raise ConfigError(f"{shown}: a folder's URL has three slashes, file:///folder")
@@ -73,8 +60,9 @@ def refuse_unusable(url: str) -> None:
     name, content = f".probe-{secrets.token_hex(8)}", b"q3q sees whether it may write here\n"
     if not store.exclusive:
         raise ConfigError(
-            f"{shown}: {protocol} cannot create a file that only one of two processes gets, so trials there could run "
-            "twice; give an object store that can (S3, GCS, Azure), or a folder that every node sees"
+            f"{shown}: {protocol} cannot create a file that only one of two processes gets, so "
+            "trials there could run twice; give an object store that can (S3, GCS, Azure), or a "
+            "folder that every node sees"
         )
     try:
         first = store.create(name, content)
@@ -85,30 +73,33 @@ def refuse_unusable(url: str) -> None:
     except Exception as error:
         if _is_refusal(error):
             raise ConfigError(
-                f"{shown}: not allowed to write there ({one_line(error)}); credentials come from the environment or the "
-                "machine's role"
+                f"{shown}: not allowed to write there ({one_line(error)}); credentials come from "
+                "the environment or the machine's role"
             ) from None
         raise ConfigError(f"{shown} cannot be used: {one_line(error)}") from None
     if not first or second:
         raise ConfigError(
-            f"{shown}: this store lets two processes create the same file, so trials there could run twice; give one "
-            "with conditional writes, or a folder that every node sees"
+            f"{shown}: this store lets two processes create the same file, so trials there could "
+            "run twice; give one with conditional writes, or a folder that every node sees"
         )
 
 
 class Store(Protocol):
-    """Files under a URL, by name relative to it. exclusive: whether `create` can be trusted between processes."""
+    """Files under a URL, by name relative to it.
+
+    exclusive: of two processes that `create` the same file, one fails
+    """
 
     exclusive: bool
 
     def find(self, prefix: str) -> dict[str, str]:
-        """Each file below a prefix, or the one of that name, with its mark, which changes when it does."""
+        """Return each file below a prefix, or of that name, with a mark that changes with it."""
 
     def names(self, folder: str) -> list[str]:
-        """Of the files in a folder."""
+        """Return the names of the files in a folder."""
 
     def mark(self, name: str) -> str | None:
-        """None if it is not there."""
+        """Return a file's mark; None if there is no such file."""
 
     def get(self, name: str, path: Path) -> None: ...
 
@@ -119,20 +110,20 @@ class Store(Protocol):
     def write(self, name: str, content: bytes) -> None: ...
 
     def create(self, name: str, content: bytes) -> bool:
-        """Write a file unless there is one of that name; whether it was written."""
+        """Write a file; return False if there is one of that name."""
 
     def remove(self, name: str) -> None:
-        """Whether it is there or not."""
+        """Remove a file, if there is one."""
 
 
 def open_store(url: str) -> Store:
-    """Raises ImportError, ValueError: see `refuse_unusable`."""
+    """Open the store of a URL; raise ImportError or ValueError as `refuse_unusable` explains."""
     protocol, _, rest = url.rstrip("/").partition("://")
     return FolderStore(Path(rest)) if protocol in LOCAL else ObjectStore(url.rstrip("/"))
 
 
 class FolderStore:
-    """file:///folder: a folder that is treated as an object store. Files are put there whole, or not at all."""
+    """file:///folder, treated as an object store: a file is put there completely or not at all."""
 
     exclusive = True
 
@@ -140,8 +131,8 @@ class FolderStore:
         self.root = root
 
     def find(self, prefix: str) -> dict[str, str]:
-        found = {name: self._mark(self.root / name) for name in files_below(self.root, prefix)}
-        return {name: mark for name, mark in found.items() if mark is not None}
+        marks = {name: self._mark(self.root / name) for name in files_below(self.root, prefix)}
+        return {name: mark for name, mark in marks.items() if mark is not None}
 
     def names(self, folder: str) -> list[str]:
         with suppress(FileNotFoundError):
@@ -173,9 +164,8 @@ class FolderStore:
         with self._beside(name) as partial:
             partial.write_bytes(content)
             try:
-                (self.root / name).hardlink_to(
-                    partial
-                )  # fails where something is, and brings the content with it
+                # Fails where a file is, and brings the content with it.
+                (self.root / name).hardlink_to(partial)
             except FileExistsError:
                 return False
         return True
@@ -202,16 +192,16 @@ class FolderStore:
 
 
 class ObjectStore:
-    """Whatever fsspec opens."""
+    """A store that fsspec opens."""
 
     def __init__(self, url: str) -> None:
         from fsspec.core import url_to_fs
         from fsspec.spec import AbstractFileSystem
 
-        # Listings must be true at the moment they are asked for: others write there too.
+        # No cached listings: other processes write there too.
         self.fs, root = url_to_fs(url, use_listings_cache=False)
         self.root = str(root).rstrip("/")
-        # fsspec's own way to create a file looks first and writes then, between which another may have come.
+        # fsspec's default looks first and writes then, and another process may come between.
         kind = type(self.fs)
         own = getattr(kind, "_pipe_file", None) if self.fs.async_impl else kind.pipe_file
         theirs = (AbstractFileSystem.pipe_file, getattr(_async_filesystem(), "_pipe_file", None))
@@ -219,12 +209,12 @@ class ObjectStore:
 
     def find(self, prefix: str) -> dict[str, str]:
         try:
-            found = self.fs.find(self._at(prefix), detail=True)
+            infos = self.fs.find(self._at(prefix), detail=True)
         except FileNotFoundError:
             return {}
         infos = {
             name: info
-            for name, info in found.items()
+            for name, info in infos.items()
             if info.get("type") == "file" and not name.endswith("/")
         }
         return {name[len(self.root) + 1 :]: _mark(info) for name, info in infos.items()}
@@ -257,18 +247,20 @@ class ObjectStore:
         self.fs.pipe_file(self._at(name), content)
 
     def create(self, name: str, content: bytes) -> bool:
-        """A request that was answered "exists" may be our own, sent again after its answer was lost: the content tells.
-        So give something that nobody else would write."""
+        """Create a file whose content no other process would write.
+
+        The store may answer "exists" to a retry whose first answer was lost: the content tells.
+        """
         try:
             self.fs.pipe_file(self._at(name), content, mode="create")
         except Exception:  # "exists" has several names
             try:
-                found = self.read(name)
+                present = self.read(name)
             except Exception:
-                found = None
-            if found is None:
+                present = None
+            if present is None:
                 raise
-            return found == content
+            return present == content
         return True
 
     def remove(self, name: str) -> None:
@@ -291,10 +283,11 @@ def _mark(info: Mapping[str, Any]) -> str:
 
 
 def with_retries(url: str, call: Callable[[], Any]) -> Any:
-    """What a request to the store comes to, tried again for PATIENCE seconds if it fails for a reason that may pass.
+    """Return a request's result; retry for PATIENCE seconds what may succeed later.
 
     Raises:
-        StoreError: it went on failing, or it is not allowed. FileNotFoundError: what was asked for is not there.
+        StoreError: it went on failing, or is not allowed.
+        FileNotFoundError: the file is not there.
     """
     pause, deadline = 0.5, time.monotonic() + PATIENCE
     while True:
@@ -305,15 +298,16 @@ def with_retries(url: str, call: Callable[[], Any]) -> Any:
         except Exception as error:  # each filesystem has errors of its own
             if _is_refusal(error) or time.monotonic() + pause > deadline:
                 raise StoreError(
-                    f"storage={masked(url)} cannot be used any more: {one_line(error)}. What was not sent yet lies in "
-                    f"{mirror_of(url)} of this machine; the same command goes on"
+                    f"storage={masked(url)} cannot be used any more: {one_line(error)}. Files that "
+                    f"were not sent are in {mirror_of(url)} on this machine; the same command goes "
+                    "on"
                 ) from None
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Whether trying again is no use."""
+    """Return True if retrying is of no use."""
     return isinstance(error, PermissionError) or "credentials" in str(error).lower()
 
 
@@ -322,18 +316,15 @@ def one_line(error: Exception) -> str:
 
 
 def files_below(folder: Path, prefix: str) -> list[str]:
-    """Those below a prefix, or the one of that name; some may go away meanwhile."""
+    """Return the files below a prefix, or of that name; some may go away meanwhile."""
     if (folder / prefix).is_file():
         return [prefix]
-    found = (Path(top) / name for top, _, names in os.walk(folder / prefix) for name in names)
-    return sorted(str(path.relative_to(folder)) for path in found)
-
-
-FOLDER = "Q3Q_MIRRORS"  # the environment variable that says where mirrors lie
+    paths = (Path(top) / name for top, _, names in os.walk(folder / prefix) for name in names)
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def mirror_of(url: str) -> Path:
-    """The folder of this machine in which a URL is worked on."""
+    """Return the folder of this machine that mirrors a URL."""
     base = Path(os.environ.get(FOLDER) or "~/.cache/q3q/mirrors").expanduser().absolute()
     url = url.rstrip("/")
     words = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-.")[-40:]
@@ -341,5 +332,5 @@ def mirror_of(url: str) -> Path:
 
 
 def folder_of(storage: str) -> Path:
-    """The folder in which a storage is worked on: itself, or its mirror."""
+    """Return the folder to work in: the storage itself, or its mirror."""
     return mirror_of(storage) if is_url(storage) else Path(storage)

@@ -1,0 +1,164 @@
+"""Where a trial's files lie, what it is given, and how it is run: all that is no part of its id."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from q3q.spec import Json, TrialSpec
+from q3q.storage.stores import mirror_of
+
+KEEP_BLOCKS = "blocks"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grant:
+    """What the plan gives a trial of its machine; of a gang, each rank.
+
+    gpus: a share of one GPU, or 1; 0 for cores alone
+    loader: resident, streamed or sharded
+    memory: bytes where the model lies; None if the plan does not know
+    """
+
+    gpus: float
+    loader: str
+    memory: int | None = None
+
+    def to_json(self) -> Json:
+        bound = {} if self.memory is None else {"memory": self.memory}
+        return {"gpus": self.gpus, "loader": self.loader, **bound}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One trial's placement on one machine.
+
+    trials: folder of every trial's state
+    keep: `blocks` keeps quantized blocks after the trial has succeeded
+    store: URL that the storage folder mirrors
+    model: folder of a local model
+    calibration, evaluation: files of texts that are not q3q's own
+    data: folder with data sets
+    loader, memory: as the user asked for them
+    tasks: folder of the user's task files
+    export: folder of the exported checkpoint
+    command: that makes this trial again, for the model card
+    baseline: id of the unquantized model's trial, which this one is compared with
+    fresh: moment of the wish to run from nothing
+    grant: None before the trial is planned
+    """
+
+    # In the order of the JSON, where all of it is called `places`, and a grant `share`.
+    trials: Path = Path("mlruns/trials")
+    keep: str = "none"
+    store: str | None = None
+    model: Path | None = None
+    calibration: Path | None = None
+    evaluation: Path | None = None
+    data: Path | None = None
+    loader: str | None = None
+    memory: int | None = None
+    tasks: Path | None = None
+    export: Path | None = None
+    command: str | None = None
+    baseline: str | None = None
+    fresh: str | None = None
+    grant: Grant | None = None
+
+    @property
+    def storage(self) -> Path:
+        return self.trials.parent
+
+    @property
+    def digests(self) -> Path:
+        """The memo of digests of model files."""
+        return self.trials / "digests"
+
+    @property
+    def keeps_blocks(self) -> bool:
+        return self.keep == KEEP_BLOCKS
+
+    def in_storage(self, storage: Path, **changes: Any) -> "Placement":
+        """Return the same placement in another storage folder; an export inside moves along."""
+        if self.export is not None and self.export.is_relative_to(self.storage):
+            changes["export"] = storage / self.export.relative_to(self.storage)
+        return replace(self, trials=storage / "trials", **changes)
+
+    def here(self) -> "Placement":
+        """Return it on this machine: a storage that is a URL is mirrored in a folder of its own."""
+        return self if self.store is None else self.in_storage(mirror_of(self.store))
+
+    def to_json(self) -> Json:
+        facts = {part.name: getattr(self, part.name) for part in fields(self)}
+        facts["share"] = (grant := facts.pop("grant")) and grant.to_json()
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in facts.items()
+            if value is not None
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Placement":
+        """Read what any version wrote, on any machine, as it is here."""
+        facts = {part.name: data[part.name] for part in fields(cls) if part.name in data}
+        for name in ("trials", "model", "calibration", "evaluation", "data", "tasks", "export"):
+            if facts.get(name) is not None:
+                facts[name] = Path(facts[name])
+        if data.get("share") is not None:
+            facts["grant"] = Grant(**data["share"])
+        return cls(**facts).here()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that runs: what it is, and its placement here. Equal specs are equal trials."""
+
+    spec: TrialSpec
+    placement: Placement = field(default=Placement(), compare=False)
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
+
+    @cached_property
+    def folder(self) -> Path:
+        """The trial's durable state: spec, blocks and evaluations so far, record."""
+        return self.placement.trials / self.spec.id
+
+    @property
+    def blocks_folder(self) -> Path:
+        """Quantized blocks while the trial runs."""
+        return self.folder / "blocks"
+
+    @property
+    def kept_blocks_folder(self) -> Path:
+        """Quantized blocks of finished trials; those that differ in evaluation alone share them."""
+        return self.placement.trials / "blocks" / self.spec.quantization_id
+
+    def placed(self, **changes: Any) -> "Trial":
+        return replace(self, placement=replace(self.placement, **changes))
+
+    def moved(self, storage: Path) -> "Trial":
+        """Return the trial as it lies in a storage folder that may have been moved or copied.
+
+        The store that the old folder mirrored is not this one's.
+        """
+        if self.placement.storage == storage:
+            return self
+        return replace(self, placement=self.placement.in_storage(storage, store=None))
+
+    def to_json(self, *, complete: bool = False) -> Json:
+        """Return the spec's JSON with its placement, as `spec.json` and records hold it."""
+        facts = self.spec.to_json(complete=complete)
+        rules = {"rules": facts.pop("rules")} if "rules" in facts else {}
+        return {**facts, "places": self.placement.to_json(), **rules}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Trial":
+        """Read what any version wrote.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not a trial.
+        """
+        return cls(TrialSpec.from_json(data), Placement.from_json(data.get("places", {})))
