@@ -9,14 +9,17 @@ from q3q.spec import TrialSpec
 
 
 def set_route(model: Decoder, spec: TrialSpec) -> None:
-    """Whether calibration shows every token to every expert. What the experts pass on is the router's choice always."""
+    """Show calibration's tokens to all experts, or to the router's choice.
+
+    The router alone always decides which experts a block's output comes from.
+    """
     if model.facts.experts:
-        model.adjust(Route(spec.calibration is not None and spec.calibration.get("route") == "all"))
+        model.adjust(Route(spec.calibration is not None and spec.calibration.route == "all"))
 
 
 @dataclass(frozen=True)
 class Route:
-    """A change of every block, which can go to other processes."""
+    """A change of every block; picklable, so that other ranks apply it too."""
 
     every_expert: bool
 
@@ -26,16 +29,18 @@ class Route:
 
 
 def set_activations(model: Decoder, spec: TrialSpec) -> None:
-    """From here on each site's input is fake-quantized, if the scheme says so. Calibration saw 16-bit activations."""
-    if (
-        spec.scheme is not None
-    ):  # a model that is evaluated as it is may have been stored with activations to quantize
+    """Fake-quantize each site's input from here on, if the scheme says so.
+
+    A model that is evaluated as it is may have been stored with activations to quantize, and
+    keeps them.
+    """
+    if spec.scheme is not None:
         model.adjust(RoundedInputs(spec.scheme.act_bits, frozenset(spec.skip)))
 
 
 @dataclass(frozen=True)
 class RoundedInputs:
-    """A change of every block, which can go to other processes. skip: linears that stay as they are."""
+    """A change of every block; picklable. skip: linears that stay as they are."""
 
     act_bits: int | None
     skip: frozenset[str]

@@ -1,69 +1,70 @@
-"""What a decoder block is made of, as data: its sites and its scale groups.
+"""A decoder block's anatomy as data: its sites and its scale groups.
 
-A *site* is one tensor that several linears read; statistics and solves belong to the site. A *scale group* is a site,
-and the weight before it that can take over a scale per channel without changing what the block computes.
+A *site* is one tensor that several linears read; statistics and solves belong to the site. A *scale
+group* is a site with the weight before it, which can take over a scale per channel without changing
+the block's function.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from q3q.models.facts import ModelFacts
-    from q3q.models.qwen3 import Qwen3Block
 
 
 @dataclass(frozen=True)
 class Site:
-    """One tensor and the weights that read it, by their names in the block; 3-D weights have an expert axis first.
+    """One tensor and the names of the block's weights that read it.
 
-    also: weights that read the same tensor and stay unquantized (the router).
+    A 3-D weight's first axis is its experts.
     """
 
     name: str
     weights: tuple[str, ...]
-    also: tuple[str, ...] = ()
+    unquantized: tuple[str, ...] = ()  # weights that read it and are not quantized (the router)
 
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """producer: the weight whose outputs the site reads, a norm's gain or a linear's rows (dense or per expert).
+    """A site and the weight whose outputs it reads.
 
-    repeat, head_dim: grouped-query attention; each run of head_dim outputs of the producer appears `repeat` times, one
-    after the other, in the site's input.
+    In grouped-query attention each run of `head_dim` of the producer's outputs appears `repeat`
+    times, one after the other, in the site's input.
     """
 
     site: Site
-    producer: str
+    producer: str  # a norm's gain, or a linear's rows (dense or per expert)
     repeat: int = 1
     head_dim: int = 1
 
 
 @dataclass(frozen=True)
 class SiteInput:
-    """What flows into a site. Shapes: T tokens, I channels.
+    """A site's input. Shapes: T tokens, I channels.
 
-    whole_TI: all tokens, None where the tensor exists per expert only. experts: the tokens each expert reads (in a
-    dense block one entry, the whole); go through them once and in order, they may be made on the way. The walk knows:
-    windows: in how many calibration windows the tokens came, of_windows: of how many in all (each as long), 0 if that
-    is not known. first_window: the place of its first among all, None if they follow those that came before. linears:
-    how many read it. unrouted: every expert reads all tokens, be it in a tensor of its own.
+    The walk fills in the fields from `windows` on.
+
+    all_TI: all tokens; None if the tensor exists per expert only.
+    experts: each expert's tokens; a dense block has one entry, all tokens. Iterate once and in
+        order, as the entries may be computed on the way.
+    windows: number of calibration windows that the tokens came in.
+    total_windows: number of all calibration windows, each as long; 0 if unknown.
+    first_window: index of the first window among all; None if it follows the previous input's.
+    linears: number of linears that read the input.
+    unrouted: every expert reads all tokens, even if each has a tensor of its own.
     """
 
-    whole_TI: Tensor | None
+    all_TI: Tensor | None
     experts: Sequence[Tensor]
     windows: int = 1
-    of_windows: int = 0
+    total_windows: int = 0
     first_window: int | None = None
     linears: int = 0
     unrouted: bool = False
 
     @property
     def shared(self) -> bool:
-        """Whether every expert reads all tokens."""
-        return self.whole_TI is not None and all(tokens is self.whole_TI for tokens in self.experts)
+        """True if all experts read one and the same tensor."""
+        return self.all_TI is not None and all(tokens is self.all_TI for tokens in self.experts)
 
 
 QKV = Site("qkv", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"))
@@ -73,14 +74,6 @@ DOWN = Site("down", ("mlp.down_proj.weight",))
 EXPERT_GATE_UP = Site(
     "gate_up",
     ("mlp.experts.gate_proj.weight", "mlp.experts.up_proj.weight"),
-    also=("mlp.gate.weight",),
+    unquantized=("mlp.gate.weight",),
 )
 EXPERT_DOWN = Site("down", ("mlp.experts.down_proj.weight",))
-
-
-def block_class(facts: "ModelFacts", layer: int) -> "Callable[..., Qwen3Block]":
-    """The class that runs this layer. A new model family adds its line here."""
-    from q3q.models.qwen3 import Qwen3Block
-    from q3q.models.qwen3_moe import Qwen3MoeBlock
-
-    return Qwen3MoeBlock if facts.sparse(layer) else Qwen3Block

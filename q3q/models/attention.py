@@ -1,7 +1,8 @@
-"""How tokens look back at others: along one window, along a tree of shared prefixes, or at a cache of their own past.
+"""Attention over one window, over a tree of shared prefixes, or over a cache of each row's past.
 
-Shapes: B rows, N query heads, K key-value heads, T tokens, D head_dim; S pieces of a batch, Q and P their padded
-queries and keys. A block computes queries, keys and values of its tokens and leaves the rest to an `Attention`.
+Shapes: B rows, N query heads, K key-value heads, T tokens, D head_dim; S spans of a batch, Q and P
+their padded queries and keys. A block computes its tokens' queries, keys and values and leaves the
+rest to an `Attention`.
 """
 
 from collections.abc import Sequence
@@ -14,26 +15,28 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 Index = slice | Tensor
 KeysValues = tuple[Tensor, Tensor]
+# The query tokens, their context [T, N, D], and the log of their softmax denominator [T, N].
+SliceOutput = tuple[Index, Tensor, Tensor]
 
 
 class Attention(Protocol):
-    """What one block's tokens attend to."""
+    """One block's attention."""
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
-        """Position of each token in its text, [T] or [B, T]."""
+        """Return each token's position in its text, [T] or [B, T]."""
         ...
 
     def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
-        """Context [B, N, T, D] of each query; queries and keys carry their rotary embedding already."""
+        """Return each query's context [B, N, T, D]; the rotary embedding is applied already."""
         ...
 
     def read(self, states_BTX: Tensor) -> Tensor:
-        """Of the batch's tokens those that somebody reads after this block; others go no further than their keys."""
+        """Select the tokens that go on after this block; of the others only keys are needed."""
         ...
 
 
 class Causal:
-    """Each row is one text from its beginning."""
+    """Causal attention: each row is one text from its beginning."""
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         return torch.arange(tokens, device=device)
@@ -51,13 +54,17 @@ CAUSAL = Causal()
 
 
 @dataclass(frozen=True)
-class Look:
-    """Which tokens of a batch look at which keys. A slice stands for one piece, an index [S, Q] or [S, P] for several.
+class AttentionSlice:
+    """A set of a batch's queries and the keys that they attend to, padded to equal lengths.
 
-    query: tokens of the batch. key: what was kept of earlier batches comes first, then the batch's own tokens.
-    bias_SQP: added to the scores, 0 where a query sees a key and else minus infinity, in the model's dtype; None if
-    every query sees every key, or exactly the keys up to its own where `causal`.
-    real: where a padded index is used, the flat positions in [S, Q] that are no padding, and the tokens they are.
+    A slice as an index stands for one span, a tensor [S, Q] or [S, P] for several.
+
+    query: tokens of the batch.
+    key: indices into the keys of earlier batches followed by those of this batch.
+    causal: query i attends to keys 0 .. i.
+    bias_SQP: added to the scores in the model's dtype: 0 where a query sees a key, else minus
+        infinity. None if every query sees every key, or if `causal`.
+    real: for a padded index, the flat positions in [S, Q] that are not padding, and their tokens.
     """
 
     query: Index
@@ -66,151 +73,141 @@ class Look:
     bias_SQP: Tensor | None = None
     real: tuple[Tensor, Tensor] | None = None
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Look":
+    def to(self, device: torch.device, dtype: torch.dtype) -> "AttentionSlice":
         query, key = (
-            index if isinstance(index, slice) else sent(index, device)
+            index if isinstance(index, slice) else to_device(index, device)
             for index in (self.query, self.key)
         )
-        bias = None if self.bias_SQP is None else sent(self.bias_SQP, device).to(dtype)
-        real = (
-            None if self.real is None else (sent(self.real[0], device), sent(self.real[1], device))
-        )
-        return Look(query, key, self.causal, bias, real)
+        bias = None if self.bias_SQP is None else to_device(self.bias_SQP, device).to(dtype)
+        real = self.real and (to_device(self.real[0], device), to_device(self.real[1], device))
+        return AttentionSlice(query, key, self.causal, bias, real)
 
-    def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> "Seen":
-        part_SNQD, logsum_SNQ = attend(
-            _pieces(query_NTD, self.query),
-            _pieces(key_KTD, self.key),
-            _pieces(value_KTD, self.key),
+    def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> SliceOutput:
+        context_SNQD, logsum_SNQ = attend(
+            _spans(query_NTD, self.query),
+            _spans(key_KTD, self.key),
+            _spans(value_KTD, self.key),
             self.bias_SQP,
             self.causal,
         )
-        part_TND, logsum_TN = (
-            part_SNQD.transpose(1, 2).flatten(0, 1),
-            logsum_SNQ.transpose(1, 2).flatten(0, 1),
-        )
+        context_TND = context_SNQD.transpose(1, 2).flatten(0, 1)
+        logsum_TN = logsum_SNQ.transpose(1, 2).flatten(0, 1)
         if self.real is None:
-            return self.query, part_TND, logsum_TN
-        place_T, token_T = self.real
-        return token_T, part_TND[place_T], logsum_TN[place_T]
+            return self.query, context_TND, logsum_TN
+        flat_T, token_T = self.real
+        return token_T, context_TND[flat_T], logsum_TN[flat_T]
 
 
 @dataclass(frozen=True)
-class RaggedLook:
-    """Pieces of a batch that stand one behind the other, each at keys of its own: nothing is padded or masked.
+class VarlenLayout:
+    """Boundaries of spans that lie one behind the other, for attention without padding or masks.
 
-    query: all their tokens. key: their keys, piece after piece, numbered as a `Look`'s. query_ends_S, key_ends_S:
-    int32, 0 and how far each piece reaches among them. longest: of any piece, queries and keys. causal: a piece's last
-    keys are its own tokens, and each token sees none behind itself; otherwise it sees all of its piece's.
+    query_ends_S, key_ends_S: int32, cumulative lengths of the spans' queries and keys, from 0 on.
+    longest: the largest number of queries, and of keys, of any span.
+    causal: a span's last keys are its own tokens, and each token sees none behind itself; otherwise
+        a query sees all keys of its span.
     """
 
-    query: slice
-    key: Index
     query_ends_S: Tensor
     key_ends_S: Tensor
     longest: tuple[int, int]
     causal: bool
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "RaggedLook":
-        key = self.key if isinstance(self.key, slice) else sent(self.key, device)
-        return replace(
-            self,
-            key=key,
-            query_ends_S=sent(self.query_ends_S, device),
-            key_ends_S=sent(self.key_ends_S, device),
+
+@dataclass(frozen=True)
+class VarlenSlice:
+    """Consecutive spans of a batch, each with its own keys, without padding.
+
+    query: the spans' tokens. key: their keys, span after span, indexed as an `AttentionSlice`'s.
+    """
+
+    query: slice
+    key: Index
+    layout: VarlenLayout
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "VarlenSlice":
+        key = self.key if isinstance(self.key, slice) else to_device(self.key, device)
+        layout = replace(
+            self.layout,
+            query_ends_S=to_device(self.layout.query_ends_S, device),
+            key_ends_S=to_device(self.layout.key_ends_S, device),
         )
+        return VarlenSlice(self.query, key, layout)
 
-    def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> "Seen":
-        query_TND, key_PKD, value_PKD = (
-            states_NTD.transpose(0, 1)[index]
-            for states_NTD, index in (
-                (query_NTD, self.query),
-                (key_KTD, self.key),
-                (value_KTD, self.key),
-            )
+    def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> SliceOutput:
+        fast = supports_varlen(query_NTD.device, query_NTD.dtype)
+        context_TND, logsum_TN = (attend_varlen if fast else attend_varlen_plain)(
+            query_NTD.transpose(0, 1)[self.query],
+            key_KTD.transpose(0, 1)[self.key],
+            value_KTD.transpose(0, 1)[self.key],
+            self.layout,
         )
-        attend = (
-            attend_ragged
-            if takes_ragged(query_NTD.device, query_NTD.dtype)
-            else attend_ragged_plainly
-        )
-        part_TND, logsum_TN = attend(
-            query_TND,
-            key_PKD,
-            value_PKD,
-            self.query_ends_S,
-            self.key_ends_S,
-            self.longest,
-            self.causal,
-        )
-        return self.query, part_TND, logsum_TN
+        return self.query, context_TND, logsum_TN
 
 
-# The tokens that looked, their context [T, N, D], and its denominator's logarithm [T, N].
-Seen = tuple[Index, Tensor, Tensor]
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device. To a GPU from pinned memory: only then does nobody wait for what the GPU is busy with."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor; to a GPU from pinned memory, so that nobody waits for running kernels."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass
-class Tree:
-    """Attention of one block over one batch of a tape: each token to its ancestors in the tree of prefixes.
+class TreeAttention:
+    """One block's attention over one batch of a `PackedTree`: each token attends to its ancestors.
 
-    Softmax over keys that come in several looks is put together from each look's own and the logarithm of its
-    denominator, as in Hydragen (arXiv 2402.05099, section 3.1), so that keys shared by many are read once.
+    Softmax over several slices of keys is combined from each one's output and its denominator's
+    logarithm (Hydragen, arXiv 2402.05099, section 3.1), so that shared keys are read once.
 
-    own: every token in exactly one. shared: what tokens see beyond that. depth_T: position of each token in its text.
-    kept: keys and values [K, P, D] of earlier batches; replaced by what the next batch needs, `keep` of all keys.
-    fresh: the batch's own keys and values [K, T, D], once it has run.
-    wanted: tokens of the batch that are read after this block, None for all.
+    own: slices that together contain each token exactly once.
+    shared: slices of further keys that several spans share.
+    depth_T: each token's position in its text.
+    path_index: indices of the next batch's path among the keys of `path`, then of the batch.
+    path: keys and values [K, P, D] of earlier batches; when this one runs, the next batch's.
+    batch_keys_values: the batch's own keys and values [K, T, D], set when it runs.
+    read_index: tokens of the batch that are read after this block, None for all.
     """
 
-    own: Sequence[Look | RaggedLook]
-    shared: Sequence[Look | RaggedLook]
+    own: Sequence[AttentionSlice | VarlenSlice]
+    shared: Sequence[AttentionSlice | VarlenSlice]
     depth_T: Tensor
-    keep: Tensor
-    kept: KeysValues | None = None
-    fresh: KeysValues | None = None
-    wanted: Tensor | None = None
+    path_index: Tensor
+    path: KeysValues | None = None
+    batch_keys_values: KeysValues | None = None
+    read_index: Tensor | None = None
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         return self.depth_T
 
     def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
         query_NTD, key_KTD, value_KTD = query_BNTD[0], key_BKTD[0], value_BKTD[0]
-        self.fresh = key_KTD, value_KTD
-        if self.kept is not None:
-            key_KTD = torch.cat((self.kept[0], key_KTD), dim=1)
-            value_KTD = torch.cat((self.kept[1], value_KTD), dim=1)
-        self.kept = key_KTD[:, self.keep], value_KTD[:, self.keep]
+        self.batch_keys_values = key_KTD, value_KTD
+        if self.path is not None:
+            key_KTD = torch.cat((self.path[0], key_KTD), dim=1)
+            value_KTD = torch.cat((self.path[1], value_KTD), dim=1)
+        self.path = key_KTD[:, self.path_index], value_KTD[:, self.path_index]
         heads, tokens, size = query_NTD.shape
-        context_TND = query_NTD.new_empty(
-            tokens, heads, size, dtype=torch.float32 if self.shared else None
-        )
+        dtype = torch.float32 if self.shared else None
+        context_TND = query_NTD.new_empty(tokens, heads, size, dtype=dtype)
         total_TN = query_NTD.new_empty(tokens, heads, dtype=torch.float32)
-        for look in self.own:
-            where, part_TND, logsum_TN = look(query_NTD, key_KTD, value_KTD)
+        for part in self.own:
+            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD)
             context_TND[where] = part_TND.to(context_TND.dtype)
             total_TN[where] = logsum_TN
-        for look in self.shared:
-            where, part_TND, logsum_TN = look(query_NTD, key_KTD, value_KTD)
-            after_TN = torch.logaddexp(total_TN[where], logsum_TN)
-            context_TND[where] *= (total_TN[where] - after_TN).exp()[..., None]
-            context_TND[where] += part_TND * (logsum_TN - after_TN).exp()[..., None]
-            total_TN[where] = after_TN
+        for part in self.shared:
+            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD)
+            combined_TN = torch.logaddexp(total_TN[where], logsum_TN)
+            context_TND[where] *= (total_TN[where] - combined_TN).exp()[..., None]
+            context_TND[where] += part_TND * (logsum_TN - combined_TN).exp()[..., None]
+            total_TN[where] = combined_TN
         return context_TND.to(query_NTD.dtype).transpose(0, 1)[None]
 
     def read(self, states_BTX: Tensor) -> Tensor:
-        return states_BTX if self.wanted is None else states_BTX[:, self.wanted]
+        return states_BTX if self.read_index is None else states_BTX[:, self.read_index]
 
 
-def _pieces(states_KTD: Tensor, index: Index) -> Tensor:
-    """[S, K, Q, D]: one piece as a view, several gathered, each token's heads at once."""
+def _spans(states_KTD: Tensor, index: Index) -> Tensor:
+    """Return [S, K, Q, D]: one span as a view, several gathered, all of a token's heads at once."""
     if isinstance(index, slice):
         return states_KTD[None, :, index]
     return states_KTD.transpose(0, 1)[index].transpose(1, 2)
@@ -223,37 +220,38 @@ def attend(
     bias_SQP: Tensor | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Context [S, N, Q, D] and, in float32, the log of the softmax's denominator [S, N, Q].
+    """Compute the context [S, N, Q, D], and the log of the softmax denominator [S, N, Q], float32.
 
-    bias_SQP: minus infinity where a query sees no key, else 0; each sees one. causal: query i sees keys 0 .. i.
+    Args:
+        bias_SQP: 0 where a query sees a key, else minus infinity; each query sees at least one.
+        causal: query i sees keys 0 .. i.
     """
     if query_SNQD.device.type != "cpu":
-        if bias_SQP is not None:  # of few scores: larger looks have no bias
-            return attend_plainly(query_SNQD, key_SKPD, value_SKPD, bias_SQP)
+        if bias_SQP is not None:  # of few scores: larger slices have no bias
+            return attend_plain(query_SNQD, key_SKPD, value_SKPD, bias_SQP)
         repeats = query_SNQD.shape[1] // key_SKPD.shape[1]
-        key_SNPD, value_SNPD = (
-            states.repeat_interleave(repeats, dim=1) for states in (key_SKPD, value_SKPD)
-        )
+        key_SNPD = key_SKPD.repeat_interleave(repeats, dim=1)
+        value_SNPD = value_SKPD.repeat_interleave(repeats, dim=1)
         context, logsum, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query_SNQD, key_SNPD, value_SNPD, None, True, 0.0, causal
         )
-        return context, logsum[..., : query_SNQD.shape[2]]  # its rows are padded
+        return context, logsum[..., : query_SNQD.shape[2]]  # the kernel pads logsum's rows
     bias = None if bias_SQP is None else bias_SQP[:, None]
-    # What scaled_dot_product_attention calls on a CPU; it alone also tells the denominator.
+    # scaled_dot_product_attention calls this kernel on a CPU, and drops the denominator.
     context, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query_SNQD, key_SKPD, value_SKPD, 0.0, causal, attn_mask=bias
     )
     return context, logsum
 
 
-def attend_plainly(
+def attend_plain(
     query_SNQD: Tensor,
     key_SKPD: Tensor,
     value_SKPD: Tensor,
     bias_SQP: Tensor | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of `attend`: the formula, in float32, with all scores in memory."""
+    """Compute `attend` by the formula, in float32, with all scores in memory: its plain twin."""
     grouped = query_SNQD.float().unflatten(1, (key_SKPD.shape[1], -1))
     scores = grouped @ key_SKPD.float()[:, :, None].transpose(-1, -2) / query_SNQD.shape[-1] ** 0.5
     if causal:
@@ -265,8 +263,8 @@ def attend_plainly(
     return context.flatten(1, 2).to(query_SNQD.dtype), logsum.flatten(1, 2)
 
 
-def takes_ragged(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `attend_ragged` runs there: FlashAttention, of 16-bit numbers, from NVIDIA's Ampere on."""
+def supports_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return True if `attend_varlen` runs there: 16-bit numbers, NVIDIA's Ampere or newer."""
     return (
         device.type == "cuda"
         and dtype in (torch.float16, torch.bfloat16)
@@ -275,50 +273,34 @@ def takes_ragged(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def attend_ragged(
-    query_TND: Tensor,
-    key_PKD: Tensor,
-    value_PKD: Tensor,
-    query_ends_S: Tensor,
-    key_ends_S: Tensor,
-    longest: tuple[int, int],
-    causal: bool,
+def attend_varlen(
+    query_TND: Tensor, key_PKD: Tensor, value_PKD: Tensor, layout: VarlenLayout
 ) -> tuple[Tensor, Tensor]:
-    """Context [T, N, D] and, in float32, the log of the softmax's denominator [T, N]; arguments as of `RaggedLook`.
+    """Compute the context [T, N, D] and, in float32, the log of the softmax denominator [T, N].
 
-    The kernel of FlashAttention (arXiv 2307.08691) for sequences of different lengths, as PyTorch ships it.
+    Runs PyTorch's kernel of FlashAttention (arXiv 2307.08691) for sequences of different lengths.
     """
+    ends = layout.query_ends_S, layout.key_ends_S
     context_TND, logsum_NT, *_ = torch.ops.aten._flash_attention_forward(
-        query_TND, key_PKD, value_PKD, query_ends_S, key_ends_S, *longest, 0.0, causal, False
+        query_TND, key_PKD, value_PKD, *ends, *layout.longest, 0.0, layout.causal, False
     )
     return context_TND, logsum_NT.transpose(0, 1)
 
 
-def attend_ragged_plainly(
-    query_TND: Tensor,
-    key_PKD: Tensor,
-    value_PKD: Tensor,
-    query_ends_S: Tensor,
-    key_ends_S: Tensor,
-    longest: tuple[int, int],
-    causal: bool,
+def attend_varlen_plain(
+    query_TND: Tensor, key_PKD: Tensor, value_PKD: Tensor, layout: VarlenLayout
 ) -> tuple[Tensor, Tensor]:
-    """The plain twin of `attend_ragged`: piece by piece through `attend_plainly`."""
+    """Compute `attend_varlen` span by span through `attend_plain`: its plain twin."""
     contexts, logsums = [], []
-    queries, keys = (ends_S.diff().tolist() for ends_S in (query_ends_S, key_ends_S))
-    for query_QND, key_QKD, value_QKD in zip(
-        query_TND.split(queries), key_PKD.split(keys), value_PKD.split(keys), strict=True
-    ):
+    queries, keys = layout.query_ends_S.diff().tolist(), layout.key_ends_S.diff().tolist()
+    parts = query_TND.split(queries), key_PKD.split(keys), value_PKD.split(keys)
+    for query_QND, key_QKD, value_QKD in zip(*parts, strict=True):
         wide, tall = len(query_QND), len(key_QKD)
-        bias = query_QND.new_full((1, wide, tall), -torch.inf, dtype=torch.float32).triu(
-            tall - wide + 1
-        )
-        query_1NQD, key_1KQD, value_1KQD = (
-            states.transpose(0, 1)[None] for states in (query_QND, key_QKD, value_QKD)
-        )
-        context_1NQD, logsum_1NQ = attend_plainly(
-            query_1NQD, key_1KQD, value_1KQD, bias if causal else None
-        )
+        bias = query_QND.new_full((1, wide, tall), -torch.inf, dtype=torch.float32)
+        bias = bias.triu(tall - wide + 1) if layout.causal else None
+        states = query_QND, key_QKD, value_QKD
+        query_1NQD, key_1KQD, value_1KQD = (x.transpose(0, 1)[None] for x in states)
+        context_1NQD, logsum_1NQ = attend_plain(query_1NQD, key_1KQD, value_1KQD, bias)
         contexts.append(context_1NQD[0].transpose(0, 1))
         logsums.append(logsum_1NQ[0].transpose(0, 1))
     return torch.cat(contexts), torch.cat(logsums)
@@ -326,13 +308,16 @@ def attend_ragged_plainly(
 
 @dataclass
 class Lengths:
-    """How many tokens the rows of a cache have so far: each one's, where the model is, and here the most of any."""
+    """Numbers of tokens in a cache's rows, which all blocks share.
+
+    each_B: each row's, on the model's device. longest: the most, known without a synchronization.
+    """
 
     each_B: Tensor
     longest: int
 
     def grow(self) -> None:
-        """By a token each, when all blocks have it."""
+        """Count one more token in each row, once every block has cached it."""
         self.each_B += 1
         self.longest += 1
 
@@ -343,9 +328,9 @@ class Lengths:
 
 @dataclass
 class Cached:
-    """Attention of one new token a row to the row's own past, which it joins.
+    """Attention of one new token a row to the row's own past, which takes in its key and value.
 
-    key_BKPD, value_BKPD: room for all tokens to come. lengths: so far, shared by all blocks.
+    key_BKPD, value_BKPD: the cache, with room for all tokens to come. lengths: tokens in it so far.
     """
 
     key_BKPD: Tensor
@@ -373,14 +358,14 @@ class Cached:
         return states_BTX
 
     def select(self, rows_R: Tensor, lengths: Lengths) -> "Cached":
-        """The cache of some of the rows, and their lengths."""
+        """Return the cache of the rows `rows_R`, whose lengths are `lengths`."""
         return Cached(self.key_BKPD[rows_R], self.value_BKPD[rows_R], lengths)
 
     @classmethod
     def gathered(
         cls, key_KTD: Tensor, value_KTD: Tensor, index_BP: Tensor, lengths: Lengths, room: int
     ) -> "Cached":
-        """From the keys and values of a whole tape: row b's past is the first of its tokens `index_BP[b]`."""
+        """Gather row b's past, tokens `index_BP[b]` of a tree, with `room` for as many more."""
 
         def past(states_KTD: Tensor) -> Tensor:
             return pad(states_KTD[:, index_BP].transpose(0, 1), (0, 0, 0, room))

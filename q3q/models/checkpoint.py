@@ -1,8 +1,8 @@
-"""A Qwen3 checkpoint on disk: what it holds, whether it is whole, and its weights one block at a time.
+"""A Qwen3 checkpoint on disk: check that it is complete, and read its weights block by block.
 
-Finding a model, `read_facts` and the checks of `Checkpoint` read JSON and headers alone, without torch:
-a plan or a refusal costs milliseconds. Weights are read into memory of their own, not mapped: mapped pages count as the
-process's, and lie wherever the file's header ends, on which the last bits of a matrix product depend.
+The checks read JSON and headers alone, without torch: a plan or a refusal costs milliseconds.
+Weights are read into memory of their own, not mapped: mapped pages count as the process's, and lie
+wherever the file's header ends, on which the last bits of a matrix product depend.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from q3q.models.facts import (
     read_json,
 )
 from q3q.models.packed import Layout
-from q3q.models.tensor_files import Shape, Stored, read_header
+from q3q.models.tensor_files import Shape, StoredTensor, read_header
 from q3q.storage.files import write_atomically
 
 if TYPE_CHECKING:
@@ -34,14 +35,9 @@ if TYPE_CHECKING:
 
 _WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-)
+    "added_tokens.json chat_template.jinja merges.txt special_tokens_map.json tokenizer.json "
+    "tokenizer_config.json vocab.json"
+).split()
 EXPORT_MARKER = "q3q.json"  # a file that q3q's own exports have
 
 
@@ -54,8 +50,8 @@ class Checkpoint:
         folder: config.json, and model.safetensors or an index with its shards.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete, damaged (the shard or tensor is named), pickled, quantized
-            in a way that q3q cannot read, or not a Qwen3.
+        CheckpointError: the folder is missing, incomplete, damaged (the error names the shard or
+            tensor), pickled, quantized in a way that q3q cannot read, or not a Qwen3.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,49 +63,49 @@ class Checkpoint:
         self._check_complete()
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by their names on disk.
+        """Return tensors by their names on disk.
 
         Raises:
-            KeyError: a name that the checkpoint does not have. CheckpointError: a file changed since it was opened.
+            KeyError: the checkpoint has no tensor of this name.
+            CheckpointError: a file changed since the checkpoint was opened.
         """
         return {name: self._stored[name].read() for name in names}
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
-        """Some rows of a tensor, read from its file. name: on disk, `model.embed_tokens.weight`."""
+        """Read some rows of a tensor by its name on disk (`model.embed_tokens.weight`)."""
         return self._stored[name].read(first, count)
 
     def embedding(self) -> Tensor:
-        """Token embedding, [vocab, hidden]."""
+        """Read the token embedding, [vocab, hidden]."""
         return self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
 
     def final_norm(self) -> Tensor:
-        """Weight of the norm before the head, [hidden]."""
+        """Read the weight of the norm before the head, [hidden]."""
         return self.read(["model.norm.weight"])["model.norm.weight"]
 
     def head(self) -> Tensor:
-        """Output head, [vocab, hidden]; what the embedding is if the two are tied."""
-        return (
-            self.embedding() if self.facts.tied else self.read(["lm_head.weight"])["lm_head.weight"]
-        )
+        """Read the output head, [vocab, hidden]; the embedding if the two are tied."""
+        name = "model.embed_tokens.weight" if self.facts.tied else "lm_head.weight"
+        return self.read([name])[name]
 
     def block(
         self, k: int, dtype: torch.dtype | None = None, names: Collection[str] | None = None
     ) -> dict[str, Tensor]:
-        """Weights of block `k`, named and shaped as `ModelFacts.block_shapes` says: experts stacked.
+        """Read block `k`'s weights, named and shaped as in `ModelFacts.block_shapes`.
 
-        The same from either layout on disk, one matrix per expert or (transformers 5 in memory) fused ones. Packed
-        weights come as numbers, in the dtype of config.json.
+        Experts come stacked, from either layout on disk: one matrix per expert, or fused ones (as
+        transformers 5 has them in memory). Packed weights come as numbers, in config.json's dtype.
 
         Args:
             k: 0 to layers - 1.
-            dtype: to convert to; as stored if None.
-            names: those of its weights that are wanted; all if None.
+            dtype: convert to this; None leaves the stored one.
+            names: of the weights to read; None for all.
         """
         if not 0 <= k < self.facts.layers:
             raise IndexError(f"block {k} of {self.facts.layers}")
         fused = self._fused(k)
-        wanted = [name for name in self.facts.block_shapes(k) if names is None or name in names]
-        sources = {name: _sources(name, self.facts.experts, fused) for name in wanted}
+        chosen = [name for name in self.facts.block_shapes(k) if names is None or name in names]
+        sources = {name: _sources(name, self.facts.experts, fused) for name in chosen}
         last: dict[str, Tensor] = {}
 
         def number(source: str) -> Tensor:
@@ -121,18 +117,20 @@ class Checkpoint:
 
         return {
             name: _assemble(map(number, sources[name]), name, self.facts, k, dtype)
-            for name in wanted
+            for name in chosen
         }
 
     def _numbers(self, k: int, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors of one block as plain numbers, by their names on disk less the block's prefix."""
+        """Read a block's tensors as plain numbers, by their names without the block's prefix."""
+        import torch
+
         prefix, shapes = f"model.layers.{k}.", disk_shapes(self.facts, k, self._fused(k))
         layouts = {name: _layout(self.facts, prefix + name) for name in names}
         parts = {
             name: [name] if layout is None else list(_parts(layout, name, shapes[name]))
             for name, layout in layouts.items()
         }
-        raw = self.read(prefix + part for some in parts.values() for part in some)
+        raw = self.read(prefix + part for part in chain.from_iterable(parts.values()))
         numbers = {}
         for name, layout in layouts.items():
             if layout is None:
@@ -140,22 +138,21 @@ class Checkpoint:
                 continue
             rows, columns = shapes[name]
             packed = {part.rpartition(".")[2]: raw[prefix + part] for part in parts[name]}
-            numbers[name] = layout.unpack(packed, rows, columns).to(_torch_dtype(self.facts.dtype))
+            numbers[name] = layout.unpack(packed, rows, columns).to(
+                getattr(torch, self.facts.dtype)
+            )
         return numbers
 
     def digest(self, cache: Path | None = None) -> str:
-        """SHA-256 (hex) of what determines the model's numbers: config.json, tokenizer files and every shard.
+        """Return the SHA-256 (hex) of config.json, tokenizer files and every shard.
 
         Args:
-            cache: folder for a memo of file digests, keyed by real path, size and modification time, so that 16 GB
-                are hashed once. Nothing is written into the model's folder.
+            cache: folder for a memo of file digests by real path, size and modification time, so
+                that 16 GB are hashed once. Nothing is written into the model's folder.
         """
         shards = {stored.shard for stored in self._stored.values()}
-        files = [
-            self.folder / "config.json",
-            *(self.folder / name for name in TOKENIZER_FILES),
-            *sorted(shards),
-        ]
+        own = (self.folder / name for name in ("config.json", *TOKENIZER_FILES))
+        files = [*own, *sorted(shards)]
         memo = _Memo(cache)
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
         memo.save()
@@ -203,22 +200,20 @@ class Checkpoint:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a model folder, from its own files.
+    """Load the fast tokenizer of a model folder, from its own files.
 
     Raises:
-        CheckpointError: no tokenizer there, one that cannot be read, or one with ids that the embedding does not have.
+        CheckpointError: the folder has no tokenizer, one that cannot be read, or one with more ids
+            than the embedding has rows.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise CheckpointError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt")
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (
-        Exception
-    ) as error:  # JSON, Rust and plain Python errors alike mean files that cannot be used
+        options = {"local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # JSON, Rust and Python errors: the files cannot be used
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
         ) from error
@@ -230,26 +225,26 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
-    """Tokens after which the model has nothing more to say, as transformers' `generate` finds them.
+    """Return the tokens that end a generated text, as transformers' `generate` finds them.
 
-    From generation_config.json where there is one, else config.json; a post-trained Qwen3 has two.
+    They are in generation_config.json if it exists, else config.json; a post-trained Qwen3 has two.
 
     Raises:
-        CheckpointError: the file cannot be read, or its eos_token_id is neither a number nor a list of numbers.
+        CheckpointError: the file cannot be read, or its eos_token_id is no number or list of them.
     """
     own = folder / "generation_config.json"
     path = own if own.is_file() else folder / "config.json"
-    found = read_json(path).get("eos_token_id")
-    ends = found if isinstance(found, list) else [] if found is None else [found]
+    value = read_json(path).get("eos_token_id")
+    ends = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(end, int) for end in ends):
         raise CheckpointError(
-            f"{path}: eos_token_id is {found!r}, neither a number nor a list of numbers"
+            f"{path}: eos_token_id is {value!r}, neither a number nor a list of numbers"
         )
     return tuple(ends)
 
 
 def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str, Shape]:
-    """`ModelFacts.block_shapes` as files hold them: each expert's matrices alone, or (fused) gate and up joined."""
+    """Return a block's shapes as files have them: a matrix per expert, or fused gate and up."""
     shapes = facts.block_shapes(layer)
     if not facts.sparse(layer):
         return shapes
@@ -265,34 +260,33 @@ def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str,
 
 
 def of_expert(name: str, expert: int) -> str:
-    """`mlp.experts.up_proj.weight` as files name one expert's, `mlp.experts.3.up_proj.weight`."""
+    """Return one expert's name in files: `mlp.experts.3.up_proj.weight`."""
     return name.replace("mlp.experts.", f"mlp.experts.{expert}.")
 
 
 def names_on_disk(facts: ModelFacts, layer: int, names: Iterable[str]) -> Iterator[str]:
-    """Tensors of a block, one of each expert's where they are stacked, as files name them."""
+    """Yield the names in files of a block's tensors; of a stacked one, each expert's."""
     for name in names:
         stacked = name.startswith("mlp.experts.")
-        for one in [of_expert(name, e) for e in range(facts.experts)] if stacked else [name]:
-            yield f"model.layers.{layer}.{one}"
+        parts = [of_expert(name, e) for e in range(facts.experts)] if stacked else [name]
+        yield from (f"model.layers.{layer}.{part}" for part in parts)
 
 
 def _layout(facts: ModelFacts, name: str) -> Layout | None:
-    """How a tensor of a block is packed; None for plain numbers. name: on disk, `model.layers.0.mlp.up_proj.weight`."""
+    """Return a tensor's packed layout by its name on disk; None for plain numbers."""
     if facts.packing is None or not name.endswith("_proj.weight"):
         return None
     return facts.packing.of(name.removesuffix(".weight"))
 
 
 def _parts(layout: Layout, name: str, shape: Shape) -> dict[str, tuple[tuple[str, ...], Shape]]:
-    """The tensors that a packed weight is stored as: their names, types and shapes."""
-    rows, columns = shape
+    """Return names, types and shapes of the tensors that a packed weight is stored as."""
     base = name.removesuffix("weight")
-    return {base + part: facts for part, facts in layout.parts(rows, columns).items()}
+    return {base + part: facts for part, facts in layout.parts(*shape).items()}
 
 
 def _sources(name: str, experts: int, fused: bool) -> list[str]:
-    """The names on disk that one tensor of a block is assembled from."""
+    """Return the names on disk that one tensor of a block is assembled from."""
     if not name.startswith("mlp.experts."):
         return [name]
     if fused:
@@ -300,17 +294,10 @@ def _sources(name: str, experts: int, fused: bool) -> list[str]:
     return [of_expert(name, e) for e in range(experts)]
 
 
-def _torch_dtype(name: str) -> torch.dtype:
-    import torch
-
-    found: torch.dtype = getattr(torch, name)
-    return found
-
-
 def _assemble(
     parts: Iterator[Tensor], name: str, facts: ModelFacts, k: int, dtype: torch.dtype | None
 ) -> Tensor:
-    """One tensor of a block from those that it is stored as, which are taken one at a time."""
+    """Assemble one tensor of a block from its stored parts, taken one at a time."""
     import torch
 
     shape = facts.block_shapes(k)[name]
@@ -326,18 +313,17 @@ def _assemble(
     return stacked
 
 
-def _read_headers(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder. Like transformers, one model.safetensors goes before an index."""
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Read all headers of a folder; like transformers, prefer model.safetensors to an index."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return read_header(single)
     if not index.is_file():
-        if pickles := sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
-        ):
+        names = sorted(path.name for path in folder.iterdir())
+        if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
             raise CheckpointError(
                 f"{folder}: only pickled weights ({pickles[0]}), which can run code when loaded. "
-                f"Save the model as safetensors: model.save_pretrained(DIR)"
+                "Save the model as safetensors: model.save_pretrained(DIR)"
             )
         raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
     weight_map = read_json(index).get("weight_map")
@@ -345,7 +331,7 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
         isinstance(shard, str) for shard in weight_map.values()
     ):
         raise CheckpointError(f"{index}: no `weight_map` from tensor to shard")
-    headers: dict[str, dict[str, Stored]] = {}
+    headers: dict[str, dict[str, StoredTensor]] = {}
     for name in sorted(set(weight_map.values())):
         if name in (".", "..", "") or re.search(r"[/\\:\0]", name):
             raise CheckpointError(
@@ -363,33 +349,30 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
 
 
 class _Memo:
-    """Digests of files, remembered by real path, size and modification time."""
+    """A memo of file digests by real path, size and modification time."""
 
     def __init__(self, cache: Path | None) -> None:
         self._path = None if cache is None else cache / "digests.json"
         self._changed = False
-        self._known: dict[str, Any] = {}
+        self._entries: dict[str, Any] = {}
         if self._path is not None and self._path.is_file():
             try:
-                self._known = dict(json.loads(self._path.read_text(encoding="utf-8")))
+                self._entries = dict(json.loads(self._path.read_text(encoding="utf-8")))
             except (ValueError, TypeError):
-                self._changed = True  # a memo that cannot be read is written anew; the files are still the truth
+                self._changed = True  # write a memo that cannot be read again, from the files
 
     def digest(self, file: Path) -> str:
         real, status = file.resolve(), file.stat()
-        known = self._known.get(str(real))
-        match known:
+        match self._entries.get(str(real)):
             case [status.st_size, status.st_mtime_ns, str(digest)]:
                 return digest
-        sha = hashlib.sha256()
         with real.open("rb") as opened:
-            while chunk := opened.read(1 << 20):
-                sha.update(chunk)
-        self._known[str(real)] = [status.st_size, status.st_mtime_ns, sha.hexdigest()]
+            sha = hashlib.file_digest(opened, "sha256").hexdigest()
+        self._entries[str(real)] = [status.st_size, status.st_mtime_ns, sha]
         self._changed = True
-        return sha.hexdigest()
+        return sha
 
     def save(self) -> None:
         if self._path is not None and self._changed:
-            there = {file: entry for file, entry in self._known.items() if Path(file).is_file()}
-            write_atomically(self._path, json.dumps(there, indent=1).encode())
+            entries = {file: entry for file, entry in self._entries.items() if Path(file).is_file()}
+            write_atomically(self._path, json.dumps(entries, indent=1).encode())

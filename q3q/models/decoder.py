@@ -1,4 +1,4 @@
-"""A whole decoder from a checkpoint: embedding, blocks, final norm, head.
+"""A complete decoder from a checkpoint: embedding, blocks, final norm, head.
 
 Shapes: B windows, T tokens, H hidden, V vocabulary.
 """
@@ -13,37 +13,37 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from q3q.errors import NumericsError
-from q3q.models.anatomy import block_class
-from q3q.models.attention import CAUSAL, Attention, sent
+from q3q.models.attention import CAUSAL, Attention, to_device
 from q3q.models.checkpoint import Checkpoint, names_on_disk
 from q3q.models.facts import ModelFacts
 from q3q.models.qwen3 import Qwen3Block, Rope, rms_norm
+from q3q.models.qwen3_moe import Qwen3MoeBlock
 from q3q.models.spool import Spool
 from q3q.numerics.kernels.logsum import has_fused, logsum
 from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.team import SOLO, Team
 
-# Positions whose logits are held at one time on a GPU: a [positions, 151936] float32 slab of 512 is 0.3 GB.
+# Positions whose logits a GPU holds at one time: 512 x 151936 float32 are 0.3 GB.
 HEAD_CHUNK = 512
-# Logits that exist at one time where only likelihoods are wanted: on a GPU, and on a CPU (4 MB).
+# Logits that exist at one time for likelihoods alone: on a GPU, and on a CPU (4 MB).
 HEAD_LOGITS, CACHED_LOGITS = 1 << 26, 1 << 20
-# Logits that exist at one time where they are wanted themselves, on a CPU: 64 MB, of which a reader makes a few copies.
+# Logits that `Decoder.logits` yields at one time on a CPU: 64 MB, which readers copy a few times.
 SLAB_LOGITS = 1 << 24
-# Where so few positions leave room there for the whole vocabulary, it goes in one piece.
+# With at most so many positions in a slab, the vocabulary is not split.
 FEW_POSITIONS = 128
-# Rows of embedding and head that are looked at together by whoever goes through them all.
+# Rows of embedding or head in one piece of `Decoder.rows`.
 VOCABULARY_ROWS = 16384
 
 
-# (index, block): what is set on every block, wherever it comes from.
+# Sets something on a block, given its index and the block.
 Change = Callable[[int, Qwen3Block], None]
-# Where a changed block's weights can be had again: those that differ from the checkpoint's, in the model's dtype.
+# Returns the weights of a changed block that differ from the checkpoint's, in the model's dtype.
 Source = Callable[[], Mapping[str, Tensor]]
 
 
 class Blocks(Protocol):
-    """The blocks in order, where they are no list: each is made when it is asked for, and none is kept."""
+    """Blocks in order, each made when it is read, and none kept."""
 
     def __len__(self) -> int: ...
 
@@ -52,32 +52,28 @@ class Blocks(Protocol):
     def __iter__(self) -> Iterator[Qwen3Block]: ...
 
     def exchange(self, k: int, source: Source) -> None:
-        """From here on the k-th is made with the weights that `source` gives."""
+        """From here on, make the k-th block with `source`'s weights."""
 
     def adjust(self, change: Change) -> None:
-        """Apply `change` to every block that is given out from here on."""
+        """Apply `change` to every block that is made from here on."""
 
     def copy(self) -> "Blocks":
-        """The same blocks; what is done to the copy leaves these alone."""
+        """Return the same blocks; changes of the copy leave these alone."""
 
 
 @dataclass
 class Decoder:
-    """embedding_VH, head_VH (the same tensor where they are tied), norm_H, and the blocks in order.
+    """A model in memory; the base class of those that hold only parts of it."""
 
-    activations: bytes of hidden states that may be in memory between two blocks, None for all. team: who shares it;
-    number: which of the team's models it is.
-    """
-
-    team: ClassVar[Team] = SOLO
-    number: ClassVar[int] = 0
+    team: ClassVar[Team] = SOLO  # the ranks that share the model
+    number: ClassVar[int] = 0  # its number among the team's models
 
     facts: ModelFacts
     embedding_VH: Tensor
     norm_H: Tensor
-    head_VH: Tensor
+    head_VH: Tensor  # the embedding itself if they are tied
     blocks: list[Qwen3Block] | Blocks
-    activations: int | None = None
+    activations: int | None = None  # bytes of hidden states in memory between two blocks; None: all
 
     @property
     def rope(self) -> Rope:
@@ -89,16 +85,16 @@ class Decoder:
 
     @property
     def streamed(self) -> bool:
-        """Whether a block costs reading or gathering it: then much text is to go block by block, not batch by batch."""
+        """True if each access reads or gathers a block, so that text should run block by block."""
         return not isinstance(self.blocks, list)
 
     @property
     def tied(self) -> bool:
-        """Whether head and embedding are one tensor."""
+        """True if head and embedding are one tensor."""
         return self.head_VH is self.embedding_VH
 
     def adjust(self, change: Change) -> None:
-        """Set something on every block, also on those that are still to be read."""
+        """Apply `change` to every block, including those that are not read yet."""
         if isinstance(self.blocks, list):
             for k, block in enumerate(self.blocks):
                 change(k, block)
@@ -106,8 +102,12 @@ class Decoder:
             self.blocks.adjust(change)
 
     def exchange(self, k: int, block: Qwen3Block | None, source: Source) -> None:
-        """Put a changed block in the k-th's place. source: gives the weights in which it differs, again and again; a
-        model that keeps its blocks asks it only if there is no `block`.
+        """Replace the k-th block.
+
+        Args:
+            block: the changed block; a model that does not keep its blocks ignores it.
+            source: returns the changed weights, at every call; a model that keeps its blocks calls
+                it only if `block` is None.
         """
         if not isinstance(self.blocks, list):
             self.blocks.exchange(k, source)
@@ -115,34 +115,28 @@ class Decoder:
             self.blocks[k] = self.blocks[k].with_weights(source()) if block is None else block
 
     def exchange_ends(self, codes: Mapping[str, StoredWeight]) -> None:
-        """Put quantized weights [1, V, H] in the place of `embedding`, `head`; tied, they are both the embedding's."""
-        ends = {
-            name: numbers(code, self.norm_H.dtype, self.device)[0] for name, code in codes.items()
-        }
-        tied = self.tied
+        """Replace `embedding`, `head` by quantized [1, V, H]; if tied, `embedding` is both."""
+        dtype, device, tied = self.norm_H.dtype, self.device, self.tied
+        ends = {name: numbers(code, dtype, device)[0] for name, code in codes.items()}
         self.embedding_VH = ends.get("embedding", self.embedding_VH)
         self.head_VH = self.embedding_VH if tied else ends.get("head", self.head_VH)
 
     def rows(self, end: str) -> Iterator[Tensor]:
-        """All rows of `embedding` or `head`, VOCABULARY_ROWS at a time."""
-        yield from {"embedding": self.embedding_VH, "head": self.head_VH}[end].split(
-            VOCABULARY_ROWS
-        )
+        """Yield all rows of `embedding` or `head`, VOCABULARY_ROWS at a time."""
+        end_VH = {"embedding": self.embedding_VH, "head": self.head_VH}[end]
+        yield from end_VH.split(VOCABULARY_ROWS)
 
     def copy(self) -> "Decoder":
-        """The same model; blocks put into the copy leave this one alone."""
-        return replace(
-            self, blocks=list(self.blocks) if isinstance(self.blocks, list) else self.blocks.copy()
-        )
+        """Return the same model; blocks replaced in the copy stay in this one."""
+        return replace(self, blocks=self.blocks.copy())
 
-    def rest(self) -> None:
-        """Let go of what can be read again when it is asked for: of a streamed model, its head."""
+    def release_head(self) -> None:
+        """Free the head if it can be read or gathered again when it is needed."""
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        return self.embedding_VH[sent(ids_BT, self.device)]
+        return self.embedding_VH[to_device(ids_BT, self.device)]
 
-    def embedded(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """`embed` of each."""
+    def embed_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         return (self.embed(ids_BT) for ids_BT in batches)
 
     def states(
@@ -151,46 +145,56 @@ class Decoder:
         attend: Callable[[int, int], Attention] | None = None,
         spool: Spool | None = None,
     ) -> Iterator[Tensor]:
-        """Final hidden states [B, T, H] of each batch of ids [B, T], in order and normed: what the head reads.
+        """Yield each batch's final hidden states [B, T, H], normed as the head reads them.
 
-        A resident model runs batch by batch, each when it is asked for; a streamed one block by block, all batches
-        through each. Either way the same batches give the same bits.
+        A resident model runs batch by batch, each when its states are asked for; a streamed one
+        runs all batches through each block. Either way the same batches give the same bits.
 
         Args:
-            attend: (block, batch) -> what its tokens attend to, by default each row its own past. Called for a block's
-                batches in order, so that one may hand on to the next.
-            spool: where a streamed model's activations lie between blocks, one that holds nothing yet.
+            batches: ids [B, T] each.
+            attend: (block, batch) -> its tokens' attention; by default each row sees its own past.
+                Called for a block's batches in order, so that one may pass state to the next.
+            spool: an empty spool for a streamed model's activations between two blocks.
         """
-        rope = self.rope
-
-        def run(block: Qwen3Block, k: int, b: int, x_BTH: Tensor) -> Tensor:
-            return block(x_BTH, rope, CAUSAL if attend is None else attend(k, b))
-
-        if not self.streamed:
-            for b, ids_BT in enumerate(batches):
-                x_BTH = self.embed(ids_BT)
-                for k in range(len(self.blocks)):
-                    x_BTH = run(self.blocks[k], k, b, x_BTH)
-                yield rms_norm(x_BTH, self.norm_H, self.facts.rms_norm_eps)
+        if self.streamed:
+            yield from self._block_by_block(batches, attend, spool)
             return
-        self.rest()
+        rope = self.rope
+        for b, ids_BT in enumerate(batches):
+            x_BTH = self.embed(ids_BT)
+            for k in range(len(self.blocks)):
+                x_BTH = self.blocks[k](x_BTH, rope, CAUSAL if attend is None else attend(k, b))
+            yield rms_norm(x_BTH, self.norm_H, self.facts.rms_norm_eps)
+
+    def _block_by_block(
+        self,
+        batches: Sequence[Tensor],
+        attend: Callable[[int, int], Attention] | None = None,
+        spool: Spool | None = None,
+    ) -> Iterator[Tensor]:
+        """`states` that reads each block once, whatever the batches."""
+        self.release_head()
+        rope = self.rope
         with spool or Spool(self.activations) as hidden:
-            for ids_BT in batches:
-                hidden.append(self.embed(ids_BT))
+            hidden.extend(self.embed_batches(batches))
             for k in range(len(self.blocks)):
                 block = self.blocks[k]
                 for b in range(len(hidden)):
-                    hidden[b] = run(block, k, b, hidden[b])
-                del block  # before the next one is asked for: one at a time is what fits
+                    hidden[b] = block(hidden[b], rope, CAUSAL if attend is None else attend(k, b))
+                del block  # before the next one is read: only one at a time fits
             for x_BTH in hidden:
                 yield rms_norm(x_BTH, self.norm_H, self.facts.rms_norm_eps)
 
     def hidden(self, ids_BT: Tensor, attentions: Sequence[Attention] = ()) -> Tensor:
-        """`states` of one batch. attentions: one a block if not plainly causal."""
+        """Return `states` of one batch.
+
+        Args:
+            attentions: one per block; causal if empty.
+        """
         return next(self.states([ids_BT], (lambda k, b: attentions[k]) if attentions else None))
 
     def logits(self, hidden_PH: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Float32 logits [up to HEAD_CHUNK, V] of each run of positions, so that no large slab ever exists."""
+        """Yield float32 logits [up to HEAD_CHUNK, V] of each run of positions."""
         rows = HEAD_CHUNK
         if hidden_PH.device.type == "cpu":
             rows = min(rows, max(1, SLAB_LOGITS // self.facts.vocab))
@@ -201,58 +205,63 @@ class Decoder:
     def log_likelihoods(
         self, hidden_PH: Tensor, targets_R: Tensor, positions_R: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Natural log-probability of each target, and whether it is the most likely token; both [R].
+        """Return each target's natural log-probability, and whether it is the most likely token.
 
-        positions_R: the row of hidden_PH that each target is read at, ascending; by default one target a row. Where
-        targets and positions are in main memory, nobody waits for a GPU.
-        Logits exist for one slab of the vocabulary at a time, small enough to stay in a CPU's cache.
+        Logits exist for one slab of the vocabulary at a time, small enough for a CPU's cache.
+
+        Args:
+            targets_R: in main memory, as `positions_R`; then nothing waits for a GPU.
+            positions_R: each target's row of hidden_PH, ascending; by default one target a row.
+
+        Returns:
+            Both [R].
         """
         device, positions, vocabulary = hidden_PH.device, hidden_PH.shape[0], self.head_VH.shape[0]
         positions_R = torch.arange(len(targets_R)) if positions_R is None else positions_R
         rows, numbers = self._slab(device)
         bounds = [*range(0, positions, rows), positions]
-        asked = torch.searchsorted(positions_R, torch.tensor(bounds)).tolist()
-        targets_R, positions_R = sent(targets_R, device), sent(positions_R, device)
+        target_bounds = torch.searchsorted(positions_R, torch.tensor(bounds)).tolist()
+        targets_R, positions_R = to_device(targets_R, device), to_device(positions_R, device)
         logsum_P = hidden_PH.new_full((positions,), -torch.inf, dtype=torch.float32)
         highest_P = torch.full_like(logsum_P, -torch.inf)
         chosen_R = logsum_P.new_full((len(targets_R),), torch.nan)
-        for (start, stop), (begin, end) in zip(pairwise(bounds), pairwise(asked), strict=True):
+        slabs = zip(pairwise(bounds), pairwise(target_bounds), strict=True)
+        for (start, stop), (begin, end) in slabs:
             width = max(1, numbers // (stop - start))
             target_R, row_R = targets_R[begin:end], positions_R[begin:end] - start
             for first in range(0, vocabulary, width):
                 logits_CS = linear(hidden_PH[start:stop], self.head_VH[first : first + width])
-                there_R = (target_R - first).clamp(0, logits_CS.shape[1] - 1)
-                here_R = there_R == target_R - first
-                chosen_R[begin:end] = torch.where(
-                    here_R, logits_CS[row_R, there_R].float(), chosen_R[begin:end]
-                )
+                column_R = (target_R - first).clamp(0, logits_CS.shape[1] - 1)
+                in_slab_R = column_R == target_R - first
+                logit_R = logits_CS[row_R, column_R].float()
+                chosen_R[begin:end] = torch.where(in_slab_R, logit_R, chosen_R[begin:end])
                 slab_C, high_C = logsum(logits_CS)
                 highest_P[start:stop] = torch.maximum(highest_P[start:stop], high_C)
                 logsum_P[start:stop] = torch.logaddexp(logsum_P[start:stop], slab_C)
         return chosen_R - logsum_P[positions_R], chosen_R == highest_P[positions_R]
 
     def _slab(self, device: torch.device) -> tuple[int, int]:
-        """Positions whose logits exist at one time where only likelihoods are wanted, and how many of these do."""
+        """Return how many positions and logits `log_likelihoods` computes at one time."""
         vocabulary = self.facts.vocab
         if has_fused(device):
             return HEAD_CHUNK, HEAD_CHUNK * vocabulary
         numbers = CACHED_LOGITS if device.type == "cpu" else HEAD_LOGITS
-        whole = numbers // vocabulary
-        return min(HEAD_CHUNK, whole) if whole >= FEW_POSITIONS else HEAD_CHUNK, numbers
+        rows = numbers // vocabulary
+        return min(HEAD_CHUNK, rows) if rows >= FEW_POSITIONS else HEAD_CHUNK, numbers
 
 
 def load_decoder(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The whole model in memory, every weight in `dtype`.
+    """Load the complete model into memory, every weight in `dtype`.
 
     Raises:
-        NumericsError: a weight is not finite, as stored or in `dtype`; it is named.
+        NumericsError: the named weight is not finite, as stored or in `dtype`.
     """
     facts = checkpoint.facts
-    embedding = placed(checkpoint.embedding(), "embedding", dtype, device)
-    head = embedding if facts.tied else placed(checkpoint.head(), "head", dtype, device)
-    norm = placed(checkpoint.final_norm(), "final norm", dtype, device)
+    embedding = convert_weight(checkpoint.embedding(), "embedding", dtype, device)
+    head = embedding if facts.tied else convert_weight(checkpoint.head(), "head", dtype, device)
+    norm = convert_weight(checkpoint.final_norm(), "final norm", dtype, device)
     blocks = [load_block(checkpoint, k, dtype, device) for k in range(facts.layers)]
     return Decoder(facts, embedding, norm, head, blocks)
 
@@ -262,29 +271,37 @@ def load_block(
     k: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    instead: Mapping[str, Tensor] | None = None,
+    changed: Mapping[str, Tensor] | None = None,
 ) -> Qwen3Block:
-    """One block in memory. instead: weights that are not taken from the checkpoint.
+    """Load one block into memory.
+
+    Args:
+        changed: weights that replace the checkpoint's.
 
     Raises:
-        NumericsError: a weight is not finite, as stored or in `dtype`; it is named.
+        NumericsError: the named weight is not finite, as stored or in `dtype`.
     """
-    facts, instead = checkpoint.facts, instead or {}
-    wanted = [name for name in facts.block_shapes(k) if name not in instead]
-    weights = checkpoint.block(k, dtype, wanted) | dict(instead)
-    for name in list(
-        weights
-    ):  # one by one, so that no second block exists beside it on its way to the device
-        weights[name] = placed(weights.pop(name), f"blocks.{k}.{name}", dtype, device)
-    return block_of(facts, k, weights)
+    facts, changed = checkpoint.facts, changed or {}
+    stored = [name for name in facts.block_shapes(k) if name not in changed]
+    weights = checkpoint.block(k, dtype, stored) | dict(changed)
+    for name in list(weights):  # one by one: a second block would not fit on the way to the device
+        weights[name] = convert_weight(weights.pop(name), f"blocks.{k}.{name}", dtype, device)
+    return build_block(facts, k, weights)
 
 
-def block_of(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Qwen3Block:
-    """The k-th block with these weights. Where the checkpoint says that activations are rounded, those of its sites are
-    whose linears it does not leave out.
+def block_class(facts: ModelFacts, layer: int) -> type[Qwen3Block]:
+    """Return the class that runs this layer. A new model family adds its line here."""
+    return Qwen3MoeBlock if facts.sparse(layer) else Qwen3Block
+
+
+def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Qwen3Block:
+    """Build the k-th block from its weights.
+
+    If the checkpoint rounds activations, the block rounds the inputs of its sites, except of those
+    whose linears the checkpoint leaves unquantized.
 
     Raises:
-        CheckpointError: it leaves out a part of a site.
+        CheckpointError: the checkpoint leaves out a part of a site.
     """
     block, packing = block_class(facts, k)(facts, weights), facts.packing
     if packing is not None and packing.act_bits is not None:
@@ -299,15 +316,17 @@ def block_of(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Qwen3B
     return block
 
 
-def placed(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """The tensor in the model's dtype on its device.
+def convert_weight(
+    tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """Return the tensor in the model's dtype on its device.
 
     Raises:
-        NumericsError: it is not finite.
+        NumericsError: the result is not finite.
     """
-    there = tensor.to(device=device, dtype=dtype)
-    if not all_finite(there):
+    tensor = tensor.to(device=device, dtype=dtype)
+    if not all_finite(tensor):
         raise NumericsError(
             f"{name.removesuffix('.weight')}: the checkpoint's weights are not finite in {dtype}"
         )
-    return there
+    return tensor

@@ -7,20 +7,17 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from q3q.errors import CheckpointError
 from q3q.models.packed import Packing, read_packing
 from q3q.models.tensor_files import Shape
 
-if TYPE_CHECKING:
-    pass
-
 _FAMILY = ("qwen3", "qwen3_moe")
-# What the forward of q3q takes for granted. Another value would be computed wrongly, in silence.
+# q3q's forward assumes these; another value would be computed wrongly, in silence.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
-_DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-EXPORT_KEY = "q3q"  # and what their config.json says of itself, wherever it is copied to
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+EXPORT_KEY = "q3q"  # in the config.json of q3q's own exports
 OWN_FOLDER = "For a folder of your own: model=local model.path=DIR"
 
 
@@ -30,7 +27,7 @@ def first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What config.json alone says about a Qwen3 or Qwen3-MoE. Sizes count elements; a dense model has 0 experts."""
+    """The facts in a Qwen3's config.json. Sizes count elements; a dense model has 0 experts."""
 
     model_type: str
     layers: int
@@ -51,13 +48,11 @@ class ModelFacts:
     rope_theta: float
     max_positions: int
     dtype: str
-    packing: Packing | None = None  # how its linears are stored, if they are not plain numbers
-    quantized: str | None = (
-        None  # how, if they were quantized before; also where they are plain numbers again
-    )
+    packing: Packing | None = None  # of its linears, None for plain numbers
+    quantized: str | None = None  # by what, even if stored as plain numbers again
 
     def sparse(self, layer: int) -> bool:
-        """Whether this block routes its tokens to experts."""
+        """Return True if this block routes its tokens to experts."""
         return (
             self.experts > 0
             and layer not in self.mlp_only_layers
@@ -65,7 +60,7 @@ class ModelFacts:
         )
 
     def block_shapes(self, layer: int) -> dict[str, Shape]:
-        """Names and shapes of one block's tensors, as `Checkpoint.block` gives them: experts stacked."""
+        """Return names and shapes of a block's tensors, as `Checkpoint.block` gives them."""
         hidden, head = self.hidden, self.head_dim
         shapes: dict[str, Shape] = {
             "input_layernorm.weight": (hidden,),
@@ -91,11 +86,9 @@ class ModelFacts:
 
     @property
     def columns(self) -> dict[str, tuple[int, ...]]:
-        """Input columns of each site, which a group size must divide. Two widths only where dense and sparse mix."""
-        inner = {
-            self.moe_intermediate if self.sparse(k) else self.intermediate
-            for k in range(self.layers)
-        }
+        """Return each site's input columns; two widths only where dense and sparse blocks mix."""
+        sparse = {self.sparse(k) for k in range(self.layers)}
+        inner = {self.moe_intermediate if experts else self.intermediate for experts in sparse}
         return {
             "qkv": (self.hidden,),
             "o": (self.heads * self.head_dim,),
@@ -105,7 +98,7 @@ class ModelFacts:
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the linears that are quantized: all in the blocks but norms and routers."""
+        """Count the weights of linears: all in the blocks but norms and routers."""
         return sum(
             math.prod(shape)
             for layer in range(self.layers)
@@ -115,34 +108,30 @@ class ModelFacts:
 
     @property
     def embedding_parameters(self) -> int:
-        """Embedding and head; one matrix if tied."""
+        """Count embedding and head; one matrix if tied."""
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
-        """All of them."""
-        blocks = sum(
-            math.prod(shape) for k in range(self.layers) for shape in self.block_shapes(k).values()
-        )
-        return blocks + self.embedding_parameters + self.hidden
+        shapes = (shape for k in range(self.layers) for shape in self.block_shapes(k).values())
+        return sum(map(math.prod, shapes)) + self.embedding_parameters + self.hidden
 
     def block_bytes(self, layer: int, dtype: str | None = None) -> int:
-        """Bytes of one block's weights in `dtype`; in the checkpoint's own if None."""
-        return _DTYPE_BYTES[dtype or self.dtype] * sum(
-            map(math.prod, self.block_shapes(layer).values())
-        )
+        """Return the bytes of a block's weights in `dtype`; None: in the checkpoint's."""
+        count = sum(map(math.prod, self.block_shapes(layer).values()))
+        return DTYPE_BYTES[dtype or self.dtype] * count
 
     def weight_bytes(self, dtype: str | None = None) -> int:
-        """Bytes of all weights in `dtype`; in the checkpoint's own if None."""
-        return _DTYPE_BYTES[dtype or self.dtype] * self.parameters
+        """Return the bytes of all weights in `dtype`; None: in the checkpoint's."""
+        return DTYPE_BYTES[dtype or self.dtype] * self.parameters
 
 
 def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
-    """Facts of a model folder, or of its parsed config.json, as transformers 4 or 5 write it.
+    """Read the facts of a model folder, or of its parsed config.json (transformers 4 or 5).
 
     Raises:
-        CheckpointError: no readable config.json, not a Qwen3, quantized in a way that q3q cannot read, or a kind of
-            Qwen3 that it cannot run.
+        CheckpointError: there is no readable config.json, or it is not of a Qwen3, of one that is
+            quantized in a way that q3q cannot read, or of a kind that q3q cannot run.
     """
     if isinstance(source, Mapping):
         where, config = "the config", source
@@ -190,9 +179,8 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         hidden=hidden,
         heads=heads,
         kv_heads=count("num_key_value_heads"),
-        head_dim=count(
-            "head_dim", hidden // heads if moe else 128
-        ),  # the defaults of transformers' two classes
+        # The defaults of transformers' two classes.
+        head_dim=count("head_dim", hidden // heads if moe else 128),
         intermediate=count("intermediate_size"),
         vocab=count("vocab_size"),
         tied=bool(config.get("tie_word_embeddings", False)),
@@ -215,8 +203,8 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         )
     if facts.top_k > facts.experts:
         raise wrong(f"num_experts_per_tok={facts.top_k} of only {facts.experts} experts")
-    if facts.dtype not in _DTYPE_BYTES:
-        raise wrong(f"dtype {facts.dtype!r} is not supported, only {', '.join(_DTYPE_BYTES)}")
+    if facts.dtype not in DTYPE_BYTES:
+        raise wrong(f"dtype {facts.dtype!r} is not supported, only {', '.join(DTYPE_BYTES)}")
     return facts
 
 

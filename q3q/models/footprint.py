@@ -1,65 +1,84 @@
-"""What a trial needs in memory, from the model's facts alone: arithmetic, without torch, in milliseconds.
+"""A trial's memory need, from the model's facts alone: arithmetic, without torch, in milliseconds.
 
-Estimates from above of what benchmarks/streaming.py measures. On a CPU the bytes are the process's resident ones; on a
-GPU those that torch allocates there.
+The estimates are upper bounds of what benchmarks/streaming.py measures. On a CPU the bytes are the
+process's resident ones, on a GPU those that torch allocates.
 """
 
 import math
 import os
 import re
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from q3q.errors import ConfigError
 from q3q.models.facts import ModelFacts
-from q3q.spec import Json
-
-if TYPE_CHECKING:
-    pass
+from q3q.spec import Evaluation
 
 AUTO, LOADERS = "auto", ("resident", "streamed", "sharded")
 Device = Literal["cpu", "cuda"]
-# Python with torch, transformers, a tokenizer and lm-eval's tasks, and what its heap keeps of tensors that are gone; on
-# a GPU what its libraries reserve for themselves.
+
+# Python with torch, transformers, a tokenizer, lm-eval's tasks, and freed tensors that its heap
+# keeps; on a GPU the reserves of its libraries.
 PROCESS_BYTES = {"cpu": 764 * 2**20, "cuda": 600 * 2**20}
-# Tokens that go through a block together (`quantize.walk`), and bytes of float32 logits that exist at one time.
-TOKENS = {"cpu": 2048, "cuda": 8192}
+# Calibration tokens that run through a block at the same time (`quantize.activations`). A CPU's
+# caches hold the activations of so few between two sites.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+# Bytes of float32 logits.
 LOGIT_BYTES = {"cpu": 400 * 2**20, "cuda": 1300 * 2**20}
-# Experts are treated in chunks of about so many bytes, of weights as float32 or of their Hessians (`quantize.walk`).
+# Bytes of the float32 weights, or of the Hessians, of a chunk of experts (`quantize.sites`).
 CHUNK_BYTES = 2**28
-# Copies of a site's Hessian that exist while it is observed; of it and of the float32 weights while it is factored, and
-# while columns or groups are rounded.
+# Copies of a site's Hessian during observation; copies of (the Hessian, the float32 weights) during
+# factoring, and during rounding.
 OBSERVED, COPIES = 2, ((3.25, 1), (2, 5))
-# Methods that keep no Hessian. One that is not known here is taken to keep one.
-WITHOUT_HESSIAN = ("none", "rtn", "smoothquant")
-SEQUENTIAL, CHUNKED = ("gptq",), ("rtn", "gptq", "billm")
+
+
+@dataclass(frozen=True)
+class MethodMemory:
+    """The memory that a method takes while it quantizes a block.
+
+    hessian: it keeps a float32 [I, I] of each site's inputs
+    chunks_experts: it takes a site's experts in chunks; else all of them at the same time
+    block_copies: copies of the block
+    """
+
+    hessian: bool = True
+    chunks_experts: bool = True
+    block_copies: float = 2.5
 
 
 def need(
     facts: ModelFacts,
     dtype: str,
     *,
-    method: str | None,
+    method: MethodMemory | None,
     loader: str,
     ranks: int = 1,
     device: Device = "cpu",
     heads: int = 1,
 ) -> int:
-    """Peak bytes of one process (of each rank) that quantizes and evaluates this model, the process itself included;
-    of a streamed one without what it may read ahead (`ahead_bytes`).
+    """Return the peak bytes of a process (each rank) that quantizes and evaluates this model.
+
+    Python and its libraries are included, a streamed model's prefetched block (`ahead_bytes`) is
+    not.
 
     Args:
-        dtype: that it runs in. method: by name; None to evaluate the model as it is. loader: one of `LOADERS`.
-        ranks: how many share a sharded model. heads: 2 where what a quantized one says is compared with the original's.
+        dtype: the dtype that the model runs in.
+        method: None to evaluate the model as it is.
+        loader: one of `LOADERS`.
+        ranks: number of ranks that share a sharded model.
+        heads: 2 if the quantized model's outputs are compared with the original's, else 1.
+
+    Raises:
+        ConfigError: the loader is unknown.
     """
     block = ahead_bytes(facts, dtype)
     ends = _ends_bytes(facts, dtype)
     more = (heads - 1) * ends
     running = _running(facts, dtype, device)
-    work = 0 if method in (None, "none") else _quantizing(facts, method, running)
-    # A method that goes from site to site lets go of what it replaces; others keep the block as it was.
-    changing = 1.5 if method in SEQUENTIAL else 2.5
+    work = 0 if method is None else _quantizing(facts, method, running)
+    changing = 0.0 if method is None else method.block_copies
     if loader == "resident":
         peak = (
             facts.weight_bytes(dtype)
@@ -67,7 +86,7 @@ def need(
             + max(running + LOGIT_BYTES[device], work and int(changing * block) + work)
         )
     elif loader == "streamed":
-        # The block and what becomes of it; when all have run, the head.
+        # The block and its quantized form; after all blocks, the head.
         quantizing = work and int(changing * block) + work
         peak = max(
             block + running, quantizing, ends + more + max(LOGIT_BYTES[device], block + running)
@@ -83,7 +102,7 @@ def need(
 
 
 def ahead_bytes(facts: ModelFacts, dtype: str) -> int:
-    """Of the largest block: what a streamed model holds besides while it reads one ahead of the one that is at work."""
+    """Return the bytes of the largest block, which a streamed model may prefetch."""
     return max(facts.block_bytes(k, dtype) for k in range(facts.layers))
 
 
@@ -91,15 +110,15 @@ def choose(
     facts: ModelFacts,
     dtype: str,
     *,
-    method: str | None,
+    method: MethodMemory | None,
     memory: int,
     device: Device = "cpu",
     heads: int = 1,
 ) -> str:
-    """The first of resident, streamed that fits into `memory` bytes. See `need`.
+    """Return resident or streamed, the first that fits into `memory` bytes. See `need`.
 
     Raises:
-        ConfigError: neither does; it says what would.
+        ConfigError: neither fits; the message says how much would.
     """
     needs = {
         loader: need(facts, dtype, method=method, loader=loader, device=device, heads=heads)
@@ -109,23 +128,26 @@ def choose(
         if bytes_needed <= memory:
             return loader
     raise ConfigError(
-        f"this model with {'no method' if method is None else f'method={method}'} in {dtype} does not fit into "
-        f"{in_gb(memory)}: streamed it needs {in_gb(needs['streamed'])}, resident {in_gb(needs['resident'])}"
+        f"this model with {'no method' if method is None else 'this method'} in {dtype} "
+        f"does not fit into {in_gb(memory)}: streamed it needs {in_gb(needs['streamed'])}, "
+        f"resident {in_gb(needs['resident'])}"
     )
 
 
 def bytes_of(size: int | str, key: str = "memory") -> int:
-    """`2.5GB` (10^9), `8GiB` (2^30), likewise M and T, or a number of bytes.
+    """Return the bytes of `2.5GB` (10^9), `8GiB` (2^30), likewise K, M and T, or a number of bytes.
+
+    Args:
+        key: the setting that an error message names.
 
     Raises:
-        ConfigError: it is none of these. key: what it was given for.
+        ConfigError: the size is none of these.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
     count = 0
-    if found and (found[2] or not found[3]):
-        count = int(
-            float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")
-        )
+    if match and (match[2] or not match[3]):
+        exponent = " KMGT".index(match[2].upper() or " ")
+        count = int(float(match[1]) * (1024 if match[3] else 1000) ** exponent)
     if count < 1:
         raise ConfigError(
             f"{key}={size} is no size: give bytes such as 2.5GB (10^9) or 8GiB (2^30)"
@@ -134,10 +156,12 @@ def bytes_of(size: int | str, key: str = "memory") -> int:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that this process could take now, what it has already included; Linux and containers on it.
+    """Return the bytes of main memory that this process can have, its present ones included.
+
+    Linux alone, with its containers' limits.
 
     Raises:
-        ConfigError: this system does not say.
+        ConfigError: this system does not tell.
     """
     unclaimed = unclaimed_memory()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -145,7 +169,7 @@ def free_memory() -> int:
 
 
 def unclaimed_memory() -> int:
-    """Bytes of main memory that no process has. Raises ConfigError as `free_memory` does."""
+    """Return the bytes of main memory that no process has. Raises as `free_memory` does."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(
@@ -159,7 +183,7 @@ def unclaimed_memory() -> int:
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        with suppress(OSError, ValueError):  # not in a container of that kind, or without a limit
+        with suppress(OSError, ValueError):  # no cgroup of this version, or no limit
             control = Path("/sys/fs/cgroup")
             free = min(free, int((control / limit).read_text()) - int((control / used).read_text()))
     return free
@@ -170,12 +194,16 @@ def in_gb(count: float) -> str:
 
 
 def _ends_bytes(facts: ModelFacts, dtype: str) -> int:
-    """Of the head, the largest thing outside the blocks. A streamed embedding is read by rows."""
+    """Return the bytes of the head, the largest tensor outside the blocks besides the embedding,
+    which a streamed model reads by rows.
+    """
     return facts.weight_bytes(dtype) // facts.parameters * facts.vocab * facts.hidden
 
 
 def token_bytes(facts: ModelFacts, dtype: str) -> int:
-    """Of one token in a block's forward: what lies between two sites, twice, and the float32 of a norm."""
+    """Return the bytes of one token in a block's forward: the activations between two sites, twice,
+    and a norm's float32.
+    """
     item = facts.weight_bytes(dtype) // facts.parameters
     inner = max(facts.intermediate, facts.top_k * (facts.moe_intermediate + facts.hidden))
     widest = 3 * inner + 2 * facts.heads * facts.head_dim + 4 * facts.hidden
@@ -183,12 +211,15 @@ def token_bytes(facts: ModelFacts, dtype: str) -> int:
 
 
 def _running(facts: ModelFacts, dtype: str, device: Device) -> int:
-    """A block's forward over one batch of tokens."""
-    return TOKENS[device] * token_bytes(facts, dtype)
+    """Return the bytes of a block's forward over one batch of tokens."""
+    return BATCH_TOKENS[device] * token_bytes(facts, dtype)
 
 
-def _quantizing(facts: ModelFacts, method: str | None, running: int) -> int:
-    """What the largest site takes on top of the block. Experts come in chunks, unless a method looks at all at once."""
+def _quantizing(facts: ModelFacts, method: MethodMemory, running: int) -> int:
+    """Return the bytes that quantizing the largest site takes on top of the block.
+
+    Experts come in chunks, unless the method treats all at once.
+    """
     most = 0
     for k in {facts.sparse(k): k for k in range(facts.layers)}.values():
         shapes = facts.block_shapes(k)
@@ -201,23 +232,25 @@ def _quantizing(facts: ModelFacts, method: str | None, running: int) -> int:
             site = [shape for name, shape in shapes.items() if name.split(".")[-2] in kinds]
             weights = 4 * sum(map(math.prod, site))
             experts = site[0][0] if len(site[0]) == 3 else 1
-            hessians = 0 if method in WITHOUT_HESSIAN else 4 * experts * site[0][-1] ** 2
-            if experts > 1 and method in CHUNKED:
+            hessians = 0 if not method.hessian else 4 * experts * site[0][-1] ** 2
+            if experts > 1 and method.chunks_experts:
                 weights, hessians = min(weights, CHUNK_BYTES), min(hessians, CHUNK_BYTES)
             observed = running + OBSERVED * hessians
             most = max(most, observed, *(int(h * hessians + w * weights) for h, w in COPIES))
     return most
 
 
-def refuse_generation(evaluation: Json, loader: str) -> None:
-    """Generated text takes a pass through all blocks for each token: only a resident model does it.
+def refuse_generation(evaluation: Evaluation, loader: str) -> None:
+    """Refuse to generate text with a model that is not resident.
+
+    Each token takes a pass through all blocks.
 
     Raises:
-        ConfigError: a task generates, and the loader does not hold the whole model.
+        ConfigError: a task generates text, and the loader does not hold the whole model.
     """
-    found = evaluation.get("generates")
-    if found and loader != "resident":
+    if evaluation.generates and loader != "resident":
         raise ConfigError(
-            f"{', '.join(found)}: text is generated token by token, and a {loader} model would be read anew for each; "
-            "give more memory (loader=resident), or leave such tasks out of evaluation.tasks"
+            f"{', '.join(evaluation.generates)}: text is generated token by token, and a {loader} "
+            "model would be read again for each token; give more memory (loader=resident), or "
+            "leave such tasks out of evaluation.tasks"
         )

@@ -1,24 +1,27 @@
-"""The C library's heap gives back what is freed. Where memory is bounded, what it would keep is too much.
+"""Make glibc's heap return freed memory to the system, which matters where memory is bounded.
 
-Of glibc; another one is left as it is.
+Another C library's heap is left as it is.
 """
 
 import ctypes
 from contextlib import suppress
 
-_MMAP_THRESHOLD, _LARGE = -3, 1 << 24  # of glibc's malloc.h; bytes
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+_LARGE = 1 << 24  # bytes
 
 
 def return_large() -> None:
-    """Of tensors up to 32 MB, which a block's mostly are, the heap of each thread that made one would keep the memory,
-    in holes where the next ones may not fit. Large ones of this process go back to the system from here on.
-    Smaller ones do not: activations, which are made again and again, would each time come anew page by page.
+    """From here on, return this process's large tensors to the system when they are freed.
+
+    By default each thread's heap keeps freed tensors of up to 32 MB, as most of a block's are, in
+    holes that the next ones may not fit. Smaller tensors stay in the heap: activations, which come
+    again and again, would have to be mapped anew page by page each time.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(_MMAP_THRESHOLD, _LARGE)
 
 
 def return_holes() -> None:
-    """What smaller tensors left behind: a tenth of a gigabyte and more by the time a block's last site is solved."""
+    """Return the holes that smaller tensors left: 0.1 GB and more after a block's last site."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)

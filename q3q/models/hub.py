@@ -1,26 +1,22 @@
-"""The Hugging Face Hub and its local cache: revisions, downloads, and what to do when neither answers."""
+"""The Hugging Face Hub and its local cache: revisions and downloads."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from q3q.errors import CheckpointError
 from q3q.models.facts import OWN_FOLDER, ModelFacts, first_line, read_facts
 
-if TYPE_CHECKING:
-    pass
-
-# All that a Qwen3 folder needs, and its licence. Pickles, which can run code when loaded, are not on the list.
+# All that a Qwen3 folder needs, and its licence; no pickles, which can run code when loaded.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_SECONDS = 5.0  # to wait for the Hub's answer
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_SECONDS = 5.0  # to wait for the Hub's answer
 
 
 def locate(source: str, revision: str | None = None, *, offline: bool = False) -> Path:
-    """The folder of a model: a local one as it is, a Hub id's snapshot, downloaded if need be.
+    """Return a model's folder: a local one, or a Hub id's snapshot, downloaded if need be.
 
     Args:
         source: a folder, or a Hub id such as `Qwen/Qwen3-8B`. A folder of that name wins.
@@ -35,39 +31,37 @@ def locate(source: str, revision: str | None = None, *, offline: bool = False) -
     _check_hub_id(source)
     from huggingface_hub import snapshot_download
 
-    silence = CheckpointError("offline was asked for") if offline else _ask_hub(source, revision)
+    refusal = CheckpointError("offline was asked for") if offline else _ask_hub(source, revision)
     try:
         path = snapshot_download(
             source,
             revision=revision,
             allow_patterns=_DOWNLOADED,
-            local_files_only=silence is not None,
-            etag_timeout=_HUB_SECONDS,
+            local_files_only=refusal is not None,
+            etag_timeout=HUB_SECONDS,
         )
-    except (
-        Exception
-    ) as error:  # the client's own, its HTTP library's, the disk's: to the user all mean the same
-        raise _unreachable(source, revision, silence or error) from error
+    except Exception as error:  # of the client, its HTTP library or the disk
+        raise _unreachable(source, revision, refusal or error) from error
     return Path(path)
 
 
 def resolve_revision(source: str, revision: str | None = None) -> str:
-    """The commit that a Hub id means right now, found without downloading weights. A full commit is its own answer.
+    """Return the commit that a Hub id means now, without downloading weights.
 
-    The Hub is asked, and if it does not answer within seconds, the local cache, which remembers what a branch meant
-    when something of it was last downloaded.
+    If the Hub does not answer within seconds, the local cache does: it remembers what a branch
+    meant at the last download.
 
     Raises:
         CheckpointError: not a Hub id, or neither the Hub nor the local cache knows it.
     """
     _check_hub_id(source)
-    if revision is not None and _COMMIT.fullmatch(revision):
+    if revision is not None and COMMIT.fullmatch(revision):
         return revision
     return _config_folder(source, revision).name  # .../snapshots/<commit>
 
 
 def fetch_facts(source: str, revision: str | None = None) -> ModelFacts:
-    """A Hub model's facts, from its config.json alone.
+    """Return a Hub model's facts, from its config.json alone.
 
     Raises:
         CheckpointError: neither the Hub nor the local cache has it, or it is not a Qwen3.
@@ -77,7 +71,7 @@ def fetch_facts(source: str, revision: str | None = None) -> ModelFacts:
 
 
 def fetch_file(source: str, name: str, revision: str | None = None) -> Path | None:
-    """A small file of a Hub model, None if the model has none of this name.
+    """Return a small file of a Hub model; None if the model has none of this name.
 
     Raises:
         CheckpointError: neither the Hub nor the local cache can tell.
@@ -88,10 +82,10 @@ def fetch_file(source: str, name: str, revision: str | None = None) -> Path | No
     cached = try_to_load_from_cache(source, name, revision=revision)
     if cached is not None:  # a path, or the note that the model was found not to have it
         return Path(cached) if isinstance(cached, str) else None
-    if (silence := _ask_hub(source, revision)) is not None:
-        raise _unreachable(source, revision, silence) from silence
+    if (refusal := _ask_hub(source, revision)) is not None:
+        raise _unreachable(source, revision, refusal) from refusal
     try:
-        return Path(hf_hub_download(source, name, revision=revision, etag_timeout=_HUB_SECONDS))
+        return Path(hf_hub_download(source, name, revision=revision, etag_timeout=HUB_SECONDS))
     except Exception as error:  # see `locate`
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
@@ -99,34 +93,31 @@ def fetch_file(source: str, name: str, revision: str | None = None) -> Path | No
 
 
 def _config_folder(source: str, revision: str | None) -> Path:
-    """A snapshot of the local cache with config.json in it, up to date if the Hub answers."""
+    """Return a snapshot of the local cache that has config.json, fresh if the Hub answers."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     cached = try_to_load_from_cache(source, "config.json", revision=revision)
-    settled = revision is not None and _COMMIT.fullmatch(
-        revision
-    )  # a commit never changes, a branch does
-    if not (settled and isinstance(cached, str)):
-        if (silence := _ask_hub(source, revision)) is None:
+    fixed = revision is not None and COMMIT.fullmatch(revision)  # a branch may move
+    if not (fixed and isinstance(cached, str)):
+        if (refusal := _ask_hub(source, revision)) is None:
             try:
-                return Path(
-                    hf_hub_download(
-                        source, "config.json", revision=revision, etag_timeout=_HUB_SECONDS
-                    )
-                ).parent
+                config = hf_hub_download(
+                    source, "config.json", revision=revision, etag_timeout=HUB_SECONDS
+                )
+                return Path(config).parent
             except Exception as error:  # see `locate`
-                silence = error
+                refusal = error
         if not isinstance(cached, str):
-            raise _unreachable(source, revision, silence) from silence
+            raise _unreachable(source, revision, refusal) from refusal
     return Path(cached).parent
 
 
 def _ask_hub(source: str, revision: str | None) -> Exception | None:
-    """Why the Hub does not give a model, None if it does. Asked once, for seconds; a download tries half a minute."""
+    """Return the Hub's refusal, or None; in seconds, where a download tries for half a minute."""
     from huggingface_hub import HfApi
 
     try:
-        HfApi().model_info(source, revision=revision, expand=["sha"], timeout=_HUB_SECONDS)
+        HfApi().model_info(source, revision=revision, expand=["sha"], timeout=HUB_SECONDS)
     except Exception as error:  # see `locate`
         return error
     return None
@@ -146,7 +137,7 @@ def _local_folder(source: str, revision: str | None) -> Path | None:
 def _check_hub_id(source: str) -> None:
     if Path(source).expanduser().is_file():
         raise CheckpointError(
-            f"{source} is a file. Give the folder that holds config.json: model=local model.path=DIR"
+            f"{source} is a file. Give the folder that has config.json: model=local model.path=DIR"
         )
     if not _HUB_ID.fullmatch(source):
         raise CheckpointError(

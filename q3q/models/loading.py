@@ -2,7 +2,6 @@
 
 import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from q3q.models.footprint import (
     AUTO,
     PROCESS_BYTES,
     Device,
+    MethodMemory,
     ahead_bytes,
     choose,
     free_memory,
@@ -23,52 +23,60 @@ from q3q.models.footprint import (
 from q3q.models.hub import locate
 from q3q.models.sharded import load_sharded
 from q3q.models.streaming import StreamedDecoder
-from q3q.spec import TrialSpec
+from q3q.placement import Trial
 from q3q.team import SOLO, Team
 
-LEAST_ACTIVATIONS = 64 * 2**20  # bytes that hidden states may take however little is left for them
+LEAST_ACTIVATIONS = 64 * 2**20  # bytes for hidden states, however little memory is left
 
 
-def open_checkpoint(spec: TrialSpec) -> Checkpoint:
-    """The model's folder, downloaded if it is a hub's; refused if it is not what the spec says."""
-    source, revision = spec.places.get("model"), spec.model.get("revision")
-    checkpoint = Checkpoint(locate(source or spec.model["source"], revision))
-    wanted = spec.model.get("digest")
-    if wanted is not None and checkpoint.digest(Path(spec.places["trials"]) / "digests") != wanted:
+def open_checkpoint(trial: Trial) -> Checkpoint:
+    """Return the model's folder, downloaded if it is on the Hub.
+
+    Raises:
+        IntegrityError: its files are not those that the trial was planned with.
+    """
+    model, placement = trial.spec.model, trial.placement
+    source = str(placement.model or model.source)
+    checkpoint = Checkpoint(locate(source, model.revision))
+    if model.digest is not None and checkpoint.digest(placement.digests) != model.digest:
         raise IntegrityError(
             f"the files in {checkpoint.folder} changed since the trial was planned; start it again"
         )
     return checkpoint
 
 
-def device_of(spec: TrialSpec) -> Device:
-    """Where the trial computes: as its plan says; without one on a GPU, if there is one.
+def device_of(trial: Trial) -> Device:
+    """Return where the trial computes: as its plan says, else on a GPU if there is one.
 
     Raises:
         ConfigError: it was planned on a GPU, and torch has none.
     """
-    gpus, there = spec.places.get("share", {}).get("gpus"), torch.cuda.is_available()
-    if gpus and not there:
-        built = (
-            "no GPU is to be seen" if torch.version.cuda else "this torch was built without CUDA"
-        )
+    grant, available = trial.placement.grant, torch.cuda.is_available()
+    if grant is not None and grant.gpus and not available:
+        reason = "finds no GPU" if torch.version.cuda else "was built without CUDA"
         raise ConfigError(
-            f"this trial was planned on a GPU, and on {platform.node()} {built}: install a torch for its driver there "
-            "(README, A real Qwen3), or give cluster.gpus_per_trial=0"
+            f"this trial was planned on a GPU, and torch on {platform.node()} {reason}: install a "
+            "torch for its driver there (README, A real Qwen3), or give cluster.gpus_per_trial=0"
         )
-    return "cuda" if there and gpus != 0 else "cpu"
+    return "cuda" if available and (grant is None or grant.gpus != 0) else "cpu"
 
 
 def keep_to_share(gpus: float) -> None:
-    """Let torch allocate no more than this share of the GPU, so that it takes nothing from those beside it."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(max(0.0, gpus - PROCESS_BYTES["cuda"] / total))
+    """Let torch allocate this share of the GPU at most, so that other trials keep theirs."""
+    share = 1.0  # given back where an earlier trial of this process had less
+    if gpus < 1:
+        share = gpus - PROCESS_BYTES["cuda"] / torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(max(0.0, share))
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How the model is held: by which loader, bytes that the trial may take (of a GPU's memory, if it has one), that it
-    is predicted to take, and that hidden states may take of them; of a gang, each of its ranks."""
+    """How the model is loaded; of a gang, on each of its ranks.
+
+    memory: bytes that the trial may take, of a GPU's memory if it has one
+    needs: bytes that it is predicted to take
+    activations: bytes that hidden states may take
+    """
 
     loader: str
     memory: int
@@ -76,56 +84,56 @@ class Loading:
     activations: int
     ranks: int = 1
 
-    @property
-    def told(self) -> str:
+    def __str__(self) -> str:
         return f"{self.loader}, {in_gb(self.needs)} of {in_gb(self.memory)}"
 
 
 def load_model(
-    checkpoint: Checkpoint, spec: TrialSpec, kind: Device, team: Team = SOLO
+    checkpoint: Checkpoint,
+    trial: Trial,
+    device: Device,
+    method: MethodMemory | None,
+    team: Team = SOLO,
 ) -> tuple[Decoder, Loading]:
-    """The model as the trial's share and its places say or, where they say nothing, as fits into the memory that is
-    free; a gang divides it.
+    """Load the model as the plan or the user says, else as the free memory allows.
 
     Raises:
         ConfigError: it does not fit, or it is streamed and a task generates text.
     """
-    facts, dtype = checkpoint.facts, spec.model["dtype"]
-    method, share = (
-        None if spec.scheme is None else str(spec.method["name"]),
-        spec.places.get("share", {}),
-    )
-    bounds = [one["memory"] for one in (spec.places, share) if "memory" in one]
-    memory = (
-        min(bounds) if bounds else torch.cuda.mem_get_info()[0] if kind == "cuda" else free_memory()
-    )
-    loader = share.get("loader", spec.places.get("loader", AUTO)) if team.size == 1 else "sharded"
-    if kind == "cuda" and share.get("gpus", 1) < 1:
-        keep_to_share(share["gpus"])
+    spec, placement, grant = trial.spec, trial.placement, trial.placement.grant
+    facts, dtype = checkpoint.facts, spec.model.dtype
+    bounds = [placement.memory, grant.memory if grant else None]
+    memory = min(filter(None, bounds), default=0)
+    memory = memory or (torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory())
+    loader = (grant.loader if grant else placement.loader) or AUTO
+    if team.size > 1:
+        loader = "sharded"
+    if device == "cuda" and grant is not None:
+        keep_to_share(grant.gpus)
     if loader == AUTO:
-        loader = choose(facts, dtype, method=method, memory=memory, device=kind, heads=spec.heads)
+        loader = choose(facts, dtype, method=method, memory=memory, device=device, heads=spec.heads)
     elif loader not in ("resident", "streamed") and team.size == 1:
         raise ConfigError(
-            f"loader={loader} is for a gang of processes (cluster.ranks_per_trial=2 or more); one alone takes resident "
-            "or streamed"
+            f"loader={loader} is for a gang of processes (cluster.ranks_per_trial=2 or more); one "
+            "alone takes resident or streamed"
         )
+    if loader != "resident":
+        refuse_generation(spec.evaluation, loader)
     needs = need(
-        facts, dtype, method=method, loader=loader, ranks=team.size, device=kind, heads=spec.heads
+        facts, dtype, method=method, loader=loader, ranks=team.size, device=device, heads=spec.heads
     )
     spare = memory - needs
     ahead = loader == "streamed" and spare >= ahead_bytes(facts, dtype)
     spare -= ahead_bytes(facts, dtype) if ahead else 0
     loading = Loading(loader, memory, needs, max(spare, LEAST_ACTIVATIONS), team.size)
-    if loader == "resident":
-        model = load_decoder(checkpoint, getattr(torch, dtype), kind)
-        model.activations = loading.activations
-        return model, loading
-    refuse_generation(spec.evaluation, loader)
+    computed, activations = getattr(torch, dtype), loading.activations
     if loader == "sharded":
-        return load_sharded(
-            checkpoint, getattr(torch, dtype), team, activations=loading.activations
-        ), loading
-    dtype_read = getattr(torch, dtype)
-    return StreamedDecoder(
-        checkpoint, dtype_read, kind, activations=loading.activations, ahead=ahead
-    ), loading
+        return load_sharded(checkpoint, computed, team, activations=activations), loading
+    if loader == "streamed":
+        streamed = StreamedDecoder(
+            checkpoint, computed, device, activations=activations, ahead=ahead
+        )
+        return streamed, loading
+    model = load_decoder(checkpoint, computed, device)
+    model.activations = activations
+    return model, loading

@@ -1,7 +1,9 @@
-"""How packed checkpoints store a linear: compressed-tensors, GPTQ and AWQ, both ways, and what their configs say.
+"""Packed checkpoints' layouts of a linear (compressed-tensors, GPTQ and AWQ), and their configs.
 
-Shapes: O out features, I in features, G groups. A weight is scale * (code - zero), scale and zero its column's group's.
-What needs no numbers (names, shapes, bytes, configs) needs no torch: a plan or a refusal costs milliseconds.
+A weight is scale * (code - zero), with the scale and zero of its column's group. Names, shapes,
+bytes and configs need no torch, so a plan or a refusal costs milliseconds.
+
+Shapes: O out features, I in features, G groups.
 """
 
 from __future__ import annotations
@@ -18,57 +20,61 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
-# Types by the names that safetensors gives them.
+# Safetensors' names of dtypes.
 WORDS, SCALES = ("I32",), ("F16", "BF16", "F32")
-NOTHING = r"(?!)"  # a pattern that fits no name
+NOTHING = r"(?!)"  # a pattern that matches no name
 
 
 @dataclass(frozen=True)
 class Layout(ABC):
-    """The tensors of one linear on disk. group_size: -1 is the whole row. act_bits: of its input, per token."""
+    """A linear's tensors on disk."""
 
     bits: int
-    group_size: int
+    group_size: int  # -1 for the whole row
     symmetric: bool
-    act_bits: int | None = None
+    act_bits: int | None = None  # of the linear's input, per token
 
-    marker: ClassVar[str]  # a part that only a packed linear has
-    own_scales: ClassVar[bool] = False  # stored in the model's own type; else in float16
+    marker: ClassVar[str]  # a tensor that only a packed linear has
+    own_scales: ClassVar[bool] = False  # scales are stored in the model's dtype, not in float16
 
     def groups(self, columns: int) -> int:
         return 1 if self.group_size == -1 else columns // self.group_size
 
     @abstractmethod
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
-        """Its tensors by what their names end in: the types they may have (the written one first), and the shape."""
+        """Return each tensor's dtypes (the one to write first) and shape, by its name's end."""
 
     @abstractmethod
     def pack(
         self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
     ) -> dict[str, Tensor]:
-        """The tensors; scales in the dtype that scale_OG has. group_I: group of each column, None for neighbours."""
+        """Return the tensors; the scales keep scale_OG's dtype.
+
+        Args:
+            group_I: each column's group; None if groups are runs of neighbours.
+        """
 
     @abstractmethod
     def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-        """The weight as numbers [O, I], float32."""
+        """Return the dequantized weight [O, I], float32."""
 
 
 @dataclass(frozen=True)
 class PackedInts(Layout):
-    """compressed-tensors' `pack-quantized`: rows of codes packed; zero points, unless implied, packed down the rows."""
+    """compressed-tensors' `pack-quantized`: codes packed along columns, zero points along rows."""
 
     marker: ClassVar[str] = "weight_packed"
     own_scales: ClassVar[bool] = True
 
     def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
-        found: dict[str, tuple[tuple[str, ...], Shape]] = {
+        parts: dict[str, tuple[tuple[str, ...], Shape]] = {
             "weight_packed": (WORDS, (rows, _words(columns, self.bits))),
             "weight_scale": (SCALES, (rows, self.groups(columns))),
             "weight_shape": (("I64", "I32"), (2,)),
         }
         if not self.symmetric:
-            found["weight_zero_point"] = (WORDS, (_words(rows, self.bits), self.groups(columns)))
-        return found
+            parts["weight_zero_point"] = (WORDS, (_words(rows, self.bits), self.groups(columns)))
+        return parts
 
     def pack(
         self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
@@ -128,12 +134,10 @@ class PlainInts(Layout):
 
 @dataclass(frozen=True)
 class GptqWords(Layout):
-    """AutoGPTQ's and GPTQModel's: codes packed down the columns, zero points along the rows, all transposed.
+    """AutoGPTQ's and GPTQModel's, transposed: codes along columns, zero points along rows."""
 
-    below: what is taken off each zero point before it is stored: 1 in the first version (`gptq`), whose zero point 0
-    cannot be stored, and 0 in the second (`gptq_v2`).
-    """
-
+    # Subtracted from each zero point before it is stored: 1 in the first version (`gptq`), which
+    # cannot store zero point 0, and 0 in the second (`gptq_v2`).
     below: int = 0
 
     marker: ClassVar[str] = "qweight"
@@ -157,11 +161,10 @@ class GptqWords(Layout):
         columns = codes_OI.shape[1]
         if group_I is None:
             group_I = torch.arange(columns) // (columns // scale_OG.shape[1])
+        zero_GO = (zero_OG.T.to(torch.int64) - self.below) & (2**self.bits - 1)
         return {
             "qweight": pack_bits(codes_OI, self.bits).T,
-            "qzeros": pack_bits(
-                (zero_OG.T.to(torch.int64) - self.below) & (2**self.bits - 1), self.bits
-            ),
+            "qzeros": pack_bits(zero_GO, self.bits),
             "scales": scale_OG.T,
             "g_idx": group_I.to(torch.int32),
         }
@@ -170,14 +173,14 @@ class GptqWords(Layout):
         from q3q.numerics.packing import unpack_bits
 
         codes_OI = unpack_bits(parts["qweight"].T, self.bits, columns)
-        # Stored below 0, a zero point comes back as the highest code; adding wraps it round again.
+        # A zero point stored below 0 reads as the highest code; adding wraps it round again.
         zero_GO = (unpack_bits(parts["qzeros"], self.bits, rows) + self.below) & (2**self.bits - 1)
         return _times(codes_OI, parts["scales"].T, zero_GO.T, parts["g_idx"])
 
 
 @dataclass(frozen=True)
 class AwqWords(Layout):
-    """AutoAWQ's `gemm`: codes and zero points packed along the rows, eight at a time in an order of its own."""
+    """AutoAWQ's `gemm`: codes and zero points packed along the rows, eight at a time in ORDER."""
 
     marker: ClassVar[str] = "qweight"
     ORDER: ClassVar[tuple[int, ...]] = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -215,59 +218,57 @@ class AwqWords(Layout):
         places = [self.ORDER.index(k) for k in range(len(self.ORDER))]
 
         def straight(words_xW: Tensor) -> Tensor:
-            return (
-                unpack_bits(words_xW, self.bits, rows)
-                .unflatten(-1, (-1, len(places)))[..., places]
-                .flatten(-2)
-            )
+            runs_xn8 = unpack_bits(words_xW, self.bits, rows).unflatten(-1, (-1, len(places)))
+            return runs_xn8[..., places].flatten(-2)
 
         return _times(straight(parts["qweight"]).T, parts["scales"].T, straight(parts["qzeros"]).T)
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What a packed checkpoint's config says. rules: the layout of linears whose whole name fits; the first counts."""
+    """A packed checkpoint's config: which linear has which layout."""
 
     method: str
+    # Patterns of complete names with their layouts; the first that matches counts.
     rules: tuple[tuple[str, Layout | None], ...]
 
     def of(self, linear: str) -> Layout | None:
-        """linear: a name on disk, `model.layers.0.self_attn.q_proj`. None for one that is stored as plain numbers."""
-        return next(
-            (layout for pattern, layout in self.rules if re.fullmatch(pattern, linear)), None
-        )
+        """Return a linear's layout, None if it is unquantized.
+
+        Args:
+            linear: a name on disk, `model.layers.0.self_attn.q_proj`.
+        """
+        matching = (layout for pattern, layout in self.rules if re.fullmatch(pattern, linear))
+        return next(matching, None)
 
     @property
     def act_bits(self) -> int | None:
-        """Of every quantized linear's input."""
+        """Bits of every quantized linear's input."""
         return next((layout.act_bits for _, layout in self.rules if layout is not None), None)
 
     def rounds(self, linears: Iterable[str]) -> bool:
-        """Whether the one input that these linears read is rounded, to `act_bits`.
+        """Return whether the input that these linears share is rounded, to `act_bits`.
 
         Raises:
-            CheckpointError: for some of them it is, for others not.
+            CheckpointError: it is rounded for some of them only.
         """
-        found = {
-            name: (layout := self.of(name)) is not None and layout.act_bits is not None
-            for name in linears
-        }
-        if len(set(found.values())) > 1:
-            one, other = (
-                next(name for name, is_so in found.items() if is_so is wanted)
-                for wanted in (True, False)
-            )
+        first: dict[bool, str] = {}  # the first linear that is rounded, and the first that is not
+        for name in linears:
+            layout = self.of(name)
+            first.setdefault(layout is not None and layout.act_bits is not None, name)
+        if len(first) > 1:
             raise CheckpointError(
-                f"{one} reads rounded activations and {other} the same ones unrounded: not read here"
+                f"{first[True]} reads rounded activations and {first[False]} the same ones "
+                "unrounded: q3q cannot read this"
             )
-        return next(iter(found.values()))
+        return next(iter(first))
 
 
 def read_packing(config: Mapping[str, Any]) -> Packing:
-    """The packing that a `quantization_config` means.
+    """Read a `quantization_config`.
 
     Raises:
-        CheckpointError: a method or a variant of one that cannot be read here.
+        CheckpointError: its method, or its variant of the method, is not supported.
     """
     method = config.get("quant_method", "unknown method")
     readers: dict[str, Callable[[Mapping[str, Any]], Packing]] = {
@@ -277,13 +278,13 @@ def read_packing(config: Mapping[str, Any]) -> Packing:
     }
     if method not in readers:
         raise CheckpointError(
-            f"quantized already ({method}), which is not read here: give the original model"
+            f"quantized already ({method}), which q3q cannot read: give the original model"
         )
     try:
         return readers[method](config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(
-            f"quantized already ({method}), and its config makes no sense: {error!r}"
+            f"quantized already ({method}), and its config is invalid: {error!r}"
         ) from error
 
 
@@ -294,50 +295,47 @@ def _read_compressed_tensors(config: Mapping[str, Any]) -> Packing:
     classes: list[tuple[str, Layout | None]] = []
     if config.get("transform_config"):
         raise CheckpointError(
-            "quantized already (compressed-tensors), with transforms of activations: not read here"
+            "quantized already (compressed-tensors), with transforms of activations: "
+            "q3q cannot read this"
         )
     for group in config["config_groups"].values():
         weights, inputs = group["weights"], group.get("input_activations")
         kind = layouts.get(group.get("format") or config["format"])
-        fits = (
+        supported = (
             weights["type"] == "int"
             and weights["strategy"] in ("group", "channel")
             and not weights.get("dynamic")
+            # With another order a group's columns are no neighbours.
+            and weights.get("actorder") in (None, "weight", "static")
         )
-        fits &= weights.get("actorder") in (
-            None,
-            "weight",
-            "static",
-        )  # else columns of a group lie apart
         if inputs is not None:
-            fits &= (
+            supported &= (
                 inputs["type"] == "int"
                 and inputs["dynamic"] is True
                 and inputs["strategy"] == "token"
             )
-        if kind is None or not fits or (kind is PlainInts and not weights["symmetric"]):
+        if kind is None or not supported or (kind is PlainInts and not weights["symmetric"]):
             raise CheckpointError(
-                f"quantized already (compressed-tensors), in a way ({group}) that is not read here"
+                f"quantized already (compressed-tensors), in a way ({group}) that q3q cannot read"
             )
         size = weights["group_size"] if weights["strategy"] == "group" else -1
-        layout = kind(
-            weights["num_bits"], size, weights["symmetric"], inputs["num_bits"] if inputs else None
-        )
+        act_bits = inputs["num_bits"] if inputs else None
+        layout = kind(weights["num_bits"], size, weights["symmetric"], act_bits)
         named.append((_any_of(name for name in group["targets"] if name != "Linear"), layout))
         classes += [(".*", layout)] if "Linear" in group["targets"] else []
-    packing = Packing(
-        "compressed-tensors", (*ignored, *named, *classes)
-    )  # a name or a pattern goes before a class
+    # A name or a pattern takes precedence over a class.
+    packing = Packing("compressed-tensors", (*ignored, *named, *classes))
     if len({layout.act_bits for _, layout in packing.rules if layout is not None}) > 1:
         raise CheckpointError(
-            "quantized already (compressed-tensors), to several widths of activations: not read here"
+            "quantized already (compressed-tensors), with activations of several widths: "
+            "q3q cannot read this"
         )
     return packing
 
 
 def _any_of(names: Iterable[str]) -> str:
-    """A pattern that fits each of these targets and nothing else; of none, nothing."""
-    # The library matches its own patterns from the start on, not to the end.
+    """Return a pattern that matches these targets and nothing else."""
+    # The library matches its own patterns at the start of a name, not to its end.
     patterns = [
         f"(?:{name[3:]}).*" if name.startswith("re:") else re.escape(name) for name in names
     ]
@@ -346,13 +344,10 @@ def _any_of(names: Iterable[str]) -> str:
 
 def _read_gptq(config: Mapping[str, Any]) -> Packing:
     version = config.get("checkpoint_format") or "gptq"
-    if (
-        version not in ("gptq", "gptq_v2")
-        or config.get("dynamic")
-        or config.get("modules_in_block_to_quantize")
-    ):
+    partial = config.get("dynamic") or config.get("modules_in_block_to_quantize")
+    if version not in ("gptq", "gptq_v2") or partial:
         raise CheckpointError(
-            f"quantized already (gptq), in a variant ({version}) that is not read here"
+            f"quantized already (gptq), in a variant ({version}) that q3q cannot read"
         )
     below = 1 if version == "gptq" else 0
     layout = GptqWords(config["bits"], config["group_size"], bool(config["sym"]), below=below)
@@ -364,10 +359,10 @@ def _read_awq(config: Mapping[str, Any]) -> Packing:
     bits = config.get("bits") or config["w_bit"]
     if version != "gemm" or bits != 4 or not config.get("zero_point", True):
         raise CheckpointError(
-            f"quantized already (awq), in a variant ({version}, {bits} bits) that is not read here"
+            f"quantized already (awq), in a variant ({version}, {bits} bits) that q3q cannot read"
         )
     layout = AwqWords(bits, config.get("group_size") or config["q_group_size"], False)
-    parts = config.get("modules_to_not_convert") or ()  # of names
+    parts = config.get("modules_to_not_convert") or ()  # substrings of names
     left_out = f".*(?:{_any_of(parts)}).*"
     return Packing("awq", ((left_out, None), (".*", layout)))
 
@@ -379,15 +374,16 @@ def _words(count: int, bits: int) -> int:
 def _times(
     codes_OI: Tensor, scale_OG: Tensor, zero: Tensor | int, group_I: Tensor | None = None
 ) -> Tensor:
-    """scale * (code - zero) in float32, where a 16-bit scale times a code is exact."""
+    """Return scale * (code - zero) in float32, where a 16-bit scale times a code is exact."""
     columns, groups = codes_OI.shape[1], scale_OG.shape[1]
 
-    def spread(number_OG: Tensor) -> Tensor:
+    def per_column(number_OG: Tensor) -> Tensor:
         if group_I is None:
             return number_OG.float().repeat_interleave(columns // groups, dim=1)
         return number_OG.float()[:, group_I.long()]
 
-    return spread(scale_OG) * (codes_OI.float() - (zero if isinstance(zero, int) else spread(zero)))
+    zero_OI = zero if isinstance(zero, int) else per_column(zero)
+    return per_column(scale_OG) * (codes_OI.float() - zero_OI)
 
 
 def _refuse_group_index(group_I: Tensor | None) -> None:

@@ -1,7 +1,9 @@
-"""Qwen3's decoder block as stages between its sites: the only forward of ours.
+"""Qwen3's decoder block as stages between its sites: the only forward in q3q.
 
-Shapes: B windows, T tokens of one, H hidden, N query heads, K key-value heads, D head_dim. heads * head_dim need not be
-hidden. Agrees with transformers' Qwen3DecoderLayer (tested), which runs a block as one opaque piece.
+It agrees with transformers' Qwen3DecoderLayer (tested), which runs a block in one opaque piece.
+
+Shapes: B windows, T tokens of one window, H hidden, N query heads, K key-value heads, D head_dim.
+heads * head_dim need not be hidden.
 """
 
 from collections.abc import Generator, Mapping
@@ -23,31 +25,27 @@ Stages = Generator[tuple[Site, SiteInput], None, Tensor]
 
 
 def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm, computed in float32 and returned in the input's dtype, as transformers does."""
+    """Compute the root-mean-square norm in float32; return the input's dtype, as transformers."""
     wide = x_xH.float()
     return gain_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x_xH.dtype)
 
 
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864): cos and sin [T, 1, D] of positions [T]; of [B, T], [B, T, 1, D].
+    """Rotary position embedding (arXiv 2104.09864): positions [...] to cos and sin [..., 1, D].
 
-    The first half of sin is negated, as `rotate` takes it. What the last tensor of positions gave is kept: the next
-    block often has the same.
+    The first half of sin is negated, as `rotate` expects. The result for the last tensor of
+    positions is cached, as the next block often has the same positions.
     """
 
     def __init__(self, facts: "ModelFacts", device: torch.device | str = "cpu") -> None:
-        exponents = (
-            torch.arange(0, facts.head_dim, 2, dtype=torch.int64, device=device).float()
-            / facts.head_dim
-        )
-        self._frequencies = 1.0 / (facts.rope_theta**exponents)
+        even = torch.arange(0, facts.head_dim, 2, dtype=torch.int64, device=device).float()
+        self._frequencies = 1.0 / (facts.rope_theta ** (even / facts.head_dim))
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self._last is None or self._last[0] is not positions or self._last[1].dtype != dtype:
-            angles = (positions[..., None].float() * self._frequencies).unsqueeze(
-                -2
-            )  # the same for every head
+            angles = positions[..., None].float() * self._frequencies
+            angles = angles.unsqueeze(-2)  # the same for every head
             cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
             self._last = positions, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return self._last[1:]
@@ -59,12 +57,13 @@ def rotate(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Qwen3Block:
-    """One decoder block: its weights (names without the layer's prefix) and its forward.
+    """One decoder block: its weights (by names without the layer's prefix) and its forward.
 
-    `stages` yields every site with its input and takes up the weights anew after each: whoever quantizes a site's
-    weights between two stages gets sequential quantization from one forward pass.
-    act_bits: fake-quantize the input of every site per token; None leaves activations alone. unrounded: names of sites
-    whose input stays as it is all the same, because their weights do.
+    `stages` yields each site with its input, and reads the site's weights only after that. A caller
+    that quantizes them between two stages gets sequential quantization from one forward pass.
+
+    act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
+    unrounded: names of sites whose input is never rounded, because their weights are unquantized.
     """
 
     sites: ClassVar[tuple[Site, ...]] = (QKV, O, GATE_UP, DOWN)
@@ -76,7 +75,7 @@ class Qwen3Block:
         self.unrounded: frozenset[str] = frozenset()
 
     def with_weights(self, changed: Weights) -> "Qwen3Block":
-        """The same block with some weights exchanged."""
+        """Return a copy of the block with some weights replaced."""
         block = type(self)(self.facts, {**self.weights, **changed}, self.act_bits)
         block.unrounded = self.unrounded
         return block
@@ -85,9 +84,10 @@ class Qwen3Block:
         return finish(self.stages(x_BTH, rope, attention))
 
     def stages(self, x_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL) -> Stages:
-        """The block's forward, halting before each site is read; its value is the block's output [B, T, H].
+        """Run the forward, halting before each site is read; the generator returns [B, T, H].
 
-        attention: what each token sees; by default each row is one text from its beginning.
+        Args:
+            attention: the tokens that each token sees; by default each row is a text of its own.
         """
         eps = self.facts.rms_norm_eps
         attended_BTH = yield from self.attention_stages(
@@ -103,73 +103,65 @@ class Qwen3Block:
     def attention_stages(
         self, normed_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL
     ) -> Stages:
-        yield QKV, _whole(normed_BTH)
-        seen = self.seen(QKV, normed_BTH)
+        yield QKV, _dense_input(normed_BTH)
+        rounded = self.round_inputs(QKV, normed_BTH)
         query, key, value = (
-            linear(seen, self.weights[name]).unflatten(-1, (-1, self.facts.head_dim))
+            linear(rounded, self.weights[name]).unflatten(-1, (-1, self.facts.head_dim))
             for name in QKV.weights
         )
         query = rms_norm(query, self.weights["self_attn.q_norm.weight"], self.facts.rms_norm_eps)
         key = rms_norm(key, self.weights["self_attn.k_norm.weight"], self.facts.rms_norm_eps)
-        cos, sin = rope(
-            attention.positions(normed_BTH.shape[1], normed_BTH.device), normed_BTH.dtype
-        )
+        positions = attention.positions(normed_BTH.shape[1], normed_BTH.device)
+        cos, sin = rope(positions, normed_BTH.dtype)
         context_BNTD = attention(
             rotate(query, cos, sin).transpose(1, 2),
             rotate(key, cos, sin).transpose(1, 2),
             value.transpose(1, 2),
         )
         context = attention.read(context_BNTD.transpose(1, 2).flatten(2))
-        del (
-            normed_BTH,
-            seen,
-            query,
-            key,
-            value,
-            context_BNTD,
-        )  # halted, a run holds what is still to be used
-        yield O, _whole(context)
-        return linear(self.seen(O, context), self.weights["self_attn.o_proj.weight"])
+        # While it is halted, a run holds only what it still needs.
+        del normed_BTH, positions, rounded, query, key, value, context_BNTD
+        yield O, _dense_input(context)
+        return linear(self.round_inputs(O, context), self.weights["self_attn.o_proj.weight"])
 
     def mlp_stages(self, normed_BTH: Tensor) -> Stages:
-        yield GATE_UP, _whole(normed_BTH)
-        seen = self.seen(GATE_UP, normed_BTH)
-        gated = silu(linear(seen, self.weights["mlp.gate_proj.weight"]), inplace=True)
-        gated *= linear(seen, self.weights["mlp.up_proj.weight"])
-        del normed_BTH, seen
-        yield DOWN, _whole(gated)
-        return linear(self.seen(DOWN, gated), self.weights["mlp.down_proj.weight"])
+        yield GATE_UP, _dense_input(normed_BTH)
+        rounded = self.round_inputs(GATE_UP, normed_BTH)
+        gated = silu(linear(rounded, self.weights["mlp.gate_proj.weight"]), inplace=True)
+        gated *= linear(rounded, self.weights["mlp.up_proj.weight"])
+        del normed_BTH, rounded
+        yield DOWN, _dense_input(gated)
+        return linear(self.round_inputs(DOWN, gated), self.weights["mlp.down_proj.weight"])
 
-    def seen(self, site: Site, inputs: Tensor) -> Tensor:
-        """A site's input as its linears see it."""
+    def round_inputs(self, site: Site, inputs: Tensor) -> Tensor:
+        """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
         if self.act_bits is None or site.name in self.unrounded:
             return inputs
         return absmax_per_token(inputs, self.act_bits)
 
     @property
-    def widest(self) -> int:
-        """Numbers that a run holds for each token while it is halted, at most; it has its input to itself."""
+    def halted_width(self) -> int:
+        """Return the most numbers per token that a halted run holds, its input included."""
         hidden = self.facts.hidden
         return hidden + max(hidden, self.facts.heads * self.facts.head_dim, self.facts.intermediate)
 
     @property
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
-        """In the order AWQ treats them. v -> o needs each value channel repeated for the query heads that read it."""
+        """Return the scale groups, in AWQ's order.
+
+        v -> o repeats each value channel for the query heads that read it.
+        """
+        repeat = self.facts.heads // self.facts.kv_heads
         return (
             ScaleGroup(QKV, "input_layernorm.weight"),
-            ScaleGroup(
-                O,
-                "self_attn.v_proj.weight",
-                self.facts.heads // self.facts.kv_heads,
-                self.facts.head_dim,
-            ),
+            ScaleGroup(O, "self_attn.v_proj.weight", repeat, self.facts.head_dim),
             ScaleGroup(GATE_UP, "post_attention_layernorm.weight"),
             ScaleGroup(DOWN, "mlp.up_proj.weight"),
         )
 
 
 def finish(stages: Stages) -> Tensor:
-    """Run what is left of a staged forward and return its value."""
+    """Run the rest of a staged forward and return its value."""
     while True:
         try:
             next(stages)
@@ -178,6 +170,6 @@ def finish(stages: Stages) -> Tensor:
             return value
 
 
-def _whole(inputs_BTI: Tensor) -> SiteInput:
+def _dense_input(inputs_BTI: Tensor) -> SiteInput:
     tokens_TI = inputs_BTI.flatten(0, 1)
     return SiteInput(tokens_TI, [tokens_TI])

@@ -1,9 +1,10 @@
-"""A decoder whose parameters are divided over the ranks of a gang by DeepSpeed's ZeRO-3: the only file to import that.
+"""A decoder whose parameters DeepSpeed's ZeRO-3 divides over the ranks of a gang.
 
-Every rank holds its share of each tensor. A block, the embedding or the head exists whole, on every rank, while it is
-held by somebody: it is gathered when it is asked for. Rank 0 asks, and all ranks do it in the same order (`q3q.team`).
+No other file imports DeepSpeed. Every rank holds its share of each tensor. A block, the embedding
+or the head is gathered on every rank when it is needed, and lives as long as it is referenced.
+Rank 0 decides, and all ranks gather in the same order (`q3q.team`).
 
-DeepSpeed's own way to gather is a module's hooks, which our staged forward does not pass; so blocks are gathered
+DeepSpeed gathers in a module's hooks, which our staged forward does not run; so blocks are gathered
 explicitly. Its other way to divide a model, AutoTP, crashes on CPUs and refuses Qwen3-MoE.
 
 Shapes: B windows, T tokens, H hidden, V vocabulary.
@@ -24,44 +25,48 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, ParameterList
 
-from q3q.models.attention import CAUSAL, Attention
+from q3q.models.attention import Attention
 from q3q.models.checkpoint import Checkpoint
-from q3q.models.decoder import Change, Decoder, Source, block_of, placed
+from q3q.models.decoder import Change, Decoder, Source, build_block, convert_weight
 from q3q.models.facts import ModelFacts
-from q3q.models.qwen3 import Qwen3Block, rms_norm
+from q3q.models.qwen3 import Qwen3Block
 from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight, numbers
-from q3q.team import Team, reaching_others
+from q3q.team import Team, translating_peer_errors
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _NUMBERS = count()
 
 
 def in_step(method: Method) -> Method:
-    """A method that all ranks must call at the same time: rank 0 has them do it, and gets its own result."""
+    """Decorate a method that all ranks must call at once: rank 0's call runs it on all of them."""
 
     @wraps(method)
     def call(self: "ShardedDecoder", *arguments: Any, **own: Any) -> Any:
         if not self.team.leads:
             return method(self, *arguments, **own)
-        return self.team.together(
-            _on_each, list(self.team.held), self.number, method.__name__, *arguments, **own
+        return self.team.run_on_all(
+            _on_each, list(self.team.models), self.number, method.__name__, *arguments, **own
         )
 
     return call  # type: ignore[return-value]
 
 
 def _on_each(
-    team: Team, known: Sequence[int], number: int, name: str, *arguments: Any, **own: Any
+    team: Team, numbers: Sequence[int], number: int, name: str, *arguments: Any, **own: Any
 ) -> Any:
-    """known: the models that rank 0 still has; the others' shares of any more are let go of."""
-    for gone in set(team.held).difference(known):
-        del team.held[gone]
-    return getattr(team.held[number], name)(*arguments, **own)
+    """Call a model's method, after freeing this rank's shares of models that rank 0 has freed.
+
+    Args:
+        numbers: rank 0's models.
+    """
+    for freed in set(team.models).difference(numbers):
+        del team.models[freed]
+    return getattr(team.models[number], name)(*arguments, **own)
 
 
 class ShardedBlocks:
-    """Blocks that exist while somebody holds them, each gathered from the ranks when it is asked for."""
+    """Blocks that are gathered from the ranks at each access, and not kept."""
 
     def __init__(self, model: "ShardedDecoder") -> None:
         self._model = model
@@ -80,7 +85,7 @@ class ShardedBlocks:
         self._model.exchange_block(range(len(self))[k], source=source)
 
     def adjust(self, change: Change) -> None:
-        """change: goes to other processes, so it must be one that can be pickled."""
+        """See `Blocks`. `change` goes to other processes, so pickle must support it."""
         self._model.adjust_blocks(change)
 
     def copy(self) -> "ShardedBlocks":
@@ -88,26 +93,23 @@ class ShardedBlocks:
 
 
 class ShardedDecoder(Decoder):
-    """One rank's share of a model. Same numbers as the resident model, bit for bit.
+    """One rank's share of a model, with the resident model's numbers, bit for bit.
 
-    Text runs block by block, each rank its part of the batches; rank 0 gets all results.
-
-    number: which of the team's models this is. activations: see `Decoder`.
+    Text runs block by block, each rank running a part of the batches; rank 0 gets all results.
     """
 
     def __init__(
         self, team: Team, number: int, facts: ModelFacts, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.team, self.number, self.facts = team, number, facts  # type: ignore[misc]
-        self.walk: Any = None  # of a rank that follows, while the model is quantized
+        self.walk: Any = None  # a follower's, while the model is quantized
         self.activations: int | None = None
         self._dtype, self._device = dtype, device
-        self._shares: dict[
-            tuple[str, int], dict[str, Parameter]
-        ] = {}  # of each block ("block", k), and of the ends
+        # By ("block", k), and (name of an end, 0).
+        self._shares: dict[tuple[str, int], dict[str, Parameter]] = {}
         self._changes: list[Change] = []
         self._head_VH: Tensor | None = None
-        team.held[number] = self
+        team.models[number] = self
 
     @property
     def device(self) -> torch.device:
@@ -127,18 +129,18 @@ class ShardedDecoder(Decoder):
 
     @property
     def embedding_VH(self) -> Tensor:  # type: ignore[override]
-        """All of it, gathered anew."""
+        """Return the complete embedding, gathered at each access."""
         embedding: Tensor = self.gather_end("embedding")
         return embedding
 
     @property
     def head_VH(self) -> Tensor:  # type: ignore[override]
-        """Gathered when it is first asked for, and kept until `rest`."""
+        """Return the head, gathered at the first access and kept until `release_head`."""
         if self._head_VH is None:
             self._head_VH = self.gather_end("head")
         return self._head_VH
 
-    def rest(self) -> None:
+    def release_head(self) -> None:
         self._head_VH = None
 
     def rows(self, end: str) -> Iterator[Tensor]:
@@ -147,26 +149,26 @@ class ShardedDecoder(Decoder):
     def exchange_ends(self, codes: Mapping[str, StoredWeight]) -> None:
         for end, code in codes.items():
             self.exchange_end(end, code=code)
-        self.rest()
+        self.release_head()
 
-    def embedded(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """One gathering for all, also for none: ranks that share batches out have different numbers of them."""
+    def embed_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Embed all batches after gathering once, also for no batches: all ranks must gather."""
         embedding_VH = self.embedding_VH
         for ids_BT in batches:
             yield embedding_VH[ids_BT.to(self.device)]
 
     def original_head(self) -> Tensor:
-        """The head as it was loaded, whatever is in its place now."""
+        """Return the head as it was loaded, even if it was replaced since."""
         head: Tensor = self.gather_end("original head")
         return head
 
-    def held_bytes(self) -> int:
-        """Bytes of parameters that this rank keeps."""
+    def parameter_bytes(self) -> int:
+        """Return the bytes of parameters that this rank keeps."""
         shares = [parameter for share in self._shares.values() for parameter in share.values()]
         return self._norm_H.nbytes + sum(parameter.ds_tensor.nbytes for parameter in shares)  # type: ignore[attr-defined]
 
     def copy(self) -> "ShardedDecoder":
-        """Shares what is not exchanged in either. To be asked for by rank 0, as long as it works alone."""
+        """Return a copy that shares all parameters until replaced; for rank 0, working alone."""
         copied: ShardedDecoder = self.make_copy(next(_NUMBERS))
         return copied
 
@@ -176,87 +178,62 @@ class ShardedDecoder(Decoder):
         attend: Callable[[int, int], Attention] | None = None,
         spool: Spool | None = None,
     ) -> Iterator[Tensor]:
-        """See `Decoder`. Where each row sees its own past alone, the batches are divided over the ranks."""
+        """See `Decoder`. The ranks divide the batches if each row sees its own past alone."""
         if not self.team.leads or attend is not None:
-            yield from self._run(batches, attend, spool)
+            yield from self._block_by_block(batches, attend, spool)
             return
-        with spool or Spool(self.activations) as found:
-            self.divide_states(list(batches), found=found)
-            yield from found
-
-    def _run(
-        self,
-        batches: Sequence[Tensor],
-        attend: Callable[[int, int], Attention] | None = None,
-        spool: Spool | None = None,
-    ) -> Iterator[Tensor]:
-        """All these batches here, block by block; as many gatherings as there are blocks, whatever the batches."""
-        self.rest()
-        rope = self.rope
-        with spool or Spool(self.activations) as hidden:
-            for x_BTH in self.embedded(batches):
-                hidden.append(x_BTH)
-            for k in range(self.facts.layers):
-                block = self.blocks[k]
-                for b in range(len(hidden)):
-                    hidden[b] = block(hidden[b], rope, CAUSAL if attend is None else attend(k, b))
-                del block
-            for x_BTH in hidden:
-                yield rms_norm(x_BTH, self._norm_H, self.facts.rms_norm_eps)
-
-    # ------------------------------------------------------------------------------------------ in step
+        with spool or Spool(self.activations) as results:
+            self.divide_states(list(batches), results=results)
+            yield from results
 
     @in_step
-    def divide_states(self, batches: Sequence[Tensor], found: Spool | None = None) -> None:
-        """Run each batch on one rank; rank 0 puts all results, in order, into `found`."""
-        shares = self.team.share([ids_BT.numel() for ids_BT in batches])
-        mine = self._run([batches[b] for b in shares[self.team.rank]])
-        first = next(mine, None)  # all blocks are gathered by now, also where no batch is mine
+    def divide_states(self, batches: Sequence[Tensor], results: Spool | None = None) -> None:
+        """Run each batch on one rank; rank 0 appends all results, in order, to `results`."""
+        shares = self.team.divide([ids_BT.numel() for ids_BT in batches])
+        own = self._block_by_block([batches[b] for b in shares[self.team.rank]])
+        first = next(own, None)  # gathers all blocks, even if this rank has no batch
         owners = {b: rank for rank, share in enumerate(shares) for b in share}
         for b in range(len(batches)):
             x_BTH = None
             if owners[b] == self.team.rank:
-                x_BTH, first = (next(mine) if first is None else first), None
-            x_BTH = self.team.sent(x_BTH, owners[b])
-            if found is not None:
-                found.append(x_BTH)
+                x_BTH, first = (next(own) if first is None else first), None
+            x_BTH = self.team.send(x_BTH, owners[b])
+            if results is not None:
+                results.append(x_BTH)
 
     @in_step
     def gather_block(self, k: int) -> Qwen3Block:
-        weights = _whole(self._shares["block", k])
-        block = block_of(self.facts, k, weights)
+        weights = _gathered(self._shares["block", k])
+        block = build_block(self.facts, k, weights)
         for change in self._changes:
             change(k, block)
         return block
 
     @in_step
     def gather_end(self, end: str) -> Tensor:
-        """The whole `embedding`, `head` or `original head`."""
+        """Return the complete `embedding`, `head` or `original head`."""
         if (end, 0) not in self._shares:
             end = end.removeprefix("original ")
-        return _whole(self._shares["embedding" if self.tied and end == "head" else end, 0])[
-            "weight"
-        ]
+        stored = "embedding" if self.tied and end == "head" else end
+        return _gathered(self._shares[stored, 0])["weight"]
 
     @in_step
     def exchange_block(self, k: int, source: Source | None = None) -> None:
-        """source: rank 0's, weights that are not as they were."""
+        """Replace the weights of a block that rank 0's `source` returns."""
         weights = source() if self.team.rank == 0 and source is not None else {}
         names = self.team.broadcast(list(weights))
         shapes = self.facts.block_shapes(k)
-        self._shares["block", k] |= {
-            name: self._share(shapes[name], weights.get(name)) for name in names
-        }
-        gc.collect()  # DeepSpeed's parameters hold themselves, so what was exchanged would stay for long
+        shares = {name: self._share(shapes[name], weights.get(name)) for name in names}
+        self._shares["block", k] |= shares
+        gc.collect()  # DeepSpeed's parameters refer to themselves; the old ones would stay
 
     @in_step
     def exchange_end(self, end: str, code: StoredWeight | None = None) -> None:
-        whole_VH = None if code is None else numbers(code, self._dtype, self._device)[0]
+        weight_VH = None if code is None else numbers(code, self._dtype, self._device)[0]
         if end == "head" or self.tied:
             self._shares.setdefault(("original head", 0), self._shares[end, 0])
-        self._shares[end, 0] = {
-            "weight": self._share((self.facts.vocab, self.facts.hidden), whole_VH)
-        }
+        share = self._share((self.facts.vocab, self.facts.hidden), weight_VH)
+        self._shares[end, 0] = {"weight": share}
 
     @in_step
     def adjust_blocks(self, change: Change) -> None:
@@ -267,33 +244,32 @@ class ShardedDecoder(Decoder):
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
         other.number, other._head_VH, other._changes = number, None, list(self._changes)  # type: ignore[misc]
-        other._shares = {place: dict(share) for place, share in self._shares.items()}
-        self.team.held[number] = other
+        other._shares = {key: dict(share) for key, share in self._shares.items()}
+        self.team.models[number] = other
         return other
 
     @in_step
     def load(self, checkpoint: Checkpoint | None = None) -> None:
-        """Tensor by tensor: rank 0 reads one, all take their shares of it, and it is gone."""
+        """Load tensor by tensor: rank 0 reads one, every rank keeps its share, and it is freed."""
         facts = self.facts
 
         def share(
             name: str, shape: Sequence[int], read: Callable[[Checkpoint], Tensor]
         ) -> Parameter:
-            whole = (
-                None
-                if checkpoint is None
-                else placed(read(checkpoint), name, self._dtype, self._device)
-            )
-            return self._share(shape, whole)
+            weight = None
+            if checkpoint is not None:
+                weight = convert_weight(read(checkpoint), name, self._dtype, self._device)
+            return self._share(shape, weight)
 
-        ends = {"embedding": Checkpoint.embedding} | (
-            {} if facts.tied else {"head": Checkpoint.head}
-        )
+        ends = {"embedding": Checkpoint.embedding}
+        if not facts.tied:
+            ends["head"] = Checkpoint.head
         for end, read in ends.items():
             self._shares[end, 0] = {"weight": share(end, (facts.vocab, facts.hidden), read)}
         norm_H = None
         if checkpoint is not None:
-            norm_H = placed(checkpoint.final_norm(), "final norm", self._dtype, self._device)
+            norm_H = checkpoint.final_norm()
+            norm_H = convert_weight(norm_H, "final norm", self._dtype, self._device)
         self._norm_H: Tensor = self.team.broadcast(norm_H)
         for k in range(facts.layers):
             self._shares["block", k] = {
@@ -301,19 +277,18 @@ class ShardedDecoder(Decoder):
                 for name, shape in facts.block_shapes(k).items()
             }
 
-    def _share(self, shape: Sequence[int], whole: Tensor | None) -> Parameter:
-        """This rank's part of a tensor that rank 0 has."""
+    def _share(self, shape: Sequence[int], weight: Tensor | None) -> Parameter:
+        """Return this rank's share of rank 0's weight."""
         import deepspeed
 
-        with _plain_tensors(), reaching_others():
+        with _plain_tensors(), translating_peer_errors():
             content = torch.empty(shape, dtype=self._dtype, device=self._device)
-            if whole is not None:
-                content.copy_(whole)
+            if weight is not None:
+                content.copy_(weight)
             holder = ParameterList([Parameter(content, requires_grad=False)])
             del content
-            deepspeed.zero.Init(
-                module=holder, mem_efficient_linear=False
-            )  # that would change torch's own `linear`
+            # mem_efficient_linear would replace torch's own `linear`.
+            deepspeed.zero.Init(module=holder, mem_efficient_linear=False)
             return holder[0]
 
 
@@ -324,17 +299,17 @@ def _weight(k: int, name: str, checkpoint: Checkpoint) -> Tensor:
 def load_sharded(
     checkpoint: Checkpoint, dtype: torch.dtype, team: Team, *, activations: int | None = None
 ) -> ShardedDecoder:
-    """Rank 0 reads the checkpoint; the other ranks need no file. At no time is the model whole anywhere.
+    """Load a model without ever holding it completely in one place.
 
-    To be asked for by rank 0, as long as it works alone.
+    Rank 0 calls this while it works alone, and reads the checkpoint; other ranks need no file.
 
     Args:
-        activations: bytes of hidden states that may be in memory between two blocks on each rank, None for all.
+        activations: bytes of each rank's hidden states in memory between two blocks; None for all.
 
     Raises:
-        NumericsError: a weight is not finite, as stored or in `dtype`; it is named.
+        NumericsError: the named weight is not finite, as stored or in `dtype`.
     """
-    model: ShardedDecoder = team.together(
+    model: ShardedDecoder = team.run_on_all(
         _begin, next(_NUMBERS), checkpoint.facts, dtype, activations
     )
     model.load(checkpoint=checkpoint)
@@ -344,8 +319,8 @@ def load_sharded(
 def _begin(
     team: Team, number: int, facts: ModelFacts, dtype: torch.dtype, activations: int | None
 ) -> ShardedDecoder:
-    if not team.held and team.rank == 0:
-        team.held = WeakValueDictionary()  # a copy that nobody has any more is not kept
+    if not team.models and team.rank == 0:
+        team.models = WeakValueDictionary()  # a copy is freed with its last reference
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _prepare(device)
     model = ShardedDecoder(team, number, facts, dtype, device)
@@ -354,7 +329,7 @@ def _begin(
 
 
 def _prepare(device: torch.device) -> None:
-    """Let DeepSpeed use the group that there is, without its own kernels, whose building takes a compiler."""
+    """Let DeepSpeed use torch's process group, without its own kernels, which need a compiler."""
     os.environ.setdefault("LOCAL_RANK", "0")  # each rank sees one GPU
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -367,20 +342,18 @@ def _prepare(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def _whole(share: Mapping[str, Parameter]) -> dict[str, Tensor]:
-    """The whole tensors, which live as long as somebody holds them; the ranks keep their shares alone."""
+def _gathered(share: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    """Return the complete tensors; the ranks themselves keep their shares alone."""
     import deepspeed
 
-    with _plain_tensors(), reaching_others(), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # of torch, about the name of what DeepSpeed calls there
+    with _plain_tensors(), translating_peer_errors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls a renamed torch function
         with deepspeed.zero.GatheredParameters(list(share.values())):
             return {name: parameter.data for name, parameter in share.items()}
 
 
 @contextmanager
 def _plain_tensors() -> Iterator[None]:
-    """DeepSpeed exchanges what parameters hold, which torch allows for no tensor that inference mode made."""
+    """Leave inference mode: DeepSpeed swaps parameters' data, which inference tensors forbid."""
     with torch.inference_mode(False), torch.no_grad():
         yield

@@ -1,10 +1,12 @@
-"""A list of tensors of which only so many bytes are in memory; the others lie on disk.
+"""A list of tensors with a limit on the bytes in memory; the rest lies on disk.
 
-What runs over all calibration or evaluation tokens block by block keeps their activations here between two blocks.
+A run over all calibration or evaluation tokens keeps its activations here between two blocks.
 """
 
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +19,7 @@ from q3q.errors import Q3QError
 
 @dataclass(frozen=True)
 class _Spilled:
-    """What a file of raw bytes was."""
+    """A tensor whose raw bytes are in a file."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -25,14 +27,14 @@ class _Spilled:
 
 
 class Spool:
-    """Tensors by number, each as it was put in, bit for bit and on its device. Also a context manager: `close`.
+    """Tensors by index, each returned bit for bit and on its device; a context manager.
 
-    The first ones stay in memory. They are gone through in order, again and again: what was used longest ago is what
-    is needed next, and keeping the latest instead would read every one of them from disk.
+    The first tensors stay in memory. Readers go through all of them in order, again and again, so
+    the least recently used is needed next; keeping the latest instead would read all from disk.
 
     Args:
-        memory: bytes that may be in memory at one time; None for all, and no file is ever made.
-        folder: where the folder with the files is made; the system's place for temporary files if None.
+        memory: bytes that may be in memory at one time; None for no limit and no files.
+        folder: where to create the folder of files; the system's temporary folder if None.
 
     Raises:
         Q3QError: the disk is full, or a file cannot be read back. The folder is named.
@@ -41,10 +43,8 @@ class Spool:
     def __init__(self, memory: int | None = None, folder: Path | None = None) -> None:
         self._memory, self._parent = memory, folder
         self._items: list[Tensor | _Spilled] = []
-        self._held = 0  # bytes in memory
-        self._folder: tempfile.TemporaryDirectory[str] | None = (
-            None  # removes itself when nobody holds it any more
-        )
+        self._in_memory = 0  # bytes
+        self._folder: Path | None = None  # removed when the spool is garbage-collected
 
     def __len__(self) -> int:
         return len(self._items)
@@ -58,27 +58,31 @@ class Spool:
 
     def __setitem__(self, i: int, tensor: Tensor) -> None:
         i = range(len(self))[i]
-        self._forget(i)
+        item = self._items[i]
+        self._in_memory -= item.nbytes if isinstance(item, Tensor) else 0
         self._items[i] = self._keep(i, tensor)
 
     def append(self, tensor: Tensor) -> None:
         self._items.append(self._keep(len(self), tensor))
 
+    def extend(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self.append(tensor)
+
     def __reduce__(self) -> "tuple[Callable[..., Spool], tuple[int | None, list[Tensor]]]":
-        """A copy for another process has files of its own there. While it is made, and read, all is in memory."""
-        return _filled, (self._memory, list(self))
+        """Pickle all tensors at once, in memory; the copy has files of its own."""
+        return _spool_of, (self._memory, list(self))
 
     def take(self, other: "Spool") -> None:
-        """Append what another one holds, one by one; it is left empty."""
-        for tensor in other:
-            self.append(tensor)
+        """Append another spool's tensors one by one, and leave it empty."""
+        self.extend(other)
         other.close()
 
     def close(self) -> None:
-        """Let go of all tensors, and remove the files."""
-        self._items, self._held = [], 0
+        """Drop all tensors and remove the files."""
+        self._items, self._in_memory = [], 0
         if self._folder is not None:
-            self._folder.cleanup()
+            shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
     def __enter__(self) -> "Spool":
@@ -94,55 +98,48 @@ class Spool:
 
     @property
     def spilled(self) -> int:
-        """How many lie on disk."""
+        """Return the number of tensors on disk."""
         return sum(isinstance(item, _Spilled) for item in self._items)
 
     def _keep(self, i: int, tensor: Tensor) -> Tensor | _Spilled:
-        if self._memory is not None and self._held + tensor.nbytes > self._memory:
+        if self._memory is not None and self._in_memory + tensor.nbytes > self._memory:
             return self._write(i, tensor)
-        self._held += tensor.nbytes
-        # A view would keep all of the tensor that it is a part of.
+        self._in_memory += tensor.nbytes
+        # A view would keep the whole tensor that it is a part of.
         return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-    def _forget(self, i: int) -> None:
-        item = self._items[i]
-        if isinstance(item, Tensor):
-            self._held -= item.nbytes
 
     def _file(self, i: int) -> Path:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="q3q_spool_", dir=self._parent)
-        return Path(self._folder.name) / str(i)
+            self._folder = Path(tempfile.mkdtemp(prefix="q3q_spool_", dir=self._parent))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        return self._folder / str(i)
 
     def _write(self, i: int, tensor: Tensor) -> _Spilled:
         content = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         try:
             self._file(i).write_bytes(content.data)
         except OSError as error:
+            folder = self._file(i).parent
             raise Q3QError(
-                f"activations cannot be written to {self._file(i).parent}: {error.strerror}"
+                f"activations cannot be written to {folder}: {error.strerror}"
             ) from error
         return _Spilled(tensor.shape, tensor.dtype, tensor.device)
 
-    def _read(self, i: int, what: _Spilled) -> Tensor:
-        tensor = torch.empty(what.shape, dtype=what.dtype)
+    def _read(self, i: int, spilled: _Spilled) -> Tensor:
+        tensor = torch.empty(spilled.shape, dtype=spilled.dtype)
         content = tensor.view(-1).view(torch.uint8).numpy().data
+        failure = f"activations cannot be read from {self._file(i)}"
         try:
             with self._file(i).open("rb") as file:
                 count = file.readinto(content)
         except OSError as error:
-            raise Q3QError(
-                f"activations cannot be read from {self._file(i)}: {error.strerror}"
-            ) from error
+            raise Q3QError(f"{failure}: {error.strerror}") from error
         if count != len(content):
-            raise Q3QError(
-                f"activations cannot be read from {self._file(i)}: {count} bytes instead of {len(content)}"
-            )
-        return tensor.to(what.device)
+            raise Q3QError(f"{failure}: {count} bytes instead of {len(content)}")
+        return tensor.to(spilled.device)
 
 
-def _filled(memory: int | None, tensors: Sequence[Tensor]) -> Spool:
+def _spool_of(memory: int | None, tensors: Iterable[Tensor]) -> Spool:
     spool = Spool(memory)
-    for tensor in tensors:
-        spool.append(tensor)
+    spool.extend(tensors)
     return spool

@@ -1,4 +1,4 @@
-"""A decoder whose blocks are read from the checkpoint when they are asked for, and not kept: any size fits.
+"""A decoder that reads its blocks when they are needed, and keeps none: any size fits.
 
 Shapes: B windows, T tokens, H hidden, V vocabulary.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from q3q.models import heap
 from q3q.models.checkpoint import Checkpoint
-from q3q.models.decoder import VOCABULARY_ROWS, Change, Decoder, Source, load_block, placed
+from q3q.models.decoder import VOCABULARY_ROWS, Change, Decoder, Source, convert_weight, load_block
 from q3q.models.qwen3 import Qwen3Block
 from q3q.numerics.weights import StoredWeight, numbers
 
@@ -20,15 +20,17 @@ _ON_DISK = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
 
 
 class StreamedBlocks:
-    """Blocks that exist while somebody holds them. With the k-th, a thread starts to read the one after it.
+    """Blocks that are read at each access, and not kept.
 
-    A block that was exchanged is made of what its source gives, and of the checkpoint for the rest.
+    An access of the k-th block also starts a thread that reads the next one. An exchanged block
+    takes its source's weights, and the checkpoint's for the rest.
 
     Args:
-        ahead: whether to read ahead: the disk is then read while the processor works, and memory holds one block more.
+        ahead: read ahead, so that the disk works while the processor does; holds one block more.
 
     Raises:
-        CheckpointError: a file cannot be read, or ends too early. NumericsError: a weight is not finite.
+        CheckpointError: a file cannot be read, or ends too early.
+        NumericsError: a weight is not finite.
     """
 
     def __init__(
@@ -82,24 +84,25 @@ class StreamedBlocks:
     def _read(self, k: int, source: Source | None) -> Qwen3Block:
         heap.return_holes()
         with torch.inference_mode():  # a thread does not inherit it
-            return load_block(
-                self._checkpoint, k, self._dtype, self._device, None if source is None else source()
-            )
+            changed = None if source is None else source()
+            return load_block(self._checkpoint, k, self._dtype, self._device, changed)
 
     @staticmethod
     def _drop(reading: "Future[Qwen3Block]") -> None:
-        """Not before it has ended: two reads at a time would be one block too many."""
+        """Cancel a read, or wait for its end: two reads at a time would hold one block too many."""
         if not reading.cancel():
             reading.exception()
 
 
 class StreamedDecoder(Decoder):
-    """Of the model only the final norm stays in memory. The embedding is read by rows, and the head when it is wanted.
+    """A model of which only the final norm stays in memory.
 
-    Same numbers as the resident model, bit for bit.
+    The embedding is read by rows, the head when it is needed. The numbers are the resident model's,
+    bit for bit.
 
     Args:
-        activations: see `Decoder`. ahead: see `StreamedBlocks`.
+        activations: see `Decoder`.
+        ahead: see `StreamedBlocks`.
     """
 
     def __init__(
@@ -114,24 +117,27 @@ class StreamedDecoder(Decoder):
         heap.return_large()
         self.facts, self.activations = checkpoint.facts, activations
         self.blocks = StreamedBlocks(checkpoint, dtype, device, ahead=ahead)
-        self.norm_H = placed(checkpoint.final_norm(), "final norm", dtype, device)
+        self.norm_H = convert_weight(checkpoint.final_norm(), "final norm", dtype, device)
         self._checkpoint, self._dtype = checkpoint, dtype
-        self._codes: dict[str, StoredWeight] = {}  # of ends that were exchanged
+        self._codes: dict[str, StoredWeight] = {}  # of exchanged ends
         self._head_VH: Tensor | None = None
         self._last_head: Callable[[], Tensor | None] = lambda: None
 
     @property
     def embedding_VH(self) -> Tensor:  # type: ignore[override]
-        """All of it, read anew unless it is the head."""
-        return self.head_VH if self.facts.tied else self._whole("embedding")
+        """Return the complete embedding, read at each access unless it is the head."""
+        return self.head_VH if self.facts.tied else self._read_end("embedding")
 
     @property
     def head_VH(self) -> Tensor:  # type: ignore[override]
-        """Read when it is first asked for, and kept until `rest`; after that not again while somebody else has it."""
+        """Return the head, read at the first access and kept until `release_head`.
+
+        It is not read again while something else still refers to it.
+        """
         if self._head_VH is None:
             self._head_VH = self._last_head()
         if self._head_VH is None:
-            self._head_VH = self._whole(self._origin("head"))
+            self._head_VH = self._read_end(self._origin("head"))
             self._last_head = weakref.ref(self._head_VH)
         return self._head_VH
 
@@ -139,7 +145,7 @@ class StreamedDecoder(Decoder):
     def tied(self) -> bool:
         return self.facts.tied
 
-    def rest(self) -> None:
+    def release_head(self) -> None:
         self._head_VH = None
 
     def exchange_ends(self, codes: Mapping[str, StoredWeight]) -> None:
@@ -147,12 +153,9 @@ class StreamedDecoder(Decoder):
         self._head_VH, self._last_head = None, lambda: None
 
     def original_head(self) -> Tensor:
-        """The head as the checkpoint has it, whatever is in its place now."""
-        return (
-            self.head_VH
-            if self._origin("head") not in self._codes
-            else self._whole(self._origin("head"), {})
-        )
+        """Return the checkpoint's head, even if it was exchanged since."""
+        end = self._origin("head")
+        return self._read_end(end, {}) if end in self._codes else self.head_VH
 
     def rows(self, end: str) -> Iterator[Tensor]:
         end = self._origin(end)
@@ -162,54 +165,43 @@ class StreamedDecoder(Decoder):
         )
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        wanted_U, place_BT = ids_BT.cpu().unique(return_inverse=True)
+        ids_U, index_BT = ids_BT.cpu().unique(return_inverse=True)
         if "embedding" in self._codes:
+            starts = range(0, self.facts.vocab, VOCABULARY_ROWS)
             rows_UH = torch.cat(
                 [
-                    part_RH[
-                        wanted_U[(wanted_U >= start) & (wanted_U < start + len(part_RH))] - start
-                    ]
-                    for start, part_RH in zip(
-                        range(0, self.facts.vocab, VOCABULARY_ROWS),
-                        self.rows("embedding"),
-                        strict=True,
-                    )
+                    part_RH[ids_U[(ids_U >= start) & (ids_U < start + len(part_RH))] - start]
+                    for start, part_RH in zip(starts, self.rows("embedding"), strict=True)
                 ]
             )
         else:
-            rows_UH = torch.cat(
-                [self._checkpoint.rows(_ON_DISK["embedding"], i, 1) for i in wanted_U.tolist()]
-            )
-            rows_UH = placed(rows_UH, "embedding", self._dtype, self.device)
-        return rows_UH[place_BT.to(self.device)]
+            name = _ON_DISK["embedding"]
+            rows_UH = torch.cat([self._checkpoint.rows(name, i, 1) for i in ids_U.tolist()])
+            rows_UH = convert_weight(rows_UH, "embedding", self._dtype, self.device)
+        return rows_UH[index_BT.to(self.device)]
 
     def copy(self) -> "StreamedDecoder":
         assert isinstance(self.blocks, StreamedBlocks)
         other = object.__new__(type(self))
-        other.__dict__ |= {
-            **self.__dict__,
-            "blocks": self.blocks.copy(),
-            "_codes": dict(self._codes),
-        }
+        other.__dict__ |= self.__dict__
+        other.blocks, other._codes = self.blocks.copy(), dict(self._codes)
         return other
 
     def _origin(self, end: str) -> str:
-        """Under which name an end is stored: tied, the head is the embedding."""
+        """Return the name under which an end is stored: a tied head is the embedding."""
         return "embedding" if self.facts.tied else end
 
-    def _whole(self, end: str, codes: Mapping[str, StoredWeight] | None = None) -> Tensor:
+    def _read_end(self, end: str, codes: Mapping[str, StoredWeight] | None = None) -> Tensor:
         codes = self._codes if codes is None else codes
-        whole_VH = torch.empty(
-            self.facts.vocab, self.facts.hidden, dtype=self._dtype, device=self.device
-        )
+        shape = self.facts.vocab, self.facts.hidden
+        end_VH = torch.empty(shape, dtype=self._dtype, device=self.device)
         for start in range(0, self.facts.vocab, VOCABULARY_ROWS):
-            whole_VH[start : start + VOCABULARY_ROWS] = self._rows(end, start, codes)
-        return whole_VH
+            end_VH[start : start + VOCABULARY_ROWS] = self._rows(end, start, codes)
+        return end_VH
 
     def _rows(self, end: str, start: int, codes: Mapping[str, StoredWeight]) -> Tensor:
         count = min(VOCABULARY_ROWS, self.facts.vocab - start)
         if end in codes:
             return numbers(codes[end].rows(start, start + count), self._dtype, self.device)[0]
-        return placed(
-            self._checkpoint.rows(_ON_DISK[end], start, count), end, self._dtype, self.device
-        )
+        rows_RH = self._checkpoint.rows(_ON_DISK[end], start, count)
+        return convert_weight(rows_RH, end, self._dtype, self.device)

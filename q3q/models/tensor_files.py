@@ -1,4 +1,4 @@
-"""Safetensors files: their headers without torch, their tensors one at a time, and writing more than memory holds."""
+"""Safetensors files: read headers without torch and tensors one by one; write in pieces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
-# Bytes of one element, by the name safetensors gives its type.
+# Bytes of one element, by safetensors' name of its type.
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -42,16 +42,20 @@ _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
 @dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies, and what its shard's header says about it. start: of its bytes in the file."""
+class StoredTensor:
+    """A tensor in a shard, as the shard's header describes it."""
 
     shard: Path
     dtype: str
     shape: Shape
-    start: int
+    start: int  # position of its first byte in the file
 
     def read(self, first: int = 0, count: int | None = None) -> Tensor:
-        """Its numbers in memory of their own; of `count` entries along the first axis, from number `first` on.
+        """Read the tensor into memory of its own.
+
+        Args:
+            first: index of the first entry to read along the first axis.
+            count: number of entries to read; None for all.
 
         Raises:
             CheckpointError: the file cannot be read, or ends too early.
@@ -60,20 +64,19 @@ class Stored:
 
         shape = self.shape if count is None else (count, *self.shape[1:])
         tensor = torch.empty(shape, dtype=getattr(torch, _TORCH_DTYPES[self.dtype]))
-        place = self.start + first * math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
-        wanted = (
-            tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-        )
+        position = self.start + first * math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
+        flat = tensor.view(-1)
+        buffer = flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
         try:
             with self.shard.open("rb", buffering=0) as file:
                 done = 0
-                while done < len(wanted):
-                    got = os.preadv(file.fileno(), [wanted[done:]], place + done)
-                    if not got:
+                while done < len(buffer):
+                    chunk = os.preadv(file.fileno(), [buffer[done:]], position + done)
+                    if not chunk:
                         raise CheckpointError(
                             f"{self.shard} is damaged: it ends too early. Download or copy it again"
                         )
-                    done += got
+                    done += chunk
         except OSError as error:
             raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
         return tensor
@@ -81,18 +84,18 @@ class Stored:
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor to be written that does not exist as a whole: its parts along the first axis, one after the other."""
+    """A tensor to write that never exists completely, as its parts along the first axis."""
 
     shape: Shape
     dtype: torch.dtype
     parts: Iterator[Tensor]
 
 
-def encoded(
+def encode_tensors(
     tensors: Mapping[str, Tensor | Rows], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes]:
-    """The content of a safetensors file, piece by piece. Wide numbers come first, so that all are aligned."""
-    names = {getattr_name: name for name, getattr_name in _TORCH_DTYPES.items()}
+    """Yield a safetensors file's content in pieces, wide dtypes first to align all tensors."""
+    names = {torch_name: name for name, torch_name in _TORCH_DTYPES.items()}
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     begin = 0
@@ -112,29 +115,35 @@ def encoded(
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    """Not a copy where the tensor is in memory and contiguous."""
+    """Return the tensor's bytes, without a copy if it is in main memory and contiguous."""
     import torch
 
     if not tensor.numel():
         return b""
     view: memoryview = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-    return view  # type: ignore[return-value]  # a buffer, which is all that a file and a hash ask for
+    return view  # type: ignore[return-value]  # a buffer is enough for files and hashes
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, in memory of their own.
+    """Read all tensors of a file into memory.
 
     Raises:
-        CheckpointError: it is damaged, or cannot be read.
+        CheckpointError: the file is damaged, or cannot be read.
     """
     return {name: stored.read() for name, stored in read_header(path).items()}
 
 
-def read_header(shard: Path) -> dict[str, Stored]:
-    """A safetensors header: 8 bytes of length, JSON, then data without gaps, to the last byte of the file."""
+def read_header(shard: Path) -> dict[str, StoredTensor]:
+    """Read a safetensors header: 8 bytes of length, then JSON.
 
-    def damaged(how: str) -> CheckpointError:
-        return CheckpointError(f"{shard} is damaged: {how}. Download or copy it again")
+    The data follows without gaps, to the last byte of the file.
+
+    Raises:
+        CheckpointError: the file is damaged, or cannot be read.
+    """
+
+    def damaged(reason: str) -> CheckpointError:
+        return CheckpointError(f"{shard} is damaged: {reason}. Download or copy it again")
 
     try:
         size = shard.stat().st_size
@@ -164,15 +173,15 @@ def read_header(shard: Path) -> dict[str, Stored]:
                 and all(type(n) is int and n >= 0 for n in shape)
                 and end - begin == math.prod(shape) * _ITEM_BYTES[dtype]
             ):
-                stored[name] = Stored(shard, dtype, tuple(shape), 8 + length + begin)
+                stored[name] = StoredTensor(shard, dtype, tuple(shape), 8 + length + begin)
                 spans.append((begin, end))
             case _:
                 raise damaged(f"its header's entry for {name!r} makes no sense")
-    reached = 0
+    position = 0
     for begin, end in sorted(spans):
-        if begin != reached:
+        if begin != position:
             raise damaged("its header's tensors overlap or leave gaps")
-        reached = end
-    if 8 + length + reached != size:
-        raise damaged(f"it has {size} bytes, its header says {8 + length + reached}")
+        position = end
+    if 8 + length + position != size:
+        raise damaged(f"it has {size} bytes, its header says {8 + length + position}")
     return stored

@@ -1,4 +1,4 @@
-"""Linear algebra of the Hessian: its accumulation, damping and factors, batched over experts.
+"""The Hessian's accumulation, damping and factors, batched over experts.
 
 Shapes: E experts (1 in a dense block), T tokens, I channels, O out features.
 """
@@ -8,57 +8,58 @@ from torch import Tensor
 
 from q3q.errors import NumericsError
 
-# When a factorization fails, damping is raised tenfold this often, and the record says so.
+# How often damping is raised tenfold when a factorization fails; the record notes it.
 DAMPING_RAISES = 2
 # Triangular matrices up to this size are inverted by substitution, larger ones by halves.
 TRIANGULAR_LEAF = 128
-# Symmetric matrices are computed in panels of rows, each from its diagonal on: with four, 5/8 of the product's work.
+# Panels of rows, each from its diagonal on, of a symmetric product: four take 5/8 of its work.
 PANELS, NARROWEST_PANEL = 4, 128
-# Numbers at each end of a matrix that change places at a time; bounds memory, changes nothing.
+# Numbers at each end of a matrix that are swapped at a time; bounds memory, changes nothing.
 REVERSED_AT_ONCE = 1 << 20
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether every number is. One that is none makes the extremes none; `isfinite` takes 15 to 30 times as long, and
-    makes a copy and two masks."""
+    """Return True if all entries are finite.
+
+    aminmax propagates NaN and infinity; `isfinite` takes 15 to 30 times as long and makes copies.
+    """
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def add_gram(upper_II: Tensor, tokens_TI: Tensor, *, fresh: bool = False) -> None:
-    """Add x x^T of each token to the upper triangle (and some of the lower one); `mirror` makes the matrix whole.
+    """Add each token's x x^T to the upper triangle; `mirror` completes the matrix.
 
-    fresh: what the matrix holds is not to be added to but overwritten.
+    fresh: overwrite the matrix instead of adding to it.
     """
     for start, stop in _panels(len(upper_II)):
-        upper_II[start:stop, start:].addmm_(
-            tokens_TI[:, start:stop].T, tokens_TI[:, start:], beta=0 if fresh else 1
-        )
+        factors = tokens_TI[:, start:stop].T, tokens_TI[:, start:]
+        upper_II[start:stop, start:].addmm_(*factors, beta=0 if fresh else 1)
 
 
 def add_upper(total_EII: Tensor, upper_EII: Tensor) -> None:
-    """Add a sum of `add_gram`'s to another, where it has been written."""
+    """Add one sum of `add_gram` to another, where `add_gram` has written."""
     for start, stop in _panels(total_EII.shape[-1]):
         total_EII[:, start:stop, start:] += upper_EII[:, start:stop, start:]
 
 
 def mirror(upper_EII: Tensor) -> None:
-    """Overwrite what lies below `add_gram`'s panels with what lies above them."""
+    """Complete a symmetric matrix: copy the entries above `add_gram`'s panels to below them."""
     for start, stop in _panels(upper_EII.shape[-1]):
         upper_EII[:, stop:, start:stop] = upper_EII[:, start:stop, stop:].mT
-        # Inside a panel both triangles were summed, by kernels that need not agree in the last bit.
+        # A panel's square has both triangles; their sums may differ in the last bit.
         square = upper_EII[:, start:stop, start:stop]
         square.copy_(square.triu() + square.triu(1).mT)
 
 
 def quadratic_form_E(weight_EOI: Tensor, symmetric_EII: Tensor) -> Tensor:
-    """trace(W S W^T) of each expert: the squared norm of its outputs if S is the sum of x x^T [E]."""
+    """Compute each expert's trace(W S W^T) [E]: outputs' squared norm if S = sum x x^T."""
     sums = []
     for weight_OI, symmetric_II in zip(weight_EOI, symmetric_EII, strict=True):
         total = weight_OI.new_zeros(())
         for start, stop in _panels(weight_OI.shape[1]):
-            within = weight_OI[:, start:stop] @ symmetric_II[start:stop, start:]
-            within[:, stop - start :] *= 2
-            total = total + (within * weight_OI[:, start:]).sum()
+            product = weight_OI[:, start:stop] @ symmetric_II[start:stop, start:]
+            product[:, stop - start :] *= 2
+            total = total + (product * weight_OI[:, start:]).sum()
         sums.append(total)
     return torch.stack(sums)
 
@@ -69,59 +70,57 @@ def _panels(columns: int) -> list[tuple[int, int]]:
 
 
 def invert_upper_triangular(upper_EII: Tensor) -> None:
-    """In place, by halves: [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]], so that most of it is products."""
+    """Invert in place by halves, so that most of the work is products.
+
+    [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]].
+    """
     columns = upper_EII.shape[-1]
     if columns <= TRIANGULAR_LEAF:
-        identity = torch.eye(columns, dtype=upper_EII.dtype, device=upper_EII.device).expand_as(
-            upper_EII
-        )
+        identity = torch.eye(columns, dtype=upper_EII.dtype, device=upper_EII.device)
+        identity = identity.expand_as(upper_EII)
         upper_EII.copy_(torch.linalg.solve_triangular(upper_EII, identity, upper=True))
         return
-    half = columns // 2
-    first, last = slice(0, half), slice(half, columns)
+    first, last = slice(0, columns // 2), slice(columns // 2, columns)
     invert_upper_triangular(upper_EII[:, first, first])
     invert_upper_triangular(upper_EII[:, last, last])
     corner_EII = upper_EII[:, first, last]
-    corner_EII.copy_(
-        upper_EII[:, first, first] @ corner_EII
-    )  # one product at a time: a quarter of the matrix
+    # One product at a time: each needs a quarter of the matrix besides.
+    corner_EII.copy_(upper_EII[:, first, first] @ corner_EII)
     corner_EII.copy_(corner_EII @ upper_EII[:, last, last]).neg_()
 
 
 def reverse(matrix_EII: Tensor) -> None:
-    """Reverse rows and columns of contiguous matrices in place: as one run of numbers, each is read backwards."""
-    flat_EN = matrix_EII.view(len(matrix_EII), -1)
-    half = flat_EN.shape[1] // 2
-    for start in range(0, half, REVERSED_AT_ONCE):
-        stop = min(start + REVERSED_AT_ONCE, half)
-        front, back = (
-            flat_EN[:, start:stop],
-            flat_EN[:, flat_EN.shape[1] - stop : flat_EN.shape[1] - start],
-        )
-        kept = front.flip(1)
+    """Reverse the rows and the columns of contiguous matrices in place."""
+    flat_EN = matrix_EII.view(len(matrix_EII), -1)  # both reversals reverse this one run of numbers
+    count = flat_EN.shape[1]
+    for start in range(0, count // 2, REVERSED_AT_ONCE):
+        stop = min(start + REVERSED_AT_ONCE, count // 2)
+        front, back = flat_EN[:, start:stop], flat_EN[:, count - stop : count - start]
+        reversed_front = front.flip(1)
         front.copy_(back.flip(1))
-        back.copy_(kept)
+        back.copy_(reversed_front)
 
 
 def inverse_upper_cholesky(hessian_EII: Tensor) -> tuple[Tensor, Tensor]:
-    """Upper triangular U with H^-1 = U^T U, in the place of H, and which of the batch could not be factored (bool [E]).
+    """Overwrite H with the upper triangular U for which H^-1 = U^T U.
 
-    GPTQ's official code factors, inverts and factors again. H = R R^T with R upper is the Cholesky factorization of H
-    with rows and columns reversed, and U = R^-1: the same matrix for one factorization and one triangular inverse, and
-    all of it in the memory of H, which at 9728 columns is 0.4 GB.
+    GPTQ's official code factors, inverts and factors again. H = R R^T with R upper is the Cholesky
+    factorization of H with rows and columns reversed, and U = R^-1: the same matrix for one
+    factorization and one triangular inverse, all in the memory of H (0.4 GB at 9728 columns).
 
     Args:
         hessian_EII: symmetric and contiguous. Overwritten.
+
+    Returns:
+        U, and which of the batch could not be factored (bool [E]).
     """
     reverse(hessian_EII)
     info_E = torch.empty(len(hessian_EII), dtype=torch.int32, device=hessian_EII.device)
-    # LAPACK's matrices lie column by column: the upper factor that it writes is, row by row, the lower one.
+    # LAPACK stores matrices by columns: the upper factor that it writes is the lower one by rows.
     torch.linalg.cholesky_ex(hessian_EII.mT, upper=True, out=(hessian_EII.mT, info_E))
     reverse(hessian_EII)
     invert_upper_triangular(hessian_EII)
-    finite_E = torch.tensor(
-        [all_finite(factor_II) for factor_II in hessian_EII], device=hessian_EII.device
-    )
+    finite_E = torch.tensor(list(map(all_finite, hessian_EII)), device=hessian_EII.device)
     return hessian_EII, (info_E != 0) | ~finite_E
 
 
@@ -133,13 +132,13 @@ def damped_factor(
     Args:
         hessian_EII: symmetric, float32, no zero on the diagonal.
         damping: share of the mean diagonal that is added to the diagonal, 0.01 in GPTQ.
-        overwrite: put the factor in the place of the Hessian, which is not modified otherwise.
+        overwrite: write the factor to the Hessian's memory; otherwise the Hessian is not modified.
 
     Returns:
-        The factor, and the damping that each matrix of the batch needed [E].
+        The factor, and the damping that each matrix needed [E].
 
     Raises:
-        NumericsError: a matrix cannot be factored even with damping raised tenfold `DAMPING_RAISES` times.
+        NumericsError: a matrix cannot be factored after `DAMPING_RAISES` tenfold raises of damping.
     """
     if not all_finite(hessian_EII):
         raise NumericsError(

@@ -1,4 +1,4 @@
-"""A quantized block, and the sink that the walk hands it to."""
+"""A quantized block, and the interface through which the walk stores and reloads it."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -6,17 +6,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from q3q.errors import IntegrityError
 from q3q.models.qwen3 import Qwen3Block
-from q3q.numerics.weights import (
-    StoredWeight,
-    numbers,
-)
+from q3q.numerics.weights import StoredWeight, numbers
 from q3q.record import SiteError
 
 
 @dataclass
 class QuantizedBlock:
-    """What quantizing one block gave: codes by weight name, exchanged weights that stay numbers (norms), and facts."""
+    """The result of quantizing one block.
+
+    quantized: codes by weight name
+    changed: weights that changed and are not quantized (norms that took over a scale)
+    errors, notes: for the record
+    """
 
     index: int
     quantized: dict[str, StoredWeight]
@@ -25,28 +28,45 @@ class QuantizedBlock:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def weights_for(self, block: Qwen3Block) -> dict[str, Tensor]:
-        """The block's exchanged weights as numbers in its own dtype and shapes."""
+        """Return `numbers` in the dtype and on the device of a block."""
         norm = block.weights["input_layernorm.weight"]
         return self.numbers(norm.dtype, norm.device)
 
     def numbers(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
-        """The exchanged weights as numbers, shaped as a block's: experts stacked, others plain matrices."""
+        """Return all new weights, dequantized, in a block's shapes: experts stacked, else 2-D."""
         weights = {name: weight.to(device, dtype) for name, weight in self.changed.items()}
         for name, quantized in self.quantized.items():
             weight_EOI = numbers(quantized, dtype, device)
             weights[name] = weight_EOI if ".experts." in name else weight_EOI[0]
         return weights
 
-    def parked(self) -> "QuantizedBlock":
-        """The same in main memory, so that a whole model's codes do not fill a GPU."""
+    def on_cpu(self) -> "QuantizedBlock":
+        """Return it in main memory, so that a whole model's codes do not fill a GPU."""
         quantized = {name: weight.to("cpu") for name, weight in self.quantized.items()}
         changed = {name: weight.cpu() for name, weight in self.changed.items()}
         return replace(self, quantized=quantized, changed=changed)
 
 
 class BlockSink(Protocol):
-    """Where quantized blocks go, and come from: when a killed trial goes on, and when a streamed model needs one."""
+    """A store of quantized blocks.
+
+    A killed trial resumes from it, and a streamed model reads its quantized blocks from it.
+    """
 
     def load(self, index: int) -> QuantizedBlock | None: ...
 
     def store(self, block: QuantizedBlock) -> None: ...
+
+
+def stored_numbers(sink: BlockSink | None, index: int, like: Tensor) -> dict[str, Tensor]:
+    """Return a stored block's new weights in the dtype and on the device of `like`.
+
+    Raises:
+        IntegrityError: the sink does not have the block any more.
+    """
+    block = None if sink is None else sink.load(index)
+    if block is None:
+        raise IntegrityError(
+            f"block {index}, which was quantized and stored, is not there whole any more"
+        )
+    return block.numbers(like.dtype, like.device)

@@ -1,4 +1,4 @@
-"""Take down of each quantized block what the record needs: errors, notes and sizes."""
+"""The record's facts about quantized blocks: errors, notes and sizes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,20 +8,19 @@ from q3q.errors import IntegrityError
 from q3q.models.checkpoint import Checkpoint
 from q3q.numerics.weights import StoredWeight
 from q3q.quantize.block import QuantizedBlock
-from q3q.quantize.blocks import BlockStore
+from q3q.quantize.block_store import BlockStore
 from q3q.record import SiteError
 from q3q.spec import Json
 
-UNQUANTIZED_BITS = (
-    16  # embeddings, norms and the router stay in 16 bits, as the released checkpoints store them
-)
+# Of embeddings, norms and the router, as the released checkpoints store them.
+UNQUANTIZED_BITS = 16
 
 
 @dataclass
 class Ledger:
-    """What a record needs of the quantized blocks, taken down one by one: they are too large to be kept.
+    """The facts about all quantized blocks, added one by one, as the blocks are too large to keep.
 
-    weights, bits, nominal_bits: of all quantized linears.
+    weights, bits, nominal_bits: over all quantized linears
     """
 
     blocks: int = 0
@@ -43,7 +42,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class StoredCodes(Sequence[Mapping[str, StoredWeight]]):
-    """Each block's codes by weight name, read from disk when they are asked for."""
+    """Each block's codes by weight name, read from disk at each access."""
 
     store: BlockStore
     blocks: int
@@ -63,21 +62,24 @@ class StoredCodes(Sequence[Mapping[str, StoredWeight]]):
 def sizes(
     checkpoint: Checkpoint, ledger: Ledger, ends: Mapping[str, StoredWeight]
 ) -> dict[str, float]:
-    """Bits per weight of the quantized linears (with scales and zero points) and of the whole model, and its bytes.
+    """Return the record's size metrics.
 
-    Nominal bits are those of the codes alone, as papers count them.
-    ends: embedding and head if they are quantized too: a part of the model, but no linear that a method treats.
+    Bits per weight of the quantized linears count scales and zero points; nominal bits are those of
+    the codes alone, as papers count them.
+
+    Args:
+        ends: a quantized embedding and head: part of the model, but no linears that a method
+            treats.
     """
     parameters, count, bits = checkpoint.facts.parameters, ledger.weights, ledger.bits
+    nominal_bits = ledger.nominal_bits
     ends_count = sum(weight.shape.numel() for weight in ends.values())
-    whole = bits + sum(weight.storage_bits() for weight in ends.values())
-    whole += (parameters - count - ends_count) * UNQUANTIZED_BITS
+    model_bits = bits + sum(weight.storage_bits() for weight in ends.values())
+    model_bits += (parameters - count - ends_count) * UNQUANTIZED_BITS
     return {
         "bits_per_weight": bits / count if count else float(UNQUANTIZED_BITS),
-        "bits_per_weight_nominal": ledger.nominal_bits / count
-        if count
-        else float(UNQUANTIZED_BITS),
-        "bits_per_weight_model": whole / parameters,
-        "model_bytes": whole / 8,
+        "bits_per_weight_nominal": nominal_bits / count if count else float(UNQUANTIZED_BITS),
+        "bits_per_weight_model": model_bits / parameters,
+        "model_bytes": model_bits / 8,
         "share_quantized": (count + ends_count) / parameters,
     }

@@ -1,7 +1,9 @@
-"""The seam that every quantization method fills: three hooks, all but the last with a default.
+"""The interface that every quantization method implements: three hooks; only the last is required.
 
-A method sees one site or one scale group at a time; the walk owns loops, devices and memory. Shapes: E experts (1 in
-a dense block), O out features (of all the site's weights, row-concatenated), I in features.
+A method sees one site or one scale group at a time; the walk deals with loops, devices and memory.
+
+Shapes: E experts (1 in a dense block), O out features of all the site's weights, one below the
+other, I in features; T tokens of a window.
 """
 
 from abc import ABC, abstractmethod
@@ -21,11 +23,13 @@ from q3q.spec import Scheme
 
 @dataclass
 class SiteTask:
-    """One site, to be quantized.
+    """One site to quantize.
 
-    weight_EOI: float32, the site's weights concatenated by rows; rows names each one's slice. statistics: what the
-    method's own accumulator saw, None if it observes nothing. notes: facts for the record (a raised damping, experts
-    that fell back), filled by the method. first_expert: where these experts begin among all of the site's.
+    weight_EOI: float32
+    rows: each weight's rows of it, by name
+    statistics: the accumulator that the method's `observe` returned; None if it returned None
+    notes: facts for the record (a raised damping, starved experts), which the method adds
+    first_expert: index of the first of these experts among all of the site's
     """
 
     block: int
@@ -37,29 +41,35 @@ class SiteTask:
     first_expert: int = 0
 
     def starved_experts(self) -> list[int]:
-        """The experts that too few calibration tokens reached: rounded to nearest by every method, and noted."""
+        """Return and note the experts that too few calibration tokens reached.
+
+        Every method rounds them to nearest.
+        """
         starved = starved_experts(self.statistics.tokens_E)
         if starved:
             self.notes["starved_experts"] = [self.first_expert + e for e in starved]
         return starved
 
-    def note_damping(self, damping_E: Tensor, wanted: float) -> None:
-        """Note the experts whose Hessian could be factored only with more damping than was asked for."""
+    def note_damping(self, damping_E: Tensor, damping: float) -> None:
+        """Note the experts whose Hessian took more damping to factor than the setting says."""
         dampings = enumerate(damping_E.tolist(), start=self.first_expert)
-        raised = {e: damping for e, damping in dampings if damping > wanted * 1.01}
+        raised = {e: applied for e, applied in dampings if applied > damping * 1.01}
         if raised:
             self.notes["damping_raised"] = raised
 
 
 @dataclass
 class ScaleTask:
-    """One scale group, to be rebalanced.
+    """One scale group to rebalance.
 
-    weights: the block's weights by name, current. windows: the site's inputs, [T, I] for each calibration window; they
-    may lie on disk. row: how many tokens the piece of the block that reads them treats as one: a window's in
-    attention, 1 in an MLP. run: that piece's outputs for some rows [R, row, I], with some of its weights exchanged.
-    spool: where to put what is as large as the inputs. apply: shift `scale` [E or 1, I] from the producer to the
-    readers.
+    weights: the block's current weights, by name
+    statistics: as in `SiteTask`
+    windows: the site's input, [T, I] per calibration window; may lie on disk
+    row: tokens in one row of `run`'s input: a window's in attention, 1 in an MLP
+    run: computes the output of the piece of the block that reads the site's input, for rows
+        [R, row, I], with some of its weights replaced
+    spool: makes a spool for tensors as large as the input
+    apply: shifts a scale [E or 1, I] from the producer to its readers
     """
 
     group: ScaleGroup
@@ -75,9 +85,11 @@ class ScaleTask:
 class Method(ABC):
     """One post-training quantization method.
 
-    sequential: each site of a block sees inputs that the block's already quantized sites produced (one forward pass);
-    otherwise all sites are observed with the block's original weights first.
-    passes_on_quantized: the next block is calibrated on the quantized block's outputs, or on the original one's.
+    sequential: each site sees the inputs that the block's already quantized sites produce, in one
+        forward pass; otherwise all sites are observed with the block's original weights first
+    passes_on_quantized: the next block is calibrated on the quantized block's outputs; otherwise on
+        the original block's
+    search_windows: calibration windows that variants are tried on
     """
 
     sequential: ClassVar[bool] = False
@@ -85,24 +97,32 @@ class Method(ABC):
     search_windows: int = 8
 
     def variants(self) -> dict[str, "Method"]:
-        """Ways to set the method up, by name, of which `quantize.search` is to find the one that serves the model best.
+        """Return the method's variants by name; `quantize.search` picks one of them.
 
-        Empty, as here, if there is nothing to search. `search_windows` calibration windows are what they are tried on.
+        Empty, as here, if there is nothing to search.
         """
         return {}
 
     def observe(self) -> Statistics | None:
-        """A fresh accumulator for one site's inputs, or None if the method needs no calibration data."""
+        """Return a fresh accumulator of one site's inputs; None if the method reads no text."""
         return None
 
-    def rebalance(self, task: ScaleTask, scheme: Scheme) -> None:  # noqa: B027  (a hook, not a duty)
-        """Shift scale between a producer and its readers, leaving the block's function unchanged."""
+    def rebalance(self, task: ScaleTask, scheme: Scheme) -> None:  # noqa: B027  (optional)
+        """Shift scale from a producer to its readers; the block's function stays the same."""
+
+    @property
+    def rebalances(self) -> bool:
+        """True if the method implements `rebalance`."""
+        return type(self).rebalance is not Method.rebalance
 
     def row_step(self, device: torch.device) -> int | None:
-        """Rows of a dense site may be quantized apart, given the same statistics, in runs of a multiple of so many (but
-        for the last) without changing a bit; None: only all together. So the ranks of a gang divide them."""
+        """Return the step in which the ranks of a gang may divide a dense site's rows.
+
+        Given the same statistics, runs of a multiple of so many rows (the last may have fewer) can
+        be quantized apart without changing a bit. None: only all rows together.
+        """
         return None
 
     @abstractmethod
     def quantize(self, task: SiteTask, scheme: Scheme) -> StoredWeight:
-        """Choose the codes of one site's weights. `task.weight_EOI` is not modified."""
+        """Return the codes of one site's weights; `task.weight_EOI` is not modified."""

@@ -1,10 +1,11 @@
-"""Choosing among a method's variants by trying each: whichever keeps the model closest to itself wins.
+"""The choice among a method's variants: the one that changes the model's predictions least.
 
-Shapes: B windows, T tokens of one, P positions, H hidden, V vocabulary.
+Shapes: B windows, T tokens of a window, P positions, H hidden, C some of P, V vocabulary.
 """
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,9 +16,10 @@ from q3q.errors import NumericsError
 from q3q.models.adjust import set_activations
 from q3q.models.decoder import Decoder
 from q3q.numerics.divergence import kl_divergence
-from q3q.quantize.blocks import BlockStore
+from q3q.quantize.block_store import BlockStore
 from q3q.quantize.method import Method
 from q3q.quantize.walk import quantized_blocks
+from q3q.reporter import Reporter, Steps, no_steps
 from q3q.spec import Json, Scheme, Schemes, TrialSpec
 
 
@@ -27,56 +29,53 @@ def search_variants(
     scheme: Scheme | Schemes,
     windows_BT: Tensor,
     set_activations: Callable[[Decoder], None],
-    progress: Callable[[str, int, int], None] = lambda name, done, total: None,
+    phase: Callable[[str], Steps] = lambda name: no_steps,
 ) -> Json:
-    """Quantize a copy of the model with each variant and measure how far its predictions are from the model's own.
+    """Quantize a copy of the model with each variant; choose the least change of predictions.
 
-    The same windows serve for calibration and for judging. Deterministic: equal arguments choose the same variant.
+    The same windows serve for calibration and for judging. Equal arguments choose equal variants.
 
     Args:
-        model: not modified. While a variant is tried a copy of its linears exists beside it (none of a streamed model),
-            and the codes of one on disk.
+        model: not modified. Each variant takes the memory of a copy of the model's linears (none if
+            it is streamed), and its codes' disk space.
         windows_BT: a few calibration windows.
-        set_activations: makes a copy's blocks quantize their inputs as they will be quantized in the end.
-        progress: told (variant, variants done, variants in all).
+        set_activations: makes a copy's blocks quantize their inputs as the final model's will.
+        phase: returns what receives the variants done and in all, while the named one is tried.
 
     Returns:
-        chosen: the name of the variant with the lowest divergence, the first of equals. divergence: the mean over all
-        positions of KL(model || variant) of the next token's distribution, nats; None where it is not finite. windows:
-        how many.
+        chosen: the name of the variant with the lowest divergence, the first of equals.
+        divergence: by variant, the mean over all positions of KL(model || variant) of the next
+            token's distribution, in nats; None where it is not finite.
+        windows: the number of windows.
 
     Raises:
         NumericsError: no variant has a finite divergence.
     """
     original_PH = _final_hidden(model, windows_BT)
-    found: dict[str, float] = {}
+    divergence: dict[str, float] = {}
     for done, (name, method) in enumerate(variants.items()):
-        progress(name, done, len(variants))
+        phase(name)(done, len(variants))
         copy = model.copy()
-        with TemporaryDirectory(
-            prefix="q3q_search_"
-        ) as folder:  # a streamed copy reads its blocks from there again
+        # The folder stays while the copy is measured: a streamed one reads its blocks from there.
+        with TemporaryDirectory(prefix="q3q_search_") as folder:
             for _ in quantized_blocks(copy, method, scheme, windows_BT, BlockStore(Path(folder))):
                 pass
             set_activations(copy)
-            found[name] = mean_divergence(model, original_PH, _final_hidden(copy, windows_BT))
-    finite = {name: value for name, value in found.items() if math.isfinite(value)}
+            divergence[name] = mean_divergence(model, original_PH, _final_hidden(copy, windows_BT))
+    finite = {name: value for name, value in divergence.items() if math.isfinite(value)}
     if not finite:
-        raise NumericsError(f"none of {', '.join(found)} leaves a model with finite predictions")
+        raise NumericsError(f"none of {', '.join(variants)} leaves a model with finite predictions")
     return {
         "chosen": min(finite, key=finite.__getitem__),
-        "divergence": {name: finite.get(name) for name in found},
+        "divergence": {name: finite.get(name) for name in variants},
         "windows": len(windows_BT),
     }
 
 
 def mean_divergence(model: Decoder, original_PH: Tensor, changed_PH: Tensor) -> float:
-    """Mean over positions of KL(original || changed) of the next token's distribution, nats, both through one head."""
+    """Return the mean of KL(original || changed) over positions, in nats, both through one head."""
     pairs = zip(model.logits(original_PH), model.logits(changed_PH), strict=True)
-    total = sum(
-        float(kl_divergence(original_CV, changed_CV).sum())
-        for (_, original_CV), (_, changed_CV) in pairs
-    )
+    total = sum(float(kl_divergence(ours, theirs).sum()) for (_, ours), (_, theirs) in pairs)
     return total / len(original_PH)
 
 
@@ -84,29 +83,28 @@ def _final_hidden(model: Decoder, windows_BT: Tensor) -> Tensor:
     return torch.cat([hidden_1TH[0] for hidden_1TH in model.states(windows_BT.split(1))])
 
 
-def settle_variant(
+def choose_variant(
     method: Method,
     model: Decoder,
     spec: TrialSpec,
     windows: Tensor | None,
     store: BlockStore,
-    steps: Callable[..., Callable[[int, int], None]],
+    reporter: Reporter,
 ) -> Method:
-    """The method, or of one that offers variants the best; what was found lies beside the blocks that it made."""
+    """Return the method, or the best of its variants; the choice is stored beside its blocks."""
     variants = method.variants()
-    if (
-        not variants or windows is None or spec.schemes is None
-    ):  # without windows all blocks are there, made by it
+    # Without windows all blocks are stored already, made by the variant that was chosen.
+    if not variants or windows is None or spec.schemes is None:
         return method
-    found = store.recall("search")
-    if found is None:
-        found = search_variants(
+    search = store.recall("search")
+    if search is None:
+        search = search_variants(
             model,
             variants,
             spec.schemes,
             windows[: method.search_windows],
             lambda copy: set_activations(copy, spec),
-            lambda name, done, total: steps("search", name)(done, total),
+            partial(reporter.phase, "search"),
         )
-        store.remember("search", found)
-    return variants[found["chosen"]]
+        store.remember("search", search)
+    return variants[search["chosen"]]

@@ -1,4 +1,7 @@
-"""Quantize one site: its weights stacked by rows, its experts in chunks, its errors measured."""
+"""Quantize one site: its linears by scheme, its experts by chunks.
+
+Shapes: E experts (1 in a dense block), O out features of all the site's weights, I in features.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from q3q.errors import NumericsError
 from q3q.models import heap
 from q3q.models.anatomy import Site
+from q3q.models.footprint import CHUNK_BYTES
 from q3q.models.qwen3 import Qwen3Block
-from q3q.numerics.linalg import all_finite, quadratic_form_E
+from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import (
     StoredWeight,
     concatenate_experts,
@@ -22,110 +25,115 @@ from q3q.numerics.weights import (
 )
 from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.method import Method, SiteTask
-from q3q.quantize.scales import check_scales
-from q3q.quantize.statistics import Gram, Kept
-from q3q.record import SiteError
+from q3q.quantize.site_errors import SquaredErrors, site_error
+from q3q.quantize.statistics import Gram, StoredInputs
 from q3q.spec import Scheme, Schemes
 from q3q.team import SOLO, Team
 
-# A site's experts are treated in chunks of so many bytes, of their float32 weights or of their Hessians.
-CHUNK_BYTES = 2**28
+# Every deployed format stores scales in 16 bits, GPTQ's and AWQ's in float16.
+LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
-def parts_of(site: Site, schemes: Schemes, index: int) -> list[tuple[Site, Scheme]]:
-    """The site's linears by scheme, those that are left out left out: usually one part, the whole site.
+@dataclass
+class Solution:
+    """The result of solving a chunk of a site's experts.
 
-    Splitting is exact: they share the input and so its statistics, and rows are independent given those.
+    codes, errors: by weight name
+    notes: (name in the record, facts)
+    tokens: number that each expert saw
+    columns: of the experts' Hessians; None if the method keeps none
     """
-    parts: dict[Scheme, list[str]] = {}
-    for name in site.weights:
-        scheme = schemes.of(f"blocks.{index}.{name.removesuffix('.weight')}")
-        if scheme is not None:
-            parts.setdefault(scheme, []).append(name)
-    return [(replace(site, weights=tuple(names)), scheme) for scheme, names in parts.items()]
+
+    codes: dict[str, StoredWeight] = field(default_factory=dict)
+    errors: dict[str, SquaredErrors] = field(default_factory=dict)
+    notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    columns: int | None = None
 
 
-class SiteQuantizing:
-    """One site of a block on its way from weights to codes, some experts after the other.
+class SiteQuantizer:
+    """One site of a block while its weights become codes, one chunk of experts after the other.
 
-    chunks: of experts, each as many as `CHUNK_BYTES` allow; one for a dense block, and for a method that shifts scale
-    between the experts' common tensors, which looks at all at once. A method is shown two experts at least, since a
-    single one is what a dense block looks like.
+    parts: the site's quantized linears, grouped by scheme; usually the whole site.
+        The split is exact: the linears share the statistics, and given these, rows are independent.
+    chunks: as many experts as `CHUNK_BYTES` allow, but at least two, because methods treat one
+        expert as a dense block. A dense site is one chunk, and so are all experts for a method that
+        shifts scale between tensors that the experts share.
     """
 
     def __init__(
         self,
         block: Qwen3Block,
         site: Site,
-        parts: Sequence[tuple[Site, Scheme]],
+        schemes: Schemes,
         method: Method,
         result: QuantizedBlock,
     ) -> None:
-        self.block, self.site, self.parts, self.method, self.result = (
-            block,
-            site,
-            parts,
-            method,
-            result,
-        )
+        self.block, self.site, self.method, self.result = block, site, method, result
+        self.parts = _parts(site, schemes, result.index)
         shapes = [block.weights[name].shape for name in site.weights]
         experts = shapes[0][0] if len(shapes[0]) == 3 else 1
         rows, columns = sum(shape[-2] for shape in shapes), shapes[0][-1]
-        at_once = max(2, CHUNK_BYTES // (4 * columns * max(rows, columns)))
-        whole = type(method).rebalance is not Method.rebalance
-        count = 1 if whole or experts == 1 else max(1, min(-(-experts // at_once), experts // 2))
+        fitting = max(2, CHUNK_BYTES // (4 * columns * max(rows, columns)))
+        count = 1
+        if experts > 1 and not method.rebalances:
+            count = max(1, min(-(-experts // fitting), experts // 2))
         self.chunks = [
             slice(i * experts // count, (i + 1) * experts // count) for i in range(count)
         ]
-        self.where = f"blocks.{result.index}.{site.name}"
-        self._weights = sum(shape.numel() for shape in shapes)
+        self._record_name = f"blocks.{result.index}.{site.name}"
+        self._work = float(columns * sum(shape.numel() for shape in shapes)) if self.parts else 0.0
         self._codes: dict[str, list[StoredWeight]] = {}
         self._rounded: dict[str, Tensor] = {}
-        self._squares: dict[str, list[Squares]] = {}
+        self._errors: dict[str, list[SquaredErrors]] = {}
         self._tokens: list[int] = []
 
     def cost(self, experts: slice) -> float:
-        """Of solving a chunk, compared with others of the block: each weight meets each column."""
-        share = (experts.stop - experts.start) / self.chunks[-1].stop
-        return (
-            share * self._weights * self.block.weights[self.site.weights[0]].shape[-1]
-            if self.parts
-            else 0.0
-        )
+        """Return a chunk's work relative to other sites': its weights times its columns."""
+        return (experts.stop - experts.start) / self.chunks[-1].stop * self._work
 
-    def solve(self, experts: slice, statistics: Any, team: Team = SOLO) -> "Chunk":
-        """Codes of a chunk of experts, given what was observed of it. team: whose ranks all do this, and divide it."""
-        chunk = Chunk()
+    def solve(self, experts: slice, statistics: Any, team: Team = SOLO) -> Solution:
+        """Return a chunk's codes; `finish` puts their numbers into the block.
+
+        Args:
+            team: the gang, all of whose ranks call this at the same time to divide the rows.
+        """
+        solution = Solution()
         if not self.parts:
-            return chunk
+            return solution
         if statistics is not None and len(statistics.tokens_E):
-            chunk.tokens = statistics.tokens_E.tolist()
-            chunk.columns = statistics.sum_EII.shape[-1] if isinstance(statistics, Gram) else None
-        gram = statistics.gram if isinstance(statistics, Kept) else statistics
+            solution.tokens = statistics.tokens_E.tolist()
+            if isinstance(statistics, Gram):
+                solution.columns = statistics.sum_EII.shape[-1]
+        gram = statistics.gram if isinstance(statistics, StoredInputs) else statistics
         gram = gram if isinstance(gram, Gram) and len(gram.tokens_E) else None
-        heap.return_holes()  # nowhere does a walk need more than here
+        heap.return_holes()  # the walk's peak of memory is here
         for part, scheme in self.parts:
-            self._solve_part(chunk, part, scheme, experts, statistics, gram, team)
-        return chunk
+            self._solve_part(solution, part, scheme, experts, statistics, gram, team)
+        return solution
 
-    def take(self, experts: slice, chunk: "Chunk", *, mine: bool) -> None:
-        """The next chunk of experts is solved. mine: here, so that its numbers are in place already."""
-        self._note_tokens(experts, chunk)
-        for where, notes in chunk.notes:
-            self._note(where, notes)
-        for name, code in chunk.codes.items():
-            if not mine:
+    def add(self, experts: slice, solution: Solution, *, solved_here: bool) -> None:
+        """Add the next chunk's solution, computed by this rank or another.
+
+        Args:
+            solved_here: the chunk's numbers are in place already.
+        """
+        self._note_tokens(experts, solution)
+        for name, notes in solution.notes:
+            self._note(name, notes)
+        for name, code in solution.codes.items():
+            if not solved_here:
                 old = self.block.weights[name]
                 self._put(name, experts, numbers(code, old.dtype, old.device))
-            self._squares.setdefault(name, []).append(chunk.squares[name])
+            self._errors.setdefault(name, []).append(solution.errors[name])
             self._codes.setdefault(name, []).append(code.to("cpu"))
 
     def finish(self) -> None:
-        """The whole site is quantized: its codes and errors are on record, and the block computes with them."""
+        """Move the site's codes and errors to the result, and let the block compute with them."""
         for name, codes in self._codes.items():
             self.result.quantized[name] = concatenate_experts(codes)
             self.result.errors.append(
-                _site_error(self.result.index, self.site, name, self._squares[name])
+                site_error(self.result.index, self.site.name, name, self._errors[name])
             )
             self.block.weights[name] = self._rounded[name]
         self._codes, self._rounded = {}, {}
@@ -139,7 +147,7 @@ class SiteQuantizing:
 
     def _solve_part(
         self,
-        chunk: "Chunk",
+        solution: Solution,
         part: Site,
         scheme: Scheme,
         experts: slice,
@@ -147,100 +155,121 @@ class SiteQuantizing:
         gram: Gram | None,
         team: Team,
     ) -> None:
-        where = self.where
+        where = self._record_name
         if part != self.site:
             where += f" ({', '.join(name.removesuffix('.weight') for name in part.weights)})"
         weight_EOI, rows = stack_rows(self.block.weights, part, experts)
         if not all_finite(weight_EOI):
             raise NumericsError(f"{where}: the checkpoint's weights are not finite")
+        index = self.result.index
         task = SiteTask(
-            self.result.index,
-            self.site.name,
-            weight_EOI,
-            rows,
-            statistics,
-            first_expert=experts.start,
+            index, self.site.name, weight_EOI, rows, statistics, first_expert=experts.start
         )
         try:
-            quantized = with_scales(by_rows(self.method, task, scheme, team), scheme.scales)
+            quantized = with_scales(
+                _divided_by_rows(self.method, task, scheme, team), scheme.scales
+            )
         except NumericsError as error:
             raise NumericsError(f"{where}: {error}") from error
-        chunk.notes.append((where, task.notes))
-        for name, some in rows.items():
-            chunk.codes[name] = quantized.rows(some.start, some.stop)
-            check_scales(
-                chunk.codes[name], weight_EOI[:, some], f"blocks.{self.result.index}.{name}"
-            )
-            rounded_EOI = chunk.codes[name].dequantize()
+        solution.notes.append((where, task.notes))
+        for name, own_rows in rows.items():
+            code = quantized.rows(own_rows.start, own_rows.stop)
+            check_scales(code, weight_EOI[:, own_rows], f"blocks.{index}.{name}")
+            rounded_EOI = code.dequantize()
             self._put(name, experts, rounded_EOI)
-            chunk.squares[name] = Squares.of(weight_EOI[:, some], rounded_EOI, gram)
+            solution.codes[name] = code
+            solution.errors[name] = SquaredErrors.of(weight_EOI[:, own_rows], rounded_EOI, gram)
 
-    def _note(self, where: str, notes: Mapping[str, Any]) -> None:
-        """For the record; what several chunks say is put together."""
-        known = self.result.notes.setdefault(where, {}) if notes else {}
-        for key, note in notes.items():
-            if isinstance(note, list) and key in known:
-                known[key] = known[key] + note
-            elif isinstance(note, dict) and key in known:
-                known[key] = {**known[key], **note}
-            else:
-                known[key] = note
-
-    def _note_tokens(self, experts: slice, chunk: "Chunk") -> None:
-        """Each expert's tokens, once a block; and where a Hessian lacks the tokens to have full rank."""
-        if not chunk.tokens:
+    def _note(self, name: str, notes: Mapping[str, Any]) -> None:
+        """Add a chunk's notes to the record's; lists and dicts of several chunks are joined."""
+        if not notes:
             return
-        self._tokens += chunk.tokens
-        tokens, columns = self._tokens, chunk.columns
+        recorded = self.result.notes.setdefault(name, {})
+        for key, note in notes.items():
+            if isinstance(note, list) and key in recorded:
+                recorded[key] = recorded[key] + note
+            elif isinstance(note, dict) and key in recorded:
+                recorded[key] = {**recorded[key], **note}
+            else:
+                recorded[key] = note
+
+    def _note_tokens(self, experts: slice, solution: Solution) -> None:
+        """After the last chunk, note each expert's tokens (at one site a block), and the experts
+        whose Hessian lacks full rank because they saw fewer tokens than it has columns.
+        """
+        if not solution.tokens:
+            return
+        self._tokens += solution.tokens
+        tokens, columns = self._tokens, solution.columns
         if experts != self.chunks[-1]:
             return
         if len(tokens) > 1 and self.site.name == "gate_up":
-            self._note(self.where, {"tokens_per_expert": tokens})
+            self._note(self._record_name, {"tokens_per_expert": tokens})
         if columns is None:
             return
         short = [count for count in tokens if count < columns]
         if short and len(tokens) == 1:
-            # Every block of a dense model sees the same tokens: by this name the record has it once a site.
+            # All blocks of a dense model see the same tokens, so the record has one note a site.
             name = f"{self.site.name}.fewer_tokens_than_columns"
             self.result.notes[name] = {"rank": short[0], "columns": columns}
         elif short:
             note = {"experts": len(short), "lowest_rank": min(short), "columns": columns}
-            self._note(self.where, {"fewer_tokens_than_columns": note})
+            self._note(self._record_name, {"fewer_tokens_than_columns": note})
 
 
 @dataclass
 class Chunk:
-    """What solving some experts of a site gave: codes and squares by weight name, notes by where. tokens: that each
-    expert saw. columns: of their Hessians, if they have some."""
+    """A chunk of a site's experts, which is observed and then solved.
 
-    codes: dict[str, StoredWeight] = field(default_factory=dict)
-    squares: dict[str, "Squares"] = field(default_factory=dict)
-    notes: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    columns: int | None = None
+    owner: the rank that solves it
+    shared: all ranks solve it instead, each some of its rows
+    statistics: of all ranks' batches, on the ranks that solve it; None if the method observes
+        nothing or the site is left out, or the chunk is solved
+    """
+
+    quantizer: SiteQuantizer
+    experts: slice
+    owner: int = 0
+    shared: bool = False
+    statistics: Any = None
+
+    def solve(self, team: Team) -> Solution:
+        statistics, self.statistics = self.statistics, None  # they are large
+        return self.quantizer.solve(self.experts, statistics, team if self.shared else SOLO)
 
 
-def by_rows(method: Method, task: SiteTask, scheme: Scheme, team: Team) -> StoredWeight:
-    """The method's codes of a site that all ranks of the team look at: each solves a run of its rows, if they can be
-    solved apart."""
-    experts, rows, _ = task.weight_EOI.shape
-    step = None if team.size == 1 or experts > 1 else method.row_step(task.weight_EOI.device)
-    if step is None or rows <= step:
-        return method.quantize(task, scheme)
-    steps = -(-rows // step)
-    cuts = [min(rows, step * (rank * steps // team.size)) for rank in range(team.size + 1)]
-    mine = slice(cuts[team.rank], cuts[team.rank + 1])
-    part = replace(
-        task, weight_EOI=task.weight_EOI[:, mine], rows={"": slice(0, mine.stop - mine.start)}
-    )
-    codes = method.quantize(part, scheme) if mine.start < mine.stop else None
-    return concatenate_rows([code for code in team.gather(codes) if code is not None])
+def solve_chunks(chunks: Sequence[Chunk], team: Team) -> None:
+    """Solve each chunk on its owner, then add its solution to its site on every rank."""
+    solutions = {
+        c: chunk.solve(team)
+        for c, chunk in enumerate(chunks)
+        if chunk.shared or chunk.owner == team.rank
+    }
+    for c, chunk in enumerate(chunks):
+        solved_here = c in solutions
+        solution = solutions.pop(c, None)
+        if not chunk.shared:
+            solution = team.broadcast(solution, chunk.owner)
+        assert solution is not None
+        chunk.quantizer.add(chunk.experts, solution, solved_here=solved_here)
+
+
+def check_scales(codes: StoredWeight, weight_EOI: Tensor, where: str) -> None:
+    """Raise NumericsError if a scale does not fit into 16 bits; `where` names the linear."""
+    largest = codes.largest_scale()
+    if not largest <= LARGEST_SCALE:  # also true of NaN
+        outlier = float(weight_EOI.abs().amax())
+        raise NumericsError(
+            f"{where.removesuffix('.weight')}: its largest weight, {outlier:g}, needs a scale of "
+            f"{largest:g}, and a scale is stored in 16 bits, {LARGEST_SCALE:g} at most; skip this "
+            "linear, or mend the checkpoint"
+        )
 
 
 def stack_rows(
     weights: Mapping[str, Tensor], site: Site, experts: slice = slice(None)
 ) -> tuple[Tensor, dict[str, slice]]:
-    """The weights of a site's experts, or some of them, as one [E, O, I] in float32, and where each one's rows are."""
+    """Return some experts' weights of a site as one [E, O, I] in float32, and each one's rows."""
     rows, start = {}, 0
     for name in site.weights:
         rows[name] = slice(start, start + weights[name].shape[-2])
@@ -250,57 +279,33 @@ def stack_rows(
     ]
     count, _, columns = parts[0][experts].shape
     stacked_EOI = parts[0].new_empty(count, start, columns, dtype=torch.float32)
-    for part, some in zip(parts, rows.values(), strict=True):
-        stacked_EOI[:, some] = part[experts]
+    for part, own_rows in zip(parts, rows.values(), strict=True):
+        stacked_EOI[:, own_rows] = part[experts]
     return stacked_EOI, rows
 
 
-@dataclass(frozen=True)
-class Squares:
-    """Of each expert's linear, float32 on the CPU: |W - Q|^2 and |W|^2, and, where a Gram matrix is known, the same of
-    its outputs over the calibration tokens.
-    """
-
-    wrong_E: Tensor
-    whole_E: Tensor
-    outputs: tuple[Tensor, Tensor] | None
-
-    @classmethod
-    def of(cls, weight_EOI: Tensor, rounded_EOI: Tensor, gram: Gram | None) -> "Squares":
-        """rounded_EOI: overwritten."""
-        wrong_EOI = torch.sub(weight_EOI, rounded_EOI, out=rounded_EOI)
-        outputs = None
-        if gram is not None:
-            sum_EII = gram.sum_EII
-            outputs = (
-                quadratic_form_E(wrong_EOI, sum_EII).cpu(),
-                quadratic_form_E(weight_EOI, sum_EII).cpu(),
-            )
-        wrong_E, whole_E = (
-            torch.stack([vector_norm(part_OI).square() for part_OI in part_EOI]).cpu()
-            for part_EOI in (wrong_EOI, weight_EOI)
-        )
-        return cls(wrong_E, whole_E, outputs)
+def _parts(site: Site, schemes: Schemes, index: int) -> list[tuple[Site, Scheme]]:
+    names: dict[Scheme, list[str]] = {}
+    for name in site.weights:
+        scheme = schemes.of(f"blocks.{index}.{name.removesuffix('.weight')}")
+        if scheme is not None:
+            names.setdefault(scheme, []).append(name)
+    return [(replace(site, weights=tuple(part)), scheme) for scheme, part in names.items()]
 
 
-def _site_error(index: int, site: Site, name: str, squares: Sequence[Squares]) -> SiteError:
-    wrong_E = torch.cat([part.wrong_E for part in squares]).double()
-    whole_E = torch.cat([part.whole_E for part in squares]).double()
-    seen = [part.outputs for part in squares if part.outputs is not None]
-    outputs = [torch.cat(part).double() for part in zip(*seen, strict=True)]
-    of_each_E = _root_ratio(*(outputs or (wrong_E, whole_E)))
-    return SiteError(
-        block=index,
-        site=site.name,
-        linear=name.removesuffix(".weight"),
-        weight_error=float(_root_ratio(wrong_E.sum(), whole_E.sum())),
-        output_error=float(_root_ratio(*(part_E.sum() for part_E in outputs))) if outputs else None,
-        experts=tuple(float(f"{error:.4g}") for error in of_each_E.tolist())
-        if len(of_each_E) > 1
-        else None,
+def _divided_by_rows(method: Method, task: SiteTask, scheme: Scheme, team: Team) -> StoredWeight:
+    """Return the method's codes; if rows are independent, each rank solves some of them."""
+    experts, rows, _ = task.weight_EOI.shape
+    step = None if team.size == 1 or experts > 1 else method.row_step(task.weight_EOI.device)
+    if step is None or rows <= step:
+        return method.quantize(task, scheme)
+    steps = -(-rows // step)
+    cuts = [min(rows, step * (rank * steps // team.size)) for rank in range(team.size + 1)]
+    own_rows = slice(cuts[team.rank], cuts[team.rank + 1])
+    part = replace(
+        task,
+        weight_EOI=task.weight_EOI[:, own_rows],
+        rows={"": slice(0, own_rows.stop - own_rows.start)},
     )
-
-
-def _root_ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """sqrt(part / whole); a whole of nothing has no error."""
-    return torch.where(whole > 0, (part.clamp(min=0) / whole).sqrt(), 0.0)
+    codes = method.quantize(part, scheme) if own_rows.start < own_rows.stop else None
+    return concatenate_rows([code for code in team.gather(codes) if code is not None])

@@ -1,22 +1,24 @@
-"""What methods keep of a site's inputs, fed batch by batch, by one process or by the ranks of a gang.
+"""Statistics of a site's inputs that methods ask for, accumulated batch by batch.
 
-Sums over calibration tokens are defined so that the number of ranks changes no bit of them. The calibration windows lie
-in `LANES` lanes by their place alone (`lane_of`; a batch in that of its first window). Each lane sums its batches in
-order; the total is lane 0 + lane 1 + ... in order. In a gang of any size, rank r is shown the batches of `lanes_of(r,
-ranks)`, a run of lanes, with `SiteInput.first_window` set, the batches being those that one process would make:
+Sums over calibration tokens are the same bit for bit however many ranks of a gang share the work.
+Each calibration window belongs to one of `LANES` lanes by its index alone (`lane_of`), a batch to
+that of its first window. Each lane sums its batches in order; the total is lane 0 + lane 1 + ... in
+order. In a gang, rank r receives the batches of `lanes_of(r, ranks)`, a run of lanes, cut as one
+process would cut them and with `SiteInput.first_window` set:
 
-    mine = method.observe()
-    mine.keep_lanes()          # before the first batch
-    mine.update(...)           # my lanes' batches, in order; perhaps none
+    own = method.observe()
+    own.keep_lanes()           # before the first batch
+    own.update(...)            # this rank's batches in order; perhaps none
     total = method.observe()
-    for rank in range(ranks):  # in this order; a part is plain tensors and numbers and can be pickled
-        total.absorb(mine if rank == me else received_from(rank))
+    for rank in range(ranks):  # in this order; a part can be pickled
+        total.absorb(own if rank == this_rank else received_from(rank))
 
-Every rank that does so has what one process has that saw all. Or in a chain, which sends one matrix a hop in place of
-all lanes: rank 0 absorbs its own part and hands `total` to rank 1, which absorbs its own, and so on; the last rank has
-the whole. A part is used up by being absorbed.
+Each rank that does so has what one process has that saw all batches. The ranks may also form a
+chain, which sends one matrix a hop instead of all lanes: rank 0 absorbs its own part and sends
+`total` to rank 1, which absorbs its own, and so on; the last rank has the sum of all. Absorbing a
+part uses it up.
 
-Shapes: E experts (1 in a dense block), T tokens, I channels; M matrices: one an expert, or one for all.
+Shapes: E experts (1 if dense), T tokens, I channels; M matrices: one an expert, or one for all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,32 +33,36 @@ from q3q.models.anatomy import SiteInput
 from q3q.models.spool import Spool
 from q3q.numerics.linalg import add_gram, add_upper, mirror
 
-# An expert that fewer calibration tokens reached is rounded to nearest (its statistics would be noise) and named.
+# An expert that fewer calibration tokens reach has statistics of noise: it is rounded to nearest.
 MIN_EXPERT_TOKENS = 128
-# Sums over calibration windows are taken in so many parts, whoever takes them: the most ranks that can share a sum.
+# Parts in which sums over calibration windows are taken: the most ranks that can share a sum.
 LANES = 8
-# Experts' Hessians are handed out to be factored in chunks of so many bytes; bounds memory, changes nothing.
+# Bytes of experts' Hessians handed out at a time; bounds memory and changes no number.
 HESSIAN_BYTES = 2**27
 
 
 class Statistics(Protocol):
-    """An accumulator of one site's inputs; tokens_E: how many tokens each expert has seen."""
+    """An accumulator of one site's inputs."""
 
     @property
-    def tokens_E(self) -> Tensor: ...
+    def tokens_E(self) -> Tensor:
+        """Tokens that each expert has read."""
+        ...
 
     def update(self, inputs: SiteInput) -> None: ...
 
 
 class LaneStatistics(Statistics, Protocol):
-    """Statistics that the ranks of a gang can take together, as this module's docstring says."""
+    """Statistics that the ranks of a gang can share (see the module's docstring)."""
 
     def keep_lanes(self) -> None:
-        """Keep each lane's sum by itself, so that another rank can add it at its place."""
+        """Keep each lane's sum apart, so that another rank can add it in its turn."""
         ...
 
     def absorb(self, later: Self) -> None:
-        """Take over what another rank saw, whose lanes all come after those absorbed so far; `later` is used up.
+        """Take over another rank's statistics, whose lanes all come after those absorbed so far.
+
+        `later` is used up.
 
         Raises:
             ValueError: its lanes do not come later.
@@ -65,61 +71,66 @@ class LaneStatistics(Statistics, Protocol):
 
 
 def lane_of(window: int, windows: int) -> int:
-    """The lane of a window by its place among all; with an unknown number of them (0) there is one lane."""
+    """Return the lane of a window by its index; there is one lane if `windows` is unknown (0)."""
     return window * LANES // windows if windows else 0
 
 
 def lanes_of(rank: int, ranks: int) -> range:
-    """The lanes that one of several ranks sees; none for some, where there are more ranks than lanes."""
+    """Return one rank's lanes; some ranks have none where there are more ranks than lanes."""
     return range(rank * LANES // ranks, (rank + 1) * LANES // ranks)
 
 
 def starved_experts(tokens_E: Tensor) -> list[int]:
-    """The experts that too few tokens reached; none in a dense block, whose tokens are as many as were asked for."""
-    if len(tokens_E) == 1:
-        return []
-    return [e for e, tokens in enumerate(tokens_E.tolist()) if tokens < MIN_EXPERT_TOKENS]
+    """Return the experts that too few tokens reached; none in a dense block, which reads all."""
+    few = tokens_E < MIN_EXPERT_TOKENS
+    return few.nonzero().flatten().tolist() if len(tokens_E) > 1 else []
 
 
 class LaneSum:
-    """A sum of tensors over lanes, in order. One process holds two of them at most: the total, and the current lane.
+    """A sum of tensors over lanes, in order.
 
-    add: adds its second argument to its first. lanes: what is not in the total yet, by lane: the current one or, where
-    they are kept apart, all.
+    One process holds two tensors at most: the total and the current lane.
+
+    Args:
+        add: add the second tensor to the first, in place.
+
+    Attributes:
+        lanes: tensors not in the total yet: the current lane's or, if kept apart, all lanes'.
+        separate: keep lanes apart until they are absorbed.
     """
 
-    def __init__(self, add: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, add: Callable[[Tensor, Tensor], object]) -> None:
         self.lanes: dict[int, Tensor] = {}
-        self.apart = False
+        self.separate = False
         self._add = add
         self._total: Tensor | None = None
-        self._last = 0  # no lane before it can be added any more
+        self._last = 0  # lanes before it can no longer be added
         self._spare: Tensor | None = None
 
-    def of(self, lane: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, bool]:
-        """The tensor that a batch of this lane is to be added to, and whether it is fresh, to be overwritten."""
+    def accumulator(
+        self, lane: int, shape: Sequence[int], device: torch.device
+    ) -> tuple[Tensor, bool]:
+        """Return the tensor for this lane's next batch, and True if it is to be overwritten."""
         if lane in self.lanes:
             return self.lanes[lane], False
         if lane < max(self.lanes, default=self._last):
             raise ValueError(
                 f"a batch of lane {lane} came after one of a later lane; show windows in order"
             )
-        if not self.apart:
+        if not self.separate:
             self._add_up()
-        self.lanes[lane] = (
-            torch.zeros(*shape, device=device) if self._spare is None else self._spare
-        )
-        self._spare = None
+        spare, self._spare = self._spare, None
+        self.lanes[lane] = torch.zeros(*shape, device=device) if spare is None else spare
         return self.lanes[lane], True
 
     def total(self) -> Tensor:
-        """The sum of all lanes, itself and not a copy; to be read when all batches have been seen."""
+        """Return the sum of all lanes, not a copy of it; to be read after the last batch."""
         self._add_up()
         self._spare = None
         return torch.empty(0) if self._total is None else self._total
 
     def absorb(self, later: "LaneSum") -> None:
-        """Add the lanes of another, or begin with its total; it is left without."""
+        """Add the lanes of another sum, or begin with its total; `later` loses them."""
         self._add_up()
         self._spare = None
         if self._total is None:
@@ -144,11 +155,14 @@ class LaneSum:
 
 @dataclass(frozen=True)
 class Hessians:
-    """Mean x x^T of some experts, to be factored; one matrix where they all read the same tokens.
+    """Mean x x^T of some experts, to be factored; one matrix if they all read the same tokens.
 
-    mean_MII: made for whoever asked, who may overwrite it; the identity for a starved expert, so that no column can
-    make up for another. dead_diagonal_M: what the official code makes the diagonal where no token activates a column,
-    on this mean's scale: its Hessian is 2 / windows * sum x x^T, and it takes 1.
+    Attributes:
+        experts: the experts that the matrices belong to.
+        mean_MII: the caller's own, to overwrite at will; the identity for a starved expert, so that
+            no column can compensate for another.
+        dead_diagonal_M: diagonal entry for a column that no token activates. The official code's
+            Hessian is 2 / windows * sum x x^T, and it sets 1; this is that 1 on the mean's scale.
     """
 
     experts: slice
@@ -159,8 +173,10 @@ class Hessians:
 class Gram:
     """Sum and mean of x x^T over each expert's tokens, float32: GPTQ's Hessian up to a factor.
 
-    tokens_E: how many tokens each expert has seen. windows: in how many calibration windows they came.
-    shared: all experts read the same tokens, so that one matrix serves them all and is kept once.
+    Attributes:
+        tokens_E: tokens that each expert has read.
+        windows: calibration windows seen.
+        shared: all experts read the same tokens, so one matrix serves them all and is stored once.
     """
 
     def __init__(self) -> None:
@@ -175,13 +191,13 @@ class Gram:
             pass
 
     def feed(self, inputs: SiteInput) -> Iterator[Tensor]:
-        """`update`, which hands out each tensor that it reads: one that is made on the way is made once."""
+        """Update, and yield each tensor once it is added: lazily made tensors are made once."""
         lane = self.lane(inputs)
         read = inputs.experts[:1] if inputs.shared else inputs.experts
         for m, tokens_TI in enumerate(read):
             if m == 0:
-                columns = tokens_TI.shape[-1]
-                sum_MII, fresh = self._sum.of(lane, (len(read), columns, columns), tokens_TI.device)
+                shape = len(read), tokens_TI.shape[-1], tokens_TI.shape[-1]
+                sum_MII, fresh = self._sum.accumulator(lane, shape, tokens_TI.device)
             if not self.tokens_E.numel():
                 self.shared = inputs.shared
                 self.tokens_E = torch.zeros(len(inputs.experts), dtype=torch.int64)
@@ -194,29 +210,28 @@ class Gram:
         self.windows += inputs.windows
         self._mirrored = False
 
-    def place(self, inputs: SiteInput) -> int:
-        """Of a batch that comes next: the place of its first window among all."""
+    def first_window(self, inputs: SiteInput) -> int:
+        """Return the index among all windows of the next batch's first window."""
         return self.windows if inputs.first_window is None else inputs.first_window
 
     def lane(self, inputs: SiteInput) -> int:
-        return lane_of(self.place(inputs), inputs.of_windows)
+        return lane_of(self.first_window(inputs), inputs.total_windows)
 
     def keep_lanes(self) -> None:
-        self._sum.apart = True
+        self._sum.separate = True
 
     def absorb(self, later: "Gram") -> None:
         self._sum.absorb(later._sum)
         if later.tokens_E.numel():
-            self.tokens_E = (
-                self.tokens_E + later.tokens_E if self.tokens_E.numel() else later.tokens_E
-            )
+            first = not self.tokens_E.numel()
+            self.tokens_E = later.tokens_E if first else self.tokens_E + later.tokens_E
             self.shared = later.shared
         self.windows += later.windows
         self._mirrored = False
 
     @property
     def sum_EII(self) -> Tensor:
-        """The sum of all; where it is shared, E views of one matrix."""
+        """The sum over all tokens; if shared, E views of one matrix."""
         sum_MII = self._sum.total()
         if not self._mirrored:
             mirror(sum_MII)
@@ -224,39 +239,42 @@ class Gram:
         return sum_MII.expand(len(self.tokens_E), -1, -1)
 
     def mean_EII(self, experts: slice = slice(None)) -> Tensor:
-        """The mean of some experts' x x^T, zero for one that saw nothing; where it is shared, views of one matrix."""
+        """Return some experts' mean x x^T, zero for an expert without tokens; views if shared."""
         tokens_E = self.tokens_E[experts].clamp(min=1).to(self.sum_EII.device)
         if self.shared:
             return (self.sum_EII[:1] / tokens_E[0]).expand(len(tokens_E), -1, -1)
         return self.sum_EII[experts] / tokens_E[:, None, None]
 
     def hessians(self, starved: Sequence[int] = ()) -> Iterator[Hessians]:
-        """The experts' Hessians, as many at a time as `HESSIAN_BYTES` hold; a shared one once, for all of them."""
+        """Yield the experts' Hessians, `HESSIAN_BYTES` at a time; a shared one once, for all."""
         experts, _, columns = self.sum_EII.shape
         matrices = 1 if self.shared else experts
         dead_diagonal_E = self.windows / (2 * self.tokens_E.clamp(min=1)).to(self.sum_EII.device)
-        chunk = max(1, HESSIAN_BYTES // (4 * columns**2))
-        for first in range(0, matrices, chunk):
-            some = slice(first, min(first + chunk, matrices))
-            mean_MII = self.mean_EII(some)
+        count = max(1, HESSIAN_BYTES // (4 * columns**2))
+        for first in range(0, matrices, count):
+            chunk = slice(first, min(first + count, matrices))
+            mean_MII = self.mean_EII(chunk)
             for e in starved:
-                if some.start <= e < some.stop:
+                if chunk.start <= e < chunk.stop:
                     mean_MII[e - first].zero_().fill_diagonal_(1)
-            yield Hessians(
-                slice(0, experts) if self.shared else some, mean_MII, dead_diagonal_E[some]
-            )
+            readers = slice(0, experts) if self.shared else chunk
+            yield Hessians(readers, mean_MII, dead_diagonal_E[chunk])
 
     def rescale(self, scale_EI: Tensor) -> None:
-        """Make it the statistics of inputs divided by `scale` per channel."""
+        """Turn these into the statistics of the inputs divided by `scale` per channel."""
         sum_MII = self.sum_EII[:1] if self.shared else self.sum_EII
         for m, scale_I in enumerate(scale_EI[: len(sum_MII)]):
             sum_MII[m] /= scale_I[:, None] * scale_I
 
 
 class Peak:
-    """Largest |x| of each channel, float32: SmoothQuant's activation scales. A maximum is the same in any order.
+    """Largest |x| of each channel, float32: SmoothQuant's activation scales.
 
-    peak_EI: one row where all experts read the same tensor, else a row an expert, zero for one that saw no token.
+    A maximum is the same in any order, so there are no lanes to keep.
+
+    Attributes:
+        peak_EI: one row if all experts read one tensor, else one an expert (zero without tokens).
+        tokens_E: tokens that each expert has read.
     """
 
     def __init__(self) -> None:
@@ -264,27 +282,27 @@ class Peak:
         self.tokens_E = torch.empty(0)
 
     def update(self, inputs: SiteInput) -> None:
-        counts, peaks = [], [] if inputs.whole_TI is None else [_peak(inputs.whole_TI)]
+        counts, peaks = [], [] if inputs.all_TI is None else [_peak(inputs.all_TI)]
         for tokens_TI in inputs.experts:
             counts.append(len(tokens_TI))
-            if inputs.whole_TI is None:
+            if inputs.all_TI is None:
                 peaks.append(_peak(tokens_TI))
-        self._take(torch.tensor(counts), torch.stack(peaks))
+        self._merge(torch.tensor(counts), torch.stack(peaks))
 
     def keep_lanes(self) -> None:
         pass
 
     def absorb(self, later: "Peak") -> None:
         if later.tokens_E.numel():
-            self._take(later.tokens_E, later.peak_EI)
+            self._merge(later.tokens_E, later.peak_EI)
 
-    def _take(self, tokens_E: Tensor, peak_EI: Tensor) -> None:
+    def _merge(self, tokens_E: Tensor, peak_EI: Tensor) -> None:
         first = not self.tokens_E.numel()
         self.tokens_E = tokens_E if first else self.tokens_E + tokens_E
         self.peak_EI = peak_EI if first else torch.maximum(self.peak_EI, peak_EI)
 
     def rescale(self, scale_EI: Tensor) -> None:
-        """Make it the statistics of inputs divided by `scale` per channel."""
+        """Turn these into the statistics of the inputs divided by `scale` per channel."""
         self.peak_EI = self.peak_EI / scale_EI
 
 
@@ -294,142 +312,151 @@ def _peak(tokens_TI: Tensor) -> Tensor:
     return tokens_TI.abs().amax(0).float()
 
 
-class Kept:
-    """A site's inputs as they came, for methods that run a piece of the block; their Gram matrices; mean |x|.
+class StoredInputs:
+    """A site's inputs, their Gram matrices and mean |x|, for methods that run a piece of the block.
 
-    Holds what the calibration tokens take at this site, in the model's dtype: tokens * channels, where experts are
-    routed to also the tokens of each expert (experts per token times that much); beyond what `bound` allows, on disk.
-    Where one linear reads them and every expert (or the dense block) reads all tokens, no piece is run that its Gram
-    matrix cannot stand for, and only the sample is held: experts * twice the sample * channels at most.
+    Holds all calibration tokens at this site in the model's dtype: tokens * channels and, where
+    experts are routed to, also each expert's tokens (experts per token times as many). What exceeds
+    `bound` lies on disk. If one linear reads them and every expert (or the dense block) reads all
+    tokens, their Gram matrix stands for any piece that would be run, and only a sample is held: at
+    most experts * twice the sample * channels.
 
-    sample: evenly spaced tokens of each expert that `samples` gives, about so many (at least; at most all). taken: of
-    what is not held whole, by expert.
+    Args:
+        sample_size: evenly spaced tokens of an expert that `samples` returns at least, if it can.
+
+    Attributes:
+        sampled: tokens sampled from inputs that are not stored, by expert.
     """
 
-    def __init__(self, sample: int) -> None:
+    def __init__(self, sample_size: int) -> None:
         self.gram = Gram()
-        self.sample = sample
-        self.taken: dict[int, list[Tensor]] = {}
+        self.sample_size = sample_size
+        self.sampled: dict[int, list[Tensor]] = {}
         self._inputs = Spool()
-        self._counts: list[
-            list[int] | None
-        ] = []  # of each of them: tokens by expert; None of a window that all read
-        self._whole_tokens = 0
-        self._absolute = LaneSum(_add)  # of |x|; one row where all experts read the same tensor
-        self._scale_EI: Tensor | None = None  # what the inputs are to be divided by
+        # Tokens by expert in each stored input; None for a window that all experts read.
+        self._counts: list[list[int] | None] = []
+        self._window_tokens = 0
+        self._absolute = LaneSum(
+            Tensor.add_
+        )  # of |x|; one row where all experts read the same tensor
+        self._scale_EI: Tensor | None = None  # divides the inputs
 
     @property
     def tokens_E(self) -> Tensor:
         return self.gram.tokens_E
 
     def bound(self, memory: int | None) -> None:
-        """Before the first batch: how many bytes of inputs may be in memory, None for all."""
+        """Set, before the first batch, how many bytes of inputs may lie in memory (None: all)."""
         self._inputs = Spool(memory)
 
     def update(self, inputs: SiteInput) -> None:
         unrouted = inputs.unrouted or len(inputs.experts) == 1
-        sampled = inputs.linears == 1 and unrouted and inputs.of_windows > 0
-        place, lane = self.gram.place(inputs), self.gram.lane(inputs)
-        sums = [] if inputs.whole_TI is None else [_sum_absolute(inputs.whole_TI)]
-        apart = []  # what experts read, if that is not the whole
+        only_sample = inputs.linears == 1 and unrouted and inputs.total_windows > 0
+        first_window, lane = self.gram.first_window(inputs), self.gram.lane(inputs)
+        routed, sums = [], []
         for e, tokens_TI in enumerate(self.gram.feed(inputs)):
-            if inputs.whole_TI is None:
+            if inputs.all_TI is None:
                 sums.append(_sum_absolute(tokens_TI))
-            if sampled:
-                stride = self._stride(len(tokens_TI) * inputs.of_windows // inputs.windows)
-                before = place * len(tokens_TI) // inputs.windows
-                self.taken.setdefault(e, []).append(tokens_TI[-before % stride :: stride].clone())
+            if only_sample:
+                self._sample(e, tokens_TI, first_window, inputs)
             elif not inputs.shared:
-                apart.append(tokens_TI)
-        if inputs.whole_TI is not None:
-            self._whole_tokens += len(inputs.whole_TI)
-            for window_TI in () if sampled else inputs.whole_TI.chunk(inputs.windows):
-                self._keep(window_TI, None)
-        if apart:
-            self._keep(torch.cat(apart), list(map(len, apart)))
+                routed.append(tokens_TI)
+        if inputs.all_TI is not None:
+            sums.append(_sum_absolute(inputs.all_TI))
+            self._window_tokens += len(inputs.all_TI)
+            if not only_sample:
+                for window_TI in inputs.all_TI.chunk(inputs.windows):
+                    self._store(window_TI, None)
+        if routed:
+            self._store(torch.cat(routed), list(map(len, routed)))
         sums_EI = torch.stack(sums)
-        absolute_EI, fresh = self._absolute.of(lane, sums_EI.shape, sums_EI.device)
+        absolute_EI, fresh = self._absolute.accumulator(lane, sums_EI.shape, sums_EI.device)
         if fresh:
             absolute_EI.copy_(sums_EI)
         else:
             absolute_EI += sums_EI
 
-    def _keep(self, tokens_TI: Tensor, counts: list[int] | None) -> None:
+    def _sample(self, e: int, tokens_TI: Tensor, first_window: int, inputs: SiteInput) -> None:
+        """Take every n-th token, counted over all windows of the calibration."""
+        tokens = len(tokens_TI)
+        stride = self._stride(tokens * inputs.total_windows // inputs.windows)
+        earlier = first_window * tokens // inputs.windows
+        self.sampled.setdefault(e, []).append(tokens_TI[-earlier % stride :: stride].clone())
+
+    def _store(self, tokens_TI: Tensor, counts: list[int] | None) -> None:
         self._inputs.append(tokens_TI)
         self._counts.append(counts)
 
     def keep_lanes(self) -> None:
         self.gram.keep_lanes()
-        self._absolute.apart = True
+        self._absolute.separate = True
 
-    def absorb(self, later: "Kept") -> None:
+    def absorb(self, later: "StoredInputs") -> None:
         self.gram.absorb(later.gram)
         self._absolute.absorb(later._absolute)
-        self._whole_tokens += later._whole_tokens
+        self._window_tokens += later._window_tokens
         self._inputs.take(later._inputs)
         self._counts += later._counts
-        for e, taken in later.taken.items():
-            self.taken.setdefault(e, []).extend(taken)
+        for e, sampled in later.sampled.items():
+            self.sampled.setdefault(e, []).extend(sampled)
 
     def windows(self) -> "Windows":
-        """What all experts read, as it came."""
+        """Return the windows that all experts read."""
         return Windows(self._inputs, [i for i, counts in enumerate(self._counts) if counts is None])
 
     def _stride(self, tokens: int) -> int:
-        return max(1, tokens // self.sample)
+        return max(1, tokens // self.sample_size)
 
     def samples(self) -> list[Tensor]:
-        """Of each expert, evenly spaced tokens of those that it reads, float32; one tensor for all that read the same.
+        """Return evenly spaced tokens of each expert, float32.
 
-        The inputs are gone through once: they may lie on disk.
+        Experts that read the same share one tensor. The inputs, perhaps on disk, are read once.
         """
-        taken_E: list[list[Tensor]] = [
-            list(self.taken.get(e, [])) for e in range(len(self.tokens_E))
-        ]
-        some = [0] if self.gram.shared else range(len(taken_E))
-        stride_E, start_E = (
-            [self._stride(tokens) for tokens in self.tokens_E.tolist()],
-            [0] * len(taken_E),
-        )
+        sampled_E = [list(self.sampled.get(e, [])) for e in range(len(self.tokens_E))]
+        stride_E = [self._stride(tokens) for tokens in self.tokens_E.tolist()]
+        start_E = [0] * len(sampled_E)
+        readers = [0] if self.gram.shared else range(len(sampled_E))
         for tokens_TI, counts in zip(self._inputs, self._counts, strict=True):
             if (counts is None) != self.gram.shared:
                 continue
-            for e, read_TI in zip(some, tokens_TI.split(counts or [len(tokens_TI)]), strict=True):
-                taken_E[e].append(read_TI[start_E[e] :: stride_E[e]].clone())
-                start_E[e] = (start_E[e] - len(read_TI)) % stride_E[e]
-        sample_E = [self._rescaled(torch.cat(taken_E[e]), e) for e in some]
-        return sample_E * len(taken_E) if self.gram.shared else sample_E
+            parts = tokens_TI.split(counts or [len(tokens_TI)])
+            for e, part_TI in zip(readers, parts, strict=True):
+                sampled_E[e].append(part_TI[start_E[e] :: stride_E[e]].clone())
+                start_E[e] = (start_E[e] - len(part_TI)) % stride_E[e]
+        sample_E = [self._rescaled(torch.cat(sampled_E[e]), e) for e in readers]
+        return sample_E * len(sampled_E) if self.gram.shared else sample_E
 
     def _rescaled(self, sample_TI: Tensor, expert: int) -> Tensor:
         if self._scale_EI is not None:
-            sample_TI = (sample_TI / self._scale_EI[expert if len(self._scale_EI) > 1 else 0]).to(
-                sample_TI.dtype
-            )
+            scale_I = self._scale_EI[expert if len(self._scale_EI) > 1 else 0]
+            sample_TI = (sample_TI / scale_I).to(sample_TI.dtype)
         return sample_TI.float()
 
     def mean_absolute_EI(self) -> Tensor:
-        """Mean |x| of each channel; one row where all experts read the same tensor, else a row an expert."""
-        tokens_E = (
-            torch.tensor([self._whole_tokens]) if self._whole_tokens else self.tokens_E.clamp(min=1)
-        )
+        """Return each channel's mean |x|: one row if all experts read the same tensor, else E."""
+        windows = self._window_tokens
+        tokens_E = torch.tensor([windows]) if windows else self.tokens_E.clamp(min=1)
         absolute_EI = self._absolute.total()
         return absolute_EI / tokens_E.to(absolute_EI.device)[:, None]
 
     def rescale(self, scale_EI: Tensor) -> None:
-        """Make it the statistics of inputs divided by `scale` per channel (one row: the same for all)."""
+        """Turn these into the statistics of the inputs divided by `scale` per channel.
+
+        One row of scales serves all experts.
+        """
         self.gram.rescale(scale_EI.expand(len(self.tokens_E), -1))
         self._absolute.total().div_(scale_EI)
         self._scale_EI = scale_EI if self._scale_EI is None else self._scale_EI * scale_EI
 
 
 class Windows(Sequence[Tensor]):
-    """Calibration windows at a site, [T, I] each, some of them perhaps on disk."""
+    """Calibration windows at a site, [T, I] each; some may lie on disk."""
 
-    def __init__(self, spool: Spool, places: Sequence[int]) -> None:
-        self._spool, self._places = spool, places
+    def __init__(self, spool: Spool, indices: Sequence[int]) -> None:
+        self._spool, self._indices = spool, indices
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     @overload
     def __getitem__(self, window: int) -> Tensor: ...
@@ -439,13 +466,9 @@ class Windows(Sequence[Tensor]):
 
     def __getitem__(self, window: int | slice) -> "Tensor | Windows":
         if isinstance(window, slice):
-            return Windows(self._spool, self._places[window])
-        return self._spool[self._places[window]]
+            return Windows(self._spool, self._indices[window])
+        return self._spool[self._indices[window]]
 
 
 def _sum_absolute(tokens_TI: Tensor) -> Tensor:
     return vector_norm(tokens_TI, 1, dim=0, dtype=torch.float32)
-
-
-def _add(total: Tensor, part: Tensor) -> None:
-    total += part

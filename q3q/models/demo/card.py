@@ -1,6 +1,7 @@
-"""Writes the demo models' page: `python -m q3q.models.demo.card RECORDS...` (record.json files of finished trials).
+"""Write the demo models' page: `python -m q3q.models.demo.card RECORDS...`.
 
-What they are, how they were trained (`training.json` beside the weights), and what their records say they can do.
+The arguments are record.json files of finished trials. The page describes the models, their
+training (`training.json` beside the weights), and their results.
 """
 
 import json
@@ -13,21 +14,24 @@ from q3q.models.demo.train import STAGES
 HERE = Path(__file__).parent
 TITLES = {"dense": "`demo`: dense Qwen3", "moe": "`demo_moe`: Qwen3-MoE"}
 SHAPES = {
-    "dense": "6 blocks, hidden 256, 6 query and 3 key-value heads of 64, intermediate 640, tied embeddings",
-    "moe": "4 blocks, hidden 256, 6 query and 3 key-value heads of 64, 8 experts of 128 (2 per token), tied embeddings",
+    "dense": "6 blocks, hidden 256, 6 query and 3 key-value heads of 64, intermediate 640",
+    "moe": "4 blocks, hidden 256, 6 query and 3 key-value heads of 64, "
+    "8 experts of 128 (2 per token)",
 }
 TASKS = ("stories_who", "stories_where", "stories_order", "stories_count")
 
 INTRODUCTION = """\
 # The demo models
 
-Two small models that ship with q3q, so that a study runs anywhere within minutes. Each is an ordinary Hugging Face
-folder (safetensors in bfloat16, tokenizer, config) that `AutoModelForCausalLM` loads. They were trained by this project
-on (a) the text of Python's standard library, read from the interpreter that ran the training, and (b) stories with
-questions from `stories.py`. One story in 16, by checksum, was kept from training, and so were eight library modules:
-the texts and tasks of `evaluation=demo`. They know nothing else; they are for trying quantization, not for answering.
+Two small models ship with q3q, so that a study runs anywhere within minutes. Each is an ordinary
+Hugging Face folder (safetensors in bfloat16, tokenizer, config) that `AutoModelForCausalLM` loads.
+This project trained them on (a) the text of Python's standard library, read from the interpreter
+that ran the training, and (b) stories with questions from `stories.py`. One story in 16, chosen by
+checksum, and eight library modules were kept from training: they are the texts and tasks of
+`evaluation=demo`. The models know nothing else; they serve to try quantization, not to answer.
 
-Retrain with `python -m q3q.models.demo.train dense` or `moe`; this page is `python -m q3q.models.demo.card`'s."""
+`python -m q3q.models.demo.train dense` (or `moe`) trains a model again;
+`python -m q3q.models.demo.card` writes this page."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
@@ -37,31 +41,28 @@ def page(records: list[dict[str, Any]]) -> str:
         plain = STAGES[0].steps  # the second stage counts answers extra: another loss
         curve = [(step, loss) for step, loss in facts["loss"] if step <= plain and step % 250 == 0]
         last = facts["loss"][-1][1]
+        model = "demo" if kind == "dense" else "demo_moe"
         parts.append(
-            f"## {title}\n\n{SHAPES[kind]}; vocabulary 4,096 (byte-level BPE).\n\n"
-            f"Trained on {facts['tokens'] / 1e6:.1f} M tokens in {facts['steps']} steps of {facts['batch']} x "
-            f"{facts['window']}, seed {facts['seed']}, {facts['minutes']:.0f} minutes on {facts['threads']} CPU "
-            f"threads, Python {facts['python']}, torch {facts['torch']}.\n\n"
+            f"## {title}\n\n"
+            f"{SHAPES[kind]}, tied embeddings; vocabulary 4,096 (byte-level BPE).\n\n"
+            f"Trained on {facts['tokens'] / 1e6:.1f} M tokens in {facts['steps']} steps of "
+            f"{facts['batch']} x {facts['window']}, seed {facts['seed']}, "
+            f"{facts['minutes']:.0f} minutes on {facts['threads']} CPU threads, "
+            f"Python {facts['python']}, torch {facts['torch']}.\n\n"
             "```mermaid\nxychart-beta\n"
             '    title "Training loss, nats per token"\n'
             f'    x-axis "step" {[step for step, _ in curve]}\n'
             f'    y-axis "loss" 1 --> {curve[0][1]:.1f}\n'
             f"    line {[round(loss, 2) for _, loss in curve]}\n```\n\n"
-            f"The last {facts['steps'] - plain} steps count the answers to the stories' questions extra; their loss,\n"
-            f"with that, ends at {last:.2f}.\n\n"
-            + _results(
-                [
-                    r
-                    for r in records
-                    if r["spec"]["model"]["name"] == ("demo" if kind == "dense" else "demo_moe")
-                ]
-            )
+            f"In the last {facts['steps'] - plain} steps, the answers to the stories' questions "
+            f"count extra; the loss\nwith that addition ends at {last:.2f}.\n\n"
+            + _results([r for r in records if r["spec"]["model"]["name"] == model])
         )
     return "\n\n".join(parts) + "\n"
 
 
 def _results(records: list[dict[str, Any]]) -> str:
-    """A table of perplexities and accuracies with 95 % intervals, chance beside them."""
+    """Return a table of perplexities and accuracies with 95 % intervals, and chance."""
     if not records:
         return ""
     head = ["trial", "perplexity stories", "perplexity library", *TASKS]
@@ -77,9 +78,8 @@ def _results(records: list[dict[str, Any]]) -> str:
             low, high = record["intervals"][f"{task}/acc"]
             cells.append(f"{record['metrics'][f'{task}/acc']:.1%} ({low:.0%} to {high:.0%})")
         rows.append(cells)
-    return "What they can do, with 95 % intervals:\n\n" + "\n".join(
-        "| " + " | ".join(row) + " |" for row in rows
-    )
+    lines = ("| " + " | ".join(row) + " |" for row in rows)
+    return "Results, with 95 % intervals:\n\n" + "\n".join(lines)
 
 
 def _order(record: dict[str, Any]) -> tuple[str, int]:
@@ -88,5 +88,5 @@ def _order(record: dict[str, Any]) -> tuple[str, int]:
 
 
 if __name__ == "__main__":
-    found = [json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:]]
-    (HERE / "README.md").write_text(page(found), encoding="utf-8")
+    finished = [json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:]]
+    (HERE / "README.md").write_text(page(finished), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Text of Python's own standard library, read from the running interpreter.
 
-It differs from one Python version to the next, so whoever uses it files its digest (a trial's spec does).
+It differs between Python versions, so a trial's spec contains the text's digest.
 """
 
 import sysconfig
@@ -8,37 +8,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 # Pure-Python modules that every supported Python has; kept from training.
-HELD_OUT_MODULES = (
-    "argparse",
-    "calendar",
-    "difflib",
-    "fractions",
-    "heapq",
-    "pprint",
-    "shelve",
-    "textwrap",
-)
+HELD_OUT_MODULES = "argparse calendar difflib fractions heapq pprint shelve textwrap".split()
 # Tests, generated tables and vendored packages teach a small model little.
-_LEFT_OUT = {
-    "test",
-    "tests",
-    "site-packages",
-    "lib2to3",
-    "idlelib",
-    "ensurepip",
-    "__pycache__",
-    "pydoc_data",
-    "encodings",
-}
+_LEFT_OUT = {"test", "tests", "site-packages", "lib2to3", "idlelib", "ensurepip", "__pycache__"}
+_LEFT_OUT |= {"pydoc_data", "encodings"}
 
 
 def held_out_text() -> str:
-    """Source of the held-out modules, one text."""
+    """Return the held-out modules' source as one text."""
     return _joined(_folder() / f"{name}.py" for name in HELD_OUT_MODULES)
 
 
 def training_text() -> str:
-    """Source of the other modules, one text, in a fixed order."""
+    """Return the other modules' source as one text, in a fixed order."""
     held_out = {_folder() / f"{name}.py" for name in HELD_OUT_MODULES}
     return _joined(
         path
@@ -52,7 +34,5 @@ def _folder() -> Path:
 
 
 def _joined(paths: Iterable[Path]) -> str:
-    return (
-        "\n\n".join(path.read_text(encoding="utf-8", errors="replace").strip() for path in paths)
-        + "\n"
-    )
+    texts = (path.read_text(encoding="utf-8", errors="replace").strip() for path in paths)
+    return "\n\n".join(texts) + "\n"

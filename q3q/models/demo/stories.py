@@ -1,8 +1,9 @@
 """Small stories with questions, from a seeded generator: text whose answers can be checked.
 
-Four kinds: who has what, where things are, who came when, how many there are. Each question has one right answer
-and four choices, so a model that understood nothing scores 25 %. The text is a function of the seed alone, the same
-on every Python: only `random.Random.random()` is used, whose stream the standard library promises to keep.
+There are four kinds: who has what, where things are, who came when, how many there are. Each
+question has one right answer and four choices, so a model without understanding scores 25 %. The
+text depends on the seed alone, on every Python: it uses only `random.Random.random()`, whose stream
+the standard library promises to keep.
 """
 
 import random
@@ -13,9 +14,12 @@ from itertools import pairwise
 from typing import TypeVar
 
 NAMES = (
-    "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jonas Kim Lena Max Nina Omar Pia Ravi Sara Tom Uma Vera Will Yara Zoe"
+    "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jonas Kim Lena "
+    "Max Nina Omar Pia Ravi Sara Tom Uma Vera Will Yara Zoe"
 ).split()
-THINGS = "ball book coin cup drum flute hat kite lamp map pen ring rope shell spoon stone torch whistle".split()
+THINGS = (
+    "ball book coin cup drum flute hat kite lamp map pen ring rope shell spoon stone torch whistle"
+).split()
 COLOURS = "red blue green yellow white black".split()
 PLACES = "kitchen garden cellar attic barn library garage office hall workshop".split()
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -31,11 +35,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a story, its choices, and which of them is right."""
+    """One question about a story, with its choices."""
 
     question: str
     choices: tuple[str, ...]
-    answer: int
+    answer: int  # index of the right choice
 
     def text(self) -> str:
         return f"Question: {self.question}\nAnswer: {self.choices[self.answer]}\n"
@@ -43,7 +47,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Story:
-    """A few sentences, and the questions they answer."""
+    """A few sentences, and questions that they answer."""
 
     kind: str
     text: str
@@ -58,7 +62,7 @@ class Story:
 
 
 class _Dice:
-    """Draws from `random.Random.random()` alone (see the module's first lines)."""
+    """Random draws from `random.Random.random()` alone, see the module's docstring."""
 
     def __init__(self, seed: int | str) -> None:
         self._random = random.Random(seed).random
@@ -110,36 +114,28 @@ def _where(dice: _Dice) -> Story:
         verb = dice.pick(("takes", "carries", "moves"))
         lines.append(f"{dice.pick(NAMES)} {verb} the {thing} to the {place}.")
         place_of[thing] = place
+    choices = [f"the {place}" for place in places]
     questions = [
-        _ask(
-            dice,
-            f"Where is the {thing}?",
-            f"the {place_of[thing]}",
-            [f"the {place}" for place in places],
-        )
+        _ask(dice, f"Where is the {thing}?", f"the {place_of[thing]}", choices)
         for thing in dice.sample(things, 3)
     ]
     return Story("where", " ".join(lines), tuple(questions))
 
 
 def _order(dice: _Dice) -> Story:
-    people = dice.sample(NAMES, 4)
-    place = dice.pick(PLACES)
+    people, place = dice.sample(NAMES, 4), dice.pick(PLACES)
     lines = [f"{people[0]} comes to the {place} first."]
     for earlier, later in pairwise(people):
-        lines.append(
-            dice.pick(
-                (f"Then {later} comes.", f"{later} comes after {earlier}.", f"Next comes {later}.")
-            )
-        )
-    asked = dice.sample(range(8), 3)
+        ways = f"Then {later} comes.", f"{later} comes after {earlier}.", f"Next comes {later}."
+        lines.append(dice.pick(ways))
+    indices = dice.sample(range(8), 3)
     forms = [
         ("Who came first?", people[0]),
         ("Who came last?", people[3]),
         *((f"Who came right after {a}?", b) for a, b in pairwise(people)),
         *((f"Who came right before {b}?", a) for a, b in pairwise(people)),
     ]
-    questions = [_ask(dice, *forms[i], people) for i in asked]
+    questions = [_ask(dice, *forms[i], people) for i in indices]
     return Story("order", " ".join(lines), tuple(questions))
 
 
@@ -173,12 +169,13 @@ _WRITERS = {"who": _who, "where": _where, "order": _order, "count": _count}
 
 
 def stories(seed: int, *, held_out: bool, kinds: Sequence[str] = KINDS) -> Iterator[Story]:
-    """An endless stream of stories; those for training and those held out never meet, whatever the seeds.
+    """Yield stories without end.
+
+    Stories for training and held-out stories are disjoint, whatever the seeds.
 
     Args:
-        seed: start of the stream.
-        held_out: which of the two disjoint halves of the world to draw from.
-        kinds: kinds to draw from, each equally often; some of `KINDS`.
+        held_out: yield held-out stories, else those for training.
+        kinds: some of `KINDS`, drawn equally often.
     """
     dice = _Dice(seed)
     while True:
@@ -188,6 +185,6 @@ def stories(seed: int, *, held_out: bool, kinds: Sequence[str] = KINDS) -> Itera
 
 
 def story_text(seed: int, count: int, *, held_out: bool) -> str:
-    """`count` stories with their questions and answers, one text."""
+    """Return `count` stories with their questions and answers as one text."""
     stream = stories(seed, held_out=held_out)
     return "\n".join(next(stream).full_text() for _ in range(count))

@@ -1,9 +1,9 @@
-"""How the two demo models were made: `python -m q3q.models.demo.train dense` (or `moe`).
+"""Train a demo model: `python -m q3q.models.demo.train dense` (or `moe`).
 
-A byte-level BPE of 4,096 tokens and a small Qwen3 are trained on Python's standard library and on generated stories.
-The result is an ordinary Hugging Face folder (safetensors, tokenizer, config) with a `training.json` that holds the
-loss curve. Two stages: plain language modelling, then the same with the answers to the stories' questions counted
-extra, because they are a small share of the tokens and all that the tasks look at.
+A byte-level BPE of 4,096 tokens and a small Qwen3 learn Python's standard library and generated
+stories. The result is an ordinary Hugging Face folder (safetensors, tokenizer, config) with the
+loss curve in `training.json`. The second of two stages adds a loss on the answers to the stories'
+questions, which are a small share of the tokens and all that the tasks measure.
 """
 
 import argparse
@@ -39,16 +39,13 @@ WINDOW = 512
 
 @dataclass(frozen=True)
 class Stage:
-    """steps of a batch; seed; story_share of the windows, the rest being library text; rate: share of the peak rates.
+    """A stage of training."""
 
-    answer_weight: weight of the mean loss of answer tokens, beside the mean loss of all tokens.
-    """
-
-    steps: int
+    steps: int  # of one batch each
     seed: int
-    story_share: float
-    answer_weight: float
-    rate: float
+    story_share: float  # of the windows; the rest is library text
+    answer_weight: float  # of the answer tokens' mean loss, added to the mean loss of all tokens
+    rate: float  # factor of the optimizers' peak learning rates
 
 
 STAGES = (
@@ -61,7 +58,8 @@ ROUTER_BALANCE = 0.01
 _COMMON: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE,
     hidden_size=256,
-    num_attention_heads=6,  # heads x head_dim = 384 differs from hidden on purpose, as in Qwen3 0.6B, 4B and 32B
+    # heads x head_dim = 384 is not hidden, on purpose, as in Qwen3 0.6B, 4B and 32B.
+    num_attention_heads=6,
     num_key_value_heads=3,
     head_dim=64,
     max_position_embeddings=2048,
@@ -105,9 +103,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     stream = stories(seed=0, held_out=False)
-    tokenizer.train_from_iterator(
-        [training_text(), *(next(stream).full_text() for _ in range(10_000))], trainer
-    )
+    texts = [training_text(), *(next(stream).full_text() for _ in range(10_000))]
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=2048
     )
@@ -116,15 +113,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def windows(
     tokenizer: PreTrainedTokenizerFast, seed: int, story_share: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless training windows: token ids [WINDOW], and which of them are answers [WINDOW].
+    """Yield training windows without end: token ids and a mask of answer tokens, [WINDOW] each.
 
-    Packed stories, or random windows of library text, which has no answers.
+    A window is of packed stories, or of library text at random, which has no answers.
     """
     generator = torch.Generator().manual_seed(seed)
     library = torch.tensor(tokenizer(training_text(), verbose=False)["input_ids"])
     stream = stories(seed, held_out=False)
-    packed: list[int] = []
-    answers: list[bool] = []
+    packed, answers = list[int](), list[bool]()
     while True:
         if torch.rand((), generator=generator) < story_share:
             while len(packed) < WINDOW:
@@ -141,7 +137,7 @@ def windows(
 
 
 def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
-    """For each token, whether its characters lie in one of the spans; both in order."""
+    """Return for each token whether its characters lie in one of the spans; both are in order."""
     inside, k = [], 0
     for start, end in offsets:
         while k < len(spans) and spans[k][1] <= start:
@@ -153,21 +149,19 @@ def _inside(offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> lis
 def stage_loss(
     logits_BTV: Tensor, ids_BT: Tensor, answers_BT: Tensor, answer_weight: float
 ) -> Tensor:
-    """Mean negative log-likelihood of all next tokens, plus the weighted mean over answer tokens, nats."""
-    loss_BT = cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), ids_BT[:, 1:].flatten(), reduction="none"
-    )
+    """Return the mean loss of all next tokens plus the weighted mean of answer tokens, in nats."""
+    logits = logits_BTV[:, :-1].flatten(0, 1).float()
+    loss_BT = cross_entropy(logits, ids_BT[:, 1:].flatten(), reduction="none")
     loss = loss_BT.mean()
-    asked = answers_BT[:, 1:].flatten()
-    if answer_weight and asked.any():
-        loss = loss + answer_weight * loss_BT[asked].mean()
+    is_answer = answers_BT[:, 1:].flatten()
+    if answer_weight and is_answer.any():
+        loss = loss + answer_weight * loss_BT[is_answer].mean()
     return loss
 
 
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for all else (embedding, norms, router, fused 3-D experts)."""
-    matrices: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
+    """Return Muon for the blocks' matrices, AdamW for embedding, norms, router and 3-D experts."""
+    matrices, others = list[torch.nn.Parameter](), list[torch.nn.Parameter]()
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embed" not in name and "gate.weight" not in name
         (matrices if is_matrix else others).append(parameter)
@@ -178,31 +172,33 @@ def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate_factor(done: float) -> float:
-    """Of the peak rate, `done` of the way: 2 % warm-up, flat to half way, then a straight line to zero."""
+    """Return the factor of the peak rate after a share `done` of the steps.
+
+    2 % warm-up, constant to the middle, then linear to zero.
+    """
     return min(1.0, done / 0.02 + 1e-3, 2 * (1 - done) + 1e-3)
 
 
 def train(kind: str, out: Path) -> None:
-    """Both stages, each from the folder that the one before wrote; one that `training.json` lists is not repeated."""
-    facts = (
-        json.loads((out / "training.json").read_text(encoding="utf-8"))
-        if (out / "training.json").exists()
-        else {}
-    )
+    """Run both stages, each from the folder that the stage before wrote.
+
+    A stage that `training.json` lists is not repeated.
+    """
+    log = out / "training.json"
+    facts = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
     done = facts.get("stages", 0)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out) if done else build_tokenizer()
     for number, stage in enumerate(STAGES[done:], start=done):
         torch.manual_seed(stage.seed)
         model = build_model(kind)
         if number:
-            model.load_state_dict(
-                type(model).from_pretrained(out, dtype=torch.float32).state_dict()
-            )
+            earlier = type(model).from_pretrained(out, dtype=torch.float32)
+            model.load_state_dict(earlier.state_dict())
         started = time.monotonic()
         curve = run_stage(model, tokenizer, stage)
         minutes = (time.monotonic() - started) / 60
         if kind == "moe":
-            model.config.output_router_logits = False  # wanted for the balancing loss alone
+            model.config.output_router_logits = False  # only the balancing loss needs them
         model.bfloat16().save_pretrained(out)
         tokenizer.save_pretrained(out)
         before = facts.get("steps", 0)
@@ -220,31 +216,29 @@ def train(kind: str, out: Path) -> None:
             "torch": torch.__version__,
             "loss": facts.get("loss", []) + [[before + s, round(v, 4)] for s, v in curve],
         }
-        (out / "training.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        log.write_text(json.dumps(facts) + "\n", encoding="utf-8")
 
 
 def run_stage(
     model: Qwen3ForCausalLM | Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, stage: Stage
 ) -> list[tuple[int, float]]:
-    """Train the model in place. Returns the loss curve: (step, mean loss of the 50 steps before it)."""
+    """Train the model in place; return (step, mean loss of the last 50 steps) every 50 steps."""
     compiled = torch.compile(model)
     stream = windows(tokenizer, stage.seed, stage.story_share)
     parts = optimizers(model)
-    peak = [stage.rate * group["lr"] for part in parts for group in part.param_groups]
-    curve: list[tuple[int, float]] = []
-    recent: list[float] = []
+    groups = [group for part in parts for group in part.param_groups]
+    peak = [stage.rate * group["lr"] for group in groups]
+    curve, recent = list[tuple[int, float]](), list[float]()
     started = time.monotonic()
     for step in range(1, stage.steps + 1):
-        for group, rate in zip((g for part in parts for g in part.param_groups), peak, strict=True):
+        for group, rate in zip(groups, peak, strict=True):
             group["lr"] = rate * learning_rate_factor((step - 1) / stage.steps)
-        ids_BT, answers_BT = (
-            torch.stack(column)
-            for column in zip(*(next(stream) for _ in range(BATCH)), strict=True)
-        )
+        batch = zip(*(next(stream) for _ in range(BATCH)), strict=True)
+        ids_BT, answers_BT = map(torch.stack, batch)
         with torch.autocast("cpu", torch.bfloat16):
-            found = compiled(input_ids=ids_BT, use_cache=False)
-        loss = stage_loss(found.logits, ids_BT, answers_BT, stage.answer_weight)
-        balancing = getattr(found, "aux_loss", None)  # keeps the experts of an MoE in use
+            output = compiled(input_ids=ids_BT, use_cache=False)
+        loss = stage_loss(output.logits, ids_BT, answers_BT, stage.answer_weight)
+        balancing = getattr(output, "aux_loss", None)  # keeps all experts of an MoE in use
         (loss if balancing is None else loss + ROUTER_BALANCE * balancing).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for part in parts:
@@ -254,11 +248,9 @@ def run_stage(
         if step % 50 == 0:
             curve.append((step, sum(recent) / len(recent)))
             recent = []
-            elapsed = (time.monotonic() - started) / 60
-            print(
-                f"step {step}/{stage.steps}  loss {curve[-1][1]:.3f}  {elapsed:.1f} min", flush=True
-            )
-            if not math.isfinite(curve[-1][1]):
+            mean, elapsed = curve[-1][1], (time.monotonic() - started) / 60
+            print(f"step {step}/{stage.steps}  loss {mean:.3f}  {elapsed:.1f} min", flush=True)
+            if not math.isfinite(mean):
                 raise SystemExit("training diverged")
     return curve
 
@@ -267,5 +259,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=("dense", "moe"))
     parser.add_argument("--out", type=Path, help="folder to write; default: beside this file")
-    given = parser.parse_args()
-    train(given.kind, given.out or Path(__file__).parent / given.kind)
+    arguments = parser.parse_args()
+    train(arguments.kind, arguments.out or Path(__file__).parent / arguments.kind)

@@ -29,7 +29,7 @@ def _logsum(  # type: ignore[no-untyped-def]
             logits + row * stride + start + c, mask=start + c < columns, other=-float("inf")
         ).to(tl.float32)
         above = tl.maximum(high, value)
-        shift = tl.where(above == -float("inf"), 0.0, above)  # a lane that has seen no logit yet
+        shift = tl.where(above == -float("inf"), 0.0, above)  # -inf: no finite logit so far
         total = total * tl.exp(high - shift) + tl.exp(value - shift)
         high = above
     top = tl.max(high, axis=0)
@@ -38,7 +38,7 @@ def _logsum(  # type: ignore[no-untyped-def]
 
 
 def logsum_fused(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """`logsum.logsum_plain`, which leaves the logits as they are."""
+    """Compute `logsum.logsum_plain` without modifying the logits."""
     rows, columns = logits_CV.shape
     logsum_C = torch.empty(rows, device=logits_CV.device)
     highest_C = torch.empty_like(logsum_C)

@@ -1,4 +1,4 @@
-"""GPTQ's inner loop over the columns of one block as one Triton kernel: one launch where `columns` makes five a column.
+"""GPTQ's inner loop over the columns of one block, as one Triton kernel.
 
 Importing this file needs Triton. Tested in Triton's interpreter on a CPU. Shapes as in `columns`.
 """
@@ -35,25 +35,27 @@ def _solve(  # type: ignore[no-untyped-def]
     o = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     c = tl.arange(0, BLOCK_COLUMNS)
     inside = o < rows
-    place = c[:, None] * rows + o[None, :]
+    offset = c[:, None] * rows + o[None, :]
     tile = tl.load(
-        weight + e * weight_stride + place, mask=(c < columns)[:, None] & inside[None, :], other=0.0
+        weight + e * weight_stride + offset,
+        mask=(c < columns)[:, None] & inside[None, :],
+        other=0.0,
     )
     for i in range(columns):
         k = e * grids + tl.load(grid_of + i)
         s = tl.load(scale + k * rows + o, mask=inside, other=1.0)
         z = tl.load(zero + k * rows + o, mask=inside, other=0.0)
         value = tl.sum(tl.where(c[:, None] == i, tile, 0.0), axis=0)
-        # Clamped first (the bounds are whole numbers), so that adding and taking 1.5 * 2**23 rounds half to even.
+        # Clamped first (the bounds are whole), so that +- 1.5 * 2**23 rounds half to even.
         level = tl.minimum(tl.maximum(tl.div_rn(value, s), -z), top - z)
         level = (level + 12582912.0) - 12582912.0
-        wrong = value - s * level
+        rounding_error = value - s * level
         out = (e * columns + i) * rows + o
         tl.store(codes + out, level + z, mask=inside)
-        tl.store(error + out, wrong, mask=inside)
+        tl.store(error + out, rounding_error, mask=inside)
         row = factor + (e * columns + i) * columns
         behind = tl.load(row + c, mask=(c > i) & (c < columns), other=0.0)
-        tile -= behind[:, None] * wrong[None, :]
+        tile -= behind[:, None] * rounding_error[None, :]
 
 
 def solve_block_fused(
@@ -64,7 +66,10 @@ def solve_block_fused(
     grid_of_C: Sequence[int],
     top: int,
 ) -> tuple[Tensor, Tensor]:
-    """`columns.solve_block_plain`, fused. `weight_ECO` may be a slice of rows of a contiguous [E, I, O]; left as is."""
+    """Solve as `columns.solve_block_plain` does, in one launch.
+
+    `weight_ECO` is not modified, and may be a slice of rows of a contiguous [E, I, O].
+    """
     experts, columns, rows = weight_ECO.shape
     codes_ECO = torch.empty(weight_ECO.shape, device=weight_ECO.device)
     error_ECO = torch.empty_like(codes_ECO)

@@ -9,13 +9,13 @@ from q3q.spec import TrialSpec
 
 
 def build_method(spec: TrialSpec) -> Method:
-    """The method that the spec names, with its settings."""
+    """Return the method that the spec names, with its settings."""
     settings = settings_of(spec.method)
     module, _, name = settings.implementation.partition(":")
     try:
         kind = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        owner = f"method={settings.name} of {spec.method.get('package', 'q3q')}"
+        owner = f"method={settings.name} of {spec.method.package or 'q3q'}"
         raise ConfigError(f"{owner}: {settings.implementation} is not there ({error})") from error
     if not issubclass(kind, Method):
         raise ConfigError(

@@ -1,7 +1,8 @@
-"""GPTQ: round column by column, and let the columns still to come absorb each column's error.
+"""GPTQ: round column by column, and let the remaining columns absorb each column's error.
 
-Frantar et al. 2022, arXiv 2210.17323, as IST-DASLab/gptq codes it. Shapes: E experts (1 in a dense block), O out
-features, I in features, G groups, S columns per group, C columns of one lazy update, K grids that those use.
+Frantar et al. 2022, arXiv 2210.17323, as IST-DASLab/gptq codes it. Shapes: E experts (1 in a dense
+block), O out features, I in features, G groups, S columns per group, C columns of one lazy update,
+K grids that those use.
 """
 
 from collections.abc import Callable
@@ -11,25 +12,79 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from q3q.numerics.grid import Grid, into_groups, minmax_grid
+from q3q.numerics.grid import Grid, into_groups, minmax_grid, on_grid, to_codes
 from q3q.numerics.linalg import damped_factor
-from q3q.numerics.weights import QuantizedWeight, concatenate_rows
+from q3q.numerics.weights import QuantizedWeight, concatenate_experts, concatenate_rows
 from q3q.quantize.kernels.columns import BlockSolver, block_solver
 from q3q.quantize.method import Method, SiteTask
 from q3q.quantize.methods.settings import GptqSettings
 from q3q.quantize.statistics import Gram
 from q3q.spec import Scheme
 
-# Rows (of all experts of a chunk) that go through the columns together: on a CPU as measured; a GPU wants all it can
-# get, and so many of 4096 columns are 0.5 GB.
+# Rows (of all experts of a chunk) that are solved together. The CPU's number was measured; a GPU
+# runs best with as many as fit, and 2**15 rows of 4096 columns take 0.5 GB.
 CPU_ROWS, GPU_ROWS = 4096, 2**15
 
-# (first column, column after the last) -> the grids [E, K, O] that these columns use, and which one each uses
+# (start, stop) -> the grids [E, K, O] that columns start .. stop - 1 use, and each column's grid
 GridsOf = Callable[[int, int], tuple[Grid, list[int]]]
 
 
+def gptq_round_plain(
+    weight_OI: Tensor,
+    hessian_II: Tensor,
+    scheme: Scheme,
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    act_order: bool = False,
+    static_groups: bool = False,
+    mse: bool = False,
+    dead_diagonal: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Round one linear by Algorithm 1 of GPTQ (arXiv 2210.17323), in the dtype of the arguments.
+
+    The plain algorithm with every option that changes a number: tests compare `gptq_round`, which
+    trials run, with it. Each error updates all later columns at once; Algorithm 1 defers a part of
+    that to the end of a block, which changes speed alone.
+
+    Returns:
+        The rounded weight and its codes, both [O, I].
+    """
+    columns = weight_OI.shape[1]
+    per_row = scheme.group_size == -1
+    size = columns if per_row else scheme.group_size
+    grid_of = partial(minmax_grid, bits=scheme.bits, symmetric=scheme.symmetric, mse=mse)
+    weight_OI, hessian_II = weight_OI.clone(), hessian_II.clone()
+    row_grid = grid_of(weight_OI)  # the official code takes it before it clears dead columns
+    dead_I = hessian_II.diagonal() == 0  # no token activates these columns
+    hessian_II[dead_I, dead_I], weight_OI[:, dead_I] = dead_diagonal, 0
+    static = [row_grid] if per_row else [grid_of(w) for w in weight_OI.split(size, 1)]
+    order_I = torch.arange(columns)
+    if act_order:
+        order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
+    weight_OI, hessian_II = weight_OI[:, order_I], hessian_II[order_I][:, order_I]
+    hessian_II.diagonal().add_(damping * hessian_II.diagonal().mean())  # H + lambda I
+    factor_II = torch.linalg.cholesky(hessian_II.inverse(), upper=True)  # Cholesky(H^-1)^T
+    codes_OI, rounded_OI = torch.empty_like(weight_OI), torch.empty_like(weight_OI)
+    for j in range(columns):
+        if j % block_size == 0:
+            block_start_OI = weight_OI.clone()  # a group's grid sees updates of earlier blocks only
+        if static_groups or per_row:
+            grid = static[order_I[j] // size]
+        elif j % size == 0:
+            grid = grid_of(block_start_OI[:, j : j + size])
+        column_O1 = weight_OI[:, j : j + 1]
+        rounded_O1 = on_grid(column_O1, grid, scheme.bits)  # Q_j = quant(W_j)
+        error_O1 = (column_O1 - rounded_O1) / factor_II[j, j]  # E_j = (W_j - Q_j) / U_jj
+        weight_OI[:, j + 1 :] -= error_O1 * factor_II[j, j + 1 :]  # W_k -= E_j U_jk for each k > j
+        codes_OI[:, j : j + 1] = to_codes(column_O1, grid, scheme.bits)
+        rounded_OI[:, j : j + 1] = rounded_O1
+    place_I = order_I.argsort()
+    return rounded_OI[:, place_I], codes_OI[:, place_I]
+
+
 class Gptq(Method):
-    """All rows of a site share its Hessian, one factor and one solve: rows are independent given the factor."""
+    """Solves all rows of a site with one factor: given the factor, rows are independent."""
 
     def __init__(self, settings: GptqSettings) -> None:
         self.settings = settings
@@ -43,12 +98,12 @@ class Gptq(Method):
 
     def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
         gram: Gram = task.statistics
-        experts, solved = len(task.weight_EOI), []
+        experts, results = len(task.weight_EOI), []
         for hessians in gram.hessians(task.starved_experts()):
             weight_EOI = task.weight_EOI[hessians.experts]
             if gram.shared:  # one Hessian for all experts: their rows are rows of one linear
                 weight_EOI = weight_EOI.flatten(0, 1)[None]
-            solved.append(
+            results.append(
                 gptq_round(
                     weight_EOI,
                     hessians.mean_MII,
@@ -62,15 +117,14 @@ class Gptq(Method):
                     overwrite_hessian=True,
                 )
             )
-        task.note_damping(
-            torch.cat([part.damping_E for part in solved]).expand(experts), self.settings.damping
-        )
-        weight = concatenate_experts([part.weight for part in solved])
+        damping_E = torch.cat([result.damping_E for result in results]).expand(experts)
+        task.note_damping(damping_E, self.settings.damping)
+        weight = concatenate_experts([result.weight for result in results])
         return split_experts(weight, experts) if gram.shared else weight
 
 
 @dataclass(frozen=True)
-class Solved:
+class GptqResult:
     """The quantized weight, and the damping that each expert's Hessian needed."""
 
     weight: QuantizedWeight
@@ -90,82 +144,90 @@ def gptq_round(
     dead_diagonal_E: Tensor | None = None,
     solver: BlockSolver | None = None,
     overwrite_hessian: bool = False,
-) -> Solved:
-    """Algorithm 1 of GPTQ (arXiv 2210.17323), for every expert at once.
+) -> GptqResult:
+    """Round by Algorithm 1 of GPTQ (arXiv 2210.17323), for every expert at once.
 
     Args:
         weight_EOI: float32. Not modified.
-        hessian_EII: mean of x x^T over calibration tokens, or that times any positive factor: the codes are the same.
-        block_size: columns per lazy update of the rest; a group's grid sees updates of earlier blocks only.
-        act_order: most active columns (largest Hessian diagonal) first. Groups are then formed in that order.
-        static_groups: grids are fixed beforehand from neighbouring original columns, also under act_order.
-        dead_diagonal_E: what the diagonal becomes where no token activates a column: 1 in the official code, on the
-            scale of its Hessian. It weighs in the mean that damping is a share of.
-        solver: of one block's columns; by default the device's fastest.
-        overwrite_hessian: its memory may be used; otherwise it is not modified.
+        hessian_EII: mean of x x^T over calibration tokens, up to a positive factor.
+        damping: share of the mean Hessian diagonal that is added to the diagonal.
+        block_size: columns per lazy update; a group's grid sees updates of earlier blocks only.
+        act_order: most active columns (largest Hessian diagonal) first; groups form in that order.
+        static_groups: take all grids beforehand from neighbours in the original order.
+        mse: shrink each grid's range to the one with the smallest rounding error.
+        dead_diagonal_E: diagonal entry of a column that no token activates: 1 in the official code,
+            on the scale of its Hessian. It counts in the mean that damping is a share of.
+        solver: rounds the columns of one block; by default the device's fastest.
+        overwrite_hessian: use the Hessian's memory; otherwise it is not modified.
 
     Raises:
-        ShapeError: the group size does not divide I. NumericsError: the Hessian cannot be factored.
+        ShapeError: the group size does not divide I.
+        NumericsError: the Hessian cannot be factored.
     """
-    into_groups(weight_EOI, scheme.group_size)  # refuses a size that does not divide
+    into_groups(weight_EOI, scheme.group_size)  # raises ShapeError
     columns, damping_E = factored_columns(
         hessian_EII if overwrite_hessian else hessian_EII.clone(),
         damping,
         dead_diagonal_E,
         act_order=act_order,
     )
-    grid_of = partial(minmax_grid, bits=scheme.bits, symmetric=scheme.symmetric, mse=mse)
     solve = partial(
         round_rows,
         scheme=scheme,
-        grid_of=grid_of,
+        grid_of=partial(minmax_grid, bits=scheme.bits, symmetric=scheme.symmetric, mse=mse),
         static_groups=static_groups,
         block_size=block_size,
         solver=solver or block_solver(weight_EOI.device),
     )
     experts, rows, _ = weight_EOI.shape
-    at_once = CPU_ROWS if weight_EOI.device.type == "cpu" else GPU_ROWS
-    few = max(1, at_once // rows)
-    solved = [
-        concatenate_rows(
-            [solve(part_eoI, columns.of(e, e + few)) for part_eoI in some_eOI.split(at_once, 1)]
-        )
-        for e, some_eOI in zip(range(0, experts, few), weight_EOI.split(few), strict=True)
-    ]
-    return Solved(concatenate_experts(solved), damping_E)
+    max_rows = CPU_ROWS if weight_EOI.device.type == "cpu" else GPU_ROWS
+    step = max(1, max_rows // rows)
+    parts = []
+    for e, part_EOI in zip(range(0, experts, step), weight_EOI.split(step), strict=True):
+        part_columns = columns.of_experts(slice(e, e + step))
+        solved = [solve(rows_EOI, part_columns) for rows_EOI in part_EOI.split(max_rows, 1)]
+        parts.append(concatenate_rows(solved))
+    return GptqResult(concatenate_experts(parts), damping_E)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns as they are treated, of each expert.
+    """The order in which columns are rounded, for each expert, and the factor in this order.
 
-    factor_EII: upper triangular U, U^T U the inverse of the damped Hessian, in that order. dead_EI: no token activates
-    the column. order_EI: which column comes at each place, None for one after the other.
+    factor_EII: upper triangular U, where U^T U is the inverse of the damped Hessian.
+    dead_EI: no token activates the column; in the original order.
+    order_EI: the original column at each place; None for the original order.
     """
 
     factor_EII: Tensor
     dead_EI: Tensor
     order_EI: Tensor | None
 
-    def of(self, first: int, stop: int) -> "Columns":
-        some = slice(first, stop)
-        order_EI = None if self.order_EI is None else self.order_EI[some]
-        return Columns(self.factor_EII[some], self.dead_EI[some], order_EI)
+    def of_experts(self, experts: slice) -> "Columns":
+        order_EI = None if self.order_EI is None else self.order_EI[experts]
+        return Columns(self.factor_EII[experts], self.dead_EI[experts], order_EI)
 
 
 def factored_columns(
     hessian_EII: Tensor, damping: float, dead_diagonal_E: Tensor | None, *, act_order: bool
 ) -> tuple[Columns, Tensor]:
-    """Order the columns, and factor the inverse of their Hessian, which is overwritten. Also the damping needed [E]."""
+    """Order the columns and factor the inverse of their Hessian, which is overwritten.
+
+    Arguments as in `gptq_round`.
+
+    Returns:
+        The columns, and the damping that each Hessian needed [E].
+    """
     diagonal_EI = hessian_EII.diagonal(dim1=1, dim2=2)
     dead_EI = diagonal_EI == 0
-    one_E = diagonal_EI.new_ones(len(diagonal_EI)) if dead_diagonal_E is None else dead_diagonal_E
-    diagonal_EI.copy_(torch.where(dead_EI, one_E[:, None], diagonal_EI))
+    if dead_diagonal_E is None:
+        dead_diagonal_E = diagonal_EI.new_ones(len(diagonal_EI))
+    diagonal_EI.copy_(torch.where(dead_EI, dead_diagonal_E[:, None], diagonal_EI))
     order_EI = None
     if act_order:
         order_EI = diagonal_EI.argsort(dim=1, descending=True, stable=True)
-        for whole_II, order_I in zip(hessian_EII, order_EI, strict=True):
-            torch.index_select(whole_II[order_I], 1, order_I, out=whole_II)
+        for expert_II, order_I in zip(hessian_EII, order_EI, strict=True):
+            torch.index_select(expert_II[order_I], 1, order_I, out=expert_II)
     factor_EII, damping_E = damped_factor(hessian_EII, damping, overwrite=True)
     return Columns(factor_EII, dead_EI, order_EI), damping_E
 
@@ -180,12 +242,10 @@ def round_rows(
     block_size: int,
     solver: BlockSolver,
 ) -> QuantizedWeight:
-    """Some rows, of which none depends on another given the factor: take grids, round column by column, put back."""
+    """Take grids for some rows, order the columns, round one by one, and restore the order."""
     size = weight_EOI.shape[2] if scheme.group_size == -1 else scheme.group_size
-    fixed: Grid | None = None
-    if scheme.group_size == -1:
-        # The official code takes whole-row grids before it clears the columns that no token ever activates.
-        fixed = grid_of(weight_EOI)
+    # The official code takes whole-row grids before it clears columns that no token activates.
+    fixed = grid_of(weight_EOI) if scheme.group_size == -1 else None
     weight_EOI = weight_EOI.masked_fill(columns.dead_EI[:, None], 0)
     if fixed is None and static_groups:
         grid = grid_of(into_groups(weight_EOI, size))
@@ -194,7 +254,7 @@ def round_rows(
     if fixed is None:
         shape = (len(weight_EIO), weight_EIO.shape[1] // size, weight_EIO.shape[2])
         grids = Grid(weight_EIO.new_empty(shape), weight_EIO.new_empty(shape))
-        grids_of = started_grids(weight_EIO, size, grid_of, grids)
+        grids_of = lazy_grids(weight_EIO, size, grid_of, grids)
     else:
         grids = Grid(fixed.scale.mT, fixed.zero.mT)
         grids_of = fixed_grids(grids, size, columns.order_EI)
@@ -213,29 +273,27 @@ def round_rows(
 
 
 def fixed_grids(grids: Grid, size: int, order_EI: Tensor | None) -> GridsOf:
-    """Grids [E, G, O] that were taken beforehand, of groups of neighbours; each expert's columns come in its order."""
+    """Look up grids [E, G, O] that were taken from groups of neighbouring original columns."""
 
     def grids_of(start: int, stop: int) -> tuple[Grid, list[int]]:
         if order_EI is None:
             first = start // size
             used = slice(first, -(-stop // size))
-            return Grid(grids.scale[:, used], grids.zero[:, used]), [
-                i // size - first for i in range(start, stop)
-            ]
+            grid_of_C = [i // size - first for i in range(start, stop)]
+            return Grid(grids.scale[:, used], grids.zero[:, used]), grid_of_C
         if grids.scale.shape[1] == 1:
             return grids, [0] * (stop - start)
         group_EC = order_EI[:, start:stop] // size
-        return Grid(in_order(grids.scale, group_EC), in_order(grids.zero, group_EC)), list(
-            range(stop - start)
-        )
+        ordered = Grid(in_order(grids.scale, group_EC), in_order(grids.zero, group_EC))
+        return ordered, list(range(stop - start))
 
     return grids_of
 
 
-def started_grids(
+def lazy_grids(
     weight_EIO: Tensor, size: int, grid_of: Callable[[Tensor], Grid], grids: Grid
 ) -> GridsOf:
-    """Grids that are taken when a block is reached, from its groups as earlier blocks left them.
+    """Take each group's grid when its block is reached, after the earlier blocks' updates.
 
     grids: [E, G, O], filled as the blocks are reached.
     """
@@ -244,15 +302,12 @@ def started_grids(
         first, last = -(-start // size), -(-stop // size)  # the groups that start in this block
         if first < last:
             groups_EKOS = weight_EIO[:, first * size : last * size].unflatten(1, (-1, size)).mT
-            fresh = grid_of(groups_EKOS)
-            grids.scale[:, first:last], grids.zero[:, first:last] = (
-                fresh.scale.squeeze(-1),
-                fresh.zero.squeeze(-1),
-            )
+            taken = grid_of(groups_EKOS)
+            grids.scale[:, first:last] = taken.scale.squeeze(-1)
+            grids.zero[:, first:last] = taken.zero.squeeze(-1)
         used = slice(start // size, last)
-        return Grid(grids.scale[:, used], grids.zero[:, used]), [
-            i // size - used.start for i in range(start, stop)
-        ]
+        grid_of_C = [i // size - used.start for i in range(start, stop)]
+        return Grid(grids.scale[:, used], grids.zero[:, used]), grid_of_C
 
     return grids_of
 
@@ -265,12 +320,12 @@ def solve_columns(
     grids_of: GridsOf,
     solver: BlockSolver,
 ) -> Tensor:
-    """Round the columns one after the other, each error absorbed by the columns behind it.
+    """Round the columns one by one; the remaining columns absorb each column's error.
 
     Args:
-        weight_EIO: overwritten: columns behind the current block hold what they have absorbed so far. Transposed, so
-            that a column is contiguous.
-        factor_EII: upper triangular, `damped_factor`'s.
+        weight_EIO: transposed, so that a column is contiguous. Overwritten: columns behind the
+            current block hold what they have absorbed so far.
+        factor_EII: the upper triangular factor of `damped_factor`.
 
     Returns:
         Codes [E, I, O], uint8.
@@ -281,12 +336,11 @@ def solve_columns(
         stop = min(start + block_size, columns)
         grids, grid_of_C = grids_of(start, stop)
         pivot_EC1 = factor_EII[:, start:stop, start:stop].diagonal(dim1=1, dim2=2)[:, :, None]
-        # With ones on the diagonal, the error of a column is what it was rounded by, without a division.
+        # With ones on the diagonal, a column's error is its rounding error, without a division.
         factor_ECI = factor_EII[:, start:stop, start:] / pivot_EC1
-        block = slice(0, stop - start)
         codes_ECO, error_ECO = solver(
             weight_EIO[:, start:stop],
-            factor_ECI[:, :, block],
+            factor_ECI[:, :, : stop - start],
             grids.scale,
             grids.zero,
             grid_of_C,
@@ -294,41 +348,21 @@ def solve_columns(
         )
         codes_EIO[:, start:stop] = codes_ECO
         if stop < columns:
-            weight_EIO[:, stop:].baddbmm_(factor_ECI[:, :, block.stop :].mT, error_ECO, alpha=-1)
+            weight_EIO[:, stop:].baddbmm_(factor_ECI[:, :, stop - start :].mT, error_ECO, alpha=-1)
     return codes_EIO
 
 
 def in_order(values_EIO: Tensor, order_EI: Tensor | None) -> Tensor:
-    """Each expert's rows in its order, in which a row may come more than once or not at all; as they are with None."""
+    """Select each expert's rows by index (None: return them unchanged); indices may repeat."""
     if order_EI is None:
         return values_EIO
-    return torch.stack(
-        [rows_IO[order_I] for rows_IO, order_I in zip(values_EIO, order_EI, strict=True)]
-    )
-
-
-def concatenate_experts(parts: list[QuantizedWeight]) -> QuantizedWeight:
-    """Several experts' weights, of one scheme, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    groups = [part.group_EI for part in parts if part.group_EI is not None]
-    return QuantizedWeight(
-        torch.cat([part.codes_EOI for part in parts]),
-        torch.cat([part.scale_EOG for part in parts]),
-        torch.cat([part.zero_EOG for part in parts]),
-        parts[0].bits,
-        parts[0].symmetric,
-        torch.cat(groups) if groups else None,
-    )
+    pairs = zip(values_EIO, order_EI, strict=True)
+    return torch.stack([rows_IO[order_I] for rows_IO, order_I in pairs])
 
 
 def split_experts(weight: QuantizedWeight, experts: int) -> QuantizedWeight:
-    """Rows of one linear as those of several experts, which then share its grouping of columns."""
-    return QuantizedWeight(
-        weight.codes_EOI[0].unflatten(0, (experts, -1)),
-        weight.scale_EOG[0].unflatten(0, (experts, -1)),
-        weight.zero_EOG[0].unflatten(0, (experts, -1)),
-        weight.bits,
-        weight.symmetric,
-        None if weight.group_EI is None else weight.group_EI.expand(experts, -1),
-    )
+    """Split one linear's rows into several experts, which share its grouping of columns."""
+    tensors = (weight.codes_EOI, weight.scale_EOG, weight.zero_EOG)
+    codes, scale, zero = (tensor[0].unflatten(0, (experts, -1)) for tensor in tensors)
+    group_EI = None if weight.group_EI is None else weight.group_EI.expand(experts, -1)
+    return QuantizedWeight(codes, scale, zero, weight.bits, weight.symmetric, group_EI)

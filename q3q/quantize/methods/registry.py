@@ -1,4 +1,4 @@
-"""Which methods there are: q3q's own, and those that installed packages offer as entry points. No torch here."""
+"""The methods that exist: q3q's own, and the entry points of installed packages. Without torch."""
 
 import functools
 from dataclasses import dataclass, fields, is_dataclass
@@ -10,15 +10,21 @@ from omegaconf.errors import OmegaConfBaseException
 
 from q3q.errors import ConfigError
 from q3q.quantize.methods.settings import SETTINGS, MethodSettings
-from q3q.spec import Scheme
+from q3q.spec import MethodRef, Scheme
 
 GROUP = "q3q.methods"
-RESERVED = ("version", "package", "act_bits")  # of a spec's method entry, beside the settings
+# Keys of a spec's method entry that are no knobs.
+RESERVED = ("version", "package", "act_bits")
 
 
 @dataclass(frozen=True)
 class Offer:
-    """One method of one package, `name 1.0`; its settings, or why it cannot be used, in one line."""
+    """One method of an installed package.
+
+    package: its name and version, as in `name 1.0`
+    settings: None if the method cannot be used
+    problem: then the reason, in one line
+    """
 
     name: str
     package: str
@@ -28,62 +34,72 @@ class Offer:
 
 @functools.cache
 def offers() -> dict[str, Offer]:
-    """What is installed, by the method's name. A package that is broken costs its own method only."""
-    found: dict[str, Offer] = {}
+    """Return the installed packages' methods by name; a broken package breaks its own alone."""
+    by_name: dict[str, Offer] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value)):
         package = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
         offer = _offer(point, package)
-        other = found.get(point.name)
+        other = by_name.get(point.name)
         if other is not None and other.package != package:
-            both = f"method={point.name} is offered by {other.package} and by {package}: uninstall one of them"
-            offer = Offer(point.name, package, None, both)
-        found[point.name] = offer
-    return found
+            problem = (
+                f"method={point.name} is offered by {other.package} and by {package}: uninstall "
+                "one of them"
+            )
+            offer = Offer(point.name, package, None, problem)
+        by_name[point.name] = offer
+    return by_name
 
 
 def settings_class(name: str) -> type[MethodSettings] | None:
-    """The settings of q3q's own method of that name, or of a package's; None if nobody has it, or it is broken."""
+    """Return the class of a method's settings; None if the method is unknown or broken."""
     if name in SETTINGS:
         return SETTINGS[name]
     offer = offers().get(name)
     return offer.settings if offer else None
 
 
-def described(settings: MethodSettings, scheme: Scheme | None) -> dict[str, Any]:
-    """The method as a spec's entry: its knobs, the version of its numerics, and the package if it is not q3q's own."""
-    entry = {**settings.knobs(scheme), "version": settings.version}
-    if settings.name not in SETTINGS:
-        entry["package"] = offers()[settings.name].package
-    return entry
+def method_ref(settings: MethodSettings, scheme: Scheme | None) -> MethodRef:
+    """Return the method as a spec names it."""
+    knobs = settings.knobs(scheme)
+    own = settings.name in SETTINGS
+    return MethodRef(
+        name=knobs.pop("name"),
+        version=settings.version,
+        knobs=knobs,
+        package=None if own else offers()[settings.name].package,
+    )
 
 
-def settings_of(method: dict[str, Any]) -> MethodSettings:
-    """The settings of a spec's method entry.
+def settings_of(method: MethodRef) -> MethodSettings:
+    """Return the settings of a spec's method.
 
     Raises:
         ConfigError: the package that offers it is not installed here, or in another version.
     """
-    name, wanted = method["name"], method.get("package")
-    kind = settings_class(name)
-    offer = None if wanted is None else offers().get(name)
-    if kind is None or wanted != (offer and offer.package):
-        there = (
-            "none of that name" if offer is None else offer.problem or f"that of {offer.package}"
-        )
+    kind = settings_class(method.name)
+    offer = None if method.package is None else offers().get(method.name)
+    if kind is None or method.package != (offer and offer.package):
+        here = "none of that name" if offer is None else offer.problem or f"that of {offer.package}"
         raise ConfigError(
-            f"this trial needs method={name} of {wanted or 'q3q'} on this machine; here is {there}"
+            f"this trial needs method={method.name} of {method.package or 'q3q'} on this machine; "
+            f"here is {here}"
         )
-    return kind(**{knob.name: method[knob.name] for knob in fields(kind) if knob.name in method})
+    names = {knob.name for knob in fields(kind)}
+    return kind(**{key: value for key, value in method.knobs.items() if key in names})
+
+
+def settings_or_default(method: MethodRef) -> MethodSettings:
+    """Return a method's settings; the defaults of an unknown one where its package is missing."""
+    try:
+        return settings_of(method)
+    except ConfigError:
+        return MethodSettings(name=method.name)
 
 
 def _offer(point: EntryPoint, package: str) -> Offer:
-    def broken(why: str) -> Offer:
-        return Offer(
-            point.name,
-            package,
-            None,
-            f"method={point.name} of the package {package} cannot be used: {why}",
-        )
+    def broken(reason: str) -> Offer:
+        problem = f"method={point.name} of the package {package} cannot be used: {reason}"
+        return Offer(point.name, package, None, problem)
 
     if point.name in SETTINGS:
         return broken("q3q has a method of that name itself; the package must choose another")
@@ -100,7 +116,7 @@ def _offer(point: EntryPoint, package: str) -> Offer:
 
 
 def _misfit(settings: Any, name: str) -> str | None:
-    """Why an object cannot be a method's settings, said of it; or None."""
+    """Return why an object cannot be a method's settings, as a predicate; or None."""
     if not (
         isinstance(settings, type)
         and issubclass(settings, MethodSettings)
@@ -110,14 +126,14 @@ def _misfit(settings: Any, name: str) -> str | None:
     knobs = {field.name: field.default for field in fields(settings)}
     if knobs["name"] != name:
         return f'must say name: str = "{name}", as its entry point does'
-    taken = [key for key in RESERVED if key in knobs]
     try:
         OmegaConf.structured(settings)
     except (OmegaConfBaseException, ValueError) as error:
         return f"has a setting of a type that a config cannot hold ({_first_line(error)})"
     if settings.quantizes and ":" not in settings.implementation:
         return 'must say implementation: ClassVar[str] = "module:Class"'
-    return f"has a setting named {taken[0]}, which q3q uses itself" if taken else None
+    reserved = next((key for key in RESERVED if key in knobs), None)
+    return reserved and f"has a setting named {reserved}, which q3q uses itself"
 
 
 def _first_line(error: BaseException) -> str:

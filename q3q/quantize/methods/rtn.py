@@ -1,4 +1,4 @@
-"""Round to nearest: the yardstick that every other method must beat."""
+"""Round to nearest: the baseline that every other method must beat."""
 
 import torch
 
@@ -10,13 +10,13 @@ from q3q.spec import Scheme
 
 
 class Rtn(Method):
-    """Every weight to the nearest point of its group's min-max grid (GPTQ's Quantizer); no calibration."""
+    """Rounds each weight to its group's min-max grid (GPTQ's Quantizer), without calibration."""
 
     def __init__(self, settings: RtnSettings) -> None:
         self.settings = settings
 
     def row_step(self, device: torch.device) -> int:
-        return 1  # each weight is rounded by itself
+        return 1  # rows are independent
 
     def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
         groups = into_groups(task.weight_EOI, scheme.group_size)

@@ -1,33 +1,57 @@
-"""SmoothQuant: move the range of activations' outlier channels into the weights, so that both round well.
+"""SmoothQuant: move the range of activations' outlier channels into the weights.
 
-Xiao et al. 2022, arXiv 2211.10438, as mit-han-lab/smoothquant codes it. Shapes: E experts (1 in a dense block or where
-all read the same tensor), O out features, I in features.
+Xiao et al. 2022, arXiv 2211.10438, as mit-han-lab/smoothquant codes it. Shapes: E experts (1 in a
+dense block or where all read the same tensor), O out features, I in features, T tokens.
 
-As there, only what a norm feeds is smoothed (q/k/v; gate/up and the router with all experts), and activations are
-rounded per token before every quantized linear. There is no Qwen3 branch there; experts follow its Mixtral branch.
+As in the official code, only linears that a norm feeds are smoothed (q/k/v; gate/up and the router
+with all experts), and activations are rounded per token before every quantized linear. The official
+code has no Qwen3 branch; experts follow its Mixtral branch.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from q3q.models.anatomy import ScaleGroup
-from q3q.numerics.grid import absmax_grid, into_groups
+from q3q.numerics.grid import absmax_grid, into_groups, on_grid
 from q3q.numerics.weights import QuantizedWeight, round_to_grid
 from q3q.quantize.method import Method, ScaleTask, SiteTask
 from q3q.quantize.methods.settings import SmoothQuantSettings
 from q3q.quantize.statistics import Peak, starved_experts
 from q3q.spec import Scheme
 
-SMALLEST = 1e-5  # of a channel's largest weight, and of a scale
+SMALLEST = 1e-5  # bounds a channel's largest weight, and a scale, from below
+
+
+def smoothquant_round_plain(
+    weights: Sequence[Tensor], inputs_TI: Tensor, scheme: Scheme, *, alpha: float = 0.5
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Smooth and round linears as SmoothQuant does (arXiv 2211.10438), in the arguments' dtype.
+
+    The plain algorithm for one tensor's linears: tests compare `SmoothQuant`, which trials run.
+
+    Returns:
+        The scale [I], which the inputs are divided by (in the norm before them); the smoothed
+        weights; and these rounded.
+    """
+    act_I = inputs_TI.abs().amax(0)  # max |X_j|
+    weight_I = torch.cat(list(weights)).abs().amax(0).clamp(min=SMALLEST)  # max |W_j|
+    scale_I = (act_I**alpha / weight_I ** (1 - alpha)).clamp(min=SMALLEST)  # equation 4
+    smoothed, rounded = [weight_OI * scale_I for weight_OI in weights], []  # equation 3
+    for weight_OI in smoothed:
+        groups_OGS = into_groups(weight_OI, scheme.group_size)
+        grid = absmax_grid(groups_OGS, scheme.bits)  # equation 1: Delta = max |W| / (2^(N-1) - 1)
+        rounded.append(on_grid(groups_OGS, grid, scheme.bits).flatten(1))
+    return scale_I, smoothed, rounded
 
 
 class SmoothQuant(Method):
-    """Activation ranges are the full-precision model's. Without smoothing it is absmax rounding, and observes nothing.
+    """Smooths by the full-precision model's activation ranges, and rounds to absmax grids.
 
-    o_and_down: also between v and o, where query heads that read one value head share its scale, and between up and
-    down, where an expert that too few tokens reached is left as it is, and named.
+    With `o_and_down` it also smooths between v and o, where query heads that read one value head
+    share its scale, and between up and down, except for experts that too few tokens reached.
     """
 
     passes_on_quantized = False
@@ -54,13 +78,14 @@ class SmoothQuant(Method):
             return
         act_EI = _shared_by_repeats(task.statistics.peak_EI, group)
         weight_EI = _shared_by_repeats(_largest_weights(task, len(act_EI)), group)
-        scale_EI = smoothing_scale(act_EI, weight_EI, self.settings.alpha)
-        if len(scale_EI) > 1:  # an expert's own; one that all share is that of all tokens
+        alpha, weight_EI = self.settings.alpha, weight_EI.clamp(min=SMALLEST)
+        scale_EI = (act_EI.pow(alpha) / weight_EI.pow(1 - alpha)).clamp(min=SMALLEST)  # equation 4
+        if len(scale_EI) > 1:  # each expert has its own; a shared scale comes from all tokens
             scale_EI[starved_experts(task.statistics.tokens_E)] = 1
         task.apply(scale_EI)
 
     def row_step(self, device: torch.device) -> int:
-        return 1  # each weight is rounded by itself
+        return 1  # rows are independent
 
     def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
         if self.settings.smooth and self.settings.o_and_down and task.site == "down":
@@ -69,27 +94,20 @@ class SmoothQuant(Method):
         return round_to_grid(task.weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=True)
 
 
-def smoothing_scale(act_EI: Tensor, weight_EI: Tensor, alpha: float) -> Tensor:
-    """What each channel is divided by: max|x|^alpha / max|w|^(1 - alpha), equation 4 of the paper.
-
-    Args:
-        act_EI, weight_EI: largest |x| and |w| of each channel, float32.
-    """
-    return (act_EI.pow(alpha) / weight_EI.clamp(min=SMALLEST).pow(1 - alpha)).clamp(min=SMALLEST)
-
-
 def _largest_weights(task: ScaleTask, experts: int) -> Tensor:
-    """Largest |w| of each input channel over all that read the site, the router too; of each expert if it has its own
-    input."""
-    site = task.group.site
-    largest = [task.weights[name].float().abs().amax(-2) for name in (*site.weights, *site.also)]
+    """Compute the largest |w| of each input channel over the site's readers and the router.
+
+    There is a row for each expert if experts have inputs of their own, else one row.
+    """
+    names = (*task.group.site.weights, *task.group.site.unquantized)
+    largest = [task.weights[name].float().abs().amax(-2) for name in names]
     if experts > 1:
         return torch.stack(largest).amax(0)
-    return torch.cat([one.view(-1, one.shape[-1]) for one in largest]).amax(0, keepdim=True)
+    return torch.cat([part.view(-1, part.shape[-1]) for part in largest]).amax(0, keepdim=True)
 
 
 def _shared_by_repeats(largest_EI: Tensor, group: ScaleGroup) -> Tensor:
-    """Grouped-query attention: the largest over the query heads that read one value head, given to each of them."""
+    """Take the largest over the query heads that read one value head, for each of them."""
     if group.repeat == 1:
         return largest_EI
     largest_EKRD = largest_EI.unflatten(1, (-1, group.repeat, group.head_dim))
