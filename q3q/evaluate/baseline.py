@@ -1,108 +1,98 @@
-"""What the unquantized model says about a text, kept on disk and shared by all trials of that model.
+"""The unquantized model's outputs on a text, kept on disk and shared by all trials of that model.
 
-A trial that is measured against the unquantized model needs that model's next-token distributions. They are not kept
-(151,936 numbers a position), but what determines them: the final hidden states, which go through the model's own head
-again. Beside them lies each window's negative log-likelihood, for paired differences of perplexity.
+A trial's drift is measured against the unquantized model's next-token distributions. These are too
+large to keep (151,936 numbers a position), so an entry keeps the final hidden states, which go
+through the model's own head again, and each window's negative log-likelihood, for paired
+differences of perplexity.
 
-An entry is a folder `<baselines>/<key>`: one safetensors file a window in the model's own dtype, bit for bit, and a
-manifest with the SHA-256 of each, and of itself. Its key is the content hash of all that determines it. It is written
-beside its place and renamed when it is whole; every byte is checked when it is opened, and again when it is read. One
-that is not whole, or not what its name says, is computed again; one that a killed process was at is gone on with, from
-the windows that are whole. The folder may be deleted at any time.
+An entry is a folder `<baselines>/<key>`: one safetensors file a window in the model's own dtype,
+bit for bit, and a manifest with the SHA-256 of each file and of itself. The key is the content hash
+of all that determines the numbers. An entry is written beside its final place and renamed when it
+is complete; every byte is checked when it is opened, and again when it is read. A damaged entry is
+computed again. One process at a time computes an entry, under a claim; if it is killed, the next
+one goes on from the windows that are intact. The folder may be deleted at any time.
 
 Shapes: N windows, T tokens of one, P = T - 1 positions that predict one of its tokens, H hidden.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.errors import IntegrityError
-from q3q.spec import Json
+from q3q.models.facts import DTYPE_BYTES
+from q3q.reporter import Steps, no_steps
+from q3q.spec import Json, digest
+from q3q.storage.claim import Claim, ClaimLostError, claimed
 
 if TYPE_CHECKING:  # a plan asks for sizes, and must not load torch for them
     from torch import Tensor
 
     from q3q.models.decoder import Decoder
 
-Progress = Callable[[int, int], None]
-
-VERSION = 2  # of the numbers in an entry: raised when the forward pass or the likelihoods are computed otherwise
-# 256 windows of 2048 tokens take 1.0 GiB at 0.6B (1024 wide, bfloat16), 4.3 GB at 8B (4096 wide). Where all take more
-# than SMALL_BYTES, FEW_WINDOWS are kept: 65,504 positions.
+VERSION = 2  # of an entry's numbers: raised when the forward pass or the likelihoods change
+# 256 windows of 2048 tokens take 1.0 GiB at 0.6B (1024 wide, bfloat16), 4.3 GB at 8B (4096 wide).
+# Where all take more than SMALL_BYTES, FEW_WINDOWS are kept: 65,504 positions.
 SMALL_BYTES = 1 << 30
 FEW_WINDOWS = 32
-JOURNAL = "journal.jsonl"  # of the windows that have ended, while an entry is computed
-PATIENCE = (
-    3600.0  # seconds without a sign of life after which another process's turn is not waited for
-)
-_POLL = 0.2  # seconds
-_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-# ---------------------------------------------------------------------------------------------- what it takes
+JOURNAL = "journal.jsonl"  # of the finished windows, while an entry is computed
 
 
 def kept_windows(
-    windows: int, tokens: int, hidden: int, dtype: str, wanted: int | None = None
+    windows: int, tokens: int, hidden: int, dtype: str, most: int | None = None
 ) -> int:
-    """How many of a text's windows the drift is measured on.
+    """Return how many of a text's windows the drift is measured on.
 
     Args:
-        windows, tokens: N and T. hidden, dtype: the model's.
-        wanted: at most so many; if None, all where they take at most SMALL_BYTES, else FEW_WINDOWS.
+        windows: N.
+        tokens: T.
+        hidden: the model's hidden size.
+        dtype: the model's.
+        most: upper limit; if None, all where they take at most SMALL_BYTES, else FEW_WINDOWS.
     """
-    if wanted is None:
-        wanted = (
-            windows
-            if baseline_bytes(windows, tokens, hidden, dtype) <= SMALL_BYTES
-            else FEW_WINDOWS
-        )
-    return min(windows, wanted)
+    if most is None:
+        fits = baseline_bytes(windows, tokens, hidden, dtype) <= SMALL_BYTES
+        most = windows if fits else FEW_WINDOWS
+    return min(windows, most)
 
 
 def baseline_bytes(kept: int, tokens: int, hidden: int, dtype: str) -> int:
-    """Bytes on disk of the hidden states of `kept` windows of `tokens` tokens; the rest of an entry is small."""
-    return kept * (tokens - 1) * hidden * _BYTES[dtype]
+    """Return the bytes of the hidden states of `kept` windows; the rest of an entry is small."""
+    return kept * (tokens - 1) * hidden * DTYPE_BYTES[dtype]
 
 
 def kept_rows(windows: int, kept: int) -> tuple[int, ...]:
-    """Which windows are kept: spread evenly over the text, the first among them."""
+    """Return the numbers of the kept windows, which are spread evenly from the first on."""
     return tuple(k * windows // kept for k in range(kept))
 
 
-# ---------------------------------------------------------------------------------------------- what it is
-
-
 def windows_digest(windows_NT: Tensor) -> str:
-    """SHA-256 (hex) of token ids and how they are cut. A different tokenizer gives different ids."""
+    """Return the SHA-256 (hex) of the windows' token ids and shape, which tell tokenizers apart."""
     import torch
 
     ids = windows_NT.to(device="cpu", dtype=torch.int64).contiguous()
-    return hashlib.sha256(
-        f"{tuple(ids.shape)}".encode() + ids.numpy().astype("<i8").tobytes()
-    ).hexdigest()
+    content = f"{tuple(ids.shape)}".encode() + ids.numpy().astype("<i8").tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineIdentity:
     """All that determines an entry's numbers.
 
-    model: digest of the files, or Hub source and revision; and dtype (a TrialSpec's model entry; its name is for
-    people). text: digest of the text. windows: `windows_digest`. kept: windows whose hidden states are kept.
-    device: type of what computed them; kernels round differently, and what a CPU says a GPU's trial would take for
-    drift.
+    model: a TrialSpec's model entry without its name: the files' digest or Hub revision; dtype.
+    text: digest of the text.
+    windows: `windows_digest`.
+    kept: number of windows whose hidden states are kept.
+    device: type of the device that computes them. Kernels round differently: a GPU's trial would
+        take a CPU's rounding for drift.
+    version: `VERSION`.
     """
 
     model: Json
@@ -119,19 +109,23 @@ class BaselineIdentity:
         if not 1 <= kept <= len(windows_NT):
             raise ValueError(f"kept={kept} of {len(windows_NT)} windows")
         model = {key: value for key, value in model.items() if key != "name"}
-        return cls(
-            model=model, text=text, windows=windows_digest(windows_NT), kept=kept, device=device
-        )
+        windows = windows_digest(windows_NT)
+        return cls(model=model, text=text, windows=windows, kept=kept, device=device)
 
     @property
     def key(self) -> str:
-        """Its folder's name: 32 hex digits."""
-        return _digest(asdict(self))[:32]
+        """Name of the entry's folder: 32 hex digits."""
+        return digest(asdict(self))[:32]
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """An entry that was found whole. rows: the windows whose hidden states it has. nll_N: float64, nats per token."""
+    """An intact entry.
+
+    rows: numbers of the windows whose hidden states it has.
+    nll_N: each window's mean negative log-likelihood, float64, nats per token.
+    checksums: SHA-256 of each window's file.
+    """
 
     folder: Path
     identity: BaselineIdentity
@@ -143,10 +137,10 @@ class Baseline:
     checksums: dict[int, str]
 
     def hidden(self, row: int) -> Tensor:
-        """Final hidden states [P, H] of window `row`, on the CPU, in the model's own dtype.
+        """Load the final hidden states [P, H] of window `row` to the CPU, in the model's own dtype.
 
         Raises:
-            IntegrityError: the file changed since the entry was opened.
+            IntegrityError: the file has changed since the entry was opened.
         """
         from safetensors.torch import load
 
@@ -159,41 +153,35 @@ class Baseline:
         return load(content)["hidden"]
 
     def check_fits(self, model: Decoder, windows_NT: Tensor) -> None:
-        """Is this the baseline of this vocabulary and of these tokens?
-
-        Raises:
-            IntegrityError: it is not.
-        """
+        """Raise IntegrityError unless it is of this model's vocabulary and of these tokens."""
         facts = model.facts
         if (facts.vocab, facts.hidden) != (self.vocab, self.hidden_size):
             raise IntegrityError(
-                f"the baseline in {self.folder} has {self.vocab} tokens and hidden size {self.hidden_size}, "
-                f"the model {facts.vocab} and {facts.hidden}: it is not this model's"
+                f"the baseline in {self.folder} has {self.vocab} tokens and hidden size "
+                f"{self.hidden_size}, the model {facts.vocab} and {facts.hidden}: it is not this "
+                "model's"
             )
         if int(windows_NT.max()) >= self.vocab:
             raise IntegrityError(
-                f"token {int(windows_NT.max())} of the text is not among the baseline's {self.vocab}: "
-                "the text was encoded by another tokenizer"
+                f"token {int(windows_NT.max())} of the text is not among the baseline's "
+                f"{self.vocab}: the text was encoded by another tokenizer"
             )
         if windows_digest(windows_NT) != self.identity.windows:
             raise IntegrityError(
-                f"the baseline in {self.folder} is of other tokens than the text's: "
-                "encoded by another tokenizer, or cut otherwise"
+                f"the baseline in {self.folder} was computed on other tokens than the text's: "
+                "another tokenizer encoded them, or the windows were cut differently"
             )
 
 
-# ---------------------------------------------------------------------------------------------- finding and making it
-
-
 def find_baseline(folder: Path, identity: BaselineIdentity) -> Baseline | None:
-    """The entry, every byte of it checked, or None if it is not there, damaged, or not what its name says."""
+    """Return the entry, or None if it is missing, damaged or another identity's."""
     import torch
 
     entry = folder / identity.key
     try:
         manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
         body: dict[str, Any] = manifest["body"]
-        if manifest["sha256"] != _digest(body) or body["identity"] != asdict(identity):
+        if manifest["sha256"] != digest(body) or body["identity"] != asdict(identity):
             return None
         checksums = {int(row): sha for row, sha in body["windows"].items()}
         baseline = Baseline(
@@ -208,8 +196,8 @@ def find_baseline(folder: Path, identity: BaselineIdentity) -> Baseline | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    whole = all(_content(entry / _file(row), sha) is not None for row, sha in checksums.items())
-    return baseline if whole else None
+    intact = all(_content(entry / _file(row), sha) is not None for row, sha in checksums.items())
+    return baseline if intact else None
 
 
 def baseline_for(
@@ -217,34 +205,33 @@ def baseline_for(
     identity: BaselineIdentity,
     model: Decoder,
     windows_NT: Tensor,
-    progress: Progress = lambda done, total: None,
+    steps: Steps = no_steps,
     fetch: Callable[[str], object] = lambda key: None,
 ) -> Baseline:
-    """The entry, computed with `model` if it is not there whole. Other processes that want it wait for the first.
+    """Return the entry. Without an intact one, one process computes it and others wait.
 
     Args:
         folder: where entries lie.
-        identity: of the entry.
         model: the *unquantized* model; it runs only if the entry has to be computed.
-        windows_NT: token ids.
-        progress: told windows done and in all.
+        steps: receives the windows done and in all, also while waiting; may raise.
         fetch: may bring the entry of that key from elsewhere, before it is computed.
 
     Raises:
-        IntegrityError: the entry does not fit the model or the windows, the model's likelihoods are not finite, or what
-            was written cannot be read back.
+        IntegrityError: the entry does not fit the model or the windows, the model's likelihoods are
+            not finite, or what was written cannot be read back.
     """
     if identity.windows != windows_digest(windows_NT):
         raise IntegrityError("the windows are not those that the baseline was to be computed for")
-    baseline = find_baseline(folder, identity)
-    if baseline is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _turn(folder / f"{identity.key}.lock", lambda: progress(0, len(windows_NT))) as turn:
+    baseline, lost = find_baseline(folder, identity), True
+    while baseline is None and lost:  # who loses the claim waits for the process that took it
+        with claimed(folder, identity.key, lambda _: steps(0, len(windows_NT))) as claim:
             fetch(identity.key)
-            baseline = find_baseline(folder, identity)  # it may have come while we waited
+            baseline = find_baseline(folder, identity)  # another may have computed it meanwhile
             if baseline is None:
-                _compute(folder, identity, model, windows_NT, turn, progress)
+                with suppress(ClaimLostError):
+                    _compute(folder, identity, model, windows_NT, claim, steps)
                 baseline = find_baseline(folder, identity)
+            lost = claim.lost
     if baseline is None:
         raise IntegrityError(
             f"{folder / identity.key} does not read back as it was written: check the disk"
@@ -258,128 +245,65 @@ def _compute(
     identity: BaselineIdentity,
     model: Decoder,
     windows_NT: Tensor,
-    turn: _Turn,
-    progress: Progress,
+    claim: Claim,
+    steps: Steps,
 ) -> None:
-    """Write the entry beside its place, then rename it. Who finds another there was slower, with the same numbers."""
+    """Compute the entry beside its final place, going on from what a killed process left.
+
+    Raises:
+        ClaimLostError: another process has taken over.
+    """
     from safetensors.torch import save
 
     from q3q.evaluate.journal import Journal
     from q3q.evaluate.perplexity import scored_windows
 
-    entry = folder / identity.key
+    entry, partial = folder / identity.key, folder / f"{identity.key}.partial"
     shutil.rmtree(entry, ignore_errors=True)  # damaged
-    partial = turn.workplace(folder, identity.key)
-    rows, ended = set(kept_rows(len(windows_NT), identity.kept)), False
-    try:
-        with closing(Journal(partial / JOURNAL, identity.key)) as journal:
-            found = _whole(
-                partial, journal.counted()
-            )  # of each window its nll and, if it is kept, its file's SHA-256
-            for row, hidden_PH in scored_windows(model, windows_NT, len(found)):
-                scores_P, _ = model.log_likelihoods(hidden_PH, windows_NT[row, 1:])
-                sha = None
-                if row in rows:
-                    content = save({"hidden": hidden_PH.cpu().contiguous()})
-                    (partial / _file(row)).write_bytes(content)
-                    sha = hashlib.sha256(content).hexdigest()
-                found.append([-float(scores_P.double().mean()), sha])
-                journal.add([(str(row), found[row])])
-                turn.alive()
-                progress(row + 1, len(windows_NT))
-        nlls = [nll for nll, _ in found]
-        if not all(nll < float("inf") for nll in nlls):  # false of nan, too
-            ended = True
-            raise IntegrityError(
-                "the unquantized model's likelihoods of the text are not finite: nothing to compare with"
-            )
-        body = {
-            "identity": asdict(identity),
-            "vocab": model.facts.vocab,
-            "hidden": model.facts.hidden,
-            "dtype": str(model.norm_H.dtype).removeprefix("torch."),
-            "windows": {str(row): sha for row, (_, sha) in enumerate(found) if sha is not None},
-            "nll": nlls,
-        }
-        manifest = json.dumps({"sha256": _digest(body), "body": body}, indent=1, allow_nan=False)
-        (partial / "manifest.json").write_text(manifest, encoding="utf-8")
-        (partial / JOURNAL).unlink()
-        ended = True
-        # Nothing is synced to disk: what a power cut tears has another checksum, and is computed again.
-        try:
-            partial.rename(entry)
-        except OSError:
-            if not entry.exists():
-                raise
-    finally:
-        if ended or not turn.mine:  # else whoever comes next goes on with it
-            shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(exist_ok=True)
+    rows = set(kept_rows(len(windows_NT), identity.kept))
+    with closing(Journal(partial / JOURNAL, identity.key)) as journal:
+        # Each window's nll and, if its hidden states are kept, its file's SHA-256.
+        results = _intact(partial, journal.consecutive())
+        for row, hidden_PH in scored_windows(model, windows_NT, len(results)):
+            scores_P, _ = model.log_likelihoods(hidden_PH, windows_NT[row, 1:])
+            content = save({"hidden": hidden_PH.cpu().contiguous()}) if row in rows else None
+            sha = None if content is None else hashlib.sha256(content).hexdigest()
+            claim.confirm()
+            if content is not None:
+                (partial / _file(row)).write_bytes(content)
+            results.append([-float(scores_P.double().mean()), sha])
+            journal.add([(str(row), results[row])])
+            steps(row + 1, len(windows_NT))
+    nlls = [nll for nll, _ in results]
+    claim.confirm()
+    if not all(nll < float("inf") for nll in nlls):  # false for nan, too
+        shutil.rmtree(partial)
+        raise IntegrityError(
+            "the unquantized model's likelihoods of the text are not finite: "
+            "nothing to compare with"
+        )
+    body = {
+        "identity": asdict(identity),
+        "vocab": model.facts.vocab,
+        "hidden": model.facts.hidden,
+        "dtype": str(model.norm_H.dtype).removeprefix("torch."),
+        "windows": {str(row): sha for row, (_, sha) in enumerate(results) if sha is not None},
+        "nll": nlls,
+    }
+    manifest = json.dumps({"sha256": digest(body), "body": body}, indent=1, allow_nan=False)
+    (partial / "manifest.json").write_text(manifest, encoding="utf-8")
+    (partial / JOURNAL).unlink()
+    # Without fsync: what a power cut tears fails its checksum, and is computed again.
+    partial.rename(entry)
 
 
-def _whole(partial: Path, found: list[Any]) -> list[Any]:
-    """The windows up to the first whose file is not what was written."""
-    for row, (_, sha) in enumerate(found):
+def _intact(partial: Path, results: list[Any]) -> list[Any]:
+    """Return the results before the first window whose file is not what was written."""
+    for row, (_, sha) in enumerate(results):
         if sha is not None and _content(partial / _file(row), sha) is None:
-            return found[:row]
-    return found
-
-
-# ---------------------------------------------------------------------------------------------- one at a time
-
-
-class _Turn:
-    """Who computes an entry. mine: nobody else who keeps to the lock does. It saves work; renaming keeps it right."""
-
-    def __init__(self, lock: Path, mine: bool) -> None:
-        self.lock = lock
-        self.mine = mine
-
-    def alive(self) -> None:
-        """A sign of life, for those that wait."""
-        if self.mine:
-            os.utime(self.lock)
-
-    def workplace(self, folder: Path, key: str) -> Path:
-        """A folder to write in: an empty one or, under the lock, what a killed process left."""
-        if not self.mine:
-            return Path(tempfile.mkdtemp(prefix=f"{key}.partial.", dir=folder))
-        partial = folder / f"{key}.partial"
-        partial.mkdir(exist_ok=True)
-        return partial
-
-
-@contextmanager
-def _turn(lock: Path, on_wait: Callable[[], None]) -> Iterator[_Turn]:
-    """Wait for the lock, which the kernel takes from a process that dies, however it dies. on_wait: told at every look,
-    and may raise.
-
-    A holder that lives and shows no sign of it for PATIENCE seconds is not waited for, nor is a file system without
-    locks: then both compute.
-    """
-    with lock.open("ab") as file:
-        yield _Turn(lock, _acquire(file.fileno(), lock, on_wait))
-
-
-def _acquire(descriptor: int, lock: Path, on_wait: Callable[[], None]) -> bool:
-    sign, heard = (
-        0,
-        0.0,
-    )  # the holder's last one, and when it was first seen, on this process's own monotonic clock
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if sign != (sign := lock.stat().st_mtime_ns):
-                heard = time.monotonic()
-            if time.monotonic() - heard > PATIENCE:
-                return False
-            on_wait()
-            time.sleep(_POLL)
-        except OSError:
-            return False
-        else:
-            os.utime(lock)
-            return True
+            return results[:row]
+    return results
 
 
 def _file(row: int) -> str:
@@ -387,15 +311,9 @@ def _file(row: int) -> str:
 
 
 def _content(path: Path, sha256: str) -> bytes | None:
-    """A file's bytes if they are what they were, else None."""
+    """Return a file's bytes if they have this checksum, else None."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
     return content if hashlib.sha256(content).hexdigest() == sha256 else None
-
-
-def _digest(body: Json) -> str:
-    return hashlib.sha256(
-        json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()

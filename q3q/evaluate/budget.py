@@ -1,4 +1,4 @@
-"""How many tokens to run at once: found by measuring, halved when memory runs out."""
+"""The number of tokens to run at once: chosen by measuring speed, halved when memory runs out."""
 
 import gc
 import time
@@ -7,31 +7,30 @@ from typing import TypeVar
 
 import torch
 
+from q3q.errors import MEMORY_WORDS
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import token_bytes
 
 Result = TypeVar("Result")
 
 START_TOKENS = {"cpu": 512, "cuda": 4096}
-# More makes a GPU no faster, nor a CPU, whose caches the rest of a larger batch leaves.
+# Larger batches make a GPU no faster; on a CPU they no longer fit its caches.
 MOST_TOKENS, MOST_CPU_TOKENS = 1 << 16, 1 << 10
-# Of a batch where none is measured: windows of a text, and whatever goes through a streamed model.
+# A batch's tokens where speed is not measured: for windows of a text, and for a streamed model.
 SET_TOKENS = {"cpu": 1024, "cuda": 8192}
-# Hidden states that lie on disk, beyond what memory may hold, while a streamed model is gone through once.
+# Bytes of hidden states, on disk if need be, that a pass through a streamed model may hold.
 PASS_BYTES = 1 << 34
-# Doubling must raise tokens per second by this factor, else the smaller batch is kept: it needs less memory.
+# If doubling raises tokens per second by less than this factor, the smaller batch stays.
 WORTH_DOUBLING = 1.05
-# How libraries that have no exception for it say so.
-OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDA error: out of memory",
-)
-TRIES = 2  # batches measured at each size; the best counts, since everything else on the machine only slows down
+# Batches measured at each size; the fastest counts, since other work can only slow them down.
+TRIES = 2
 
 
 class TokenBudget:
-    """tokens: what a batch may hold now. It doubles while that is faster, and halves for good on out-of-memory."""
+    """The number of tokens that a batch may hold.
+
+    It doubles while that is faster, and halves for good when memory runs out.
+    """
 
     def __init__(self, start: int = START_TOKENS["cpu"], most: int = MOST_TOKENS) -> None:
         self.tokens = start
@@ -42,26 +41,29 @@ class TokenBudget:
 
     @classmethod
     def measured(cls, model: Decoder) -> "TokenBudget":
-        """For this model: to be found by measuring, unless it is streamed, where a pass is all that could be timed."""
+        """Return a budget that measures speed; for a streamed model (few passes) a fixed one."""
         if model.streamed:
             return cls.set(model)
         if model.device.type == "cpu":
             return cls(most=MOST_CPU_TOKENS)
         most = MOST_TOKENS
         if model.activations is not None:
-            # Beyond what the model was loaded with room for; and attention along a tree holds what it sees in float32.
+            # Loaded with room for SET_TOKENS; attention over a tree holds float32 states as well.
             each = 2 * token_bytes(model.facts, str(model.norm_H.dtype).removeprefix("torch."))
             most = min(most, SET_TOKENS["cuda"] + model.activations // each)
         return cls(START_TOKENS["cuda"], most)
 
     @classmethod
     def set(cls, model: Decoder, least: int = 1) -> "TokenBudget":
-        """For this model, and always the same while memory lasts, so that numbers are too; `least` tokens at least."""
+        """Return a fixed budget of at least `least` tokens, so that batches and bits repeat."""
         tokens = max(least, SET_TOKENS.get(model.device.type, SET_TOKENS["cpu"]))
         return cls(tokens, most=tokens)
 
     def run(self, attempt: Callable[[int], tuple[int, Result]]) -> Result:
-        """The result of attempt(budget), which returns how many tokens it ran with it; tried anew with less memory.
+        """Return the result of `attempt`, called again with half the tokens if memory runs out.
+
+        Args:
+            attempt: receives the most tokens of a batch; returns the tokens it ran, and its result.
 
         Raises:
             MemoryError, RuntimeError: a single token is too much.
@@ -78,13 +80,13 @@ class TokenBudget:
             else:
                 self._learn(tokens, self._now() - begin)
                 return result
-            # Out here the error, and with it the tensors that its traceback holds, is gone.
+            # Outside the handler the error is gone, with the tensors that its traceback held.
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     def _now(self) -> float:
-        """Seconds. While batches are measured, a GPU's work is waited for: it is only begun when a call returns."""
+        """Return seconds; while batches are measured, once the GPU has done its queued work."""
         if not self._settled and torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -95,25 +97,22 @@ class TokenBudget:
         self._rates.append(tokens / seconds)
         if len(self._rates) < TRIES:
             return
-        rate = max(self._rates)
-        self._rates = []
+        rate, self._rates = max(self._rates), []
         if rate < WORTH_DOUBLING * self._before:
-            self.tokens //= 2
-            self._settled = True
+            self.tokens, self._settled = self.tokens // 2, True
         elif 2 * self.tokens > self._most:
             self._settled = True
         else:
-            self.tokens *= 2
-            self._before = rate
+            self.tokens, self._before = 2 * self.tokens, rate
 
 
 def pass_tokens(model: Decoder) -> int:
-    """How many tokens go through the model at a time: all that the disk may hold of a streamed one, else a batch."""
+    """Return the tokens of one pass: PASS_BYTES' worth for a streamed model, else one batch (1)."""
     return PASS_BYTES // (model.facts.hidden * model.norm_H.element_size()) if model.streamed else 1
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether this is a GPU's, the CPU allocator's or Python's way to say so."""
+    """Return True for the errors by which a GPU, torch's CPU allocator or Python report it."""
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and MEMORY_WORDS.search(str(error)) is not None

@@ -1,175 +1,187 @@
-"""The tasks that q3q knows by itself, one row each, and how an evaluation groups and draws their questions."""
+"""The tasks that q3q knows by itself, one row each: lm-eval's task files take seconds to read."""
 
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from q3q.data.questions import MMLU, WIKITEXT, DataSet
-from q3q.errors import ConfigError
-from q3q.spec import QUICK_SEED, Json
 
-if TYPE_CHECKING:
-    pass
-
-Tell = Callable[[int, int], None]
-Choose = Callable[[str, int], Sequence[int]]
-EVALUATION_VERSION = (
-    1  # of all numbers here: raised when a text is cut, a prompt put or an answer scored otherwise
-)
 OWN_TASKS = Path(__file__).parent / "tasks"
 STUDY_MMLU = "mmlu_paper"
-PLAIN_CHAT = "none"
-# chat template applied, and its `enable_thinking` (None: as the template has it)
-CHATS: dict[str, tuple[bool, bool | None]] = {
-    PLAIN_CHAT: (False, None),
-    "template": (True, None),
-    "thinking": (True, True),
-    "no_thinking": (True, False),
+# MMLU's subjects and the number of their questions.
+SUBJECTS = {
+    "abstract_algebra": 100,
+    "anatomy": 135,
+    "astronomy": 152,
+    "business_ethics": 100,
+    "clinical_knowledge": 265,
+    "college_biology": 144,
+    "college_chemistry": 100,
+    "college_computer_science": 100,
+    "college_mathematics": 100,
+    "college_medicine": 173,
+    "college_physics": 102,
+    "computer_security": 100,
+    "conceptual_physics": 235,
+    "econometrics": 114,
+    "electrical_engineering": 145,
+    "elementary_mathematics": 378,
+    "formal_logic": 126,
+    "global_facts": 100,
+    "high_school_biology": 310,
+    "high_school_chemistry": 203,
+    "high_school_computer_science": 100,
+    "high_school_european_history": 165,
+    "high_school_geography": 198,
+    "high_school_government_and_politics": 193,
+    "high_school_macroeconomics": 390,
+    "high_school_mathematics": 270,
+    "high_school_microeconomics": 238,
+    "high_school_physics": 151,
+    "high_school_psychology": 545,
+    "high_school_statistics": 216,
+    "high_school_us_history": 204,
+    "high_school_world_history": 237,
+    "human_aging": 223,
+    "human_sexuality": 131,
+    "international_law": 121,
+    "jurisprudence": 108,
+    "logical_fallacies": 163,
+    "machine_learning": 112,
+    "management": 103,
+    "marketing": 234,
+    "medical_genetics": 100,
+    "miscellaneous": 783,
+    "moral_disputes": 346,
+    "moral_scenarios": 895,
+    "nutrition": 306,
+    "philosophy": 311,
+    "prehistory": 324,
+    "professional_accounting": 282,
+    "professional_law": 1534,
+    "professional_medicine": 272,
+    "professional_psychology": 612,
+    "public_relations": 110,
+    "security_studies": 245,
+    "sociology": 201,
+    "us_foreign_policy": 100,
+    "virology": 166,
+    "world_religions": 171,
 }
-THINK_START, THINK_END = "<think>", "</think>"  # around a thought of a post-trained Qwen3
-SUBJECTS = tuple(
-    "abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry "
-    "college_computer_science college_mathematics college_medicine college_physics computer_security "
-    "conceptual_physics econometrics electrical_engineering elementary_mathematics formal_logic global_facts "
-    "high_school_biology high_school_chemistry high_school_computer_science high_school_european_history "
-    "high_school_geography high_school_government_and_politics high_school_macroeconomics high_school_mathematics "
-    "high_school_microeconomics high_school_physics high_school_psychology high_school_statistics "
-    "high_school_us_history high_school_world_history human_aging human_sexuality international_law jurisprudence "
-    "logical_fallacies machine_learning management marketing medical_genetics miscellaneous moral_disputes "
-    "moral_scenarios nutrition philosophy prehistory professional_accounting professional_law professional_medicine "
-    "professional_psychology public_relations security_studies sociology us_foreign_policy virology "
-    "world_religions".split()
-)
-_ASKED = (
-    "100 135 152 100 265 144 100 100 100 173 102 100 235 114 145 378 126 100 310 203 100 165 198 193 390 270 238 "
-    "151 545 216 204 237 223 131 121 108 163 112 103 234 100 783 346 895 306 311 324 282 1534 272 612 110 245 201 100 "
-    "166 171"
-)
-MMLU_DATA = tuple(DataSet(MMLU, subject, ("test", "dev")) for subject in SUBJECTS)
-# Known without asking lm-eval, whose thousands of task files take seconds to read. The first split is asked from.
-KNOWN: dict[str, tuple[DataSet, ...]] = {
-    "piqa": (DataSet("baber/piqa", None, ("validation",)),),
-    "arc_easy": (DataSet("allenai/ai2_arc", "ARC-Easy", ("test",)),),
-    "arc_challenge": (DataSet("allenai/ai2_arc", "ARC-Challenge", ("test",)),),
-    "hellaswag": (DataSet("Rowan/hellaswag", None, ("validation",)),),
-    "winogrande": (DataSet("allenai/winogrande", "winogrande_xl", ("validation",)),),
-    "boolq": (DataSet("aps/super_glue", "boolq", ("validation",)),),
-    "wikitext": (DataSet(WIKITEXT, "wikitext-2-raw-v1", ("test",)),),
-    "mmlu": MMLU_DATA,
-    STUDY_MMLU: MMLU_DATA,
-    **{path.stem: () for path in sorted(OWN_TASKS.glob("*.yaml"))},
-}
-# Questions of each data set; another number under the same name would be another metric.
-QUESTIONS = {
-    "baber/piqa": 1838,
-    "allenai/ai2_arc:ARC-Easy": 2376,
-    "allenai/ai2_arc:ARC-Challenge": 1172,
-    "Rowan/hellaswag": 10042,
-    "allenai/winogrande:winogrande_xl": 1267,
-    "aps/super_glue:boolq": 3270,
-    f"{WIKITEXT}:wikitext-2-raw-v1": 62,
-    **{data.key: int(count) for data, count in zip(MMLU_DATA, _ASKED.split(), strict=True)},
-}
-FIRST_SHOTS = (
-    "mmlu",
-    STUDY_MMLU,
-)  # their examples are the first ones; of others they are drawn at random
 
 
-def lm_eval_version() -> str:
-    """Whose task files the prompts are made by."""
-    return metadata.version("lm_eval")
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A task that is known without lm-eval.
 
-
-@dataclass
-class Part:
-    """One part of an evaluation. samples: rows as `samples.py` files them. results: lm-eval's own, plain JSON."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    results: Json = field(default_factory=dict)
-    samples: list[Json] = field(default_factory=list)
-
-    def to_json(self) -> Json:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tasks that one run of lm-eval scores together. shots, limit: None for the tasks' own, and for all questions."""
-
-    tasks: tuple[str, ...]
-    shots: int | None
-    limit: int | None
-
-
-def batches(evaluation: Json) -> list[Batch]:
-    """The tasks of an evaluation, those with equal settings together, in the order of their first."""
-    found: dict[tuple[bool, int | None, int | None], list[str]] = {}
-    for task in evaluation["tasks"]:
-        shots = evaluation.get("shots", {}).get(task)
-        limit = evaluation.get("limits", {}).get(task, evaluation.get("task_limit"))
-        found.setdefault((task == STUDY_MMLU, shots, limit), []).append(task)
-    return [Batch(tuple(tasks), shots, limit) for (_, shots, limit), tasks in found.items()]
-
-
-def draws_shots(tasks: Iterable[str], shots: Mapping[str, int]) -> bool:
-    """Whether a seed decides which examples some task shows."""
-    return any(
-        task not in FIRST_SHOTS and (task not in KNOWN or shots.get(task, 0) > 0) for task in tasks
-    )
-
-
-def refuse_other_versions(evaluation: Json) -> None:
-    """A trial that was planned with another evaluation, on another machine or before an upgrade, has another name.
-
-    Raises:
-        ConfigError: q3q's evaluation or lm-eval is not of the version here that the trial was planned with.
-    """
-    here: Json = (
-        {"version": EVALUATION_VERSION}
-        if evaluation.get("texts") or evaluation.get("tasks")
-        else {}
-    )
-    here |= {"lm_eval": lm_eval_version()} if evaluation.get("tasks") else {}
-    for key, version in here.items():
-        if evaluation.get(key) != version:
-            name = "lm-eval" if key == "lm_eval" else "q3q's evaluation"
-            raise ConfigError(
-                f"the trial was planned with {name} {evaluation.get(key)}, and this process has {version}; plan it anew"
-            )
-
-
-def first(limit: int | None, task: str, count: int) -> Sequence[int]:
-    """The numbers of the first questions."""
-    return range(count if limit is None else min(count, limit))
-
-
-def drawn(limit: int | None, task: str, count: int) -> Sequence[int]:
-    """The numbers, ascending, of so many of a task's questions, drawn once and for all."""
-    if limit is None or count <= limit:
-        return range(count)
-    return sorted(random.Random(f"{QUICK_SEED} {task}").sample(range(count), limit))
-
-
-@dataclass(frozen=True)
-class Chat:
-    """How prompts are put to a post-trained model: through its chat template, with or without thinking.
-
-    template: apply it. thinking: the template's `enable_thinking`, None to leave it to the template. think_start,
-    think_end: around a thought; only what comes after it counts as the answer.
+    name: lm-eval's, or of a file in `tasks/`
+    data: data sets; each one's first split holds the questions. Empty if they are generated
+    questions: their number in each data set (in the task, if it has none). Another number under
+        the same name would be another metric
+    tokens: distinct tokens of one question with its answers, roughly; for predictions of cost
+    shared_tokens: besides these, tokens that all questions of one data set share
+    lm_eval_folder: where lm-eval's folder of tasks has its file; None if the task is q3q's own
+    subtasks: its tasks in lm-eval, if it is a group
+    examples_split: split of the few-shot examples; None if the task cannot show any
+    first_examples: it shows the first examples, where otherwise a seed draws them
+    in_mean: part of the mean accuracy, as in the study's tables
+    is_text: it measures a text, so its metrics are a text's
     """
 
-    template: bool = False
-    thinking: bool | None = None
-    think_start: str = THINK_START
-    think_end: str = THINK_END
-    system: str | None = None
+    name: str
+    data: tuple[DataSet, ...] = ()
+    questions: tuple[int, ...]
+    tokens: int
+    shared_tokens: int = 0
+    lm_eval_folder: str | None = None
+    subtasks: tuple[str, ...] = ()
+    examples_split: str | None = "train"
+    first_examples: bool = False
+    in_mean: bool = True
+    is_text: bool = False
 
-    @property
-    def thinks(self) -> bool:
-        """Whether an answer may begin with a thought."""
-        return self.template and self.thinking is not False
+
+def _stories(kind: str) -> Task:
+    return Task(name=f"stories_{kind}", questions=(200,), tokens=60, examples_split=None)
+
+
+_SUBJECTS = tuple(DataSet(MMLU, subject, ("test", "dev")) for subject in SUBJECTS)
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="piqa",
+            data=(DataSet("baber/piqa", None, ("validation",)),),
+            questions=(1838,),
+            tokens=60,
+            lm_eval_folder="piqa",
+        ),
+        Task(
+            name="arc_easy",
+            data=(DataSet("allenai/ai2_arc", "ARC-Easy", ("test",)),),
+            questions=(2376,),
+            tokens=50,
+            lm_eval_folder="arc",
+        ),
+        Task(
+            name="arc_challenge",
+            data=(DataSet("allenai/ai2_arc", "ARC-Challenge", ("test",)),),
+            questions=(1172,),
+            tokens=60,
+            lm_eval_folder="arc",
+        ),
+        Task(
+            name="hellaswag",
+            data=(DataSet("Rowan/hellaswag", None, ("validation",)),),
+            questions=(10042,),
+            tokens=180,
+            lm_eval_folder="hellaswag",
+        ),
+        Task(
+            name="winogrande",
+            data=(DataSet("allenai/winogrande", "winogrande_xl", ("validation",)),),
+            questions=(1267,),
+            tokens=50,
+            lm_eval_folder="winogrande",
+        ),
+        Task(
+            name="boolq",
+            data=(DataSet("aps/super_glue", "boolq", ("validation",)),),
+            questions=(3270,),
+            tokens=140,
+            lm_eval_folder="super_glue/boolq",
+        ),
+        Task(
+            name="wikitext",
+            data=(DataSet(WIKITEXT, "wikitext-2-raw-v1", ("test",)),),
+            questions=(62,),
+            tokens=4500,
+            lm_eval_folder="wikitext",
+            examples_split=None,
+            in_mean=False,
+            is_text=True,
+        ),
+        Task(
+            name="mmlu",
+            data=_SUBJECTS,
+            questions=tuple(SUBJECTS.values()),
+            tokens=120,
+            shared_tokens=700,
+            lm_eval_folder="mmlu/default",
+            subtasks=tuple(f"mmlu_{subject}" for subject in SUBJECTS),
+            examples_split="dev",
+            first_examples=True,
+            in_mean=False,
+        ),
+        Task(
+            name=STUDY_MMLU,
+            data=_SUBJECTS,
+            questions=tuple(SUBJECTS.values()),
+            tokens=120,
+            shared_tokens=700,
+            examples_split="dev",
+            first_examples=True,
+            in_mean=False,
+        ),
+        *map(_stories, ("count", "order", "where", "who")),
+    )
+}

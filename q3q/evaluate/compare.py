@@ -1,14 +1,15 @@
 """Paired statistics: is a difference between two trials more than chance?
 
-Two trials that answer the same questions and read the same windows are compared question by question and window by
-window: what makes a question hard is hard for both, and cancels. Scores come keyed by what they were given for
-(`<task>/<doc id>/<hash of the document>`, or `window_scores`), so that only like is compared with like.
+Two trials that answer the same questions and read the same windows are compared question by
+question and window by window: a hard question is hard for both, and its difficulty cancels. Each
+score's key names its sample (`<task>/<doc id>/<hash of the document>`, or `window_scores`), so that
+only equal samples are compared.
 
-Samples count as independent of each other. Windows cut from one running text, or two from one document, are nearly so;
-intervals of a text that repeats itself are too narrow.
+The statistics treat samples as independent. Windows cut from one running text, or two from one
+document, are nearly so; intervals of a text that repeats itself are too narrow.
 
-Distinguishable is what the test tells from chance (p < LEVEL), and the interval says the same: it leaves zero out then,
-and only then.
+A difference is distinguishable if its test's p-value is below LEVEL. The interval agrees: it
+excludes zero then, and only then.
 """
 
 import math
@@ -24,22 +25,18 @@ from q3q.record import Comparison
 Scores = Mapping[str, float]
 Floats = NDArray[numpy.float64]
 
-RESAMPLES = (
-    10_000  # of the bootstrap: an interval's ends move by about 1 % of its width with the seed
-)
-QUANTILE_RESAMPLES = 1000  # each goes through all values
-LEVEL = (
-    0.05  # a difference that chance alone exceeds more rarely than this is called distinguishable
-)
+RESAMPLES = 10_000  # of the bootstrap; the seed moves an interval's ends by about 1 % of its width
+QUANTILE_RESAMPLES = 1000  # fewer, as each goes through all values
+LEVEL = 0.05  # significance level of "distinguishable"
 EXACT_BELOW = 25  # discordant pairs; from here on McNemar's chi-squared approximation holds
-FEWEST_PAIRS = 6  # of fewer, even differences all of one sign come by chance more often than LEVEL: 2 * 2**-5 > 0.05
+FEWEST_PAIRS = 6  # of fewer, all have one sign by chance more often than LEVEL: 2 * 2**-5 > 0.05
 NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
 _DRAWS = 1 << 21  # random indices held at one time
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over n samples; standard_error is nan if n is too small to know it."""
+    """A mean over n samples; standard_error is nan if n is too small to estimate it."""
 
     value: float
     standard_error: float
@@ -47,12 +44,12 @@ class Estimate:
 
 
 def compare(metric: str, ours: Scores, baseline: Scores, *, seed: int = 0) -> Comparison:
-    """Compare a trial with its baseline: right or wrong answers by McNemar's test, anything else by the bootstrap.
+    """Compare a trial with its baseline: answers by McNemar's test, other scores by the bootstrap.
 
     Args:
-        metric: its name, for the record.
-        ours, baseline: the trial's and the baseline's score of each sample.
-        seed: of the bootstrap.
+        ours: the trial's score of each sample; all 0 or 1 if they tell right from wrong answers.
+        baseline: the baseline's score of each sample.
+        seed: the bootstrap's.
 
     Raises:
         IntegrityError: the two were not scored on the same samples, or on none.
@@ -64,12 +61,12 @@ def compare(metric: str, ours: Scores, baseline: Scores, *, seed: int = 0) -> Co
 
 
 def window_scores(digest: str, nll_N: Sequence[float]) -> dict[str, float]:
-    """Each window's mean negative log-likelihood (nats per token) as scores; digest: `baseline.windows_digest`."""
+    """Key each window's mean loss (nats per token); digest: `baseline.windows_digest`."""
     return {f"{digest}/{row}": float(nll) for row, nll in enumerate(nll_N)}
 
 
 def estimate(scores: Scores) -> Estimate:
-    """The mean of a metric's scores and its standard error, s / sqrt(n) with s over n - 1."""
+    """Return the mean of a metric's scores and its standard error, s / sqrt(n), s over n - 1."""
     values_N = numpy.array(list(scores.values()), dtype=numpy.float64)
     n = len(values_N)
     error = float(values_N.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
@@ -77,56 +74,56 @@ def estimate(scores: Scores) -> Estimate:
 
 
 def group_mean(parts: Iterable[Estimate]) -> Estimate:
-    """The mean over all samples of a group of tasks, such as MMLU's micro-average: sum n_k m_k / sum n_k.
+    """Return a group's micro-average over all its tasks' samples, as MMLU's: sum n_k m_k / sum n_k.
 
-    Its standard error is that of stratified sampling, sqrt(sum (n_k / n)^2 se_k^2) (Cochran, Sampling Techniques,
-    1977, chapter 5, without the finite population term): which tasks the group has is given, not drawn.
+    The standard error is that of stratified sampling, sqrt(sum (n_k / n)^2 se_k^2) (Cochran,
+    Sampling Techniques, 1977, chapter 5, without the finite population term): the group's tasks are
+    fixed, not drawn.
     """
     parts = list(parts)
     n = sum(part.n for part in parts)
     if n == 0:
         return Estimate(math.nan, math.nan, 0)
     mean = sum(part.n * part.value for part in parts) / n
-    return Estimate(
-        mean, math.sqrt(sum((part.n / n * part.standard_error) ** 2 for part in parts)), n
-    )
+    error = math.sqrt(sum((part.n / n * part.standard_error) ** 2 for part in parts))
+    return Estimate(mean, error, n)
 
 
 def quantile_interval(value_KP: Floats, share: float, *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the `share` quantile of all values, by resampling the K windows whole; nan of a single one.
+    """Compute the 95 % interval of the `share` quantile of K windows' values; nan if K is 1.
 
-    The percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3) of clusters,
-    since positions of one window are not independent. Quantiles between two values lie on the line between them.
+    The percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section
+    13.3) of whole windows, since positions of one window are not independent. Quantiles between two
+    values are interpolated linearly.
     """
     count, length = value_KP.shape
     if count < 2:
         return math.nan, math.nan
     order = numpy.argsort(value_KP, axis=None, kind="stable")
     value_M, window_M = value_KP.ravel()[order], order // length
-    place = share * (count * length - 1)
-    below = int(place)
+    rank = share * (count * length - 1)
+    below = int(rank)
     dice = numpy.random.default_rng(seed)
-    found_R = numpy.empty(QUANTILE_RESAMPLES)
+    quantile_R = numpy.empty(QUANTILE_RESAMPLES)
     for r in range(QUANTILE_RESAMPLES):
         times_K = numpy.bincount(dice.integers(count, size=count), minlength=count)
-        # The i-th value of the resampled text, in order of size, is the first up to which there are more than i.
-        low, high = numpy.searchsorted(
-            numpy.cumsum(times_K[window_M]), [below, below + 1], side="right"
-        )
-        found_R[r] = value_M[low] + (place - below) * (
-            value_M[min(high, len(value_M) - 1)] - value_M[low]
-        )
-    low, high = numpy.quantile(found_R, [LEVEL / 2, 1 - LEVEL / 2])
+        # The resample's i-th smallest value is the first whose cumulative count exceeds i.
+        counts_M = numpy.cumsum(times_K[window_M])
+        low, high = numpy.searchsorted(counts_M, [below, below + 1], side="right")
+        step = value_M[min(high, len(value_M) - 1)] - value_M[low]
+        quantile_R[r] = value_M[low] + (rank - below) * step
+    low, high = numpy.quantile(quantile_R, [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
 
 
 def mcnemar(better: int, worse: int) -> tuple[float, str]:
-    """Two-sided p-value of `better` pairs that speak for one side and `worse` for the other, and the test's name.
+    """Return the two-sided p-value of `better` pairs against `worse` pairs, and the test's name.
 
-    McNemar (Psychometrika 12, 1947): were the two equally good, each discordant pair would be a fair coin's toss. Below
-    EXACT_BELOW pairs by the binomial distribution, p = min(1, 2 P(X <= min(better, worse))), X ~ Bin(better + worse,
-    1/2); else by chi^2 = (|better - worse| - 1)^2 / (better + worse) with one degree of freedom, that is with the
-    continuity correction of Edwards (Psychometrika 13, 1948).
+    McNemar (Psychometrika 12, 1947): if both are equally good, each discordant pair is the toss of
+    a fair coin. Below EXACT_BELOW pairs by the binomial distribution, p = min(1, 2 P(X <=
+    min(better, worse))), X ~ Bin(better + worse, 1/2); else by chi^2 = (|better - worse| - 1)^2 /
+    (better + worse) with one degree of freedom, that is with the continuity correction of Edwards
+    (Psychometrika 13, 1948).
     """
     pairs = better + worse
     if pairs < EXACT_BELOW:
@@ -137,11 +134,11 @@ def mcnemar(better: int, worse: int) -> tuple[float, str]:
 
 
 def paired_interval(both: int, first: int, second: int, neither: int) -> tuple[float, float]:
-    """95 % interval of the difference of two proportions, first less second, from paired counts.
+    """Compute the 95 % interval of the difference of two paired proportions, first less second.
 
-    Newcombe (Statistics in Medicine 17, 1998, 2635-2650), method 10: the Wilson intervals of the two proportions,
-    combined with their correlation phi (its numerator corrected for continuity). Unlike Wald's it stays within +-1 and
-    has a width when all pairs agree.
+    Newcombe (Statistics in Medicine 17, 1998, 2635-2650), method 10: the Wilson intervals of the
+    two proportions, combined with their correlation phi (its numerator corrected for continuity).
+    Unlike Wald's it stays within +-1 and has a width when all pairs agree.
     """
     n = both + first + second + neither
     p, q = (both + first) / n, (both + second) / n
@@ -158,7 +155,7 @@ def paired_interval(both: int, first: int, second: int, neither: int) -> tuple[f
 
 
 def share_interval(p: float, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson, JASA 22, 1927)."""
+    """Compute the 95 % score interval of a proportion (Wilson, JASA 22, 1927)."""
     z2 = NORMAL_95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = NORMAL_95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2)) / (1 + z2 / n)
@@ -166,7 +163,7 @@ def share_interval(p: float, n: int) -> tuple[float, float]:
 
 
 def _pairs(metric: str, ours: Scores, baseline: Scores) -> tuple[Floats, Floats]:
-    """Both sides' scores [N] in one order."""
+    """Return both sides' scores [N] in the same order."""
     only = [sorted(ours.keys() - baseline.keys()), sorted(baseline.keys() - ours.keys())]
     if only[0] or only[1]:
         shown = "; ".join(
@@ -181,22 +178,20 @@ def _pairs(metric: str, ours: Scores, baseline: Scores) -> tuple[Floats, Floats]
     if not ours:
         raise IntegrityError(f"{metric}: no samples to compare")
     keys = sorted(ours)
-    return tuple(
-        numpy.array([side[key] for key in keys], dtype=numpy.float64) for side in (ours, baseline)
-    )  # type: ignore[return-value]
+    sides = ([side[key] for key in keys] for side in (ours, baseline))
+    ours_N, baseline_N = (numpy.array(scores, dtype=numpy.float64) for scores in sides)
+    return ours_N, baseline_N
 
 
 def _compare_answers(
     metric: str, ours_N: NDArray[numpy.bool_], baseline_N: NDArray[numpy.bool_]
 ) -> Comparison:
     n = len(ours_N)
-    both, better, worse = (
-        int(x.sum()) for x in (ours_N & baseline_N, ours_N & ~baseline_N, ~ours_N & baseline_N)
-    )
+    masks = ours_N & baseline_N, ours_N & ~baseline_N, ~ours_N & baseline_N
+    both, better, worse = (int(mask_N.sum()) for mask_N in masks)
     p_value, test = mcnemar(better, worse)
-    low, high = _as_the_test_says(
-        *paired_interval(both, better, worse, n - both - better - worse), p_value
-    )
+    ends = paired_interval(both, better, worse, n - both - better - worse)
+    low, high = _as_the_test_says(*ends, p_value)
     return Comparison(
         metric=metric,
         difference=(better - worse) / n,
@@ -212,9 +207,10 @@ def _compare_answers(
 def _as_the_test_says(
     low: float | None, high: float | None, p_value: float
 ) -> tuple[float | None, float | None]:
-    """An interval that leaves zero out where the test does not: it reaches to zero then.
+    """Extend an interval to zero where the test does not exclude zero.
 
-    Newcombe's is a little narrower than McNemar's test is strict; never does one include zero that the test excludes.
+    Newcombe's interval is a little too narrow for McNemar's test, but never includes a zero that
+    the test excludes.
     """
     if p_value < LEVEL:
         return low, high
@@ -222,7 +218,7 @@ def _as_the_test_says(
 
 
 def _compare_means(metric: str, ours_N: Floats, baseline_N: Floats, seed: int) -> Comparison:
-    """The mean difference, its interval and p-value by `studentized_bootstrap`, where there is one."""
+    """Compare means by `studentized_bootstrap`, where scores are finite and enough."""
     n = len(ours_N)
     finite = [bool(numpy.isfinite(scores).all()) for scores in (ours_N, baseline_N)]
     difference = low = high = p_value = None
@@ -231,17 +227,13 @@ def _compare_means(metric: str, ours_N: Floats, baseline_N: Floats, seed: int) -
     else:
         difference = float((ours_N - baseline_N).mean())
         if n < FEWEST_PAIRS:
-            distinguishable, test = (
-                False,
-                f"none: {FEWEST_PAIRS} pairs are the fewest that can tell",
-            )
+            distinguishable = False
+            test = f"none: {FEWEST_PAIRS} pairs are the fewest that can tell"
         else:
             low, high, p_value = studentized_bootstrap(ours_N - baseline_N, seed)
             low, high = _as_the_test_says(low, high, p_value)
-            distinguishable, test = (
-                p_value < LEVEL,
-                f"paired studentized bootstrap, {RESAMPLES} resamples",
-            )
+            distinguishable = p_value < LEVEL
+            test = f"paired studentized bootstrap, {RESAMPLES} resamples"
     return Comparison(
         metric=metric,
         difference=difference,
@@ -257,33 +249,33 @@ def _compare_means(metric: str, ours_N: Floats, baseline_N: Floats, seed: int) -
 def studentized_bootstrap(
     difference_N: Floats, seed: int
 ) -> tuple[float | None, float | None, float]:
-    """95 % interval of a mean, and the p-value of its being zero, from samples drawn anew with replacement.
+    """Compute a mean's 95 % interval, and the p-value of its being zero.
 
-    The bootstrap-t of Efron and Tibshirani (An Introduction to the Bootstrap, 1993, section 12.5): how far a resample's
-    mean m* is from the mean m, in its own standard errors, t* = (m* - m) / se*, stands for how far m is from the truth;
-    the interval is m - se t*_(97.5 %) to m - se t*_(2.5 %). Of 8 normal samples it covers the truth in 94 % of cases,
-    of 8 exponential ones too, where the percentile interval covers it in 88 % and 84 %.
-    The p-value inverts it: twice the smaller share of t* on either side of m / se, each share counting one more, so
-    that none is zero (Davison and Hinkley, Bootstrap Methods, 1997, chapter 4).
+    The bootstrap-t of Efron and Tibshirani (An Introduction to the Bootstrap, 1993, section 12.5):
+    the distance of a resample's mean m* from the mean m, in the resample's standard errors, t* =
+    (m* - m) / se*, estimates m's distance from the truth; the interval is m - se t*_(97.5 %) to m -
+    se t*_(2.5 %). With 8 normal samples it covers the truth in 94 % of cases, with 8 exponential
+    ones too; the percentile interval covers it in 88 % and 84 %. The p-value inverts the interval:
+    twice the smaller share of t* on either side of m / se, with one added to each count, so that
+    none is zero (Davison and Hinkley, Bootstrap Methods, 1997, chapter 4).
 
     Returns:
-        low, high, p-value. An end is None where resamples without any spread leave it open.
+        low, high, p-value. An end is None if resamples without any spread leave it unbounded.
     """
     n, mean = len(difference_N), float(difference_N.mean())
     error = float(difference_N.std(ddof=1)) / math.sqrt(n)
     if error == 0:
         return mean, mean, 1.0 if mean == 0 else 2 / (RESAMPLES + 1)
     t_R = _resampled_t(difference_N, seed)
-    ends = [
-        mean - error * float(t) for t in numpy.quantile(t_R, (0.975, 0.025), method="inverted_cdf")
-    ]
+    t_ends = numpy.quantile(t_R, (0.975, 0.025), method="inverted_cdf")
+    ends = (mean - error * float(t) for t in t_ends)
     low, high = (end if math.isfinite(end) else None for end in ends)
     smaller = min(int((t_R >= mean / error).sum()), int((t_R <= mean / error).sum()))
     return low, high, min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1))
 
 
 def _resampled_t(values_N: Floats, seed: int) -> Floats:
-    """t* [RESAMPLES] of `studentized_bootstrap`; infinite for a resample without spread that is off the mean."""
+    """Return t* [RESAMPLES]; infinite for a resample without spread that is off the mean."""
     dice = numpy.random.default_rng(seed)
     n, mean = len(values_N), values_N.mean()
     rows = max(1, _DRAWS // n)

@@ -1,12 +1,11 @@
-"""How far the quantized model's next-token distributions are from the original's, and its perplexity, in one pass.
+"""One pass for a quantized model's perplexity and its predictions' drift from the original's.
 
-Measured where perplexity is: at the T - 1 positions of a window that predict one of its tokens, over the whole
-vocabulary with its padding. Shapes: N windows, T tokens of one, P = T - 1 positions, H hidden, V vocabulary, C
-positions whose logits exist at one time.
+Drift is measured where perplexity is: at the T - 1 positions of a window that predict one of its
+tokens, over the whole vocabulary with its padding. Shapes: N windows, T tokens of one, P = T - 1
+positions, H hidden, V vocabulary, C positions whose logits exist at a time.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy
@@ -16,23 +15,28 @@ from torch.nn.functional import linear
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.baseline import Baseline
-from q3q.evaluate.compare import quantile_interval
+from q3q.evaluate.compare import NORMAL_95, quantile_interval
 from q3q.evaluate.journal import Journal
-from q3q.evaluate.perplexity import NORMAL_95, Perplexity, scored_windows
+from q3q.evaluate.perplexity import Perplexity, of_losses, scored_windows
 from q3q.models.decoder import Decoder
 from q3q.numerics.divergence import kl_divergence
+from q3q.reporter import Steps, no_steps
 
-PERCENTILES = (1, 10, 25, 50, 75, 90, 99.9)  # of positions, kept beside the 99th
+PERCENTILES = (1, 10, 25, 50, 75, 90, 99.9)  # over positions, beside the 99th
 
 
 @dataclass(frozen=True)
 class Drift:
-    """KL(unquantized || quantized) of the next token, nats, and how often both have the same likeliest token.
+    """KL(unquantized || quantized) of the next token, nats, and agreement on the likeliest token.
 
-    kl, kl_99: mean and 99th percentile over positions. kl_99_interval: 95 %, see `compare.quantile_interval`.
-    kl_percentiles: the distribution over positions, by `PERCENTILES`.
-    agreement: share of positions. Errors are standard errors of the means over windows, since positions of one window
-    are not independent; nan for a single window. A model whose logits are not finite has a kl that is not.
+    Errors are standard errors of the means over windows, since positions of one window are not
+    independent; nan for a single window. If the model's logits are not finite, neither is kl.
+
+    kl: mean over positions.
+    kl_99: 99th percentile over positions.
+    kl_99_interval: its 95 % interval, see `compare.quantile_interval`.
+    kl_percentiles: `PERCENTILES` over positions.
+    agreement: share of positions where both models have the same likeliest token.
     """
 
     kl: float
@@ -46,32 +50,31 @@ class Drift:
     positions: int
 
     def metrics(self, text: str) -> dict[str, float]:
+        percentiles = zip(PERCENTILES, self.kl_percentiles, strict=True)
         return {
             f"kl/{text}": self.kl,
             f"kl_p99/{text}": self.kl_99,
             f"top1_agreement/{text}": self.agreement,
-            **{
-                f"kl_p{p:g}/{text}": kl
-                for p, kl in zip(PERCENTILES, self.kl_percentiles, strict=True)
-            },
+            **{f"kl_p{p:g}/{text}": kl for p, kl in percentiles},
         }
 
     def intervals(self, text: str) -> dict[str, tuple[float, float]]:
-        """95 % intervals, within what is possible."""
+        """Return 95 % intervals, cut to possible values."""
         kl, agreement = NORMAL_95 * self.kl_error, NORMAL_95 * self.agreement_error
+        low, high = max(0.0, self.agreement - agreement), min(1.0, self.agreement + agreement)
         return {
             f"kl/{text}": (max(0.0, self.kl - kl), self.kl + kl),
             f"kl_p99/{text}": self.kl_99_interval,
-            f"top1_agreement/{text}": (
-                max(0.0, self.agreement - agreement),
-                min(1.0, self.agreement + agreement),
-            ),
+            f"top1_agreement/{text}": (low, high),
         }
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one pass over a text gives. nll_N: each window's mean negative log-likelihood, float64, nats per token."""
+class PerplexityAndDrift:
+    """The results of one pass over a text.
+
+    nll_N: each window's mean negative log-likelihood, float64, nats per token.
+    """
 
     perplexity: Perplexity
     nll_N: Tensor
@@ -83,30 +86,28 @@ def perplexity_and_drift(
     windows_NT: Tensor,
     baseline: Baseline,
     head_VH: Tensor,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    steps: Steps = no_steps,
     journal: Journal | None = None,
-) -> Measured:
-    """Run `model` over the windows once, for its perplexity on all and its drift on those that the baseline keeps.
+) -> PerplexityAndDrift:
+    """Run a quantized model over the windows once: perplexity on all, drift on the baseline's.
 
     Args:
-        model: the quantized model.
-        windows_NT: token ids, those of the baseline.
+        windows_NT: token ids, the same as the baseline's.
         baseline: the unquantized model's final hidden states.
-        head_VH: the unquantized model's own head, which turns them into logits again.
-        progress: told windows done and in all.
-        journal: of this model and these windows; what it holds is not computed again, and what is finite goes there.
+        head_VH: the unquantized model's own head, which turns the states into logits again.
+        steps: receives the windows done and in all.
+        journal: this model's on these windows: its results are not computed again, new ones added.
 
     Raises:
-        IntegrityError: the baseline is of another vocabulary or of other tokens, the head is not its own, or its files
-            changed.
+        IntegrityError: the baseline has another vocabulary or other tokens, the head does not fit
+            it, or its files have changed.
     """
     baseline.check_fits(model, windows_NT)
     _check_head(head_VH, baseline)
     kept = frozenset(baseline.rows)
-    found = (
-        [] if journal is None else journal.counted()
-    )  # of each window its nll, and its kl [P] and agreement if kept
-    for row, hidden_PH in scored_windows(model, windows_NT, len(found)):
+    # Each window's nll, then its kl [P] and agreement if the baseline keeps it.
+    results = [] if journal is None else journal.consecutive()
+    for row, hidden_PH in scored_windows(model, windows_NT, len(results)):
         targets_P = windows_NT[row, 1:]
         if row in kept:
             theirs_PH = baseline.hidden(row).to(head_VH.device)
@@ -114,13 +115,13 @@ def perplexity_and_drift(
             drifted = [kl_P.tolist(), float(same_P.double().mean())]
         else:
             nll_P, drifted = -model.log_likelihoods(hidden_PH, targets_P)[0], []
-        found.append([float(nll_P.double().mean()), *drifted])
-        if journal is not None and math.isfinite(found[row][0]):
-            journal.add([(str(row), found[row])])
-        progress(row + 1, len(windows_NT))
-    nll_N = torch.tensor([nll for nll, *_ in found], dtype=torch.float64)
+        results.append([float(nll_P.double().mean()), *drifted])
+        if journal is not None and math.isfinite(results[row][0]):
+            journal.add([(str(row), results[row])])
+        steps(row + 1, len(windows_NT))
+    nll_N = torch.tensor([nll for nll, *_ in results], dtype=torch.float64)
     kl_KP, same_K = (
-        torch.tensor([found[row][part] for row in sorted(kept)], dtype=torch.float64)
+        torch.tensor([results[row][part] for row in sorted(kept)], dtype=torch.float64)
         for part in (1, 2)
     )
     kl, kl_error = _mean_over_windows(kl_KP.mean(1))
@@ -136,16 +137,20 @@ def perplexity_and_drift(
         windows=len(kl_KP),
         positions=kl_KP.numel(),
     )
-    return Measured(Perplexity(*_mean_over_windows(nll_N), len(nll_N)), nll_N, drift)
+    return PerplexityAndDrift(of_losses(nll_N), nll_N, drift)
 
 
 def compare_positions(
     model: Decoder, ours_PH: Tensor, theirs_PH: Tensor, head_VH: Tensor, targets_P: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each position: the target's negative log-likelihood under `model` (float32, nats), the divergence of its
-    distribution from the unquantized model's (float64, nats), and whether both have the same likeliest token; all [P].
+    """Compare both models' next-token distributions at each position.
 
-    Two slabs of float32 logits [C, V] exist at one time, one of each model.
+    At a time, logits [C, V] of each model exist in float32.
+
+    Returns:
+        All [P]: the target's negative log-likelihood under `model` (float32, nats), the divergence
+        of its distribution from the unquantized model's (float64, nats), and True where both have
+        the same likeliest token.
     """
     nlls, kls, same = [], [], []
     for chunk, ours_CV in model.logits(ours_PH):
@@ -158,7 +163,7 @@ def compare_positions(
 
 
 def _mean_over_windows(value_N: Tensor) -> tuple[float, float]:
-    """Mean and its standard error."""
+    """Return the mean and its standard error, nan for a single window."""
     error = float(value_N.std() / math.sqrt(len(value_N))) if len(value_N) > 1 else math.nan
     return float(value_N.mean()), error
 
@@ -167,6 +172,6 @@ def _check_head(head_VH: Tensor, baseline: Baseline) -> None:
     shape, dtype = tuple(head_VH.shape), str(head_VH.dtype).removeprefix("torch.")
     if (shape, dtype) != ((baseline.vocab, baseline.hidden_size), baseline.dtype):
         raise IntegrityError(
-            f"a head {list(shape)} in {dtype} is not that of the baseline, "
+            f"a head {list(shape)} in {dtype} is not the baseline's, "
             f"[{baseline.vocab}, {baseline.hidden_size}] in {baseline.dtype}"
         )

@@ -1,4 +1,4 @@
-"""Greedy continuations with cached keys and values; what contexts have in common runs once."""
+"""Greedy continuations with cached keys and values; shared prefixes of the contexts run once."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.budget import TokenBudget
-from q3q.evaluate.prefixes import Ids, Tape
-from q3q.evaluate.scoring import run_tape
-from q3q.models.attention import Cached, KeysValues, Lengths, takes_ragged
+from q3q.evaluate.prefixes import Ids, PackedTree
+from q3q.evaluate.scoring import run_tree
+from q3q.models.attention import Cached, KeysValues, Lengths, supports_varlen
 from q3q.models.decoder import Decoder
 
-# Keys and values of all rows that are continued together: see `cache_bytes`.
+# Bounds of the keys and values of all rows that are continued together: see `cache_bytes`.
 CACHE_BYTES, LEAST_CACHE_BYTES = 1 << 30, 1 << 26
 
 
@@ -24,19 +24,18 @@ def generate(
     ended: Callable[[list[int]], bool],
     budget: TokenBudget,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Each context by its number, with the most likely token after it, again and again.
+    """Yield each context's number and its greedy continuation, as they end.
 
     Args:
-        contexts: distinct and sorted. most: tokens to generate, at least 1. ended: whether the tokens generated so far
-            are enough.
+        contexts: token ids, distinct and sorted.
+        most: tokens to generate, at least 1.
+        ended: returns True if the tokens generated so far are enough.
 
     Raises:
         IntegrityError: a logit is not finite.
     """
-    facts = model.facts
-    token_bytes = (
-        2 * facts.layers * facts.kv_heads * facts.head_dim * model.embedding_VH.element_size()
-    )
+    facts, item_bytes = model.facts, model.norm_H.element_size()
+    token_bytes = 2 * facts.layers * facts.kv_heads * facts.head_dim * item_bytes
     reader = _Reader(model, contexts, budget)
     first = 0
     while first < len(contexts):
@@ -53,13 +52,16 @@ def generate(
 
 
 def cache_bytes(device: str, spare: int | None, ahead: int) -> int:
-    """What keys and values of the rows that are continued together may take, in bytes.
+    """Return the bytes that the keys and values of rows continued together may take.
 
-    Half of what is free beyond the model, CACHE_BYTES at least on a GPU and at most on a CPU, less the keys and values
-    of a batch that the reader holds of rows to come meanwhile, for which no more than half of that is kept.
+    This is half of what is free beyond the model, at least CACHE_BYTES on a GPU and at most
+    CACHE_BYTES on a CPU, less the keys and values of the batch that the reader holds of later rows.
+    At most half is set aside for that batch.
 
     Args:
-        spare: bytes free beyond the model, None if nobody knows. ahead: bytes of a batch's keys and values.
+        device: the device's type.
+        spare: bytes free beyond the model, None if unknown.
+        ahead: bytes of a batch's keys and values.
     """
     room = CACHE_BYTES
     if spare is not None:
@@ -75,7 +77,7 @@ def _continue(
     most: int,
     ended: Callable[[list[int]], bool],
 ) -> Iterator[tuple[int, list[int]]]:
-    """Rows go on together, each after its own past. See `_Reader.read`."""
+    """Continue rows together, each after its own past; yield those that end."""
     rows = list(range(len(next_B)))
     texts: list[list[int]] = [[] for _ in rows]
     unfinished = set(rows)
@@ -88,16 +90,13 @@ def _continue(
                     yield row, texts[row]
         if not unfinished:
             return
-        if 2 * len(unfinished) <= len(
-            rows
-        ):  # copying the caches costs more than a few steps of rows that have ended
+        # Copying the caches costs more than a few steps of rows that have ended.
+        if 2 * len(unfinished) <= len(rows):
             stay = [i for i, row in enumerate(rows) if row in unfinished]
             rows = [rows[i] for i in stay]
             stay_R = torch.tensor(stay, device=model.device)
             next_B, lengths = next_B[stay_R], lengths.select(stay_R)
-            for k, cache in enumerate(
-                caches
-            ):  # one by one, so that only one block's are there twice
+            for k, cache in enumerate(caches):  # only one block's cache exists twice at a time
                 caches[k] = cache.select(stay_R, lengths)
         hidden_BH = model.hidden(next_B[:, None], caches)[:, 0]
         lengths.grow()
@@ -105,46 +104,47 @@ def _continue(
 
 
 class _Reader:
-    """The contexts as one tape, of which so much is run as the rows that are wanted next need.
+    """The contexts as one tree, which runs as far as the next rows need.
 
-    Of what has run, keys and values are held as long as a row to come begins with those tokens, or is not there yet.
+    Keys and values of tokens that have run are held as long as a later row may begin with them.
     """
 
     def __init__(self, model: Decoder, contexts: Sequence[Ids], budget: TokenBudget) -> None:
         self._model = model
-        self._tape = Tape(list(contexts), takes_ragged(model.device, model.norm_H.dtype))
-        self._end_B = np.array([place[-1] for place in self._tape.places()])
-        self._places = self._tape.places()
+        self._tree = PackedTree(list(contexts), supports_varlen(model.device, model.norm_H.dtype))
+        last_B = np.array([positions[-1] for positions in self._tree.positions()])
+        self._positions = self._tree.positions()
         self._row, self._ran = 0, 0
-        self._next: list[
-            Tensor
-        ] = []  # the most likely token after each row from `_row` on, as far as the tape has run
-        self._held_T = np.zeros(
-            0, np.int64
-        )  # places on the tape, ascending, and of each block their keys and values
+        # The most likely token after each row from `_row` on, as far as the tree has run.
+        self._next: list[Tensor] = []
+        # Positions in the tree, ascending, whose keys and values are held; these, by block.
+        self._held_T = np.zeros(0, np.int64)
         self._keys_values: list[list[KeysValues]] = [[] for _ in model.blocks]
-        self._run = run_tape(model, self._tape, budget, self._end_B, self._keys_values)
+        self._run = run_tree(model, self._tree, budget, last_B, self._keys_values)
 
     def read(self, last: int, room: int) -> tuple[Tensor, list[Cached], Lengths]:
-        """Of the rows before `last` that were not read yet: the most likely token after each [B], each block's keys and
-        values, with room for as many more, and how many these are."""
-        until = self._tape.begin[last]
+        """Read the next rows, up to row `last` - 1.
+
+        Returns:
+            The most likely token after each row [B], each block's cache with room for `room` more
+            tokens, and the rows' lengths.
+        """
+        until = self._tree.begin[last]
         while self._ran < until:
             first, self._ran, hidden_PH = next(self._run)
             self._held_T = np.concatenate([self._held_T, np.arange(first, self._ran)])
             if len(hidden_PH):
                 self._next += _most_likely(self._model, hidden_PH).unbind()
-        pasts = [np.searchsorted(self._held_T, next(self._places)) for _ in range(self._row, last)]
-        lengths = Lengths(
-            torch.tensor([len(past) for past in pasts], device=self._model.device),
-            max(map(len, pasts)),
-        )
+        rows = range(self._row, last)
+        pasts = [np.searchsorted(self._held_T, next(self._positions)) for _ in rows]
+        counts = [len(past) for past in pasts]
+        lengths = Lengths(torch.tensor(counts, device=self._model.device), max(counts))
         index_BP = torch.zeros(len(pasts), lengths.longest, dtype=torch.int64)
         for row_P, past in zip(index_BP, pasts, strict=True):
             row_P[: len(past)] = torch.from_numpy(past)
         index_BP = index_BP.to(self._model.device)
-        # The tape is a tree's, depth first: of what was read, the next rows have at most the last one's beginning.
-        shared = self._tape.shared[last] if last < len(self._tape.shared) else 0
+        # Depth first, a later row shares with earlier ones only what it shares with the last.
+        shared = self._tree.shared[last] if last < len(self._tree.shared) else 0
         stay = np.concatenate([pasts[-1][:shared], np.flatnonzero(self._held_T >= until)])
         stay_T = torch.from_numpy(stay).to(self._model.device)
         caches = []
@@ -159,10 +159,10 @@ class _Reader:
 
 
 def _most_likely(model: Decoder, hidden_PH: Tensor) -> Tensor:
-    found = []
+    tokens = []
     for _, logits_CV in model.logits(hidden_PH):
         best = logits_CV.max(dim=1)
         if not torch.isfinite(best.values).all():
             raise IntegrityError("a logit of the generation is not finite")
-        found.append(best.indices)
-    return torch.cat(found)
+        tokens.append(best.indices)
+    return torch.cat(tokens)

@@ -1,4 +1,4 @@
-"""What an evaluation has scored so far, on disk: one line a request or window, so that a killed evaluation goes on."""
+"""An evaluation's scores so far, on disk, so that a killed evaluation goes on."""
 
 import hashlib
 import json
@@ -9,21 +9,24 @@ from typing import Any
 
 from q3q.errors import IntegrityError
 
-SCORES = (
-    "scores.jsonl"  # of all requests of an evaluation: what two of its tasks ask is scored once
-)
+# All requests of an evaluation share a file, so a request of two tasks is scored once.
+SCORES = "scores.jsonl"
 
 
 class Journal:
-    """One line each: the first names whose scores these are, every other is [key, score]; then its checksum.
+    """A file of scores by key.
 
-    A line that a crash tore or in which a bit flipped, and whatever stands behind it, is cut off when the file is
-    opened again. Keys say all that a score depends on beside the model (see `request_key`), so a changed task finds
-    none of its old ones.
+    The first line holds the identity of what was scored, each other one [key, score]; each ends in
+    its checksum. Opening the file cuts it off at the first line that a crash tore or in which a bit
+    flipped. A key contains all that a score depends on beside the model (see `request_key`), so a
+    changed task finds none of its old scores.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
-        """Open or create. identity: the model and everything that was done to it; of windows, their text too.
+        """Open or create the file.
+
+        Args:
+            identity: the model and everything that was done to it; for windows, their text too.
 
         Raises:
             IntegrityError: the file holds another identity's scores.
@@ -32,7 +35,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         self._file.seek(0)
-        whole = 0
+        valid_bytes = 0
         for number, line in enumerate(self._file):
             entry = _parse(line)
             if entry is None:
@@ -40,29 +43,30 @@ class Journal:
             if number == 0 and entry != ["identity", identity]:
                 self._file.close()
                 raise IntegrityError(
-                    f"{path} holds scores of another model or text ({entry[1]}, not {identity}); remove it"
+                    f"{path} holds scores of another model or text "
+                    f"({entry[1]}, not {identity}); remove it"
                 )
             if number:
                 self._scores[entry[0]] = entry[1]
-            whole += len(line)
-        self._file.truncate(whole)
-        if not whole:
+            valid_bytes += len(line)
+        self._file.truncate(valid_bytes)
+        if not valid_bytes:
             self.add([("identity", identity)])
             self._scores.clear()
 
     def get(self, key: str) -> Any:
-        """The score kept under this key, None if there is none."""
+        """Return the score under this key, None if there is none."""
         return self._scores.get(key)
 
-    def counted(self) -> list[Any]:
-        """The scores kept under "0", "1" and so on, up to the first that is missing: of windows, which end in order."""
-        found: list[Any] = []
-        while (score := self.get(str(len(found)))) is not None:
-            found.append(score)
-        return found
+    def consecutive(self) -> list[Any]:
+        """Return the scores under "0", "1" and so on up to the first missing one."""
+        scores: list[Any] = []
+        while (score := self.get(str(len(scores)))) is not None:
+            scores.append(score)
+        return scores
 
     def add(self, scores: Iterable[tuple[str, Any]]) -> None:
-        """Append, and hand to the operating system: what is here survives this process being killed."""
+        """Append scores and flush them to the operating system, where they survive this process."""
         for key, score in scores:
             self._scores[key] = score
             self._file.write(_line(key, score))
@@ -73,7 +77,7 @@ class Journal:
 
 
 def request_key(*parts: bytes) -> str:
-    """A digest of a request's parts, in this order."""
+    """Return a digest of a request's parts, in this order."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -86,7 +90,7 @@ def _line(key: str, score: Any) -> bytes:
 
 
 def _parse(line: bytes) -> list[Any] | None:
-    """[key, score], or None for a line that is not what was written."""
+    """Return [key, score], or None for a line that is not what was written."""
     if not line.endswith(b"\n"):
         return None
     try:

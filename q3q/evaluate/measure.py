@@ -1,20 +1,18 @@
 """Measure a model: perplexity and drift of each text, then the tasks, resuming from the journal."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from q3q.data.questions import Library, folder_digest
-from q3q.data.windows import (
-    evaluation_windows,
-)
+from q3q.data.windows import evaluation_windows
 from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate.baseline import (
     Baseline,
@@ -23,7 +21,7 @@ from q3q.evaluate.baseline import (
     kept_windows,
     windows_digest,
 )
-from q3q.evaluate.catalogue import Batch, Part, batches
+from q3q.evaluate.batches import Batch, Part, batches
 from q3q.evaluate.drift import perplexity_and_drift
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.perplexity import of_losses, window_losses
@@ -32,97 +30,97 @@ from q3q.evaluate.suites import score_batch
 from q3q.models.decoder import Decoder
 from q3q.models.sharded import ShardedDecoder
 from q3q.models.streaming import StreamedDecoder
+from q3q.placement import Trial
 from q3q.record import Scores
-from q3q.spec import Json, TrialSpec, text_metric
+from q3q.reporter import Reporter, Steps
+from q3q.spec import AUTO_DRIFT, Json, TextRef, text_metric
 from q3q.storage.files import sealed, unsealed, write_atomically
 from q3q.storage.mirror import mirror_for
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the unquantized model said of each text, by the text's name; and its head, which turns that into logits and
-    is asked for when it is needed."""
+    """The unquantized model's hidden states of each text, by the text's name, and its head.
+
+    head: returns the head, which turns states into logits, when it is needed
+    """
 
     baselines: dict[str, Baseline]
     head: Callable[[], Tensor]
 
 
-def reference_of(
-    model: Decoder,
-    tokenizer: Any,
-    spec: TrialSpec,
-    steps: Callable[..., Callable[[int, int], None]],
-) -> Reference:
-    """Find or compute what drift is measured against. To be called while the model is as it was loaded: later, nothing
-    could tell that it is not."""
-    drift = spec.evaluation.get("drift")
+def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporter) -> Reference:
+    """Find or compute what drift is measured against.
+
+    Call it while the model is as it was loaded: nothing could tell later that it is not.
+    """
+    spec, placement = trial.spec, trial.placement
+    drift = spec.evaluation.drift
     if drift is None:
         return Reference({}, lambda: model.head_VH)
-    folder, found, mirror = (
-        Path(spec.places["trials"]).parent / "baselines",
-        {},
-        mirror_for(spec.places),
-    )
+    mirror, baselines = mirror_for(placement.store), dict[str, Baseline]()
     fetch = (lambda key: None) if mirror is None else (lambda key: mirror.pull(f"baselines/{key}"))
-    for text in spec.evaluation["texts"]:
-        windows_NT = evaluation_windows(tokenizer, spec, text)
-        wanted = None if drift == "auto" else int(drift)
+    for text in spec.evaluation.texts:
+        windows_NT = evaluation_windows(tokenizer, trial, text)
         count, length = windows_NT.shape
-        kept = kept_windows(count, length, model.facts.hidden, spec.model["dtype"], wanted)
-        identity = BaselineIdentity.of(
-            spec.model, text["digest"], windows_NT, kept, model.device.type
+        rows = kept_windows(
+            count,
+            length,
+            model.facts.hidden,
+            spec.model.dtype,
+            None if drift == AUTO_DRIFT else int(drift),
         )
-        told = steps("baseline", text["name"])
-        found[text["name"]] = baseline_for(folder, identity, model, windows_NT, told, fetch)
+        identity = BaselineIdentity.of(
+            spec.model.to_json(), text.digest, windows_NT, rows, model.device.type
+        )
+        steps = reporter.phase("baseline", text.name)
+        folder = placement.storage / "baselines"
+        baselines[text.name] = baseline_for(folder, identity, model, windows_NT, steps, fetch)
         if mirror is not None:
-            mirror.offer(f"baselines/{identity.key}")
-    model.rest()
+            mirror.push_if_absent(f"baselines/{identity.key}")
+    model.release_head()
     if isinstance(model, (StreamedDecoder, ShardedDecoder)):
-        return Reference(found, model.original_head)
+        return Reference(baselines, model.original_head)
     head_VH = model.head_VH
-    return Reference(found, lambda: head_VH)
+    return Reference(baselines, lambda: head_VH)
 
 
 def evaluate(
-    model: Decoder,
-    tokenizer: Any,
-    spec: TrialSpec,
-    reference: Reference,
-    journal: Path,
-    steps: Callable[..., Callable[[int, int], None]],
+    model: Decoder, tokenizer: Any, trial: Trial, reference: Reference, reporter: Reporter
 ) -> Scores:
-    """Each text and the tasks, one after the other; what the journal holds already is not measured again."""
-    wanted = spec.evaluation
-    parts: list[tuple[str, Callable[[Callable[[int, int], None]], Part]]] = []
-    for text in wanted["texts"]:
-        parts.append(
-            (text["name"], partial(_measure_text, model, tokenizer, spec, reference, text, journal))
-        )
-    for batch in batches(wanted):
+    """Measure each text, then the tasks; nothing that the journal holds is measured again."""
+    journal = trial.folder / "evaluations"
+    measures: list[tuple[str, Callable[[Steps], Part]]] = [
+        (text.name, partial(_measure_text, model, tokenizer, trial, reference, text, journal))
+        for text in trial.spec.evaluation.texts
+    ]
+    for batch in batches(trial.spec.evaluation):
         name = "tasks" if len(batch.tasks) > 1 else batch.tasks[0]
-        parts.append((name, partial(_measure_tasks, model, tokenizer, spec, batch, journal)))
+        measures.append((name, partial(_measure_tasks, model, tokenizer, trial, batch, journal)))
     scores = Scores()
-    for number, (name, measure) in enumerate(parts, start=1):
-        note = f"{name}, {number} of {len(parts)}"
-        steps("evaluate", note)(0, 1)
-        kept = journal / f"{number}_{name}.json"
-        part = _measured(kept)
+    for number, (name, measure) in enumerate(measures, start=1):
+        note = f"{name}, {number} of {len(measures)}"
+        reporter.phase("evaluate", note)(0, 1)
+        path = journal / f"{number}_{name}.json"
+        part = _stored(path)
         if part is None:
-            content = sealed(measure(steps("evaluate", note)).to_json())
-            write_atomically(kept, content)
-            part = unsealed(content)  # as it is read by whoever goes on from here
+            content = sealed(measure(reporter.phase("evaluate", note)).to_json())
+            write_atomically(path, content)
+            part = unsealed(content)  # as whoever goes on from here reads it
         scores.add(part)
-        known = {
+        finite = {
             key: value
             for key, value in part["metrics"].items()
             if value is not None and math.isfinite(value)
         }
-        steps("evaluate", note, known)(1, 1)
+        reporter.phase("evaluate", note, finite)(1, 1)
     return scores
 
 
-def _measured(path: Path) -> Json | None:
-    """What was measured before, None if that is not there whole."""
+def _stored(path: Path) -> Json | None:
+    """Return a part that was measured before; None if it is missing or torn."""
     try:
         return unsealed(path.read_bytes())
     except (OSError, ValueError):
@@ -132,72 +130,70 @@ def _measured(path: Path) -> Json | None:
 def _measure_text(
     model: Decoder,
     tokenizer: Any,
-    spec: TrialSpec,
+    trial: Trial,
     reference: Reference,
-    wanted: Json,
+    text: TextRef,
     folder: Path,
-    tell: Callable[[int, int], None],
+    steps: Steps,
 ) -> Part:
-    """Perplexity, and drift where there is a baseline; of the unquantized model its baseline is the measurement."""
-    name, quick = wanted["name"], bool(spec.evaluation.get("quick"))
-    windows_NT, part = evaluation_windows(tokenizer, spec, wanted), Part()
-    baseline = reference.baselines.get(name)
+    """Measure perplexity, and drift where there is a baseline.
+
+    The unquantized model's baseline is its measurement.
+    """
+    spec, part = trial.spec, Part()
+    quick = spec.evaluation.quick
+    windows_NT = evaluation_windows(tokenizer, trial, text)
+    baseline = reference.baselines.get(text.name)
     with closing(
-        Journal(folder / f"windows_{name}.jsonl", f"{spec.id} {wanted['digest']}")
+        Journal(folder / f"windows_{text.name}.jsonl", f"{spec.id} {text.digest}")
     ) as journal:
         if baseline is None:
-            nll_N = window_losses(model, windows_NT, tell, journal)
+            nll_N = window_losses(model, windows_NT, steps, journal)
         elif spec.scheme is None:
             nll_N = baseline.nll_N
         else:
-            found = perplexity_and_drift(
-                model, windows_NT, baseline, reference.head(), tell, journal
+            losses = perplexity_and_drift(
+                model, windows_NT, baseline, reference.head(), steps, journal
             )
-            nll_N = found.nll_N
-            part.metrics |= {
-                _quickly(key, quick): value for key, value in found.drift.metrics(name).items()
-            }
-            part.intervals |= {
-                _quickly(key, quick): value for key, value in found.drift.intervals(name).items()
-            }
+            nll_N, drift = losses.nll_N, losses.drift
+            part.metrics |= _named(drift.metrics(text.name), quick)
+            part.intervals |= _named(drift.intervals(text.name), quick)
     if not torch.isfinite(nll_N).all():
         row = int((~torch.isfinite(nll_N)).nonzero()[0])
-        raise IntegrityError(f"the model's logits in window {row} of {name} are not finite")
-    result, metric = of_losses(nll_N), text_metric("perplexity", name, quick)
+        raise IntegrityError(f"the model's logits in window {row} of {text.name} are not finite")
+    result, metric = of_losses(nll_N), text_metric("perplexity", text.name, quick)
     part.metrics[metric], part.intervals[metric] = result.value, result.interval
     part.samples += window_rows(metric, windows_digest(windows_NT), nll_N.tolist())
     return part
 
 
-def _quickly(metric: str, quick: bool) -> str:
-    measure, _, text = metric.partition("/")
-    return text_metric(measure, text, quick)
+def _named(metrics: Mapping[str, T], quick: bool) -> dict[str, T]:
+    """Give metrics (`measure/text`) the names that the record has for them."""
+    names = {name: name.partition("/") for name in metrics}
+    return {
+        text_metric(measure, text, quick): metrics[name]
+        for name, (measure, _, text) in names.items()
+    }
 
 
 def _measure_tasks(
-    model: Decoder,
-    tokenizer: Any,
-    spec: TrialSpec,
-    batch: Batch,
-    journal: Path,
-    tell: Callable[[int, int], None],
+    model: Decoder, tokenizer: Any, trial: Trial, batch: Batch, journal: Path, steps: Steps
 ) -> Part:
-    places = {
-        name: Path(spec.places[name]) if name in spec.places else None for name in ("data", "tasks")
-    }
-    if places["tasks"] and folder_digest(places["tasks"]) != spec.evaluation["include"]:
+    evaluation, placement = trial.spec.evaluation, trial.placement
+    if placement.tasks and folder_digest(placement.tasks) != evaluation.include:
         raise ConfigError(
-            f"the task files in {places['tasks']} changed since the trial was planned; start it again"
+            f"the task files in {placement.tasks} changed since the trial was planned; start it "
+            "again"
         )
     return score_batch(
         model,
         tokenizer,
-        spec.evaluation,
+        evaluation,
         batch,
-        Library(places["data"], spec.evaluation.get("data", {})),
-        include=places["tasks"],
-        seed=spec.seed,
+        Library(placement.data, dict(evaluation.data)),
+        include=placement.tasks,
+        seed=trial.spec.seed,
         journal=journal,
-        identity=spec.id,
-        tell=tell,
+        identity=trial.id,
+        steps=steps,
     )

@@ -1,12 +1,12 @@
 """Token perplexity in fixed windows, as the papers compute it.
 
-exp of the mean negative log-likelihood of tokens 2 .. T of each window of T tokens; windows do not overlap and do not
-see each other (GPTQ's evaluation, which AWQ, SmoothQuant, BiLLM and the Qwen3 study all use). Likelihoods are float32;
-the study's script leaves them in 16 bits.
+exp of the mean negative log-likelihood of tokens 2 .. T of each window of T tokens; windows do not
+overlap and do not see each other (GPTQ's evaluation, which AWQ, SmoothQuant, BiLLM and the Qwen3
+study all use). Likelihoods are float32; the study's script leaves them in 16 bits.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -14,15 +14,19 @@ import torch
 from torch import Tensor
 
 from q3q.evaluate.budget import TokenBudget, pass_tokens
+from q3q.evaluate.compare import NORMAL_95
 from q3q.evaluate.journal import Journal
 from q3q.models.decoder import Decoder
-
-NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
+from q3q.reporter import Steps, no_steps
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """nll: mean negative log-likelihood, nats per token, may be infinite or nan. standard_error: over windows."""
+    """A text's perplexity.
+
+    nll: mean negative log-likelihood, nats per token; may be infinite or nan.
+    standard_error: of nll, over windows.
+    """
 
     nll: float
     standard_error: float
@@ -39,67 +43,63 @@ class Perplexity:
         return exp_or_infinity(self.nll - spread), exp_or_infinity(self.nll + spread)
 
 
-def perplexity(
-    model: Decoder,
-    windows_NT: Tensor,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Perplexity:
-    """Perplexity of `model` over windows of token ids [N, T]; progress is told (windows done, windows in all)."""
-    return of_losses(window_losses(model, windows_NT, progress))
+def perplexity(model: Decoder, windows_NT: Tensor, steps: Steps = no_steps) -> Perplexity:
+    """Compute the perplexity over windows of token ids [N, T]."""
+    return of_losses(window_losses(model, windows_NT, steps))
 
 
 def of_losses(loss_N: Tensor) -> Perplexity:
-    """The perplexity of windows whose mean negative log-likelihoods are these, nats per token, float64."""
+    """Return the perplexity of windows with these losses, nats per token, float64."""
     error = float(loss_N.std() / math.sqrt(len(loss_N))) if len(loss_N) > 1 else math.nan
     return Perplexity(float(loss_N.mean()), error, len(loss_N))
 
 
 def window_losses(
-    model: Decoder,
-    windows_NT: Tensor,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    journal: Journal | None = None,
+    model: Decoder, windows_NT: Tensor, steps: Steps = no_steps, journal: Journal | None = None
 ) -> Tensor:
-    """Each window's mean negative log-likelihood [N], float64, nats per token; arguments as of `perplexity`.
+    """Compute each window's mean negative log-likelihood [N], float64, nats per token.
 
-    journal: of this model and these windows; what it holds is not computed again, and what is finite goes there.
+    Args:
+        steps: receives the windows done and in all.
+        journal: this model's on these windows: its losses are not computed again, new ones added.
     """
     loss_N = torch.zeros(len(windows_NT), dtype=torch.float64)
-    known = [] if journal is None else journal.counted()
-    loss_N[: len(known)] = torch.tensor(known, dtype=torch.float64)
-    for first, hidden_BPH in scored_states(model, windows_NT, len(known)):
+    earlier = [] if journal is None else journal.consecutive()
+    loss_N[: len(earlier)] = torch.tensor(earlier, dtype=torch.float64)
+    for first, hidden_BPH in scored_states(model, windows_NT, len(earlier)):
         rows = slice(first, first + len(hidden_BPH))
-        scores_P, _ = model.log_likelihoods(
-            hidden_BPH.flatten(0, 1), windows_NT[rows, 1:].flatten()
-        )
+        targets_P = windows_NT[rows, 1:].flatten()
+        scores_P, _ = model.log_likelihoods(hidden_BPH.flatten(0, 1), targets_P)
         loss_N[rows] = -scores_P.view(len(hidden_BPH), -1).double().mean(1).cpu()
         if journal is not None:
             losses = enumerate(loss_N[rows].tolist(), start=first)
             journal.add((str(row), loss) for row, loss in losses if math.isfinite(loss))
-        progress(rows.stop, len(windows_NT))
+        steps(rows.stop, len(windows_NT))
     return loss_N
 
 
 def scored_states(
     model: Decoder, windows_NT: Tensor, start: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
-    """Windows batch by batch: the first one's number, and the final hidden states [B, P, H] at the P = T - 1 positions
-    that predict one of a window's tokens. start: windows before it are left out, but for those of its own batch.
+    """Yield each batch's first window's number, and final hidden states [B, P, H].
 
-    The same batches whatever the machine is busy with, so the same bits. A streamed model is gone through once for as
-    many windows as the disk may hold the hidden states of.
+    P = T - 1 positions of a window predict one of its tokens. The batches do not depend on the
+    machine's load, so neither do the bits. One pass through a streamed model takes as many windows
+    as PASS_BYTES of hidden states allow.
+
+    Args:
+        start: number of the first window to score; windows before it in its batch run, too.
     """
     count, length = windows_NT.shape
     budget = TokenBudget.set(model, least=length)
-    together = max(1, pass_tokens(model) // length)
+    windows_a_pass = max(1, pass_tokens(model) // length)
     first = start if start == count else start - start % max(1, budget.tokens // length)
 
     def attempt(tokens: int) -> tuple[int, Iterator[Tensor]]:
         rows = max(1, tokens // length)
-        states = model.states(windows_NT[first : first + max(together, rows)].split(rows))
-        return 0, chain(
-            [next(states)], states
-        )  # whatever could take too much memory has been run by then
+        states = model.states(windows_NT[first : first + max(windows_a_pass, rows)].split(rows))
+        # Whatever could take too much memory has run when the first states are there.
+        return 0, chain([next(states)], states)
 
     while first < count:
         for hidden_BTH in budget.run(attempt):
@@ -110,12 +110,12 @@ def scored_states(
 def scored_windows(
     model: Decoder, windows_NT: Tensor, start: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
-    """`scored_states` window by window, from `start` on: its number, and [P, H]."""
+    """Yield `scored_states` window by window from `start` on: its number, and [P, H]."""
     for first, hidden_BPH in scored_states(model, windows_NT, start):
         skipped = max(0, start - first)
         yield from enumerate(hidden_BPH[skipped:], start=first + skipped)
 
 
 def exp_or_infinity(value: float) -> float:
-    """exp that overflows to infinity, and stays nan for nan: a perplexity that diverged is a result."""
+    """Return exp(value), infinity on overflow: a perplexity that diverged is a result."""
     return math.exp(value) if not value > 700 else math.inf

@@ -1,85 +1,128 @@
-"""Texts with shared beginnings as one tape: every token of their prefix tree once, and nothing else.
+"""Texts with shared prefixes, packed as one prefix tree that holds each of its tokens once.
 
-Sorted texts stand in the depth-first order of their prefix tree. Each one therefore adds a *branch* to the tape: the
-tokens that it does not share with the text before it. A tape is run in batches, cut wherever the budget ends; what
-the next batch needs of the earlier ones is one path from the tree's root, so the keys and values that are kept never
-exceed one window. No batch holds a padding token.
+Sorted texts are in the depth-first order of their prefix tree. Each text adds a *branch*: the
+tokens that it does not share with the text before it. The tree runs in batches that end wherever
+the token budget ends. A batch needs the keys and values of one path from the root, so what is kept
+never exceeds one text. No batch holds a padding token.
 
-Counts: R reads (a target asked of a position), T tokens of a batch or of the tape.
+Shapes: T tokens of a batch or of the tree, S spans of a batch, P keys.
 """
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from q3q.models.attention import KeysValues, Look, RaggedLook, Tree, sent
+from q3q.models.attention import (
+    AttentionSlice,
+    KeysValues,
+    TreeAttention,
+    VarlenLayout,
+    VarlenSlice,
+    to_device,
+)
 
 Ids = NDArray[np.int32]
-Places = NDArray[np.int64]
+Positions = NDArray[np.int64]
 
-# A stretch of the tree that several branches share is attended to once for all of them if that spares gathering this
-# many keys; a shorter one is gathered with each branch's own keys.
+# Spans attend to shared ancestors together if that saves gathering at least this many keys;
+# otherwise these keys are gathered with each span's own.
 WORTH_SHARING = 4096
-# The same for ragged looks: a GPU gathers quickly, and putting two looks together costs it more.
-RAGGED_WORTH_SHARING = 1 << 15
-# Scores (queries x keys) of one look, and keys gathered for it: bounds of its memory.
-LOOK_SCORES = 1 << 22
-LOOK_KEYS = 1 << 15
+# The same for varlen slices: a GPU gathers quickly, and combining two slices costs it more.
+VARLEN_WORTH_SHARING = 1 << 15
+# Most scores (queries x keys) of one slice, and most keys gathered for it: they bound its memory.
+SLICE_SCORES = 1 << 22
+SLICE_KEYS = 1 << 15
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of a branch within a batch: depths start .. stop - 1 of its text, from token `offset` of the batch on."""
+class Span:
+    """Part of a branch within a batch.
+
+    start, stop: depths start .. stop - 1 of its text.
+    offset: its first token's index in the batch.
+    """
 
     start: int
     stop: int
     offset: int
 
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def end(self) -> int:
+        """Index in the batch behind the span's last token."""
+        return self.offset + self.length
+
 
 @dataclass(frozen=True)
-class Batch:
-    """Tokens first .. stop - 1 of the tape and how they attend, ready for `Decoder.states`."""
+class SharedStretch:
+    """Ancestors that several spans attend to together.
+
+    depths: of the ancestors. queries: tokens of the batch, those of consecutive spans.
+    """
+
+    depths: slice
+    queries: slice
+
+
+# A span, and the keys that it attends to by itself: unshared ancestors, then its own tokens.
+OwnKeys = tuple[Span, Positions]
+
+
+@dataclass(frozen=True)
+class TreeBatch:
+    """Tokens first .. stop - 1 of the tree and how they attend, ready for `Decoder.states`."""
 
     first: int
     stop: int
-    own: Sequence[Look | RaggedLook]
-    shared: Sequence[Look | RaggedLook]
+    own: Sequence[AttentionSlice | VarlenSlice]
+    shared: Sequence[AttentionSlice | VarlenSlice]
     depth_T: torch.Tensor
-    keep: torch.Tensor
+    path_index: torch.Tensor
 
-    def attention(self, kept: KeysValues | None, wanted: torch.Tensor | None = None) -> Tree:
-        """One block's attention.
+    def attention(
+        self, path: KeysValues | None, read_index: torch.Tensor | None = None
+    ) -> TreeAttention:
+        """Return one block's attention.
 
-        kept: what the block kept of the batch before, None at the tape's start. wanted: see `Tree`.
+        Args:
+            path: what the block kept of the batch before, None at the tree's beginning.
+            read_index: see `TreeAttention`.
         """
-        return Tree(self.own, self.shared, self.depth_T, self.keep, kept, wanted=wanted)
+        slices = self.own, self.shared
+        return TreeAttention(*slices, self.depth_T, self.path_index, path, read_index=read_index)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
-        """The same with its indices where the model is, and what is added to its scores in the model's dtype."""
-        own, shared = (
-            [look.to(device, dtype) for look in looks] for looks in (self.own, self.shared)
-        )
-        return Batch(
-            self.first, self.stop, own, shared, sent(self.depth_T, device), sent(self.keep, device)
-        )
+    def to(self, device: torch.device, dtype: torch.dtype) -> "TreeBatch":
+        """Return the batch on the model's device, its biases in the model's dtype."""
+        own = [part.to(device, dtype) for part in self.own]
+        shared = [part.to(device, dtype) for part in self.shared]
+        depth_T, path_index = to_device(self.depth_T, device), to_device(self.path_index, device)
+        return TreeBatch(self.first, self.stop, own, shared, depth_T, path_index)
 
 
 @dataclass
-class Tape:
-    """The prefix tree of texts, depth first.
+class PackedTree:
+    """The prefix tree of texts, depth first, and how far it has run.
 
-    texts: token ids, distinct and sorted. ragged: whether batches attend by `RaggedLook`s. shared: how many tokens each
-    has in common with the one before it. begin: where on the tape its own tokens begin, and at last the tape's end.
-    ids: the tape. attended, padded: query slots of attention in the batches so far, and those of them that were padding
-    of the attention's own (linear layers see none).
+    texts: token ids, distinct and sorted.
+    varlen: batches attend by `VarlenSlice`s instead of `AttentionSlice`s.
+    shared: number of tokens that each text shares with the one before it.
+    begin: index of each text's branch in `ids`, and at last the tree's length.
+    ids: the tree's tokens [T].
+    attended: query slots of attention in the batches so far.
+    padded: those of them that are the attention's own padding; linear layers see none.
     """
 
     texts: list[Ids]
-    ragged: bool = False
+    varlen: bool = False
     shared: list[int] = field(init=False)
     begin: list[int] = field(init=False)
     ids: Ids = field(init=False)
@@ -92,15 +135,16 @@ class Tape:
         branches = [text[common:] for text, common in zip(self.texts, self.shared, strict=True)]
         self.begin = [0, *np.cumsum([len(branch) for branch in branches], dtype=np.int64).tolist()]
         self.ids = np.concatenate(branches) if branches else np.zeros(0, np.int32)
-        self._path = np.zeros(max((len(text) for text in self.texts), default=0), np.int64)
-        self._text, self._depth, self._kept = 0, 0, 0
+        self._longest = max((len(text) for text in self.texts), default=0)
+        # Text and depth at which the next batch begins, and where it ends.
+        self._text, self._depth = self._next = 0, 0
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def places(self) -> Iterator[Places]:
-        """For each text, where each of its tokens is on the tape. The array is reused: read it before going on."""
-        path = np.zeros_like(self._path)
+    def positions(self) -> Iterator[Positions]:
+        """Yield each text's token positions in `ids`; the next text overwrites the array."""
+        path = np.zeros(self._longest, np.int64)
         for text, common, begin in zip(self.texts, self.shared, self.begin, strict=False):
             path[common : len(text)] = np.arange(begin, begin + len(text) - common)
             yield path[: len(text)]
@@ -109,221 +153,193 @@ class Tape:
     def done(self) -> bool:
         return self._text == len(self.texts)
 
-    def next_batch(self, budget: int) -> Batch:
-        """The next tokens, at most `budget`; `advance` goes past them. Only a branch longer than that is cut."""
-        pieces: list[Piece] = []
+    def next_batch(self, budget: int) -> TreeBatch:
+        """Plan the next tokens, at most `budget`; only a branch longer than that is cut."""
+        spans: list[Span] = []
         text, depth, room = self._text, self._depth, budget
         while text < len(self.texts) and room:
-            length = len(self.texts[text])
-            taken = min(length - depth, room)
-            if taken < length - depth and pieces:
+            remaining = len(self.texts[text]) - depth
+            if remaining > room and spans:
                 break
-            pieces.append(Piece(depth, depth + taken, budget - room))
-            room -= taken
-            depth += taken
-            if depth == length:
+            spans.append(Span(depth, depth + min(remaining, room), budget - room))
+            room -= spans[-1].length
+            depth = spans[-1].stop
+            if depth == len(self.texts[text]):
                 text += 1
                 depth = self.shared[text] if text < len(self.texts) else 0
         self._next = text, depth
-        return self._plan(pieces, next_depth=depth)
+        return self._plan(spans, next_depth=depth)
 
     def advance(self) -> None:
         """Go past the last batch."""
-        (self._text, self._depth), self._kept = self._next, self._next[1]
+        self._text, self._depth = self._next
 
-    def follow(self, copied: "Tape") -> None:
-        """Go to where a copy has gone."""
-        self._text, self._depth, self._kept = copied._text, copied._depth, copied._kept
+    def follow(self, copied: "PackedTree") -> None:
+        """Go to where a copy of this tree has gone."""
+        self._text, self._depth = copied._text, copied._depth
         self.attended, self.padded = copied.attended, copied.padded
 
-    def _plan(self, pieces: list[Piece], next_depth: int) -> Batch:
-        # Keys are numbered: the kept path by depth, then the batch's tokens.
-        path = np.concatenate(
-            [np.arange(self._kept), np.zeros(len(self._path) - self._kept, np.int64)]
-        )
-        stretches, floors = shared_stretches(pieces, *self._bounds)
-        shared: list[Look | RaggedLook] = []
-        leaves: list[tuple[Piece, Places]] = []
-        for number, piece in enumerate(pieces):
-            for floor, top, last in stretches.get(number, ()):
-                until = pieces[last].offset + pieces[last].stop - pieces[last].start
-                look = _ragged_shared if self.ragged else _shared_looks
-                shared += look(piece.offset, until, path[floor:top])
-            place = self._kept + piece.offset
-            path[piece.start : piece.stop] = np.arange(place, place + piece.stop - piece.start)
-            leaves.append((piece, path[floors[number] : piece.stop].copy()))
-        tokens = pieces[-1].offset + pieces[-1].stop - pieces[-1].start
-        own: list[Look | RaggedLook]
-        if self.ragged:
-            own = [_ragged_own(leaves)]
+    def _plan(self, spans: list[Span], next_depth: int) -> TreeBatch:
+        # Keys are numbered: the past path by depth, then the batch's tokens. path[d] is the key at
+        # depth d of the current span's text.
+        path = np.zeros(self._longest, np.int64)
+        path[: self._depth] = np.arange(self._depth)
+        if self.varlen:  # no scores are held
+            stretches, floors = shared_stretches(spans, VARLEN_WORTH_SHARING, sys.maxsize)
+        else:
+            stretches, floors = shared_stretches(spans, WORTH_SHARING, SLICE_SCORES)
+        shared: list[AttentionSlice | VarlenSlice] = []
+        own_keys: list[OwnKeys] = []
+        for number, span in enumerate(spans):
+            for stretch in stretches.get(number, ()):
+                keys = path[stretch.depths]
+                if self.varlen:
+                    counts = np.array([stretch.queries.stop - span.offset]), np.array([len(keys)])
+                    shared.append(_varlen_slice(stretch.queries, keys, *counts, causal=False))
+                else:
+                    shared += _shared_slices(stretch.queries, keys)
+            first_key = self._depth + span.offset
+            path[span.start : span.stop] = np.arange(first_key, first_key + span.length)
+            own_keys.append((span, path[floors[number] : span.stop].copy()))
+        tokens = spans[-1].end
+        own: list[AttentionSlice | VarlenSlice]
+        if self.varlen:
+            queries = np.array([span.length for span in spans])
+            counts = queries, np.array([len(keys) for _, keys in own_keys])
+            every_key = np.concatenate([keys for _, keys in own_keys])
+            own = [_varlen_slice(slice(0, tokens), every_key, *counts, causal=True)]
             self.attended += tokens
         else:
-            own = [self._own_look(bucket) for bucket in buckets(leaves)]
+            own = [self._own_slice(bucket) for bucket in buckets(own_keys)]
         first = self.begin[self._text] + self._depth - self.shared[self._text]
-        depths = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
-        keep = path[:next_depth].copy()
-        return Batch(
-            first, first + tokens, own, shared, torch.from_numpy(depths), torch.from_numpy(keep)
-        )
+        depth_T = torch.from_numpy(np.concatenate([np.arange(s.start, s.stop) for s in spans]))
+        path_index = torch.from_numpy(path[:next_depth].copy())
+        return TreeBatch(first, first + tokens, own, shared, depth_T, path_index)
 
-    @property
-    def _bounds(self) -> tuple[int, int]:
-        """For `shared_stretches`. Ragged looks hold no scores."""
-        return (RAGGED_WORTH_SHARING, sys.maxsize) if self.ragged else (WORTH_SHARING, LOOK_SCORES)
-
-    def _own_look(self, bucket: list[tuple[Piece, Places]]) -> Look:
-        """Each piece's own tokens, and the ancestors that were not worth sharing, causally."""
-        queries = [
-            np.arange(piece.offset, piece.offset + piece.stop - piece.start) for piece, _ in bucket
-        ]
+    def _own_slice(self, bucket: list[OwnKeys]) -> AttentionSlice:
+        """Attend causally from each span to its own tokens and unshared ancestors."""
+        queries = [np.arange(span.offset, span.end) for span, _ in bucket]
         wide, tall = max(map(len, queries)), max(len(keys) for _, keys in bucket)
         self.attended += wide * len(bucket)
         self.padded += wide * len(bucket) - sum(map(len, queries))
-        # Query i of a piece sees its ancestors (keys that are not its own) and i + 1 of its own; pads come after those.
-        ancestors = torch.tensor(
-            [len(keys) - len(query) for query, (_, keys) in zip(queries, bucket, strict=True)]
-        )
+        # Query i of a span sees its ancestors (keys not its own), i + 1 of its own, and no padding.
+        ancestors = torch.tensor([len(keys) - span.length for span, keys in bucket])
         causal = not ancestors.any()
         bias = None
         if not causal:
             unseen = torch.arange(tall) > ancestors[:, None, None] + torch.arange(wide)[:, None]
             bias = torch.zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
         if len(bucket) == 1:
-            [(piece, keys)] = bucket
-            tokens = slice(piece.offset, piece.offset + wide)
-            if (np.diff(keys) == 1).all():
-                return Look(tokens, slice(int(keys[0]), int(keys[0]) + tall), causal, bias)
-            return Look(tokens, torch.from_numpy(keys)[None], causal, bias)
+            [(span, keys)] = bucket
+            index = _key_index(keys)
+            key = index if isinstance(index, slice) else index[None]
+            return AttentionSlice(slice(span.offset, span.end), key, causal, bias)
         query, key = _stacked(queries, wide), _stacked([keys for _, keys in bucket], tall)
-        place = np.concatenate(
-            [row * wide + np.arange(len(tokens)) for row, tokens in enumerate(queries)]
-        )
-        real = torch.from_numpy(place), torch.from_numpy(np.concatenate(queries))
-        return Look(query, key, causal, bias, real)
+        flat_T = np.concatenate([row * wide + np.arange(len(q)) for row, q in enumerate(queries)])
+        real = torch.from_numpy(flat_T), torch.from_numpy(np.concatenate(queries))
+        return AttentionSlice(query, key, causal, bias, real)
 
 
 def shared_stretches(
-    pieces: Sequence[Piece], worth: int, most: int
-) -> tuple[dict[int, list[tuple[int, int, int]]], list[int]]:
-    """Which stretches of the tree are attended to once for many pieces, and what is left to each piece.
+    spans: Sequence[Span], min_saved_keys: int, max_scores: int
+) -> tuple[dict[int, list[SharedStretch]], list[int]]:
+    """Choose the ancestors that spans attend to together, and what is left to each span.
+
+    A run of consecutive spans has the path down to its shallowest span's start in common. Sharing
+    that path saves gathering its keys once for each span but one. The spans that start there split
+    the run: those between two of them descend from the first, so their common path goes on deeper.
 
     Args:
-        worth: keys that sharing must spare from being gathered. most: scores that a piece may have with its ancestors.
+        spans: a batch's spans, depth first.
+        min_saved_keys: share a path if that saves gathering so many keys.
+        max_scores: share it as well if the run's scores with it are more, which spares large masks.
 
     Returns:
-        By its first piece, each run of pieces that shares the depths floor .. top - 1: (floor, top, last piece); and
-        for each piece the depth from which on it attends by itself.
+        The stretches by the number of their first span, shallow before deep, and for each span the
+        depth from which on it attends by itself.
     """
-    stretches: dict[int, list[tuple[int, int, int]]] = {}
-    floors = [0] * len(pieces)
-    todo = [(0, len(pieces) - 1, 0)]
-    while todo:
-        first, last, floor = todo.pop()
-        top = min(piece.start for piece in pieces[first : last + 1])
-        tokens = pieces[last].offset + pieces[last].stop - pieces[last].start - pieces[first].offset
-        # A piece whose own scores against its ancestors would be too many gives them up too: they need no mask then.
-        if (last - first) * (top - floor) >= worth or tokens * (top - floor) > most:
-            stretches.setdefault(first, []).append((floor, top, last))
+    stretches: defaultdict[int, list[SharedStretch]] = defaultdict(list)
+    floors = [0] * len(spans)
+    runs = [(range(len(spans)), 0)]  # consecutive spans, and the depth down to which all is shared
+    while runs:
+        run, floor = runs.pop()
+        top = min(spans[number].start for number in run)
+        queries = slice(spans[run[0]].offset, spans[run[-1]].end)
+        saved_keys = (len(run) - 1) * (top - floor)
+        scores = (queries.stop - queries.start) * (top - floor)
+        if saved_keys >= min_saved_keys or scores > max_scores:
+            stretches[run[0]].append(SharedStretch(slice(floor, top), queries))
             floor = top
-        begin = first
-        for number in range(first, last + 2):
-            if number <= last and pieces[number].start > top:
-                continue
-            if begin < number:
-                todo.append((begin, number - 1, floor))
-            if number <= last:
-                floors[number] = floor
-            begin = number + 1
+        splits = [number for number in run if spans[number].start == top]
+        for number in splits:
+            floors[number] = floor
+        for before, after in pairwise([run[0] - 1, *splits, run[-1] + 1]):
+            if after - before > 1:
+                runs.append((range(before + 1, after), floor))
     return stretches, floors
 
 
-def buckets(leaves: Sequence[tuple[Piece, Places]]) -> Iterator[list[tuple[Piece, Places]]]:
-    """Pieces that attend together: of like length, with like numbers of keys, within the bounds of memory."""
-    alike: dict[tuple[int, int], list[tuple[Piece, Places]]] = {}
-    for piece, keys in leaves:
-        alike.setdefault((_rung(piece.stop - piece.start), _rung(len(keys))), []).append(
-            (piece, keys)
-        )
+def buckets(own_keys: Sequence[OwnKeys]) -> Iterator[list[OwnKeys]]:
+    """Yield spans of similar shapes that attend as one slice, within the memory bounds."""
+    alike: dict[tuple[int, int], list[OwnKeys]] = {}
+    for span, keys in own_keys:
+        shape = _rounded_up(span.length), _rounded_up(len(keys))
+        alike.setdefault(shape, []).append((span, keys))
     for (wide, tall), group in alike.items():
-        most = max(1, min(LOOK_SCORES // (wide * tall), LOOK_KEYS // tall))
-        group.sort(key=lambda leaf: (leaf[0].stop - leaf[0].start, len(leaf[1])))
+        most = max(1, min(SLICE_SCORES // (wide * tall), SLICE_KEYS // tall))
+        group.sort(key=lambda entry: (entry[0].length, len(entry[1])))
         for start in range(0, len(group), most):
             yield group[start : start + most]
 
 
 def common_prefix(a: Ids, b: Ids) -> int:
-    """How many tokens two texts have in common from their beginnings on."""
+    """Count the tokens that two texts share from their beginnings on."""
     length = min(len(a), len(b))
     different = np.flatnonzero(a[:length] != b[:length])
     return int(different[0]) if len(different) else length
 
 
-def _rung(count: int) -> int:
-    """The next rung of a ladder, so that what stands on one pads little: steps of 1 below 8, of 2 below 16, of 4 below
-    64, then of an eighth at most. With finer ones there would be many looks at next to nothing."""
+def _rounded_up(count: int) -> int:
+    """Round up so that similar counts become equal.
+
+    Steps: 1 below 8, 2 below 16, 4 below 64, then an eighth at most. Finer ones would give many
+    slices of almost nothing.
+    """
     step = max(min(4, 1 << max(0, count.bit_length() - 3)), 1 << max(0, count.bit_length() - 4))
     return -(-count // step) * step
 
 
-def _shared_looks(first: int, until: int, keys: Places) -> Iterator[Look]:
-    """Queries first .. until - 1 at the same keys, in slabs."""
-    contiguous = (np.diff(keys) == 1).all()
-    index = (
-        slice(int(keys[0]), int(keys[-1]) + 1)
-        if contiguous
-        else torch.from_numpy(keys.copy())[None]
-    )
-    slab = max(1, LOOK_SCORES // len(keys))
-    for start in range(first, until, slab):
-        yield Look(slice(start, min(until, start + slab)), index)
+def _shared_slices(queries: slice, keys: Positions) -> Iterator[AttentionSlice]:
+    """Attend from all queries to the same keys, in slices of bounded size."""
+    index = _key_index(keys)
+    key = index if isinstance(index, slice) else index[None]
+    most = max(1, SLICE_SCORES // len(keys))
+    for start in range(queries.start, queries.stop, most):
+        yield AttentionSlice(slice(start, min(queries.stop, start + most)), key)
 
 
-def _ragged_own(leaves: Sequence[tuple[Piece, Places]]) -> RaggedLook:
-    """All pieces of a batch at their own tokens, and at the ancestors that were not worth sharing."""
-    queries = np.array([piece.stop - piece.start for piece, _ in leaves])
-    keys = np.array([len(key) for _, key in leaves])
-    return _ragged(
-        slice(0, int(queries.sum())),
-        np.concatenate([key for _, key in leaves]),
-        queries,
-        keys,
-        causal=True,
-    )
-
-
-def _ragged_shared(first: int, until: int, keys: Places) -> list[RaggedLook]:
-    """Queries first .. until - 1 at the same keys."""
-    return [
-        _ragged(
-            slice(first, until),
-            keys,
-            np.array([until - first]),
-            np.array([len(keys)]),
-            causal=False,
-        )
-    ]
-
-
-def _ragged(
-    query: slice, keys: Places, query_S: Places, key_S: Places, *, causal: bool
-) -> RaggedLook:
-    """query_S, key_S: how many each piece has."""
-    key = (
-        slice(int(keys[0]), int(keys[-1]) + 1)
-        if (np.diff(keys) == 1).all()
-        else torch.from_numpy(keys.copy())
-    )
+def _varlen_slice(
+    query: slice, keys: Positions, query_S: Positions, key_S: Positions, *, causal: bool
+) -> VarlenSlice:
+    """Return a slice of spans with query_S queries and key_S keys each."""
     query_ends_S, key_ends_S = (
-        torch.from_numpy(np.concatenate([[0], np.cumsum(each)]).astype(np.int32))
-        for each in (query_S, key_S)
+        torch.from_numpy(np.concatenate([[0], np.cumsum(counts_S)]).astype(np.int32))
+        for counts_S in (query_S, key_S)
     )
-    return RaggedLook(
-        query, key, query_ends_S, key_ends_S, (int(query_S.max()), int(key_S.max())), causal
-    )
+    longest = int(query_S.max()), int(key_S.max())
+    layout = VarlenLayout(query_ends_S, key_ends_S, longest, causal)
+    return VarlenSlice(query, _key_index(keys), layout)
 
 
-def _stacked(rows: Sequence[Places], width: int) -> torch.Tensor:
-    """[S, width]; pads point at the first of all, which exists."""
+def _key_index(keys: Positions) -> slice | torch.Tensor:
+    """Return a slice for consecutive keys, which needs no copy of them, else their indices [P]."""
+    if (np.diff(keys) == 1).all():
+        return slice(int(keys[0]), int(keys[-1]) + 1)
+    return torch.from_numpy(keys.copy())
+
+
+def _stacked(rows: Sequence[Positions], width: int) -> torch.Tensor:
+    """Stack rows to [S, width]; the padding is index 0, which always exists."""
     stacked = np.zeros((len(rows), width), np.int64)
     for row, entries in zip(stacked, rows, strict=True):
         row[: len(entries)] = entries

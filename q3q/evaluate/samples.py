@@ -1,4 +1,4 @@
-"""What each sample scored, as a Parquet file beside the record, and what follows from it for pairs of trials."""
+"""Each sample's scores, as a Parquet file, and comparisons of two trials from them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,33 +6,29 @@ from typing import Any
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.compare import compare
+from q3q.evaluate.metrics import task_metric
 from q3q.record import Comparison
-from q3q.spec import Json, task_metric
+from q3q.spec import Json
 
 SAMPLES = "samples.parquet"
 SCORED = ["task", "groups", "doc_id", "doc_hash", "scores"]
-LOSS = "nll"  # of a window of text, nats per token
+LOSS = "nll"  # a text window's, nats per token
 SAMPLE = ("task", "doc_id", "doc_hash", "prompt_hash")
-Measured = dict[str, dict[str, float]]  # metric -> sample -> score
+MetricScores = dict[str, dict[str, float]]  # metric -> sample -> score
 
 
 def window_rows(metric: str, digest: str, nll_N: Sequence[float]) -> list[Json]:
-    """A row a window. metric: of the text's perplexity. digest: of all its token ids."""
-    return [
-        {
-            "task": metric,
-            "doc_id": number,
-            "doc_hash": digest,
-            "filter": "none",
-            "scores": {LOSS: float(nll)},
-        }
-        for number, nll in enumerate(nll_N)
-    ]
+    """Return a row a window. metric: of the text's perplexity. digest: of all its token ids."""
+    common = {"task": metric, "doc_hash": digest, "filter": "none"}
+    return [{**common, "doc_id": n, "scores": {LOSS: float(nll)}} for n, nll in enumerate(nll_N)]
 
 
 def write_samples(path: Path, rows: Sequence[Json]) -> None:
-    """Write rows: task (or a perplexity's metric) and the groups it belongs to, doc_id, doc_hash, prompt_hash, filter,
-    target, log_likelihood and greedy (of each answer offered), text (generated), scores (by name)."""
+    """Write rows with the columns below.
+
+    task (or a perplexity's metric), its groups, doc_id, doc_hash, prompt_hash, filter, target;
+    log_likelihood and greedy of each answer offered; generated text; scores by name.
+    """
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -61,10 +57,10 @@ def write_samples(path: Path, rows: Sequence[Json]) -> None:
 
 
 def read_samples(path: Path, columns: list[str] | None = None) -> list[Json]:
-    """What `write_samples` wrote. columns: those alone; `SCORED` are enough for `measured`.
+    """Read rows that `write_samples` wrote; `columns` alone (`SCORED` is enough for `measured`).
 
     Raises:
-        IntegrityError: the file is not there or damaged.
+        IntegrityError: the file is missing or damaged.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -76,34 +72,31 @@ def read_samples(path: Path, columns: list[str] | None = None) -> list[Json]:
     return [{**row, "scores": dict(row["scores"])} for row in rows]
 
 
-def measured(rows: Sequence[Json], quick: bool) -> Measured:
-    """Scores by metric, as `compare` takes them; a group has the samples of all its tasks.
+def measured(rows: Sequence[Json], quick: bool) -> MetricScores:
+    """Return scores by metric, as `compare` takes them; a group has the samples of all its tasks.
 
-    A sample is a document as it was put to the model: an answer to another prompt is to another question.
+    A sample is a document with its prompt: answers to different prompts are not compared.
     """
-    found: Measured = {}
+    scores: MetricScores = {}
     for row in rows:
         sample = "/".join(str(row[key]) for key in SAMPLE if row.get(key) is not None)
         for name, score in row["scores"].items():
             if name == LOSS:
-                found.setdefault(row["task"], {})[sample] = score
+                scores.setdefault(row["task"], {})[sample] = score
                 continue
             for owner in (row["task"], *(row.get("groups") or ())):
-                found.setdefault(task_metric(f"{owner}/{name}", quick), {})[sample] = score
-    return found
+                scores.setdefault(task_metric(f"{owner}/{name}", quick), {})[sample] = score
+    return scores
 
 
-def comparisons(ours: Measured, baseline: Measured) -> dict[str, Comparison]:
-    """Each metric that both have, the trial's less the baseline's, sample by sample.
+def comparisons(ours: MetricScores, baseline: MetricScores) -> dict[str, Comparison]:
+    """Compare the trial with the baseline, sample by sample, on each metric that both have.
 
     Raises:
         IntegrityError: the two were not scored on the same samples.
     """
-    return {
-        metric: compare(metric, ours[metric], baseline[metric])
-        for metric in ours
-        if metric in baseline
-    }
+    both = [metric for metric in ours if metric in baseline]
+    return {metric: compare(metric, ours[metric], baseline[metric]) for metric in both}
 
 
 def _texts(answers: Any) -> list[str] | None:

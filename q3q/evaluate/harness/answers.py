@@ -1,19 +1,15 @@
-"""Requests and answers of lm-eval's generation tasks: stop strings, thoughts and greedy settings."""
+"""Requests and answers of lm-eval's generation tasks: stop strings, thoughts, greedy settings."""
 
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from lm_eval.models.utils import (
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 
 from q3q.errors import ConfigError
 from q3q.evaluate.journal import request_key
 
-LEARNT_TOGETHER = 1 << 12  # requests whose texts go to the tokenizer together
 GENERATED_TOKENS = 256  # where a task does not say how many, as in HFLM
 # Settings of a generation that leave greedy decoding as it is.
 GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
@@ -21,7 +17,10 @@ GREEDY_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p",
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text without its thought. finished: False if it ended in the middle of one, and answers nothing."""
+    """A generated text without its thought.
+
+    finished: False if it ended within a thought, and so answers nothing
+    """
 
     text: str
     finished: bool
@@ -29,14 +28,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Thought:
-    """Where a thought begins and ends. begun: the text stands in one from its first token on."""
+    """The marks around a thought.
+
+    begun: the text is in a thought from its first token on
+    """
 
     start: str
     end: str
     begun: bool
 
     def after(self, text: str) -> str | None:
-        """What follows the thought, or the whole of a text without one; None while it lasts."""
+        """Return the text behind the thought, all of it without one; None within a thought."""
         if not self.begun and not text.lstrip().startswith(self.start):
             return text
         _, ended, answer = text.rpartition(self.end)
@@ -45,8 +47,12 @@ class Thought:
 
 @dataclass(frozen=True)
 class Generation:
-    """until: stop strings, the tokenizer's end-of-text token's among them. most: tokens. ends: tokens after which
-    nothing comes, the tokenizer's and those of the model's generation_config.json. thought: None if there can be none.
+    """A request's settings.
+
+    until: stop strings, the tokenizer's end-of-text token's among them
+    most: tokens to generate at most
+    ends: tokens that end a text, the tokenizer's and those of the model's generation_config.json
+    thought: None if the model cannot think
     """
 
     until: tuple[str, ...]
@@ -58,10 +64,10 @@ class Generation:
         return request_key(b"generate", tokens, json.dumps(asdict(self)).encode())
 
     def ended(self, tokenizer: Any, tokens: list[int]) -> bool:
-        """Whether a stop string is there. While the model thinks, none counts."""
+        """Return True at an end token or a stop string; in a thought, no stop string counts."""
         if tokens[-1] in self.ends:
             return True
-        # Asked after each token: a stop string that was not there before is at the end, and a token is a byte at least.
+        # Called after each token, so a new stop string is at the end. A token has at least a byte.
         tail = tokenizer.decode(tokens[-(self._longest + 4) :])
         if not any(stop in tail for stop in self.until):
             return False
@@ -85,10 +91,13 @@ class Generation:
 def greedy_settings(
     settings: dict[str, Any], task: str, most: int | None, window: int
 ) -> dict[str, Any]:
-    """lm-eval's settings of a generation in their normal form; `most` tokens, if it is given.
+    """Return lm-eval's settings of a generation in their normal form.
+
+    Args:
+        most: tokens to generate instead of the task's own number.
 
     Raises:
-        ConfigError: they want sampling or beams, or the window holds nothing beside so many tokens.
+        ConfigError: they require sampling or beams, or so many tokens leave no room in the window.
     """
     kwargs = dict(normalize_gen_kwargs(settings, GENERATED_TOKENS))
     if kwargs["do_sample"]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,27 @@ import numpy as np
 from lm_eval import simple_evaluate
 
 from q3q.errors import IntegrityError
-from q3q.evaluate.catalogue import OWN_TASKS, Chat, Choose, Tell
-from q3q.evaluate.compare import share_interval
+from q3q.evaluate.batches import Choose, first_questions
+from q3q.evaluate.catalogue import OWN_TASKS
+from q3q.evaluate.chat import CHATS, PLAIN_CHAT, Chat
+from q3q.evaluate.compare import NORMAL_95, share_interval
 from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.harness.task_files import tasks_from
 from q3q.evaluate.journal import SCORES, Journal
-from q3q.evaluate.perplexity import NORMAL_95
 from q3q.evaluate.scoring import Effort
 from q3q.models.decoder import Decoder
+from q3q.reporter import Steps, no_steps
 
 
 @dataclass(frozen=True)
 class TaskScores:
-    """metrics by `<task>/<metric>`, their 95 % intervals where lm-eval gives a standard error (and of unfinished
-    thoughts), and its own results.
+    """The scores of some tasks.
 
-    samples: for each task a row a document (and filter), see `sample_row`. effort: what it cost, in tokens.
+    metrics: by `<task>/<metric>`
+    intervals: 95 %, of metrics with a standard error, and of the share of unfinished thoughts
+    results: lm-eval's own
+    samples: for each task a row a document (and filter), see `sample_row`
+    effort: the cost in tokens
     """
 
     metrics: dict[str, float]
@@ -46,52 +52,58 @@ def run_tasks(
     choose: Choose | None = None,
     num_fewshot: int | None = None,
     include_path: str | Path | None = None,
-    chat: Chat = Chat(),
+    chat: Chat = CHATS[PLAIN_CHAT],
     max_gen_toks: int | None = None,
     max_length: int | None = None,
     journal: Path | None = None,
     identity: str = "",
-    progress: Tell = lambda done, total: None,
+    steps: Steps = no_steps,
 ) -> TaskScores:
     """Score lm-eval tasks through `lm_eval.simple_evaluate`.
 
     Args:
-        limit: the first documents of each task, all if None. choose: instead, which ones (their numbers, ascending) of
-            a task by its name and how many it has. num_fewshot, max_gen_toks: the task's own if None.
-        include_path: a folder with the user's own task files. max_length: tokens of a window, the model's own if None.
-        journal: folder where scores are kept as batches end; what it holds is not scored again. identity: whose scores.
-        progress: told (requests done, in all).
+        limit: number of each task's first documents that are scored; None for all.
+        choose: chooses the documents instead.
+        num_fewshot, max_gen_toks: the task's own if None.
+        include_path: a folder with the user's own task files.
+        max_length: tokens of a window; the model's own if None.
+        journal: folder of the scores so far. Scores in it are not computed again; others are added
+            as batches end.
+        identity: the scores' identity, see `Journal`.
+        steps: receives the requests done and in all.
 
     Raises:
-        IntegrityError: a score is not finite, a task is empty, or a document has no sample or more than one.
+        IntegrityError: a score is not finite, a task is empty, or a document has no sample or more
+            than one.
     """
-    os.environ.setdefault(
-        "DISABLE_MULTIPROC", "1"
-    )  # else its bootstrap forks this process, model and threads and all
-    manager = tasks_from(
+    # Otherwise lm-eval's bootstrap forks this process with its model and threads.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    index = tasks_from(
         [OWN_TASKS, *([Path(include_path)] if include_path is not None else [])], tasks
     )
-    kept = None if journal is None else Journal(journal / SCORES, identity)
+    stored = None if journal is None else Journal(journal / SCORES, identity)
     lm = HarnessLM(
         model,
         tokenizer,
-        progress,
+        steps,
         max_length=max_length,
-        journal=kept,
+        journal=stored,
         chat=chat,
         max_gen_toks=max_gen_toks,
     )
     try:
-        manager.load(tasks)
-        asked = asked_documents(manager.documents, limit, choose)
+        index.load(tasks)
+        choose_all = choose or partial(first_questions, limit)
+        documents = {task: list(choose_all(task, count)) for task, count in index.documents.items()}
         answer: Any = simple_evaluate(
             model=lm,
             tasks=list(tasks),
             limit=limit if choose is None else None,
-            samples=None if choose is None else asked,
+            samples=None if choose is None else documents,
             num_fewshot=num_fewshot,
-            task_manager=manager,
-            bootstrap_iters=1000,  # means have closed-form standard errors; 0 would switch those off too
+            task_manager=index,
+            # Means have closed-form standard errors; 0 would switch those off too.
+            bootstrap_iters=1000,
             log_samples=True,
             apply_chat_template=chat.template,
             system_instruction=chat.system,
@@ -101,9 +113,9 @@ def run_tasks(
             fewshot_random_seed=seed,
         )
     finally:
-        if kept is not None:
-            kept.close()
-    check_samples(answer["samples"], asked)
+        if stored is not None:
+            stored.close()
+    check_samples(answer["samples"], documents)
     metrics, intervals = read_metrics(answer["results"], shares(answer["samples"]))
     for task, finished in lm.finished.items() if chat.thinks else ():
         share, name = finished.count(False) / len(finished), f"unfinished/{task}"
@@ -116,56 +128,41 @@ def run_tasks(
         for key in ("results", "n-samples", "versions", "configs", "group_subtasks")
         if key in answer
     }
-    return TaskScores(metrics, intervals, results, samples, lm.effort)
-
-
-def asked_documents(
-    documents: Mapping[str, int], limit: int | None, choose: Choose | None
-) -> dict[str, list[int]]:
-    """The numbers of the documents that each task is scored on."""
-    if choose is not None:
-        return {task: list(choose(task, count)) for task, count in documents.items()}
-    return {
-        task: list(range(count if limit is None else min(count, limit)))
-        for task, count in documents.items()
-    }
+    return TaskScores(metrics, intervals, results, samples, lm.scorer.effort)
 
 
 def check_samples(
-    samples: Mapping[str, Sequence[dict[str, Any]]], asked: Mapping[str, Sequence[int]]
+    samples: Mapping[str, Sequence[dict[str, Any]]], documents: Mapping[str, Sequence[int]]
 ) -> None:
-    """Each document asked must have one sample of each filter, and no other has any.
+    """Check that exactly the chosen documents of each task have a sample, one for each filter.
 
     Raises:
-        IntegrityError: that is not so.
+        IntegrityError: a sample is missing, doubled or of another document.
     """
-    for task, wanted in asked.items():
+    for task, chosen in documents.items():
         by_filter: dict[str, list[int]] = {}
         for sample in samples.get(task, ()):
             by_filter.setdefault(sample["filter"], []).append(sample["doc_id"])
-        for name, found in by_filter.items() or [("none", [])]:
-            if sorted(found) != sorted(wanted):
+        for name, scored in by_filter.items() or [("none", [])]:
+            if sorted(scored) != sorted(chosen):
                 raise IntegrityError(
-                    f"{task} (filter {name}): {len(found)} samples of {len(set(found))} documents, "
-                    f"there should be {len(wanted)}"
+                    f"{task} (filter {name}): {len(scored)} samples of {len(set(scored))} "
+                    f"documents, there should be {len(chosen)}"
                 )
 
 
 def sample_row(sample: dict[str, Any]) -> dict[str, Any]:
-    """What statistics need of one of lm-eval's samples, and to know that two are about the same document.
+    """Return what statistics need of one of lm-eval's samples.
 
-    Returns:
-        doc_id, doc_hash, prompt_hash, filter, target, the task's metrics, and for each of the document's requests
-        log_likelihood (and greedy), or text.
+    This is doc_id, doc_hash, prompt_hash, filter, target, the task's metrics, and for each of the
+    document's requests log_likelihood (and greedy), or text.
     """
     row = {name: sample[name] for name in ("doc_id", "doc_hash", "prompt_hash", "filter", "target")}
     row.update((name, sample[name]) for name in sample["metrics"])
     answers = sample["filtered_resps"]
     if all(isinstance(answer, tuple) for answer in answers):
-        row["log_likelihood"], row["greedy"] = (
-            [answer[0] for answer in answers],
-            [answer[1] for answer in answers],
-        )
+        row["log_likelihood"] = [answer[0] for answer in answers]
+        row["greedy"] = [answer[1] for answer in answers]
     elif all(isinstance(answer, float) for answer in answers):
         row["log_likelihood"] = list(answers)
     else:
@@ -174,21 +171,22 @@ def sample_row(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def shares(samples: Mapping[str, Sequence[dict[str, Any]]]) -> set[tuple[str, str]]:
-    """Metric and filter of those that are 0 or 1 for every document that has them, of whatever task."""
-    found: dict[tuple[str, str], bool] = {}
+    """Return the (metric, filter) pairs whose values are 0 or 1 for all documents of all tasks."""
+    binary: dict[tuple[str, str], bool] = {}
     for sample in chain.from_iterable(samples.values()):
         for name in sample["metrics"]:
             key, value = (name, sample["filter"]), sample[name]
-            found[key] = found.get(key, True) and np.ndim(value) == 0 and value in (0, 1)
-    return {key for key, share in found.items() if share}
+            binary[key] = binary.get(key, True) and np.ndim(value) == 0 and value in (0, 1)
+    return {key for key, holds in binary.items() if holds}
 
 
 def read_metrics(
     results: dict[str, dict[str, Any]], within_1: Collection[tuple[str, str]] = ()
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Values by `<task>/<metric>` (and `/<filter>`, if one is named), and 95 % intervals.
+    """Return values by `<task>/<metric>` (and `/<filter>`, if it has a name), and 95 % intervals.
 
-    within_1: `shares`, whose intervals end at 0 and 1, as those of accuracies do.
+    Args:
+        within_1: `shares`, whose intervals end at 0 and 1, as those of accuracies do.
     """
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float]] = {}

@@ -1,4 +1,4 @@
-"""Find lm-eval's task files, ours and the user's, and refuse those that cannot be run."""
+"""Find task files of lm-eval, q3q and the user, and refuse those that cannot be run."""
 
 import logging
 import re
@@ -12,35 +12,28 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from q3q.errors import ConfigError, IntegrityError, Q3QError
-from q3q.evaluate.catalogue import OWN_TASKS
+from q3q.evaluate.catalogue import OWN_TASKS, TASKS
 from q3q.evaluate.harness.answers import greedy_settings
 from q3q.evaluate.perplexity import exp_or_infinity
 
 OFFICIAL = Path(lm_eval.tasks.__file__).parent
-# Where in lm-eval some tasks lie: to look through all of it takes seconds.
-SHIPPED = {
-    **{name: name for name in ("piqa", "hellaswag", "winogrande", "wikitext")},
-    "arc_easy": "arc",
-    "arc_challenge": "arc",
-    "boolq": "super_glue/boolq",
-    "mmlu": "mmlu/default",
-}
 
 
 class CheckedTasks(TaskManager):
-    """lm-eval's tasks, refused where they cannot be loaded or there is nothing to evaluate.
+    """lm-eval's index of tasks, which refuses tasks that cannot be loaded or have no documents.
 
-    documents: how many each of the tasks loaded last has.
+    documents: number of documents of each task loaded last
     """
 
     documents: dict[str, int]
     _loaded: tuple[list[str], Any] | None = None
 
     def load(self, task_list: Any) -> Any:
-        """What lm-eval's own returns; asked for the same tasks again, the same objects.
+        """Return what lm-eval's own method returns; for the same tasks again, the same objects.
 
         Raises:
-            ConfigError: a task's file is broken. IntegrityError: a task has no documents.
+            ConfigError: a task's file is broken.
+            IntegrityError: a task has no documents.
         """
         names = [str(name) for name in task_list]
         if self._loaded is None or self._loaded[0] != names:
@@ -49,10 +42,9 @@ class CheckedTasks(TaskManager):
             loaded = {key: {k: v for part in parts for k, v in part[key].items()} for key in keys}
             for task in loaded["tasks"].values():
                 aggregations = task.aggregation()
-                for name in [
-                    name for name, one in aggregations.items() if one is weighted_perplexity
-                ]:
-                    aggregations[name] = perplexity_or_infinity
+                for name, aggregation in aggregations.items():
+                    if aggregation is weighted_perplexity:
+                        aggregations[name] = perplexity_or_infinity
             self.documents = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
             if empty := [name for name, count in self.documents.items() if not count]:
                 raise IntegrityError(f"no documents to evaluate: {', '.join(empty)}")
@@ -64,50 +56,54 @@ class CheckedTasks(TaskManager):
             return super().load([name])
         except Q3QError:
             raise
-        except (
-            Exception
-        ) as error:  # a task file is a program: its templates and functions may raise anything
-            if isinstance(error, IndexError) and "size 0" in str(
-                error
-            ):  # `datasets`, asked for a first row
+        except Exception as error:  # a task file has templates and functions, which may raise any
+            # `datasets` raises this where there is no first row.
+            if isinstance(error, IndexError) and "size 0" in str(error):
                 raise IntegrityError(f"{name} has no documents to evaluate") from error
             entry = self.task_index.get(name)
             where = f" ({entry.yaml_path})" if entry is not None and entry.yaml_path else ""
-            raise ConfigError(f"{name}{where} cannot be loaded: {_told(error)}") from error
+            raise ConfigError(f"{name}{where} cannot be loaded: {_in_a_line(error)}") from error
 
 
 def perplexity_or_infinity(items: Sequence[tuple[float, float]]) -> float:
-    """lm-eval's `weighted_perplexity`, which ends in an OverflowError where that is too large for a number.
+    """Return lm-eval's `weighted_perplexity`, but infinity where that raises an OverflowError.
 
-    items: log-likelihood and weight (words, bytes) of each document.
+    Args:
+        items: log-likelihood and weight (words or bytes) of each document.
     """
     return exp_or_infinity(-weighted_mean(items))
 
 
-def _told(error: Exception) -> str:
-    """An error in a line."""
+def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def tasks_from(folders: Sequence[Path], wanted: Sequence[str]) -> CheckedTasks:
-    """A manager that knows the wanted tasks. lm-eval's own thousands are read only if the folders lack one."""
+def tasks_from(folders: Sequence[Path], names: Sequence[str]) -> CheckedTasks:
+    """Return an index that has these tasks.
+
+    All of lm-eval's files are read only if neither the folders nor the catalogue has a task.
+    """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     paths = [str(folder) for folder in folders]
-    few = [
+    official = dict.fromkeys(
         str(OFFICIAL / folder)
-        for folder in dict.fromkeys(SHIPPED[task] for task in wanted if task in SHIPPED)
-    ]
-    manager = CheckedTasks(include_path=[*few, *paths], include_defaults=False)
-    known = set(manager.all_tasks)
-    return manager if known.issuperset(wanted) else CheckedTasks(include_path=paths)
+        for name in names
+        if name in TASKS and (folder := TASKS[name].lm_eval_folder)
+    )
+    index = CheckedTasks(include_path=[*official, *paths], include_defaults=False)
+    return index if set(index.all_tasks).issuperset(names) else CheckedTasks(include_path=paths)
 
 
-def refuse_namesakes(include: Path, wanted: Sequence[str]) -> None:
-    """The user's task files must be readable, and not put themselves in the place of tasks that are there already:
-    lm-eval would take them for the official ones, and say nothing.
+def refuse_namesakes(include: Path, requested: Sequence[str]) -> None:
+    """Refuse task files of the user's that are unreadable or define a name that exists already.
 
-    wanted: what is asked for. A tag of lm-eval's that the user's tasks bear too would mean these alone; that counts
-    only if it is asked for, since whoever includes an official file has its tags.
+    lm-eval would silently take such a task for the official one.
+
+    Args:
+        include: the user's folder.
+        requested: names in evaluation.tasks. A tag of lm-eval's that is also on a user's task would
+            mean this task alone. It is refused only if it is requested, because a file that
+            includes an official file has that file's tags.
 
     Raises:
         ConfigError: a file is broken, or defines a name that lm-eval or q3q defines.
@@ -119,58 +115,60 @@ def refuse_namesakes(include: Path, wanted: Sequence[str]) -> None:
             content = load_yaml(path, resolve_func=False)
         except Exception as error:
             raise ConfigError(
-                f"evaluation.include_path: {path} cannot be read: {_told(error)}"
+                f"evaluation.include_path: {path} cannot be read: {_in_a_line(error)}"
             ) from error
-        name, borne = content.get("group", content.get("task")), content.get("tag") or []
-        asked = {borne} & set(wanted) if isinstance(borne, str) else set(borne) & set(wanted)
-        tags |= asked
-        own |= dict.fromkeys([*asked, *([name] if isinstance(name, str) else [])], path)
+        name, tag = content.get("group", content.get("task")), content.get("tag") or []
+        requested_tags = set(requested) & ({tag} if isinstance(tag, str) else set(tag))
+        tags |= requested_tags
+        own |= dict.fromkeys([*requested_tags, *([name] if isinstance(name, str) else [])], path)
     if not own:
         return
-    # lm-eval's index says the same, and takes ten times as long to build.
+    # lm-eval's index has the same names, and takes ten times as long to build.
     names = "|".join(map(re.escape, own))
-    says = (
-        rf"""^(?:(?:task|group|tag):|(?P<item>[ ]*-))[ ]*(["']?)(?P<name>{names})\2[ ]*(?:#.*)?$"""
+    definition = re.compile(
+        rf"""^(?:(?:task|group|tag):|(?P<item>[ ]*-))[ ]*(["']?)(?P<name>{names})\2[ ]*(?:#.*)?$""",
+        re.MULTILINE,
     )
-    defines = re.compile(says, re.MULTILINE)
-    files = [
-        path for path in OFFICIAL.rglob("*yaml*") if path.suffix in ("", ".yaml")
-    ]  # some that are included have none
-    for path in (*OWN_TASKS.rglob("*.yaml"), *files):
-        for found in defines.finditer(path.read_text(encoding="utf-8")):
-            if found["item"] is None or found["name"] in tags:
+    # Some files that others include have no suffix.
+    official = [path for path in OFFICIAL.rglob("*yaml*") if path.suffix in ("", ".yaml")]
+    for path in (*OWN_TASKS.rglob("*.yaml"), *official):
+        for match in definition.finditer(path.read_text(encoding="utf-8")):
+            if match["item"] is None or match["name"] in tags:
+                owner = "q3q" if path.is_relative_to(OWN_TASKS) else "lm-eval"
                 raise ConfigError(
-                    f"evaluation.include_path: {own[found['name']]} defines {found['name']}, which is a name of "
-                    f"{'q3q' if path.is_relative_to(OWN_TASKS) else 'lm-eval'}'s; give it another"
+                    f"evaluation.include_path: {own[match['name']]} defines {match['name']}, "
+                    f"which is a name of {owner}'s; give it another"
                 )
 
 
 def examine(
-    manager: CheckedTasks,
+    index: CheckedTasks,
     tasks: Sequence[str],
     shots: Mapping[str, int],
     most: int | None,
     window: int,
 ) -> dict[str, dict[str, str]]:
-    """Load tasks as a trial will, and refuse what it would refuse after hours of quantization, or not even notice.
+    """Load tasks as a trial will, and refuse what a trial would refuse after hours, or not notice.
 
     Args:
-        shots: examples asked for, by task. most: tokens of a generated text, the task's own number if None. window: in
-            tokens.
+        shots: examples in the prompt, by task.
+        most: tokens of a generated text; the task's own number if None.
+        window: the model's window in tokens.
 
     Returns:
-        For each of the tasks those that it consists of, with their types of output.
+        By task the names of the tasks that it consists of, with their types of output.
 
     Raises:
-        ConfigError: a task cannot be loaded or run. IntegrityError: it has no documents.
+        ConfigError: a task cannot be loaded or run.
+        IntegrityError: it has no documents.
     """
-    found = {}
+    output_types = {}
     for task in tasks:
-        leaves = manager.load([task])["tasks"]
+        leaves = index.load([task])["tasks"]
         for name, leaf in leaves.items():
             _refuse_unusable(name, leaf, shots.get(task), most, window)
-        found[task] = {name: str(leaf.OUTPUT_TYPE) for name, leaf in leaves.items()}
-    return found
+        output_types[task] = {name: str(leaf.OUTPUT_TYPE) for name, leaf in leaves.items()}
+    return output_types
 
 
 def _refuse_unusable(
@@ -185,7 +183,8 @@ def _refuse_unusable(
     own = task.get_config("num_fewshot")
     if shots and own == 0:
         raise ConfigError(
-            f"{name} says num_fewshot: 0 in its file, and lm-eval then shows no example: not {shots}"
+            f"{name} says num_fewshot: 0 in its file, and lm-eval then shows no example: not "
+            f"{shots}"
         )
     if shots and task.OUTPUT_TYPE == "loglikelihood_rolling":
         raise ConfigError(f"{name} reads whole texts and shows no example: not {shots}")
@@ -194,25 +193,24 @@ def _refuse_unusable(
             f"{name} has no examples but the questions themselves, so it cannot show {shots}"
         )
     needed = shots if shots is not None and own != 0 else own or 0
-    if needed and len(there := list(task.fewshot_docs())) < needed:
-        raise ConfigError(f"{name} is to show {needed} examples, and its data set has {len(there)}")
+    if needed and (count := len(list(task.fewshot_docs()))) < needed:
+        raise ConfigError(f"{name} is to show {needed} examples, and its data set has {count}")
     if task.OUTPUT_TYPE == "generate_until":
         greedy_settings(task.get_config("generation_kwargs") or {}, name, most, window)
 
 
 def _has_examples(task: Any) -> bool:
-    """Whether examples come from elsewhere than the questions, which lm-eval falls back on."""
-    config, given = task.config, getattr(task, "fewshot_cfg", None)
-    asked = config.test_split or config.validation_split
-    if given is not None and given.split is not None:
-        return (
-            given.split != asked or given.split == config.test_split
-        )  # then no question is its own example
-    if given is not None and given.samples is not None:
+    """Return False if examples could only be the questions, which lm-eval falls back on."""
+    config, fewshot = task.config, getattr(task, "fewshot_cfg", None)
+    questions = config.test_split or config.validation_split
+    if fewshot is not None and fewshot.split is not None:
+        # Of the test split, lm-eval shows no question as its own example.
+        return fewshot.split != questions or fewshot.split == config.test_split
+    if fewshot is not None and fewshot.samples is not None:
         return True
-    if task.has_training_docs() and config.training_split != asked:
+    if task.has_training_docs() and config.training_split != questions:
         return True
     return (
         bool(task.has_test_docs() and task.has_validation_docs())
-        and config.validation_split != asked
+        and config.validation_split != questions
     )

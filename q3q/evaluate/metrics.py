@@ -1,0 +1,35 @@
+"""The names that a record has for the metrics of tasks."""
+
+from q3q.evaluate.catalogue import TASKS
+from q3q.spec import TrialSpec, text_metric
+
+
+def measures_text(task: str) -> bool:
+    """Return True if a task measures a text instead of asking questions."""
+    return task in TASKS and TASKS[task].is_text
+
+
+def task_metric(name: str, quick: bool) -> str:
+    """Return the record's name of one of lm-eval's metrics: `mmlu/acc`, quick `mmlu_quick/acc`.
+
+    lm-eval's `wikitext` task measures a text: its wikitext/word_perplexity is
+    word_perplexity/wikitext2 here.
+    """
+    task, _, metric = name.partition("/")
+    if measures_text(task):
+        return text_metric(metric, "wikitext2", quick)
+    return text_metric(task, metric, quick)
+
+
+def accuracy_metric(spec: TrialSpec, task: str) -> str:
+    return text_metric(task, "acc", spec.evaluation.quick)
+
+
+def mean_metrics(spec: TrialSpec) -> list[str]:
+    """Return the accuracies that a trial's mean is over.
+
+    MMLU's are among them only if there are no others, as in the study's tables.
+    """
+    tasks = [task for task in spec.evaluation.task_names if not measures_text(task)]
+    in_mean = [task for task in tasks if task not in TASKS or TASKS[task].in_mean]
+    return [accuracy_metric(spec, task) for task in in_mean or tasks]
