@@ -7,7 +7,7 @@ from q3q.spec import Json
 
 
 class AwqExporter(PackingExporter):
-    """Any uniform grid of 4 bits over neighbouring columns; symmetric ones too, their zero points written out."""
+    """Uniform 4-bit grids over neighbouring columns; symmetric ones get explicit zero points."""
 
     name: ClassVar[str] = "awq"
 
@@ -20,7 +20,7 @@ class AwqExporter(PackingExporter):
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "zero_point": True,
-            # In full: readers look for these words anywhere in a name, and `mlp.gate` is in `mlp.gate_proj` too.
+            # Full names: readers match substrings, and `mlp.gate` is also in `mlp.gate_proj`.
             "modules_to_not_convert": [
                 f"model.layers.{k}.mlp.gate" for k in range(facts.layers) if facts.sparse(k)
             ]

@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: what it is, how it was made, what was measured, whose licence it has."""
+"""The model card of an exported checkpoint: its origin, making, measurements and licence."""
 
 import json
 import re
@@ -9,24 +9,25 @@ from q3q.export.formats import FORMATS, needs_unpacking
 from q3q.export.proof import Proof
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
+from q3q.placement import Trial
 from q3q.spec import Json, TrialSpec
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _LICENCE = re.compile(r"^license\w*:.*(?:\n[ \t-].*)*", re.MULTILINE)
-# How transformers loads asymmetric packed weights: left alone, it has no room for their zero points, and refuses.
+# How transformers loads asymmetric packed weights; by default it refuses their zero points.
 _UNPACKED = [
     "```python",
     "from transformers import AutoModelForCausalLM, CompressedTensorsConfig",
     "",
-    "how = CompressedTensorsConfig(dequantize=True)",
-    'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", quantization_config=how)',
+    "config = CompressedTensorsConfig(dequantize=True)",
+    'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", quantization_config=config)',
     "```",
     "",
 ]
 
 
 def model_card(
-    spec: TrialSpec,
+    trial: Trial,
     facts: ModelFacts,
     proof: Proof,
     *,
@@ -36,19 +37,22 @@ def model_card(
     packages: Mapping[str, str],
     base: Path,
 ) -> str:
-    """Markdown with the front matter that the Hub reads.
+    """Return Markdown with the front matter that the Hub reads.
 
-    diverged: metrics that are not finite. base: folder of the original model, whose licence lines are taken over.
+    Args:
+        metrics: finite metrics by name.
+        intervals: their 95 % intervals.
+        diverged: names of metrics that are not finite.
+        base: folder of the original model, whose licence lines are copied.
     """
-    scheme = spec.scheme
+    spec, scheme = trial.spec, trial.spec.scheme
     assert scheme is not None
     assert spec.export is not None
-    source = spec.model.get("source")
+    source = spec.model.source
     front = licence_lines(base) or ["license: unknown"]
     front += [f"base_model: {source}", "base_model_relation: quantized"] if source else []
-    rows = {
-        name: f"{value:.6g} | {_interval(intervals.get(name))}" for name, value in metrics.items()
-    }
+    cells = {name: "{:.6g} to {:.6g}".format(*interval) for name, interval in intervals.items()}
+    rows = {name: f"{value:.6g} | {cells.get(name, '')}" for name, value in metrics.items()}
     rows |= dict.fromkeys(diverged, "diverged: not a finite number |")
     measured = [
         f"| {name} | {row} |"
@@ -58,40 +62,36 @@ def model_card(
     group = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size} columns"
     acts = f", activations of {scheme.act_bits} bits per token" if scheme.act_bits else ""
     departures = _departures(spec)
-    compared = "the same weights, bit for bit"
-    compared += (
-        ", and the same logits" if proof.logit_error is not None else "; logits were not compared"
-    )
+    same_logits = proof.logit_error is not None
+    logits = ", and the same logits" if same_logits else "; logits were not compared"
+    versions = (f"{p} {packages[p]}" for p in ("q3q", "torch", "transformers") if p in packages)
     lines = [
         "---",
         *front,
         "tags: [quantized, q3q]",
         "---",
         "",
-        f"# {spec.model['name']}, {spec.name}",
+        f"# {spec.model.name}, {spec.name}",
         "",
-        f"{source or spec.model['name']} quantized by q3q: `{spec.method['name']}`, {scheme.bits} bits, {group}, "
-        f"{'symmetric' if scheme.symmetric else 'asymmetric'}{acts}. Stored as `{spec.export}`: "
-        f"{FORMATS[spec.export].what}. Embeddings, head, norms and routers stay in {spec.model['dtype']}"
-        f"{'; what differs is said below' if departures else ''}.",
+        f"{source or spec.model.name} quantized by q3q: `{spec.method.name}`, "
+        f"{scheme.bits} bits, {group}, {'symmetric' if scheme.symmetric else 'asymmetric'}{acts}. "
+        f"Stored as `{spec.export}`: {FORMATS[spec.export].content}. "
+        f"Embeddings, head, norms and routers stay in {spec.model.dtype}"
+        f"{'; exceptions are listed below' if departures else ''}.",
         "",
         "## How it was made",
         "",
-        f"- method: `{json.dumps(spec.method)}`",
+        f"- method: `{json.dumps(spec.method.to_json())}`",
         *(f"- {key}: `{json.dumps(value)}`" for key, value in departures.items()),
-        f"- calibration: `{json.dumps(spec.calibration)}`"
+        f"- calibration: `{json.dumps(spec.calibration.to_json())}`"
         if spec.calibration
         else "- calibration: none",
-        f"- arithmetic: {spec.model['dtype']}; scales are stored in, and were rounded to, {scheme.scales or 'none'}",
-        f"- trial `{spec.id}`, seed {spec.seed}, "
-        + ", ".join(
-            f"{name} {packages[name]}"
-            for name in ("q3q", "torch", "transformers")
-            if name in packages
-        ),
+        f"- arithmetic: {spec.model.dtype}; "
+        f"scales are stored in, and were rounded to, {scheme.scales or 'none'}",
+        f"- trial `{spec.id}`, seed {spec.seed}, {', '.join(versions)}",
         "",
         "```bash",
-        masked(spec.places["command"]),
+        masked(str(trial.placement.command)),
         "```",
         "",
         "## What was measured",
@@ -100,7 +100,8 @@ def model_card(
         "|---|---|---|",
         *(measured or ["| none | | |"]),
         "",
-        f"Reloaded by {proof.loader} in a process without q3q: {compared}.",
+        f"Reloaded by {proof.loader} in a process without q3q: "
+        f"the same weights, bit for bit{logits}.",
         "",
         *_serving(spec, facts),
     ]
@@ -108,37 +109,35 @@ def model_card(
 
 
 def licence_lines(base: Path) -> list[str]:
-    """`license...` of the original model card's front matter, each with the lines that go on with it; none if it has no
-    card, or says nothing there."""
+    """Return the `license...` entries of the original card's front matter, but no empty ones."""
     try:
         front = _FRONT.match((base / "README.md").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         return []
-    found = _LICENCE.findall(front[1]) if front else []
-    return [
-        line for entry in found for line in entry.splitlines() if entry.partition(":")[2].strip()
-    ]
+    entries = _LICENCE.findall(front[1]) if front else []
+    filled = (entry for entry in entries if entry.partition(":")[2].strip())
+    return [line for entry in filled for line in entry.splitlines()]
 
 
 def _departures(spec: TrialSpec) -> Json:
-    """What is stored otherwise than the scheme says, as it was given."""
-    given: Json = {
+    """Return the settings by which some weights differ from the scheme, as the user wrote them."""
+    settings: Json = {
         "overrides": spec.rules.get("overrides", spec.overrides),
         "skip": spec.rules.get("skip", list(spec.skip)),
         "head_bits": spec.head_bits,
         "embedding_bits": spec.embedding_bits,
     }
-    return {key: value for key, value in given.items() if value}
+    return {key: value for key, value in settings.items() if value}
 
 
 def _serving(spec: TrialSpec, facts: ModelFacts) -> list[str]:
     assert spec.export is not None
-    kind = FORMATS[spec.export]
-    if (reason := kind.unserved(spec, facts)) is not None:
-        loaders = [f"- {who}: {what}" for who, _, what in kind.loaders if "vLLM" not in who]
+    form = FORMATS[spec.export]
+    if (reason := form.unserved(spec, facts)) is not None:
+        loaders = [f"- {name}: {scope}" for name, _, scope in form.loaders if "vLLM" not in name]
         unpacked = _UNPACKED if needs_unpacking(spec, facts) else []
-        told = f"vLLM does not take `{spec.export}` with {reason}. Who does:"
-        return ["## Load it", "", told, "", *loaders, "", *unpacked]
+        intro = f"vLLM does not load `{spec.export}` with {reason}. These do:"
+        return ["## Load it", "", intro, "", *loaders, "", *unpacked]
     return [
         "## Serve it",
         "",
@@ -150,7 +149,3 @@ def _serving(spec: TrialSpec, facts: ModelFacts) -> list[str]:
         "```",
         "",
     ]
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:.6g} to {interval[1]:.6g}"

@@ -1,4 +1,4 @@
-"""vLLM's own format, whose config the `compressed-tensors` library makes and checks."""
+"""vLLM's own format; the `compressed-tensors` library makes and checks its config."""
 
 import json
 from typing import ClassVar
@@ -13,9 +13,9 @@ from q3q.spec import Json
 
 
 class CompressedTensorsExporter(PackingExporter):
-    """Weight-only grids of 2 to 8 bits (`pack-quantized`), and 8-bit weights with 8-bit activations (`int-quantized`).
+    """Weight-only grids of 2 to 8 bits (`pack-quantized`), or W8A8 (`int-quantized`).
 
-    Each setting is a config group; linears that stay as they are, the head and the routers are ignored.
+    Each setting is a config group; unquantized linears, the head and the routers are ignored.
     """
 
     name: ClassVar[str] = "compressed_tensors"
@@ -38,8 +38,8 @@ class CompressedTensorsExporter(PackingExporter):
                 ignored.append(module)
         if len(targets) == 1:
             targets = {layout: ["Linear"] for layout in targets}
-        # Several settings are told apart by name alone: vLLM looks for a class before it looks for the parts of a
-        # joined q, k, v, so a group of "Linear" would take them all.
+        # Several settings are distinguished by names alone: vLLM looks for a class before it looks
+        # for the parts of a joined q, k, v, so a group "Linear" would take them all.
         config = QuantizationConfig(
             config_groups={
                 f"group_{k}": QuantizationScheme(targets=names, **_arguments(layout))
@@ -49,8 +49,8 @@ class CompressedTensorsExporter(PackingExporter):
             quantization_status="compressed",
             ignore=ignored,
         )
-        described: Json = json.loads(config.model_dump_json())
-        return described
+        section: Json = json.loads(config.model_dump_json())
+        return section
 
 
 def _format(layout: Layout) -> str:
@@ -58,19 +58,17 @@ def _format(layout: Layout) -> str:
 
 
 def _arguments(layout: Layout) -> Json:
-    size = (
-        {"strategy": "channel"}
-        if layout.group_size == -1
-        else {"strategy": "group", "group_size": layout.group_size}
-    )
-    found: Json = {
+    size: Json = {"strategy": "channel"}
+    if layout.group_size != -1:
+        size = {"strategy": "group", "group_size": layout.group_size}
+    arguments: Json = {
         "weights": QuantizationArgs(
             num_bits=layout.bits, type="int", symmetric=layout.symmetric, dynamic=False, **size
         ),
         "format": _format(layout),
     }
     if layout.act_bits is not None:
-        found["input_activations"] = QuantizationArgs(
+        arguments["input_activations"] = QuantizationArgs(
             num_bits=layout.act_bits, type="int", symmetric=True, dynamic=True, strategy="token"
         )
-    return found
+    return arguments

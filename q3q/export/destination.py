@@ -1,8 +1,8 @@
-"""Where an export goes: refused before anything is computed if it cannot go there. No torch.
+"""An export's destination, checked before anything is computed. Imports no torch.
 
-An export is written into `PATH.partial` and renamed to PATH when it is whole and proved, so PATH either is not there or
-loads. A marker file in both says whose it is. Folders come and go in one step, under a name beside theirs: a process
-that is killed leaves none of ours that does not say so.
+An export is written to `PATH.partial` and renamed to PATH once it is complete and proved, so PATH
+either does not exist or loads. A marker file in both names the trial. Folders are made and removed
+under a temporary name beside theirs: a killed process leaves no folder of ours without a marker.
 """
 
 import json
@@ -17,18 +17,19 @@ from q3q.errors import ExportError
 from q3q.export.formats import expected_bytes
 from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.models.facts import ModelFacts
+from q3q.placement import Trial
 from q3q.spec import Json, TrialSpec
 from q3q.storage.files import write_atomically
 
-SPARE_SHARE = 0.02  # of the checkpoint's bytes, for headers, tokenizer and the file under way
+SPARE_SHARE = 0.02  # of the checkpoint's bytes, for headers, tokenizer and the file being written
 SPARE_BYTES = 64 << 20
-WORDS = 200  # letters of a folder's name: it may have 255, and gets the trial's id, `.partial` and `.aside` too
-VERSION = 1  # of what is written: another one's unfinished export is started anew
+WORDS = 200  # characters of a name, which with the id, `.partial` and `.aside` has at most 255
+VERSION = 1  # of the files' content; an unfinished export of another version is started anew
 
 
 def default_path(spec: TrialSpec, storage: str) -> Path:
-    """`STORAGE/exports/` and a name for people, cut where there are many words, that ends in the trial's id."""
-    words = re.sub(r"[^A-Za-z0-9.]+", "-", f"{spec.model['name']} {spec.name}").strip("-")
+    """Return `STORAGE/exports/` with a readable name, cut if long, that ends in the trial's id."""
+    words = re.sub(r"[^A-Za-z0-9.]+", "-", f"{spec.model.name} {spec.name}").strip("-")
     return Path(storage).absolute() / "exports" / f"{words[:WORDS].rstrip('-')}-{spec.id}"
 
 
@@ -37,7 +38,7 @@ def partial_path(path: Path) -> Path:
 
 
 def marker_of(folder: Path) -> dict[str, Any] | None:
-    """What an export says of itself, None if the folder is none of ours."""
+    """Return the content of an export's marker; None if the folder is no export."""
     try:
         marker = json.loads((folder / EXPORT_MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -46,121 +47,114 @@ def marker_of(folder: Path) -> dict[str, Any] | None:
 
 
 def is_ours(folder: Path, spec: TrialSpec) -> bool:
-    marker = marker_of(folder)
-    return (
-        marker is not None and marker.get("trial") == spec.id and marker.get("version") == VERSION
-    )
+    marker = marker_of(folder) or {}
+    return marker.get("trial") == spec.id and marker.get("version") == VERSION
 
 
-def is_finished(spec: TrialSpec) -> bool:
-    """Whether the trial's export is there, whole; true of a trial that exports nothing."""
-    return spec.export is None or is_ours(Path(spec.places["export"]), spec)
+def path_of(trial: Trial) -> Path:
+    """Return the folder that the trial exports to."""
+    assert trial.placement.export is not None
+    return trial.placement.export
 
 
-def refuse_shared(specs: Iterable[TrialSpec]) -> None:
-    """Raises ExportError if two trials would write to one place."""
-    places = [spec.places["export"] for spec in specs if spec.export is not None]
-    shared = next((path for path in places if places.count(path) > 1), None)
+def is_finished(trial: Trial) -> bool:
+    """Return True if the trial's export is complete, or the trial exports nothing."""
+    return trial.spec.export is None or is_ours(path_of(trial), trial.spec)
+
+
+def refuse_shared(trials: Iterable[Trial]) -> None:
+    """Raise ExportError if two trials would write to one path."""
+    paths = [path_of(trial) for trial in trials if trial.spec.export is not None]
+    shared = next((path for path in paths if paths.count(path) > 1), None)
     if shared is not None:
         raise ExportError(
-            f"export.path={shared} is given to {places.count(shared)} trials; leave it out, or put what tells them "
-            "apart in it: export.path='out/${method.name}-${bits}'"
+            f"export.path={shared} is given to {paths.count(shared)} trials; leave it out, or "
+            "include what distinguishes them: export.path='out/${method.name}-${bits}'"
         )
 
 
-def forget_export(spec: TrialSpec) -> None:
-    """Remove what an earlier run of this trial exported, finished or not, and nothing else."""
-    if spec.export is not None:
-        path = Path(spec.places["export"])
-        for folder in (path, partial_path(path)):
-            if is_ours(folder, spec):
+def forget_export(trial: Trial) -> None:
+    """Remove this trial's earlier export, finished or not, and nothing else."""
+    if trial.spec.export is not None:
+        for folder in (path_of(trial), partial_path(path_of(trial))):
+            if is_ours(folder, trial.spec):
                 aside = _aside(folder)
-                folder.replace(aside)  # from here on nothing that loads bears its name
+                folder.replace(aside)  # so that a half-removed export never loads
                 shutil.rmtree(aside)
 
 
 def begin_export(folder: Path, marker: Json) -> None:
-    """Make the folder with its marker in it, or none."""
+    """Make the folder and its marker in one step."""
     aside = _aside(folder)
     write_atomically(aside / EXPORT_MARKER, json.dumps(marker).encode())
     aside.replace(folder)
 
 
 def _aside(folder: Path) -> Path:
-    """A name beside the folder's, free: what a killed process left there is removed."""
+    """Return a free path beside the folder, after removing what a killed process left there."""
     aside = folder.with_name(f".{folder.name}.aside")
     shutil.rmtree(aside, ignore_errors=True)
     return aside
 
 
-def check_destination(spec: TrialSpec, facts: ModelFacts) -> None:
-    """Can the trial's export be written where it is to go?
+def check_destination(trial: Trial, facts: ModelFacts) -> None:
+    """Check that the trial's export can be written to its path.
 
     Raises:
-        ExportError: something else is there, it is not writable, or the disk has too little room.
+        ExportError: another file is there, it is not writable, or the disk has too little room.
     """
-    path = Path(spec.places["export"])
-    if is_finished(spec):
+    path = path_of(trial)
+    if is_finished(trial):
         return
-    partial = partial_path(path)
-    for folder in (path, partial):
-        if folder.exists() and not is_ours(folder, spec):
-            whose = (
-                "another trial's unfinished export"
-                if folder == partial and marker_of(folder)
-                else "there already"
-            )
+    for folder in (path, partial_path(path)):
+        if folder.exists() and not is_ours(folder, trial.spec):
+            unfinished = folder != path and marker_of(folder)
+            owner = "another trial's unfinished export" if unfinished else "there already"
             raise ExportError(
-                f"export.path={path}: {folder} is {whose}; remove it, or give another path"
+                f"export.path={path}: {folder} is {owner}; remove it, or give another path"
             )
     parent = _parent(path)
     if not parent.is_dir():
         raise ExportError(f"export.path={path}: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ExportError(f"export.path={path}: {parent} is not writable")
-    needed, free = _needed_bytes(spec, facts), shutil.disk_usage(parent).free
+    needed, free = _needed_bytes(trial, facts), shutil.disk_usage(parent).free
     if free < needed:
         raise ExportError(
-            f"export.path={path}: the checkpoint needs {needed / 1e9:.1f} GB and {parent} has {free / 1e9:.1f} GB free"
+            f"export.path={path}: the checkpoint needs {needed / 1e9:.1f} GB and {parent} has "
+            f"{free / 1e9:.1f} GB free"
         )
 
 
-def check_room(trials: Iterable[tuple[TrialSpec, ModelFacts]]) -> None:
-    """Is there room for what all these trials export?
+def check_room(trials: Iterable[tuple[Trial, ModelFacts]]) -> None:
+    """Check that the disks have room for the exports of all these trials.
 
     Raises:
-        ExportError: not on some disk.
+        ExportError: a disk has too little room.
     """
-    wanted: dict[int, list[tuple[Path, int]]] = {}
-    for spec, facts in trials:
-        if not is_finished(spec):
-            parent = _parent(Path(spec.places["export"]))
-            wanted.setdefault(parent.stat().st_dev, []).append((parent, _needed_bytes(spec, facts)))
-    for those in wanted.values():
-        parent, needed, free = (
-            those[0][0],
-            sum(count for _, count in those),
-            shutil.disk_usage(those[0][0]).free,
-        )
+    disks: dict[int, list[tuple[Path, int]]] = {}
+    for trial, facts in trials:
+        if not is_finished(trial):
+            parent, needed = _parent(path_of(trial)), _needed_bytes(trial, facts)
+            disks.setdefault(parent.stat().st_dev, []).append((parent, needed))
+    for exports in disks.values():
+        parent, needed = exports[0][0], sum(count for _, count in exports)
+        free = shutil.disk_usage(parent).free
         if free < needed:
             raise ExportError(
-                f"the sweep's {len(those)} exports need {needed / 1e9:.1f} GB together and {parent} has "
-                f"{free / 1e9:.1f} GB free; export fewer of them, or somewhere else"
+                f"the sweep's {len(exports)} exports need {needed / 1e9:.1f} GB together and "
+                f"{parent} has {free / 1e9:.1f} GB free; export fewer of them, or somewhere else"
             )
 
 
 def _parent(path: Path) -> Path:
-    """The nearest that is there."""
+    """Return the nearest parent that exists."""
     return next(folder for folder in path.parents if folder.exists())
 
 
-def _needed_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
-    """That are still to be written."""
-    partial = partial_path(Path(spec.places["export"]))
-    written = (
-        sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-        if partial.exists()
-        else 0
-    )
-    needed = expected_bytes(spec, facts)
+def _needed_bytes(trial: Trial, facts: ModelFacts) -> int:
+    """Return the bytes that are still to be written, with some to spare."""
+    partial = partial_path(path_of(trial))
+    written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    needed = expected_bytes(trial.spec, facts)
     return max(0, needed + int(needed * SPARE_SHARE) + SPARE_BYTES - written)

@@ -1,6 +1,6 @@
-"""The formats that a quantized model can be exported to, as data: what each can hold, and who loads it.
+"""The export formats as data: what each can hold, and which programs load it. Imports no torch.
 
-The refusal of what a format cannot hold and the table in docs/EXPORT.md both come from here. No torch.
+Both the refusal of what a format cannot hold and the table in docs/EXPORT.md come from here.
 """
 
 import math
@@ -18,20 +18,20 @@ from q3q.spec import Scheme, TrialSpec
 TESTED, UNTESTED = "tested", "untested"
 GPTQMODEL = "tested by benchmarks/export.py"
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
-DTYPE_BYTES = {"float32": 4, "float64": 8}  # of a model's numbers; 2 of all others
-SCALE_BYTES = 2  # in float16
-# Linears that servers run as one matrix, which then has one setting.
+DTYPE_BYTES = {"float32": 4, "float64": 8}  # all other dtypes of models have 2
+SCALE_BYTES = 2  # float16
+# Linears that servers run as one matrix, which must have one setting.
 JOINED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
 }
-# What vLLM's kernels take of packed weights, as its sources say: sizes of groups, and pairs of bits and symmetric.
-# Zero points of 8 bits are for Hopper's kernel alone.
+# Packed weights that vLLM's kernels take, by its sources: group sizes, and (bits, symmetric) pairs.
+# Only Hopper's kernel takes zero points of 8 bits.
 SERVED_GROUPS = (-1, 32, 64, 128)
 SERVED_SYMMETRIC = ((4, True), (8, True))
 SERVED_EITHER = ((4, True), (4, False))
 SERVED_COMPRESSED = (*SERVED_EITHER, (8, True))
-# Sizes of groups that GPTQModel's kernels for a CPU take, as its sources say.
+# Group sizes that GPTQModel's CPU kernels take, by its sources.
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 GPTQMODEL_AWQ_GROUPS = (-1, 16, 32, 64, 128)
 Pairs = tuple[tuple[int, bool], ...]
@@ -42,65 +42,56 @@ def _listed(numbers: Sequence[int]) -> str:
 
 
 def _in_words(pairs: Pairs) -> str:
-    """Pairs of bits and symmetric: `4 bits, 8 bits symmetric`."""
+    """Format (bits, symmetric) pairs as `4 bits, 8 bits symmetric`."""
     widths = sorted({bits for bits, _ in pairs})
-    return ", ".join(
-        f"{bits} bits" + ("" if (bits, False) in pairs else " symmetric") for bits in widths
-    )
+    return ", ".join(f"{b} bits" + ("" if (b, False) in pairs else " symmetric") for b in widths)
 
 
 @dataclass(frozen=True)
 class Format:
-    """One format.
-
-    bits, symmetry (for people: none takes only one kind), act_order (a group index of each column), mixed (settings
-    that differ between linears, in a dense model): what it can hold. acts: (bits of weights, bits of dynamic per-token
-    activations) that it can hold together, with one symmetric scale a row. words_per_row, words_per_column: these must
-    fill whole 32-bit words. anything: plain numbers, which any method's weights are. layout: of one linear, None for
-    plain numbers. implementation: `module:Class`. served, served_experts: pairs of bits and symmetric that vLLM takes,
-    of a dense model and of one with experts, without rounded activations. loaders: who reads what of it, and whether we
-    have seen it (`tested`) or have it from their sources (`untested`).
-    """
+    """One format: what it can hold, and which programs load what of it."""
 
     name: str
-    what: str
+    content: str  # for people
     bits: tuple[int, ...]
-    symmetry: str
-    layout: Callable[[Scheme], Layout] | None
-    implementation: str
+    symmetry: str  # for people: every format takes both kinds
+    layout: Callable[[Scheme], Layout] | None  # one linear's; None for plain numbers
+    implementation: str  # `module:Class`
+    # (program, tested by us or untested and by its sources alone, what it loads)
     loaders: tuple[tuple[str, str, str], ...]
-    act_order: bool = False
-    mixed: bool = False
+    act_order: bool = False  # a group index for each column
+    mixed: bool = False  # settings that differ between linears, in a dense model
+    # (weight bits, bits of dynamic per-token activations) held together, one symmetric scale a row
     acts: tuple[tuple[int, int], ...] = ()
-    anything: bool = False
-    words_per_row: bool = False
-    words_per_column: bool = False
+    anything: bool = False  # plain numbers: any method's weights
+    words_per_row: bool = False  # rows must fill whole 32-bit words
+    words_per_column: bool = False  # columns must fill whole 32-bit words
+    # (bits, symmetric) that vLLM takes without rounded activations, of dense and of expert models
     served: Pairs = ()
     served_experts: Pairs = ()
 
     ALL_BITS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
     def problems(self, spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
-        """Why this format cannot hold what the trial makes, each reason in a few words."""
+        """Yield the reasons why this format cannot hold the trial's weights, a few words each."""
         scheme, schemes = spec.scheme, schemes_of(spec, facts)
         assert scheme is not None
         if scheme.act_bits is not None and not all(map(self._holds_activations, schemes)):
             able = " or ".join(
                 f"bits={w} act_bits={a} group_size=-1 symmetric=true" for w, a in self.acts
             )
-            yield f"act_bits={scheme.act_bits} with these weights" + (
-                f" (it takes {able})" if able else ""
-            )
+            hint = f" (it takes {able})" if able else ""
+            yield f"act_bits={scheme.act_bits} with these weights{hint}"
         if not self.anything:
-            yield from self._problems_of_codes(spec, schemes, facts)
+            yield from self._code_problems(spec, schemes, facts)
 
     def unserved(self, spec: TrialSpec, facts: ModelFacts) -> str | None:
-        """What of the trial's export vLLM does not take, in a few words; None if it takes all."""
+        """Return in a few words which setting vLLM rejects; None if it takes the export."""
         if self.anything:
             return None
         pairs = self.served_experts if facts.experts else self.served
         for scheme in schemes_of(spec, facts):
-            if scheme.act_bits is not None:  # what the format holds of these, vLLM takes
+            if scheme.act_bits is not None:  # vLLM takes all of these that the format can hold
                 continue
             if all(bits != scheme.bits for bits, _ in pairs):
                 return f"bits={scheme.bits} (it takes {_in_words(pairs)})"
@@ -112,29 +103,34 @@ class Format:
                 return "symmetric=false" + (" of experts" if pairs != self.served else "")
         return None
 
-    def _problems_of_codes(
+    def _code_problems(
         self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts
     ) -> Iterator[str]:
-        wrong = sorted({one.bits for one in schemes} - set(self.bits))
-        if wrong == [1]:
+        other_bits = sorted({scheme.bits for scheme in schemes} - set(self.bits))
+        if other_bits == [1]:
             yield "binarized weights, for which there is no standard"
-        elif wrong:
-            yield f"bits={','.join(map(str, wrong))} (it takes {_listed(self.bits)})"
+        elif other_bits:
+            yield f"bits={','.join(map(str, other_bits))} (it takes {_listed(self.bits)})"
         elif not all(self._fills_words(scheme, facts) for scheme in schemes):
             yield "weights whose rows or columns do not fill whole 32-bit words"
         if spec.head_bits or spec.embedding_bits:
             yield "a quantized head or embedding"
         if not self.act_order and _reorders(spec, schemes):
-            yield "act-order's groups of columns that lie apart (method.static_groups=true keeps neighbours together)"
-        if (spec.overrides or spec.skip) and not (self.mixed and not facts.experts):
-            yield "overrides or skip" + (
-                " in a model with experts, which loaders fuse" if self.mixed else ""
+            yield (
+                "act-order's groups of columns that lie apart "
+                "(method.static_groups=true keeps neighbours together)"
             )
+        if (spec.overrides or spec.skip) and not (self.mixed and not facts.experts):
+            where = " in a model with experts, which loaders fuse" if self.mixed else ""
+            yield f"overrides or skip{where}"
             return
-        if torn := next(_torn_sites(spec, facts), None):
-            yield f"settings that differ within a site ({torn}), which loaders run as one"
-        if not _told_apart(schemes):
-            yield "several settings when any is asymmetric (transformers then reads all linears by one of them)"
+        if site := _uneven_site(spec, facts):
+            yield f"settings that differ within a site ({site}), which loaders run as one"
+        if not _distinguishable(schemes):
+            yield (
+                "several settings when any is asymmetric "
+                "(transformers then reads all linears by one of them)"
+            )
 
     def _fills_words(self, scheme: Scheme, facts: ModelFacts) -> bool:
         shapes = {
@@ -150,11 +146,8 @@ class Format:
         )
 
     def _holds_activations(self, scheme: Scheme) -> bool:
-        return (
-            (scheme.bits, scheme.act_bits) in self.acts
-            and scheme.symmetric
-            and scheme.group_size == -1
-        )
+        one_scale = scheme.symmetric and scheme.group_size == -1
+        return one_scale and (scheme.bits, scheme.act_bits) in self.acts
 
 
 def _compressed_layout(scheme: Scheme) -> Layout:
@@ -163,23 +156,18 @@ def _compressed_layout(scheme: Scheme) -> Layout:
 
 
 def _gptq_layout(scheme: Scheme) -> Layout:
-    # In the first version a zero point of 0 wraps round, and its readers disagree about what comes back: it is written
-    # for symmetric weights alone, whose zero points are all the middle code.
-    return GptqWords(
-        scheme.bits, scheme.group_size, scheme.symmetric, below=1 if scheme.symmetric else 0
-    )
-
-
-def _awq_layout(scheme: Scheme) -> Layout:
-    return AwqWords(scheme.bits, scheme.group_size, False)
+    # In the first version (below=1) a zero point of 0 wraps around, and readers disagree about it.
+    # So only symmetric weights are written in it: their zero points are all the middle code.
+    below = 1 if scheme.symmetric else 0
+    return GptqWords(scheme.bits, scheme.group_size, scheme.symmetric, below=below)
 
 
 FORMATS: dict[str, Format] = {
-    one.name: one
-    for one in (
+    form.name: form
+    for form in (
         Format(
             name="hf",
-            what="numbers in the model's own dtype",
+            content="numbers in the model's own dtype",
             bits=Format.ALL_BITS,
             symmetry="both",
             layout=None,
@@ -193,7 +181,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="compressed_tensors",
-            what="packed codes, or signed bytes with 8-bit activations",
+            content="packed codes, or signed bytes with 8-bit activations",
             bits=(2, 3, 4, 5, 6, 7, 8),
             symmetry="both; with activations symmetric",
             layout=_compressed_layout,
@@ -204,14 +192,15 @@ FORMATS: dict[str, Format] = {
                 (
                     "transformers + compressed-tensors",
                     TESTED,
-                    "dense: all, asymmetric ones with `dequantize=True`; experts: symmetric, weights only",
+                    "dense: all, asymmetric ones with `dequantize=True`; "
+                    "experts: symmetric, weights only",
                 ),
                 ("a plain unpacker of ours", TESTED, "all"),
                 (
                     "vLLM, SGLang",
                     UNTESTED,
-                    f"dense: {_in_words(SERVED_COMPRESSED)}; experts: {_in_words(SERVED_SYMMETRIC)}; 8 bits with "
-                    "8-bit activations",
+                    f"dense: {_in_words(SERVED_COMPRESSED)}; "
+                    f"experts: {_in_words(SERVED_SYMMETRIC)}; 8 bits with 8-bit activations",
                 ),
             ),
             served=SERVED_COMPRESSED,
@@ -219,7 +208,7 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="gptq",
-            what="GPTQModel's and AutoGPTQ's words",
+            content="GPTQModel's and AutoGPTQ's words",
             bits=(2, 3, 4, 8),
             symmetry="both (asymmetric as `gptq_v2`)",
             layout=_gptq_layout,
@@ -241,10 +230,10 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="awq",
-            what="AutoAWQ's `gemm` words",
+            content="AutoAWQ's `gemm` words",
             bits=(4,),
             symmetry="both (symmetric zero points are written out)",
-            layout=_awq_layout,
+            layout=lambda scheme: AwqWords(scheme.bits, scheme.group_size, False),
             implementation="q3q.export.awq:AwqExporter",
             words_per_column=True,
             loaders=(
@@ -260,49 +249,54 @@ FORMATS: dict[str, Format] = {
 
 
 def schemes_of(spec: TrialSpec, facts: ModelFacts) -> list[Scheme]:
-    """Every setting that some linear has, once."""
+    """Return the distinct settings of the linears."""
     schemes = spec.schemes
     assert schemes is not None
-    linears = (
-        f"blocks.{k}.{name.removesuffix('.weight')}"
+    settings = (
+        schemes.of(f"blocks.{k}.{name.removesuffix('.weight')}")
         for k in range(facts.layers)
         for name in facts.block_shapes(k)
         if name.endswith("_proj.weight")
     )
-    return list(dict.fromkeys(one for linear in linears if (one := schemes.of(linear)) is not None))
+    return list(dict.fromkeys(scheme for scheme in settings if scheme is not None))
 
 
-def _torn_sites(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
+def _uneven_site(spec: TrialSpec, facts: ModelFacts) -> str | None:
+    """Return the first site whose linears have several settings."""
     schemes = spec.schemes
     assert schemes is not None
     for k in range(facts.layers):
         for site, linears in JOINED.items():
             if len({schemes.of(f"blocks.{k}.{linear}") for linear in linears}) > 1:
-                yield f"blocks.{k}.{site}"
+                return f"blocks.{k}.{site}"
+    return None
 
 
-def _told_apart(schemes: Sequence[Scheme]) -> bool:
-    """Whether transformers reads each linear of a dense model by its own setting."""
-    symmetric, rounded = (
-        all(one.symmetric for one in schemes),
-        any(one.act_bits is not None for one in schemes),
-    )
+def _distinguishable(schemes: Sequence[Scheme]) -> bool:
+    """Return True if transformers reads each linear of a dense model by its own setting."""
     return transformers_takes(
-        experts=False, settings=len(schemes), symmetric=symmetric, rounded=rounded
+        experts=False,
+        settings=len(schemes),
+        symmetric=all(scheme.symmetric for scheme in schemes),
+        rounded=any(scheme.act_bits is not None for scheme in schemes),
     )
 
 
 def _reorders(spec: TrialSpec, schemes: Sequence[Scheme]) -> bool:
-    """Whether columns that share a scale may lie apart: GPTQ's act-order, unless groups are fixed beforehand."""
-    apart = spec.method.get("act_order", False) and not spec.method.get("static_groups", False)
-    return apart and any(one.group_size != -1 for one in schemes)
+    """Return True if columns that share a scale may lie apart: act-order without fixed groups."""
+    knobs = spec.method.knobs
+    apart = knobs.get("act_order", False) and not knobs.get("static_groups", False)
+    return apart and any(scheme.group_size != -1 for scheme in schemes)
 
 
-def refuse_what_it_cannot_hold(name: str, spec: TrialSpec, facts: ModelFacts) -> None:
-    """Raises IncompatibleError with every reason, and names the formats that can hold what the trial makes."""
+def refuse_unsupported(name: str, spec: TrialSpec, facts: ModelFacts) -> None:
+    """Raise IncompatibleError if the format cannot hold the trial's weights.
+
+    The message gives every reason, and the formats that can.
+    """
     if spec.scheme is None:
         raise IncompatibleError(
-            f"method={spec.method['name']} changes nothing, so export={name} has no use: "
+            f"method={spec.method.name} changes nothing, so export={name} has no use: "
             "the model is its own checkpoint"
         )
     reasons = list(FORMATS[name].problems(spec, facts))
@@ -313,35 +307,34 @@ def refuse_what_it_cannot_hold(name: str, spec: TrialSpec, facts: ModelFacts) ->
     raise IncompatibleError(f"export={name} cannot hold {'; nor '.join(reasons)}; {instead}")
 
 
-def not_for_servers(name: str, spec: TrialSpec, facts: ModelFacts) -> str | None:
-    """In a line, that vLLM does not serve the trial's export, and what it would; None if it does."""
+def serving_notice(name: str, spec: TrialSpec, facts: ModelFacts) -> str | None:
+    """Return a line for an export that vLLM rejects, naming those it takes; None if it takes it."""
     reason = FORMATS[name].unserved(spec, facts)
     if reason is None:
         return None
     able = [
-        one.name
-        for one in FORMATS.values()
-        if not list(one.problems(spec, facts)) and not one.unserved(spec, facts)
+        other.name
+        for other in FORMATS.values()
+        if not list(other.problems(spec, facts)) and not other.unserved(spec, facts)
     ]
-    what = f"with {reason}" + (
-        ", which is gptq_v2," if name == "gptq" and "symmetric=false" in reason else ""
-    )
+    v2 = ", which is gptq_v2," if name == "gptq" and "symmetric=false" in reason else ""
     return (
-        f"export={name} {what} is refused by vLLM, or misread by old ones; to serve these settings: "
-        f"export={' or '.join(able)}"
+        f"export={name} with {reason}{v2} is refused by vLLM, or misread by old versions; "
+        f"to serve these settings: export={' or '.join(able)}"
     )
 
 
 def needs_unpacking(spec: TrialSpec, facts: ModelFacts) -> bool:
-    """Whether transformers reads the trial's export, but only with `dequantize=True`."""
-    symmetric = all(one.symmetric for one in schemes_of(spec, facts))
+    """Return True if transformers needs `dequantize=True` to read the trial's export."""
+    symmetric = all(scheme.symmetric for scheme in schemes_of(spec, facts))
     return spec.export == "compressed_tensors" and not facts.experts and not symmetric
 
 
 def stored_scales(name: str, dtype: str) -> str | None:
-    """Types that scales are rounded to before anything is measured, in turn: the format's, and what it runs in.
+    """Return the types that scales are rounded to, in turn, before anything is measured.
 
-    The GPTQ and AWQ formats store float16, and a bfloat16 model's loaders make bfloat16 of it.
+    They are the type in which the model runs and the format's. The GPTQ and AWQ formats store
+    float16, which a bfloat16 model's loaders convert to bfloat16.
     """
     if name == "hf":
         return None
@@ -352,9 +345,9 @@ def stored_scales(name: str, dtype: str) -> str | None:
 def layouts(
     spec: TrialSpec, facts: ModelFacts
 ) -> Iterator[tuple[str, tuple[int, ...], Layout | None]]:
-    """Every tensor of the exported model by its name on disk: its shape as numbers, and its layout (None: as they are).
+    """Yield each weight of the exported model: name on disk, unpacked shape and layout.
 
-    Names end in `.weight`.
+    Names end in `.weight`; the layout is None for plain numbers.
     """
     schemes = spec.schemes
     assert spec.export is not None
@@ -374,12 +367,12 @@ def layouts(
 
 
 def without_expert(name: str) -> str:
-    """`mlp.experts.3.up_proj.weight` as a block has it, `mlp.experts.up_proj.weight`."""
+    """Return `mlp.experts.3.up_proj.weight` as a block has it, `mlp.experts.up_proj.weight`."""
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
 def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> int:
-    """Bytes of one weight on disk, whatever tensors it takes."""
+    """Return one weight's bytes on disk, the sum over the tensors of its layout."""
     own = DTYPE_BYTES.get(dtype, 2)
     if layout is None:
         return math.prod(shape) * own
@@ -391,35 +384,29 @@ def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> i
 
 
 def expected_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Bytes of all tensors of the export, as the format's definition says."""
-    dtype = spec.model["dtype"]
+    """Return the bytes of all tensors of the export by the format's definition."""
+    dtype = spec.model.dtype
     return sum(tensor_bytes(shape, layout, dtype) for _, shape, layout in layouts(spec, facts))
 
 
 def table() -> str:
-    """The table of docs/EXPORT.md."""
+    """Return the table of docs/EXPORT.md."""
     lines = [
-        "| `export=` | what is stored | bits | symmetry | activations | act-order | mixed | experts | loaders |",
+        "| `export=` | what is stored | bits | symmetry | activations | act-order | mixed "
+        "| experts | loaders |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for one in FORMATS.values():
-        acts = ", ".join(f"W{w}A{a}, one scale a row" for w, a in one.acts) or "no"
-        mixed = "yes" if one.anything else "dense models, symmetric" if one.mixed else "no"
-        loaders = "; ".join(f"{who} ({seen}): {what}" for who, seen, what in one.loaders)
+    for form in FORMATS.values():
         cells = (
-            f"`{one.name}`",
-            one.what,
-            "all, and BiLLM's" if one.anything else _listed(one.bits),
-            one.symmetry,
-            acts,
-            _yes(one.act_order or one.anything),
-            mixed,
+            f"`{form.name}`",
+            form.content,
+            "all, and BiLLM's" if form.anything else _listed(form.bits),
+            form.symmetry,
+            ", ".join(f"W{w}A{a}, one scale a row" for w, a in form.acts) or "no",
+            "yes" if form.act_order or form.anything else "no",
+            "yes" if form.anything else "dense models, symmetric" if form.mixed else "no",
             "yes, one set of tensors an expert",
-            loaders,
+            "; ".join(f"{name} ({status}): {scope}" for name, status, scope in form.loaders),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _yes(able: bool) -> str:
-    return "yes" if able else "no"

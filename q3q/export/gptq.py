@@ -9,10 +9,10 @@ from q3q.spec import Json
 
 
 class GptqExporter(PackingExporter):
-    """Any uniform grid of 2, 3, 4 or 8 bits, each column's group by number (`g_idx`).
+    """Uniform grids of 2, 3, 4 or 8 bits, with each column's group index (`g_idx`).
 
-    Symmetric weights are written in the format's first version (`gptq`), which every reader knows, asymmetric ones in
-    its second (`gptq_v2`): the first stores zero points less one, and has no room for 0.
+    Symmetric weights are written in the format's first version (`gptq`), which every reader knows,
+    asymmetric ones in its second (`gptq_v2`): the first stores zero points minus one, so not 0.
     """
 
     name: ClassVar[str] = "gptq"
@@ -30,9 +30,9 @@ class GptqExporter(PackingExporter):
             "desc_act": self.reordered,
             "lm_head": False,
             "pack_dtype": "int32",
-            "damp_percent": method.get("damping", 0.01),
-            "true_sequential": bool(method.get("true_sequential", True)),
-            "meta": {"quantizer": [f"q3q:{method['name']}"]},
+            "damp_percent": method.knobs.get("damping", 0.01),
+            "true_sequential": bool(method.knobs.get("true_sequential", True)),
+            "meta": {"quantizer": [f"q3q:{method.name}"]},
         }
 
     def other_files(self) -> Mapping[str, bytes]:

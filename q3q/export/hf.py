@@ -11,7 +11,7 @@ from q3q.spec import Json
 
 
 class HfExporter(Exporter):
-    """Any method's weights, dequantized and rounded to the model's dtype, just as they were evaluated."""
+    """Any method's weights, dequantized to the model's dtype as they were evaluated."""
 
     name: ClassVar[str] = "hf"
 

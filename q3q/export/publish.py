@@ -9,38 +9,41 @@ from q3q.export.proof import prove
 from q3q.export.writer import Exporter
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import Decoder
+from q3q.placement import Trial
 from q3q.record import Check, Scores
-from q3q.spec import Json, TrialSpec
+from q3q.spec import Json
 from q3q.storage.mirror import mirror_for
 
 
 @dataclass
 class Exported:
-    """What an export adds to the record: sizes as the files have them, and where and what it is."""
+    """What an export adds to the record: sizes of its files, and notes on where and what it is."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     notes: Json = field(default_factory=dict)
 
 
 def finish_export(
-    exporter: Exporter, model: Decoder, spec: TrialSpec, scores: Scores, checks: list[Check]
+    exporter: Exporter, model: Decoder, trial: Trial, scores: Scores, checks: list[Check]
 ) -> Exported:
-    """Complete the checkpoint, load it elsewhere, and publish it if it is what was evaluated; a check says whether.
+    """Complete the checkpoint, load it in another process, and publish it if it proves equal.
+
+    Args:
+        checks: gets the proof.
 
     Raises:
-        ExportError: it could not be found out. What was written stays, for the next attempt.
+        ExportError: the proof could not be made. What was written stays, for the next attempt.
     """
     if all(check.passed for check in checks):
         exporter.finish(model)
         proof = prove(exporter.folder, model)
-        checks.append(
-            _of_another_run(proof.check, exporter.path) if exporter.finished else proof.check
-        )
+        published = exporter.finished  # by another run
+        checks.append(_of_another_run(proof.check, exporter.path) if published else proof.check)
     if not all(check.passed for check in checks):
         exporter.withdraw()
         return Exported()
     card = model_card(
-        spec,
+        trial,
         exporter.checkpoint.facts,
         proof,
         metrics=scores.metrics,
@@ -50,20 +53,27 @@ def finish_export(
         base=exporter.checkpoint.folder,
     )
     exporter.publish(card)
-    # Remembered, so that nobody has to hash the files again who evaluates the checkpoint.
-    digest = Checkpoint(exporter.path).digest(Path(spec.places["trials"]) / "digests")
-    mirror = mirror_for(spec.places)
+    # Remembered, so that a trial which evaluates the checkpoint need not hash its files again.
+    digest = Checkpoint(exporter.path).digest(trial.placement.digests)
+    mirror = mirror_for(trial.placement.store)
     sent = None if mirror is None else mirror.name_of(exporter.path)
-    where = str(exporter.path) if sent is None else f"{spec.places['store']}/{sent}"
-    facts = {"format": spec.export, "path": where, "sha256": digest, "reloaded_by": proof.loader}
-    return Exported(
-        {**exporter.sizes(), "seconds/export_write": round(exporter.seconds, 4)},
-        {"export": facts | {"logit_error": proof.logit_error}},
-    )
+    where = str(exporter.path) if sent is None else f"{trial.placement.store}/{sent}"
+    facts = {
+        "format": trial.spec.export,
+        "path": where,
+        "sha256": digest,
+        "reloaded_by": proof.loader,
+        "logit_error": proof.logit_error,
+    }
+    metrics = {**exporter.sizes(), "seconds/export_write": round(exporter.seconds, 4)}
+    return Exported(metrics, {"export": facts})
 
 
 def _of_another_run(check: Check, path: Path) -> Check:
-    """The proof of a checkpoint that this run found published: that of a sound one may fail, by other last digits."""
+    """Explain a failed proof of a checkpoint that this run found published.
+
+    A sound one may fail, by other last digits.
+    """
     if check.passed:
         return check
     why = f"{path} was exported by another run, of other codes ({check.detail})"

@@ -1,21 +1,23 @@
-"""Load an exported checkpoint as a stranger would, and say what is in it. A script that cannot import q3q.
+"""Load an exported checkpoint as a stranger would, and report its content.
 
-    python -I -S reload.py CHECKPOINT GIVEN.safetensors|weights OUT PACKAGES_DIR...
+A script that cannot import q3q:
 
-loads the checkpoint with its format's public loader and writes OUT.json: who loaded it, to how many bits activations
-are rounded, and a `sketch` of every weight by its name on disk. From GIVEN it reads token ids [B, T] and, as `plain`
-and (if activations are rounded) `rounded`, the input [L, B, T, H] of every block. It runs the ids, and then each block
-on the input that is given for it, whatever the block before made: a difference stays where it arises. OUT gets the
-`logits` [B, T, V], and of either kind of run what `run` finds. Where the public loader does not run without a GPU, the
-tensors are unpacked here, written from the format's definition, and transformers runs what comes out. If GPTQModel is
-installed, its logits for its formats are there too, as `public`; what it does not load (it takes some sizes of groups
-only) it is not asked.
+    python -I -S reload.py CHECKPOINT INPUTS.safetensors|weights OUT PACKAGES_DIR...
 
-Given `weights` in place of a file, it runs nothing and needs memory for one weight: every one is unpacked here, and
-OUT.json alone says something.
+It loads the checkpoint with its format's public loader and writes OUT.json: the loader, the bits to
+which activations are rounded, and a `sketch` of each weight by its name on disk. INPUTS holds token
+ids [B, T] and, as `plain` and (if activations are rounded) `rounded`, the input [L, B, T, H] of
+each block. The script runs the ids, and then each block on its given input, so that a difference
+stays where it arises. OUT.safetensors gets the `logits` [B, T, V] and, for either kind of inputs,
+the result of `run`. Where the public loader needs a GPU, the tensors are unpacked here, by code
+written from the format's definition, and transformers runs the result. If GPTQModel is installed,
+OUT also has its logits for its formats, as `public`; what it does not load is left out.
 
-The forward runs in float32 whatever the weights' dtype, so that a difference in logits is one in weights. Where memory
-or disk are short it ends with SHORT, which says nothing of the checkpoint.
+With `weights` in place of a file, the script runs nothing and needs memory for one weight at a
+time: it unpacks each weight here and writes OUT.json only.
+
+The forward runs in float32 whatever the weights' dtype, so that different logits mean different
+weights. EXIT_SHORTAGE (memory or disk ran short) says nothing about the checkpoint.
 """
 
 import errno
@@ -33,26 +35,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Parts = dict[str, "Tensor"]
-SKETCHED_AT_ONCE = (
-    1 << 22
-)  # numbers that are wide at one time, of a matrix that is sketched or unpacked
-SHORT = 75  # exit code: of memory, disk or files; another time it may do
-LACKING = (errno.ENOMEM, errno.EMFILE, errno.ENOSPC, errno.EDQUOT)
-SAID = 200  # letters of what a loader says
+WIDE_NUMBERS = 1 << 22  # entries of a matrix widened at a time to be sketched or unpacked
+EXIT_SHORTAGE = 75  # the exit code if memory, disk or open files run short; a retry may succeed
+SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENOSPC, errno.EDQUOT)
+MESSAGE_LENGTH = 200  # characters of a loader's message
 
 
 def sketch(weight: "Tensor") -> list[float]:
-    """One number that any change of any weight moves, and the norm: (u^T W v, |W|), u and v fixed and random, float64.
+    """Return [u^T W v, |W|] in float64, for fixed random u and v: any change of a weight moves it.
 
-    The difference of two sketches over the norm estimates the relative difference of the weights.
+    The difference of two sketches over the norm estimates the weights' relative difference.
     """
-    return sketch_rows(
-        weight.shape, weight.split(max(1, SKETCHED_AT_ONCE // max(1, weight[0].numel())))
-    )
+    rows = max(1, WIDE_NUMBERS // max(1, weight[0].numel()))
+    return sketch_rows(weight.shape, weight.split(rows))
 
 
 def sketch_rows(shape: Sequence[int], parts: Iterable["Tensor"]) -> list[float]:
-    """`sketch` of a weight that comes in parts along its first axis."""
+    """Return the `sketch` of a weight that comes in parts along its first axis."""
     import torch
 
     vectors = [
@@ -70,44 +69,39 @@ def sketch_rows(shape: Sequence[int], parts: Iterable["Tensor"]) -> list[float]:
     return [total, square**0.5]
 
 
-# ---------------------------------------------------------------------------------------------- loading
-
-
 def load(folder: Path) -> tuple[Any, str]:
-    """(model in evaluation mode, who loaded it)."""
+    """Return the model in evaluation mode, and its loader's description."""
     import transformers
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     packed = config.get("quantization_config")
-    who = f"transformers {transformers.__version__}"
+    loader = f"transformers {transformers.__version__}"
+    from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+    load_public = partial(from_pretrained, folder, dtype="auto", local_files_only=True)
     if packed is None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True
-        )
-    elif packed["quant_method"] == "compressed-tensors" and transformers_takes(
-        **settings_of(config, packed)
-    ):
-        import compressed_tensors
+        return load_public().eval(), loader
+    method = packed["quant_method"]
+    settings = settings_of(config, packed) if method == "compressed-tensors" else None
+    if settings is None or not transformers_takes(**settings):
+        loader = f"a plain unpacker of `{method}`, run by {loader}"
+        return load_unpacked(folder, config, packed).eval(), loader
+    import compressed_tensors
 
-        # Its modules for packed weights have no room for packed zero points: these are unpacked while they load.
-        symmetric = settings_of(config, packed)["symmetric"]
-        how = (
-            {}
-            if symmetric
-            else {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
-        )
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", local_files_only=True, **how
-        )
-        who += f" with compressed-tensors {compressed_tensors.__version__}{' (dequantize=True)' if how else ''}"
-    else:
-        model = load_unpacked(folder, config, packed)
-        who = f"a plain unpacker of `{packed['quant_method']}`, run by {who}"
-    return model.eval(), who
+    loader += f" with compressed-tensors {compressed_tensors.__version__}"
+    if settings["symmetric"]:
+        return load_public().eval(), loader
+    # transformers' modules for packed weights have no room for packed zero points.
+    unpack = transformers.CompressedTensorsConfig(dequantize=True)
+    return load_public(quantization_config=unpack).eval(), f"{loader} (dequantize=True)"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def settings_of(config: dict[str, Any], packed: dict[str, Any]) -> dict[str, Any]:
-    """What `transformers_takes` asks, of a checkpoint of compressed-tensors."""
+    """Return the arguments of `transformers_takes` for a checkpoint of compressed-tensors."""
     groups = packed["config_groups"].values()
     return {
         "experts": config["model_type"] != "qwen3",
@@ -118,17 +112,23 @@ def settings_of(config: dict[str, Any], packed: dict[str, Any]) -> dict[str, Any
 
 
 def transformers_takes(*, experts: bool, settings: int, symmetric: bool, rounded: bool) -> bool:
-    """Whether transformers reads weights of compressed-tensors as they are meant. What formats refuse follows from it.
+    """Return True if transformers reads such compressed-tensors weights correctly.
 
-    experts: whether the model has any; it fuses them, and reads symmetric ones without rounded activations only.
-    settings: how many differ between linears. Asymmetric weights are unpacked while they load, all by one setting.
-    symmetric: all of them.
+    Refusals of `q3q.export.formats` follow from it.
+
+    Args:
+        experts: the model has experts, which transformers fuses: it reads symmetric ones without
+            rounded activations only.
+        settings: number of distinct settings of linears. Asymmetric weights are unpacked while they
+            load, all by one setting.
+        symmetric: all settings are symmetric.
+        rounded: some setting rounds activations.
     """
     return symmetric and not rounded if experts else symmetric or settings == 1
 
 
 def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, "Tensor"]]:
-    """(name, weight as numbers) of every weight in the files, one at a time; a layer's tensors are in one file."""
+    """Yield (name, weight as numbers) one at a time; one file holds all tensors of a linear."""
     import torch
     from safetensors import safe_open
 
@@ -143,14 +143,12 @@ def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str,
                 elif last in ("qweight", "weight_packed", "weight"):
                     own = (key for key in names if key.rpartition(".")[0] == base)
                     parts = {key.rpartition(".")[2]: file.get_tensor(key) for key in own}
-                    yield (
-                        base + ".weight",
-                        UNPACKERS[packed["quant_method"]](parts, packed).to(dtype),
-                    )
+                    unpack = UNPACKERS[packed["quant_method"]]
+                    yield base + ".weight", unpack(parts, packed).to(dtype)
 
 
 def load_unpacked(folder: Path, config: dict[str, Any], packed: dict[str, Any]) -> Any:
-    """A plain transformers model with the weights that the packed tensors stand for."""
+    """Return a plain transformers model with the unpacked weights."""
     import torch
     import transformers
 
@@ -167,13 +165,13 @@ def load_unpacked(folder: Path, config: dict[str, Any], packed: dict[str, Any]) 
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         raise SystemExit(f"the checkpoint lacks {missing[:3]} or has {unexpected[:3]} too many")
-    # What is no weight (rotary frequencies) was made on `meta` too.
+    # Rotary frequencies, which are no weights, were made on `meta` too.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=settings)
     return model
 
 
 def fuse_experts(weights: Parts, config: dict[str, Any]) -> None:
-    """Each expert's matrices as transformers 5 has them: gate over up, all experts stacked."""
+    """Stack the experts' matrices as transformers 5 has them, gate over up."""
     import torch
 
     count = config.get("num_experts") or config["num_local_experts"]
@@ -185,71 +183,64 @@ def fuse_experts(weights: Parts, config: dict[str, Any]) -> None:
             torch.stack([weights.pop(f"{prefix}{e}.{name}_proj.weight") for e in range(count)])
             for name in ("gate", "up", "down")
         )
-        weights[prefix + "gate_up_proj"], weights[prefix + "down_proj"] = (
-            torch.cat([gate, up], dim=1),
-            down,
-        )
-
-
-# ---------------------------------------------------------------------------------------------- unpacking
+        weights[prefix + "gate_up_proj"] = torch.cat([gate, up], dim=1)
+        weights[prefix + "down_proj"] = down
 
 
 def stream(words: "Tensor", bits: int, count: int) -> "Tensor":
-    """The codes in a row of 32-bit words, uint8: bit k of the row is bit k % 32 of word k // 32, a code is `bits` of
-    them, the lowest first.
+    """Return the `count` codes in each row of 32-bit words, uint8.
+
+    Bit k of the row is bit k % 32 of word k // 32; a code has `bits` bits, the lowest first.
     """
     import torch
 
     top = 2**bits - 1
     if 8 % bits == 0:  # no code straddles two bytes
         raw = words.contiguous().view(torch.uint8)
-        return torch.stack([(raw >> shift) & top for shift in range(0, 8, bits)], dim=-1).flatten(
-            -2
-        )[..., :count]
-    place = torch.arange(count) * bits
-    word, shift = place // 32, place % 32
+        parts = [(raw >> shift) & top for shift in range(0, 8, bits)]
+        return torch.stack(parts, dim=-1).flatten(-2)[..., :count]
+    first_bit = torch.arange(count) * bits
+    word, shift = first_bit // 32, first_bit % 32
     rows, codes = words.reshape(-1, words.shape[-1]), []
-    for some in rows.split(max(1, SKETCHED_AT_ONCE // count)):
-        wide = torch.nn.functional.pad(some.long() & 0xFFFFFFFF, (0, 1))
+    for chunk in rows.split(max(1, WIDE_NUMBERS // count)):
+        wide = torch.nn.functional.pad(chunk.long() & 0xFFFFFFFF, (0, 1))
         codes.append((((wide[:, word] | (wide[:, word + 1] << 32)) >> shift) & top).to(torch.uint8))
     return torch.cat(codes).reshape(*words.shape[:-1], count)
 
 
 def from_gptq(parts: Parts, packed: dict[str, Any]) -> "Tensor":
-    """weight[o, i] = scales[g_idx[i], o] * (q[i, o] - z[g_idx[i], o]); stored is q, and z - 1 (v1) or z (v2)."""
+    """weight[o, i] = scales[g_idx[i], o] * (q[i, o] - z[g_idx[i], o]); v1 stores z - 1."""
     bits = packed["bits"]
     columns, rows = len(parts["g_idx"]), parts["scales"].shape[1]
     q_OI = stream(parts["qweight"].T, bits, columns)
-    z_GO = stream(parts["qzeros"], bits, rows).float() + (
-        1 if packed["checkpoint_format"] == "gptq" else 0
-    )
+    below = 1 if packed["checkpoint_format"] == "gptq" else 0
+    z_GO = stream(parts["qzeros"], bits, rows).float() + below
     group_I = parts["g_idx"].long()
     weight_IO = q_OI.T.float()
     return weight_IO.sub_(z_GO[group_I]).mul_(parts["scales"].float()[group_I]).T.contiguous()
 
 
 def from_awq(parts: Parts, packed: dict[str, Any]) -> "Tensor":
-    """weight[o, i] = scales[g, o] * (q[i, o] - z[g, o]). Of eight neighbours along o, the k-th four bits of a word
-    hold number 0, 2, 4, 6, 1, 3, 5, 7.
+    """weight[o, i] = scales[g, o] * (q[i, o] - z[g, o]).
+
+    A word's eight groups of four bits hold neighbours along o in the order 0, 2, 4, 6, 1, 3, 5, 7.
     """
     import torch
 
-    order, rows = [0, 2, 4, 6, 1, 3, 5, 7], parts["scales"].shape[1]
+    rows, order = parts["scales"].shape[1], (0, 2, 4, 6, 1, 3, 5, 7)
+    places = [order.index(number) for number in range(8)]
 
-    def straight(words: "Tensor") -> "Tensor":
-        mixed = stream(words, 4, rows).reshape(len(words), -1, 8)
-        codes = torch.empty(mixed.shape)
-        for place, number in enumerate(order):
-            codes[:, :, number] = mixed[:, :, place]
-        return codes.reshape(len(words), rows)
+    def in_order(words: "Tensor") -> "Tensor":
+        codes = stream(words, 4, rows).reshape(len(words), -1, 8)[:, :, places]
+        return codes.reshape(len(words), rows).float()
 
-    weight_IO, z_GO = straight(parts["qweight"]), straight(parts["qzeros"])
+    weight_IO, z_GO = in_order(parts["qweight"]), in_order(parts["qzeros"])
     group_I = torch.arange(len(weight_IO)) // (len(weight_IO) // len(z_GO))
     return weight_IO.sub_(z_GO[group_I]).mul_(parts["scales"].float()[group_I]).T.contiguous()
 
 
 def from_compressed_tensors(parts: Parts, packed: dict[str, Any]) -> "Tensor":
-    """weight = scale * (q - z), q and z signed; packed, they have 2**(bits - 1) added, z down the rows."""
+    """weight = scale * (q - z), signed; packed with 2**(bits - 1) added, z down the rows."""
     import torch
 
     scale_OG = parts["weight_scale"].float()
@@ -271,11 +262,8 @@ def from_compressed_tensors(parts: Parts, packed: dict[str, Any]) -> "Tensor":
 UNPACKERS = {"gptq": from_gptq, "awq": from_awq, "compressed-tensors": from_compressed_tensors}
 
 
-# ---------------------------------------------------------------------------------------------- running
-
-
 def in_float32(model: Any) -> None:
-    """Each piece of the model is widened when it runs and narrowed after, exactly: memory grows by one piece."""
+    """Widen each piece of the model while it runs, exactly; memory grows by one piece."""
     dtype = model.dtype
 
     def widen(module: Any, _: Any) -> None:
@@ -291,32 +279,27 @@ def in_float32(model: Any) -> None:
 
 
 def rounded_inputs(packed: dict[str, Any], linear: str) -> bool:
-    """Whether a linear's input is rounded. linear: its name on disk."""
+    """Return True if the input of `linear`, named as on disk, is rounded."""
 
-    def means(target: str) -> bool:
-        return (
-            bool(re.match(target[3:], linear))
-            if target.startswith("re:")
-            else target in (linear, "Linear")
-        )
+    def matches(target: str) -> bool:
+        if target.startswith("re:"):
+            return bool(re.match(target[3:], linear))
+        return target in (linear, "Linear")
 
-    if any(means(target) for target in packed["ignore"]):
+    if any(map(matches, packed["ignore"])):
         return False
-    # As its readers do: a name or a pattern goes before a class.
-    groups = sorted(
-        packed["config_groups"].values(), key=lambda group: group["targets"] == ["Linear"]
-    )
-    return next(
-        bool(group.get("input_activations"))
-        for group in groups
-        if any(map(means, group["targets"]))
-    )
+    # A name or a pattern precedes a class, as in all readers.
+    groups = sorted(packed["config_groups"].values(), key=lambda g: g["targets"] == ["Linear"])
+    group = next(group for group in groups if any(map(matches, group["targets"])))
+    return bool(group.get("input_activations"))
 
 
 def round_activations(model: Any, bits: int, packed: dict[str, Any]) -> None:
-    """Per token to [-top, top], scale max |x| / top, as vLLM's int8 kernel does; compressed-tensors' own emulation
-    divides by top + 1/2. Of experts, which transformers keeps in one module, each one's input of down too. Linears that
-    are left out read their input as it is.
+    """Make the model round its linears' inputs, except of ignored linears.
+
+    Each token is rounded to [-top, top] with the scale max |x| / top, as by vLLM's int8 kernel;
+    compressed-tensors' own emulation divides by top + 1/2. Experts, which transformers keeps in one
+    module, also round each expert's input of down.
     """
     import torch
 
@@ -326,113 +309,102 @@ def round_activations(model: Any, bits: int, packed: dict[str, Any]) -> None:
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / top
         return (x / scale).round().clamp(-top, top) * scale
 
+    def read_by(linear: str, x: "Tensor") -> "Tensor":
+        return rounded(x) if rounded_inputs(packed, linear) else x
+
     def experts(
         name: str, module: Any, tokens: "Tensor", chosen: "Tensor", shares: "Tensor"
     ) -> "Tensor":
-        total = torch.zeros_like(tokens)
+        linear, total = torch.nn.functional.linear, torch.zeros_like(tokens)
         for e in range(module.num_experts):
-            seen, gate_up, down = (
-                rounded
-                if rounded_inputs(packed, f"{name}.{e}.{which}_proj")
-                else torch.Tensor.clone
-                for which in ("gate", "up", "down")
-            )
-            token, place = (chosen == e).nonzero(as_tuple=True)
+            token, rank = (chosen == e).nonzero(as_tuple=True)
             gate_rows, up_rows = module.gate_up_proj[e].chunk(2)
-            gate = torch.nn.functional.linear(seen(tokens[token]), gate_rows)
-            up = torch.nn.functional.linear(gate_up(tokens[token]), up_rows)
-            out = torch.nn.functional.linear(down(module.act_fn(gate) * up), module.down_proj[e])
-            total.index_add_(0, token, out * shares[token, place, None])
+            gate = linear(read_by(f"{name}.{e}.gate_proj", tokens[token]), gate_rows)
+            up = linear(read_by(f"{name}.{e}.up_proj", tokens[token]), up_rows)
+            hidden = read_by(f"{name}.{e}.down_proj", module.act_fn(gate) * up)
+            out = linear(hidden, module.down_proj[e])
+            total.index_add_(0, token, out * shares[token, rank, None])
         return total
 
+    def round_first(_: Any, inputs: Any) -> Any:
+        return (rounded(inputs[0]), *inputs[1:])
+
     for name, module in model.named_modules():
-        if (
-            isinstance(module, torch.nn.Linear)
-            and name.endswith("_proj")
-            and rounded_inputs(packed, name)
-        ):
-            module.register_forward_pre_hook(
-                lambda module, inputs: (rounded(inputs[0]), *inputs[1:])
-            )
+        is_linear = isinstance(module, torch.nn.Linear) and name.endswith("_proj")
+        if is_linear and rounded_inputs(packed, name):
+            module.register_forward_pre_hook(round_first)
         elif name.endswith("mlp.experts"):
             module.forward = partial(experts, name, module)
 
 
-def along(x: "Tensor") -> "Tensor":
-    """One number a token: its vector along a fixed random direction, squared on average its norm squared."""
+def projection(x: "Tensor") -> "Tensor":
+    """Return each token's dot product with a fixed random vector (mean square: |token|^2)."""
     import torch
 
-    direction = torch.randn(
-        x.shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(11)
-    )
+    generator = torch.Generator().manual_seed(11)
+    direction = torch.randn(x.shape[-1], dtype=torch.float64, generator=generator)
     return x.detach().cpu().double().flatten(0, -2) @ direction
 
 
 def run(model: Any, ids: "Tensor", states: "Tensor") -> Parts:
-    """Every block on the input that is given for it, [L, B, T, H]: `along` of what its sites read, before it is rounded
-    (`blocks.3.o`; not of what each expert's down reads), and of what it adds (`blocks.3`); and the logits [B, T, V]
-    after the last one.
+    """Run each block on its given input, `states` [L, B, T, H].
+
+    Returns:
+        The `projection` of each site's input before rounding (`blocks.3.o`; not of the input of
+        each expert's down) and of what each block adds (`blocks.3`), and the `logits` [B, T, V].
     """
     import torch
 
-    found: dict[str, list[Tensor]] = {}
+    readings: dict[str, list[Tensor]] = {}
     row = 0
 
-    def reads(name: str, _: Any, inputs: Any) -> None:
-        found.setdefault(name, []).append(along(inputs[0]))
+    def note_input(name: str, _: Any, inputs: Any) -> None:
+        readings.setdefault(name, []).append(projection(inputs[0]))
 
-    def given(k: int, _: Any, inputs: Any) -> Any:
+    def replace_input(k: int, _: Any, inputs: Any) -> Any:
         return (states[k, row][None], *inputs[1:])
 
-    def adds(k: int, _: Any, inputs: Any, output: Any) -> None:
+    def note_change(k: int, _: Any, inputs: Any, output: Any) -> None:
         out = output if torch.is_tensor(output) else output[0]
-        found.setdefault(f"blocks.{k}", []).append(along(out - states[k, row][None]))
+        readings.setdefault(f"blocks.{k}", []).append(projection(out - states[k, row][None]))
 
     hooks, logits = [], []
     for k, layer in enumerate(model.model.layers):
         sites = {"qkv": layer.self_attn.q_proj, "o": layer.self_attn.o_proj, "gate_up": layer.mlp}
-        sites |= {"down": layer.mlp.down_proj} if hasattr(layer.mlp, "down_proj") else {}
-        hooks += [
-            layer.register_forward_pre_hook(partial(given, k)),
-            layer.register_forward_hook(partial(adds, k)),
-        ]
-        hooks += [
-            # Before others, which round it.
-            module.register_forward_pre_hook(partial(reads, f"blocks.{k}.{site}"), prepend=True)
-            for site, module in sites.items()
-        ]
+        if hasattr(layer.mlp, "down_proj"):
+            sites["down"] = layer.mlp.down_proj
+        hooks.append(layer.register_forward_pre_hook(partial(replace_input, k)))
+        hooks.append(layer.register_forward_hook(partial(note_change, k)))
+        for site, module in sites.items():  # prepended: other hooks round the input
+            note = partial(note_input, f"blocks.{k}.{site}")
+            hooks.append(module.register_forward_pre_hook(note, prepend=True))
     for row in range(len(ids)):
         logits.append(model(ids[row][None], use_cache=False).logits[0].float())
     for hook in hooks:
         hook.remove()
-    return {
-        "logits": torch.stack(logits),
-        **{name: torch.cat(parts) for name, parts in found.items()},
-    }
+    return {"logits": torch.stack(logits)} | {n: torch.cat(parts) for n, parts in readings.items()}
 
 
 def logits_of(model: Any, ids: "Tensor") -> "Tensor":
-    """[B, T, V], float32, a row at a time."""
+    """Return logits [B, T, V] in float32, computed a row at a time."""
     import torch
 
     return torch.stack([model(row[None], use_cache=False).logits[0].float() for row in ids])
 
 
 def load_by_gptqmodel(folder: Path, dtype: "torch.dtype") -> Any:
-    """The model on GPTQModel's plain kernels, which run in 16 bits."""
+    """Load the model on GPTQModel's plain kernels, which run in 16 bits."""
     import torch
     from gptqmodel import BACKEND, GPTQModel
 
-    method = json.loads((folder / "config.json").read_text(encoding="utf-8"))[
-        "quantization_config"
-    ]["quant_method"]
+    method = read_config(folder)["quantization_config"]["quant_method"]
     backend = BACKEND.TORCH if method == "gptq" else BACKEND.AWQ_TORCH
     dtype = torch.float16 if dtype == torch.float32 else dtype
     return GPTQModel.load(str(folder), device="cpu", dtype=dtype, backend=backend).model
 
 
 def weights_on_disk(model: Any) -> Iterator[tuple[str, "Tensor"]]:
-    """(name on disk, weight) of every parameter that a checkpoint holds as numbers."""
+    """Yield (name on disk, weight) for each parameter that a checkpoint stores as numbers."""
     for name, tensor in model.state_dict().items():
         if name.endswith(".weight"):
             yield name, tensor
@@ -447,81 +419,66 @@ def weights_on_disk(model: Any) -> Iterator[tuple[str, "Tensor"]]:
                     yield f"{prefix}.{e}.up_proj.weight", up
 
 
-def findings(folder: Path, given: Parts | None) -> tuple[dict[str, Any], Parts]:
-    """What goes into OUT.json and into OUT. given: None to look at the weights alone."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def findings(folder: Path, inputs: Parts | None) -> tuple[dict[str, Any], Parts]:
+    """Return the content of OUT.json and of OUT.safetensors; without `inputs`, of weights alone."""
+    config = read_config(folder)
     packed = config.get("quantization_config") or {}
     groups = packed.get("config_groups", {}).values()
-    act_bits = next(
-        (
-            group["input_activations"]["num_bits"]
-            for group in groups
-            if group.get("input_activations")
-        ),
-        None,
-    )
-    if given is None:
-        weights = {name: sketch(tensor) for name, tensor in numbers_on_disk(folder, config)}
-        return {
-            "loader": "a plain unpacker, weight by weight",
-            "act_bits": act_bits,
-            "sketches": weights,
-        }, {}
-    ids = given["ids"]
-    model, who = load(folder)
+    rounded = (group["input_activations"] for group in groups if group.get("input_activations"))
+    act_bits = next((settings["num_bits"] for settings in rounded), None)
+    if inputs is None:
+        sketches = {name: sketch(tensor) for name, tensor in numbers_on_disk(folder, config)}
+        loader = "a plain unpacker, weight by weight"
+        return {"loader": loader, "act_bits": act_bits, "sketches": sketches}, {}
+    ids = inputs["ids"]
+    model, loader = load(folder)
     model(ids[:1, :1])  # compressed-tensors unpacks when the model first runs
-    weights = {name: sketch(tensor) for name, tensor in weights_on_disk(model)}
+    sketches = {name: sketch(tensor) for name, tensor in weights_on_disk(model)}
     for module in model.modules():
-        module.quantization_enabled = (
-            False  # compressed-tensors' own rounding of activations: see above
-        )
+        module.quantization_enabled = False  # else compressed-tensors rounds activations too
     dtype = model.dtype
     in_float32(model)
-    found = {"logits": logits_of(model, ids)}
-    found |= {f"plain/{name}": tensor for name, tensor in run(model, ids, given["plain"]).items()}
-    if act_bits is not None and "rounded" in given:
+    tensors = {"logits": logits_of(model, ids)}
+    tensors |= {f"plain/{name}": x for name, x in run(model, ids, inputs["plain"]).items()}
+    if act_bits is not None and "rounded" in inputs:
         round_activations(model, act_bits, packed)
-        found |= {
-            f"rounded/{name}": tensor for name, tensor in run(model, ids, given["rounded"]).items()
-        }
+        tensors |= {f"rounded/{name}": x for name, x in run(model, ids, inputs["rounded"]).items()}
     del model
-    if (
-        packed.get("quant_method") in ("gptq", "awq")
-        and importlib.util.find_spec("gptqmodel") is not None
-    ):
+    gptqmodel_reads = packed.get("quant_method") in ("gptq", "awq")
+    if gptqmodel_reads and importlib.util.find_spec("gptqmodel") is not None:
         try:
             second = load_by_gptqmodel(folder, dtype)
-        except Exception as error:  # whatever it raises, every weight was read already
-            if is_short(error):
+        except Exception as error:  # of any kind: the weights were all read above
+            if is_shortage(error):
                 raise
-            who += f" (GPTQModel does not load it: {' '.join(str(error).split())[:SAID]})"
+            reason = " ".join(str(error).split())[:MESSAGE_LENGTH]
+            loader += f" (GPTQModel does not load it: {reason})"
         else:
-            found["public"] = logits_of(second, ids)
-            who += ", and by GPTQModel"
-    return {"loader": who, "act_bits": act_bits, "sketches": weights}, found
+            tensors["public"] = logits_of(second, ids)
+            loader += ", and by GPTQModel"
+    return {"loader": loader, "act_bits": act_bits, "sketches": sketches}, tensors
 
 
 def main() -> None:
-    folder, given, out, *packages = map(Path, sys.argv[1:])
-    sys.modules["q3q"] = None  # type: ignore[assignment]  # importing it fails from here on, wherever it is installed
+    folder, inputs, out, *packages = map(Path, sys.argv[1:])
+    sys.modules["q3q"] = None  # type: ignore[assignment]  # from here on, importing it fails
     sys.path += map(str, packages)
     import torch
     from safetensors.torch import load_file, save_file
 
     with torch.inference_mode():
-        facts, found = findings(folder, None if given.name == "weights" else load_file(given))
-    save_file(found, out.with_suffix(".safetensors"))
+        facts, tensors = findings(folder, None if inputs.name == "weights" else load_file(inputs))
+    save_file(tensors, out.with_suffix(".safetensors"))
     out.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def is_short(error: BaseException) -> bool:
-    """Whether the machine, not the checkpoint, is why it failed."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in LACKING):
+def is_shortage(error: BaseException) -> bool:
+    """Return True if the failure is the machine's, not the checkpoint's."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in SHORTAGES):
         return True
-    said = re.search(
-        r"\bos error (\d+)", str(error)
-    )  # safetensors' errors have it in their words alone
-    if said is not None and int(said[1]) in LACKING:
+    # safetensors' errors have the number in their text alone.
+    number = re.search(r"\bos error (\d+)", str(error))
+    if number is not None and int(number[1]) in SHORTAGES:
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
@@ -530,7 +487,7 @@ if __name__ == "__main__":
     try:
         main()
     except Exception as error:
-        if not is_short(error):
+        if not is_shortage(error):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(SHORT)
+        sys.exit(EXIT_SHORTAGE)

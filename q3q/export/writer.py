@@ -1,15 +1,12 @@
-"""Writing a checkpoint block by block while the walk goes on: what all formats have in common.
+"""Writing a checkpoint block by block during the walk: what all formats have in common.
 
-One file a block and one for embedding, final norm and head, each written whole or not at all, so memory holds one block
-whatever the model's size. Facts of each are written after it, its checksum and that of the codes it was made of: a
-killed trial goes on after the blocks that have them. config.json comes last: without it no loader takes the folder.
+There is one shard a block and one for embedding, final norm and head, so memory holds one block
+whatever the model's size. config.json comes last: without it no loader takes the folder.
 """
 
 import hashlib
 import json
 import math
-import os
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -30,15 +27,18 @@ from q3q.export.destination import (
     is_finished,
     is_ours,
     partial_path,
+    path_of,
 )
 from q3q.export.formats import FORMATS, layouts
+from q3q.export.shards import Shards, stored_bytes
 from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, of_expert
 from q3q.models.decoder import Decoder
-from q3q.models.facts import EXPORT_KEY
+from q3q.models.facts import EXPORT_KEY, read_json
 from q3q.models.packed import Layout
-from q3q.models.tensor_files import Rows, encoded
+from q3q.models.tensor_files import Rows, encode_tensors
 from q3q.numerics.weights import QuantizedWeight, StoredWeight
-from q3q.spec import Json, TrialSpec
+from q3q.placement import Trial
+from q3q.spec import Json
 from q3q.storage.files import write_atomically
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ COPIED = (*TOKENIZER_FILES, "generation_config.json")
 
 
 class BlockSource(Protocol):
-    """What the walk's own store offers: blocks as they were stored, if they were."""
+    """The walk's own store of quantized blocks."""
 
     def load(self, index: int) -> "QuantizedBlock | None": ...
 
@@ -56,219 +56,152 @@ class BlockSource(Protocol):
 
 
 class Exporter(ABC):
-    """Writes one trial's checkpoint. A format says how one weight is stored and what config.json says about it.
+    """Writes one trial's checkpoint; each format's subclass says how a weight is stored.
 
-    seconds: spent packing and writing so far. reordered: whether any weight's groups lie apart, known at the end.
-    finished: whether the checkpoint is published; if from the start, another run did it, and nothing is written.
+    Attributes:
+        seconds: time spent packing and writing.
+        reordered: some weight's groups lie apart; known at the end.
+        finished: the checkpoint is published; if another run did so, nothing is written.
 
     Raises:
-        ExportError: it cannot be written where it is to go.
+        ExportError: the checkpoint cannot be written to its destination.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, spec: TrialSpec, checkpoint: Checkpoint) -> None:
-        check_destination(spec, checkpoint.facts)
-        self.spec, self.checkpoint = spec, checkpoint
-        self.path = Path(spec.places["export"])
+    def __init__(self, trial: Trial, checkpoint: Checkpoint) -> None:
+        check_destination(trial, checkpoint.facts)
+        spec = trial.spec
+        self.trial, self.spec, self.checkpoint = trial, spec, checkpoint
+        self.path = path_of(trial)
         self.partial = partial_path(self.path)
-        self.dtype: torch.dtype = getattr(torch, spec.model["dtype"])
+        self.dtype: torch.dtype = getattr(torch, spec.model.dtype)
         self.seconds = 0.0
         self.reordered = False
         self._layouts = {name: layout for name, _, layout in layouts(spec, checkpoint.facts)}
-        self._whole: dict[
-            int, tuple[str, int, int]
-        ] = {}  # checksum, size and time of change of files seen to be whole
-        self.finished = is_finished(spec)
+        self._shards = Shards(self.partial, checkpoint.facts.layers + 1)
+        self.finished = is_finished(trial)
         if self.finished:
             return
         if not is_ours(self.partial, spec):
             begin_export(self.partial, self._marker())
-        # Left by an attempt that did not come to prove it: no loader takes the folder while its files are exchanged.
+        # An earlier attempt may have left it; without it no loader takes the folder meanwhile.
         (self.partial / "config.json").unlink(missing_ok=True)
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoint is now."""
+        """The checkpoint's present folder."""
         return self.path if self.finished else self.partial
-
-    # ------------------------------------------------------------------------------------------ a format's own
 
     @abstractmethod
     def weight(self, layout: Layout | None, name: str, weight: StoredWeight) -> dict[str, Tensor]:
-        """Tensors of one quantized linear by their names on disk. name: `model.layers.0.mlp.up_proj.weight`."""
+        """Return one quantized linear's tensors by their names on disk.
+
+        Args:
+            layout: the linear's layout, None for plain numbers.
+            name: the linear's name on disk, `model.layers.0.mlp.up_proj.weight`.
+            weight: its codes and scales, [1, O, I].
+        """
 
     @abstractmethod
     def quantization_config(self) -> Json | None:
-        """What config.json says about how weights are stored."""
+        """Return config.json's section about how weights are stored."""
 
     def other_files(self) -> Mapping[str, bytes]:
-        """What else the format wants to lie in the folder."""
+        """Return the content of further files of the format, by name."""
         return {}
 
-    # ------------------------------------------------------------------------------------------ block by block
-
     def holds(self, block: "QuantizedBlock") -> bool:
-        """Whether these very codes are written already."""
-        if self.finished:  # the proof says whether they are what was evaluated
+        """Return True if exactly these codes are written already."""
+        if self.finished:  # the proof compares them with what was evaluated
             return True
-        facts = self._facts(block.index)
+        facts = self._shards.facts(block.index)
         return facts is not None and facts.get("codes") == _checksum(block)
 
     def store(self, block: "QuantizedBlock") -> None:
-        """Write one block: its quantized linears, and whatever else it has as numbers in the model's dtype."""
+        """Write one block: its quantized linears, and its other tensors in the model's dtype."""
         if self.finished:
             return
         with self._timed():
-            weights = block.quantized
-            tensors: dict[str, Tensor | Rows] = {}
+            weights, tensors = block.quantized, dict[str, Tensor | Rows]()
             shapes = self.checkpoint.facts.block_shapes(block.index)
             plain = {name for name in shapes if name not in weights and name not in block.changed}
-            numbers = self.checkpoint.block(block.index, self.dtype, plain) | {
-                name: tensor.to(self.dtype) for name, tensor in block.changed.items()
-            }
+            numbers = self.checkpoint.block(block.index, self.dtype, plain)
+            numbers |= {name: tensor.to(self.dtype) for name, tensor in block.changed.items()}
             for name, shape in shapes.items():
                 stacked = len(shape) == 3
                 for e in range(shape[0] if stacked else 1):
                     full = f"model.layers.{block.index}.{of_expert(name, e) if stacked else name}"
                     if name in weights:
-                        tensors |= self.weight(
-                            self._layouts[full], full, _of_one_expert(weights[name], e)
-                        )
+                        weight = _of_one_expert(weights[name], e)
+                        tensors |= self.weight(self._layouts[full], full, weight)
                     else:
                         tensors[full] = numbers[name][e] if stacked else numbers[name]
-            apart = any(
-                getattr(weight, "group_EI", None) is not None for weight in weights.values()
-            )
-            self._write(block.index, tensors, {"codes": _checksum(block), "reordered": apart})
+            groups = [getattr(weight, "group_EI", None) for weight in weights.values()]
+            apart = any(group_EI is not None for group_EI in groups)
+            facts = {"codes": _checksum(block), "reordered": apart}
+            self._shards.write(block.index, tensors, facts)
 
     def finish(self, model: Decoder) -> Json:
-        """Write what is not in a block, and all that makes the files a checkpoint. Returns their index.
+        """Write the tensors outside the blocks and the checkpoint's other files; return the index.
 
-        model: as evaluated.
+        Args:
+            model: the model as evaluated.
         """
         with self._timed():
-            facts = self.checkpoint.facts
             if not self.finished:
-                ends = {"model.embed_tokens.weight": "embedding"} | (
-                    {} if facts.tied else {"lm_head.weight": "head"}
-                )
-                shape = facts.vocab, facts.hidden
-                tensors: dict[str, Tensor | Rows] = {
-                    "model.norm.weight": model.norm_H.to("cpu", self.dtype)
-                }
-                for (
-                    name,
-                    end,
-                ) in ends.items():  # a vocabulary is long: a few rows at a time, never all of it
-                    tensors[name] = Rows(
-                        shape, self.dtype, (part.to("cpu", self.dtype) for part in model.rows(end))
-                    )
-                self._write(facts.layers, tensors, {})
+                facts, norm_H = self.checkpoint.facts, model.norm_H.to("cpu", self.dtype)
+                tensors: dict[str, Tensor | Rows] = {"model.norm.weight": norm_H}
+                ends = {"model.embed_tokens.weight": "embedding"}
+                if not facts.tied:
+                    ends["lm_head.weight"] = "head"
+                for name, end in ends.items():  # a few rows at a time: a vocabulary is long
+                    rows = (part.to("cpu", self.dtype) for part in model.rows(end))
+                    tensors[name] = Rows((facts.vocab, facts.hidden), self.dtype, rows)
+                self._shards.write(facts.layers, tensors, {})
                 self._write_files()
-            index: Json = json.loads(
-                (self.folder / "model.safetensors.index.json").read_text(encoding="utf-8")
-            )
+            file = self.folder / "model.safetensors.index.json"
+            index: Json = json.loads(file.read_text(encoding="utf-8"))
             return index
 
     def publish(self, card: str) -> None:
-        """The folder, proved, takes its name: from here on it is a checkpoint."""
+        """Write the card and give the proved folder its final name."""
         write_atomically(self.folder / "README.md", card.encode())
         if not self.finished:
-            for shard in self.partial.glob("*.safetensors"):
-                with shard.open("rb") as file:
-                    os.fsync(file.fileno())
-            shutil.rmtree(self.partial / "facts", ignore_errors=True)
-            for torn in self.partial.glob(".*.partial"):  # of a process that died while it wrote
-                torn.unlink(missing_ok=True)
+            self._shards.finish()
             self.partial.replace(self.path)
             self.finished = True
 
     def withdraw(self) -> None:
-        """What was written is not what was evaluated: nobody shall load it. Another run's, proved by it, stays."""
+        """Remove a checkpoint that is not what was evaluated, unless another run published it."""
         if not self.finished:
-            forget_export(self.spec)
+            forget_export(self.trial)
 
     def sizes(self) -> dict[str, float]:
-        """Bytes of the tensors on disk and, where codes are stored, bits per weight, as the files themselves say."""
-        stored = _stored_bytes(self.folder)
-        whole = float(sum(stored.values()))
+        """Return the files' bytes and, if codes are stored, bits per weight, from the files."""
+        stored = stored_bytes(self.folder)
+        total = float(sum(stored.values()))
         count, size = 0, 0
         for name, shape, layout in layouts(self.spec, self.checkpoint.facts):
             if layout is not None:
-                rows, columns = shape
-                count += rows * columns
-                size += sum(
-                    stored[name.removesuffix("weight") + part]
-                    for part in layout.parts(rows, columns)
-                )
+                count += math.prod(shape)
+                base = name.removesuffix("weight")
+                size += sum(stored[base + part] for part in layout.parts(*shape))
         if not count:
-            return {"export_bytes": whole}
+            return {"export_bytes": total}
         return {
-            "export_bytes": whole,
-            "model_bytes": whole,
+            "export_bytes": total,
+            "model_bytes": total,
             "bits_per_weight": 8 * size / count,
-            "bits_per_weight_model": 8 * whole / self.checkpoint.facts.parameters,
+            "bits_per_weight_model": 8 * total / self.checkpoint.facts.parameters,
         }
-
-    # ------------------------------------------------------------------------------------------ files
-
-    def _write(self, index: int, tensors: Mapping[str, Tensor | Rows], facts: Json) -> None:
-        """One file, and then its facts."""
-        shard, digest = self.partial / self._shard(index), hashlib.sha256()
-
-        def hashed() -> Iterator[bytes]:
-            for part in encoded(tensors, {"format": "pt"}):
-                digest.update(part)
-                yield part
-
-        expected = sum(
-            math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()
-        )
-        write_atomically(
-            shard, hashed(), wait=False
-        )  # the system brings it to the disk while the walk goes on
-        facts |= {"sha256": digest.hexdigest(), "bytes": expected, "names": sorted(tensors)}
-        write_atomically(
-            self.partial / "facts" / f"{index:03d}.json", json.dumps(facts).encode(), wait=False
-        )
-        self._whole[index] = digest.hexdigest(), *_state(shard)
-
-    def _facts(self, index: int) -> Json | None:
-        """Facts of a file that is there whole."""
-        shard = self.partial / self._shard(index)
-        try:
-            facts: Json = json.loads(
-                (self.partial / "facts" / f"{index:03d}.json").read_text(encoding="utf-8")
-            )
-            state = _state(shard)
-            if self._whole.get(index, ("",))[1:] != state:
-                with shard.open("rb") as file:
-                    self._whole[index] = hashlib.file_digest(file, "sha256").hexdigest(), *state
-        except (OSError, ValueError):
-            return None
-        return facts if self._whole[index][0] == facts.get("sha256") else None
-
-    def _shard(self, index: int) -> str:
-        count = self.checkpoint.facts.layers + 1
-        return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
     def _write_files(self) -> None:
-        count = self.checkpoint.facts.layers + 1
-        found = [self._facts(k) for k in range(count)]
-        missing = [self._shard(k) for k, facts in enumerate(found) if facts is None]
-        if missing:
-            raise ExportError(
-                f"{self.partial}: {missing[0]} is not there whole; was something removed meanwhile?"
-            )
-        parts = [facts for facts in found if facts is not None]
-        index = {
-            "metadata": {"total_size": sum(facts["bytes"] for facts in parts)},
-            "weight_map": {
-                name: self._shard(k) for k, facts in enumerate(parts) for name in facts["names"]
-            },
-        }
-        self.reordered = any(facts.get("reordered") for facts in parts)
+        shards, shard_of = self._shards.all_facts(), self._shards.name
+        names = {name: shard_of(k) for k, facts in enumerate(shards) for name in facts["names"]}
+        total = sum(facts["bytes"] for facts in shards)
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        self.reordered = any(facts.get("reordered") for facts in shards)
         original = self.checkpoint.folder
         copied = [*(original / name for name in COPIED), *original.glob("LICENSE*")]
         files = {
@@ -281,14 +214,12 @@ class Exporter(ABC):
             write_atomically(self.partial / name, content)
 
     def _config(self) -> Json:
-        config: Json = json.loads(
-            (self.checkpoint.folder / "config.json").read_text(encoding="utf-8")
-        )
+        config = read_json(self.checkpoint.folder / "config.json")
         config.pop("quantization_config", None)
-        config |= {"dtype": self.spec.model["dtype"], "torch_dtype": self.spec.model["dtype"]}
+        config |= {"dtype": self.spec.model.dtype, "torch_dtype": self.spec.model.dtype}
         config[EXPORT_KEY] = self._marker()
-        described = self.quantization_config()
-        return config | ({"quantization_config": described} if described else {})
+        section = self.quantization_config()
+        return config | ({"quantization_config": section} if section else {})
 
     def _marker(self) -> Json:
         return {
@@ -309,21 +240,23 @@ class Exporter(ABC):
 
 
 class PackingExporter(Exporter):
-    """A format that stores codes: most of what one needs."""
+    """The common part of formats that store codes."""
 
     def weight(self, layout: Layout | None, name: str, weight: StoredWeight) -> dict[str, Tensor]:
         if not isinstance(weight, QuantizedWeight) or layout is None:
             raise ExportError(
-                f"export={self.name} stores codes of a uniform grid; {name} has none. export=hf stores all"
+                f"export={self.name} stores codes of a uniform grid; {name} has none. "
+                "export=hf stores all"
             )
         scale_OG = weight.scale_EOG[0].to(self.scale_dtype)
         if not torch.equal(scale_OG.float(), weight.scale_EOG[0]):
             raise ExportError(
-                f"{name}: its scales are no {self.scale_dtype} numbers, so what was measured is not stored"
+                f"{name}: its scales are no {self.scale_dtype} numbers, "
+                "so what was measured is not stored"
             )
         group_I = None if weight.group_EI is None else weight.group_EI[0]
-        # A float32 model's scales are numbers of 16 bits too, but a loader that unpacks in the type of the scales, as
-        # transformers does with experts, has to find the model's own.
+        # A float32 model's scales are 16-bit numbers too, but are stored in the model's type for
+        # loaders that unpack in the type of the scales, as transformers does with experts.
         stored_OG = scale_OG.to(self.dtype) if layout.own_scales else scale_OG
         parts = layout.pack(weight.codes_EOI[0], stored_OG, weight.zero_EOG[0], group_I)
         base = name.removesuffix("weight")
@@ -336,7 +269,7 @@ class PackingExporter(Exporter):
 
 
 class ExportingSink:
-    """The walk's sink when its blocks are exported too. A block that was stored, but not exported yet, is exported."""
+    """A sink of the walk that exports each block that it stores, or loads and has not exported."""
 
     def __init__(self, store: BlockSource, exporter: Exporter) -> None:
         self._store, self._exporter = store, exporter
@@ -352,54 +285,34 @@ class ExportingSink:
         self._exporter.store(block)
 
 
-def open_exporter(spec: TrialSpec, checkpoint: Checkpoint) -> Exporter | None:
-    """The exporter that the spec asks for, ready to write; None if it asks for none.
+def open_exporter(trial: Trial, checkpoint: Checkpoint) -> Exporter | None:
+    """Return the spec's exporter, ready to write; None if the trial exports nothing.
 
     Raises:
-        ExportError: it cannot be written where it is to go.
+        ExportError: the checkpoint cannot be written to its destination.
     """
-    if spec.export is None:
+    if trial.spec.export is None:
         return None
-    module, _, name = FORMATS[spec.export].implementation.partition(":")
-    kind: type[Exporter] = getattr(import_module(module), name)
-    return kind(spec, checkpoint)
+    module, _, name = FORMATS[trial.spec.export].implementation.partition(":")
+    exporter: type[Exporter] = getattr(import_module(module), name)
+    return exporter(trial, checkpoint)
 
 
 def _of_one_expert(weight: StoredWeight, expert: int) -> StoredWeight:
     if weight.shape[0] == 1:
         return weight
     tensors = {name: tensor[expert : expert + 1] for name, tensor in weight.to_tensors().items()}
-    made: StoredWeight = type(weight).from_tensors(tensors, weight.facts())  # type: ignore[attr-defined]
-    return made
+    part: StoredWeight = type(weight).from_tensors(tensors, weight.facts())  # type: ignore[attr-defined]
+    return part
 
 
 def _checksum(block: "QuantizedBlock") -> str:
-    """SHA-256 of all that is written of a block."""
+    """Return the SHA-256 of all tensors that are written of a block."""
     tensors = {f"changed/{name}": tensor for name, tensor in block.changed.items()}
     for name, weight in block.quantized.items():
-        tensors |= {
-            f"quantized/{name}/{part}": tensor for part, tensor in weight.to_tensors().items()
-        }
+        parts = weight.to_tensors().items()
+        tensors |= {f"quantized/{name}/{part}": tensor for part, tensor in parts}
     digest = hashlib.sha256()
-    for content in encoded(tensors):
+    for content in encode_tensors(tensors):
         digest.update(content)
     return digest.hexdigest()
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _stored_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of every tensor in the folder's files, by name, as their headers say."""
-    sizes = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            sizes[name] = end - begin
-    return sizes

@@ -1,0 +1,107 @@
+"""An export's shards: one safetensors file a block, and the facts that vouch for each.
+
+A shard is written whole or not at all, and its facts after it, with its checksum: a killed trial
+continues after the shards whose facts hold.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from q3q.errors import ExportError
+from q3q.models.tensor_files import Rows, encode_tensors
+from q3q.spec import Json
+from q3q.storage.files import write_atomically
+
+
+class Shards:
+    """The shards of an unfinished export in `folder`, `count` of them."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+        # Verified shards: checksum, size and time of change.
+        self._verified: dict[int, tuple[str, int, int]] = {}
+
+    def name(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{self.count:05d}.safetensors"
+
+    def write(self, index: int, tensors: Mapping[str, Tensor | Rows], facts: Json) -> None:
+        """Write one shard, and then its facts."""
+        shard, digest = self.folder / self.name(index), hashlib.sha256()
+
+        def hashed() -> Iterator[bytes]:
+            for part in encode_tensors(tensors, {"format": "pt"}):
+                digest.update(part)
+                yield part
+
+        write_atomically(shard, hashed(), wait=False)  # reaches the disk while the walk goes on
+        size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
+        facts |= {"sha256": digest.hexdigest(), "bytes": size, "names": sorted(tensors)}
+        write_atomically(self._facts_file(index), json.dumps(facts).encode(), wait=False)
+        self._verified[index] = digest.hexdigest(), *_state(shard)
+
+    def facts(self, index: int) -> Json | None:
+        """Return the facts of a shard; None if it is missing or damaged."""
+        shard = self.folder / self.name(index)
+        try:
+            facts: Json = json.loads(self._facts_file(index).read_text(encoding="utf-8"))
+            state = _state(shard)
+            if self._verified.get(index, ("",))[1:] != state:
+                with shard.open("rb") as file:
+                    self._verified[index] = hashlib.file_digest(file, "sha256").hexdigest(), *state
+        except (OSError, ValueError):
+            return None
+        return facts if self._verified[index][0] == facts.get("sha256") else None
+
+    def all_facts(self) -> list[Json]:
+        """Return the facts of all shards in order.
+
+        Raises:
+            ExportError: a shard is missing or damaged.
+        """
+        shards = []
+        for index in range(self.count):
+            if (facts := self.facts(index)) is None:
+                raise ExportError(
+                    f"{self.folder}: {self.name(index)} is not there whole; "
+                    "was something removed meanwhile?"
+                )
+            shards.append(facts)
+        return shards
+
+    def finish(self) -> None:
+        """Bring all shards to the disk, and remove the facts and what a dead process left."""
+        for shard in self.folder.glob("*.safetensors"):
+            with shard.open("rb") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(self.folder / "facts", ignore_errors=True)
+        for unfinished in self.folder.glob(".*.partial"):
+            unfinished.unlink(missing_ok=True)
+
+    def _facts_file(self, index: int) -> Path:
+        return self.folder / "facts" / f"{index:03d}.json"
+
+
+def stored_bytes(folder: Path) -> dict[str, int]:
+    """Return the bytes of each tensor in the folder's shards, by name, from their headers."""
+    sizes = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with shard.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            sizes[name] = end - begin
+    return sizes
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
