@@ -1,4 +1,4 @@
-"""q3q's Hydra plugins. Hydra finds plugins in this namespace alone; what they do is in q3q.sweep."""
+"""q3q's Hydra plugins, where Hydra looks for plugins; the code is in q3q.sweep."""
 
 from dataclasses import dataclass
 

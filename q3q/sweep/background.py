@@ -1,17 +1,17 @@
-"""Does what need not be waited for, such as telling a tracker, in a thread of its own: one thing after the other."""
+"""Do what nobody needs to wait for, such as informing a tracker, in a thread of its own."""
 
 import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
-SAY_SECONDS = 10.0  # between two words to whoever waits for it
+REMINDER_SECONDS = 10.0  # between two reports of what is left while somebody waits
 
 
 class BackgroundQueue:
-    """A thread that does what it is given, in order. Of calls with one key that still wait, only the last is done.
+    """A thread that makes calls in order; of waiting calls with one key, only the last is made.
 
-    So what waits is bounded by the number of keys, however slow the other side is. An error ends nothing here: it is
-    raised to whoever next asks for `settle`.
+    So the number of keys bounds what waits, however slow the other side is. An error does not end
+    the thread: the next `settle` raises it.
     """
 
     def __init__(self) -> None:
@@ -25,20 +25,22 @@ class BackgroundQueue:
         with self._changed:
             self._waiting[key] = call, arguments
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="q3q-teller", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._work, name="q3q-background", daemon=True
+                )
                 self._thread.start()
             self._changed.notify_all()
 
-    def settle(self, say: Callable[[int], object] = lambda left: None) -> None:
-        """Wait until all is done. say: told every now and then how much is left.
+    def settle(self, report: Callable[[int], object] = lambda left: None) -> None:
+        """Wait until all calls are made; `report` receives every now and then how many are left.
 
         Raises:
-            what a call raised.
+            BaseException: the last one that a call raised.
         """
         with self._changed:
             while self._waiting or self._busy:
-                if not self._changed.wait(SAY_SECONDS) and self._waiting:
-                    say(len(self._waiting))
+                if not self._changed.wait(REMINDER_SECONDS) and self._waiting:
+                    report(len(self._waiting))
             error, self._error = self._error, None
         if error is not None:
             raise error

@@ -2,47 +2,39 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from q3q.record import TrialRecord, trial_folder
-from q3q.spec import TrialSpec
+from q3q.placement import Trial
+from q3q.record import TrialRecord
 
-if TYPE_CHECKING:
-    pass
-
-NOT_COMPARED = (
-    "not_compared"  # the note of a record that says why it is not compared with its baseline
-)
+NOT_COMPARED = "not_compared"  # a record's note: why it is not compared with its baseline
 
 
-def baseline_record(spec: TrialSpec, records: Mapping[str, TrialRecord]) -> TrialRecord | None:
-    """The finished trial of the unquantized model that this one is compared with: of this study, or on disk."""
-    wanted = spec.places.get("baseline")
-    if wanted is None:
+def baseline_record(trial: Trial, records: Mapping[str, TrialRecord]) -> TrialRecord | None:
+    """Return the finished trial that this one is compared with, of these records or on disk."""
+    baseline = trial.placement.baseline
+    if baseline is None:
         return None
-    known = records.get(wanted)
-    if known is not None:
-        return known if known.completed else None
-    try:
-        found = TrialRecord.load(Path(spec.places["trials"]) / wanted / "record.json")
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if found.completed and found.spec.id == wanted else None
+    record = records.get(baseline)
+    if record is None:
+        try:
+            record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        if record.spec.id != baseline:
+            return None
+    return record if record.completed else None
 
 
 def compared(record: TrialRecord, baseline: TrialRecord) -> TrialRecord:
-    """The record with each of its metrics compared with the baseline's, sample by sample.
+    """Return the record with each of its metrics compared with the baseline's, sample by sample.
 
     Raises:
-        IntegrityError: their samples are not the same ones, or a file of them is missing or damaged.
+        IntegrityError: their samples differ, or a file of them is missing or damaged.
     """
     from q3q.evaluate.samples import SAMPLES, comparisons, measured, read_samples
 
     ours, theirs = (
-        measured(
-            read_samples(trial_folder(one.spec) / SAMPLES), bool(one.spec.evaluation.get("quick"))
-        )
-        for one in (record, baseline)
+        measured(read_samples(side.trial.folder / SAMPLES), side.spec.evaluation.quick)
+        for side in (record, baseline)
     )
     return replace(record, comparisons=comparisons(ours, theirs))

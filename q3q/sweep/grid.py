@@ -1,8 +1,7 @@
-"""The jobs of a study: every combination of the overrides' values, narrowed and without contradictions."""
+"""Compose a study's jobs: every combination of the overrides' values, as trials without repeats."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -10,15 +9,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from q3q.config.model import facts_of
-from q3q.config.resolve import spec_from
+from q3q.config.resolve import trial_from
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.export.destination import check_room, refuse_shared
 from q3q.models.facts import ModelFacts
-from q3q.spec import TrialSpec
+from q3q.placement import Trial
 from q3q.sweep.launcher import Job
-
-if TYPE_CHECKING:
-    pass
 
 NOTHING_QUANTIZED = {
     **dict.fromkeys(
@@ -27,152 +23,28 @@ NOTHING_QUANTIZED = {
     "overrides": "{}",
     "skip": "[]",
 }
-# Where and how a trial is held changes none of its numbers; nor does whether the unquantized model is added.
-PLACES = ("data", "memory", "loader")
-SWEEP_SETTINGS = (
-    "cluster",
-    "track",
-    "storage",
-    "name",
-    "question",
-    "expectation",
-    "plan",
-    "fresh",
-    "keep",
-)
+# How a trial is run changes none of its numbers; nor does adding the unquantized model.
+RUN_SETTINGS = ("data", "memory", "loader")
+SWEEP_SETTINGS = tuple("cluster track storage name question expectation plan fresh keep".split())
 
 
 @dataclass
 class SweepTrial:
-    """One trial, its model's facts, and all the jobs that mean it: their overrides by number."""
+    """One trial of a sweep.
 
-    spec: TrialSpec
+    facts: of its model
+    jobs: overrides of every job that means this trial, by the job's number
+    """
+
+    trial: Trial
     facts: ModelFacts
     jobs: dict[int, tuple[str, ...]]
 
 
-def unquantized(overrides: Sequence[str]) -> list[str]:
-    """The same job's overrides, but for the unquantized model."""
-    keys = ("method", "calibration", "export", *NOTHING_QUANTIZED)
-    kept = [
-        one for one in overrides if one.lstrip("+~").partition("=")[0].partition(".")[0] not in keys
-    ]
-    return [
-        *kept,
-        "method=none",
-        "export=none",
-        *(f"{key}={value}" for key, value in NOTHING_QUANTIZED.items()),
-    ]
-
-
-def refuse_contradictions(overrides: Sequence[Override]) -> None:
-    """Two overrides of one key: whichever won, somebody would be surprised."""
-    seen: dict[str, str] = {}
-    for override in overrides:
-        key = override.get_key_element().lstrip("+")
-        if key in seen and seen[key] != override.input_line:
-            raise ConfigError(
-                f"{seen[key]} and {override.input_line} contradict each other: give {key} once"
-            )
-        seen[key] = str(override.input_line)
-
-
-def replaced(row: Sequence[Override], given: Sequence[Override]) -> list[Override]:
-    """A row with the command line's values in the place of its own."""
-    named = {override.get_key_element() for override in given}
-    return [override for override in row if override.get_key_element() not in named] + list(given)
-
-
-def narrowed(
-    study: str,
-    rows: Sequence[Sequence[Override]],
-    given: Sequence[Override],
-    of_hydra: Sequence[Override] = (),
-) -> list[list[Override]]:
-    """The rows of a saved study that the command line leaves, with the values that it leaves.
-
-    of_hydra: what it says of Hydra itself, which is in force already.
-
-    A study is a question: one of its own values given on the command line asks for that part of it, anything else would
-    change what every row means under the study's name. With a name of its own (name=..., another than the study's) it
-    is another study, and the command line wins.
-
-    Raises:
-        ConfigError: an override would change every row, or leaves none.
-    """
-    named = [one for one in given if one.get_key_element().lstrip("+") == "name"]
-    if any(one.is_delete() or str(one.value()) != study for one in named):
-        return [replaced(row, given) for row in rows]
-    swept = {key: values for row in rows for key, values in _values(row).items()}
-    for row in rows:
-        for key, values in _values(row).items():
-            swept[key] = list(dict.fromkeys([*swept[key], *values]))
-    for override in of_hydra:
-        if not _may_be_said(override.get_key_element().lstrip("+")):
-            raise ConfigError(_changes_all(study, override, swept))
-    left = list(map(list, rows))
-    others = []
-    for override in given:
-        key = override.get_key_element().lstrip("+")
-        if key not in swept:
-            if not _may_be_said(key):
-                raise ConfigError(_changes_all(study, override, swept))
-            others.append(override)
-            continue
-        wanted = _values([override])[key]
-        strange = [value for value in wanted if value not in swept[key]]
-        if strange:
-            raise ConfigError(_changes_all(study, override, swept))
-        left = [kept for row in left if (kept := _kept(row, key, wanted))]
-    if not left:
-        raise ConfigError(
-            f"study={study} has no row with all of {' '.join(str(one.input_line) for one in given)}"
-        )
-    return [row + others for row in left]
-
-
-def _kept(row: list[Override], key: str, wanted: Sequence[str]) -> list[Override] | None:
-    """A row with those of its values that are wanted, None if it has none of them."""
-    own = _values(row).get(key)
-    left = [value for value in own or [] if value in wanted]
-    if not left:
-        return None
-    [narrow] = OverridesParser.create().parse_overrides([f"{key}={','.join(left)}"])
-    return [narrow if one.get_key_element() == key else one for one in row]
-
-
-def _values(row: Sequence[Override]) -> dict[str, list[str]]:
-    return {
-        one.get_key_element().lstrip("+"): [choice.partition("=")[2] for choice in choices_of(one)]
-        for one in row
-    }
-
-
-def _may_be_said(key: str) -> bool:
-    """Whether an override leaves every row of a study what it means. `hydra.sweeper` is where the rows are."""
-    if key.startswith("hydra.sweeper") or key == "hydra/sweeper":
-        return False
-    group = key.replace("/", ".").partition(".")[0]
-    return key in ("study", "evaluation.baseline") or group in (*SWEEP_SETTINGS, *PLACES, "hydra")
-
-
-def _changes_all(study: str, override: Override, swept: Mapping[str, Sequence[str]]) -> str:
-    key = override.get_key_element().lstrip("+")
-    may = (
-        f"the study has {key}={','.join(swept[key])}"
-        if key in swept
-        else f"it can be narrowed by {', '.join(swept)}"
-    )
-    return (
-        f"{override.input_line} would change every row of study={study}: {may}. "
-        "Give it a name of its own (name=...) to ask another question with it"
-    )
-
-
 class OneSetting:
-    """Passes jobs on, and sees that what belongs to the sweep and not to a trial is the same for all of them.
+    """Pass jobs on, and check that sweep-wide settings are the same for all of them.
 
-    config: the first one's. Only its own config is kept, the others are a megabyte each.
+    config: the first job's. The others, a megabyte each, are not kept.
     """
 
     def __init__(self, jobs: Iterable[Job]) -> None:
@@ -188,52 +60,166 @@ class OneSetting:
             yield job
 
     def refuse_many(self) -> None:
-        """Raises ConfigError if there are several values of one."""
+        """Raise ConfigError if there are several values of one setting."""
         for key, values in self._values.items():
             if len(values) > 1:
                 raise ConfigError(
-                    f"{key} is the whole sweep's, give it one value: {', '.join(sorted(values))}"
+                    f"{key} is for the whole sweep, give it one value: {', '.join(sorted(values))}"
                 )
 
 
 def trials_of(jobs: Iterable[Job]) -> tuple[dict[str, SweepTrial], str]:
-    """Jobs as trials by id, in the jobs' order, and a line that counts what was left out (or nothing).
+    """Return trials by id, in the jobs' order, and a line that counts the jobs left out, if any.
 
     Raises:
-        ConfigError: any job has an invalid value, or no job is left.
+        ConfigError: a job has an invalid value, or no job is left.
     """
     trials: dict[str, SweepTrial] = {}
     incompatible: dict[str, int] = {}
-    number = 0
+    total = 0
     for job in jobs:
-        number += 1
+        total += 1
         try:
-            spec = spec_from(job.config)
+            trial = trial_from(job.config)
         except IncompatibleError as error:
             incompatible[str(error)] = incompatible.get(str(error), 0) + 1
             continue
-        if spec.id not in trials:
-            trials[spec.id] = SweepTrial(spec, facts_of(job.config), {})
-        trials[spec.id].jobs[job.number] = job.overrides
+        if trial.id not in trials:
+            trials[trial.id] = SweepTrial(trial, facts_of(job.config), {})
+        trials[trial.id].jobs[job.number] = job.overrides
     reasons = "; ".join(incompatible)
     if not trials:
         raise IncompatibleError(reasons or "the sweep has no jobs")
-    refuse_shared(trial.spec for trial in trials.values())
-    check_room((trial.spec, trial.facts) for trial in trials.values())
+    refuse_shared(entry.trial for entry in trials.values())
+    check_room((entry.trial, entry.facts) for entry in trials.values())
     count = sum(incompatible.values())
-    return trials, f"{count} of {number} combinations left out: {reasons}" if count else ""
+    return trials, f"{count} of {total} combinations left out: {reasons}" if count else ""
+
+
+def unquantized(overrides: Sequence[str]) -> list[str]:
+    """Return the same job's overrides, but for the unquantized model."""
+    keys = ("method", "calibration", "export", *NOTHING_QUANTIZED)
+    others = [
+        override
+        for override in overrides
+        if override.lstrip("+~").partition("=")[0].partition(".")[0] not in keys
+    ]
+    nothing = (f"{key}={value}" for key, value in NOTHING_QUANTIZED.items())
+    return [*others, "method=none", "export=none", *nothing]
+
+
+def refuse_contradictions(overrides: Sequence[Override]) -> None:
+    """Refuse two overrides of one key: whichever won, somebody would be surprised."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        key, line = _key(override), str(override.input_line)
+        if seen.setdefault(key, line) != line:
+            raise ConfigError(f"{seen[key]} and {line} contradict each other: give {key} once")
+
+
+def replaced(row: Sequence[Override], arguments: Sequence[Override]) -> list[Override]:
+    """Return a row with the command line's values in place of its own."""
+    keys = {override.get_key_element() for override in arguments}
+    return [*(own for own in row if own.get_key_element() not in keys), *arguments]
+
+
+def narrowed(
+    study: str,
+    rows: Sequence[Sequence[Override]],
+    arguments: Sequence[Override],
+    of_hydra: Sequence[Override] = (),
+) -> list[list[Override]]:
+    """Return the rows and values of a saved study that the command line leaves.
+
+    A study is a question. One of its own values on the command line asks for that part of it;
+    anything else would change what every row means under the study's name. With a name of its own
+    (name=..., another than the study's) it is another study, and the command line wins.
+
+    Args:
+        of_hydra: overrides of Hydra itself, which are in force already.
+
+    Raises:
+        ConfigError: an override would change every row, or leaves none.
+    """
+    names = [override for override in arguments if _key(override) == "name"]
+    if any(override.is_delete() or str(override.value()) != study for override in names):
+        return [replaced(row, arguments) for row in rows]
+    swept: dict[str, list[str]] = {}
+    for row in rows:
+        for key, values in _values(row).items():
+            swept[key] = list(dict.fromkeys([*swept.get(key, []), *values]))
+    for override in of_hydra:
+        if not _leaves_rows_alone(_key(override)):
+            raise ConfigError(_would_change_all(study, override, swept))
+    left, others = list(map(list, rows)), []
+    for override in arguments:
+        key = _key(override)
+        if key not in swept:
+            if not _leaves_rows_alone(key):
+                raise ConfigError(_would_change_all(study, override, swept))
+            others.append(override)
+            continue
+        values = _values([override])[key]
+        if any(value not in swept[key] for value in values):
+            raise ConfigError(_would_change_all(study, override, swept))
+        left = [row for row in (_narrowed_row(row, key, values) for row in left) if row]
+    if not left:
+        lines = " ".join(str(override.input_line) for override in arguments)
+        raise ConfigError(f"study={study} has no row with all of {lines}")
+    return [row + others for row in left]
 
 
 def choices_of(override: Override) -> list[str]:
+    """Return an override's values, each as an override of its own."""
     key = override.get_key_element()
+    if override.is_delete():
+        return [str(override.input_line)]
     if not override.is_sweep_override():
-        return (
-            [f"{key}={override.get_value_element_as_str()}"]
-            if not override.is_delete()
-            else [str(override.input_line)]
-        )
+        return [f"{key}={override.get_value_element_as_str()}"]
     if not override.is_discrete_sweep():
         raise HydraException(
             f"{override.input_line}: give a list of values to sweep over, not an interval"
         )
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def _key(override: Override) -> str:
+    return str(override.get_key_element().lstrip("+"))
+
+
+def _values(row: Sequence[Override]) -> dict[str, list[str]]:
+    return {
+        _key(override): [choice.partition("=")[2] for choice in choices_of(override)]
+        for override in row
+    }
+
+
+def _narrowed_row(row: list[Override], key: str, values: Sequence[str]) -> list[Override] | None:
+    """Return the row with those of its values that are asked for; None if it has none of them."""
+    left = [value for value in _values(row).get(key, []) if value in values]
+    if not left:
+        return None
+    [narrow] = OverridesParser.create().parse_overrides([f"{key}={','.join(left)}"])
+    return [narrow if override.get_key_element() == key else override for override in row]
+
+
+def _leaves_rows_alone(key: str) -> bool:
+    """Return True for an override that changes no row. `hydra.sweeper` is where the rows are."""
+    if key.startswith("hydra.sweeper") or key == "hydra/sweeper":
+        return False
+    group = key.replace("/", ".").partition(".")[0]
+    own = (*SWEEP_SETTINGS, *RUN_SETTINGS, "hydra")
+    return key in ("study", "evaluation.baseline") or group in own
+
+
+def _would_change_all(study: str, override: Override, swept: Mapping[str, Sequence[str]]) -> str:
+    key = _key(override)
+    allowed = (
+        f"the study has {key}={','.join(swept[key])}"
+        if key in swept
+        else f"it can be narrowed by {', '.join(swept)}"
+    )
+    return (
+        f"{override.input_line} would change every row of study={study}: {allowed}. Give it a name "
+        "of its own (name=...) to ask another question with it"
+    )

@@ -1,4 +1,7 @@
-"""A Hydra launcher on Ray, for any Hydra task function. What a project decides about its jobs enters as a JobPolicy."""
+"""A Hydra launcher on Ray, for any Hydra task function.
+
+What a project decides about its jobs enters as a JobPolicy.
+"""
 
 import copy
 import logging
@@ -31,7 +34,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One job of a sweep. config: composed from the overrides, with its hydra node, job number included."""
+    """One job of a sweep.
+
+    config: composed from the overrides, with its hydra node, job number included
+    """
 
     number: int
     overrides: tuple[str, ...]
@@ -39,33 +45,38 @@ class Job:
 
 
 class JobPolicy:
-    """What a project decides about its jobs. By default each runs as Hydra would run it."""
+    """A project's decisions about its jobs. By default each runs as Hydra would run it."""
 
     def task(self, job: Job, plain: Task) -> Task:
-        """What to run for the job. `plain` calls Hydra's task function and ends with its JobReturn."""
+        """Return what to run for the job.
+
+        `plain` calls Hydra's task function and ends with its JobReturn.
+        """
         return plain
 
     def on_event(self, job: Job, event: Any) -> None:
-        """The job started (again), or its task reported something."""
+        """Take note that the job started (again), or of what its task reported."""
 
     def on_tick(self) -> None:
-        """Called about once a second while jobs run; what it raises ends them."""
+        """Do something about once a second while jobs run; what this raises ends them."""
 
     def on_retry(self, job: Job, error: WorkerDiedError) -> None:
         log.warning(f"\t#{job.number} : runs again, {error}")
 
     def on_outcome(self, job: Job, outcome: Outcome) -> JobReturn:
-        """The job ended."""
+        """Return what the sweeper receives for a job that ended."""
         return outcome.value if outcome.error is None else failed_return(job, outcome.error)
 
 
 class RayLauncher(Launcher):
     """Runs jobs in parallel on Ray, each on its own reserved CPUs and GPUs.
 
-    A job that fails, or whose process dies even when it is retried, is a FAILED JobReturn and costs no other job.
+    A job that fails, or whose process dies even when it is retried, is a FAILED JobReturn and costs
+    no other job.
 
     Args:
-        address: `host:port` or `auto` of a running Ray cluster; None starts one on this machine for the launch.
+        address: `host:port` or `auto` of a running Ray cluster; None starts one on this machine for
+            the launch.
         cpus, gpus: what a cluster on this machine may hand out; None lets Ray count.
         cpus_per_job, gpus_per_job: what each job reserves; may be fractions.
         retries: how often a job runs again if its process or machine died.
@@ -93,7 +104,7 @@ class RayLauncher(Launcher):
         self.config = config
 
     def cluster(self) -> Cluster:
-        """The cluster that the launcher's configuration asks for, not started yet."""
+        """Return the cluster that the launcher's configuration asks for, not started yet."""
         env = {
             name: os.environ[name] for name in self.config.hydra.job.env_copy if name in os.environ
         }
@@ -124,7 +135,7 @@ class RayLauncher(Launcher):
     def run(
         self, jobs: Sequence[Job], policy: JobPolicy | None = None, cluster: Cluster | None = None
     ) -> list[JobReturn]:
-        """Run jobs that are composed already. Returns in the jobs' order, whatever the order in which they end.
+        """Run composed jobs; return in the jobs' order, whatever the order in which they end.
 
         Args:
             cluster: a started one, which is left running; None starts one for this call.
@@ -158,7 +169,7 @@ class RayLauncher(Launcher):
 
 
 def failed_return(job: Job, error: BaseException) -> JobReturn:
-    """The JobReturn of a job that ended with `error`; reading its `return_value` raises that."""
+    """Return a JobReturn whose `return_value` raises `error`, with which the job ended."""
     config = copy.deepcopy(job.config)
     hydra_config = OmegaConf.masked_copy(config, "hydra")
     with read_write(config), open_dict(config):
@@ -192,7 +203,6 @@ class _HydraJob:
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
         )
-        _ = (
-            job_return.return_value
-        )  # raises the task function's own exception, and that is what the driver gets
+        # This raises the task function's own exception, so that the driver receives it.
+        _ = job_return.return_value
         return job_return

@@ -1,4 +1,4 @@
-"""The machines to plan with, and what the person asked of them."""
+"""The machines to plan with, and the resources that the user requests."""
 
 import os
 import re
@@ -8,17 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from q3q.errors import ConfigError
-from q3q.models.footprint import (
-    AUTO,
-    bytes_of,
-    free_memory,
-)
+from q3q.models.footprint import AUTO, bytes_of, free_memory
 
-FREE = 0.9  # of the memory that is free on this machine, likewise
-CORES_TO_COME = (
-    4  # for each GPU of a machine that nobody has seen yet, or of a machine without GPUs
-)
-# Bytes of a GPU, by the name that Ray has for its kind; of kinds that come in several sizes the smallest.
+FREE = 0.9  # of this machine's free memory that trials may plan with
+CORES_TO_COME = 4  # of a machine that is still to come: for each GPU, or in all if it has none
+# Bytes of a GPU, by Ray's name for its kind; of kinds with several sizes, the smallest.
 GPU_BYTES = {
     kind: gib * 2**30
     for gib, kinds in {
@@ -40,8 +34,13 @@ GPU_BYTES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What one machine has. memory: bytes that trials may take; gpu_memory: of one of its GPUs; each None if unknown.
-    kind: of its GPUs, as Ray calls it, or "". name: of its GPU or processor, as records have it, or ""."""
+    """A machine's resources.
+
+    memory: bytes that trials may take; None if unknown
+    gpu_memory: bytes of one of its GPUs; None if unknown
+    kind: of its GPUs, in Ray's words, or ""
+    name: of its GPU or processor, as records have it, or ""
+    """
 
     cpus: float
     gpus: float = 0
@@ -53,9 +52,14 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceRequest:
-    """What the person asked for; None: as the plan sees fit. gpus: a share of one, or how many a gang has. ranks: that
-    share a trial. memory: of main memory, bytes that a trial reserves. gpu_memory: of a GPU. patience: seconds to wait
-    for machines to come, so that no trial is refused because there are too few."""
+    """The resources that the user requests for each trial; None leaves them to the plan.
+
+    gpus: a share of one GPU, or a gang's number of GPUs
+    ranks: that share a trial
+    memory: bytes of main memory that a trial reserves
+    gpu_memory: bytes of a GPU
+    patience: seconds to wait for machines to come: no trial is refused because there are too few
+    """
 
     cpus: float | None = None
     gpus: float | None = None
@@ -66,11 +70,11 @@ class ResourceRequest:
 
 
 def machine_here() -> Machine:
-    """This machine, as far as this process may use it."""
-    gpus = gpus_here()
-    gpu_memory, name = _gpu_here() if gpus else (None, "")
+    """Return this machine, as far as this process may use it."""
     from q3q.environment import cores, processor
 
+    gpus = gpus_here()
+    gpu_memory, name = _gpu_here() if gpus else (None, "")
     return Machine(
         cpus=cores(),
         gpus=gpus,
@@ -81,25 +85,21 @@ def machine_here() -> Machine:
 
 
 def gpus_here() -> int:
-    """GPUs of this machine, without importing torch."""
+    """Count this machine's GPUs without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([one for one in visible.split(",") if one.strip() and one.strip() != "-1"])
-    return (
-        len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-        if Path("/proc/driver/nvidia/gpus").is_dir()
-        else 0
-    )
+        return sum(device.strip() not in ("", "-1") for device in visible.split(","))
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def _gpu_here() -> tuple[int | None, str]:
-    """Bytes of the smallest GPU, and the first one's name, as the driver's own tool tells them."""
+    """Return the smallest GPU's bytes and the first one's name, as the driver's tool says."""
     query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None, ""
-    rows = [line.split(",", 1) for line in told.splitlines() if "," in line]
+    rows = [line.split(",", 1) for line in answer.stdout.splitlines() if "," in line]
     sizes = [int(size) * 2**20 for size, _ in rows if size.strip().isdigit()]
     return (min(sizes), rows[0][1].strip()) if sizes else (None, "")
 
@@ -111,29 +111,29 @@ def _free_here() -> int | None:
         return None
 
 
-def amount(key: str, given: object) -> float | None:
-    """A knob that is a number, or auto (or null): None."""
-    if given is None or given == AUTO:
+def amount(key: str, value: object) -> float | None:
+    """Read a knob that is a number; auto and null are None."""
+    if value is None or value == AUTO:
         return None
     try:
-        number = float(str(given))
+        number = float(str(value))
     except ValueError:
-        raise ConfigError(f"{key}={given}: give a number, or {AUTO}") from None
+        raise ConfigError(f"{key}={value}: give a number, or {AUTO}") from None
     if not 0 <= number < float("inf"):
-        raise ConfigError(f"{key}={given}: give 0 or more, or {AUTO}")
+        raise ConfigError(f"{key}={value}: give 0 or more, or {AUTO}")
     return number
 
 
-def size(key: str, given: object) -> int | None:
-    """A knob that is bytes (`16GB`, `512MiB`, or a plain number), or auto (or null): None."""
-    return None if given is None or given == AUTO else bytes_of(str(given), key)
+def size(key: str, value: object) -> int | None:
+    """Read a knob that is bytes (`16GB`, `512MiB`, or a plain number); auto and null are None."""
+    return None if value is None or value == AUTO else bytes_of(str(value), key)
 
 
 def request_of(cluster: Callable[[str], object]) -> ResourceRequest:
-    """The cluster's knobs, read by name.
+    """Read the cluster's knobs; `cluster` returns one by its name.
 
     Raises:
-        ConfigError: one of them cannot be meant.
+        ConfigError: one of them makes no sense.
     """
     cpus, gpus = (
         amount(f"cluster.{key}_per_trial", cluster(f"{key}_per_trial")) for key in ("cpus", "gpus")
@@ -142,7 +142,8 @@ def request_of(cluster: Callable[[str], object]) -> ResourceRequest:
         raise ConfigError("cluster.cpus_per_trial=0: give at least a part of one, or auto")
     if gpus is not None and gpus > 1 and gpus != int(gpus):
         raise ConfigError(
-            f"cluster.gpus_per_trial={gpus:g}: give a part of one GPU, 1, or a whole number for a gang"
+            f"cluster.gpus_per_trial={gpus:g}: give a part of one GPU, 1, or a whole number for a "
+            "gang"
         )
     ranks = amount("cluster.ranks_per_trial", cluster("ranks_per_trial"))
     if ranks is not None and (ranks != int(ranks) or ranks < 1):
@@ -151,38 +152,47 @@ def request_of(cluster: Callable[[str], object]) -> ResourceRequest:
         )
     if gpus and ranks and ranks != max(1, gpus):
         raise ConfigError(
-            f"cluster.ranks_per_trial={ranks:g} and cluster.gpus_per_trial={gpus:g} contradict each other: each rank "
-            "has one GPU"
+            f"cluster.ranks_per_trial={ranks:g} and cluster.gpus_per_trial={gpus:g} contradict "
+            "each other: each rank has one GPU"
         )
     memory, gpu_memory = (
         size(f"cluster.{key}", cluster(key)) for key in ("memory_per_trial", "gpu_memory")
     )
-    patience = amount("cluster.patience", cluster("patience")) or 0.0
-    whole = None if ranks is None else int(ranks)
     return ResourceRequest(
-        cpus=cpus, gpus=gpus, ranks=whole, memory=memory, gpu_memory=gpu_memory, patience=patience
+        cpus=cpus,
+        gpus=gpus,
+        ranks=None if ranks is None else int(ranks),
+        memory=memory,
+        gpu_memory=gpu_memory,
+        patience=amount("cluster.patience", cluster("patience")) or 0.0,
     )
 
 
 def sized(kind: str, here: Machine) -> int | None:
-    """Bytes of a GPU of another machine, by what Ray calls its kind; where Ray does not say, as this machine's."""
+    """Return the bytes of another machine's GPU by Ray's name for its kind, None if unknown.
+
+    Where Ray does not say, it is as large as this machine's.
+    """
     if not kind or re.search(rf"\b{re.escape(kind)}\b", here.name):
         return here.gpu_memory
     return GPU_BYTES.get(kind)
 
 
-def expected(machines: Sequence[Machine], wishes: ResourceRequest) -> list[Machine]:
-    """The machines that there are, with GPUs as large as the person says; and of a cluster that grows, while no trial
-    could run on any of them, one such as will come."""
-    known = [
-        replace(one, gpu_memory=wishes.gpu_memory or one.gpu_memory) if one.gpus else one
-        for one in machines
+def expected(machines: Sequence[Machine], request: ResourceRequest) -> list[Machine]:
+    """Return the machines to plan with, whose GPUs are as large as the user says.
+
+    While none of a growing cluster's machines could run a trial, one that will come is among them.
+    """
+    gpu_memory = request.gpu_memory
+    ready = [
+        replace(machine, gpu_memory=gpu_memory) if gpu_memory and machine.gpus else machine
+        for machine in machines
     ]
-    on_gpu = bool(wishes.gpu_memory if wishes.gpus is None else wishes.gpus)
-    if wishes.patience and not any(one.gpus if on_gpu else one.cpus for one in known):
-        gpus = max(1, int(wishes.gpus or 1)) if on_gpu else 0
-        cpus = max(CORES_TO_COME * max(1, gpus), (wishes.cpus or 0) * max(1, gpus))
-        known.append(
-            Machine(cpus=cpus, gpus=gpus, gpu_memory=wishes.gpu_memory if on_gpu else None)
+    on_gpu = bool(request.gpu_memory if request.gpus is None else request.gpus)
+    if request.patience and not any(machine.gpus if on_gpu else machine.cpus for machine in ready):
+        gpus = max(1, int(request.gpus or 1)) if on_gpu else 0
+        cpus = max(CORES_TO_COME * max(1, gpus), (request.cpus or 0) * max(1, gpus))
+        ready.append(
+            Machine(cpus=cpus, gpus=gpus, gpu_memory=request.gpu_memory if on_gpu else None)
         )
-    return known
+    return ready

@@ -1,45 +1,55 @@
-"""Which trials run, on what, in what order, and what they are predicted to take: from config.json and arithmetic alone.
+"""Plan a study: which trials run, on what, in what order, and what they are predicted to take.
 
-A trial's resources come from the bytes that its model needs (`models/footprint`): a share of a GPU, one, or a gang; of
-main memory what it takes, and of the cores the same part as of the memory, at least one. What comes next where that was
-too little is the next rung of the same ladder (`rungs`).
+The plan comes from config.json and arithmetic alone. A trial's resources follow from the bytes that
+its model needs (`models/footprint`): a share of a GPU, one GPU, or a gang; main memory, and the
+same part of the cores as of the memory, at least one. If that was too little, the trial gets the
+next larger allocation (`shares`).
 """
 
 import heapq
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import (
-    AUTO,
-    in_gb,
-)
+from q3q.models.footprint import in_gb
+from q3q.placement import Trial
 from q3q.record import TrialRecord
-from q3q.spec import Json, TrialSpec
+from q3q.spec import AUTO_DRIFT, Json, TrialSpec
 from q3q.sweep.costs import CostModel, Rate, text_windows
 from q3q.sweep.machines import Machine, ResourceRequest
-from q3q.sweep.shares import Allocation, activation_bytes, allocations_of, rooms
+from q3q.sweep.shares import Allocation, activation_bytes, allocations_of, capacity, memory_of
+
+HEADINGS = tuple("trial,what,model,on,loader,predicted,needs,main memory,disk,GPU-hours".split(","))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """One trial. share: None of one that is done. larger: what it is tried with once more if it runs out of memory.
-    phases: predicted seconds of each. basis: how they are known. disk: bytes that it leaves beside its record, but for
-    what trials before it left already."""
+    """A trial and its plan.
 
-    spec: TrialSpec
-    share: Allocation | None
+    allocation: None for a trial that is done
+    larger: what it gets on a second try if it runs out of memory
+    phases: predicted seconds of each
+    basis: of the prediction: `measured`, `rough` or `done`
+    disk: bytes that it leaves beside its record, without what trials before it left already
+    """
+
+    trial: Trial
+    allocation: Allocation | None
     larger: Allocation | None = None
     phases: Mapping[str, float]
     basis: str
-    disk: int
+    disk: int = 0
+
+    @property
+    def spec(self) -> TrialSpec:
+        return self.trial.spec
 
     @property
     def done(self) -> bool:
-        return self.share is None
+        return self.allocation is None
 
     @property
     def seconds(self) -> float:
@@ -47,260 +57,265 @@ class Planned:
 
     @property
     def gpu_hours(self) -> float:
-        return (
-            0.0 if self.share is None else self.seconds * self.share.gpus * self.share.ranks / 3600
-        )
+        if self.allocation is None:
+            return 0.0
+        return self.seconds * self.allocation.gpus * self.allocation.ranks / 3600
 
-    def to_json(self, share: Allocation | None = None) -> Json:
-        """What a record keeps of it, beside what was measured. share: what the trial had in the end."""
-        had = share or self.share
-        assert had is not None
+    def to_json(self, allocation: Allocation | None = None) -> Json:
+        """Return what a record keeps of the plan; `allocation`: what the trial had in the end."""
+        final = allocation or self.allocation
+        assert final is not None
         return {
             "seconds": round(self.seconds, 3),
             "phases": {phase: round(seconds, 3) for phase, seconds in self.phases.items()},
-            "memory": had.needs,
-            "cpus": had.cpus,
-            "gpus": had.gpus,
-            "ranks": had.ranks,
-            "loader": had.loader,
+            "memory": final.needs,
+            "cpus": final.cpus,
+            "gpus": final.gpus,
+            "ranks": final.ranks,
+            "loader": final.loader,
         }
 
 
 def plan(
-    specs: Sequence[TrialSpec],
+    trials: Sequence[Trial],
     finished: Mapping[str, TrialRecord],
     facts: Mapping[str, ModelFacts],
     *,
     machines: Sequence[Machine],
-    wishes: ResourceRequest,
+    request: ResourceRequest,
     model: CostModel,
 ) -> list[Planned]:
-    """The trials still to run first: the unquantized models, which the others are compared with, then longest first, so
-    that the last one to end is a short one. Of those that take as long, a model's are neighbours.
+    """Return the plan in the order in which trials start, with those that are done last.
+
+    Unquantized models come first, because the others are compared with them; then the longest, so
+    that the last trial to end is a short one. Trials that take equally long are ordered by model.
 
     Raises:
         ConfigError: a trial fits nowhere.
     """
     planned = []
-    there: set[tuple[str, ...]] = set()
-    chosen: dict[tuple[str, ...], tuple[Allocation, Allocation | None]] = {}
-    for spec in specs:
-        mine = facts[spec.id]
-        if spec.id in finished:
-            planned.append(Planned(spec=spec, share=None, phases={}, basis="done", disk=0))
-            there |= left_behind(spec, mine).keys()
+    allocations: dict[Hashable, tuple[Allocation, Allocation | None]] = {}
+    for trial in trials:
+        if trial.id in finished:
+            planned.append(Planned(trial=trial, allocation=None, phases={}, basis="done"))
             continue
-        held = (str(spec.places.get(key)) for key in ("loader", "memory"))
-        rest = map(str, ("generates" in spec.evaluation, spec.heads, activation_bytes(spec, mine)))
-        kind = (model_key(spec), spec.model["dtype"], spec.method["name"], *held, *rest)
-        if kind not in chosen:
-            chosen[kind] = allocations_of(spec, mine, machines, wishes)
-        share, larger = chosen[kind]
-        where = rate_of(share, machines)
-        phases = model.phases(spec, mine, where, loader=share.loader, ranks=share.ranks)
-        basis = "measured" if model.knows(spec, where, share.loader) else "rough"
+        key = _allocation_key(trial, facts[trial.id])
+        if key not in allocations:
+            allocations[key] = allocations_of(trial, facts[trial.id], machines, request)
+        allocation, larger = allocations[key]
+        where, loader = rate_of(allocation, machines), allocation.loader
+        phases = model.phases(
+            trial.spec, facts[trial.id], where, loader=loader, ranks=allocation.ranks
+        )
+        basis = "measured" if model.knows(trial.spec, where, loader) else "rough"
         planned.append(
-            Planned(spec=spec, share=share, larger=larger, phases=phases, basis=basis, disk=0)
+            Planned(trial=trial, allocation=allocation, larger=larger, phases=phases, basis=basis)
         )
     planned.sort(
-        key=lambda one: (one.done, one.spec.scheme is not None, -one.seconds, model_key(one.spec))
+        key=lambda entry: (
+            entry.done,
+            entry.spec.scheme is not None,
+            -entry.seconds,
+            entry.spec.model.files,
+        )
     )
-    for number, one in enumerate(planned):
-        if not one.done:
-            left = left_behind(one.spec, facts[one.spec.id])
-            planned[number] = replace(
-                one, disk=sum(size for what, size in left.items() if what not in there)
-            )
-            there |= left.keys()
-    return planned
+    return _with_disk(planned, facts)
 
 
-def model_key(spec: TrialSpec) -> str:
-    """The files that a trial reads its model from: machines that have them are preferred."""
-    return str(
-        spec.model.get("digest") or f"{spec.model.get('source')}@{spec.model.get('revision')}"
+def _allocation_key(trial: Trial, facts: ModelFacts) -> Hashable:
+    """Return all that a trial's allocation depends on, beside machines and request."""
+    spec, placement = trial.spec, trial.placement
+    return (
+        (spec.model.files, spec.model.dtype, spec.heads, bool(spec.evaluation.generates)),
+        (memory_of(spec), activation_bytes(spec, facts), placement.loader, placement.memory),
     )
 
 
-def rate_of(share: Allocation, machines: Sequence[Machine]) -> Rate:
-    """Where such a trial computes; on which of several kinds of machine nobody knows beforehand."""
-    names = {machine.name for machine in machines if rooms(share, machine)}
+def _with_disk(planned: Sequence[Planned], facts: Mapping[str, ModelFacts]) -> list[Planned]:
+    """Count what several trials share on disk for the first of them alone."""
+    present: set[tuple[str, ...]] = set()
+    for entry in planned:
+        if entry.done:
+            present |= left_behind(entry.trial, facts[entry.trial.id]).keys()
+    counted = []
+    for entry in planned:
+        left = {} if entry.done else left_behind(entry.trial, facts[entry.trial.id])
+        disk = sum(size for name, size in left.items() if name not in present)
+        counted.append(replace(entry, disk=disk))
+        present |= left.keys()
+    return counted
+
+
+def rate_of(allocation: Allocation, machines: Sequence[Machine]) -> Rate:
+    """Return where such a trial computes; no name if several kinds of machine could run it."""
+    names = {machine.name for machine in machines if capacity(allocation, machine)}
     name = names.pop() if len(names) == 1 else ""
-    return Rate(name, share.gpus > 0, min(1.0, share.gpus) if share.gpus else share.cpus)
+    if allocation.gpus:
+        return Rate(name, True, min(1.0, allocation.gpus))
+    return Rate(name, False, allocation.cpus)
 
 
-def left_behind(spec: TrialSpec, facts: ModelFacts) -> dict[tuple[str, ...], int]:
-    """Bytes that a finished trial leaves, by what they are, which several trials may share: what drift is measured
-    against, of a model and text; kept blocks, of a quantization; an export."""
-    dtype, plain = spec.model["dtype"], facts.weight_bytes(spec.model["dtype"])
+def left_behind(trial: Trial, facts: ModelFacts) -> dict[tuple[str, ...], int]:
+    """Return the bytes that a finished trial leaves, by what they are; several trials may share it.
+
+    What drift is measured against belongs to a model and a text, kept blocks to a quantization, an
+    export to the trial.
+    """
+    spec, dtype = trial.spec, trial.spec.model.dtype
     left: dict[tuple[str, ...], int] = {}
-    if (drift := spec.evaluation.get("drift")) is not None:
-        for text in spec.evaluation["texts"]:
-            size = _baseline(text, facts, dtype, drift)
-            left[
-                "baseline",
-                model_key(spec),
-                dtype,
-                str(text["name"]),
-                str(text["window"]),
-                str(size),
-            ] = size
+    if (drift := spec.evaluation.drift) is not None:
+        most = None if drift == AUTO_DRIFT else int(drift)
+        for text in spec.evaluation.texts:
+            windows = kept_windows(text_windows(text), text.window, facts.hidden, dtype, most)
+            size = baseline_bytes(windows, text.window, facts.hidden, dtype)
+            name = ("baseline", spec.model.files, dtype, text.name, str(text.window), str(size))
+            left[name] = size
     if spec.scheme is None:
         return left
     columns = facts.hidden if spec.scheme.group_size == -1 else spec.scheme.group_size
     weights = facts.linear_parameters
     scales = 8 * weights // columns  # float32 scale and zero point
-    if spec.places.get("keep") == "blocks":
+    if trial.placement.keeps_blocks:
         left["blocks", spec.quantization_id] = weights + scales  # a byte a code
     if spec.export:
+        plain = facts.weight_bytes(dtype)
         packed = weights * spec.scheme.bits // 8 + scales // 2
         others = plain // facts.parameters * (facts.parameters - weights)
         left["export", spec.id] = plain if spec.export == "hf" else packed + others
     return left
 
 
-def disk_of(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Bytes that a finished trial leaves if it shares them with none."""
-    return sum(left_behind(spec, facts).values())
+@dataclass
+class _Free:
+    """What a machine has free at a moment of the simulated sweep; of each GPU, a part."""
+
+    cpus: float
+    memory: float
+    gpus: list[float]
+    kind: str
 
 
-def _baseline(text: Json, facts: ModelFacts, dtype: str, drift: object) -> int:
-    windows, length = text_windows(text), text["window"]
-    wanted = None if drift == AUTO else int(str(drift))
-    return baseline_bytes(
-        kept_windows(windows, length, facts.hidden, dtype, wanted), length, facts.hidden, dtype
-    )
+_Place = tuple[_Free, int]  # a rank's machine and GPU, -1 for none
 
 
 def simulate(planned: Sequence[Planned], machines: Sequence[Machine]) -> tuple[float, int]:
-    """Seconds from the first trial's start to the last one's end, and how many run at once at most, if each trial in
-    the plan's order starts as soon as there is room for it, and later ones pass it where there is none."""
-    cores = [machine.cpus for machine in machines]
-    memory = [float("inf") if machine.memory is None else machine.memory for machine in machines]
-    gpus = [[1.0] * int(machine.gpus) for machine in machines]
-    kinds = [machine.kind for machine in machines]
+    """Return the seconds that the sweep takes, and the most trials that run at once.
+
+    Each trial in the plan's order starts as soon as there is room for it; later ones pass it where
+    there is none.
+    """
+    free = [
+        _Free(
+            machine.cpus,
+            float("inf") if machine.memory is None else machine.memory,
+            [1.0] * int(machine.gpus),
+            machine.kind,
+        )
+        for machine in machines
+    ]
     queues: dict[Allocation, deque[float]] = {}
-    for one in planned:
-        if one.share is not None:
-            queues.setdefault(one.share, deque()).append(one.seconds)
+    for entry in planned:
+        if entry.allocation is not None:
+            queues.setdefault(entry.allocation, deque()).append(entry.seconds)
     now, most, ticket = 0.0, 0, 0
-    running: list[tuple[float, int, Allocation, list[tuple[int, int]]]] = []
+    running: list[tuple[float, int, Allocation, list[_Place]]] = []
     while running or any(queues.values()):
-        for share, waiting in queues.items():
-            while waiting:
-                places = _place(share, cores, memory, gpus, kinds)
-                if len(places) < share.ranks:
-                    break
-                for node, gpu in places:
-                    cores[node] -= share.cpus
-                    memory[node] -= share.memory
-                    if gpu >= 0:
-                        gpus[node][gpu] -= min(1.0, share.gpus)
-                heapq.heappush(running, (now + waiting.popleft(), ticket, share, places))
+        for allocation, waiting in queues.items():
+            while waiting and (places := _places(allocation, free)) is not None:
+                _take(allocation, places, 1)
+                heapq.heappush(running, (now + waiting.popleft(), ticket, allocation, places))
                 ticket += 1
         most = max(most, len(running))
-        if not running:  # machines that are still to come: one for each that waits
-            return now + max(
-                (max(waiting) for waiting in queues.values() if waiting), default=0.0
-            ), max(1, most)
-        now, _, share, places = heapq.heappop(running)
-        for node, gpu in places:
-            cores[node] += share.cpus
-            memory[node] += share.memory
-            if gpu >= 0:
-                gpus[node][gpu] += min(1.0, share.gpus)
+        if not running:  # on machines that are still to come: one for each trial that waits
+            return now + max(max(waiting) for waiting in queues.values() if waiting), max(1, most)
+        now, _, allocation, places = heapq.heappop(running)
+        _take(allocation, places, -1)
     return now, most
 
 
-def _place(
-    share: Allocation,
-    cores: Sequence[float],
-    memory: Sequence[float],
-    gpus: Sequence[Sequence[float]],
-    kinds: Sequence[str],
-) -> list[tuple[int, int]]:
-    """Machine and GPU (-1: none) for each rank, as far as there is room."""
-    found: list[tuple[int, int]] = []
-    for node in range(len(cores)):
-        free = min(
-            int(cores[node] / share.cpus + 1e-9) if share.cpus else share.ranks,
-            share.ranks - len(found),
-        )
-        if share.memory:
-            free = min(free, int(memory[node] // share.memory))
-        if free <= 0 or share.kind not in ("", kinds[node]):
+def _take(allocation: Allocation, places: Sequence[_Place], sign: int) -> None:
+    """Take each rank's resources (`sign` 1), or give them back (-1)."""
+    for machine, gpu in places:
+        machine.cpus -= sign * allocation.cpus
+        machine.memory -= sign * allocation.memory
+        if gpu >= 0:
+            machine.gpus[gpu] -= sign * min(1.0, allocation.gpus)
+
+
+def _places(allocation: Allocation, machines: Sequence[_Free]) -> list[_Place] | None:
+    """Return a place for each rank, or None if there is no room for all of them."""
+    places: list[_Place] = []
+    for machine in machines:
+        room = allocation.ranks - len(places)
+        if allocation.cpus:
+            room = min(room, int(machine.cpus / allocation.cpus + 1e-9))
+        if allocation.memory:
+            room = int(min(room, machine.memory / allocation.memory))
+        if room <= 0 or allocation.kind not in ("", machine.kind):
             continue
-        if not share.gpus:
-            found += [(node, -1)] * free
-        else:
-            open_ = [k for k, left in enumerate(gpus[node]) if left + 1e-9 >= min(1.0, share.gpus)]
-            open_.sort(key=lambda k: gpus[node][k])  # a GPU that is begun is filled first
-            found += [(node, k) for k in open_[:free]]
-        if len(found) >= share.ranks:
-            return found[: share.ranks]
-    return found
+        gpus = [-1] * room
+        if allocation.gpus:
+            part = min(1.0, allocation.gpus)
+            gpus = [gpu for gpu, left in enumerate(machine.gpus) if left + 1e-9 >= part]
+            gpus.sort(key=machine.gpus.__getitem__)  # GPUs in use are filled first
+        places += [(machine, gpu) for gpu in gpus[:room]]
+        if len(places) == allocation.ranks:
+            return places
+    return None
 
 
 def describe(
     planned: Sequence[Planned], *, machines: Sequence[Machine], where: str, storage: Path | str
 ) -> str:
-    """The plan for people: a line a trial, and the total."""
-    rows = [
-        (
-            "trial",
-            "what",
-            "model",
-            "on",
-            "loader",
-            "predicted",
-            "needs",
-            "main memory",
-            "disk",
-            "GPU-hours",
-        )
-    ]
-    for one in planned:
-        share = one.share
-        head = (one.spec.id, one.spec.name, str(one.spec.model["name"]))
-        if share is None:
-            rows.append((*head, "done", "", "", "", "", "", ""))
-            continue
-        busy = f"{one.gpu_hours:.2f}" if share.gpus else "-"
-        took = f"{duration(one.seconds)}{'' if one.basis == 'measured' else ' (rough)'}"
-        left_on_disk = _bytes(one.disk) if one.disk else "-"
-        on = f"{share} + {share.cpus * share.ranks:g} CPUs" if share.gpus else str(share)
-        reserved = in_gb(share.memory * share.ranks)
-        rows.append(
-            (*head, on, share.loader, took, in_gb(share.needs), reserved, left_on_disk, busy)
-        )
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    """Return the plan for people: a line a trial, and the total."""
+    rows = [HEADINGS, *map(_row, planned)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    left = [one for one in planned if not one.done]
+    left = [entry for entry in planned if not entry.done]
     wall, at_once = simulate(left, machines)
-    disk, hours = sum(one.disk for one in left), sum(one.gpu_hours for one in left)
+    disk, hours = sum(entry.disk for entry in left), sum(entry.gpu_hours for entry in left)
     total = [
         f"{len(left)} to run on {where}",
         f"{at_once} at a time at most",
-        f"about {duration(wall)}",
+        f"about {_rounded(wall)}",
     ]
     total += [f"{hours:.1f} GPU-hours"] if hours else []
     total += [f"{_bytes(disk)} of disk"] if disk else []
     lines.append(f"{', '.join(total)}. State and records: {storage}")
-    if left and any(one.basis != "measured" for one in left):
+    if any(entry.basis != "measured" for entry in left):
         lines.append(
             "Rough: arithmetic alone; trials that finish here correct it for the next plan."
         )
     return "\n".join(lines)
 
 
+def _row(planned: Planned) -> tuple[str, ...]:
+    spec, allocation = planned.spec, planned.allocation
+    head = (spec.id, spec.name, str(spec.model.name))
+    if allocation is None:
+        return (*head, "done", *[""] * (len(HEADINGS) - 4))
+    cores = f" + {allocation.cpus * allocation.ranks:g} CPUs" if allocation.gpus else ""
+    return (
+        *head,
+        f"{allocation}{cores}",
+        allocation.loader,
+        f"{_rounded(planned.seconds)}{'' if planned.basis == 'measured' else ' (rough)'}",
+        in_gb(allocation.needs),
+        in_gb(allocation.memory * allocation.ranks),
+        _bytes(planned.disk) if planned.disk else "-",
+        f"{planned.gpu_hours:.2f}" if allocation.gpus else "-",
+    )
+
+
 def _bytes(count: int) -> str:
     return in_gb(count) if count >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
-def duration(seconds: float) -> str:
+def _rounded(seconds: float) -> str:
+    """Return a predicted duration in one unit: `42 s`, `12 min`, `2.1 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

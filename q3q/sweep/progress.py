@@ -1,4 +1,4 @@
-"""What the person at the terminal sees while a sweep runs; plain lines where nobody sits at one."""
+"""Show a running sweep: a live picture on a terminal, plain lines in a log."""
 
 import functools
 import logging
@@ -12,10 +12,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TextIO, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TextIO, TypeVar
 
+from q3q.evaluate.metrics import mean_metrics
 from q3q.masking import masked
 from q3q.record import Progress, TrialRecord
+from q3q.spec import text_metric
 from q3q.storage.status import StatusWriter, View, Work
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ T = TypeVar("T")
 
 FRAME_SECONDS = 0.2  # between two pictures on a terminal
 QUIET_SECONDS = 10.0  # after which a plain line says that a phase still goes on
-PATIENCE_SECONDS = 3.0  # after which something that comes before the sweep says how far it is
-BRIEF_SECONDS = 1.0  # a trial says nothing more so soon after its last plain line: phases shorter than that go unsaid
+PATIENCE_SECONDS = 3.0  # after which work before the sweep says how far it is
+BRIEF_SECONDS = 1.0  # at least, between a trial's plain lines: shorter phases get none
 WIDE = 100  # columns of a terminal with room for bars
 MOST_NAMES = 5  # of trials in one line
 LONGEST_REASON = 300  # characters of a failure that are shown; its record holds the whole
@@ -35,13 +37,17 @@ LONGEST_REASON = 300  # characters of a failure that are shown; its record holds
 
 @dataclass
 class Running:
-    """A trial at work. share: of its work that is done, 0 to 1."""
+    """A running trial.
+
+    share: of its work that is done, 0 to 1
+    last_line: the phase of its last plain line, and when it was printed
+    """
 
     name: str
     started: float
     event: Progress | None = None
     share: float = 0.0
-    said: tuple[str, float] = ("", -math.inf)  # phase of its last plain line, and when
+    last_line: tuple[str, float] = ("", -math.inf)
 
     def take(self, event: Progress) -> None:
         self.event = event
@@ -49,41 +55,40 @@ class Running:
 
     @property
     def doing(self) -> str:
-        return "starting" if self.event is None else describe(self.event)
+        return "starting" if self.event is None else phase_in_words(self.event)
 
 
 @dataclass
 class Pace:
-    """How long trials take, and so what is left.
+    """How long completed trials took, from which the time left follows.
 
-    A running trial's time left is (1 - s) (e + (1 - s) t): s the share of its work that is done, e its seconds so far,
-    t the mean of the completed trials of its kind (name without bits), or of all completed ones while its kind has
-    none. So the trial's own pace e / s counts the more, the further it is. Without any completed trial it is
-    e (1 - s) / s, unknown at s = 0. A waiting trial takes t, or what the running ones are expected to take in all.
-    The sweep's time left is the sum of these, divided by the most trials that were ever seen at once, and at least the
-    longest running one's.
+    A running trial's time left is (1 - s) (e + (1 - s) t): s is the share of its work that is done,
+    e its seconds so far, t the mean of the completed trials of its kind (name without bits), or of
+    all completed ones while its kind has none. So the further a trial is, the more its own pace
+    e / s counts. Without any completed trial it is e (1 - s) / s, unknown at s = 0. A waiting trial
+    takes t, or what the running ones are expected to take in all. The sweep's time left is the sum
+    of these, divided by the most trials that ever ran at once, and at least the longest running
+    trial's.
+
+    count, seconds: of completed trials by kind; of all under ""
     """
 
-    # Of completed trials by kind, under "" of all.
     count: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, name: str, seconds: float) -> None:
-        for key in (kind(name), ""):
+        for key in (_kind(name), ""):
             self.count[key] += 1
             self.seconds[key] += seconds
 
     def typical(self, name: str = "") -> float | None:
-        """Seconds of a completed trial: of the same kind as `name`, if there is one, else of any."""
-        key = kind(name) if self.count[kind(name)] else ""
+        """Return the mean seconds of completed trials of `name`'s kind; without any, of all."""
+        key = _kind(name) if self.count[_kind(name)] else ""
         return self.seconds[key] / self.count[key] if self.count[key] else None
 
     def trial_left(self, trial: Running, now: float) -> float | None:
-        elapsed, rest, typical = (
-            max(0.0, now - trial.started),
-            1 - trial.share,
-            self.typical(trial.name),
-        )
+        elapsed, rest = max(0.0, now - trial.started), 1 - trial.share
+        typical = self.typical(trial.name)
         if typical is not None:
             return rest * (elapsed + rest * typical)
         return elapsed * rest / trial.share if trial.share > 0 else None
@@ -92,17 +97,18 @@ class Pace:
         self, running: Sequence[Running], waiting: int, at_once: int, now: float
     ) -> float | None:
         lefts = [self.trial_left(trial, now) for trial in running]
-        known = [left for left in lefts if left is not None]
-        if len(known) < len(lefts):
+        seconds = [left for left in lefts if left is not None]
+        if len(seconds) < len(lefts):
             return None
         typical = self.typical()
-        if typical is None and known:
-            typical = sum(
-                left + now - trial.started for left, trial in zip(known, running, strict=True)
-            ) / len(known)
+        if typical is None and seconds:
+            totals = (
+                left + now - trial.started for left, trial in zip(seconds, running, strict=True)
+            )
+            typical = sum(totals) / len(seconds)
         if waiting and typical is None:
             return None
-        return max([0.0, *known, (sum(known) + waiting * (typical or 0.0)) / max(1, at_once)])
+        return max([0.0, *seconds, (sum(seconds) + waiting * (typical or 0.0)) / max(1, at_once)])
 
 
 def counted(
@@ -113,39 +119,36 @@ def counted(
     stream: TextIO | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[T]:
-    """Pass items on, and say how far that is and how long it takes still, once it turns out to take a while.
+    """Pass items on; if that takes a while, say how far it is and how long it still takes.
 
-    One line that is written over on a terminal, else a line every now and then.
+    On a terminal one line is overwritten; elsewhere a line is printed every now and then.
     """
     stream = sys.stderr if stream is None else stream
-    live = stream.isatty() and os.environ.get("TERM") != "dumb"
-    began = said = clock()
+    live = _is_live(stream)
+    start = "\r\x1b[K" if live else ""
+    began = last_line = clock()
     for done, item in enumerate(items):
         now = clock()
-        if (
-            done
-            and now - began > PATIENCE_SECONDS
-            and now - said > (FRAME_SECONDS if live else QUIET_SECONDS)
-        ):
-            said = now
+        pause = FRAME_SECONDS if live else QUIET_SECONDS
+        if done and now - began > PATIENCE_SECONDS and now - last_line > pause:
+            last_line = now
             left = duration((now - began) / done * (total - done))
-            line = f"{what}: {done} of {total} {units}, {left} left"
-            print(
-                f"\r\x1b[K{line}" if live else line,
-                end="" if live else "\n",
-                file=stream,
-                flush=True,
-            )
+            line = f"{start}{what}: {done} of {total} {units}, {left} left"
+            print(line, end="" if live else "\n", file=stream, flush=True)
         yield item
     if clock() - began > PATIENCE_SECONDS:
-        line = f"{what}: {total} {units} in {duration(clock() - began)}"
-        print(f"\r\x1b[K{line}" if live else line, file=stream, flush=True)
+        took = duration(clock() - began)
+        print(f"{start}{what}: {total} {units} in {took}", file=stream, flush=True)
+
+
+def _is_live(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _harmless(
     method: "Callable[Concatenate[Display, P], None]",
 ) -> "Callable[Concatenate[Display, P], None]":
-    """One at a time; a display that cannot show something says so once, and the sweep goes on."""
+    """Call a method under the lock; log the display's first error, and let the sweep go on."""
 
     @functools.wraps(method)
     def guarded(self: "Display", /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -153,15 +156,15 @@ def _harmless(
             with self._lock:
                 method(self, *args, **kwargs)
         except Exception as error:
-            self._confess(error)
+            self._log_once(error)
 
     return guarded
 
 
 class Display:
-    """Shows a sweep of `total` trials while it is entered: a live picture on a terminal, else lines in `stream`.
+    """A context that shows a sweep of `total` trials in `stream`.
 
-    publisher: tells other terminals the same.
+    publisher: writes the same for other terminals
     """
 
     def __init__(
@@ -182,7 +185,7 @@ class Display:
         self._ended: set[str] = set()
         self._failed = 0
         self._at_once = 0
-        self._confessed = False
+        self._logged = False
         self._screen: Screen | None = None
 
     def __enter__(self) -> "Display":
@@ -196,7 +199,7 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         self._summarize()
-        # Outside the lock: the screen's thread may be waiting for it, and has to end.
+        # Outside the lock: the screen's thread may be waiting for the lock, and has to end.
         screen, self._screen = self._screen, None
         if screen is not None:
             screen.close()
@@ -206,21 +209,19 @@ class Display:
     @_harmless
     def _enter(self) -> None:
         self._began = self._clock()
-        if self.stream.isatty() and os.environ.get("TERM") != "dumb":
+        if _is_live(self.stream):
             self._screen = Screen(
-                self.stream, lambda *size: picture(self.view(), *size), self._confess
+                self.stream, lambda *size: picture(self.view(), *size), self._log_once
             )
         if self.publisher is not None:
-            self.publisher.start(self.view, self._confess)
+            self.publisher.start(self.view, self._log_once)
 
     @_harmless
     def _summarize(self) -> None:
         if self._ended:
             took = duration(self._clock() - self._began, tenths=True)
-            completed = len(self._ended) - self._failed
-            self._say(
-                f"{_trials(len(self._ended))} in {took}: {completed} completed, {self._failed} failed"
-            )
+            trials, completed = _trials(len(self._ended)), len(self._ended) - self._failed
+            self._say(f"{trials} in {took}: {completed} completed, {self._failed} failed")
 
     @_harmless
     def started(self, trial: str, name: str) -> None:
@@ -229,40 +230,37 @@ class Display:
 
     @_harmless
     def event(self, event: Progress) -> None:
-        """What a trial says of itself; late words of one that has ended are not shown."""
+        """Show a trial's progress; that of a trial that has ended is late, and not shown."""
         trial = self._running.get(event.trial)
         if trial is None:
             return
         trial.take(event)
         if self._screen is None:
-            (phase, when), now = trial.said, self._clock()
+            (phase, when), now = trial.last_line, self._clock()
             if now - when >= (QUIET_SECONDS if phase == event.phase else BRIEF_SECONDS):
-                trial.said = (event.phase, now)
+                trial.last_line = (event.phase, now)
                 self._say(f"{trial.name}: {trial.doing}")
 
     @_harmless
     def retried(self, trial: str, why: str) -> None:
-        gone = self._running.pop(trial, None)
-        self._say(f"{gone.name if gone else trial}: {why}; it starts again")
+        running = self._running.pop(trial, None)
+        self._say(f"{running.name if running else trial}: {why}; it starts again")
 
     @_harmless
     def finished(self, record: TrialRecord, seconds: float) -> None:
-        """seconds: that it took; 0 if the caller did not look at the clock."""
-        trial = record.spec.id
-        gone = self._running.pop(trial, None)
-        name = gone.name if gone else f"{record.spec.name} · {record.spec.model.get('name')}"
-        seconds = seconds or (self._clock() - gone.started if gone else 0.0)
+        """Show a trial's outcome; `seconds` that it took, 0 if the caller does not know."""
+        running = self._running.pop(record.spec.id, None)
+        name = running.name if running else record.spec.label
+        seconds = seconds or (self._clock() - running.started if running else 0.0)
         took = duration(seconds, tenths=True)
-        self._ended.add(trial)
+        self._ended.add(record.spec.id)
         if record.completed:
             self.pace.add(name, seconds)
             self._say(f"{name}: {', '.join([*headline(record), took])}", f" ({self._count()})")
         else:
             self._failed += 1
-            self._say(
-                f"{name}: FAILED after {took}: {record.reason[:LONGEST_REASON]}",
-                f" ({self._count()})",
-            )
+            reason = record.reason[:LONGEST_REASON]
+            self._say(f"{name}: FAILED after {took}: {reason}", f" ({self._count()})")
 
     @_harmless
     def skipped(self, names: Sequence[str]) -> None:
@@ -278,23 +276,22 @@ class Display:
         self._say(text)
 
     def _say(self, text: str, where: str = "") -> None:
-        """A line that stays. where: how far the sweep is, which a live picture shows anyway."""
+        """Print a line that stays; `where` the sweep is, which a live picture shows anyway."""
         line = f"{time.strftime('%H:%M:%S')} {_printable(masked(text + where))}"
         if self.publisher is not None:
             self.publisher.say(line)
         if self._screen is not None:
             self._screen.say(_printable(masked(text)))
         else:
-            encoding = (
-                self.stream.encoding or "utf-8"
-            )  # a log in plain ASCII gets a ? for a letter it cannot hold
-            print(line.encode(encoding, "replace").decode(encoding), file=self.stream, flush=True)
+            encoding = self.stream.encoding or "utf-8"
+            writable = line.encode(encoding, "replace").decode(encoding)  # ? where ASCII has none
+            print(writable, file=self.stream, flush=True)
 
     def _count(self) -> str:
         return count(self.view())
 
     def view(self) -> View:
-        """The sweep as it stands."""
+        """Return the sweep's state."""
         with self._lock:
             now, trials = self._clock(), list(self._running.items())
             waiting = max(0, self.total - len(self._ended) - len(trials))
@@ -319,25 +316,26 @@ class Display:
                 ),
             )
 
-    def _confess(self, error: Exception) -> None:
-        if not self._confessed:
-            self._confessed = True
+    def _log_once(self, error: Exception) -> None:
+        if not self._logged:
+            self._logged = True
             logging.getLogger(__name__).warning(
-                "the progress display has failed and may be wrong from here on; the sweep goes on (%s: %s)",
+                "the progress display has failed and may be wrong from here on; "
+                "the sweep goes on (%s: %s)",
                 type(error).__name__,
                 error,
             )
 
 
 def count(view: View) -> str:
-    """How far a sweep is: `3 of 6 done, 1 failed, 40 s left`."""
+    """Return how far a sweep is: `3 of 6 done, 1 failed, 40 s left`."""
     failed = f", {view.failed} failed" if view.failed else ""
     going = f", {_left(view.left)}" if view.ended < view.total or view.running else ""
     return f"{view.ended} of {view.total} done{failed}{going}"
 
 
 def picture(view: View, width: int, height: int) -> "RenderableType":
-    """A line per running trial, as many as fit, and one for the sweep."""
+    """Return a line for each running trial, as many as fit, and one for the sweep."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
@@ -359,20 +357,20 @@ def picture(view: View, width: int, height: int) -> "RenderableType":
 class Screen:
     """A live picture at the bottom of a terminal, and lines that scroll away above it.
 
-    One thread draws, a few times a second, whatever has come in: so a thousand quick trials cost a few pictures.
+    One thread draws a few times a second, so a thousand quick trials cost a few pictures.
     """
 
     def __init__(
         self,
         stream: TextIO,
         picture: "Callable[[int, int], RenderableType]",
-        confess: Callable[[Exception], None],
+        on_error: Callable[[Exception], None],
     ) -> None:
         from rich.console import Console
         from rich.live import Live
 
         self._console = Console(file=stream, highlight=False, emoji=False, markup=False)
-        # Other people's prints go above the picture, but not from a pipe into the terminal.
+        # Other code's prints go above the picture, but not from a pipe into the terminal.
         ours = stream in (sys.stdout, sys.stderr)
         self._live = Live(
             console=self._console,
@@ -382,7 +380,7 @@ class Screen:
             redirect_stderr=ours and sys.stderr.isatty(),
         )
         self._picture = picture
-        self._confess = confess
+        self._on_error = on_error
         self._lines: list[str] = []
         self._closing = threading.Event()
         self._live.start()
@@ -395,14 +393,14 @@ class Screen:
         self._lines.append(line)
 
     def close(self) -> None:
-        """Show what is still to be shown, and leave the terminal as it was."""
+        """Print the lines that still wait, and restore the terminal."""
         self._closing.set()
         self._thread.join()
         try:
             self._live.stop()
             self._scroll()
         except Exception as error:
-            self._confess(error)
+            self._on_error(error)
 
     def _draw_until_closed(self) -> None:
         while not self._closing.wait(FRAME_SECONDS):
@@ -410,7 +408,7 @@ class Screen:
                 self._scroll()
                 self._live.update(self._picture(*self._console.size), refresh=True)
             except Exception as error:
-                self._confess(error)
+                self._on_error(error)
 
     def _scroll(self) -> None:
         lines, self._lines = self._lines, []
@@ -419,7 +417,10 @@ class Screen:
 
 
 def share_done(event: Progress) -> float:
-    """The share of a trial's work, 0 to 1: quantizing counts as one half, evaluating as the other, all else as none."""
+    """Return the share of a trial's work that is done, 0 to 1.
+
+    Quantizing is one half, evaluating the other; other phases do not count.
+    """
     share = min(1.0, max(0.0, event.done / event.total)) if event.total else 0.0
     if event.phase == "quantize":
         return share / 2
@@ -429,8 +430,8 @@ def share_done(event: Progress) -> float:
     return 0.0
 
 
-def describe(event: Progress) -> str:
-    """What a trial is doing: `quantize, block 3 of 6`; `evaluate stories, 1 of 3, 40 %`."""
+def phase_in_words(event: Progress) -> str:
+    """Return `quantize, block 3 of 6` or `evaluate stories, 1 of 3, 40 %`."""
     if event.phase == "quantize" and event.total:
         return f"quantize, block {min(event.done + 1, event.total)} of {event.total}"
     words = f"{event.phase} {event.note}".rstrip()
@@ -438,37 +439,37 @@ def describe(event: Progress) -> str:
 
 
 def headline(record: TrialRecord) -> list[str]:
-    """A completed trial's result in a few words: perplexity of its first text, mean accuracy, bits per weight."""
+    """Return a completed trial's perplexity of its first text, mean accuracy, bits per weight."""
     words = []
-    texts, tasks = (record.spec.evaluation.get(key) or [] for key in ("texts", "tasks"))
-    if texts:
-        name = texts[0]["name"]
-        found = record.metrics.get(f"perplexity/{name}")
-        words.append(f"{name} diverged" if found is None else f"{name} {found:.4g}")
-    scores = [record.metrics.get(f"{task}/acc") for task in tasks]
-    known = [score for score in scores if score is not None]
-    if known and len(known) == len(scores):
-        words.append(f"accuracy {100 * sum(known) / len(known):.1f} %")
+    evaluation = record.spec.evaluation
+    for text in evaluation.texts[:1]:
+        perplexity = record.metrics.get(text_metric("perplexity", text.name, evaluation.quick))
+        value = "diverged" if perplexity is None else f"{perplexity:.4g}"
+        words.append(f"{text.name} {value}")
+    names = mean_metrics(record.spec)
+    scores = [record.metrics[name] for name in names if name in record.metrics]
+    if scores and len(scores) == len(names):
+        words.append(f"accuracy {100 * sum(scores) / len(scores):.1f} %")
     if "bits_per_weight" in record.metrics:
         words.append(f"{record.metrics['bits_per_weight']:.2f} bits per weight")
     return words
 
 
-def kind(name: str) -> str:
-    """A trial's name without its bits, which hardly change how long it takes."""
+def _kind(name: str) -> str:
+    """Return a trial's name without its bits, which hardly change how long it takes."""
     return re.sub(r"\bw\d+", "w", name)
 
 
 def duration(seconds: float, tenths: bool = False) -> str:
-    """`4 s` (`4.2 s` if tenths of a few seconds matter), `42 s`, `3 min 10 s`, `2 h 05 min`."""
+    """Return `4 s` (with tenths `4.2 s`), `42 s`, `3 min 10 s` or `2 h 05 min`."""
     if tenths and seconds < 10:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02} min"
 
 
 def _left(seconds: float | None) -> str:
@@ -476,9 +477,9 @@ def _left(seconds: float | None) -> str:
 
 
 def _part(note: str) -> tuple[int, int]:
-    """Which part of how many, from a note such as `stories, 1 of 3`; the only one if it does not say."""
-    found: Any = re.search(r"(\d+) of (\d+)$", note)
-    number, count = (int(found[1]), int(found[2])) if found else (1, 1)
+    """Return (1, 3) for a note such as `stories, 1 of 3`; (1, 1) if it names no part."""
+    match = re.search(r"(\d+) of (\d+)$", note)
+    number, count = (int(match[1]), int(match[2])) if match else (1, 1)
     return (number, count) if 1 <= number <= count else (1, 1)
 
 
@@ -487,5 +488,5 @@ def _trials(count: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """One line without control characters, which a trial's error may hold."""
-    return " ".join("".join(one if one.isprintable() else " " for one in text).split())
+    """Return one line without control characters, which a trial's error may hold."""
+    return " ".join("".join(char if char.isprintable() else " " for char in text).split())

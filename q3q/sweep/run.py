@@ -1,33 +1,131 @@
-"""Run a study: plan it, track it, show it, and report at the end however it ends."""
+"""Run a study (a trial, a sweep, trials to resume): plan, track, show, and report at the end."""
 
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from q3q.attempt import finished_record
+from q3q.attempt import afresh, finished_record
 from q3q.config.schema import tracking_uri
-from q3q.errors import SweepFailedError
-from q3q.masking import masked
-from q3q.record import Progress, TrialRecord, kept_blocks_folder
-from q3q.spec import TrialSpec
-from q3q.storage.mirror import DRIVER_SECONDS, Uploader, mirror_at, uploading
+from q3q.environment import now
+from q3q.errors import ConfigError, SweepFailedError
+from q3q.masking import HIDDEN, masked
+from q3q.models.facts import ModelFacts
+from q3q.placement import Trial
+from q3q.record import Progress, Sweep, TrialRecord
+from q3q.spec import Json, TrialSpec
+from q3q.storage.mirror import mirror_at, refreshed
 from q3q.storage.stores import folder_of, is_url
-from q3q.sweep.grid import SweepTrial
-from q3q.sweep.study import Study
+from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
+from q3q.sweep.comparing import baseline_record
+from q3q.sweep.costs import CostModel
+from q3q.sweep.machines import Machine, ResourceRequest, request_of
+from q3q.sweep.plan import Planned, describe, plan
+from q3q.sweep.shares import Allocation
+from q3q.sweep.study import Study, facts_of_trial, recent_records, sole_driver, study_id
 
 if TYPE_CHECKING:
     from q3q.sweep.progress import Display
     from q3q.track.mlflow import MlflowTracker
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """The settings of a study as a whole.
+
+    storage: folder or URL
+    name: None derives it from the methods
+    question, expectation: of a saved study
+    fresh: run finished trials again
+    plan_only: print the plan and start nothing
+    address: the running Ray cluster's, if any
+    request: the memory, cores and GPUs that the user asked for
+    tracking_uri, experiment, register: MLflow's
+    config: the composed config, as YAML
+    """
+
+    storage: str
+    name: str | None = None
+    question: str = ""
+    expectation: str = ""
+    fresh: bool = False
+    plan_only: bool = False
+    address: str | None = None
+    request: ResourceRequest = field(default_factory=ResourceRequest)
+    tracking_uri: str
+    experiment: str | None = None
+    register: str | None = None
+    config: str = ""
+
+    @classmethod
+    def of(cls, config: DictConfig) -> "StudySettings":
+        shown = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        return cls(
+            storage=config.storage,
+            name=config.name,
+            question=config.question or "",
+            expectation=config.expectation or "",
+            fresh=config.fresh,
+            plan_only=config.plan,
+            address=config.cluster.address,
+            request=request_of(config.cluster.get),
+            tracking_uri=tracking_uri(config),
+            experiment=config.track.experiment,
+            register=config.track.register,
+            config=masked(OmegaConf.to_yaml(shown)),
+        )
+
+    @classmethod
+    def of_sweep(cls, sweep: Sweep, storage: str) -> "StudySettings":
+        """Return the settings with which a stored sweep continues, in this folder or URL."""
+        config = OmegaConf.create(sweep.config)
+        uri = OmegaConf.select(config, "track.uri")
+        if uri is not None and HIDDEN in uri:
+            raise ConfigError(
+                f"the sweep's tracker, {uri}, had a password, which is not kept: run the sweep's "
+                f"own command instead: {sweep.command}"
+            )
+        return cls(
+            storage=storage,
+            name=sweep.name,
+            question=sweep.question,
+            expectation=sweep.expectation,
+            tracking_uri=uri or f"sqlite:///{folder_of(storage)}/mlflow.db",
+            experiment=sweep.experiment,
+            register=OmegaConf.select(config, "track.register"),
+            config=sweep.config,
+        )
+
+
+class Host(Protocol):
+    """Where a study's trials run."""
+
+    where: str = "this machine"  # for people; or a cluster's address
+
+    def machines(self, request: ResourceRequest) -> tuple[list[Machine], ResourceRequest]:
+        """Return the machines to plan with, and the request as it is meant here."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """Start what trials need in the background, and stop it at the end."""
+        return nullcontext()
+
+    def wait_until_ready(self) -> None:
+        """Raise ConfigError if trials cannot run here; nothing has been tracked yet."""
+        return
+
+    def run(self, planned: Sequence[Planned], study: "RunningStudy") -> None:
+        """Run trials; `study` receives their events and records."""
+
+
 class RunningStudy:
-    """A study and what the person at the terminal sees of it."""
+    """A study while its trials run, and what the person at the terminal sees of it."""
 
     def __init__(self, study: Study, display: "Display") -> None:
         self.study = study
@@ -35,123 +133,208 @@ class RunningStudy:
         self.interruption: BaseException | None = None
 
     @contextmanager
-    def heeding_interrupts(self) -> Iterator[None]:
-        """Let the first Ctrl-C or SIGTERM wait, for a second at most, until `on_tick` is asked.
+    def deferring_interrupts(self) -> Iterator[None]:
+        """Defer the first Ctrl-C or SIGTERM to the next tick, within a second.
 
-        Python drops what a signal's handler raises if it happens to land in a callback of the garbage collector. The
-        next one lands where it lands.
+        Python swallows what a signal's handler raises inside a callback of the garbage collector.
+        A second signal is raised at once.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def notice(number: int, frame: Any) -> None:
+        def defer(number: int, frame: Any) -> None:
             if self.interruption is not None:
                 raise self.interruption
             self.interruption = (
                 KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
             )
 
-        before = {
-            number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, defer) for number in signals}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    @property
-    def records(self) -> dict[str, TrialRecord]:
-        return self.study.records
+    def tick(self) -> None:
+        """Give the tracker its turn; raise a deferred interrupt."""
+        self.study.tick()
+        if self.interruption is not None:
+            raise self.interruption
 
-    def heard(self, spec: TrialSpec, event: Progress) -> None:
+    def progressed(self, spec: TrialSpec, event: Progress) -> None:
         self.display.event(event)
         self.study.progressed(spec, event)
-
-    def tick(self) -> None:
-        self.study.tick()
-
-    def fetch(self, spec: TrialSpec) -> None:
-        self.study.fetch(spec)
 
     def finished(self, record: TrialRecord, seconds: float = 0.0) -> None:
         self.study.take(record)
         self.display.finished(record, seconds)
 
 
-@contextmanager
-def running_study(
-    settings: DictConfig,
-    specs: Sequence[TrialSpec],
+def run_study(
+    trials: Sequence[Trial],
+    facts: Mapping[str, ModelFacts],
+    settings: StudySettings,
     command: str,
-    finished: dict[str, TrialRecord],
-    ready: Callable[[], object] | None = None,
-    predicted: Mapping[str, float] | None = None,
+    host: Host,
+    only: Collection[str] | None = None,
+) -> dict[str, TrialRecord] | None:
+    """Run the trials that are not done; show, track and report all of them.
+
+    Args:
+        facts: of each trial's model, by the trial's id.
+        command: what a person types to get this study again.
+        only: ids of the trials to run now; None for all.
+
+    Returns:
+        Records by trial id; None if the plan alone was asked for.
+
+    Raises:
+        ConfigError: the study cannot start, and nothing has started.
+        SweepFailedError: it ended, and some trials failed.
+    """
+    storage = refreshed(settings.storage)
+    finished = {} if settings.fresh else finished_records(trials)
+    failed = failed_records(trial for trial in trials if only is not None and trial.id not in only)
+    machines, request = host.machines(settings.request)
+    planned = plan(
+        trials if only is None else [trial for trial in trials if trial.id in only],
+        finished,
+        facts,
+        machines=machines,
+        request=request,
+        model=CostModel().learned(recent_records(storage), facts_of_trial),
+    )
+    left = [entry for entry in planned if not entry.done]
+    if left and len(trials) > 1 and not settings.fresh:
+        again = quantized_again([entry.trial for entry in left], recent_records(storage))
+        if again:
+            print(
+                f"{len(again)} trials repeat the quantization of finished trials, whose blocks "
+                "were deleted; keep=blocks keeps them, and a new evaluation then only evaluates"
+            )
+    if settings.plan_only:
+        print(describe(planned, machines=machines, where=host.where, storage=settings.storage))
+        return None
+    if settings.fresh:
+        since = now()
+        left = [replace(entry, trial=afresh(entry.trial, since)) for entry in left]
+        trials = [afresh(trial, since) for trial in trials]
+    with (
+        sole_driver(trials, settings.storage, partial(print, file=sys.stderr)),
+        host.running() if left else nullcontext(),
+        _tracked(trials, left, finished, failed, settings, command, host) as study,
+    ):
+        ids = [trial.id for trial in trials]
+        outside = [trial for trial in trials if trial.placement.baseline not in (None, *ids)]
+        if any(baseline_record(trial, {}) is None for trial in outside):
+            study.display.note(
+                "Nothing to compare with yet: run the same with method=none once, then this again "
+                "(it only compares)"
+            )
+        if left:
+            host.run(left, study)
+    return study.study.records
+
+
+def with_plan(
+    record: TrialRecord, planned: Planned, allocation: Allocation | None = None
+) -> TrialRecord:
+    """Return the record with what was planned beside what it took.
+
+    Args:
+        allocation: what the trial had in the end, if it is known.
+    """
+    facts = planned.to_json(allocation) | measured(record)
+    first = planned.allocation
+    if allocation is not None and first is not None and allocation != first:
+        facts["first"] = f"{first}, {first.loader}: out of memory"
+    return replace(record, environment={**record.environment, "planned": facts})
+
+
+def measured(record: TrialRecord) -> Json:
+    """Return seconds of all phases, and the peak of the memory where the model lay."""
+    metrics = record.metrics
+    gpu = any(name.startswith("gpu_peak_bytes/") for name in metrics)
+    kind = "gpu_peak_bytes/" if gpu else "peak_bytes/"
+    peaks = [value for name, value in metrics.items() if name.startswith(kind)]
+    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    return {"took": round(seconds, 3), "peak": max(peaks)} if peaks else {}
+
+
+def finished_records(trials: Iterable[Trial]) -> dict[str, TrialRecord]:
+    records = {trial.id: finished_record(trial) for trial in trials}
+    return {key: record for key, record in records.items() if record is not None}
+
+
+def failed_records(trials: Iterable[Trial]) -> dict[str, TrialRecord]:
+    """Return the records of trials whose last attempt failed."""
+    records = {}
+    for trial in trials:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            records[trial.id] = TrialRecord.load(trial.folder / "failed.json")
+    return records
+
+
+@contextmanager
+def _tracked(
+    trials: Sequence[Trial],
+    left: Sequence[Planned],
+    finished: Mapping[str, TrialRecord],
+    failed: Mapping[str, TrialRecord],
+    settings: StudySettings,
+    command: str,
+    host: Host,
 ) -> Iterator[RunningStudy]:
     """Track and show what runs inside; at the end, however it ends, write and print the report.
 
     Raises:
-        TrackingError: the tracker cannot be used; nothing has started. SweepFailedError: some trials failed.
+        TrackingError: the tracker cannot be used; nothing has started.
+        SweepFailedError: some trials failed.
     """
     from q3q.storage.status import StatusWriter
     from q3q.sweep.progress import Display
     from q3q.track.mlflow import MlflowTracker
 
-    experiment = settings.track.experiment or settings.name or "q3q"
-    storage, mirror = folder_of(settings.storage), mirror_at(settings.storage)
-    artifacts = f"{storage}/artifacts"
-    tracker = MlflowTracker(tracking_uri(settings), artifacts, experiment, settings.track.register)
+    storage = folder_of(settings.storage)
+    experiment = settings.experiment or settings.name or "q3q"
+    tracker = MlflowTracker(
+        settings.tracking_uri, f"{storage}/artifacts", experiment, settings.register
+    )
     tracker.check()
-    if ready is not None:
-        ready()  # a cluster that does not answer must not leave an open run behind
+    if left:
+        host.wait_until_ready()  # a cluster that does not answer must not leave an open run behind
     if settings.fresh:
-        for spec in specs:
-            shutil.rmtree(kept_blocks_folder(spec), ignore_errors=True)
-            if mirror is not None:
-                mirror.remove(f"trials/blocks/{spec.quantization_id}")
-    shown = OmegaConf.masked_copy(settings, [str(key) for key in settings if key != "hydra"])
-    methods = list(dict.fromkeys(str(spec.method["name"]) for spec in specs))
-    name = settings.name or "+".join([method for method in methods if method != "none"] or methods)
-    command = masked(command)
-    publisher = StatusWriter(storage, name, command)
+        _forget_kept_blocks(trials, settings.storage)
+    sweep = Sweep(
+        id=study_id(trials),
+        name=settings.name or _name_of(trials),
+        command=masked(command),
+        config=settings.config,
+        trials=tuple(trials),
+        question=settings.question,
+        expectation=settings.expectation,
+        predicted={entry.trial.id: entry.seconds for entry in left},
+        experiment=experiment,
+    )
+    publisher = StatusWriter(storage, sweep.name, sweep.command)
     with (
-        _courier(settings.storage, finished) as courier,
-        Display(total=len(specs) - len(finished), publisher=publisher) as display,
+        _uploader(settings.storage, finished) as uploader,
+        Display(total=len(left), publisher=publisher) as display,
     ):
-        study = Study(
-            name=name,
-            command=command,
-            config=masked(OmegaConf.to_yaml(shown)),
-            specs=specs,
-            storage=storage,
-            tracker=tracker,
-            note=display.note,
-            records=dict(finished),
-            question=settings.question or "",
-            expectation=settings.expectation or "",
-            predicted=predicted or {},
-            experiment=experiment,
-            courier=courier,
-            takes_exports=settings.track.register is not None,
-        )
+        takes_exports = settings.register is not None
+        records = {**failed, **finished}
+        study = Study(sweep, storage, tracker, display.note, records, uploader, takes_exports)
         study.open()
         if finished:
-            display.skipped(
-                [
-                    f"{record.spec.name} · {record.spec.model['name']}"
-                    for record in finished.values()
-                ]
-            )
+            display.skipped([record.spec.label for record in finished.values()])
         interruption: BaseException | None = None
-        running = RunningStudy(study, display)
         try:
-            yield running
-        except (
-            KeyboardInterrupt,
-            SystemExit,
-        ) as asked:  # SystemExit: SIGTERM, of a spot machine or a scheduler
-            interruption = asked
+            yield RunningStudy(study, display)
+        except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: SIGTERM, of a spot machine
+            interruption = error
         except BaseException:
             study.close()  # what is finished is reported, however this ends
             raise
@@ -160,62 +343,72 @@ def running_study(
     print(f"\nReport and plots: {report.folder}")
     print(_where_to_browse(tracker))
     if is_url(settings.storage):
-        print(_what_is_here_alone(tracker, masked(settings.storage)))
+        print(_where_records_are(tracker, masked(settings.storage)))
     if interruption is not None:
         print(
-            f"Interrupted: {len(study.records)} of {len(specs)} trials are recorded; the same command goes on."
+            f"Interrupted: {len(study.records)} of {len(trials)} trials are recorded; the same "
+            "command goes on."
         )
         raise interruption
-    failed = [record for record in study.records.values() if not record.completed]
-    if failed:
-        for record in failed:
-            print(
-                f"FAILED {record.spec.name} · {record.spec.model['name']}: {record.reason}",
-                file=sys.stderr,
-            )
+    ran = [study.records.get(entry.trial.id) for entry in left]
+    failures = [record for record in ran if record is not None and not record.completed]
+    if failures:
+        for record in failures:
+            print(f"FAILED {record.spec.label}: {record.reason}", file=sys.stderr)
         raise SweepFailedError(
-            f"{len(failed)} of {len(specs)} trials failed; the same command tries them again"
+            f"{len(failures)} of {len(trials)} trials failed; the same command tries them again"
         )
+
+
+def _name_of(trials: Sequence[Trial]) -> str:
+    methods = list(dict.fromkeys(trial.spec.method.name for trial in trials))
+    return "+".join([method for method in methods if method != "none"] or methods)
+
+
+def _forget_kept_blocks(trials: Iterable[Trial], storage: str) -> None:
+    mirror = mirror_at(storage)
+    for trial in trials:
+        shutil.rmtree(trial.kept_blocks_folder, ignore_errors=True)
+        if mirror is not None:
+            mirror.remove(f"trials/blocks/{trial.spec.quantization_id}")
+
+
+def quantized_again(trials: Sequence[Trial], recent: Iterable[TrialRecord]) -> list[Trial]:
+    """Return trials that quantize what a finished trial has, because its blocks were not kept."""
+    done = {record.spec.quantization_id for record in recent if record.completed}
+    return [
+        trial
+        for trial in trials
+        if trial.spec.scheme and trial.spec.quantization_id in done
+        if not trial.kept_blocks_folder.exists()
+    ]
 
 
 def _where_to_browse(tracker: "MlflowTracker") -> str:
     uri, page = masked(tracker.uri), tracker.page
     if not uri.startswith("sqlite:"):
         return f"MLflow: {uri}/{page}"
-    return f"MLflow: make ui (or: mlflow ui --backend-store-uri {uri}), then http://127.0.0.1:5000/{page}"
+    return (
+        f"MLflow: make ui (or: mlflow ui --backend-store-uri {uri}), then "
+        f"http://127.0.0.1:5000/{page}"
+    )
+
+
+def _where_records_are(tracker: "MlflowTracker", storage: str) -> str:
+    note = "; MLflow's database is on this machine alone, track.uri= names a shared one"
+    return (
+        f"Records and report are in {storage}{note if tracker.uri.startswith('sqlite:') else ''}."
+    )
 
 
 @contextmanager
-def _courier(storage: str, finished: Mapping[str, TrialRecord]) -> Iterator[Uploader | None]:
-    """What brings a driver's files to a storage that is a URL; None for a folder, which needs nothing of the kind."""
+def _uploader(storage: str, finished: Mapping[str, TrialRecord]) -> Iterator[Uploader | None]:
+    """Upload a driver's files to a storage that is a URL; yield None for a folder."""
     mirror = mirror_at(storage)
     if mirror is None:
         yield None
         return
-    with uploading(mirror, "sweeps", "reports", "running", every=DRIVER_SECONDS) as courier:
-        courier.add(
-            *(f"trials/{trial}" for trial in finished)
-        )  # what a worker of this machine could not send any more
-        yield courier
-
-
-def _what_is_here_alone(tracker: "MlflowTracker", storage: str) -> str:
-    database = "; MLflow's database is on this machine alone, track.uri= names a shared one"
-    return f"Records and report are in {storage}{database if tracker.uri.startswith('sqlite:') else ''}."
-
-
-def quantized_again(left: Sequence[TrialSpec], recent: Iterable[TrialRecord]) -> list[TrialSpec]:
-    """Those of the trials to run that have to quantize what a finished trial has, since its blocks were not kept."""
-    done = {record.spec.quantization_id for record in recent if record.completed}
-    return [
-        spec
-        for spec in left
-        if spec.scheme is not None
-        and spec.quantization_id in done
-        and not kept_blocks_folder(spec).exists()
-    ]
-
-
-def finished_records(trials: dict[str, SweepTrial]) -> dict[str, TrialRecord]:
-    found = {key: finished_record(mine.spec) for key, mine in trials.items()}
-    return {key: record for key, record in found.items() if record is not None}
+    with uploading(mirror, "sweeps", "reports", "running", every=DRIVER_SECONDS) as uploader:
+        # Files that a worker of this machine wrote, but died before it uploaded them.
+        uploader.add(*(f"trials/{trial}" for trial in finished))
+        yield uploader

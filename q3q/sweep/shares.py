@@ -6,38 +6,28 @@ from dataclasses import dataclass
 
 from q3q.errors import ConfigError
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import (
-    AUTO,
-    LOADERS,
-    Device,
-    ahead_bytes,
-    in_gb,
-    need,
-)
-from q3q.spec import Json, TrialSpec
+from q3q.models.footprint import AUTO, LOADERS, Device, MethodMemory, ahead_bytes, in_gb, need
+from q3q.placement import Grant, Trial
+from q3q.quantize.methods.registry import settings_or_default
+from q3q.spec import TrialSpec
 from q3q.sweep.machines import CORES_TO_COME, Machine, ResourceRequest
 
-FRACTIONS = (
-    0.25,
-    0.5,
-    1.0,
-)  # of a GPU: smaller shares would only make trials wait for each other on it
-ROOM = 0.92  # of a GPU's memory that trials may plan with: the rest fragments, and belongs to its driver
+FRACTIONS = (0.25, 0.5, 1.0)  # of a GPU; with smaller ones trials would only wait for each other
+ROOM = 0.92  # of a GPU's memory that trials may plan with: the rest fragments, or is its driver's
 MOST_ACTIVATIONS = 8_000_000_000  # bytes of hidden states that a trial reserves memory for
-KEEPS_INPUTS = {
-    "awq": 5
-}  # so many times the hidden states are held in memory at once, in the walk's shares of it
-HOST_BYTES = 4_000_000_000  # of main memory that a trial on a GPU takes, beside two blocks on their way to it
+HOST_BYTES = 4_000_000_000  # main memory of a trial on a GPU, beside two blocks on their way there
 MOST_THREADS = 16  # of a trial on a GPU, which hardly computes on its cores
+GANG_SIZES = (2, 4, 8, 16, 32, 64)  # that a refusal suggests
 
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """What a trial gets; of a gang, what each of its ranks gets.
+    """What a trial gets; of a gang, what each rank gets.
 
-    memory: of main memory, bytes that it reserves. needs: bytes that it is predicted to take where its model lies, in
-    main memory or a GPU's. room: bytes that it may take there, more than needed for activations; None if unknown.
-    kind: of GPU that it must land on, because it does not fit on the others; "": on any.
+    memory: bytes of main memory that it reserves
+    needs: bytes that it is predicted to take where its model lies, in main memory or a GPU's
+    room: bytes that it may take there, more than `needs` for activations; None if unknown
+    kind: of GPU that it must run on, because it does not fit on the others; "" for any
     """
 
     cpus: float
@@ -56,61 +46,94 @@ class Allocation:
         gang = f"{self.ranks} x " if self.ranks > 1 else ""
         return f"{gang}{self.cpus:g} CPU{'s' if self.cpus > 1 else ''}"
 
-    def to_places(self) -> Json:
-        """What a trial is told of it (`places["share"]`): on what, how, and within which memory it runs."""
-        bound = {} if self.room is None else {"memory": self.room}
-        return {"gpus": self.gpus, "loader": self.loader, **bound}
+    def grant(self) -> Grant:
+        """Return the part of it that the trial's placement holds."""
+        return Grant(gpus=self.gpus, loader=self.loader, memory=self.room)
 
 
-def rungs(
-    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: ResourceRequest
-) -> Iterator[Allocation]:
-    """What the trial could be given, from the least on; whether it is enough or there is as much is not asked.
+def memory_of(spec: TrialSpec) -> MethodMemory | None:
+    """Return what the trial's method holds in memory; None if it quantizes nothing."""
+    return settings_or_default(spec.method).memory()
 
-    On cores: what it needs, twice that, and the same streamed. On GPUs: shares of one with its model resident, gangs
-    that share the model out, then one GPU that streams it; where the machines' GPUs differ, each on any of them first,
-    then on the largest alone.
+
+def activation_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
+    """Return the bytes of all windows' hidden states between two blocks.
+
+    Inputs that the method holds inside a block are included. What finds no memory goes to disk.
     """
-    loader = spec.places.get("loader", AUTO)
+    if spec.calibration is None:
+        return 0
+    item = facts.weight_bytes(spec.model.dtype) // facts.parameters
+    copies = settings_or_default(spec.method).inputs_held
+    return copies * spec.calibration.tokens * facts.hidden * item
+
+
+def allocations_of(
+    trial: Trial, facts: ModelFacts, machines: Sequence[Machine], request: ResourceRequest
+) -> tuple[Allocation, Allocation | None]:
+    """Return what the trial gets, and what it gets on a second try if that was too little.
+
+    The first is the smallest requested option that fits; the second the next one that has more
+    memory, more ranks or another loader.
+
+    Raises:
+        ConfigError: none fits; the message says what would.
+    """
+    options, bound = list(_options(trial, facts, machines, request)), trial.placement.memory
+    fitting = [option for option in options if fits(option, machines, bound)]
+    if not fitting and request.patience:
+        fitting = [option for option in options if fits(option, machines, bound, request.patience)]
+    first = next(
+        (option for option in fitting if request.gpus in (None, option.gpus * option.ranks)), None
+    )
+    if first is None:
+        raise ConfigError(_refusal(trial, facts, machines, options, request))
+    later = fitting[fitting.index(first) :]
+    return first, next((option for option in later if _has_more(option, first)), None)
+
+
+def _options(
+    trial: Trial, facts: ModelFacts, machines: Sequence[Machine], request: ResourceRequest
+) -> Iterator[Allocation]:
+    """Yield what the trial could be given, the least first, whether or not it fits anywhere.
+
+    On cores: what it needs, twice that, and the same streamed. On GPUs: shares of one with its
+    model resident, gangs that divide the model, then one GPU that streams it; where the machines'
+    GPUs differ, each option is tried for any GPU first, then for the largest kind alone.
+    """
+    spec, loader = trial.spec, trial.placement.loader or AUTO
     if loader not in (AUTO, *LOADERS):
         raise ConfigError(
             f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}"
         )
-    on_gpu = (
-        wishes.gpus if wishes.gpus is not None else max((one.gpus for one in machines), default=0)
-    ) > 0
-    whole = bool(
-        spec.evaluation.get("generates")
-    )  # token by token: no model that is read anew for each
-    for share in (_on_gpus if on_gpu else _on_cores)(spec, facts, machines, wishes):
-        held = share.loader == "resident" or not whole
-        if held and loader in (AUTO, share.loader) and wishes.ranks in (None, share.ranks):
-            yield share
+    gpus = request.gpus
+    if gpus is None:
+        gpus = max((machine.gpus for machine in machines), default=0)
+    for option in (_on_gpus if gpus > 0 else _on_cores)(spec, facts, machines, request):
+        # A model that is not resident would be read again for each generated token.
+        able = option.loader == "resident" or not spec.evaluation.generates
+        if able and loader in (AUTO, option.loader) and request.ranks in (None, option.ranks):
+            yield option
 
 
 def _on_cores(
-    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: ResourceRequest
+    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], request: ResourceRequest
 ) -> Iterator[Allocation]:
-    roomiest = max(machines, key=lambda one: (one.cpus > 0, one.memory or 0))
-    ranks = (
-        wishes.ranks or 1
-    )  # cores alone never make a gang of their own accord: streaming takes less memory
+    roomiest = max(machines, key=lambda machine: (machine.cpus > 0, machine.memory or 0))
+    ranks = request.ranks or 1  # a gang on cores only on request: streaming takes less memory
     for loader in ("resident", "streamed") if ranks == 1 else ("sharded",):
-        needs = _need(
-            facts, spec.model["dtype"], str(spec.method["name"]), loader, ranks, "cpu", spec.heads
-        )
-        if wishes.memory is not None and wishes.memory < needs:
+        needs = _need(spec, facts, loader, ranks, "cpu")
+        if request.memory is not None and request.memory < needs:
             continue
         more = min(activation_bytes(spec, facts), MOST_ACTIVATIONS)
-        more += ahead_bytes(facts, spec.model["dtype"]) if loader == "streamed" else 0
+        more += ahead_bytes(facts, spec.model.dtype) if loader == "streamed" else 0
         for times in (1, 2):
-            memory = times * (wishes.memory or needs + more)
-            if wishes.memory is None and roomiest.memory is not None:
+            memory = times * (request.memory or needs + more)
+            if request.memory is None and roomiest.memory is not None:
                 memory = max(times * needs, min(memory, roomiest.memory))
             part = min(1.0, memory / roomiest.memory) if roomiest.memory else 0.0
-            cpus = max(1, int(roomiest.cpus * part)) if wishes.cpus is None else wishes.cpus
             yield Allocation(
-                cpus=cpus,
+                cpus=max(1, int(roomiest.cpus * part)) if request.cpus is None else request.cpus,
                 gpus=0,
                 memory=memory,
                 needs=needs,
@@ -120,81 +143,64 @@ def _on_cores(
             )
 
 
-def activation_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Bytes of the hidden states of all calibration windows between two blocks, and of inputs that the method keeps
-    inside one; what has no room goes to disk."""
-    if spec.calibration is None:
-        return 0
-    item = facts.weight_bytes(spec.model["dtype"]) // facts.parameters
-    times = KEEPS_INPUTS.get(str(spec.method["name"]), 1)
-    return int(
-        times * spec.calibration["samples"] * spec.calibration["length"] * facts.hidden * item
-    )
-
-
 def _on_gpus(
-    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: ResourceRequest
+    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], request: ResourceRequest
 ) -> Iterator[Allocation]:
-    asked = wishes.ranks if wishes.gpus is None and (wishes.ranks or 1) > 1 else wishes.gpus
-    having = [one for one in machines if one.gpus]
-    largest = max(having, key=lambda one: one.gpu_memory or 0, default=None)
-    pools = {"": having}
-    if (
-        largest is not None
-        and largest.kind
-        and any(one.gpu_memory != largest.gpu_memory for one in having)
-    ):
-        pools[largest.kind] = [one for one in having if one.kind == largest.kind]
+    gang = request.gpus is None and (request.ranks or 1) > 1
+    gpus = request.ranks if gang else request.gpus
+    with_gpus = [machine for machine in machines if machine.gpus]
+    pools = {"": with_gpus}
+    if with_gpus:
+        largest = max(with_gpus, key=lambda machine: machine.gpu_memory or 0)
+        if largest.kind and any(machine.gpu_memory != largest.gpu_memory for machine in with_gpus):
+            pools[largest.kind] = [machine for machine in with_gpus if machine.kind == largest.kind]
 
-    def shares(loader: str, ranks: int = 1) -> Iterator[Allocation]:
+    def on_each_pool(loader: str, ranks: int = 1) -> Iterator[Allocation]:
         for kind, pool in pools.items():
-            known = all(one.gpu_memory is not None for one in pool) and bool(pool)
-            for gpus in (1.0,) if ranks > 1 else _fractions(asked, known and loader == "resident"):
+            size_known = bool(pool) and all(machine.gpu_memory is not None for machine in pool)
+            fractions: Sequence[float] = (1.0,)
+            if ranks == 1 and gpus is not None:
+                fractions = sorted({gpus, 1.0})
+            elif ranks == 1 and size_known and loader == "resident":
+                fractions = FRACTIONS
+            for fraction in fractions:
                 yield _on_pool(
-                    spec, facts, pool, wishes, loader=loader, gpus=gpus, ranks=ranks, kind=kind
+                    spec, facts, pool, request, loader=loader, gpus=fraction, ranks=ranks, kind=kind
                 )
 
-    if asked is None or asked <= 1:
-        yield from shares("resident")
-    if asked is None or asked > 1:
-        count, ranks = sum(int(one.gpus) for one in having), int(asked or 2)
-        while ranks <= max(count, asked or 0):
-            yield from shares("sharded", ranks)
+    if gpus is None or gpus <= 1:
+        yield from on_each_pool("resident")
+    if gpus is None or gpus > 1:
+        count, ranks = sum(int(machine.gpus) for machine in with_gpus), int(gpus or 2)
+        while ranks <= max(count, gpus or 0):
+            yield from on_each_pool("sharded", ranks)
             ranks *= 2
-    if asked is None or asked <= 1:
-        yield from shares("streamed")
-
-
-def _fractions(asked: float | None, packs: bool) -> Sequence[float]:
-    """Shares of one GPU, the least first: what was asked for, and a whole one. packs: whether less would do."""
-    if asked is not None:
-        return sorted({asked, 1.0})
-    return FRACTIONS if packs else FRACTIONS[-1:]
+    if gpus is None or gpus <= 1:
+        yield from on_each_pool("streamed")
 
 
 def _on_pool(
     spec: TrialSpec,
     facts: ModelFacts,
     pool: Sequence[Machine],
-    wishes: ResourceRequest,
+    request: ResourceRequest,
     *,
     loader: str,
     gpus: float,
     ranks: int,
     kind: str,
 ) -> Allocation:
-    """A share of these machines' GPUs, on whichever of them it lands."""
-    method, dtype = str(spec.method["name"]), spec.model["dtype"]
-    best = max(
-        pool, key=lambda one: (one.gpus, one.cpus), default=Machine(cpus=CORES_TO_COME, gpus=1)
-    )
+    """Return a share of these machines' GPUs, on whichever of them the trial runs."""
+    dtype = spec.model.dtype
+    unseen = Machine(cpus=CORES_TO_COME, gpus=1)
+    best = max(pool, key=lambda machine: (machine.gpus, machine.cpus), default=unseen)
     threads = min(MOST_THREADS, max(1, int(best.cpus / best.gpus * gpus)))
-    sizes = [one.gpu_memory for one in pool if one.gpu_memory is not None]
+    sizes = [machine.gpu_memory for machine in pool if machine.gpu_memory is not None]
     return Allocation(
-        cpus=threads if wishes.cpus is None else wishes.cpus,
+        cpus=threads if request.cpus is None else request.cpus,
         gpus=gpus,
-        memory=wishes.memory or HOST_BYTES + 2 * facts.block_bytes(0, dtype),
-        needs=_need(facts, dtype, method, loader, ranks, "cuda", spec.heads),
+        memory=request.memory or HOST_BYTES + 2 * facts.block_bytes(0, dtype),
+        needs=_need(spec, facts, loader, ranks, "cuda"),
         room=round(ROOM * gpus * min(sizes)) if sizes else None,
         loader=loader,
         ranks=ranks,
@@ -202,155 +208,160 @@ def _on_pool(
     )
 
 
-@functools.cache
-def _need(
-    facts: ModelFacts, dtype: str, name: str, loader: str, ranks: int, device: Device, heads: int
-) -> int:
-    method = None if name == "none" else name
-    return need(facts, dtype, method=method, loader=loader, ranks=ranks, device=device, heads=heads)
+_cached_need = functools.cache(need)
+
+
+def _need(spec: TrialSpec, facts: ModelFacts, loader: str, ranks: int, device: Device) -> int:
+    method, heads, dtype = memory_of(spec), spec.heads, spec.model.dtype
+    return _cached_need(
+        facts, dtype, method=method, loader=loader, ranks=ranks, device=device, heads=heads
+    )
 
 
 def fits(
-    share: Allocation, machines: Sequence[Machine], bound: int | None = None, patience: float = 0.0
+    allocation: Allocation,
+    machines: Sequence[Machine],
+    bound: int | None = None,
+    patience: float = 0.0,
 ) -> bool:
-    """Whether the machines can ever hold it, on whichever of them it lands. bound: bytes that the person allows the
-    model. patience: more machines like these, and with more main memory, are to come: their number is not asked."""
-    if bound is not None and share.needs > bound:
+    """Return True if the machines can hold it, on whichever of them it runs.
+
+    Args:
+        bound: bytes that the user allows the model.
+        patience: more machines, with as large GPUs, may come: their number and their main memory do
+            not count.
+    """
+    if bound is not None and allocation.needs > bound:
         return False
-    if not share.gpus and share.needs > share.memory:
-        return False  # less was asked for than it takes
-    if not all(
-        _holds(share, machine) for machine in machines if patience or _seats(share, machine)
-    ):
+    if not allocation.gpus and allocation.needs > allocation.memory:
+        return False  # the requested memory is less than it takes
+    hosts = [machine for machine in machines if patience or _slots(allocation, machine)]
+    if not all(_is_large_enough(machine, allocation) for machine in hosts):
         return False
-    return bool(patience) or sum(_seats(share, machine) for machine in machines) >= share.ranks
+    slots = sum(_slots(allocation, machine) for machine in machines)
+    return bool(patience) or slots >= allocation.ranks
 
 
-def rooms(share: Allocation, machine: Machine) -> int:
-    """How many trials of this share (or ranks of such a gang) an idle machine holds side by side."""
-    return _seats(share, machine) if _holds(share, machine) else 0
+def capacity(allocation: Allocation, machine: Machine) -> int:
+    """Count the trials (or a gang's ranks) that an idle machine holds side by side."""
+    return _slots(allocation, machine) if _is_large_enough(machine, allocation) else 0
 
 
-def _seats(share: Allocation, machine: Machine) -> int:
-    """As many as Ray, which does not know what a GPU holds, would place there."""
-    limits = [machine.cpus / share.cpus if share.cpus else 1e9]
-    if machine.memory is not None and share.memory:
-        limits.append(machine.memory / share.memory)
-    if share.gpus:
-        allowed = share.kind in ("", machine.kind)
-        per_gpu = (
-            machine.gpus // share.gpus if share.gpus >= 1 else machine.gpus * (1 // share.gpus)
+def _slots(allocation: Allocation, machine: Machine) -> int:
+    """Count as many as Ray, which does not know a GPU's memory, would place on the machine."""
+    limits = [machine.cpus / allocation.cpus if allocation.cpus else 1e9]
+    if machine.memory is not None and allocation.memory:
+        limits.append(machine.memory / allocation.memory)
+    if allocation.gpus:
+        per_machine = (
+            machine.gpus // allocation.gpus
+            if allocation.gpus >= 1
+            else machine.gpus * (1 // allocation.gpus)
         )
-        limits.append(per_gpu if allowed else 0)
+        limits.append(per_machine if allocation.kind in ("", machine.kind) else 0)
     return int(min(limits) + 1e-9)
 
 
-def _holds(share: Allocation, machine: Machine) -> bool:
-    """Whether the share of one of its GPUs is large enough, as far as is known; of cores there is nothing to hold."""
-    if (
-        not share.gpus
-        or not machine.gpus
-        or machine.gpu_memory is None
-        or share.kind not in ("", machine.kind)
-    ):
+def _is_large_enough(machine: Machine, allocation: Allocation) -> bool:
+    """Return False if the allocation's part of one of its GPUs is known to be too small."""
+    if not allocation.gpus or not machine.gpus or machine.gpu_memory is None:
         return True
-    return share.needs <= ROOM * machine.gpu_memory * min(1.0, share.gpus)
+    if allocation.kind not in ("", machine.kind):
+        return True
+    return allocation.needs <= ROOM * machine.gpu_memory * min(1.0, allocation.gpus)
 
 
-def allocations_of(
-    spec: TrialSpec, facts: ModelFacts, machines: Sequence[Machine], wishes: ResourceRequest
-) -> tuple[Allocation, Allocation | None]:
-    """What the trial gets, and what it gets once more if that was too little: the first rung that fits and is what was
-    asked for, and the next one that fits.
-
-    Raises:
-        ConfigError: none fits; it says what would.
-    """
-    bound = spec.places.get("memory")
-    ladder = list(rungs(spec, facts, machines, wishes))
-    fitting = [share for share in ladder if fits(share, machines, bound)]
-    if not fitting and wishes.patience:
-        fitting = [share for share in ladder if fits(share, machines, bound, wishes.patience)]
-    asked = [share for share in fitting if wishes.gpus in (None, share.gpus * share.ranks)]
-    if not asked:
-        raise ConfigError(_too_large(spec, facts, machines, ladder, wishes))
-    first = asked[0]
-    return first, next(
-        (share for share in fitting[fitting.index(first) :] if _has_more(share, first)), None
-    )
+def _has_more(option: Allocation, first: Allocation) -> bool:
+    """Return True if it gives each rank more memory, has more ranks, or holds less of the model."""
+    more = (option.room or option.gpus) > (first.room or first.gpus)
+    return more or option.ranks > first.ranks or option.loader != first.loader
 
 
-def _has_more(share: Allocation, first: Allocation) -> bool:
-    """Whether a later rung is worth a second try: more memory for each rank, more ranks, or less to hold."""
-    more = (share.room or share.gpus) > (first.room or first.gpus)
-    return more or share.ranks > first.ranks or share.loader != first.loader
-
-
-def _too_large(
-    spec: TrialSpec,
+def _refusal(
+    trial: Trial,
     facts: ModelFacts,
     machines: Sequence[Machine],
-    ladder: Sequence[Allocation],
-    wishes: ResourceRequest,
+    options: Sequence[Allocation],
+    request: ResourceRequest,
 ) -> str:
-    """One line: what it takes, what there is, and what would make it fit."""
-    dtype, method = spec.model["dtype"], str(spec.method["name"])
+    """Return one line: what the trial needs, what the machines have, and what would make it fit."""
+    spec = trial.spec
     largest = max(
-        machines, key=lambda one: (one.gpus > 0, one.gpu_memory or 0, one.gpus, one.memory or 0)
+        machines,
+        key=lambda host: (host.gpus > 0, host.gpu_memory or 0, host.gpus, host.memory or 0),
     )
-    on_gpu = any(share.gpus for share in ladder) or (
-        not ladder and largest.gpus > 0 and wishes.gpus != 0
+    on_gpu = any(option.gpus for option in options) or (
+        not options and largest.gpus > 0 and request.gpus != 0
     )
     device: Device = "cuda" if on_gpu else "cpu"
-    generates = ", ".join(spec.evaluation.get("generates", ()))
-    ways = ("resident",) if generates else ("resident", "streamed")
-    needs = {loader: _need(facts, dtype, method, loader, 1, device, spec.heads) for loader in ways}
-    least = min(needs.values())
-    has = largest.gpu_memory if device == "cuda" else largest.memory
-    count, unit = (largest.gpus, "GPU") if device == "cuda" else (largest.cpus, "CPU")
-    where = f"{count:g} {unit}{'' if count == 1 else 's'}"
-    held = f"the largest machine has {where}{f', {in_gb(has)} of memory' if has else ''}"
-    if device == "cuda" and has and wishes.gpus and wishes.gpus < 1:
-        held = (
-            f"{wishes.gpus:g} of a GPU of {in_gb(has)} has {in_gb(ROOM * wishes.gpus * has)} for it"
-        )
-    wanted = spec.places.get("loader", AUTO)
-    advice = []
-    if wanted not in (AUTO, "streamed") and has and needs.get("streamed", has + 1) <= has:
-        advice.append("loader=streamed")
-    if wishes.memory is not None and has and least <= has:
-        advice.append(
-            f"cluster.memory_per_trial=auto (or at least {in_gb(least).replace(' ', '')})"
-        )
-    bound = spec.places.get("memory")
-    if bound is not None and least > bound:
-        advice.append(f"memory={in_gb(least).replace(' ', '')} or more")
-    if generates:
-        advice.append(
-            f"evaluation.tasks without {generates}, which generates text and so needs a resident model"
-        )
-    if wishes.cpus is not None and wishes.cpus > largest.cpus:
-        advice.append(f"cluster.cpus_per_trial={largest.cpus:g} or fewer")
-    if device == "cuda" and not largest.gpus:
-        advice.append("cluster.gpus_per_trial=0, which computes on cores")
-    if device == "cuda":
-        if wishes.gpus and wishes.gpus < 1:
-            advice.append("cluster.gpus_per_trial=1")
-        sizes = () if generates else (2, 4, 8, 16, 32, 64)
-        ranks = next((n for n in sizes if has and _fits_gang(spec, facts, n, has)), None)
-        if ranks is not None and (wishes.gpus or ranks > sum(int(one.gpus) for one in machines)):
-            advice.append(f"{ranks} such GPUs (cluster.gpus_per_trial={ranks})")
-    advice.append(f"a cluster whose machines have {in_gb(least)} or more (cluster=existing)")
-    takes = ", ".join(f"{in_gb(size)} {loader}" for loader, size in needs.items())
+    memory = largest.gpu_memory if on_gpu else largest.memory
+    needs = {
+        loader: _need(spec, facts, loader, 1, device)
+        for loader in (("resident",) if spec.evaluation.generates else ("resident", "streamed"))
+    }
+    count, unit = (largest.gpus, "GPU") if on_gpu else (largest.cpus, "CPU")
+    size = f", {in_gb(memory)} of memory" if memory else ""
+    has = f"the largest machine has {count:g} {unit}{'' if count == 1 else 's'}{size}"
+    if on_gpu and memory and request.gpus and request.gpus < 1:
+        part = in_gb(ROOM * request.gpus * memory)
+        has = f"{request.gpus:g} of a GPU of {in_gb(memory)} has {part} for it"
+    advice = _advice(trial, request, largest, memory, needs)
+    if on_gpu:
+        advice += _gpu_advice(spec, facts, machines, request, memory)
+    least = in_gb(min(needs.values()))
+    advice.append(f"a cluster whose machines have {least} or more (cluster=existing)")
+    takes = ", ".join(f"{in_gb(needed)} {loader}" for loader, needed in needs.items())
     return (
-        f"{spec.name} · {spec.model['name']} fits nowhere: it needs {takes}, and {held}. "
+        f"{spec.label} fits nowhere: it needs {takes}, and {has}. "
         f"What would make it fit: {'; '.join(advice)}"
     )
 
 
-def _fits_gang(spec: TrialSpec, facts: ModelFacts, ranks: int, gpu_memory: int) -> bool:
-    method = str(spec.method["name"])
-    return (
-        _need(facts, spec.model["dtype"], method, "sharded", ranks, "cuda", spec.heads)
-        <= ROOM * gpu_memory
-    )
+def _advice(
+    trial: Trial,
+    request: ResourceRequest,
+    largest: Machine,
+    memory: int | None,
+    needs: dict[str, int],
+) -> list[str]:
+    """Return the settings that would help; `memory`: of the largest machine, or of its GPU."""
+    loader, bound = trial.placement.loader or AUTO, trial.placement.memory
+    least = min(needs.values())
+    enough, advice = in_gb(least).replace(" ", ""), []
+    if loader not in (AUTO, "streamed") and memory and needs.get("streamed", memory + 1) <= memory:
+        advice.append("loader=streamed")
+    if request.memory is not None and memory and least <= memory:
+        advice.append(f"cluster.memory_per_trial=auto (or at least {enough})")
+    if bound is not None and least > bound:
+        advice.append(f"memory={enough} or more")
+    if trial.spec.evaluation.generates:
+        generating = ", ".join(trial.spec.evaluation.generates)
+        advice.append(
+            f"evaluation.tasks without {generating}, which generates text and so needs a "
+            "resident model"
+        )
+    if request.cpus is not None and request.cpus > largest.cpus:
+        advice.append(f"cluster.cpus_per_trial={largest.cpus:g} or fewer")
+    return advice
+
+
+def _gpu_advice(
+    spec: TrialSpec,
+    facts: ModelFacts,
+    machines: Sequence[Machine],
+    request: ResourceRequest,
+    gpu_memory: int | None,
+) -> list[str]:
+    advice, count = [], sum(int(machine.gpus) for machine in machines)
+    if not any(machine.gpus for machine in machines):
+        advice.append("cluster.gpus_per_trial=0, which computes on cores")
+    if request.gpus and request.gpus < 1:
+        advice.append("cluster.gpus_per_trial=1")
+    if gpu_memory and not spec.evaluation.generates:
+        for ranks in GANG_SIZES:
+            needs = _need(spec, facts, "sharded", ranks, "cuda")
+            if needs <= ROOM * gpu_memory:
+                if request.gpus or ranks > count:
+                    advice.append(f"{ranks} such GPUs (cluster.gpus_per_trial={ranks})")
+                break
+    return advice

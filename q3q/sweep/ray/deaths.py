@@ -1,32 +1,17 @@
-"""Tell why a task's process died: its own error, its machine, or memory."""
+"""Read a task's stream in the driver; where a message is missing, tell why its process died."""
 
-import re
 import threading
 from contextlib import suppress
 from typing import Any
 
-from q3q.errors import Q3QError
-from q3q.sweep.ray.gangs import InFlight
-from q3q.sweep.ray.messages import BACK, DIED, ERROR, caused_by
-from q3q.sweep.ray.nodes import count_kernel_kills, node_id_here
+from q3q.errors import MEMORY_WORDS, Q3QError
+from q3q.sweep.ray.in_flight import InFlight
+from q3q.sweep.ray.messages import DIED, ERROR, HANDED_BACK, Message, caused_by, unpack
+from q3q.sweep.ray.nodes import current_node_id, kernel_kill_counter
 from q3q.sweep.ray.tasks import HeadLostError, OutOfMemoryError, Started, WorkerDiedError
 
-ASK_SECONDS = 20  # how long a machine may take to say whether its kernel killed for memory
-# What torch and CUDA say, as errors of some general kind, where memory ran out: on a CPU, and in CUDA's libraries.
-MEMORY_WORDS = re.compile(
-    r"MemoryError|OutOfMemoryError|enforce fail at alloc_cpu|CUDA (error: )?out of memory"
-    r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED)"
-)
-
-
-class _RaisedInWorkerError(Exception):
-    """Shows, as the cause of a task's exception, where in the worker it was raised."""
-
-    def __str__(self) -> str:
-        return f"\n\n{self.args[0]}"
-
-
-_HOW_IT_DIED = {  # by the name of Ray's exception
+ANSWER_SECONDS = 20  # that a machine may take to say whether its kernel killed for memory
+CAUSES = {  # by the name of Ray's exception
     "WorkerCrashedError": "its process was killed or crashed",
     "OutOfMemoryError": "out of memory, so Ray killed it before its machine was full",
     "NodeDiedError": "its machine was lost",
@@ -36,79 +21,92 @@ _HOW_IT_DIED = {  # by the name of Ray's exception
 }
 
 
-def next_message(stream: Any, flight: InFlight) -> tuple[str, Any]:
-    """What a task's stream says next. Only called when it has something to say."""
+class _RaisedInWorkerError(Exception):
+    """The cause of a task's exception: shows where in the worker it was raised."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+def next_message(stream: Any, flight: InFlight) -> Message:
+    """Return the next message of a task's stream, which must be ready, or the task's death.
+
+    Raises:
+        HeadLostError: Ray ended on this machine.
+    """
     import ray
 
     key = flight.task.key
     try:
-        kind, content, *trace = ray.cloudpickle.loads(ray.get(next(stream)))
-    except (
-        ray.exceptions.LocalRayletDiedError
-    ) as error:  # no task's death: none can be started from here
+        kind, content, *trace = unpack(ray.get(next(stream)))
+    except ray.exceptions.LocalRayletDiedError as error:
         raise HeadLostError(
             "Ray ended on this machine; when it runs again, the same command goes on"
         ) from error
     except (ray.exceptions.RayError, StopIteration) as error:
-        how = [
-            _HOW_IT_DIED[kind.__name__]
-            for kind in type(error).__mro__
-            if kind.__name__ in _HOW_IT_DIED
-        ]
-        if how:
-            worker = f" (pid {flight.began.pid} on {flight.began.node})" if flight.began else ""
-            worker += (
-                f", rank {flight.rank} of {flight.task.resources.ranks}" if flight.gang else ""
-            )
-            short, why = isinstance(error, ray.exceptions.OutOfMemoryError), how[0]
-            if isinstance(error, ray.exceptions.WorkerCrashedError) and _kernel_killed_since(
-                flight.began
-            ):
-                short, why = True, "out of memory, so the kernel killed it"
-            died = (OutOfMemoryError if short else WorkerDiedError)(f"{key} died{worker}: {why}")
-            return DIED, caused_by(died, error.with_traceback(None))
-        reason = (
-            getattr(error, "cause", None) or error
-        )  # before our code ran: q3q is not installed there, say
-        return ERROR, caused_by(Q3QError(f"Ray could not run {key}: {reason}"), error)
+        return _ended_by_ray(flight, error)
     except Exception as error:
-        return ERROR, caused_by(Q3QError(f"what {key} sent cannot be read here: {error}"), error)
-    if kind == BACK:
-        return kind, WorkerDiedError(f"{key} was handed back (pid {content} was asked to end)")
-    if kind == ERROR and ran_out_of_memory(content):
-        content = OutOfMemoryError(f"{key}: {content or type(content).__name__}")
-    return kind, caused_by(content, _RaisedInWorkerError(*trace)) if kind == ERROR else content
+        problem = Q3QError(f"what {key} sent cannot be read here: {error}")
+        return Message(ERROR, caused_by(problem, error))
+    if kind == HANDED_BACK:
+        content = WorkerDiedError(f"{key} was handed back (pid {content} was asked to end)")
+    elif kind == ERROR:
+        if ran_out_of_memory(content):
+            content = OutOfMemoryError(f"{key}: {str(content) or type(content).__name__}")
+        content = caused_by(content, _RaisedInWorkerError(*trace))
+    return Message(kind, content)
 
 
 def ran_out_of_memory(error: BaseException | str) -> bool:
-    """Whether an error, or the reason that a record keeps of one (`Kind: words`), says so."""
-    kinds = [] if isinstance(error, str) else [one.__name__ for one in type(error).__mro__]
+    """Return whether an error, or a record's reason (`Kind: words`), says that memory ran out."""
+    kinds = [] if isinstance(error, str) else [kind.__name__ for kind in type(error).__mro__]
     return MEMORY_WORDS.search(" ".join([*kinds, str(error)])) is not None
 
 
+def _ended_by_ray(flight: InFlight, error: Exception) -> Message:
+    """Explain what Ray raised in place of a message: the task's death, or that it cannot run."""
+    import ray
+
+    task, began = flight.task, flight.began
+    causes = [CAUSES[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in CAUSES]
+    if not causes:  # it failed before our code ran: q3q is not installed there, say
+        reason = getattr(error, "cause", None) or error
+        return Message(ERROR, caused_by(Q3QError(f"Ray could not run {task.key}: {reason}"), error))
+    cause, kind = causes[0], WorkerDiedError
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        kind = OutOfMemoryError
+    elif isinstance(error, ray.exceptions.WorkerCrashedError) and _kernel_killed_since(began):
+        cause, kind = "out of memory, so the kernel killed it", OutOfMemoryError
+    worker = f" (pid {began.pid} on {began.node})" if began else ""
+    worker += f", rank {flight.rank} of {task.resources.ranks}" if flight.gang else ""
+    death = kind(f"{task.key} died{worker}: {cause}")
+    return Message(DIED, caused_by(death, error.with_traceback(None)))
+
+
 def _kernel_killed_since(began: Started | None) -> bool:
-    """Whether the kernel of the machine where a task began has killed a process for memory since; False if the machine
-    does not answer. Which process, it does not tell: the task that died is the likeliest."""
+    """Return whether a task's machine has killed a process for memory since the task began.
+
+    The kernel does not say which process; the task that died is the likeliest. False if the
+    machine does not answer.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if began is None:
         return False
-    if began.node_id == node_id_here():
-        return count_kernel_kills()() > began.kernel_kills
-    there = NodeAffinitySchedulingStrategy(began.node_id, soft=False)
-    ask = ray.remote(num_cpus=0, max_retries=0)(count_kernel_kills()).options(
-        scheduling_strategy=there
+    if began.node_id == current_node_id():
+        return kernel_kill_counter()() > began.kernel_kills
+    count = ray.remote(num_cpus=0, max_retries=0)(kernel_kill_counter()).options(
+        scheduling_strategy=NodeAffinitySchedulingStrategy(began.node_id, soft=False)
     )
-    found: list[int] = []
+    answers: list[int] = []
 
-    def look() -> None:
+    def ask() -> None:
         with suppress(ray.exceptions.RayError):
-            found.append(ray.get(ask.remote(), timeout=ASK_SECONDS))
+            answers.append(ray.get(count.remote(), timeout=ANSWER_SECONDS))
 
-    asking = threading.Thread(
-        target=look, daemon=True
-    )  # without the cluster's head `remote` may never come back
+    # In a thread, because without the cluster's head `remote` may never return.
+    asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    asking.join(ASK_SECONDS)
-    return bool(found) and found[0] > began.kernel_kills
+    asking.join(ANSWER_SECONDS)
+    return bool(answers) and answers[0] > began.kernel_kills

@@ -1,63 +1,72 @@
-"""Tasks that Ray has in hand: single ones, and gangs of ranks with one verdict."""
+"""Gangs: tasks that run as several ranks at once.
+
+Each rank runs in a worker of its own, and all are placed together (a Ray placement group). Rank 0
+is the task: what it reports and how it ends counts. When any rank dies or fails, so does the gang:
+the others, who wait for it, are killed at once.
+"""
 
 import time
-from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any
 
-from q3q.sweep.ray.messages import DIED, ERROR, VALUE, caused_by
-from q3q.sweep.ray.tasks import (
-    Outcome,
-    Resources,
-    Started,
-    Task,
-    WorkerDiedError,
-)
+from q3q.sweep.ray.messages import DIED, ERROR, VALUE, Message, caused_by
+from q3q.sweep.ray.tasks import Resources, WorkerDiedError
 from q3q.team import PeerLostError
 
-ECHO_SECONDS = (
-    3.0  # that the ranks of a gang have to end once one has, and to say which of them failed first
-)
+# Seconds that the other ranks have, once one has ended, to end and to say which failed first.
+SETTLE_SECONDS = 3.0
 
 
-@dataclass
-class InFlight:
-    """A task that Ray has, or one rank of it. deaths: since it last got further. clock: monotonic seconds when it was
-    submitted, then when it began."""
+class Precedence(IntEnum):
+    """How a rank ended; the first of these that occurs in a gang decides how the gang ended."""
 
-    task: Task
-    attempt: int
-    deaths: int = 0
-    began: Started | None = None
-    clock: float = field(default_factory=time.monotonic)
-    rank: int = 0
-    gang: "Gang | None" = None
+    RESULT = 0
+    DEATH = 1  # or handed back
+    ERROR_OF_RANK_0 = 2
+    ERROR_OF_OTHER_RANK = 3  # what all ranks find wrong, rank 0 says
+    SECONDARY_FAILURE = 4  # the rank lost its connection to one that failed before
 
-    def ended(
-        self, value: Any = None, error: BaseException | None = None, died: bool = False
-    ) -> Outcome:
-        seconds = time.monotonic() - self.clock if self.began else 0.0
-        key, attempts = self.task.key, self.attempt
-        return Outcome(
-            key=key, value=value, error=error, died=died, attempts=attempts, seconds=seconds
-        )
+    @classmethod
+    def of(cls, rank: int, end: Message) -> "Precedence":
+        if end.kind == VALUE:
+            return cls.RESULT
+        if end.kind != ERROR:
+            return cls.DEATH
+        if isinstance(end.content, PeerLostError):
+            return cls.SECONDARY_FAILURE
+        return cls.ERROR_OF_RANK_0 if rank == 0 else cls.ERROR_OF_OTHER_RANK
 
 
 class Gang:
-    """The ranks of one task. group: Ray's, with room for all. ends: how each rank that ended did."""
+    """The ranks of one task.
+
+    group: Ray's placement group, with room for all
+    ends: the last message of each rank that ended
+    """
 
     def __init__(self, shape: Resources, entry: Any, work: tuple[Any, ...]) -> None:
         import ray
 
-        amounts = {"CPU": shape.cpus, "GPU": shape.gpus, "memory": shape.memory, **shape.pin}
+        amounts = {
+            "CPU": shape.cpus,
+            "GPU": shape.gpus,
+            "memory": shape.memory,
+            **shape.kind_request,
+        }
         bundle = {name: amount for name, amount in amounts.items() if amount}
-        # On as few machines as possible, and all at once or not at all, so that no two gangs wait for each other.
+        # On as few machines as possible, and all at once or not at all, so that no two gangs wait
+        # for each other.
         self.group = ray.util.placement_group([bundle] * shape.ranks, strategy="PACK")
-        self.ranks, self.ends = shape.ranks, dict[int, tuple[str, Any]]()
+        self.ranks, self.ends = shape.ranks, dict[int, Message]()
         self._entry, self._work = entry, work
-        self._failed: float | None = None
+        self._first_end: float | None = None
 
-    def seat(self, rank: int, address: tuple[str, int] | None = None) -> Any:
-        """Have Ray run a rank; its stream. address: where rank 0 waits for it."""
+    def start(self, rank: int, address: tuple[str, int] | None = None) -> Any:
+        """Have Ray start a rank; return its stream.
+
+        Args:
+            address: where rank 0 listens; None for rank 0 itself.
+        """
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank)
@@ -65,33 +74,27 @@ class Gang:
             *self._work, (rank, self.ranks, address)
         )
 
-    def verdict(self) -> tuple[str, Any] | None:
-        """How the gang ended, None if it did not.
+    def verdict(self) -> Message | None:
+        """Return how the gang ended; None while it goes on, or while the cause may yet be heard.
 
-        Whoever loses the connection to a rank that failed fails too, and may be heard first. When rank 0 is through,
-        the others end by themselves in a moment, and their processes serve others.
+        A death, or rank 0's own error, ends the gang at once. Otherwise the other ranks get
+        SETTLE_SECONDS: a rank that loses its connection to one that failed fails too, and may be
+        heard first; and once rank 0 has its result the others end by themselves in a moment, and
+        their processes serve other tasks.
         """
-        said = [(rank, end) for rank, end in self.ends.items() if rank == 0 or end[0] != VALUE]
-        if not said:
+        # That another rank than 0 has finished says nothing about the gang.
+        decisive = {rank: end for rank, end in self.ends.items() if rank == 0 or end.kind != VALUE}
+        if not decisive:
             return None
-        weight, rank = min((_weight(rank, *end), rank) for rank, end in said)
-        self._failed = self._failed or time.monotonic()
-        waited = len(self.ends) == self.ranks or time.monotonic() - self._failed > ECHO_SECONDS
-        if weight in (_DONE, _OTHERS_ERROR, _ECHO) and not waited:
-            return None
-        if weight == _ECHO:
-            lost = WorkerDiedError("the ranks of a gang lost each other, and none says why")
-            return DIED, caused_by(lost, self.ends[rank][1])
-        return self.ends[rank]
-
-
-_DONE, _GONE, _OWN_ERROR, _OTHERS_ERROR, _ECHO = range(5)
-
-
-def _weight(rank: int, kind: str, content: Any) -> int:
-    """What counts first of how the ranks of a gang ended."""
-    if kind == ERROR:
-        return (
-            _ECHO if isinstance(content, PeerLostError) else _OTHERS_ERROR if rank else _OWN_ERROR
+        precedence, rank = min((Precedence.of(rank, end), rank) for rank, end in decisive.items())
+        if self._first_end is None:
+            self._first_end = time.monotonic()
+        settled = (
+            len(self.ends) == self.ranks or time.monotonic() - self._first_end > SETTLE_SECONDS
         )
-    return _DONE if kind == VALUE else _GONE
+        if not settled and precedence not in (Precedence.DEATH, Precedence.ERROR_OF_RANK_0):
+            return None
+        if precedence is Precedence.SECONDARY_FAILURE:
+            lost = WorkerDiedError("the ranks of a gang lost each other, and none says why")
+            return Message(DIED, caused_by(lost, decisive[rank].content))
+        return decisive[rank]

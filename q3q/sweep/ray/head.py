@@ -6,20 +6,20 @@ import time
 from contextlib import suppress
 
 from q3q.sweep.ray.nodes import ray_machines
-from q3q.sweep.ray.tasks import (
-    HeadLostError,
-)
+from q3q.sweep.ray.tasks import HeadLostError
 
-# Without an answer of its head for so many seconds a cluster is given up: half of those after which Ray ends this
-# process, with no word of ours. Nothing is asked of a head while an answer is overdue.
+# A cluster whose head has not answered for so long is given up. Ray itself would end this process,
+# without a word of ours, after twice as long.
 HEAD_SECONDS = float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60")) / 2  # noqa: SIM112
-OVERDUE_SECONDS = 3.0
+OVERDUE_SECONDS = 3.0  # while an answer is this late, Ray is asked nothing
 
 
 class Head:
-    """The cluster's head, which a thread asks every second what machines there are: gone, it never answers.
+    """The cluster's head, which a thread asks every second what machines there are.
 
-    machines: what it said last.
+    A head that is gone never answers, so only a thread can wait for it.
+
+    machines: its last answer
     """
 
     def __init__(self) -> None:
@@ -27,38 +27,41 @@ class Head:
 
         self.address = str(ray.get_runtime_context().gcs_address)
         self.machines = ray_machines()
-        self._asked: float | None = None  # when it was, while the answer is awaited
-        self._over = threading.Event()
+        self._asked: float | None = None  # monotonic seconds, while an answer is awaited
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._ask, name="q3q-head", daemon=True)
         self._thread.start()
 
     def answers(self) -> bool:
-        """Whether it does, as far as is known."""
-        return self._awaited() < OVERDUE_SECONDS
+        """Return False while an answer is overdue."""
+        return self._waited() < OVERDUE_SECONDS
 
     def check(self) -> None:
-        """Raises HeadLostError after HEAD_SECONDS without an answer. One that is there again in time is not missed."""
-        if (seconds := self._awaited()) > HEAD_SECONDS:
+        """Check that the head has answered within HEAD_SECONDS; shorter silences are forgiven.
+
+        Raises:
+            HeadLostError: it has not.
+        """
+        if (seconds := self._waited()) > HEAD_SECONDS:
             raise HeadLostError(
-                f"the head of the Ray cluster at {self.address} has not answered for {seconds:.0f} s; when there is a "
-                "cluster again, the same command goes on"
+                f"the head of the Ray cluster at {self.address} has not answered for "
+                f"{seconds:.0f} s; when there is a cluster again, the same command goes on"
             )
 
     def close(self) -> None:
-        self._over.set()
-        if self.answers():  # else it may be waited for as long as this process lives
+        self._closed.set()
+        if self.answers():  # otherwise the thread may wait as long as this process lives
             self._thread.join(OVERDUE_SECONDS)
 
-    def _awaited(self) -> float:
-        """Seconds that the last question has waited for its answer."""
+    def _waited(self) -> float:
+        """Return the seconds for which the last question has waited for its answer."""
         asked = self._asked
         return 0.0 if asked is None else time.monotonic() - asked
 
     def _ask(self) -> None:
-        while not self._over.wait(1.0):
+        while not self._closed.wait(1.0):
             self._asked = time.monotonic()
-            with suppress(
-                Exception
-            ):  # by which it answers too: what Ray cannot do will be seen where it is needed
+            # An exception is an answer too; what Ray cannot do shows where it is needed.
+            with suppress(Exception):
                 self.machines = ray_machines()
             self._asked = None

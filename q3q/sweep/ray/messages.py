@@ -1,21 +1,29 @@
-"""The messages of a task's stream: a kind, its content, and how both are pickled."""
+"""The messages of a task's stream, and how they are pickled.
+
+A task is a Ray *streaming generator*: its first item says that it began, the next ones are what it
+reported, the last one is its result or its own exception. One ordered stream per task means that a
+result cannot overtake an event, that a worker's death is seen on the stream that it fed, and that
+no mailbox process exists that could die, or lag, for all.
+"""
 
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 from q3q.errors import Q3QError
 
-EVENT, VALUE, ERROR, DIED, BACK, MEET = (
-    "event",
-    "value",
-    "error",
-    "died",
-    "handed back",
-    "meet",
-)
+EVENT = "event"  # something that the task reported
+ADDRESS = "address"  # of a gang: where rank 0 listens for the others
+# How a task ends. DIED is not sent: it stands for what a dead worker could not send.
+VALUE, ERROR, HANDED_BACK, DIED = "value", "error", "handed back", "died"
+
+
+class Message(NamedTuple):
+    kind: str
+    content: Any
 
 
 def pack(*message: Any) -> bytes:
+    """Pickle a message: its kind and content, and of an error its traceback in words."""
     from ray import cloudpickle
 
     return cloudpickle.dumps(message)
@@ -28,12 +36,12 @@ def unpack(packed: bytes) -> Any:
 
 
 def pack_error(error: BaseException) -> bytes:
+    """Pickle an exception, or, if it cannot travel, one that says what it was."""
     trace = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     try:
         packed = pack(ERROR, error, trace)
-        unpack(
-            packed
-        )  # an exception class with its own __init__ often pickles but does not come back
+        # An exception class with its own __init__ often pickles but does not come back.
+        unpack(packed)
     except Exception:
         packed = pack(ERROR, Q3QError(f"{type(error).__name__}: {error}"), trace)
     return packed

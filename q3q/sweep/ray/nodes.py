@@ -1,20 +1,19 @@
-"""Ray's machines: what they have, how many tasks fit, and what their kernel killed."""
+"""The cluster's machines: what they have, how many tasks fit, and what their kernels killed."""
 
 from collections.abc import Callable, Mapping
 
-from q3q.sweep.ray.tasks import (
-    KIND,
-    Resources,
-)
+from q3q.sweep.ray.tasks import KIND, Resources
 
 
 def ray_machines() -> list[Resources]:
+    """Return what each live machine of the cluster has, taken or free."""
     import ray
 
     return [resources_of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def resources_of(amounts: Mapping[str, float]) -> Resources:
+    """Read Ray's table of a machine's, or a cluster's, resources."""
     kinds = [name.removeprefix(KIND) for name in amounts if name.startswith(KIND)]
     return Resources(
         cpus=amounts.get("CPU", 0),
@@ -24,38 +23,39 @@ def resources_of(amounts: Mapping[str, float]) -> Resources:
     )
 
 
-def count_slots(wanted: Resources, machine: Resources) -> int:
-    """How many such tasks, or ranks of one, the machine has room for when it is empty."""
-    if wanted.kind not in ("", machine.kind):
+def count_slots(request: Resources, machine: Resources) -> int:
+    """Return how many such tasks, or ranks of one, fit on the machine when it is empty."""
+    if request.kind not in ("", machine.kind):
         return 0
     amounts = [
-        (wanted.cpus, machine.cpus),
-        (wanted.gpus, machine.gpus),
-        (wanted.memory or 0, machine.memory or 0),
+        (request.cpus, machine.cpus),
+        (request.gpus, machine.gpus),
+        (request.memory or 0, machine.memory or 0),
     ]
-    return min((int(has // needs) for needs, has in amounts if needs), default=wanted.ranks)
+    slots = [int(available // each) for each, available in amounts if each]
+    return min(slots, default=request.ranks)
 
 
-def node_id_here() -> str:
+def current_node_id() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
 
 
-def count_kernel_kills() -> Callable[[], int]:
-    """What counts the processes that a machine's kernel killed for memory, of its containers too; 0 if it does not
-    say. Nested, and so pickled whole, like `task_entry`'s."""
+def kernel_kill_counter() -> Callable[[], int]:
+    """Return a function that counts the processes that its machine's kernel killed for memory.
+
+    Processes in containers count too. It returns 0 where the kernel does not say (not Linux). It
+    is nested, so that Ray pickles it whole and it runs where q3q cannot be imported.
+    """
 
     def count() -> int:
         from pathlib import Path
 
         try:
-            counters = dict(
-                line.split()
-                for line in Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
-            )
+            lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
         except OSError:
             return 0
-        return int(counters.get("oom_kill", 0))
+        return int(dict(line.split() for line in lines).get("oom_kill", 0))
 
     return count

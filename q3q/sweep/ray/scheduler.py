@@ -1,4 +1,4 @@
-"""Hand tasks to Ray as resources allow, listen to their streams, and try again what died."""
+"""Hand tasks to Ray as resources allow, listen to their streams, and run again what died."""
 
 import os
 import sys
@@ -7,29 +7,44 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from q3q.errors import ConfigError, Q3QError
 from q3q.sweep.ray.deaths import next_message
-from q3q.sweep.ray.gangs import Gang, InFlight
+from q3q.sweep.ray.gangs import Gang
 from q3q.sweep.ray.head import Head
-from q3q.sweep.ray.messages import BACK, DIED, EVENT, MEET, VALUE, caused_by
+from q3q.sweep.ray.in_flight import InFlight
+from q3q.sweep.ray.messages import ADDRESS, DIED, EVENT, HANDED_BACK, VALUE, Message, caused_by
 from q3q.sweep.ray.nodes import count_slots
-from q3q.sweep.ray.tasks import (
-    Outcome,
-    OutOfMemoryError,
-    Resources,
-    Started,
-    Task,
-    WorkerDiedError,
-)
+from q3q.sweep.ray.tasks import Outcome, OutOfMemoryError, Resources, Started, Task, WorkerDiedError
 from q3q.sweep.ray.worker import task_entry
 
-CANCEL_SECONDS = 10  # how long cancelled workers are waited for
+CANCEL_SECONDS = 10  # that cancelled workers are waited for
+
+
+class Waiting(NamedTuple):
+    """A task that waits in the driver for its first or next attempt.
+
+    deaths: since it last got further
+    """
+
+    task: Task
+    attempt: int = 1
+    deaths: int = 0
 
 
 class TaskRun:
-    """The tasks of one `Cluster.run`: those that still wait here, and those that Ray has."""
+    """The tasks of one `Cluster.run`: those that wait in the driver, and those that Ray has.
+
+    queues: waiting tasks by shape, so that tasks that wait for a GPU do not hold up those that need
+        none
+    entries: the Ray function of each shape
+    most_waiting: tasks of a shape that may wait in Ray's queue: enough to fill the cluster at once,
+        and to show one that grows on demand that there is demand
+    in_flight: by stream
+    gangs: rank 0 of each
+    nodes: by the name that tasks are `near`, the node where one of them began last
+    """
 
     def __init__(
         self,
@@ -42,145 +57,133 @@ class TaskRun:
     ) -> None:
         self.on_event, self.on_retry = on_event, on_retry
         self.env, self.patience = dict(env), patience
-        # So many tasks of a shape may wait in Ray's queue: enough to fill the cluster at once, and to show one that
-        # grows on demand that there is demand.
-        self.ahead = max(8, int(total.cpus))
-        # Each shape has its own queue, so that tasks that wait for a GPU do not hold up those that need none.
-        self.queues: dict[Resources, deque[tuple[Task, int, int]]] = {}
+        self.most_waiting = max(8, int(total.cpus))
+        self.queues: dict[Resources, deque[Waiting]] = {}
         for task in tasks:
-            self.queues.setdefault(task.resources, deque()).append((task, 1, 0))
+            self.queues.setdefault(task.resources, deque()).append(Waiting(task))
         self.entries = {shape: task_entry(shape) for shape in self.queues}
-        self.homes: dict[
-            str, str
-        ] = {}  # of tasks that had better be near each other, the node where one began last
+        self.in_flight: dict[Any, InFlight] = {}
+        self.gangs: list[InFlight] = []
+        self.nodes: dict[str, str] = {}
         self.head = Head()
-        self.judged: list[Resources] | None = (
-            None  # what machines there were when tasks were last refused
-        )
-        self.several = len(self.head.machines) > 1 or self.patience > 0
-        self.flights: dict[Any, InFlight] = {}
-        self.gangs: list[InFlight] = []  # rank 0 of each
+        self.several_machines = len(self.head.machines) > 1 or patience > 0
+        self._judged: list[Resources] | None = None  # the machines at the last `_refuse`
 
     def outcomes(self, on_tick: Callable[[], None]) -> Iterator[Outcome]:
-        while self.flights or any(self.queues.values()):
+        while self.in_flight or any(self.queues.values()):
             on_tick()
             self.head.check()
             if self.head.answers():
                 yield from self._submit()
                 yield from self._listen()
                 yield from self._refuse()
-            else:  # what Ray is asked now may never come back
+            else:  # a call to Ray might never return now
                 time.sleep(1.0)
 
     def cancel(self) -> None:
-        _cancel(list(self.flights))
+        _kill(list(self.in_flight))
         for flight in list(self.gangs):
             self._disband(flight)
 
     def _submit(self) -> Iterator[Outcome]:
-        """Give Ray as many tasks as may wait there."""
+        """Give Ray as many tasks as may wait there; yield the ends of those that cannot be sent."""
         import ray
 
         waiting = Counter(
             flight.task.resources
-            for flight in self.flights.values()
+            for flight in self.in_flight.values()
             if flight.began is None and flight.rank == 0
         )
         path = [os.path.abspath(entry) for entry in sys.path]
-        for shape, queue_of_shape in self.queues.items():
-            while queue_of_shape and waiting[shape] < self.ahead:
-                flight = InFlight(*queue_of_shape.popleft())
+        for shape, queue in self.queues.items():
+            while queue and waiting[shape] < self.most_waiting:
+                flight = InFlight(*queue.popleft())
                 task = flight.task
                 try:
                     call = ray.cloudpickle.dumps(task.call)
                 except Exception as error:
                     problem = Q3QError(f"{task.key} cannot be sent to a worker: {error}")
-                    yield flight.ended(error=caused_by(problem, error))
+                    yield flight.outcome(error=caused_by(problem, error))
                     continue
-                work = (
-                    path,
-                    os.getcwd(),
-                    self.env,
-                    call,
-                    task.key,
-                    flight.attempt,
-                    shape.cpus,
-                    shape.gpus,
-                )
+                work = (call, task.key, flight.attempt, shape.cpus, shape.gpus)
+                arguments = (path, os.getcwd(), self.env, *work)
                 if shape.ranks > 1:
-                    flight.gang = Gang(shape, self.entries[shape], work)
+                    flight.gang = Gang(shape, self.entries[shape], arguments)
                     self.gangs.append(flight)
-                    self.flights[flight.gang.seat(0)] = flight
+                    self.in_flight[flight.gang.start(0)] = flight
                 else:
-                    self.flights[self._entry_near(task).remote(*work)] = flight
+                    self.in_flight[self._entry_near(task).remote(*arguments)] = flight
                 waiting[shape] += 1
 
     def _entry_near(self, task: Task) -> Any:
-        """The Ray function for a task, with a wish where to run. One that would have to wait there runs elsewhere."""
-        entry, home = self.entries[task.resources], self.homes.get(task.near)
-        if not (self.several and task.near and home):
+        """Return the Ray function for a task, with its preferred node, if that has room at once."""
+        entry, node = self.entries[task.resources], self.nodes.get(task.near)
+        if not (self.several_machines and task.near and node):
             return entry
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        there = NodeAffinitySchedulingStrategy(home, soft=True, _spill_on_unavailable=True)
-        return entry.options(scheduling_strategy=there)
+        preference = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+        return entry.options(scheduling_strategy=preference)
 
     def _listen(self) -> Iterator[Outcome]:
-        """Take what one stream has to say, if one speaks up within a second."""
+        """Take the next message of one stream, if one comes within a second."""
         import ray
 
-        ready = ray.wait(list(self.flights), num_returns=1, timeout=1.0)[0] if self.flights else []
+        streams = list(self.in_flight)
+        ready = ray.wait(streams, num_returns=1, timeout=1.0)[0] if streams else []
         for stream in ready:
-            flight = self.flights.pop(stream)
-            kind, content = next_message(stream, flight)
-            if kind == EVENT:
-                self.flights[stream] = (
-                    flight  # last in line: a talkative task must not keep others from being heard
-                )
-                self._heard(flight, content)
-            elif kind == MEET and flight.gang is not None:
-                self.flights[stream] = flight
+            flight = self.in_flight.pop(stream)
+            message = next_message(stream, flight)
+            if message.kind in (EVENT, ADDRESS):
+                # Last in line: a talkative task must not keep others from being heard.
+                self.in_flight[stream] = flight
+            if message.kind == EVENT:
+                self._take_event(flight, message.content)
+            elif message.kind == ADDRESS and flight.gang is not None:
                 for rank in range(1, flight.task.resources.ranks):
-                    self.flights[flight.gang.seat(rank, content)] = replace(
-                        flight, rank=rank, began=None
-                    )
+                    other = flight.gang.start(rank, message.content)
+                    self.in_flight[other] = replace(flight, rank=rank, began=None)
             elif flight.gang is None:
-                yield from self._landed(flight, kind, content)
+                yield from self._finish(flight, message)
             else:
-                flight.gang.ends[flight.rank] = kind, content
+                flight.gang.ends[flight.rank] = message
         for flight in list(self.gangs):
             if flight.gang is not None and (end := flight.gang.verdict()) is not None:
                 self._disband(flight)
-                yield from self._landed(flight, *end)
+                yield from self._finish(flight, end)
 
-    def _heard(self, flight: InFlight, event: Any) -> None:
-        """What a task reports; of a gang, rank 0 speaks for all."""
+    def _take_event(self, flight: InFlight, event: Any) -> None:
+        """Note what a task reports and pass it on; of a gang, only what rank 0 reports."""
         if isinstance(event, Started):
-            flight.began, flight.clock = event, time.monotonic()
-            self.homes[flight.task.near] = event.node_id
+            flight.began, flight.running_since = event, time.monotonic()
+            self.nodes[flight.task.near] = event.node_id
         elif flight.rank == 0 and flight.task.furthers(event):
             flight.deaths = 0
         if flight.rank == 0:
             self.on_event(flight.task.key, event)
 
-    def _landed(self, flight: InFlight, kind: str, content: Any) -> Iterator[Outcome]:
-        """A task ended, and perhaps is to run again."""
-        task = flight.task
+    def _finish(self, flight: InFlight, end: Message) -> Iterator[Outcome]:
+        """Yield a task's outcome, unless it runs again."""
+        task, attempt, deaths = flight.task, flight.attempt, flight.deaths
+        kind, content = end
         if kind == VALUE:
-            yield flight.ended(value=content)
-        elif task.larger is not None and isinstance(content, OutOfMemoryError):
-            shape = task.larger.resources
-            self.queues.setdefault(shape, deque()).appendleft((task.larger, flight.attempt + 1, 0))
-            self.entries.setdefault(shape, task_entry(shape))
-            if self.on_retry is not None:
-                self.on_retry(task.key, content)
-        elif kind == BACK or (kind == DIED and flight.deaths < task.retries):
-            deaths = flight.deaths + (kind == DIED)
-            self.queues[task.resources].appendleft((task, flight.attempt + 1, deaths))
-            if self.on_retry is not None:
-                self.on_retry(task.key, content)
+            yield flight.outcome(value=content)
+            return
+        if task.larger is not None and isinstance(content, OutOfMemoryError):
+            again = Waiting(task.larger, attempt + 1)
+        elif kind == HANDED_BACK:
+            again = Waiting(task, attempt + 1, deaths)
+        elif kind == DIED and deaths < task.retries:
+            again = Waiting(task, attempt + 1, deaths + 1)
         else:
-            yield flight.ended(error=content, died=kind == DIED)
+            yield flight.outcome(error=content, died=kind == DIED)
+            return
+        shape = again.task.resources
+        if shape not in self.queues:
+            self.queues[shape], self.entries[shape] = deque(), task_entry(shape)
+        self.queues[shape].appendleft(again)
+        if self.on_retry is not None:
+            self.on_retry(task.key, content)
 
     def _disband(self, flight: InFlight) -> None:
         """End what is left of a gang."""
@@ -188,42 +191,41 @@ class TaskRun:
 
         assert flight.gang is not None
         self.gangs.remove(flight)
-        streams = [stream for stream, other in self.flights.items() if other.gang is flight.gang]
-        for stream in streams:
-            del self.flights[stream]
-        _cancel(streams)
+        ranks = [stream for stream, rank in self.in_flight.items() if rank.gang is flight.gang]
+        for stream in ranks:
+            del self.in_flight[stream]
+        _kill(ranks)
         with suppress(ray.exceptions.RayError):
             ray.util.remove_placement_group(flight.gang.group)
 
     def _refuse(self) -> Iterator[Outcome]:
-        """End the tasks that no machine of the cluster has been large enough for, for as long as patience lasts."""
+        """End tasks for which no machine has been large enough for `patience` seconds."""
         now, machines = time.monotonic(), self.head.machines
-        if machines is self.judged:
+        if machines is self._judged:  # the head has said nothing since
             return
-        self.judged = machines
-        for stream, flight in list(self.flights.items()):
-            wanted = flight.task.resources
+        self._judged = machines
+        for stream, flight in list(self.in_flight.items()):
+            request = flight.task.resources
             if flight.began is not None or flight.rank > 0:
                 continue
-            if sum(count_slots(wanted, machine) for machine in machines) >= wanted.ranks:
-                flight.clock = now
-            elif now - flight.clock > self.patience:
+            if sum(count_slots(request, machine) for machine in machines) >= request.ranks:
+                flight.waiting_since = now
+            elif now - flight.waiting_since > self.patience:
                 if flight.gang is None:
-                    del self.flights[stream]
-                    _cancel([stream])
+                    del self.in_flight[stream]
+                    _kill([stream])
                 else:
                     self._disband(flight)
                 has = "; ".join(map(str, machines)) or "none"
-                who = "no machine has" if wanted.ranks == 1 else "all machines together do not have"
-                yield flight.ended(
-                    error=ConfigError(
-                        f"{flight.task.key} needs {wanted}, and {who} that. Machines: {has}"
-                    )
+                who = (
+                    "no machine has" if request.ranks == 1 else "all machines together do not have"
                 )
+                problem = f"{flight.task.key} needs {request}, and {who} that. Machines: {has}"
+                yield flight.outcome(error=ConfigError(problem))
 
 
-def _cancel(streams: Sequence[Any]) -> None:
-    """Kill the workers that run these tasks, and see them dead: their files may be written by others next."""
+def _kill(streams: Sequence[Any]) -> None:
+    """Kill the workers of these tasks and see them dead: others may write their files next."""
     import ray
 
     with suppress(ray.exceptions.RayError):  # the cluster itself may be gone

@@ -1,4 +1,4 @@
-"""The nouns of the Ray room: tasks, resources, outcomes, and the errors of a cluster."""
+"""The nouns of this package: a task, what it reserves, how it ended, and what goes wrong."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 from q3q.errors import Q3QError
 
 Report = Callable[[Any], None]
-KIND = "accelerator_type:"  # how Ray's name for the kind of a machine's GPUs begins
+KIND = "accelerator_type:"  # prefix of Ray's resource for the kind of a machine's GPUs
 
 
 class WorkerDiedError(Q3QError):
@@ -15,22 +15,28 @@ class WorkerDiedError(Q3QError):
 
 
 class HeadLostError(Q3QError):
-    """The cluster's head does not answer any more, or Ray ended on this machine: nothing can be started there."""
+    """The cluster's head no longer answers, or Ray ended on this machine: nothing can start."""
 
 
 class OutOfMemoryError(WorkerDiedError):
-    """A task ran out of memory: its process was killed for it, by Ray or the kernel, or it said so itself."""
+    """A task ran out of memory: Ray or the kernel killed its process, or it said so itself."""
 
 
 class HandedBackError(BaseException):
-    """Raised in a task, when it reports, after its process was asked to end (SIGTERM). Not an Exception, so that a task
-    that catches its own errors lets it through."""
+    """Raised in a task, when it reports, after its process was asked to end (SIGTERM).
+
+    Not an Exception, so that a task that catches its own errors lets it through.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a task reserves, or a cluster has. memory is in bytes; None reserves none. ranks: of a gang, so many times
-    the same, perhaps on several machines. kind: of GPUs, as Ray calls it (A100); "": any."""
+    """What a task reserves, or what a machine or cluster has.
+
+    memory: bytes; None reserves none
+    ranks: of a gang, each of which reserves as much, perhaps on several machines
+    kind: of GPUs, by Ray's name (A100); "" for any
+    """
 
     cpus: float = 1
     gpus: float = 0
@@ -46,8 +52,8 @@ class Resources:
         return each if self.ranks == 1 else f"{self.ranks} ranks of {each}"
 
     @property
-    def pin(self) -> dict[str, float]:
-        """What to ask of Ray, besides, to get this kind of GPU: a machine has 1 of the name of its kind."""
+    def kind_request(self) -> dict[str, float]:
+        """The custom resource that pins a task to this kind of GPU; each such machine has 1."""
         return {f"{KIND}{self.kind}": 0.001} if self.kind else {}
 
 
@@ -55,15 +61,17 @@ class Resources:
 class Task:
     """One callable to run in a worker process.
 
-    call: picklable (cloudpickle: lambdas and what `__main__` defines are fine). It is given `report`, which sends a
-        small picklable event to the driver and may be called from any thread until the call returns. Each rank of a
-        gang is given its `Seat` too; only what rank 0 reports and returns is heard.
-    retries: how often it runs again if its process or machine died. An exception of its own is never retried, and what
-        its machine hands back (see `_work`) is no death.
-    furthers: whether an event says that the task got further than ever before, so that it need not do this again;
-        deaths are counted from there on.
-    larger: what runs in its place, under the same key, if it runs out of memory: the same work with more of it.
-    near: tasks that name the same here had better run where one of them has run; a preference, for which none waits.
+    call: picklable (cloudpickle: lambdas and what `__main__` defines are fine). It receives
+        `report`, which sends a small picklable event to the driver and may be called from any
+        thread until the call returns. Each rank of a gang receives its `Rendezvous` too; only what
+        rank 0 reports and returns counts.
+    retries: how often it runs again if its process or machine died. An exception of its own is
+        never retried, and being handed back (see `worker`) is no death.
+    furthers: tells from an event whether the task got further than ever before, so that it need
+        not do this again; deaths are counted from there on
+    larger: what runs in its place, under the same key, if it runs out of memory: the same work
+        with more of it
+    near: tasks that give the same name preferably run where one of them has run; none waits for it
     """
 
     key: str
@@ -77,8 +85,12 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The first event of each attempt: a worker has taken the task. node_id: Ray's. kernel_kills: processes that the
-    machine's kernel had killed for memory until then."""
+    """The first event of each attempt: a worker has taken the task.
+
+    node: the machine's name
+    node_id: Ray's
+    kernel_kills: processes that the machine's kernel had killed for memory until then
+    """
 
     key: str
     pid: int
@@ -92,9 +104,9 @@ class Started:
 class Outcome:
     """How a task ended: with a value, or with an error.
 
-    error: the task's own exception (its `__cause__` shows the worker's traceback), WorkerDiedError if its process or
-        machine died, ConfigError if no machine of the cluster can ever run it.
-    seconds: of the last attempt, from its start; 0 if it never started.
+    error: the task's own exception (its `__cause__` shows the worker's traceback), WorkerDiedError
+        if its process or machine died, ConfigError if no machine of the cluster can ever run it
+    seconds: of the last attempt, from its start; 0 if it never started
     """
 
     key: str

@@ -1,0 +1,36 @@
+"""Run a study's trials in this process, one after the other."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here
+from q3q.sweep.plan import Planned
+from q3q.sweep.ray.worker import keep_to
+from q3q.sweep.run import Host, RunningStudy, with_plan
+
+
+class InProcess(Host):
+    """This process: all cores of its machine, and the first of its GPUs."""
+
+    where = "this process"
+
+    def machines(self, request: ResourceRequest) -> tuple[list[Machine], ResourceRequest]:
+        here = machine_here()
+        request = replace(request, cpus=request.cpus or here.cpus)
+        return expected([replace(here, gpus=min(here.gpus, 1))], request), request
+
+    def run(self, planned: Sequence[Planned], study: RunningStudy) -> None:
+        from q3q.trial import attempt_trial
+
+        for entry in planned:
+            trial, allocation = entry.trial, entry.allocation
+            assert allocation is not None
+            keep_to(allocation.cpus, allocation.gpus)
+            study.display.started(trial.id, trial.spec.label)
+            # From here on it is a trial that stopped, until it has a new record.
+            (trial.folder / "failed.json").unlink(missing_ok=True)
+            placed = trial.placed(grant=allocation.grant())
+            record = with_plan(attempt_trial(placed, partial(study.progressed, trial.spec)), entry)
+            record.save()
+            study.finished(record)

@@ -1,0 +1,81 @@
+"""Delete what trials left on disk, but nothing that other trials still use."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from q3q.attempt import CLAIM
+from q3q.errors import ConfigError
+from q3q.placement import Trial
+from q3q.storage.claim import Claim, Holder, claim_or_refuse
+from q3q.storage.mirror import mirror_at
+from q3q.storage.stores import folder_of
+from q3q.trials.stored import StoredTrial, bytes_below, exports_of, in_words
+
+
+def delete_trials(
+    which: Sequence[StoredTrial],
+    trials: Sequence[StoredTrial],
+    storage: str | Path,
+    say: Callable[[str], object],
+) -> None:
+    """Delete trials' folders and exports, here and in a storage that is a URL.
+
+    Kept blocks, and states that drift is measured against, go where no other trial uses them.
+
+    Raises:
+        ConfigError: one of the trials is running; those before it are deleted.
+    """
+    leaving = {entry.id for entry in which}
+    folder, mirror = folder_of(str(storage)), mirror_at(str(storage))
+    staying = [
+        entry.trial for entry in trials if entry.trial is not None and entry.id not in leaving
+    ]
+    for entry in which:
+        folders = [folder / "trials" / entry.id]
+        if entry.trial is not None:
+            folders += exports_of(entry.trial)
+            quantization = entry.trial.spec.quantization_id
+            if all(quantization != other.spec.quantization_id for other in staying):
+                folders.append(entry.trial.kept_blocks_folder)
+            used = {path for other in staying for path in baselines_of(other, folder)}
+            folders += [path for path in baselines_of(entry.trial, folder) if path not in used]
+        freed = sum(map(bytes_below, folders))
+        board = None if mirror is None else mirror.claim_store(f"trials/{entry.id}")
+        claim = Claim(board or folders[0], CLAIM)
+        if folders[0].exists():
+            claim_or_refuse(claim, partial(_is_running, entry), say)
+        if mirror is not None:
+            for name in filter(None, map(mirror.name_of, folders)):
+                mirror.remove(name)
+        for path in filter(Path.exists, folders):
+            shutil.rmtree(path)
+        claim.release()
+        if board is not None:
+            board.clear()
+        say(f"{entry.id} {entry.name}: deleted, {in_words(freed)}")
+    if not which:
+        say("Nothing to delete.")
+
+
+def baselines_of(trial: Trial, storage: Path) -> list[Path]:
+    """Return the baselines that a trial's drift is measured against: its model, on its texts."""
+    evaluation, model = trial.spec.evaluation, trial.spec.model.identity
+    if evaluation.drift is None:
+        return []
+    digests = {text.digest for text in evaluation.texts}
+    folders = []
+    for path in (storage / "baselines").glob("*/manifest.json"):
+        # A damaged one is computed again by the trial that needs it.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            identity = json.loads(path.read_text(encoding="utf-8"))["body"]["identity"]
+            if identity["model"] == model and identity["text"] in digests:
+                folders.append(path.parent)
+    return folders
+
+
+def _is_running(entry: StoredTrial, holder: Holder) -> ConfigError:
+    return ConfigError(f"{entry.id} ({entry.name}) is running: {holder}. Stop that first")
