@@ -1,16 +1,14 @@
-"""`python -m q3q.report`: a report of any set of records, whenever it is wanted."""
+"""`python -m q3q.report`: write a report of a study, or of all records in a storage folder."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from q3q.errors import Q3QError
-from q3q.report.records import Found, find_records, predictions
+from q3q.errors import EXIT_MISUSED, Q3QError
+from q3q.report.records import StoredRecords, find_records, predictions
 from q3q.report.write import FORMATS, HTML, About, one_format, write_report
 from q3q.storage.mirror import refreshed
-
-MISUSED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,12 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns"
     )
     parser.add_argument(
-        "--format", choices=FORMATS, help="print this format alone; without it a folder is written"
+        "--format", choices=FORMATS, help="print this format instead of writing a folder"
     )
     parser.add_argument(
         "--against",
         choices=["paper"],
-        help="compare with published numbers, and say so if none was run",
+        help="compare with published numbers, and say so if none of them was run",
     )
     parser.add_argument(
         "--out",
@@ -38,58 +36,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder to write; default: <storage>/reports/<study>",
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        storage = refreshed(given.storage)
-        found = find_records(storage, given.study)
+        storage = refreshed(options.storage)
+        stored = find_records(storage, options.study)
     except Q3QError as error:
         print(f"q3q: {error}", file=sys.stderr)
-        return MISUSED
-    for line in found.damaged:
+        return EXIT_MISUSED
+    for line in stored.damaged:
         print(f"q3q: {line}", file=sys.stderr)
-    about = _about(found, given, storage)
-    if given.format:
-        sys.stdout.buffer.write(one_format(found.records, about, given.format))
+    about = _about(stored, options, storage)
+    if options.format:
+        sys.stdout.buffer.write(one_format(stored.records, about, options.format))
         return 0
-    folder = given.out or storage / "reports" / _folder(found)
+    folder = options.out or storage / "reports" / _folder(stored)
     try:
-        report = write_report(found.records, folder, about)
+        report = write_report(stored.records, folder, about)
     except OSError as error:
         print(
             f"q3q: --out {folder} cannot be written ({error}): give another folder", file=sys.stderr
         )
-        return MISUSED
+        return EXIT_MISUSED
     print(f"{report.text}\n\nReport: {report.folder / HTML}")
     return 0
 
 
-def _folder(found: Found) -> str:
-    """That of the sweep's own report, unless this one is of several sweeps."""
-    if found.sweep is None:
+def _folder(stored: StoredRecords) -> str:
+    """Return the name of the sweep's own report, or of one for several sweeps."""
+    if stored.sweep is None:
         return "all"
-    return found.sweep.name if found.merged else f"{found.sweep.name}_{found.sweep.id}"
+    return stored.sweep.name if stored.merged else f"{stored.sweep.name}_{stored.sweep.id}"
 
 
-def _about(found: Found, given: argparse.Namespace, storage: Path) -> About:
-    warnings = list(found.damaged)
-    if found.missing:
+def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) -> About:
+    warnings = list(stored.damaged)
+    if stored.missing:
+        total = len(stored.records) + stored.missing
+        warnings.append(f"{stored.missing} of the study's {total} trials have no record yet.")
+    if stored.merged:
+        count, ids = len(stored.merged), ", ".join(stored.merged)
         warnings.append(
-            f"{found.missing} of the study's {len(found.records) + found.missing} trials have no record yet."
+            f"This report covers {count} sweeps of this name; --study ID selects one: {ids}."
         )
-    if found.merged:
-        count, ids = len(found.merged), ", ".join(found.merged)
-        warnings.append(
-            f"{count} sweeps of this name are taken together; --study takes one by its id: {ids}."
-        )
-    sweep = found.sweep
+    sweep = stored.sweep
     return About(
         name=sweep.name if sweep else "All records",
-        command=sweep.command if sweep else f"python -m q3q.report --storage {given.storage}",
+        command=sweep.command if sweep else f"python -m q3q.report --storage {options.storage}",
         question=sweep.question if sweep else "",
         expectation=sweep.expectation if sweep else "",
         predicted=predictions(storage),
         warnings=warnings,
-        against_paper=given.against == "paper",
+        against_paper=options.against == "paper",
     )
 
 

@@ -1,37 +1,39 @@
-"""The answer first: for each model and bit width the best method, what it loses, and what cannot be told apart.
+"""The answer: for each model and bit width the best method, its loss, and which methods equal it.
 
-Only trials of the same weights that were evaluated alike are compared, and a method that was tried with several seeds
-counts by its mean. A loss is measured against the unquantized model on the same questions and windows, and so is one
-method against another: what makes a question hard is hard for both, and cancels.
+Only trials of the same weights and the same evaluation are compared, and a method with several
+seeds counts by its mean. A loss is measured against the unquantized model on the same questions and
+windows; methods are compared with each other in the same way. A question's difficulty is the same
+for both and cancels.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from q3q.evaluate.metrics import mean_metrics
 from q3q.record import Comparison, TrialRecord
 from q3q.report.measures import (
     ABSENT,
     DIVERGED,
     FAILED,
-    headline_metrics,
     interval,
     is_better,
     is_perplexity,
     judged_metrics,
     short,
 )
-from q3q.report.pairs import difference, stratified, told_by_seeds
+from q3q.report.pairs import differ_by_seeds, difference, stratified
 from q3q.report.pools import Pool, comparable, pools
 from q3q.report.tables import MARK, MARKED, Table, other_versions
-from q3q.spec import MEAN_ACCURACY, mean_metrics
+from q3q.spec import MEAN_ACCURACY
 
 RULE = (
-    "Losses are against the unquantized model, with 95 % intervals of paired differences where a trial has them. Two "
-    "methods are not distinguishable where a paired test on the same windows and questions does not tell them apart "
-    "(p < 0.05), or, tried with several seeds, the spread over seeds explains their difference (Welch's test). "
-    "A single seed does not say how much of a difference is luck of the calibration text. Unknown: the samples that a "
-    "paired test needs are not there."
+    "Losses are relative to the unquantized model, with 95 % intervals of paired differences where "
+    "a trial has them. Two methods are not distinguishable if a paired test on the same windows "
+    "and questions does not tell them apart (p < 0.05) or, for methods with several seeds, the "
+    "spread over seeds explains the difference (Welch's test). A single seed does not tell how "
+    "much of a difference is due to the calibration text that was drawn. Unknown: the samples that "
+    "a paired test needs are missing."
 )
 UNKNOWN = "unknown"
 DECIMALS = (1, 4)  # of a loss, the fewest and the most
@@ -39,10 +41,11 @@ DECIMALS = (1, 4)  # of a loss, the fewest and the most
 
 @dataclass(frozen=True)
 class Loss:
-    """What was lost on one metric against the unquantized model.
+    """The loss on one metric relative to the unquantized model.
 
-    value: of a perplexity the ratio less one, of an accuracy the difference (negative is worse). low, high: its 95 %
-    interval, None without a paired comparison. distinguishable: from no loss at all; None if unknown.
+    value: a perplexity's ratio less one, an accuracy's difference (negative is worse).
+    low, high: the 95 % interval; None without a paired comparison.
+    distinguishable: from no loss; None if unknown.
     """
 
     metric: str
@@ -52,7 +55,10 @@ class Loss:
     distinguishable: bool | None = None
 
     def __str__(self) -> str:
-        """To two digits of the interval's reach: `+20.0 % [+10.0, +30.0]`, `-0.25 points`; a ratio from 10 on."""
+        """Format to two digits of the interval's width: `+20.0 % [+10.0, +30.0]`, `-0.25 points`.
+
+        A perplexity of ten times the original's or more is given as a ratio.
+        """
         ends = [self.value, *(end for end in (self.low, self.high) if end is not None)]
         if is_perplexity(self.metric) and self.value > 9:
             text, *bounds = (f"{1 + end:.3g}" for end in ends)
@@ -73,139 +79,133 @@ class Loss:
 
 
 def answers(records: Sequence[TrialRecord]) -> list[Table]:
-    """A table per model, and for each way that it was evaluated: a row per bit width."""
-    strangers = other_versions(records)
-    tables = [_answer(name, mine, strangers) for name, mine in comparable(records).items()]
+    """Return a table per model and evaluation, with a row per bit width."""
+    outliers = other_versions(records)
+    tables = [_answer(name, group, outliers) for name, group in comparable(records).items()]
     return [table for table in tables if table]
 
 
 def loss(pool: Pool, reference: Pool | None, metric: str) -> Loss | None:
-    """None where one of the two has no number, or there is no reference."""
+    """Return a pool's loss; None if it or the unquantized model has no number."""
     ours = pool.cell(metric)
     if not isinstance(ours, float):
         return None
-    found = _recorded(pool, metric)
-    if found is None and reference is not None:
-        found = difference(pool, reference, metric)
-    if found is not None and found.difference is not None:
+    paired = _recorded(pool, metric)
+    if paired is None and reference is not None:
+        paired = difference(pool, reference, metric)
+    if paired is not None and paired.difference is not None:
         value, low, high = (
-            None if one is None else math.expm1(one) if is_perplexity(metric) else one
-            for one in (found.difference, found.low, found.high)
+            None if end is None else math.expm1(end) if is_perplexity(metric) else end
+            for end in (paired.difference, paired.low, paired.high)
         )
         assert value is not None
-        return Loss(metric, value, low, high, found.distinguishable)
+        return Loss(metric, value, low, high, paired.distinguishable)
     theirs = None if reference is None else reference.cell(metric)
     if not isinstance(theirs, float):
         return None
     return Loss(metric, ours / theirs - 1 if is_perplexity(metric) else ours - theirs)
 
 
-def alike(one: Pool, other: Pool, reference: Pool | None, metric: str) -> bool | None:
-    """Whether two of the things tried cannot be told apart on a metric, by the rule above; None if that is unknown.
+def indistinguishable(
+    first: Pool, second: Pool, reference: Pool | None, metric: str
+) -> bool | None:
+    """Return True if two pools are not distinguishable by `RULE`, None if that is unknown.
 
-    Without samples, intervals that do not overlap still tell them apart: what the two have in common only makes a
-    paired test's interval narrower. Of intervals that overlap nothing follows.
+    Without samples, intervals that do not overlap still show a difference: what the two have in
+    common only makes a paired test's interval narrower. Overlapping intervals show nothing.
     """
-    if one.cell(metric) == other.cell(metric):
+    if first.cell(metric) == second.cell(metric):
         return True
-    if told_by_seeds(one, other, metric) is False:
+    if differ_by_seeds(first, second, metric) is False:
         return True
-    found = difference(one, other, metric)
-    if found is not None:
-        return not found.distinguishable
-    for bounds in zip(*(_bounds(pool, reference, metric) for pool in (one, other)), strict=True):
-        if bounds[0] is not None and bounds[1] is not None:
-            return False if bounds[0][0] > bounds[1][1] or bounds[1][0] > bounds[0][1] else None
+    paired = difference(first, second, metric)
+    if paired is not None:
+        return not paired.distinguishable
+    for a, b in zip(*(_intervals(p, reference, metric) for p in (first, second)), strict=True):
+        if a is not None and b is not None:
+            return False if a[0] > b[1] or b[0] > a[1] else None
     return None
 
 
-def _bounds(pool: Pool, reference: Pool | None, metric: str) -> list[tuple[float, float] | None]:
-    """The intervals of its loss, and of its metric."""
+def _intervals(pool: Pool, reference: Pool | None, metric: str) -> list[tuple[float, float] | None]:
+    """Return the intervals of a pool's loss and of its metric."""
     lost = loss(pool, reference, metric)
-    of_loss = (
-        None if lost is None or lost.low is None or lost.high is None else (lost.low, lost.high)
-    )
-    return [of_loss, interval(pool.records[0], metric) if len(pool.records) == 1 else None]
+    ends = None if lost is None or lost.low is None or lost.high is None else (lost.low, lost.high)
+    return [ends, interval(pool.records[0], metric) if len(pool.records) == 1 else None]
 
 
 def _recorded(pool: Pool, metric: str) -> Comparison | None:
-    """The comparison with the unquantized model that a single trial's record holds."""
+    """Return the comparison with the unquantized model in a single trial's record."""
     if len(pool.records) > 1:
         return None
-    known = pool.records[0].comparisons
+    recorded = pool.records[0].comparisons
     if metric != MEAN_ACCURACY:
-        return known.get(metric)
+        return recorded.get(metric)
     names = mean_metrics(pool.spec)
-    return (
-        stratified([known[name] for name in names])
-        if all(name in known for name in names)
-        else None
-    )
+    complete = all(name in recorded for name in names)
+    return stratified([recorded[name] for name in names]) if complete else None
 
 
-def _answer(name: str, records: Sequence[TrialRecord], strangers: frozenset[str]) -> Table | None:
+def _answer(name: str, records: Sequence[TrialRecord], outliers: frozenset[str]) -> Table | None:
     judged = judged_metrics(records)
-    if not judged or not headline_metrics(records):
+    if not judged:
         return None
-    everything = pools(records)
-    reference = next(
-        (pool for pool in everything if pool.spec.scheme is None and pool.records[0].completed),
-        None,
-    )
-    tried = [pool for pool in everything if pool.spec.scheme is not None]
+    every = pools(records)
+    references = (p for p in every if p.spec.scheme is None and p.records[0].completed)
+    reference = next(references, None)
+    tried = [pool for pool in every if pool.spec.scheme is not None]
     rows = tuple(
-        _row(bits, [pool for pool in tried if pool.bits == bits], reference, judged, strangers)
+        _row(bits, [pool for pool in tried if pool.bits == bits], reference, judged, outliers)
         for bits in sorted({pool.bits for pool in tried})
     )
     if not rows:
         return None
-    heads = [text for metric in judged for text in (short(metric), "loss")]
-    by = f" by {short(judged[0])}" if len(judged) > 1 else ""
-    last = [
+    several = len(judged) > 1
+    columns = (
+        "bits",
+        f"best method by {short(judged[0])}" if several else "best method",
+        *(head for metric in judged for head in (short(metric), "loss")),
         "not distinguishable from the best",
-        *(["best by the others"] if len(judged) > 1 else []),
-    ]
-    note = MARKED if any(MARK in row[1] for row in rows) else ""
-    return Table(name, ("bits", f"best method{by}", *heads, *last), rows, note)
+        *(["best by the others"] if several else []),
+    )
+    return Table(name, columns, rows, MARKED if any(MARK in row[1] for row in rows) else "")
 
 
 def _row(
     bits: int,
-    mine: Sequence[Pool],
+    tried: Sequence[Pool],
     reference: Pool | None,
     judged: Sequence[str],
-    strangers: frozenset[str],
+    outliers: frozenset[str],
 ) -> tuple[str, ...]:
     first, *others = judged
-    best = _best(mine, first)
+    best = _best(tried, first)
     if best is None:
-        words = {pool.cell(first) for pool in mine} & {DIVERGED, FAILED}
-        left = 2 * len(judged) + (1 if others else 0)
-        return (str(bits), ABSENT, " or ".join(sorted(map(str, words))) or ABSENT, *[ABSENT] * left)
-    mark = MARK if any(record.spec.id in strangers for record in best.records) else ""
+        outcomes = {str(pool.cell(first)) for pool in tried} & {DIVERGED, FAILED}
+        empty = [ABSENT] * (2 * len(judged) + bool(others))
+        return (str(bits), ABSENT, " or ".join(sorted(outcomes)) or ABSENT, *empty)
+    mark = MARK if any(record.spec.id in outliers for record in best.records) else ""
     numbers = [
         text
         for metric in judged
         for text in (best.shown(metric), str(loss(best, reference, metric) or UNKNOWN))
     ]
-    found: dict[bool | None, list[str]] = {}
-    for pool in mine:
+    rivals: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+    for pool in tried:
         if pool is not best and isinstance(pool.cell(first), float):
-            found.setdefault(alike(best, pool, reference, first), []).append(pool.label)
-    told = [", ".join(found[True])] if True in found else []
-    told += [f"{UNKNOWN}: {', '.join(found[None])}"] if None in found else []
-    last = ["; ".join(told) or ABSENT]
+            rivals[indistinguishable(best, pool, reference, first)].append(pool.label)
+    equals = [", ".join(rivals[True])] if rivals[True] else []
+    equals += [f"{UNKNOWN}: {', '.join(rivals[None])}"] if rivals[None] else []
+    last = ["; ".join(equals) or ABSENT]
     if others:
-        last.append(
-            "; ".join(filter(None, (_otherwise(best, mine, reference, one) for one in others)))
-            or "the same"
-        )
+        differing = filter(None, (_other_best(best, tried, reference, name) for name in others))
+        last.append("; ".join(differing) or "the same")
     return (str(bits), best.label + mark, *numbers, *last)
 
 
-def _best(mine: Sequence[Pool], metric: str) -> Pool | None:
+def _best(tried: Sequence[Pool], metric: str) -> Pool | None:
     best: Pool | None = None
-    for pool in mine:
+    for pool in tried:
         value = pool.cell(metric)
         if isinstance(value, float) and (
             best is None or is_better(value, float(best.cell(metric)), metric)
@@ -214,11 +214,15 @@ def _best(mine: Sequence[Pool], metric: str) -> Pool | None:
     return best
 
 
-def _otherwise(best: Pool, mine: Sequence[Pool], reference: Pool | None, metric: str) -> str:
-    """The method that is best by another metric, and whether that is more than chance; nothing if it is the same."""
-    other = _best(mine, metric)
+def _other_best(best: Pool, tried: Sequence[Pool], reference: Pool | None, metric: str) -> str:
+    """Name the best method by another metric, if it is not `best` or equal to it."""
+    other = _best(tried, metric)
     if other is None or other is best or other.cell(metric) == best.cell(metric):
         return ""
     chance = {True: " (not distinguishable)", None: f" ({UNKNOWN} whether by chance)", False: ""}
-    same = alike(best, other, reference, metric) if isinstance(best.cell(metric), float) else False
+    same = (
+        indistinguishable(best, other, reference, metric)
+        if isinstance(best.cell(metric), float)
+        else False
+    )
     return f"{short(metric)}: {other.label}{chance[same]}"

@@ -1,4 +1,4 @@
-"""How much of a difference is luck: what moves when only the seed does, or only the calibration, beside the methods."""
+"""How much of a difference is luck: spreads over seeds, over calibrations and over methods."""
 
 import math
 import statistics
@@ -10,63 +10,57 @@ from q3q.report.pools import Pool, comparable, pools, shown_spread
 from q3q.report.tables import Table
 
 NOTE = (
-    "Standard deviations: over seeds within one method and calibration; over calibrations, each by the mean of its "
-    "seeds, within one method; over methods, each by the mean of its calibrations. The last column says how many times "
-    "the seeds' spread that of the methods is: where it is near 1, which method is best is luck."
+    "Standard deviations over seeds, within a method and calibration; over calibrations, within a "
+    "method (each calibration counts by the mean of its seeds); and over methods (each counts by "
+    "the mean of its calibrations). The last column divides the spread over methods by that over "
+    "seeds: where it is near 1, the best method is a matter of luck."
 )
 
 
 def luck_tables(records: Sequence[TrialRecord]) -> list[Table]:
-    """For each model and metric a row per bit width; nothing where no method was tried with several seeds."""
+    """Return a table per model and metric, a row per bit width with a method of several seeds."""
+    columns = ("bits", "over seeds", "over calibrations", "over methods", "methods / seeds")
     tables = []
-    for name, mine in comparable(records).items():
-        tried = [pool for pool in pools(mine) if pool.spec.scheme is not None]
-        for metric in judged_metrics(mine):
+    for name, group in comparable(records).items():
+        tried = [pool for pool in pools(group) if pool.spec.scheme is not None]
+        for metric in judged_metrics(group):
             rows = [_row(bits, tried, metric) for bits in sorted({pool.bits for pool in tried})]
-            found = tuple(row for row in rows if row is not None)
-            if found:
-                columns = (
-                    "bits",
-                    "over seeds",
-                    "over calibrations",
-                    "over methods",
-                    "methods / seeds",
-                )
-                tables.append(Table(f"{name}: how much is luck, {title(metric)}", columns, found))
+            complete = tuple(row for row in rows if row is not None)
+            if complete:
+                heading = f"{name}: how much is luck, {title(metric)}"
+                tables.append(Table(heading, columns, complete))
     return tables
 
 
 def _row(bits: int, tried: Sequence[Pool], metric: str) -> tuple[str, ...] | None:
-    """None where no method was tried with several seeds at this width."""
-    mine = [pool for pool in tried if pool.bits == bits and pool.values(metric)]
+    """Return None where no method has several seeds at this bit width."""
+    values = [
+        (pool.spec.method.name, pool.values(metric))
+        for pool in tried
+        if pool.bits == bits and pool.values(metric)
+    ]
     by_method: dict[str, list[float]] = {}
-    for pool in mine:
-        by_method.setdefault(str(pool.spec.method["name"]), []).append(
-            statistics.fmean(pool.values(metric))
-        )
-    seeds = _within([pool.values(metric) for pool in mine])
+    for method, numbers in values:
+        by_method.setdefault(method, []).append(statistics.fmean(numbers))
+    seeds = _within([numbers for _, numbers in values])
     if seeds is None:
         return None
     calibrations = _within(list(by_method.values()))
     methods = _within([[statistics.fmean(means) for means in by_method.values()]])
     ratio = "-" if methods is None or seeds == 0 else f"{methods / seeds:.1f}"
-    return (
-        str(bits),
-        *("-" if one is None else _told(one, metric) for one in (seeds, calibrations, methods)),
-        ratio,
+    unit = " points" if is_accuracy(metric) else ""
+    spreads = (
+        "-" if spread is None else shown_spread(spread, metric) + unit
+        for spread in (seeds, calibrations, methods)
     )
+    return (str(bits), *spreads, ratio)
 
 
 def _within(groups: Sequence[Sequence[float]]) -> float | None:
-    """The standard deviation within groups, pooled; None if each has one value."""
+    """Return the pooled standard deviation within groups; None if every group has one value."""
     several = [group for group in groups if len(group) > 1]
     freedom = sum(len(group) - 1 for group in several)
-    return (
-        math.sqrt(math.fsum((len(g) - 1) * statistics.variance(g) for g in several) / freedom)
-        if freedom
-        else None
-    )
-
-
-def _told(spread: float, metric: str) -> str:
-    return shown_spread(spread, metric) + (" points" if is_accuracy(metric) else "")
+    if not freedom:
+        return None
+    squares = math.fsum((len(group) - 1) * statistics.variance(group) for group in several)
+    return math.sqrt(squares / freedom)

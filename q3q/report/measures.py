@@ -1,19 +1,21 @@
-"""What a trial says of a metric, and how people call the trial, the metric and its numbers.
+"""A trial's metrics, and the names of trials, metrics and numbers for people.
 
-What differs between trials stands in their labels, so that two group sizes or knobs never share a name.
+Labels contain what differs between trials, so that two group sizes or knobs never share a name.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
+from q3q.evaluate.metrics import accuracy_metric, mean_metrics, measures_text
+from q3q.quantize.methods.registry import settings_class
+from q3q.quantize.methods.settings import Appearance, MethodSettings
 from q3q.record import TrialRecord
-from q3q.spec import MEAN_ACCURACY, WORD_TASK, TrialSpec, accuracy_metric, mean_metrics, text_metric
+from q3q.spec import MEAN_ACCURACY, Evaluation, Json, TrialSpec, text_metric
 
-DIVERGED, FAILED, ABSENT = "diverged", "failed", "-"  # cells that hold no number
+DIVERGED, FAILED, ABSENT = "diverged", "failed", "-"  # cells without a number
 UNQUANTIZED_BITS = 16  # the column of the unquantized model
 SIZES = ("bits_per_weight", "bits_per_weight_model")
 UNKNOWN_COMMIT = "unknown"
@@ -22,58 +24,73 @@ ACTIVATIONS = "scheme.act_bits"
 Cell = float | str
 
 
+def appearance_of(method: str) -> Appearance:
+    """Return how a method is shown; the default if no installed package has it."""
+    return (settings_class(method) or MethodSettings).appearance
+
+
 def in_order(records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """Each trial once, its latest record: by model, the reference first, then the yardstick, then by name and bits."""
+    """Return the latest record of each trial in the order of tables.
+
+    By model; then the unquantized model, the yardstick, all others by label; then by bits.
+    """
     latest = {record.spec.id: record for record in records}
-    places = []
-    for trial, label in zip(
-        latest, labels([record.spec for record in latest.values()]), strict=True
-    ):
-        spec = latest[trial].spec
-        first = {"none": 0, "rtn": 1}.get(str(spec.method["name"]), 2)
-        places.append((natural(model_name(spec)), first, natural(label), bits_of(spec), trial))
-    return [latest[trial] for *_, trial in sorted(places)]
+    specs = [record.spec for record in latest.values()]
+    keys = []
+    for spec, label in zip(specs, labels(specs), strict=True):
+        yardstick = appearance_of(spec.method.name).yardstick
+        rank = 0 if spec.scheme is None else 1 if yardstick else 2
+        keys.append((natural(spec.model.label), rank, natural(label), bits_of(spec), spec.id))
+    return [latest[trial] for *_, trial in sorted(keys)]
 
 
 def headline_metrics(records: Iterable[TrialRecord]) -> list[str]:
-    """What the trials were asked for: the perplexity of each text, the mean accuracy of several tasks, each task's.
+    """Return what the trials were asked to measure.
 
-    A task that has no accuracy is told by all of its metrics.
+    These are each text's perplexity, the mean accuracy of several tasks, and each task's accuracy;
+    for a task without accuracy all of its metrics.
     """
     records = list(records)
-    seen = {name for record in records for name in (*record.metrics, *record.diverged)}
+    measured = {name for record in records for name in (*record.metrics, *record.diverged)}
     texts = [metric for record in records for metric in text_metrics(record.spec)]
     tasks = []
     for spec, task in (
-        (record.spec, task)
-        for record in records
-        for task in record.spec.evaluation.get("tasks", [])
+        (record.spec, task) for record in records for task in record.spec.evaluation.task_names
     ):
         accuracy = accuracy_metric(spec, task)
-        start = "word_perplexity" if task == WORD_TASK else accuracy.removesuffix("acc")
-        others = sorted(name for name in seen if name.startswith(start))
-        tasks += [accuracy] if accuracy in seen or not others else others
+        start = "word_perplexity" if measures_text(task) else accuracy.removesuffix("acc")
+        others = sorted(name for name in measured if name.startswith(start))
+        tasks += [accuracy] if accuracy in measured or not others else others
     several = any(len(mean_metrics(record.spec)) > 1 for record in records)
     return list(dict.fromkeys([*texts, *([MEAN_ACCURACY] if several else []), *tasks]))
 
 
+def judged_metrics(records: Sequence[TrialRecord]) -> list[str]:
+    """Return the metrics that methods are judged by.
+
+    These are each text's perplexity, and the mean accuracy or, of a single task, its accuracy.
+    """
+    metrics = headline_metrics(records)
+    texts = [name for name in metrics if is_perplexity(name)]
+    tasks = [name for name in metrics if name.endswith("/acc")]
+    return [*texts, *([MEAN_ACCURACY] if MEAN_ACCURACY in metrics else tasks[:1])]
+
+
 def cell(record: TrialRecord, metric: str) -> Cell:
-    """The metric as a number, or `diverged`, `failed`, `-`. A failed trial's numbers are not to be trusted."""
+    """Return the metric, or `diverged`, `failed`, `-`. A failed trial's numbers do not count."""
     if metric == MEAN_ACCURACY:
         return _mean_accuracy(record)
     if not record.completed:
-        return FAILED if _asked(record.spec, metric) else ABSENT
+        return FAILED if _is_requested(record.spec, metric) else ABSENT
     if metric in record.diverged:
         return DIVERGED
     return float(record.metrics[metric]) if metric in record.metrics else ABSENT
 
 
 def text_metrics(spec: TrialSpec) -> list[str]:
-    """The perplexities that a trial was asked for."""
-    quick = bool(spec.evaluation.get("quick"))
-    return [
-        text_metric("perplexity", text["name"], quick) for text in spec.evaluation.get("texts", [])
-    ]
+    """Return the perplexities that a trial is asked to measure."""
+    quick = spec.evaluation.quick
+    return [text_metric("perplexity", text.name, quick) for text in spec.evaluation.texts]
 
 
 def is_perplexity(metric: str) -> bool:
@@ -84,42 +101,50 @@ def is_accuracy(metric: str) -> bool:
     return metric == MEAN_ACCURACY or metric.endswith("/acc")
 
 
-def _asked(spec: TrialSpec, metric: str) -> bool:
+def is_better(value: float, other: float, metric: str) -> bool:
+    return value < other if is_perplexity(metric) else value > other
+
+
+def _is_requested(spec: TrialSpec, metric: str) -> bool:
     tasks = tuple(
-        accuracy_metric(spec, task).removesuffix("acc") for task in spec.evaluation.get("tasks", [])
+        accuracy_metric(spec, task).removesuffix("acc") for task in spec.evaluation.task_names
     )
     return metric in (*text_metrics(spec), *SIZES) or metric.startswith(tasks)
 
 
 def _mean_accuracy(record: TrialRecord) -> Cell:
     cells = [cell(record, metric) for metric in mean_metrics(record.spec)]
-    words = [found for found in cells if isinstance(found, str)]
+    words = [content for content in cells if isinstance(content, str)]
     if not cells or ABSENT in words:
         return ABSENT
     return words[0] if words else math.fsum(map(float, cells)) / len(cells)
 
 
-def shown(found: Cell, metric: str) -> str:
-    """A cell for people: perplexity to four digits, accuracy in percent."""
-    if isinstance(found, str):
-        return found
+def mean_of_numbers(values: Sequence[float]) -> float:
+    """Return the mean of the values that are not nan; nan if there are none."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+
+
+def shown(content: Cell, metric: str) -> str:
+    """Format a cell: perplexities to four digits, accuracies in percent."""
+    if isinstance(content, str):
+        return content
     if metric == MEAN_ACCURACY or metric.endswith(("/acc", "/acc_norm")):
-        return f"{100 * found:.1f}"
+        return f"{100 * content:.1f}"
     if metric in SIZES:
-        return f"{found:.2f}"
-    return f"{found:#.4g}".rstrip(".") if 1e-3 <= abs(found) < 1e4 else f"{found:.2e}"
-
-
-def shown_of(record: TrialRecord, metric: str) -> str:
-    return shown(cell(record, metric), metric)
+        return f"{content:.2f}"
+    return f"{content:#.4g}".rstrip(".") if 1e-3 <= abs(content) < 1e4 else f"{content:.2e}"
 
 
 def interval(record: TrialRecord, metric: str) -> tuple[float, float] | None:
-    """The metric's 95 % interval; None for one that has none, or that is not to be trusted.
+    """Return the metric's 95 % interval, None if it has none or the trial failed.
 
-    Of the tasks' mean: the half widths of the tasks add in squares, as errors of independent questions do.
+    For the mean over tasks, the tasks' half widths add in squares, as errors of independent
+    questions do.
     """
-    if not isinstance(cell(record, metric), float):
+    mean = cell(record, metric)
+    if not isinstance(mean, float):
         return None
     if metric != MEAN_ACCURACY:
         return record.intervals.get(metric)
@@ -133,12 +158,11 @@ def interval(record: TrialRecord, metric: str) -> tuple[float, float] | None:
         / len(names)
         for end in (0, 1)
     )
-    mean = float(cell(record, metric))
     return mean - below, mean + above
 
 
 def seconds(record: TrialRecord) -> float | None:
-    """Of all phases together; None if none was timed."""
+    """Return the seconds of all phases together, None if none was timed."""
     phases = [value for name, value in record.metrics.items() if name.startswith("seconds/")]
     return round(math.fsum(phases), 3) if phases else None
 
@@ -147,20 +171,21 @@ def bits_of(spec: TrialSpec) -> int:
     return UNQUANTIZED_BITS if spec.scheme is None else spec.scheme.bits
 
 
-def model_name(spec: TrialSpec) -> str:
-    return str(spec.model.get("name") or spec.model.get("source"))
-
-
 def is_base(spec: TrialSpec) -> bool:
-    return bool(re.search(r"[-_]base$", model_name(spec), re.IGNORECASE))
+    return bool(re.search(r"[-_]base$", spec.model.label, re.IGNORECASE))
+
+
+def commit_of(record: TrialRecord) -> str:
+    """Return the commit of the code that ran the trial."""
+    return str(record.environment.get("git_commit") or UNKNOWN_COMMIT)
 
 
 def by_model(records: Iterable[TrialRecord]) -> dict[str, list[TrialRecord]]:
-    """The records of each model, in the order in which they come."""
-    found: dict[str, list[TrialRecord]] = {}
+    """Group records by model and keep their order."""
+    groups: dict[str, list[TrialRecord]] = {}
     for record in records:
-        found.setdefault(model_name(record.spec), []).append(record)
-    return found
+        groups.setdefault(record.spec.model.label, []).append(record)
+    return groups
 
 
 def labels(
@@ -170,60 +195,65 @@ def labels(
     seeds: bool = True,
     models: bool = True,
 ) -> list[str]:
-    """For each trial its method, and of everything but bits what differs between these trials: `gptq g64 damping=0.05`.
+    """Label each trial with its method and what differs between these trials, bits excepted.
 
-    Knobs, calibration, symmetry and activations are compared within a method (each has defaults of its own), what a
-    model is within its name, all else between all trials. Quantized activations are told wherever others have none.
-    metric: also tell apart how its text or tasks were evaluated. seeds, models: whether seed and model's name are told.
+    An example is `gptq g64 damping=0.05`. Knobs, calibration, symmetry and activations are compared
+    within a method, since each method has its own defaults; traits of a model within its name; all
+    else between all trials. Quantized activations are named wherever other trials have none.
+
+    Args:
+        metric: include how this metric was evaluated.
+        seeds: include seeds that differ.
+        models: include model names that differ.
     """
     traits = [
         _traits(spec, metric)
         | ({"trial.seed": str(spec.seed)} if seeds else {})
-        | ({"model.name": model_name(spec)} if models else {})
+        | ({"model.name": spec.model.label} if models else {})
         for spec in specs
     ]
     values: dict[tuple[str, str], set[str]] = {}
-    for mine, spec in zip(traits, specs, strict=True):
-        for key, value in mine.items():
+    for own, spec in zip(traits, specs, strict=True):
+        for key, value in own.items():
             values.setdefault((_scope(key, spec), key), set()).add(value)
-    telling = {place for place, found in values.items() if len(found) > 1}
-    activations = {mine[ACTIVATIONS] for mine in traits if ACTIVATIONS in mine}
+    differing = {place for place, distinct in values.items() if len(distinct) > 1}
+    activations = {own[ACTIVATIONS] for own in traits if ACTIVATIONS in own}
 
-    def tells(key: str, value: str, spec: TrialSpec, telling: set[tuple[str, str]]) -> bool:
+    def is_named(key: str, value: str, spec: TrialSpec, differing: set[tuple[str, str]]) -> bool:
         rounded = key == ACTIVATIONS and value != "null" and len(activations) > 1
-        return rounded or (_scope(key, spec), key) in telling
+        return rounded or (_scope(key, spec), key) in differing
 
-    def rows(telling: set[tuple[str, str]]) -> list[str]:
+    def rows(differing: set[tuple[str, str]]) -> list[str]:
         return [
             " ".join(
                 [
-                    str(spec.method["name"]),
+                    spec.method.name,
                     *(
-                        _word(key, mine[key])
-                        for key in mine
-                        if tells(key, mine[key], spec, telling)
+                        _word(key, value)
+                        for key, value in own.items()
+                        if is_named(key, value, spec, differing)
                     ),
                 ]
             )
-            for mine, spec in zip(traits, specs, strict=True)
+            for own, spec in zip(traits, specs, strict=True)
         ]
 
     # A digest tells people nothing where a name beside it differs as well.
-    for key in sorted({key for _, key in telling if key.endswith((".digest", ".revision"))}):
-        without = {(scope, name) for scope, name in telling if name != key}
-        if len(set(rows(without))) == len(set(rows(telling))):
-            telling = without
-    return rows(telling)
+    for key in sorted({key for _, key in differing if key.endswith((".digest", ".revision"))}):
+        without = {(scope, name) for scope, name in differing if name != key}
+        if len(set(rows(without))) == len(set(rows(differing))):
+            differing = without
+    return rows(differing)
 
 
 def _traits(spec: TrialSpec, metric: str | None) -> dict[str, str]:
-    """All that may tell a trial from others in a label, by dotted key; values as one would type them."""
+    """Return what a label may name, by dotted key; values are as one would type them."""
     stored = () if spec.scheme is None else ("group_size", "symmetric", "act_bits")
-    parts: dict[str, Mapping[str, Any]] = {
+    parts: dict[str, Json] = {
         "scheme": {key: getattr(spec.scheme, key) for key in stored},
-        "model": {key: value for key, value in spec.model.items() if key != "name"},
-        "method": {key: value for key, value in spec.method.items() if key != "name"},
-        "calibration": spec.calibration or {},
+        "model": spec.model.identity,
+        "method": {key: value for key, value in spec.method.to_json().items() if key != "name"},
+        "calibration": spec.calibration.to_json() if spec.calibration else {},
         "mixed": {"settings": spec.departures},
     }
     if metric is not None and metric not in SIZES:
@@ -235,41 +265,36 @@ def _traits(spec: TrialSpec, metric: str | None) -> dict[str, str]:
     }
 
 
-def _conditions(wanted: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """Under which settings of the evaluation a metric is measured."""
-    measure, _, text = metric.partition("/")
-    for one in wanted.get("texts", []):
-        if one["name"] == text:
-            return dict(one) if is_perplexity(metric) else {**one, "drift": wanted.get("drift")}
-    asked = {key: wanted.get(key) for key in ("task_limit", "chat", "include")}
+def _conditions(evaluation: Evaluation, metric: str) -> Json:
+    """Return the settings of an evaluation that a metric depends on, by their names in its JSON."""
+    measure, _, name = metric.partition("/")
+    for text in evaluation.texts:
+        if text.name == name:
+            drift = {} if is_perplexity(metric) else {"drift": evaluation.drift}
+            return text.to_json() | drift
+    facts = evaluation.to_json()
+    settings = {key: facts.get(key) for key in ("task_limit", "chat", "include")}
     if metric == MEAN_ACCURACY:
-        return (
-            asked
-            | {key: wanted.get(key) for key in ("tasks", "shots", "limits")}
-            | _data_of(wanted)
-        )
+        data = json.dumps(facts.get("data", {}), sort_keys=True)  # of all tasks
+        digest = hashlib.sha256(data.encode()).hexdigest()[:8]
+        settings |= {key: facts.get(key) for key in ("tasks", "shots", "limits")}
+        return settings | {"data.digest": digest}
     task = measure.removesuffix("_quick")
-    return asked | {key: wanted.get(key, {}).get(task) for key in ("shots", "limits")}
-
-
-def _data_of(wanted: Mapping[str, Any]) -> dict[str, str]:
-    """All data sets of the tasks as one digest."""
-    known = json.dumps(wanted.get("data", {}), sort_keys=True)
-    return {"data.digest": hashlib.sha256(known.encode()).hexdigest()[:8]}
+    return settings | {key: facts.get(key, {}).get(task) for key in ("shots", "limits")}
 
 
 def _scope(key: str, spec: TrialSpec) -> str:
-    """Within what a trait is compared."""
+    """Return the group of trials within which a trait is compared."""
     if key == "model.name":
         return ""
     if key.startswith("model."):
-        return model_name(spec)
+        return spec.model.label
     own = key.startswith(("method.", "calibration.")) or key in ("scheme.symmetric", ACTIVATIONS)
-    return str(spec.method["name"]) if own else ""
+    return spec.method.name if own else ""
 
 
 def _word(key: str, value: str) -> str:
-    """One trait in a label."""
+    """Return one trait as a word of a label."""
     name = key.rpartition(".")[2]
     words = {
         "scheme.group_size": "pc" if value == "-1" else f"g{value}",
@@ -284,8 +309,26 @@ def _word(key: str, value: str) -> str:
     return words.get(key, f"{name}={value}")
 
 
+def trial_names(specs: Sequence[TrialSpec]) -> dict[str, str]:
+    """Name each trial, by its id: `gptq w3 g128 · demo`.
+
+    Trials of equal names get what differs between them too or, if no label does, their ids.
+    """
+    namesakes: dict[str, list[TrialSpec]] = {}
+    for spec in specs:
+        namesakes.setdefault(f"{spec.name} · {spec.model.label}", []).append(spec)
+    names: dict[str, str] = {}
+    for name, group in namesakes.items():
+        words = [label.partition(" ")[2] for label in labels(group)]
+        for spec, word in zip(group, words, strict=True):
+            identity = "" if words.count(word) == 1 else spec.id
+            own = " ".join(f"{spec.name} {word} {identity}".split())
+            names[spec.id] = name if len(group) == 1 else f"{own} · {spec.model.label}"
+    return names
+
+
 def natural(text: str) -> list[tuple[int, int, str]]:
-    """A sort key under which g64 comes before g128."""
+    """Return a sort key that puts g64 before g128."""
     return [
         (0, int(part), "") if part.isdigit() else (1, 0, part)
         for part in re.split(r"(\d+)", text)
@@ -294,10 +337,11 @@ def natural(text: str) -> list[tuple[int, int, str]]:
 
 
 def title(metric: str) -> str:
-    """A metric in words, with its unit and its good direction."""
+    """Return a metric in words, with its unit and whether lower or higher is better."""
     if is_perplexity(metric):
         kind, _, text = metric.partition("/")
-        return f"perplexity of {text} (lower is better{', a quick look' if kind.endswith('_quick') else ''})"
+        quick = ", a quick look" if kind.endswith("_quick") else ""
+        return f"perplexity of {text} (lower is better{quick})"
     if metric == MEAN_ACCURACY:
         return "mean accuracy of the tasks, % (higher is better)"
     if metric.endswith(("/acc", "/acc_norm")):
@@ -309,50 +353,8 @@ def title(metric: str) -> str:
     }.get(metric, metric)
 
 
-def commit_of(record: TrialRecord) -> str:
-    """The version of the code that measured it."""
-    return str(record.environment.get("git_commit") or UNKNOWN_COMMIT)
-
-
-def trial_names(specs: Sequence[TrialSpec]) -> dict[str, str]:
-    """What each trial is called among these, by its id: `gptq w3 g128 · demo`.
-
-    Those that would be called alike have also what differs between them, or if no label says that their ids.
-    """
-    alike: dict[str, list[TrialSpec]] = {}
-    for spec in specs:
-        alike.setdefault(f"{spec.name} · {model_name(spec)}", []).append(spec)
-    found: dict[str, str] = {}
-    for name, mine in alike.items():
-        words = [label.partition(" ")[2] for label in labels(mine)]
-        for spec, told in zip(mine, words, strict=True):
-            own = (
-                f"{spec.name} {told}" if words.count(told) == 1 else f"{spec.name} {told} {spec.id}"
-            )
-            found[spec.id] = (
-                name if len(mine) == 1 else f"{' '.join(own.split())} · {model_name(spec)}"
-            )
-    return found
-
-
-def is_better(ours: float, theirs: float, metric: str) -> bool:
-    return ours < theirs if is_perplexity(metric) else ours > theirs
-
-
-def judged_metrics(records: Sequence[TrialRecord]) -> list[str]:
-    """What a method is judged by: the perplexity of each text, and the mean accuracy, or the one task's."""
-    metrics = headline_metrics(records)
-    texts = [name for name in metrics if is_perplexity(name)]
-    tasks = (
-        [MEAN_ACCURACY]
-        if MEAN_ACCURACY in metrics
-        else [name for name in metrics if name.endswith("/acc")]
-    )
-    return [*texts, *tasks[:1]]
-
-
 def short(metric: str) -> str:
-    """A metric as the head of a column."""
+    """Return a metric as the head of a column."""
     if metric == MEAN_ACCURACY:
         return "mean accuracy, %"
     if is_perplexity(metric):

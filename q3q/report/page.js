@@ -11,13 +11,13 @@ function show(point) {
   tip.style.top = (above > 0 ? above : box.bottom + 8) + "px";
 }
 
-// One line at a time: a legend's entry brings it out, and again shows all.
-function bringOut(entry) {
+// A legend's entry highlights its line; a second click shows all lines again.
+function highlight(entry) {
   const svg = entry.closest("svg");
-  const wanted = svg.dataset.only === entry.dataset.line ? "" : entry.dataset.line;
-  svg.dataset.only = wanted;
+  const line = svg.dataset.only === entry.dataset.line ? "" : entry.dataset.line;
+  svg.dataset.only = line;
   for (const part of svg.querySelectorAll("[data-line]")) {
-    part.classList.toggle("faint", wanted !== "" && part.dataset.line !== wanted);
+    part.classList.toggle("faint", line !== "" && part.dataset.line !== line);
   }
 }
 
@@ -27,14 +27,14 @@ for (const point of document.querySelectorAll("svg .point")) {
   for (const end of ["pointerleave", "blur"]) point.addEventListener(end, () => { tip.hidden = true; });
 }
 for (const entry of document.querySelectorAll("svg .entry")) {
-  entry.addEventListener("click", () => bringOut(entry));
-  entry.addEventListener("keydown", (event) => { if (event.key === "Enter") bringOut(entry); });
+  entry.addEventListener("click", () => highlight(entry));
+  entry.addEventListener("keydown", (event) => { if (event.key === "Enter") highlight(entry); });
 }
 for (const button of document.querySelectorAll(".command button")) {
   button.addEventListener("click", () => {
     const text = button.previousElementSibling.textContent;
     const done = () => { button.textContent = "Copied"; };
-    // A page opened from a file may not use the clipboard: then the text is selected.
+    // A page opened from a file may lack the clipboard; then the text is selected.
     if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, () => select(button));
     else select(button);
   });

@@ -1,4 +1,4 @@
-"""Whether two of the things tried differ by more than chance: sample by sample, and seed by seed."""
+"""Tests of whether two pools differ by more than chance: sample by sample, and seed by seed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,26 +6,29 @@ from functools import lru_cache
 from pathlib import Path
 
 from q3q.errors import IntegrityError
-from q3q.record import Comparison, trial_folder
+from q3q.evaluate.metrics import mean_metrics
+from q3q.record import Comparison
 from q3q.report.pools import Pool
-from q3q.spec import MEAN_ACCURACY, mean_metrics
+from q3q.spec import MEAN_ACCURACY
 
-REMEMBERED = 16  # trials whose samples are kept in memory: one of MMLU has tens of megabytes
+CACHED = 16  # trials whose samples stay in memory; those of MMLU take tens of megabytes each
 Scores = Mapping[str, float]
 
 
 def difference(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
-    """One metric of one thing tried, less another's, on the same samples; of several seeds each sample's mean.
+    """Compare a metric of two pools on the same samples.
 
-    None where samples are missing, or are not the same ones.
+    A pool of several seeds counts by each sample's mean.
+
+    Returns:
+        None if samples are missing or the two have different ones.
     """
     from q3q.evaluate.compare import compare
 
     if metric == MEAN_ACCURACY:
-        parts = [difference(ours, theirs, one) for one in mean_metrics(ours.spec)]
-        return (
-            stratified([part for part in parts if part is not None]) if None not in parts else None
-        )
+        parts = [difference(ours, theirs, task) for task in mean_metrics(ours.spec)]
+        complete = [part for part in parts if part is not None]
+        return stratified(complete) if len(complete) == len(parts) else None
     scores = [_scores(pool, metric) for pool in (ours, theirs)]
     if scores[0] is None or scores[1] is None:
         return None
@@ -36,10 +39,11 @@ def difference(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
 
 
 def stratified(parts: Sequence[Comparison]) -> Comparison | None:
-    """The mean over tasks of their paired differences. None if one of them has none.
+    """Return the mean of the tasks' paired differences, None if a task has none.
 
-    Questions of different tasks are independent: the distances of the ends from the differences add in squares (Zou
-    and Donner, Statistics in Medicine 27, 2008, which is how the interval of each task is put together too).
+    Questions of different tasks are independent, so the distances from differences to interval
+    ends add in squares (Zou and Donner, Statistics in Medicine 27, 2008; each task's own interval
+    is built in the same way).
     """
     differences = [part.difference for part in parts if part.difference is not None]
     if not parts or len(differences) < len(parts):
@@ -67,20 +71,22 @@ def stratified(parts: Sequence[Comparison]) -> Comparison | None:
     )
 
 
-def told_by_seeds(ours: Pool, theirs: Pool, metric: str) -> bool | None:
-    """Whether the means differ by more than the seeds' spread explains: Welch's test, p < 0.05.
+def differ_by_seeds(ours: Pool, theirs: Pool, metric: str) -> bool | None:
+    """Return True if the means differ by more than the seeds' spread explains.
 
-    A method that reads no text has no luck, its number is as it is. None where the luck of one is unknown: it reads
-    text, and was tried with one seed.
+    This is Welch's test with p < 0.05. A method that reads no calibration text does not depend on
+    the seed, so its number is exact.
+
+    Returns:
+        None if a pool's spread is unknown, because it reads text and has a single seed.
     """
     from scipy.stats import ttest_1samp, ttest_ind
 
     from q3q.evaluate.compare import LEVEL
 
     values = [pool.values(metric) for pool in (ours, theirs)]
-    several = [len(mine) > 1 for mine in values]
     exact = [pool.spec.calibration is None for pool in (ours, theirs)]
-    if not all(one or other for one, other in zip(several, exact, strict=True)):
+    if not all(len(own) > 1 or fixed for own, fixed in zip(values, exact, strict=True)):
         return None
     if all(exact):
         return values[0][0] != values[1][0]
@@ -93,30 +99,30 @@ def told_by_seeds(ours: Pool, theirs: Pool, metric: str) -> bool | None:
 
 
 def _scores(pool: Pool, metric: str) -> Scores | None:
-    """Each sample's score, of several seeds its mean."""
+    """Return each sample's score, averaged over seeds; None if a seed has no samples."""
     from q3q.evaluate.samples import SAMPLES
 
-    found = []
-    for record in (one for one in pool.records if one.completed):
-        path = trial_folder(record.spec) / SAMPLES if "trials" in record.spec.places else None
-        if path is None or not path.is_file():
+    seeds: list[Scores] = []
+    for record in (record for record in pool.records if record.completed):
+        path = record.trial.folder / SAMPLES
+        if not path.is_file():
             return None
-        scores = _read(path, path.stat().st_mtime_ns, bool(record.spec.evaluation.get("quick")))
+        scores = _read(path, path.stat().st_mtime_ns, record.spec.evaluation.quick)
         if metric not in scores:
             return None
-        found.append(scores[metric])
-    if len(found) < 2:
-        return found[0] if found else None
-    if any(one.keys() != found[0].keys() for one in found):
+        seeds.append(scores[metric])
+    if len(seeds) < 2:
+        return seeds[0] if seeds else None
+    if any(scores.keys() != seeds[0].keys() for scores in seeds):
         return None
-    return {sample: math.fsum(one[sample] for one in found) / len(found) for sample in found[0]}
+    return {sample: math.fsum(own[sample] for own in seeds) / len(seeds) for sample in seeds[0]}
 
 
-@lru_cache(maxsize=REMEMBERED)
+@lru_cache(maxsize=CACHED)
 def _read(path: Path, changed: int, quick: bool) -> dict[str, dict[str, float]]:
     from q3q.evaluate.samples import SCORED, measured, read_samples
 
     try:
         return measured(read_samples(path, SCORED), quick)
-    except (IntegrityError, KeyError, TypeError):  # damaged: as good as not there
+    except (IntegrityError, KeyError, TypeError):  # a damaged file counts as missing
         return {}

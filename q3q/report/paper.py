@@ -1,8 +1,9 @@
-"""Against the study: every published cell that was run, ours beside theirs.
+"""Comparison with the study: each published cell that was run, our number beside the printed one.
 
 The numbers are Tables 1 to 4 of "An Empirical Study of Qwen3 Quantization" (arXiv 2505.02214v1), in
-`paper_results.csv` beside this file; one row is one printed number. Its printed means over six tasks are wrong in 29 of
-250 rows, so that means are not compared. What of the rest cannot be taken at its word is in `NOTES`.
+`paper_results.csv` beside this file, a row per printed number. The printed means over six tasks are
+wrong in 29 of 250 rows, so means are not compared. `NOTES` lists other printed numbers that are
+doubtful.
 """
 
 import csv
@@ -19,17 +20,17 @@ from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
 from q3q.report.measures import DIVERGED, cell, in_order, shown
 from q3q.report.tables import Table
-from q3q.spec import Json, TrialSpec
+from q3q.spec import Json, TaskRef, TrialSpec
 
 SOURCE = "An Empirical Study of Qwen3 Quantization, arXiv 2505.02214v1, Tables 1 to 4"
 PUBLISHED = Path(__file__).with_name("paper_results.csv")
 PERPLEXITY_TOLERANCE = 0.02  # of the published value
 ACCURACY_TOLERANCE = 1.5  # percentage points
-COLLAPSED = 1000.0  # perplexities beyond it say that the model is broken, and their digits nothing
+COLLAPSED = 1000.0  # a perplexity beyond it shows a broken model; its digits carry no information
 CLOSE = 3  # times the tolerance
 REPRODUCED, NEAR, DIFFERENT = "reproduced", "close", "different"
 
-# Ours -> the study's. A model is found by its name without case and punctuation: qwen3_8b_base, Qwen/Qwen3-8B-Base.
+# Our names -> the study's. Models match without case and punctuation: qwen3_8b is Qwen3-8B.
 METHODS = {
     "none": "FP16",
     "rtn": "RTN",
@@ -49,8 +50,8 @@ DATASETS = {
     "mmlu_paper/acc": "mmlu",
     "mmlu/acc": "mmlu",
 }
-# What +study=paper sets itself; all else are a method's defaults.
-PROTOCOL_DTYPE = "bfloat16"  # in which every Qwen3 was released
+# Settings of +study=paper; all others are a method's defaults.
+PROTOCOL_DTYPE = "bfloat16"  # of every Qwen3 release
 WINDOWS: Json = {"window": 2048, "limit": None}
 DRAWS: dict[str, Json] = {
     "perplexity/c4": {"draw": "random", "samples": RANDOM_TEXTS["c4"]},
@@ -58,14 +59,18 @@ DRAWS: dict[str, Json] = {
 }
 MMLU_SHOTS = 5
 LEFT_OUT = (
-    "Of the 2,500 printed numbers the 250 means over six tasks are not compared: in 29 of 250 rows the printed mean is "
-    "not that of the row's numbers, by up to 3.4 points."
+    "Of the 2,500 printed numbers, the 250 means over six tasks are not compared: in 29 of 250 "
+    "rows the printed mean differs from that of the row's numbers, by up to 3.4 points."
 )
 
 
 @dataclass(frozen=True)
 class Published:
-    """One printed number. bits: of a weight, 1 for BiLLM's nominal 1.04 to 1.07. value: nan where NaN is printed."""
+    """One printed number.
+
+    bits: of a weight, 1 for BiLLM's nominal 1.04 to 1.07.
+    value: nan where NaN is printed.
+    """
 
     model: str
     method: str
@@ -79,7 +84,11 @@ class Published:
 
 @dataclass(frozen=True)
 class Compared:
-    """One published number and what a trial of ours found. ours: nan if it diverged. departs: from the protocol."""
+    """A published number beside one of ours.
+
+    ours: nan if it diverged.
+    departs: the settings in which the trial departs from the study's protocol.
+    """
 
     published: Published
     record: TrialRecord
@@ -91,7 +100,7 @@ class Compared:
 
     @property
     def difference(self) -> str:
-        """In percent of a perplexity, in points of an accuracy; as decades between two that collapsed."""
+        """In percent of a perplexity (in decades if one collapsed), in points of an accuracy."""
         theirs = self.published.value
         if not math.isfinite(self.ours) or not math.isfinite(theirs):
             return "-"
@@ -104,7 +113,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Note:
-    """Why some published numbers cannot be taken at their word."""
+    """A reason to doubt some published numbers."""
 
     text: str
     concerns: Callable[[Published], bool]
@@ -112,69 +121,72 @@ class Note:
 
 NOTES = (
     Note(
-        "AWQ with groups of 128 is printed worse than per channel in 43 of 44 perplexities at 3 and 4 bits, and its "
-        "MMLU in 22 of 22: the two blocks are probably exchanged, or the groups were left out when evaluating.",
-        lambda it: it.method == "AWQ" and it.bits in (3, 4),
+        "AWQ with groups of 128 is printed worse than per channel in 43 of 44 perplexities at 3 "
+        "and 4 bits, and its MMLU in 22 of 22: the two blocks are probably exchanged, or the "
+        "groups were left out when evaluating.",
+        lambda row: row.method == "AWQ" and row.bits in (3, 4),
     ),
     Note(
-        "Table 2 prints AWQ's zero-shot scores of 8B under 14B and the other way round.",
-        lambda it: (
-            it.source == "Table 2"
-            and it.method == "AWQ"
-            and it.model in ("Qwen3-8B", "Qwen3-14B")
-            and it.dataset not in ("wikitext2", "c4", "mmlu")
+        "Table 2 prints AWQ's zero-shot scores of 8B under 14B and vice versa.",
+        lambda row: (
+            row.source == "Table 2"
+            and row.method == "AWQ"
+            and row.model in ("Qwen3-8B", "Qwen3-14B")
+            and row.dataset not in ("wikitext2", "c4", "mmlu")
         ),
     ),
     Note(
-        "Table 2 prints for GPTQ, 8 bits, 4B the row of 1.7B.",
-        lambda it: (
-            it.source == "Table 2" and (it.model, it.method, it.bits) == ("Qwen3-4B", "GPTQ", 8)
+        "For GPTQ with 8 bits on 4B, Table 2 prints the row of 1.7B.",
+        lambda row: (
+            row.source == "Table 2" and (row.model, row.method, row.bits) == ("Qwen3-4B", "GPTQ", 8)
         ),
     ),
     Note(
         "An 80.1 among neighbours of about 25: a misprint.",
-        lambda it: (
-            it.source == "Table 2"
-            and (it.model, it.method, it.bits, it.dataset) == ("Qwen3-4B", "GPTQ", 2, "arc_easy")
+        lambda row: (
+            row.source == "Table 2"
+            and (row.model, row.method, row.bits, row.dataset)
+            == ("Qwen3-4B", "GPTQ", 2, "arc_easy")
         ),
     ),
     Note(
-        "The published script never smooths: it rounds weights per channel and activations per token "
-        "(here method.smooth=false).",
-        lambda it: it.method == "SmoothQuant",
+        "The published script never smooths: row rounds weights per channel and activations per "
+        "token (here method.smooth=false).",
+        lambda row: row.method == "SmoothQuant",
     ),
     Note(
         "Nearly the perplexities of the 0.6B row: probably a copy.",
-        lambda it: (
-            (it.model, it.method, it.act_bits) == ("Qwen3-8B", "SmoothQuant", 4)
-            and it.dataset in ("wikitext2", "c4")
+        lambda row: (
+            (row.model, row.method, row.act_bits) == ("Qwen3-8B", "SmoothQuant", 4)
+            and row.dataset in ("wikitext2", "c4")
         ),
     ),
     Note(
         "Above the unquantized model's 72.1 by 5 points: probably a misprint.",
-        lambda it: (
-            (it.model, it.method, it.dataset) == ("Qwen3-8B-Base", "SmoothQuant", "winogrande")
-            and (it.bits, it.act_bits) == (8, 8)
+        lambda row: (
+            (row.model, row.method, row.dataset) == ("Qwen3-8B-Base", "SmoothQuant", "winogrande")
+            and (row.bits, row.act_bits) == (8, 8)
         ),
     ),
     Note(
-        "HellaSwag at or above the unquantized model's: probably acc_norm where other rows print acc.",
-        lambda it: (
-            it.method == "BiLLM"
-            and it.dataset == "hellaswag"
-            and it.model in ("Qwen3-14B", "Qwen3-32B")
+        "HellaSwag at or above the unquantized model's: probably acc_norm where other rows print "
+        "acc.",
+        lambda row: (
+            row.method == "BiLLM"
+            and row.dataset == "hellaswag"
+            and row.model in ("Qwen3-14B", "Qwen3-32B")
         ),
     ),
     Note(
         "The unquantized model is printed twice, 19.2 and 19.3.",
-        lambda it: (it.model, it.method, it.dataset) == ("Qwen3-1.7B", "FP16", "c4"),
+        lambda row: (row.model, row.method, row.dataset) == ("Qwen3-1.7B", "FP16", "c4"),
     ),
 )
 
 
 @cache
 def published() -> tuple[Published, ...]:
-    """All printed numbers but the means over six tasks."""
+    """Return all printed numbers except the means over six tasks."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["dataset"] != "avg6"]
     return tuple(
@@ -193,8 +205,8 @@ def published() -> tuple[Published, ...]:
 
 
 def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
-    """Every published number that a completed trial measured, in the order of the trials."""
-    found = []
+    """Compare every published number that a completed trial measured, in the order of trials."""
+    compared = []
     for record in in_order(records):
         place = cell_of(record.spec)
         if place is None or not record.completed:
@@ -205,14 +217,18 @@ def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
                 continue
             ours = value if isinstance(value, float) else math.nan
             for theirs in _cells().get((*place, dataset), ()):
-                found.append(_compared(theirs, record, metric, ours))
-    return found
+                compared.append(_compare(theirs, record, metric, ours))
+    return compared
 
 
 def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
-    """The study's model, method, bits, activation bits and group that a trial's are, or None if it has no such row."""
+    """Return a trial's cell in the study: model, method, bits, activation bits and group.
+
+    Returns:
+        None if the study has no such row.
+    """
     model = _models().get(_plain(study_model(spec)))
-    method = METHODS.get(str(spec.method["name"]))
+    method = METHODS.get(spec.method.name)
     if model is None or method is None or spec.departures or spec.overrides or spec.skip:
         return None
     if spec.scheme is None:
@@ -226,28 +242,25 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
 
 
 def study_model(spec: TrialSpec) -> str:
-    """A model as the study writes it, Qwen3-8B-Base; one that it does not have by its own name."""
-    name, source = (
-        str(spec.model.get("name") or ""),
-        str(spec.model.get("source", "")).rpartition("/")[2],
-    )
+    """Return a model as the study writes it, Qwen3-8B-Base, or its own name if it is another."""
+    name, source = spec.model.name or "", (spec.model.source or "").rpartition("/")[2]
     return _models().get(_plain(name)) or _models().get(_plain(source)) or name or source
 
 
 def departures(spec: TrialSpec, metric: str) -> tuple[str, ...]:
-    """In what a trial departs from what `+study=paper` runs for that cell: such cells are shown, and not counted.
+    """Return the settings in which a trial departs from `+study=paper` for that cell.
 
-    A seed is no departure: the study names none.
+    Cells with departures are shown and not counted. A seed is no departure: the study names none.
     """
-    wanted = {
+    protocol = {
         "dtype": PROTOCOL_DTYPE,
         **_protocol_of_evaluation(metric),
         **_protocol_of_method(spec),
     }
     return tuple(
-        f"{key}={_typed(value)}"
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in _settings(spec, metric).items()
-        if value != wanted.get(key, value)
+        if value != protocol.get(key, value)
     )
 
 
@@ -259,17 +272,14 @@ def _protocol_of_evaluation(metric: str) -> Json:
 
 
 def _protocol_of_method(spec: TrialSpec) -> Json:
-    """The method's own defaults, and C4 as its calibration text."""
-    kind = settings_class(str(spec.method["name"]))
+    """Return the method's own defaults, with C4 as the calibration text."""
+    kind = settings_class(spec.method.name)
     if kind is None or spec.scheme is None:
         return {}
     method = kind()
+    knobs = method.knobs(spec.scheme)
     return {
-        **{
-            f"method.{key}": value
-            for key, value in method.knobs(spec.scheme).items()
-            if key != "name"
-        },
+        **{f"method.{key}": value for key, value in knobs.items() if key != "name"},
         "symmetric": method.default_symmetric,
         "head_bits": None,
         "embedding_bits": None,
@@ -282,46 +292,42 @@ def _protocol_of_method(spec: TrialSpec) -> Json:
 
 
 def _settings(spec: TrialSpec, metric: str) -> Json:
-    """What a trial did, by the names that `departures` compares."""
-    found: Json = {"dtype": spec.model.get("dtype")}
+    """Return a trial's settings under the names that `departures` compares."""
+    settings: Json = {"dtype": spec.model.dtype}
+    evaluation, calibration = spec.evaluation, spec.calibration
     if metric.startswith("perplexity/"):
-        text = next(it for it in spec.evaluation["texts"] if f"perplexity/{it['name']}" == metric)
-        found |= {
-            key: text.get(key) for key in ("window", "limit", "draw", "samples") if key in text
-        }
+        name = metric.removeprefix("perplexity/")
+        text = next(text for text in evaluation.texts if text.name == name)
+        settings |= {key: getattr(text, key) for key in ("window", "limit", "draw", "samples")}
     else:
-        task = metric.removesuffix("/acc")
-        found |= {key: spec.evaluation.get(key) for key in ("task_limit", "chat", "include")}
-        found |= {key: spec.evaluation.get(key, {}).get(task) for key in ("limits", "shots")}
+        name = metric.removesuffix("/acc")
+        task = next((task for task in evaluation.tasks if task.name == name), TaskRef(name=name))
+        settings |= {key: getattr(evaluation, key) for key in ("task_limit", "chat", "include")}
+        settings |= {"limits": task.limit, "shots": task.shots}
     if spec.scheme is not None:
-        found |= {f"method.{key}": value for key, value in spec.method.items() if key != "name"}
-        found |= {"symmetric": spec.scheme.symmetric, "scales": spec.scheme.scales}
-    if spec.calibration is not None:
-        found["calibration"] = spec.calibration["source"]
-        found |= {
-            f"calibration.{key}": spec.calibration[key]
-            for key in ("samples", "length", "draw")
-            if key in spec.calibration
-        }
-    return found
-
-
-def _typed(value: object) -> str:
-    """As one types it."""
-    return value if isinstance(value, str) else json.dumps(value)
+        method = spec.method.to_json()
+        settings |= {f"method.{key}": value for key, value in method.items() if key != "name"}
+        settings |= {"symmetric": spec.scheme.symmetric, "scales": spec.scheme.scales}
+    if calibration is not None:
+        settings["calibration"] = calibration.source
+        keys = ("samples", "length", "draw")
+        settings |= {f"calibration.{key}": getattr(calibration, key) for key in keys}
+    return settings
 
 
 def verdict(
     metric: str, ours: float, theirs: float, interval: tuple[float, float] | None = None
 ) -> str:
-    """Whether a published number holds.
+    """Judge whether a published number is reproduced.
 
-    Reproduced: a perplexity within 2 %, an accuracy within 1.5 points or with the published value inside our 95 %
-    interval; two perplexities that both collapsed (above 1000, or not finite) agree in what matters. Close: within
-    three times the tolerance. Half a unit of the last printed digit is granted on top.
+    Reproduced: a perplexity within 2 %, an accuracy within 1.5 points or with the published value
+    inside our 95 % interval. Two perplexities that both collapsed (above 1000, or not finite) count
+    as reproduced. Close: within three times the tolerance. Half a unit of the last printed digit is
+    allowed in addition.
 
     Args:
-        ours: nan if it diverged; an accuracy as a share. theirs: as printed, an accuracy in percent.
+        ours: nan if it diverged; an accuracy as a fraction.
+        theirs: as printed; an accuracy in percent.
     """
     finite = math.isfinite(ours) and math.isfinite(theirs)
     if metric.startswith("perplexity/"):
@@ -340,117 +346,92 @@ def verdict(
 
 
 def half_a_digit(value: float) -> float:
-    """Perplexities are printed to three significant digits."""
+    """Return half a unit of a perplexity's last digit; three significant digits are printed."""
     return 0.5 * 10.0 ** (math.floor(math.log10(value)) - 2)
 
 
-def share_reproduced(found: Sequence[Compared]) -> str:
-    """One sentence: of the published cells that were run by the study's protocol, how many hold."""
-    by_cell: dict[Published, list[Compared]] = {}
-    for it in found:
-        if not it.departs:
-            by_cell.setdefault(it.published, []).append(it)
-    if not by_cell:
-        left = (
-            f" {len(found)} comparisons depart from its protocol and are not counted."
-            if found
-            else ""
-        )
-        return f"None of the study's {len(published())} cells was run by its protocol.{left} {LEFT_OUT}"
-    good = sum(all(it.verdict == REPRODUCED for it in mine) for mine in by_cell.values())
-    close = sum(
-        any(it.verdict != REPRODUCED for it in mine) and all(it.verdict != DIFFERENT for it in mine)
-        for mine in by_cell.values()
-    )
+def share_reproduced(compared: Sequence[Compared]) -> str:
+    """Say in a sentence how many of the cells run by the study's protocol are reproduced."""
+    verdicts: dict[Published, set[str]] = {}
+    for item in compared:
+        if not item.departs:
+            verdicts.setdefault(item.published, set()).add(item.verdict)
+    total, run = len(published()), len(verdicts)
+    if not verdicts:
+        departed = f" {len(compared)} comparisons depart from its protocol and are not counted."
+        departed = departed if compared else ""
+        return f"None of the study's {total} cells was run by its protocol.{departed} {LEFT_OUT}"
+    good = sum(own == {REPRODUCED} for own in verdicts.values())
+    different = sum(DIFFERENT in own for own in verdicts.values())
     return (
-        f"{good} of {len(by_cell)} cells reproduced ({100 * good / len(by_cell):.0f} %), {close} close, "
-        f"{len(by_cell) - good - close} different; the study has {len(published())}."
+        f"{good} of {run} cells reproduced ({100 * good / run:.0f} %), "
+        f"{run - good - different} close, {different} different; the study has {total}."
     )
 
 
-def paper_table(found: Sequence[Compared]) -> Table:
-    """A row per compared cell."""
-    marks = {note: number for number, note in enumerate(_used(found), start=1)}
+def paper_table(compared: Sequence[Compared]) -> Table:
+    """Return a row per compared cell."""
+    used = dict.fromkeys(note for item in compared for note in item.notes)
+    marks = {note: number for number, note in enumerate(used, start=1)}
     rows = tuple(
         (
-            f"{it.published.model} {it.record.spec.name}",
-            it.published.dataset,
-            it.published.source,
-            _printed(it),
-            "diverged" if math.isnan(it.ours) else shown(it.ours, it.metric),
-            it.difference,
-            it.verdict + (" (not counted: " + ", ".join(it.departs) + ")" if it.departs else ""),
-            ", ".join(str(marks[note]) for note in it.notes) or "-",
+            f"{item.published.model} {item.record.spec.name}",
+            item.published.dataset,
+            item.published.source,
+            _printed(item),
+            "diverged" if math.isnan(item.ours) else shown(item.ours, item.metric),
+            item.difference,
+            item.verdict + (f" (not counted: {', '.join(item.departs)})" if item.departs else ""),
+            ", ".join(str(marks[note]) for note in item.notes) or "-",
         )
-        for it in found
+        for item in compared
     )
     tolerance = (
-        f"Reproduced: perplexity within {100 * PERPLEXITY_TOLERANCE:g} %, accuracy within {ACCURACY_TOLERANCE} points "
-        f"or the published value in our 95 % interval; perplexities above {COLLAPSED:g} have all collapsed. "
-        f"Close: within {CLOSE} times that."
+        f"Reproduced: perplexity within {100 * PERPLEXITY_TOLERANCE:g} %, accuracy within "
+        f"{ACCURACY_TOLERANCE} points or the published value in our 95 % interval; two "
+        f"perplexities above {COLLAPSED:g} have both collapsed. Close: within {CLOSE} times that "
+        "tolerance."
     )
     notes = [f"[{number}] {note}" for note, number in marks.items()]
     columns = (
-        "trial",
-        "measured on",
-        "printed in",
-        "published",
-        "ours",
-        "difference",
-        "verdict",
+        *("trial", "measured on", "printed in", "published", "ours", "difference", "verdict"),
         "notes",
     )
-    return Table(
-        "Against the paper",
-        columns,
-        rows,
-        "\n\n".join([tolerance, LEFT_OUT, *notes, f"Published numbers: {SOURCE}."]),
-    )
+    note = "\n\n".join([tolerance, LEFT_OUT, *notes, f"Published numbers: {SOURCE}."])
+    return Table("Against the paper", columns, rows, note)
 
 
-def _compared(theirs: Published, record: TrialRecord, metric: str, ours: float) -> Compared:
+def _compare(theirs: Published, record: TrialRecord, metric: str, ours: float) -> Compared:
     notes = [note.text for note in NOTES if note.concerns(theirs)]
-    found = verdict(metric, ours, theirs.value, record.intervals.get(metric))
-    if theirs.method == "AWQ" and found != REPRODUCED and theirs.bits in (3, 4):
-        place = (
-            theirs.model,
-            "AWQ",
-            theirs.bits,
-            16,
-            "128" if theirs.group == "per-channel" else "per-channel",
-        )
-        [other] = _cells()[(*place, theirs.dataset)]
+    judgement = verdict(metric, ours, theirs.value, record.intervals.get(metric))
+    if theirs.method == "AWQ" and judgement != REPRODUCED and theirs.bits in (3, 4):
+        group = "128" if theirs.group == "per-channel" else "per-channel"
+        [other] = _cells()[(theirs.model, "AWQ", theirs.bits, 16, group, theirs.dataset)]
         if verdict(metric, ours, other.value, record.intervals.get(metric)) == REPRODUCED:
-            notes.append("Ours is the number printed for the other group size.")
-    return Compared(
-        theirs, record, metric, ours, found, departures(record.spec, metric), tuple(notes)
-    )
+            notes.append("Our number is the one printed for the other group size.")
+    departs = departures(record.spec, metric)
+    return Compared(theirs, record, metric, ours, judgement, departs, tuple(notes))
 
 
-def _used(found: Sequence[Compared]) -> list[str]:
-    return list(dict.fromkeys(note for it in found for note in it.notes))
-
-
-def _printed(it: Compared) -> str:
-    value = it.published.value
+def _printed(item: Compared) -> str:
+    value, metric = item.published.value, item.metric
     if not math.isfinite(value):
         return "NaN"
-    return f"{value:.1f}" if not it.metric.startswith("perplexity/") else shown(value, it.metric)
+    return shown(value, metric) if metric.startswith("perplexity/") else f"{value:.1f}"
 
 
 @cache
 def _models() -> dict[str, str]:
-    return {_plain(it.model): it.model for it in published()}
+    return {_plain(row.model): row.model for row in published()}
 
 
 @cache
 def _cells() -> dict[tuple, list[Published]]:
-    found: dict[tuple, list[Published]] = {}
-    for it in published():
-        found.setdefault(
-            (it.model, it.method, it.bits, it.act_bits, it.group, it.dataset), []
-        ).append(it)
-    return found
+    cells: dict[tuple, list[Published]] = {}
+    for row in published():
+        key = (row.model, row.method, row.bits, row.act_bits, row.group, row.dataset)
+        cells.setdefault(key, []).append(row)
+    return cells
 
 
 def _plain(name: str) -> str:

@@ -1,6 +1,6 @@
-"""Trials that may be compared, and trials that differ in luck alone.
+"""Groups of trials: those that may be compared, and those that differ in nothing but their seed.
 
-A seed is no method: of trials that differ in nothing else the mean counts, and how far they spread.
+Trials that differ only in the seed count as one, by their mean and standard deviation.
 """
 
 import json
@@ -22,20 +22,19 @@ from q3q.report.measures import (
     interval,
     is_accuracy,
     labels,
-    model_name,
     shown,
 )
 from q3q.spec import TrialSpec
 
-MOST_WORDS = 4  # that tell one evaluation from another
+MOST_WORDS = 4  # of a name that tells evaluations apart
 LONGEST_WORD = 40
 
 
 @dataclass(frozen=True)
 class Pool:
-    """One thing that was tried: a trial, or several that differ in their seed alone.
+    """A trial, or several that differ in nothing but their seed.
 
-    label: its method, and of all else but bits what differs from the others.
+    label: the method, and what differs from other pools, bits excepted.
     """
 
     label: str
@@ -51,136 +50,124 @@ class Pool:
 
     @property
     def name(self) -> str:
-        """With its bits, for people."""
+        """The label with the bits."""
         return self.label if self.spec.scheme is None else f"{self.label}, {self.bits} bits"
 
     def values(self, metric: str) -> list[float]:
-        """The numbers, one a seed."""
-        return [
-            found for record in self.records if isinstance(found := cell(record, metric), float)
-        ]
+        """Return the numbers, one for each seed that has one."""
+        cells = (cell(record, metric) for record in self.records)
+        return [content for content in cells if isinstance(content, float)]
 
     def cell(self, metric: str) -> Cell:
-        """The mean over seeds. A seed that diverged leaves no mean; one that failed says nothing of the others."""
-        words = {found for record in self.records if isinstance(found := cell(record, metric), str)}
+        """Return the mean over seeds; `diverged` if a seed diverged. Failed seeds do not count."""
+        words = {cell(record, metric) for record in self.records}
         numbers = self.values(metric)
         if DIVERGED in words or not numbers:
             return next(word for word in (DIVERGED, FAILED, ABSENT) if word in words)
         return math.fsum(numbers) / len(numbers)
 
     def spread(self, metric: str) -> float | None:
-        """Standard deviation over seeds; None of a single one."""
+        """Return the standard deviation over seeds; None if there is a single one."""
         numbers = self.values(metric)
-        return (
-            statistics.stdev(numbers)
-            if len(numbers) > 1 and isinstance(self.cell(metric), float)
-            else None
-        )
+        several = len(numbers) > 1 and isinstance(self.cell(metric), float)
+        return statistics.stdev(numbers) if several else None
 
     def shown(self, metric: str, *, intervals: bool = False) -> str:
-        """Its cell for people: `3.512`, `3.512 [3.1, 3.9]`, of several seeds `3.512 ± 0.020 (4 seeds)`."""
+        """Format the cell: `3.512`, `3.512 [3.1, 3.9]` or `3.512 ± 0.020 (4 seeds)`."""
         text, spread = shown(self.cell(metric), metric), self.spread(metric)
         if spread is not None:
             return f"{text} ± {shown_spread(spread, metric)} ({len(self.values(metric))} seeds)"
         bounds = interval(self.records[0], metric) if intervals and len(self.records) == 1 else None
-        return (
-            text
-            if bounds is None
-            else f"{text} [{shown(bounds[0], metric)}, {shown(bounds[1], metric)}]"
-        )
+        ends = "" if bounds is None else ", ".join(shown(bound, metric) for bound in bounds)
+        return f"{text} [{ends}]" if ends else text
 
 
 def shown_spread(spread: float, metric: str) -> str:
-    """A standard deviation to two digits, in the unit that the metric is shown in."""
+    """Format a standard deviation to two digits, in the unit in which the metric is shown."""
     return f"{float(f'{(100 if is_accuracy(metric) else 1) * spread:.2g}'):g}"
 
 
 def pools(
     records: Sequence[TrialRecord], metric: str | None = None, *, over_models: bool = False
 ) -> list[Pool]:
-    """The records as pools, in order.
+    """Return the records as pools, in the order of tables.
 
-    over_models: models are not told apart by the labels, so that a method has one of all. metric: only trials that it
-    says something of, told apart by what it depends on. Of trials that differ in nothing that the metric depends on,
-    what was measured counts, not what failed; if they measured different numbers all the same, each stands for itself,
-    with its id.
+    Trials that differ in nothing on which the metric depends share a place. There a number counts
+    before a failure; several different numbers each get a pool of their own, labelled with an id.
+
+    Args:
+        metric: leave out trials without a cell for it, and label only what it depends on.
+        over_models: leave models out of labels, so that a method has the same label for all.
     """
-    told = [
+    trials = [
         record for record in in_order(records) if metric is None or cell(record, metric) != ABSENT
     ]
-    names = labels([record.spec for record in told], metric, seeds=False, models=not over_models)
+    names = labels([record.spec for record in trials], metric, seeds=False, models=not over_models)
     places: dict[tuple[str, str, int], dict[str, list[TrialRecord]]] = {}
-    for record, name in zip(told, names, strict=True):
-        twins = places.setdefault((name, model_name(record.spec), bits_of(record.spec)), {})
-        twins.setdefault(_but_for_luck(record.spec), []).append(record)
-    found = []
+    for record, name in zip(trials, names, strict=True):
+        spec = record.spec
+        twins = places.setdefault((name, spec.model.label, bits_of(spec)), {})
+        twins.setdefault(replace(spec, seed=0).id, []).append(record)
+    result = []
     for (name, *_), twins in places.items():
-        mine = [Pool(name, tuple(some)) for some in twins.values()]
-        if metric is not None and len(mine) > 1:
-            mine = _distinct(mine, metric)
-        found += (
-            mine
-            if len(mine) == 1
-            else [Pool(f"{name} ({one.spec.id})", one.records) for one in mine]
-        )
-    return found
-
-
-def _distinct(mine: Sequence[Pool], metric: str) -> list[Pool]:
-    """Those with different numbers; all that failed only if none has one."""
-    values = {pool.cell(metric): pool for pool in reversed(mine) if pool.cell(metric) != FAILED}
-    return list(values.values())[::-1] or list(mine[:1])
-
-
-def _but_for_luck(spec: TrialSpec) -> str:
-    return replace(spec, seed=0).id
+        group = [Pool(name, tuple(seeds)) for seeds in twins.values()]
+        if metric is not None and len(group) > 1:
+            # One pool per number; failures only if there is no number.
+            numbers = {
+                pool.cell(metric): pool for pool in reversed(group) if pool.cell(metric) != FAILED
+            }
+            group = list(numbers.values())[::-1] or group[:1]
+        if len(group) > 1:
+            group = [Pool(f"{name} ({pool.spec.id})", pool.records) for pool in group]
+        result += group
+    return result
 
 
 def comparable(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
-    """Groups of trials that may be compared with each other: of the same weights in the same type, evaluated alike.
+    """Group trials whose numbers may be compared: same weights in the same dtype, same evaluation.
 
-    By a name: the model's, and where it has several groups what tells them apart.
+    A group's name is the model's and, where the model has several groups, what differs.
     """
-    found: dict[str, list[TrialRecord]] = {}
-    for model, mine in by_model(in_order(records)).items():
+    named: dict[str, list[TrialRecord]] = {}
+    for model, trials in by_model(in_order(records)).items():
         groups: dict[str, list[TrialRecord]] = {}
-        for record in mine:
-            groups.setdefault(conditions(record.spec), []).append(record)
-        words = _telling([some[0].spec for some in groups.values()])
-        for number, (some, told) in enumerate(zip(groups.values(), words, strict=True), start=1):
-            name = f"{model} ({told})" if told else model
-            found[name if name not in found else f"{name}, {number}"] = some
-    return found
+        for record in trials:
+            groups.setdefault(_conditions(record.spec), []).append(record)
+        names = _differences([group[0].spec for group in groups.values()])
+        for number, (group, words) in enumerate(zip(groups.values(), names, strict=True), start=1):
+            name = f"{model} ({words})" if words else model
+            named[name if name not in named else f"{name}, {number}"] = group
+    return named
 
 
-def conditions(spec: TrialSpec) -> str:
-    """What two trials must have in common for their numbers to be compared."""
-    model = {key: value for key, value in spec.model.items() if key != "name"}
-    evaluation = {
-        key: value for key, value in spec.evaluation.items() if key != "drift"
-    }  # drift changes no other number
-    return json.dumps([model, evaluation], sort_keys=True)
+def _conditions(spec: TrialSpec) -> str:
+    """Return what two trials must share for their numbers to be compared."""
+    # Drift is measured beside the other metrics and changes none of them.
+    evaluation = replace(spec.evaluation, drift=None)
+    return json.dumps([spec.model.identity, evaluation.to_json()], sort_keys=True)
 
 
-def _telling(specs: Sequence[TrialSpec]) -> list[str]:
-    """Of each what differs from the others in model and evaluation: `limit=2, task_limit=10`."""
-    flat = [
+def _differences(specs: Sequence[TrialSpec]) -> list[str]:
+    """Say for each spec how its model and evaluation differ: `limit=2, task_limit=10`."""
+    settings = [
         {
-            k: v
-            for k, v in spec.flat().items()
-            if k.startswith(("model.", "evaluation.")) and k != "evaluation.drift"
+            key: value
+            for key, value in spec.flat().items()
+            if key.startswith(("model.", "evaluation.")) and key != "evaluation.drift"
         }
         for spec in specs
     ]
-    keys = dict.fromkeys(key for one in flat for key in one if key != "model.name")
-    differ = [key for key in keys if len({one.get(key) for one in flat}) > 1]
-    plain = [
-        key for key in differ if not key.endswith(("digest", "revision")) and ".data." not in key
-    ] or differ
-    told = []
-    for one in flat:
+    keys = dict.fromkeys(key for own in settings for key in own if key != "model.name")
+    differing = [key for key in keys if len({own.get(key) for own in settings}) > 1]
+    readable = [
+        key for key in differing if not key.endswith(("digest", "revision")) and ".data." not in key
+    ]
+    texts = []
+    for own in settings:
         words = dict.fromkeys(
-            f"{key.rpartition('.')[2]}={one.get(key, 'none')}"[:LONGEST_WORD] for key in plain
+            f"{key.rpartition('.')[2]}={own.get(key, 'none')}"[:LONGEST_WORD]
+            for key in readable or differing
         )
-        told.append(", ".join([*words][:MOST_WORDS]) + (", …" if len(words) > MOST_WORDS else ""))
-    return told
+        more = ", …" if len(words) > MOST_WORDS else ""
+        texts.append(", ".join([*words][:MOST_WORDS]) + more)
+    return texts

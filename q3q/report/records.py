@@ -1,4 +1,4 @@
-"""Which records a report is about: those of a study, or all that lie in a storage folder."""
+"""Read the records of a study, or all records in a storage folder."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,24 +8,21 @@ from pathlib import Path
 from q3q.config.schema import nearest
 from q3q.errors import Q3QError, ReportError
 from q3q.record import Sweep, TrialRecord
-from q3q.spec import TrialSpec
 
-# What reading a file raises that is torn, or that another program wrote.
+# Errors from reading a truncated file, or one that another program wrote.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Q3QError)
 LONGEST_REASON = 200
-RECORDS = (
-    "record.json",
-    "failed.json",
-)  # the first that can be read counts: a failure never hides a result
+RECORDS = ("record.json", "failed.json")  # the first readable one: no failure hides a result
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a storage folder holds.
+class StoredRecords:
+    """Records in a storage folder.
 
-    sweep: the study that was asked for, with the trials of all sweeps of its name; None for all records. merged: the
-    ids of these sweeps, if there are several. damaged: a line for each file that could not be read. missing: the
-    study's trials that left no record.
+    sweep: the requested study, with the trials of all sweeps of its name; None for all records.
+    damaged: a line for each file that could not be read.
+    missing: how many of the study's trials have no record.
+    merged: the ids of the sweeps, if several have the study's name.
     """
 
     records: tuple[TrialRecord, ...]
@@ -35,55 +32,54 @@ class Found:
     merged: tuple[str, ...] = ()
 
 
-def find_records(storage: Path, study: str | None = None) -> Found:
-    """The records of a study, by its name or id, or all of them.
+def find_records(storage: Path, study: str | None = None) -> StoredRecords:
+    """Return the records of a study, given by name or id, or all records.
 
     Raises:
-        ReportError: the folder holds no records, or no study of that name.
+        ReportError: the folder has no records, or no study of that name.
     """
     if study is None:
         records, damaged = _read(sorted((storage / "trials").glob("*/")))
         if not records:
             raise ReportError(_nothing(storage, damaged))
-        return Found(tuple(records.values()), None, tuple(damaged))
+        return StoredRecords(tuple(records.values()), None, tuple(damaged))
     sweeps, lost = find_sweeps(storage, study)
-    trials = {spec.id: spec for sweep in sweeps for spec in sweep.trials}
+    trials = {trial.id: trial for sweep in sweeps for trial in sweep.trials}
     sweep = replace(sweeps[-1], trials=tuple(trials.values()))
     records, damaged = _read([storage / "trials" / trial for trial in trials])
     if not records:
         raise ReportError(
             f"none of the {len(trials)} trials of study {study} has a record yet: run it first"
         )
-    merged = tuple(one.id for one in sweeps) if len(sweeps) > 1 else ()
-    return Found(
+    merged = tuple(sweep.id for sweep in sweeps) if len(sweeps) > 1 else ()
+    return StoredRecords(
         tuple(records.values()), sweep, (*lost, *damaged), len(trials) - len(records), merged
     )
 
 
 def find_sweeps(storage: Path, study: str) -> tuple[list[Sweep], list[str]]:
-    """All sweeps of that name, the newest last, or the one of that id; and a line for each file that is damaged.
+    """Return the sweep of that id, or all sweeps of that name, the newest last.
+
+    Returns:
+        the sweeps, and a line for each damaged file.
 
     Raises:
-        ReportError: there is none.
+        ReportError: there is no such sweep.
     """
     sweeps, damaged = all_sweeps(storage)
-    fitting = [sweep for sweep in sweeps if study == sweep.id] or [
-        sweep for sweep in sweeps if study == sweep.name
-    ]
-    if not fitting:
+    matches = [sweep for sweep in sweeps if study == sweep.id]
+    matches = matches or [sweep for sweep in sweeps if study == sweep.name]
+    if not matches:
         names = list(dict.fromkeys(sweep.name for sweep in sweeps))
-        known = (
-            f"Known in {storage}: {', '.join(names)}"
-            if names
-            else f"No sweep was run with storage={storage}"
-        )
-        unread = f". {damaged[0]}" if damaged else ""
-        raise ReportError(f"--study {study} is not known{nearest(study, names)}{known}{unread}")
-    return fitting, damaged
+        hint = f"Known in {storage}: {', '.join(names)}"
+        hint = hint if names else f"No sweep was run with storage={storage}"
+        damage = f". {damaged[0]}" if damaged else ""
+        raise ReportError(f"--study {study} is not known{nearest(study, names)}{hint}{damage}")
+    return matches, damaged
 
 
 def all_sweeps(storage: Path) -> tuple[list[Sweep], list[str]]:
-    """Every sweep that was started in this storage folder, the newest last, and a line for each damaged file."""
+    """Return every sweep of a storage folder, the newest last, and a line for each damaged file."""
     sweeps, damaged = [], []
     paths = sorted(
         (storage / "sweeps").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)
@@ -91,10 +87,8 @@ def all_sweeps(storage: Path) -> tuple[list[Sweep], list[str]]:
     for path in paths:
         try:
             sweep = Sweep.load(path)
-            for spec in sweep.trials:
-                _refuse_strange(spec)
-            _be(sweep.name, str, "name")
-            _be(sweep.predicted, dict, "predicted")
+            _check_type(sweep.name, str, "name")
+            _check_type(sweep.predicted, dict, "predicted")
         except UNREADABLE as error:
             damaged.append(_damage(path, error))
         else:
@@ -103,11 +97,11 @@ def all_sweeps(storage: Path) -> tuple[list[Sweep], list[str]]:
 
 
 def predictions(storage: Path) -> Mapping[str, float]:
-    """Seconds that each trial was predicted to take, by its id; of the newest sweep that had it still to run."""
-    found: dict[str, float] = {}
+    """Return the seconds that trials were predicted to take, by id; the newest sweep's count."""
+    seconds: dict[str, float] = {}
     for sweep in all_sweeps(storage)[0]:
-        found |= sweep.predicted
-    return found
+        seconds |= sweep.predicted
+    return seconds
 
 
 def _read(folders: Sequence[Path]) -> tuple[dict[str, TrialRecord], list[str]]:
@@ -120,81 +114,56 @@ def _read(folders: Sequence[Path]) -> tuple[dict[str, TrialRecord], list[str]]:
             try:
                 record = TrialRecord.load(path)
                 if record.spec.id != folder.name:
-                    # An older q3q wrote other specs: what it measured is no result of the trial that it seems to be.
+                    # Another version of q3q wrote this spec: its result is not this trial's.
                     raise ValueError(f"it belongs to trial {record.spec.id}")
-                _refuse_strange_record(record)
+                _check_record(record)
             except UNREADABLE as error:
                 damaged.append(_damage(path, error))
                 continue
-            # Where it was found counts: a storage may have been copied.
-            places = record.spec.places | {"trials": str(folder.parent.absolute())}
-            records[record.spec.id] = replace(record, spec=record.spec.with_places(places))
+            records[record.spec.id] = record
             break
     return records, damaged
 
 
-def _refuse_strange_record(record: TrialRecord) -> None:
-    """See that a record is made as q3q makes them: one without a checksum may hold anything.
-
-    Raises:
-        ValueError: it is not.
-    """
-    _refuse_strange(record.spec)
+def _check_record(record: TrialRecord) -> None:
+    """Raise ValueError if a record's parts have wrong types: without a checksum, anything may."""
     for part in ("metrics", "intervals", "environment", "results", "notes", "comparisons"):
-        _be(getattr(record, part), dict, part)
+        _check_type(getattr(record, part), dict, part)
     for name, value in record.metrics.items():
-        _be(value, (int, float), name)
+        _check_type(value, (int, float), name)
     for name, ends in record.intervals.items():
         for end in ends:
-            _be(end, (int, float), f"the interval of {name}")
+            _check_type(end, (int, float), f"the interval of {name}")
     for part in ("status", "reason"):
-        _be(getattr(record, part), str, part)
+        _check_type(getattr(record, part), str, part)
     for name in (*record.diverged, *record.files):
-        _be(name, str, "diverged or files")
+        _check_type(name, str, "diverged or files")
     for site in record.sites:
         for error in (site.weight_error, site.output_error or 0.0, *(site.experts or ())):
-            _be(error, (int, float), f"an error of block {site.block}")
+            _check_type(error, (int, float), f"an error of block {site.block}")
     for row in record.comparisons.values():
         for number in (row.difference, row.low, row.high):
-            _be(
-                number if number is not None else 0.0,
-                (int, float),
-                f"the comparison of {row.metric}",
-            )
-    _be(record.environment.get("planned", {}), dict, "planned")
+            if number is not None:
+                _check_type(number, (int, float), f"the comparison of {row.metric}")
+    _check_type(record.environment.get("planned", {}), dict, "planned")
 
 
-def _refuse_strange(spec: TrialSpec) -> None:
-    """See `_refuse_strange_record`."""
-    for part in ("model", "method", "evaluation", "places", "rules"):
-        _be(getattr(spec, part), dict, part)
-    _be(spec.calibration or {}, dict, "calibration")
-    _be(spec.method["name"], str, "the method's name")
-    for text in spec.evaluation.get("texts", ()):
-        _be(text["name"], str, "a text's name")
-    for task in spec.evaluation.get("tasks", ()):
-        _be(task, str, "a task")
-    for part in ("shots", "limits", "data"):
-        _be(spec.evaluation.get(part, {}), dict, part)
-
-
-def _be(value: object, kind: type | tuple[type, ...], what: str) -> None:
+def _check_type(value: object, kind: type | tuple[type, ...], name: str) -> None:
     if not isinstance(value, kind):
-        raise ValueError(f"{what} is {type(value).__name__}")
+        raise ValueError(f"{name} is {type(value).__name__}")
 
 
 def _damage(path: Path, error: Exception) -> str:
-    what = (
-        "not JSON"
-        if isinstance(error, json.JSONDecodeError)
-        else f"{type(error).__name__}: {error}"
-    )
-    return f"{path} cannot be read and is left out ({' '.join(what.split())[:LONGEST_REASON]})"
+    is_json = not isinstance(error, json.JSONDecodeError)
+    reason = f"{type(error).__name__}: {error}" if is_json else "not JSON"
+    return f"{path} cannot be read and is left out ({' '.join(reason.split())[:LONGEST_REASON]})"
 
 
 def _nothing(storage: Path, damaged: Sequence[str]) -> str:
     if damaged:
-        return f"{storage}/trials holds no record that can be read: {damaged[0]}" + (
-            f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-        )
-    return f"{storage}/trials holds no records: run a sweep first, or give its storage folder as --storage DIR"
+        more = f", and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        return f"{storage}/trials holds no record that can be read: {damaged[0]}{more}"
+    return (
+        f"{storage}/trials holds no records: run a sweep first, or give its storage folder as "
+        "--storage DIR"
+    )

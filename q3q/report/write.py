@@ -1,11 +1,13 @@
-"""What a sweep leaves for people: a page that answers, its twin in Markdown, its numbers and its pictures."""
+"""Write a report: the page, the same in Markdown, its numbers as CSV and LaTeX, and its plots."""
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from q3q.record import ANSWER, TrialRecord, trial_folder
+from q3q.record import ANSWER, TrialRecord
 from q3q.report.answer import answers
 from q3q.report.latex import latex
 from q3q.report.luck import luck_tables
@@ -13,26 +15,24 @@ from q3q.report.measures import in_order
 from q3q.report.page import Contents, html, markdown, versions
 from q3q.report.paper import Compared, compare_with_paper, paper_table, share_reproduced
 from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
-from q3q.report.tables import Table, result_tables, sites_csv, trial_table
+from q3q.report.tables import result_tables, sites_csv, trial_table
 from q3q.storage.files import write_atomically
 
-HTML, PAGE, CSV, LATEX, PICTURE = (
-    "report.html",
-    "results.md",
-    "results.csv",
-    "results.tex",
-    "perplexity.png",
-)
-PLOTS = "plots"  # folder of each plot as PNG and SVG
-FORMATS = {"html": HTML, "md": PAGE, "csv": CSV, "latex": LATEX}
+HTML = "report.html"
+FORMATS = {"html": HTML, "md": "results.md", "csv": "results.csv", "latex": "results.tex"}
+PERPLEXITY = "perplexity.png"
+PLOTS = "plots"  # the folder of each plot as PNG and SVG
 
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What a report says of its records beyond themselves.
+    """What a report says besides its records.
 
-    command: what a person types to get them again. question, expectation: of a saved study. predicted: seconds by
-    trial. warnings: what went wrong in finding the records. against_paper: say so too if no published cell was run.
+    command: starts the study again.
+    question, expectation: the study's.
+    predicted: the seconds that trials were predicted to take, by id.
+    warnings: problems in finding the records.
+    against_paper: speak of the paper even if none of its cells was run.
     """
 
     name: str
@@ -48,8 +48,10 @@ class About:
 class Report:
     """A report on disk.
 
-    text: its main tables, for a terminal. table: the same in Markdown. answer: in Markdown, for a front page. files:
-    content by name.
+    text: the main tables for a terminal.
+    table: the same in Markdown.
+    answer: the answer in Markdown, for a front page.
+    files: content by name.
     """
 
     folder: Path
@@ -59,39 +61,40 @@ class Report:
     files: Mapping[str, bytes]
 
     def artifacts(self) -> dict[str, bytes]:
-        """What a tracker keeps of it."""
+        """Return the files for a tracker, content by name."""
         return {ANSWER: self.answer.encode(), "table.md": self.table.encode(), **self.files}
 
 
 def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> Report:
-    """Write the page, its twin, `results.csv`, `results.tex` and the pictures; each appears whole or not at all."""
+    """Write the page, its Markdown, CSV, LaTeX and plots, each atomically."""
     records = in_order(records)
     main = result_tables(records, everything=False)
     contents = _contents(records, about)
-    pictures = {f"{PLOTS}/{plot.name}.svg": plot.svg() for plot in contents.plots}
-    pictures |= {f"{PLOTS}/{plot.name}.png": plot.png() for plot in contents.plots}
+    images = {plot.name: f"{PLOTS}/{plot.name}.png" for plot in contents.plots}
     files = {
         HTML: html(contents).encode(),
-        PAGE: markdown(
-            contents, {plot.name: f"{PLOTS}/{plot.name}.png" for plot in contents.plots}
-        ).encode(),
-        CSV: _csv(records, None),
-        LATEX: latex(records).encode(),
-        PICTURE: perplexity_against_bits(records),
-        **pictures,
+        FORMATS["md"]: markdown(contents, images).encode(),
+        FORMATS["csv"]: _csv(records, None),
+        FORMATS["latex"]: latex(records).encode(),
+        PERPLEXITY: perplexity_against_bits(records),
+        **{f"{PLOTS}/{plot.name}.svg": plot.svg() for plot in contents.plots},
+        **{f"{PLOTS}/{plot.name}.png": plot.png() for plot in contents.plots},
     }
     for name, content in files.items():
         write_atomically(folder / name, content)
     text = "\n\n".join(table.plain() for table in main) or "No results: no trial measured anything."
-    if contents.compared:
-        text += f"\n\nAgainst the paper: {share_reproduced(contents.compared)}"
+    if contents.published:
+        text += f"\n\nAgainst the paper: {share_reproduced(contents.published)}"
     table = "\n".join(table.markdown() for table in main)
     answer = "\n".join(table.markdown() for table in contents.answers) or table
     return Report(folder, text, table, answer, files)
 
 
 def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes:
-    """The report in one of `FORMATS`, alone: its Markdown has no pictures. CSV against the paper is of its cells."""
+    """Return the report in one of `FORMATS`.
+
+    Markdown comes without plots. CSV of a report against the paper lists the paper's cells.
+    """
     records = in_order(records)
     if kind == "latex":
         return latex(records).encode()
@@ -102,17 +105,15 @@ def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes
 
 
 def trial_artifacts(record: TrialRecord) -> dict[str, bytes]:
-    """One trial's files for a tracker, content by name."""
+    """Return one trial's files for a tracker, content by name."""
     files = {"record.json": _json(record.to_json())}
     if record.sites:
-        files |= {
-            "sites.csv": sites_csv(record).encode(),
-            "heatmap.png": site_error_heatmap(record),
-        }
+        files["sites.csv"] = sites_csv(record).encode()
+        files["heatmap.png"] = site_error_heatmap(record)
     if record.results:
         files["lm_eval.json"] = _json(record.results)
-    beside = {name: trial_folder(record.spec) / name for name in record.files}
-    return files | {name: path.read_bytes() for name, path in beside.items() if path.is_file()}
+    paths = {name: record.trial.folder / name for name in record.files}
+    return files | {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
 
 def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) -> Contents:
@@ -132,7 +133,7 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         answers=answers(records),
         luck=luck_tables(records),
         plots=study_plots(records, about.predicted) if plots else [],
-        compared=compared if compared or about.against_paper else None,
+        published=compared if compared or about.against_paper else None,
         warnings=warnings,
     )
 
@@ -140,11 +141,8 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
 def _csv(records: Sequence[TrialRecord], compared: Sequence[Compared] | None) -> bytes:
     if compared is None:
         return trial_table(records).to_csv(index=False, lineterminator="\n").encode()
-    import csv
-    import io
-
     text = io.StringIO()
-    table: Table = paper_table(compared)
+    table = paper_table(compared)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.columns)
     writer.writerows(table.rows)

@@ -1,4 +1,4 @@
-"""Where a sweep's results are kept for browsing: the seam, and its twin for tests."""
+"""The interface to the place where a sweep's results are browsed, and its double for tests."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -8,51 +8,59 @@ from q3q.spec import TrialSpec
 
 
 class Tracker(Protocol):
-    """Written by one process, the sweep's driver. Records are on disk first: what a tracker cannot take is not lost."""
+    """A place for results, written by one process, the sweep's driver.
+
+    Records are on disk first, so what a tracker refuses is not lost.
+    """
 
     @property
     def page(self) -> str:
-        """Where a person looks at the open sweep, below the place's own address; empty if there is nothing to see."""
+        """The open sweep's page, below the place's own address; empty if it has none."""
         ...
 
     def check(self) -> None:
-        """See that results can be kept here, within about ten seconds; no run is made, a failed check leaves no file.
+        """Check, within about ten seconds, that results can be kept here.
+
+        It starts no run, and a failed check leaves no file.
 
         Raises:
             TrackingError: they cannot; one line that names the place and says what to do.
         """
 
     def open(self, sweep: Sweep) -> None:
-        """Begin the sweep's own entry, or go on in the one that an earlier sweep of the same id began.
+        """Begin the sweep's own entry, or resume that of an earlier sweep with the same id.
 
         Raises:
             TrackingError: the store cannot be used.
         """
 
     def live(self, spec: TrialSpec, metrics: Mapping[str, float], step: int) -> None:
-        """Keep what is known of a trial at work, so that its charts move; `log` goes on in the same entry.
+        """Add metrics of a running trial to its entry, which `log` completes.
 
         Raises:
-            TrackingError: the store did not take it. Nothing is lost: its record will hold it.
+            TrackingError: the store refused them. Nothing is lost: the record will hold them.
         """
 
     def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
-        """Keep a trial's record and files (content by path) under the open sweep, in place of an earlier record of it.
+        """Keep a trial's record and files under the open sweep; they replace its earlier ones.
+
+        Args:
+            artifacts: content by path.
 
         Raises:
-            TrackingError: the store did not take it, after bounded retries. The same record may be logged again.
+            TrackingError: the store refused it, after bounded retries. It may be logged again.
         """
 
     def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
-        """End the sweep's entry, with its files; `ANSWER` among them is for its front page.
+        """End the sweep's entry, with its files; its front page shows `ANSWER` among them.
 
         Raises:
-            TrackingError: the store did not take it.
+            TrackingError: the store refused it.
         """
 
 
 class MemoryTracker:
-    """Keeps everything in plain attributes."""
+    """A tracker that keeps everything in plain attributes."""
 
     def __init__(self) -> None:
         self.sweep: Sweep | None = None

@@ -1,0 +1,43 @@
+"""The plots of a report."""
+
+from collections.abc import Mapping, Sequence
+
+from q3q.record import TrialRecord
+from q3q.report.measures import by_model, in_order
+from q3q.report.plots.bits import perplexity_against_bits, quality_against_bits
+from q3q.report.plots.cost import predicted_against_actual_cost
+from q3q.report.plots.drawing import Plot
+from q3q.report.plots.drift import divergence_against_bits
+from q3q.report.plots.heatmaps import (
+    errors_of_experts,
+    site_error_heatmap,
+    site_errors,
+    tokens_of_experts,
+)
+from q3q.report.plots.looks import study_looks
+from q3q.report.plots.sizes import quality_against_bytes, quality_against_parameters
+
+__all__ = ["Plot", "perplexity_against_bits", "site_error_heatmap", "study_plots"]
+
+
+def study_plots(
+    records: Sequence[TrialRecord], predicted: Mapping[str, float] | None = None
+) -> list[Plot]:
+    """Draw every plot for which these records have data.
+
+    Args:
+        predicted: the seconds that a trial was predicted to take, by its id.
+    """
+    records = in_order(records)
+    looks = study_looks(records)
+    plots: list[Plot] = []
+    for model, trials in by_model(records).items():
+        plots += quality_against_bits(model, trials, looks)
+        plots += quality_against_bytes(model, trials, looks)
+        plots += divergence_against_bits(model, trials, looks)
+        plots += tokens_of_experts(model, trials)
+        plots += errors_of_experts(model, trials)
+        plots += site_errors(model, trials)
+    plots += quality_against_parameters(records)
+    plots += predicted_against_actual_cost(records, predicted or {})
+    return plots

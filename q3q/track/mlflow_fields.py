@@ -1,0 +1,147 @@
+"""Turn sweeps and records into MLflow's metrics, params, tags and times."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from q3q.evaluate.metrics import mean_metrics
+from q3q.record import TrialRecord, block_errors
+from q3q.spec import MEAN_ACCURACY, TrialSpec
+from q3q.track.wording import MAX_TAG, trial_note, truncated
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+MAX_PARAM = 6000  # characters that MLflow accepts; record.json holds longer texts in full
+METRIC_DIGITS = 7  # of fractions, for the width of a table's column; record.json has all digits
+
+
+def truncated_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {name: truncated(value, MAX_TAG) for name, value in tags.items()}
+
+
+def record_digest(record: TrialRecord) -> str:
+    """Return 16 hex digits of the record's JSON."""
+    return hashlib.sha256(json.dumps(record.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def trial_times(record: TrialRecord) -> tuple[int, int]:
+    """Return the trial's start and end in milliseconds since 1970; now, where it has none."""
+    now = int(time.time() * 1000)
+    ended, started = (milliseconds(record.environment.get(key)) for key in ("ended", "started"))
+    return started or ended or now, ended or now
+
+
+def milliseconds(moment: str | None) -> int | None:
+    """Return an ISO 8601 moment in milliseconds since 1970."""
+    return None if moment is None else int(datetime.fromisoformat(moment).timestamp() * 1000)
+
+
+def record_metrics(record: TrialRecord) -> dict[str, float]:
+    """Return the record's metrics under names that MLflow accepts.
+
+    With them go `<metric>.low` and `<metric>.high` of each 95 % interval, `<metric>.difference`
+    from the unquantized model, and the tasks' mean accuracy.
+    """
+    metrics = dict(record.metrics)
+    for name, (low, high) in record.intervals.items():
+        metrics |= {f"{name}.low": low, f"{name}.high": high}
+    for name, comparison in record.comparisons.items():
+        if comparison.difference is not None:
+            metrics[f"{name}.difference"] = comparison.difference
+    names = mean_metrics(record.spec)
+    if len(names) > 1 and all(name in record.metrics for name in names):
+        metrics[MEAN_ACCURACY] = math.fsum(record.metrics[name] for name in names) / len(names)
+    return {metric_name(name): _rounded(value) for name, value in metrics.items()}
+
+
+def metric_entities(metrics: Mapping[str, float], time_ms: int, step: int = 0) -> list["Metric"]:
+    from mlflow.entities import Metric
+
+    return [Metric(metric_name(name), value, time_ms, step) for name, value in metrics.items()]
+
+
+def block_metrics(
+    record: TrialRecord, logged: set[tuple[str, int]], time_ms: int
+) -> list["Metric"]:
+    """Return the mean error of each block's linears, one step a block.
+
+    Args:
+        logged: metrics and steps to leave out.
+    """
+    return [
+        metric
+        for block, errors in block_errors(record.sites).items()
+        for metric in metric_entities(
+            {name: value for name, value in errors.items() if (name, block) not in logged},
+            time_ms,
+            block,
+        )
+    ]
+
+
+def metric_name(name: str) -> str:
+    """Replace the characters that MLflow refuses."""
+    return re.sub(r"[^\w/.\- ]", "_", name)
+
+
+def _rounded(value: float) -> float:
+    return value if float(value).is_integer() else float(f"{value:.{METRIC_DIGITS}g}")
+
+
+def trial_tags(record: TrialRecord) -> dict[str, str]:
+    spec, commit = record.spec, str(record.environment.get("git_commit") or "")
+    tags = {
+        "q3q.quantization": spec.quantization_id,
+        "q3q.method": spec.method.name,
+        "q3q.model": spec.model.label,
+        "q3q.status": record.status,
+        "q3q.reason": record.reason,
+        "q3q.diverged": ", ".join(record.diverged),
+        "q3q.git_commit": commit,
+        "mlflow.source.git.commit": commit.partition("+")[0],
+        "mlflow.note.content": trial_note(record),
+        **_export_tags(record),
+        **source_tags(),
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def _export_tags(record: TrialRecord) -> dict[str, str]:
+    """Describe an exported checkpoint: its gigabytes are uploaded only if it is registered."""
+    facts = record.notes.get("export", {})
+    tags = {name: str(facts[name]) for name in ("format", "path", "sha256") if name in facts}
+    if facts and "export_bytes" in record.metrics:
+        tags["bytes"] = f"{record.metrics['export_bytes']:.0f}"
+    return {f"q3q.export.{name}": value for name, value in tags.items()}
+
+
+def source_tags() -> dict[str, str]:
+    tags = {"mlflow.source.name": "launch.py", "mlflow.source.type": "LOCAL"}
+    user = os.environ.get("USER") or os.environ.get("LOGNAME")
+    return tags | ({"mlflow.user": user} if user else {})
+
+
+def sweep_params(specs: list[TrialSpec]) -> dict[str, str]:
+    """Return what the sweep varies, as short strings."""
+    schemes = [spec.scheme for spec in specs if spec.scheme is not None]
+    return {
+        "models": _distinct(spec.model.label for spec in specs),
+        "methods": _distinct(spec.method.name for spec in specs),
+        "bits": _distinct(scheme.bits for scheme in schemes),
+        "group_sizes": _distinct(scheme.group_size for scheme in schemes),
+        "act_bits": _distinct(scheme.act_bits for scheme in schemes),
+        "seeds": _distinct(spec.seed for spec in specs),
+        "trials": str(len(specs)),
+    }
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    """List each value once, in order; `-` if there is none."""
+    return ", ".join(map(str, sorted({value for value in values if value is not None}))) or "-"
