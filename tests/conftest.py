@@ -1,4 +1,4 @@
-"""What every test needs: one torch thread each (the tensors are small), no network, no progress bars."""
+"""Settings and fixtures of all tests: one torch thread, no network, no progress bars."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ for name, value in {
     "TQDM_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # Ray's core reads both once in a process, and its clusters come one after the other: all of them have one token.
+    # Ray's core reads both once in a process, so all of a process's clusters share one token.
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }.items():
@@ -30,13 +30,13 @@ RANK = """
 import os, pickle, socket, sys
 sys.path.insert(0, os.getcwd())
 import torch
-from q3q.team import LOOPBACK, Seat, joined
+from q3q.team import LOOPBACK, Rendezvous, join_gang
 folder, rank, size, port, listener = sys.argv[1], *map(int, sys.argv[2:])
 with open(f"{folder}/call", "rb") as file:
     call = pickle.load(file)
 taken = socket.socket(fileno=listener) if rank == 0 else None
-seat = Seat(rank=rank, size=size, host=LOOPBACK, port=port, own_host=LOOPBACK, listener=taken)
-with joined(seat) as team:
+seat = Rendezvous(rank=rank, size=size, host=LOOPBACK, port=port, own_host=LOOPBACK, listener=taken)
+with join_gang(seat) as team:
     value = call(team)
 with open(f"{folder}/{rank}", "wb") as file:
     pickle.dump(value, file)
@@ -45,10 +45,33 @@ with open(f"{folder}/{rank}", "wb") as file:
 PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Undo what a study in this process sets for its trials: threads, and the GPUs it may see.
+
+    OpenMP's threads do not survive a fork: with more than one, a child that a later test forks
+    would wait for them without end.
+    """
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    if {name: os.environ.get(name) for name in names} == before:
+        return
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 @pytest.fixture(scope="session")
 def study_data(tmp_path_factory):
-    """A folder for data.path: the data sets of the study's suite in their official schema, MMLU as its authors; the two
-    texts with the official numbers of rows."""
+    """A folder for data.path: the study's data sets in their official schema.
+
+    MMLU is as its authors publish it; the two texts have the official numbers of rows.
+    """
     from q3q.evaluate.catalogue import SUBJECTS
 
     root = tmp_path_factory.mktemp("data")
@@ -136,7 +159,7 @@ def study_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def gang(tmp_path_factory):
-    """gang(size, call): what call(team), a function within a function, returns on each rank; a process each."""
+    """Return gang(size, call), which runs call(team), a nested function, on each rank's process."""
     import cloudpickle
 
     def run(size, call):
@@ -224,7 +247,7 @@ def random_checkpoint(tmp_path):
         if not facts.tied:
             shards[-1]["lm_head.weight"] = (facts.vocab, facts.hidden)
         folder.mkdir()
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for k, shapes in enumerate(shards):
             file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
             save_file({name: weight(name, shape) for name, shape in shapes.items()}, folder / file)

@@ -1,4 +1,4 @@
-"""What tests have all ranks of a gang do together; a module, since functions go from rank to rank by name."""
+"""Functions that tests run on all ranks of a gang; a module, as they travel by name."""
 
 import gc
 
@@ -6,18 +6,18 @@ import torch
 
 
 def parameter_bytes(team):
-    """Bytes of the parameters that each rank keeps, of all models."""
-    return team.gather(sum(model.held_bytes() for model in team.held.values()))
+    """Return the bytes of the parameters of all models that each rank keeps."""
+    return team.gather(sum(model.parameter_bytes() for model in team.models.values()))
 
 
 def live_bytes(team):
-    """Of each rank: bytes of all tensors that are alive in its process."""
+    """Return the bytes of all live tensors in each rank's process."""
     gc.collect()
     storages = {}
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.Tensor):
-            # What a parameter of DeepSpeed's holds is an attribute of it, and no object of its own to the collector.
-            for tensor in (one, getattr(one, "ds_tensor", None)):
+    for item in gc.get_objects():
+        if issubclass(type(item), torch.Tensor):
+            # The garbage collector does not list the share of a DeepSpeed parameter by itself.
+            for tensor in (item, getattr(item, "ds_tensor", None)):
                 if tensor is not None and tensor.device.type != "meta":
                     storages[tensor.untyped_storage().data_ptr()] = (
                         tensor.untyped_storage().nbytes()
@@ -26,4 +26,4 @@ def live_bytes(team):
 
 
 def known_models(team):
-    return team.gather(len(team.held))
+    return team.gather(len(team.models))

@@ -9,8 +9,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# One request at a time: moto looks whether there is an object, and then makes it; S3 does both at once. But each is
-# received, and answered, in a thread of its own: a client that stands still in the middle of one holds nobody up.
+# One request at a time: moto first looks for an object and then creates it, which S3 does in one
+# step. But each is received and answered in its own thread, so that a stalled client blocks nobody.
 SERVER = """
 import io, sys, threading
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -41,7 +41,7 @@ CREDENTIALS = {
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """Its address. The environment says where it is and who asks, for this process and its children."""
+    """Yield its address; the environment holds it and the keys, for this process and children."""
     import s3fs
 
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -1,8 +1,9 @@
-"""What ships for clusters is well formed: Ray's own schema, the image's rules, manifests, the commands in the docs."""
+"""The files for clusters are well formed: Ray's schema, the image, manifests, docs' commands."""
 
 import re
 import shlex
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -148,9 +149,9 @@ def test_what_a_head_needs_beyond_q3q_fits_the_tested_set():
         if line and not line.startswith("#"):
             one = Requirement(line)
             tested[one.name.lower()] = next(iter(one.specifier)).version
-    listed = re.search(
+    listed = re.findall(
         r"(?ms)^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    )[1]
+    )[0]
     ours = re.findall('"(.+)"', listed)
     assert len(ours) > 10
     extra = [
@@ -216,8 +217,8 @@ def test_the_ray_job_composes_checks_tokens_and_its_head_runs_no_trial():
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    pinned = re.search(r"(?m)^ray==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
-    assert cluster["rayVersion"] == pinned[1]
+    pinned = re.findall(r"(?m)^ray==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"))
+    assert [cluster["rayVersion"]] == pinned
 
 
 def test_the_mlflow_server_answers_to_the_name_that_trials_call_it_by():
@@ -225,7 +226,7 @@ def test_the_mlflow_server_answers_to_the_name_that_trials_call_it_by():
     command = server["spec"]["template"]["spec"]["containers"][0]["command"][-1]
     [job] = of_kind("RayJob")
     host = composed(job["spec"]["entrypoint"]).track.uri.removeprefix("http://")
-    assert host in re.search(r'--allowed-hosts "([^"]+)"', command)[1].split(",")
+    assert host in re.findall(r'--allowed-hosts "([^"]+)"', command)[0].split(",")
 
 
 def test_the_slurm_script():
@@ -241,7 +242,7 @@ def test_the_slurm_script():
     )  # --exact alone takes one core
     assert "mlflow" not in text or "track.uri=" in text
     assert (
-        "$storage" not in re.search(r"track\.uri=(.*)", text)[1]
+        "$storage" not in re.findall(r"track\.uri=(.*)", text)[0]
     )  # SQLite locks badly on a shared file system
 
 
@@ -264,7 +265,7 @@ def test_every_command_in_the_page_is_one_that_was_run_or_says_that_it_was_not()
 def test_each_way_takes_three_commands():
     for title in ("AWS", "Google Cloud", "Kubernetes", "Slurm"):
         section = PAGE[PAGE.index(f"## {title}") :]
-        block = re.search(r"```bash\n(.*?)```", section, re.S)[1]
+        block = re.findall(r"```bash\n(.*?)```", section, re.S)[0]
         assert len(block.strip().splitlines()) == 3, title
 
 
@@ -276,7 +277,7 @@ def test_where_the_first_gpu_is_still_to_come_its_size_is_said():
         in (CLUSTER / "kuberay.yaml").read_text(encoding="utf-8").partition("\napiVersion")[0]
     )
     for title, gib in (("AWS", 44), ("Google Cloud", 22)):  # an L40S, and an L4
-        block = re.search(r"```bash\n(.*?)```", PAGE[PAGE.index(f"## {title}") :], re.S)[1]
+        block = re.findall(r"```bash\n(.*?)```", PAGE[PAGE.index(f"## {title}") :], re.S)[0]
         [command] = re.findall(r"python launch\.py [^#\n]*", block)
         cluster = composed(command).cluster
         assert (cluster.gpu_memory, cluster.gpus_per_trial, cluster.patience) == (
@@ -290,11 +291,7 @@ def test_the_pages_options_of_our_own_programs_exist():
     for program in ("q3q.trials", "q3q.track"):
         for arguments in re.findall(rf"python -m {re.escape(program)} ([^#`\n&]*)", PAGE):
             words = shlex.split(arguments.replace("/storage", "."))
-            from importlib import import_module
-
-            parser_of = import_module(
-                program if program == "q3q.trials" else "q3q.track.__main__"
-            ).main
+            main = import_module(f"{program}.__main__").main
             with pytest.raises(SystemExit) as stop:
-                parser_of([*words, "--help"])
+                main([*words, "--help"])
             assert stop.value.code == 0

@@ -4,6 +4,7 @@ import itertools
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -18,9 +19,10 @@ from q3q.config.command import command_of
 from q3q.config.patterns import linears
 from q3q.data import texts as data_texts
 from q3q.errors import CalibrationError, CheckpointError, ConfigError, IncompatibleError
-from q3q.evaluate import catalogue
-from q3q.models.anatomy import block_class
+from q3q.evaluate import catalogue, version
+from q3q.models.decoder import block_class
 from q3q.models.facts import read_facts
+from q3q.placement import Trial
 from q3q.quantize.methods.settings import SETTINGS
 from q3q.spec import TrialSpec
 from q3q.sweep.grid import choices_of, trials_of
@@ -60,8 +62,16 @@ def text_file(tmp_path):
     return path
 
 
+def trial(*overrides: str) -> Trial:
+    return resolve.trial_from(compose("config", list(overrides)))
+
+
 def spec(*overrides: str) -> TrialSpec:
-    return resolve.spec_from(compose("config", list(overrides)))
+    return trial(*overrides).spec
+
+
+def baseline(*overrides: str) -> str | None:
+    return trial(*overrides).placement.baseline
 
 
 def options(group: str) -> list[str]:
@@ -71,8 +81,11 @@ def options(group: str) -> list[str]:
 @pytest.mark.parametrize("name", options("method"))
 def test_every_method_becomes_a_spec(name):
     made = spec(f"method={name}")
-    assert made.method["name"] == name
-    assert set(made.method) - {"version"} == set(SETTINGS[name]().knobs(made.scheme))
+    assert made.method.name == name
+    assert made.method.to_json() == {
+        **SETTINGS[name]().knobs(made.scheme),
+        "version": made.method.version,
+    }
     assert TrialSpec.from_json(made.to_json()) == made
 
 
@@ -91,10 +104,11 @@ def test_every_model_becomes_a_spec(name, monkeypatch, tmp_path):
     if name == "local":
         overrides.append(f"model.path={config_model.DEMO_MODELS / 'dense'}")
     made = spec(*overrides)
-    assert made.model["name"] == ("dense" if name == "local" else name)
+    assert made.model.name == ("dense" if name == "local" else name)
     if name.startswith("qwen3"):
-        assert made.model["source"].startswith("Qwen/Qwen3-")
-        assert made.model["dtype"] == "bfloat16"
+        assert made.model.source is not None
+        assert made.model.source.startswith("Qwen/Qwen3-")
+        assert made.model.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("name", options("calibration"))
@@ -109,8 +123,9 @@ def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
         config_texts.open_text.cache_clear()
     path = [f"calibration.path={text_file}".replace(" ", "\\ ")] if name == "file" else []
     made = spec("method=gptq", f"calibration={name}", *path)
-    assert made.calibration["source"] == name
-    assert made.calibration["samples"] > 0
+    assert made.calibration is not None
+    assert made.calibration.source == name
+    assert made.calibration.samples > 0
     config_texts.open_text.cache_clear()
 
 
@@ -134,15 +149,15 @@ def test_every_evaluation_becomes_a_spec(name, study_data, text_file):
     made = spec(f"evaluation={name}", *more, *data)
     study = ["wikitext2", "c4"]
     texts = {"demo": ["stories", "library"], "file": ["my_text"], "none": [], "tasks": []}
-    assert [text["name"] for text in made.evaluation["texts"]] == texts.get(name, study)
+    assert [text.name for text in made.evaluation.texts] == texts.get(name, study)
     assert TrialSpec.from_json(made.to_json()) == made
     if name in ("paper", "quick"):
-        assert made.evaluation["shots"] == {"mmlu": 5}
-        assert len(made.evaluation["data"]) == (57 + 7 if name == "paper" else 57 + 6)
-        assert made.evaluation.get("quick", False) == (name == "quick")
+        assert made.evaluation.to_json()["shots"] == {"mmlu": 5}
+        assert len(made.evaluation.data) == (57 + 7 if name == "paper" else 57 + 6)
+        assert made.evaluation.quick == (name == "quick")
     if name == "tasks":
-        assert made.evaluation["tasks"] == ["piqa", "stories_who"]
-        assert made.evaluation["task_limit"] == 3
+        assert made.evaluation.task_names == ("piqa", "stories_who")
+        assert made.evaluation.task_limit == 3
 
 
 def write_task(folder, **settings):
@@ -159,27 +174,26 @@ def write_task(folder, **settings):
 
 
 def test_a_trial_knows_its_baseline(tmp_path):
-    """All trials of one model and evaluation have one; what it cannot depend on does not change it."""
+    """All trials of a model and an evaluation share one, whatever it cannot depend on."""
     base = spec("method=none")
     for overrides in (
         ["method=gptq", "bits=2", "seed=3"],
         ["bits=4", "act_bits=8"],
         ["head_bits=8", "embedding_bits=8"],
     ):
-        assert spec(*overrides).places["baseline"] == base.id
+        assert baseline(*overrides) == base.id
     assert base.id == spec("method=none", "seed=3").id
-    assert "baseline" not in base.places
-    assert "baseline" not in spec("evaluation.baseline=false").places
-    assert "baseline" not in spec("evaluation=none").places
+    for without in ("method=none", "evaluation.baseline=false", "evaluation=none"):
+        assert baseline(without) is None
     for change in (
         "evaluation.limit=3",
         "evaluation.task_limit=3",
         "dtype=bfloat16",
         "model=demo_moe",
     ):
-        assert spec(change).places["baseline"] not in (base.id, spec(change).id)
+        assert baseline(change) not in (base.id, spec(change).id)
     drawn = write_task(tmp_path)  # a task that is not known may show examples
-    assert spec(*drawn, "seed=1").places["baseline"] != spec(*drawn, "seed=2").places["baseline"]
+    assert baseline(*drawn, "seed=1") != baseline(*drawn, "seed=2")
 
 
 @pytest.mark.parametrize(
@@ -193,24 +207,24 @@ def test_how_it_is_evaluated_is_part_of_a_trial(knob, monkeypatch):
 
 
 def test_task_files_of_the_users_are_known_by_their_content(tmp_path):
-    one = spec(*write_task(tmp_path))
-    assert one.places["tasks"] == str(tmp_path)
+    one = trial(*write_task(tmp_path))
+    assert one.placement.tasks == tmp_path
     assert spec(*write_task(tmp_path, description="Think.")).id != one.id
 
 
 def test_whoever_makes_the_prompts_and_scores_the_answers_is_part_of_a_trial(monkeypatch):
     made = spec()
-    assert made.evaluation["version"] == catalogue.EVALUATION_VERSION
-    monkeypatch.setattr(config_evaluation, "EVALUATION_VERSION", catalogue.EVALUATION_VERSION + 1)
+    assert made.evaluation.version == version.EVALUATION_VERSION
+    monkeypatch.setattr(config_evaluation, "EVALUATION_VERSION", version.EVALUATION_VERSION + 1)
     mended = spec()
     assert mended.id != made.id
     monkeypatch.setattr(config_evaluation, "lm_eval_version", lambda: "9.9")
     assert spec().id not in (made.id, mended.id)
-    assert "lm_eval" not in spec("evaluation.tasks=[]").evaluation
+    assert spec("evaluation.tasks=[]").evaluation.lm_eval is None
     assert spec().quantization_id == made.quantization_id
 
 
-GENERATES = {
+GENERATES: dict[str, Any] = {
     "output_type": "generate_until",
     "doc_to_text": "{{question}}",
     "doc_to_target": "{{choices[answer]}}",
@@ -275,7 +289,8 @@ GENERATES |= {"doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]}
         (
             {**GENERATES, "generation_kwargs": {"max_gen_toks": 4096, "until": []}},
             [],
-            "mine wants 4096 generated tokens, the window has 2048; evaluation.max_gen_toks=N takes fewer",
+            "mine wants 4096 generated tokens, the window has 2048; "
+            "evaluation.max_gen_toks=N takes fewer",
         ),
         (
             {**GENERATES, "generation_kwargs": {"until": []}},
@@ -310,9 +325,9 @@ def test_how_much_a_task_may_generate_is_part_of_a_trial(tmp_path, monkeypatch):
             *write_task(tmp_path, **GENERATES, generation_kwargs={"until": []}),
             "evaluation.chat=template",
         )
-    assert one.evaluation["generates"] == ["mine"]
-    assert one.evaluation["max_gen_toks"] == 100
-    assert "evaluation.max_gen_toks=100" in command_of(one)
+    assert one.evaluation.generates == ("mine",)
+    assert one.evaluation.max_gen_toks == 100
+    assert "evaluation.max_gen_toks=100" in command_of(Trial(one))
 
 
 def test_a_task_has_one_place_in_the_record(tmp_path):
@@ -338,7 +353,7 @@ def test_a_hub_models_chat_template_is_looked_for_before_any_download(monkeypatc
     files["chat_template.jinja"] = tmp_path / "chat_template.jinja"
     files["chat_template.jinja"].write_text("{{ messages }}", encoding="utf-8")
     assert (
-        spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]").evaluation["chat"]
+        spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]").evaluation.chat
         == "template"
     )
 
@@ -353,8 +368,11 @@ def test_null_means_the_methods_own_default_and_is_resolved():
         spec(f"method={name}", "calibration.length=null", "calibration.draw=null")
         for name in ("gptq", "awq")
     )
-    assert (gptq.calibration["length"], gptq.calibration["draw"]) == (2048, "random")
-    assert (awq.calibration["length"], awq.calibration["draw"]) == (512, "documents")
+    assert gptq.calibration is not None
+    assert awq.calibration is not None
+    assert gptq.scheme is not None
+    assert (gptq.calibration.length, gptq.calibration.draw) == (2048, "random")
+    assert (awq.calibration.length, awq.calibration.draw) == (512, "documents")
     assert gptq.scheme.bits == 4
     assert gptq.scheme.group_size == 128
 
@@ -517,7 +535,7 @@ def test_a_grid_leaves_out_what_makes_no_sense_and_counts_it():
             Job(number=number, overrides=overrides, config=compose("config", list(overrides)))
         )
     trials, left_out = trials_of(jobs)
-    assert [mine.spec.name for mine in trials.values()] == ["gptq w4 g128", "billm w1 g128"]
+    assert [entry.trial.spec.name for entry in trials.values()] == ["gptq w4 g128", "billm w1 g128"]
     assert left_out == (
         "2 of 4 combinations left out: method=gptq cannot do bits=1; it takes 2 to 8; "
         "method=billm cannot do bits=4; it takes 1"
@@ -575,12 +593,14 @@ def test_a_new_evaluation_keeps_the_quantization():
             ["overrides={blocks.0:{group_size:96},*.down:{group_size:512}}"],
             ConfigError,
             r"group_size=96 does not divide qkv of block 0, gate_up of block 0 \(256 columns\); .*"
-            r"group_size=512 does not divide down of blocks 0-5 \(640 columns\); sizes that do: \[16, 32, 64, 128\]",
+            r"group_size=512 does not divide down of blocks 0-5 \(640 columns\); "
+            r"sizes that do: \[16, 32, 64, 128\]",
         ),
         (
             ["method=gptq", "overrides={blocks.[0-2]:{bits:1},blocks.4.self_attn.q_proj:{bits:1}}"],
             IncompatibleError,
-            "method=gptq cannot do bits=1; .*qkv of blocks 0-2, .*down of blocks 0-2, self_attn.q_proj of block 4",
+            "method=gptq cannot do bits=1; .*qkv of blocks 0-2, .*down of blocks 0-2, "
+            "self_attn.q_proj of block 4",
         ),
         (
             ["method=awq", "overrides={blocks.3.*.q_proj:{bits:8}}"],

@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the ground up. A module belongs to the longest name that begins its own.
 FLOORS = [
-    "q3q.errors q3q.spec q3q.masking q3q.storage q3q.placement q3q.record q3q.environment",
+    "q3q.errors q3q.spec q3q.masking q3q.storage q3q.placement q3q.record q3q.reporter "
+    "q3q.environment",
     "q3q.numerics q3q.data q3q.team q3q.models",
     "q3q.quantize q3q.evaluate q3q.export",
     "q3q.trial q3q.attempt",
@@ -109,7 +110,7 @@ def test_third_party_libraries_enter_by_their_door(name):
 def test_what_is_imported_is_declared(name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {
-        re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
+        re.findall(r"[\w-]+", requirement)[0].lower().replace("_", "-")
         for requirement in project["dependencies"]
     }
     owners = packages_distributions()

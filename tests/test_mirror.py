@@ -1,20 +1,20 @@
-"""Laws of mirrors: what one pushed another pulls, nothing is half there, and one of many gets a claim."""
+"""Mirrors: what one pushes another pulls, no file is half there, one of many gets a claim."""
 
 import os
 import re
 import secrets
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
 from q3q.errors import ConfigError
-from q3q.spec import Scheme, TrialSpec
+from q3q.placement import Trial
 from q3q.storage import claim as claim_module
-from q3q.storage import mirror as mirror_module
 from q3q.storage import stores as stores_module
 from q3q.storage.claim import WIDTH, Claim, ClaimLostError
-from q3q.storage.mirror import Mirror, refreshed, settled, uploading
+from q3q.storage.mirror import Mirror, refreshed
 from q3q.storage.stores import (
     StoreError,
     folder_of,
@@ -23,6 +23,8 @@ from q3q.storage.stores import (
     refuse_unusable,
     with_retries,
 )
+from q3q.storage.uploader import uploading
+from tests.specs import make_trial
 from tests.stores import make_bucket, s3_server
 
 
@@ -139,7 +141,12 @@ def test_what_is_under_way_stays_and_the_record_goes_last(node):
         (a.folder / "trials/x" / name).parent.mkdir(exist_ok=True)
         (a.folder / "trials/x" / name).write_text("under way")
     sent, put = [], a.store.put
-    a.store.put = lambda name, path: (sent.append(path.name), put(name, path))
+
+    def recording(name, path):
+        sent.append(path.name)
+        put(name, path)
+
+    a.store.put = recording
     assert a.push("trials") == 4
     assert sent[2:] == ["q3q.json", "record.json"]
     assert len(in_store(a)) == 4
@@ -181,18 +188,17 @@ def test_refreshed_brings_what_is_read_and_leaves_the_tensors(node):
     assert len(in_store(b)) == 3
 
 
-# ---------------------------------------------------------------------------------------------- claims
-
-
 def quick(mirror, **settings):
-    return Claim(mirror.board("running"), "it", **{"beat": 0.05, "silent": 0.6, **settings})
+    return Claim(
+        mirror.claim_store("running"), "it", **{"heartbeat": 0.05, "silence": 0.6, **settings}
+    )
 
 
 def test_one_has_it_until_it_is_released(node):
     first, second = quick(node("a")), quick(node("b"))
     assert first.take() is None
     assert second.take().pid == os.getpid()
-    assert second.heard
+    assert second.holder_lives
     first.confirm()
     first.release()
     assert second.take() is None
@@ -204,11 +210,11 @@ def test_a_holder_elsewhere_keeps_it_while_it_beats_and_loses_it_by_silence(node
     holder = quick(node("a"))
     holder.take()
     monkeypatch.setattr(claim_module, "_place", lambda: "another machine")
-    waiting, began = quick(node("b"), silent=1.0), time.monotonic()
+    waiting, began = quick(node("b"), silence=1.0), time.monotonic()
     while time.monotonic() - began < 1.5:
         assert waiting.take() is not None
         time.sleep(0.05)
-    assert waiting.heard
+    assert waiting.holder_lives
     holder._closing.set()  # as if its machine slept
     holder._thread.join()
     deadline = time.monotonic() + 10
@@ -223,14 +229,14 @@ def test_a_holder_elsewhere_keeps_it_while_it_beats_and_loses_it_by_silence(node
 
 
 def test_of_many_processes_one_gets_it(node, tmp_path):
-    """Each fork opens the store anew. Whoever wins stays until all have tried: the dead hold nothing."""
+    """Each fork opens the store anew; the winner lives until all have tried."""
     a = node("a")
     url, gate, children = a.url, tmp_path / "gate", []
     for _ in range(4):
         pid = os.fork()
         if pid == 0:
             try:
-                mine = quick(Mirror(url), silent=60)
+                mine = quick(Mirror(url), silence=60)
                 while not gate.exists():
                     time.sleep(0.001)
                 won = mine.take() is None
@@ -260,7 +266,7 @@ def test_a_holder_killed_on_this_machine_is_seen_to_be_at_once(node, tmp_path):
             os._exit(0)
     while not (tmp_path / "has it").exists():
         time.sleep(0.01)
-    waiting = quick(node("b"), silent=60)
+    waiting = quick(node("b"), silence=60)
     assert waiting.take().pid == pid
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -269,7 +275,7 @@ def test_a_holder_killed_on_this_machine_is_seen_to_be_at_once(node, tmp_path):
 
 
 def test_an_answer_that_was_lost_does_not_turn_a_claim_against_its_holder(s3):
-    """The request went through, and was sent again because nobody heard so: "exists" is then said of one's own."""
+    """A request that succeeded unheard is sent again, and is told "exists" of its own file."""
     store, name = open_store(f"{s3}/{secrets.token_hex(4)}"), "running/it.claim.1"
     assert store.create(name, b"mine")
     assert store.create(name, b"mine")
@@ -278,16 +284,13 @@ def test_an_answer_that_was_lost_does_not_turn_a_claim_against_its_holder(s3):
 
 def test_a_beat_replaces_the_counter_alone(node):
     a = node("a")
-    claim = quick(a, beat=60)
+    claim = quick(a, heartbeat=60)
     claim.take()
-    before = a.board("running").read("it.claim.1")
-    claim._slip.write(f"{7:0{WIDTH}d}")
-    after = a.board("running").read("it.claim.1")
+    before = a.claim_store("running").read("it.claim.1")
+    claim._file.write(f"{7:0{WIDTH}d}")
+    after = a.claim_store("running").read("it.claim.1")
     assert after == f"{7:0{WIDTH}d}".encode() + before[WIDTH:]
     claim.release()
-
-
-# ---------------------------------------------------------------------------------------------- refusals and errors
 
 
 def test_a_store_that_can_be_used_is_left_as_it_was(node):
@@ -325,7 +328,7 @@ def test_a_missing_package_is_named(monkeypatch):
     def missing(url):
         raise ImportError("Install s3fs to access S3")
 
-    monkeypatch.setattr(mirror_module, "open_store", missing)
+    monkeypatch.setattr(stores_module, "open_store", missing)
     refuse_unusable.cache_clear()
     with pytest.raises(ConfigError, match=r"pip install 'q3q\[s3\]'"):
         refuse_unusable("s3://bucket/x")
@@ -333,8 +336,13 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_a_store_that_lets_two_create_the_same_file_is_refused(tmp_path, monkeypatch):
     store = open_store(f"file://{tmp_path}")
-    store.create = lambda name, content: store.write(name, content) is None
-    monkeypatch.setattr(mirror_module, "open_store", lambda url: store)
+
+    def overwrite(name, content):
+        store.write(name, content)
+        return True
+
+    monkeypatch.setattr(store, "create", overwrite)
+    monkeypatch.setattr(stores_module, "open_store", lambda url: store)
     refuse_unusable.cache_clear()
     with pytest.raises(ConfigError, match="lets two processes create the same file"):
         refuse_unusable("s3://bucket/x")
@@ -343,8 +351,8 @@ def test_a_store_that_lets_two_create_the_same_file_is_refused(tmp_path, monkeyp
 
 def test_what_may_pass_is_tried_again_and_what_lasts_is_said_in_a_line(monkeypatch):
     monkeypatch.setattr(stores_module, "LONGEST_PAUSE", 0.01)
-    pauses = []
-    monkeypatch.setattr(stores_module.time, "sleep", pauses.append)
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
     answers = iter([TimeoutError("slow"), OSError("reset"), "there"])
 
     def call():
@@ -372,32 +380,16 @@ def test_places_are_those_of_the_machine_that_reads_them(monkeypatch, tmp_path):
     url = "s3://bucket/x"
     monkeypatch.setenv("Q3Q_MIRRORS", "/home/ada/mirrors")
     there = mirror_of(url)
-    spec = TrialSpec(
-        model={"name": "demo"},
-        method={"name": "rtn", "version": 1},
-        scheme=Scheme(bits=2, group_size=32, symmetric=False),
-        calibration=None,
-        evaluation={},
-        seed=0,
-        places={
-            "trials": str(there / "trials"),
-            "export": str(there / "exports/x"),
-            "store": url,
-            "keep": "none",
-        },
-    )
+    trial = make_trial(storage=there, placement={"export": there / "exports/x", "store": url})
+    written = trial.to_json()
     monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path))
-    here = TrialSpec.from_json(spec.to_json())
-    assert here.id == spec.id
-    assert here.places == {
-        "trials": str(mirror_of(url) / "trials"),
-        "export": str(mirror_of(url) / "exports/x"),
-        "store": url,
-        "keep": "none",
-    }
-    elsewhere = settled({**spec.places, "export": "/data/out"})
-    assert elsewhere["export"] == "/data/out"
-    shared = {"trials": "/storage/trials", "export": "/storage/exports/x"}
-    assert settled(shared) is shared
+    here = Trial.from_json(written)
+    assert here == trial
+    assert here.placement.trials == mirror_of(url) / "trials"
+    assert here.placement.export == mirror_of(url) / "exports/x"
+    outside = trial.placed(export=Path("/data/out")).placement.here()
+    assert outside.export == Path("/data/out")
+    shared = trial.placed(store=None, trials=Path("/storage/trials")).placement
+    assert shared.here() is shared
     assert folder_of("mlruns").name == "mlruns"
     assert mirror_of(url + "/") == mirror_of(url) != mirror_of("s3://bucket/y")

@@ -1,4 +1,7 @@
-"""Methods from other packages: the one of docs/METHOD_GUIDE.md is really installed and run; broken ones are named."""
+"""Methods from other packages.
+
+The package of docs/METHOD_GUIDE.md is really installed and run; broken ones are named.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -14,11 +18,17 @@ from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
 from q3q.errors import ConfigError
+from q3q.models.facts import read_facts
+from q3q.models.footprint import MethodMemory, need
 from q3q.quantize.methods import registry
 from q3q.quantize.methods.build import build_method
+from q3q.sweep.costs import CostModel
+from q3q.sweep.machines import Machine, ResourceRequest
+from q3q.sweep.plan import plan
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "docs" / "METHOD_GUIDE.md"
+DEMO_MOE = ROOT / "q3q" / "models" / "demo" / "moe"
 SETTINGS = """
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -58,7 +68,7 @@ class Plain:
 def pretend_to_install(
     folder: Path, package: str, points: dict[str, str], version: str = "1.0"
 ) -> None:
-    """What an installer leaves of a package's metadata."""
+    """Write the metadata that an installer leaves of a package."""
     info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(
@@ -72,7 +82,10 @@ def pretend_to_install(
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The guide's package, built from its page and installed by pip; beside it one that does not load."""
+    """Return the guide's package as a source folder, and the folder where pip installed it.
+
+    Beside it lies a package that does not load.
+    """
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
     page = GUIDE.read_text(encoding="utf-8")
     for name, body in re.findall(r"(?ms)^`([\w/]+\.(?:py|toml))`.*?^```\w+\n(.*?)^```", page):
@@ -112,12 +125,15 @@ def launch(target: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def records(storage: Path) -> dict[str, dict]:
-    found = [json.loads(path.read_text()) for path in storage.glob("trials/*/record.json")]
-    return {record["spec"]["method"]["name"]: record for record in found}
+    texts = [path.read_text() for path in storage.glob("trials/*/record.json")]
+    return {record["spec"]["method"]["name"]: record for record in map(json.loads, texts)}
 
 
 SMALL = ["evaluation=none", "calibration.samples=2", "bits=3"]
-WARNING = "q3q: method=broken of the package q3q-broken 1.0 cannot be used: q3q_broken.settings:Broken does not load"
+WARNING = (
+    "q3q: method=broken of the package q3q-broken 1.0 cannot be used: q3q_broken.settings:Broken "
+    "does not load"
+)
 
 
 def test_the_guides_test_passes(installed):
@@ -183,7 +199,7 @@ def test_an_installed_method_is_shown_and_a_broken_one_refused_when_asked_for(in
 
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
-    """Installs methods of `SETTINGS`, and composes as if q3q had been started then."""
+    """Return a function that installs methods of `SETTINGS` as if q3q were started after it."""
     store = ConfigStore.instance()
     before = {group: dict(store.repo.get(group, {})) for group in ("method", "schema")}
     (tmp_path / "outside_methods.py").write_text(SETTINGS, encoding="utf-8")
@@ -202,17 +218,81 @@ def outside(tmp_path, monkeypatch):
         cached.cache_clear()
 
 
-def spec(*overrides):
+def trial(*overrides):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return resolve.spec_from(compose("config", ["evaluation=none", *overrides]))
+        return resolve.trial_from(compose("config", ["evaluation=none", *overrides]))
+
+
+def spec(*overrides):
+    return trial(*overrides).spec
+
+
+EXPERTS_128 = {  # Qwen3-30B-A3B
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("shape", ["demo", "128 experts"])
+def test_an_installed_method_is_planned_on_a_moe_as_its_settings_declare(
+    installed, outside, monkeypatch, shape
+):
+    """It keeps no Hessian and treats experts in chunks, as RTN does; each range is a rounding."""
+    monkeypatch.syspath_prepend(installed[1])
+    outside({})
+    facts = read_facts(DEMO_MOE if shape == "demo" else EXPERTS_128)
+    trials = {
+        name: trial("model=demo_moe", "bits=3", "group_size=64", *overrides)
+        for name, overrides in {
+            "tiny": ["method=tiny"],
+            "tiny with 5 more": ["method=tiny", "method.shrinks=25"],
+            "rtn": ["method=rtn"],
+        }.items()
+    }
+    planned = plan(
+        list(trials.values()),
+        {},
+        {one.id: facts for one in trials.values()},
+        machines=[Machine(cpus=8)],
+        request=ResourceRequest(),
+        model=CostModel(),
+    )
+    by_id = {one.trial.id: one for one in planned}
+    tiny, more, rtn = (by_id[one.id] for one in trials.values())
+    assert tiny.allocation is not None
+    assert rtn.allocation is not None
+    assert tiny.allocation.loader == rtn.allocation.loader == "resident"
+    assert tiny.allocation.needs == rtn.allocation.needs
+    tiny_seconds, more_seconds, rtn_seconds = (one.phases["quantize"] for one in (tiny, more, rtn))
+    assert more_seconds - tiny_seconds == pytest.approx(5 * rtn_seconds)
+    if shape == "128 experts":
+        dtype = tiny.spec.model.dtype
+        chunked, unchunked = (
+            need(facts, dtype, method=MethodMemory(chunks_experts=chunks), loader="resident")
+            for chunks in (True, False)
+        )
+        assert tiny.allocation.needs < chunked - 5 * 10**8
+        assert tiny.allocation.needs < unchunked - 128 * 4 * 2048**2
 
 
 def test_the_packages_version_is_part_of_what_a_trial_is(outside, tmp_path):
     outside({"fine": "outside_methods:Fine"})
     first = spec("method=fine", "method.knob=2")
-    assert first.method["package"] == "outside 1.0"
-    assert registry.settings_of(first.method).knob == 2
+    assert first.method.package == "outside 1.0"
+    settings: Any = registry.settings_of(first.method)
+    assert settings.knob == 2
     (tmp_path / "outside-1.0.dist-info").rename(tmp_path / "gone")
     outside({"fine": "outside_methods:Fine"}, version="1.1")
     second = spec("method=fine", "method.knob=2")

@@ -1,4 +1,4 @@
-"""Configuration cannot run code, secrets are not shown, Ray asks for a token and listens to this machine alone."""
+"""Configuration runs no code, secrets stay hidden, Ray needs a token and listens locally only."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from q3q.errors import ConfigError
 from q3q.masking import masked
 from q3q.models.checkpoint import Checkpoint
 from q3q.record import TrialRecord
-from q3q.spec import TrialSpec
 from q3q.sweep.ray import cluster as cluster_module
 from q3q.sweep.ray.cluster import Cluster
+from tests.specs import make_trial
 
 ROOT = Path(__file__).parent.parent
 RUNS_CODE = [
@@ -88,7 +88,8 @@ def test_what_sets_values_is_taken():
     refuse_code(SETS_VALUES)
 
 
-HANDLER = "+hydra.job_logging.handlers.x={{class:logging.FileHandler,filename:{}}}"  # Hydra itself refuses Popen
+# Hydra itself refuses Popen
+HANDLER = "+hydra.job_logging.handlers.x={{class:logging.FileHandler,filename:{}}}"
 WITHOUT_THE_CHECK = """
 import runpy, sys
 import q3q.config.guard
@@ -155,24 +156,21 @@ def test_plain_words_stay(text):
     assert masked(text, {"TOKEN": "short", "HOME": "/home/ada"}) == text
 
 
-def spec() -> TrialSpec:
-    method = {"name": "none", "version": 1}
-    return TrialSpec(
-        model={"name": "demo"}, method=method, scheme=None, calibration=None, evaluation={}, seed=0
-    )
-
-
 def test_records_of_failures_hold_no_secret():
     uri = f"http://ada:{SECRET}@tracker"
     record = TrialRecord.failed(
-        spec(), f"no answer from {uri}", {"traceback": f"open({uri!r})", "git_commit": None}
+        make_trial("none"),
+        f"no answer from {uri}",
+        {"traceback": f"open({uri!r})", "git_commit": None},
     )
     assert SECRET not in json.dumps(record.to_json())
     assert "no answer from http://***@tracker" in record.reason
 
 
 def test_what_a_sweep_keeps_and_tells_its_tracker_holds_no_secret(tmp_path, monkeypatch, capsys):
-    from q3q.sweep.run import running_study
+    from q3q.config.model import facts_of
+    from q3q.sweep.in_process import InProcess
+    from q3q.sweep.run import StudySettings, run_study
     from q3q.track import mlflow
     from q3q.track.tracker import MemoryTracker
 
@@ -184,21 +182,29 @@ def test_what_a_sweep_keeps_and_tells_its_tracker_holds_no_secret(tmp_path, monk
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         given = [f"track.uri={uri}", f"storage={tmp_path}", "method=none", "evaluation=none"]
         settings = compose("config", given)
-        record = TrialRecord(spec=resolve.spec_from(settings), status="COMPLETED")
-    with running_study(settings, [record.spec], f"python launch.py track.uri={uri}", {}) as study:
-        record.save()
-        study.finished(record)
-    kept = [
+        trial, facts = resolve.trial_from(settings), facts_of(settings)
+
+    class Host(InProcess):
+        def run(self, planned, study):
+            [one] = planned
+            record = TrialRecord(spec=one.spec, placement=trial.placement, status="COMPLETED")
+            record.save()
+            study.finished(record)
+
+    command = f"python launch.py track.uri={uri}"
+    run_study([trial], {trial.id: facts}, StudySettings.of(settings), command, Host())
+    texts = [
         path.read_text()
         for path in tmp_path.rglob("*")
         if path.suffix in (".json", ".md", ".html", ".yaml")
     ]
-    assert any("http://***@tracker:5000" in text for text in kept)
-    told = json.dumps(
+    assert any("http://***@tracker:5000" in text for text in texts)
+    assert tracker.sweep is not None
+    shown = json.dumps(
         [tracker.sweep.to_json(), {name: str(content) for name, content in tracker.closing.items()}]
     )
-    assert "http://***@tracker:5000" in told
-    assert SECRET not in "".join([*kept, told, *capsys.readouterr()])
+    assert "http://***@tracker:5000" in shown
+    assert SECRET not in "".join([*texts, shown, *capsys.readouterr()])
 
 
 def test_an_mlflow_that_cannot_be_reached_is_named_without_its_password(tmp_path):
@@ -282,8 +288,8 @@ with Cluster(cpus=1) as cluster:
     address = ray.get_runtime_context().gcs_address
     ask = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1]); print('came in')"
     def others(**env):
-        done = subprocess.run([sys.executable, "-c", ask, address], env={**os.environ, **env}, capture_output=True,
-                              text=True, timeout=100)
+        done = subprocess.run([sys.executable, "-c", ask, address], env={**os.environ, **env},
+                              capture_output=True, text=True, timeout=100)
         return "came in" in done.stdout, "InvalidAuthToken" in done.stderr, done.stderr[-500:]
     print(json.dumps([outcome.value, sorted(listening), others(), others(RAY_AUTH_TOKEN="0" * 64)]))
 """

@@ -2,13 +2,16 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
 from q3q.errors import ConfigError
-from q3q.record import Check, SiteError, TrialRecord, blocks_folder, forget_progress, trial_folder
+from q3q.placement import Placement, Trial
+from q3q.record import Check, SiteError, TrialRecord, forget_progress
 from q3q.spec import Scheme, Schemes, TrialSpec
 from q3q.storage.files import write_atomically
+from tests.specs import calibration_of, evaluation_of, make_spec, method_of
 
 MIXED = {
     "overrides": {"blocks.0.mlp.down_proj": {"bits": 8, "symmetric": True}},
@@ -22,16 +25,8 @@ MIXED = {
 }
 
 
-def spec(**changed) -> TrialSpec:
-    given = {
-        "model": {"name": "demo", "digest": "abc", "dtype": "float32"},
-        "method": {"name": "gptq", "version": 1, "damping": 0.01},
-        "scheme": Scheme(bits=3, group_size=128, symmetric=False),
-        "calibration": {"source": "demo", "samples": 8},
-        "evaluation": {"texts": [{"name": "stories"}], "tasks": []},
-        "seed": 0,
-    }
-    return TrialSpec(**{**given, **changed})
+def spec(**changes) -> TrialSpec:
+    return make_spec(**{"method": "gptq", "bits": 3, **changes})
 
 
 def record(**changed) -> TrialRecord:
@@ -52,32 +47,36 @@ def record(**changed) -> TrialRecord:
 
 
 def test_an_id_is_the_same_for_equal_specs_and_does_not_see_places():
-    assert spec().id == spec(places={"trials": "/elsewhere"}).id
-    assert spec() == spec(places={"trials": "/elsewhere"})
+    assert Trial(spec()) == Trial(spec(), Placement(trials=Path("/elsewhere")))
+    assert Trial(spec()).id == spec().id
     assert len(spec().id) == 10
     # Constants: ids must not drift between versions, or everything would run again.
-    assert (spec().id, spec().quantization_id) == ("1cf2479714", "6ebb937219")
+    assert (spec().id, spec().quantization_id) == ("b3eab1970b", "0f51c392b2")
     assert spec().id == TrialSpec.from_json(json.loads(json.dumps(spec().to_json()))).id
 
 
 @pytest.mark.parametrize(
-    "field", ["model", "method", "calibration", "evaluation", "seed", "scheme"]
+    "change",
+    [
+        {"model": "other"},
+        {"method": method_of("gptq", damping=0.05)},
+        {"calibration": calibration_of("c4")},
+        {"evaluation": evaluation_of("library")},
+        {"seed": 1},
+        {"bits": 4},
+    ],
+    ids=str,
 )
-def test_every_part_of_a_spec_counts(field):
-    changed = {"scheme": None, "seed": 1}.get(field, {"name": "other"})
-    assert spec(**{field: changed}).id != spec().id
-    assert (spec(**{field: changed}).quantization_id == spec().quantization_id) == (
-        field == "evaluation"
-    )
+def test_every_part_of_a_spec_counts(change):
+    assert spec(**change).id != spec().id
+    same_weights = spec(**change).quantization_id == spec().quantization_id
+    assert same_weights == ("evaluation" in change)
 
 
 def test_names_are_for_people():
     assert spec().name == "gptq w3 g128"
-    assert (
-        spec(scheme=Scheme(bits=4, group_size=-1, symmetric=True, act_bits=8)).name
-        == "gptq w4a8 pc"
-    )
-    assert spec(scheme=None, method={"name": "none"}).name == "none"
+    assert spec(bits=4, group_size=-1, symmetric=True, act_bits=8).name == "gptq w4a8 pc"
+    assert spec(method="none").name == "none"
 
 
 def test_what_departs_from_the_scheme_is_in_the_name_the_params_and_the_id():
@@ -95,6 +94,9 @@ def test_what_departs_from_the_scheme_is_in_the_name_the_params_and_the_id():
 
 def test_schemes_say_how_each_linear_is_stored():
     schemes = spec(**MIXED).schemes
+    assert schemes is not None
+    assert schemes.head is not None
+    assert schemes.embedding is not None
     assert schemes.of("blocks.0.mlp.down_proj") == Scheme(bits=8, group_size=128, symmetric=True)
     assert schemes.of("blocks.1.self_attn.o_proj") is None
     assert (
@@ -103,8 +105,10 @@ def test_schemes_say_how_each_linear_is_stored():
         == Scheme(bits=3, group_size=128, symmetric=False)
     )
     assert (schemes.head.bits, schemes.embedding.bits) == (8, 4)
-    assert spec().schemes == Schemes(spec().scheme, skip=frozenset())
-    assert spec(scheme=None).schemes is None
+    plain = spec()
+    assert plain.scheme is not None
+    assert plain.schemes == Schemes(plain.scheme, skip=frozenset())
+    assert spec(method="none").schemes is None
 
 
 @pytest.mark.parametrize("key", ["head_bits", "embedding_bits"])
@@ -129,18 +133,19 @@ def test_a_scheme_checks_itself_at_birth(wrong):
 
 
 def test_a_record_comes_back_from_disk_as_it_went(tmp_path):
-    there = record(spec=spec(places={"trials": str(tmp_path)}))
-    there.save()
-    assert TrialRecord.load(trial_folder(there.spec) / "record.json") == there
-    assert [file.name for file in trial_folder(there.spec).iterdir()] == ["record.json"]
+    written = record(placement=Placement(trials=tmp_path))
+    written.save()
+    read = TrialRecord.load(written.trial.folder / "record.json")
+    assert (read, read.placement) == (written, written.placement)
+    assert [file.name for file in written.trial.folder.iterdir()] == ["record.json"]
 
 
 def test_a_failure_never_replaces_a_result(tmp_path):
-    one = spec(places={"trials": str(tmp_path)})
-    folder = trial_folder(one)
+    one = Trial(spec(), Placement(trials=tmp_path))
+    folder = one.folder
     TrialRecord.failed(one, "out of luck").save()
     assert [file.name for file in folder.iterdir()] == ["failed.json"]
-    record(spec=one).save()
+    record(placement=one.placement).save()
     assert [file.name for file in folder.iterdir()] == ["record.json"]
     TrialRecord.failed(one, "out of luck again").save()
     assert TrialRecord.load(folder / "record.json").completed
@@ -156,7 +161,7 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
     monkeypatch.setattr(
-        "q3q.record.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
+        "q3q.storage.files.os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full"))
     )
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
@@ -164,11 +169,11 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
 
 
 def test_forgetting_progress_keeps_the_last_record(tmp_path):
-    one = spec(places={"trials": str(tmp_path)})
-    record(spec=one).save()
-    write_atomically(trial_folder(one) / "evaluations" / "1.json", b"{}")
-    write_atomically(blocks_folder(one) / "block_000.json", b"{}")
+    one = Trial(spec(), Placement(trials=tmp_path))
+    record(placement=one.placement).save()
+    write_atomically(one.folder / "evaluations" / "1.json", b"{}")
+    write_atomically(one.blocks_folder / "block_000.json", b"{}")
     forget_progress(one)
-    assert (trial_folder(one) / "record.json").exists()
-    assert not (trial_folder(one) / "evaluations").exists()
-    assert not blocks_folder(one).exists()
+    assert (one.folder / "record.json").exists()
+    assert not (one.folder / "evaluations").exists()
+    assert not one.blocks_folder.exists()

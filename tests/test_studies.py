@@ -1,4 +1,4 @@
-"""The saved studies: what they ask, which trials they mean, and what the command line may do to them."""
+"""The saved studies: their questions, their trials, and what the command line may change."""
 
 import subprocess
 import sys
@@ -11,10 +11,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from q3q.config import evaluation as config_evaluation
-from q3q.config import model as config_model
-from q3q.config import schema
-from q3q.config import texts as config_texts
+import q3q.config.evaluation as config_evaluation
+import q3q.config.model as config_model
+import q3q.config.texts as config_texts
+from q3q.config.schema import register
 from q3q.data.texts import Text
 from q3q.errors import ConfigError
 from q3q.models.facts import read_facts
@@ -30,7 +30,7 @@ STUDIES = sorted(path.stem for path in (ROOT / "conf/study").glob("*.yaml"))
 
 
 def rows_of(study: str) -> list[list[Any]]:
-    """A study's rows as the sweeper has them."""
+    """Return a study's rows as the sweeper has them."""
     sweeper = OmegaConf.load(ROOT / f"conf/study/{study}.yaml").hydra.sweeper
     params = dict(sweeper.get("params") or {})
     rows = [{**params, **row} for row in sweeper.get("rows") or [{}]]
@@ -51,18 +51,17 @@ def jobs(rows: list[list[Any]]) -> list[dict[str, str]]:
 
 
 def test_the_paper_study_is_the_papers_grid_and_nothing_else() -> None:
-    """239 trials, each a row that the study prints, and every row that it prints."""
+    """There are 239 trials, one for each row that the study prints."""
     printed = {(it.model, it.method, it.bits, it.act_bits, it.group) for it in published()}
-    meant = []
+    cells = []
     for job in jobs(rows_of("paper")):
-        model = str(OmegaConf.load(ROOT / f"conf/model/{job['model']}.yaml").source).partition("/")[
-            2
-        ]
+        source = str(OmegaConf.load(ROOT / f"conf/model/{job['model']}.yaml").source)
+        model = source.partition("/")[2]
         method, quantized = METHODS[job["method"]], job["method"] != "none"
         bits, group = int(job.get("bits", 16)), GROUPS[int(job["group_size"])] if quantized else ""
-        meant.append((model, method, bits, int(job.get("act_bits", 16)), group))
-    assert len(meant) == 239
-    assert set(meant) == printed
+        cells.append((model, method, bits, int(job.get("act_bits", 16)), group))
+    assert len(cells) == 239
+    assert set(cells) == printed
 
 
 # Hidden, intermediate, layers, heads, whether tied: as the models' config.json have them.
@@ -78,7 +77,7 @@ SHAPES = {
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What composing asks the Hub for: shapes of the models, and which texts and data sets there are."""
+    """Answer what composing asks the Hub: models' shapes, and which texts and data sets exist."""
 
     def facts(source: str, revision: str | None) -> Any:
         hidden, intermediate, layers, heads, tied = SHAPES[source.split("-")[1]]
@@ -119,8 +118,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compared(
     tmp_path: Path,
 ) -> None:
-    """From the yaml to the plan: none is another's twin, none left out, none departs from the paper's protocol."""
-    schema.register()
+    """From the yaml to the plan: no two are equal, none is left out, all follow the protocol."""
+    register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = [
@@ -135,7 +134,7 @@ def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compa
         ]
     trials, left_out = trials_of(composed)
     assert (len(trials), left_out) == (239, "")
-    specs = [mine.spec for mine in trials.values()]
+    specs = [entry.trial.spec for entry in trials.values()]
     assert len({cell_of(spec) for spec in specs}) == 239
     assert None not in map(cell_of, specs)
     for spec in specs:
@@ -148,20 +147,25 @@ def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compa
         ):
             assert departures(spec, metric) == (), spec.name
     machine = Machine(cpus=128, gpus=8, memory=1 << 40, gpu_memory=80 << 30)
-    wishes = request_of(composed[0].config.cluster.get)
-    facts = {key: mine.facts for key, mine in trials.items()}
-    ordered = plan(specs, {}, facts, machines=[machine], wishes=wishes, model=CostModel())
-    told = describe(ordered, machines=[machine], where="a cluster", storage=str(tmp_path))
-    assert "239 to run on a cluster" in told
+    ordered = plan(
+        [entry.trial for entry in trials.values()],
+        {},
+        {key: entry.facts for key, entry in trials.items()},
+        machines=[machine],
+        request=request_of(composed[0].config.cluster.get),
+        model=CostModel(),
+    )
+    shown = describe(ordered, machines=[machine], where="a cluster", storage=str(tmp_path))
+    assert "239 to run on a cluster" in shown
     assert all(one.seconds > 0 for one in ordered)
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_every_study_says_what_it_asks_and_composes(study: str) -> None:
+def test_every_study_has_a_question_and_an_expectation_and_composes(study: str) -> None:
     lines = (ROOT / f"conf/study/{study}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
     assert [line.partition(":")[0] for line in lines[2:4]] == ["question", "expectation"]
-    schema.register()
+    register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for job in [tuple(job.items()) for job in jobs(rows_of(study))[::17]]:
@@ -255,7 +259,7 @@ def test_a_name_of_its_own_makes_it_another_study() -> None:
     assert {(job["model"], job["seed"]) for job in jobs(rows)} == {("qwen3_8b", "1")}
 
 
-def test_what_belongs_to_the_sweep_may_be_said_of_a_study() -> None:
+def test_settings_of_the_sweep_may_be_given_with_a_study() -> None:
     places = [
         "memory=8GB",
         "loader=streamed",
@@ -274,7 +278,7 @@ def test_what_belongs_to_the_sweep_may_be_said_of_a_study() -> None:
     assert len(jobs(narrowed("paper", rows_of("paper"), given))) == 239
 
 
-def test_a_row_that_nothing_is_left_of_is_refused() -> None:
+def test_a_choice_that_leaves_no_row_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no row with all of"):
         narrowed("paper", rows_of("paper"), parse("+study=paper", "method=billm", "bits=4"))
 

@@ -1,4 +1,4 @@
-"""Laws of a gang's ranks, in processes of their own."""
+"""A gang's ranks, in processes of their own."""
 
 import os
 import socket
@@ -13,25 +13,25 @@ from q3q.team import LOOPBACK, SOLO, Team, interface_of
 
 def test_work_is_shared_by_cost_and_everything_is_taken_once():
     costs = [5.0, 1.0, 1.0, 1.0, 4.0, 4.0]
-    shares = Team(0, 3).share(costs)
+    shares = Team(0, 3).divide(costs)
     assert sorted(item for items in shares for item in items) == list(range(6))
     assert [sum(costs[item] for item in items) for items in shares] == [6, 5, 5]  # the whole is 16
-    assert shares == Team(2, 3).share(costs)
-    assert Team(0, 4).share([1.0]) == [[0], [], [], []]
+    assert shares == Team(2, 3).divide(costs)
+    assert Team(0, 4).divide([1.0]) == [[0], [], [], []]
 
 
 def test_alone_nothing_is_exchanged():
-    content = object()  # cannot be pickled to any use
+    content = object()  # useless to pickle
     assert SOLO.broadcast(content) is content
     assert SOLO.gather(content) == [content]
-    assert SOLO.along(content, lambda before, mine: (before, mine)) == (None, content)
+    assert SOLO.fold(content, lambda joined, own: (joined, own)) == (None, content)
     assert not SOLO.leads
-    assert SOLO.together(lambda team, more, own: (more, own), 1, own=2) == (1, 2)
+    assert SOLO.run_on_all(lambda team, more, own: (more, own), 1, own=2) == (1, 2)
 
 
 @pytest.fixture(scope="module")
-def told(gang):
-    """What three ranks say of one meeting."""
+def meeting(gang):
+    """What each of three ranks saw in one meeting."""
 
     def everything(team):
         import os
@@ -40,7 +40,7 @@ def told(gang):
 
         import torch
 
-        said = {}
+        seen = {}
         whole = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
         sent = {
             "part": whole[:, 1:],
@@ -49,60 +49,62 @@ def told(gang):
             "none": torch.zeros(0),
             "words": ["a", (1, None)],
         }
-        said["broadcast"] = team.broadcast(sent if team.rank == 1 else None, source=1)
-        said["gathered"] = team.gather(team.rank * 10)
-        said["along"] = team.along(str(team.rank), lambda before, mine: (before or "") + mine)
-        said["mask"] = team.broadcast(torch.tensor([True, False]) if team.rank == 0 else None)
+        seen["broadcast"] = team.broadcast(sent if team.rank == 1 else None, source=1)
+        seen["gathered"] = team.gather(team.rank * 10)
+        seen["fold"] = team.fold(str(team.rank), lambda joined, own: (joined or "") + own)
+        seen["mask"] = team.broadcast(torch.tensor([True, False]) if team.rank == 0 else None)
 
         if team.rank == 0:
-            said["leads"] = [team.leads, team.together(attrgetter("leads")), team.leads]
-            said["led"] = [team.together(methodcaller("gather", amount)) for amount in (1, 2)]
+            seen["leads"] = [team.leads, team.run_on_all(attrgetter("leads")), team.leads]
+            seen["led"] = [team.run_on_all(methodcaller("gather", amount)) for amount in (1, 2)]
             team.dismiss()
         else:
-            said["leads"] = [team.leads]
+            seen["leads"] = [team.leads]
             team.follow()
         pid = f"pid={os.getpid()},"
         lines = subprocess.run(
             ["ss", "-Hltnp"], capture_output=True, text=True, check=True
         ).stdout.splitlines()
-        said["listens"] = [line.split()[3].rpartition(":")[0] for line in lines if pid in line]
+        seen["listens"] = [line.split()[3].rpartition(":")[0] for line in lines if pid in line]
         team.barrier()
-        return said
+        return seen
 
     return gang(3, everything)
 
 
-def test_what_is_broadcast_arrives_as_it_was(told):
+def test_what_is_broadcast_arrives_as_it_was(meeting):
     whole = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
-    for said in told:
-        got = said["broadcast"]
+    for seen in meeting:
+        got = seen["broadcast"]
         assert torch.equal(got["whole"], whole)
         assert got["whole"].dtype == torch.bfloat16
         assert torch.equal(got["part"], whole[:, 1:])
         assert got["none"].numel() == 0
         assert got["words"] == ["a", (1, None)]
-        assert said["mask"].tolist() == [True, False]
-    assert told[2]["broadcast"]["again"] is told[2]["broadcast"]["whole"]  # it travelled once
+        assert seen["mask"].tolist() == [True, False]
+    assert meeting[2]["broadcast"]["again"] is meeting[2]["broadcast"]["whole"]  # it travelled once
 
 
-def test_ranks_are_heard_in_order(told):
-    assert [said["gathered"] for said in told] == [[0, 10, 20]] * 3
-    assert [said["along"] for said in told] == ["012"] * 3
+def test_ranks_are_heard_in_order(meeting):
+    assert [seen["gathered"] for seen in meeting] == [[0, 10, 20]] * 3
+    assert [seen["fold"] for seen in meeting] == ["012"] * 3
 
 
-def test_rank_0_leads_and_the_others_follow(told):
-    assert [said["leads"] for said in told] == [
+def test_rank_0_leads_and_the_others_follow(meeting):
+    assert [seen["leads"] for seen in meeting] == [
         [True, False, True],
         [False],
         [False],
     ]  # in step nobody does
-    assert told[0]["led"] == [[1, 1, 1], [2, 2, 2]]
+    assert meeting[0]["led"] == [[1, 1, 1], [2, 2, 2]]
 
 
-def test_nothing_listens_beyond_loopback(told):
-    assert told[0]["listens"]
+def test_nothing_listens_beyond_loopback(meeting):
+    assert meeting[0]["listens"]
     assert {
-        address.strip("[]").removeprefix("::ffff:") for said in told for address in said["listens"]
+        address.strip("[]").removeprefix("::ffff:")
+        for seen in meeting
+        for address in seen["listens"]
     } == {LOOPBACK}
 
 

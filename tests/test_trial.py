@@ -1,4 +1,4 @@
-"""Whole trials on the demo models: the order of methods and bits, what a record holds, going on after a kill."""
+"""Whole trials on the demo models: order of methods and bits, records, resuming after a kill."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,9 @@ from q3q.attempt import afresh
 from q3q.config import resolve, schema
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.samples import read_samples
-from q3q.record import TrialRecord, blocks_folder, kept_blocks_folder, trial_folder
+from q3q.models.adjust import set_activations
+from q3q.quantize.walk import quantized_blocks
+from q3q.record import Sweep, TrialRecord
 from q3q.sweep.study import Study
 from q3q.track.tracker import MemoryTracker
 from q3q.trial import attempt_trial, run_trial
@@ -35,25 +38,25 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def spec_of(tmp_path_factory):
+def trial_of(tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
     schema.register()
     GlobalHydra.instance().clear()
 
     def make(*overrides):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.spec_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
+            return resolve.trial_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
 
     return make
 
 
 @pytest.fixture(scope="module")
-def run(spec_of):
+def run(trial_of):
     records = {}
 
     def get(*overrides) -> TrialRecord:
         if overrides not in records:
-            records[overrides] = run_trial(spec_of(*overrides))
+            records[overrides] = run_trial(trial_of(*overrides))
         return records[overrides]
 
     return get
@@ -85,7 +88,7 @@ def test_gptq_and_awq_beat_rounding_at_3_bits(run, model):
     assert awq < rtn
 
 
-def test_the_record_holds_what_it_promises(run, spec_of):
+def test_the_record_holds_what_it_promises(run, trial_of):
     record = run("model=demo", "method=gptq", "bits=3")
     assert record.completed
     assert {check.name for check in record.checks if check.passed} == {
@@ -101,7 +104,7 @@ def test_the_record_holds_what_it_promises(run, spec_of):
     assert low < record.metrics["perplexity/stories"] < high
     assert record.environment["packages"]["torch"]
     assert record.environment["hardware"]["cores"] == os.cpu_count()
-    assert TrialRecord.load(trial_folder(record.spec) / "record.json") == record
+    assert TrialRecord.load(record.trial.folder / "record.json") == record
 
 
 def test_drift_and_perplexity_come_from_one_pass_against_what_the_unquantized_model_said(run):
@@ -115,7 +118,7 @@ def test_drift_and_perplexity_come_from_one_pass_against_what_the_unquantized_mo
     assert 0.99 < eight.metrics["top1_agreement/stories"] < 1
     assert not [name for name in none.metrics if name.startswith(("kl", "top1"))]
     for record in (none, two, eight):
-        rows = read_samples(trial_folder(record.spec) / record.files[0])
+        rows = read_samples(record.trial.folder / record.files[0])
         nlls = [row["scores"]["nll"] for row in rows]
         assert len(nlls) == 16
         assert record.metrics["perplexity/stories"] == pytest.approx(math.exp(sum(nlls) / 16))
@@ -130,40 +133,37 @@ def test_the_unquantized_head_is_what_drift_is_measured_with(run):
     assert ends.metrics["kl/stories"] > 0.01
 
 
-def test_a_pair_of_trials_is_compared_when_both_are_there(run, spec_of):
+def test_a_pair_of_trials_is_compared_when_both_are_there(run, trial_of):
     """The baseline may end last; a second look changes nothing and tells the tracker nothing."""
     none, two = run("model=demo", "method=none"), run("model=demo", "method=rtn", "bits=2")
-    assert two.spec.places["baseline"] == none.spec.id
-    tracker, notes = MemoryTracker(), []
-    study = Study(
-        name="s",
-        command="c",
-        config="",
-        specs=[two.spec, none.spec],
-        storage=Path(two.spec.places["trials"]).parent,
-        tracker=tracker,
-        note=notes.append,
-    )
-    (trial_folder(none.spec) / "record.json").rename(trial_folder(none.spec) / "away.json")
+    assert two.placement.baseline == none.spec.id
+    tracker = MemoryTracker()
+    notes: list[str] = []
+    sweep = Sweep(id="s", name="s", command="c", config="", trials=(two.trial, none.trial))
+    study = Study(sweep, two.placement.storage, tracker, notes.append)
+    (none.trial.folder / "record.json").rename(none.trial.folder / "away.json")
     study.take(two)
     assert not study.records[two.spec.id].comparisons
-    (trial_folder(none.spec) / "away.json").rename(trial_folder(none.spec) / "record.json")
+    (none.trial.folder / "away.json").rename(none.trial.folder / "record.json")
     study.take(none)
-    study._teller.settle()
+    study._queue.settle()
     compared = tracker.records[two.spec.id].comparisons["perplexity/stories"]
     assert compared.difference == pytest.approx(loss(two) - loss(none))
     assert compared.distinguishable
+    assert compared.low is not None
+    assert compared.high is not None
+    assert compared.difference is not None
     assert compared.low < compared.difference < compared.high
-    assert TrialRecord.load(trial_folder(two.spec) / "record.json") == tracker.records[two.spec.id]
-    damaged = trial_folder(none.spec) / none.files[0]
+    assert TrialRecord.load(two.trial.folder / "record.json") == tracker.records[two.spec.id]
+    damaged = none.trial.folder / none.files[0]
     kept = damaged.read_bytes()
     damaged.write_bytes(kept[:-9])
     study.take(two)
     assert "cannot be compared" in notes[-1]
-    study._teller.settle()
+    study._queue.settle()
     for record in (
         tracker.records[two.spec.id],
-        TrialRecord.load(trial_folder(two.spec) / "record.json"),
+        TrialRecord.load(two.trial.folder / "record.json"),
     ):
         assert "samples.parquet cannot be read" in record.notes["not_compared"]
     damaged.write_bytes(kept)
@@ -172,25 +172,27 @@ def test_a_pair_of_trials_is_compared_when_both_are_there(run, spec_of):
     assert study.records[two.spec.id].comparisons["perplexity/stories"] == compared
 
 
-def test_a_logit_that_is_not_finite_fails_the_trial_and_says_where(spec_of, monkeypatch):
+def test_a_logit_that_is_not_finite_fails_the_trial_and_says_where(trial_of, monkeypatch):
     from q3q.evaluate import measure
 
     monkeypatch.setattr(measure, "window_losses", lambda *_: torch.tensor([1.0, torch.nan]))
-    record = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
+    record = attempt_trial(trial_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
     assert record.status == "FAILED"
     assert record.reason == "the model's logits in window 1 of stories are not finite"
     monkeypatch.setattr(measure, "window_losses", lambda *_: torch.tensor([1000.0, 1.0]).double())
-    far_off = attempt_trial(spec_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false"))
+    far_off = attempt_trial(
+        trial_of("model=demo", "method=rtn", "bits=7", "evaluation.drift=false")
+    )
     assert far_off.completed
     assert math.log(far_off.metrics["perplexity/stories"]) == pytest.approx(500.5)
     monkeypatch.setattr(measure, "window_losses", lambda *_: torch.tensor([2000.0, 1.0]).double())
-    diverged = attempt_trial(afresh(far_off.spec, "once more"))
+    diverged = attempt_trial(afresh(far_off.trial, "once more"))
     assert diverged.completed
     assert diverged.diverged == ("perplexity/stories",)
 
 
-def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(spec_of):
-    spec = spec_of(
+def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(trial_of):
+    trial = trial_of(
         "model=demo", "method=none", "evaluation.texts=[]", "evaluation.tasks=[stories_who]"
     )
 
@@ -199,17 +201,21 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(spec_of)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_trial(spec, stop)
+        run_trial(trial, stop)
     told = []
-    record = run_trial(spec, lambda event: told.append(event.done) if event.total > 1 else None)
+    record = run_trial(trial, lambda event: told.append(event.done) if event.total > 1 else None)
     assert told[0] > 3  # scored already
     assert record.completed
-    assert record.metrics["stories_who/acc"] >= 0
-    assert not (trial_folder(spec) / "evaluations").exists()
+    assert not (trial.folder / "evaluations").exists()
+    told.clear()
+    again = run_trial(trial, lambda event: told.append(event.done) if event.total > 1 else None)
+    assert told[0] == 0  # its journal is gone: all is scored once more
+    assert record.metrics["stories_who/acc"] == again.metrics["stories_who/acc"]
+    assert record.intervals == again.intervals
 
 
 @pytest.mark.parametrize("drift", ["true", "false"])
-def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(spec_of, run, drift):
+def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(trial_of, run, drift):
     wanted = [
         "model=demo",
         "method=rtn",
@@ -217,16 +223,16 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(spec_of,
         "evaluation.window=128",
         f"evaluation.drift={drift}",
     ]
-    spec, told = spec_of(*wanted), []
+    trial, told = trial_of(*wanted), []
 
     def stop(event):
         if event.phase == "evaluate" and event.done > 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_trial(spec, stop)
+        run_trial(trial, stop)
     resumed = run_trial(
-        spec,
+        trial,
         lambda event: (
             told.append(event.done) if event.phase == "evaluate" and event.total > 1 else None
         ),
@@ -239,15 +245,13 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(spec_of,
     assert resumed.intervals == whole.intervals
 
 
-def test_windows_of_another_text_of_the_same_name_are_not_taken_for_this_ones(spec_of):
-    spec = spec_of("model=demo", "method=rtn", "bits=5", "evaluation.drift=false")
+def test_windows_of_another_text_of_the_same_name_are_not_taken_for_this_ones(trial_of):
+    trial = trial_of("model=demo", "method=rtn", "bits=5", "evaluation.drift=false")
     with closing(
-        Journal(
-            trial_folder(spec) / "evaluations" / "windows_stories.jsonl", f"{spec.id} {'0' * 64}"
-        )
+        Journal(trial.folder / "evaluations" / "windows_stories.jsonl", f"{trial.id} {'0' * 64}")
     ) as kept:
         kept.add([("0", 1.0)])
-    record = attempt_trial(spec)
+    record = attempt_trial(trial)
     assert not record.completed
     assert "holds scores of another model or text" in record.reason
 
@@ -295,7 +299,7 @@ def test_mixed_settings_are_followed_counted_and_checked(run):
 
 
 def _linears():
-    """The site of each linear of the demo model; GPTQ's act-order stores an index per column of each."""
+    """Return each linear's site (demo model); act-order stores an index per column of each."""
     return 6 * ["qkv", "qkv", "qkv", "o", "gate_up", "gate_up", "down"]
 
 
@@ -313,15 +317,16 @@ def _linears():
         (lambda model: model.embedding_VH[7, 7].mul_(1.01), "embedding"),
     ],
 )
-def test_ends_that_are_not_their_codes_fail_the_trial(spec_of, monkeypatch, tampering, named):
-    from q3q import trial
+def test_ends_that_are_not_their_codes_fail_the_trial(trial_of, monkeypatch, tampering, named):
+    from q3q import trial as trial_module
 
-    plain = trial.set_activations
-    monkeypatch.setattr(
-        trial, "set_activations", lambda model, spec: (plain(model, spec), tampering(model))
-    )
+    def tamper(model, spec):
+        set_activations(model, spec)
+        tampering(model)
+
+    monkeypatch.setattr(trial_module, "set_activations", tamper)
     record = run_trial(
-        spec_of(
+        trial_of(
             "model=demo",
             "method=rtn",
             "bits=7",
@@ -334,17 +339,17 @@ def test_ends_that_are_not_their_codes_fail_the_trial(spec_of, monkeypatch, tamp
     assert re.search(named, record.reason)
 
 
-def test_a_linear_that_was_to_be_left_out_and_was_not_fails_the_trial(spec_of, monkeypatch):
-    from q3q import trial
+def test_a_linear_that_was_to_be_left_out_and_was_not_fails_the_trial(trial_of, monkeypatch):
 
-    plain = trial.quantized_blocks
+    from q3q import trial as trial_module
+
     monkeypatch.setattr(
-        trial,
+        trial_module,
         "quantized_blocks",
-        lambda model, method, schemes, *rest: plain(model, method, schemes.base, *rest),
+        lambda model, method, schemes, *rest: quantized_blocks(model, method, schemes.base, *rest),
     )
     record = run_trial(
-        spec_of("model=demo", "method=rtn", "bits=7", "skip=[blocks.2.o]", "evaluation.texts=[]")
+        trial_of("model=demo", "method=rtn", "bits=7", "skip=[blocks.2.o]", "evaluation.texts=[]")
     )
     assert "blocks.2.self_attn.o_proj (which was to be left out)" in record.reason
 
@@ -356,72 +361,72 @@ def test_quantized_activations_cost_more_than_weights_alone(run):
     assert loss(rounded) > loss(plain) + 0.01
 
 
-def test_an_error_becomes_a_failed_record_that_says_why(spec_of, monkeypatch):
-    spec = spec_of("model=demo", "method=rtn", "bits=5")
-    monkeypatch.setattr("q3q.trial.load_decoder", lambda *_: 1 / 0)
-    record = attempt_trial(spec)
+def test_an_error_becomes_a_failed_record_that_says_why(trial_of, monkeypatch):
+    trial = trial_of("model=demo", "method=rtn", "bits=5")
+    monkeypatch.setattr("q3q.models.loading.load_decoder", lambda *_: 1 / 0)
+    record = attempt_trial(trial)
     assert record.status == "FAILED"
     assert record.reason == "ZeroDivisionError: division by zero"
     assert "load_decoder" in record.environment["traceback"]
-    assert json.loads((trial_folder(spec) / "failed.json").read_text())["status"] == "FAILED"
-    assert not (trial_folder(spec) / "record.json").exists()
+    assert json.loads((trial.folder / "failed.json").read_text())["status"] == "FAILED"
+    assert not (trial.folder / "record.json").exists()
 
 
-def test_weights_that_are_not_the_codes_fail_the_trial(spec_of, monkeypatch):
+def test_weights_that_are_not_the_codes_fail_the_trial(trial_of, monkeypatch):
     """Something between quantizing and evaluating changed the model: the numbers must not count."""
-    from q3q import trial
-
-    plain = trial.set_activations
+    from q3q import trial as trial_module
 
     def tamper(model, spec):
-        plain(model, spec)
+        set_activations(model, spec)
         model.blocks[2].weights["mlp.up_proj.weight"] = (
             model.blocks[2].weights["mlp.up_proj.weight"] * 1.01
         )
 
-    monkeypatch.setattr(trial, "set_activations", tamper)
-    record = run_trial(spec_of("model=demo", "method=rtn", "bits=6"))
+    monkeypatch.setattr(trial_module, "set_activations", tamper)
+    record = run_trial(trial_of("model=demo", "method=rtn", "bits=6"))
     assert record.status == "FAILED"
     assert "blocks.2.mlp.up_proj" in record.reason
 
 
 def test_a_trial_killed_by_sigkill_goes_on_at_its_block_and_ends_with_the_same_bits(
-    spec_of, run, tmp_path
+    trial_of, run, tmp_path
 ):
-    """A real process, killed between blocks; the second one takes the finished blocks and gets the same numbers."""
+    """A killed process's finished blocks are taken over, and the numbers are the same."""
     reference = run("model=demo", "method=gptq", "bits=3", "calibration.samples=24")
-    spec = spec_of("model=demo", "method=gptq", "bits=3", "calibration.samples=24")
-    spec = spec.with_places({**spec.places, "trials": str(tmp_path)})
+    trial = trial_of("model=demo", "method=gptq", "bits=3", "calibration.samples=24")
+    trial = trial.placed(trials=tmp_path)
     code = """
 import json, sys
-from q3q.spec import TrialSpec
+from q3q.placement import Trial
 from q3q.trial import run_trial
-run_trial(TrialSpec.from_json(json.load(open(sys.argv[1]))), lambda event: print(event.phase, event.done, flush=True))
+trial = Trial.from_json(json.load(open(sys.argv[1])))
+run_trial(trial, lambda event: print(event.phase, event.done, flush=True))
 """
     path = tmp_path / "given.json"
-    path.write_text(json.dumps(spec.to_json()), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], cwd=ROOT, text=True, stdout=subprocess.PIPE
-    )
-    for line in process.stdout:
-        if line.split() == ["quantize", "2"]:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    assert process.wait(timeout=30) == -signal.SIGKILL
-    blocks = sorted(blocks_folder(spec).glob("*.json"))
+    path.write_text(json.dumps(trial.to_json()), encoding="utf-8")
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.split() == ["quantize", "2"]:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        assert process.wait(timeout=30) == -signal.SIGKILL
+    blocks = sorted(trial.blocks_folder.glob("*.json"))
     assert 2 <= len(blocks) < 6
     untouched = [block.stat().st_mtime_ns for block in blocks[:2]]
     time.sleep(0.01)
-    resumed = run_trial(spec.with_places({**spec.places, "keep": "blocks"}))
-    kept = [kept_blocks_folder(spec) / block.name for block in blocks[:2]]
+    resumed = run_trial(trial.placed(keep="blocks"))
+    kept = [trial.kept_blocks_folder / block.name for block in blocks[:2]]
     assert [block.stat().st_mtime_ns for block in kept] == untouched
     assert resumed.notes["blocks_from_disk"] == len(blocks)
     assert resumed.metrics["perplexity/stories"] == reference.metrics["perplexity/stories"]
     assert resumed.sites == reference.sites
-    # keep=blocks: another evaluation of the same quantization computes no block, and reads no calibration text.
-    again = spec_of(
+    # keep=blocks: another evaluation of the same quantization computes no block and reads no
+    # calibration text.
+    again = trial_of(
         "model=demo", "method=gptq", "bits=3", "calibration.samples=24", "evaluation.limit=3"
     )
-    found = run_trial(again.with_places(spec.places))
+    found = run_trial(replace(again, placement=trial.placement))
     assert found.notes["blocks_from_disk"] == 6
     assert found.sites == reference.sites

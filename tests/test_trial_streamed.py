@@ -1,10 +1,11 @@
-"""Whole trials on a model that is not in memory: the resident trial's record, within a bound that the kernel sees."""
+"""Streamed trials give the resident trial's record, with a peak memory below a bound."""
 
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -17,6 +18,8 @@ from q3q.models.checkpoint import Checkpoint, end_tokens
 from q3q.models.facts import read_facts
 from q3q.models.footprint import ahead_bytes, need
 from q3q.models.loading import load_model
+from q3q.models.streaming import StreamedBlocks
+from q3q.quantize.methods.settings import SETTINGS
 from q3q.trial import run_trial
 
 ROOT = Path(__file__).parent.parent
@@ -30,27 +33,28 @@ SMALL = [
     "calibration.samples=4",
     "calibration.length=128",
 ]
-# Of lists of overrides as JSON, the record of each, one trial after the other.
+# Run a trial for each list of overrides (JSON), one after the other; print their records.
 RUN = """
 import json, sys
 from hydra import compose, initialize_config_dir
-from q3q import config as schema
+from q3q.config import resolve, schema
 from q3q.trial import run_trial
 schema.register()
 with initialize_config_dir(sys.argv[1], version_base="1.3"):
-    specs = [resolve.spec_from(compose("config", overrides)) for overrides in json.loads(sys.argv[2])]
-print(json.dumps([run_trial(spec).to_json() for spec in specs]))
+    composed = [compose("config", overrides) for overrides in json.loads(sys.argv[2])]
+    trials = [resolve.trial_from(config) for config in composed]
+print(json.dumps([run_trial(trial).to_json() for trial in trials]))
 """
 
 
 @pytest.fixture
-def spec_of(tmp_path):
+def trial_of(tmp_path):
     schema.register()
     GlobalHydra.instance().clear()
 
     def make(*overrides, storage="storage"):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.spec_from(
+            return resolve.trial_from(
                 compose("config", [*SMALL, f"storage={tmp_path / storage}", *overrides])
             )
 
@@ -79,9 +83,9 @@ def spec_of(tmp_path):
     ],
     ids=["dense", "moe"],
 )
-def test_a_streamed_trial_has_the_resident_ones_record(spec_of, overrides):
+def test_a_streamed_trial_has_the_resident_ones_record(trial_of, overrides):
     resident, streamed = (
-        run_trial(spec_of(*overrides, f"loader={loader}", storage=loader))
+        run_trial(trial_of(*overrides, f"loader={loader}", storage=loader))
         for loader in ("resident", "streamed")
     )
     assert resident.spec.id == streamed.spec.id
@@ -105,7 +109,7 @@ def test_a_streamed_trial_has_the_resident_ones_record(spec_of, overrides):
         assert streamed.notes["export"]["logit_error"] is None
         # Another evaluation of kept blocks quantizes nothing.
         again = run_trial(
-            spec_of(*overrides, "evaluation.limit=2", "loader=streamed", storage="streamed")
+            trial_of(*overrides, "evaluation.limit=2", "loader=streamed", storage="streamed")
         )
         assert again.notes["blocks_from_disk"] == len(list(paths[0].glob("*.safetensors"))) - 1
 
@@ -121,13 +125,13 @@ def test_a_streamed_trial_has_the_resident_ones_record(spec_of, overrides):
     ],
 )
 def test_a_streamed_model_is_packed_into_the_files_of_the_resident_one(
-    spec_of, model, form, overrides
+    trial_of, model, form, overrides
 ):
     asked = [f"model={model}", "method=rtn", "bits=4", *overrides, f"export={form}"]
     asked += ["evaluation.limit=1", "evaluation.drift=false"]
     paths = []
     for loader in ("resident", "streamed"):
-        record = run_trial(spec_of(*asked, f"loader={loader}", storage=loader))
+        record = run_trial(trial_of(*asked, f"loader={loader}", storage=loader))
         assert record.completed, record.reason
         assert record.environment["loading"]["loader"] == loader
         assert record.metrics["export_bytes"] == expected_bytes(
@@ -144,13 +148,20 @@ def test_a_streamed_model_is_packed_into_the_files_of_the_resident_one(
 def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(
     random_checkpoint, tmp_path
 ):
-    changes = {"vocab_size": 4096, "hidden_size": 1024, "num_attention_heads": 8, "head_dim": 128}
+    changes: dict[str, Any] = {
+        "vocab_size": 4096,
+        "hidden_size": 1024,
+        "num_attention_heads": 8,
+        "head_dim": 128,
+    }
     changes |= {"intermediate_size": 4096, "num_hidden_layers": 8, "torch_dtype": "float32"}
     folder = random_checkpoint(max_position_embeddings=2048, **changes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / name, folder / name)
     facts = read_facts(folder)
-    bound = need(facts, "float32", method="rtn", loader="streamed") + 10 * 2**20
+    bound = (
+        need(facts, "float32", method=SETTINGS["rtn"]().memory(), loader="streamed") + 10 * 2**20
+    )
     overrides = [
         "model=local",
         f"model.path={folder}",
@@ -159,7 +170,7 @@ def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(
         "evaluation.texts=[demo]",
     ]
     overrides += ["evaluation.window=64", "evaluation.limit=1", "evaluation.drift=false"]
-    # The kernel's count begins anew with each phase, so one process serves for both, the smaller trial first.
+    # The kernel counts each phase's peak anew, so one process runs both, the smaller trial first.
     both = [
         [*overrides, given, f"storage={tmp_path / given[:3]}"]
         for given in (f"memory={bound}", "loader=resident")
@@ -181,37 +192,38 @@ def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(
     assert records["streamed"]["perplexity/stories"] == records["resident"]["perplexity/stories"]
 
 
-def test_the_next_block_is_read_ahead_if_there_is_memory_for_it(spec_of):
+def test_the_next_block_is_read_ahead_if_there_is_memory_for_it(trial_of):
     checkpoint = Checkpoint(DEMO)
-    needs = need(checkpoint.facts, "float32", method="rtn", loader="streamed")
+    method = SETTINGS["rtn"]().memory()
+    needs = need(checkpoint.facts, "float32", method=method, loader="streamed")
     ahead = ahead_bytes(checkpoint.facts, "float32")
     for spare, reads in ((0, False), (ahead - 1, False), (ahead, True)):
-        model, loading = load_model(
-            checkpoint, spec_of("method=rtn", "loader=streamed", f"memory={needs + spare}"), "cpu"
-        )
+        trial = trial_of("method=rtn", "loader=streamed", f"memory={needs + spare}")
+        model, loading = load_model(checkpoint, trial, "cpu", method)
+        assert isinstance(model.blocks, StreamedBlocks)
         assert model.blocks._ahead is reads
         assert loading.needs == needs
 
 
-def test_settings_of_memory_are_checked_before_anything_runs(spec_of):
-    spec = spec_of("memory=2.5GB", "loader=streamed")
-    assert spec.places["memory"] == 25 * 10**8
-    assert spec.places["loader"] == "streamed"
-    assert spec.id == spec_of().id  # neither changes a number
-    assert "memory" not in spec_of().places
+def test_settings_of_memory_are_checked_before_anything_runs(trial_of):
+    trial = trial_of("memory=2.5GB", "loader=streamed")
+    assert trial.placement.memory == 25 * 10**8
+    assert trial.placement.loader == "streamed"
+    assert trial.id == trial_of().id  # neither changes a number
+    assert trial_of().placement.memory is None
     with pytest.raises(ConfigError, match="memory=plenty is no size"):
-        spec_of("memory=plenty")
+        trial_of("memory=plenty")
     with pytest.raises(ConfigError, match="loader=mapped is not known"):
-        spec_of("loader=mapped")
+        trial_of("loader=mapped")
     with pytest.raises(ConfigError, match=r"does not fit into 0\.1 GB: streamed it needs"):
-        spec_of("memory=100MB")
+        trial_of("memory=100MB")
     with pytest.raises(
         ConfigError, match="memory=100MB is too little for loader=resident: it needs"
     ):
-        spec_of("memory=100MB", "loader=resident")
+        trial_of("memory=100MB", "loader=resident")
 
 
-def test_text_is_not_generated_by_a_model_that_is_read_anew_for_each_token(spec_of, tmp_path):
+def test_text_is_not_generated_by_a_model_that_is_read_anew_for_each_token(trial_of, tmp_path):
     lines = [
         "task: tiny",
         "dataset_path: json",
@@ -229,17 +241,17 @@ def test_text_is_not_generated_by_a_model_that_is_read_anew_for_each_token(spec_
     (tmp_path / "tasks" / "tiny.yaml").write_text("\n".join(lines), encoding="utf-8")
     (tmp_path / "rows.jsonl").write_text('{"q": "One and", "a": "two"}\n' * 3, encoding="utf-8")
     asked = (f"evaluation.include_path={tmp_path / 'tasks'}", "evaluation.tasks=[tiny]")
-    spec = spec_of(*asked)
-    assert (spec.evaluation["generates"], spec.evaluation["ends"]) == (
-        ["tiny"],
-        list(end_tokens(DEMO)),
+    trial = trial_of(*asked)
+    assert (trial.spec.evaluation.generates, trial.spec.evaluation.ends) == (
+        ("tiny",),
+        tuple(end_tokens(DEMO)),
     )
     with pytest.raises(
         ConfigError, match="tiny: text is generated token by token, and a streamed model"
     ):
-        spec_of(*asked, "loader=streamed")
+        trial_of(*asked, "loader=streamed")
     with pytest.raises(ConfigError, match="and a sharded model"):
-        spec_of(*asked, "loader=sharded")
-    # Planned without saying where: the machine that would stream it turns out to be too small when it loads.
+        trial_of(*asked, "loader=sharded")
+    # Planned without a place: the machine proves too small, and would stream, when it loads.
     with pytest.raises(ConfigError, match="tiny: text is generated token by token"):
-        run_trial(spec.with_places({**spec.places, "loader": "streamed"}))
+        run_trial(trial.placed(loader="streamed"))

@@ -11,22 +11,28 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from q3q import trial as trial_module
-from q3q import trials as trials_module
 from q3q.export import destination
-from q3q.record import Progress, Sweep, TrialRecord, load_spec, trial_folder
+from q3q.models import demo
+from q3q.models.checkpoint import EXPORT_MARKER
+from q3q.placement import Grant, Trial
+from q3q.record import Progress, Sweep, TrialRecord, load_trial
 from q3q.report.records import all_sweeps
-from q3q.spec import Scheme, TrialSpec
 from q3q.storage import claim
 from q3q.storage import status as bulletin
 from q3q.storage.claim import Holder
 from q3q.storage.files import write_atomically
 from q3q.storage.status import StatusWriter, SweepStatus, View, Work, at_work, sweep_statuses
 from q3q.sweep.progress import Display
-from q3q.trials import find_trials, main
+from q3q.trials import attach as attach_module
+from q3q.trials.__main__ import main
+from q3q.trials.stored import find_trials
+from tests.specs import evaluation_of, make_trial, model_of, respecified, text_of
 
 
 @pytest.fixture
@@ -35,32 +41,28 @@ def storage(tmp_path):
     return tmp_path
 
 
-def spec(storage, bits, **evaluation):
-    scheme = Scheme(bits=bits, group_size=128, symmetric=False)
-    places = {"trials": str(storage / "trials")}
-    method = {"name": "rtn", "version": 1}
-    return TrialSpec(
-        model={"name": "demo"},
-        method=method,
-        scheme=scheme,
-        calibration=None,
-        evaluation=evaluation,
-        seed=0,
-        places=places,
+DEMO = Path(demo.__file__).parent / "dense"
+
+
+def trial(storage, bits, *texts, **asked):
+    evaluation = evaluation_of(*texts, **asked)
+    return make_trial(
+        "rtn", bits, evaluation=evaluation, storage=storage, placement={"model": DEMO}
     )
 
 
 def begin(one, blocks=0):
     """What a trial leaves that was killed after so many blocks."""
-    write_atomically(trial_folder(one) / "spec.json", json.dumps(one.to_json()).encode())
+    write_atomically(one.folder / "spec.json", json.dumps(one.to_json()).encode())
     for k in range(blocks):
-        write_atomically(trial_folder(one) / "blocks" / f"block_{k:03d}.safetensors", bytes(1000))
-        write_atomically(trial_folder(one) / "blocks" / f"block_{k:03d}.json", b"{}")
+        write_atomically(one.folder / "blocks" / f"block_{k:03d}.safetensors", bytes(1000))
+        write_atomically(one.folder / "blocks" / f"block_{k:03d}.json", b"{}")
     return one
 
 
 def complete(one):
-    TrialRecord(spec=begin(one), status="COMPLETED").save()
+    begin(one)
+    TrialRecord(spec=one.spec, placement=one.placement, status="COMPLETED").save()
     return one
 
 
@@ -77,7 +79,7 @@ def view(*running, total=4, ended=1):
     works = tuple(
         Work(
             trial=one.id,
-            name=one.name,
+            name=one.spec.name,
             doing="quantize, block 2 of 6",
             share=0.2,
             seconds=3.0,
@@ -89,7 +91,7 @@ def view(*running, total=4, ended=1):
 
 
 def post(storage, host=None, holder=None, **facts):
-    """A running sweep's bulletin: of this process, unless said otherwise. host: of another machine."""
+    """Write a running sweep's status file, as this process or a `host`'s would."""
     here = holder or Holder.here()
     holder = replace(here, host=host, place=host) if host else here
     known = dict(name="study", command="python launch.py -m method=rtn", holder=holder)
@@ -103,7 +105,7 @@ def states(storage):
 
 
 def test_each_trial_has_a_state_and_says_what_it_waits_for(storage):
-    done, failed, stopped, waiting = (spec(storage, bits) for bits in (2, 3, 4, 5))
+    done, failed, stopped, waiting = (trial(storage, bits) for bits in (2, 3, 4, 5))
     complete(done)
     fail(failed, "the text is\ntoo short")
     begin(stopped, blocks=3)
@@ -122,7 +124,7 @@ def test_each_trial_has_a_state_and_says_what_it_waits_for(storage):
 
 
 def test_while_its_sweep_runs_a_trial_is_at_work_or_waits_for_its_turn(storage):
-    works, waits = begin(spec(storage, 2), blocks=1), spec(storage, 3)
+    works, waits = begin(trial(storage, 2), blocks=1), trial(storage, 3)
     sweep(storage, works, waits)
     post(storage, view=view(works))
     assert states(storage) == {
@@ -134,37 +136,38 @@ def test_while_its_sweep_runs_a_trial_is_at_work_or_waits_for_its_turn(storage):
 
 
 def test_a_failure_after_a_success_hides_nothing(storage):
-    one = complete(spec(storage, 2))
+    one = complete(trial(storage, 2))
     TrialRecord.failed(one, "later").save()
     assert states(storage)[one.id] == ("completed", "")
 
 
 def test_a_trial_without_its_baseline_waits_for_it(storage):
-    base = spec(storage, 8)
-    one = spec(storage, 2)
-    one = complete(one.with_places({**one.places, "baseline": base.id}))
+    base = trial(storage, 8)
+    one = trial(storage, 2)
+    one = complete(one.placed(baseline=base.id))
     assert states(storage)[one.id] == ("completed", f"method=none ({base.id}), to be compared with")
     complete(base)
     assert states(storage)[one.id] == ("completed", "")
 
 
 def test_sizes_are_those_on_disk_kept_blocks_included(storage):
-    one = begin(spec(storage, 2), blocks=2)
+    one = begin(trial(storage, 2), blocks=2)
     [found] = find_trials(storage)
     assert (
         found.size
-        == sum(path.stat().st_size for path in trial_folder(one).rglob("*") if path.is_file())
+        == sum(path.stat().st_size for path in one.folder.rglob("*") if path.is_file())
         > 2000
     )
     write_atomically(
-        storage / "trials" / "blocks" / one.quantization_id / "block_000.safetensors", bytes(5000)
+        storage / "trials" / "blocks" / one.spec.quantization_id / "block_000.safetensors",
+        bytes(5000),
     )
     assert find_trials(storage)[0].size == found.size + 5000
 
 
 def test_the_list_is_a_line_a_trial_and_can_be_narrowed(storage, capsys):
-    complete(spec(storage, 2))
-    stopped = begin(spec(storage, 3))
+    complete(trial(storage, 2))
+    stopped = begin(trial(storage, 3))
     assert main(["--storage", str(storage)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
@@ -175,13 +178,13 @@ def test_the_list_is_a_line_a_trial_and_can_be_narrowed(storage, capsys):
 
 
 def test_deleting_frees_what_no_other_trial_has_use_for(storage, capsys):
-    first, second = spec(storage, 2, limit=1), spec(storage, 2, limit=2)
-    assert first.quantization_id == second.quantization_id
-    kept = storage / "trials" / "blocks" / first.quantization_id / "block_000.safetensors"
+    first, second = (trial(storage, 2, text_of("stories", limit=limit)) for limit in (1, 2))
+    assert first.spec.quantization_id == second.spec.quantization_id
+    kept = storage / "trials" / "blocks" / first.spec.quantization_id / "block_000.safetensors"
     write_atomically(kept, b"x")
     complete(first), complete(second)
     assert main(["--storage", str(storage), "delete", first.id]) == 0
-    assert not trial_folder(first).exists()
+    assert not first.folder.exists()
     assert kept.exists()
     assert main(["--storage", str(storage), "delete", second.id]) == 0
     assert not kept.parent.exists()
@@ -190,17 +193,16 @@ def test_deleting_frees_what_no_other_trial_has_use_for(storage, capsys):
 
 
 def test_deleting_takes_exports_and_baselines_that_no_other_trial_has_use_for(storage):
-    texts = [{"name": "stories", "digest": "abc", "window": 64}]
-    first, second = (spec(storage, bits, texts=texts, drift="auto") for bits in (2, 3))
+    first, second = (trial(storage, bits, "stories", drift="auto") for bits in (2, 3))
     export = storage / "exports" / "first"
-    first = complete(replace(first, export="hf", places={**first.places, "export": str(export)}))
+    first = complete(respecified(first, export="hf").placed(export=export))
     write_atomically(export / "model.safetensors", bytes(5000))
     marker = {"trial": first.id, "version": destination.VERSION}
-    write_atomically(export / destination.EXPORT_MARKER, json.dumps(marker).encode())
+    write_atomically(export / EXPORT_MARKER, json.dumps(marker).encode())
     complete(second)
     mine, others = (storage / "baselines" / name for name in ("mine", "others"))
-    for entry, model in ((mine, {}), (others, {"dtype": "float16"})):
-        identity = {"model": model, "text": "abc"}
+    for entry, dtype in ((mine, "float32"), (others, "float16")):
+        identity = {"model": model_of("demo", dtype).identity, "text": text_of("stories").digest}
         write_atomically(
             entry / "manifest.json", json.dumps({"body": {"identity": identity}}).encode()
         )
@@ -212,85 +214,96 @@ def test_deleting_takes_exports_and_baselines_that_no_other_trial_has_use_for(st
 
 
 def test_what_runs_is_not_deleted_and_what_is_not_there_is_named(storage, capsys):
-    one = begin(spec(storage, 2))
+    one = begin(trial(storage, 2))
     post(storage, view=view(one))
     assert main(["--storage", str(storage), "delete", one.id]) == 2
-    assert "is at work in a running sweep" in capsys.readouterr().err
+    assert "runs in a sweep" in capsys.readouterr().err
     assert main(["--storage", str(storage), "delete", "../../etc"]) == 2
     assert "is no trial's id" in capsys.readouterr().err
     assert main(["--storage", str(storage), "delete", "stopped"]) == 0
-    assert trial_folder(one).exists()
+    assert one.folder.exists()
     assert main(["--storage", str(storage / "no"), "list"]) == 2
 
 
 def test_resuming_runs_what_stopped_or_failed_and_nothing_that_is_done(
     storage, monkeypatch, capsys
 ):
-    done, failed, stopped = (spec(storage, bits) for bits in (2, 3, 4))
+    done, failed, stopped = (trial(storage, bits) for bits in (2, 3, 4))
     complete(done), fail(failed, "out of memory"), begin(stopped, blocks=1)
     ran = []
 
-    def attempt(one):
+    def attempt(one, report):
         ran.append(one)
-        record = TrialRecord(spec=one, status="COMPLETED")
+        record = TrialRecord(spec=one.spec, placement=one.placement, status="COMPLETED")
         record.save()
         return record
 
     monkeypatch.setattr(trial_module, "attempt_trial", attempt)
     assert main(["--storage", str(storage), "resume", "stopped", failed.id, done.id]) == 0
     assert ran == [stopped, failed]
-    assert ran[0].places["trials"] == str(storage / "trials")
+    assert ran[0].placement.trials == storage / "trials"
     assert {state for state, _ in states(storage).values()} == {"completed"}
     assert f"{done.id} rtn w2 g128 · demo: is done already" in capsys.readouterr().out
-    monkeypatch.setattr(trial_module, "attempt_trial", lambda one: TrialRecord.failed(one, "again"))
-    begin(spec(storage, 5))
+    monkeypatch.setattr(
+        trial_module, "attempt_trial", lambda one, report: TrialRecord.failed(one, "again")
+    )
+    begin(trial(storage, 5))
     assert main(["--storage", str(storage), "resume", "stopped"]) == 1
+
+
+def recorded_attempts(monkeypatch):
+    """Let all attempts fail; return the list that they are recorded in."""
+    ran: list[Trial] = []
+
+    def attempt(trial, report):
+        ran.append(trial)
+        return TrialRecord.failed(trial, "x")
+
+    monkeypatch.setattr(trial_module, "attempt_trial", attempt)
+    return ran
 
 
 def test_a_storage_folder_that_moved_is_resumed_where_it_lies(
     storage, tmp_path_factory, monkeypatch
 ):
-    begin(spec(storage, 2))
+    begin(trial(storage, 2))
     moved = tmp_path_factory.mktemp("elsewhere") / "mlruns"
     storage.rename(moved)
-    ran = []
-    monkeypatch.setattr(
-        trial_module, "attempt_trial", lambda one: ran.append(one) or TrialRecord.failed(one, "x")
-    )
+    ran = recorded_attempts(monkeypatch)
     main(["--storage", str(moved), "resume", "stopped"])
-    assert ran[0].places["trials"] == str(moved / "trials")
+    assert ran[0].placement.trials == moved / "trials"
 
 
 def test_a_gangs_trial_is_resumed_by_one_process_alone(storage, monkeypatch):
-    one = spec(storage, 2)
-    share = {"gpus": 1, "loader": "sharded", "memory": 10**9}
-    begin(one.with_places({**one.places, "loader": "sharded", "memory": 2 * 10**9, "share": share}))
-    ran = []
-    monkeypatch.setattr(
-        trial_module, "attempt_trial", lambda one: ran.append(one) or TrialRecord.failed(one, "x")
-    )
+    one = trial(storage, 2)
+    grant = Grant(gpus=1, loader="sharded", memory=10**9)
+    begin(one.placed(loader="sharded", memory=2 * 10**9, grant=grant))
+    ran = recorded_attempts(monkeypatch)
     main(["--storage", str(storage), "resume", "stopped"])
-    assert ran[0].places == {"trials": str(storage / "trials"), "memory": 2 * 10**9}
+    placement = ran[0].placement
+    assert (placement.loader, placement.memory) == (None, 2 * 10**9)
+    assert placement.grant.loader == "resident"
 
 
 def test_a_storage_folder_that_was_copied_is_read_and_written_where_it_lies(
     storage, tmp_path_factory
 ):
-    export = spec(storage, 2)
-    export = export.with_places(
-        {**export.places, "export": str(storage / "exports" / "x"), "store": "file:///gone"}
-    )
+    export = trial(storage, 2)
+    export = export.placed(export=storage / "exports" / "x", store="file:///gone")
     done = complete(export)
     sweep(storage, done)
     copied = tmp_path_factory.mktemp("elsewhere") / "mlruns"
     shutil.copytree(storage, copied)
     record = TrialRecord.load(copied / "trials" / done.id / "record.json")
-    places = {"trials": str(copied / "trials"), "export": str(copied / "exports" / "x")}
-    assert (
-        record.spec.places == load_spec(copied / "trials" / done.id / "spec.json").places == places
-    )
     [loaded], _ = all_sweeps(copied)
-    assert loaded.trials[0].places == places
+    for placement in (
+        record.placement,
+        load_trial(copied / "trials" / done.id / "spec.json").placement,
+        loaded.trials[0].placement,
+    ):
+        assert placement.trials == copied / "trials"
+        assert placement.export == copied / "exports" / "x"
+        assert placement.store is None
     before = (storage / "trials" / done.id / "record.json").stat().st_mtime_ns
     replace(record, notes={"seen": "there"}).save()
     assert (storage / "trials" / done.id / "record.json").stat().st_mtime_ns == before
@@ -298,7 +311,7 @@ def test_a_storage_folder_that_was_copied_is_read_and_written_where_it_lies(
 
 
 def test_a_bulletin_comes_back_as_it_was(storage):
-    one = post(storage, view=view(spec(storage, 2)), lines=((1, "a line"),))
+    one = post(storage, view=view(trial(storage, 2)), lines=((1, "a line"),))
     assert sweep_statuses(storage) == [one]
     (storage / "running" / "damaged.json").write_text('{"name": 1}')
     assert sweep_statuses(storage) == [one]
@@ -320,7 +333,7 @@ def test_a_sweep_is_gone_when_its_process_is(storage):
 
 @contextmanager
 def speaking(storage, updated=0.0, **facts):
-    """A sweep on another machine that writes its bulletin anew, and whose clock says what it likes."""
+    """A sweep on another machine that rewrites its status file, with a clock of its own."""
     over = threading.Event()
     post(storage, updated=updated, **facts)
 
@@ -339,38 +352,77 @@ def speaking(storage, updated=0.0, **facts):
         speaker.join()
 
 
+class Clock:
+    """A clock that moves only while somebody sleeps; `between` is called in each sleep."""
+
+    time = staticmethod(time.time)
+
+    def __init__(self):
+        self.now = 0.0
+        self.between = lambda: None
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.between()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(bulletin, "time", clock)
+    monkeypatch.setattr(attach_module, "time", clock)
+    return clock
+
+
 def test_of_another_machine_a_sweep_is_at_work_if_it_is_heard_whatever_the_clocks_say(
-    storage, monkeypatch
+    storage, clock
 ):
-    monkeypatch.setattr(bulletin, "HEARD_SECONDS", 0.6)
-    monkeypatch.setattr(bulletin, "LOOK_SECONDS", 0.1)
     post(storage, host="silent")
-    with speaking(storage, host="heard", updated=-1e9):
-        assert [one.holder.host for one in at_work(storage)] == ["heard"]
+    post(storage, host="heard", updated=-1e9)
+    clock.between = lambda: post(storage, host="heard", updated=-1e9 - clock.now)
+    assert [one.holder.host for one in at_work(storage)] == ["heard"]
+    clock.between = lambda: None
     assert at_work(storage) == []
 
 
+@pytest.mark.parametrize("end", ["falls silent", "its file goes"])
 def test_a_sweep_elsewhere_that_falls_silent_or_whose_file_goes_is_said_to_have_died(
-    storage, monkeypatch, capsys
+    storage, clock, capsys, end
 ):
-    monkeypatch.setattr(trials_module, "SILENT_SECONDS", 0.5)
-    with speaking(storage, host="another"):
-        found = []
-        watched = threading.Thread(
-            target=lambda: found.append(main(["--storage", str(storage), "attach"]))
-        )
-        watched.start()
-        time.sleep(1.5)
-        assert found == []
-    [path.unlink() for path in (storage / "running").glob("*.json")]
-    watched.join(20)
-    assert found == [1]
+    post(storage, host="another", updated=0.0)
+    alive = 3 * bulletin.SILENT_SECONDS
+
+    def speak():
+        if clock.now < alive:
+            post(storage, host="another", updated=clock.now)
+        elif end == "its file goes":
+            for path in (storage / "running").glob("*.json"):
+                path.unlink()
+
+    clock.between = speak
+    assert main(["--storage", str(storage), "attach"]) == 1
+    silent = clock.now - alive
+    assert abs(silent - bulletin.SILENT_SECONDS) < 2 * bulletin.POLL_SECONDS
     assert "it died, the same command goes on" in capsys.readouterr().out
+
+
+def between_polls(monkeypatch, do):
+    """Call `do` between a watcher's reads of a sweep's file, first after the first read."""
+
+    def sleep(seconds):
+        do()
+        time.sleep(seconds)
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+    monkeypatch.setattr(attach_module, "time", clock)
 
 
 def test_a_second_terminal_sees_a_sweep_to_its_end(storage, monkeypatch, capsys):
     monkeypatch.setattr(bulletin, "EVERY_SECONDS", 0.05)
-    one = spec(storage, 2)
+    one = trial(storage, 2)
     attached = threading.Event()
 
     def run():
@@ -382,17 +434,18 @@ def test_a_second_terminal_sees_a_sweep_to_its_end(storage, monkeypatch, capsys)
             open(os.devnull, "w") as nowhere,
             Display(total=1, stream=nowhere, publisher=publisher) as display,
         ):
-            display.started(one.id, f"{one.name} · demo")
+            display.started(one.id, one.spec.label)
             display.event(Progress(trial=one.id, phase="quantize", done=1, total=6))
-            attached.wait(10)
-            display.finished(TrialRecord(spec=one, status="COMPLETED"), 3.0)
+            attached.wait(60)
+            display.finished(TrialRecord(spec=one.spec, status="COMPLETED"), 3.0)
 
     sweeping = threading.Thread(target=run)
     sweeping.start()
     while not (sweep_statuses(storage) and sweep_statuses(storage)[0].view.running):
+        assert sweeping.is_alive()
         time.sleep(0.01)
     assert sweep_statuses(storage)[0].view.running[0].doing == "quantize, block 2 of 6"
-    threading.Timer(0.3, attached.set).start()
+    between_polls(monkeypatch, attached.set)
     assert main(["--storage", str(storage), "attach"]) == 0
     sweeping.join()
     shown = capsys.readouterr().out
@@ -404,12 +457,18 @@ def test_a_second_terminal_sees_a_sweep_to_its_end(storage, monkeypatch, capsys)
     assert "The last one, study, has ended" in capsys.readouterr().err
 
 
-def test_a_sweep_that_is_killed_is_seen_to_be(storage, capsys):
+def test_a_sweep_that_is_killed_is_seen_to_be(storage, monkeypatch, capsys):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        post(storage, holder=replace(Holder.here(), pid=process.pid, born=claim._born(process.pid)))
-        threading.Timer(0.3, process.kill).start()
-        watching = threading.Timer(0.6, process.wait)  # a zombie would still be there
-        watching.start()
+        post(
+            storage,
+            holder=replace(Holder.here(), pid=process.pid, born=claim._start_time(process.pid)),
+        )
+
+        def kill():
+            process.kill()
+            process.wait()  # a zombie would still be there
+
+        between_polls(monkeypatch, kill)
         assert main(["--storage", str(storage), "attach"]) == 1
     assert "it died, the same command goes on" in capsys.readouterr().out
 
@@ -424,7 +483,7 @@ def test_of_several_sweeps_one_is_named(storage, capsys):
 def test_a_disk_that_takes_no_bulletin_stops_no_sweep(storage, caplog):
     (storage / "running").write_text("a file where a folder should be")
     with Display(total=1, publisher=StatusWriter(storage, "study", "")) as display:
-        display.finished(TrialRecord(spec=spec(storage, 2), status="COMPLETED"), 1.0)
+        display.finished(TrialRecord(spec=trial(storage, 2).spec, status="COMPLETED"), 1.0)
     assert "the progress display has failed" in caplog.text
 
 

@@ -22,9 +22,6 @@ def refuse(source, split, *parts, path=None, data=None):
     assert "\n" not in str(refusal.value)
 
 
-# ------------------------------------------------------------------------------------------------ texts
-
-
 @pytest.mark.parametrize(
     ("split", "documents", "digest"),
     [
@@ -33,7 +30,7 @@ def refuse(source, split, *parts, path=None, data=None):
     ],
 )
 def test_the_demo_text_is_the_same_everywhere(split, documents, digest):
-    """If this fails on purpose, published numbers of the demo models change meaning: say so in the changelog."""
+    """A change on purpose changes what published numbers mean: say so in the changelog."""
     text = load_text("demo", split=split)
     assert len(text.documents) == documents
     assert text.digest == digest
@@ -75,9 +72,6 @@ def test_a_digest_sees_documents_bounds_and_joiner_but_no_name():
         Text("a", ("one\n\ntwo",)),
     ]
     assert len({text.digest, *(other.digest for other in others)}) == 7
-
-
-# ------------------------------------------------------------------------------------------------ a user's file
 
 
 @pytest.mark.parametrize(
@@ -155,12 +149,9 @@ def test_a_file_that_may_not_be_read(tmp_path):
     refuse("file", "calibration", "cannot be read: Permission denied", path=path)
 
 
-# ------------------------------------------------------------------------------------------------ the Hub's data sets
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty local cache, and a Hub that does not answer. Returns where a data set's file would lie."""
+    """Empty the local cache, cut off the Hub, and return where a data set's file would lie."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -209,7 +200,7 @@ def test_web_pages_are_documents_in_the_order_of_their_file(cache, source, split
     ("source", "part", "rows"), [("wikitext2", "test", 4358), ("c4", "validation", 45_576)]
 )
 def test_a_folders_copy_of_a_text_to_evaluate_on_is_the_whole_of_it(tmp_path, source, part, rows):
-    """The study's windows of C4 are drawn among all of its documents; a part of them draws others."""
+    """The study draws its windows of C4 among all documents; a part of them gives others."""
     path = tmp_path / source / f"{part}.jsonl"
     path.parent.mkdir()
     line = '{"text": "a row"}\n'

@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import datasets
 import pytest
@@ -40,14 +41,11 @@ def documents_of(seed, count, longest):
     )
 
 
-def refuse(complaint, text, **wanted):
+def refuse(complaint, text, **settings):
     with pytest.raises(CalibrationError) as refusal:
-        draw_windows(text, characters, **({"samples": 2, "length": 4, "seed": 0} | wanted))
+        draw_windows(text, characters, **({"samples": 2, "length": 4, "seed": 0} | settings))
     assert complaint in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-# ------------------------------------------------------------------------------------------------ first
 
 
 def test_first_windows_follow_each_other_from_the_start_of_the_joined_text():
@@ -76,7 +74,7 @@ def test_first_windows_are_those_of_the_whole_text_though_only_its_start_is_enco
 
 
 def test_first_windows_hold_no_token_that_a_cut_between_documents_made():
-    """Tokens of two characters that start anew at no document: the end of a prefix is not as in the whole."""
+    """Tokens of two characters cross documents: a prefix may end otherwise than the whole text."""
     text = Text(
         "t", tuple(a + b + c for a in "abcdefgh" for b in "ijk" for c in "lmnopq"), joiner=""
     )
@@ -89,13 +87,10 @@ def test_first_windows_hold_no_token_that_a_cut_between_documents_made():
         ]
 
     for samples in range(1, 100):
-        wanted = {"samples": samples, "length": 2, "draw": "first", "seed": 0}
+        settings: Any = {"samples": samples, "length": 2, "draw": "first", "seed": 0}
         assert torch.equal(
-            draw_windows(text, pairs, **wanted), draw_windows(whole, pairs, **wanted)
+            draw_windows(text, pairs, **settings), draw_windows(whole, pairs, **settings)
         )
-
-
-# ------------------------------------------------------------------------------------------------ random
 
 
 def gptq_documents(documents, samples, length, seed):
@@ -130,9 +125,10 @@ def test_random_windows_of_documents_are_gptqs(seed, count, longest, length):
 
 
 def test_random_windows_are_the_studys_256_of_c4():
-    """The study cached its C4 windows as (document, offset); these are the first eleven, with lengths that fit them.
+    """The first eleven of the C4 windows that the study cached as (document, offset).
 
-    Efficient-ML/Qwen3-Quantization, eval_my: 45,576 documents of the first validation shard, windows of 2,048 tokens.
+    Efficient-ML/Qwen3-Quantization, eval_my: 45,576 documents of the first validation shard,
+    windows of 2,048 tokens; documents have lengths that fit the offsets.
     """
     study = {
         25247: (388, 2437),
@@ -210,9 +206,6 @@ def test_random_windows_encode_a_few_documents_not_the_text():
     assert len(set(encode.seen)) == 1
 
 
-# ------------------------------------------------------------------------------------------------ documents
-
-
 def awq_blocks(documents, samples, length, seed):
     """The published draw, with the shuffle of `datasets` itself."""
     shuffled = datasets.Dataset.from_dict({"text": list(documents)}).shuffle(seed=seed)
@@ -248,9 +241,6 @@ def test_document_windows_need_short_documents():
     )
 
 
-# ------------------------------------------------------------------------------------------------ all of them
-
-
 @pytest.mark.parametrize("draw", ["random", "documents"])
 def test_equal_seeds_draw_equal_windows_and_others_do_not(draw):
     text = load_text("demo", split="calibration")
@@ -265,15 +255,15 @@ def test_equal_seeds_draw_equal_windows_and_others_do_not(draw):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "complaint"),
+    ("settings", "complaint"),
     [
         ({"draw": "all"}, "draw='all': give first, random or documents"),
         ({"draw": "first", "samples": 0}, "samples=0"),
         ({"draw": "first", "length": 0}, "length=0"),
     ],
 )
-def test_a_draw_that_cannot_be_meant(wanted, complaint):
-    refuse(complaint, Text("t", ("abcdefgh",)), **wanted)
+def test_a_draw_without_meaning_is_refused(settings, complaint):
+    refuse(complaint, Text("t", ("abcdefgh",)), **settings)
 
 
 def test_consecutive_windows_drop_the_tail():

@@ -1,4 +1,4 @@
-"""Real processes, what a trial's log says of them, and how they are stopped where they are wanted."""
+"""Real processes, what a trial's log says of them, and how to stop them in a given phase."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ SMALL = [
 
 
 def start(
-    storage: Path, tiny: Path, *arguments: str, inside: Sequence[str] = (), **environment: str
+    storage: Path | str, tiny: Path, *arguments: str, inside: Sequence[str] = (), **environment: str
 ) -> "subprocess.Popen[str]":
     """The real command, in a session of its own. inside: a command that runs it somewhere else."""
     settings = {one.partition("=")[0]: one for one in (*SMALL, *arguments)}  # the later one counts
@@ -57,7 +58,7 @@ def start(
         f"model.path={tiny}",
         f"storage={storage}",
     ]
-    # Under nohup a stopped worker would outlive its driver: the kernel wakes orphans with this signal.
+    # The kernel wakes stopped orphans with SIGHUP; under nohup a worker would outlive its driver.
     command = [*inside, "env", "--default-signal=HUP", *command]
     return subprocess.Popen(
         command,
@@ -71,7 +72,7 @@ def start(
 
 
 def launch(
-    storage: Path, tiny: Path, *arguments: str, inside: Sequence[str] = (), **environment: str
+    storage: Path | str, tiny: Path, *arguments: str, inside: Sequence[str] = (), **environment: str
 ) -> tuple[int, str]:
     process = start(storage, tiny, *arguments, inside=inside, **environment)
     output, _ = process.communicate(timeout=240)
@@ -142,7 +143,10 @@ def runs(pid: int) -> bool:
 
 @dataclass
 class Hit:
-    """Where a process was stopped. whole: its trial's blocks on disk then, and when each was written."""
+    """The place where a process was stopped.
+
+    whole: its trial's blocks on disk then, and when each was written
+    """
 
     folder: Path
     pid: int
@@ -151,10 +155,11 @@ class Hit:
 
 
 def freeze(storage: Path, phase: str, avoid: set[str], mine: Callable[[int], bool] = runs) -> Hit:
-    """Stop (SIGSTOP) a process of this machine whose trial's log says, as its last line, that it is in a phase.
+    """Stop (SIGSTOP) a process of this machine that is in a phase, by its trial's last log line.
 
-    Once it stands still its last line is read again, so that there is no doubt about where it is. The record is written
-    in some milliseconds: who comes to it is stopped and let go again and again until it is there.
+    Once it stands still its last line is read again, so that there is no doubt about where it is.
+    Writing the record takes milliseconds: a process that nears it is stopped and continued again
+    and again until it is there.
     """
     found: list[Hit] = []
     near = (phase, "evaluate") if phase == "record" else (phase,)
@@ -167,7 +172,7 @@ def freeze(storage: Path, phase: str, avoid: set[str], mine: Callable[[int], boo
                 continue
             pid = steps[-1].pid
             os.kill(pid, signal.SIGSTOP)
-            wait_until(lambda pid=pid: _stopped(pid), "a process that stands still", 10)
+            wait_until(partial(_stopped, pid), "a process that stands still", 10)
             last = log_of(folder)[-1]
             if (
                 last.pid == pid

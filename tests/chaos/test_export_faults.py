@@ -1,7 +1,7 @@
 """An exporting trial killed wherever it writes, renames or removes, and its disk full.
 
-It survived if there is a whole checkpoint or none that loads, and the same command ends with the files of one that was
-left in peace.
+It survived if there is a whole checkpoint or none that loads, and the same command ends with the
+files of one that was left in peace.
 """
 
 import json
@@ -18,22 +18,22 @@ from safetensors.torch import load_file, save_file
 
 from q3q.config import resolve, schema
 from q3q.errors import CheckpointError
-from q3q.export import destination, proof, publish, reload, writer
+from q3q.export import destination, proof, publish, reload
 from q3q.models.checkpoint import Checkpoint
-from q3q.record import Check, TrialRecord, trial_folder
+from q3q.record import Check, TrialRecord
 from q3q.trial import attempt_trial
 from tests.chaos.faults import ROOT, SMALL, end_of, in_child, log_of, numbers
 
 
 @pytest.fixture
-def spec_of(tiny):
+def trial_of(tiny):
     schema.register()
     GlobalHydra.instance().clear()
 
     def make(storage, export):
         always = [*SMALL, f"model.path={tiny}", "method=gptq", "bits=4", "export=gptq"]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.spec_from(
+            return resolve.trial_from(
                 compose("config", [*always, f"storage={storage}", f"export.path={export}"])
             )
 
@@ -61,9 +61,9 @@ def undisturbed():
 
 
 @pytest.fixture
-def reference(undisturbed, spec_of, tmp_path):
+def reference(undisturbed, trial_of, tmp_path):
     if not undisturbed:
-        record = attempt_trial(spec_of(tmp_path / "reference", tmp_path / "reference" / "out"))
+        record = attempt_trial(trial_of(tmp_path / "reference", tmp_path / "reference" / "out"))
         assert record.completed, record.reason
         undisturbed |= {
             "digest": Checkpoint(tmp_path / "reference" / "out").digest(),
@@ -92,13 +92,13 @@ def while_writing(beginning):
                 die()
             return replace(self, target)
 
-        Path.replace = watched
+        Path.replace = watched  # type: ignore[method-assign]
 
     return set_up
 
 
 def as_the_machine_dies(beginning):
-    """Of a file that was written whole the disk had half."""
+    """Die when only half of a completely written file has reached the disk."""
 
     def set_up():
         def fsync(file):
@@ -107,7 +107,7 @@ def as_the_machine_dies(beginning):
                 os.truncate(path, path.stat().st_size // 2)
                 die()
 
-        writer.os.fsync = fsync
+        os.fsync = fsync
 
     return set_up
 
@@ -121,7 +121,7 @@ def before_renaming(name):
                 die()
             return replace(self, target)
 
-        Path.replace = watched
+        Path.replace = watched  # type: ignore[method-assign]
 
     return set_up
 
@@ -134,14 +134,13 @@ def while_removing_what_is_wrong():
             next(Path(folder).glob("*.safetensors")).unlink()
             die()
 
-    publish.prove = lambda folder, model: proof.Proof(
-        Check(name=proof.PASSED, passed=False, detail="a test")
-    )
-    destination.shutil.rmtree = rmtree
+    failed = proof.Proof(Check(name=proof.PASSED, passed=False, detail="a test"))
+    publish.prove = lambda folder, model: failed  # type: ignore[attr-defined]
+    shutil.rmtree = rmtree  # type: ignore[assignment]
 
 
 def before_the_record():
-    TrialRecord.save = lambda self: die()
+    TrialRecord.save = lambda self: die()  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -162,17 +161,17 @@ def before_the_record():
     ],
 )
 def test_killed_anywhere_it_leaves_a_whole_checkpoint_or_none_that_loads(
-    spec_of, reference, set_up, left, tmp_path
+    trial_of, reference, set_up, left, tmp_path
 ):
-    spec, out, partial = (
-        spec_of(tmp_path / "s", tmp_path / "out"),
+    trial, out, partial = (
+        trial_of(tmp_path / "s", tmp_path / "out"),
         tmp_path / "out",
         tmp_path / "out.partial",
     )
 
     def work():
         set_up()
-        attempt_trial(spec)
+        attempt_trial(trial)
 
     assert end_of(in_child(work)) == -signal.SIGKILL
     assert out.exists() is (left == "whole")
@@ -183,8 +182,8 @@ def test_killed_anywhere_it_leaves_a_whole_checkpoint_or_none_that_loads(
     elif left not in ("nothing", "torn"):
         Checkpoint(out if left == "whole" else partial)
 
-    assert end_of(in_child(lambda: attempt_trial(spec))) == 0
-    record = TrialRecord.load(trial_folder(spec) / "record.json")
+    assert end_of(in_child(lambda: attempt_trial(trial))) == 0
+    record = TrialRecord.load(trial.folder / "record.json")
     assert plain(record) == reference["numbers"]
     assert Checkpoint(out).digest() == reference["digest"]
     assert not [path.name for path in tmp_path.glob("*out*") if path != out]
@@ -192,20 +191,20 @@ def test_killed_anywhere_it_leaves_a_whole_checkpoint_or_none_that_loads(
 
 
 def test_a_disk_that_fills_while_it_exports_is_said_and_with_room_it_goes_on(
-    spec_of, reference, small_disk, tmp_path, monkeypatch
+    trial_of, reference, small_disk, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(destination, "SPARE_BYTES", 0)
-    spec = spec_of(tmp_path / "s", small_disk / "out")
+    trial = trial_of(tmp_path / "s", small_disk / "out")
 
     def fill(event):
-        if log_of(trial_folder(spec))[-1].words == "quantize 1 of 3 blocks":
+        if log_of(trial.folder)[-1].words == "quantize 1 of 3 blocks":
             with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(1000))
             assert shutil.disk_usage(small_disk).free == 0
 
     def work():
-        record = attempt_trial(spec, fill)
+        record = attempt_trial(trial, fill)
         assert "the disk is full" in record.reason
         assert str(small_disk) in record.reason
 
@@ -214,7 +213,7 @@ def test_a_disk_that_fills_while_it_exports_is_said_and_with_room_it_goes_on(
     with pytest.raises(CheckpointError):
         Checkpoint(small_disk / "out.partial")
     (small_disk / "filler").unlink()
-    record = attempt_trial(spec)
+    record = attempt_trial(trial)
     assert record.completed, record.reason
     assert record.notes["blocks_from_disk"] == 2  # the second was stored, and could not be exported
     assert Checkpoint(small_disk / "out").digest() == reference["digest"]

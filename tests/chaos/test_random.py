@@ -1,14 +1,16 @@
-"""Processes killed at random, over and over: whatever the moment, nothing is lost and nothing is run twice.
+"""Processes are killed at random moments: nothing is lost and nothing is run twice.
 
-Q3Q_CHAOS_ROUNDS says how often (4), Q3Q_CHAOS_SEED where the random numbers begin (0). A round is a sweep, every other
-one of gangs of two, whose driver, workers and ranks are killed or told to go now and then; it is started again until it
-ends.
+Q3Q_CHAOS_ROUNDS is the number of rounds (4), Q3Q_CHAOS_SEED the seed (0). A round is a sweep, every
+other one of gangs of two, whose driver, workers and ranks are killed or terminated now and then; it
+is started again until it ends.
 """
 
 import os
 import random
 import signal
 import time
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,10 @@ SEED = int(os.environ.get("Q3Q_CHAOS_SEED", "0"))
 SWEEP = ("method=rtn,gptq", "bits=2,3", "calibration.samples=16", "evaluation.limit=32")
 GANGS = ("cluster.ranks_per_trial=2", "cluster.cpus_per_trial=1")
 MOST_KILLS = 4  # in a round
+
+
+def is_dead(pid: int) -> bool:
+    return not runs(pid)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,9 @@ def at_work(storage):
 def test_whatever_the_moment_of_death_nothing_is_lost(tiny, undisturbed, tmp_path, number):
     chance = random.Random(SEED + number)
     print(f"seed {SEED + number}")
-    killed, code, kept = [], None, {}
+    killed: list[tuple[int, str, str]] = []
+    kept: dict[str, Any] = {}
+    code = None
     sweep = SWEEP + (GANGS if number % 2 else ())
     for _ in range(MOST_KILLS + 2):
         process = start(tmp_path, tiny, *sweep)
@@ -68,7 +76,7 @@ def test_whatever_the_moment_of_death_nothing_is_lost(tiny, undisturbed, tmp_pat
             said = last_words(folder, worker)
             os.kill(victim, how)
             if how == signal.SIGKILL:
-                wait_until(lambda victim=victim: not runs(victim), "its death", 20)
+                wait_until(partial(is_dead, victim), "its death", 20)
                 said = last_words(folder, worker)  # where it died
             killed.append((victim, how.name, said))
         output, _ = process.communicate(timeout=200)

@@ -1,22 +1,22 @@
-"""Trials and sweeps whose storage is a URL: whoever goes on is another machine, which has a mirror of its own."""
+"""Trials and sweeps in a URL's storage, continued by a machine that has its own mirror."""
 
+import csv
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
+from dataclasses import replace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
-from q3q.record import trial_folder
+from q3q.placement import Placement
 from q3q.storage import claim as claim_module
-from q3q.storage import mirror as mirror_module
-from q3q.storage.mirror import settled
+from q3q.storage import object_claims, uploader
 from q3q.storage.stores import open_store
 from q3q.trial import attempt_trial
 from tests.chaos.faults import (
@@ -51,7 +51,7 @@ def url(request, tmp_path):
 
 
 @pytest.fixture
-def spec(url, tiny, tmp_path, monkeypatch):
+def trial(url, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path / "driver"))
     schema.register()
     GlobalHydra.instance().clear()
@@ -64,16 +64,16 @@ def spec(url, tiny, tmp_path, monkeypatch):
         "bits=3",
     ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return resolve.spec_from(compose("config", settings))
+        return resolve.trial_from(compose("config", settings))
 
 
-def on(node, spec, work):
-    """Do something with the trial as it is on a machine of that name: the exit code of the process that did."""
+def on(node, trial, work):
+    """Call work(trial) in a process, as on a machine of that name; return the exit code."""
 
     def there():
         os.environ["Q3Q_MIRRORS"] = str(node)
-        mirror_module.EVERY_SECONDS = 0.05
-        work(spec.with_places(settled(spec.places)))
+        uploader.EVERY_SECONDS = 0.05
+        work(replace(trial, placement=trial.placement.here()))
 
     return end_of(in_child(there))
 
@@ -82,19 +82,19 @@ def in_store(url, name):
     return json.loads(open_store(url).read(name))
 
 
-def test_a_node_that_is_killed_costs_what_it_had_not_sent_and_another_goes_on(spec, url, tmp_path):
-    plain = spec.with_places(
-        {"trials": str(tmp_path / "plain/trials"), "model": spec.places["model"]}
+def test_a_node_that_is_killed_costs_what_it_had_not_sent_and_another_goes_on(trial, url, tmp_path):
+    plain = replace(
+        trial, placement=Placement(trials=tmp_path / "plain/trials", model=trial.placement.model)
     )
     reference = attempt_trial(plain)
     assert reference.completed, reference.reason
     blocks = [
-        f"trials/{spec.id}/blocks/block_00{k}.{kind}"
+        f"trials/{trial.id}/blocks/block_00{k}.{kind}"
         for k in (0, 1)
         for kind in ("json", "safetensors")
     ]
 
-    def killed(spec):
+    def killed(trial):
         store = open_store(url)
 
         def report(event):
@@ -104,42 +104,46 @@ def test_a_node_that_is_killed_costs_what_it_had_not_sent_and_another_goes_on(sp
                 )  # they are sent in any order
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        attempt_trial(spec, report)
+        attempt_trial(trial, report)
 
-    assert on(tmp_path / "a", spec, killed) == -signal.SIGKILL
-    assert not open_store(url).mark(f"trials/{spec.id}/record.json")
+    assert on(tmp_path / "a", trial, killed) == -signal.SIGKILL
+    assert not open_store(url).mark(f"trials/{trial.id}/record.json")
 
-    def resumed(spec):
+    def resumed(trial):
         computed = []
         record = attempt_trial(
-            spec, lambda event: computed.append(event) if event.phase == "baseline" else None
+            trial, lambda event: computed.append(event) if event.phase == "baseline" else None
         )
         assert record.completed, record.reason
         assert not computed  # the drift's baseline was fetched
         assert record.notes["blocks_from_disk"] == 2
 
-    assert on(tmp_path / "b", spec, resumed) == 0
-    left = sorted(name.partition("/")[2] for name in open_store(url).find(f"trials/{spec.id}"))
+    assert on(tmp_path / "b", trial, resumed) == 0
+    left = sorted(name.partition("/")[2] for name in open_store(url).find(f"trials/{trial.id}"))
     names = {name.rpartition("/")[2] for name in left}
     assert names == {"record.json", "samples.parquet", "spec.json", "trial.claim.2", "trial.log"}
-    assert numbers(in_store(url, f"trials/{spec.id}/record.json")) == numbers(
+    assert numbers(in_store(url, f"trials/{trial.id}/record.json")) == numbers(
         json.loads(json.dumps(reference.to_json()))
     )
 
-    def finds_it_done(spec):
-        record = attempt_trial(spec)
+    def finds_it_done(trial):
+        record = attempt_trial(trial)
         assert record.completed
-        assert record.spec.places["trials"] == spec.places["trials"]
-        assert [step.words for step in log_of(trial_folder(spec))].count("start") == 2
+        assert record.placement.trials == trial.placement.trials
+        assert [step.words for step in log_of(trial.folder)].count("start") == 2
 
-    assert on(tmp_path / "c", spec, finds_it_done) == 0
+    assert on(tmp_path / "c", trial, finds_it_done) == 0
 
 
-def test_one_that_slept_sends_nothing_over_the_result_of_another(spec, url, tmp_path):
-    folder = f"trials/{spec.id}"
+def test_one_that_slept_sends_nothing_over_the_result_of_another(trial, url, tmp_path):
+    folder = f"trials/{trial.id}"
 
     def hasty():
-        mirror_module.BEAT_SECONDS, mirror_module.SILENT_SECONDS, mirror_module.EVERY_SECONDS = (
+        (
+            object_claims.HEARTBEAT_SECONDS,
+            object_claims.SILENT_SECONDS,
+            uploader.EVERY_SECONDS,
+        ) = (
             0.1,
             0.8,
             0.05,
@@ -148,28 +152,29 @@ def test_one_that_slept_sends_nothing_over_the_result_of_another(spec, url, tmp_
     def sleeper():
         os.environ["Q3Q_MIRRORS"] = str(tmp_path / "a")
         hasty()
-        here = spec.with_places(settled(spec.places))
+        here = replace(trial, placement=trial.placement.here())
 
         def report(event):
             if event.phase == "quantize" and event.done == 1:
                 (tmp_path / "there").touch()
-                time.sleep(3)
+                wait_until((tmp_path / "awake").exists, "the other's result")
 
         record = attempt_trial(here, report)
         assert record.completed
-        assert [step.words for step in log_of(trial_folder(here))].count("stop ClaimLostError") <= 1
+        assert [step.words for step in log_of(here.folder)].count("stop ClaimLostError") <= 1
 
-    def far(spec):
+    def far(trial):
         hasty()
         claim_module._place = lambda: "another machine"
-        assert attempt_trial(spec).completed
+        assert attempt_trial(trial).completed
 
     child = in_child(sleeper)
     wait_until((tmp_path / "there").exists, "a block")
     os.kill(child, signal.SIGSTOP)
-    assert on(tmp_path / "b", spec, far) == 0
+    assert on(tmp_path / "b", trial, far) == 0
     mark = open_store(url).mark(f"{folder}/record.json")
     before = in_store(url, f"{folder}/record.json")
+    (tmp_path / "awake").touch()
     os.kill(child, signal.SIGCONT)
     assert end_of(child) == 0
     assert open_store(url).mark(f"{folder}/record.json") == mark
@@ -200,7 +205,7 @@ def test_a_plan_on_a_url_starts_nothing_and_leaves_nothing_there(tiny, tmp_path)
 def test_a_sweep_on_a_url_whose_driver_is_killed_and_that_another_machine_completes(
     url, tiny, tmp_path
 ):
-    """Meanwhile a second driver is refused. Afterwards a third machine lists, reports and deletes."""
+    """A second driver is refused meanwhile; a third machine lists, reports and deletes later."""
     here, there, third = ({"Q3Q_MIRRORS": str(tmp_path / name)} for name in "abc")
     process, store = start(url, tiny, *SWEEP, **here), open_store(url)
 
@@ -213,7 +218,7 @@ def test_a_sweep_on_a_url_whose_driver_is_killed_and_that_another_machine_comple
     code, said = launch(url, tiny, *SWEEP, **there)
     assert code == 2, said
     assert re.search(
-        rf"this sweep is at work already: process {process.pid} on .* --storage {re.escape(url)} ",
+        rf"this sweep is running already: process {process.pid} on .* --storage {re.escape(url)} ",
         said,
     )
     wait_until(lambda: sent("record.json") or process.poll() is not None, "a record in the store")
@@ -235,7 +240,12 @@ def test_a_sweep_on_a_url_whose_driver_is_killed_and_that_another_machine_comple
     listed = command("trials", url, **third)
     assert "2 completed" in listed.stdout, listed.stderr
     report = command("report", url, "--format", "csv", **third)
-    assert report.stdout.count("COMPLETED") or report.stdout.count("gptq"), report.stderr
+    rows = list(csv.DictReader(report.stdout.splitlines()))
+    assert {(row["trial"], row["method"], row["status"]) for row in rows} == {
+        (name.split("/")[1], record["spec"]["method"]["name"], "COMPLETED")
+        for name, record in records.items()
+    }, report.stdout + report.stderr
+    assert len(rows) == 2
     trial = next(iter(records)).split("/")[1]
     deleted = command("trials", url, "delete", trial, **third)
     assert deleted.returncode == 0, deleted.stderr

@@ -1,4 +1,4 @@
-"""A whole sweep through launch.py, Ray and MLflow included, and what can befall its workers and its driver."""
+"""A whole sweep, Ray and MLflow included, survives what befalls its workers and its driver."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import pytest
 from q3q.storage.status import SweepStatus
 from tests.chaos.faults import (
     ROOT,
+    Hit,
     blocks_of,
     end_of,
     freeze,
@@ -27,6 +28,7 @@ from tests.chaos.faults import (
     start,
     wait_until,
 )
+from tests.specs import make_trial
 
 # So many that some are left to be stopped in the phases that are looked for last.
 METHODS = ("method=rtn,gptq", "bits=2,3,4,5,6,8")
@@ -48,10 +50,10 @@ def undisturbed(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(tiny, undisturbed, tmp_path_factory):
-    """One sweep, a worker of which is killed in each phase, in each another trial's; and one that is told to go."""
+    """A sweep that loses a worker in each phase, each another trial's, and one by SIGTERM."""
     storage = tmp_path_factory.mktemp("killed")
     process = start(storage, tiny, *METHODS, *LONGER)
-    hits = {}
+    hits: dict[str, Hit] = {}
     for phase in PHASES:
         hits[phase] = freeze(storage, phase, {hit.folder.name for hit in hits.values()})
         os.kill(hits[phase].pid, signal.SIGKILL)
@@ -128,7 +130,7 @@ def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
         refused, said = launch(tmp_path, tiny, *METHODS, *LONGER)
         assert refused == 2, said
         assert re.search(
-            rf"this sweep is at work already: process {process.pid} on \S+, since .* UTC", said
+            rf"this sweep is running already: process {process.pid} on \S+, since .* UTC", said
         )
         assert "q3q.trials --storage" in said
     before = {trial: record["environment"]["ended"] for trial, record in records(tmp_path).items()}
@@ -184,7 +186,7 @@ def test_of_two_drivers_that_start_at_the_same_moment_one_runs_the_sweep(
     ended = {process.communicate(timeout=240)[0]: process.returncode for process in both}
     assert sorted(ended.values()) == [0, 2], ended
     [refused] = [output for output, code in ended.items() if code == 2]
-    assert "this sweep is at work already: process " in refused
+    assert "this sweep is running already: process " in refused
     assert {trial: numbers(record) for trial, record in records(tmp_path).items()} == undisturbed
     for path in tmp_path.glob("trials/*/trial.log"):
         assert [step.words for step in log_of(path.parent)].count("start") == 1
@@ -312,21 +314,12 @@ def test_a_disk_that_is_full_stops_the_sweep_in_a_line_and_with_room_it_goes_on(
 
 
 def test_a_second_terminal_lists_what_runs_by_its_claim(tiny, tmp_path):
-    """`python -m q3q.trials resume` is no sweep: what says that its trial is at work is the claim."""
-    from q3q.spec import Scheme, TrialSpec
+    """The claim alone shows that a trial is at work, also under `python -m q3q.trials resume`."""
     from q3q.storage.claim import claimed
-    from q3q.trials import find_trials, main
+    from q3q.trials.__main__ import main
+    from q3q.trials.stored import find_trials
 
-    scheme = Scheme(bits=2, group_size=32, symmetric=False)
-    spec = TrialSpec(
-        model={"name": "demo"},
-        method={"name": "rtn", "version": 1},
-        scheme=scheme,
-        calibration=None,
-        evaluation={},
-        seed=0,
-        places={"trials": str(tmp_path / "trials")},
-    )
+    spec = make_trial(storage=tmp_path)
     folder = tmp_path / "trials" / spec.id
     folder.mkdir(parents=True)
     (folder / "spec.json").write_text(json.dumps(spec.to_json()))

@@ -1,7 +1,7 @@
-"""One trial and what can befall it: killed anywhere, its files damaged, its disk full, two at it at once.
+"""A trial survives being killed anywhere, damaged files, a full disk, and two processes at once.
 
-Each is a real process. It survived if every number is what it would have been, what was on disk was not done again, and
-running it again completes it.
+Each is a real process. It survived if every number is what it would have been, nothing that was on
+disk was done again, and running it again completes it.
 """
 
 import json
@@ -11,14 +11,15 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q import record as record_module
+from q3q import trial as trial_module
 from q3q.config import resolve, schema
-from q3q.record import TrialRecord, trial_folder
+from q3q.record import TrialRecord
 from q3q.storage import claim as claim_module
 from q3q.trial import attempt_trial
 from tests.chaos.faults import (
@@ -51,7 +52,7 @@ STEPS = [
 
 
 @pytest.fixture(scope="module")
-def spec_of(tiny, tmp_path_factory):
+def trial_of(tiny, tmp_path_factory):
     storage = tmp_path_factory.mktemp("reference")
     always = [
         *SMALL,
@@ -66,27 +67,27 @@ def spec_of(tiny, tmp_path_factory):
 
     def make(*overrides):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.spec_from(compose("config", [*always, *overrides]))
+            return resolve.trial_from(compose("config", [*always, *overrides]))
 
     return make
 
 
 @pytest.fixture(scope="module")
-def whole_spec(spec_of):
-    return spec_of(*TEXTS)
+def whole_trial(trial_of):
+    return trial_of(*TEXTS)
 
 
 @pytest.fixture(scope="module")
-def reference(whole_spec):
+def reference(whole_trial):
     """The undisturbed trial's numbers."""
-    record = attempt_trial(whole_spec)
+    record = attempt_trial(whole_trial)
     assert record.completed, record.reason
     return numbers(plain(record))
 
 
 @pytest.fixture
-def spec(whole_spec, reference, tmp_path):
-    return whole_spec.with_places({**whole_spec.places, "trials": str(tmp_path / "trials")})
+def trial(whole_trial, reference, tmp_path):
+    return whole_trial.placed(trials=tmp_path / "trials")
 
 
 def plain(record):
@@ -97,15 +98,15 @@ def words_of(event_folder):
     return log_of(event_folder)[-1].words
 
 
-def killed_at(spec, step):
+def killed_at(trial, step):
     """A process that kills itself when its log's last line is a certain one; its id."""
-    folder = trial_folder(spec)
+    folder = trial.folder
 
     def report(event):
         if words_of(folder) == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pid = in_child(lambda: attempt_trial(spec, report))
+    pid = in_child(lambda: attempt_trial(trial, report))
     assert end_of(pid) == -signal.SIGKILL
     assert last_words(folder, pid) == step
     return pid
@@ -117,25 +118,25 @@ def written(folder):
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
 
 
-def completed(spec, tmp_path):
-    """Run to the end in a process of its own. The record, and what it had on disk just before that."""
-    folder, seen = trial_folder(spec), tmp_path / "seen.json"
+def completed(trial, tmp_path):
+    """Run to the end in another process; return the record and the files from just before it."""
+    folder, seen = trial.folder, tmp_path / "seen.json"
 
     def report(event):
         if event.phase == "record":
             seen.write_text(json.dumps(written(folder)))
 
-    assert end_of(in_child(lambda: attempt_trial(spec, report))) == 0
+    assert end_of(in_child(lambda: attempt_trial(trial, report))) == 0
     return TrialRecord.load(folder / "record.json"), json.loads(seen.read_text())
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_in_any_phase_it_goes_on_and_ends_with_the_same_numbers(
-    spec, reference, step, tmp_path
+    trial, reference, step, tmp_path
 ):
-    killed_at(spec, step)
-    before = written(trial_folder(spec))
-    record, after = completed(spec, tmp_path)
+    killed_at(trial, step)
+    before = written(trial.folder)
+    record, after = completed(trial, tmp_path)
     assert numbers(plain(record)) == reference
     assert {name: after[name] for name in before} == before  # nothing that was done is done again
     blocks = sum(name.endswith(".json") for name in before if "block_" in name)
@@ -144,18 +145,18 @@ def test_killed_in_any_phase_it_goes_on_and_ends_with_the_same_numbers(
         assert blocks == 3
 
 
-def test_killed_in_a_task_it_goes_on_there(spec_of, tmp_path):
-    undisturbed = spec_of(*TASKS)
-    spec = undisturbed.with_places({**undisturbed.places, "trials": str(tmp_path / "trials")})
-    killed_at(spec, "evaluate stories_who, 1 of 1")
-    record, _ = completed(spec, tmp_path)
+def test_killed_in_a_task_it_goes_on_there(trial_of, tmp_path):
+    undisturbed = trial_of(*TASKS)
+    trial = undisturbed.placed(trials=tmp_path / "trials")
+    killed_at(trial, "evaluate stories_who, 1 of 1")
+    record, _ = completed(trial, tmp_path)
     assert record.notes["blocks_from_disk"] == 3
     assert "stories_who/acc" in record.metrics
     assert numbers(plain(record)) == numbers(plain(attempt_trial(undisturbed)))
 
 
-def test_killed_while_the_record_is_written_it_leaves_no_half_of_one(spec, reference, tmp_path):
-    folder = trial_folder(spec)
+def test_killed_while_the_record_is_written_it_leaves_no_half_of_one(trial, reference, tmp_path):
+    folder = trial.folder
 
     def die_in_the_middle(file):
         if os.readlink(f"/proc/self/fd/{file}").rpartition("/")[2].startswith(".record.json"):
@@ -163,33 +164,31 @@ def test_killed_while_the_record_is_written_it_leaves_no_half_of_one(spec, refer
             os.kill(os.getpid(), signal.SIGKILL)
 
     def work():
-        record_module.os.fsync = die_in_the_middle
-        attempt_trial(spec)
+        os.fsync = die_in_the_middle
+        attempt_trial(trial)
 
     pid = in_child(work)
     assert end_of(pid) == -signal.SIGKILL
     assert last_words(folder, pid) == "record"
     assert [path.stat().st_size for path in folder.glob(".record.json*.partial")] == [1000]
     assert not (folder / "record.json").exists()
-    record, _ = completed(spec, tmp_path)
+    record, _ = completed(trial, tmp_path)
     assert numbers(plain(record)) == reference
     assert record.notes["blocks_from_disk"] == 3
     assert not list(folder.glob(".*"))
 
 
-def test_killed_after_the_record_it_is_not_run_again(spec, reference):
-    folder = trial_folder(spec)
+def test_killed_after_the_record_it_is_not_run_again(trial, reference):
+    folder = trial.folder
 
     def work():
-        from q3q import trial
-
-        trial.clear = lambda record: os.kill(os.getpid(), signal.SIGKILL)
-        attempt_trial(spec)
+        trial_module.clear = lambda record: os.kill(os.getpid(), signal.SIGKILL)
+        attempt_trial(trial)
 
     assert end_of(in_child(work)) == -signal.SIGKILL
     before = (folder / "record.json").stat().st_mtime_ns
     assert (folder / "evaluations").exists()
-    assert numbers(plain(attempt_trial(spec))) == reference
+    assert numbers(plain(attempt_trial(trial))) == reference
     assert (folder / "record.json").stat().st_mtime_ns == before
     assert [step.words for step in log_of(folder)].count("start") == 1
     assert not (folder / "evaluations").exists()  # what was left lying is cleared up
@@ -223,40 +222,42 @@ def nudge(path):
         ("blocks/block_001.json", lambda path: path.unlink()),
     ],
 )
-def test_a_damaged_block_is_seen_and_only_it_is_done_again(spec, reference, name, damage, tmp_path):
-    killed_at(spec, "evaluate stories, 1 of 2")
-    damage(trial_folder(spec) / name)
-    record, _ = completed(spec, tmp_path)
+def test_a_damaged_block_is_seen_and_only_it_is_done_again(
+    trial, reference, name, damage, tmp_path
+):
+    killed_at(trial, "evaluate stories, 1 of 2")
+    damage(trial.folder / name)
+    record, _ = completed(trial, tmp_path)
     assert numbers(plain(record)) == reference
     assert record.notes["blocks_from_disk"] == 2
 
 
 @pytest.mark.parametrize("damage", [truncate, flip])
-def test_a_damaged_measurement_is_made_again(spec, reference, damage, tmp_path):
-    killed_at(spec, "evaluate library, 2 of 2")
-    damage(trial_folder(spec) / "evaluations" / "1_stories.json")
-    record, _ = completed(spec, tmp_path)
+def test_a_damaged_measurement_is_made_again(trial, reference, damage, tmp_path):
+    killed_at(trial, "evaluate library, 2 of 2")
+    damage(trial.folder / "evaluations" / "1_stories.json")
+    record, _ = completed(trial, tmp_path)
     assert numbers(plain(record)) == reference
 
 
 @pytest.mark.parametrize("damage", [truncate, flip])
-def test_a_damaged_record_is_nobodys_result(spec, reference, damage, tmp_path):
-    whole, _ = completed(spec, tmp_path)
-    damage(trial_folder(spec) / "record.json")
+def test_a_damaged_record_is_nobodys_result(trial, reference, damage, tmp_path):
+    whole, _ = completed(trial, tmp_path)
+    damage(trial.folder / "record.json")
     with pytest.raises(
         ValueError, match=r"damaged|Expecting|delimiter|Unterminated|Invalid|control"
     ):
-        TrialRecord.load(trial_folder(spec) / "record.json")
-    again, _ = completed(spec, tmp_path)
+        TrialRecord.load(trial.folder / "record.json")
+    again, _ = completed(trial, tmp_path)
     assert numbers(plain(again)) == numbers(plain(whole)) == reference
     assert again.notes["blocks_from_disk"] == 3  # keep=blocks: quantizing was not lost with it
 
 
 @pytest.mark.parametrize("step", ["quantize 1 of 3 blocks", "record"])
-def test_a_full_disk_is_said_and_with_room_it_goes_on(spec, reference, step, small_disk, tmp_path):
+def test_a_full_disk_is_said_and_with_room_it_goes_on(trial, reference, step, small_disk, tmp_path):
     """A real ENOSPC: of a block, and of the record."""
-    spec = spec.with_places({**spec.places, "trials": str(small_disk / "trials")})
-    folder = trial_folder(spec)
+    trial = trial.placed(trials=small_disk / "trials")
+    folder = trial.folder
 
     def fill(event):
         if words_of(folder) == step:
@@ -266,7 +267,7 @@ def test_a_full_disk_is_said_and_with_room_it_goes_on(spec, reference, step, sma
             assert shutil.disk_usage(small_disk).free == 0
 
     def work():
-        record = attempt_trial(spec, fill)
+        record = attempt_trial(trial, fill)
         assert record.status == "FAILED"
         assert "the disk is full" in record.reason
         assert "the same command goes on from the last block" in record.reason
@@ -280,42 +281,48 @@ def test_a_full_disk_is_said_and_with_room_it_goes_on(spec, reference, step, sma
     assert len(blocks) == (1 if step.startswith("quantize") else 3)
     (small_disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
-    record, after = completed(spec, tmp_path)
+    record, after = completed(trial, tmp_path)
     assert numbers(plain(record)) == reference
     assert {f"blocks/{name}": time for name, time in blocks.items()}.items() <= after.items()
 
 
-def test_of_two_processes_one_runs_it_and_the_other_takes_its_result(spec, reference, tmp_path):
+def test_of_two_processes_one_runs_it_and_the_other_takes_its_result(trial, reference, tmp_path):
     def work(number):
-        record = attempt_trial(spec)
+        record = attempt_trial(trial)
         (tmp_path / f"{number}.json").write_text(json.dumps(plain(record)))
 
-    children = [in_child(lambda number=number: work(number)) for number in range(3)]
+    children = [in_child(partial(work, number)) for number in range(3)]
     assert [end_of(child) for child in children] == [0, 0, 0]
     found = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(3)]
     assert found[0] == found[1] == found[2]
     assert numbers(found[0]) == reference
-    assert [step.words for step in log_of(trial_folder(spec))].count("start") == 1
+    assert [step.words for step in log_of(trial.folder)].count("start") == 1
 
 
 @pytest.mark.parametrize("step", ["quantize 1 of 3 blocks", "record"])
 def test_one_that_slept_until_another_machine_took_over_writes_nothing_and_takes_its_result(
-    spec, reference, tmp_path, step
+    trial, reference, tmp_path, step
 ):
-    folder = trial_folder(spec)
+    folder = trial.folder
 
     def hasty():
-        claim_module.Claim.__init__.__kwdefaults__.update(beat=0.1, silent=0.8)
+        defaults = claim_module.Claim.__init__.__kwdefaults__
+        assert defaults is not None
+        defaults.update(heartbeat=0.1, silence=0.8)
 
     def sleepy():
         hasty()
-        waits = lambda event: time.sleep(3) if words_of(folder) == step else None  # noqa: E731
-        (tmp_path / "a.json").write_text(json.dumps(plain(attempt_trial(spec, waits))))
+
+        def report(event):
+            if words_of(folder) == step:
+                wait_until((tmp_path / "awake").exists, "the other's result")
+
+        (tmp_path / "a.json").write_text(json.dumps(plain(attempt_trial(trial, report))))
 
     def far():
         hasty()
         claim_module._place = lambda: "another machine"
-        (tmp_path / "b.json").write_text(json.dumps(plain(attempt_trial(spec))))
+        (tmp_path / "b.json").write_text(json.dumps(plain(attempt_trial(trial))))
 
     sleeper = in_child(sleepy)
     wait_until(lambda: log_of(folder) and words_of(folder) == step, step)
@@ -324,6 +331,7 @@ def test_one_that_slept_until_another_machine_took_over_writes_nothing_and_takes
     assert end_of(other) == 0
     assert runs(sleeper)
     kept = (folder / "record.json").stat().st_mtime_ns
+    (tmp_path / "awake").touch()
     os.kill(sleeper, signal.SIGCONT)
     assert end_of(sleeper) == 0
     assert last_words(folder, sleeper) == "stop ClaimLostError"
@@ -333,8 +341,8 @@ def test_one_that_slept_until_another_machine_took_over_writes_nothing_and_takes
     assert numbers(first) == reference
 
 
-def test_a_clock_that_jumps_back_while_a_trial_runs_changes_no_number(spec, reference):
-    folder = trial_folder(spec)
+def test_a_clock_that_jumps_back_while_a_trial_runs_changes_no_number(trial, reference):
+    folder = trial.folder
 
     def work():
         really = time.time
@@ -343,7 +351,7 @@ def test_a_clock_that_jumps_back_while_a_trial_runs_changes_no_number(spec, refe
             if words_of(folder) == "quantize 1 of 3 blocks":
                 time.time = lambda: really() - 1e9
 
-        record = attempt_trial(spec, jump)
+        record = attempt_trial(trial, jump)
         assert time.time() < really() - 9e8
         assert record.completed
 
@@ -352,23 +360,24 @@ def test_a_clock_that_jumps_back_while_a_trial_runs_changes_no_number(spec, refe
     assert [step.words for step in log_of(folder)].count("start") == 1
 
 
-def test_a_clock_that_jumps_back_changes_no_number(spec, reference, tmp_path):
+def test_a_clock_that_jumps_back_changes_no_number(trial, reference, tmp_path):
     """The second attempt runs in 1999, on files that were written in 2100."""
-    killed_at(spec, "quantize 2 of 3 blocks")
-    for path in trial_folder(spec).rglob("*"):
+    killed_at(trial, "quantize 2 of 3 blocks")
+    for path in trial.folder.rglob("*"):
         os.utime(path, (4102444800, 4102444800))
 
     def work():
-        from q3q import attempt, trial
+        from q3q import attempt
+        from q3q import trial as trial_module
 
         long_ago = "1999-01-01T00:00:00.000+00:00"
-        attempt.now = trial.now = lambda: long_ago
+        attempt.now = trial_module.now = lambda: long_ago  # type: ignore[attr-defined]
         time.time = lambda: 915148800.0
-        record = attempt_trial(spec)
+        record = attempt_trial(trial)
         assert record.completed
         assert record.environment["ended"] == long_ago
 
     assert end_of(in_child(work)) == 0
-    record = TrialRecord.load(trial_folder(spec) / "record.json")
+    record = TrialRecord.load(trial.folder / "record.json")
     assert numbers(plain(record)) == reference
     assert record.notes["blocks_from_disk"] == 2

@@ -1,4 +1,4 @@
-"""Clusters as far as one machine can be one: two nodes and a job on a real Ray with its token, MLflow on PostgreSQL."""
+"""One machine as a cluster: two nodes and a job on a real Ray with its token; PostgreSQL."""
 
 import os
 import re
@@ -27,7 +27,8 @@ from tests.chaos.faults import (
     start,
     wait_until,
 )
-from tests.chaos.test_tracker_faults import children, free_port, kill, serve
+from tests.chaos.test_tracker_faults import logged_trials
+from tests.mlflow_server import free_port, kill, serve
 
 pytestmark = pytest.mark.slow
 RAY = str(Path(sys.executable).parent / "ray")
@@ -42,14 +43,15 @@ def tokened():
 
 @pytest.fixture(scope="module")
 def two_nodes(tokened, tmp_path_factory):
-    """Two nodes on this machine: the address, the dashboard's, and the id of the second one's process."""
+    """Two nodes on this machine: address, the dashboard's address, the second one's process id."""
     head = free_port()
     dashboard = free_port()
     started, log = [], (tmp_path_factory.mktemp("nodes") / "log").open("ab")
 
     def ray_start(*words):
         environment = {**os.environ, **tokened, "PYTHONPATH": str(ROOT)}
-        # Agents that find their usual port taken, by another test's Ray, listen nowhere, and jobs go to one of them.
+        # An agent whose usual port is taken by another test's Ray listens nowhere, and a job may
+        # go to it.
         agent = f"--dashboard-agent-listen-port={free_port()}"
         process = subprocess.Popen(
             [
@@ -168,7 +170,7 @@ def test_a_gangs_ranks_sit_on_two_nodes(two_nodes, tokened, tiny, tmp_path):  # 
     seen = set()
 
     def ranks():
-        """Processes of the second node that compute: one that leads a gang or follows in it has torch.distributed."""
+        """Return the second node's processes that compute, as a gang's leader or follower."""
         for path in Path("/proc").glob("[0-9]*/maps"):
             with suppress(OSError):
                 pid = int(path.parent.name)
@@ -192,7 +194,7 @@ def test_a_gangs_ranks_sit_on_two_nodes(two_nodes, tokened, tiny, tmp_path):  # 
 
 @pytest.fixture
 def two_hosts():
-    """Two network namespaces that see each other as two hosts do: how to run something there, and their addresses."""
+    """Two network namespaces that act as two hosts: how to run something there, and addresses."""
     ip, names = shutil.which("ip"), [f"q3q-{secrets.token_hex(3)}" for _ in range(2)]
     if ip is None or os.geteuid() != 0:
         pytest.skip("two hosts are network namespaces: needs root and iproute2")
@@ -304,8 +306,9 @@ def test_a_node_that_is_killed_costs_nothing(two_nodes, tokened, tiny, tmp_path)
 @contextmanager
 def postgres():
     """A PostgreSQL server of its own, on loopback, whose user has a password; its URI."""
-    programs = [*Path("/usr/lib/postgresql").glob("*/bin"), *filter(None, [shutil.which("initdb")])]
-    found = [Path(one) if Path(one).is_dir() else Path(one).parent for one in programs]
+    found = list(Path("/usr/lib/postgresql").glob("*/bin"))
+    if (initdb := shutil.which("initdb")) is not None:
+        found.append(Path(initdb).parent)
     found = [one for one in found if (one / "initdb").exists() and (one / "pg_ctl").exists()]
     if not found:
         pytest.skip("PostgreSQL's server is not installed (Debian: apt-get install postgresql)")
@@ -317,13 +320,13 @@ def postgres():
     )  # not pytest's, which only its owner may enter
     data, port, password = folder / "data", free_port(), secrets.token_hex(16)
     (folder / "password").write_text(password)
-    user = []
+    user: list[str] = []
     if os.geteuid() == 0:  # it refuses to run as root
         shutil.chown(folder, "postgres", "postgres")
         shutil.chown(folder / "password", "postgres")
         user = ["runuser", "-u", "postgres", "--"]
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-    make = [
+    make: list[str | Path] = [
         found[0] / "initdb",
         "-D",
         data,
@@ -335,7 +338,7 @@ def postgres():
         folder / "password",
     ]
     subprocess.run([*user, *make], check=True, stdout=subprocess.DEVNULL, cwd=folder)
-    control = [*user, found[0] / "pg_ctl", "-D", data, "-w"]
+    control: list[str | Path] = [*user, found[0] / "pg_ctl", "-D", data, "-w"]
     subprocess.run(
         [*control, "-o", options, "-l", folder / "log", "start"],
         check=True,
@@ -362,7 +365,7 @@ def test_a_sweep_is_kept_by_an_mlflow_server_on_postgresql_that_passes_artifacts
                 assert code == 0, output
             found = records(tmp_path / "storage")
             assert len(found) == 2
-            assert children(uri) == sorted(found)
+            assert logged_trials(uri) == sorted(found)
             assert len(list((tmp_path / "served").rglob("record.json"))) == 2
             assert "postgresql" not in output  # the server's password is not the sweep's business
         finally:

@@ -1,8 +1,9 @@
-"""The Dockerfile's own commands, run one by one in a root with nothing in it but Debian's base system.
+"""The Dockerfile's commands run one by one in a root that holds only Debian's base system.
 
-No Docker: `debootstrap` makes the root, `chroot` enters it. Takes minutes and gigabytes, root and a package mirror, so
-it is skipped where debootstrap is not installed. Folders that pip needs on the way (a local index, wheels) can be shown
-to the root by Q3Q_IMAGE_BINDS=DIR:DIR; pip's and the certificates' variables go in as they are.
+No Docker: `debootstrap` makes the root, `chroot` enters it. It takes minutes and gigabytes, root
+and a package mirror, and is skipped where debootstrap is not installed. Q3Q_IMAGE_BINDS=DIR:DIR
+mounts folders that pip needs (a local index, wheels); pip's and the certificates' variables are
+passed on.
 """
 
 import os
@@ -30,13 +31,13 @@ pytestmark = [
 @pytest.fixture
 def clean_root(tmp_path):
     folder = tmp_path / "root"
-    release = re.search(
+    [release] = re.findall(
         r"^VERSION_CODENAME=(.+)$",
         Path("/etc/os-release").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
     subprocess.run(
-        ["debootstrap", "--variant=minbase", release[1], str(folder)],
+        ["debootstrap", "--variant=minbase", release, str(folder)],
         check=True,
         capture_output=True,
     )
@@ -132,9 +133,9 @@ class Build:
                 shutil.copyfile(ROOT / name, place)
         home = self.root / self.folder.lstrip("/")
         entry = (self.root / "etc/passwd").read_text(encoding="utf-8")
-        owner = re.search(rf"^{self.user}:x:(\d+):(\d+):", entry, re.MULTILINE)
+        [owner] = re.findall(rf"^{self.user}:x:(\d+):(\d+):", entry, re.MULTILINE)
         for path in [home, *home.rglob("*")]:
-            os.chown(path, int(owner[1]), int(owner[2]), follow_symlinks=False)
+            os.chown(path, int(owner[0]), int(owner[1]), follow_symlinks=False)
 
 
 def test_the_images_commands_work_in_a_clean_root(clean_root):

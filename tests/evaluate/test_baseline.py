@@ -1,7 +1,5 @@
 """The baseline's entry is bit for bit what the model said, whole or not used, and computed once."""
 
-import errno
-import fcntl
 import json
 import multiprocessing
 import os
@@ -30,6 +28,8 @@ from q3q.evaluate.baseline import (
 from q3q.evaluate.perplexity import perplexity
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.spec import digest
+from q3q.storage.claim import FREE, claimed
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "q3q" / "models" / "demo" / "dense"
@@ -80,9 +80,6 @@ def same(one, other):
     )
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_come_back_bit_for_bit(tmp_path, windows, identity, dtype):
     model = load_decoder(Checkpoint(DEMO), dtype)
@@ -107,7 +104,7 @@ def test_it_is_computed_once(tmp_path, model, windows, identity):
     second = baseline_for(tmp_path, identity, model, windows)
     assert model.windows == 5
     assert same(first, second)
-    assert {path.name for path in tmp_path.iterdir()} == {identity.key, f"{identity.key}.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {identity.key, f"{identity.key}.claim.1"}
 
 
 def test_all_that_changes_numbers_changes_the_key(windows, identity):
@@ -141,22 +138,22 @@ def test_what_it_takes_on_disk(tmp_path, model, windows, identity):
 def test_large_texts_of_wide_models_are_thinned():
     assert kept_windows(256, 2048, 1024, "bfloat16") == 256
     assert kept_windows(256, 2048, 4096, "bfloat16") == 32
-    assert kept_windows(256, 2048, 4096, "bfloat16", wanted=100) == 100
-    assert kept_windows(20, 2048, 8192, "float32", wanted=None) == 20
-    assert kept_windows(20, 2048, 1024, "bfloat16", wanted=100) == 20
+    assert kept_windows(256, 2048, 4096, "bfloat16", most=100) == 100
+    assert kept_windows(20, 2048, 8192, "float32", most=None) == 20
+    assert kept_windows(20, 2048, 1024, "bfloat16", most=100) == 20
     assert kept_rows(8, 8) == tuple(range(8))
     assert kept_rows(146, 4) == (0, 36, 73, 109)
 
 
 def test_a_plan_can_ask_without_torch():
-    code = "import sys, q3q.evaluate.baseline as b; b.kept_windows(9, 9, 9, 'float32'); print('torch' in sys.modules)"
+    code = (
+        "import sys, q3q.evaluate.baseline as b; b.kept_windows(9, 9, 9, 'float32'); "
+        "print('torch' in sys.modules)"
+    )
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert shown.stdout.strip() == "False"
-
-
-# ------------------------------------------------------------------------------------------------ what is not trusted
 
 
 def flip(path, at):
@@ -173,7 +170,7 @@ def edit(path, change):
 
 def reseal(path, change):
     """A manifest that says something else, and vouches for it."""
-    edit(path, lambda m: (change(m["body"]), m.update(sha256=baseline_module._digest(m["body"]))))
+    edit(path, lambda m: (change(m["body"]), m.update(sha256=digest(m["body"]))))
 
 
 WINDOW, MANIFEST = "window_00001.safetensors", "manifest.json"
@@ -272,14 +269,11 @@ def test_an_unquantized_model_that_is_broken_leaves_no_entry(tmp_path, decoder, 
     broken = replace(decoder, head_VH=decoder.head_VH * float("inf"))
     with pytest.raises(IntegrityError, match="not finite"):
         baseline_for(tmp_path, identity, broken, windows)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{identity.key}.lock"]
-
-
-# ------------------------------------------------------------------------------------------------ many processes
+    assert [path.name for path in tmp_path.iterdir()] == [f"{identity.key}.claim.1"]
 
 
 class Slow(Counted):
-    """A decoder that takes its time over each window, and all the time in the world over the one it stops at."""
+    """A decoder that takes its time over each window, and forever over the one it stops at."""
 
     def __init__(self, decoder, stop_at):
         super().__init__(decoder)
@@ -292,7 +286,7 @@ class Slow(Counted):
 
 @pytest.fixture
 def worker(tmp_path, decoder, windows, identity, monkeypatch):
-    """Starts a process that computes the entry window by window and sends how many windows it ran."""
+    """Start a process that computes the entry window by window and sends how many it ran."""
     monkeypatch.setattr("q3q.evaluate.budget.SET_TOKENS", {"cpu": windows.shape[1]})
     context, started = multiprocessing.get_context("fork"), []
 
@@ -329,13 +323,11 @@ def test_a_writer_killed_midway_leaves_nothing_that_is_used(
     assert process.exitcode == -signal.SIGKILL
     assert partial.exists()
     assert find_baseline(tmp_path, identity) is None
-    began = time.monotonic()
-    entry = baseline_for(tmp_path, identity, model, windows)  # waits for no dead process
-    assert time.monotonic() - began < 10
-    assert model.windows in (
-        3,
-        4,
-    )  # and goes on with what it left, which may lack the line of the second window
+    steps = []
+    entry = baseline_for(tmp_path, identity, model, windows, lambda done, _: steps.append(done))
+    assert 0 not in steps  # it reports 0 while it waits, and it waits for no dead process
+    # It goes on with what was left, which may lack the line of the second window.
+    assert model.windows in (3, 4)
     assert not partial.exists()
     assert same(entry, baseline_for(tmp_path / "other", identity, model, windows))
 
@@ -355,84 +347,63 @@ def test_processes_at_once_share_one_computation(tmp_path, model, windows, ident
     )
 
 
-def test_without_locks_both_compute_and_one_entry_stands(
-    tmp_path, model, windows, identity, monkeypatch
-):
-    def no_locks(*args):
-        raise OSError(errno.ENOLCK, "No locks available")
+def test_a_process_that_holds_the_claim_is_waited_for(tmp_path, model, windows, identity):
+    entries, steps = [], []
 
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    found, meet = [], threading.Barrier(2, timeout=30)
+    def progress(done, total):
+        steps.append(done)
 
-    def run():
-        started = []
-
-        def together(done, total):
-            if not started:
-                started.append(meet.wait())  # both are past looking for the entry
-
-        found.append(baseline_for(tmp_path, identity, model, windows, together))
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
+    thread = threading.Thread(
+        target=lambda: entries.append(baseline_for(tmp_path, identity, model, windows, progress))
+    )
+    with claimed(tmp_path, identity.key):
         thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == 2
-    assert same(*found)
-    assert {path.name for path in tmp_path.iterdir()} == {identity.key, f"{identity.key}.lock"}
-
-
-def test_a_holder_that_shows_no_life_is_not_waited_for(
-    tmp_path, model, windows, identity, monkeypatch
-):
-    monkeypatch.setattr(baseline_module, "PATIENCE", 0.3)
-    with (tmp_path / f"{identity.key}.lock").open("ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        os.utime(held.fileno(), (4e9, 4e9))  # its clock is fifty years ahead
-        began = time.monotonic()
-        entry = baseline_for(tmp_path, identity, model, windows)
-        assert 0.3 < time.monotonic() - began < 10
-    assert same(entry, find_baseline(tmp_path, identity))
-
-
-def test_a_holder_that_lives_is_waited_for(tmp_path, model, windows, identity, monkeypatch):
-    monkeypatch.setattr(baseline_module, "PATIENCE", 0.7)
-    lock, began, waited = tmp_path / f"{identity.key}.lock", time.monotonic(), []
-
-    def wait():
-        baseline_for(tmp_path, identity, model, windows)
-        waited.append(time.monotonic() - began)
-
-    with lock.open("ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        thread = threading.Thread(target=wait)
-        thread.start()
-        for _ in range(14):
-            os.utime(lock)
-            time.sleep(0.1)
+        deadline = time.monotonic() + 60
+        while len(steps) < 3 and thread.is_alive():  # it has looked at the claim three times
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert set(steps) == {0}
         assert model.windows == 0
-    thread.join(30)
-    assert waited[0] > 1.4
-    assert not list(tmp_path.glob("*.partial*"))
+    thread.join(60)
+    [entry] = entries
+    assert same(entry, find_baseline(tmp_path, identity))
+    assert model.windows == 5
+
+
+def test_a_process_that_lost_its_claim_writes_no_more_and_waits_for_the_other(
+    tmp_path, model, windows, identity
+):
+    partial, others = tmp_path / f"{identity.key}.partial", tmp_path / f"{identity.key}.claim.2"
+    steps = []
+
+    def progress(done, total):
+        steps.append(done)
+        if steps == [1, 2]:
+            others.write_text("")  # another process took this one for dead
+        if done == 0:
+            assert (partial / "journal.jsonl").read_text().count("\n") == 3  # identity, 2 windows
+            others.write_text(FREE)
+
+    entry = baseline_for(tmp_path, identity, model, windows, progress)
+    assert steps[:3] == [1, 2, 0]
+    assert steps[-3:] == [3, 4, 5]
+    assert same(entry, baseline_for(tmp_path / "other", identity, model, windows))
 
 
 def test_who_waits_says_so_and_may_be_asked_to_end(tmp_path, model, windows, identity):
     class AskedToEnd(BaseException):
         pass
 
-    told = []
+    steps = []
 
     def progress(done, total):
-        told.append((done, total))
-        if len(told) == 2:
+        steps.append((done, total))
+        if len(steps) == 2:
             raise AskedToEnd
 
-    with (tmp_path / f"{identity.key}.lock").open("ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(AskedToEnd):
-            baseline_for(tmp_path, identity, model, windows, progress)
-    assert told == [(0, len(windows))] * 2
+    with claimed(tmp_path, identity.key), pytest.raises(AskedToEnd):
+        baseline_for(tmp_path, identity, model, windows, progress)
+    assert steps == [(0, len(windows))] * 2
     assert model.windows == 0
 
 

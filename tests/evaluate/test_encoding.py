@@ -1,5 +1,7 @@
 """Text encoded line by line has the ids of the whole text, with a tokenizer made as Qwen3's is."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -65,7 +67,7 @@ def qwen_like(
     normalizer=None,
     special=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
 ):
-    """A byte-level BPE with Qwen3's normalizer, split and kinds of added tokens, trained on text full of newlines."""
+    """A byte-level BPE with Qwen3's normalizer, split and added tokens, on text of newlines."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizer or normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -115,13 +117,14 @@ def test_line_by_line_ids_are_the_tokenizers_own(tokenizer):
 def test_lines_that_were_learnt_together_have_the_same_ids(tokenizer, monkeypatch):
     encode, many = LineEncoder(tokenizer), texts(500, seed=3)
     encode.learn(many)
-    monkeypatch.setattr(encode, "_whole", None)  # nothing is left to be asked for
+    monkeypatch.setattr(encode, "_encode", None)  # nothing is left to be asked for
     for text in many:
         assert encode(text) == tokenizer(text)["input_ids"], repr(text)
 
 
 def test_a_pair_is_split_as_its_whole_text_is(tokenizer):
-    encode, dice = LineEncoder(tokenizer), np.random.default_rng(1)
+    encode: Any = LineEncoder(tokenizer)
+    dice = np.random.default_rng(1)
     for text in texts(500, seed=2):
         cut = int(dice.integers(1, len(text) + 1))
         context, continuation = encode_pair(encode, text[:cut], text[cut:])

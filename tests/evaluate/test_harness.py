@@ -12,6 +12,7 @@ import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lm_eval.tasks
 import numpy as np
@@ -24,16 +25,18 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from q3q.config.model import DEMO_MODELS
+from q3q.data.texts import load_text
 from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate import generation
+from q3q.evaluate.batches import first_questions
 from q3q.evaluate.budget import TokenBudget
-from q3q.evaluate.catalogue import Chat
+from q3q.evaluate.chat import Chat
 from q3q.evaluate.encoding import as_ids
 from q3q.evaluate.harness.lm import HarnessLM
-from q3q.evaluate.harness.run import asked_documents, check_samples, read_metrics, run_tasks, shares
+from q3q.evaluate.harness.run import check_samples, read_metrics, run_tasks, shares
 from q3q.evaluate.journal import Journal
-from q3q.evaluate.prefixes import Tape
-from q3q.evaluate.scoring import run_tape
+from q3q.evaluate.prefixes import PackedTree
+from q3q.evaluate.scoring import run_tree
 from q3q.models.attention import Cached
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
@@ -46,8 +49,8 @@ def models(kind, dtype):
     folder = DEMO_MODELS / kind
     tokenizer = load_tokenizer(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    # With its logits cache HFLM scores the wrong positions where the same tokens are cut into context and continuation
-    # in two ways (lm-eval 0.4.13).
+    # With its logits cache HFLM scores the wrong positions where the same tokens are cut into
+    # context and continuation in two ways (lm-eval 0.4.13).
     hflm = HFLM(
         pretrained=theirs, tokenizer=tokenizer, batch_size=8, max_length=WINDOW, logits_cache=False
     )
@@ -112,7 +115,7 @@ def agree(found, expected, absolute=1e-4, relative=1e-6):
 def test_scores_equal_hflms(both):
     ours, hflm = both
     told = []
-    ours.progress = lambda done, total: told.append((done, total))
+    ours.scorer.steps = lambda done, total: told.append((done, total))
     pairs = adversarial()[:-1]
     agree(
         ours.loglikelihood(instances(pairs)),
@@ -135,55 +138,92 @@ def test_what_no_window_holds_is_refused(both):
         ours.loglikelihood(instances([("  ", "Ada")]))
 
 
-def rounded_to_8_bits(_, inputs):
-    """SmoothQuant's dynamic rounding of a linear's input, one scale a token, written down once more."""
-    scale = inputs[0].float().abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127
-    return ((inputs[0].float() / scale).round() * scale).to(inputs[0].dtype)
+def rounded_to(bits):
+    """Return a hook that rounds a linear's input as SmoothQuant does, with one scale per token."""
+
+    def rounded(_, inputs):
+        scale = inputs[0].float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        scale = scale / (2 ** (bits - 1) - 1)
+        return ((inputs[0].float() / scale).round() * scale).to(inputs[0].dtype)
+
+    return rounded
+
+
+def round_inputs(ours, hflm, bits):
+    """Make the linears of both models' blocks round their inputs to `bits` bits."""
+    for block in ours.model.blocks:
+        block.act_bits = bits
+    for name, linear in hflm.model.named_modules():
+        if isinstance(linear, torch.nn.Linear) and name.startswith("model.layers."):
+            linear.register_forward_pre_hook(rounded_to(bits))
+
+
+def scores(lm, pairs):
+    return np.array([score for score, _ in lm.loglikelihood(instances(pairs))])
+
+
+def distances(found, expected):
+    """Compute distances in nats of scores down to -20, in proportion beyond."""
+    return np.abs(found - expected) / np.maximum(1.0, np.abs(expected) / 20)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    ("kind", "dtype", "act_bits", "median", "most"),
-    [
-        ("dense", torch.bfloat16, None, 0.04, 0.4),
-        ("moe", torch.float32, None, 1e-5, 1e-3),
-        ("moe", torch.bfloat16, None, 0.06, 0.4),
-        ("dense", torch.float32, 8, 1e-4, 0.05),
-        ("dense", torch.bfloat16, 8, 0.06, 0.4),
-    ],
-    ids=[
-        "dense bfloat16",
-        "moe float32",
-        "moe bfloat16",
-        "dense float32 act 8",
-        "dense bfloat16 act 8",
-    ],
+    ("kind", "act_bits", "median", "most"),
+    [("moe", None, 1e-5, 1e-3), ("dense", 8, 1e-4, 0.05)],
+    ids=["moe float32", "dense float32 act 8"],
 )
-def test_where_rounding_may_flip_a_code_or_an_expert_differences_are_small(
-    kind, dtype, act_bits, median, most
+def test_where_a_last_bit_may_flip_a_code_or_an_expert_differences_are_small(
+    kind, act_bits, median, most
 ):
     """The bounds are those of docs/EVALUATION.md."""
-    ours, hflm = models(kind, dtype)
+    ours, hflm = models(kind, torch.float32)
     pairs = [pair for pair in adversarial()[:-1] if len(pair[0]) < 700]
-    plain = ours.loglikelihood(instances(pairs))
+    plain = scores(ours, pairs)
     if act_bits is not None:
-        for block in ours.model.blocks:
-            block.act_bits = act_bits
-        for name, linear in hflm.model.named_modules():
-            if isinstance(linear, torch.nn.Linear) and name.startswith("model.layers."):
-                linear.register_forward_pre_hook(rounded_to_8_bits)
-    found, expected = (
-        ours.loglikelihood(instances(pairs)),
-        hflm.loglikelihood(instances(pairs), disable_tqdm=True),
-    )
-    differences = [
-        abs(a - b) / max(1.0, abs(b) / 20) for (a, _), (b, _) in zip(found, expected, strict=True)
-    ]
+        round_inputs(ours, hflm, act_bits)
+    found = scores(ours, pairs)
+    differences = distances(found, scores(hflm, pairs))
     assert np.median(differences) <= median
     assert max(differences) <= most
     if act_bits is not None:
-        effect = [abs(a - b) for (a, _), (b, _) in zip(found, plain, strict=True)]
-        assert np.median(effect) > 2 * np.median(differences)  # rounding was there, on both sides
+        assert np.median(np.abs(found - plain)) > 2 * np.median(differences)  # both sides rounded
+
+
+def spans(count):
+    """Return `count` pairs of a context and its continuation from the demo's evaluation text."""
+    text = load_text("demo", split="evaluation").joined
+    step = (len(text) - 280) // count
+    return [
+        (text[start : start + 240], text[start + 240 : start + 280])
+        for start in range(0, count * step, step)
+    ]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("kind", "act_bits"),
+    [("dense", None), ("moe", None), ("dense", 8)],
+    ids=["dense", "moe", "dense act 8"],
+)
+def test_in_bfloat16_scores_are_as_near_float32s_as_hflms_are(kind, act_bits):
+    """Compare both with float32 in one run: the distance depends on the model and the processor.
+
+    The mean of 60 such distances is good to a tenth.
+    """
+    pairs = spans(60)
+    ours, hflm = models(kind, torch.bfloat16)
+    in_float32 = models(kind, torch.float32)
+    unrounded = scores(ours, pairs)
+    if act_bits is not None:
+        round_inputs(ours, hflm, act_bits)
+        round_inputs(in_float32[0], in_float32[1], act_bits)
+        assert not np.array_equal(scores(ours, pairs), unrounded)
+    exact = scores(in_float32[1], pairs)
+    errors, hflms_errors = (distances(scores(lm, pairs), exact) for lm in (ours, hflm))
+    print(errors.mean() / hflms_errors.mean(), errors.max() / hflms_errors.max())
+    assert errors.mean() <= 1.25 * hflms_errors.mean()
+    assert errors.max() <= 2 * hflms_errors.max()
 
 
 @torch.inference_mode()
@@ -253,11 +293,11 @@ def test_what_prompts_share_runs_once_however_few_are_continued_together(both, m
     ran = []
 
     def counted(*given):
-        for first, stop, hidden in run_tape(*given):
+        for first, stop, hidden in run_tree(*given):
             ran.append(stop - first)
             yield first, stop, hidden
 
-    monkeypatch.setattr(generation, "run_tape", counted)
+    monkeypatch.setattr(generation, "run_tree", counted)
 
     def texts():
         with torch.inference_mode():
@@ -272,7 +312,7 @@ def test_what_prompts_share_runs_once_however_few_are_continued_together(both, m
         ran.clear()
         monkeypatch.setattr(generation, "cache_bytes", lambda *_, cache=cache: cache)
         assert texts() == together
-        assert sum(ran) == unique == len(Tape(contexts)) < sum(map(len, contexts)) / 2
+        assert sum(ran) == unique == len(PackedTree(contexts)) < sum(map(len, contexts)) / 2
 
 
 def test_rows_are_continued_together_within_what_is_free():
@@ -294,7 +334,8 @@ def test_rows_are_continued_together_within_what_is_free():
 def test_when_rows_end_the_caches_are_copied_block_by_block(both, monkeypatch):
     """There are as many as blocks, and one more while it is copied."""
     ours, _ = both
-    seen, alive = [], []
+    seen: list[Any] = []
+    alive: list[Any] = []
 
     def counted(select):
         def wrapped(cache, rows_R, lengths):
@@ -373,8 +414,10 @@ def test_stop_strings_do_not_end_a_thought(both):
 
 
 TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] "
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] "
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% endif %}"
 )
 
 
@@ -406,7 +449,8 @@ def test_chat_templates_are_applied_as_hflm_does(both):
 QWEN_LIKE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if enable_thinking is defined and enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 ALWAYS_THINKS = QWEN_LIKE.replace(
     "{% if enable_thinking is defined and enable_thinking is false %}", ""
@@ -443,7 +487,7 @@ def say(monkeypatch, text):
                     break
             yield row, tokens
 
-    monkeypatch.setattr("q3q.evaluate.harness.generate", generate)
+    monkeypatch.setattr("q3q.evaluate.harness.lm.generate", generate)
 
 
 THOUGHT = "<think>\nHm.\n\nNot 7.\n\nSo it is\n</think>\n\n"
@@ -594,7 +638,9 @@ def test_intervals_of_shares_whatever_their_name_stay_between_0_and_1():
         }
     }
     _, intervals = read_metrics(results, shares({"t": rows}))
-    assert intervals["t/exact_match"] == intervals["t/acc"] == (pytest.approx(0.26, abs=1e-3), 1)
+    assert intervals["t/exact_match"] == intervals["t/acc"]
+    assert intervals["t/acc"] == pytest.approx((0.26, 1), abs=1e-3)
+    assert intervals["t/acc"][1] == 1
     assert intervals["t/loss"] == pytest.approx((0.26, 1.24), abs=1e-3)
 
 
@@ -602,7 +648,7 @@ PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
 
 
 def official_tasks(folder, count=6):
-    """lm-eval's own task files, with data sets of ours in the official schemas: names of the local tasks."""
+    """Write lm-eval's task files for data sets in the official schemas; return the tasks' names."""
 
     def mmlu(i, strip=False):
         return {
@@ -718,8 +764,10 @@ def test_official_tasks_score_as_with_hflm(both, tmp_path):
         for key, value in theirs["results"][task].items():
             name, _, filtered = key.partition(",")
             if filtered and not name.endswith("_stderr"):
+                # A text's log-likelihood may differ by 1e-4 and 1e-6 of itself (below): with at
+                # least 5 words of some 8 nats each, its perplexity per word may differ by 3e-5.
                 assert found.metrics[f"{task}/{name}"] == pytest.approx(
-                    value, rel=0 if name.startswith("acc") else 1e-6
+                    value, rel=0 if name.startswith("acc") else 3e-5
                 )
         for row, sample in zip(found.samples[task], theirs["samples"][task], strict=True):
             assert row["doc_id"] == sample["doc_id"]
@@ -810,7 +858,7 @@ def test_tasks_without_documents_and_documents_without_samples_fail(both, tmp_pa
         )
     rows = [{"doc_id": i, "filter": "none"} for i in range(3)]
     check_samples({"t": rows}, {"t": range(3)})
-    check_samples({"t": rows}, asked_documents({"t": 9}, 3, None))
+    check_samples({"t": rows}, {"t": first_questions(3, "t", 9)})
     with pytest.raises(
         IntegrityError, match=r"t \(filter none\): 3 samples of 3 documents, there should be 4"
     ):
@@ -832,7 +880,7 @@ REAL = Path(os.environ.get("Q3Q_TEST_DATA", Path(__file__).parents[3] / "shared"
 
 
 def real_tasks(folder, count=2):
-    """lm-eval's MMLU and ARC-Easy with questions of the real data sets: names of the local tasks."""
+    """Write lm-eval's MMLU and ARC-Easy with real questions; return the tasks' names."""
 
     def rows(path, few):
         with path.open(encoding="utf-8", newline="") as file:
@@ -915,8 +963,8 @@ CHILD = """
 import sys, time
 import torch
 from pathlib import Path
-from q3q.config import DEMO_MODELS
-from q3q.evaluate.harness import run_tasks
+from q3q.config.model import DEMO_MODELS
+from q3q.evaluate.harness.run import run_tasks
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 folder = DEMO_MODELS / "dense"
@@ -924,8 +972,8 @@ model = load_decoder(Checkpoint(folder), torch.float32)
 def slowly(done, total):
     print(done, total, flush=True)
     time.sleep(0.5 if done else 0)
-run_tasks(model, load_tokenizer(folder), ["stories_where"], limit=60, seed=0, journal=Path(sys.argv[1]),
-          identity="demo", progress=slowly)
+run_tasks(model, load_tokenizer(folder), ["stories_where"], limit=60, seed=0,
+          journal=Path(sys.argv[1]), identity="demo", steps=slowly)
 """
 
 
@@ -938,6 +986,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(both, tmp_path):
         text=True,
         env=environment,
     )
+    assert child.stdout is not None
     for line in child.stdout:
         done, total = map(int, line.split())
         if done:
@@ -945,6 +994,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(both, tmp_path):
     time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
     child.wait()
+    child.stdout.close()
     assert 0 < done < total
     told = []
     resumed = run_tasks(
@@ -955,7 +1005,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(both, tmp_path):
         seed=0,
         journal=tmp_path,
         identity="demo",
-        progress=lambda done, total: told.append((done, total)),
+        steps=lambda done, total: told.append((done, total)),
     )
     assert told[0][0] >= done  # what was scored is not scored again
     assert told[-1] == (total, total)

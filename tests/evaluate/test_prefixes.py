@@ -1,4 +1,4 @@
-"""A tape holds each token of the prefix tree once, and running it in any batches computes what whole texts compute."""
+"""A packed tree holds each shared prefix once and computes what whole texts compute."""
 
 from dataclasses import replace
 
@@ -10,8 +10,9 @@ from q3q.config.model import DEMO_MODELS
 from q3q.errors import IntegrityError
 from q3q.evaluate import prefixes
 from q3q.evaluate.budget import TokenBudget, out_of_memory
-from q3q.evaluate.prefixes import Tape
-from q3q.evaluate.scoring import Request, lay_out, run_tape, score
+from q3q.evaluate.prefixes import PackedTree
+from q3q.evaluate.scoring import Request, pack_requests, run_tree, score
+from q3q.models.attention import VarlenSlice
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 
@@ -29,11 +30,11 @@ def fixed(tokens):
 def decoder():
     """Two blocks of the demo model."""
     whole = load_decoder(Checkpoint(DEMO_MODELS / "dense"), torch.float32)
-    return replace(whole, blocks=whole.blocks[:2])
+    return replace(whole, blocks=list(whole.blocks)[:2])
 
 
 def random_texts(seed, count=40, most=60):
-    """Texts that begin alike in many ways: each goes on from a random cut of an earlier one."""
+    """Return texts with many shared prefixes: each continues a random prefix of an earlier one."""
     random = np.random.default_rng(seed)
     texts = [random.integers(0, 4096, most).astype(np.int32)]
     for _ in range(count - 1):
@@ -56,85 +57,79 @@ def requests_of(texts):
     ]
 
 
-def test_the_tape_holds_each_prefix_once():
+def test_the_tree_holds_each_prefix_once():
     texts = random_texts(0)
-    tape, readers = lay_out(requests_of(texts))
-    tree = {tuple(text[: i + 1]) for text in tape.texts for i in range(len(text))}
-    assert len(tape) == len(tree)
-    for text, places in zip(tape.texts, tape.places(), strict=True):
-        assert (tape.ids[places] == text).all()
+    tree, readers = pack_requests(requests_of(texts))
+    prefixes_of_texts = {tuple(text[: i + 1]) for text in tree.texts for i in range(len(text))}
+    assert len(tree) == len(prefixes_of_texts)
+    for text, positions in zip(tree.texts, tree.positions(), strict=True):
+        assert (tree.ids[positions] == text).all()
     assert sorted(number for numbers in readers for number in numbers) == list(range(len(texts)))
 
 
 @pytest.mark.parametrize("budget", [1, 7, 100, 5000])
-@pytest.mark.parametrize(
-    "worth", [1, 50, 10**9]
-)  # everything shared is attended once, some of it, nothing
+@pytest.mark.parametrize("worth", [1, 50, 10**9])  # all shared prefixes attended once, some, none
 @torch.inference_mode()
 def test_hidden_states_equal_those_of_whole_texts(decoder, budget, worth, monkeypatch):
     monkeypatch.setattr(prefixes, "WORTH_SHARING", worth)
     texts = random_texts(1, count=15 if budget > 1 else 5, most=40)
-    tape, _ = lay_out(requests_of(texts))
+    tree, _ = pack_requests(requests_of(texts))
     found, reached = [], 0
-    for first, stop, hidden_TH in run_tape(decoder, tape, fixed(budget)):
+    for first, stop, hidden_TH in run_tree(decoder, tree, fixed(budget)):
         assert first == reached
         assert stop - first <= budget
         reached = stop
         found.append(hidden_TH)
-    assert reached == len(tape)
+    assert reached == len(tree)
     hidden_TH = torch.cat(found)
-    for text, places in zip(tape.texts, tape.places(), strict=True):
+    for text, positions in zip(tree.texts, tree.positions(), strict=True):
         expected = decoder.hidden(torch.from_numpy(text.astype(np.int64))[None])[0]
         torch.testing.assert_close(
-            hidden_TH[torch.from_numpy(places)], expected, rtol=2e-4, atol=2e-4
+            hidden_TH[torch.from_numpy(positions)], expected, rtol=2e-4, atol=2e-4
         )
 
 
 @pytest.mark.parametrize("budget", [7, 100, 5000])
 @pytest.mark.parametrize("worth", [1, 50, 10**9])
 @torch.inference_mode()
-def test_ragged_looks_see_the_same(decoder, budget, worth, monkeypatch):
+def test_varlen_slices_compute_the_same(decoder, budget, worth, monkeypatch):
     """What FlashAttention computes on a GPU, by its plain twin."""
-    monkeypatch.setattr(prefixes, "RAGGED_WORTH_SHARING", worth)
+    monkeypatch.setattr(prefixes, "VARLEN_WORTH_SHARING", worth)
     texts = random_texts(1, count=15, most=40)
-    tape, _ = lay_out(requests_of(texts), ragged=True)
-    hidden_TH = torch.cat([hidden for _, _, hidden in run_tape(decoder, tape, fixed(budget))])
-    assert len(hidden_TH) == tape.attended == len(tape)
-    assert tape.padded == 0
-    for text, places in zip(tape.texts, tape.places(), strict=True):
+    tree, _ = pack_requests(requests_of(texts), varlen=True)
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(decoder, tree, fixed(budget))])
+    assert len(hidden_TH) == tree.attended == len(tree)
+    assert tree.padded == 0
+    for text, positions in zip(tree.texts, tree.positions(), strict=True):
         expected = decoder.hidden(torch.from_numpy(text.astype(np.int64))[None])[0]
         torch.testing.assert_close(
-            hidden_TH[torch.from_numpy(places)], expected, rtol=2e-4, atol=2e-4
+            hidden_TH[torch.from_numpy(positions)], expected, rtol=2e-4, atol=2e-4
         )
 
 
-def test_a_ragged_batch_is_one_look_and_one_for_each_stretch_worth_sharing(monkeypatch):
-    monkeypatch.setattr(prefixes, "RAGGED_WORTH_SHARING", 100)
+def test_a_varlen_batch_is_one_slice_and_one_for_each_stretch_worth_sharing(monkeypatch):
+    monkeypatch.setattr(prefixes, "VARLEN_WORTH_SHARING", 100)
     stem = np.arange(60, dtype=np.int32)
     texts = [np.concatenate((stem, ids(100 + k, 7, 8))) for k in range(5)]
-    tape = Tape(texts, ragged=True)
-    batch = tape.next_batch(1000)
+    tree = PackedTree(texts, varlen=True)
+    batch = tree.next_batch(1000)
     [own], [shared] = batch.own, batch.shared
-    assert own.query == slice(0, len(tape))
-    assert own.query_ends_S.tolist() == [
-        0,
-        63,
-        66,
-        69,
-        72,
-        75,
-    ]  # the first text is the stem's piece too
-    assert own.key_ends_S.tolist() == [0, 63, 66, 69, 72, 75]
-    assert (own.longest, own.causal) == ((63, 63), True)
-    assert (shared.query, shared.key, shared.causal) == (slice(63, 75), slice(0, 60), False)
+    assert isinstance(own, VarlenSlice)
+    assert isinstance(shared, VarlenSlice)
+    assert own.query == slice(0, len(tree))
+    # The first text's span contains the stem.
+    assert own.layout.query_ends_S.tolist() == [0, 63, 66, 69, 72, 75]
+    assert own.layout.key_ends_S.tolist() == [0, 63, 66, 69, 72, 75]
+    assert (own.layout.longest, own.layout.causal) == ((63, 63), True)
+    assert (shared.query, shared.key, shared.layout.causal) == (slice(63, 75), slice(0, 60), False)
 
 
 @torch.inference_mode()
 def test_a_long_prefix_is_attended_without_large_masks(decoder, monkeypatch):
-    monkeypatch.setattr(prefixes, "LOOK_SCORES", 2000)  # ancestors x queries of one piece are more
+    monkeypatch.setattr(prefixes, "SLICE_SCORES", 2000)  # one span's ancestors x queries are more
     text = np.random.default_rng(3).integers(0, 4096, 400).astype(np.int32)
-    tape = Tape([text])
-    hidden_TH = torch.cat([hidden for _, _, hidden in run_tape(decoder, tape, fixed(90))])
+    tree = PackedTree([text])
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(decoder, tree, fixed(90))])
     torch.testing.assert_close(
         hidden_TH,
         decoder.hidden(torch.from_numpy(text.astype(np.int64))[None])[0],
@@ -147,11 +142,12 @@ def test_a_long_prefix_is_attended_without_large_masks(decoder, monkeypatch):
 def test_only_positions_that_are_read_go_through_the_head(decoder, monkeypatch):
     seen = []
     whole = type(decoder).log_likelihoods
-    monkeypatch.setattr(
-        type(decoder),
-        "log_likelihoods",
-        lambda self, hidden, *rest: seen.append(len(hidden)) or whole(self, hidden, *rest),
-    )
+
+    def recording(self, hidden, *rest):
+        seen.append(len(hidden))
+        return whole(self, hidden, *rest)
+
+    monkeypatch.setattr(type(decoder), "log_likelihoods", recording)
     question = ids(*range(1, 50))
     four = [Request(question, ids(answer), "t") for answer in (5, 6, 7, 8)]
     found = dict(pair for ended, _ in score(decoder, four, fixed(1000)) for pair in ended)
@@ -220,9 +216,8 @@ def test_a_budget_grows_while_that_is_faster(monkeypatch):
     budget = TokenBudget(start=128)
 
     def attempt(tokens):
-        clock[0] += (
-            1 + tokens / 100 if tokens <= 1024 else tokens / 10
-        )  # beyond 1,024 tokens it gets slow
+        # Slow beyond 1,024 tokens.
+        clock[0] += 1 + tokens / 100 if tokens <= 1024 else tokens / 10
         return tokens, None
 
     for _ in range(40):
@@ -231,7 +226,10 @@ def test_a_budget_grows_while_that_is_faster(monkeypatch):
 
 
 def multiple_choice(random, questions, shared, asked, answers):
-    """Requests of questions with four answers each. shared: tokens that all begin with; asked, answers: from, to."""
+    """Yield requests of questions with four answers each.
+
+    shared: tokens of the common prefix. asked, answers: ranges of lengths.
+    """
     begin = random.integers(0, 4096, shared)
     for _ in range(questions):
         question = random.integers(0, 4096, random.integers(*asked))
@@ -247,16 +245,14 @@ def multiple_choice(random, questions, shared, asked, answers):
     [
         {"shared": 600, "asked": (20, 200), "answers": (1, 2)},  # 5-shot MMLU
         {"shared": 0, "asked": (20, 60), "answers": (5, 30)},  # HellaSwag
-        {"shared": 0, "asked": (20, 60), "answers": (1, 6)},  # ARC: pieces of a few tokens
+        {"shared": 0, "asked": (20, 60), "answers": (1, 6)},  # ARC: spans of a few tokens
         {"shared": 0, "asked": (10, 30), "answers": (6, 13)},  # PIQA's shorter ones
     ],
 )
 def test_attention_pads_less_than_a_twentieth(shape, budget):
-    tape, _ = lay_out(list(multiple_choice(np.random.default_rng(0), 150, **shape)))
-    while not tape.done:
-        tape.next_batch(budget)
-        tape.advance()
-    assert tape.attended - tape.padded == len(
-        tape
-    )  # nothing but the attention's query slots is ever padded
-    assert tape.padded < 0.05 * tape.attended
+    tree, _ = pack_requests(list(multiple_choice(np.random.default_rng(0), 150, **shape)))
+    while not tree.done:
+        tree.next_batch(budget)
+        tree.advance()
+    assert tree.attended - tree.padded == len(tree)  # only attention's query slots are padded
+    assert tree.padded < 0.05 * tree.attended

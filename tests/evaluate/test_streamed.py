@@ -1,4 +1,4 @@
-"""A model whose blocks cost reading is gone through block by block, and scores bit for bit what it scores in memory."""
+"""A streamed model scores bit for bit what it scores in memory."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ class Counted:
 def resident(request):
     """Two blocks of a demo model."""
     whole = load_decoder(Checkpoint(DEMO_MODELS / request.param), torch.float32)
-    return replace(whole, blocks=whole.blocks[:2])
+    return replace(whole, blocks=list(whole.blocks)[:2])
 
 
 @pytest.fixture

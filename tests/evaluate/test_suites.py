@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import datasets
 import huggingface_hub
@@ -11,17 +12,23 @@ import pytest
 import torch
 
 from q3q.config.model import DEMO_MODELS
-from q3q.data.questions import LOCAL, MMLU, REVISIONS, DataSet, Library, serving
+from q3q.data.questions import LOCAL, MMLU, REPOSITORIES, DataSet, Library, serving
 from q3q.data.texts import Text
 from q3q.data.windows import draw_windows
 from q3q.errors import ConfigError, IntegrityError
-from q3q.evaluate import catalogue, mmlu_paper, suites
-from q3q.evaluate.catalogue import KNOWN, QUESTIONS, SUBJECTS, batches, draws_shots
+from q3q.evaluate import mmlu_paper, version
+from q3q.evaluate.batches import batches, draws_shots
+from q3q.evaluate.catalogue import OWN_TASKS, STUDY_MMLU, SUBJECTS, TASKS
 from q3q.evaluate.compare import compare
+from q3q.evaluate.data_sets import resolve_data_sets
 from q3q.evaluate.samples import comparisons, measured, read_samples, window_rows, write_samples
-from q3q.evaluate.suites import score_batch, settle, weighted_intervals, weighted_losses
+from q3q.evaluate.suites import score_batch
+from q3q.evaluate.weighted import weighted_intervals, weighted_losses
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
+from q3q.reporter import no_steps
+from q3q.spec import Evaluation, TaskRef
+from tests.specs import evaluation_of
 
 HAS = {
     "piqa": 6,
@@ -55,10 +62,13 @@ def demo():
 
 def score(demo, evaluation, folder, journal):
     library = Library(folder, settle=True)
-    settle(evaluation["tasks"], library, shots=evaluation.get("shots", {}), limits=HAS)
+    shots = {task.name: task.shots or 0 for task in evaluation.tasks}
+    resolve_data_sets(evaluation.task_names, library, shots=shots, limits=HAS)
+    model, tokenizer = demo
     parts = [
         score_batch(
-            *demo,
+            model,
+            tokenizer,
             evaluation,
             batch,
             Library(folder, library.identities),
@@ -66,7 +76,7 @@ def score(demo, evaluation, folder, journal):
             seed=0,
             journal=journal / str(number),
             identity="demo",
-            tell=lambda done, total: None,
+            steps=no_steps,
         )
         for number, batch in enumerate(batches(evaluation))
     ]
@@ -77,16 +87,15 @@ def score(demo, evaluation, folder, journal):
 
 @pytest.fixture
 def three_subjects(monkeypatch):
-    monkeypatch.setattr(suites, "MMLU_DATA", suites.MMLU_DATA[:3])
+    task = TASKS[STUDY_MMLU]
+    few = replace(task, data=task.data[:3], questions=task.questions[:3])
+    monkeypatch.setitem(TASKS, STUDY_MMLU, few)
 
 
 @pytest.fixture(scope="module")
 def scored(demo, study_data, tmp_path_factory):
-    evaluation = {"texts": [], "tasks": list(SUITE), "task_limit": None, "shots": {"mmlu": 5}}
+    evaluation = evaluation_of(tasks=SUITE, shots={"mmlu": 5})
     return score(demo, evaluation, study_data, tmp_path_factory.mktemp("journal"))
-
-
-# ------------------------------------------------------------------------------------------------ what is scored
 
 
 def test_the_suite_has_the_studys_metrics_each_with_an_interval(scored):
@@ -120,10 +129,8 @@ def test_a_pages_perplexity_is_that_of_its_words(scored, study_data):
     rows = [row for row in samples if row["task"] == "wikitext"]
     likelihoods = sum(row["log_likelihood"][0] for row in rows)
     nats_a_word = torch.tensor(metrics["word_perplexity/wikitext2"]).log()
-    pages = [
-        json.loads(line)["page"]
-        for line in (study_data / "wikitext" / "test.jsonl").open(encoding="utf-8")
-    ]
+    lines = (study_data / "wikitext" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    pages = [json.loads(line)["page"] for line in lines]
     assert -likelihoods / nats_a_word == pytest.approx(
         sum(len(re.split(r"\s+", page)) for page in pages)
     )
@@ -145,7 +152,7 @@ def test_a_pages_perplexity_is_that_of_its_words(scored, study_data):
 
 
 def test_two_models_word_perplexities_are_compared_page_by_page():
-    """The difference is of nats per word, and its interval that of a ratio: a page's length alone is no difference."""
+    """The difference is in nats per word, with a ratio's interval: a page's length is none."""
     dice = torch.Generator().manual_seed(0)
     words = torch.randint(50, 5000, (40,), generator=dice).tolist()
     ours, theirs = (
@@ -156,7 +163,7 @@ def test_two_models_word_perplexities_are_compared_page_by_page():
     )
     found = compare("word_perplexity/wikitext2", ours, theirs)
     assert found.difference == pytest.approx(0.02)
-    assert (found.low, found.high) == (pytest.approx(0.02), pytest.approx(0.02))
+    assert (found.low, found.high) == pytest.approx((0.02, 0.02))
     assert found.distinguishable
     noisy = [
         {"word_perplexity": (-w * (3.0 + float(torch.randn((), generator=dice)) / 10), w)}
@@ -169,12 +176,8 @@ def test_two_models_word_perplexities_are_compared_page_by_page():
 def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(
     demo, study_data, tmp_path, three_subjects
 ):
-    evaluation = {
-        "tasks": ["piqa", "wikitext", "mmlu_paper"],
-        "task_limit": 3,
-        "limits": {"mmlu_paper": 1},
-    }
-    evaluation |= {"quick": True, "texts": []}
+    tasks = ["piqa", "wikitext", "mmlu_paper"]
+    evaluation = evaluation_of(tasks=tasks, task_limit=3, limits={"mmlu_paper": 1}, quick=True)
     metrics, _, samples = score(demo, evaluation, study_data, tmp_path / "a")
     again = score(demo, evaluation, study_data, tmp_path / "b")
     assert (metrics, samples) == (again[0], again[2])
@@ -183,9 +186,8 @@ def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(
         metrics
     )
     drawn = [row["doc_hash"] for row in samples if row["task"] == "piqa"]
-    first = score(
-        demo, {"tasks": ["piqa"], "task_limit": 3, "texts": []}, study_data, tmp_path / "c"
-    )[2]
+    plain = evaluation_of(tasks=["piqa"], task_limit=3)
+    first = score(demo, plain, study_data, tmp_path / "c")[2]
     assert len(drawn) == len(first) == 3
     assert drawn != [
         row["doc_hash"] for row in first
@@ -196,12 +198,8 @@ def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(
 def test_a_killed_run_finds_its_scores_again(
     demo, study_data, tmp_path, monkeypatch, three_subjects
 ):
-    evaluation = {
-        "tasks": ["piqa", "mmlu_paper"],
-        "task_limit": 2,
-        "limits": {"mmlu_paper": 1},
-        "texts": [],
-    }
+    tasks = ["piqa", "mmlu_paper"]
+    evaluation = evaluation_of(tasks=tasks, task_limit=2, limits={"mmlu_paper": 1})
     first = score(demo, evaluation, study_data, tmp_path)
     monkeypatch.setattr(type(demo[0]), "states", lambda *_: pytest.fail("scored again"))
     again = score(demo, evaluation, study_data, tmp_path)
@@ -209,20 +207,17 @@ def test_a_killed_run_finds_its_scores_again(
 
 
 def test_a_trial_that_was_planned_with_another_evaluation_is_not_run(monkeypatch):
-    planned = {"texts": [], "tasks": ["piqa"], "version": catalogue.EVALUATION_VERSION}
-    planned["lm_eval"] = catalogue.lm_eval_version()
-    catalogue.refuse_other_versions(planned)
-    catalogue.refuse_other_versions({"texts": [], "tasks": []})
+    planned = evaluation_of(tasks=["piqa"])
+    version.refuse_other_versions(planned)
+    version.refuse_other_versions(Evaluation())
     with pytest.raises(ConfigError, match=r"planned with lm-eval 0\.1, and this process has"):
-        catalogue.refuse_other_versions({**planned, "lm_eval": "0.1"})
-    monkeypatch.setattr(catalogue, "EVALUATION_VERSION", catalogue.EVALUATION_VERSION + 1)
+        version.refuse_other_versions(replace(planned, lm_eval="0.1"))
+    monkeypatch.setattr(version, "EVALUATION_VERSION", version.EVALUATION_VERSION + 1)
     with pytest.raises(
         ConfigError, match=r"planned with q3q's evaluation 1, and this process has 2"
     ):
-        catalogue.refuse_other_versions(planned)
+        version.refuse_other_versions(planned)
 
-
-# -------------------------------------------------------------------------------------- MMLU by the study's script
 
 QUESTION = {
     "question": "What? ",
@@ -251,19 +246,19 @@ def test_examples_are_dropped_while_the_prompt_is_too_long(words, shots):
 
 
 def test_the_answer_is_the_bare_letters_token(demo, study_data, tmp_path, three_subjects):
-    """The study's script by hand: logits of the last position, argmax over the tokens of the letters alone."""
+    """The study's script: the last position's logits, argmax over the letters' tokens alone."""
     model, tokenizer = demo
-    _, _, samples = score(
-        demo, {"tasks": ["mmlu_paper"], "task_limit": 1, "texts": []}, study_data, tmp_path
-    )
-    for row, subject in zip(samples, SUBJECTS[:3], strict=True):
+    evaluation = evaluation_of(tasks=["mmlu_paper"], task_limit=1)
+    _, _, samples = score(demo, evaluation, study_data, tmp_path)
+    for row, subject in zip(samples, list(SUBJECTS)[:3], strict=True):
         splits = {}
         for split in ("dev", "test"):
             with (study_data / "mmlu" / split / f"{subject}_{split}.csv").open(
                 newline="", encoding="utf-8"
             ) as file:
                 splits[split] = list(csv.reader(file))
-        head = f"The following are multiple choice questions (with answers) about  {subject.replace('_', ' ')}.\n\n"
+        name = subject.replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about  {name}.\n\n"
 
         def asked(cells):
             return (
@@ -284,20 +279,19 @@ def test_the_answer_is_the_bare_letters_token(demo, study_data, tmp_path, three_
         )
 
 
-# ------------------------------------------------------------------------------------------------ C4's windows
-
-# Of the study's windows of C4: document, first token, and the number of tokens that its document has beyond 2048, at
-# least (the lists in its repository; 45,576 documents in the validation part's first file).
+# The study's windows of C4: document, first token, and the least number of tokens that the document
+# has beyond 2048 (the lists in its repository; the validation part's first file has 45,576
+# documents).
 C4 = """
-25247 388 389, 31845 829 1024, 23465 597 598, 16417 1090 1091, 9631 79 128, 5886 347 348, 8155 325 326, 7605
-298 4096, 13064 1065 2048, 23406 397 512, 2994 1114 1115
+25247 388 389, 31845 829 1024, 23465 597 598, 16417 1090 1091, 9631 79 128, 5886 347 348,
+8155 325 326, 7605 298 4096, 13064 1065 2048, 23406 397 512, 2994 1114 1115
 """
 
 
 def test_c4_is_drawn_as_the_study_drew_it():
     """Python's random.seed(0): a document, again until one is long enough, then a place in it."""
     expected = [tuple(map(int, row.split())) for row in C4.split(",")]
-    extra = {}
+    extra: dict[int, int] = {}
     for document, _, beyond in expected:
         extra[document] = max(beyond, extra.get(document, 0))
     text = Text("c4", tuple("x" * (2048 + extra[i] if i in extra else 9) for i in range(45_576)))
@@ -307,9 +301,6 @@ def test_c4_is_drawn_as_the_study_drew_it():
 
     windows = draw_windows(text, encode, samples=len(expected), length=2048, draw="random", seed=0)
     assert windows[:, 0].tolist() == [start for _, start, _ in expected]
-
-
-# ------------------------------------------------------------------------------------------------ data sets
 
 
 @pytest.fixture
@@ -322,8 +313,8 @@ def no_hub(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", ["piqa", "mmlu"])
 def test_a_data_set_that_is_nowhere_is_named_with_a_way_out(no_hub, tmp_path, task):
     with pytest.raises(ConfigError) as refusal:
-        settle([task], Library(tmp_path, settle=True))
-    assert KNOWN[task][0].key in str(refusal.value)
+        resolve_data_sets([task], Library(tmp_path, settle=True))
+    assert TASKS[task].data[0].key in str(refusal.value)
     assert f"data.path={tmp_path} with {tmp_path}/{task}/ holding" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -345,7 +336,7 @@ def download(place, row):
 def test_a_downloaded_data_set_counts_if_it_is_the_pinned_commit(no_hub):
     """Of our commit it is taken without the Hub, of another it is not."""
     data = DataSet("baber/piqa", None, ("validation",))
-    revision = REVISIONS["baber/piqa"]
+    revision = REPOSITORIES["baber/piqa"].commit
     place = no_hub / "baber___piqa" / "default" / "0.0.0" / revision
     rows = download(place, {"goal": "g", "sol1": "a", "sol2": "b", "label": 1})
     library = Library(None, settle=True)
@@ -384,7 +375,7 @@ def test_of_a_data_set_that_is_not_pinned_the_downloaded_commit_is_taken_without
 
 def test_a_folder_is_known_by_its_content(study_data, tmp_path):
     shutil.copytree(study_data / "piqa", tmp_path / "piqa")
-    data = KNOWN["piqa"][0]
+    data = TASKS["piqa"].data[0]
     library = Library(tmp_path, settle=True)
     identity = library.identify(data)
     assert identity.startswith(LOCAL)
@@ -438,12 +429,12 @@ def test_a_folder_that_cannot_serve_is_refused(tmp_path, name, content, complain
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / name).write_text(content, encoding="utf-8")
     with pytest.raises(ConfigError, match=complaint):
-        settle(["piqa"], Library(tmp_path, settle=True))
+        resolve_data_sets(["piqa"], Library(tmp_path, settle=True))
 
 
 def test_examples_need_a_training_split(study_data):
     with pytest.raises(ConfigError, match="no rows of the split train"):
-        settle(["piqa"], Library(study_data, settle=True), shots={"piqa": 2})
+        resolve_data_sets(["piqa"], Library(study_data, settle=True), shots={"piqa": 2})
 
 
 def test_a_data_set_that_is_not_whole_is_refused_unless_a_limit_says_so(study_data, monkeypatch):
@@ -451,26 +442,26 @@ def test_a_data_set_that_is_not_whole_is_refused_unless_a_limit_says_so(study_da
     with pytest.raises(
         ConfigError, match=r"piqa has 6 rows of the split validation, and 1838 .*limits=\{piqa:6\}"
     ):
-        settle(["piqa"], library)
-    settle(["piqa", "mmlu"], library, limits={"piqa": 6, "mmlu": 1})
+        resolve_data_sets(["piqa"], library)
+    resolve_data_sets(["piqa", "mmlu"], library, limits={"piqa": 6, "mmlu": 1})
     with pytest.raises(ConfigError, match="6 rows"):
-        settle(["piqa"], library, limits={"piqa": 7})
-    monkeypatch.setitem(QUESTIONS, "baber/piqa", 5)
+        resolve_data_sets(["piqa"], library, limits={"piqa": 7})
+    monkeypatch.setitem(TASKS, "piqa", replace(TASKS["piqa"], questions=(5,)))
     with pytest.raises(
         ConfigError,
         match="6 rows of the split validation, and 5 are its questions: give these alone",
     ):
-        settle(["piqa"], library, limits={"piqa": 3})
+        resolve_data_sets(["piqa"], library, limits={"piqa": 3})
     monkeypatch.undo()
-    assert sum(count for key, count in QUESTIONS.items() if key.startswith(MMLU)) == 14_042
+    assert sum(SUBJECTS.values()) == 14_042
     with pytest.raises(ConfigError, match=r"mmlu is to show 6 examples, and .*mmlu has 5 in dev"):
-        settle(["mmlu"], library, limits=HAS, shots={"mmlu": 6})
+        resolve_data_sets(["mmlu"], library, limits=HAS, shots={"mmlu": 6})
 
 
 @pytest.mark.parametrize("task", ["stories_who", "wikitext"])
 def test_where_there_are_no_examples_none_are_shown(task):
     with pytest.raises(ConfigError, match=f"{task} has no examples, and cannot show 1"):
-        settle([task], Library(None, settle=True), shots={task: 1})
+        resolve_data_sets([task], Library(None, settle=True), shots={task: 1})
 
 
 def test_mmlu_may_come_in_either_layout(study_data, tmp_path):
@@ -483,7 +474,7 @@ def test_mmlu_may_come_in_either_layout(study_data, tmp_path):
             official.load(data)[split].to_parquet(
                 tmp_path / "mmlu" / data.name / f"{split}-00000-of-00001.parquet"
             )
-    settle(["mmlu"], other, limits={"mmlu": 2})
+    resolve_data_sets(["mmlu"], other, limits={"mmlu": 2})
     for data in subjects:
         assert all(
             list(other.load(data)[split]) == list(official.load(data)[split])
@@ -533,12 +524,19 @@ def test_a_tasks_own_files_are_not_ours_to_serve(tmp_path):
 
 
 def test_a_seed_decides_about_examples_that_are_drawn():
-    assert not draws_shots(["piqa", "stories_who", "mmlu"], {"mmlu": 5})
-    assert draws_shots(["piqa"], {"piqa": 2})
-    assert draws_shots(["gsm8k"], {})  # its own number is not known here
+    assert not draws_shots(
+        [TaskRef(name="piqa"), TaskRef(name="stories_who"), TaskRef(name="mmlu", shots=5)]
+    )
+    assert draws_shots([TaskRef(name="piqa", shots=2)])
+    assert draws_shots([TaskRef(name="gsm8k")])  # its own number is not known here
 
 
-# ------------------------------------------------------------------------------------------------ samples and pairs
+def test_each_of_our_own_tasks_has_a_row_in_the_catalogue():
+    files = {path.stem: path.read_text("utf-8") for path in OWN_TASKS.glob("*.yaml")}
+    rows = {name: task for name, task in TASKS.items() if not task.data}
+    assert rows.keys() == files.keys()
+    for name, task in rows.items():
+        assert f"\n  count: {task.questions[0]}\n" in files[name]
 
 
 def test_samples_read_back_and_pair_up(scored, tmp_path):

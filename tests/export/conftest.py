@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from q3q.export.formats import stored_scales
-from q3q.export.writer import open_exporter
 from q3q.models.checkpoint import Checkpoint, disk_shapes
 from q3q.models.decoder import load_block, load_decoder
 from q3q.models.facts import read_facts
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid, with_scales
+from q3q.placement import Trial
 from q3q.quantize.block import QuantizedBlock
-from q3q.spec import Scheme, TrialSpec
+from tests.specs import evaluation_of, exporter_of, make_trial, model_of
 
 DEMO = Path(__file__).parents[2] / "q3q" / "models" / "demo" / "dense"
 CONFIG = {
@@ -85,22 +85,15 @@ def checkpoint(tmp_path):
     return lambda **kind: make_checkpoint(tmp_path / "original", **kind)
 
 
-def spec_of(checkpoint, export, path, **scheme) -> TrialSpec:
-    scales = stored_scales(export, checkpoint.facts.dtype)
-    wanted = {"bits": 4, "group_size": 16, "symmetric": False, "scales": scales, **scheme}
-    return TrialSpec(
-        model={"name": "tiny", "digest": "0", "dtype": checkpoint.facts.dtype},
-        method={"name": "rtn"},
-        scheme=Scheme(**wanted),
-        calibration=None,
-        evaluation={"texts": [], "tasks": []},
-        seed=0,
+def trial_of(checkpoint, export, path, **scheme) -> Trial:
+    dtype = checkpoint.facts.dtype
+    return make_trial(
+        **{"group_size": 16, "scales": stored_scales(export, dtype), **scheme},
+        model=model_of("tiny", dtype),
+        evaluation=evaluation_of(),
         export=export,
-        places={
-            "export": str(path),
-            "trials": str(path.parent / "trials"),
-            "command": "python launch.py method=rtn",
-        },
+        storage=path.parent,
+        placement={"export": path, "command": "python launch.py method=rtn"},
     )
 
 
@@ -112,22 +105,24 @@ def apart(weight, seed):
     return replace(weight, group_EI=group_I.expand(weight.shape[0], -1))
 
 
-def quantized_blocks(checkpoint, spec, *, act_order=False, leave=()):
+def quantized_blocks(checkpoint, trial, *, act_order=False, leave=()):
     """Every block rounded to nearest as the spec says, and the model as it would be evaluated."""
-    model = load_decoder(checkpoint, getattr(torch, spec.model["dtype"]))
+    model = load_decoder(checkpoint, getattr(torch, trial.spec.model.dtype))
+    assert isinstance(model.blocks, list)
     blocks = []
     for k, block in enumerate(model.blocks):
-        result = quantized_block(block, k, spec, act_order=act_order, leave=leave)
-        model.blocks[k] = block.with_weights(result.weights_for(block))
-        model.blocks[k].act_bits = spec.scheme.act_bits
+        result = quantized_block(block, k, trial, act_order=act_order, leave=leave)
+        changed = block.with_weights(result.weights_for(block))
+        changed.act_bits = trial.spec.scheme.act_bits
+        model.blocks[k] = changed
         blocks.append(result)
     return blocks, model
 
 
-def quantized_block(block, k, spec, *, act_order=False, leave=()):
+def quantized_block(block, k, trial, *, act_order=False, leave=()):
     quantized = {}
     for name in (name for site in block.sites for name in site.weights):
-        scheme = spec.schemes.of(f"blocks.{k}.{name.removesuffix('.weight')}")
+        scheme = trial.spec.schemes.of(f"blocks.{k}.{name.removesuffix('.weight')}")
         if scheme is None or (k, name) in leave:
             continue
         weight = block.weights[name].float()
@@ -138,21 +133,23 @@ def quantized_block(block, k, spec, *, act_order=False, leave=()):
         rounded = round_to_grid(
             weight, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric
         )
-        rounded = with_scales(rounded, scheme.scales)
-        quantized[name] = apart(rounded, k) if act_order else rounded
+        stored = with_scales(rounded, scheme.scales)
+        quantized[name] = apart(stored, k) if act_order else stored
     changed = {"input_layernorm.weight": block.weights["input_layernorm.weight"] * 1.25}
     return QuantizedBlock(k, quantized, changed, [])
 
 
-def one_block(checkpoint, spec):
+def one_block(checkpoint, trial):
     """The first, without a model around it."""
-    return quantized_block(load_block(checkpoint, 0, getattr(torch, spec.model["dtype"])), 0, spec)
+    return quantized_block(
+        load_block(checkpoint, 0, getattr(torch, trial.spec.model.dtype)), 0, trial
+    )
 
 
-def export(checkpoint, spec, **how):
+def export(checkpoint, trial, **how):
     """(exporter that has published, the model as evaluated)."""
-    blocks, model = quantized_blocks(checkpoint, spec, **how)
-    exporter = open_exporter(spec, checkpoint)
+    blocks, model = quantized_blocks(checkpoint, trial, **how)
+    exporter = exporter_of(trial, checkpoint)
     for block in blocks:
         exporter.store(block)
     exporter.finish(model)
@@ -160,9 +157,9 @@ def export(checkpoint, spec, **how):
     return exporter, model
 
 
-@pytest.fixture(name="spec_of")
-def fixture_spec_of():
-    return spec_of
+@pytest.fixture(name="trial_of")
+def fixture_trial_of():
+    return trial_of
 
 
 @pytest.fixture(name="quantized_blocks")

@@ -1,4 +1,4 @@
-"""What each format can hold: refused at composition with those that can; the page's table; bytes as the layouts say."""
+"""What a format cannot hold is refused at composition; the docs' table; bytes by the layouts."""
 
 import functools
 import re
@@ -12,6 +12,7 @@ from q3q.config import resolve, schema
 from q3q.errors import ConfigError, ExportError, IncompatibleError
 from q3q.export.formats import expected_bytes, stored_scales, table
 from q3q.export.reload import transformers_takes
+from q3q.placement import Trial
 from q3q.spec import TrialSpec
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +23,9 @@ def trial(tmp_path):
     schema.register()
     GlobalHydra.instance().clear()
 
-    def make(*overrides) -> TrialSpec:
+    def make(*overrides) -> Trial:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.spec_from(
+            return resolve.trial_from(
                 compose("config", ["evaluation=none", f"storage={tmp_path}/s", *overrides])
             )
 
@@ -33,7 +34,7 @@ def trial(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "conf" / "export").glob("*.yaml")))
 def test_every_export_config_becomes_a_spec(trial, name):
-    spec = trial("method=rtn", f"export={name}")
+    spec = trial("method=rtn", f"export={name}").spec
     assert spec.export == (None if name == "none" else name)
 
 
@@ -117,7 +118,8 @@ def test_what_a_format_cannot_hold_is_refused_naming_those_that_can(trial, overr
 )
 def test_settings_that_every_loader_tells_apart_are_not_refused(trial, overrides):
     assert (
-        trial("method=rtn", "export=compressed_tensors", *overrides).export == "compressed_tensors"
+        trial("method=rtn", "export=compressed_tensors", *overrides).spec.export
+        == "compressed_tensors"
     )
 
 
@@ -151,7 +153,7 @@ def test_what_it_does_not_take_of_experts_the_table_says():
 
 def test_scales_are_part_of_the_quantization_and_the_format_is_part_of_the_trial(trial):
     alone, gptq, awq, hf = (
-        trial("method=awq", f"export={name}") for name in ("none", "gptq", "awq", "hf")
+        trial("method=awq", f"export={name}").spec for name in ("none", "gptq", "awq", "hf")
     )
     assert len({spec.id for spec in (alone, gptq, awq, hf)}) == 4
     assert (
@@ -220,9 +222,9 @@ def test_who_exports_what_servers_refuse_or_misread_is_told_once(trial, capsys, 
     resolve._warn_once.cache_clear()
     for _ in range(2):
         trial(*overrides)
-    told = [line for line in capsys.readouterr().err.splitlines() if "vLLM" in line]
-    assert len(told) == (says is not None)
-    assert says is None or re.search(says, told[0])
+    notices = [line for line in capsys.readouterr().err.splitlines() if "vLLM" in line]
+    assert len(notices) == (says is not None)
+    assert says is None or re.search(says, notices[0])
 
 
 SETTINGS = [
@@ -248,20 +250,22 @@ SETTINGS = [
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("name", "scheme"), SETTINGS)
 def test_bytes_on_disk_are_those_of_the_formats_definition(
-    checkpoint, spec_of, export, tmp_path, name, scheme, moe, tied
+    checkpoint, trial_of, export, tmp_path, name, scheme, moe, tied
 ):
     pytest.importorskip("compressed_tensors")
     original = checkpoint(moe=moe, tied=tied)
-    facts, spec = original.facts, spec_of(original, name, tmp_path / "out", **scheme)
-    made, _ = export(original, spec)
-    found = made.sizes()
-    assert found["export_bytes"] == expected_bytes(spec, facts)
+    trial = trial_of(original, name, tmp_path / "out", **scheme)
+    facts, spec = original.facts, trial.spec
+    made, _ = export(original, trial)
+    sizes = made.sizes()
+    assert sizes["export_bytes"] == expected_bytes(spec, facts)
     if name == "hf":
-        assert found == {"export_bytes": 2 * facts.parameters}
+        assert sizes == {"export_bytes": 2 * facts.parameters}
         return
     bits, group, acts = spec.scheme.bits, spec.scheme.group_size, spec.scheme.act_bits
-    # Codes, whose rows all fill whole words here, and a 16-bit scale a group; zero points where a format has them, of
-    # as many bits as a code; GPTQ's group number of each column, and the shape that compressed-tensors keeps.
+    # Codes, whose rows all fill whole words here, and a 16-bit scale a group; if the format has
+    # zero points, they have as many bits as a code; GPTQ's group index of each column, and the
+    # shape that compressed-tensors stores.
     packed = 0
     for rows, columns in matrices(facts):
         groups = rows * (1 if group == -1 else columns // group)
@@ -271,8 +275,8 @@ def test_bytes_on_disk_are_those_of_the_formats_definition(
         )
         packed += {"gptq": 4 * columns, "awq": 0, "compressed_tensors": 0 if acts else 16}[name]
     linears = facts.linear_parameters
-    assert found["bits_per_weight"] == pytest.approx(8 * packed / linears)
-    assert found["model_bytes"] == packed + 2 * (facts.parameters - linears)
+    assert sizes["bits_per_weight"] == pytest.approx(8 * packed / linears)
+    assert sizes["model_bytes"] == packed + 2 * (facts.parameters - linears)
 
 
 def matrices(facts):

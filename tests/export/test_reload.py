@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from q3q.errors import ExportError
 from q3q.export import proof, reload
-from q3q.export.proof import PASSED, compared, given_to_it, prove, runs_of
+from q3q.export.proof import PASSED, compare_reload, prove, reload_inputs, runs_of
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.streaming import StreamedDecoder
+from tests.specs import exporter_of, respecified
 
 W8A8 = {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}
 
@@ -25,8 +27,10 @@ def strangers_view(made, model, *, logits=True):
     """`prove`, but in this process."""
     with torch.inference_mode():
         runs = runs_of(model) if logits else {}
-        return compared(
-            model, runs, *reload.findings(made.folder, given_to_it(model, runs) if logits else None)
+        return compare_reload(
+            model,
+            runs,
+            *reload.findings(made.folder, reload_inputs(model, runs) if logits else None),
         )
 
 
@@ -52,36 +56,37 @@ SETTINGS = [
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize(("name", "scheme", "how", "loader"), SETTINGS)
 def test_public_loaders_and_plain_unpackers_find_the_same_model(
-    checkpoint, spec_of, export, tmp_path, name, scheme, how, loader, moe
+    checkpoint, trial_of, export, tmp_path, name, scheme, how, loader, moe
 ):
     if name == "compressed_tensors":
         pytest.importorskip("compressed_tensors")
     original = checkpoint(moe=moe, tied=moe)
-    made, model = export(original, spec_of(original, name, tmp_path / "out", **scheme), **how)
-    found = strangers_view(made, model)
+    made, model = export(original, trial_of(original, name, tmp_path / "out", **scheme), **how)
+    result = strangers_view(made, model)
     if moe and (scheme == W8A8 or "dequantize" in loader):
-        loader = "plain unpacker of `compressed-tensors`"  # transformers' fused experts have no room for either
-    assert loader in found.loader
-    assert found.check.passed, found.check.detail
-    assert found.logit_error < 1e-4
+        # transformers' fused experts have no room for either
+        loader = "plain unpacker of `compressed-tensors`"
+    assert loader in result.loader
+    assert result.check.passed, result.check.detail
+    assert result.logit_error < 1e-4
 
 
 def test_mixed_settings_are_config_groups_that_the_public_loader_follows(
-    checkpoint, spec_of, export, tmp_path
+    checkpoint, trial_of, export, tmp_path
 ):
     pytest.importorskip("compressed_tensors")
     original = checkpoint()
-    spec = spec_of(original, "compressed_tensors", tmp_path / "out", symmetric=True)
+    trial = trial_of(original, "compressed_tensors", tmp_path / "out", symmetric=True)
     qkv = [f"blocks.1.self_attn.{name}_proj" for name in "qkv"]
     overrides = {
         "blocks.0.mlp.down_proj": {"bits": 8},
         **{name: {"group_size": 32} for name in qkv},
     }
-    spec = replace(spec, overrides=overrides, skip=("blocks.1.self_attn.o_proj",))
-    made, model = export(original, spec)
-    found = strangers_view(made, model)
-    assert "with compressed-tensors" in found.loader
-    assert found.check.passed, found.check.detail
+    trial = respecified(trial, overrides=overrides, skip=("blocks.1.self_attn.o_proj",))
+    made, model = export(original, trial)
+    result = strangers_view(made, model)
+    assert "with compressed-tensors" in result.loader
+    assert result.check.passed, result.check.detail
     for k, block in enumerate(model.blocks):
         assert all(
             torch.equal(block.weights[n], t) for n, t in Checkpoint(made.path).block(k).items()
@@ -109,38 +114,38 @@ def test_mixed_settings_are_config_groups_that_the_public_loader_follows(
 
 
 def test_what_skip_leaves_out_of_asymmetric_weights_the_public_loader_leaves_alone(
-    checkpoint, spec_of, export, tmp_path
+    checkpoint, trial_of, export, tmp_path
 ):
     pytest.importorskip("compressed_tensors")
     original = checkpoint()
-    spec = spec_of(original, "compressed_tensors", tmp_path / "out", bits=3)
+    trial = trial_of(original, "compressed_tensors", tmp_path / "out", bits=3)
     made, model = export(
-        original, replace(spec, skip=("blocks.0.mlp.down_proj", "blocks.1.self_attn.o_proj"))
+        original, respecified(trial, skip=("blocks.0.mlp.down_proj", "blocks.1.self_attn.o_proj"))
     )
-    found = strangers_view(made, model)
-    assert "dequantize=True" in found.loader
-    assert found.check.passed, found.check.detail
+    result = strangers_view(made, model)
+    assert "dequantize=True" in result.loader
+    assert result.check.passed, result.check.detail
 
 
 def vllms_group(packed, name, kind):
-    """The group that vLLM takes a linear for: by its name, else by a class in its class's name, else by its parts'."""
+    """Return a linear's group as vLLM finds it: by name, else class, else its parts' names."""
     targets = {
         target: group for group in packed["config_groups"].values() for target in group["targets"]
     }
     parts = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     if name in targets:
         return targets[name]
-    if found := [target for target in targets if target.lower() in kind.lower()]:
-        return targets[found[0]]
+    if result := [target for target in targets if target.lower() in kind.lower()]:
+        return targets[result[0]]
     joined = name.rpartition(".")[2]
     of_parts = [targets[name.replace(joined, part)] for part in parts[joined]]
     assert all(group == of_parts[0] for group in of_parts)
     return of_parts[0]
 
 
-def test_one_changed_code_is_found_and_its_site_named(checkpoint, spec_of, export, tmp_path):
+def test_one_changed_code_is_found_and_its_site_named(checkpoint, trial_of, export, tmp_path):
     original = checkpoint()
-    made, model = export(original, spec_of(original, "gptq", tmp_path / "out"))
+    made, model = export(original, trial_of(original, "gptq", tmp_path / "out"))
     name = "model.layers.1.self_attn.v_proj.qweight"
     shard = (
         made.path
@@ -156,10 +161,10 @@ def test_one_changed_code_is_found_and_its_site_named(checkpoint, spec_of, expor
 
 
 def test_a_checkpoint_that_does_not_load_fails_with_the_loaders_words(
-    checkpoint, spec_of, export, tmp_path
+    checkpoint, trial_of, export, tmp_path
 ):
     original = checkpoint()
-    made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
+    made, model = export(original, trial_of(original, "hf", tmp_path / "out"))
     (made.path / "config.json").write_text("{}")
     check = prove(made.path, model).check
     assert not check.passed
@@ -168,12 +173,12 @@ def test_a_checkpoint_that_does_not_load_fails_with_the_loaders_words(
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_file_of_other_codes_is_found_whoever_wrote_it(
-    checkpoint, spec_of, quantized_blocks, tmp_path, streamed
+    checkpoint, trial_of, quantized_blocks, tmp_path, streamed
 ):
-    """Left by an attempt whose codes were lost, say: the file and its facts agree, and the model differs."""
+    """As left by an attempt whose codes were lost: file and facts agree, and the model differs."""
     original = checkpoint()
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    blocks, model = quantized_blocks(original, spec)
+    trial = trial_of(original, "gptq", tmp_path / "out")
+    blocks, model = quantized_blocks(original, trial)
     if streamed:
         model = StreamedDecoder(original, torch.bfloat16)
         for block in blocks:
@@ -181,9 +186,9 @@ def test_a_file_of_other_codes_is_found_whoever_wrote_it(
             model.exchange(
                 block.index,
                 None,
-                lambda block=block, of_block=of_block: block.weights_for(of_block),
+                partial(block.weights_for, of_block),
             )
-    exporter = proof_ready(spec, original, blocks, model)
+    exporter = proof_ready(trial, original, blocks, model)
     assert strangers_view(exporter, model, logits=not streamed).check.passed
 
     name = "self_attn.v_proj.weight"
@@ -194,14 +199,13 @@ def test_a_file_of_other_codes_is_found_whoever_wrote_it(
     )
     exporter.store(stale)
     exporter.finish(model)
-    found = strangers_view(exporter, model, logits=not streamed)
-    assert "worst site blocks.1.self_attn.v_proj" in found.check.detail
+    result = strangers_view(exporter, model, logits=not streamed)
+    assert "worst site blocks.1.self_attn.v_proj" in result.check.detail
 
 
-def proof_ready(spec, original, blocks, model):
-    from q3q.export.writer import open_exporter
+def proof_ready(trial, original, blocks, model):
 
-    exporter = open_exporter(spec, original)
+    exporter = exporter_of(trial, original)
     for block in blocks:
         exporter.store(block)
     exporter.finish(model)
@@ -232,12 +236,12 @@ reload_round = reload.round_activations
     ],
 )
 def test_activations_that_are_rounded_otherwise_are_found(
-    checkpoint, spec_of, export, tmp_path, monkeypatch, rounding, block, moe
+    checkpoint, trial_of, export, tmp_path, monkeypatch, rounding, block, moe
 ):
     pytest.importorskip("compressed_tensors")
     original = checkpoint(moe=moe, tied=moe)
     made, model = export(
-        original, spec_of(original, "compressed_tensors", tmp_path / "out", **W8A8)
+        original, trial_of(original, "compressed_tensors", tmp_path / "out", **W8A8)
     )
     monkeypatch.setattr(reload, "round_activations", rounding)
     check = strangers_view(made, model).check
@@ -246,25 +250,27 @@ def test_activations_that_are_rounded_otherwise_are_found(
 
 
 def test_what_skip_leaves_out_reads_its_input_unrounded_everywhere(
-    checkpoint, spec_of, export, tmp_path
+    checkpoint, trial_of, export, tmp_path
 ):
     pytest.importorskip("compressed_tensors")
     original = checkpoint()
     skip = ("blocks.0.mlp.gate_proj", "blocks.0.mlp.up_proj", "blocks.1.self_attn.o_proj")
-    spec = replace(spec_of(original, "compressed_tensors", tmp_path / "out", **W8A8), skip=skip)
-    made, model = export(original, spec)
+    trial = respecified(
+        trial_of(original, "compressed_tensors", tmp_path / "out", **W8A8), skip=skip
+    )
+    made, model = export(original, trial)
     model.blocks[0].unrounded, model.blocks[1].unrounded = frozenset({"gate_up"}), frozenset({"o"})
-    found = strangers_view(made, model)
-    assert found.check.passed, found.check.detail
+    result = strangers_view(made, model)
+    assert result.check.passed, result.check.detail
     read, ids = load_decoder(Checkpoint(made.path), torch.bfloat16), torch.arange(20)[None]
     assert torch.equal(read.hidden(ids), model.hidden(ids))
     model.blocks[1].unrounded = frozenset()
     assert "blocks.1" in strangers_view(made, model).check.detail
 
 
-def test_where_logits_alone_differ_the_site_is_named(checkpoint, spec_of, export, tmp_path):
+def test_where_logits_alone_differ_the_site_is_named(checkpoint, trial_of, export, tmp_path):
     original = checkpoint()
-    made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
+    made, model = export(original, trial_of(original, "hf", tmp_path / "out"))
     config = json.loads((made.path / "config.json").read_text())
     (made.path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
     check = strangers_view(made, model).check
@@ -280,19 +286,21 @@ def test_where_logits_alone_differ_the_site_is_named(checkpoint, spec_of, export
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9"),
         ("import time; time.sleep(60)", "no answer in 1 s"),
         (
-            f"import sys; print('MemoryError: 5 GB', file=sys.stderr); sys.exit({reload.SHORT})",
+            "import sys; print('MemoryError: 5 GB', file=sys.stderr); "
+            f"sys.exit({reload.EXIT_SHORTAGE})",
             "MemoryError: 5 GB",
         ),
     ],
 )
 def test_what_comes_to_no_end_proves_nothing(
-    checkpoint, spec_of, export, tmp_path, monkeypatch, script, why
+    checkpoint, trial_of, export, tmp_path, monkeypatch, script, why
 ):
     original = checkpoint()
-    made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
+    made, model = export(original, trial_of(original, "hf", tmp_path / "out"))
     (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(proof, "SCRIPT", tmp_path / "script.py")
-    monkeypatch.setattr(proof, "SECONDS", 1.0)
+    if "no answer" in why:
+        monkeypatch.setattr(proof, "SECONDS", 1.0)
     with pytest.raises(
         ExportError, match=rf"written but not proved: .*{why}.*the same command goes on"
     ):
@@ -323,14 +331,14 @@ def test_what_comes_to_no_end_proves_nothing(
     ],
 )
 def test_a_machine_that_is_too_small_says_nothing_of_the_checkpoint(error, short):
-    assert reload.is_short(error) is short
+    assert reload.is_shortage(error) is short
 
 
 def test_where_what_the_loader_is_given_finds_no_room_nothing_is_proved(
-    checkpoint, spec_of, export, tmp_path, monkeypatch
+    checkpoint, trial_of, export, tmp_path, monkeypatch
 ):
     original = checkpoint()
-    made, model = export(original, spec_of(original, "hf", tmp_path / "out"))
+    made, model = export(original, trial_of(original, "hf", tmp_path / "out"))
 
     def full(tensors, path):
         raise SafetensorError(
@@ -368,15 +376,15 @@ def gptqmodel(tmp_path, monkeypatch):
 
 
 def test_what_gptqmodel_does_not_load_it_is_not_asked(
-    checkpoint, spec_of, export, tmp_path, gptqmodel
+    checkpoint, trial_of, export, tmp_path, gptqmodel
 ):
-    """Its kernels take some sizes of groups; the checkpoint is none the worse for others."""
+    """Its kernels take some group sizes; other checkpoints pass without it."""
     original = checkpoint()
-    made, model = export(original, spec_of(original, "gptq", tmp_path / "out"))
+    made, model = export(original, trial_of(original, "gptq", tmp_path / "out"))
     gptqmodel("NotImplementedError('only supports [-1, 32]:\\n group_size = 16')")
-    found = strangers_view(made, model)
-    assert found.check.passed, found.check.detail
-    assert found.loader.endswith(
+    result = strangers_view(made, model)
+    assert result.check.passed, result.check.detail
+    assert result.loader.endswith(
         "(GPTQModel does not load it: only supports [-1, 32]: group_size = 16)"
     )
     gptqmodel("MemoryError('for it')")  # which another try may have
@@ -385,22 +393,23 @@ def test_what_gptqmodel_does_not_load_it_is_not_asked(
 
 
 def test_without_memory_for_a_second_model_weights_alone_are_compared(
-    checkpoint, spec_of, export, tmp_path, monkeypatch
+    checkpoint, trial_of, export, tmp_path, monkeypatch
 ):
     original = checkpoint()
-    made, model = export(original, spec_of(original, "awq", tmp_path / "out"))
-    asked = []
+    made, model = export(original, trial_of(original, "awq", tmp_path / "out"))
+    calls = []
     monkeypatch.setattr(proof, "unclaimed_memory", lambda: proof.PROCESS_BYTES)
-    monkeypatch.setattr(
-        proof,
-        "_reload",
-        lambda folder, given, out, seconds: asked.append(str(given)) or by_hand(made, out),
-    )
+
+    def reload_by_hand(folder, inputs, out, seconds):
+        calls.append(str(inputs))
+        return by_hand(made, out)
+
+    monkeypatch.setattr(proof, "_reload", reload_by_hand)
     with torch.inference_mode():
-        found = prove(made.path, model)
-    assert asked == ["weights"]
-    assert found.check.passed, found.check.detail
-    assert found.logit_error is None
+        result = prove(made.path, model)
+    assert calls == ["weights"]
+    assert result.check.passed, result.check.detail
+    assert result.logit_error is None
 
 
 def by_hand(made, out):
@@ -415,15 +424,15 @@ def test_the_plain_unpacker_reads_bit_after_bit(bits):
         -(2**31), 2**31, (3, 7), dtype=torch.int32, generator=torch.Generator().manual_seed(bits)
     )
     count = 7 * 32 // bits
-    found = reload.stream(words, bits, count)
-    assert found.shape == (3, count)
-    for row, codes in zip(words.tolist(), found.tolist(), strict=True):
+    result = reload.stream(words, bits, count)
+    assert result.shape == (3, count)
+    for row, codes in zip(words.tolist(), result.tolist(), strict=True):
         number = sum((word % 2**32) << (32 * k) for k, word in enumerate(row))
         assert codes == [(number >> (bits * k)) % 2**bits for k in range(count)]
 
 
 def test_the_other_process_cannot_import_q3q(tmp_path):
-    """Even where a folder that it is given has one; another package from there it can."""
+    """Even if one of its package folders has q3q; it can import other packages from there."""
     for name in ("q3q", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()

@@ -1,4 +1,4 @@
-"""A whole trial that exports: stopped, gone on, proved, published, evaluated again, and not quantized again."""
+"""A trial that exports: stopped, resumed, proved, published, and evaluated again."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
-from q3q import trial
+from q3q import trial as trial_module
 from q3q.attempt import finished_record
 from q3q.config import resolve, schema
 from q3q.errors import CheckpointError
@@ -17,7 +17,8 @@ from q3q.evaluate import measure
 from q3q.export import proof, publish, reload
 from q3q.export.destination import partial_path
 from q3q.export.proof import PASSED, Proof
-from q3q.record import Check, blocks_folder
+from q3q.record import Check
+from q3q.trial import attempt_trial, run_trial
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -29,13 +30,13 @@ SMALL = [
 
 
 @pytest.fixture
-def spec_of(tmp_path):
+def trial_of(tmp_path):
     schema.register()
     GlobalHydra.instance().clear()
 
     def make(*overrides):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.spec_from(
+            return resolve.trial_from(
                 compose("config", [*SMALL, f"storage={tmp_path}/s", *overrides])
             )
 
@@ -44,13 +45,13 @@ def spec_of(tmp_path):
 
 @pytest.fixture
 def reloaded(monkeypatch):
-    """What the other process would find, without its seconds: it is the same script, run here."""
+    """Run the script in this process, which saves the start-up time of another."""
 
-    def here(folder, given, out, seconds):
-        found, tensors = reload.findings(
-            folder, None if given.name == "weights" else load_file(given)
+    def here(folder, inputs, out, seconds):
+        findings, tensors = reload.findings(
+            folder, None if inputs.name == "weights" else load_file(inputs)
         )
-        out.with_suffix(".json").write_text(json.dumps(found))
+        out.with_suffix(".json").write_text(json.dumps(findings))
         save_file(tensors, out.with_suffix(".safetensors"))
 
     monkeypatch.setattr(proof, "_reload", here)
@@ -60,21 +61,21 @@ class StoppedError(Exception):
     pass
 
 
-def test_a_trial_that_was_stopped_exports_what_it_evaluated(spec_of, tmp_path):
-    spec = spec_of("method=gptq", "export=gptq", f"export.path={tmp_path}/out")
+def test_a_trial_that_was_stopped_exports_what_it_evaluated(trial_of, tmp_path):
+    trial = trial_of("method=gptq", "export=gptq", f"export.path={tmp_path}/out")
 
     def stop(event):
         if event.phase == "quantize" and event.done == 2:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        trial.run_trial(spec, stop)
+        run_trial(trial, stop)
     assert not (tmp_path / "out").exists()
     shards = sorted((tmp_path / "out.partial").glob("*.safetensors"))
     assert len(shards) == 2
     before = [shard.stat().st_mtime_ns for shard in shards]
 
-    record = trial.run_trial(spec)
+    record = run_trial(trial)
     assert record.completed, record.reason
     assert PASSED in [check.name for check in record.checks]
     assert [(tmp_path / "out" / shard.name).stat().st_mtime_ns for shard in shards] == before
@@ -89,68 +90,68 @@ def test_a_trial_that_was_stopped_exports_what_it_evaluated(spec_of, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| {record.metrics['perplexity/stories']:.6g} |" in card
 
-    again = trial.run_trial(spec_of("model=local", f"model.path={tmp_path}/out", "method=none"))
+    again = run_trial(trial_of("model=local", f"model.path={tmp_path}/out", "method=none"))
     same = pytest.approx(
         record.metrics["perplexity/stories"], rel=1e-6
     )  # sums depend on where in memory weights lie
     assert again.metrics["perplexity/stories"] == same
     with pytest.raises(CheckpointError, match=r"quantized already \(gptq\).*method=none"):
-        spec_of("model=local", f"model.path={tmp_path}/out", "method=rtn")
+        trial_of("model=local", f"model.path={tmp_path}/out", "method=rtn")
 
-    assert finished_record(spec) is not None
+    assert finished_record(trial) is not None
     (tmp_path / "out").rename(tmp_path / "moved")
-    assert finished_record(spec) is None  # what was asked for is not there
+    assert finished_record(trial) is None  # the export is missing
 
 
 WRONG = Check(name=PASSED, passed=False, detail="worst site blocks.1.mlp.up_proj")
 
 
 def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone(
-    spec_of, tmp_path, monkeypatch, reloaded
+    trial_of, tmp_path, monkeypatch, reloaded
 ):
     """But not the blocks and measurements, which are sound: the same command exports them again."""
-    spec, how = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out"), proof.prove
+    trial, how = trial_of("method=rtn", "export=hf", f"export.path={tmp_path}/out"), proof.prove
     monkeypatch.setattr(publish, "prove", lambda folder, model: Proof(WRONG))
-    record = trial.run_trial(spec)
+    record = run_trial(trial)
     assert not record.completed
     assert "worst site blocks.1.mlp.up_proj" in record.reason
     assert not list(tmp_path.glob("out*"))
-    assert len(list(blocks_folder(spec).glob("*.safetensors"))) == 6
+    assert len(list(trial.blocks_folder.glob("*.safetensors"))) == 6
     measured = record.metrics["perplexity/stories"]
 
     monkeypatch.setattr(publish, "prove", how)
     monkeypatch.setattr(
         measure, "_measure_text", lambda *given: pytest.fail("it is measured already")
     )
-    record = trial.run_trial(spec)
+    record = run_trial(trial)
     assert record.completed, record.reason
     assert record.notes["blocks_from_disk"] == 6
     assert record.metrics["perplexity/stories"] == measured
-    assert not blocks_folder(spec).exists()
+    assert not trial.blocks_folder.exists()
 
 
-def test_codes_that_fail_a_check_of_their_own_do_not_stay(spec_of, tmp_path, monkeypatch):
+def test_codes_that_fail_a_check_of_their_own_do_not_stay(trial_of, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        trial,
+        trial_module,
         "check_weights",
-        lambda *given, **how: [Check(name="codes", passed=False, detail="bad")],
+        lambda *args, **kwargs: [Check(name="codes", passed=False, detail="bad")],
     )
-    spec = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
-    assert not trial.run_trial(spec).completed
-    assert not blocks_folder(spec).exists()
+    trial = trial_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
+    assert not run_trial(trial).completed
+    assert not trial.blocks_folder.exists()
     assert not list(tmp_path.glob("out*"))
 
 
 def test_a_proved_checkpoint_outlives_another_run_that_comes_to_other_codes(
-    spec_of, tmp_path, monkeypatch, reloaded
+    trial_of, tmp_path, monkeypatch, reloaded
 ):
     """With another storage, on another processor: last digits differ, and the path is the same."""
-    spec = spec_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
-    assert trial.run_trial(spec).completed
+    trial = trial_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
+    assert run_trial(trial).completed
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     shutil.rmtree(tmp_path / "s")
     monkeypatch.setattr(publish, "prove", lambda folder, model: Proof(WRONG))
-    record = trial.run_trial(spec)
+    record = run_trial(trial)
     assert not record.completed
     assert (
         f"{tmp_path}/out was exported by another run, of other codes (worst site" in record.reason
@@ -160,45 +161,45 @@ def test_a_proved_checkpoint_outlives_another_run_that_comes_to_other_codes(
 
 
 def test_what_could_not_be_proved_stays_and_the_same_command_goes_on(
-    spec_of, tmp_path, monkeypatch, reloaded
+    trial_of, tmp_path, monkeypatch, reloaded
 ):
-    spec = spec_of("method=gptq", "export=gptq", f"export.path={tmp_path}/out")
+    trial = trial_of("method=gptq", "export=gptq", f"export.path={tmp_path}/out")
     how = proof._reload
 
-    def killed(folder, given, out, seconds):
+    def killed(folder, inputs, out, seconds):
         raise proof._not_proved(folder, "the process that loads it was ended by signal 9")
 
     monkeypatch.setattr(proof, "_reload", killed)
-    record = trial.attempt_trial(spec)
+    record = attempt_trial(trial)
     assert not record.completed
     assert "is written but not proved: " in record.reason
     assert not (tmp_path / "out").exists()
-    blocks = sorted(blocks_folder(spec).glob("*.safetensors"))
+    blocks = sorted(trial.blocks_folder.glob("*.safetensors"))
     shards = sorted(partial_path(tmp_path / "out").glob("model-0000[1-6]*.safetensors"))
     assert len(blocks) == len(shards) == 6
     before = [path.stat().st_mtime_ns for path in shards]
 
     monkeypatch.setattr(proof, "_reload", how)
-    record = trial.attempt_trial(spec)
+    record = attempt_trial(trial)
     assert record.completed, record.reason
     assert record.notes["blocks_from_disk"] == 6
     assert [(tmp_path / "out" / shard.name).stat().st_mtime_ns for shard in shards] == before
 
 
-def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(spec_of, tmp_path, reloaded):
-    record = trial.run_trial(spec_of("method=billm", "export=hf", f"export.path={tmp_path}/out"))
+def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(trial_of, tmp_path, reloaded):
+    record = run_trial(trial_of("method=billm", "export=hf", f"export.path={tmp_path}/out"))
     assert record.completed, record.reason
     (
         tmp_path / "out" / "q3q.json"
     ).unlink()  # a copy from a hub may have the model's own files alone
     (tmp_path / "out").rename(tmp_path / "copy")
-    again = trial.run_trial(spec_of("model=local", f"model.path={tmp_path}/copy", "method=none"))
+    again = run_trial(trial_of("model=local", f"model.path={tmp_path}/copy", "method=none"))
     same = pytest.approx(
         record.metrics["perplexity/stories"], rel=1e-6
     )  # sums depend on where in memory weights lie
     assert again.metrics["perplexity/stories"] == same
     with pytest.raises(CheckpointError, match=r"quantized already \(by q3q: billm w1 g128"):
-        spec_of("model=local", f"model.path={tmp_path}/copy", "method=rtn")
+        trial_of("model=local", f"model.path={tmp_path}/copy", "method=rtn")
 
 
 @pytest.mark.slow
@@ -215,14 +216,14 @@ def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(spec_of, tmp_
     ],
 )
 def test_evaluated_again_an_export_has_the_same_perplexity(
-    spec_of, tmp_path, reloaded, model, settings
+    trial_of, tmp_path, reloaded, model, settings
 ):
     if model == "demo_moe" and "skip" in settings[-1]:
         pytest.skip("refused: loaders fuse experts")
-    record = trial.run_trial(spec_of(f"model={model}", *settings, f"export.path={tmp_path}/out"))
+    record = run_trial(trial_of(f"model={model}", *settings, f"export.path={tmp_path}/out"))
     assert record.completed, record.reason
     assert record.notes["export"]["logit_error"] < 1e-4
-    again = trial.run_trial(spec_of("model=local", f"model.path={tmp_path}/out", "method=none"))
+    again = run_trial(trial_of("model=local", f"model.path={tmp_path}/out", "method=none"))
     same = pytest.approx(
         record.metrics["perplexity/stories"], rel=1e-6
     )  # sums depend on where in memory weights lie

@@ -1,4 +1,4 @@
-"""Written block by block: whole or not at all, resumed without rewriting, and in memory never more than a block."""
+"""Written block by block: whole or not at all, resumed without rewriting, one block in memory."""
 
 import json
 import subprocess
@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from q3q.errors import CheckpointError, ExportError
 from q3q.export.card import licence_lines, model_card
 from q3q.export.proof import PASSED, Proof
-from q3q.export.writer import ExportingSink, open_exporter
+from q3q.export.writer import ExportingSink
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.record import Check
+from tests.specs import exporter_of, respecified
 
 FORMATS = ["hf", "compressed_tensors", "gptq", "awq"]
 
@@ -34,11 +35,11 @@ class Shelf:
         self.blocks[block.index] = block
 
 
-def test_until_it_is_published_nothing_loads(checkpoint, spec_of, quantized_blocks, tmp_path):
+def test_until_it_is_published_nothing_loads(checkpoint, trial_of, quantized_blocks, tmp_path):
     original = checkpoint()
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    blocks, model = quantized_blocks(original, spec)
-    exporter = open_exporter(spec, original)
+    trial = trial_of(original, "gptq", tmp_path / "out")
+    blocks, model = quantized_blocks(original, trial)
+    exporter = exporter_of(trial, original)
     for block in blocks:
         exporter.store(block)
         with pytest.raises(CheckpointError):
@@ -52,13 +53,13 @@ def test_until_it_is_published_nothing_loads(checkpoint, spec_of, quantized_bloc
 
 
 def test_a_killed_export_goes_on_after_the_blocks_that_are_there(
-    checkpoint, spec_of, quantized_blocks, tmp_path
+    checkpoint, trial_of, quantized_blocks, tmp_path
 ):
     original = checkpoint()
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    blocks, model = quantized_blocks(original, spec)
+    trial = trial_of(original, "gptq", tmp_path / "out")
+    blocks, model = quantized_blocks(original, trial)
     shelf = Shelf()
-    ExportingSink(shelf, open_exporter(spec, original)).store(blocks[0])
+    ExportingSink(shelf, exporter_of(trial, original)).store(blocks[0])
     shelf.store(blocks[1])  # killed between the store and the export
     first = tmp_path / "out.partial" / "model-00001-of-00003.safetensors"
     before = first.stat()
@@ -66,10 +67,11 @@ def test_a_killed_export_goes_on_after_the_blocks_that_are_there(
         b"half"
     )  # without facts
 
-    exporter = open_exporter(spec, original)
+    exporter = exporter_of(trial, original)
     sink = ExportingSink(shelf, exporter)
     assert [exporter.holds(block) for block in blocks] == [True, False]
-    assert [sink.load(k).index for k in (0, 1)] == [0, 1]
+    loaded = [sink.load(k) for k in (0, 1)]
+    assert [block.index for block in loaded if block is not None] == [0, 1]
     assert (first.stat().st_mtime_ns, first.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
     assert exporter.holds(blocks[1])
     exporter.finish(model)
@@ -93,12 +95,12 @@ def flip(path):
 
 @pytest.mark.parametrize("damage", [cut, flip])
 def test_a_shard_that_was_damaged_is_written_again(
-    checkpoint, spec_of, quantized_blocks, tmp_path, damage
+    checkpoint, trial_of, quantized_blocks, tmp_path, damage
 ):
     original = checkpoint()
-    spec = spec_of(original, "awq", tmp_path / "out")
-    blocks, model = quantized_blocks(original, spec)
-    exporter = open_exporter(spec, original)
+    trial = trial_of(original, "awq", tmp_path / "out")
+    blocks, model = quantized_blocks(original, trial)
+    exporter = exporter_of(trial, original)
     for block in blocks:
         exporter.store(block)
     damage(exporter.partial / "model-00001-of-00003.safetensors")
@@ -109,80 +111,78 @@ def test_a_shard_that_was_damaged_is_written_again(
 
 @pytest.mark.parametrize("computed", ["again", "elsewhere"])
 def test_a_shard_of_other_codes_is_written_again(
-    checkpoint, spec_of, quantized_blocks, tmp_path, computed
+    checkpoint, trial_of, quantized_blocks, tmp_path, computed
 ):
-    """Of an attempt whose blocks were lost; quantized anew, the codes may be others."""
+    """As left by an attempt whose blocks were lost; quantized anew, codes may differ."""
     original = checkpoint()
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    blocks, _ = quantized_blocks(original, spec)
+    trial = trial_of(original, "gptq", tmp_path / "out")
+    blocks, _ = quantized_blocks(original, trial)
     name = "mlp.up_proj.weight"
     weight = blocks[0].quantized[name]
     other = replace(
         blocks[0],
         quantized={**blocks[0].quantized, name: replace(weight, codes_EOI=15 - weight.codes_EOI)},
     )
-    ExportingSink(Shelf(), open_exporter(spec, original)).store(other)
+    ExportingSink(Shelf(), exporter_of(trial, original)).store(other)
     shelf = Shelf()
-    sink = ExportingSink(shelf, open_exporter(spec, original))
+    sink = ExportingSink(shelf, exporter_of(trial, original))
     if computed == "again":
         sink.store(blocks[0])
     else:
         shelf.store(blocks[0])  # and the process died before it was exported
         sink.load(0)
     words = load_file(tmp_path / "out.partial" / "model-00001-of-00003.safetensors")
-    fresh = open_exporter(
-        replace(spec, places={**spec.places, "export": str(tmp_path / "fresh")}), original
-    )
+    fresh = exporter_of(trial.placed(export=tmp_path / "fresh"), original)
     fresh.store(blocks[0])
     expected = load_file(fresh.partial / "model-00001-of-00003.safetensors")
     assert all(torch.equal(words[key], tensor) for key, tensor in expected.items())
 
 
 def test_while_files_are_exchanged_no_loader_takes_the_folder(
-    checkpoint, spec_of, quantized_blocks, tmp_path
+    checkpoint, trial_of, quantized_blocks, tmp_path
 ):
     original = checkpoint()
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    blocks, model = quantized_blocks(original, spec)
-    exporter = open_exporter(spec, original)
+    trial = trial_of(original, "gptq", tmp_path / "out")
+    blocks, model = quantized_blocks(original, trial)
+    exporter = exporter_of(trial, original)
     for block in blocks:
         exporter.store(block)
     exporter.finish(model)
     Checkpoint(exporter.partial)
     with pytest.raises(CheckpointError):
-        Checkpoint(open_exporter(spec, original).partial)
+        Checkpoint(exporter_of(trial, original).partial)
 
 
 def test_what_is_withdrawn_goes_but_not_what_another_run_published(
-    checkpoint, spec_of, export, tmp_path
+    checkpoint, trial_of, export, tmp_path
 ):
     original = checkpoint()
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    open_exporter(spec, original).withdraw()
+    trial = trial_of(original, "gptq", tmp_path / "out")
+    exporter_of(trial, original).withdraw()
     assert not list(tmp_path.glob("*out*"))
-    export(original, spec)
-    again = open_exporter(spec, original)
+    export(original, trial)
+    again = exporter_of(trial, original)
     assert again.finished
     again.withdraw()
     Checkpoint(tmp_path / "out")
 
 
-def test_another_trials_folder_is_refused(checkpoint, spec_of, tmp_path):
+def test_another_trials_folder_is_refused(checkpoint, trial_of, tmp_path):
     original = checkpoint()
-    open_exporter(spec_of(original, "gptq", tmp_path / "out"), original)
+    exporter_of(trial_of(original, "gptq", tmp_path / "out"), original)
     with pytest.raises(ExportError, match="another trial's unfinished export"):
-        open_exporter(spec_of(original, "gptq", tmp_path / "out", bits=8), original)
-    open_exporter(spec_of(original, "gptq", tmp_path / "out"), original)  # its own is not
+        exporter_of(trial_of(original, "gptq", tmp_path / "out", bits=8), original)
+    exporter_of(trial_of(original, "gptq", tmp_path / "out"), original)  # its own is not
 
 
 def test_what_is_finished_is_taken_as_it_is(
-    checkpoint, spec_of, export, quantized_blocks, tmp_path
+    checkpoint, trial_of, export, quantized_blocks, tmp_path
 ):
     original = checkpoint()
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    made, model = export(original, spec)
+    trial = trial_of(original, "gptq", tmp_path / "out")
+    made, model = export(original, trial)
     before = {path.name: path.stat().st_mtime_ns for path in made.path.iterdir()}
-    again = open_exporter(spec, original)
+    again = exporter_of(trial, original)
     assert again.finished
     again.finish(model)
     assert {path.name: path.stat().st_mtime_ns for path in made.path.iterdir()} == before
@@ -190,35 +190,35 @@ def test_what_is_finished_is_taken_as_it_is(
 
 
 def test_scales_that_were_not_rounded_before_are_not_rounded_now(
-    checkpoint, spec_of, quantized_blocks, tmp_path
+    checkpoint, trial_of, quantized_blocks, tmp_path
 ):
     original = checkpoint()
-    spec = spec_of(original, "gptq", tmp_path / "out", scales=None)
-    blocks, _ = quantized_blocks(original, spec)
+    trial = trial_of(original, "gptq", tmp_path / "out", scales=None)
+    blocks, _ = quantized_blocks(original, trial)
     with pytest.raises(ExportError, match="what was measured is not stored"):
-        open_exporter(spec, original).store(blocks[0])
+        exporter_of(trial, original).store(blocks[0])
 
 
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
 def test_reading_it_back_gives_the_numbers_that_were_evaluated(
-    checkpoint, spec_of, export, tmp_path, name, moe
+    checkpoint, trial_of, export, tmp_path, name, moe
 ):
     pytest.importorskip("compressed_tensors")
     original = checkpoint(moe=moe, tied=not moe)
-    made, model = export(original, spec_of(original, name, tmp_path / "out"))
+    made, model = export(original, trial_of(original, name, tmp_path / "out"))
     read = load_decoder(Checkpoint(made.path), torch.bfloat16)
     ids = torch.arange(20)[None]
     assert torch.equal(read.hidden(ids), model.hidden(ids))
     assert torch.equal(read.head_VH, model.head_VH)
 
 
-def test_activations_come_back_with_the_checkpoint(checkpoint, spec_of, export, tmp_path):
+def test_activations_come_back_with_the_checkpoint(checkpoint, trial_of, export, tmp_path):
     pytest.importorskip("compressed_tensors")
     original = checkpoint()
     scheme = {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}
     made, model = export(
-        original, spec_of(original, "compressed_tensors", tmp_path / "out", **scheme)
+        original, trial_of(original, "compressed_tensors", tmp_path / "out", **scheme)
     )
     read = load_decoder(Checkpoint(made.path), torch.bfloat16)
     assert [block.act_bits for block in read.blocks] == [8, 8]
@@ -238,9 +238,9 @@ def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 original = conftest.Checkpoint(Path({original!r}))
-spec = conftest.spec_of(original, {name!r}, Path({out!r}))
-exporter = conftest.open_exporter(spec, original)
-block = conftest.one_block(original, spec)
+trial = conftest.trial_of(original, {name!r}, Path({out!r}))
+exporter = conftest.exporter_of(trial, original)
+block = conftest.one_block(original, trial)
 with torch.inference_mode():
     for k in range(24):
         exporter.store(replace(block, index=k))
@@ -251,7 +251,7 @@ print(peak() - before)
 
 @pytest.mark.parametrize("name", ["hf", "gptq"])
 def test_memory_does_not_grow_with_blocks(checkpoint, tmp_path, name):
-    """By the kernel's account, in a process that does nothing else: 22 blocks of 8 MB as numbers, 2 MB packed."""
+    """By the kernel's account, in its own process: 22 blocks of 8 MB as numbers, 2 MB packed."""
     original, here = checkpoint(**LARGE), Path(__file__).parent
     code = PEAK.format(
         here=str(here), original=str(original.folder), out=str(tmp_path / "out"), name=name
@@ -267,22 +267,22 @@ def test_memory_does_not_grow_with_blocks(checkpoint, tmp_path, name):
     assert int(done.stdout) < 10e6
 
 
-def card_of(original, spec, **how):
+def card_of(original, trial, **how):
     proof = Proof(Check(name=PASSED, passed=True, detail=""), "somebody", 1e-7)
     measured = {"metrics": {"perplexity/stories": 1.7, "seconds/load": 3.0}, "diverged": []}
     measured |= {"intervals": {"perplexity/stories": (1.6, 1.8)}, "packages": {"torch": "2.13"}}
     return model_card(
-        spec, original.facts, how.pop("proof", proof), base=original.folder, **{**measured, **how}
+        trial, original.facts, how.pop("proof", proof), base=original.folder, **{**measured, **how}
     )
 
 
-def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, spec_of, tmp_path):
+def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, trial_of, tmp_path):
     original = checkpoint()
     (original.folder / "README.md").write_text(
         "---\nlicense: apache-2.0\nlicense_link: https://x/LICENSE\na: b\n---\n"
     )
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    card = card_of(original, spec)
+    trial = trial_of(original, "gptq", tmp_path / "out")
+    card = card_of(original, trial)
     assert licence_lines(original.folder) == [
         "license: apache-2.0",
         "license_link: https://x/LICENSE",
@@ -292,7 +292,7 @@ def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, spec_of
         "`rtn`, 4 bits",
         "groups of 16",
         "| perplexity/stories | 1.7 | 1.6 to 1.8 |",
-        spec.places["command"],
+        trial.placement.command,
     ):
         assert words in card
     assert "seconds" not in card
@@ -309,31 +309,35 @@ def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, spec_of
     ],
 )
 def test_licences_are_taken_over_whole_or_said_to_be_unknown(
-    checkpoint, spec_of, tmp_path, front, said
+    checkpoint, trial_of, tmp_path, front, said
 ):
     original = checkpoint()
     (original.folder / "README.md").write_text(f"---\n{front}---\n# Model\n")
     said = front.splitlines()[1:] if said is None else said
     assert licence_lines(original.folder) == said
-    spec = spec_of(original, "gptq", tmp_path / "out")
-    card = card_of(original, replace(spec, model={**spec.model, "source": "Qwen/Qwen3-8B"}))
+    trial = trial_of(original, "gptq", tmp_path / "out")
+    card = card_of(
+        original, respecified(trial, model=replace(trial.spec.model, source="Qwen/Qwen3-8B"))
+    )
     lines = ["---", *(said or ["license: unknown"]), "base_model: Qwen/Qwen3-8B"]
     assert card.startswith("\n".join(lines))
 
 
 def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(
-    checkpoint, spec_of, tmp_path
+    checkpoint, trial_of, tmp_path
 ):
     original = checkpoint()
-    spec = replace(spec_of(original, "hf", tmp_path / "out"), head_bits=8, embedding_bits=8)
-    spec = replace(
-        spec, skip=("blocks.0.mlp.down_proj",), overrides={"blocks.1.self_attn.o_proj": {"bits": 8}}
+    trial = trial_of(original, "hf", tmp_path / "out")
+    trial = respecified(
+        trial,
+        head_bits=8,
+        embedding_bits=8,
+        skip=("blocks.0.mlp.down_proj",),
+        overrides={"blocks.1.self_attn.o_proj": {"bits": 8}},
     )
-    spec = spec.with_places(
-        {**spec.places, "command": "python launch.py data.path=s3://ada:lovelace@host/x"}
-    )
+    trial = trial.placed(command="python launch.py data.path=s3://ada:lovelace@host/x")
     proof = Proof(Check(name=PASSED, passed=True, detail=""), "a plain unpacker", None)
-    card = card_of(original, spec, proof=proof, metrics={}, diverged=["perplexity/library"])
+    card = card_of(original, trial, proof=proof, metrics={}, diverged=["perplexity/library"])
     for words in (
         '- overrides: `{"blocks.1.self_attn.o_proj": {"bits": 8}}`',
         '- skip: `["blocks.0.mlp.down_proj"]`',
@@ -370,12 +374,12 @@ def test_the_card_says_what_differs_what_diverged_and_what_was_not_compared(
     ],
 )
 def test_the_card_sends_to_vllm_what_vllm_takes(
-    checkpoint, spec_of, tmp_path, name, scheme, moe, served
+    checkpoint, trial_of, tmp_path, name, scheme, moe, served
 ):
     original = checkpoint(moe=moe)
-    card = card_of(original, spec_of(original, name, tmp_path / "out", **scheme))
+    card = card_of(original, trial_of(original, name, tmp_path / "out", **scheme))
     assert ("vllm serve" in card) is served
-    assert ("vLLM does not take" in card) is not served
+    assert ("vLLM does not load" in card) is not served
 
 
 @pytest.mark.parametrize(
@@ -387,16 +391,16 @@ def test_the_card_sends_to_vllm_what_vllm_takes(
     ],
 )
 def test_the_card_says_how_transformers_reads_asymmetric_weights(
-    checkpoint, spec_of, tmp_path, scheme, moe, needed
+    checkpoint, trial_of, tmp_path, scheme, moe, needed
 ):
     original = checkpoint(moe=moe)
-    card = card_of(original, spec_of(original, "compressed_tensors", tmp_path / "out", **scheme))
+    card = card_of(original, trial_of(original, "compressed_tensors", tmp_path / "out", **scheme))
     assert ("CompressedTensorsConfig(dequantize=True)" in card) is needed
 
 
-def test_shards_are_whole_tensors_of_one_block(checkpoint, spec_of, export, tmp_path):
+def test_shards_are_whole_tensors_of_one_block(checkpoint, trial_of, export, tmp_path):
     original = checkpoint()
-    made, _ = export(original, spec_of(original, "hf", tmp_path / "out"))
+    made, _ = export(original, trial_of(original, "hf", tmp_path / "out"))
     index = json.loads((made.path / "model.safetensors.index.json").read_text())
     total = 0
     for shard in sorted(set(index["weight_map"].values())):

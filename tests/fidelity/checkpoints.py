@@ -1,4 +1,6 @@
-"""Small random checkpoints on disk, for drivers that load them with transformers and with q3q, and token windows."""
+"""Small random checkpoints on disk, to load with transformers and with q3q; token windows."""
+
+from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -7,15 +9,19 @@ VOCABULARY = 97
 
 
 def save_random(folder, *, seed=0, sharpness=1.2, skewed=False, dead=(), starved=None, **config):
-    """A checkpoint with weights wide enough that blocks matter, and norms and channels of unequal size.
+    """Save a model whose weights are wide, and whose norms and channels are of unequal size.
 
-    skewed: positive weights four times as large as negative ones. dead: channels that both norms switch off.
+    skewed: positive weights four times as large as negative ones.
+    dead: channels that both norms switch off.
     starved: the expert that the routers hardly ever choose.
     """
     torch.manual_seed(seed)
     moe = "num_experts" in config
-    kind, model = (Qwen3MoeConfig, Qwen3MoeForCausalLM) if moe else (Qwen3Config, Qwen3ForCausalLM)
-    theirs = model(kind(vocab_size=VOCABULARY, **config))
+    theirs: Any = (
+        Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=VOCABULARY, **config))
+        if moe
+        else Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, **config))
+    )
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
             if "norm" in name:

@@ -1,9 +1,10 @@
 """The official drivers, transcribed plainly on transformers' own model: hooks, loops and all.
 
-Written from descriptions of IST-DASLab/gptq, mit-han-lab/llm-awq, mit-han-lab/smoothquant and Aaronhuang-778/BiLLM.
-Nothing here uses q3q, and nothing here is fast. Every driver quantizes the model in place and returns what it chose
-for each linear, by the linear's name. Layers are called sample by sample (AWQ: all samples at once), linears are seen
-one by one, and each has its own statistics.
+Written from descriptions of IST-DASLab/gptq, mit-han-lab/llm-awq, mit-han-lab/smoothquant and
+Aaronhuang-778/BiLLM. Nothing here uses q3q, and nothing here is fast. Every driver quantizes the
+model in place and returns its choices for each linear, by the linear's name. Layers are called
+sample by sample (AWQ: all samples at once), linears are treated one by one, and each has its own
+statistics.
 
 Shapes: N windows, T tokens of one, O out features, I in features.
 """
@@ -11,48 +12,53 @@ Shapes: N windows, T tokens of one, O out features, I in features.
 import math
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-MIN_EXPERT_TOKENS = (
-    128  # below, what an expert's tokens say is not used (q3q's rule; official code has none)
-)
+# The statistics of an expert with fewer tokens are not used (q3q's rule; the official code has
+# none).
+MIN_EXPERT_TOKENS = 128
 
 
 @dataclass
 class Rounded:
-    """codes, scale, zero: of every single weight, all [O, I]; the weight is scale * (codes - zero).
+    """A rounded weight, scale * (codes - zero), each of them [O, I].
 
-    value: what was rounded, in units of scale. order: in which the columns were treated. lowest, doubtful (AWQ): the
-    lowest of the weight's group; whether the group's grid hangs on the last bit of a number.
+    value: the weight before rounding, in units of scale.
+    order: the order in which columns were rounded.
+    lowest: the lowest weight of the group (AWQ).
+    clipping: the search for limits, None if the linear is not clipped (AWQ).
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor
-    value: torch.Tensor = None
-    order: torch.Tensor = None
-    lowest: torch.Tensor = None
-    doubtful: torch.Tensor = None
+    value: Any = None
+    order: Any = None
+    lowest: Any = None
+    clipping: Any = None
 
     @classmethod
     def like(cls, w_OI):
-        return cls(*(torch.empty_like(w_OI) for _ in range(4)), torch.arange(w_OI.shape[1]))
+        codes, scale, zero, value = (torch.empty_like(w_OI) for _ in range(4))
+        return cls(codes, scale, zero, value, torch.arange(w_OI.shape[1]))
 
     @property
     def weight(self):
         return self.scale * (self.codes - self.zero)
 
+    def differs(self, other):
+        """Compare codes, counted from the zero point: symmetric ones may have another origin."""
+        return (self.codes - self.zero) != (other.codes - other.zero)
+
     @property
     def from_tie(self):
-        """How far each value was from the midpoint between two codes, in units of scale."""
+        """Return each value's distance from the midpoint between two codes, in units of scale."""
         return (self.value - self.value.floor() - 0.5).abs()
-
-
-# --------------------------------------------------------------------------------------------------- the model
 
 
 class Expert(nn.Module):
@@ -65,14 +71,13 @@ class Expert(nn.Module):
 
 
 class ListOfExperts(nn.Module):
-    """Qwen3-MoE's sparse block as transformers 4 had it: one module of three linears per expert, so that hooks work."""
+    """Qwen3-MoE's sparse block as transformers 4 had it: a module an expert, so that hooks work."""
 
     def __init__(self, fused):
         super().__init__()
         self.top_k, self.renormalize = fused.gate.top_k, fused.gate.norm_topk_prob
-        self.router = nn.Parameter(
-            fused.gate.weight.detach().clone()
-        )  # not a Linear: no driver may quantize it
+        # Not a Linear: no driver may quantize it.
+        self.router = nn.Parameter(fused.gate.weight.detach().clone())
         self.experts = nn.ModuleList()
         for gate_up, down in zip(fused.experts.gate_up_proj, fused.experts.down_proj, strict=True):
             gate, up = gate_up.detach().clone().chunk(2)
@@ -118,7 +123,7 @@ class Stop(Exception):  # noqa: N818
 
 
 def first_inputs(model, windows_NT):
-    """What reaches the first layer: one hidden [1, T, H] per window, and the keyword arguments of every layer."""
+    """Return the first layer's inputs, [1, T, H] a window, and every layer's keyword arguments."""
     caught = []
 
     def catch(module, args, kwargs):
@@ -139,10 +144,10 @@ def first_inputs(model, windows_NT):
 
 
 @contextmanager
-def watching(modules, see):
-    """Call see(name, inputs) whenever one of the modules runs."""
+def watching(modules, observe):
+    """Call observe(name, inputs) whenever one of the modules runs."""
     handles = [
-        module.register_forward_hook(lambda _, inputs, __, name=name: see(name, inputs[0]))
+        module.register_forward_hook(lambda _, inputs, __, name=name: observe(name, inputs[0]))
         for name, module in modules.items()
     ]
     yield
@@ -152,7 +157,7 @@ def watching(modules, see):
 
 @torch.no_grad()
 def perplexity(model, windows_NT):
-    """eval_ours' formula, but likelihoods in float32 and not 16 bits."""
+    """Compute eval_ours' formula, but with likelihoods in float32 and not 16 bits."""
     total = 0.0
     for window_T in windows_NT:
         logits = model(input_ids=window_T[None]).logits[0, :-1]
@@ -160,11 +165,8 @@ def perplexity(model, windows_NT):
     return math.exp(total / windows_NT.numel())
 
 
-# ---------------------------------------------------------------------------------------------------------- RTN
-
-
 def find_params(x_OS, bits, symmetric, mse=False):
-    """GPTQ's Quantizer for each row of x. Returns scale and zero, both [O]."""
+    """Return the scale and zero, both [O], of GPTQ's Quantizer for each row of x."""
     maxq = 2**bits - 1
     low, high = torch.empty(len(x_OS)), torch.empty(len(x_OS))
     for o, row in enumerate(x_OS):
@@ -179,22 +181,16 @@ def find_params(x_OS, bits, symmetric, mse=False):
     zero = middle if symmetric else torch.round(-low / scale)
     if mse:
         best = torch.full_like(scale, math.inf)
-        scale, zero = scale.clone(), zero.clone()
         for i in range(80):
             p = 1 - i / 100
             tried = (p * high - p * low) / maxq
             tried_zero = middle if symmetric else torch.round(-p * low / tried)
-            wrong = (
-                tried[:, None] * (nearest(x_OS, tried, tried_zero, bits) - tried_zero[:, None])
-                - x_OS
-            )
-            cost = wrong.abs().pow(2.4).sum(1)
+            codes = nearest(x_OS, tried, tried_zero, bits)
+            error = tried[:, None] * (codes - tried_zero[:, None]) - x_OS
+            cost = error.abs().pow(2.4).sum(1)
             better = cost < best
-            best[better], scale[better], zero[better] = (
-                cost[better],
-                tried[better],
-                tried_zero[better],
-            )
+            best, scale = torch.where(better, cost, best), torch.where(better, tried, scale)
+            zero = torch.where(better, tried_zero, zero)
     return scale, zero
 
 
@@ -209,30 +205,25 @@ def round_to_nearest(w_OI, bits, group_size, symmetric, mse=False):
         part = w_OI[:, g : g + size]
         scale, zero = find_params(part, bits, symmetric, mse)
         rounded.codes[:, g : g + size] = nearest(part, scale, zero, bits)
-        rounded.scale[:, g : g + size], rounded.zero[:, g : g + size] = (
-            scale[:, None],
-            zero[:, None],
-        )
+        rounded.scale[:, g : g + size] = scale[:, None]
+        rounded.zero[:, g : g + size] = zero[:, None]
         rounded.value[:, g : g + size] = part / scale[:, None]
     return rounded
 
 
 @torch.no_grad()
 def rtn(model, bits, group_size, symmetric=False, mse=False):
-    found = {}
+    results = {}
     for k, layer in enumerate(model.model.layers):
         for name, linear in linears(layer).items():
             rounded = round_to_nearest(linear.weight, bits, group_size, symmetric, mse)
             linear.weight.copy_(rounded.weight)
-            found[f"{k}.{name}"] = rounded
-    return found
-
-
-# --------------------------------------------------------------------------------------------------------- GPTQ
+            results[f"{k}.{name}"] = rounded
+    return results
 
 
 class Hessian:
-    """add_batch: running mean over calls of 2 X^T X."""
+    """The running mean of 2 X^T X over calls (add_batch)."""
 
     def __init__(self, columns):
         self.H, self.samples, self.tokens = torch.zeros(columns, columns), 0, 0
@@ -249,21 +240,22 @@ class Hessian:
 
 
 def hessians_of(layer, names, hidden, kwargs):
-    """Run the layer over every sample; the Hessian of each linear named."""
-    some = {name: module for name, module in linears(layer).items() if name in names}
-    seen = {name: Hessian(module.in_features) for name, module in some.items()}
-    with watching(some, lambda name, x: seen[name].add(x)):
+    """Run the layer over every sample, and return the Hessians of the named linears."""
+    modules = {name: module for name, module in linears(layer).items() if name in names}
+    hessians = {name: Hessian(module.in_features) for name, module in modules.items()}
+    with watching(modules, lambda name, x: hessians[name].add(x)):
         for x in hidden:
             layer(x, **kwargs)
-    return seen
+    return hessians
 
 
 def sequential_groups(layer):
-    """[q, k, v], [o], [gate, up], [down], each of all experts."""
-    names = list(linears(layer))
-    return [[n for n in names if n.endswith(ends)] for ends in (
-        ("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",),
-    )]  # fmt: skip
+    """Return the names [q, k, v], [o], [gate, up], [down], the latter of all experts."""
+    names, ends = (
+        list(linears(layer)),
+        ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"),
+    )
+    return [[name for name in names if name.endswith(tuple(end.split()))] for end in ends]
 
 
 def upper_factor(H, damping):
@@ -272,10 +264,26 @@ def upper_factor(H, damping):
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 
-def gptq_linear(
-    W, H, bits, group_size, symmetric, damping, block_size, act_order, static_groups, mse
-):
-    """fasterquant."""
+def orders_of(H, act_order):
+    """Return the columns' possible orders: where two diagonals differ in the last bits, either."""
+    if not act_order:
+        return [torch.arange(len(H))]
+    live = torch.diag(H) > 0
+    diagonal = torch.where(live, torch.diag(H), 1.0)
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    high, low = diagonal[order][:-1], diagonal[order][1:]
+    both_live = live[order][:-1] & live[order][1:]
+    orders = [order]
+    for i in torch.where(both_live & (high - low < 1e-5 * high))[0].tolist():
+        for other in list(orders):
+            swapped = other.clone()
+            swapped[[i, i + 1]] = other[[i + 1, i]]
+            orders.append(swapped)
+    return orders
+
+
+def gptq_linear(W, H, order, bits, group_size, symmetric, damping, block_size, static_groups, mse):
+    """Round one linear, its columns in this order, as fasterquant does."""
     W, H = W.clone(), H.clone()
     rows, columns = W.shape
     if group_size == -1:
@@ -288,10 +296,7 @@ def gptq_linear(
             find_params(W[:, g : g + group_size], bits, symmetric, mse)
             for g in range(0, columns, group_size)
         ]
-    order = torch.arange(columns)
-    if act_order:
-        order = torch.argsort(torch.diag(H), descending=True, stable=True)
-        W, H = W[:, order], H[order][:, order]
+    W, H = W[:, order], H[order][:, order]
     Hinv = upper_factor(H, damping)
     out = Rounded.like(W)
     for start in range(0, columns, block_size):
@@ -305,51 +310,70 @@ def gptq_linear(
                     scale, zero = find_params(W[:, i : i + group_size], bits, symmetric, mse)
             w = block[:, i - start]
             codes = nearest(w[:, None], scale, zero, bits)[:, 0]
-            out.codes[:, i], out.scale[:, i], out.zero[:, i], out.value[:, i] = (
-                codes,
-                scale,
-                zero,
-                w / scale,
-            )
+            out.codes[:, i], out.scale[:, i], out.zero[:, i] = codes, scale, zero
+            out.value[:, i] = w / scale
             error = (w - scale * (codes - zero)) / Hinv[i, i]
             block[:, i - start :] -= error[:, None] * Hinv[i, i:stop][None, :]
             errors[:, i - start] = error
         W[:, stop:] -= errors @ Hinv[start:stop, stop:]
     back = torch.argsort(order)
-    return Rounded(*(x[:, back] for x in (out.codes, out.scale, out.zero, out.value)), order)
+    back_in_order = (x[:, back] for x in (out.codes, out.scale, out.zero, out.value))
+    codes, scale, zero, value = back_in_order
+    return Rounded(codes, scale, zero, value, order)
 
 
 @torch.no_grad()
 def gptq(
-    model, windows_NT, bits, group_size, symmetric=False, *, damping=0.01, block_size=128, act_order=True,
-    true_sequential=True, static_groups=False, mse=False,
-):  # fmt: skip
-    found = {}
+    model,
+    windows_NT,
+    bits,
+    group_size,
+    symmetric=False,
+    *,
+    damping=0.01,
+    block_size=128,
+    act_order=True,
+    true_sequential=True,
+    static_groups=False,
+    mse=False,
+    follow=None,
+):
+    """Quantize with GPTQ.
+
+    Args:
+        follow: another driver's choices by name. They go into the model in place of this driver's,
+            so that every linear is solved on the inputs of the other driver's linear.
+    """
+    results = {}
     hidden, kwargs = first_inputs(model, windows_NT)
     for k, layer in enumerate(model.model.layers):
         modules = linears(layer)
         groups = sequential_groups(layer) if true_sequential else [list(modules)]
         for names in groups:
-            for name, seen in hessians_of(layer, names, hidden, kwargs).items():
+            for name, hessian in hessians_of(layer, names, hidden, kwargs).items():
                 weight = modules[name].weight
-                if "experts" in name and seen.tokens < MIN_EXPERT_TOKENS:
+                if "experts" in name and hessian.tokens < MIN_EXPERT_TOKENS:
                     rounded = round_to_nearest(weight, bits, group_size, symmetric, mse)
                 else:
-                    rounded = gptq_linear(
-                        weight, seen.H, bits, group_size, symmetric, damping, block_size, act_order, static_groups, mse
-                    )  # fmt: skip
-                found[f"{k}.{name}"] = rounded
+                    knobs = bits, group_size, symmetric, damping, block_size, static_groups, mse
+                    orders = orders_of(hessian.H, act_order)
+                    if follow is None:
+                        rounded = gptq_linear(weight, hessian.H, orders[0], *knobs)
+                    else:
+                        other = follow[f"{k}.{name}"]
+                        rounded = min(
+                            (gptq_linear(weight, hessian.H, order, *knobs) for order in orders),
+                            key=lambda tried: int(tried.differs(other).sum()),
+                        )
+                results[f"{k}.{name}"] = rounded
             for name in names:
-                modules[name].weight.copy_(found[f"{k}.{name}"].weight)
+                modules[name].weight.copy_((follow or results)[f"{k}.{name}"].weight)
         hidden = [layer(x, **kwargs) for x in hidden]  # quantized outputs go on
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------- AWQ
+    return results
 
 
 def pseudo_quantize(w_OI, bits, group_size):
-    """pseudo_quantize_tensor with a zero point: the range is the weights' own, zero not forced in."""
+    """Round as pseudo_quantize_tensor with a zero point does: the range need not include zero."""
     size = w_OI.shape[1] if group_size == -1 else group_size
     out = Rounded.like(w_OI)
     out.lowest = torch.empty_like(w_OI)
@@ -365,7 +389,7 @@ def pseudo_quantize(w_OI, bits, group_size):
 
 
 def search_scale(inspect, modules, x, kwargs, bits, group_size, grid):
-    """_search_module_scale: scales mean|x|^r, judged by the output of `inspect` on the unscaled inputs."""
+    """Search s = mean|x|^r by the output of `inspect` on unscaled inputs (_search_module_scale)."""
     before = output(inspect, x, kwargs)
     mean = x.abs().reshape(-1, x.shape[-1]).mean(0)
     originals = [module.weight.clone() for module in modules]
@@ -388,43 +412,69 @@ def output(module, x, kwargs):
     return out[0] if isinstance(out, tuple) else out
 
 
-def search_clip(w_OI, x_TI, bits, group_size):
-    """auto_clip_layer: the largest absolute value allowed to each row of each group, and where a tie decides; [O, I].
+@dataclass
+class Clipping:
+    """A search for each row's limit of |w| in each group, and the costs that it compares.
 
-    A group cut to [-m, m] has its zero point at (2**bits - 1) / 2, halfway between two, and so its outermost weights. A
-    choice is doubtful if rounding those the other way, or a change of costs by 0.1 %, could lead to another.
+    A range [-m, m] has its zero point at (2**bits - 1) / 2, halfway between two codes, and its
+    outermost weights halfway between two codes: the last bit of m decides. Whichever way it
+    decides, the cheapest range costs no more than any other range whose ties fall the dearer way.
+
+    limit: the largest absolute value allowed, expanded to [O, I].
+    w_OI: the linear's weight before clipping.
+    x_TI: the linear's inputs.
+    size: columns per group.
+    highest_G: for each group, the cost [O] that no outcome of the search exceeds.
     """
+
+    limit: torch.Tensor
+    w_OI: torch.Tensor
+    x_TI: torch.Tensor
+    size: int
+    highest_G: list[torch.Tensor]
+
+    def costs_of(self, weight_OI):
+        """Return a rounded weight's cost in each group, [O] each, in float64."""
+        return [cost_of(weight_OI[:, g], self.w_OI[:, g], self.x_TI[:, g]) for g in self.groups()]
+
+    def groups(self):
+        starts = range(0, self.w_OI.shape[1], self.size)
+        return [slice(start, start + self.size) for start in starts]
+
+
+def cost_of(rounded_OS, w_OS, x_TS):
+    return (x_TS.double() @ (rounded_OS.double() - w_OS.double()).T).pow(2).mean(0)
+
+
+def search_clip(w_OI, x_TI, bits, group_size):
+    """Search each row's limit of |w| in each group (auto_clip_layer)."""
     size = w_OI.shape[1] if group_size == -1 else group_size
     x_TI = x_TI[:: max(1, len(x_TI) // 512)]
-    limits, doubts = [], []
-    for g in range(0, w_OI.shape[1], size):
-        part, x = w_OI[:, g : g + size], x_TI[:, g : g + size]
+    clipping = Clipping(torch.empty_like(w_OI), w_OI.clone(), x_TI, size, [])
+    for g in clipping.groups():
+        part, x = w_OI[:, g], x_TI[:, g]
         largest = part.abs().amax(1, keepdim=True)
         best, lowest = largest.clone(), torch.full_like(largest, 1e9)
-        at_best, at_least = torch.zeros_like(largest), []
+        highest = torch.full([len(part)], math.inf, dtype=torch.float64)
         for i in range(10):
             limit = largest * (1 - i / 20)
             tried = pseudo_quantize(torch.clamp(part, -limit, limit), bits, -1)
             error = (x @ (tried.weight - part).T).pow(2).mean(0)[:, None]
             better = error < lowest
             lowest[better], best[better] = error[better], limit[better]
-            errors = [error]
+            dearer = torch.zeros_like(highest)
             for zero in (tried.zero, other_zero(tried)):
-                for nudge in (1 - 1e-5, 1 + 1e-5):
+                for nudge in (1 - 1e-5, 1, 1 + 1e-5):
                     codes = ((tried.value * nudge).round() + zero).clamp(0, 2**bits - 1)
-                    errors.append(
-                        (x @ (tried.scale * (codes - zero) - part).T).pow(2).mean(0)[:, None]
-                    )
-            at_best[better] = torch.cat(errors, 1).amax(1, keepdim=True)[better]
-            at_least.append(torch.cat(errors, 1).amin(1, keepdim=True))
-        doubtful = (torch.cat(at_least, 1) < 1.001 * at_best).sum(1, keepdim=True) > 1
-        limits.append(best.expand(-1, size))
-        doubts.append(doubtful.expand(-1, size))
-    return torch.cat(limits, 1), torch.cat(doubts, 1)
+                    dearer = dearer.maximum(cost_of(tried.scale * (codes - zero), part, x))
+            highest = highest.minimum(dearer)
+        clipping.limit[:, g] = best
+        clipping.highest_G.append(highest)
+    return clipping
 
 
 def other_zero(rounded):
-    """Zero points rounded the other way where they are halfway between two."""
+    """Round the zero points that lie halfway between two whole numbers the other way."""
     exact = -rounded.lowest / rounded.scale
     tied = (exact - exact.floor() - 0.5).abs() < 1e-3
     return torch.where(tied, exact.floor() + exact.ceil() - rounded.zero, rounded.zero)
@@ -432,11 +482,12 @@ def other_zero(rounded):
 
 @torch.no_grad()
 def awq(model, windows_NT, bits, group_size, *, scale=True, clip=True, grid=20):
-    found = {}
+    results = {}
     hidden, kwargs = first_inputs(model, windows_NT)
     x = torch.cat(hidden)
     for k, layer in enumerate(model.model.layers):
-        modules, feats = linears(layer), {}
+        modules = linears(layer)
+        feats: dict[str, torch.Tensor] = {}
         with watching({**modules, "mlp": layer.mlp}, feats.__setitem__):
             x = layer(x, **kwargs)  # full-precision outputs go on
         if scale:
@@ -445,26 +496,29 @@ def awq(model, windows_NT, bits, group_size, *, scale=True, clip=True, grid=20):
         for name, module in modules.items():
             if clip and not starved(name, feats) and "q_" not in name and "k_" not in name:
                 inputs = feats[name].reshape(-1, module.in_features)
-                limit, doubtful = search_clip(module.weight, inputs, bits, group_size)
-                module.weight.copy_(torch.clamp(module.weight, -limit, limit))
+                clipping = search_clip(module.weight, inputs, bits, group_size)
+                module.weight.copy_(torch.clamp(module.weight, -clipping.limit, clipping.limit))
             else:
-                doubtful = torch.zeros_like(module.weight, dtype=torch.bool)
+                clipping = None
             rounded = pseudo_quantize(module.weight, bits, group_size)
-            rounded.doubtful = doubtful | (other_zero(rounded) != rounded.zero)
+            rounded.clipping = clipping
             module.weight.copy_(rounded.weight)
-            found[f"{k}.{name}"] = rounded
-    return found
+            results[f"{k}.{name}"] = rounded
+    return results
 
 
 def starved(name, feats):
-    """Whether this is a linear of an expert that hardly any token reached, which has neither scale nor clip."""
+    """Return True for a linear of an expert with too few tokens: neither scaled nor clipped."""
     return "experts" in name and (
         name not in feats or feats[name].numel() < MIN_EXPERT_TOKENS * feats[name].shape[-1]
     )
 
 
 def find_scales(layer, modules, feats, kwargs, bits, group_size, grid):
-    """auto_scale_block: every group is searched before any is applied. Returns (producer, readers, scales)."""
+    """Search every group before any is applied (auto_scale_block).
+
+    Returns (producer, readers, scales) of each.
+    """
 
     def search(inspect, names, x, kwargs):
         return search_scale(
@@ -474,18 +528,12 @@ def find_scales(layer, modules, feats, kwargs, bits, group_size, grid):
     groups = []
     qkv = [f"self_attn.{c}_proj" for c in "qkv"]
     attention = {**kwargs, "past_key_values": None}
-    groups.append(
-        (layer.input_layernorm, qkv, search(layer.self_attn, qkv, feats[qkv[0]], attention))
-    )
+    scale = search(layer.self_attn, qkv, feats[qkv[0]], attention)
+    groups.append((layer.input_layernorm, qkv, scale))
     v, o = modules["self_attn.v_proj"], modules["self_attn.o_proj"]
     if v.weight.shape == o.weight.shape:
-        groups.append(
-            (
-                v,
-                ["self_attn.o_proj"],
-                search(o, ["self_attn.o_proj"], feats["self_attn.o_proj"], {}),
-            )
-        )
+        names = ["self_attn.o_proj"]
+        groups.append((v, names, search(o, names, feats[names[0]], {})))
     gate_up = [name for name in modules if name.endswith(("gate_proj", "up_proj"))]
     groups.append(
         (layer.post_attention_layernorm, gate_up, search(layer.mlp, gate_up, feats["mlp"], {}))
@@ -508,20 +556,23 @@ def apply_scales(layer, modules, feats, groups):
             layer.mlp.router.mul_(s)
 
 
-# -------------------------------------------------------------------------------------------------- SmoothQuant
-
-
 @torch.no_grad()
 def smoothquant(model, windows_NT, bits, act_bits, *, alpha=0.5, smooth=True):
-    """get_act_scales, smooth_lm and quantize_llama_like; from here on the model quantizes its own activations."""
-    found = {}
+    """Run get_act_scales, smooth_lm and quantize_llama_like.
+
+    The model then rounds its own activations.
+    """
+    results = {}
     if smooth:
-        largest = {}
+        largest: dict[tuple[int, str], list[torch.Tensor]] = {}
         for k, layer in enumerate(model.model.layers):
             watched = {"attention": layer.self_attn.q_proj, "mlp": layer.mlp}
-            layer.watch = watching(watched, lambda name, x, k=k: largest.setdefault((k, name), []).append(
-                x.abs().reshape(-1, x.shape[-1]).amax(0)
-            ))  # fmt: skip
+
+            def observe(name, x, k=k):
+                peaks = x.abs().reshape(-1, x.shape[-1]).amax(0)
+                largest.setdefault((k, name), []).append(peaks)
+
+            layer.watch = watching(watched, observe)
             layer.watch.__enter__()
         for window_T in windows_NT:
             model(input_ids=window_T[None])
@@ -536,11 +587,7 @@ def smoothquant(model, windows_NT, bits, act_bits, *, alpha=0.5, smooth=True):
                 if name == "mlp" and hasattr(layer.mlp, "router"):
                     readers.append(layer.mlp.router)
                 act = torch.stack(largest[k, name]).amax(0)
-                weight = (
-                    torch.cat([w.abs().amax(0, keepdim=True) for w in readers])
-                    .amax(0)
-                    .clamp(min=1e-5)
-                )
+                weight = torch.stack([w.abs().amax(0) for w in readers]).amax(0).clamp(min=1e-5)
                 s = (act.pow(alpha) / weight.pow(1 - alpha)).clamp(min=1e-5)
                 norm.weight.div_(s)
                 for w in readers:
@@ -551,15 +598,15 @@ def smoothquant(model, windows_NT, bits, act_bits, *, alpha=0.5, smooth=True):
             scale = module.weight.abs().amax(1, keepdim=True).clamp(min=1e-5) / top
             codes = torch.round(module.weight / scale)
             zero, value = torch.zeros_like(codes), module.weight / scale
-            found[f"{k}.{name}"] = Rounded(
+            results[f"{k}.{name}"] = Rounded(
                 codes, scale.expand_as(codes), zero, value, torch.arange(codes.shape[1])
             )
-            module.weight.copy_(found[f"{k}.{name}"].weight)
+            module.weight.copy_(results[f"{k}.{name}"].weight)
             if act_bits is not None:
                 module.register_forward_pre_hook(
                     lambda _, inputs: (per_token(inputs[0], act_bits),)
                 )
-    return found
+    return results
 
 
 def per_token(x, bits):
@@ -567,23 +614,34 @@ def per_token(x, bits):
     return torch.round(x / scale) * scale
 
 
-# -------------------------------------------------------------------------------------------------------- BiLLM
+def residual_binarize(x, mask, order, near_O=None):
+    """Binarize each row by mean and mean absolute deviation over the mask, `order` times.
 
+    Source: high_order_residual.
 
-def residual_binarize(x, mask, order):
-    """high_order_residual: in each row, mean and mean absolute deviation over the mask, `order` times."""
+    Args:
+        near_O: lowered in place to each row's smallest distance from a value to the mean that
+            decides its sign, in deviations.
+    """
     count = mask.sum(1, keepdim=True).clamp(min=1)
     approximation = torch.zeros_like(x)
     for _ in range(order):
         residual = x - approximation
         mean = (residual * mask).sum(1, keepdim=True) / count
         deviation = ((residual - mean).abs() * mask).sum(1, keepdim=True) / count
+        if near_O is not None:
+            distance = (residual - mean).abs() / deviation.clamp(min=1e-12)
+            near_O.copy_(near_O.minimum(distance.masked_fill(~mask, math.inf).amin(1)))
         approximation = approximation + (torch.sign(residual - mean) * deviation + mean) * mask
     return approximation * mask
 
 
 def structural_search(S):
-    """structural_searching on the saliency S. Returns the masks of small, large and salient weights."""
+    """Divide weights by their saliency S (structural_searching).
+
+    Returns the masks of small, large and salient weights, and each row's smallest distance from a
+    weight to the border between small and large, relative to the border.
+    """
     ranked = torch.topk(S.abs().sum(0), min(50, S.shape[1])).indices
     lowest = math.inf
     for count in range(1, min(50, S.shape[1])):
@@ -604,49 +662,60 @@ def structural_search(S):
         cost = float((S - tried).pow(2).mean())
         if cost < lowest:
             lowest, best = cost, (small, large, salient)
-    return best
+            distance = (S.abs() / float(border) - 1).abs().masked_fill(salient, math.inf)
+    return *best, distance.amin(1)
 
 
 def billm_linear(W, H, damping, block_size, metric):
-    """BRAGPTQ.fasterquant. Returns the weight as numbers and, per block, which columns are salient."""
+    """Binarize one linear as BRAGPTQ.fasterquant does.
+
+    Returns the binarized weight, which columns are salient, and each row's smallest distance in
+    each block from a decision that would fall the other way [O, blocks].
+    """
     W, H = W.clone(), H.clone()
     dead = torch.diag(H) == 0
     H[dead, dead] = 1
     W[:, dead] = 0
     Hc = upper_factor(H, damping)
-    salient_columns = []
+    salient_columns, nearest_decisions = [], []
     for start in range(0, W.shape[1], block_size):
         stop = min(start + block_size, W.shape[1])
         block = W[:, start:stop].clone()
         factor = torch.diag(Hc)[start:stop]
         S = block**2 / factor[None, :] ** 2 if metric == "hessian" else block
-        small, large, salient = structural_search(S)
+        small, large, salient, near_O = structural_search(S)
         rounded = (
-            residual_binarize(block, small, 1)
-            + residual_binarize(block, large, 1)
-            + residual_binarize(block, salient, 2)
+            residual_binarize(block, small, 1, near_O)
+            + residual_binarize(block, large, 1, near_O)
+            + residual_binarize(block, salient, 2, near_O)
         )
+        nearest_decisions.append(near_O)
         errors = (block - rounded) / factor[None, :]  # nothing is passed on inside the block
         W[:, start:stop] = rounded
         W[:, stop:] -= errors @ Hc[start:stop, stop:]
         salient_columns.append(salient[0])
-    return W, torch.cat(salient_columns)
+    return W, torch.cat(salient_columns), torch.stack(nearest_decisions, 1)
 
 
 @torch.no_grad()
-def billm(model, windows_NT, *, damping=0.01, block_size=128, metric="hessian"):
-    """Returns by name (weight [O, I], salient columns [I])."""
-    found = {}
+def billm(model, windows_NT, *, damping=0.01, block_size=128, metric="hessian", follow=None):
+    """Return the results of `billm_linear` by name.
+
+    Args:
+        follow: another driver's weights by name, as in `gptq`.
+    """
+    results = {}
     hidden, kwargs = first_inputs(model, windows_NT)
     for k, layer in enumerate(model.model.layers):
         modules = linears(layer)
-        for name, seen in hessians_of(layer, list(modules), hidden, kwargs).items():
-            if "experts" in name and seen.tokens < MIN_EXPERT_TOKENS:
-                seen.H = torch.eye(len(seen.H))
-            found[f"{k}.{name}"] = billm_linear(
-                modules[name].weight, seen.H, damping, block_size, metric
+        for name, hessian in hessians_of(layer, list(modules), hidden, kwargs).items():
+            if "experts" in name and hessian.tokens < MIN_EXPERT_TOKENS:
+                hessian.H = torch.eye(len(hessian.H))
+            results[f"{k}.{name}"] = billm_linear(
+                modules[name].weight, hessian.H, damping, block_size, metric
             )
         for name, module in modules.items():
-            module.weight.copy_(found[f"{k}.{name}"][0])
+            path = f"{k}.{name}"
+            module.weight.copy_(results[path][0] if follow is None else follow[path])
         hidden = [layer(x, **kwargs) for x in hidden]
-    return found
+    return results

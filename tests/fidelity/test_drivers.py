@@ -1,15 +1,21 @@
-"""Whole models through q3q, and through plain transcriptions of the official drivers: the same codes.
+"""Whole models through q3q and through plain copies of the official drivers: the same codes.
 
-The two share no code: the plain drivers run transformers' model with hooks, layer by layer and sample by sample, and
-solve linear by linear. Both are float32, so sums differ in their last bits, and a weight within that of the midpoint
-between two codes may round the other way. Where codes differ the tests ask for such a tie at the bottom of it; where
-none does the models must be worth the same.
+The two share no code: the plain drivers run transformers' model with hooks, layer by layer and
+sample by sample, and solve linear by linear. Both compute in float32, whose sums differ in the last
+bits from code to code and from processor to processor, so a weight that close to the midpoint of
+two codes may round the other way. Wherever codes differ the tests ask for such a tie. They do not
+count ties: how many fall the other way depends on the processor. Where a code decides what later
+linears see, the plain driver goes on with q3q's codes, so one tie excuses nothing behind it. With
+q3q's weights, transformers' model must have the perplexity of q3q's decoder.
 """
 
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import q3q.models.demo
 from q3q.data.texts import load_text
@@ -32,17 +38,11 @@ from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.fidelity import plain
+from tests.fidelity.checkpoints import windows_of
 
-SAME_WORTH = 1e-4  # perplexity, relative, where all codes are equal
-SAME_WORTH_ROUNDED_INPUTS = (
-    5e-3  # where activations round too: each one near a midpoint is a coin toss
-)
-SAME_WORTH_AFTER_TIES = 5e-3  # one code of a model this small can be worth that much
-TIE = 2e-3  # from a midpoint, in units of the scale
-FEW = 0.02  # share of codes
-# Where a site sees what earlier codes made, all that follows a tie sees other inputs, and in a mixture of experts a
-# token may go elsewhere: how far depends on the processor that sums. The first code to differ is what must be a tie.
-FEW_FOLLOW, FOLLOWERS_WORTH = 0.2, 5e-2
+SAME_WORTH = 1e-5  # perplexity, relative, of the same weights
+TIE = 1e-3  # from a midpoint, in units of the scale
+NEAR = 1e-4  # of BiLLM's decisions, relative to what decides them
 
 
 class Nowhere:
@@ -54,10 +54,17 @@ class Nowhere:
 
 
 def walked(folder, method, scheme, windows):
-    """q3q's decoder after quantization, and what it chose for every linear, an expert's as its own."""
+    """Return q3q's decoder after quantization, and what it chose."""
     decoder = load_decoder(Checkpoint(folder), torch.float32)
     with torch.inference_mode():
         blocks = quantize_model(decoder, method, scheme, windows, Nowhere())
+    for block in decoder.blocks:
+        block.act_bits = scheme.act_bits
+    return decoder, choices(blocks)
+
+
+def choices(blocks):
+    """Return what was chosen for every linear, an expert's as its own, by name."""
     found = {}
     for block in blocks:
         for name, weight in block.quantized.items():
@@ -65,9 +72,7 @@ def walked(folder, method, scheme, windows):
             for e in range(weight.shape[0]):
                 expert = linear.replace("experts.", f"experts.{e}.")
                 found[expert] = one_expert(weight, e)
-    for block in decoder.blocks:
-        block.act_bits = scheme.act_bits
-    return decoder, found
+    return found
 
 
 def one_expert(weight, e):
@@ -83,62 +88,46 @@ def one_expert(weight, e):
     )
 
 
-def check(ours, theirs, decoder, model, held_out, *, sequential=False, same_worth_at=SAME_WORTH):
-    """The same codes on the same grids, but for ties and what follows from them; and models of the same worth.
+def check(ours, theirs, decoder, model, held_out, *, sequential=False):
+    """Ask for the same codes but for ties, and for the same perplexity of the same weights."""
+    same_codes(ours, theirs, sequential=sequential)
+    put(ours, model)
+    assert worths_differ(decoder, model, held_out) < SAME_WORTH
 
-    sequential: what a site's codes are decides what later sites see, so only the first to differ must show a tie, and
-    in each of its rows only the first column to differ.
+
+def same_codes(ours, theirs, *, sequential=False):
+    """Ask for a tie wherever a code differs, and for the same grids where none does.
+
+    sequential: in a row what a code is decides what comes after it: the first to differ is a tie.
     """
     assert ours.keys() == theirs.keys()
-    differ = {name: different(ours[name], theirs[name]) for name in theirs}
-    wrong = [name for name in in_order(theirs) if differ[name].any()]
-    if sequential:
-        name, farthest = first_difference(ours, theirs)
-        assert farthest < TIE, f"{name}: a code differs {farthest:.3f} from a tie"
-    else:
-        for name in wrong:
-            farthest = float(theirs[name].from_tie[differ[name]].max())
-            assert farthest < TIE, f"{name}: a code differs {farthest:.3f} from a tie"
-    share = share_of_codes(ours, theirs)
-    loss = abs(worth(decoder, held_out) / plain.perplexity(model, held_out) - 1)
-    print(f"{share:.2e} of codes differ, perplexity {loss:.1e}")
-    for name in in_order(theirs):
-        if wrong and sequential and name == wrong[0]:
-            break
-        same = ~differ[name].any(1)
+    for name, one in theirs.items():
+        differs = one.differs(ours[name])
+        decided = differs
+        if sequential:
+            first = differs[:, one.order].cumsum(1) == 1
+            decided = first[:, one.order.argsort()] & differs
+        if decided.any():
+            farthest = float(one.from_tie[decided].max())
+            print(f"{name}: {int(differs.sum())} codes differ, {farthest:.1e} from a tie at most")
+            assert farthest < TIE, f"{name}: a code differs {farthest:.1e} from a tie"
+        same = ~differs.any(1)
         torch.testing.assert_close(
-            ours[name].scale[same], theirs[name].scale[same], rtol=1e-3, atol=1e-6, msg=name
+            ours[name].scale[same], one.scale[same], rtol=1e-3, atol=1e-6, msg=name
         )
-    if wrong and sequential:
-        assert share < FEW_FOLLOW
-        assert loss < FOLLOWERS_WORTH
-    else:
-        assert share < FEW
-        assert loss < (max(same_worth_at, SAME_WORTH_AFTER_TIES) if wrong else same_worth_at)
 
 
-def first_difference(ours, theirs):
-    """The first linear to differ, None if none does; of each of its rows' first columns to, the farthest from a tie."""
-    for name in in_order(theirs):
-        order = theirs[name].order
-        at = different(ours[name], theirs[name])[:, order]
-        if at.any():
-            first = at & (at.cumsum(1) == 1)
-            return name, float(theirs[name].from_tie[:, order][first].max())
-    return None, 0.0
+def put(ours, model):
+    """Give transformers' model q3q's weights."""
+    for k, layer in enumerate(model.model.layers):
+        for name, linear in plain.linears(layer).items():
+            linear.weight.copy_(ours[f"{k}.{name}"].weight)
 
 
-def different(ours, theirs):
-    """Where codes differ, counted from the zero point; symmetric ones may be counted from another origin."""
-    return (ours.codes - ours.zero) != (theirs.codes - theirs.zero)
-
-
-def in_order(names):
-    """As the drivers treat them: block by block, and in a block site by site."""
-    sites = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return sorted(
-        names, key=lambda name: (int(name.split(".")[0]), sites.index(name.split(".")[-1]))
-    )
+def worths_differ(decoder, model, windows):
+    loss = abs(worth(decoder, windows) / plain.perplexity(model, windows) - 1)
+    print(f"perplexity {loss:.1e}")
+    return loss
 
 
 def worth(decoder, held_out):
@@ -150,7 +139,7 @@ def worth(decoder, held_out):
 def test_the_unquantized_models_agree(folder, held_out):
     """And so does the list of experts that stands in for transformers' fused ones."""
     model = plain.load(folder)
-    fused = plain.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    fused = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = held_out[:2]
     torch.testing.assert_close(
         model(input_ids=ids).logits, fused(input_ids=ids).logits, rtol=1e-4, atol=1e-4
@@ -177,7 +166,7 @@ def test_rtn(folder, held_out, bits, group_size, symmetric, mse):
     check(ours, theirs, decoder, model, held_out)
 
 
-GPTQ = {
+GPTQ: dict[str, dict[str, Any]] = {
     "study": dict(),
     "study 8 bits": dict(bits=8),
     "study 2 bits": dict(bits=2),
@@ -192,28 +181,29 @@ GPTQ = {
 @pytest.mark.parametrize("variant", GPTQ)
 def test_gptq(folder, windows, held_out, variant):
     knobs = {"bits": 4, "group_size": 32, "symmetric": False, **GPTQ[variant]}
+    scheme = Scheme(**{key: knobs[key] for key in ("bits", "group_size", "symmetric")})
+    own = {key: knobs[key] for key in knobs.keys() - {"bits", "group_size", "symmetric"}}
+    decoder, ours = walked(folder, Gptq(GptqSettings(**own)), scheme, windows)
     model = plain.load(folder)
-    theirs = plain.gptq(model, windows, **knobs)
-    scheme = Scheme(**{key: knobs.pop(key) for key in ("bits", "group_size", "symmetric")})
-    decoder, ours = walked(folder, Gptq(GptqSettings(**knobs)), scheme, windows)
+    theirs = plain.gptq(model, windows, **knobs, follow=ours)
     check(ours, theirs, decoder, model, held_out, sequential=True)
 
 
 def test_gptq_where_few_tokens_reach_an_expert(folders, windows, held_out):
-    """q3q's rule is to round it to nearest; the official code has none, and clears an expert without tokens."""
+    """q3q rounds it to nearest. The official code has no rule, and clears one without tokens."""
     folder, few = folders["moe starved"], windows[:8]
     model = plain.load(folder)
     starved = starved_linears(model, few)
-    theirs = plain.gptq(model, few, 4, 16)
     decoder, ours = walked(
         folder, Gptq(GptqSettings()), Scheme(bits=4, group_size=16, symmetric=False), few
     )
+    theirs = plain.gptq(model, few, 4, 16, follow=ours)
     check(ours, theirs, decoder, model, held_out, sequential=True)
     assert all(ours[name].weight.abs().max() > 0 for name in starved)
 
 
 def starved_linears(model, windows, experts=1):
-    """Of the first layer's experts, those that fewer than the stated least of tokens reach: each one's three."""
+    """Return the linears of the first layer's experts that too few tokens reach."""
     hidden, kwargs = plain.first_inputs(model, windows)
     layer = model.model.layers[0]
     seen = plain.hessians_of(layer, list(plain.linears(layer)), hidden, kwargs)
@@ -224,16 +214,16 @@ def starved_linears(model, windows, experts=1):
 
 @pytest.mark.parametrize("act_order", [False, True])
 def test_gptq_where_no_token_activates_a_channel(folders, kind, windows, held_out, act_order):
-    """Such columns are cleared, count as diagonal 1 in the mean that damping is a share of, and take their place."""
+    """Such columns are cleared, and count as diagonal 1 in the order and in the damping's mean."""
     folder = folders[f"{kind} dead"]
-    model = plain.load(folder)
-    theirs = plain.gptq(model, windows, 4, 32, act_order=act_order)
     scheme = Scheme(bits=4, group_size=32, symmetric=False)
     decoder, ours = walked(folder, Gptq(GptqSettings(act_order=act_order)), scheme, windows)
+    model = plain.load(folder)
+    theirs = plain.gptq(model, windows, 4, 32, act_order=act_order, follow=ours)
     check(ours, theirs, decoder, model, held_out, sequential=True)
 
 
-AWQ = {
+AWQ: dict[str, dict[str, Any]] = {
     "study": dict(),
     "study 3 bits per channel": dict(bits=3, group_size=-1),
     "study 2 bits": dict(bits=2),
@@ -247,7 +237,7 @@ AWQ = {
     [*(("dense", variant) for variant in AWQ), ("moe", "study"), ("moe", "study 2 bits")],
 )
 def test_awq(folders, kind, windows, held_out, variant):
-    """On weights whose positive side is the longer one, so that clipping never cuts both sides of a group (below)."""
+    """On weights whose positive side is longer, so that clipping never cuts both sides (below)."""
     knobs = {"bits": 4, "group_size": 32, **AWQ[variant]}
     ours, theirs, decoder, model = awq_on(folders[f"{kind} skewed"], knobs, windows)
     check(ours, theirs, decoder, model, held_out)
@@ -262,22 +252,32 @@ def test_awq_where_few_tokens_reach_an_expert(folders, windows, held_out):
 
 @pytest.mark.parametrize("group_size", [32, -1])
 def test_awq_where_clipping_cuts_both_sides(folder, windows, held_out, group_size):
-    """A range cut to [-m, m] has its zero point at (2**bits - 1) / 2, a tie that the last bit of m decides.
-
-    So some groups end on another grid, whichever code runs, and no two machines need agree. They are few.
-    """
     ours, theirs, decoder, model = awq_on(folder, {"bits": 4, "group_size": group_size}, windows)
-    grids = total = 0
+    check_clipped(ours, theirs, decoder, model, held_out)
+
+
+def check_clipped(ours, theirs, decoder, model, held_out):
+    """Ask for the same codes, or for a grid that costs no more than the search may end with.
+
+    A range cut to [-m, m] has its zero point at (2**bits - 1) / 2: the last bit of m decides it. So
+    some groups end on another grid, whichever code runs, and no two machines need agree. But a
+    search takes the cheapest range it sees, so no group may cost more than its cheapest range does
+    when its ties fall the dearer way.
+    """
     for name, one in ours.items():
         other = theirs[name]
-        another_grid = ((one.scale / other.scale - 1).abs() > 1e-3) | (one.zero != other.zero)
-        assert other.doubtful[another_grid].all(), name
+        moved = (one.scale / other.scale - 1).abs() > 1e-3
+        another_grid = moved | (one.zero != other.zero)
         assert other.from_tie[(one.codes != other.codes) & ~another_grid].le(TIE).all(), name
-        grids, total = grids + int(another_grid.sum()), total + another_grid.numel()
-    loss = abs(worth(decoder, held_out) / plain.perplexity(model, held_out) - 1)
-    print(f"{grids / total:.2e} of grids differ, perplexity {loss:.1e}")
-    assert grids < FEW * total
-    assert loss < FEW
+        if other.clipping is None:
+            assert not moved.any(), name
+            assert torch.equal(one.zero[another_grid], plain.other_zero(other)[another_grid]), name
+        else:
+            costs = other.clipping.costs_of(one.weight)
+            for cost, highest in zip(costs, other.clipping.highest_G, strict=True):
+                assert (cost <= 1.001 * highest).all(), name
+    put(ours, model)
+    assert worths_differ(decoder, model, held_out) < SAME_WORTH
 
 
 def trained(which):
@@ -295,42 +295,20 @@ def trained(which):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["dense", "moe"])
-def test_gptq_on_trained_models_differs_no_more_than_the_official_loop_from_itself(which):
-    """With many blocks and rows some weight is at a tie early on, and all that follows sees other inputs.
-
-    So codes differ in the end, by a fifth in the dense model, whoever sums in another order: the plain driver does from
-    itself when it is shown the same windows last to first. The first weight to differ must be at a tie all the same.
-    """
+def test_gptq_on_a_trained_model(which):
     folder, windows, held_out = trained(which)
-    models = [plain.load(folder), plain.load(folder)]
-    theirs, reordered = (
-        plain.gptq(models[0], windows, 4, 128),
-        plain.gptq(models[1], windows.flip(0), 4, 128),
-    )
-    decoder, ours = walked(
-        folder, Gptq(GptqSettings()), Scheme(bits=4, group_size=128, symmetric=False), windows
-    )
-    for found in (ours, reordered):
-        name, farthest = first_difference(found, theirs)
-        # A token that stands between two experts goes to one or the other, and is seen by another's Hessian.
-        assert farthest < TIE or (which == "moe" and ".experts." in name), name
-    expected, other = (plain.perplexity(model, held_out) for model in models)
-    assert share_of_codes(ours, theirs) < 2 * share_of_codes(reordered, theirs) + FEW
-    assert abs(worth(decoder, held_out) / expected - 1) < 3 * abs(other / expected - 1) + 1e-3
-
-
-def share_of_codes(ours, theirs):
-    differ = [different(ours[name], theirs[name]) for name in theirs]
-    return sum(int(one.sum()) for one in differ) / sum(one.numel() for one in differ)
+    scheme = Scheme(bits=4, group_size=128, symmetric=False)
+    decoder, ours = walked(folder, Gptq(GptqSettings()), scheme, windows)
+    model = plain.load(folder)
+    theirs = plain.gptq(model, windows, 4, 128, follow=ours)
+    check(ours, theirs, decoder, model, held_out, sequential=True)
 
 
 @pytest.mark.slow
 def test_awq_on_a_trained_model():
-    """No block's codes depend on another's, so ties stay where they are."""
     folder, windows, held_out = trained("dense")
     ours, theirs, decoder, model = awq_on(folder, {"bits": 4, "group_size": 128}, windows)
-    assert share_of_codes(ours, theirs) < FEW
-    assert abs(worth(decoder, held_out) / plain.perplexity(model, held_out) - 1) < 1e-3
+    check_clipped(ours, theirs, decoder, model, held_out)
 
 
 def awq_on(folder, knobs, windows):
@@ -342,7 +320,7 @@ def awq_on(folder, knobs, windows):
     return ours, theirs, decoder, model
 
 
-SMOOTHQUANT = {
+SMOOTHQUANT: dict[str, dict[str, Any]] = {
     "w8a8": dict(bits=8, act_bits=8),
     "w4a8": dict(bits=4, act_bits=8),
     "w4a4, alpha 0.8": dict(bits=4, act_bits=4, alpha=0.8),
@@ -351,7 +329,12 @@ SMOOTHQUANT = {
 
 
 @pytest.mark.parametrize("variant", SMOOTHQUANT)
-def test_smoothquant(folder, windows, held_out, variant):
+def test_smoothquant(folder, windows, variant):
+    """An activation near a midpoint is a coin toss, and changes all that follows it in its window.
+
+    So windows are short and many, and what counts is the median one's perplexity. With 4 bits no
+    coin falls in it; with 8, where midpoints are many, one code is worth little.
+    """
     knobs = dict(SMOOTHQUANT[variant])
     model = plain.load(folder)
     theirs = plain.smoothquant(model, windows, **knobs)
@@ -360,7 +343,12 @@ def test_smoothquant(folder, windows, held_out, variant):
     )
     method = SmoothQuant(SmoothQuantSettings(**knobs))
     decoder, ours = walked(folder, method, scheme, windows if knobs.get("smooth", True) else None)
-    check(ours, theirs, decoder, model, held_out, same_worth_at=SAME_WORTH_ROUNDED_INPUTS)
+    same_codes(ours, theirs)
+    put(ours, model)
+    differences = [
+        worths_differ(decoder, model, window_1T) for window_1T in windows_of(48, 8, seed=2).split(1)
+    ]
+    assert statistics.median(differences) < (SAME_WORTH if scheme.act_bits == 4 else 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -368,34 +356,28 @@ def test_smoothquant(folder, windows, held_out, variant):
     [("dense wide", "hessian"), ("dense wide", "magnitude"), ("moe starved", "hessian")],
 )
 def test_billm(folders, windows, held_out, which, metric):
-    """Two and more blocks of columns a row. What is compared is the weight itself: means, scales and signs in one.
+    """Two and more blocks of columns a row. The weights are compared: means, scales, signs in one.
 
     An expert that few tokens reach is given the identity for a Hessian (q3q's rule).
 
-    Ties: a threshold lies between two neighbours in order, and a sign at a mean; a last bit moves a weight across, its
-    row's levels follow in this block and the next, and later layers see other inputs. So at the first layer to differ
-    few rows may.
+    Ties: the border between small and large lies between two neighbouring weights, and a sign's
+    lies at a mean. A last bit moves a weight across. Its row's levels follow, and so does what the
+    search for a structure sees in the linear's later blocks.
     """
     folder = folders[which]
     model = plain.load(folder)
     if which == "moe starved":
         windows = windows[:8]
         starved_linears(model, windows)
-    theirs = plain.billm(model, windows, block_size=64, metric=metric)
     scheme = Scheme(bits=1, group_size=64, symmetric=False)
     decoder, ours = walked(folder, Billm(BillmSettings(salient_metric=metric)), scheme, windows)
+    theirs = plain.billm(model, windows, block_size=64, metric=metric, follow=ours)
     assert ours.keys() == theirs.keys()
-    share = {}
-    for name in in_order(theirs):
-        expected, _ = theirs[name]
-        rows = ((ours[name] - expected).abs() > 1e-3 * expected.abs().mean()).any(1)
-        share[name] = float(rows.float().mean())
-    loss = abs(worth(decoder, held_out) / plain.perplexity(model, held_out) - 1)
-    wrong = [name for name in share if share[name]]
-    print(
-        f"rows that differ: { {name: round(share[name], 4) for name in wrong} }, perplexity {loss:.1e}"
-    )
-    for name in wrong:
-        if name.split(".")[0] == wrong[0].split(".")[0]:
-            assert share[name] < FEW, name
-    assert loss < (2 * SAME_WORTH_AFTER_TIES if wrong else SAME_WORTH)
+    for name, (expected, _, near) in theirs.items():
+        differs = (ours[name] - expected).abs() > 1e-3 * expected.abs().mean()
+        rows_OB = differs.unflatten(1, (-1, 64)).any(2)
+        for block in torch.where(rows_OB.any(0))[0][:1].tolist():
+            farthest = float(near[rows_OB[:, block], block].max())
+            print(f"{name}: {int(rows_OB[:, block].sum())} rows, {farthest:.1e} from a tie at most")
+            assert farthest < NEAR, name
+    assert worths_differ(decoder, model, held_out) < SAME_WORTH

@@ -1,9 +1,9 @@
 """Every released Qwen3 shape goes through every method.
 
-The table is what each model's config.json says. The checkpoints here keep its heads and their sharing, whether the head
-is tied, and the ratios of all widths, so that heads x head_dim differs from hidden exactly where it does in the
-released model. Widths are a sixteenth (of the largest models a thirty-second), layers one or two, experts and the
-vocabulary few.
+The table is what each model's config.json says. The checkpoints here keep its heads and their
+sharing, whether the head is tied, and the ratios of all widths, so that heads x head_dim differs
+from hidden exactly where it does in the released model. Widths are a sixteenth (of the largest
+models a thirty-second), layers one or two, experts and the vocabulary few.
 """
 
 import json
@@ -18,6 +18,7 @@ from q3q.evaluate.perplexity import perplexity
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.facts import read_facts
+from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.ledger import Ledger, sizes
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.billm import Billm
@@ -140,8 +141,9 @@ def test_every_shape_goes_through_every_method(folder_of, size, method):
     kept = {k: dict(block.weights) for k, block in enumerate(decoder.blocks)}
     windows = windows_of(2, 24, seed=3)
     build, scheme = METHODS[method]
-    blocks = []
+    blocks: list[QuantizedBlock] = []
     if build is not None:
+        assert scheme is not None
         blocks = quantize_model(
             decoder, build(), scheme, windows if method != "rtn" else None, Nowhere()
         )
@@ -157,8 +159,8 @@ def test_every_shape_goes_through_every_method(folder_of, size, method):
 
     facts = checkpoint.facts
     ledger = Ledger()
-    for block in blocks:
-        ledger.add(block)
+    for quantized in blocks:
+        ledger.add(quantized)
     found = sizes(checkpoint, ledger, {})
     linears = 0 if build is None else facts.linear_parameters
     assert found["share_quantized"] == linears / facts.parameters

@@ -1,11 +1,14 @@
-"""What runs on a GPU in other code than on a CPU, against its plain twin; and whole methods and trials there.
+"""The GPU's own code agrees with its plain twin; whole methods and trials run on a GPU.
 
-Needs an NVIDIA GPU: elsewhere the twins are tested, and the Triton kernels in Triton's interpreter.
+Needs an NVIDIA GPU. Elsewhere other tests cover the twins, and the kernels in Triton's interpreter.
 """
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
 from q3q.config.model import DEMO_MODELS
@@ -16,11 +19,12 @@ from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.perplexity import perplexity
 from q3q.evaluate.scoring import Request, score
 from q3q.models.attention import (
+    VarlenLayout,
     attend,
-    attend_plainly,
-    attend_ragged,
-    attend_ragged_plainly,
-    takes_ragged,
+    attend_plain,
+    attend_varlen,
+    attend_varlen_plain,
+    supports_varlen,
 )
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
@@ -28,9 +32,9 @@ from q3q.models.streaming import StreamedDecoder
 from q3q.numerics.divergence import kl_divergence
 from q3q.quantize.kernels.columns import block_solver, solve_block_plain
 from q3q.quantize.walk import quantize_model
-from tests.evaluate.test_harness import HFLM, adversarial, instances
+from tests.evaluate.test_harness import adversarial, instances
 from tests.evaluate.test_prefixes import random_texts, requests_of
-from tests.quantize.test_gang import CASES, Nowhere, facts_of
+from tests.quantize.test_gang import CASES, InMemory, facts_of
 from tests.quantize.test_kernels import problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -44,12 +48,12 @@ def draw(*shape, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_ragged_attention_equals_its_plain_twin(causal, dtype):
+def test_varlen_attention_equals_its_plain_twin(causal, dtype):
     queries, keys = [1, 70, 3, 200, 1], [5, 70, 64, 331, 1]
-    ends = [
+    query_ends, key_ends = (
         torch.tensor([0, *np.cumsum(each)], dtype=torch.int32, device=GPU)
         for each in (queries, keys)
-    ]
+    )
     query = draw(16, sum(queries), 128, dtype=dtype).transpose(
         0, 1
     )  # as a block gives them: heads first
@@ -57,11 +61,11 @@ def test_ragged_attention_equals_its_plain_twin(causal, dtype):
         draw(sum(keys), 8, 128, seed=1, dtype=dtype),
         draw(sum(keys), 8, 128, seed=2, dtype=dtype),
     )
-    longest = max(queries), max(keys)
-    assert takes_ragged(GPU, dtype)
-    context, logsum = attend_ragged(query, key, value, *ends, longest, causal)
-    expected, expected_logsum = attend_ragged_plainly(
-        query.float(), key.float(), value.float(), *ends, longest, causal
+    layout = VarlenLayout(query_ends, key_ends, (max(queries), max(keys)), causal)
+    assert supports_varlen(GPU, dtype)
+    context, logsum = attend_varlen(query, key, value, layout)
+    expected, expected_logsum = attend_varlen_plain(
+        query.float(), key.float(), value.float(), layout
     )
     torch.testing.assert_close(context.float(), expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(logsum, expected_logsum, rtol=1e-3, atol=2e-3)
@@ -77,7 +81,7 @@ def test_float32_attention_equals_its_plain_twin(wide, causal):
     )
     for found, expected in zip(
         attend(query, key, value, None, causal),
-        attend_plainly(query, key, value, None, causal),
+        attend_plain(query, key, value, None, causal),
         strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -127,10 +131,10 @@ def test_divergence_equals_the_cpus():
 
 @pytest.mark.parametrize("shape", [(1, 128, 300, 1), (3, 128, 96, 4), (2, 24, 21, 3)])
 def test_the_fused_columns_equal_the_plain_loop(shape):
-    weight, factor, scale, zero, grid_of, top = problem(*shape)
-    on_gpu = [tensor.to(GPU) for tensor in (weight, factor, scale, zero)]
-    fused, fused_error = block_solver(GPU)(*on_gpu, grid_of, top)
-    plain, plain_error = solve_block_plain(weight.to(GPU).clone(), *on_gpu[1:], grid_of, top)
+    *tensors, grid_of, top = problem(*shape)
+    weight, factor, scale, zero = (tensor.to(GPU) for tensor in tensors)
+    plain, plain_error = solve_block_plain(weight.clone(), factor, scale, zero, grid_of, top)
+    fused, fused_error = block_solver(GPU)(weight, factor, scale, zero, grid_of, top)
     same = (
         (fused == plain).all(1, keepdim=True).expand_as(fused)
     )  # a tie decides all that comes after it in a row
@@ -141,7 +145,7 @@ def test_the_fused_columns_equal_the_plain_loop(shape):
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @torch.inference_mode()
 def test_scores_of_the_tape_are_those_of_whole_texts(kind):
-    """In float32 those of a CPU; in bfloat16 those of its own forward, text by text, within what rounding makes."""
+    """float32: compare with a CPU; bfloat16: with its own forward of each text, up to rounding."""
     requests = requests_of(random_texts(1, count=60, most=120))
     on_cpu = load_decoder(Checkpoint(DEMO_MODELS / kind), torch.float32)
     expected = scored(on_cpu, requests)
@@ -195,19 +199,19 @@ def held_out(kind):
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
 def test_a_method_is_worth_the_same_on_both(kind, case):
-    """Sums in another order decide ties, and all that follows one sees other inputs: codes are not compared."""
+    """Errors are compared, not codes: another order of sums decides a tie, and inputs diverge."""
     method, scheme = CASES[case]
     worth = []
     for device in ("cpu", "cuda"):
         model = load_decoder(Checkpoint(DEMO_MODELS / kind), torch.float32, device)
-        quantize_model(model, method, scheme, calibration(kind), Nowhere())
+        quantize_model(model, method, scheme, calibration(kind), InMemory())
         worth.append(perplexity(model, held_out(kind)).nll)
     assert worth[1] == pytest.approx(worth[0], rel=0.02)
 
 
 @torch.inference_mode()
 def test_rounding_to_nearest_gives_a_cpus_codes():
-    """But for a scale's last bit, since CUDA divides by a number by multiplying, and what is at a tie for it."""
+    """Except a scale's last bit (CUDA divides by a number by multiplying) and ties on it."""
     method, scheme = CASES["rtn"]
     cpu, gpu = (
         quantize_model(
@@ -215,7 +219,7 @@ def test_rounding_to_nearest_gives_a_cpus_codes():
             method,
             scheme,
             None,
-            Nowhere(),
+            InMemory(),
         )
         for device in ("cpu", "cuda")
     )
@@ -231,12 +235,12 @@ def test_rounding_to_nearest_gives_a_cpus_codes():
 def test_streamed_and_resident_and_resumed_give_the_same_bits(kind):
     """A trial that was killed goes on to the bits that it would have had, on a GPU too."""
     method, scheme = CASES["gptq"]
-    checkpoint, windows, whole = Checkpoint(DEMO_MODELS / kind), calibration(kind), Nowhere()
+    checkpoint, windows, whole = Checkpoint(DEMO_MODELS / kind), calibration(kind), InMemory()
     resident = load_decoder(checkpoint, BF16, GPU)
     quantize_model(resident, method, scheme, windows, whole)
-    half = Nowhere()
+    half = InMemory()
     half.blocks = {k: whole.blocks[k] for k in range(len(whole.blocks) // 2)}
-    again, streamed = Nowhere(), Nowhere()
+    again, streamed = InMemory(), InMemory()
     quantize_model(load_decoder(checkpoint, BF16, GPU), method, scheme, windows, half)
     quantize_model(load_decoder(checkpoint, BF16, GPU), method, scheme, windows, again)
     model = StreamedDecoder(checkpoint, BF16, GPU, activations=2**24)
@@ -255,7 +259,8 @@ def test_streamed_and_resident_and_resumed_give_the_same_bits(kind):
 def test_scores_equal_hflms(dtype, median, most):
     folder = DEMO_MODELS / "dense"
     tokenizer = load_tokenizer(folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(GPU)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    theirs.to(GPU)
     hflm = HFLM(
         pretrained=theirs, tokenizer=tokenizer, batch_size=8, max_length=512, logits_cache=False
     )

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -29,7 +30,7 @@ from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.facts import read_facts
 from q3q.models.hub import fetch_facts, fetch_file, locate, resolve_revision
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 48,
     "hidden_size": 32,
     "num_hidden_layers": 3,
@@ -42,8 +43,8 @@ EXPERTS, INNER = 4, 20
 
 def dense(tied):
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**SMALL, intermediate_size=40, tie_word_embeddings=tied))
-    return shaken(model.to(torch.bfloat16))
+    config = Qwen3Config(**SMALL, intermediate_size=40, tie_word_embeddings=tied)
+    return shaken(Qwen3ForCausalLM(config).bfloat16())
 
 
 def moe():
@@ -57,7 +58,7 @@ def moe():
         mlp_only_layers=[1],
         norm_topk_prob=True,
     )
-    return shaken(Qwen3MoeForCausalLM(config).to(torch.bfloat16))
+    return shaken(Qwen3MoeForCausalLM(config).bfloat16())
 
 
 def shaken(model):
@@ -104,9 +105,6 @@ def assert_same(block, expected):
     assert block.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(block[name], tensor), name
-
-
-# ------------------------------------------------------------------------------------------------ weights
 
 
 @pytest.mark.parametrize("layout", ["", "_sharded"])
@@ -200,10 +198,9 @@ def test_opening_and_checking_imports_no_torch(saved):
     assert done.stdout.strip() == "[]"
 
 
-# ------------------------------------------------------------------------------------------------ facts
-
-# layers, hidden, heads, kv heads, intermediate, tied, (experts, top k, moe intermediate); then billions of parameters
-# in the linears, in embedding and head, and in all. head_dim 128, vocabulary 151,936 (the released config.json files).
+# layers, hidden, heads, kv heads, intermediate, tied, (experts, top k, moe intermediate); then
+# billions of parameters in the linears, in embedding and head, and in all. head_dim 128, vocabulary
+# 151,936 (the released config.json files).
 FAMILY = {
     "0.6B": (28, 1024, 16, 8, 3072, True, None, 0.4404, 0.1556, 0.596),
     "1.7B": (28, 2048, 16, 8, 6144, True, None, 1.4093, 0.3112, 1.7206),
@@ -345,9 +342,6 @@ def test_a_config_that_q3q_cannot_run_is_refused(change, complaint):
         read_facts(released_config("8B") | change)
     assert complaint in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-# ------------------------------------------------------------------------------------------------ damage
 
 
 def refuse(folder, *parts):
@@ -512,9 +506,6 @@ def test_a_quantized_folder_is_refused(broken):
     refuse(folder, "quantized already (awq)")
 
 
-# ------------------------------------------------------------------------------------------------ digest
-
-
 def test_the_digest_changes_with_any_byte_that_matters_and_with_no_other(broken, tmp_path):
     folder = broken("tied_sharded")
     digest = Checkpoint(folder).digest()
@@ -572,9 +563,6 @@ def test_a_damaged_memo_is_written_anew(broken, tmp_path):
     )
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer
-
-
 def save_tokenizer(folder, tokens):
     vocabulary = {chr(97 + i): i for i in range(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -597,8 +585,6 @@ def test_the_tokenizer_of_a_folder(broken):
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         load_tokenizer(folder)
 
-
-# ------------------------------------------------------------------------------------------------ the Hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -696,7 +682,7 @@ def hub(saved, tmp_path, monkeypatch):
             thread.join()
         open_for_business = False
 
-    handler.close = staticmethod(close)
+    handler.close = staticmethod(close)  # type: ignore[attr-defined]
     yield handler
     close()
 
@@ -732,6 +718,7 @@ def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, s
 
 def test_a_file_of_a_hub_model_is_there_or_is_not_or_cannot_be_asked_for(hub):
     settings = fetch_file("owner/tiny", "tokenizer_config.json", COMMIT)
+    assert settings is not None
     assert settings.read_bytes() == (hub.folder / "tokenizer_config.json").read_bytes()
     assert fetch_file("owner/tiny", "chat_template.jinja", COMMIT) is None
     hub.close()

@@ -1,4 +1,4 @@
-"""What fits where, from a config alone."""
+"""The memory that a model needs, from a config alone."""
 
 import subprocess
 import sys
@@ -8,7 +8,9 @@ import pytest
 from q3q.errors import ConfigError
 from q3q.models.facts import read_facts
 from q3q.models.footprint import LOADERS, bytes_of, choose, free_memory, need
+from q3q.quantize.methods.settings import AwqSettings, GptqSettings, RtnSettings
 
+RTN, GPTQ, AWQ = (kind().memory() for kind in (RtnSettings, GptqSettings, AwqSettings))
 FOUR_B = {
     "model_type": "qwen3",
     "vocab_size": 151936,
@@ -33,7 +35,7 @@ MOE = {
 }
 
 
-@pytest.mark.parametrize("method", [None, "rtn", "gptq"])
+@pytest.mark.parametrize("method", [None, RTN, GPTQ])
 def test_eight_gigabytes_stream_through_a_third_of_that(method):
     facts = read_facts(FOUR_B)
     third = min(facts.weight_bytes() // 3, 2_500_000_000)
@@ -43,16 +45,16 @@ def test_eight_gigabytes_stream_through_a_third_of_that(method):
     assert need(facts, "bfloat16", method=method, loader="resident") > facts.weight_bytes()
 
 
-def test_a_gang_shares_what_one_cannot_hold():
+def test_a_gang_shares_a_model_that_is_too_large_for_one_rank():
     facts = read_facts(MOE)
-    whole = need(facts, "bfloat16", method="gptq", loader="resident", device="cuda")
+    resident = need(facts, "bfloat16", method=GPTQ, loader="resident", device="cuda")
     needs = [
-        need(facts, "bfloat16", method="gptq", loader="sharded", ranks=n, device="cuda")
+        need(facts, "bfloat16", method=GPTQ, loader="sharded", ranks=n, device="cuda")
         for n in (2, 4, 8)
     ]
-    assert whole > needs[0] > needs[1] > needs[2] > facts.weight_bytes() // 8
+    assert resident > needs[0] > needs[1] > needs[2] > facts.weight_bytes() // 8
     assert (
-        need(facts, "bfloat16", method="gptq", loader="streamed", device="cuda")
+        need(facts, "bfloat16", method=GPTQ, loader="streamed", device="cuda")
         < facts.weight_bytes() // 4
     )
 
@@ -61,19 +63,19 @@ def test_a_gang_shares_what_one_cannot_hold():
 def test_a_quantized_head_beside_the_original_takes_as_much_again(loader):
     facts = read_facts(FOUR_B)
     one, two = (
-        need(facts, "bfloat16", method="rtn", loader=loader, ranks=2, heads=n) for n in (1, 2)
+        need(facts, "bfloat16", method=RTN, loader=loader, ranks=2, heads=n) for n in (1, 2)
     )
     head = 2 * facts.vocab * facts.hidden
-    # Streamed, the head comes when the blocks are done, and one of them being quantized takes more than one head.
+    # Streamed, the head is read after the blocks, and a block takes more to quantize than one head.
     assert 0 < two - one < head if loader == "streamed" else two - one == head
 
 
 def test_experts_that_come_in_chunks_need_less_than_all_at_once():
     facts = read_facts(MOE)
-    chunked, whole = (
-        need(facts, "bfloat16", method=name, loader="streamed") for name in ("gptq", "awq")
+    chunked, unchunked = (
+        need(facts, "bfloat16", method=method, loader="streamed") for method in (GPTQ, AWQ)
     )
-    assert whole > chunked + 2 * 10**9
+    assert unchunked > chunked + 2 * 10**9
 
 
 def test_what_fits_nowhere_is_refused_with_what_would():
@@ -81,12 +83,12 @@ def test_what_fits_nowhere_is_refused_with_what_would():
         ConfigError,
         match=r"does not fit into 1\.0 GB: streamed it needs 2\.\d GB, resident 1\d\.\d GB",
     ):
-        choose(read_facts(FOUR_B), "bfloat16", method="gptq", memory=10**9)
+        choose(read_facts(FOUR_B), "bfloat16", method=GPTQ, memory=10**9)
     with pytest.raises(
         ConfigError,
         match=r"loader=mapped is not known\. Choose from: auto, resident, streamed, sharded",
     ):
-        need(read_facts(FOUR_B), "bfloat16", method="rtn", loader="mapped")
+        need(read_facts(FOUR_B), "bfloat16", method=RTN, loader="mapped")
 
 
 @pytest.mark.parametrize(

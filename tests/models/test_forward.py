@@ -1,14 +1,22 @@
-"""Our staged forward computes what transformers computes."""
+"""Our staged forward agrees with transformers."""
+
+from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.qwen3 import finish
 
-COMMON = dict(
+COMMON: dict[str, Any] = dict(
     vocab_size=97,
     hidden_size=32,
     num_attention_heads=6,
@@ -21,7 +29,7 @@ COMMON = dict(
 )
 
 
-def build(kind: str, tied: bool) -> torch.nn.Module:
+def build(kind: str, tied: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     if kind == "dense":
         return Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=tied, **COMMON)).eval()
@@ -79,15 +87,15 @@ def test_a_site_whose_weights_stay_reads_activations_as_they_are(kind, tmp_path)
     build(kind, True).save_pretrained(tmp_path)
     ours = load_decoder(Checkpoint(tmp_path), torch.float32)
     block, x = ours.blocks[0], torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
-    whole = block(x, ours.rope)
+    unrounded = block(x, ours.rope)
     block.act_bits = 2
     rounded = block(x, ours.rope)
-    assert not torch.equal(rounded, whole)
+    assert not torch.equal(rounded, unrounded)
     names = [site.name for site in block.sites]
     for name in names:
         block.unrounded = frozenset({name})
-        one = block.with_weights({})(x, ours.rope)
-        assert not torch.equal(one, rounded), name
-        assert not torch.equal(one, whole), name
+        partly = block.with_weights({})(x, ours.rope)
+        assert not torch.equal(partly, rounded), name
+        assert not torch.equal(partly, unrounded), name
     block.unrounded = frozenset(names)
-    assert torch.equal(block(x, ours.rope), whole)
+    assert torch.equal(block(x, ours.rope), unrounded)

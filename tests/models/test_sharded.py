@@ -1,6 +1,7 @@
-"""A model divided over two ranks is the model, and neither of them has it."""
+"""A model divided over two ranks equals the resident model, and neither rank holds all of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ DEMO = Path(q3q.models.demo.__file__).parent
 CHANGED = "self_attn.o_proj.weight"
 
 
-def some_ids(vocab):
+def random_ids(vocab):
     return [
         torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(0))
         for shape in ((2, 9), (1, 5))
@@ -34,11 +35,12 @@ def quarter(k, block):
 
 
 @pytest.fixture(scope="module")
-def told(gang):
-    demo, make_ids, make_codes, changed = DEMO, some_ids, rounded, CHANGED
+def results(gang):
+    demo, make_ids, make_codes, changed = DEMO, random_ids, rounded, CHANGED
 
     def lead(team):
         import gc
+        from functools import partial
 
         import torch
 
@@ -46,39 +48,43 @@ def told(gang):
         from q3q.models.sharded import load_sharded
         from tests.ranks import known_models, live_bytes
 
-        said, nothing = {}, team.together(live_bytes)[1]
+        results: dict[str, dict[str, Any]] = {}
+        nothing = team.run_on_all(live_bytes)[1]
         for name in ("dense", "moe"):
-            # What rank 1 still has of the model before this one goes with the next thing that this one asks for.
-            before = team.together(live_bytes)[0], nothing
-            model, one = (
+            # Rank 1 frees its share of the previous model at this model's next call.
+            before = team.run_on_all(live_bytes)[0], nothing
+            model, result = (
                 load_sharded(Checkpoint(demo / name), torch.float32, team),
-                said.setdefault(name, {}),
+                results.setdefault(name, {}),
             )
-            one["held"] = [
-                now - then for now, then in zip(team.together(live_bytes), before, strict=True)
+            result["held"] = [
+                now - then for now, then in zip(team.run_on_all(live_bytes), before, strict=True)
             ]
             batches = make_ids(model.facts.vocab)
-            one["blocks"] = [dict(block.weights) for block in model.blocks]
-            one["ends"] = [model.embedding_VH, model.head_VH, model.norm_H]
-            one["states"] = list(model.states(batches))
-            one["one"], one["none"] = list(model.states(batches[:1])), list(model.states([]))
-            model.rest()
-            copy, weight = model.copy(), model.blocks[1].weights[changed]
-            copy.blocks.exchange(1, lambda weight=weight: {changed: weight * 2})
+            result["blocks"] = [dict(block.weights) for block in model.blocks]
+            result["ends"] = [model.embedding_VH, model.head_VH, model.norm_H]
+            result["states"] = list(model.states(batches))
+            result["single"], result["none"] = (
+                list(model.states(batches[:1])),
+                list(model.states([])),
+            )
+            model.release_head()
+            copy, doubled = model.copy(), {changed: model.blocks[1].weights[changed] * 2}
+            copy.blocks.exchange(1, partial(dict, doubled))
             copy.exchange_ends({"embedding": make_codes(model.embedding_VH)})
-            one["copy"] = [copy.blocks[1].weights[changed], copy.head_VH, *copy.states(batches)]
-            one["kept"] = [model.blocks[1].weights[changed], model.head_VH]
-            one["known"] = [team.together(known_models)]
-            del copy, weight
+            result["copy"] = [copy.blocks[1].weights[changed], copy.head_VH, *copy.states(batches)]
+            result["kept"] = [model.blocks[1].weights[changed], model.head_VH]
+            result["known"] = [team.run_on_all(known_models)]
+            del copy, doubled
             gc.collect()
-            model.rest()
+            model.release_head()
             list(model.blocks)
-            one["known"].append(team.together(known_models))
-            one["left"] = team.together(live_bytes)[1] - before[1]
+            result["known"].append(team.run_on_all(known_models))
+            result["left"] = team.run_on_all(live_bytes)[1] - before[1]
             del model
             gc.collect()
         team.dismiss()
-        return said
+        return results
 
     def call(team):
         import torch
@@ -90,54 +96,52 @@ def told(gang):
 
 
 @pytest.fixture(params=["dense", "moe"])
-def both(request, told):
+def both(request, results):
     with torch.inference_mode():
-        yield load_decoder(Checkpoint(DEMO / request.param), torch.float32), told[request.param]
+        yield load_decoder(Checkpoint(DEMO / request.param), torch.float32), results[request.param]
 
 
-def same(found, wanted):
-    return len(found) == len(wanted) and all(
-        torch.equal(a, b) for a, b in zip(found, wanted, strict=True)
+def same(actual, expected):
+    return len(actual) == len(expected) and all(
+        torch.equal(a, b) for a, b in zip(actual, expected, strict=True)
     )
 
 
 def test_what_is_gathered_is_the_model(both):
-    model, told = both
-    assert len(told["blocks"]) == len(model.blocks)
-    for weights, block in zip(told["blocks"], model.blocks, strict=True):
+    model, results = both
+    assert len(results["blocks"]) == len(model.blocks)
+    for weights, block in zip(results["blocks"], model.blocks, strict=True):
         assert list(weights) == list(block.weights)
         assert same(list(weights.values()), list(block.weights.values()))
-    assert same(told["ends"], [model.embedding_VH, model.head_VH, model.norm_H])
+    assert same(results["ends"], [model.embedding_VH, model.head_VH, model.norm_H])
 
 
 def test_no_rank_holds_more_than_60_percent_between_blocks(both):
-    model, told = both
-    whole = sum(weight.nbytes for block in model.blocks for weight in block.weights.values())
-    whole += model.embedding_VH.nbytes + model.norm_H.nbytes
-    for share in [
-        *told["held"],
-        told["left"],
-    ]:  # also when blocks were gathered and let go of, and copies made
-        assert 0.49 * whole < share < 0.6 * whole
+    model, results = both
+    total = sum(weight.nbytes for block in model.blocks for weight in block.weights.values())
+    total += model.embedding_VH.nbytes + model.norm_H.nbytes
+    # After loading, and after gathering and freeing blocks and copies.
+    for share in [*results["held"], results["left"]]:
+        assert 0.49 * total < share < 0.6 * total
 
 
 def test_text_that_the_ranks_divide_gives_the_same_bits(both):
-    model, told = both
-    wanted = list(model.states(some_ids(model.facts.vocab)))
-    assert same(told["states"], wanted)
-    assert same(told["one"], wanted[:1])
-    assert told["none"] == []
+    model, results = both
+    expected = list(model.states(random_ids(model.facts.vocab)))
+    assert same(results["states"], expected)
+    assert same(results["single"], expected[:1])
+    assert results["none"] == []
 
 
 def test_what_is_done_to_a_copy_leaves_the_model_alone(both):
-    model, told = both
-    weight, batches = model.blocks[1].weights[CHANGED], some_ids(model.facts.vocab)
-    assert same(told["kept"], [weight, model.head_VH])
+    model, results = both
+    weight, batches = model.blocks[1].weights[CHANGED], random_ids(model.facts.vocab)
+    assert same(results["kept"], [weight, model.head_VH])
     copy = model.copy()
     copy.exchange(1, copy.blocks[1].with_weights({CHANGED: weight * 2}), dict)
     copy.exchange_ends({"embedding": rounded(model.embedding_VH)})
-    assert same(told["copy"], [weight * 2, copy.head_VH, *copy.states(batches)])
-    assert told["known"] == [[2, 2], [1, 1]]  # nobody keeps its part of a copy that is gone
+    assert same(results["copy"], [weight * 2, copy.head_VH, *copy.states(batches)])
+    assert results["known"] == [[2, 2], [1, 1]]  # no rank keeps its share of a freed copy
 
 
 def test_the_moe_model_has_experts():

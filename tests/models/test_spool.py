@@ -10,32 +10,32 @@ from q3q.errors import Q3QError
 from q3q.models.spool import Spool
 
 
-def some_tensors() -> list[torch.Tensor]:
+def various_tensors() -> list[torch.Tensor]:
     torch.manual_seed(0)
-    whole = torch.randn(6, 8)
+    base = torch.randn(6, 8)
     return [
-        whole,
-        whole[2:4],
-        whole.T,
+        base,
+        base[2:4],
+        base.T,
         torch.tensor(2.5),
-        whole.bfloat16(),
+        base.bfloat16(),
         torch.zeros(0, 3),
-        whole[:, ::2].long(),
+        base[:, ::2].long(),
     ]
 
 
 @pytest.mark.parametrize("memory", [None, 0, 200, 10**6])
 def test_tensors_come_back_as_they_were(tmp_path, memory):
-    tensors = some_tensors()
+    tensors = various_tensors()
     tensors[0][0, 0] = float("nan")  # bit for bit, whatever the bits mean
     with Spool(memory, tmp_path) as spool:
         for tensor in tensors:
             spool.append(tensor)
         assert len(spool) == len(tensors)
-        for put_in, found in zip(tensors, spool, strict=True):
-            assert found.dtype == put_in.dtype
-            assert torch.equal(found.nan_to_num(9), put_in.nan_to_num(9))
-            assert found.isnan().sum() == put_in.isnan().sum()
+        for original, read in zip(tensors, spool, strict=True):
+            assert read.dtype == original.dtype
+            assert torch.equal(read.nan_to_num(9), original.nan_to_num(9))
+            assert read.isnan().sum() == original.isnan().sum()
 
 
 def test_no_more_than_memory_allows_is_held_and_the_first_stay(tmp_path):
@@ -58,18 +58,20 @@ def test_no_more_than_memory_allows_is_held_and_the_first_stay(tmp_path):
 
 
 def test_in_another_process_it_is_what_it_was_with_files_of_its_own():
-    tensors = some_tensors()
+    tensors = various_tensors()
     with Spool(200) as spool:
         for tensor in tensors:
             spool.append(tensor)
         content = pickle.dumps(spool)
     with pickle.loads(content) as copy:
         assert 0 < copy.spilled < len(copy)
-        assert all(torch.equal(found, put_in) for found, put_in in zip(copy, tensors, strict=True))
+        assert all(
+            torch.equal(read, original) for read, original in zip(copy, tensors, strict=True)
+        )
 
 
 def test_what_one_holds_another_takes_over():
-    tensors = some_tensors()
+    tensors = various_tensors()
     with Spool(200) as spool, Spool(0) as other:
         spool.append(tensors[0])
         for tensor in tensors[1:]:
@@ -77,21 +79,23 @@ def test_what_one_holds_another_takes_over():
         spool.take(other)
         assert len(other) == 0
         assert 0 < spool.spilled < len(spool)
-        assert all(torch.equal(found, put_in) for found, put_in in zip(spool, tensors, strict=True))
+        assert all(
+            torch.equal(read, original) for read, original in zip(spool, tensors, strict=True)
+        )
 
 
 def test_unbounded_it_makes_no_file(tmp_path):
     with Spool(None, tmp_path) as spool:
-        for tensor in some_tensors():
+        for tensor in various_tensors():
             spool.append(tensor)
         assert spool.spilled == 0
         assert not list(tmp_path.iterdir())
 
 
 def test_a_view_does_not_keep_what_it_is_a_view_of():
-    whole = torch.zeros(1000)
+    base = torch.zeros(1000)
     spool = Spool(10**6)
-    spool.append(whole[:10])
+    spool.append(base[:10])
     assert spool[0].untyped_storage().nbytes() == 40
 
 

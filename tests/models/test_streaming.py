@@ -1,8 +1,9 @@
-"""Blocks that are read when they are asked for: the resident model's numbers, a block at a time."""
+"""Streamed models: the resident model's numbers, one block at a time."""
 
 import gc
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -88,13 +89,12 @@ def test_the_next_block_is_read_by_a_thread_and_without_reading_ahead_by_none(
 ):
     readers = []
     plain = StreamedBlocks._read
-    monkeypatch.setattr(
-        StreamedBlocks,
-        "_read",
-        lambda self, k, source: (
-            readers.append((k, threading.current_thread().name)) or plain(self, k, source)
-        ),
-    )
+
+    def recording(self, k, source):
+        readers.append((k, threading.current_thread().name))
+        return plain(self, k, source)
+
+    monkeypatch.setattr(StreamedBlocks, "_read", recording)
     checkpoint = Checkpoint(random_checkpoint())
     for ahead in (True, False):
         blocks = StreamedBlocks(checkpoint, torch.float32, ahead=ahead)
@@ -106,26 +106,31 @@ def test_the_next_block_is_read_by_a_thread_and_without_reading_ahead_by_none(
 
 def test_activations_beyond_their_memory_lie_on_disk_and_change_no_bit(random_checkpoint, tmp_path):
     folder = random_checkpoint("moe")
-    whole, few = (StreamedDecoder(Checkpoint(folder), torch.float32) for _ in range(2))
+    unbounded, few = (StreamedDecoder(Checkpoint(folder), torch.float32) for _ in range(2))
     spool = Spool(3000, tmp_path)
-    found = list(few.states(batches(), spool=spool))
-    assert all(torch.equal(*both) for both in zip(found, whole.states(batches()), strict=True))
+    states = list(few.states(batches(), spool=spool))
+    assert all(torch.equal(*both) for both in zip(states, unbounded.states(batches()), strict=True))
     few.activations = 0
-    assert all(torch.equal(*both) for both in zip(found, few.states(batches()), strict=True))
+    assert all(torch.equal(*both) for both in zip(states, few.states(batches()), strict=True))
 
 
 def test_a_blocks_attention_is_asked_for_batch_after_batch(random_checkpoint):
     from q3q.models.attention import CAUSAL
 
     folder = random_checkpoint()
+
+    def attend_and_record(calls, k, b):
+        calls.append((k, b))
+        return CAUSAL
+
     for model, first in (
         (load_decoder(Checkpoint(folder), torch.float32), [(0, 0), (1, 0), (2, 0)]),
         (StreamedDecoder(Checkpoint(folder), torch.float32), [(0, 0), (0, 1), (1, 0)]),
     ):
-        asked = []
-        list(model.states(batches(2), lambda k, b, asked=asked: asked.append((k, b)) or CAUSAL))
-        assert asked[:3] == first
-        assert sorted(asked) == [(k, b) for k in range(3) for b in range(2)]
+        calls: list[tuple[int, int]] = []
+        list(model.states(batches(2), partial(attend_and_record, calls)))
+        assert calls[:3] == first
+        assert sorted(calls) == [(k, b) for k in range(3) for b in range(2)]
 
 
 def test_changes_reach_blocks_that_are_still_to_be_read(random_checkpoint):
@@ -154,10 +159,10 @@ def test_exchanged_weights_come_from_their_source_and_the_others_from_the_checkp
         StreamedDecoder(Checkpoint(folder), torch.float32),
     )
     name = "mlp.up_proj.weight"
-    asked = []
+    calls = []
 
     def source():
-        asked.append(1)
+        calls.append(1)
         return {name: torch.full((48, 32), 0.01)}
 
     untouched = streamed.copy()
@@ -165,7 +170,7 @@ def test_exchanged_weights_come_from_their_source_and_the_others_from_the_checkp
     for model in (resident, streamed):
         model.exchange(1, None, source)
     assert torch.equal(streamed.hidden(batches()[0]), resident.hidden(batches()[0]))
-    assert len(asked) == 2
+    assert len(calls) == 2
     assert not torch.equal(untouched.blocks[1].weights[name], streamed.blocks[1].weights[name])
 
 
@@ -190,15 +195,15 @@ def test_ends_that_were_exchanged(random_checkpoint, tied):
     assert torch.equal(streamed.hidden(ids), resident.hidden(ids))
 
 
-def test_the_head_is_read_when_it_is_wanted_and_let_go_of(random_checkpoint, monkeypatch):
+def test_the_head_is_read_when_it_is_needed_and_freed(random_checkpoint, monkeypatch):
     model = StreamedDecoder(Checkpoint(random_checkpoint()), torch.float32)
     seen = weakref.ref(model.head_VH)
     assert seen() is model.head_VH
-    held = model.head_VH
+    first = model.head_VH
     list(model.states(batches(1)))
-    assert model.head_VH is held  # somebody has it: not a second time
-    del held
-    model.rest()
+    assert model.head_VH is first  # still referenced, so it is not read again
+    del first
+    model.release_head()
     assert seen() is None
 
 

@@ -47,7 +47,8 @@ def test_rounding_is_idempotent_and_within_half_a_step(bits, symmetric, make):
     grid = make(rows, bits, symmetric=symmetric)
     once = on_grid(rows, grid, bits)
     assert torch.allclose(on_grid(once, grid, bits), once, atol=1e-6)
-    # A zero point rounded to a whole number shifts the range by up to half a step: one step at its very ends.
+    # A zero point rounded to a whole number shifts the range by up to half a step: one step at its
+    # very ends.
     assert ((rows - once).abs() <= grid.scale * 1.01).all()
     codes = to_codes(rows, grid, bits)
     assert codes.min() >= 0
@@ -86,23 +87,24 @@ def weight(seed: int = 0) -> QuantizedWeight:
 
 
 def test_a_quantized_weight_round_trips_through_plain_tensors():
-    there = weight()
-    back = QuantizedWeight.from_tensors(there.to_tensors(), there.facts())
-    assert torch.equal(back.dequantize(), there.dequantize())
+    weights = weight()
+    back = QuantizedWeight.from_tensors(weights.to_tensors(), weights.facts())
+    assert torch.equal(back.dequantize(), weights.dequantize())
     assert torch.equal(
-        concatenate_rows([there.rows(0, 2), there.rows(2, 6)]).dequantize(), there.dequantize()
+        concatenate_rows([weights.rows(0, 2), weights.rows(2, 6)]).dequantize(),
+        weights.dequantize(),
     )
 
 
 def test_a_group_index_says_which_scale_is_whose():
-    there = weight()
+    weights = weight()
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
     index = (torch.arange(32) // 8)[order].to(torch.int32).expand(2, 32)
     shuffled = QuantizedWeight(
-        there.codes_EOI[:, :, order], there.scale_EOG, there.zero_EOG, 3, False, index
+        weights.codes_EOI[:, :, order], weights.scale_EOG, weights.zero_EOG, 3, False, index
     )
-    assert torch.equal(shuffled.dequantize(), there.dequantize()[:, :, order])
-    assert shuffled.most_levels_in_a_group() == there.most_levels_in_a_group()
+    assert torch.equal(shuffled.dequantize(), weights.dequantize()[:, :, order])
+    assert shuffled.most_levels_in_a_group() == weights.most_levels_in_a_group()
 
 
 def test_storage_counts_codes_scales_and_zero_points():

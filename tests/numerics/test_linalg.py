@@ -17,7 +17,9 @@ from q3q.numerics.linalg import (
 
 
 def tokens(count, columns, seed=0):
-    """Correlated, with a few channels a hundred times the others, as a transformer's activations are."""
+    """Return correlated tokens, a few of whose channels are a hundred times the others, as in a
+    transformer.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 24, generator=generator) @ torch.randn(24, columns, generator=generator)
     x = x + torch.randn(count, columns, generator=generator)
@@ -33,21 +35,23 @@ def gram(x):
     return upper
 
 
-def error(found, x):
+def error(result, x):
     exact = x.double().T @ x.double()
-    return float((found - exact).norm() / exact.norm())
+    return float((result - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("columns", [1, 64, 200, 300, 700])
 def test_panels_make_the_whole_symmetric_matrix(columns):
     x = torch.randn(1100, columns, generator=torch.Generator().manual_seed(0))
-    found = gram(x)
-    assert torch.equal(found, found.T)
-    torch.testing.assert_close(found, x.T @ x, rtol=1e-4, atol=1e-3)
+    result = gram(x)
+    assert torch.equal(result, result.T)
+    torch.testing.assert_close(result, x.T @ x, rtol=1e-4, atol=1e-3)
 
 
 def test_error_of_float32_sums_and_of_narrower_products_against_float64():
-    """Inputs rounded as a tensor core reads them; products are summed in float32 in all three cases."""
+    """Inputs rounded as a tensor core reads them; products are summed in float32 in all three
+    cases.
+    """
 
     def kept_bits(x, bits):
         """Round a float32's mantissa to so many bits (TF32 keeps 10, bfloat16 7)."""
@@ -86,11 +90,11 @@ def test_inverse_by_halves_equals_float64s(columns):
     upper = (
         torch.eye(columns) + torch.randn(2, columns, columns, generator=generator).triu() / columns
     )
-    found = upper.clone()
-    invert_upper_triangular(found)
-    assert torch.equal(found, found.triu())
+    result = upper.clone()
+    invert_upper_triangular(result)
+    assert torch.equal(result, result.triu())
     torch.testing.assert_close(
-        found.double(), torch.linalg.inv(upper.double()), rtol=1e-4, atol=1e-6
+        result.double(), torch.linalg.inv(upper.double()), rtol=1e-4, atol=1e-6
     )
 
 
@@ -98,9 +102,9 @@ def test_inverse_by_halves_equals_float64s(columns):
 def test_reversing_in_place_flips_both_axes(columns, monkeypatch):
     monkeypatch.setattr(linalg, "REVERSED_AT_ONCE", 3)
     matrix = torch.arange(2.0 * columns**2).view(2, columns, columns)
-    found = matrix.clone()
-    reverse(found)
-    assert torch.equal(found, matrix.flip(-1, -2))
+    result = matrix.clone()
+    reverse(result)
+    assert torch.equal(result, matrix.flip(-1, -2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -1,4 +1,4 @@
-"""The sum over logits: plain, and the fused kernel in Triton's interpreter where Triton is installed."""
+"""The sum over logits: plain, and the fused kernel in Triton's interpreter."""
 
 import os
 import subprocess
@@ -30,8 +30,8 @@ for columns in (3, 64, 150):
 
 def test_the_sum_is_that_of_the_formula():
     logits = 50 * torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
-    found, highest = logsum(logits.clone())
-    torch.testing.assert_close(found, logits.double().exp().sum(1).log().float())
+    result, highest = logsum(logits.clone())
+    torch.testing.assert_close(result, logits.double().exp().sum(1).log().float())
     assert torch.equal(highest, logits.max(1).values)
     assert logsum(torch.tensor([[1.0, torch.nan]]))[0].isnan().all()
 

@@ -1,4 +1,6 @@
-"""Both kinds of stored weight: what they stand for, what they cost, and that they come back from plain tensors."""
+"""Both kinds of stored weight: their values, their sizes, and their round trip through plain
+tensors.
+"""
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ def test_storage_counts_everything_and_nominal_bits_the_codes(weight):
     if weight.kind == "grid":  # 3 bits a code; 48 groups with a 16-bit scale and a 3-bit zero point
         assert weight.storage_bits() == 384 * 3 + 48 * (16 + 3)
         assert weight.nominal_bits() == 384 * 3
-    else:  # two bits a weight; 48 groups with four means and four scales; a bit a column; one in four is salient
+    else:  # 2 bits a weight, 48 groups of 4 means and 4 scales, a bit a column; 1 in 4 is salient
         assert weight.storage_bits() == 384 * 2 + 48 * 8 * 16 + 2 * 32
         assert weight.nominal_bits() == 384 + 96
 

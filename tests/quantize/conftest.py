@@ -1,11 +1,13 @@
 """A small random decoder of each kind, and calibration windows for it."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
-from q3q.models.anatomy import block_class
-from q3q.models.decoder import Decoder
+from q3q.models.decoder import Decoder, block_class
 from q3q.models.facts import read_facts
+from q3q.quantize.methods import gptq
 
 CONFIG = {
     "vocab_size": 61,
@@ -72,3 +74,38 @@ def moe_decoder():
 @pytest.fixture
 def windows():
     return torch.randint(61, (12, 40), generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def doubles():
+    """Make float64 the default dtype.
+
+    Processors sum in different orders. In float32 that moves a weight by some 1e-6 of a step, and
+    one in some ten thousand across the midpoint of two codes; in float64 by 1e-15, and none.
+    """
+    with default_dtype(torch.float64):
+        yield
+
+
+@pytest.fixture
+def gptq_in_doubles(monkeypatch):
+    """Make GPTQ solve in float64; return the list of the (weight, Hessian) pairs it solves."""
+    solve, problems = gptq.gptq_round, []
+
+    def solve_in_doubles(weight_EOI, hessian_EII, *settings, **options):
+        problems.append((weight_EOI, hessian_EII.clone()))
+        with default_dtype(torch.float64):
+            return solve(weight_EOI.double(), hessian_EII.double(), *settings, **options)
+
+    monkeypatch.setattr(gptq, "gptq_round", solve_in_doubles)
+    return problems

@@ -43,8 +43,8 @@ CASES = {
 }
 
 
-class Nowhere:
-    """A sink that keeps what it is given in memory."""
+class InMemory:
+    """A sink that stores blocks in memory."""
 
     def __init__(self):
         self.blocks = {}
@@ -62,7 +62,7 @@ def some_windows(vocab):
 
 
 def facts_of(block):
-    """All that a block came to: codes, scales, numbers, errors and notes."""
+    """Return a quantized block's tensors by name, its errors and its notes."""
     tensors = {
         f"{name}/{part}": t
         for name, code in block.quantized.items()
@@ -85,13 +85,15 @@ def slow(gang):
 
 
 def quantized_by(gang, names):
-    """By model and case: each block, states of the quantized model, and after each block the bytes of all tensors of
-    rank 1, and those of the parameters that each rank keeps."""
-    wanted = {name: CASES[name] for name in names}
+    """Quantize both models with two ranks, in each of the named cases.
+
+    Return by (model, case): the blocks' facts; the quantized model's states; after each block, the
+    bytes of rank 1's tensors, and of the parameters that each rank keeps.
+    """
     demo, cases, sink, windows, facts, small, rows = (
         DEMO,
-        wanted,
-        Nowhere,
+        {name: CASES[name] for name in names},
+        InMemory,
         some_windows,
         facts_of,
         SMALL,
@@ -108,18 +110,18 @@ def quantized_by(gang, names):
         from q3q.quantize.walk import quantize_model
         from tests.ranks import live_bytes, parameter_bytes
 
-        said = {}
+        results = {}
         for kind in ("dense", "moe"):
             for name, (method, scheme) in cases.items():
                 model = load_sharded(Checkpoint(demo / kind), torch.float32, team)
                 ids = windows(model.facts.vocab)
-                held = []
+                held: list[tuple[int, list[int]]] = []
 
                 def look(done, total, held=held):
-                    held.append((team.together(live_bytes)[1], team.together(parameter_bytes)))
+                    held.append((team.run_on_all(live_bytes)[1], team.run_on_all(parameter_bytes)))
 
                 blocks = quantize_model(model, method, scheme, ids, sink(), look)
-                said[kind, name] = (
+                results[kind, name] = (
                     [facts(block) for block in blocks],
                     list(model.states(ids[:2].split(1))),
                     held,
@@ -127,7 +129,7 @@ def quantized_by(gang, names):
                 del model, blocks
                 gc.collect()
         team.dismiss()
-        return said
+        return results
 
     def call(team):
         import torch
@@ -148,14 +150,14 @@ def quantized_by(gang, names):
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize(
-    ("case", "told"),
+    ("case", "fixture"),
     [
         pytest.param(name, "slow", marks=pytest.mark.slow) if name in SLOW else (name, "quick")
         for name in CASES
     ],
 )
-def test_two_ranks_give_the_codes_of_one(request, monkeypatch, kind, case, told):
-    blocks, their_states, held = request.getfixturevalue(told)[kind, case]
+def test_two_ranks_give_the_codes_of_one(request, monkeypatch, kind, case, fixture):
+    blocks, their_states, held = request.getfixturevalue(fixture)[kind, case]
     method, scheme = CASES[case]
     for constant, value in SMALL.items():
         home = sites if constant == "CHUNK_BYTES" else activations
@@ -165,15 +167,15 @@ def test_two_ranks_give_the_codes_of_one(request, monkeypatch, kind, case, told)
         model = load_decoder(Checkpoint(DEMO / kind), torch.float32)
         ids = some_windows(model.facts.vocab)
         whole = sum(weight.nbytes for block in model.blocks for weight in block.weights.values())
-        alone = quantize_model(model, method, scheme, ids, Nowhere())
+        alone = quantize_model(model, method, scheme, ids, InMemory())
         states = list(model.states(ids[:2].split(1)))
     assert len(blocks) == len(alone) > 3
     for (tensors, errors, notes), block in zip(blocks, alone, strict=True):
-        mine, my_errors, my_notes = facts_of(block)
-        assert tensors.keys() == mine.keys()
-        assert [key for key in mine if not torch.equal(tensors[key], mine[key])] == []
-        assert errors == my_errors
-        assert notes == my_notes
+        expected, expected_errors, expected_notes = facts_of(block)
+        assert tensors.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(tensors[key], expected[key])] == []
+        assert errors == expected_errors
+        assert notes == expected_notes
     assert all(torch.equal(a, b) for a, b in zip(their_states, states, strict=True))
     # Between two blocks a rank has its share of the model, and its activations.
     share = 0.6 * (whole + model.embedding_VH.nbytes)

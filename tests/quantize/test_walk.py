@@ -1,4 +1,6 @@
-"""The walk: what it shows each method, what it passes on, and that a killed one ends with the same bits."""
+"""The walk: what each method sees, what is passed on, and that a resumed walk ends with the same
+bits.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ import torch
 from q3q.errors import IncompatibleError, NumericsError
 from q3q.models.decoder import Decoder
 from q3q.numerics.grid import awq_grid, into_groups, on_grid
-from q3q.quantize.blocks import BlockStore
+from q3q.numerics.weights import QuantizedWeight
+from q3q.quantize.block_store import BlockStore
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.gptq import Gptq, gptq_round
@@ -36,7 +39,7 @@ class Nowhere:
 
 
 class DiesAfter(BlockStore):
-    """A store whose process is gone after so many blocks."""
+    """A store whose process dies after some blocks."""
 
     def __init__(self, folder, blocks):
         super().__init__(folder)
@@ -63,21 +66,19 @@ def test_every_weight_of_every_site_is_quantized_and_inputs_untouched(decoder, w
     results = quantize_model(
         decoder, METHODS[name](), SCHEME, windows if name != "rtn" else None, Nowhere()
     )
-    for block, old, kept, result in zip(decoder.blocks, original, before, results, strict=True):
+    for block, old, weights, result in zip(decoder.blocks, original, before, results, strict=True):
         assert set(result.quantized) == {weight for site in block.sites for weight in site.weights}
         for weight, quantized in result.quantized.items():
+            assert isinstance(quantized, QuantizedWeight)
             assert quantized.most_levels_in_a_group() <= 8
             assert torch.equal(
                 block.weights[weight], quantized.dequantize().view_as(block.weights[weight])
             )
-        assert all(torch.equal(old.weights[k], kept[k]) for k in kept)
+        assert all(torch.equal(old.weights[k], weights[k]) for k in weights)
     if name in ("rtn", "gptq"):
-        for block, kept in zip(decoder.blocks, before, strict=True):
-            assert all(
-                torch.equal(block.weights[k], kept[k])
-                for k in kept
-                if k not in results[0].quantized
-            )
+        for block, weights in zip(decoder.blocks, before, strict=True):
+            others = weights.keys() - results[0].quantized.keys()
+            assert all(torch.equal(block.weights[k], weights[k]) for k in others)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -114,7 +115,9 @@ def test_a_damaged_block_checkpoint_is_not_taken(decoder, tmp_path):
 
 @torch.inference_mode()
 def test_true_sequential_gptq_equals_running_the_whole_block_again_for_each_site(decoder, windows):
-    """The official driver re-runs the layer before each group of linears; one staged pass must give the same."""
+    """The official driver re-runs the layer before each group of linears; one staged pass must give
+    the same.
+    """
     block, rope = decoder.blocks[0], decoder.rope
     x = decoder.embed(windows)
     official = block.with_weights({})
@@ -129,7 +132,7 @@ def test_true_sequential_gptq_equals_running_the_whole_block_again_for_each_site
             solved = gptq_round(weight[:, part], gram.mean_EII(), SCHEME, act_order=True).weight
             official.weights[name] = solved.dequantize().view_as(official.weights[name])
     quantize_model(decoder, Gptq(GptqSettings()), SCHEME, windows, Nowhere())
-    # Experts that saw fewer tokens than the stated least are rounded to nearest by the method and not by this twin.
+    # The method rounds starved experts to nearest, and this twin does not.
     for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.o_proj.weight"):
         assert torch.equal(decoder.blocks[0].weights[name], official.weights[name])
     if "mlp.down_proj.weight" in official.weights:
@@ -142,7 +145,7 @@ def test_true_sequential_gptq_equals_running_the_whole_block_again_for_each_site
 def test_what_is_passed_on_is_what_the_methods_own_code_passes_on(
     decoder, windows, name, quantized_inputs
 ):
-    """The last block must come out as if it were alone behind quantized (GPTQ) or original (AWQ) blocks."""
+    """The last block comes out as if alone behind a quantized (GPTQ) or original (AWQ) block."""
     first = copy(decoder)
     quantize_model(first, METHODS[name](), SCHEME, windows, Nowhere())
     entrance = first.blocks[0] if quantized_inputs else decoder.blocks[0]
@@ -209,13 +212,17 @@ def test_awq_gives_an_expert_that_few_tokens_reach_no_scale_and_no_clipping_of_i
         original.weights[norm] / results[0].changed[norm]
     )
     groups = into_groups(scaled, SCHEME.group_size)
-    rounded = on_grid(
-        groups, awq_grid(groups, SCHEME.bits, symmetric=SCHEME.symmetric), SCHEME.bits
-    ).flatten(-2)
-    found = moe_decoder.blocks[0].weights["mlp.experts.gate_proj.weight"]
+    grid = awq_grid(groups, SCHEME.bits, symmetric=SCHEME.symmetric)
+    rounded = on_grid(groups, grid, SCHEME.bits).flatten(-2)
+    steps = (groups / grid.scale).flatten(-2)
+    from_tie = (steps - steps.floor() - 0.5).abs()
+    quantized = moe_decoder.blocks[0].weights["mlp.experts.gate_proj.weight"]
     for e in range(4):
-        close = torch.isclose(found[e], rounded[e], rtol=1e-4).double().mean()
-        assert close > 0.99 if e in starved or not clip else close < 0.9
+        differs = ~torch.isclose(quantized[e], rounded[e], rtol=1e-4)
+        if e in starved or not clip:
+            assert (from_tie[e][differs] < 1e-3).all()  # the scale's last bits decide a tie
+        else:
+            assert (from_tie[e][differs] > 0.01).any()
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(decoder):
@@ -267,7 +274,10 @@ Q, K, V = (f"self_attn.{part}_proj.weight" for part in "qkv")
 def test_a_linear_with_a_scheme_of_its_own_comes_out_as_if_all_had_that_scheme(
     decoder, windows, name
 ):
-    """Rows are independent given the statistics: splitting a site by rows is exact. The first site sees no change."""
+    """Rows are independent given the statistics, so splitting a site by rows is exact.
+
+    The first site sees the same inputs in all walks.
+    """
     windows = windows if name != "rtn" else None
     mixed, coarse, fine = copy(decoder), copy(decoder), copy(decoder)
     overrides = {"blocks.0.self_attn.k_proj": {"bits": 6, "group_size": 8, "symmetric": True}}
@@ -280,8 +290,10 @@ def test_a_linear_with_a_scheme_of_its_own_comes_out_as_if_all_had_that_scheme(
     assert torch.equal(mixed.blocks[0].weights[V], coarse.blocks[0].weights[V])
     assert torch.equal(mixed.blocks[0].weights[K], fine.blocks[0].weights[K])
     assert not torch.equal(mixed.blocks[0].weights[K], coarse.blocks[0].weights[K])
-    assert results[0].quantized[K].bits == 6
-    assert results[1].quantized[K].bits == 3
+    for result, bits in zip(results, (6, 3), strict=False):
+        quantized = result.quantized[K]
+        assert isinstance(quantized, QuantizedWeight)
+        assert quantized.bits == bits
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -320,7 +332,9 @@ def test_linears_that_are_left_out_keep_the_blocks_function_and_the_others_are_q
 def test_a_producer_that_is_left_out_keeps_the_scale_that_its_reader_was_given(
     decoder, windows, tmp_path
 ):
-    """AWQ shifts scale from up_proj to down_proj: with up_proj left out, its shifted weights must reach the disk."""
+    """AWQ shifts scale from up_proj to down_proj. If up_proj is left out, its shifted weights must
+    still reach the disk.
+    """
     up = next(
         weight
         for site in decoder.blocks[0].sites
@@ -336,21 +350,21 @@ def test_a_producer_that_is_left_out_keeps_the_scale_that_its_reader_was_given(
     x, twin = decoder.embed(windows), copy(decoder)
     quantize_model(decoder, Awq(AwqSettings(clip=False)), near_exact, windows, BlockStore(tmp_path))
     assert not torch.equal(decoder.blocks[0].weights[up], before.weights[up])
-    expected, found = before(x, decoder.rope), decoder.blocks[0](x, decoder.rope)
-    assert (found - expected).norm() < 0.05 * expected.norm()
+    expected, output = before(x, decoder.rope), decoder.blocks[0](x, decoder.rope)
+    assert (output - expected).norm() < 0.05 * expected.norm()
     quantize_model(
         twin, Awq(AwqSettings(clip=False)), near_exact, windows, BlockStore(tmp_path)
     )  # all from disk
-    assert torch.equal(twin.blocks[0](x, twin.rope), found)
+    assert torch.equal(twin.blocks[0](x, twin.rope), output)
 
 
 @torch.inference_mode()
-def test_the_scale_search_is_told_the_scheme_of_the_site_that_it_serves(decoder, windows):
-    told = {}
+def test_the_scale_search_receives_the_scheme_of_its_site(decoder, windows):
+    bits: dict[str, list[int]] = {}
 
     class Listening(Awq):
         def rebalance(self, task, scheme):
-            told.setdefault(task.group.site.name, []).append(scheme.bits)
+            bits.setdefault(task.group.site.name, []).append(scheme.bits)
 
     names = [w.removesuffix(".weight") for w in decoder.blocks[0].sites[3].weights]
     schemes = Schemes(
@@ -359,7 +373,7 @@ def test_the_scale_search_is_told_the_scheme_of_the_site_that_it_serves(decoder,
         skip={"blocks.0.self_attn.o_proj"},
     )
     quantize_model(decoder, Listening(AwqSettings(clip=False)), schemes, windows, Nowhere())
-    assert told == {"qkv": [3, 3], "o": [3], "gate_up": [3, 3], "down": [3, 7]}
+    assert bits == {"qkv": [3, 3], "o": [3], "gate_up": [3, 3], "down": [3, 7]}
     uneven = Schemes(SCHEME, {"blocks.0.self_attn.q_proj": {"bits": 7}})
     with pytest.raises(IncompatibleError, match=r"blocks\.0\.qkv: .* one setting"):
         quantize_model(decoder, Awq(AwqSettings()), uneven, windows, Nowhere())

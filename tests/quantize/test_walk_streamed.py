@@ -1,7 +1,11 @@
-"""The walk over a model that is not in memory: the resident walk's codes, whatever memory, chunks and kills do."""
+"""The walk over a streamed model gives the resident walk's codes, whatever the memory, the chunks
+and the kills.
+"""
 
+from collections.abc import Generator
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 from weakref import WeakSet
 
 import pytest
@@ -13,9 +17,9 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.spool import Spool
 from q3q.models.streaming import StreamedBlocks, StreamedDecoder
-from q3q.quantize import activations as held_activations
-from q3q.quantize import sites, walk
-from q3q.quantize.blocks import BlockStore
+from q3q.numerics.weights import QuantizedWeight
+from q3q.quantize import activations, runs, sites
+from q3q.quantize.block_store import BlockStore
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.billm import Billm
@@ -42,12 +46,12 @@ METHODS = {
     "billm": lambda: Billm(BillmSettings()),
 }
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
-ACTIVATIONS = [40_000, 0]  # bytes: of some batches, and of none
+ACTIVATIONS = [40_000, 0]  # bytes, for some batches and for none
 
 
 @pytest.fixture(autouse=True)
 def _no_gradients(monkeypatch):
-    monkeypatch.setattr(held_activations, "BATCH_TOKENS", {"cpu": 80})  # six batches
+    monkeypatch.setattr(activations, "BATCH_TOKENS", {"cpu": 80})  # six batches
     with torch.inference_mode():
         yield
 
@@ -71,8 +75,8 @@ def same_codes(ours, theirs):
         assert a.quantized.keys() == b.quantized.keys()
         assert a.changed.keys() == b.changed.keys()
         for name in a.quantized:
-            one, other = a.quantized[name].to_tensors(), b.quantized[name].to_tensors()
-            assert all(torch.equal(one[part], other[part]) for part in one), name
+            first, second = a.quantized[name].to_tensors(), b.quantized[name].to_tensors()
+            assert all(torch.equal(first[part], second[part]) for part in first), name
         assert all(torch.equal(a.changed[name], b.changed[name]) for name in a.changed)
         assert a.errors == b.errors
         assert a.notes == b.notes
@@ -92,16 +96,16 @@ def test_a_streamed_walk_gives_the_resident_ones_bits(
         read_by(name, windows),
         BlockStore(tmp_path / "r"),
     )
-    for activations in ACTIVATIONS:
-        streamed = StreamedDecoder(Checkpoint(folder), torch.float32, activations=activations)
-        store = BlockStore(tmp_path / f"s{activations}")
-        found = quantize_model(
+    for memory in ACTIVATIONS:
+        streamed = StreamedDecoder(Checkpoint(folder), torch.float32, activations=memory)
+        store = BlockStore(tmp_path / f"s{memory}")
+        results = quantize_model(
             streamed, METHODS[name](), scheme_for(name), read_by(name, windows), store
         )
-        same_codes(found, expected)
-        assert store.taken == 0
+        same_codes(results, expected)
+        assert store.reused == 0
         assert torch.equal(streamed.hidden(ids), resident.hidden(ids))
-        checks = check_weights(streamed, [block.quantized for block in found])
+        checks = check_weights(streamed, [block.quantized for block in results])
         assert all(check.passed for check in checks), checks
     assert not torch.equal(
         load_decoder(Checkpoint(folder), torch.float32).hidden(ids), resident.hidden(ids)
@@ -109,35 +113,35 @@ def test_a_streamed_walk_gives_the_resident_ones_bits(
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_what_awq_keeps_of_a_blocks_inputs_stays_within_the_memory_for_activations(
+def test_inputs_that_awq_stores_stay_within_the_memory_for_activations(
     random_checkpoint, tmp_path, windows, kind, monkeypatch
 ):
-    spools, most, spilled = WeakSet(), [], []
+    spools: WeakSet[Spool] = WeakSet()
+    most, spilled = [], []
     keep, write = Spool._keep, Spool._write
 
-    def kept(self, i, tensor):
+    def counted_keep(self, i, tensor):
         spools.add(self)
         item = keep(self, i, tensor)
-        most.append(sum(one._held for one in spools))
+        most.append(sum(spool._in_memory for spool in spools))
         return item
 
-    def written(self, i, tensor):
+    def counted_write(self, i, tensor):
         spilled.append(tensor.shape)
         return write(self, i, tensor)
 
-    monkeypatch.setattr(Spool, "_keep", kept)
-    monkeypatch.setattr(Spool, "_write", written)
-    folder, found = random_checkpoint(kind), {}
-    for activations in (40_000, 1_000_000):
-        streamed = StreamedDecoder(Checkpoint(folder), torch.float32, activations=activations)
+    monkeypatch.setattr(Spool, "_keep", counted_keep)
+    monkeypatch.setattr(Spool, "_write", counted_write)
+    folder, peaks = random_checkpoint(kind), {}
+    for memory in (40_000, 1_000_000):
+        streamed = StreamedDecoder(Checkpoint(folder), torch.float32, activations=memory)
         del most[:], spilled[:]
-        store = BlockStore(tmp_path / f"{activations}")
+        store = BlockStore(tmp_path / f"{memory}")
         quantize_model(streamed, METHODS["awq"](), SCHEME, windows, store)
-        found[activations] = max(most)
-        assert any(len(shape) == 2 for shape in spilled) == (
-            activations == 40_000
-        )  # of a site, not between blocks
-    assert found[40_000] <= 40_000 < found[1_000_000]
+        peaks[memory] = max(most)
+        # 2-D tensors are inputs of a site; those between two blocks are 3-D.
+        assert any(len(shape) == 2 for shape in spilled) == (memory == 40_000)
+    assert peaks[40_000] <= 40_000 < peaks[1_000_000]
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -162,19 +166,20 @@ def test_a_streamed_walk_that_was_killed_goes_on_and_ends_with_the_same_bits(
         read_by(name, windows),
         BlockStore(tmp_path / "broken"),
     )
+    assert isinstance(broken, Generator)
     next(broken)
     broken.close()
     for loader in (StreamedDecoder, load_decoder):
-        store = BlockStore(tmp_path / "again", kept=tmp_path / "broken")
-        found = quantize_model(
+        store = BlockStore(tmp_path / "again", finished=tmp_path / "broken")
+        results = quantize_model(
             loader(Checkpoint(folder), torch.float32),
             METHODS[name](),
             scheme_for(name),
             read_by(name, windows),
             store,
         )
-        same_codes(found, whole)
-        assert store.taken == 1
+        same_codes(results, whole)
+        assert store.reused == 1
         store.delete()
 
 
@@ -195,16 +200,14 @@ def test_chunks_of_experts_change_no_bit(
         results.append(
             quantize_model(model, METHODS[name](), scheme_for(name), read_by(name, windows), store)
         )
-    for found in results[1:]:
-        same_codes(found, results[0])
+    for chunked in results[1:]:
+        same_codes(chunked, results[0])
     if name != "rtn":
         notes = results[0][0].notes["blocks.0.gate_up"]
         assert len(notes["tokens_per_expert"]) == 7
 
 
-def test_starved_experts_are_named_by_their_place_among_all(
-    random_checkpoint, tmp_path, windows, monkeypatch
-):
+def test_starved_experts_are_numbered_among_all(random_checkpoint, tmp_path, windows, monkeypatch):
     folder = random_checkpoint("moe", num_experts=7)
     model = load_decoder(Checkpoint(folder), torch.float32)
     monkeypatch.setattr(sites, "CHUNK_BYTES", 1)
@@ -240,17 +243,16 @@ def test_no_more_runs_are_halted_than_there_is_room_for(random_checkpoint, windo
     block = load_decoder(Checkpoint(random_checkpoint()), torch.float32)
     hidden = [block.embed(part) for part in windows.split(2)]
     first = block.blocks[0]
-    size = 2 * 40 * first.widest * 4
+    size = 2 * 40 * first.halted_width * 4
     for room, count in ((None, 6), (size * 3 + 1, 3), (0, 0)):
-        assert (
-            len(walk.Runs(first, SimpleNamespace(hidden=hidden, room=room), block.rope)._halted)
-            == count
-        )
-    # What a run holds while it is halted is no more than is reckoned with.
+        activations: Any = SimpleNamespace(hidden=hidden, room=room)
+        assert len(runs.Runs(first, activations, block.rope)._halted) == count
+    # A halted run holds no more than `halted_width` says.
     run = first.stages(hidden[0], block.rope)
     for _ in first.sites:
         next(run)
-        held, frame = {}, run
+        held: dict[int, int] = {}
+        frame: Any = run
         while frame is not None:
             for value in frame.gi_frame.f_locals.values():
                 if isinstance(value, torch.Tensor):
@@ -265,12 +267,14 @@ def test_the_walk_holds_one_block_of_codes(random_checkpoint, tmp_path, windows)
     import weakref
 
     model = StreamedDecoder(Checkpoint(random_checkpoint()), torch.float32)
-    alive = []
+    alive: list[weakref.ref[torch.Tensor]] = []
     for block in quantized_blocks(model, METHODS["gptq"](), SCHEME, windows, BlockStore(tmp_path)):
         gc.collect()
         assert sum(one() is not None for one in alive) == 0
-        alive += [weakref.ref(weight.codes_EOI) for weight in block.quantized.values()]
-        del block
+        for weight in block.quantized.values():
+            assert isinstance(weight, QuantizedWeight)
+            alive.append(weakref.ref(weight.codes_EOI))
+        del block, weight
     assert len(alive) == 3 * 7
 
 
@@ -293,18 +297,21 @@ def test_ends_of_a_streamed_model(random_checkpoint, tied, monkeypatch):
     codes = [quantize_ends(model, schemes) for model in models]
     assert codes[0].keys() == codes[1].keys() == ({"embedding"} if tied else {"embedding", "head"})
     for end in codes[0]:
-        assert torch.equal(codes[0][end].codes_EOI, codes[1][end].codes_EOI)
+        one, other = codes[0][end], codes[1][end]
+        assert isinstance(one, QuantizedWeight)
+        assert isinstance(other, QuantizedWeight)
+        assert torch.equal(one.codes_EOI, other.codes_EOI)
     ids = torch.arange(60).view(2, 30)
     hidden = [model.hidden(ids) for model in models]
     assert torch.equal(*hidden)
-    found = [model.log_likelihoods(hidden[0][0], ids[0])[0] for model in models]
-    assert torch.equal(*found)
+    results = [model.log_likelihoods(hidden[0][0], ids[0])[0] for model in models]
+    assert torch.equal(*results)
 
 
 def test_variants_are_tried_on_a_streamed_model_too(random_checkpoint, windows):
     folder = random_checkpoint()
     variants = {f"alpha={a}": SmoothQuant(SmoothQuantSettings(alpha=a)) for a in (0.3, 0.7)}
-    found = [
+    results = [
         search_variants(
             model,
             variants,
@@ -317,18 +324,18 @@ def test_variants_are_tried_on_a_streamed_model_too(random_checkpoint, windows):
             StreamedDecoder(Checkpoint(folder), torch.float32),
         )
     ]
-    assert found[0] == found[1]
+    assert results[0] == results[1]
 
 
 def test_reading_ahead_or_not_is_the_same(random_checkpoint, tmp_path, windows):
     folder = random_checkpoint()
-    found = []
+    results = []
     for ahead in (True, False):
         model = StreamedDecoder(Checkpoint(folder), torch.float32, ahead=ahead)
         assert isinstance(model.blocks, StreamedBlocks)
-        found.append(
+        results.append(
             quantize_model(
                 model, METHODS["gptq"](), SCHEME, windows, BlockStore(tmp_path / str(ahead))
             )
         )
-    same_codes(*found)
+    same_codes(*results)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
-from q3q.record import COMPLETED, Comparison, TrialRecord, trial_folder
+from q3q.placement import Placement
+from q3q.record import COMPLETED, Comparison, TrialRecord
 from q3q.report.answer import Loss, answers, loss
 from q3q.report.pools import Pool, pools
-from q3q.spec import Scheme, TrialSpec
+from tests.specs import calibration_of, evaluation_of, make_spec, model_of, text_of
 
 STORIES = "perplexity/stories"
 
@@ -24,21 +25,19 @@ def record(
     nats: tuple[float, float, float] | None = None,
     **changes: Any,
 ) -> TrialRecord:
-    """reach: of the perplexity's own interval. nats: paired difference and its interval. changes: of the spec."""
-    spec = TrialSpec(
-        model={"name": "demo", "digest": "d", "dtype": "float32"},
-        method={"name": method, "version": 1},
-        scheme=None if method == "none" else Scheme(bits=bits, group_size=128, symmetric=False),
-        calibration=None,
-        evaluation={"texts": [{"name": "stories", "window": 512}], "tasks": [], "task_limit": None},
-        seed=0,
-    )
-    spec = replace(spec, **changes)
-    whole = TrialRecord(spec=spec, status=COMPLETED, metrics={STORIES: perplexity})
+    """Return a completed trial.
+
+    Args:
+        reach: of the perplexity's own interval.
+        nats: the paired difference, between the ends of its interval.
+        changes: of the spec.
+    """
+    spec = make_spec(method, bits, **changes)
+    complete = TrialRecord(spec=spec, status=COMPLETED, metrics={STORIES: perplexity})
     if reach:
-        whole = replace(whole, intervals={STORIES: (perplexity - reach, perplexity + reach)})
+        complete = replace(complete, intervals={STORIES: (perplexity - reach, perplexity + reach)})
     if nats is None:
-        return whole
+        return complete
     low, middle, high = nats
     paired: dict[str, Any] = {
         "p_value": 0.01,
@@ -46,19 +45,19 @@ def record(
         "test": "paired",
         "distinguishable": low > 0 or high < 0,
     }
-    found = Comparison(metric=STORIES, difference=middle, low=low, high=high, **paired)
-    return replace(whole, comparisons={STORIES: found})
+    result = Comparison(metric=STORIES, difference=middle, low=low, high=high, **paired)
+    return replace(complete, comparisons={STORIES: result})
 
 
-def alone(one: TrialRecord) -> Pool:
-    return Pool("it", (one,))
+def alone(trial: TrialRecord) -> Pool:
+    return Pool("it", (trial,))
 
 
 def measured(
-    folder: Path, one: TrialRecord, nll_N: Sequence[float], answers_N: Sequence[float] = ()
+    folder: Path, trial: TrialRecord, nll_N: Sequence[float], answers_N: Sequence[float] = ()
 ) -> TrialRecord:
-    """With its samples on disk: each window's loss, and how each question of the tasks a and b was answered."""
-    found = replace(one, spec=one.spec.with_places({"trials": str(folder)}))
+    """Write a trial's samples: each window's loss, each answer to the tasks a and b."""
+    result = replace(trial, placement=Placement(trials=folder))
     rows = window_rows(STORIES, "d", nll_N)
     for task in ("a", "b"):
         rows += [
@@ -71,9 +70,9 @@ def measured(
             }
             for n, right in enumerate(answers_N)
         ]
-    trial_folder(found.spec).mkdir(parents=True)
-    write_samples(trial_folder(found.spec) / SAMPLES, rows)
-    return found
+    result.trial.folder.mkdir(parents=True)
+    write_samples(result.trial.folder / SAMPLES, rows)
+    return result
 
 
 def test_the_best_at_each_width_and_its_loss() -> None:
@@ -92,10 +91,10 @@ def test_the_best_at_each_width_and_its_loss() -> None:
 
 
 def test_a_paired_comparison_gives_the_loss_its_interval() -> None:
-    found = loss(alone(record("gptq", 2, 12.0, nats=(0.0953, 0.1823, 0.2624))), None, STORIES)
-    assert found is not None
-    assert (found.low, found.value, found.high) == pytest.approx((0.1, 0.2, 0.3), abs=1e-3)
-    assert str(found) == "+20.0 % [+10.0, +30.0]"
+    result = loss(alone(record("gptq", 2, 12.0, nats=(0.0953, 0.1823, 0.2624))), None, STORIES)
+    assert result is not None
+    assert (result.low, result.value, result.high) == pytest.approx((0.1, 0.2, 0.3), abs=1e-3)
+    assert str(result) == "+20.0 % [+10.0, +30.0]"
     none = alone(record("gptq", 2, 10.0, nats=(-0.01, 0.0, 0.01)))
     assert "not distinguishable from none" in str(loss(none, None, STORIES))
 
@@ -117,10 +116,10 @@ def test_a_loss_has_the_digits_that_its_interval_allows(
 
 
 def test_intervals_without_samples_tell_apart_or_leave_it_unknown() -> None:
-    """Two that overlap may well differ on the same windows: nothing follows."""
+    """Overlapping intervals show nothing: a paired test may still find a difference."""
     apart = [record("rtn", 2, 20.0, reach=1), record("gptq", 2, 12.0, reach=1)]
     alike = [record("rtn", 2, 12.5, reach=1), record("gptq", 2, 12.0, reach=1)]
-    assert [answers(some)[0].rows[0][-1] for some in (apart, alike)] == ["-", "unknown: rtn"]
+    assert [answers(group)[0].rows[0][-1] for group in (apart, alike)] == ["-", "unknown: rtn"]
 
 
 def test_paired_losses_tell_apart_what_the_metrics_own_intervals_cannot() -> None:
@@ -132,43 +131,43 @@ def test_paired_losses_tell_apart_what_the_metrics_own_intervals_cannot() -> Non
 
 
 def test_without_a_reference_a_loss_is_unknown_and_without_numbers_nothing_is_best() -> None:
-    failed = TrialRecord.failed(record("gptq", 3, 1.0).spec, "died")
+    failed = TrialRecord.failed(record("gptq", 3, 1.0).trial, "died")
     [table] = answers([record("rtn", 2, 20.0), failed])
     assert table.rows == (("2", "rtn", "20.00", "unknown", "-"), ("3", "-", "failed", "-", "-"))
 
 
 def test_two_methods_are_compared_window_by_window(tmp_path: Path) -> None:
-    """Their own intervals overlap widely, since windows are hard or easy for both; pairs tell them apart, or do not."""
+    """The intervals overlap widely because windows differ in difficulty; pairs do not."""
     hard = [1.0, 2.0, 3.0, 4.0, 1.5, 2.5, 3.5, 4.5]
     worse = [nll + 0.01 + 0.001 * k for k, nll in enumerate(hard)]
-    other = [nll + 0.01 * (-1) ** k for k, nll in enumerate(hard)]
-    for name, nll_N, told in (("worse", worse, "-"), ("other", other, "rtn")):
+    different = [nll + 0.01 * (-1) ** k for k, nll in enumerate(hard)]
+    for name, nll_N, expected in (("worse", worse, "-"), ("other", different, "rtn")):
         pair = [
             measured(tmp_path / name, record("rtn", 2, 12.5, reach=5), nll_N),
             measured(tmp_path / name, record("gptq", 2, 12.0, reach=5), hard),
         ]
-        assert answers(pair)[0].rows[0][-1] == told
+        assert answers(pair)[0].rows[0][-1] == expected
 
 
 def test_the_mean_accuracys_loss_has_the_interval_of_its_pairs(tmp_path: Path) -> None:
-    """Two tasks, 100 questions each, of which 10 were lost: the mean of the differences, stratified."""
-    asked = {"texts": [], "tasks": ["a", "b"], "task_limit": None}
+    """Two tasks of 100 questions, of which 10 were lost: stratified differences."""
+    evaluation = evaluation_of(tasks=["a", "b"])
     right, lost = [1.0] * 80 + [0.0] * 20, [0.0] * 10 + [1.0] * 70 + [0.0] * 20
     trials = []
     for method, answered_N, acc in (("none", right, 0.8), ("gptq", lost, 0.7)):
-        one = replace(
-            record(method, 4, 1.0, evaluation=asked), metrics={"a/acc": acc, "b/acc": acc}
+        trial = replace(
+            record(method, 4, 1.0, evaluation=evaluation), metrics={"a/acc": acc, "b/acc": acc}
         )
-        trials.append(measured(tmp_path, one, [], answered_N))
-    none, gptq = (Pool(one.spec.method["name"], (one,)) for one in trials)
-    found = loss(gptq, none, "accuracy")
-    assert found is not None
-    assert found.value == pytest.approx(-0.1)
-    assert found.low is not None
-    assert found.high is not None
+        trials.append(measured(tmp_path, trial, [], answered_N))
+    none, gptq = (Pool(trial.spec.method.name, (trial,)) for trial in trials)
+    result = loss(gptq, none, "accuracy")
+    assert result is not None
+    assert result.value == pytest.approx(-0.1)
+    assert result.low is not None
+    assert result.high is not None
     # Each task's own standard error is sqrt(0.1 * 0.9 / 100) = 0.03; of the mean of two, 0.021.
-    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.021, rel=0.15)
-    assert found.distinguishable
+    assert result.high - result.low == pytest.approx(2 * 1.96 * 0.021, rel=0.15)
+    assert result.distinguishable
     [table] = answers(trials)
     assert table.columns[:4] == ("bits", "best method", "mean accuracy, %", "loss")
     assert table.rows[0][3].startswith("-10.0 points [-1")
@@ -176,36 +175,27 @@ def test_the_mean_accuracys_loss_has_the_interval_of_its_pairs(tmp_path: Path) -
 
 def test_trials_that_were_evaluated_otherwise_are_not_compared() -> None:
     """A perplexity of the first two windows is lower, and says nothing of the others."""
-    short = {
-        "texts": [{"name": "stories", "window": 512, "limit": 2}],
-        "tasks": [],
-        "task_limit": None,
-    }
-    whole = {
-        "texts": [{"name": "stories", "window": 512, "limit": None}],
-        "tasks": [],
-        "task_limit": None,
-    }
+    short, complete = evaluation_of(text_of("stories", limit=2)), evaluation_of("stories")
     tables = answers(
-        [record("rtn", 2, 1.5, evaluation=short), record("gptq", 2, 12.0, evaluation=whole)]
+        [record("rtn", 2, 1.5, evaluation=short), record("gptq", 2, 12.0, evaluation=complete)]
     )
     assert {table.title: table.rows[0][1] for table in tables} == {
         "demo (limit=null)": "gptq",
         "demo (limit=2)": "rtn",
     }
-    other = {"name": "demo", "digest": "another", "dtype": "bfloat16"}
+    different = model_of("demo", dtype="bfloat16", digest="another")
     titles = {
         table.title
-        for table in answers([record("rtn", 2, 2.0), record("rtn", 2, 1.0, model=other)])
+        for table in answers([record("rtn", 2, 2.0), record("rtn", 2, 1.0, model=different)])
     }
     assert titles == {"demo (dtype=bfloat16)", "demo (dtype=float32)"}
 
 
-CALIBRATED = {"calibration": {"source": "demo", "digest": "c", "samples": 8}}
+CALIBRATED: dict[str, Any] = {"calibration": calibration_of("demo")}
 
 
 def test_a_lucky_seed_is_not_the_best_method() -> None:
-    """By its luckiest seed AWQ would win; by the mean it does not."""
+    """AWQ would win by its best seed, and does not by its mean."""
     trials = [
         record("gptq", 2, value, seed=seed, **CALIBRATED)
         for seed, value in enumerate((12.0, 12.1, 12.2))
@@ -233,17 +223,19 @@ def test_seeds_tell_apart_what_spreads_less_than_it_differs(tmp_path: Path) -> N
     ]
     assert answers(trials)[0].rows[0][-1] == "unknown: awq"  # for want of samples
     with_samples = [
-        measured(tmp_path, one, [one.metrics[STORIES] / 10 + 0.01 * window for window in range(8)])
-        for one in trials
+        measured(
+            tmp_path, trial, [trial.metrics[STORIES] / 10 + 0.01 * window for window in range(8)]
+        )
+        for trial in trials
     ]
     assert answers(with_samples)[0].rows[0][-1] == "-"
 
 
 def test_texts_that_disagree_about_the_best_say_so() -> None:
-    asked = {"texts": [{"name": "stories"}, {"name": "library"}], "tasks": [], "task_limit": None}
+    evaluation = evaluation_of("stories", "library")
     trials = [
         replace(
-            record(method, 2, stories, evaluation=asked),
+            record(method, 2, stories, evaluation=evaluation),
             metrics={STORIES: stories, "perplexity/library": library},
         )
         for method, stories, library in (
@@ -267,4 +259,4 @@ def test_code_of_another_version_is_marked() -> None:
     ]
     [table] = answers(trials)
     assert [row[1] for row in table.rows] == ["gptq", "gptq", "gptq *"]
-    assert "another version of the code" in table.note
+    assert "a different version of the code" in table.note

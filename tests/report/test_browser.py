@@ -1,4 +1,4 @@
-"""The page in a real browser: no console errors, every point there, no request."""
+"""The page in a real browser: no console errors, every point present, no request."""
 
 import http.server
 import json
@@ -14,13 +14,13 @@ import pytest
 
 from q3q.record import COMPLETED, SiteError, TrialRecord
 from q3q.report.write import About, write_report
-from q3q.spec import Scheme, TrialSpec
+from tests.specs import make_spec
 
 BROWSER = next(
     (
-        found
+        path
         for name in ("chromium", "google-chrome", "chromium-browser")
-        if (found := shutil.which(name))
+        if (path := shutil.which(name))
     ),
     None,
 )
@@ -28,20 +28,21 @@ pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium here: the report's page is not looked at"
 )
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--virtual-time-budget=5000 --enable-logging=stderr --log-level=0"
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --virtual-time-budget=5000 "
+    "--enable-logging=stderr --log-level=0"
 ).split()
 OF_A_PAGE = 101845102  # Chromium's mark of requests by a page's loader: blink_resource_loader
-# Reports what a reader's pointer would meet.
+# Records what a reader's pointer would show.
 PROBE = """<script>
 addEventListener("load", () => {
   const point = document.querySelector("svg .point[data-line]");
   point.dispatchEvent(new PointerEvent("pointerenter"));
-  const told = document.getElementById("tip").textContent;
+  const tip = document.getElementById("tip").textContent;
   document.querySelector("svg .entry[data-line='gptq']").dispatchEvent(new Event("click"));
   const faint = new Set([...document.querySelectorAll(".faint")].map((part) => part.dataset.line));
   document.body.dataset.probe = JSON.stringify({
-    told, faint: [...faint].sort(), overflow: document.documentElement.scrollWidth > innerWidth,
+    tip, faint: [...faint].sort(), overflow: document.documentElement.scrollWidth > innerWidth,
     paper: getComputedStyle(document.body).backgroundColor,
   });
 });
@@ -49,18 +50,7 @@ addEventListener("load", () => {
 
 
 def record(method: str, bits: int, perplexity: float | None) -> TrialRecord:
-    spec = TrialSpec(
-        model={"name": "demo", "digest": "d", "dtype": "float32"},
-        method={"name": method, "version": 1},
-        scheme=None if method == "none" else Scheme(bits=bits, group_size=128, symmetric=False),
-        calibration=None,
-        evaluation={
-            "texts": [{"name": "stories", "window": 512, "limit": None}],
-            "tasks": [],
-            "task_limit": None,
-        },
-        seed=0,
-    )
+    spec = make_spec(method, bits)
     measured = {} if perplexity is None else {"perplexity/stories": perplexity}
     sizes = {
         "model_bytes": 1e6 * bits,
@@ -97,7 +87,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Asked(http.server.BaseHTTPRequestHandler):
-    """Serves the page, and keeps every path that the browser asks for."""
+    """Serves the page and keeps every path that the browser requests."""
 
     page = ""
     paths: list[str] = []  # noqa: RUF012
@@ -114,9 +104,9 @@ class Asked(http.server.BaseHTTPRequestHandler):
 
 
 def browse(page: str, tmp_path: Path, width: int) -> tuple[str, str, list[str]]:
-    """The page's DOM after its script ran, the browser's console, and what it asked the server for."""
+    """Return the DOM after the script ran, the console, and the paths requested."""
     assert BROWSER is not None
-    handler = type(
+    handler: Any = type(
         "Handler", (Asked,), {"page": page.replace("</body>", PROBE + "</body>"), "paths": []}
     )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -136,15 +126,15 @@ def browse(page: str, tmp_path: Path, width: int) -> tuple[str, str, list[str]]:
 
 
 def test_the_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
-    dom, console, asked = browse(page, tmp_path, 1200)
+    dom, console, requests = browse(page, tmp_path, 1200)
     assert console == ""
-    assert asked == ["/page"]
+    assert requests == ["/page"]
     probe = re.search(r'data-probe="([^"]*)"', dom)
     assert probe is not None
-    told = probe[1].replace("&quot;", '"')
-    assert '"told":"rtn, 4 bits: 4.000"' in told
-    assert '"faint":["none","rtn"]' in told
-    assert '"overflow":false' in told
+    values = probe[1].replace("&quot;", '"')
+    assert '"tip":"rtn, 4 bits: 4.000"' in values
+    assert '"faint":["none","rtn"]' in values
+    assert '"overflow":false' in values
 
 
 def test_every_plot_has_the_points_it_should(page: str) -> None:
@@ -180,7 +170,7 @@ def test_the_page_asks_for_nothing_and_takes_names_for_text(page: str) -> None:
 
 
 def opened(page: str, tmp_path: Path, *flags: str) -> tuple[dict[str, Any], list[str]]:
-    """The page as a file: what its probe says, and every address that the browser asked anybody for."""
+    """Open the page as a file; return its probe's values and every address it requested."""
     assert BROWSER is not None
     file, log = tmp_path / "report.html", tmp_path / "net.json"
     file.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
@@ -194,19 +184,19 @@ def opened(page: str, tmp_path: Path, *flags: str) -> tuple[dict[str, Any], list
     assert "CONSOLE" not in shown.stderr
     probe = re.search(r'data-probe="([^"]*)"', shown.stdout)
     assert probe is not None
-    # Chromium asks its maker for the time and for updates: a page's own requests have the mark of its loader.
-    asked = set(
+    # Chromium itself requests the time and updates; a page's requests carry its loader's mark.
+    requests = set(
         re.findall(
             rf'"traffic_annotation":{OF_A_PAGE},"url":"([^"]*)"', log.read_text(encoding="utf-8")
         )
     )
-    return json.loads(unescape(probe[1])), sorted(asked)
+    return json.loads(unescape(probe[1])), sorted(requests)
 
 
 def test_as_a_file_it_works_and_asks_nobody_for_anything(page: str, tmp_path: Path) -> None:
-    told, asked = opened(page, tmp_path, "--window-size=1200,900")
-    assert told["told"] == "rtn, 4 bits: 4.000"
-    assert asked == []
+    values, requests = opened(page, tmp_path, "--window-size=1200,900")
+    assert values["tip"] == "rtn, 4 bits: 4.000"
+    assert requests == []
 
 
 def test_a_request_would_be_noticed(page: str, tmp_path: Path) -> None:
@@ -231,10 +221,11 @@ def test_a_request_would_be_noticed(page: str, tmp_path: Path) -> None:
 
 
 def test_it_is_read_on_a_telephone(page: str, tmp_path: Path) -> None:
-    """No wider than its screen; Chromium's own narrowest window is 500 pixels, so it is put in a frame of 360."""
+    """Chromium's narrowest window has 500 pixels, so the page stands in a frame of 360."""
     inner = escape(page.replace("</body>", PROBE + "</body>"))
-    frame = f'<!doctype html><body><iframe style="width:360px;height:800px" srcdoc="{inner}"></iframe><script>'
-    frame += (
+    frame = (
+        '<!doctype html><body><iframe style="width:360px;height:800px" '
+        f'srcdoc="{inner}"></iframe><script>'
         'addEventListener("load", () => { document.body.dataset.frame = '
         'document.querySelector("iframe").contentDocument.body.dataset.probe; });</script></body>'
     )
@@ -245,8 +236,8 @@ def test_it_is_read_on_a_telephone(page: str, tmp_path: Path) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     probe = re.search(r'data-frame="([^"]*)"', shown)
     assert probe is not None
-    told = json.loads(unescape(probe[1]))
-    assert told["overflow"] is False
+    values = json.loads(unescape(probe[1]))
+    assert values["overflow"] is False
 
 
 def test_it_is_dark_where_its_reader_likes_that(page: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python -m q3q.report` on folders of records: what it finds, what it refuses, what it says about damage."""
+"""`python -m q3q.report` on folders of records, complete, empty and damaged."""
 
 import json
 from dataclasses import replace
@@ -9,40 +9,32 @@ import pytest
 
 from q3q.record import COMPLETED, Sweep, TrialRecord
 from q3q.report.__main__ import main
-from q3q.spec import Scheme, TrialSpec
+from tests.specs import evaluation_of, make_trial, text_of
 
 
 def record(storage: Path, bits: int, model: str = "demo", commit: str = "aaa") -> TrialRecord:
     """Saved in the storage folder."""
-    spec = TrialSpec(
-        model={"name": model, "digest": "d", "dtype": "float32"},
-        method={"name": "rtn", "version": 1, "mse": False},
-        scheme=Scheme(bits=bits, group_size=128, symmetric=False),
-        calibration=None,
-        evaluation={
-            "texts": [{"name": "wikitext2", "window": 2048, "limit": None}],
-            "tasks": [],
-            "task_limit": None,
-        },
-        seed=0,
-        places={"trials": str(storage / "trials")},
-    )
+    evaluation = evaluation_of(text_of("wikitext2", window=2048))
+    trial = make_trial("rtn", bits, model=model, evaluation=evaluation, storage=storage)
     metrics = {"perplexity/wikitext2": 10.0 + bits, "seconds/evaluate": 2.0}
-    found = TrialRecord(
-        spec=spec, status=COMPLETED, metrics=metrics, environment={"git_commit": commit}
+    result = TrialRecord(
+        spec=trial.spec,
+        placement=trial.placement,
+        status=COMPLETED,
+        metrics=metrics,
+        environment={"git_commit": commit},
     )
-    found.save()
-    return found
+    result.save()
+    return result
 
 
 def sweep(storage: Path, name: str, *records: TrialRecord) -> None:
-    specs = tuple(record.spec for record in records)
     Sweep(
         id=f"id{name}",
         name=name,
         command=f"run {name}",
         config="",
-        trials=specs,
+        trials=tuple(record.trial for record in records),
         question=f"{name}?",
     ).save(storage)
 
@@ -57,7 +49,7 @@ def test_a_study_is_found_by_its_name_and_written(
     page = (tmp_path / "reports/second_idsecond/report.html").read_text()
     assert "second?" in page
     assert "run second" in page
-    assert "1 of the study&#x27;s 3 trials have no record yet." in page
+    assert "1 of the study&#39;s 3 trials have no record yet." in page
     assert "report.html" in capsys.readouterr().out
 
 
@@ -94,7 +86,8 @@ def test_no_records_and_unknown_studies_are_refused_in_one_line(
     sweep(tmp_path, "group_size", record(tmp_path, 2))
     assert main(["--storage", str(tmp_path), "--study", "groupsize"]) == 2
     assert capsys.readouterr().err == (
-        f"q3q: --study groupsize is not known; did you mean group_size? Known in {tmp_path}: group_size\n"
+        "q3q: --study groupsize is not known; did you mean group_size? "
+        f"Known in {tmp_path}: group_size\n"
     )
 
 
@@ -107,14 +100,14 @@ def test_a_damaged_record_is_left_out_and_named(
     path.write_text(path.read_text()[:100])
     other = tmp_path / "trials" / strange.spec.id / "record.json"
     other.write_text(
-        json.dumps({**strange.to_json(), "spec": {**strange.spec.to_json(), "seed": 5}})
+        json.dumps({**strange.to_json(), "spec": {**strange.trial.to_json(), "seed": 5}})
     )
     assert main(["--storage", str(tmp_path), "--format", "md"]) == 0
-    told = capfd.readouterr()
-    assert f"{path} cannot be read and is left out (not JSON)" in told.err
-    assert f"{other} cannot be read and is left out (ValueError: it belongs to trial" in told.err
-    assert "1 trials: 1 completed" in told.out
-    assert str(path) in told.out
+    printed = capfd.readouterr()
+    assert f"{path} cannot be read and is left out (not JSON)" in printed.err
+    assert f"{other} cannot be read and is left out (ValueError: it belongs to trial" in printed.err
+    assert "1 trials: 1 completed" in printed.out
+    assert str(path) in printed.out
 
 
 def test_records_of_several_code_versions_are_told(
@@ -132,9 +125,9 @@ def test_code_that_nobody_knows_is_a_version_too(
     record(tmp_path, 2, commit="aaa")
     record(tmp_path, 3, commit="")
     main(["--storage", str(tmp_path), "--format", "md"])
-    told = capfd.readouterr().out
-    assert "measured by 2 versions of the code: 1 by aaa, 1 by unknown." in told
-    assert "code aaa: `python launch.py" in told
+    printed = capfd.readouterr().out
+    assert "measured by 2 versions of the code: 1 by aaa, 1 by unknown." in printed
+    assert "code aaa: `python launch.py" in printed
     main(["--storage", str(tmp_path), "--format", "csv"])
     head, *rows = capfd.readouterr().out.splitlines()
     place = head.split(",").index("git_commit")
@@ -154,7 +147,7 @@ def test_all_sweeps_of_a_name_are_one_study_and_an_id_is_one(
     assert main(["--storage", str(tmp_path), "--study", "grid"]) == 0
     page = (tmp_path / "reports/grid/report.html").read_text()
     assert "2 trials: 2 completed" in page
-    assert "2 sweeps of this name are taken together" in page
+    assert "This report covers 2 sweeps of this name" in page
     assert main(["--storage", str(tmp_path), "--study", "older"]) == 0
     assert "1 trials: 1 completed" in (tmp_path / "reports/grid_older/report.html").read_text()
 
@@ -192,10 +185,10 @@ def test_what_is_no_record_is_named_and_the_others_are_reported(
     record(tmp_path, 2)
     strange = record(tmp_path, 3)
     path = tmp_path / "trials" / strange.spec.id / "record.json"
-    whole = strange.to_json()
+    data = strange.to_json()
     if isinstance(damage, dict):
-        changed = {**whole["spec"], **damage["spec"]} if "spec" in damage else whole["spec"]
-        path.write_text(json.dumps({**whole, **damage, "spec": changed}))
+        changed = {**data["spec"], **damage["spec"]} if "spec" in damage else data["spec"]
+        path.write_text(json.dumps({**data, **damage, "spec": changed}))
     else:
         path.write_text(damage)
     assert main(["--storage", str(tmp_path), "--format", "html"]) == 0
@@ -218,7 +211,7 @@ def test_an_out_that_is_no_folder_is_refused_in_one_line(
     file = tmp_path / "notes.txt"
     file.write_text("notes")
     assert main(["--storage", str(tmp_path), "--out", str(file)]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"q3q: --out {file} cannot be written")
-    assert told.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"q3q: --out {file} cannot be written")
+    assert printed.count("\n") == 1
     assert file.read_text() == "notes"

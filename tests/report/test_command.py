@@ -17,7 +17,7 @@ def trial(words: list[str]):
     schema.register()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve.spec_from(
+        return resolve.trial_from(
             compose("config", [schema.with_plain_keys(word) for word in words])
         )
 
@@ -61,7 +61,7 @@ def trial(words: list[str]):
     ],
 )
 def test_it_means_the_same_trial(words):
-    spec = trial(words)
-    python, launch, *shown = shlex.split(command_of(spec))
+    command = command_of(trial(words))
+    python, launch, *shown = shlex.split(command)
     assert (python, launch) == ("python", "launch.py")
-    assert trial(shown).id == spec.id, command_of(spec)
+    assert trial(shown).id == trial(words).id, command

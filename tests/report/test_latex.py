@@ -8,7 +8,7 @@ from typing import Any
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.latex import latex
 from q3q.report.paper import DATASETS, METHODS, PUBLISHED
-from q3q.spec import Scheme, TrialSpec
+from tests.specs import evaluation_of, make_spec, method_of, model_of
 
 TASKS = [
     "piqa",
@@ -21,15 +21,11 @@ TASKS = [
     "mmlu_paper",
     "wikitext",
 ]
-ASKED: dict[str, Any] = {
-    "texts": [{"name": "wikitext2"}, {"name": "c4"}],
-    "tasks": TASKS,
-    "task_limit": None,
-}
+ASKED = evaluation_of("wikitext2", "c4", tasks=TASKS)
 
 
 def printed() -> dict[str, dict[tuple[str, ...], dict[str, str]]]:
-    """Of each table its rows in order, by model, method, widths and group: what is printed for each data set."""
+    """Return each table's rows: printed values by data set, by model, method, widths, group."""
     tables: dict[str, dict[tuple[str, ...], dict[str, str]]] = {}
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -39,27 +35,19 @@ def printed() -> dict[str, dict[tuple[str, ...], dict[str, str]]]:
 
 
 def trial(key: tuple[str, ...], values: dict[str, str]) -> TrialRecord:
-    """One that measured exactly what is printed."""
+    """Return a trial that measured exactly what is printed."""
     model, method, bits, act_bits, group = key
     names = {theirs: ours for ours, theirs in METHODS.items()}
-    scheme = None
+    scheme: dict[str, Any] = {}
     if method != "FP16":
-        size = 128 if group == "128" else -1
-        act = None if act_bits == "16" else int(act_bits)
-        scheme = Scheme(
-            bits=int(float(bits)), group_size=size, symmetric=method == "SmoothQuant", act_bits=act
-        )
-    spec = TrialSpec(
-        model={
-            "name": model.lower().replace("-", "_").replace(".", "_"),
-            "digest": model,
-            "dtype": "bfloat16",
-        },
-        method={"name": names[method], "version": 1},
-        scheme=scheme,
-        calibration=None,
-        evaluation=ASKED,
-        seed=0,
+        scheme = {
+            "bits": int(float(bits)),
+            "group_size": 128 if group == "128" else -1,
+            "act_bits": None if act_bits == "16" else int(act_bits),
+        }
+    name = model.lower().replace("-", "_").replace(".", "_")
+    spec = make_spec(
+        names[method], **scheme, model=model_of(name, dtype="bfloat16"), evaluation=ASKED
     )
     metrics = {"word_perplexity/wikitext2": 20.0, "bits_per_weight_nominal": float(bits)}
     for metric, dataset in DATASETS.items():
@@ -74,12 +62,12 @@ def trial(key: tuple[str, ...], values: dict[str, str]) -> TrialRecord:
 
 
 def rows(table: str) -> list[list[str]]:
-    """A table's rows, each with its model's name."""
-    found: list[list[str]] = []
+    """Return a table's rows, each with its model's name."""
+    result: list[list[str]] = []
     for line in re.findall(r"^(.*) \\\\$", table, re.MULTILINE)[1:]:
         cells = line.split(" & ")
-        found.append([cells[0] or found[-1][0], *cells[1:]])
-    return found
+        result.append([cells[0] or result[-1][0], *cells[1:]])
+    return result
 
 
 def test_the_studys_own_numbers_come_out_as_its_tables() -> None:
@@ -87,10 +75,10 @@ def test_the_studys_own_numbers_come_out_as_its_tables() -> None:
     records = {
         key: trial(key, values) for table in tables.values() for key, values in table.items()
     }
-    found = latex([*records.values()][::-1]).split(r"\begin{table}")[1:]
-    assert len(found) == 4
+    result = latex([*records.values()][::-1]).split(r"\begin{table}")[1:]
+    assert len(result) == 4
     datasets = ["wikitext2", "c4", *TASKS[:6], None, "mmlu"]
-    for text, (source, rows_of) in zip(found, sorted(tables.items()), strict=True):
+    for text, (source, rows_of) in zip(result, sorted(tables.items()), strict=True):
         heads = re.search(r"^Model.*$", text, re.MULTILINE)
         assert heads is not None
         assert [head.partition(" ")[0] for head in heads[0].split(" & ")] == [
@@ -99,22 +87,24 @@ def test_the_studys_own_numbers_come_out_as_its_tables() -> None:
         ]
         ours = rows(text)
         group = {"": "-", "per-channel": "-"}
-        wanted = {(*key[:4], group.get(key[4], key[4])): values for key, values in rows_of.items()}
+        expected = {
+            (*key[:4], group.get(key[4], key[4])): values for key, values in rows_of.items()
+        }
         found_here = [tuple(row[:5]) for row in ours]
         if source == "Table 2":  # which prints 14B's 3 bits before its SmoothQuant rows at 4
-            assert sorted(found_here) == sorted(wanted)
+            assert sorted(found_here) == sorted(expected)
             found_here, order = (
-                [key for key in keys if key[0] != "Qwen3-14B"] for keys in (found_here, wanted)
+                [key for key in keys if key[0] != "Qwen3-14B"] for keys in (found_here, expected)
             )
         else:
-            order = [*wanted]
+            order = [*expected]
         assert found_here == order, source
         for row in ours:
-            values = wanted[tuple(row[:5])]
+            values = expected[tuple(row[:5])]
             for cell, dataset in zip(row[5:], datasets, strict=True):
                 if dataset is not None:
                     value = float(values[dataset])
-                    # Rounded to three digits; and the second printing of 1.7B's C4, 19.3, is another than the first.
+                    # Three digits; and 1.7B's C4 is printed twice, as 19.2 and 19.3.
                     assert cell == "diverged" or abs(float(cell) - value) <= 0.11, (row, dataset)
 
 
@@ -128,11 +118,10 @@ def test_what_no_column_tells_stands_beside_the_method_and_seeds_are_a_mean() ->
     key = ("Qwen3-8B", "GPTQ", "4", "16", "128")
     values = dict.fromkeys(DATASETS.values(), "50.0")
     one = trial(key, values)
-    method = one.spec.method | {"damping": 0.01}
-    plain = replace(one, spec=replace(one.spec, method=method))
-    other = replace(one, spec=replace(one.spec, method=method | {"damping": 0.05}))
+    damped = method_of("gptq", one.spec.scheme, damping=0.05)
+    other = replace(one, spec=replace(one.spec, method=damped))
     again = replace(
-        plain, spec=replace(plain.spec, seed=1), metrics=plain.metrics | {"perplexity/c4": 52.0}
+        one, spec=replace(one.spec, seed=1), metrics=one.metrics | {"perplexity/c4": 52.0}
     )
-    found = {row[1]: row[6] for row in rows(latex([plain, other, again]))}
+    found = {row[1]: row[6] for row in rows(latex([one, other, again]))}
     assert found == {"GPTQ damping=0.01": r"51.0$\pm$1.4", "GPTQ damping=0.05": "50.0"}

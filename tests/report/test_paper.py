@@ -1,10 +1,11 @@
-"""The published numbers, and what it takes for one of ours to reproduce them."""
+"""The published numbers, and when ours reproduce them."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from q3q.placement import Trial
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.paper import (
     DIFFERENT,
@@ -18,7 +19,17 @@ from q3q.report.paper import (
     share_reproduced,
     verdict,
 )
-from q3q.spec import Scheme, TrialSpec
+from q3q.spec import TaskRef
+from tests.specs import (
+    calibration_of,
+    changed,
+    evaluation_of,
+    hub_model_of,
+    make_spec,
+    method_of,
+    model_of,
+    text_of,
+)
 
 
 def spec(
@@ -28,33 +39,11 @@ def spec(
     act_bits: int | None = None,
     **changes: Any,
 ) -> Any:
-    whole: dict[str, Any] = {
-        "model": {
-            "name": "qwen3_8b_base",
-            "source": "Qwen/Qwen3-8B-Base",
-            "revision": "r",
-            "dtype": "bfloat16",
-        },
-        "calibration": {
-            "source": "c4",
-            "digest": "d",
-            "samples": 128,
-            "length": 2048,
-            "draw": "random",
-        },
-        "evaluation": {
-            "texts": [{"name": "wikitext2", "window": 2048, "limit": None}],
-            "tasks": ["piqa"],
-            "task_limit": None,
-        },
-        "seed": 0,
-    }
-    scheme = Scheme(bits=bits, group_size=group_size, symmetric=False, act_bits=act_bits)
-    return TrialSpec(
-        **{**whole, **changes},
-        method={"name": method, "version": 1},
-        scheme=None if method == "none" else scheme,
-    )
+    default = {"model": hub_model_of("qwen3_8b_base"), "evaluation": ASKED}
+    if method in ("gptq", "awq"):
+        default["calibration"] = C4
+    scheme: dict[str, Any] = {"group_size": group_size, "act_bits": act_bits}
+    return make_spec(method, bits, **scheme, **{**default, **changes})
 
 
 def record(perplexity: float, acc: float | None = None, **changes: Any) -> TrialRecord:
@@ -63,12 +52,14 @@ def record(perplexity: float, acc: float | None = None, **changes: Any) -> Trial
 
 
 def test_the_table_is_the_papers() -> None:
-    """2,500 printed numbers less the 250 means over tasks, each in a cell that one trial of ours can fill."""
+    """2,500 printed numbers less the 250 means over tasks, each in one trial's cell."""
     rows = published()
     assert len(rows) == 2250
-    assert len({(it.model, it.method, it.bits, it.act_bits, it.group) for it in rows}) == 239
+    assert len({(row.model, row.method, row.bits, row.act_bits, row.group) for row in rows}) == 239
     assert (
-        len({(it.model, it.method, it.bits, it.act_bits, it.group, it.source) for it in rows})
+        len(
+            {(row.model, row.method, row.bits, row.act_bits, row.group, row.source) for row in rows}
+        )
         == 250
     )
 
@@ -85,15 +76,15 @@ def test_the_table_is_the_papers() -> None:
         ),
         ({"method": "billm", "bits": 1}, ("Qwen3-8B-Base", "BiLLM", 1, 16, "128")),
         (
-            {"model": {"name": "Qwen3-0.6B", "digest": "d", "dtype": "float32"}},
+            {"model": model_of("Qwen3-0.6B")},
             ("Qwen3-0.6B", "GPTQ", 4, 16, "128"),
         ),
         (
-            {"model": {"name": "mine", "source": "Qwen/Qwen3-32B", "revision": "r"}},
+            {"model": hub_model_of("mine", source="Qwen/Qwen3-32B")},
             ("Qwen3-32B", "GPTQ", 4, 16, "128"),
         ),
         ({"group_size": 64}, None),
-        ({"model": {"name": "demo", "digest": "d"}}, None),
+        ({"model": model_of("demo")}, None),
         ({"head_bits": 8}, None),
     ],
 )
@@ -139,17 +130,17 @@ def test_an_accuracy_whose_interval_holds_the_published_value_is_reproduced() ->
 
 def test_cells_are_shown_beside_ours_and_counted() -> None:
     """8B-Base, GPTQ, 4 bits, groups of 128: 7.22; unquantized: 6.99, printed in Tables 1 and 3."""
-    found = compare_with_paper([record(7.23), record(8.5, method="none")])
-    assert [(it.published.value, it.verdict) for it in found] == [
+    compared = compare_with_paper([record(7.23), record(8.5, method="none")])
+    assert [(row.published.value, row.verdict) for row in compared] == [
         (6.99, DIFFERENT),
         (6.99, DIFFERENT),
         (7.22, REPRODUCED),
     ]
-    assert {it.published.source for it in found} == {"Table 1", "Table 3"}
-    assert share_reproduced(found).startswith(
+    assert {row.published.source for row in compared} == {"Table 1", "Table 3"}
+    assert share_reproduced(compared).startswith(
         "1 of 3 cells reproduced (33 %), 0 close, 2 different"
     )
-    row = paper_table(found).rows[2]
+    row = paper_table(compared).rows[2]
     assert row[:7] == (
         "Qwen3-8B-Base gptq w4 g128",
         "wikitext2",
@@ -162,26 +153,18 @@ def test_cells_are_shown_beside_ours_and_counted() -> None:
 
 
 def test_a_trial_by_another_protocol_is_shown_and_not_counted() -> None:
-    short = {
-        "texts": [{"name": "wikitext2", "window": 512, "limit": 8}],
-        "tasks": [],
-        "task_limit": None,
-    }
-    found = compare_with_paper([record(7.23, evaluation=short)])
-    assert found[0].departs == ("window=512", "limit=8")
+    short = evaluation_of(text_of("wikitext2", window=512, limit=8))
+    compared = compare_with_paper([record(7.23, evaluation=short)])
+    assert compared[0].departs == ("window=512", "limit=8")
     assert (
         "None of the study's 2250 cells was run by its protocol. 1 comparisons depart"
-        in share_reproduced(found)
+        in share_reproduced(compared)
     )
-    assert "the 250 means over six tasks are not compared" in share_reproduced(found)
+    assert "the 250 means over six tasks are not compared" in share_reproduced(compared)
 
 
-C4 = {"source": "c4", "digest": "d", "samples": 128, "length": 2048, "draw": "random"}
-ASKED = {
-    "texts": [{"name": "wikitext2", "window": 2048, "limit": None}],
-    "tasks": ["piqa"],
-    "task_limit": None,
-}
+C4 = calibration_of("c4", samples=128, length=2048)
+ASKED = evaluation_of(text_of("wikitext2", window=2048), tasks=["piqa"])
 
 
 @pytest.mark.parametrize(
@@ -189,19 +172,19 @@ ASKED = {
     [
         ({}, ()),
         ({"seed": 3}, ()),
-        ({"calibration": C4 | {"length": 512}}, ("calibration.length=512",)),
-        ({"calibration": C4 | {"draw": "documents"}}, ("calibration.draw=documents",)),
-        ({"calibration": C4 | {"samples": 64}}, ("calibration.samples=64",)),
-        ({"calibration": C4 | {"samples": 256}}, ("calibration.samples=256",)),
-        ({"calibration": C4 | {"source": "pile"}}, ("calibration=pile",)),
+        ({"calibration": changed(C4, length=512)}, ("calibration.length=512",)),
+        ({"calibration": changed(C4, draw="documents")}, ("calibration.draw=documents",)),
+        ({"calibration": changed(C4, samples=64)}, ("calibration.samples=64",)),
+        ({"calibration": changed(C4, samples=256)}, ("calibration.samples=256",)),
+        ({"calibration": changed(C4, source="pile")}, ("calibration=pile",)),
         (
-            {"model": {"name": "qwen3_8b_base", "digest": "d", "dtype": "float32"}},
+            {"model": hub_model_of("qwen3_8b_base", dtype="float32")},
             ("dtype=float32",),
         ),
-        ({"evaluation": ASKED | {"chat": "thinking"}}, ("chat=thinking",)),
-        ({"evaluation": ASKED | {"task_limit": 9}}, ("task_limit=9",)),
-        ({"evaluation": ASKED | {"limits": {"piqa": 9}}}, ("limits=9",)),
-        ({"evaluation": ASKED | {"shots": {"piqa": 5}}}, ("shots=5",)),
+        ({"evaluation": changed(ASKED, chat="thinking")}, ("chat=thinking",)),
+        ({"evaluation": changed(ASKED, task_limit=9)}, ("task_limit=9",)),
+        ({"evaluation": changed(ASKED, tasks=(TaskRef(name="piqa", limit=9),))}, ("limits=9",)),
+        ({"evaluation": changed(ASKED, tasks=(TaskRef(name="piqa", shots=5),))}, ("shots=5",)),
     ],
 )
 def test_what_departs_from_the_papers_protocol_is_named(
@@ -211,22 +194,25 @@ def test_what_departs_from_the_papers_protocol_is_named(
 
 
 def test_knobs_and_mmlus_examples_belong_to_the_protocol() -> None:
-    knobs = {"name": "gptq", "version": 1, "damping": 0.05}
-    assert departures(replace(spec(), method=knobs), "piqa/acc") == ("method.damping=0.05",)
-    five = spec(evaluation=ASKED | {"tasks": ["mmlu"], "shots": {"mmlu": 5}})
+    other = replace(spec(), method=method_of("gptq", damping=0.05))
+    assert departures(other, "piqa/acc") == ("method.damping=0.05",)
+    five = spec(evaluation=changed(ASKED, tasks=(TaskRef(name="mmlu", shots=5),)))
     assert departures(five, "mmlu/acc") == ()
-    assert departures(spec(evaluation=ASKED | {"tasks": ["mmlu"]}), "mmlu/acc") == ("shots=null",)
-    assert departures(spec(evaluation=ASKED | {"tasks": ["mmlu_paper"]}), "mmlu_paper/acc") == ()
+    assert departures(
+        spec(evaluation=changed(ASKED, tasks=(TaskRef(name="mmlu"),))), "mmlu/acc"
+    ) == ("shots=null",)
+    studied = spec(evaluation=changed(ASKED, tasks=(TaskRef(name="mmlu_paper"),)))
+    assert departures(studied, "mmlu_paper/acc") == ()
 
 
 def test_awqs_exchanged_blocks_are_told() -> None:
     """8B-Base, AWQ, 3 bits: 22.6 is printed for groups of 128, 11.4 per channel."""
-    [found] = compare_with_paper([record(11.4, method="awq", bits=3)])
-    assert found.verdict == DIFFERENT
-    assert any("probably exchanged" in note for note in found.notes)
-    assert "Ours is the number printed for the other group size." in found.notes
+    [compared] = compare_with_paper([record(11.4, method="awq", bits=3)])
+    assert compared.verdict == DIFFERENT
+    assert any("probably exchanged" in note for note in compared.notes)
+    assert "Our number is the one printed for the other group size." in compared.notes
 
 
 def test_a_failed_trial_is_no_evidence() -> None:
-    assert compare_with_paper([TrialRecord.failed(spec(), "died")]) == []
+    assert compare_with_paper([TrialRecord.failed(Trial(spec()), "died")]) == []
     assert "None of the study's" in share_reproduced([])

@@ -10,43 +10,36 @@ from typing import Any
 import numpy as np
 import pytest
 
+from q3q.placement import Trial
 from q3q.record import COMPLETED, FAILED, SiteError, TrialRecord
 from q3q.report.luck import luck_tables
 from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
 from q3q.report.tables import method_by_bits, result_tables, sites_csv, trial_table
 from q3q.report.write import About, trial_artifacts, write_report
-from q3q.spec import Scheme, TrialSpec
+from q3q.spec import TrialSpec
+from tests.specs import (
+    calibration_of,
+    changed,
+    evaluation_of,
+    make_spec,
+    method_of,
+    model_of,
+    text_of,
+)
 
 STORIES, WHO = "perplexity/stories", "stories_who/acc"
 
 
 def spec(method: str = "gptq", bits: int = 4, **changes: Any) -> TrialSpec:
-    """A trial; keywords change the scheme, the method's knobs, or the spec, whichever has them."""
-    scheme: dict[str, Any] = {"bits": bits, "group_size": 128, "symmetric": False, "act_bits": None}
-    knobs: dict[str, Any] = {
-        "name": method,
-        "version": 1,
-        **({"damping": 0.01} if method == "gptq" else {}),
-    }
-    whole: dict[str, Any] = {
-        "model": {"name": "demo", "digest": "d1", "dtype": "float32"},
-        "calibration": None,
-        "evaluation": {
-            "texts": [{"name": "stories", "window": 512}],
-            "tasks": ["stories_who"],
-            "task_limit": None,
-        },
-        "seed": 0,
-    }
-    if method in ("gptq", "awq"):
-        whole["calibration"] = {
-            "source": "demo",
-            "digest": "d2",
-            "length": 512 if method == "awq" else 2048,
-        }
-    for name, value in changes.items():
-        next((part for part in (scheme, knobs, whole) if name in part), knobs)[name] = value
-    return TrialSpec(method=knobs, scheme=None if method == "none" else Scheme(**scheme), **whole)
+    """A trial; keywords are those of `make_spec`, or knobs of the method."""
+    knobs = {name: changes.pop(name) for name in ("damping",) if name in changes}
+    length = 512 if method == "awq" else 2048
+    default = {"calibration": calibration_of(length=length)} if method in ("gptq", "awq") else {}
+    return make_spec(
+        method_of(method, **knobs),
+        bits,
+        **{"evaluation": evaluation_of("stories", tasks=["stories_who"]), **default, **changes},
+    )
 
 
 def record(
@@ -56,7 +49,7 @@ def record(
     acc: float = 0.75,
     **changes: Any,
 ) -> TrialRecord:
-    """A completed trial, its perplexity diverged if None."""
+    """Return a completed trial; None is a diverged perplexity."""
     measured = {} if perplexity is None else {STORIES: perplexity}
     return TrialRecord(
         spec=spec(method, bits, **changes),
@@ -74,7 +67,7 @@ def record(
 
 
 def failed(method: str, bits: int, reason: str = "the worker died", **changes: Any) -> TrialRecord:
-    return TrialRecord.failed(spec(method, bits, **changes), reason)
+    return TrialRecord.failed(Trial(spec(method, bits, **changes)), reason)
 
 
 GRID = [
@@ -132,7 +125,7 @@ def test_the_markdown_table_is_exactly_this() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "expected"),
+    ("first", "second", "expected"),
     [
         ({"group_size": 128}, {"group_size": 64}, ["gptq g64", "gptq g128"]),
         ({"group_size": 128}, {"group_size": -1}, ["gptq g128", "gptq pc"]),
@@ -140,24 +133,24 @@ def test_the_markdown_table_is_exactly_this() -> None:
         ({"symmetric": True}, {"symmetric": False}, ["gptq asym", "gptq sym"]),
         ({"damping": 0.01}, {"damping": 0.05}, ["gptq damping=0.01", "gptq damping=0.05"]),
         (
-            {"calibration": {"source": "c4", "digest": "d3"}},
-            {"calibration": {"source": "demo", "digest": "d4"}},
+            {"calibration": calibration_of("c4")},
+            {"calibration": calibration_of("demo")},
             ["gptq source=c4", "gptq source=demo"],
         ),
         (
-            {"calibration": {"source": "file", "digest": "d3"}},
-            {"calibration": {"source": "file", "digest": "d4"}},
+            {"calibration": calibration_of("file", digest="d3")},
+            {"calibration": calibration_of("file", digest="d4")},
             ["gptq digest=d3", "gptq digest=d4"],
         ),
     ],
 )
 def test_what_differs_stands_in_the_label_and_nothing_is_overwritten(
-    one: dict[str, Any], other: dict[str, Any], expected: list[str]
+    first: dict[str, Any], second: dict[str, Any], expected: list[str]
 ) -> None:
     records = [
-        record("gptq", 3, 5.0, **one),
-        record("gptq", 3, 6.0, **other),
-        record("gptq", 4, 4.0, **one),
+        record("gptq", 3, 5.0, **first),
+        record("gptq", 3, 6.0, **second),
+        record("gptq", 4, 4.0, **first),
     ]
     grid = method_by_bits(records, STORIES)
     assert list(grid.index) == expected
@@ -173,7 +166,7 @@ def test_seeds_share_a_cell_that_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "label"),
+    ("first", "second", "label"),
     [
         ({"chat": "thinking"}, {}, "gptq chat=thinking"),
         ({"shots": {"stories_who": 5}}, {"shots": {"stories_who": 0}}, "gptq shots=5"),
@@ -182,14 +175,12 @@ def test_seeds_share_a_cell_that_says_so() -> None:
     ],
 )
 def test_questions_asked_otherwise_are_told_apart(
-    one: dict[str, Any], other: dict[str, Any], label: str
+    first: dict[str, Any], second: dict[str, Any], label: str
 ) -> None:
-    asked = {
-        "texts": [{"name": "stories", "window": 512}],
-        "tasks": ["stories_who"],
-        "task_limit": None,
-    }
-    records = [record(acc=0.5, evaluation=asked | one), record(acc=0.75, evaluation=asked | other)]
+    records = [
+        record(acc=acc, evaluation=evaluation_of("stories", tasks=["stories_who"], **changes))
+        for acc, changes in ((0.5, first), (0.75, second))
+    ]
     assert method_by_bits(records, WHO).to_dict()[4][label] == 0.5
     for metric in (WHO, "accuracy"):
         assert sorted(method_by_bits(records, metric).to_dict()[4].values()) == [0.5, 0.75]
@@ -198,16 +189,16 @@ def test_questions_asked_otherwise_are_told_apart(
 
 def test_numbers_that_differ_for_no_known_reason_are_both_shown() -> None:
     """A data set changed between two trials, which is no trait of one task's metric."""
-    asked = {"texts": [], "tasks": ["stories_who"], "task_limit": None}
+    asked = evaluation_of(tasks=["stories_who"])
     records = [
-        record(acc=acc, evaluation=asked | {"data": {"x:y": str(acc)}}) for acc in (0.5, 0.75)
+        record(acc=acc, evaluation=changed(asked, data={"x:y": str(acc)})) for acc in (0.5, 0.75)
     ]
-    found = method_by_bits(records, WHO).to_dict()[4]
-    assert found == {f"gptq ({one.spec.id})": one.metrics[WHO] for one in records}
+    result = method_by_bits(records, WHO).to_dict()[4]
+    assert result == {f"gptq ({trial.spec.id})": trial.metrics[WHO] for trial in records}
 
 
 def test_how_much_is_luck_is_told_by_seeds_calibrations_and_methods() -> None:
-    sets = {8: {"samples": 8, "source": "demo"}, 32: {"samples": 32, "source": "demo"}}
+    sets = {samples: calibration_of(samples=samples) for samples in (8, 32)}
     values = {
         ("gptq", 8): (5.0, 7.0),
         ("gptq", 32): (4.0, 4.0),
@@ -220,7 +211,7 @@ def test_how_much_is_luck_is_told_by_seeds_calibrations_and_methods() -> None:
         for seed, value in enumerate(pair)
     ]
     table = luck_tables(records)[0]
-    # Within cells the variances are 2, 0, 0, 0; between sets 2 and 0; between methods that of 5 and 9.
+    # Variances: 2, 0, 0, 0 within cells; 2 and 0 between sets; that of 5 and 9 between methods.
     assert table.rows == (("2", "0.71", "1", "2.8", "4.0"),)
     assert luck_tables([record("gptq", 2, 5.0), record("awq", 2, 6.0)]) == []
 
@@ -237,11 +228,7 @@ def test_methods_own_defaults_do_not_crowd_the_labels_but_group_sizes_do() -> No
 
 
 def test_evaluations_that_differ_are_told_apart_only_where_they_matter() -> None:
-    short = {
-        "texts": [{"name": "stories", "window": 128}],
-        "tasks": ["stories_who"],
-        "task_limit": None,
-    }
+    short = evaluation_of(text_of("stories", window=128), tasks=["stories_who"])
     records = [record(perplexity=3.5), record(perplexity=4.5, evaluation=short)]
     assert method_by_bits(records, STORIES).to_dict()[4] == {
         "gptq window=128": 4.5,
@@ -251,7 +238,7 @@ def test_evaluations_that_differ_are_told_apart_only_where_they_matter() -> None
 
 
 def test_a_number_is_not_hidden_by_a_trial_that_failed_to_measure_it_again() -> None:
-    more = {"texts": [{"name": "stories", "window": 512}], "tasks": [], "task_limit": None}
+    more = evaluation_of("stories")
     for order in (1, -1):
         records = [record(perplexity=3.5), failed("gptq", 4, evaluation=more)][::order]
         assert method_by_bits(records, STORIES).to_dict()[4] == {"gptq": 3.5}
@@ -268,7 +255,7 @@ def test_a_failed_trials_numbers_are_not_shown() -> None:
 
 
 def test_a_task_without_accuracy_is_told_by_what_it_has() -> None:
-    asked = {"texts": [], "tasks": ["copying"], "task_limit": None}
+    asked = evaluation_of(tasks=["copying"])
     measured = replace(record(evaluation=asked), metrics={"copying/exact_match": 0.5}, intervals={})
     [table] = result_tables([measured, failed("gptq", 3, evaluation=asked)], everything=False)
     assert table.title == "demo: copying/exact_match"
@@ -276,11 +263,10 @@ def test_a_task_without_accuracy_is_told_by_what_it_has() -> None:
 
 
 def test_several_tasks_have_a_mean_and_models_have_tables_of_their_own() -> None:
-    asked = {"texts": [], "tasks": ["a", "b"], "task_limit": None}
-    moe = {"name": "demo_moe", "digest": "d5", "dtype": "float32"}
+    evaluation, moe = evaluation_of(tasks=["a", "b"]), model_of("demo_moe")
     records = [
         replace(
-            record("rtn", 4, evaluation=asked, model=model),
+            record("rtn", 4, evaluation=evaluation, model=model),
             metrics={"a/acc": 0.5, "b/acc": accuracy},
         )
         for model, accuracy in ((spec().model, 0.6), (moe, 0.9))
@@ -349,31 +335,42 @@ def test_a_reports_files_do_not_depend_on_the_order_trials_ended_in(tmp_path: Pa
     assert "the worker died\n- gptq w8 g128 · demo" in page
     assert "out of memory" in page
     assert "8 trials: 6 completed, 2 failed." in page
-    assert report.text == "\n\n".join(
-        table.plain() for table in result_tables([other, *GRID], everything=False)
-    )
+    assert report.text.splitlines()[:3] == [
+        "demo: perplexity of stories (lower is better)",
+        "method \\ bits         2         3      4       8     16",
+        "none                  -         -      -       -  3.000",
+    ]
     assert report.artifacts()["table.md"].decode().count("| gptq | failed |") == 2
 
 
-@pytest.mark.parametrize("records", [[], [failed("gptq", 2)], [record("rtn", 2, None)]])
-def test_nothing_to_show_is_shown_as_such(records: list[TrialRecord], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("records", "expected"),
+    [
+        ([], "No results: no trial measured anything."),
+        ([failed("gptq", 2)], "gptq           failed"),
+        ([record("rtn", 2, None)], "rtn            diverged"),
+    ],
+)
+def test_nothing_to_show_is_shown_as_such(
+    records: list[TrialRecord], expected: str, tmp_path: Path
+) -> None:
     report = write_report(records, tmp_path, about())
-    assert pixels(report.files["perplexity.png"]).size
+    assert len(set(pixels(report.files["perplexity.png"]).flatten())) > 1  # not blank
     assert len(report.files["results.csv"].decode().splitlines()) == 1 + len(records)
-    assert report.text
+    assert expected in report.text.splitlines()
 
 
 def test_a_trials_artifacts_are_its_record_and_what_it_has(tmp_path: Path) -> None:
     assert set(trial_artifacts(failed("gptq", 2))) == {"record.json"}
-    whole = replace(
+    trial = replace(
         with_sites(2, ["q_proj", "o_proj"]),
         results={"results": {"stories_who": {"acc,none": 0.75}}},
     )
-    files = trial_artifacts(whole)
+    files = trial_artifacts(trial)
     assert set(files) == {"record.json", "sites.csv", "heatmap.png", "lm_eval.json"}
-    assert TrialRecord.from_json(json.loads(files["record.json"])) == whole
-    assert json.loads(files["lm_eval.json"]) == whole.results
-    assert files["sites.csv"].decode() == sites_csv(whole)
+    assert TrialRecord.from_json(json.loads(files["record.json"])) == trial
+    assert json.loads(files["lm_eval.json"]) == trial.results
+    assert files["sites.csv"].decode() == sites_csv(trial)
 
 
 def with_sites(blocks: int, linears: list[str], outputs: bool = True) -> TrialRecord:
@@ -418,7 +415,8 @@ def test_each_experts_error_is_drawn_for_the_fewest_bits_of_a_method() -> None:
 
 def test_the_sites_table_is_exactly_this() -> None:
     assert sites_csv(with_sites(2, ["q_proj"])) == (
-        "block,site,linear,weight_error,output_error\n0,qkv,q_proj,0.5,0.25\n1,qkv,q_proj,0.25,0.25\n"
+        "block,site,linear,weight_error,output_error\n"
+        "0,qkv,q_proj,0.5,0.25\n1,qkv,q_proj,0.25,0.25\n"
     )
     assert sites_csv(with_sites(1, ["q_proj"], outputs=False)).endswith("0,qkv,q_proj,0.5,\n")
 
@@ -432,32 +430,30 @@ def pixels(png: bytes) -> Any:
 
 
 def texts(png_of: Any, *arguments: Any) -> list[str]:
-    """Every text that a plot draws, read from its figure before it becomes pixels."""
+    """Return every text that a plot draws, read from its figure after it was drawn."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.text import Text
 
-    from q3q.report import plots
+    drawn: list[str] = []
+    print_png = FigureCanvasAgg.print_png
 
-    found: list[str] = []
+    def read(canvas: Any, *arguments: Any, **settings: Any) -> None:
+        print_png(canvas, *arguments, **settings)
+        drawn.extend(text.get_text() for text in canvas.figure.findobj(Text) if text.get_text())
+
     with pytest.MonkeyPatch.context() as patch:
-        draw = plots.png
-
-        def read(figure: Any) -> bytes:
-            png = draw(figure)
-            found.extend(text.get_text() for text in figure.findobj(Text) if text.get_text())
-            return png
-
-        patch.setattr(plots, "png", read)
+        patch.setattr(FigureCanvasAgg, "print_png", read)
         png_of(*arguments)
-    return found
+    return drawn
 
 
 def test_the_plot_says_what_it_cannot_show_and_names_its_axes() -> None:
-    told = texts(perplexity_against_bits, GRID)
-    assert "perplexity above the unquantized\nmodel's, %" in told
-    assert "bits of a weight\nnot shown: rtn 2-bit diverged, gptq 2-bit failed" in told
-    assert {"unquantized", "rtn", "awq", "gptq", "demo: stories"} <= set(told)
-    assert {"10", "1e+06"} <= set(told)  # a logarithmic axis with plain numbers
-    alone = texts(perplexity_against_bits, [one for one in GRID if one.spec.scheme])
+    drawn = texts(perplexity_against_bits, GRID)
+    assert "perplexity above the unquantized\nmodel's, %" in drawn
+    assert "bits of a weight\nnot shown: rtn 2-bit diverged, gptq 2-bit failed" in drawn
+    assert {"unquantized", "rtn", "awq", "gptq", "demo: stories"} <= set(drawn)
+    assert {"10", "1e+06"} <= set(drawn)  # a logarithmic axis with plain numbers
+    alone = texts(perplexity_against_bits, [trial for trial in GRID if trial.spec.scheme])
     assert "perplexity per token" in alone  # nothing to compare with
     assert "100000" in alone
 
@@ -473,19 +469,21 @@ def test_a_point_moves_in_the_plot_when_its_perplexity_does() -> None:
 
 
 def test_the_heatmap_prefers_the_error_of_outputs_and_says_so() -> None:
-    told = " ".join(texts(site_error_heatmap, with_sites(2, ["q_proj", "k_proj"])))
-    assert "output error ‖X(W − Q)ᵀ‖ / ‖XWᵀ‖" in told
-    assert "qkv/k_proj" in told
-    told = " ".join(texts(site_error_heatmap, with_sites(2, ["q_proj"], outputs=False)))
-    assert "weight error ‖W − Q‖ / ‖W‖" in told
+    drawn = " ".join(texts(site_error_heatmap, with_sites(2, ["q_proj", "k_proj"])))
+    assert "output error ‖X(W − Q)ᵀ‖ / ‖XWᵀ‖" in drawn
+    assert "qkv/k_proj" in drawn
+    drawn = " ".join(texts(site_error_heatmap, with_sites(2, ["q_proj"], outputs=False)))
+    assert "weight error ‖W − Q‖ / ‖W‖" in drawn
 
 
 def test_the_heatmap_averages_many_linears_and_says_so_and_counts_cells_without_a_number() -> None:
-    told = " ".join(texts(site_error_heatmap, with_sites(3, [f"experts.{i}" for i in range(65)])))
-    assert "mean over the 65 linears of each site" in told
-    assert "qkv/experts.0" not in told
-    known = with_sites(2, ["q_proj", "k_proj"])
-    unknown = replace(known, sites=(replace(known.sites[0], output_error=None), *known.sites[1:]))
+    drawn = " ".join(texts(site_error_heatmap, with_sites(3, [f"experts.{i}" for i in range(65)])))
+    assert "mean over the 65 linears of each site" in drawn
+    assert "qkv/experts.0" not in drawn
+    complete = with_sites(2, ["q_proj", "k_proj"])
+    unknown = replace(
+        complete, sites=(replace(complete.sites[0], output_error=None), *complete.sites[1:])
+    )
     assert "grey: 1 without a number" in " ".join(texts(site_error_heatmap, unknown))
 
 

@@ -1,4 +1,8 @@
-"""Laws of the cluster, with real Ray and real processes. Order is forced with files and events, never with sleeps."""
+"""Laws of the cluster, with real Ray and real processes.
+
+Order is forced with files and events, never with sleeps; every time limit is one that only a fault
+exceeds, however busy the machine.
+"""
 
 import os
 import re
@@ -16,7 +20,9 @@ import pytest
 from q3q.errors import ConfigError, Q3QError
 from q3q.sweep.ray import cluster as cluster_module
 from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.nodes import kernel_kill_counter
 from q3q.sweep.ray.tasks import Outcome, Report, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.ray.worker import task_entry
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def value_of(cluster: Cluster, call: Callable[[Report], Any], **settings: Any) -
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.01)
@@ -52,7 +58,7 @@ def runs(pid: int) -> bool:
     return bool(state.strip()) and not state.startswith("Z")
 
 
-def ends_soon(pid: int, seconds: float = 10) -> bool:
+def ends_soon(pid: int, seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while runs(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -64,7 +70,7 @@ def die() -> None:
 
 
 class PickyError(Exception):
-    """Pickles, but does not come back: its __init__ wants what `args` does not hold."""
+    """Pickles, but does not come back: its __init__ needs what `args` does not hold."""
 
     def __init__(self, what: str, why: str) -> None:
         super().__init__(f"{what} because {why}")
@@ -90,21 +96,21 @@ def test_each_outcome_comes_as_its_task_ends(cluster, tmp_path):
 
 
 def test_events_arrive_in_order_and_while_the_task_runs(cluster, tmp_path):
-    heard = []
+    events = []
 
     def call(report):
-        for number in range(200):  # more than may be on their way at a time
+        for number in range(200):  # more than may be under way at a time
             report(number)
-        wait_for(tmp_path / "199")  # made by the driver when it hears the last number
+        wait_for(tmp_path / "199")  # made by the driver when it receives the last number
         return os.getpid()
 
     def on_event(key, event):
-        heard.append(event)
+        events.append(event)
         (tmp_path / str(event)).touch()
 
     outcome = run(cluster, Task(key="talker", call=call), on_event=on_event)["talker"]
-    assert heard[0] == Started(key="talker", pid=outcome.value, node=heard[0].node, attempt=1)
-    assert heard[1:] == list(range(200))
+    assert events[0] == Started(key="talker", pid=outcome.value, node=events[0].node, attempt=1)
+    assert events[1:] == list(range(200))
     assert outcome.seconds > 0
 
 
@@ -253,8 +259,19 @@ def test_workers_see_the_drivers_modules_folder_and_variables(cluster, tmp_path,
     assert value_of(cluster, call) == (42, str(tmp_path), "blue")
 
 
+@pytest.mark.parametrize(
+    "function", [lambda: task_entry(Resources())._function, kernel_kill_counter]
+)
+def test_what_runs_before_q3q_can_be_imported_is_pickled_whole(function):
+    from ray import cloudpickle
+
+    code = "import pickle, sys; sys.modules['q3q'] = None; pickle.load(sys.stdin.buffer)"
+    packed = cloudpickle.dumps(function())
+    subprocess.run([sys.executable, "-c", code], input=packed, check=True)
+
+
 class CountedCall:
-    """Counts, in the driver, how often one of its kind was sent to Ray."""
+    """Counts, in the driver, how often an instance was sent to Ray."""
 
     sent = 0
 
@@ -277,9 +294,8 @@ def test_a_large_sweep_waits_in_the_driver_not_in_ray(cluster):
         excess = max(excess, CountedCall.sent - ended)
     print(f"{(time.monotonic() - begin) / 300 * 1000:.1f} ms per empty task")
     assert ended == CountedCall.sent == 300
-    assert (
-        excess <= 8 + 8 + 2
-    )  # not heard from yet, heard to have started and perhaps ended, running
+    # Silent so far; known to have started, and perhaps ended; running.
+    assert excess <= 8 + 8 + 2
 
 
 def endless(report):
@@ -391,7 +407,8 @@ def show(key, event):
 head.HEAD_SECONDS = 3.0
 try:
     with Cluster(cpus=1) as cluster:
-        for outcome in cluster.run([Task(key=name, call=globals()[name], retries=0) for name in sys.argv[1:]], show):
+        tasks = [Task(key=name, call=globals()[name], retries=0) for name in sys.argv[1:]]
+        for outcome in cluster.run(tasks, show):
             print(outcome.died, outcome.error)
 except HeadLostError as error:
     print(error)
@@ -430,21 +447,21 @@ def test_without_ray_the_driver_says_so_before_ray_ends_it(start_program, gone):
     with start_program("sleeps", "waits") as driver:
         pid = int(driver.stdout.readline())
         driver.stdout.readline()
-        found = subprocess.run(
+        processes = subprocess.run(
             ["ps", "-eo", "pid=,ppid=,comm="], capture_output=True, text=True, check=True
         ).stdout
-        [head] = [
-            int(one)
-            for one, parent, name in map(str.split, found.splitlines())
+        [server] = [
+            int(process)
+            for process, parent, name in map(str.split, processes.splitlines())
             if parent == str(driver.pid) and name == gone
         ]
-        os.kill(head, signal.SIGKILL)
-        told = driver.communicate(timeout=50)[0]  # of the 60 s after which Ray ends its process
-        assert driver.returncode == 0
+        os.kill(server, signal.SIGKILL)
+        output = driver.communicate(timeout=300)[0]
+        assert driver.returncode == 0  # Ray, which ends its process after 60 s, did not
         assert ends_soon(pid)
     assert re.fullmatch(
         r"(the head of the Ray cluster at \S+ has not|Ray ended on).*the same command goes on\n",
-        told,
+        output,
     )
 
 
@@ -457,6 +474,6 @@ def test_a_task_that_fills_the_memory_is_said_to_have_done_so(start_program):
     }
     in_use = 1 - memory["MemAvailable"] / memory["MemTotal"]
     with start_program("hogs", RAY_memory_usage_threshold=f"{in_use + 0.03:.3f}") as driver:
-        last = driver.communicate(timeout=120)[0].splitlines()[-1]
+        last = driver.communicate(timeout=300)[0].splitlines()[-1]
     assert last.startswith("True hogs died")
     assert "out of memory" in last

@@ -1,4 +1,4 @@
-"""What a gang is given: asked for by `cluster.ranks_per_trial`, on GPUs and on cores."""
+"""Gangs that `cluster.ranks_per_trial` requests, on GPUs and on cores."""
 
 from pathlib import Path
 
@@ -7,55 +7,48 @@ import pytest
 import q3q.models.demo
 from q3q.errors import ConfigError
 from q3q.models.facts import read_facts
-from q3q.spec import Scheme, TrialSpec
 from q3q.sweep.machines import Machine, ResourceRequest, request_of
 from q3q.sweep.shares import allocations_of
+from tests.specs import make_trial
 
 KNOBS = dict.fromkeys(
     ("cpus_per_trial", "gpus_per_trial", "ranks_per_trial", "memory_per_trial", "gpu_memory"),
     "auto",
 ) | {"patience": 0}
 FACTS = read_facts(Path(q3q.models.demo.__file__).parent / "dense")
-SPEC = TrialSpec(
-    model={"name": "demo", "dtype": "float32"},
-    method={"name": "rtn", "version": 1},
-    scheme=Scheme(bits=4, group_size=64, symmetric=False),
-    calibration=None,
-    evaluation={"texts": [], "tasks": []},
-    seed=0,
-)
+TRIAL = make_trial("rtn", group_size=64)
 CORES = Machine(cpus=4, memory=16_000_000_000)
 GPUS = Machine(cpus=32, gpus=4, memory=256_000_000_000, gpu_memory=80_000_000_000)
 
 
 @pytest.mark.parametrize(("machine", "gpus"), [(CORES, 0), (GPUS, 1)])
-def test_ranks_that_are_asked_for_share_the_model(machine, gpus):
-    share, _ = allocations_of(SPEC, FACTS, [machine], ResourceRequest(ranks=2))
-    assert (share.ranks, share.loader, share.gpus) == (2, "sharded", gpus)
-    alone, _ = allocations_of(SPEC, FACTS, [machine], ResourceRequest())
+def test_requested_ranks_share_the_model(machine, gpus):
+    gang, _ = allocations_of(TRIAL, FACTS, [machine], ResourceRequest(ranks=2))
+    assert (gang.ranks, gang.loader, gang.gpus) == (2, "sharded", gpus)
+    alone, _ = allocations_of(TRIAL, FACTS, [machine], ResourceRequest())
     assert (alone.ranks, alone.loader) == (1, "resident")
 
 
 def test_one_rank_is_no_gang():
-    assert allocations_of(SPEC, FACTS, [GPUS], ResourceRequest(ranks=1))[0].ranks == 1
+    assert allocations_of(TRIAL, FACTS, [GPUS], ResourceRequest(ranks=1))[0].ranks == 1
 
 
 def test_ranks_that_fit_nowhere_are_refused():
     with pytest.raises(ConfigError, match="fits nowhere"):
-        allocations_of(SPEC, FACTS, [CORES], ResourceRequest(ranks=5, cpus=1))
+        allocations_of(TRIAL, FACTS, [CORES], ResourceRequest(ranks=5, cpus=1))
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("knobs", "words"),
     [
         ({"ranks_per_trial": 0}, "cluster.ranks_per_trial=0: give 1"),
         ({"ranks_per_trial": 1.5}, "cluster.ranks_per_trial=1.5"),
         ({"ranks_per_trial": 2, "gpus_per_trial": 4}, "contradict"),
     ],
 )
-def test_ranks_that_make_no_sense_are_refused(given, words):
+def test_ranks_that_make_no_sense_are_refused(knobs, words):
     with pytest.raises(ConfigError, match=words):
-        request_of({**KNOBS, **given}.__getitem__)
+        request_of({**KNOBS, **knobs}.__getitem__)
 
 
 def test_ranks_are_read():

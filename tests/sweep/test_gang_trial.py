@@ -35,23 +35,24 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def spec_of(tmp_path_factory):
+def trial_of(tmp_path_factory):
     schema.register()
     GlobalHydra.instance().clear()
 
     def make(name, *overrides):
         storage = tmp_path_factory.mktemp(name)
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.spec_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
+            return resolve.trial_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
 
     return make
 
 
-def record_of(cluster, spec, ranks, call=work, on_event=lambda *_: None):
+def record_of(cluster, trial, ranks, call=work, on_event=lambda *_: None):
+    """Return a trial's record, and the errors after which it was tried again."""
     retried = []
     task = Task(
-        key=spec.id,
-        call=partial(call, spec.to_json()),
+        key=trial.id,
+        call=partial(call, trial.to_json()),
         resources=Resources(cpus=1, ranks=ranks),
         retries=1,
     )
@@ -61,49 +62,48 @@ def record_of(cluster, spec, ranks, call=work, on_event=lambda *_: None):
 
 
 @pytest.fixture(scope="module", params=["demo", pytest.param("demo_moe", marks=pytest.mark.slow)])
-def alone(request, cluster, spec_of):
-    return request.param, record_of(cluster, spec_of("alone", f"model={request.param}"), 1)[0]
+def alone(request, cluster, trial_of):
+    return request.param, record_of(cluster, trial_of("alone", f"model={request.param}"), 1)[0]
 
 
-def test_a_gang_leaves_the_record_that_one_process_leaves(alone, cluster, spec_of):
-    model, wanted = alone
-    spec = spec_of("gang", f"model={model}")
-    found, retried = record_of(cluster, spec, 2)
+def test_a_gang_leaves_the_record_that_one_process_leaves(alone, cluster, trial_of):
+    model, expected = alone
+    trial = trial_of("gang", f"model={model}")
+    record, retried = record_of(cluster, trial, 2)
     assert retried == []
-    assert (found.status, found.reason) == ("COMPLETED", "")
-    assert found.environment["loading"]["loader"] == "sharded"
-    assert found.environment["loading"]["ranks"] == 2
-    assert found.sites == wanted.sites
-    assert found.checks == wanted.checks
-    assert found.notes == wanted.notes
-    names = {name for name in wanted.metrics if not name.startswith(NEVER_EQUAL)}
-    assert {name for name in found.metrics if not name.startswith(NEVER_EQUAL)} == names
+    assert (record.status, record.reason) == ("COMPLETED", "")
+    assert record.environment["loading"]["loader"] == "sharded"
+    assert record.environment["loading"]["ranks"] == 2
+    assert record.sites == expected.sites
+    assert record.checks == expected.checks
+    assert record.notes == expected.notes
+    names = {name for name in expected.metrics if not name.startswith(NEVER_EQUAL)}
+    assert {name for name in record.metrics if not name.startswith(NEVER_EQUAL)} == names
     assert "perplexity/stories" in names
     for name in names:  # likelihoods of requests are added up in other batches
-        assert found.metrics[name] == pytest.approx(wanted.metrics[name], rel=1e-5), name
+        assert record.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(
     ("number", "word"),
     [
         (signal.SIGKILL, "rank 1 of 2"),
-        pytest.param(
-            signal.SIGTERM, "handed back", marks=pytest.mark.slow
-        ),  # its machine wants it back
+        # A machine that is about to go asks its processes to end.
+        pytest.param(signal.SIGTERM, "handed back", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_goes_costs_no_block_that_was_finished(
-    alone, cluster, spec_of, tmp_path, number, word
+    alone, cluster, trial_of, tmp_path, number, word
 ):
-    model, wanted = alone
-    spec = spec_of("left", f"model={model}", "evaluation.tasks=[]")
+    model, expected = alone
+    trial = trial_of("left", f"model={model}", "evaluation.tasks=[]")
 
-    def call(spec, report, seat):
+    def call(trial, report, seat):
         from q3q import team
 
-        team.HEED_SECONDS = 0.0
+        team.CHECK_SECONDS = 0.0
         (tmp_path / f"rank_{seat.rank}").write_text(str(os.getpid()))
-        return work(spec, report, seat)
+        return work(trial, report, seat)
 
     done = []
 
@@ -113,10 +113,10 @@ def test_a_rank_that_goes_costs_no_block_that_was_finished(
             if done == [1, 2]:
                 os.kill(int((tmp_path / "rank_1").read_text()), number)
 
-    found, retried = record_of(cluster, spec, 2, call, on_event)
+    record, retried = record_of(cluster, trial, 2, call, on_event)
     assert [type(error) for error in retried] == [WorkerDiedError]
     assert word in str(retried[0])
-    assert found.completed
-    assert found.notes.pop("blocks_from_disk") >= 2
-    assert found.sites == wanted.sites
-    assert found.metrics["perplexity/stories"] == wanted.metrics["perplexity/stories"]
+    assert record.completed
+    assert record.notes.pop("blocks_from_disk") >= 2
+    assert record.sites == expected.sites
+    assert record.metrics["perplexity/stories"] == expected.metrics["perplexity/stories"]

@@ -1,4 +1,4 @@
-"""The Ray launcher: Hydra's own suites for launchers, and what ours promises beyond them."""
+"""The Ray launcher: Hydra's own suites for launchers, and what ours promises besides."""
 
 import os
 import signal
@@ -8,6 +8,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import TaskFunction
@@ -34,7 +35,13 @@ ROOT = Path(__file__).parents[2]
 
 HEAD = """
 import sys, ray
-ray.init("local", num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=100_000_000)
+ray.init(
+    "local",
+    num_cpus=2,
+    include_dashboard=False,
+    logging_level="ERROR",
+    object_store_memory=100_000_000,
+)
 print(ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
@@ -42,7 +49,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def existing_cluster():
-    """Ray in a process of its own, as a user's `ray start --head` would be; RAY_ADDRESS names it."""
+    """Start Ray in a process of its own, as `ray start --head` does; RAY_ADDRESS names it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
@@ -50,6 +57,8 @@ def existing_cluster():
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as head:
+            assert head.stdin is not None
+            assert head.stdout is not None
             patch.setenv("RAY_ADDRESS", head.stdout.readline().strip())
             yield
             head.stdin.close()
@@ -63,17 +72,17 @@ def connected(existing_cluster):
 
 @pytest.fixture(autouse=True)
 def no_version_base():
-    """Hydra's suites expect the defaults of a process in which nobody has named a version yet."""
-    named = Singleton._instances.pop(VersionBase, None)
+    """Hydra's suites expect a process in which no version base has been set yet."""
+    before: Any = Singleton._instances.pop(VersionBase, None)
     yield
     Singleton._instances.pop(VersionBase, None)
-    if named is not None:
-        VersionBase.set_instance(named)
+    if before is not None:
+        VersionBase.set_instance(before)
 
 
 @pytest.fixture
 def shared_cluster(connected, monkeypatch):
-    """Connecting takes seconds: the launches of this process share a connection."""
+    """Let all launches of this process share a connection, since connecting takes seconds."""
     monkeypatch.setattr(RayLauncher, "cluster", lambda launcher: nullcontext(connected))
 
 
@@ -102,9 +111,9 @@ class TestHydraBatchedSuite(BatchedSweeperTestSuite):
 
 @pytest.fixture
 def launcher_for(hydra_restore_singletons, tmp_path):
-    """A launcher set up for a task function, as Hydra would do it."""
+    """Return a function that sets up a launcher for a task function, as Hydra would do it."""
 
-    def build(task_function: TaskFunction, **settings: object) -> RayLauncher:
+    def build(task_function: TaskFunction, **settings: Any) -> RayLauncher:
         hydra = Hydra.create_main_hydra_file_or_module(
             calling_file=None,
             calling_module="hydra.test_utils.a_module",
@@ -152,11 +161,11 @@ def test_a_job_that_fails_or_dies_costs_no_other(launcher_for, tmp_path, capsys)
     assert {folder.name for folder in tmp_path.iterdir()} == {"5", "6", "7", "8"}
 
 
-class TellingPolicy(JobPolicy):
-    """Runs something else for odd jobs, and writes down all it is told."""
+class RecordingPolicy(JobPolicy):
+    """Runs something else for odd jobs, and keeps all events and outcomes."""
 
     def __init__(self) -> None:
-        self.told = []
+        self.calls: list[Any] = []
 
     def task(self, job, plain):
         return (
@@ -166,23 +175,23 @@ class TellingPolicy(JobPolicy):
         )
 
     def on_event(self, job, event):
-        self.told.append((job.number, "started" if isinstance(event, Started) else event))
+        self.calls.append((job.number, "started" if isinstance(event, Started) else event))
 
     def on_outcome(self, job, outcome):
-        self.told.append((job.number, outcome.key))
+        self.calls.append((job.number, outcome.key))
         return JobReturn(status=JobStatus.COMPLETED, _return_value=(job.number, outcome.value))
 
 
 def test_a_policy_decides_what_runs_and_what_returns(launcher_for, connected):
     launcher = launcher_for(lambda config: "plain")
     jobs = [launcher.compose([], number) for number in range(2)]
-    policy = TellingPolicy()
+    policy = RecordingPolicy()
     returns = launcher.run(jobs, policy, cluster=connected)
     assert returns[0].return_value[0] == 0
     assert returns[0].return_value[1].return_value == "plain"
     assert returns[1].return_value == (1, None)
-    assert [event for number, event in policy.told if number == 0] == ["started", "job 0"]
-    assert [event for number, event in policy.told if number == 1] == ["started", "hello", "odd 1"]
+    assert [event for number, event in policy.calls if number == 0] == ["started", "job 0"]
+    assert [event for number, event in policy.calls if number == 1] == ["started", "hello", "odd 1"]
 
 
 def only_the_first_ends(config):
@@ -205,14 +214,14 @@ def test_an_error_of_the_policy_stops_the_jobs_and_comes_through(launcher_for, c
 def test_the_settings_reach_the_tasks(launcher_for, connected):
     class Seeing(JobPolicy):
         def task(self, job, plain):
-            seen.append((plain.resources, plain.retries))
+            settings.append((plain.resources, plain.retries))
             return plain
 
-    seen = []
+    settings: list[Any] = []
     launcher = launcher_for(lambda config: "value", cpus_per_job=0.5, retries=3)
     [job_return] = launcher.run([launcher.compose([], 0)], Seeing(), cluster=connected)
     assert job_return.return_value == "value"
-    assert seen == [(Resources(cpus=0.5, gpus=0), 3)]
+    assert settings == [(Resources(cpus=0.5, gpus=0), 3)]
 
 
 APP = """
@@ -257,11 +266,10 @@ def test_a_launch_starts_ray_and_leaves_nothing_running(tmp_path):
 
 
 def test_importing_the_plugins_imports_nothing_heavy():
-    code = "import sys, hydra_plugins.q3q; print(*{'ray', 'torch', 'mlflow', 'transformers'}.intersection(sys.modules))"
+    heavy = {"ray", "torch", "mlflow", "transformers"}
+    code = f"import sys, hydra_plugins.q3q; print(*{heavy}.intersection(sys.modules))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
-        ).stdout
-        == "\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
     )
+    assert done.stdout == "\n"

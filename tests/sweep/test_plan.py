@@ -1,25 +1,43 @@
-"""Resources from true byte counts, order, packing, refusals; all arithmetic on Qwen3's own shapes."""
+"""Resources from true byte counts, order, packing and refusals, for Qwen3's shapes."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from q3q.errors import ConfigError
 from q3q.models.facts import read_facts
 from q3q.models.footprint import need
+from q3q.quantize.methods import registry
+from q3q.quantize.methods.registry import Offer, method_ref
+from q3q.quantize.methods.settings import GptqSettings, MethodSettings, RtnSettings
 from q3q.record import TrialRecord
-from q3q.spec import Scheme, TrialSpec
 from q3q.sweep.costs import CostModel, Rate, forward
 from q3q.sweep.machines import Machine, ResourceRequest, expected, request_of, size, sized
-from q3q.sweep.plan import Planned, describe, disk_of, plan, simulate
-from q3q.sweep.shares import Allocation, allocations_of, fits
+from q3q.sweep.plan import Planned, describe, left_behind, plan, simulate
+from q3q.sweep.shares import FRACTIONS, ROOM, Allocation, allocations_of, fits
+from tests.specs import (
+    OBSERVING,
+    calibration_of,
+    evaluation_of,
+    hub_model_of,
+    make_trial,
+    text_of,
+)
 
 SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, tied
     "qwen3_0_6b": (1024, 28, 16, 8, 3072, True),
     "qwen3_8b": (4096, 36, 32, 8, 12288, False),
     "qwen3_32b": (5120, 64, 64, 8, 25600, False),
+    "qwen3_30b_a3b": (2048, 48, 32, 4, 6144, False),
+}
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
 }
 
 
@@ -40,42 +58,50 @@ def facts(name):
             "rms_norm_eps": 1e-6,
             "rope_theta": 1e6,
             "dtype": "bfloat16",
+            **(EXPERTS if name == "qwen3_30b_a3b" else {}),
         }
     )
 
 
-def spec(model="qwen3_8b", method="gptq", bits=4, places=None, **other):
-    text = {
-        "name": "wikitext2",
-        "source": "wikitext2",
-        "window": 2048,
-        "limit": 10,
-        "samples": None,
-        "draw": "first",
-    }
-    observes = method in ("gptq", "awq")
-    return TrialSpec(
-        model={"name": model, "source": model, "revision": "x", "dtype": "bfloat16"},
-        method={"name": method, "version": 1},
-        scheme=None if method == "none" else Scheme(bits=bits, group_size=128, symmetric=False),
-        calibration={"samples": 128, "length": 2048} if observes else None,
-        evaluation={"texts": [{**text, "digest": ""}], "tasks": [], "task_limit": None},
-        seed=0,
-        places={"trials": "/nowhere", "keep": "none", **(places or {})},
-        **other,
+WIKITEXT2 = text_of("wikitext2", window=2048, limit=10)
+PLACEMENT, EVALUATION = {"loader", "memory", "keep"}, {"generates", "drift"}
+
+
+def trial(model="qwen3_8b", method="gptq", bits=4, text=WIKITEXT2, tasks=(), **changes):
+    """Return a trial of a model of the Hub; changes: to its placement, evaluation or spec."""
+    placement = {key: changes.pop(key) for key in PLACEMENT & changes.keys()}
+    evaluation = {key: changes.pop(key) for key in EVALUATION & changes.keys()}
+    calibration = calibration_of("c4", samples=128, length=2048)
+    return make_trial(
+        method,
+        bits,
+        model=hub_model_of(model),
+        calibration=calibration if method in OBSERVING else None,
+        evaluation=evaluation_of(text, tasks=tasks, **evaluation),
+        placement=placement,
+        **changes,
     )
 
 
-def planned_for(specs, machines, wishes=None, finished=None, model=None):
-    known = {one.id: facts(one.model["name"]) for one in specs}
+def allocated(one, machines, **request):
+    """Return a trial's allocation, and that of its second try."""
+    shape = facts(one.spec.model.name)
+    return allocations_of(one, shape, machines, ResourceRequest(**request))
+
+
+def planned_for(trials, machines, request=None, finished=None, model=None):
     return plan(
-        specs,
+        trials,
         finished or {},
-        known,
+        {one.id: facts(one.spec.model.name) for one in trials},
         machines=machines,
-        wishes=wishes or ResourceRequest(),
+        request=request or ResourceRequest(),
         model=model or CostModel(),
     )
+
+
+def disk_of(one, shape):
+    return sum(left_behind(one, shape).values())
 
 
 NODE = Machine(cpus=64, gpus=8, memory=1_000_000_000_000, gpu_memory=80_000_000_000)
@@ -90,95 +116,142 @@ NODE = Machine(cpus=64, gpus=8, memory=1_000_000_000_000, gpu_memory=80_000_000_
     ],
 )
 def test_a_trial_gets_the_gpus_that_its_bytes_need(model, gpus, ranks, loader):
-    share, larger = allocations_of(spec(model), facts(model), [NODE], ResourceRequest())
-    assert (share.gpus, share.ranks, share.loader) == (gpus, ranks, loader)
-    assert share.needs == need(
-        facts(model), "bfloat16", method="gptq", loader=loader, ranks=ranks, device="cuda"
-    )
-    assert share.needs <= 80e9 * share.gpus
-    assert (
-        larger.gpus * larger.ranks == 2 * share.gpus * share.ranks
-    )  # what it is tried with if that was too little
+    allocation, larger = allocated(trial(model), [NODE])
+    assert (allocation.gpus, allocation.ranks, allocation.loader) == (gpus, ranks, loader)
+    # It is the least that holds the model: a half of it would not.
+    weights = facts(model).weight_bytes("bfloat16") / ranks
+    usable = ROOM * 80e9 * gpus
+    assert weights < allocation.needs <= usable
+    assert allocation.needs > usable / 2 or gpus == min(FRACTIONS)
+    # If that was too little, the second try gets twice as much.
+    assert larger.gpus * larger.ranks == 2 * gpus * ranks
+
+
+def test_the_needs_of_a_known_model_are_what_one_computes_by_hand():
+    """Qwen3-8B on a GPU while RTN quantizes its largest site, gate and up of a block."""
+    allocation, _ = allocated(trial(method="rtn"), [NODE])
+    process, weights = 600 * 2**20, 2 * 8_190_735_360  # its parameters in bfloat16
+    attention = 2 * 4096 * 4096 + 2 * 1024 * 4096
+    block = 2 * (attention + 3 * 12288 * 4096 + 2 * 4096 + 2 * 128)
+    gate_up = 4 * 2 * 12288 * 4096  # float32
+    assert allocation.needs == process + weights + 2.5 * block + 5 * gate_up
 
 
 def test_a_quantized_head_beside_the_original_is_counted_for_its_trial_alone():
-    plain = spec("qwen3_8b", bits=4)
-    both = spec("qwen3_8b", bits=3, head_bits=8)
-    both = replace(both, evaluation={**both.evaluation, "drift": "auto"})
-    needs = {one.spec.id: one.share.needs for one in planned_for([plain, both], [NODE])}
+    plain = trial("qwen3_8b", bits=4)
+    both = trial("qwen3_8b", bits=3, head_bits=8, drift="auto")
+    needs = {one.trial.id: one.allocation.needs for one in planned_for([plain, both], [NODE])}
     assert needs[both.id] - needs[plain.id] == 2 * 151936 * 4096
 
 
-def test_awq_is_given_room_for_the_inputs_that_it_keeps():
+def test_awq_gets_room_for_the_hidden_states_and_for_each_input_that_its_walk_keeps():
+    from q3q.quantize.activations import SPOOLS_PER_BLOCK
+
     machine = replace(NODE, gpus=0, gpu_memory=None)
-    gptq, awq = (
-        allocations_of(spec("qwen3_0_6b", name), facts("qwen3_0_6b"), [machine], ResourceRequest())[
-            0
-        ]
-        for name in ("gptq", "awq")
-    )
+    gptq, awq = (allocated(trial("qwen3_0_6b", name), [machine])[0] for name in ("gptq", "awq"))
     hidden = 128 * 2048 * 1024 * 2
     assert gptq.memory - gptq.needs == hidden
-    assert awq.memory - awq.needs == 5 * hidden
+    assert awq.memory - awq.needs == (1 + SPOOLS_PER_BLOCK) * hidden
+
+
+@dataclass
+class ForeignSettings(MethodSettings):
+    """The settings of another package's method."""
+
+    name: str = "foreign"
+    implementation: ClassVar[str] = "foreign:Foreign"
+    block_copies: ClassVar[float] = GptqSettings.block_copies
+
+
+@dataclass
+class ForeignWithoutHessian(MethodSettings):
+    name: str = "foreign"
+    implementation: ClassVar[str] = "foreign:Foreign"
+    keeps_hessian: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize(
+    ("settings", "twin"), [(ForeignSettings, GptqSettings), (ForeignWithoutHessian, RtnSettings)]
+)
+@pytest.mark.parametrize("machine", [NODE, replace(NODE, gpus=0, gpu_memory=None)])
+@pytest.mark.parametrize("model", ["qwen3_8b", "qwen3_30b_a3b"])
+def test_a_foreign_method_is_planned_like_ours_that_needs_the_same(
+    monkeypatch, settings, twin, machine, model
+):
+    offer = Offer("foreign", "foreign 1.0", settings, None)
+    monkeypatch.setattr(registry, "offers", lambda: {"foreign": offer})
+    ours = trial(model)
+    foreign, ours = (
+        replace(ours, spec=replace(ours.spec, method=method_ref(kind(), None)))
+        for kind in (settings, twin)
+    )
+    assert foreign.spec.method.package == "foreign 1.0"
+    [planned], [expected_plan] = (planned_for([one], [machine]) for one in (foreign, ours))
+    assert planned.allocation == expected_plan.allocation
+    assert planned.larger == expected_plan.larger
+    assert planned.phases == expected_plan.phases
+
+
+def test_a_foreign_methods_memory_follows_what_its_settings_say():
+    @dataclass
+    class SeesAllExperts(ForeignSettings):
+        rebalances: ClassVar[bool] = True
+
+    @dataclass
+    class KeepsNoHessian(ForeignSettings):
+        keeps_hessian: ClassVar[bool] = False
+
+    shape = facts("qwen3_30b_a3b")
+    without, chunked, whole = (
+        need(shape, "bfloat16", method=settings().memory(), loader="streamed")
+        for settings in (KeepsNoHessian, ForeignSettings, SeesAllExperts)
+    )
+    assert without < chunked
+    # The Hessians of all 128 experts' gate and up, where chunks are of 2^28 bytes at most.
+    assert whole - chunked > 128 * 4 * 2048**2 - 2**28
 
 
 def test_without_enough_gpus_for_a_gang_the_model_is_streamed_through_one():
-    share, _ = allocations_of(
-        spec("qwen3_32b"), facts("qwen3_32b"), [replace(NODE, gpus=1)], ResourceRequest()
-    )
-    assert (share.gpus, share.ranks, share.loader) == (1, 1, "streamed")
+    allocation, _ = allocated(trial("qwen3_32b"), [replace(NODE, gpus=1)])
+    assert (allocation.gpus, allocation.ranks, allocation.loader) == (1, 1, "streamed")
 
 
 def test_a_gpu_of_unknown_size_is_given_whole():
-    share, _ = allocations_of(
-        spec("qwen3_0_6b"), facts("qwen3_0_6b"), [replace(NODE, gpu_memory=None)], ResourceRequest()
-    )
-    assert share.gpus == 1
+    allocation, _ = allocated(trial("qwen3_0_6b"), [replace(NODE, gpu_memory=None)])
+    assert allocation.gpus == 1
 
 
 def test_what_is_asked_for_wins():
-    def asked(**wishes):
-        return allocations_of(spec(), facts("qwen3_8b"), [NODE], ResourceRequest(**wishes))[0]
+    def first(**request):
+        return allocated(trial(), [NODE], **request)[0]
 
-    assert (asked(gpus=4).ranks, asked(gpus=4).loader) == (4, "sharded")
-    assert asked(gpus=1).gpus == 1
-    assert asked(cpus=3).cpus == 3
-    assert asked(gpus=0).gpus == 0
-    assert asked(memory=123_000_000_000).memory == 123_000_000_000
+    assert (first(gpus=4).ranks, first(gpus=4).loader) == (4, "sharded")
+    assert first(gpus=1).gpus == 1
+    assert first(cpus=3).cpus == 3
+    assert first(gpus=0).gpus == 0
+    assert first(memory=123_000_000_000).memory == 123_000_000_000
 
 
 def test_on_cores_a_trial_takes_the_part_of_them_that_it_takes_of_the_memory():
     machine = Machine(cpus=32, memory=64_000_000_000)
-    large, small = (
-        allocations_of(spec(name), facts(name), [machine], ResourceRequest())[0]
-        for name in ("qwen3_8b", "qwen3_0_6b")
-    )
+    large, small = (allocated(trial(name), [machine])[0] for name in ("qwen3_8b", "qwen3_0_6b"))
     assert large.cpus == math.floor(32 * large.memory / machine.memory) > small.cpus >= 1
     assert large.loader == "resident"
 
 
 def test_on_cores_what_does_not_fit_is_streamed_and_a_second_try_gets_more():
-    facts_8b = facts("qwen3_8b")
-    resident = need(facts_8b, "bfloat16", method="gptq", loader="resident")
+    resident = allocated(trial(loader="resident"), [Machine(cpus=2)])[0].needs
     roomy, tight = (Machine(cpus=2, memory=int(times * resident)) for times in (1.5, 0.9))
-    assert [one.loader for one in allocations_of(spec(), facts_8b, [roomy], ResourceRequest())] == [
-        "resident",
-        "streamed",
-    ]
-    share, larger = allocations_of(spec(), facts_8b, [tight], ResourceRequest())
-    assert (share.loader, larger.loader, larger.memory) == (
-        "streamed",
-        "streamed",
-        2 * share.memory,
-    )
-    again = allocations_of(
-        spec(), facts_8b, [Machine(cpus=2, memory=4 * resident)], ResourceRequest()
-    )[1]
+    assert [one.loader for one in allocated(trial(), [roomy])] == ["resident", "streamed"]
+    first, larger = allocated(trial(), [tight])
+    assert (first.loader, larger.loader) == ("streamed", "streamed")
+    assert larger.memory == 2 * first.memory
+    _, again = allocated(trial(), [Machine(cpus=2, memory=4 * resident)])
     assert (again.loader, again.memory >= 2 * resident) == ("resident", True)
 
 
 @pytest.mark.parametrize(
-    ("machine", "places", "wishes", "advice"),
+    ("machine", "placement", "requested", "advice"),
     [
         (Machine(cpus=8, memory=3_000_000_000), {}, {}, "a cluster whose machines have"),
         (Machine(cpus=8, memory=12_000_000_000), {"loader": "resident"}, {}, "loader=streamed"),
@@ -204,27 +277,27 @@ def test_on_cores_what_does_not_fit_is_streamed_and_a_second_try_gets_more():
         ),
     ],
 )
-def test_what_fits_nowhere_is_refused_with_what_would_make_it_fit(machine, places, wishes, advice):
+def test_what_fits_nowhere_is_refused_with_what_would_make_it_fit(
+    machine, placement, requested, advice
+):
     with pytest.raises(ConfigError, match="fits nowhere") as refused:
-        allocations_of(spec(places=places), facts("qwen3_8b"), [machine], ResourceRequest(**wishes))
+        allocated(trial(**placement), [machine], **requested)
     assert advice in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
 def test_a_model_that_generates_is_held_whole_or_refused():
-    plain = spec()
-    talks = replace(
-        plain, evaluation={**plain.evaluation, "tasks": ["gsm8k"], "generates": ["gsm8k"]}
-    )
-    resident = need(facts("qwen3_8b"), "bfloat16", method="gptq", loader="resident")
+    plain = trial()
+    generating = trial(tasks=("gsm8k",), generates=("gsm8k",))
+    resident = allocated(trial(loader="resident"), [Machine(cpus=2)])[0].needs
     roomy, tight = (Machine(cpus=2, memory=part * resident // 4) for part in (8, 3))
-    assert planned_for([plain], [tight])[0].share.loader == "streamed"
-    assert planned_for([talks], [roomy])[0].share.loader == "resident"
+    assert planned_for([plain], [tight])[0].allocation.loader == "streamed"
+    assert planned_for([generating], [roomy])[0].allocation.loader == "resident"
     for machine in (tight, replace(NODE, gpu_memory=12_000_000_000)):
         with pytest.raises(
             ConfigError, match=r"without gsm8k, which generates text and so needs a resident"
         ) as refused:
-            planned_for([plain, talks], [machine])
+            planned_for([plain, generating], [machine])
         assert "streamed" not in str(refused.value)
 
 
@@ -232,29 +305,22 @@ def test_a_model_that_generates_is_held_whole_or_refused():
 @pytest.mark.parametrize("machine", [NODE, replace(NODE, gpus=1)])
 def test_patience_changes_nothing_where_the_trial_fits_already(model, machine):
     at_once, patient = (
-        allocations_of(spec(model), facts(model), [machine], ResourceRequest(patience=one))
-        for one in (0, 300)
+        allocated(trial(model), [machine], patience=seconds) for seconds in (0, 300)
     )
     assert patient == at_once
     assert patient[0].needs <= 80e9 * patient[0].gpus
 
 
 def test_patience_asks_for_no_number_of_machines_but_for_their_size():
-    one = replace(NODE, gpus=1)
+    single, large = replace(NODE, gpus=1), trial("qwen3_32b")
     with pytest.raises(ConfigError, match="fits nowhere"):
-        allocations_of(spec("qwen3_32b"), facts("qwen3_32b"), [one], ResourceRequest(gpus=4))
-    share, _ = allocations_of(
-        spec("qwen3_32b"), facts("qwen3_32b"), [one], ResourceRequest(gpus=4, patience=60)
-    )
-    assert share.ranks == 4
+        allocated(large, [single], gpus=4)
+    assert allocated(large, [single], gpus=4, patience=60)[0].ranks == 4
     small = replace(NODE, gpus=1, gpu_memory=6_000_000_000)
-    held = spec("qwen3_32b", places={"loader": "resident"})
     with pytest.raises(ConfigError, match="fits nowhere"):
-        allocations_of(held, facts("qwen3_32b"), [small], ResourceRequest(patience=60))
+        allocated(trial("qwen3_32b", loader="resident"), [small], patience=60)
     with pytest.raises(ConfigError, match="memory="):
-        allocations_of(
-            spec(places={"memory": 10**9}), facts("qwen3_8b"), [NODE], ResourceRequest(patience=60)
-        )
+        allocated(trial(memory=10**9), [NODE], patience=60)
 
 
 HEAD = Machine(cpus=0, memory=16_000_000_000)
@@ -262,30 +328,30 @@ HEAD = Machine(cpus=0, memory=16_000_000_000)
 
 @pytest.mark.parametrize("model", ["qwen3_0_6b", "qwen3_8b", "qwen3_32b"])
 def test_a_cluster_without_machines_is_planned_for_those_that_will_come(model):
-    wishes = ResourceRequest(patience=1200, gpu_memory=44 * 2**30)
-    machines = expected([HEAD], wishes)
-    share, _ = allocations_of(spec(model), facts(model), machines, wishes)
-    assert (share.gpus, share.loader) == {
+    request = ResourceRequest(patience=1200, gpu_memory=44 * 2**30)
+    machines = expected([HEAD], request)
+    allocation, _ = allocations_of(trial(model), facts(model), machines, request)
+    assert (allocation.gpus, allocation.loader) == {
         "qwen3_0_6b": (0.25, "resident"),
         "qwen3_8b": (0.5, "resident"),
         "qwen3_32b": (1, "streamed"),
     }[model]
-    assert share.cpus == max(1, 4 * share.gpus)
-    gang = replace(wishes, gpus=4)
-    asked, _ = allocations_of(spec(model), facts(model), expected([HEAD], gang), gang)
-    assert (asked.gpus, asked.ranks, asked.cpus) == (1, 4, 4)
+    assert allocation.cpus == max(1, 4 * allocation.gpus)
+    gang = replace(request, gpus=4)
+    four, _ = allocations_of(trial(model), facts(model), expected([HEAD], gang), gang)
+    assert (four.gpus, four.ranks, four.cpus) == (1, 4, 4)
 
 
-def test_who_gives_no_patience_gets_no_machines_that_are_not_there():
-    wishes = ResourceRequest(gpu_memory=44 * 2**30)
-    assert expected([HEAD], wishes) == [HEAD]
+def test_without_patience_no_machine_is_expected():
+    request = ResourceRequest(gpu_memory=44 * 2**30)
+    assert expected([HEAD], request) == [HEAD]
     with pytest.raises(ConfigError, match="fits nowhere"):
-        allocations_of(spec(), facts("qwen3_8b"), expected([HEAD], wishes), wishes)
+        allocations_of(trial(), facts("qwen3_8b"), expected([HEAD], request), request)
 
 
-def test_without_a_word_of_gpus_machines_with_cores_are_expected():
-    [_, one] = expected([HEAD], ResourceRequest(patience=60))
-    assert (one.gpus, one.cpus > 0) == (0, True)
+def test_without_a_request_for_gpus_machines_with_cores_are_expected():
+    [_, coming] = expected([HEAD], ResourceRequest(patience=60))
+    assert (coming.gpus, coming.cpus > 0) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -306,58 +372,54 @@ MIXED = [LARGE, replace(NODE, gpu_memory=24_000_000_000, kind="A10G")]
 
 
 def test_of_different_gpus_a_trial_fits_on_each_that_it_may_land_on():
-    small, _ = allocations_of(spec("qwen3_0_6b"), facts("qwen3_0_6b"), MIXED, ResourceRequest())
+    small, _ = allocated(trial("qwen3_0_6b"), MIXED)
     assert (small.kind, small.room <= 0.25 * 24e9) == ("", True)
-    middle, larger = allocations_of(spec("qwen3_8b"), facts("qwen3_8b"), MIXED, ResourceRequest())
+    middle, larger = allocated(trial("qwen3_8b"), MIXED)
     assert (middle.kind, middle.gpus, middle.needs <= 24e9) == ("", 1, True)
     assert (larger.kind, larger.gpus, larger.room > middle.room) == ("H100", 0.5, True)
-    held = spec("qwen3_8b", "awq", places={"loader": "resident"})
-    pinned, _ = allocations_of(
-        held,
-        facts("qwen3_8b"),
-        [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)],
-        ResourceRequest(),
-    )
+    machines = [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)]
+    pinned, _ = allocated(trial("qwen3_8b", "awq", loader="resident"), machines)
     assert (pinned.kind, pinned.room > 0.5 * 15e9) == ("H100", True)
-    assert not fits(replace(pinned, kind=""), [LARGE, replace(MIXED[1], gpu_memory=15 * 10**9)])
+    assert not fits(replace(pinned, kind=""), machines)
     assert simulate([pretend(10, kind="H100")] * 4, MIXED) == (20, 2)
 
 
 def test_one_gpu_is_no_gang():
     tight = replace(NODE, gpu_memory=30_000_000_000)
-    share, larger = allocations_of(
-        spec("qwen3_32b"), facts("qwen3_32b"), [tight], ResourceRequest(gpus=1)
+    allocation, larger = allocated(trial("qwen3_32b"), [tight], gpus=1)
+    assert (allocation.gpus, allocation.ranks, allocation.loader, larger) == (
+        1,
+        1,
+        "streamed",
+        None,
     )
-    assert (share.gpus, share.ranks, share.loader, larger) == (1, 1, "streamed", None)
 
 
 def test_a_share_that_was_asked_for_is_not_made_another():
-    held = spec("qwen3_8b", places={"loader": "resident"})
-    with pytest.raises(
-        ConfigError, match=r"and 0\.25 of a GPU of 80\.0 GB has 18\.4 GB for it.*gpus_per_trial=1"
-    ):
-        allocations_of(held, facts("qwen3_8b"), [NODE], ResourceRequest(gpus=0.25))
-    share, larger = allocations_of(held, facts("qwen3_8b"), [NODE], ResourceRequest(gpus=0.5))
-    assert (share.gpus, larger.gpus) == (0.5, 1)
+    resident = trial("qwen3_8b", loader="resident")
+    why = r"and 0\.25 of a GPU of 80\.0 GB has 18\.4 GB for it.*gpus_per_trial=1"
+    with pytest.raises(ConfigError, match=why):
+        allocated(resident, [NODE], gpus=0.25)
+    allocation, larger = allocated(resident, [NODE], gpus=0.5)
+    assert (allocation.gpus, larger.gpus) == (0.5, 1)
 
 
 def test_baselines_come_first_then_the_longest():
-    specs = [
-        spec("qwen3_0_6b"),
-        spec("qwen3_0_6b", "awq"),
-        spec("qwen3_0_6b", "none"),
-        spec("qwen3_8b", "rtn"),
-    ]
-    ordered = planned_for(specs, [NODE])
+    others = [trial("qwen3_0_6b"), trial("qwen3_0_6b", "awq"), trial("qwen3_8b", "rtn")]
+    ordered = planned_for([*others, trial("qwen3_0_6b", "none")], [NODE])
     assert ordered[0].spec.scheme is None
-    assert [one.seconds for one in ordered[1:]] == sorted(
-        (one.seconds for one in ordered[1:]), reverse=True
-    )
+    seconds = [one.seconds for one in ordered[1:]]
+    assert seconds == sorted(seconds, reverse=True)
 
 
 def pretend(seconds, gpus=1.0, ranks=1, kind=""):
-    share = Allocation(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks, kind=kind)
-    return Planned(spec=spec(), share=share, phases={"evaluate": seconds}, basis="rough", disk=0)
+    return Planned(
+        trial=trial(),
+        allocation=Allocation(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks, kind=kind),
+        phases={"evaluate": seconds},
+        basis="rough",
+        disk=0,
+    )
 
 
 def test_the_simulated_sweep_packs_fractions_gangs_and_single_gpus():
@@ -365,17 +427,15 @@ def test_the_simulated_sweep_packs_fractions_gangs_and_single_gpus():
     assert simulate([pretend(10)] * 8, [machine]) == (20, 4)
     assert simulate([pretend(10, 0.25)] * 16, [machine]) == (10, 16)
     assert simulate([pretend(10, ranks=4), pretend(10)], [machine]) == (20, 1)
-    assert simulate([pretend(10, ranks=8)], [machine, machine]) == (
-        10,
-        1,
-    )  # its ranks sit on two machines
+    # The ranks of a gang of eight run on two machines.
+    assert simulate([pretend(10, ranks=8)], [machine, machine]) == (10, 1)
     # The gang has to wait for the long one; the short one does not wait behind it.
     assert simulate([pretend(30), pretend(10, ranks=4), pretend(5)], [machine]) == (40, 2)
     # 0.5 + 0.5 share a GPU rather than begin one each, so the gang of three has room at once.
-    assert simulate([pretend(10, 0.5), pretend(10, 0.5), pretend(10, ranks=3)], [machine]) == (
-        10,
-        3,
-    )
+    halves = [pretend(10, 0.5), pretend(10, 0.5)]
+    assert simulate([*halves, pretend(10, ranks=3)], [machine]) == (10, 3)
+    # A machine whose memory nobody knows, as on macOS, holds as many as its cores and GPUs do.
+    assert simulate([pretend(10)] * 8, [replace(machine, memory=None)]) == (20, 4)
 
 
 def test_longest_first_ends_earlier_than_shortest_first():
@@ -385,92 +445,89 @@ def test_longest_first_ends_earlier_than_shortest_first():
     assert simulate(longest_first, [machine])[0] == 4 < simulate(lengths, [machine])[0]
 
 
+EPYC = Rate("EPYC", False, 2.0)
+
+
 def record_of(one, seconds, processor="EPYC", threads=2, **other):
     hardware = {"processor": processor, "threads": threads}
     metrics = {f"seconds/{phase}": took for phase, took in seconds.items()}
     return TrialRecord(
-        spec=one, status="COMPLETED", metrics=metrics, environment={"hardware": hardware}, **other
+        spec=one.spec,
+        placement=one.placement,
+        status="COMPLETED",
+        metrics=metrics,
+        environment={"hardware": hardware},
+        **other,
     )
+
+
+def phases(costs, one, where=EPYC, loader="resident", ranks=1):
+    shape = facts(one.spec.model.name)
+    return costs.phases(one.spec, shape, where, loader=loader, ranks=ranks)
+
+
+def learned_from(records):
+    return CostModel().learned(records, lambda one: facts(one.spec.model.name))
 
 
 def test_what_a_small_model_took_at_4_bits_corrects_what_a_large_one_will_take_at_2():
-    costs, where = CostModel(), Rate("EPYC", False, 2.0)
-    small, large = spec("qwen3_0_6b"), spec("qwen3_8b", bits=2)
-    plain = {
-        one.id: costs.phases(one, facts(one.model["name"]), where, loader="resident")
-        for one in (small, large)
-    }
-    took = {
-        "quantize": 3 * plain[small.id]["quantize"],
-        "evaluate": 0.5 * plain[small.id]["evaluate"],
-    }
-    learned = costs.learned([record_of(small, took)], lambda one: facts(one.model["name"]))
-    corrected = learned.phases(large, facts("qwen3_8b"), where, loader="resident")
-    assert corrected["quantize"] == pytest.approx(3 * plain[large.id]["quantize"])
-    assert corrected["evaluate"] == pytest.approx(0.5 * plain[large.id]["evaluate"])
-    assert corrected["load"] == plain[large.id]["load"]
+    small, large = trial("qwen3_0_6b"), trial("qwen3_8b", bits=2)
+    measured, plain = phases(CostModel(), small), phases(CostModel(), large)
+    took = {"quantize": 3 * measured["quantize"], "evaluate": 0.5 * measured["evaluate"]}
+    corrected = phases(learned_from([record_of(small, took)]), large)
+    assert corrected["quantize"] == pytest.approx(3 * plain["quantize"])
+    assert corrected["evaluate"] == pytest.approx(0.5 * plain["evaluate"])
+    assert corrected["load"] == plain["load"]
 
 
 def test_a_busy_hour_a_resumed_phase_or_a_failure_does_not_spoil_the_correction():
-    costs, one = CostModel(), spec("qwen3_0_6b")
-    plain = costs.phases(one, facts("qwen3_0_6b"), Rate("EPYC", False, 2.0), loader="resident")
-    normal = [record_of(one, {"quantize": 2 * plain["quantize"]}) for _ in range(3)]
-    busy = record_of(one, {"quantize": 100 * plain["quantize"]})
-    resumed = [
-        record_of(one, {"quantize": 0.06 * plain["quantize"]}, notes={"blocks_from_disk": 27})
-    ] * 9
-    failed = [replace(record_of(one, {"quantize": 0.06 * plain["quantize"]}), status="FAILED")] * 9
-    learned = costs.learned([*normal, busy, *resumed, *failed], lambda _: facts("qwen3_0_6b"))
-    now = learned.phases(one, facts("qwen3_0_6b"), Rate("EPYC", False, 2.0), loader="resident")
-    assert now["quantize"] == pytest.approx(2 * plain["quantize"])
+    one = trial("qwen3_0_6b")
+    plain = phases(CostModel(), one)["quantize"]
+    normal = [record_of(one, {"quantize": 2 * plain})] * 3
+    busy = record_of(one, {"quantize": 100 * plain})
+    resumed = [record_of(one, {"quantize": 0.06 * plain}, notes={"blocks_from_disk": 27})] * 9
+    failed = [replace(record_of(one, {"quantize": 0.06 * plain}), status="FAILED")] * 9
+    learned = learned_from([*normal, busy, *resumed, *failed])
+    assert phases(learned, one)["quantize"] == pytest.approx(2 * plain)
 
 
 def test_another_kind_of_machine_is_corrected_only_while_nothing_nearer_is_known():
-    costs, one = CostModel(), spec("qwen3_0_6b", "rtn")
-    plain = costs.phases(one, facts("qwen3_0_6b"), Rate("EPYC", False, 2.0), loader="resident")
-    learned = costs.learned(
+    one = trial("qwen3_0_6b", "rtn")
+    plain = phases(CostModel(), one)["evaluate"]
+    learned = learned_from(
         [
-            record_of(one, {"evaluate": 2 * plain["evaluate"]}),
-            record_of(one, {"evaluate": 6 * plain["evaluate"]}, "i386"),
-        ],
-        lambda _: facts("qwen3_0_6b"),
+            record_of(one, {"evaluate": 2 * plain}),
+            record_of(one, {"evaluate": 6 * plain}, "i386"),
+        ]
     )
 
-    def evaluate(name, gpu=False):
-        return learned.phases(one, facts("qwen3_0_6b"), Rate(name, gpu, 2.0), loader="resident")[
-            "evaluate"
-        ]
+    def evaluate(name):
+        return phases(learned, one, Rate(name, False, 2.0))["evaluate"]
 
-    assert evaluate("EPYC") == pytest.approx(2 * plain["evaluate"])
-    assert evaluate("i386") == pytest.approx(6 * plain["evaluate"])
-    assert evaluate("unheard of") == pytest.approx(4 * plain["evaluate"])
-    gpu = costs.phases(one, facts("qwen3_0_6b"), Rate("A100", True, 2.0), loader="resident")[
-        "evaluate"
-    ]
-    assert evaluate("A100", gpu=True) == pytest.approx(gpu)  # cores say nothing about a GPU
+    assert evaluate("EPYC") == pytest.approx(2 * plain)
+    assert evaluate("i386") == pytest.approx(6 * plain)
+    assert evaluate("unheard of") == pytest.approx(4 * plain)
+    gpu = Rate("A100", True, 2.0)  # of which cores say nothing
+    assert phases(learned, one, gpu) == phases(CostModel(), one, gpu)
 
 
-def test_what_streaming_or_a_gang_took_corrects_no_resident_trial():
-    costs, one, where = CostModel(), spec("qwen3_0_6b", "rtn"), Rate("EPYC", False, 2.0)
-    shape = facts("qwen3_0_6b")
+@pytest.mark.parametrize(("loader", "ranks"), [("streamed", 1), ("sharded", 2)])
+def test_what_streaming_or_a_gang_took_corrects_no_resident_trial(loader, ranks):
+    one = trial("qwen3_0_6b", "rtn")
 
-    def took(model, loader):
-        return model.phases(
-            one, shape, where, loader=loader, ranks=2 if loader == "sharded" else 1
-        )["evaluate"]
+    def evaluate(costs, loader="resident", ranks=1):
+        return phases(costs, one, EPYC, loader, ranks)["evaluate"]
 
-    records = []
-    for loader, times in (("resident", 2), ("streamed", 3), ("sharded", 5)):
-        record = record_of(one, {"evaluate": times * took(costs, loader)})
-        planned = {"loader": loader, "ranks": 2 if loader == "sharded" else 1}
-        records.append(replace(record, environment={**record.environment, "planned": planned}))
-    learned = costs.learned(records, lambda _: shape)
-    for loader, times in (("resident", 2), ("streamed", 3), ("sharded", 5)):
-        assert took(learned, loader) == pytest.approx(times * took(costs, loader))
-    [streamed] = [costs.learned(records[1:2], lambda _: shape)]
-    assert took(streamed, "resident") == pytest.approx(
-        3 * took(costs, "resident")
-    )  # while nothing nearer is known
+    plain = CostModel()
+    resident = record_of(one, {"evaluate": 2 * evaluate(plain)})
+    other = record_of(one, {"evaluate": 5 * evaluate(plain, loader, ranks)})
+    planned = {"loader": loader, "ranks": ranks}
+    other = replace(other, environment={**other.environment, "planned": planned})
+    learned = learned_from([resident, other])
+    assert evaluate(learned) == pytest.approx(2 * evaluate(plain))
+    assert evaluate(learned, loader, ranks) == pytest.approx(5 * evaluate(plain, loader, ranks))
+    # Unless nothing nearer is known.
+    assert evaluate(learned_from([other])) == pytest.approx(5 * evaluate(plain))
 
 
 def test_operations_of_a_forward_are_two_a_weight_and_token():
@@ -482,7 +539,7 @@ def test_operations_of_a_forward_are_two_a_weight_and_token():
 def test_the_methods_stand_in_their_order_of_cost():
     shape, costs = facts("qwen3_0_6b"), CostModel()
     took = [
-        costs.operations(spec("qwen3_0_6b", method), shape)["quantize"]
+        costs.operations(trial("qwen3_0_6b", method).spec, shape)["quantize"]
         for method in ("none", "rtn", "gptq", "awq")
     ]
     assert took == sorted(took)
@@ -491,24 +548,19 @@ def test_the_methods_stand_in_their_order_of_cost():
 
 def test_disk_counts_kept_blocks_exports_and_baselines():
     shape = facts("qwen3_8b")
-    assert disk_of(spec(), shape) == 0
-    kept = disk_of(spec(places={"keep": "blocks"}), shape)
-    assert (
-        shape.linear_parameters < kept < 1.1 * shape.linear_parameters
-    )  # a byte a code, and scales
-    assert disk_of(spec(export="hf"), shape) == shape.weight_bytes()
-    assert 0.25 < disk_of(spec(export="gptq"), shape) / shape.weight_bytes() < 0.5
-    drifting = {**spec(method="none").evaluation, "drift": "auto"}
-    assert disk_of(replace(spec(method="none"), evaluation=drifting), shape) == 10 * 2047 * 4096 * 2
+    assert disk_of(trial(), shape) == 0
+    kept = disk_of(trial(keep="blocks"), shape)
+    # A byte a code, and scales.
+    assert shape.linear_parameters < kept < 1.1 * shape.linear_parameters
+    assert disk_of(trial(export="hf"), shape) == shape.weight_bytes()
+    assert 0.25 < disk_of(trial(export="gptq"), shape) / shape.weight_bytes() < 0.5
+    assert disk_of(trial(method="none", drift="auto"), shape) == 10 * 2047 * 4096 * 2
 
 
 def test_what_trials_share_on_disk_is_counted_once():
-    drifting = {**spec().evaluation, "drift": "auto"}
-    kept = replace(spec("qwen3_8b", places={"keep": "blocks"}), evaluation=drifting)
-    text = kept.evaluation["texts"][0]
-    other = replace(
-        kept, evaluation={**drifting, "texts": [{**text, "name": "c4", "source": "c4"}]}
-    )
+    kept = trial(keep="blocks", drift="auto")
+    c4 = replace(WIKITEXT2, name="c4", source="c4", digest="c4-digest")
+    other = trial(keep="blocks", drift="auto", text=c4)
     shape = facts("qwen3_8b")
     [first, second] = planned_for([kept, other], [NODE])
     baseline = 10 * 2047 * 4096 * 2
@@ -519,9 +571,9 @@ def test_what_trials_share_on_disk_is_counted_once():
 
 
 def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
-    finished = spec("qwen3_0_6b", "rtn")
-    specs = [spec("qwen3_32b"), spec("qwen3_0_6b", "awq"), finished]
-    ordered = planned_for(specs, [NODE], finished={finished.id: record_of(finished, {})})
+    finished = trial("qwen3_0_6b", "rtn")
+    trials = [trial("qwen3_32b"), trial("qwen3_0_6b", "awq"), finished]
+    ordered = planned_for(trials, [NODE], finished={finished.id: record_of(finished, {})})
     shown = describe(ordered, machines=[NODE], where="this machine", storage=tmp_path)
     lines = shown.splitlines()
     [gang] = [line for line in lines if "qwen3_32b" in line]
@@ -530,7 +582,7 @@ def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
     assert "(rough)" in gang
     [fraction] = [line for line in lines if "awq" in line]
     assert "0.25 GPU + 2 CPUs" in fraction
-    assert f"{ordered[1].share.memory / 1e9:.1f} GB" in fraction
+    assert f"{ordered[1].allocation.memory / 1e9:.1f} GB" in fraction
     [done] = [line for line in lines if "rtn" in line]
     assert done.split()[-1] == "done"
     assert "2 to run on this machine, 2 at a time at most" in shown
@@ -538,19 +590,18 @@ def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
 
 
 def test_two_thousand_trials_for_64_nodes_of_8_gpus_are_planned_in_seconds():
-    specs = [
-        replace(spec(name, method), seed=seed)
+    trials = [
+        trial(name, method, seed=seed)
         for name in SHAPES
         for method in ("rtn", "gptq")
         for seed in range(100)
     ]
-    ordered = planned_for(specs, [NODE] * 64)
+    ordered = planned_for(trials, [NODE] * 64)
     wall, at_once = simulate(ordered, [NODE] * 64)
     busy = sum(one.gpu_hours for one in ordered) * 3600
     assert wall >= busy / 512
-    assert wall <= busy / 512 + max(
-        one.seconds for one in ordered
-    )  # Graham's bound of list scheduling
+    # Graham's bound of list scheduling.
+    assert wall <= busy / 512 + max(one.seconds for one in ordered)
     assert at_once <= 64 * 8 * 4
 
 
@@ -581,9 +632,9 @@ def test_a_knob_that_cannot_be_meant_is_refused_by_name(knobs):
 
 
 def test_a_share_too_small_for_its_model_fits_nowhere():
-    share = Allocation(cpus=1, gpus=0.25, memory=1, needs=30_000_000_000)
-    assert not fits(share, [NODE])
-    assert fits(replace(share, gpus=0.5), [NODE])
+    allocation = Allocation(cpus=1, gpus=0.25, memory=1, needs=30_000_000_000)
+    assert not fits(allocation, [NODE])
+    assert fits(replace(allocation, gpus=0.5), [NODE])
 
 
 def test_plan_needs_no_torch():
@@ -599,22 +650,19 @@ def test_plan_needs_no_torch():
 
 
 def test_the_plan_counts_the_cores_that_the_sweeps_own_ray_hands_out():
-    from contextlib import ExitStack
-
     from omegaconf import OmegaConf
 
     from q3q.environment import cores
     from q3q.sweep.launcher import RayLauncher
-    from q3q.sweep.sweeper import StudySweeper
+    from q3q.sweep.on_ray import OnRay, work
 
     settings = OmegaConf.create({"cluster": {"address": None}, "hydra": {"job": {"env_copy": []}}})
-    for asked, counted in (({}, cores()), ({"cpus": 3}, 3)):
-        sweeper = StudySweeper()
-        sweeper.launcher = RayLauncher(**asked)
-        sweeper.launcher.config = settings
-        cluster, [machine] = sweeper._machines(ExitStack(), settings, ResourceRequest())
-        assert cluster.cpus == machine.cpus == counted
-        assert cluster.gpus == machine.gpus
+    for launcher, count in ((RayLauncher(), cores()), (RayLauncher(cpus=3), 3)):
+        launcher.config = settings
+        host = OnRay(launcher, settings, {}, work)
+        [machine], _ = host.machines(ResourceRequest())
+        assert host.cluster.cpus == machine.cpus == count
+        assert host.cluster.gpus == machine.gpus
 
 
 def test_cores_are_those_that_a_process_may_use():

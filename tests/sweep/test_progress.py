@@ -1,4 +1,4 @@
-"""Laws of the display: what is said, how often, and that it can do a sweep no harm."""
+"""Laws of the display: what it prints, how often, and that it cannot harm a sweep."""
 
 import io
 import logging
@@ -13,34 +13,33 @@ from typing import Any, TextIO
 
 import pytest
 
+from q3q.placement import Trial
 from q3q.record import COMPLETED, Progress, TrialRecord
-from q3q.spec import Scheme, TrialSpec
-from q3q.sweep.progress import Display, Pace, Running, describe, duration, headline, share_done
+from q3q.sweep.progress import (
+    Display,
+    Pace,
+    Running,
+    duration,
+    headline,
+    phase_in_words,
+    share_done,
+)
+from tests.specs import evaluation_of, make_trial
 
 
-def spec(method: str = "gptq", bits: int = 3, seed: int = 0) -> TrialSpec:
-    return TrialSpec(
-        model={"name": "demo"},
-        method={"name": method, "version": 1},
-        scheme=Scheme(bits=bits, group_size=128, symmetric=False),
-        calibration=None,
-        evaluation={
-            "texts": [{"name": "stories"}, {"name": "library"}],
-            "tasks": ["a", "b"],
-            "task_limit": None,
-        },
-        seed=seed,
-    )
+def trial_of(method: str = "gptq", bits: int = 3, seed: int = 0, quick: bool = False) -> Trial:
+    evaluation = evaluation_of("stories", "library", tasks=("a", "b"), quick=quick)
+    return make_trial(method, bits, evaluation=evaluation, seed=seed)
 
 
 METRICS = {"perplexity/stories": 3.14159, "a/acc": 0.5, "b/acc": 0.75, "bits_per_weight": 3.25}
 
 
-def record(trial: TrialSpec, **changes: Any) -> TrialRecord:
-    return TrialRecord(**{"spec": trial, "status": COMPLETED, "metrics": METRICS, **changes})
+def record(trial: Trial, **changes: Any) -> TrialRecord:
+    return TrialRecord(**{"spec": trial.spec, "status": COMPLETED, "metrics": METRICS, **changes})
 
 
-def step(trial: TrialSpec, phase: str, done: int = 0, total: int = 0, note: str = "") -> Progress:
+def step(trial: Trial, phase: str, done: int = 0, total: int = 0, note: str = "") -> Progress:
     return Progress(trial=trial.id, phase=phase, done=done, total=total, note=note)
 
 
@@ -53,14 +52,14 @@ class Clock:
 
 
 def lines(stream: io.StringIO) -> list[str]:
-    """What was said, without the time of day."""
-    said = stream.getvalue().splitlines()
-    assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in said)
-    return [line[9:] for line in said]
+    """Return the printed lines without the time of day."""
+    printed = stream.getvalue().splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d \S", line) for line in printed)
+    return [line[9:] for line in printed]
 
 
 def test_a_log_file_gets_these_lines() -> None:
-    stream, clock, one, two = io.StringIO(), Clock(), spec(bits=2), spec(bits=3)
+    stream, clock, one, two = io.StringIO(), Clock(), trial_of(bits=2), trial_of(bits=3)
     with Display(3, stream, clock) as display:
         display.skipped(["rtn w4 g128 · demo"])
         display.started(one.id, "gptq w2 g128 · demo")
@@ -86,8 +85,9 @@ def test_a_log_file_gets_these_lines() -> None:
         "gptq w2 g128 · demo: load",
         "gptq w2 g128 · demo: quantize, block 3 of 6",
         "gptq w2 g128 · demo: evaluate stories, 1 of 2, 40 %",
-        # 20 s for the trial that waits; the other has shown nothing in 10 s, so 10 + 20; two at once.
-        "gptq w2 g128 · demo: stories 3.142, accuracy 62.5 %, 3.25 bits per weight, 20 s (1 of 3 done, 30 s left)",
+        # The waiting trial takes 20 s; the other is at 0 after 10 s, so takes 10 + 20; two at once.
+        "gptq w2 g128 · demo: stories 3.142, accuracy 62.5 %, 3.25 bits per weight, 20 s "
+        "(1 of 3 done, 30 s left)",
         "gptq w3 g128 · demo: its worker died (signal 9); it starts again",
         "gptq w3 g128 · demo: FAILED after 4.0 s: levels: 9 levels in a group of [31m3 bits "
         "(2 of 3 done, 1 failed, 10 s left)",
@@ -96,8 +96,8 @@ def test_a_log_file_gets_these_lines() -> None:
     ]
 
 
-def test_a_long_phase_is_said_again_every_ten_seconds_and_a_short_one_not_at_all() -> None:
-    stream, clock, trial = io.StringIO(), Clock(), spec()
+def test_a_long_phase_is_printed_again_every_ten_seconds_and_a_short_one_not_at_all() -> None:
+    stream, clock, trial = io.StringIO(), Clock(), trial_of()
     with Display(1, stream, clock) as display:
         display.started(trial.id, "gptq")
         display.event(step(trial, "load"))
@@ -115,22 +115,25 @@ def test_a_long_phase_is_said_again_every_ten_seconds_and_a_short_one_not_at_all
     ]
 
 
-def test_what_cannot_be_measured_is_said_and_not_made_up() -> None:
-    assert headline(
-        record(spec(), metrics={"bits_per_weight": 2.25}, diverged=("perplexity/stories",))
-    ) == [
-        "stories diverged",
-        "2.25 bits per weight",
-    ]
+def test_a_headline_has_what_was_measured_and_makes_nothing_up() -> None:
+    metrics = {"bits_per_weight": 2.25}
+    diverged = record(trial_of(), metrics=metrics, diverged=("perplexity/stories",))
+    assert headline(diverged) == ["stories diverged", "2.25 bits per weight"]
 
 
-def test_late_words_of_a_trial_that_has_ended_are_not_shown() -> None:
-    stream, trial = io.StringIO(), spec()
+def test_a_quick_evaluations_headline_has_its_own_metrics() -> None:
+    metrics = {"perplexity_quick/stories": 3.14159, "a_quick/acc": 0.5, "b_quick/acc": 0.75}
+    quick = record(trial_of(quick=True), metrics=metrics)
+    assert headline(quick) == ["stories 3.142", "accuracy 62.5 %"]
+
+
+def test_late_progress_of_a_trial_that_has_ended_is_not_shown() -> None:
+    stream, trial = io.StringIO(), trial_of()
     with Display(1, stream) as display:
         display.started(trial.id, "gptq")
         display.finished(record(trial), 1.0)
         display.event(step(trial, "evaluate", 1, 1))
-        display.event(step(spec(bits=8), "load"))
+        display.event(step(trial_of(bits=8), "load"))
     assert len(lines(stream)) == 2
 
 
@@ -148,23 +151,23 @@ def test_late_words_of_a_trial_that_has_ended_are_not_shown() -> None:
         ("export", 0, 0, "", 0.0, "export"),
     ],
 )
-def test_a_phase_is_described_and_weighed(
+def test_a_phase_has_words_and_a_share_of_the_work(
     phase: str, done: int, total: int, note: str, share: float, words: str
 ) -> None:
-    event = step(spec(), phase, done, total, note)
-    assert (share_done(event), describe(event)) == (share, words)
+    event = step(trial_of(), phase, done, total, note)
+    assert (share_done(event), phase_in_words(event)) == (share, words)
 
 
 def test_time_left_is_unknown_then_the_trials_own_pace_then_that_of_its_kind() -> None:
     pace, trial = Pace(), Running("gptq w3 g128 · demo", started=0.0)
     assert pace.trial_left(trial, 5.0) is None
-    trial.take(step(spec(), "quantize", 3, 6))
+    trial.take(step(trial_of(), "quantize", 3, 6))
     assert pace.trial_left(trial, 5.0) == 15.0  # a quarter took 5 s
     pace.add("awq w3 g128 · demo", 100.0)
     assert pace.trial_left(trial, 5.0) == 0.75 * (5.0 + 0.75 * 100.0)
     pace.add("gptq w2 g128 · demo", 20.0)  # another bit width, the same kind
     assert pace.trial_left(trial, 5.0) == 0.75 * (5.0 + 0.75 * 20.0)
-    trial.take(step(spec(), "evaluate", 1, 1))
+    trial.take(step(trial_of(), "evaluate", 1, 1))
     assert pace.trial_left(trial, 500.0) == 0.0
 
 
@@ -189,7 +192,7 @@ def test_time_left_never_goes_below_nothing() -> None:
     pace.add("gptq w3", 0.0)
     for done in range(7):
         trial = Running("gptq w2", started=0.0)
-        trial.take(step(spec(), "quantize", done, 6))
+        trial.take(step(trial_of(), "quantize", done, 6))
         left = pace.sweep_left([trial], waiting=1, at_once=1, now=clock)
         assert left is not None
         assert left >= 0
@@ -212,7 +215,7 @@ def test_a_display_that_cannot_write_says_so_once_and_hurts_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING), Display(2, Broken()) as display:
-        for trial in (spec(bits=2), spec(bits=3)):
+        for trial in (trial_of(bits=2), trial_of(bits=3)):
             display.started(trial.id, "gptq")
             display.event(step(trial, "load"))
             display.finished(record(trial), 1.0)
@@ -257,7 +260,7 @@ class Terminal:
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw)
 
     def wait_for(self, pattern: str) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not re.search(pattern, self.shown):
             assert time.monotonic() < deadline, f"{pattern} did not appear in: {self.shown}"
             time.sleep(0.02)
@@ -270,7 +273,7 @@ def terminal() -> Iterator[tuple[TextIO, Terminal]]:
     person = Terminal(outer)
     with open(inner, "w", encoding="utf-8") as stream:
         yield stream, person
-    person.reader.join(timeout=10)
+    person.reader.join(timeout=60)
     os.close(outer)
 
 
@@ -285,7 +288,11 @@ def _colour_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_terminal_shows_each_running_trial_the_sweep_and_results_as_they_come() -> None:
-    one, two, many = spec(bits=2), spec(bits=3), [spec("rtn", seed=seed) for seed in range(30)]
+    one, two, many = (
+        trial_of(bits=2),
+        trial_of(bits=3),
+        [trial_of("rtn", seed=seed) for seed in range(30)],
+    )
     with terminal() as (stream, person), Display(33, stream) as display:
         display.started(one.id, "gptq w2 g128 · demo")
         display.event(step(one, "quantize", 2, 6))
@@ -299,7 +306,7 @@ def test_a_terminal_shows_each_running_trial_the_sweep_and_results_as_they_come(
         person.wait_for(r"gptq w3 g128 · demo  evaluate stories, 1 of 2, 40 % +\d+ s, \d+ s left")
         person.wait_for(r"\n1 of 33 done, [\w ]+ left, \d+ s so far")
         for trial in many:
-            display.started(trial.id, f"rtn {trial.seed}")
+            display.started(trial.id, f"rtn {trial.spec.seed}")
         person.wait_for("and 14 more, 1 of 33 done")  # 31 run, and 17 of 20 rows are theirs
         display.finished(TrialRecord.failed(two, "[bold]no markup[/bold] \x1b[2Jhere"), 1.0)
     assert "\x1b[2J" not in person.raw
@@ -316,7 +323,7 @@ def test_a_terminal_shows_each_running_trial_the_sweep_and_results_as_they_come(
 
 
 def test_two_thousand_instant_trials_cost_little_and_all_are_told() -> None:
-    trials = [spec(seed=seed) for seed in range(2000)]
+    trials = [trial_of(seed=seed) for seed in range(2000)]
     records, numbers = (
         [record(trial) for trial in trials],
         {trial.id: n for n, trial in enumerate(trials)},
@@ -339,7 +346,7 @@ def test_two_thousand_instant_trials_cost_little_and_all_are_told() -> None:
 def test_the_screen_is_given_back_when_the_sweep_is_interrupted() -> None:
     def interrupted(stream: TextIO) -> None:
         with Display(2, stream) as display:
-            display.started(spec().id, "gptq")
+            display.started(trial_of().id, "gptq")
             raise KeyboardInterrupt
 
     with terminal() as (stream, person):
@@ -353,8 +360,8 @@ def test_the_screen_is_given_back_when_the_sweep_is_interrupted() -> None:
 def test_a_terminal_that_can_do_nothing_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     with terminal() as (stream, person), Display(1, stream) as display:
-        display.started(spec().id, "gptq")
-        display.event(step(spec(), "load"))
+        display.started(trial_of().id, "gptq")
+        display.event(step(trial_of(), "load"))
     assert re.fullmatch(r"\d\d:\d\d:\d\d gptq: load\s+", person.raw)
 
 
@@ -363,9 +370,9 @@ def test_a_terminal_that_goes_away_is_told_once(caplog: pytest.LogCaptureFixture
     stream = open(inner, "w", encoding="utf-8")  # noqa: SIM115  (closing it fails as well)
     with caplog.at_level(logging.WARNING), Display(1, stream) as display:
         os.close(outer)
-        display.started(spec().id, "gptq")
+        display.started(trial_of().id, "gptq")
         time.sleep(0.7)
-        display.finished(record(spec()), 1.0)
+        display.finished(record(trial_of()), 1.0)
     assert len(caplog.records) == 1
     assert "the sweep goes on" in caplog.text
     with pytest.raises(OSError, match="Input/output error"):

@@ -103,7 +103,7 @@ def swept(tmp_path_factory):
     deadline = time.monotonic() + 120
     killed = None
     while killed is None and time.monotonic() < deadline and process.poll() is None:
-        # A trial that has written a block and no record yet is at work; kill whoever has one in hand.
+        # A trial with a block and no record yet is at work: kill a process that runs one.
         if any(storage.glob("trials/*/blocks/block_000.json")) and (busy := working(process.pid)):
             killed = busy[0]
             os.kill(killed, signal.SIGKILL)
@@ -137,7 +137,7 @@ def test_the_unquantized_model_is_added_and_all_are_compared_with_it(swept):
 def test_the_table_and_the_report_are_there(swept):
     _storage, _, output, _ = swept
     assert re.search(r"method.*2.*3.*4", output)
-    folder = Path(re.search(r"Report and plots: (.*)", output)[1])
+    folder = Path(re.findall(r"Report and plots: (.*)", output)[0])
     folder = folder if folder.is_absolute() else ROOT / folder
     assert {"results.csv", "results.md", "perplexity.png"} <= {
         path.name for path in folder.iterdir()
@@ -175,14 +175,12 @@ def test_mlflow_has_what_ran(swept):
 def test_the_same_command_again_runs_nothing(swept):
     storage, *_ = swept
     before = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/record.json")}
-    started = time.monotonic()
     code, output = launch(storage, "-m", "method=rtn,gptq", "bits=2,3,4")
     assert code == 0, output
     assert "done already" in output
     assert {
         path: path.stat().st_mtime_ns for path in storage.glob("trials/*/record.json")
     } == before
-    assert time.monotonic() - started < 60
     parents, children = runs(storage)
     assert (len(parents), len(children)) == (1, 7)
 
@@ -193,7 +191,7 @@ def test_another_evaluation_says_when_it_has_to_quantize_again(swept):
         storage, "-m", "method=rtn,gptq", "bits=2,3", "evaluation.drift=false", "plan=true"
     )
     assert code == 0, output
-    assert "4 trials quantize what finished ones here have quantized" in output
+    assert "4 trials repeat the quantization of finished trials" in output
     assert "keep=blocks" in output
 
 
@@ -205,7 +203,7 @@ def test_equal_jobs_run_once_and_incompatible_pairs_are_counted(tmp_path):
 
 
 def test_a_trial_that_fails_costs_no_other_and_the_exit_code_says_so(tmp_path):
-    """The folder's weights hold a NaN: that trial fails with its own error, the other one is done."""
+    """With a NaN in its model's weights, one trial fails with its error; the other is done."""
     import shutil
 
     import torch
@@ -258,9 +256,9 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
 
 
 def test_one_trial_without_a_sweep(tmp_path):
-    code, output = launch(tmp_path, "method=awq", "bits=3")
+    code, output = launch(tmp_path, "method=rtn", "bits=3")
     assert code == 0, output
-    assert set(records(tmp_path)) == {"awq3"}
+    assert set(records(tmp_path)) == {"rtn3"}
     assert "Nothing to compare with yet: run the same with method=none once" in output
     parents, children = runs(tmp_path)
     assert (len(parents), len(children)) == (1, 1)

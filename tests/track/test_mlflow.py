@@ -1,15 +1,14 @@
-"""Laws of the tracker, on real MLflow stores: a SQLite file, and a server in a process of its own."""
+"""Laws of the tracker, on real MLflow stores: a SQLite file, and a server in its own process."""
 
 import json
 import os
 import re
-import signal
+import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,35 +17,21 @@ from typing import Any
 
 import pytest
 
-from q3q.errors import TrackingError
+from q3q.errors import EXIT_FAILED, EXIT_MISUSED, TrackingError
+from q3q.placement import Placement, Trial
 from q3q.record import COMPLETED, FAILED, Check, SiteError, Sweep, TrialRecord
-from q3q.spec import Scheme, TrialSpec
+from q3q.spec import TrialSpec
 from q3q.track.mlflow import MlflowTracker
 from q3q.track.tracker import MemoryTracker, Tracker
+from tests.mlflow_server import free_port, kill, serve
+from tests.specs import changed, evaluation_of, make_spec
 
 COMMAND = "python launch.py -m method=gptq bits=2,3"
 
 
 def spec(bits: int = 3, **changes: Any) -> TrialSpec:
-    whole = TrialSpec(
-        model={"name": "demo", "digest": "d1", "dtype": "float32"},
-        method={"name": "gptq", "version": 1, "damping": 0.01},
-        scheme=Scheme(bits=bits, group_size=128, symmetric=False),
-        calibration={
-            "source": "demo",
-            "digest": "d2",
-            "samples": 8,
-            "length": 64,
-            "draw": "random",
-        },
-        evaluation={
-            "texts": [{"name": "stories", "window": 512}],
-            "tasks": ["stories_who"],
-            "task_limit": None,
-        },
-        seed=0,
-    )
-    return replace(whole, **changes)
+    asked = evaluation_of("stories", tasks=["stories_who"])
+    return make_spec("gptq", bits, **{"evaluation": asked, **changes})
 
 
 def record(bits: int = 3, **changes: Any) -> TrialRecord:
@@ -69,10 +54,9 @@ def record(bits: int = 3, **changes: Any) -> TrialRecord:
     return replace(whole, **changes)
 
 
-def sweep(*trials: TrialSpec, id: str = "sweep00001") -> Sweep:
-    return Sweep(
-        id=id, name="gptq", command=COMMAND, config="bits: 3\n", trials=trials or (spec(2), spec(3))
-    )
+def sweep(*trials: Trial | TrialSpec, id: str = "sweep00001") -> Sweep:
+    placed = [one if isinstance(one, Trial) else Trial(one) for one in trials or (spec(2), spec(3))]
+    return Sweep(id=id, name="gptq", command=COMMAND, config="bits: 3\n", trials=tuple(placed))
 
 
 def tracker_in(folder: Path) -> MlflowTracker:
@@ -81,7 +65,7 @@ def tracker_in(folder: Path) -> MlflowTracker:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store, shared by tests that keep to experiments of their own. Odd letters are no obstacle."""
+    """A folder with a store, shared by tests with experiments of their own; its name is odd."""
     folder = tmp_path_factory.mktemp("größer als 1 %")
     tracker_in(folder).check()
     return folder
@@ -94,15 +78,13 @@ def tracker(store: Path, request: pytest.FixtureRequest) -> MlflowTracker:
     )
 
 
-def runs(tracker: MlflowTracker, wanted: str = "") -> list[Any]:
-    """What a reader finds: active runs of the tracker's experiment, through a client of its own."""
+def runs(tracker: MlflowTracker, query: str = "") -> list[Any]:
+    """Return the active runs of the tracker's experiment, as another client sees them."""
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=tracker.uri)
     experiment = client.get_experiment_by_name(tracker.experiment)
-    return (
-        [] if experiment is None else list(client.search_runs([experiment.experiment_id], wanted))
-    )
+    return [] if experiment is None else list(client.search_runs([experiment.experiment_id], query))
 
 
 def children(tracker: MlflowTracker) -> list[Any]:
@@ -120,26 +102,35 @@ def artifact(run: Any, tracker: MlflowTracker, name: str, tmp_path: Path) -> byt
     return Path(client.download_artifacts(run.info.run_id, name, str(tmp_path))).read_bytes()
 
 
-def test_both_trackers_keep_the_seam(tmp_path: Path) -> None:
-    memory, mlflow = MemoryTracker(), tracker_in(tmp_path)
-    trackers: list[Tracker] = [memory, mlflow]
-    assert len(trackers) == 2
-    memory.open(sweep())
-    memory.log(record(), {"a": b"1"})
-    memory.close({"table.md": b"t"}, succeeded=True)
+def disk_full(*_: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_both_trackers_have_the_interface(tracker: MlflowTracker) -> None:
+    memory = MemoryTracker()
+    trackers: list[Tracker] = [memory, tracker]
+    for one in trackers:
+        one.check()
+        one.open(sweep())
+        one.live(spec(), {"block/weight_error": 0.5}, 0)
+        one.log(record(), {"a": b"1"})
+        one.close({"table.md": b"t"}, succeeded=True)
+    assert [run.data.tags["q3q.trial"] for run in children(tracker)] == list(memory.records)
     assert memory.records == {spec().id: record()}
     assert memory.artifacts[spec().id] == {"a": b"1"}
+    assert memory.steps == {spec().id: [(0, {"block/weight_error": 0.5})]}
     assert (memory.sweep, memory.succeeded, memory.closing) == (sweep(), True, {"table.md": b"t"})
 
 
 def test_importing_the_tracker_imports_no_mlflow() -> None:
-    script = "import sys, q3q.track.mlflow, q3q.track.tracker; print([m for m in ('mlflow', 'torch') if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", script], check=True, capture_output=True, text=True
-        ).stdout
-        == "[]\n"
+    script = (
+        "import sys, q3q.track.mlflow, q3q.track.tracker; "
+        "print([m for m in ('mlflow', 'torch') if m in sys.modules])"
     )
+    output = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
+    assert output == "[]\n"
 
 
 def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> None:
@@ -223,7 +214,7 @@ def test_what_is_not_a_number_is_said_in_words(tracker: MlflowTracker) -> None:
 
 def test_texts_longer_than_mlflow_takes_are_cut(tracker: MlflowTracker) -> None:
     tasks = [f"a_task_with_a_long_name_{number}" for number in range(400)]
-    long = spec(evaluation={"texts": [], "tasks": tasks, "task_limit": None})
+    long = spec(evaluation=evaluation_of(tasks=tasks))
     many = {f"task_{number}/acc": number / 2000 for number in range(2000)}
     tracker.open(replace(sweep(long), command="python launch.py " + "x" * 9000))
     tracker.log(
@@ -247,7 +238,7 @@ def test_the_same_record_twice_is_one_child(tracker: MlflowTracker) -> None:
 
 def test_a_rerun_replaces_the_failed_trial(tracker: MlflowTracker) -> None:
     tracker.open(sweep())
-    tracker.log(TrialRecord.failed(spec(), "the worker died"), {})
+    tracker.log(TrialRecord.failed(Trial(spec()), "the worker died"), {})
     tracker.log(record(2), {})
     tracker.close({}, succeeded=False)
     again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
@@ -282,12 +273,11 @@ def test_the_same_sweep_goes_on_in_its_parent_and_another_gets_its_own(
 def test_a_child_left_half_written_is_replaced(
     tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def disk_full(run: str, artifacts: Any) -> None:
-        raise OSError(28, "No space left on device")
+    from mlflow.tracking import MlflowClient
 
     tracker.open(sweep())
     with monkeypatch.context() as patch:
-        patch.setattr(tracker, "_upload", disk_full)
+        patch.setattr(MlflowClient, "log_artifacts", disk_full)
         with pytest.raises(
             TrackingError, match=f"did not take trial {spec().id}.*No space left on device"
         ):
@@ -302,9 +292,6 @@ def test_what_was_charted_live_is_charted_again_if_its_run_is_replaced(
 ) -> None:
     from mlflow.tracking import MlflowClient
 
-    def disk_full(run: str, artifacts: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     sites = tuple(
         SiteError(block=k, site="o", linear="a", weight_error=0.25, output_error=None)
         for k in range(3)
@@ -312,7 +299,7 @@ def test_what_was_charted_live_is_charted_again_if_its_run_is_replaced(
     tracker.open(sweep())
     tracker.live(spec(), {"block/weight_error": 0.25}, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(tracker, "_upload", disk_full)
+        patch.setattr(MlflowClient, "log_artifacts", disk_full)
         with pytest.raises(TrackingError):
             tracker.log(record(sites=sites), {"a": b"1"})
     tracker.open(sweep())
@@ -327,7 +314,7 @@ def test_what_was_charted_live_is_charted_again_if_its_run_is_replaced(
 def test_runs_that_a_dead_driver_left_are_ended_and_go(
     tracker: MlflowTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It died between a record and the deletion of the run that this replaces, and while another trial was at work."""
+    """It died before it deleted the run that a record replaces, and while another trial ran."""
     from mlflow.tracking import MlflowClient
 
     tracker.open(sweep())
@@ -355,7 +342,8 @@ def test_a_hundred_params_and_more_are_all_there_before_the_digest_is(
     """MLflow's client sends a hundred at a time, and all tags with the first."""
     from mlflow.tracking._tracking_service.client import TrackingServiceClient
 
-    many = replace(spec(), method={"name": "gptq", **{f"knob_{i}": i for i in range(250)}})
+    knobs = {f"knob_{i}": i for i in range(250)}
+    many = replace(spec(), method=changed(spec().method, knobs=knobs))
     tracker.open(sweep(many))
     requests = []
     log_batch = TrackingServiceClient.log_batch
@@ -396,12 +384,12 @@ def test_a_fresh_store_is_what_mlflow_itself_would_make(store: Path, tmp_path: P
     )
     assert ours.execute(version).fetchall() == theirs.execute(version).fetchall()
     # Migrations write a table's constraints in any order.
-    found, wanted = (
+    ours_by_name, theirs_by_name = (
         {name: sorted(re.split(r"[\s,]+", sql or "")) for name, sql in one.execute(tables)}
         for one in (ours, theirs)
     )
-    assert len(wanted) > 50
-    assert found == wanted
+    assert len(theirs_by_name) > 50
+    assert ours_by_name == theirs_by_name
 
 
 def test_a_check_leaves_a_store_and_nothing_else(tmp_path: Path) -> None:
@@ -462,7 +450,7 @@ def test_a_deleted_experiment_is_said_to_be_deleted(tracker: MlflowTracker) -> N
         MlflowTracker(tracker.uri, experiment=tracker.experiment).check()
 
 
-def test_an_address_that_refuses_or_keeps_silent_is_told_within_ten_seconds() -> None:
+def test_an_address_that_refuses_or_keeps_silent_is_an_error_within_ten_seconds() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         port = silent.getsockname()[1]
@@ -482,66 +470,17 @@ def test_an_address_that_refuses_or_keeps_silent_is_told_within_ten_seconds() ->
 
 
 @contextmanager
-def server(folder: Path, *artifacts: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """An MLflow server with a store of its own, on a free port of this machine."""
-    tracker_in(folder).check()  # its migrations take the server many seconds
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    kept = artifacts or ("--artifacts-destination", str(folder / "served"))
-    places = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", *kept]
-    # Its runners of jobs, which nobody needs here, are processes of their own that take long to start.
-    quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment = {**os.environ, **quiet}
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, *places],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+def server(folder: Path, *artifacts: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """Run an MLflow server with a store of its own, on a free port."""
+    port = free_port()
+    process = serve(folder, port, *artifacts)
     try:
-        # Up is a server that has answered from its store: the first answer takes many seconds on a busy machine.
-        asked, deadline = (
-            f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0",
-            time.monotonic() + 180,
-        )
-        while True:
-            try:
-                with urllib.request.urlopen(asked, timeout=30):
-                    break
-            except OSError:
-                assert process.poll() is None, (folder / "server.log").read_text()
-                assert time.monotonic() < deadline, (folder / "server.log").read_text()
-                time.sleep(0.1)
         yield f"http://127.0.0.1:{port}", process
     finally:
-        stop(process)
+        kill(process)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(
-            process.pid, signal.SIGKILL
-        )  # its own session: the server and its workers, nobody else
-    process.wait(timeout=10)
-
-
-def test_a_server_takes_the_same_and_its_death_is_told_in_bounded_time(tmp_path: Path) -> None:
+def test_a_server_takes_the_same_and_its_death_is_an_error_in_bounded_time(tmp_path: Path) -> None:
     with server(tmp_path) as (uri, process):
         tracker = MlflowTracker(uri, artifacts=str(tmp_path / "unused"))
         tracker.check()
@@ -552,7 +491,7 @@ def test_a_server_takes_the_same_and_its_death_is_told_in_bounded_time(tmp_path:
         assert child.data.metrics["perplexity/stories.low"] == 3.25
         assert artifact(child, tracker, "record.json", tmp_path) == b"{}"
         assert list((tmp_path / "served").rglob("record.json"))
-        stop(process)
+        kill(process)
         for end in (lambda: tracker.log(record(2), {}), lambda: tracker.close({}, succeeded=True)):
             started = time.monotonic()
             with pytest.raises(
@@ -561,7 +500,7 @@ def test_a_server_takes_the_same_and_its_death_is_told_in_bounded_time(tmp_path:
                 end()
             assert time.monotonic() - started < 15
     assert not (tmp_path / "unused").exists()
-    # What the server had taken before it died is there.
+    # What the server took before it died is there.
     assert [run.info.run_name for run in children(tracker_in(tmp_path))] == ["gptq w3 g128 · demo"]
 
 
@@ -576,7 +515,7 @@ def test_a_saved_study_reads_well_without_knowing_q3q(tracker: MlflowTracker) ->
         "**Question.** Which method is best at 2 bits?\n\n**Expectation.** GPTQ.\n\n```\n" + COMMAND
     )
     assert note.endswith(
-        "| gptq | 3.5 |\n\nThe whole report is `report.html` among the artifacts of this run."
+        "| gptq | 3.5 |\n\nThe full report is `report.html` among the artifacts of this run."
     )
 
 
@@ -587,7 +526,7 @@ def test_an_answer_longer_than_a_note_ends_with_a_whole_table(tracker: MlflowTra
     note = parents(tracker)[0].data.tags["mlflow.note.content"]
     assert 3000 < len(note) < 5000
     assert note.endswith(
-        "| gptq | 3.5 |\n\nThe whole report is `report.html` among the artifacts of this run."
+        "| gptq | 3.5 |\n\nThe full report is `report.html` among the artifacts of this run."
     )
     assert note.count("| gptq | 3.5 |") % 60 == 0
 
@@ -602,7 +541,7 @@ def test_trials_that_would_be_called_alike_are_told_apart(tracker: MlflowTracker
         "gptq w3 g128 seed 1 · demo",
         "gptq w2 g128 · demo",
     ]
-    other = spec(evaluation={"texts": [], "tasks": [], "task_limit": None})
+    other = spec(evaluation=evaluation_of())
     assert len(set(trial_names([spec(), other]).values())) == 2
     tracker.open(replace(sweep(*trials), names=names))
     tracker.log(record(spec=trials[1]), {})
@@ -610,7 +549,7 @@ def test_trials_that_would_be_called_alike_are_told_apart(tracker: MlflowTracker
 
 
 def test_what_is_known_later_of_an_attempt_joins_its_run(tracker: MlflowTracker) -> None:
-    """A comparison comes when the unquantized model's trial has ended; what was charted live is not lost for it."""
+    """A comparison comes when the unquantized model's trial has ended; live charts stay."""
     from mlflow.tracking import MlflowClient
 
     from q3q.record import Comparison
@@ -643,7 +582,7 @@ def test_what_is_known_later_of_an_attempt_joins_its_run(tracker: MlflowTracker)
 
 
 def test_metrics_have_a_mean_and_digits_that_a_table_has_room_for(tracker: MlflowTracker) -> None:
-    asked = {"texts": [], "tasks": ["a", "b", "mmlu"], "task_limit": None}
+    asked = evaluation_of(tasks=["a", "b", "mmlu"])
     measured = {
         "a/acc": 0.5,
         "b/acc": 0.25,
@@ -682,10 +621,8 @@ def test_metrics_arrive_while_a_trial_runs_and_stay_in_its_one_run(tracker: Mlfl
         for name in ("system/cpu_utilization_percentage", "block/weight_error")
     }
     assert history["system/cpu_utilization_percentage"] == [(0, 97.0)]
-    assert history["block/weight_error"] == [
-        (0, pytest.approx(0.2)),
-        (1, pytest.approx(1.2)),
-    ]  # each block once
+    assert [step for step, _ in history["block/weight_error"]] == [0, 1]  # each block once
+    assert [error for _, error in history["block/weight_error"]] == pytest.approx([0.2, 1.2])
 
 
 def test_an_exported_checkpoint_is_a_pointer_with_size_and_hash(tracker: MlflowTracker) -> None:
@@ -727,6 +664,7 @@ def test_the_sweeps_page_is_a_view_of_its_trials(tracker: MlflowTracker) -> None
     )
     client = MlflowClient(tracking_uri=tracker.uri)
     experiment = client.get_experiment_by_name(tracker.experiment)
+    assert experiment is not None
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     view = json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep().id}"])
     [parent] = parents(tracker)
@@ -746,30 +684,29 @@ def test_texts_are_data_sets_with_their_digests(tracker: MlflowTracker) -> None:
         (one.tags[0].value, one.dataset.name, one.dataset.digest)
         for one in child.inputs.dataset_inputs
     ]
-    assert sorted(found) == [("calibration", "demo", "d2"), ("evaluation", "stories", "unknown")]
+    assert sorted(found) == [
+        ("calibration", "demo", "demo-digest"),
+        ("evaluation", "stories", "stories-digest"),
+    ]
 
 
 def test_the_tasks_questions_are_data_sets_too(tracker: MlflowTracker) -> None:
-    asked = {
-        "texts": [],
-        "tasks": ["piqa"],
-        "task_limit": None,
-        "data": {"org/piqa:validation": "abc"},
-    }
+    asked = evaluation_of(tasks=["piqa"], data={"org/piqa:validation": "abc"})
     tracker.open(sweep())
     tracker.log(record(spec=spec(evaluation=asked)), {})
     found = [
         (one.dataset.name, one.dataset.digest) for one in children(tracker)[0].inputs.dataset_inputs
     ]
-    assert sorted(found) == [("demo", "d2"), ("org/piqa", "abc")]
+    assert sorted(found) == [("demo", "demo-digest"), ("org/piqa", "abc")]
 
 
 def exported(folder: Path) -> TrialRecord:
-    (folder / "checkpoint").mkdir()
-    (folder / "checkpoint/model.safetensors").write_bytes(b"weights")
-    places = {"export": str(folder / "checkpoint")}
-    facts = {"format": "gptq", "path": places["export"], "sha256": "ab12"}
-    return record(spec=replace(spec(), export="gptq", places=places), notes={"export": facts})
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    facts = {"format": "gptq", "path": str(checkpoint), "sha256": "ab12"}
+    placement = Placement(export=checkpoint)
+    return record(spec=spec(export="gptq"), placement=placement, notes={"export": facts})
 
 
 def test_a_server_registers_an_exported_checkpoint_once(tmp_path: Path) -> None:
@@ -788,7 +725,7 @@ def test_a_server_registers_an_exported_checkpoint_once(tmp_path: Path) -> None:
         assert (version.run_id, version.status) == (child.info.run_id, "READY")
         assert version.tags["q3q.trial"] == one.spec.id
         fetched = client.download_artifacts(
-            version.run_id, "checkpoint/model.safetensors", str(tmp_path)
+            child.info.run_id, "checkpoint/model.safetensors", str(tmp_path)
         )
         assert Path(fetched).read_bytes() == b"weights"
 
@@ -810,43 +747,91 @@ def test_registering_needs_a_server_and_says_so(tmp_path: Path) -> None:
     assert "\n" not in str(refusal.value)
 
 
+def synced(folder: Path, *options: str) -> int:
+    from q3q.track.__main__ import main
+
+    return main(["sync", "--storage", str(folder), *options])
+
+
+def saved(folder: Path, *bits: int) -> list[Trial]:
+    placement = Placement(trials=folder / "trials")
+    trials = [Trial(spec(one), placement) for one in bits]
+    for trial in trials:
+        record(spec=trial.spec, placement=placement).save()
+    return trials
+
+
 def test_an_emptied_store_is_rebuilt_from_the_records_and_again_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from q3q.track.__main__ import main
-
-    mine = [replace(spec(bits), places={"trials": str(tmp_path / "trials")}) for bits in (2, 3)]
-    for one in mine:
-        replace(record(), spec=one).save()
-    loose, filed = mine[1], replace(sweep(mine[0]), question="Why?", experiment="study")
-    filed.save(tmp_path)
+    filed, loose = saved(tmp_path, 2, 3)
+    replace(sweep(filed), question="Why?", experiment="study").save(tmp_path)
     seen = []
     for _ in range(2):
-        assert main(["sync", "--storage", str(tmp_path)]) == 0
-        told = capsys.readouterr().out
+        assert synced(tmp_path) == 0
+        output = capsys.readouterr().out
         for name in ("study", "q3q"):
             tracker = MlflowTracker(
                 f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts"), name
             )
             seen.append(sorted((run.info.run_id, run.info.run_name) for run in runs(tracker)))
-        assert "1 of 1 trials are in experiment study" in told
+        assert "1 of 1 trials are in experiment study" in output
     assert seen[:2] == seen[2:]
-    assert [name for _, name in seen[0]] != [name for _, name in seen[1]]
-    assert sorted(name for _, name in seen[0]) == ["Why?", "gptq w2 g128 · demo"]
-    assert f"gptq w{loose.scheme.bits} g128 · demo" in {name for _, name in seen[1]}
+    assert sorted(name for _, name in seen[0]) == ["Why?", f"{filed.spec.name} · demo"]
+    assert f"{loose.spec.name} · demo" in {name for _, name in seen[1]}
 
 
-def synced(folder: Path) -> int:
-    from q3q.track.__main__ import main
+@pytest.mark.parametrize("how", ["moved", "copied", "copied without artifacts"])
+def test_a_moved_or_copied_storage_wants_a_new_database_which_sync_fills(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow keeps each experiment's address: it would write to the old place."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    sweep(*saved(old, 2, 3)).save(old)
+    assert synced(old) == 0
+    if how == "moved":
+        old.rename(new)
+    else:
+        without = shutil.ignore_patterns("artifacts") if how.endswith("artifacts") else None
+        shutil.copytree(old, new, ignore=without)
+    before = sorted(old.rglob("*"))
+    capsys.readouterr()
+    assert synced(new) == EXIT_MISUSED
+    with pytest.raises(TrackingError) as refusal:
+        tracker_in(new).open(sweep())
+    assert capsys.readouterr().err == f"q3q: {refusal.value}\n"
+    assert f"keeps its files in {old}/artifacts, not in {new}/artifacts" in str(refusal.value)
+    assert f"rename {new}/mlflow.db" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert sorted(old.rglob("*")) == before
+    uri = f"sqlite:///{new}/new.db"  # MLflow keeps a renamed file open in this process
+    assert synced(new, "--uri", uri) == 0
+    assert len(children(MlflowTracker(uri))) == 2
+    assert sorted(old.rglob("*")) == before
 
-    return main(["sync", "--storage", str(folder)])
+
+def test_a_database_of_its_own_place_serves_several_storages_while_its_files_are_there(
+    tmp_path: Path,
+) -> None:
+    def open_from(storage: str) -> None:
+        artifacts = str(tmp_path / storage / "artifacts")
+        MlflowTracker(f"sqlite:///{tmp_path}/shared/mlflow.db", artifacts).open(sweep(id=storage))
+
+    open_from("first")
+    open_from("second")
+    assert not (tmp_path / "second").exists()
+    (tmp_path / "first").rename(tmp_path / "second")
+    with pytest.raises(TrackingError, match=r"keeps its files in .*/first/artifacts, not in"):
+        open_from("second")
+    assert not (tmp_path / "first").exists()
 
 
-def saved(folder: Path, *bits: int) -> list[TrialSpec]:
-    mine = [replace(spec(one), places={"trials": str(folder / "trials")}) for one in bits]
-    for one in mine:
-        replace(record(), spec=one).save()
-    return mine
+def test_a_storage_by_another_of_its_names_was_not_moved(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    tracker_in(tmp_path / "real").open(sweep())
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    tracker_in(tmp_path / "link").open(sweep())
+    assert len(parents(tracker_in(tmp_path / "real"))) == 1
 
 
 def test_more_records_without_a_sweep_join_the_others(tmp_path: Path) -> None:
@@ -871,20 +856,22 @@ def test_a_rebuilt_sweep_has_the_times_when_it_ran(tmp_path: Path) -> None:
 def test_a_store_that_breaks_half_way_is_no_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sweep(*saved(tmp_path, 2, 3)).save(tmp_path)
-    upload, done = MlflowTracker._upload, []
+    from mlflow.tracking import MlflowClient
 
-    def breaks(self: MlflowTracker, run: str, artifacts: Any) -> None:
-        done.append(run)
-        if len(done) > 2:  # the sweep's own, and the first trial's
-            raise OSError(28, "No space left on device")
-        upload(self, run, artifacts)
+    sweep(*saved(tmp_path, 2, 3)).save(tmp_path)
+    upload, uploaded = MlflowClient.log_artifacts, []
+
+    def breaks(self: MlflowClient, run: str, folder: str) -> None:
+        uploaded.append(run)
+        if len(uploaded) > 2:  # the sweep's own, and the first trial's
+            disk_full()
+        upload(self, run, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowTracker, "_upload", breaks)
-        assert synced(tmp_path) == 1
+        patch.setattr(MlflowClient, "log_artifacts", breaks)
+        assert synced(tmp_path) == EXIT_FAILED
     told = capsys.readouterr()
-    assert "gptq: 1 of 2 records are told, then: track.uri=" in told.err
+    assert "gptq: 1 of 2 records are logged, then: track.uri=" in told.err
     assert "trials are in" not in told.out
     assert synced(tmp_path) == 0
     assert "2 of 2 trials are in experiment q3q" in capsys.readouterr().out
@@ -904,16 +891,14 @@ def test_a_sweep_at_work_is_left_to_its_driver(
         while not list((tmp_path / "running").glob("*.json")) and time.monotonic() < until:
             time.sleep(0.05)
         assert synced(tmp_path) == 0
-    assert "gptq: is at work, and tells its tracker itself" in capsys.readouterr().out
+    assert "gptq: is running, and logs its trials itself" in capsys.readouterr().out
     assert parents(tracker_in(tmp_path)) == []
     assert synced(tmp_path) == 0
     assert len(parents(tracker_in(tmp_path))) == 1
 
 
 def test_syncing_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from q3q.track.__main__ import main
-
-    assert main(["sync", "--storage", str(tmp_path)]) == 2
+    assert synced(tmp_path) == EXIT_MISUSED
     assert "holds no records" in capsys.readouterr().err
 
 

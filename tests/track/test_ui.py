@@ -1,24 +1,23 @@
-"""MLflow's own pages in a real browser, after a real sweep: what a person who opens them finds."""
+"""MLflow's own pages in a real browser, after a real sweep."""
 
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
 import pytest
 
+from tests.mlflow_server import free_port, kill, serve
+
 ROOT = Path(__file__).parent.parent.parent
 BROWSER = next(
     (
-        found
+        path
         for name in ("chromium", "google-chrome", "chromium-browser")
-        if (found := shutil.which(name))
+        if (path := shutil.which(name))
     ),
     None,
 )
@@ -29,8 +28,9 @@ pytestmark = [
     ),
 ]
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --window-size=2400,1200 --virtual-time-budget=20000"
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--window-size=2400,1200 --virtual-time-budget=20000"
 ).split()
 SWEEP = (
     "-m method=rtn bits=2,4 evaluation.tasks=[] evaluation.texts=[demo] evaluation.limit=4 "
@@ -39,13 +39,16 @@ SWEEP = (
 
 
 class Ui:
-    """A served store. start: the page that the sweep named when it ended."""
+    """A store's server.
+
+    start: the page that the sweep named when it ended
+    """
 
     def __init__(self, address: str, start: str, folder: Path) -> None:
         self.address, self.start, self.folder = address, start, folder
 
-    def text(self, page: str, *awaited: str) -> str:
-        """What a page shows, once it shows all that is awaited: it fetches that, so a look may come too early."""
+    def text(self, page: str, *expected: str) -> str:
+        """Return a page's text, once it has fetched and shows all that is expected."""
         assert BROWSER is not None
         for _ in range(4):
             command = [
@@ -60,16 +63,17 @@ class Ui:
             ).stdout
             bare = re.sub(r"<(style|script)\b.*?</\1>", "", shown, flags=re.DOTALL)
             text = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", bare)))
-            if all(words in text for words in awaited):
+            if all(words in text for words in expected):
                 break
         return text
 
     def link(self, name: str) -> str:
-        """Where a run of that name has its page."""
+        """Return the page of the run of that name."""
         from mlflow import MlflowClient
 
         client = MlflowClient(self.address.rstrip("/"))
         experiment = client.get_experiment_by_name("widths")
+        assert experiment is not None
         [run] = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
         return f"#/experiments/{experiment.experiment_id}/runs/{run.info.run_id}"
 
@@ -78,48 +82,18 @@ class Ui:
 def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     folder = tmp_path_factory.mktemp("ui")
     command = [sys.executable, "launch.py", *SWEEP, f"storage={folder}/mlruns"]
-    ended = subprocess.run(
+    sweep = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
     )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    said = re.search(r"make ui .*, then http://127\.0\.0\.1:5000/(#\S+)", ended.stdout)
-    assert said is not None, ended.stdout
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve = [
-        "ui",
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlruns/mlflow.db",
-        "--host",
-        "127.0.0.1",
-    ]
-    with (folder / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [
-                str(Path(sys.executable).parent / "mlflow"),
-                *serve,
-                "--port",
-                str(port),
-                "--workers",
-                "1",
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    address = f"http://127.0.0.1:{port}/"
+    assert sweep.returncode == 0, sweep.stdout + sweep.stderr
+    ending = re.search(r"make ui .*, then http://127\.0\.0\.1:5000/(#\S+)", sweep.stdout)
+    assert ending is not None, sweep.stdout
+    port = free_port()
+    server = serve(folder / "mlruns", port)
     try:
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
-            try:
-                urllib.request.urlopen(address + "health", timeout=5)
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield Ui(address, said[1], folder)
+        yield Ui(f"http://127.0.0.1:{port}/", ending[1], folder)
     finally:
-        server.terminate()
-        server.wait(60)
+        kill(server)
 
 
 def test_the_page_that_the_sweep_names_is_a_table_of_its_trials(ui: Ui) -> None:

@@ -1,4 +1,4 @@
-"""The command without -m: one trial in this process; and what is said of mistakes, in one line and an exit code."""
+"""The command without -m runs one trial in this process; a mistake gets a line and an exit code."""
 
 import json
 import os
@@ -49,6 +49,11 @@ def test_a_trial_alone_keeps_to_its_share_and_goes_on_where_its_storage_was_move
     assert record["environment"]["hardware"]["threads"] == planned["cpus"] == 1
     first.rename(second)
     code, _, errors = launch(second, tiny, "bits=4", *asked)
+    assert code == 2
+    assert f"rename {second}/mlflow.db" in errors.splitlines()[-1]
+    assert len(records(second)) == 1
+    (second / "mlflow.db").rename(second / "mlflow.db.old")
+    code, _, errors = launch(second, tiny, "bits=4", *asked)
     assert code == 0, errors
     code, told, errors = command("-m", "q3q.track", "sync", "--storage", str(second))
     assert code == 0, errors
@@ -88,8 +93,8 @@ def test_a_trial_that_was_planned_on_a_gpu_fails_clearly_where_there_is_none(tin
     (folder / "record.json").unlink()
     share = {"gpus": 0.5, "loader": "resident", "memory": 10**9}
     run = (
-        "import json, sys; from q3q.spec import TrialSpec; from q3q.trial import attempt_trial\n"
-        "record = attempt_trial(TrialSpec.from_json(json.load(sys.stdin)))\n"
+        "import json, sys; from q3q.placement import Trial; from q3q.trial import attempt_trial\n"
+        "record = attempt_trial(Trial.from_json(json.load(sys.stdin)))\n"
         "print(record.status, record.reason)"
     )
     given = json.dumps({**spec, "places": {**spec["places"], "share": share}})
@@ -103,12 +108,12 @@ def test_a_trial_that_was_planned_on_a_gpu_fails_clearly_where_there_is_none(tin
         env=environment,
         check=True,
     )
-    assert done.stdout.startswith("FAILED this trial was planned on a GPU, and on ")
+    assert done.stdout.startswith("FAILED this trial was planned on a GPU, and torch on ")
     assert "cluster.gpus_per_trial=0" in done.stdout
 
 
 def test_a_share_of_a_gpu_bounds_what_torch_allocates(monkeypatch):
-    told = []
+    told: list[float] = []
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9)
     )
@@ -122,7 +127,7 @@ def test_a_share_of_a_gpu_bounds_what_torch_allocates(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_more_than_the_share_of_a_real_gpu_is_out_of_memory():
     run = (
-        "import torch; from q3q.trial import keep_to_share; keep_to_share(0.25)\n"
+        "import torch; from q3q.models.loading import keep_to_share; keep_to_share(0.25)\n"
         "total = torch.cuda.get_device_properties(0).total_memory\n"
         "small = torch.empty(total // 8, dtype=torch.uint8, device='cuda')\n"
         "try: torch.empty(total // 4, dtype=torch.uint8, device='cuda')\n"
