@@ -1,14 +1,14 @@
-"""Our evaluation against lm-eval's HFLM and the plain perplexity loop: `python benchmarks/evaluation.py`.
+"""Compare q3q's evaluation with lm-eval's HFLM and a plain perplexity loop.
 
-Each side runs in a process of its own, with the same threads and the same requests, HFLM at the fastest of the batch
-sizes it is tried with (not counted) and with its logits cache. Memory is the peak above the loaded model.
+`python benchmarks/evaluation.py`. Each side runs in its own process, with the same threads and
+requests; HFLM uses its logits cache and the fastest of several batch sizes (the search for it is
+not counted). Memory is the peak above the loaded model. With `--device cuda` each side is one
+process for all suites, and memory is what torch allocates on the GPU.
 
-With `--device cuda` each side is one process for all suites, and memory is what torch allocates on the GPU.
-
-Models: the demo, and random ones with the widths and vocabulary of Qwen3-0.6B or 8B (`--blocks`, of 28 or 36).
-Suites: real 5-shot MMLU from the files of hendrycks/test (`--mmlu`), a generated one with HellaSwag's shape, and
-perplexity in windows.
-The window is 8,192 tokens on both sides, since the demo's small vocabulary makes prompts longer than its own 2,048.
+Models: the demo, and random ones with the widths and vocabulary of Qwen3-0.6B or 8B (`--blocks`,
+of 28 or 36). Suites: real 5-shot MMLU from the files of hendrycks/test (`--mmlu`), a generated one
+with HellaSwag's shape, and perplexity in windows. Both sides use a window of 8,192 tokens, since
+the demo's small vocabulary makes prompts longer than its own 2,048.
 """
 
 import argparse
@@ -24,10 +24,14 @@ import tempfile
 import time
 from multiprocessing import Process
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.trial import ROOT, make_model
+
+if TYPE_CHECKING:
+    import torch
 
 WINDOW = 8192
 BATCH_SIZES = {"cpu": (1, 2, 4, 8, 16), "cuda": (16, 64, 128, 256)}
@@ -40,7 +44,8 @@ DEMO_SUBJECTS = (
 def mmlu(folder: Path, subjects: str, every: int = 1) -> list[tuple[str, str]]:
     """Context and answer of each request, as lm-eval's mmlu template with num_fewshot=5 makes them.
 
-    every: of so many questions of a subject one; fewer questions share less of what five examples cost.
+    every: use each so-manieth question of a subject. Fewer questions share the cost of the five
+        examples less.
     """
 
     def ask(row: list[str]) -> str:
@@ -54,7 +59,8 @@ def mmlu(folder: Path, subjects: str, every: int = 1) -> list[tuple[str, str]]:
     for name in names if subjects == "all" else subjects.split(","):
         with (folder / "dev" / f"{name}_dev.csv").open(encoding="utf-8") as dev:
             shots = "".join(f"{ask(row)} {row[5]}\n\n" for row in list(csv.reader(dev))[:5])
-        head = f"The following are multiple choice questions (with answers) about {name.replace('_', ' ')}.\n\n"
+        subject = name.replace("_", " ")
+        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         with (folder / "test" / f"{name}_test.csv").open(encoding="utf-8") as test:
             asked = list(csv.reader(test))[::every]
             requests += [
@@ -81,7 +87,7 @@ def hellaswag_shaped(count: int) -> list[tuple[str, str]]:
     return requests
 
 
-def windows_of(text_windows: int, length: int, tokenizer: object) -> object:
+def windows_of(text_windows: int, length: int, tokenizer: Any) -> "torch.Tensor":
     from q3q.data.texts import load_text
     from q3q.data.windows import consecutive_windows, encoder
 
@@ -104,7 +110,7 @@ class Meter:
         self.cuda = torch.cuda if device == "cuda" else None
 
     def __enter__(self) -> "Meter":
-        # What warming up and trying batch sizes have freed would else be taken for part of the loaded model.
+        # Memory freed by warming up and trying batch sizes must not count as the loaded model's.
         gc.collect()
         if self.cuda:
             self.cuda.synchronize()
@@ -130,8 +136,8 @@ class Meter:
         )
 
 
-def measure(side: str, folder: Path, suites: list[dict]) -> list[dict]:
-    """In a process of its own: load, and of each suite warm up, run, and say seconds, peak memory and scores."""
+def measure(side: str, folder: Path, suites: list[dict[str, Any]]) -> list[dict]:
+    """Load the model, and warm up and measure each suite; runs in its own process."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -153,7 +159,7 @@ def measure(side: str, folder: Path, suites: list[dict]) -> list[dict]:
         return found
 
 
-def perplexity_suite(side: str, model: object, tokenizer: object, suite: dict) -> dict:
+def perplexity_suite(side: str, model: Any, tokenizer: Any, suite: dict[str, Any]) -> dict:
     import torch
 
     from q3q.evaluate.perplexity import perplexity
@@ -177,7 +183,7 @@ def perplexity_suite(side: str, model: object, tokenizer: object, suite: dict) -
     return said(meter, scores, {})
 
 
-def requests_suite(side: str, model: object, tokenizer: object, suite: dict) -> dict:
+def requests_suite(side: str, model: Any, tokenizer: Any, suite: dict[str, Any]) -> dict:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -204,7 +210,7 @@ def requests_suite(side: str, model: object, tokenizer: object, suite: dict) -> 
         lm = HarnessLM(model, tokenizer, max_length=WINDOW)
         lm.loglikelihood(trial)  # finds its batches by trying, as theirs are found
         lm.loglikelihood(trial)
-        lm.effort = type(lm.effort)()
+        lm.scorer.effort = type(lm.scorer.effort)()
     else:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=WINDOW)
         lm.batch_size_per_gpu = fastest_batch(lm, trial, suite["device"])
@@ -212,11 +218,11 @@ def requests_suite(side: str, model: object, tokenizer: object, suite: dict) -> 
     with Meter(suite["device"]) as meter:
         scores = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
     if side == "ours":
-        notes |= vars(lm.effort) | {"budget": lm.budget.tokens}
+        notes |= vars(lm.scorer.effort) | {"budget": lm.scorer.budget.tokens}
     return said(meter, scores, notes)
 
 
-def fastest_batch(lm: object, trial: list, device: str) -> int:
+def fastest_batch(lm: Any, trial: list, device: str) -> int:
     """Of HFLM's batch sizes; one that does not fit into memory is not."""
     import torch
 
@@ -231,7 +237,7 @@ def fastest_batch(lm: object, trial: list, device: str) -> int:
             torch.cuda.empty_cache()
             break
         rates[size] = time.perf_counter() - begin
-    return min(rates, key=rates.get)
+    return min(rates, key=rates.__getitem__)
 
 
 def said(meter: Meter, scores: list[float], notes: dict) -> dict:
@@ -244,7 +250,7 @@ def said(meter: Meter, scores: list[float], notes: dict) -> dict:
     }
 
 
-def worker(side: str, folder: Path, suites: list[dict]) -> list[dict]:
+def worker(side: str, folder: Path, suites: list[dict[str, Any]]) -> list[dict]:
     command = [sys.executable, __file__, "--worker", side, str(folder), json.dumps(suites)]
     threads = str(suites[0]["threads"])
     environment = {
@@ -285,7 +291,8 @@ def compare(title: str, ours: dict, theirs: dict, dtype: str) -> None:
         apart = f"{max(abs(a - b) / abs(b) for a, b in pairs):.2%}"
     faster, lighter = theirs["seconds"] / ours["seconds"], ours["peak"] / theirs["peak"]
     print(
-        f"{title}: {faster:.2f} x as fast ({theirs['cpu'] / ours['cpu']:.2f} in CPU time), {lighter:.2f} of the memory"
+        f"{title}: {faster:.2f} x as fast ({theirs['cpu'] / ours['cpu']:.2f} in CPU time), "
+        f"{lighter:.2f} of the memory"
     )
     for side, found in (("ours", ours), ("theirs", theirs)):
         figures = (
@@ -295,8 +302,9 @@ def compare(title: str, ours: dict, theirs: dict, dtype: str) -> None:
     print(f"  largest difference {apart}", end="")
     if notes := ours["notes"]:
         print(
-            f"; tokens asked / computed {notes['asked'] / notes['computed']:.2f}, computed / unique "
-            f"{notes['computed'] / notes['unique']:.3f}, logits / asked {notes['logits'] / notes['asked']:.3f}, "
+            f"; tokens asked / computed {notes['asked'] / notes['computed']:.2f}, "
+            f"computed / unique {notes['computed'] / notes['unique']:.3f}, "
+            f"logits / asked {notes['logits'] / notes['asked']:.3f}, "
             f"padding {notes['padded'] / notes['attended']:.1%} in attention, none elsewhere",
             end="",
         )
@@ -347,7 +355,7 @@ def main() -> None:
             if not demo:
                 blocks = options.blocks or (None if cuda else 2)
                 made = Process(target=make_model, args=(folder, blocks, model))
-                made.start()  # in a process of its own: what it holds of a GPU would be missing to HFLM
+                made.start()  # its own process: what it holds of a GPU would be missing to HFLM
                 made.join()
             few = demo or cuda
             suites = {

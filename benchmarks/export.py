@@ -1,13 +1,15 @@
-"""What an export costs beside its trial: `python benchmarks/export.py [--blocks 4] [--gptqmodel PYTHON]`.
+"""What an export costs: `python benchmarks/export.py [--blocks 4] [--gptqmodel PYTHON]`.
 
-One GPTQ trial for each format, on a random model with Qwen3-0.6B's real shapes (fewer blocks, real vocabulary) and a
-small calibration set; prints packing and writing as a share of loading, quantizing and evaluating in the same run (at
-most 5 % wanted), and the proof in a second process, which a real calibration set and evaluation dwarf.
+Runs one GPTQ trial for each format, on a random model with Qwen3-0.6B's real shapes (fewer blocks,
+real vocabulary) and a small calibration set. Prints packing and writing as a share of loading,
+quantizing and evaluating in the same run (the goal is at most 5 %), and the proof in a second
+process, which takes little beside a real calibration set and evaluation.
 
---gptqmodel: a Python in whose environment GPTQModel is installed. Exports of both demo models in its two formats, at
-every number of bits, symmetric and not, in groups (of `gptq` in act-order) and in whole rows, are loaded with it, and
-its logits (float16 arithmetic) compared with q3q's, token by token. Ends with an error where they differ by more than
-1 %; of an MoE model one token in twenty may, since float16 may send one that stands between two experts to the other.
+--gptqmodel: a Python in whose environment GPTQModel is installed. It loads exports of both demo
+models in its two formats, at every number of bits, symmetric and not, in groups (of `gptq` in
+act-order) and in whole rows, and its logits (float16 arithmetic) are compared with q3q's, token by
+token. Ends with an error where they differ by more than 1 %; of an MoE model one token in twenty
+may, because float16 may send a token that stands between two experts to the other.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from trial import make_model
 
-from q3q.config import schema
+from q3q.config.schema import register
 
 ROOT = Path(__file__).parent.parent
 KINDS = {
@@ -82,19 +84,20 @@ def costs(blocks: int, scratch: Path) -> None:
         )
         proof = metrics["seconds/export"]
         print(
-            f"  {name:20} packing and writing {write:5.2f} s, {100 * write / rest:4.1f} % of {rest:5.1f} s; "
+            f"  {name:20} packing and writing {write:5.2f} s, "
+            f"{100 * write / rest:4.1f} % of {rest:5.1f} s; "
             f"proof {proof:5.1f} s; {metrics['export_bytes'] / 1e6:6.1f} MB"
         )
 
 
 def exports(scratch: Path) -> list[Path]:
-    """One export of each way, by trials in this process."""
+    """Write one export of each kind by trials in this process, and return their folders."""
     from hydra import compose, initialize_config_dir
 
-    from q3q.config import resolve as config
+    from q3q.config.resolve import trial_from
     from q3q.trial import attempt_trial
 
-    schema.register()
+    register()
     small = ["method=gptq", "calibration.samples=4", "evaluation=none", f"storage={scratch}/loads"]
     folders = []
     for model in ("demo", "demo_moe"):
@@ -108,7 +111,7 @@ def exports(scratch: Path) -> list[Path]:
                 *way.split(),
             ]
             with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-                record = attempt_trial(config.spec_from(compose("config", overrides)))
+                record = attempt_trial(trial_from(compose("config", overrides)))
             if not record.completed:
                 raise SystemExit(f"{folder.name}: {record.reason}")
             folders.append(folder)
@@ -127,7 +130,7 @@ def loads(python: str, scratch: Path) -> None:
     folders = exports(scratch)
     torch.save(windows(Checkpoint(folders[0]).facts), scratch / "ids")
     command = [python, "-I", "-c", LOAD, str(scratch / "ids"), *map(str, folders)]
-    # It would compile for minutes what runs for a moment.
+    # Compiling would take minutes, running takes a moment.
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, cwd=scratch, check=False
@@ -141,8 +144,8 @@ def loads(python: str, scratch: Path) -> None:
         error_BT = (torch.load(f"{folder}.logits") - ours).norm(dim=-1) / ours.norm(dim=-1)
         far = float((error_BT > SAME_IN_FLOAT16).float().mean())
         print(
-            f"  {folder.name:68} by GPTQModel: logits of a token differ by {float(error_BT.median()):.1e} of their "
-            f"size, by {float(error_BT.max()):.1e} at most, in float16",
+            f"  {folder.name:68} by GPTQModel: in float16, logits of a token differ by "
+            f"{float(error_BT.median()):.1e} of their size, by {float(error_BT.max()):.1e} at most",
             flush=True,
         )
         wrong += [folder.name] if far > (SENT_ELSEWHERE if "_moe_" in folder.name else 0) else []
@@ -161,12 +164,12 @@ def main() -> None:
         help="blocks of the 0.6B-shaped model, 28 in the real one; 0 to skip it",
     )
     parser.add_argument("--gptqmodel", metavar="PYTHON", help="a Python that has GPTQModel")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        if given.blocks:
-            costs(given.blocks, Path(scratch))
-        if given.gptqmodel:
-            loads(given.gptqmodel, Path(scratch))
+        if options.blocks:
+            costs(options.blocks, Path(scratch))
+        if options.gptqmodel:
+            loads(options.gptqmodel, Path(scratch))
 
 
 if __name__ == "__main__":

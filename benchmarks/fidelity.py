@@ -1,9 +1,10 @@
-"""The study's grid on the demo models, and docs/FIDELITY.md's tables: `python benchmarks/fidelity.py STORAGE`.
+"""Run the study's grid on the demo models and write the tables of docs/FIDELITY.md.
 
-Runs what is missing in STORAGE through launch.py (RTN, GPTQ and AWQ at 8, 4, 3 and 2 bits per channel and in groups of
-128; SmoothQuant w8a8, w4a8 and w4a4, smoothed and as the study's script ran it; BiLLM), then reads the records and
-rewrites the page between its markers. Whether an ordering that the study reports holds here is computed from the
-records. Options: --models, --methods (fewer cells), --tables (write from the records that are there, run nothing).
+`python benchmarks/fidelity.py STORAGE` runs what is missing in STORAGE through launch.py (RTN, GPTQ
+and AWQ at 8, 4, 3 and 2 bits per channel and in groups of 128; SmoothQuant w8a8, w4a8 and w4a4,
+smoothed and as the study's script ran it; BiLLM), then reads the records and rewrites the page
+between its markers. The records decide whether an ordering that the study reports holds here.
+Options: --models, --methods (fewer cells), --tables (write from existing records, run nothing).
 """
 
 import argparse
@@ -33,7 +34,10 @@ LOSSLESS, KEPT, COLLAPSED = 1.01, 2.0, 10.0  # perplexity over the unquantized m
 
 @dataclass(frozen=True)
 class Cell:
-    """One trial: its place in the grid, and what it scored. perplexity: by text, infinite if it diverged."""
+    """A trial: its place in the grid and its scores.
+
+    perplexity: by text, infinite if it diverged
+    """
 
     method: str
     bits: int
@@ -48,12 +52,13 @@ class Cell:
         if not self.bits:
             return "unquantized"
         act = f"a{self.act_bits}" if self.act_bits else ""
-        return f"{self.method} w{self.bits}{act} {'per channel' if self.group_size == -1 else f'g{self.group_size}'}"
+        group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{self.method} w{self.bits}{act} {group}"
 
 
 @dataclass(frozen=True)
 class Grid:
-    """One model's cells, (method, bits, group size, activation bits) each, and the text by which they are judged."""
+    """A model's cells by (method, bits, group size, activation bits), and the text to judge by."""
 
     cells: dict[tuple[str, int, int, int | None], Cell] = field(default_factory=dict)
     text: str = TEXTS[0]
@@ -77,7 +82,7 @@ def run(storage: Path, models: list[str], methods: list[str]) -> None:
     for name, overrides in SWEEPS.items():
         if name.split("_")[0] in methods:
             command = [sys.executable, "launch.py", "-m", f"model={','.join(models)}", *overrides]
-            # A sweep with a failed trial ends with 1; its cell is then missing from the table, which says so.
+            # A sweep with a failed trial ends with 1; the table then says that its cell is missing.
             subprocess.run(
                 [*command, f"storage={storage}"],
                 cwd=ROOT,
@@ -109,8 +114,6 @@ def read(storage: Path, model: str) -> Grid:
         grid.cells[cell.method, cell.bits, cell.group_size, cell.act_bits] = cell
     return grid
 
-
-# ------------------------------------------------------------------------------------------- what the study reports
 
 Judgement = tuple[bool | None, str]  # holds or not, None if a cell is missing; the numbers
 
@@ -210,7 +213,8 @@ CLAIMS: list[tuple[str, Callable[[Grid], Judgement]]] = [
     ("at 2 bits GPTQ is the best of the three", gptq_best_at_two),
     ("GPTQ: groups of 128 are better than whole rows", groups("gptq")),
     (
-        "AWQ: groups of 128 are better than whole rows (the study's tables have it the other way round)",
+        "AWQ: groups of 128 are better than whole rows (the study's tables have it the other way "
+        "round)",
         groups("awq"),
     ),
     (
@@ -224,9 +228,6 @@ CLAIMS: list[tuple[str, Callable[[Grid], Judgement]]] = [
         billm_above_two_bits,
     ),
 ]
-
-
-# ------------------------------------------------------------------------------------------------------- the page
 
 
 VERDICT = {None: "not run", True: "holds", False: "does not"}
@@ -244,8 +245,9 @@ def grid_table(grid: Grid) -> str:
         grid.cells.values(),
         key=lambda c: (order.index(c.method), c.group_size, -c.bits, -(c.act_bits or 0)),
     )
+    texts = " | ".join(f"perplexity, {text}" for text in TEXTS)
     lines = [
-        f"| cell | bits a weight | {' | '.join(f'perplexity, {text}' for text in TEXTS)} | mean accuracy |",
+        f"| cell | bits a weight | {texts} | mean accuracy |",
         "|---|---|---|---|---|",
     ]
     for cell in cells:
@@ -264,14 +266,13 @@ def claims_table(grids: dict[str, Grid]) -> str:
     for claim, judge in CLAIMS:
         for model, grid in grids.items():
             found = [judge(Grid(grid.cells, text)) for text in TEXTS]
-            lines.append(
-                f"| {claim} | {model} | {' | '.join(f'{VERDICT[holds]}: {how}' for holds, how in found)} |"
-            )
+            verdicts = " | ".join(f"{VERDICT[holds]}: {how}" for holds, how in found)
+            lines.append(f"| {claim} | {model} | {verdicts} |")
     return "\n".join(lines)
 
 
 def hessian_table(model: str) -> str:
-    """Relative error of each site's Gram matrix, and of the 4-bit codes it leads to, by precision of accumulation."""
+    """Tabulate the errors of each site's Gram matrix and 4-bit codes by accumulation precision."""
     import torch
 
     from q3q.data.texts import load_text
@@ -285,7 +286,7 @@ def hessian_table(model: str) -> str:
     from q3q.spec import Scheme
 
     def tf32(x: torch.Tensor) -> torch.Tensor:
-        """Mantissas of ten bits, to nearest, as tensor cores read them; they accumulate in float32."""
+        """Round mantissas to ten bits, as tensor cores read them; they accumulate in float32."""
         return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
     def product(x: torch.Tensor) -> torch.Tensor:
@@ -314,10 +315,10 @@ def hessian_table(model: str) -> str:
             stages = block.stages(hidden, decoder.rope)
             for site in block.sites:
                 _, inputs = next(stages)
-                if inputs.whole_TI is None or len(inputs.experts) > 1:
+                if inputs.all_TI is None or len(inputs.experts) > 1:
                     continue  # one site of each kind says enough
                 weight_EOI, _ = stack_rows(block.weights, site)
-                exact = inputs.whole_TI.double().T @ inputs.whole_TI.double()
+                exact = inputs.all_TI.double().T @ inputs.all_TI.double()
 
                 def solve(
                     gram: torch.Tensor, weight_EOI: torch.Tensor = weight_EOI
@@ -326,12 +327,12 @@ def hessian_table(model: str) -> str:
                         weight_EOI, gram.float()[None], scheme, act_order=True
                     ).weight.codes_EOI
 
-                wanted = solve(exact / len(inputs.whole_TI))
+                wanted = solve(exact / len(inputs.all_TI))
                 for name, accumulate in kinds.items():
-                    found = accumulate(inputs.whole_TI)
+                    found = accumulate(inputs.all_TI)
                     errors[name].append(float((found.double() - exact).norm() / exact.norm()))
                     codes[name].append(
-                        float((solve(found / len(inputs.whole_TI)) != wanted).float().mean())
+                        float((solve(found / len(inputs.all_TI)) != wanted).float().mean())
                     )
             hidden = block(hidden, decoder.rope)
     lines = [

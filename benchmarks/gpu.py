@@ -1,7 +1,8 @@
 """Each fast path of a GPU against its plain twin, on one GPU: `python benchmarks/gpu.py`.
 
-GPTQ's column loop and its whole solve, the sum over logits, and attention along a tree of prefixes, at the shapes of
-Qwen3-0.6B and 8B in the types that they run in. Medians of five runs, after one that is not counted.
+GPTQ's column loop and its whole solve, the sum over logits, and attention along a tree of
+prefixes, at the shapes and in the types of Qwen3-0.6B and 8B. Medians of five runs, after one that
+is not counted.
 """
 
 import sys
@@ -16,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from q3q.evaluate.prefixes import Tape
-from q3q.models.attention import Tree
+from q3q.evaluate.prefixes import PackedTree
+from q3q.models.attention import TreeAttention
 from q3q.numerics.kernels.logsum import logsum, logsum_plain
 from q3q.quantize.kernels.columns import block_solver, solve_block, solve_block_plain
 from q3q.quantize.methods.gptq import factored_columns, gptq_round
@@ -95,10 +96,10 @@ def sums(positions: int) -> None:
 
 
 def attention(title: str, texts: list[np.ndarray], heads: int) -> None:
-    """One block's attention over a batch of 16,384 tokens of a tape: ragged pieces, and padded ones in buckets."""
+    """Time a block's attention over 16,384 tokens of a tree: varlen, and padded in buckets."""
     taken = {}
-    for name, ragged in (("ragged", True), ("padded", False)):
-        batch = Tape(texts, ragged=ragged).next_batch(16_384).to(GPU, torch.bfloat16)
+    for name, varlen in (("varlen", True), ("padded", False)):
+        batch = PackedTree(texts, varlen=varlen).next_batch(16_384).to(GPU, torch.bfloat16)
         tokens = batch.stop - batch.first
         query = torch.randn(1, tokens, heads, 128, device=GPU).bfloat16().transpose(1, 2)
         key, value = (
@@ -106,7 +107,7 @@ def attention(title: str, texts: list[np.ndarray], heads: int) -> None:
         )
 
         def run(batch: Any = batch, states: Any = (query, key, value)) -> None:
-            tree: Tree = batch.attention(None)
+            tree: TreeAttention = batch.attention(None)
             tree(*states)
 
         taken[name] = seconds(run)
@@ -114,7 +115,7 @@ def attention(title: str, texts: list[np.ndarray], heads: int) -> None:
 
 
 def questions(stem: int, count: int, length: int, answers: int, answer: int) -> list[np.ndarray]:
-    """Sorted texts: one stem, questions on it, answers to each; random tokens, lengths about these."""
+    """Return sorted texts of random tokens: a stem, questions on it, and answers to each."""
     random = np.random.default_rng(0)
 
     def some(mean: int) -> np.ndarray:

@@ -1,13 +1,15 @@
-"""q3q's GPTQ and AWQ against llm-compressor's and GPTQModel's: `python benchmarks/methods.py [--cache DIR]`.
+"""Compare q3q's GPTQ and AWQ with llm-compressor's and GPTQModel's.
 
-Makes a virtual environment for each of the two (pinned, on the CPU build of the torch release that runs this; kept in
-the cache folder and reused), gives all contenders the same checkpoint, the same calibration tokens and the same
-settings (4 bits, groups of 128, asymmetric), and prints for each its seconds, and the perplexity of the model it made.
+`python benchmarks/methods.py [--cache DIR]` makes a virtual environment for each of the two
+(pinned, on the CPU build of the torch release that runs this; kept in the cache folder and reused),
+gives all contenders the same checkpoint, calibration tokens and settings (4 bits, groups of 128,
+asymmetric), and prints each one's seconds and the perplexity of the model it made.
 
-Seconds are those of quantizing alone, from a float32 model in memory to a quantized one in memory: starting the
-process, loading, saving and evaluating are left out. Contenders take turns, each in a process of its own; the shortest
-time counts. Every model is judged by one piece of code: its dequantized weights, as the contender's own code gives
-them, are put into q3q's decoder. One that was not quantized everywhere to 4 bits is an error, not a result.
+Seconds are those of quantizing alone, from a float32 model in memory to a quantized one in memory,
+without starting the process, loading, saving or evaluating. Contenders take turns, each in its own
+process; the shortest time counts. The same code judges every model: q3q's decoder receives its
+dequantized weights, as the contender's own code gives them. A model that was not quantized
+everywhere to 4 bits is an error, not a result.
 """
 
 import argparse
@@ -51,7 +53,10 @@ class ContenderError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """A package from PyPI. alone: installed without what it asks for, which `requirements` gives instead."""
+    """A package from PyPI.
+
+    alone: installed without its declared dependencies; `requirements` lists them instead
+    """
 
     name: str
     script: str
@@ -69,7 +74,7 @@ LLM_COMPRESSOR = Peer(
         "datasets==5.2.0",
     ),
 )
-# It asks for torch 2.14.1 or newer, but runs on 2.13: on the CPU it takes nothing from the newer one.
+# It requires torch 2.14.1 or newer, but runs on 2.13: on the CPU it uses nothing newer.
 GPTQMODEL = Peer(
     name="GPTQModel",
     script="run_gptqmodel.py",
@@ -95,7 +100,10 @@ GPTQMODEL = Peer(
 
 @dataclass(frozen=True)
 class Contender:
-    """Who quantizes: a peer, or q3q itself (None). aside: not in the contest, but to be seen; run once."""
+    """A quantizer: a peer, or q3q itself (None).
+
+    aside: outside the contest, shown for comparison; run once
+    """
 
     name: str
     peer: Peer | None = None
@@ -105,7 +113,11 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """windows: of `LENGTH` tokens, to calibrate on. evaluated: the same, to evaluate on. rounds: of turns, at most."""
+    """A model and its data.
+
+    windows, evaluated: windows of `LENGTH` tokens to calibrate and to evaluate on
+    rounds: of turns, at most
+    """
 
     name: str
     method: str
@@ -130,9 +142,6 @@ TITLES = {
     "demo": "demo model (6 blocks)",
     "shaped": "random model with Qwen3-0.6B's widths (2 blocks, its vocabulary)",
 }
-
-
-# ------------------------------------------------------------------------------------------------- environments
 
 
 def environment_of(peer: Peer, cache: Path) -> Path:
@@ -187,7 +196,8 @@ def _command(command: list[str]) -> None:
         )
         if any(word in done.stderr for word in silent):
             raise ContenderError(
-                "not installed: the package index cannot be reached; connect once, or give a --cache that has it"
+                "not installed: the package index cannot be reached; connect once, or give a "
+                "--cache that has it"
             )
         raise ContenderError(f"not installed: {last_line(done.stderr)}")
 
@@ -198,12 +208,9 @@ def last_line(text: str) -> str:
     return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])[:300]
 
 
-# ------------------------------------------------------------------------------------------------------- a turn
-
-
 @dataclass
 class Turn:
-    """What one process did: wall and processor seconds of quantizing, seconds of the whole process, and its folder."""
+    """A process's wall and processor seconds of quantizing, its own seconds, and its folder."""
 
     seconds: float
     cpu: float
@@ -253,9 +260,6 @@ def take_turn(contender: Contender, python: Path, job: Job, cache: Path) -> Turn
         raise ContenderError(last_line(done.stderr or done.stdout))
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return Turn(process=process, folder=folder, **result)
-
-
-# ---------------------------------------------------------------------------------------------------- judging
 
 
 @dataclass(frozen=True)
@@ -320,9 +324,6 @@ def check_levels(name: str, weight_OI: Tensor | None) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------- cases
-
-
 def checkpoint_of(case: Case, cache: Path) -> Path:
     """The folder of the case's model; the random one is made once."""
     if case.model == "demo":
@@ -335,7 +336,7 @@ def checkpoint_of(case: Case, cache: Path) -> Path:
 
 
 def make_tokens(path: Path, case: Case, windows: int | None) -> tuple[Path, Tensor]:
-    """A file of the case's calibration windows, and its evaluation windows: the demo's text, one tokenizer for all."""
+    """Write the calibration windows; return their file and the evaluation windows (demo text)."""
     encode = encoder(load_tokenizer(DEMO))
     samples = min(case.windows, windows or case.windows)
     text = load_text("demo", split="calibration")
@@ -362,7 +363,8 @@ def run_case(
         base = judge.scores()
         samples = len(load_file(tokens)["calibration"])
         print(
-            f"{samples} x {LENGTH} tokens to calibrate on, {len(held_out)} x {LENGTH} to evaluate on, float32"
+            f"{samples} x {LENGTH} tokens to calibrate on, {len(held_out)} x {LENGTH} to evaluate "
+            "on, float32"
         )
         for number in range(min(case.rounds, args.repeats)):
             for contender in case.contenders:
@@ -416,7 +418,8 @@ def print_table(
     ]
     fastest = min(rivals, default=None)
     print(
-        f"\n{'':22} {'seconds':>8} {'cpu s':>7} {'process':>8} {'speed':>6} {'perplexity':>12} {'KL, nats':>10}"
+        f"\n{'':22} {'seconds':>8} {'cpu s':>7} {'process':>8} {'speed':>6} {'perplexity':>12} "
+        f"{'KL, nats':>10}"
     )
     print(f"{'unquantized':22} {'':8} {'':7} {'':8} {'':6} {base[0]:12.5f}")
     for contender in case.contenders:
@@ -440,7 +443,7 @@ def print_table(
 
 
 def warm_up(contender: Contender, python: Path, cache: Path, threads: int) -> None:
-    """A quantization of next to nothing, so that what a peer compiles once and keeps is not counted."""
+    """Quantize a tiny model once, so that what a peer compiles and keeps is not counted."""
     mark = python.parent.parent / ".warm"
     if mark.exists():
         return

@@ -1,9 +1,10 @@
-"""GPTQ on one random block of Qwen3-30B-A3B's shape: `python benchmarks/moe.py [--tokens N] [--experts N]`.
+"""Time GPTQ on one random block of Qwen3-30B-A3B's shape.
 
-Prints the processor seconds of the whole walk over the block; then, for some of its experts, the seconds of
-solving them together against one by one: by this program, expert after expert, and by a transcription of the official
-loops (IST-DASLab/gptq's fasterquant, gate and up each with a Hessian and a factor of its own, as it treats linears).
-All in one process, taking turns, each the best of a few; random weights, inputs and tokens; 4 bits, groups of 128.
+`python benchmarks/moe.py [--tokens N] [--experts N]` prints the processor seconds of the whole walk
+over the block; then, for some of its experts, the seconds of solving them together, one by one with
+q3q, and with a transcription of the official loops (IST-DASLab/gptq's fasterquant, which gives gate
+and up each its own Hessian and factor). All in one process, taking turns, each the best of a few;
+random weights, inputs and tokens; 4 bits, groups of 128.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, block_class
+from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP
+from q3q.models.decoder import block_class
 from q3q.models.facts import read_facts
 from q3q.models.qwen3 import Qwen3Block, Rope
 from q3q.models.spool import Spool
@@ -109,7 +111,7 @@ def seconds(work: Callable[[], object]) -> float:
 def compare(
     site: str, linears: int, weight_EOI: Tensor, hessian_EII: Tensor, rounds: int
 ) -> tuple[float, float]:
-    """Together, one by one, and the official loops, taking turns. Returns the first and the last's seconds."""
+    """Time the batch, one by one, and the official loops; return the batch's and the last's."""
 
     def together() -> None:
         gptq_round(weight_EOI, hessian_EII, SCHEME, act_order=True)
@@ -129,7 +131,8 @@ def compare(
             best[work.__name__] = min(best[work.__name__], seconds(work))
     for name, value in best.items():
         print(
-            f"  {site:8} {name:11} {value:7.2f} s   {value / best['together']:.2f} times the batch's",
+            f"  {site:8} {name:11} {value:7.2f} s   "
+            f"{value / best['together']:.2f} times the batch's",
             flush=True,
         )
     return best["together"], best["official"]
@@ -163,7 +166,8 @@ def main() -> None:
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"the whole block, {hidden.shape[0] * WINDOW} tokens, 128 experts: {whole:.1f} s, peak {peak:.1f} GiB",
+        f"the whole block, {hidden.shape[0] * WINDOW} tokens, 128 experts: {whole:.1f} s, "
+        f"peak {peak:.1f} GiB",
         flush=True,
     )
     print(f"solving {wanted.experts} of its experts, Hessians of 4096 tokens each:", flush=True)
@@ -172,13 +176,13 @@ def main() -> None:
         weight = torch.cat(
             [block.weights[name][: wanted.experts].float() for name in site.weights], 1
         )
-        inputs = torch.randn(wanted.experts, 4096, weight.shape[2])
-        totals.append(
-            compare(site.name, len(site.weights), weight, inputs.mT @ inputs, wanted.rounds)
-        )
+        inputs_ENI = torch.randn(wanted.experts, 4096, weight.shape[2])
+        hessian_EII = inputs_ENI.mT @ inputs_ENI
+        totals.append(compare(site.name, len(site.weights), weight, hessian_EII, wanted.rounds))
     together, official = map(sum, zip(*totals, strict=True))
     print(
-        f"both sites: the official loops take {official / together:.1f} times as long (at least 4 wanted)"
+        f"both sites: the official loops take {official / together:.1f} times as long "
+        "(at least 4 wanted)"
     )
 
 

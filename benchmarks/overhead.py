@@ -1,9 +1,9 @@
 """What a sweep costs beyond its trials: `python benchmarks/overhead.py`.
 
-Runs the demo sweep of six trials through launch.py, and the same six through `run_trial` in one bare process with a
-trial's own thread count; both in this run, on this machine, from empty folders. Prints the ratio of the sweep's wall
-time, less its start-up, to max(longest trial, sum / trials at once), and the start-up itself: from the command to the
-first trial at work.
+Runs the demo sweep of six trials through launch.py, and the same six through `run_trial` in one
+process with a trial's own thread count; both in this run, on this machine, from empty folders.
+Prints the ratio of the sweep's wall time, less its start-up, to max(longest trial, sum / trials at
+once), and the start-up itself: from the command to the first trial at work.
 """
 
 import json
@@ -22,15 +22,14 @@ import json, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(int(sys.argv[1]))
-from q3q.spec import TrialSpec
+from q3q.record import load_trial
 from q3q.trial import run_trial
 seconds = {}
 for path in sorted(Path(sys.argv[2]).glob("*/spec.json")):
-    spec = TrialSpec.from_json(json.loads(path.read_text()))
-    spec = spec.with_places({**spec.places, "trials": sys.argv[3]})
+    trial = load_trial(path).placed(trials=Path(sys.argv[3]))
     started = time.perf_counter()
-    run_trial(spec)
-    seconds[spec.name] = time.perf_counter() - started
+    run_trial(trial)
+    seconds[trial.spec.name] = time.perf_counter() - started
 print(json.dumps(seconds))
 """
 
@@ -78,7 +77,7 @@ def main() -> None:
         print(f"bare {name:16} {value:6.1f} s")
     print(f"bare sum {sum(seconds.values()):.1f} s, {at_once} trials at once: ideal {ideal:.1f} s")
     print(f"sweep {whole:.1f} s, of which start-up {start_up:.1f} s")
-    print(f"ratio of the rest to the ideal: {(whole - start_up) / ideal:.2f} (at most 1.15 wanted)")
+    print(f"ratio of the rest to the ideal: {(whole - start_up) / ideal:.2f} (goal: at most 1.15)")
 
 
 if __name__ == "__main__":

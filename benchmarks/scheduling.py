@@ -1,15 +1,17 @@
-"""What a trial costs the sweep that runs it: `python benchmarks/scheduling.py [--trials 2000] [--nodes 4]`.
+"""What a sweep costs each trial: `python benchmarks/scheduling.py [--trials 2000] [--nodes 4]`.
 
-Trials of one millisecond go through launch.py, the sweeper, the launcher, Ray, records, progress, tracker and report:
-all that a trial goes through but the work of `run_trial`, in whose place stands a pause (`StudySweeper.trial`). Printed
-are seconds and milliseconds a trial of each stage, and the driver's resident memory on the way.
+Trials of one millisecond go through launch.py, the sweeper, the launcher, Ray, records, progress,
+tracker and report: all that a trial goes through, with a pause in place of `run_trial`
+(`StudySweeper.trial`). Prints seconds, and milliseconds a trial, of each stage, and the driver's
+resident memory on the way.
 
-Then the same on Ray's fake cluster (`ray.cluster_utils.Cluster`): real raylets and workers on this machine that say
-they have 8 GPUs each; and, without Ray, the plan for 64 such machines, packed in simulation.
+Then the same on Ray's fake cluster (`ray.cluster_utils.Cluster`): real raylets and workers on this
+machine that say they have 8 GPUs each; and, without Ray, the plan for 64 such machines, packed in
+simulation.
 
-Stages: composing is Hydra's own composition of the jobs, with their specs; running is from the first trial's start to
-the last one's record on disk; the tracker is told meanwhile, in a thread of its own, and what it had not taken by then
-is shown as its own stage.
+Stages: composing is Hydra's own composition of the jobs, with their specs; running is from the
+first trial's start to the last one's record on disk. The tracker is informed meanwhile, in a thread
+of its own; what it had not taken by then is a stage of its own.
 """
 
 import argparse
@@ -28,65 +30,69 @@ LIMIT = 20.0  # milliseconds a trial, beyond composing
 NODES, GPUS = 64, 8  # of the simulated cluster
 
 
-def brief(spec: dict[str, Any], report: Callable[[Any], None]) -> dict[str, Any]:
-    """A trial of one millisecond: it reports, writes its record, and gives it back."""
+def brief_work(placed: dict[str, Any], report: Callable[[Any], None]) -> dict[str, Any]:
+    """Pretend a trial of one millisecond: report, write its record, and return it."""
     import time
 
+    from q3q.placement import Trial
     from q3q.record import Progress, TrialRecord
-    from q3q.spec import TrialSpec
 
-    mine = TrialSpec.from_json(spec)
-    report(Progress(trial=mine.id, phase="evaluate", done=0, total=1))
+    trial = Trial.from_json(placed)
+    report(Progress(trial=trial.id, phase="evaluate", done=0, total=1))
     time.sleep(0.001)
     metrics = {
-        "perplexity/stories": 2.0 + mine.seed / 1e4,
+        "perplexity/stories": 2.0 + trial.spec.seed / 1e4,
         "seconds/evaluate": 0.001,
         "peak_bytes/evaluate": 1e8,
     }
-    report(Progress(trial=mine.id, phase="evaluate", done=1, total=1, metrics=metrics))
-    record = TrialRecord(spec=mine, status="COMPLETED", metrics=metrics)
+    report(Progress(trial=trial.id, phase="evaluate", done=1, total=1, metrics=metrics))
+    record = TrialRecord(
+        spec=trial.spec, placement=trial.placement, status="COMPLETED", metrics=metrics
+    )
     record.save()
     return record.to_json()
 
 
 def sweep(trials: int, storage: Path, *arguments: str) -> None:
-    """In a process of its own: launch.py with `brief` in the place of a trial's work, and a stop-watch."""
-    from q3q.sweep import study, sweeper
+    """Run launch.py with `brief_work` in place of a trial's work, and time its stages."""
+    from q3q.sweep import run, sweeper
+    from q3q.sweep.background import BackgroundQueue
     from q3q.sweep.launcher import RayLauncher
+    from q3q.sweep.study import Study
 
     marks: dict[str, float] = {}
     resident: list[str] = []
     ended = 0
 
     def timed(owner: Any, name: str, label: str) -> None:
-        whole = getattr(owner, name)
+        function = getattr(owner, name)
 
-        def watched(*given: Any, **named: Any) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
             try:
-                return whole(*given, **named)
+                return function(*args, **kwargs)
             finally:
                 marks[label] = marks.get(label, 0.0) + time.perf_counter() - began
 
         setattr(owner, name, watched)
 
-    finished = sweeper.RunningStudy.finished
+    finished = run.RunningStudy.finished
 
-    def counting(self: Any, *given: Any) -> None:
+    def counting(self: Any, *args: Any) -> None:
         nonlocal ended
-        finished(self, *given)
+        finished(self, *args)
         ended += 1
         if ended % max(1, trials // 4) == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident.append(f"{ended}: {pages * os.sysconf('SC_PAGE_SIZE') / 2**20:.0f} MiB")
 
-    sweeper.StudySweeper.trial = staticmethod(brief)
-    sweeper.RunningStudy.finished = counting
-    timed(sweeper, "resolve", "composing")
-    timed(sweeper, "plan", "planning")
+    sweeper.StudySweeper.trial = staticmethod(brief_work)
+    run.RunningStudy.finished = counting  # type: ignore[method-assign, assignment]
+    timed(sweeper, "trials_of", "composing")
+    timed(run, "plan", "planning")
     timed(RayLauncher, "run", "running")
-    timed(study.BackgroundQueue, "settle", "tracker, what was left")
-    timed(study.Study, "close", "closing, the tracker's rest included")
+    timed(BackgroundQueue, "settle", "tracker, what was left")
+    timed(Study, "close", "closing, the tracker's rest included")
     os.chdir(ROOT)
     fixed = [
         "-m",
@@ -125,7 +131,8 @@ def shown(title: str, trials: int, *arguments: str) -> None:
             command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         assert inside.stdout is not None
-        tail, showing = [], False
+        tail: list[str] = []
+        showing = False
         for line in inside.stdout:
             showing = showing or line.startswith("STAGES")
             tail = [*tail[-20:], line]
@@ -150,7 +157,7 @@ def fake_cluster(trials: int, nodes: int) -> None:
             *where,
             "cluster.gpus_per_trial=0",
         )
-        # Ray gives each task on a GPU a process of its own, so these are as many starts of Python.
+        # Ray starts a new process for each task on a GPU, so Python starts as often.
         few = min(trials, 40)
         shown(
             f"{few} trials of 1 ms on {named}, a quarter of a GPU each",
@@ -166,7 +173,18 @@ def simulated(trials: int) -> None:
     from dataclasses import replace
 
     from q3q.models.facts import read_facts
-    from q3q.spec import Scheme, TrialSpec
+    from q3q.placement import Trial
+    from q3q.quantize.methods.registry import method_ref
+    from q3q.quantize.methods.settings import SETTINGS
+    from q3q.spec import (
+        Calibration,
+        Evaluation,
+        ModelRef,
+        Scheme,
+        TaskRef,
+        TextRef,
+        TrialSpec,
+    )
     from q3q.sweep.costs import CostModel
     from q3q.sweep.machines import Machine, ResourceRequest
     from q3q.sweep.plan import plan, simulate
@@ -178,29 +196,26 @@ def simulated(trials: int) -> None:
         "8B": (4096, 36, 32, 12288),
         "32B": (5120, 64, 64, 25600),
     }
-    specs, facts = [], {}
+    scheme = Scheme(bits=4, group_size=128, symmetric=False)
+    calibration = Calibration(source="c4", digest="c", samples=128, length=2048, draw="random")
+    evaluation = Evaluation(
+        texts=(TextRef(name="wikitext2", source="wikitext2", digest="w", window=2048),),
+        tasks=(TaskRef(name="mmlu"), TaskRef(name="hellaswag")),
+    )
+    pending, facts = [], {}
     for seed in range(trials):
         name, method = list(sizes)[seed % 3], ("rtn", "gptq", "awq")[seed // 3 % 3]
         hidden, layers, heads, inner = sizes[name]
-        observed = {"samples": 128, "length": 2048} if method != "rtn" else None
-        text = {
-            "name": "wikitext2",
-            "source": "wikitext2",
-            "digest": "",
-            "window": 2048,
-            "limit": None,
-            "samples": None,
-        }
+        settings = SETTINGS[method]()
         spec = TrialSpec(
-            model={"name": name, "source": name, "revision": "x", "dtype": "bfloat16"},
-            method={"name": method, "version": 1},
-            scheme=Scheme(bits=4, group_size=128, symmetric=False),
-            calibration=observed,
-            evaluation={"texts": [text], "tasks": ["mmlu", "hellaswag"], "task_limit": None},
+            model=ModelRef(name=name, source=name, revision="x", dtype="bfloat16"),
+            method=method_ref(settings, scheme),
+            scheme=scheme,
+            calibration=calibration if settings.observes() else None,
+            evaluation=evaluation,
             seed=seed,
-            places={"trials": "trials"},
         )
-        specs.append(spec)
+        pending.append(Trial(spec))
         facts[spec.id] = replace(
             shape,
             hidden=hidden,
@@ -215,17 +230,19 @@ def simulated(trials: int) -> None:
         Machine(cpus=64, gpus=GPUS, memory=10**12, gpu_memory=80 * 10**9, name="GPU")
     ] * NODES
     began = time.perf_counter()
-    ordered = plan(specs, {}, facts, machines=machines, wishes=ResourceRequest(), model=CostModel())
+    ordered = plan(
+        pending, {}, facts, machines=machines, request=ResourceRequest(), model=CostModel()
+    )
     planned = time.perf_counter()
     wall, at_once = simulate(ordered, machines)
     packed = time.perf_counter()
     least = sum(one.gpu_hours for one in ordered) / (NODES * GPUS)
     print(f"\n{trials} trials of three sizes on {NODES} machines of {GPUS} GPUs, in simulation")
+    seconds = (planned - began, packed - planned)
+    print("  planned in {:.0f} ms, packed in {:.0f} ms".format(*(1000 * one for one in seconds)))
     print(
-        f"  planned in {1000 * (planned - began):.0f} ms, packed in {1000 * (packed - planned):.0f} ms"
-    )
-    print(
-        f"  {at_once} at once at most; {wall / 3600:.2f} h predicted, {least:.2f} h if no GPU were ever idle"
+        f"  {at_once} at once at most; {wall / 3600:.2f} h predicted, {least:.2f} h if no GPU were "
+        "ever idle"
     )
 
 
@@ -236,18 +253,20 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--nodes", type=int, default=4, help="of the fake cluster; 0 leaves it out")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
-    given, rest = parser.parse_known_args()
+    options, rest = parser.parse_known_args()
     sys.path.insert(0, str(ROOT))
-    if given.inside is not None:
-        sweep(given.trials, given.inside, *rest)
+    if options.inside is not None:
+        sweep(options.trials, options.inside, *rest)
         return
-    shown(f"{given.trials} trials of 1 ms on this machine, {os.cpu_count()} cores", given.trials)
-    if given.nodes:
+    shown(
+        f"{options.trials} trials of 1 ms on this machine, {os.cpu_count()} cores", options.trials
+    )
+    if options.nodes:
         os.environ["RAY_AUTH_MODE"] = (
             "disabled"  # between processes of this one user, for the benchmark's length
         )
-        fake_cluster(min(given.trials, 500), given.nodes)
-    simulated(given.trials)
+        fake_cluster(min(options.trials, 500), options.nodes)
+    simulated(options.trials)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""A model that does not fit: `python benchmarks/streaming.py [--shape 0.6b|1.7b|4b] [--cache DIR] [--methods rtn]`.
+"""A model that does not fit: `python benchmarks/streaming.py [--shape 0.6b|1.7b|4b] [--cache DIR]`.
 
-Makes a random Qwen3 checkpoint of a real shape (4B: 8 GB), and runs whole trials on it under a third of its bytes, and
-under 2.5 GB: quantize, perplexity, and divergence from the unquantized model, each trial in a process of its own. Its
-peak is the kernel's (VmHWM), the largest of all phases. Then, at 0.6B, where both fit, streamed against resident:
-processor and disk together, taking turns, the best of a few. Exits with 1 if a peak is above its bound, or streaming
-below 60 % of the resident speed.
+Makes a random Qwen3 checkpoint of a real shape (4B: 8 GB), and runs whole trials on it under a
+third of its bytes, and under 2.5 GB: quantize, perplexity, and divergence from the unquantized
+model, each trial in a process of its own. Its peak is the kernel's (VmHWM), the largest of all
+phases. Then, at 0.6B, where both fit, compares streamed with resident: processor and disk together,
+taking turns, the best of a few. Exits with 1 if a peak is above its bound, or streaming below 60 %
+of the resident speed.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from q3q.config import schema
+from q3q.config.schema import register
 from q3q.models.checkpoint import disk_shapes
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.footprint import in_gb
-from q3q.models.tensor_files import Rows, encoded
+from q3q.models.tensor_files import Rows, encode_tensors
 
 ROOT = Path(__file__).parent.parent
 BASE = {
@@ -69,7 +70,7 @@ SETTINGS = [
     "evaluation.limit=4",
 ]
 MOST_BYTES = 2_500_000_000  # of the bound, however large the checkpoint
-WANTED_SPEED = 0.6
+LEAST_SPEED = 0.6
 
 
 def random_parts(
@@ -85,7 +86,7 @@ def random_parts(
 
 
 def write_checkpoint(folder: Path, shape: str) -> ModelFacts:
-    """A shard a block, a few rows at a time; what is there whole already stays."""
+    """Write one shard a block, a few rows at a time, unless the checkpoint is complete already."""
     config = {**BASE, **SHAPES[shape]}
     facts = read_facts(config)
     if (folder / "config.json").exists():
@@ -110,7 +111,7 @@ def write_checkpoint(folder: Path, shape: str) -> ModelFacts:
             for key, size in sizes.items()
         }
         with (folder / name).open("wb") as file:
-            file.writelines(encoded(tensors, {"format": "pt"}))
+            file.writelines(encode_tensors(tensors, {"format": "pt"}))
         weight_map |= dict.fromkeys(sizes, name)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(ROOT / "q3q" / "models" / "demo" / "dense" / name, folder / name)
@@ -121,23 +122,24 @@ def write_checkpoint(folder: Path, shape: str) -> ModelFacts:
 
 
 def one_trial(folder: Path, overrides: list[str]) -> None:
-    """In a process of its own: run it, and print what it took as JSON."""
+    """Run one trial in a process of its own, and print what it took as JSON."""
     from hydra import compose, initialize_config_dir
 
-    from q3q.config import resolve
+    from q3q.config.resolve import trial_from
+    from q3q.record import Progress
     from q3q.trial import run_trial
 
-    schema.register()
+    register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        spec = resolve.spec_from(
+        trial = trial_from(
             compose("config", ["model=local", f"model.path={folder}", *SETTINGS, *overrides])
         )
 
-    def tell(event: object) -> None:
-        if getattr(event, "phase", "") == "quantize":
-            print(f"\r{event.done} of {event.total} blocks ", end="", file=sys.stderr, flush=True)  # type: ignore[attr-defined]
+    def show(event: Progress) -> None:
+        if event.phase == "quantize":
+            print(f"\r{event.done} of {event.total} blocks ", end="", file=sys.stderr, flush=True)
 
-    record = run_trial(spec, tell)
+    record = run_trial(trial, show)
     if not record.completed:
         raise SystemExit(record.reason)
     print(json.dumps({"metrics": record.metrics, "loading": record.environment["loading"]}))
@@ -147,15 +149,15 @@ def run(folder: Path, storage: Path, *overrides: str) -> dict[str, dict[str, flo
     shutil.rmtree(storage / "trials", ignore_errors=True)  # of an equal trial before it
     command = [sys.executable, __file__, "--trial", str(folder), f"storage={storage}", *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    outcome: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return outcome
 
 
-def phase(found: dict[str, dict[str, float]], what: str) -> dict[str, float]:
+def by_phase(outcome: dict[str, dict[str, float]], measure: str) -> dict[str, float]:
     return {
-        name.partition("/")[2]: value
-        for name, value in found["metrics"].items()
-        if name.startswith(what)
+        name.removeprefix(measure): value
+        for name, value in outcome["metrics"].items()
+        if name.startswith(measure)
     }
 
 
@@ -173,43 +175,45 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=2, help="of streamed against resident; 0 for none"
     )
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory(prefix="q3q_streaming_") as scratch:
-        cache, storage = wanted.cache or Path(scratch), Path(scratch) / "storage"
-        facts = write_checkpoint(cache / wanted.shape, wanted.shape)
-        bound = int(wanted.memory) if wanted.memory else min(facts.weight_bytes() // 3, MOST_BYTES)
-        print(
-            f"{wanted.shape}: {in_gb(facts.weight_bytes())} on disk, memory={bound} ({in_gb(bound)})"
+        cache, storage = options.cache or Path(scratch), Path(scratch) / "storage"
+        facts = write_checkpoint(cache / options.shape, options.shape)
+        bound = (
+            int(options.memory) if options.memory else min(facts.weight_bytes() // 3, MOST_BYTES)
         )
-        for method in wanted.methods.split(","):
-            found = run(cache / wanted.shape, storage, f"method={method}", f"memory={bound}")
-            peaks, seconds = phase(found, "peak_bytes/"), phase(found, "seconds/")
+        on_disk = in_gb(facts.weight_bytes())
+        print(f"{options.shape}: {on_disk} on disk, memory={bound} ({in_gb(bound)})")
+        for method in options.methods.split(","):
+            outcome = run(cache / options.shape, storage, f"method={method}", f"memory={bound}")
+            peaks, seconds = by_phase(outcome, "peak_bytes/"), by_phase(outcome, "seconds/")
             where = max(peaks, key=peaks.__getitem__)
             within = peaks[where] <= bound
             failed |= not within
             print(
-                f"{method:6} {found['loading']['loader']}: peak {peaks[where] / 1e9:.2f} GB ({where}), "
+                f"{method:6} {outcome['loading']['loader']}: "
+                f"peak {peaks[where] / 1e9:.2f} GB ({where}), "
                 f"{'within' if within else 'ABOVE'} the bound; {sum(seconds.values()):.0f} s; "
                 + ", ".join(f"{name} {peak / 1e9:.2f}" for name, peak in peaks.items()),
                 flush=True,
             )
-        if wanted.rounds:
+        if options.rounds:
             write_checkpoint(cache / "0.6b", "0.6b")
-            for method in wanted.methods.split(","):
+            for method in options.methods.split(","):
                 best: dict[str, float] = {}
-                for _ in range(wanted.rounds):
+                for _ in range(options.rounds):
                     for loader in ("resident", "streamed"):
-                        seconds = phase(
-                            run(cache / "0.6b", storage, f"method={method}", f"loader={loader}"),
-                            "seconds/",
-                        )
+                        settings = [f"method={method}", f"loader={loader}"]
+                        outcome = run(cache / "0.6b", storage, *settings)
+                        seconds = by_phase(outcome, "seconds/")
                         best[loader] = min(best.get(loader, float("inf")), sum(seconds.values()))
                 speed = best["resident"] / best["streamed"]
-                failed |= speed < WANTED_SPEED
+                failed |= speed < LEAST_SPEED
                 print(
-                    f"0.6b {method}: resident {best['resident']:.1f} s, streamed {best['streamed']:.1f} s, "
-                    f"{speed:.0%} of its speed (at least {WANTED_SPEED:.0%} wanted)",
+                    f"0.6b {method}: resident {best['resident']:.1f} s, "
+                    f"streamed {best['streamed']:.1f} s, {speed:.0%} of its speed "
+                    f"(goal: at least {LEAST_SPEED:.0%})",
                     flush=True,
                 )
     raise SystemExit(int(failed))

@@ -1,7 +1,7 @@
-"""Seconds and peak memory of each phase of one GPTQ trial: `python benchmarks/trial.py [--blocks 4]`.
+"""Measure seconds and peak memory of each phase of one GPTQ trial.
 
-On the demo model, and on a random model with Qwen3-0.6B's real shapes (fewer blocks, real vocabulary) with a small
-calibration set.
+`python benchmarks/trial.py [--blocks 4]`: on the demo model, and on a random model with
+Qwen3-0.6B's real shapes (fewer blocks, real vocabulary) with a small calibration set.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,15 +36,18 @@ SHAPES = {
 
 
 def make_model(folder: Path, blocks: int | None = None, shape: str = "0.6B") -> None:
-    """A random checkpoint with a real size's widths and vocabulary, and the demo's tokenizer. blocks: the real number
-    if None. Drawn on a GPU where there is one."""
+    """Write a random checkpoint with a real size's widths and vocabulary, and the demo's tokenizer.
+
+    Args:
+        blocks: the real number if None.
+    """
     import shutil
 
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    widths = dict(SHAPES[shape])
+    widths: dict[str, Any] = dict(SHAPES[shape])
     real = widths.pop("blocks")
     config = Qwen3Config(
         vocab_size=151_936,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Job:
-    """One quantization: a checkpoint's folder, a file of calibration token ids, the settings and the folder to fill.
+    """A quantization: a checkpoint, a file of calibration token ids, settings, a folder to fill.
 
     options: knobs of the contender's own, over those its script sets.
     """
@@ -57,7 +57,7 @@ class Job:
         weights: dict[str, Tensor],
         phases: dict[str, float] | None = None,
     ) -> None:
-        """Leave the rest: the knobs, the blocks' weights as plain numbers by checkpoint name, seconds by phase."""
+        """Write the knobs, the blocks' weights in full by checkpoint name, and seconds by phase."""
         whole = {
             name: weight.detach().to(torch.float32).contiguous() for name, weight in weights.items()
         }

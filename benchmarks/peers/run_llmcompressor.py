@@ -38,7 +38,8 @@ def main() -> None:
         recipe = [AWQModifier(**settings), QuantizationModifier(**scheme)]
     options = {
         "pipeline": "sequential",
-        # False is faster, and what AWQ's paper does; GPTQ calibrates a block on what the quantized ones before it give.
+        # False is faster, as in AWQ's paper; GPTQ calibrates a block on the outputs of the
+        # quantized blocks before it.
         "propagate_error": job.method == "gptq",
         "batch_size": 4,
         "shuffle_calibration_samples": False,

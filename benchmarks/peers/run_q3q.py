@@ -18,14 +18,15 @@ from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 
 SAMPLE_SECONDS = 0.01
-# What a sample of the stack counts as: all that a search or an accumulator calls is theirs, else the innermost decides.
+# What a sample of the stack counts as: the search or accumulator that is in it, else the innermost
+# frame decides.
 WHOLE = {
     "q3q/quantize/methods/awq.py": "search",
     "q3q/quantize/search.py": "search",
-    "q3q/calibrate/statistics.py": "observe",
+    "q3q/quantize/statistics.py": "observe",
 }
 INNERMOST = {
-    "q3q/numerics/linalg.py:quadratic_form": "errors",  # how wrong each linear became, for the record
+    "q3q/numerics/linalg.py:quadratic_form": "errors",  # each linear's error, for the record
     "q3q/numerics/linalg.py": "factor",
     "q3q/quantize/kernels/": "solve",
     "q3q/quantize/methods/": "solve",
