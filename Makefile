@@ -21,7 +21,7 @@ test-slow: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy q3q hydra_plugins/q3q launch.py
+	$(BIN)/mypy q3q hydra_plugins/q3q launch.py tests benchmarks
 
 ui: $(VENV)/.ready
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(STORAGE)/mlflow.db --host 127.0.0.1 --port $(PORT)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One Ray over the nodes of a Slurm job, one sweep on it. How to use it: docs/CLUSTER.md.
+# Starts Ray on the nodes of a Slurm job, and runs one sweep on it. How to use it: docs/CLUSTER.md.
 #   sbatch --nodes=4 cluster/slurm.sh -m model=qwen3_8b method=gptq,awq bits=2,3,4
 #SBATCH --job-name=q3q
 #SBATCH --nodes=1
@@ -11,12 +11,12 @@
 #SBATCH --output=q3q-%j.log
 set -euo pipefail
 
-# The folder that sbatch was called in, on a file system that all nodes see, and its environment.
+# The folder in which sbatch was called, on a file system that all nodes see, and its environment.
 cd "$SLURM_SUBMIT_DIR"
 source "${VENV:-.venv}/bin/activate"
 storage=${STORAGE:-$SLURM_SUBMIT_DIR/mlruns}
 
-# One token for this user's clusters; nodes share the home folder.
+# One token for all clusters of this user; the nodes share the home folder.
 export RAY_AUTH_MODE=token
 (umask 077 && mkdir -p ~/.ray && ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token)
 
@@ -24,7 +24,7 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')
 port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs may share a node
 
-# start NODE HOW...: a Ray node in the background, that ends with the job.
+# start NODE OPTION...: start a Ray node in the background; it ends with the job.
 start() {
     local node=$1
     shift
@@ -41,13 +41,14 @@ for node in "${nodes[@]:1}"; do
     start "$node" --address="$head:$port"
 done
 
-# The plan counts the nodes that are there: wait for all, for two minutes at most.
+# The plan counts the nodes that have joined, so wait for all of them, two minutes at most.
 for _ in $(seq 60); do
     [ "$(ray status --address "$head:$port" 2> /dev/null | grep -c '^ 1 node_')" -ge "${#nodes[@]}" ] && break
     sleep 2
 done
 
-# MLflow's database is on this node's own disk, for SQLite locks badly on a shared one: docs/CLUSTER.md makes it anew at
-# the end, from the records. A trial that finds no machine waits for the nodes that are still to come.
+# MLflow's database is on this node's own disk, because SQLite locks badly on a shared one. The last
+# command for Slurm in docs/CLUSTER.md makes it anew from the records. A trial that finds no machine
+# waits for the nodes that have not joined yet.
 python launch.py "$@" cluster=existing cluster.address="$head:$port" cluster.patience=300 storage="$storage" \
     track.uri="${TRACK_URI:-sqlite:///${TMPDIR:-/tmp}/q3q-$SLURM_JOB_ID.db}"
