@@ -1,7 +1,7 @@
 """Run a study's trials in this process, one after the other."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here
@@ -10,14 +10,21 @@ from q3q.sweep.ray.worker import keep_to
 from q3q.sweep.run import Host, RunningStudy, with_plan
 
 
+@dataclass(frozen=True)
 class InProcess(Host):
-    """This process: all cores of its machine, and the first of its GPUs."""
+    """This process, on the cores of its machine and the first of its GPUs.
 
+    all_cores: give each trial all cores; else as many as a sweep gives it here, since with another
+        number of threads a matrix product may differ in a last bit
+    """
+
+    all_cores: bool = True
     where = "this process"
 
     def machines(self, request: ResourceRequest) -> tuple[list[Machine], ResourceRequest]:
         here = machine_here()
-        request = replace(request, cpus=request.cpus or here.cpus)
+        if self.all_cores:
+            request = replace(request, cpus=request.cpus or here.cpus)
         return expected([replace(here, gpus=min(here.gpus, 1))], request), request
 
     def run(self, planned: Sequence[Planned], study: RunningStudy) -> None:

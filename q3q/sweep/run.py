@@ -26,7 +26,7 @@ from q3q.storage.stores import folder_of, is_url
 from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
 from q3q.sweep.comparing import baseline_record
 from q3q.sweep.costs import CostModel
-from q3q.sweep.machines import Machine, ResourceRequest, request_of
+from q3q.sweep.machines import Machine, ResourceRequest, amount, request_of
 from q3q.sweep.plan import Planned, describe, plan
 from q3q.sweep.shares import Allocation
 from q3q.sweep.study import Study, facts_of_trial, recent_records, sole_driver, study_id
@@ -86,6 +86,7 @@ class StudySettings:
     def of_sweep(cls, sweep: Sweep, storage: str) -> "StudySettings":
         """Return the settings with which a stored sweep continues, in this folder or URL."""
         config = OmegaConf.create(sweep.config)
+        cpus = OmegaConf.select(config, "cluster.cpus_per_trial", default="auto")
         uri = OmegaConf.select(config, "track.uri")
         if uri is not None and HIDDEN in uri:
             raise ConfigError(
@@ -99,6 +100,7 @@ class StudySettings:
             expectation=sweep.expectation,
             tracking_uri=uri or f"sqlite:///{folder_of(storage)}/mlflow.db",
             experiment=sweep.experiment,
+            request=ResourceRequest(cpus=amount("cluster.cpus_per_trial", cpus)),
             register=OmegaConf.select(config, "track.register"),
             config=sweep.config,
         )

@@ -1,6 +1,7 @@
 """Resume trials in this process: each goes on in the sweep that it belongs to."""
 
 import os
+import shlex
 from collections.abc import Sequence
 
 from q3q.config.command import command_of
@@ -43,7 +44,8 @@ def resume_trials(which: Sequence[StoredTrial], storage: str) -> None:
             trials = [trial.placed(store=storage.rstrip("/")) for trial in trials]
         settings = StudySettings.of_sweep(sweep, storage)
         try:
-            run_study(trials, _facts(trials, ids), settings, sweep.command, InProcess(), ids)
+            host = InProcess(all_cores="-m" not in shlex.split(sweep.command))
+            run_study(trials, _facts(trials, ids), settings, sweep.command, host, ids)
         except SweepFailedError as error:
             failures.append(str(error))
     if failures:

@@ -166,7 +166,8 @@ def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
     for trial, blocks in left.items():
         assert found[trial]["notes"]["blocks_from_disk"] == len(blocks)
     for folder in tmp_path.glob("trials/*/trial.log"):
-        assert [step.words for step in log_of(folder.parent)].count("end COMPLETED") == 1
+        # A worker may die between the record, which is what counts, and the log's last line.
+        assert [step.words for step in log_of(folder.parent)].count("end COMPLETED") <= 1
 
 
 def at_work_by(storage, driver):
