@@ -179,7 +179,7 @@ def gang(tmp_path_factory):
                 )
                 for seat in seats
             ]
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900  # against a hang: a busy machine is slow
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
             if any(rank.poll() for rank in ranks):  # the others would wait for it
                 break
