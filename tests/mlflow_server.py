@@ -18,14 +18,18 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def serve(folder: Path, port: int, *artifacts: str) -> "subprocess.Popen[bytes]":
-    """Start a server on the store `mlflow.db` of a folder; return it once it answers.
+def serve(
+    folder: Path, port: int, *artifacts: str, store: str | None = None
+) -> "subprocess.Popen[bytes]":
+    """Start a server; return it once it answers.
 
     Args:
+        store: a database's address, by default of `mlflow.db` in the folder.
         artifacts: options that say where files go, by default to `served` in the folder.
     """
-    store = f"sqlite:///{folder}/mlflow.db"
-    MlflowTracker(store).check()  # its migrations take the server many seconds
+    if store is None:
+        store = f"sqlite:///{folder}/mlflow.db"
+        MlflowTracker(store).check()  # its migrations take the server many seconds
     options = [*f"--host 127.0.0.1 --port {port} --workers 1".split(), "--backend-store-uri", store]
     options += artifacts or ("--artifacts-destination", str(folder / "served"))
     # The server's job runners are not needed here, and take long to start.

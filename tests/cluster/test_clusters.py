@@ -356,7 +356,7 @@ def postgres():
 def test_a_sweep_is_kept_by_an_mlflow_server_on_postgresql_that_passes_artifacts_on(tiny, tmp_path):  # noqa: F811
     with postgres() as database:
         port = free_port()
-        server = serve(tmp_path, port, "--backend-store-uri", database)
+        server = serve(tmp_path, port, store=database)
         try:
             uri = f"http://127.0.0.1:{port}"
             arguments = ("method=rtn", "bits=3,4", f"track.uri={uri}")
