@@ -21,6 +21,17 @@ from q3q.spec import (
     TrialSpec,
 )
 
+STUDY_TASKS = (
+    "piqa",
+    "arc_easy",
+    "arc_challenge",
+    "hellaswag",
+    "winogrande",
+    "boolq",
+    "mmlu",
+    "mmlu_paper",
+    "wikitext",
+)  # of the study's whole suite
 OBSERVING = ("gptq", "awq", "smoothquant", "billm")
 DEFAULT: Any = object()
 

@@ -28,7 +28,7 @@ from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.reporter import no_steps
 from q3q.spec import Evaluation, TaskRef
-from tests.specs import evaluation_of
+from tests.specs import STUDY_TASKS, evaluation_of
 
 HAS = {
     "piqa": 6,
@@ -40,17 +40,6 @@ HAS = {
     "wikitext": 6,
 }
 HAS |= {"mmlu": 2, "mmlu_paper": 2}  # questions in our own data sets
-SUITE = (
-    "piqa",
-    "arc_easy",
-    "arc_challenge",
-    "hellaswag",
-    "winogrande",
-    "boolq",
-    "mmlu",
-    "mmlu_paper",
-    "wikitext",
-)
 
 
 @pytest.fixture(scope="module")
@@ -94,20 +83,20 @@ def three_subjects(monkeypatch):
 
 @pytest.fixture(scope="module")
 def scored(demo, study_data, tmp_path_factory):
-    evaluation = evaluation_of(tasks=SUITE, shots={"mmlu": 5})
+    evaluation = evaluation_of(tasks=STUDY_TASKS, shots={"mmlu": 5})
     return score(demo, evaluation, study_data, tmp_path_factory.mktemp("journal"))
 
 
 def test_the_suite_has_the_studys_metrics_each_with_an_interval(scored):
     metrics, intervals, samples = scored
     for name in (
-        *(f"{task}/acc" for task in SUITE[:-1]),
+        *(f"{task}/acc" for task in STUDY_TASKS[:-1]),
         "word_perplexity/wikitext2",
         "byte_perplexity/wikitext2",
     ):
         assert intervals[name][0] <= metrics[name] <= intervals[name][1], name
     assert {row["task"] for row in samples} == {
-        *SUITE[:6],
+        *STUDY_TASKS[:6],
         "wikitext",
         "mmlu_paper",
         *(f"mmlu_{subject}" for subject in SUBJECTS),

@@ -8,20 +8,9 @@ from typing import Any
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.latex import latex
 from q3q.report.paper import DATASETS, METHODS, PUBLISHED
-from tests.specs import evaluation_of, make_spec, method_of, model_of
+from tests.specs import STUDY_TASKS, evaluation_of, make_spec, method_of, model_of
 
-TASKS = [
-    "piqa",
-    "arc_easy",
-    "arc_challenge",
-    "hellaswag",
-    "winogrande",
-    "boolq",
-    "mmlu",
-    "mmlu_paper",
-    "wikitext",
-]
-ASKED = evaluation_of("wikitext2", "c4", tasks=TASKS)
+ASKED = evaluation_of("wikitext2", "c4", tasks=STUDY_TASKS)
 
 
 def printed() -> dict[str, dict[tuple[str, ...], dict[str, str]]]:
@@ -77,7 +66,7 @@ def test_the_studys_own_numbers_come_out_as_its_tables() -> None:
     }
     result = latex([*records.values()][::-1]).split(r"\begin{table}")[1:]
     assert len(result) == 4
-    datasets = ["wikitext2", "c4", *TASKS[:6], None, "mmlu"]
+    datasets = ["wikitext2", "c4", *STUDY_TASKS[:6], None, "mmlu"]
     for text, (source, rows_of) in zip(result, sorted(tables.items()), strict=True):
         heads = re.search(r"^Model.*$", text, re.MULTILINE)
         assert heads is not None
