@@ -11,12 +11,13 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/python launch.py -m method=rtn,gptq,awq bits=2,3,4
 
-# Two workers: many tests wait for processes of their own. test-slow: the rest, which CI runs as well.
+# Two workers: many tests wait for processes of their own. tests/conftest.py says what comes first.
+# test-slow: the rest, which CI runs as well.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

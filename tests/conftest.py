@@ -45,6 +45,12 @@ with open(f"{folder}/{rank}", "wb") as file:
 PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
 
 
+def pytest_collection_modifyitems(items):
+    """Start with the rooms whose tests launch sweeps: one long file at the end idles a worker."""
+    long = ("tests/sweep/", "tests/chaos/", "tests/track/", "tests/test_")
+    items.sort(key=lambda item: not item.nodeid.startswith(long))
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Undo what a study in this process sets for its trials: threads, and the GPUs it may see.

@@ -4,10 +4,6 @@ import json
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -62,11 +58,14 @@ def run(trial_of):
     return get
 
 
+MODELS = ["demo", pytest.param("demo_moe", marks=pytest.mark.slow)]
+
+
 def loss(record: TrialRecord) -> float:
     return math.log(record.metrics["perplexity/stories"])
 
 
-@pytest.mark.parametrize("model", ["demo", "demo_moe"])
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("method", "hurt"),
     [("rtn", 0.1), ("gptq", 0.01), pytest.param("awq", 0.05, marks=pytest.mark.slow)],
@@ -79,7 +78,7 @@ def test_perplexity_falls_with_bits_and_8_bits_are_nearly_lossless(run, model, m
     assert abs(losses[-1] - none) < 0.005
 
 
-@pytest.mark.parametrize("model", ["demo", "demo_moe"])
+@pytest.mark.parametrize("model", MODELS)
 def test_gptq_and_awq_beat_rounding_at_3_bits(run, model):
     rtn, gptq, awq = (
         loss(run(f"model={model}", f"method={name}", "bits=3")) for name in ("rtn", "gptq", "awq")
@@ -388,45 +387,12 @@ def test_weights_that_are_not_the_codes_fail_the_trial(trial_of, monkeypatch):
     assert "blocks.2.mlp.up_proj" in record.reason
 
 
-def test_a_trial_killed_by_sigkill_goes_on_at_its_block_and_ends_with_the_same_bits(
-    trial_of, run, tmp_path
-):
-    """A killed process's finished blocks are taken over, and the numbers are the same."""
-    reference = run("model=demo", "method=gptq", "bits=3", "calibration.samples=24")
-    trial = trial_of("model=demo", "method=gptq", "bits=3", "calibration.samples=24")
-    trial = trial.placed(trials=tmp_path)
-    code = """
-import json, sys
-from q3q.placement import Trial
-from q3q.trial import run_trial
-trial = Trial.from_json(json.load(open(sys.argv[1])))
-run_trial(trial, lambda event: print(event.phase, event.done, flush=True))
-"""
-    path = tmp_path / "given.json"
-    path.write_text(json.dumps(trial.to_json()), encoding="utf-8")
-    command = [sys.executable, "-c", code, str(path)]
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.split() == ["quantize", "2"]:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        assert process.wait(timeout=30) == -signal.SIGKILL
-    blocks = sorted(trial.blocks_folder.glob("*.json"))
-    assert 2 <= len(blocks) < 6
-    untouched = [block.stat().st_mtime_ns for block in blocks[:2]]
-    time.sleep(0.01)
-    resumed = run_trial(trial.placed(keep="blocks"))
-    kept = [trial.kept_blocks_folder / block.name for block in blocks[:2]]
-    assert [block.stat().st_mtime_ns for block in kept] == untouched
-    assert resumed.notes["blocks_from_disk"] == len(blocks)
-    assert resumed.metrics["perplexity/stories"] == reference.metrics["perplexity/stories"]
-    assert resumed.sites == reference.sites
-    # keep=blocks: another evaluation of the same quantization computes no block and reads no
-    # calibration text.
-    again = trial_of(
-        "model=demo", "method=gptq", "bits=3", "calibration.samples=24", "evaluation.limit=3"
-    )
-    found = run_trial(replace(again, placement=trial.placement))
+def test_another_evaluation_of_kept_blocks_quantizes_nothing(run, trial_of):
+    asked = ("model=demo", "method=rtn", "bits=3", "keep=blocks")
+    reference = run(*asked, "evaluation.limit=2")
+    kept = {path: path.stat().st_mtime_ns for path in reference.trial.kept_blocks_folder.iterdir()}
+    again = trial_of(*asked, "evaluation.limit=3")
+    found = run_trial(replace(again, placement=reference.placement))
     assert found.notes["blocks_from_disk"] == 6
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert found.sites == reference.sites

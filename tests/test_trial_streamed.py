@@ -72,6 +72,7 @@ def trial_of(tmp_path):
             "embedding_bits=4",
             "export=hf",
             "keep=blocks",
+            "calibration.samples=2",
         ),
         (
             "model=demo_moe",
