@@ -9,16 +9,20 @@ from pathlib import Path
 
 from q3q.environment import now
 from q3q.errors import Q3QError
+from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import forget_export, is_finished
 from q3q.masking import masked
 from q3q.placement import Trial
 from q3q.record import COMPLETED, Progress, Report, TrialRecord, forget_progress, load_trial
+from q3q.storage.aside import clear_for_file, clear_for_folder, put_aside, tell, telling
 from q3q.storage.claim import Claim, ClaimStore, Holder, claimed
 from q3q.storage.mirror import Mirror, is_light, mirror_for
 from q3q.storage.uploader import uploading
 
 CLAIM = "trial"  # the name of a trial's claim, in its folder
 LOG = "trial.log"
+# Errors of reading a file that is missing, torn, or another program's.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Q3QError)
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,18 @@ def attempt(trial: Trial, report: Report) -> Iterator[Attempt]:
     def wait(holder: Holder) -> None:
         report(Progress(trial=trial.id, phase="wait", note=f"for {holder}, which runs it"))
 
+    def remark(line: str) -> None:
+        log.write(line)
+        report(Progress(trial=trial.id, phase="note", remark=line))
+
     mirror = mirror_for(trial.placement.store)
-    with claimed(claims_of(trial, mirror), CLAIM, wait) as claim, _mirrored(trial, mirror, claim):
+    with telling(remark):
+        clear_for_folder(trial.folder)
+    with (
+        telling(remark),
+        claimed(claims_of(trial, mirror), CLAIM, wait) as claim,
+        _mirrored(trial, mirror, claim),
+    ):
         done, wish = finished_record(trial), trial.placement.fresh
         if done is not None and wish in (None, done.placement.fresh):
             yield Attempt(done, report, lambda record: None)
@@ -53,6 +67,7 @@ def attempt(trial: Trial, report: Report) -> Iterator[Attempt]:
         if wish not in (None, _wish_of_unfinished(trial)):
             forget_progress(trial)
             forget_export(trial)
+        _put_aside_damage(trial)
 
         def checked_report(event: Progress) -> None:
             log.step(event)
@@ -101,14 +116,41 @@ def _mirrored(trial: Trial, mirror: Mirror | None, claim: Claim) -> Iterator[Non
 
 
 def finished_record(trial: Trial) -> TrialRecord | None:
-    """Return a finished trial's record; None if it has not run, failed, or lost its export."""
+    """Return a finished trial's record; None if it has not run, failed, or lost a file."""
     try:
-        record = TrialRecord.load(trial.folder / "record.json")
-    except (OSError, ValueError, KeyError, TypeError):
+        record = _own_record(trial)
+    except UNREADABLE:
         return None
+    done = record.status == COMPLETED and is_finished(trial)
+    return record if done and not damaged_files(record.files, trial.folder) else None
+
+
+def _own_record(trial: Trial) -> TrialRecord:
+    """Read the trial's record; raise one of `UNREADABLE` if there is none."""
+    record = TrialRecord.load(trial.folder / "record.json")
     # The identity of a record is recomputed, not read: a file in the wrong folder is no result.
-    done = record.status == COMPLETED and record.spec.id == trial.id and is_finished(trial)
-    return record if done else None
+    if record.spec.id != trial.id:
+        raise ValueError(f"it is trial {record.spec.id}'s")
+    return record
+
+
+def _put_aside_damage(trial: Trial) -> None:
+    """Put aside what stands in the way of a trial that is to run, and say what it lost."""
+    clear_for_folder(trial.kept_blocks_folder)
+    for folder in (trial.blocks_folder, trial.folder / "evaluations"):
+        clear_for_folder(folder)
+    path = trial.folder / "record.json"
+    try:
+        record = _own_record(trial)
+    except FileNotFoundError:
+        return
+    except UNREADABLE as error:
+        put_aside(path, f"cannot be read ({error})")
+        return
+    for name, problem in damaged_files(record.files, trial.folder).items():
+        if os.path.lexists(file := trial.folder / name):
+            put_aside(file, "is damaged")
+        tell(f"The trial is measured again: {problem}")
 
 
 def afresh(trial: Trial, since: str) -> Trial:
@@ -124,7 +166,7 @@ def _wish_of_unfinished(trial: Trial) -> str | None:
     """Return the wish that the trial's unfinished state was made for."""
     try:
         return load_trial(trial.folder / "spec.json").placement.fresh
-    except (OSError, ValueError, KeyError, TypeError, Q3QError):
+    except UNREADABLE:
         return None
 
 
@@ -154,5 +196,6 @@ class TrialLog:
         line = f"{now()} {platform.node()} {os.getpid()} {' '.join(masked(words).split())}\n"
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            clear_for_file(self.path)
             with self.path.open("ab", buffering=0) as file:
                 file.write(line.encode())

@@ -11,7 +11,8 @@ from typing import Any
 from q3q.masking import masked
 from q3q.placement import Placement, Trial
 from q3q.spec import Json, TrialSpec
-from q3q.storage.files import SEAL, sealed, unsealed, write_atomically
+from q3q.storage.aside import clear_for_file, put_aside
+from q3q.storage.files import SEAL, read_file, sealed, unsealed, write_atomically
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
 ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
@@ -93,7 +94,8 @@ class TrialRecord:
     results: what the evaluation harness returned, unchanged
     notes: facts by name (fallbacks, damping raised)
     comparisons: with the unquantized model, by metric, once its trial has finished too
-    files: others in the trial's folder
+    files: others in the trial's folder, with their SHA-256 (hex); None where an older version of
+        q3q wrote the record, which did not note it
     """
 
     spec: TrialSpec
@@ -109,7 +111,7 @@ class TrialRecord:
     results: Json = field(default_factory=dict)
     notes: Json = field(default_factory=dict)
     comparisons: dict[str, Comparison] = field(default_factory=dict)
-    files: tuple[str, ...] = ()
+    files: dict[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         wrong = [name for name, value in self.metrics.items() if not math.isfinite(value)]
@@ -138,12 +140,19 @@ class TrialRecord:
     def completed(self) -> bool:
         return self.status == COMPLETED
 
+    @property
+    def unchecked(self) -> bool:
+        """It names files without their checksums, as records of older versions do."""
+        return None in self.files.values()
+
     def to_json(self) -> Json:
         facts = vars(self) | {
             "spec": self.trial.to_json(complete=True),
             "sites": [asdict(site) for site in self.sites],
             "checks": [asdict(check) for check in self.checks],
             "comparisons": {name: row.to_json() for name, row in self.comparisons.items()},
+            # As an older version wrote it, if it did.
+            "files": self.files if any(self.files.values()) else list(self.files),
         }
         del facts["placement"]
         return facts
@@ -164,7 +173,7 @@ class TrialRecord:
                 "comparisons": {
                     name: Comparison(**row) for name, row in data.get("comparisons", {}).items()
                 },
-                "files": tuple(data.get("files", ())),
+                "files": _files(data.get("files", ())),
             }
         )
 
@@ -174,16 +183,17 @@ class TrialRecord:
         content = sealed(self.to_json(), finite=True)
         write_atomically(folder / ("record.json" if self.completed else "failed.json"), content)
         if self.completed:
-            (folder / "failed.json").unlink(missing_ok=True)
+            forget_failure(self.trial)
 
     @classmethod
     def load(cls, path: Path) -> "TrialRecord":
         """Read a record; its placement is where the file lies.
 
         Raises:
+            OSError: there is no such file, or it cannot be read.
             ValueError: the file is torn, or not what was written.
         """
-        record = cls.from_json(unsealed(path.read_bytes()))
+        record = cls.from_json(unsealed(read_file(path)))
         return replace(record, placement=_as_found(path, record.trial).placement)
 
 
@@ -194,6 +204,7 @@ class Progress:
     phase: load, calibrate, quantize, evaluate ...
     metrics: what these steps have measured, finite, by the record's names
     system: what the process takes meanwhile, by MLflow's names of system metrics
+    remark: a line that people should keep, such as that a damaged file was put aside
     """
 
     trial: str
@@ -203,6 +214,7 @@ class Progress:
     note: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     system: dict[str, float] = field(default_factory=dict)
+    remark: str = ""
 
 
 Report = Callable[[Progress], None]
@@ -266,7 +278,13 @@ class Sweep:
     def save(self, storage: Path) -> None:
         """Write `<storage>/sweeps/<name>_<id>.json`, where reports and new trackers look."""
         path = storage / "sweeps" / f"{self.name}_{self.id}.json"
-        write_atomically(path, json.dumps(self.to_json()).encode())
+        try:
+            unsealed(read_file(path))
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            put_aside(path, f"cannot be read ({error})")
+        write_atomically(path, sealed(self.to_json()))
 
     def to_json(self) -> Json:
         return vars(self) | {"trials": [trial.to_json() for trial in self.trials]}
@@ -274,20 +292,31 @@ class Sweep:
     @classmethod
     def load(cls, path: Path) -> "Sweep":
         """Read a sweep; its trials are placed in the storage folder where the file lies."""
-        data, storage = json.loads(path.read_text(encoding="utf-8")), path.absolute().parent.parent
+        data, storage = unsealed(read_file(path)), path.absolute().parent.parent
         trials = tuple(Trial.from_json(trial).moved(storage) for trial in data["trials"])
         return cls(**{**data, "trials": trials})
 
 
 def load_trial(path: Path) -> Trial:
     """Read a trial's spec.json; its placement is where the file lies."""
-    return _as_found(path, Trial.from_json(json.loads(path.read_text(encoding="utf-8"))))
+    return _as_found(path, Trial.from_json(json.loads(read_file(path))))
+
+
+def _files(data: Mapping[str, str] | Iterable[str]) -> dict[str, str | None]:
+    return dict(data) if isinstance(data, Mapping) else dict.fromkeys(data)
 
 
 def _as_found(path: Path, trial: Trial) -> Trial:
     folder = path.absolute().parent
     in_its_place = (folder.parent.name, folder.name) == ("trials", trial.id)
     return trial.moved(folder.parents[1]) if in_its_place else trial
+
+
+def forget_failure(trial: Trial) -> None:
+    """Delete the record of a failed attempt."""
+    path = trial.folder / "failed.json"
+    clear_for_file(path)
+    path.unlink(missing_ok=True)
 
 
 def forget_progress(trial: Trial) -> None:

@@ -32,7 +32,7 @@ from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.registry import settings_of
 from q3q.quantize.search import choose_variant
 from q3q.quantize.walk import quantized_blocks
-from q3q.record import COMPLETED, FAILED, Progress, Report, TrialRecord, block_errors
+from q3q.record import COMPLETED, FAILED, Progress, Report, Scores, TrialRecord, block_errors
 from q3q.reporter import Reporter
 from q3q.storage.claim import ClaimLostError
 from q3q.storage.files import write_atomically
@@ -69,7 +69,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         reporter.phase("load", str(loading))(1, 1)
         with phases.phase("baseline"):
             reference = reference_of(model, tokenizer, trial, reporter)
-        store = BlockStore(trial.blocks_folder, trial.kept_blocks_folder)
+        store = block_store(trial)
         exporter = open_exporter(trial, checkpoint)
         if spec.schemes is not None:
             reporter.phase("calibrate")(0, 1)
@@ -97,8 +97,6 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
                 exported = finish_export(exporter, model, trial, scores, checks)
     reporter.phase("record")(0, 1)
     failed = [check for check in checks if not check.passed]
-    if scores.samples:
-        write_samples(trial.folder / SAMPLES, scores.samples)
     record = TrialRecord(
         spec=spec,
         placement=trial.placement,
@@ -122,12 +120,23 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         },
         results=scores.results,
         notes=ledger.notes | store.notes() | exported.notes,
-        files=(SAMPLES,) if scores.samples else (),
+        files=_write_samples(trial, scores),
     )
     record.save()
     reporter.phase("record")(1, 1)
     clear(record)
     return record
+
+
+def _write_samples(trial: Trial, scores: Scores) -> dict[str, str | None]:
+    """Write the files that the record names; return them with their checksums."""
+    if not scores.samples:
+        return {}
+    return {SAMPLES: write_samples(trial.folder / SAMPLES, scores.samples)}
+
+
+def block_store(trial: Trial) -> BlockStore:
+    return BlockStore(trial.blocks_folder, trial.kept_blocks_folder, trial.spec.quantization_id)
 
 
 def clear(record: TrialRecord) -> None:
@@ -142,7 +151,7 @@ def clear(record: TrialRecord) -> None:
     shutil.rmtree(trial.folder / "evaluations", ignore_errors=True)
     for torn in trial.folder.glob(".*.partial"):  # of a process that died while it wrote
         torn.unlink(missing_ok=True)
-    store = BlockStore(trial.blocks_folder, trial.kept_blocks_folder)
+    store = block_store(trial)
     if record.completed and trial.placement.keeps_blocks:
         store.keep()
     else:

@@ -18,7 +18,7 @@ from q3q.record import TrialRecord
 from q3q.report.records import all_sweeps
 from q3q.sweep.in_process import InProcess
 from q3q.sweep.run import StudySettings, run_study
-from q3q.sweep.study import facts_of_trial
+from q3q.sweep.study import Study, facts_of_trial
 from q3q.trials.__main__ import main
 from tests.chaos.faults import ROOT, SMALL
 
@@ -119,3 +119,22 @@ def test_a_failure_that_is_not_resumed_stays_in_the_report(run_sweep, tmp_path):
     run_study(sweep.trials, facts, settings, sweep.command, InProcess(), only=())
     assert reported(tmp_path) == [["3", "4"]]
     assert statuses(tmp_path)[other.id] == "FAILED"
+
+
+@pytest.mark.parametrize("where", ["comparing", "the report"])
+def test_an_error_in_the_driver_leaves_no_run_running(run_sweep, tmp_path, monkeypatch, where):
+    run_sweep(tmp_path, ValueError("fails"))
+
+    def fail(*_):
+        raise ZeroDivisionError("a bug")
+
+    if where == "comparing":  # when the study opens
+        monkeypatch.setattr(Study, "_compared", fail)
+    else:
+        monkeypatch.setattr("q3q.report.write.write_report", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["--storage", str(tmp_path), "resume", "failed"])
+    assert "RUNNING" not in statuses(tmp_path).values()
+    monkeypatch.undo()
+    assert main(["--storage", str(tmp_path), "resume", "failed"]) == 0
+    assert set(statuses(tmp_path).values()) == {"FINISHED"}

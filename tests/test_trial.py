@@ -16,7 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from q3q.attempt import afresh
 from q3q.config import resolve, schema
 from q3q.evaluate.journal import Journal
-from q3q.evaluate.samples import read_samples
+from q3q.evaluate.samples import SAMPLES, read_samples
 from q3q.models.adjust import set_activations
 from q3q.quantize.walk import quantized_blocks
 from q3q.record import Sweep, TrialRecord
@@ -117,7 +117,7 @@ def test_drift_and_perplexity_come_from_one_pass_against_what_the_unquantized_mo
     assert 0.99 < eight.metrics["top1_agreement/stories"] < 1
     assert not [name for name in none.metrics if name.startswith(("kl", "top1"))]
     for record in (none, two, eight):
-        rows = read_samples(record.trial.folder / record.files[0])
+        rows = read_samples(record.trial.folder / SAMPLES, digest=record.files[SAMPLES])
         nlls = [row["scores"]["nll"] for row in rows]
         assert len(nlls) == 16
         assert record.metrics["perplexity/stories"] == pytest.approx(math.exp(sum(nlls) / 16))
@@ -154,7 +154,7 @@ def test_a_pair_of_trials_is_compared_when_both_are_there(run, trial_of):
     assert compared.difference is not None
     assert compared.low < compared.difference < compared.high
     assert TrialRecord.load(two.trial.folder / "record.json") == tracker.records[two.spec.id]
-    damaged = none.trial.folder / none.files[0]
+    damaged = none.trial.folder / SAMPLES
     kept = damaged.read_bytes()
     damaged.write_bytes(kept[:-9])
     study.take(two)
@@ -250,9 +250,12 @@ def test_windows_of_another_text_of_the_same_name_are_not_taken_for_this_ones(tr
         Journal(trial.folder / "evaluations" / "windows_stories.jsonl", f"{trial.id} {'0' * 64}")
     ) as kept:
         kept.add([("0", 1.0)])
-    record = attempt_trial(trial)
-    assert not record.completed
-    assert "holds scores of another model or text" in record.reason
+    remarks: list[str] = []
+    record = attempt_trial(trial, lambda event: remarks.append(event.remark))
+    assert record.completed
+    assert any("holds scores of another model or text" in line for line in remarks)
+    rows = read_samples(trial.folder / SAMPLES, digest=record.files[SAMPLES])
+    assert 1.0 not in [row["scores"]["nll"] for row in rows]
 
 
 def test_bits_per_weight_counts_scales_and_zero_points(run):

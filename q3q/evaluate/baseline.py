@@ -30,7 +30,9 @@ from q3q.errors import IntegrityError
 from q3q.models.facts import DTYPE_BYTES
 from q3q.reporter import Steps, no_steps
 from q3q.spec import Json, digest
+from q3q.storage.aside import clear_for_folder, put_aside
 from q3q.storage.claim import Claim, ClaimLostError, claimed
+from q3q.storage.files import flush_folder, make_folder, read_file, write_atomically
 
 if TYPE_CHECKING:  # a plan asks for sizes, and must not load torch for them
     from torch import Tensor
@@ -179,7 +181,7 @@ def find_baseline(folder: Path, identity: BaselineIdentity) -> Baseline | None:
 
     entry = folder / identity.key
     try:
-        manifest = json.loads((entry / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(read_file(entry / "manifest.json"))
         body: dict[str, Any] = manifest["body"]
         if manifest["sha256"] != digest(body) or body["identity"] != asdict(identity):
             return None
@@ -194,7 +196,7 @@ def find_baseline(folder: Path, identity: BaselineIdentity) -> Baseline | None:
             dtype=body["dtype"],
             checksums=checksums,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     intact = all(_content(entry / _file(row), sha) is not None for row, sha in checksums.items())
     return baseline if intact else None
@@ -259,8 +261,11 @@ def _compute(
     from q3q.evaluate.perplexity import scored_windows
 
     entry, partial = folder / identity.key, folder / f"{identity.key}.partial"
-    shutil.rmtree(entry, ignore_errors=True)  # damaged
-    partial.mkdir(exist_ok=True)
+    clear_for_folder(entry)
+    if entry.is_dir():
+        put_aside(entry, "is damaged or another model's or text's")
+    clear_for_folder(partial)
+    make_folder(partial)
     rows = set(kept_rows(len(windows_NT), identity.kept))
     with closing(Journal(partial / JOURNAL, identity.key)) as journal:
         # Each window's nll and, if its hidden states are kept, its file's SHA-256.
@@ -271,7 +276,7 @@ def _compute(
             sha = None if content is None else hashlib.sha256(content).hexdigest()
             claim.confirm()
             if content is not None:
-                (partial / _file(row)).write_bytes(content)
+                write_atomically(partial / _file(row), content)
             results.append([-float(scores_P.double().mean()), sha])
             journal.add([(str(row), results[row])])
             steps(row + 1, len(windows_NT))
@@ -292,10 +297,10 @@ def _compute(
         "nll": nlls,
     }
     manifest = json.dumps({"sha256": digest(body), "body": body}, indent=1, allow_nan=False)
-    (partial / "manifest.json").write_text(manifest, encoding="utf-8")
+    write_atomically(partial / "manifest.json", manifest.encode())
     (partial / JOURNAL).unlink()
-    # Without fsync: what a power cut tears fails its checksum, and is computed again.
     partial.rename(entry)
+    flush_folder(folder)
 
 
 def _intact(partial: Path, results: list[Any]) -> list[Any]:
@@ -313,7 +318,7 @@ def _file(row: int) -> str:
 def _content(path: Path, sha256: str) -> bytes | None:
     """Return a file's bytes if they have this checksum, else None."""
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError:
         return None
     return content if hashlib.sha256(content).hexdigest() == sha256 else None

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from q3q.errors import IntegrityError
+from q3q.storage.aside import clear_for_file, put_aside
+from q3q.storage.files import make_folder
 
 # All requests of an evaluation share a file, so a request of two tasks is scored once.
 SCORES = "scores.jsonl"
@@ -18,8 +19,8 @@ class Journal:
 
     The first line holds the identity of what was scored, each other one [key, score]; each ends in
     its checksum. Opening the file cuts it off at the first line that a crash tore or in which a bit
-    flipped. A key contains all that a score depends on beside the model (see `request_key`), so a
-    changed task finds none of its old scores.
+    flipped. A file of another identity is put aside. A key contains all that a score depends on
+    beside the model (see `request_key`), so a changed task finds none of its old scores.
     """
 
     def __init__(self, path: Path, identity: str) -> None:
@@ -27,13 +28,19 @@ class Journal:
 
         Args:
             identity: the model and everything that was done to it; for windows, their text too.
-
-        Raises:
-            IntegrityError: the file holds another identity's scores.
         """
         self._scores: dict[str, Any] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
+        clear_for_file(path)
         self._file = path.open("a+b")
+        if (other := self._read(identity)) is not None:
+            self._file.close()
+            put_aside(path, f"holds scores of another model or text ({other}, not {identity})")
+            self._file = path.open("a+b")
+            self._read(identity)
+
+    def _read(self, identity: str) -> Any:
+        """Take the scores on file; return the identity that they have if it is not this one."""
         self._file.seek(0)
         valid_bytes = 0
         for number, line in enumerate(self._file):
@@ -41,11 +48,7 @@ class Journal:
             if entry is None:
                 break
             if number == 0 and entry != ["identity", identity]:
-                self._file.close()
-                raise IntegrityError(
-                    f"{path} holds scores of another model or text "
-                    f"({entry[1]}, not {identity}); remove it"
-                )
+                return entry[1]
             if number:
                 self._scores[entry[0]] = entry[1]
             valid_bytes += len(line)
@@ -53,6 +56,7 @@ class Journal:
         if not valid_bytes:
             self.add([("identity", identity)])
             self._scores.clear()
+        return None
 
     def get(self, key: str) -> Any:
         """Return the score under this key, None if there is none."""

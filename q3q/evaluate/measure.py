@@ -34,9 +34,11 @@ from q3q.placement import Trial
 from q3q.record import Scores
 from q3q.reporter import Reporter, Steps
 from q3q.spec import AUTO_DRIFT, Json, TextRef, text_metric
-from q3q.storage.files import sealed, unsealed, write_atomically
+from q3q.storage.aside import put_aside
+from q3q.storage.files import read_file, sealed, unsealed, write_atomically
 from q3q.storage.mirror import mirror_for
 
+OF = "of"  # key of a stored part: which part of which trial it is
 T = TypeVar("T")
 
 
@@ -104,9 +106,10 @@ def evaluate(
         note = f"{name}, {number} of {len(measures)}"
         reporter.phase("evaluate", note)(0, 1)
         path = journal / f"{number}_{name}.json"
-        part = _stored(path)
+        part = _stored(path, trial.id)
         if part is None:
-            content = sealed(measure(reporter.phase("evaluate", note)).to_json())
+            facts = measure(reporter.phase("evaluate", note)).to_json()
+            content = sealed(facts | {OF: _identity(path, trial.id)})
             write_atomically(path, content)
             part = unsealed(content)  # as whoever goes on from here reads it
         scores.add(part)
@@ -119,12 +122,23 @@ def evaluate(
     return scores
 
 
-def _stored(path: Path) -> Json | None:
-    """Return a part that was measured before; None if it is missing or torn."""
+def _stored(path: Path, trial: str) -> Json | None:
+    """Return a part that was measured before; None without one. What else is there is put aside."""
     try:
-        return unsealed(path.read_bytes())
-    except (OSError, ValueError):
+        part = unsealed(read_file(path))
+        identity = part.get(OF, _identity(path, trial))  # older versions wrote none
+        if identity != _identity(path, trial):
+            raise ValueError(f"it is of {identity}")
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        put_aside(path, f"cannot be read ({error})")
+        return None
+    return part
+
+
+def _identity(path: Path, trial: str) -> str:
+    return f"trial {trial}, {path.stem}"
 
 
 def _measure_text(

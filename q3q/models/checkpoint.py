@@ -8,14 +8,14 @@ wherever the file's header ends, on which the last bits of a matrix product depe
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from q3q.errors import CheckpointError
+from q3q.models.digests import DigestMemo
 from q3q.models.facts import (
     OWN_FOLDER,
     ModelFacts,
@@ -26,7 +26,6 @@ from q3q.models.facts import (
 )
 from q3q.models.packed import Layout
 from q3q.models.tensor_files import Shape, StoredTensor, read_header
-from q3q.storage.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -147,13 +146,12 @@ class Checkpoint:
         """Return the SHA-256 (hex) of config.json, tokenizer files and every shard.
 
         Args:
-            cache: folder for a memo of file digests by real path, size and modification time, so
-                that 16 GB are hashed once. Nothing is written into the model's folder.
+            cache: folder of a `DigestMemo`. Nothing is written into the model's folder.
         """
         shards = {stored.shard for stored in self._stored.values()}
         own = (self.folder / name for name in ("config.json", *TOKENIZER_FILES))
         files = [*own, *sorted(shards)]
-        memo = _Memo(cache)
+        memo = DigestMemo(cache)
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
         memo.save()
         return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -346,33 +344,3 @@ def _read_headers(folder: Path) -> dict[str, StoredTensor]:
                 f"{folder / shard}: {tensor}, which the index places there, is missing"
             )
     return {tensor: headers[shard][tensor] for tensor, shard in weight_map.items()}
-
-
-class _Memo:
-    """A memo of file digests by real path, size and modification time."""
-
-    def __init__(self, cache: Path | None) -> None:
-        self._path = None if cache is None else cache / "digests.json"
-        self._changed = False
-        self._entries: dict[str, Any] = {}
-        if self._path is not None and self._path.is_file():
-            try:
-                self._entries = dict(json.loads(self._path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):
-                self._changed = True  # write a memo that cannot be read again, from the files
-
-    def digest(self, file: Path) -> str:
-        real, status = file.resolve(), file.stat()
-        match self._entries.get(str(real)):
-            case [status.st_size, status.st_mtime_ns, str(digest)]:
-                return digest
-        with real.open("rb") as opened:
-            sha = hashlib.file_digest(opened, "sha256").hexdigest()
-        self._entries[str(real)] = [status.st_size, status.st_mtime_ns, sha]
-        self._changed = True
-        return sha
-
-    def save(self) -> None:
-        if self._path is not None and self._changed:
-            entries = {file: entry for file, entry in self._entries.items() if Path(file).is_file()}
-            write_atomically(self._path, json.dumps(entries, indent=1).encode())

@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,27 +14,41 @@ from q3q.numerics.weights import stored_weight
 from q3q.quantize.block import QuantizedBlock
 from q3q.record import SiteError
 from q3q.spec import Json
-from q3q.storage.files import sealed, unsealed, write_atomically
+from q3q.storage.aside import clear_for_file, clear_for_folder, put_aside
+from q3q.storage.files import (
+    FileState,
+    file_state,
+    flush_folder,
+    make_folder,
+    read_file,
+    sealed,
+    unsealed,
+    write_atomically,
+)
+
+OF = "of"  # key of a file's facts: which block of which quantization they are of
 
 
 class BlockStore:
     """A folder with two files per block: its tensors, and its facts. The walk's BlockSink.
 
-    The facts are written last, and hold the tensors' checksum and their own. A block that lacks
-    them or differs from them is unfinished or damaged, and is computed again. A file's checksum is
-    computed when it is first read, and again only after the file has changed.
+    The facts are written last, and hold the tensors' checksum, their own, and whose they are. A
+    block that lacks them is unfinished. What differs from them is damaged or another trial's: it is
+    put aside. Either block is computed again. A file's checksum is computed when it is first read,
+    and again only after the file has changed.
 
     Args:
         folder: where blocks are written.
         finished: another such folder, read if the first lacks a block.
+        identity: of the quantization, so that the blocks of another are not taken for these.
     """
 
-    def __init__(self, folder: Path, finished: Path | None = None) -> None:
-        self.folder, self.finished = folder, finished
+    def __init__(self, folder: Path, finished: Path | None = None, identity: str = "") -> None:
+        self.folder, self.finished, self.identity = folder, finished, identity
         self._stored: set[int] = set()
         self._loaded: set[int] = set()
-        # By file: its checksum, and its size and time of change when that was computed.
-        self._checksums: dict[Path, tuple[str, int, int]] = {}
+        # By file: its state, and its checksum when it had that state.
+        self._checksums: dict[Path, tuple[FileState, str]] = {}
 
     @property
     def reused(self) -> int:
@@ -66,13 +79,14 @@ class BlockStore:
         path = _tensor_file(self.folder, block.index)
         write_atomically(path, hashed())
         facts = {
+            OF: self._owner(f"block {block.index}"),
             "tensors": digest.hexdigest(),
             "quantized": {name: quantized.facts() for name, quantized in block.quantized.items()},
             "errors": [asdict(error) for error in block.errors],
             "notes": block.notes,
         }
         write_atomically(_facts_file(self.folder, block.index), sealed(facts))
-        self._checksums[path] = (digest.hexdigest(), *_size_and_time(path))
+        self._checksums[path] = (file_state(path), digest.hexdigest())
         self._stored.add(block.index)
 
     def load(self, index: int) -> QuantizedBlock | None:
@@ -97,22 +111,26 @@ class BlockStore:
 
     def remember(self, name: str, facts: Json) -> None:
         """Write named facts beside the blocks; `delete` deletes them too."""
-        write_atomically(self.folder / f"{name}.json", sealed(facts))
+        write_atomically(self.folder / f"{name}.json", sealed(facts | {OF: self._owner(name)}))
 
     def recall(self, name: str) -> Json | None:
         """Return what `remember` wrote; None if it is missing or damaged."""
         for folder in self._folders:
-            with suppress(OSError, ValueError):
-                return unsealed((folder / f"{name}.json").read_bytes())
+            facts = self._facts(folder / f"{name}.json", name)
+            if facts is not None:
+                return facts
         return None
 
     def keep(self) -> None:
         """Move all files to the folder of finished blocks; those already there are equal."""
-        if self.finished is not None and self.folder.exists():
-            self.finished.mkdir(parents=True, exist_ok=True)
+        if self.finished is not None and self.folder.is_dir():
+            clear_for_folder(self.finished)
+            make_folder(self.finished)
             tensors, facts = self.folder.glob("*.safetensors"), self.folder.glob("*.json")
             for path in sorted(tensors) + sorted(facts):
+                clear_for_file(self.finished / path.name)
                 path.replace(self.finished / path.name)
+            flush_folder(self.finished)
         self.delete()
 
     def delete(self) -> None:
@@ -121,17 +139,40 @@ class BlockStore:
     def _verified_facts(self, folder: Path, index: int) -> Json | None:
         """Return a block's facts if both its files are whole, else None."""
         path = _tensor_file(folder, index)
+        facts = self._facts(_facts_file(folder, index), f"block {index}")
+        if facts is None:
+            return None
+        clear_for_file(path)
         try:
-            facts = unsealed(_facts_file(folder, index).read_bytes())
-            state = _size_and_time(path)
-            checksum, *checked_state = self._checksums.get(path, ("",))
-            if tuple(checked_state) != state:
+            state = file_state(path)
+            checked_state, checksum = self._checksums.get(path, (None, ""))
+            if checked_state != state:
                 with path.open("rb") as file:
                     checksum = hashlib.file_digest(file, "sha256").hexdigest()
-                self._checksums[path] = (checksum, *state)
-        except (OSError, ValueError):
+                self._checksums[path] = (state, checksum)
+        except OSError:  # missing, or it cannot be read
             return None
-        return facts if checksum == facts.get("tensors") else None
+        if checksum != facts.get("tensors"):
+            put_aside(path, "is damaged or another trial's, by its checksum")
+            return None
+        return facts
+
+    def _facts(self, path: Path, name: str) -> Json | None:
+        """Return the facts in a file without their owner; None if it is missing or put aside."""
+        try:
+            facts = unsealed(read_file(path))
+            owner = facts.pop(OF, self._owner(name))  # older versions wrote none
+            if owner != self._owner(name):
+                raise ValueError(f"it is {owner}")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            put_aside(path, f"cannot be read ({error})")
+            return None
+        return facts
+
+    def _owner(self, name: str) -> str:
+        return f"{name} of {self.identity}"
 
     def _read(self, folder: Path, index: int) -> QuantizedBlock | None:
         facts = self._verified_facts(folder, index)
@@ -164,8 +205,3 @@ def _tensor_file(folder: Path, index: int) -> Path:
 
 def _facts_file(folder: Path, index: int) -> Path:
     return folder / f"block_{index:03d}.json"
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns

@@ -10,6 +10,7 @@ from q3q.evaluate.metrics import mean_metrics
 from q3q.record import Comparison
 from q3q.report.pools import Pool
 from q3q.spec import MEAN_ACCURACY
+from q3q.storage.files import FileState, file_state
 
 CACHED = 16  # trials whose samples stay in memory; those of MMLU take tens of megabytes each
 Scores = Mapping[str, float]
@@ -107,7 +108,8 @@ def _scores(pool: Pool, metric: str) -> Scores | None:
         path = record.trial.folder / SAMPLES
         if not path.is_file():
             return None
-        scores = _read(path, path.stat().st_mtime_ns, record.spec.evaluation.quick)
+        digest = record.files.get(SAMPLES)
+        scores = _read(path, digest, file_state(path), record.spec.evaluation.quick)
         if metric not in scores:
             return None
         seeds.append(scores[metric])
@@ -119,10 +121,12 @@ def _scores(pool: Pool, metric: str) -> Scores | None:
 
 
 @lru_cache(maxsize=CACHED)
-def _read(path: Path, changed: int, quick: bool) -> dict[str, dict[str, float]]:
+def _read(
+    path: Path, digest: str | None, state: FileState, quick: bool
+) -> dict[str, dict[str, float]]:
     from q3q.evaluate.samples import SCORED, measured, read_samples
 
     try:
-        return measured(read_samples(path, SCORED), quick)
+        return measured(read_samples(path, SCORED, digest), quick)
     except (IntegrityError, KeyError, TypeError):  # a damaged file counts as missing
         return {}

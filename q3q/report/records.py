@@ -7,6 +7,7 @@ from pathlib import Path
 
 from q3q.config.schema import nearest
 from q3q.errors import Q3QError, ReportError
+from q3q.evaluate.samples import damaged_files
 from q3q.record import Sweep, TrialRecord
 
 # Errors from reading a truncated file, or one that another program wrote.
@@ -82,7 +83,7 @@ def all_sweeps(storage: Path) -> tuple[list[Sweep], list[str]]:
     """Return every sweep of a storage folder, the newest last, and a line for each damaged file."""
     sweeps, damaged = [], []
     paths = sorted(
-        (storage / "sweeps").glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name)
+        (storage / "sweeps").glob("*.json"), key=lambda path: (path.lstat().st_mtime_ns, path.name)
     )
     for path in paths:
         try:
@@ -121,6 +122,10 @@ def _read(folders: Sequence[Path]) -> tuple[dict[str, TrialRecord], list[str]]:
                 damaged.append(_damage(path, error))
                 continue
             records[record.spec.id] = record
+            damaged += [
+                f"{problem}. What needs it is left out; the sweep's command measures it again"
+                for problem in damaged_files(record.files, folder).values()
+            ]
             break
     return records, damaged
 

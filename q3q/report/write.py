@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from q3q.evaluate.samples import damaged_files
 from q3q.record import ANSWER, TrialRecord
 from q3q.report.answer import answers
 from q3q.report.latex import latex
@@ -16,7 +17,7 @@ from q3q.report.page import Contents, html, markdown, versions
 from q3q.report.paper import Compared, compare_with_paper, paper_table, share_reproduced
 from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
 from q3q.report.tables import result_tables, sites_csv, trial_table
-from q3q.storage.files import write_atomically
+from q3q.storage.files import read_file, write_atomically
 
 HTML = "report.html"
 FORMATS = {"html": HTML, "md": "results.md", "csv": "results.csv", "latex": "results.tex"}
@@ -112,8 +113,9 @@ def trial_artifacts(record: TrialRecord) -> dict[str, bytes]:
         files["heatmap.png"] = site_error_heatmap(record)
     if record.results:
         files["lm_eval.json"] = _json(record.results)
-    paths = {name: record.trial.folder / name for name in record.files}
-    return files | {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+    damaged = damaged_files(record.files, record.trial.folder)
+    whole = [name for name in record.files if name not in damaged]
+    return files | {name: read_file(record.trial.folder / name) for name in whole}
 
 
 def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) -> Contents:

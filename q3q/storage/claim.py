@@ -31,6 +31,8 @@ from typing import Protocol
 import psutil
 
 from q3q.errors import Q3QError
+from q3q.storage.aside import clear_for_file, clear_for_folder
+from q3q.storage.files import NoFileError, read_file
 
 HEARTBEAT_SECONDS = 5.0
 # Silence after which a holder elsewhere is dead; NFS may keep a change back for 30 seconds.
@@ -55,6 +57,8 @@ class Holder:
     since: str  # when it took the claim by its own wall clock, for people to read
 
     def __str__(self) -> str:
+        if self == UNKNOWN_HOLDER:
+            return "a process whose claim cannot be read"
         return f"process {self.pid} on {self.host}, since {self.since}"
 
     @classmethod
@@ -119,6 +123,7 @@ class FolderClaimStore:
         return str(self.folder)
 
     def create(self, name: str) -> "_LocalClaimFile | None":
+        clear_for_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -129,14 +134,19 @@ class FolderClaimStore:
     def names(self) -> list[str]:
         try:
             return os.listdir(self.folder)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
 
     def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()  # opening it anew makes NFS ask its server
+        try:
+            return read_file(self.folder / name)  # opening it anew makes NFS ask its server
+        except NoFileError as error:  # nobody can hold it
+            raise FileNotFoundError(str(error)) from error
 
     def remove(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
+        path = self.folder / name
+        clear_for_file(path)
+        path.unlink(missing_ok=True)
 
 
 class _LocalClaimFile:

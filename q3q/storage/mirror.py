@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from q3q.masking import masked
+from q3q.storage.aside import DAMAGED, clear_for_file
+from q3q.storage.files import install, make_folder, read_file
 from q3q.storage.object_claims import ObjectClaimStore, is_claim
 from q3q.storage.stores import (
     Store,
@@ -190,11 +192,11 @@ class Mirror:
                 if now is None or (exchanged is not None and exchanged.mark == now):
                     return
                 mark = now
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
             try:
                 with_retries(self.url, functools.partial(self.store.get, name, partial))
-                partial.replace(path)
+                install(partial, path)
             except FileNotFoundError:  # deleted there meanwhile
                 return
             finally:
@@ -250,6 +252,7 @@ class Mirror:
         """
         record = self._record(name)
         record.parent.mkdir(parents=True, exist_ok=True)
+        clear_for_file(record)
         with record.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
@@ -263,7 +266,11 @@ def _travels(name: str) -> bool:
     """Return True for files that are exchanged: finished ones, but neither locks nor claims."""
     parts = name.split("/")
     unfinished = any(
-        part.startswith(".") or part.endswith(".partial") or ".partial." in part for part in parts
+        part.startswith(".")
+        or part.endswith((".partial", DAMAGED))
+        or ".partial." in part
+        or f"{DAMAGED}." in part
+        for part in parts
     )
     return not unfinished and not name.endswith(".lock") and not is_claim(name)
 
@@ -277,7 +284,7 @@ def _state(path: Path) -> tuple[int, int] | None:
 
 def _read_exchanged(record: Path) -> Exchanged | None:
     try:
-        mark, (size, changed) = json.loads(record.read_bytes())
+        mark, (size, changed) = json.loads(read_file(record))
     except (OSError, ValueError, TypeError):
         return None
     return Exchanged(mark, (size, changed))

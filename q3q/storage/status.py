@@ -11,7 +11,7 @@ from pathlib import Path
 from q3q.masking import masked
 from q3q.spec import Json
 from q3q.storage.claim import Holder
-from q3q.storage.files import write_atomically
+from q3q.storage.files import read_file, write_atomically
 
 EVERY_SECONDS = 2.0
 POLL_SECONDS = 0.5  # between two reads of a status file
@@ -84,7 +84,7 @@ class SweepStatus:
 
     @classmethod
     def load(cls, path: Path) -> "SweepStatus":
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_file(path))
         running = tuple(Work(**work) for work in data["view"]["running"])
         return cls(
             **data
@@ -185,7 +185,9 @@ class StatusWriter:
                 over=over,
                 lines=tuple(self._lines),
             )
-            write_atomically(self.folder / f"{now.key}.json", json.dumps(now.to_json()).encode())
+            content = json.dumps(now.to_json()).encode()
+            # Nobody needs it after a power cut.
+            write_atomically(self.folder / f"{now.key}.json", content, wait=False)
         except Exception as error:
             self._on_error(error)
 

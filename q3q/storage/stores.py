@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from q3q.errors import ConfigError, Q3QError
 from q3q.masking import masked
+from q3q.storage.files import install, make_folder
 
 PATIENCE = 180.0  # seconds of retries of a store that does not answer
 LONGEST_PAUSE = 30.0  # seconds between two tries
@@ -150,7 +151,7 @@ class FolderStore:
     def put(self, name: str, path: Path) -> None:
         with self._beside(name) as partial:
             shutil.copyfile(path, partial)
-            partial.replace(self.root / name)
+            install(partial, self.root / name)
 
     def read(self, name: str) -> bytes:
         return (self.root / name).read_bytes()
@@ -176,7 +177,7 @@ class FolderStore:
     @contextmanager
     def _beside(self, name: str) -> Iterator[Path]:
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         try:
             yield partial

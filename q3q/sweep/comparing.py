@@ -34,7 +34,10 @@ def compared(record: TrialRecord, baseline: TrialRecord) -> TrialRecord:
     from q3q.evaluate.samples import SAMPLES, comparisons, measured, read_samples
 
     ours, theirs = (
-        measured(read_samples(side.trial.folder / SAMPLES), side.spec.evaluation.quick)
+        measured(
+            read_samples(side.trial.folder / SAMPLES, digest=side.files.get(SAMPLES)),
+            side.spec.evaluation.quick,
+        )
         for side in (record, baseline)
     )
     return replace(record, comparisons=comparisons(ours, theirs))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from q3q.record import forget_failure
 from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here
 from q3q.sweep.plan import Planned
 from q3q.sweep.ray.worker import keep_to
@@ -36,7 +37,7 @@ class InProcess(Host):
             keep_to(allocation.cpus, allocation.gpus)
             study.display.started(trial.id, trial.spec.label)
             # From here on it is a trial that stopped, until it has a new record.
-            (trial.folder / "failed.json").unlink(missing_ok=True)
+            forget_failure(trial)
             placed = trial.placed(grant=allocation.grant())
             record = with_plan(attempt_trial(placed, partial(study.progressed, trial.spec)), entry)
             record.save()

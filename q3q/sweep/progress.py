@@ -234,6 +234,9 @@ class Display:
         trial = self._running.get(event.trial)
         if trial is None:
             return
+        if event.remark:
+            self._say(f"{trial.name}: {event.remark}")
+            return
         trial.take(event)
         if self._screen is None:
             (phase, when), now = trial.last_line, self._clock()

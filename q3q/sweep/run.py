@@ -21,6 +21,7 @@ from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import Json, TrialSpec
+from q3q.storage.aside import clear_storage, telling
 from q3q.storage.mirror import mirror_at, refreshed
 from q3q.storage.stores import folder_of, is_url
 from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
@@ -220,6 +221,7 @@ def run_study(
     if settings.plan_only:
         print(describe(planned, machines=machines, where=host.where, storage=settings.storage))
         return None
+    clear_storage(storage)
     if settings.fresh:
         since = now()
         left = [replace(entry, trial=afresh(entry.trial, since)) for entry in left]
@@ -332,9 +334,16 @@ def _tracked(
         study.open()
         if finished:
             display.skipped([record.spec.label for record in finished.values()])
+        if unchecked := [record for record in finished.values() if record.unchecked]:
+            display.note(
+                f"{len(unchecked)} of the finished trials are an older version's, which kept no "
+                "checksum of their samples: damage to those may pass unseen. fresh=true measures "
+                "again"
+            )
         interruption: BaseException | None = None
         try:
-            yield RunningStudy(study, display)
+            with telling(display.note):
+                yield RunningStudy(study, display)
         except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: SIGTERM, of a spot machine
             interruption = error
         except BaseException:

@@ -19,6 +19,7 @@ from q3q.models.hub import fetch_facts
 from q3q.placement import Trial
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import TrialSpec
+from q3q.storage.aside import clear_for_folder
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
 from q3q.storage.mirror import is_light, mirror_at
 from q3q.storage.uploader import Uploader
@@ -108,8 +109,12 @@ class Study:
         )
         self.sweep.save(self.storage)
         self.tracker.open(self.sweep)
-        for record in list(self.records.values()):  # costs nothing where the tracker has it
-            self._enqueue(record if record.comparisons else self._compared(record))
+        try:
+            for record in list(self.records.values()):  # costs nothing where the tracker has it
+                self._enqueue(record if record.comparisons else self._compared(record))
+        except BaseException:
+            self._abandon()
+            raise
 
     def progressed(self, spec: TrialSpec, event: Progress) -> None:
         """Send a running trial's metrics to the tracker at once."""
@@ -216,7 +221,7 @@ class Study:
     def close(self) -> "Report":
         """Write the report, send it to the tracker, and return it."""
         from q3q.report.records import predictions
-        from q3q.report.write import About, write_report
+        from q3q.report.write import PLOTS, About, write_report
 
         sweep, ids = self.sweep, [trial.id for trial in self.sweep.trials]
         records = [self.records[key] for key in ids if key in self.records]
@@ -230,7 +235,14 @@ class Study:
             predicted=predictions(self.storage),
             warnings=warnings if missing else [],
         )
-        report = write_report(records, self.storage / "reports" / f"{sweep.name}_{sweep.id}", about)
+        folder = self.storage / "reports" / f"{sweep.name}_{sweep.id}"
+        try:
+            for path in (folder.parent, folder, folder / PLOTS):
+                clear_for_folder(path)
+            report = write_report(records, folder, about)
+        except BaseException:
+            self._abandon()
+            raise
         finished = not missing and all(record.completed for record in records)
         self._queue.settle(
             lambda left: self.note(f"the tracker has not received {left} records yet")
@@ -244,6 +256,12 @@ class Study:
                 "command sends them."
             )
         return report
+
+    def _abandon(self) -> None:
+        """End the tracker's run as failed, where an error keeps `close` from ending it."""
+        with suppress(Exception):  # the first error is the one to see
+            self._queue.settle()
+            self.tracker.close({}, False)
 
     def _close_tracker(self, report: "Report", finished: bool) -> bool:
         """Close the tracker's run; if that fails, send everything again (it may be a new store)."""
@@ -278,7 +296,7 @@ class Study:
 def recent_records(storage: Path, most: int = RECENT_RECORDS) -> Iterator[TrialRecord]:
     """Yield the records of trials that finished last in a storage folder, if they can be read."""
     records = [
-        (path.stat().st_mtime_ns, path) for path in (storage / "trials").glob("*/record.json")
+        (path.lstat().st_mtime_ns, path) for path in (storage / "trials").glob("*/record.json")
     ]
     for _, path in heapq.nlargest(most, records):
         with suppress(OSError, ValueError, KeyError, TypeError, Q3QError):

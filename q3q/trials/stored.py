@@ -7,6 +7,7 @@ from pathlib import Path
 
 from q3q.attempt import CLAIM
 from q3q.errors import ConfigError, Q3QError
+from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import is_ours, partial_path
 from q3q.masking import masked
 from q3q.placement import Trial
@@ -209,17 +210,23 @@ def _state(
     again = command or f"python -m q3q.trials resume {trial.id}"
     after = "its turn in the running sweep" if waits_in_sweep else again
     if record is not None and record.completed:
-        baseline = trial.placement.baseline
-        waits = baseline is not None and not record.comparisons
-        if waits and not (folder.parent / str(baseline) / "record.json").is_file():
-            return "completed", f"method=none ({baseline}), to be compared with"
-        return "completed", ""
+        if damaged := damaged_files(record.files, folder):
+            return "stopped", f"to be measured again, as {next(iter(damaged.values()))}: {after}"
+        return "completed", _completed_waits(trial, folder, record)
     if record is not None:
         return "failed", f"{_shortened(record.reason)}; then {after}"
     if folder.is_dir() and not waits_in_sweep:
         blocks = len(list((folder / "blocks").glob("block_*.json")))
         return "stopped", f"{f'to go on at block {blocks}: ' if blocks else ''}{after}"
     return "waiting", after
+
+
+def _completed_waits(trial: Trial, folder: Path, record: TrialRecord) -> str:
+    baseline = trial.placement.baseline
+    waits = baseline is not None and not record.comparisons
+    if waits and not (folder.parent / str(baseline) / "record.json").is_file():
+        return f"method=none ({baseline}), to be compared with"
+    return ""
 
 
 def _read(folder: Path) -> tuple[Trial | None, TrialRecord | None]:

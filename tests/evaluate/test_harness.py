@@ -1026,7 +1026,7 @@ def test_a_flipped_bit_in_a_journal_is_no_other_score(tmp_path):
     journal.close()
 
 
-def test_a_torn_journal_keeps_what_is_whole(tmp_path):
+def test_a_torn_journal_keeps_what_is_whole_and_anothers_is_put_aside(tmp_path, capfd):
     path = tmp_path / "scores.jsonl"
     journal = Journal(path, "demo")
     journal.add([("a", [-1.5, True]), ("b", [-2.0, False])])
@@ -1042,8 +1042,11 @@ def test_a_torn_journal_keeps_what_is_whole(tmp_path):
     assert journal.get("c") == [-3.0, True]
     assert journal.get("a") == [-1.5, True]
     journal.close()
-    with pytest.raises(IntegrityError, match="another model"):
-        Journal(path, "other")
+    journal = Journal(path, "other")
+    assert journal.get("a") is None
+    journal.close()
+    assert f"{path} holds scores of another model" in capfd.readouterr().err
+    assert b"demo" in path.with_name("scores.jsonl.damaged").read_bytes()
 
 
 def test_line_by_line_ids_are_the_tokenizers_own(both):

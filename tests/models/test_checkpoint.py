@@ -553,14 +553,60 @@ def test_a_file_is_hashed_once_until_it_changes(broken, tmp_path, monkeypatch):
     assert not (folder / "digests.json").exists()
 
 
-def test_a_damaged_memo_is_written_anew(broken, tmp_path):
+def another_digit(memo):
+    facts = json.loads(memo.read_text())
+    entry = next(facts[name] for name in facts if name.endswith(".safetensors"))
+    entry[-1] = entry[-1][:-1] + ("0" if entry[-1][-1] != "0" else "1")
+    memo.write_text(json.dumps(facts))
+
+
+def an_old_one(memo):
+    """As it was before it had a checksum and all of a file's state; with a digest that is wrong."""
+    facts = json.loads(memo.read_text())
+    old = {name: [*facts[name][:2], "0" * 64] for name in facts if name != "sha256"}
+    memo.write_text(json.dumps(old))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda memo: memo.write_text("half a memo {"), True),
+        (lambda memo: memo.write_text("null"), True),
+        (another_digit, True),
+        (lambda memo: (memo.unlink(), memo.mkdir()), True),
+        (lambda memo: (memo.unlink(), memo.symlink_to(memo.name)), True),
+        (lambda memo: (memo.unlink(), memo.symlink_to("nowhere")), True),
+        (an_old_one, False),
+    ],
+)
+def test_a_damaged_memo_counts_as_empty_and_is_written_anew(broken, tmp_path, capfd, damage, said):
     folder, cache = broken("tied"), tmp_path / "cache"
-    digest = Checkpoint(folder).digest(cache)
-    (cache / "digests.json").write_text("half a memo {")
+    digest, memo = Checkpoint(folder).digest(cache), cache / "digests.json"
+    good = memo.read_bytes()
+    damage(memo)
     assert Checkpoint(folder).digest(cache) == digest
-    assert str((folder / "model.safetensors").resolve()) in json.loads(
-        (cache / "digests.json").read_text()
-    )
+    assert memo.read_bytes() == good
+    assert (f"{memo} " in capfd.readouterr().err) == said
+    assert os.path.lexists(f"{memo}.damaged") == said
+
+
+def test_a_file_that_was_replaced_with_its_size_and_time_kept_is_read_again(broken, tmp_path):
+    folder, cache = broken("tied"), tmp_path / "cache"
+    digest, file = Checkpoint(folder).digest(cache), folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    status = file.stat()
+    for replace in (lambda new: file.write_bytes(new.read_bytes()), lambda new: new.replace(file)):
+        (new := tmp_path / "new").write_bytes(content)
+        replace(new)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert (file.stat().st_size, file.stat().st_mtime_ns) == (
+            status.st_size,
+            status.st_mtime_ns,
+        )
+        assert Checkpoint(folder).digest(cache) != digest
+        digest = Checkpoint(folder).digest(cache)
+        content[-1] ^= 2
 
 
 def save_tokenizer(folder, tokens):

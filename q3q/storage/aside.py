@@ -1,0 +1,105 @@
+"""Put aside what is damaged, or stands where a file or folder of q3q's belongs, and say so.
+
+Nothing is deleted: what was there is renamed (`record.json.damaged`), so that a person may look at
+it, and q3q makes its own file again.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from q3q.errors import ConfigError
+
+DAMAGED = ".damaged"  # ends the new name, unless a number follows it
+
+
+def _print(line: str) -> None:
+    print(f"q3q: {line}", file=sys.stderr, flush=True)
+
+
+_teller: ContextVar[Callable[[str], object]] = ContextVar("teller", default=_print)
+
+
+@contextmanager
+def telling(teller: Callable[[str], object]) -> Iterator[None]:
+    """Let `tell` give its lines to `teller` inside, in this thread; else they go to stderr."""
+    token = _teller.set(teller)
+    try:
+        yield
+    finally:
+        _teller.reset(token)
+
+
+def tell(line: str) -> None:
+    """Say something that a person should know, and that stops nothing."""
+    _teller.get()(line)
+
+
+def put_aside(path: Path, problem: str) -> None:
+    """Rename a file or folder of q3q's, and say so.
+
+    Args:
+        path: what is not as it must be.
+        problem: completes a sentence that begins with the path: `is a folder`.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    place, number = path.with_name(path.name + DAMAGED), 1
+    while os.path.lexists(place):
+        number += 1
+        place = path.with_name(f"{path.name}{DAMAGED}.{number}")
+    try:
+        path.rename(place)
+    except FileNotFoundError:  # another process was faster
+        return
+    tell(f"{path} {problem}. It is {place.name} now; q3q makes {path.name} again")
+
+
+def clear_for_file(path: Path) -> None:
+    """Put aside whatever is at a file's place and is no file.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        put_aside(path, "is a folder" if path.is_dir() else _what(path, "file"))
+
+
+def clear_for_folder(path: Path) -> None:
+    """Put aside whatever is at a folder's place and is no folder.
+
+    Raises:
+        ConfigError: it is a link that leads nowhere, as where a disk is not mounted.
+        OSError: it cannot be renamed.
+    """
+    if not os.path.lexists(path) or path.is_dir():
+        return
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(
+            f"{path} is a link to {os.readlink(path)}, which is not there: mount or make that "
+            "folder, or remove the link"
+        )
+    put_aside(path, "is a file, not a folder" if path.is_file() else _what(path, "folder"))
+
+
+# The folders of a storage folder, the outer ones first.
+FOLDERS = ("trials", "trials/blocks", "trials/digests", "sweeps", "running", "reports", "baselines")
+
+
+def clear_storage(storage: Path) -> None:
+    """Put aside whatever is at the place of a storage folder's own folders and is no folder.
+
+    Raises:
+        ConfigError: it is a link that leads nowhere.
+        OSError: it cannot be renamed.
+    """
+    for name in FOLDERS:
+        clear_for_folder(storage / name)
+
+
+def _what(path: Path, wanted: str) -> str:
+    return "is a link that leads nowhere" if path.is_symlink() else f"is no {wanted}"
