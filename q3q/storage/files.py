@@ -1,4 +1,4 @@
-"""Write files so that a crash leaves the old content or the new, and seal facts with a checksum."""
+"""Write files so that a crash leaves the old content or the new; seal facts; name sizes."""
 
 import json
 import os
@@ -59,3 +59,12 @@ def unsealed(content: bytes) -> Json:
     if seal is not None and seal != digest(facts, spaced=True):  # old files have none
         raise ValueError("damaged: its checksum does not fit")
     return facts
+
+
+def in_words(count: float) -> str:
+    """Return `512 B`, `1.5 KB`, `203 MB`."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
