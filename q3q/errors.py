@@ -54,6 +54,10 @@ class ExportError(ConfigError):
     """A checkpoint that cannot be written to the given place or in the given format."""
 
 
+class NotRegisteredError(Q3QError):
+    """A checkpoint that was not uploaded: its files are not those that were published."""
+
+
 class TrackingError(ConfigError):
     """A tracking server or store that cannot be used."""
 

@@ -24,9 +24,11 @@ class SiteError:
 
     weight_error: ||W - Q|| / ||W||, Frobenius; for AWQ, W after its scales have moved
     output_error: ||X (W - Q)^T|| / ||X W^T|| over the calibration tokens; None for a method that
-        saw none
+        saw none, and where the outputs X W^T are all zero and those of Q are not
     experts: of a linear that every expert has, each expert's output error (its weight error where
         there is none), to four digits
+
+    An error of nothing, relative to nothing, is 0.
     """
 
     block: int

@@ -14,7 +14,7 @@ from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import Q3QError
 from q3q.evaluate.integrity import check_weights
-from q3q.evaluate.measure import evaluate, reference_of
+from q3q.evaluate.measure import Reference, evaluate, reference_of
 from q3q.evaluate.samples import SAMPLES, write_samples
 from q3q.evaluate.version import refuse_other_versions
 from q3q.export.proof import PASSED
@@ -27,7 +27,7 @@ from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.ends import quantize_ends
-from q3q.quantize.ledger import Ledger, StoredCodes, sizes
+from q3q.quantize.ledger import Ledger, StoredCodes, sizes, stored_note
 from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.registry import settings_of
 from q3q.quantize.search import choose_variant
@@ -94,7 +94,9 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         if exporter is not None:
             reporter.phase("export")(0, 1)
             with phases.phase("export"):
-                exported = finish_export(exporter, model, trial, scores, checks)
+                exported = finish_export(
+                    exporter, model, trial, scores, checks, unquantized_metrics(trial, reference)
+                )
     reporter.phase("record")(0, 1)
     failed = [check for check in checks if not check.passed]
     record = TrialRecord(
@@ -119,7 +121,10 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             "ended": now(),
         },
         results=scores.results,
-        notes=ledger.notes | store.notes() | exported.notes,
+        notes=ledger.notes
+        | store.notes()
+        | stored_note(checkpoint, in_files=bool(exported.notes) or not (ledger.weights or ends))
+        | exported.notes,
         files=_write_samples(trial, scores),
     )
     record.save()
@@ -137,6 +142,18 @@ def _write_samples(trial: Trial, scores: Scores) -> dict[str, str | None]:
 
 def block_store(trial: Trial) -> BlockStore:
     return BlockStore(trial.blocks_folder, trial.kept_blocks_folder, trial.spec.quantization_id)
+
+
+def unquantized_metrics(trial: Trial, reference: Reference) -> dict[str, float]:
+    """Return what is known of the unquantized model: its trial's metrics if it has finished."""
+    metrics = reference.metrics(trial.spec.evaluation.quick)
+    baseline = trial.placement.baseline
+    if baseline is not None:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
+            if record.completed and record.spec.id == baseline:
+                return metrics | record.metrics
+    return metrics
 
 
 def clear(record: TrialRecord) -> None:

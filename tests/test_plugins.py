@@ -339,7 +339,7 @@ def test_what_cannot_be_used_is_named_warned_of_and_refused_when_asked_for(
     assert "\n" not in str(caught.value)
     for other in ("method=rtn", "method=fine"):
         spec(other)
-    assert capsys.readouterr().err == f"q3q: {caught.value}. Other methods are not affected\n"
+    assert capsys.readouterr().err == f"Note: {caught.value}. Other methods are not affected\n"
 
 
 def test_two_packages_with_one_name_are_refused(outside):

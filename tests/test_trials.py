@@ -18,6 +18,7 @@ import pytest
 
 from q3q import trial as trial_module
 from q3q.export import destination
+from q3q.export.marker import write_marker
 from q3q.models import demo
 from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.placement import Grant, Trial
@@ -497,3 +498,85 @@ def test_old_bulletins_are_swept_away_by_the_next_sweep(storage):
         platform.node(),
     }
     assert old.holder.host not in {one.holder.host for one in sweep_statuses(storage)}
+
+
+def exporting(storage, bits=2):
+    """A finished trial with an export of two files."""
+    one = trial(storage, bits)
+    one = respecified(one, export="hf").placed(export=storage / "exports" / f"w{bits}")
+    complete(one)
+    write_atomically(one.placement.export / "model.safetensors", bytes(5000))
+    write_atomically(one.placement.export / "config.json", b"{}")
+    marker = {"trial": one.id, "version": destination.VERSION}
+    write_marker(one.placement.export, marker, {})
+    return one
+
+
+def verify(storage, capsys, *which):
+    code = main(["--storage", str(storage), "verify", *which])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_verify_says_that_all_fits_or_in_a_line_what_does_not(storage, capsys):
+    first, second = exporting(storage, 2), exporting(storage, 3)
+    assert verify(storage, capsys) == (0, ["2 records and 2 exports checked: all fits."])
+
+    weights = first.placement.export / "model.safetensors"
+    weights.write_bytes(bytes(4999) + b"1")
+    assert states(storage)[first.id] == ("completed", "")  # sizes fit
+    code, lines = verify(storage, capsys)
+    assert code == 1
+    assert len(lines) == 2
+    assert lines[0].startswith(f"the export {first.placement.export}: model.safetensors has ")
+    assert lines[0].endswith(f"resume {first.id}, makes it again")
+    assert verify(storage, capsys, second.id) == (0, ["1 record and 1 export checked: all fits."])
+
+    shutil.rmtree(first.placement.export)
+    torn = second.folder / "record.json"
+    torn.write_bytes(torn.read_bytes()[:-20])
+    code, lines = verify(storage, capsys)
+    assert code == 1
+    assert f"the export {first.placement.export} is missing; the command of its sweep" in lines[0]
+    assert f"{torn} cannot be read (" in lines[1]
+    assert verify(storage, capsys, "nothing")[0] == 2
+
+
+def test_verify_misses_no_file_of_a_record_and_guesses_no_digest(storage, capsys):
+    one = exporting(storage)
+    record = TrialRecord.load(one.folder / "record.json")
+    write_atomically(one.folder / "samples.parquet", b"x")
+    replace(record, files=("samples.parquet",)).save()
+    (one.placement.export / EXPORT_MARKER).write_text(
+        json.dumps({"trial": one.id, "version": destination.VERSION})
+    )
+    code, lines = verify(storage, capsys)
+    assert code == 0
+    assert "sizes and digests are not recorded" in lines[0]
+    (one.folder / "samples.parquet").unlink()
+    (one.folder / "samples.parquet").mkdir()
+    code, lines = verify(storage, capsys)
+    assert code == 1
+    assert f"{one.folder}/samples.parquet is not a file" in lines[0]
+
+
+def test_verify_reads_exports_that_no_trial_here_made(storage, capsys):
+    one = exporting(storage)
+    shutil.rmtree(one.folder)
+    complete(trial(storage, 8))
+    (one.placement.export / "config.json").write_bytes(b"")
+    code, lines = verify(storage, capsys)
+    assert code == 1
+    assert "config.json has 0 bytes instead of 2" in lines[0]
+
+
+def test_the_list_names_checkpoints_and_those_that_must_be_made_again(storage, capsys):
+    whole, damaged = exporting(storage, 2), exporting(storage, 3)
+    (damaged.placement.export / "model.safetensors").write_bytes(b"")
+    assert main(["--storage", str(storage)]) == 0
+    text = capsys.readouterr().out
+    assert f" KB: {whole.placement.export}\n" in text
+    assert f"KB: {damaged.placement.export}" not in text
+    state, waits = states(storage)[damaged.id]
+    assert state == "stopped"
+    assert "its export to be made again" in waits
+    assert "model.safetensors has 0 bytes instead of 5000" in waits

@@ -17,7 +17,13 @@ from q3q.config.schemes import check_ends, resolve_schemes
 from q3q.config.texts import data_folder, resolve_calibration
 from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
-from q3q.export.formats import FORMATS, refuse_unsupported, serving_notice, stored_scales
+from q3q.export.formats import (
+    FORMATS,
+    loading_notice,
+    refuse_unsupported,
+    serving_notice,
+    stored_scales,
+)
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import (
     AUTO,
@@ -151,7 +157,7 @@ def _warn_of_broken_methods() -> None:
     """Name broken packages, once; they do not stop a study that does not use them."""
     for offer in offers().values():
         if offer.problem:
-            print(f"q3q: {offer.problem}. Other methods are not affected", file=sys.stderr)
+            print(f"Note: {offer.problem}. Other methods are not affected", file=sys.stderr)
 
 
 def _refuse_unknown_keys(config: DictConfig) -> None:
@@ -194,11 +200,13 @@ def _exported(config: DictConfig, trial: Trial, facts: ModelFacts) -> Trial:
     trial = trial.placed(export=folder)
     trial = trial.placed(command=command_of(trial))
     check_destination(trial, facts)
-    if (warning := serving_notice(name, trial.spec, facts)) is not None:
-        _warn_once(warning)
+    for notice in (serving_notice(name, trial.spec, facts), loading_notice(trial.spec, facts)):
+        if notice is not None:
+            _note_once(notice)
     return trial
 
 
 @functools.cache
-def _warn_once(warning: str) -> None:
-    print(f"q3q: {warning}", file=sys.stderr)
+def _note_once(notice: str) -> None:
+    """Print a notice that stops nothing: without the `q3q:` of an error that does."""
+    print(f"Note: {notice}", file=sys.stderr)

@@ -52,6 +52,14 @@ class Reference:
     baselines: dict[str, Baseline]
     head: Callable[[], Tensor]
 
+    def metrics(self, quick: bool) -> dict[str, float]:
+        """Return the unquantized model's perplexity of each text, by the record's names."""
+        perplexities = {
+            text_metric("perplexity", text, quick): of_losses(baseline.nll_N).value
+            for text, baseline in self.baselines.items()
+        }
+        return {name: value for name, value in perplexities.items() if math.isfinite(value)}
+
 
 def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporter) -> Reference:
     """Find or compute what drift is measured against.

@@ -1,11 +1,13 @@
-"""The model card of an exported checkpoint: its origin, making, measurements and licence."""
+"""The model card of an exported checkpoint: its origin, making, measurements, use and licence."""
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from q3q.export.formats import FORMATS, needs_unpacking
+from q3q.export.formats import FORMATS
+from q3q.export.instructions import load_lines, serve_lines
+from q3q.export.measured import Measured
 from q3q.export.proof import Proof
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
@@ -14,35 +16,20 @@ from q3q.spec import Json, TrialSpec
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _LICENCE = re.compile(r"^license\w*:.*(?:\n[ \t-].*)*", re.MULTILINE)
-# How transformers loads asymmetric packed weights; by default it refuses their zero points.
-_UNPACKED = [
-    "```python",
-    "from transformers import AutoModelForCausalLM, CompressedTensorsConfig",
-    "",
-    "config = CompressedTensorsConfig(dequantize=True)",
-    'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto", quantization_config=config)',
-    "```",
-    "",
-]
 
 
 def model_card(
     trial: Trial,
     facts: ModelFacts,
     proof: Proof,
+    measured: Measured,
     *,
-    metrics: Mapping[str, float],
-    intervals: Mapping[str, tuple[float, float]],
-    diverged: Collection[str],
     packages: Mapping[str, str],
     base: Path,
 ) -> str:
     """Return Markdown with the front matter that the Hub reads.
 
     Args:
-        metrics: finite metrics by name.
-        intervals: their 95 % intervals.
-        diverged: names of metrics that are not finite.
         base: folder of the original model, whose licence lines are copied.
     """
     spec, scheme = trial.spec, trial.spec.scheme
@@ -51,14 +38,6 @@ def model_card(
     source = spec.model.source
     front = licence_lines(base) or ["license: unknown"]
     front += [f"base_model: {source}", "base_model_relation: quantized"] if source else []
-    cells = {name: "{:.6g} to {:.6g}".format(*interval) for name, interval in intervals.items()}
-    rows = {name: f"{value:.6g} | {cells.get(name, '')}" for name, value in metrics.items()}
-    rows |= dict.fromkeys(diverged, "diverged: not a finite number |")
-    measured = [
-        f"| {name} | {row} |"
-        for name, row in sorted(rows.items())
-        if "/" in name and not name.startswith(("seconds/", "peak_bytes/", "gpu_peak_bytes/"))
-    ]
     group = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size} columns"
     acts = f", activations of {scheme.act_bits} bits per token" if scheme.act_bits else ""
     departures = _departures(spec)
@@ -96,14 +75,14 @@ def model_card(
         "",
         "## What was measured",
         "",
-        "| metric | value | 95 % interval |",
-        "|---|---|---|",
-        *(measured or ["| none | | |"]),
+        *measured.lines(),
         "",
         f"Reloaded by {proof.loader} in a process without q3q: "
         f"the same weights, bit for bit{logits}.",
         "",
-        *_serving(spec, facts),
+        *_use_lines(proof),
+        *load_lines(spec, facts),
+        *serve_lines(spec, facts),
     ]
     return "\n".join(lines)
 
@@ -130,22 +109,12 @@ def _departures(spec: TrialSpec) -> Json:
     return {key: value for key, value in settings.items() if value}
 
 
-def _serving(spec: TrialSpec, facts: ModelFacts) -> list[str]:
-    assert spec.export is not None
-    form = FORMATS[spec.export]
-    if (reason := form.unserved(spec, facts)) is not None:
-        loaders = [f"- {name}: {scope}" for name, _, scope in form.loaders if "vLLM" not in name]
-        unpacked = _UNPACKED if needs_unpacking(spec, facts) else []
-        intro = f"vLLM does not load `{spec.export}` with {reason}. These do:"
-        return ["## Load it", "", intro, "", *loaders, "", *unpacked]
-    return [
-        "## Serve it",
-        "",
-        "```bash",
-        "pip install vllm",
-        "vllm serve . # this folder",
-        "curl localhost:8000/v1/completions -H 'Content-Type: application/json' "
-        """-d '{"model": ".", "prompt": "Hello"}'""",
-        "```",
-        "",
-    ]
+def _use_lines(proof: Proof) -> list[str]:
+    """Return the section on memory and speed, as measured in the process of the proof."""
+    sentences = [] if proof.use is None else proof.use.sentences()
+    if not sentences:
+        reason = "the process that proves the checkpoint ran no public loader of its format"
+        sentences = [f"Memory and speed were not measured: {reason}."]
+    else:
+        sentences.append("Measured once, where it was made: no promise for another runtime.")
+    return ["## What it takes", "", *(f"- {sentence}" for sentence in sentences), ""]

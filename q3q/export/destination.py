@@ -1,8 +1,10 @@
 """An export's destination, checked before anything is computed. Imports no torch.
 
 An export is written to `PATH.partial` and renamed to PATH once it is complete and proved, so PATH
-either does not exist or loads. A marker file in both names the trial. Folders are made and removed
-under a temporary name beside theirs: a killed process leaves no folder of ours without a marker.
+either does not exist or loads. A marker file in both names the trial, and in PATH each file's size
+and digest: an export that was damaged since counts as not finished, and the next one replaces it.
+Folders are made and removed under a temporary name beside theirs: a killed process leaves no folder
+of ours without a marker.
 """
 
 import json
@@ -11,10 +13,10 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from q3q.errors import ExportError
 from q3q.export.formats import expected_bytes
+from q3q.export.marker import marker_of, owner_of, size_fault
 from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
@@ -37,18 +39,10 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def marker_of(folder: Path) -> dict[str, Any] | None:
-    """Return the content of an export's marker; None if the folder is no export."""
-    try:
-        marker = json.loads((folder / EXPORT_MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return marker if isinstance(marker, dict) else None
-
-
 def is_ours(folder: Path, spec: TrialSpec) -> bool:
-    marker = marker_of(folder) or {}
-    return marker.get("trial") == spec.id and marker.get("version") == VERSION
+    """Return True if the folder is this trial's export, finished or not, whole or damaged."""
+    owner = owner_of(folder) or {}
+    return owner.get("trial") == spec.id and owner.get("version") == VERSION
 
 
 def path_of(trial: Trial) -> Path:
@@ -57,9 +51,24 @@ def path_of(trial: Trial) -> Path:
     return trial.placement.export
 
 
+def export_fault(trial: Trial) -> str | None:
+    """Return in words why the trial's export is not finished, or no longer; None if it is whole.
+
+    Every file's size is compared with what was published. Of an export in an object store, files
+    may be missing here.
+    """
+    path = path_of(trial)
+    marker = marker_of(path)
+    if marker is None or not is_ours(path, trial.spec):
+        return f"{path} is missing" if not path.exists() else f"{path} has no marker of this trial"
+    elsewhere = trial.placement.store is not None and path.is_relative_to(trial.placement.storage)
+    fault = size_fault(path, partly_elsewhere=elsewhere)
+    return None if fault is None else f"{path}: {fault}"
+
+
 def is_finished(trial: Trial) -> bool:
     """Return True if the trial's export is complete, or the trial exports nothing."""
-    return trial.spec.export is None or is_ours(path_of(trial), trial.spec)
+    return trial.spec.export is None or export_fault(trial) is None
 
 
 def refuse_shared(trials: Iterable[Trial]) -> None:
@@ -90,8 +99,24 @@ def begin_export(folder: Path, marker: Json) -> None:
     aside.replace(folder)
 
 
+def give_final_name(partial: Path, path: Path) -> None:
+    """Rename a proved export; it replaces one of the same trial that was damaged.
+
+    Files in the damaged folder that q3q did not write move along.
+    """
+    if path.is_symlink():
+        path.unlink()
+    if path.exists():
+        for entry in path.iterdir():
+            if not (partial / entry.name).exists():
+                entry.replace(partial / entry.name)
+        path.replace(_aside(path))
+    partial.replace(path)
+    _aside(path)
+
+
 def _aside(folder: Path) -> Path:
-    """Return a free path beside the folder, after removing what a killed process left there."""
+    """Return a free path beside the folder, after removing what was put there."""
     aside = folder.with_name(f".{folder.name}.aside")
     shutil.rmtree(aside, ignore_errors=True)
     return aside
@@ -107,7 +132,7 @@ def check_destination(trial: Trial, facts: ModelFacts) -> None:
     if is_finished(trial):
         return
     for folder in (path, partial_path(path)):
-        if folder.exists() and not is_ours(folder, trial.spec):
+        if os.path.lexists(folder) and not is_ours(folder, trial.spec):
             unfinished = folder != path and marker_of(folder)
             owner = "another trial's unfinished export" if unfinished else "there already"
             raise ExportError(

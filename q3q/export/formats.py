@@ -312,15 +312,46 @@ def serving_notice(name: str, spec: TrialSpec, facts: ModelFacts) -> str | None:
     reason = FORMATS[name].unserved(spec, facts)
     if reason is None:
         return None
-    able = [
-        other.name
-        for other in FORMATS.values()
-        if not list(other.problems(spec, facts)) and not other.unserved(spec, facts)
-    ]
     v2 = ", which is gptq_v2," if name == "gptq" and "symmetric=false" in reason else ""
     return (
         f"export={name} with {reason}{v2} is refused by vLLM, or misread by old versions; "
-        f"to serve these settings: export={' or '.join(able)}"
+        f"to serve these settings: export={' or '.join(servable(spec, facts))}"
+    )
+
+
+def servable(spec: TrialSpec, facts: ModelFacts) -> list[str]:
+    """Return the formats that can hold the trial's weights and that vLLM then takes."""
+    return [
+        form.name
+        for form in FORMATS.values()
+        if not list(form.problems(spec, facts)) and not form.unserved(spec, facts)
+    ]
+
+
+def loading_notice(spec: TrialSpec, facts: ModelFacts) -> str | None:
+    """Return a line for an export that transformers loads only if it is told how."""
+    if needs_unpacking(spec, facts):
+        return (
+            "export=compressed_tensors with symmetric=false loads in transformers only with "
+            "quantization_config=CompressedTensorsConfig(dequantize=True), as its model card "
+            "shows; with symmetric=true it loads without"
+        )
+    if not read_by_transformers(spec, facts):
+        return (
+            f"export={spec.export} of experts with symmetric=false or rounded activations does not "
+            "load in transformers; its model card says what does"
+        )
+    return None
+
+
+def read_by_transformers(spec: TrialSpec, facts: ModelFacts) -> bool:
+    """Return True if transformers reads the trial's export, with the packages of its format."""
+    schemes = schemes_of(spec, facts)
+    return spec.export != "compressed_tensors" or transformers_takes(
+        experts=bool(facts.experts),
+        settings=len(schemes),
+        symmetric=all(scheme.symmetric for scheme in schemes),
+        rounded=any(scheme.act_bits is not None for scheme in schemes),
     )
 
 

@@ -5,6 +5,7 @@ the model in this process.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from torch.nn.functional import linear
 
 from q3q.errors import ExportError
 from q3q.export.reload import EXIT_SHORTAGE, is_shortage, projection, sketch, sketch_rows
+from q3q.export.use import Use
 from q3q.models.checkpoint import names_on_disk
 from q3q.models.decoder import Decoder
 from q3q.models.facts import ModelFacts
@@ -42,7 +44,9 @@ SAME_LOGITS = 1e-4
 SAME_ROUNDED = 1e-3
 # GPTQModel runs in 16 bits.
 SAME_IN_16_BITS = 2e-2
-Readings = dict[str, tuple[Tensor, float]]
+# Of the numbers that were added up: a float32 sum's last bits, which tell nothing of the weights.
+# What a block adds is read as a difference, so its noise is that of the block's input.
+ROUNDING = 2.0**-22
 PASSED = "the exported checkpoint reloads as what was evaluated"
 
 
@@ -53,13 +57,17 @@ class Proof:
     check: Check  # with the largest difference
     loader: str = ""  # the program that loaded the checkpoint
     logit_error: float | None = None  # of the worst position; None if logits were not compared
+    use: Use | None = None  # what a public loader took; None if none was measured
 
 
-def prove(folder: Path, model: Decoder) -> Proof:
+def prove(folder: Path, model: Decoder, *, gpu: bool = False) -> Proof:
     """Load `folder` in another process and compare it with the model as evaluated.
 
     If the model is not in this process as a whole, or there is no memory for a second one, only the
     weights are compared, one at a time, and no logits: `logit_error` is None.
+
+    Args:
+        gpu: the other process may measure how fast a GPU generates.
 
     Raises:
         ExportError: the other process did not finish, which says nothing about the checkpoint.
@@ -72,8 +80,10 @@ def prove(folder: Path, model: Decoder) -> Proof:
         if runs:
             inputs = Path(scratch) / "inputs.safetensors"
             _save(reload_inputs(model, runs), inputs, folder)
+        if gpu:
+            torch.cuda.empty_cache()  # for the other process
         try:
-            _reload(folder, inputs, out, seconds)
+            _reload(folder, inputs, out, seconds, gpu)
         except _UnreadableError as error:
             return Proof(Check(name=PASSED, passed=False, detail=f"it cannot be loaded: {error}"))
         findings = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
@@ -91,11 +101,12 @@ def compare_reload(
     """Compare the model with `findings` and `theirs`, the two results of `reload.findings`."""
     problems, error = _weight_problems(model, findings), None
     if runs:
-        error = float(relative_errors(runs["plain"].logits, theirs["logits"]).max())
+        error = worst_logits(runs["plain"].logits, theirs["logits"])
         problems += _logit_problems(runs, theirs, error)
     loader = findings["loader"]
     detail = f"{'; '.join(problems)} (read by {loader})" if problems else ""
-    return Proof(Check(name=PASSED, passed=not problems, detail=detail), loader, error)
+    check = Check(name=PASSED, passed=not problems, detail=detail)
+    return Proof(check, loader, error, Use.of(loader, findings.get("use", ())))
 
 
 def is_room(model: Decoder) -> bool:
@@ -108,11 +119,29 @@ def is_room(model: Decoder) -> bool:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What was read at one place of a run.
+
+    projection: `reload.projection` of each token
+    norm: of the whole tensor
+    noise: norm of the difference that rounding alone makes
+    """
+
+    projection: Tensor
+    norm: float
+    noise: float = 0.0
+
+    @classmethod
+    def of(cls, x: Tensor, noise: float = 0.0) -> "Reading":
+        return cls(projection(x), float(x.double().norm()), noise)
+
+
+@dataclass(frozen=True)
 class Run:
     """The evaluated model's run over the fixed windows in float32 arithmetic."""
 
     states: Tensor  # each block's input, [L, B, T, H]
-    readings: Readings  # as from `reload.run`: (projection, norm) of site inputs and block changes
+    readings: dict[str, Reading]  # of site inputs and block changes, named as by `reload.run`
     logits: Tensor  # [B, T, V]
 
 
@@ -134,19 +163,23 @@ def run(model: Decoder, act_bits: int | None) -> Run:
     act_bits: bits that activations are rounded to; None leaves them alone.
     """
     x_BTH, rope = model.embed(windows(model.facts)).float(), model.rope
-    states, readings = list[Tensor](), Readings()
+    states, readings = list[Tensor](), dict[str, Reading]()
     for k, block in enumerate(model.blocks):
         wide = block.with_weights({name: weight.float() for name, weight in block.weights.items()})
         wide.act_bits = act_bits
         states.append(x_BTH.cpu())
         x_BTH = _observed(wide, k, x_BTH, rope, readings)
-        readings[f"blocks.{k}"] = _reading(x_BTH - states[-1].to(x_BTH.device))
+        before_BTH = states[-1].to(x_BTH.device)
+        noise = ROUNDING * float(before_BTH.double().norm())
+        readings[f"blocks.{k}"] = Reading.of(x_BTH - before_BTH, noise)
     hidden_BTH = rms_norm(x_BTH, model.norm_H.float(), model.facts.rms_norm_eps)
     logits = [linear(hidden_TH, model.head_VH.float()) for hidden_TH in hidden_BTH]
     return Run(torch.stack(states), readings, torch.stack(logits).cpu())
 
 
-def _observed(block: Qwen3Block, k: int, x_BTH: Tensor, rope: Rope, readings: Readings) -> Tensor:
+def _observed(
+    block: Qwen3Block, k: int, x_BTH: Tensor, rope: Rope, readings: dict[str, Reading]
+) -> Tensor:
     """Return the block's output, and add what its sites read to `readings`."""
     stages = block.stages(x_BTH, rope)
     while True:
@@ -156,11 +189,7 @@ def _observed(block: Qwen3Block, k: int, x_BTH: Tensor, rope: Rope, readings: Re
             output: Tensor = end.value
             return output
         if inputs.all_TI is not None:
-            readings[f"blocks.{k}.{site.name}"] = _reading(inputs.all_TI)
-
-
-def _reading(x: Tensor) -> tuple[Tensor, float]:
-    return projection(x), float(x.double().norm())
+            readings[f"blocks.{k}.{site.name}"] = Reading.of(inputs.all_TI)
 
 
 def sketches(model: Decoder) -> Iterator[tuple[str, list[float]]]:
@@ -194,8 +223,8 @@ def _save(tensors: Mapping[str, Tensor], path: Path, folder: Path) -> None:
         raise _not_proved(folder, f"{path.parent} has no room for its input ({error})") from error
 
 
-def _reload(folder: Path, inputs: Path, out: Path, seconds: float) -> None:
-    """Have the other process write its findings to `out`.
+def _reload(folder: Path, inputs: Path, out: Path, seconds: float, gpu: bool) -> None:
+    """Have the other process write its findings to `out`; without `gpu` it sees none.
 
     Raises:
         _UnreadableError: it cannot load the checkpoint.
@@ -207,7 +236,7 @@ def _reload(folder: Path, inputs: Path, out: Path, seconds: float) -> None:
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         "TORCHDYNAMO_DISABLE": "1",  # GPTQModel would compile for minutes what runs for a moment
     }
     arguments = map(str, (SCRIPT, folder, inputs, out))
@@ -244,11 +273,25 @@ def _not_proved(folder: Path, reason: str) -> ExportError:
 def _weight_problems(model: Decoder, findings: Json) -> list[str]:
     problems, act_bits = [], model.blocks[0].act_bits
     worst, difference = worst_weight(dict(sketches(model)), findings["sketches"])
-    if not difference <= SAME_WEIGHTS:  # also if it is nan
+    if difference > SAME_WEIGHTS:
         problems.append(f"worst site {worst}, relative difference about {difference:.2g}")
     if findings["act_bits"] != act_bits:
         problems.append(f"activations of {findings['act_bits']} bits instead of {act_bits}")
     return problems
+
+
+def relative(difference: float, norm: float, noise: float = 0.0) -> float:
+    """Return what a difference beyond the noise is of a norm.
+
+    Nothing relative to nothing is 0. Something relative to nothing is infinite, and so is what is
+    not a number: no comparison may take either for a match.
+    """
+    if math.isnan(difference) or math.isnan(norm):
+        return math.inf
+    beyond = max(0.0, difference - noise)
+    if not beyond:
+        return 0.0
+    return beyond / norm if norm and math.isfinite(norm) else math.inf
 
 
 def worst_weight(
@@ -257,8 +300,9 @@ def worst_weight(
     """Return the weight whose sketch differs most, and its share of the norm (inf if missing)."""
     worst, most = "none", 0.0
     for name, (value, norm) in ours.items():
-        difference = abs(theirs[name][0] - value) / (norm or 1.0) if name in theirs else torch.inf
-        if not difference <= most:
+        other = theirs[name][0] if name in theirs else math.inf
+        difference = relative(abs(other - value), norm)
+        if difference > most:
             worst = name.removesuffix(".weight").replace("model.layers.", "blocks.")
             most = difference
     return worst, most
@@ -274,37 +318,42 @@ def _logit_problems(
             continue  # it read no act_bits: `_weight_problems` reports that
         site, most = worst_reading(ours, {name: theirs[f"{kind}/{name}"] for name in ours.readings})
         logits = _difference(theirs[f"{kind}/logits"], ours.logits)
-        if not max(most, logits) <= bounds[kind]:
+        if max(most, logits) > bounds[kind]:
             site, most = (site, most) if most > logits else ("the head", logits)
             problems.append(
                 f"worst site {site}, where {kind} activations differ by {most:.2g} of their size"
             )
     if "public" in theirs:
         public = _difference(theirs["public"], runs["plain"].logits)
-        if not public <= SAME_IN_16_BITS:
+        if public > SAME_IN_16_BITS:
             problems.append(f"GPTQModel's logits differ by {public:.2g} of their size")
     return problems
 
 
 def _difference(theirs: Tensor, ours: Tensor) -> float:
-    return float((theirs - ours).norm() / ours.norm())
+    return relative(float((theirs - ours).norm()), float(ours.norm()))
 
 
 def worst_reading(ours: Run, theirs: Mapping[str, Tensor]) -> tuple[str, float]:
     """Return the site input or block change that differs most, and by what share of its norm."""
     errors = {
-        name: float((theirs[name] - reading).norm()) / norm
-        for name, (reading, norm) in ours.readings.items()
+        name: relative(
+            float((theirs[name] - reading.projection).norm()), reading.norm, reading.noise
+        )
+        for name, reading in ours.readings.items()
     }
     worst = max(errors, key=errors.__getitem__)
     return worst, errors[worst]
 
 
-def relative_errors(ours_BTV: Tensor, theirs_BTV: Tensor) -> Tensor:
-    """Return |theirs - ours| / |ours| of mean-free logits at each position, [B, T]."""
+def worst_logits(ours_BTV: Tensor, theirs_BTV: Tensor) -> float:
+    """Return the largest |theirs - ours| / |ours| of mean-free logits at any position."""
     ours, theirs = (logits - logits.mean(-1, keepdim=True) for logits in (ours_BTV, theirs_BTV))
-    errors_BT: Tensor = (theirs - ours).norm(dim=-1) / ours.norm(dim=-1)
-    return errors_BT
+    differences, norms, sizes = (
+        x_BTV.norm(dim=-1).flatten().tolist() for x_BTV in (theirs - ours, ours, ours_BTV)
+    )
+    positions = zip(differences, norms, sizes, strict=True)
+    return max(relative(error, norm, ROUNDING * size) for error, norm, size in positions)
 
 
 def _dtype(model: Decoder) -> str:

@@ -13,6 +13,9 @@ the result of `run`. Where the public loader needs a GPU, the tensors are unpack
 written from the format's definition, and transformers runs the result. If GPTQModel is installed,
 OUT also has its logits for its formats, as `public`; what it does not load is left out.
 
+Where a public loader reads the checkpoint, OUT.json also says what that took: `use` has the peak
+memory and the speed of a short generation, on the CPU and on a GPU if one is visible.
+
 With `weights` in place of a file, the script runs nothing and needs memory for one weight at a
 time: it unpacks each weight here and writes OUT.json only.
 
@@ -25,7 +28,8 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +43,8 @@ WIDE_NUMBERS = 1 << 22  # entries of a matrix widened at a time to be sketched o
 EXIT_SHORTAGE = 75  # the exit code if memory, disk or open files run short; a retry may succeed
 SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENOSPC, errno.EDQUOT)
 MESSAGE_LENGTH = 200  # characters of a loader's message
+PROMPT, GENERATED, GENERATION_SECONDS = 8, 32, 30.0  # tokens, and when to stop before that
+UNPACKER = "a plain unpacker"  # its description begins so; public loaders' do not
 
 
 def sketch(weight: "Tensor") -> list[float]:
@@ -83,7 +89,7 @@ def load(folder: Path) -> tuple[Any, str]:
     method = packed["quant_method"]
     settings = settings_of(config, packed) if method == "compressed-tensors" else None
     if settings is None or not transformers_takes(**settings):
-        loader = f"a plain unpacker of `{method}`, run by {loader}"
+        loader = f"{UNPACKER} of `{method}`, run by {loader}"
         return load_unpacked(folder, config, packed).eval(), loader
     import compressed_tensors
 
@@ -419,8 +425,65 @@ def weights_on_disk(model: Any) -> Iterator[tuple[str, "Tensor"]]:
                     yield f"{prefix}.{e}.up_proj.weight", up
 
 
-def findings(folder: Path, inputs: Parts | None) -> tuple[dict[str, Any], Parts]:
-    """Return the content of OUT.json and of OUT.safetensors; without `inputs`, of weights alone."""
+def peak_resident_bytes() -> int | None:
+    """Return the peak of this process's resident memory; None where the system does not say."""
+    try:  # unlike getrusage, it does not count what the parent had before this program began
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return int(peak[1]) * 1024 if peak else None
+
+
+def generate(model: Any, ids: "Tensor", idle_bytes: int | None) -> dict[str, Any]:
+    """Generate a few tokens greedily, and return what that took on the model's device."""
+    import torch
+
+    device = model.device
+    prompt = ids[:1, :PROMPT].to(device)
+    count = min(GENERATED, model.config.max_position_embeddings - prompt.shape[1])
+    settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+    model.generate(prompt, max_new_tokens=1, **settings)  # what is unpacked, is unpacked now
+    started = time.perf_counter()
+    out = model.generate(
+        prompt,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        max_time=GENERATION_SECONDS,
+        **settings,
+    )
+    tokens = int(out.cpu().shape[1]) - prompt.shape[1]
+    seconds = time.perf_counter() - started
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else "cpu",
+        "threads": 0 if gpu else torch.get_num_threads(),
+        "idle_bytes": None if gpu else idle_bytes,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if gpu else peak_resident_bytes(),
+        "prompt": prompt.shape[1],
+        "tokens": tokens,
+        "seconds": round(seconds, 4),
+    }
+
+
+def measured(call: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a measurement, or nothing where there is none: a proof does not depend on it."""
+    try:
+        return [call()]
+    except Exception as error:  # of any kind: the loader's, CUDA's, memory
+        reason = " ".join(str(error).split())[:MESSAGE_LENGTH]
+        print(f"not measured: {type(error).__name__}: {reason}", file=sys.stderr)
+        return []
+
+
+def findings(
+    folder: Path, inputs: Parts | None, *, measure: bool = False
+) -> tuple[dict[str, Any], Parts]:
+    """Return the content of OUT.json and of OUT.safetensors; without `inputs`, of weights alone.
+
+    Args:
+        measure: generate with public loaders.
+    """
     config = read_config(folder)
     packed = config.get("quantization_config") or {}
     groups = packed.get("config_groups", {}).values()
@@ -428,10 +491,15 @@ def findings(folder: Path, inputs: Parts | None) -> tuple[dict[str, Any], Parts]
     act_bits = next((settings["num_bits"] for settings in rounded), None)
     if inputs is None:
         sketches = {name: sketch(tensor) for name, tensor in numbers_on_disk(folder, config)}
-        loader = "a plain unpacker, weight by weight"
+        loader = f"{UNPACKER}, weight by weight"
         return {"loader": loader, "act_bits": act_bits, "sketches": sketches}, {}
-    ids = inputs["ids"]
+    import torch
+
+    ids, idle_bytes = inputs["ids"], peak_resident_bytes()
     model, loader = load(folder)
+    public, use = not loader.startswith(UNPACKER), list[dict[str, Any]]()
+    if measure and public:
+        use = measured(partial(generate, model, ids, idle_bytes))
     model(ids[:1, :1])  # compressed-tensors unpacks when the model first runs
     sketches = {name: sketch(tensor) for name, tensor in weights_on_disk(model)}
     for module in model.modules():
@@ -456,7 +524,10 @@ def findings(folder: Path, inputs: Parts | None) -> tuple[dict[str, Any], Parts]
         else:
             tensors["public"] = logits_of(second, ids)
             loader += ", and by GPTQModel"
-    return {"loader": loader, "act_bits": act_bits, "sketches": sketches}, tensors
+    if measure and public and torch.cuda.is_available():
+        use += measured(lambda: generate(load(folder)[0].to("cuda"), ids, None))
+    facts = {"loader": loader, "act_bits": act_bits, "sketches": sketches, "use": use}
+    return facts, tensors
 
 
 def main() -> None:
@@ -467,7 +538,8 @@ def main() -> None:
     from safetensors.torch import load_file, save_file
 
     with torch.inference_mode():
-        facts, tensors = findings(folder, None if inputs.name == "weights" else load_file(inputs))
+        given = None if inputs.name == "weights" else load_file(inputs)
+        facts, tensors = findings(folder, given, measure=True)
     save_file(tensors, out.with_suffix(".safetensors"))
     out.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
 

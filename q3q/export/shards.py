@@ -75,6 +75,10 @@ class Shards:
             shards.append(facts)
         return shards
 
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of each shard that was written or verified, by its file's name."""
+        return {self.name(index): digest for index, (digest, *_) in self._verified.items()}
+
     def finish(self) -> None:
         """Bring all shards to the disk, and remove the facts and what a dead process left."""
         for shard in self.folder.glob("*.safetensors"):

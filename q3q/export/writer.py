@@ -24,12 +24,14 @@ from q3q.export.destination import (
     begin_export,
     check_destination,
     forget_export,
+    give_final_name,
     is_finished,
     is_ours,
     partial_path,
     path_of,
 )
 from q3q.export.formats import FORMATS, layouts
+from q3q.export.marker import CARD, published_files, write_marker
 from q3q.export.shards import Shards, stored_bytes
 from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, of_expert
 from q3q.models.decoder import Decoder
@@ -165,12 +167,15 @@ class Exporter(ABC):
             return index
 
     def publish(self, card: str) -> None:
-        """Write the card and give the proved folder its final name."""
-        write_atomically(self.folder / "README.md", card.encode())
+        """Write the card and the final marker, and give the proved folder its final name."""
+        write_atomically(self.folder / CARD, card.encode())
         if not self.finished:
             self._shards.finish()
-            self.partial.replace(self.path)
+            write_marker(self.partial, self._marker(), self._shards.digests())
+            give_final_name(self.partial, self.path)
             self.finished = True
+        elif published_files(self.path) is None:  # an earlier version's, proved again just now
+            write_marker(self.path, self._marker(), {})
 
     def withdraw(self) -> None:
         """Remove a checkpoint that is not what was evaluated, unless another run published it."""
@@ -178,7 +183,7 @@ class Exporter(ABC):
             forget_export(self.trial)
 
     def sizes(self) -> dict[str, float]:
-        """Return the files' bytes and, if codes are stored, bits per weight, from the files."""
+        """Return the tensors' bytes and, if codes are stored, bits per weight, from the files."""
         stored = stored_bytes(self.folder)
         total = float(sum(stored.values()))
         count, size = 0, 0
@@ -187,14 +192,12 @@ class Exporter(ABC):
                 count += math.prod(shape)
                 base = name.removesuffix("weight")
                 size += sum(stored[base + part] for part in layout.parts(*shape))
-        if not count:
-            return {"export_bytes": total}
-        return {
+        sizes = {
             "export_bytes": total,
             "model_bytes": total,
-            "bits_per_weight": 8 * size / count,
             "bits_per_weight_model": 8 * total / self.checkpoint.facts.parameters,
         }
+        return sizes | ({"bits_per_weight": 8 * size / count} if count else {})
 
     def _write_files(self) -> None:
         shards, shard_of = self._shards.all_facts(), self._shards.name

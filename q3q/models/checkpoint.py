@@ -59,7 +59,16 @@ class Checkpoint:
         self.folder = folder
         self.facts = read_facts(folder)
         self._stored = _read_headers(folder)
-        self._check_complete()
+        self._names = self._check_complete()
+
+    @property
+    def stored_dtype(self) -> str:
+        """The type in which the embedding lies on disk, and all else that is not packed."""
+        return self._stored["model.embed_tokens.weight"].dtype_name
+
+    def bits_on_disk(self) -> dict[str, int]:
+        """Return the bits of each of the model's tensors, by its name on disk."""
+        return {name: self._stored[name].bits for name in self._names}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return tensors by their names on disk.
@@ -159,7 +168,8 @@ class Checkpoint:
     def _fused(self, k: int) -> bool:
         return f"model.layers.{k}.mlp.experts.gate_up_proj" in self._stored
 
-    def _check_complete(self) -> None:
+    def _check_complete(self) -> tuple[str, ...]:
+        """Return the names of the model's tensors; a file may hold others too."""
         facts = self.facts
         expected: dict[str, Shape] = {"model.embed_tokens.weight": (facts.vocab, facts.hidden)}
         packed: dict[str, tuple[str, ...]] = {}
@@ -195,6 +205,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: {number_of_tensors(misfits)} {what}, first {misfits[0]}"
                 )
+        return tuple(expected)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

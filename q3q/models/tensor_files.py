@@ -50,6 +50,15 @@ class StoredTensor:
     shape: Shape
     start: int  # position of its first byte in the file
 
+    @property
+    def bits(self) -> int:
+        return 8 * math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+    @property
+    def dtype_name(self) -> str:
+        """Its type by torch's name, `bfloat16`."""
+        return _TORCH_DTYPES.get(self.dtype, self.dtype)
+
     def read(self, first: int = 0, count: int | None = None) -> Tensor:
         """Read the tensor into memory of its own.
 

@@ -1,19 +1,20 @@
 """The record's facts about quantized blocks: errors, notes and sizes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from q3q.errors import IntegrityError
-from q3q.models.checkpoint import Checkpoint
+from q3q.models.checkpoint import Checkpoint, disk_shapes
 from q3q.numerics.weights import StoredWeight
 from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.block_store import BlockStore
 from q3q.record import SiteError
 from q3q.spec import Json
 
-# Of embeddings, norms and the router, as the released checkpoints store them.
-UNQUANTIZED_BITS = 16
+# Names on disk of what `quantize_ends` quantizes.
+END_NAMES = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
 
 
 @dataclass
@@ -65,21 +66,61 @@ def sizes(
     """Return the record's size metrics.
 
     Bits per weight of the quantized linears count scales and zero points; nominal bits are those of
-    the codes alone, as papers count them.
+    the codes alone, as papers count them. What is not quantized has the bits that it has in the
+    checkpoint's files, also in one that is quantized already.
 
     Args:
         ends: a quantized embedding and head: part of the model, but no linears that a method
             treats.
     """
-    parameters, count, bits = checkpoint.facts.parameters, ledger.weights, ledger.bits
-    nominal_bits = ledger.nominal_bits
+    facts, on_disk = checkpoint.facts, checkpoint.bits_on_disk()
+    parameters, count = facts.parameters, ledger.weights
+    of_linears = sum(bits for name, bits in on_disk.items() if "_proj" in name)
+    quantized_ends = {END_NAMES[end] for end in ends}
+    of_rest = sum(
+        bits for name, bits in on_disk.items() if "_proj" not in name and name not in quantized_ends
+    )
+    of_left_linears = (facts.linear_parameters - count) * of_linears / facts.linear_parameters
+    model_bits = ledger.bits + of_left_linears + of_rest
+    model_bits += sum(weight.storage_bits() for weight in ends.values())
+    bits, nominal_bits = ledger.bits, ledger.nominal_bits
+    if not count:
+        count, bits = facts.linear_parameters, of_linears
+        nominal_bits = _nominal_bits(checkpoint)
     ends_count = sum(weight.shape.numel() for weight in ends.values())
-    model_bits = bits + sum(weight.storage_bits() for weight in ends.values())
-    model_bits += (parameters - count - ends_count) * UNQUANTIZED_BITS
     return {
-        "bits_per_weight": bits / count if count else float(UNQUANTIZED_BITS),
-        "bits_per_weight_nominal": nominal_bits / count if count else float(UNQUANTIZED_BITS),
+        "bits_per_weight": bits / count,
+        "bits_per_weight_nominal": nominal_bits / count,
         "bits_per_weight_model": model_bits / parameters,
         "model_bytes": model_bits / 8,
-        "share_quantized": (count + ends_count) / parameters,
+        "share_quantized": (ledger.weights + ends_count) / parameters,
     }
+
+
+def stored_note(checkpoint: Checkpoint, *, in_files: bool) -> Json:
+    """Return how the weights are stored, for the record's notes.
+
+    Its `dtype` is that of the given checkpoint's unquantized tensors; `quantized` says by what the
+    given checkpoint was quantized already, if it was.
+
+    Args:
+        in_files: the evaluated weights lie in files, and the record's `model_bytes` are theirs.
+    """
+    quantized = checkpoint.facts.quantized
+    known = {} if quantized is None else {"quantized": quantized}
+    return {"stored": {"dtype": checkpoint.stored_dtype, "in_files": in_files, **known}}
+
+
+def _nominal_bits(checkpoint: Checkpoint) -> int:
+    """Return the bits of all linears' codes, or numbers, in the checkpoint's files."""
+    facts, on_disk = checkpoint.facts, checkpoint.bits_on_disk()
+    if facts.packing is None:
+        return sum(bits for name, bits in on_disk.items() if "_proj" in name)
+    total = 0
+    for k in range(facts.layers):
+        for name, shape in disk_shapes(facts, k).items():
+            full = f"model.layers.{k}.{name}"
+            if name.endswith("_proj.weight"):
+                layout = facts.packing.of(full.removesuffix(".weight"))
+                total += on_disk[full] if layout is None else layout.bits * math.prod(shape)
+    return total

@@ -1,5 +1,6 @@
 """Relative errors of a site's quantized weights and of their outputs, for the record."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from q3q.errors import NumericsError
 from q3q.numerics.linalg import quadratic_form_E
 from q3q.quantize.statistics import Gram
 from q3q.record import SiteError
@@ -49,23 +51,43 @@ def site_error(block: int, site: str, name: str, parts: Sequence[SquaredErrors])
     Args:
         name: the weight's.
         parts: of each chunk of experts, in order.
+
+    Raises:
+        NumericsError: weights that are all zero were rounded to something else, or an error is not
+            a number.
     """
     error_E = torch.cat([part.error_E for part in parts]).double()
     weight_E = torch.cat([part.weight_E for part in parts]).double()
     outputs_of_parts = [part.outputs for part in parts if part.outputs is not None]
     outputs = [torch.cat(squares).double() for squares in zip(*outputs_of_parts, strict=True)]
-    expert_errors = _root_ratio(*(outputs or (error_E, weight_E))).tolist()
-    experts = tuple(float(f"{error:.4g}") for error in expert_errors)
+    linear = name.removesuffix(".weight")
+    weight_error_E = _root_ratio(error_E, weight_E)
+    weight_error = float(_root_ratio(error_E.sum(), weight_E.sum()))
+    if not (math.isfinite(weight_error) and bool(weight_error_E.isfinite().all())):
+        raise NumericsError(
+            f"blocks.{block}.{linear}: the error of its quantized weights, relative to the "
+            "weights, is not a finite number: the method rounds weights that are all zero to "
+            "something else, or makes no numbers of them"
+        )
+    error_E, output_error = weight_error_E, None
+    if outputs:
+        # Without outputs that it could be relative to, an expert's error is its weights'.
+        output_error_E = _root_ratio(*outputs)
+        error_E = torch.where(output_error_E.isfinite(), output_error_E, weight_error_E)
+        total = float(_root_ratio(*(part_E.sum() for part_E in outputs)))
+        output_error = total if math.isfinite(total) else None
+    experts = tuple(float(f"{error:.4g}") for error in error_E.tolist())
     return SiteError(
         block=block,
         site=site,
-        linear=name.removesuffix(".weight"),
-        weight_error=float(_root_ratio(error_E.sum(), weight_E.sum())),
-        output_error=float(_root_ratio(*(part_E.sum() for part_E in outputs))) if outputs else None,
+        linear=linear,
+        weight_error=weight_error,
+        output_error=output_error,
         experts=experts if len(experts) > 1 else None,
     )
 
 
 def _root_ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Return sqrt(part / whole), and 0 where the whole is 0."""
-    return torch.where(whole > 0, (part.clamp(min=0) / whole).sqrt(), 0.0)
+    """Return sqrt(part / whole), and 0 where both are 0; inf and nan are not hidden."""
+    part, whole = part.clamp(min=0), whole.clamp(min=0)
+    return torch.where((part == 0) & (whole == 0), 0.0, (part / whole).sqrt())

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 from q3q.config.command import command_of
 from q3q.record import TrialRecord
 from q3q.report.answer import RULE
+from q3q.report.checkpoints import checkpoint_tables
 from q3q.report.luck import NOTE as LUCK
 from q3q.report.measures import by_model, commit_of, in_order, seconds
 from q3q.report.paper import Compared, paper_table, share_reproduced
@@ -86,6 +87,7 @@ def html(contents: Contents) -> str:
     environment.filters.update(brief=_brief, cost=_cost, reason=_reason)
     environment.globals.update(
         cell_parts=_cell_parts,
+        checkpoint_tables=checkpoint_tables,
         command_of=command_of,
         commit_of=commit_of,
         inline_svg=_inline_svg,
@@ -134,6 +136,9 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     ]
     tables = result_tables(contents.records, everything=True, intervals=True)
     parts.append("\n".join(table.markdown() for table in tables) or "Nothing was measured.")
+    parts += [
+        f"## Checkpoints\n\n{table.markdown()}" for table in checkpoint_tables(contents.records)
+    ]
     failed = [f"{_named(r)}: {_reason(r)}" for r in contents.records if not r.completed]
     diverged = [
         f"{_named(r)}: {', '.join(r.diverged)}"

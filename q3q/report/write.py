@@ -83,12 +83,19 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
     }
     for name, content in files.items():
         write_atomically(folder / name, content)
-    text = "\n\n".join(table.plain() for table in main) or "No results: no trial measured anything."
+    text = "\n\n".join(table.plain() for table in main) or nothing_measured(records)
     if contents.published:
         text += f"\n\nAgainst the paper: {share_reproduced(contents.published)}"
     table = "\n".join(table.markdown() for table in main)
     answer = "\n".join(table.markdown() for table in contents.answers) or table
     return Report(folder, text, table, answer, files)
+
+
+def nothing_measured(records: Sequence[TrialRecord]) -> str:
+    """Say why there is no table of results."""
+    if records and all(record.completed for record in records):
+        return "Nothing was measured: the trials had no evaluation."
+    return "No results: no trial measured anything."
 
 
 def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes:

@@ -55,7 +55,7 @@ def mirror_for(store: str | None) -> "Mirror | None":
 def refreshed(storage: str) -> Path:
     """Return the storage's folder here; of a URL, after pulling what plans and reports read.
 
-    That is everything but tensors and unfinished measurements, and of exports their markers.
+    That is everything but tensors and unfinished measurements; of exports, markers and cards.
 
     Raises:
         ConfigError: the URL cannot be used.
@@ -73,7 +73,7 @@ def refreshed(storage: str) -> Path:
 def is_light(name: str) -> bool:
     """Return True for a file that `refreshed` pulls."""
     if name.startswith("exports/"):
-        return name.endswith("/q3q.json")
+        return name.endswith(("/q3q.json", "/README.md"))
     return not name.endswith(".safetensors") and "/evaluations/" not in name
 
 

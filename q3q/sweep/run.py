@@ -16,6 +16,7 @@ from q3q.attempt import afresh, finished_record
 from q3q.config.schema import tracking_uri
 from q3q.environment import now
 from q3q.errors import ConfigError, SweepFailedError
+from q3q.export.destination import export_fault
 from q3q.masking import HIDDEN, masked
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
@@ -200,6 +201,9 @@ def run_study(
     """
     storage = refreshed(settings.storage)
     finished = {} if settings.fresh else finished_records(trials)
+    if not settings.fresh:
+        for line in damaged_exports(trials):
+            print(line)
     failed = failed_records(trial for trial in trials if only is not None and trial.id not in only)
     machines, request = host.machines(settings.request)
     planned = plan(
@@ -273,6 +277,15 @@ def finished_records(trials: Iterable[Trial]) -> dict[str, TrialRecord]:
     return {key: record for key, record in records.items() if record is not None}
 
 
+def damaged_exports(trials: Iterable[Trial]) -> Iterator[str]:
+    """Yield a line for each trial that runs again because its finished export is damaged."""
+    for trial in trials:
+        if trial.spec.export is None or not (trial.folder / "record.json").is_file():
+            continue
+        if (fault := export_fault(trial)) is not None:
+            yield f"The export of {trial.spec.label} is made again: {fault}."
+
+
 def failed_records(trials: Iterable[Trial]) -> dict[str, TrialRecord]:
     """Return the records of trials whose last attempt failed."""
     records = {}
@@ -298,6 +311,7 @@ def _tracked(
         TrackingError: the tracker cannot be used; nothing has started.
         SweepFailedError: some trials failed.
     """
+    from q3q.report.checkpoints import checkpoint_lines
     from q3q.storage.status import StatusWriter
     from q3q.sweep.progress import Display
     from q3q.track.mlflow import MlflowTracker
@@ -351,7 +365,8 @@ def _tracked(
             raise
         report = study.close()
     print(report.text)
-    print(f"\nReport and plots: {report.folder}")
+    print("", *checkpoint_lines(list(study.records.values())), sep="\n")
+    print(f"Report and plots: {report.folder}")
     print(_where_to_browse(tracker))
     if is_url(settings.storage):
         print(_where_records_are(tracker, masked(settings.storage)))

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from q3q.errors import ConfigError, IntegrityError, Q3QError, TrackingError
+from q3q.errors import (
+    ConfigError,
+    IntegrityError,
+    NotRegisteredError,
+    Q3QError,
+    TrackingError,
+)
+from q3q.export.marker import CARD
+from q3q.export.measured import Measured, update_card
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.hub import fetch_facts
 from q3q.placement import Trial
@@ -216,7 +224,29 @@ class Study:
             updated.save()
             self._upload(updated)
             self.records[record.spec.id] = updated
+        self._complete_card(updated, baseline)
         return updated
+
+    def _complete_card(self, record: TrialRecord, baseline: TrialRecord) -> None:
+        """Put the unquantized model's numbers into the card of what the trial exported."""
+        folder = record.placement.export
+        if folder is None or "export" not in record.notes:
+            return
+        measured = Measured(
+            metrics=record.metrics,
+            intervals=record.intervals,
+            diverged=record.diverged,
+            unquantized=baseline.metrics,
+            weights=record.metrics.get("export_bytes"),
+            original=record.notes["export"].get("original_bytes"),
+        )
+        try:
+            changed = update_card(folder, measured)
+        except OSError as error:
+            self.note(f"the card in {folder} keeps its numbers: {error.strerror}")
+            return
+        if changed and self.uploader and (name := self.uploader.mirror.name_of(folder)):
+            self.uploader.add(f"{name}/{CARD}")
 
     def close(self) -> "Report":
         """Write the report, send it to the tracker, and return it."""
@@ -289,6 +319,9 @@ class Study:
             self.tracker.log(record, trial_artifacts(record))
         except TrackingError as error:
             self._fail(error)
+        except NotRegisteredError as error:  # all else was taken
+            self.note(str(error))
+            self._owed.discard(record.spec.id)
         else:
             self._owed.discard(record.spec.id)
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from q3q.environment import environment_variables
-from q3q.errors import TrackingError
+from q3q.errors import NotRegisteredError, TrackingError
+from q3q.export.marker import digest_faults
 from q3q.masking import masked
 from q3q.record import ANSWER, Sweep, TrialRecord
 from q3q.spec import MEAN_ACCURACY, Json, TrialSpec
@@ -219,8 +220,9 @@ class MlflowTracker:
             else:
                 self._log_datasets(run, spec)
             self._upload(run, artifacts)
+            refusal = None
             if self.register is not None and record.completed and spec.export:
-                self._register(run, record)
+                refusal = self._register(run, record)
             self._client().set_terminated(run, "FINISHED" if record.completed else "FAILED", ended)
             blocks = [] if is_update else block_metrics(record, live_steps, ended)
             final_tags = {"q3q.record": logged.digest}
@@ -232,6 +234,8 @@ class MlflowTracker:
             self._log_batch(run, [*blocks, *metric_entities(metrics, ended)], params, final_tags)
             runs[run] = logged
             self._delete(spec.id, [old for old in runs if old != run])
+        if refusal is not None:
+            raise NotRegisteredError(refusal)
 
     def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
         refused = "did not take the sweep's table and plots"
@@ -339,8 +343,12 @@ class MlflowTracker:
             "experiment that was made there (track.experiment=NAME), or leave it out"
         )
 
-    def _register(self, run: str, record: TrialRecord) -> None:
-        """Upload the checkpoint and make it a version of the model, unless it is one."""
+    def _register(self, run: str, record: TrialRecord) -> str | None:
+        """Upload the checkpoint and make it a version of the model, unless it is one.
+
+        Returns:
+            Why it is not uploaded: its files are not those that were published. None if it is.
+        """
         assert self.register is not None
         client, sha256 = self._client(), str(record.notes.get("export", {}).get("sha256", ""))
         tags = {"q3q.trial": record.spec.id, "q3q.export.sha256": sha256}
@@ -348,10 +356,19 @@ class MlflowTracker:
             client.create_registered_model(self.register)
         for version in client.search_model_versions(f"name = '{self.register}'"):
             if tags.items() <= version.tags.items() and version.status == "READY":
-                return
-        client.log_artifacts(run, str(record.placement.export), "checkpoint")
+                return None
+        folder = record.placement.export
+        present = folder is not None and folder.is_dir()
+        fault = next(digest_faults(folder), None) if folder and present else "it is missing"
+        if fault is not None:
+            return (
+                f"{self.register} has no version of trial {record.spec.id}: the export {folder} "
+                f"is damaged ({fault}). Remove the folder: the same command makes and registers it"
+            )
+        client.log_artifacts(run, str(folder), "checkpoint")
         source = f"{client.get_run(run).info.artifact_uri}/checkpoint"
         client.create_model_version(self.register, source, run_id=run, tags=tags)
+        return None
 
     def _client(self) -> "MlflowClient":
         with self._connecting:

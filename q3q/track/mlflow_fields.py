@@ -116,7 +116,8 @@ def trial_tags(record: TrialRecord) -> dict[str, str]:
 def _export_tags(record: TrialRecord) -> dict[str, str]:
     """Describe an exported checkpoint: its gigabytes are uploaded only if it is registered."""
     facts = record.notes.get("export", {})
-    tags = {name: str(facts[name]) for name in ("format", "path", "sha256") if name in facts}
+    names = ("format", "path", "sha256", "disk_bytes")
+    tags = {name: str(facts[name]) for name in names if name in facts}
     if facts and "export_bytes" in record.metrics:
         tags["bytes"] = f"{record.metrics['export_bytes']:.0f}"
     return {f"q3q.export.{name}": value for name, value in tags.items()}

@@ -49,6 +49,7 @@ class Tracker(Protocol):
 
         Raises:
             TrackingError: the store refused it, after bounded retries. It may be logged again.
+            NotRegisteredError: it took all but a checkpoint that is damaged.
         """
 
     def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:

@@ -5,6 +5,7 @@ import re
 
 from q3q.record import Sweep, TrialRecord
 from q3q.spec import MEAN_ACCURACY, TrialSpec
+from q3q.storage.files import in_words
 
 MAX_TAG = 5000  # characters that servers before 3.0 accept; a note is a tag
 MAX_COMMAND = 1500  # characters in a sweep's note; a tag has the command in full
@@ -51,6 +52,10 @@ def trial_note(record: TrialRecord) -> str:
         differing = [name for name, row in record.comparisons.items() if row.distinguishable]
         names = ", ".join(differing) or "nothing"
         lines.append(f"Distinguishable from the unquantized model: {names}")
+    if (export := record.notes.get("export")) is not None:
+        size = export.get("disk_bytes", record.metrics.get("export_bytes"))
+        taken = "" if size is None else f", {in_words(size)} on disk"
+        lines.append(f"Checkpoint: `{export['path']}` ({export['format']}{taken})")
     lines += [
         f"Check {check.name} failed: {check.detail}" for check in record.checks if not check.passed
     ]

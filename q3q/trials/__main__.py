@@ -1,4 +1,4 @@
-"""`python -m q3q.trials`: list what a storage folder holds; resume, delete or watch trials."""
+"""`python -m q3q.trials`: list and verify what a storage holds; resume, delete or watch trials."""
 
 import argparse
 import sys
@@ -11,6 +11,7 @@ from q3q.trials.attach import watch
 from q3q.trials.delete import delete_trials
 from q3q.trials.resume import resume_trials
 from q3q.trials.stored import STATES, chosen, find_trials, listed
+from q3q.trials.verify import fetch_exports, verified
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns"
     )
     verbs = parser.add_subparsers(
-        dest="verb", metavar="list | resume | delete | attach", title="what to do"
+        dest="verb", metavar="list | resume | delete | attach | verify", title="what to do"
     )
     listing = verbs.add_parser(
         "list", help="every trial: state, size on disk, what it waits for (the default)"
@@ -42,12 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "attach", help="watch a sweep that runs in another terminal or on another machine"
     )
     attach.add_argument("sweep", nargs="?", help="its name; without it the one that runs")
+    verify = verbs.add_parser(
+        "verify", help="check records, their files and exports, whose every byte is read"
+    )
+    verify.add_argument("which", nargs="*", metavar="ID", help="without it all trials")
     options = parser.parse_args(arguments)
     try:
         storage = refreshed(options.storage)
         if options.verb == "attach":
             return watch(storage, options.sweep, mirror_at(options.storage))
         trials = find_trials(storage, options.storage)
+        if options.verb == "verify":
+            which = chosen(trials, options.which, ()) if options.which else trials
+            fetch_exports(options.storage)
+            report = verified(which, storage, alone=bool(options.which))
+            print(report.text)
+            return EXIT_FAILED if report.faults else 0
         if options.verb == "resume":
             resume_trials(chosen(trials, options.which, ("failed", "stopped")), options.storage)
         elif options.verb == "delete":

@@ -11,9 +11,10 @@ from q3q.attempt import CLAIM
 from q3q.errors import ConfigError
 from q3q.placement import Trial
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
+from q3q.storage.files import in_words
 from q3q.storage.mirror import mirror_at
 from q3q.storage.stores import folder_of
-from q3q.trials.stored import StoredTrial, bytes_below, exports_of, in_words
+from q3q.trials.stored import StoredTrial, bytes_below, exports_of
 
 
 def delete_trials(

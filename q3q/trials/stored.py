@@ -8,12 +8,14 @@ from pathlib import Path
 from q3q.attempt import CLAIM
 from q3q.errors import ConfigError, Q3QError
 from q3q.evaluate.samples import damaged_files
-from q3q.export.destination import is_ours, partial_path
+from q3q.export.destination import export_fault, is_ours, partial_path
+from q3q.export.marker import disk_bytes
 from q3q.masking import masked
 from q3q.placement import Trial
 from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.records import RECORDS, all_sweeps
 from q3q.storage.claim import holder_of
+from q3q.storage.files import in_words
 from q3q.storage.mirror import Mirror, mirror_at
 from q3q.storage.status import SweepStatus, at_work
 from q3q.storage.stores import is_url
@@ -41,6 +43,12 @@ class StoredTrial:
     waits: str
     trial: Trial | None
     sweep: Sweep | None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of its finished export, if it is here."""
+        path = None if self.trial is None else self.trial.placement.export
+        return path if path is not None and path.is_dir() else None
 
 
 def find_trials(storage: Path, named: str = "") -> list[StoredTrial]:
@@ -107,7 +115,7 @@ def chosen(
 
 
 def listed(trials: Sequence[StoredTrial], storage: str | Path, folder: Path | None = None) -> str:
-    """Return a line for each trial and one for all.
+    """Return a line for each trial, one for its checkpoint if it exported one, and one for all.
 
     Args:
         folder: of this machine, where a storage that is a URL lies.
@@ -121,6 +129,9 @@ def listed(trials: Sequence[StoredTrial], storage: str | Path, folder: Path | No
         size = in_words(trial.size)
         line = f"{trial.id:10}  {trial.name:{width}}  {trial.state:9}  {size:>8}  {trial.waits}"
         lines.append(line.rstrip())
+        if trial.checkpoint is not None and trial.state == "completed":
+            taken = in_words(disk_bytes(trial.checkpoint))
+            lines.append(f"{'':10}  its checkpoint, {taken}: {trial.checkpoint}")
     counts = {state: sum(trial.state == state for trial in trials) for state in STATES}
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines.append(f"{states}; {in_words(bytes_below(folder))} in {folder} with all else there")
@@ -144,15 +155,6 @@ def bytes_below(folder: Path) -> int:
         except FileNotFoundError:
             continue
     return total
-
-
-def in_words(count: float) -> str:
-    """Return `512 B`, `1.5 KB`, `203 MB`."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _stored(
@@ -212,6 +214,8 @@ def _state(
     if record is not None and record.completed:
         if damaged := damaged_files(record.files, folder):
             return "stopped", f"to be measured again, as {next(iter(damaged.values()))}: {after}"
+        if trial.placement.export is not None and (fault := export_fault(trial)) is not None:
+            return "stopped", f"its export to be made again ({fault}): {after}"
         return "completed", _completed_waits(trial, folder, record)
     if record is not None:
         return "failed", f"{_shortened(record.reason)}; then {after}"

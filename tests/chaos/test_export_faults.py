@@ -44,7 +44,7 @@ def trial_of(tiny):
 def same_process(monkeypatch):
     """What the other process would find, without the seconds that it takes to start."""
 
-    def here(folder, given, out, seconds):
+    def here(folder, given, out, seconds, gpu):
         found, tensors = reload.findings(
             folder, None if given.name == "weights" else load_file(given)
         )
@@ -135,7 +135,7 @@ def while_removing_what_is_wrong():
             die()
 
     failed = proof.Proof(Check(name=proof.PASSED, passed=False, detail="a test"))
-    publish.prove = lambda folder, model: failed  # type: ignore[attr-defined]
+    publish.prove = lambda folder, model, gpu: failed  # type: ignore[attr-defined]
     shutil.rmtree = rmtree  # type: ignore[assignment]
 
 

@@ -219,12 +219,35 @@ def test_the_page_has_the_table_of_what_is_refused():
     ],
 )
 def test_who_exports_what_servers_refuse_or_misread_is_told_once(trial, capsys, overrides, says):
-    resolve._warn_once.cache_clear()
+    resolve._note_once.cache_clear()
     for _ in range(2):
         trial(*overrides)
-    notices = [line for line in capsys.readouterr().err.splitlines() if "vLLM" in line]
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("Note: ") for line in lines)  # it is no error: the run goes on
+    notices = [line for line in lines if "vLLM" in line]
     assert len(notices) == (says is not None)
     assert says is None or re.search(says, notices[0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["export=compressed_tensors"], "CompressedTensorsConfig(dequantize=True)"),
+        (["export=compressed_tensors", "symmetric=true"], None),
+        (["export=compressed_tensors", "skip=[blocks.0.o]"], "CompressedTensorsConfig(dequantize"),
+        (["export=compressed_tensors", "model=demo_moe"], "does not load in transformers"),
+        (["export=compressed_tensors", "model=demo_moe", "symmetric=true"], None),
+        (["export=awq"], None),
+        (["export=hf"], None),
+    ],
+)
+def test_the_plan_says_what_a_loader_has_to_be_told(trial, capsys, overrides, says):
+    resolve._note_once.cache_clear()
+    for _ in range(2):
+        trial("method=rtn", *overrides)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "transformers" in line]
+    assert len(lines) == (says is not None)
+    assert says is None or (says in lines[0] and lines[0].startswith("Note: "))
 
 
 SETTINGS = [
@@ -259,8 +282,10 @@ def test_bytes_on_disk_are_those_of_the_formats_definition(
     made, _ = export(original, trial)
     sizes = made.sizes()
     assert sizes["export_bytes"] == expected_bytes(spec, facts)
+    assert sizes["model_bytes"] == sizes["export_bytes"]
     if name == "hf":
-        assert sizes == {"export_bytes": 2 * facts.parameters}
+        assert sizes["export_bytes"] == 2 * facts.parameters
+        assert "bits_per_weight" not in sizes  # no codes are stored
         return
     bits, group, acts = spec.scheme.bits, spec.scheme.group_size, spec.scheme.act_bits
     # Codes, whose rows all fill whole words here, and a 16-bit scale a group; if the format has

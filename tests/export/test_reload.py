@@ -400,7 +400,7 @@ def test_without_memory_for_a_second_model_weights_alone_are_compared(
     calls = []
     monkeypatch.setattr(proof, "unclaimed_memory", lambda: proof.PROCESS_BYTES)
 
-    def reload_by_hand(folder, inputs, out, seconds):
+    def reload_by_hand(folder, inputs, out, seconds, gpu):
         calls.append(str(inputs))
         return by_hand(made, out)
 

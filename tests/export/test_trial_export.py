@@ -1,6 +1,7 @@
 """A trial that exports: stopped, resumed, proved, published, and evaluated again."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from q3q.errors import CheckpointError
 from q3q.evaluate import measure
 from q3q.export import proof, publish, reload
 from q3q.export.destination import partial_path
+from q3q.export.measured import UNMEASURED
 from q3q.export.proof import PASSED, Proof
 from q3q.record import Check
+from q3q.sweep.run import damaged_exports
 from q3q.trial import attempt_trial, run_trial
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +50,7 @@ def trial_of(tmp_path):
 def reloaded(monkeypatch):
     """Run the script in this process, which saves the start-up time of another."""
 
-    def here(folder, inputs, out, seconds):
+    def here(folder, inputs, out, seconds, gpu):
         findings, tensors = reload.findings(
             folder, None if inputs.name == "weights" else load_file(inputs)
         )
@@ -87,14 +90,21 @@ def test_a_trial_that_was_stopped_exports_what_it_evaluated(trial_of, tmp_path):
     index = 32 * 6 * (5 * 256 + 384 + 640)  # a group number a column, of each linear
     assert record.metrics["bits_per_weight"] == pytest.approx(4 + (16 + 4) / 128 + index / linears)
     assert record.metrics["export_bytes"] == record.metrics["model_bytes"]
+    assert record.notes["stored"] == {"dtype": "bfloat16", "in_files": True}
+    assert "use" not in export  # nothing public loads the format here
+    files = [path.stat().st_size for path in (tmp_path / "out").iterdir()]
+    assert export["disk_bytes"] == sum(files) > record.metrics["export_bytes"]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| {record.metrics['perplexity/stories']:.6g} |" in card
+    assert f"| perplexity, stories | {record.metrics['perplexity/stories']:.4g} (" in card
 
     again = run_trial(trial_of("model=local", f"model.path={tmp_path}/out", "method=none"))
     same = pytest.approx(
         record.metrics["perplexity/stories"], rel=1e-6
     )  # sums depend on where in memory weights lie
     assert again.metrics["perplexity/stories"] == same
+    for metric in ("bits_per_weight", "bits_per_weight_model", "model_bytes"):
+        assert again.metrics[metric] == pytest.approx(record.metrics[metric])
+    assert again.notes["stored"]["quantized"] == "gptq"
     with pytest.raises(CheckpointError, match=r"quantized already \(gptq\).*method=none"):
         trial_of("model=local", f"model.path={tmp_path}/out", "method=rtn")
 
@@ -111,7 +121,7 @@ def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone
 ):
     """But not the blocks and measurements, which are sound: the same command exports them again."""
     trial, how = trial_of("method=rtn", "export=hf", f"export.path={tmp_path}/out"), proof.prove
-    monkeypatch.setattr(publish, "prove", lambda folder, model: Proof(WRONG))
+    monkeypatch.setattr(publish, "prove", lambda folder, model, gpu: Proof(WRONG))
     record = run_trial(trial)
     assert not record.completed
     assert "worst site blocks.1.mlp.up_proj" in record.reason
@@ -150,7 +160,7 @@ def test_a_proved_checkpoint_outlives_another_run_that_comes_to_other_codes(
     assert run_trial(trial).completed
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     shutil.rmtree(tmp_path / "s")
-    monkeypatch.setattr(publish, "prove", lambda folder, model: Proof(WRONG))
+    monkeypatch.setattr(publish, "prove", lambda folder, model, gpu: Proof(WRONG))
     record = run_trial(trial)
     assert not record.completed
     assert (
@@ -166,7 +176,7 @@ def test_what_could_not_be_proved_stays_and_the_same_command_goes_on(
     trial = trial_of("method=gptq", "export=gptq", f"export.path={tmp_path}/out")
     how = proof._reload
 
-    def killed(folder, inputs, out, seconds):
+    def killed(folder, inputs, out, seconds, gpu):
         raise proof._not_proved(folder, "the process that loads it was ended by signal 9")
 
     monkeypatch.setattr(proof, "_reload", killed)
@@ -184,6 +194,55 @@ def test_what_could_not_be_proved_stays_and_the_same_command_goes_on(
     assert record.completed, record.reason
     assert record.notes["blocks_from_disk"] == 6
     assert [(tmp_path / "out" / shard.name).stat().st_mtime_ns for shard in shards] == before
+
+
+def test_an_export_that_was_damaged_since_is_made_again_by_the_same_command(
+    trial_of, tmp_path, reloaded
+):
+    trial = trial_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
+    record = attempt_trial(trial)
+    assert record.completed, record.reason
+    assert list(damaged_exports([trial])) == []
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "README.md"}
+    shard = out / "model-00003-of-00007.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+
+    trial = trial_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")  # not refused
+    assert finished_record(trial) is None
+    [line] = damaged_exports([trial])
+    assert line == (
+        f"The export of {trial.spec.label} is made again: {out}: {shard.name} has 1000 bytes "
+        f"instead of {len(before[shard.name])}."
+    )
+    again = attempt_trial(trial)
+    assert again.completed, again.reason
+    assert {name: (out / name).read_bytes() for name in before} == before
+    same = again.notes["export"]["sha256"], again.metrics["perplexity/stories"]
+    assert same == (record.notes["export"]["sha256"], record.metrics["perplexity/stories"])
+    assert finished_record(trial) is not None
+    # Drift's baseline is the unquantized model's measurement: the card has it beside its own.
+    card = (out / "README.md").read_text()
+    assert UNMEASURED not in card
+    assert re.search(r"\| perplexity, stories \| [\d.]+ \(.*\) \| [\d.]+ \| [+-][\d.]+ % \|", card)
+
+
+@pytest.mark.parametrize("export", ["compressed_tensors", "awq"])
+def test_a_model_with_a_block_that_adds_nothing_is_exported(trial_of, tmp_path, reloaded, export):
+    """As depth expansion and pruning leave them; GPTQ observes that block's zeros, too."""
+    folder = tmp_path / "expanded"
+    shutil.copytree(ROOT / "q3q" / "models" / "demo" / "dense", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        tensors[f"model.layers.2.{name}.weight"].zero_()
+    save_file(tensors, folder / "model.safetensors")
+    model = ["model=local", f"model.path={folder}", "symmetric=true"]
+    method = "gptq" if export == "compressed_tensors" else "awq"
+    record = run_trial(trial_of(*model, f"method={method}", f"export={export}"))
+    assert record.completed, record.reason
+    assert record.notes["export"]["logit_error"] < 1e-4
+    zeros = [site for site in record.sites if site.block == 2 and site.linear.endswith("o_proj")]
+    assert [(site.weight_error, site.output_error) for site in zeros] == [(0.0, 0.0)]
 
 
 def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(trial_of, tmp_path, reloaded):

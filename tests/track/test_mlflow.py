@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from q3q.errors import EXIT_FAILED, EXIT_MISUSED, TrackingError
+from q3q.errors import EXIT_FAILED, EXIT_MISUSED, NotRegisteredError, TrackingError
+from q3q.export.marker import write_marker
 from q3q.placement import Placement, Trial
 from q3q.record import COMPLETED, FAILED, Check, SiteError, Sweep, TrialRecord
 from q3q.spec import TrialSpec
@@ -728,6 +729,18 @@ def test_a_server_registers_an_exported_checkpoint_once(tmp_path: Path) -> None:
             child.info.run_id, "checkpoint/model.safetensors", str(tmp_path)
         )
         assert Path(fetched).read_bytes() == b"weights"
+
+        # One whose bytes are not those that were published: its run has all else.
+        write_marker(tmp_path / "checkpoint", {"trial": one.spec.id}, {})
+        (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"weighty")
+        damaged = MlflowTracker(uri, experiment="other", register="yours")
+        damaged.open(sweep())
+        with pytest.raises(NotRegisteredError, match=r"damaged \(model\.safetensors has another"):
+            damaged.log(one, {})
+        [child] = children(damaged)
+        assert child.info.status == "FINISHED"
+        assert child.data.tags["q3q.record"]
+        assert not list(client.search_model_versions("name = 'yours'"))
 
 
 def test_a_server_whose_files_are_a_folder_is_refused_before_the_sweep(tmp_path: Path) -> None:
