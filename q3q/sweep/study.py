@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from q3q.errors import ConfigError, IntegrityError, Q3QError, TrackingError
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.hub import fetch_facts
+from q3q.names import trial_names
 from q3q.placement import Trial
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import TrialSpec
@@ -96,7 +97,6 @@ class Study:
         Raises:
             TrackingError: the store cannot be used. Nothing has started yet.
         """
-        from q3q.report.measures import trial_names
         from q3q.report.records import predictions
 
         trials, earlier = self.sweep.trials, predictions(self.storage)
@@ -205,7 +205,8 @@ class Study:
         try:
             updated = compared(replace(record, notes=notes), baseline)
         except IntegrityError as error:
-            self.note(f"{record.spec.name} cannot be compared with the unquantized model: {error}")
+            name = self.sweep.names.get(record.spec.id, record.spec.label)
+            self.note(f"{name} cannot be compared with the unquantized model: {error}")
             updated = replace(record, notes=notes | {NOT_COMPARED: str(error)})
         if updated != record:
             updated.save()

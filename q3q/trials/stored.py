@@ -1,7 +1,7 @@
 """The trials that a storage folder knows of: their states, sizes, and what they wait for."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from q3q.attempt import CLAIM
 from q3q.errors import ConfigError, Q3QError
 from q3q.export.destination import is_ours, partial_path
 from q3q.masking import masked
+from q3q.names import trial_names
 from q3q.placement import Trial
 from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.records import RECORDS, all_sweeps
@@ -66,6 +67,8 @@ def find_trials(storage: Path, named: str = "") -> list[StoredTrial]:
         _stored(folder / name, planned.get(name), owner.get(name), running, named)
         for name in dict.fromkeys([*ids, *planned])
     ]
+    names = trial_names([entry.trial.spec for entry in stored if entry.trial is not None])
+    stored = [replace(entry, name=names.get(entry.id, entry.name)) for entry in stored]
     return sorted(stored, key=lambda trial: (LIST_ORDER.index(trial.state), trial.name, trial.id))
 
 

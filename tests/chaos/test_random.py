@@ -81,7 +81,7 @@ def test_whatever_the_moment_of_death_nothing_is_lost(tiny, undisturbed, tmp_pat
             killed.append((victim, how.name, said))
         output, _ = process.communicate(timeout=200)
         code = process.returncode
-        # -SIGTERM: the driver was still importing, before it listens to signals, and had done nothing
+        # -SIGTERM: the driver was still importing, does not listen yet, and had done nothing
         early = code == -signal.SIGTERM and not output
         assert early or code in (0, 1, -signal.SIGKILL, 128 + signal.SIGTERM), output
         if code == 0:
