@@ -5,6 +5,8 @@ PYTHON ?= python3
 PORT ?= 5000
 STORAGE ?= mlruns
 BIN = $(VENV)/bin
+# The active environment's MLflow, if it has one: to look at results takes no other environment.
+MLFLOW = $(wildcard $(addsuffix /bin/mlflow,$(or $(VIRTUAL_ENV),$(CONDA_PREFIX))))
 
 .PHONY: demo test test-slow lint ui report clean
 
@@ -24,8 +26,8 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy q3q hydra_plugins/q3q launch.py tests benchmarks
 
-ui: $(VENV)/.ready
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(STORAGE)/mlflow.db --host 127.0.0.1 --port $(PORT)
+ui: $(if $(MLFLOW),,$(VENV)/.ready)
+	$(or $(MLFLOW),$(BIN)/mlflow) ui --backend-store-uri sqlite:///$(STORAGE)/mlflow.db --host 127.0.0.1 --port $(PORT)
 
 report: $(VENV)/.ready
 	$(BIN)/python -m q3q.report --storage $(STORAGE) $(if $(STUDY),--study $(STUDY))

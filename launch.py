@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from q3q.cli import explain, run_alone
 from q3q.config.guard import refuse_code
 from q3q.config.schema import register, with_plain_keys
+from q3q.ending import end_well
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -23,6 +24,7 @@ def main(config: DictConfig) -> object:
 
 
 if __name__ == "__main__":
+    end_well()
     register()
     sys.argv[1:] = [with_plain_keys(argument) for argument in sys.argv[1:]]
     try:

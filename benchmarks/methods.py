@@ -35,6 +35,7 @@ from trial import make_model
 from q3q.data.texts import load_text
 from q3q.data.windows import consecutive_windows, draw_windows, encoder
 from q3q.evaluate.perplexity import perplexity
+from q3q.limits import cores
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import Decoder, load_decoder
 
@@ -476,7 +477,7 @@ def main() -> None:
         default=2,
         help="turns of each contender; AWQ, which is slow, takes one",
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--windows", type=int, help="fewer calibration windows, for a quick look")
     args = parser.parse_args()

@@ -8,7 +8,6 @@ random weights, inputs and tokens; 4 bits, groups of 128.
 """
 
 import argparse
-import os
 import resource
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from q3q.limits import cores
 from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP
 from q3q.models.decoder import block_class
 from q3q.models.facts import read_facts
@@ -149,7 +149,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=2, help="each is the best of so many")
     wanted = parser.parse_args()
-    print(f"{torch.get_num_threads()} of {os.cpu_count()} cores; torch {torch.__version__}")
+    print(f"{torch.get_num_threads()} of {cores()} cores; torch {torch.__version__}")
     block = random_block()
     hidden = torch.randn(max(1, wanted.tokens // WINDOW), WINDOW, 2048).bfloat16()
     inputs = Spool()

@@ -24,12 +24,14 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=$(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname --ip-address | awk '{print $1}')
 port=$((20000 + SLURM_JOB_ID % 20000))  # two jobs may share a node
 
-# start NODE OPTION...: start a Ray node in the background; it ends with the job.
+# start NODE OPTION...: start a Ray node in the background; it ends with the job. Ray would count the
+# whole node's memory, and not what Slurm lets the job have of it.
 start() {
     local node=$1
     shift
     srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --exact --overlap --nodelist="$node" \
-        ray start "$@" --block --disable-usage-stats --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" &
+        bash -c 'exec ray start "$@" --memory="$(python -m q3q.limits)"' start \
+        "$@" --block --disable-usage-stats --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" &
 }
 
 start "${nodes[0]}" --head --node-ip-address="$head" --port="$port" --include-dashboard=false

@@ -77,21 +77,6 @@ def processor() -> str:
     return platform.processor()
 
 
-def cores() -> int:
-    """Return how many cores this process's affinity and container allow it to use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    count = len(affinity(0)) if affinity else os.cpu_count() or 1
-    control = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # cgroup v2; ValueError if it sets no limit
-        quota, period = map(int, (control / "cpu.max").read_text(encoding="ascii").split())
-        count = min(count, quota // period)
-    with suppress(OSError, ValueError):  # cgroup v1
-        files = (control / f"cpu/cpu.cfs_{name}_us" for name in ("quota", "period"))
-        quota, period = (int(file.read_text(encoding="ascii")) for file in files)
-        count = min(count, quota // period) if quota > 0 else count
-    return max(1, count)
-
-
 def now() -> str:
     """Return coordinated universal time, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

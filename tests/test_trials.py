@@ -545,7 +545,7 @@ def test_verify_misses_no_file_of_a_record_and_guesses_no_digest(storage, capsys
     one = exporting(storage)
     record = TrialRecord.load(one.folder / "record.json")
     write_atomically(one.folder / "samples.parquet", b"x")
-    replace(record, files=("samples.parquet",)).save()
+    replace(record, files={"samples.parquet": None}).save()
     (one.placement.export / EXPORT_MARKER).write_text(
         json.dumps({"trial": one.id, "version": destination.VERSION})
     )

@@ -22,10 +22,10 @@ from torch.nn.functional import linear
 from q3q.errors import ExportError
 from q3q.export.reload import EXIT_SHORTAGE, is_shortage, projection, sketch, sketch_rows
 from q3q.export.use import Use
+from q3q.limits import unclaimed_memory
 from q3q.models.checkpoint import names_on_disk
 from q3q.models.decoder import Decoder
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import unclaimed_memory
 from q3q.models.qwen3 import Qwen3Block, Rope, rms_norm
 from q3q.record import Check
 from q3q.spec import Json

@@ -5,11 +5,8 @@ process's resident ones, on a GPU those that torch allocates.
 """
 
 import math
-import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from q3q.errors import ConfigError
@@ -153,40 +150,6 @@ def bytes_of(size: int | str, key: str = "memory") -> int:
             f"{key}={size} is no size: give bytes such as 2.5GB (10^9) or 8GiB (2^30)"
         )
     return count
-
-
-def free_memory() -> int:
-    """Return the bytes of main memory that this process can have, its present ones included.
-
-    Linux alone, with its containers' limits.
-
-    Raises:
-        ConfigError: this system does not tell.
-    """
-    unclaimed = unclaimed_memory()
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return unclaimed + pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def unclaimed_memory() -> int:
-    """Return the bytes of main memory that no process has. Raises as `free_memory` does."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
-        )
-    except (OSError, StopIteration) as error:
-        raise ConfigError(
-            "this system does not say how much memory is free: give memory=8GB"
-        ) from error
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):  # no cgroup of this version, or no limit
-            control = Path("/sys/fs/cgroup")
-            free = min(free, int((control / limit).read_text()) - int((control / used).read_text()))
-    return free
 
 
 def in_gb(count: float) -> str:

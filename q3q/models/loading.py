@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from q3q.errors import ConfigError, IntegrityError
+from q3q.limits import free_memory
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import Decoder, load_decoder
 from q3q.models.footprint import (
@@ -15,7 +16,6 @@ from q3q.models.footprint import (
     MethodMemory,
     ahead_bytes,
     choose,
-    free_memory,
     in_gb,
     need,
     refuse_generation,

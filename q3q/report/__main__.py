@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from q3q.ending import end_well
 from q3q.errors import EXIT_MISUSED, Q3QError
 from q3q.report.records import StoredRecords, find_records, predictions
 from q3q.report.write import FORMATS, HTML, About, one_format, write_report
@@ -91,4 +92,5 @@ def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) ->
 
 
 if __name__ == "__main__":
+    end_well()
     sys.exit(main())

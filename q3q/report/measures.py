@@ -309,24 +309,6 @@ def _word(key: str, value: str) -> str:
     return words.get(key, f"{name}={value}")
 
 
-def trial_names(specs: Sequence[TrialSpec]) -> dict[str, str]:
-    """Name each trial, by its id: `gptq w3 g128 · demo`.
-
-    Trials of equal names get what differs between them too or, if no label does, their ids.
-    """
-    namesakes: dict[str, list[TrialSpec]] = {}
-    for spec in specs:
-        namesakes.setdefault(f"{spec.name} · {spec.model.label}", []).append(spec)
-    names: dict[str, str] = {}
-    for name, group in namesakes.items():
-        words = [label.partition(" ")[2] for label in labels(group)]
-        for spec, word in zip(group, words, strict=True):
-            identity = "" if words.count(word) == 1 else spec.id
-            own = " ".join(f"{spec.name} {word} {identity}".split())
-            names[spec.id] = name if len(group) == 1 else f"{own} · {spec.model.label}"
-    return names
-
-
 def natural(text: str) -> list[tuple[int, int, str]]:
     """Return a sort key that puts g64 before g128."""
     return [

@@ -35,7 +35,7 @@ class InProcess(Host):
             trial, allocation = entry.trial, entry.allocation
             assert allocation is not None
             keep_to(allocation.cpus, allocation.gpus)
-            study.display.started(trial.id, trial.spec.label)
+            study.display.started(trial.id, study.name_of(trial.spec))
             # From here on it is a trial that stopped, until it has a new record.
             forget_failure(trial)
             placed = trial.placed(grant=allocation.grant())

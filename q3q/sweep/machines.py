@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from q3q.errors import ConfigError
-from q3q.models.footprint import AUTO, bytes_of, free_memory
+from q3q.limits import cores, memory_for_trials
+from q3q.models.footprint import AUTO, bytes_of
 
-FREE = 0.9  # of this machine's free memory that trials may plan with
 CORES_TO_COME = 4  # of a machine that is still to come: for each GPU, or in all if it has none
 # Bytes of a GPU, by Ray's name for its kind; of kinds with several sizes, the smallest.
 GPU_BYTES = {
@@ -71,14 +71,14 @@ class ResourceRequest:
 
 def machine_here() -> Machine:
     """Return this machine, as far as this process may use it."""
-    from q3q.environment import cores, processor
+    from q3q.environment import processor
 
     gpus = gpus_here()
     gpu_memory, name = _gpu_here() if gpus else (None, "")
     return Machine(
         cpus=cores(),
         gpus=gpus,
-        memory=_free_here(),
+        memory=memory_for_trials(),
         gpu_memory=gpu_memory,
         name=name if gpus else processor(),
     )
@@ -102,13 +102,6 @@ def _gpu_here() -> tuple[int | None, str]:
     rows = [line.split(",", 1) for line in answer.stdout.splitlines() if "," in line]
     sizes = [int(size) * 2**20 for size, _ in rows if size.strip().isdigit()]
     return (min(sizes), rows[0][1].strip()) if sizes else (None, "")
-
-
-def _free_here() -> int | None:
-    try:
-        return round(FREE * free_memory())
-    except ConfigError:  # not Linux; Ray will count
-        return None
 
 
 def amount(key: str, value: object) -> float | None:

@@ -72,6 +72,7 @@ class OnRay(Host):
         if not cluster.address:
             cluster.cpus = int(here.cpus) if cluster.cpus is None else cluster.cpus
             cluster.gpus = int(here.gpus) if cluster.gpus is None else cluster.gpus
+            cluster.memory = here.memory
             own = replace(here, cpus=cluster.cpus, gpus=cluster.gpus)
             return expected([own], request), request
         cluster.patience = request.patience
@@ -163,7 +164,7 @@ class TrialPolicy(JobPolicy):
     def on_event(self, job: Job, event: Any) -> None:
         spec = self.planned[job.number].trial.spec
         if isinstance(event, Started):
-            self.study.display.started(spec.id, spec.label)
+            self.study.display.started(spec.id, self.study.name_of(spec))
         elif isinstance(event, Progress):
             self.study.progressed(spec, event)
 

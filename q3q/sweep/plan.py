@@ -15,6 +15,7 @@ from pathlib import Path
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import in_gb
+from q3q.names import own_names
 from q3q.placement import Trial
 from q3q.record import TrialRecord
 from q3q.spec import AUTO_DRIFT, Json, TrialSpec
@@ -268,7 +269,8 @@ def describe(
     planned: Sequence[Planned], *, machines: Sequence[Machine], where: str, storage: Path | str
 ) -> str:
     """Return the plan for people: a line a trial, and the total."""
-    rows = [HEADINGS, *map(_row, planned)]
+    names = own_names([entry.spec for entry in planned])
+    rows = [HEADINGS, *map(_row, planned, names)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -285,6 +287,8 @@ def describe(
     total += [f"{hours:.1f} GPU-hours"] if hours else []
     total += [f"{_bytes(disk)} of disk"] if disk else []
     lines.append(f"{', '.join(total)}. State and records: {storage}")
+    if unlike := unlike_methods([entry.spec for entry in planned]):
+        lines.append(unlike)
     if any(entry.basis != "measured" for entry in left):
         lines.append(
             "Rough: arithmetic alone; trials that finish here correct it for the next plan."
@@ -292,9 +296,29 @@ def describe(
     return "\n".join(lines)
 
 
-def _row(planned: Planned) -> tuple[str, ...]:
+def unlike_methods(specs: Sequence[TrialSpec]) -> str:
+    """Say in a line where methods have other activations or groups; nothing if all have the same.
+
+    Each method has its own defaults, so `method=gptq,smoothquant bits=4` asks for two schemes.
+    """
+    schemes: dict[str, dict[str, None]] = {}
+    for spec in specs:
+        if (scheme := spec.scheme) is not None:
+            group = "a scale a row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+            words = f"{scheme.act_bits or 16}-bit activations, {group}"
+            schemes.setdefault(spec.method.name, {})[words] = None
+    if len({frozenset(words) for words in schemes.values()}) < 2:
+        return ""
+    alike: dict[str, list[str]] = {}
+    for method, words in schemes.items():
+        alike.setdefault(" or ".join(words), []).append(method)
+    each = "; ".join(f"{', '.join(methods)}: {words}" for words, methods in alike.items())
+    return f"Not the same scheme: {each}. act_bits= and group_size= give all methods the same."
+
+
+def _row(planned: Planned, name: str) -> tuple[str, ...]:
     spec, allocation = planned.spec, planned.allocation
-    head = (spec.id, spec.name, str(spec.model.name))
+    head = (spec.id, name, spec.model.label)
     if allocation is None:
         return (*head, "done", *[""] * (len(HEADINGS) - 4))
     cores = f" + {allocation.cpus * allocation.ranks:g} CPUs" if allocation.gpus else ""

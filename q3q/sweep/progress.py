@@ -459,8 +459,8 @@ def headline(record: TrialRecord) -> list[str]:
 
 
 def _kind(name: str) -> str:
-    """Return a trial's name without its bits, which hardly change how long it takes."""
-    return re.sub(r"\bw\d+", "w", name)
+    """Return a trial's name without bits and seed, which hardly change how long it takes."""
+    return re.sub(r"\bseed \d+", "", re.sub(r"\bw\d+", "w", name))
 
 
 def duration(seconds: float, tenths: bool = False) -> str:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from q3q.attempt import afresh, finished_record
 from q3q.config.schema import tracking_uri
+from q3q.ending import ENDINGS, begin_farewell
 from q3q.environment import now
 from q3q.errors import ConfigError, SweepFailedError
 from q3q.export.destination import export_fault
@@ -29,11 +30,12 @@ from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
 from q3q.sweep.comparing import baseline_record
 from q3q.sweep.costs import CostModel
 from q3q.sweep.machines import Machine, ResourceRequest, amount, request_of
-from q3q.sweep.plan import Planned, describe, plan
+from q3q.sweep.plan import Planned, describe, plan, unlike_methods
 from q3q.sweep.shares import Allocation
 from q3q.sweep.study import Study, facts_of_trial, recent_records, sole_driver, study_id
 
 if TYPE_CHECKING:
+    from q3q.report.write import Report
     from q3q.sweep.progress import Display
     from q3q.track.mlflow import MlflowTracker
 
@@ -138,10 +140,10 @@ class RunningStudy:
 
     @contextmanager
     def deferring_interrupts(self) -> Iterator[None]:
-        """Defer the first Ctrl-C or SIGTERM to the next tick, within a second.
+        """Defer the first Ctrl-C, SIGTERM or SIGHUP to the next tick, within a second.
 
         Python swallows what a signal's handler raises inside a callback of the garbage collector.
-        A second signal is raised at once.
+        A second signal is raised at once, except SIGHUP, which often comes twice.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -153,20 +155,29 @@ class RunningStudy:
             self.interruption = (
                 KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
             )
+            begin_farewell()
 
-        signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, defer) for number in signals}
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
+        if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup
+            del before[signal.SIGHUP]
+        for number in before:
+            signal.signal(number, defer)
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if signal.getsignal(number) is defer:
+                    signal.signal(number, handler)
 
     def tick(self) -> None:
         """Give the tracker its turn; raise a deferred interrupt."""
         self.study.tick()
         if self.interruption is not None:
             raise self.interruption
+
+    def name_of(self, spec: TrialSpec) -> str:
+        """Return the name of one of the study's trials, which no other one has."""
+        return self.study.sweep.names.get(spec.id, spec.label)
 
     def progressed(self, spec: TrialSpec, event: Progress) -> None:
         self.display.event(event)
@@ -225,6 +236,8 @@ def run_study(
     if settings.plan_only:
         print(describe(planned, machines=machines, where=host.where, storage=settings.storage))
         return None
+    if unlike := unlike_methods([trial.spec for trial in trials]):
+        print(unlike)
     clear_storage(storage)
     if settings.fresh:
         since = now()
@@ -311,7 +324,6 @@ def _tracked(
         TrackingError: the tracker cannot be used; nothing has started.
         SweepFailedError: some trials failed.
     """
-    from q3q.report.checkpoints import checkpoint_lines
     from q3q.storage.status import StatusWriter
     from q3q.sweep.progress import Display
     from q3q.track.mlflow import MlflowTracker
@@ -347,10 +359,10 @@ def _tracked(
         study = Study(sweep, storage, tracker, display.note, records, uploader, takes_exports)
         study.open()
         if finished:
-            display.skipped([record.spec.label for record in finished.values()])
-        if unchecked := [record for record in finished.values() if record.unchecked]:
+            display.skipped([study.sweep.names[key] for key in finished])
+        if unchecked := sum(record.unchecked for record in finished.values()):
             display.note(
-                f"{len(unchecked)} of the finished trials are an older version's, which kept no "
+                f"{unchecked} of the finished trials are an older version's, which kept no "
                 "checksum of their samples: damage to those may pass unseen. fresh=true measures "
                 "again"
             )
@@ -358,18 +370,14 @@ def _tracked(
         try:
             with telling(display.note):
                 yield RunningStudy(study, display)
-        except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: SIGTERM, of a spot machine
+        except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: SIGTERM or SIGHUP
             interruption = error
+            begin_farewell()
         except BaseException:
             study.close()  # what is finished is reported, however this ends
             raise
         report = study.close()
-    print(report.text)
-    print("", *checkpoint_lines(list(study.records.values())), sep="\n")
-    print(f"Report and plots: {report.folder}")
-    print(_where_to_browse(tracker))
-    if is_url(settings.storage):
-        print(_where_records_are(tracker, masked(settings.storage)))
+    _print_report(report, study, tracker, settings.storage)
     if interruption is not None:
         print(
             f"Interrupted: {len(study.records)} of {len(trials)} trials are recorded; the same "
@@ -380,10 +388,22 @@ def _tracked(
     failures = [record for record in ran if record is not None and not record.completed]
     if failures:
         for record in failures:
-            print(f"FAILED {record.spec.label}: {record.reason}", file=sys.stderr)
+            name = study.sweep.names[record.spec.id]
+            print(f"FAILED {name}: {record.reason}", file=sys.stderr)
         raise SweepFailedError(
             f"{len(failures)} of {len(trials)} trials failed; the same command tries them again"
         )
+
+
+def _print_report(report: "Report", study: Study, tracker: "MlflowTracker", storage: str) -> None:
+    from q3q.report.checkpoints import checkpoint_lines
+
+    print(report.text)
+    print("", *checkpoint_lines(list(study.records.values())), sep="\n")
+    print(f"Report and plots: {report.folder}")
+    print(_where_to_browse(tracker))
+    if is_url(storage):
+        print(_where_records_are(tracker, masked(storage)))
 
 
 def _name_of(trials: Sequence[Trial]) -> str:

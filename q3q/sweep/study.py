@@ -24,6 +24,7 @@ from q3q.export.marker import CARD
 from q3q.export.measured import Measured, update_card
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.hub import fetch_facts
+from q3q.names import trial_names
 from q3q.placement import Trial
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import TrialSpec
@@ -105,7 +106,6 @@ class Study:
         Raises:
             TrackingError: the store cannot be used. Nothing has started yet.
         """
-        from q3q.report.measures import trial_names
         from q3q.report.records import predictions
 
         trials, earlier = self.sweep.trials, predictions(self.storage)
@@ -218,7 +218,8 @@ class Study:
         try:
             updated = compared(replace(record, notes=notes), baseline)
         except IntegrityError as error:
-            self.note(f"{record.spec.name} cannot be compared with the unquantized model: {error}")
+            name = self.sweep.names.get(record.spec.id, record.spec.label)
+            self.note(f"{name} cannot be compared with the unquantized model: {error}")
             updated = replace(record, notes=notes | {NOT_COMPARED: str(error)})
         if updated != record:
             updated.save()

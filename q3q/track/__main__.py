@@ -3,13 +3,15 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from q3q.errors import EXIT_FAILED, EXIT_MISUSED, Q3QError, TrackingError
+from q3q.ending import begin_farewell, end_well
+from q3q.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISUSED, Q3QError, TrackingError
 from q3q.masking import masked
+from q3q.names import trial_names
 from q3q.record import Sweep, TrialRecord
-from q3q.report.measures import trial_names
 from q3q.report.records import all_sweeps, find_records, predictions
 from q3q.report.write import About, trial_artifacts, write_report
 from q3q.storage.mirror import refreshed
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Q3QError as error:
         print(f"q3q: {masked(str(error))}", file=sys.stderr)
         return EXIT_MISUSED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     for line in failures:
         print(f"q3q: {line}", file=sys.stderr)
     return EXIT_FAILED if failures else 0
@@ -111,6 +115,11 @@ def _log_sweep(
         tracker.close(_report(sweep, records, storage), finished)
     except TrackingError as error:
         return f"{sweep.name}: {logged} of {len(records)} records are logged, then: {error}"
+    except (KeyboardInterrupt, SystemExit):
+        begin_farewell()
+        with suppress(TrackingError):  # its run must not seem to go on
+            tracker.close({}, succeeded=False)
+        raise
     return ""
 
 
@@ -133,4 +142,5 @@ def _report(sweep: Sweep, records: Sequence[TrialRecord], storage: Path) -> dict
 
 
 if __name__ == "__main__":
+    end_well()
     sys.exit(main())

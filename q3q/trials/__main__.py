@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from q3q.ending import end_well
 from q3q.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISUSED, Q3QError, SweepFailedError
 from q3q.masking import masked
 from q3q.storage.mirror import mirror_at, refreshed
@@ -77,4 +78,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_well()
     sys.exit(main())

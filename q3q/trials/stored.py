@@ -1,7 +1,7 @@
 """The trials that a storage folder knows of: their states, sizes, and what they wait for."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import export_fault, is_ours, partial_path
 from q3q.export.marker import disk_bytes
 from q3q.masking import masked
+from q3q.names import trial_names
 from q3q.placement import Trial
 from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.records import RECORDS, all_sweeps
@@ -75,6 +76,8 @@ def find_trials(storage: Path, named: str = "") -> list[StoredTrial]:
         _stored(folder / name, planned.get(name), owner.get(name), running, named)
         for name in dict.fromkeys([*ids, *planned])
     ]
+    names = trial_names([entry.trial.spec for entry in stored if entry.trial is not None])
+    stored = [replace(entry, name=names.get(entry.id, entry.name)) for entry in stored]
     return sorted(stored, key=lambda trial: (LIST_ORDER.index(trial.state), trial.name, trial.id))
 
 
@@ -212,10 +215,8 @@ def _state(
     again = command or f"python -m q3q.trials resume {trial.id}"
     after = "its turn in the running sweep" if waits_in_sweep else again
     if record is not None and record.completed:
-        if damaged := damaged_files(record.files, folder):
-            return "stopped", f"to be measured again, as {next(iter(damaged.values()))}: {after}"
-        if trial.placement.export is not None and (fault := export_fault(trial)) is not None:
-            return "stopped", f"its export to be made again ({fault}): {after}"
+        if lost := _lost(trial, folder, record):
+            return "stopped", f"{lost}: {after}"
         return "completed", _completed_waits(trial, folder, record)
     if record is not None:
         return "failed", f"{_shortened(record.reason)}; then {after}"
@@ -223,6 +224,15 @@ def _state(
         blocks = len(list((folder / "blocks").glob("block_*.json")))
         return "stopped", f"{f'to go on at block {blocks}: ' if blocks else ''}{after}"
     return "waiting", after
+
+
+def _lost(trial: Trial, folder: Path, record: TrialRecord) -> str:
+    """Return what of a finished trial is to be made again, and why; empty if nothing is."""
+    if damaged := damaged_files(record.files, folder):
+        return f"to be measured again, as {next(iter(damaged.values()))}"
+    if trial.placement.export is not None and (fault := export_fault(trial)) is not None:
+        return f"its export to be made again ({fault})"
+    return ""
 
 
 def _completed_waits(trial: Trial, folder: Path, record: TrialRecord) -> str:

@@ -652,7 +652,7 @@ def test_plan_needs_no_torch():
 def test_the_plan_counts_the_cores_that_the_sweeps_own_ray_hands_out():
     from omegaconf import OmegaConf
 
-    from q3q.environment import cores
+    from q3q.limits import cores
     from q3q.sweep.launcher import RayLauncher
     from q3q.sweep.on_ray import OnRay, work
 
@@ -671,6 +671,6 @@ def test_cores_are_those_that_a_process_may_use():
     import sys
 
     code = f"import os; os.sched_setaffinity(0, [{min(os.sched_getaffinity(0))}])\n"
-    code += "from q3q.environment import cores; print(cores())"
+    code += "from q3q.limits import cores; print(cores())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "1"

@@ -533,7 +533,7 @@ def test_an_answer_longer_than_a_note_ends_with_a_whole_table(tracker: MlflowTra
 
 
 def test_trials_that_would_be_called_alike_are_told_apart(tracker: MlflowTracker) -> None:
-    from q3q.report.measures import trial_names
+    from q3q.names import trial_names
 
     trials = [spec(seed=seed) for seed in (0, 1)] + [spec(2)]
     names = trial_names(trials)

@@ -13,14 +13,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from q3q.ending import listen
 from q3q.environment import environment_variables
 from q3q.errors import ConfigError
+from q3q.limits import cores, memory_for_trials
 from q3q.masking import masked
 from q3q.sweep.ray.nodes import ray_machines, resources_of
 from q3q.sweep.ray.scheduler import TaskRun
-from q3q.sweep.ray.tasks import HeadLostError, Outcome, Resources, Task, WorkerDiedError
+from q3q.sweep.ray.starting import (
+    LOOK_SECONDS,
+    Starting,
+    kept_handler,
+    obituary,
+    refuse_long_folder,
+    witness,
+)
+from q3q.sweep.ray.tasks import (
+    HeadLostError,
+    Outcome,
+    Resources,
+    StartError,
+    Task,
+    WorkerDiedError,
+)
 
 OBJECT_STORE_BYTES = 200_000_000  # only specs, records and events cross
+LEAST_OBJECT_STORE_BYTES = 75 * 2**20  # Ray's own bound
 ANSWER_SECONDS = 12  # how long the cluster at an address may take to answer
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _TRY_ADDRESS = """
@@ -41,7 +59,8 @@ class Cluster:
     Args:
         address: `host:port` or `auto` of a running cluster that this machine is a node of; None
             starts one here.
-        cpus, gpus: what the local cluster may hand out; None lets Ray count.
+        cpus, gpus, memory: what the local cluster may hand out, memory in bytes; with None, all
+            cores and all free memory that this process may use, and the GPUs that Ray counts.
         env: environment variables that each worker gets before it imports anything for a task.
         patience: seconds to wait for a machine large enough for a task, where a cluster grows on
             demand; with 0, a task that fits on none of the present machines is refused at once.
@@ -52,30 +71,34 @@ class Cluster:
         address: str | None = None,
         cpus: int | None = None,
         gpus: int | None = None,
+        memory: int | None = None,
         env: Mapping[str, str] | None = None,
         patience: float = 0.0,
     ) -> None:
-        if address is not None and (cpus is not None or gpus is not None):
+        if address is not None and (cpus, gpus, memory) != (None, None, None):
             raise ConfigError(
-                f"cpus and gpus are for a local cluster: the one at {address} has what it has"
+                f"cpus, gpus and memory are for a local cluster: the one at {address} has what it "
+                "has"
             )
         if address is not None and "://" in address:
             raise ConfigError(
                 f"cluster address {address}: run on a node of the cluster and give host:port, or "
                 "auto"
             )
-        self.address, self.cpus, self.gpus = address, cpus, gpus
+        self.address, self.cpus, self.gpus, self.memory = address, cpus, gpus, memory
         self.env, self.patience = dict(env or {}), patience
         self._up, self._stopped = threading.Event(), threading.Event()
+        self._starting = Starting(address)
         self._failure: BaseException | None = None
         self._keeper: threading.Thread | None = None
-        self._sigterm_is_ours = False
+        self._stop_listening: Callable[[], None] | None = None
         # Its head is gone: nobody answers a farewell, and the workers end by themselves.
         self._headless = False
 
     def start(self) -> "Cluster":
         """Start in the background, once. `total` and `run` raise what goes wrong."""
         if self._keeper is None:
+            self._starting = Starting(self.address)
             self._keeper = threading.Thread(target=self._keep, name="ray-keeper", daemon=True)
             self._keeper.start()
         return self
@@ -83,11 +106,11 @@ class Cluster:
     def stop(self) -> None:
         """Stop a local cluster with all its processes; of one at an address, only our own."""
         self._stopped.set()
-        if self._keeper is not None:
+        if self._keeper is not None and not isinstance(self._failure, StartError):
             self._keeper.join()
-        if self._sigterm_is_ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self._sigterm_is_ours = False
+        if self._stop_listening is not None:
+            self._stop_listening()
+            self._stop_listening = None
 
     def __enter__(self) -> "Cluster":
         return self.start()
@@ -150,6 +173,9 @@ class Cluster:
 
     def _keep(self) -> None:
         """Start Ray, wait until `stop` is called, and stop it: the keeper thread's work."""
+        # Ray's processes inherit this, as they do for Ctrl-C: when the terminal is closed, this
+        # process ends them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             self._start_here() if self.address is None else self._connect(self.address)
         except BaseException as error:
@@ -162,19 +188,31 @@ class Cluster:
 
             ray.shutdown()
 
+    def _give_up(self, error: StartError) -> None:
+        """Leave Ray alone, whose core may never return; it ends with this process."""
+        self._failure = error
+        self._up.set()
+
     def _start_here(self) -> None:
         if _token_wanted() and not os.environ.get(TOKEN_PATH):
             os.environ.setdefault(TOKEN, _own_token())
+        memory = memory_for_trials() if self.memory is None else self.memory
+        store = OBJECT_STORE_BYTES
+        if memory is not None:
+            store = min(store, max(LEAST_OBJECT_STORE_BYTES, memory // 10))
         # On any platform this variable decides whether Ray listens on loopback alone. Ray reads it
         # when it is first imported.
         with environment_variables({"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}):
-            self._init(
-                address="local",  # even if a cluster already runs here or RAY_ADDRESS names one
-                num_cpus=self.cpus,
-                num_gpus=self.gpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-            )
+            refuse_long_folder()
+            with witness(obituary()):
+                self._init(
+                    address="local",  # even if a cluster already runs here or RAY_ADDRESS names one
+                    num_cpus=cores() if self.cpus is None else self.cpus,
+                    num_gpus=self.gpus,
+                    include_dashboard=False,
+                    object_store_memory=store,
+                    _memory=memory,
+                )
 
     def _connect(self, address: str) -> None:
         if _token_wanted() and not _token_known():
@@ -218,7 +256,8 @@ class Cluster:
                 "second one"
             )
         try:
-            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+            with kept_handler(signal.SIGTERM):
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
         except Exception as error:
             where = f"the Ray cluster at {self.address}" if self.address else "Ray on this machine"
             raise ConfigError(f"cannot start {where}: {error}") from error
@@ -231,19 +270,19 @@ class Cluster:
     def _wait_until_up(self) -> None:
         if self._keeper is None:
             raise RuntimeError("start the cluster first: `with Cluster() as cluster`")
-        self._up.wait()
+        while not self._up.wait(LOOK_SECONDS):
+            try:
+                self._starting.check()
+            except StartError as error:
+                self._give_up(error)
         if self._failure is not None:
             raise self._failure
         if self._stopped.is_set():
             raise RuntimeError("this cluster is stopped")
-        if (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        ):
-            # Ray's core would answer SIGTERM with a stack trace and sudden death. End as Python
-            # does.
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-            self._sigterm_is_ours = True
+        main_thread = threading.current_thread() is threading.main_thread()
+        if main_thread and self._stop_listening is None:
+            # For a program that did not: Ray's core would answer SIGTERM with a stack trace.
+            self._stop_listening = listen()
 
 
 def _token_wanted() -> bool:

@@ -75,7 +75,10 @@ class TaskRun:
             self.head.check()
             if self.head.answers():
                 yield from self._submit()
-                yield from self._listen()
+                ready = self._ready()
+                # A signal to all processes of a terminal or job: heard before its victims are.
+                on_tick()
+                yield from self._listen(ready)
                 yield from self._refuse()
             else:  # a call to Ray might never return now
                 time.sleep(1.0)
@@ -125,12 +128,15 @@ class TaskRun:
         preference = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
         return entry.options(scheduling_strategy=preference)
 
-    def _listen(self) -> Iterator[Outcome]:
-        """Take the next message of one stream, if one comes within a second."""
+    def _ready(self) -> list[Any]:
+        """Return one stream that has a message, if one comes within a second."""
         import ray
 
         streams = list(self.in_flight)
-        ready = ray.wait(streams, num_returns=1, timeout=1.0)[0] if streams else []
+        return list(ray.wait(streams, num_returns=1, timeout=1.0)[0]) if streams else []
+
+    def _listen(self, ready: Sequence[Any]) -> Iterator[Outcome]:
+        """Take the next message of each of these streams."""
         for stream in ready:
             flight = self.in_flight.pop(stream)
             message = next_message(stream, flight)

@@ -18,6 +18,10 @@ class HeadLostError(Q3QError):
     """The cluster's head no longer answers, or Ray ended on this machine: nothing can start."""
 
 
+class StartError(Q3QError):
+    """Ray died or hung before it was up: nothing has started."""
+
+
 class OutOfMemoryError(WorkerDiedError):
     """A task ran out of memory: Ray or the kernel killed its process, or it said so itself."""
 

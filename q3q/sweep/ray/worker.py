@@ -121,6 +121,8 @@ def _sigterm_sets(event: threading.Event) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # Ray's processes have it blocked; a stopped orphan must be woken and ended by it.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
         yield

@@ -1,0 +1,92 @@
+"""How a command ends when it is told to, or when the terminal that it writes to is gone.
+
+A scheduler and a spot machine send SIGTERM; a terminal that is closed, or an ssh that breaks, sends
+SIGHUP. Both raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that what is open is closed
+and what is finished is reported. Under nohup SIGHUP is ignored, and stays so.
+"""
+
+import errno
+import io
+import os
+import signal
+import stat
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+ENDINGS = (signal.SIGTERM, signal.SIGHUP)
+GONE = (errno.EIO, errno.EPIPE)  # of a terminal, and of a pipe that nobody reads any more
+
+
+def end_well() -> None:
+    """Let this process, which runs one command, end well. Call it before any work."""
+    listen()
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, _lasting(getattr(sys, name)))
+
+
+def listen() -> Callable[[], None]:
+    """Raise SystemExit(128 + number) at a signal of ENDINGS, unless it is ignored or handled.
+
+    Returns:
+        what undoes it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    ours = [number for number in ENDINGS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _exit)
+
+    def undo() -> None:
+        for number in ours:
+            if signal.getsignal(number) is _exit:
+                signal.signal(number, signal.SIG_DFL)
+
+    return undo
+
+
+def begin_farewell() -> None:
+    """Ignore SIGHUP from now on.
+
+    One that closes a terminal often comes twice, from the kernel and from the shell, and systemd
+    sends it after SIGTERM: the second must not cut short what the first one began.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def _exit(number: int, frame: object) -> NoReturn:
+    begin_farewell()
+    sys.exit(128 + number)
+
+
+class _Lasting(io.FileIO):
+    """A terminal or pipe. Once it is gone, what is written goes nowhere and raises nothing."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in GONE or stat.S_ISREG(os.fstat(self.fileno()).st_mode):
+                raise
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+            return memoryview(data).nbytes
+
+
+def _lasting(stream: Any) -> Any:
+    """Return a text stream that outlasts its terminal or pipe; a test's double as it is."""
+    buffer = getattr(stream, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)  # with python -u there is no buffer
+    if type(raw) is not io.FileIO:
+        return stream
+    stream.flush()
+    lasting: Any = _Lasting(raw.fileno(), "wb", closefd=False)
+    return io.TextIOWrapper(
+        lasting if buffer is raw else io.BufferedWriter(lasting),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

@@ -1,0 +1,142 @@
+"""Watch Ray while it starts: say what is too long, what died, and what hangs.
+
+While Ray's core joins its own processes, it neither raises an exception where one of them is dead
+nor can be interrupted: it waits for a minute and ends this process, or waits for ever. So the
+thread that waits for Ray looks after those processes itself, and where Ray's core is quicker, a
+process that outlives this one says what the end means.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+from q3q.errors import ConfigError
+from q3q.sweep.ray.tasks import StartError
+
+LOOK_SECONDS = 0.2  # between two looks at Ray's processes
+START_SECONDS = float(os.environ.get("Q3Q_RAY_START_SECONDS", "300"))  # a busy machine takes 30
+SERVERS = ("gcs_server", "raylet")  # without which Ray cannot start
+SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # longest path of a socket
+AGAIN = "the same command tries again"
+
+
+class Starting:
+    """Ray's start, of which at most START_SECONDS may pass.
+
+    address: of a cluster that is joined; None for one that is started here
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self.address = address
+        self._since = time.monotonic()
+
+    def check(self) -> None:
+        """Check that Ray can still start.
+
+        Raises:
+            StartError: one of its processes is dead, or it takes too long.
+        """
+        servers = [] if self.address else _servers()
+        for server, state in servers:
+            if state == psutil.STATUS_ZOMBIE:
+                raise StartError(
+                    f"Ray's {server} died while Ray started; {AGAIN}. What it said is in {logs()}"
+                )
+        if (seconds := time.monotonic() - self._since) < START_SECONDS:
+            return
+        if self.address:
+            raise StartError(
+                f"the Ray cluster at {self.address} answers, but this process has not joined it "
+                f"after {seconds:.0f} s; {AGAIN}"
+            )
+        states = ", ".join(f"its {server} is {state}" for server, state in servers)
+        raise StartError(
+            f"Ray has not started after {seconds:.0f} s ({states or 'it has no process yet'}); "
+            f"{AGAIN}, and Q3Q_RAY_START_SECONDS=600 gives it more time. Its logs: {logs()}"
+        )
+
+
+def refuse_long_folder() -> None:
+    """Refuse a folder for Ray's files whose name is too long for the sockets in it.
+
+    Raises:
+        ConfigError: it is.
+    """
+    socket = os.path.join(_session("2000-01-01_00-00-00_000000"), "sockets", "plasma_store")
+    excess = len(os.fsencode(socket)) - SOCKET_BYTES
+    if excess > 0:
+        name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+        raise ConfigError(
+            f"{name}={os.environ.get(name)} is {excess} bytes too long for Ray, whose sockets lie "
+            f"there (a socket's path has at most {SOCKET_BYTES} bytes): set RAY_TMPDIR to a "
+            "shorter folder, such as RAY_TMPDIR=/tmp; other files still go to TMPDIR"
+        )
+
+
+def logs() -> str:
+    """Return where the logs of this process's Ray lie, as a pattern for a shell."""
+    return os.path.join(_session("*"), "logs")
+
+
+def _session(when: str) -> str:
+    from ray._common.utils import get_default_ray_temp_dir
+
+    return os.path.join(get_default_ray_temp_dir(), f"session_{when}_{os.getpid()}")
+
+
+def _servers() -> list[tuple[str, str]]:
+    """Return the names and states of this process's children that are Ray's servers."""
+    found = []
+    for child in psutil.Process().children():
+        try:
+            name, state = child.name(), child.status()
+        except psutil.NoSuchProcess:
+            continue
+        if name in SERVERS:
+            found.append((name, str(state)))
+    return found
+
+
+@contextmanager
+def witness(words: str) -> Iterator[None]:
+    """Print `words` on stderr if this process ends inside the block, however suddenly."""
+    speak = 'read -r end || printf "%s\\n" "$0" >&2'
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", speak, words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # what ends this process's group does not end it
+    )
+    try:
+        yield
+    finally:
+        process.communicate(b"well\n")
+
+
+def obituary() -> str:
+    """Return what the end of this process means while Ray's core joins its processes."""
+    return (
+        "q3q: this process ended while Ray started: it was killed, or Ray's core ended it. Nothing "
+        f"is lost; {AGAIN}. Ray's logs: {logs()}"
+    )
+
+
+@contextmanager
+def kept_handler(number: signal.Signals) -> Iterator[None]:
+    """Keep a signal's handler, which Ray's core replaces by a stack trace and sudden death.
+
+    The handler is kept in C, since Python sets handlers in its main thread alone.
+    """
+    libc, kept = ctypes.CDLL(None), ctypes.create_string_buffer(512)  # more than any sigaction
+    libc.sigaction(int(number), None, kept)
+    try:
+        yield
+    finally:
+        libc.sigaction(int(number), kept, None)
