@@ -16,6 +16,7 @@ from q3q.placement import Trial
 from q3q.record import COMPLETED, Progress, Report, TrialRecord, forget_progress, load_trial
 from q3q.storage.aside import clear_for_file, clear_for_folder, put_aside, tell, telling
 from q3q.storage.claim import Claim, ClaimStore, Holder, claimed
+from q3q.storage.files import make_folder
 from q3q.storage.mirror import Mirror, is_light, mirror_for
 from q3q.storage.uploader import uploading
 
@@ -195,7 +196,7 @@ class TrialLog:
     def write(self, words: str) -> None:
         line = f"{now()} {platform.node()} {os.getpid()} {' '.join(masked(words).split())}\n"
         with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             clear_for_file(self.path)
             with self.path.open("ab", buffering=0) as file:
                 file.write(line.encode())

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -281,10 +282,10 @@ class Sweep:
         """Write `<storage>/sweeps/<name>_<id>.json`, where reports and new trackers look."""
         path = storage / "sweeps" / f"{self.name}_{self.id}.json"
         try:
-            unsealed(read_file(path))
+            self.load(path)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             put_aside(path, f"cannot be read ({error})")
         write_atomically(path, sealed(self.to_json()))
 
@@ -318,7 +319,8 @@ def forget_failure(trial: Trial) -> None:
     """Delete the record of a failed attempt."""
     path = trial.folder / "failed.json"
     clear_for_file(path)
-    path.unlink(missing_ok=True)
+    with suppress(NotADirectoryError):  # whoever claims the trial puts aside what is there
+        path.unlink(missing_ok=True)
 
 
 def forget_progress(trial: Trial) -> None:

@@ -32,7 +32,7 @@ import psutil
 
 from q3q.errors import Q3QError
 from q3q.storage.aside import clear_for_file, clear_for_folder
-from q3q.storage.files import NoFileError, read_file
+from q3q.storage.files import NoFileError, make_folder, read_file
 
 HEARTBEAT_SECONDS = 5.0
 # Silence after which a holder elsewhere is dead; NFS may keep a change back for 30 seconds.
@@ -124,7 +124,7 @@ class FolderClaimStore:
 
     def create(self, name: str) -> "_LocalClaimFile | None":
         clear_for_folder(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         try:
             file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:

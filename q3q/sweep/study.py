@@ -30,6 +30,7 @@ from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import TrialSpec
 from q3q.storage.aside import clear_for_folder
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
+from q3q.storage.files import flush_folder
 from q3q.storage.mirror import is_light, mirror_at
 from q3q.storage.uploader import Uploader
 from q3q.sweep.background import BackgroundQueue
@@ -115,6 +116,7 @@ class Study:
             predicted=predicted | self.sweep.predicted,
             names=trial_names([trial.spec for trial in trials]),
         )
+        flush_folder(self.storage.absolute().parent)  # whoever made the storage folder
         self.sweep.save(self.storage)
         self.tracker.open(self.sweep)
         try:

@@ -1,13 +1,15 @@
 """A study of three small trials in this process, without MLflow's server, Ray or plots."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
+from q3q.config import model, resolve, schema
 from q3q.placement import Trial
 from q3q.report import write
 from q3q.sweep.in_process import InProcess
@@ -46,6 +48,7 @@ def without_trackers_and_plots(patch: pytest.MonkeyPatch) -> None:
 
 def trials_of(tiny: Path, storage: Path) -> tuple[dict[str, Trial], StudySettings]:
     """Compose the study anew, as each start of the command does."""
+    model._local_model.cache_clear()  # so that the memo of digests is read
     schema.register()
     GlobalHydra.instance().clear()
     settings = {one.partition("=")[0]: one for one in (*SMALL, *ASKED)}
@@ -62,7 +65,13 @@ def run(tiny: Path, storage: Path) -> dict[str, dict]:
     """Run the study; return what each trial's record says that no fault may change."""
     trials, settings = trials_of(tiny, storage)
     facts = {trial.id: found for trial in trials.values() if (found := facts_of_trial(trial))}
-    records = run_study(list(trials.values()), facts, settings, "the command", InProcess())
+    threads, environment = torch.get_num_threads(), dict(os.environ)
+    try:
+        records = run_study(list(trials.values()), facts, settings, "the command", InProcess())
+    finally:  # a process with OpenMP's threads cannot be forked
+        torch.set_num_threads(threads)
+        os.environ.clear()
+        os.environ.update(environment)
     assert records is not None
     return {name: facts_of(trial) for name, trial in trials.items()}
 

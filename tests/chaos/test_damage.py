@@ -94,7 +94,7 @@ STOPPED = {
     "measurement": ("trials/{a}/evaluations/1_stories.json",) * 2,
     "journal": ("trials/{a}/evaluations/windows_stories.jsonl",) * 2,
     "failure": ("trials/{a}/failed.json", "trials/{b}/spec.json"),
-    "unfinished samples": ("trials/{a}/samples.parquet",) * 2,
+    "unfinished samples": ("trials/{a}/samples.parquet", "trials/{b}/spec.json"),
 }
 FOLDERS = [
     "trials/{a}",
@@ -203,10 +203,11 @@ class Case:
         path = self.path(mine)
         theirs = self.path(other, swap=mine == other)
         if name == "failure":
-            path.write_bytes(theirs.read_bytes())
+            shutil.copyfile(theirs, path)
         elif name == "unfinished samples":
-            path.write_bytes(self.path("trials/{a}/spec.json").read_bytes())
-            theirs = path
+            shutil.copyfile(self.path("trials/{a}/spec.json"), path)
+        elif name == "journal":  # it is read where the measurement was not finished
+            self.path("trials/{a}/evaluations/1_stories.json").unlink()
         damage(path, theirs)
         return path
 

@@ -109,7 +109,8 @@ def test_a_damaged_block_checkpoint_is_not_taken(decoder, tmp_path):
     path.write_bytes(content)
     assert store.load(0) is None
     assert store.load(1) is not None
-    path.unlink()
+    assert not path.exists()  # put aside
+    assert path.with_name("block_000.safetensors.damaged").read_bytes() == content
     assert store.load(0) is None
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from q3q.record import COMPLETED, Sweep, TrialRecord
 from q3q.report.__main__ import main
+from q3q.storage.files import sealed, unsealed
 from tests.specs import evaluation_of, make_trial, text_of
 
 
@@ -139,11 +140,11 @@ def test_all_sweeps_of_a_name_are_one_study_and_an_id_is_one(
 ) -> None:
     two, three = record(tmp_path, 2), record(tmp_path, 3)
     sweep(tmp_path, "grid", two)
-    older = tmp_path / "sweeps/grid_idgrid.json"
-    older.rename(tmp_path / "sweeps/grid_older.json")
+    path = tmp_path / "sweeps/grid_idgrid.json"
+    older = {**unsealed(path.read_bytes()), "id": "older"}
+    path.unlink()
+    (tmp_path / "sweeps/grid_older.json").write_bytes(sealed(older))
     sweep(tmp_path, "grid", three)
-    text = (tmp_path / "sweeps/grid_older.json").read_text()
-    (tmp_path / "sweeps/grid_older.json").write_text(text.replace('"idgrid"', '"older"'))
     assert main(["--storage", str(tmp_path), "--study", "grid"]) == 0
     page = (tmp_path / "reports/grid/report.html").read_text()
     assert "2 trials: 2 completed" in page
