@@ -199,3 +199,24 @@ def test_what_is_written_to_a_terminal_that_is_gone_raises_nothing():
     assert piped.stdin is not None
     piped.stdin.close()
     assert piped.wait(timeout=60) == 7
+
+
+def test_a_signal_that_python_swallows_is_heard_all_the_same():
+    """Python drops what a handler raises in a callback of a weak reference, say."""
+    code = (
+        "import os, signal, weakref\n"
+        "from q3q.ending import end_well, raise_again\n"
+        "class Thing: pass\n"
+        "end_well()\n"
+        "thing = Thing()\n"
+        "told = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "del thing\n"
+        "print('swallowed', flush=True)\n"
+        "raise_again()\n"
+        "print('not heard')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+    assert done.stdout == "swallowed\n"
