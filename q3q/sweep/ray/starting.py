@@ -89,7 +89,8 @@ def logs() -> str:
 def _session(when: str) -> str:
     from ray._common.utils import get_default_ray_temp_dir
 
-    return os.path.join(get_default_ray_temp_dir(), f"session_{when}_{os.getpid()}")
+    folder = str(get_default_ray_temp_dir())
+    return os.path.join(folder, f"session_{when}_{os.getpid()}")
 
 
 def _servers() -> list[tuple[str, str]]:
