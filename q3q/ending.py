@@ -17,11 +17,13 @@ from typing import Any, NoReturn
 
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 GONE = (errno.EIO, errno.EPIPE)  # of a terminal, and of a pipe that nobody reads any more
+_told = 0  # the signal that raised SystemExit, until somebody has heard of it
 
 
 def end_well() -> None:
     """Let this process, which runs one command, end well. Call it before any work."""
     listen()
+    sys.unraisablehook = _show_unraisable
     for name in ("stdout", "stderr"):
         setattr(sys, name, _lasting(getattr(sys, name)))
 
@@ -46,19 +48,39 @@ def listen() -> Callable[[], None]:
     return undo
 
 
+def raise_again() -> None:
+    """Raise SystemExit again if a signal raised it and nobody has heard of it.
+
+    Python swallows what a handler raises in a callback of the garbage collector, and libraries
+    swallow it elsewhere.
+    """
+    if _told:
+        sys.exit(128 + _told)
+
+
 def begin_farewell() -> None:
-    """Ignore SIGHUP from now on.
+    """Note that the signal was heard; ignore SIGHUP from now on.
 
     One that closes a terminal often comes twice, from the kernel and from the shell, and systemd
     sends it after SIGTERM: the second must not cut short what the first one began.
     """
+    global _told
+    _told = 0
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _exit(number: int, frame: object) -> NoReturn:
+    global _told
     begin_farewell()
+    _told = number
     sys.exit(128 + number)
+
+
+def _show_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Show an exception that Python swallowed, but not one that `raise_again` raises again."""
+    if not (_told and issubclass(unraisable.exc_type, SystemExit)):
+        sys.__unraisablehook__(unraisable)
 
 
 class _Lasting(io.FileIO):

@@ -111,8 +111,8 @@ def control_groups(controller: str, proc: Path = PROC) -> list[Path]:
     """
     own: dict[str, str] = {}
     for line in _text(proc / "self/cgroup").splitlines():
-        _, names, path = line.split(":", 2)
-        own |= dict.fromkeys(names.split(","), path)
+        _, names, group = line.split(":", 2)
+        own |= dict.fromkeys(names.split(","), group)
     found: list[Path] = []
     mounts = _mounts(_text(proc / "self/mountinfo"))
     for kind, name in (("cgroup2", ""), ("cgroup", controller)):

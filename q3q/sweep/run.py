@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from q3q.attempt import afresh, finished_record
 from q3q.config.schema import tracking_uri
-from q3q.ending import ENDINGS, begin_farewell
+from q3q.ending import ENDINGS, begin_farewell, raise_again
 from q3q.environment import now
 from q3q.errors import ConfigError, SweepFailedError
 from q3q.export.destination import export_fault
@@ -171,6 +171,7 @@ class RunningStudy:
 
     def tick(self) -> None:
         """Give the tracker its turn; raise a deferred interrupt."""
+        raise_again()
         self.study.tick()
         if self.interruption is not None:
             raise self.interruption
@@ -180,6 +181,7 @@ class RunningStudy:
         return self.study.sweep.names.get(spec.id, spec.label)
 
     def progressed(self, spec: TrialSpec, event: Progress) -> None:
+        raise_again()
         self.display.event(event)
         self.study.progressed(spec, event)
 

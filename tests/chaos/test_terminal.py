@@ -2,12 +2,13 @@
 
 import os
 import pty
+import select
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,14 @@ from tests.chaos.faults import ROOT, SMALL, log_of, records, wait_until
 TWO = ("method=rtn", "bits=3,4", "calibration.samples=32")
 LONG = "evaluation.limit=100000"  # a trial that does not end before it is told to
 
+# Makes standard input the terminal that controls the session, then runs a command.
+TAKE_TERMINAL = (
+    "import fcntl, os, signal, sys, termios\n"
+    "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+    "os.execv(sys.argv[1], sys.argv[1:])\n"
+)
+
 
 class OnTerminal:
     """A command that runs on a pseudo-terminal of its own, of which it is the session's leader.
@@ -25,29 +34,36 @@ class OnTerminal:
     """
 
     def __init__(self, *command: str) -> None:
-        self.pid, self._master = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
-            os.execv(sys.executable, [sys.executable, *command])
-        self.shown = b""
+        self._master, terminal = pty.openpty()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", TAKE_TERMINAL, sys.executable, *command],
+            cwd=ROOT,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+        os.close(terminal)
+        self.pid, self.shown = self._process.pid, b""
+        self._closing = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        while True:
-            try:
-                self.shown += os.read(self._master, 65536)
-            except OSError:  # closed, or the command has ended
-                return
+        with suppress(OSError):  # the command has ended
+            while not self._closing.is_set():
+                if select.select([self._master], [], [], 0.05)[0]:
+                    self.shown += os.read(self._master, 65536)
+        os.close(self._master)
 
     def close_terminal(self) -> None:
         """Close it as a window or an ssh would: the kernel sends SIGHUP, and writing fails."""
-        os.close(self._master)
+        self._closing.set()
+        self._reader.join()
 
     def end(self) -> int:
         """Wait for the command; return its exit code."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._process.wait(timeout=120)
 
 
 def members(session: int) -> list[int]:
@@ -199,3 +215,24 @@ def test_what_is_written_to_a_terminal_that_is_gone_raises_nothing():
     assert piped.stdin is not None
     piped.stdin.close()
     assert piped.wait(timeout=60) == 7
+
+
+def test_a_signal_that_python_swallows_is_heard_all_the_same():
+    """Python drops what a handler raises in a callback of a weak reference, say."""
+    code = (
+        "import os, signal, weakref\n"
+        "from q3q.ending import end_well, raise_again\n"
+        "class Thing: pass\n"
+        "end_well()\n"
+        "thing = Thing()\n"
+        "told = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "del thing\n"
+        "print('swallowed', flush=True)\n"
+        "raise_again()\n"
+        "print('not heard')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (143, "")
+    assert done.stdout == "swallowed\n"

@@ -43,6 +43,9 @@ class FakeStudy:
         self.display = self.study = self
         self.notes, self.records = [], []
 
+    def name_of(self, spec):
+        return spec.label
+
     def started(self, trial, name): ...
 
     def tick(self): ...

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from q3q.ending import listen
+from q3q import ending
 from q3q.environment import environment_variables
 from q3q.errors import ConfigError
 from q3q.limits import cores, memory_for_trials
@@ -271,6 +271,7 @@ class Cluster:
         if self._keeper is None:
             raise RuntimeError("start the cluster first: `with Cluster() as cluster`")
         while not self._up.wait(LOOK_SECONDS):
+            ending.raise_again()
             try:
                 self._starting.check()
             except StartError as error:
@@ -282,7 +283,7 @@ class Cluster:
         main_thread = threading.current_thread() is threading.main_thread()
         if main_thread and self._stop_listening is None:
             # For a program that did not: Ray's core would answer SIGTERM with a stack trace.
-            self._stop_listening = listen()
+            self._stop_listening = ending.listen()
 
 
 def _token_wanted() -> bool:

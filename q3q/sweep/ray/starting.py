@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,8 @@ def logs() -> str:
 def _session(when: str) -> str:
     from ray._common.utils import get_default_ray_temp_dir
 
-    return os.path.join(get_default_ray_temp_dir(), f"session_{when}_{os.getpid()}")
+    folder = str(get_default_ray_temp_dir())
+    return os.path.join(folder, f"session_{when}_{os.getpid()}")
 
 
 def _servers() -> list[tuple[str, str]]:
@@ -132,11 +134,22 @@ def obituary() -> str:
 def kept_handler(number: signal.Signals) -> Iterator[None]:
     """Keep a signal's handler, which Ray's core replaces by a stack trace and sudden death.
 
-    The handler is kept in C, since Python sets handlers in its main thread alone.
+    It is kept in C, since Python sets handlers in its main thread alone, and put back every few
+    milliseconds, since Ray's core goes on for long after it has replaced it.
     """
     libc, kept = ctypes.CDLL(None), ctypes.create_string_buffer(512)  # more than any sigaction
     libc.sigaction(int(number), None, kept)
+    over = threading.Event()
+
+    def put_back() -> None:
+        while not over.wait(0.005):
+            libc.sigaction(int(number), kept, None)
+
+    keeping = threading.Thread(target=put_back, daemon=True)
+    keeping.start()
     try:
         yield
     finally:
+        over.set()
+        keeping.join()
         libc.sigaction(int(number), kept, None)
