@@ -42,7 +42,7 @@ class Measured:
         listed = sorted((name for name in names if not UNLISTED.match(name)), key=_rank)
         rows = [self._row(name) for name in listed]
         if self.weights is not None and self.original:
-            share = f"{self.weights / self.original - 1:+.0%}"
+            share = f"{100 * (self.weights / self.original - 1):+.0f} %"
             sizes = (in_words(self.weights), in_words(self.original), share)
             rows.append(f"| weights on disk | {' | '.join(sizes)} |")
         return [

@@ -134,7 +134,7 @@ def test_the_unquantized_model_stands_beside_the_checkpoint_perplexity_first():
         "| accuracy of stories_who, % | 50.0 | 62.5 | -12.5 points |",
         "| KL divergence from the unquantized model, stories, nats a token | 0.02 "
         "| 0 by definition | |",
-        "| weights on disk | 6.7 MB | 11.5 MB | -42% |",
+        "| weights on disk | 6.7 MB | 11.5 MB | -42 % |",
     ]
     assert UNMEASURED not in lines
 
