@@ -17,6 +17,7 @@ from q3q.errors import ConfigError, IntegrityError, Q3QError, TrackingError
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.hub import fetch_facts
 from q3q.placement import Trial
+from q3q.quoting import module
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import TrialSpec
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
@@ -51,8 +52,9 @@ def sole_driver(
 
     def refuse(holder: Holder) -> ConfigError:
         return ConfigError(
-            f"this sweep is running already: {holder}. Watch it with python -m q3q.trials "
-            f"--storage {storage} attach; when it has ended, or died, the same command goes on"
+            f"this sweep is running already: {holder}. Watch it with "
+            f"{module('q3q.trials', '--storage', str(storage), 'attach')}; when it has ended, or "
+            "died, the same command goes on"
         )
 
     mirror = mirror_at(str(storage))
@@ -73,6 +75,7 @@ class Study:
     note: shows a line to the user where something went wrong but nothing is lost
     uploader: uploads records to a storage that is a URL
     takes_exports: the tracker wants the files of exports
+    sync: the command that sends the tracker what it missed
 
     Once the study is open, a thread of its own tells the tracker: a slow one holds up no trial.
     """
@@ -84,6 +87,7 @@ class Study:
     records: dict[str, TrialRecord] = field(default_factory=dict)
     uploader: Uploader | None = None
     takes_exports: bool = False
+    sync: str = "python -m q3q.track sync"
     _queue: BackgroundQueue = field(default_factory=BackgroundQueue)
     # Metrics of running trials that the tracker has not received, with their steps.
     _live: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
@@ -230,7 +234,7 @@ class Study:
             predicted=predictions(self.storage),
             warnings=warnings if missing else [],
         )
-        report = write_report(records, self.storage / "reports" / f"{sweep.name}_{sweep.id}", about)
+        report = write_report(records, self.storage / "reports" / sweep.file_name, about)
         finished = not missing and all(record.completed for record in records)
         self._queue.settle(
             lambda left: self.note(f"the tracker has not received {left} records yet")
@@ -240,8 +244,7 @@ class Study:
                 f"{len(self._owed)} records and the report are" if self._owed else "The report is"
             )
             self.note(
-                f"{owed} on disk, not with the tracker; python -m q3q.track sync or the same "
-                "command sends them."
+                f"{owed} on disk, not with the tracker; {self.sync} or the same command sends them."
             )
         return report
 
