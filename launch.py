@@ -9,9 +9,11 @@ os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here whole, and leave in one
 import hydra
 from omegaconf import DictConfig
 
-from q3q.cli import explain, run_alone
+from q3q.cli import explain, program_version, run_alone
+from q3q.config.arguments import understood
 from q3q.config.guard import refuse_code
-from q3q.config.schema import register, with_plain_keys
+from q3q.config.help import shows_settings
+from q3q.config.schema import register
 from q3q.ending import end_well
 
 
@@ -23,13 +25,23 @@ def main(config: DictConfig) -> object:
         sys.exit(explain(error))  # not raised: Hydra would print a second line about it
 
 
+def command(arguments: list[str]) -> None:
+    """Do what a command line asks for."""
+    if arguments == ["--version"]:
+        print(program_version())
+        return
+    sys.argv[1:] = understood(arguments)
+    refuse_code(sys.argv[1:])
+    if not shows_settings(sys.argv[1:], main):
+        main()
+
+
 if __name__ == "__main__":
     end_well()
     register()
-    sys.argv[1:] = [with_plain_keys(argument) for argument in sys.argv[1:]]
     try:
-        refuse_code(sys.argv[1:])
-        main()
+        command(sys.argv[1:])
+        sys.stdout.flush()  # here, where an error still has an answer
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -14,6 +14,7 @@ from q3q.placement import Placement, Trial
 from q3q.spec import Json, TrialSpec
 from q3q.storage.aside import clear_for_file, put_aside
 from q3q.storage.files import SEAL, read_file, sealed, unsealed, write_atomically
+from q3q.storage.names import file_name
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
 ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
@@ -278,9 +279,14 @@ class Sweep:
     started: str = ""
     ended: str = ""
 
+    @property
+    def file_name(self) -> str:
+        """The name of its file and of its report's folder, without an ending."""
+        return f"{file_name(self.name)}_{self.id}"
+
     def save(self, storage: Path) -> None:
         """Write `<storage>/sweeps/<name>_<id>.json`, where reports and new trackers look."""
-        path = storage / "sweeps" / f"{self.name}_{self.id}.json"
+        path = storage / "sweeps" / f"{self.file_name}.json"
         try:
             self.load(path)
         except FileNotFoundError:

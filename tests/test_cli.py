@@ -73,6 +73,14 @@ def test_a_storage_that_is_a_file_is_said_in_a_line(tiny, tmp_path, how):  # noq
     assert "Not a directory. storage= must be a folder" in line
 
 
+def test_a_storage_that_cannot_be_made_is_said_in_a_line():
+    for how in ([], ["-m"]):
+        code, _, errors = command("launch.py", *how, "storage=/proc/q3q", "method=none")
+        assert code == 2
+        [line] = errors.splitlines()
+        assert line.startswith("q3q: /proc/q3q: No such file or directory. storage= must be a ")
+
+
 @pytest.mark.parametrize(
     "asked", ["cluster.ranks_per_trial=2", "cluster.gpus_per_trial=4", "cluster=existing"]
 )

@@ -188,7 +188,7 @@ def test_an_installed_method_runs_from_the_command_line_and_on_ray(installed, tm
 
 
 def test_an_installed_method_is_shown_and_a_broken_one_refused_when_asked_for(installed, tmp_path):
-    assert re.search(r"method: .*\btiny\b", launch(installed[1], "--help").stdout)
+    assert re.search(r"(?m)^  tiny +q3q-tiny", launch(installed[1], "--help").stdout)
     refused = launch(installed[1], "-m", "method=broken,rtn", f"storage={tmp_path}", *SMALL)
     assert refused.returncode == 2
     assert (

@@ -43,6 +43,49 @@ RUNS_CODE = [
     "model=demo,../../elsewhere/page",
     "+schema=../../elsewhere/page",
     "hydra/launcher=../page",
+    "=../../elsewhere/page",
+    "model=/elsewhere/page",
+    "model=elsewhere/page",
+    "model=page.yaml",
+    "model=",
+    "model='../../elsewhere/page'",
+    'model=demo,"../../elsewhere/page"',
+    "model=[../../elsewhere/page]",
+    "model=[demo]",
+    "model=[demo,[../../elsewhere/page]]",
+    "model=demo,[../../elsewhere/page]",
+    "model=[demo],[../../elsewhere/page]",
+    "model=choice(demo,[../../elsewhere/page])",
+    "model=shuffle([../../elsewhere/page])",
+    "model=str([../../elsewhere/page])",
+    "model={path:../../elsewhere/page}",
+    "model={demo:[../../elsewhere/page]}",
+    "model=range(1,3)",
+    "model=interval(0,1)",
+    "model=1",
+    "model=null",
+    "model=true",
+    "model=${oc.env:PAGE}",
+    "model=[${oc.env:PAGE}]",
+    "model=demo,${oc.env:PAGE}",
+    "+study=[../../elsewhere/page]",
+    "++study=[../../elsewhere/page]",
+    "~study=[../../elsewhere/page]",
+    "~study=../../elsewhere/page",
+    "evaluation=[../../elsewhere/page]",
+    "+elsewhere=[../../elsewhere/page]",
+    "schema/method=[../../elsewhere/page]",
+    "+hydra/launcher=[../page]",
+    "hydra/sweeper=[../page]",
+    "+defaults=[../../elsewhere/page]",
+    "model@method=../../elsewhere/page",
+    "+study@_global_=[../../elsewhere/page]",
+    "+model@_here_=demo",
+    "+hydra.sweeper.params.model=../../elsewhere/page",
+    "+hydra.sweeper.params.model=demo,../../elsewhere/page",
+    "+hydra.sweeper.params.model='[../../elsewhere/page]'",
+    "+hydra.sweeper.params.study=../../elsewhere/page",
+    "hydra.sweeper.rows.0.model=../../elsewhere/page",
     "--config-dir=/tmp",
     "--config-d",
     "--config-path",
@@ -62,6 +105,17 @@ SETS_VALUES = [
     "--info",
     "model=demo,qwen3_8b",
     "method=glob(*)",
+    "method=glob(*,exclude=b*)",
+    "method='gptq'",
+    "method=choice(gptq,awq)",
+    "method=shuffle(gptq,awq)",
+    "method=sort(gptq,awq)",
+    "bits=range(2,5)",
+    "bits=choice(2,4)",
+    "evaluation.texts=[demo],[demo,library]",
+    "method.alpha_grid=[0.3,0.5]",
+    "name='../../x'",
+    "hydra.sweeper.params.model=demo",
     "overrides={blocks.0:{bits:8},*.down:{bits:4}}",
     "skip=[blocks.5.o]",
     "question='why: a/b, ../c?'",
@@ -120,6 +174,29 @@ def test_a_real_command_runs_nothing_and_says_so(tmp_path):
     assert not trace.exists()
     launch(attack, "plan=true", f"storage={tmp_path}", checked=False)
     assert trace.exists()  # without the check Hydra does call it
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["+study=[{}]"],
+        ["-m", "+study=demo", "name=mine", "hydra.sweeper.params.model={}"],
+    ],
+)
+def test_a_page_from_elsewhere_is_not_even_read(arguments, tmp_path):
+    trace = tmp_path / "trace"
+    (tmp_path / "page.yaml").write_text(
+        "# @package _global_\nhydra:\n  job_logging:\n    handlers:\n      x:\n"
+        f"        class: logging.FileHandler\n        filename: {trace}\n",
+        encoding="utf-8",
+    )
+    page = os.path.relpath(tmp_path / "page", ROOT / "conf" / "study")
+    given = [word.format(page) for word in arguments]
+    done = launch(*given, "plan=true", f"storage={tmp_path}")
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"q3q: {given[-1]} is not taken")
+    assert not trace.exists()
 
 
 SECRET = "lovelace-1815"

@@ -1,5 +1,6 @@
 """Resolve what is evaluated: texts, tasks, shots, limits and chat templates."""
 
+import difflib
 import functools
 import json
 from dataclasses import replace
@@ -23,6 +24,7 @@ from q3q.evaluate.catalogue import OWN_TASKS, STUDY_MMLU, TASKS
 from q3q.evaluate.chat import CHATS, PLAIN_CHAT, THINK_END
 from q3q.evaluate.data_sets import resolve_data_sets
 from q3q.evaluate.mmlu_paper import SHOTS as MMLU_SHOTS
+from q3q.evaluate.names import is_mentioned, task_names
 from q3q.evaluate.version import EVALUATION_VERSION, lm_eval_version
 from q3q.models.checkpoint import end_tokens
 from q3q.models.facts import ModelFacts
@@ -245,15 +247,22 @@ def _check_tasks(tasks: tuple[str, ...], include: Path | None) -> None:
     """Refuse unknown tasks at once; lm-eval's list takes seconds to load, so ask it last."""
     if include is None and TASKS.keys() >= set(tasks):
         return
+    folders = [OWN_TASKS, *([include] if include else [])]
+    for task in tasks:
+        if task not in TASKS and not is_mentioned(task, folders):
+            raise ConfigError(_no_task(task, [*TASKS, *task_names(folders)]))
     from q3q.evaluate.harness.task_files import refuse_namesakes, tasks_from
 
     if include is not None:
         refuse_namesakes(include, tasks)
-    own = [OWN_TASKS, *([include] if include else [])]
     others = [task for task in tasks if task not in TASKS]
-    names = [*TASKS, *tasks_from(own, others).all_tasks]
+    names = [*TASKS, *tasks_from(folders, others).all_tasks]
     for task in tasks:
         if task not in names:
-            raise ConfigError(
-                f"evaluation.tasks: {task} is no task of lm-eval{nearest(task, names)}".strip()
-            )
+            raise ConfigError(_no_task(task, names))
+
+
+def _no_task(task: str, names: list[str]) -> str:
+    """Say what a name of no task may have meant: one of q3q's own table, if it is like one."""
+    own = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.75)
+    return f"evaluation.tasks: {task} is no task of lm-eval{nearest(task, own or names)}".strip()

@@ -11,8 +11,10 @@ from dataclasses import fields
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, QuotedString
 
+from q3q.config.known import not_a_setting
+from q3q.config.pages import CONF
 from q3q.config.schema import GROUPS, Config
 from q3q.errors import ConfigError
 
@@ -35,7 +37,9 @@ REFUSED_FLAGS = {
     "--experimental-rerun": "it loads a pickle, which can run code; give the command again",
 }
 TEXTS = {field.name for field in fields(Config)} - {*GROUPS, "method"}  # keys that choose no page
-PAGE = re.compile(r"[\w+-]*")  # not a path, which could lead out of conf/
+PAGE = re.compile(r"[\w+-]+")  # not a path, which could lead out of conf/
+# Keys whose values a sweeper reads as overrides in turn.
+SWEPT = re.compile(r"hydra\.sweeper\.(?:params|rows\.\d+)\.(.+)")
 
 
 def refuse_code(arguments: Sequence[str]) -> None:
@@ -48,7 +52,7 @@ def refuse_code(arguments: Sequence[str]) -> None:
     for argument in arguments:
         flag = argument.partition("=")[0]
         for option, reason in REFUSED_FLAGS.items():
-            if _abbreviates(flag, option):
+            if abbreviates(flag, option):
                 raise ConfigError(f"{argument} is not taken: {reason}")
     overrides = [
         argument
@@ -59,7 +63,7 @@ def refuse_code(arguments: Sequence[str]) -> None:
         _refuse(override)
 
 
-def _abbreviates(flag: str, option: str) -> bool:
+def abbreviates(flag: str, option: str) -> bool:
     """Return True if argparse takes `flag` for `option`.
 
     It accepts any prefix of a long option, and a value right after a short one.
@@ -69,19 +73,26 @@ def _abbreviates(flag: str, option: str) -> bool:
     return flag.startswith(option)
 
 
-def _refuse(override: Override) -> None:
-    refusal = f"{override.input_line} is not taken"
-    path, _, package = override.get_key_element().lstrip("+~").partition("@")
+def _refuse(override: Override, given: str | None = None) -> None:
+    """Refuse an override that could run code.
+
+    Args:
+        given: the words to name in the message, if the override is part of another.
+    """
+    given = given or str(override.input_line)
+    refusal = f"{given} is not taken"
+    path, at, package = override.get_key_element().lstrip("+~").partition("@")
     parts, value = path.replace("/", ".").split("."), override.value()
     if any(part.startswith("_") for part in parts) or any(_underscored(value)):
         raise ConfigError(
             f"{refusal}: names like _target_ would run code, and the command line sets values"
         )
-    if package.split(":")[-1].split(".")[0] in ("hydra", "_global_"):
+    if at:
         raise ConfigError(f"{refusal}: no page can be put under {package} from the command line")
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
-    if "." not in path and path not in TEXTS and not all(map(_is_page, choices)):
-        raise ConfigError(f"{refusal}: {path} chooses a page of conf/ by its name")
+    deletes = override.is_delete() and value is None
+    if "." not in path and path not in TEXTS and not deletes and not all(map(_is_page, choices)):
+        raise ConfigError(f"{refusal}: {_no_page(path, value)}")
     if parts[0] != "hydra" or path in HARMLESS:
         return
     if not path.startswith(PLUGINS):
@@ -90,11 +101,27 @@ def _refuse(override: Override) -> None:
         )
     if not all(map(_is_plain, choices)):
         raise ConfigError(f"{refusal}: give {path} a plain value")
+    if swept := SWEPT.fullmatch(path):
+        for choice in choices:
+            text = choice.text if isinstance(choice, QuotedString) else choice
+            _refuse(OverridesParser.create().parse_override(f"{swept[1]}={text}"), given)
+
+
+def _no_page(path: str, value: Any) -> str:
+    """Say what a key takes whose value is no page's name."""
+    if path not in GROUPS and "/" not in path and not (CONF / path).is_dir():
+        return not_a_setting(path)
+    apart = f"; its settings are given one by one: {path}.KEY=VALUE"
+    return (
+        f"{path} chooses a page of conf/ by its name: one word, or with -m several, separated by "
+        f"commas{apart if isinstance(value, Mapping) else ''}"
+    )
 
 
 def _is_page(value: Any) -> bool:
+    """Return True for a page's name, or a pattern of the names that are in conf/."""
     text = value.text if isinstance(value, QuotedString) else value
-    return not isinstance(text, str) or PAGE.fullmatch(text) is not None
+    return isinstance(text, Glob) or (isinstance(text, str) and PAGE.fullmatch(text) is not None)
 
 
 def _is_plain(value: Any) -> bool:

@@ -21,11 +21,15 @@ def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts
     """Return the spec's model, its folder if it is local, and its facts."""
     model = config.model
     if model.source is None and model.path is None:
-        raise ConfigError("model=local needs a folder: model.path=DIR")
+        raise ConfigError(
+            "model=local needs a folder, model.path=DIR, or a model of the Hub, "
+            "model.source=ORGANIZATION/NAME"
+        )
     folder: Path | None = None
     if model.path is None:
         revision, facts = _hub_model(model.source, model.revision)
-        identity = {"name": model.name, "source": model.source, "revision": revision}
+        name = model.name or model.source.rpartition("/")[2]
+        identity = {"name": name, "source": model.source, "revision": revision}
     else:
         demo = model.path.startswith("demo:")
         if model.source is not None or (model.name in DEMO_NAMES and not demo):

@@ -10,9 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from q3q.config.command import command_of
 from q3q.config.evaluation import resolve_evaluation, seed_of_shots
+from q3q.config.known import not_a_setting
 from q3q.config.model import refuse_second_rounding, resolve_model
 from q3q.config.patterns import linears
-from q3q.config.schema import GROUPS, Config, nearest, refuse_unknown
+from q3q.config.schema import GROUPS, Config, refuse_unknown
 from q3q.config.schemes import check_ends, resolve_schemes
 from q3q.config.texts import data_folder, resolve_calibration
 from q3q.errors import ConfigError
@@ -176,10 +177,7 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
         names = [field.name for field in fields(kind)]
         for key in map(str, part):
             if key not in names and prefix + key != "hydra":
-                raise ConfigError(
-                    f"{prefix}{key} is not a setting{nearest(key, names)}See python launch.py "
-                    "--help"
-                )
+                raise ConfigError(not_a_setting(prefix + key, config.method.name))
 
 
 def _exported(config: DictConfig, trial: Trial, facts: ModelFacts) -> Trial:

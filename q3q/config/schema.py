@@ -28,9 +28,12 @@ TEXT_NAMES = {"demo": "stories"}
 class ModelConfig:
     """The model.
 
-    name: label for people
-    source, revision: Hub id
-    path: folder (`demo:dense` ships with q3q)
+    name: label for people; null: the folder's, or the Hub's
+    source: the Hub's name of the model, ORGANIZATION/NAME
+    path: folder with config.json, safetensors and tokenizer (`demo:dense` ships with q3q)
+    revision: commit, branch or tag on the Hub; null: the newest
+    dtype: of the arithmetic, unless the top-level dtype is given: float32, bfloat16 or float16;
+        null: what config.json says
     """
 
     name: str | None = None
@@ -44,8 +47,11 @@ class ModelConfig:
 class CalibrationConfig:
     """The calibration text. null: the method's own default.
 
-    samples, length: windows, and tokens in each
-    draw: random, first or documents
+    source: demo, wikitext2, c4, pile or file; choose it with calibration=
+    path: the text of calibration=file: .txt, .jsonl or .json
+    samples: number of windows
+    length: tokens of a window
+    draw: random, first or documents: which windows of the text
     route: experts that see a token, top_k (the router's choice) or all; ignored by dense models
     """
 
@@ -61,17 +67,24 @@ class CalibrationConfig:
 class EvaluationConfig:
     """What is measured.
 
-    texts: for perplexity, in windows of `window` tokens
-    tasks: names of lm-eval's, of q3q's, or of include_path's own
-    limit: most windows of each text and questions of each task; null for all
-    task_limit: most questions, where that differs; limits: of single tasks
-    quick: windows and questions are drawn at random, once for all trials; metrics' names say so
-    num_fewshot: examples in every prompt, null for the task's own number; shots: of single tasks
-    chat: none, template, thinking or no_thinking
-    max_gen_toks: most tokens of a generated text, thoughts included; null for each task's own
-    drift: measure the divergence from the unquantized model
-    drift_windows: of each text; null for as many as take a GiB of disk, else 32
-    baseline: compare with method=none
+    name: of the suite; choose it with evaluation=
+    texts: perplexity of these, a list of demo, library, wikitext2, c4 or file
+    tasks: a list of lm-eval's tasks, of q3q's (stories_who ...), or of include_path's own
+    window: tokens of each window of a text
+    limit: most windows of each text and questions of each task; null: all
+    path: the text of evaluation=file
+    task_limit: most questions of each task, where that differs from limit; null: limit
+    limits: most questions of single tasks: {mmlu:8}
+    quick: true: windows and questions are drawn at random, once for all trials; metrics' names
+        say so
+    num_fewshot: examples in every prompt; null: each task's own number
+    shots: examples in the prompts of single tasks: {mmlu:5}
+    include_path: folder with your own task files
+    chat: none, template, thinking or no_thinking: put questions through the model's chat template
+    max_gen_toks: most tokens of a generated text, thoughts included; null: each task's own number
+    drift: true: measure the divergence from the unquantized model
+    drift_windows: windows of each text for that; null: as many as take a GiB of disk, else 32
+    baseline: true: compare with the unquantized model
     """
 
     name: str = MISSING
@@ -95,7 +108,11 @@ class EvaluationConfig:
 
 @dataclass
 class DataConfig:
-    """path: folder with data sets, one subfolder each; searched before the Hub and its cache."""
+    """Data sets.
+
+    path: folder with one subfolder for each, searched before the Hub and its cache; null: those
+        alone
+    """
 
     path: str | None = None
 
@@ -104,12 +121,15 @@ class DataConfig:
 class ClusterConfig:
     """The machines. auto: as the plan sees fit, from the model's bytes.
 
-    address: of a running Ray cluster, null to start one here
-    cpus_per_trial: cores, and torch threads
-    gpus_per_trial: share of one GPU, 1, or n for a gang of n that divide the model
-    ranks_per_trial: n for a gang of n, also on cores alone
-    memory_per_trial: main memory that a trial reserves (16GB)
-    gpu_memory: of one GPU, for clusters whose GPUs this machine cannot ask (80GB)
+    name: local or existing; choose it with cluster=
+    address: HOST:PORT of a running Ray cluster, or auto for the one here; null: start one
+    cpus_per_trial: cores and torch threads; auto: the same part as the trial takes of the memory
+    gpus_per_trial: a share of one GPU, 1, or n for a gang of n that divide the model; 0: none;
+        auto: what the model needs
+    ranks_per_trial: processes that share one trial, a gang; auto: one per GPU, on cores one
+    memory_per_trial: main memory that a trial reserves, such as 16GB; on GPUs auto is 4 GB and
+        two blocks
+    gpu_memory: memory of one GPU, such as 80GB; auto: what nvidia-smi or Ray says
     patience: seconds to wait for more machines, where a cluster grows on demand
     """
 
@@ -127,9 +147,10 @@ class ClusterConfig:
 class TrackConfig:
     """MLflow.
 
-    uri: of the store or server; null for a SQLite file in `storage`
-    experiment: null for the sweep's name
-    register: model of the server's registry that exported checkpoints become versions of
+    uri: sqlite:///FILE or a server's address; null: mlflow.db in the storage folder
+    experiment: MLflow's; null: the sweep's name
+    register: model of the server's registry that exported checkpoints become versions of; null:
+        none
     """
 
     uri: str | None = None
@@ -139,7 +160,11 @@ class TrackConfig:
 
 @dataclass
 class ExportConfig:
-    """name: checkpoint format, or none. path: folder to write; null for one in `storage`."""
+    """The checkpoint to write.
+
+    name: its format, or none; choose it with export=
+    path: folder to write; null: one in the storage folder
+    """
 
     name: str = "none"
     path: str | None = None
@@ -240,7 +265,9 @@ def tracking_uri(config: DictConfig) -> str:
 
 def nearest(word: str, names: list[str]) -> str:
     """End a sentence about an unknown name: `; did you mean gptq? `, or just a full stop."""
-    close = difflib.get_close_matches(word, names, n=2, cutoff=0.5)
+    by_letters = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(word.lower(), list(by_letters), n=2, cutoff=0.55)
+    close = [by_letters[letters] for letters in close]
     return f"; did you mean {' or '.join(close)}? " if close else ". "
 
 

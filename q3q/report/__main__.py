@@ -7,9 +7,11 @@ from pathlib import Path
 
 from q3q.ending import end_well
 from q3q.errors import EXIT_MISUSED, Q3QError
+from q3q.quoting import module
 from q3q.report.records import StoredRecords, find_records, predictions
 from q3q.report.write import FORMATS, HTML, About, one_format, write_report
 from q3q.storage.mirror import refreshed
+from q3q.storage.names import file_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +68,7 @@ def _folder(stored: StoredRecords) -> str:
     """Return the name of the sweep's own report, or of one for several sweeps."""
     if stored.sweep is None:
         return "all"
-    return stored.sweep.name if stored.merged else f"{stored.sweep.name}_{stored.sweep.id}"
+    return file_name(stored.sweep.name) if stored.merged else stored.sweep.file_name
 
 
 def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) -> About:
@@ -82,7 +84,7 @@ def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) ->
     sweep = stored.sweep
     return About(
         name=sweep.name if sweep else "All records",
-        command=sweep.command if sweep else f"python -m q3q.report --storage {options.storage}",
+        command=sweep.command if sweep else module("q3q.report", "--storage", options.storage),
         question=sweep.question if sweep else "",
         expectation=sweep.expectation if sweep else "",
         predicted=predictions(storage),

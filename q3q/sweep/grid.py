@@ -8,6 +8,8 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from q3q.config.arguments import KNOB
+from q3q.config.known import methods
 from q3q.config.model import facts_of
 from q3q.config.resolve import trial_from
 from q3q.errors import ConfigError, IncompatibleError
@@ -181,6 +183,60 @@ def choices_of(override: Override) -> list[str]:
             f"{override.input_line}: give a list of values to sweep over, not an interval"
         )
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def for_own_methods(
+    jobs: Sequence[tuple[str, ...]], default: str, arguments: Sequence[Override]
+) -> list[tuple[str, ...]]:
+    """Give each job the settings meant for its method alone, such as `method.gptq.damping`.
+
+    Jobs that are equal without the settings of other methods are one.
+
+    Args:
+        default: the method of jobs that choose none.
+        arguments: the command line's overrides.
+
+    Raises:
+        ConfigError: a setting is for a method that no job has, or a job has it twice.
+    """
+    chosen = [_method_of(job) or default for job in jobs]
+    meant = [(override, _one_method(override.key_or_group)) for override in arguments]
+    for override, method in meant:
+        if method is not None and method not in chosen:
+            raise ConfigError(
+                f"{override.input_line}: no trial of this sweep is of method={method}"
+            )
+    if not any(method for _, method in meant):
+        return list(jobs)
+    return list(dict.fromkeys(map(_with_own_knobs, jobs, chosen)))
+
+
+def _with_own_knobs(job: tuple[str, ...], chosen: str) -> tuple[str, ...]:
+    own: list[str] = []
+    for override in job:
+        key, _, value = override.partition("=")
+        method, knob = _one_method(key), key.rpartition(".")[2]
+        if method is None:
+            own.append(override)
+        elif method == chosen:
+            own.append(f"method.{knob}={value}")
+    keys = [override.partition("=")[0].lstrip("+") for override in own]
+    for key in keys:
+        if key.startswith("method.") and keys.count(key) > 1:
+            knob = key.removeprefix("method.")
+            raise ConfigError(f"{key} and method.{chosen}.{knob} contradict each other: give one")
+    return tuple(own)
+
+
+def _method_of(job: Sequence[str]) -> str | None:
+    values = [override.partition("=")[2] for override in job if override.startswith("method=")]
+    return values[-1] if values else None
+
+
+def _one_method(key: str) -> str | None:
+    """Return the method that a key like `method.gptq.damping` is for; None for any other key."""
+    found = KNOB.fullmatch(key)
+    return found["method"] if found is not None and found["method"] in methods() else None
 
 
 def _key(override: Override) -> str:

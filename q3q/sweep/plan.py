@@ -269,6 +269,13 @@ def describe(
     planned: Sequence[Planned], *, machines: Sequence[Machine], where: str, storage: Path | str
 ) -> str:
     """Return the plan for people: a line a trial, and the total."""
+    left = [entry for entry in planned if not entry.done]
+    if not left:
+        which = f"all {len(planned)} trials are" if len(planned) > 1 else "the trial is"
+        return (
+            f"Nothing to run: {which} finished, in {storage}. The same command without plan=true "
+            "shows the results; fresh=true runs everything again."
+        )
     names = own_names([entry.spec for entry in planned])
     rows = [HEADINGS, *map(_row, planned, names)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
@@ -276,7 +283,6 @@ def describe(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    left = [entry for entry in planned if not entry.done]
     wall, at_once = simulate(left, machines)
     disk, hours = sum(entry.disk for entry in left), sum(entry.gpu_hours for entry in left)
     total = [

@@ -1,5 +1,6 @@
 """Run a study (a trial, a sweep, trials to resume): plan, track, show, and report at the end."""
 
+import shlex
 import shutil
 import signal
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +23,7 @@ from q3q.export.destination import export_fault
 from q3q.masking import HIDDEN, masked
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
+from q3q.quoting import module
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.storage.aside import clear_storage, telling
@@ -33,6 +36,7 @@ from q3q.sweep.machines import Machine, ResourceRequest, amount, request_of
 from q3q.sweep.plan import Planned, describe, plan, unlike_methods
 from q3q.sweep.shares import Allocation
 from q3q.sweep.study import Study, facts_of_trial, recent_records, sole_driver, study_id
+from q3q.track.mlflow_sqlite import read_uri
 
 if TYPE_CHECKING:
     from q3q.report.write import Report
@@ -53,6 +57,7 @@ class StudySettings:
     request: the memory, cores and GPUs that the user asked for
     tracking_uri, experiment, register: MLflow's
     config: the composed config, as YAML
+    notes: lines to show before the trials run
     """
 
     storage: str
@@ -67,10 +72,16 @@ class StudySettings:
     experiment: str | None = None
     register: str | None = None
     config: str = ""
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: DictConfig) -> "StudySettings":
         shown = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        for key in ("name", "track.experiment"):
+            value = OmegaConf.select(config, key)
+            if value is not None and not value.isprintable():
+                raise ConfigError(f"{key}={value!r} has a character that cannot be printed")
+        read_uri(tracking_uri(config))  # refuses what is no tracker, before anything is planned
         return cls(
             storage=config.storage,
             name=config.name,
@@ -236,6 +247,7 @@ def run_study(
                 "were deleted; keep=blocks keeps them, and a new evaluation then only evaluates"
             )
     if settings.plan_only:
+        _show_notes(settings)
         print(describe(planned, machines=machines, where=host.where, storage=settings.storage))
         return None
     if unlike := unlike_methods([trial.spec for trial in trials]):
@@ -338,6 +350,7 @@ def _tracked(
     tracker.check()
     if left:
         host.wait_until_ready()  # a cluster that does not answer must not leave an open run behind
+    _show_notes(settings)
     if settings.fresh:
         _forget_kept_blocks(trials, settings.storage)
     sweep = Sweep(
@@ -358,7 +371,16 @@ def _tracked(
     ):
         takes_exports = settings.register is not None
         records = {**failed, **finished}
-        study = Study(sweep, storage, tracker, display.note, records, uploader, takes_exports)
+        study = Study(
+            sweep,
+            storage,
+            tracker,
+            display.note,
+            records,
+            uploader,
+            takes_exports,
+            _sync_command(settings),
+        )
         study.open()
         if finished:
             display.skipped([study.sweep.names[key] for key in finished])
@@ -408,6 +430,19 @@ def _print_report(report: "Report", study: Study, tracker: "MlflowTracker", stor
         print(_where_records_are(tracker, masked(storage)))
 
 
+def _show_notes(settings: StudySettings) -> None:
+    for line in settings.notes:
+        print(f"q3q: {line}", file=sys.stderr)
+
+
+def _sync_command(settings: StudySettings) -> str:
+    """Return the command that fills the study's tracker from the records on disk."""
+    own = f"sqlite:///{folder_of(settings.storage)}/mlflow.db"
+    other = settings.tracking_uri != own
+    uri = ["--uri", masked(settings.tracking_uri)] if other else []
+    return module("q3q.track", "sync", "--storage", settings.storage, *uri)
+
+
 def _name_of(trials: Sequence[Trial]) -> str:
     methods = list(dict.fromkeys(trial.spec.method.name for trial in trials))
     return "+".join([method for method in methods if method != "none"] or methods)
@@ -436,10 +471,10 @@ def _where_to_browse(tracker: "MlflowTracker") -> str:
     uri, page = masked(tracker.uri), tracker.page
     if not uri.startswith("sqlite:"):
         return f"MLflow: {uri}/{page}"
-    return (
-        f"MLflow: make ui (or: mlflow ui --backend-store-uri {uri}), then "
-        f"http://127.0.0.1:5000/{page}"
-    )
+    command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+    if uri == f"sqlite:///{Path('mlruns/mlflow.db').absolute()}":  # what the Makefile serves
+        command = f"make ui (or: {command})"
+    return f"MLflow: {command}, then http://127.0.0.1:5000/{page}"
 
 
 def _where_records_are(tracker: "MlflowTracker", storage: str) -> str:

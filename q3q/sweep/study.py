@@ -26,6 +26,7 @@ from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.hub import fetch_facts
 from q3q.names import trial_names
 from q3q.placement import Trial
+from q3q.quoting import module
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import TrialSpec
 from q3q.storage.aside import clear_for_folder
@@ -62,8 +63,9 @@ def sole_driver(
 
     def refuse(holder: Holder) -> ConfigError:
         return ConfigError(
-            f"this sweep is running already: {holder}. Watch it with python -m q3q.trials "
-            f"--storage {storage} attach; when it has ended, or died, the same command goes on"
+            f"this sweep is running already: {holder}. Watch it with "
+            f"{module('q3q.trials', '--storage', str(storage), 'attach')}; when it has ended, or "
+            "died, the same command goes on"
         )
 
     mirror = mirror_at(str(storage))
@@ -84,6 +86,7 @@ class Study:
     note: shows a line to the user where something went wrong but nothing is lost
     uploader: uploads records to a storage that is a URL
     takes_exports: the tracker wants the files of exports
+    sync: the command that sends the tracker what it missed
 
     Once the study is open, a thread of its own tells the tracker: a slow one holds up no trial.
     """
@@ -95,6 +98,7 @@ class Study:
     records: dict[str, TrialRecord] = field(default_factory=dict)
     uploader: Uploader | None = None
     takes_exports: bool = False
+    sync: str = "python -m q3q.track sync"
     _queue: BackgroundQueue = field(default_factory=BackgroundQueue)
     # Metrics of running trials that the tracker has not received, with their steps.
     _live: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
@@ -268,7 +272,7 @@ class Study:
             predicted=predictions(self.storage),
             warnings=warnings if missing else [],
         )
-        folder = self.storage / "reports" / f"{sweep.name}_{sweep.id}"
+        folder = self.storage / "reports" / sweep.file_name
         try:
             for path in (folder.parent, folder, folder / PLOTS):
                 clear_for_folder(path)
@@ -285,8 +289,7 @@ class Study:
                 f"{len(self._owed)} records and the report are" if self._owed else "The report is"
             )
             self.note(
-                f"{owed} on disk, not with the tracker; python -m q3q.track sync or the same "
-                "command sends them."
+                f"{owed} on disk, not with the tracker; {self.sync} or the same command sends them."
             )
         return report
 

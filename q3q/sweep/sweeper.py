@@ -6,10 +6,9 @@ not run again.
 """
 
 import itertools
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -19,13 +18,17 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from q3q.config.arguments import as_typed
 from q3q.config.model import facts_of
 from q3q.config.resolve import trial_from
+from q3q.config.unread import without_effect
 from q3q.errors import ConfigError
+from q3q.quoting import launch
 from q3q.sweep.grid import (
     OneSetting,
     SweepTrial,
     choices_of,
+    for_own_methods,
     narrowed,
     refuse_contradictions,
     replaced,
@@ -91,6 +94,9 @@ class StudySweeper(Sweeper):
         jobs.refuse_many()
         if left_out:
             print(left_out)
+        typed = as_typed(arguments)
+        specs = [entry.trial.spec for entry in trials.values()]
+        notes = without_effect(OverridesParser.create().parse_overrides(typed), specs)
         requested, baselines = set(trials), self._baselines(trials)
         trials |= baselines
         if baselines:
@@ -103,8 +109,8 @@ class StudySweeper(Sweeper):
             records = run_study(
                 [entry.trial for entry in trials.values()],
                 {key: entry.facts for key, entry in trials.items()},
-                StudySettings.of(jobs.config),
-                "python launch.py -m " + shlex.join(arguments),
+                replace(StudySettings.of(jobs.config), notes=tuple(notes)),
+                launch(typed, sweep=True),
                 host,
             )
         if records is None:
@@ -130,7 +136,7 @@ class StudySweeper(Sweeper):
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
         parser = OverridesParser.create(config_loader=loader)
-        overrides = parser.parse_overrides(list(arguments))
+        overrides = parser.parse_overrides(as_typed(arguments))
         refuse_contradictions(overrides)
         rows = [
             parser.parse_overrides([f"{key}={value}" for key, value in row.items()])
@@ -144,6 +150,8 @@ class StudySweeper(Sweeper):
         else:
             rows = [replaced(row, overrides) for row in rows]
         jobs = [job for row in rows for job in itertools.product(*map(choices_of, row))]
+        default = str(OmegaConf.select(self.config, "hydra.runtime.choices.method"))
+        jobs = for_own_methods(jobs, default, overrides)
         for number, job in enumerate(counted(jobs, len(jobs), "composing", "jobs")):
             config = loader.load_sweep_config(self.config, list(job))
             with open_dict(config):

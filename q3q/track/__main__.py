@@ -11,6 +11,7 @@ from q3q.ending import begin_farewell, end_well
 from q3q.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISUSED, Q3QError, TrackingError
 from q3q.masking import masked
 from q3q.names import trial_names
+from q3q.quoting import module
 from q3q.record import Sweep, TrialRecord
 from q3q.report.records import all_sweeps, find_records, predictions
 from q3q.report.write import About, trial_artifacts, write_report
@@ -69,7 +70,7 @@ def sync(storage: Path, uri: str, say: Callable[[str], object]) -> list[str]:
     loose = tuple(record.trial for record in stored.records if record.spec.id not in in_sweeps)
     if loose:
         # The id does not depend on the trials: next time there may be more of them.
-        command = "python -m q3q.track sync"
+        command = module("q3q.track", "sync", "--storage", str(storage))
         sweeps.append(Sweep(id="loose", name=LOOSE, command=command, config="", trials=loose))
     busy = {(status.name, status.command) for status in at_work(storage)}
     failures = []
@@ -137,7 +138,7 @@ def _report(sweep: Sweep, records: Sequence[TrialRecord], storage: Path) -> dict
         predicted=predictions(storage),
         warnings=warnings if missing else [],
     )
-    folder = storage / "reports" / f"{sweep.name}_{sweep.id}"
+    folder = storage / "reports" / sweep.file_name
     return write_report(records, folder, about).artifacts()
 
 

@@ -13,6 +13,7 @@ from q3q.export.marker import disk_bytes
 from q3q.masking import masked
 from q3q.names import trial_names
 from q3q.placement import Trial
+from q3q.quoting import module
 from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.records import RECORDS, all_sweeps
 from q3q.storage.claim import holder_of
@@ -181,7 +182,7 @@ def _stored(
         )
     if is_url(named):
         trial = trial.placed(store=named.rstrip("/"))
-    state, waits = _state(trial, folder, record, sweep, running)
+    state, waits = _state(trial, folder, record, sweep, running, named)
     folders = [folder, trial.kept_blocks_folder, *exports_of(trial)]
     return StoredTrial(
         id=trial.id,
@@ -200,6 +201,7 @@ def _state(
     record: TrialRecord | None,
     sweep: Sweep | None,
     running: Sequence[SweepStatus],
+    named: str,
 ) -> tuple[str, str]:
     """Return a trial's state and what it waits for."""
     works = [work for status in running for work in status.view.running]
@@ -212,7 +214,8 @@ def _state(
         return "running", doing
     command = masked(sweep.command) if sweep is not None else None
     waits_in_sweep = any(status.command == command for status in running)
-    again = command or f"python -m q3q.trials resume {trial.id}"
+    storage = named or str(trial.placement.trials.parent)
+    again = command or module("q3q.trials", "--storage", storage, "resume", trial.id)
     after = "its turn in the running sweep" if waits_in_sweep else again
     if record is not None and record.completed:
         if lost := _lost(trial, folder, record):

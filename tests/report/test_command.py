@@ -8,7 +8,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
+from q3q.config.arguments import understood
 from q3q.config.command import command_of
+from q3q.config.model import DEMO_MODELS
+from q3q.quoting import override
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -65,3 +68,31 @@ def test_it_means_the_same_trial(words):
     python, launch, *shown = shlex.split(command)
     assert (python, launch) == ("python", "launch.py")
     assert trial(shown).id == trial(words).id, command
+
+
+def test_paths_with_any_characters_are_read_back_by_shell_and_hydra(tmp_path):
+    folder = tmp_path / "a b,c=d#e'f\"g{h}[i](j)$k%l ${m} é \\"
+    folder.mkdir()
+    (folder / "model\\").symlink_to(DEMO_MODELS / "dense")
+    (folder / "text, my own.txt").write_text("A small text, said again and again. " * 2000)
+    words = [
+        "model=local",
+        override("model.path", folder / "model\\"),
+        override("model.name", "it's {mine}, ${oc.env:HOME}"),
+        "method=gptq",
+        "calibration=file",
+        override("calibration.path", folder / "text, my own.txt"),
+        "calibration.samples=2",
+        "calibration.length=16",
+        override("data.path", folder),
+    ]
+    made = trial(words)
+    python, launch, *shown = shlex.split(command_of(made))
+    again = trial(understood(shown))
+    assert (python, launch) == ("python", "launch.py")
+    assert (again.id, again.spec.model, again.placement) == (
+        made.id,
+        made.spec.model,
+        made.placement,
+    )
+    assert made.spec.model.name == "it's {mine}, ${oc.env:HOME}"

@@ -587,6 +587,8 @@ def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
     assert done.split()[-1] == "done"
     assert "2 to run on this machine, 2 at a time at most" in shown
     assert "GPU-hours" in lines[-2]
+    nothing = describe([ordered[-1]], machines=[NODE], where="this machine", storage=tmp_path)
+    assert nothing.startswith(f"Nothing to run: the trial is finished, in {tmp_path}. The same ")
 
 
 def test_two_thousand_trials_for_64_nodes_of_8_gpus_are_planned_in_seconds():

@@ -277,6 +277,14 @@ def test_one_trial_without_a_sweep(tmp_path):
         (("-m", "method=rtn,gptq", "bits=1"), "cannot do bits=1"),
         (("track.uri=http://127.0.0.1:9",), "http://127.0.0.1:9"),
         (("+bitz=3",), "bitz is not a setting; did you mean bits"),
+        (("bits=2,3",), "several values need -m: python launch.py -m bits=2,3 "),
+        (("track.uri=htp://x", "plan=true"), "track.uri=htp://x: give sqlite:///FILE"),
+        (("method.act_order=false",), "method=rtn has no act_order: act_order belongs to gptq"),
+        (("name='a\nb'",), "has a character that cannot be printed"),
+        (("evaluation=mmlu",), "mmlu is a task: python launch.py evaluation=tasks 'evaluation."),
+        (("method=GPTQ",), "method=GPTQ is not known; did you mean gptq?"),
+        (("method=all",), "for every method: python launch.py -m 'method=glob(*)'"),
+        (("+study=nosuch", "-m"), "study=nosuch is not known. Choose from: calibration, demo"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(arguments, words, tmp_path):

@@ -1,0 +1,60 @@
+"""Settings that a trial does not read, and why: the user is told before it runs."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+
+from hydra.core.override_parser.types import Override
+
+from q3q.quantize.methods.registry import settings_class
+from q3q.spec import TrialSpec
+
+SCHEME = ("bits", "group_size", "symmetric", "overrides", "skip")
+OF_TEXTS = ("evaluation.window", "evaluation.drift", "evaluation.drift_windows")
+OF_TASKS = ("evaluation.task_limit", "evaluation.num_fewshot", "evaluation.include_path")
+
+
+def unread(spec: TrialSpec) -> dict[str, str]:
+    """Return the keys that have no effect on this trial, and the reason of each, a main clause.
+
+    A key stands for all keys below it too.
+    """
+    method, keys = spec.method.name, dict[str, str]()
+    if spec.scheme is None:
+        keys |= dict.fromkeys(SCHEME, f"method={method} quantizes nothing")
+    if spec.calibration is None:
+        keys["calibration"] = f"method={method} reads no calibration text here"
+    elif spec.calibration.route is None:
+        keys["calibration.route"] = "the model has no experts"
+    kind = settings_class(method)
+    for knob in fields(kind) if kind is not None else ():
+        if knob.name != "name" and knob.name not in spec.method.knobs:
+            keys[f"method.{knob.name}"] = f"method={method} ignores it with its other settings"
+    if not spec.evaluation.texts:
+        keys |= dict.fromkeys(OF_TEXTS, "no text is evaluated")
+    if not spec.evaluation.tasks:
+        keys |= dict.fromkeys(OF_TASKS, "no task is evaluated")
+    return keys
+
+
+def without_effect(overrides: Sequence[Override], specs: Iterable[TrialSpec]) -> list[str]:
+    """Return a line for each reason why overrides have no effect on any of these trials."""
+    lacking = [unread(spec) for spec in specs]
+    lines: dict[str, list[str]] = {}
+    for override in overrides:
+        if override.is_delete() or override.value() is None:
+            continue
+        found = [_reason(override.key_or_group, keys) for keys in lacking]
+        reasons = list(dict.fromkeys(reason for reason in found if reason is not None))
+        if found and None not in found:
+            lines.setdefault(" and ".join(reasons), []).append(str(override.input_line))
+    return [
+        f"{' '.join(words)} {'has' if len(words) == 1 else 'have'} no effect: {reason}"
+        for reason, words in lines.items()
+    ]
+
+
+def _reason(key: str, keys: dict[str, str]) -> str | None:
+    """Return the reason why a key, or the key that it is below, is not read."""
+    parts = key.split(".")
+    above = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((keys[name] for name in above if name in keys), None)

@@ -1,0 +1,109 @@
+"""--help and --cfg explain every setting, from the one place where it is defined."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from q3q.cli import program_version
+from q3q.config import schema
+from q3q.config.help import commented, meanings
+from q3q.config.known import methods, not_a_setting
+from q3q.config.pages import CHOICES, pages
+
+ROOT = Path(__file__).parent.parent
+PAGES = [(group, page) for group in CHOICES for page in pages(group) if group != "study"]
+
+
+def composed(*overrides):
+    schema.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def keys_of(config, above=""):
+    for key, value in config.items_ex(resolve=False):
+        is_group = isinstance(value, DictConfig) and f"{above}{key}" in (*schema.GROUPS, "method")
+        yield from keys_of(value, f"{key}.") if is_group else [f"{above}{key}"]
+
+
+@pytest.mark.parametrize(("group", "page"), PAGES)
+def test_every_setting_of_every_page_has_a_meaning(group, page):
+    config = composed(f"{group}={page}")
+    known = meanings(config.method.name)
+    assert not [key for key in keys_of(config) if not known.get(key)]
+    assert pages(group)[page]
+
+
+@pytest.mark.parametrize("method", methods())
+def test_comments_change_no_setting(method):
+    plain = OmegaConf.to_yaml(composed(f"method={method}", "overrides={blocks.0:{bits:8}}"))
+    explained = commented(plain)
+    assert OmegaConf.create(explained) == OmegaConf.create(plain)
+    assert re.search(r"(?m)^bits: null +# 1 to 8", explained)
+    assert max(map(len, explained.splitlines())) <= 100
+
+
+def launch(*arguments):
+    return subprocess.run(
+        [sys.executable, "launch.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_lists_choices_and_settings_and_no_internals():
+    shown = launch("--help", "method=gptq")
+    assert shown.returncode == 0, shown.stderr
+    assert "schema" not in shown.stdout
+    assert "  damping: 0.01                   # share of the mean Hessian diagonal" in shown.stdout
+    assert re.search(r"(?m)^  billm +BiLLM: Huang et al", shown.stdout)
+    for group in CHOICES:
+        assert re.search(rf"(?m)^\+?{group}=$", shown.stdout)
+        assert all(re.search(rf"(?m)^  {page} ", shown.stdout) for page in pages(group))
+
+
+def test_cfg_is_yaml_with_comments_and_version_is_q3qs_own():
+    shown = launch("--cfg", "job", "--package", "method", "method=awq")
+    assert shown.returncode == 0, shown.stderr
+    assert "grid: 20                          # number of exponents" in shown.stdout
+    assert OmegaConf.create(shown.stdout).grid == 20
+    assert launch("--version").stdout == f"{program_version()}\n"
+    assert re.fullmatch(r"q3q \d+\.\d+.*", program_version())
+
+
+def test_a_reader_that_stops_early_gets_no_traceback():
+    for arguments in ("--help", "--cfg job"):
+        command = f"{sys.executable} launch.py {arguments} | head -1"
+        shown = subprocess.run(
+            command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert (len(shown.stdout.splitlines()), shown.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("key", "method", "answer"),
+    [
+        ("method.act_order", "rtn", "method=rtn has no act_order: act_order belongs to gptq"),
+        ("method.dampng", "gptq", "did you mean damping?"),
+        ("gptq.damping", None, "those of a method are method.damping"),
+        ("gptq", None, "method.gptq.SETTING"),
+        ("damping", None, "damping belongs to gptq and billm: method.damping"),
+        ("tasks", None, "did you mean evaluation.tasks?"),
+        ("gpus_per_trial", None, "did you mean cluster.gpus_per_trial?"),
+        ("bit", None, "did you mean bits?"),
+        ("modle", None, "did you mean model?"),
+        ("evaluation.task", None, "did you mean tasks"),
+        ("xyzzy", None, "xyzzy is not a setting. See python launch.py --help"),
+    ],
+)
+def test_a_setting_that_does_not_exist_is_found_where_it_is(key, method, answer):
+    assert answer in not_a_setting(key, method)
