@@ -14,6 +14,9 @@ from q3q.spec import Json, TrialSpec
 from q3q.storage.files import SEAL, sealed, unsealed, write_atomically
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
+UNQUANTIZED = (
+    "unquantized"  # a note: metrics of the unquantized model, each [value] or [value, low, high]
+)
 ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
 
 

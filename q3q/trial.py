@@ -14,7 +14,7 @@ from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import Q3QError
 from q3q.evaluate.integrity import check_weights
-from q3q.evaluate.measure import evaluate, reference_of
+from q3q.evaluate.measure import evaluate, noted_baseline, reference_of
 from q3q.evaluate.samples import SAMPLES, write_samples
 from q3q.evaluate.version import refuse_other_versions
 from q3q.export.proof import PASSED
@@ -32,7 +32,14 @@ from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.registry import settings_of
 from q3q.quantize.search import choose_variant
 from q3q.quantize.walk import quantized_blocks
-from q3q.record import COMPLETED, FAILED, Progress, Report, TrialRecord, block_errors
+from q3q.record import (
+    COMPLETED,
+    FAILED,
+    Progress,
+    Report,
+    TrialRecord,
+    block_errors,
+)
 from q3q.reporter import Reporter
 from q3q.storage.claim import ClaimLostError
 from q3q.storage.files import write_atomically
@@ -121,7 +128,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             "ended": now(),
         },
         results=scores.results,
-        notes=ledger.notes | store.notes() | exported.notes,
+        notes=ledger.notes | store.notes() | exported.notes | noted_baseline(reference, spec),
         files=(SAMPLES,) if scores.samples else (),
     )
     record.save()

@@ -91,7 +91,7 @@ def test_perplexities_are_drawn_as_what_they_are_above_the_unquantized_models() 
 def test_seeds_are_one_line_with_bars() -> None:
     records = [record("gptq", 2, value, seed=seed) for seed, value in enumerate((4.0, 5.0, 6.0))]
     plot = plots(records)["demo-perplexity-stories-bits"]
-    assert tips(plot) == ["gptq, 2 bits: 5.000 ± 1 (3 seeds)"]
+    assert tips(plot) == ["gptq, 2 bits: 5.0 ± 1.0 (3 seeds)"]
     assert "standard deviation over seeds" in plot.caption
 
 
@@ -150,7 +150,8 @@ def test_what_has_no_place_on_an_axis_is_named() -> None:
         record("rtn", 4, 4.0),
         record("gptq", 4, 3.0),
     ]
-    assert plots(none)["demo-pareto"].caption == "Not shown: none (no size)."
+    caption = plots(none)["demo-pareto"].caption
+    assert caption.endswith(". Not shown: unquantized float32 (no size).")
     same, other = (
         replace(trial, metrics={**trial.metrics, "kl/stories": kl})
         for trial, kl in ((record("rtn", 8, 2.0), 0.0), (record("rtn", 4, 2.1), 0.5))
@@ -158,7 +159,7 @@ def test_what_has_no_place_on_an_axis_is_named() -> None:
     plot = plots([same, other, record("rtn", 2, 3.0)])["demo-stories-kl"]
     assert len(tips(plot)) == 1
     assert "Not shown: rtn w8 g128 (0, no divergence), rtn w2 g128 (not measured)." in plot.caption
-    assert "Of 1, only the mean and at most the 99th percentile are known." in plot.caption
+    assert "Of 1 trial, only the mean and at most the 99th percentile are known." in plot.caption
 
 
 def test_the_divergence_shows_how_it_is_spread_over_tokens() -> None:
@@ -189,7 +190,7 @@ def test_base_models_have_lines_of_their_own_over_size_and_a_method_has_one() ->
     records += [record("smoothquant", 4, 4.0, "m", act_bits=8), record("rtn", 4, None, "m")]
     plot = plots(records)["size-4bits"]
     assert {name: len(points) for name, points in lines(plot).items()} == {
-        **{"none": 2, "none base": 2, "gptq": 2, "gptq base": 2},
+        **{"unquantized float32": 2, "unquantized float32 base": 2, "gptq": 2, "gptq base": 2},
         "smoothquant a8": 1,
     }
     assert plot.caption == "Not shown: rtn w4 g128 · m (diverged)."
