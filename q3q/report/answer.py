@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from q3q.evaluate.metrics import held_out, reads_calibrated_kind
+from q3q.formatting import plural
 from q3q.record import TrialRecord
 from q3q.report.changes import SAME, UNTESTED, Change, change, indistinguishable
 from q3q.report.escapes import markdown_text
@@ -37,6 +38,7 @@ RULE = (
     "window or question, which a paired test needs, are missing."
 )
 NO_WINNER = "no clear winner"
+FROM = " from the unquantized model"
 READ, READ_BY_SOME, UNREAD = "calibrated on", "calibrated on by some", "not calibrated on"
 UNKNOWN = "unknown"
 ONLY_CALIBRATED = (
@@ -105,7 +107,9 @@ class Answer:
 
     def sentences(self) -> list[str]:
         """Return what was found at each bit width, and what weakens it all."""
-        lines = [f"{verdict.bits} bits: {self._said(verdict)}" for verdict in self.verdicts]
+        lines = [
+            f"{plural(verdict.bits, 'bit')}: {self._said(verdict)}" for verdict in self.verdicts
+        ]
         texts = [metric for metric in self.metrics if is_perplexity(metric)]
         flattered = bool(texts) and all(self.marks.get(m) in (READ, READ_BY_SOME) for m in texts)
         several = any(not verdict.alone and verdict.best for verdict in self.verdicts)
@@ -136,13 +140,13 @@ class Answer:
             return f"nothing was measured ({' or '.join(verdict.outcomes) or 'no result'})."
         first, found = self.metrics[0], verdict.changes[0]
         if not verdict.clear:
-            leaders = [self._led(first, best, found)]
+            leaders = [self._led(first, best, found) + (FROM if found else "")]
             leaders += [
                 self._led(rival.metric, rival.pool, rival.change) for rival in verdict.rivals
             ]
             return f"{NO_WINNER}. {'; '.join(leaders)}."
         place = self._in_words(first)
-        by = f", {found.amount} from the unquantized model" if found else ""
+        by = f", {found.amount}{FROM}" if found else ""
         tested = f" ({SAME})" if found is not None and found.distinguishable is False else ""
         if verdict.alone:
             return f"{best.label} alone was measured; {place} {best.shown(first)}{by}{tested}."
@@ -211,7 +215,7 @@ def sentences(found: Sequence[Answer]) -> list[str]:
     """Return the sentences of all answers; where there are several, each with its answer's name."""
     if len(found) == 1:
         return found[0].sentences()
-    return [f"{answer.name}, {line}" for answer in found for line in answer.sentences()]
+    return [f"{answer.name}: {line}" for answer in found for line in answer.sentences()]
 
 
 def in_markdown(found: Sequence[Answer]) -> str:

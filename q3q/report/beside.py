@@ -5,11 +5,12 @@ a whole. Numbers are set against each other only if they were measured alike: on
 of the same text, or the same questions asked in the same way.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from q3q.formatting import plural
+from q3q.formatting import plural, printable
 from q3q.record import TrialRecord
 from q3q.report.changes import change_between
 from q3q.report.escapes import markdown_block, markdown_text
@@ -26,7 +27,8 @@ from q3q.report.measures import (
 from q3q.report.pools import Pool, pools
 from q3q.report.tables import Table, settings_of, topics
 
-LONGEST = 60  # characters of a setting's values
+LONGEST = 40  # characters of a setting's value
+MOST = 6  # values of a setting
 SAME_TRIAL = "the same trial"
 OTHERWISE = "measured otherwise"
 NOTE = (
@@ -85,7 +87,13 @@ class Beside:
 
     def plain(self) -> str:
         """Return what differs, and the tables, for a terminal."""
-        return "\n\n".join(table.plain() for table in (self.differences, *self.tables))
+        names = [study.name for study in self.studies]
+        lines = [
+            f"{key}: {'; '.join(map(' in '.join, zip(values, names, strict=True)))}"
+            for key, *values in self.differences.rows
+        ]
+        text = "\n".join(map(printable, lines)) or "No setting differs."
+        return "\n\n".join([text, *(table.plain() for table in self.tables)])
 
 
 def beside(studies: Sequence[NamedStudy], warnings: Iterable[str] = ()) -> Beside:
@@ -128,8 +136,17 @@ def _all_settings(record: TrialRecord) -> dict[str, str]:
 
 
 def _listed(values: Iterable[str]) -> str:
-    text = ", ".join(values)
-    return (text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…") or ABSENT
+    """List values, the first of them; long ones are cut, and what was cut has a digest."""
+    words = [
+        value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}… ({_digest(value)})"
+        for value in values
+    ]
+    more = f" and {len(words) - MOST} more" if len(words) > MOST else ""
+    return ", ".join(words[:MOST]) + more or ABSENT
+
+
+def _digest(value: str) -> str:
+    return hashlib.sha256(value.encode()).hexdigest()[:6]
 
 
 def _tables(studies: Sequence[NamedStudy]) -> Iterable[Table]:
@@ -199,7 +216,7 @@ def _labels(
 
 
 def _cell(pool: Pool | None, metric: str) -> str:
-    return ABSENT if pool is None else pool.shown(metric, intervals=True)
+    return ABSENT if pool is None else pool.shown(metric)
 
 
 def _change(

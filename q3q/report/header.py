@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from q3q.config.schema import TEXT_NAMES
 from q3q.formatting import plural, significant
 from q3q.record import TrialRecord
 from q3q.report.measures import by_model, in_order
@@ -51,7 +52,7 @@ def _models(records: Sequence[TrialRecord]) -> str:
 
 def _calibrations(records: Iterable[TrialRecord]) -> str:
     texts = dict.fromkeys(
-        f"{text.source} ({plural(text.samples, 'window')} of {text.length} tokens)"
+        f"{TEXT_NAMES.get(text.source, text.source)} ({plural(text.samples, 'window')} of {text.length} tokens)"
         for record in records
         if (text := record.spec.calibration) is not None
     )

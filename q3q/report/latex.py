@@ -192,6 +192,8 @@ def _weight_bits(pool: Pool) -> str:
 
 
 def _act_bits(pool: Pool) -> int:
+    if pool.is_reference:
+        return pool.bits
     return (pool.spec.scheme and pool.spec.scheme.act_bits) or 16
 
 

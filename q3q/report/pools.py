@@ -6,7 +6,6 @@ Trials that differ only in the seed count as one, by their mean and standard dev
 import json
 import math
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -168,11 +167,11 @@ def _differences(specs: Sequence[TrialSpec]) -> list[str]:
     settings = [model_in_words(spec) | evaluation_in_words(spec) for spec in specs]
     keys = dict.fromkeys(key for own in settings for key in own)
     differing = [key for key in keys if len({own.get(key) for own in settings}) > 1]
-    readable = [key for key in differing if key not in DIGESTS] or differing
-    return ["; ".join(own[key] for key in readable if key in own) for own in settings]
+    readable = [key for key in differing if key not in FOR_MACHINES] or differing
+    return ["; ".join(own[key] for key in readable if own.get(key)) for own in settings]
 
 
-DIGESTS = ("model", "data", "include", "text")  # settings that say little to people
+FOR_MACHINES = ("model", "data", "include", "versions", "others")  # settings of few words
 
 
 def model_in_words(spec: TrialSpec) -> dict[str, str]:
@@ -181,35 +180,28 @@ def model_in_words(spec: TrialSpec) -> dict[str, str]:
 
 
 def evaluation_in_words(spec: TrialSpec) -> dict[str, str]:
-    """Return the settings of an evaluation in a reader's words, by what they are about."""
+    """Return the settings of an evaluation in a reader's words; what is a default has none."""
     evaluation = spec.evaluation
-    words: dict[str, str] = {}
+    words: dict[str, str] = {"quick": "quick" if evaluation.quick else ""}
     for text in evaluation.texts:
         windows = "all windows" if text.limit is None else plural(text.limit, "window")
         drawn = f", {text.samples} drawn at random" if text.samples else ""
         words[f"text.{text.name}"] = f"{text.name}: {windows} of {text.window} tokens{drawn}"
-    names = ", ".join(evaluation.task_names)
-    words["tasks"] = f"tasks {_cut(names)}" if names else "no tasks"
-    if evaluation.task_names:
-        limits = Counter(evaluation.limit_of(task) for task in evaluation.tasks)
-        limit = ", ".join(
-            "all questions" if most is None else plural(most, "question") for most in limits
-        )
-        words["limit"] = f"{limit} per task"
-        shots = {task.name: task.shots for task in evaluation.tasks if task.shots is not None}
-        words["shots"] = f"shots {_cut(json.dumps(shots))}" if shots else "the tasks' own shots"
+    limits = dict.fromkeys(evaluation.limit_of(task) for task in evaluation.tasks)
+    asked = " or ".join("all" if most is None else str(most) for most in limits)
+    each = f" ({asked} questions each)" if [*limits] not in ([], [None]) else ""
+    names = _cut(", ".join(evaluation.task_names))
+    shots = {task.name: task.shots for task in evaluation.tasks if task.shots is not None}
+    most = evaluation.max_gen_toks
     facts: Json = {
-        "chat": f"chat {evaluation.chat}" if evaluation.chat else "no chat template",
-        "quick": "quick" if evaluation.quick else "in full",
-        "max_gen_toks": f"at most {evaluation.max_gen_toks} generated tokens"
-        if evaluation.max_gen_toks
-        else "the tasks' own length of answers",
-        "version": f"evaluation of version {evaluation.version}",
-        "lm_eval": f"lm-eval {evaluation.lm_eval}",
+        "tasks": f"tasks {names}{each}" if names else "no tasks",
+        "shots": f"shots {_cut(json.dumps(shots))}" if shots else "",
+        "chat": f"chat {evaluation.chat}" if evaluation.chat else "",
+        "max_gen_toks": f"answers of at most {most} tokens" if most else "",
+        "versions": f"evaluation {evaluation.version}, lm-eval {evaluation.lm_eval}",
         "include": f"task files {str(evaluation.include)[:8]}",
         "data": f"data {digest(dict(evaluation.data))[:8]}",
-        "text": f"texts {digest({'texts': [text.to_json() for text in evaluation.texts]})[:8]}",
-        "ends": f"end tokens {list(evaluation.ends)}",
+        "others": f"settings {digest(evaluation.to_json())[:8]}",
     }
     return words | facts
 

@@ -24,6 +24,14 @@ RULES = {
 }
 
 
+RULES_OF_LINEARS = {
+    FILES: "the checkpoint's files",
+    COUNTED: f"counted, as no checkpoint was written: {PARTS}",
+    COUNTED_IN_16: "16 bits for what is not quantized, whatever type the original checkpoint "
+    "stores (an earlier version of q3q measured this)",
+}
+
+
 @dataclass(frozen=True)
 class Size:
     """A size, and which of `RULES` it follows."""
@@ -53,7 +61,8 @@ def bits_of_weight(record: TrialRecord, metric: str) -> Size | None:
         return None
     packed = "export_bytes" in record.metrics and record.spec.export != "hf"
     if metric == BITS_PER_WEIGHT:
-        return Size(stored, FILES if packed else _rule(record))
+        counted = COUNTED if record.spec.scheme is not None else _rule(record)
+        return Size(stored, FILES if packed else counted)
     size, parameters = bytes_of(record), parameters_of(record)
     if size is None or parameters is None:
         return Size(stored, _rule(record))
@@ -67,13 +76,14 @@ def parameters_of(record: TrialRecord) -> float | None:
     return 8 * record.metrics["model_bytes"] / record.metrics[BITS_PER_WEIGHT_MODEL]
 
 
-def said(rules: Iterable[str]) -> str:
+def said(rules: Iterable[str], metric: str = BITS_PER_WEIGHT_MODEL) -> str:
     """Say which rules the sizes of one table or plot follow, marking the counted ones."""
-    found = [rule for rule in RULES if rule in set(rules)]
+    words = RULES_OF_LINEARS if metric == BITS_PER_WEIGHT else RULES
+    found = [rule for rule in words if rule in set(rules)]
     if len(found) < 2:
-        return "".join(f"Sizes: {RULES[rule]}." for rule in found)
-    marks = [f"{number_of(rule, found)}: {RULES[rule]}" for rule in found if rule != FILES]
-    unmarked = f"Sizes without a mark: {RULES[FILES]}. " if FILES in found else ""
+        return "".join(f"Sizes: {words[rule]}." for rule in found)
+    marks = [f"{number_of(rule, found)}: {words[rule]}" for rule in found if rule != FILES]
+    unmarked = f"Sizes without a mark: {words[FILES]}. " if FILES in found else ""
     return unmarked + ". ".join(marks).strip() + "."
 
 

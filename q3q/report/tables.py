@@ -132,7 +132,7 @@ def _size_table(model: str, records: Sequence[TrialRecord], metric: str) -> Tabl
     grid = _grid(records, metric, content)
     columns = ("method \\ bits", *map(str, grid.columns))
     rows = tuple((str(label), *map(str, row)) for label, *row in grid.itertuples())
-    return Table(f"{model}: {title(metric)}", columns, rows, said(rules))
+    return Table(f"{model}: {title(metric)}", columns, rows, said(rules, metric))
 
 
 def method_by_bits(records: Sequence[TrialRecord], metric: str) -> "DataFrame":

@@ -293,7 +293,8 @@ def test_the_text_that_was_not_calibrated_on_ranks_and_a_disagreement_leaves_no_
     [sentence] = sentences(answers(trials))
     assert sentence == (
         "2 bits: no clear winner. awq has the lowest perplexity of library (not calibrated on), "
-        "+100 %; gptq has the lowest perplexity of stories (calibrated on), +100 %."
+        "+100 % from the unquantized model; gptq has the lowest perplexity of stories (calibrated "
+        "on), +100 %."
     )
     assert in_markdown(answers(trials)).startswith(f"- {sentence}\n\n**demo**")
 

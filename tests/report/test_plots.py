@@ -258,3 +258,68 @@ def test_a_large_grid_is_one_picture_and_no_cell_stops_a_keyboard() -> None:
     assert tips(large) == []
     assert b"<image" in large.svg()
     assert len(large.svg()) < 200_000
+
+
+def test_variants_of_a_method_share_no_colour_and_marker() -> None:
+    """Points have no dashes: an open marker is another than a full one."""
+    labels = [f"gptq export:{number}" for number in range(30)]
+    labels += [f"{method} x{number}" for method in "abcdefgh" for number in range(4)]
+    looks = looks_of(labels)
+    seen = {(look["color"], look["marker"], look["fillstyle"]) for look in looks.values()}
+    assert len(seen) == len(labels)
+
+
+def test_accuracies_have_their_intervals_in_the_picture() -> None:
+    evaluation = evaluation_of(tasks=["who"])
+    records = [
+        replace(
+            record(method, bits, 1.0, evaluation=evaluation),
+            metrics={"who/acc": 0.5},
+            intervals={"who/acc": (0.4, 0.6)},
+        )
+        for method, bits in (("none", 16), ("rtn", 4), ("awq", 4))
+    ]
+    plot = plots(records)["demo-who-acc-bits"]
+    bars = [
+        sorted(artist.get_ydata())  # type: ignore[type-var]
+        for artist in plot.figure.axes[0].get_lines()
+        if len(artist.get_xdata()) == 2 and "export" not in str(artist.get_gid())  # type: ignore[arg-type]
+    ]
+    assert bars.count([40.0, 60.0]) == 2
+    assert plot.caption == "Bars: 95 % interval."
+    assert tips(plot) == [f"{m}, 4 bits: 50.0 [40.0, 60.0]" for m in ("rtn", "awq")]
+
+
+def test_heatmaps_of_one_kind_of_error_share_a_scale_and_kinds_are_named() -> None:
+    def with_errors(method: str, error: float, outputs: bool) -> TrialRecord:
+        sites = [
+            SiteError(
+                block=k,
+                site="o",
+                linear="o_proj",
+                weight_error=error,
+                output_error=error * (k + 1) if outputs else None,
+            )
+            for k in range(2)
+        ]
+        return replace(record(method, 2, 3.0), sites=tuple(sites))
+
+    records = [
+        with_errors("gptq", 0.1, outputs=True),
+        with_errors("awq", 0.3, outputs=True),
+        with_errors("rtn", 0.9, outputs=False),
+    ]
+    heatmaps = [plot for plot in study_plots(records) if plot.name.endswith("-sites")]
+    scales = {plot.title: plot.figure.axes[1].get_ylim() for plot in heatmaps}
+    assert scales == {
+        "Weight error per block and site: rtn w2 g128": (0.0, 0.9),
+        "Output error per block and site: awq w2 g128": (0.0, 0.6),
+        "Output error per block and site: gptq w2 g128": (0.0, 0.6),
+    }
+
+
+def test_models_whose_names_differ_in_what_no_file_can_be_called_keep_their_own_plots() -> None:
+    records = [record("rtn", 4, 2.0, model) for model in ("a/../b", "a..b", "a b")]
+    names = [plot.name for plot in study_plots(records)]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[\w-]+", name) for name in names)

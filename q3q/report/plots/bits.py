@@ -46,6 +46,8 @@ def quality_against_bits(
         if not is_perplexity(metric) and not is_accuracy(metric):
             continue
         tried = pools(group, metric)
+        if not tried:
+            continue
         figure, axes = panel()
         legend(figure, _draw_lines(axes, tried, looks, metric))
         spread = any(pool.spread(metric) for pool in tried)
