@@ -8,9 +8,9 @@ import math
 from dataclasses import dataclass
 
 from q3q.evaluate.metrics import mean_metrics
-from q3q.formatting import changes
+from q3q.formatting import changes, decimals_of, signed
 from q3q.record import Comparison, TrialRecord
-from q3q.report.measures import interval, is_better, is_perplexity
+from q3q.report.measures import interval, is_accuracy, is_better, is_perplexity, is_share
 from q3q.report.pairs import differ_by_seeds, difference, stratified
 from q3q.report.pools import Pool
 from q3q.spec import MEAN_ACCURACY
@@ -23,7 +23,7 @@ UNTESTED = "not tested"
 class Change:
     """The change of one metric from a reference, which is the unquantized model or another trial.
 
-    value: of a perplexity the ratio less one, of an accuracy the difference.
+    value: of a perplexity the ratio less one, of any other metric the difference.
     low, high: the 95 % interval; None without a paired comparison.
     distinguishable: from no change; None if unknown.
     """
@@ -38,8 +38,11 @@ class Change:
     def amount(self) -> str:
         """The change with its sign, unit and interval: `+20.0 % [+10.0, +30.0]`, `-0.3 points`.
 
-        A perplexity changes by a percentage, however large, and an accuracy by points.
+        A perplexity changes by a percentage, however large, and an accuracy by points. Any other
+        metric changes by a number in its own unit.
         """
+        if not is_perplexity(self.metric) and not is_share(self.metric):
+            return signed(self.value, max(0, 1 + decimals_of(self.value)) if self.value else 1)
         ends = [] if self.low is None or self.high is None else [self.low, self.high]
         number, *bounds = changes(self.value, *ends)
         unit = "%" if is_perplexity(self.metric) else "points"
@@ -47,9 +50,11 @@ class Change:
 
     @property
     def direction(self) -> str:
-        """`better`, `worse` or `no change`, whatever the sign means for this metric."""
+        """`better`, `worse` or `no change`; empty if it is not known which the sign means."""
         if self.value == 0:
             return "no change"
+        if not is_perplexity(self.metric) and not is_share(self.metric):
+            return ""
         return "better" if is_better(self.value, 0.0, self.metric) else "worse"
 
     def __str__(self) -> str:
@@ -57,7 +62,7 @@ class Change:
         if self.distinguishable is False:
             return f"{self.amount}, {SAME}"
         tested = "" if self.distinguishable or self.value == 0 else f" ({UNTESTED})"
-        return f"{self.amount}, {self.direction}{tested}"
+        return ", ".join(filter(None, [self.amount, self.direction])) + tested
 
 
 def change(pool: Pool, reference: Pool | None, metric: str) -> Change | None:
@@ -76,7 +81,9 @@ def change_between(ours: Pool, theirs: Pool, metric: str) -> Change | None:
     value = ours.cell(metric)
     if not isinstance(value, float):
         return None
-    return _change(metric, value, theirs, difference(ours, theirs, metric))
+    # What the scores of samples say of other metrics depends on how these are computed from them.
+    testable = is_perplexity(metric) or is_accuracy(metric)
+    return _change(metric, value, theirs, difference(ours, theirs, metric) if testable else None)
 
 
 def indistinguishable(

@@ -42,17 +42,18 @@ def _models(records: Sequence[TrialRecord]) -> str:
     for model, trials in by_model(in_order(records)).items():
         known = (size for record in trials if (size := parameters_of(record)) is not None)
         parameters = next(known, None)
-        size = "" if parameters is None else f"{_count(parameters)} parameters, "
+        counted = "" if parameters is None else f"{_count(parameters)} parameters, "
         types = " and ".join(dict.fromkeys(record.spec.model.dtype for record in trials))
         source = next((r.spec.model.source for r in trials if r.spec.model.source), None)
         of_hub = f" ({source})" if source and source != model else ""
-        words.append(f"{model}{of_hub}, {size}{types}")
+        words.append(f"{model}{of_hub}, {counted}{types}")
     return f"Model{'s' if len(words) > 1 else ''}: {_listed(words, '; ')}." if words else ""
 
 
 def _calibrations(records: Iterable[TrialRecord]) -> str:
     texts = dict.fromkeys(
-        f"{TEXT_NAMES.get(text.source, text.source)} ({plural(text.samples, 'window')} of {text.length} tokens)"
+        f"{TEXT_NAMES.get(text.source, text.source)} "
+        f"({plural(text.samples, 'window')} of {text.length} tokens)"
         for record in records
         if (text := record.spec.calibration) is not None
     )

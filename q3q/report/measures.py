@@ -118,6 +118,11 @@ def is_accuracy(metric: str) -> bool:
     return metric == MEAN_ACCURACY or metric.endswith("/acc")
 
 
+def is_share(metric: str) -> bool:
+    """Return True for shares of right answers, which are shown in percent."""
+    return is_accuracy(metric) or metric.endswith("/acc_norm")
+
+
 def is_better(value: float, other: float, metric: str) -> bool:
     return value < other if is_perplexity(metric) else value > other
 
@@ -183,7 +188,7 @@ def shown(content: Cell, metric: str) -> str:
     """Format a cell: perplexities to four digits, accuracies in percent."""
     if isinstance(content, str):
         return content
-    if metric == MEAN_ACCURACY or metric.endswith(("/acc", "/acc_norm")):
+    if is_share(metric):
         return percent(content)
     return fixed(content, 2) if metric in SIZES else significant(content)
 

@@ -87,6 +87,17 @@ def test_numbers_of_other_windows_or_questions_are_not_set_against_each_other(
     assert ("texts.stories.limit", "2", "null") in page.differences.rows
 
 
+def test_a_metric_of_another_kind_changes_in_its_own_unit(tmp_path: Path) -> None:
+    asked = evaluation_of(tasks=["copying"])
+    first, second = (
+        replace(record(tmp_path, "rtn", bits, evaluation=asked), metrics={"copying/f1": value})
+        for bits, value in ((3, 0.5), (4, 0.75))
+    )
+    second = replace(second, spec=replace(first.spec, seed=1))
+    [row] = cells(beside([study("a", first), study("b", second)]))
+    assert row[-1] == "+0.250 (not tested)"
+
+
 def test_a_trial_of_both_studies_is_called_the_same(tmp_path: Path) -> None:
     both, one = record(tmp_path, "rtn"), record(tmp_path, "gptq")
     page = beside([study("a", both, one), study("b", both)])

@@ -71,8 +71,9 @@ def test_files_count_where_there_are_files(trial: TrialRecord, bits: float, rule
     size, of_weight = bytes_of(trial), bits_of_weight(trial, MODEL)
     assert size is not None
     assert of_weight is not None
-    assert (size.value, size.rule) == (pytest.approx(bits * PARAMETERS / 8), rule)
-    assert (of_weight.value, of_weight.rule) == (pytest.approx(bits), rule)
+    assert size.value == pytest.approx(bits * PARAMETERS / 8)
+    assert of_weight.value == pytest.approx(bits)
+    assert size.rule == of_weight.rule == rule
 
 
 def sizes(records: list[TrialRecord]) -> tuple[dict[str, str], str]:
@@ -100,12 +101,12 @@ def test_a_table_marks_what_is_counted_only_where_rows_differ_and_says_the_rule(
 def test_the_largest_file_is_the_largest_in_the_plot_and_looks_differ() -> None:
     plots = {plot.name: plot for plot in study_plots([OLD_HF, AWQ, PLAIN])}
     [axes] = plots["demo-pareto"].figure.axes
-    points = {
-        line.get_gid().split("|")[1]: line
+    points: dict[str, Any] = {
+        str(line.get_gid()).split("|")[1]: line
         for line in axes.get_lines()
-        if (line.get_gid() or "").startswith("q3q-point")
+        if str(line.get_gid()).startswith("q3q-point")
     }
-    megabytes = {label: float(line.get_xdata()[0]) for label, line in points.items()}  # type: ignore[index, arg-type]
+    megabytes = {label: float(line.get_xdata()[0]) for label, line in points.items()}
     assert max(megabytes, key=lambda label: megabytes[label]) == "gptq export:hf"
     looks = {
         (line.get_color(), line.get_marker(), line.get_fillstyle()) for line in points.values()
