@@ -130,9 +130,17 @@ def _all_settings(record: TrialRecord) -> dict[str, str]:
         stored = ("bits", "group_size", "symmetric", "act_bits")
         own |= {key: getattr(scheme, key) for key in stored}
     every = own | settings_of(record)
-    return {
-        key: value if isinstance(value, str) else json.dumps(value) for key, value in every.items()
-    }
+    return {key: _in_words(value) for key, value in every.items()}
+
+
+def _in_words(value: object) -> str:
+    """Return a setting as one would say it: a list of names joined, nothing as `none`."""
+    if value is None:
+        return "none"
+    text = value if isinstance(value, str) else json.dumps(value)
+    if not text.startswith("["):
+        return text
+    return "+".join(map(str, json.loads(text))) or "none"
 
 
 def _listed(values: Iterable[str]) -> str:

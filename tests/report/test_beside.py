@@ -84,7 +84,7 @@ def test_numbers_of_other_windows_or_questions_are_not_set_against_each_other(
         ]
     )
     assert [row[-1] for row in cells(page)] == ["measured otherwise"]
-    assert ("texts.stories.limit", "2", "null") in page.differences.rows
+    assert ("texts.stories.limit", "2", "none") in page.differences.rows
 
 
 def test_a_metric_of_another_kind_changes_in_its_own_unit(tmp_path: Path) -> None:
