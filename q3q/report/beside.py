@@ -138,9 +138,11 @@ def _in_words(value: object) -> str:
     if value is None:
         return "none"
     text = value if isinstance(value, str) else json.dumps(value)
-    if not text.startswith("["):
+    try:
+        parts = json.loads(text)
+    except ValueError:  # a name
         return text
-    return "+".join(map(str, json.loads(text))) or "none"
+    return ("+".join(map(str, parts)) or "none") if isinstance(parts, list) else text
 
 
 def _listed(values: Iterable[str]) -> str:
