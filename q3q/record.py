@@ -17,6 +17,9 @@ from q3q.storage.files import SEAL, read_file, sealed, unsealed, write_atomicall
 from q3q.storage.names import file_name
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
+UNQUANTIZED = (
+    "unquantized"  # a note: metrics of the unquantized model, each [value] or [value, low, high]
+)
 ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
 
 

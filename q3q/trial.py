@@ -14,7 +14,7 @@ from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import Q3QError
 from q3q.evaluate.integrity import check_weights
-from q3q.evaluate.measure import Reference, evaluate, reference_of
+from q3q.evaluate.measure import Reference, evaluate, noted_baseline, reference_of
 from q3q.evaluate.samples import SAMPLES, write_samples
 from q3q.evaluate.version import refuse_other_versions
 from q3q.export.proof import PASSED
@@ -124,7 +124,8 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         notes=ledger.notes
         | store.notes()
         | stored_note(checkpoint, in_files=bool(exported.notes) or not (ledger.weights or ends))
-        | exported.notes,
+        | exported.notes
+        | noted_baseline(reference, spec),
         files=_write_samples(trial, scores),
     )
     record.save()

@@ -124,6 +124,10 @@ def test_drift_and_perplexity_come_from_one_pass_against_what_the_unquantized_mo
     plain = run("model=demo", "method=rtn", "bits=8", "evaluation.drift=false")
     assert loss(plain) == pytest.approx(loss(eight), abs=1e-6)
     assert "kl/stories" not in plain.metrics
+    # What was computed of the unquantized model is noted: a single trial shows it.
+    said = [none.metrics["perplexity/stories"], *none.intervals["perplexity/stories"]]
+    assert two.notes["unquantized"]["perplexity/stories"] == said
+    assert "unquantized" not in none.notes | plain.notes
 
 
 def test_the_unquantized_head_is_what_drift_is_measured_with(run):

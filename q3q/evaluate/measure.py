@@ -31,9 +31,9 @@ from q3q.models.decoder import Decoder
 from q3q.models.sharded import ShardedDecoder
 from q3q.models.streaming import StreamedDecoder
 from q3q.placement import Trial
-from q3q.record import Scores
+from q3q.record import UNQUANTIZED, Scores
 from q3q.reporter import Reporter, Steps
-from q3q.spec import AUTO_DRIFT, Json, TextRef, text_metric
+from q3q.spec import AUTO_DRIFT, Json, TextRef, TrialSpec, text_metric
 from q3q.storage.aside import put_aside
 from q3q.storage.files import read_file, sealed, unsealed, write_atomically
 from q3q.storage.mirror import mirror_for
@@ -95,6 +95,24 @@ def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporte
         return Reference(baselines, model.original_head)
     head_VH = model.head_VH
     return Reference(baselines, lambda: head_VH)
+
+
+def noted_baseline(reference: Reference, spec: TrialSpec) -> Json:
+    """Return the note of the unquantized model's perplexities; see `record.UNQUANTIZED`.
+
+    It is empty if this is the unquantized model's own trial, or nothing was measured of it. A
+    single window has no interval. A perplexity that is not finite is left out.
+    """
+    known: Json = {}
+    if spec.scheme is None:
+        return known
+    for name, baseline in reference.baselines.items():
+        result = of_losses(baseline.nll_N)
+        ends = [end for end in result.interval if math.isfinite(end)]
+        if math.isfinite(result.value):
+            metric = text_metric("perplexity", name, spec.evaluation.quick)
+            known[metric] = [result.value, *(ends if len(ends) == 2 else [])]
+    return {UNQUANTIZED: known} if known else {}
 
 
 def evaluate(

@@ -1,7 +1,10 @@
-"""The names that a record has for the metrics of tasks."""
+"""The names that a record has for its metrics, and which texts were calibrated on."""
+
+import math
+from collections.abc import Iterable, Mapping
 
 from q3q.evaluate.catalogue import TASKS
-from q3q.spec import TrialSpec, text_metric
+from q3q.spec import TextRef, TrialSpec, text_metric
 
 
 def measures_text(task: str) -> bool:
@@ -33,3 +36,35 @@ def mean_metrics(spec: TrialSpec) -> list[str]:
     tasks = [task for task in spec.evaluation.task_names if not measures_text(task)]
     in_mean = [task for task in tasks if task not in TASKS or TASKS[task].in_mean]
     return [accuracy_metric(spec, task) for task in in_mean or tasks]
+
+
+def mean_accuracy(spec: TrialSpec, metrics: Mapping[str, float]) -> float | None:
+    """Return the mean over `mean_metrics`; None if one of them was not measured."""
+    names = mean_metrics(spec)
+    if not names or not all(name in metrics for name in names):
+        return None
+    return math.fsum(metrics[name] for name in names) / len(names)
+
+
+def reads_calibrated_kind(text: TextRef, spec: TrialSpec) -> bool:
+    """Return True if a trial is calibrated on text of the kind that it is evaluated on.
+
+    The two parts of a data set (C4's training and validation files, two halves of the demo's
+    stories) are of one kind. Of two files that a user gives, only equal ones are known to be.
+    """
+    calibration = spec.calibration
+    if calibration is None:
+        return False
+    if text.source == "file" or calibration.source == "file":
+        return text.digest == calibration.digest
+    return calibration.source == (text.source or text.name)
+
+
+def held_out(metric: str, specs: Iterable[TrialSpec]) -> bool:
+    """Return True for a perplexity of a kind of text that none of these trials is calibrated on."""
+    for spec in specs:
+        for text in spec.evaluation.texts:
+            name = text_metric("perplexity", text.name, spec.evaluation.quick)
+            if name == metric and reads_calibrated_kind(text, spec):
+                return False
+    return True

@@ -1,4 +1,7 @@
-"""`python -m q3q.report`: write a report of a study, or of all records in a storage folder."""
+"""`python -m q3q.report`: write a report of a study, or of all records in a storage folder.
+
+Several studies (`--study A --study B`) are set side by side on one page.
+"""
 
 import argparse
 import sys
@@ -8,8 +11,17 @@ from pathlib import Path
 from q3q.ending import end_well
 from q3q.errors import EXIT_MISUSED, Q3QError
 from q3q.quoting import module
-from q3q.report.records import StoredRecords, find_records, predictions
-from q3q.report.write import FORMATS, HTML, About, one_format, write_report
+from q3q.report.beside import NamedStudy, beside
+from q3q.report.records import StoredRecords, find_records, predictions, sweeps_of_trials
+from q3q.report.write import (
+    FORMATS,
+    HTML,
+    About,
+    comparison_in,
+    one_format,
+    write_comparison,
+    write_report,
+)
 from q3q.storage.mirror import refreshed
 from q3q.storage.names import file_name
 
@@ -20,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m q3q.report", description=__doc__, allow_abbrev=False
     )
     parser.add_argument(
-        "--study", metavar="NAME", help="name or id of a sweep; default: all records"
+        "--study",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="name or id of a sweep; given several times, these are compared; default: all records",
     )
     parser.add_argument(
         "--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns"
@@ -40,14 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder to write; default: <storage>/reports/<study>",
     )
     options = parser.parse_args(arguments)
+    names = list(dict.fromkeys(options.study))
     try:
         storage = refreshed(options.storage)
-        stored = find_records(storage, options.study)
+        studies = [find_records(storage, name) for name in names or [None]]
     except Q3QError as error:
         print(f"q3q: {error}", file=sys.stderr)
         return EXIT_MISUSED
-    for line in stored.damaged:
+    for line in dict.fromkeys(line for stored in studies for line in stored.damaged):
         print(f"q3q: {line}", file=sys.stderr)
+    if len(studies) > 1:
+        return _compare(names, studies, options, storage)
+    [stored] = studies
     about = _about(stored, options, storage)
     if options.format:
         sys.stdout.buffer.write(one_format(stored.records, about, options.format))
@@ -56,12 +76,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = write_report(stored.records, folder, about)
     except OSError as error:
-        print(
-            f"q3q: --out {folder} cannot be written ({error}): give another folder", file=sys.stderr
-        )
-        return EXIT_MISUSED
+        return _unwritable(folder, error)
     print(f"{report.text}\n\nReport: {report.folder / HTML}")
     return 0
+
+
+def _compare(
+    names: Sequence[str],
+    studies: Sequence[StoredRecords],
+    options: argparse.Namespace,
+    storage: Path,
+) -> int:
+    """Write a page of several studies, or print it in one format. Returns the exit code."""
+    named = [
+        NamedStudy(
+            name=name,
+            command=stored.sweep.command if stored.sweep else "",
+            question=stored.sweep.question if stored.sweep else "",
+            records=stored.records,
+        )
+        for name, stored in zip(names, studies, strict=True)
+    ]
+    warnings = [line for stored in studies for line in _warnings(stored)]
+    page, sweeps = beside(named, dict.fromkeys(warnings)), sweeps_of_trials(storage)
+    if options.format:
+        sys.stdout.buffer.write(comparison_in(page, options.format, sweeps))
+        return 0
+    folder = options.out or storage / "reports" / "+".join(map(_folder, studies))
+    try:
+        write_comparison(page, folder, sweeps)
+    except OSError as error:
+        return _unwritable(folder, error)
+    print(f"{page.plain()}\n\nReport: {folder / HTML}")
+    return 0
+
+
+def _unwritable(folder: Path, error: OSError) -> int:
+    print(f"q3q: --out {folder} cannot be written ({error}): give another folder", file=sys.stderr)
+    return EXIT_MISUSED
 
 
 def _folder(stored: StoredRecords) -> str:
@@ -71,7 +123,7 @@ def _folder(stored: StoredRecords) -> str:
     return file_name(stored.sweep.name) if stored.merged else stored.sweep.file_name
 
 
-def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) -> About:
+def _warnings(stored: StoredRecords) -> list[str]:
     warnings = list(stored.damaged)
     if stored.missing:
         total = len(stored.records) + stored.missing
@@ -81,6 +133,10 @@ def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) ->
         warnings.append(
             f"This report covers {count} sweeps of this name; --study ID selects one: {ids}."
         )
+    return warnings
+
+
+def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) -> About:
     sweep = stored.sweep
     return About(
         name=sweep.name if sweep else "All records",
@@ -88,7 +144,8 @@ def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) ->
         question=sweep.question if sweep else "",
         expectation=sweep.expectation if sweep else "",
         predicted=predictions(storage),
-        warnings=warnings,
+        sweeps=sweeps_of_trials(storage),
+        warnings=_warnings(stored),
         against_paper=options.against == "paper",
     )
 

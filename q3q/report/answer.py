@@ -1,206 +1,288 @@
-"""The answer: for each model and bit width the best method, its loss, and which methods equal it.
+"""The answer: for each model and bit width the best method, in a sentence and in a table's row.
 
 Only trials of the same weights and the same evaluation are compared, and a method with several
-seeds counts by its mean. A loss is measured against the unquantized model on the same questions and
-windows; methods are compared with each other in the same way. A question's difficulty is the same
-for both and cancels.
+seeds counts by its mean. The report, the terminal's last lines and a tracker's front page all show
+the same `Answer`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from q3q.evaluate.metrics import mean_metrics
-from q3q.record import Comparison, TrialRecord
+from q3q.evaluate.metrics import held_out, reads_calibrated_kind
+from q3q.formatting import plural
+from q3q.record import TrialRecord
+from q3q.report.changes import SAME, UNTESTED, Change, change, indistinguishable
+from q3q.report.escapes import markdown_text
 from q3q.report.measures import (
     ABSENT,
     DIVERGED,
     FAILED,
-    interval,
     is_better,
     is_perplexity,
     judged_metrics,
     short,
+    text_metrics,
 )
-from q3q.report.pairs import differ_by_seeds, difference, stratified
 from q3q.report.pools import Pool, comparable, pools
 from q3q.report.tables import MARK, MARKED, Table, other_versions
-from q3q.spec import MEAN_ACCURACY
 
 RULE = (
-    "Losses are relative to the unquantized model, with 95 % intervals of paired differences where "
-    "a trial has them. Two methods are not distinguishable if a paired test on the same windows "
-    "and questions does not tell them apart (p < 0.05) or, for methods with several seeds, the "
-    "spread over seeds explains the difference (Welch's test). A single seed does not tell how "
-    "much of a difference is due to the calibration text that was drawn. Unknown: the samples that "
-    "a paired test needs are missing."
+    "Changes are from the unquantized model: of a perplexity in percent (+ is worse), of an "
+    "accuracy in percentage points (- is worse), with 95 % intervals of paired differences where a "
+    "trial has them. Methods are ranked by the first measure: text of a kind that no method was "
+    "calibrated on, where there is such text. No clear winner: another method is better by another "
+    "measure. Two methods do not differ significantly if a paired test on the same windows and "
+    "questions does not tell them apart (p < 0.05) or, for methods with several seeds, the spread "
+    "over seeds explains the difference (Welch's test). A single seed does not tell how much of a "
+    "difference is due to the calibration text that was drawn. Not tested: the scores of each "
+    "window or question, which a paired test needs, are missing."
 )
+NO_WINNER = "no clear winner"
+FROM = " from the unquantized model"
+READ, READ_BY_SOME, UNREAD = "calibrated on", "calibrated on by some", "not calibrated on"
 UNKNOWN = "unknown"
-DECIMALS = (1, 4)  # of a loss, the fewest and the most
+ONLY_CALIBRATED = (
+    "Every text here is of the kind that was calibrated on, which flatters methods that fit it "
+    "closely: evaluate on another text too."
+)
 
 
 @dataclass(frozen=True)
-class Loss:
-    """The loss on one metric relative to the unquantized model.
+class Rival:
+    """A method that is better than the best by another measure.
 
-    value: a perplexity's ratio less one, an accuracy's difference (negative is worse).
-    low, high: the 95 % interval; None without a paired comparison.
-    distinguishable: from no loss; None if unknown.
+    tested: True if chance does not explain by how much, None if that is unknown.
+    tied: it does not differ significantly from the best by the first measure.
     """
 
+    pool: Pool
+    change: Change | None
     metric: str
-    value: float
-    low: float | None = None
-    high: float | None = None
-    distinguishable: bool | None = None
-
-    def __str__(self) -> str:
-        """Format to two digits of the interval's width: `+20.0 % [+10.0, +30.0]`, `-0.25 points`.
-
-        A perplexity of ten times the original's or more is given as a ratio.
-        """
-        ends = [self.value, *(end for end in (self.low, self.high) if end is not None)]
-        if is_perplexity(self.metric) and self.value > 9:
-            text, *bounds = (f"{1 + end:.3g}" for end in ends)
-            text = f"{text} times"
-        else:
-            reach = 100 * max(
-                map(abs, (end - self.value for end in ends[1:])), default=abs(self.value)
-            )
-            fewest, most = DECIMALS
-            digits = (
-                min(most, max(fewest, 1 - math.floor(math.log10(reach)))) if reach > 0 else fewest
-            )
-            text, *bounds = (f"{100 * end:+.{digits}f}" for end in ends)
-            text += " %" if is_perplexity(self.metric) else " points"
-        if len(bounds) == 2:
-            text += f" [{', '.join(bounds)}]"
-        return text + (" (not distinguishable from none)" if self.distinguishable is False else "")
+    tested: bool | None
+    tied: bool
 
 
-def answers(records: Sequence[TrialRecord]) -> list[Table]:
-    """Return a table per model and evaluation, with a row per bit width."""
-    outliers = other_versions(records)
-    tables = [_answer(name, group, outliers) for name, group in comparable(records).items()]
-    return [table for table in tables if table]
+@dataclass(frozen=True)
+class Verdict:
+    """What was found at one bit width.
 
-
-def loss(pool: Pool, reference: Pool | None, metric: str) -> Loss | None:
-    """Return a pool's loss; None if it or the unquantized model has no number."""
-    ours = pool.cell(metric)
-    if not isinstance(ours, float):
-        return None
-    paired = _recorded(pool, metric)
-    if paired is None and reference is not None:
-        paired = difference(pool, reference, metric)
-    if paired is not None and paired.difference is not None:
-        value, low, high = (
-            None if end is None else math.expm1(end) if is_perplexity(metric) else end
-            for end in (paired.difference, paired.low, paired.high)
-        )
-        assert value is not None
-        return Loss(metric, value, low, high, paired.distinguishable)
-    theirs = None if reference is None else reference.cell(metric)
-    if not isinstance(theirs, float):
-        return None
-    return Loss(metric, ours / theirs - 1 if is_perplexity(metric) else ours - theirs)
-
-
-def indistinguishable(
-    first: Pool, second: Pool, reference: Pool | None, metric: str
-) -> bool | None:
-    """Return True if two pools are not distinguishable by `RULE`, None if that is unknown.
-
-    Without samples, intervals that do not overlap still show a difference: what the two have in
-    common only makes a paired test's interval narrower. Overlapping intervals show nothing.
+    best: by the first measure; None if nothing was measured.
+    changes: of the best, one for each measure.
+    equal, untested: methods that do not differ significantly from the best, and those of which
+        that is unknown.
+    rivals: methods that are better by another measure.
+    alone: no other method was measured at this width.
+    outcomes: what became of the trials if nothing was measured.
     """
-    if first.cell(metric) == second.cell(metric):
-        return True
-    if differ_by_seeds(first, second, metric) is False:
-        return True
-    paired = difference(first, second, metric)
-    if paired is not None:
-        return not paired.distinguishable
-    for a, b in zip(*(_intervals(p, reference, metric) for p in (first, second)), strict=True):
-        if a is not None and b is not None:
-            return False if a[0] > b[1] or b[0] > a[1] else None
-    return None
+
+    bits: int
+    best: Pool | None
+    changes: tuple[Change | None, ...] = ()
+    equal: tuple[str, ...] = ()
+    untested: tuple[str, ...] = ()
+    rivals: tuple[Rival, ...] = ()
+    alone: bool = False
+    outcomes: tuple[str, ...] = ()
+
+    @property
+    def clear(self) -> bool:
+        return self.best is not None and all(rival.tied for rival in self.rivals)
 
 
-def _intervals(pool: Pool, reference: Pool | None, metric: str) -> list[tuple[float, float] | None]:
-    """Return the intervals of a pool's loss and of its metric."""
-    lost = loss(pool, reference, metric)
-    ends = None if lost is None or lost.low is None or lost.high is None else (lost.low, lost.high)
-    return [ends, interval(pool.records[0], metric) if len(pool.records) == 1 else None]
+@dataclass(frozen=True)
+class Answer:
+    """The verdicts on one model.
+
+    name: the model's and, where trials were evaluated in several ways, how these were.
+    metrics: the measures, the one that ranks the methods first.
+    marks: where some text was calibrated on, which ones were, by metric.
+    other_code: ids of trials measured by a different version of the code than most.
+    """
+
+    name: str
+    metrics: tuple[str, ...]
+    marks: dict[str, str]
+    verdicts: tuple[Verdict, ...]
+    other_code: frozenset[str] = frozenset()
+
+    def sentences(self) -> list[str]:
+        """Return what was found at each bit width, and what weakens it all."""
+        lines = [
+            f"{plural(verdict.bits, 'bit')}: {self._said(verdict)}" for verdict in self.verdicts
+        ]
+        texts = [metric for metric in self.metrics if is_perplexity(metric)]
+        flattered = bool(texts) and all(self.marks.get(m) in (READ, READ_BY_SOME) for m in texts)
+        several = any(not verdict.alone and verdict.best for verdict in self.verdicts)
+        return lines + ([ONLY_CALIBRATED] if flattered and several else [])
+
+    def table(self) -> Table:
+        """Return a row for each bit width."""
+        several = len(self.metrics) > 1
+        columns = (
+            "bits",
+            f"best method by {short(self.metrics[0])}" if several else "best method",
+            *(
+                head
+                for metric in self.metrics
+                for head in (self._marked(short(metric), metric), "change")
+            ),
+            f"{SAME} from the best",
+            *(["better by another measure"] if several else []),
+        )
+        rows = tuple(self._row(verdict) for verdict in self.verdicts)
+        return Table(
+            self.name, columns, rows, MARKED if any(MARK in row[1] for row in rows) else ""
+        )
+
+    def _said(self, verdict: Verdict) -> str:
+        best = verdict.best
+        if best is None:
+            return f"nothing was measured ({' or '.join(verdict.outcomes) or 'no result'})."
+        first, found = self.metrics[0], verdict.changes[0]
+        if not verdict.clear:
+            leaders = [self._led(first, best, found) + (FROM if found else "")]
+            leaders += [
+                self._led(rival.metric, rival.pool, rival.change) for rival in verdict.rivals
+            ]
+            return f"{NO_WINNER}. {'; '.join(leaders)}."
+        place = self._in_words(first)
+        by = f", {found.amount}{FROM}" if found else ""
+        tested = f" ({SAME})" if found is not None and found.distinguishable is False else ""
+        if verdict.alone:
+            return f"{best.label} alone was measured; {place} {best.shown(first)}{by}{tested}."
+        text = f"{best.label} has the {_most(first)} {place}, {best.shown(first)}{by}{tested}."
+        better = {
+            rival.pool.label: f"{rival.pool.label}, which has the {_most(rival.metric)} "
+            f"{self._in_words(rival.metric)}"
+            for rival in verdict.rivals
+        }
+        if verdict.equal:
+            named = "; ".join(better.get(label, label) for label in verdict.equal)
+            text += f" No significant difference from it: {named}."
+        if verdict.untested:
+            text += f" Not tested against it: {', '.join(verdict.untested)}."
+        return text
+
+    def _led(self, metric: str, pool: Pool, found: Change | None) -> str:
+        by = f", {found.amount}" if found else ""
+        return f"{pool.label} has the {_most(metric)} {self._in_words(metric)}{by}"
+
+    def _row(self, verdict: Verdict) -> tuple[str, ...]:
+        several = len(self.metrics) > 1
+        best = verdict.best
+        if best is None:
+            empty = [ABSENT] * (2 * len(self.metrics) + several)
+            outcomes = " or ".join(verdict.outcomes) or ABSENT
+            return (str(verdict.bits), ABSENT, outcomes, *empty)
+        mark = MARK if any(record.spec.id in self.other_code for record in best.records) else ""
+        numbers = [
+            text
+            for metric, found in zip(self.metrics, verdict.changes, strict=True)
+            for text in (best.shown(metric), str(found or UNKNOWN))
+        ]
+        equals = [", ".join(verdict.equal)] if verdict.equal else []
+        equals += [f"{UNTESTED}: {', '.join(verdict.untested)}"] if verdict.untested else []
+        rivals = [
+            f"{rival.pool.label} by {short(rival.metric)}"
+            + ("" if rival.tested else f" ({UNTESTED})")
+            for rival in verdict.rivals
+        ]
+        return (
+            str(verdict.bits),
+            best.label + mark + ("" if verdict.clear else f" ({NO_WINNER})"),
+            *numbers,
+            "; ".join(equals) or ABSENT,
+            *(["; ".join(rivals) or "none"] if several else []),
+        )
+
+    def _in_words(self, metric: str) -> str:
+        words = short(metric).removesuffix(", %").replace("perplexity, ", "perplexity of ")
+        return self._marked(words, metric)
+
+    def _marked(self, text: str, metric: str) -> str:
+        mark = self.marks.get(metric)
+        return f"{text} ({mark})" if mark else text
 
 
-def _recorded(pool: Pool, metric: str) -> Comparison | None:
-    """Return the comparison with the unquantized model in a single trial's record."""
-    if len(pool.records) > 1:
-        return None
-    recorded = pool.records[0].comparisons
-    if metric != MEAN_ACCURACY:
-        return recorded.get(metric)
-    names = mean_metrics(pool.spec)
-    complete = all(name in recorded for name in names)
-    return stratified([recorded[name] for name in names]) if complete else None
+def answers(records: Sequence[TrialRecord]) -> list[Answer]:
+    """Return an answer for each model and evaluation that quantized trials measured."""
+    outliers = other_versions(records)
+    found = [_answer(name, group, outliers) for name, group in comparable(records).items()]
+    return [answer for answer in found if answer]
 
 
-def _answer(name: str, records: Sequence[TrialRecord], outliers: frozenset[str]) -> Table | None:
+def sentences(found: Sequence[Answer]) -> list[str]:
+    """Return the sentences of all answers; where there are several, each with its answer's name."""
+    if len(found) == 1:
+        return found[0].sentences()
+    return [f"{answer.name}: {line}" for answer in found for line in answer.sentences()]
+
+
+def in_markdown(found: Sequence[Answer]) -> str:
+    """Return the sentences as a list, then the tables, for a tracker's front page."""
+    lines = "\n".join(f"- {markdown_text(line)}" for line in sentences(found))
+    return "\n\n".join([lines, *(answer.table().markdown() for answer in found)])
+
+
+def _answer(name: str, records: Sequence[TrialRecord], outliers: frozenset[str]) -> Answer | None:
     judged = judged_metrics(records)
-    if not judged:
-        return None
     every = pools(records)
-    references = (p for p in every if p.spec.scheme is None and p.records[0].completed)
+    tried = [pool for pool in every if not pool.is_reference]
+    if not judged or not tried:
+        return None
+    references = (p for p in every if p.is_reference and p.records[0].completed)
     reference = next(references, None)
-    tried = [pool for pool in every if pool.spec.scheme is not None]
-    rows = tuple(
-        _row(bits, [pool for pool in tried if pool.bits == bits], reference, judged, outliers)
+    verdicts = tuple(
+        _verdict(bits, [pool for pool in tried if pool.bits == bits], reference, judged)
         for bits in sorted({pool.bits for pool in tried})
     )
-    if not rows:
-        return None
-    several = len(judged) > 1
-    columns = (
-        "bits",
-        f"best method by {short(judged[0])}" if several else "best method",
-        *(head for metric in judged for head in (short(metric), "loss")),
-        "not distinguishable from the best",
-        *(["best by the others"] if several else []),
-    )
-    return Table(name, columns, rows, MARKED if any(MARK in row[1] for row in rows) else "")
+    return Answer(name, tuple(judged), _marks(judged, records), verdicts, outliers)
 
 
-def _row(
-    bits: int,
-    tried: Sequence[Pool],
-    reference: Pool | None,
-    judged: Sequence[str],
-    outliers: frozenset[str],
-) -> tuple[str, ...]:
+def _marks(judged: Sequence[str], records: Sequence[TrialRecord]) -> dict[str, str]:
+    """Say which texts are of a kind that was calibrated on, by all or by some of the trials."""
+    specs = [record.spec for record in records if record.spec.calibration is not None]
+    texts = [metric for metric in judged if is_perplexity(metric)]
+    unread = [metric for metric in texts if held_out(metric, specs)]
+    if len(unread) == len(texts):
+        return {}
+    marks = dict.fromkeys(unread, UNREAD)
+    for metric in texts:
+        fitted = [
+            spec
+            for spec in specs
+            for name, text in zip(text_metrics(spec), spec.evaluation.texts, strict=True)
+            if name == metric and reads_calibrated_kind(text, spec)
+        ]
+        if fitted:
+            marks[metric] = READ if len(fitted) == len(specs) else READ_BY_SOME
+    return marks
+
+
+def _verdict(
+    bits: int, tried: Sequence[Pool], reference: Pool | None, judged: Sequence[str]
+) -> Verdict:
     first, *others = judged
     best = _best(tried, first)
     if best is None:
         outcomes = {str(pool.cell(first)) for pool in tried} & {DIVERGED, FAILED}
-        empty = [ABSENT] * (2 * len(judged) + bool(others))
-        return (str(bits), ABSENT, " or ".join(sorted(outcomes)) or ABSENT, *empty)
-    mark = MARK if any(record.spec.id in outliers for record in best.records) else ""
-    numbers = [
-        text
-        for metric in judged
-        for text in (best.shown(metric), str(loss(best, reference, metric) or UNKNOWN))
-    ]
-    rivals: dict[bool | None, list[str]] = {True: [], False: [], None: []}
-    for pool in tried:
-        if pool is not best and isinstance(pool.cell(first), float):
-            rivals[indistinguishable(best, pool, reference, first)].append(pool.label)
-    equals = [", ".join(rivals[True])] if rivals[True] else []
-    equals += [f"{UNKNOWN}: {', '.join(rivals[None])}"] if rivals[None] else []
-    last = ["; ".join(equals) or ABSENT]
-    if others:
-        differing = filter(None, (_other_best(best, tried, reference, name) for name in others))
-        last.append("; ".join(differing) or "the same")
-    return (str(bits), best.label + mark, *numbers, *last)
+        return Verdict(bits, None, outcomes=tuple(sorted(outcomes)))
+    measured = [pool for pool in tried if isinstance(pool.cell(first), float)]
+    alike = {
+        pool.label: indistinguishable(best, pool, reference, first)
+        for pool in measured
+        if pool is not best
+    }
+    rivals = (_rival(best, tried, reference, metric, alike) for metric in others)
+    return Verdict(
+        bits=bits,
+        best=best,
+        changes=tuple(change(best, reference, metric) for metric in judged),
+        equal=tuple(label for label, same in alike.items() if same),
+        untested=tuple(label for label, same in alike.items() if same is None),
+        rivals=tuple(rival for rival in rivals if rival is not None),
+        alone=len(measured) == 1,
+    )
 
 
 def _best(tried: Sequence[Pool], metric: str) -> Pool | None:
@@ -214,15 +296,28 @@ def _best(tried: Sequence[Pool], metric: str) -> Pool | None:
     return best
 
 
-def _other_best(best: Pool, tried: Sequence[Pool], reference: Pool | None, metric: str) -> str:
-    """Name the best method by another metric, if it is not `best` or equal to it."""
+def _rival(
+    best: Pool,
+    tried: Sequence[Pool],
+    reference: Pool | None,
+    metric: str,
+    alike: dict[str, bool | None],
+) -> Rival | None:
+    """Return the best method by another measure; None if it does not differ from `best`."""
     other = _best(tried, metric)
     if other is None or other is best or other.cell(metric) == best.cell(metric):
-        return ""
-    chance = {True: " (not distinguishable)", None: f" ({UNKNOWN} whether by chance)", False: ""}
+        return None
     same = (
         indistinguishable(best, other, reference, metric)
         if isinstance(best.cell(metric), float)
         else False
     )
-    return f"{short(metric)}: {other.label}{chance[same]}"
+    if same:
+        return None
+    tested = None if same is None else True
+    found = change(other, reference, metric)
+    return Rival(other, found, metric, tested, tied=alike.get(other.label) is True)
+
+
+def _most(metric: str) -> str:
+    return "lowest" if is_perplexity(metric) else "highest"

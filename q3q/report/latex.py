@@ -2,26 +2,31 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from q3q.formatting import fixed, significant, with_spread
 from q3q.record import TrialRecord
+from q3q.report.escapes import latex_text
 from q3q.report.measures import (
     ABSENT,
     Cell,
     appearance_of,
+    by_mean,
     cell,
     headline_metrics,
+    is_accuracy,
     is_base,
     is_perplexity,
     natural,
     shown,
 )
-from q3q.report.paper import study_model
-from q3q.report.pools import Pool, pools, shown_spread
-from q3q.spec import MEAN_ACCURACY
+from q3q.report.paper import is_released, study_model
+from q3q.report.pools import Pool, pools
+from q3q.spec import MEAN_ACCURACY, TrialSpec
 
 HEADS = {
-    "perplexity/wikitext2": r"WikiText2 $\downarrow$",
-    "perplexity/c4": r"C4 $\downarrow$",
+    "perplexity/wikitext2": r"WikiText2 PPL $\downarrow$",
+    "perplexity/c4": r"C4 PPL $\downarrow$",
     "piqa/acc": r"PIQA $\uparrow$",
     "arc_easy/acc": r"ARC-E $\uparrow$",
     "arc_challenge/acc": r"ARC-C $\uparrow$",
@@ -30,14 +35,18 @@ HEADS = {
     "boolq/acc": r"BoolQ $\uparrow$",
     "mmlu/acc": r"MMLU $\uparrow$",
     "mmlu_paper/acc": r"MMLU $\uparrow$",
-    MEAN_ACCURACY: r"Avg. $\uparrow$",
 }
+MEAN = "Avg."
 # The first that was measured counts: the study's own script before lm-eval's.
 MMLU = ("mmlu_paper/acc", "mmlu/acc")
 
 
+# The unquantized model's row, by the type that it computes in.
+UNQUANTIZED = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
+
+
 def latex(records: Sequence[TrialRecord]) -> str:
-    """Return a table each for base and post-trained models, per channel and for each group size.
+    """Return a table each for base, post-trained and other models, per channel and for each group.
 
     The tables need booktabs. The unquantized model heads each of its blocks; failed and diverged
     trials are named as such; several seeds are shown by their mean.
@@ -45,24 +54,30 @@ def latex(records: Sequence[TrialRecord]) -> str:
     tried = pools(records, over_models=True)
     parts = [r"% \usepackage{booktabs}"]
     for group in sorted({pool.spec.scheme.group_size for pool in tried if pool.spec.scheme}):
-        for base in (True, False):
+        for kind in ("Base models", "Post-trained models", "Models"):
             alike = [
                 pool
                 for pool in tried
-                if is_base(pool.spec) == base
+                if _kind(pool.spec) == kind
                 and (pool.spec.scheme is None or pool.spec.scheme.group_size == group)
             ]
             models = {study_model(pool.spec) for pool in alike if pool.spec.scheme}
             rows = [pool for pool in alike if study_model(pool.spec) in models]
             if rows:
-                parts.append(_table(rows, base, group))
+                parts.append(_table(rows, kind, group))
     return "\n\n".join(parts) + "\n"
 
 
-def _table(tried: Sequence[Pool], base: bool, group: int) -> str:
-    metrics = _columns([record for pool in tried for record in pool.records])
-    names = [metric.removeprefix("perplexity/").removesuffix("/acc") for metric in metrics]
-    heads = [HEADS.get(key, _escaped(name)) for key, name in zip(metrics, names, strict=True)]
+def _kind(spec: TrialSpec) -> str:
+    """Return what is known of a model: only Qwen3's releases are known to be post-trained."""
+    if is_base(spec):
+        return "Base models"
+    return "Post-trained models" if is_released(spec) else "Models"
+
+
+def _table(tried: Sequence[Pool], kind: str, group: int) -> str:
+    records = [record for pool in tried for record in pool.records]
+    columns = _columns(records)
     lines = []
     previous = ""
     for pool in sorted(tried, key=_row_order):
@@ -70,26 +85,33 @@ def _table(tried: Sequence[Pool], base: bool, group: int) -> str:
         if previous and name != previous:
             lines.append(r"\midrule")
         cells = [
-            _escaped(name) if name != previous else "",
-            _escaped(_method(pool)),
+            latex_text(name) if name != previous else "",
+            latex_text(_method(pool)),
             _weight_bits(pool),
             str(_act_bits(pool)),
             "-" if scheme is None or scheme.group_size == -1 else str(scheme.group_size),
-            *(_content(pool, metric) for metric in metrics),
+            *(column.content(pool) for column in columns),
         ]
         lines.append(" & ".join(cells) + r" \\")
         previous = name
-    models = "Base" if base else "Post-trained"
     per = "per-channel" if group == -1 else f"per-group (groups of {group})"
-    caption = f"{models} models under {per} quantization. Perplexity and accuracy (\\%)."
+    means = [column.over for column in columns if column.over]
+    marks = [f"{MEAN} {number}: " if len(means) > 1 else f"{MEAN}: " for number in range(1, 99)]
+    over = [f"{mark}mean of {latex_text(mean)}." for mark, mean in zip(marks, means, strict=False)]
+    caption = " ".join(
+        [f"{kind} under {per} quantization. Perplexity (PPL) and accuracy (\\%).", *over]
+    )
     return "\n".join(
         [
             r"\begin{table}[t]",
             rf"\caption{{{caption}}}",
             r"\centering\small",
-            rf"\begin{{tabular}}{{llccc{'c' * len(metrics)}}}",
+            rf"\begin{{tabular}}{{llccc{'c' * len(columns)}}}",
             r"\toprule",
-            " & ".join(["Model", "Method", r"\#W", r"\#A", r"\#G", *heads]) + r" \\",
+            " & ".join(
+                ["Model", "Method", r"\#W", r"\#A", r"\#G", *(column.head for column in columns)]
+            )
+            + r" \\",
             r"\midrule",
             *lines,
             r"\bottomrule",
@@ -99,15 +121,52 @@ def _table(tried: Sequence[Pool], base: bool, group: int) -> str:
     )
 
 
-def _columns(records: Sequence[TrialRecord]) -> list[str]:
-    """Return the metrics in the study's order: perplexities, zero-shot tasks, their mean, MMLU."""
+@dataclass(frozen=True)
+class Column:
+    """A metric's column. A mean accuracy has a column for each set of tasks, and only its rows.
+
+    over: the tasks of a mean, in words.
+    trials: ids of the trials of this mean; None for all trials.
+    """
+
+    metric: str
+    head: str
+    over: str = ""
+    trials: frozenset[str] | None = None
+
+    def content(self, pool: Pool) -> str:
+        ours = self.trials is None or pool.spec.id in self.trials
+        return _content(pool, self.metric) if ours else "--"
+
+
+def _columns(records: Sequence[TrialRecord]) -> list[Column]:
+    """Return the columns in the study's order: perplexities, zero-shot tasks, their mean, MMLU."""
     metrics = headline_metrics(records)
     measured = [name for name in MMLU if any(cell(record, name) != ABSENT for record in records)]
-    last = [name for name in (MEAN_ACCURACY, *measured[:1]) if name in metrics]
     aside = (*MMLU, MEAN_ACCURACY)
-    return [
-        name for name in metrics if name not in aside and not name.startswith("word_perplexity")
-    ] + last
+    columns = [
+        Column(name, _head(name))
+        for name in metrics
+        if name not in aside and not name.startswith("word_perplexity")
+    ]
+    means = by_mean(records)
+    for number, (over, group) in enumerate(means.items(), start=1):
+        head = rf"{MEAN} {number} $\uparrow$" if len(means) > 1 else rf"{MEAN} $\uparrow$"
+        trials = frozenset(record.spec.id for record in group)
+        columns.append(Column(MEAN_ACCURACY, head, over, trials))
+    return columns + [Column(name, _head(name)) for name in measured[:1] if name in metrics]
+
+
+def _head(metric: str) -> str:
+    """Return a column's head, with an arrow towards the better values where that is known."""
+    if metric in HEADS:
+        return HEADS[metric]
+    if is_perplexity(metric):
+        kind, _, text = metric.partition("/")
+        quick = " (quick)" if kind.endswith("_quick") else ""
+        return rf"{latex_text(text)}{quick} PPL $\downarrow$"
+    name = latex_text(metric.removesuffix("/acc"))
+    return rf"{name} $\uparrow$" if is_accuracy(metric) else name
 
 
 def _row_order(pool: Pool) -> tuple[list, int, int, int, str]:
@@ -119,6 +178,8 @@ def _row_order(pool: Pool) -> tuple[list, int, int, int, str]:
 def _method(pool: Pool) -> str:
     """Return the method and what no column shows of it: `GPTQ damping=0.05`."""
     name, *words = pool.label.split(" ")
+    if pool.is_reference:
+        return " ".join([UNQUANTIZED.get(pool.spec.model.dtype, pool.spec.model.dtype), *words[1:]])
     others = (word for word in words if not re.fullmatch(r"pc|[ga]\d+", word))
     return " ".join([appearance_of(name).title or name, *others])
 
@@ -127,17 +188,21 @@ def _weight_bits(pool: Pool) -> str:
     """Return a weight's bits; fractional if the codes are, as BiLLM's 1.06."""
     nominal = pool.records[0].metrics.get("bits_per_weight_nominal", pool.bits)
     whole = pool.spec.scheme is None or abs(nominal - pool.bits) < 0.005
-    return str(pool.bits) if whole else f"{nominal:.2f}"
+    return str(pool.bits) if whole else fixed(nominal, 2)
 
 
 def _act_bits(pool: Pool) -> int:
+    if pool.is_reference:
+        return pool.bits
     return (pool.spec.scheme and pool.spec.scheme.act_bits) or 16
 
 
 def _content(pool: Pool, metric: str) -> str:
-    spread = pool.spread(metric)
-    deviation = "" if spread is None else rf"$\pm${shown_spread(spread, metric)}"
-    return _number(pool.cell(metric), metric) + deviation
+    content, spread = pool.cell(metric), pool.spread(metric)
+    if spread is None or not isinstance(content, float):
+        return _number(content, metric)
+    unit = 100 if is_accuracy(metric) else 1
+    return r"$\pm$".join(with_spread(unit * content, unit * spread))
 
 
 def _number(content: Cell, metric: str) -> str:
@@ -149,8 +214,4 @@ def _number(content: Cell, metric: str) -> str:
     digits, _, exponent = f"{content:.2e}".partition("e")
     if int(exponent) > 2:
         return f"{digits}E{int(exponent)}"
-    return f"{float(f'{content:.3g}'):#.3g}".rstrip(".")
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"([_%&#$])", r"\\\1", text)
+    return significant(content, 3)

@@ -4,16 +4,17 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from q3q.formatting import fixed, significant
 from q3q.record import TrialRecord
 from q3q.report.measures import is_accuracy, judged_metrics, title
-from q3q.report.pools import Pool, comparable, pools, shown_spread
+from q3q.report.pools import Pool, comparable, pools
 from q3q.report.tables import Table
 
 NOTE = (
     "Standard deviations over seeds, within a method and calibration; over calibrations, within a "
     "method (each calibration counts by the mean of its seeds); and over methods (each counts by "
-    "the mean of its calibrations). The last column divides the spread over methods by that over "
-    "seeds: where it is near 1, the best method is a matter of luck."
+    "the mean of its calibrations). Last column: spread between methods divided by spread between "
+    "seeds. Near 1, the ranking is noise."
 )
 
 
@@ -22,7 +23,7 @@ def luck_tables(records: Sequence[TrialRecord]) -> list[Table]:
     columns = ("bits", "over seeds", "over calibrations", "over methods", "methods / seeds")
     tables = []
     for name, group in comparable(records).items():
-        tried = [pool for pool in pools(group) if pool.spec.scheme is not None]
+        tried = [pool for pool in pools(group) if not pool.is_reference]
         for metric in judged_metrics(group):
             rows = [_row(bits, tried, metric) for bits in sorted({pool.bits for pool in tried})]
             complete = tuple(row for row in rows if row is not None)
@@ -47,10 +48,10 @@ def _row(bits: int, tried: Sequence[Pool], metric: str) -> tuple[str, ...] | Non
         return None
     calibrations = _within(list(by_method.values()))
     methods = _within([[statistics.fmean(means) for means in by_method.values()]])
-    ratio = "-" if methods is None or seeds == 0 else f"{methods / seeds:.1f}"
-    unit = " points" if is_accuracy(metric) else ""
+    ratio = "-" if methods is None or seeds == 0 else fixed(methods / seeds, 1)
+    size, unit = (100, " points") if is_accuracy(metric) else (1, "")
     spreads = (
-        "-" if spread is None else shown_spread(spread, metric) + unit
+        "-" if spread is None else significant(size * spread, 2) + unit
         for spread in (seeds, calibrations, methods)
     )
     return (str(bits), *spreads, ratio)

@@ -7,19 +7,29 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from q3q.evaluate.metrics import accuracy_metric, mean_metrics, measures_text
+from q3q.evaluate.metrics import (
+    accuracy_metric,
+    held_out,
+    mean_accuracy,
+    mean_metrics,
+    measures_text,
+)
+from q3q.formatting import fixed, percent, significant
 from q3q.quantize.methods.registry import settings_class
 from q3q.quantize.methods.settings import Appearance, MethodSettings
 from q3q.record import TrialRecord
+from q3q.report.sizes import SIZES, bits_of_weight
 from q3q.spec import MEAN_ACCURACY, Evaluation, Json, TrialSpec, text_metric
 
 DIVERGED, FAILED, ABSENT = "diverged", "failed", "-"  # cells without a number
-UNQUANTIZED_BITS = 16  # the column of the unquantized model
-SIZES = ("bits_per_weight", "bits_per_weight_model")
+BITS_OF_TYPES = {"float32": 32, "bfloat16": 16, "float16": 16}
 UNKNOWN_COMMIT = "unknown"
+MOST_TASKS = 8  # named by a mean
+SHORT_DIGEST = 8  # characters of a digest in a label
 ACTIVATIONS = "scheme.act_bits"
+SAID_BY_HEAD = ("model.dtype",)  # traits of an unquantized model in its label
 
 Cell = float | str
 
@@ -61,18 +71,22 @@ def headline_metrics(records: Iterable[TrialRecord]) -> list[str]:
         start = "word_perplexity" if measures_text(task) else accuracy.removesuffix("acc")
         others = sorted(name for name in measured if name.startswith(start))
         tasks += [accuracy] if accuracy in measured or not others else others
-    several = any(len(mean_metrics(record.spec)) > 1 for record in records)
+    several = any(has_mean(record.spec) for record in records)
     return list(dict.fromkeys([*texts, *([MEAN_ACCURACY] if several else []), *tasks]))
 
 
 def judged_metrics(records: Sequence[TrialRecord]) -> list[str]:
-    """Return the metrics that methods are judged by.
+    """Return the metrics that methods are judged by, the one that ranks them first.
 
     These are each text's perplexity, and the mean accuracy or, of a single task, its accuracy.
+    Texts of a kind that no trial is calibrated on come first: a method that fits its calibration
+    text too closely looks good on that kind of text alone.
     """
     metrics = headline_metrics(records)
     texts = [name for name in metrics if is_perplexity(name)]
     tasks = [name for name in metrics if name.endswith("/acc")]
+    specs = [record.spec for record in records]
+    texts.sort(key=lambda metric: not held_out(metric, specs))
     return [*texts, *([MEAN_ACCURACY] if MEAN_ACCURACY in metrics else tasks[:1])]
 
 
@@ -84,6 +98,9 @@ def cell(record: TrialRecord, metric: str) -> Cell:
         return FAILED if _is_requested(record.spec, metric) else ABSENT
     if metric in record.diverged:
         return DIVERGED
+    if metric in SIZES:
+        size = bits_of_weight(record, metric)
+        return ABSENT if size is None else size.value
     return float(record.metrics[metric]) if metric in record.metrics else ABSENT
 
 
@@ -101,6 +118,11 @@ def is_accuracy(metric: str) -> bool:
     return metric == MEAN_ACCURACY or metric.endswith("/acc")
 
 
+def is_share(metric: str) -> bool:
+    """Return True for shares of right answers, which are shown in percent."""
+    return is_accuracy(metric) or metric.endswith("/acc_norm")
+
+
 def is_better(value: float, other: float, metric: str) -> bool:
     return value < other if is_perplexity(metric) else value > other
 
@@ -112,12 +134,48 @@ def _is_requested(spec: TrialSpec, metric: str) -> bool:
     return metric in (*text_metrics(spec), *SIZES) or metric.startswith(tasks)
 
 
+def has_mean(spec: TrialSpec) -> bool:
+    """Return True if a trial has several tasks, whose mean says more than each of them."""
+    return len(mean_metrics(spec)) > 1
+
+
 def _mean_accuracy(record: TrialRecord) -> Cell:
     cells = [cell(record, metric) for metric in mean_metrics(record.spec)]
     words = [content for content in cells if isinstance(content, str)]
-    if not cells or ABSENT in words:
+    if len(cells) < 2 or ABSENT in words:
         return ABSENT
-    return words[0] if words else math.fsum(map(float, cells)) / len(cells)
+    mean = mean_accuracy(record.spec, record.metrics)
+    return words[0] if words or mean is None else mean
+
+
+def by_mean(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
+    """Group the trials whose mean accuracy is over the same questions, by what the mean is over."""
+    groups: dict[tuple[tuple[str, int | None], ...], list[TrialRecord]] = {}
+    for record in records:
+        spec = record.spec
+        if has_mean(spec):
+            limits = {
+                accuracy_metric(spec, t.name): spec.evaluation.limit_of(t)
+                for t in spec.evaluation.tasks
+            }
+            key = tuple(sorted((name, limits[name]) for name in mean_metrics(spec)))
+            groups.setdefault(key, []).append(record)
+    named: dict[str, list[TrialRecord]] = {}
+    for key, group in groups.items():
+        words = _mean_in_words(dict(key))
+        named[words if words not in named else f"{words}, set {len(named) + 1}"] = group
+    return dict(sorted(named.items()))
+
+
+def _mean_in_words(limits: dict[str, int | None]) -> str:
+    """Return `stories_who, stories_where (10 questions each)`, from each task's limit."""
+    names = [name.removesuffix("/acc") for name in limits]
+    shown = names if len(names) <= MOST_TASKS else [*names[: MOST_TASKS - 1], "…"]
+    count = f"{len(names)} tasks: " if len(names) > MOST_TASKS else ""
+    asked = dict.fromkeys(limits.values())
+    number = " or ".join("all" if most is None else str(most) for most in asked)
+    each = "" if [*asked] == [None] else f" ({number} questions each)"
+    return f"{count}{', '.join(shown)}{each}"
 
 
 def mean_of_numbers(values: Sequence[float]) -> float:
@@ -130,11 +188,9 @@ def shown(content: Cell, metric: str) -> str:
     """Format a cell: perplexities to four digits, accuracies in percent."""
     if isinstance(content, str):
         return content
-    if metric == MEAN_ACCURACY or metric.endswith(("/acc", "/acc_norm")):
-        return f"{100 * content:.1f}"
-    if metric in SIZES:
-        return f"{content:.2f}"
-    return f"{content:#.4g}".rstrip(".") if 1e-3 <= abs(content) < 1e4 else f"{content:.2e}"
+    if is_share(metric):
+        return percent(content)
+    return fixed(content, 2) if metric in SIZES else significant(content)
 
 
 def interval(record: TrialRecord, metric: str) -> tuple[float, float] | None:
@@ -168,7 +224,30 @@ def seconds(record: TrialRecord) -> float | None:
 
 
 def bits_of(spec: TrialSpec) -> int:
-    return UNQUANTIZED_BITS if spec.scheme is None else spec.scheme.bits
+    """Return the bits of a weight; of an unquantized model, those of the type it computes in."""
+    if spec.scheme is not None:
+        return spec.scheme.bits
+    return BITS_OF_TYPES.get(spec.model.dtype, 16)
+
+
+def given_format(record: TrialRecord) -> str:
+    """Return the format of a checkpoint that was quantized before it was given; else nothing.
+
+    Records of earlier versions do not know.
+    """
+    stored = record.notes.get("stored", {})
+    return str(stored.get("quantized") or "") if isinstance(stored, dict) else ""
+
+
+def is_reference(record: TrialRecord) -> bool:
+    """Return True for a trial of the unquantized model."""
+    return record.spec.scheme is None and not given_format(record)
+
+
+def bits_of_record(record: TrialRecord) -> int:
+    """Return the bits of a weight; of a checkpoint that was given quantized, those it has."""
+    stored = record.metrics.get("bits_per_weight") if given_format(record) else None
+    return bits_of(record.spec) if stored is None else math.floor(stored)
 
 
 def is_base(spec: TrialSpec) -> bool:
@@ -194,59 +273,87 @@ def labels(
     *,
     seeds: bool = True,
     models: bool = True,
+    shared: Collection[str] = (),
 ) -> list[str]:
     """Label each trial with its method and what differs between these trials, bits excepted.
 
-    An example is `gptq g64 damping=0.05`. Knobs, calibration, symmetry and activations are compared
-    within a method, since each method has its own defaults; traits of a model within its name; all
-    else between all trials. Quantized activations are named wherever other trials have none.
+    Examples are `gptq g64 damping=0.05` and `unquantized float32`. Knobs, calibration, symmetry
+    and activations are compared within a method, since each method has its own defaults; traits of
+    a model within its name; all else between all trials. Quantized activations are named wherever
+    other trials have none.
 
     Args:
         metric: include how this metric was evaluated.
         seeds: include seeds that differ.
         models: include model names that differ.
+        shared: traits, by dotted key, that are named elsewhere.
     """
+    words = _differing_words(specs, metric, seeds=seeds, models=models, shared=shared)
+    return [" ".join([_head(spec), *own]) for spec, own in zip(specs, words, strict=True)]
+
+
+def _head(spec: TrialSpec) -> str:
+    """Return the method, or `unquantized` with the type that the model computes in."""
+    return spec.method.name if spec.scheme else f"unquantized {spec.model.dtype}"
+
+
+def _differing_words(
+    specs: Sequence[TrialSpec],
+    metric: str | None = None,
+    *,
+    seeds: bool = True,
+    models: bool = True,
+    shared: Collection[str] = (),
+) -> list[list[str]]:
+    """Return the words that tell each trial from the others; see `labels`."""
     traits = [
-        _traits(spec, metric)
-        | ({"trial.seed": str(spec.seed)} if seeds else {})
-        | ({"model.name": spec.model.label} if models else {})
+        {
+            key: value
+            for key, value in (
+                traits_of(spec, metric)
+                | ({"trial.seed": str(spec.seed)} if seeds else {})
+                | ({"model.name": spec.model.label} if models else {})
+            ).items()
+            if key not in shared
+        }
         for spec in specs
     ]
     values: dict[tuple[str, str], set[str]] = {}
     for own, spec in zip(traits, specs, strict=True):
         for key, value in own.items():
-            values.setdefault((_scope(key, spec), key), set()).add(value)
+            values.setdefault((scope_of(key, spec), key), set()).add(value)
     differing = {place for place, distinct in values.items() if len(distinct) > 1}
     activations = {own[ACTIVATIONS] for own in traits if ACTIVATIONS in own}
 
     def is_named(key: str, value: str, spec: TrialSpec, differing: set[tuple[str, str]]) -> bool:
+        if spec.scheme is None and key in SAID_BY_HEAD:
+            return False
         rounded = key == ACTIVATIONS and value != "null" and len(activations) > 1
-        return rounded or (_scope(key, spec), key) in differing
+        return rounded or (scope_of(key, spec), key) in differing
 
-    def rows(differing: set[tuple[str, str]]) -> list[str]:
+    def rows(differing: set[tuple[str, str]]) -> list[list[str]]:
         return [
-            " ".join(
-                [
-                    spec.method.name,
-                    *(
-                        _word(key, value)
-                        for key, value in own.items()
-                        if is_named(key, value, spec, differing)
-                    ),
-                ]
-            )
+            [
+                word
+                for key, value in own.items()
+                if is_named(key, value, spec, differing) and (word := _word(key, value))
+            ]
             for own, spec in zip(traits, specs, strict=True)
         ]
+
+    def count(differing: set[tuple[str, str]]) -> int:
+        named = zip(map(_head, specs), rows(differing), strict=True)
+        return len({(head, *words) for head, words in named})
 
     # A digest tells people nothing where a name beside it differs as well.
     for key in sorted({key for _, key in differing if key.endswith((".digest", ".revision"))}):
         without = {(scope, name) for scope, name in differing if name != key}
-        if len(set(rows(without))) == len(set(rows(differing))):
+        if count(without) == count(differing):
             differing = without
     return rows(differing)
 
 
-def _traits(spec: TrialSpec, metric: str | None) -> dict[str, str]:
+def traits_of(spec: TrialSpec, metric: str | None) -> dict[str, str]:
     """Return what a label may name, by dotted key; values are as one would type them."""
     stored = () if spec.scheme is None else ("group_size", "symmetric", "act_bits")
     parts: dict[str, Json] = {
@@ -257,7 +364,7 @@ def _traits(spec: TrialSpec, metric: str | None) -> dict[str, str]:
         "mixed": {"settings": spec.departures},
     }
     if metric is not None and metric not in SIZES:
-        parts["evaluation"] = _conditions(spec.evaluation, metric)
+        parts["evaluation"] = asked_of(spec.evaluation, metric)
     return {
         f"{part}.{key}": value if isinstance(value, str) else json.dumps(value)
         for part, entries in parts.items()
@@ -265,7 +372,7 @@ def _traits(spec: TrialSpec, metric: str | None) -> dict[str, str]:
     }
 
 
-def _conditions(evaluation: Evaluation, metric: str) -> Json:
+def asked_of(evaluation: Evaluation, metric: str) -> Json:
     """Return the settings of an evaluation that a metric depends on, by their names in its JSON."""
     measure, _, name = metric.partition("/")
     for text in evaluation.texts:
@@ -283,7 +390,7 @@ def _conditions(evaluation: Evaluation, metric: str) -> Json:
     return settings | {key: facts.get(key, {}).get(task) for key in ("shots", "limits")}
 
 
-def _scope(key: str, spec: TrialSpec) -> str:
+def scope_of(key: str, spec: TrialSpec) -> str:
     """Return the group of trials within which a trait is compared."""
     if key == "model.name":
         return ""
@@ -294,18 +401,20 @@ def _scope(key: str, spec: TrialSpec) -> str:
 
 
 def _word(key: str, value: str) -> str:
-    """Return one trait as a word of a label."""
+    """Return one trait as a word of a label; empty for what needs no word."""
     name = key.rpartition(".")[2]
     words = {
         "scheme.group_size": "pc" if value == "-1" else f"g{value}",
         "scheme.symmetric": "sym" if value == "true" else "asym",
-        ACTIVATIONS: f"a{UNQUANTIZED_BITS if value == 'null' else value}",
-        "mixed.settings": value or "uniform",
+        ACTIVATIONS: f"a{'16' if value == 'null' else value}",
+        "mixed.settings": value,
         "model.name": value,
         "model.dtype": value,
         "evaluation.data.digest": f"data={value}",
         "trial.seed": f"seed {value}",
     }
+    if name in ("digest", "revision", "include"):
+        value = value[:SHORT_DIGEST]
     return words.get(key, f"{name}={value}")
 
 
@@ -325,7 +434,7 @@ def title(metric: str) -> str:
         quick = ", a quick look" if kind.endswith("_quick") else ""
         return f"perplexity of {text} (lower is better{quick})"
     if metric == MEAN_ACCURACY:
-        return "mean accuracy of the tasks, % (higher is better)"
+        return "mean accuracy, % (higher is better)"
     if metric.endswith(("/acc", "/acc_norm")):
         task, _, name = metric.rpartition("/")
         return f"{'accuracy' if name == 'acc' else name} on {task}, % (higher is better)"

@@ -11,9 +11,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from q3q.config.command import command_of
+from q3q.formatting import plural, printable, significant
 from q3q.record import TrialRecord
-from q3q.report.answer import RULE
+from q3q.report.answer import RULE, Answer, sentences
+from q3q.report.beside import Beside
 from q3q.report.checkpoints import checkpoint_tables
+from q3q.report.escapes import markdown_block, markdown_code, markdown_text
+from q3q.report.header import abbreviations, facts
 from q3q.report.luck import NOTE as LUCK
 from q3q.report.measures import by_model, commit_of, in_order, seconds
 from q3q.report.paper import Compared, paper_table, share_reproduced
@@ -37,7 +41,9 @@ class Contents:
     """The contents of a report.
 
     command: starts the whole sweep again.
-    answers, luck: the tables of `answer` and `luck`.
+    records: of all trials.
+    shown: these, and what `with_baselines` adds for tables and plots.
+    answers, luck: what `answer` found, and the tables of `luck`.
     published: cells of the paper that were run; None if the report does not speak of it.
     warnings: what a reader must know before trusting the numbers.
     """
@@ -47,7 +53,8 @@ class Contents:
     question: str
     expectation: str
     records: Sequence[TrialRecord]
-    answers: Sequence[Table]
+    shown: Sequence[TrialRecord]
+    answers: Sequence[Answer]
     luck: Sequence[Table]
     plots: Sequence[Plot]
     published: Sequence[Compared] | None
@@ -56,9 +63,8 @@ class Contents:
     @property
     def counts(self) -> str:
         failed = sum(not record.completed for record in self.records)
-        return (
-            f"{len(self.records)} trials: {len(self.records) - failed} completed, {failed} failed."
-        )
+        trials = plural(len(self.records), "trial")
+        return f"{trials}: {len(self.records) - failed} completed, {failed} failed."
 
 
 class Cell(NamedTuple):
@@ -76,6 +82,36 @@ def versions(records: Sequence[TrialRecord]) -> dict[str, int]:
 
 def html(contents: Contents) -> str:
     """Render the whole page. Styles, script and plots are inside, so it makes no request."""
+    environment = _environment()
+    environment.filters.update(brief=_brief, cost=_cost, reason=_reason)
+    environment.globals.update(
+        checkpoint_tables=checkpoint_tables,
+        command_of=command_of,
+        commit_of=commit_of,
+        paper_table=paper_table,
+        result_tables=result_tables,
+        share_reproduced=share_reproduced,
+    )
+    return environment.get_template("page.html.j2").render(
+        report=contents,
+        models=by_model(in_order(contents.shown)),
+        commits=versions(contents.records),
+        answer_rule=RULE,
+        sentences=sentences(contents.answers),
+        facts=facts(contents.records),
+        abbreviations=abbreviations(contents.records),
+        luck_note=LUCK,
+        **_own_parts(),
+    )
+
+
+def html_of_studies(page: Beside) -> str:
+    """Render the page of studies side by side."""
+    template = _environment().get_template("studies.html.j2")
+    return template.render(page=page, **_own_parts())
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(PARTS),
         autoescape=True,
@@ -84,26 +120,16 @@ def html(contents: Contents) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(brief=_brief, cost=_cost, reason=_reason)
-    environment.globals.update(
-        cell_parts=_cell_parts,
-        checkpoint_tables=checkpoint_tables,
-        command_of=command_of,
-        commit_of=commit_of,
-        inline_svg=_inline_svg,
-        paper_table=paper_table,
-        result_tables=result_tables,
-        share_reproduced=share_reproduced,
-    )
-    return environment.get_template("page.html.j2").render(
-        report=contents,
-        models=by_model(in_order(contents.records)),
-        commits=versions(contents.records),
-        answer_rule=RULE,
-        luck_note=LUCK,
-        style=Markup(PARTS.joinpath("page.css").read_text(encoding="utf-8")),
-        script=Markup(PARTS.joinpath("page.js").read_text(encoding="utf-8")),
-    )
+    environment.globals.update(cell_parts=_cell_parts, inline_svg=_inline_svg)
+    return environment
+
+
+def _own_parts() -> dict[str, Markup]:
+    parts = {"style": "page.css", "script": "page.js"}
+    return {
+        name: Markup(PARTS.joinpath(file).read_text(encoding="utf-8"))
+        for name, file in parts.items()
+    }
 
 
 def markdown(contents: Contents, files: dict[str, str]) -> str:
@@ -112,36 +138,42 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     Args:
         files: path of each plot's image, by the plot's name.
     """
-    parts = [f"# {contents.name}"]
+    parts = [f"# {markdown_text(contents.name)}"]
     for word, text in (("Question", contents.question), ("Expectation", contents.expectation)):
         if text:
-            parts.append(f"**{word}:** {text}")
+            parts.append(f"**{word}:** {markdown_text(text)}")
+    parts += [markdown_text(line) for line in facts(contents.records)]
     commits = versions(contents.records)
-    code = f" Code: {', '.join(commits)}." if commits else ""
-    parts += [f"```\n{contents.command}\n```", contents.counts + code]
-    parts += [f"> **Note:** {warning}" for warning in contents.warnings]
+    code = f" Code: {', '.join(map(markdown_text, commits))}." if commits else ""
+    parts += [markdown_block(contents.command), contents.counts + code]
+    parts += [f"> **Note:** {markdown_text(warning)}" for warning in contents.warnings]
     if contents.answers:
-        parts += ["## Answer", "\n".join(table.markdown() for table in contents.answers), RULE]
+        parts.append("## Answer")
+        parts.append("\n".join(f"- {markdown_text(line)}" for line in sentences(contents.answers)))
+        parts.append("\n".join(answer.table().markdown() for answer in contents.answers))
+        parts += [markdown_text(text) for text in (RULE, abbreviations(contents.records)) if text]
     if contents.published is not None:
-        parts += ["## Against the paper", share_reproduced(contents.published)]
+        parts += ["## Against the paper", markdown_text(share_reproduced(contents.published))]
         if contents.published:
             parts.append(paper_table(contents.published).markdown())
     if contents.luck:
         parts.append("## How much is luck")
         parts += ["\n".join(table.markdown() for table in contents.luck), LUCK]
     parts.append("## Results")
-    parts += [
-        f"![{_alt(plot)}]({files[plot.name]})" + (f"\n\n{plot.caption}" if plot.caption else "")
-        for plot in contents.plots
-    ]
-    tables = result_tables(contents.records, everything=True, intervals=True)
+    for plot in contents.plots:
+        alt = re.sub(r"([\[\]])", r"\\\1", markdown_text(_alt(plot)).replace("\\]", "]"))
+        caption = f"\n\n{markdown_text(plot.caption)}" if plot.caption else ""
+        parts.append(f"![{alt}]({files[plot.name]}){caption}")
+    tables = result_tables(contents.shown, everything=True, intervals=True)
     parts.append("\n".join(table.markdown() for table in tables) or "Nothing was measured.")
     parts += [
         f"## Checkpoints\n\n{table.markdown()}" for table in checkpoint_tables(contents.records)
     ]
-    failed = [f"{_named(r)}: {_reason(r)}" for r in contents.records if not r.completed]
+    failed = [
+        f"{_named(r)}: {markdown_text(_reason(r))}" for r in contents.records if not r.completed
+    ]
     diverged = [
-        f"{_named(r)}: {', '.join(r.diverged)}"
+        f"{_named(r)}: {markdown_text(', '.join(r.diverged))}"
         for r in contents.records
         if r.completed and r.diverged
     ]
@@ -191,22 +223,23 @@ def _cost(record: TrialRecord) -> str:
     if total is None:
         return "no time measured"
     peaks = [value for name, value in record.metrics.items() if name.startswith("peak_bytes/")]
-    memory = f", {max(peaks) / 1e9:.2g} GB at most" if peaks else ""
+    memory = f", {significant(max(peaks) / 1e9, 2)} GB at most" if peaks else ""
     return f"{total:.0f} s{memory}"
 
 
 def _trial_line(record: TrialRecord) -> str:
     status = "completed" if record.completed else "FAILED"
-    code = f"code {_brief(commit_of(record))}"
-    return f"- {_named(record)}, {status}, {_cost(record)}, {code}: `{command_of(record.trial)}`"
+    code = f"code {markdown_text(_brief(commit_of(record)))}"
+    command = markdown_code(command_of(record.trial))
+    return f"- {_named(record)}, {status}, {_cost(record)}, {code}: {command}"
 
 
 def _named(record: TrialRecord) -> str:
-    return f"{record.spec.name} · {record.spec.model.label} (`{record.spec.id}`)"
+    return f"{markdown_text(record.spec.label)} (`{record.spec.id}`)"
 
 
 def _reason(record: TrialRecord) -> str:
-    return " ".join(record.reason.split()) or "no reason given"
+    return printable(record.reason) or "no reason given"
 
 
 def _alt(plot: Plot) -> str:

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from q3q.config.texts import RANDOM_TEXTS
+from q3q.formatting import fixed, percent, signed
 from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
 from q3q.report.measures import DIVERGED, cell, in_order, shown
@@ -105,10 +106,10 @@ class Compared:
         if not math.isfinite(self.ours) or not math.isfinite(theirs):
             return "-"
         if not self.metric.startswith("perplexity/"):
-            return f"{100 * self.ours - theirs:+.1f} points"
+            return f"{signed(100 * self.ours - theirs)} points"
         if max(self.ours, theirs) > COLLAPSED:
-            return f"{math.log10(self.ours / theirs):+.1f} decades"
-        return f"{100 * (self.ours / theirs - 1):+.1f} %"
+            return f"{signed(math.log10(self.ours / theirs))} decades"
+        return f"{signed(100 * (self.ours / theirs - 1))} %"
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,13 @@ def study_model(spec: TrialSpec) -> str:
     return _models().get(_plain(name)) or _models().get(_plain(source)) or name or source
 
 
+def is_released(spec: TrialSpec) -> bool:
+    """Return True for a model that Qwen3's makers released, by its name or its Hub id."""
+    return study_model(spec) in _models().values() or (spec.model.source or "").startswith(
+        "Qwen/Qwen3-"
+    )
+
+
 def departures(spec: TrialSpec, metric: str) -> tuple[str, ...]:
     """Return the settings in which a trial departs from `+study=paper` for that cell.
 
@@ -364,7 +372,7 @@ def share_reproduced(compared: Sequence[Compared]) -> str:
     good = sum(own == {REPRODUCED} for own in verdicts.values())
     different = sum(DIFFERENT in own for own in verdicts.values())
     return (
-        f"{good} of {run} cells reproduced ({100 * good / run:.0f} %), "
+        f"{good} of {run} cells reproduced ({percent(good / run, 0)} %), "
         f"{run - good - different} close, {different} different; the study has {total}."
     )
 
@@ -417,7 +425,7 @@ def _printed(item: Compared) -> str:
     value, metric = item.published.value, item.metric
     if not math.isfinite(value):
         return "NaN"
-    return shown(value, metric) if metric.startswith("perplexity/") else f"{value:.1f}"
+    return shown(value, metric) if metric.startswith("perplexity/") else fixed(value, 1)
 
 
 @cache

@@ -6,28 +6,30 @@ Trials that differ only in the seed count as one, by their mean and standard dev
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from q3q.formatting import plural, with_spread
 from q3q.record import TrialRecord
 from q3q.report.measures import (
     ABSENT,
     DIVERGED,
     FAILED,
     Cell,
-    bits_of,
+    bits_of_record,
     by_model,
     cell,
+    given_format,
     in_order,
     interval,
     is_accuracy,
+    is_reference,
     labels,
     shown,
 )
-from q3q.spec import TrialSpec
+from q3q.spec import Json, TrialSpec, digest
 
-MOST_WORDS = 4  # of a name that tells evaluations apart
-LONGEST_WORD = 40
+LONGEST_WORDS = 60  # characters of a setting in a name that tells evaluations apart
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,17 @@ class Pool:
 
     @property
     def bits(self) -> int:
-        return bits_of(self.spec)
+        return bits_of_record(self.records[0])
+
+    @property
+    def is_reference(self) -> bool:
+        """Is this the unquantized model?"""
+        return is_reference(self.records[0])
 
     @property
     def name(self) -> str:
         """The label with the bits."""
-        return self.label if self.spec.scheme is None else f"{self.label}, {self.bits} bits"
+        return self.label if self.is_reference else f"{self.label}, {self.bits} bits"
 
     def values(self, metric: str) -> list[float]:
         """Return the numbers, one for each seed that has one."""
@@ -74,21 +81,23 @@ class Pool:
 
     def shown(self, metric: str, *, intervals: bool = False) -> str:
         """Format the cell: `3.512`, `3.512 [3.1, 3.9]` or `3.512 ± 0.020 (4 seeds)`."""
-        text, spread = shown(self.cell(metric), metric), self.spread(metric)
-        if spread is not None:
-            return f"{text} ± {shown_spread(spread, metric)} ({len(self.values(metric))} seeds)"
+        content, spread = self.cell(metric), self.spread(metric)
+        if spread is not None and isinstance(content, float):
+            unit = 100 if is_accuracy(metric) else 1
+            mean, deviation = with_spread(unit * content, unit * spread)
+            return f"{mean} ± {deviation} ({plural(len(self.values(metric)), 'seed')})"
+        text = shown(content, metric)
         bounds = interval(self.records[0], metric) if intervals and len(self.records) == 1 else None
         ends = "" if bounds is None else ", ".join(shown(bound, metric) for bound in bounds)
         return f"{text} [{ends}]" if ends else text
 
 
-def shown_spread(spread: float, metric: str) -> str:
-    """Format a standard deviation to two digits, in the unit in which the metric is shown."""
-    return f"{float(f'{(100 if is_accuracy(metric) else 1) * spread:.2g}'):g}"
-
-
 def pools(
-    records: Sequence[TrialRecord], metric: str | None = None, *, over_models: bool = False
+    records: Sequence[TrialRecord],
+    metric: str | None = None,
+    *,
+    over_models: bool = False,
+    names: Mapping[str, str] | None = None,
 ) -> list[Pool]:
     """Return the records as pools, in the order of tables.
 
@@ -98,15 +107,21 @@ def pools(
     Args:
         metric: leave out trials without a cell for it, and label only what it depends on.
         over_models: leave models out of labels, so that a method has the same label for all.
+        names: the labels of trials by id, where others than these decide what differs.
     """
     trials = [
         record for record in in_order(records) if metric is None or cell(record, metric) != ABSENT
     ]
-    names = labels([record.spec for record in trials], metric, seeds=False, models=not over_models)
+    if names is None:
+        specs = [record.spec for record in trials]
+        own = labels(specs, metric, seeds=False, models=not over_models)
+    else:
+        own = [names[record.spec.id] for record in trials]
+    own = [_with_format(name, record) for name, record in zip(own, trials, strict=True)]
     places: dict[tuple[str, str, int], dict[str, list[TrialRecord]]] = {}
-    for record, name in zip(trials, names, strict=True):
+    for record, name in zip(trials, own, strict=True):
         spec = record.spec
-        twins = places.setdefault((name, spec.model.label, bits_of(spec)), {})
+        twins = places.setdefault((name, spec.model.label, bits_of_record(record)), {})
         twins.setdefault(replace(spec, seed=0).id, []).append(record)
     result = []
     for (name, *_), twins in places.items():
@@ -132,7 +147,7 @@ def comparable(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
     for model, trials in by_model(in_order(records)).items():
         groups: dict[str, list[TrialRecord]] = {}
         for record in trials:
-            groups.setdefault(_conditions(record.spec), []).append(record)
+            groups.setdefault(conditions_of(record.spec), []).append(record)
         names = _differences([group[0].spec for group in groups.values()])
         for number, (group, words) in enumerate(zip(groups.values(), names, strict=True), start=1):
             name = f"{model} ({words})" if words else model
@@ -140,7 +155,7 @@ def comparable(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
     return named
 
 
-def _conditions(spec: TrialSpec) -> str:
+def conditions_of(spec: TrialSpec) -> str:
     """Return what two trials must share for their numbers to be compared."""
     # Drift is measured beside the other metrics and changes none of them.
     evaluation = replace(spec.evaluation, drift=None)
@@ -148,26 +163,58 @@ def _conditions(spec: TrialSpec) -> str:
 
 
 def _differences(specs: Sequence[TrialSpec]) -> list[str]:
-    """Say for each spec how its model and evaluation differ: `limit=2, task_limit=10`."""
-    settings = [
-        {
-            key: value
-            for key, value in spec.flat().items()
-            if key.startswith(("model.", "evaluation.")) and key != "evaluation.drift"
-        }
-        for spec in specs
-    ]
-    keys = dict.fromkeys(key for own in settings for key in own if key != "model.name")
+    """Say for each spec how its model and evaluation differ: `stories: 2 windows; 10 questions`."""
+    settings = [model_in_words(spec) | evaluation_in_words(spec) for spec in specs]
+    keys = dict.fromkeys(key for own in settings for key in own)
     differing = [key for key in keys if len({own.get(key) for own in settings}) > 1]
-    readable = [
-        key for key in differing if not key.endswith(("digest", "revision")) and ".data." not in key
-    ]
-    texts = []
-    for own in settings:
-        words = dict.fromkeys(
-            f"{key.rpartition('.')[2]}={own.get(key, 'none')}"[:LONGEST_WORD]
-            for key in readable or differing
-        )
-        more = ", …" if len(words) > MOST_WORDS else ""
-        texts.append(", ".join([*words][:MOST_WORDS]) + more)
-    return texts
+    readable = [key for key in differing if key not in FOR_MACHINES] or differing
+    return ["; ".join(own[key] for key in readable if own.get(key)) for own in settings]
+
+
+FOR_MACHINES = ("model", "data", "include", "versions", "others")  # settings of few words
+
+
+def model_in_words(spec: TrialSpec) -> dict[str, str]:
+    """Return what can tell two models of one name apart: the type, and the files."""
+    return {"dtype": spec.model.dtype, "model": f"weights {spec.model.files[:12]}"}
+
+
+def evaluation_in_words(spec: TrialSpec) -> dict[str, str]:
+    """Return the settings of an evaluation in a reader's words; what is a default has none."""
+    evaluation = spec.evaluation
+    words: dict[str, str] = {"quick": "quick" if evaluation.quick else ""}
+    for text in evaluation.texts:
+        windows = "all windows" if text.limit is None else plural(text.limit, "window")
+        drawn = f", {text.samples} drawn at random" if text.samples else ""
+        words[f"text.{text.name}"] = f"{text.name}: {windows} of {text.window} tokens{drawn}"
+    limits = dict.fromkeys(evaluation.limit_of(task) for task in evaluation.tasks)
+    asked = " or ".join("all" if most is None else str(most) for most in limits)
+    each = f" ({asked} questions each)" if [*limits] not in ([], [None]) else ""
+    names = _cut(", ".join(evaluation.task_names))
+    shots = {task.name: task.shots for task in evaluation.tasks if task.shots is not None}
+    most = evaluation.max_gen_toks
+    facts: Json = {
+        "tasks": f"tasks {names}{each}" if names else "no tasks",
+        "shots": f"shots {_cut(json.dumps(shots))}" if shots else "",
+        "chat": f"chat {evaluation.chat}" if evaluation.chat else "",
+        "max_gen_toks": f"answers of at most {most} tokens" if most else "",
+        "versions": f"evaluation {evaluation.version}, lm-eval {evaluation.lm_eval}",
+        "include": f"task files {str(evaluation.include)[:8]}",
+        "data": f"data {digest(dict(evaluation.data))[:8]}",
+        "others": f"settings {digest(evaluation.to_json())[:8]}",
+    }
+    return words | facts
+
+
+def _with_format(label: str, record: TrialRecord) -> str:
+    """Call a checkpoint that was given quantized by its format, not unquantized."""
+    given = given_format(record)
+    return (
+        label.replace(f"unquantized {record.spec.model.dtype}", f"given {given}", 1)
+        if given
+        else label
+    )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_WORDS else text[: LONGEST_WORDS - 1] + "…"

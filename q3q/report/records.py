@@ -97,6 +97,15 @@ def all_sweeps(storage: Path) -> tuple[list[Sweep], list[str]]:
     return sweeps, damaged
 
 
+def sweeps_of_trials(storage: Path) -> dict[str, str]:
+    """Return the names of the sweeps that each trial belongs to, by the trial's id."""
+    names: dict[str, dict[str, None]] = {}
+    for sweep in all_sweeps(storage)[0]:
+        for trial in sweep.trials:
+            names.setdefault(trial.id, {})[sweep.name] = None
+    return {trial: ", ".join(own) for trial, own in names.items()}
+
+
 def predictions(storage: Path) -> Mapping[str, float]:
     """Return the seconds that trials were predicted to take, by id; the newest sweep's count."""
     seconds: dict[str, float] = {}
@@ -117,7 +126,7 @@ def _read(folders: Sequence[Path]) -> tuple[dict[str, TrialRecord], list[str]]:
                 if record.spec.id != folder.name:
                     # Another version of q3q wrote this spec: its result is not this trial's.
                     raise ValueError(f"it belongs to trial {record.spec.id}")
-                _check_record(record)
+                check_record(record)
             except UNREADABLE as error:
                 damaged.append(_damage(path, error))
                 continue
@@ -130,7 +139,7 @@ def _read(folders: Sequence[Path]) -> tuple[dict[str, TrialRecord], list[str]]:
     return records, damaged
 
 
-def _check_record(record: TrialRecord) -> None:
+def check_record(record: TrialRecord) -> None:
     """Raise ValueError if a record's parts have wrong types: without a checksum, anything may."""
     for part in ("metrics", "intervals", "environment", "results", "notes", "comparisons"):
         _check_type(getattr(record, part), dict, part)

@@ -2,18 +2,22 @@
 
 import csv
 import io
+import json
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from q3q.formatting import percent, printable
 from q3q.record import TrialRecord
+from q3q.report.escapes import csv_cell, markdown_text
 from q3q.report.measures import (
     ABSENT,
     FAILED,
-    SIZES,
+    SHORT_DIGEST,
     Cell,
+    by_mean,
     by_model,
     cell,
     commit_of,
@@ -24,7 +28,8 @@ from q3q.report.measures import (
     title,
 )
 from q3q.report.pools import Pool, pools
-from q3q.spec import MEAN_ACCURACY
+from q3q.report.sizes import SIZES, bits_of_weight, bytes_of, number_of, said
+from q3q.spec import MEAN_ACCURACY, digest
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -44,20 +49,20 @@ class Table:
 
     def markdown(self) -> str:
         lines = [self.columns, ("---", *("---:" for _ in self.columns[1:])), *self.rows]
-        body = "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-        )
-        return f"**{self.title}**\n\n{body}\n" + (f"\n{self.note}\n" if self.note else "")
+        body = "\n".join("| " + " | ".join(map(markdown_text, line)) + " |" for line in lines)
+        note = "\n\n".join(markdown_text(part) for part in self.note.split("\n\n"))
+        return f"**{markdown_text(self.title)}**\n\n{body}\n" + (f"\n{note}\n" if note else "")
 
     def plain(self, width: int = 100) -> str:
         """Return aligned text of at most `width` columns; longer labels move below, by number."""
-        rows, below = self.rows, [self.note] if self.note else []
-        if _width((self.columns, *rows)) > width:
-            rows = tuple((f"[{number}]", *row[1:]) for number, row in enumerate(self.rows, start=1))
-            below += [f"[{number}] {row[0]}" for number, row in enumerate(self.rows, start=1)]
-        widths = _widths((self.columns, *rows))
-        lines = textwrap.wrap(self.title, width)
-        for label, *cells in (self.columns, *rows):
+        columns, *rows = (tuple(map(printable, row)) for row in (self.columns, *self.rows))
+        below = [self.note] if self.note else []
+        if _width((columns, *rows)) > width:
+            below += [f"[{number}] {row[0]}" for number, row in enumerate(rows, start=1)]
+            rows = [(f"[{number}]", *row[1:]) for number, row in enumerate(rows, start=1)]
+        widths = _widths((columns, *rows))
+        lines = textwrap.wrap(printable(self.title), width)
+        for label, *cells in (columns, *rows):
             numbers = (cell.rjust(w) for cell, w in zip(cells, widths[1:], strict=True))
             lines.append("  ".join([label.ljust(widths[0]), *numbers]).rstrip())
         for text in below:
@@ -68,7 +73,7 @@ class Table:
 def result_tables(
     records: Sequence[TrialRecord], *, everything: bool, intervals: bool = False
 ) -> list[Table]:
-    """Return a table per model and metric.
+    """Return a table per model and metric; of a mean accuracy, one for each set of tasks.
 
     Args:
         everything: include each task and the sizes; else perplexities and the tasks' mean alone.
@@ -78,26 +83,56 @@ def result_tables(
     tables, outliers = [], other_versions(records)
 
     def content(pool: Pool, metric: str) -> str:
-        mark = MARK if any(record.spec.id in outliers for record in pool.records) else ""
-        return pool.shown(metric, intervals=intervals) + mark
+        marked = any(record.spec.id in outliers for record in pool.records)
+        return pool.shown(metric, intervals=intervals) + (MARK if marked else "")
 
     for model, trials in by_model(in_order(records)).items():
-        metrics = headline_metrics(trials)
-        if everything:
-            metrics += SIZES
-        elif MEAN_ACCURACY in metrics:
-            metrics = [name for name in metrics if not name.endswith("/acc")]
-        for metric in metrics:
-            grid = _grid(trials, metric, content)
+        for metric, heading, group in topics(trials, everything):
+            grid = _grid(group, metric, content)
             if not grid.empty:
                 marked = any(MARK in text for row in grid.to_numpy() for text in row)
                 notes = [MARKED] if marked else []
-                notes += [] if intervals else [_widest_interval(trials, metric)]
+                notes += [] if intervals else [_widest_interval(group, metric)]
                 columns = ("method \\ bits", *map(str, grid.columns))
                 rows = tuple((str(label), *map(str, row)) for label, *row in grid.itertuples())
-                heading, note = f"{model}: {title(metric)}", " ".join(filter(None, notes))
-                tables.append(Table(heading, columns, rows, note))
-    return tables
+                note = " ".join(filter(None, notes))
+                tables.append(Table(f"{model}: {heading}", columns, rows, note))
+        tables += [_size_table(model, trials, metric) for metric in SIZES if everything]
+    return [table for table in tables if table.rows]
+
+
+def topics(
+    trials: Sequence[TrialRecord], everything: bool
+) -> Iterator[tuple[str, str, Sequence[TrialRecord]]]:
+    """Yield each table's metric, its heading, and the trials whose numbers may share it."""
+    metrics = headline_metrics(trials)
+    means = by_mean(trials)
+    with_mean = {record.spec.id for group in means.values() for record in group}
+    for metric in metrics:
+        if metric == MEAN_ACCURACY:
+            for over, group in means.items():
+                yield metric, title(metric).replace("accuracy", f"accuracy of {over}", 1), group
+            continue
+        # A task that is in a mean needs no table of its own, for the trials that have the mean.
+        single = not everything and metric.endswith("/acc")
+        group = [record for record in trials if not (single and record.spec.id in with_mean)]
+        yield metric, title(metric), group
+
+
+def _size_table(model: str, records: Sequence[TrialRecord], metric: str) -> Table:
+    """Return a table of sizes that says which are those of files and which are counted."""
+    sizes = {record.spec.id: bits_of_weight(record, metric) for record in records}
+    rules = {size.rule for size in sizes.values() if size is not None}
+
+    def content(pool: Pool, metric: str) -> str:
+        size = sizes[pool.records[0].spec.id]
+        mark = "" if size is None else number_of(size.rule, rules)
+        return f"{pool.shown(metric)} {mark}".rstrip()
+
+    grid = _grid(records, metric, content)
+    columns = ("method \\ bits", *map(str, grid.columns))
+    rows = tuple((str(label), *map(str, row)) for label, *row in grid.itertuples())
+    return Table(f"{model}: {title(metric)}", columns, rows, said(rules, metric))
 
 
 def method_by_bits(records: Sequence[TrialRecord], metric: str) -> "DataFrame":
@@ -131,27 +166,36 @@ def other_versions(records: Sequence[TrialRecord]) -> frozenset[str]:
     return frozenset(record.spec.id for record in records if commit_of(record) != usual)
 
 
-def trial_table(records: Sequence[TrialRecord]) -> "DataFrame":
-    """Return a row per trial: its settings, its outcome, its metrics and their 95 % intervals."""
+def trial_table(
+    records: Sequence[TrialRecord], sweeps: Mapping[str, str] | None = None
+) -> "DataFrame":
+    """Return a row per trial: its settings, its outcome, its metrics and their 95 % intervals.
+
+    Args:
+        sweeps: the names of the sweeps that a trial belongs to, by the trial's id.
+    """
     from pandas import DataFrame
 
     records = in_order(records)
     headline = headline_metrics(records)
-    others = sorted(
-        {name for record in records for name in record.metrics} - {*headline, *SIZES, "model_bytes"}
-    )
+    own = {*headline, *SIZES, "model_bytes"}
+    others = sorted({name for record in records for name in record.metrics} - own)
     measured = []
     for name in headline:
         bounded = any(name in record.intervals for record in records)
         measured += [name, f"{name}.low", f"{name}.high"] if bounded else [name]
+    settings = differing_settings(records)
     columns = [
         *("trial", "label", "model", "method", "bits", "group_size", "symmetric", "act_bits"),
-        *("seed", "status", "reason", "git_commit", *measured, *SIZES, "model_bytes", "seconds"),
-        *others,
+        *("seed", *(["sweep"] if sweeps else []), *settings),
+        *("status", "reason", "git_commit", *measured),
+        *(["accuracy_of"] if MEAN_ACCURACY in headline else []),
+        *(*SIZES, "model_bytes", "size_bytes", "size_of", "seconds", *others),
     ]
     rows = []
+    means = {record.spec.id: over for over, group in by_mean(records).items() for record in group}
     for record, label in zip(records, labels([record.spec for record in records]), strict=True):
-        scheme = record.spec.scheme
+        scheme, size = record.spec.scheme, bytes_of(record)
         row: dict[str, Any] = {
             "trial": record.spec.id,
             "label": label,
@@ -162,9 +206,14 @@ def trial_table(records: Sequence[TrialRecord]) -> "DataFrame":
             "symmetric": scheme and scheme.symmetric,
             "act_bits": scheme and scheme.act_bits,
             "seed": record.spec.seed,
+            "sweep": (sweeps or {}).get(record.spec.id, ""),
+            **{name: values.get(record.spec.id) for name, values in settings.items()},
             "status": record.status,
             "reason": record.reason,
             "git_commit": commit_of(record),
+            "accuracy_of": means.get(record.spec.id),
+            "size_bytes": size and size.value,
+            "size_of": size and size.rule,
             "seconds": seconds(record),
             **{name: record.metrics.get(name) for name in (*SIZES, "model_bytes", *others)},
         }
@@ -177,14 +226,80 @@ def trial_table(records: Sequence[TrialRecord]) -> "DataFrame":
     return DataFrame(rows, columns=columns, dtype=object)
 
 
+def numbers(records: Sequence[TrialRecord], sweeps: Mapping[str, str]) -> "DataFrame":
+    """Return `trial_table` with floats for metrics; what diverged is nan, and named in a column."""
+    from pandas import to_numeric
+
+    table = trial_table(records, sweeps)
+    table["diverged"] = [", ".join(record.diverged) for record in in_order(records)]
+    measured = {name for record in records for name in (*record.metrics, *record.diverged)}
+    measured |= {f"{name}.{end}" for name in measured for end in ("low", "high")}
+    own = {MEAN_ACCURACY, "size_bytes", "seconds", "bits", "group_size", "act_bits"}
+    for name in [name for name in table.columns if name in measured | own]:
+        table[name] = to_numeric(table[name], errors="coerce")
+    return table.infer_objects()
+
+
+def differing_settings(records: Sequence[TrialRecord]) -> dict[str, dict[str, Any]]:
+    """Return every setting that differs between these trials, beside those with own columns.
+
+    Returns:
+        The value of each trial that has the setting, by the setting's name and the trial's id.
+        A text's window and limit are called `texts.<name>.window` and `texts.<name>.limit`.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for key, value in settings_of(record).items():
+            settings.setdefault(key, {})[record.spec.id] = value
+    trials = {record.spec.id for record in records}
+    return {
+        key: values
+        for key, values in sorted(settings.items())
+        if len({json.dumps(values.get(trial), sort_keys=True) for trial in trials}) > 1
+    }
+
+
+def settings_of(record: TrialRecord) -> dict[str, Any]:
+    """Return a trial's settings by dotted names, without those that have columns of their own."""
+    spec = record.spec
+    evaluation = spec.evaluation.to_json()
+    texts = evaluation.pop("texts")
+    if data := evaluation.pop("data", None):  # MMLU has 57 of them
+        evaluation["data"] = digest(data)[:SHORT_DIGEST]
+    parts: dict[str, Any] = {
+        "model": spec.model.identity,
+        "method": {key: value for key, value in spec.method.to_json().items() if key != "name"},
+        "scheme": {"scales": spec.scheme.scales} if spec.scheme else {},
+        "calibration": spec.calibration.to_json() if spec.calibration else {},
+        "evaluation": evaluation,
+        "texts": {
+            f"{text['name']}.{key}": value
+            for text in texts
+            for key, value in text.items()
+            if key != "name"
+        },
+    }
+    flat = {f"{part}.{key}": value for part, facts in parts.items() for key, value in facts.items()}
+    flat["evaluation.texts"] = [text["name"] for text in texts]
+    flat |= {"mixed": spec.departures, "export": spec.export}
+    return {
+        key: json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else value
+        for key, value in flat.items()
+    }
+
+
 def sites_csv(record: TrialRecord) -> str:
     """Return a row per quantized linear with its errors."""
+    head = ("block", "site", "linear", "weight_error", "output_error")
+    rows = [(s.block, s.site, s.linear, s.weight_error, s.output_error) for s in record.sites]
+    return csv_text([head, *rows])
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as CSV in which no name is a spreadsheet's formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("block", "site", "linear", "weight_error", "output_error"))
-    writer.writerows(
-        (s.block, s.site, s.linear, s.weight_error, s.output_error) for s in record.sites
-    )
+    writer.writerows([csv_cell(content) for content in row] for row in rows)
     return text.getvalue()
 
 
@@ -200,7 +315,7 @@ def _widest_interval(records: Sequence[TrialRecord], metric: str) -> str:
     ]
     if not metric.endswith("/acc") or not reach:
         return ""
-    return f"95 % intervals reach at most {100 * max(reach):.1f} points to either side."
+    return f"95 % intervals reach at most {percent(max(reach))} points to either side."
 
 
 def _widths(rows: Sequence[Sequence[str]]) -> list[int]:

@@ -1,27 +1,31 @@
 """Write a report: the page, the same in Markdown, its numbers as CSV and LaTeX, and its plots."""
 
-import csv
-import io
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from q3q.evaluate.samples import damaged_files
+from q3q.formatting import printable
 from q3q.record import ANSWER, TrialRecord
-from q3q.report.answer import answers
+from q3q.report.answer import answers, in_markdown, sentences
+from q3q.report.baselines import with_baselines
+from q3q.report.beside import Beside
+from q3q.report.escapes import csv_cell
 from q3q.report.latex import latex
 from q3q.report.luck import luck_tables
 from q3q.report.measures import in_order
-from q3q.report.page import Contents, html, markdown, versions
+from q3q.report.page import Contents, html, html_of_studies, markdown, versions
 from q3q.report.paper import Compared, compare_with_paper, paper_table, share_reproduced
 from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
-from q3q.report.tables import result_tables, sites_csv, trial_table
+from q3q.report.tables import csv_text, result_tables, sites_csv, trial_table
 from q3q.storage.files import read_file, write_atomically
 
 HTML = "report.html"
 FORMATS = {"html": HTML, "md": "results.md", "csv": "results.csv", "latex": "results.tex"}
 PERPLEXITY = "perplexity.png"
+TERMINAL_WIDTH = 100
 PLOTS = "plots"  # the folder of each plot as PNG and SVG
 
 
@@ -32,6 +36,7 @@ class About:
     command: starts the study again.
     question, expectation: the study's.
     predicted: the seconds that trials were predicted to take, by id.
+    sweeps: the names of the sweeps that a trial belongs to, by id.
     warnings: problems in finding the records.
     against_paper: speak of the paper even if none of its cells was run.
     """
@@ -41,6 +46,7 @@ class About:
     question: str = ""
     expectation: str = ""
     predicted: Mapping[str, float] | None = None
+    sweeps: Mapping[str, str] | None = None
     warnings: Sequence[str] = ()
     against_paper: bool = False
 
@@ -49,7 +55,7 @@ class About:
 class Report:
     """A report on disk.
 
-    text: the main tables for a terminal.
+    text: the main tables and the answer for a terminal.
     table: the same in Markdown.
     answer: the answer in Markdown, for a front page.
     files: content by name.
@@ -69,15 +75,15 @@ class Report:
 def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> Report:
     """Write the page, its Markdown, CSV, LaTeX and plots, each atomically."""
     records = in_order(records)
-    main = result_tables(records, everything=False)
     contents = _contents(records, about)
+    main = result_tables(contents.shown, everything=False)
     images = {plot.name: f"{PLOTS}/{plot.name}.png" for plot in contents.plots}
     files = {
         HTML: html(contents).encode(),
         FORMATS["md"]: markdown(contents, images).encode(),
-        FORMATS["csv"]: _csv(records, None),
+        FORMATS["csv"]: _csv(records, about.sweeps),
         FORMATS["latex"]: latex(records).encode(),
-        PERPLEXITY: perplexity_against_bits(records),
+        PERPLEXITY: perplexity_against_bits(contents.shown),
         **{f"{PLOTS}/{plot.name}.svg": plot.svg() for plot in contents.plots},
         **{f"{PLOTS}/{plot.name}.png": plot.png() for plot in contents.plots},
     }
@@ -86,8 +92,10 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
     text = "\n\n".join(table.plain() for table in main) or nothing_measured(records)
     if contents.published:
         text += f"\n\nAgainst the paper: {share_reproduced(contents.published)}"
+    if lines := sentences(contents.answers):
+        text += "\n\n" + "\n".join(_wrapped(line) for line in lines)
     table = "\n".join(table.markdown() for table in main)
-    answer = "\n".join(table.markdown() for table in contents.answers) or table
+    answer = in_markdown(contents.answers) if contents.answers else table
     return Report(folder, text, table, answer, files)
 
 
@@ -96,6 +104,22 @@ def nothing_measured(records: Sequence[TrialRecord]) -> str:
     if records and all(record.completed for record in records):
         return "Nothing was measured: the trials had no evaluation."
     return "No results: no trial measured anything."
+
+
+def write_comparison(page: Beside, folder: Path, sweeps: Mapping[str, str]) -> None:
+    """Write a page of studies side by side, the same in Markdown, and all their trials as CSV."""
+    for kind, name in FORMATS.items():
+        write_atomically(folder / name, comparison_in(page, kind, sweeps))
+
+
+def comparison_in(page: Beside, kind: str, sweeps: Mapping[str, str]) -> bytes:
+    """Return a page of studies side by side in one of `FORMATS`."""
+    records = in_order(record for study in page.studies for record in study.records)
+    if kind == "latex":
+        return latex(records).encode()
+    if kind == "csv":
+        return _csv(records, sweeps)
+    return (html_of_studies(page) if kind == "html" else page.markdown()).encode()
 
 
 def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes:
@@ -107,7 +131,8 @@ def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes
     if kind == "latex":
         return latex(records).encode()
     if kind == "csv":
-        return _csv(records, compare_with_paper(records) if about.against_paper else None)
+        paper = paper_csv(compare_with_paper(records)) if about.against_paper else None
+        return _csv(records, about.sweeps) if paper is None else paper
     contents = _contents(records, about, plots=kind == "html")
     return (html(contents) if kind == "html" else markdown(contents, {})).encode()
 
@@ -127,6 +152,7 @@ def trial_artifacts(record: TrialRecord) -> dict[str, bytes]:
 
 def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) -> Contents:
     compared = compare_with_paper(records)
+    shown = with_baselines(records)
     warnings = list(about.warnings)
     if len(commits := versions(records)) > 1:
         counts = ", ".join(f"{count} by {commit}" for commit, count in commits.items())
@@ -139,23 +165,28 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         question=about.question,
         expectation=about.expectation,
         records=records,
-        answers=answers(records),
+        shown=shown,
+        answers=answers(shown),
         luck=luck_tables(records),
-        plots=study_plots(records, about.predicted) if plots else [],
+        plots=study_plots(shown, about.predicted) if plots else [],
         published=compared if compared or about.against_paper else None,
         warnings=warnings,
     )
 
 
-def _csv(records: Sequence[TrialRecord], compared: Sequence[Compared] | None) -> bytes:
-    if compared is None:
-        return trial_table(records).to_csv(index=False, lineterminator="\n").encode()
-    text = io.StringIO()
+def paper_csv(compared: Sequence[Compared]) -> bytes:
+    """Return the paper's cells that were run as CSV."""
     table = paper_table(compared)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(table.columns)
-    writer.writerows(table.rows)
-    return text.getvalue().encode()
+    return csv_text([table.columns, *table.rows]).encode()
+
+
+def _csv(records: Sequence[TrialRecord], sweeps: Mapping[str, str] | None) -> bytes:
+    table = trial_table(records, sweeps).map(csv_cell).rename(columns=csv_cell)
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def _wrapped(line: str) -> str:
+    return "\n".join(textwrap.wrap(printable(line), TERMINAL_WIDTH, subsequent_indent="  "))
 
 
 def _json(data: object) -> bytes:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TextIO, TypeVar
 
-from q3q.evaluate.metrics import mean_metrics
+from q3q.evaluate.metrics import mean_accuracy
+from q3q.formatting import fixed, percent, plural, printable, significant
 from q3q.masking import masked
 from q3q.record import Progress, TrialRecord
 from q3q.spec import text_metric
@@ -220,7 +221,7 @@ class Display:
     def _summarize(self) -> None:
         if self._ended:
             took = duration(self._clock() - self._began, tenths=True)
-            trials, completed = _trials(len(self._ended)), len(self._ended) - self._failed
+            trials, completed = plural(len(self._ended), "trial"), len(self._ended) - self._failed
             self._say(f"{trials} in {took}: {completed} completed, {self._failed} failed")
 
     @_harmless
@@ -270,9 +271,8 @@ class Display:
         if names:
             more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
             verb = "is" if len(names) == 1 else "are"
-            self._say(
-                f"{_trials(len(names))} {verb} done already: {', '.join(names[:MOST_NAMES])}{more}"
-            )
+            named = f"{', '.join(names[:MOST_NAMES])}{more}"
+            self._say(f"{plural(len(names), 'trial')} {verb} done already: {named}")
 
     @_harmless
     def note(self, text: str) -> None:
@@ -280,11 +280,11 @@ class Display:
 
     def _say(self, text: str, where: str = "") -> None:
         """Print a line that stays; `where` the sweep is, which a live picture shows anyway."""
-        line = f"{time.strftime('%H:%M:%S')} {_printable(masked(text + where))}"
+        line = f"{time.strftime('%H:%M:%S')} {printable(masked(text + where))}"
         if self.publisher is not None:
             self.publisher.say(line)
         if self._screen is not None:
-            self._screen.say(_printable(masked(text)))
+            self._screen.say(printable(masked(text)))
         else:
             encoding = self.stream.encoding or "utf-8"
             writable = line.encode(encoding, "replace").decode(encoding)  # ? where ASCII has none
@@ -309,8 +309,8 @@ class Display:
                 running=tuple(
                     Work(
                         trial=key,
-                        name=_printable(trial.name),
-                        doing=_printable(trial.doing),
+                        name=printable(trial.name),
+                        doing=printable(trial.doing),
                         share=trial.share,
                         seconds=now - trial.started,
                         left=self.pace.trial_left(trial, now),
@@ -447,14 +447,13 @@ def headline(record: TrialRecord) -> list[str]:
     evaluation = record.spec.evaluation
     for text in evaluation.texts[:1]:
         perplexity = record.metrics.get(text_metric("perplexity", text.name, evaluation.quick))
-        value = "diverged" if perplexity is None else f"{perplexity:.4g}"
+        value = "diverged" if perplexity is None else significant(perplexity)
         words.append(f"{text.name} {value}")
-    names = mean_metrics(record.spec)
-    scores = [record.metrics[name] for name in names if name in record.metrics]
-    if scores and len(scores) == len(names):
-        words.append(f"accuracy {100 * sum(scores) / len(scores):.1f} %")
+    accuracy = mean_accuracy(record.spec, record.metrics)
+    if accuracy is not None:
+        words.append(f"accuracy {percent(accuracy)} %")
     if "bits_per_weight" in record.metrics:
-        words.append(f"{record.metrics['bits_per_weight']:.2f} bits per weight")
+        words.append(f"{fixed(record.metrics['bits_per_weight'], 2)} bits per weight")
     return words
 
 
@@ -484,12 +483,3 @@ def _part(note: str) -> tuple[int, int]:
     match = re.search(r"(\d+) of (\d+)$", note)
     number, count = (int(match[1]), int(match[2])) if match else (1, 1)
     return (number, count) if 1 <= number <= count else (1, 1)
-
-
-def _trials(count: int) -> str:
-    return f"{count} trial{'' if count == 1 else 's'}"
-
-
-def _printable(text: str) -> str:
-    """Return one line without control characters, which a trial's error may hold."""
-    return " ".join("".join(char if char.isprintable() else " " for char in text).split())

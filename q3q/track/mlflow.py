@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 from q3q.environment import environment_variables
 from q3q.errors import NotRegisteredError, TrackingError
+from q3q.evaluate.metrics import held_out
 from q3q.export.marker import digest_faults
 from q3q.masking import masked
 from q3q.record import ANSWER, Sweep, TrialRecord
@@ -275,8 +276,11 @@ class MlflowTracker:
         """Give the sweep's table columns for these metrics."""
         if (columns := self._columns | dict.fromkeys(metrics)) != self._columns:
             view = f"mlflow.sharedViewState.{self._open_sweep().id}"
+            # As in the report, a text that was not calibrated on ranks the trials.
+            specs = [trial.spec for trial in self._open_sweep().trials]
+            ranked = sorted(columns, key=lambda name: not held_out(name, specs))
             self._client().set_experiment_tag(
-                self._experiment_id, view, shared_view(self._parent, list(columns))
+                self._experiment_id, view, shared_view(self._parent, ranked)
             )
             self._columns = columns
 

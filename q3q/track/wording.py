@@ -50,8 +50,11 @@ def trial_note(record: TrialRecord) -> str:
         lines.append(f"Not a finite number: {', '.join(record.diverged)}")
     if record.comparisons:
         differing = [name for name, row in record.comparisons.items() if row.distinguishable]
-        names = ", ".join(differing) or "nothing"
-        lines.append(f"Distinguishable from the unquantized model: {names}")
+        lines.append(
+            f"Significantly different from the unquantized model: {', '.join(differing)}"
+            if differing
+            else "No significant difference from the unquantized model"
+        )
     if (export := record.notes.get("export")) is not None:
         size = export.get("disk_bytes", record.metrics.get("export_bytes"))
         taken = "" if size is None else f", {in_words(size)} on disk"

@@ -107,7 +107,7 @@ def test_a_damaged_record_is_left_out_and_named(
     printed = capfd.readouterr()
     assert f"{path} cannot be read and is left out (not JSON)" in printed.err
     assert f"{other} cannot be read and is left out (ValueError: it belongs to trial" in printed.err
-    assert "1 trials: 1 completed" in printed.out
+    assert "1 trial: 1 completed" in printed.out
     assert str(path) in printed.out
 
 
@@ -150,7 +150,7 @@ def test_all_sweeps_of_a_name_are_one_study_and_an_id_is_one(
     assert "2 trials: 2 completed" in page
     assert "This report covers 2 sweeps of this name" in page
     assert main(["--storage", str(tmp_path), "--study", "older"]) == 0
-    assert "1 trials: 1 completed" in (tmp_path / "reports/grid_older/report.html").read_text()
+    assert "1 trial: 1 completed" in (tmp_path / "reports/grid_older/report.html").read_text()
 
 
 @pytest.mark.parametrize(

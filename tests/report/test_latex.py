@@ -5,10 +5,20 @@ import re
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.latex import latex
 from q3q.report.paper import DATASETS, METHODS, PUBLISHED
-from tests.specs import STUDY_TASKS, evaluation_of, make_spec, method_of, model_of
+from q3q.spec import ModelRef
+from tests.specs import (
+    STUDY_TASKS,
+    evaluation_of,
+    hub_model_of,
+    make_spec,
+    method_of,
+    model_of,
+)
 
 ASKED = evaluation_of("wikitext2", "c4", tasks=STUDY_TASKS)
 
@@ -76,8 +86,10 @@ def test_the_studys_own_numbers_come_out_as_its_tables() -> None:
         ]
         ours = rows(text)
         group = {"": "-", "per-channel": "-"}
+        # What the study calls FP16 is bfloat16, as Qwen3's releases are.
         expected = {
-            (*key[:4], group.get(key[4], key[4])): values for key, values in rows_of.items()
+            (key[0], key[1].replace("FP16", "BF16"), *key[2:4], group.get(key[4], key[4])): values
+            for key, values in rows_of.items()
         }
         found_here = [tuple(row[:5]) for row in ours]
         if source == "Table 2":  # which prints 14B's 3 bits before its SmoothQuant rows at 4
@@ -114,3 +126,58 @@ def test_what_no_column_tells_stands_beside_the_method_and_seeds_are_a_mean() ->
     )
     found = {row[1]: row[6] for row in rows(latex([one, other, again]))}
     assert found == {"GPTQ damping=0.01": r"51.0$\pm$1.4", "GPTQ damping=0.05": "50.0"}
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (model_of("qwen3_8b", dtype="bfloat16"), "Post-trained models"),
+        (model_of("qwen3_8b_base", dtype="bfloat16"), "Base models"),
+        (hub_model_of("Qwen3-4B-Instruct-2507"), "Post-trained models"),
+        (model_of("demo"), "Models"),
+        (model_of("local"), "Models"),
+        (model_of("my_finetune"), "Models"),
+        (hub_model_of("mine", source="me/mine"), "Models"),
+        (hub_model_of("mine-base", source="me/mine-base"), "Base models"),
+    ],
+)
+def test_a_caption_says_what_is_known_of_its_models(model: ModelRef, kind: str) -> None:
+    """Only Qwen3's releases are known to be post-trained; a name alone shows no such thing."""
+    spec = make_spec("rtn", 4, model=model)
+    text = latex([TrialRecord(spec=spec, status=COMPLETED, metrics={"perplexity/stories": 2.0})])
+    assert re.findall(r"\\caption\{(.*?) under", text) == [kind]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "row"),
+    [
+        ("float32", ["FP32", "32", "32"]),
+        ("bfloat16", ["BF16", "16", "16"]),
+        ("float16", ["FP16", "16", "16"]),
+    ],
+)
+def test_the_unquantized_row_has_its_type(dtype: str, row: list[str]) -> None:
+    model = model_of("demo", dtype=dtype)
+    records = [
+        TrialRecord(
+            spec=make_spec(method, 4, model=model),
+            status=COMPLETED,
+            metrics={"perplexity/stories": 2.0},
+        )
+        for method in ("none", "rtn")
+    ]
+    text = latex(records)
+    assert rows(text)[0][1:4] == row
+    assert r"stories PPL $\downarrow$" in text
+
+
+def test_a_mean_has_the_digits_of_its_deviation() -> None:
+    records = [
+        TrialRecord(
+            spec=make_spec("gptq", 4, seed=seed),
+            status=COMPLETED,
+            metrics={"perplexity/stories": value},
+        )
+        for seed, value in enumerate((1.739, 1.7408, 1.7402))
+    ]
+    assert rows(latex(records))[0][5] == r"1.74000$\pm$0.00092"

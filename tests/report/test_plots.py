@@ -91,7 +91,7 @@ def test_perplexities_are_drawn_as_what_they_are_above_the_unquantized_models() 
 def test_seeds_are_one_line_with_bars() -> None:
     records = [record("gptq", 2, value, seed=seed) for seed, value in enumerate((4.0, 5.0, 6.0))]
     plot = plots(records)["demo-perplexity-stories-bits"]
-    assert tips(plot) == ["gptq, 2 bits: 5.000 ± 1 (3 seeds)"]
+    assert tips(plot) == ["gptq, 2 bits: 5.0 ± 1.0 (3 seeds)"]
     assert "standard deviation over seeds" in plot.caption
 
 
@@ -150,7 +150,8 @@ def test_what_has_no_place_on_an_axis_is_named() -> None:
         record("rtn", 4, 4.0),
         record("gptq", 4, 3.0),
     ]
-    assert plots(none)["demo-pareto"].caption == "Not shown: none (no size)."
+    caption = plots(none)["demo-pareto"].caption
+    assert caption.endswith(". Not shown: unquantized float32 (no size).")
     same, other = (
         replace(trial, metrics={**trial.metrics, "kl/stories": kl})
         for trial, kl in ((record("rtn", 8, 2.0), 0.0), (record("rtn", 4, 2.1), 0.5))
@@ -158,7 +159,7 @@ def test_what_has_no_place_on_an_axis_is_named() -> None:
     plot = plots([same, other, record("rtn", 2, 3.0)])["demo-stories-kl"]
     assert len(tips(plot)) == 1
     assert "Not shown: rtn w8 g128 (0, no divergence), rtn w2 g128 (not measured)." in plot.caption
-    assert "Of 1, only the mean and at most the 99th percentile are known." in plot.caption
+    assert "Of 1 trial, only the mean and at most the 99th percentile are known." in plot.caption
 
 
 def test_the_divergence_shows_how_it_is_spread_over_tokens() -> None:
@@ -189,7 +190,7 @@ def test_base_models_have_lines_of_their_own_over_size_and_a_method_has_one() ->
     records += [record("smoothquant", 4, 4.0, "m", act_bits=8), record("rtn", 4, None, "m")]
     plot = plots(records)["size-4bits"]
     assert {name: len(points) for name, points in lines(plot).items()} == {
-        **{"none": 2, "none base": 2, "gptq": 2, "gptq base": 2},
+        **{"unquantized float32": 2, "unquantized float32 base": 2, "gptq": 2, "gptq base": 2},
         "smoothquant a8": 1,
     }
     assert plot.caption == "Not shown: rtn w4 g128 · m (diverged)."
@@ -257,3 +258,65 @@ def test_a_large_grid_is_one_picture_and_no_cell_stops_a_keyboard() -> None:
     assert tips(large) == []
     assert b"<image" in large.svg()
     assert len(large.svg()) < 200_000
+
+
+def test_variants_of_a_method_share_no_colour_and_marker() -> None:
+    """Points have no dashes: an open marker is another than a full one."""
+    labels = [f"gptq export:{number}" for number in range(30)]
+    labels += [f"{method} x{number}" for method in "abcdefgh" for number in range(4)]
+    looks = looks_of(labels)
+    seen = {(look["color"], look["marker"], look["fillstyle"]) for look in looks.values()}
+    assert len(seen) == len(labels)
+
+
+def test_accuracies_have_their_intervals_in_the_picture() -> None:
+    evaluation = evaluation_of(tasks=["who"])
+    records = [
+        replace(
+            record(method, bits, 1.0, evaluation=evaluation),
+            metrics={"who/acc": 0.5},
+            intervals={"who/acc": (0.4, 0.6)},
+        )
+        for method, bits in (("none", 16), ("rtn", 4), ("awq", 4))
+    ]
+    plot = plots(records)["demo-who-acc-bits"]
+    drawn: Any = plot.figure.axes[0].get_lines()
+    bars = [sorted(line.get_ydata()) for line in drawn if len(line.get_xdata()) == 2]
+    assert bars.count([40.0, 60.0]) == 2
+    assert plot.caption == "Bars: 95 % interval."
+    assert tips(plot) == [f"{m}, 4 bits: 50.0 [40.0, 60.0]" for m in ("rtn", "awq")]
+
+
+def test_heatmaps_of_one_kind_of_error_share_a_scale_and_kinds_are_named() -> None:
+    def with_errors(method: str, error: float, outputs: bool) -> TrialRecord:
+        sites = [
+            SiteError(
+                block=k,
+                site="o",
+                linear="o_proj",
+                weight_error=error,
+                output_error=error * (k + 1) if outputs else None,
+            )
+            for k in range(2)
+        ]
+        return replace(record(method, 2, 3.0), sites=tuple(sites))
+
+    records = [
+        with_errors("gptq", 0.1, outputs=True),
+        with_errors("awq", 0.3, outputs=True),
+        with_errors("rtn", 0.9, outputs=False),
+    ]
+    heatmaps = [plot for plot in study_plots(records) if plot.name.endswith("-sites")]
+    scales = {plot.title: plot.figure.axes[1].get_ylim() for plot in heatmaps}
+    assert scales == {
+        "Weight error per block and site: rtn w2 g128": (0.0, 0.9),
+        "Output error per block and site: awq w2 g128": (0.0, 0.6),
+        "Output error per block and site: gptq w2 g128": (0.0, 0.6),
+    }
+
+
+def test_models_whose_names_differ_in_what_no_file_can_be_called_keep_their_own_plots() -> None:
+    records = [record("rtn", 4, 2.0, model) for model in ("a/../b", "a..b", "a b")]
+    names = [plot.name for plot in study_plots(records)]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[\w-]+", name) for name in names)

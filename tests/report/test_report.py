@@ -83,8 +83,8 @@ GRID = [
 
 def test_method_by_bits_holds_every_outcome_in_its_cell() -> None:
     grid = method_by_bits(GRID, STORIES)
-    assert list(grid.columns) == [2, 3, 4, 16]
-    assert list(grid.index) == ["none", "rtn", "awq", "gptq"]
+    assert list(grid.columns) == [2, 3, 4, 32]
+    assert list(grid.index) == ["unquantized float32", "rtn", "awq", "gptq"]
     assert grid.to_numpy().tolist() == [
         ["-", "-", "-", 3.0],
         ["diverged", 123456.0, 987.654, "-"],
@@ -97,19 +97,19 @@ def test_the_terminal_table_is_exactly_this() -> None:
     perplexity, accuracy = result_tables(GRID, everything=False)
     assert perplexity.plain() == (
         "demo: perplexity of stories (lower is better)\n"
-        "method \\ bits         2         3      4     16\n"
-        "none                  -         -      -  3.000\n"
-        "rtn            diverged  1.23e+05  987.7      -\n"
-        "awq                   -         -  3.250      -\n"
-        "gptq             failed     12.35      -      -"
+        "method \\ bits               2         3      4     32\n"
+        "unquantized float32         -         -      -  3.000\n"
+        "rtn                  diverged  1.23e+05  987.7      -\n"
+        "awq                         -         -  3.250      -\n"
+        "gptq                   failed     12.35      -      -"
     )
     assert accuracy.plain() == (
         "demo: accuracy on stories_who, % (higher is better)\n"
-        "method \\ bits       2     3     4    16\n"
-        "none                -     -     -  87.5\n"
-        "rtn              25.0  75.0  75.0     -\n"
-        "awq                 -     -  75.0     -\n"
-        "gptq           failed  75.0     -     -\n"
+        "method \\ bits             2     3     4    32\n"
+        "unquantized float32       -     -     -  87.5\n"
+        "rtn                    25.0  75.0  75.0     -\n"
+        "awq                       -     -  75.0     -\n"
+        "gptq                 failed  75.0     -     -\n"
         "95 % intervals reach at most 5.0 points to either side."
     )
 
@@ -160,7 +160,7 @@ def test_what_differs_stands_in_the_label_and_nothing_is_overwritten(
 def test_seeds_share_a_cell_that_says_so() -> None:
     records = [record("gptq", 3, value, seed=seed) for seed, value in enumerate((5.0, 6.0, 7.0))]
     assert method_by_bits(records, STORIES).to_dict() == {3: {"gptq": 6.0}}
-    assert result_tables(records, everything=False)[0].rows == (("gptq", "6.000 ± 1 (3 seeds)"),)
+    assert result_tables(records, everything=False)[0].rows == (("gptq", "6.0 ± 1.0 (3 seeds)"),)
     diverged = [*records, record("gptq", 3, None, seed=3)]
     assert method_by_bits(diverged, STORIES).to_dict() == {3: {"gptq": "diverged"}}
 
@@ -177,10 +177,12 @@ def test_seeds_share_a_cell_that_says_so() -> None:
 def test_questions_asked_otherwise_are_told_apart(
     first: dict[str, Any], second: dict[str, Any], label: str
 ) -> None:
+    tasks = ["stories_who", "other"]
     records = [
-        record(acc=acc, evaluation=evaluation_of("stories", tasks=["stories_who"], **changes))
+        record(acc=acc, evaluation=evaluation_of("stories", tasks=tasks, **changes))
         for acc, changes in ((0.5, first), (0.75, second))
     ]
+    records = [replace(r, metrics={**r.metrics, "other/acc": r.metrics[WHO]}) for r in records]
     assert method_by_bits(records, WHO).to_dict()[4][label] == 0.5
     for metric in (WHO, "accuracy"):
         assert sorted(method_by_bits(records, metric).to_dict()[4].values()) == [0.5, 0.75]
@@ -212,7 +214,7 @@ def test_how_much_is_luck_is_told_by_seeds_calibrations_and_methods() -> None:
     ]
     table = luck_tables(records)[0]
     # Variances: 2, 0, 0, 0 within cells; 2 and 0 between sets; that of 5 and 9 between methods.
-    assert table.rows == (("2", "0.71", "1", "2.8", "4.0"),)
+    assert table.rows == (("2", "0.71", "1.0", "2.8", "4.0"),)
     assert luck_tables([record("gptq", 2, 5.0), record("awq", 2, 6.0)]) == []
 
 
@@ -222,9 +224,15 @@ def test_methods_own_defaults_do_not_crowd_the_labels_but_group_sizes_do() -> No
         record("gptq", 3),
         record("none"),
     ]  # they calibrate differently, as each method does
-    assert list(method_by_bits(same, STORIES).index) == ["none", "awq", "gptq"]
+    assert list(method_by_bits(same, STORIES).index) == [
+        "unquantized float32",
+        *("awq", "gptq"),
+    ]
     differ = [record("rtn", 3, group_size=-1), record("gptq", 3), record("none")]
-    assert list(method_by_bits(differ, STORIES).index) == ["none", "rtn pc", "gptq g128"]
+    assert list(method_by_bits(differ, STORIES).index) == [
+        "unquantized float32",
+        *("rtn pc", "gptq g128"),
+    ]
 
 
 def test_evaluations_that_differ_are_told_apart_only_where_they_matter() -> None:
@@ -273,8 +281,8 @@ def test_several_tasks_have_a_mean_and_models_have_tables_of_their_own() -> None
     ]
     short = [(table.title, table.rows) for table in result_tables(records, everything=False)]
     assert short == [
-        ("demo: mean accuracy of the tasks, % (higher is better)", (("rtn", "55.0"),)),
-        ("demo_moe: mean accuracy of the tasks, % (higher is better)", (("rtn", "70.0"),)),
+        ("demo: mean accuracy of a, b, % (higher is better)", (("rtn", "55.0"),)),
+        ("demo_moe: mean accuracy of a, b, % (higher is better)", (("rtn", "70.0"),)),
     ]
     assert len(result_tables(records, everything=True)) == 6
     assert list(method_by_bits(records, "a/acc").index) == ["rtn demo", "rtn demo_moe"]
@@ -337,8 +345,8 @@ def test_a_reports_files_do_not_depend_on_the_order_trials_ended_in(tmp_path: Pa
     assert "8 trials: 6 completed, 2 failed." in page
     assert report.text.splitlines()[:3] == [
         "demo: perplexity of stories (lower is better)",
-        "method \\ bits         2         3      4       8     16",
-        "none                  -         -      -       -  3.000",
+        "method \\ bits               2         3      4       8     32",
+        "unquantized float32         -         -      -       -  3.000",
     ]
     assert report.artifacts()["table.md"].decode().count("| gptq | failed |") == 2
 
@@ -449,9 +457,9 @@ def texts(png_of: Any, *arguments: Any) -> list[str]:
 
 def test_the_plot_says_what_it_cannot_show_and_names_its_axes() -> None:
     drawn = texts(perplexity_against_bits, GRID)
-    assert "perplexity above the unquantized\nmodel's, %" in drawn
-    assert "bits of a weight\nnot shown: rtn 2-bit diverged, gptq 2-bit failed" in drawn
-    assert {"unquantized", "rtn", "awq", "gptq", "demo: stories"} <= set(drawn)
+    assert "perplexity increase (%)" in drawn
+    assert "bits per weight\nnot shown: rtn 2-bit diverged, gptq 2-bit failed" in drawn
+    assert {"unquantized float32", "rtn", "awq", "gptq", "demo: stories"} <= set(drawn)
     assert {"10", "1e+06"} <= set(drawn)  # a logarithmic axis with plain numbers
     alone = texts(perplexity_against_bits, [trial for trial in GRID if trial.spec.scheme])
     assert "perplexity per token" in alone  # nothing to compare with

@@ -576,7 +576,7 @@ def test_what_is_known_later_of_an_attempt_joins_its_run(tracker: MlflowTracker)
     assert after.info.run_id == before.info.run_id
     assert after.info.end_time == before.info.end_time
     assert after.data.metrics["perplexity/stories.difference"] == 0.2
-    assert "Distinguishable" in after.data.tags["mlflow.note.content"]
+    assert "Significantly different" in after.data.tags["mlflow.note.content"]
     client = MlflowClient(tracking_uri=tracker.uri)
     for name in ("system/cpu_utilization_percentage", "perplexity/stories"):
         assert len(client.get_metric_history(after.info.run_id, name)) == 1

@@ -1,6 +1,7 @@
 """The plots of a report."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from q3q.record import TrialRecord
 from q3q.report.measures import by_model, in_order
@@ -40,4 +41,14 @@ def study_plots(
         plots += site_errors(model, trials)
     plots += quality_against_parameters(records)
     plots += predicted_against_actual_cost(records, predicted or {})
-    return plots
+    return _with_own_names(plots)
+
+
+def _with_own_names(plots: Sequence[Plot]) -> list[Plot]:
+    """Number plots whose models' names differ in nothing that a file name can hold."""
+    seen: dict[str, int] = {}
+    named = []
+    for plot in plots:
+        count = seen[plot.name] = seen.get(plot.name, 0) + 1
+        named.append(plot if count == 1 else replace(plot, name=f"{plot.name}-no{count}"))
+    return named

@@ -45,7 +45,7 @@ def height_of(
 def height_title(metric: str, level: float | None) -> str:
     """Return the title of an axis whose heights come from `height_of`."""
     if level is not None:
-        return "perplexity above the unquantized\nmodel's, %"
+        return "perplexity increase (%)"
     return "perplexity per token" if is_perplexity(metric) else "accuracy, %"
 
 

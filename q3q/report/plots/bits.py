@@ -10,6 +10,7 @@ from q3q.report.measures import (
     by_model,
     headline_metrics,
     in_order,
+    interval,
     is_accuracy,
     is_perplexity,
     shown,
@@ -27,8 +28,9 @@ from q3q.report.plots.drawing import (
     png,
 )
 from q3q.report.plots.looks import SOFT, Look, Looks, study_looks
-from q3q.report.plots.words import metric_title, shown_label, slug
+from q3q.report.plots.words import metric_title, slug
 from q3q.report.pools import Pool, pools
+from q3q.report.tables import topics
 from q3q.spec import MEAN_ACCURACY
 
 if TYPE_CHECKING:
@@ -38,18 +40,30 @@ if TYPE_CHECKING:
 def quality_against_bits(
     model: str, records: Sequence[TrialRecord], looks: Looks
 ) -> Iterator[Plot]:
-    """Draw each perplexity, and the mean accuracy or, of a single task, its accuracy."""
-    metrics = headline_metrics(records)
-    accuracies = [MEAN_ACCURACY] if MEAN_ACCURACY in metrics else [*filter(is_accuracy, metrics)]
-    drawn = {*filter(is_perplexity, metrics), *accuracies}
-    for metric in [name for name in metrics if name in drawn]:
-        tried = pools(records, metric)
+    """Draw each perplexity, and each mean accuracy or, of a single task, its accuracy."""
+    drawn: dict[str, int] = {}
+    for metric, heading, group in topics(records, everything=False):
+        if not is_perplexity(metric) and not is_accuracy(metric):
+            continue
+        tried = pools(group, metric)
+        if not tried:
+            continue
         figure, axes = panel()
         legend(figure, _draw_lines(axes, tried, looks, metric))
         spread = any(pool.spread(metric) for pool in tried)
-        caption = "Bars: standard deviation over seeds." if spread else ""
-        name, title = f"{model}-{slug(metric)}-bits", f"{metric_title(metric)} against bits"
-        yield Plot(name, title, caption, figure, model)
+        bounded = any(pool_interval(pool, metric) for pool in tried) and is_accuracy(metric)
+        bars = [
+            *(["95 % interval"] if bounded else []),
+            *(["standard deviation over seeds"] if spread else []),
+        ]
+        sentences = [
+            f"{heading.partition(', % ')[0].capitalize()}." if metric == MEAN_ACCURACY else "",
+            f"Bars: {' or '.join(bars)}." if bars else "",
+        ]
+        count = drawn[metric] = drawn.get(metric, 0) + 1
+        name = f"{slug(model)}-{slug(metric)}-bits" + (f"-{count}" if count > 1 else "")
+        title = f"{metric_title(metric)} against bits"
+        yield Plot(name, title, " ".join(filter(None, sentences)), figure, model)
 
 
 def perplexity_against_bits(records: Sequence[TrialRecord]) -> bytes:
@@ -84,9 +98,9 @@ def _draw_lines(axes: "Axes", tried: Sequence[Pool], looks: Looks, metric: str) 
     bits could not be told apart beside 2. A bit width that was not run leaves a line unbroken; one
     that failed or diverged breaks it.
     """
-    quantized = [pool for pool in tried if pool.spec.scheme is not None]
+    quantized = [pool for pool in tried if not pool.is_reference]
     references = [
-        pool for pool in tried if pool.spec.scheme is None and isinstance(pool.cell(metric), float)
+        pool for pool in tried if pool.is_reference and isinstance(pool.cell(metric), float)
     ]
     level, height = height_of(references, metric)
     handles: dict[str, Any] = {}
@@ -95,8 +109,11 @@ def _draw_lines(axes: "Axes", tried: Sequence[Pool], looks: Looks, metric: str) 
         value = float(pool.cell(metric))
         values.append(height(value))
         handles[pool.label] = axes.axhline(
-            height(value), color=SOFT, linestyle="--", label=shown_label(pool)
+            height(value), color=SOFT, linestyle="--", label=pool.label
         )
+        if is_accuracy(metric) and (ends := pool_interval(pool, metric)) is not None:
+            axes.axhspan(*map(height, ends), color=SOFT, alpha=0.1, linewidth=0)
+            values += map(height, ends)
         # On the left, where few bits keep the lines far above.
         axes.annotate(
             shown(value, metric),
@@ -110,8 +127,11 @@ def _draw_lines(axes: "Axes", tried: Sequence[Pool], looks: Looks, metric: str) 
     by_label: dict[str, list[Pool]] = {}
     for pool in quantized:
         by_label.setdefault(pool.label, []).append(pool)
-    for label, group in by_label.items():
-        if heights := _draw_line(axes, group, height, looks[label], metric):
+    # Bars of intervals at one place would hide each other.
+    step = min(0.12, 0.5 / max(1, len(by_label))) if is_accuracy(metric) else 0.0
+    for number, (label, group) in enumerate(by_label.items()):
+        aside = step * (number - (len(by_label) - 1) / 2)
+        if heights := _draw_line(axes, group, height, looks[label], metric, aside):
             values += heights
             handles[label] = handle(looks[label], label)
     ticks = sorted({pool.bits for pool in quantized})
@@ -132,7 +152,7 @@ def _draw_lines(axes: "Axes", tried: Sequence[Pool], looks: Looks, metric: str) 
         if isinstance(word := pool.cell(metric), str)
     ]
     below = textwrap.fill(f"not shown: {', '.join(missing)}", 58) if missing else ""
-    name_axes(axes, f"bits of a weight\n{below}".rstrip(), height_title(metric, level))
+    name_axes(axes, f"bits per weight\n{below}".rstrip(), height_title(metric, level))
     return handles
 
 
@@ -142,23 +162,39 @@ def _draw_line(
     height: Callable[[float], float],
     look: Look,
     metric: str,
+    aside: float = 0.0,
 ) -> list[float]:
-    """Draw one label's line and points and return their heights; empty if it has no number."""
+    """Draw one label's line and points and return their heights; empty if it has no number.
+
+    Args:
+        aside: how far it is moved to the right.
+    """
     tried = sorted(tried, key=lambda pool: pool.bits)
     cells = [pool.cell(metric) for pool in tried]
     heights = [height(cell) if isinstance(cell, float) else math.nan for cell in cells]
     if all(map(math.isnan, heights)):
         return []
     label = tried[0].label
-    line(axes, [pool.bits for pool in tried], heights, look, label)
+    line(axes, [pool.bits + aside for pool in tried], heights, look, label)
     reached = []
     for pool, cell, y in zip(tried, cells, heights, strict=True):
         if not isinstance(cell, float):
             continue
         reached.append(y)
-        if (spread := pool.spread(metric)) is not None:
-            ends = [height(cell - spread), height(cell + spread)]
-            line(axes, [pool.bits, pool.bits], ends, {**look, "linestyle": "-"}, label, 1.0)
+        spread, own = pool.spread(metric), pool_interval(pool, metric)
+        bounds = (cell - spread, cell + spread) if spread is not None else None
+        if bounds is None and is_accuracy(metric):
+            bounds = own
+        x = pool.bits + aside
+        if bounds is not None:
+            ends = [*map(height, bounds)]
+            line(axes, [x, x], ends, {**look, "linestyle": "-"}, label, 1.0)
             reached += ends
-        mark(axes, pool.bits, y, look, label, f"{pool.name}: {pool.shown(metric)}")
+        shown_cell = pool.shown(metric, intervals=is_accuracy(metric))
+        mark(axes, x, y, look, label, f"{pool.name}: {shown_cell}")
     return reached
+
+
+def pool_interval(pool: Pool, metric: str) -> tuple[float, float] | None:
+    """Return the 95 % interval of a single trial's metric."""
+    return interval(pool.records[0], metric) if len(pool.records) == 1 else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from q3q.formatting import fixed, plural
 from q3q.record import TrialRecord
 from q3q.report.measures import seconds
 from q3q.report.plots.axes import logarithmic, name_axes
@@ -43,7 +44,7 @@ def predicted_against_actual_cost(
         method = record.spec.method.name
         look = looks.get(method, REFERENCE)
         trial = f"{record.spec.name} · {record.spec.model.label}"
-        description = f"{trial}: predicted {plan:.0f} s, took {actual:.0f} s"
+        description = f"{trial}: predicted {fixed(plan, 0)} s, took {fixed(actual, 0)} s"
         mark(axes, plan, actual, look, method, description)
         text = method if method in looks else "unquantized"
         handles[method] = handle(points_only(look), text)
@@ -52,7 +53,6 @@ def predicted_against_actual_cost(
     name_axes(axes, "predicted, s", "took, s")
     legend(figure, handles)
     left_out = len(records) - len(timed)
-    caption = (
-        f"{left_out} trials that failed or had no prediction are not shown." if left_out else ""
-    )
-    yield Plot("cost", "Predicted against actual cost", caption, figure)
+    hidden = f"Not shown: {plural(left_out, 'trial')}, failed or without a prediction."
+    caption = f"How long q3q took, not how fast the model is. {hidden if left_out else ''}".strip()
+    yield Plot("cost", "Predicted against actual time of a trial", caption, figure)

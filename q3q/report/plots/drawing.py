@@ -117,6 +117,7 @@ def mark(axes: "Axes", x: float, y: float, look: Look, label: str, description: 
         [y],
         color=look["color"],
         marker=look["marker"],
+        fillstyle=look.get("fillstyle", "full"),
         markersize=5.5,
         linestyle="",
         gid=group_id(POINT, label, description),

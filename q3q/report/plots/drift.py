@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from q3q.formatting import plural
 from q3q.record import TrialRecord
 from q3q.report.measures import mean_of_numbers
 from q3q.report.plots.axes import logarithmic, name_axes
@@ -57,20 +58,21 @@ def divergence_against_bits(
         bottom = max(min(values), min(float(pool.cell(metric)) for pool in positive) / 100)
         logarithmic(axes.yaxis, [value for value in values if value >= bottom], axes.set_yscale)
         axes.set_ylim(bottom=bottom / 1.5)
-        name_axes(axes, "bits of a weight", "KL divergence, nats per token")
+        name_axes(axes, "bits per weight", "KL divergence, nats per token")
         legend(figure, handles)
         sentences = [
-            "Over tokens: mean (symbol), middle half (thick line), middle 98 % (thin line), "
-            "99.9th percentile (dash).",
-            "Lines that reach the bottom go on below it." if min(values) < bottom else "",
-            f"Of {mean_alone}, only the mean and at most the 99th percentile are known."
+            "Per-token KL divergence: mean (marker), 25th to 75th percentile (thick bar), 1st to "
+            "99th (thin bar), 99.9th (dash).",
+            "Bars are clipped at the axis." if min(values) < bottom else "",
+            f"Of {plural(mean_alone, 'trial')}, only the mean and at most the 99th percentile "
+            "are known."
             if mean_alone
             else "",
             not_shown(_left_out(trials, tried, metric), metric),
         ]
         title = f"KL divergence from the unquantized model, {text}"
         caption = " ".join(filter(None, sentences))
-        yield Plot(f"{model}-{slug(text)}-kl", title, caption, figure, model)
+        yield Plot(f"{slug(model)}-{slug(text)}-kl", title, caption, figure, model)
 
 
 def _percentiles(pool: Pool, text: str) -> dict[str, float]:

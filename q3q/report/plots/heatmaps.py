@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from q3q.formatting import plural
 from q3q.record import SiteError, TrialRecord
 from q3q.report.measures import bits_of, mean_of_numbers
 from q3q.report.plots.axes import plain_numbers
 from q3q.report.plots.drawing import CELL, Plot, group_id, new_figure, notice, png
+from q3q.report.plots.words import slug
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,15 +35,22 @@ def site_errors(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
     with_sites = [record for record in records if record.sites]
     chosen = _fewest_bits_of_each_method(with_sites)
     more = len(with_sites) - len(chosen)
-    caption = (
-        f"{more} more trials have theirs beside their records in MLflow (heatmap.png)."
+    rest = (
+        f"{plural(more, 'more trial')} have theirs beside their records in MLflow (heatmap.png)."
         if more
         else ""
     )
+    # Errors of outputs and of weights are different quantities: each has a scale of its own.
+    grids = {kind: [_site_grid(r) for r in chosen if _has_outputs(r) == kind] for kind in (0, 1)}
     for record in chosen:
-        title = f"Error per block and site: {record.spec.name}"
-        name = f"{model}-{record.spec.id}-sites"
-        yield Plot(name, title, caption, _site_heatmap(record), model)
+        alike = grids[_has_outputs(record)]
+        kind = "Output" if _has_outputs(record) else "Weight"
+        title = f"{kind} error per block and site: {record.spec.name}"
+        scale = f"One colour scale for all {kind.lower()} errors." if len(alike) > 1 else ""
+        ends = _ends([row for grid in alike for row in grid.errors])
+        name = f"{slug(model)}-{record.spec.id}-sites"
+        caption = f"{scale} {rest}".strip()
+        yield Plot(name, title, caption, _site_heatmap(record, ends), model)
 
 
 def tokens_of_experts(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
@@ -60,7 +70,7 @@ def tokens_of_experts(model: str, records: Sequence[TrialRecord]) -> Iterator[Pl
         routed = f"Tokens as routed during the calibration of {record.spec.name}."
         caption = f"{routed} Grey: {_missing(numbers.values())} experts saw no token."
         title = "Calibration tokens of each expert"
-        yield Plot(f"{model}-{record.spec.id}-experts", title, caption, figure, model)
+        yield Plot(f"{slug(model)}-{record.spec.id}-experts", title, caption, figure, model)
 
 
 def errors_of_experts(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
@@ -90,15 +100,28 @@ def errors_of_experts(model: str, records: Sequence[TrialRecord]) -> Iterator[Pl
         caption = f"Relative {kind} error of an expert, mean over gate, up and down.{grey}"
         title = f"Error of each expert: {record.spec.name}"
         figure = _expert_heatmap(means, f"{kind} error")
-        yield Plot(f"{model}-{record.spec.id}-expert-errors", title, caption, figure, model)
+        yield Plot(f"{slug(model)}-{record.spec.id}-expert-errors", title, caption, figure, model)
 
 
-def _site_heatmap(record: TrialRecord) -> "Figure":
-    sites, name = record.sites, f"{record.spec.name} · {record.spec.model.label}"
-    if not sites:
-        return notice(f"{name}: no linear was quantized.")
-    outputs = any(site.output_error is not None for site in sites)
-    quantity = "output error ‖X(W − Q)ᵀ‖ / ‖XWᵀ‖" if outputs else "weight error ‖W − Q‖ / ‖W‖"
+@dataclass(frozen=True)
+class SiteGrid:
+    """Errors by site (rows) and block (columns), nan for none.
+
+    averaged: how many linears of a site a cell is the mean of, 1 if each has its own.
+    """
+
+    rows: list[str]
+    blocks: list[int]
+    errors: list[list[float]]
+    averaged: int
+
+
+def _has_outputs(record: TrialRecord) -> bool:
+    return any(site.output_error is not None for site in record.sites)
+
+
+def _site_grid(record: TrialRecord) -> SiteGrid:
+    sites, outputs = record.sites, _has_outputs(record)
     keys = [f"{site.site}/{site.linear}" for site in sites]
     averaged = len(set(keys)) > MOST_ROWS
     if averaged:
@@ -108,14 +131,29 @@ def _site_heatmap(record: TrialRecord) -> "Figure":
     for key, site in zip(keys, sites, strict=True):
         errors.setdefault((key, site.block), []).append(_error(site, outputs))
     grid = [[mean_of_numbers(errors.get((row, block), [])) for block in blocks] for row in rows]
+    count = len(sites) // max(1, len(blocks) * len(rows)) if averaged else 1
+    return SiteGrid(rows, blocks, grid, count)
+
+
+def _site_heatmap(record: TrialRecord, ends: tuple[float, float] | None = None) -> "Figure":
+    """Draw a trial's errors. ends: of the colour scale, by default its own smallest and largest."""
+    name = f"{record.spec.name} · {record.spec.model.label}"
+    if not record.sites:
+        return notice(f"{name}: no linear was quantized.")
+    outputs = _has_outputs(record)
+    quantity = "output error ‖X(W − Q)ᵀ‖ / ‖XWᵀ‖" if outputs else "weight error ‖W − Q‖ / ‖W‖"
+    found = _site_grid(record)
+    grid, rows, blocks = found.errors, found.rows, found.blocks
     height = 1.2 + max(1.2, 0.3 * len(rows))
     figure = new_figure(2.8 + min(max(3.6, 0.4 * len(blocks)), 10), height)
     axes = figure.subplots()
-    _draw_grid(figure, axes, grid, quantity, lambda y, x: f"block {blocks[x]}, {rows[y]}")
+    _draw_grid(
+        figure, axes, grid, quantity, lambda y, x: f"block {blocks[x]}, {rows[y]}", ends=ends
+    )
     _name_blocks(axes, blocks)
     axes.set_yticks(range(len(rows)), labels=rows, fontsize=8)
-    count = len(sites) // max(1, len(blocks) * len(rows))
-    mean = f"\nmean over the {count} linears of each site" if averaged else ""
+    linears = f"\nmean over the {found.averaged} linears of each site"
+    mean = linears if found.averaged > 1 else ""
     missing = _missing(grid)
     grey = f"\ngrey: {missing} without a number" if missing else ""
     axes.set_title(f"{name}: {quantity}{mean}{grey}", fontsize=10)
@@ -168,6 +206,7 @@ def _draw_grid(
     *,
     number: str = ".3g",
     missing: str = "no number",
+    ends: tuple[float, float] | None = None,
 ) -> None:
     """Colour cells by value, with their numbers where there is room; nan is grey.
 
@@ -175,14 +214,14 @@ def _draw_grid(
         place: describes a cell by its row and column.
         number: format of a value.
         missing: describes a grey cell.
+        ends: of the colour scale; by default the smallest and the largest value.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.patches import Rectangle
 
-    finite = [value for row in grid for value in row if not math.isnan(value)] or [0.0]
-    low, high = min(finite), max(finite)
+    low, high = ends or _ends(grid)
     wide = 0 < 10 * low < high
     norm = LogNorm(low, high) if wide else Normalize(0.0, high or 1.0)
     image = ScalarMappable(norm, colormaps["viridis"])
@@ -210,6 +249,11 @@ def _draw_grid(
             ink = "#111111" if norm(value) > 0.5 else "#ffffff"
             text = format(value, number.replace("3", "2"))
             axes.text(x, y, text, ha="center", va="center", fontsize=7, color=ink)
+
+
+def _ends(grid: Iterable[Sequence[float]]) -> tuple[float, float]:
+    finite = [value for row in grid for value in row if not math.isnan(value)] or [0.0]
+    return min(finite), max(finite)
 
 
 def _fewest_bits_of_each_method(records: Sequence[TrialRecord]) -> list[TrialRecord]:

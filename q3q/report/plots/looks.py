@@ -7,12 +7,15 @@ from q3q.quantize.methods.settings import SETTINGS
 from q3q.record import TrialRecord
 from q3q.report.measures import appearance_of, by_model, headline_metrics, labels
 from q3q.report.pools import comparable, pools
+from q3q.report.tables import topics
 
 # The colours of Okabe and Ito, which colour-blind readers can tell apart, without yellow: it is too
 # faint for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 DASHES = ("-", "--", ":", "-.")
+FILLS = ("full", "none", "left", "top")
+MOST_VARIANTS = len(MARKERS) * len(FILLS)  # of a method that look different
 SOFT = "0.35"
 
 Look = Mapping[str, Any]  # keyword arguments of matplotlib's Line2D
@@ -34,15 +37,27 @@ def looks_of(labels: Iterable[str], methods: Iterable[str] = ()) -> Looks:
     slots = _slots({*methods, *map(_method_of, distinct)})
     looks: dict[str, Look] = {}
     variants: dict[str, int] = {}
+    taken: set[tuple[str, ...]] = set()
     for label in distinct:
         method = _method_of(label)
-        number = variants[method] = variants.get(method, -1) + 1
-        looks[label] = {
-            "color": COLOURS[slots[method] % len(COLOURS)],
-            "marker": MARKERS[(slots[method] + 3 * number) % len(MARKERS)],
-            "linestyle": DASHES[number % len(DASHES)],
-        }
+        number = variants.get(method, 0)
+        while (point := _point(slots[method], number)) in taken and number < MOST_VARIANTS:
+            number += 1
+        taken.add(point)
+        variants[method] = number + 1
+        look = dict(zip(("color", "marker", "fillstyle"), point, strict=True))
+        looks[label] = {**look, "linestyle": DASHES[number % len(DASHES)]}
     return looks
+
+
+def _point(slot: int, number: int) -> tuple[str, str, str]:
+    """Return the colour, marker and filling of a method's variant: first all markers, then open.
+
+    A step of 4 visits all nine markers.
+    """
+    marker = MARKERS[(slot + 4 * number) % len(MARKERS)]
+    fill = FILLS[number // len(MARKERS) % len(FILLS)]
+    return COLOURS[slot % len(COLOURS)], marker, fill
 
 
 def study_looks(records: Sequence[TrialRecord]) -> Looks:
@@ -53,9 +68,14 @@ def study_looks(records: Sequence[TrialRecord]) -> Looks:
         names += [label for label, record in every if record.spec.scheme is not None]
         drift = [name for record in group for name in record.metrics if name.startswith("kl/")]
         tried = [pool for metric in headline_metrics(group) for pool in pools(group, metric)]
+        tried += [
+            pool
+            for metric, _, alike in topics(group, everything=False)
+            for pool in pools(alike, metric)
+        ]
         tried += [pool for alike in comparable(group).values() for pool in pools(alike)]
         tried += [pool for metric in dict.fromkeys(drift) for pool in pools(group, metric)]
-        names += [pool.label for pool in tried if pool.spec.scheme is not None]
+        names += [pool.label for pool in tried if not pool.is_reference]
     return looks_of(names, quantizing_methods(records))
 
 

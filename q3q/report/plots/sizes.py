@@ -1,11 +1,10 @@
 """Quality against size: of the quantized model in bytes, and of the original in parameters."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from q3q.record import TrialRecord
 from q3q.report.measures import (
-    UNQUANTIZED_BITS,
     by_model,
     is_accuracy,
     is_base,
@@ -31,62 +30,96 @@ from q3q.report.plots.looks import (
     points_only,
     quantizing_methods,
 )
-from q3q.report.plots.words import metric_title, not_shown, shown_label
+from q3q.report.plots.words import metric_title, not_shown, slug
 from q3q.report.pools import Pool, comparable, pools
+from q3q.report.sizes import (
+    COUNTED,
+    Size,
+    bytes_of,
+    megabytes,
+    number_of,
+    parameters_of,
+    said,
+)
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FRONT = "Pareto front"
 NEAR = 0.1  # of the axis; two models nearer to each other share a tick
 
 
 def quality_against_bytes(
     model: str, records: Sequence[TrialRecord], looks: Looks
 ) -> Iterator[Plot]:
-    """Draw the Pareto front of quality and bytes for each group of trials evaluated alike."""
-    for number, (name, group) in enumerate(comparable(records).items(), start=1):
-        metric = next(iter(judged_metrics(group)), None)
-        if metric is None:
-            continue
-        tried = pools(group)
-        # Pools of one label are of one method: none is drawn whose label has no size at all.
-        sized = {pool.label for pool in tried if _size(pool) is not None}
-        measured = [p for p in tried if isinstance(p.cell(metric), float) and p.label in sized]
-        if len(measured) < 2:
-            continue
-        sign = 1 if is_perplexity(metric) else -1
-        level, height = height_of([p for p in measured if p.spec.scheme is None], metric)
-        points = [((_size(p) or 0.0) / 1e6, height(float(p.cell(metric)))) for p in measured]
-        front = [
-            (size, value)
-            for size, value in sorted(points)
-            if not any(
-                s <= size and sign * v <= sign * value and (s, v) != (size, value)
-                for s, v in points
+    """Draw the Pareto front of quality and bytes, for each text and group evaluated alike."""
+    number = 0
+    for name, group in comparable(records).items():
+        judged = judged_metrics(group)
+        texts = [metric for metric in judged if is_perplexity(metric)]
+        for metric in texts or judged[:1]:
+            plot = _front(group, metric, looks)
+            if plot is None:
+                continue
+            number += 1
+            figure, caption = plot
+            conditions = "" if name == model else f"{name}. "
+            yield Plot(
+                f"{slug(model)}-pareto" if number == 1 else f"{slug(model)}-pareto-{number}",
+                f"{metric_title(metric)} against size",
+                (conditions + caption).strip(),
+                figure,
+                model,
             )
-        ]
-        figure, axes = panel()
-        axes.step(*zip(*front, strict=True), where="post", color=SOFT, linestyle="--", linewidth=1)
-        handles: dict[str, Any] = {"not beaten in both": handle(DASHED, "not beaten in both")}
-        for pool, (size, value) in zip(measured, points, strict=True):
-            look = looks.get(pool.label, REFERENCE)
-            megabytes = f"{size:.3g} MB" if size < 1000 else f"{size / 1000:.3g} GB"
-            description = f"{pool.label}, {pool.bits} bits: {megabytes}, {pool.shown(metric)}"
-            mark(axes, size, value, look, pool.label, description)
-            handles[pool.label] = handle(points_only(look), shown_label(pool))
-        logarithmic(axes.xaxis, [size for size, _ in points], axes.set_xscale)
-        if level is not None:
-            excess_scale(axes, [value for _, value in points])
-        elif is_perplexity(metric):
-            scale(axes, [value for _, value in points])
-        name_axes(axes, "size of the whole model, MB", height_title(metric, level))
-        legend(figure, handles)
-        left_out = [(pool, "no size") for pool in tried if pool not in measured]
-        conditions = "" if name == model else f"{name}. "
-        yield Plot(
-            f"{model}-pareto" if number == 1 else f"{model}-pareto-{number}",
-            f"{metric_title(metric)} against size",
-            (conditions + not_shown(left_out, metric)).strip(),
-            figure,
-            model,
+
+
+def _front(
+    records: Sequence[TrialRecord], metric: str, looks: Looks
+) -> tuple["Figure", str] | None:
+    """Draw one metric against size; return the figure and its caption, None if little is known."""
+    tried = pools(records)
+    # Pools of one label are of one method: none is drawn whose label has no size at all.
+    sized = {pool.label for pool in tried if _size(pool) is not None}
+    measured = [p for p in tried if isinstance(p.cell(metric), float) and p.label in sized]
+    if len(measured) < 2:
+        return None
+    sign = 1 if is_perplexity(metric) else -1
+    level, height = height_of([p for p in measured if p.is_reference], metric)
+    sizes = [_size(pool) or Size(0.0, COUNTED) for pool in measured]
+    rules = {size.rule for size in sizes}
+    points = [
+        (size.value / 1e6, height(float(pool.cell(metric))))
+        for size, pool in zip(sizes, measured, strict=True)
+    ]
+    front = [
+        (size, value)
+        for size, value in sorted(points)
+        if not any(
+            s <= size and sign * v <= sign * value and (s, v) != (size, value) for s, v in points
         )
+    ]
+    figure, axes = panel()
+    axes.step(*zip(*front, strict=True), where="post", color=SOFT, linestyle="--", linewidth=1)
+    handles: dict[str, Any] = {FRONT: handle(DASHED, FRONT)}
+    for pool, size, (x, y) in zip(measured, sizes, points, strict=True):
+        look = looks.get(pool.label, REFERENCE)
+        mark_of_rule = number_of(size.rule, rules)
+        description = f"{pool.name}: {megabytes(size.value)} {mark_of_rule}".rstrip()
+        mark(axes, x, y, look, pool.label, f"{description}, {pool.shown(metric)}")
+        if mark_of_rule:
+            axes.annotate(
+                mark_of_rule, (x, y), xytext=(4, 2), textcoords="offset points", fontsize=8
+            )
+        handles[pool.label] = handle(points_only(look), pool.label)
+    logarithmic(axes.xaxis, [x for x, _ in points], axes.set_xscale)
+    if level is not None:
+        excess_scale(axes, [value for _, value in points])
+    elif is_perplexity(metric):
+        scale(axes, [value for _, value in points])
+    name_axes(axes, "size of the whole model, MB", height_title(metric, level))
+    legend(figure, handles)
+    left_out = [(pool, "no size") for pool in tried if pool not in measured]
+    return figure, " ".join(filter(None, [said(rules), not_shown(left_out, metric)]))
 
 
 def quality_against_parameters(records: Sequence[TrialRecord]) -> Iterator[Plot]:
@@ -106,10 +139,10 @@ def quality_against_parameters(records: Sequence[TrialRecord]) -> Iterator[Plot]
             (pool, pool.label + (" base" if both and is_base(pool.spec) else ""))
             for pool in pools(records, metric, over_models=True)
         ]
-        quantized = [(pool, name) for pool, name in tried if pool.spec.scheme is not None]
+        quantized = [(pool, name) for pool, name in tried if not pool.is_reference]
         looks = looks_of((name for _, name in quantized), quantizing_methods(records))
         for bits in sorted({pool.bits for pool, _ in quantized}):
-            shown = [item for item in tried if item[0].bits in (bits, UNQUANTIZED_BITS)]
+            shown = [item for item in tried if item[0].bits == bits or item[0].is_reference]
             plot = _over_models(shown, metric, bits, sizes, looks)
             if plot is not None:
                 yield plot
@@ -143,7 +176,7 @@ def _over_models(
         for x, y, pool in points:
             description = f"{name}, {pool.spec.model.label}: {pool.shown(metric)}"
             mark(axes, x, y, look, name, description)
-        handles[name] = handle(look, shown_label(points[0][2], name))
+        handles[name] = handle(look, name)
     axes.set_xscale("log")
     drawn = [point for points in lines.values() for point in points]
     fixed_ticks(axes.xaxis, _ticks(sorted({x for x, _, _ in drawn})))
@@ -167,15 +200,14 @@ def _ticks(sizes: Sequence[float]) -> dict[float, str]:
     return ticks
 
 
-def _size(pool: Pool) -> float | None:
-    """Return the model's bytes."""
-    sizes = (r.metrics["model_bytes"] for r in pool.records if "model_bytes" in r.metrics)
+def _size(pool: Pool) -> Size | None:
+    """Return the bytes of a pool's model."""
+    sizes = (size for record in pool.records if (size := bytes_of(record)) is not None)
     return next(sizes, None)
 
 
 def _parameters(records: Sequence[TrialRecord]) -> float | None:
     """Return millions of parameters, from the first record that knows its model's size."""
-    for record in records:
-        if {"model_bytes", "bits_per_weight_model"} <= record.metrics.keys():
-            return 8 * record.metrics["model_bytes"] / record.metrics["bits_per_weight_model"] / 1e6
-    return None
+    known = (size for record in records if (size := parameters_of(record)) is not None)
+    size = next(known, None)
+    return None if size is None else size / 1e6

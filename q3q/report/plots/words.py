@@ -18,13 +18,6 @@ def metric_title(metric: str) -> str:
     return f"Accuracy on {metric.removesuffix('/acc')}, %"
 
 
-def shown_label(pool: Pool, label: str | None = None) -> str:
-    """Return a pool's label for people, who call the method that quantizes nothing unquantized."""
-    label = pool.label if label is None else label
-    name = pool.spec.method.name
-    return label if pool.spec.scheme else label.replace(name, "unquantized", 1)
-
-
 def not_shown(left_out: Sequence[tuple[Pool, str]], metric: str, *, models: bool = False) -> str:
     """Return a sentence that names the trials without a point, and why each has none.
 
@@ -34,7 +27,8 @@ def not_shown(left_out: Sequence[tuple[Pool, str]], metric: str, *, models: bool
     """
     reasons = {DIVERGED: "diverged", FAILED: "failed"}
     texts = [
-        f"{pool.spec.name}{f' · {pool.spec.model.label}' if models else ''} "
+        f"{pool.spec.name if pool.spec.scheme else pool.label}"
+        f"{f' · {pool.spec.model.label}' if models else ''} "
         f"({reasons.get(str(pool.cell(metric))) or reason or 'not measured'})"
         for pool, reason in left_out
     ]

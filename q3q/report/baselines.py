@@ -1,0 +1,81 @@
+"""Rows of the unquantized model for trials that were run without it.
+
+A single trial is compared with the unquantized model's trial if that was run by another command.
+Without one, a trial that measures drift has computed the unquantized model's perplexities anyway,
+and its record notes them. Both stand in tables, plots and the answer like a trial with
+`method=none` of the same sweep.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from q3q.placement import Trial
+from q3q.record import COMPLETED, UNQUANTIZED, TrialRecord
+from q3q.report.measures import is_reference
+from q3q.report.pools import conditions_of
+from q3q.report.records import UNREADABLE, check_record
+from q3q.spec import MethodRef
+
+
+def with_baselines(records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the records, and one of the unquantized model wherever they lack it and it is known.
+
+    The added records are no trials of the study: no list of its trials should have them.
+    """
+    known = {conditions_of(r.spec) for r in records if is_reference(r) and r.completed}
+    added = []
+    for record in records:
+        conditions = conditions_of(record.spec)
+        if conditions in known or not record.completed or record.spec.scheme is None:
+            continue
+        for baseline in (_on_disk(record.trial), _noted(record)):
+            if baseline is not None and conditions_of(baseline.spec) == conditions:
+                known.add(conditions)
+                added.append(baseline)
+                break
+    return [*records, *added]
+
+
+def _on_disk(trial: Trial) -> TrialRecord | None:
+    """Return the finished trial of the unquantized model that a trial is compared with."""
+    baseline = trial.placement.baseline
+    if baseline is None:
+        return None
+    try:
+        record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
+        check_record(record)
+    except UNREADABLE:  # not run, or damaged: the report speaks of this study's own files
+        return None
+    return record if record.completed and record.spec.id == baseline else None
+
+
+def _noted(record: TrialRecord) -> TrialRecord | None:
+    noted = record.notes.get(UNQUANTIZED)
+    return _unquantized(record, noted) if isinstance(noted, dict) and noted else None
+
+
+def _unquantized(record: TrialRecord, noted: dict[str, Any]) -> TrialRecord:
+    spec = replace(
+        record.spec,
+        method=MethodRef(name="none", version=None),
+        scheme=None,
+        calibration=None,
+        overrides={},
+        skip=(),
+        head_bits=None,
+        embedding_bits=None,
+        export=None,
+        rules={},
+        seed=0,
+    )
+    return TrialRecord(
+        spec=spec,
+        placement=record.placement,
+        status=COMPLETED,
+        metrics={metric: float(value) for metric, (value, *_) in noted.items()},
+        intervals={
+            metric: (numbers[1], numbers[2]) for metric, numbers in noted.items() if numbers[2:]
+        },
+        environment=record.environment,
+    )

@@ -1,0 +1,148 @@
+"""Changes against the unquantized model, with their sign and unit, and what tells two pools apart.
+
+A change is measured on the same questions and windows, and methods are compared with each other in
+the same way. A question's difficulty is the same for both and cancels.
+"""
+
+import math
+from dataclasses import dataclass
+
+from q3q.evaluate.metrics import mean_metrics
+from q3q.formatting import changes, decimals_of, signed
+from q3q.record import Comparison, TrialRecord
+from q3q.report.measures import interval, is_accuracy, is_better, is_perplexity, is_share
+from q3q.report.pairs import differ_by_seeds, difference, stratified
+from q3q.report.pools import Pool
+from q3q.spec import MEAN_ACCURACY
+
+SAME = "no significant difference"
+UNTESTED = "not tested"
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of one metric from a reference, which is the unquantized model or another trial.
+
+    value: of a perplexity the ratio less one, of any other metric the difference.
+    low, high: the 95 % interval; None without a paired comparison.
+    distinguishable: from no change; None if unknown.
+    """
+
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    distinguishable: bool | None = None
+
+    @property
+    def amount(self) -> str:
+        """The change with its sign, unit and interval: `+20.0 % [+10.0, +30.0]`, `-0.3 points`.
+
+        A perplexity changes by a percentage, however large, and an accuracy by points. Any other
+        metric changes by a number in its own unit.
+        """
+        if not is_perplexity(self.metric) and not is_share(self.metric):
+            return signed(self.value, max(0, 1 + decimals_of(self.value)) if self.value else 1)
+        ends = [] if self.low is None or self.high is None else [self.low, self.high]
+        number, *bounds = changes(self.value, *ends)
+        unit = "%" if is_perplexity(self.metric) else "points"
+        return f"{number} {unit}" + (f" [{', '.join(bounds)}]" if bounds else "")
+
+    @property
+    def direction(self) -> str:
+        """`better`, `worse` or `no change`; empty if it is not known which the sign means."""
+        if self.value == 0:
+            return "no change"
+        if not is_perplexity(self.metric) and not is_share(self.metric):
+            return ""
+        return "better" if is_better(self.value, 0.0, self.metric) else "worse"
+
+    def __str__(self) -> str:
+        """Return the amount and what it means: `+20.0 % [+10.0, +30.0], worse`."""
+        if self.distinguishable is False:
+            return f"{self.amount}, {SAME}"
+        tested = "" if self.distinguishable or self.value == 0 else f" ({UNTESTED})"
+        return ", ".join(filter(None, [self.amount, self.direction])) + tested
+
+
+def change(pool: Pool, reference: Pool | None, metric: str) -> Change | None:
+    """Return a pool's change from the unquantized model; None if one of them has no number."""
+    ours = pool.cell(metric)
+    if not isinstance(ours, float):
+        return None
+    paired = _recorded(pool, metric)
+    if paired is None and reference is not None:
+        paired = difference(pool, reference, metric)
+    return _change(metric, ours, reference, paired)
+
+
+def change_between(ours: Pool, theirs: Pool, metric: str) -> Change | None:
+    """Return the change from one quantized pool to another; None if one of them has no number."""
+    value = ours.cell(metric)
+    if not isinstance(value, float):
+        return None
+    # What the scores of samples say of other metrics depends on how these are computed from them.
+    testable = is_perplexity(metric) or is_accuracy(metric)
+    return _change(metric, value, theirs, difference(ours, theirs, metric) if testable else None)
+
+
+def indistinguishable(
+    first: Pool, second: Pool, reference: Pool | None, metric: str
+) -> bool | None:
+    """Return True if chance explains the difference of two pools, None if that is unknown.
+
+    They are compared by a paired test on the same windows and questions (p < 0.05) or, for methods
+    with several seeds, by the spread over seeds (Welch's test).
+
+    Without samples, intervals that do not overlap still show a difference: what the two have in
+    common only makes a paired test's interval narrower. Overlapping intervals show nothing.
+    """
+    if first.cell(metric) == second.cell(metric):
+        return True
+    if differ_by_seeds(first, second, metric) is False:
+        return True
+    paired = difference(first, second, metric)
+    if paired is not None:
+        return not paired.distinguishable
+    for a, b in zip(*(_intervals(p, reference, metric) for p in (first, second)), strict=True):
+        if a is not None and b is not None:
+            return False if a[0] > b[1] or b[0] > a[1] else None
+    return None
+
+
+def _change(
+    metric: str, ours: float, reference: Pool | None, paired: Comparison | None
+) -> Change | None:
+    """Return the paired difference as a change or, without samples, that of the two numbers."""
+    if paired is not None and paired.difference is not None:
+        value, low, high = (
+            None if end is None else math.expm1(end) if is_perplexity(metric) else end
+            for end in (paired.difference, paired.low, paired.high)
+        )
+        assert value is not None
+        return Change(metric, value, low, high, paired.distinguishable)
+    theirs = None if reference is None else reference.cell(metric)
+    if not isinstance(theirs, float):
+        return None
+    return Change(metric, ours / theirs - 1 if is_perplexity(metric) else ours - theirs)
+
+
+def _intervals(pool: Pool, reference: Pool | None, metric: str) -> list[tuple[float, float] | None]:
+    """Return the intervals of a pool's change and of its metric."""
+    changed = change(pool, reference, metric)
+    both = changed is not None and changed.low is not None and changed.high is not None
+    ends = (changed.low, changed.high) if changed is not None and both else None
+    own: TrialRecord | None = pool.records[0] if len(pool.records) == 1 else None
+    return [ends, None if own is None else interval(own, metric)]  # type: ignore[list-item]
+
+
+def _recorded(pool: Pool, metric: str) -> Comparison | None:
+    """Return the comparison with the unquantized model in a single trial's record."""
+    if len(pool.records) > 1:
+        return None
+    recorded = pool.records[0].comparisons
+    if metric != MEAN_ACCURACY:
+        return recorded.get(metric)
+    names = mean_metrics(pool.spec)
+    complete = all(name in recorded for name in names)
+    return stratified([recorded[name] for name in names]) if complete else None
