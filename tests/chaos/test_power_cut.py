@@ -158,7 +158,7 @@ def test_a_real_disk_that_is_cut_off_at_each_record_goes_on(tiny, whole, tmp_pat
             count += 1
             subprocess.run(["cp", "--sparse=always", image, tmp_path / f"{count}.img"], check=True)
 
-        TrialRecord.save = save_and_cut  # type: ignore[method-assign]
+        TrialRecord.save = save_and_cut  # type: ignore[method-assign,assignment]
         run(tiny, folder / "storage")
 
     assert end_of(in_child(work)) == 0
