@@ -99,7 +99,8 @@ class TrialRecord:
     checks: integrity
     environment: code, packages, hardware, times, and what was planned beside what it took
     results: what the evaluation harness returned, unchanged
-    notes: facts by name (fallbacks, damping raised)
+    notes: facts by name: fallbacks, damping raised, `stored` (see `quantize.ledger.stored_note`),
+        `export` (see `export.publish`)
     comparisons: with the unquantized model, by metric, once its trial has finished too
     files: others in the trial's folder, with their SHA-256 (hex); None where an older version of
         q3q wrote the record, which did not note it

@@ -503,12 +503,12 @@ def test_old_bulletins_are_swept_away_by_the_next_sweep(storage):
 def exporting(storage, bits=2):
     """A finished trial with an export of two files."""
     one = trial(storage, bits)
-    one = respecified(one, export="hf").placed(export=storage / "exports" / f"w{bits}")
+    export = storage / "exports" / f"w{bits}"
+    one = respecified(one, export="hf").placed(export=export)
     complete(one)
-    write_atomically(one.placement.export / "model.safetensors", bytes(5000))
-    write_atomically(one.placement.export / "config.json", b"{}")
-    marker = {"trial": one.id, "version": destination.VERSION}
-    write_marker(one.placement.export, marker, {})
+    write_atomically(export / "model.safetensors", bytes(5000))
+    write_atomically(export / "config.json", b"{}")
+    write_marker(export, {"trial": one.id, "version": destination.VERSION}, {})
     return one
 
 

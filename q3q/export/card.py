@@ -9,6 +9,7 @@ from q3q.export.formats import FORMATS
 from q3q.export.instructions import load_lines, serve_lines
 from q3q.export.measured import Measured
 from q3q.export.proof import Proof
+from q3q.export.reload import UNPACKER
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
@@ -111,10 +112,14 @@ def _departures(spec: TrialSpec) -> Json:
 
 def _use_lines(proof: Proof) -> list[str]:
     """Return the section on memory and speed, as measured in the process of the proof."""
-    sentences = [] if proof.use is None else proof.use.sentences()
-    if not sentences:
-        reason = "the process that proves the checkpoint ran no public loader of its format"
-        sentences = [f"Memory and speed were not measured: {reason}."]
+    if proof.use is not None:
+        remark = "Measured once, where it was made: no promise for another runtime."
+        sentences = [*proof.use.sentences(), remark]
     else:
-        sentences.append("Measured once, where it was made: no promise for another runtime.")
+        reason = "its loader did not generate"
+        if proof.logit_error is None:
+            reason = "the process that proves the checkpoint read its weights one by one"
+        elif proof.loader.startswith(UNPACKER):
+            reason = "the process that proves the checkpoint ran no public loader of its format"
+        sentences = [f"Memory and speed were not measured: {reason}."]
     return ["## What it takes", "", *(f"- {sentence}" for sentence in sentences), ""]

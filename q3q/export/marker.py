@@ -115,8 +115,10 @@ def digest_faults(folder: Path) -> Iterator[str]:
 
 
 def disk_bytes(folder: Path) -> int:
-    """Return the bytes of all files in the folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    """Return the bytes of all files in the folder, and of those that an object store has alone."""
+    sizes = {name: file.size for name, file in (published_files(folder) or {}).items()}
+    sizes |= {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    return sum(sizes.values())
 
 
 def _sha256(path: Path) -> str:

@@ -226,7 +226,7 @@ def run_study(
     storage = refreshed(settings.storage)
     finished = {} if settings.fresh else finished_records(trials)
     if not settings.fresh:
-        for line in damaged_exports(trials):
+        for line in damaged_exports(t for t in trials if only is None or t.id in only):
             print(line)
     failed = failed_records(trial for trial in trials if only is not None and trial.id not in only)
     machines, request = host.machines(settings.request)

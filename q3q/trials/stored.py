@@ -134,8 +134,10 @@ def listed(trials: Sequence[StoredTrial], storage: str | Path, folder: Path | No
         line = f"{trial.id:10}  {trial.name:{width}}  {trial.state:9}  {size:>8}  {trial.waits}"
         lines.append(line.rstrip())
         if trial.checkpoint is not None and trial.state == "completed":
-            taken = in_words(disk_bytes(trial.checkpoint))
-            lines.append(f"{'':10}  its checkpoint, {taken}: {trial.checkpoint}")
+            taken, place = in_words(disk_bytes(trial.checkpoint)), str(trial.checkpoint)
+            if is_url(str(storage)):
+                place = place.replace(str(folder), str(storage).rstrip("/"), 1)
+            lines.append(f"{'':10}  its checkpoint, {taken}: {place}")
     counts = {state: sum(trial.state == state for trial in trials) for state in STATES}
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines.append(f"{states}; {in_words(bytes_below(folder))} in {folder} with all else there")

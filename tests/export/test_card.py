@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from q3q.export import reload
+from q3q.export import card, reload
 from q3q.export.card import model_card
 from q3q.export.measured import BEGIN, UNMEASURED, Measured, update_card
 from q3q.export.proof import PASSED, Proof, compare_reload
@@ -187,7 +187,14 @@ def test_where_nothing_public_loads_it_nothing_is_measured(checkpoint, trial_of,
     with torch.inference_mode():
         facts, _ = reload.findings(made.folder, inputs, measure=True)
     assert facts["use"] == []
-    assert "Memory and speed were not measured" in card_of(original, trial)
+    why = "Memory and speed were not measured: "
+    assert f"{why}its loader did not generate" in card_of(original, trial)
+    for loader, error, reason in (
+        (facts["loader"], 1e-7, "ran no public loader of its format"),
+        (facts["loader"], None, "read its weights one by one"),
+    ):
+        proof = Proof(Check(name=PASSED, passed=True, detail=""), loader, error)
+        assert reason in "\n".join(card._use_lines(proof))
 
 
 def test_a_loader_that_cannot_generate_costs_no_proof(capsys):
@@ -202,6 +209,7 @@ def test_the_card_and_the_record_say_what_was_measured_as_what_it_is(
     checkpoint, trial_of, tmp_path
 ):
     use = Use.of("transformers 5", [USE])
+    assert use is not None
     assert Use.of_note(use.to_json()) == use
     assert Use.of_note(None) is None
     original = checkpoint()

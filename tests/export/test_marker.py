@@ -67,7 +67,7 @@ def test_what_was_damaged_is_named_and_made_again(
     assert is_finished(trial) is (damage is flipped)  # sizes fit, so only reading finds it
     if damage is flipped:
         return
-    assert name in export_fault(trial)
+    assert name in str(export_fault(trial))
     again = exporter_of(trial, original)
     assert not again.finished
     for block in quantized_blocks(original, trial)[0]:
@@ -90,7 +90,7 @@ def test_without_its_marker_an_export_is_not_finished_but_known_by_its_config(
     trial = trial_of(original, "hf", tmp_path / "out")
     made, model = export(original, trial)
     damage(made.path / EXPORT_MARKER)
-    assert "has no marker of this trial" in export_fault(trial)
+    assert "has no marker of this trial" in str(export_fault(trial))
     again = exporter_of(trial, original)  # not refused as somebody else's folder
     for block in quantized_blocks(original, trial)[0]:
         again.store(block)
@@ -106,6 +106,7 @@ def test_the_marker_lists_each_file_that_a_loader_reads_and_leaves_people_the_ca
     trial = trial_of(original, "gptq", tmp_path / "out")
     made, _ = export(original, trial)
     files = published_files(made.path)
+    assert files is not None
     names = {path.name for path in made.path.iterdir()} - {EXPORT_MARKER, "README.md"}
     assert set(files) == names >= {"config.json", "tokenizer.json", "quantize_config.json", SHARD}
     (made.path / "README.md").write_text("# What I want to say about it")
