@@ -310,8 +310,8 @@ def unlike_methods(specs: Sequence[TrialSpec]) -> str:
     if len({frozenset(words) for words in schemes.values()}) < 2:
         return ""
     alike: dict[str, list[str]] = {}
-    for method, words in schemes.items():
-        alike.setdefault(" or ".join(words), []).append(method)
+    for method, all_words in schemes.items():
+        alike.setdefault(" or ".join(all_words), []).append(method)
     each = "; ".join(f"{', '.join(methods)}: {words}" for words, methods in alike.items())
     return f"Not the same scheme: {each}. act_bits= and group_size= give all methods the same."
 
