@@ -77,7 +77,8 @@ class RayLauncher(Launcher):
     Args:
         address: `host:port` or `auto` of a running Ray cluster; None starts one on this machine for
             the launch.
-        cpus, gpus: what a cluster on this machine may hand out; None lets Ray count.
+        cpus, gpus: what a cluster on this machine may hand out; with None, the cores that this
+            process may use, and the GPUs that Ray counts.
         cpus_per_job, gpus_per_job: what each job reserves; may be fractions.
         retries: how often a job runs again if its process or machine died.
     """

@@ -38,7 +38,8 @@ def test_a_sync_that_is_told_to_end_ends_its_runs(end, code, tmp_path, monkeypat
         replace(record, placement=trial.placement).save()
     sweep = Sweep(id="1", name="rtn", command="python launch.py", config="", trials=tuple(trials))
     sweep.save(tmp_path)
-    logged, log = [], MlflowTracker.log
+    logged: list[TrialRecord] = []
+    log = MlflowTracker.log
 
     def told_to_end(self, record, artifacts):
         if len(logged) == 1:
