@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from q3q.formatting import fixed, significant, with_spread
 from q3q.record import TrialRecord
 from q3q.report.escapes import latex_text
+from q3q.report.means import by_mean
 from q3q.report.measures import (
     ABSENT,
     Cell,
     appearance_of,
-    by_mean,
     cell,
     headline_metrics,
     is_accuracy,

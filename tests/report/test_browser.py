@@ -133,7 +133,7 @@ def test_the_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
     assert probe is not None
     values = probe[1].replace("&quot;", '"')
     assert '"tip":"rtn, 4 bits: 4.000"' in values
-    assert '"faint":["none","rtn"]' in values
+    assert '"faint":["rtn","unquantized float32"]' in values
     assert '"overflow":false' in values
 
 
@@ -148,7 +148,7 @@ def test_every_plot_has_the_points_it_should(page: str) -> None:
         "gptq, 4 bits: 3.500",
     ]
     assert [tip.partition(":")[0] for tip in points["demo-pareto"]] == [
-        "none, 16 bits",
+        "unquantized float32",
         "rtn, 4 bits",
         "gptq, 2 bits",
         "gptq, 4 bits",
