@@ -147,8 +147,10 @@ def _hydra_line(error: Exception) -> str:
     unknown = re.search(r"Key '(\w+)' (?:is )?not in", " ".join([*lines, str(error.__cause__)]))
     if unknown:
         owner = getattr(cause, "object_type", None)
-        of_method = isinstance(owner, type) and issubclass(owner, MethodSettings)
-        return not_a_setting(key or unknown[1], owner().name if of_method else None)
+        method = None
+        if isinstance(owner, type) and issubclass(owner, MethodSettings):
+            method = owner().name
+        return not_a_setting(key or unknown[1], method)
     return f"{key}: {lines[0]}" if key and lines else " ".join(lines[:3])
 
 

@@ -297,6 +297,18 @@ def test_bad_input_gets_one_line_and_exit_code_2(arguments, words, tmp_path):
     assert not (tmp_path / "mlflow.db").exists()
 
 
+def test_a_setting_of_one_method_is_for_its_trials_alone(tmp_path):
+    def planned(*arguments):
+        code, output = launch(tmp_path, *arguments, "plan=true")
+        assert code == 0, output
+        lines = [line.split() for line in output.splitlines() if " resident " in line]
+        return {" ".join(words[1:3]): words[0] for words in lines}
+
+    together = planned("-m", "method=gptq,awq", "method.gptq.damping=0.05", "bits=2")
+    assert together["gptq w2"] == planned("method=gptq", "method.damping=0.05", "bits=2")["gptq w2"]
+    assert together["awq w2"] == planned("method=awq", "bits=2")["awq w2"]
+
+
 def test_plan_starts_nothing(tmp_path):
     code, output = launch(tmp_path, "-m", "method=gptq,awq", "bits=2,3", "plan=true")
     assert code == 0, output
