@@ -19,6 +19,7 @@ from q3q.errors import ConfigError, SweepFailedError
 from q3q.masking import HIDDEN, masked
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
+from q3q.quantize.methods.source import code_changes
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.storage.mirror import mirror_at, refreshed
@@ -199,6 +200,8 @@ def run_study(
     """
     storage = refreshed(settings.storage)
     finished = {} if settings.fresh else finished_records(trials)
+    for line in code_changes(finished.values()):
+        print(f"q3q: {line}", file=sys.stderr)
     failed = failed_records(trial for trial in trials if only is not None and trial.id not in only)
     machines, request = host.machines(settings.request)
     planned = plan(
