@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 
 from q3q.attempt import LOG, Attempt, TrialLog, attempt
+from q3q.crash import crash_reason, forget_crash
 from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import Q3QError
@@ -21,7 +22,7 @@ from q3q.export.proof import PASSED
 from q3q.export.publish import Exported, finish_export
 from q3q.export.writer import ExportingSink, open_exporter
 from q3q.models.adjust import set_activations, set_route
-from q3q.models.checkpoint import load_tokenizer
+from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.loading import device_of, load_model, open_checkpoint
 from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
@@ -29,15 +30,27 @@ from q3q.quantize.block_store import BlockStore
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.ledger import Ledger, StoredCodes, sizes, stored_note
 from q3q.quantize.methods.build import build_method
-from q3q.quantize.methods.registry import settings_of
+from q3q.quantize.methods.registry import settings_of, settings_or_default
+from q3q.quantize.methods.source import differ, source_of
 from q3q.quantize.search import choose_variant
 from q3q.quantize.walk import quantized_blocks
-from q3q.record import COMPLETED, FAILED, Progress, Report, Scores, TrialRecord, block_errors
+from q3q.record import (
+    COMPLETED,
+    FAILED,
+    Progress,
+    Report,
+    Scores,
+    TrialRecord,
+    block_errors,
+    forget_progress,
+)
 from q3q.reporter import Reporter
+from q3q.spec import Json
 from q3q.storage.claim import ClaimLostError
 from q3q.storage.files import write_atomically
 from q3q.team import SOLO, PeerLostError, Rendezvous, Team, join_gang
 
+SOURCE = "method_source"  # beside the blocks: the code that made them
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -63,13 +76,13 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         reporter.phase("load")(0, 1)
         memory = settings_of(spec.method).memory()
         with phases.phase("load"):
-            checkpoint = open_checkpoint(trial)
+            checkpoint = _opened(trial, reporter)
             tokenizer = load_tokenizer(checkpoint.folder)
             model, loading = load_model(checkpoint, trial, device_of(trial), memory, team)
         reporter.phase("load", str(loading))(1, 1)
         with phases.phase("baseline"):
             reference = reference_of(model, tokenizer, trial, reporter)
-        store = block_store(trial)
+        store = _blocks_of(trial, reporter)
         exporter = open_exporter(trial, checkpoint)
         if spec.schemes is not None:
             reporter.phase("calibrate")(0, 1)
@@ -116,6 +129,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             "git_commit": git_commit(),
             "packages": packages(),
             "hardware": hardware(),
+            "method_source": source_of(spec.method),
             "loading": asdict(loading),
             "started": started,
             "ended": now(),
@@ -125,7 +139,8 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         | store.notes()
         | stored_note(checkpoint, in_files=bool(exported.notes) or not (ledger.weights or ends))
         | exported.notes
-        | noted_baseline(reference, spec),
+        | noted_baseline(reference, spec)
+        | _notes_on(checkpoint),
         files=_write_samples(trial, scores),
     )
     record.save()
@@ -155,6 +170,44 @@ def unquantized_metrics(trial: Trial, reference: Reference) -> dict[str, float]:
             if record.completed and record.spec.id == baseline:
                 return metrics | record.metrics
     return metrics
+
+
+def _blocks_of(trial: Trial, reporter: Reporter) -> BlockStore:
+    """Return the trial's blocks on disk, but none that other code of a package's method made.
+
+    Scores of such blocks are forgotten with them, and a line of the log says so. q3q's own methods
+    raise `version` instead.
+    """
+    kept, identity = trial.kept_blocks_folder, trial.spec.quantization_id
+    if trial.spec.method.package is None:
+        return block_store(trial)
+    source = source_of(trial.spec.method)
+    stale = [
+        folder
+        for folder in (trial.blocks_folder, kept)
+        if differ(BlockStore(folder, identity=identity).recall(SOURCE), source)
+    ]
+    if stale:
+        reporter.phase("load", "its method's code changed: no block of the old code is used")(1, 1)
+    if trial.blocks_folder in stale:
+        forget_progress(trial)
+    store = BlockStore(trial.blocks_folder, None if kept in stale else kept, identity)
+    if source is not None:
+        store.remember(SOURCE, source)
+    return store
+
+
+def _opened(trial: Trial, reporter: Reporter) -> Checkpoint:
+    """Open the trial's checkpoint; report where its files disagree with its config.json."""
+    checkpoint = open_checkpoint(trial)
+    for remark in checkpoint.remarks:
+        reporter.phase("load", remark)(0, 1)
+    return checkpoint
+
+
+def _notes_on(checkpoint: Checkpoint) -> Json:
+    """Return the record's note on files that disagree with config.json; none if they agree."""
+    return {"checkpoint": list(checkpoint.remarks)} if checkpoint.remarks else {}
 
 
 def clear(record: TrialRecord) -> None:
@@ -212,17 +265,22 @@ def attempt_trial(
 
 def _recorded(trial: Trial, turn: Attempt, team: Team) -> TrialRecord:
     started = now()
+    forget_crash(trial.folder)
     try:
         record = run_trial(trial, turn.report, team)
     except (ClaimLostError, PeerLostError):
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, Q3QError) else f"{type(error).__name__}: {error}"
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, Q3QError):
+            reason = str(error)
+        elif isinstance(error, OSError) and error.errno in DISK_FULL:
             reason = (
                 f"the disk is full ({error.filename or trial.folder}); free some space, and the "
                 "same command goes on from the last block"
             )
+        else:
+            module = settings_or_default(trial.spec.method).implementation
+            reason = crash_reason(error, trial.folder, [module.partition(".")[0]])
         environment = {
             "git_commit": git_commit(),
             "packages": packages(),

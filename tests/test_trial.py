@@ -372,7 +372,11 @@ def test_an_error_becomes_a_failed_record_that_says_why(trial_of, monkeypatch):
     monkeypatch.setattr("q3q.models.loading.load_decoder", lambda *_: 1 / 0)
     record = attempt_trial(trial)
     assert record.status == "FAILED"
-    assert record.reason == "ZeroDivisionError: division by zero"
+    assert re.fullmatch(
+        r"ZeroDivisionError at tests/test_trial\.py:\d+: division by zero; "
+        rf"traceback: {trial.folder}/traceback\.txt",
+        record.reason,
+    )
     assert "load_decoder" in record.environment["traceback"]
     assert json.loads((trial.folder / "failed.json").read_text())["status"] == "FAILED"
     assert not (trial.folder / "record.json").exists()

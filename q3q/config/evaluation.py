@@ -89,7 +89,7 @@ def _text_ref(config: DictConfig, source: str, folder: Path | None) -> TextRef:
     text = open_text(source, "evaluation", settings.path, config.data.path)
     samples = RANDOM_TEXTS.get(source)
     draw = "random" if samples else "first"
-    check_long_enough(text, folder, 1, settings.window, draw)
+    check_long_enough(text, folder, 1, settings.window, draw, "evaluation")
     return TextRef(
         name=name_of_text(source, text),
         source=source,

@@ -1,6 +1,7 @@
 """Resolve the model that a config names: its identity, its folder and its facts."""
 
 import functools
+import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -61,6 +62,8 @@ def _local_model(folder: Path, storage: str) -> tuple[ModelFacts, str]:
         raise CheckpointError(
             f"{folder} has no tokenizer.json: a model is evaluated with its own tokenizer"
         )
+    for remark in checkpoint.remarks:
+        print(f"q3q: {folder}: {remark}", file=sys.stderr)
     return checkpoint.facts, checkpoint.digest(Path(storage) / "trials" / "digests")
 
 

@@ -32,7 +32,7 @@ from q3q.models.footprint import (
     MethodMemory,
     bytes_of,
     choose,
-    in_gb,
+    enough_gb,
     need,
     refuse_generation,
 )
@@ -81,7 +81,7 @@ def trial_from(config: DictConfig) -> Trial:
         embedding_bits=config.embedding_bits,
         rules=rules,
     )
-    check_ends(spec, facts)
+    check_ends(spec, facts, settings)
     loader, memory = _loading(config, facts, model.dtype, settings.memory(), evaluation)
     placement = Placement(
         trials=folder_of(config.storage).absolute() / "trials",
@@ -95,7 +95,7 @@ def trial_from(config: DictConfig) -> Trial:
         memory=memory,
         tasks=_absolute(config.evaluation.include_path),
     )
-    trial = _exported(config, Trial(spec, placement), facts)
+    trial = _exported(config, Trial(spec, placement), facts, settings)
     measures = evaluation.texts or evaluation.tasks
     if schemes is None or not measures or not config.evaluation.baseline:
         return trial
@@ -129,7 +129,8 @@ def _loading(
         needs = need(facts, dtype, method=method, loader=loader, heads=heads)
         if needs > memory:
             raise ConfigError(
-                f"memory={config.memory} is too little for loader={loader}: it needs {in_gb(needs)}"
+                f"memory={config.memory} is too little for loader={loader}: it needs "
+                f"{enough_gb(needs)}"
             )
     return loader, memory
 
@@ -180,7 +181,9 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
                 raise ConfigError(not_a_setting(prefix + key, config.method.name))
 
 
-def _exported(config: DictConfig, trial: Trial, facts: ModelFacts) -> Trial:
+def _exported(
+    config: DictConfig, trial: Trial, facts: ModelFacts, settings: MethodSettings
+) -> Trial:
     """Add the export, if there is one; refuse what its format or destination cannot take."""
     name, path, spec = config.export.name, config.export.path, trial.spec
     refuse_unknown("export", name, ("none", *FORMATS))
@@ -190,7 +193,7 @@ def _exported(config: DictConfig, trial: Trial, facts: ModelFacts) -> Trial:
                 f"export.path={path} is not read by export=none: choose a format, e.g. export=hf"
             )
         return trial
-    refuse_unsupported(name, spec, facts)
+    refuse_unsupported(name, spec, facts, whole_zeros=settings.whole_zeros)
     assert spec.scheme is not None
     scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype))
     trial = replace(trial, spec=replace(spec, export=name, scheme=scheme))

@@ -1,5 +1,6 @@
 """Resolve bits, groups, overrides and skip to a scheme for every linear."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.facts import ModelFacts
 from q3q.quantize.methods.settings import MethodSettings
 from q3q.spec import Json, Scheme, Schemes, TrialSpec
+
+GROUP_SIZES = (16, 32, 64, 128, 256, 512)  # that an error suggests
 
 
 def resolve_schemes(
@@ -24,16 +27,16 @@ def resolve_schemes(
         symmetric=settings.default_symmetric if config.symmetric is None else config.symmetric,
         act_bits=None if act_bits == UNTOUCHED_BITS else act_bits,
     )
-    model = linears(facts)
-    schemes, rules = _with_patterns(config, base, model)
-    _check_group_sizes(schemes, model)
-    if not settings.quantizes:
+    if not settings.quantizes:  # then no other setting has to fit the model
         if base.act_bits is not None:
             raise IncompatibleError(
                 f"method={settings.name} quantizes nothing, so act_bits={config.act_bits} has no "
                 "use"
             )
         return None, {}
+    model = linears(facts)
+    schemes, rules = _with_patterns(config, base, model)
+    _check_group_sizes(schemes, settings, model)
     _check_able(schemes, settings, model)
     return schemes, rules
 
@@ -96,7 +99,9 @@ def _matches(key: str, pattern: str, model: Mapping[str, Linear]) -> list[str]:
     return names
 
 
-def _check_group_sizes(schemes: Schemes, model: Mapping[str, Linear]) -> None:
+def _check_group_sizes(
+    schemes: Schemes, settings: MethodSettings, model: Mapping[str, Linear]
+) -> None:
     linears_of: dict[int, list[Linear]] = {}
     for name, linear in model.items():
         scheme = schemes.of(name)
@@ -113,18 +118,30 @@ def _check_group_sizes(schemes: Schemes, model: Mapping[str, Linear]) -> None:
                 f"{summarize_linears(misfit)} ({columns} columns)"
                 for columns, misfit in misfits.items()
             )
-            sizes = (16, 32, 64, 128, 256, 512)
-            usable = [s for s in sizes if all(linear.columns % s == 0 for linear in group)]
-            complaints.append(
-                f"group_size={size} does not divide {where}; sizes that do: {usable} or -1"
-            )
+            columns_of = {linear.columns for linear in group}
+            usable = _usable_sizes(replace(schemes.base, group_size=size), columns_of, settings)
+            complaints.append(f"group_size={size} does not divide {where}; sizes that do: {usable}")
     if complaints:
         raise ConfigError("; ".join(complaints))
 
 
+def _usable_sizes(scheme: Scheme, columns: Collection[int], settings: MethodSettings) -> str:
+    """Return in words the group sizes that divide these widths, and that the method takes."""
+    taken = [
+        size
+        for size in (*GROUP_SIZES, -1)
+        if all(width % size == 0 for width in columns)
+        and settings.clash(replace(scheme, group_size=size)) is None
+    ]
+    sizes = [size for size in taken if size != -1]
+    if not taken:
+        return f"those that divide {math.gcd(*columns)}"
+    return " or ".join([*([str(sizes)] if sizes else []), *(["-1"] if -1 in taken else [])])
+
+
 def _check_able(schemes: Schemes, settings: MethodSettings, model: Mapping[str, Linear]) -> None:
     """Refuse what the method cannot do, naming all such places at once."""
-    if clash := settings.clash(schemes.base):
+    if schemes.base in map(schemes.of, model) and (clash := settings.clash(schemes.base)):
         raise IncompatibleError(clash)
     clashes: dict[str, list[Linear]] = {}
     schemes_of_sites: dict[tuple[int, str], set[Scheme | None]] = {}
@@ -161,7 +178,7 @@ def _check_able(schemes: Schemes, settings: MethodSettings, model: Mapping[str, 
         )
 
 
-def check_ends(spec: TrialSpec, facts: ModelFacts) -> None:
+def check_ends(spec: TrialSpec, facts: ModelFacts, method: MethodSettings) -> None:
     """Check head and embedding: rounded as the scheme says, one tensor where they are tied."""
     head, embedding = spec.head_bits, spec.embedding_bits
     ends = (("head_bits", head), ("embedding_bits", embedding))
@@ -176,9 +193,16 @@ def check_ends(spec: TrialSpec, facts: ModelFacts) -> None:
             "alone: method=rtn skip=[blocks.*]"
         )
     if spec.scheme.group_size != -1 and facts.hidden % spec.scheme.group_size:
+        of_linears = {
+            linear.columns
+            for name, linear in linears(facts).items()
+            if (scheme := Schemes(spec.scheme, spec.overrides, spec.skip).of(name)) is not None
+            and scheme.group_size == spec.scheme.group_size
+        }
+        usable = _usable_sizes(spec.scheme, {facts.hidden, *of_linears}, method)
         raise ConfigError(
             f"group_size={spec.scheme.group_size} does not divide the {facts.hidden} columns of "
-            f"{settings}"
+            f"{settings}; sizes that do: {usable}"
         )
     if facts.tied and head != embedding:
         raise IncompatibleError(

@@ -33,7 +33,7 @@ def resolve_calibration(
             raise ConfigError(f"calibration.{key}={value}: give 1 or more")
     check_path_is_read(calibration.path, "calibration", [calibration.source])
     text = open_text(calibration.source, "calibration", calibration.path, config.data.path)
-    check_long_enough(text, folder, samples, length, draw)
+    check_long_enough(text, folder, samples, length, draw, "calibration")
     return Calibration(
         source=calibration.source,
         digest=text.digest,
@@ -55,9 +55,12 @@ def data_folder(config: DictConfig) -> Path | None:
 
 @functools.cache
 def check_long_enough(
-    text: Text, folder: Path | None, samples: int, length: int, draw: str
+    text: Text, folder: Path | None, samples: int, length: int, draw: str, split: Split
 ) -> None:
     """Draw the windows now if the text may be too short for them, so that no trial starts in vain.
+
+    Args:
+        split: whose settings an error names.
 
     Raises:
         CalibrationError: it is too short, or has no document of the length asked for.
@@ -69,12 +72,13 @@ def check_long_enough(
         count = len(text.joined.encode())
         if count < needed:  # a byte-level tokenizer makes at most one token of each byte
             raise CalibrationError(
-                f"{text.name} has {count} bytes, so fewer than the {needed} tokens asked for"
+                f"{text.name} has {count} bytes, so fewer than the {needed} tokens asked for: give "
+                "a longer text or ask for fewer"
             )
         return
     from tokenizers import Tokenizer
 
-    from q3q.data.windows import draw_windows
+    from q3q.data.windows import CALIBRATION, EVALUATION, draw_windows
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     draw_windows(
@@ -84,6 +88,7 @@ def check_long_enough(
         length=length,
         draw=draw,
         seed=0,
+        knobs=CALIBRATION if split == "calibration" else EVALUATION,
     )
 
 
@@ -108,8 +113,14 @@ def name_of_text(source: str, text: Text) -> str:
 
 def check_path_is_read(path: str | None, split: str, sources: Sequence[str]) -> None:
     if path is not None and "file" not in sources:
+        if split == "evaluation":
+            names = ",".join([*sources, "file"])
+            raise ConfigError(
+                f"evaluation.path={path} is not read by evaluation.texts=[{','.join(sources)}]: "
+                f"give evaluation.texts=[{names}], or evaluation=file for this text alone"
+            )
         raise ConfigError(
-            f"{split}.path={path} is not read by {split}={'+'.join(sources)}: add {split}=file"
+            f"{split}.path={path} is not read by {split}={sources[0]}: add {split}=file"
         )
 
 

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,8 +24,28 @@ def encoder(tokenizer: Any) -> Encode:
     return lambda text: tokenizer(text, verbose=False)["input_ids"]
 
 
+@dataclass(frozen=True)
+class Knobs:
+    """The names of the settings that decide on windows, for advice; None: it cannot be set."""
+
+    length: str
+    samples: str | None = None
+    draw: str | None = None
+
+
+CALIBRATION = Knobs("calibration.length", "calibration.samples", "calibration.draw")
+EVALUATION = Knobs("evaluation.window")
+
+
 def draw_windows(
-    text: Text, encode: Encode, *, samples: int, length: int, draw: str, seed: int
+    text: Text,
+    encode: Encode,
+    *,
+    samples: int,
+    length: int,
+    draw: str,
+    seed: int,
+    knobs: Knobs = CALIBRATION,
 ) -> Tensor:
     """Draw windows of tokens to calibrate on (or, from C4, the study's 256 to evaluate on).
 
@@ -42,6 +63,7 @@ def draw_windows(
                 concatenate and cut; the tail is dropped, so there are at most `samples` windows,
                 often fewer. The shuffle is that of `datasets`; AWQ's own seed is 42.
         seed: seed of `random` and `documents`.
+        knobs: the settings that an error names.
 
     Returns:
         [samples, length] int64; for `documents`, [at most samples, length].
@@ -51,13 +73,50 @@ def draw_windows(
     """
     if samples < 1 or length < 1:
         raise CalibrationError(f"samples={samples} and length={length} must both be 1 or more")
+    wish = _Wish(text, encode, samples, length, knobs)
     if draw == "first":
-        return _first(text, encode, samples, length)
+        return _first(wish)
     if draw == "random":
-        return _random(text, encode, samples, length, seed)
+        return _random(wish, seed)
     if draw == "documents":
-        return _documents(text, encode, samples, length, seed)
+        return _documents(wish, seed)
     raise CalibrationError(f"draw={draw!r}: give first, random or documents")
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """The windows that are asked for, and what helps if the text cannot give them."""
+
+    text: Text
+    encode: Encode
+    samples: int
+    length: int
+    knobs: Knobs
+
+    def refuse(self, found: str, *, each: int = 1, documents: bool | None = None) -> NoReturn:
+        """Raise a CalibrationError that says what was found, and the settings that would do.
+
+        Args:
+            each: windows that must lie side by side in the text.
+            documents: windows are made of whole documents, and more of these would help; False:
+                more of them would not be taken. None: windows are cut anywhere.
+        """
+        tokens, knobs = len(self.encode(self.text.joined)), self.knobs
+        ways = []
+        if documents is not None:
+            if tokens >= self.length:
+                ways.append(f"{knobs.draw}=random, which cuts windows anywhere in the text")
+            elif tokens:
+                ways.append(f"{knobs.draw}=random {knobs.length}={tokens}")
+            if documents:
+                ways.append(f"a .jsonl file with more documents of at most {self.length} tokens")
+        else:
+            if tokens >= self.length and knobs.samples:
+                ways.append(f"{knobs.samples}={tokens // self.length} or less")
+            if tokens // each >= 2:
+                ways.append(f"{knobs.length}={tokens // each} or less")
+            ways.append("a longer text")
+        raise CalibrationError(f"{found}. Give {', or '.join(ways)}")
 
 
 def consecutive_windows(
@@ -76,21 +135,25 @@ def consecutive_windows(
     Raises:
         CalibrationError: the text is shorter than one window.
     """
-    _check_enough(len(ids), window, "the text")
+    if len(ids) < window:
+        raise CalibrationError(
+            f"the text has {len(ids)} tokens, but one window needs {window}. Give a longer text or "
+            "a shorter window"
+        )
     count = min(len(ids) // window, len(ids) if limit is None else limit)
     return torch.as_tensor(ids[: count * window], dtype=torch.int64).view(count, window)
 
 
-def _first(text: Text, encode: Encode, samples: int, length: int) -> Tensor:
-    ids = _leading_tokens(text, encode, samples * length)
-    _check_enough(len(ids), length, f"the text {text.name}")
-    windows = consecutive_windows(ids, length, samples)
-    if len(windows) < samples:
-        raise CalibrationError(
-            f"the text {text.name} has {len(windows)} windows of {length} tokens, "
-            f"{samples} were asked for: lower samples or length, or give a longer text"
+def _first(wish: _Wish) -> Tensor:
+    samples, length = wish.samples, wish.length
+    ids = _leading_tokens(wish.text, wish.encode, samples * length)
+    if len(ids) < samples * length:
+        wish.refuse(
+            f"the text {wish.text.name} has {len(ids) // length} windows of {length} tokens, "
+            f"{samples} were asked for",
+            each=samples,
         )
-    return windows
+    return consecutive_windows(ids, length, samples)
 
 
 def _leading_tokens(text: Text, encode: Encode, count: int) -> list[int]:
@@ -103,13 +166,17 @@ def _leading_tokens(text: Text, encode: Encode, count: int) -> list[int]:
         documents *= 2
 
 
-def _random(text: Text, encode: Encode, samples: int, length: int, seed: int) -> Tensor:
+def _random(wish: _Wish, seed: int) -> Tensor:
+    text, encode, samples, length = wish.text, wish.encode, wish.samples, wish.length
     generator = random.Random(seed)
     whole_text = text.running or len(text.documents) == 1
     candidates = set() if whole_text else _maybe_longer(text, encode, length)
     if not candidates:
         ids = encode(text.joined)
-        _check_enough(len(ids), length, f"the text {text.name}")
+        if len(ids) < length:
+            wish.refuse(
+                f"the text {text.name} has {len(ids)} tokens, but one window needs {length}"
+            )
         return torch.tensor([_window(generator, ids, length) for _ in range(samples)])
     rows: list[list[int]] = []
     while len(rows) < samples:  # ends: at least one document is long enough
@@ -142,9 +209,10 @@ def _maybe_longer(text: Text, encode: Encode, length: int) -> set[int]:
     return set()
 
 
-def _documents(text: Text, encode: Encode, samples: int, length: int, seed: int) -> Tensor:
+def _documents(wish: _Wish, seed: int) -> Tensor:
     import numpy
 
+    text, encode, samples, length = wish.text, wish.encode, wish.samples, wish.length
     tokens, count = list[int](), 0
     order = numpy.random.default_rng(seed).permutation(len(text.documents))  # as Dataset.shuffle
     for i in order:
@@ -154,17 +222,14 @@ def _documents(text: Text, encode: Encode, samples: int, length: int, seed: int)
             count += 1
         if count == samples:
             break
-    source = f"{count} documents of 1 to {length} tokens, drawn from the text {text.name}"
-    _check_enough(len(tokens), length, source)
-    return consecutive_windows(tokens, length)
-
-
-def _check_enough(tokens: int, window: int, source: str) -> None:
-    if tokens < window:
-        raise CalibrationError(
-            f"{source}: {tokens} tokens, but one window needs {window}. "
-            "Give a longer text or a shorter window"
+    if len(tokens) < length:
+        wish.refuse(
+            f"{count} document{'' if count == 1 else 's'} of 1 to {length} tokens, drawn from the "
+            f"{len(text.documents)} of the text {text.name}: {len(tokens)} tokens, but one window "
+            f"needs {length}",
+            documents=count < samples,
         )
+    return consecutive_windows(tokens, length)
 
 
 AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
@@ -201,7 +266,13 @@ def evaluation_windows(tokenizer: Any, trial: Trial, text: TextRef) -> Tensor:
         assert text.samples is not None
         count = min(text.samples, limit or text.samples)
         return draw_windows(
-            content, encode, samples=count, length=text.window, draw="random", seed=0
+            content,
+            encode,
+            samples=count,
+            length=text.window,
+            draw="random",
+            seed=0,
+            knobs=EVALUATION,
         )
     windows_NT = consecutive_windows(encode(content.joined), text.window, None if quick else limit)
     if quick and limit and limit < len(windows_NT):

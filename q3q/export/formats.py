@@ -72,8 +72,14 @@ class Format:
 
     ALL_BITS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
-    def problems(self, spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
-        """Yield the reasons why this format cannot hold the trial's weights, a few words each."""
+    def problems(
+        self, spec: TrialSpec, facts: ModelFacts, *, whole_zeros: bool = True
+    ) -> Iterator[str]:
+        """Yield the reasons why this format cannot hold the trial's weights, a few words each.
+
+        Args:
+            whole_zeros: the method's zero points are codes; else only plain numbers can hold them.
+        """
         scheme, schemes = spec.scheme, schemes_of(spec, facts)
         assert scheme is not None
         if scheme.act_bits is not None and not all(map(self._holds_activations, schemes)):
@@ -84,6 +90,8 @@ class Format:
             yield f"act_bits={scheme.act_bits} with these weights{hint}"
         if not self.anything:
             yield from self._code_problems(spec, schemes, facts)
+            if not whole_zeros and not all(scheme.symmetric for scheme in schemes):
+                yield f"{spec.method.name}'s zero points, which are not whole numbers"
 
     def unserved(self, spec: TrialSpec, facts: ModelFacts) -> str | None:
         """Return in a few words which setting vLLM rejects; None if it takes the export."""
@@ -111,7 +119,7 @@ class Format:
             yield "binarized weights, for which there is no standard"
         elif other_bits:
             yield f"bits={','.join(map(str, other_bits))} (it takes {_listed(self.bits)})"
-        elif not all(self._fills_words(scheme, facts) for scheme in schemes):
+        elif not self._fills_words(spec, facts):
             yield "weights whose rows or columns do not fill whole 32-bit words"
         if spec.head_bits or spec.embedding_bits:
             yield "a quantized head or embedding"
@@ -132,17 +140,20 @@ class Format:
                 "(transformers then reads all linears by one of them)"
             )
 
-    def _fills_words(self, scheme: Scheme, facts: ModelFacts) -> bool:
-        shapes = {
-            shape[-2:]
+    def _fills_words(self, spec: TrialSpec, facts: ModelFacts) -> bool:
+        schemes = spec.schemes
+        assert schemes is not None
+        packed = {
+            (shape[-2:], scheme.bits)
             for k in range(facts.layers)
             for name, shape in facts.block_shapes(k).items()
-            if "_proj" in name
+            if name.endswith("_proj.weight")
+            if (scheme := schemes.of(f"blocks.{k}.{name.removesuffix('.weight')}")) is not None
         }
         return not any(
-            (self.words_per_row and columns * scheme.bits % 32)
-            or (self.words_per_column and rows * scheme.bits % 32)
-            for rows, columns in shapes
+            (self.words_per_row and columns * bits % 32)
+            or (self.words_per_column and rows * bits % 32)
+            for (rows, columns), bits in packed
         )
 
     def _holds_activations(self, scheme: Scheme) -> bool:
@@ -289,20 +300,29 @@ def _reorders(spec: TrialSpec, schemes: Sequence[Scheme]) -> bool:
     return apart and any(scheme.group_size != -1 for scheme in schemes)
 
 
-def refuse_unsupported(name: str, spec: TrialSpec, facts: ModelFacts) -> None:
+def refuse_unsupported(
+    name: str, spec: TrialSpec, facts: ModelFacts, *, whole_zeros: bool = True
+) -> None:
     """Raise IncompatibleError if the format cannot hold the trial's weights.
 
     The message gives every reason, and the formats that can.
+
+    Args:
+        whole_zeros: as of `Format.problems`.
     """
     if spec.scheme is None:
         raise IncompatibleError(
             f"method={spec.method.name} changes nothing, so export={name} has no use: "
             "the model is its own checkpoint"
         )
-    reasons = list(FORMATS[name].problems(spec, facts))
-    if not reasons:
+    able = [
+        form.name
+        for form in FORMATS.values()
+        if not list(form.problems(spec, facts, whole_zeros=whole_zeros))
+    ]
+    if name in able:
         return
-    able = [other.name for other in FORMATS.values() if not list(other.problems(spec, facts))]
+    reasons = FORMATS[name].problems(spec, facts, whole_zeros=whole_zeros)
     instead = f"these can: export={', '.join(able)}" if able else "no format can"
     raise IncompatibleError(f"export={name} cannot hold {'; nor '.join(reasons)}; {instead}")
 

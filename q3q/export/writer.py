@@ -35,7 +35,8 @@ from q3q.export.marker import CARD, published_files, write_marker
 from q3q.export.shards import Shards, stored_bytes
 from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, of_expert
 from q3q.models.decoder import Decoder
-from q3q.models.facts import EXPORT_KEY, read_json
+from q3q.models.facts import EXPORT_KEY
+from q3q.models.model_json import read_json
 from q3q.models.packed import Layout
 from q3q.models.tensor_files import Rows, encode_tensors
 from q3q.numerics.weights import QuantizedWeight, StoredWeight
@@ -220,6 +221,8 @@ class Exporter(ABC):
         config = read_json(self.checkpoint.folder / "config.json")
         config.pop("quantization_config", None)
         config |= {"dtype": self.spec.model.dtype, "torch_dtype": self.spec.model.dtype}
+        if self.checkpoint.facts.tied != config.get("tie_word_embeddings", False):
+            config["tie_word_embeddings"] = self.checkpoint.facts.tied  # as the files have it
         config[EXPORT_KEY] = self._marker()
         section = self.quantization_config()
         return config | ({"quantization_config": section} if section else {})
@@ -250,6 +253,10 @@ class PackingExporter(Exporter):
             raise ExportError(
                 f"export={self.name} stores codes of a uniform grid; {name} has none. "
                 "export=hf stores all"
+            )
+        if misfit := _misfit(weight, layout):
+            raise ExportError(
+                f"export={self.name} cannot hold {misfit} ({name}). export=hf stores all"
             )
         scale_OG = weight.scale_EOG[0].to(self.scale_dtype)
         if not torch.equal(scale_OG.float(), weight.scale_EOG[0]):
@@ -299,6 +306,20 @@ def open_exporter(trial: Trial, checkpoint: Checkpoint) -> Exporter | None:
     module, _, name = FORMATS[trial.spec.export].implementation.partition(":")
     exporter: type[Exporter] = getattr(import_module(module), name)
     return exporter(trial, checkpoint)
+
+
+def _misfit(weight: QuantizedWeight, layout: Layout) -> str | None:
+    """Return what of a method's codes the layout has no place for; None if it holds them all."""
+    groups, wanted = weight.scale_EOG.shape[2], layout.groups(weight.shape[2])
+    if not weight.whole_zeros:
+        return "zero points that are not whole numbers within the codes' bits"
+    if weight.bits != layout.bits:
+        return f"codes of {weight.bits} bits where bits={layout.bits} was asked for"
+    if groups != wanted:
+        return f"{groups} groups a row where group_size={layout.group_size} makes {wanted}"
+    if layout.symmetric and not weight.symmetric:
+        return "asymmetric codes where symmetric=true was asked for"
+    return None
 
 
 def _of_one_expert(weight: StoredWeight, expert: int) -> StoredWeight:

@@ -8,7 +8,6 @@ wherever the file's header ends, on which the last bits of a matrix product depe
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -16,28 +15,33 @@ from typing import TYPE_CHECKING
 
 from q3q.errors import CheckpointError
 from q3q.models.digests import DigestMemo
-from q3q.models.facts import (
+from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
+from q3q.models.model_files import EMBEDDING, FLOATS, HEAD, read_model_files, settle, unread
+from q3q.models.model_json import (
     OWN_FOLDER,
-    ModelFacts,
+    TOKENIZER_LIMIT,
     first_line,
-    number_of_tensors,
-    read_facts,
     read_json,
+    refuse_irregular,
 )
 from q3q.models.packed import Layout
-from q3q.models.tensor_files import Shape, StoredTensor, read_header
+from q3q.models.tensor_files import Shape
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-_WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
+# Tensors that a config.json may ask for, beyond those that are stored, and still have listed one by
+# one: enough to name what a damaged folder lacks, and few enough to take no time.
+LISTED = 100_000
 TOKENIZER_FILES = (
     "added_tokens.json chat_template.jinja merges.txt special_tokens_map.json tokenizer.json "
     "tokenizer_config.json vocab.json"
 ).split()
+GENERATION = "generation_config.json"
 EXPORT_MARKER = "q3q.json"  # a file that q3q's own exports have
+LEAST = 11  # tensors of a block: norms and linears, or experts that are fused
 
 
 class Checkpoint:
@@ -48,6 +52,9 @@ class Checkpoint:
     Args:
         folder: config.json, and model.safetensors or an index with its shards.
 
+    Attributes:
+        remarks: where config.json and the files disagree, and what q3q does, as transformers does.
+
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged (the error names the shard or
             tensor), pickled, quantized in a way that q3q cannot read, or not a Qwen3.
@@ -57,14 +64,20 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder. {OWN_FOLDER}")
         self.folder = folder
-        self.facts = read_facts(folder)
-        self._stored = _read_headers(folder)
+        for name in (*TOKENIZER_FILES, GENERATION):
+            refuse_irregular(folder / name, TOKENIZER_LIMIT)
+        facts = read_facts(folder)
+        self._files = read_model_files(folder)
+        self.facts, remarks = settle(facts, read_json(folder / "config.json"), self._files)
+        self._stored = self._files.tensors
         self._names = self._check_complete()
+        remarks += unread(self._stored, self._names, self.facts.tied)
+        self.remarks: tuple[str, ...] = (*self._files.remarks, *remarks)
 
     @property
     def stored_dtype(self) -> str:
         """The type in which the embedding lies on disk, and all else that is not packed."""
-        return self._stored["model.embed_tokens.weight"].dtype_name
+        return self._stored[EMBEDDING].dtype_name
 
     def bits_on_disk(self) -> dict[str, int]:
         """Return the bits of each of the model's tensors, by its name on disk."""
@@ -85,7 +98,7 @@ class Checkpoint:
 
     def embedding(self) -> Tensor:
         """Read the token embedding, [vocab, hidden]."""
-        return self.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+        return self.read([EMBEDDING])[EMBEDDING]
 
     def final_norm(self) -> Tensor:
         """Read the weight of the norm before the head, [hidden]."""
@@ -93,7 +106,7 @@ class Checkpoint:
 
     def head(self) -> Tensor:
         """Read the output head, [vocab, hidden]; the embedding if the two are tied."""
-        name = "model.embed_tokens.weight" if self.facts.tied else "lm_head.weight"
+        name = EMBEDDING if self.facts.tied else HEAD
         return self.read([name])[name]
 
     def block(
@@ -157,9 +170,8 @@ class Checkpoint:
         Args:
             cache: folder of a `DigestMemo`. Nothing is written into the model's folder.
         """
-        shards = {stored.shard for stored in self._stored.values()}
         own = (self.folder / name for name in ("config.json", *TOKENIZER_FILES))
-        files = [*own, *sorted(shards)]
+        files = [*own, *sorted(self._files.shards)]
         memo = DigestMemo(cache)
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
         memo.save()
@@ -171,7 +183,17 @@ class Checkpoint:
     def _check_complete(self) -> tuple[str, ...]:
         """Return the names of the model's tensors; a file may hold others too."""
         facts = self.facts
-        expected: dict[str, Shape] = {"model.embed_tokens.weight": (facts.vocab, facts.hidden)}
+        least = sum(
+            LEAST + (3 * facts.experts - 2 if facts.sparse(k) and not self._fused(k) else 0)
+            for k in range(facts.layers)
+        )
+        if least > len(self._stored) + LISTED:
+            raise CheckpointError(
+                f"{self.folder}: config.json gives {facts.layers} layers"
+                f"{f' of {facts.experts} experts' if facts.experts else ''}, at least {least} "
+                f"tensors, and the files hold {len(self._stored)}"
+            )
+        expected: dict[str, Shape] = {EMBEDDING: (facts.vocab, facts.hidden)}
         packed: dict[str, tuple[str, ...]] = {}
         for k in range(facts.layers):
             for name, shape in disk_shapes(facts, k, self._fused(k)).items():
@@ -183,11 +205,13 @@ class Checkpoint:
                     expected[part], packed[part] = part_shape, types
         expected["model.norm.weight"] = (facts.hidden,)
         if not facts.tied:
-            expected["lm_head.weight"] = (facts.vocab, facts.hidden)
+            expected[HEAD] = (facts.vocab, facts.hidden)
 
         if missing := [name for name in expected if name not in self._stored]:
+            untied = " (tie_word_embeddings is false in config.json)" if missing[0] == HEAD else ""
             raise CheckpointError(
                 f"{self.folder}: {number_of_tensors(missing)} missing, first {missing[0]}"
+                f"{self._files.whereabouts(missing[0])}{untied}"
             )
         for what, misfits in {
             "of a shape that config.json does not imply": [
@@ -198,7 +222,7 @@ class Checkpoint:
             "not stored as floats, or as the packed format says": [
                 f"{name} in {stored.shard.name}: {stored.dtype}"
                 for name in expected
-                if (stored := self._stored[name]).dtype not in packed.get(name, _WEIGHT_DTYPES)
+                if (stored := self._stored[name]).dtype not in packed.get(name, tuple(FLOATS))
             ],
         }.items():
             if misfits:
@@ -210,6 +234,8 @@ class Checkpoint:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer of a model folder, from its own files.
+
+    One without an end token gets the model's, from generation_config.json or config.json.
 
     Raises:
         CheckpointError: the folder has no tokenizer, one that cannot be read, or one with more ids
@@ -230,6 +256,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the embedding only {vocab} rows"
         )
+    if tokenizer.eos_token_id is None:
+        ends = end_tokens(folder) or _ends_in(folder / "config.json")
+        if ends and 0 <= ends[0] < len(tokenizer):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     return tokenizer
 
 
@@ -241,11 +271,14 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     Raises:
         CheckpointError: the file cannot be read, or its eos_token_id is no number or list of them.
     """
-    own = folder / "generation_config.json"
-    path = own if own.is_file() else folder / "config.json"
+    own = folder / GENERATION
+    return _ends_in(own if own.is_file() else folder / "config.json")
+
+
+def _ends_in(path: Path) -> tuple[int, ...]:
     value = read_json(path).get("eos_token_id")
     ends = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(end, int) for end in ends):
+    if not all(type(end) is int for end in ends):
         raise CheckpointError(
             f"{path}: eos_token_id is {value!r}, neither a number nor a list of numbers"
         )
@@ -320,38 +353,3 @@ def _assemble(
     for e, part in enumerate(parts, start=1):
         stacked[e] = part
     return stacked
-
-
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Read all headers of a folder; like transformers, prefer model.safetensors to an index."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return read_header(single)
-    if not index.is_file():
-        names = sorted(path.name for path in folder.iterdir())
-        if pickles := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
-            raise CheckpointError(
-                f"{folder}: only pickled weights ({pickles[0]}), which can run code when loaded. "
-                "Save the model as safetensors: model.save_pretrained(DIR)"
-            )
-        raise CheckpointError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) for shard in weight_map.values()
-    ):
-        raise CheckpointError(f"{index}: no `weight_map` from tensor to shard")
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    for name in sorted(set(weight_map.values())):
-        if name in (".", "..", "") or re.search(r"[/\\:\0]", name):
-            raise CheckpointError(
-                f"{index}: the shard {name!r} is not a file name; a shard lies beside its index"
-            )
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: the shard {name}, which the index lists, is missing")
-        headers[name] = read_header(folder / name)
-    for tensor, shard in weight_map.items():
-        if tensor not in headers[shard]:
-            raise CheckpointError(
-                f"{folder / shard}: {tensor}, which the index places there, is missing"
-            )
-    return {tensor: headers[shard][tensor] for tensor, shard in weight_map.items()}

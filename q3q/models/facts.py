@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from q3q.errors import CheckpointError
+from q3q.models.model_json import read_json
 from q3q.models.packed import Packing, read_packing
 from q3q.models.tensor_files import Shape
 
@@ -18,11 +18,11 @@ _FAMILY = ("qwen3", "qwen3_moe")
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False}
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 EXPORT_KEY = "q3q"  # in the config.json of q3q's own exports
-OWN_FOLDER = "For a folder of your own: model=local model.path=DIR"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+# Above all that was ever released, and small enough that a plan's arithmetic, which goes from layer
+# to layer and from expert to expert, takes no time.
+MOST_LAYERS, MOST_EXPERTS, MOST_MATRICES, MOST = 10_000, 10_000, 1_000_000, 2**31
+MOST_NUMBER = 1e30  # of those that need not be whole
+LONGEST = 300  # characters of a complaint, which quotes what the file says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,93 +139,141 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         where, config = str(source), read_json(source / "config.json")
 
     def wrong(complaint: str) -> CheckpointError:
-        return CheckpointError(f"{where}: {complaint}")
+        shown = complaint if len(complaint) <= LONGEST else f"{complaint[: LONGEST - 1]}…"
+        return CheckpointError(f"{where}: {shown}")
 
-    model_type = config.get("model_type")
-    if model_type not in _FAMILY:
-        raise wrong(f"not a Qwen3 but {model_type!r}. q3q runs model_type {' and '.join(_FAMILY)}")
+    model_type, values = config.get("model_type"), _Values(config, wrong)
+    _refuse_another_kind(values)
     packing = None
-    if (quantized := config.get("quantization_config")) is not None:
+    if config.get("quantization_config") is not None:
+        section = values.table("quantization_config")
         try:
-            packing = read_packing(quantized)
+            packing = read_packing(section)
         except CheckpointError as error:
             raise wrong(str(error)) from error
-    for key, only in _FIXED.items():
-        if config.get(key, only) != only:
-            raise wrong(f"{key}={config[key]!r} is not supported, only {only!r}")
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
-        raise wrong("layer_types other than full_attention are not supported")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise wrong(f"rope_type={rope_type!r} is not supported, only 'default'")
-
-    def count(key: str, default: int | None = None) -> int:
-        value = config.get(key)
-        value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise wrong(
-                f"config.json gives {key}={value!r}; a whole number of 1 or more was expected"
-            )
-        return value
-
-    hidden, heads = count("hidden_size"), count("num_attention_heads")
+    rope = values.table("rope_parameters") or values.table("rope_scaling")
+    hidden, heads = values.count("hidden_size"), values.count("num_attention_heads")
+    layers = values.count("num_hidden_layers", most=MOST_LAYERS)
     moe = model_type == "qwen3_moe"
     # transformers 5 renames num_experts when it saves.
     experts_key = "num_experts" if "num_experts" in config else "num_local_experts"
+    experts = values.count(experts_key, most=MOST_EXPERTS) if moe else 0
+    if layers * experts > MOST_MATRICES:
+        raise wrong(f"{layers} layers of {experts} experts each are more than any model has")
+    dense_layers = [k for k in values.items("mlp_only_layers") if type(k) is int] if moe else []
+    theta = rope if rope.get("rope_theta") is not None else config
     facts = ModelFacts(
         model_type=model_type,
-        layers=count("num_hidden_layers"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=count("num_key_value_heads"),
+        kv_heads=values.count("num_key_value_heads"),
         # The defaults of transformers' two classes.
-        head_dim=count("head_dim", hidden // heads if moe else 128),
-        intermediate=count("intermediate_size"),
-        vocab=count("vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        experts=count(experts_key) if moe else 0,
-        top_k=count("num_experts_per_tok") if moe else 0,
-        moe_intermediate=count("moe_intermediate_size") if moe else 0,
-        mlp_only_layers=tuple(config.get("mlp_only_layers") or ()) if moe else (),
-        decoder_sparse_step=count("decoder_sparse_step", 1) if moe else 1,
-        norm_topk_prob=bool(config.get("norm_topk_prob", False)) and moe,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        max_positions=count("max_position_embeddings", 32_768),
+        head_dim=values.count("head_dim", hidden // heads if moe else 128),
+        intermediate=values.count("intermediate_size"),
+        vocab=values.count("vocab_size"),
+        tied=values.flag("tie_word_embeddings"),
+        experts=experts,
+        top_k=values.count("num_experts_per_tok") if moe else 0,
+        moe_intermediate=values.count("moe_intermediate_size") if moe else 0,
+        mlp_only_layers=tuple(sorted({*dense_layers} & {*range(layers)})),
+        decoder_sparse_step=values.count("decoder_sparse_step", 1) if moe else 1,
+        norm_topk_prob=values.flag("norm_topk_prob") and moe,
+        rms_norm_eps=values.positive("rms_norm_eps", 1e-6),
+        rope_theta=_Values(theta, wrong).positive("rope_theta", 10_000.0),
+        max_positions=values.count("max_position_embeddings", 32_768),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         packing=packing,
         quantized=packing.method if packing else _made_by_q3q(config.get(EXPORT_KEY)),
     )
+    _refuse_misfits(facts, wrong)
+    return facts
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Values of a config.json, each of the type and within the bounds that make sense.
+
+    wrong: makes the error that is raised where one is not
+    """
+
+    config: Mapping[str, Any]
+    wrong: Callable[[str], CheckpointError]
+
+    def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
+        value = self._given(key, default)
+        if type(value) is not int or not 1 <= value <= most:
+            bound = "of 1 or more" if type(value) is not int or value < 1 else f"up to {most}"
+            raise self._unexpected(key, value, f"a whole number {bound}")
+        return value
+
+    def positive(self, key: str, default: float) -> float:
+        value = self._given(key, default)
+        if type(value) not in (int, float) or not 0 < value <= MOST_NUMBER:
+            raise self._unexpected(key, value, "a finite number above 0")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        value = self._given(key, False)
+        if type(value) is not bool:
+            raise self._unexpected(key, value, "true or false")
+        return value
+
+    def table(self, key: str) -> Mapping[str, Any]:
+        value = self._given(key, {})
+        if not isinstance(value, Mapping):
+            raise self._unexpected(key, value, "a table")
+        return value
+
+    def items(self, key: str) -> list[Any]:
+        value = self._given(key, [])
+        if not isinstance(value, list):
+            raise self._unexpected(key, value, "a list")
+        return value
+
+    def _given(self, key: str, default: Any) -> Any:
+        value = self.config.get(key)
+        return default if value is None else value
+
+    def _unexpected(self, key: str, value: Any, expected: str) -> CheckpointError:
+        shown = repr(value)
+        shown = shown if len(shown) <= 40 else f"{shown[:39]}…"
+        return self.wrong(f"config.json gives {key}={shown}; {expected} was expected")
+
+
+def _refuse_another_kind(values: _Values) -> None:
+    """Refuse what is no Qwen3, and variants that q3q's forward does not compute."""
+    config, wrong = values.config, values.wrong
+    model_type = config.get("model_type")
+    if model_type not in _FAMILY:
+        raise wrong(f"not a Qwen3 but {model_type!r}. q3q runs model_type {' and '.join(_FAMILY)}")
+    for key, only in _FIXED.items():
+        if config.get(key, only) != only:
+            raise wrong(f"{key}={config[key]!r} is not supported, only {only!r}")
+    if any(kind != "full_attention" for kind in values.items("layer_types")):
+        raise wrong("layer_types other than full_attention are not supported")
+    rope = values.table("rope_parameters") or values.table("rope_scaling")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
+        raise wrong(f"rope_type={rope_type!r} is not supported, only 'default'")
+
+
+def _refuse_misfits(facts: ModelFacts, wrong: Callable[[str], CheckpointError]) -> None:
+    """Refuse values that do not fit each other."""
     if facts.heads % facts.kv_heads:
         raise wrong(
             f"{facts.heads} attention heads cannot share {facts.kv_heads} key/value heads evenly"
         )
+    if facts.head_dim % 2:
+        raise wrong(f"head_dim={facts.head_dim}: rotary positions turn pairs, so it must be even")
     if facts.top_k > facts.experts:
         raise wrong(f"num_experts_per_tok={facts.top_k} of only {facts.experts} experts")
     if facts.dtype not in DTYPE_BYTES:
         raise wrong(f"dtype {facts.dtype!r} is not supported, only {', '.join(DTYPE_BYTES)}")
-    return facts
 
 
 def _made_by_q3q(marker: Any) -> str | None:
     return f"by q3q: {marker.get('name')}" if isinstance(marker, dict) else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent}: no {path.name} there, so not a model folder. {OWN_FOLDER}"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a table of settings")
-    return content
 
 
 def number_of_tensors(names: list[str]) -> str:

@@ -126,8 +126,8 @@ def choose(
             return loader
     raise ConfigError(
         f"this model with {'no method' if method is None else 'this method'} in {dtype} "
-        f"does not fit into {in_gb(memory)}: streamed it needs {in_gb(needs['streamed'])}, "
-        f"resident {in_gb(needs['resident'])}"
+        f"does not fit into {in_gb(memory)}: streamed it needs {enough_gb(needs['streamed'])}, "
+        f"resident {enough_gb(needs['resident'])}"
     )
 
 
@@ -154,6 +154,11 @@ def bytes_of(size: int | str, key: str = "memory") -> int:
 
 def in_gb(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
+
+
+def enough_gb(count: float) -> str:
+    """Return bytes as `in_gb` does, rounded up: a `memory=` that is enough."""
+    return in_gb(math.ceil(count / 1e8) * 1e8)
 
 
 def _ends_bytes(facts: ModelFacts, dtype: str) -> int:

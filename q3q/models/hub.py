@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from q3q.errors import CheckpointError
-from q3q.models.facts import OWN_FOLDER, ModelFacts, first_line, read_facts
+from q3q.models.facts import ModelFacts, read_facts
+from q3q.models.model_json import OWN_FOLDER, first_line
 
 # All that a Qwen3 folder needs, and its licence; no pickles, which can run code when loaded.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]

@@ -38,6 +38,7 @@ _TORCH_DTYPES = {
     "F32": "float32",
     "F64": "float64",
 }
+_COMPARED_AT_ONCE = 1 << 22  # bytes
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -140,6 +141,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file is damaged, or cannot be read.
     """
     return {name: stored.read() for name, stored in read_header(path).items()}
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return True if two tensors of one shape and type are equal, byte by byte.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    left = math.prod(one.shape) * _ITEM_BYTES[one.dtype]
+    try:
+        with one.shard.open("rb") as first, other.shard.open("rb") as second:
+            first.seek(one.start)
+            second.seek(other.start)
+            while left > 0:
+                step = min(left, _COMPARED_AT_ONCE)
+                if first.read(step) != second.read(step):
+                    return False
+                left -= step
+    except OSError as error:
+        raise CheckpointError(f"{one.shard} cannot be read: {error.strerror}") from error
+    return True
 
 
 def read_header(shard: Path) -> dict[str, StoredTensor]:

@@ -1,7 +1,7 @@
 """Uniform grids and rounding to them: pure functions on tensors, batched over every leading axis.
 
 A grid has a scale and a zero point per group of weights; a code c, 0 <= c < 2**bits, represents
-scale * (c - zero).
+scale * (c - zero). A zero point need not be a whole number.
 """
 
 from typing import NamedTuple
@@ -96,8 +96,15 @@ def absmax_grid(weight_xS: Tensor, bits: int) -> Grid:
 
 
 def to_codes(weight: Tensor, grid: Grid, bits: int) -> Tensor:
-    """Return each weight's nearest code (ties to even), a whole number, in the weight's dtype."""
-    return (weight / grid.scale).round_().add_(grid.zero).clamp_(0, 2**bits - 1)
+    """Return each weight's nearest code (ties to even), a whole number, in the weight's dtype.
+
+    Of a zero point that is not whole, the fraction is added before rounding, round(w / s + z), and
+    the whole part after it, so that whole ones give the bits of the methods' own code.
+    """
+    steps, whole = weight / grid.scale, grid.zero.floor()
+    if not torch.equal(whole, grid.zero):  # whole zero points spare a pass over all weights
+        steps += grid.zero - whole
+    return steps.round_().add_(whole).clamp_(0, 2**bits - 1)
 
 
 def on_grid(weight: Tensor, grid: Grid, bits: int) -> Tensor:

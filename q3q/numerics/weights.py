@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from q3q.errors import ShapeError
+from q3q.errors import NumericsError, ShapeError
 from q3q.numerics.grid import Grid, into_groups, to_codes
+from q3q.numerics.linalg import all_finite
 
 SCALE_BITS = 16  # as every deployed format stores them
 GROUP_INDEX_BITS = 32
@@ -64,11 +65,12 @@ Weight = TypeVar("Weight", bound=StoredWeight)
 class QuantizedWeight:
     """Codes on a uniform grid: weight ~ scale * (code - zero), per row and group of columns.
 
-    codes_EOI: uint8.
+    codes_EOI: uint8; whole numbers of another type are converted.
     scale_EOG: float32.
-    zero_EOG: float32, whole numbers.
+    zero_EOG: float32. Whole ones from 0 to the largest code are stored as codes are, others (HQQ's)
+        as 16-bit numbers.
     bits: bits per code.
-    symmetric: zero points are implied.
+    symmetric: zero points are implied: the middle code.
     group_EI: int32, each column's group; None if groups are runs of neighbours (no act-order).
     """
 
@@ -85,10 +87,18 @@ class QuantizedWeight:
         if self.codes_EOI.ndim != 3 or self.scale_EOG.shape != self.zero_EOG.shape:
             shapes = [tuple(t.shape) for t in (self.codes_EOI, self.scale_EOG, self.zero_EOG)]
             raise ShapeError("codes {}, scale {}, zero {} do not fit".format(*shapes))
+        if self.codes_EOI.dtype != torch.uint8:
+            object.__setattr__(self, "codes_EOI", _as_codes(self.codes_EOI))
 
     @property
     def shape(self) -> torch.Size:
         return self.codes_EOI.shape
+
+    @property
+    def whole_zeros(self) -> bool:
+        """True if every zero point is a code, as the packed formats store it."""
+        zero_EOG = self.zero_EOG
+        return torch.equal(zero_EOG.round().clamp(0, 2**self.bits - 1), zero_EOG)
 
     def dequantize(self) -> Tensor:
         codes_EOI = self.codes_EOI.float()  # converted first: torch is slow where types are mixed
@@ -109,10 +119,13 @@ class QuantizedWeight:
         return QuantizedWeight(codes, scale, zero, self.bits, self.symmetric, self.group_EI)
 
     def storage_bits(self) -> int:
-        """Count codes, 16-bit scales, zero points unless implied, and the group index."""
+        """Count codes, 16-bit scales, zero points unless implied, and the group index.
+
+        A zero point that is no code takes 16 bits, as a scale does.
+        """
         total = self.codes_EOI.numel() * self.bits + self.scale_EOG.numel() * SCALE_BITS
         if not self.symmetric:
-            total += self.zero_EOG.numel() * self.bits
+            total += self.zero_EOG.numel() * (self.bits if self.whole_zeros else SCALE_BITS)
         if self.group_EI is not None:
             total += self.group_EI.numel() * GROUP_INDEX_BITS
         return total
@@ -121,7 +134,36 @@ class QuantizedWeight:
         return self.codes_EOI.numel() * self.bits
 
     def largest_scale(self) -> float:
-        return float(self.scale_EOG.abs().amax())
+        stored = [self.scale_EOG] if self.whole_zeros else [self.scale_EOG, self.zero_EOG]
+        return max(float(numbers.abs().amax()) for numbers in stored)
+
+    def unsound(self, weight_EOI: Tensor) -> str | None:
+        """Return why these are no codes of this weight that can be stored; None if they are.
+
+        A method's own code may have cast codes that uint8 does not hold, which wrap around in
+        silence, or divided by a scale of 0.
+        """
+        top, middle = 2**self.bits - 1, 2 ** (self.bits - 1)
+        for name, numbers in (("scale", self.scale_EOG), ("zero point", self.zero_EOG)):
+            if not all_finite(numbers):
+                return f"a {name} is not a finite number"
+        if self.codes_EOI.numel() and (largest := int(self.codes_EOI.amax())) > top:
+            return (
+                f"a code is {largest}, and {self.bits} bits hold 0 to {top}: clamp codes before "
+                "they become uint8, where those below 0 and above 255 wrap around"
+            )
+        if self.symmetric and not bool((self.zero_EOG == middle).all()):
+            return (
+                "it is symmetric, whose zero point is implied, the middle code "
+                f"{middle}, and has another: return symmetric=False to store zero points"
+            )
+        if bool((self.scale_EOG == 0).any()):
+            empty = replace(
+                self, codes_EOI=torch.ones_like(self.codes_EOI), zero_EOG=self.zero_EOG * 0
+            )
+            if bool(((empty.dequantize() == 0) & (weight_EOI != 0)).any()):
+                return "a scale is 0 where the weights are not"
+        return None
 
     def too_fine(self) -> bool:
         beyond = self.codes_EOI.numel() and int(self.codes_EOI.amax()) >= 2**self.bits
@@ -256,6 +298,45 @@ def stored_weight(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> St
     return kinds[facts["kind"]].from_tensors(tensors, facts)
 
 
+def _as_codes(codes_EOI: Tensor) -> Tensor:
+    """Return codes as uint8.
+
+    Raises:
+        NumericsError: one of them is not a whole number from 0 to 255.
+    """
+    wide_EOI = codes_EOI.float()
+    whole_EOI = wide_EOI.clamp(0, 255).to(torch.uint8)
+    wrong = wide_EOI[whole_EOI != wide_EOI]
+    if wrong.numel():
+        raise NumericsError(f"the code {float(wrong[0]):g} is not a whole number from 0 to 255")
+    return whole_EOI
+
+
+def refuse_unsound(weight: object, weight_EOI: Tensor, bits: int) -> None:
+    """Refuse what a method returned if storing it would change it.
+
+    Args:
+        weight: what it returned for `weight_EOI`.
+        bits: of a code, as the scheme asks.
+
+    Raises:
+        NumericsError: it is no quantized weight, or of another shape or more bits, or its codes,
+            scales and zero points cannot be stored.
+    """
+    if isinstance(weight, Tensor) or not hasattr(weight, "dequantize"):
+        problem: str | None = f"{type(weight).__name__} is not codes: return a QuantizedWeight"
+    elif not isinstance(weight, QuantizedWeight):
+        return
+    elif weight.shape != weight_EOI.shape:
+        problem = f"its shape is {list(weight.shape)}, the weight's {list(weight_EOI.shape)}"
+    elif weight.bits > bits:
+        problem = f"its codes have {weight.bits} bits, and bits={bits} was asked for"
+    else:
+        problem = weight.unsound(weight_EOI)
+    if problem:
+        raise NumericsError(f"what the method returned is not what would be stored: {problem}")
+
+
 def numbers(weight: StoredWeight, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Dequantize a weight [E, O, I] in `dtype`, a few rows at a time, to bound memory."""
     experts, rows, columns = weight.shape
@@ -279,7 +360,10 @@ def concatenate_experts(parts: Sequence[Weight]) -> Weight:
 def round_to_grid(
     weight_EOI: Tensor, grid: Grid, bits: int, group_size: int, *, symmetric: bool
 ) -> QuantizedWeight:
-    """Round each weight to the nearest point of its group's grid (grid shape [E, O, G, 1])."""
+    """Round each weight to the nearest point of its group's grid (grid shape [E, O, G, 1]).
+
+    Zero points need not be whole numbers.
+    """
     codes_EOI = to_codes(into_groups(weight_EOI, group_size), grid, bits).flatten(2)
     scale_EOG, zero_EOG = (part.squeeze(-1) for part in grid)
     return QuantizedWeight(codes_EOI.to(torch.uint8), scale_EOG, zero_EOG, bits, symmetric)

@@ -22,7 +22,12 @@ def quantize_ends(model: Decoder, schemes: Schemes) -> dict[str, StoredWeight]:
     """
     scheme_of = {"embedding": schemes.embedding, "head": None if model.tied else schemes.head}
     codes: dict[str, StoredWeight] = {
-        end: round_rows(model.rows(end), scheme, end)
+        end: round_rows(
+            model.rows(end),
+            scheme,
+            end,
+            "head_bits=null embedding_bits=null" if model.tied else f"{end}_bits=null",
+        )
         for end, scheme in scheme_of.items()
         if scheme is not None
     }
@@ -31,11 +36,12 @@ def quantize_ends(model: Decoder, schemes: Schemes) -> dict[str, StoredWeight]:
     return codes
 
 
-def round_rows(parts: Iterable[Tensor], scheme: Scheme, end: str) -> QuantizedWeight:
+def round_rows(parts: Iterable[Tensor], scheme: Scheme, end: str, remedy: str) -> QuantizedWeight:
     """Round a large matrix to nearest on GPTQ's min-max grid, as one expert [1, V, H], on the CPU.
 
     Args:
         parts: its rows in order, [R, H] each.
+        remedy: the settings that leave it in 16 bits, for an error.
 
     Raises:
         NumericsError: a weight is not finite, or needs a scale above 16 bits; the end is named.
@@ -50,6 +56,6 @@ def round_rows(parts: Iterable[Tensor], scheme: Scheme, end: str) -> QuantizedWe
         part = round_to_grid(
             wide_1RH, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric
         )
-        check_scales(part, wide_1RH, end)
+        check_scales(part, wide_1RH, end, remedy)
         rounded.append(part.to("cpu"))
     return concatenate_rows(rounded)

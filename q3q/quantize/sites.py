@@ -21,6 +21,7 @@ from q3q.numerics.weights import (
     concatenate_experts,
     concatenate_rows,
     numbers,
+    refuse_unsound,
     with_scales,
 )
 from q3q.quantize.block import QuantizedBlock
@@ -166,15 +167,16 @@ class SiteQuantizer:
             index, self.site.name, weight_EOI, rows, statistics, first_expert=experts.start
         )
         try:
-            quantized = with_scales(
-                _divided_by_rows(self.method, task, scheme, team), scheme.scales
-            )
+            returned = _divided_by_rows(self.method, task, scheme, team)
+            refuse_unsound(returned, weight_EOI, scheme.bits)
+            quantized = with_scales(returned, scheme.scales)
         except NumericsError as error:
             raise NumericsError(f"{where}: {error}") from error
         solution.notes.append((where, task.notes))
         for name, own_rows in rows.items():
             code = quantized.rows(own_rows.start, own_rows.stop)
-            check_scales(code, weight_EOI[:, own_rows], f"blocks.{index}.{name}")
+            site = f"skip=[{self._record_name}]"
+            check_scales(code, weight_EOI[:, own_rows], f"blocks.{index}.{name}", site)
             rounded_EOI = code.dequantize()
             self._put(name, experts, rounded_EOI)
             solution.codes[name] = code
@@ -254,15 +256,22 @@ def solve_chunks(chunks: Sequence[Chunk], team: Team) -> None:
         chunk.quantizer.add(chunk.experts, solution, solved_here=solved_here)
 
 
-def check_scales(codes: StoredWeight, weight_EOI: Tensor, where: str) -> None:
-    """Raise NumericsError if a scale does not fit into 16 bits; `where` names the linear."""
+def check_scales(codes: StoredWeight, weight_EOI: Tensor, where: str, remedy: str) -> None:
+    """Raise NumericsError if a scale does not fit into 16 bits.
+
+    Nor may a zero point that is stored in 16 bits because it is no code.
+
+    Args:
+        where: names the linear, or the embedding or head.
+        remedy: the setting that leaves it in 16 bits.
+    """
     largest = codes.largest_scale()
     if not largest <= LARGEST_SCALE:  # also true of NaN
         outlier = float(weight_EOI.abs().amax())
         raise NumericsError(
             f"{where.removesuffix('.weight')}: its largest weight, {outlier:g}, needs a scale of "
-            f"{largest:g}, and a scale is stored in 16 bits, {LARGEST_SCALE:g} at most; skip this "
-            "linear, or mend the checkpoint"
+            f"{largest:g}, and a scale is stored in 16 bits, {LARGEST_SCALE:g} at most; leave it "
+            f"out ({remedy}), or mend the checkpoint"
         )
 
 

@@ -23,6 +23,7 @@ from q3q.export.destination import export_fault
 from q3q.masking import HIDDEN, masked
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
+from q3q.quantize.methods.source import code_changes
 from q3q.quoting import module
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import Json, TrialSpec
@@ -228,6 +229,8 @@ def run_study(
     if not settings.fresh:
         for line in damaged_exports(t for t in trials if only is None or t.id in only):
             print(line)
+    for line in code_changes(finished.values()):
+        print(f"q3q: {line}", file=sys.stderr)
     failed = failed_records(trial for trial in trials if only is not None and trial.id not in only)
     machines, request = host.machines(settings.request)
     planned = plan(

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from q3q.errors import ConfigError
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import AUTO, LOADERS, Device, MethodMemory, ahead_bytes, in_gb, need
+from q3q.models.footprint import (
+    AUTO,
+    LOADERS,
+    Device,
+    MethodMemory,
+    ahead_bytes,
+    enough_gb,
+    in_gb,
+    need,
+)
 from q3q.placement import Grant, Trial
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.spec import TrialSpec
@@ -308,9 +317,9 @@ def _refusal(
     advice = _advice(trial, request, largest, memory, needs)
     if on_gpu:
         advice += _gpu_advice(spec, facts, machines, request, memory)
-    least = in_gb(min(needs.values()))
+    least = enough_gb(min(needs.values()))
     advice.append(f"a cluster whose machines have {least} or more (cluster=existing)")
-    takes = ", ".join(f"{in_gb(needed)} {loader}" for loader, needed in needs.items())
+    takes = ", ".join(f"{enough_gb(needed)} {loader}" for loader, needed in needs.items())
     return (
         f"{spec.label} fits nowhere: it needs {takes}, and {has}. "
         f"What would make it fit: {'; '.join(advice)}"
@@ -327,7 +336,7 @@ def _advice(
     """Return the settings that would help; `memory`: of the largest machine, or of its GPU."""
     loader, bound = trial.placement.loader or AUTO, trial.placement.memory
     least = min(needs.values())
-    enough, advice = in_gb(least).replace(" ", ""), []
+    enough, advice = enough_gb(least).replace(" ", ""), []
     if loader not in (AUTO, "streamed") and memory and needs.get("streamed", memory + 1) <= memory:
         advice.append("loader=streamed")
     if request.memory is not None and memory and least <= memory:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from q3q.attempt import CLAIM
+from q3q.crash import TRACEBACK_AT
 from q3q.errors import ConfigError, Q3QError
 from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import export_fault, is_ours, partial_path
@@ -264,4 +265,6 @@ def _read(folder: Path) -> tuple[Trial | None, TrialRecord | None]:
 
 def _shortened(reason: str) -> str:
     line = " ".join(reason.split())
-    return line if len(line) <= 100 else f"{line[:99]}…"
+    words, mark, file = line.rpartition(TRACEBACK_AT)
+    words = words if mark else line
+    return (words if len(words) <= 100 else f"{words[:99]}…") + (mark + file if mark else "")

@@ -54,7 +54,7 @@ def test_first_windows_follow_each_other_from_the_start_of_the_joined_text():
     assert spelled(windows) == ["abc-", "-def", "g--h"]
     assert windows.dtype == torch.int64
     refuse("has 3 windows of 4 tokens, 4 were asked for", text, samples=4, draw="first")
-    refuse("12 tokens, but one window needs 13", text, length=13, draw="first")
+    refuse("has 0 windows of 13 tokens, 2 were asked for", text, length=13, draw="first")
 
 
 @pytest.mark.parametrize("samples", [1, 5, 40])
@@ -193,7 +193,7 @@ def test_random_windows_may_overlap_and_a_text_of_just_one_window_gives_it():
         "abcd",
         "abcd",
     ]
-    refuse("the text t: 3 tokens, but one window needs 4", Text("t", ("abc",)), draw="random")
+    refuse("the text t has 3 tokens, but one window needs 4", Text("t", ("abc",)), draw="random")
 
 
 def test_random_windows_encode_a_few_documents_not_the_text():
@@ -235,7 +235,8 @@ def test_document_windows_are_awqs(seed, count, longest, length):
 def test_document_windows_need_short_documents():
     text = Text("t", ("abcdefgh", "ab", "", "  "))
     refuse(
-        "1 documents of 1 to 4 tokens, drawn from the text t: 2 tokens, but one window needs 4",
+        "1 document of 1 to 4 tokens, drawn from the 4 of the text t: 2 tokens, but one window "
+        "needs 4",
         text,
         draw="documents",
     )

@@ -486,17 +486,6 @@ def test_an_index_that_is_none(broken, content):
     refuse(folder, "model.safetensors.index.json")
 
 
-def test_an_index_that_names_the_wrong_shard(broken):
-    folder = broken("tied_sharded")
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    shards = sorted(set(index["weight_map"].values()))
-    right = index["weight_map"]["model.norm.weight"]
-    wrong = next(shard for shard in shards if shard != right)
-    index["weight_map"]["model.norm.weight"] = wrong
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuse(folder, wrong, "model.norm.weight", "missing")
-
-
 def test_a_quantized_folder_is_refused(broken):
     folder = broken("tied")
     config = json.loads((folder / "config.json").read_text())

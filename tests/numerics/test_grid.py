@@ -5,6 +5,7 @@ import torch
 
 from q3q.errors import ShapeError
 from q3q.numerics.grid import (
+    Grid,
     absmax_per_token,
     awq_grid,
     into_groups,
@@ -116,3 +117,31 @@ def test_levels_in_a_group_are_counted():
     codes = torch.tensor([[[0, 1, 2, 3, 4, 4, 4, 4]]], dtype=torch.uint8)
     ones = torch.ones(1, 1, 2)
     assert QuantizedWeight(codes, ones, ones, 2, False).most_levels_in_a_group() == 4
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_codes_are_the_nearest_also_where_zero_points_are_no_whole_numbers(bits):
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(32, 16, generator=generator)
+    scale = torch.rand(32, 1, generator=generator) + 0.1
+    zero = 2**bits * torch.rand(32, 1, generator=generator) - 0.5
+    levels = torch.arange(2.0**bits)
+    points = scale[..., None] * (levels - zero[..., None])  # [32, 1, levels]
+    nearest = (weight[..., None] - points).abs().amin(-1)
+    off = (on_grid(weight, Grid(scale, zero), bits) - weight).abs()
+    assert torch.allclose(off, nearest, rtol=1e-4, atol=1e-5)
+    codes = round_to_grid(
+        weight[None], Grid(scale[None, ..., None], zero[None, ..., None]), bits, 16, symmetric=False
+    )
+    assert torch.equal(codes.dequantize()[0], on_grid(weight, Grid(scale, zero), bits))
+    assert not torch.equal(zero, zero.round())
+
+
+def test_whole_zero_points_give_the_bits_of_the_official_order_of_operations():
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(64, 64, generator=generator) * 4).round() / 2  # many ties
+    zero = torch.randint(16, (64, 1), generator=generator).float()
+    grid = Grid(torch.ones(64, 1), zero)
+    assert torch.equal(to_codes(weight, grid, 4), (weight.round() + zero).clamp(0, 15))
+    far = Grid(torch.full((64, 1), 1e-3), -torch.full((64, 1), 1e7))  # whole, as all that large
+    assert torch.equal(to_codes(weight, far, 4), ((weight / 1e-3).round() + far.zero).clamp(0, 15))

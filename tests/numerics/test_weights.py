@@ -5,9 +5,15 @@ tensors.
 import pytest
 import torch
 
-from q3q.errors import ShapeError
+from q3q.errors import NumericsError, ShapeError
 from q3q.numerics.grid import into_groups, minmax_grid
-from q3q.numerics.weights import BinarizedWeight, QuantizedWeight, round_to_grid, stored_weight
+from q3q.numerics.weights import (
+    BinarizedWeight,
+    QuantizedWeight,
+    refuse_unsound,
+    round_to_grid,
+    stored_weight,
+)
 
 
 def grid_weight() -> QuantizedWeight:
@@ -103,3 +109,85 @@ def test_tensors_that_do_not_fit_are_refused():
     numbers = torch.ones(1, 4, 2, 4)
     with pytest.raises(ShapeError, match="do not fit"):
         BinarizedWeight(torch.zeros(1, 5, 16, dtype=torch.uint8), numbers, numbers)
+
+
+def one_weight(**changes):
+    """Return codes 0 to 7 of 3 bits in two groups, exact for the weight that comes with them."""
+    parts = {
+        "codes_EOI": torch.arange(8, dtype=torch.uint8).view(1, 1, 8),
+        "scale_EOG": torch.tensor([[[0.5, 0.25]]]),
+        "zero_EOG": torch.tensor([[[3.0, 4.0]]]),
+        "bits": 3,
+        "symmetric": False,
+    }
+    weight_EOI = QuantizedWeight(**parts).dequantize()
+    return QuantizedWeight(**{**parts, **changes}), weight_EOI
+
+
+def test_zero_points_that_are_no_codes_take_16_bits_and_survive():
+    whole, _ = one_weight()
+    assert whole.whole_zeros
+    assert whole.storage_bits() == 8 * 3 + 2 * (16 + 3)
+    for zero in ([3.5, 4.0], [3.0, 8.0], [-1.0, 0.0]):
+        other, _ = one_weight(zero_EOG=torch.tensor([[zero]]))
+        assert not other.whole_zeros
+        assert other.storage_bits() == 8 * 3 + 2 * (16 + 16)
+        back = stored_weight(other.to_tensors(), other.facts())
+        assert torch.equal(back.dequantize(), other.dequantize())
+    far, _ = one_weight(zero_EOG=torch.tensor([[[-1e6, 0.5]]]))
+    assert far.largest_scale() == 1e6
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float32, torch.bfloat16])
+def test_whole_codes_of_another_type_are_converted(dtype):
+    codes = torch.arange(8).view(1, 1, 8)
+    weight, weight_EOI = one_weight(codes_EOI=codes.to(dtype))
+    assert weight.codes_EOI.dtype == torch.uint8
+    assert torch.equal(weight.dequantize(), weight_EOI)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 256.0, 2.5, float("nan"), float("inf")])
+def test_codes_that_uint8_does_not_hold_are_refused(wrong):
+    codes = torch.arange(8.0).view(1, 1, 8)
+    codes[0, 0, 3] = wrong
+    with pytest.raises(NumericsError, match=r"the code .* is not a whole number from 0 to 255"):
+        one_weight(codes_EOI=codes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, None),
+        ({"zero_EOG": torch.tensor([[[2.5, 4.75]]])}, None),
+        ({"scale_EOG": torch.tensor([[[-0.5, 0.25]]])}, None),
+        # What a cast makes of the code -1.
+        ({"codes_EOI": torch.full((1, 1, 8), 255, dtype=torch.uint8)}, "a code is 255, and 3 bits"),
+        ({"codes_EOI": torch.full((1, 1, 8), 8, dtype=torch.uint8)}, "hold 0 to 7"),
+        ({"bits": 4}, "its codes have 4 bits, and bits=3 was asked for"),
+        ({"symmetric": True}, "whose zero point is implied"),
+        ({"scale_EOG": torch.tensor([[[0.0, 0.25]]])}, "a scale is 0 where the weights are not"),
+        ({"scale_EOG": torch.tensor([[[float("inf"), 0.25]]])}, "a scale is not a finite number"),
+        ({"zero_EOG": torch.tensor([[[3.0, float("nan")]]])}, "a zero point is not a finite"),
+        ({"codes_EOI": torch.zeros(1, 2, 8, dtype=torch.uint8)}, r"its shape is \[1, 2, 8\]"),
+    ],
+)
+def test_what_storing_would_change_is_refused(changes, says):
+    if "codes_EOI" in changes and changes["codes_EOI"].shape[1] == 2:
+        changes = changes | {name: torch.ones(1, 2, 2) for name in ("scale_EOG", "zero_EOG")}
+    weight, weight_EOI = one_weight(**changes)
+    if says is None:
+        return refuse_unsound(weight, weight_EOI, 3)
+    with pytest.raises(NumericsError, match=f"is not what would be stored: .*{says}"):
+        refuse_unsound(weight, weight_EOI, 3)
+
+
+def test_a_scale_of_zero_is_fine_where_all_weights_are_zero():
+    weight, weight_EOI = one_weight(scale_EOG=torch.tensor([[[0.0, 0.25]]]))
+    weight_EOI[..., :4] = 0
+    refuse_unsound(weight, weight_EOI, 3)
+
+
+@pytest.mark.parametrize("returned", [None, torch.zeros(1, 1, 8), (1, 2), {}])
+def test_what_is_no_quantized_weight_is_refused(returned):
+    with pytest.raises(NumericsError, match="return a QuantizedWeight"):
+        refuse_unsound(returned, torch.zeros(1, 1, 8), 3)

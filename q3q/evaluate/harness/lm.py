@@ -68,6 +68,12 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"{self.tokenizer.name_or_path}: neither the tokenizer (eos_token) nor the model "
+                "(eos_token_id in generation_config.json or config.json) names the token that ends "
+                "a text, which this task needs: add one of them"
+            )
         return int(self.tokenizer.eos_token_id)
 
     @cached_property

@@ -58,6 +58,8 @@ class MethodSettings:
     quantizes: False evaluates the model as it is
     rebalances: it shifts scale between tensors that all linears of a site share: these must have
         one scheme, and all experts of a site are observed and quantized at the same time
+    whole_zeros: its zero points are codes (0 to 2**bits - 1); otherwise they take 16 bits each, and
+        most export formats cannot hold them
     keeps_hessian: it keeps a float32 [I, I] of each site's inputs (per expert, if routed)
     block_copies: copies of a block in memory while it is quantized; fewer for a sequential method,
         which frees each weight that it replaces
@@ -74,6 +76,7 @@ class MethodSettings:
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)
     quantizes: ClassVar[bool] = True
     rebalances: ClassVar[bool] = False
+    whole_zeros: ClassVar[bool] = True
     keeps_hessian: ClassVar[bool] = True
     block_copies: ClassVar[float] = 2.5
     inputs_held: ClassVar[int] = 1
