@@ -1,6 +1,7 @@
 """The names that a record has for the metrics of tasks."""
 
 from q3q.evaluate.catalogue import TASKS
+from q3q.record import TrialRecord
 from q3q.spec import TrialSpec, text_metric
 
 
@@ -33,3 +34,29 @@ def mean_metrics(spec: TrialSpec) -> list[str]:
     tasks = [task for task in spec.evaluation.task_names if not measures_text(task)]
     in_mean = [task for task in tasks if task not in TASKS or TASKS[task].in_mean]
     return [accuracy_metric(spec, task) for task in in_mean or tasks]
+
+
+def directions(record: TrialRecord) -> dict[str, bool]:
+    """Return by metric whether higher is better, as far as lm-eval's results say so.
+
+    Older records do not say so.
+    """
+    quick = record.spec.evaluation.quick
+    found: dict[str, bool] = {}
+    for results in record.results.values():
+        for owner, metrics in results.get("higher_is_better", {}).items():
+            for metric in record.numbers:
+                own = [
+                    name
+                    for name in metrics
+                    if _is_of(metric, task_metric(f"{owner}/{name}", quick))
+                ]
+                if own and isinstance(metrics[own[0]], bool):
+                    found[metric] = metrics[own[0]]
+    texts = (text_metric("perplexity", text.name, quick) for text in record.spec.evaluation.texts)
+    return found | dict.fromkeys(texts, False)
+
+
+def _is_of(metric: str, name: str) -> bool:
+    """Return True if a metric is the one of this name, after whatever filter."""
+    return metric == name or metric.startswith(f"{name}/")

@@ -23,7 +23,7 @@ from q3q.storage.claim import Claim, Holder, claim_or_refuse
 from q3q.storage.mirror import is_light, mirror_at
 from q3q.storage.uploader import Uploader
 from q3q.sweep.background import BackgroundQueue
-from q3q.sweep.comparing import NOT_COMPARED, baseline_record, compared
+from q3q.sweep.comparing import NOT_COMPARED, baseline_record, compared, is_current
 from q3q.track.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class Study:
         self.sweep.save(self.storage)
         self.tracker.open(self.sweep)
         for record in list(self.records.values()):  # costs nothing where the tracker has it
-            self._enqueue(record if record.comparisons else self._compared(record))
+            current = is_current(record, baseline_record(record.trial, self.records))
+            self._enqueue(record if current else self._compared(record))
 
     def progressed(self, spec: TrialSpec, event: Progress) -> None:
         """Send a running trial's metrics to the tracker at once."""
