@@ -68,6 +68,9 @@ class Comparison:
     p_value: how often chance alone gives such a difference, None if unknown
     n: pairs
     test: what gave the p-value and the interval
+    ratio: the difference is of logarithms, so its exp is the ratio of the two numbers; older
+        records do not say so
+    higher_is_better: None if unknown, or in an older record
     """
 
     metric: str
@@ -78,9 +81,29 @@ class Comparison:
     p_value: float | None
     n: int
     test: str
+    ratio: bool = False
+    higher_is_better: bool | None = None
 
     def to_json(self) -> Json:
-        return asdict(self)
+        later = {"ratio": False, "higher_is_better": None}  # what an older record lacks
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in later or value != later[key]
+        }
+
+    def describes(self, number: float, baseline: float) -> bool:
+        """Return True if the difference is that of these two numbers, or of their logarithms."""
+        if self.difference is None:
+            return True
+        rounding = 1e-6 * (abs(number) + abs(baseline)) + 1e-9  # a sum may be in float32
+        if math.isclose(self.difference, number - baseline, rel_tol=1e-6, abs_tol=rounding):
+            return True
+        if number <= 0 or baseline <= 0:
+            return False
+        return math.isclose(
+            self.difference, math.log(number / baseline), rel_tol=1e-6, abs_tol=1e-6
+        )
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Comparison":
@@ -152,6 +175,11 @@ class TrialRecord:
     def unchecked(self) -> bool:
         """It names files without their checksums, as records of older versions do."""
         return None in self.files.values()
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All metrics, nan for those that are not finite."""
+        return {**dict.fromkeys(self.diverged, math.nan), **self.metrics}
 
     def to_json(self) -> Json:
         facts = vars(self) | {

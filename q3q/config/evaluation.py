@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from q3q.config.texts import (
     name_of_text,
     open_text,
 )
-from q3q.data.questions import Library, folder_digest
+from q3q.data.pinned import folder_digest
+from q3q.data.questions import Library
 from q3q.errors import ConfigError
 from q3q.evaluate.batches import draws_shots
 from q3q.evaluate.catalogue import OWN_TASKS, STUDY_MMLU, TASKS
@@ -211,7 +213,7 @@ def _data_sets(
     window: int,
 ) -> tuple[dict[str, str], list[str]]:
     """Return each data set's commit or digest, and the tasks that generate text."""
-    library = Library(folder, settle=True)
+    library = Library(folder, settle=True, include=include)
     generating = resolve_data_sets(
         tasks,
         library,
@@ -221,6 +223,12 @@ def _data_sets(
         most=most,
         window=window,
     )
+    for source in sorted(library.files.not_pinned):
+        print(
+            f"q3q: {source} is not pinned: if it changes, finished trials still count as done; "
+            "fresh=true runs them again",
+            file=sys.stderr,
+        )
     return dict(sorted(library.identities.items())), generating
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import csv
 import glob
-import hashlib
 import json
 import os
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from q3q.data.pinned import LOCAL, TaskFiles, files_digest
 from q3q.errors import ConfigError
 from q3q.models.hub import COMMIT, HUB_SECONDS
 
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 MMLU, WIKITEXT = "cais/mmlu", "EleutherAI/wikitext_document_level"
-SUFFIXES = (".parquet", ".jsonl", ".csv")
-LOCAL = "sha256:"
+SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv")
 # Readers in `datasets` of files that a task names itself, which have no commit to pin.
 FILE_READERS = (
     "json",
@@ -138,16 +137,23 @@ class Library:
 
     Args:
         folder: the user's folder; None to read only the Hub and its cache.
-        identities: identity by `DataSet.key`.
+        identities: identity by `DataSet.key`, and of files by `pinned.entry_name`.
         settle: identify a data set without identity on first use, instead of refusing it.
+        include: the folder with the user's task files, whose digest is known elsewhere.
     """
 
     def __init__(
-        self, folder: Path | None, identities: dict[str, str] | None = None, *, settle: bool = False
+        self,
+        folder: Path | None,
+        identities: dict[str, str] | None = None,
+        *,
+        settle: bool = False,
+        include: Path | None = None,
     ) -> None:
         self.folder = folder
         self.identities = {} if identities is None else dict(identities)
         self.settle = settle
+        self.files = TaskFiles(self.identities, settle=settle, include=include)
         self._loaded: dict[DataSet, DatasetDict] = {}
 
     def identify(self, dataset: DataSet, **options: Any) -> str:
@@ -165,7 +171,7 @@ class Library:
                 raise ConfigError(f"this trial was not planned with the data set {dataset.key}")
             files = self._files(dataset)
             self.identities[dataset.key] = (
-                LOCAL + _digest([path for _, path in files])
+                LOCAL + files_digest([path for _, path in files])
                 if files
                 else _revision(dataset, self.folder, options)
             )
@@ -216,7 +222,7 @@ class Library:
         from datasets import DatasetDict
 
         files = self._files(dataset)
-        if not files or LOCAL + _digest([path for _, path in files]) != identity:
+        if not files or LOCAL + files_digest([path for _, path in files]) != identity:
             raise ConfigError(
                 f"the files of {dataset.key} in {self.folder} changed since the trial was planned"
             )
@@ -231,15 +237,20 @@ class Library:
 
 
 @contextmanager
-def serving(load: Callable[[DataSet, dict[str, Any]], DatasetDict]) -> Iterator[None]:
-    """Make `datasets.load_dataset`, which lm-eval's tasks call, take Hub data sets from `load`."""
+def serving(
+    library: Library, load: Callable[[DataSet, dict[str, Any]], DatasetDict]
+) -> Iterator[None]:
+    """Make `datasets.load_dataset`, which lm-eval's tasks call, take Hub data sets from `load`.
+
+    The library loads a task's own files.
+    """
     import datasets
 
     plain = datasets.load_dataset
 
     def serve(path: str, name: str | None = None, **options: Any) -> Any:
         if path in FILE_READERS or Path(path).exists():
-            return plain(path, name, **options)
+            return library.files.load(plain, path, name, options)
         return load(
             DataSet(path, name), {key: value for key, value in options.items() if value is not None}
         )
@@ -262,7 +273,7 @@ def split_files(folder: Path) -> list[tuple[str, Path]]:
         files = []
         for path in sorted(parent.iterdir()) if parent.is_dir() else ():
             split = re.match(r"(train|validation|test|dev)(?![A-Za-z0-9])", path.name)
-            if split and path.suffix in SUFFIXES and path.is_file():
+            if split and path.suffix.lower() in SUFFIXES and path.is_file():
                 files.append((split[1], path))
         if files:
             return files
@@ -309,7 +320,7 @@ def _table(rows: Sequence[tuple[str, Row]]) -> Dataset:
 def _rows(dataset: DataSet, path: Path) -> Iterator[tuple[str, Row]]:
     """Yield each row with its place."""
     try:
-        if dataset.repository == MMLU and path.suffix == ".csv":
+        if dataset.repository == MMLU and path.suffix.lower() == ".csv":
             yield from ((str(path), row) for row in _mmlu_rows(path, str(dataset.name)))
             return
         repository = REPOSITORIES.get(dataset.repository)
@@ -329,11 +340,11 @@ def _rows(dataset: DataSet, path: Path) -> Iterator[tuple[str, Row]]:
 
 def _plain_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield each row with its number, of `.jsonl` with its line's."""
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
             if line.strip():
                 yield number, _object(number, line)
-    elif path.suffix == ".parquet":
+    elif path.suffix.lower() == ".parquet":
         from pyarrow import parquet
 
         yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
@@ -354,7 +365,7 @@ def _object(number: int, line: str) -> Row:
 
 
 def _mmlu_rows(path: Path, subject: str) -> Iterator[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         for number, cells in enumerate(csv.reader(file), start=1):
             if len(cells) != 6 or cells[5] not in ("A", "B", "C", "D"):
                 raise ValueError(
@@ -473,26 +484,3 @@ def _unavailable(dataset: DataSet, folder: Path | None, error: Exception) -> str
 
 def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
-
-
-def _digest(files: Sequence[Path]) -> str:
-    sha = hashlib.sha256()
-    for path in files:
-        content = path.read_bytes()
-        sha.update(f"{path.name} {len(content)}\n".encode())
-        sha.update(content)
-    return sha.hexdigest()
-
-
-def folder_digest(folder: Path, suffixes: Collection[str] | None = None) -> str:
-    """Return the SHA-256 (hex) of all files below a folder and their relative paths.
-
-    suffixes: of the files to read; None for all.
-    """
-    sha = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        counts = suffixes is None or path.suffix in suffixes
-        if counts and path.is_file() and "__pycache__" not in path.parts:
-            sha.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
-            sha.update(path.read_bytes())
-    return sha.hexdigest()

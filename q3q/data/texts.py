@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from q3q.data.files import file_documents, name_of_file, parsed, text_of
 from q3q.errors import CalibrationError
 from q3q.models.demo.library import held_out_text
 from q3q.models.demo.stories import stories
@@ -117,8 +118,7 @@ def load_text(
             model was trained on; `library`, modules of Python's own standard library kept from
             training; `wikitext2`, `c4`, `pile` from the Hub or its local cache; `file`, at `path`.
         split: the text's use. The two splits share no document, except of `file`.
-        path: `file`'s: `.jsonl` (one document per line, its `text`), `.json` (a list of documents,
-            each a string or an object with `text`), or any other name: plain text, one document.
+        path: `file`'s, of a kind that `files.file_documents` reads.
         data: a folder with data sets (data.path), searched first for `wikitext2`, `c4` and `pile`.
 
     Raises:
@@ -139,7 +139,8 @@ def load_text(
     if source == "file":
         if path is None:
             raise CalibrationError(f"{split}=file needs {split}.path=FILE")
-        return _file_text(Path(path).expanduser())
+        file = Path(path).expanduser()
+        return Text(name_of_file(file), file_documents(file))
     return _hub_text(source, split, None if data is None else Path(data))
 
 
@@ -148,58 +149,6 @@ def _demo_text(split: Split) -> Text:
     stream = stories(seed, held_out=split == "evaluation")
     documents = tuple(story.full_text() for story in itertools.islice(stream, count))
     return Text("demo", documents, joiner="\n", running=True)  # packed as for training
-
-
-def _file_text(path: Path) -> Text:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except IsADirectoryError as error:
-        raise CalibrationError(f"{path} is a folder. Give a text file") from error
-    except FileNotFoundError as error:
-        raise CalibrationError(f"{path}: no such file") from error
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
-        ) from error
-    documents = tuple(_documents(path, content))
-    if not any(document.strip() for document in documents):
-        raise CalibrationError(f"{path} holds no text")
-    return Text(path.stem, documents)
-
-
-def _documents(path: Path, content: str) -> Iterator[str]:
-    if path.suffix == ".jsonl":
-        for n, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                where = f"{path}, line {n}"
-                yield _text_of(where, _parsed(where, line))
-    elif path.suffix == ".json" and content.strip():
-        items = _parsed(str(path), content)
-        if not isinstance(items, list):
-            raise CalibrationError(f"{path} holds no JSON list of documents")
-        yield from (_text_of(f"{path}, item {n}", item) for n, item in enumerate(items))
-    else:
-        yield content
-
-
-def _parsed(where: str, content: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{where} is not JSON: {error}") from error
-
-
-def _text_of(where: str, item: Any) -> str:
-    text = item.get("text") if isinstance(item, dict) else item
-    if not isinstance(text, str):
-        raise CalibrationError(f"{where}: neither a string nor an object with a string `text`")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character
-        raise CalibrationError(f"{where}: its text is not valid Unicode: {error.reason}") from error
-    return text
 
 
 def _hub_text(source: str, split: Split, data: Path | None) -> Text:
@@ -258,13 +207,13 @@ def _parquet_rows(file: Path) -> Iterator[str]:
     from pyarrow import parquet
 
     rows = parquet.read_table(file, columns=["text"])["text"].to_pylist()
-    yield from (_text_of(f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
+    yield from (text_of(f"{file}, row {n}", row) for n, row in enumerate(rows, 1))
 
 
 def _json_rows(file: Path) -> Iterator[str]:
     import pyarrow
 
     with pyarrow.input_stream(str(file), compression="detect") as stream:  # .gz or .zst
-        for n, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
+        for n, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8-sig"), 1):
             where = f"{file}, line {n}"
-            yield _text_of(where, _parsed(where, line))
+            yield text_of(where, parsed(where, line))

@@ -14,7 +14,7 @@ excludes zero then, and only then.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy
 from numpy.typing import NDArray
@@ -43,21 +43,34 @@ class Estimate:
     n: int
 
 
-def compare(metric: str, ours: Scores, baseline: Scores, *, seed: int = 0) -> Comparison:
+def compare(
+    metric: str,
+    ours: Scores,
+    baseline: Scores,
+    *,
+    ratio: bool = False,
+    higher_is_better: bool | None = None,
+    seed: int = 0,
+) -> Comparison:
     """Compare a trial with its baseline: answers by McNemar's test, other scores by the bootstrap.
 
     Args:
         ours: the trial's score of each sample; all 0 or 1 if they tell right from wrong answers.
         baseline: the baseline's score of each sample.
+        ratio: the mean of the scores is the metric's logarithm.
+        higher_is_better: None if unknown.
         seed: the bootstrap's.
 
     Raises:
         IntegrityError: the two were not scored on the same samples, or on none.
     """
     ours_N, baseline_N = _pairs(metric, ours, baseline)
-    if all(bool(numpy.isin(scores, (0.0, 1.0)).all()) for scores in (ours_N, baseline_N)):
-        return _compare_answers(metric, ours_N == 1, baseline_N == 1)
-    return _compare_means(metric, ours_N, baseline_N, seed)
+    binary = all(bool(numpy.isin(scores, (0.0, 1.0)).all()) for scores in (ours_N, baseline_N))
+    if binary and not ratio:
+        found = _compare_answers(metric, ours_N == 1, baseline_N == 1)
+    else:
+        found = _compare_means(metric, ours_N, baseline_N, seed)
+    return replace(found, ratio=ratio, higher_is_better=higher_is_better)
 
 
 def window_scores(digest: str, nll_N: Sequence[float]) -> dict[str, float]:

@@ -51,15 +51,21 @@ def resolve_data_sets(
     others = [task for task in tasks if task not in TASKS]
     if not others:
         return []
+    from q3q.evaluate.harness.sources import source_files
     from q3q.evaluate.harness.task_files import examine, tasks_from
 
     def load(data: DataSet, options: dict[str, Any]) -> "DatasetDict":
         library.identify(data, **options)
         return library.load(data, **options)
 
-    with serving(load):
+    if include is not None:
+        library.files.pin(sorted(source_files(include)))
+    with serving(library, load):
         index = tasks_from([OWN_TASKS, *([include] if include else [])], others)
         output_types = examine(index, others, shots, most, window)
+    library.files.not_pinned |= {
+        f"the data of {name}, which its own code loads," for name in index.loading_by_themselves
+    }
     known = {task: TASKS[task].subtasks or [task] for task in tasks if task in TASKS}
     _refuse_overlaps({task: known.get(task) or output_types[task] for task in tasks})
     return [

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from q3q.data.questions import Library, folder_digest
+from q3q.data.pinned import check_files, folder_digest
+from q3q.data.questions import Library
 from q3q.data.windows import evaluation_windows
 from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate.baseline import (
@@ -225,12 +226,14 @@ def _measure_tasks(
             f"the task files in {placement.tasks} changed since the trial was planned; start it "
             "again"
         )
+    identities = dict(evaluation.data)
+    check_files(identities, placement.tasks)
     return score_batch(
         model,
         tokenizer,
         evaluation,
         batch,
-        Library(placement.data, dict(evaluation.data)),
+        Library(placement.data, identities, include=placement.tasks),
         include=placement.tasks,
         seed=trial.spec.seed,
         journal=journal,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from q3q.evaluate.catalogue import TASKS
+from q3q.record import TrialRecord
 from q3q.spec import TextRef, TrialSpec, text_metric
 
 
@@ -68,3 +69,29 @@ def held_out(metric: str, specs: Iterable[TrialSpec]) -> bool:
             if name == metric and reads_calibrated_kind(text, spec):
                 return False
     return True
+
+
+def directions(record: TrialRecord) -> dict[str, bool]:
+    """Return by metric whether higher is better, as far as lm-eval's results say so.
+
+    Older records do not say so.
+    """
+    quick = record.spec.evaluation.quick
+    found: dict[str, bool] = {}
+    for results in record.results.values():
+        for owner, metrics in results.get("higher_is_better", {}).items():
+            for metric in record.numbers:
+                own = [
+                    name
+                    for name in metrics
+                    if _is_of(metric, task_metric(f"{owner}/{name}", quick))
+                ]
+                if own and isinstance(metrics[own[0]], bool):
+                    found[metric] = metrics[own[0]]
+    texts = (text_metric("perplexity", text.name, quick) for text in record.spec.evaluation.texts)
+    return found | dict.fromkeys(texts, False)
+
+
+def _is_of(metric: str, name: str) -> bool:
+    """Return True if a metric is the one of this name, after whatever filter."""
+    return metric == name or metric.startswith(f"{name}/")

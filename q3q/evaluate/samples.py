@@ -6,12 +6,16 @@ from another trial's.
 
 import hashlib
 import io
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.metrics import task_metric
+from q3q.evaluate.perplexity import exp_or_infinity
 from q3q.record import Comparison
 from q3q.spec import Json
 from q3q.storage.files import read_file, write_atomically
@@ -20,7 +24,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 SAMPLES = "samples.parquet"
-SCORED = ["task", "groups", "doc_id", "doc_hash", "scores"]
+KEYS = ["task", "groups", "doc_id", "doc_hash", "scores"]  # columns of every version
+SCORED = [*KEYS, "group_scores"]
+MAPS = ("scores", "group_scores", "values")
 LOSS = "nll"  # a text window's, nats per token
 SAMPLE = ("task", "doc_id", "doc_hash", "prompt_hash")
 SEAL = b"q3q.sha256="  # comes before a file's own checksum
@@ -38,7 +44,9 @@ def write_samples(path: Path, rows: Sequence[Json]) -> str:
     """Write rows with the columns below; return the file's SHA-256 (hex).
 
     task (or a perplexity's metric), its groups, doc_id, doc_hash, prompt_hash, filter, target;
-    log_likelihood and greedy of each answer offered; generated text; scores by name.
+    log_likelihood and greedy of each answer offered; generated text; scores, what the sample
+    contributes to each metric, by name; group_scores, the same of a group's metrics where it is
+    not the task's score; values, a metric's value where that is not its score, as JSON.
     """
     import pyarrow as pa
     from pyarrow import parquet
@@ -56,10 +64,16 @@ def write_samples(path: Path, rows: Sequence[Json]) -> str:
             ("greedy", pa.list_(pa.bool_())),
             ("text", pa.list_(pa.string())),
             ("scores", pa.map_(pa.string(), pa.float64())),
+            ("group_scores", pa.map_(pa.string(), pa.float64())),
+            ("values", pa.map_(pa.string(), pa.string())),
         ]
     )
     plain = [
-        {**row, "scores": list(row["scores"].items()), "text": _texts(row.get("text"))}
+        {
+            **row,
+            **{name: list((row.get(name) or {}).items()) for name in MAPS},
+            "text": _texts(row.get("text")),
+        }
         for row in rows
     ]
     buffer = io.BytesIO()
@@ -74,10 +88,10 @@ def write_samples(path: Path, rows: Sequence[Json]) -> str:
 def read_samples(
     path: Path, columns: list[str] | None = None, digest: str | None = None
 ) -> list[Json]:
-    """Read rows that `write_samples` wrote.
+    """Read rows that `write_samples` wrote, whose values `value_of` returns.
 
     Args:
-        columns: read these alone (`SCORED` is enough for `measured`).
+        columns: those to read (`SCORED` is enough for `measured`); None for all.
         digest: the file's SHA-256 in its record; None where an older version wrote the record.
 
     Raises:
@@ -86,7 +100,7 @@ def read_samples(
     content = _content(path, digest)
     try:
         rows: list[Json] = _table(content, columns).to_pylist()
-        rows = [{**row, "scores": dict(row["scores"])} for row in rows]
+        rows = [row | {name: dict(row.get(name) or ()) for name in MAPS} for row in rows]
     except Exception as error:  # of any kind: the reader trusts what it reads
         raise _unreadable(path, error) from error
     return rows
@@ -150,15 +164,27 @@ def _table(content: bytes, columns: list[str] | None) -> "pyarrow.Table":
     import pyarrow as pa
     from pyarrow import parquet
 
-    table = parquet.read_table(pa.BufferReader(content), columns=columns)
-    for name in columns or SCORED:
-        table.schema.field(name)  # KeyError: it is not ours
-    return table
+    file = parquet.ParquetFile(pa.BufferReader(content))
+    there = file.schema_arrow.names
+    if missing := [name for name in KEYS if name not in there]:
+        raise KeyError(f"it has no column {missing[0]}")
+    # Older files have fewer columns.
+    return file.read(columns=[name for name in columns or there if name in there])
 
 
 def _unreadable(path: Path, error: Exception) -> IntegrityError:
     words = " ".join(str(error).split()) or type(error).__name__
     return IntegrityError(f"{path} cannot be read: {words}")
+
+
+def value_of(row: Json, metric: str) -> Any:
+    """Return a metric's value for a sample, as lm-eval had it (a tuple as a list).
+
+    Raises:
+        KeyError: the sample has none.
+    """
+    values: Mapping[str, str] = row.get("values") or {}
+    return json.loads(values[metric]) if metric in values else row["scores"][metric]
 
 
 def measured(rows: Sequence[Json], quick: bool) -> MetricScores:
@@ -169,25 +195,82 @@ def measured(rows: Sequence[Json], quick: bool) -> MetricScores:
     scores: MetricScores = {}
     for row in rows:
         sample = "/".join(str(row[key]) for key in SAMPLE if row.get(key) is not None)
+        of_groups = row.get("group_scores") or {}
         for name, score in row["scores"].items():
             if name == LOSS:
                 scores.setdefault(row["task"], {})[sample] = score
                 continue
             for owner in (row["task"], *(row.get("groups") or ())):
-                scores.setdefault(task_metric(f"{owner}/{name}", quick), {})[sample] = score
+                full_name = f"{owner}/{name}"
+                found = scores.setdefault(task_metric(full_name, quick), {})
+                found[sample] = of_groups.get(full_name, score)
     return scores
 
 
-def comparisons(ours: MetricScores, baseline: MetricScores) -> dict[str, Comparison]:
+def comparisons(
+    ours: MetricScores,
+    baseline: MetricScores,
+    numbers: tuple[Mapping[str, float], Mapping[str, float]],
+    higher_is_better: Mapping[str, bool] = MappingProxyType({}),
+) -> dict[str, Comparison]:
     """Compare the trial with the baseline, sample by sample, on each metric that both have.
+
+    A metric is compared if its numbers follow from its samples on both sides, see `explained`.
+
+    Args:
+        ours: the trial's scores.
+        baseline: the baseline's.
+        numbers: both sides' metrics, nan where they are not finite.
+        higher_is_better: of each metric, where that is known.
 
     Raises:
         IntegrityError: the two were not scored on the same samples.
     """
     from q3q.evaluate.compare import compare
 
-    both = [metric for metric in ours if metric in baseline]
-    return {metric: compare(metric, ours[metric], baseline[metric]) for metric in both}
+    found: dict[str, Comparison] = {}
+    for metric in (name for name in ours if name in baseline):
+        sides = [
+            explained(scores[metric], own[metric]) if metric in own else {}
+            for scores, own in zip((ours, baseline), numbers, strict=True)
+        ]
+        if ways := [ratio for ratio in sides[0] if ratio in sides[1]]:
+            ratio = ways[0]
+            found[metric] = compare(
+                metric,
+                sides[0][ratio],
+                sides[1][ratio],
+                ratio=ratio,
+                higher_is_better=higher_is_better.get(metric),
+            )
+    return found
+
+
+def explained(scores: Mapping[str, float], number: float) -> dict[bool, Mapping[str, float]]:
+    """Return scores from which a metric's number follows.
+
+    They are under False if the number is their mean, and under True if it is exp of their mean.
+    There are none if it is neither, such as F1 in an older file. Older files have log-likelihoods
+    for lm-eval's `perplexity`; these are turned into losses.
+
+    Args:
+        scores: of each sample.
+        number: the metric; nan if it is not finite.
+    """
+    mean = math.fsum(scores.values()) / len(scores)
+    if math.isnan(number) and not math.isfinite(mean):
+        return {False: scores, True: scores}
+    losses = {sample: -score for sample, score in scores.items()}
+    ways = (
+        (mean, False, scores),
+        (exp_or_infinity(mean), True, scores),
+        (exp_or_infinity(-mean), True, losses),
+    )
+    for value, ratio, followed in ways:
+        diverged = math.isnan(number) and not math.isfinite(value)
+        if diverged or math.isclose(value, number, rel_tol=1e-5, abs_tol=1e-9):
+            return {ratio: followed}
+    return {}
 
 
 def _texts(answers: Any) -> list[str] | None:

@@ -1,5 +1,6 @@
 """Score a batch of an evaluation's tasks, by lm-eval or by the study's script."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -7,30 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from q3q.data.questions import Library, serving
 from q3q.evaluate.batches import Batch, Part, first_questions, random_questions
 from q3q.evaluate.catalogue import STUDY_MMLU
 from q3q.evaluate.chat import CHATS, PLAIN_CHAT
 from q3q.evaluate.metrics import task_metric
 from q3q.evaluate.mmlu_paper import score_study_mmlu
-from q3q.evaluate.weighted import weighted_intervals, weighted_losses
 from q3q.reporter import Steps
 from q3q.spec import Evaluation, Json
 
 if TYPE_CHECKING:
     from q3q.models.decoder import Decoder
-
-# Columns of a sample beside its task, its groups and its scores.
-COLUMNS = (
-    "doc_id",
-    "doc_hash",
-    "prompt_hash",
-    "filter",
-    "target",
-    "log_likelihood",
-    "greedy",
-    "text",
-)
 
 
 def score_batch(
@@ -66,7 +56,7 @@ def score_batch(
     else:
         from q3q.evaluate.harness.run import run_tasks  # lm-eval takes seconds to import
 
-        with serving(lambda data, options: library.load(data, **options)):
+        with serving(library, lambda data, options: library.load(data, **options)):
             scores = run_tasks(
                 model,
                 tokenizer,
@@ -83,9 +73,12 @@ def score_batch(
                 steps=steps,
             )
         part = Part(scores.metrics, scores.intervals)
+        not_pinned = library.files.not_pinned
         part.results["+".join(batch.tasks)] = {
             **_as_json(scores.results),
             "effort": asdict(scores.effort),
+            **({"not_by_document": scores.without} if scores.without else {}),
+            **({"not_pinned": sorted(not_pinned)} if not_pinned else {}),
         }
         _add_samples(part, scores.samples, scores.results.get("group_subtasks", {}))
     part.metrics = {task_metric(name, quick): value for name, value in part.metrics.items()}
@@ -96,18 +89,14 @@ def score_batch(
 def _add_samples(
     part: Part, samples: Mapping[str, Sequence[Json]], members: Mapping[str, Sequence[str]]
 ) -> None:
-    """Add lm-eval's samples to a part, and the intervals that lm-eval lacks.
+    """Add lm-eval's samples to a part.
 
     members: tasks and groups of each group
     """
     leaves = {group: _leaves(group, members) for group in members}
     for task, rows in samples.items():
         groups = [group for group, tasks in leaves.items() if task in tasks and task != group]
-        weighted = weighted_losses(rows)
-        part.intervals |= weighted_intervals(task, weighted)
-        for number, row in enumerate(rows):
-            contributions = {name: losses[number] for name, losses in weighted.items()}
-            part.samples.append(_sample(task, groups, row, contributions))
+        part.samples += [_sample(task, groups, row) for row in rows]
 
 
 def _leaves(group: str, members: Mapping[str, Sequence[str]]) -> list[str]:
@@ -117,34 +106,32 @@ def _leaves(group: str, members: Mapping[str, Sequence[str]]) -> list[str]:
     return [leaf for member in members[group] for leaf in _leaves(member, members)]
 
 
-def _sample(task: str, groups: Sequence[str], row: Json, weighted: dict[str, float]) -> Json:
-    """Return one of lm-eval's samples as `samples.py` stores it.
-
-    Its scores are the metrics that are numbers, and its `weighted_losses`.
-    """
-    scores = {
-        name: float(value)
-        for name, value in row.items()
-        if name not in COLUMNS and isinstance(value, (int, float, bool))
-    } | weighted
-    suffix = "" if row["filter"] == "none" else f"/{row['filter']}"
+def _sample(task: str, groups: Sequence[str], row: Json) -> Json:
+    """Return one of lm-eval's samples as `samples.py` stores it."""
     return {
         "task": task,
         "groups": groups,
-        **{name: row.get(name) for name in COLUMNS},
-        "target": None if row.get("target") is None else str(row["target"]),
-        "scores": {name + suffix: value for name, value in scores.items()},
+        **row,
+        "target": None if row["target"] is None else str(row["target"]),
+        "values": {
+            name: json.dumps(_as_json(value, finite=False)) for name, value in row["values"].items()
+        },
     }
 
 
-def _as_json(value: Any) -> Any:
-    """Return the value in JSON's own types: lm-eval's results hold functions and arrays."""
+def _as_json(value: Any, *, finite: bool = True) -> Any:
+    """Return the value in JSON's own types: lm-eval's results hold functions and arrays.
+
+    finite: write numbers that are not finite as text.
+    """
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
     if isinstance(value, dict):
-        return {str(key): _as_json(item) for key, item in value.items()}
+        return {str(key): _as_json(item, finite=finite) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
+        return [_as_json(item, finite=finite) for item in value]
     if value is None or isinstance(value, (str, int, bool)):
         return value
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float) and (math.isfinite(value) or not finite):
         return value
     return str(getattr(value, "__name__", value))

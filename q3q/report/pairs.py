@@ -8,6 +8,7 @@ from pathlib import Path
 from q3q.errors import IntegrityError
 from q3q.evaluate.metrics import mean_metrics
 from q3q.record import Comparison
+from q3q.report.measures import is_perplexity
 from q3q.report.pools import Pool
 from q3q.spec import MEAN_ACCURACY
 from q3q.storage.files import FileState, file_state
@@ -30,11 +31,12 @@ def difference(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
         parts = [difference(ours, theirs, task) for task in mean_metrics(ours.spec)]
         complete = [part for part in parts if part is not None]
         return stratified(complete) if len(complete) == len(parts) else None
-    scores = [_scores(pool, metric) for pool in (ours, theirs)]
-    if scores[0] is None or scores[1] is None:
+    sides = [_scores(pool, metric) for pool in (ours, theirs)]
+    ways = [ratio for ratio in sides[0] if ratio in sides[1]]
+    if not ways:
         return None
     try:
-        return compare(metric, scores[0], scores[1])
+        return compare(metric, sides[0][ways[0]], sides[1][ways[0]], ratio=ways[0])
     except IntegrityError:
         return None
 
@@ -99,25 +101,39 @@ def differ_by_seeds(ours: Pool, theirs: Pool, metric: str) -> bool | None:
     return bool(p_value < LEVEL)
 
 
-def _scores(pool: Pool, metric: str) -> Scores | None:
-    """Return each sample's score, averaged over seeds; None if a seed has no samples."""
-    from q3q.evaluate.samples import SAMPLES
+def _scores(pool: Pool, metric: str) -> dict[bool, Scores]:
+    """Return each sample's score, averaged over seeds, as `samples.explained` does.
 
-    seeds: list[Scores] = []
+    Empty if a seed has no samples, or its number does not follow from them.
+    """
+    from q3q.evaluate.samples import SAMPLES, explained
+
+    seeds: list[dict[bool, Scores]] = []
     for record in (record for record in pool.records if record.completed):
         path = record.trial.folder / SAMPLES
-        if not path.is_file():
-            return None
+        if not path.is_file() or metric not in record.numbers:
+            return {}
         digest = record.files.get(SAMPLES)
         scores = _read(path, digest, file_state(path), record.spec.evaluation.quick)
         if metric not in scores:
-            return None
-        seeds.append(scores[metric])
+            return {}
+        # A text's samples are losses.
+        ways = (
+            {True: scores[metric]}
+            if is_perplexity(metric)
+            else explained(scores[metric], record.numbers[metric])
+        )
+        seeds.append(dict(ways))
     if len(seeds) < 2:
-        return seeds[0] if seeds else None
-    if any(scores.keys() != seeds[0].keys() for scores in seeds):
-        return None
-    return {sample: math.fsum(own[sample] for own in seeds) / len(seeds) for sample in seeds[0]}
+        return seeds[0] if seeds else {}
+    return {
+        ratio: {
+            sample: math.fsum(own[ratio][sample] for own in seeds) / len(seeds)
+            for sample in seeds[0][ratio]
+        }
+        for ratio in seeds[0]
+        if all(ratio in own and own[ratio].keys() == seeds[0][ratio].keys() for own in seeds)
+    }
 
 
 @lru_cache(maxsize=CACHED)

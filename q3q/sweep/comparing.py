@@ -1,8 +1,10 @@
 """Compare a trial's samples with the unquantized model's, once both are there."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+from q3q.evaluate.metrics import directions
 from q3q.placement import Trial
 from q3q.record import TrialRecord
 
@@ -40,4 +42,24 @@ def compared(record: TrialRecord, baseline: TrialRecord) -> TrialRecord:
         )
         for side in (record, baseline)
     )
-    return replace(record, comparisons=comparisons(ours, theirs))
+    numbers = record.numbers, baseline.numbers
+    found = comparisons(ours, theirs, numbers, directions(record))
+    return replace(record, comparisons=found)
+
+
+def is_current(record: TrialRecord, baseline: TrialRecord | None) -> bool:
+    """Return False if a record has to be compared (again) with its baseline.
+
+    Older versions took every score's mean for the metric. So a perplexity of lm-eval's had the
+    wrong sign, and a group was compared on a metric that it does not have.
+    """
+    if baseline is None:
+        return True
+    for metric, comparison in record.comparisons.items():
+        if metric not in record.numbers or metric not in baseline.numbers:
+            return False
+        number, theirs = record.numbers[metric], baseline.numbers[metric]
+        finite = math.isfinite(number) and math.isfinite(theirs)
+        if finite and not comparison.describes(number, theirs):
+            return False
+    return bool(record.comparisons)

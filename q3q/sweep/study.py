@@ -35,7 +35,7 @@ from q3q.storage.files import flush_folder
 from q3q.storage.mirror import is_light, mirror_at
 from q3q.storage.uploader import Uploader
 from q3q.sweep.background import BackgroundQueue
-from q3q.sweep.comparing import NOT_COMPARED, baseline_record, compared
+from q3q.sweep.comparing import NOT_COMPARED, baseline_record, compared, is_current
 from q3q.track.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ class Study:
         self.tracker.open(self.sweep)
         try:
             for record in list(self.records.values()):  # costs nothing where the tracker has it
-                self._enqueue(record if record.comparisons else self._compared(record))
+                current = is_current(record, baseline_record(record.trial, self.records))
+                self._enqueue(record if current else self._compared(record))
         except BaseException:
             self._abandon()
             raise

@@ -1,4 +1,7 @@
+import codecs
+import csv
 import gzip
+import io
 import json
 import os
 import time
@@ -8,6 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from q3q.data.files import FOREIGN
 from q3q.data.texts import _HUB, SOURCES, Text, load_text
 from q3q.errors import CalibrationError
 from q3q.models.demo.library import held_out_text
@@ -96,6 +100,67 @@ def test_a_file_is_read_by_its_suffix(tmp_path, name, content, documents):
     assert text == load_text("file", split="calibration", path=str(path))
 
 
+ROWS = ["Once.\nThere, was", 'a "cat"\tand', " caf\xe9 \U0001f600", "NA", "7"]
+
+
+def written_as(suffix):
+    """Return ROWS as a file of this kind holds them."""
+    lines = "".join(json.dumps({"n": 1, "text": row}) + "\n" for row in ROWS)
+    if suffix == ".parquet":
+        sink = io.BytesIO()
+        parquet.write_table(pyarrow.table({"n": [1] * len(ROWS), "text": ROWS}), sink)
+        return sink.getvalue()
+    if suffix in (".csv", ".tsv"):
+        table = io.StringIO(newline="")
+        rows = csv.writer(table, delimiter="," if suffix == ".csv" else "\t", lineterminator="\n")
+        rows.writerows([("n", "text"), *((1, row) for row in ROWS)])
+        return table.getvalue().encode()
+    if suffix == ".json":
+        return json.dumps(ROWS).encode()
+    return lines.encode()
+
+
+KINDS = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv", ".parquet")
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_the_same_rows_are_the_same_text_whatever_kind_of_file_holds_them(tmp_path, suffix):
+    content = written_as(suffix)
+    files = {f"rows{suffix}": content, f"Rows{suffix.upper()}": content}
+    if suffix != ".parquet":
+        text = content.decode()
+        files |= {
+            f"mark{suffix}": codecs.BOM_UTF8 + content,
+            f"wide{suffix}": text.encode("utf-16"),
+            f"wider{suffix}": text.encode("utf-32"),
+            f"windows{suffix}": text.replace("\n", "\r\n").encode(),
+        }
+    if "json" in suffix and suffix != ".json":
+        files[f"spaced{suffix}"] = content.replace(b"\n", b"\n\n")
+        files[f"lines{suffix}.json"] = content
+    packed = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}
+    for name, codec in packed.items():
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, codec) as stream:
+            stream.write(content)
+        files[f"packed{suffix}{name}"] = sink.getvalue().to_pybytes()
+    for name, stored in files.items():
+        (tmp_path / name).write_bytes(stored)
+        text = load_text("file", split="evaluation", path=tmp_path / name)
+        assert text.documents == tuple(ROWS), name
+        assert text.digest == Text("", tuple(ROWS)).digest
+    assert load_text("file", split="evaluation", path=tmp_path / f"packed{suffix}.gz").name == (
+        "packed"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_is_no_text(tmp_path, encoding):
+    (tmp_path / "notes.txt").write_bytes("caf\xe9\r\n{}\n".encode(encoding))
+    text = load_text("file", split="calibration", path=tmp_path / "notes.txt")
+    assert text.documents == ("caf\xe9\n{}\n",)
+
+
 def test_a_users_home_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "notes.txt").write_text("one")
@@ -127,10 +192,30 @@ def test_a_users_home_is_understood(tmp_path, monkeypatch):
         ("half.jsonl", b'{"text": "\\ud800"}', "line 1: its text is not valid Unicode"),
         ("table.json", b'{"text": "one"}', "holds no JSON list"),
         ("bad.json", b"[", "is not JSON"),
+        ("rows.txt", b'{"text": "one"}\n\n{"text": "two"}\n', "call it rows.jsonl"),
+        ("rows.data", b'{"text": "one"}', "call it rows.jsonl"),
+        ("rows", b'{"body": "one"}', "call it rows.jsonl"),
+        ("rows.txt.gz", gzip.compress(b'{"text": "one"}'), "call it rows.jsonl"),
+        ("table.csv", b"id,body\n1,one\n", "one column `text`, which holds the documents; its"),
+        ("plain.csv", b"Once, long ago, there was a man.\n", "its columns are: Once,  long ago,"),
+        ("ragged.csv", b"id,text\n1,one\n2\n", "is not a table: "),
+        ("number.parquet", "PARQUET", "row 1: neither a string nor an object"),
+        ("body.parquet", "PARQUET", "its columns are: body"),
+        ("torn.parquet", b"PAR1", "is not Parquet"),
+        ("torn.jsonl.gz", gzip.compress(b'{"text": "one"}' * 99)[:30], "cannot be read"),
+        ("plain.jsonl.gz", b'{"text": "one"}', "cannot be read"),
+        ("wide.txt", "one two".encode("utf-16-le"), "holds zero bytes"),
+        ("torn.txt", b"\xff\xfeo\x00n", "is not UTF-16 text"),
+        *((f"book{suffix}", b"x", "not a kind of text file that is read") for suffix in FOREIGN),
+        ("BOOK.PDF", b"%PDF", "give .txt (or any other name: plain text), .jsonl"),
     ],
 )
 def test_a_file_that_is_no_text_is_refused(tmp_path, name, content, complaint):
-    (tmp_path / name).write_bytes(content)
+    if content == "PARQUET":
+        column = "text" if name.startswith("number") else "body"
+        parquet.write_table(pyarrow.table({column: [1]}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
     refuse("file", "calibration", name, complaint, path=tmp_path / name)
 
 

@@ -33,7 +33,8 @@ from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.chat import Chat
 from q3q.evaluate.encoding import as_ids
 from q3q.evaluate.harness.lm import HarnessLM
-from q3q.evaluate.harness.run import check_samples, read_metrics, run_tasks, shares
+from q3q.evaluate.harness.metrics import read_metrics, shares_of
+from q3q.evaluate.harness.run import check_samples, run_tasks
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.prefixes import PackedTree
 from q3q.evaluate.scoring import run_tree
@@ -614,30 +615,27 @@ def test_unfinished_thoughts_are_counted(both, monkeypatch, tmp_path):
 
 
 def test_intervals_of_shares_whatever_their_name_stay_between_0_and_1():
+    class Averaging:
+        def aggregation(self):
+            return {}
+
+    names = ("exact_match", "loss", "acc")
     rows = [
         {
             "filter": "none",
-            "metrics": ["exact_match", "f1", "loss"],
+            "metrics": names,
             "exact_match": hit,
-            "f1": (hit, 1),
-            "loss": hit / 2,
+            "loss": 2 * hit,
+            "acc": (hit + 1) / 2,
         }
         for hit in (0.0, 1.0, 1.0, 1.0)
     ]
-    assert shares({"t": rows}) == {("exact_match", "none")}
-    assert (
-        shares(
-            {"t": rows, "u": [{"filter": "none", "metrics": ["exact_match"], "exact_match": 0.5}]}
-        )
-        == set()
-    )
-    names = ("exact_match", "loss", "acc")
     results = {
         "t": {
             f"{name}{part},none": x for name in names for part, x in (("", 0.75), ("_stderr", 0.25))
         }
     }
-    _, intervals = read_metrics(results, shares({"t": rows}))
+    _, intervals = read_metrics(results, shares_of({"t": Averaging()}, {}, {"t": rows}, results))
     assert intervals["t/exact_match"] == intervals["t/acc"]
     assert intervals["t/acc"] == pytest.approx((0.26, 1), abs=1e-3)
     assert intervals["t/acc"][1] == 1
@@ -780,7 +778,7 @@ def test_official_tasks_score_as_with_hflm(both, tmp_path):
                 agree(
                     zip(row["log_likelihood"], row["greedy"], strict=True), sample["filtered_resps"]
                 )
-                assert row["acc"] == sample["acc"]
+                assert row["scores"]["acc"] == sample["acc"]
     assert found.effort.computed == found.effort.unique < 0.5 * found.effort.asked
     low, high = found.intervals["local_mmlu/acc"]
     assert low <= found.metrics["local_mmlu/acc"] <= high
@@ -955,7 +953,7 @@ def test_real_questions_score_as_with_hflm(both, tmp_path):
         assert found.metrics[f"{task}/acc"] == theirs["results"][task]["acc,none"]
         for row, sample in zip(found.samples[task], theirs["samples"][task], strict=True):
             assert row["prompt_hash"] == sample["prompt_hash"]
-            assert row["acc"] == sample["acc"]
+            assert row["scores"]["acc"] == sample["acc"]
             agree(zip(row["log_likelihood"], row["greedy"], strict=True), sample["filtered_resps"])
     assert found.effort.computed == found.effort.unique < 0.4 * found.effort.asked
 

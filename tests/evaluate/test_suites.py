@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -12,7 +13,8 @@ import pytest
 import torch
 
 from q3q.config.model import DEMO_MODELS
-from q3q.data.questions import LOCAL, MMLU, REPOSITORIES, DataSet, Library, serving
+from q3q.data.pinned import LOCAL
+from q3q.data.questions import MMLU, REPOSITORIES, DataSet, Library, serving
 from q3q.data.texts import Text
 from q3q.data.windows import draw_windows
 from q3q.errors import ConfigError, IntegrityError
@@ -20,10 +22,10 @@ from q3q.evaluate import mmlu_paper, version
 from q3q.evaluate.batches import batches, draws_shots
 from q3q.evaluate.catalogue import OWN_TASKS, STUDY_MMLU, SUBJECTS, TASKS
 from q3q.evaluate.compare import compare
+from q3q.evaluate.contributions import contributions
 from q3q.evaluate.data_sets import resolve_data_sets
 from q3q.evaluate.samples import comparisons, measured, read_samples, window_rows, write_samples
 from q3q.evaluate.suites import score_batch
-from q3q.evaluate.weighted import weighted_intervals, weighted_losses
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.reporter import no_steps
@@ -123,11 +125,8 @@ def test_a_pages_perplexity_is_that_of_its_words(scored, study_data):
     assert -likelihoods / nats_a_word == pytest.approx(
         sum(len(re.split(r"\s+", page)) for page in pages)
     )
-    same = [{"word_perplexity": (-20.0, 10)}, {"word_perplexity": (-40.0, 20)}]
-    low, high = weighted_intervals("t", weighted_losses(same))["t/word_perplexity"]
-    assert (
-        low == pytest.approx(high) == pytest.approx(torch.tensor(2.0).exp().item())
-    )  # no spread between pages
+    same = contributions(max, "weighted_perplexity", [(-20.0, 10), (-40.0, 20)]).interval()
+    assert same == pytest.approx((math.exp(2), math.exp(2)))  # no spread between pages
     low, high = intervals["word_perplexity/wikitext2"]
     assert low < high
     scores = measured(samples, quick=False)
@@ -144,22 +143,19 @@ def test_two_models_word_perplexities_are_compared_page_by_page():
     """The difference is in nats per word, with a ratio's interval: a page's length is none."""
     dice = torch.Generator().manual_seed(0)
     words = torch.randint(50, 5000, (40,), generator=dice).tolist()
-    ours, theirs = (
-        {f"page {k}": loss for k, loss in enumerate(weighted_losses(rows)["word_perplexity"])}
-        for rows in (
-            [{"word_perplexity": (-w * (3.0 + worse), w)} for w in words] for worse in (0.02, 0.0)
-        )
-    )
-    found = compare("word_perplexity/wikitext2", ours, theirs)
+
+    def pages(losses):
+        pairs = [(-w * loss, w) for w, loss in zip(words, losses, strict=True)]
+        found = contributions(max, "weighted_perplexity", pairs).values
+        return {f"page {k}": loss for k, loss in enumerate(found)}
+
+    ours, theirs = (pages([3.0 + worse] * 40) for worse in (0.02, 0.0))
+    found = compare("word_perplexity/wikitext2", ours, theirs, ratio=True)
     assert found.difference == pytest.approx(0.02)
     assert (found.low, found.high) == pytest.approx((0.02, 0.02))
     assert found.distinguishable
-    noisy = [
-        {"word_perplexity": (-w * (3.0 + float(torch.randn((), generator=dice)) / 10), w)}
-        for w in words
-    ]
-    theirs = {f"page {k}": loss for k, loss in enumerate(weighted_losses(noisy)["word_perplexity"])}
-    assert not compare("word_perplexity/wikitext2", ours, theirs).distinguishable
+    noisy = pages((3.0 + torch.randn(40, generator=dice) / 10).tolist())
+    assert not compare("word_perplexity/wikitext2", ours, noisy, ratio=True).distinguishable
 
 
 def test_questions_of_a_quick_suite_are_drawn_once_and_for_all_and_named_so(
@@ -505,7 +501,7 @@ def test_a_configuration_that_only_its_siblings_have_files_of_is_not_there(no_hu
 
 def test_a_tasks_own_files_are_not_ours_to_serve(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
-    with serving(lambda data, options: pytest.fail("asked")):
+    with serving(Library(None, settle=True), lambda data, options: pytest.fail("asked")):
         found = datasets.load_dataset(
             "json", data_files={"test": str(tmp_path / "rows.jsonl")}, cache_dir=str(tmp_path / "c")
         )
@@ -540,8 +536,11 @@ def test_samples_read_back_and_pair_up(scored, tmp_path):
         for row in rows[-20:]
     ]
     theirs = measured([*rows[:-20], *worse], quick=False)
-    found = comparisons(ours, theirs)
+    numbers = scored[0] | {"perplexity/wikitext2": math.exp(2.095)}
+    higher = numbers | {"perplexity/wikitext2": math.exp(2.195)}
+    found = comparisons(ours, theirs, (numbers, higher))
     assert found["perplexity/wikitext2"].difference == pytest.approx(-0.1)
+    assert found["perplexity/wikitext2"].ratio
     assert found["perplexity/wikitext2"].distinguishable
     same = found["mmlu/acc"]
     assert (same.difference, same.distinguishable, same.n) == (0.0, False, 2 * 57)
@@ -550,8 +549,8 @@ def test_samples_read_back_and_pair_up(scored, tmp_path):
 
 
 def test_answers_to_other_prompts_are_not_compared(scored):
-    _, _, samples = scored
+    metrics, _, samples = scored
     rows = [row for row in samples if row["task"] == "piqa"]
     other = [{**row, "prompt_hash": f"{row['prompt_hash']}x"} for row in rows]
     with pytest.raises(IntegrityError, match="not scored on the same samples"):
-        comparisons(measured(rows, quick=False), measured(other, quick=False))
+        comparisons(measured(rows, quick=False), measured(other, quick=False), (metrics, metrics))

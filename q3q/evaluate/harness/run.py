@@ -1,22 +1,21 @@
 """Run lm-eval's tasks on a model and read its metrics and samples."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lm_eval import simple_evaluate
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.batches import Choose, first_questions
 from q3q.evaluate.catalogue import OWN_TASKS
 from q3q.evaluate.chat import CHATS, PLAIN_CHAT, Chat
-from q3q.evaluate.compare import NORMAL_95, share_interval
+from q3q.evaluate.compare import share_interval
 from q3q.evaluate.harness.lm import HarnessLM
+from q3q.evaluate.harness.metrics import read_metrics, sample_rows, shares_of
 from q3q.evaluate.harness.task_files import tasks_from
 from q3q.evaluate.journal import SCORES, Journal
 from q3q.evaluate.scoring import Effort
@@ -29,9 +28,11 @@ class TaskScores:
     """The scores of some tasks.
 
     metrics: by `<task>/<metric>`
-    intervals: 95 %, of metrics with a standard error, and of the share of unfinished thoughts
+    intervals: 95 %, of metrics with a standard error or a number for each document, and of the
+        share of unfinished thoughts
     results: lm-eval's own
-    samples: for each task a row a document (and filter), see `sample_row`
+    samples: for each task a row a document (and filter), see `metrics.sample_rows`
+    without: by metric, why no document has a share in it
     effort: the cost in tokens
     """
 
@@ -39,6 +40,7 @@ class TaskScores:
     intervals: dict[str, tuple[float, float]]
     results: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    without: dict[str, str] = field(default_factory=dict)
     effort: Effort = field(default_factory=Effort)
 
 
@@ -92,7 +94,7 @@ def run_tasks(
         max_gen_toks=max_gen_toks,
     )
     try:
-        index.load(tasks)
+        loaded = index.load(tasks)
         choose_all = choose or partial(first_questions, limit)
         documents = {task: list(choose_all(task, count)) for task, count in index.documents.items()}
         answer: Any = simple_evaluate(
@@ -116,19 +118,27 @@ def run_tasks(
         if stored is not None:
             stored.close()
     check_samples(answer["samples"], documents)
-    metrics, intervals = read_metrics(answer["results"], shares(answer["samples"]))
+    shares = shares_of(loaded["tasks"], loaded["groups"], answer["samples"], answer["results"])
+    metrics, intervals = read_metrics(answer["results"], shares)
     for task, finished in lm.finished.items() if chat.thinks else ():
         share, name = finished.count(False) / len(finished), f"unfinished/{task}"
         metrics[name], intervals[name] = share, share_interval(share, len(finished))
     samples = {
-        task: [sample_row(sample) for sample in rows] for task, rows in answer["samples"].items()
+        task: list(sample_rows(task, rows, shares)) for task, rows in answer["samples"].items()
     }
     results = {
         key: answer[key]
-        for key in ("results", "n-samples", "versions", "configs", "group_subtasks")
+        for key in (
+            "results",
+            "n-samples",
+            "versions",
+            "configs",
+            "group_subtasks",
+            "higher_is_better",
+        )
         if key in answer
     }
-    return TaskScores(metrics, intervals, results, samples, lm.scorer.effort)
+    return TaskScores(metrics, intervals, results, samples, shares.without, lm.scorer.effort)
 
 
 def check_samples(
@@ -149,57 +159,3 @@ def check_samples(
                     f"{task} (filter {name}): {len(scored)} samples of {len(set(scored))} "
                     f"documents, there should be {len(chosen)}"
                 )
-
-
-def sample_row(sample: dict[str, Any]) -> dict[str, Any]:
-    """Return what statistics need of one of lm-eval's samples.
-
-    This is doc_id, doc_hash, prompt_hash, filter, target, the task's metrics, and for each of the
-    document's requests log_likelihood (and greedy), or text.
-    """
-    row = {name: sample[name] for name in ("doc_id", "doc_hash", "prompt_hash", "filter", "target")}
-    row.update((name, sample[name]) for name in sample["metrics"])
-    answers = sample["filtered_resps"]
-    if all(isinstance(answer, tuple) for answer in answers):
-        row["log_likelihood"] = [answer[0] for answer in answers]
-        row["greedy"] = [answer[1] for answer in answers]
-    elif all(isinstance(answer, float) for answer in answers):
-        row["log_likelihood"] = list(answers)
-    else:
-        row["text"] = list(answers)
-    return row
-
-
-def shares(samples: Mapping[str, Sequence[dict[str, Any]]]) -> set[tuple[str, str]]:
-    """Return the (metric, filter) pairs whose values are 0 or 1 for all documents of all tasks."""
-    binary: dict[tuple[str, str], bool] = {}
-    for sample in chain.from_iterable(samples.values()):
-        for name in sample["metrics"]:
-            key, value = (name, sample["filter"]), sample[name]
-            binary[key] = binary.get(key, True) and np.ndim(value) == 0 and value in (0, 1)
-    return {key for key, holds in binary.items() if holds}
-
-
-def read_metrics(
-    results: dict[str, dict[str, Any]], within_1: Collection[tuple[str, str]] = ()
-) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Return values by `<task>/<metric>` (and `/<filter>`, if it has a name), and 95 % intervals.
-
-    Args:
-        within_1: `shares`, whose intervals end at 0 and 1, as those of accuracies do.
-    """
-    metrics: dict[str, float] = {}
-    intervals: dict[str, tuple[float, float]] = {}
-    for task, scores in results.items():
-        for key, value in scores.items():
-            name, _, filtered = key.partition(",")
-            if not isinstance(value, (int, float)) or not filtered or name.endswith("_stderr"):
-                continue
-            metric = f"{task}/{name}" + ("" if filtered == "none" else f"/{filtered}")
-            metrics[metric] = float(value)
-            error = scores.get(f"{name}_stderr,{filtered}")
-            if isinstance(error, (int, float)):
-                low, high = value - NORMAL_95 * error, value + NORMAL_95 * error
-                share = name.startswith("acc") or (name, filtered) in within_1
-                intervals[metric] = (max(0.0, low), min(1.0, high)) if share else (low, high)
-    return metrics, intervals

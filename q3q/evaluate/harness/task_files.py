@@ -1,13 +1,15 @@
 """Find task files of lm-eval, q3q and the user, and refuse those that cannot be run."""
 
 import logging
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
-from lm_eval.api.metrics import weighted_mean, weighted_perplexity
+import numpy as np
+from lm_eval.api.metrics import mean, perplexity, weighted_mean, weighted_perplexity
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -23,9 +25,11 @@ class CheckedTasks(TaskManager):
     """lm-eval's index of tasks, which refuses tasks that cannot be loaded or have no documents.
 
     documents: number of documents of each task loaded last
+    loading_by_themselves: tasks, not of q3q's own, whose own code loads their data
     """
 
     documents: dict[str, int]
+    loading_by_themselves: frozenset[str] = frozenset()
     _loaded: tuple[list[str], Any] | None = None
 
     def load(self, task_list: Any) -> Any:
@@ -43,11 +47,15 @@ class CheckedTasks(TaskManager):
             for task in loaded["tasks"].values():
                 aggregations = task.aggregation()
                 for name, aggregation in aggregations.items():
-                    if aggregation is weighted_perplexity:
-                        aggregations[name] = perplexity_or_infinity
+                    aggregations[name] = Aggregation(STAND_INS.get(aggregation, aggregation))
             self.documents = {name: len(task.eval_docs) for name, task in loaded["tasks"].items()}
             if empty := [name for name, count in self.documents.items() if not count]:
                 raise IntegrityError(f"no documents to evaluate: {', '.join(empty)}")
+            self.loading_by_themselves |= {
+                name
+                for name, task in loaded["tasks"].items()
+                if name not in TASKS and callable(task.get_config("custom_dataset"))
+            }
             self._loaded = names, loaded
         return self._loaded[1]
 
@@ -65,13 +73,63 @@ class CheckedTasks(TaskManager):
             raise ConfigError(f"{name}{where} cannot be loaded: {_in_a_line(error)}") from error
 
 
-def perplexity_or_infinity(items: Sequence[tuple[float, float]]) -> float:
+class Aggregation:
+    """A metric's aggregation that returns nan where the function raises an error.
+
+    What lm-eval cannot aggregate (`likelihood` by its default, a mean; `brier_score` where the
+    numbers of choices differ) costs this metric, and not the whole trial after all its work.
+
+    function: the task's own
+    error: the last error, in a line; lm-eval also calls the function on resamples
+    """
+
+    def __init__(self, function: Callable[[Sequence[Any]], Any]) -> None:
+        self.function = function
+        self.error: str | None = None
+        self.__name__ = getattr(function, "__name__", type(function).__name__)  # lm-eval prints it
+        self._has_arrays = False
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        self._has_arrays = any(isinstance(item, np.ndarray) for item in items)
+        try:
+            return self.function(items)
+        except Exception as error:  # a task's own function may raise any
+            self.error = _in_a_line(error)
+            return math.nan
+
+    # lm-eval finds a function's standard error by the function, after it has called it. It cannot
+    # compute that of arrays, even of one element.
+    def __eq__(self, other: object) -> bool:
+        usable = self.error is None and not self._has_arrays
+        return self is other or (usable and self.function == other)
+
+    def __hash__(self) -> int:
+        return hash(self.function)
+
+
+def perplexity_or_infinity(items: Sequence[float]) -> float:
+    """Return lm-eval's `perplexity`, but infinity where that raises an OverflowError.
+
+    Args:
+        items: log-likelihood of each document.
+    """
+    return exp_or_infinity(-float(mean(items)))
+
+
+def weighted_perplexity_or_infinity(items: Sequence[tuple[float, float]]) -> float:
     """Return lm-eval's `weighted_perplexity`, but infinity where that raises an OverflowError.
 
     Args:
         items: log-likelihood and weight (words or bytes) of each document.
     """
     return exp_or_infinity(-weighted_mean(items))
+
+
+# Of lm-eval's aggregations, those that raise an OverflowError where the model diverged.
+STAND_INS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    perplexity: perplexity_or_infinity,
+    weighted_perplexity: weighted_perplexity_or_infinity,
+}
 
 
 def _in_a_line(error: Exception) -> str:
