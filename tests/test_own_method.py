@@ -20,6 +20,7 @@ from q3q.quantize.block_store import BlockStore
 from q3q.quantize.methods import registry, source
 from q3q.sweep.in_process import InProcess
 from q3q.sweep.run import StudySettings, run_study
+from q3q.sweep.study import facts_of_trial
 from q3q.track.wording import trial_note
 from q3q.trial import attempt_trial
 from q3q.trials.stored import find_trials, listed
@@ -86,7 +87,7 @@ def test_fractional_zero_points_are_kept_through_blocks_evaluation_and_export(
 ):
     from q3q_hqq.method import Hqq
 
-    meant = {}
+    meant: dict[str, torch.Tensor] = {}
     quantize = Hqq.quantize
 
     def remembering(self, task, scheme):
@@ -114,11 +115,13 @@ def test_fractional_zero_points_are_kept_through_blocks_evaluation_and_export(
     exported = {key: tensor for file in files for key, tensor in load_file(file).items()}
     fractions = 0
     for k in range(len(list(one.kept_blocks_folder.glob("block_*.json")))):
-        for key, stored in kept.load(k).quantized.items():
+        block = kept.load(k)
+        assert block is not None
+        for key, stored in block.quantized.items():
             expected = meant.pop(f"model.layers.{k}.{key}").flatten(2)
             assert torch.equal(stored.dequantize(), expected)
             assert torch.equal(exported[f"model.layers.{k}.{key}"], expected[0])
-            fractions += int((stored.zero_EOG % 1 != 0).sum())
+            fractions += int((stored.to_tensors()["zero"] % 1 != 0).sum())
     assert not meant
     assert fractions > 1000
 
@@ -275,7 +278,8 @@ def test_code_that_changed_without_a_new_version_is_noticed(own, tmp_path, capsy
     own(old, new)
 
     config = composed("method=own", "keep=blocks", "plan=true", storage)
-    assert run_study([one], {}, StudySettings.of(config), "", InProcess()) is None
+    facts = {one.id: facts_of_trial(one)}
+    assert run_study([one], facts, StudySettings.of(config), "", InProcess()) is None
     said = capsys.readouterr().err
     assert said.count("its code changed since 1 trial was finished, own w3 g128") == changed
     assert ("(raise version, or fresh=true)" in said) == changed

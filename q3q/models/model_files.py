@@ -99,7 +99,7 @@ def settle(
         config: config.json.
         files: `tensors` gets the head as embedding if the head alone is stored.
     """
-    tensors, remarks = files.tensors, []
+    tensors, remarks = files.tensors, list[str]()
     if facts.tied and HEAD in tensors and EMBEDDING not in tensors:
         tensors[EMBEDDING] = tensors[HEAD]
         remarks.append("the embedding is stored as the head, to which config.json ties it")

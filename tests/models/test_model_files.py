@@ -139,7 +139,10 @@ def test_what_would_be_read_without_end_is_refused(random_checkpoint, name, kind
 def test_weights_that_are_no_files_are_refused(random_checkpoint, name, kind):
     path = random_checkpoint() / name
     path.unlink()
-    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
     refused(path.parent)
 
 
@@ -335,8 +338,8 @@ def test_a_tokenizer_without_an_end_takes_the_models(copied, own, generation, co
         settings = json.loads((copied / "tokenizer_config.json").read_text())
         (copied / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": own}))
     path = copied / "generation_config.json"
-    path.write_text(json.dumps({"eos_token_id": generation})) if generation is not ... else (
-        path.unlink(missing_ok=True)
-    )
+    path.unlink(missing_ok=True)
+    if generation is not ...:
+        path.write_text(json.dumps({"eos_token_id": generation}))
     changed_config(copied, eos_token_id=config)
     assert load_tokenizer(copied).eos_token_id == expected

@@ -2,6 +2,8 @@
 tensors.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -113,7 +115,7 @@ def test_tensors_that_do_not_fit_are_refused():
 
 def one_weight(**changes):
     """Return codes 0 to 7 of 3 bits in two groups, exact for the weight that comes with them."""
-    parts = {
+    parts: dict[str, Any] = {
         "codes_EOI": torch.arange(8, dtype=torch.uint8).view(1, 1, 8),
         "scale_EOG": torch.tensor([[[0.5, 0.25]]]),
         "zero_EOG": torch.tensor([[[3.0, 4.0]]]),
@@ -176,7 +178,8 @@ def test_what_storing_would_change_is_refused(changes, says):
         changes = changes | {name: torch.ones(1, 2, 2) for name in ("scale_EOG", "zero_EOG")}
     weight, weight_EOI = one_weight(**changes)
     if says is None:
-        return refuse_unsound(weight, weight_EOI, 3)
+        refuse_unsound(weight, weight_EOI, 3)
+        return
     with pytest.raises(NumericsError, match=f"is not what would be stored: .*{says}"):
         refuse_unsound(weight, weight_EOI, 3)
 

@@ -121,5 +121,5 @@ def _meaning(file: Path, content: bytes) -> bytes:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             match node.body:
                 case [ast.Expr(value=ast.Constant(value=str())), *rest]:
-                    node.body = rest  # type: ignore[assignment]  # mypy joins the types of bodies
+                    node.body = rest
     return ast.dump(tree).encode()
