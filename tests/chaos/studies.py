@@ -1,17 +1,16 @@
 """A study of three small trials in this process, without MLflow's server, Ray or plots."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import model, resolve, schema
 from q3q.placement import Trial
 from q3q.report import write
+from q3q.sweep import in_process
 from q3q.sweep.in_process import InProcess
 from q3q.sweep.run import StudySettings, run_study
 from q3q.sweep.study import facts_of_trial
@@ -39,8 +38,10 @@ class QuietTracker(MemoryTracker):
 
 
 def without_trackers_and_plots(patch: pytest.MonkeyPatch) -> None:
-    """Leave out what takes seconds and has tests of its own."""
+    """Leave out what takes seconds and has tests of its own; keep to one thread."""
     patch.setattr(mlflow, "MlflowTracker", QuietTracker)
+    # OpenMP's threads do not survive a fork.
+    patch.setattr(in_process, "keep_to", lambda *_: None)
     patch.setattr(write, "study_plots", lambda *_: [])
     patch.setattr(write, "perplexity_against_bits", lambda records: b"a plot")
     patch.setattr(write, "site_error_heatmap", lambda record: b"a plot")
@@ -65,13 +66,7 @@ def run(tiny: Path, storage: Path) -> dict[str, dict]:
     """Run the study; return what each trial's record says that no fault may change."""
     trials, settings = trials_of(tiny, storage)
     facts = {trial.id: found for trial in trials.values() if (found := facts_of_trial(trial))}
-    threads, environment = torch.get_num_threads(), dict(os.environ)
-    try:
-        records = run_study(list(trials.values()), facts, settings, "the command", InProcess())
-    finally:  # a process with OpenMP's threads cannot be forked
-        torch.set_num_threads(threads)
-        os.environ.clear()
-        os.environ.update(environment)
+    records = run_study(list(trials.values()), facts, settings, "the command", InProcess())
     assert records is not None
     return {name: facts_of(trial) for name, trial in trials.items()}
 
