@@ -120,6 +120,8 @@ def contributions(aggregate: Aggregate, name: str | None, items: Sequence[Any]) 
     """
     if name == "bypass":
         raise ValueError("bypass measures nothing")
+    if all(item is None for item in items):
+        raise ValueError("no document has a value")
     if name in _KNOWN:
         return _KNOWN[name](items)
     if name in ("f1", "matthews_corrcoef"):
