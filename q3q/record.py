@@ -12,6 +12,7 @@ from q3q.masking import masked
 from q3q.placement import Placement, Trial
 from q3q.spec import Json, TrialSpec
 from q3q.storage.files import SEAL, sealed, unsealed, write_atomically
+from q3q.storage.names import file_name
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
 ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
@@ -263,9 +264,14 @@ class Sweep:
     started: str = ""
     ended: str = ""
 
+    @property
+    def file_name(self) -> str:
+        """The name of its file and of its report's folder, without an ending."""
+        return f"{file_name(self.name)}_{self.id}"
+
     def save(self, storage: Path) -> None:
         """Write `<storage>/sweeps/<name>_<id>.json`, where reports and new trackers look."""
-        path = storage / "sweeps" / f"{self.name}_{self.id}.json"
+        path = storage / "sweeps" / f"{self.file_name}.json"
         write_atomically(path, json.dumps(self.to_json()).encode())
 
     def to_json(self) -> Json:
@@ -273,8 +279,12 @@ class Sweep:
 
     @classmethod
     def load(cls, path: Path) -> "Sweep":
-        """Read a sweep; its trials are placed in the storage folder where the file lies."""
-        data, storage = json.loads(path.read_text(encoding="utf-8")), path.absolute().parent.parent
+        """Read a sweep; its trials are placed in the storage folder where the file lies.
+
+        Earlier versions put a sweep called `a/b` into a folder `a` of its own.
+        """
+        data, folders = json.loads(path.read_text(encoding="utf-8")), path.absolute().parents
+        storage = next((one.parent for one in folders if one.name == "sweeps"), folders[1])
         trials = tuple(Trial.from_json(trial).moved(storage) for trial in data["trials"])
         return cls(**{**data, "trials": trials})
 

@@ -9,6 +9,7 @@ from q3q.errors import EXIT_MISUSED, Q3QError
 from q3q.report.records import StoredRecords, find_records, predictions
 from q3q.report.write import FORMATS, HTML, About, one_format, write_report
 from q3q.storage.mirror import refreshed
+from q3q.storage.names import file_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +66,7 @@ def _folder(stored: StoredRecords) -> str:
     """Return the name of the sweep's own report, or of one for several sweeps."""
     if stored.sweep is None:
         return "all"
-    return stored.sweep.name if stored.merged else f"{stored.sweep.name}_{stored.sweep.id}"
+    return file_name(stored.sweep.name) if stored.merged else stored.sweep.file_name
 
 
 def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) -> About:
