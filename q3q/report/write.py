@@ -9,6 +9,7 @@ from pathlib import Path
 
 from q3q.record import ANSWER, TrialRecord
 from q3q.report.answer import answers
+from q3q.report.headline import headline
 from q3q.report.latex import latex
 from q3q.report.luck import luck_tables
 from q3q.report.measures import in_order
@@ -51,6 +52,7 @@ class Report:
     text: the main tables for a terminal.
     table: the same in Markdown.
     answer: the answer in Markdown, for a front page.
+    headline: the numbers that answer the study's question, by name.
     files: content by name.
     """
 
@@ -58,6 +60,7 @@ class Report:
     text: str
     table: str
     answer: str
+    headline: Mapping[str, float]
     files: Mapping[str, bytes]
 
     def artifacts(self) -> dict[str, bytes]:
@@ -87,7 +90,7 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
         text += f"\n\nAgainst the paper: {share_reproduced(contents.published)}"
     table = "\n".join(table.markdown() for table in main)
     answer = "\n".join(table.markdown() for table in contents.answers) or table
-    return Report(folder, text, table, answer, files)
+    return Report(folder, text, table, answer, headline(records), files)
 
 
 def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes:

@@ -1,5 +1,6 @@
 """Run a study (a trial, a sweep, trials to resume): plan, track, show, and report at the end."""
 
+import shlex
 import shutil
 import signal
 import sys
@@ -30,6 +31,8 @@ from q3q.sweep.machines import Machine, ResourceRequest, amount, request_of
 from q3q.sweep.plan import Planned, describe, plan
 from q3q.sweep.shares import Allocation
 from q3q.sweep.study import Study, facts_of_trial, recent_records, sole_driver, study_id
+from q3q.track.mlflow_sqlite import own_uri, read_uri
+from q3q.track.tracker import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
     from q3q.sweep.progress import Display
@@ -98,7 +101,7 @@ class StudySettings:
             name=sweep.name,
             question=sweep.question,
             expectation=sweep.expectation,
-            tracking_uri=uri or f"sqlite:///{folder_of(storage)}/mlflow.db",
+            tracking_uri=uri or own_uri(folder_of(storage)),
             experiment=sweep.experiment,
             request=ResourceRequest(cpus=amount("cluster.cpus_per_trial", cpus)),
             register=OmegaConf.select(config, "track.register"),
@@ -302,10 +305,10 @@ def _tracked(
 
     storage = folder_of(settings.storage)
     experiment = settings.experiment or settings.name or "q3q"
-    tracker = MlflowTracker(
-        settings.tracking_uri, f"{storage}/artifacts", experiment, settings.register
-    )
+    tracker = MlflowTracker(settings.tracking_uri, settings.storage, experiment, settings.register)
     tracker.check()
+    for line in tracker.remarks():
+        print(line, file=sys.stderr)
     if left:
         host.wait_until_ready()  # a cluster that does not answer must not leave an open run behind
     if settings.fresh:
@@ -329,21 +332,22 @@ def _tracked(
         takes_exports = settings.register is not None
         records = {**failed, **finished}
         study = Study(sweep, storage, tracker, display.note, records, uploader, takes_exports)
-        study.open()
-        if finished:
-            display.skipped([record.spec.label for record in finished.values()])
         interruption: BaseException | None = None
-        try:
-            yield RunningStudy(study, display)
-        except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: SIGTERM, of a spot machine
-            interruption = error
-        except BaseException:
-            study.close()  # what is finished is reported, however this ends
-            raise
-        report = study.close()
+        with study.tracked():
+            study.open()
+            if finished:
+                display.skipped([record.spec.label for record in finished.values()])
+            try:
+                yield RunningStudy(study, display)
+            except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: SIGTERM of a spot one
+                interruption = error
+            except BaseException:
+                study.close()  # what is finished is reported, however this ends
+                raise
+            report = study.close()
     print(report.text)
     print(f"\nReport and plots: {report.folder}")
-    print(_where_to_browse(tracker))
+    print(_where_to_browse(tracker, settings.storage))
     if is_url(settings.storage):
         print(_where_records_are(tracker, masked(settings.storage)))
     if interruption is not None:
@@ -386,21 +390,19 @@ def quantized_again(trials: Sequence[Trial], recent: Iterable[TrialRecord]) -> l
     ]
 
 
-def _where_to_browse(tracker: "MlflowTracker") -> str:
+def _where_to_browse(tracker: "MlflowTracker", storage: str) -> str:
     uri, page = masked(tracker.uri), tracker.page
-    if not uri.startswith("sqlite:"):
+    if not uri.startswith("sqlite"):
         return f"MLflow: {uri}/{page}"
-    return (
-        f"MLflow: make ui (or: mlflow ui --backend-store-uri {uri}), then "
-        f"http://127.0.0.1:5000/{page}"
-    )
+    serve = f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    if uri == read_uri(own_uri(folder_of(DEFAULT_STORAGE)))[0]:
+        serve = f"make ui (or: {serve})"
+    return f"MLflow: {serve}, then http://127.0.0.1:5000/{page}"
 
 
 def _where_records_are(tracker: "MlflowTracker", storage: str) -> str:
     note = "; MLflow's database is on this machine alone, track.uri= names a shared one"
-    return (
-        f"Records and report are in {storage}{note if tracker.uri.startswith('sqlite:') else ''}."
-    )
+    return f"Records and report are in {storage}{note if tracker.uri.startswith('sqlite') else ''}."
 
 
 @contextmanager

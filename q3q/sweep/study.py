@@ -3,6 +3,7 @@
 A record is on disk before the tracker receives it: a tracker that is down learns it later.
 """
 
+import errno
 import functools
 import hashlib
 import heapq
@@ -13,7 +14,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from q3q.errors import ConfigError, IntegrityError, Q3QError, TrackingError
+from q3q.errors import (
+    ConfigError,
+    IntegrityError,
+    Q3QError,
+    RefusedByTrackerError,
+    SweepFailedError,
+    TrackingError,
+)
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.hub import fetch_facts
 from q3q.placement import Trial
@@ -89,6 +97,19 @@ class Study:
     _live: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
     _owed: set[str] = field(default_factory=set)  # trials whose records the tracker did not take
     _silent_until: float = 0.0  # monotonic seconds; a tracker that failed is left alone until then
+    _opened: bool = False  # the tracker's run is open
+
+    @contextmanager
+    def tracked(self) -> Iterator[None]:
+        """End the tracker's run at the end, also if `close` is never called, or fails."""
+        try:
+            yield
+        finally:
+            if self._opened:
+                with suppress(Exception):  # the one that ends the study is what people must see
+                    self._queue.settle()
+                with suppress(TrackingError):
+                    self.tracker.close({}, succeeded=False)
 
     def open(self) -> None:
         """Open the tracker's parent run, and send it what it missed the last time.
@@ -107,7 +128,9 @@ class Study:
             names=trial_names([trial.spec for trial in trials]),
         )
         self.sweep.save(self.storage)
+        self._opened = True  # opening may fail half-way
         self.tracker.open(self.sweep)
+        self._relay()
         for record in list(self.records.values()):  # costs nothing where the tracker has it
             self._enqueue(record if record.comparisons else self._compared(record))
 
@@ -126,6 +149,8 @@ class Study:
                 return
             try:
                 self.tracker.live(spec, metrics, step)
+            except RefusedByTrackerError:
+                continue  # the record will be taken, or refused with a line
             except TrackingError as error:
                 self._fail(error)
 
@@ -142,6 +167,11 @@ class Study:
     def _silent(self) -> bool:
         """Leave the tracker alone: one that is down would cost every trial its time-out."""
         return self._silent_until > 0
+
+    def _relay(self) -> None:
+        """Show what the tracker has to say."""
+        for line in self.tracker.remarks():
+            self.note(line)
 
     def _fail(self, error: TrackingError) -> None:
         if not self._silent:
@@ -230,18 +260,29 @@ class Study:
             predicted=predictions(self.storage),
             warnings=warnings if missing else [],
         )
-        report = write_report(records, self.storage / "reports" / f"{sweep.name}_{sweep.id}", about)
+        folder = self.storage / "reports" / sweep.file_name
+        try:
+            report = write_report(records, folder, about)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise SweepFailedError(
+                f"the report cannot be written to {folder} ({error}). Records are on disk; the "
+                "same command writes it when that is mended"
+            ) from error
         finished = not missing and all(record.completed for record in records)
         self._queue.settle(
             lambda left: self.note(f"the tracker has not received {left} records yet")
         )
-        if not self._close_tracker(report, finished):
+        closed = self._close_tracker(report, finished)
+        self._opened = False
+        if not closed:
             owed = (
                 f"{len(self._owed)} records and the report are" if self._owed else "The report is"
             )
             self.note(
-                f"{owed} on disk, not with the tracker; python -m q3q.track sync or the same "
-                "command sends them."
+                f"{owed} on disk, not with the tracker; {self.tracker.sync} or the same command "
+                "sends them."
             )
         return report
 
@@ -251,7 +292,8 @@ class Study:
             if not up_to_date and not self._reconcile():
                 return False
             try:
-                self.tracker.close(report.artifacts(), finished)
+                self.tracker.close(report.artifacts(), finished, report.headline)
+                self._relay()
             except TrackingError as error:
                 self._fail(error)
             else:
@@ -269,6 +311,9 @@ class Study:
             return
         try:
             self.tracker.log(record, trial_artifacts(record))
+            self._relay()
+        except RefusedByTrackerError as error:  # of this record alone: the next may be taken
+            self.note(f"{error}. It stays on disk.")
         except TrackingError as error:
             self._fail(error)
         else:
