@@ -27,7 +27,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy q3q hydra_plugins/q3q launch.py tests benchmarks
 
 ui: $(if $(MLFLOW),,$(VENV)/.ready)
-	$(or $(MLFLOW),$(BIN)/mlflow) ui --backend-store-uri sqlite:///$(STORAGE)/mlflow.db --host 127.0.0.1 --port $(PORT)
+	$(or $(MLFLOW),$(BIN)/mlflow) ui --backend-store-uri 'sqlite:///$(STORAGE)/mlflow.db' --host 127.0.0.1 --port $(PORT)
 
 report: $(VENV)/.ready
 	$(BIN)/python -m q3q.report --storage $(STORAGE) $(if $(STUDY),--study $(STUDY))

@@ -62,6 +62,10 @@ class TrackingError(ConfigError):
     """A tracking server or store that cannot be used."""
 
 
+class RefusedByTrackerError(TrackingError):
+    """A record that a tracker does not take, although it works: others may be sent to it."""
+
+
 class ReportError(ConfigError):
     """A report without content: no records, or a study that nobody ran."""
 

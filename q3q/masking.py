@@ -6,8 +6,12 @@ from collections.abc import Mapping
 
 HIDDEN = "***"
 SHORTEST = 8  # characters: a shorter secret is likely to be an ordinary word elsewhere
+# Ends of the names of environment variables. PWD and OLDPWD are folders; *_PWD is a password.
 _SECRET_NAME = re.compile(
-    r"(?i)(token|password|passwd|secret|api_?key|access_key|private_key|credentials)$"
+    r"(?i)(token|password|passwd|passphrase|secret|credentials?|creds|connection_string|cookie"
+    r"|(^|_)(pass|pw|jwt|pat|dsn|bearer)|_pwd"
+    r"|(api|access|private|secret|signing|encryption|account|storage|session|master|auth|service)"
+    r"_?key)$"
 )
 _WORDS = r"[\w.-]*(?:password|passwd|secret|api[_-]?key|access[_-]?key|secret[_-]?key|auth_token)"
 _RULES = (
@@ -17,6 +21,11 @@ _RULES = (
     # password=..., "api_key": "..."; a bare `token` only as token=..., as the word is common here
     (re.compile(rf"(?i)\b({_WORDS}[\"']?\s*[=:]\s*[\"']?)[^\s'\"&,;{{}})]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)\b([\w.-]*token=[\"']?)[^\s'\"&,;{})]+"), rf"\1{HIDDEN}"),
+    # pass=..., DB_PASS=..., pw=...; not OLDPWD=, nor a word that only ends so
+    (
+        re.compile(r"(?i)(?<![a-z0-9])((?:pass|passphrase|pw|pwd)=[\"']?)(?!/)[^\s'\"&,;{})]+"),
+        rf"\1{HIDDEN}",
+    ),
     (
         re.compile(r"(?i)([?&](?:sig|signature|x-amz-signature|x-amz-credential|key)=)[^\s'\"&]+"),
         rf"\1{HIDDEN}",
@@ -35,8 +44,10 @@ def masked(text: str, environment: Mapping[str, str] | None = None) -> str:
     >>> masked("track.uri=http://ada:lovelace@tracker:5000 and gptq at 4 bits")
     'track.uri=http://***@tracker:5000 and gptq at 4 bits'
     """
-    for name, value in (os.environ if environment is None else environment).items():
-        if len(value) >= SHORTEST and _SECRET_NAME.search(name):
+    variables = os.environ if environment is None else environment
+    secrets = [value for name, value in variables.items() if _SECRET_NAME.search(name)]
+    for value in sorted(secrets, key=len, reverse=True):  # one may be a part of another
+        if len(value) >= SHORTEST:
             text = text.replace(value, HIDDEN)
     for pattern, shown in _RULES:
         text = pattern.sub(shown, text)

@@ -332,8 +332,12 @@ class Sweep:
 
     @classmethod
     def load(cls, path: Path) -> "Sweep":
-        """Read a sweep; its trials are placed in the storage folder where the file lies."""
-        data, storage = unsealed(read_file(path)), path.absolute().parent.parent
+        """Read a sweep; its trials are placed in the storage folder where the file lies.
+
+        Earlier versions put a sweep called `a/b` into a folder `a` of its own.
+        """
+        data, folders = unsealed(read_file(path)), path.absolute().parents
+        storage = next((one.parent for one in folders if one.name == "sweeps"), folders[1])
         trials = tuple(Trial.from_json(trial).moved(storage) for trial in data["trials"])
         return cls(**{**data, "trials": trials})
 

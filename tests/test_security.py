@@ -213,10 +213,28 @@ SECRET = "lovelace-1815"
         (f"https://host/a?sig={SECRET}&b=1", "https://host/a?sig=***&b=1"),
         ("login with hf_abcdefghijklmnopqrstuvwx", "login with ***"),
         (f"the server said {SECRET}", "the server said ***"),  # the environment's
+        (f"DB_PASS={SECRET} pw={SECRET}; bits=4", "DB_PASS=*** pw=***; bits=4"),
+        (f"{SECRET}-and-more", "***"),  # a secret that begins with another
     ],
 )
 def test_secrets_are_masked_and_nothing_else(text, shown):
-    assert masked(text, {"MLFLOW_TRACKING_PASSWORD": SECRET, "HOME": "/root/long/enough"}) == shown
+    secrets = {"MLFLOW_TRACKING_PASSWORD": SECRET, "MY_PASS": f"{SECRET}-and-more"}
+    assert masked(text, {**secrets, "HOME": "/root/long/enough"}) == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [
+        *(
+            (name, True)
+            for name in ("SMTP_PASS", "PASS", "PGPASSWORD", "MYSQL_PWD", "KEY_PASSPHRASE")
+        ),
+        *((name, True) for name in ("DJANGO_SECRET_KEY", "STORAGE_KEY", "GITHUB_PAT", "db_creds")),
+        *((name, False) for name in ("PWD", "OLDPWD", "SSH_ASKPASS", "BYPASS", "PATH", "MONKEY")),
+    ],
+)
+def test_variables_named_like_a_secret_are_masked(name, secret):
+    assert masked(f"said {SECRET}", {name: SECRET}) == ("said ***" if secret else f"said {SECRET}")
 
 
 @pytest.mark.parametrize(
@@ -227,6 +245,7 @@ def test_secrets_are_masked_and_nothing_else(text, shown):
         "perplexity per token: 3.2; calibration.length=2048 tokens=512",
         "write to ada@example.org",
         "basic perplexity of key: value",
+        "check levels: pass; bypass=true; PWD=/home/ada OLDPWD=/home",
     ],
 )
 def test_plain_words_stay(text):

@@ -14,6 +14,7 @@ from q3q.models.footprint import AUTO
 from q3q.quantize.methods.registry import offers
 from q3q.quantize.methods.settings import SETTINGS, MethodSettings
 from q3q.storage.stores import folder_of
+from q3q.track.mlflow_sqlite import own_uri
 
 DEMO_NAMES = ("demo", "demo_moe")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -260,7 +261,7 @@ def with_plain_keys(argument: str) -> str:
 
 def tracking_uri(config: DictConfig) -> str:
     """Return the MLflow URI that the config means."""
-    return config.track.uri or f"sqlite:///{folder_of(config.storage)}/mlflow.db"
+    return config.track.uri or own_uri(folder_of(config.storage))
 
 
 def nearest(word: str, names: list[str]) -> str:

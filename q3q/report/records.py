@@ -9,6 +9,7 @@ from q3q.config.schema import nearest
 from q3q.errors import Q3QError, ReportError
 from q3q.evaluate.samples import damaged_files
 from q3q.record import Sweep, TrialRecord
+from q3q.storage.names import file_name
 
 # Errors from reading a truncated file, or one that another program wrote.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Q3QError)
@@ -61,6 +62,8 @@ def find_records(storage: Path, study: str | None = None) -> StoredRecords:
 def find_sweeps(storage: Path, study: str) -> tuple[list[Sweep], list[str]]:
     """Return the sweep of that id, or all sweeps of that name, the newest last.
 
+    A name counts as it is shown, and as its files are called.
+
     Returns:
         the sweeps, and a line for each damaged file.
 
@@ -70,6 +73,9 @@ def find_sweeps(storage: Path, study: str) -> tuple[list[Sweep], list[str]]:
     sweeps, damaged = all_sweeps(storage)
     matches = [sweep for sweep in sweeps if study == sweep.id]
     matches = matches or [sweep for sweep in sweeps if study == sweep.name]
+    matches = matches or [
+        sweep for sweep in sweeps if study in (file_name(sweep.name), sweep.file_name)
+    ]
     if not matches:
         names = list(dict.fromkeys(sweep.name for sweep in sweeps))
         hint = f"Known in {storage}: {', '.join(names)}"
@@ -83,7 +89,7 @@ def all_sweeps(storage: Path) -> tuple[list[Sweep], list[str]]:
     """Return every sweep of a storage folder, the newest last, and a line for each damaged file."""
     sweeps, damaged = [], []
     paths = sorted(
-        (storage / "sweeps").glob("*.json"), key=lambda path: (path.lstat().st_mtime_ns, path.name)
+        (storage / "sweeps").rglob("*.json"), key=lambda path: (path.lstat().st_mtime_ns, path.name)
     )
     for path in paths:
         try:
@@ -94,7 +100,9 @@ def all_sweeps(storage: Path) -> tuple[list[Sweep], list[str]]:
             damaged.append(_damage(path, error))
         else:
             sweeps.append(sweep)
-    return sweeps, damaged
+    # A name may have had another file name once: then the newest file counts.
+    newest = {(sweep.id, sweep.name): sweep for sweep in sweeps}
+    return [sweep for sweep in sweeps if newest[sweep.id, sweep.name] is sweep], damaged
 
 
 def sweeps_of_trials(storage: Path) -> dict[str, str]:

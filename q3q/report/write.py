@@ -13,6 +13,7 @@ from q3q.report.answer import answers, in_markdown, sentences
 from q3q.report.baselines import with_baselines
 from q3q.report.beside import Beside
 from q3q.report.escapes import csv_cell
+from q3q.report.headline import headline
 from q3q.report.latex import latex
 from q3q.report.luck import luck_tables
 from q3q.report.measures import in_order
@@ -58,6 +59,7 @@ class Report:
     text: the main tables and the answer for a terminal.
     table: the same in Markdown.
     answer: the answer in Markdown, for a front page.
+    headline: the numbers that answer the study's question, by name.
     files: content by name.
     """
 
@@ -65,6 +67,7 @@ class Report:
     text: str
     table: str
     answer: str
+    headline: Mapping[str, float]
     files: Mapping[str, bytes]
 
     def artifacts(self) -> dict[str, bytes]:
@@ -96,7 +99,7 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
         text += "\n\n" + "\n".join(_wrapped(line) for line in lines)
     table = "\n".join(table.markdown() for table in main)
     answer = in_markdown(contents.answers) if contents.answers else table
-    return Report(folder, text, table, answer, files)
+    return Report(folder, text, table, answer, headline(records), files)
 
 
 def nothing_measured(records: Sequence[TrialRecord]) -> str:

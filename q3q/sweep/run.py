@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
@@ -24,7 +23,6 @@ from q3q.masking import HIDDEN, masked
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
 from q3q.quantize.methods.source import code_changes
-from q3q.quoting import module
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.storage.aside import clear_storage, telling
@@ -37,7 +35,8 @@ from q3q.sweep.machines import Machine, ResourceRequest, amount, request_of
 from q3q.sweep.plan import Planned, describe, plan, unlike_methods
 from q3q.sweep.shares import Allocation
 from q3q.sweep.study import Study, facts_of_trial, recent_records, sole_driver, study_id
-from q3q.track.mlflow_sqlite import read_uri
+from q3q.track.mlflow_sqlite import own_uri, read_uri
+from q3q.track.tracker import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
     from q3q.report.write import Report
@@ -114,7 +113,7 @@ class StudySettings:
             name=sweep.name,
             question=sweep.question,
             expectation=sweep.expectation,
-            tracking_uri=uri or f"sqlite:///{folder_of(storage)}/mlflow.db",
+            tracking_uri=uri or own_uri(folder_of(storage)),
             experiment=sweep.experiment,
             request=ResourceRequest(cpus=amount("cluster.cpus_per_trial", cpus)),
             register=OmegaConf.select(config, "track.register"),
@@ -347,10 +346,10 @@ def _tracked(
 
     storage = folder_of(settings.storage)
     experiment = settings.experiment or settings.name or "q3q"
-    tracker = MlflowTracker(
-        settings.tracking_uri, f"{storage}/artifacts", experiment, settings.register
-    )
+    tracker = MlflowTracker(settings.tracking_uri, settings.storage, experiment, settings.register)
     tracker.check()
+    for line in tracker.remarks():
+        print(line, file=sys.stderr)
     if left:
         host.wait_until_ready()  # a cluster that does not answer must not leave an open run behind
     _show_notes(settings)
@@ -374,36 +373,28 @@ def _tracked(
     ):
         takes_exports = settings.register is not None
         records = {**failed, **finished}
-        study = Study(
-            sweep,
-            storage,
-            tracker,
-            display.note,
-            records,
-            uploader,
-            takes_exports,
-            _sync_command(settings),
-        )
-        study.open()
-        if finished:
-            display.skipped([study.sweep.names[key] for key in finished])
-        if unchecked := sum(record.unchecked for record in finished.values()):
-            display.note(
-                f"{unchecked} of the finished trials are an older version's, which kept no "
-                "checksum of their samples: damage to those may pass unseen. fresh=true measures "
-                "again"
-            )
+        study = Study(sweep, storage, tracker, display.note, records, uploader, takes_exports)
         interruption: BaseException | None = None
-        try:
-            with telling(display.note):
-                yield RunningStudy(study, display)
-        except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: SIGTERM or SIGHUP
-            interruption = error
-            begin_farewell()
-        except BaseException:
-            study.close()  # what is finished is reported, however this ends
-            raise
-        report = study.close()
+        with study.tracked():
+            study.open()
+            if finished:
+                display.skipped([study.sweep.names[key] for key in finished])
+            if unchecked := sum(record.unchecked for record in finished.values()):
+                display.note(
+                    f"{unchecked} of the finished trials are an older version's, which kept no "
+                    "checksum of their samples: damage to those may pass unseen. fresh=true "
+                    "measures again"
+                )
+            try:
+                with telling(display.note):
+                    yield RunningStudy(study, display)
+            except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: SIGTERM or SIGHUP
+                interruption = error
+                begin_farewell()
+            except BaseException:
+                study.close()  # what is finished is reported, however this ends
+                raise
+            report = study.close()
     _print_report(report, study, tracker, settings.storage)
     if interruption is not None:
         print(
@@ -438,14 +429,6 @@ def _show_notes(settings: StudySettings) -> None:
         print(f"q3q: {line}", file=sys.stderr)
 
 
-def _sync_command(settings: StudySettings) -> str:
-    """Return the command that fills the study's tracker from the records on disk."""
-    own = f"sqlite:///{folder_of(settings.storage)}/mlflow.db"
-    other = settings.tracking_uri != own
-    uri = ["--uri", masked(settings.tracking_uri)] if other else []
-    return module("q3q.track", "sync", "--storage", settings.storage, *uri)
-
-
 def _name_of(trials: Sequence[Trial]) -> str:
     methods = list(dict.fromkeys(trial.spec.method.name for trial in trials))
     return "+".join([method for method in methods if method != "none"] or methods)
@@ -472,19 +455,17 @@ def quantized_again(trials: Sequence[Trial], recent: Iterable[TrialRecord]) -> l
 
 def _where_to_browse(tracker: "MlflowTracker") -> str:
     uri, page = masked(tracker.uri), tracker.page
-    if not uri.startswith("sqlite:"):
+    if not uri.startswith("sqlite"):
         return f"MLflow: {uri}/{page}"
     command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
-    if uri == f"sqlite:///{Path('mlruns/mlflow.db').absolute()}":  # what the Makefile serves
+    if uri == read_uri(own_uri(folder_of(DEFAULT_STORAGE)))[0]:  # what the Makefile serves
         command = f"make ui (or: {command})"
     return f"MLflow: {command}, then http://127.0.0.1:5000/{page}"
 
 
 def _where_records_are(tracker: "MlflowTracker", storage: str) -> str:
     note = "; MLflow's database is on this machine alone, track.uri= names a shared one"
-    return (
-        f"Records and report are in {storage}{note if tracker.uri.startswith('sqlite:') else ''}."
-    )
+    return f"Records and report are in {storage}{note if tracker.uri.startswith('sqlite') else ''}."
 
 
 @contextmanager

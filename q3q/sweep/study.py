@@ -3,6 +3,7 @@
 A record is on disk before the tracker receives it: a tracker that is down learns it later.
 """
 
+import errno
 import functools
 import hashlib
 import heapq
@@ -18,6 +19,8 @@ from q3q.errors import (
     IntegrityError,
     NotRegisteredError,
     Q3QError,
+    RefusedByTrackerError,
+    SweepFailedError,
     TrackingError,
 )
 from q3q.export.marker import CARD
@@ -86,7 +89,6 @@ class Study:
     note: shows a line to the user where something went wrong but nothing is lost
     uploader: uploads records to a storage that is a URL
     takes_exports: the tracker wants the files of exports
-    sync: the command that sends the tracker what it missed
 
     Once the study is open, a thread of its own tells the tracker: a slow one holds up no trial.
     """
@@ -98,12 +100,24 @@ class Study:
     records: dict[str, TrialRecord] = field(default_factory=dict)
     uploader: Uploader | None = None
     takes_exports: bool = False
-    sync: str = "python -m q3q.track sync"
     _queue: BackgroundQueue = field(default_factory=BackgroundQueue)
     # Metrics of running trials that the tracker has not received, with their steps.
     _live: dict[str, list[tuple[int, dict[str, float]]]] = field(default_factory=dict)
     _owed: set[str] = field(default_factory=set)  # trials whose records the tracker did not take
     _silent_until: float = 0.0  # monotonic seconds; a tracker that failed is left alone until then
+    _opened: bool = False  # the tracker's run is open
+
+    @contextmanager
+    def tracked(self) -> Iterator[None]:
+        """End the tracker's run at the end, also if `close` is never called, or fails."""
+        try:
+            yield
+        finally:
+            if self._opened:
+                with suppress(Exception):  # the one that ends the study is what people must see
+                    self._queue.settle()
+                with suppress(TrackingError):
+                    self.tracker.close({}, succeeded=False)
 
     def open(self) -> None:
         """Open the tracker's parent run, and send it what it missed the last time.
@@ -122,14 +136,12 @@ class Study:
         )
         flush_folder(self.storage.absolute().parent)  # whoever made the storage folder
         self.sweep.save(self.storage)
+        self._opened = True  # opening may fail half-way
         self.tracker.open(self.sweep)
-        try:
-            for record in list(self.records.values()):  # costs nothing where the tracker has it
-                current = is_current(record, baseline_record(record.trial, self.records))
-                self._enqueue(record if current else self._compared(record))
-        except BaseException:
-            self._abandon()
-            raise
+        self._relay()
+        for record in list(self.records.values()):  # costs nothing where the tracker has it
+            current = is_current(record, baseline_record(record.trial, self.records))
+            self._enqueue(record if current else self._compared(record))
 
     def progressed(self, spec: TrialSpec, event: Progress) -> None:
         """Send a running trial's metrics to the tracker at once."""
@@ -146,6 +158,8 @@ class Study:
                 return
             try:
                 self.tracker.live(spec, metrics, step)
+            except RefusedByTrackerError:
+                continue  # the record will be taken, or refused with a line
             except TrackingError as error:
                 self._fail(error)
 
@@ -162,6 +176,11 @@ class Study:
     def _silent(self) -> bool:
         """Leave the tracker alone: one that is down would cost every trial its time-out."""
         return self._silent_until > 0
+
+    def _relay(self) -> None:
+        """Show what the tracker has to say."""
+        for line in self.tracker.remarks():
+            self.note(line)
 
     def _fail(self, error: TrackingError) -> None:
         if not self._silent:
@@ -278,27 +297,28 @@ class Study:
             for path in (folder.parent, folder, folder / PLOTS):
                 clear_for_folder(path)
             report = write_report(records, folder, about)
-        except BaseException:
-            self._abandon()
-            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise SweepFailedError(
+                f"the report cannot be written to {folder} ({error}). Records are on disk; the "
+                "same command writes it when that is mended"
+            ) from error
         finished = not missing and all(record.completed for record in records)
         self._queue.settle(
             lambda left: self.note(f"the tracker has not received {left} records yet")
         )
-        if not self._close_tracker(report, finished):
+        closed = self._close_tracker(report, finished)
+        self._opened = False
+        if not closed:
             owed = (
                 f"{len(self._owed)} records and the report are" if self._owed else "The report is"
             )
             self.note(
-                f"{owed} on disk, not with the tracker; {self.sync} or the same command sends them."
+                f"{owed} on disk, not with the tracker; {self.tracker.sync} or the same command "
+                "sends them."
             )
         return report
-
-    def _abandon(self) -> None:
-        """End the tracker's run as failed, where an error keeps `close` from ending it."""
-        with suppress(Exception):  # the first error is the one to see
-            self._queue.settle()
-            self.tracker.close({}, False)
 
     def _close_tracker(self, report: "Report", finished: bool) -> bool:
         """Close the tracker's run; if that fails, send everything again (it may be a new store)."""
@@ -306,7 +326,8 @@ class Study:
             if not up_to_date and not self._reconcile():
                 return False
             try:
-                self.tracker.close(report.artifacts(), finished)
+                self.tracker.close(report.artifacts(), finished, report.headline)
+                self._relay()
             except TrackingError as error:
                 self._fail(error)
             else:
@@ -324,6 +345,9 @@ class Study:
             return
         try:
             self.tracker.log(record, trial_artifacts(record))
+            self._relay()
+        except RefusedByTrackerError as error:  # of this record alone: the next may be taken
+            self.note(f"{error}. It stays on disk.")
         except TrackingError as error:
             self._fail(error)
         except NotRegisteredError as error:  # all else was taken

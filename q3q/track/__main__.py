@@ -2,13 +2,20 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from q3q.ending import begin_farewell, end_well
-from q3q.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISUSED, Q3QError, TrackingError
+from q3q.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_MISUSED,
+    Q3QError,
+    RefusedByTrackerError,
+    TrackingError,
+)
 from q3q.masking import masked
 from q3q.names import trial_names
 from q3q.quoting import module
@@ -17,9 +24,11 @@ from q3q.report.records import all_sweeps, find_records, predictions
 from q3q.report.write import About, trial_artifacts, write_report
 from q3q.storage.mirror import refreshed
 from q3q.storage.status import at_work
+from q3q.storage.stores import folder_of
 from q3q.track.mlflow import MlflowTracker
+from q3q.track.mlflow_sqlite import own_uri
 
-LOOSE = "records without a sweep"
+LOOSE, LOOSE_ID = "records without a sweep", "loose"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         storage = refreshed(options.storage)
-        failures = sync(storage, options.uri or f"sqlite:///{storage}/mlflow.db", print)
+        failures = sync(options.storage, options.uri or own_uri(storage), print)
     except Q3QError as error:
         print(f"q3q: {masked(str(error))}", file=sys.stderr)
         return EXIT_MISUSED
@@ -48,10 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_FAILED if failures else 0
 
 
-def sync(storage: Path, uri: str, say: Callable[[str], object]) -> list[str]:
-    """Log every sweep of a storage folder, except what the store has.
+def sync(named: str, uri: str, say: Callable[[str], object]) -> list[str]:
+    """Log every sweep of a storage, except what the store has.
 
     Args:
+        named: the storage's folder or URL; a URL's files are here already.
         say: receives a line for each sweep, and for each file that could not be read.
 
     Returns:
@@ -61,6 +71,7 @@ def sync(storage: Path, uri: str, say: Callable[[str], object]) -> list[str]:
         ReportError: there are no records.
         TrackingError: the store cannot be used.
     """
+    storage = folder_of(named)
     stored = find_records(storage)
     records = {record.spec.id: record for record in stored.records}
     sweeps, damaged = all_sweeps(storage)
@@ -71,29 +82,33 @@ def sync(storage: Path, uri: str, say: Callable[[str], object]) -> list[str]:
     if loose:
         # The id does not depend on the trials: next time there may be more of them.
         command = module("q3q.track", "sync", "--storage", str(storage))
-        sweeps.append(Sweep(id="loose", name=LOOSE, command=command, config="", trials=loose))
+        sweeps.append(Sweep(id=LOOSE_ID, name=LOOSE, command=command, config="", trials=loose))
     busy = {(status.name, status.command) for status in at_work(storage)}
-    failures = []
+    failures: list[str] = []
+    said: set[str] = set()
     for sweep in sweeps:
         finished = [records[trial.id] for trial in sweep.trials if trial.id in records]
         if (sweep.name, masked(sweep.command)) in busy:
             say(f"{sweep.name}: is running, and logs its trials itself")
         elif finished:
-            tracker = MlflowTracker(uri, f"{storage}/artifacts", sweep.experiment)
+            tracker = MlflowTracker(uri, named, sweep.experiment)
             tracker.check()
-            failure = _log_sweep(tracker, sweep, finished, storage)
-            if failure:
-                failures.append(failure)
-            else:
+            failed = _log_sweep(tracker, sweep, finished, storage)
+            for line in tracker.remarks():
+                if line not in said:
+                    say(line)
+                said.add(line)
+            if not failed:
                 count = f"{len(finished)} of {len(sweep.trials)} trials are"
-                say(f"{sweep.name}: {count} in experiment {sweep.experiment}")
+                say(f"{sweep.name}: {count} in experiment {tracker.experiment}")
+            failures += failed
     return failures
 
 
 def _log_sweep(
     tracker: MlflowTracker, sweep: Sweep, records: Sequence[TrialRecord], storage: Path
-) -> str:
-    """Log a sweep with the times when it ran; return what went wrong, or an empty string."""
+) -> list[str]:
+    """Log a sweep with the times when it ran; return a line for each thing that went wrong."""
     times = [
         str(moment)
         for record in records
@@ -106,28 +121,35 @@ def _log_sweep(
         started=min(times, default=""),
         ended=max(times, default=""),
     )
-    logged = 0
+    logged, refused = 0, []
     try:
         tracker.open(sweep)
         for record in records:
-            tracker.log(record, trial_artifacts(record))
-            logged += 1
+            try:
+                tracker.log(record, trial_artifacts(record))
+                logged += 1
+            except RefusedByTrackerError as error:
+                refused.append(f"{sweep.name}: {error}")
         finished = len(records) == len(sweep.trials) and all(record.completed for record in records)
-        tracker.close(_report(sweep, records, storage), finished)
+        artifacts, headline = _report(sweep, records, storage)
+        tracker.close(artifacts, finished, headline)
     except TrackingError as error:
-        return f"{sweep.name}: {logged} of {len(records)} records are logged, then: {error}"
+        counted = f"{logged} of {len(records)} records are logged, then: {error}"
+        return [*refused, f"{sweep.name}: {counted}"]
     except (KeyboardInterrupt, SystemExit):
         begin_farewell()
         with suppress(TrackingError):  # its run must not seem to go on
             tracker.close({}, succeeded=False)
         raise
-    return ""
+    return refused
 
 
-def _report(sweep: Sweep, records: Sequence[TrialRecord], storage: Path) -> dict[str, bytes]:
-    """Return the files of the sweep's own run; records without a sweep have none."""
-    if sweep.name == LOOSE:
-        return {}
+def _report(
+    sweep: Sweep, records: Sequence[TrialRecord], storage: Path
+) -> tuple[Mapping[str, bytes], Mapping[str, float]]:
+    """Return the files and the headline of the sweep's own run; loose records have none."""
+    if sweep.id == LOOSE_ID:
+        return {}, {}
     total, missing = len(sweep.trials), len(sweep.trials) - len(records)
     warnings = [f"{missing} of the study's {total} trials have no record yet."]
     about = About(
@@ -139,7 +161,8 @@ def _report(sweep: Sweep, records: Sequence[TrialRecord], storage: Path) -> dict
         warnings=warnings if missing else [],
     )
     folder = storage / "reports" / sweep.file_name
-    return write_report(records, folder, about).artifacts()
+    report = write_report(records, folder, about)
+    return report.artifacts(), report.headline
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -12,23 +11,44 @@ from typing import TYPE_CHECKING, Any
 
 from q3q.evaluate.metrics import mean_metrics
 from q3q.record import TrialRecord, block_errors
-from q3q.spec import MEAN_ACCURACY, TrialSpec
-from q3q.track.wording import MAX_TAG, trial_note, truncated
+from q3q.spec import MEAN_ACCURACY, Json, TrialSpec
+from q3q.track.mlflow_names import fitted_names
+from q3q.track.wording import trial_note
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-MAX_PARAM = 6000  # characters that MLflow accepts; record.json holds longer texts in full
+LAYOUT = 2  # raised when runs get other params or metrics: then each run is brought up to date
+# Params that a user types by another name than that in the spec's JSON.
+TYPED = {
+    "model.name": "model",
+    "model.dtype": "dtype",
+    "method.name": "method",
+    "scheme.bits": "bits",
+    "scheme.group_size": "group_size",
+    "scheme.symmetric": "symmetric",
+    "scheme.act_bits": "act_bits",
+    "calibration.source": "calibration",
+}
+ENDS = (".low", ".high", ".difference")
+PERPLEXITIES = ("perplexity/", "perplexity_quick/")
 METRIC_DIGITS = 7  # of fractions, for the width of a table's column; record.json has all digits
 
 
-def truncated_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {name: truncated(value, MAX_TAG) for name, value in tags.items()}
-
-
 def record_digest(record: TrialRecord) -> str:
-    """Return 16 hex digits of the record's JSON."""
-    return hashlib.sha256(json.dumps(record.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+    """Return 16 hex digits of the record's JSON, wherever its storage folder lies."""
+    facts = record.to_json()
+    placed = {key: value for key, value in facts["spec"].items() if key != "places"}
+    return _digest({**facts, "spec": placed, "layout": LAYOUT})
+
+
+def earlier_digest(record: TrialRecord) -> str:
+    """Return the digest in runs of earlier versions, which depends on the storage's place."""
+    return _digest(record.to_json())
+
+
+def _digest(facts: Json) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def trial_times(record: TrialRecord) -> tuple[int, int]:
@@ -44,10 +64,11 @@ def milliseconds(moment: str | None) -> int | None:
 
 
 def record_metrics(record: TrialRecord) -> dict[str, float]:
-    """Return the record's metrics under names that MLflow accepts.
+    """Return the record's metrics, which may have names that MLflow refuses.
 
     With them go `<metric>.low` and `<metric>.high` of each 95 % interval, `<metric>.difference`
-    from the unquantized model, and the tasks' mean accuracy.
+    from the unquantized model, the tasks' mean accuracy, and what decides once more as
+    `answer/...`: MLflow draws its charts in the order of the alphabet.
     """
     metrics = dict(record.metrics)
     for name, (low, high) in record.intervals.items():
@@ -58,13 +79,35 @@ def record_metrics(record: TrialRecord) -> dict[str, float]:
     names = mean_metrics(record.spec)
     if len(names) > 1 and all(name in record.metrics for name in names):
         metrics[MEAN_ACCURACY] = math.fsum(record.metrics[name] for name in names) / len(names)
-    return {metric_name(name): _rounded(value) for name, value in metrics.items()}
+    metrics |= {answer_name(name): metrics[name] for name in _deciding(record.spec, metrics)}
+    return {name: _rounded(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _deciding(spec: TrialSpec, metrics: Mapping[str, float]) -> list[str]:
+    """Return the metrics that trials are judged by: perplexities, and the accuracy over tasks."""
+    texts = [name for name in metrics if name.startswith(PERPLEXITIES) and not name.endswith(ENDS)]
+    accuracies = [name for name in mean_metrics(spec) if name in metrics]
+    return [*texts, *([MEAN_ACCURACY] if MEAN_ACCURACY in metrics else accuracies)]
+
+
+def answer_name(metric: str) -> str:
+    """Return the name under which charts begin: `answer/perplexity of stories`."""
+    first, _, last = metric.rpartition("/")
+    if metric.startswith(PERPLEXITIES):
+        return f"answer/{first} of {last}"
+    return f"answer/{last} of {first}" if first else f"answer/mean {metric}"
 
 
 def metric_entities(metrics: Mapping[str, float], time_ms: int, step: int = 0) -> list["Metric"]:
+    """Return metrics under names that MLflow takes; what is not finite is no metric."""
     from mlflow.entities import Metric
 
-    return [Metric(metric_name(name), value, time_ms, step) for name, value in metrics.items()]
+    names = fitted_names(metrics)
+    return [
+        Metric(names[name], value, time_ms, step)
+        for name, value in metrics.items()
+        if math.isfinite(value)
+    ]
 
 
 def block_metrics(
@@ -84,11 +127,6 @@ def block_metrics(
             block,
         )
     ]
-
-
-def metric_name(name: str) -> str:
-    """Replace the characters that MLflow refuses."""
-    return re.sub(r"[^\w/.\- ]", "_", name)
 
 
 def _rounded(value: float) -> float:
@@ -127,6 +165,22 @@ def source_tags() -> dict[str, str]:
     tags = {"mlflow.source.name": "launch.py", "mlflow.source.type": "LOCAL"}
     user = os.environ.get("USER") or os.environ.get("LOGNAME")
     return tags | ({"mlflow.user": user} if user else {})
+
+
+def trial_params(spec: TrialSpec) -> dict[str, str]:
+    """Return the trial's settings by the names that a user types: `bits`, not `scheme.bits`.
+
+    A setting that the trial does not have is left out.
+    """
+    # `scheme` and `calibration` as such are there only where the trial has none.
+    settings = {
+        TYPED.get(name, name): value
+        for name, value in spec.flat().items()
+        if name not in ("scheme", "calibration")
+    }
+    if spec.scheme is not None and spec.scheme.act_bits is None:
+        del settings["act_bits"]
+    return {**settings, "model": spec.model.label}
 
 
 def sweep_params(specs: list[TrialSpec]) -> dict[str, str]:

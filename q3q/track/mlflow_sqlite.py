@@ -1,14 +1,40 @@
-"""Prepare the SQLite file that MLflow keeps its records in."""
+"""Prepare the SQLite file that MLflow keeps its records in, and put a damaged one aside."""
 
 import os
 import re
 import sqlite3
 import uuid
 from contextlib import closing, suppress
+from importlib import metadata
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from q3q.errors import TrackingError
 from q3q.masking import masked
+
+OWN = "mlflow.db"  # the database of a storage folder
+COMPANIONS = ("-journal", "-wal", "-shm")  # endings of files that SQLite keeps beside a database
+MOST_CHECKED = 2**29  # bytes: SQLite reads 1 GB in some seconds; of a larger file only the header
+
+
+def own_uri(storage: Path) -> str:
+    """Return the URI of a storage folder's own database."""
+    return _uri_of(storage / OWN)
+
+
+def _uri_of(path: Path) -> str:
+    """Return the URI by which MLflow opens a file.
+
+    SQLAlchemy takes what follows a question mark for a query; from 2.1 on it decodes %3F and its
+    like in a path, before that SQLite does so in a `file:` name. MLflow makes the parent of
+    whatever follows `sqlite:///`, hence the driver's name before a path that is encoded.
+    """
+    decodes = metadata.version("sqlalchemy").split(".")[:2] >= ["2", "1"]
+    if "?" not in str(path) and not (decodes and "%" in str(path)):
+        return f"sqlite:///{path}"
+    if decodes:
+        return f"sqlite+pysqlite:///{quote(str(path))}"
+    return f"sqlite+pysqlite:///file:{quote(str(path))}?uri=true"
 
 
 def read_uri(uri: str) -> tuple[str, Path | None]:
@@ -19,26 +45,119 @@ def read_uri(uri: str) -> tuple[str, Path | None]:
     """
     if re.match(r"https?://[^/]", uri):
         return uri.rstrip("/"), None
-    file = re.fullmatch(r"sqlite:///([^?]+)", uri)
-    if file is None or file[1] == ":memory:":
+    quoted = re.fullmatch(r"sqlite\+pysqlite:///(?:file:([^?#]+)\?uri=true|([^?#]+))", uri)
+    plain = re.fullmatch(r"sqlite:///([^?]+)", uri)
+    if (quoted is None and plain is None) or (plain is not None and plain[1] == ":memory:"):
+        odd = (
+            "; a question mark in its name is written so: sqlite+pysqlite:////folder/a%3Fb.db"
+            if uri.startswith("sqlite:") and "?" in uri
+            else ""
+        )
         raise TrackingError(
-            f"track.uri={masked(uri)}: give sqlite:///FILE, or the address of an MLflow server "
-            "(http://HOST:PORT); another database is reached through `mlflow server "
+            f"track.uri={masked(uri)}: give sqlite:///FILE{odd}, or the address of an MLflow "
+            "server (http://HOST:PORT); another database is reached through `mlflow server "
             "--backend-store-uri`"
         )
-    path = Path(file[1]).absolute()
-    return f"sqlite:///{path}", path
+    path = Path(unquote(quoted[1] or quoted[2]) if quoted else plain[1] if plain else "")
+    return _uri_of(path.absolute()), path.absolute()
 
 
-def prepare_database(path: Path, artifacts: Path) -> None:
-    """Make the database if it is missing, and check that it can be written."""
+def prepare_database(path: Path, artifacts: Path, own: bool, sync: str) -> str:
+    """Make the database if it is missing, and check that it is whole and can be written.
+
+    Args:
+        own: it is a storage folder's own. Then the records there can fill a new one, so whatever
+            is in its place and is no database is put aside.
+        sync: the command that fills a new database from the records.
+
+    Returns:
+        A line that says what was put aside; empty if nothing was.
+
+    Raises:
+        OSError, sqlite3.Error: it cannot be made or written.
+        TrackingError: it is no database of this MLflow's.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    damage = _damage(path)
+    aside = None
+    if damage and not own and path.is_file() and path.stat().st_size:
+        raise TrackingError(
+            f"track.uri={_uri_of(path)} cannot be used ({damage}); rename the file, then the "
+            f"same command, or `{sync}`, fills a new one from the records; or give another file"
+        )
+    if damage and (own or path.is_file()):
+        aside = _put_aside(path)
     if not path.exists():
         _create_database(path, artifacts)
     # MLflow retries an unusable file for minutes: check here that it is a writable database.
     with closing(sqlite3.connect(path, timeout=5)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.rollback()
+        _refuse_unknown(connection, path)
+    if aside is None:
+        return ""
+    return (
+        f"{path} is not a whole database ({damage}), so it is now {aside}. The records of this "
+        f"sweep fill a new one; `{sync}` adds those of all others"
+    )
+
+
+def _damage(path: Path) -> str:
+    """Return what is wrong with the content of a file that should be a database, if anything is.
+
+    A file that cannot be read, or that another process has locked, may be whole.
+    """
+    if not path.exists() and not path.is_symlink():
+        return ""
+    if path.is_dir():
+        return "it is a folder"
+    if not path.is_file():
+        return "it is not a file"
+    if not path.stat().st_size:
+        return "it is empty"
+    try:
+        with closing(sqlite3.connect(path, timeout=1)) as connection:
+            whole = path.stat().st_size <= MOST_CHECKED
+            check = "PRAGMA quick_check(1)" if whole else "SELECT count(*) FROM sqlite_master"
+            [(found, *_)] = connection.execute(check).fetchall()
+            return "" if not whole or found == "ok" else " ".join(str(found).split())
+    except sqlite3.DatabaseError as error:
+        # The lowest byte is the primary code; the others say more about it.
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        return str(error) if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else ""
+
+
+def _put_aside(path: Path) -> Path:
+    """Rename it, and what SQLite keeps beside it, to a name that is free: `mlflow.db.damaged`."""
+    names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in range(1_000_000))
+    aside = next(name for name in names if not name.exists() and not name.is_symlink())
+    path.rename(aside)
+    for ending in COMPANIONS:
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + ending).rename(aside.with_name(aside.name + ending))
+    return aside
+
+
+def _refuse_unknown(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise TrackingError for a database of a newer MLflow, or of another program."""
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    if tables and "alembic_version" not in tables and "experiments" not in tables:
+        raise TrackingError(
+            f"track.uri={_uri_of(path)}: that database is another program's (its tables are "
+            f"{', '.join(sorted(tables)[:3])}); give another file"
+        )
+    if "alembic_version" not in tables:
+        return
+    import mlflow
+
+    migrations = Path(str(mlflow.__file__)).parent / "store/db_migrations/versions"
+    for (version,) in connection.execute("SELECT version_num FROM alembic_version"):
+        if not list(migrations.glob(f"{version}_*.py")):
+            raise TrackingError(
+                f"track.uri={_uri_of(path)}: a newer MLflow made this database (schema {version}), "
+                f"and MLflow {mlflow.__version__} cannot read it: pip install --upgrade mlflow, or "
+                "give another file"
+            )
 
 
 def _create_database(path: Path, artifacts: Path) -> None:

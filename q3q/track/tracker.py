@@ -1,21 +1,48 @@
 """The interface to the place where a sweep's results are browsed, and its double for tests."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
+from q3q.masking import masked
+from q3q.quoting import module
 from q3q.record import Sweep, TrialRecord
 from q3q.spec import TrialSpec
+
+DEFAULT_STORAGE = "mlruns"
+
+
+def sync_command(storage: str = DEFAULT_STORAGE, uri: str | None = None) -> str:
+    """Return the command that brings a tracker up to date from the records on disk.
+
+    Args:
+        storage: folder or URL, as the user gave it.
+        uri: the tracker's, if it is not the storage's own.
+    """
+    other = [] if uri is None else ["--uri", masked(uri)]
+    return module("q3q.track", "sync", "--storage", masked(storage), *other)
 
 
 class Tracker(Protocol):
     """A place for results, written by one process, the sweep's driver.
 
     Records are on disk first, so what a tracker refuses is not lost.
+
+    sync: the command that sends it what it missed
     """
+
+    sync: str
 
     @property
     def page(self) -> str:
         """The open sweep's page, below the place's own address; empty if it has none."""
+        ...
+
+    def remarks(self) -> list[str]:
+        """Return what a person should know of the calls since the last time: each line once.
+
+        That is which names had to be changed, say.
+        """
         ...
 
     def check(self) -> None:
@@ -48,12 +75,21 @@ class Tracker(Protocol):
             artifacts: content by path.
 
         Raises:
-            TrackingError: the store refused it, after bounded retries. It may be logged again.
             NotRegisteredError: it took all but a checkpoint that is damaged.
+            RefusedByTrackerError: the store refused this record, but works.
+            TrackingError: the store does not work, after bounded retries. It may be logged again.
         """
 
-    def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
+    def close(
+        self,
+        artifacts: Mapping[str, bytes],
+        succeeded: bool,
+        headline: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         """End the sweep's entry, with its files; its front page shows `ANSWER` among them.
+
+        Args:
+            headline: the numbers that answer the sweep's question, by name.
 
         Raises:
             TrackingError: the store refused it.
@@ -64,16 +100,21 @@ class MemoryTracker:
     """A tracker that keeps everything in plain attributes."""
 
     def __init__(self) -> None:
+        self.sync = sync_command()
         self.sweep: Sweep | None = None
         self.records: dict[str, TrialRecord] = {}
         self.artifacts: dict[str, dict[str, bytes]] = {}
         self.closing: dict[str, bytes] = {}
         self.succeeded: bool | None = None
+        self.headline: dict[str, float] = {}
         self.steps: dict[str, list[tuple[int, dict[str, float]]]] = {}
 
     @property
     def page(self) -> str:
         return ""
+
+    def remarks(self) -> list[str]:
+        return []
 
     def check(self) -> None:
         pass
@@ -88,5 +129,10 @@ class MemoryTracker:
         self.records[record.spec.id] = record
         self.artifacts[record.spec.id] = dict(artifacts)
 
-    def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
-        self.closing, self.succeeded = dict(artifacts), succeeded
+    def close(
+        self,
+        artifacts: Mapping[str, bytes],
+        succeeded: bool,
+        headline: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self.closing, self.succeeded, self.headline = dict(artifacts), succeeded, dict(headline)

@@ -1,45 +1,76 @@
 """Write what people read in MLflow: names of runs, notes, and the columns of a sweep's table."""
 
 import json
-import re
 
 from q3q.record import Sweep, TrialRecord
 from q3q.spec import MEAN_ACCURACY, TrialSpec
 from q3q.storage.files import in_words
+from q3q.track.mlflow_names import fitted_text
 
+ABOUT_EXPERIMENT = """\
+**Post-training quantization of language models, measured by q3q.**
+
+Each run with children is a sweep. Its note begins with the answer, its metrics are the best values
+at each bit-width, and `report.html` among its artifacts has every table and plot. Each child run is
+a trial: one model, one method, one bit-width. Search trials by what was asked for, for example
+`params.method = "gptq" and params.bits = "4"`, and compare them by `perplexity/...` (lower is
+better) and `accuracy` or `.../acc` (higher is better). `.low` and `.high` are the ends of a 95 %
+interval, and `.difference` is the distance from the unquantized model.
+"""
 MAX_TAG = 5000  # characters that servers before 3.0 accept; a note is a tag
 MAX_COMMAND = 1500  # characters in a sweep's note; a tag has the command in full
 MAX_RUN_NAME = 120  # characters, for the width of a table's column
+SHOWN_PARAMS = ("method", "bits", "group_size")  # in a sweep's table
 MAX_COLUMNS = 8  # metrics in a sweep's table
 SECONDARY_METRICS = ("top1_agreement/", "kl_p")  # prefixes; they get no column beside others
 
 
-def truncated(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
 def sweep_run_name(sweep: Sweep) -> str:
     """Return the study's question, or its name if it has none."""
-    return truncated(sweep.question or sweep.name, MAX_RUN_NAME)
+    return _one_line(sweep.question or sweep.name)
 
 
 def trial_run_name(sweep: Sweep, spec: TrialSpec) -> str:
-    return truncated(sweep.names.get(spec.id, f"{spec.name} · {spec.model.label}"), MAX_RUN_NAME)
+    return _one_line(sweep.names.get(spec.id, f"{spec.name} · {spec.model.label}"))
+
+
+def _one_line(text: str) -> str:
+    return fitted_text(" ".join(text.split()) or "unnamed", MAX_RUN_NAME)
 
 
 def sweep_note(sweep: Sweep, answer: str = "") -> str:
-    """Write the question, the command, and as many tables of the answer as there is room for."""
+    """Write the answer in words, the question, the command, and the answer's tables.
+
+    MLflow shows the first lines of a note and folds the rest, so the words come first. There are
+    as many tables as there is room for.
+    """
+    words, tables = _words_and_tables(answer)
     texts = (("Question", sweep.question), ("Expectation", sweep.expectation))
-    parts = [f"**{word}.** {text}" for word, text in texts if text]
-    note = "\n\n".join([*parts, f"```\n{truncated(sweep.command, MAX_COMMAND)}\n```"])
+    parts = [words] if words else []
+    parts += [f"**{word}.** {text}" for word, text in texts if text]
+    command = f"```\n{fitted_text(sweep.command, MAX_COMMAND)}\n```"
+    note = "\n\n".join([*parts, command])
     if not answer:
-        return truncated(note, MAX_TAG)
+        return fitted_text(note, MAX_TAG)
     pointer = "The full report is `report.html` among the artifacts of this run."
-    for table in re.split(r"\n\n(?=\*\*)", answer.strip()):
+    for table in tables:
         if len(note) + len(table) + len(pointer) + 4 > MAX_TAG:
             break
         note += f"\n\n{table}"
-    return truncated(f"{note}\n\n{pointer}", MAX_TAG)
+    return fitted_text(f"{note}\n\n{pointer}", MAX_TAG)
+
+
+def _words_and_tables(answer: str) -> tuple[str, list[str]]:
+    """Split an answer in Markdown into what precedes its first table, and its tables.
+
+    A table has a title before it, and may have a remark after it.
+    """
+    paragraphs = [part for part in answer.strip().split("\n\n") if part.strip()]
+    titles = [number - 1 for number, part in enumerate(paragraphs) if part.startswith("|")]
+    starts = [max(0, number) for number in titles] or [len(paragraphs)]
+    ends = [*starts[1:], len(paragraphs)]
+    tables = ["\n\n".join(paragraphs[a:b]) for a, b in zip(starts, ends, strict=True)]
+    return "\n\n".join(paragraphs[: starts[0]]), [table for table in tables if table]
 
 
 def trial_note(record: TrialRecord) -> str:
@@ -86,7 +117,7 @@ def shared_view(parent_run: str, metrics: list[str]) -> str:
             "lifecycleFilter": "Active",
             "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
-            "selectedColumns": ["params.`scheme.bits`", "params.`scheme.group_size`", *columns],
+            "selectedColumns": [f"params.`{name}`" for name in SHOWN_PARAMS] + columns,
         }
     )
 

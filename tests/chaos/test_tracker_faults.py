@@ -6,14 +6,14 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
-from q3q.errors import TrackingError
+from q3q.errors import RefusedByTrackerError, SweepFailedError, TrackingError
 from q3q.placement import Trial
 from q3q.record import Sweep, TrialRecord
 from q3q.spec import TrialSpec
@@ -78,9 +78,14 @@ class UnreliableTracker(MemoryTracker):
     def live(self, spec: TrialSpec, metrics: Mapping[str, float], step: int) -> None:
         self.check()
 
-    def close(self, artifacts: Mapping[str, bytes], succeeded: bool) -> None:
+    def close(
+        self,
+        artifacts: Mapping[str, bytes],
+        succeeded: bool,
+        headline: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         self._check_open()
-        super().close(artifacts, succeeded)
+        super().close(artifacts, succeeded, headline)
 
     def _check_open(self) -> None:
         self.check()
@@ -152,6 +157,68 @@ def test_a_tracker_that_never_comes_back_costs_no_record_and_a_line(tmp_path: Pa
     assert len(list(tmp_path.glob("trials/*/record.json"))) == 3
 
 
+def no_folder(*_: object) -> None:
+    raise OSError(20, "Not a directory", "reports")
+
+
+def broken(*_: object) -> None:
+    raise KeyError("a column of the samples")
+
+
+@pytest.mark.parametrize("where", ["folder", "plot", "comparison", "between"])
+def test_what_fails_after_the_trials_leaves_no_open_run(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path))
+    study, _ = make_study(tmp_path, tracker)
+    earlier = recorded(study.sweep.trials[0])
+    study.records = {earlier.spec.id: earlier}
+    if where == "comparison":
+        monkeypatch.setattr(study, "_compared", broken)
+    elif where != "between":
+        fails = no_folder if where == "folder" else broken
+        monkeypatch.setattr("q3q.report.write.write_report", fails)
+
+    def run() -> None:
+        with study.tracked():
+            study.open()
+            if where == "between":
+                raise KeyboardInterrupt
+            study.close()
+
+    with pytest.raises((SweepFailedError, KeyError, KeyboardInterrupt)) as failure:
+        run()
+    if where == "folder":
+        assert "the report cannot be written" in str(failure.value)
+    client = MlflowClient(tracking_uri=tracker.uri)
+    experiment = client.get_experiment_by_name("q3q")
+    assert experiment is not None
+    states = [run.info.status for run in client.search_runs([experiment.experiment_id])]
+    trial = [] if where == "comparison" else ["FINISHED"]
+    assert sorted(states) == ["FAILED", *trial]
+
+
+def test_a_record_that_is_refused_is_said_and_holds_up_no_other(tmp_path: Path) -> None:
+    class Picky(MemoryTracker):
+        def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
+            if record.spec.scheme is not None and record.spec.scheme.bits == 2:
+                raise RefusedByTrackerError("no such bits")
+            super().log(record, artifacts)
+
+    tracker = Picky()
+    study, notes = make_study(tmp_path, tracker)
+    with study.tracked():
+        study.open()
+        for trial in study.sweep.trials:
+            study.take(recorded(trial))
+        study.close()
+    assert set(tracker.records) == {trial.id for trial in study.sweep.trials[1:]}
+    assert notes == ["no such bits. It stays on disk."]
+    assert "table.md" in tracker.closing
+
+
 def logged_trials(uri: str) -> list[str]:
     from mlflow.tracking import MlflowClient
 
@@ -218,7 +285,8 @@ def test_a_real_sweep_whose_server_is_killed_ends_and_the_same_command_fills_a_n
         output, _ = process.communicate(timeout=280)
         assert process.returncode == 0, output
         assert "Records stay on disk, and it is tried again" in output
-        assert "python -m q3q.track sync or the same command sends them" in output
+        command = f"python -m q3q.track sync --storage {storage} --uri {uri}"
+        assert f"{command} or the same command sends them" in output
         ended = records(storage)
         times = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/record.json")}
         assert len(ended) == len(times) == 2

@@ -16,6 +16,7 @@ from q3q.placement import Trial
 from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.__main__ import main as report
 from q3q.storage.files import sealed, unsealed
+from q3q.storage.identity import storage_id
 from q3q.track.__main__ import main as track
 from q3q.trial import attempt_trial
 from q3q.trials.stored import find_trials, listed
@@ -33,6 +34,7 @@ __all__ = [
     "load_trial",
     "report",
     "saved_again",
+    "storage_id",
     "text_of",
     "track",
     "trial_of",

@@ -36,7 +36,7 @@ STORAGE = HERE / "storage_1de2977"
 # version; and a tag that is a digest of a record with its
 # places, which are another folder's here.
 VOLATILE = ("/sha256", "/environment", "/metrics/seconds", "/metrics/peak_bytes", "/files/")
-OF_PLACES = ("q3q.record",)
+OF_PLACES = ("q3q.record", "q3q.storage")
 STORAGE_WAS, CODE_WAS, TEXT_WAS = "/srv/study", "/home/you/q3q", "/home/you/garden.txt"
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 ROWS = [line.split(maxsplit=3) for line in (HERE / "ids.txt").read_text().splitlines()[1:]]
@@ -286,7 +286,7 @@ def test_sync_tells_mlflow_what_1de2977_told_it(storage, tmp_path, monkeypatch):
 
     monkeypatch.setenv("USER", "you")
     monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri, owner = f"sqlite:///{tmp_path}/mlflow.db", adapter.storage_id("study")
     assert adapter.track(["sync", "--storage", "study", "--uri", uri]) == 0
     told: list[Any] = []
     client = MlflowClient(uri)
@@ -300,9 +300,9 @@ def test_sync_tells_mlflow_what_1de2977_told_it(storage, tmp_path, monkeypatch):
         def plain(text, names=names):
             for key, name in names.items():
                 text = text.replace(key, f"<{name}>")
-            return text.replace(str(tmp_path), "")
+            return text.replace(str(tmp_path), "").replace(owner, "<storage>")
 
-        tags = {key: plain(value) for key, value in sorted(experiment.tags.items())}
+        tags = {plain(key): plain(value) for key, value in sorted(experiment.tags.items())}
         told.append({"experiment": experiment.name, "tags": tags})
         for run in sorted(runs.values(), key=lambda run: (run.info.start_time, run.info.run_name)):
             assert run.inputs is not None

@@ -61,7 +61,7 @@ def sweep(*trials: Trial | TrialSpec, id: str = "sweep00001") -> Sweep:
 
 
 def tracker_in(folder: Path) -> MlflowTracker:
-    return MlflowTracker(f"sqlite:///{folder}/mlflow.db", str(folder / "artifacts"))
+    return MlflowTracker(f"sqlite:///{folder}/mlflow.db", str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tracker(store: Path, request: pytest.FixtureRequest) -> MlflowTracker:
-    return MlflowTracker(
-        f"sqlite:///{store}/mlflow.db", str(store / "artifacts"), experiment=request.node.name
-    )
+    return MlflowTracker(f"sqlite:///{store}/mlflow.db", experiment=request.node.name)
 
 
 def runs(tracker: MlflowTracker, query: str = "") -> list[Any]:
@@ -163,8 +161,20 @@ def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> N
     assert child.info.run_name == "gptq w3 g128 · demo"
     assert child.info.status == "FINISHED"
     assert child.info.end_time - child.info.start_time == 10_250
-    assert child.data.params == spec().flat()
+    flat, params = spec().flat(), child.data.params
+    assert {name: params[name] for name in ("method", "bits", "group_size", "model", "dtype")} == {
+        "method": "gptq",
+        "bits": "3",
+        "group_size": "128",
+        "model": "demo",
+        "dtype": "float32",
+    }
+    assert params["calibration"] == flat["calibration.source"]
+    assert not [name for name in params if name.startswith(("scheme.", "method.name"))]
+    assert len(params) == len(flat) - ("scheme.act_bits" in flat)
     assert child.data.metrics == {
+        "answer/perplexity of stories": 3.5,
+        "answer/acc of stories_who": 0.75,
         "perplexity/stories": 3.5,
         "perplexity/stories.low": 3.25,
         "perplexity/stories.high": 3.75,
@@ -225,7 +235,7 @@ def test_texts_longer_than_mlflow_takes_are_cut(tracker: MlflowTracker) -> None:
     assert child.data.params["evaluation.tasks"].startswith('["a_task_with_a_long_name_0"')
     assert child.data.params["evaluation.tasks"].endswith("…")
     assert child.data.tags["q3q.reason"].startswith("boom boom")
-    assert child.data.metrics == many
+    assert {name: value for name, value in child.data.metrics.items() if name in many} == many
 
 
 def test_the_same_record_twice_is_one_child(tracker: MlflowTracker) -> None:
@@ -483,12 +493,12 @@ def server(folder: Path, *artifacts: str) -> Iterator[tuple[str, "subprocess.Pop
 
 def test_a_server_takes_the_same_and_its_death_is_an_error_in_bounded_time(tmp_path: Path) -> None:
     with server(tmp_path) as (uri, process):
-        tracker = MlflowTracker(uri, artifacts=str(tmp_path / "unused"))
+        tracker = MlflowTracker(uri, str(tmp_path / "storage"))
         tracker.check()
         tracker.open(sweep())
         tracker.log(record(3), {"record.json": b"{}"})
         [child] = children(tracker)
-        assert child.data.params == spec().flat()
+        assert child.data.params["bits"] == "3"
         assert child.data.metrics["perplexity/stories.low"] == 3.25
         assert artifact(child, tracker, "record.json", tmp_path) == b"{}"
         assert list((tmp_path / "served").rglob("record.json"))
@@ -500,7 +510,7 @@ def test_a_server_takes_the_same_and_its_death_is_an_error_in_bounded_time(tmp_p
             ):
                 end()
             assert time.monotonic() - started < 15
-    assert not (tmp_path / "unused").exists()
+    assert not (tmp_path / "storage/artifacts").exists()
     # What the server took before it died is there.
     assert [run.info.run_name for run in children(tracker_in(tmp_path))] == ["gptq w3 g128 · demo"]
 
@@ -508,11 +518,16 @@ def test_a_server_takes_the_same_and_its_death_is_an_error_in_bounded_time(tmp_p
 def test_a_saved_study_reads_well_without_knowing_q3q(tracker: MlflowTracker) -> None:
     asked = replace(sweep(), question="Which method is best at 2 bits?", expectation="GPTQ.")
     tracker.open(asked)
-    tracker.close({"answer.md": b"**demo**\n\n| gptq | 3.5 |"}, succeeded=True)
+    answer = b"At 2 bits it is gptq.\n\n**demo**\n\n| gptq | 3.5 |"
+    best = {"best at 2 bits/perplexity of stories": 3.5}
+    for _ in range(2):
+        tracker.close({"answer.md": answer}, succeeded=True, headline=best)
     [parent] = parents(tracker)
+    assert parent.data.metrics == best
     assert parent.info.run_name == "Which method is best at 2 bits?"
     note = parent.data.tags["mlflow.note.content"]
     assert note.startswith(
+        "At 2 bits it is gptq.\n\n"
         "**Question.** Which method is best at 2 bits?\n\n**Expectation.** GPTQ.\n\n```\n" + COMMAND
     )
     assert note.endswith(
@@ -667,11 +682,13 @@ def test_the_sweeps_page_is_a_view_of_its_trials(tracker: MlflowTracker) -> None
     experiment = client.get_experiment_by_name(tracker.experiment)
     assert experiment is not None
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert "Post-training quantization" in experiment.tags["mlflow.note.content"]
     view = json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep().id}"])
     [parent] = parents(tracker)
     assert view["searchFilter"] == f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
     assert view["orderByKey"] == "metrics.`perplexity/stories`"
     assert "metrics.`seconds/load`" not in view["selectedColumns"]
+    assert view["selectedColumns"][:2] == ["params.`method`", "params.`bits`"]
     assert tracker.page == (
         f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={sweep().id}"
     )
@@ -784,9 +801,7 @@ def test_an_emptied_store_is_rebuilt_from_the_records_and_again_changes_nothing(
         assert synced(tmp_path) == 0
         output = capsys.readouterr().out
         for name in ("study", "q3q"):
-            tracker = MlflowTracker(
-                f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "artifacts"), name
-            )
+            tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path), name)
             seen.append(sorted((run.info.run_id, run.info.run_name) for run in runs(tracker)))
         assert "1 of 1 trials are in experiment study" in output
     assert seen[:2] == seen[2:]
@@ -827,15 +842,15 @@ def test_a_database_of_its_own_place_serves_several_storages_while_its_files_are
     tmp_path: Path,
 ) -> None:
     def open_from(storage: str) -> None:
-        artifacts = str(tmp_path / storage / "artifacts")
-        MlflowTracker(f"sqlite:///{tmp_path}/shared/mlflow.db", artifacts).open(sweep(id=storage))
+        uri = f"sqlite:///{tmp_path}/shared/mlflow.db"
+        MlflowTracker(uri, str(tmp_path / storage)).open(sweep())
 
     open_from("first")
     open_from("second")
-    assert not (tmp_path / "second").exists()
-    (tmp_path / "first").rename(tmp_path / "second")
+    assert not (tmp_path / "second/artifacts").exists()
+    (tmp_path / "first").rename(tmp_path / "third")
     with pytest.raises(TrackingError, match=r"keeps its files in .*/first/artifacts, not in"):
-        open_from("second")
+        open_from("third")
     assert not (tmp_path / "first").exists()
 
 

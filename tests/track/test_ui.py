@@ -86,7 +86,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
         command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
     )
     assert sweep.returncode == 0, sweep.stdout + sweep.stderr
-    ending = re.search(r"make ui .*, then http://127\.0\.0\.1:5000/(#\S+)", sweep.stdout)
+    ending = re.search(r"mlflow ui .*, then http://127\.0\.0\.1:5000/(#\S+)", sweep.stdout)
     assert ending is not None, sweep.stdout
     port = free_port()
     server = serve(folder / "mlruns", port)
@@ -98,7 +98,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
 
 def test_the_page_that_the_sweep_names_is_a_table_of_its_trials(ui: Ui) -> None:
     names = ("none · demo", "rtn w4 g128 · demo", "rtn w2 g128 · demo")
-    columns = ("perplexity/stories", "kl/stories", "bits_per_weight_model", "scheme.bits")
+    columns = ("perplexity/stories", "kl/stories", "bits_per_weight_model", "group_size")
     text = ui.text(ui.start, *names, *columns)
     places = [text.find(name) for name in names]
     assert -1 not in places
@@ -121,9 +121,28 @@ def test_a_trial_has_metrics_texts_and_files(ui: Ui) -> None:
     text = ui.text(page, "perplexity/stories", "Datasets")
     assert "COMPLETED" in text
     assert "perplexity/stories" in text
-    assert "scheme.bits" in text
+    assert "group_size" in text
+    assert "scheme.bits" not in text
     assert re.search(r"Datasets.{0,40}stories", text)
     files = ui.text(page + "/artifacts", "record.json")
     assert "record.json" in files
-    metrics = ui.text(page + "/model-metrics", "block/weight_error")
-    assert "block/weight_error" in metrics
+    charts = ("answer", "perplexity of stories", "block/weight_error")
+    metrics = ui.text(page + "/model-metrics", *charts)
+    assert all(name in metrics for name in charts)
+    assert metrics.find("perplexity of stories") < metrics.find("block/weight_error")
+
+
+def test_somebody_who_knows_only_the_address_is_told_what_this_is(ui: Ui) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(ui.address.rstrip("/"))
+    experiment = client.get_experiment_by_name("widths")
+    assert experiment is not None
+    assert "quantization" in experiment.tags["mlflow.note.content"]
+    [sweep] = client.search_runs([experiment.experiment_id], "tags.`q3q.command` LIKE '%'")
+    assert {
+        "best at 2 bits/perplexity of stories",
+        "unquantized/perplexity of stories",
+    } <= sweep.data.metrics.keys()
+    found = client.search_runs([experiment.experiment_id], 'params.bits = "4"')
+    assert [run.info.run_name for run in found] == ["rtn w4 g128 · demo"]
