@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from q3q import trial as trial_module
+from q3q.evaluate.samples import write_samples
 from q3q.export import destination
 from q3q.export.marker import write_marker
 from q3q.models import demo
@@ -544,7 +545,7 @@ def test_verify_says_that_all_fits_or_in_a_line_what_does_not(storage, capsys):
 def test_verify_misses_no_file_of_a_record_and_guesses_no_digest(storage, capsys):
     one = exporting(storage)
     record = TrialRecord.load(one.folder / "record.json")
-    write_atomically(one.folder / "samples.parquet", b"x")
+    digest = write_samples(one.folder / "samples.parquet", [])
     replace(record, files={"samples.parquet": None}).save()
     (one.placement.export / EXPORT_MARKER).write_text(
         json.dumps({"trial": one.id, "version": destination.VERSION})
@@ -552,11 +553,15 @@ def test_verify_misses_no_file_of_a_record_and_guesses_no_digest(storage, capsys
     code, lines = verify(storage, capsys)
     assert code == 0
     assert "sizes and digests are not recorded" in lines[0]
+    replace(record, files={"samples.parquet": f"{digest[:-1]}x"}).save()
+    code, lines = verify(storage, capsys)
+    assert code == 1
+    assert f"{one.folder}/samples.parquet cannot be read: it is damaged" in lines[0]
     (one.folder / "samples.parquet").unlink()
     (one.folder / "samples.parquet").mkdir()
     code, lines = verify(storage, capsys)
     assert code == 1
-    assert f"{one.folder}/samples.parquet is not a file" in lines[0]
+    assert f"{one.folder}/samples.parquet cannot be read" in lines[0]
 
 
 def test_verify_reads_exports_that_no_trial_here_made(storage, capsys):

@@ -142,8 +142,8 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         shown = complaint if len(complaint) <= LONGEST else f"{complaint[: LONGEST - 1]}…"
         return CheckpointError(f"{where}: {shown}")
 
-    model_type, values = config.get("model_type"), _Values(config, wrong)
-    _refuse_another_kind(values)
+    values = _Values(config, wrong)
+    model_type = _family(values)
     packing = None
     if config.get("quantization_config") is not None:
         section = values.table("quantization_config")
@@ -241,8 +241,8 @@ class _Values:
         return self.wrong(f"config.json gives {key}={shown}; {expected} was expected")
 
 
-def _refuse_another_kind(values: _Values) -> None:
-    """Refuse what is no Qwen3, and variants that q3q's forward does not compute."""
+def _family(values: _Values) -> str:
+    """Return the model_type; refuse what is no Qwen3, and what q3q's forward does not compute."""
     config, wrong = values.config, values.wrong
     model_type = config.get("model_type")
     if model_type not in _FAMILY:
@@ -256,6 +256,7 @@ def _refuse_another_kind(values: _Values) -> None:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise wrong(f"rope_type={rope_type!r} is not supported, only 'default'")
+    return str(model_type)
 
 
 def _refuse_misfits(facts: ModelFacts, wrong: Callable[[str], CheckpointError]) -> None:

@@ -1,12 +1,14 @@
 """`python -m q3q.trials verify`: read every record, its files and every export, byte by byte."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import export_fault, is_ours
 from q3q.export.marker import digest_faults, marker_of, published_files
+from q3q.formatting import plural
 from q3q.record import TrialRecord
 from q3q.report.records import RECORDS, UNREADABLE
 from q3q.storage.mirror import mirror_at
@@ -31,8 +33,8 @@ class Verified:
 
     @property
     def text(self) -> str:
-        counts = f"{_number(self.records, 'record')} and {_number(self.exports, 'export')} checked"
-        found = _number(len(self.faults), "fault") if self.faults else "all fits"
+        counts = f"{plural(self.records, 'record')} and {plural(self.exports, 'export')} checked"
+        found = plural(len(self.faults), "fault") if self.faults else "all fits"
         return "\n".join([*self.faults, *self.notes, f"{counts}: {found}."])
 
 
@@ -88,16 +90,8 @@ def record_faults(path: Path, trial: str) -> Iterator[str]:
         return
     if record.spec.id != trial:
         yield f"{path} belongs to trial {record.spec.id}; remove it, then {again}"
-    for name in recorded_files(record):
-        file = path.parent / name
-        if not file.is_file():
-            fault = "is not a file" if file.exists() else "is missing"
-            yield f"{file} {fault}; remove {path}, then {again}"
-
-
-def recorded_files(record: TrialRecord) -> Mapping[str, str | None]:
-    """Return the names of a record's files with their SHA-256; None where it records none."""
-    return dict.fromkeys(record.files)
+    for fault in damaged_files(record.files, path.parent).values():
+        yield f"{fault}; {again}"
 
 
 def export_faults(folder: Path) -> Iterator[str]:
@@ -114,7 +108,3 @@ def _not_recorded(folder: Path) -> list[str]:
         f"the export {folder}: an earlier version wrote it; sizes and digests are not recorded, "
         "so its bytes were not compared"
     ]
-
-
-def _number(count: int, name: str) -> str:
-    return f"{count} {name}{'' if count == 1 else 's'}"
