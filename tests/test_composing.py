@@ -161,11 +161,11 @@ def test_jobs_with_the_same_pages_are_one_composition_of_hydras(
     sweep, asked = sweep_of(loader), list[list[str]]()
     plain = loader.load_sweep_config
 
-    def counted(one: DictConfig, words: list[str]) -> DictConfig:
+    def load_sweep_config(one: DictConfig, words: list[str]) -> DictConfig:
         asked.append(words)
         return plain(one, words)
 
-    monkeypatch.setattr(loader, "load_sweep_config", counted)
+    monkeypatch.setattr(loader, "load_sweep_config", load_sweep_config)
     composer = Composer(loader, sweep)
     made = [
         composer.compose([f"method={method}", f"bits={bits}"])

@@ -43,8 +43,8 @@ def records(tmp_path: Path) -> list[TrialRecord]:
     """Return two trials; the unquantized model's is on the disk, of another command."""
     baseline = record(tmp_path, "none", [1.0, 1.25, 1.0])
     made = [record(tmp_path, method, [1.25, 1.5, 1.75]) for method in ("rtn", "gptq")]
-    placement = Placement(trials=tmp_path / "trials", baseline=baseline.spec.id)
-    return [replace(one, placement=placement) for one in made]
+    placed = Placement(baseline=baseline.spec.id, trials=tmp_path / "trials")
+    return [replace(one, placement=placed) for one in made]
 
 
 @pytest.fixture
@@ -199,11 +199,11 @@ def test_a_trials_files_are_made_when_one_is_asked_for(
 ) -> None:
     made, plain = list[str](), write.trial_artifacts
 
-    def counted(one: TrialRecord) -> dict[str, bytes]:
+    def trial_artifacts(one: TrialRecord) -> dict[str, bytes]:
         made.append(one.spec.id)
         return plain(one)
 
-    monkeypatch.setattr(write, "trial_artifacts", counted)
+    monkeypatch.setattr(write, "trial_artifacts", trial_artifacts)
     files = TrialFiles(records[0])
     assert made == []
     assert dict(files) == plain(records[0])
