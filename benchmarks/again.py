@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         storage = (options.storage or Path(scratch)).absolute()
         cpu, wall = timed(ROOT, storage, [])
-        print(f"first run: {cpu:.1f} s of the driver's processor time, {wall:.1f} s", flush=True)
+        print(f"first run: {cpu:.1f} s of processor time, {wall:.1f} s", flush=True)
         timed(ROOT, storage, [])  # the tracker may still be owed something
         medians: dict[tuple[str, str], float] = {}
         for kind, words in KINDS.items():
