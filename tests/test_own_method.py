@@ -278,8 +278,9 @@ def test_code_that_changed_without_a_new_version_is_noticed(own, tmp_path, capsy
     own(old, new)
 
     config = composed("method=own", "keep=blocks", "plan=true", storage)
-    facts = {one.id: facts_of_trial(one)}
-    assert run_study([one], facts, StudySettings.of(config), "", InProcess()) is None
+    facts = facts_of_trial(one)
+    assert facts is not None
+    assert run_study([one], {one.id: facts}, StudySettings.of(config), "", InProcess()) is None
     said = capsys.readouterr().err
     assert said.count("its code changed since 1 trial was finished, own w3 g128") == changed
     assert ("(raise version, or fresh=true)" in said) == changed

@@ -142,8 +142,9 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         shown = complaint if len(complaint) <= LONGEST else f"{complaint[: LONGEST - 1]}…"
         return CheckpointError(f"{where}: {shown}")
 
-    model_type, values = config.get("model_type"), _Values(config, wrong)
+    values = _Values(config, wrong)
     _refuse_another_kind(values)
+    model_type = str(config["model_type"])
     packing = None
     if config.get("quantization_config") is not None:
         section = values.table("quantization_config")

@@ -6,6 +6,7 @@ Where config.json, the index and the shards disagree, transformers is the judge.
 import json
 import os
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.models.test_checkpoint import save_tokenizer
 from tests.models.test_forward import build
 
 INFINITE, NAN = float("inf"), float("nan")
-ABSURD = {
+ABSURD: dict[str, list[Any]] = {
     "num_hidden_layers": [10**9, 10**30, 10**5, INFINITE, 3.0, True, "3", [3], -1],
     "vocab_size": [10**12, 2**31 + 1, 0.5, {}],
     "hidden_size": [10**9 * 10, NAN],
