@@ -207,6 +207,8 @@ class Case:
             shutil.copyfile(theirs, path)
         elif name == "unfinished samples":
             shutil.copyfile(self.path("trials/{a}/spec.json"), path)
+        elif name == "baseline's claim":  # it is taken where the baseline is to be computed
+            self.path("baselines/{e}/manifest.json").unlink()
         elif name == "journal":  # it is read where the measurement was not finished
             self.path("trials/{a}/evaluations/1_stories.json").unlink()
         damage(path, theirs)
