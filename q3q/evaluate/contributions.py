@@ -27,7 +27,7 @@ from typing import Any
 import numpy
 
 from q3q.evaluate.compare import NORMAL_95, Estimate, estimate
-from q3q.evaluate.perplexity import exp_or_infinity
+from q3q.evaluate.metrics import exp_or_infinity
 
 Aggregate = Callable[[Sequence[Any]], Any]
 

@@ -95,3 +95,8 @@ def directions(record: TrialRecord) -> dict[str, bool]:
 def _is_of(metric: str, name: str) -> bool:
     """Return True if a metric is the one of this name, after whatever filter."""
     return metric == name or metric.startswith(f"{name}/")
+
+
+def exp_or_infinity(value: float) -> float:
+    """Return exp(value), infinity on overflow: a perplexity that diverged is a result."""
+    return math.exp(value) if not value > 700 else math.inf

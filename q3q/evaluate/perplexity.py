@@ -16,6 +16,7 @@ from torch import Tensor
 from q3q.evaluate.budget import TokenBudget, pass_tokens
 from q3q.evaluate.compare import NORMAL_95
 from q3q.evaluate.journal import Journal
+from q3q.evaluate.metrics import exp_or_infinity
 from q3q.models.decoder import Decoder
 from q3q.reporter import Steps, no_steps
 
@@ -114,8 +115,3 @@ def scored_windows(
     for first, hidden_BPH in scored_states(model, windows_NT, start):
         skipped = max(0, start - first)
         yield from enumerate(hidden_BPH[skipped:], start=first + skipped)
-
-
-def exp_or_infinity(value: float) -> float:
-    """Return exp(value), infinity on overflow: a perplexity that diverged is a result."""
-    return math.exp(value) if not value > 700 else math.inf

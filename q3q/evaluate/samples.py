@@ -14,8 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from q3q.errors import IntegrityError
-from q3q.evaluate.metrics import task_metric
-from q3q.evaluate.perplexity import exp_or_infinity
+from q3q.evaluate.metrics import exp_or_infinity, task_metric
 from q3q.record import Comparison
 from q3q.spec import Json
 from q3q.storage.files import read_file, write_atomically

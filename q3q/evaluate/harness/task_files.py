@@ -16,7 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from q3q.errors import ConfigError, IntegrityError, Q3QError
 from q3q.evaluate.catalogue import OWN_TASKS, TASKS
 from q3q.evaluate.harness.answers import greedy_settings
-from q3q.evaluate.perplexity import exp_or_infinity
+from q3q.evaluate.metrics import exp_or_infinity
 
 OFFICIAL = Path(lm_eval.tasks.__file__).parent
 
