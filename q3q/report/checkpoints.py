@@ -12,8 +12,7 @@ from q3q.storage.stores import is_url
 MOST_LINES = 12  # of checkpoints at the end of a run
 NOTE = (
     "Weights: bytes of the tensors. Memory and speed were measured once, in the process that "
-    "proves the checkpoint, on the machine that ran the trial; they are no promise for another "
-    "runtime."
+    "proves the checkpoint, on the machine that ran the trial; other runtimes may differ."
 )
 
 

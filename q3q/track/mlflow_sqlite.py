@@ -11,6 +11,7 @@ from urllib.parse import quote, unquote
 
 from q3q.errors import TrackingError
 from q3q.masking import masked
+from q3q.storage.aside import place_aside
 
 OWN = "mlflow.db"  # the database of a storage folder
 COMPANIONS = ("-journal", "-wal", "-shm")  # endings of files that SQLite keeps beside a database
@@ -129,8 +130,7 @@ def _damage(path: Path) -> str:
 
 def _put_aside(path: Path) -> Path:
     """Rename it, and what SQLite keeps beside it, to a name that is free: `mlflow.db.damaged`."""
-    names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in range(1_000_000))
-    aside = next(name for name in names if not name.exists() and not name.is_symlink())
+    aside = place_aside(path)
     path.rename(aside)
     for ending in COMPANIONS:
         with suppress(FileNotFoundError):

@@ -79,7 +79,7 @@ def test_every_odd_name_gets_into_mlflow_whole_and_is_said_once(tmp_path: Path) 
     assert {run.info.status for run in [*logged, *parents(tracker)]} == {"FINISHED"}
     assert all(0.5 in run.data.metrics.values() for run in logged)
     assert all("5" in run.data.params.values() for run in logged)
-    assert any(line.startswith("MLflow does not take the name ") for line in said)
+    assert any(line.startswith("MLflow does not accept the name ") for line in said)
     assert len(said) == len(set(said))
     tracker.open(sweep(*trials))
     tracker.log(record(spec=trials[-1], metrics=found, intervals={}), {})
