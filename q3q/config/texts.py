@@ -78,10 +78,10 @@ def check_long_enough(
         return
     from tokenizers import Tokenizer
 
-    from q3q.data.windows import CALIBRATION, EVALUATION, draw_windows
+    from q3q.data.windows import CALIBRATION, EVALUATION, drawn_tokens
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    draw_windows(
+    drawn_tokens(
         text,
         lambda part: tokenizer.encode(part, add_special_tokens=False).ids,
         samples=samples,

@@ -3,15 +3,15 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from q3q.data.texts import Text, load_text
 from q3q.errors import CalibrationError, ConfigError
 from q3q.placement import Trial
 from q3q.spec import QUICK_SEED, TextRef
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Encode = Callable[[str], list[int]]
 
@@ -46,7 +46,26 @@ def draw_windows(
     draw: str,
     seed: int,
     knobs: Knobs = CALIBRATION,
-) -> Tensor:
+) -> "Tensor":
+    """Return what `drawn_tokens` draws as a tensor, int64."""
+    import torch
+
+    rows = drawn_tokens(
+        text, encode, samples=samples, length=length, draw=draw, seed=seed, knobs=knobs
+    )
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def drawn_tokens(
+    text: Text,
+    encode: Encode,
+    *,
+    samples: int,
+    length: int,
+    draw: str,
+    seed: int,
+    knobs: Knobs = CALIBRATION,
+) -> list[list[int]]:
     """Draw windows of tokens to calibrate on (or, from C4, the study's 256 to evaluate on).
 
     Args:
@@ -66,7 +85,8 @@ def draw_windows(
         knobs: the settings that an error names.
 
     Returns:
-        [samples, length] int64; for `documents`, [at most samples, length].
+        [samples, length]; for `documents`, [at most samples, length]. These are lists: whether a
+        text is long enough is known without torch.
 
     Raises:
         CalibrationError: the text is too short, or `draw` is not one of these.
@@ -120,8 +140,8 @@ class _Wish:
 
 
 def consecutive_windows(
-    ids: Sequence[int] | Tensor, window: int, limit: int | None = None
-) -> Tensor:
+    ids: "Sequence[int] | Tensor", window: int, limit: int | None = None
+) -> "Tensor":
     """Cut tokens into windows without overlap; the tail is dropped, as in the papers' perplexity.
 
     Args:
@@ -135,6 +155,8 @@ def consecutive_windows(
     Raises:
         CalibrationError: the text is shorter than one window.
     """
+    import torch
+
     if len(ids) < window:
         raise CalibrationError(
             f"the text has {len(ids)} tokens, but one window needs {window}. Give a longer text or "
@@ -144,7 +166,13 @@ def consecutive_windows(
     return torch.as_tensor(ids[: count * window], dtype=torch.int64).view(count, window)
 
 
-def _first(wish: _Wish) -> Tensor:
+def _cut(ids: list[int], window: int) -> list[list[int]]:
+    """Cut tokens into windows without overlap; the tail is dropped."""
+    whole = len(ids) - len(ids) % window
+    return [ids[start : start + window] for start in range(0, whole, window)]
+
+
+def _first(wish: _Wish) -> list[list[int]]:
     samples, length = wish.samples, wish.length
     ids = _leading_tokens(wish.text, wish.encode, samples * length)
     if len(ids) < samples * length:
@@ -153,7 +181,7 @@ def _first(wish: _Wish) -> Tensor:
             f"{samples} were asked for",
             each=samples,
         )
-    return consecutive_windows(ids, length, samples)
+    return _cut(ids, length)
 
 
 def _leading_tokens(text: Text, encode: Encode, count: int) -> list[int]:
@@ -166,7 +194,7 @@ def _leading_tokens(text: Text, encode: Encode, count: int) -> list[int]:
         documents *= 2
 
 
-def _random(wish: _Wish, seed: int) -> Tensor:
+def _random(wish: _Wish, seed: int) -> list[list[int]]:
     text, encode, samples, length = wish.text, wish.encode, wish.samples, wish.length
     generator = random.Random(seed)
     whole_text = text.running or len(text.documents) == 1
@@ -177,7 +205,7 @@ def _random(wish: _Wish, seed: int) -> Tensor:
             wish.refuse(
                 f"the text {text.name} has {len(ids)} tokens, but one window needs {length}"
             )
-        return torch.tensor([_window(generator, ids, length) for _ in range(samples)])
+        return [_window(generator, ids, length) for _ in range(samples)]
     rows: list[list[int]] = []
     while len(rows) < samples:  # ends: at least one document is long enough
         i = generator.randint(0, len(text.documents) - 1)
@@ -187,7 +215,7 @@ def _random(wish: _Wish, seed: int) -> Tensor:
                 rows.append(_window(generator, ids, length))
             else:
                 candidates.remove(i)  # never encoded again
-    return torch.tensor(rows)
+    return rows
 
 
 def _window(generator: random.Random, ids: list[int], length: int) -> list[int]:
@@ -209,7 +237,7 @@ def _maybe_longer(text: Text, encode: Encode, length: int) -> set[int]:
     return set()
 
 
-def _documents(wish: _Wish, seed: int) -> Tensor:
+def _documents(wish: _Wish, seed: int) -> list[list[int]]:
     import numpy
 
     text, encode, samples, length = wish.text, wish.encode, wish.samples, wish.length
@@ -229,13 +257,13 @@ def _documents(wish: _Wish, seed: int) -> Tensor:
             f"needs {length}",
             documents=count < samples,
         )
-    return consecutive_windows(tokens, length)
+    return _cut(tokens, length)
 
 
 AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
 
 
-def calibration_windows(trial: Trial, tokenizer: Any) -> Tensor | None:
+def calibration_windows(trial: Trial, tokenizer: Any) -> "Tensor | None":
     """Return token windows [samples, length]; None for a method that observes nothing."""
     calibration, placement = trial.spec.calibration, trial.placement
     if calibration is None:
@@ -254,7 +282,7 @@ def calibration_windows(trial: Trial, tokenizer: Any) -> Tensor | None:
     )
 
 
-def evaluation_windows(tokenizer: Any, trial: Trial, text: TextRef) -> Tensor:
+def evaluation_windows(tokenizer: Any, trial: Trial, text: TextRef) -> "Tensor":
     """Return token windows [N, T] of one of the evaluation's texts."""
     placement, limit, quick = trial.placement, text.limit, trial.spec.evaluation.quick
     content = load_text(

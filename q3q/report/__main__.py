@@ -11,16 +11,16 @@ from pathlib import Path
 from q3q.ending import end_well
 from q3q.errors import EXIT_MISUSED, Q3QError
 from q3q.quoting import module
+from q3q.report.about import About
 from q3q.report.beside import NamedStudy, beside
+from q3q.report.drawn import current_report
 from q3q.report.records import StoredRecords, find_records, predictions, sweeps_of_trials
 from q3q.report.write import (
     FORMATS,
     HTML,
-    About,
     comparison_in,
     one_format,
     write_comparison,
-    write_report,
 )
 from q3q.storage.mirror import refreshed
 from q3q.storage.names import file_name
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     folder = options.out or storage / "reports" / _folder(stored)
     try:
-        report = write_report(stored.records, folder, about)
+        report = current_report(stored.records, folder, about)
     except OSError as error:
         return _unwritable(folder, error)
     print(f"{report.text}\n\nReport: {report.folder / HTML}")

@@ -3,12 +3,12 @@
 import json
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from q3q.evaluate.samples import damaged_files
 from q3q.formatting import printable
-from q3q.record import ANSWER, TrialRecord
+from q3q.record import TrialRecord
+from q3q.report.about import PLOTS, About, Report
 from q3q.report.answer import answers, in_markdown, sentences
 from q3q.report.baselines import with_baselines
 from q3q.report.beside import Beside
@@ -27,52 +27,6 @@ HTML = "report.html"
 FORMATS = {"html": HTML, "md": "results.md", "csv": "results.csv", "latex": "results.tex"}
 PERPLEXITY = "perplexity.png"
 TERMINAL_WIDTH = 100
-PLOTS = "plots"  # the folder of each plot as PNG and SVG
-
-
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What a report says besides its records.
-
-    command: starts the study again.
-    question, expectation: the study's.
-    predicted: the seconds that trials were predicted to take, by id.
-    sweeps: the names of the sweeps that a trial belongs to, by id.
-    warnings: problems in finding the records.
-    against_paper: speak of the paper even if none of its cells was run.
-    """
-
-    name: str
-    command: str
-    question: str = ""
-    expectation: str = ""
-    predicted: Mapping[str, float] | None = None
-    sweeps: Mapping[str, str] | None = None
-    warnings: Sequence[str] = ()
-    against_paper: bool = False
-
-
-@dataclass(frozen=True)
-class Report:
-    """A report on disk.
-
-    text: the main tables and the answer for a terminal.
-    table: the same in Markdown.
-    answer: the answer in Markdown, for a front page.
-    headline: the numbers that answer the study's question, by name.
-    files: content by name.
-    """
-
-    folder: Path
-    text: str
-    table: str
-    answer: str
-    headline: Mapping[str, float]
-    files: Mapping[str, bytes]
-
-    def artifacts(self) -> dict[str, bytes]:
-        """Return the files for a tracker, content by name."""
-        return {ANSWER: self.answer.encode(), "table.md": self.table.encode(), **self.files}
 
 
 def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> Report:

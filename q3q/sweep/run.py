@@ -39,7 +39,7 @@ from q3q.track.mlflow_sqlite import own_uri, read_uri
 from q3q.track.tracker import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
-    from q3q.report.write import Report
+    from q3q.report.about import Report
     from q3q.sweep.progress import Display
     from q3q.track.mlflow import MlflowTracker
 

@@ -42,7 +42,7 @@ from q3q.sweep.comparing import NOT_COMPARED, baseline_record, compared, is_curr
 from q3q.track.tracker import Tracker
 
 if TYPE_CHECKING:
-    from q3q.report.write import Report
+    from q3q.report.about import Report
 
 RECENT_RECORDS = 200  # that correct the cost model
 TRY_AGAIN_SECONDS = 30.0  # between two tries of a tracker that failed
@@ -277,8 +277,9 @@ class Study:
 
     def close(self) -> "Report":
         """Write the report, send it to the tracker, and return it."""
+        from q3q.report.about import PLOTS, About
+        from q3q.report.drawn import current_report
         from q3q.report.records import predictions
-        from q3q.report.write import PLOTS, About, write_report
 
         sweep, ids = self.sweep, [trial.id for trial in self.sweep.trials]
         records = [self.records[key] for key in ids if key in self.records]
@@ -296,7 +297,7 @@ class Study:
         try:
             for path in (folder.parent, folder, folder / PLOTS):
                 clear_for_folder(path)
-            report = write_report(records, folder, about)
+            report = current_report(records, folder, about)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -338,13 +339,13 @@ class Study:
         self._queue.do(("record", record.spec.id), self._track, record)
 
     def _track(self, record: TrialRecord) -> None:
-        from q3q.report.write import trial_artifacts
+        from q3q.report.drawn import TrialFiles
 
         self._owed.add(record.spec.id)
         if self._silent:
             return
         try:
-            self.tracker.log(record, trial_artifacts(record))
+            self.tracker.log(record, TrialFiles(record))
             self._relay()
         except RefusedByTrackerError as error:  # of this record alone: the next may be taken
             self.note(f"{error}. It stays on disk.")

@@ -19,6 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from q3q.config.arguments import as_typed
+from q3q.config.composing import Composer
 from q3q.config.model import facts_of
 from q3q.config.resolve import trial_from
 from q3q.config.unread import without_effect
@@ -152,8 +153,9 @@ class StudySweeper(Sweeper):
         jobs = [job for row in rows for job in itertools.product(*map(choices_of, row))]
         default = str(OmegaConf.select(self.config, "hydra.runtime.choices.method"))
         jobs = for_own_methods(jobs, default, overrides)
+        composer = Composer(loader, self.config)
         for number, job in enumerate(counted(jobs, len(jobs), "composing", "jobs")):
-            config = loader.load_sweep_config(self.config, list(job))
+            config = composer.compose(job)
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
             yield Job(number=number, overrides=tuple(job), config=config)
@@ -162,13 +164,14 @@ class StudySweeper(Sweeper):
         """Return the unquantized models' trials that these are compared with and do not have."""
         assert self.config is not None
         assert self.hydra_context is not None
-        loader, added = self.hydra_context.config_loader, dict[str, SweepTrial]()
+        composer = Composer(self.hydra_context.config_loader, self.config)
+        added = dict[str, SweepTrial]()
         for entry in trials.values():
             baseline = entry.trial.placement.baseline
             if baseline is None or baseline in trials or baseline in added:
                 continue
             overrides = unquantized(next(iter(entry.jobs.values())))
-            config = loader.load_sweep_config(self.config, overrides)
+            config = composer.compose(overrides)
             trial = trial_from(config)
             if trial.id != baseline:
                 raise ConfigError(

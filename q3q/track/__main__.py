@@ -20,8 +20,9 @@ from q3q.masking import masked
 from q3q.names import trial_names
 from q3q.quoting import module
 from q3q.record import Sweep, TrialRecord
+from q3q.report.about import About
+from q3q.report.drawn import TrialFiles, current_report
 from q3q.report.records import all_sweeps, find_records, predictions
-from q3q.report.write import About, trial_artifacts, write_report
 from q3q.storage.mirror import refreshed
 from q3q.storage.status import at_work
 from q3q.storage.stores import folder_of
@@ -126,7 +127,7 @@ def _log_sweep(
         tracker.open(sweep)
         for record in records:
             try:
-                tracker.log(record, trial_artifacts(record))
+                tracker.log(record, TrialFiles(record))
                 logged += 1
             except RefusedByTrackerError as error:
                 refused.append(f"{sweep.name}: {error}")
@@ -161,7 +162,7 @@ def _report(
         warnings=warnings if missing else [],
     )
     folder = storage / "reports" / sweep.file_name
-    report = write_report(records, folder, about)
+    report = current_report(records, folder, about)
     return report.artifacts(), report.headline
 
 

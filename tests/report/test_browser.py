@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from q3q.record import COMPLETED, SiteError, TrialRecord
-from q3q.report.write import About, write_report
+from q3q.report.about import About
+from q3q.report.write import write_report
 from tests.specs import make_spec
 
 BROWSER = next(

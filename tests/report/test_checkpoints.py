@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from q3q.record import COMPLETED, TrialRecord
+from q3q.report.about import About
 from q3q.report.checkpoints import checkpoint_lines, checkpoint_tables
-from q3q.report.write import About, write_report
+from q3q.report.write import write_report
 from q3q.track.wording import trial_note
 from tests.specs import evaluation_of, make_trial
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from q3q.record import COMPLETED, SiteError, TrialRecord
+from q3q.report.about import About
 from q3q.report.escapes import csv_cell, latex_text, markdown_text
 from q3q.report.tables import result_tables, sites_csv
-from q3q.report.write import About, one_format
+from q3q.report.write import one_format
 from q3q.spec import Evaluation, MethodRef, ModelRef, Scheme, TaskRef, TextRef, TrialSpec
 
 HOSTILE = [

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from q3q.record import COMPLETED, SiteError, TrialRecord
-from q3q.report.write import About, one_format
+from q3q.report.about import About
+from q3q.report.write import one_format
 from q3q.spec import Evaluation, MethodRef, ModelRef, Scheme, TaskRef, TextRef, TrialSpec
 
 # Names this long leave a heatmap no room.

@@ -12,10 +12,11 @@ import pytest
 
 from q3q.placement import Trial
 from q3q.record import COMPLETED, FAILED, SiteError, TrialRecord
+from q3q.report.about import About
 from q3q.report.luck import luck_tables
 from q3q.report.plots import perplexity_against_bits, site_error_heatmap, study_plots
 from q3q.report.tables import method_by_bits, result_tables, sites_csv, trial_table
-from q3q.report.write import About, trial_artifacts, write_report
+from q3q.report.write import trial_artifacts, write_report
 from q3q.spec import TrialSpec
 from tests.specs import (
     calibration_of,

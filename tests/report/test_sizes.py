@@ -9,11 +9,12 @@ import pytest
 from q3q.names import trial_names
 from q3q.placement import Placement
 from q3q.record import COMPLETED, UNQUANTIZED, TrialRecord
+from q3q.report.about import About
 from q3q.report.baselines import with_baselines
 from q3q.report.plots import study_plots
 from q3q.report.sizes import COUNTED, COUNTED_IN_16, FILES, bits_of_weight, bytes_of
 from q3q.report.tables import result_tables, trial_table
-from q3q.report.write import About, write_report
+from q3q.report.write import write_report
 from tests.specs import evaluation_of, make_spec, model_of
 
 STORIES = "perplexity/stories"
