@@ -43,8 +43,8 @@ def records(tmp_path: Path) -> list[TrialRecord]:
     """Return two trials; the unquantized model's is on the disk, of another command."""
     baseline = record(tmp_path, "none", [1.0, 1.25, 1.0])
     made = [record(tmp_path, method, [1.25, 1.5, 1.75]) for method in ("rtn", "gptq")]
-    placed = {"baseline": baseline.spec.id, "trials": tmp_path / "trials"}
-    return [replace(one, placement=Placement(**placed)) for one in made]
+    placed = Placement(baseline=baseline.spec.id, trials=tmp_path / "trials")
+    return [replace(one, placement=placed) for one in made]
 
 
 @pytest.fixture
@@ -198,9 +198,12 @@ def test_a_trials_files_are_made_when_one_is_asked_for(
     records: list[TrialRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, plain = list[str](), write.trial_artifacts
-    monkeypatch.setattr(
-        write, "trial_artifacts", lambda one: made.append(one.spec.id) or plain(one)
-    )
+
+    def trial_artifacts(one: TrialRecord) -> dict[str, bytes]:
+        made.append(one.spec.id)
+        return plain(one)
+
+    monkeypatch.setattr(write, "trial_artifacts", trial_artifacts)
     files = TrialFiles(records[0])
     assert made == []
     assert dict(files) == plain(records[0])
