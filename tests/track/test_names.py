@@ -100,7 +100,7 @@ def test_values_too_long_too_many_or_not_finite_are_made_fit(tmp_path: Path) -> 
     assert not {"speed", "error", "stories_who/acc.high"} & child.data.metrics.keys()
     assert child.data.params["method.knob_149"].endswith("…")
     assert child.data.params["method.nul"].startswith("a�b")
-    assert any("cut there; the record has all of it" in line for line in tracker.remarks())
+    assert any("cut off there; the record has it in full" in line for line in tracker.remarks())
 
 
 def refusing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
