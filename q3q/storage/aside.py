@@ -17,8 +17,8 @@ from q3q.errors import ConfigError
 
 # What follows a name: `.damaged`, `.damaged2`. Earlier versions put a point before the number;
 # SQLite's files (`-wal`) keep their ending.
-DAMAGED = ".damaged"
-_ASIDE = re.compile(rf"{re.escape(DAMAGED)}\d*(?:$|[.-])")
+DAMAGED, MOVED = ".damaged", ".moved"
+_ASIDE = re.compile(rf"(?:{re.escape(DAMAGED)}|{re.escape(MOVED)})\d*(?:$|[.-])")
 
 
 def _print(line: str) -> None:
@@ -43,10 +43,10 @@ def tell(line: str) -> None:
     _teller.get()(line)
 
 
-def place_aside(path: Path) -> Path:
+def place_aside(path: Path, ending: str = DAMAGED) -> Path:
     """Return the first free name for what is put aside: `NAME.damaged`, then `NAME.damaged2`."""
     numbers = itertools.chain([""], itertools.count(2))
-    places = (path.with_name(f"{path.name}{DAMAGED}{number}") for number in numbers)
+    places = (path.with_name(f"{path.name}{ending}{number}") for number in numbers)
     return next(place for place in places if not os.path.lexists(place))
 
 

@@ -127,7 +127,7 @@ def with_version(path: Path, version: str) -> None:
 def test_a_database_of_another_mlflow_is_left_and_the_advice_fits(
     filled: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "mlflow.db"
+    path = tmp_path / "data.db"
     shutil.copy(filled / "mlflow.db", path)
     for version, advice in (
         ("451aebb31d03", r"older MLflow made it: copy the file, then `mlflow db upgrade"),
