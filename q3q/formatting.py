@@ -87,3 +87,12 @@ def signed(value: float, decimals: int = 1) -> str:
     whole, point, rest = text.lstrip("-").partition(".")
     sign = "" if not float(text) else "-" if text.startswith("-") else "+"
     return f"{sign}{int(whole):,}{point}{rest}"
+
+
+def bytes_in_words(count: float) -> str:
+    """Return `512 B`, `1.5 KB`, `203 MB`."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -162,7 +162,8 @@ def block_store(trial: Trial) -> BlockStore:
 
 def unquantized_metrics(trial: Trial, reference: Reference) -> dict[str, float]:
     """Return what is known of the unquantized model: its trial's metrics if it has finished."""
-    metrics = reference.metrics(trial.spec.evaluation.quick)
+    noted = reference.perplexities(trial.spec.evaluation.quick)
+    metrics = {name: value for name, (value, *_) in noted.items()}
     baseline = trial.placement.baseline
     if baseline is not None:
         with suppress(OSError, ValueError, KeyError, TypeError):

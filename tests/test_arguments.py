@@ -61,11 +61,12 @@ ANSWERED = [
         "name=a,b",
         "python launch.py -m name=a,b; if the comma is part of the text: python launch.py",
     ),
-    ("--cfg job bits=2,3", "bits=2,3: one job is shown, so give bits one value"),
+    ("--cfg job bits=2,3", "bits=2,3: this shows a single job, so bits can have only one value"),
     (
         "evaluation.tasks=mmlu,piqa seed=1",
-        "All of these in one trial: python launch.py 'evaluation.tasks=[mmlu,piqa]' seed=1; a "
-        "trial for each: python launch.py -m evaluation.tasks=mmlu,piqa seed=1",
+        "evaluation.tasks=mmlu,piqa can mean two things. For one trial with all of these values: "
+        "python launch.py 'evaluation.tasks=[mmlu,piqa]' seed=1; for one trial per value: "
+        "python launch.py -m evaluation.tasks=mmlu,piqa seed=1",
     ),
     ("-m bits=2, 3, 4", "python launch.py -m bits=2,3,4"),
     ("-m bits=2 , 3 method=gptq", "python launch.py -m bits=2,3 method=gptq"),
@@ -80,29 +81,35 @@ ANSWERED = [
         "python launch.py 'overrides={blocks.0:{bits:8},*.down:{bits:4}}' seed=1",
     ),
     ("storage=/my folder/x bits=4", """python launch.py 'storage="/my folder/x"' bits=4"""),
-    ("evaluation.tasks=[mmlu", "evaluation.tasks=[mmlu: a bracket is not closed"),
-    ("gptq", "gptq is no setting: did you mean method=gptq?"),
-    ("bits=4 moe", "moe is no setting: give python launch.py -m +study=moe"),
-    ("hello", "hello is no setting: give KEY=VALUE"),
-    ("--plan", "--plan is no flag; settings have no dashes: python launch.py plan=true"),
+    ("evaluation.tasks=[mmlu", "evaluation.tasks=[mmlu: a bracket is never closed"),
+    ("gptq", "gptq is not a setting: did you mean method=gptq?"),
+    ("bits=4 moe", "moe is not a setting: run python launch.py -m +study=moe"),
+    ("hello", "hello is not a setting: write KEY=VALUE"),
+    (
+        "--plan",
+        "--plan is not a flag; settings are written without dashes: python launch.py plan=true",
+    ),
     ("--bits 4", "python launch.py bits=4"),
     ("--head-bits=8", "python launch.py head_bits=8"),
     ("--model", "python launch.py model=VALUE"),
-    ("--verbose", "--verbose is no flag. Flags are -m"),
+    ("--verbose", "--verbose is not a flag. The flags are -m"),
     (
         "-m +study=demo,moe",
-        "give one study at a time: python launch.py -m +study=demo, then python launch.py -m "
+        "run one study at a time: python launch.py -m +study=demo, then python launch.py -m "
         "+study=moe",
     ),
-    ("study=demo,moe", "give one study at a time"),
-    ("-m model=demo,ada/x", "no page of ada/x, so give it a sweep of its own: python launch.py -m"),
+    ("study=demo,moe", "run one study at a time"),
+    (
+        "-m model=demo,ada/x",
+        "no page for ada/x, so a separate sweep is needed: python launch.py -m",
+    ),
     (
         "-m method=gptq,awq method.damping=0.05",
-        "damping belongs to gptq, not to awq: give method.gptq.damping=0.05",
+        "damping is a setting of gptq, not of awq: use method.gptq.damping=0.05",
     ),
-    ("-m method=rtn,awq method.act_order=true", "act_order belongs to gptq, not to rtn, awq"),
+    ("-m method=rtn,awq method.act_order=true", "act_order is a setting of gptq, not of rtn, awq"),
     ("-m method=gptq,awq method.dampin=0.05", "did you mean damping?"),
-    ("method=awq method.gptq.damping=0.05", "this trial is of method=awq"),
+    ("method=awq method.gptq.damping=0.05", "is a setting of gptq, but this trial uses method=awq"),
 ]
 
 

@@ -92,11 +92,12 @@ def test_a_reader_that_stops_early_gets_no_traceback():
 @pytest.mark.parametrize(
     ("key", "method", "answer"),
     [
-        ("method.act_order", "rtn", "method=rtn has no act_order: act_order belongs to gptq"),
+        ("method.act_order", "rtn", "rtn does not have the setting act_order, but gptq does: add"),
+        ("method.damping", "rtn", "the setting damping, but gptq and billm do: add method=gptq"),
         ("method.dampng", "gptq", "did you mean damping?"),
-        ("gptq.damping", None, "those of a method are method.damping"),
+        ("gptq.damping", None, "A method's settings are written method.damping or"),
         ("gptq", None, "method.gptq.SETTING"),
-        ("damping", None, "damping belongs to gptq and billm: method.damping"),
+        ("damping", None, "damping is a setting of gptq and billm: use method.damping"),
         ("tasks", None, "did you mean evaluation.tasks?"),
         ("gpus_per_trial", None, "did you mean cluster.gpus_per_trial?"),
         ("bit", None, "did you mean bits?"),

@@ -137,7 +137,8 @@ def test_a_file_is_whole_or_absent_however_its_download_ends(node):
 def test_what_is_under_way_stays_and_the_record_goes_last(node):
     a = node("a")
     write(a, record_json="1", a="2", z="3", q3q_json="4")
-    for name in (".a.partial", "lock.lock", "trial.claim.3", "out.partial/file"):
+    aside = ("a.damaged", "a.damaged2", "a.damaged.2", "a.db.damaged2-wal", "b.damaged3/file")
+    for name in (".a.partial", "lock.lock", "trial.claim.3", "out.partial/file", *aside):
         (a.folder / "trials/x" / name).parent.mkdir(exist_ok=True)
         (a.folder / "trials/x" / name).write_text("under way")
     sent, put = [], a.store.put

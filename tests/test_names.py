@@ -8,6 +8,7 @@ from q3q.names import own_names, trial_names
 from q3q.record import Sweep
 from q3q.sweep.machines import Machine
 from q3q.sweep.plan import Planned, describe, unlike_methods
+from q3q.sweep.shares import Allocation
 from q3q.trials.stored import find_trials, listed
 from tests.specs import (
     calibration_of,
@@ -131,8 +132,18 @@ def test_no_two_trials_have_the_same_name(seed):
 
 def test_the_plan_and_the_list_of_stored_trials_tell_trials_apart(tmp_path):
     trials = [make_trial("gptq", storage=tmp_path, seed=seed) for seed in (0, 1)]
-    done = [Planned(trial=trial, allocation=None, phases={}, basis="done") for trial in trials]
-    shown = describe(done, machines=[Machine(cpus=1)], where="here", storage=tmp_path)
+    third = make_trial("rtn", storage=tmp_path)
+    planned = [
+        Planned(trial=trial, allocation=None, phases={}, basis="done") for trial in trials
+    ] + [
+        Planned(
+            trial=third,
+            allocation=Allocation(cpus=1, gpus=0, memory=1, needs=1),
+            phases={"load": 1.0},
+            basis="rough",
+        )
+    ]
+    shown = describe(planned, machines=[Machine(cpus=1)], where="here", storage=tmp_path)
     Sweep(id="1", name="s", command="c", config="", trials=tuple(trials)).save(tmp_path)
     listed_ = listed(find_trials(tmp_path), tmp_path)
     for seed in (0, 1):

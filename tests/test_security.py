@@ -170,7 +170,7 @@ def test_a_real_command_runs_nothing_and_says_so(tmp_path):
     done = launch(attack, "plan=true", f"storage={tmp_path}")
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"q3q: {attack} is not taken")
+    assert line.startswith(f"q3q: {attack} is not accepted")
     assert not trace.exists()
     launch(attack, "plan=true", f"storage={tmp_path}", checked=False)
     assert trace.exists()  # without the check Hydra does call it
@@ -195,7 +195,7 @@ def test_a_page_from_elsewhere_is_not_even_read(arguments, tmp_path):
     done = launch(*given, "plan=true", f"storage={tmp_path}")
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
-    assert line.startswith(f"q3q: {given[-1]} is not taken")
+    assert line.startswith(f"q3q: {given[-1]} is not accepted")
     assert not trace.exists()
 
 

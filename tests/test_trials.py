@@ -518,9 +518,9 @@ def verify(storage, capsys, *which):
     return code, capsys.readouterr().out.splitlines()
 
 
-def test_verify_says_that_all_fits_or_in_a_line_what_does_not(storage, capsys):
+def test_verify_says_that_there_are_no_faults_or_each_in_a_line(storage, capsys):
     first, second = exporting(storage, 2), exporting(storage, 3)
-    assert verify(storage, capsys) == (0, ["2 records and 2 exports checked: all fits."])
+    assert verify(storage, capsys) == (0, ["2 records and 2 exports checked: no faults."])
 
     weights = first.placement.export / "model.safetensors"
     weights.write_bytes(bytes(4999) + b"1")
@@ -529,15 +529,18 @@ def test_verify_says_that_all_fits_or_in_a_line_what_does_not(storage, capsys):
     assert code == 1
     assert len(lines) == 2
     assert lines[0].startswith(f"the export {first.placement.export}: model.safetensors has ")
-    assert lines[0].endswith(f"resume {first.id}, makes it again")
-    assert verify(storage, capsys, second.id) == (0, ["1 record and 1 export checked: all fits."])
+    assert lines[0].endswith(
+        "; to make it again, remove the folder, then run its sweep's command or "
+        f"python -m q3q.trials resume {first.id}"
+    )
+    assert verify(storage, capsys, second.id) == (0, ["1 record and 1 export checked: no faults."])
 
     shutil.rmtree(first.placement.export)
     torn = second.folder / "record.json"
     torn.write_bytes(torn.read_bytes()[:-20])
     code, lines = verify(storage, capsys)
     assert code == 1
-    assert f"the export {first.placement.export} is missing; the command of its sweep" in lines[0]
+    assert f"the export {first.placement.export} is missing; to make it again, run " in lines[0]
     assert f"{torn} cannot be read (" in lines[1]
     assert verify(storage, capsys, "nothing")[0] == 2
 

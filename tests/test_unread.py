@@ -35,15 +35,15 @@ def hydra():
         (
             "method=rtn calibration=file calibration.path=/nowhere.txt",
             [
-                "calibration=file calibration.path=/nowhere.txt have no effect: method=rtn reads "
-                "no calibration text here"
+                "calibration=file calibration.path=/nowhere.txt have no effect: method=rtn uses "
+                "no calibration text with these settings"
             ],
         ),
         (
             "method=smoothquant method.smooth=false method.alpha=0.3 evaluation=none",
             [
-                "method.alpha=0.3 has no effect: method=smoothquant ignores it with its other "
-                "settings"
+                "method.alpha=0.3 has no effect: method=smoothquant ignores it because of its "
+                "other settings"
             ],
         ),
         (

@@ -11,7 +11,15 @@ from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
 from q3q import quoting
-from q3q.config.known import knobs, methods, not_a_setting, owners, takes_list, takes_text
+from q3q.config.known import (
+    knobs,
+    methods,
+    not_a_setting,
+    of_methods,
+    owners,
+    takes_list,
+    takes_text,
+)
 from q3q.config.pages import default_page, page_of
 from q3q.config.schema import with_plain_keys
 from q3q.config.words import Line, refuse_torn, split
@@ -91,7 +99,7 @@ def _model(word: str, sweeps: bool) -> list[str]:
     if len(others) == len(names):
         return without_page
     raise ConfigError(
-        f"{word}: conf/model has no page of {', '.join(others)}, so give it a sweep of its own: "
+        f"{word}: conf/model has no page for {', '.join(others)}, so a separate sweep is needed: "
         f"{quoting.launch(without_page, sweeps)}"
     )
 
@@ -118,7 +126,7 @@ def _refuse_studies(words: Sequence[str]) -> None:
         key, _, value = word.partition("=")
         if key == "+study" and "," in value:
             studies = (quoting.launch([f"{key}={name}"], sweep=True) for name in value.split(","))
-            raise ConfigError(f"give one study at a time: {', then '.join(studies)}")
+            raise ConfigError(f"run one study at a time: {', then '.join(studies)}")
 
 
 def _refuse_many(words: Sequence[str], line: Line) -> None:
@@ -133,7 +141,9 @@ def _refuse_many(words: Sequence[str], line: Line) -> None:
             continue
         key, _, value = word.partition("=")
         if line.has(*SHOWING):
-            raise ConfigError(f"{word}: one job is shown, so give {key.lstrip('+')} one value")
+            raise ConfigError(
+                f"{word}: this shows a single job, so {key.lstrip('+')} can have only one value"
+            )
         sweep = quoting.launch(line.words, sweep=True)
         typed = next((one for one in line.words if one.startswith(f"{key}=")), word)
 
@@ -143,8 +153,8 @@ def _refuse_many(words: Sequence[str], line: Line) -> None:
         if takes_list(override.key_or_group) and "[" not in typed:
             values = typed.partition("=")[2]
             raise ConfigError(
-                f"{typed} has two meanings. All of these in one trial: "
-                f"{instead(f'{key}=[{values}]')}; a trial for each: {sweep}"
+                f"{typed} can mean two things. For one trial with all of these values: "
+                f"{instead(f'{key}=[{values}]')}; for one trial per value: {sweep}"
             )
         comma = f"; if the comma is part of the text: {instead(quoting.override(key, value))}"
         raise ConfigError(f"several values need -m: {sweep}{comma if takes_text(key) else ''}")
@@ -164,8 +174,8 @@ def _own_knob(word: str, words: Sequence[str]) -> str:
     chosen = next(given, default_page("method"))
     if chosen != found["method"]:
         raise ConfigError(
-            f"{word} is for {found['method']}, and this trial is of method={chosen}: leave it "
-            f"out, or give method={found['method']}"
+            f"{word} is a setting of {found['method']}, but this trial uses method={chosen}: leave "
+            f"it out, or use method={found['method']}"
         )
     return f"method.{found['knob']}={value}"
 
@@ -215,11 +225,9 @@ def _refuse_foreign(word: str, knob: str, swept: Sequence[str]) -> None:
         return
     if not having:
         elsewhere = owners(knob)
-        belongs = f"{word}: {knob} belongs to {' and '.join(elsewhere)}, not to {', '.join(swept)}"
-        raise ConfigError(belongs if elsewhere else not_a_setting(f"method.{knob}", swept[0]))
+        foreign = f"{word}: {of_methods(knob, elsewhere)}, not of {', '.join(swept)}"
+        raise ConfigError(foreign if elsewhere else not_a_setting(f"method.{knob}", swept[0]))
     value = word.partition("=")[2]
     instead = " ".join(f"method.{name}.{knob}={value}" for name in having)
     others = " and ".join(name for name in swept if name not in having)
-    raise ConfigError(
-        f"{word}: {knob} belongs to {' and '.join(having)}, not to {others}: give {instead}"
-    )
+    raise ConfigError(f"{word}: {of_methods(knob, having)}, not of {others}: use {instead}")

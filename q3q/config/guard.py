@@ -31,10 +31,10 @@ HARMLESS = (
     "hydra/sweeper",
 )
 PLUGINS = ("hydra.launcher.", "hydra.sweeper.")  # settings of the chosen plugins: plain values only
-PAGES = "pages from elsewhere can name code to run, put yours into conf/"
+PAGES = "a page from elsewhere can name code to run. Put your page into conf/"
 REFUSED_FLAGS = {
     **dict.fromkeys(("--config-dir", "--config-path", "--config-name", "-cd", "-cp", "-cn"), PAGES),
-    "--experimental-rerun": "it loads a pickle, which can run code; give the command again",
+    "--experimental-rerun": "it loads a pickle, which can run code. Type the command again instead",
 }
 TEXTS = {field.name for field in fields(Config)} - {*GROUPS, "method"}  # keys that choose no page
 PAGE = re.compile(r"[\w+-]+")  # not a path, which could lead out of conf/
@@ -53,7 +53,7 @@ def refuse_code(arguments: Sequence[str]) -> None:
         flag = argument.partition("=")[0]
         for option, reason in REFUSED_FLAGS.items():
             if abbreviates(flag, option):
-                raise ConfigError(f"{argument} is not taken: {reason}")
+                raise ConfigError(f"{argument} is not accepted: {reason}")
     overrides = [
         argument
         for argument in arguments
@@ -80,15 +80,16 @@ def _refuse(override: Override, given: str | None = None) -> None:
         given: the words to name in the message, if the override is part of another.
     """
     given = given or str(override.input_line)
-    refusal = f"{given} is not taken"
+    refusal = f"{given} is not accepted"
     path, at, package = override.get_key_element().lstrip("+~").partition("@")
     parts, value = path.replace("/", ".").split("."), override.value()
     if any(part.startswith("_") for part in parts) or any(_underscored(value)):
         raise ConfigError(
-            f"{refusal}: names like _target_ would run code, and the command line sets values"
+            f"{refusal}: a name like _target_ would run code, and the command line may only set "
+            "values"
         )
     if at:
-        raise ConfigError(f"{refusal}: no page can be put under {package} from the command line")
+        raise ConfigError(f"{refusal}: the command line cannot place a page under {package}")
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
     deletes = override.is_delete() and value is None
     if "." not in path and path not in TEXTS and not deletes and not all(map(_is_page, choices)):
@@ -97,7 +98,8 @@ def _refuse(override: Override, given: str | None = None) -> None:
         return
     if not path.startswith(PLUGINS):
         raise ConfigError(
-            f"{refusal}: of Hydra's own settings, these can be given: {', '.join(HARMLESS)}"
+            f"{refusal}: the only settings of Hydra itself that can be set here are "
+            f"{', '.join(HARMLESS)}"
         )
     if not all(map(_is_plain, choices)):
         raise ConfigError(f"{refusal}: give {path} a plain value")
@@ -111,9 +113,9 @@ def _no_page(path: str, value: Any) -> str:
     """Say what a key takes whose value is no page's name."""
     if path not in GROUPS and "/" not in path and not (CONF / path).is_dir():
         return not_a_setting(path)
-    apart = f"; its settings are given one by one: {path}.KEY=VALUE"
+    apart = f". To change single settings, use {path}.KEY=VALUE"
     return (
-        f"{path} chooses a page of conf/ by its name: one word, or with -m several, separated by "
+        f"{path} chooses a page of conf/ by its name: one name or, with -m, several separated by "
         f"commas{apart if isinstance(value, Mapping) else ''}"
     )
 

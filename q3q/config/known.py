@@ -71,9 +71,11 @@ def not_a_setting(key: str, method: str | None = None) -> str:
     group, _, name = key.rpartition(".")
     if group.partition(".")[0] == "method" and method is not None:
         if having := [owner for owner in owners(name) if owner != method]:
+            have = "does" if len(having) == 1 else "do"
             return (
-                f"method={method} has no {name}: {_belongs(name, having)}; add method={having[0]}, "
-                f"or in a sweep of several methods give method.{having[0]}.{name}"
+                f"method={method} does not have the setting {name}, but {' and '.join(having)} "
+                f"{have}: add method={having[0]}, or, in a sweep of several methods, use "
+                f"method.{having[0]}.{name}"
             )
         return (
             f"{key} is not a setting of method={method}{nearest(name, list(knobs(method)))}{HELP}"
@@ -81,19 +83,20 @@ def not_a_setting(key: str, method: str | None = None) -> str:
     if key in methods() or (group in methods() and name in knobs(group)):
         knob = name if group else "SETTING"
         return (
-            f"{key} is not a setting; those of a method are method.{knob}, and in a sweep of "
-            f"several methods method.{group or key}.{knob}"
+            f"{key} is not a setting. A method's settings are written method.{knob} or, in a sweep "
+            f"of several methods, method.{group or key}.{knob}"
         )
     homes = [full for full in types() if full.rpartition(".")[2] == name and full != key]
     if homes and not group:
         return f"{key} is not a setting; did you mean {' or '.join(homes)}? {HELP}"
     if not group and (having := owners(name)):
-        return f"{key} is not a setting; {_belongs(name, having)}: method.{name}"
+        return f"{of_methods(name, having)}: use method.{name}"
     siblings = [full for full in types() if full.rpartition(".")[0] == group]
     names = [full.rpartition(".")[2] for full in siblings]
     names += [] if group else [*GROUPS, "method", "study"]
     return f"{key} is not a setting{nearest(name, names)}{HELP}"
 
 
-def _belongs(knob: str, having: list[str]) -> str:
-    return f"{knob} belongs to {' and '.join(having)}"
+def of_methods(knob: str, having: list[str]) -> str:
+    """Return whose setting it is: `damping is a setting of gptq and billm`."""
+    return f"{knob} is a setting of {' and '.join(having)}"

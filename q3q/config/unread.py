@@ -22,13 +22,14 @@ def unread(spec: TrialSpec) -> dict[str, str]:
     if spec.scheme is None:
         keys |= dict.fromkeys(SCHEME, f"method={method} quantizes nothing")
     if spec.calibration is None:
-        keys["calibration"] = f"method={method} reads no calibration text here"
+        keys["calibration"] = f"method={method} uses no calibration text with these settings"
     elif spec.calibration.route is None:
         keys["calibration.route"] = "the model has no experts"
     kind = settings_class(method)
     for knob in fields(kind) if kind is not None else ():
         if knob.name != "name" and knob.name not in spec.method.knobs:
-            keys[f"method.{knob.name}"] = f"method={method} ignores it with its other settings"
+            reason = f"method={method} ignores it because of its other settings"
+            keys[f"method.{knob.name}"] = reason
     if not spec.evaluation.texts:
         keys |= dict.fromkeys(OF_TEXTS, "no text is evaluated")
     if not spec.evaluation.tasks:

@@ -66,7 +66,7 @@ def refuse_torn(line: Line) -> None:
     """Refuse settings that the shell split at spaces, and print the command with whole ones.
 
     Raises:
-        ConfigError: a word is no setting.
+        ConfigError: a word is not a setting.
     """
     whole: list[str] = []
     torn = False
@@ -86,11 +86,12 @@ def refuse_torn(line: Line) -> None:
     if torn or any(word.endswith(",") and not takes_text(_key(word)) for word in whole):
         repaired = [_whole(word) for word in whole]
         raise ConfigError(
-            "the shell splits words at spaces, so write a setting without any, or in quotes: "
+            "the shell splits arguments at spaces. Write each setting without spaces, or put it in "
+            "quotes: "
             f"{quoting.launch(repaired, line.sweeps)}"
         )
     if whole and _is_open(whole[-1]):
-        raise ConfigError(f"{whole[-1]}: a bracket is not closed")
+        raise ConfigError(f"{whole[-1]}: a bracket is never closed")
 
 
 def _stands_for(flag: str, options: Sequence[str]) -> bool:
@@ -112,11 +113,12 @@ def _unknown_flag(argument: str, rest: Sequence[str]) -> str:
     follows = rest[0] if rest and "=" not in rest[0] and not rest[0].startswith("-") else "VALUE"
     if key not in CHOICES and type_of(key) is None:
         return (
-            f"{argument} is no flag. Flags are -m, --cfg job, --help and --version; settings are "
-            "KEY=VALUE. See python launch.py --help"
+            f"{argument} is not a flag. The flags are -m, --cfg job, --help and --version; "
+            "settings are written KEY=VALUE. See python launch.py --help"
         )
     value = value or ("true" if type_of(key) is bool else follows)
-    return f"{argument} is no flag; settings have no dashes: {quoting.launch([f'{key}={value}'])}"
+    instead = quoting.launch([f"{key}={value}"])
+    return f"{argument} is not a flag; settings are written without dashes: {instead}"
 
 
 def _key(word: str) -> str:
@@ -147,9 +149,9 @@ def _is_open(word: str) -> bool:
 def _no_setting(word: str) -> str:
     group = next((group for group in CHOICES if word in pages(group)), None)
     if group == "study":
-        instead = f"give {quoting.launch([f'+study={word}'], sweep=True)}"
+        instead = f"run {quoting.launch([f'+study={word}'], sweep=True)}"
     elif group is not None:
         instead = f"did you mean {group}={word}?"
     else:
-        instead = "give KEY=VALUE. See python launch.py --help"
-    return f"{word} is no setting: {instead}"
+        instead = "write KEY=VALUE. See python launch.py --help"
+    return f"{word} is not a setting: {instead}"

@@ -53,13 +53,20 @@ class Reference:
     baselines: dict[str, Baseline]
     head: Callable[[], Tensor]
 
-    def metrics(self, quick: bool) -> dict[str, float]:
-        """Return the unquantized model's perplexity of each text, by the record's names."""
-        perplexities = {
-            text_metric("perplexity", text, quick): of_losses(baseline.nll_N).value
-            for text, baseline in self.baselines.items()
-        }
-        return {name: value for name, value in perplexities.items() if math.isfinite(value)}
+    def perplexities(self, quick: bool) -> dict[str, list[float]]:
+        """Return the unquantized model's perplexity of each text, by the record's names.
+
+        Each comes with the two ends of its interval, which a single window does not have. A
+        perplexity that is not finite is left out.
+        """
+        found: dict[str, list[float]] = {}
+        for text, baseline in self.baselines.items():
+            result = of_losses(baseline.nll_N)
+            ends = [end for end in result.interval if math.isfinite(end)]
+            if math.isfinite(result.value):
+                metric = text_metric("perplexity", text, quick)
+                found[metric] = [result.value, *(ends if len(ends) == 2 else [])]
+        return found
 
 
 def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporter) -> Reference:
@@ -101,18 +108,9 @@ def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporte
 def noted_baseline(reference: Reference, spec: TrialSpec) -> Json:
     """Return the note of the unquantized model's perplexities; see `record.UNQUANTIZED`.
 
-    It is empty if this is the unquantized model's own trial, or nothing was measured of it. A
-    single window has no interval. A perplexity that is not finite is left out.
+    It is empty if this is the unquantized model's own trial, or nothing was measured of it.
     """
-    known: Json = {}
-    if spec.scheme is None:
-        return known
-    for name, baseline in reference.baselines.items():
-        result = of_losses(baseline.nll_N)
-        ends = [end for end in result.interval if math.isfinite(end)]
-        if math.isfinite(result.value):
-            metric = text_metric("perplexity", name, spec.evaluation.quick)
-            known[metric] = [result.value, *(ends if len(ends) == 2 else [])]
+    known = {} if spec.scheme is None else reference.perplexities(spec.evaluation.quick)
     return {UNQUANTIZED: known} if known else {}
 
 

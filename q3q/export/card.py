@@ -113,13 +113,15 @@ def _departures(spec: TrialSpec) -> Json:
 def _use_lines(proof: Proof) -> list[str]:
     """Return the section on memory and speed, as measured in the process of the proof."""
     if proof.use is not None:
-        remark = "Measured once, where it was made: no promise for another runtime."
+        remark = (
+            "Measured once, on the machine that made the checkpoint; other runtimes may differ."
+        )
         sentences = [*proof.use.sentences(), remark]
     else:
-        reason = "its loader did not generate"
+        reason = "the loader did not generate any text"
         if proof.logit_error is None:
             reason = "the process that proves the checkpoint read its weights one by one"
         elif proof.loader.startswith(UNPACKER):
-            reason = "the process that proves the checkpoint ran no public loader of its format"
+            reason = "the process that proves the checkpoint used no public loader for its format"
         sentences = [f"Memory and speed were not measured: {reason}."]
     return ["## What it takes", "", *(f"- {sentence}" for sentence in sentences), ""]

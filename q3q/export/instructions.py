@@ -59,10 +59,13 @@ def loading_of(spec: TrialSpec, facts: ModelFacts) -> Loading:
     assert spec.export is not None
     packages = PACKAGES[spec.export]
     if not read_by_transformers(spec, facts):
-        why = "transformers, which fuses experts, does not read their asymmetric weights or rounded"
-        return Loading(packages, None, f"{why} activations in `compressed_tensors`.")
+        why = "transformers fuses experts, so it cannot read their asymmetric weights or rounded"
+        return Loading(packages, None, f"{why} activations from `compressed_tensors`.")
     if needs_unpacking(spec, facts):
-        remark = "The weights are unpacked while they load: in memory they take what plain ones do."
+        remark = (
+            "The weights are unpacked as they are loaded, so in memory they take as much room as "
+            "unquantized ones."
+        )
         return Loading(packages, f"{LOAD_UNPACKED}\n\n{GENERATE}", remark)
     code = f"{LOAD}\n\n{GENERATE}"
     if spec.export not in ("gptq", "awq"):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from q3q.export.marker import CARD
-from q3q.storage.files import in_words, write_atomically
+from q3q.formatting import bytes_in_words
+from q3q.storage.files import write_atomically
 
 # The part's bounds in a card. It is written again when the unquantized model has been measured.
 BEGIN, END = "<!-- q3q: measured -->", "<!-- q3q: end of measured -->"
@@ -43,7 +44,7 @@ class Measured:
         rows = [self._row(name) for name in listed]
         if self.weights is not None and self.original:
             share = f"{100 * (self.weights / self.original - 1):+.0f} %"
-            sizes = (in_words(self.weights), in_words(self.original), share)
+            sizes = (bytes_in_words(self.weights), bytes_in_words(self.original), share)
             rows.append(f"| weights on disk | {' | '.join(sizes)} |")
         return [
             BEGIN,

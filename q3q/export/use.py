@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from q3q.formatting import bytes_in_words
 from q3q.spec import Json
-from q3q.storage.files import in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,8 @@ def _memory(run: UseOnDevice) -> str:
     if run.peak_bytes is None:
         return "memory not measured"
     if run.device != "cpu":
-        return f"{in_words(run.peak_bytes)} allocated on the GPU at most"
-    idle = "" if run.idle_bytes is None else f", {in_words(run.idle_bytes)} of it before loading"
-    return f"{in_words(run.peak_bytes)} resident at most{idle}"
+        return f"{bytes_in_words(run.peak_bytes)} allocated on the GPU at most"
+    idle = (
+        "" if run.idle_bytes is None else f", {bytes_in_words(run.idle_bytes)} of it before loading"
+    )
+    return f"{bytes_in_words(run.peak_bytes)} resident at most{idle}"

@@ -47,11 +47,12 @@ class DigestMemo:
         """
         real, state = file.resolve(), list(file_state(file))
         match self._entries.get(str(real)):
-            case [*known, str(digest)] if known == state:
+            # The digest stays where older versions had it.
+            case [size, time, str(digest), *rest] if [size, time, *rest] == state:
                 return digest
         with real.open("rb") as opened:
             sha = hashlib.file_digest(opened, "sha256").hexdigest()
-        self._entries[str(real)] = [*state, sha]
+        self._entries[str(real)] = [*state[:2], sha, *state[2:]]
         self._changed = True
         return sha
 

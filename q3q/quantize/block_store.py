@@ -26,7 +26,7 @@ from q3q.storage.files import (
     write_atomically,
 )
 
-OF = "of"  # key of a file's facts: which block of which quantization they are of
+OWNER = "owner"  # key of a file's facts: which block of which quantization they are of
 
 
 class BlockStore:
@@ -79,7 +79,7 @@ class BlockStore:
         path = _tensor_file(self.folder, block.index)
         write_atomically(path, hashed())
         facts = {
-            OF: self._owner(f"block {block.index}"),
+            OWNER: self._owner(f"block {block.index}"),
             "tensors": digest.hexdigest(),
             "quantized": {name: quantized.facts() for name, quantized in block.quantized.items()},
             "errors": [asdict(error) for error in block.errors],
@@ -111,7 +111,7 @@ class BlockStore:
 
     def remember(self, name: str, facts: Json) -> None:
         """Write named facts beside the blocks; `delete` deletes them too."""
-        write_atomically(self.folder / f"{name}.json", sealed(facts | {OF: self._owner(name)}))
+        write_atomically(self.folder / f"{name}.json", sealed(facts | {OWNER: self._owner(name)}))
 
     def recall(self, name: str) -> Json | None:
         """Return what `remember` wrote; None if it is missing or damaged."""
@@ -161,7 +161,7 @@ class BlockStore:
         """Return the facts in a file without their owner; None if it is missing or put aside."""
         try:
             facts = unsealed(read_file(path))
-            owner = facts.pop(OF, self._owner(name))  # older versions wrote none
+            owner = facts.pop(OWNER, self._owner(name))  # older versions wrote none
             if owner != self._owner(name):
                 raise ValueError(f"it is {owner}")
         except FileNotFoundError:

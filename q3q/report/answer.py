@@ -30,12 +30,13 @@ RULE = (
     "Changes are from the unquantized model: of a perplexity in percent (+ is worse), of an "
     "accuracy in percentage points (- is worse), with 95 % intervals of paired differences where a "
     "trial has them. Methods are ranked by the first measure: text of a kind that no method was "
-    "calibrated on, where there is such text. No clear winner: another method is better by another "
-    "measure. Two methods do not differ significantly if a paired test on the same windows and "
-    "questions does not tell them apart (p < 0.05) or, for methods with several seeds, the spread "
-    "over seeds explains the difference (Welch's test). A single seed does not tell how much of a "
-    "difference is due to the calibration text that was drawn. Not tested: the scores of each "
-    "window or question, which a paired test needs, are missing."
+    'calibrated on, where there is such text. "No clear winner" means that a different method is '
+    "better by a different measure. Two methods do not differ significantly if a paired test on "
+    "the same windows and questions does not tell them apart (p < 0.05) or, for methods with "
+    "several seeds, the spread over seeds explains the difference (Welch's test). A single seed "
+    "cannot show how much of a difference is due to the calibration text that was drawn. "
+    '"Not tested" means that the scores of each window or question, which a paired test needs, '
+    "are missing."
 )
 NO_WINNER = "no clear winner"
 FROM = " from the unquantized model"
@@ -149,7 +150,8 @@ class Answer:
         by = f", {found.amount}{FROM}" if found else ""
         tested = f" ({SAME})" if found is not None and found.distinguishable is False else ""
         if verdict.alone:
-            return f"{best.label} alone was measured; {place} {best.shown(first)}{by}{tested}."
+            value = f"its {place} is {best.shown(first)}{by}{tested}"
+            return f"only {best.label} was measured; {value}."
         text = f"{best.label} has the {_most(first)} {place}, {best.shown(first)}{by}{tested}."
         better = {
             rival.pool.label: f"{rival.pool.label}, which has the {_most(rival.metric)} "

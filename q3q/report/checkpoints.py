@@ -4,16 +4,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from q3q.export.use import Use
+from q3q.formatting import bytes_in_words
 from q3q.record import TrialRecord
 from q3q.report.tables import Table
-from q3q.storage.files import in_words
 from q3q.storage.stores import is_url
 
 MOST_LINES = 12  # of checkpoints at the end of a run
 NOTE = (
     "Weights: bytes of the tensors. Memory and speed were measured once, in the process that "
-    "proves the checkpoint, on the machine that ran the trial; they are no promise for another "
-    "runtime."
+    "proves the checkpoint, on the machine that ran the trial; other runtimes may differ."
 )
 
 
@@ -52,7 +51,7 @@ def _row(record: TrialRecord) -> tuple[str, ...]:
     return (
         record.spec.label,
         _size(record),
-        "not recorded" if weights is None else in_words(weights),
+        "not recorded" if weights is None else bytes_in_words(weights),
         "not measured" if use is None else use.memory_in_words,
         "not measured" if use is None else use.speed_in_words,
         _place(record),
@@ -62,7 +61,7 @@ def _row(record: TrialRecord) -> tuple[str, ...]:
 def _size(record: TrialRecord) -> str:
     """Return the size of all files on disk; of old records, of the tensors."""
     size = record.notes["export"].get("disk_bytes", record.metrics.get("export_bytes"))
-    return "size not recorded" if size is None else in_words(size)
+    return "size not recorded" if size is None else bytes_in_words(size)
 
 
 def _place(record: TrialRecord) -> str:

@@ -4,7 +4,9 @@ Nothing is deleted: what was there is renamed (`record.json.damaged`), so that a
 it, and q3q makes its own file again.
 """
 
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +15,14 @@ from pathlib import Path
 
 from q3q.errors import ConfigError
 
-DAMAGED = ".damaged"  # ends the new name, unless a number follows it
+# What follows a name: `.damaged`, `.damaged2`. Earlier versions put a point before the number;
+# SQLite's files (`-wal`) keep their ending.
+DAMAGED, MOVED = ".damaged", ".moved"
+_ASIDE = re.compile(rf"(?:{re.escape(DAMAGED)}|{re.escape(MOVED)})\d*(?:$|[.-])")
 
 
 def _print(line: str) -> None:
-    print(f"q3q: {line}", file=sys.stderr, flush=True)
+    print(f"Note: {line}", file=sys.stderr, flush=True)
 
 
 _teller: ContextVar[Callable[[str], object]] = ContextVar("teller", default=_print)
@@ -38,6 +43,18 @@ def tell(line: str) -> None:
     _teller.get()(line)
 
 
+def place_aside(path: Path, ending: str = DAMAGED) -> Path:
+    """Return the first free name for what is put aside: `NAME.damaged`, then `NAME.damaged2`."""
+    numbers = itertools.chain([""], itertools.count(2))
+    places = (path.with_name(f"{path.name}{ending}{number}") for number in numbers)
+    return next(place for place in places if not os.path.lexists(place))
+
+
+def is_aside(name: str) -> bool:
+    """Return True for the name of a file or folder that was put aside."""
+    return _ASIDE.search(name) is not None
+
+
 def put_aside(path: Path, problem: str) -> None:
     """Rename a file or folder of q3q's, and say so.
 
@@ -48,15 +65,13 @@ def put_aside(path: Path, problem: str) -> None:
     Raises:
         OSError: it cannot be renamed.
     """
-    place, number = path.with_name(path.name + DAMAGED), 1
-    while os.path.lexists(place):
-        number += 1
-        place = path.with_name(f"{path.name}{DAMAGED}.{number}")
+    place = place_aside(path)
     try:
         path.rename(place)
     except FileNotFoundError:  # another process was faster
         return
-    tell(f"{path} {problem}. It is {place.name} now; q3q makes {path.name} again")
+    made = f"q3q will make a new {path.name}"
+    tell(f"{path} {problem}. It has been renamed to {place.name}, and {made}")
 
 
 def clear_for_file(path: Path) -> None:
@@ -80,7 +95,7 @@ def clear_for_folder(path: Path) -> None:
         return
     if path.is_symlink() and not path.exists():
         raise ConfigError(
-            f"{path} is a link to {os.readlink(path)}, which is not there: mount or make that "
+            f"{path} is a link to {os.readlink(path)}, which does not exist: mount or create that "
             "folder, or remove the link"
         )
     put_aside(path, "is a file, not a folder" if path.is_file() else _what(path, "folder"))
@@ -102,4 +117,4 @@ def clear_storage(storage: Path) -> None:
 
 
 def _what(path: Path, wanted: str) -> str:
-    return "is a link that leads nowhere" if path.is_symlink() else f"is no {wanted}"
+    return "is a link that leads nowhere" if path.is_symlink() else f"is not a {wanted}"

@@ -153,12 +153,3 @@ def unsealed(content: bytes, *, strict: bool = False) -> Json:
     if (seal is None and strict) or (seal is not None and seal != digest(facts, spaced=True)):
         raise ValueError("damaged: its checksum does not fit")
     return facts
-
-
-def in_words(count: float) -> str:
-    """Return `512 B`, `1.5 KB`, `203 MB`."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

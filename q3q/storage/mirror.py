@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from q3q.masking import masked
-from q3q.storage.aside import DAMAGED, clear_for_file
+from q3q.storage.aside import clear_for_file, is_aside
 from q3q.storage.files import install, make_folder, read_file
 from q3q.storage.object_claims import ObjectClaimStore, is_claim
 from q3q.storage.stores import (
@@ -266,10 +266,7 @@ def _travels(name: str) -> bool:
     """Return True for files that are exchanged: finished ones, but neither locks nor claims."""
     parts = name.split("/")
     unfinished = any(
-        part.startswith(".")
-        or part.endswith((".partial", DAMAGED))
-        or ".partial." in part
-        or f"{DAMAGED}." in part
+        part.startswith(".") or part.endswith(".partial") or ".partial." in part or is_aside(part)
         for part in parts
     )
     return not unfinished and not name.endswith(".lock") and not is_claim(name)

@@ -132,14 +132,13 @@ class FolderStore:
         self.root = root
 
     def find(self, prefix: str) -> dict[str, str]:
-        marks = {name: self._mark(self.root / name) for name in files_below(self.root, prefix)}
+        whole = (name for name in files_below(self.root, prefix) if not is_partial(name))
+        marks = {name: self._mark(self.root / name) for name in whole}
         return {name: mark for name, mark in marks.items() if mark is not None}
 
     def names(self, folder: str) -> list[str]:
         with suppress(FileNotFoundError):
-            return [
-                name for name in os.listdir(self.root / folder) if not name.endswith(".partial")
-            ]
+            return [name for name in os.listdir(self.root / folder) if not is_partial(name)]
         return []
 
     def mark(self, name: str) -> str | None:
@@ -314,6 +313,11 @@ def _is_refusal(error: Exception) -> bool:
 
 def one_line(error: Exception) -> str:
     return masked(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
+
+
+def is_partial(name: str) -> bool:
+    """Return True for a file that is being written, or that a killed process began to write."""
+    return name.endswith(".partial")
 
 
 def files_below(folder: Path, prefix: str) -> list[str]:

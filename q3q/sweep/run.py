@@ -6,19 +6,18 @@ import signal
 import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from q3q.attempt import afresh, finished_record
+from q3q.attempt import afresh
 from q3q.config.schema import tracking_uri
 from q3q.ending import ENDINGS, begin_farewell, raise_again
 from q3q.environment import now
 from q3q.errors import ConfigError, SweepFailedError
-from q3q.export.destination import export_fault
 from q3q.masking import HIDDEN, masked
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
@@ -31,6 +30,7 @@ from q3q.storage.stores import folder_of, is_url
 from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
 from q3q.sweep.comparing import baseline_record
 from q3q.sweep.costs import CostModel
+from q3q.sweep.earlier import damaged_exports, failed_records, finished_records, quantized_again
 from q3q.sweep.machines import Machine, ResourceRequest, amount, request_of
 from q3q.sweep.plan import Planned, describe, plan, unlike_methods
 from q3q.sweep.shares import Allocation
@@ -301,29 +301,6 @@ def measured(record: TrialRecord) -> Json:
     return {"took": round(seconds, 3), "peak": max(peaks)} if peaks else {}
 
 
-def finished_records(trials: Iterable[Trial]) -> dict[str, TrialRecord]:
-    records = {trial.id: finished_record(trial) for trial in trials}
-    return {key: record for key, record in records.items() if record is not None}
-
-
-def damaged_exports(trials: Iterable[Trial]) -> Iterator[str]:
-    """Yield a line for each trial that runs again because its finished export is damaged."""
-    for trial in trials:
-        if trial.spec.export is None or not (trial.folder / "record.json").is_file():
-            continue
-        if (fault := export_fault(trial)) is not None:
-            yield f"The export of {trial.spec.label} is made again: {fault}."
-
-
-def failed_records(trials: Iterable[Trial]) -> dict[str, TrialRecord]:
-    """Return the records of trials whose last attempt failed."""
-    records = {}
-    for trial in trials:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            records[trial.id] = TrialRecord.load(trial.folder / "failed.json")
-    return records
-
-
 @contextmanager
 def _tracked(
     trials: Sequence[Trial],
@@ -440,17 +417,6 @@ def _forget_kept_blocks(trials: Iterable[Trial], storage: str) -> None:
         shutil.rmtree(trial.kept_blocks_folder, ignore_errors=True)
         if mirror is not None:
             mirror.remove(f"trials/blocks/{trial.spec.quantization_id}")
-
-
-def quantized_again(trials: Sequence[Trial], recent: Iterable[TrialRecord]) -> list[Trial]:
-    """Return trials that quantize what a finished trial has, because its blocks were not kept."""
-    done = {record.spec.quantization_id for record in recent if record.completed}
-    return [
-        trial
-        for trial in trials
-        if trial.spec.scheme and trial.spec.quantization_id in done
-        if not trial.kept_blocks_folder.exists()
-    ]
 
 
 def _where_to_browse(tracker: "MlflowTracker") -> str:

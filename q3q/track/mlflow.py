@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from q3q.errors import NotRegisteredError, TrackingError
 from q3q.evaluate.metrics import held_out
+from q3q.formatting import plural
 from q3q.record import ANSWER, Sweep, TrialRecord
 from q3q.spec import MEAN_ACCURACY, Json, TrialSpec
 from q3q.storage.identity import storage_id
@@ -360,9 +361,11 @@ class MlflowTracker:
         names = fitted_names(values)
         changed = [name for name, word in names.items() if name != word]
         if changed:
-            more = f", and {len(changed) - 1} more likewise" if len(changed) > 1 else ""
+            others = plural(len(changed) - 1, "other name")
+            more = f" ({others} changed as well)" if len(changed) > 1 else ""
             self._store.remark(
-                f"MLflow does not take the name {changed[0]}: it is {names[changed[0]]} there{more}"
+                f"MLflow does not accept the name {changed[0]}, so it is called "
+                f"{names[changed[0]]} there{more}"
             )
         return {names[name]: value for name, value in values.items()}
 

@@ -7,10 +7,11 @@ import uuid
 from contextlib import closing, suppress
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 from q3q.errors import TrackingError
 from q3q.masking import masked
+from q3q.storage.aside import DAMAGED, MOVED, place_aside
 
 OWN = "mlflow.db"  # the database of a storage folder
 COMPANIONS = ("-journal", "-wal", "-shm")  # endings of files that SQLite keeps beside a database
@@ -67,7 +68,8 @@ def prepare_database(path: Path, artifacts: Path, own: bool, sync: str) -> str:
 
     Args:
         own: it is a storage folder's own. Then the records there can fill a new one, so whatever
-            is in its place and is no database is put aside.
+            is in its place and is no database is put aside, and so is a database that came with a
+            storage folder that was moved or copied: MLflow would write to the old place.
         sync: the command that fills a new database from the records.
 
     Returns:
@@ -85,8 +87,11 @@ def prepare_database(path: Path, artifacts: Path, own: bool, sync: str) -> str:
             f"track.uri={_uri_of(path)} cannot be used ({damage}); rename the file, then the "
             f"same command, or `{sync}`, fills a new one from the records; or give another file"
         )
+    former = _former_place(path, artifacts) if own and not damage else None
     if damage and (own or path.is_file()):
-        aside = _put_aside(path)
+        aside = _put_aside(path, DAMAGED)
+    elif former is not None:
+        aside = _put_aside(path, MOVED)
     if not path.exists():
         _create_database(path, artifacts)
     # MLflow retries an unusable file for minutes: check here that it is a writable database.
@@ -96,10 +101,38 @@ def prepare_database(path: Path, artifacts: Path, own: bool, sync: str) -> str:
         _refuse_unknown(connection, path)
     if aside is None:
         return ""
+    why = f"is not a whole database ({damage})" if damage else f"belongs to the storage {former}"
     return (
-        f"{path} is not a whole database ({damage}), so it is now {aside}. The records of this "
-        f"sweep fill a new one; `{sync}` adds those of all others"
+        f"{path} {why}, so it is now {aside}. The records of this sweep fill a new one; `{sync}` "
+        "adds those of all others"
     )
+
+
+def _former_place(path: Path, artifacts: Path) -> Path | None:
+    """Return the storage folder that a database was made for, if it was moved or copied from there.
+
+    The old folder is gone then, or has a database of its own. Otherwise it may be another storage,
+    which shares this database.
+    """
+    if not path.is_file():
+        return None
+    with closing(sqlite3.connect(path, timeout=5)) as connection:
+        if not connection.execute(
+            "SELECT 1 FROM sqlite_master WHERE name = 'experiments'"
+        ).fetchone():
+            return None
+        made = connection.execute(
+            "SELECT artifact_location FROM experiments WHERE experiment_id != 0"
+        ).fetchall()
+    for location in (urlsplit(str(where)) for (where,) in made):
+        folder = Path(unquote(location.path))
+        if location.scheme != "file" or folder.resolve() == artifacts.resolve():
+            continue
+        if folder.name == artifacts.name and (
+            not folder.is_dir() or (folder.parent / OWN).is_file()
+        ):
+            return folder.parent
+    return None
 
 
 def _damage(path: Path) -> str:
@@ -127,14 +160,13 @@ def _damage(path: Path) -> str:
         return str(error) if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) else ""
 
 
-def _put_aside(path: Path) -> Path:
+def _put_aside(path: Path, ending: str) -> Path:
     """Rename it, and what SQLite keeps beside it, to a name that is free: `mlflow.db.damaged`."""
-    names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in range(1_000_000))
-    aside = next(name for name in names if not name.exists() and not name.is_symlink())
+    aside = place_aside(path, ending)
     path.rename(aside)
-    for ending in COMPANIONS:
+    for companion in COMPANIONS:
         with suppress(FileNotFoundError):
-            path.with_name(path.name + ending).rename(aside.with_name(aside.name + ending))
+            path.with_name(path.name + companion).rename(aside.with_name(aside.name + companion))
     return aside
 
 

@@ -196,7 +196,7 @@ class MlflowStore:
         for name, value in params.items():
             if len(value) > MAX_PARAM:
                 self.remark(
-                    f"{name} is longer than MLflow takes and is cut there; the record has all of it"
+                    f"{name} is too long for MLflow and is cut off there; the record has it in full"
                 )
         all_params = [Param(name, fitted_text(value, MAX_PARAM)) for name, value in params.items()]
         all_tags = [RunTag(name, fitted_text(value, MAX_TAG)) for name, value in tags.items()]

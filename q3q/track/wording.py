@@ -2,9 +2,9 @@
 
 import json
 
+from q3q.formatting import bytes_in_words
 from q3q.record import Sweep, TrialRecord
 from q3q.spec import MEAN_ACCURACY, TrialSpec
-from q3q.storage.files import in_words
 from q3q.track.mlflow_names import fitted_text
 
 ABOUT_EXPERIMENT = """\
@@ -88,7 +88,7 @@ def trial_note(record: TrialRecord) -> str:
         )
     if (export := record.notes.get("export")) is not None:
         size = export.get("disk_bytes", record.metrics.get("export_bytes"))
-        taken = "" if size is None else f", {in_words(size)} on disk"
+        taken = "" if size is None else f", {bytes_in_words(size)} on disk"
         lines.append(f"Checkpoint: `{export['path']}` ({export['format']}{taken})")
     lines += [
         f"Check {check.name} failed: {check.detail}" for check in record.checks if not check.passed

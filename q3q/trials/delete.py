@@ -9,9 +9,9 @@ from pathlib import Path
 
 from q3q.attempt import CLAIM
 from q3q.errors import ConfigError
+from q3q.formatting import bytes_in_words
 from q3q.placement import Trial
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
-from q3q.storage.files import in_words
 from q3q.storage.mirror import mirror_at
 from q3q.storage.stores import folder_of
 from q3q.trials.stored import StoredTrial, bytes_below, exports_of
@@ -57,7 +57,7 @@ def delete_trials(
         claim.release()
         if board is not None:
             board.clear()
-        say(f"{entry.id} {entry.name}: deleted, {in_words(freed)}")
+        say(f"{entry.id} {entry.name}: deleted, {bytes_in_words(freed)}")
     if not which:
         say("Nothing to delete.")
 

@@ -11,6 +11,7 @@ from q3q.errors import ConfigError, Q3QError
 from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import export_fault, is_ours, partial_path
 from q3q.export.marker import disk_bytes
+from q3q.formatting import bytes_in_words
 from q3q.masking import masked
 from q3q.names import trial_names
 from q3q.placement import Trial
@@ -18,7 +19,6 @@ from q3q.quoting import module
 from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.records import RECORDS, all_sweeps
 from q3q.storage.claim import holder_of
-from q3q.storage.files import in_words
 from q3q.storage.mirror import Mirror, mirror_at
 from q3q.storage.status import SweepStatus, at_work
 from q3q.storage.stores import is_url
@@ -131,17 +131,17 @@ def listed(trials: Sequence[StoredTrial], storage: str | Path, folder: Path | No
     width = max(len(trial.name) for trial in trials)
     lines = [f"{'trial':10}  {'what':{width}}  {'state':9}  {'on disk':>8}  waits for"]
     for trial in trials:
-        size = in_words(trial.size)
+        size = bytes_in_words(trial.size)
         line = f"{trial.id:10}  {trial.name:{width}}  {trial.state:9}  {size:>8}  {trial.waits}"
         lines.append(line.rstrip())
         if trial.checkpoint is not None and trial.state == "completed":
-            taken, place = in_words(disk_bytes(trial.checkpoint)), str(trial.checkpoint)
+            taken, place = bytes_in_words(disk_bytes(trial.checkpoint)), str(trial.checkpoint)
             if is_url(str(storage)):
                 place = place.replace(str(folder), str(storage).rstrip("/"), 1)
             lines.append(f"{'':10}  its checkpoint, {taken}: {place}")
     counts = {state: sum(trial.state == state for trial in trials) for state in STATES}
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    lines.append(f"{states}; {in_words(bytes_below(folder))} in {folder} with all else there")
+    lines.append(f"{states}; {bytes_in_words(bytes_below(folder))} in {folder} with all else there")
     return "\n".join(lines)
 
 

@@ -14,8 +14,6 @@ from q3q.report.records import RECORDS, UNREADABLE
 from q3q.storage.mirror import mirror_at
 from q3q.trials.stored import StoredTrial
 
-AGAIN = "the command of its sweep, or python -m q3q.trials resume {}, makes it again"
-
 
 @dataclass(frozen=True)
 class Verified:
@@ -34,7 +32,7 @@ class Verified:
     @property
     def text(self) -> str:
         counts = f"{plural(self.records, 'record')} and {plural(self.exports, 'export')} checked"
-        found = plural(len(self.faults), "fault") if self.faults else "all fits"
+        found = plural(len(self.faults), "fault") if self.faults else "no faults"
         return "\n".join([*self.faults, *self.notes, f"{counts}: {found}."])
 
 
@@ -69,8 +67,8 @@ def verified(trials: Sequence[StoredTrial], storage: Path, *, alone: bool = Fals
             notes += _not_recorded(export)
         elif paths[0].is_file():  # the trial has finished, so its export should be there
             exports.add(export)
-            remove = "remove what is there, then " if os.path.lexists(export) else ""
-            faults.append(f"the export {export_fault(trial)}; {remove}{AGAIN.format(entry.id)}")
+            remove = "what is there" if os.path.lexists(export) else ""
+            faults.append(f"the export {export_fault(trial)}; {_again(entry.id, remove)}")
     others = [] if alone else sorted(path.parent for path in storage.glob("exports/*/q3q.json"))
     for export in (path.absolute() for path in others):
         if export not in exports and not export.name.endswith((".partial", ".aside")):
@@ -82,14 +80,14 @@ def verified(trials: Sequence[StoredTrial], storage: Path, *, alone: bool = Fals
 
 def record_faults(path: Path, trial: str) -> Iterator[str]:
     """Yield in a line each what is wrong with a trial's record and the files that it names."""
-    again = AGAIN.format(trial)
+    again = _again(trial)
     try:
         record = TrialRecord.load(path)
     except UNREADABLE as error:
         yield f"{path} cannot be read ({' '.join(str(error).split())[:200]}); {again}"
         return
     if record.spec.id != trial:
-        yield f"{path} belongs to trial {record.spec.id}; remove it, then {again}"
+        yield f"{path} belongs to trial {record.spec.id}; {_again(trial, 'that file')}"
     for fault in damaged_files(record.files, path.parent).values():
         yield f"{fault}; {again}"
 
@@ -98,7 +96,20 @@ def export_faults(folder: Path) -> Iterator[str]:
     """Yield in a line each the files of an export that are not as they were published."""
     trial = (marker_of(folder) or {}).get("trial", "")
     for fault in digest_faults(folder):
-        yield f"the export {folder}: {fault}; remove the folder, then {AGAIN.format(trial)}"
+        yield f"the export {folder}: {fault}; {_again(trial, 'the folder')}"
+
+
+def _again(trial: str, remove: str = "") -> str:
+    """Return how to make again what is not as it must be.
+
+    Args:
+        trial: whose it is, by id.
+        remove: what has to be removed first, if anything has.
+    """
+    first = f"remove {remove}, then " if remove else ""
+    return (
+        f"to make it again, {first}run its sweep's command or python -m q3q.trials resume {trial}"
+    )
 
 
 def _not_recorded(folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,11 +63,13 @@ class Disk:
 
     def names_first(self) -> Image:
         """Return all files, each with what was flushed of it: names may reach the disk early."""
-        paths = [path for path in self.root.rglob("*") if path.is_file()]
-        return {
-            str(path.relative_to(self.root)): self._contents.get(path.stat().st_ino, b"")
-            for path in paths
-        }
+        image: Image = {}
+        for top, _, names in os.walk(self.root):
+            for path in (Path(top, name) for name in names):
+                with suppress(FileNotFoundError):  # another thread's, which has renamed it
+                    content = self._contents.get(path.stat().st_ino, b"")
+                    image[str(path.relative_to(self.root))] = content
+        return image
 
 
 def restore(image: Image, storage: Path) -> Path:

@@ -207,6 +207,8 @@ class Case:
             shutil.copyfile(theirs, path)
         elif name == "unfinished samples":
             shutil.copyfile(self.path("trials/{a}/spec.json"), path)
+        elif name == "baseline's claim":  # it is taken where the baseline is to be computed
+            self.path("baselines/{e}/manifest.json").unlink()
         elif name == "journal":  # it is read where the measurement was not finished
             self.path("trials/{a}/evaluations/1_stories.json").unlink()
         damage(path, theirs)
@@ -353,7 +355,9 @@ def test_a_link_to_a_folder_that_is_not_there_is_named_and_stays(case, finished,
     path.symlink_to(disk)
     assert one.again() == whole
     disk.rename(disk.with_name("away"))
-    with pytest.raises(ConfigError, match=f"{path} is a link to {disk}, which is not there: mount"):
+    with pytest.raises(
+        ConfigError, match=f"{path} is a link to {disk}, which does not exist: mount"
+    ):
         one.again()
     disk.with_name("away").rename(disk)
     assert one.again() == whole

@@ -176,7 +176,7 @@ def test_what_fails_after_the_trials_leaves_no_open_run(
     earlier = recorded(study.sweep.trials[0])
     study.records = {earlier.spec.id: earlier}
     if where == "comparison":
-        monkeypatch.setattr(study, "_compared", broken)
+        monkeypatch.setattr("q3q.sweep.study.baseline_record", broken)
     elif where != "between":
         fails = no_folder if where == "folder" else broken
         monkeypatch.setattr("q3q.report.write.write_report", fails)

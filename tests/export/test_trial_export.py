@@ -20,7 +20,7 @@ from q3q.export.destination import partial_path
 from q3q.export.measured import UNMEASURED
 from q3q.export.proof import PASSED, Proof
 from q3q.record import Check
-from q3q.sweep.run import damaged_exports
+from q3q.sweep.earlier import damaged_exports
 from q3q.trial import attempt_trial, run_trial
 
 ROOT = Path(__file__).parents[2]

@@ -97,8 +97,8 @@ def test_the_best_at_each_width_and_its_change() -> None:
     assert sentences(answers(records)) == [
         "2 bits: gptq has the lowest perplexity of stories (calibrated on), 12.00, +20.0 % from "
         "the unquantized model. Not tested against it: rtn.",
-        "4 bits: rtn alone was measured; perplexity of stories (calibrated on) 10.50, +5.0 % from "
-        "the unquantized model.",
+        "4 bits: only rtn was measured; its perplexity of stories (calibrated on) is 10.50, +5.0 % "
+        "from the unquantized model.",
         ONLY_CALIBRATED,
     ]
 

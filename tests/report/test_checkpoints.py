@@ -82,7 +82,7 @@ def test_memory_and_speed_are_listed_with_their_device(tmp_path):
         "16 (CPU, 2 threads)",
         "/served/tiny",
     )
-    assert "no promise" in table.note
+    assert "other runtimes may differ" in table.note
 
 
 def test_the_terminal_is_not_flooded(tmp_path):

@@ -101,11 +101,12 @@ def test_a_metric_that_diverged_on_one_side_is_told_apart(
     rows = [
         {"task": "perplexity/x", "doc_hash": "h", "filter": "none", "doc_id": n} for n in range(8)
     ]
+    digests = []
     for side, last in ((rtn, math.inf), (none, 2.0)):
         losses = [2.0] * 7 + [last]
         scored = [{**row, "scores": {"nll": loss}} for row, loss in zip(rows, losses, strict=True)]
-        write_samples(side.trial.folder / SAMPLES, scored)
-    rtn = replace(rtn, diverged=("perplexity/x",))
-    none = replace(none, metrics={"perplexity/x": math.exp(2.0)})
+        digests.append(write_samples(side.trial.folder / SAMPLES, scored))
+    rtn = replace(rtn, diverged=("perplexity/x",), files={SAMPLES: digests[0]})
+    none = replace(none, metrics={"perplexity/x": math.exp(2.0)}, files={SAMPLES: digests[1]})
     [found] = compared(rtn, none).comparisons.values()
     assert (found.difference, found.distinguishable, found.ratio) == (None, True, True)

@@ -279,7 +279,7 @@ def test_one_trial_without_a_sweep(tmp_path):
         (("+bitz=3",), "bitz is not a setting; did you mean bits"),
         (("bits=2,3",), "several values need -m: python launch.py -m bits=2,3 "),
         (("track.uri=htp://x", "plan=true"), "track.uri=htp://x: give sqlite:///FILE"),
-        (("method.act_order=false",), "method=rtn has no act_order: act_order belongs to gptq"),
+        (("method.act_order=false",), "method=rtn does not have the setting act_order, but gptq"),
         (("name='a\nb'",), "has a character that cannot be printed"),
         (("evaluation=mmlu",), "mmlu is a task: python launch.py evaluation=tasks 'evaluation."),
         (("method=GPTQ",), "method=GPTQ is not known; did you mean gptq?"),

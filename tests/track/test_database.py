@@ -85,9 +85,9 @@ def test_what_is_no_database_is_put_aside_and_filled_again(
     (storage / "mlflow.db.damaged").touch()  # an earlier one stays
     assert synced(storage) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
-    assert f"it is now {path}.damaged1." in line
+    assert f"it is now {path}.damaged2." in line
     assert f"python -m q3q.track sync --storage {storage}" in line
-    aside = storage / "mlflow.db.damaged1"
+    aside = storage / "mlflow.db.damaged2"
     assert aside.is_symlink() or aside.exists()
     assert len(children(MlflowTracker(f"sqlite:///{path}", str(storage)))) == 2
 
@@ -127,7 +127,7 @@ def with_version(path: Path, version: str) -> None:
 def test_a_database_of_another_mlflow_is_left_and_the_advice_fits(
     filled: Path, tmp_path: Path
 ) -> None:
-    path = tmp_path / "mlflow.db"
+    path = tmp_path / "data.db"
     shutil.copy(filled / "mlflow.db", path)
     for version, advice in (
         ("451aebb31d03", r"older MLflow made it: copy the file, then `mlflow db upgrade"),

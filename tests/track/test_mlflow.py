@@ -23,6 +23,7 @@ from q3q.placement import Placement, Trial
 from q3q.record import COMPLETED, FAILED, Check, SiteError, Sweep, TrialRecord
 from q3q.spec import TrialSpec
 from q3q.track.mlflow import MlflowTracker
+from q3q.track.mlflow_sqlite import read_uri
 from q3q.track.tracker import MemoryTracker, Tracker
 from tests.mlflow_server import free_port, kill, serve
 from tests.specs import changed, evaluation_of, make_spec
@@ -417,7 +418,7 @@ def test_a_relative_file_lies_in_the_working_directory_whatever_comes_later(
     tracker = MlflowTracker("sqlite:///mlflow.db", experiment="relative")
     monkeypatch.chdir(tmp_path)
     tracker.open(sweep())
-    assert tracker.uri == f"sqlite:///{store}/mlflow.db"
+    assert read_uri(tracker.uri)[1] == store / "mlflow.db"
     assert Path(artifact(parents(tracker)[0], tracker, "config.yaml", tmp_path).decode()) == Path(
         "bits: 3\n"
     )
@@ -810,7 +811,7 @@ def test_an_emptied_store_is_rebuilt_from_the_records_and_again_changes_nothing(
 
 
 @pytest.mark.parametrize("how", ["moved", "copied", "copied without artifacts"])
-def test_a_moved_or_copied_storage_wants_a_new_database_which_sync_fills(
+def test_a_moved_or_copied_storage_gets_a_new_database_which_its_records_fill(
     how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """MLflow keeps each experiment's address: it would write to the old place."""
@@ -824,18 +825,15 @@ def test_a_moved_or_copied_storage_wants_a_new_database_which_sync_fills(
         shutil.copytree(old, new, ignore=without)
     before = sorted(old.rglob("*"))
     capsys.readouterr()
-    assert synced(new) == EXIT_MISUSED
-    with pytest.raises(TrackingError) as refusal:
-        tracker_in(new).open(sweep())
-    assert capsys.readouterr().err == f"q3q: {refusal.value}\n"
-    assert f"keeps its files in {old}/artifacts, not in {new}/artifacts" in str(refusal.value)
-    assert f"rename {new}/mlflow.db" in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert synced(new) == 0
+    said = capsys.readouterr()
+    line = f"{new}/mlflow.db belongs to the storage {old}, so it is now {new}/mlflow.db.moved."
+    assert line in said.out + said.err
+    assert (new / "mlflow.db.moved").is_file()
+    assert len(children(tracker_in(new))) == 2
     assert sorted(old.rglob("*")) == before
-    uri = f"sqlite:///{new}/new.db"  # MLflow keeps a renamed file open in this process
-    assert synced(new, "--uri", uri) == 0
-    assert len(children(MlflowTracker(uri))) == 2
-    assert sorted(old.rglob("*")) == before
+    assert synced(new) == 0
+    assert not (new / "mlflow.db.moved2").exists()
 
 
 def test_a_database_of_its_own_place_serves_several_storages_while_its_files_are_there(

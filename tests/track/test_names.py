@@ -1,5 +1,6 @@
 """Whatever a trial or study is called, and however long: it is in MLflow, and holds up nothing."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from q3q.errors import EXIT_FAILED, RefusedByTrackerError, TrackingError
 from q3q.placement import Placement, Trial
 from q3q.report.__main__ import main as report
 from q3q.spec import TaskRef
+from q3q.storage.files import unsealed
 from q3q.storage.names import file_name
 from q3q.track.mlflow import MlflowTracker
 from q3q.track.mlflow_names import MAX_NAME, experiment_name, fitted_names
@@ -77,7 +79,7 @@ def test_every_odd_name_gets_into_mlflow_whole_and_is_said_once(tmp_path: Path) 
     assert {run.info.status for run in [*logged, *parents(tracker)]} == {"FINISHED"}
     assert all(0.5 in run.data.metrics.values() for run in logged)
     assert all("5" in run.data.params.values() for run in logged)
-    assert any(line.startswith("MLflow does not take the name ") for line in said)
+    assert any(line.startswith("MLflow does not accept the name ") for line in said)
     assert len(said) == len(set(said))
     tracker.open(sweep(*trials))
     tracker.log(record(spec=trials[-1], metrics=found, intervals={}), {})
@@ -98,7 +100,7 @@ def test_values_too_long_too_many_or_not_finite_are_made_fit(tmp_path: Path) -> 
     assert not {"speed", "error", "stories_who/acc.high"} & child.data.metrics.keys()
     assert child.data.params["method.knob_149"].endswith("…")
     assert child.data.params["method.nul"].startswith("a�b")
-    assert any("cut there; the record has all of it" in line for line in tracker.remarks())
+    assert any("cut off there; the record has it in full" in line for line in tracker.remarks())
 
 
 def refusing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,8 +225,8 @@ def test_a_sweep_that_an_earlier_version_filed_in_folders_is_found(tmp_path: Pat
     replace(sweep(trial), name="plain").save(tmp_path)
     [path] = (tmp_path / "sweeps").iterdir()
     (tmp_path / "sweeps/qwen3").mkdir()
-    text = path.read_text().replace('"name": "plain"', '"name": "qwen3/first"')
-    (tmp_path / "sweeps/qwen3/first_sweep00001.json").write_text(text)
+    facts = unsealed(path.read_bytes()) | {"name": "qwen3/first"}  # it wrote no checksum
+    (tmp_path / "sweeps/qwen3/first_sweep00001.json").write_text(json.dumps(facts))
     path.unlink()
     assert report(["--study", "qwen3/first", "--storage", str(tmp_path)]) == 0
     assert list((tmp_path / "reports").glob("qwen3-first-*_sweep00001/report.html"))
@@ -233,13 +235,17 @@ def test_a_sweep_that_an_earlier_version_filed_in_folders_is_found(tmp_path: Pat
 @pytest.mark.parametrize(
     ("storage", "uri", "command"),
     [
-        ("mlruns", None, "python -m q3q.track sync"),
+        ("mlruns", None, "python -m q3q.track sync --storage mlruns"),
         ("my runs", None, "python -m q3q.track sync --storage 'my runs'"),
         ("s3://b/q", "http://h:1", "python -m q3q.track sync --storage s3://b/q --uri http://h:1"),
-        ("mlruns", "http://ada:secret@h", "python -m q3q.track sync --uri 'http://***@h'"),
+        (
+            "mlruns",
+            "http://ada:secret@h",
+            "python -m q3q.track sync --storage mlruns --uri 'http://***@h'",
+        ),
     ],
 )
-def test_the_command_to_sync_names_what_is_not_the_default(
+def test_the_command_to_sync_names_the_storage_and_a_tracker_elsewhere(
     storage: str, uri: str | None, command: str
 ) -> None:
     assert sync_command(storage, uri) == command

@@ -25,7 +25,7 @@ LOOK_SECONDS = 0.2  # between two looks at Ray's processes
 START_SECONDS = float(os.environ.get("Q3Q_RAY_START_SECONDS", "300"))  # a busy machine takes 30
 SERVERS = ("gcs_server", "raylet")  # without which Ray cannot start
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # longest path of a socket
-AGAIN = "the same command tries again"
+AGAIN = "Run the same command to try again"
 
 
 class Starting:
@@ -48,19 +48,19 @@ class Starting:
         for server, state in servers:
             if state == psutil.STATUS_ZOMBIE:
                 raise StartError(
-                    f"Ray's {server} died while Ray started; {AGAIN}. What it said is in {logs()}"
+                    f"Ray's {server} died while Ray was starting. {AGAIN}. Ray's logs: {logs()}"
                 )
         if (seconds := time.monotonic() - self._since) < START_SECONDS:
             return
         if self.address:
             raise StartError(
-                f"the Ray cluster at {self.address} answers, but this process has not joined it "
-                f"after {seconds:.0f} s; {AGAIN}"
+                f"the Ray cluster at {self.address} answers, but this process did not join it "
+                f"within {seconds:.0f} s. {AGAIN}"
             )
         states = ", ".join(f"its {server} is {state}" for server, state in servers)
         raise StartError(
-            f"Ray has not started after {seconds:.0f} s ({states or 'it has no process yet'}); "
-            f"{AGAIN}, and Q3Q_RAY_START_SECONDS=600 gives it more time. Its logs: {logs()}"
+            f"Ray did not start within {seconds:.0f} s ({states or 'it has no process yet'}). "
+            f"{AGAIN}; Q3Q_RAY_START_SECONDS=600 gives Ray more time. Ray's logs: {logs()}"
         )
 
 
@@ -75,9 +75,10 @@ def refuse_long_folder() -> None:
     if excess > 0:
         name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
         raise ConfigError(
-            f"{name}={os.environ.get(name)} is {excess} bytes too long for Ray, whose sockets lie "
-            f"there (a socket's path has at most {SOCKET_BYTES} bytes): set RAY_TMPDIR to a "
-            "shorter folder, such as RAY_TMPDIR=/tmp; other files still go to TMPDIR"
+            f"{name}={os.environ.get(name)} is {excess} bytes too long for Ray, which puts its "
+            f"sockets there (the path of a socket has at most {SOCKET_BYTES} bytes). Set "
+            "RAY_TMPDIR to a folder with a shorter path, such as RAY_TMPDIR=/tmp; other files "
+            "still go to TMPDIR"
         )
 
 
@@ -125,8 +126,8 @@ def witness(words: str) -> Iterator[None]:
 def obituary() -> str:
     """Return what the end of this process means while Ray's core joins its processes."""
     return (
-        "q3q: this process ended while Ray started: it was killed, or Ray's core ended it. Nothing "
-        f"is lost; {AGAIN}. Ray's logs: {logs()}"
+        "q3q: this process ended while Ray was starting: it was killed, or Ray itself ended it. "
+        f"Nothing is lost. {AGAIN}. Ray's logs: {logs()}"
     )
 
 
