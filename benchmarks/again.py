@@ -1,9 +1,9 @@
 """What a finished command costs when it is given again: `python benchmarks/again.py`.
 
-Runs RTN trials of the demo model once, in a storage folder of its own; then the same command, with
-nothing to do, and its plan. Prints processor time (user and system) and wall time of each, as
-medians of `--runs`. In the same run, `--against FOLDER` takes another checkout of q3q through the
-same, in a storage of its own, taking turns; then the ratios are printed.
+Runs 50 RTN trials of the demo model once; then the same command, with nothing to do, and its plan.
+Prints processor time (user and system) and wall time of each, as medians of `--runs`. `--against
+FOLDER` takes another checkout of q3q through the same, in the same storage folder, taking turns,
+and prints the ratios.
 """
 
 import argparse
@@ -27,25 +27,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--against", type=Path, help="another checkout of q3q")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--storage", type=Path, help="keep the trials in this folder")
     options = parser.parse_args()
     codes = {"this": ROOT} | ({"other": options.against.absolute()} if options.against else {})
     with tempfile.TemporaryDirectory() as scratch:
-        storages = {name: Path(scratch, name) / "storage" for name in codes}
-        for name, code in codes.items():
-            cpu, wall = timed(code, storages[name], [])
-            print(f"{name:6} first  {cpu:6.1f} s of processor time, {wall:6.1f} s")
-            timed(code, storages[name], [])  # the first again may still draw or send something
+        storage = (options.storage or Path(scratch)).absolute()
+        cpu, wall = timed(ROOT, storage, [])
+        print(f"first run: {cpu:.1f} s of processor time, {wall:.1f} s", flush=True)
+        timed(ROOT, storage, [])  # the tracker may still be owed something
         medians: dict[tuple[str, str], float] = {}
         for kind, words in KINDS.items():
             taken: dict[str, list[tuple[float, float]]] = {name: [] for name in codes}
             for _ in range(options.runs):
                 for name, code in codes.items():
-                    taken[name].append(timed(code, storages[name], words))
+                    taken[name].append(timed(code, storage, words))
             for name, pairs in taken.items():
                 cpu, wall = (statistics.median(column) for column in zip(*pairs, strict=True))
                 medians[name, kind] = cpu
                 shown = ", ".join(f"{one:.1f}" for one, _ in pairs)
-                print(f"{name:6} {kind:6} {cpu:6.1f} s of processor time ({shown}), {wall:6.1f} s")
+                print(
+                    f"{name:6} {kind:6} {cpu:6.1f} s of processor time ({shown}), {wall:6.1f} s",
+                    flush=True,
+                )
     if "other" in codes:
         for kind in KINDS:
             ratio = medians["other", kind] / medians["this", kind]
