@@ -99,7 +99,8 @@ def read_samples(
     content = _content(path, digest)
     try:
         rows: list[Json] = _table(content, columns).to_pylist()
-        rows = [row | {name: dict(row.get(name) or ()) for name in MAPS} for row in rows]
+        maps = [name for name in MAPS if columns is None or name in columns]
+        rows = [row | {name: dict(row.get(name) or ()) for name in maps} for row in rows]
     except Exception as error:  # of any kind: the reader trusts what it reads
         raise _unreadable(path, error) from error
     return rows

@@ -225,7 +225,8 @@ def sample_rows(
             score = number_of(value)
             if metric in shares.tasks:
                 row["scores"][metric.own_name] = shares.tasks[metric].values[place]
-            if row["scores"].get(metric.own_name) != score:
+            scores = row["scores"]
+            if metric.own_name not in scores or scores[metric.own_name] != score:
                 row["values"][metric.own_name] = value
             for group, parts in shares.groups.items():
                 if group.own_name == metric.own_name and task in parts:
