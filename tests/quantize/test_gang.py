@@ -71,17 +71,17 @@ def facts_of(block):
     return tensors | block.changed, block.errors, block.notes
 
 
-SLOW = ("rtn", "gptq at once", "awq", "billm")
+FIRST = ("rtn", "gptq", "smoothquant")  # in one run; the rest in another
 
 
 @pytest.fixture(scope="module")
-def quick(gang):
-    return quantized_by(gang, [name for name in CASES if name not in SLOW])
+def first(gang):
+    return quantized_by(gang, FIRST)
 
 
 @pytest.fixture(scope="module")
-def slow(gang):
-    return quantized_by(gang, SLOW)
+def rest(gang):
+    return quantized_by(gang, [name for name in CASES if name not in FIRST])
 
 
 def quantized_by(gang, names):
@@ -148,13 +148,11 @@ def quantized_by(gang, names):
     return gang(2, call)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize(
     ("case", "fixture"),
-    [
-        pytest.param(name, "slow", marks=pytest.mark.slow) if name in SLOW else (name, "quick")
-        for name in CASES
-    ],
+    [(name, "first" if name in FIRST else "rest") for name in CASES],
 )
 def test_two_ranks_give_the_codes_of_one(request, monkeypatch, kind, case, fixture):
     blocks, their_states, held = request.getfixturevalue(fixture)[kind, case]

@@ -164,7 +164,7 @@ def test_a_single_trial_shows_the_unquantized_model_that_it_computed(tmp_path: P
     trial = replace(PLAIN, notes={UNQUANTIZED: {STORIES: [2.5, 2.0, 3.0]}})
     report = write_report([trial], tmp_path / "report", About(name="one", command="run"))
     assert "unquantized float32      -  2.500" in report.text
-    assert "+20.0 % from the unquantized model" in report.text
+    assert "+20.0 % from the unquantized model" in " ".join(report.text.split())
     page = report.files["report.html"].decode()
     assert "1 trial: 1 completed, 0 failed." in page
     assert page.count("<details><summary>") == 1  # what was not run is in no list of trials

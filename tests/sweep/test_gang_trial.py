@@ -15,6 +15,7 @@ from q3q.sweep.on_ray import WORKER_ENV, work
 from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.tasks import Resources, Task, WorkerDiedError
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
     "evaluation.tasks=[stories_who,stories_count]",
@@ -61,7 +62,7 @@ def record_of(cluster, trial, ranks, call=work, on_event=lambda *_: None):
     return TrialRecord.from_json(outcome.value), retried
 
 
-@pytest.fixture(scope="module", params=["demo", pytest.param("demo_moe", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["demo", "demo_moe"])
 def alone(request, cluster, trial_of):
     return request.param, record_of(cluster, trial_of("alone", f"model={request.param}"), 1)[0]
 
@@ -88,8 +89,7 @@ def test_a_gang_leaves_the_record_that_one_process_leaves(alone, cluster, trial_
     ("number", "word"),
     [
         (signal.SIGKILL, "rank 1 of 2"),
-        # A machine that is about to go asks its processes to end.
-        pytest.param(signal.SIGTERM, "handed back", marks=pytest.mark.slow),
+        (signal.SIGTERM, "handed back"),  # a machine that is about to go asks its processes to end
     ],
 )
 def test_a_rank_that_goes_costs_no_block_that_was_finished(

@@ -91,6 +91,7 @@ def shared_cluster(connected, monkeypatch):
     ("task_launcher_cfg", "extra_flags"),
     [({}, ["-m", "hydra/launcher=q3q_ray", "hydra.launcher.address=auto"])],
 )
+@pytest.mark.slow
 class TestHydraIntegrationSuite(IntegrationTestSuite):
     pass
 

@@ -47,6 +47,7 @@ def strike(process: "subprocess.Popen[str]", server: str, number: signal.Signals
     raise AssertionError(f"{server} never came")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("server", ["gcs_server", "raylet"])
 def test_a_server_that_dies_while_ray_starts_is_named(server):
     with program() as process:
