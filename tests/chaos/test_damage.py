@@ -86,7 +86,10 @@ EVALUATED_AGAIN = {
     "kept block": ("trials/blocks/{q}/block_001.safetensors",) * 2,
     "kept block's facts": ("trials/blocks/{q}/block_001.json",) * 2,
     "baseline's manifest": ("baselines/*/manifest.json", "trials/{a}/spec.json"),
-    "baseline's window": ("baselines/*/window_00000.safetensors",) * 2,
+    "baseline's window": (
+        "baselines/*/window_00000.safetensors",
+        "trials/blocks/{q}/block_001.safetensors",
+    ),
     "baseline's claim": ("baselines/*.claim.*", "trials/{b}/trial.claim.*"),
 }
 STOPPED = {
