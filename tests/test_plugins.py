@@ -131,7 +131,7 @@ def records(storage: Path) -> dict[str, dict]:
 
 SMALL = ["evaluation=none", "calibration.samples=2", "bits=3"]
 WARNING = (
-    "q3q: method=broken of the package q3q-broken 1.0 cannot be used: q3q_broken.settings:Broken "
+    "Note: method=broken of the package q3q-broken 1.0 cannot be used: q3q_broken.settings:Broken "
     "does not load"
 )
 
