@@ -130,8 +130,8 @@ def records(storage: Path) -> dict[str, dict]:
 
 
 SMALL = ["evaluation=none", "calibration.samples=2", "bits=3"]
-WARNING = (
-    "Note: method=broken of the package q3q-broken 1.0 cannot be used: q3q_broken.settings:Broken "
+BROKEN = (
+    "method=broken of the package q3q-broken 1.0 cannot be used: q3q_broken.settings:Broken "
     "does not load"
 )
 
@@ -159,7 +159,7 @@ def test_the_guides_test_passes(installed):
 def test_an_installed_method_runs_from_the_command_line_and_on_ray(installed, tmp_path):
     ran = launch(installed[1], "method=tiny", "method.shrinks=7", f"storage={tmp_path}", *SMALL)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count(WARNING) == 1
+    assert ran.stderr.count(f"Note: {BROKEN}") == 1
     tiny = records(tmp_path)["tiny"]
     assert tiny["spec"]["method"] == {
         "name": "tiny",
@@ -179,7 +179,7 @@ def test_an_installed_method_runs_from_the_command_line_and_on_ray(installed, tm
         *SMALL,
     )
     assert swept.returncode == 0, swept.stderr
-    assert swept.stderr.count(WARNING) == 1
+    assert swept.stderr.count(f"Note: {BROKEN}") == 1
     both = records(tmp_path / "ray")
     errors = {
         name: sum(site["weight_error"] for site in record["sites"]) for name, record in both.items()
@@ -192,7 +192,8 @@ def test_an_installed_method_is_shown_and_a_broken_one_refused_when_asked_for(in
     refused = launch(installed[1], "-m", "method=broken,rtn", f"storage={tmp_path}", *SMALL)
     assert refused.returncode == 2
     assert (
-        refused.stderr.strip() == f"{WARNING} (ModuleNotFoundError: No module named 'q3q_broken')"
+        refused.stderr.strip()
+        == f"q3q: {BROKEN} (ModuleNotFoundError: No module named 'q3q_broken')"
     )
     assert not list(tmp_path.rglob("record.json"))
 
