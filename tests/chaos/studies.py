@@ -10,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from q3q.config import model, resolve, schema
 from q3q.placement import Trial
 from q3q.report import write
+from q3q.storage import claim
 from q3q.sweep import in_process
 from q3q.sweep.in_process import InProcess
 from q3q.sweep.run import StudySettings, run_study
@@ -37,7 +38,7 @@ class QuietTracker(MemoryTracker):
         super().__init__()
 
 
-def without_trackers_and_plots(patch: pytest.MonkeyPatch) -> None:
+def make_quick(patch: pytest.MonkeyPatch) -> None:
     """Leave out what takes seconds and has tests of its own; keep to one thread."""
     patch.setattr(mlflow, "MlflowTracker", QuietTracker)
     # OpenMP's threads do not survive a fork.
@@ -45,6 +46,9 @@ def without_trackers_and_plots(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(write, "study_plots", lambda *_: [])
     patch.setattr(write, "perplexity_against_bits", lambda records: b"a plot")
     patch.setattr(write, "site_error_heatmap", lambda record: b"a plot")
+    # A claim whose holder cannot be asked is waited for, as it may be on another machine.
+    patch.setattr(claim.FolderClaimStore, "silence", 0.2)
+    patch.setattr(claim.FolderClaimStore, "poll", 0.05)
 
 
 def trials_of(tiny: Path, storage: Path) -> tuple[dict[str, Trial], StudySettings]:

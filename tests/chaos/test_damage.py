@@ -13,9 +13,8 @@ import pytest
 
 from q3q.attempt import finished_record
 from q3q.errors import ConfigError
-from q3q.storage import claim
 from tests.chaos.faults import end_of, in_child
-from tests.chaos.studies import run, trials_of, without_trackers_and_plots
+from tests.chaos.studies import make_quick, run, trials_of
 
 
 def torn(path: Path, other: Path) -> None:
@@ -119,10 +118,7 @@ FOLDERS = [
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with pytest.MonkeyPatch.context() as patch:
-        without_trackers_and_plots(patch)
-        # A claim that cannot be read is waited for, as its holder may be on another machine.
-        patch.setattr(claim.FolderClaimStore, "silence", 0.2)
-        patch.setattr(claim.FolderClaimStore, "poll", 0.05)
+        make_quick(patch)
         yield
 
 

@@ -14,16 +14,13 @@ from q3q.record import TrialRecord
 from q3q.storage import claim, files
 from tests.chaos.faults import end_of, in_child
 from tests.chaos.power import Disk, Image, restore
-from tests.chaos.studies import TRIALS, run, without_trackers_and_plots
+from tests.chaos.studies import TRIALS, make_quick, run
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with pytest.MonkeyPatch.context() as patch:
-        without_trackers_and_plots(patch)
-        # Whoever held a claim before the cut is waited for, as it may be on another machine.
-        patch.setattr(claim.FolderClaimStore, "silence", 0.2)
-        patch.setattr(claim.FolderClaimStore, "poll", 0.05)
+        make_quick(patch)
         yield
 
 
