@@ -442,7 +442,10 @@ def phase_in_words(event: Progress) -> str:
 
 
 def headline(record: TrialRecord) -> list[str]:
-    """Return a completed trial's perplexity of its first text, mean accuracy, bits per weight."""
+    """Return a completed trial's perplexity of its first text, mean accuracy, bits per weight.
+
+    An unquantized model's bits are left out: it may compute in another type than its files have.
+    """
     words = []
     evaluation = record.spec.evaluation
     for text in evaluation.texts[:1]:
@@ -452,7 +455,8 @@ def headline(record: TrialRecord) -> list[str]:
     accuracy = mean_accuracy(record.spec, record.metrics)
     if accuracy is not None:
         words.append(f"accuracy {percent(accuracy)} %")
-    if "bits_per_weight" in record.metrics:
+    quantized = record.spec.scheme is not None or record.notes.get("stored", {}).get("quantized")
+    if quantized and "bits_per_weight" in record.metrics:
         words.append(f"{fixed(record.metrics['bits_per_weight'], 2)} bits per weight")
     return words
 

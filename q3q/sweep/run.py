@@ -41,6 +41,7 @@ from q3q.track.tracker import DEFAULT_STORAGE
 if TYPE_CHECKING:
     from q3q.report.about import Report
     from q3q.sweep.progress import Display
+    from q3q.track.idle import IdleTracker
     from q3q.track.mlflow import MlflowTracker
 
 
@@ -319,15 +320,17 @@ def _tracked(
     """
     from q3q.storage.status import StatusWriter
     from q3q.sweep.progress import Display
+    from q3q.track.idle import IdleTracker
     from q3q.track.mlflow import MlflowTracker
 
     storage = folder_of(settings.storage)
     experiment = settings.experiment or settings.name or "q3q"
-    tracker = MlflowTracker(settings.tracking_uri, settings.storage, experiment, settings.register)
-    tracker.check()
-    for line in tracker.remarks():
-        print(line, file=sys.stderr)
+    mlflow = MlflowTracker(settings.tracking_uri, settings.storage, experiment, settings.register)
+    tracker = mlflow if left else IdleTracker(mlflow)
     if left:
+        tracker.check()
+        for line in tracker.remarks():
+            print(line, file=sys.stderr)
         host.wait_until_ready()  # a cluster that does not answer must not leave an open run behind
     _show_notes(settings)
     if settings.fresh:
@@ -390,7 +393,9 @@ def _tracked(
         )
 
 
-def _print_report(report: "Report", study: Study, tracker: "MlflowTracker", storage: str) -> None:
+def _print_report(
+    report: "Report", study: Study, tracker: "MlflowTracker | IdleTracker", storage: str
+) -> None:
     from q3q.report.checkpoints import checkpoint_lines
 
     print(report.text)
@@ -419,7 +424,7 @@ def _forget_kept_blocks(trials: Iterable[Trial], storage: str) -> None:
             mirror.remove(f"trials/blocks/{trial.spec.quantization_id}")
 
 
-def _where_to_browse(tracker: "MlflowTracker") -> str:
+def _where_to_browse(tracker: "MlflowTracker | IdleTracker") -> str:
     uri, page = masked(tracker.uri), tracker.page
     if not uri.startswith("sqlite"):
         return f"MLflow: {uri}/{page}"
@@ -429,7 +434,7 @@ def _where_to_browse(tracker: "MlflowTracker") -> str:
     return f"MLflow: {command}, then http://127.0.0.1:5000/{page}"
 
 
-def _where_records_are(tracker: "MlflowTracker", storage: str) -> str:
+def _where_records_are(tracker: "MlflowTracker | IdleTracker", storage: str) -> str:
     note = "; MLflow's database is on this machine alone, track.uri= names a shared one"
     return f"Records and report are in {storage}{note if tracker.uri.startswith('sqlite') else ''}."
 

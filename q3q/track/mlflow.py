@@ -6,7 +6,6 @@ Several storages may share one MLflow. Each has an id, which its runs carry as a
 changes or deletes the runs of another.
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from typing import Any, TypeVar
 from q3q.errors import NotRegisteredError, TrackingError
 from q3q.evaluate.metrics import held_out
 from q3q.formatting import plural
-from q3q.record import ANSWER, Sweep, TrialRecord
-from q3q.spec import MEAN_ACCURACY, Json, TrialSpec
+from q3q.record import Sweep, TrialRecord
+from q3q.spec import MEAN_ACCURACY, TrialSpec
 from q3q.storage.identity import storage_id
 from q3q.storage.stores import folder_of
 from q3q.track.mlflow_fields import (
     block_metrics,
+    dataset_inputs,
     earlier_digest,
     metric_entities,
     milliseconds,
@@ -34,14 +34,14 @@ from q3q.track.mlflow_fields import (
     trial_tags,
     trial_times,
 )
+from q3q.track.mlflow_held import COMMAND, HeldSweep, closing_tags, config_file
 from q3q.track.mlflow_names import fitted_names, fitted_text
 from q3q.track.mlflow_registry import check_registry, register
 from q3q.track.mlflow_sqlite import own_uri, read_uri
-from q3q.track.mlflow_store import CHECK_LIMITS, NOTE, MlflowStore, is_refusal
+from q3q.track.mlflow_store import CHECK_LIMITS, MlflowStore, is_refusal
 from q3q.track.tracker import DEFAULT_STORAGE, sync_command
-from q3q.track.wording import MAX_TAG, shared_view, sweep_note, sweep_run_name, trial_run_name
+from q3q.track.wording import MAX_TAG, NOTE, shared_view, sweep_note, sweep_run_name, trial_run_name
 
-MOST_DATASET_NAME, MOST_DATASET_SOURCE = 500, 65_000  # characters that MLflow takes
 Value = TypeVar("Value")
 
 
@@ -108,10 +108,21 @@ class MlflowTracker:
     def page(self) -> str:
         """The open sweep's page in the UI, below a server's address: a table of its trials."""
         self._open_sweep()
-        return (
-            f"#/experiments/{self._store.experiment_id}/runs?workflowType=machine_learning"
-            f"&viewStateShareKey={self._view}"
-        )
+        return _page(self._store.experiment_id, self._view)
+
+    def held(self, sweep: Sweep) -> HeldSweep | None:
+        """Return what the storage's own database holds of a sweep that has ended.
+
+        MLflow is not imported. None where MLflow must see to it.
+        """
+        if self._storage is None or self.register is not None:
+            return None
+        with self._store.errors("cannot be used"):
+            return self._store.held(sweep.id, storage_id(self._storage))
+
+    def page_of(self, held: HeldSweep, sweep: Sweep) -> str:
+        """Return the page of a sweep that is not open."""
+        return _page(held.experiment_id, _view(sweep, held.owner))
 
     def remarks(self) -> list[str]:
         lines = [line for line in list(self._store.remarks) if line not in self._said]
@@ -199,13 +210,13 @@ class MlflowTracker:
         params = {name: value for name, value in params.items() if name not in earlier}
         tags = {
             "q3q.sweep": sweep.id,
-            "q3q.command": sweep.command,
+            COMMAND: sweep.command,
             NOTE: sweep_note(sweep),
             **self._owner_tag,
             **source_tags(),
         }
         self._store.log_batch(self._parent, [], params, tags)
-        self._store.upload(self._parent, {"config.yaml": sweep.config.encode(errors="replace")})
+        self._store.upload(self._parent, config_file(sweep))
 
     @property
     def _owner_tag(self) -> dict[str, str]:
@@ -301,8 +312,8 @@ class MlflowTracker:
         live_steps = self._logged.pop(spec.id, set())
         if is_update:
             client.set_tag(run, "q3q.record", "")
-        else:
-            self._log_datasets(run, spec)
+        elif inputs := dataset_inputs(spec):
+            client.log_inputs(run, inputs)
         self._store.upload(run, artifacts)
         refusal = None
         if self.register is not None and record.completed and spec.export:
@@ -338,13 +349,12 @@ class MlflowTracker:
         if not self._parent:
             return  # other storages' runs hold all records of this one
         self._store.upload(self._parent, artifacts)
-        note = sweep_note(sweep, artifacts.get(ANSWER, b"").decode())
-        client.set_tag(self._parent, NOTE, note)
         ended = milliseconds(sweep.ended or None)
         earlier = client.get_run(self._parent).data.metrics
         metrics = {name: x for name, x in self._fit(headline).items() if earlier.get(name) != x}
         now = ended or int(time.time() * 1000)
-        self._store.log_batch(self._parent, metric_entities(metrics, now), {}, {})
+        tags = closing_tags(sweep, artifacts)
+        self._store.log_batch(self._parent, metric_entities(metrics, now), {}, tags)
         for run in self._live.values():  # their trials were interrupted
             client.set_terminated(run, "KILLED")
         client.set_terminated(self._parent, "FINISHED" if succeeded else "FAILED", ended)
@@ -414,43 +424,18 @@ class MlflowTracker:
         )
         return str(run.info.run_id)
 
-    def _log_datasets(self, run: str, spec: TrialSpec) -> None:
-        """Log the trial's texts, and its tasks' questions, as MLflow's data sets."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        texts: list[tuple[str, Json]] = []
-        if spec.calibration is not None:
-            texts.append(("calibration", spec.calibration.to_json()))
-        texts += [("evaluation", text.to_json()) for text in spec.evaluation.texts]
-        prefix = "evaluation.data."
-        texts += [
-            ("evaluation", {"name": key.removeprefix(prefix), "digest": digest})
-            for key, digest in spec.flat().items()
-            if key.startswith(prefix)
-        ]
-        inputs = [
-            DatasetInput(
-                Dataset(
-                    name=str(text.get("name") or text["source"])[:MOST_DATASET_NAME],
-                    digest=text["digest"][:36] or "unknown",
-                    source_type="q3q",
-                    source=json.dumps({key: text[key] for key in text if key != "digest"})[
-                        :MOST_DATASET_SOURCE
-                    ],
-                ),
-                [InputTag("mlflow.data.context", context)],
-            )
-            for context, text in texts
-        ]
-        if inputs:
-            self._store.client.log_inputs(run, inputs)
-
     def _open_sweep(self) -> Sweep:
         if self._sweep is None:
             raise TrackingError(
                 "the tracker has no open sweep: open() comes before log() and close()"
             )
         return self._sweep
+
+
+def _page(experiment_id: str, view: str) -> str:
+    return (
+        f"#/experiments/{experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={view}"
+    )
 
 
 def _view(sweep: Sweep, owner: str) -> str:

@@ -16,9 +16,9 @@ from q3q.track.mlflow_names import fitted_names
 from q3q.track.wording import trial_note
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric
+    from mlflow.entities import DatasetInput, Metric
 
-LAYOUT = 2  # raised when runs get other params or metrics: then each run is brought up to date
+LAYOUT = 3  # raised when runs get other params or metrics: then each run is brought up to date
 # Params that a user types by another name than that in the spec's JSON.
 TYPED = {
     "model.name": "model",
@@ -32,6 +32,7 @@ TYPED = {
 }
 ENDS = (".low", ".high", ".difference")
 PERPLEXITIES = ("perplexity/", "perplexity_quick/")
+MOST_DATASET_NAME, MOST_DATASET_SOURCE = 500, 65_000  # characters that MLflow takes
 METRIC_DIGITS = 7  # of fractions, for the width of a table's column; record.json has all digits
 
 
@@ -170,7 +171,8 @@ def source_tags() -> dict[str, str]:
 def trial_params(spec: TrialSpec) -> dict[str, str]:
     """Return the trial's settings by the names that a user types: `bits`, not `scheme.bits`.
 
-    A setting that the trial does not have is left out.
+    A setting that the trial does not have is left out, but for the calibration: MLflow compares
+    by the params that all runs have, and a method without data says `none`.
     """
     # `scheme` and `calibration` as such are there only where the trial has none.
     settings = {
@@ -180,7 +182,37 @@ def trial_params(spec: TrialSpec) -> dict[str, str]:
     }
     if spec.scheme is not None and spec.scheme.act_bits is None:
         del settings["act_bits"]
-    return {**settings, "model": spec.model.label}
+    return {"calibration": "none", **settings, "model": spec.model.label}
+
+
+def dataset_inputs(spec: TrialSpec) -> list["DatasetInput"]:
+    """Return the trial's texts, and its tasks' questions, as MLflow's data sets."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    texts: list[tuple[str, Json]] = []
+    if spec.calibration is not None:
+        texts.append(("calibration", spec.calibration.to_json()))
+    texts += [("evaluation", text.to_json()) for text in spec.evaluation.texts]
+    prefix = "evaluation.data."
+    texts += [
+        ("evaluation", {"name": key.removeprefix(prefix), "digest": digest})
+        for key, digest in spec.flat().items()
+        if key.startswith(prefix)
+    ]
+    return [
+        DatasetInput(
+            Dataset(
+                name=str(text.get("name") or text["source"])[:MOST_DATASET_NAME],
+                digest=text["digest"][:36] or "unknown",
+                source_type="q3q",
+                source=json.dumps({key: text[key] for key in text if key != "digest"})[
+                    :MOST_DATASET_SOURCE
+                ],
+            ),
+            [InputTag("mlflow.data.context", context)],
+        )
+        for context, text in texts
+    ]
 
 
 def sweep_params(specs: list[TrialSpec]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import sqlite3
 import uuid
 from contextlib import closing, suppress
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -80,7 +81,7 @@ def prepare_database(path: Path, artifacts: Path, own: bool, sync: str) -> str:
         TrackingError: it is no database of this MLflow's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    damage = _damage(path)
+    damage = damage_of(path)
     aside = None
     if damage and not own and path.is_file() and path.stat().st_size:
         raise TrackingError(
@@ -98,7 +99,7 @@ def prepare_database(path: Path, artifacts: Path, own: bool, sync: str) -> str:
     with closing(sqlite3.connect(path, timeout=5)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         connection.rollback()
-        _refuse_unknown(connection, path)
+        refuse_unknown(connection, path)
     if aside is None:
         return ""
     why = f"is not a whole database ({damage})" if damage else f"belongs to the storage {former}"
@@ -135,7 +136,7 @@ def _former_place(path: Path, artifacts: Path) -> Path | None:
     return None
 
 
-def _damage(path: Path) -> str:
+def damage_of(path: Path) -> str:
     """Return what is wrong with the content of a file that should be a database, if anything is.
 
     A file that cannot be read, or that another process has locked, may be whole.
@@ -170,7 +171,7 @@ def _put_aside(path: Path, ending: str) -> Path:
     return aside
 
 
-def _refuse_unknown(connection: sqlite3.Connection, path: Path) -> None:
+def refuse_unknown(connection: sqlite3.Connection, path: Path) -> None:
     """Raise TrackingError for a database of a newer MLflow, or of another program."""
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     if tables and "alembic_version" not in tables and "experiments" not in tables:
@@ -180,15 +181,14 @@ def _refuse_unknown(connection: sqlite3.Connection, path: Path) -> None:
         )
     if "alembic_version" not in tables:
         return
-    import mlflow
-
-    migrations = Path(str(mlflow.__file__)).parent / "store/db_migrations/versions"
+    package = find_spec("mlflow")  # to import it takes seconds
+    migrations = Path(str(package and package.origin)).parent / "store/db_migrations/versions"
     for (version,) in connection.execute("SELECT version_num FROM alembic_version"):
         if not list(migrations.glob(f"{version}_*.py")):
             raise TrackingError(
                 f"track.uri={_uri_of(path)}: a newer MLflow made this database (schema {version}), "
-                f"and MLflow {mlflow.__version__} cannot read it: pip install --upgrade mlflow, or "
-                "give another file"
+                f"and MLflow {metadata.version('mlflow')} cannot read it: pip install --upgrade "
+                "mlflow, or give another file"
             )
 
 

@@ -15,9 +15,10 @@ from urllib.parse import unquote, urlsplit
 from q3q.environment import environment_variables
 from q3q.errors import RefusedByTrackerError, TrackingError
 from q3q.masking import masked
+from q3q.track.mlflow_held import HeldSweep, held_sweep
 from q3q.track.mlflow_names import MAX_PARAM, batches, experiment_name, fitted_text
 from q3q.track.mlflow_sqlite import OWN, prepare_database, read_uri
-from q3q.track.wording import ABOUT_EXPERIMENT, MAX_TAG
+from q3q.track.wording import ABOUT_EXPERIMENT, MAX_TAG, NOTE
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Metric
@@ -36,7 +37,6 @@ QUIET = {
 # Modules whose exceptions are about the store, not about a mistake in this code.
 STORE_MODULES = ("mlflow.", "sqlalchemy.", "requests.", "urllib3.")
 NOISY = ("urllib3.connectionpool", "mlflow.store.db.utils")  # loggers
-NOTE = "mlflow.note.content"
 
 
 class MlflowStore:
@@ -83,6 +83,12 @@ class MlflowStore:
             and self._artifacts is not None
             and self._database.parent == self._artifacts.parent
         )
+
+    def held(self, sweep: str, owner: str) -> HeldSweep | None:
+        """Return what the storage's own database holds of a sweep that has ended; see there."""
+        if not self.is_own or self._database is None or self._artifacts is None:
+            return None
+        return held_sweep(self._database, self._artifacts, self.experiment, sweep, owner)
 
     @property
     def client(self) -> "MlflowClient":

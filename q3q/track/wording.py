@@ -17,6 +17,7 @@ a trial: one model, one method, one bit-width. Search trials by what was asked f
 better) and `accuracy` or `.../acc` (higher is better). `.low` and `.high` are the ends of a 95 %
 interval, and `.difference` is the distance from the unquantized model.
 """
+NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
 MAX_TAG = 5000  # characters that servers before 3.0 accept; a note is a tag
 MAX_COMMAND = 1500  # characters in a sweep's note; a tag has the command in full
 MAX_RUN_NAME = 120  # characters, for the width of a table's column

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TextIO
 
 import pytest
@@ -119,6 +119,13 @@ def test_a_headline_has_what_was_measured_and_makes_nothing_up() -> None:
     metrics = {"bits_per_weight": 2.25}
     diverged = record(trial_of(), metrics=metrics, diverged=("perplexity/stories",))
     assert headline(diverged) == ["stories diverged", "2.25 bits per weight"]
+
+
+def test_only_what_was_quantized_has_bits_per_weight() -> None:
+    whole = record(trial_of("none", 16), metrics={"bits_per_weight": 16.0})
+    given = replace(whole, notes={"stored": {"dtype": "bfloat16", "quantized": "gptq"}})
+    assert "bits per weight" not in " ".join(headline(whole))
+    assert headline(given)[-1] == "16.00 bits per weight"
 
 
 def test_a_quick_evaluations_headline_has_its_own_metrics() -> None:
