@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests: one torch thread, no network, no progress bars."""
 
 import csv
+import gc
 import json
 import os
 import pickle
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items):
     """Start with the rooms whose tests launch sweeps: one long file at the end idles a worker."""
     long = ("tests/sweep/", "tests/chaos/", "tests/track/", "tests/test_")
     items.sort(key=lambda item: not item.nodeid.startswith(long))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap():
+    """Spare the garbage collector what is there already: one look at it all takes a second."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
 from q3q.errors import ConfigError
+from tests.composed import compose
 
 ROOT = Path(__file__).parent.parent
 

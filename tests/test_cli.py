@@ -33,6 +33,7 @@ def launch(storage, model, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_a_trial_alone_keeps_to_its_share_and_goes_on_where_its_storage_was_moved(tiny, tmp_path):  # noqa: F811
     first, second = tmp_path / "first", tmp_path / "second"
     asked = ("method=rtn", "cluster.cpus_per_trial=1")

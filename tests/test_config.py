@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -27,6 +27,7 @@ from q3q.quantize.methods.settings import SETTINGS
 from q3q.spec import TrialSpec
 from q3q.sweep.grid import choices_of, trials_of
 from q3q.sweep.launcher import Job
+from tests.composed import compose
 
 CONF = Path(__file__).parent.parent / "conf"
 HUB_CONFIG = {

@@ -106,6 +106,11 @@ def test_third_party_libraries_enter_by_their_door(name):
         assert any(name == door or name.startswith(door + ".") for door in doors), imported
 
 
+@cache
+def distributions():
+    return packages_distributions()
+
+
 @EACH
 def test_what_is_imported_is_declared(name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -113,12 +118,12 @@ def test_what_is_imported_is_declared(name):
         re.findall(r"[\w-]+", requirement)[0].lower().replace("_", "-")
         for requirement in project["dependencies"]
     }
-    owners = packages_distributions()
+    owners = distributions()
     for library in {imported.partition(".")[0] for imported in imports(name)} - OPTIONAL:
         if library in sys.stdlib_module_names or library in ("q3q", "hydra_plugins"):
             continue
-        distributions = {owner.lower().replace("_", "-") for owner in owners[library]}
-        assert distributions & declared, f"{name} imports {library}, which pyproject does not name"
+        names = {owner.lower().replace("_", "-") for owner in owners[library]}
+        assert names & declared, f"{name} imports {library}, which pyproject does not name"
 
 
 @pytest.mark.parametrize(

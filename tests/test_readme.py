@@ -6,12 +6,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from q3q.config import schema
 from q3q.sweep.grid import choices_of
+from tests.composed import compose
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

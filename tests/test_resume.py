@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from mlflow.tracking import MlflowClient
 
@@ -21,6 +21,7 @@ from q3q.sweep.run import StudySettings, run_study
 from q3q.sweep.study import Study, facts_of_trial
 from q3q.trials.__main__ import main
 from tests.chaos.faults import ROOT, SMALL
+from tests.composed import compose
 
 
 @pytest.fixture
@@ -101,6 +102,7 @@ def test_the_sweeps_tracker_and_report_receive_a_resumed_trial(run_sweep, tmp_pa
     assert not (other.folder / "failed.json").exists()
 
 
+@pytest.mark.slow
 def test_a_trial_whose_sweep_is_lost_gets_a_sweep_of_its_own(run_sweep, tmp_path):
     _, other = run_sweep(tmp_path / "first", ValueError("fails"))
     copy = tmp_path / "copy"

@@ -4,12 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
 from q3q.errors import ConfigError
 from q3q.sweep.grid import unquantized
+from tests.composed import compose
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "q3q" / "models" / "demo" / "dense"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.attempt import afresh
@@ -23,6 +23,7 @@ from q3q.record import Sweep, TrialRecord
 from q3q.sweep.study import Study
 from q3q.track.tracker import MemoryTracker
 from q3q.trial import attempt_trial, run_trial
+from tests.composed import compose
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -68,7 +69,11 @@ def loss(record: TrialRecord) -> float:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("method", "hurt"),
-    [("rtn", 0.1), ("gptq", 0.01), pytest.param("awq", 0.05, marks=pytest.mark.slow)],
+    [
+        ("gptq", 0.01),
+        pytest.param("rtn", 0.1, marks=pytest.mark.slow),
+        pytest.param("awq", 0.05, marks=pytest.mark.slow),
+    ],
 )
 def test_perplexity_falls_with_bits_and_8_bits_are_nearly_lossless(run, model, method, hurt):
     none = loss(run(f"model={model}", "method=none"))
@@ -78,6 +83,7 @@ def test_perplexity_falls_with_bits_and_8_bits_are_nearly_lossless(run, model, m
     assert abs(losses[-1] - none) < 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_gptq_and_awq_beat_rounding_at_3_bits(run, model):
     rtn, gptq, awq = (

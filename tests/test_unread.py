@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -12,6 +12,7 @@ from q3q.config import resolve, schema
 from q3q.config.unread import without_effect
 from q3q.errors import ConfigError
 from q3q.sweep.grid import choices_of, for_own_methods
+from tests.composed import compose
 
 CONF = Path(__file__).parent.parent / "conf"
 

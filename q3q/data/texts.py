@@ -4,6 +4,7 @@ A text's documents are its identity, which its digest states; its name and origi
 """
 
 import difflib
+import functools
 import hashlib
 import io
 import itertools
@@ -144,6 +145,7 @@ def load_text(
     return _hub_text(source, split, None if data is None else Path(data))
 
 
+@functools.cache  # telling them takes a tenth of a second
 def _demo_text(split: Split) -> Text:
     seed, count = _STORIES[split]
     stream = stories(seed, held_out=split == "evaluation")

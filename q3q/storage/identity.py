@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from q3q.storage.aside import put_aside
 from q3q.storage.files import sealed, unsealed, write_atomically
 from q3q.storage.mirror import Mirror, mirror_at
 from q3q.storage.stores import with_retries
@@ -46,8 +47,8 @@ def _of_folder(folder: Path) -> str:
 def _make(path: Path) -> tuple[str, str]:
     """Write a new id, unless another process was quicker: then return its id."""
     own = secrets.token_hex(8), str(path.parent)
-    if path.exists():  # damaged
-        path.rename(path.with_name(f"{NAME}.damaged.{secrets.token_hex(4)}"))
+    if os.path.lexists(path) and _read(path) is None:
+        put_aside(path, "is damaged")
     draft = path.with_name(f".{NAME}.{secrets.token_hex(8)}")
     _write(draft, own[0])
     try:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import model, resolve, schema
@@ -18,6 +18,7 @@ from q3q.sweep.study import facts_of_trial
 from q3q.track import mlflow
 from q3q.track.tracker import MemoryTracker
 from tests.chaos.faults import ROOT, SMALL, numbers
+from tests.composed import compose
 
 TRIALS = {"none": "method=none", "rtn4": "method=rtn bits=4", "rtn3": "method=rtn bits=3"}
 ASKED = [

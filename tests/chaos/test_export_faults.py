@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +23,7 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.record import Check, TrialRecord
 from q3q.trial import attempt_trial
 from tests.chaos.faults import ROOT, SMALL, end_of, in_child, log_of, numbers
+from tests.composed import compose
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
@@ -30,6 +30,7 @@ from tests.chaos.faults import (
     start,
     wait_until,
 )
+from tests.composed import compose
 from tests.stores import make_bucket, s3_server
 
 SWEEP = (

@@ -98,7 +98,7 @@ def settings(storage: Path, tiny: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     "kind",
     [
-        "sweep",
+        pytest.param("sweep", marks=pytest.mark.slow),
         pytest.param("one process", marks=pytest.mark.slow),
         pytest.param("resume", marks=pytest.mark.slow),
     ],

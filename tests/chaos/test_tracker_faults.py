@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
@@ -22,6 +22,7 @@ from q3q.sweep.study import Study, study_id
 from q3q.track.mlflow import MlflowTracker
 from q3q.track.tracker import MemoryTracker, Tracker
 from tests.chaos.faults import ROOT, freeze, launch, records, start
+from tests.composed import compose
 from tests.mlflow_server import free_port, kill, serve
 
 

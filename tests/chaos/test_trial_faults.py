@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q import trial as trial_module
@@ -34,6 +34,7 @@ from tests.chaos.faults import (
     runs,
     wait_until,
 )
+from tests.composed import compose
 
 TEXTS = ["evaluation.texts=[demo,library]"]
 TASKS = ["evaluation.tasks=[stories_who]", "evaluation.task_limit=4", "evaluation.texts=[]"]

@@ -15,6 +15,8 @@ from q3q.data.questions import Library
 from q3q.evaluate.batches import batches
 from q3q.evaluate.contributions import RANGES, contributions, number_of, of_group
 from q3q.evaluate.data_sets import resolve_data_sets
+from q3q.evaluate.harness import run
+from q3q.evaluate.harness.lean import simple_evaluate
 from q3q.evaluate.samples import (
     comparisons,
     explained,
@@ -30,6 +32,7 @@ from q3q.record import Comparison
 from q3q.reporter import no_steps
 from tests.specs import evaluation_of
 
+QUICK = {"bootstrap_iters": 10}
 DICE = np.random.default_rng(0)
 ANSWERS = [
     (int(gold), int(gold if sure else 1 - gold)) for gold, sure in DICE.random((40, 2)) < 0.6
@@ -254,7 +257,13 @@ aggregate_metric_list:
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     """Scores of the demo model, and of one whose logits are half as large."""
-    folder = tmp_path_factory.mktemp("tasks")
+    with pytest.MonkeyPatch.context() as patch:
+        # Resampling gives standard errors alone, and takes most of the time.
+        patch.setattr(run, "simple_evaluate", lambda **given: simple_evaluate(**{**given, **QUICK}))
+        yield scores_of(tmp_path_factory.mktemp("tasks"))
+
+
+def scores_of(folder):
     rows = [
         {"q": f"The {a} saw a {b}.", "c": [" Then it rained.", " He ran home."], "g": i % 2}
         for i, (a, b) in enumerate(

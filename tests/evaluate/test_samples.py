@@ -60,6 +60,7 @@ def test_samples_come_back_as_they_went(path):
     assert write_samples(path.with_name("again"), ROWS) == digest
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_anywhere_gives_other_samples(path):
     digest = write_samples(path, ROWS)
     good, rows, unnoticed = path.read_bytes(), read_samples(path), 0

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
@@ -14,6 +14,7 @@ from q3q.export.formats import expected_bytes, stored_scales, table
 from q3q.export.reload import transformers_takes
 from q3q.placement import Trial
 from q3q.spec import TrialSpec
+from tests.composed import compose
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +22,7 @@ from q3q.export.proof import PASSED, Proof
 from q3q.record import Check
 from q3q.sweep.earlier import damaged_exports
 from q3q.trial import attempt_trial, run_trial
+from tests.composed import compose
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -64,6 +65,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_stopped_exports_what_it_evaluated(trial_of, tmp_path):
     trial = trial_of("method=gptq", "export=gptq", f"export.path={tmp_path}/out")
 

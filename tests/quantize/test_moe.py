@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch.nn.functional import linear, silu
 
@@ -24,6 +24,7 @@ from q3q.quantize.sites import stack_rows
 from q3q.quantize.statistics import MIN_EXPERT_TOKENS, Gram, StoredInputs
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
+from tests.composed import compose
 
 CONF = Path(__file__).parents[2] / "conf"
 GATE, UP, DOWN = (f"mlp.experts.{name}_proj.weight" for name in ("gate", "up", "down"))

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from q3q.config import resolve, schema
@@ -12,6 +12,7 @@ from q3q.config.arguments import understood
 from q3q.config.command import command_of
 from q3q.config.model import DEMO_MODELS
 from q3q.quoting import override
+from tests.composed import compose
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -69,7 +69,7 @@ def test_ranks_meet_and_rank_0_speaks_for_all(cluster):
     assert free(cluster)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_is_killed_takes_its_gang_down_and_the_task_runs_again(
     cluster, tmp_path, monkeypatch, victim
 ):

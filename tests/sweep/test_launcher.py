@@ -98,6 +98,7 @@ class TestHydraIntegrationSuite(IntegrationTestSuite):
 
 @pytest.mark.usefixtures("shared_cluster")
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("q3q_ray", [])])
+@pytest.mark.slow
 class TestHydraLauncherSuite(LauncherTestSuite):
     pass
 
@@ -240,6 +241,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_launch_starts_ray_and_leaves_nothing_running(tmp_path):
     (tmp_path / "app.py").write_text(APP)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -184,6 +184,7 @@ def test_a_uri_in_an_odd_folder_is_read_as_it_is_written(tmp_path: Path) -> None
         MlflowTracker(f"sqlite:///{storage}/mlflow.db")
 
 
+@pytest.mark.slow
 def test_mlflows_own_server_opens_the_printed_uri(tmp_path: Path) -> None:
     """As `mlflow ui --backend-store-uri URI` does, in a process that does not know q3q."""
     storage = tmp_path / "what? 100% #1"

@@ -492,6 +492,7 @@ def server(folder: Path, *artifacts: str) -> Iterator[tuple[str, "subprocess.Pop
         kill(process)
 
 
+@pytest.mark.slow
 def test_a_server_takes_the_same_and_its_death_is_an_error_in_bounded_time(tmp_path: Path) -> None:
     with server(tmp_path) as (uri, process):
         tracker = MlflowTracker(uri, str(tmp_path / "storage"))
@@ -728,6 +729,7 @@ def exported(folder: Path) -> TrialRecord:
     return record(spec=spec(export="gptq"), placement=placement, notes={"export": facts})
 
 
+@pytest.mark.slow
 def test_a_server_registers_an_exported_checkpoint_once(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -761,6 +763,7 @@ def test_a_server_registers_an_exported_checkpoint_once(tmp_path: Path) -> None:
         assert not list(client.search_model_versions("name = 'yours'"))
 
 
+@pytest.mark.slow
 def test_a_server_whose_files_are_a_folder_is_refused_before_the_sweep(tmp_path: Path) -> None:
     local = ("--no-serve-artifacts", "--default-artifact-root", str(tmp_path / "files"))
     needs = pytest.raises(

@@ -74,6 +74,7 @@ def _run(folder: Path, storage: str, gate: Any) -> None:
     run_sweep(shared(folder, storage), storage)
 
 
+@pytest.mark.slow
 def test_storages_at_once_keep_one_run_a_trial_each(tmp_path: Path) -> None:
     shared(tmp_path, "a").check()  # else its migrations are most of the test
     spawn = multiprocessing.get_context("spawn")
@@ -92,6 +93,7 @@ def test_storages_at_once_keep_one_run_a_trial_each(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_on_a_server_too(tmp_path: Path) -> None:
     port = free_port()
     server = serve(tmp_path, port)

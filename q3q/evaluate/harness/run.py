@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
-
 from q3q.errors import IntegrityError
 from q3q.evaluate.batches import Choose, first_questions
 from q3q.evaluate.catalogue import OWN_TASKS
 from q3q.evaluate.chat import CHATS, PLAIN_CHAT, Chat
 from q3q.evaluate.compare import share_interval
+from q3q.evaluate.harness.lean import simple_evaluate
 from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.harness.metrics import read_metrics, sample_rows, shares_of
 from q3q.evaluate.harness.task_files import tasks_from
