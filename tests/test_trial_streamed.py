@@ -64,15 +64,18 @@ def trial_of(tmp_path):
 @pytest.mark.parametrize(
     "overrides",
     [
-        (
-            "model=demo",
-            "method=gptq",
-            "bits=3",
-            "head_bits=4",
-            "embedding_bits=4",
-            "export=hf",
-            "keep=blocks",
-            "calibration.samples=2",
+        pytest.param(
+            (
+                "model=demo",
+                "method=gptq",
+                "bits=3",
+                "head_bits=4",
+                "embedding_bits=4",
+                "export=hf",
+                "keep=blocks",
+                "calibration.samples=2",
+            ),
+            marks=pytest.mark.slow,
         ),
         (
             "model=demo_moe",

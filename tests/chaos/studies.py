@@ -38,6 +38,9 @@ class QuietTracker(MemoryTracker):
     def __init__(self, *_: object) -> None:
         super().__init__()
 
+    def held(self, _: object) -> None:
+        """Hold nothing from an earlier process."""
+
 
 def make_quick(patch: pytest.MonkeyPatch) -> None:
     """Leave out what takes seconds and has tests of its own; keep to one thread."""
