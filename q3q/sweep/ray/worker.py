@@ -35,6 +35,10 @@ from q3q.team import LOOPBACK, Rendezvous
 REPORTS_AHEAD = 64
 # A process that was asked to end stays so long, so that its last message is heard.
 PARTING_SECONDS = 1.0
+# Torch's allocator can then grow a piece of a GPU's memory: blocks of very different sizes, as a
+# walk asks for, leave no gaps that nothing fits in. The second name is the older one.
+ALLOCATOR = "expandable_segments:True"
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def task_entry(shape: Resources) -> Any:
@@ -182,13 +186,19 @@ def _run_call(
 
 
 def keep_to(cpus: float, gpus: float) -> None:
-    """Compute with as many threads as CPUs were reserved; see no GPU if none was."""
+    """Compute with as many threads as CPUs were reserved; see no GPU if none was.
+
+    On a GPU, its memory is allocated as `ALLOCATOR` says, unless the environment says otherwise.
+    Call it before torch is imported.
+    """
     threads = max(1, int(cpus))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)  # for libraries that are loaded from now on
     # An earlier task imported torch; OpenMP counts threads for each calling thread anew.
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
+    if gpus and not any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = ALLOCATOR
     if gpus == 0:
         # No GPU task inherits this: Ray gives those processes of their own.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
