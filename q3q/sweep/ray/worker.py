@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from q3q.errors import Q3QError
@@ -21,6 +21,7 @@ from q3q.sweep.ray.messages import (
     ADDRESS,
     EVENT,
     HANDED_BACK,
+    PULSE,
     VALUE,
     caused_by,
     pack,
@@ -29,10 +30,12 @@ from q3q.sweep.ray.messages import (
 )
 from q3q.sweep.ray.nodes import current_node_id, kernel_kill_counter
 from q3q.sweep.ray.tasks import HandedBackError, Resources, Started
-from q3q.team import LOOPBACK, Rendezvous
+from q3q.team import LOOPBACK, Rendezvous, own_pulse
 
 # A task that is so many reports ahead of the driver waits, so that nobody's memory fills with them.
 REPORTS_AHEAD = 64
+# Between two heartbeats of a gang's rank.
+PULSE_SECONDS = 1.0
 # A process that was asked to end stays so long, so that its last message is heard.
 PARTING_SECONDS = 1.0
 # Torch's allocator can then grow a piece of a GPU's memory: blocks of very different sizes, as a
@@ -112,12 +115,25 @@ def run_task(
             work += (rendezvous,)
             if rendezvous.rank == 0:
                 yield pack(ADDRESS, (rendezvous.host, rendezvous.port))
+        over = threading.Event()
+        if place is not None:
+            threading.Thread(target=_send_pulses, args=(outbox, over), daemon=True).start()
         threading.Thread(target=_run_call, args=work, name=key, daemon=True).start()
-        while (message := outbox.get()) is not None:
-            yield message
+        try:
+            while (message := outbox.get()) is not None:
+                yield message
+        finally:
+            over.set()
         if asked_to_end.is_set():
             time.sleep(PARTING_SECONDS)
             sys.exit(128 + signal.SIGTERM)
+
+
+def _send_pulses(outbox: "queue.Queue[bytes | None]", over: threading.Event) -> None:
+    """Send this rank's heartbeats. One that finds no room is left out: reports are heartbeats."""
+    while not over.wait(PULSE_SECONDS):
+        with suppress(queue.Full):
+            outbox.put_nowait(pack(PULSE, (own_pulse().exchanges, own_pulse().waits)))
 
 
 @contextmanager
