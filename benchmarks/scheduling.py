@@ -187,10 +187,11 @@ def simulated(trials: int) -> None:
     )
     from q3q.sweep.costs import CostModel
     from q3q.sweep.machines import Machine, ResourceRequest
-    from q3q.sweep.plan import plan, simulate
+    from q3q.sweep.plan import plan
+    from q3q.sweep.plan import simulated as simulated_sweep
 
     shape = read_facts(ROOT / "q3q" / "models" / "demo" / "dense")
-    # 0.6B, 8B and 32B, whose trials take a quarter of a GPU, half of one, and a gang of two.
+    # 0.6B, 8B and 32B, whose trials fit on a quarter of a GPU, on half of one, and a gang of two.
     sizes = {
         "0.6B": (1024, 28, 16, 3072),
         "8B": (4096, 36, 32, 12288),
@@ -234,7 +235,8 @@ def simulated(trials: int) -> None:
         pending, {}, facts, machines=machines, request=ResourceRequest(), model=CostModel()
     )
     planned = time.perf_counter()
-    wall, at_once = simulate(ordered, machines)
+    sweep = simulated_sweep(ordered, machines)
+    wall, at_once = sweep.seconds, sweep.at_once
     packed = time.perf_counter()
     least = sum(one.gpu_hours for one in ordered) / (NODES * GPUS)
     print(f"\n{trials} trials of three sizes on {NODES} machines of {GPUS} GPUs, in simulation")

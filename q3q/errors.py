@@ -11,6 +11,13 @@ MEMORY_WORDS = re.compile(
     r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(ALLOC|INTERNAL_ERROR_DEVICE_ALLOCATION)_FAILED"
 )
 
+# The words by which CUDA's libraries say that a GPU is gone, or failed.
+GPU_LOST_WORDS = re.compile(
+    r"no CUDA-capable device|CUDA-capable device\(s\) is/are busy or unavailable"
+    r"|No CUDA GPUs are available|CUDA error: (unspecified launch failure|unknown error)"
+    r"|uncorrectable (ECC|NVLink) error|(GPU|device) is lost|CUDA driver initialization failed"
+)
+
 # Exit codes: something went wrong while running; nothing was started; Ctrl-C.
 EXIT_FAILED, EXIT_MISUSED, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -32,10 +32,40 @@ PATIENCE = timedelta(days=30)
 CHECK_SECONDS = 1.0
 # For all ranks to arrive: a machine may still be loading libraries for many of them.
 MEETING = timedelta(minutes=10)
+# An exchange between GPUs may take so long, or NCCL ends the process. All ranks are in one step
+# then, and only as far apart as their parts of it are unequal; followers wait for rank 0 by gloo.
+NCCL_PATIENCE = timedelta(minutes=10)
 
 
 class PeerLostError(Q3QError):
     """Another rank of the gang failed or disappeared; that rank reports the cause, not this one."""
+
+
+@dataclass
+class Pulse:
+    """Whether this process, a rank of a gang, gets on: what its heartbeats tell the driver.
+
+    exchanges: parts of exchanges with other ranks that have begun or ended; it only grows
+    depth: exchanges that it is inside, and waits in; 0 while it works
+    """
+
+    exchanges: int = 0
+    depth: int = 0
+
+    @property
+    def waits(self) -> bool:
+        return self.depth > 0
+
+    def beat(self) -> None:
+        self.exchanges += 1
+
+
+_PULSE = Pulse()
+
+
+def own_pulse() -> Pulse:
+    """Return this process's pulse: it is one rank."""
+    return _PULSE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,17 +220,18 @@ class Team:
         pickler = _TensorPickler()
         pickler.dump(content)
         pickled = torch.frombuffer(bytearray(pickler.buffer.getvalue()), dtype=torch.uint8)
-        with translating_peer_errors():
+        with exchanging():
             give(torch.tensor([len(pickled)]))
             give(pickled)
             for tensor in pickler.tensors:
+                _PULSE.beat()
                 if tensor.numel():
                     give(_bytes(tensor.detach().contiguous()))
 
     def _take(self, receive: Callable[["Tensor"], Any]) -> Any:
         import torch
 
-        with translating_peer_errors():
+        with exchanging():
             length = torch.zeros(1, dtype=torch.int64)
             receive(length)
             pickled = torch.empty(int(length), dtype=torch.uint8)
@@ -245,6 +276,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
         number, shape, dtype, device = tag
         if number == len(self._tensors):
+            _PULSE.beat()
             tensor = torch.empty(shape, dtype=dtype, device=device)
             if tensor.numel():
                 self._receive(_bytes(tensor))
@@ -260,10 +292,15 @@ def _bytes(tensor: "Tensor") -> "Tensor":
 
 
 @contextmanager
-def translating_peer_errors() -> Iterator[None]:
-    """Raise PeerLostError for torch.distributed's errors about a broken connection."""
+def exchanging() -> Iterator[None]:
+    """Let this process's heartbeats say that it waits for other ranks, and whether that goes on.
+
+    Raise PeerLostError for torch.distributed's errors about a broken connection.
+    """
     import torch.distributed as dist
 
+    _PULSE.beat()
+    _PULSE.depth += 1
     try:
         yield
     except RuntimeError as error:  # gloo raises no more specific type
@@ -271,6 +308,9 @@ def translating_peer_errors() -> Iterator[None]:
         if not is_connection and not isinstance(error, dist.DistError):
             raise
         raise PeerLostError("another rank of the gang is gone, or cannot be reached") from error
+    finally:
+        _PULSE.depth -= 1
+        _PULSE.beat()
 
 
 @contextmanager
@@ -286,11 +326,11 @@ def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
     import torch.distributed as dist
 
     rank, size, interface = rendezvous.rank, rendezvous.size, interface_of(rendezvous.own_host)
-    os.environ.update({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"})
+    use_interface(interface)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # torch's own server would listen on every address. It takes over, and closes, our socket.
     listening = None if rendezvous.listener is None else rendezvous.listener.detach()
-    with translating_peer_errors():
+    with exchanging():
         store = dist.TCPStore(  # type: ignore[attr-defined]
             rendezvous.host,
             rendezvous.port,
@@ -301,6 +341,9 @@ def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
             master_listen_fd=listening,
         )
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        if torch.cuda.is_available():
+            whole = dist.distributed_c10d._get_default_group()
+            whole._get_backend(torch.device("cuda"))._set_default_timeout(NCCL_PATIENCE)
     team = Team(rank, size)
     try:
         yield team
@@ -308,6 +351,19 @@ def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
         team.models.clear()
         gc.collect()  # DeepSpeed's parameters hold the group, whose threads must end before Python
         dist.destroy_process_group()
+
+
+_CHOSEN: dict[str, str] = {}  # interfaces in this process's environment that are not the user's
+
+
+def use_interface(interface: str) -> None:
+    """Let gloo and NCCL use a network interface, unless the user's environment names another."""
+    for name, value in (
+        ("GLOO_SOCKET_IFNAME", interface),
+        ("NCCL_SOCKET_IFNAME", f"={interface}"),
+    ):
+        if os.environ.get(name) == _CHOSEN.get(name):  # unset, or set for an earlier gang
+            os.environ[name] = _CHOSEN[name] = value
 
 
 def interface_of(address: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import platform
 import shutil
 import traceback
 from contextlib import suppress
@@ -13,7 +14,7 @@ from q3q.attempt import LOG, Attempt, TrialLog, attempt
 from q3q.crash import crash_reason, forget_crash
 from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
-from q3q.errors import Q3QError
+from q3q.errors import GPU_LOST_WORDS, Q3QError
 from q3q.evaluate.integrity import check_weights
 from q3q.evaluate.measure import Reference, evaluate, noted_baseline, reference_of
 from q3q.evaluate.samples import SAMPLES, write_samples
@@ -278,6 +279,12 @@ def _recorded(trial: Trial, turn: Attempt, team: Team) -> TrialRecord:
             reason = (
                 f"the disk is full ({error.filename or trial.folder}); free some space, and the "
                 "same command goes on from the last block"
+            )
+        elif GPU_LOST_WORDS.search(str(error)):
+            reason = (
+                f"the GPU of {platform.node()} failed, or is gone ({str(error).splitlines()[0]}): "
+                "nvidia-smi and the kernel's log there (Xid) say more; the same command goes on "
+                "from the last block"
             )
         else:
             module = settings_or_default(trial.spec.method).implementation

@@ -6,9 +6,9 @@ import pytest
 
 from q3q.names import own_names, trial_names
 from q3q.record import Sweep
+from q3q.sweep.allocation import Allocation
 from q3q.sweep.machines import Machine
 from q3q.sweep.plan import Planned, describe, unlike_methods
-from q3q.sweep.shares import Allocation
 from q3q.trials.stored import find_trials, listed
 from tests.specs import (
     calibration_of,

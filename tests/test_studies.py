@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from q3q.sweep.costs import CostModel
 from q3q.sweep.grid import choices_of, narrowed, replaced, trials_of
 from q3q.sweep.launcher import Job
 from q3q.sweep.machines import Machine, request_of
-from q3q.sweep.plan import describe, plan
+from q3q.sweep.plan import describe, plan, simulated
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "conf/study").glob("*.yaml"))
@@ -146,15 +147,21 @@ def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compa
             "mmlu_paper/acc",
         ):
             assert departures(spec, metric) == (), spec.name
-    machine = Machine(cpus=128, gpus=8, memory=1 << 40, gpu_memory=80 << 30)
-    ordered = plan(
-        [entry.trial for entry in trials.values()],
-        {},
-        {key: entry.facts for key, entry in trials.items()},
-        machines=[machine],
-        request=request_of(composed[0].config.cluster.get),
-        model=CostModel(),
+    machine = Machine(cpus=128, gpus=8, memory=1 << 40, gpu_memory=80 << 30, name="NVIDIA H100")
+    ordered, whole = (
+        plan(
+            [entry.trial for entry in trials.values()],
+            {},
+            {key: entry.facts for key, entry in trials.items()},
+            machines=[machine],
+            request=replace(request_of(composed[0].config.cluster.get), gpus=gpus),
+            model=CostModel(),
+        )
+        for gpus in (None, 1)
     )
+    # Small models share GPUs, which ends the study sooner.
+    assert any(one.load.allocation.is_share for one in ordered)
+    assert simulated(ordered, [machine]).seconds < simulated(whole, [machine]).seconds
     shown = describe(ordered, machines=[machine], where="a cluster", storage=str(tmp_path))
     assert "239 to run on a cluster" in shown
     assert all(one.seconds > 0 for one in ordered)

@@ -7,8 +7,9 @@ import subprocess
 import pytest
 import torch
 
+from q3q import team
 from q3q.errors import ConfigError
-from q3q.team import LOOPBACK, SOLO, Team, interface_of
+from q3q.team import LOOPBACK, SOLO, Team, interface_of, use_interface
 
 
 def test_work_is_shared_by_cost_and_everything_is_taken_once():
@@ -119,3 +120,14 @@ def test_an_interface_is_found_by_its_address():
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1"):
         interface_of("192.0.2.1")  # kept for documentation; nobody has it
     assert socket.if_nameindex()
+
+
+def test_an_interface_that_the_user_named_is_kept_and_one_for_an_earlier_gang_is_not(monkeypatch):
+    monkeypatch.setattr(team, "_CHOSEN", {})
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    for interface in ("lo", "eth0"):
+        use_interface(interface)
+        assert os.environ["GLOO_SOCKET_IFNAME"] == interface
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")

@@ -29,6 +29,10 @@ CHUNK_BYTES = 2**28
 # Copies of a site's Hessian during observation; copies of (the Hessian, the float32 weights) during
 # factoring, and during rounding.
 OBSERVED, COPIES = 2, ((3.25, 1), (2, 5))
+# On disk, beside codes and groups' numbers: norms, headers, facts, a file that is being written.
+STORED_MARGIN = 1.05
+BINARY_BITS, BINARY_NUMBERS = 3, 8  # of a 1-bit weight's code, and of a group: BiLLM's
+GRID_NUMBERS = 2  # of a group: scale and zero point
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,25 @@ def bytes_of(size: int | str, key: str = "memory") -> int:
             f"{key}={size} is no size: give bytes such as 2.5GB (10^9) or 8GiB (2^30)"
         )
     return count
+
+
+def stored_bytes(facts: ModelFacts, bits: int, group_size: int) -> int:
+    """Return the bytes that a model's quantized blocks take in a block store, at most.
+
+    Codes are packed to their bits; the numbers of a group are float32. A block store counts as
+    `numerics.weights` makes tensors.
+
+    Args:
+        bits: of a code; 1 stands for BiLLM's, which take 3.
+        group_size: columns of a group; -1 for whole rows.
+    """
+    numbers = GRID_NUMBERS
+    if bits == 1:
+        bits, numbers = BINARY_BITS, BINARY_NUMBERS
+    weights = facts.linear_parameters
+    columns = min(min(widths) for widths in facts.columns.values())
+    groups = weights / (columns if group_size == -1 else min(group_size, columns))
+    return math.ceil(STORED_MARGIN * (weights * bits / 8 + 4 * numbers * groups))
 
 
 def in_gb(count: float) -> str:

@@ -1,5 +1,6 @@
 """Open a trial's checkpoint and load its model where and how its share of the machine allows."""
 
+import os
 import platform
 from dataclasses import dataclass
 
@@ -53,10 +54,13 @@ def device_of(trial: Trial) -> Device:
     """
     grant, available = trial.placement.grant, torch.cuda.is_available()
     if grant is not None and grant.gpus and not available:
-        reason = "finds no GPU" if torch.version.cuda else "was built without CUDA"
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        which = "" if seen is None else f" (CUDA_VISIBLE_DEVICES={seen})"
+        reason = f"finds no GPU{which}" if torch.version.cuda else "was built without CUDA"
         raise ConfigError(
-            f"this trial was planned on a GPU, and torch on {platform.node()} {reason}: install a "
-            "torch for its driver there (README, A real Qwen3), or give cluster.gpus_per_trial=0"
+            f"this trial was planned on a GPU, and torch on {platform.node()} {reason}: nvidia-smi "
+            "there lists its GPUs. If one is gone, plan without it; otherwise install a torch for "
+            "its driver there (README, A real Qwen3), or give cluster.gpus_per_trial=0"
         )
     return "cuda" if available and (grant is None or grant.gpus != 0) else "cpu"
 

@@ -32,7 +32,7 @@ from q3q.models.facts import ModelFacts
 from q3q.models.qwen3 import Qwen3Block
 from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight, numbers
-from q3q.team import Team, translating_peer_errors
+from q3q.team import Team, exchanging
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 _NUMBERS = count()
@@ -281,7 +281,7 @@ class ShardedDecoder(Decoder):
         """Return this rank's share of rank 0's weight."""
         import deepspeed
 
-        with _plain_tensors(), translating_peer_errors():
+        with _plain_tensors(), exchanging():
             content = torch.empty(shape, dtype=self._dtype, device=self._device)
             if weight is not None:
                 content.copy_(weight)
@@ -346,7 +346,7 @@ def _gathered(share: Mapping[str, Parameter]) -> dict[str, Tensor]:
     """Return the complete tensors; the ranks themselves keep their shares alone."""
     import deepspeed
 
-    with _plain_tensors(), translating_peer_errors(), warnings.catch_warnings():
+    with _plain_tensors(), exchanging(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # DeepSpeed calls a renamed torch function
         with deepspeed.zero.GatheredParameters(list(share.values())):
             return {name: parameter.data for name, parameter in share.items()}

@@ -6,25 +6,50 @@ operations over a machine's rate; `learned` corrects the rate by what finished t
 against the same arithmetic, so what a small model took at 4 bits predicts what a large one will
 take at 2. `CostModel` holds every number that the plan guesses with, except the methods' own
 (`MethodSettings.work`).
+
+On a GPU, three more things take time: what the processor does while the GPU waits (`prepare` and
+the constants that it reads), issuing the operations of a block, which is what a small model's
+forward takes, and GPTQ's factors and columns, which are far slower than matrix products.
 """
 
 import functools
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from q3q.evaluate.catalogue import TASKS
 from q3q.models.facts import ModelFacts
+from q3q.models.footprint import BATCH_TOKENS
 from q3q.placement import Trial
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.record import TrialRecord
 from q3q.spec import Evaluation, TaskRef, TextRef, TrialSpec
 
 TASK_TOKENS = 15_000  # of one task with its questions, where nothing better is known
+TASK_QUESTIONS = 150  # likewise
 TEXT_WINDOWS = 150  # of a text without a limit: WikiText-2 has 146 of 2048 tokens
 PHASES = ("baseline", "quantize", "evaluate")  # whose seconds follow from operations
 SHORTEST = 1.0  # seconds; a shorter predicted phase is mostly start-up and says little of the rate
+LARGE_TEXTS = ("c4", "pile")  # hundreds of thousands of documents, read for a few windows
+# Operations a second of a GPU's dense 16-bit products, by the word for its kind in its name, as its
+# data sheet has them.
+GPU_PEAKS = {
+    "A100": 3.1e14,
+    "A10G": 7e13,
+    "B200": 2.2e15,
+    "B300": 2.2e15,
+    "GB200": 2.2e15,
+    "GB300": 2.2e15,
+    "H100": 9.9e14,
+    "H200": 9.9e14,
+    "H20": 1.5e14,
+    "L4": 1.2e14,
+    "L40S": 3.6e14,
+    "T4": 6.5e13,
+    "V100": 1.25e14,
+}
 
 
 @dataclass(frozen=True)
@@ -32,12 +57,24 @@ class Rate:
     """Where a trial computes.
 
     name: of its GPU or processor, "" if unknown
-    units: cores, or the part of a GPU
+    units: cores, or the part of a GPU's time that the trial has
     """
 
     name: str
     gpu: bool
     units: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted seconds.
+
+    phases: of each phase
+    idle: of all of them, those in which the GPU waits for the processor; 0 on cores
+    """
+
+    phases: dict[str, float]
+    idle: float
 
 
 Key = tuple[str, ...]
@@ -51,10 +88,20 @@ class CostModel:
     sheets.
 
     core_flops: operations a second of one core; R, and B (22 s for GPTQ of 0.6B widths on two)
-    gpu_flops: of one GPU; D: an A100's 3.1e14 in bfloat16 at half its peak
+    gpu_peak: of a GPU that `GPU_PEAKS` does not know; D: an A100's
+    reached: part of its peak that a GPU reaches in a forward pass; a guess
+    gpu_solving: of a GPU, of `cube` and `square`; B, the H100's seconds for factors and columns
+    issue, issue_expert: seconds to have a GPU do a block's operations on one batch, and more for
+        each expert; a guess from the number of calls
+    block: seconds on a GPU to quantize a block, however small: codes to the host and to disk; B,
+        0.6B with RTN and GPTQ
     read_bytes: a second, from disk to where the model computes; D: a plain NVMe drive
     start: seconds of opening a model, whatever its size; R (0.1, and 2 where libraries are loaded
         too)
+    gpu_start: the same on a GPU, where each trial is a new process: libraries and CUDA start too
+    question: seconds to make a question's prompts and encode them; a guess between the first trial
+        with a suite and those that read what it made
+    draw: seconds to read one of `LARGE_TEXTS` and draw its windows; R
     streamed: times as long as resident; benchmarks/streaming.py asks for at most 1 / 0.6
     gang: share of its GPUs' speed that a gang has; a guess, corrected like all rates
     cube: of columns^3: a site's factor and its inverse; B, "GPTQ's column loop"
@@ -62,9 +109,17 @@ class CostModel:
     """
 
     core_flops: float = 5e10
-    gpu_flops: float = 1.5e14
+    gpu_peak: float = 3.1e14
+    reached: float = 0.4
+    gpu_solving: float = 5e12
+    issue: float = 2e-3
+    issue_expert: float = 5e-5
+    block: float = 0.1
     read_bytes: float = 1e9
     start: float = 1.0
+    gpu_start: float = 10.0
+    question: float = 5e-4
+    draw: float = 10.0
     streamed: float = 1.6
     gang: float = 0.7
     cube: float = 0.6
@@ -93,26 +148,83 @@ class CostModel:
             return rounding
         operations = work.passes * forward(facts, calibration.tokens, calibration.length)
         if work.solves:
-            per_token, squares, cubes = _solving(facts)
-            operations += per_token * calibration.tokens
-            operations += self.square * squares
-            operations += self.cube * cubes
+            operations += _solving(facts)[0] * calibration.tokens + self._solves(spec, facts)
         few = forward(facts, work.variant_windows * calibration.length, calibration.length)
         return operations + work.variants * (2 * few + rounding) + rounding
+
+    def _solves(self, spec: TrialSpec, facts: ModelFacts) -> float:
+        """Return the operations of all factors and column loops."""
+        if spec.calibration is None or not settings_or_default(spec.method).work().solves:
+            return 0.0
+        _, squares, cubes = _solving(facts)
+        return self.square * squares + self.cube * cubes
+
+    def prepare(self, spec: TrialSpec) -> dict[str, float]:
+        """Return the seconds of each phase that the processor takes while nothing else runs."""
+        calibration = spec.calibration
+        large = calibration is not None and calibration.source in LARGE_TEXTS
+        questions = sum(_questions(task, spec.evaluation) for task in spec.evaluation.tasks)
+        return {"calibrate": self.draw * large, "evaluate": self.question * questions}
+
+    def issuing(self, spec: TrialSpec, facts: ModelFacts) -> dict[str, float]:
+        """Return the seconds of each phase that a GPU's operations take to issue."""
+        each = self.issue + self.issue_expert * facts.experts
+        passes = dict.fromkeys(PHASES, 0.0)
+        evaluation, calibration = spec.evaluation, spec.calibration
+        texts = sum(text_windows(text) * text.window for text in evaluation.texts)
+        tasks = sum(_task_tokens(task, evaluation) for task in evaluation.tasks)
+        separate = spec.scheme is None and evaluation.drift is not None
+        passes["baseline"] = texts if separate else 0.0
+        passes["evaluate"] = tasks if separate else texts + tasks
+        if spec.scheme is not None and calibration is not None:
+            passes["quantize"] = settings_or_default(spec.method).work().passes * calibration.tokens
+        seconds = {
+            phase: facts.layers * each * tokens / BATCH_TOKENS["cuda"]
+            for phase, tokens in passes.items()
+        }
+        if spec.scheme is not None:
+            seconds["quantize"] += facts.layers * self.block
+        return seconds
+
+    def flops(self, where: Rate) -> float:
+        """Return the operations a second of a core, or of a whole GPU."""
+        if not where.gpu:
+            return self.core_flops
+        words = re.findall(r"[A-Za-z0-9]+", where.name)
+        peaks = [GPU_PEAKS[word] for word in words if word in GPU_PEAKS]
+        return self.reached * (peaks[0] if peaks else self.gpu_peak)
+
+    def predict(
+        self, spec: TrialSpec, facts: ModelFacts, where: Rate, *, loader: str, ranks: int = 1
+    ) -> Prediction:
+        """Return the predicted seconds of a trial that has `where.units` for itself."""
+        slower = self.streamed if loader == "streamed" else 1 / self.gang if ranks > 1 else 1.0
+        rate = self.flops(where) * where.units * ranks
+        read = 0.0
+        if loader != "streamed":
+            read = facts.weight_bytes(spec.model.dtype) / self.read_bytes
+        prepare, issuing = self.prepare(spec), self.issuing(spec, facts)
+        seconds = {"load": (self.gpu_start if where.gpu else self.start) + read}
+        seconds["calibrate"] = prepare["calibrate"]
+        idle = sum(seconds.values())
+        for phase, operations in self.operations(spec, facts).items():
+            computing = operations / rate
+            if where.gpu and phase == "quantize":
+                solves = self._solves(spec, facts)
+                computing += solves / (self.gpu_solving * where.units * ranks) - solves / rate
+            computing *= slower
+            waiting = max(0.0, issuing[phase] - computing) if where.gpu else 0.0
+            waiting += prepare.get(phase, 0.0)
+            ratio = self._ratio(phase, spec, where, loader)
+            seconds[phase] = (computing + waiting) * ratio
+            idle += waiting * ratio
+        return Prediction(seconds, idle if where.gpu else 0.0)
 
     def phases(
         self, spec: TrialSpec, facts: ModelFacts, where: Rate, *, loader: str, ranks: int = 1
     ) -> dict[str, float]:
         """Return the predicted seconds of each phase, loading included."""
-        slower = self.streamed if loader == "streamed" else 1 / self.gang if ranks > 1 else 1.0
-        rate = (self.gpu_flops if where.gpu else self.core_flops) * where.units * ranks
-        read = 0.0
-        if loader != "streamed":
-            read = facts.weight_bytes(spec.model.dtype) / self.read_bytes
-        seconds = {"load": self.start + read}
-        for phase, operations in self.operations(spec, facts).items():
-            seconds[phase] = slower * operations / rate * self._ratio(phase, spec, where, loader)
-        return seconds
+        return self.predict(spec, facts, where, loader=loader, ranks=ranks).phases
 
     def _ratio(self, phase: str, spec: TrialSpec, where: Rate, loader: str) -> float:
         """Return the ratio of the most similar work that is known."""
@@ -207,7 +319,9 @@ def ran_on(record: TrialRecord) -> tuple[Rate, int, str]:
     hardware = record.environment.get("hardware", {})
     planned = record.environment.get("planned", {})
     if "gpu" in hardware:
-        rate = Rate(str(hardware["gpu"]), True, min(1.0, float(planned.get("gpus", 1.0))))
+        # Before plans said how many trials share a GPU's time, each had its share of it.
+        part = planned.get("gpu_time", min(1.0, float(planned.get("gpus", 1.0))))
+        rate = Rate(str(hardware["gpu"]), True, float(part))
     else:
         processor, threads = str(hardware.get("processor", "")), float(hardware.get("threads", 1))
         rate = Rate(processor, False, threads)
@@ -235,8 +349,14 @@ def _task_tokens(ref: TaskRef, evaluation: Evaluation) -> float:
     if ref.name not in TASKS:
         return TASK_TOKENS
     task = TASKS[ref.name]
-    parts, questions = len(task.data) or 1, sum(task.questions)
-    limit = evaluation.limit_of(ref)
-    if limit is not None:
-        questions = min(questions, limit * parts)
-    return questions * task.tokens + parts * task.shared_tokens
+    parts = len(task.data) or 1
+    return _questions(ref, evaluation) * task.tokens + parts * task.shared_tokens
+
+
+def _questions(ref: TaskRef, evaluation: Evaluation) -> int:
+    """Count a task's questions; of one that is not known, estimate them."""
+    if ref.name not in TASKS:
+        return TASK_QUESTIONS
+    task = TASKS[ref.name]
+    questions, limit = sum(task.questions), evaluation.limit_of(ref)
+    return questions if limit is None else min(questions, limit * (len(task.data) or 1))

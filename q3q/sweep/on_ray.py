@@ -15,6 +15,7 @@ from q3q.models.footprint import in_gb
 from q3q.placement import Trial
 from q3q.record import Progress, TrialRecord
 from q3q.spec import Json
+from q3q.sweep.allocation import Allocation
 from q3q.sweep.grid import SweepTrial
 from q3q.sweep.launcher import Job, JobPolicy, RayLauncher
 from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here, sized
@@ -23,7 +24,6 @@ from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.deaths import ran_out_of_memory
 from q3q.sweep.ray.tasks import Outcome, OutOfMemoryError, Resources, Started, Task, WorkerDiedError
 from q3q.sweep.run import Host, RunningStudy, with_plan
-from q3q.sweep.shares import Allocation
 from q3q.team import Rendezvous
 
 # Workers show no progress bars, and must not all start as many threads as there are cores.

@@ -3,27 +3,30 @@
 The plan comes from config.json and arithmetic alone. A trial's resources follow from the bytes that
 its model needs (`models/footprint`): a share of a GPU, one GPU, or a gang; main memory, and the
 same part of the cores as of the memory, at least one. If that was too little, the trial gets the
-next larger allocation (`shares`).
+next larger allocation (`shares`). Trials share GPUs only if that ends the sweep sooner (`packing`).
 """
 
-import heapq
-from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import in_gb
 from q3q.names import own_names
 from q3q.placement import Trial
 from q3q.record import TrialRecord
-from q3q.spec import AUTO_DRIFT, Json, TrialSpec
-from q3q.sweep.costs import CostModel, Rate, text_windows
+from q3q.spec import Json, TrialSpec
+from q3q.sweep.allocation import Allocation, Choices
+from q3q.sweep.costs import CostModel, Rate
+from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
-from q3q.sweep.shares import Allocation, activation_bytes, allocations_of, capacity, memory_of
+from q3q.sweep.packing import Load, Simulation, share_out, simulate
+from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of
 
-HEADINGS = tuple("trial,what,model,on,loader,predicted,needs,main memory,disk,GPU-hours".split(","))
+HEADINGS = (
+    *("trial", "what", "model", "on", "loader", "predicted", "needs", "main memory", "disk"),
+    *("disk while it runs", "GPU-hours"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +35,23 @@ class Planned:
 
     allocation: None for a trial that is done
     larger: what it gets on a second try if it runs out of memory
-    phases: predicted seconds of each
+    phases: predicted seconds of each, on a GPU that it has for itself
+    idle: of these, those in which its GPU waits for the processor
+    gpu_time: part of its GPU's time that it has, in the simulated sweep, while it computes
     basis: of the prediction: `measured`, `rough` or `done`
     disk: bytes that it leaves beside its record, without what trials before it left already
+    blocks: bytes on disk that it takes only while it runs
     """
 
     trial: Trial
     allocation: Allocation | None
     larger: Allocation | None = None
     phases: Mapping[str, float]
+    idle: float = 0.0
+    gpu_time: float = 1.0
     basis: str
     disk: int = 0
+    blocks: int = 0
 
     @property
     def spec(self) -> TrialSpec:
@@ -54,7 +63,17 @@ class Planned:
 
     @property
     def seconds(self) -> float:
-        return sum(self.phases.values())
+        return self.idle + self._busy / self.gpu_time
+
+    @property
+    def _busy(self) -> float:
+        return max(0.0, sum(self.phases.values()) - self.idle)
+
+    @property
+    def load(self) -> Load:
+        """The trial as the simulation sees it."""
+        assert self.allocation is not None
+        return Load(allocation=self.allocation, idle=self.idle, busy=self._busy, blocks=self.blocks)
 
     @property
     def gpu_hours(self) -> float:
@@ -66,14 +85,17 @@ class Planned:
         """Return what a record keeps of the plan; `allocation`: what the trial had in the end."""
         final = allocation or self.allocation
         assert final is not None
+        stretch = self.seconds / (sum(self.phases.values()) or 1.0)
+        shared = {"gpu_time": round(self.gpu_time, 3)} if final.is_share else {}
         return {
             "seconds": round(self.seconds, 3),
-            "phases": {phase: round(seconds, 3) for phase, seconds in self.phases.items()},
+            "phases": {phase: round(stretch * took, 3) for phase, took in self.phases.items()},
             "memory": final.needs,
             "cpus": final.cpus,
             "gpus": final.gpus,
             "ranks": final.ranks,
             "loader": final.loader,
+            **shared,
         }
 
 
@@ -94,23 +116,28 @@ def plan(
     Raises:
         ConfigError: a trial fits nowhere.
     """
-    planned = []
-    allocations: dict[Hashable, tuple[Allocation, Allocation | None]] = {}
+    planned, chosen = list[Planned](), dict[str, Choices]()
+    known: dict[Hashable, Choices] = {}
     for trial in trials:
         if trial.id in finished:
             planned.append(Planned(trial=trial, allocation=None, phases={}, basis="done"))
             continue
-        key = _allocation_key(trial, facts[trial.id])
-        if key not in allocations:
-            allocations[key] = allocations_of(trial, facts[trial.id], machines, request)
-        allocation, larger = allocations[key]
+        shape = facts[trial.id]
+        key = _allocation_key(trial, shape)
+        if key not in known:
+            known[key] = choices_of(trial, shape, machines, request)
+        chosen[trial.id] = known[key]
+        allocation = known[key].at_least(1.0)
         where, loader = rate_of(allocation, machines), allocation.loader
-        phases = model.phases(
-            trial.spec, facts[trial.id], where, loader=loader, ranks=allocation.ranks
-        )
-        basis = "measured" if model.knows(trial.spec, where, loader) else "rough"
+        predicted = model.predict(trial.spec, shape, where, loader=loader, ranks=allocation.ranks)
         planned.append(
-            Planned(trial=trial, allocation=allocation, larger=larger, phases=phases, basis=basis)
+            Planned(
+                trial=trial,
+                allocation=allocation,
+                phases=predicted.phases,
+                idle=predicted.idle,
+                basis="measured" if model.knows(trial.spec, where, loader) else "rough",
+            )
         )
     planned.sort(
         key=lambda entry: (
@@ -120,7 +147,51 @@ def plan(
             entry.spec.model.files,
         )
     )
-    return _with_disk(planned, facts)
+    left = [entry for entry in planned if not entry.done]
+    done = planned[len(left) :]
+    disks = left_by_each([entry.trial for entry in left], [entry.trial for entry in done], facts)
+    left = [
+        replace(entry, disk=disk, blocks=running_bytes(entry.trial, facts[entry.trial.id]))
+        for entry, disk in zip(left, disks, strict=True)
+    ]
+    return [*_sharing(left, [chosen[entry.trial.id] for entry in left], machines), *done]
+
+
+def _sharing(
+    planned: Sequence[Planned], choices: Sequence[Choices], machines: Sequence[Machine]
+) -> list[Planned]:
+    """Give each trial its share of the machines, and the time that it has of a GPU with it."""
+    allocations = share_out(choices, [entry.load for entry in planned], machines)
+    shared = [
+        replace(entry, allocation=allocation, larger=choice.larger(allocation))
+        for entry, allocation, choice in zip(planned, allocations, choices, strict=True)
+    ]
+    if not any(allocation.is_share for allocation in allocations):
+        return shared
+    runs = simulate([entry.load for entry in shared], machines).runs
+    return [
+        replace(entry, gpu_time=min(1.0, entry.load.busy / max(run.seconds - entry.idle, 1e-9)))
+        if entry.load.allocation.is_share
+        else entry
+        for entry, run in zip(shared, runs, strict=True)
+    ]
+
+
+def simulated(planned: Sequence[Planned], machines: Sequence[Machine]) -> Simulation:
+    """Return the sweep of all trials that are not done."""
+    return simulate([entry.load for entry in planned if not entry.done], machines)
+
+
+def refuse_what_fills_the_disk(
+    planned: Sequence[Planned], machines: Sequence[Machine], storage: Path
+) -> None:
+    """Refuse a plan whose trials need more disk than the storage folder has free.
+
+    Raises:
+        ConfigError: it does.
+    """
+    left = sum(entry.disk for entry in planned)
+    refuse_full_disk(storage, left, simulated(planned, machines).blocks)
 
 
 def _allocation_key(trial: Trial, facts: ModelFacts) -> Hashable:
@@ -132,137 +203,17 @@ def _allocation_key(trial: Trial, facts: ModelFacts) -> Hashable:
     )
 
 
-def _with_disk(planned: Sequence[Planned], facts: Mapping[str, ModelFacts]) -> list[Planned]:
-    """Count what several trials share on disk for the first of them alone."""
-    present: set[tuple[str, ...]] = set()
-    for entry in planned:
-        if entry.done:
-            present |= left_behind(entry.trial, facts[entry.trial.id]).keys()
-    counted = []
-    for entry in planned:
-        left = {} if entry.done else left_behind(entry.trial, facts[entry.trial.id])
-        disk = sum(size for name, size in left.items() if name not in present)
-        counted.append(replace(entry, disk=disk))
-        present |= left.keys()
-    return counted
-
-
 def rate_of(allocation: Allocation, machines: Sequence[Machine]) -> Rate:
-    """Return where such a trial computes; no name if several kinds of machine could run it."""
-    names = {machine.name for machine in machines if capacity(allocation, machine)}
+    """Return where such a trial computes; no name if several kinds of machine could run it.
+
+    On a GPU, as if the trial had it for itself.
+    """
+    able = [machine for machine in machines if capacity(allocation, machine)]
+    names = {machine.name or (machine.kind if allocation.gpus else "") for machine in able}
     name = names.pop() if len(names) == 1 else ""
     if allocation.gpus:
-        return Rate(name, True, min(1.0, allocation.gpus))
+        return Rate(name, True, 1.0)
     return Rate(name, False, allocation.cpus)
-
-
-def left_behind(trial: Trial, facts: ModelFacts) -> dict[tuple[str, ...], int]:
-    """Return the bytes that a finished trial leaves, by what they are; several trials may share it.
-
-    What drift is measured against belongs to a model and a text, kept blocks to a quantization, an
-    export to the trial.
-    """
-    spec, dtype = trial.spec, trial.spec.model.dtype
-    left: dict[tuple[str, ...], int] = {}
-    if (drift := spec.evaluation.drift) is not None:
-        most = None if drift == AUTO_DRIFT else int(drift)
-        for text in spec.evaluation.texts:
-            windows = kept_windows(text_windows(text), text.window, facts.hidden, dtype, most)
-            size = baseline_bytes(windows, text.window, facts.hidden, dtype)
-            name = ("baseline", spec.model.files, dtype, text.name, str(text.window), str(size))
-            left[name] = size
-    if spec.scheme is None:
-        return left
-    columns = facts.hidden if spec.scheme.group_size == -1 else spec.scheme.group_size
-    weights = facts.linear_parameters
-    scales = 8 * weights // columns  # float32 scale and zero point
-    if trial.placement.keeps_blocks:
-        left["blocks", spec.quantization_id] = weights + scales  # a byte a code
-    if spec.export:
-        plain = facts.weight_bytes(dtype)
-        packed = weights * spec.scheme.bits // 8 + scales // 2
-        others = plain // facts.parameters * (facts.parameters - weights)
-        left["export", spec.id] = plain if spec.export == "hf" else packed + others
-    return left
-
-
-@dataclass
-class _Free:
-    """What a machine has free at a moment of the simulated sweep; of each GPU, a part."""
-
-    cpus: float
-    memory: float
-    gpus: list[float]
-    kind: str
-
-
-_Place = tuple[_Free, int]  # a rank's machine and GPU, -1 for none
-
-
-def simulate(planned: Sequence[Planned], machines: Sequence[Machine]) -> tuple[float, int]:
-    """Return the seconds that the sweep takes, and the most trials that run at once.
-
-    Each trial in the plan's order starts as soon as there is room for it; later ones pass it where
-    there is none.
-    """
-    free = [
-        _Free(
-            machine.cpus,
-            float("inf") if machine.memory is None else machine.memory,
-            [1.0] * int(machine.gpus),
-            machine.kind,
-        )
-        for machine in machines
-    ]
-    queues: dict[Allocation, deque[float]] = {}
-    for entry in planned:
-        if entry.allocation is not None:
-            queues.setdefault(entry.allocation, deque()).append(entry.seconds)
-    now, most, ticket = 0.0, 0, 0
-    running: list[tuple[float, int, Allocation, list[_Place]]] = []
-    while running or any(queues.values()):
-        for allocation, waiting in queues.items():
-            while waiting and (places := _places(allocation, free)) is not None:
-                _take(allocation, places, 1)
-                heapq.heappush(running, (now + waiting.popleft(), ticket, allocation, places))
-                ticket += 1
-        most = max(most, len(running))
-        if not running:  # on machines that are still to come: one for each trial that waits
-            return now + max(max(waiting) for waiting in queues.values() if waiting), max(1, most)
-        now, _, allocation, places = heapq.heappop(running)
-        _take(allocation, places, -1)
-    return now, most
-
-
-def _take(allocation: Allocation, places: Sequence[_Place], sign: int) -> None:
-    """Take each rank's resources (`sign` 1), or give them back (-1)."""
-    for machine, gpu in places:
-        machine.cpus -= sign * allocation.cpus
-        machine.memory -= sign * allocation.memory
-        if gpu >= 0:
-            machine.gpus[gpu] -= sign * min(1.0, allocation.gpus)
-
-
-def _places(allocation: Allocation, machines: Sequence[_Free]) -> list[_Place] | None:
-    """Return a place for each rank, or None if there is no room for all of them."""
-    places: list[_Place] = []
-    for machine in machines:
-        room = allocation.ranks - len(places)
-        if allocation.cpus:
-            room = min(room, int(machine.cpus / allocation.cpus + 1e-9))
-        if allocation.memory:
-            room = int(min(room, machine.memory / allocation.memory))
-        if room <= 0 or allocation.kind not in ("", machine.kind):
-            continue
-        gpus = [-1] * room
-        if allocation.gpus:
-            part = min(1.0, allocation.gpus)
-            gpus = [gpu for gpu, left in enumerate(machine.gpus) if left + 1e-9 >= part]
-            gpus.sort(key=machine.gpus.__getitem__)  # GPUs in use are filled first
-        places += [(machine, gpu) for gpu in gpus[:room]]
-        if len(places) == allocation.ranks:
-            return places
-    return None
 
 
 def describe(
@@ -283,15 +234,16 @@ def describe(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     ]
-    wall, at_once = simulate(left, machines)
+    sweep = simulated(left, machines)
     disk, hours = sum(entry.disk for entry in left), sum(entry.gpu_hours for entry in left)
     total = [
         f"{len(left)} to run on {where}",
-        f"{at_once} at a time at most",
-        f"about {_rounded(wall)}",
+        f"{sweep.at_once} at a time at most",
+        f"about {_rounded(sweep.seconds)}",
     ]
     total += [f"{hours:.1f} GPU-hours"] if hours else []
     total += [f"{_bytes(disk)} of disk"] if disk else []
+    total += [f"{_bytes(sweep.blocks)} of disk while trials run"] if sweep.blocks else []
     lines.append(f"{', '.join(total)}. State and records: {storage}")
     if unlike := unlike_methods([entry.spec for entry in planned]):
         lines.append(unlike)
@@ -336,6 +288,7 @@ def _row(planned: Planned, name: str) -> tuple[str, ...]:
         in_gb(allocation.needs),
         in_gb(allocation.memory * allocation.ranks),
         _bytes(planned.disk) if planned.disk else "-",
+        _bytes(planned.blocks) if planned.blocks else "-",
         f"{planned.gpu_hours:.2f}" if allocation.gpus else "-",
     )
 

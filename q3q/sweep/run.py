@@ -28,12 +28,18 @@ from q3q.storage.aside import clear_storage, telling
 from q3q.storage.mirror import mirror_at, refreshed
 from q3q.storage.stores import folder_of, is_url
 from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
+from q3q.sweep.allocation import Allocation
 from q3q.sweep.comparing import baseline_record
 from q3q.sweep.costs import CostModel
 from q3q.sweep.earlier import damaged_exports, failed_records, finished_records, quantized_again
 from q3q.sweep.machines import Machine, ResourceRequest, amount, request_of
-from q3q.sweep.plan import Planned, describe, plan, unlike_methods
-from q3q.sweep.shares import Allocation
+from q3q.sweep.plan import (
+    Planned,
+    describe,
+    plan,
+    refuse_what_fills_the_disk,
+    unlike_methods,
+)
 from q3q.sweep.study import Study, facts_of_trial, recent_records, sole_driver, study_id
 from q3q.track.mlflow_sqlite import own_uri, read_uri
 from q3q.track.tracker import DEFAULT_STORAGE
@@ -252,6 +258,9 @@ def run_study(
     if settings.plan_only:
         _show_notes(settings)
         print(describe(planned, machines=machines, where=host.where, storage=settings.storage))
+    if not (settings.address and is_url(settings.storage)):  # there each machine has its own mirror
+        refuse_what_fills_the_disk(planned, machines, storage)
+    if settings.plan_only:
         return None
     if unlike := unlike_methods([trial.spec for trial in trials]):
         print(unlike)

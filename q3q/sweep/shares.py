@@ -1,8 +1,8 @@
-"""What a trial gets of a machine: cores, memory, a share of a GPU or a gang of them."""
+"""What a trial can be given: cores, memory, a share of a GPU or a gang of them."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from q3q.errors import ConfigError
 from q3q.models.facts import ModelFacts
@@ -16,48 +16,21 @@ from q3q.models.footprint import (
     in_gb,
     need,
 )
-from q3q.placement import Grant, Trial
+from q3q.placement import Trial
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.spec import TrialSpec
+from q3q.sweep.allocation import Allocation, Choices
 from q3q.sweep.machines import CORES_TO_COME, Machine, ResourceRequest
 
 FRACTIONS = (0.25, 0.5, 1.0)  # of a GPU; with smaller ones trials would only wait for each other
+# The memory for activations that keeps all hidden states of a block's inputs on a GPU, in their
+# bytes: the rest is for runs that halt inside the block (`quantize.activations.HIDDEN_SHARE`).
+HALTED = 3
 ROOM = 0.92  # of a GPU's memory that trials may plan with: the rest fragments, or is its driver's
 MOST_ACTIVATIONS = 8_000_000_000  # bytes of hidden states that a trial reserves memory for
 HOST_BYTES = 4_000_000_000  # main memory of a trial on a GPU, beside two blocks on their way there
 MOST_THREADS = 16  # of a trial on a GPU, which hardly computes on its cores
 GANG_SIZES = (2, 4, 8, 16, 32, 64)  # that a refusal suggests
-
-
-@dataclass(frozen=True, kw_only=True)
-class Allocation:
-    """What a trial gets; of a gang, what each rank gets.
-
-    memory: bytes of main memory that it reserves
-    needs: bytes that it is predicted to take where its model lies, in main memory or a GPU's
-    room: bytes that it may take there, more than `needs` for activations; None if unknown
-    kind: of GPU that it must run on, because it does not fit on the others; "" for any
-    """
-
-    cpus: float
-    gpus: float
-    memory: int
-    needs: int
-    room: int | None = None
-    loader: str = "resident"
-    ranks: int = 1
-    kind: str = ""
-
-    def __str__(self) -> str:
-        if self.gpus:
-            count = self.gpus * self.ranks
-            return f"{count:g} {self.kind or 'GPU'}{'s' if count > 1 and not self.kind else ''}"
-        gang = f"{self.ranks} x " if self.ranks > 1 else ""
-        return f"{gang}{self.cpus:g} CPU{'s' if self.cpus > 1 else ''}"
-
-    def grant(self) -> Grant:
-        """Return the part of it that the trial's placement holds."""
-        return Grant(gpus=self.gpus, loader=self.loader, memory=self.room)
 
 
 def memory_of(spec: TrialSpec) -> MethodMemory | None:
@@ -80,25 +53,31 @@ def activation_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
 def allocations_of(
     trial: Trial, facts: ModelFacts, machines: Sequence[Machine], request: ResourceRequest
 ) -> tuple[Allocation, Allocation | None]:
-    """Return what the trial gets, and what it gets on a second try if that was too little.
-
-    The first is the smallest requested option that fits; the second the next one that has more
-    memory, more ranks or another loader.
+    """Return the least that the trial can be given, and what it gets if that was too little.
 
     Raises:
-        ConfigError: none fits; the message says what would.
+        ConfigError: nothing fits; the message says what would.
+    """
+    choices = choices_of(trial, facts, machines, request)
+    return choices.least, choices.larger(choices.least)
+
+
+def choices_of(
+    trial: Trial, facts: ModelFacts, machines: Sequence[Machine], request: ResourceRequest
+) -> Choices:
+    """Return all that the trial can be given.
+
+    Raises:
+        ConfigError: nothing fits; the message says what would.
     """
     options, bound = list(_options(trial, facts, machines, request)), trial.placement.memory
     fitting = [option for option in options if fits(option, machines, bound)]
     if not fitting and request.patience:
         fitting = [option for option in options if fits(option, machines, bound, request.patience)]
-    first = next(
-        (option for option in fitting if request.gpus in (None, option.gpus * option.ranks)), None
-    )
-    if first is None:
+    requested = [option for option in fitting if request.gpus in (None, option.gpus * option.ranks)]
+    if not requested:
         raise ConfigError(_refusal(trial, facts, machines, options, request))
-    later = fitting[fitting.index(first) :]
-    return first, next((option for option in later if _has_more(option, first)), None)
+    return Choices(tuple(fitting), tuple(requested))
 
 
 def _options(
@@ -173,9 +152,12 @@ def _on_gpus(
             elif ranks == 1 and size_known and loader == "resident":
                 fractions = FRACTIONS
             for fraction in fractions:
-                yield _on_pool(
+                option = _on_pool(
                     spec, facts, pool, request, loader=loader, gpus=fraction, ranks=ranks, kind=kind
                 )
+                if gpus is None and option.is_share and option.pinned:
+                    continue  # a larger share holds its activations too
+                yield option
 
     if gpus is None or gpus <= 1:
         yield from on_each_pool("resident")
@@ -199,22 +181,37 @@ def _on_pool(
     ranks: int,
     kind: str,
 ) -> Allocation:
-    """Return a share of these machines' GPUs, on whichever of them the trial runs."""
+    """Return a share of these machines' GPUs, on whichever of them the trial runs.
+
+    Activations that find no room on the GPU go to main memory, which is reserved for them.
+    """
     dtype = spec.model.dtype
     unseen = Machine(cpus=CORES_TO_COME, gpus=1)
     best = max(pool, key=lambda machine: (machine.gpus, machine.cpus), default=unseen)
-    threads = min(MOST_THREADS, max(1, int(best.cpus / best.gpus * gpus)))
     sizes = [machine.gpu_memory for machine in pool if machine.gpu_memory is not None]
+    needs = _need(spec, facts, loader, ranks, "cuda")
+    room, pinned = round(ROOM * gpus * min(sizes)) if sizes else None, 0
+    if room is not None:
+        held = max(0, room - needs) // HALTED
+        pinned = min(max(0, activation_bytes(spec, facts) // ranks - held), MOST_ACTIVATIONS)
     return Allocation(
-        cpus=threads if request.cpus is None else request.cpus,
+        cpus=_threads(best.cpus / best.gpus * gpus) if request.cpus is None else request.cpus,
         gpus=gpus,
-        memory=request.memory or HOST_BYTES + 2 * facts.block_bytes(0, dtype),
-        needs=_need(spec, facts, loader, ranks, "cuda"),
-        room=round(ROOM * gpus * min(sizes)) if sizes else None,
+        memory=request.memory or HOST_BYTES + 2 * facts.block_bytes(0, dtype) + pinned,
+        needs=needs,
+        room=room,
+        pinned=pinned,
         loader=loader,
         ranks=ranks,
         kind=kind,
     )
+
+
+def _threads(cores: float) -> float:
+    """Return the cores of a trial on a GPU; a part of one where there are fewer than trials."""
+    if cores < 1:
+        return max(0.01, math.floor(100 * cores) / 100)
+    return min(MOST_THREADS, int(cores))
 
 
 _cached_need = functools.cache(need)
@@ -278,12 +275,6 @@ def _is_large_enough(machine: Machine, allocation: Allocation) -> bool:
     if allocation.kind not in ("", machine.kind):
         return True
     return allocation.needs <= ROOM * machine.gpu_memory * min(1.0, allocation.gpus)
-
-
-def _has_more(option: Allocation, first: Allocation) -> bool:
-    """Return True if it gives each rank more memory, has more ranks, or holds less of the model."""
-    more = (option.room or option.gpus) > (first.room or first.gpus)
-    return more or option.ranks > first.ranks or option.loader != first.loader
 
 
 def _refusal(

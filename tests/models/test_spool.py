@@ -1,7 +1,9 @@
 """A list of tensors, part of it on disk."""
 
+import errno
 import gc
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +117,19 @@ def test_a_file_that_was_cut_off_is_an_error_and_not_other_numbers(tmp_path):
         file.write_bytes(file.read_bytes()[:-1])
         with pytest.raises(Q3QError, match="11 bytes instead of 12"):
             spool[0]
+
+
+def test_a_full_scratch_disk_is_said_in_a_line_with_its_folder(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with Spool(0, tmp_path) as spool, pytest.raises(Q3QError) as refused:
+        spool.append(torch.ones(3))
+    said = str(refused.value)
+    assert said.startswith(f"activations cannot be written to {tmp_path}")
+    assert "No space left on device. TMPDIR=" in said
+    assert "\n" not in said
 
 
 def test_beyond_its_end_is_an_index_error():

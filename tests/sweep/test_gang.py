@@ -8,7 +8,7 @@ import time
 import pytest
 
 from q3q.errors import ConfigError
-from q3q.sweep.ray import scheduler
+from q3q.sweep.ray import gangs, scheduler
 from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.tasks import Resources, Started, Task, WorkerDiedError
 
@@ -108,6 +108,82 @@ def test_a_rank_that_is_killed_takes_its_gang_down_and_the_task_runs_again(
     assert left == [([], False)]
     assert time.monotonic() - begin < 600  # nobody slept to the end
     assert free(cluster)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_is_killed_and_the_task_runs_again(cluster, tmp_path, monkeypatch):
+    """Its connections stay open, so nobody but the driver can notice."""
+    monkeypatch.setattr(gangs, "HANG_SECONDS", 12)
+    monkeypatch.setattr(scheduler, "CANCEL_SECONDS", 300)
+
+    def call(report, seat):
+        from q3q.team import join_gang
+
+        with join_gang(seat) as team:
+            pids = team.gather(os.getpid())
+            if seat.rank == 1 and not (tmp_path / "pids").exists():
+                (tmp_path / "pids").write_text(" ".join(map(str, pids)))
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return team.gather("done")  # rank 0 waits here
+
+    retried, left = [], []
+
+    def on_retry(key, error):
+        retried.append(str(error))
+        left.extend(survivors(map(int, (tmp_path / "pids").read_text().split())))
+
+    outcome = run(cluster, Task(key="gang", call=call, resources=TWO), on_retry=on_retry)["gang"]
+    assert (outcome.value, outcome.attempts) == (["done", "done"], 2)
+    [words] = retried
+    assert "gang hangs" in words
+    assert "rank 1 of 2 has not been heard for" in words
+    assert left == []
+    assert free(cluster)
+
+
+def test_a_gang_hangs_if_a_rank_is_silent_or_all_wait_and_none_gets_on(monkeypatch):
+    """Rank 0 may work alone for hours, and a busy exchange may take as long as it gets on."""
+    monkeypatch.setattr(gangs, "HANG_SECONDS", 60)
+
+    def gang_of(ranks):
+        gang = object.__new__(gangs.Gang)
+        gang.ranks, gang.ends, gang.heard = ranks, {}, {}
+        return gang
+
+    def listen(gang, seconds, pulses):
+        """Let heartbeats come every second; `pulses`: of each rank, at second t."""
+        for t in range(seconds):
+            gang.pass_time(1.0)
+            for rank, pulse in pulses.items():
+                gang.hear(rank, pulse(t))
+
+    works, waits, exchanges = (
+        lambda t: (7, False),
+        lambda t: (7, True),
+        lambda t: (t // 50, True),
+    )
+    alone = gang_of(2)
+    listen(alone, 10_000, {0: works, 1: waits})
+    assert alone.hung() == {}
+    slow = gang_of(2)
+    listen(slow, 10_000, {0: exchanges, 1: exchanges})
+    assert slow.hung() == {}
+    dead = gang_of(2)
+    listen(dead, 59, {0: waits, 1: waits})
+    assert dead.hung() == {}
+    listen(dead, 3, {0: waits, 1: waits})
+    assert set(dead.hung()) == {0, 1}
+    assert "an exchange hangs" in dead.hung()[0]
+    stopped = gang_of(3)
+    listen(stopped, 10, {0: works, 1: waits, 2: waits})
+    listen(stopped, 61, {0: works, 1: waits})
+    assert set(stopped.hung()) == {2}
+    stopped.ends[2] = "has ended"
+    assert stopped.hung() == {}
+    # A rank that has not begun yet is waited for.
+    coming = gang_of(3)
+    listen(coming, 1000, {0: waits, 1: waits})
+    assert coming.hung() == {}
 
 
 def test_who_loses_the_other_does_not_hide_why(cluster):

@@ -14,10 +14,18 @@ from q3q.quantize.methods import registry
 from q3q.quantize.methods.registry import Offer, method_ref
 from q3q.quantize.methods.settings import GptqSettings, MethodSettings, RtnSettings
 from q3q.record import TrialRecord
+from q3q.sweep.allocation import Allocation
 from q3q.sweep.costs import CostModel, Rate, forward
+from q3q.sweep.disk import left_behind
 from q3q.sweep.machines import Machine, ResourceRequest, expected, request_of, size, sized
-from q3q.sweep.plan import Planned, describe, left_behind, plan, simulate
-from q3q.sweep.shares import FRACTIONS, ROOM, Allocation, allocations_of, fits
+from q3q.sweep.packing import Load, simulate
+from q3q.sweep.plan import describe, plan, simulated
+from q3q.sweep.shares import (
+    FRACTIONS,
+    ROOM,
+    allocations_of,
+    fits,
+)
 from tests.specs import (
     OBSERVING,
     calibration_of,
@@ -333,7 +341,7 @@ def test_a_cluster_without_machines_is_planned_for_those_that_will_come(model):
     allocation, _ = allocations_of(trial(model), facts(model), machines, request)
     assert (allocation.gpus, allocation.loader) == {
         "qwen3_0_6b": (0.25, "resident"),
-        "qwen3_8b": (0.5, "resident"),
+        "qwen3_8b": (1, "resident"),  # a half holds the model, but not its activations
         "qwen3_32b": (1, "streamed"),
     }[model]
     assert allocation.cpus == max(1, 4 * allocation.gpus)
@@ -381,7 +389,7 @@ def test_of_different_gpus_a_trial_fits_on_each_that_it_may_land_on():
     pinned, _ = allocated(trial("qwen3_8b", "awq", loader="resident"), machines)
     assert (pinned.kind, pinned.room > 0.5 * 15e9) == ("H100", True)
     assert not fits(replace(pinned, kind=""), machines)
-    assert simulate([pretend(10, kind="H100")] * 4, MIXED) == (20, 2)
+    assert packed([pretend(10, kind="H100")] * 4, MIXED) == (20, 2)
 
 
 def test_one_gpu_is_no_gang():
@@ -412,37 +420,50 @@ def test_baselines_come_first_then_the_longest():
     assert seconds == sorted(seconds, reverse=True)
 
 
-def pretend(seconds, gpus=1.0, ranks=1, kind=""):
-    return Planned(
-        trial=trial(),
-        allocation=Allocation(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks, kind=kind),
-        phases={"evaluate": seconds},
-        basis="rough",
-        disk=0,
-    )
+def pretend(seconds, gpus=1.0, ranks=1, kind="", idle=0.0):
+    allocation = Allocation(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks, kind=kind)
+    return Load(allocation=allocation, idle=idle, busy=seconds)
 
 
-def test_the_simulated_sweep_packs_fractions_gangs_and_single_gpus():
+def packed(loads, machines):
+    """Return the seconds of a simulated sweep, and the most trials that run at once."""
+    sweep = simulate(loads, machines)
+    return sweep.seconds, sweep.at_once
+
+
+def test_the_simulated_sweep_packs_gangs_and_single_gpus():
     machine = replace(NODE, gpus=4)
-    assert simulate([pretend(10)] * 8, [machine]) == (20, 4)
-    assert simulate([pretend(10, 0.25)] * 16, [machine]) == (10, 16)
-    assert simulate([pretend(10, ranks=4), pretend(10)], [machine]) == (20, 1)
+    assert packed([pretend(10)] * 8, [machine]) == (20, 4)
+    assert packed([pretend(10, ranks=4), pretend(10)], [machine]) == (20, 1)
     # The ranks of a gang of eight run on two machines.
-    assert simulate([pretend(10, ranks=8)], [machine, machine]) == (10, 1)
+    assert packed([pretend(10, ranks=8)], [machine, machine]) == (10, 1)
     # The gang has to wait for the long one; the short one does not wait behind it.
-    assert simulate([pretend(30), pretend(10, ranks=4), pretend(5)], [machine]) == (40, 2)
-    # 0.5 + 0.5 share a GPU rather than begin one each, so the gang of three has room at once.
-    halves = [pretend(10, 0.5), pretend(10, 0.5)]
-    assert simulate([*halves, pretend(10, ranks=3)], [machine]) == (10, 3)
+    assert packed([pretend(30), pretend(10, ranks=4), pretend(5)], [machine]) == (40, 2)
     # A machine whose memory nobody knows, as on macOS, holds as many as its cores and GPUs do.
-    assert simulate([pretend(10)] * 8, [replace(machine, memory=None)]) == (20, 4)
+    assert packed([pretend(10)] * 8, [replace(machine, memory=None)]) == (20, 4)
+
+
+def test_trials_on_one_gpu_take_turns_and_one_alone_has_all_of_it(monkeypatch):
+    from q3q.sweep import packing
+
+    monkeypatch.setattr(packing, "TOGETHER", 1.0)
+    machine = replace(NODE, gpus=2)
+    assert packed([pretend(10, 0.5)], [machine]) == (10, 1)
+    # Ray fills a GPU before it begins the next: two share one, beside an idle one.
+    assert packed([pretend(10, 0.5)] * 2, [machine]) == (20, 2)
+    # Each computes while the other's processor prepares: 4 + 2 x 6, in place of 2 x (4 + 6).
+    assert packed([pretend(6, 0.5, idle=4)] * 2, [machine]) == (16, 2)
+    # After the shorter one has ended, the longer one is alone: 2 x 10, and 20 more.
+    assert packed([pretend(30, 0.5), pretend(10, 0.5)], [machine]) == (40, 2)
+    monkeypatch.setattr(packing, "TOGETHER", 0.5)
+    assert packed([pretend(10, 0.5)] * 2, [machine]) == (40, 2)
 
 
 def test_longest_first_ends_earlier_than_shortest_first():
     lengths = [pretend(seconds) for seconds in (1, 1, 1, 1, 4)]
-    longest_first = sorted(lengths, key=lambda one: -one.seconds)
+    longest_first = sorted(lengths, key=lambda one: -one.busy)
     machine = replace(NODE, gpus=2)
-    assert simulate(longest_first, [machine])[0] == 4 < simulate(lengths, [machine])[0]
+    assert packed(longest_first, [machine])[0] == 4 < packed(lengths, [machine])[0]
 
 
 EPYC = Rate("EPYC", False, 2.0)
@@ -550,8 +571,9 @@ def test_disk_counts_kept_blocks_exports_and_baselines():
     shape = facts("qwen3_8b")
     assert disk_of(trial(), shape) == 0
     kept = disk_of(trial(keep="blocks"), shape)
-    # A byte a code, and scales.
-    assert shape.linear_parameters < kept < 1.1 * shape.linear_parameters
+    # Half a byte a code, and a scale and a zero point for 128 of them.
+    assert kept >= shape.linear_parameters / 2 + shape.linear_parameters // 128 * 8
+    assert kept < 0.6 * shape.linear_parameters
     assert disk_of(trial(export="hf"), shape) == shape.weight_bytes()
     assert 0.25 < disk_of(trial(export="gptq"), shape) / shape.weight_bytes() < 0.5
     assert disk_of(trial(method="none", drift="auto"), shape) == 10 * 2047 * 4096 * 2
@@ -564,7 +586,7 @@ def test_what_trials_share_on_disk_is_counted_once():
     shape = facts("qwen3_8b")
     [first, second] = planned_for([kept, other], [NODE])
     baseline = 10 * 2047 * 4096 * 2
-    assert first.disk == disk_of(kept, shape) > shape.linear_parameters + baseline
+    assert first.disk == disk_of(kept, shape) > shape.linear_parameters / 2 + baseline
     assert second.disk == baseline  # of its own text; the blocks are there
     [more, done] = planned_for([kept, other], [NODE], finished={kept.id: record_of(kept, {})})
     assert (more.disk, done.disk) == (baseline, 0)
@@ -581,8 +603,9 @@ def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):
     assert "sharded" in gang
     assert "(rough)" in gang
     [fraction] = [line for line in lines if "awq" in line]
-    assert "0.25 GPU + 2 CPUs" in fraction
+    assert "1 GPU + 8 CPUs" in fraction
     assert f"{ordered[1].allocation.memory / 1e9:.1f} GB" in fraction
+    assert f"{ordered[0].blocks / 1e9:.1f} GB" in gang
     [done] = [line for line in lines if "rtn" in line]
     assert done.split()[-1] == "done"
     assert "2 to run on this machine, 2 at a time at most" in shown
@@ -599,7 +622,8 @@ def test_two_thousand_trials_for_64_nodes_of_8_gpus_are_planned_in_seconds():
         for seed in range(100)
     ]
     ordered = planned_for(trials, [NODE] * 64)
-    wall, at_once = simulate(ordered, [NODE] * 64)
+    sweep = simulated(ordered, [NODE] * 64)
+    wall, at_once = sweep.seconds, sweep.at_once
     busy = sum(one.gpu_hours for one in ordered) * 3600
     assert wall >= busy / 512
     # Graham's bound of list scheduling.

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from q3q.placement import Trial
 from q3q.record import TrialRecord
+from q3q.sweep.allocation import Allocation
 from q3q.sweep.launcher import Job
 from q3q.sweep.on_ray import TrialPolicy
 from q3q.sweep.plan import Planned
@@ -24,7 +25,6 @@ from q3q.sweep.ray.nodes import ray_machines
 from q3q.sweep.ray.tasks import OutOfMemoryError, Resources, Task
 from q3q.sweep.ray.worker import task_entry
 from q3q.sweep.run import measured
-from q3q.sweep.shares import Allocation
 from tests.specs import make_spec, make_trial
 
 SMALL, LARGE = Resources(cpus=0.5, memory=100_000_000), Resources(cpus=1, memory=200_000_000)

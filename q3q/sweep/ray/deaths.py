@@ -1,6 +1,7 @@
 """Read a task's stream in the driver; where a message is missing, tell why its process died."""
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -10,7 +11,7 @@ from q3q.sweep.ray.messages import DIED, ERROR, HANDED_BACK, Message, caused_by,
 from q3q.sweep.ray.nodes import current_node_id, kernel_kill_counter
 from q3q.sweep.ray.tasks import HeadLostError, OutOfMemoryError, Started, WorkerDiedError
 
-ANSWER_SECONDS = 20  # that a machine may take to say whether its kernel killed for memory
+ANSWER_SECONDS = 20  # that a machine may take to do what is asked of it
 CAUSES = {  # by the name of Ray's exception
     "WorkerCrashedError": "its process was killed or crashed",
     "OutOfMemoryError": "out of memory, so Ray killed it before its machine was full",
@@ -77,10 +78,43 @@ def _ended_by_ray(flight: InFlight, error: Exception) -> Message:
         kind = OutOfMemoryError
     elif isinstance(error, ray.exceptions.WorkerCrashedError) and _kernel_killed_since(began):
         cause, kind = "out of memory, so the kernel killed it", OutOfMemoryError
-    worker = f" (pid {began.pid} on {began.node})" if began else ""
-    worker += f", rank {flight.rank} of {task.resources.ranks}" if flight.gang else ""
-    death = kind(f"{task.key} died{worker}: {cause}")
+    death = kind(f"{task.key} died{_worker(flight)}: {cause}")
     return Message(DIED, caused_by(death, error.with_traceback(None)))
+
+
+def end_hung(flight: InFlight, words: str) -> Message:
+    """Kill a rank that hangs, and return its death.
+
+    Ray asks a process to end, which one that is stopped never hears.
+    """
+    if flight.began is not None:
+        _run_near(flight.began, _killer(flight.began.pid))
+    rank = f"rank {flight.rank} of {flight.task.resources.ranks}"
+    return Message(
+        DIED, WorkerDiedError(f"{flight.task.key} hangs{_worker(flight)}: {rank} {words}")
+    )
+
+
+def _worker(flight: InFlight) -> str:
+    began = flight.began
+    worker = f" (pid {began.pid} on {began.node})" if began else ""
+    return worker + (
+        f", rank {flight.rank} of {flight.task.resources.ranks}" if flight.gang else ""
+    )
+
+
+def _killer(pid: int) -> Callable[[], None]:
+    """Return a function that kills a process; nested, so that Ray pickles it whole."""
+
+    def kill() -> None:
+        import os
+        import signal
+        from contextlib import suppress
+
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+
+    return kill
 
 
 def _kernel_killed_since(began: Started | None) -> bool:
@@ -89,24 +123,30 @@ def _kernel_killed_since(began: Started | None) -> bool:
     The kernel does not say which process; the task that died is the likeliest. False if the
     machine does not answer.
     """
+    if began is None:
+        return False
+    count = _run_near(began, kernel_kill_counter())
+    return count is not None and count > began.kernel_kills
+
+
+def _run_near(began: Started, call: Callable[[], Any]) -> Any:
+    """Return what a function returns on a task's machine; None if the machine does not answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    if began is None:
-        return False
     if began.node_id == current_node_id():
-        return kernel_kill_counter()() > began.kernel_kills
-    count = ray.remote(num_cpus=0, max_retries=0)(kernel_kill_counter()).options(
+        return call()
+    remote = ray.remote(num_cpus=0, max_retries=0)(call).options(
         scheduling_strategy=NodeAffinitySchedulingStrategy(began.node_id, soft=False)
     )
-    answers: list[int] = []
+    answers: list[Any] = []
 
     def ask() -> None:
         with suppress(ray.exceptions.RayError):
-            answers.append(ray.get(count.remote(), timeout=ANSWER_SECONDS))
+            answers.append(ray.get(remote.remote(), timeout=ANSWER_SECONDS))
 
     # In a thread, because without the cluster's head `remote` may never return.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(ANSWER_SECONDS)
-    return bool(answers) and answers[0] > began.kernel_kills
+    return answers[0] if answers else None

@@ -13,6 +13,7 @@ from q3q.errors import Q3QError
 
 EVENT = "event"  # something that the task reported
 ADDRESS = "address"  # of a gang: where rank 0 listens for the others
+PULSE = "pulse"  # of a rank: its exchanges so far, and whether it waits in one
 # How a task ends. DIED is not sent: it stands for what a dead worker could not send.
 VALUE, ERROR, HANDED_BACK, DIED = "value", "error", "handed back", "died"
 

@@ -10,16 +10,28 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from q3q.errors import ConfigError, Q3QError
-from q3q.sweep.ray.deaths import next_message
+from q3q.sweep.ray.deaths import end_hung, next_message
 from q3q.sweep.ray.gangs import Gang
 from q3q.sweep.ray.head import Head
 from q3q.sweep.ray.in_flight import InFlight
-from q3q.sweep.ray.messages import ADDRESS, DIED, EVENT, HANDED_BACK, VALUE, Message, caused_by
+from q3q.sweep.ray.messages import (
+    ADDRESS,
+    DIED,
+    EVENT,
+    HANDED_BACK,
+    PULSE,
+    VALUE,
+    Message,
+    caused_by,
+)
 from q3q.sweep.ray.nodes import count_slots
 from q3q.sweep.ray.tasks import Outcome, OutOfMemoryError, Resources, Started, Task, WorkerDiedError
 from q3q.sweep.ray.worker import task_entry
 
 CANCEL_SECONDS = 10  # that cancelled workers are waited for
+# Most seconds between two looks at the gangs that count: a driver that was itself stopped, or its
+# machine asleep, has heard nothing meanwhile.
+LOOK_SECONDS = 2.0
 
 
 class Waiting(NamedTuple):
@@ -68,6 +80,7 @@ class TaskRun:
         self.head = Head()
         self.several_machines = len(self.head.machines) > 1 or patience > 0
         self._judged: list[Resources] | None = None  # the machines at the last `_refuse`
+        self._looked = time.monotonic()  # at the gangs
 
     def outcomes(self, on_tick: Callable[[], None]) -> Iterator[Outcome]:
         while self.in_flight or any(self.queues.values()):
@@ -78,6 +91,7 @@ class TaskRun:
                 ready = self._ready()
                 # A signal to all processes of a terminal or job: heard before its victims are.
                 on_tick()
+                self._look_at_gangs()
                 yield from self._listen(ready)
                 yield from self._refuse()
             else:  # a call to Ray might never return now
@@ -140,7 +154,9 @@ class TaskRun:
         for stream in ready:
             flight = self.in_flight.pop(stream)
             message = next_message(stream, flight)
-            if message.kind in (EVENT, ADDRESS):
+            if flight.gang is not None:
+                flight.gang.hear(flight.rank, message.content if message.kind == PULSE else None)
+            if message.kind in (EVENT, ADDRESS, PULSE):
                 # Last in line: a talkative task must not keep others from being heard.
                 self.in_flight[stream] = flight
             if message.kind == EVENT:
@@ -149,6 +165,8 @@ class TaskRun:
                 for rank in range(1, flight.task.resources.ranks):
                     other = flight.gang.start(rank, message.content)
                     self.in_flight[other] = replace(flight, rank=rank, began=None)
+            elif message.kind == PULSE:
+                continue
             elif flight.gang is None:
                 yield from self._finish(flight, message)
             else:
@@ -157,6 +175,18 @@ class TaskRun:
             if flight.gang is not None and (end := flight.gang.verdict()) is not None:
                 self._disband(flight)
                 yield from self._finish(flight, end)
+
+    def _look_at_gangs(self) -> None:
+        """Let time pass for the gangs' ranks; end those that hang, which their gangs hear of."""
+        now = time.monotonic()
+        seconds, self._looked = min(now - self._looked, LOOK_SECONDS), now
+        for gang in {id(flight.gang): flight.gang for flight in self.gangs}.values():
+            assert gang is not None
+            gang.pass_time(seconds)
+            for rank, words in gang.hung().items():
+                for flight in self.in_flight.values():
+                    if flight.gang is gang and flight.rank == rank:
+                        gang.ends[rank] = end_hung(flight, words)
 
     def _take_event(self, flight: InFlight, event: Any) -> None:
         """Note what a task reports and pass it on; of a gang, only what rank 0 reports."""

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from q3q.errors import Q3QError
@@ -21,6 +21,7 @@ from q3q.sweep.ray.messages import (
     ADDRESS,
     EVENT,
     HANDED_BACK,
+    PULSE,
     VALUE,
     caused_by,
     pack,
@@ -29,12 +30,18 @@ from q3q.sweep.ray.messages import (
 )
 from q3q.sweep.ray.nodes import current_node_id, kernel_kill_counter
 from q3q.sweep.ray.tasks import HandedBackError, Resources, Started
-from q3q.team import LOOPBACK, Rendezvous
+from q3q.team import LOOPBACK, Rendezvous, own_pulse
 
 # A task that is so many reports ahead of the driver waits, so that nobody's memory fills with them.
 REPORTS_AHEAD = 64
+# Between two heartbeats of a gang's rank.
+PULSE_SECONDS = 1.0
 # A process that was asked to end stays so long, so that its last message is heard.
 PARTING_SECONDS = 1.0
+# Torch's allocator can then grow a piece of a GPU's memory: blocks of very different sizes, as a
+# walk asks for, leave no gaps that nothing fits in. The second name is the older one.
+ALLOCATOR = "expandable_segments:True"
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def task_entry(shape: Resources) -> Any:
@@ -108,12 +115,25 @@ def run_task(
             work += (rendezvous,)
             if rendezvous.rank == 0:
                 yield pack(ADDRESS, (rendezvous.host, rendezvous.port))
+        over = threading.Event()
+        if place is not None:
+            threading.Thread(target=_send_pulses, args=(outbox, over), daemon=True).start()
         threading.Thread(target=_run_call, args=work, name=key, daemon=True).start()
-        while (message := outbox.get()) is not None:
-            yield message
+        try:
+            while (message := outbox.get()) is not None:
+                yield message
+        finally:
+            over.set()
         if asked_to_end.is_set():
             time.sleep(PARTING_SECONDS)
             sys.exit(128 + signal.SIGTERM)
+
+
+def _send_pulses(outbox: "queue.Queue[bytes | None]", over: threading.Event) -> None:
+    """Send this rank's heartbeats. One that finds no room is left out: reports are heartbeats."""
+    while not over.wait(PULSE_SECONDS):
+        with suppress(queue.Full):
+            outbox.put_nowait(pack(PULSE, (own_pulse().exchanges, own_pulse().waits)))
 
 
 @contextmanager
@@ -182,13 +202,19 @@ def _run_call(
 
 
 def keep_to(cpus: float, gpus: float) -> None:
-    """Compute with as many threads as CPUs were reserved; see no GPU if none was."""
+    """Compute with as many threads as CPUs were reserved; see no GPU if none was.
+
+    On a GPU, its memory is allocated as `ALLOCATOR` says, unless the environment says otherwise.
+    Call it before torch is imported.
+    """
     threads = max(1, int(cpus))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(threads)  # for libraries that are loaded from now on
     # An earlier task imported torch; OpenMP counts threads for each calling thread anew.
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
+    if gpus and not any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = ALLOCATOR
     if gpus == 0:
         # No GPU task inherits this: Ray gives those processes of their own.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
