@@ -277,7 +277,8 @@ def translating_peer_errors() -> Iterator[None]:
 def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
     """Meet the gang's other ranks in one torch.distributed group: gloo, and NCCL with GPUs.
 
-    Nothing listens on any address but `own_host` and rank 0's `host`, loopback on one machine.
+    Nothing listens on any address but `own_host` and rank 0's `host`, loopback on one machine,
+    unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name other interfaces.
 
     Raises:
         PeerLostError: not all ranks came.
@@ -286,7 +287,9 @@ def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
     import torch.distributed as dist
 
     rank, size, interface = rendezvous.rank, rendezvous.size, interface_of(rendezvous.own_host)
-    os.environ.update({"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"})
+    # What the user or the cluster has set stays: they may know a faster network.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # torch's own server would listen on every address. It takes over, and closes, our socket.
     listening = None if rendezvous.listener is None else rendezvous.listener.detach()
