@@ -286,10 +286,8 @@ def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
     import torch
     import torch.distributed as dist
 
-    rank, size, interface = rendezvous.rank, rendezvous.size, interface_of(rendezvous.own_host)
-    # What the user or the cluster has set stays: they may know a faster network.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+    rank, size = rendezvous.rank, rendezvous.size
+    choose_interfaces(rendezvous.own_host)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # torch's own server would listen on every address. It takes over, and closes, our socket.
     listening = None if rendezvous.listener is None else rendezvous.listener.detach()
@@ -311,6 +309,19 @@ def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
         team.models.clear()
         gc.collect()  # DeepSpeed's parameters hold the group, whose threads must end before Python
         dist.destroy_process_group()
+
+
+def choose_interfaces(own_host: str) -> None:
+    """Have gloo and NCCL use the interface with this rank's address.
+
+    What the user or the cluster has set stays: they may know a faster network.
+
+    Raises:
+        ConfigError: no interface has the address.
+    """
+    interface = interface_of(own_host)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def interface_of(address: str) -> str:

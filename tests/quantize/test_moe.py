@@ -15,9 +15,12 @@ from torch.nn.functional import linear, silu
 from benchmarks import moe
 from q3q.config import resolve, schema
 from q3q.errors import ConfigError, NumericsError
+from q3q.evaluate.integrity import check_weights
 from q3q.models.adjust import set_route
 from q3q.models.decoder import Decoder
+from q3q.numerics import weights
 from q3q.numerics.linalg import damped_factor
+from q3q.numerics.weights import QuantizedWeight
 from q3q.quantize import sites, statistics, walk
 from q3q.quantize.methods import awq, gptq
 from q3q.quantize.methods.settings import SETTINGS, GptqSettings
@@ -248,6 +251,31 @@ def test_chunks_of_experts_share_a_scale_and_change_nothing(
     assert parts.notes == whole.notes
     assert parts.changed.keys() == whole.changed.keys()
     assert [error.experts for error in parts.errors] == [error.experts for error in whole.errors]
+
+
+@torch.inference_mode()
+def test_the_integrity_check_widens_a_few_experts_at_a_time(moe_decoder, many, monkeypatch):
+    result, block = quantized(moe_decoder, "gptq", many)
+    checked = first_block(moe_decoder)
+    checked.blocks[0] = block
+    dequantize, sizes = QuantizedWeight.dequantize, []
+
+    def noted(self):
+        sizes.append(self.shape.numel())
+        return dequantize(self)
+
+    monkeypatch.setattr(QuantizedWeight, "dequantize", noted)
+    monkeypatch.setattr(weights, "NUMBERS_AT_ONCE", 100)
+    finite, *others = reversed(check_weights(checked, [result.quantized]))
+    assert finite.passed
+    assert [check.name for check in others if not check.passed] == [
+        "every targeted weight is quantized"  # the second block's are not
+    ]
+    assert max(sizes) <= 100
+    assert sum(sizes) == sum(weight.shape.numel() for weight in result.quantized.values())
+    block.weights[DOWN][3, -1, -1] += 1
+    wrong = [check for check in check_weights(checked, [result.quantized]) if not check.passed]
+    assert DOWN.removesuffix(".weight") in wrong[-1].detail
 
 
 @torch.inference_mode()

@@ -11,6 +11,7 @@ from q3q.errors import ConfigError
 from q3q.sweep.ray import scheduler
 from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.tasks import Resources, Started, Task, WorkerDiedError
+from q3q.team import LOOPBACK, choose_interfaces, interface_of
 
 TWO = Resources(cpus=1, ranks=2)
 
@@ -108,6 +109,15 @@ def test_a_rank_that_is_killed_takes_its_gang_down_and_the_task_runs_again(
     assert left == [([], False)]
     assert time.monotonic() - begin < 600  # nobody slept to the end
     assert free(cluster)
+
+
+def test_interfaces_that_the_user_set_are_kept(monkeypatch):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "ib0")
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    choose_interfaces(LOOPBACK)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == f"={interface_of(LOOPBACK)}"
 
 
 def test_who_loses_the_other_does_not_hide_why(cluster):
