@@ -1,4 +1,8 @@
-"""Time GPTQ on one random block of Qwen3-30B-A3B's shape.
+"""Time GPTQ on one random block of Qwen3-30B-A3B's shape, and count what it asks of a GPU.
+
+`python benchmarks/moe.py --calls` counts operator calls and waits for the device of one batch of
+8,192 tokens that is observed, group by group as a CPU does and with a GPU's calls, on a block with
+128 experts of 8 columns: widths change no count but that of a Hessian's panels.
 
 `python benchmarks/moe.py [--tokens N] [--experts N]` prints the processor seconds of the whole walk
 over the block; then, for some of its experts, the seconds of solving them together, one by one with
@@ -9,22 +13,32 @@ random weights, inputs and tokens; 4 bits, groups of 128.
 
 import argparse
 import resource
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.counting import Calls, counted
 from q3q.limits import cores
-from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP
+from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, Site
 from q3q.models.decoder import block_class
-from q3q.models.facts import read_facts
+from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.qwen3 import Qwen3Block, Rope
 from q3q.models.spool import Spool
 from q3q.numerics.grid import Grid, minmax_grid
-from q3q.quantize.activations import Activations
+from q3q.numerics.linalg import FiniteCheck
+from q3q.quantize.activations import Activations, refuse_infinite, show_inputs
 from q3q.quantize.methods.gptq import Gptq, gptq_round
 from q3q.quantize.methods.settings import GptqSettings
+from q3q.quantize.statistics import Gram
 from q3q.quantize.walk import quantize_block
 from q3q.spec import Scheme, Schemes
 
@@ -51,8 +65,7 @@ SCHEME = Scheme(bits=4, group_size=128, symmetric=False)
 WINDOW = 512
 
 
-def random_block() -> Qwen3Block:
-    facts = read_facts(CONFIG)
+def random_block(facts: ModelFacts) -> Qwen3Block:
     generator = torch.Generator().manual_seed(0)
 
     def weight(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -65,6 +78,51 @@ def random_block() -> Qwen3Block:
     return block_class(facts, 0)(
         facts, {name: weight(name, shape) for name, shape in facts.block_shapes(0).items()}
     )
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Make a CPU take the calls that a GPU takes for experts."""
+    with (
+        patch("q3q.numerics.grouped.multiplies_grouped", lambda rows_RI, weight_EOI: True),
+        patch("q3q.quantize.statistics.pads_groups", lambda device: True),
+    ):
+        yield
+
+
+def observe(block: Qwen3Block, x_BTH: Tensor, rope: Rope) -> dict[Site, Gram]:
+    """Run one batch through a block, and add each site's inputs to its Gram matrices."""
+    grams: dict[Site, Gram] = {}
+    checks: dict[Site, FiniteCheck] = {}
+    for site, inputs in block.stages(x_BTH, rope):
+        gram = grams.setdefault(site, Gram())
+        check = checks.setdefault(site, FiniteCheck())
+        seen = replace(inputs, windows=len(x_BTH), total_windows=len(x_BTH), first_window=0)
+        show_inputs(gram, site, seen, slice(None), check)
+        del inputs, seen
+    for site, check in checks.items():
+        refuse_infinite(check, site, 0)
+    return grams
+
+
+@torch.inference_mode(False)  # where composite operators would count as one
+@torch.no_grad()
+def observing_calls(experts: int, tokens: int) -> dict[str, Calls]:
+    """Count the calls of one observed batch, on the way of a CPU and on that of a GPU.
+
+    The waits include the one that looks, once a block and site, whether all inputs were finite.
+    """
+    widths = {"hidden_size": 8, "moe_intermediate_size": 8, "head_dim": 8, "num_experts": experts}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    facts = read_facts(CONFIG | widths | heads)
+    block, rope = random_block(facts), Rope(facts)
+    x_BTH = torch.randn(max(1, tokens // WINDOW), min(tokens, WINDOW), 8).bfloat16()
+    found = {}
+    with counted() as found["one by one"]:
+        observe(block, x_BTH, rope)
+    with as_on_a_gpu(), counted() as found["together"]:
+        observe(block, x_BTH, rope)
+    return found
 
 
 def official_loops(
@@ -144,13 +202,21 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=4096, help="calibration tokens, in windows of 512"
     )
+    parser.add_argument("--calls", action="store_true", help="count calls, and time nothing")
     parser.add_argument(
         "--experts", type=int, default=8, help="experts that are solved one by one as well"
     )
     parser.add_argument("--rounds", type=int, default=2, help="each is the best of so many")
     wanted = parser.parse_args()
+    if wanted.calls:
+        for way, calls in observing_calls(experts=128, tokens=8192).items():
+            print(
+                f"8,192 tokens, 128 experts, {way:10}: {calls.operators:5} operator calls that are "
+                f"no views, {calls.waits:3} waits for the device"
+            )
+        return
     print(f"{torch.get_num_threads()} of {cores()} cores; torch {torch.__version__}")
-    block = random_block()
+    block = random_block(read_facts(CONFIG))
     hidden = torch.randn(max(1, wanted.tokens // WINDOW), WINDOW, 2048).bfloat16()
     inputs = Spool()
     inputs.append(hidden)

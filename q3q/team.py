@@ -317,7 +317,8 @@ def exchanging() -> Iterator[None]:
 def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
     """Meet the gang's other ranks in one torch.distributed group: gloo, and NCCL with GPUs.
 
-    Nothing listens on any address but `own_host` and rank 0's `host`, loopback on one machine.
+    Nothing listens on any address but `own_host` and rank 0's `host`, loopback on one machine,
+    unless GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name other interfaces.
 
     Raises:
         PeerLostError: not all ranks came.

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from q3q.models.decoder import Decoder
 from q3q.numerics.linalg import all_finite
-from q3q.numerics.weights import StoredWeight
+from q3q.numerics.weights import StoredWeight, pieces
 from q3q.record import Check
 
-ROWS = 16384  # compared at a time, so that no float32 copy of a whole vocabulary exists
+ROWS = 16384  # whose levels are counted at a time: a vocabulary has ten times as many
 
 
 def check_weights(
@@ -37,7 +37,7 @@ def check_weights(
     def compare(where: str, parts: Iterable[tuple[Tensor, Tensor]], code: StoredWeight) -> None:
         if not all(torch.equal(*both) for both in parts):
             different.append(where)
-        if any(part.too_fine() for part in _by_rows(code)):
+        if any(part.too_fine() for _, _, part in pieces(code, most_rows=ROWS)):
             too_fine.append(where)
 
     for k in range(len(model.blocks)):
@@ -77,16 +77,11 @@ def check_weights(
     ]
 
 
-def _by_rows(code: StoredWeight) -> Iterator[StoredWeight]:
-    for start in range(0, code.shape[1], ROWS):
-        yield code.rows(start, start + ROWS)
-
-
 def _pieces(weight: Tensor, code: StoredWeight) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the weight as evaluated and as its codes dequantize, ROWS rows at a time."""
-    parts_EOI = weight.view(code.shape).split(ROWS, dim=1)
-    for part_EOI, part in zip(parts_EOI, _by_rows(code), strict=True):
-        yield part_EOI, part.to(weight.device).dequantize().to(weight.dtype)
+    """Yield the weight as evaluated and as its codes dequantize, piece by piece."""
+    weight_EOI = weight.view(code.shape)
+    for e, o, part in pieces(code):
+        yield weight_EOI[e, o], part.to(weight.device).dequantize().to(weight.dtype)
 
 
 def _rows(parts: Iterable[Tensor], code: StoredWeight) -> Iterator[tuple[Tensor, Tensor]]:

@@ -44,8 +44,9 @@ class SiteInput:
     The walk fills in the fields from `windows` on.
 
     all_TI: all tokens; None if the tensor exists per expert only.
-    experts: each expert's tokens; a dense block has one entry, all tokens. Iterate once and in
-        order, as the entries may be computed on the way.
+    experts: each expert's tokens; a dense block has one entry, all tokens. Tokens that were routed
+        are `GroupedRows`, which lie in one tensor; others may be computed when they are read, so
+        iterate once and in order.
     windows: number of calibration windows that the tokens came in.
     total_windows: number of all calibration windows, each as long; 0 if unknown.
     first_window: index of the first window among all; None if it follows the previous input's.

@@ -19,16 +19,24 @@ Device = Literal["cpu", "cuda"]
 # Python with torch, transformers, a tokenizer, lm-eval's tasks, and freed tensors that its heap
 # keeps; on a GPU the reserves of its libraries.
 PROCESS_BYTES = {"cpu": 764 * 2**20, "cuda": 600 * 2**20}
-# Calibration tokens that run through a block at the same time (`quantize.activations`). A CPU's
+# Calibration tokens that run through a dense block at the same time (`batch_tokens`). A CPU's
 # caches hold the activations of so few between two sites.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+# A GPU takes more where experts divide them, as each expert's products are small: up to so many
+# times as many, while a block's forward takes at most so many bytes.
+MORE_TOKENS, MORE_TOKENS_BYTES = 4, 4 * 10**9
 # Bytes of float32 logits.
 LOGIT_BYTES = {"cpu": 400 * 2**20, "cuda": 1300 * 2**20}
 # Bytes of the float32 weights, or of the Hessians, of a chunk of experts (`quantize.sites`).
 CHUNK_BYTES = 2**28
-# Copies of a site's Hessian during observation; copies of (the Hessian, the float32 weights) during
-# factoring, and during rounding.
-OBSERVED, COPIES = 2, ((3.25, 1), (2, 5))
+# Bytes of experts' Hessians that a method takes in one pass over the windows, where it observes a
+# block's sites together: several chunks, as each pass runs the whole block anew.
+OBSERVED_BYTES = 2**30
+# Copies of (the Hessian, the float32 weights) during factoring, and during rounding.
+COPIES = ((3.25, 1), (2, 5))
+# Parts in which sums over calibration windows are taken: the most ranks that can share a sum. A
+# rank of a gang keeps its own parts apart.
+LANES = 8
 # On disk, beside codes and groups' numbers: norms, headers, facts, a file that is being written.
 STORED_MARGIN = 1.05
 BINARY_BITS, BINARY_NUMBERS = 3, 8  # of a 1-bit weight's code, and of a group: BiLLM's
@@ -41,11 +49,13 @@ class MethodMemory:
 
     hessian: it keeps a float32 [I, I] of each site's inputs
     chunks_experts: it takes a site's experts in chunks; else all of them at the same time
+    together: it observes all sites of a block before it quantizes one; else site by site
     block_copies: copies of the block
     """
 
     hessian: bool = True
     chunks_experts: bool = True
+    together: bool = False
     block_copies: float = 2.5
 
 
@@ -78,7 +88,7 @@ def need(
     ends = _ends_bytes(facts, dtype)
     more = (heads - 1) * ends
     running = _running(facts, dtype, device)
-    work = 0 if method is None else _quantizing(facts, method, running)
+    work = 0 if method is None else _quantizing(facts, method, running, ranks)
     changing = 0.0 if method is None else method.block_copies
     if loader == "resident":
         peak = (
@@ -201,16 +211,29 @@ def token_bytes(facts: ModelFacts, dtype: str) -> int:
     return widest * item + 2 * 4 * facts.hidden
 
 
+def batch_tokens(facts: ModelFacts, dtype: str, device: Device) -> int:
+    """Return how many calibration tokens run through a block at the same time."""
+    tokens = BATCH_TOKENS[device]
+    if device == "cuda" and facts.experts:
+        most, each = MORE_TOKENS * tokens, token_bytes(facts, dtype)
+        while 2 * tokens <= most and 2 * tokens * each <= MORE_TOKENS_BYTES:
+            tokens *= 2
+    return tokens
+
+
 def _running(facts: ModelFacts, dtype: str, device: Device) -> int:
     """Return the bytes of a block's forward over one batch of tokens."""
-    return BATCH_TOKENS[device] * token_bytes(facts, dtype)
+    return batch_tokens(facts, dtype, device) * token_bytes(facts, dtype)
 
 
-def _quantizing(facts: ModelFacts, method: MethodMemory, running: int) -> int:
+def _quantizing(facts: ModelFacts, method: MethodMemory, running: int, ranks: int) -> int:
     """Return the bytes that quantizing the largest site takes on top of the block.
 
     Experts come in chunks, unless the method treats all at once.
     """
+    # One process keeps a total and the current lane; a rank its lanes, and the total that it adds
+    # a chunk of them to.
+    lanes = -(-LANES // ranks) if ranks > 1 else 2
     most = 0
     for k in {facts.sparse(k): k for k in range(facts.layers)}.values():
         shapes = facts.block_shapes(k)
@@ -224,9 +247,12 @@ def _quantizing(facts: ModelFacts, method: MethodMemory, running: int) -> int:
             weights = 4 * sum(map(math.prod, site))
             experts = site[0][0] if len(site[0]) == 3 else 1
             hessians = 0 if not method.hessian else 4 * experts * site[0][-1] ** 2
+            seen = hessians
             if experts > 1 and method.chunks_experts:
+                at_once = max(OBSERVED_BYTES, ranks * CHUNK_BYTES)
+                seen = min(hessians, at_once if method.together else CHUNK_BYTES)
                 weights, hessians = min(weights, CHUNK_BYTES), min(hessians, CHUNK_BYTES)
-            observed = running + OBSERVED * hessians
+            observed = running + lanes * seen + (hessians if ranks > 1 else 0)
             most = max(most, observed, *(int(h * hessians + w * weights) for h, w in COPIES))
     return most
 

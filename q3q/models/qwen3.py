@@ -146,6 +146,11 @@ class Qwen3Block:
         return hidden + max(hidden, self.facts.heads * self.facts.head_dim, self.facts.intermediate)
 
     @property
+    def share_read(self) -> float:
+        """Return the share of all tokens that each linear of the MLP is shown."""
+        return 1.0
+
+    @property
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
         """Return the scale groups, in AWQ's order.
 

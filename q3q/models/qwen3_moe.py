@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from q3q.errors import NumericsError
 from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, QKV, O, ScaleGroup, Site, SiteInput
 from q3q.models.qwen3 import Qwen3Block, Stages, Weights
-from q3q.numerics.linalg import all_finite
+from q3q.numerics.grouped import GroupedRows, Groups, grouped_linear
 
 
 class Qwen3MoeBlock(Qwen3Block):
@@ -41,6 +40,10 @@ class Qwen3MoeBlock(Qwen3Block):
         attention = self.facts.heads * self.facts.head_dim
         return hidden + max(attention, hidden + self.facts.top_k * inner)
 
+    @property
+    def share_read(self) -> float:
+        return 1.0 if self.every_expert else self.facts.top_k / self.facts.experts
+
     def with_weights(self, changed: Weights) -> "Qwen3MoeBlock":
         block = super().with_weights(changed)
         assert isinstance(block, Qwen3MoeBlock)
@@ -51,30 +54,41 @@ class Qwen3MoeBlock(Qwen3Block):
         tokens_TH = normed_BTH.flatten(0, 1)
         expert_Tk, share_Tk = self.route(tokens_TH)
         # Readings (a token and one of its experts), sorted by expert, then by token.
-        counts = torch.bincount(expert_Tk.flatten(), minlength=self.facts.experts).tolist()
-        reading_R = expert_Tk.flatten().argsort(stable=True)
-        token_R = reading_R // self.facts.top_k
-        inputs = list(tokens_TH[token_R].split(counts))
+        expert_R, reading_R = expert_Tk.flatten().sort(stable=True)
+        groups = Groups.of_sorted(expert_R, self.facts.experts)
+        del expert_Tk, expert_R
+        inputs = GroupedRows(tokens_TH[reading_R // self.facts.top_k], groups)
         shown = [tokens_TH] * len(inputs) if self.every_expert else inputs
         yield EXPERT_GATE_UP, SiteInput(tokens_TH, shown)
         gate, up = (self.weights[name] for name in EXPERT_GATE_UP.weights)
-        rounded_inputs = (self.round_inputs(EXPERT_GATE_UP, tokens) for tokens in inputs)
-        gated = [
-            silu(linear(rounded, gate[e])) * linear(rounded, up[e])
-            for e, rounded in enumerate(rounded_inputs)
-        ]
-        del inputs, shown
-        all_gated = EveryExpert(self.round_inputs(EXPERT_GATE_UP, tokens_TH), gate, up)
-        down_inputs = all_gated if self.every_expert else gated
+        rounded_RH = self.round_inputs(EXPERT_GATE_UP, inputs.rows_RI)
+        gated_RI = silu(grouped_linear(rounded_RH, gate, groups), inplace=True)
+        gated_RI *= grouped_linear(rounded_RH, up, groups)
+        del inputs, shown, rounded_RH
+        down_inputs: Sequence[Tensor] = GroupedRows(gated_RI, groups)
+        if self.every_expert:
+            down_inputs = EveryExpert(self.round_inputs(EXPERT_GATE_UP, tokens_TH), gate, up)
         yield EXPERT_DOWN, SiteInput(None, down_inputs, unrouted=self.every_expert)
+        del down_inputs
         down = self.weights["mlp.experts.down_proj.weight"]
-        mixed_TH = torch.zeros_like(tokens_TH)
-        shares = share_Tk.flatten()[reading_R].split(counts)
-        # One expert at a time: all at once, a GPU would add a token's parts in any order.
-        for e, token in enumerate(token_R.split(counts)):
-            part = linear(self.round_inputs(EXPERT_DOWN, gated[e]), down[e]) * shares[e][:, None]
-            mixed_TH.index_add_(0, token, part.to(mixed_TH.dtype))
-        return mixed_TH.view_as(normed_BTH)
+        part_RH = grouped_linear(self.round_inputs(EXPERT_DOWN, gated_RI), down, groups)
+        part_RH *= share_Tk.flatten()[reading_R][:, None]
+        return self._summed(part_RH, reading_R).view_as(normed_BTH)
+
+    def _summed(self, part_RH: Tensor, reading_R: Tensor) -> Tensor:
+        """Add up each token's parts [T, H] in the order of its experts: no order of threads counts.
+
+        Args:
+            part_RH: sorted by expert, as `reading_R`, the number of each reading, token by token.
+        """
+        place_R = torch.empty_like(reading_R)
+        place_R[reading_R] = torch.arange(len(reading_R), device=reading_R.device)
+        place_Tk = place_R.view(-1, self.facts.top_k).sort(dim=1).values
+        first_T, *later = place_Tk.unbind(1)
+        summed_TH = part_RH[first_T]
+        for place_T in later:
+            summed_TH += part_RH[place_T]
+        return summed_TH
 
     @property
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
@@ -92,8 +106,8 @@ class EveryExpert(Sequence[Tensor]):
     An entry is computed when it is read, as all at once would not fit.
     """
 
-    def __init__(self, tokens_TH: Tensor, gate_EIH: Tensor, up_EIH: Tensor, first: int = 0) -> None:
-        self._tokens, self._gate, self._up, self._first = tokens_TH, gate_EIH, up_EIH, first
+    def __init__(self, tokens_TH: Tensor, gate_EIH: Tensor, up_EIH: Tensor) -> None:
+        self._tokens, self._gate, self._up = tokens_TH, gate_EIH, up_EIH
 
     def __len__(self) -> int:
         return len(self._gate)
@@ -106,11 +120,6 @@ class EveryExpert(Sequence[Tensor]):
 
     def __getitem__(self, expert: int | slice) -> "Tensor | EveryExpert":
         if isinstance(expert, slice):
-            first = self._first + expert.indices(len(self))[0]
-            return EveryExpert(self._tokens, self._gate[expert], self._up[expert], first)
-        gated_TI = silu(linear(self._tokens, self._gate[expert]))
-        gated_TI = gated_TI * linear(self._tokens, self._up[expert])
-        if not all_finite(gated_TI):
-            where = f"{EXPERT_DOWN.name}, expert {self._first + expert}"
-            raise NumericsError(f"{where}: calibration activations are not finite")
-        return gated_TI
+            return EveryExpert(self._tokens, self._gate[expert], self._up[expert])
+        gated_TI = silu(linear(self._tokens, self._gate[expert]), inplace=True)
+        return gated_TI.mul_(linear(self._tokens, self._up[expert]))

@@ -26,14 +26,72 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
+class FiniteCheck:
+    """A check of many tensors that makes nobody wait: noted on their device, read at the end."""
+
+    def __init__(self) -> None:
+        self._noted: Tensor | None = None
+
+    def note(self, tensor: Tensor) -> None:
+        """Note whether all of the tensor's entries are finite."""
+        if not tensor.numel():
+            return
+        low, high = torch.aminmax(tensor)
+        # A number minus itself is 0; infinity and NaN give NaN, which stays in the sum.
+        noted = (high - high) + (low - low)
+        self._noted = noted if self._noted is None else self._noted + noted
+
+    def passed(self) -> bool:
+        """Return True if all entries noted so far were finite; waits for the device."""
+        return self._noted is None or bool(self._noted == 0)
+
+
+def multiplies_16_bits(tokens_xTI: Tensor) -> bool:
+    """Return True if products of these numbers are taken as they are and added in float32.
+
+    A product of two bfloat16 numbers (8 significant bits each), or of two float16 numbers (11), is
+    exact in float32 (24), so that a GPU's tensor cores lose nothing.
+    """
+    return (
+        tokens_xTI.device.type == "cuda"
+        and tokens_xTI.dtype in (torch.bfloat16, torch.float16)
+        and torch.version.hip is None
+    )
+
+
 def add_gram(upper_II: Tensor, tokens_TI: Tensor, *, fresh: bool = False) -> None:
     """Add each token's x x^T to the upper triangle; `mirror` completes the matrix.
 
+    The twin of 16-bit products converts the tokens to float32 first: the same products, which are
+    added up in another order.
+
     fresh: overwrite the matrix instead of adding to it.
     """
+    narrow = multiplies_16_bits(tokens_TI)
+    tokens_TI = tokens_TI if narrow else tokens_TI.float()
     for start, stop in _panels(len(upper_II)):
-        factors = tokens_TI[:, start:stop].T, tokens_TI[:, start:]
-        upper_II[start:stop, start:].addmm_(*factors, beta=0 if fresh else 1)
+        factors, panel = (tokens_TI[:, start:stop].T, tokens_TI[:, start:]), upper_II[start:stop]
+        if narrow:
+            _accumulate(panel[:, start:], torch.mm(*factors, out_dtype=torch.float32), fresh)
+        else:
+            panel[:, start:].addmm_(*factors, beta=0 if fresh else 1)
+
+
+def add_grams(upper_EII: Tensor, tokens_ETI: Tensor, *, fresh: bool = False) -> None:
+    """Do what `add_gram` does for several matrices at once; rows of zeros add nothing."""
+    narrow = multiplies_16_bits(tokens_ETI)
+    tokens_ETI = tokens_ETI if narrow else tokens_ETI.float()
+    for start, stop in _panels(upper_EII.shape[-1]):
+        factors = tokens_ETI[:, :, start:stop].mT, tokens_ETI[:, :, start:]
+        part = torch.bmm(*factors, out_dtype=torch.float32) if narrow else torch.bmm(*factors)
+        _accumulate(upper_EII[:, start:stop, start:], part, fresh)
+
+
+def _accumulate(total: Tensor, part: Tensor, fresh: bool) -> None:
+    if fresh:
+        total.copy_(part)
+    else:
+        total += part
 
 
 def add_upper(total_EII: Tensor, upper_EII: Tensor) -> None:

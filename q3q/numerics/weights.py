@@ -5,7 +5,7 @@ Two kinds share one protocol: points of a uniform grid (`QuantizedWeight`), and 
 groups, S columns per group.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, TypeVar, cast
 
@@ -18,7 +18,7 @@ from q3q.numerics.linalg import all_finite
 
 SCALE_BITS = 16  # as every deployed format stores them
 GROUP_INDEX_BITS = 32
-# Weights that `numbers` dequantizes at one time, through float32 or 64-bit indices: 64 MB.
+# Weights that are dequantized at one time, through float32 or 64-bit indices: 64 MB.
 NUMBERS_AT_ONCE = 1 << 23
 
 
@@ -38,6 +38,9 @@ class StoredWeight(Protocol):
 
     def rows(self, start: int, stop: int) -> "StoredWeight":
         """Return output rows start .. stop - 1 alone."""
+
+    def experts(self, start: int, stop: int) -> "StoredWeight":
+        """Return experts start .. stop - 1 alone."""
 
     def storage_bits(self) -> int:
         """Return the total number of bits that a packed checkpoint needs."""
@@ -117,6 +120,12 @@ class QuantizedWeight:
         tensors = (self.codes_EOI, self.scale_EOG, self.zero_EOG)
         codes, scale, zero = (tensor[:, start:stop] for tensor in tensors)
         return QuantizedWeight(codes, scale, zero, self.bits, self.symmetric, self.group_EI)
+
+    def experts(self, start: int, stop: int) -> "QuantizedWeight":
+        tensors = (self.codes_EOI, self.scale_EOG, self.zero_EOG)
+        codes, scale, zero = (tensor[start:stop] for tensor in tensors)
+        group = None if self.group_EI is None else self.group_EI[start:stop]
+        return QuantizedWeight(codes, scale, zero, self.bits, self.symmetric, group)
 
     def storage_bits(self) -> int:
         """Count codes, 16-bit scales, zero points unless implied, and the group index.
@@ -247,6 +256,10 @@ class BinarizedWeight:
         tensors = (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)
         return BinarizedWeight(*(tensor[:, start:stop] for tensor in tensors))
 
+    def experts(self, start: int, stop: int) -> "BinarizedWeight":
+        tensors = (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)
+        return BinarizedWeight(*(tensor[start:stop] for tensor in tensors))
+
     def storage_bits(self) -> int:
         """Count one linear's bits: about 3 bits a weight with blocks of 128 columns.
 
@@ -338,14 +351,29 @@ def refuse_unsound(weight: object, weight_EOI: Tensor, bits: int) -> None:
 
 
 def numbers(weight: StoredWeight, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """Dequantize a weight [E, O, I] in `dtype`, a few rows at a time, to bound memory."""
-    experts, rows, columns = weight.shape
+    """Dequantize a weight [E, O, I] in `dtype`, piece by piece, to bound memory."""
     out_EOI = torch.empty(weight.shape, dtype=dtype, device=device)
-    step = max(1, NUMBERS_AT_ONCE // (experts * columns))
-    for start in range(0, rows, step):
-        part = weight.rows(start, min(start + step, rows))
-        out_EOI[:, start : start + step] = part.to(device).dequantize()
+    for e, o, part in pieces(weight):
+        out_EOI[e, o] = part.to(device).dequantize()
     return out_EOI
+
+
+def pieces(
+    weight: StoredWeight, most_rows: int | None = None
+) -> Iterator[tuple[slice, slice, StoredWeight]]:
+    """Yield pieces of `NUMBERS_AT_ONCE` weights at most: their experts, their rows, their codes.
+
+    Args:
+        most_rows: cut rows after so many, however many numbers these are.
+    """
+    experts, rows, columns = weight.shape
+    row_step = most_rows or max(1, NUMBERS_AT_ONCE // columns)
+    expert_step = max(1, NUMBERS_AT_ONCE // (min(rows, row_step) * columns))
+    for e in range(0, experts, expert_step):
+        few = weight.experts(e, min(e + expert_step, experts))
+        for o in range(0, rows, row_step):
+            part = few.rows(o, min(o + row_step, rows))
+            yield slice(e, e + expert_step), slice(o, o + row_step), part
 
 
 def concatenate_experts(parts: Sequence[Weight]) -> Weight:

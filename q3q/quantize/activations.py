@@ -5,17 +5,18 @@ Shapes: B windows, T tokens of a window, H hidden, I channels of a site's input.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor
 
 from q3q.errors import ConfigError, NumericsError
 from q3q.models.anatomy import Site, SiteInput
 from q3q.models.decoder import Decoder
-from q3q.models.footprint import BATCH_TOKENS
+from q3q.models.footprint import Device, batch_tokens
 from q3q.models.qwen3 import Qwen3Block, Rope
 from q3q.models.spool import Spool
-from q3q.numerics.linalg import all_finite
+from q3q.numerics.grouped import GroupedRows
+from q3q.numerics.linalg import FiniteCheck
 from q3q.quantize.method import Method
 from q3q.quantize.statistics import Statistics, StoredInputs, lane_of, lanes_of
 from q3q.team import SOLO, Team
@@ -74,13 +75,18 @@ class Activations:
             statistics.bound(self._spool_bytes)
         return statistics
 
-    def new_statistics(self, method: Method) -> Statistics | None:
+    def new_statistics(self, method: Method, experts: slice = slice(0, 0)) -> Statistics | None:
         """Return the method's accumulator for this rank's batches at one site.
+
+        Args:
+            experts: the chunk that it is for; the first one's keeps the windows for all.
 
         Raises:
             ConfigError: ranks cannot share the method's statistics.
         """
         statistics: Statistics | None = self._new_statistics(method)
+        if isinstance(statistics, StoredInputs):
+            statistics.keeps_windows = experts.start == 0
         if statistics is not None and self.team.size > 1:
             if not hasattr(statistics, "keep_lanes"):
                 raise ConfigError(
@@ -114,7 +120,9 @@ def activations_of(model: Decoder, windows_BT: Tensor | None) -> Activations:
     if windows_BT is None:
         return Activations(Spool(), team=team)
     windows, length = windows_BT.shape
-    rows = max(1, BATCH_TOKENS["cuda" if model.device.type == "cuda" else "cpu"] // length)
+    device: Device = "cuda" if model.device.type == "cuda" else "cpu"
+    dtype = str(model.norm_H.dtype).removeprefix("torch.")
+    rows = max(1, batch_tokens(model.facts, dtype, device) // length)
     lanes = lanes_of(team.rank, team.size)
     first_windows = [start for start in range(0, windows, rows) if lane_of(start, windows) in lanes]
     batches = [windows_BT[start : start + rows] for start in first_windows]
@@ -136,24 +144,52 @@ def pass_through(block: Qwen3Block, hidden: Spool, rope: Rope) -> None:
 
 
 def show_inputs(
-    statistics: Statistics | None, site: Site, inputs: SiteInput, experts: slice, index: int
+    statistics: Statistics | None, site: Site, inputs: SiteInput, experts: slice, check: FiniteCheck
 ) -> None:
     """Update some experts' statistics with one batch's input at their site.
 
     Args:
         statistics: None to check the input alone.
-        index: the block's, for the error message.
-
-    Raises:
-        NumericsError: the input is not finite.
+        check: notes whether the input is finite; see `refuse_infinite`.
     """
     shown = inputs.experts if len(inputs.experts) == 1 else inputs.experts[experts]
     if inputs.all_TI is not None:
-        checked = [inputs.all_TI]
+        check.note(inputs.all_TI)
+    elif isinstance(shown, GroupedRows):
+        check.note(shown.rows_RI)
     else:
-        # A lazy sequence computes experts' inputs when they are read, and checks them itself.
-        checked = shown if isinstance(shown, list) else []
-    if not all(all_finite(tokens_TI) for tokens_TI in checked):
-        raise NumericsError(f"blocks.{index}.{site.name}: calibration activations are not finite")
+        shown = _Noted(shown, check)
     if statistics is not None:
         statistics.update(replace(inputs, experts=shown, linears=len(site.weights)))
+
+
+def refuse_infinite(check: FiniteCheck, site: Site, index: int) -> None:
+    """Raise NumericsError if an input that was shown to a block's site was not finite.
+
+    Asked once, after all batches: each question would make a GPU's queue run dry.
+    """
+    if not check.passed():
+        raise NumericsError(f"blocks.{index}.{site.name}: calibration activations are not finite")
+
+
+class _Noted(Sequence[Tensor]):
+    """Tensors that are computed when they are read, each noted in a check as it is read."""
+
+    def __init__(self, tensors: Sequence[Tensor], check: FiniteCheck) -> None:
+        self._tensors, self._check = tensors, check
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "_Noted": ...
+
+    def __getitem__(self, index: int | slice) -> "Tensor | _Noted":
+        if isinstance(index, slice):
+            return _Noted(self._tensors[index], self._check)
+        tensor = self._tensors[index]
+        self._check.note(tensor)
+        return tensor

@@ -62,7 +62,7 @@ class SiteTask:
 class ScaleTask:
     """One scale group to rebalance.
 
-    weights: the block's current weights, by name
+    weights: the block's original weights, by name
     statistics: as in `SiteTask`
     windows: the site's input, [T, I] per calibration window; may lie on disk
     row: tokens in one row of `run`'s input: a window's in attention, 1 in an MLP
@@ -70,6 +70,10 @@ class ScaleTask:
         [R, row, I], with some of its weights replaced
     spool: makes a spool for tensors as large as the input
     apply: shifts a scale [E or 1, I] from the producer to its readers
+    experts: the experts to find a scale for, where each has its own, and whose statistics these
+        are; E is their number
+    share: of the tokens, how many each reader of the input reads on average
+    most_tokens: so many tokens may run at the same time; None for no limit
     """
 
     group: ScaleGroup
@@ -80,6 +84,9 @@ class ScaleTask:
     run: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     spool: Callable[[], Spool]
     apply: Callable[[Tensor], None]
+    experts: slice = field(default_factory=lambda: slice(None))
+    share: float = 1.0
+    most_tokens: int | None = None
 
 
 class Method(ABC):
@@ -114,6 +121,15 @@ class Method(ABC):
     def rebalances(self) -> bool:
         """True if the method implements `rebalance`."""
         return type(self).rebalance is not Method.rebalance
+
+    @property
+    def chunks_experts(self) -> bool:
+        """True if a site's experts may be observed and quantized some at a time.
+
+        A method that rebalances says so itself. It finds a scale that all experts share with the
+        first chunk's statistics of the experts, and an expert's own with those of its chunk.
+        """
+        return not self.rebalances
 
     def row_step(self, device: torch.device) -> int | None:
         """Return the step in which the ranks of a gang may divide a dense site's rows.

@@ -3,14 +3,18 @@
 Shapes: E experts (1 in a dense block), I in features of the group's site.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from q3q.errors import IncompatibleError
-from q3q.models.anatomy import ScaleGroup
+from q3q.models.anatomy import ScaleGroup, Site
+from q3q.models.footprint import batch_tokens
 from q3q.models.qwen3 import Qwen3Block, Rope, finish
+from q3q.numerics.weights import NUMBERS_AT_ONCE
 from q3q.quantize.activations import Activations
 from q3q.quantize.method import Method, ScaleTask
 from q3q.quantize.sites import Chunk, SiteQuantizer
@@ -18,37 +22,82 @@ from q3q.quantize.statistics import StoredInputs
 from q3q.spec import Scheme
 
 
-def rebalance_groups(
-    block: Qwen3Block,
-    method: Method,
-    chunks: Sequence[Chunk],
-    activations: Activations,
-    rope: Rope,
-) -> None:
-    """Find all groups' scales for the block as it is, each on the rank with the site's statistics;
-    then apply them one after the other.
+class Rebalancing:
+    """A method's scales of one block, chunk by chunk of its experts.
 
-    Args:
-        chunks: the observed chunks. A method that rebalances has one at each site.
+    A scale that all linears of a site share is found once, with the first chunk's statistics, and
+    serves all chunks. Where an expert's own linear is the producer, its scale is found with its
+    chunk's. All are found for the original block.
     """
-    team = activations.team
-    chunk_of = {chunk.quantizer.site: chunk for chunk in reversed(chunks)}
-    groups = [
-        (group, chunk_of[group.site])
-        for group in block.scale_groups
-        if chunk_of[group.site].quantizer.parts
-    ]
-    schemes = [_only_scheme(chunk.quantizer) for _, chunk in groups]
-    scales: list[list[Tensor]] = [[] for _ in groups]
-    for (group, chunk), scheme, scales_EI in zip(groups, schemes, scales, strict=True):
-        if chunk.owner == team.rank:
-            task = scale_task(block, group, chunk.statistics, rope, activations, scales_EI.append)
-            method.rebalance(task, scheme)
-    for (group, chunk), scales_EI in zip(groups, scales, strict=True):
-        for scale_EI in team.broadcast(scales_EI, chunk.owner):
-            block.weights.update(migrate_scale(block.weights, group, scale_EI))
-            if chunk.owner == team.rank:
-                chunk.statistics.rescale(scale_EI)
+
+    def __init__(
+        self,
+        original: Qwen3Block,
+        block: Qwen3Block,
+        method: Method,
+        activations: Activations,
+        rope: Rope,
+    ) -> None:
+        self._original, self._block, self._method = original, block, method
+        self._activations, self._rope = activations, rope
+        self._shared: dict[Site, list[Tensor]] = {}
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """Names of weights that the block no longer shares with the original one."""
+        before, now = self._original.weights, self._block.weights
+        return frozenset(name for name in now if now[name] is not before[name])
+
+    def shift(self, chunks: Sequence[Chunk]) -> None:
+        """Find the observed chunks' scales, each on the rank with the statistics; then apply them,
+        group by group.
+        """
+        if not self._method.rebalances:
+            return
+        rank, broadcast = self._activations.team.rank, self._activations.team.broadcast
+        groups = [
+            (group, [c for c in chunks if c.quantizer.site == group.site and c.quantizer.parts])
+            for group in self._block.scale_groups
+        ]
+        groups = [(group, its_chunks) for group, its_chunks in groups if its_chunks]
+        searches = [
+            (group, chunk, _only_scheme(chunk.quantizer), list[Tensor]())
+            for group, its_chunks in groups
+            for chunk in (its_chunks if self._of_experts(group) else its_chunks[:1])
+            if group.site not in self._shared
+        ]
+        for group, chunk, scheme, found in searches:
+            if chunk.owner == rank:
+                self._method.rebalance(self._task(group, chunk, found), scheme)
+        for group, chunk, _, found in searches:
+            scales_EI = broadcast(found, chunk.owner)
+            experts = chunk.experts if self._of_experts(group) else slice(None)
+            for scale_EI in scales_EI:
+                weights = self._block.weights
+                weights.update(migrate_scale(weights, group, scale_EI, experts, self.changed))
+            if not self._of_experts(group):
+                self._shared[group.site] = scales_EI
+            elif chunk.owner == rank:
+                _rescale(chunk, scales_EI)
+        for group, its_chunks in groups:
+            for chunk in its_chunks:
+                if chunk.owner == rank:
+                    _rescale(chunk, self._shared.get(group.site, []))
+
+    def _of_experts(self, group: ScaleGroup) -> bool:
+        """Return True if each expert's own linear feeds the group's site."""
+        return self._block.weights[group.producer].ndim == 3
+
+    def _task(self, group: ScaleGroup, chunk: Chunk, found: list[Tensor]) -> ScaleTask:
+        task = scale_task(
+            self._original, group, chunk.statistics, self._rope, self._activations, found.append
+        )
+        return replace(task, experts=chunk.experts) if self._of_experts(group) else task
+
+
+def _rescale(chunk: Chunk, scales_EI: Sequence[Tensor]) -> None:
+    for scale_EI in scales_EI:
+        chunk.statistics.rescale(scale_EI)
 
 
 def _only_scheme(quantizer: SiteQuantizer) -> Scheme:
@@ -78,12 +127,31 @@ def scale_task(
         )
 
     windows = statistics.windows() if isinstance(statistics, StoredInputs) else ()
-    row = activations.length if attention else 1
-    return ScaleTask(group, block.weights, statistics, windows, row, run, activations.spool, apply)
+    gain_H = block.weights["input_layernorm.weight"]
+    most_tokens = None  # a CPU's limit is the method's own
+    if gain_H.device.type == "cuda":
+        dtype = str(gain_H.dtype).removeprefix("torch.")
+        most_tokens = batch_tokens(block.facts, dtype, "cuda")
+    return ScaleTask(
+        group,
+        block.weights,
+        statistics,
+        windows,
+        row=activations.length if attention else 1,
+        run=run,
+        spool=activations.spool,
+        apply=apply,
+        share=1.0 if attention else block.share_read,
+        most_tokens=most_tokens,
+    )
 
 
 def migrate_scale(
-    weights: Mapping[str, Tensor], group: ScaleGroup, scale_EI: Tensor
+    weights: Mapping[str, Tensor],
+    group: ScaleGroup,
+    scale_EI: Tensor,
+    experts: slice = slice(None),
+    overwritten: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Divide the producer's outputs by the scale, and multiply its readers' input columns by it.
 
@@ -91,23 +159,42 @@ def migrate_scale(
 
     Args:
         scale_EI: a scale per channel of the site's input: one row for all experts or, where the
-            producer is an expert's own linear, one row per expert.
+            producer is an expert's own linear, one row for each of `experts`.
+        overwritten: weights that are changed where they lie; the others are copied first.
 
     Returns:
         The changed weights by name.
     """
     changed = {}
+    for name in (*group.site.weights, *group.site.unquantized, group.producer):
+        old = weights[name]
+        changed[name] = (
+            old if name in overwritten else old.clone(memory_format=torch.contiguous_format)
+        )
     for name in (*group.site.weights, *group.site.unquantized):
-        weight = weights[name]
-        columns = scale_EI[:, None, :] if weight.ndim == 3 else scale_EI[0]
-        changed[name] = (weight.float() * columns).to(weight.dtype)
-    producer = weights[group.producer]
+        _change(changed[name], torch.mul, scale_EI[:, None, :], experts)
     produced_EO = scale_EI
     if group.repeat > 1:
         produced_EO = scale_EI.unflatten(1, (-1, group.repeat, group.head_dim))[:, :, 0].flatten(1)
-    if producer.ndim == 1:
-        divisor = produced_EO[0]
-    else:
-        divisor = produced_EO[:, :, None] if producer.ndim == 3 else produced_EO[0][:, None]
-    changed[group.producer] = (producer.float() / divisor).to(producer.dtype)
+    _change(changed[group.producer], torch.div, produced_EO[:, :, None], experts)
     return changed
+
+
+def _change(
+    weight: Tensor, by: Callable[[Tensor, Tensor], Tensor], factor_EOI: Tensor, experts: slice
+) -> None:
+    """Multiply or divide a weight in place, in float32, a few experts at a time.
+
+    Args:
+        weight: [E, O, I], [O, I], or a norm's gain [O].
+        factor_EOI: one for all, or one for each of `experts`; broadcast over rows or columns.
+    """
+    if weight.ndim < 3:
+        factor = factor_EOI[0] if weight.ndim == 2 else factor_EOI[0, :, 0]
+        weight.copy_(by(weight.float(), factor))
+        return
+    part_EOI = weight[experts]
+    step = max(1, NUMBERS_AT_ONCE // part_EOI[0].numel())
+    for e, few_eOI in zip(range(0, len(part_EOI), step), part_EOI.split(step), strict=True):
+        own_eOI = factor_EOI if len(factor_EOI) == 1 else factor_EOI[e : e + step]
+        few_eOI.copy_(by(few_eOI.float(), own_eOI))

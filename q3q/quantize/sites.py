@@ -3,6 +3,7 @@
 Shapes: E experts (1 in a dense block), O out features of all the site's weights, I in features.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,7 +60,10 @@ class SiteQuantizer:
         The split is exact: the linears share the statistics, and given these, rows are independent.
     chunks: as many experts as `CHUNK_BYTES` allow, but at least two, because methods treat one
         expert as a dense block. A dense site is one chunk, and so are all experts for a method that
-        shifts scale between tensors that the experts share.
+        cannot take them in chunks. For one that shifts scale between an expert's linears, all
+        sites have the same chunks.
+    overwritten: weights that the block alone holds, so that their numbers may be overwritten by
+        those of their codes, chunk by chunk.
     """
 
     def __init__(
@@ -72,12 +76,13 @@ class SiteQuantizer:
     ) -> None:
         self.block, self.site, self.method, self.result = block, site, method, result
         self.parts = _parts(site, schemes, result.index)
+        self.overwritten: frozenset[str] = frozenset()
         shapes = [block.weights[name].shape for name in site.weights]
-        experts = shapes[0][0] if len(shapes[0]) == 3 else 1
-        rows, columns = sum(shape[-2] for shape in shapes), shapes[0][-1]
-        fitting = max(2, CHUNK_BYTES // (4 * columns * max(rows, columns)))
+        experts, columns = shapes[0][0] if len(shapes[0]) == 3 else 1, shapes[0][-1]
         count = 1
-        if experts > 1 and not method.rebalances:
+        if experts > 1 and method.chunks_experts:
+            alike = block.sites if method.rebalances else (site,)
+            fitting = min(_experts_at_once(block, each) for each in alike)
             count = max(1, min(-(-experts // fitting), experts // 2))
         self.chunks = [
             slice(i * experts // count, (i + 1) * experts // count) for i in range(count)
@@ -142,7 +147,11 @@ class SiteQuantizer:
     def _put(self, name: str, experts: slice, rounded_EOI: Tensor) -> None:
         old = self.block.weights[name]
         if name not in self._rounded:
-            self._rounded[name] = torch.empty_like(old, memory_format=torch.contiguous_format)
+            self._rounded[name] = (
+                old
+                if name in self.overwritten
+                else torch.empty_like(old, memory_format=torch.contiguous_format)
+            )
         new = self._rounded[name]
         (new if new.ndim == 3 else new[None])[experts] = rounded_EOI.to(old.dtype)
 
@@ -291,6 +300,18 @@ def stack_rows(
     for part, own_rows in zip(parts, rows.values(), strict=True):
         stacked_EOI[:, own_rows] = part[experts]
     return stacked_EOI, rows
+
+
+def _experts_at_once(block: Qwen3Block, site: Site) -> int:
+    """Return how many of a site's experts `CHUNK_BYTES` allow; all of a dense site, which is one.
+
+    Their Hessians and their float32 weights count, whichever are larger.
+    """
+    shapes = [block.weights[name].shape for name in site.weights]
+    if len(shapes[0]) < 3:
+        return sys.maxsize
+    rows, columns = sum(shape[-2] for shape in shapes), shapes[0][-1]
+    return max(2, CHUNK_BYTES // (4 * columns * max(rows, columns)))
 
 
 def _parts(site: Site, schemes: Schemes, index: int) -> list[tuple[Site, Scheme]]:

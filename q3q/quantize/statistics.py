@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from q3q.models.anatomy import SiteInput
+from q3q.models.footprint import LANES
 from q3q.models.spool import Spool
-from q3q.numerics.linalg import add_gram, add_upper, mirror
+from q3q.numerics.grouped import GroupedRows, padded_runs, pads_groups
+from q3q.numerics.linalg import add_gram, add_grams, add_upper, mirror
 
 # An expert that fewer calibration tokens reach has statistics of noise: it is rounded to nearest.
 MIN_EXPERT_TOKENS = 128
-# Parts in which sums over calibration windows are taken: the most ranks that can share a sum.
-LANES = 8
 # Bytes of experts' Hessians handed out at a time; bounds memory and changes no number.
 HESSIAN_BYTES = 2**27
 
@@ -194,21 +194,38 @@ class Gram:
         """Update, and yield each tensor once it is added: lazily made tensors are made once."""
         lane = self.lane(inputs)
         read = inputs.experts[:1] if inputs.shared else inputs.experts
+        if isinstance(read, GroupedRows) and pads_groups(read.rows_RI.device):
+            self.shared = False
+            self._count(len(read), torch.tensor(read.groups.counts))
+            columns = read.rows_RI.shape[-1]
+            shape = len(read), columns, columns
+            sum_MII, fresh = self._sum.accumulator(lane, shape, read.rows_RI.device)
+            for run, tokens_nTI in padded_runs(read):
+                add_grams(sum_MII[run], tokens_nTI, fresh=fresh)
+            yield from read
+        else:
+            yield from self._feed_one_by_one(inputs, read, lane)
+        self.windows += inputs.windows
+        self._mirrored = False
+
+    def _feed_one_by_one(
+        self, inputs: SiteInput, read: Sequence[Tensor], lane: int
+    ) -> Iterator[Tensor]:
+        counts = []
         for m, tokens_TI in enumerate(read):
             if m == 0:
                 shape = len(read), tokens_TI.shape[-1], tokens_TI.shape[-1]
                 sum_MII, fresh = self._sum.accumulator(lane, shape, tokens_TI.device)
-            if not self.tokens_E.numel():
-                self.shared = inputs.shared
-                self.tokens_E = torch.zeros(len(inputs.experts), dtype=torch.int64)
-            add_gram(sum_MII[m], tokens_TI.float(), fresh=fresh)
-            if inputs.shared:
-                self.tokens_E += len(tokens_TI)
-            else:
-                self.tokens_E[m] += len(tokens_TI)
+            add_gram(sum_MII[m], tokens_TI, fresh=fresh)
+            counts.append(len(tokens_TI))
             yield tokens_TI
-        self.windows += inputs.windows
-        self._mirrored = False
+        self.shared = inputs.shared
+        self._count(len(inputs.experts), torch.tensor(counts))
+
+    def _count(self, experts: int, tokens_M: Tensor) -> None:
+        if not self.tokens_E.numel():
+            self.tokens_E = torch.zeros(experts, dtype=torch.int64)
+        self.tokens_E = self.tokens_E + tokens_M
 
     def first_window(self, inputs: SiteInput) -> int:
         """Return the index among all windows of the next batch's first window."""
@@ -282,11 +299,18 @@ class Peak:
         self.tokens_E = torch.empty(0)
 
     def update(self, inputs: SiteInput) -> None:
-        counts, peaks = [], [] if inputs.all_TI is None else [_peak(inputs.all_TI)]
-        for tokens_TI in inputs.experts:
-            counts.append(len(tokens_TI))
-            if inputs.all_TI is None:
-                peaks.append(_peak(tokens_TI))
+        read, peaks = inputs.experts, [] if inputs.all_TI is None else [_peak(inputs.all_TI)]
+        if isinstance(read, GroupedRows) and (peaks or pads_groups(read.rows_RI.device)):
+            counts = read.groups.counts
+            if not peaks:
+                for _, tokens_nTI in padded_runs(read):
+                    peaks += _peak(tokens_nTI).unbind()
+        else:
+            counts = []
+            for tokens_TI in read:
+                counts.append(len(tokens_TI))
+                if inputs.all_TI is None:
+                    peaks.append(_peak(tokens_TI))
         self._merge(torch.tensor(counts), torch.stack(peaks))
 
     def keep_lanes(self) -> None:
@@ -306,10 +330,11 @@ class Peak:
         self.peak_EI = self.peak_EI / scale_EI
 
 
-def _peak(tokens_TI: Tensor) -> Tensor:
-    if not len(tokens_TI):
-        return tokens_TI.new_zeros(tokens_TI.shape[-1], dtype=torch.float32)
-    return tokens_TI.abs().amax(0).float()
+def _peak(tokens_xTI: Tensor) -> Tensor:
+    if not tokens_xTI.shape[-2]:
+        shape = *tokens_xTI.shape[:-2], tokens_xTI.shape[-1]
+        return tokens_xTI.new_zeros(shape, dtype=torch.float32)
+    return tokens_xTI.abs().amax(-2).float()
 
 
 class StoredInputs:
@@ -326,7 +351,11 @@ class StoredInputs:
 
     Attributes:
         sampled: tokens sampled from inputs that are not stored, by expert.
+        keeps_windows: store the inputs of each window for `windows`; False for a chunk of experts
+            that is not the first, as all chunks have the same.
     """
+
+    keeps_windows = True
 
     def __init__(self, sample_size: int) -> None:
         self.gram = Gram()
@@ -354,17 +383,22 @@ class StoredInputs:
         only_sample = inputs.linears == 1 and unrouted and inputs.total_windows > 0
         first_window, lane = self.gram.first_window(inputs), self.gram.lane(inputs)
         routed, sums = [], []
+        read = inputs.experts
+        together = isinstance(read, GroupedRows) and pads_groups(read.rows_RI.device)
         for e, tokens_TI in enumerate(self.gram.feed(inputs)):
-            if inputs.all_TI is None:
+            if inputs.all_TI is None and not together:
                 sums.append(_sum_absolute(tokens_TI))
             if only_sample:
                 self._sample(e, tokens_TI, first_window, inputs)
             elif not inputs.shared:
                 routed.append(tokens_TI)
+        if inputs.all_TI is None and isinstance(read, GroupedRows) and together:
+            for _, tokens_nTI in padded_runs(read):
+                sums += _sum_absolute(tokens_nTI).unbind()
         if inputs.all_TI is not None:
             sums.append(_sum_absolute(inputs.all_TI))
             self._window_tokens += len(inputs.all_TI)
-            if not only_sample:
+            if not only_sample and (self.keeps_windows or inputs.shared):
                 for window_TI in inputs.all_TI.chunk(inputs.windows):
                     self._store(window_TI, None)
         if routed:
@@ -470,5 +504,5 @@ class Windows(Sequence[Tensor]):
         return self._spool[self._indices[window]]
 
 
-def _sum_absolute(tokens_TI: Tensor) -> Tensor:
-    return vector_norm(tokens_TI, 1, dim=0, dtype=torch.float32)
+def _sum_absolute(tokens_xTI: Tensor) -> Tensor:
+    return vector_norm(tokens_xTI, 1, dim=-2, dtype=torch.float32)

@@ -16,12 +16,20 @@ from torch import Tensor
 
 from q3q.models.anatomy import Site
 from q3q.models.decoder import Decoder
+from q3q.models.footprint import CHUNK_BYTES, OBSERVED_BYTES
 from q3q.models.qwen3 import Qwen3Block, Rope, finish
-from q3q.quantize.activations import Activations, activations_of, pass_through, show_inputs
+from q3q.numerics.linalg import FiniteCheck
+from q3q.quantize.activations import (
+    Activations,
+    activations_of,
+    pass_through,
+    refuse_infinite,
+    show_inputs,
+)
 from q3q.quantize.block import BlockSink, QuantizedBlock, stored_numbers
 from q3q.quantize.method import Method
 from q3q.quantize.runs import Runs, advance_to
-from q3q.quantize.scales import rebalance_groups
+from q3q.quantize.scales import Rebalancing
 from q3q.quantize.sites import Chunk, SiteQuantizer, solve_chunks
 from q3q.quantize.statistics import Statistics
 from q3q.reporter import Steps, no_steps
@@ -226,10 +234,11 @@ def _observe_next(
     chunk: Chunk, runs: Runs, method: Method, activations: Activations
 ) -> Statistics | None:
     """Return this rank's statistics of a chunk's inputs at the site where all runs halt next."""
-    site, index = chunk.quantizer.site, chunk.quantizer.result.index
+    site, check = chunk.quantizer.site, FiniteCheck()
     statistics = activations.new_statistics(method) if chunk.quantizer.parts else None
     for inputs in runs.inputs_of(site):
-        show_inputs(statistics, site, inputs, chunk.experts, index)
+        show_inputs(statistics, site, inputs, chunk.experts, check)
+    refuse_infinite(check, site, chunk.quantizer.result.index)
     return statistics
 
 
@@ -245,18 +254,17 @@ def _quantize_together(
 ) -> None:
     """Quantize the sites of `block`, all observed with the original block's weights.
 
-    Each pass runs all batches through the original block and solves as many chunks of each site's
-    experts as there are ranks; a method that rebalances has one pass.
+    Each pass runs all batches through the original block and solves some chunks of each site's
+    experts: at least one for each rank, and as many as `OBSERVED_BYTES` allow.
     """
-    team = activations.team
+    team, rebalancing = activations.team, Rebalancing(original, block, method, activations, rope)
     most_chunks = max(len(site.chunks) for site in sites)
-    for start in range(0, most_chunks, team.size):
+    step = max(team.size, OBSERVED_BYTES // CHUNK_BYTES)
+    for start in range(0, most_chunks, step):
         chunks = [
-            Chunk(site, experts)
-            for site in sites
-            for experts in site.chunks[start : start + team.size]
+            Chunk(site, experts) for site in sites for experts in site.chunks[start : start + step]
         ]
-        is_last = start + team.size >= most_chunks
+        is_last = start + step >= most_chunks
         _observe(
             original, chunks, method, activations, rope, pass_on=passes_on_original and is_last
         )
@@ -266,8 +274,9 @@ def _quantize_together(
                 chunks[c].owner = rank
         for chunk in chunks:
             chunk.statistics = activations.add_up(method, chunk.statistics, chunk.owner)
-        if start == 0:
-            rebalance_groups(block, method, chunks, activations, rope)
+        rebalancing.shift(chunks)
+        for site in sites:
+            site.overwritten = rebalancing.changed
         solve_chunks(chunks, team)
     for site in sites:
         site.finish()
@@ -291,14 +300,16 @@ def _observe(
     for chunk in chunks:
         readers.setdefault(chunk.quantizer.site, []).append(chunk)
         if chunk.quantizer.parts:
-            chunk.statistics = activations.new_statistics(method)
+            chunk.statistics = activations.new_statistics(method, chunk.experts)
+    checks = {site: FiniteCheck() for site in readers}
     for b, x_BTH in enumerate(activations.hidden):
         run = original.stages(x_BTH, rope)
         for site, site_chunks in readers.items():
             inputs = activations.number_windows(advance_to(run, site), b, len(x_BTH))
             for chunk in site_chunks:
-                index = chunk.quantizer.result.index
-                show_inputs(chunk.statistics, site, inputs, chunk.experts, index)
+                show_inputs(chunk.statistics, site, inputs, chunk.experts, checks[site])
             del inputs
         if pass_on:
             activations.hidden[b] = finish(run)
+    for site, check in checks.items():
+        refuse_infinite(check, site, readers[site][0].quantizer.result.index)

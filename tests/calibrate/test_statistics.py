@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from q3q.models.anatomy import SiteInput
+from q3q.models.footprint import LANES
 from q3q.models.qwen3_moe import EveryExpert
 from q3q.quantize.statistics import (
-    LANES,
     MIN_EXPERT_TOKENS,
     Gram,
     LaneSum,

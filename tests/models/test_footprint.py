@@ -2,12 +2,23 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from q3q.errors import ConfigError
 from q3q.models.facts import read_facts
-from q3q.models.footprint import LOADERS, bytes_of, choose, need
+from q3q.models.footprint import (
+    LOADERS,
+    MORE_TOKENS,
+    MORE_TOKENS_BYTES,
+    MethodMemory,
+    batch_tokens,
+    bytes_of,
+    choose,
+    need,
+    token_bytes,
+)
 from q3q.quantize.methods.settings import AwqSettings, GptqSettings, RtnSettings
 
 RTN, GPTQ, AWQ = (kind().memory() for kind in (RtnSettings, GptqSettings, AwqSettings))
@@ -73,9 +84,33 @@ def test_a_quantized_head_beside_the_original_takes_as_much_again(loader):
 def test_experts_that_come_in_chunks_need_less_than_all_at_once():
     facts = read_facts(MOE)
     chunked, unchunked = (
-        need(facts, "bfloat16", method=method, loader="streamed") for method in (GPTQ, AWQ)
+        need(facts, "bfloat16", method=MethodMemory(chunks_experts=chunks), loader="streamed")
+        for chunks in (True, False)
     )
     assert unchunked > chunked + 2 * 10**9
+    # What observes all sites of a block together takes several chunks in one pass.
+    awq = need(facts, "bfloat16", method=AWQ, loader="streamed")
+    assert chunked < awq < unchunked
+
+
+def test_a_gpu_takes_more_tokens_at_a_time_where_experts_divide_them():
+    dense, moe = read_facts(FOUR_B), read_facts(MOE)
+    usual = batch_tokens(dense, "bfloat16", "cuda")
+    assert batch_tokens(moe, "bfloat16", "cpu") == batch_tokens(dense, "bfloat16", "cpu")
+    more = batch_tokens(moe, "bfloat16", "cuda")
+    assert usual < more <= MORE_TOKENS * usual
+    assert more * token_bytes(moe, "bfloat16") <= MORE_TOKENS_BYTES
+    wide = replace(moe, hidden=4 * moe.hidden)
+    assert batch_tokens(wide, "bfloat16", "cuda") == usual
+
+
+def test_235b_with_awq_fits_a_gang_of_eight_gpus_of_80_gb():
+    config = {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64}
+    config |= {"num_key_value_heads": 4, "moe_intermediate_size": 1536}
+    facts = read_facts(MOE | config)
+    for method in (GPTQ, AWQ):
+        needed = need(facts, "bfloat16", method=method, loader="sharded", ranks=8, device="cuda")
+        assert needed < 78.7e9
 
 
 def test_what_fits_nowhere_is_refused_with_what_would():

@@ -48,16 +48,35 @@ def test_panels_make_the_whole_symmetric_matrix(columns):
     torch.testing.assert_close(result, x.T @ x, rtol=1e-4, atol=1e-3)
 
 
+def kept_bits(x, bits):
+    """Round a float32's mantissa to so many bits (TF32 keeps 10, bfloat16 7)."""
+    unit = 2.0 ** (x.abs().log2().floor() - bits)
+    return (x / unit).round() * unit
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exact"), [(torch.bfloat16, True), (torch.float16, True), (torch.float32, False)]
+)
+def test_products_of_two_16_bit_numbers_are_exact_in_float32_and_tf32_changes_neither(dtype, exact):
+    x = tokens(64, 64).to(dtype)
+    assert torch.equal(kept_bits(x.float(), 10), x.float()) == exact
+    left, right = x.flatten()[:, None], x.flatten()[None, ::7]
+    product = left.float() * right.float()
+    assert torch.equal(product.double(), left.double() * right.double()) == exact
+
+
+def test_the_sum_of_16_bit_tokens_is_as_close_to_float64_as_that_of_float32s():
+    """They are converted to float32 first, where nothing multiplies them as they are."""
+    x = tokens(4096, 256)
+    narrow = x.bfloat16()
+    assert torch.equal(gram(narrow), gram(narrow.float()))
+    assert error(gram(narrow), narrow) < 1e-6
+
+
 def test_error_of_float32_sums_and_of_narrower_products_against_float64():
     """Inputs rounded as a tensor core reads them; products are summed in float32 in all three
     cases.
     """
-
-    def kept_bits(x, bits):
-        """Round a float32's mantissa to so many bits (TF32 keeps 10, bfloat16 7)."""
-        unit = 2.0 ** (x.abs().log2().floor() - bits)
-        return (x / unit).round() * unit
-
     x = tokens(4096, 256)
     assert torch.equal(kept_bits(x, 7), x.bfloat16().float())
     errors = {
@@ -67,8 +86,6 @@ def test_error_of_float32_sums_and_of_narrower_products_against_float64():
     assert errors["fp32"] < 1e-6
     assert 20 * errors["fp32"] < errors["tf32"] < 2e-4
     assert 4 * errors["tf32"] < errors["bf16"] < 2e-3
-    # What comes from a bfloat16 model loses nothing in a TF32 product.
-    assert torch.equal(kept_bits(x.bfloat16().float(), 10), x.bfloat16().float())
 
 
 def test_a_quadratic_form_is_the_trace():

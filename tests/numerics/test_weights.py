@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from q3q.errors import NumericsError, ShapeError
+from q3q.numerics import weights
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import (
     BinarizedWeight,
     QuantizedWeight,
+    numbers,
+    pieces,
     refuse_unsound,
     round_to_grid,
     stored_weight,
@@ -30,8 +33,8 @@ def binarized_weight() -> BinarizedWeight:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(4, (2, 6, 4, 8), generator=generator)
     codes[..., [1, 5]] += 4
-    numbers = [torch.rand(2, 6, 4, 4, generator=generator) for _ in range(2)]
-    return BinarizedWeight(codes.flatten(2).to(torch.uint8), *numbers)
+    means_scales = [torch.rand(2, 6, 4, 4, generator=generator) for _ in range(2)]
+    return BinarizedWeight(codes.flatten(2).to(torch.uint8), *means_scales)
 
 
 @pytest.fixture(params=[grid_weight, binarized_weight], ids=["grid", "binarized"])
@@ -50,6 +53,18 @@ def test_rows_are_rows(weight):
     part = weight.rows(1, 4)
     assert part.shape == (2, 3, 32)
     assert torch.equal(part.dequantize(), weight.dequantize()[:, 1:4])
+
+
+@pytest.mark.parametrize("at_once", [1, 64, 200, 10**6])  # numbers: a row, two, an expert, all
+def test_pieces_are_small_and_together_the_weight(weight, monkeypatch, at_once):
+    monkeypatch.setattr(weights, "NUMBERS_AT_ONCE", at_once)
+    whole, seen = weight.dequantize(), torch.zeros(2, 6, 32)
+    for e, o, part in pieces(weight):
+        assert part.shape.numel() <= max(at_once, 32)
+        seen[e, o] += part.dequantize()
+    assert torch.equal(seen, whole)
+    assert torch.equal(numbers(weight, torch.float32), whole)
+    assert [part.shape[1] for _, _, part in pieces(weight, most_rows=4)][:2] == [4, 2]
 
 
 def test_storage_counts_everything_and_nominal_bits_the_codes(weight):

@@ -42,11 +42,11 @@ def decoder(kind):
     return random_decoder(kind)
 
 
-def random_decoder(kind: str, seed: int = 0) -> Decoder:
+def random_decoder(kind: str, seed: int = 0, experts: int = 4) -> Decoder:
     config = (
         {**CONFIG, "model_type": "qwen3"}
         if kind == "dense"
-        else {**CONFIG, **MOE, "model_type": "qwen3_moe"}
+        else {**CONFIG, **MOE, "model_type": "qwen3_moe", "num_experts": experts}
     )
     facts = read_facts(config)
     generator = torch.Generator().manual_seed(seed)

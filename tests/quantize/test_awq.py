@@ -21,6 +21,7 @@ from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.spool import Spool
 from q3q.numerics.grid import awq_grid, into_groups, on_grid
+from q3q.numerics.linalg import FiniteCheck
 from q3q.numerics.weights import QuantizedWeight
 from q3q.quantize.activations import Activations, show_inputs
 from q3q.quantize.method import ScaleTask, SiteTask
@@ -387,7 +388,7 @@ def observed(decoder, windows, index=0):
     for x in hidden:
         for site, inputs in block.stages(x, decoder.rope):
             counted = replace(inputs, windows=len(x), total_windows=len(windows))
-            show_inputs(statistics[site.name], site, counted, slice(None), index)
+            show_inputs(statistics[site.name], site, counted, slice(None), FiniteCheck())
     return block, hidden, statistics
 
 

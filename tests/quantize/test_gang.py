@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import q3q.models.demo
+from q3q.models import footprint
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
-from q3q.quantize import activations, sites
+from q3q.quantize import sites
 from q3q.quantize.methods import gptq
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.billm import Billm
@@ -134,12 +135,12 @@ def quantized_by(gang, names):
     def call(team):
         import torch
 
-        import q3q.quantize.activations
+        import q3q.models.footprint
         import q3q.quantize.methods.gptq
         import q3q.quantize.sites
 
         for name, value in small.items():
-            home = q3q.quantize.sites if name == "CHUNK_BYTES" else q3q.quantize.activations
+            home = q3q.quantize.sites if name == "CHUNK_BYTES" else q3q.models.footprint
             setattr(home, name, value)
         q3q.quantize.methods.gptq.CPU_ROWS = rows
         with torch.inference_mode():
@@ -158,7 +159,7 @@ def test_two_ranks_give_the_codes_of_one(request, monkeypatch, kind, case, fixtu
     blocks, their_states, held = request.getfixturevalue(fixture)[kind, case]
     method, scheme = CASES[case]
     for constant, value in SMALL.items():
-        home = sites if constant == "CHUNK_BYTES" else activations
+        home = sites if constant == "CHUNK_BYTES" else footprint
         monkeypatch.setattr(home, constant, value)
     monkeypatch.setattr(gptq, "CPU_ROWS", CPU_ROWS)
     with torch.inference_mode():

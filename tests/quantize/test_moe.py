@@ -12,19 +12,24 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch.nn.functional import linear, silu
 
+from benchmarks import moe
 from q3q.config import resolve, schema
 from q3q.errors import ConfigError, NumericsError
+from q3q.evaluate.integrity import check_weights
 from q3q.models.adjust import set_route
 from q3q.models.decoder import Decoder
+from q3q.numerics import weights
 from q3q.numerics.linalg import damped_factor
-from q3q.quantize import statistics
+from q3q.numerics.weights import QuantizedWeight
+from q3q.quantize import sites, statistics, walk
 from q3q.quantize.methods import awq, gptq
 from q3q.quantize.methods.settings import SETTINGS, GptqSettings
 from q3q.quantize.sites import stack_rows
-from q3q.quantize.statistics import MIN_EXPERT_TOKENS, Gram, StoredInputs
+from q3q.quantize.statistics import MIN_EXPERT_TOKENS, Gram, Peak, StoredInputs
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.composed import compose
+from tests.quantize.conftest import random_decoder
 
 CONF = Path(__file__).parents[2] / "conf"
 GATE, UP, DOWN = (f"mlp.experts.{name}_proj.weight" for name in ("gate", "up", "down"))
@@ -214,6 +219,66 @@ def test_chunks_of_experts_and_of_rows_change_nothing(
         assert torch.equal(weight.group_EI, parts.quantized[name].group_EI)
 
 
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("every_expert", [False, True])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("awq", {"v_to_o": True}), ("smoothquant", {"o_and_down": True}), ("billm", {})],
+)
+@torch.inference_mode()
+def test_chunks_of_experts_share_a_scale_and_change_nothing(
+    many, monkeypatch, name, settings, every_expert, passes
+):
+    decoder = random_decoder("moe", experts=6)
+    whole, block = quantized(decoder, name, many, every_expert, **settings)
+    monkeypatch.setattr(sites, "CHUNK_BYTES", 1)  # two experts at least
+    monkeypatch.setattr(walk, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(walk, "OBSERVED_BYTES", 3 // passes)
+    observe, observations = walk._observe, []
+
+    def counted(original, chunks, *arguments, **options):
+        observations.append(len(chunks))
+        return observe(original, chunks, *arguments, **options)
+
+    monkeypatch.setattr(walk, "_observe", counted)
+    parts, same_block = quantized(decoder, name, many, every_expert, **settings)
+    assert len(observations) == passes
+    assert sum(observations) == 2 + 2 * 3  # qkv and o; three chunks of gate and up, and of down
+    for linear_name, weight in whole.quantized.items():
+        tensors, expected = parts.quantized[linear_name].to_tensors(), weight.to_tensors()
+        assert all(torch.equal(tensors[key], expected[key]) for key in expected), linear_name
+    for weight_name, weight in block.weights.items():
+        assert torch.equal(weight, same_block.weights[weight_name]), weight_name
+    assert parts.notes == whole.notes
+    assert parts.changed.keys() == whole.changed.keys()
+    assert [error.experts for error in parts.errors] == [error.experts for error in whole.errors]
+
+
+@torch.inference_mode()
+def test_the_integrity_check_widens_a_few_experts_at_a_time(moe_decoder, many, monkeypatch):
+    result, block = quantized(moe_decoder, "gptq", many)
+    checked = first_block(moe_decoder)
+    checked.blocks[0] = block
+    dequantize, sizes = QuantizedWeight.dequantize, []
+
+    def noted(self):
+        sizes.append(self.shape.numel())
+        return dequantize(self)
+
+    monkeypatch.setattr(QuantizedWeight, "dequantize", noted)
+    monkeypatch.setattr(weights, "NUMBERS_AT_ONCE", 100)
+    finite, *others = reversed(check_weights(checked, [result.quantized]))
+    assert finite.passed
+    assert [check.name for check in others if not check.passed] == [
+        "every targeted weight is quantized"  # the second block's are not
+    ]
+    assert max(sizes) <= 100
+    assert sum(sizes) == sum(weight.shape.numel() for weight in result.quantized.values())
+    block.weights[DOWN][3, -1, -1] += 1
+    wrong = [check for check in check_weights(checked, [result.quantized]) if not check.passed]
+    assert DOWN.removesuffix(".weight") in wrong[-1].detail
+
+
 @torch.inference_mode()
 def test_tokens_are_counted_for_each_expert_and_starved_ones_named(moe_decoder, windows):
     gate = moe_decoder.blocks[0].weights["mlp.gate.weight"].clone()
@@ -285,6 +350,39 @@ def test_experts_solved_in_one_batch_equal_experts_solved_one_by_one(
         )
         alone = gptq.gptq_round(weight[e : e + 1], hessian, scheme, act_order=order).weight
         assert torch.equal(together.codes_EOI[e], alone.codes_EOI[0])
+
+
+def test_a_gpus_calls_do_not_grow_with_the_number_of_experts():
+    few, many = (moe.observing_calls(experts, tokens=512) for experts in (16, 64))
+    assert many["one by one"].operators > 2 * few["one by one"].operators
+    assert many["together"].operators < few["together"].operators + 100  # some more padded runs
+    assert many["together"].operators < many["one by one"].operators / 2
+    # Each site's one look for what is not finite, and the experts' numbers of tokens.
+    assert few["together"].waits == many["together"].waits == 5
+
+
+@torch.inference_mode()
+def test_experts_together_give_what_they_give_one_by_one(moe_decoder, many):
+    """The calls of a GPU, made on this processor; sums may differ in a last bit."""
+    block, x, rope = moe_decoder.blocks[0], moe_decoder.embed(many), moe_decoder.rope
+    alone, output = moe.observe(block, x, rope), block(x, rope)
+    with moe.as_on_a_gpu():
+        together = moe.observe(block, x, rope)
+        torch.testing.assert_close(block(x, rope), output, rtol=1e-5, atol=1e-5)
+        peak, stored = Peak(), StoredInputs(10)
+        peak.update(observed(moe_decoder, many, False)[0]["down"])
+        stored.update(observed(moe_decoder, many, False)[0]["down"])
+    for site, gram in alone.items():
+        assert torch.equal(together[site].tokens_E, gram.tokens_E)
+        assert together[site].shared == gram.shared
+        torch.testing.assert_close(
+            together[site].sum_EII, gram.sum_EII, rtol=1e-4, atol=1e-4 * float(gram.sum_EII.max())
+        )
+    down = observed(moe_decoder, many, False)[0]["down"]
+    for e, tokens in enumerate(down.experts):
+        torch.testing.assert_close(peak.peak_EI[e], tokens.abs().amax(0), rtol=1e-5, atol=1e-6)
+        mean = stored.mean_absolute_EI()[e]
+        torch.testing.assert_close(mean, tokens.abs().mean(0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_route_is_part_of_what_a_trial_is_where_there_are_experts():

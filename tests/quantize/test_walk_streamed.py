@@ -13,12 +13,13 @@ import torch
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.integrity import check_weights
+from q3q.models import footprint
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.spool import Spool
 from q3q.models.streaming import StreamedBlocks, StreamedDecoder
 from q3q.numerics.weights import QuantizedWeight
-from q3q.quantize import activations, runs, sites
+from q3q.quantize import runs, sites
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.methods.awq import Awq
@@ -51,7 +52,7 @@ ACTIVATIONS = [40_000, 0]  # bytes, for some batches and for none
 
 @pytest.fixture(autouse=True)
 def _no_gradients(monkeypatch):
-    monkeypatch.setattr(activations, "BATCH_TOKENS", {"cpu": 80})  # six batches
+    monkeypatch.setattr(footprint, "BATCH_TOKENS", {"cpu": 80})  # six batches
     with torch.inference_mode():
         yield
 

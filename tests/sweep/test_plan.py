@@ -169,6 +169,7 @@ class ForeignSettings(MethodSettings):
     name: str = "foreign"
     implementation: ClassVar[str] = "foreign:Foreign"
     block_copies: ClassVar[float] = GptqSettings.block_copies
+    sequential: ClassVar[bool] = True
 
 
 @dataclass

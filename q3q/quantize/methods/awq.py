@@ -98,6 +98,7 @@ class Awq(Method):
     """
 
     passes_on_quantized = False
+    chunks_experts = True
 
     def __init__(self, settings: AwqSettings) -> None:
         self.settings = settings
@@ -168,7 +169,7 @@ def linear_losses(task: ScaleTask, candidates_CEI: Tensor, scheme: Scheme) -> Te
     It is a trace with the Gram matrix of the inputs, which themselves are not needed.
     """
     weight_EOI = task.weights[task.group.site.weights[0]]
-    weight_EOI = weight_EOI if weight_EOI.ndim == 3 else weight_EOI[None]
+    weight_EOI = weight_EOI[task.experts] if weight_EOI.ndim == 3 else weight_EOI[None]
     gram_EII = task.statistics.gram.sum_EII
     loss_CE = torch.zeros(candidates_CEI.shape[:2], dtype=torch.float64, device=weight_EOI.device)
     for e, rows in _parts(weight_EOI):
@@ -246,10 +247,10 @@ class PieceErrors:
         original: Spool,
     ) -> None:
         self._task, self._candidates_CEI, self._scheme = task, candidates_CEI, scheme
-        tokens_E, length = task.statistics.tokens_E, len(task.windows[0])
-        share_of_experts = int(tokens_E.sum()) / (len(task.windows) * length * len(tokens_E))
+        length = len(task.windows[0])
         # Each expert reads a share of the tokens; so it reads as many at a time as a dense MLP.
-        tokens = int(_limit(TOKENS_AT_ONCE, task.windows[0]) / share_of_experts)
+        tokens = int(_limit(TOKENS_AT_ONCE, task.windows[0]) / task.share)
+        tokens = min(tokens, task.most_tokens or tokens)
         self._windows_at_once = max(1, tokens // length)
         self._rows_at_once = max(1, tokens // task.row)
         self._place, self._original = {w: place for place, w in enumerate(order)}, original

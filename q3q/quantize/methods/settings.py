@@ -3,7 +3,7 @@
 Without torch, so that --help and completion start fast.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
 from q3q.models.footprint import MethodMemory
@@ -57,7 +57,10 @@ class MethodSettings:
     bits: bits per weight that it can take
     quantizes: False evaluates the model as it is
     rebalances: it shifts scale between tensors that all linears of a site share: these must have
-        one scheme, and all experts of a site are observed and quantized at the same time
+        one scheme
+    chunks_experts: a site's experts are observed and quantized in chunks, not all at the same time;
+        None: unless it rebalances. As `Method.chunks_experts`
+    sequential: it quantizes each site before it observes the next one. As `Method.sequential`
     whole_zeros: its zero points are codes (0 to 2**bits - 1); otherwise they take 16 bits each, and
         most export formats cannot hold them
     keeps_hessian: it keeps a float32 [I, I] of each site's inputs (per expert, if routed)
@@ -76,6 +79,8 @@ class MethodSettings:
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)
     quantizes: ClassVar[bool] = True
     rebalances: ClassVar[bool] = False
+    chunks_experts: ClassVar[bool | None] = None
+    sequential: ClassVar[bool] = False
     whole_zeros: ClassVar[bool] = True
     keeps_hessian: ClassVar[bool] = True
     block_copies: ClassVar[float] = 2.5
@@ -113,9 +118,11 @@ class MethodSettings:
         """Return what the method holds in memory; None if it quantizes nothing."""
         if not self.quantizes:
             return None
+        chunks = not self.rebalances if self.chunks_experts is None else self.chunks_experts
         return MethodMemory(
             hessian=self.keeps_hessian,
-            chunks_experts=not self.rebalances,
+            chunks_experts=chunks,
+            together=not self.sequential,
             block_copies=self.block_copies,
         )
 
@@ -158,6 +165,10 @@ class GptqSettings(MethodSettings):
     def observes(self) -> bool:
         return True
 
+    def memory(self) -> MethodMemory | None:
+        memory = super().memory()
+        return memory and replace(memory, together=not self.true_sequential)
+
     def work(self) -> Work:
         return Work(passes=1 if self.true_sequential else 2, solves=True)
 
@@ -184,6 +195,7 @@ class AwqSettings(MethodSettings):
     implementation: ClassVar[str] = "q3q.quantize.methods.awq:Awq"
     appearance: ClassVar[Appearance] = Appearance("AWQ", row=2, colour=2)
     rebalances: ClassVar[bool] = True
+    chunks_experts: ClassVar[bool | None] = True
     inputs_held: ClassVar[int] = 5
     default_length: ClassVar[int] = 512
     default_draw: ClassVar[str] = "documents"
@@ -215,6 +227,7 @@ class SmoothQuantSettings(MethodSettings):
     implementation: ClassVar[str] = "q3q.quantize.methods.smoothquant:SmoothQuant"
     appearance: ClassVar[Appearance] = Appearance("SmoothQuant", row=4, colour=3)
     rebalances: ClassVar[bool] = True
+    chunks_experts: ClassVar[bool | None] = True
     keeps_hessian: ClassVar[bool] = False
     default_bits: ClassVar[int] = 8
     default_group_size: ClassVar[int] = -1

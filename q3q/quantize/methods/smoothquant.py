@@ -55,6 +55,7 @@ class SmoothQuant(Method):
     """
 
     passes_on_quantized = False
+    chunks_experts = True
 
     def __init__(self, settings: SmoothQuantSettings) -> None:
         self.settings = settings
@@ -100,7 +101,10 @@ def _largest_weights(task: ScaleTask, experts: int) -> Tensor:
     There is a row for each expert if experts have inputs of their own, else one row.
     """
     names = (*task.group.site.weights, *task.group.site.unquantized)
-    largest = [task.weights[name].float().abs().amax(-2) for name in names]
+    chosen = task.experts if experts > 1 else slice(None)
+    weights = [task.weights[name] for name in names]
+    weights = [weight[chosen] if weight.ndim == 3 else weight for weight in weights]
+    largest = [torch.maximum(weight.amax(-2), -weight.amin(-2)).float() for weight in weights]
     if experts > 1:
         return torch.stack(largest).amax(0)
     return torch.cat([part.view(-1, part.shape[-1]) for part in largest]).amax(0, keepdim=True)
