@@ -7,6 +7,7 @@ import shutil
 import traceback
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -89,7 +90,8 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             reporter.phase("calibrate")(0, 1)
             with phases.phase("calibrate"):
                 all_stored = store.holds(len(model.blocks))
-                windows = None if all_stored else calibration_windows(trial, tokenizer)
+                wait = partial(reporter.phase("calibrate"), 0, 1)
+                windows = None if all_stored else calibration_windows(trial, tokenizer, wait)
             set_route(model, spec)
             reporter.phase("quantize")(0, len(model.blocks))
             with phases.phase("quantize"):

@@ -5,16 +5,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from q3q.data.prepared import Arrays, Shelf, prepared
 from q3q.data.texts import Text, load_text
 from q3q.errors import CalibrationError, ConfigError
 from q3q.placement import Trial
-from q3q.spec import QUICK_SEED, TextRef
+from q3q.spec import QUICK_SEED, Calibration, Json, TextRef
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Encode = Callable[[str], list[int]]
 
+WINDOWS_VERSION = 1  # of prepared windows: raised when texts are cut or drawn in another way
 # Tokens dropped at a cut: a merge across it may make them differ from the whole text's.
 _SEAM = 64
 
@@ -263,50 +265,112 @@ def _documents(wish: _Wish, seed: int) -> list[list[int]]:
 AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
 
 
-def calibration_windows(trial: Trial, tokenizer: Any) -> "Tensor | None":
-    """Return token windows [samples, length]; None for a method that observes nothing."""
+def calibration_windows(
+    trial: Trial, tokenizer: Any, wait: Callable[[], object] = lambda: None
+) -> "Tensor | None":
+    """Return token windows [samples, length]; None for a method that observes nothing.
+
+    wait: called at every poll while another process draws them; may raise to stop waiting
+    """
     calibration, placement = trial.spec.calibration, trial.placement
     if calibration is None:
         return None
-    text = load_text(
-        calibration.source, split="calibration", path=placement.calibration, data=placement.data
-    )
-    refuse_changed_text(text.digest, calibration.digest, calibration.source)
-    return draw_windows(
-        text,
-        encoder(tokenizer),
-        samples=calibration.samples,
-        length=calibration.length,
-        draw=calibration.draw,
-        seed=trial.spec.seed + (AWQ_SHUFFLE_SEED if calibration.draw == "documents" else 0),
-    )
 
-
-def evaluation_windows(tokenizer: Any, trial: Trial, text: TextRef) -> "Tensor":
-    """Return token windows [N, T] of one of the evaluation's texts."""
-    placement, limit, quick = trial.placement, text.limit, trial.spec.evaluation.quick
-    content = load_text(
-        str(text.source), split="evaluation", path=placement.evaluation, data=placement.data
-    )
-    refuse_changed_text(content.digest, text.digest, text.name)
-    encode = encoder(tokenizer)
-    if text.draw == "random":
-        assert text.samples is not None
-        count = min(text.samples, limit or text.samples)
-        return draw_windows(
-            content,
-            encode,
-            samples=count,
-            length=text.window,
-            draw="random",
-            seed=0,
-            knobs=EVALUATION,
+    def draw() -> "Tensor":
+        text = load_text(
+            calibration.source, split="calibration", path=placement.calibration, data=placement.data
         )
-    windows_NT = consecutive_windows(encode(content.joined), text.window, None if quick else limit)
-    if quick and limit and limit < len(windows_NT):
-        drawn = random.Random(QUICK_SEED).sample(range(len(windows_NT)), limit)
-        return windows_NT[sorted(drawn)]
-    return windows_NT
+        refuse_changed_text(text.digest, calibration.digest, calibration.source)
+        return draw_windows(
+            text,
+            encoder(tokenizer),
+            samples=calibration.samples,
+            length=calibration.length,
+            draw=calibration.draw,
+            seed=_draw_seed(calibration, trial.spec.seed),
+        )
+
+    identity = calibration_identity(calibration, trial.spec.seed)
+    return _prepared_windows(Shelf.of(trial, tokenizer), identity, draw, wait)
+
+
+def evaluation_windows(
+    tokenizer: Any, trial: Trial, text: TextRef, wait: Callable[[], object] = lambda: None
+) -> "Tensor":
+    """Return token windows [N, T] of one of the evaluation's texts.
+
+    wait: as for `calibration_windows`
+    """
+    placement, limit, quick = trial.placement, text.limit, trial.spec.evaluation.quick
+
+    def cut() -> "Tensor":
+        content = load_text(
+            str(text.source), split="evaluation", path=placement.evaluation, data=placement.data
+        )
+        refuse_changed_text(content.digest, text.digest, text.name)
+        encode = encoder(tokenizer)
+        if text.draw == "random":
+            assert text.samples is not None
+            return draw_windows(
+                content,
+                encode,
+                samples=min(text.samples, limit or text.samples),
+                length=text.window,
+                draw="random",
+                seed=0,
+                knobs=EVALUATION,
+            )
+        most = None if quick else limit
+        windows_NT = consecutive_windows(encode(content.joined), text.window, most)
+        if quick and limit and limit < len(windows_NT):
+            drawn = random.Random(QUICK_SEED).sample(range(len(windows_NT)), limit)
+            return windows_NT[sorted(drawn)]
+        return windows_NT
+
+    identity = evaluation_identity(text, quick)
+    return _prepared_windows(Shelf.of(trial, tokenizer), identity, cut, wait)
+
+
+def calibration_identity(calibration: Calibration, seed: int) -> Json:
+    """Return what determines calibration windows, but for the tokenizer."""
+    return {
+        "windows": WINDOWS_VERSION,
+        "text": calibration.digest,
+        "samples": calibration.samples,
+        "length": calibration.length,
+        "draw": calibration.draw,
+        "seed": None if calibration.draw == "first" else _draw_seed(calibration, seed),
+    }
+
+
+def evaluation_identity(text: TextRef, quick: bool) -> Json:
+    """Return what determines a text's windows, but for the tokenizer."""
+    return {
+        "windows": WINDOWS_VERSION,
+        "text": text.digest,
+        "samples": text.samples,
+        "length": text.window,
+        "draw": text.draw,
+        "limit": text.limit,
+        "quick": quick,
+    }
+
+
+def _draw_seed(calibration: Calibration, seed: int) -> int:
+    return seed + (AWQ_SHUFFLE_SEED if calibration.draw == "documents" else 0)
+
+
+def _prepared_windows(
+    shelf: Shelf | None, identity: Json, cut: Callable[[], "Tensor"], wait: Callable[[], object]
+) -> "Tensor":
+    """Return windows from the shelf, int64; a trial that finds them reads no text at all."""
+    import torch
+
+    def make() -> Arrays:
+        return {"windows": cut().numpy().astype("int32")}
+
+    windows_NT = prepared(shelf, identity, make, wait)["windows"]
+    return torch.from_numpy(windows_NT.astype("int64"))
 
 
 def refuse_changed_text(digest: str, planned: str, name: str) -> None:

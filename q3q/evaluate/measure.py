@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from q3q.data.pinned import check_files, folder_digest
+from q3q.data.prepared import Shelf
 from q3q.data.questions import Library
 from q3q.data.windows import evaluation_windows
 from q3q.errors import ConfigError, IntegrityError
@@ -81,7 +82,8 @@ def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporte
     mirror, baselines = mirror_for(placement.store), dict[str, Baseline]()
     fetch = (lambda key: None) if mirror is None else (lambda key: mirror.pull(f"baselines/{key}"))
     for text in spec.evaluation.texts:
-        windows_NT = evaluation_windows(tokenizer, trial, text)
+        steps = reporter.phase("baseline", text.name)
+        windows_NT = evaluation_windows(tokenizer, trial, text, partial(steps, 0, 1))
         count, length = windows_NT.shape
         rows = kept_windows(
             count,
@@ -93,7 +95,6 @@ def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporte
         identity = BaselineIdentity.of(
             spec.model.to_json(), text.digest, windows_NT, rows, model.device.type
         )
-        steps = reporter.phase("baseline", text.name)
         folder = placement.storage / "baselines"
         baselines[text.name] = baseline_for(folder, identity, model, windows_NT, steps, fetch)
         if mirror is not None:
@@ -181,7 +182,7 @@ def _measure_text(
     """
     spec, part = trial.spec, Part()
     quick = spec.evaluation.quick
-    windows_NT = evaluation_windows(tokenizer, trial, text)
+    windows_NT = evaluation_windows(tokenizer, trial, text, partial(steps, 0, 1))
     baseline = reference.baselines.get(text.name)
     with closing(
         Journal(folder / f"windows_{text.name}.jsonl", f"{spec.id} {text.digest}")
@@ -237,4 +238,5 @@ def _measure_tasks(
         journal=journal,
         identity=trial.id,
         steps=steps,
+        shelf=Shelf.of(trial, tokenizer),
     )

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,60 +20,94 @@ from q3q.reporter import Steps
 from q3q.spec import Json
 
 if TYPE_CHECKING:  # a plan asks for the number of examples, and must not load torch for it
+    from q3q.data.prepared import Arrays, Shelf
     from q3q.evaluate.prefixes import Ids
     from q3q.models.decoder import Decoder
 
 LETTERS = "ABCD"
 SHOTS = 5
 LONGEST = 2048  # tokens of a prompt
+QUESTIONS_VERSION = 1  # of prepared questions: raised when prompts are made in another way
+HASH_BYTES = 32
 
 Encode = Callable[[str], list[int]]
 
 
-def score_study_mmlu(
-    model: "Decoder",
+@dataclass(frozen=True)
+class Question:
+    """A question of a subject, ready to be scored.
+
+    number: among its subject's
+    ids: the prompt
+    answer: number of the right letter
+    """
+
+    number: int
+    ids: "Ids"
+    answer: int
+    doc_hash: str
+    prompt_hash: str
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of all subjects.
+
+    letters: the token of each letter
+    """
+
+    questions: list[Question]
+    letters: list[int]
+
+
+def study_questions(
     tokenizer: Any,
     library: Library,
     choose: Choose,
-    *,
-    journal: Path,
-    identity: str,
-    steps: Steps,
-) -> Part:
-    """Score the questions of all subjects, each of which counts alike.
+    shelf: "Shelf | None" = None,
+    identity: Json | None = None,
+    wait: Callable[[], object] = lambda: None,
+) -> Questions:
+    """Return the questions, encoded; from a shelf that has them, no data set is read.
 
     Args:
         library: has the data sets.
         choose: chooses each subject's questions, the same as for lm-eval's task.
+        shelf: where they are kept; None to encode them anew.
+        identity, wait: see `data.prepared.prepared`.
+    """
+    from q3q.data.prepared import prepared
+
+    whole = {**(identity or {}), "version": QUESTIONS_VERSION}
+    arrays = prepared(shelf, whole, lambda: _packed(_encoded(tokenizer, library, choose)), wait)
+    return _unpacked(arrays)
+
+
+def score_study_mmlu(
+    model: "Decoder", asked: Questions, *, journal: Path, identity: str, steps: Steps
+) -> Part:
+    """Score the questions of all subjects, each of which counts alike.
+
+    Args:
         journal: folder of the scores so far.
         identity: the model's, and of all that was done to it.
         steps: receives the requests done and in all.
     """
     from q3q.evaluate.compare import NORMAL_95, estimate
-    from q3q.evaluate.encoding import LineEncoder, as_ids
+    from q3q.evaluate.encoding import as_ids
     from q3q.evaluate.journal import SCORES, Journal
     from q3q.evaluate.scorer import Scorer
 
-    encode = LineEncoder(tokenizer)
-    tokens = answer_tokens(encode)
-    questions: list[tuple[int, Json]] = []
-    prompts: list[Ids] = []
-    for data in TASKS[STUDY_MMLU].data:
-        splits = library.load(data)
-        examples = list(splits["dev"])
-        for number in choose(f"mmlu_{data.name}", len(splits["test"])):
-            question = {**splits["test"][number], "subject": data.name}
-            questions.append((number, question))
-            prompts.append(as_ids(fitting_prompt(question, examples, encode)))
+    letters = [as_ids([token]) for token in asked.letters]
     with closing(Journal(journal / SCORES, identity)) as scores:
         scorer = Scorer(model, steps, journal=scores)
-        pairs = ((ids, as_ids([token])) for ids in prompts for token in tokens)
+        pairs = ((question.ids, letter) for question in asked.questions for letter in letters)
         requests = [scorer.request(*pair, STUDY_MMLU) for pair in pairs]
         results = [result.log_likelihood for result in scorer.score(requests)]
-    starts = range(0, len(results), len(tokens))
+    starts = range(0, len(results), len(letters))
     samples = [
-        _sample(number, question, ids, results[start : start + len(tokens)])
-        for (number, question), ids, start in zip(questions, prompts, starts, strict=True)
+        _sample(question, results[start : start + len(letters)])
+        for question, start in zip(asked.questions, starts, strict=True)
     ]
     mean = estimate({str(number): row["scores"]["acc"] for number, row in enumerate(samples)})
     spread = NORMAL_95 * mean.standard_error
@@ -84,6 +118,56 @@ def score_study_mmlu(
         {STUDY_MMLU: {"effort": asdict(scorer.effort)}},
         samples,
     )
+
+
+def _encoded(tokenizer: Any, library: Library, choose: Choose) -> Questions:
+    from q3q.evaluate.encoding import LineEncoder, as_ids
+
+    encode = LineEncoder(tokenizer)
+    questions = []
+    for data in TASKS[STUDY_MMLU].data:
+        splits = library.load(data)
+        examples = list(splits["dev"])
+        for number in choose(f"mmlu_{data.name}", len(splits["test"])):
+            row = {**splits["test"][number], "subject": data.name}
+            ids = as_ids(fitting_prompt(row, examples, encode))
+            facts = [row[key] for key in ("subject", "question", "choices", "answer")]
+            questions.append(
+                Question(number, ids, row["answer"], _hash(facts), _hash(ids.tolist()))
+            )
+    return Questions(questions, answer_tokens(encode))
+
+
+def _packed(asked: Questions) -> "Arrays":
+    import numpy as np
+
+    from q3q.evaluate.packing import pack_sequences
+
+    texts, text = pack_sequences([question.ids for question in asked.questions])
+    hashes = [bytes.fromhex(one.doc_hash + one.prompt_hash) for one in asked.questions]
+    return {
+        **texts,
+        "text": text,
+        "number": np.array([question.number for question in asked.questions], np.int32),
+        "answer": np.array([question.answer for question in asked.questions], np.int32),
+        "hashes": np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 2, HASH_BYTES),
+        "letters": np.array(asked.letters, np.int32),
+    }
+
+
+def _unpacked(arrays: "Arrays") -> Questions:
+    from q3q.evaluate.packing import unpack_sequences
+
+    texts = unpack_sequences(arrays)
+    hashes = (
+        (doc.tobytes().hex(), prompt.tobytes().hex()) for doc, prompt in arrays["hashes"]
+    )
+    columns = (arrays[name].tolist() for name in ("number", "text", "answer"))
+    questions = [
+        Question(number, texts[text], answer, *pair)
+        for number, text, answer, pair in zip(*columns, hashes, strict=True)
+    ]
+    return Questions(questions, arrays["letters"].tolist())
 
 
 def prompt(question: dict[str, Any], examples: Sequence[dict[str, Any]]) -> str:
@@ -119,21 +203,20 @@ def _as_text(row: dict[str, Any]) -> str:
     return f"{row['question']}{choices}\nAnswer:"
 
 
-def _sample(number: int, question: Json, ids: "Ids", log_likelihoods: list[float]) -> Json:
+def _sample(question: Question, log_likelihoods: list[float]) -> Json:
     """Return a question's row as `samples.py` stores it."""
     best = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
-    facts = [question[key] for key in ("subject", "question", "choices", "answer")]
     return {
         "task": STUDY_MMLU,
-        "doc_id": number,
-        "doc_hash": _hash(facts),
-        "prompt_hash": _hash(ids.tolist()),
+        "doc_id": question.number,
+        "doc_hash": question.doc_hash,
+        "prompt_hash": question.prompt_hash,
         "filter": "none",
-        "target": LETTERS[question["answer"]],
+        "target": LETTERS[question.answer],
         "log_likelihood": log_likelihoods,
         "greedy": None,
         "text": None,
-        "scores": {"acc": float(best == question["answer"])},
+        "scores": {"acc": float(best == question.answer)},
     }
 
 

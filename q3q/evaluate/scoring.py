@@ -13,13 +13,14 @@ from torch import Tensor
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.budget import Result, TokenBudget, pass_tokens
-from q3q.evaluate.prefixes import Ids, PackedTree, Positions, TreeBatch
+from q3q.evaluate.packing import sort_keys
+from q3q.evaluate.prefixes import Ids, PackedTree, Positions, TreeBatch, common_prefix
 from q3q.models.attention import KeysValues, TreeAttention, supports_varlen, to_device
 from q3q.models.decoder import Decoder
 from q3q.models.spool import Spool
 from q3q.team import Team
 
-# Tokens that a gang's rank scores before it hands in the scores: the most that its death loses.
+# Tokens that a gang's rank runs before it hands in the scores: the most that its death loses.
 ROUND_TOKENS = 1 << 18
 
 
@@ -144,9 +145,10 @@ def _score_on_team(
 ) -> Iterator[tuple[list[tuple[int, Score]], Effort]]:
     """Run `score` in rounds; in each, every rank scores requests that are neighbours."""
     effort, size = Effort(), model.team.size
-    order = sorted(range(len(requests)), key=lambda n: requests[n].inputs.astype(">u4").tobytes())
-    ends = np.cumsum([len(requests[number].inputs) for number in order])
-    room, start = min(ROUND_TOKENS, pass_tokens(model) // 2), 0
+    keys = sort_keys(request.inputs for request in requests)
+    order = sorted(range(len(requests)), key=keys.__getitem__)
+    ends = tree_ends([requests[number].inputs for number in order])
+    room, start = round_tokens(pass_tokens(model), requests), 0
     while start < len(order):
         before = ends[start - 1] if start else 0
         stop = max(start + 1, int(np.searchsorted(ends, before + room * size, "right")))
@@ -159,6 +161,30 @@ def _score_on_team(
             effort += cost
             yield [(share[n], result) for n, result in scores], effort
         start = stop
+
+
+def tree_ends(inputs: Sequence[Ids]) -> Positions:
+    """Return how many distinct tokens the prefix tree of sorted inputs has up to each of them."""
+    before = [np.zeros(0, np.int32), *inputs]
+    return np.cumsum(
+        [
+            0 if ids is last else len(ids) - common_prefix(last, ids)
+            for last, ids in zip(before, inputs, strict=False)
+        ]
+    )
+
+
+def round_tokens(most: int, requests: Sequence[Request]) -> int:
+    """Return the tokens of a rank's share of a round, so that each share runs in a single pass.
+
+    A share begins with a whole path from the root, however much of it the share before has in
+    common, so that the longest input is left free beside it.
+
+    Args:
+        most: tokens of one pass.
+    """
+    longest = max((len(request.inputs) for request in requests), default=0)
+    return max(1, min(ROUND_TOKENS, most // 2, most - longest))
 
 
 def _score_share(
@@ -352,8 +378,7 @@ def pack_requests(
 ) -> tuple[PackedTree, list[list[int]]]:
     """Return the tree of all distinct inputs, and the requests that each of its texts serves."""
     readers: dict[bytes, list[int]] = {}
-    for number, request in enumerate(requests):
-        # Big-endian bytes sort as the tokens do.
-        readers.setdefault(request.inputs.astype(">u4").tobytes(), []).append(number)
+    for number, key in enumerate(sort_keys(request.inputs for request in requests)):
+        readers.setdefault(key, []).append(number)
     numbers = [readers[key] for key in sorted(readers)]
     return PackedTree([requests[first].inputs for first, *_ in numbers], varlen), numbers

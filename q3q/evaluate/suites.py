@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from q3q.data.prepared import Shelf
 from q3q.data.questions import Library, serving
-from q3q.evaluate.batches import Batch, Part, first_questions, random_questions
-from q3q.evaluate.catalogue import STUDY_MMLU
+from q3q.evaluate.batches import Batch, Part, draws_shots, first_questions, random_questions
+from q3q.evaluate.catalogue import STUDY_MMLU, TASKS
 from q3q.evaluate.chat import CHATS, PLAIN_CHAT
 from q3q.evaluate.metrics import task_metric
-from q3q.evaluate.mmlu_paper import score_study_mmlu
+from q3q.evaluate.mmlu_paper import score_study_mmlu, study_questions
 from q3q.reporter import Steps
-from q3q.spec import Evaluation, Json
+from q3q.spec import Evaluation, Json, TaskRef
 
 if TYPE_CHECKING:
     from q3q.models.decoder import Decoder
@@ -35,6 +36,7 @@ def score_batch(
     journal: Path,
     identity: str,
     steps: Steps,
+    shelf: Shelf | None = None,
 ) -> Part:
     """Score a batch of tasks; its metrics have the record's names (see `task_metric`).
 
@@ -42,19 +44,21 @@ def score_batch(
         include: a folder with task files.
         journal: folder of the scores so far.
         identity: the model's, and of all that was done to it.
+        shelf: where encoded requests are kept; None to build them anew.
 
     Raises:
         IntegrityError: a score is not finite, or a task is empty or has another number of samples
             than documents.
     """
     quick = evaluation.quick
+    wanted = requests_identity(evaluation, batch, seed)
     if batch.tasks == (STUDY_MMLU,):
         choose = partial(random_questions if quick else first_questions, batch.limit)
-        part = score_study_mmlu(
-            model, tokenizer, library, choose, journal=journal, identity=identity, steps=steps
-        )
+        wait = partial(steps, 0, 1)
+        asked = study_questions(tokenizer, library, choose, shelf, wanted, wait)
+        part = score_study_mmlu(model, asked, journal=journal, identity=identity, steps=steps)
     else:
-        from q3q.evaluate.harness.run import run_tasks  # lm-eval takes seconds to import
+        from q3q.evaluate.harness.run import Keeping, run_tasks  # lm-eval takes seconds to import
 
         with serving(library, lambda data, options: library.load(data, **options)):
             scores = run_tasks(
@@ -70,6 +74,7 @@ def score_batch(
                 chat=CHATS[evaluation.chat or PLAIN_CHAT],
                 journal=journal,
                 identity=identity,
+                keeping=shelf and Keeping(shelf, wanted, lambda: not library.files.not_pinned),
                 steps=steps,
             )
         part = Part(scores.metrics, scores.intervals)
@@ -84,6 +89,26 @@ def score_batch(
     part.metrics = {task_metric(name, quick): value for name, value in part.metrics.items()}
     part.intervals = {task_metric(name, quick): value for name, value in part.intervals.items()}
     return part
+
+
+def requests_identity(evaluation: Evaluation, batch: Batch, seed: int) -> Json:
+    """Return what a spec says of all that determines a batch's requests."""
+    refs = [TaskRef(name=name, shots=batch.shots) for name in batch.tasks]
+    data = dict(evaluation.data)
+    if all(name in TASKS for name in batch.tasks):
+        keys = {data_set.key for name in batch.tasks for data_set in TASKS[name].data}
+        data = {key: identity for key, identity in data.items() if key in keys}
+    return {
+        "requests": list(batch.tasks),
+        "shots": batch.shots,
+        "limit": batch.limit,
+        "quick": evaluation.quick,
+        "chat": evaluation.chat,
+        "data": data,
+        "include": evaluation.include,
+        "seed": seed if draws_shots(refs) else None,
+        "evaluation": evaluation.version,
+    }
 
 
 def _add_samples(

@@ -102,7 +102,16 @@ def clear_for_folder(path: Path) -> None:
 
 
 # The folders of a storage folder, the outer ones first.
-FOLDERS = ("trials", "trials/blocks", "trials/digests", "sweeps", "running", "reports", "baselines")
+FOLDERS = (
+    "trials",
+    "trials/blocks",
+    "trials/digests",
+    "sweeps",
+    "running",
+    "reports",
+    "baselines",
+    "prepared",
+)
 
 
 def clear_storage(storage: Path) -> None:

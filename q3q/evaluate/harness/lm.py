@@ -1,6 +1,6 @@
 """Our decoder behind lm-eval's interface for models."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from q3q.evaluate.chat import CHATS, PLAIN_CHAT, Chat
 from q3q.evaluate.encoding import LineEncoder, as_ids, encode_pair
 from q3q.evaluate.generation import generate
 from q3q.evaluate.harness.answers import Answer, Generation, Thought, greedy_settings
+from q3q.evaluate.harness.requests import Continuations, Encoded, EncodedInstance, Prompt
 from q3q.evaluate.journal import Journal
+from q3q.evaluate.prefixes import Ids
 from q3q.evaluate.scorer import Scorer
 from q3q.evaluate.scoring import Request
 from q3q.models.checkpoint import end_tokens
@@ -113,28 +115,66 @@ class HarnessLM(TemplateLM):
         )
         return text
 
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def encode_all(self, instances: Sequence[Any]) -> list[Encoded]:
+        """Encode requests of lm-eval's, each by its own type; one that is encoded stays as it is.
+
+        Raises:
+            ConfigError: a context or a continuation is empty, or a continuation fits no window.
+        """
         # Continuations of one context follow each other; their requests share its array.
         encode = lru_cache(maxsize=64)(lambda text: as_ids(self.tok_encode(text)))
-        encoded = []
-        for number, instance in enumerate(requests):
+        encoded: list[Encoded] = []
+        for number, instance in enumerate(instances):
             if number % LEARNT_TOGETHER == 0:
-                self.encode.learn(
-                    text
-                    for context, continuation in (
-                        other.args for other in requests[number : number + LEARNT_TOGETHER]
-                    )
-                    for text in (context.rstrip(), context + continuation)
-                )
-            context, continuation = instance.args
-            if context == "":
-                ids = as_ids(self.tok_encode(continuation, add_special_tokens=False))
-                prefix = as_ids([self.prefix_token_id])
-                pair = (ids[:1], ids[1:]) if ids[:1].tolist() == prefix.tolist() else (prefix, ids)
+                self.encode.learn(_texts(instances[number : number + LEARNT_TOGETHER]))
+            if isinstance(instance, EncodedInstance) and instance.encoded is not None:
+                encoded.append(instance.encoded)
+            elif instance.request_type == "generate_until":
+                prompt, settings = instance.args
+                ids = as_ids(self.tok_encode(prompt) or [self.prefix_token_id])
+                opens_thought = prompt.rstrip().endswith(self.chat.think_start)
+                encoded.append(Prompt(ids, settings, opens_thought))
+            elif instance.request_type == "loglikelihood_rolling":
+                encoded.append(self._windows(instance))
             else:
-                pair = encode_pair(encode, context, continuation)
-            encoded.append(self.scorer.request(*pair, task=_task_of(instance)))
-        return self._log_likelihoods(encoded)
+                encoded.append(self._continuation(instance, encode))
+        return encoded
+
+    def _continuation(self, instance: Any, encode: Callable[[str], Ids]) -> Continuations:
+        context, continuation = instance.args
+        if context == "":
+            ids = as_ids(self.tok_encode(continuation, add_special_tokens=False))
+            prefix = as_ids([self.prefix_token_id])
+            pair = (ids[:1], ids[1:]) if ids[:1].tolist() == prefix.tolist() else (prefix, ids)
+        else:
+            pair = encode_pair(encode, context, continuation)
+        return Continuations((self.scorer.request(*pair, task=_task_of(instance)),))
+
+    def _windows(self, instance: Any) -> Continuations:
+        """Encode a whole text: each token is predicted once, with one token of context at least."""
+        [text] = instance.args
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return Continuations(
+            tuple(
+                self.scorer.request(as_ids(context), as_ids(target), _task_of(instance))
+                for context, target in map(make_disjoint_window, windows)
+            )
+        )
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return self._log_likelihoods([part for [part] in self._continuations(requests)])
+
+    def _continuations(self, instances: Sequence[Any]) -> list[tuple[Request, ...]]:
+        parts = []
+        for encoded in self.encode_all(instances):
+            assert isinstance(encoded, Continuations)
+            parts.append(encoded.requests)
+        return parts
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -150,38 +190,24 @@ class HarnessLM(TemplateLM):
         return [(score.log_likelihood, score.greedy) for score in self.scorer.score(requests)]
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
-        """Return the log-likelihoods of whole texts.
-
-        Each token is predicted once, in windows with one token of context.
-        """
-        encoded, owners = [], []
-        for number, instance in enumerate(requests):
-            [text] = instance.args
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for context, target in map(make_disjoint_window, windows):
-                encoded.append(
-                    self.scorer.request(as_ids(context), as_ids(target), _task_of(instance))
-                )
-                owners.append(number)
-        totals = [0.0] * len(requests)
-        for number, score in zip(owners, self.scorer.score(encoded), strict=True):
+        """Return the log-likelihoods of whole texts, each the sum over its windows."""
+        texts = self._continuations(requests)
+        owners = [number for number, windows in enumerate(texts) for _ in windows]
+        scores = self.scorer.score([window for windows in texts for window in windows])
+        totals = [0.0] * len(texts)
+        for number, score in zip(owners, scores, strict=True):
             totals[number] += score.log_likelihood
         return totals
 
-    def _generation(self, prompt: str, settings: dict[str, Any], task: str) -> Generation:
+    def _generation(self, prompt: Prompt, task: str) -> Generation:
         """Return what lm-eval's settings of a request mean for this model."""
-        kwargs = greedy_settings(settings, task, self.max_gen_toks, self.max_length)
+        kwargs = greedy_settings(prompt.settings, task, self.max_gen_toks, self.max_length)
         end = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         until = tuple(handle_stop_sequences(list(kwargs["until"]), eos=end))
         thought = None
         if self.chat.thinks:
             # enable_thinking, or the template or the model itself begins a thought
-            begun = bool(self.chat.thinking) or prompt.rstrip().endswith(self.chat.think_start)
+            begun = bool(self.chat.thinking) or prompt.opens_thought
             thought = Thought(self.chat.think_start, self.chat.think_end, begun)
         return Generation(until, kwargs["max_gen_toks"], self.end_tokens, thought)
 
@@ -201,16 +227,16 @@ class HarnessLM(TemplateLM):
                 "it for each token; leave the task out, or give the trial memory for the whole "
                 "model"
             )
-        generations = []
-        for instance in requests:
-            prompt, settings = instance.args
-            generations.append(self._generation(prompt, settings, _task_of(instance)))
+        prompts = [one for one in self.encode_all(requests) if isinstance(one, Prompt)]
+        generations = [
+            self._generation(prompt, _task_of(instance))
+            for instance, prompt in zip(requests, prompts, strict=True)
+        ]
         steps, journal = self.scorer.steps, self.scorer.journal
         answers: dict[int, Answer] = {}
         groups: dict[Generation, dict[bytes, list[int]]] = {}
-        for i, (instance, generation) in enumerate(zip(requests, generations, strict=True)):
-            ids = as_ids(self.tok_encode(instance.args[0]) or [self.prefix_token_id])
-            tokens = ids[-(self.max_length - generation.most) :].astype(">u4").tobytes()
+        for i, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
+            tokens = prompt.ids[-(self.max_length - generation.most) :].astype(">u4").tobytes()
             stored = None if journal is None else journal.get(generation.key(tokens))
             if stored is not None:
                 answers[i] = Answer(*stored)
@@ -232,6 +258,15 @@ class HarnessLM(TemplateLM):
         for i, instance in enumerate(requests):
             self.finished.setdefault(_task_of(instance), []).append(answers[i].finished)
         return [answers[i].text for i in range(len(requests))]
+
+
+def _texts(instances: Sequence[Any]) -> Iterator[str]:
+    """Yield the texts of continuations that are not encoded yet, as they will be encoded."""
+    for instance in instances:
+        if instance.request_type == "loglikelihood" and not isinstance(instance, EncodedInstance):
+            context, continuation = instance.args
+            yield context.rstrip()
+            yield context + continuation
 
 
 def _task_of(instance: Any) -> str:

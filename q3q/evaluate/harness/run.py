@@ -1,12 +1,16 @@
 """Run lm-eval's tasks on a model and read its metrics and samples."""
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from q3q.data.prepared import Shelf
 from q3q.errors import IntegrityError
 from q3q.evaluate.batches import Choose, first_questions
 from q3q.evaluate.catalogue import OWN_TASKS
@@ -15,11 +19,15 @@ from q3q.evaluate.compare import share_interval
 from q3q.evaluate.harness.lean import simple_evaluate
 from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.harness.metrics import read_metrics, sample_rows, shares_of
-from q3q.evaluate.harness.task_files import tasks_from
+from q3q.evaluate.harness.requests import REQUESTS_VERSION, prepared_tasks
+from q3q.evaluate.harness.task_files import CheckedTasks, tasks_from
+from q3q.evaluate.harness.templates import templates_compiled_once
 from q3q.evaluate.journal import SCORES, Journal
 from q3q.evaluate.scoring import Effort
+from q3q.evaluate.version import lm_eval_version
 from q3q.models.decoder import Decoder
 from q3q.reporter import Steps, no_steps
+from q3q.spec import Json, digest
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,19 @@ class TaskScores:
     effort: Effort = field(default_factory=Effort)
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Where the requests of tasks are kept for later trials.
+
+    identity: all that determines the requests, as far as it is known before the tasks are loaded
+    pinned: returns True, once they are loaded, if each data set that they read has an identity
+    """
+
+    shelf: Shelf
+    identity: Json
+    pinned: Callable[[], bool]
+
+
 def run_tasks(
     model: Decoder,
     tokenizer: Any,
@@ -58,6 +79,7 @@ def run_tasks(
     max_length: int | None = None,
     journal: Path | None = None,
     identity: str = "",
+    keeping: Keeping | None = None,
     steps: Steps = no_steps,
 ) -> TaskScores:
     """Score lm-eval tasks through `lm_eval.simple_evaluate`.
@@ -71,6 +93,7 @@ def run_tasks(
         journal: folder of the scores so far. Scores in it are not computed again; others are added
             as batches end.
         identity: the scores' identity, see `Journal`.
+        keeping: where the requests are kept; None to build them without keeping them.
         steps: receives the requests done and in all.
 
     Raises:
@@ -92,31 +115,36 @@ def run_tasks(
         chat=chat,
         max_gen_toks=max_gen_toks,
     )
-    try:
+    with templates_compiled_once(), closing(stored) if stored is not None else nullcontext():
         loaded = index.load(tasks)
         choose_all = choose or partial(first_questions, limit)
         documents = {task: list(choose_all(task, count)) for task, count in index.documents.items()}
-        answer: Any = simple_evaluate(
-            model=lm,
-            tasks=list(tasks),
-            limit=limit if choose is None else None,
-            samples=None if choose is None else documents,
-            num_fewshot=num_fewshot,
-            task_manager=index,
-            # Means have closed-form standard errors; 0 would switch those off too.
-            bootstrap_iters=1000,
-            log_samples=True,
-            apply_chat_template=chat.template,
-            system_instruction=chat.system,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
-    finally:
-        if stored is not None:
-            stored.close()
+        shelf = None if keeping is None else _shelf_of(keeping, index, chat, tokenizer)
+        whole = {} if keeping is None else _whole_identity(keeping, loaded["tasks"], documents, lm)
+        wait = partial(steps, 0, 1)
+        with prepared_tasks(loaded["tasks"], lm.encode_all, shelf, whole, wait) as prepared:
+            answer: Any = simple_evaluate(
+                model=lm,
+                tasks=list(tasks),
+                limit=limit if choose is None else None,
+                samples=None if choose is None else documents,
+                num_fewshot=num_fewshot,
+                task_manager=index,
+                # Means have closed-form standard errors; 0 would switch those off too.
+                bootstrap_iters=1000,
+                log_samples=True,
+                apply_chat_template=chat.template,
+                system_instruction=chat.system,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     check_samples(answer["samples"], documents)
+    for task, rows in answer["samples"].items():
+        hashes = prepared.prompt_hashes(task, documents[task])
+        for row in rows:
+            row["prompt_hash"] = hashes[row["doc_id"]]
     shares = shares_of(loaded["tasks"], loaded["groups"], answer["samples"], answer["results"])
     metrics, intervals = read_metrics(answer["results"], shares)
     for task, finished in lm.finished.items() if chat.thinks else ():
@@ -138,6 +166,31 @@ def run_tasks(
         if key in answer
     }
     return TaskScores(metrics, intervals, results, samples, shares.without, lm.scorer.effort)
+
+
+def _shelf_of(keeping: Keeping, index: CheckedTasks, chat: Chat, tokenizer: Any) -> Shelf | None:
+    """Return the shelf; None where the requests may be others in the next trial."""
+    dated = chat.template and "strftime_now" in str(tokenizer.chat_template)
+    if dated or index.loading_by_themselves or not keeping.pinned():
+        return None
+    return keeping.shelf
+
+
+def _whole_identity(
+    keeping: Keeping, tasks: Mapping[str, Any], documents: Mapping[str, list[int]], lm: HarnessLM
+) -> Json:
+    """Return all that determines the requests of these tasks, but for the tokenizer."""
+    configs = {name: task.dump_config() for name, task in tasks.items()}
+    # A function without source code is written with its address.
+    written = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(configs, sort_keys=True, default=str))
+    return {
+        **keeping.identity,
+        "version": REQUESTS_VERSION,
+        "lm_eval": lm_eval_version(),
+        "files": digest({"configs": written}),
+        "documents": digest({"numbers": documents}),
+        "window": lm.max_length,
+    }
 
 
 def check_samples(

@@ -1,0 +1,300 @@
+"""lm-eval's requests as token ids: encoded when they are built, or read from a prepared file.
+
+lm-eval builds a prompt for each question by templates, which takes most of the processor time of an
+evaluation, and then asks for it to be encoded. Both give the same for every trial of a tokenizer,
+so the first trial keeps the ids. A later one has lm-eval load the tasks and their documents, which
+the metrics need, and answers `build_all_requests` from the file.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+
+from q3q.data.prepared import Arrays, Shelf
+from q3q.evaluate.packing import joined, pack_sequences, split, unpack_sequences
+from q3q.evaluate.prefixes import Ids
+from q3q.evaluate.scoring import Request
+from q3q.spec import Json
+
+REQUESTS_VERSION = 1  # of the file: raised when requests are built or encoded in another way
+HASH_BYTES = 32
+TEXTS, TABLE = "texts.", "table"  # beginning of the sequences' names; JSON, as bytes
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Continuations whose log-likelihoods are asked for: one, or the windows of a whole text."""
+
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that the model continues.
+
+    settings: lm-eval's of the generation
+    opens_thought: it ends in the mark that opens a thought
+    """
+
+    ids: Ids
+    settings: Json
+    opens_thought: bool
+
+
+Encoded = Continuations | Prompt
+
+
+@dataclass
+class EncodedInstance(Instance):
+    """A request of lm-eval's with its ids.
+
+    prompt_hash: lm-eval's, of the text that `arguments` held
+    """
+
+    encoded: Encoded | None = None
+    prompt_hash: str = ""
+
+
+@dataclass
+class PreparedTasks:
+    """The requests of tasks that lm-eval scores together.
+
+    Each task's `build_all_requests` is replaced, on the task object alone.
+
+    tasks: lm-eval's, by name
+    encode: encodes instances of one task, in order
+    found: a prepared file's arrays, None to build the requests
+    built: receives the arrays once all tasks are built, None for requests that are not the same
+        each time; without it, no arrays are made
+    """
+
+    tasks: Mapping[str, Any]
+    encode: Callable[[Sequence[Instance]], list[Encoded]]
+    found: Arrays | None = None
+    built: Callable[[Arrays | None], object] | None = None
+    _done: dict[str, list[EncodedInstance]] = field(default_factory=dict)
+    _repeatable: bool = True
+
+    def __post_init__(self) -> None:
+        stored = None if self.found is None else unpack_requests(self.found)
+        for name, task in self.tasks.items():
+            if stored is None:
+                task.build_all_requests = partial(self._build, name, task, task.build_all_requests)
+            else:
+                task.build_all_requests = partial(_take, task, stored[name])
+        self.found = None
+
+    def prompt_hashes(self, name: str, documents: Sequence[int]) -> dict[int, str]:
+        """Return lm-eval's hash of each document's first prompt, by the document's number.
+
+        documents: the numbers of the documents that are scored
+        """
+        instances = sorted(self.tasks[name].instances, key=lambda one: -one.idx)
+        return {documents[one.doc_id]: one.prompt_hash for one in instances}
+
+    def _build(self, name: str, task: Any, build: Callable[..., None], **settings: Any) -> None:
+        build(**settings)
+        instances, prompt_hash = task.instances, lru_cache(maxsize=64)(_sha256)
+        encoded = self.encode(instances)
+        task._instances = self._done[name] = [
+            EncodedInstance(
+                request_type=one.request_type,
+                doc=one.doc,
+                arguments=one.arguments,
+                idx=one.idx,
+                metadata=one.metadata,
+                encoded=ids,
+                prompt_hash=prompt_hash(one.args[0]),
+            )
+            for one, ids in zip(instances, encoded, strict=True)
+        ]
+        if self.built is None:
+            return
+        # A task's own code may change a document while it makes a prompt of it.
+        unchanged = dict(_documents(task, settings))
+        self._repeatable &= all(_same(one.doc, unchanged.get(one.doc_id)) for one in instances)
+        if len(self._done) == len(self.tasks):
+            self.built(pack_requests(self._done) if self._repeatable else None)
+            self._done = {}
+
+
+@contextmanager
+def prepared_tasks(
+    tasks: Mapping[str, Any],
+    encode: Callable[[Sequence[Instance]], list[Encoded]],
+    shelf: Shelf | None,
+    identity: Json,
+    wait: Callable[[], object],
+) -> Iterator[PreparedTasks]:
+    """Have tasks take their requests from a shelf, or keep them there once they are built.
+
+    One process at a time builds them; its turn ends when all are built, before any is scored.
+
+    Args:
+        shelf: None to keep nothing.
+        identity: see `data.prepared.prepared`.
+        wait: called at every poll while another process builds them; may raise to stop waiting.
+    """
+    if shelf is None:
+        yield PreparedTasks(tasks, encode)
+        return
+    with ExitStack() as turn:
+        found = shelf.find(identity)
+        if found is None:
+            turn.enter_context(shelf.turn(identity, wait))
+            found = shelf.find(identity)
+
+        def built(arrays: Arrays | None) -> None:
+            if arrays is not None:
+                shelf.keep(identity, arrays)
+            turn.close()
+
+        if found is not None:
+            turn.close()
+        yield PreparedTasks(tasks, encode, found, built)
+
+
+def _take(task: Any, stored: Sequence["StoredRequest"], **settings: Any) -> None:
+    """Give a task the requests of a prepared file, with its own documents."""
+    documents = dict(_documents(task, settings))
+    task._instances = [
+        EncodedInstance(
+            request_type=one.kind,
+            doc=documents[one.document],
+            arguments=("",),  # nobody asks for the text
+            idx=one.index,
+            metadata=(task.config.task, one.document, one.repeats),
+            encoded=one.encoded,
+            prompt_hash=one.prompt_hash,
+        )
+        for one in stored
+    ]
+
+
+def _documents(task: Any, settings: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
+    """Return the documents that lm-eval builds requests of, with their numbers among these."""
+    return task.doc_iterator(limit=settings["limit"], samples=settings["samples"])
+
+
+def _same(document: Any, other: Any) -> bool:
+    try:
+        return bool(document == other)
+    except Exception:  # of whatever a task's documents hold
+        return False
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class StoredRequest:
+    """A request as a prepared file has it, without its document.
+
+    document: its number among those that are scored
+    index: number of the request among the document's
+    """
+
+    kind: str
+    document: int
+    index: int
+    repeats: int
+    prompt_hash: str
+    encoded: Encoded
+
+
+def pack_requests(instances: Mapping[str, Sequence[EncodedInstance]]) -> Arrays | None:
+    """Return tasks' requests as arrays; None if a setting of theirs is no plain JSON."""
+    every = [one for task in instances.values() for one in task]
+    kinds = sorted({str(one.request_type) for one in every})
+    settings: dict[str, int] = {}
+    setting = []
+    for one in every:
+        own: Json | None = None
+        if isinstance(one.encoded, Prompt):
+            own = {"settings": one.encoded.settings, "opens_thought": one.encoded.opens_thought}
+        try:
+            written = json.dumps(own)
+        except (TypeError, ValueError):
+            return None
+        if json.loads(written) != own:
+            return None
+        setting.append(settings.setdefault(written, len(settings)))
+    parts = [_parts(one.encoded) for one in every]
+    pairs = [pair for part in parts for pair in part]
+    texts, text = pack_sequences([inputs for inputs, _ in pairs])
+    table = {
+        "tasks": [[name, task[0].task_name, len(task)] for name, task in instances.items()],
+        "kinds": kinds,
+        "settings": [json.loads(written) for written in settings],
+    }
+    hashes = b"".join(bytes.fromhex(one.prompt_hash) for one in every)
+    return {
+        **{f"{TEXTS}{name}": array for name, array in texts.items()},
+        TABLE: np.frombuffer(json.dumps(table).encode(), np.uint8),
+        "kind": np.array([kinds.index(str(one.request_type)) for one in every], np.uint8),
+        "document": np.array([one.doc_id for one in every], np.int32),
+        "index": np.array([one.idx for one in every], np.int32),
+        "repeats": np.array([one.repeats for one in every], np.int32),
+        "setting": np.array(setting, np.int32),
+        "prompt_hash": np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
+        "parts": np.array([len(part) for part in parts], np.int32),
+        "text": text,
+        "targets": joined([targets for _, targets in pairs]),
+        "target_length": np.array([len(targets) for _, targets in pairs], np.int32),
+    }
+
+
+def _parts(encoded: Encoded | None) -> list[tuple[Ids, Ids]]:
+    assert encoded is not None
+    if isinstance(encoded, Prompt):
+        return [(encoded.ids, np.zeros(0, np.int32))]
+    return [(request.inputs, request.targets) for request in encoded.requests]
+
+
+def unpack_requests(arrays: Arrays) -> dict[str, list[StoredRequest]]:
+    """Return what `pack_requests` received, by task."""
+    texts = unpack_sequences(
+        {name.removeprefix(TEXTS): array for name, array in arrays.items() if TEXTS in name}
+    )
+    table = json.loads(arrays[TABLE].tobytes())
+    text = arrays["text"].tolist()
+    targets = split(arrays["targets"], arrays["target_length"])
+    hashes = arrays["prompt_hash"].tobytes().hex()
+    columns = ("kind", "document", "index", "repeats", "setting", "parts")
+    rows = zip(*(arrays[name].tolist() for name in columns), strict=True)
+    found: dict[str, list[StoredRequest]] = {}
+    part = number = 0
+    for name, task, count in table["tasks"]:
+        found[name] = []
+        for _ in range(count):
+            kind, document, index, repeats, setting, parts = next(rows)
+            encoded: Encoded
+            if (own := table["settings"][setting]) is not None:
+                encoded = Prompt(texts[text[part]], own["settings"], own["opens_thought"])
+            else:
+                encoded = Continuations(
+                    tuple(
+                        Request(texts[text[k]], targets[k], task) for k in range(part, part + parts)
+                    )
+                )
+            begin = 2 * HASH_BYTES * number
+            found[name].append(
+                StoredRequest(
+                    kind=table["kinds"][kind],
+                    document=document,
+                    index=index,
+                    repeats=repeats,
+                    prompt_hash=hashes[begin : begin + 2 * HASH_BYTES],
+                    encoded=encoded,
+                )
+            )
+            part, number = part + parts, number + 1
+    return found
