@@ -23,7 +23,7 @@ class InProcess(Host):
     where = "this process"
 
     def machines(self, request: ResourceRequest) -> tuple[list[Machine], ResourceRequest]:
-        here = machine_here()
+        here = machine_here(request)
         if self.all_cores:
             request = replace(request, cpus=request.cpus or here.cpus)
         return expected([replace(here, gpus=min(here.gpus, 1))], request), request
