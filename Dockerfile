@@ -1,7 +1,9 @@
-# q3q with CUDA. On a machine without GPUs:
+# q3q with CUDA 13.0, the one that torch on PyPI is built for (driver 580 or newer). For an older driver:
+#   docker build --build-arg BASE=nvidia/cuda:12.6.3-base-ubuntu24.04 --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu126 -t q3q:cu126 .
+# On a machine without GPUs:
 #   docker build --build-arg BASE=ubuntu:24.04 --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu -t q3q:cpu .
 # Nothing secret goes in: tokens and passwords come as environment variables or mounted files when it runs.
-ARG BASE=nvidia/cuda:12.8.1-base-ubuntu24.04
+ARG BASE=nvidia/cuda:13.0.2-base-ubuntu24.04
 FROM ${BASE}
 
 # gcc and Python's headers: Triton builds its launchers with them. rsync and wget: Ray's launcher and KubeRay's probes.

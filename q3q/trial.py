@@ -25,7 +25,9 @@ from q3q.export.publish import Exported, finish_export
 from q3q.export.writer import ExportingSink, open_exporter
 from q3q.models.adjust import set_activations, set_route
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
+from q3q.models.footprint import Device
 from q3q.models.loading import device_of, load_model, open_checkpoint
+from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
@@ -48,6 +50,7 @@ from q3q.record import (
 )
 from q3q.reporter import Reporter
 from q3q.spec import Json
+from q3q.storage.aside import tell
 from q3q.storage.claim import ClaimLostError
 from q3q.storage.files import write_atomically
 from q3q.team import SOLO, PeerLostError, Rendezvous, Team, join_gang
@@ -80,7 +83,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         with phases.phase("load"):
             checkpoint = _opened(trial, reporter)
             tokenizer = load_tokenizer(checkpoint.folder)
-            model, loading = load_model(checkpoint, trial, device_of(trial), memory, team)
+            model, loading = load_model(checkpoint, trial, _device(trial), memory, team)
         reporter.phase("load", str(loading))(1, 1)
         with phases.phase("baseline"):
             reference = reference_of(model, tokenizer, trial, reporter)
@@ -143,7 +146,8 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         | stored_note(checkpoint, in_files=bool(exported.notes) or not (ledger.weights or ends))
         | exported.notes
         | noted_baseline(reference, spec)
-        | _notes_on(checkpoint),
+        | _notes_on(checkpoint)
+        | _notes_on_kernels(device_of(trial)),
         files=_write_samples(trial, scores),
     )
     record.save()
@@ -207,6 +211,21 @@ def _opened(trial: Trial, reporter: Reporter) -> Checkpoint:
     for remark in checkpoint.remarks:
         reporter.phase("load", remark)(0, 1)
     return checkpoint
+
+
+def _device(trial: Trial) -> Device:
+    """Return where the trial computes; say so if it is a GPU without q3q's own kernels."""
+    device = device_of(trial)
+    for line in _notes_on_kernels(device).values():
+        tell(line)
+    return device
+
+
+def _notes_on_kernels(device: Device) -> Json:
+    """Return the record's note on a GPU that computes with plain kernels; none on any other."""
+    fault = compiler_fault() if device == "cuda" else None
+    slower = f"plain kernels compute in place of Triton's, more slowly: {fault}"
+    return {} if fault is None else {"kernels": slower}
 
 
 def _notes_on(checkpoint: Checkpoint) -> Json:

@@ -102,10 +102,13 @@ def test_every_model_becomes_a_spec(name, monkeypatch, tmp_path):
         config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
     )
     overrides = [f"model={name}", f"storage={tmp_path}"]
-    if name == "local":
-        overrides.append(f"model.path={config_model.DEMO_MODELS / 'dense'}")
-    made = spec(*overrides)
-    assert made.model.name == ("dense" if name == "local" else name)
+    own = {
+        "local": (f"model.path={config_model.DEMO_MODELS / 'dense'}", "dense"),
+        "hub": ("model.source=Qwen/Qwen3-4B-Instruct-2507", "Qwen3-4B-Instruct-2507"),
+    }
+    words, label = own.get(name, (None, name))
+    made = spec(*overrides, *filter(None, [words]))
+    assert made.model.name == label
     if name.startswith("qwen3"):
         assert made.model.source is not None
         assert made.model.source.startswith("Qwen/Qwen3-")
@@ -630,6 +633,17 @@ def test_a_new_evaluation_keeps_the_quantization():
         (["dtype=float8"], ConfigError, "dtype=float8 is not known"),
         (["keep=all"], ConfigError, "keep=all is not known"),
         (["model=local"], ConfigError, "model.path=DIR"),
+        (["model=hub"], ConfigError, "model=hub model.source=ORGANIZATION/NAME"),
+        (
+            ["model=qwen3_4b", "model.source=Qwen/Qwen3-8B"],
+            ConfigError,
+            "not qwen3_4b, which is Qwen/Qwen3-4B. .*model=hub model.source=Qwen/Qwen3-8B",
+        ),
+        (
+            ["model=hub", "model.source=ada/mine", "model.name=demo"],
+            ConfigError,
+            "not demo, which is q3q's own",
+        ),
         (["model=local", "model.path=/nowhere"], CheckpointError, "/nowhere is not a folder"),
         (["model=qwen3_8b"], CheckpointError, "model=local model.path=DIR"),
         (["method=gptq", "calibration=file"], CalibrationError, "calibration.path=FILE"),

@@ -95,7 +95,7 @@ def _model(word: str, sweeps: bool) -> list[str]:
     others = [name for name in names if HUB_NAME.fullmatch(name)]
     if not others:
         return [f"model={','.join(names)}"]
-    without_page = ["model=local", f"model.source={','.join(others)}"]
+    without_page = ["model=hub", f"model.source={','.join(others)}"]
     if len(others) == len(names):
         return without_page
     raise ConfigError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from q3q.config.pages import page_of
+from q3q.config.pages import hub_sources, page_of
 from q3q.config.schema import DEMO_NAMES, TEXT_NAMES, UNTOUCHED_BITS
 from q3q.errors import ConfigError
 from q3q.placement import Trial
@@ -41,17 +41,19 @@ def _model(trial: Trial) -> list[str]:
     if model.source is not None:
         revision = override("model.revision", model.revision)
         page = page_of(model.source)
-        words = [override("model", page)] if page else _local("source", model.source)
-        named = [] if model.name in (page, None) else [override("model.name", model.name)]
-        return [*words, *named, revision, dtype]
+        words = [override("model", page)] if page else _model_at("hub", "source", model.source)
+        # Another model's name was accepted once; it is no part of the id, and is refused today.
+        named = model.name is not None and model.name not in hub_sources()
+        words += [override("model.name", model.name)] if named else []
+        return [*words, revision, dtype]
     if model.name in DEMO_NAMES:
         return [override("model", model.name), dtype]
     folder = trial.placement.model or "DIR"
-    return [*_local("path", folder), override("model.name", model.name), dtype]
+    return [*_model_at("local", "path", folder), override("model.name", model.name), dtype]
 
 
-def _local(key: str, value: object) -> list[str]:
-    return ["model=local", override(f"model.{key}", value)]
+def _model_at(page: str, key: str, value: object) -> list[str]:
+    return [override("model", page), override(f"model.{key}", value)]
 
 
 def _knobs(spec: TrialSpec) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from q3q.config.pages import hub_sources
 from q3q.config.schema import DEMO_NAMES, DTYPES, refuse_unknown
 from q3q.errors import CheckpointError, ConfigError
 from q3q.models.checkpoint import Checkpoint
@@ -23,11 +24,12 @@ def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts
     model = config.model
     if model.source is None and model.path is None:
         raise ConfigError(
-            "model=local needs a folder, model.path=DIR, or a model of the Hub, "
-            "model.source=ORGANIZATION/NAME"
+            "no model is named: give model=hub model.source=ORGANIZATION/NAME for one of the Hub, "
+            "or model=local model.path=DIR for a folder"
         )
     folder: Path | None = None
     if model.path is None:
+        _refuse_another_models_name(model.name, model.source)
         revision, facts = _hub_model(model.source, model.revision)
         name = model.name or model.source.rpartition("/")[2]
         identity = {"name": name, "source": model.source, "revision": revision}
@@ -53,6 +55,19 @@ def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts
     dtype = config.dtype or model.dtype or facts.dtype
     refuse_unknown("dtype", dtype, DTYPES)
     return ModelRef(**identity, dtype=dtype), folder, facts
+
+
+def _refuse_another_models_name(name: str | None, source: str) -> None:
+    """Refuse a source under the name of a page whose source is another.
+
+    Reports call a model by its name, and would take this one for that page's.
+    """
+    own = "q3q's own" if name in DEMO_NAMES else hub_sources().get(name or "", source)
+    if own.lower() != source.lower():
+        raise ConfigError(
+            f"model.source={source} is not {name}, which is {own}. For a model under its own name: "
+            f"model=hub model.source={source}"
+        )
 
 
 @functools.cache

@@ -26,14 +26,13 @@ def pages(group: str) -> dict[str, str]:
 
 
 @functools.cache
-def hub_pages() -> dict[str, str]:
-    """Return the page of each Hub model that conf/ has, by the Hub's name in small letters."""
-    found = {}
-    for path in sorted((CONF / "model").glob("*.yaml")):
-        source = OmegaConf.select(OmegaConf.load(path), "source")
-        if source is not None:
-            found[str(source).lower()] = path.stem
-    return found
+def hub_sources() -> dict[str, str]:
+    """Return the Hub's name of each model that conf/ has a page for, by page."""
+    sources = {
+        path.stem: OmegaConf.select(OmegaConf.load(path), "source")
+        for path in sorted((CONF / "model").glob("*.yaml"))
+    }
+    return {page: str(source) for page, source in sources.items() if source is not None}
 
 
 @functools.cache
@@ -47,7 +46,8 @@ def default_page(group: str) -> str:
 
 def page_of(source: str) -> str | None:
     """Return the page of a Hub model, if conf/ has one."""
-    return hub_pages().get(source.lower())
+    own = (page for page, name in hub_sources().items() if name.lower() == source.lower())
+    return next(own, None)
 
 
 def _first_sentence(path: Path) -> str:

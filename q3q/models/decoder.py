@@ -19,7 +19,8 @@ from q3q.models.facts import ModelFacts
 from q3q.models.qwen3 import Qwen3Block, Rope, rms_norm
 from q3q.models.qwen3_moe import Qwen3MoeBlock
 from q3q.models.spool import Spool
-from q3q.numerics.kernels.logsum import has_fused, logsum
+from q3q.numerics.kernels.compiler import has_fused
+from q3q.numerics.kernels.logsum import logsum
 from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.team import SOLO, Team

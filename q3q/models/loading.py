@@ -8,6 +8,7 @@ import torch
 
 from q3q.errors import ConfigError, IntegrityError
 from q3q.limits import free_memory
+from q3q.models.cards import refuse_card
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import Decoder, load_decoder
 from q3q.models.footprint import (
@@ -50,7 +51,8 @@ def device_of(trial: Trial) -> Device:
     """Return where the trial computes: as its plan says, else on a GPU if there is one.
 
     Raises:
-        ConfigError: it was planned on a GPU, and torch has none.
+        ConfigError: it was planned on a GPU, and torch has none, or the GPU does not compute in
+            the trial's type.
     """
     grant, available = trial.placement.grant, torch.cuda.is_available()
     if grant is not None and grant.gpus and not available:
@@ -62,7 +64,11 @@ def device_of(trial: Trial) -> Device:
             "there lists its GPUs. If one is gone, plan without it; otherwise install a torch for "
             "its driver there (README, A real Qwen3), or give cluster.gpus_per_trial=0"
         )
-    return "cuda" if available and (grant is None or grant.gpus != 0) else "cpu"
+    if not available or (grant is not None and grant.gpus == 0):
+        return "cpu"
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    refuse_card(trial.spec.model.dtype, name, capability)
+    return "cuda"
 
 
 def keep_to_share(gpus: float) -> None:

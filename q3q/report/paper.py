@@ -19,11 +19,12 @@ from q3q.config.texts import RANDOM_TEXTS
 from q3q.formatting import fixed, percent, signed
 from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
-from q3q.report.measures import DIVERGED, cell, in_order, shown
+from q3q.report.measures import DIVERGED, cell, given_format, in_order, shown
 from q3q.report.tables import Table
-from q3q.spec import Json, TaskRef, TrialSpec
+from q3q.spec import Json, ModelRef, TaskRef, TrialSpec
 
 SOURCE = "An Empirical Study of Qwen3 Quantization, arXiv 2505.02214v1, Tables 1 to 4"
+MAKERS = "Qwen"  # the organization that releases the models, as the Hub calls it
 PUBLISHED = Path(__file__).with_name("paper_results.csv")
 PERPLEXITY_TOLERANCE = 0.02  # of the published value
 ACCURACY_TOLERANCE = 1.5  # percentage points
@@ -210,7 +211,7 @@ def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
     compared = []
     for record in in_order(records):
         place = cell_of(record.spec)
-        if place is None or not record.completed:
+        if place is None or not record.completed or given_format(record):
             continue
         for metric, dataset in DATASETS.items():
             value = cell(record, metric)
@@ -228,7 +229,7 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
     Returns:
         None if the study has no such row.
     """
-    model = _models().get(_plain(study_model(spec)))
+    model = _studied(spec.model)
     method = METHODS.get(spec.method.name)
     if model is None or method is None or spec.departures or spec.overrides or spec.skip:
         return None
@@ -243,16 +244,34 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
 
 
 def study_model(spec: TrialSpec) -> str:
-    """Return a model as the study writes it, Qwen3-8B-Base, or its own name if it is another."""
-    name, source = spec.model.name or "", (spec.model.source or "").rpartition("/")[2]
-    return _models().get(_plain(name)) or _models().get(_plain(source)) or name or source
+    """Return a model as the study writes it, Qwen3-8B-Base; another by a name of its own."""
+    model = spec.model
+    if (studied := _studied(model)) is not None:
+        return studied
+    names = (model.name, (model.source or "").rpartition("/")[2])
+    own = (name for name in names if name and _plain(name) not in _models())
+    return next(own, model.label if model.source is None else model.source)
 
 
 def is_released(spec: TrialSpec) -> bool:
-    """Return True for a model that Qwen3's makers released, by its name or its Hub id."""
-    return study_model(spec) in _models().values() or (spec.model.source or "").startswith(
-        "Qwen/Qwen3-"
-    )
+    """Return True for a model that Qwen3's makers released, by its Hub id or its folder's name."""
+    model = spec.model
+    return _studied(model) is not None or (model.source or "").startswith(f"{MAKERS}/Qwen3-")
+
+
+def _studied(model: ModelRef) -> str | None:
+    """Return which of the study's models this is, None if it is another.
+
+    A Hub model is what its id says: another organization's Qwen3-8B is another model. Records of
+    older versions may have the name of one of the study's models and the source of another; they
+    are neither. A model in a folder is what its name says.
+    """
+    by_name = _models().get(_plain(model.name or ""))
+    if model.source is None:
+        return by_name
+    makers, _, title = model.source.rpartition("/")
+    by_source = _models().get(_plain(title)) if makers.lower() == MAKERS.lower() else None
+    return None if by_name not in (None, by_source) else by_source
 
 
 def departures(spec: TrialSpec, metric: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class InProcess(Host):
     where = "this process"
 
     def machines(self, request: ResourceRequest) -> tuple[list[Machine], ResourceRequest]:
-        here = machine_here()
+        here = machine_here(request)
         if here.gpus and request.gpus != 0:
             request = replace(request, gpus=request.gpus or 1)
         elif self.all_cores:

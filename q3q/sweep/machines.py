@@ -1,15 +1,14 @@
 """The machines to plan with, and the resources that the user requests."""
 
-import os
 import re
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from q3q.errors import ConfigError
 from q3q.limits import cores, memory_for_trials
+from q3q.models.cards import Capability, refuse_card
 from q3q.models.footprint import AUTO, bytes_of
+from q3q.sweep.gpus import usable_gpus, visible_gpus
 
 CORES_TO_COME = 4  # of a machine that is still to come: for each GPU, or in all if it has none
 # Bytes of a GPU, by Ray's name for its kind; of kinds with several sizes, the smallest.
@@ -30,6 +29,8 @@ GPU_BYTES = {
     }.items()
     for kind in kinds
 }
+# Of the kinds that are too old for bfloat16.
+CAPABILITIES = {"K80": (3, 7), "P100": (6, 0), "V100": (7, 0), "T4": (7, 5)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Machine:
     gpu_memory: bytes of one of its GPUs; None if unknown
     kind: of its GPUs, in Ray's words, or ""
     name: of its GPU or processor, as records have it, or ""
+    capability: of its oldest GPU; None if unknown
     """
 
     cpus: float
@@ -48,6 +50,7 @@ class Machine:
     gpu_memory: int | None = None
     kind: str = ""
     name: str = ""
+    capability: Capability | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,39 +72,42 @@ class ResourceRequest:
     patience: float = 0.0
 
 
-def machine_here() -> Machine:
-    """Return this machine, as far as this process may use it."""
+def machine_here(request: ResourceRequest | None = None) -> Machine:
+    """Return this machine, as far as this process may use it.
+
+    Args:
+        request: of the trials that are to run here; None if they run elsewhere.
+
+    Raises:
+        ConfigError: they are to run on GPUs that the installed torch cannot use.
+    """
     from q3q.environment import processor
 
-    gpus = gpus_here()
-    gpu_memory, name = _gpu_here() if gpus else (None, "")
+    runs_on_gpus = request is not None and request.gpus != 0
+    gpus = usable_gpus() if runs_on_gpus else visible_gpus()
+    sizes = [gpu.memory for gpu in gpus if gpu.memory is not None]
+    capabilities = [gpu.capability for gpu in gpus if gpu.capability is not None]
     return Machine(
         cpus=cores(),
-        gpus=gpus,
+        gpus=len(gpus),
         memory=memory_for_trials(),
-        gpu_memory=gpu_memory,
-        name=name if gpus else processor(),
+        gpu_memory=min(sizes, default=None),
+        name=gpus[0].name if gpus else processor(),
+        capability=min(capabilities, default=None),
     )
 
 
-def gpus_here() -> int:
-    """Count this machine's GPUs without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return sum(device.strip() not in ("", "-1") for device in visible.split(","))
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+def refuse_old_cards(dtypes: Iterable[str], machines: Iterable[Machine]) -> None:
+    """Refuse GPUs that do not compute in the types of the trials that may land on them.
 
-
-def _gpu_here() -> tuple[int | None, str]:
-    """Return the smallest GPU's bytes and the first one's name, as the driver's tool says."""
-    query = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None, ""
-    rows = [line.split(",", 1) for line in answer.stdout.splitlines() if "," in line]
-    sizes = [int(size) * 2**20 for size, _ in rows if size.strip().isdigit()]
-    return (min(sizes), rows[0][1].strip()) if sizes else (None, "")
+    Raises:
+        ConfigError: one does not.
+    """
+    with_gpus = [machine for machine in machines if machine.gpus]
+    for dtype in dict.fromkeys(dtypes):
+        for machine in with_gpus:
+            known = CAPABILITIES.get(machine.kind, machine.capability)
+            refuse_card(dtype, machine.kind or machine.name, known)
 
 
 def amount(key: str, value: object) -> float | None:

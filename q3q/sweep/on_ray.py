@@ -68,7 +68,8 @@ class OnRay(Host):
         self._joined.close()
 
     def machines(self, request: ResourceRequest) -> tuple[list[Machine], ResourceRequest]:
-        here, cluster = machine_here(), self.cluster
+        cluster = self.cluster
+        here = machine_here(None if cluster.address else request)
         if not cluster.address:
             cluster.cpus = int(here.cpus) if cluster.cpus is None else cluster.cpus
             cluster.gpus = int(here.gpus) if cluster.gpus is None else cluster.gpus

@@ -32,7 +32,7 @@ from q3q.sweep.allocation import Allocation
 from q3q.sweep.comparing import baseline_record
 from q3q.sweep.costs import CostModel
 from q3q.sweep.earlier import damaged_exports, failed_records, finished_records, quantized_again
-from q3q.sweep.machines import Machine, ResourceRequest, amount, request_of
+from q3q.sweep.machines import Machine, ResourceRequest, amount, refuse_old_cards, request_of
 from q3q.sweep.plan import (
     Planned,
     describe,
@@ -248,6 +248,8 @@ def run_study(
         model=CostModel().learned(recent_records(storage), facts_of_trial),
     )
     left = [entry for entry in planned if not entry.done]
+    on_gpus = [entry for entry in left if entry.allocation and entry.allocation.gpus]
+    refuse_old_cards((entry.spec.model.dtype for entry in on_gpus), machines)
     if left and len(trials) > 1 and not settings.fresh:
         again = quantized_again([entry.trial for entry in left], recent_records(storage))
         if again:

@@ -192,7 +192,7 @@ class _OnOtherLauncher(Host):
         self.launcher, self.trials = launcher, trials
 
     def machines(self, request: ResourceRequest) -> tuple[list[Machine], ResourceRequest]:
-        return expected([machine_here()], request), request
+        return expected([machine_here(request)], request), request
 
     def run(self, planned: Sequence[Planned], study: RunningStudy) -> None:
         jobs = [list(next(iter(self.trials[entry.trial.id].jobs.values()))) for entry in planned]

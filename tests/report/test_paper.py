@@ -17,6 +17,7 @@ from q3q.report.paper import (
     paper_table,
     published,
     share_reproduced,
+    study_model,
     verdict,
 )
 from q3q.spec import TaskRef
@@ -83,6 +84,10 @@ def test_the_table_is_the_papers() -> None:
             {"model": hub_model_of("mine", source="Qwen/Qwen3-32B")},
             ("Qwen3-32B", "GPTQ", 4, 16, "128"),
         ),
+        ({"model": hub_model_of("qwen3_4b", source="Qwen/Qwen3-8B")}, None),
+        ({"model": hub_model_of("qwen3_8b", source="Qwen/Qwen3-8B-AWQ")}, None),
+        ({"model": hub_model_of("Qwen3-8B", source="ada/Qwen3-8B")}, None),
+        ({"model": hub_model_of("x", source="Qwen/Qwen3-4B-Instruct-2507")}, None),
         ({"group_size": 64}, None),
         ({"model": model_of("demo")}, None),
         ({"head_bits": 8}, None),
@@ -90,6 +95,29 @@ def test_the_table_is_the_papers() -> None:
 )
 def test_a_trial_finds_its_cell(changes: dict[str, Any], cell: Any) -> None:
     assert cell_of(spec(**changes)) == cell
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "shown"),
+    [
+        ("mine", "Qwen/Qwen3-32B", "Qwen3-32B"),
+        ("qwen3_8b", "ada/Qwen3-8B", "ada/Qwen3-8B"),
+        ("qwen3_4b", "ada/Tuned", "Tuned"),
+        ("tuned", "ada/Qwen3-8B", "tuned"),
+        ("Qwen3-8B", None, "Qwen3-8B"),
+    ],
+)
+def test_another_model_is_not_called_by_the_name_of_one_of_the_studys(
+    name: str, source: str | None, shown: str
+) -> None:
+    model = model_of(name) if source is None else hub_model_of(name, source=source)
+    assert study_model(spec(model=model)) == shown
+
+
+def test_a_checkpoint_that_was_quantized_already_is_not_the_unquantized_model() -> None:
+    folder = record(7.0, method="none", model=model_of("Qwen3-8B-Base"))
+    assert compare_with_paper([folder])
+    assert not compare_with_paper([replace(folder, notes={"stored": {"quantized": "gptq"}})])
 
 
 @pytest.mark.parametrize(

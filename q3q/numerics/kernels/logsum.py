@@ -3,10 +3,9 @@
 Shapes: C positions, V logits of each (all of the vocabulary or a slab of it).
 """
 
-from importlib.util import find_spec
-
-import torch
 from torch import Tensor
+
+from q3q.numerics.kernels.compiler import has_fused
 
 
 def logsum_plain(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,11 +16,6 @@ def logsum_plain(logits_CV: Tensor) -> tuple[Tensor, Tensor]:
     wide_CV = logits_CV.float()
     highest_C = wide_CV.amax(1)
     return highest_C + wide_CV.sub_(highest_C[:, None]).exp_().sum(1).log(), highest_C
-
-
-def has_fused(device: torch.device) -> bool:
-    """Return True if `logsum_fused` runs on the device: on CUDA, if Triton is installed."""
-    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def logsum(logits_CV: Tensor) -> tuple[Tensor, Tensor]:

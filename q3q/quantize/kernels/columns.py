@@ -6,10 +6,11 @@ the block, O out features, K grids that the block's columns use. CPU measurement
 """
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from q3q.numerics.kernels.compiler import has_fused
 
 # Columns updated one by one before the block's rest absorbs their errors. 16 to 64: equally fast.
 SUB_BLOCK = 32
@@ -92,8 +93,8 @@ def solve_block(
 
 
 def block_solver(device: torch.device) -> BlockSolver:
-    """Return the fastest solver: on CUDA the fused kernel, if Triton is installed."""
-    if device.type == "cuda" and find_spec("triton") is not None:
+    """Return the fastest solver: on CUDA the fused kernel, if Triton compiles there."""
+    if has_fused(device):
         from q3q.quantize.kernels.fused import solve_block_fused
 
         return solve_block_fused
