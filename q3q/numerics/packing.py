@@ -28,8 +28,8 @@ def pack_bits(codes_xN: Tensor, bits: int) -> Tensor:
     for piece_n, upper_n in _pieces(number_xn):
         for shift, low, high in _steps(bits):
             torch.bitwise_right_shift(piece_n, shift, out=upper_n)
-            piece_n &= low
-            piece_n |= upper_n.bitwise_and_(high)
+            piece_n.bitwise_and_(low)
+            piece_n.bitwise_or_(upper_n.bitwise_and_(high))
     if bits in _RUN_TYPES:
         bytes_xB = number_xn.to(_RUN_TYPES[bits]).view(torch.uint8)
     else:
@@ -51,8 +51,8 @@ def unpack_bits(words_xW: Tensor, bits: int, count: int) -> Tensor:
     for piece_n, upper_n in _pieces(number_xn):
         for shift, low, high in reversed(_steps(bits)):
             torch.bitwise_and(piece_n, high, out=upper_n)
-            piece_n &= low
-            piece_n |= upper_n.bitwise_left_shift_(shift)
+            piece_n.bitwise_and_(low)
+            piece_n.bitwise_or_(upper_n.bitwise_left_shift_(shift))
     return number_xn.view(torch.uint8)[..., :count]
 
 
