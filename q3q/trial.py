@@ -100,16 +100,23 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             with phases.phase("quantize"):
                 method = choose_variant(build_method(spec), model, spec, windows, store, reporter)
                 sink = store if exporter is None else ExportingSink(store, exporter)
-                for block in quantized_blocks(model, method, spec.schemes, windows, sink):
-                    ledger.add(block)
-                    errors = block_errors(block.errors).get(block.index)
-                    steps = reporter.phase("quantize", metrics=errors)
-                    steps(block.index + 1, len(model.blocks))
+                with store:  # all blocks are on the disk at its end
+                    for block in quantized_blocks(model, method, spec.schemes, windows, sink):
+                        ledger.add(block)
+                        errors = block_errors(block.errors).get(block.index)
+                        steps = reporter.phase("quantize", metrics=errors)
+                        steps(block.index + 1, len(model.blocks))
+                        del block  # its codes would lie on a GPU while the next ones are found
                 ends = quantize_ends(model, spec.schemes)
         with phases.phase("evaluate"):
             set_activations(model, spec)
             scores = evaluate(model, tokenizer, trial, reference, reporter)
-        checks = check_weights(model, StoredCodes(store, ledger.blocks), ends=ends, skip=spec.skip)
+        checks = check_weights(
+            model,
+            StoredCodes(store, ledger.blocks, "cpu" if model.streamed else model.device),
+            ends=ends,
+            skip=spec.skip,
+        )
         if exporter is not None:
             reporter.phase("export")(0, 1)
             with phases.phase("export"):

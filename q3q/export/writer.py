@@ -292,7 +292,7 @@ class ExportingSink:
 
     def store(self, block: "QuantizedBlock") -> None:
         self._store.store(block)
-        self._exporter.store(block)
+        self._exporter.store(block.on_cpu())
 
 
 def open_exporter(trial: Trial, checkpoint: Checkpoint) -> Exporter | None:

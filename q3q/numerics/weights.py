@@ -30,6 +30,10 @@ class StoredWeight(Protocol):
     @property
     def shape(self) -> torch.Size: ...
 
+    @property
+    def code_bits(self) -> int:
+        """The bits that hold any code."""
+
     def dequantize(self) -> Tensor:
         """Return the weight as numbers [E, O, I], float32."""
 
@@ -96,6 +100,10 @@ class QuantizedWeight:
     @property
     def shape(self) -> torch.Size:
         return self.codes_EOI.shape
+
+    @property
+    def code_bits(self) -> int:
+        return self.bits
 
     @property
     def whole_zeros(self) -> bool:
@@ -238,6 +246,10 @@ class BinarizedWeight:
     @property
     def shape(self) -> torch.Size:
         return self.codes_EOI.shape
+
+    @property
+    def code_bits(self) -> int:
+        return 3
 
     def dequantize(self) -> Tensor:
         signs_2 = torch.tensor([-1.0, 1.0], device=self.mean_EOG4.device)

@@ -55,7 +55,8 @@ class BlockSink(Protocol):
 
     def load(self, index: int) -> QuantizedBlock | None: ...
 
-    def store(self, block: QuantizedBlock) -> None: ...
+    def store(self, block: QuantizedBlock) -> None:
+        """Take a block, which may be written later; `load` returns it from now on."""
 
 
 def stored_numbers(sink: BlockSink | None, index: int, like: Tensor) -> dict[str, Tensor]:

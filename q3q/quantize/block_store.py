@@ -3,18 +3,19 @@
 import hashlib
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 
-from torch import Tensor
+import torch
 
 from q3q.errors import CheckpointError
 from q3q.models.tensor_files import encode_tensors, read_tensors
-from q3q.numerics.weights import stored_weight
+from q3q.quantize.behind import Behind
 from q3q.quantize.block import QuantizedBlock
-from q3q.record import SiteError
+from q3q.quantize.block_file import EncodedBlock, decode, encode
 from q3q.spec import Json
 from q3q.storage.aside import clear_for_file, clear_for_folder, put_aside
+from q3q.storage.claim import ClaimLostError
 from q3q.storage.files import (
     FileState,
     file_state,
@@ -37,6 +38,9 @@ class BlockStore:
     put aside. Either block is computed again. A file's checksum is computed when it is first read,
     and again only after the file has changed.
 
+    Blocks are written by a thread, at most `behind.MOST` behind the walk. A context manager: all
+    are on the disk at its end.
+
     Args:
         folder: where blocks are written.
         finished: another such folder, read if the first lacks a block.
@@ -49,6 +53,7 @@ class BlockStore:
         self._loaded: set[int] = set()
         # By file: its state, and its checksum when it had that state.
         self._checksums: dict[Path, tuple[FileState, str]] = {}
+        self._behind = Behind(self._write)
 
     @property
     def reused(self) -> int:
@@ -63,36 +68,60 @@ class BlockStore:
         )
 
     def store(self, block: QuantizedBlock) -> None:
-        tensors = {f"changed/{name}": tensor.contiguous() for name, tensor in block.changed.items()}
-        for name, quantized in block.quantized.items():
-            tensors |= {
-                f"quantized/{name}/{part}": tensor
-                for part, tensor in quantized.to_tensors().items()
-            }
+        """Let the thread write a block, once few enough wait for it.
+
+        Raises:
+            OSError: an earlier block could not be written.
+        """
+        self._behind.make_room()
+        self._behind.add(encode(block))
+        self._stored.add(block.index)
+
+    def settle(self) -> None:
+        """Wait until every stored block is on the disk.
+
+        Raises:
+            OSError: a block could not be written.
+        """
+        self._behind.settle()
+
+    def __enter__(self) -> "BlockStore":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.settle()
+        else:  # the first error counts; where another process has the trial, nothing is begun
+            self._behind.end(drop=isinstance(error, ClaimLostError))
+
+    def _write(self, block: EncodedBlock) -> None:
+        """Write a block's two files: the thread's work."""
+        block.wait()
         digest = hashlib.sha256()
 
         def hashed() -> Iterator[bytes]:
-            for part in encode_tensors(tensors):
+            for part in encode_tensors(block.tensors):
                 digest.update(part)
                 yield part
 
         path = _tensor_file(self.folder, block.index)
         write_atomically(path, hashed())
-        facts = {
-            OWNER: self._owner(f"block {block.index}"),
-            "tensors": digest.hexdigest(),
-            "quantized": {name: quantized.facts() for name, quantized in block.quantized.items()},
-            "errors": [asdict(error) for error in block.errors],
-            "notes": block.notes,
-        }
+        owner, checksum = self._owner(f"block {block.index}"), digest.hexdigest()
+        facts = {OWNER: owner, "tensors": checksum, **block.facts}
         write_atomically(_facts_file(self.folder, block.index), sealed(facts))
-        self._checksums[path] = (file_state(path), digest.hexdigest())
-        self._stored.add(block.index)
+        self._checksums[path] = (file_state(path), checksum)
 
-    def load(self, index: int) -> QuantizedBlock | None:
-        """Return a stored block, on the CPU; None if it is missing or damaged."""
+    def load(self, index: int, device: torch.device | str = "cpu") -> QuantizedBlock | None:
+        """Return a stored block on a device; None if it is missing or damaged."""
+        if (waiting := self._behind.find(index)) is not None:
+            return waiting.decoded(device)
         for folder in self._folders:
-            block = self._read(folder, index)
+            block = self._read(folder, index, device)
             if block is not None:
                 self._loaded.add(index)
                 return block
@@ -134,6 +163,7 @@ class BlockStore:
         self.delete()
 
     def delete(self) -> None:
+        self._behind.end(drop=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _verified_facts(self, folder: Path, index: int) -> Json | None:
@@ -174,29 +204,15 @@ class BlockStore:
     def _owner(self, name: str) -> str:
         return f"{name} of {self.identity}"
 
-    def _read(self, folder: Path, index: int) -> QuantizedBlock | None:
+    def _read(self, folder: Path, index: int, device: torch.device | str) -> QuantizedBlock | None:
         facts = self._verified_facts(folder, index)
         if facts is None:
             return None
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in facts["quantized"]}
-        changed: dict[str, Tensor] = {}
         try:
             tensors = read_tensors(_tensor_file(folder, index))
         except CheckpointError:  # moved or damaged at this moment
             return None
-        for key, tensor in tensors.items():
-            kind, name, *part = key.split("/")
-            if kind == "changed":
-                changed[name] = tensor
-            else:
-                parts[name][part[0]] = tensor
-        return QuantizedBlock(
-            index,
-            {name: stored_weight(parts[name], fact) for name, fact in facts["quantized"].items()},
-            changed,
-            [SiteError(**error) for error in facts["errors"]],
-            facts["notes"],
-        )
+        return decode(index, tensors, facts, device)
 
 
 def _tensor_file(folder: Path, index: int) -> Path:

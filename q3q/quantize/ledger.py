@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from q3q.errors import IntegrityError
 from q3q.models.checkpoint import Checkpoint, disk_shapes
 from q3q.numerics.weights import StoredWeight
@@ -43,16 +45,20 @@ class Ledger:
 
 @dataclass(frozen=True)
 class StoredCodes(Sequence[Mapping[str, StoredWeight]]):
-    """Each block's codes by weight name, read from disk at each access."""
+    """Each block's codes by weight name, read from disk at each access.
+
+    device: where they are unpacked
+    """
 
     store: BlockStore
     blocks: int
+    device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
         return self.blocks
 
     def __getitem__(self, k: Any) -> Any:
-        block = self.store.load(range(self.blocks)[k])
+        block = self.store.load(range(self.blocks)[k], self.device)
         if block is None:
             raise IntegrityError(
                 f"block {k} was quantized and stored, and is not there whole any more"

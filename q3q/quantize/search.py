@@ -4,6 +4,7 @@ Shapes: B windows, T tokens of a window, P positions, H hidden, C some of P, V v
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -57,9 +58,12 @@ def search_variants(
         phase(name)(done, len(variants))
         copy = model.copy()
         # The folder stays while the copy is measured: a streamed one reads its blocks from there.
-        with TemporaryDirectory(prefix="q3q_search_") as folder:
-            for _ in quantized_blocks(copy, method, scheme, windows_BT, BlockStore(Path(folder))):
-                pass
+        with (
+            TemporaryDirectory(prefix="q3q_search_") as folder,
+            BlockStore(Path(folder)) as blocks,
+        ):
+            walk = quantized_blocks(copy, method, scheme, windows_BT, blocks)
+            deque(walk, maxlen=0)  # keeps none of them
             set_activations(copy)
             divergence[name] = mean_divergence(model, original_PH, _final_hidden(copy, windows_BT))
     finite = {name: value for name, value in divergence.items() if math.isfinite(value)}

@@ -48,7 +48,8 @@ def quantize_model(
     """Return all of `quantized_blocks`; steps receives the blocks done and in all."""
     blocks = []
     for block in quantized_blocks(model, method, scheme, windows_BT, sink):
-        blocks.append(block)
+        blocks.append(block.on_cpu())
+        del block  # its codes would lie on a GPU while the next ones are found
         steps(len(blocks), len(model.blocks))
     return blocks
 
@@ -60,7 +61,7 @@ def quantized_blocks(
     windows_BT: Tensor | None,
     sink: BlockSink,
 ) -> Iterator[QuantizedBlock]:
-    """Quantize the model in place; yield each block's result, holding on to none.
+    """Quantize the model in place; yield each block's result where the model is, and keep none.
 
     A block that the sink holds already is not computed again. A streamed model reads its quantized
     blocks from the sink from then on.
@@ -68,7 +69,7 @@ def quantized_blocks(
     Args:
         scheme: for every linear, or `Schemes` for each.
         windows_BT: token ids of the calibration windows; None for a method that observes nothing.
-        sink: stores each result before it is yielded.
+        sink: takes each result before it is yielded.
 
     Raises:
         IntegrityError: the sink does not return a block that a streamed model needs.
@@ -146,7 +147,6 @@ class Walk:
                 model.rope,
                 passes_on=passes_on,
             )
-            result = result.on_cpu()
             if self.sink is not None:
                 self.sink.store(result)
             model.exchange(k, block, source)

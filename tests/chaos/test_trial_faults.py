@@ -115,7 +115,10 @@ def killed_at(trial, step):
 
 def written(folder):
     """What is on disk of a trial under way, and when it was written."""
-    found = [*(folder / "blocks").glob("block_*"), *(folder / "evaluations").glob("*.json")]
+    # A block counts once its facts are there, which are written last.
+    facts = list((folder / "blocks").glob("block_*.json"))
+    tensors = [path.with_suffix(".safetensors") for path in facts]
+    found = [*facts, *tensors, *(folder / "evaluations").glob("*.json")]
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
 
 
@@ -144,6 +147,9 @@ def test_killed_in_any_phase_it_goes_on_and_ends_with_the_same_numbers(
     assert record.notes.get("blocks_from_disk", 0) == blocks
     if step.startswith(("evaluate", "record")):
         assert blocks == 3
+    elif step.startswith("quantize"):  # two may have been on their way to the disk
+        done = int(step.split()[1])
+        assert done - 2 <= blocks <= done
 
 
 def test_killed_in_a_task_it_goes_on_there(trial_of, tmp_path):
@@ -279,7 +285,7 @@ def test_a_full_disk_is_said_and_with_room_it_goes_on(trial, reference, step, sm
     assert not (folder / "record.json").exists()
     assert not list(folder.rglob("*.partial"))
     blocks = blocks_of(folder)
-    assert len(blocks) == (1 if step.startswith("quantize") else 3)
+    assert len(blocks) <= 1 if step.startswith("quantize") else len(blocks) == 3
     (small_disk / "filler").unlink()
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     record, after = completed(trial, tmp_path)
@@ -364,6 +370,7 @@ def test_a_clock_that_jumps_back_while_a_trial_runs_changes_no_number(trial, ref
 def test_a_clock_that_jumps_back_changes_no_number(trial, reference, tmp_path):
     """The second attempt runs in 1999, on files that were written in 2100."""
     killed_at(trial, "quantize 2 of 3 blocks")
+    blocks = len(blocks_of(trial.folder))
     for path in trial.folder.rglob("*"):
         os.utime(path, (4102444800, 4102444800))
 
@@ -381,4 +388,4 @@ def test_a_clock_that_jumps_back_changes_no_number(trial, reference, tmp_path):
     assert end_of(in_child(work)) == 0
     record = TrialRecord.load(trial.folder / "record.json")
     assert numbers(plain(record)) == reference
-    assert record.notes["blocks_from_disk"] == 2
+    assert record.notes.get("blocks_from_disk", 0) == blocks

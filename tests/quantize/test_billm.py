@@ -159,6 +159,7 @@ def test_a_walk_gives_one_bit_weights_and_goes_on_after_a_kill(decoder, windows,
             if self.folder.exists():
                 raise KeyboardInterrupt
             super().store(block)
+            self.settle()
 
     def again():
         return type(decoder)(

@@ -234,7 +234,8 @@ def test_an_expert_that_few_tokens_reach_is_left_unsmoothed_between_up_and_down_
 def test_a_killed_walk_goes_on_with_the_smoothed_norms(decoder, windows, tmp_path):
     original = with_outliers(decoder)
     whole, resumed = copy(original), copy(original)
-    quantize_model(whole, SmoothQuant(SmoothQuantSettings()), SCHEME, windows, BlockStore(tmp_path))
+    with BlockStore(tmp_path) as store:
+        quantize_model(whole, SmoothQuant(SmoothQuantSettings()), SCHEME, windows, store)
     for path in tmp_path.glob("block_001*"):
         path.unlink()
     store = BlockStore(tmp_path)

@@ -47,6 +47,7 @@ class DiesAfter(BlockStore):
 
     def store(self, block):
         if not self.left:
+            self.settle()
             raise KeyboardInterrupt
         self.left -= 1
         super().store(block)
@@ -103,6 +104,7 @@ def test_a_killed_walk_goes_on_and_ends_with_the_same_bits(decoder, windows, nam
 def test_a_damaged_block_checkpoint_is_not_taken(decoder, tmp_path):
     store = BlockStore(tmp_path)
     quantize_model(decoder, METHODS["rtn"](), SCHEME, None, store)
+    store.settle()
     path = tmp_path / "block_000.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

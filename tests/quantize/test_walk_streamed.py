@@ -165,11 +165,12 @@ def test_a_streamed_walk_that_was_killed_goes_on_and_ends_with_the_same_bits(
         METHODS[name](),
         scheme_for(name),
         read_by(name, windows),
-        BlockStore(tmp_path / "broken"),
+        left := BlockStore(tmp_path / "broken"),
     )
     assert isinstance(broken, Generator)
     next(broken)
     broken.close()
+    left.settle()
     for loader in (StreamedDecoder, load_decoder):
         store = BlockStore(tmp_path / "again", finished=tmp_path / "broken")
         results = quantize_model(
