@@ -31,7 +31,7 @@ from q3q.limits import cores
 from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, Site
 from q3q.models.decoder import block_class
 from q3q.models.facts import ModelFacts, read_facts
-from q3q.models.qwen3 import Qwen3Block, Rope
+from q3q.models.block import Block, Rope
 from q3q.models.spool import Spool
 from q3q.numerics.grid import Grid, minmax_grid
 from q3q.numerics.linalg import FiniteCheck
@@ -65,7 +65,7 @@ SCHEME = Scheme(bits=4, group_size=128, symmetric=False)
 WINDOW = 512
 
 
-def random_block(facts: ModelFacts) -> Qwen3Block:
+def random_block(facts: ModelFacts) -> Block:
     generator = torch.Generator().manual_seed(0)
 
     def weight(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -90,7 +90,7 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def observe(block: Qwen3Block, x_BTH: Tensor, rope: Rope) -> dict[Site, Gram]:
+def observe(block: Block, x_BTH: Tensor, rope: Rope) -> dict[Site, Gram]:
     """Run one batch through a block, and add each site's inputs to its Gram matrices."""
     grams: dict[Site, Gram] = {}
     checks: dict[Site, FiniteCheck] = {}

@@ -26,7 +26,7 @@ from q3q.limits import unclaimed_memory
 from q3q.models.checkpoint import names_on_disk
 from q3q.models.decoder import Decoder
 from q3q.models.facts import ModelFacts
-from q3q.models.qwen3 import Qwen3Block, Rope, rms_norm
+from q3q.models.block import Block, Rope, rms_norm
 from q3q.record import Check
 from q3q.spec import Json
 
@@ -178,7 +178,7 @@ def run(model: Decoder, act_bits: int | None) -> Run:
 
 
 def _observed(
-    block: Qwen3Block, k: int, x_BTH: Tensor, rope: Rope, readings: dict[str, Reading]
+    block: Block, k: int, x_BTH: Tensor, rope: Rope, readings: dict[str, Reading]
 ) -> Tensor:
     """Return the block's output, and add what its sites read to `readings`."""
     stages = block.stages(x_BTH, rope)

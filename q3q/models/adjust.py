@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from q3q.models.decoder import Decoder
-from q3q.models.qwen3 import Qwen3Block
-from q3q.models.qwen3_moe import Qwen3MoeBlock
+from q3q.models.block import Block
+from q3q.models.experts import ExpertBlock
 from q3q.spec import TrialSpec
 
 
@@ -23,8 +23,8 @@ class Route:
 
     every_expert: bool
 
-    def __call__(self, _: int, block: Qwen3Block) -> None:
-        if isinstance(block, Qwen3MoeBlock):
+    def __call__(self, _: int, block: Block) -> None:
+        if isinstance(block, ExpertBlock):
             block.every_expert = self.every_expert
 
 
@@ -45,7 +45,7 @@ class RoundedInputs:
     act_bits: int | None
     skip: frozenset[str]
 
-    def __call__(self, k: int, block: Qwen3Block) -> None:
+    def __call__(self, k: int, block: Block) -> None:
         block.act_bits = self.act_bits
         block.unrounded = frozenset(
             site.name

@@ -16,8 +16,8 @@ from q3q.errors import NumericsError
 from q3q.models.attention import CAUSAL, Attention, to_device
 from q3q.models.checkpoint import Checkpoint, names_on_disk
 from q3q.models.facts import ModelFacts
-from q3q.models.qwen3 import Qwen3Block, Rope, rms_norm
-from q3q.models.qwen3_moe import Qwen3MoeBlock
+from q3q.models.block import Block, Rope, rms_norm
+from q3q.models.experts import ExpertBlock
 from q3q.models.spool import Spool
 from q3q.numerics.kernels.compiler import has_fused
 from q3q.numerics.kernels.logsum import logsum
@@ -38,7 +38,7 @@ VOCABULARY_ROWS = 16384
 
 
 # Sets something on a block, given its index and the block.
-Change = Callable[[int, Qwen3Block], None]
+Change = Callable[[int, Block], None]
 # Returns the weights of a changed block that differ from the checkpoint's, in the model's dtype.
 Source = Callable[[], Mapping[str, Tensor]]
 
@@ -48,9 +48,9 @@ class Blocks(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, k: int) -> Qwen3Block: ...
+    def __getitem__(self, k: int) -> Block: ...
 
-    def __iter__(self) -> Iterator[Qwen3Block]: ...
+    def __iter__(self) -> Iterator[Block]: ...
 
     def exchange(self, k: int, source: Source) -> None:
         """From here on, make the k-th block with `source`'s weights."""
@@ -73,7 +73,7 @@ class Decoder:
     embedding_VH: Tensor
     norm_H: Tensor
     head_VH: Tensor  # the embedding itself if they are tied
-    blocks: list[Qwen3Block] | Blocks
+    blocks: list[Block] | Blocks
     activations: int | None = None  # bytes of hidden states in memory between two blocks; None: all
 
     @property
@@ -102,7 +102,7 @@ class Decoder:
         else:
             self.blocks.adjust(change)
 
-    def exchange(self, k: int, block: Qwen3Block | None, source: Source) -> None:
+    def exchange(self, k: int, block: Block | None, source: Source) -> None:
         """Replace the k-th block.
 
         Args:
@@ -273,7 +273,7 @@ def load_block(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     changed: Mapping[str, Tensor] | None = None,
-) -> Qwen3Block:
+) -> Block:
     """Load one block into memory.
 
     Args:
@@ -290,12 +290,12 @@ def load_block(
     return build_block(facts, k, weights)
 
 
-def block_class(facts: ModelFacts, layer: int) -> type[Qwen3Block]:
+def block_class(facts: ModelFacts, layer: int) -> type[Block]:
     """Return the class that runs this layer. A new model family adds its line here."""
-    return Qwen3MoeBlock if facts.sparse(layer) else Qwen3Block
+    return ExpertBlock if facts.sparse(layer) else Block
 
 
-def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Qwen3Block:
+def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Block:
     """Build the k-th block from its weights.
 
     If the checkpoint rounds activations, the block rounds the inputs of its sites, except of those

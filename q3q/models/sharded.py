@@ -29,7 +29,7 @@ from q3q.models.attention import Attention
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import Change, Decoder, Source, build_block, convert_weight
 from q3q.models.facts import ModelFacts
-from q3q.models.qwen3 import Qwen3Block
+from q3q.models.block import Block
 from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.team import Team, exchanging
@@ -74,11 +74,11 @@ class ShardedBlocks:
     def __len__(self) -> int:
         return self._model.facts.layers
 
-    def __iter__(self) -> Iterator[Qwen3Block]:
+    def __iter__(self) -> Iterator[Block]:
         return (self[k] for k in range(len(self)))
 
-    def __getitem__(self, k: int) -> Qwen3Block:
-        block: Qwen3Block = self._model.gather_block(range(len(self))[k])
+    def __getitem__(self, k: int) -> Block:
+        block: Block = self._model.gather_block(range(len(self))[k])
         return block
 
     def exchange(self, k: int, source: Source) -> None:
@@ -202,7 +202,7 @@ class ShardedDecoder(Decoder):
                 results.append(x_BTH)
 
     @in_step
-    def gather_block(self, k: int) -> Qwen3Block:
+    def gather_block(self, k: int) -> Block:
         weights = _gathered(self._shares["block", k])
         block = build_block(self.facts, k, weights)
         for change in self._changes:

@@ -13,7 +13,7 @@ from torch import Tensor
 from q3q.models import heap
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import VOCABULARY_ROWS, Change, Decoder, Source, convert_weight, load_block
-from q3q.models.qwen3 import Qwen3Block
+from q3q.models.block import Block
 from q3q.numerics.weights import StoredWeight, numbers
 
 _ON_DISK = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
@@ -45,15 +45,15 @@ class StreamedBlocks:
         self._sources: dict[int, Source] = {}
         self._changes: list[Change] = []
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="q3q_read_ahead")
-        self._next: tuple[int, Future[Qwen3Block]] | None = None
+        self._next: tuple[int, Future[Block]] | None = None
 
     def __len__(self) -> int:
         return self._checkpoint.facts.layers
 
-    def __iter__(self) -> Iterator[Qwen3Block]:
+    def __iter__(self) -> Iterator[Block]:
         return (self[k] for k in range(len(self)))
 
-    def __getitem__(self, k: int) -> Qwen3Block:
+    def __getitem__(self, k: int) -> Block:
         k = range(len(self))[k]
         expected, self._next = self._next, None
         if expected is not None and expected[0] != k:
@@ -81,14 +81,14 @@ class StreamedBlocks:
         other._sources, other._changes = dict(self._sources), list(self._changes)
         return other
 
-    def _read(self, k: int, source: Source | None) -> Qwen3Block:
+    def _read(self, k: int, source: Source | None) -> Block:
         heap.return_holes()
         with torch.inference_mode():  # a thread does not inherit it
             changed = None if source is None else source()
             return load_block(self._checkpoint, k, self._dtype, self._device, changed)
 
     @staticmethod
-    def _drop(reading: "Future[Qwen3Block]") -> None:
+    def _drop(reading: "Future[Block]") -> None:
         """Cancel a read, or wait for its end: two reads at a time would hold one block too many."""
         if not reading.cancel():
             reading.exception()

@@ -13,7 +13,7 @@ from q3q.errors import ConfigError, NumericsError
 from q3q.models.anatomy import Site, SiteInput
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import Device, batch_tokens
-from q3q.models.qwen3 import Qwen3Block, Rope
+from q3q.models.block import Block, Rope
 from q3q.models.spool import Spool
 from q3q.numerics.grouped import GroupedRows
 from q3q.numerics.linalg import FiniteCheck
@@ -137,7 +137,7 @@ def activations_of(model: Decoder, windows_BT: Tensor | None) -> Activations:
     return Activations(hidden, first_windows, windows, length, room, team)
 
 
-def pass_through(block: Qwen3Block, hidden: Spool, rope: Rope) -> None:
+def pass_through(block: Block, hidden: Spool, rope: Rope) -> None:
     """Replace a block's inputs by its outputs."""
     for b in range(len(hidden)):
         hidden[b] = block(hidden[b], rope)

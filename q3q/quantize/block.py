@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from q3q.errors import IntegrityError
-from q3q.models.qwen3 import Qwen3Block
+from q3q.models.block import Block
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.record import SiteError
 
@@ -27,7 +27,7 @@ class QuantizedBlock:
     errors: list[SiteError]
     notes: dict[str, Any] = field(default_factory=dict)
 
-    def weights_for(self, block: Qwen3Block) -> dict[str, Tensor]:
+    def weights_for(self, block: Block) -> dict[str, Tensor]:
         """Return `numbers` in the dtype and on the device of a block."""
         norm = block.weights["input_layernorm.weight"]
         return self.numbers(norm.dtype, norm.device)

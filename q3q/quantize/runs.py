@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from q3q.models.anatomy import Site, SiteInput
-from q3q.models.qwen3 import Qwen3Block, Rope, Stages, finish
+from q3q.models.block import Block, Rope, Stages, finish
 from q3q.quantize.activations import Activations
 
 
@@ -16,7 +16,7 @@ class Runs:
     block's input at every site, through the weights that the block has by then: to the same bits.
     """
 
-    def __init__(self, block: Qwen3Block, activations: Activations, rope: Rope) -> None:
+    def __init__(self, block: Block, activations: Activations, rope: Rope) -> None:
         self._block, self._activations, self._rope = block, activations, rope
         self._hidden = activations.hidden
         self._halted: list[_HaltedRun] = []

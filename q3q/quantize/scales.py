@@ -13,7 +13,7 @@ from torch import Tensor
 from q3q.errors import IncompatibleError
 from q3q.models.anatomy import ScaleGroup, Site
 from q3q.models.footprint import batch_tokens
-from q3q.models.qwen3 import Qwen3Block, Rope, finish
+from q3q.models.block import Block, Rope, finish
 from q3q.numerics.weights import NUMBERS_AT_ONCE
 from q3q.quantize.activations import Activations
 from q3q.quantize.method import Method, ScaleTask
@@ -32,8 +32,8 @@ class Rebalancing:
 
     def __init__(
         self,
-        original: Qwen3Block,
-        block: Qwen3Block,
+        original: Block,
+        block: Block,
         method: Method,
         activations: Activations,
         rope: Rope,
@@ -111,7 +111,7 @@ def _only_scheme(quantizer: SiteQuantizer) -> Scheme:
 
 
 def scale_task(
-    block: Qwen3Block,
+    block: Block,
     group: ScaleGroup,
     statistics: Any,
     rope: Rope,

@@ -15,7 +15,7 @@ from q3q.errors import NumericsError
 from q3q.models import heap
 from q3q.models.anatomy import Site
 from q3q.models.footprint import CHUNK_BYTES
-from q3q.models.qwen3 import Qwen3Block
+from q3q.models.block import Block
 from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import (
     StoredWeight,
@@ -68,7 +68,7 @@ class SiteQuantizer:
 
     def __init__(
         self,
-        block: Qwen3Block,
+        block: Block,
         site: Site,
         schemes: Schemes,
         method: Method,
@@ -302,7 +302,7 @@ def stack_rows(
     return stacked_EOI, rows
 
 
-def _experts_at_once(block: Qwen3Block, site: Site) -> int:
+def _experts_at_once(block: Block, site: Site) -> int:
     """Return how many of a site's experts `CHUNK_BYTES` allow; all of a dense site, which is one.
 
     Their Hessians and their float32 weights count, whichever are larger.

@@ -17,7 +17,7 @@ from torch import Tensor
 from q3q.models.anatomy import Site
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import CHUNK_BYTES, OBSERVED_BYTES
-from q3q.models.qwen3 import Qwen3Block, Rope, finish
+from q3q.models.block import Block, Rope, finish
 from q3q.numerics.linalg import FiniteCheck
 from q3q.quantize.activations import (
     Activations,
@@ -160,7 +160,7 @@ class Walk:
 
 
 def quantize_block(
-    original: Qwen3Block,
+    original: Block,
     index: int,
     method: Method,
     schemes: Schemes,
@@ -168,7 +168,7 @@ def quantize_block(
     rope: Rope,
     *,
     passes_on: bool = False,
-) -> tuple[QuantizedBlock, Qwen3Block]:
+) -> tuple[QuantizedBlock, Block]:
     """Quantize one block; return the result, and the block with the new weights as numbers.
 
     Args:
@@ -243,8 +243,8 @@ def _observe_next(
 
 
 def _quantize_together(
-    original: Qwen3Block,
-    block: Qwen3Block,
+    original: Block,
+    block: Block,
     sites: Sequence[SiteQuantizer],
     method: Method,
     activations: Activations,
@@ -283,7 +283,7 @@ def _quantize_together(
 
 
 def _observe(
-    original: Qwen3Block,
+    original: Block,
     chunks: Sequence[Chunk],
     method: Method,
     activations: Activations,

@@ -14,7 +14,7 @@ from transformers import (
 
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
-from q3q.models.qwen3 import finish
+from q3q.models.block import finish
 
 COMMON: dict[str, Any] = dict(
     vocab_size=97,

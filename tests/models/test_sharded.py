@@ -9,7 +9,7 @@ import torch
 import q3q.models.demo
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
-from q3q.models.qwen3_moe import Qwen3MoeBlock
+from q3q.models.experts import ExpertBlock
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid
 
@@ -150,5 +150,5 @@ def test_the_moe_model_has_experts():
         name: type(load_decoder(Checkpoint(DEMO / name), torch.float32).blocks[0])
         for name in ("dense", "moe")
     }
-    assert kinds["moe"] is Qwen3MoeBlock
-    assert kinds["dense"] is not Qwen3MoeBlock
+    assert kinds["moe"] is ExpertBlock
+    assert kinds["dense"] is not ExpertBlock

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, QKV, O, ScaleGroup, Site, SiteInput
-from q3q.models.qwen3 import Qwen3Block, Stages, Weights
+from q3q.models.block import Block, Stages, Weights
 from q3q.numerics.grouped import GroupedRows, Groups, grouped_linear
 
 
-class Qwen3MoeBlock(Qwen3Block):
+class ExpertBlock(Block):
     """A decoder block with experts; agrees with transformers' Qwen3MoeDecoderLayer (tested).
 
     every_expert: the sites show every token to every expert (calibration.route=all), not only to
@@ -44,9 +44,9 @@ class Qwen3MoeBlock(Qwen3Block):
     def share_read(self) -> float:
         return 1.0 if self.every_expert else self.facts.top_k / self.facts.experts
 
-    def with_weights(self, changed: Weights) -> "Qwen3MoeBlock":
+    def with_weights(self, changed: Weights) -> "ExpertBlock":
         block = super().with_weights(changed)
-        assert isinstance(block, Qwen3MoeBlock)
+        assert isinstance(block, ExpertBlock)
         block.every_expert = self.every_expert
         return block
 

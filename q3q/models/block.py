@@ -1,4 +1,4 @@
-"""Qwen3's decoder block as stages between its sites: the only forward in q3q.
+"""A decoder block as stages between its sites: the only forward in q3q.
 
 It agrees with transformers' Qwen3DecoderLayer (tested), which runs a block in one opaque piece.
 
@@ -56,7 +56,7 @@ def rotate(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x_BTND * cos).add_(torch.cat((high, low), dim=-1).mul_(sin))
 
 
-class Qwen3Block:
+class Block:
     """One decoder block: its weights (by names without the layer's prefix) and its forward.
 
     `stages` yields each site with its input, and reads the site's weights only after that. A caller
@@ -74,7 +74,7 @@ class Qwen3Block:
         self.act_bits = act_bits
         self.unrounded: frozenset[str] = frozenset()
 
-    def with_weights(self, changed: Weights) -> "Qwen3Block":
+    def with_weights(self, changed: Weights) -> "Block":
         """Return a copy of the block with some weights replaced."""
         block = type(self)(self.facts, {**self.weights, **changed}, self.act_bits)
         block.unrounded = self.unrounded
