@@ -29,9 +29,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.counting import Calls, counted
 from q3q.limits import cores
 from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, Site
-from q3q.models.decoder import block_class
-from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.block import Block, Rope
+from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.spool import Spool
 from q3q.numerics.grid import Grid, minmax_grid
 from q3q.numerics.linalg import FiniteCheck
@@ -75,8 +74,8 @@ def random_block(facts: ModelFacts) -> Block:
             std=shape[-1] ** -0.5, generator=generator
         )
 
-    return block_class(facts, 0)(
-        facts, {name: weight(name, shape) for name, shape in facts.block_shapes(0).items()}
+    return Block(
+        facts, 0, {name: weight(name, shape) for name, shape in facts.block_shapes(0).items()}
     )
 
 

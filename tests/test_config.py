@@ -20,7 +20,6 @@ from q3q.config.patterns import linears
 from q3q.data import texts as data_texts
 from q3q.errors import CalibrationError, CheckpointError, ConfigError, IncompatibleError
 from q3q.evaluate import catalogue, version
-from q3q.models.decoder import block_class
 from q3q.models.facts import read_facts
 from q3q.placement import Trial
 from q3q.quantize.methods.settings import SETTINGS
@@ -485,10 +484,9 @@ def test_sites_of_patterns_are_the_models_sites():
     for model in ("demo", "demo_moe"):
         facts = config_model.facts_of(compose("config", [f"model={model}"]))
         for k in range(facts.layers):
-            block = block_class(facts, k)
             expected = {
                 weight.removesuffix(".weight"): site.name
-                for site in block.sites
+                for site in facts.sites(k)
                 for weight in site.weights
             }
             mine = {

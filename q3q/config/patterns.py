@@ -13,24 +13,21 @@ from fnmatch import fnmatchcase
 
 from q3q.models.facts import ModelFacts
 
-# As in `models.anatomy`, which imports torch.
-SITES = dict(q="qkv", k="qkv", v="qkv", o="o", gate="gate_up", up="gate_up", down="down")
-
 
 @dataclass(frozen=True)
 class Linear:
     """One linear of one block (all experts' of that kind).
 
     columns: of its input; a group size must divide them.
+    site: the input's name
+    beside: how many linears of the block read that input, this one included
     """
 
     block: int
     name: str
     columns: int
-
-    @property
-    def site(self) -> str:
-        return SITES[self.name.rpartition(".")[2].removesuffix("_proj")]
+    site: str
+    beside: int
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -41,13 +38,15 @@ class Linear:
 
 def linears(facts: ModelFacts) -> dict[str, Linear]:
     """Return the linears that are quantized by default, by full name."""
-    return {
-        linear.names[0]: linear
-        for k in range(facts.layers)
-        for name, shape in facts.block_shapes(k).items()
-        if name.endswith("_proj.weight")
-        for linear in [Linear(k, name.removesuffix(".weight"), shape[-1])]
-    }
+    found = {}
+    for k in range(facts.layers):
+        shapes = facts.block_shapes(k)
+        for site in facts.sites(k):
+            for name in site.weights:
+                columns, beside = shapes[name][-1], len(site.weights)
+                linear = Linear(k, name.removesuffix(".weight"), columns, site.name, beside)
+                found[linear.names[0]] = linear
+    return found
 
 
 def matching_linears(pattern: str, model: Mapping[str, Linear]) -> list[str]:
@@ -75,7 +74,7 @@ def summarize_linears(linears: Iterable[Linear]) -> str:
     for linear in linears:
         sites.setdefault((linear.block, linear.site), []).append(linear)
     for (block, site), members in sites.items():
-        complete = len(members) == list(SITES.values()).count(site)
+        complete = len(members) == members[0].beside
         for name in [site] if complete else [linear.name for linear in members]:
             blocks.setdefault(name, []).append(block)
     return ", ".join(

@@ -35,7 +35,8 @@ def generate(
         IntegrityError: a logit is not finite.
     """
     facts, item_bytes = model.facts, model.norm_H.element_size()
-    token_bytes = 2 * facts.layers * facts.kv_heads * facts.head_dim * item_bytes
+    widths = (facts.family.state_width(facts, k) for k in range(facts.layers))
+    token_bytes = sum(widths) * item_bytes
     reader = _Reader(model, contexts, budget)
     first = 0
     while first < len(contexts):

@@ -22,7 +22,10 @@ class AwqExporter(PackingExporter):
             "zero_point": True,
             # Full names: readers match substrings, and `mlp.gate` is also in `mlp.gate_proj`.
             "modules_to_not_convert": [
-                f"model.layers.{k}.mlp.gate" for k in range(facts.layers) if facts.sparse(k)
+                facts.on_disk(k, name.removesuffix(".weight"))
+                for k in range(facts.layers)
+                for site in facts.sites(k)
+                for name in site.unquantized
             ]
             or None,
         }

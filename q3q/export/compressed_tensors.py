@@ -1,6 +1,7 @@
 """vLLM's own format; the `compressed-tensors` library makes and checks its config."""
 
 import json
+import re
 from typing import ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
 from q3q.export.formats import layouts
 from q3q.export.writer import PackingExporter
+from q3q.models.checkpoint import names_on_disk
 from q3q.models.packed import Layout
 from q3q.spec import Json
 
@@ -27,14 +29,16 @@ class CompressedTensorsExporter(PackingExporter):
     def quantization_config(self) -> Json:
         facts = self.checkpoint.facts
         targets: dict[Layout, list[str]] = {}
-        ignored = ["lm_head"]
-        if any(facts.sparse(k) for k in range(facts.layers)):
-            ignored.append(r"re:.*mlp\.gate$")
+        ignored = [facts.family.head.removesuffix(".weight")]
+        ignored += [rf"re:.*{re.escape(name.removesuffix('.weight'))}$" for name in facts.routers()]
+        linears = {
+            name for k in range(facts.layers) for name in names_on_disk(facts, k, facts.linears(k))
+        }
         for name, _, layout in layouts(self.spec, facts):
             module = name.removesuffix(".weight")
             if layout is not None:
                 targets.setdefault(layout, []).append(module)
-            elif name.endswith("_proj.weight"):
+            elif name in linears:
                 ignored.append(module)
         if len(targets) == 1:
             targets = {layout: ["Linear"] for layout in targets}

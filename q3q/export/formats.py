@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from q3q.errors import IncompatibleError
 from q3q.export.reload import transformers_takes
-from q3q.models.checkpoint import disk_shapes
+from q3q.models.checkpoint import disk_shapes, without_expert
 from q3q.models.facts import ModelFacts
 from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
 from q3q.spec import Scheme, TrialSpec
@@ -20,11 +20,6 @@ GPTQMODEL = "tested by benchmarks/export.py"
 ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
 DTYPE_BYTES = {"float32": 4, "float64": 8}  # all other dtypes of models have 2
 SCALE_BYTES = 2  # float16
-# Linears that servers run as one matrix, which must have one setting.
-JOINED = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-}
 # Packed weights that vLLM's kernels take, by its sources: group sizes, and (bits, symmetric) pairs.
 # Only Hopper's kernel takes zero points of 8 bits.
 SERVED_GROUPS = (-1, 32, 64, 128)
@@ -144,10 +139,10 @@ class Format:
         schemes = spec.schemes
         assert schemes is not None
         packed = {
-            (shape[-2:], scheme.bits)
+            (shapes[name][-2:], scheme.bits)
             for k in range(facts.layers)
-            for name, shape in facts.block_shapes(k).items()
-            if name.endswith("_proj.weight")
+            for shapes in [facts.block_shapes(k)]
+            for name in facts.linears(k)
             if (scheme := schemes.of(f"blocks.{k}.{name.removesuffix('.weight')}")) is not None
         }
         return not any(
@@ -187,7 +182,7 @@ FORMATS: dict[str, Format] = {
             anything=True,
             loaders=(
                 ("transformers", TESTED, "all"),
-                ("vLLM, SGLang", UNTESTED, "all: an ordinary Qwen3"),
+                ("vLLM, SGLang", UNTESTED, "all: an ordinary model"),
             ),
         ),
         Format(
@@ -266,20 +261,20 @@ def schemes_of(spec: TrialSpec, facts: ModelFacts) -> list[Scheme]:
     settings = (
         schemes.of(f"blocks.{k}.{name.removesuffix('.weight')}")
         for k in range(facts.layers)
-        for name in facts.block_shapes(k)
-        if name.endswith("_proj.weight")
+        for name in facts.linears(k)
     )
     return list(dict.fromkeys(scheme for scheme in settings if scheme is not None))
 
 
 def _uneven_site(spec: TrialSpec, facts: ModelFacts) -> str | None:
-    """Return the first site whose linears have several settings."""
+    """Return the first site whose linears, which servers run as one, have several settings."""
     schemes = spec.schemes
     assert schemes is not None
     for k in range(facts.layers):
-        for site, linears in JOINED.items():
-            if len({schemes.of(f"blocks.{k}.{linear}") for linear in linears}) > 1:
-                return f"blocks.{k}.{site}"
+        for site in facts.sites(k):
+            names = [name.removesuffix(".weight") for name in site.weights]
+            if len({schemes.of(f"blocks.{k}.{name}") for name in names}) > 1:
+                return f"blocks.{k}.{site.name}"
     return None
 
 
@@ -398,28 +393,25 @@ def layouts(
 ) -> Iterator[tuple[str, tuple[int, ...], Layout | None]]:
     """Yield each weight of the exported model: name on disk, unpacked shape and layout.
 
-    Names end in `.weight`; the layout is None for plain numbers.
+    The layout is None for plain numbers.
     """
     schemes = spec.schemes
     assert spec.export is not None
     assert schemes is not None
     make = FORMATS[spec.export].layout
-    yield "model.embed_tokens.weight", (facts.vocab, facts.hidden), None
+    family = facts.family
+    yield family.embedding, (facts.vocab, facts.hidden), None
     for k in range(facts.layers):
+        linears = facts.linears(k)
         for name, shape in disk_shapes(facts, k).items():
             layout = None
-            if make is not None and name.endswith("_proj.weight"):
+            if make is not None and without_expert(name) in linears:
                 scheme = schemes.of(f"blocks.{k}.{without_expert(name).removesuffix('.weight')}")
                 layout = None if scheme is None else make(scheme)
-            yield f"model.layers.{k}.{name}", shape, layout
-    yield "model.norm.weight", (facts.hidden,), None
+            yield facts.on_disk(k, name), shape, layout
+    yield family.final_norm, (facts.hidden,), None
     if not facts.tied:
-        yield "lm_head.weight", (facts.vocab, facts.hidden), None
-
-
-def without_expert(name: str) -> str:
-    """Return `mlp.experts.3.up_proj.weight` as a block has it, `mlp.experts.up_proj.weight`."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())
+        yield family.head, (facts.vocab, facts.hidden), None
 
 
 def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> int:

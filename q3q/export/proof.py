@@ -23,10 +23,10 @@ from q3q.errors import ExportError
 from q3q.export.reload import EXIT_SHORTAGE, is_shortage, projection, sketch, sketch_rows
 from q3q.export.use import Use
 from q3q.limits import unclaimed_memory
+from q3q.models.block import Block, Rope, rms_norm
 from q3q.models.checkpoint import names_on_disk
 from q3q.models.decoder import Decoder
 from q3q.models.facts import ModelFacts
-from q3q.models.block import Block, Rope, rms_norm
 from q3q.record import Check
 from q3q.spec import Json
 
@@ -195,10 +195,10 @@ def _observed(
 def sketches(model: Decoder) -> Iterator[tuple[str, list[float]]]:
     """Yield (name on disk, `reload.sketch`) of each weight as evaluated."""
     facts, shape = model.facts, (model.facts.vocab, model.facts.hidden)
-    yield "model.norm.weight", sketch(model.norm_H)
-    yield "model.embed_tokens.weight", sketch_rows(shape, model.rows("embedding"))
+    yield facts.family.final_norm, sketch(model.norm_H)
+    yield facts.family.embedding, sketch_rows(shape, model.rows("embedding"))
     if not facts.tied:
-        yield "lm_head.weight", sketch_rows(shape, model.rows("head"))
+        yield facts.family.head, sketch_rows(shape, model.rows("head"))
     for k, block in enumerate(model.blocks):
         for name, weight in block.weights.items():
             parts = weight if weight.ndim == 3 else [weight]

@@ -110,11 +110,15 @@ def settings_of(config: dict[str, Any], packed: dict[str, Any]) -> dict[str, Any
     """Return the arguments of `transformers_takes` for a checkpoint of compressed-tensors."""
     groups = packed["config_groups"].values()
     return {
-        "experts": config["model_type"] != "qwen3",
+        "experts": has_experts(config),
         "settings": len(groups),
         "symmetric": all(group["weights"]["symmetric"] for group in groups),
         "rounded": any(group.get("input_activations") for group in groups),
     }
+
+
+def has_experts(config: dict[str, Any]) -> bool:
+    return bool(config.get("num_experts") or config.get("num_local_experts"))
 
 
 def transformers_takes(*, experts: bool, settings: int, symmetric: bool, rounded: bool) -> bool:
@@ -144,7 +148,7 @@ def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str,
             names = set(file.keys())
             for name in sorted(names):
                 base, _, last = name.rpartition(".")
-                if last == "weight" and base + ".weight_scale" not in names:
+                if last == "bias" or (last == "weight" and base + ".weight_scale" not in names):
                     yield name, file.get_tensor(name)
                 elif last in ("qweight", "weight_packed", "weight"):
                     own = (key for key in names if key.rpartition(".")[0] == base)
@@ -164,7 +168,7 @@ def load_unpacked(folder: Path, config: dict[str, Any], packed: dict[str, Any]) 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype)
     weights = dict(numbers_on_disk(folder, config))
-    if config["model_type"] == "qwen3_moe":
+    if has_experts(config):
         fuse_experts(weights, config)
     if config.get("tie_word_embeddings"):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -412,7 +416,7 @@ def load_by_gptqmodel(folder: Path, dtype: "torch.dtype") -> Any:
 def weights_on_disk(model: Any) -> Iterator[tuple[str, "Tensor"]]:
     """Yield (name on disk, weight) for each parameter that a checkpoint stores as numbers."""
     for name, tensor in model.state_dict().items():
-        if name.endswith(".weight"):
+        if name.endswith((".weight", ".bias")):
             yield name, tensor
         elif name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj")):
             prefix, _, which = name.rpartition(".")

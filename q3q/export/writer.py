@@ -134,7 +134,9 @@ class Exporter(ABC):
             for name, shape in shapes.items():
                 stacked = len(shape) == 3
                 for e in range(shape[0] if stacked else 1):
-                    full = f"model.layers.{block.index}.{of_expert(name, e) if stacked else name}"
+                    full = self.checkpoint.facts.on_disk(
+                        block.index, of_expert(name, e) if stacked else name
+                    )
                     if name in weights:
                         weight = _of_one_expert(weights[name], e)
                         tensors |= self.weight(self._layouts[full], full, weight)
@@ -154,10 +156,10 @@ class Exporter(ABC):
         with self._timed():
             if not self.finished:
                 facts, norm_H = self.checkpoint.facts, model.norm_H.to("cpu", self.dtype)
-                tensors: dict[str, Tensor | Rows] = {"model.norm.weight": norm_H}
-                ends = {"model.embed_tokens.weight": "embedding"}
+                tensors: dict[str, Tensor | Rows] = {facts.family.final_norm: norm_H}
+                ends = {facts.family.embedding: "embedding"}
                 if not facts.tied:
-                    ends["lm_head.weight"] = "head"
+                    ends[facts.family.head] = "head"
                 for name, end in ends.items():  # a few rows at a time: a vocabulary is long
                     rows = (part.to("cpu", self.dtype) for part in model.rows(end))
                     tensors[name] = Rows((facts.vocab, facts.hidden), self.dtype, rows)

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from q3q.models.decoder import Decoder
 from q3q.models.block import Block
-from q3q.models.experts import ExpertBlock
+from q3q.models.decoder import Decoder
 from q3q.spec import TrialSpec
 
 
@@ -24,8 +23,7 @@ class Route:
     every_expert: bool
 
     def __call__(self, _: int, block: Block) -> None:
-        if isinstance(block, ExpertBlock):
-            block.every_expert = self.every_expert
+        block.every_expert = self.every_expert
 
 
 def set_activations(model: Decoder, spec: TrialSpec) -> None:

@@ -5,10 +5,14 @@ group* is a site with the weight before it, which can take over a scale per chan
 the block's function.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -16,11 +20,17 @@ class Site:
     """One tensor and the names of the block's weights that read it.
 
     A 3-D weight's first axis is its experts.
+
+    unquantized: weights that read it too and are not quantized (a router)
+    scores: weights whose outputs are multiplied with each other, as queries with keys
+    mixes_tokens: what reads it mixes the tokens of a window, so a window runs as a whole
     """
 
     name: str
     weights: tuple[str, ...]
-    unquantized: tuple[str, ...] = ()  # weights that read it and are not quantized (the router)
+    unquantized: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
+    mixes_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,17 @@ class SiteInput:
         return self.all_TI is not None and all(tokens is self.all_TI for tokens in self.experts)
 
 
-QKV = Site("qkv", ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"))
+def bias_of(weight: str) -> str:
+    """Return the name of a linear's bias: `mlp.up_proj.bias` of `mlp.up_proj.weight`."""
+    return f"{weight.removesuffix('weight')}bias"
+
+
+QKV = Site(
+    "qkv",
+    ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    scores=("self_attn.q_proj.weight", "self_attn.k_proj.weight"),
+    mixes_tokens=True,
+)
 O = Site("o", ("self_attn.o_proj.weight",))  # noqa: E741  (the field's name for it)
 GATE_UP = Site("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight"))
 DOWN = Site("down", ("mlp.down_proj.weight",))

@@ -1,24 +1,22 @@
-"""A decoder block as stages between its sites: the only forward in q3q.
+"""A decoder block: its weights, and the parts of which its family composes a forward.
 
-It agrees with transformers' Qwen3DecoderLayer (tested), which runs a block in one opaque piece.
+The stages between sites are the only forward in q3q. They agree with transformers' decoder layers
+(tested), which run a block in one opaque piece.
 
 Shapes: B windows, T tokens of one window, H hidden, N query heads, K key-value heads, D head_dim.
-heads * head_dim need not be hidden.
 """
 
 from collections.abc import Generator, Mapping
-from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from q3q.models.anatomy import DOWN, GATE_UP, QKV, O, ScaleGroup, Site, SiteInput
+from q3q.models.anatomy import ScaleGroup, Site, SiteInput, bias_of
 from q3q.models.attention import CAUSAL, Attention
+from q3q.models.family import ModelFacts
+from q3q.models.rope import frequencies
 from q3q.numerics.grid import absmax_per_token
-
-if TYPE_CHECKING:
-    from q3q.models.facts import ModelFacts
 
 Weights = Mapping[str, Tensor]
 Stages = Generator[tuple[Site, SiteInput], None, Tensor]
@@ -37,16 +35,19 @@ class Rope:
     positions is cached, as the next block often has the same positions.
     """
 
-    def __init__(self, facts: "ModelFacts", device: torch.device | str = "cpu") -> None:
-        even = torch.arange(0, facts.head_dim, 2, dtype=torch.int64, device=device).float()
-        self._frequencies = 1.0 / (facts.rope_theta ** (even / facts.head_dim))
+    def __init__(self, facts: ModelFacts, device: torch.device | str = "cpu") -> None:
+        scaling = facts.rope_scaling
+        self._frequencies = frequencies(facts.head_dim, facts.rope_theta, scaling, device)
+        self._amplitude = 1.0 if scaling is None else scaling.amplitude
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         if self._last is None or self._last[0] is not positions or self._last[1].dtype != dtype:
             angles = positions[..., None].float() * self._frequencies
             angles = angles.unsqueeze(-2)  # the same for every head
-            cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+            cos, sin = (
+                (turned * self._amplitude).to(dtype) for turned in (angles.cos(), angles.sin())
+            )
             self._last = positions, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return self._last[1:]
 
@@ -64,20 +65,24 @@ class Block:
 
     act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized.
+    every_expert: the sites show every token to every expert (calibration.route=all), not only to
+        the experts that the router picks. The block's output always follows the router.
     """
 
-    sites: ClassVar[tuple[Site, ...]] = (QKV, O, GATE_UP, DOWN)
-
-    def __init__(self, facts: "ModelFacts", weights: Weights, act_bits: int | None = None) -> None:
-        self.facts = facts
+    def __init__(
+        self, facts: ModelFacts, layer: int, weights: Weights, act_bits: int | None = None
+    ) -> None:
+        self.facts, self.layer = facts, layer
         self.weights = dict(weights)
         self.act_bits = act_bits
         self.unrounded: frozenset[str] = frozenset()
+        self.every_expert = False
+        self.sites: tuple[Site, ...] = facts.sites(layer)
 
     def with_weights(self, changed: Weights) -> "Block":
         """Return a copy of the block with some weights replaced."""
-        block = type(self)(self.facts, {**self.weights, **changed}, self.act_bits)
-        block.unrounded = self.unrounded
+        block = Block(self.facts, self.layer, {**self.weights, **changed}, self.act_bits)
+        block.unrounded, block.every_expert = self.unrounded, self.every_expert
         return block
 
     def __call__(self, x_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL) -> Tensor:
@@ -89,49 +94,27 @@ class Block:
         Args:
             attention: the tokens that each token sees; by default each row is a text of its own.
         """
-        eps = self.facts.rms_norm_eps
-        attended_BTH = yield from self.attention_stages(
-            rms_norm(x_BTH, self.weights["input_layernorm.weight"], eps), rope, attention
-        )
-        x_BTH = attention.read(x_BTH) + attended_BTH
-        del attended_BTH
-        mlp_BTH = yield from self.mlp_stages(
-            rms_norm(x_BTH, self.weights["post_attention_layernorm.weight"], eps)
-        )
-        return x_BTH + mlp_BTH
+        return self.facts.family.stages(self, x_BTH, rope, attention)
 
     def attention_stages(
         self, normed_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL
     ) -> Stages:
-        yield QKV, _dense_input(normed_BTH)
-        rounded = self.round_inputs(QKV, normed_BTH)
-        query, key, value = (
-            linear(rounded, self.weights[name]).unflatten(-1, (-1, self.facts.head_dim))
-            for name in QKV.weights
-        )
-        query = rms_norm(query, self.weights["self_attn.q_norm.weight"], self.facts.rms_norm_eps)
-        key = rms_norm(key, self.weights["self_attn.k_norm.weight"], self.facts.rms_norm_eps)
-        positions = attention.positions(normed_BTH.shape[1], normed_BTH.device)
-        cos, sin = rope(positions, normed_BTH.dtype)
-        context_BNTD = attention(
-            rotate(query, cos, sin).transpose(1, 2),
-            rotate(key, cos, sin).transpose(1, 2),
-            value.transpose(1, 2),
-        )
-        context = attention.read(context_BNTD.transpose(1, 2).flatten(2))
-        # While it is halted, a run holds only what it still needs.
-        del normed_BTH, positions, rounded, query, key, value, context_BNTD
-        yield O, _dense_input(context)
-        return linear(self.round_inputs(O, context), self.weights["self_attn.o_proj.weight"])
+        return self.facts.family.attention_stages(self, normed_BTH, rope, attention)
 
     def mlp_stages(self, normed_BTH: Tensor) -> Stages:
-        yield GATE_UP, _dense_input(normed_BTH)
-        rounded = self.round_inputs(GATE_UP, normed_BTH)
-        gated = silu(linear(rounded, self.weights["mlp.gate_proj.weight"]), inplace=True)
-        gated *= linear(rounded, self.weights["mlp.up_proj.weight"])
-        del normed_BTH, rounded
-        yield DOWN, _dense_input(gated)
-        return linear(self.round_inputs(DOWN, gated), self.weights["mlp.down_proj.weight"])
+        return self.facts.family.mlp_stages(self, normed_BTH)
+
+    # The parts that a family composes: see `q3q.models.family.Parts`.
+
+    def norm(self, gain: str, x_xH: Tensor) -> Tensor:
+        return rms_norm(x_xH, self.weights[gain], self.facts.rms_norm_eps)
+
+    def linear(self, weight: str, x_xI: Tensor) -> Tensor:
+        return linear(x_xI, self.weights[weight], self.weights.get(bias_of(weight)))
+
+    def halt(self, inputs_BTI: Tensor) -> SiteInput:
+        tokens_TI = inputs_BTI.flatten(0, 1)
+        return SiteInput(tokens_TI, [tokens_TI])
 
     def round_inputs(self, site: Site, inputs: Tensor) -> Tensor:
         """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
@@ -139,30 +122,47 @@ class Block:
             return inputs
         return absmax_per_token(inputs, self.act_bits)
 
+    def attend(
+        self, query_BTND: Tensor, key_BTKD: Tensor, value_BTKD: Tensor, rope: Rope, see: Attention
+    ) -> Tensor:
+        positions = see.positions(query_BTND.shape[1], query_BTND.device)
+        cos, sin = rope(positions, query_BTND.dtype)
+        context_BNTD = see(
+            rotate(query_BTND, cos, sin).transpose(1, 2),
+            rotate(key_BTKD, cos, sin).transpose(1, 2),
+            value_BTKD.transpose(1, 2),
+        )
+        return see.read(context_BNTD.transpose(1, 2).flatten(2))
+
+    def gated(self, gate_xI: Tensor, up_xI: Tensor) -> Tensor:
+        return silu(gate_xI, inplace=True).mul_(up_xI)
+
+    # What others ask of a block.
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.weights.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.weights.values())).device
+
     @property
     def halted_width(self) -> int:
         """Return the most numbers per token that a halted run holds, its input included."""
-        hidden = self.facts.hidden
-        return hidden + max(hidden, self.facts.heads * self.facts.head_dim, self.facts.intermediate)
+        return self.facts.family.halted_width(self.facts, self.layer)
 
     @property
     def share_read(self) -> float:
         """Return the share of all tokens that each linear of the MLP is shown."""
-        return 1.0
+        if self.every_expert or not self.facts.sparse(self.layer):
+            return 1.0
+        return self.facts.top_k / self.facts.experts
 
     @property
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
-        """Return the scale groups, in AWQ's order.
-
-        v -> o repeats each value channel for the query heads that read it.
-        """
-        repeat = self.facts.heads // self.facts.kv_heads
-        return (
-            ScaleGroup(QKV, "input_layernorm.weight"),
-            ScaleGroup(O, "self_attn.v_proj.weight", repeat, self.facts.head_dim),
-            ScaleGroup(GATE_UP, "post_attention_layernorm.weight"),
-            ScaleGroup(DOWN, "mlp.up_proj.weight"),
-        )
+        """Return the scale groups, in AWQ's order."""
+        return self.facts.family.scale_groups(self.facts, self.layer)
 
 
 def finish(stages: Stages) -> Tensor:
@@ -173,8 +173,3 @@ def finish(stages: Stages) -> Tensor:
         except StopIteration as end:
             value: Tensor = end.value
             return value
-
-
-def _dense_input(inputs_BTI: Tensor) -> SiteInput:
-    tokens_TI = inputs_BTI.flatten(0, 1)
-    return SiteInput(tokens_TI, [tokens_TI])

@@ -1,4 +1,4 @@
-"""A Qwen3 checkpoint on disk: check that it is complete, and read its weights block by block.
+"""A checkpoint on disk: check that it is complete, and read its weights block by block.
 
 The checks read JSON and headers alone, without torch: a plan or a refusal costs milliseconds.
 Weights are read into memory of their own, not mapped: mapped pages count as the process's, and lie
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from q3q.errors import CheckpointError
 from q3q.models.digests import DigestMemo
 from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
-from q3q.models.model_files import EMBEDDING, FLOATS, HEAD, read_model_files, settle, unread
+from q3q.models.model_files import FLOATS, read_model_files, settle, unread
 from q3q.models.model_json import (
     OWN_FOLDER,
     TOKENIZER_LIMIT,
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+# Experts' weights as transformers 5 has them in memory: gate over up, and down.
+FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 # Tensors that a config.json may ask for, beyond those that are stored, and still have listed one by
 # one: enough to name what a damaged folder lacks, and few enough to take no time.
 LISTED = 100_000
@@ -41,7 +43,6 @@ TOKENIZER_FILES = (
 ).split()
 GENERATION = "generation_config.json"
 EXPORT_MARKER = "q3q.json"  # a file that q3q's own exports have
-LEAST = 11  # tensors of a block: norms and linears, or experts that are fused
 
 
 class Checkpoint:
@@ -57,7 +58,8 @@ class Checkpoint:
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged (the error names the shard or
-            tensor), pickled, quantized in a way that q3q cannot read, or not a Qwen3.
+            tensor), pickled, quantized in a way that q3q cannot read, or of no family that q3q
+            runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,17 +73,21 @@ class Checkpoint:
         self.facts, remarks = settle(facts, read_json(folder / "config.json"), self._files)
         self._stored = self._files.tensors
         self._names = self._check_complete()
-        remarks += unread(self._stored, self._names, self.facts.tied)
+        remarks += unread(self._stored, self._names, self.facts)
         self.remarks: tuple[str, ...] = (*self._files.remarks, *remarks)
 
     @property
     def stored_dtype(self) -> str:
         """The type in which the embedding lies on disk, and all else that is not packed."""
-        return self._stored[EMBEDDING].dtype_name
+        return self._stored[self.facts.family.embedding].dtype_name
 
     def bits_on_disk(self) -> dict[str, int]:
         """Return the bits of each of the model's tensors, by its name on disk."""
         return {name: self._stored[name].bits for name in self._names}
+
+    def linear_bits_on_disk(self) -> int:
+        """Return the bits of all linears in the blocks, without their biases."""
+        return sum(self._stored[name].bits for name, linear in self._names.items() if linear)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return tensors by their names on disk.
@@ -98,15 +104,18 @@ class Checkpoint:
 
     def embedding(self) -> Tensor:
         """Read the token embedding, [vocab, hidden]."""
-        return self.read([EMBEDDING])[EMBEDDING]
+        return self._tensor(self.facts.family.embedding)
 
     def final_norm(self) -> Tensor:
         """Read the weight of the norm before the head, [hidden]."""
-        return self.read(["model.norm.weight"])["model.norm.weight"]
+        return self._tensor(self.facts.family.final_norm)
 
     def head(self) -> Tensor:
         """Read the output head, [vocab, hidden]; the embedding if the two are tied."""
-        name = EMBEDDING if self.facts.tied else HEAD
+        family = self.facts.family
+        return self._tensor(family.embedding if self.facts.tied else family.head)
+
+    def _tensor(self, name: str) -> Tensor:
         return self.read([name])[name]
 
     def block(
@@ -145,8 +154,8 @@ class Checkpoint:
         """Read a block's tensors as plain numbers, by their names without the block's prefix."""
         import torch
 
-        prefix, shapes = f"model.layers.{k}.", disk_shapes(self.facts, k, self._fused(k))
-        layouts = {name: _layout(self.facts, prefix + name) for name in names}
+        prefix, shapes = self.facts.on_disk(k, ""), disk_shapes(self.facts, k, self._fused(k))
+        layouts = {name: _layout(self.facts, k, name) for name in names}
         parts = {
             name: [name] if layout is None else list(_parts(layout, name, shapes[name]))
             for name, layout in layouts.items()
@@ -178,37 +187,47 @@ class Checkpoint:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _fused(self, k: int) -> bool:
-        return f"model.layers.{k}.mlp.experts.gate_up_proj" in self._stored
+        return self.facts.on_disk(k, "mlp.experts.gate_up_proj") in self._stored
 
-    def _check_complete(self) -> tuple[str, ...]:
-        """Return the names of the model's tensors; a file may hold others too."""
-        facts = self.facts
-        least = sum(
-            LEAST + (3 * facts.experts - 2 if facts.sparse(k) and not self._fused(k) else 0)
-            for k in range(facts.layers)
-        )
+    def _check_complete(self) -> dict[str, bool]:
+        """Return the model's tensors by name, and if they are a linear's weight or part of one.
+
+        A file may hold others too.
+        """
+        facts, family = self.facts, self.facts.family
+        least = sum(_count_on_disk(facts, k, self._fused(k)) for k in range(facts.layers))
         if least > len(self._stored) + LISTED:
             raise CheckpointError(
                 f"{self.folder}: config.json gives {facts.layers} layers"
                 f"{f' of {facts.experts} experts' if facts.experts else ''}, at least {least} "
                 f"tensors, and the files hold {len(self._stored)}"
             )
-        expected: dict[str, Shape] = {EMBEDDING: (facts.vocab, facts.hidden)}
+        expected: dict[str, Shape] = {family.embedding: (facts.vocab, facts.hidden)}
         packed: dict[str, tuple[str, ...]] = {}
+        linears: set[str] = set()
         for k in range(facts.layers):
+            of_linears = facts.linears(k)
             for name, shape in disk_shapes(facts, k, self._fused(k)).items():
-                full = f"model.layers.{k}.{name}"
-                if (layout := _layout(facts, full)) is None:
+                full = facts.on_disk(k, name)
+                stacked = without_expert(name)
+                linear = stacked in of_linears or stacked in FUSED
+                if (layout := _layout(facts, k, name)) is None:
                     expected[full] = shape
+                    linears |= {full} if linear else set()
                     continue
                 for part, (types, part_shape) in _parts(layout, full, shape).items():
                     expected[part], packed[part] = part_shape, types
-        expected["model.norm.weight"] = (facts.hidden,)
+                    linears.add(part)
+        expected[family.final_norm] = (facts.hidden,)
         if not facts.tied:
-            expected[HEAD] = (facts.vocab, facts.hidden)
+            expected[family.head] = (facts.vocab, facts.hidden)
 
         if missing := [name for name in expected if name not in self._stored]:
-            untied = " (tie_word_embeddings is false in config.json)" if missing[0] == HEAD else ""
+            untied = (
+                " (tie_word_embeddings is false in config.json)"
+                if missing[0] == family.head
+                else ""
+            )
             raise CheckpointError(
                 f"{self.folder}: {number_of_tensors(missing)} missing, first {missing[0]}"
                 f"{self._files.whereabouts(missing[0])}{untied}"
@@ -229,7 +248,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: {number_of_tensors(misfits)} {what}, first {misfits[0]}"
                 )
-        return tuple(expected)
+        return {name: name in linears for name in expected}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -266,7 +285,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """Return the tokens that end a generated text, as transformers' `generate` finds them.
 
-    They are in generation_config.json if it exists, else config.json; a post-trained Qwen3 has two.
+    They are in generation_config.json if it exists, else config.json; a post-trained model may have
+    two.
 
     Raises:
         CheckpointError: the file cannot be read, or its eos_token_id is no number or list of them.
@@ -293,8 +313,8 @@ def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str,
     stacked = {name: shapes.pop(name) for name in list(shapes) if name.startswith("mlp.experts.")}
     if fused:
         experts, hidden, inner = stacked["mlp.experts.down_proj.weight"]
-        shapes["mlp.experts.gate_up_proj"] = (experts, 2 * inner, hidden)
-        shapes["mlp.experts.down_proj"] = (experts, hidden, inner)
+        gate_up, down = FUSED
+        shapes |= {gate_up: (experts, 2 * inner, hidden), down: (experts, hidden, inner)}
         return shapes
     for name, (experts, *matrix) in stacked.items():
         shapes |= {of_expert(name, e): tuple(matrix) for e in range(experts)}
@@ -311,14 +331,27 @@ def names_on_disk(facts: ModelFacts, layer: int, names: Iterable[str]) -> Iterat
     for name in names:
         stacked = name.startswith("mlp.experts.")
         parts = [of_expert(name, e) for e in range(facts.experts)] if stacked else [name]
-        yield from (f"model.layers.{layer}.{part}" for part in parts)
+        yield from (facts.on_disk(layer, part) for part in parts)
 
 
-def _layout(facts: ModelFacts, name: str) -> Layout | None:
-    """Return a tensor's packed layout by its name on disk; None for plain numbers."""
-    if facts.packing is None or not name.endswith("_proj.weight"):
+def without_expert(name: str) -> str:
+    """Return `mlp.experts.3.up_proj.weight` as a block has it, `mlp.experts.up_proj.weight`."""
+    return ".".join(part for part in name.split(".") if not part.isdigit())
+
+
+def _count_on_disk(facts: ModelFacts, layer: int, fused: bool) -> int:
+    """Return the number of a block's tensors in files, without listing experts."""
+    count = len(facts.block_shapes(layer))
+    if facts.sparse(layer):
+        count += len(FUSED) - 3 if fused else 3 * (facts.experts - 1)
+    return count
+
+
+def _layout(facts: ModelFacts, layer: int, name: str) -> Layout | None:
+    """Return the packed layout of one of a block's tensors in files; None for plain numbers."""
+    if facts.packing is None or without_expert(name) not in facts.linears(layer):
         return None
-    return facts.packing.of(name.removesuffix(".weight"))
+    return facts.packing.of(facts.on_disk(layer, name).removesuffix(".weight"))
 
 
 def _parts(layout: Layout, name: str, shape: Shape) -> dict[str, tuple[tuple[str, ...], Shape]]:
@@ -332,7 +365,7 @@ def _sources(name: str, experts: int, fused: bool) -> list[str]:
     if not name.startswith("mlp.experts."):
         return [name]
     if fused:
-        return ["mlp.experts.down_proj" if "down_proj" in name else "mlp.experts.gate_up_proj"]
+        return [FUSED["down_proj" in name]]
     return [of_expert(name, e) for e in range(experts)]
 
 

@@ -14,10 +14,9 @@ from torch.nn.functional import linear
 
 from q3q.errors import NumericsError
 from q3q.models.attention import CAUSAL, Attention, to_device
+from q3q.models.block import Block, Rope, rms_norm
 from q3q.models.checkpoint import Checkpoint, names_on_disk
 from q3q.models.facts import ModelFacts
-from q3q.models.block import Block, Rope, rms_norm
-from q3q.models.experts import ExpertBlock
 from q3q.models.spool import Spool
 from q3q.numerics.kernels.compiler import has_fused
 from q3q.numerics.kernels.logsum import logsum
@@ -290,11 +289,6 @@ def load_block(
     return build_block(facts, k, weights)
 
 
-def block_class(facts: ModelFacts, layer: int) -> type[Block]:
-    """Return the class that runs this layer. A new model family adds its line here."""
-    return ExpertBlock if facts.sparse(layer) else Block
-
-
 def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Block:
     """Build the k-th block from its weights.
 
@@ -304,7 +298,7 @@ def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Blo
     Raises:
         CheckpointError: the checkpoint leaves out a part of a site.
     """
-    block, packing = block_class(facts, k)(facts, weights), facts.packing
+    block, packing = Block(facts, k, weights), facts.packing
     if packing is not None and packing.act_bits is not None:
         block.act_bits = packing.act_bits
         block.unrounded = frozenset(

@@ -235,15 +235,11 @@ def _quantizing(facts: ModelFacts, method: MethodMemory, running: int, ranks: in
     # a chunk of them to.
     lanes = -(-LANES // ranks) if ranks > 1 else 2
     most = 0
-    for k in {facts.sparse(k): k for k in range(facts.layers)}.values():
-        shapes = facts.block_shapes(k)
-        for kinds in (
-            ("q_proj", "k_proj", "v_proj"),
-            ("o_proj",),
-            ("gate_proj", "up_proj"),
-            ("down_proj",),
-        ):
-            site = [shape for name, shape in shapes.items() if name.split(".")[-2] in kinds]
+    kinds = {tuple(facts.block_shapes(k).items()): k for k in range(facts.layers)}
+    for kind, k in kinds.items():
+        shapes = dict(kind)
+        for each in facts.sites(k):
+            site = [shapes[name] for name in each.weights]
             weights = 4 * sum(map(math.prod, site))
             experts = site[0][0] if len(site[0]) == 3 else 1
             hessians = 0 if not method.hessian else 4 * experts * site[0][-1] ** 2

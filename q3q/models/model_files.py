@@ -16,7 +16,6 @@ from q3q.models.facts import ModelFacts
 from q3q.models.model_json import INDEX_LIMIT, read_json
 from q3q.models.tensor_files import StoredTensor, read_header, same_bytes
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
@@ -100,10 +99,11 @@ def settle(
         files: `tensors` gets the head as embedding if the head alone is stored.
     """
     tensors, remarks = files.tensors, list[str]()
-    if facts.tied and HEAD in tensors and EMBEDDING not in tensors:
-        tensors[EMBEDDING] = tensors[HEAD]
+    embedding, head = facts.family.embedding, facts.family.head
+    if facts.tied and head in tensors and embedding not in tensors:
+        tensors[embedding] = tensors[head]
         remarks.append("the embedding is stored as the head, to which config.json ties it")
-    elif facts.tied and HEAD in tensors and not _equal(tensors[HEAD], tensors[EMBEDDING]):
+    elif facts.tied and head in tensors and not _equal(tensors[head], tensors[embedding]):
         facts = replace(facts, tied=False)
         remarks.append(
             "config.json ties head and embedding, and the files hold two different ones: "
@@ -128,9 +128,9 @@ def settle(
     return facts, remarks
 
 
-def unread(tensors: Collection[str], expected: Collection[str], tied: bool) -> list[str]:
+def unread(tensors: Collection[str], expected: Collection[str], facts: ModelFacts) -> list[str]:
     """Return remarks on stored tensors that this model has no place for, as a warning of them."""
-    known = {*expected, *([HEAD] if tied else [])}
+    known = {*expected, *([facts.family.head] if facts.tied else [])}
     extra = [name for name in tensors if name not in known and "rotary_emb" not in name]
     return [f"{_some(extra)} in the files, and not in this model: not read"] if extra else []
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn import Parameter, ParameterList
 
 from q3q.models.attention import Attention
+from q3q.models.block import Block
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import Change, Decoder, Source, build_block, convert_weight
 from q3q.models.facts import ModelFacts
-from q3q.models.block import Block
 from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.team import Team, exchanging

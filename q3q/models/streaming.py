@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from q3q.models import heap
+from q3q.models.block import Block
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import VOCABULARY_ROWS, Change, Decoder, Source, convert_weight, load_block
-from q3q.models.block import Block
 from q3q.numerics.weights import StoredWeight, numbers
-
-_ON_DISK = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
 
 
 class StreamedBlocks:
@@ -175,7 +173,7 @@ class StreamedDecoder(Decoder):
                 ]
             )
         else:
-            name = _ON_DISK["embedding"]
+            name = self.facts.family.embedding
             rows_UH = torch.cat([self._checkpoint.rows(name, i, 1) for i in ids_U.tolist()])
             rows_UH = convert_weight(rows_UH, "embedding", self._dtype, self.device)
         return rows_UH[index_BT.to(self.device)]
@@ -203,5 +201,5 @@ class StreamedDecoder(Decoder):
         count = min(VOCABULARY_ROWS, self.facts.vocab - start)
         if end in codes:
             return numbers(codes[end].rows(start, start + count), self._dtype, self.device)[0]
-        rows_RH = self._checkpoint.rows(_ON_DISK[end], start, count)
+        rows_RH = self._checkpoint.rows(self.facts.family.end_name(end), start, count)
         return convert_weight(rows_RH, end, self._dtype, self.device)

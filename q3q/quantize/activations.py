@@ -11,9 +11,9 @@ from torch import Tensor
 
 from q3q.errors import ConfigError, NumericsError
 from q3q.models.anatomy import Site, SiteInput
+from q3q.models.block import Block, Rope
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import Device, batch_tokens
-from q3q.models.block import Block, Rope
 from q3q.models.spool import Spool
 from q3q.numerics.grouped import GroupedRows
 from q3q.numerics.linalg import FiniteCheck

@@ -29,8 +29,7 @@ class QuantizedBlock:
 
     def weights_for(self, block: Block) -> dict[str, Tensor]:
         """Return `numbers` in the dtype and on the device of a block."""
-        norm = block.weights["input_layernorm.weight"]
-        return self.numbers(norm.dtype, norm.device)
+        return self.numbers(block.dtype, block.device)
 
     def numbers(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
         """Return all new weights, dequantized, in a block's shapes: experts stacked, else 2-D."""

@@ -8,15 +8,12 @@ from typing import Any
 import torch
 
 from q3q.errors import IntegrityError
-from q3q.models.checkpoint import Checkpoint, disk_shapes
+from q3q.models.checkpoint import Checkpoint, disk_shapes, without_expert
 from q3q.numerics.weights import StoredWeight
 from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.block_store import BlockStore
 from q3q.record import SiteError
 from q3q.spec import Json
-
-# Names on disk of what `quantize_ends` quantizes.
-END_NAMES = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight"}
 
 
 @dataclass
@@ -81,11 +78,9 @@ def sizes(
     """
     facts, on_disk = checkpoint.facts, checkpoint.bits_on_disk()
     parameters, count = facts.parameters, ledger.weights
-    of_linears = sum(bits for name, bits in on_disk.items() if "_proj" in name)
-    quantized_ends = {END_NAMES[end] for end in ends}
-    of_rest = sum(
-        bits for name, bits in on_disk.items() if "_proj" not in name and name not in quantized_ends
-    )
+    of_linears = checkpoint.linear_bits_on_disk()
+    of_ends = sum(on_disk.get(facts.family.end_name(end), 0) for end in ends)
+    of_rest = sum(on_disk.values()) - of_linears - of_ends
     of_left_linears = (facts.linear_parameters - count) * of_linears / facts.linear_parameters
     model_bits = ledger.bits + of_left_linears + of_rest
     model_bits += sum(weight.storage_bits() for weight in ends.values())
@@ -121,12 +116,13 @@ def _nominal_bits(checkpoint: Checkpoint) -> int:
     """Return the bits of all linears' codes, or numbers, in the checkpoint's files."""
     facts, on_disk = checkpoint.facts, checkpoint.bits_on_disk()
     if facts.packing is None:
-        return sum(bits for name, bits in on_disk.items() if "_proj" in name)
+        return checkpoint.linear_bits_on_disk()
     total = 0
     for k in range(facts.layers):
+        linears = facts.linears(k)
         for name, shape in disk_shapes(facts, k).items():
-            full = f"model.layers.{k}.{name}"
-            if name.endswith("_proj.weight"):
+            full = facts.on_disk(k, name)
+            if without_expert(name) in linears:
                 layout = facts.packing.of(full.removesuffix(".weight"))
                 total += on_disk[full] if layout is None else layout.bits * math.prod(shape)
     return total

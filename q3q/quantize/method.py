@@ -30,6 +30,7 @@ class SiteTask:
     statistics: the accumulator that the method's `observe` returned; None if it returned None
     notes: facts for the record (a raised damping, starved experts), which the method adds
     first_expert: index of the first of these experts among all of the site's
+    scores: weights whose outputs are multiplied with each other, as queries with keys
     """
 
     block: int
@@ -39,6 +40,7 @@ class SiteTask:
     statistics: Any
     notes: dict[str, Any] = field(default_factory=dict)
     first_expert: int = 0
+    scores: tuple[str, ...] = ()
 
     def starved_experts(self) -> list[int]:
         """Return and note the experts that too few calibration tokens reached.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from q3q.errors import IncompatibleError
-from q3q.models.anatomy import ScaleGroup, Site
-from q3q.models.footprint import batch_tokens
+from q3q.models.anatomy import ScaleGroup, Site, bias_of
 from q3q.models.block import Block, Rope, finish
+from q3q.models.footprint import batch_tokens
 from q3q.numerics.weights import NUMBERS_AT_ONCE
 from q3q.quantize.activations import Activations
 from q3q.quantize.method import Method, ScaleTask
@@ -118,7 +118,7 @@ def scale_task(
     activations: Activations,
     apply: Callable[[Tensor], None],
 ) -> ScaleTask:
-    attention = group.site.name == "qkv"
+    attention = group.site.mixes_tokens
 
     def run(rows_RTI: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
         piece = block.with_weights(changed)
@@ -127,10 +127,9 @@ def scale_task(
         )
 
     windows = statistics.windows() if isinstance(statistics, StoredInputs) else ()
-    gain_H = block.weights["input_layernorm.weight"]
     most_tokens = None  # a CPU's limit is the method's own
-    if gain_H.device.type == "cuda":
-        dtype = str(gain_H.dtype).removeprefix("torch.")
+    if block.device.type == "cuda":
+        dtype = str(block.dtype).removeprefix("torch.")
         most_tokens = batch_tokens(block.facts, dtype, "cuda")
     return ScaleTask(
         group,
@@ -166,7 +165,9 @@ def migrate_scale(
         The changed weights by name.
     """
     changed = {}
-    for name in (*group.site.weights, *group.site.unquantized, group.producer):
+    bias = bias_of(group.producer)  # of a linear, part of its outputs
+    produced = (group.producer, bias) if bias in weights else (group.producer,)
+    for name in (*group.site.weights, *group.site.unquantized, *produced):
         old = weights[name]
         changed[name] = (
             old if name in overwritten else old.clone(memory_format=torch.contiguous_format)
@@ -176,7 +177,8 @@ def migrate_scale(
     produced_EO = scale_EI
     if group.repeat > 1:
         produced_EO = scale_EI.unflatten(1, (-1, group.repeat, group.head_dim))[:, :, 0].flatten(1)
-    _change(changed[group.producer], torch.div, produced_EO[:, :, None], experts)
+    for name in produced:
+        _change(changed[name], torch.div, produced_EO[:, :, None], experts)
     return changed
 
 
@@ -186,7 +188,7 @@ def _change(
     """Multiply or divide a weight in place, in float32, a few experts at a time.
 
     Args:
-        weight: [E, O, I], [O, I], or a norm's gain [O].
+        weight: [E, O, I], [O, I], or a norm's gain or a bias [O].
         factor_EOI: one for all, or one for each of `experts`; broadcast over rows or columns.
     """
     if weight.ndim < 3:

@@ -14,8 +14,8 @@ from torch import Tensor
 from q3q.errors import NumericsError
 from q3q.models import heap
 from q3q.models.anatomy import Site
-from q3q.models.footprint import CHUNK_BYTES
 from q3q.models.block import Block
+from q3q.models.footprint import CHUNK_BYTES
 from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import (
     StoredWeight,
@@ -173,7 +173,13 @@ class SiteQuantizer:
             raise NumericsError(f"{where}: the checkpoint's weights are not finite")
         index = self.result.index
         task = SiteTask(
-            index, self.site.name, weight_EOI, rows, statistics, first_expert=experts.start
+            index,
+            self.site.name,
+            weight_EOI,
+            rows,
+            statistics,
+            first_expert=experts.start,
+            scores=self.site.scores,
         )
         try:
             returned = _divided_by_rows(self.method, task, scheme, team)

@@ -15,9 +15,9 @@ from functools import partial
 from torch import Tensor
 
 from q3q.models.anatomy import Site
+from q3q.models.block import Block, Rope, finish
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import CHUNK_BYTES, OBSERVED_BYTES
-from q3q.models.block import Block, Rope, finish
 from q3q.numerics.linalg import FiniteCheck
 from q3q.quantize.activations import (
     Activations,

@@ -278,10 +278,10 @@ def _weights_per_token(facts: ModelFacts) -> int:
     """Count the linears' weights that one token meets; of experts, the chosen ones."""
     count = 0
     for k in range(facts.layers):
-        for name, shape in facts.block_shapes(k).items():
-            if name.endswith("_proj.weight"):
-                weights = math.prod(shape)
-                count += weights * facts.top_k // shape[0] if len(shape) == 3 else weights
+        shapes = facts.block_shapes(k)
+        for shape in (shapes[name] for name in facts.linears(k)):
+            weights = math.prod(shape)
+            count += weights * facts.top_k // shape[0] if len(shape) == 3 else weights
     return count
 
 
@@ -293,16 +293,12 @@ def _solving(facts: ModelFacts) -> tuple[float, float, float]:
     """
     grams, squares, cubes = 0.0, 0.0, 0.0
     for k in range(facts.layers):
-        inner, experts, chosen = facts.intermediate, 1, 1
-        if facts.sparse(k):
-            inner, experts, chosen = facts.moe_intermediate, facts.experts, facts.top_k
-        values = facts.heads * facts.head_dim
-        for rows, columns, copies, seen in (
-            (values + 2 * facts.kv_heads * facts.head_dim, facts.hidden, 1, 1),
-            (facts.hidden, values, 1, 1),
-            (2 * inner, facts.hidden, experts, chosen),
-            (facts.hidden, inner, experts, chosen),
-        ):
+        shapes = facts.block_shapes(k)
+        for site in facts.sites(k):
+            of_site = [shapes[name] for name in site.weights]
+            rows, columns = sum(shape[-2] for shape in of_site), of_site[0][-1]
+            stacked = len(of_site[0]) == 3
+            copies, seen = (of_site[0][0], facts.top_k) if stacked else (1, 1)
             grams += 2.0 * seen * columns**2
             squares += 1.0 * copies * rows * columns**2
             cubes += 1.0 * copies * columns**3

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from q3q.models.anatomy import SiteInput
-from q3q.models.footprint import LANES
 from q3q.models.experts import EveryExpert
+from q3q.models.footprint import LANES
 from q3q.quantize.statistics import (
     MIN_EXPERT_TOKENS,
     Gram,

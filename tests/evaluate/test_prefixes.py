@@ -15,6 +15,7 @@ from q3q.evaluate.scoring import Request, pack_requests, run_tree, score
 from q3q.models.attention import VarlenSlice
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from tests.models.families import build
 
 
 def ids(*tokens):
@@ -65,6 +66,19 @@ def test_the_tree_holds_each_prefix_once():
     for text, positions in zip(tree.texts, tree.positions(), strict=True):
         assert (tree.ids[positions] == text).all()
     assert sorted(number for numbers in readers for number in numbers) == list(range(len(texts)))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama3 rope", "moe"])
+@torch.inference_mode()
+def test_a_tree_computes_what_plain_rows_compute_for_other_families(kind, tmp_path):
+    build(kind).save_pretrained(tmp_path)
+    model = load_decoder(Checkpoint(tmp_path), torch.float32)
+    texts = [(text % 97).astype(np.int32) for text in random_texts(3, count=12, most=40)]
+    tree, _ = pack_requests(requests_of(texts))
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(model, tree, fixed(50))])
+    for text, positions in zip(tree.texts, tree.positions(), strict=True):
+        expected = model.hidden(torch.from_numpy(text.astype(np.int64))[None])[0]
+        torch.testing.assert_close(hidden_TH[positions], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("budget", [1, 7, 100, 5000])

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,16 +42,39 @@ MOE = {
 }
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+    "moe": {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **MOE},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "llama": {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+
+
 def make_checkpoint(
-    folder: Path, *, moe: bool = False, tied: bool = True, dtype: str = "bfloat16", **sizes: int
+    folder: Path,
+    *,
+    moe: bool = False,
+    kind: str = "",
+    tied: bool = True,
+    dtype: str = "bfloat16",
+    **sizes: int,
 ) -> Checkpoint:
-    kind = {"model_type": "qwen3_moe", **MOE} if moe else {"model_type": "qwen3"}
-    architecture = "Qwen3MoeForCausalLM" if moe else "Qwen3ForCausalLM"
     config = {
         **CONFIG,
-        **kind,
+        **KINDS[kind or ("moe" if moe else "dense")],
         **sizes,
-        "architectures": [architecture],
         "tie_word_embeddings": tied,
         "torch_dtype": dtype,
     }

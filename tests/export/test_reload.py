@@ -71,6 +71,42 @@ def test_public_loaders_and_plain_unpackers_find_the_same_model(
     assert result.logit_error < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "scheme", "loader"),
+    [
+        ("qwen2", "hf", {}, "transformers"),
+        ("qwen2", "compressed_tensors", {"symmetric": True}, CT),
+        ("llama", "compressed_tensors", {}, "dequantize=True"),
+        ("llama", "compressed_tensors", W8A8, CT),
+        ("llama", "gptq", {"symmetric": True}, GPTQ),
+        ("qwen2", "awq", {}, "plain unpacker of `awq`"),
+    ],
+)
+def test_other_families_come_back_with_their_biases(
+    checkpoint, trial_of, export, tmp_path, kind, name, scheme, loader
+):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint(kind=kind, tied=kind == "qwen2")
+    made, model = export(original, trial_of(original, name, tmp_path / "out", **scheme))
+    result = strangers_view(made, model)
+    assert loader in result.loader
+    assert result.check.passed, result.check.detail
+    assert result.logit_error < 1e-4
+    biases = {
+        (k, linear): tensor
+        for k, block in enumerate(model.blocks)
+        for linear, tensor in block.weights.items()
+        if linear.endswith(".bias")
+    }
+    assert biases
+    for (k, linear), tensor in biases.items():
+        assert torch.equal(Checkpoint(made.path).block(k)[linear], tensor)
+        tensor.add_(1)  # a bias that is another is noticed
+    noticed = compare_reload(model, {}, *reload.findings(made.folder, None))
+    assert not noticed.check.passed
+    assert "_proj.bias" in noticed.check.detail
+
+
 def test_mixed_settings_are_config_groups_that_the_public_loader_follows(
     checkpoint, trial_of, export, tmp_path
 ):

@@ -1,9 +1,7 @@
 """Small random checkpoints on disk, to load with transformers and with q3q; token windows."""
 
-from typing import Any
-
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCABULARY = 97
 
@@ -16,12 +14,9 @@ def save_random(folder, *, seed=0, sharpness=1.2, skewed=False, dead=(), starved
     starved: the expert that the routers hardly ever choose.
     """
     torch.manual_seed(seed)
-    moe = "num_experts" in config
-    theirs: Any = (
-        Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=VOCABULARY, **config))
-        if moe
-        else Qwen3ForCausalLM(Qwen3Config(vocab_size=VOCABULARY, **config))
-    )
+    kind = config.pop("model_type", "qwen3_moe" if "num_experts" in config else "qwen3")
+    settings = AutoConfig.for_model(kind, vocab_size=VOCABULARY, **config)
+    theirs = AutoModelForCausalLM.from_config(settings)
     with torch.no_grad():
         for name, weight in theirs.named_parameters():
             if "norm" in name:
@@ -29,6 +24,8 @@ def save_random(folder, *, seed=0, sharpness=1.2, skewed=False, dead=(), starved
                 if "layernorm" in name:
                     weight[::13] *= 4  # outlier channels, as trained models have
                     weight[list(dead)] = 0
+            elif name.endswith(".bias"):
+                weight.copy_(torch.randn_like(weight) * 0.3)
             elif "layers" in name:
                 weight.copy_(torch.randn_like(weight) * sharpness / weight.shape[-1] ** 0.5)
                 if name.endswith("mlp.gate.weight") and starved is not None:
@@ -60,6 +57,26 @@ WIDE = {
     "head_dim": 32,
     "intermediate_size": 192,
 }  # every width a multiple of 64
+# Of other families: their own model_type, and what is special about them.
+RELATIVES = {
+    "qwen2": dict(model_type="qwen2"),
+    "llama": dict(
+        model_type="llama",
+        num_attention_heads=4,
+        head_dim=24,
+        attention_bias=True,
+        mlp_bias=True,
+        tie_word_embeddings=False,
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=500_000.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+}
 MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fidelity.checkpoints import MOE, SHAPE, WIDE, save_random, windows_of
+from tests.fidelity.checkpoints import MOE, RELATIVES, SHAPE, WIDE, save_random, windows_of
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +15,8 @@ def folders(tmp_path_factory):
         made[kind] = save_random(root / kind, **config)
         made[f"{kind} skewed"] = save_random(root / f"{kind}_skewed", skewed=True, **config)
         made[f"{kind} dead"] = save_random(root / f"{kind}_dead", dead=(3, 20, 41), **config)
+    for kind, special in RELATIVES.items():
+        made[kind] = save_random(root / kind, **{**SHAPE, **special})
     made["dense wide"] = save_random(root / "dense_wide", **WIDE)
     made["moe starved skewed"] = save_random(
         root / "moe_starved_skewed", skewed=True, starved=2, **kinds["moe"]

@@ -38,7 +38,7 @@ from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.fidelity import plain
-from tests.fidelity.checkpoints import windows_of
+from tests.fidelity.checkpoints import RELATIVES, windows_of
 
 SAME_WORTH = 1e-5  # perplexity, relative, of the same weights
 TIE = 1e-3  # from a midpoint, in units of the scale
@@ -164,6 +164,19 @@ def test_rtn(folder, held_out, bits, group_size, symmetric, mse):
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
     decoder, ours = walked(folder, Rtn(RtnSettings(mse=mse)), scheme, None)
     check(ours, theirs, decoder, model, held_out)
+
+
+@pytest.mark.parametrize("family", RELATIVES)
+def test_other_families(folders, windows, held_out, family):
+    """Biases, other rotary embeddings, no norms of heads: RTN's and GPTQ's codes."""
+    scheme = Scheme(bits=4, group_size=32, symmetric=False)
+    model = plain.load(folders[family])
+    decoder, ours = walked(folders[family], Rtn(RtnSettings()), scheme, None)
+    check(ours, plain.rtn(model, 4, 32), decoder, model, held_out)
+    decoder, ours = walked(folders[family], Gptq(GptqSettings()), scheme, windows)
+    model = plain.load(folders[family])
+    theirs = plain.gptq(model, windows, bits=4, group_size=32, symmetric=False, follow=ours)
+    check(ours, theirs, decoder, model, held_out, sequential=True)
 
 
 GPTQ: dict[str, dict[str, Any]] = {

@@ -1,62 +1,33 @@
-"""Our staged forward agrees with transformers."""
-
-from typing import Any
+"""Our staged forward agrees with transformers, for every family."""
 
 import pytest
 import torch
-from transformers import (
-    PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
 
+from q3q.models.block import finish
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
-from q3q.models.block import finish
+from tests.models.families import KINDS, build
 
-COMMON: dict[str, Any] = dict(
-    vocab_size=97,
-    hidden_size=32,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    max_position_embeddings=64,
-    initializer_range=0.2,
+
+@pytest.mark.parametrize(
+    ("kind", "tied"), [*((kind, True) for kind in KINDS), ("moe", False), ("qwen2", False)]
 )
-
-
-def build(kind: str, tied: bool) -> PreTrainedModel:
-    torch.manual_seed(0)
-    if kind == "dense":
-        return Qwen3ForCausalLM(Qwen3Config(tie_word_embeddings=tied, **COMMON)).eval()
-    config = Qwen3MoeConfig(
-        tie_word_embeddings=tied,
-        num_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        norm_topk_prob=True,
-        mlp_only_layers=[1],
-        **COMMON,
-    )
-    return Qwen3MoeForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["dense", "moe"])
 @torch.inference_mode()
-def test_logits_equal_transformers(kind, tied, tmp_path):
+def test_logits_and_blocks_equal_transformers(kind, tied, tmp_path):
     theirs = build(kind, tied)
     theirs.save_pretrained(tmp_path)
     ours = load_decoder(Checkpoint(tmp_path), torch.float32)
     ids = torch.randint(97, (3, 40), generator=torch.Generator().manual_seed(1))
-    expected = theirs(input_ids=ids).logits.flatten(0, 1)
+    result = theirs(input_ids=ids, output_hidden_states=True)
+    expected = result.logits.flatten(0, 1)
     hidden = ours.hidden(ids).flatten(0, 1)
     logits = torch.cat([part for _, part in ours.logits(hidden)])
-    assert (logits - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    # The last one is normed already.
+    for block, x, out in zip(
+        ours.blocks, result.hidden_states, result.hidden_states[1:-1], strict=False
+    ):
+        assert (block(x, ours.rope) - out).abs().max() < 1e-5 * out.abs().max()
 
 
 @torch.inference_mode()

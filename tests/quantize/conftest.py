@@ -1,11 +1,13 @@
 """A small random decoder of each kind, and calibration windows for it."""
 
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 
-from q3q.models.decoder import Decoder, block_class
+from q3q.models.block import Block
+from q3q.models.decoder import Decoder
 from q3q.models.facts import read_facts
 from q3q.quantize.methods import gptq
 
@@ -37,18 +39,21 @@ def kind(request):
     return request.param
 
 
+BIASED = {"model_type": "llama", "attention_bias": True, "mlp_bias": True}
+
+
 @pytest.fixture
 def decoder(kind):
     return random_decoder(kind)
 
 
 def random_decoder(kind: str, seed: int = 0, experts: int = 4) -> Decoder:
-    config = (
-        {**CONFIG, "model_type": "qwen3"}
-        if kind == "dense"
-        else {**CONFIG, **MOE, "model_type": "qwen3_moe", "num_experts": experts}
-    )
-    facts = read_facts(config)
+    kinds: dict[str, dict[str, Any]] = {
+        "dense": {"model_type": "qwen3"},
+        "moe": {**MOE, "model_type": "qwen3_moe", "num_experts": experts},
+        "biased": BIASED,
+    }
+    facts = read_facts({**CONFIG, **kinds[kind]})
     generator = torch.Generator().manual_seed(seed)
 
     def weight(name, shape):
@@ -57,8 +62,8 @@ def random_decoder(kind: str, seed: int = 0, experts: int = 4) -> Decoder:
         return torch.randn(shape, generator=generator) * 1.5 / shape[-1] ** 0.5
 
     blocks = [
-        block_class(facts, k)(
-            facts, {name: weight(name, shape) for name, shape in facts.block_shapes(k).items()}
+        Block(
+            facts, k, {name: weight(name, shape) for name, shape in facts.block_shapes(k).items()}
         )
         for k in range(facts.layers)
     ]

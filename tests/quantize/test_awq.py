@@ -402,6 +402,7 @@ def task_of(decoder, block, group, statistics, hidden):
     return scale_task(block, group, statistics, decoder.rope, Activations.of_all(hidden), apply)
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe", "biased"])
 @torch.inference_mode()
 def test_migrating_scale_leaves_the_blocks_function_unchanged(decoder, windows):
     block, hidden, _ = observed(decoder, windows)

@@ -26,7 +26,6 @@ SMALLEST_SCALE = 1e-4
 # auto_clip: ranges of 1.0, 0.95 .. 0.55 of the largest weight, judged on at most about 512 tokens.
 CLIP_SHARES = tuple(1 - i / 20 for i in range(10))
 CLIP_TOKENS = 512
-UNCLIPPED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 # Racing: the shares of the calibration windows after which candidates are compared, the fewest
 # windows to compare them on, and how many standard errors behind the leader a candidate is dropped.
 RACE_SHARES = (1 / 8, 1 / 4, 1 / 2)
@@ -134,7 +133,7 @@ class Awq(Method):
                 inputs[e] = inputs[e][:0]
             weight_EOI = weight_EOI.clone()
             for name, rows in task.rows.items():
-                if name not in UNCLIPPED:
+                if name not in task.scores:
                     weight_EOI[:, rows] = clip_search(weight_EOI[:, rows], inputs, scheme)
         groups = into_groups(weight_EOI, scheme.group_size)
         grid = awq_grid(groups, scheme.bits, symmetric=scheme.symmetric)

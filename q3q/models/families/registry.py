@@ -1,0 +1,68 @@
+"""The families that exist: q3q's own, and the entry points of installed packages. Without torch."""
+
+import difflib
+import functools
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from q3q.errors import CheckpointError
+from q3q.models.family import Family
+
+GROUP = "q3q.families"
+GUIDE = "docs/FAMILY_GUIDE.md"
+# model_type -> `module:Class`; a file is imported when one of its models is read.
+OWN = {
+    "qwen3": "q3q.models.families.qwen3:Qwen3",
+    "qwen3_moe": "q3q.models.families.qwen3_moe:Qwen3Moe",
+    "qwen2": "q3q.models.families.qwen2:Qwen2",
+    "llama": "q3q.models.families.llama:Llama",
+    "mistral": "q3q.models.families.mistral:Mistral",
+}
+
+
+def find_family(model_type: Any) -> Family:
+    """Return the family of config.json's `model_type`.
+
+    Raises:
+        CheckpointError: there is none, or the package that offers it is broken.
+    """
+    if model_type in OWN:
+        module, _, name = OWN[model_type].partition(":")
+        family: Family = getattr(import_module(module), name)()
+        return family
+    points = _offered()
+    if model_type in points:
+        return _load(points[model_type])
+    known = (*OWN, *sorted(points))
+    near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.4)
+    nearest = f"; the nearest is {near[0]}" if near else ""
+    raise CheckpointError(
+        f"model_type {model_type!r} is of no family that q3q runs: {', '.join(known)}{nearest}. "
+        f"{GUIDE} says how to add one, in one file"
+    )
+
+
+@functools.cache
+def _offered() -> Mapping[str, EntryPoint]:
+    """Return the installed packages' families by model_type, which names the entry point."""
+    points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+    return {point.name: point for point in points}
+
+
+def _load(point: EntryPoint) -> Family:
+    try:
+        kind = point.load()
+    except Exception as error:  # somebody else's code: whatever it raises
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"the family {point.name} cannot be used: {point.value} does not load "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    if not (isinstance(kind, type) and issubclass(kind, Family)):
+        raise CheckpointError(
+            f"the family {point.name} cannot be used: {point.value} is not a class derived from "
+            "q3q.models.family.Family"
+        )
+    return kind()

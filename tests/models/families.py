@@ -1,0 +1,75 @@
+"""Small random models of every family, made by transformers, with odd shapes."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+COMMON: dict[str, Any] = dict(
+    vocab_size=97,
+    hidden_size=32,
+    num_attention_heads=4,  # heads x head_dim = 48, not hidden
+    num_key_value_heads=2,
+    head_dim=12,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+MOE: dict[str, Any] = dict(
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    norm_topk_prob=True,
+    mlp_only_layers=[1],
+)
+
+
+def rope(kind: str, **values: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **values}}
+
+
+LLAMA3 = rope(
+    "llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": dict(model_type="qwen3", num_attention_heads=6, head_dim=8),
+    "moe": dict(model_type="qwen3_moe", num_attention_heads=6, head_dim=8, **MOE),
+    "qwen2": dict(model_type="qwen2"),
+    "llama": dict(model_type="llama"),
+    "llama, biases": dict(model_type="llama", attention_bias=True, mlp_bias=True),
+    "mistral": dict(model_type="mistral", sliding_window=None),
+    "linear rope": dict(model_type="llama", **rope("linear", factor=3.0)),
+    "llama3 rope": dict(model_type="llama", **LLAMA3),
+    "yarn": dict(model_type="qwen2", **YARN),
+    "yarn, unrounded": dict(
+        model_type="qwen3",
+        **rope(
+            "yarn",
+            factor=6.0,
+            original_max_position_embeddings=20,
+            beta_fast=9.0,
+            beta_slow=0.5,
+            mscale=1.5,
+            mscale_all_dim=0.7,
+            truncate=False,
+        ),
+    ),
+}
+
+
+def build(kind: str, tied: bool = True) -> Any:
+    """Return transformers' model, in evaluation mode, every tensor of it random."""
+    torch.manual_seed(0)
+    settings = {**COMMON, **KINDS[kind], "tie_word_embeddings": tied}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "norm" in name or name.endswith(".bias"):
+                tensor.add_(torch.randn_like(tensor) * 0.3)
+    return model
