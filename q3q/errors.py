@@ -38,7 +38,7 @@ class IncompatibleError(ConfigError):
 
 
 class CheckpointError(ConfigError):
-    """A model folder that is missing, incomplete, damaged, or not a Qwen3."""
+    """A model folder that is missing, incomplete, damaged, or of no family that q3q runs."""
 
 
 class ShapeError(Q3QError):

@@ -66,7 +66,11 @@ class Plain:
 
 
 def pretend_to_install(
-    folder: Path, package: str, points: dict[str, str], version: str = "1.0"
+    folder: Path,
+    package: str,
+    points: dict[str, str],
+    version: str = "1.0",
+    group: str = "q3q.methods",
 ) -> None:
     """Write the metadata that an installer leaves of a package."""
     info = folder / f"{package.replace('-', '_')}-{version}.dist-info"
@@ -76,7 +80,7 @@ def pretend_to_install(
     )
     lines = [f"{name} = {value}" for name, value in points.items()]
     (info / "entry_points.txt").write_text(
-        "\n".join(["[q3q.methods]", *lines, ""]), encoding="utf-8"
+        "\n".join([f"[{group}]", *lines, ""]), encoding="utf-8"
     )
 
 

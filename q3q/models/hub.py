@@ -9,7 +9,7 @@ from q3q.errors import CheckpointError
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.model_json import OWN_FOLDER, first_line
 
-# All that a Qwen3 folder needs, and its licence; no pickles, which can run code when loaded.
+# All that a model's folder needs, and its licence; no pickles, which can run code when loaded.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -65,7 +65,7 @@ def fetch_facts(source: str, revision: str | None = None) -> ModelFacts:
     """Return a Hub model's facts, from its config.json alone.
 
     Raises:
-        CheckpointError: neither the Hub nor the local cache has it, or it is not a Qwen3.
+        CheckpointError: neither the Hub nor the local cache has it, or q3q runs no such model.
     """
     _check_hub_id(source)
     return read_facts(_config_folder(source, revision))

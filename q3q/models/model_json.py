@@ -8,7 +8,7 @@ from typing import Any
 from q3q.errors import CheckpointError
 
 OWN_FOLDER = "For a folder of your own: model=local model.path=DIR"
-# Bytes that a file is read up to. The largest index of a Qwen3 has 4 MB, its config.json 2 kB.
+# Bytes that a file is read up to. The largest index has 4 MB, its config.json 2 kB.
 CONFIG_LIMIT, INDEX_LIMIT, TOKENIZER_LIMIT = 4_000_000, 64_000_000, 512_000_000
 
 

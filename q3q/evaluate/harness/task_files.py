@@ -237,7 +237,7 @@ def _refuse_unusable(
             f"{name} runs the code that a model writes, which q3q does not do; leave it out"
         )
     if getattr(task, "MULTIMODAL", False):
-        raise ConfigError(f"{name} shows images or sound, and Qwen3 reads text; leave it out")
+        raise ConfigError(f"{name} shows images or sound, and q3q's models read text; leave it out")
     own = task.get_config("num_fewshot")
     if shots and own == 0:
         raise ConfigError(

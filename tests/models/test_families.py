@@ -1,0 +1,159 @@
+"""A family is one file: what its facts say fits together, and another package can add one."""
+
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from q3q.errors import CheckpointError
+from q3q.evaluate.integrity import check_weights
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
+from q3q.models.facts import read_facts
+from q3q.models.families import registry
+from q3q.quantize.ledger import Ledger, sizes
+from q3q.quantize.methods.awq import Awq
+from q3q.quantize.methods.gptq import Gptq
+from q3q.quantize.methods.settings import AwqSettings, GptqSettings, SmoothQuantSettings
+from q3q.quantize.methods.smoothquant import SmoothQuant
+from q3q.quantize.walk import quantize_model
+from q3q.spec import Scheme
+from tests.fidelity.test_drivers import Nowhere
+from tests.models.families import COMMON, KINDS, build
+from tests.test_plugins import pretend_to_install
+
+GUIDE = Path(__file__).parents[2] / "docs" / "FAMILY_GUIDE.md"
+GRID = Scheme(bits=4, group_size=4, symmetric=False)
+METHODS = {
+    "gptq": lambda: Gptq(GptqSettings()),
+    "awq": lambda: Awq(AwqSettings(v_to_o=True, grid=3)),
+    "smoothquant": lambda: SmoothQuant(SmoothQuantSettings(o_and_down=True)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_facts_fit_transformers_model_and_each_other(kind):
+    theirs = build(kind)
+    facts = read_facts(theirs.config.to_dict())
+    assert facts.parameters == sum(tensor.numel() for tensor in theirs.parameters())
+    assert facts == pickle.loads(pickle.dumps(facts))
+    assert hash(facts) == hash(pickle.loads(pickle.dumps(facts)))
+    for k in range(facts.layers):
+        shapes, linears = facts.block_shapes(k), facts.linears(k)
+        # Every tensor is quantized, or the family says why not.
+        kept = tuple(facts.family.kept)
+        assert all((name in linears) != name.endswith(kept) for name in shapes)
+        for site in facts.sites(k):
+            assert len({shapes[name][-1] for name in site.weights}) == 1
+            assert set(site.scores) <= set(site.weights)
+        for group in facts.family.scale_groups(facts, k):
+            assert group.site in facts.sites(k)
+            produced = shapes[group.producer][-2 if len(shapes[group.producer]) > 1 else 0]
+            assert produced * group.repeat == shapes[group.site.weights[0]][-1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["qwen2", "llama, biases", "mistral"])
+@torch.inference_mode()
+def test_methods_change_linears_and_what_takes_over_scales(kind, method, tmp_path):
+    build(kind).save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    decoder, original = (load_decoder(checkpoint, torch.float32) for _ in range(2))
+    windows = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
+    blocks = quantize_model(decoder, METHODS[method](), GRID, windows, Nowhere())
+    checks = check_weights(decoder, [block.quantized for block in blocks])
+    assert all(check.passed for check in checks)
+    producers = {"self_attn.v_proj.bias", "mlp.up_proj.bias"} if method != "gptq" else set()
+    for before, after in zip(original.blocks, decoder.blocks, strict=True):
+        biases = {name for name in before.weights if name.endswith(".bias")}
+        assert bool(biases) == (kind != "mistral")
+        changed = {n for n in biases if not torch.equal(before.weights[n], after.weights[n])}
+        assert changed <= producers
+    ledger = Ledger()
+    for block in blocks:
+        ledger.add(block)
+    found = sizes(checkpoint, ledger, {})
+    # Codes, and a scale and a zero point a group; of all else, biases too, the 32 bits on disk.
+    per_weight = 4 + (16 + 4) / 4
+    facts = checkpoint.facts
+    rest = facts.parameters - facts.linear_parameters
+    assert found["bits_per_weight"] == per_weight
+    assert found["model_bytes"] * 8 == per_weight * facts.linear_parameters + 32 * rest
+
+
+def test_a_checkpoint_whose_tensors_do_not_fit_its_config_is_refused(tmp_path):
+    build("qwen2").save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    words = config.read_text()
+    config.write_text(words.replace('"qwen2"', '"qwen3"'))
+    with pytest.raises(CheckpointError, match=r"6 tensors are missing, first .*q_norm\.weight"):
+        Checkpoint(tmp_path)
+    config.write_text(words.replace('"qwen2"', '"llama"'))
+    (remark,) = Checkpoint(tmp_path).remarks
+    assert "_proj.bias and 8 more are in the files, and not in this model: not read" in remark
+    config.write_text(words.replace('"head_dim": 12', '"head_dim": 16'))
+    with pytest.raises(CheckpointError, match=r"of a shape that config.json does not imply"):
+        Checkpoint(tmp_path)
+
+
+@pytest.fixture
+def offered(tmp_path, monkeypatch):
+    """Return a function that makes the guide's module an installed package."""
+
+    def install(**points):
+        page = GUIDE.read_text(encoding="utf-8")
+        module = re.search(r"(?ms)^```python\n(.*?)^```", page)
+        assert module is not None
+        assert len(module[1].splitlines()) < 100
+        (tmp_path / "q3q_olmo2.py").write_text(module[1], encoding="utf-8")
+        site = tmp_path / "site"
+        pretend_to_install(site, "q3q-olmo2", points, group="q3q.families")
+        for folder in (tmp_path, site):
+            monkeypatch.syspath_prepend(folder)
+        registry._offered.cache_clear()
+
+    yield install
+    registry._offered.cache_clear()
+
+
+def olmo2(folder):
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model(**{**COMMON, "model_type": "olmo2"})
+    model = AutoModelForCausalLM.from_config(settings).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "norm" in name:
+                tensor.add_(torch.randn_like(tensor) * 0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.inference_mode()
+def test_a_package_adds_a_family(offered, tmp_path):
+    theirs, folder = olmo2(tmp_path / "model"), tmp_path / "model"
+    with pytest.raises(CheckpointError, match=r"model_type 'olmo2' is of no family.*FAMILY_GUIDE"):
+        Checkpoint(folder)
+    offered(olmo2="q3q_olmo2:Olmo2")
+    checkpoint = Checkpoint(folder)
+    ours = load_decoder(checkpoint, torch.float32)
+    ids = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
+    expected = theirs(input_ids=ids).logits.flatten(0, 1)
+    logits = torch.cat([part for _, part in ours.logits(ours.hidden(ids).flatten(0, 1))])
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    for build_method in METHODS.values():
+        decoder = load_decoder(checkpoint, torch.float32)
+        blocks = quantize_model(decoder, build_method(), GRID, ids, Nowhere())
+        assert {len(block.quantized) for block in blocks} == {7}
+        away = (decoder.hidden(ids) - ours.hidden(ids)).norm() / ours.hidden(ids).norm()
+        assert 0 < float(away) < 0.5
+
+
+def test_an_entry_point_that_is_no_family_is_named(offered):
+    offered(olmo2="q3q_olmo2:Family.__name__", olmo3="q3q_olmo2:nothing")
+    with pytest.raises(CheckpointError, match=r"olmo2 cannot be used: .* is not a class derived"):
+        registry.find_family("olmo2")
+    with pytest.raises(CheckpointError, match=r"olmo3 cannot be used: .* does not load"):
+        registry.find_family("olmo3")
