@@ -1,7 +1,9 @@
 """No GPU waits for another trial: laws of shares on simulated nodes."""
 
 import random
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -10,6 +12,8 @@ from q3q.sweep.allocation import Allocation, Choices
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.packing import WORTH, Load, share_out, simulate
 from q3q.sweep.plan import simulated
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Resources, Task
 from tests.specs import (
     STUDY_TASKS,
     calibration_of,
@@ -140,3 +144,36 @@ def test_a_trial_alone_in_its_process_gets_the_whole_gpu_and_few_threads(monkeyp
             assert one.allocation.grant().memory > 0.9 * H100
     machines, request = InProcess().machines(ResourceRequest(gpus=0))
     assert planned_for(trials[:1], machines, request)[0].allocation.cpus == 192
+
+
+@pytest.mark.slow
+def test_ray_places_shares_as_the_simulation_does(tmp_path):
+    """Five trials on four GPUs: real workers, which wait until all five have one."""
+    choices = [choices_from(0.5)] * 5
+    loads = [Load(allocation=choices[0].least, idle=60, busy=60)] * 5
+    machine = Machine(cpus=20, gpus=4)
+    given = share_out(choices, loads, [machine])
+    runs = simulate([replace(loads[0], allocation=one) for one in given], [machine]).runs
+
+    def call(number, report):
+        import os
+        import time
+
+        (tmp_path / str(number)).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        while len(list(tmp_path.iterdir())) < 5:
+            time.sleep(0.05)
+
+    with Cluster(cpus=20, gpus=4) as cluster:
+        tasks = [
+            Task(
+                key=str(number),
+                call=partial(call, number),
+                resources=Resources(cpus=one.cpus, gpus=one.gpus),
+            )
+            for number, one in enumerate(given)
+        ]
+        outcomes = list(cluster.run(tasks, on_event=lambda *_: None))
+    assert [outcome.error for outcome in outcomes] == [None] * 5
+    placed = Counter(path.read_text() for path in tmp_path.iterdir())
+    foreseen = Counter(run.gpus[0] for run in runs)
+    assert sorted(placed.values()) == sorted(foreseen.values()) == [1, 1, 1, 2]
