@@ -21,7 +21,7 @@ from q3q.sweep.costs import CostModel, Rate
 from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.packing import Load, Simulation, share_out, simulate
-from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of
+from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of, state_bytes
 
 HEADINGS = (
     *("trial", "what", "model", "on", "loader", "predicted", "needs", "main memory", "disk"),
@@ -199,7 +199,8 @@ def _allocation_key(trial: Trial, facts: ModelFacts) -> Hashable:
     spec, placement = trial.spec, trial.placement
     return (
         (spec.model.files, spec.model.dtype, spec.heads, bool(spec.evaluation.generates)),
-        (memory_of(spec), activation_bytes(spec, facts), placement.loader, placement.memory),
+        (memory_of(spec), activation_bytes(spec, facts), state_bytes(spec, facts)),
+        (placement.loader, placement.memory),
     )
 
 

@@ -41,9 +41,12 @@ def choices_from(least):
     return Choices(options, options)
 
 
-def sweep_of(count, gpus, seed):
-    """Return the simulated sweep of random trials, longest first, and their loads."""
-    draw = random.Random(f"{count} {gpus} {seed}")
+def sweep_of(count, gpus, hosts):
+    """Return the simulated sweep of random trials, longest first, and their loads.
+
+    It runs on `gpus` GPUs of `hosts` machines.
+    """
+    draw = random.Random(f"{count} {gpus} {hosts}")
     choices = [choices_from(draw.choice((0.25, 0.5, 0.5, 1.0))) for _ in range(count)]
     loads = [
         Load(allocation=one.least, idle=draw.choice((0, 5, 60)), busy=draw.uniform(10, 600))
@@ -51,7 +54,7 @@ def sweep_of(count, gpus, seed):
     ]
     loads.sort(key=lambda load: -(load.idle + load.busy))
     choices = [choices_from(load.allocation.gpus) for load in loads]
-    machines = [Machine(cpus=8 * gpus, gpus=gpus)]
+    machines = [Machine(cpus=8 * gpus / hosts, gpus=gpus / hosts)] * hosts
     given = share_out(choices, loads, machines)
     whole, least = (
         simulate(
@@ -64,12 +67,15 @@ def sweep_of(count, gpus, seed):
     return loads, simulate(loads, machines), whole.seconds, least.seconds
 
 
-CASES = [*product((1, 2, 5, 7, 8, 9, 12, 15, 16, 17, 24, 33), (1, 2, 8), (0, 1))]
+CASES = [
+    *product((1, 2, 5, 7, 8, 9, 12, 15, 16, 17, 24, 33), ((1, 1), (2, 1), (2, 2), (8, 1), (8, 2)))
+]
 
 
-@pytest.mark.parametrize(("count", "gpus", "seed"), CASES)
-def test_no_gpu_is_idle_while_a_trial_waits_or_computes_beside_another(count, gpus, seed):
-    loads, sweep, whole, least = sweep_of(count, gpus, seed)
+@pytest.mark.parametrize(("count", "node"), CASES)
+def test_no_gpu_is_idle_while_a_trial_waits_or_computes_beside_another(count, node):
+    gpus, hosts = node
+    loads, sweep, whole, least = sweep_of(count, gpus, hosts)
     assert all(run.gpus for run in sweep.runs)
     for moment in sorted({run.start for run in sweep.runs} | {run.end for run in sweep.runs}):
         running = [run for run in sweep.runs if run.start <= moment < run.end]
