@@ -165,7 +165,7 @@ def _arrays(content: bytes, identity: Json) -> Arrays:
     Raises:
         ValueError: the file is not whole, or of another identity.
     """
-    from safetensors import SafetensorError, deserialize
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
