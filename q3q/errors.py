@@ -37,8 +37,16 @@ class IncompatibleError(ConfigError):
     """
 
 
+class UnavailableError(ConfigError):
+    """Weights, a text or a data set that is neither here nor to be had from the Hub."""
+
+
 class CheckpointError(ConfigError):
     """A model folder that is missing, incomplete, damaged, or not a Qwen3."""
+
+
+class UnavailableModelError(CheckpointError, UnavailableError):
+    """A model of the Hub that is neither in the cache nor to be had."""
 
 
 class ShapeError(Q3QError):
@@ -47,6 +55,10 @@ class ShapeError(Q3QError):
 
 class CalibrationError(ConfigError):
     """A calibration text that is missing, empty or too short."""
+
+
+class UnavailableTextError(CalibrationError, UnavailableError):
+    """A text of the Hub that is neither in the cache nor to be had."""
 
 
 class NumericsError(Q3QError):

@@ -26,6 +26,7 @@ from q3q.export.writer import ExportingSink, open_exporter
 from q3q.models.adjust import set_activations, set_route
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.footprint import Device
+from q3q.models.hub import is_downloaded
 from q3q.models.loading import device_of, load_model, open_checkpoint
 from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.weights import StoredWeight
@@ -214,6 +215,9 @@ def _blocks_of(trial: Trial, reporter: Reporter) -> BlockStore:
 
 def _opened(trial: Trial, reporter: Reporter) -> Checkpoint:
     """Open the trial's checkpoint; report where its files disagree with its config.json."""
+    model = trial.spec.model
+    if model.source is not None and not is_downloaded(model.source, model.revision):
+        reporter.phase("download", model.source)(0, 1)
     checkpoint = open_checkpoint(trial)
     for remark in checkpoint.remarks:
         reporter.phase("load", remark)(0, 1)

@@ -68,7 +68,7 @@ class Checkpoint:
             refuse_irregular(folder / name, TOKENIZER_LIMIT)
         facts = read_facts(folder)
         self._files = read_model_files(folder)
-        self.facts, remarks = settle(facts, read_json(folder / "config.json"), self._files)
+        self.facts, remarks = settle(facts, self._files)
         self._stored = self._files.tensors
         self._names = self._check_complete()
         remarks += unread(self._stored, self._names, self.facts.tied)

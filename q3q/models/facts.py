@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class ModelFacts:
     rope_theta: float
     max_positions: int
     dtype: str
+    says_dtype: bool = field(default=True, compare=False)  # False: float32 is the default
     packing: Packing | None = None  # of its linears, None for plain numbers
     quantized: str | None = None  # by what, even if stored as plain numbers again
 
@@ -183,6 +184,7 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         rope_theta=_Values(theta, wrong).positive("rope_theta", 10_000.0),
         max_positions=values.count("max_position_embeddings", 32_768),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        says_dtype=bool(config.get("dtype") or config.get("torch_dtype")),
         packing=packing,
         quantized=packing.method if packing else _made_by_q3q(config.get(EXPORT_KEY)),
     )
