@@ -204,7 +204,7 @@ class Config:
     seed: int = 0
     plan: bool = False
     fresh: bool = False
-    keep: str = "none"
+    keep: str = "auto"
     name: str | None = None
     question: str | None = None
     expectation: str | None = None

@@ -28,6 +28,7 @@ from q3q.quantize.methods.source import code_changes
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.storage.aside import clear_storage, telling
+from q3q.storage.block_cache import BlockCache
 from q3q.storage.mirror import mirror_at, refreshed
 from q3q.storage.stores import folder_of, is_url
 from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
@@ -267,6 +268,8 @@ def run_study(
         print(describe(planned, machines=machines, where=host.where, storage=settings.storage))
         if settings.absent:
             print(settings.absent)
+        if any(entry.trial.placement.caches_blocks and entry.spec.schemes for entry in left):
+            print(BlockCache(storage / "trials").promise())
     if not (settings.address and is_url(settings.storage)):  # there each machine has its own mirror
         refuse_what_fills_the_disk(planned, machines, storage)
     if settings.plan_only:

@@ -97,8 +97,8 @@ EVALUATED_AGAIN = {
     "prepared windows' claim": ("prepared/*.claim.*", "trials/{b}/trial.claim.*"),
 }
 STOPPED = {
-    "block": ("trials/{a}/blocks/block_001.safetensors",) * 2,
-    "block's facts": ("trials/{a}/blocks/block_001.json",) * 2,
+    "block": ("trials/blocks/{q}/block_001.safetensors",) * 2,
+    "block's facts": ("trials/blocks/{q}/block_001.json",) * 2,
     "measurement": ("trials/{a}/evaluations/1_stories.json",) * 2,
     "journal": ("trials/{a}/evaluations/windows_stories.jsonl",) * 2,
     "failure": ("trials/{a}/failed.json", "trials/{b}/spec.json"),
