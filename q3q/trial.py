@@ -28,9 +28,9 @@ from q3q.export.publish import Exported, finish_export
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
 from q3q.models.adjust import set_activations, set_route
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
+from q3q.models.decoder import Decoder
 from q3q.models.footprint import Device
 from q3q.models.hub import is_downloaded
-from q3q.models.decoder import Decoder
 from q3q.models.loading import device_of, load_model, open_checkpoint
 from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.weights import StoredWeight

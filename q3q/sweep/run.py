@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
@@ -256,20 +257,10 @@ def run_study(
     left = [entry for entry in planned if not entry.done]
     on_gpus = [entry for entry in left if entry.allocation and entry.allocation.gpus]
     refuse_old_cards((entry.spec.model.dtype for entry in on_gpus), machines)
-    if left and len(trials) > 1 and not settings.fresh:
-        again = quantized_again([entry.trial for entry in left], recent_records(storage))
-        if again:
-            print(
-                f"{len(again)} trials repeat the quantization of finished trials, whose blocks "
-                "were deleted; keep=blocks keeps them, and a new evaluation then only evaluates"
-            )
+    if len(trials) > 1 and not settings.fresh:
+        _say_what_repeats(left, storage)
     if settings.plan_only:
-        _show_notes(settings)
-        print(describe(planned, machines=machines, where=host.where, storage=settings.storage))
-        if settings.absent:
-            print(settings.absent)
-        if any(entry.trial.placement.caches_blocks and entry.spec.schemes for entry in left):
-            print(BlockCache(storage / "trials").promise())
+        _show_plan(planned, machines, host.where, settings, storage)
     if not (settings.address and is_url(settings.storage)):  # there each machine has its own mirror
         refuse_what_fills_the_disk(planned, machines, storage)
     if settings.plan_only:
@@ -298,6 +289,30 @@ def run_study(
         if left:
             host.run(left, study)
     return study.study.records
+
+
+def _show_plan(
+    planned: Sequence[Planned],
+    machines: Sequence[Machine],
+    where: str,
+    settings: StudySettings,
+    storage: Path,
+) -> None:
+    _show_notes(settings)
+    print(describe(planned, machines=machines, where=where, storage=settings.storage))
+    if settings.absent:
+        print(settings.absent)
+    left = [entry for entry in planned if not entry.done]
+    if any(entry.trial.placement.caches_blocks and entry.spec.schemes for entry in left):
+        print(BlockCache(storage / "trials").promise())
+
+
+def _say_what_repeats(left: Sequence[Planned], storage: Path) -> None:
+    if again := quantized_again([entry.trial for entry in left], recent_records(storage)):
+        print(
+            f"{len(again)} trials repeat the quantization of finished trials, whose blocks were "
+            "deleted; keep=blocks keeps them, and a new evaluation then only evaluates"
+        )
 
 
 def _fetch_weights(specs: Sequence[TrialSpec]) -> None:
