@@ -1,6 +1,5 @@
 """Run lm-eval's tasks on a model and read its metrics and samples."""
 
-import json
 import os
 import random
 import re
@@ -124,7 +123,9 @@ def run_tasks(
         choose_all = choose or partial(first_questions, limit)
         documents = {task: list(choose_all(task, count)) for task, count in index.documents.items()}
         shelf = None if keeping is None else _shelf_of(keeping, index, chat, tokenizer)
-        whole = {} if keeping is None else _whole_identity(keeping, loaded["tasks"], documents, lm)
+        whole: Json = {}
+        if keeping is not None and shelf is not None:
+            whole = _whole_identity(keeping, loaded["tasks"], documents, lm)
         wait = partial(steps, 0, 1)
         with prepared_tasks(loaded["tasks"], lm.encode_all, shelf, whole, wait) as prepared:
             _set_up(loaded["tasks"].values(), num_fewshot, seed)
@@ -197,7 +198,7 @@ def _whole_identity(
     """Return all that determines the requests of these tasks, but for the tokenizer."""
     configs = {name: task.dump_config() for name, task in tasks.items()}
     # A function without source code is written with its address.
-    written = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(configs, sort_keys=True, default=str))
+    written = re.sub(r" at 0x[0-9a-f]+", "", repr(configs))
     return {
         **keeping.identity,
         "version": REQUESTS_VERSION,
