@@ -27,7 +27,9 @@ Stages = Generator[tuple[Site, SiteInput], None, Tensor]
 def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float) -> Tensor:
     """Compute the root-mean-square norm in float32; return the input's dtype, as transformers."""
     wide = x_xH.float()
-    return gain_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x_xH.dtype)
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normed = wide * scale if x_xH.dtype == torch.float32 else wide.mul_(scale)
+    return normed.to(x_xH.dtype).mul_(gain_H)
 
 
 class Rope:
@@ -93,12 +95,12 @@ class Qwen3Block:
         attended_BTH = yield from self.attention_stages(
             rms_norm(x_BTH, self.weights["input_layernorm.weight"], eps), rope, attention
         )
-        x_BTH = attention.read(x_BTH) + attended_BTH
+        x_BTH = attended_BTH.add_(attention.read(x_BTH))
         del attended_BTH
         mlp_BTH = yield from self.mlp_stages(
             rms_norm(x_BTH, self.weights["post_attention_layernorm.weight"], eps)
         )
-        return x_BTH + mlp_BTH
+        return mlp_BTH.add_(x_BTH)
 
     def attention_stages(
         self, normed_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL
