@@ -283,6 +283,7 @@ def share_trial(trial: Trial, report: Report, seat: Rendezvous) -> TrialRecord |
     with join_gang(seat) as team:
         if team.rank > 0:
             TrialLog(trial.folder / LOG).write(f"rank {team.rank} of {team.size}")
+            _notes_on_kernels(device_of(trial))  # tries Triton while the GPU has room for it
             with torch.inference_mode():
                 # Nobody reads these reports, but `report` also notices SIGTERM.
                 team.follow(lambda: report(Progress(trial=trial.id, phase="follow")))

@@ -31,8 +31,10 @@ from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.streaming import StreamedDecoder
 from q3q.numerics.divergence import kl_divergence
+from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.quantize.kernels.columns import block_solver, solve_block_plain
 from q3q.quantize.walk import quantize_model
+from q3q.sweep.gpus import usable_gpus
 from tests.evaluate.test_harness import adversarial, instances
 from tests.evaluate.test_prefixes import random_texts, requests_of
 from tests.quantize.test_gang import CASES, InMemory, facts_of
@@ -45,6 +47,13 @@ BF16 = torch.bfloat16
 
 def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(GPU, dtype)
+
+
+def test_the_driver_lists_what_torch_sees_and_triton_compiles_for_it():
+    assert [gpu.name for gpu in usable_gpus()] == [
+        torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
+    ]
+    assert compiler_fault() is None
 
 
 @pytest.mark.parametrize("causal", [True, False])
