@@ -91,3 +91,12 @@ class ReportError(ConfigError):
 
 class SweepFailedError(Q3QError):
     """A sweep that ended with failed trials; its table and report are written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's words, or its kind if it has none.
+
+    The Hub's client takes two sentences, with an address, to say that it is switched off.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    return "HF_HUB_OFFLINE is set" if "offline mode is enabled" in line else line

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.data.pinned import LOCAL, TaskFiles, files_digest
-from q3q.errors import ConfigError, UnavailableError
+from q3q.errors import ConfigError, UnavailableError, first_line
 from q3q.models.hub import COMMIT, HUB_SECONDS, ask
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ def _table(rows: Sequence[tuple[str, Row]]) -> Dataset:
     except Exception as error:  # Arrow's, or Python's for half a character
         first = bisect_left(range(1, len(rows)), True, key=fails)
         raise ConfigError(
-            f"{rows[first][0]} makes no table with the rows before it: {_reason(error)}"
+            f"{rows[first][0]} makes no table with the rows before it: {first_line(error)}"
         ) from error
 
 
@@ -407,7 +407,7 @@ def _revision(dataset: DataSet, folder: Path | None, options: dict[str, Any]) ->
             return commits[0]
         if commits:
             raise ConfigError(
-                f"the Hub does not say which commit of {dataset.key} to take: {_reason(error)}. "
+                f"the Hub does not say which commit of {dataset.key} to take: {first_line(error)}. "
                 f"The cache of `datasets` has {len(commits)}, remove all but one there: "
                 f"{', '.join(commits)}"
             ) from error
@@ -524,10 +524,6 @@ def _unavailable(dataset: DataSet, folder: Path | None, error: Exception) -> str
         base, files = "mmlu", "test/SUBJECT_test.csv and dev/SUBJECT_dev.csv"
     return (
         f"the data set {dataset.key} is neither in the cache of `datasets` nor to be had from the "
-        f"Hub: {_reason(error)}. To provide it: data.path={path} with {path}/{base}/ holding "
+        f"Hub: {first_line(error)}. To provide it: data.path={path} with {path}/{base}/ holding "
         f"{files}"
     )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

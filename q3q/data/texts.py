@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from q3q.data.files import file_documents, name_of_file, parsed, text_of
-from q3q.errors import CalibrationError, UnavailableTextError
+from q3q.errors import CalibrationError, UnavailableTextError, first_line
 from q3q.models.demo.library import held_out_text
 from q3q.models.demo.stories import stories
 from q3q.models.hub import HUB_SECONDS, ask
@@ -238,13 +238,12 @@ def _from_hub(source: str, split: Split, data: Path | None, dry_run: bool = Fals
             repository, name, repo_type="dataset", revision=revision, dry_run=dry_run
         )
     except Exception as error:  # the Hub client's, its HTTP library's or the disk's
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         folder = data or "DIR"
         raise UnavailableTextError(
             f"{split}={source} needs {name} of the data set {repository}, which is neither in the "
-            f"local cache nor to be had from the Hub: {reason}. To provide it: data.path={folder} "
-            f"with {folder}/{source}/{Path(name).name}; for a text of your own: {split}=file "
-            f"{split}.path=FILE"
+            f"local cache nor to be had from the Hub: {first_line(error)}. To provide it: "
+            f"data.path={folder} with {folder}/{source}/{Path(name).name}; for a text of your own: "
+            f"{split}=file {split}.path=FILE"
         ) from error
 
 

@@ -13,14 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from q3q.errors import CheckpointError
+from q3q.errors import CheckpointError, first_line
 from q3q.models.digests import DigestMemo
 from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
 from q3q.models.model_files import EMBEDDING, FLOATS, HEAD, read_model_files, settle, unread
 from q3q.models.model_json import (
     OWN_FOLDER,
     TOKENIZER_LIMIT,
-    first_line,
     read_json,
     refuse_irregular,
 )

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from q3q.errors import CheckpointError, UnavailableModelError
+from q3q.errors import CheckpointError, UnavailableModelError, first_line
 from q3q.models.facts import ModelFacts, read_facts
-from q3q.models.model_json import OWN_FOLDER, first_line
+from q3q.models.model_json import OWN_FOLDER
 
 # All that a Qwen3 folder needs, and its licence; no pickles, which can run code when loaded.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]
