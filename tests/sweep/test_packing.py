@@ -141,7 +141,7 @@ def test_a_trial_alone_in_its_process_gets_the_whole_gpu_and_few_threads(monkeyp
     from q3q.sweep import in_process
     from q3q.sweep.in_process import InProcess
 
-    monkeypatch.setattr(in_process, "machine_here", lambda: NODE)
+    monkeypatch.setattr(in_process, "machine_here", lambda _: NODE)
     for host in (InProcess(), InProcess(all_cores=False)):
         machines, request = host.machines(ResourceRequest())
         trials = [paper_trial("qwen3_8b", "gptq", bits) for bits in (2, 3, 4)]
