@@ -15,7 +15,7 @@ from q3q.masking import masked
 from q3q.placement import Trial
 from q3q.record import COMPLETED, Progress, Report, TrialRecord, forget_progress, load_trial
 from q3q.storage.aside import clear_for_file, clear_for_folder, put_aside, tell, telling
-from q3q.storage.claim import Claim, ClaimStore, Holder, claimed
+from q3q.storage.claim import Claim, ClaimStore, Holder, claimed, holder_of
 from q3q.storage.files import make_folder
 from q3q.storage.mirror import Mirror, is_light, mirror_for
 from q3q.storage.uploader import uploading
@@ -114,6 +114,16 @@ def _mirrored(trial: Trial, mirror: Mirror | None, claim: Claim) -> Iterator[Non
         yield
         if exported is not None and is_finished(trial):  # proved
             uploader.add(exported)
+
+
+def running_quantizations(besides: Trial) -> set[str]:
+    """Return the quantizations of the other trials of a storage that run, perhaps elsewhere."""
+    found = set()
+    for folder in {path.parent for path in besides.placement.trials.glob(f"*/{CLAIM}.claim.*")}:
+        if folder != besides.folder and holder_of(folder, CLAIM) is not None:
+            with suppress(*UNREADABLE):
+                found.add(load_trial(folder / "spec.json").spec.quantization_id)
+    return found
 
 
 def finished_record(trial: Trial) -> TrialRecord | None:

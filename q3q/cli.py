@@ -20,10 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 from q3q.attempt import finished_record
 from q3q.config.known import not_a_setting
 from q3q.config.model import facts_of
+from q3q.config.needs import everything_unavailable, fetching, needs_of, to_download
 from q3q.config.resolve import trial_from
 from q3q.config.schema import nearest
 from q3q.config.unread import without_effect
-from q3q.errors import EXIT_FAILED, EXIT_MISUSED, ConfigError, Q3QError
+from q3q.errors import EXIT_FAILED, EXIT_MISUSED, ConfigError, Q3QError, UnavailableError
 from q3q.evaluate.catalogue import OWN_TASKS, TASKS
 from q3q.evaluate.names import task_names
 from q3q.masking import masked
@@ -53,7 +54,10 @@ def run_alone(config: DictConfig) -> object:
         raise ConfigError(f"study={study} is a sweep, give -m: {launch(overrides, sweep=True)}")
     given = OverridesParser.create().parse_overrides(overrides)
     refuse_contradictions(given)
-    trial, settings = trial_from(config), StudySettings.of(config)
+    trial, settings = _trial(config, overrides), StudySettings.of(config)
+    if settings.plan_only:
+        absent = to_download(needs_of(config), fetching(overrides, sweep=False))
+        settings = replace(settings, absent=absent)
     _refuse_many(config, settings.request, overrides)
     lines = without_effect(given, [trial.spec])
     if not settings.fresh:
@@ -66,6 +70,15 @@ def run_alone(config: DictConfig) -> object:
     facts, settings = {trial.id: facts_of(config)}, replace(settings, notes=tuple(lines))
     records = run_study([trial], facts, settings, launch(overrides), InProcess())
     return None if records is None else records[trial.id]
+
+
+def _trial(config: DictConfig, overrides: Sequence[str]) -> Trial:
+    """Return the trial; where something is missing, name all that is."""
+    try:
+        return trial_from(config)
+    except UnavailableError as error:
+        fetch = fetching(overrides, sweep=False)
+        raise everything_unavailable(needs_of(config), error, fetch) from error
 
 
 def _without_effect_on_finished(trial: Trial, overrides: Sequence[str]) -> list[str]:

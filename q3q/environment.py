@@ -121,8 +121,8 @@ class Phases:
 
 
 class SystemWatch:
-    """This process's load (100 for each busy core) and memory; a GPU's memory, and its load where
-    the driver's library is installed.
+    """This process's load (100 for each busy core) and memory; a GPU's memory and load, the load
+    through torch and nvidia-ml-py.
 
     Args:
         every: seconds between two measurements.
@@ -145,7 +145,7 @@ class SystemWatch:
         if (cuda := _cuda()) is not None:
             free, total = cuda.mem_get_info()
             metrics["system/gpu_0_memory_usage_megabytes"] = round((total - free) / 1e6, 1)
-            with suppress(Exception):  # raised by an optional library, with its own error types
+            with suppress(Exception):  # of NVML: a MIG instance has no load of its own, for example
                 metrics["system/gpu_0_utilization_percentage"] = float(cuda.utilization())
         return metrics
 

@@ -37,8 +37,16 @@ class IncompatibleError(ConfigError):
     """
 
 
+class UnavailableError(ConfigError):
+    """Weights, a text or a data set that is neither here nor to be had from the Hub."""
+
+
 class CheckpointError(ConfigError):
     """A model folder that is missing, incomplete, damaged, or of no family that q3q runs."""
+
+
+class UnavailableModelError(CheckpointError, UnavailableError):
+    """A model of the Hub that is neither in the cache nor to be had."""
 
 
 class ShapeError(Q3QError):
@@ -47,6 +55,10 @@ class ShapeError(Q3QError):
 
 class CalibrationError(ConfigError):
     """A calibration text that is missing, empty or too short."""
+
+
+class UnavailableTextError(CalibrationError, UnavailableError):
+    """A text of the Hub that is neither in the cache nor to be had."""
 
 
 class NumericsError(Q3QError):
@@ -79,3 +91,12 @@ class ReportError(ConfigError):
 
 class SweepFailedError(Q3QError):
     """A sweep that ended with failed trials; its table and report are written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's words, or its kind if it has none.
+
+    The Hub's client takes two sentences, with an address, to say that it is switched off.
+    """
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    return "HF_HUB_OFFLINE is set" if "offline mode is enabled" in line else line

@@ -74,6 +74,14 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def in_bytes(count: int) -> str:
+    """Return a size for people: `16.4 GB`, `361 MB`, `12 kB`."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
+
+
 def printable(text: str) -> str:
     """Return one line without control characters, which a name or an error may hold."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())

@@ -9,7 +9,9 @@ from typing import Any
 from q3q.spec import Json, TrialSpec
 from q3q.storage.stores import mirror_of
 
-KEEP_BLOCKS = "blocks"
+# What a trial keeps of its quantized blocks once it has succeeded: nothing, what a budget allows
+# (see `storage.block_cache`), or all.
+KEEP_NONE, KEEP_AUTO, KEEP_BLOCKS = KEEPS = ("none", "auto", "blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Placement:
     """One trial's placement on one machine.
 
     trials: folder of every trial's state
-    keep: `blocks` keeps quantized blocks after the trial has succeeded
+    keep: what is kept of the quantized blocks once the trial has succeeded, one of KEEPS
     store: URL that the storage folder mirrors
     model: folder of a local model
     calibration, evaluation: files of texts that are not q3q's own
@@ -54,7 +56,7 @@ class Placement:
 
     # In the order of the JSON, where all of it is called `places`, and a grant `share`.
     trials: Path = Path("mlruns/trials")
-    keep: str = "none"
+    keep: str = KEEP_NONE
     store: str | None = None
     model: Path | None = None
     calibration: Path | None = None
@@ -80,7 +82,21 @@ class Placement:
 
     @property
     def keeps_blocks(self) -> bool:
+        """True if quantized blocks stay for good."""
         return self.keep == KEEP_BLOCKS
+
+    @property
+    def caches_blocks(self) -> bool:
+        """True if quantized blocks stay within a budget.
+
+        An object store has no free disk to take a part of: there, keep=auto keeps none.
+        """
+        return self.keep == KEEP_AUTO and self.store is None
+
+    @property
+    def shares_blocks(self) -> bool:
+        """True if quantized blocks lie where other trials read them."""
+        return self.keeps_blocks or self.caches_blocks
 
     def in_storage(self, storage: Path, **changes: Any) -> "Placement":
         """Return the same placement in another storage folder; an export inside moves along."""
@@ -131,12 +147,12 @@ class Trial:
 
     @property
     def blocks_folder(self) -> Path:
-        """Quantized blocks while the trial runs."""
+        """Quantized blocks while a trial runs that shares none."""
         return self.folder / "blocks"
 
     @property
     def kept_blocks_folder(self) -> Path:
-        """Quantized blocks of finished trials; those that differ in evaluation alone share them."""
+        """Quantized blocks that trials share which differ in evaluation alone."""
         return self.placement.trials / "blocks" / self.spec.quantization_id
 
     def placed(self, **changes: Any) -> "Trial":

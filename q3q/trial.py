@@ -5,13 +5,16 @@ import json
 import platform
 import shutil
 import traceback
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from q3q.attempt import LOG, Attempt, TrialLog, attempt
+from q3q.attempt import LOG, Attempt, TrialLog, attempt, running_quantizations
 from q3q.crash import crash_reason, forget_crash
 from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
@@ -22,10 +25,12 @@ from q3q.evaluate.samples import SAMPLES, write_samples
 from q3q.evaluate.version import refuse_other_versions
 from q3q.export.proof import PASSED
 from q3q.export.publish import Exported, finish_export
-from q3q.export.writer import ExportingSink, open_exporter
+from q3q.export.writer import Exporter, ExportingSink, open_exporter
 from q3q.models.adjust import set_activations, set_route
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
+from q3q.models.decoder import Decoder
 from q3q.models.footprint import Device
+from q3q.models.hub import is_downloaded
 from q3q.models.loading import device_of, load_model, open_checkpoint
 from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.weights import StoredWeight
@@ -35,8 +40,9 @@ from q3q.quantize.ends import quantize_ends
 from q3q.quantize.ledger import Ledger, StoredCodes, sizes, stored_note
 from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.registry import settings_of, settings_or_default
-from q3q.quantize.methods.source import differ, source_of
+from q3q.quantize.methods.source import source_of
 from q3q.quantize.search import choose_variant
+from q3q.quantize.shared import blocks_of
 from q3q.quantize.walk import quantized_blocks
 from q3q.record import (
     COMPLETED,
@@ -46,16 +52,15 @@ from q3q.record import (
     Scores,
     TrialRecord,
     block_errors,
-    forget_progress,
 )
 from q3q.reporter import Reporter
 from q3q.spec import Json
 from q3q.storage.aside import tell
-from q3q.storage.claim import ClaimLostError
+from q3q.storage.block_cache import BlockCache
+from q3q.storage.claim import ClaimLostError, Holder
 from q3q.storage.files import write_atomically
 from q3q.team import SOLO, PeerLostError, Rendezvous, Team, join_gang
 
-SOURCE = "method_source"  # beside the blocks: the code that made them
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -76,7 +81,8 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
     phases, started = Phases(), now()
     reporter = Reporter(spec.id, report, SystemWatch().due)
     write_atomically(trial.folder / "spec.json", json.dumps(trial.to_json(), indent=1).encode())
-    ledger, ends, exported = Ledger(), dict[str, StoredWeight](), Exported()
+    ledger, exported = Ledger(), Exported()
+    ends: Mapping[str, StoredWeight] = {}
     with torch.inference_mode():
         reporter.phase("load")(0, 1)
         memory = settings_of(spec.method).memory()
@@ -87,27 +93,13 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         reporter.phase("load", str(loading))(1, 1)
         with phases.phase("baseline"):
             reference = reference_of(model, tokenizer, trial, reporter)
-        store = _blocks_of(trial, reporter)
         exporter = open_exporter(trial, checkpoint)
-        if spec.schemes is not None:
-            reporter.phase("calibrate")(0, 1)
-            with phases.phase("calibrate"):
-                all_stored = store.holds(len(model.blocks))
-                wait = partial(reporter.phase("calibrate"), 0, 1)
-                windows = None if all_stored else calibration_windows(trial, tokenizer, wait)
-            set_route(model, spec)
-            reporter.phase("quantize")(0, len(model.blocks))
-            with phases.phase("quantize"):
-                method = choose_variant(build_method(spec), model, spec, windows, store, reporter)
-                sink = store if exporter is None else ExportingSink(store, exporter)
-                with store:  # all blocks are on the disk at its end
-                    for block in quantized_blocks(model, method, spec.schemes, windows, sink):
-                        ledger.add(block)
-                        errors = block_errors(block.errors).get(block.index)
-                        steps = reporter.phase("quantize", metrics=errors)
-                        steps(block.index + 1, len(model.blocks))
-                        del block  # its codes would lie on a GPU while the next ones are found
-                ends = quantize_ends(model, spec.schemes)
+        with _blocks_of(trial, len(model.blocks), reporter) as store:
+            if spec.schemes is not None:
+                with phases.phase("calibrate"):
+                    windows = _windows(trial, tokenizer, store, len(model.blocks), reporter)
+                with phases.phase("quantize"):
+                    ledger, ends = _quantize(trial, model, windows, store, exporter, reporter)
         with phases.phase("evaluate"):
             set_activations(model, spec)
             scores = evaluate(model, tokenizer, trial, reference, reporter)
@@ -159,8 +151,43 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
     )
     record.save()
     reporter.phase("record")(1, 1)
-    clear(record)
+    clear(record, made_blocks=store.made)
     return record
+
+
+def _windows(
+    trial: Trial, tokenizer: Any, store: BlockStore, blocks: int, reporter: Reporter
+) -> Tensor | None:
+    """Return the calibration windows; None if no block is missing, or the method observes none."""
+    steps = reporter.phase("calibrate")
+    steps(0, 1)
+    if store.holds(blocks):
+        return None
+    return calibration_windows(trial, tokenizer, partial(steps, 0, 1))
+
+
+def _quantize(
+    trial: Trial,
+    model: Decoder,
+    windows: Tensor | None,
+    store: BlockStore,
+    exporter: Exporter | None,
+    reporter: Reporter,
+) -> tuple[Ledger, Mapping[str, StoredWeight]]:
+    """Quantize the model in place; return the facts about its blocks, and its quantized ends."""
+    spec, count, ledger = trial.spec, len(model.blocks), Ledger()
+    assert spec.schemes is not None
+    set_route(model, spec)
+    reporter.phase("quantize")(0, count)
+    method = choose_variant(build_method(spec), model, spec, windows, store, reporter)
+    sink = store if exporter is None else ExportingSink(store, exporter)
+    for block in quantized_blocks(model, method, spec.schemes, windows, sink):
+        ledger.add(block)
+        errors = block_errors(block.errors).get(block.index)
+        reporter.phase("quantize", metrics=errors)(block.index + 1, count)
+        del block  # its codes would lie on a GPU while the next ones are found
+    store.settle()
+    return ledger, quantize_ends(model, spec.schemes)
 
 
 def _write_samples(trial: Trial, scores: Scores) -> dict[str, str | None]:
@@ -168,10 +195,6 @@ def _write_samples(trial: Trial, scores: Scores) -> dict[str, str | None]:
     if not scores.samples:
         return {}
     return {SAMPLES: write_samples(trial.folder / SAMPLES, scores.samples)}
-
-
-def block_store(trial: Trial) -> BlockStore:
-    return BlockStore(trial.blocks_folder, trial.kept_blocks_folder, trial.spec.quantization_id)
 
 
 def unquantized_metrics(trial: Trial, reference: Reference) -> dict[str, float]:
@@ -187,33 +210,20 @@ def unquantized_metrics(trial: Trial, reference: Reference) -> dict[str, float]:
     return metrics
 
 
-def _blocks_of(trial: Trial, reporter: Reporter) -> BlockStore:
-    """Return the trial's blocks on disk, but none that other code of a package's method made.
+def _blocks_of(trial: Trial, count: int, reporter: Reporter) -> AbstractContextManager[BlockStore]:
+    """See `blocks_of`; the trial's log says what it waits for."""
 
-    Scores of such blocks are forgotten with them, and a line of the log says so. q3q's own methods
-    raise `version` instead.
-    """
-    kept, identity = trial.kept_blocks_folder, trial.spec.quantization_id
-    if trial.spec.method.package is None:
-        return block_store(trial)
-    source = source_of(trial.spec.method)
-    stale = [
-        folder
-        for folder in (trial.blocks_folder, kept)
-        if differ(BlockStore(folder, identity=identity).recall(SOURCE), source)
-    ]
-    if stale:
-        reporter.phase("load", "its method's code changed: no block of the old code is used")(1, 1)
-    if trial.blocks_folder in stale:
-        forget_progress(trial)
-    store = BlockStore(trial.blocks_folder, None if kept in stale else kept, identity)
-    if source is not None:
-        store.remember(SOURCE, source)
-    return store
+    def wait(holder: Holder) -> None:
+        reporter.phase("wait", f"for {holder}, which makes the same blocks")(0, 1)
+
+    return blocks_of(trial, count, wait, lambda line: reporter.phase("load", line)(1, 1))
 
 
 def _opened(trial: Trial, reporter: Reporter) -> Checkpoint:
     """Open the trial's checkpoint; report where its files disagree with its config.json."""
+    model = trial.spec.model
+    if model.source is not None and not is_downloaded(model.source, model.revision):
+        reporter.phase("download", model.source)(0, 1)
     checkpoint = open_checkpoint(trial)
     for remark in checkpoint.remarks:
         reporter.phase("load", remark)(0, 1)
@@ -240,11 +250,15 @@ def _notes_on(checkpoint: Checkpoint) -> Json:
     return {"checkpoint": list(checkpoint.remarks)} if checkpoint.remarks else {}
 
 
-def clear(record: TrialRecord) -> None:
-    """Delete what only a running trial needs; keep=blocks moves its blocks to where others read.
+def clear(record: TrialRecord, *, made_blocks: bool = False) -> None:
+    """Delete what only a running trial needs, and of kept blocks what is beyond their budget.
 
     If only the export's proof failed, nothing is deleted: codes and measurements are sound, and the
     next attempt reuses them.
+
+    Args:
+        made_blocks: the trial made some of its blocks; if it failed its checks, they go too. Those
+            that keep=auto found go in any case, those that keep=blocks found do not.
     """
     trial = record.trial
     if [check.name for check in record.checks if not check.passed] == [PASSED]:
@@ -252,11 +266,16 @@ def clear(record: TrialRecord) -> None:
     shutil.rmtree(trial.folder / "evaluations", ignore_errors=True)
     for torn in trial.folder.glob(".*.partial"):  # of a process that died while it wrote
         torn.unlink(missing_ok=True)
-    store = block_store(trial)
-    if record.completed and trial.placement.keeps_blocks:
-        store.keep()
+    own = BlockStore(trial.blocks_folder, trial.kept_blocks_folder, trial.spec.quantization_id)
+    if not trial.placement.shares_blocks:
+        own.delete()
+    elif record.completed:
+        own.keep()  # an older version left them in the trial's folder until now
+        BlockCache(trial.placement.trials).trim(partial(running_quantizations, besides=trial))
     else:
-        store.delete()
+        own.delete()
+        if made_blocks or trial.placement.caches_blocks:
+            BlockStore(trial.kept_blocks_folder).delete()
 
 
 def share_trial(trial: Trial, report: Report, seat: Rendezvous) -> TrialRecord | None:
@@ -264,6 +283,7 @@ def share_trial(trial: Trial, report: Report, seat: Rendezvous) -> TrialRecord |
     with join_gang(seat) as team:
         if team.rank > 0:
             TrialLog(trial.folder / LOG).write(f"rank {team.rank} of {team.size}")
+            _notes_on_kernels(device_of(trial))  # tries Triton while the GPU has room for it
             with torch.inference_mode():
                 # Nobody reads these reports, but `report` also notices SIGTERM.
                 team.follow(lambda: report(Progress(trial=trial.id, phase="follow")))

@@ -24,7 +24,7 @@ FLOORS = [
     "q3q.sweep.packing q3q.sweep.disk q3q.sweep.plan q3q.sweep.ray q3q.sweep.background "
     "q3q.sweep.progress q3q.track",
     "q3q.config q3q.report q3q.sweep",
-    "launch hydra_plugins q3q.cli q3q.trials q3q.track.__main__ q3q.report.__main__",
+    "launch hydra_plugins q3q.cli q3q.fetch q3q.trials q3q.track.__main__ q3q.report.__main__",
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 SEPARATE = {"q3q.quantize", "q3q.evaluate", "q3q.export"}  # rooms that do not know each other
@@ -32,7 +32,7 @@ DOORS = {
     "ray": {"q3q.sweep.ray"},
     "mlflow": {"q3q.track"},
     "lm_eval": {"q3q.evaluate.harness"},
-    "hydra": {"launch", "hydra_plugins", "q3q.cli", "q3q.config", "q3q.sweep"},
+    "hydra": {"launch", "hydra_plugins", "q3q.cli", "q3q.fetch", "q3q.config", "q3q.sweep"},
     "matplotlib": {"q3q.report"},
     "pandas": {"q3q.report"},
     "jinja2": {"q3q.report.page"},

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from q3q import crash
 from q3q.config import resolve, schema
 from q3q.errors import IncompatibleError
+from q3q.quantize.block_store import BlockStore
 from q3q.quantize.methods import registry, source
 from q3q.sweep.in_process import InProcess
 from q3q.sweep.run import StudySettings, run_study
 from q3q.sweep.study import facts_of_trial
 from q3q.track.wording import trial_note
-from q3q.trial import attempt_trial, block_store
+from q3q.trial import attempt_trial
 from q3q.trials.stored import find_trials, listed
 from tests.test_plugins import pretend_to_install
 
@@ -109,7 +110,7 @@ def test_fractional_zero_points_are_kept_through_blocks_evaluation_and_export(
     # 3 bits a code, and of each group of 64 a scale and a zero point, 16 bits each.
     assert record.metrics["bits_per_weight"] == 3 + 32 / 64
 
-    kept = block_store(one)
+    kept = BlockStore(one.kept_blocks_folder, identity=one.spec.quantization_id)
     files = Path(one.placement.export).glob("*.safetensors")
     exported = {key: tensor for file in files for key, tensor in load_file(file).items()}
     fractions = 0

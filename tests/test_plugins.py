@@ -79,9 +79,7 @@ def pretend_to_install(
         f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n", encoding="utf-8"
     )
     lines = [f"{name} = {value}" for name, value in points.items()]
-    (info / "entry_points.txt").write_text(
-        "\n".join([f"[{group}]", *lines, ""]), encoding="utf-8"
-    )
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines, ""]), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -108,8 +108,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
         config_model, "resolve_revision", lambda source, revision: f"commit of {source}"
     )
     monkeypatch.setattr(config_model, "fetch_facts", facts)
+    monkeypatch.setattr(config_texts, "open_text", text)
     for module in (config_texts, config_evaluation):
-        monkeypatch.setattr(module, "open_text", text)
         monkeypatch.setattr(module, "check_long_enough", lambda *_: None)
     monkeypatch.setattr(config_evaluation, "_data_sets", lambda *_: ({}, []))
 

@@ -14,9 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from q3q import trial as trial_module
+from q3q.data.prepared import Shelf, kept_identity, prepared
 from q3q.evaluate.samples import write_samples
 from q3q.export import destination
 from q3q.export.marker import write_marker
@@ -25,6 +27,7 @@ from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.placement import Grant, Trial
 from q3q.record import Progress, Sweep, TrialRecord, load_trial
 from q3q.report.records import all_sweeps
+from q3q.spec import Json
 from q3q.storage import claim
 from q3q.storage import status as bulletin
 from q3q.storage.claim import Holder
@@ -33,6 +36,7 @@ from q3q.storage.status import StatusWriter, SweepStatus, View, Work, at_work, s
 from q3q.sweep.progress import Display
 from q3q.trials import attach as attach_module
 from q3q.trials.__main__ import main
+from q3q.trials.delete import prepared_identities
 from q3q.trials.stored import find_trials
 from tests.specs import evaluation_of, make_trial, model_of, respecified, text_of
 
@@ -213,6 +217,38 @@ def test_deleting_takes_exports_and_baselines_that_no_other_trial_has_use_for(st
     assert (export.exists(), mine.exists(), others.exists()) == (False, True, True)
     assert main(["--storage", str(storage), "delete", second.id]) == 0
     assert (mine.exists(), others.exists()) == (False, True)
+
+
+def test_deleting_takes_prepared_input_that_no_other_trial_reads(storage):
+    """Windows of the text that only the first has, requests of the task that only it has."""
+    first, second = (
+        respecified(trial(storage, bits, *texts, tasks=tasks), seed=seed)
+        for bits, texts, tasks, seed in (
+            (2, ("stories", "library"), ("piqa", "boolq"), 0),
+            (3, ("stories",), ("boolq",), 1),
+        )
+    )
+    first, second = complete(first), complete(second)
+    shelf = Shelf(storage / "prepared", "a tokenizer")
+    for one in (first, second):
+        for identity in prepared_identities(one.spec):
+            prepared(shelf, {**identity, "more": 1}, lambda: {"x": np.zeros(3)})
+    write_atomically(shelf.folder / "another.safetensors", b"not a whole file")
+
+    def left() -> list[Json]:
+        files = [*shelf.folder.glob("*.safetensors")]
+        return [identity for path in files if (identity := kept_identity(path)) is not None]
+
+    # Both read the stories; the requests of several tasks are in one file.
+    assert len(left()) == 4
+    assert main(["--storage", str(storage), "delete", first.id]) == 0
+    assert {json.dumps(one.get("text", one.get("requests"))) for one in left()} == {
+        json.dumps(text_of("stories").digest),
+        json.dumps(["boolq"]),
+    }
+    assert main(["--storage", str(storage), "delete", second.id]) == 0
+    assert left() == []
+    assert (shelf.folder / "another.safetensors").is_file()
 
 
 def test_what_runs_is_not_deleted_and_what_is_not_there_is_named(storage, capsys):

@@ -16,7 +16,7 @@ from q3q.config.texts import (
     check_path_is_read,
     data_folder,
     name_of_text,
-    open_text,
+    opened,
 )
 from q3q.data.pinned import folder_digest
 from q3q.data.questions import Library
@@ -88,7 +88,7 @@ def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | Non
 
 def _text_ref(config: DictConfig, source: str, folder: Path | None) -> TextRef:
     settings = config.evaluation
-    text = open_text(source, "evaluation", settings.path, config.data.path)
+    text = opened(config, source, "evaluation", settings.path)
     samples = RANDOM_TEXTS.get(source)
     draw = "random" if samples else "first"
     check_long_enough(text, folder, 1, settings.window, draw, "evaluation")
@@ -167,6 +167,7 @@ def _resolve_tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -
         data_folder(config),
         settings.max_gen_toks,
         facts.max_positions,
+        bool(config.plan),
     )
     if not generating:
         _refuse_unread_length(settings)
@@ -211,6 +212,7 @@ def _data_sets(
     folder: Path | None,
     most: int | None,
     window: int,
+    plan: bool,
 ) -> tuple[dict[str, str], list[str]]:
     """Return each data set's commit or digest, and the tasks that generate text."""
     library = Library(folder, settle=True, include=include)
@@ -222,6 +224,7 @@ def _data_sets(
         include=include,
         most=most,
         window=window,
+        downloads=not plan,
     )
     for source in sorted(library.files.not_pinned):
         print(

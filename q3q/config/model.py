@@ -85,7 +85,14 @@ def _local_model(folder: Path, storage: str) -> tuple[ModelFacts, str]:
 @functools.cache
 def _hub_model(source: str, revision: str | None) -> tuple[str, ModelFacts]:
     commit = resolve_revision(source, revision)
-    return commit, fetch_facts(source, commit)
+    facts = fetch_facts(source, commit)
+    if not facts.says_dtype:
+        print(
+            f"Note: the config.json of {source} names no dtype, which means {facts.dtype}: in 16 "
+            "bits (dtype=bfloat16) it takes half the memory",
+            file=sys.stderr,
+        )
+    return commit, facts
 
 
 def refuse_second_rounding(

@@ -36,7 +36,7 @@ from q3q.models.footprint import (
     need,
     refuse_generation,
 )
-from q3q.placement import KEEP_BLOCKS, Placement, Trial
+from q3q.placement import KEEPS, Placement, Trial
 from q3q.quantize.methods.registry import method_ref, offers, settings_class
 from q3q.quantize.methods.settings import MethodSettings, NoneSettings
 from q3q.spec import Evaluation, TrialSpec, heads_in_memory
@@ -55,7 +55,7 @@ def trial_from(config: DictConfig) -> Trial:
     settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
     if problem := settings.problem():
         raise ConfigError(problem)
-    refuse_unknown("keep", config.keep, ("none", KEEP_BLOCKS))
+    refuse_unknown("keep", config.keep, KEEPS)
     if is_url(config.storage):
         refuse_unusable(config.storage)
     model, folder, facts = resolve_model(config)

@@ -126,10 +126,10 @@ class ClusterConfig:
     address: HOST:PORT of a running Ray cluster, or auto for the one here; null: start one
     cpus_per_trial: cores and torch threads; auto: the same part as the trial takes of the memory
     gpus_per_trial: a share of one GPU, 1, or n for a gang of n that divide the model; 0: none;
-        auto: what the model needs
+        auto: one or, where trials outnumber GPUs, perhaps a share; a gang if one is too small
     ranks_per_trial: processes that share one trial, a gang; auto: one per GPU, on cores one
-    memory_per_trial: main memory that a trial reserves, such as 16GB; on GPUs auto is 4 GB and
-        two blocks
+    memory_per_trial: main memory that a trial reserves, such as 16GB; on GPUs auto is 4 GB,
+        two blocks and the activations that the GPU does not hold
     gpu_memory: memory of one GPU, such as 80GB; auto: what nvidia-smi or Ray says
     patience: seconds to wait for more machines, where a cluster grows on demand
     """
@@ -204,7 +204,7 @@ class Config:
     seed: int = 0
     plan: bool = False
     fresh: bool = False
-    keep: str = "none"
+    keep: str = "auto"
     name: str | None = None
     question: str | None = None
     expectation: str | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from q3q.config.schema import DRAWS, ROUTES, TEXT_NAMES, refuse_unknown
-from q3q.data.texts import SOURCES, Split, Text, load_text
+from q3q.data.texts import SOURCES, Split, Text, load_text, text_is_here
 from q3q.errors import CalibrationError, ConfigError
 from q3q.models.facts import ModelFacts
 from q3q.quantize.methods.settings import MethodSettings
@@ -17,6 +17,8 @@ from q3q.spec import Calibration
 RANDOM_TEXTS = {"c4": 256}
 # No text has longer tokens on average: with this many characters a token, it is long enough.
 CHARACTERS_PER_TOKEN = 100
+# Stands in a plan for a text that is to be downloaded; the trial's id is then not yet known.
+ABSENT = Text("absent", ())
 
 
 def resolve_calibration(
@@ -32,7 +34,7 @@ def resolve_calibration(
         if value < 1:
             raise ConfigError(f"calibration.{key}={value}: give 1 or more")
     check_path_is_read(calibration.path, "calibration", [calibration.source])
-    text = open_text(calibration.source, "calibration", calibration.path, config.data.path)
+    text = opened(config, calibration.source, "calibration", calibration.path)
     check_long_enough(text, folder, samples, length, draw, "calibration")
     return Calibration(
         source=calibration.source,
@@ -42,6 +44,13 @@ def resolve_calibration(
         draw=draw,
         route=calibration.route if facts.experts else None,
     )
+
+
+def opened(config: DictConfig, source: str, split: Split, path: str | None) -> Text:
+    """Return a text, or ABSENT for a plan that would have to download it."""
+    if config.plan and not text_is_here(source, split, data_folder(config)):
+        return ABSENT
+    return open_text(source, split, path, config.data.path)
 
 
 def data_folder(config: DictConfig) -> Path | None:
@@ -65,6 +74,8 @@ def check_long_enough(
     Raises:
         CalibrationError: it is too short, or has no document of the length asked for.
     """
+    if text is ABSENT:
+        return
     needed = length * (samples if draw == "first" else 1)
     if draw != "documents" and sum(map(len, text.documents)) >= CHARACTERS_PER_TOKEN * needed:
         return

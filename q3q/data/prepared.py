@@ -34,6 +34,7 @@ FOLDER = "prepared"
 SUFFIX = ".safetensors"
 # Metadata of a file: what its arrays are, and the SHA-256 of that and of them.
 IDENTITY, CHECKSUM = "identity", "sha256"
+MOST_HEADER = 1 << 20  # bytes; a file's facts take a few thousand
 # Packages whose versions may change what a tokenizer makes of a text.
 PACKAGES = ("tokenizers", "transformers")
 
@@ -142,9 +143,14 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
 
 
 def kept_identity(path: Path) -> Json | None:
-    """Return the identity of a prepared file; None if it cannot be read."""
+    """Return the identity of a prepared file, from its header; None if that cannot be read."""
     try:
-        identity = json.loads(_metadata(read_file(path))[IDENTITY])
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            beginning = file.read(8)
+            header = file.read(min(int.from_bytes(beginning, "little"), MOST_HEADER))
+        identity = json.loads(_metadata(beginning + header)[IDENTITY])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return identity if isinstance(identity, dict) else None

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.data.pinned import LOCAL, TaskFiles, files_digest
-from q3q.errors import ConfigError
-from q3q.models.hub import COMMIT, HUB_SECONDS
+from q3q.errors import ConfigError, UnavailableError, first_line
+from q3q.models.hub import COMMIT, HUB_SECONDS, ask
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -183,6 +183,17 @@ class Library:
                 )
         return self.identities[dataset.key]
 
+    def is_here(self, dataset: DataSet) -> bool:
+        """Return True if one of the study's data sets needs no download."""
+        commit = REPOSITORIES[dataset.repository].commit
+        return bool(self._files(dataset)) or any(
+            folder.name == commit for folder in _downloaded(dataset, {})
+        )
+
+    def assume(self, dataset: DataSet) -> None:
+        """Identify one of the study's data sets as what the Hub has, without looking at it."""
+        self.identities[dataset.key] = REPOSITORIES[dataset.repository].commit
+
     def where(self, dataset: DataSet) -> str:
         """Return an identified data set's folder, or its name on the Hub."""
         if not self.identities[dataset.key].startswith(LOCAL):
@@ -313,7 +324,7 @@ def _table(rows: Sequence[tuple[str, Row]]) -> Dataset:
     except Exception as error:  # Arrow's, or Python's for half a character
         first = bisect_left(range(1, len(rows)), True, key=fails)
         raise ConfigError(
-            f"{rows[first][0]} makes no table with the rows before it: {_reason(error)}"
+            f"{rows[first][0]} makes no table with the rows before it: {first_line(error)}"
         ) from error
 
 
@@ -385,19 +396,22 @@ def _revision(dataset: DataSet, folder: Path | None, options: dict[str, Any]) ->
         return REPOSITORIES[dataset.repository].commit
     from huggingface_hub import HfApi
 
+    def newest() -> str | None:
+        return HfApi().dataset_info(dataset.repository, expand=["sha"], timeout=HUB_SECONDS).sha
+
     try:
-        sha = HfApi().dataset_info(dataset.repository, expand=["sha"], timeout=HUB_SECONDS).sha
+        sha = ask(newest)
     except Exception as error:  # the Hub client's or its HTTP library's
         commits = sorted({folder.name for folder in _downloaded(dataset, options)})
         if len(commits) == 1:
             return commits[0]
         if commits:
             raise ConfigError(
-                f"the Hub does not say which commit of {dataset.key} to take: {_reason(error)}. "
+                f"the Hub does not say which commit of {dataset.key} to take: {first_line(error)}. "
                 f"The cache of `datasets` has {len(commits)}, remove all but one there: "
                 f"{', '.join(commits)}"
             ) from error
-        raise ConfigError(_unavailable(dataset, folder, error)) from error
+        raise UnavailableError(_unavailable(dataset, folder, error)) from error
     if not sha or not COMMIT.fullmatch(sha):
         raise ConfigError(f"the Hub does not say which commit {dataset.repository} has")
     return sha
@@ -416,7 +430,11 @@ def _from_hub(
 
         repository = dataset.repository
         # Fails within seconds; `datasets` alone retries for minutes if the Hub does not answer.
-        HfApi().dataset_info(repository, revision=revision, expand=["sha"], timeout=HUB_SECONDS)
+        ask(
+            lambda: HfApi().dataset_info(
+                repository, revision=revision, expand=["sha"], timeout=HUB_SECONDS
+            )
+        )
         builder = datasets.load_dataset_builder(
             repository, dataset.name, revision=revision, **options
         )
@@ -429,7 +447,36 @@ def _from_hub(
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(_unavailable(dataset, folder, error)) from error
+        raise UnavailableError(_unavailable(dataset, folder, error)) from error
+
+
+def repository_bytes(datasets: Sequence[DataSet], folder: Path | None) -> int:
+    """Return the bytes that configurations of one of the study's repositories take on the Hub.
+
+    Raises:
+        ConfigError: the Hub does not say.
+    """
+    from huggingface_hub import HfApi
+
+    name = datasets[0].repository
+    commit = REPOSITORIES[name].commit
+    try:
+        info = ask(
+            lambda: HfApi().dataset_info(
+                name, revision=commit, files_metadata=True, timeout=HUB_SECONDS
+            )
+        )
+    except Exception as error:  # the Hub client's or its HTTP library's
+        raise UnavailableError(_unavailable(datasets[0], folder, error)) from error
+    files = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or ()
+        if Path(file.rfilename).suffix in SUFFIXES
+    }
+    # A configuration's files lie in a folder of its name, or all belong to the only one.
+    names = {data.name for data in datasets}
+    own = {path for path in files if names & {*Path(path).parts[:-1]}}
+    return sum(size for path, size in files.items() if path in own or not own)
 
 
 def _from_cache(dataset: DataSet, revision: str, options: dict[str, Any]) -> DatasetDict | None:
@@ -477,10 +524,6 @@ def _unavailable(dataset: DataSet, folder: Path | None, error: Exception) -> str
         base, files = "mmlu", "test/SUBJECT_test.csv and dev/SUBJECT_dev.csv"
     return (
         f"the data set {dataset.key} is neither in the cache of `datasets` nor to be had from the "
-        f"Hub: {_reason(error)}. To provide it: data.path={path} with {path}/{base}/ holding "
+        f"Hub: {first_line(error)}. To provide it: data.path={path} with {path}/{base}/ holding "
         f"{files}"
     )
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

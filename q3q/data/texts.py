@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from q3q.data.files import file_documents, name_of_file, parsed, text_of
-from q3q.errors import CalibrationError
+from q3q.errors import CalibrationError, UnavailableTextError, first_line
 from q3q.models.demo.library import held_out_text
 from q3q.models.demo.stories import stories
-from q3q.models.hub import HUB_SECONDS
+from q3q.models.hub import HUB_SECONDS, ask
 
 Split = Literal["calibration", "evaluation"]
 # Seed and number of the demo's stories. The models were trained on seed 0, without held-out ones.
@@ -155,7 +155,7 @@ def _demo_text(split: Split) -> Text:
 
 def _hub_text(source: str, split: Split, data: Path | None) -> Text:
     hub, local_copy = _HUB[source], _local_copy(source, split, data)
-    file = local_copy or _hub_file(source, split, data)
+    file = local_copy or _cached_file(source, split) or download_text(source, split, data)
     try:
         rows = tuple(_parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file))
     except (OSError, ValueError, KeyError) as error:
@@ -182,26 +182,68 @@ def _local_copy(source: str, split: Split, data: Path | None) -> Path | None:
     return next((file for name in names if (file := data / source / name).is_file()), None)
 
 
-def _hub_file(source: str, split: Split, data: Path | None) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+def is_from_hub(source: str) -> bool:
+    return source in _HUB
+
+
+def text_is_here(source: str, split: Split, data: Path | None) -> bool:
+    """Return True if a text needs no download."""
+    if source not in _HUB:
+        return True
+    return (_local_copy(source, split, data) or _cached_file(source, split)) is not None
+
+
+def text_bytes(source: str, split: Split, data: Path | None) -> int:
+    """Return the bytes of a text's file on the Hub.
+
+    Raises:
+        CalibrationError: it is not to be had.
+    """
+    return int(_from_hub(source, split, data, dry_run=True).file_size or 0)
+
+
+def download_text(source: str, split: Split, data: Path | None) -> Path:
+    """Return a text's file, downloaded from the Hub.
+
+    Raises:
+        CalibrationError: it is not to be had.
+    """
+    return Path(_from_hub(source, split, data))
+
+
+def _cached_file(source: str, split: Split) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    hub = _HUB[source]
+    cached = try_to_load_from_cache(
+        hub.repository, hub.files[split], repo_type="dataset", revision=hub.revision
+    )
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _from_hub(source: str, split: Split, data: Path | None, dry_run: bool = False) -> Any:
+    """Download a text's file; return its path or, of a dry run, what is known of it."""
+    from huggingface_hub import HfApi, hf_hub_download
 
     hub = _HUB[source]
     name, repository, revision = hub.files[split], hub.repository, hub.revision
-    cached = try_to_load_from_cache(repository, name, repo_type="dataset", revision=revision)
-    if isinstance(cached, str):
-        return Path(cached)
     try:
         # Fails within seconds; a download alone retries half a minute if the Hub does not answer.
-        HfApi().dataset_info(repository, revision=revision, expand=["sha"], timeout=HUB_SECONDS)
-        return Path(hf_hub_download(repository, name, repo_type="dataset", revision=revision))
+        ask(
+            lambda: HfApi().dataset_info(
+                repository, revision=revision, expand=["sha"], timeout=HUB_SECONDS
+            )
+        )
+        return hf_hub_download(
+            repository, name, repo_type="dataset", revision=revision, dry_run=dry_run
+        )
     except Exception as error:  # the Hub client's, its HTTP library's or the disk's
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
         folder = data or "DIR"
-        raise CalibrationError(
+        raise UnavailableTextError(
             f"{split}={source} needs {name} of the data set {repository}, which is neither in the "
-            f"local cache nor to be had from the Hub: {reason}. To provide it: data.path={folder} "
-            f"with {folder}/{source}/{Path(name).name}; for a text of your own: {split}=file "
-            f"{split}.path=FILE"
+            f"local cache nor to be had from the Hub: {first_line(error)}. To provide it: "
+            f"data.path={folder} with {folder}/{source}/{Path(name).name}; for a text of your own: "
+            f"{split}=file {split}.path=FILE"
         ) from error
 
 

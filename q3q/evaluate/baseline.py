@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from q3q.environment import processor
 from q3q.errors import IntegrityError
 from q3q.models.facts import DTYPE_BYTES
 from q3q.reporter import Steps, no_steps
@@ -35,6 +36,7 @@ from q3q.storage.claim import Claim, ClaimLostError, claimed
 from q3q.storage.files import flush_folder, make_folder, read_file, write_atomically
 
 if TYPE_CHECKING:  # a plan asks for sizes, and must not load torch for them
+    import torch
     from torch import Tensor
 
     from q3q.models.decoder import Decoder
@@ -84,6 +86,21 @@ def windows_digest(windows_NT: Tensor) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def rounding_of(device: torch.device, dtype: torch.dtype) -> str:
+    """Name all that decides how numbers of a type are rounded on a device.
+
+    Other kernels round differently, and a trial would take their rounding for drift: in 16 bits as
+    much of it as 8-bit weights cause. So a baseline belongs to a GPU's or processor's model and to
+    torch's release. In float32 on a processor, rounding is five digits below what drift shows.
+    """
+    import torch
+
+    if device.type == "cpu" and dtype == torch.float32:
+        return "cpu"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    return f"{device.type}: {name}, torch {torch.__version__}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaselineIdentity:
     """All that determines an entry's numbers.
@@ -92,8 +109,7 @@ class BaselineIdentity:
     text: digest of the text.
     windows: `windows_digest`.
     kept: number of windows whose hidden states are kept.
-    device: type of the device that computes them. Kernels round differently: a GPU's trial would
-        take a CPU's rounding for drift.
+    device: `rounding_of` the device that computes them.
     version: `VERSION`.
     """
 

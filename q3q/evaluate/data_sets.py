@@ -24,6 +24,7 @@ def resolve_data_sets(
     include: Path | None = None,
     most: int | None = None,
     window: int = sys.maxsize,
+    downloads: bool = True,
 ) -> list[str]:
     """Identify every data set of the tasks, and refuse tasks that no trial could run.
 
@@ -36,6 +37,8 @@ def resolve_data_sets(
         include: a folder with task files.
         most: tokens of a generated text; None for the task's own number.
         window: the model's window in tokens.
+        downloads: download the study's data sets that are not here, and look at them; else take
+            the Hub's word for them.
 
     Returns:
         The tasks (of groups, their tasks) that have the model generate text.
@@ -47,7 +50,7 @@ def resolve_data_sets(
     """
     for task in tasks:
         if task in TASKS:
-            _identify(task, library, shots.get(task, 0), limits.get(task))
+            _identify(task, library, shots.get(task, 0), limits.get(task), downloads)
     others = [task for task in tasks if task not in TASKS]
     if not others:
         return []
@@ -76,7 +79,7 @@ def resolve_data_sets(
     ]
 
 
-def _identify(name: str, library: Library, shots: int, limit: int | None) -> None:
+def _identify(name: str, library: Library, shots: int, limit: int | None, downloads: bool) -> None:
     """Identify the data sets of a task of the catalogue.
 
     Raises:
@@ -89,6 +92,9 @@ def _identify(name: str, library: Library, shots: int, limit: int | None) -> Non
             f"{name} has no examples, and cannot show {shots}; name others in evaluation.shots"
         )
     for data, official in zip(task.data, task.questions, strict=False):
+        if not downloads and not library.is_here(data):
+            library.assume(data)
+            continue
         split, source = data.splits[0], task.examples_split
         needed = (split, source) if source and (shots or source in data.splits) else (split,)
         library.identify(replace(data, splits=needed))

@@ -82,10 +82,23 @@ class Journal:
 
 def request_key(*parts: bytes) -> str:
     """Return a digest of a request's parts, in this order."""
+    return end_key(begin_key(*parts))
+
+
+def begin_key(*parts: bytes) -> Any:
+    """Return the state of a digest after a request's first parts, for `end_key`."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:32]
+    return digest
+
+
+def end_key(begun: Any, *parts: bytes) -> str:
+    """Return the `request_key` of the parts that were begun with and these; `begun` stays."""
+    digest = begun.copy()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return str(digest.hexdigest()[:32])
 
 
 def _line(key: str, score: Any) -> bytes:

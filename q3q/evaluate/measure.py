@@ -21,6 +21,7 @@ from q3q.evaluate.baseline import (
     BaselineIdentity,
     baseline_for,
     kept_windows,
+    rounding_of,
     windows_digest,
 )
 from q3q.evaluate.batches import Batch, Part, batches
@@ -93,7 +94,11 @@ def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporte
             None if drift == AUTO_DRIFT else int(drift),
         )
         identity = BaselineIdentity.of(
-            spec.model.to_json(), text.digest, windows_NT, rows, model.device.type
+            spec.model.to_json(),
+            text.digest,
+            windows_NT,
+            rows,
+            rounding_of(model.device, model.norm_H.dtype),
         )
         folder = placement.storage / "baselines"
         baselines[text.name] = baseline_for(folder, identity, model, windows_NT, steps, fetch)

@@ -159,13 +159,12 @@ def _unpacked(arrays: "Arrays") -> Questions:
     from q3q.evaluate.packing import unpack_sequences
 
     texts = unpack_sequences(arrays)
-    hashes = (
-        (doc.tobytes().hex(), prompt.tobytes().hex()) for doc, prompt in arrays["hashes"]
-    )
-    columns = (arrays[name].tolist() for name in ("number", "text", "answer"))
+    hashes, digits = arrays["hashes"].tobytes().hex(), 2 * HASH_BYTES
+    columns = zip(*(arrays[name].tolist() for name in ("number", "text", "answer")), strict=True)
     questions = [
-        Question(number, texts[text], answer, *pair)
-        for number, text, answer, pair in zip(*columns, hashes, strict=True)
+        Question(number, texts[text], answer, hashes[at:middle], hashes[middle : middle + digits])
+        for row, (number, text, answer) in enumerate(columns)
+        for at, middle in [(2 * row * digits, (2 * row + 1) * digits)]
     ]
     return Questions(questions, arrays["letters"].tolist())
 

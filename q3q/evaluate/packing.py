@@ -6,7 +6,6 @@ the tokens behind them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,7 @@ def pack_sequences(sequences: Sequence[Ids]) -> tuple[Arrays, NDArray[np.int32]]
     return {
         "shared": np.array(shared, np.int32),
         "length": np.array([len(ids) for ids in distinct], np.int32),
-        "ids": joined(new),
+        "ids": np.concatenate(new) if new else np.zeros(0, np.int32),
     }, number
 
 
@@ -57,14 +56,3 @@ def sort_keys(sequences: Iterable[Ids]) -> list[bytes]:
             keys[id(ids)] = ids, ids.astype(">u4").tobytes()
         found.append(keys[id(ids)][1])
     return found
-
-
-def joined(sequences: Sequence[Ids]) -> Ids:
-    return np.concatenate(sequences) if sequences else np.zeros(0, np.int32)
-
-
-def split(ids: NDArray[np.generic], lengths: NDArray[np.generic]) -> list[Ids]:
-    """Return the sequences that `joined` received, of these lengths."""
-    ids = ids.astype(np.int32, copy=False)
-    ends = [0, *np.cumsum(lengths, dtype=np.int64).tolist()]
-    return [ids[begin:end] for begin, end in pairwise(ends)]

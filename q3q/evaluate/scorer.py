@@ -1,13 +1,14 @@
 """Score continuations on a model, and keep the scores in a journal."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from q3q.errors import ConfigError
 from q3q.evaluate.budget import TokenBudget
-from q3q.evaluate.journal import Journal, request_key
+from q3q.evaluate.journal import Journal, begin_key, end_key
 from q3q.evaluate.prefixes import Ids
 from q3q.evaluate.scoring import Effort, Request, Score, score
 from q3q.models.decoder import Decoder
@@ -54,7 +55,9 @@ class Scorer:
                 f"{task}: a context is nothing but spaces, so there is no token to begin with"
             )
         inputs = context if len(continuation) == 1 else np.concatenate((context, continuation[:-1]))
-        return Request(inputs[-self.max_length :], continuation, task)
+        if len(inputs) > self.max_length:
+            inputs = inputs[-self.max_length :]
+        return Request(inputs, continuation, task)
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request]) -> list[Score]:
@@ -66,8 +69,7 @@ class Scorer:
         scores: dict[int, Score] = {}
         keys: list[str] = []
         if self.journal is not None:
-            pairs = ((r.inputs.tobytes(), r.targets.tobytes()) for r in requests)
-            keys = [request_key(b"score", *pair) for pair in pairs]
+            keys = score_keys(requests)
             stored = {i: self.journal.get(key) for i, key in enumerate(keys)}
             scores = {i: Score(*entry) for i, entry in stored.items() if entry is not None}
         missing = [i for i in range(len(requests)) if i not in scores]
@@ -82,3 +84,14 @@ class Scorer:
             self.effort = before + effort
             self.steps(len(scores), len(requests))
         return [scores[i] for i in range(len(requests))]
+
+
+def score_keys(requests: Sequence[Request]) -> list[str]:
+    """Return each request's `request_key`; inputs that requests share are digested once."""
+    begun: dict[int, Any] = {}
+    keys = []
+    for request in requests:
+        if id(request.inputs) not in begun:
+            begun[id(request.inputs)] = begin_key(b"score", request.inputs.tobytes())
+        keys.append(end_key(begun[id(request.inputs)], request.targets.tobytes()))
+    return keys

@@ -349,16 +349,19 @@ class Reads:
         cls, tree: PackedTree, readers: Sequence[Sequence[int]], requests: Sequence[Request]
     ) -> "Reads":
         """Collect the reads. readers: for each text of the tree, the requests with these inputs."""
-        reads = [
-            (positions[-len(requests[number].targets) :].copy(), requests[number].targets, number)
-            for positions, numbers in zip(tree.positions(), readers, strict=True)
-            for number in numbers
-        ]
-        if not reads:
+        numbers = [number for group in readers for number in group]
+        if not numbers:
             return cls(*(np.zeros(0, np.int64) for _ in range(3)))
-        position = np.concatenate([positions for positions, _, _ in reads])
-        target = np.concatenate([targets.astype(np.int64) for _, targets, _ in reads])
-        owner = np.concatenate([np.full(len(targets), number) for _, targets, number in reads])
+        position = np.concatenate(
+            [
+                positions[-len(requests[number].targets) :].copy()
+                for positions, group in zip(tree.positions(), readers, strict=True)
+                for number in group
+            ]
+        )
+        targets = [requests[number].targets for number in numbers]
+        target = np.concatenate(targets).astype(np.int64)
+        owner = np.repeat(np.array(numbers), [len(tokens) for tokens in targets])
         order = np.argsort(position, kind="stable")
         return cls(position[order], target[order], owner[order])
 

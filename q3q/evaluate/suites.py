@@ -1,8 +1,10 @@
 """Score a batch of an evaluation's tasks, by lm-eval or by the study's script."""
 
+import gc
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,8 @@ from q3q.spec import Evaluation, Json, TaskRef
 
 if TYPE_CHECKING:
     from q3q.models.decoder import Decoder
+
+NEW_OBJECTS = 200_000  # after which garbage is looked for while requests and samples are made
 
 
 def score_batch(
@@ -50,6 +54,41 @@ def score_batch(
         IntegrityError: a score is not finite, or a task is empty or has another number of samples
             than documents.
     """
+    with _rare_collections():
+        part = _scored(
+            model,
+            tokenizer,
+            evaluation,
+            batch,
+            library,
+            include=include,
+            seed=seed,
+            journal=journal,
+            identity=identity,
+            steps=steps,
+            shelf=shelf,
+        )
+    quick = evaluation.quick
+    part.metrics = {task_metric(name, quick): value for name, value in part.metrics.items()}
+    part.intervals = {task_metric(name, quick): value for name, value in part.intervals.items()}
+    return part
+
+
+def _scored(
+    model: "Decoder",
+    tokenizer: Any,
+    evaluation: Evaluation,
+    batch: Batch,
+    library: Library,
+    *,
+    include: Path | None,
+    seed: int,
+    journal: Path,
+    identity: str,
+    steps: Steps,
+    shelf: Shelf | None,
+) -> Part:
+    """Score a batch of tasks; its metrics have lm-eval's names."""
     quick = evaluation.quick
     wanted = requests_identity(evaluation, batch, seed)
     if batch.tasks == (STUDY_MMLU,):
@@ -74,7 +113,9 @@ def score_batch(
                 chat=CHATS[evaluation.chat or PLAIN_CHAT],
                 journal=journal,
                 identity=identity,
-                keeping=shelf and Keeping(shelf, wanted, lambda: not library.files.not_pinned),
+                keeping=None
+                if shelf is None
+                else Keeping(shelf, wanted, lambda: not library.files.not_pinned),
                 steps=steps,
             )
         part = Part(scores.metrics, scores.intervals)
@@ -86,9 +127,18 @@ def score_batch(
             **({"not_pinned": sorted(not_pinned)} if not_pinned else {}),
         }
         _add_samples(part, scores.samples, scores.results.get("group_subtasks", {}))
-    part.metrics = {task_metric(name, quick): value for name, value in part.metrics.items()}
-    part.intervals = {task_metric(name, quick): value for name, value in part.intervals.items()}
     return part
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Look for garbage in circles rarely while hundreds of thousands of requests are made."""
+    before = gc.get_threshold()
+    gc.set_threshold(NEW_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def requests_identity(evaluation: Evaluation, batch: Batch, seed: int) -> Json:

@@ -38,8 +38,14 @@ class Attention(Protocol):
 class Causal:
     """Causal attention: each row is one text from its beginning."""
 
+    def __init__(self) -> None:
+        self._positions = torch.empty(0, dtype=torch.int64)
+
     def positions(self, tokens: int, device: torch.device) -> Tensor:
-        return torch.arange(tokens, device=device)
+        """Return the tensor that the last call returned if it has as many: `Rope` knows it."""
+        if len(self._positions) != tokens or self._positions.device != device:
+            self._positions = torch.arange(tokens, device=device)
+        return self._positions
 
     def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
         return scaled_dot_product_attention(

@@ -25,7 +25,9 @@ Stages = Generator[tuple[Site, SiteInput], None, Tensor]
 def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float) -> Tensor:
     """Compute the root-mean-square norm in float32; return the input's dtype, as transformers."""
     wide = x_xH.float()
-    return gain_H * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x_xH.dtype)
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normed = wide * scale if x_xH.dtype == torch.float32 else wide.mul_(scale)
+    return normed.to(x_xH.dtype).mul_(gain_H)
 
 
 class Rope:
@@ -45,9 +47,10 @@ class Rope:
         if self._last is None or self._last[0] is not positions or self._last[1].dtype != dtype:
             angles = positions[..., None].float() * self._frequencies
             angles = angles.unsqueeze(-2)  # the same for every head
-            cos, sin = (
-                (turned * self._amplitude).to(dtype) for turned in (angles.cos(), angles.sin())
-            )
+            cos, sin = angles.cos(), angles.sin()
+            if self._amplitude != 1:
+                cos, sin = cos * self._amplitude, sin * self._amplitude
+            cos, sin = cos.to(dtype), sin.to(dtype)
             self._last = positions, torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return self._last[1:]
 

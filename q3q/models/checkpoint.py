@@ -13,14 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from q3q.errors import CheckpointError
+from q3q.errors import CheckpointError, first_line
 from q3q.models.digests import DigestMemo
 from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
 from q3q.models.model_files import FLOATS, read_model_files, settle, unread
 from q3q.models.model_json import (
     OWN_FOLDER,
     TOKENIZER_LIMIT,
-    first_line,
     read_json,
     refuse_irregular,
 )
@@ -70,7 +69,7 @@ class Checkpoint:
             refuse_irregular(folder / name, TOKENIZER_LIMIT)
         facts = read_facts(folder)
         self._files = read_model_files(folder)
-        self.facts, remarks = settle(facts, read_json(folder / "config.json"), self._files)
+        self.facts, remarks = settle(facts, self._files)
         self._stored = self._files.tensors
         self._names = self._check_complete()
         remarks += unread(self._stored, self._names, self.facts)

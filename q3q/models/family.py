@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from q3q.models.anatomy import DOWN, GATE_UP, QKV, O, ScaleGroup, Site, SiteInput, bias_of
@@ -57,6 +57,7 @@ class ModelFacts:
     rope_scaling: RopeScaling | None = None
     max_positions: int
     dtype: str
+    says_dtype: bool = field(default=True, compare=False)  # False: float32 is the default
     packing: Packing | None = None  # of its linears, None for plain numbers
     quantized: str | None = None  # by what, even if stored as plain numbers again
 
@@ -207,6 +208,7 @@ class Family:
             raise values.wrong("layer_types other than full_attention are not supported")
         hidden, heads = values.count("hidden_size"), values.count("num_attention_heads")
         theta, scaling = read_rope(values)
+        dtype = values.config.get("dtype") or values.config.get("torch_dtype")
         return ModelFacts(
             family=self,
             layers=values.count("num_hidden_layers", most=MOST_LAYERS),
@@ -222,7 +224,8 @@ class Family:
             rope_theta=theta,
             rope_scaling=scaling,
             max_positions=values.count("max_position_embeddings", 32_768),
-            dtype=str(values.config.get("dtype") or values.config.get("torch_dtype") or "float32"),
+            dtype=str(dtype or "float32"),
+            says_dtype=bool(dtype),
         )
 
     def biased(self, values: Values) -> tuple[str, ...]:
@@ -281,10 +284,10 @@ class Family:
         attended_BTH = yield from block.attention_stages(
             block.norm("input_layernorm.weight", x_BTH), rope, attention
         )
-        x_BTH = attention.read(x_BTH) + attended_BTH
+        x_BTH = attended_BTH.add_(attention.read(x_BTH))
         del attended_BTH
         mlp_BTH = yield from block.mlp_stages(block.norm("post_attention_layernorm.weight", x_BTH))
-        return x_BTH + mlp_BTH
+        return mlp_BTH.add_(x_BTH)
 
     def attention_stages(
         self, block: Parts, normed_BTH: Tensor, rope: Turns, attention: Attention

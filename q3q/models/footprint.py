@@ -189,6 +189,11 @@ def in_gb(count: float) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
+def in_bytes(count: float) -> str:
+    """Return bytes as `in_gb` does, but a little in megabytes."""
+    return in_gb(count) if count >= 1e8 else f"{count / 1e6:.0f} MB"
+
+
 def enough_gb(count: float) -> str:
     """Return bytes as `in_gb` does, rounded up: a `memory=` that is enough."""
     return in_gb(math.ceil(count / 1e8) * 1e8)

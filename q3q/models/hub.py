@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from q3q.errors import CheckpointError
+from q3q.errors import CheckpointError, UnavailableModelError, first_line
 from q3q.models.facts import ModelFacts, read_facts
-from q3q.models.model_json import OWN_FOLDER, first_line
+from q3q.models.model_json import OWN_FOLDER
 
 # All that a model's folder needs, and its licence; no pickles, which can run code when loaded.
 _DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_SECONDS = 5.0  # to wait for the Hub's answer
+SILENT_SECONDS = 60.0  # for which a Hub that did not answer is not asked again
+T = TypeVar("T")
+_silent: dict[str, tuple[float, Exception]] = {}  # by the Hub's address: since when, and why
 
 
 def locate(source: str, revision: str | None = None, *, offline: bool = False) -> Path:
@@ -43,7 +50,83 @@ def locate(source: str, revision: str | None = None, *, offline: bool = False) -
         )
     except Exception as error:  # of the client, its HTTP library or the disk
         raise _unreachable(source, revision, refusal or error) from error
+    if refusal is not None and not _is_whole(Path(path)):
+        raise _unreachable(source, revision, refusal) from refusal
     return Path(path)
+
+
+def bytes_to_download(source: str, revision: str | None = None) -> int:
+    """Return the bytes of a Hub model that the local cache does not have; 0 if it has all.
+
+    Raises:
+        CheckpointError: it has not all, and the Hub does not give the rest.
+    """
+    _check_hub_id(source)
+    from huggingface_hub import snapshot_download
+
+    refusal = _ask_hub(source, revision)
+    try:
+        if refusal is None:
+            files = snapshot_download(
+                source,
+                revision=revision,
+                allow_patterns=_DOWNLOADED,
+                etag_timeout=HUB_SECONDS,
+                dry_run=True,
+            )
+            return sum(file.file_size or 0 for file in files if file.will_download)
+        folder = snapshot_download(
+            source, revision=revision, allow_patterns=_DOWNLOADED, local_files_only=True
+        )
+    except Exception as error:  # see `locate`
+        raise _unreachable(source, revision, refusal or error) from error
+    if not _is_whole(Path(folder)):
+        raise _unreachable(source, revision, refusal) from refusal
+    return 0
+
+
+def cache_folder(source: str) -> Path:
+    """Return the local cache's folder of a Hub model, which may not exist yet."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
+
+
+def is_downloaded(source: str, revision: str | None) -> bool:
+    """Return True if the local cache has all files of a Hub model; the Hub is not asked."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            source, revision=revision, allow_patterns=_DOWNLOADED, local_files_only=True
+        )
+    except Exception:  # see `locate`
+        return False
+    return _is_whole(Path(folder))
+
+
+def ask(question: Callable[[], T]) -> T:
+    """Ask the Hub something and return its answer.
+
+    Where it did not answer at all, it is not asked again for a while: many things may be missing,
+    and for each one the wait would be as long.
+
+    Raises:
+        Exception: its refusal, or the same error as before of its HTTP library.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    since, why = _silent.get(constants.ENDPOINT, (0.0, None))
+    if why is not None and time.monotonic() - since < SILENT_SECONDS:
+        raise why
+    try:
+        return question()
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        raise
+    except Exception as error:  # of its HTTP library
+        _silent[constants.ENDPOINT] = time.monotonic(), error
+        raise
 
 
 def resolve_revision(source: str, revision: str | None = None) -> str:
@@ -118,10 +201,27 @@ def _ask_hub(source: str, revision: str | None) -> Exception | None:
     from huggingface_hub import HfApi
 
     try:
-        HfApi().model_info(source, revision=revision, expand=["sha"], timeout=HUB_SECONDS)
+        ask(
+            lambda: HfApi().model_info(
+                source, revision=revision, expand=["sha"], timeout=HUB_SECONDS
+            )
+        )
     except Exception as error:  # see `locate`
         return error
     return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return True if a snapshot has weights and a tokenizer, not config.json alone."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = {*json.loads(index.read_bytes())["weight_map"].values()}
+    except FileNotFoundError:
+        shards = {path.name for path in folder.glob("*.safetensors")}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+    tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    return bool(shards) and tokenizer and all((folder / name).is_file() for name in shards)
 
 
 def _local_folder(source: str, revision: str | None) -> Path | None:
@@ -146,7 +246,7 @@ def _check_hub_id(source: str) -> None:
         )
 
 
-def _unreachable(source: str, revision: str | None, error: Exception) -> CheckpointError:
+def _unreachable(source: str, revision: str | None, error: Exception) -> UnavailableModelError:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     what = source if revision is None else f"{source} (revision {revision})"
@@ -156,7 +256,7 @@ def _unreachable(source: str, revision: str | None, error: Exception) -> Checkpo
         reason = "it has no such revision"
     else:
         reason = first_line(error)
-    return CheckpointError(
+    return UnavailableModelError(
         f"{what} is no folder here, and as a Hub id it is neither in the local cache "
         f"nor to be had from the Hub: {reason}. {OWN_FOLDER}"
     )

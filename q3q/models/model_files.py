@@ -6,10 +6,9 @@ remark. What transformers would fill with random numbers is missing, and `Checkp
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from q3q.errors import CheckpointError
 from q3q.models.facts import ModelFacts
@@ -89,13 +88,11 @@ def read_model_files(folder: Path) -> ModelFiles:
     return files
 
 
-def settle(
-    facts: ModelFacts, config: Mapping[str, Any], files: ModelFiles
-) -> tuple[ModelFacts, list[str]]:
+def settle(facts: ModelFacts, files: ModelFiles) -> tuple[ModelFacts, list[str]]:
     """Return the facts as the files have them, and a remark for each that config.json has not.
 
     Args:
-        config: config.json.
+        facts: of config.json.
         files: `tensors` gets the head as embedding if the head alone is stored.
     """
     tensors, remarks = files.tensors, list[str]()
@@ -113,7 +110,7 @@ def settle(
     if facts.packing is not None or not kinds:
         return facts, remarks
     usual = kinds.most_common(1)[0][0]
-    if not (config.get("dtype") or config.get("torch_dtype")):
+    if not facts.says_dtype:
         first = min(
             (tensor for tensor in tensors.values() if tensor.dtype in FLOATS),
             key=lambda tensor: (tensor.shard.name, tensor.start),

@@ -5,15 +5,11 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from q3q.errors import CheckpointError
+from q3q.errors import CheckpointError, first_line
 
 OWN_FOLDER = "For a folder of your own: model=local model.path=DIR"
 # Bytes that a file is read up to. The largest index has 4 MB, its config.json 2 kB.
 CONFIG_LIMIT, INDEX_LIMIT, TOKENIZER_LIMIT = 4_000_000, 64_000_000, 512_000_000
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
 
 
 def refuse_irregular(path: Path, limit: int) -> None:

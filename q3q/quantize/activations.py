@@ -17,8 +17,9 @@ from q3q.models.footprint import Device, batch_tokens
 from q3q.models.spool import Spool
 from q3q.numerics.grouped import GroupedRows
 from q3q.numerics.linalg import FiniteCheck
+from q3q.quantize.lanes import lane_of, lanes_of
 from q3q.quantize.method import Method
-from q3q.quantize.statistics import Statistics, StoredInputs, lane_of, lanes_of
+from q3q.quantize.statistics import Statistics, StoredInputs
 from q3q.team import SOLO, Team
 
 # The part of the memory for activations that those between two blocks may take. The rest is for

@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -45,9 +45,17 @@ class BlockStore:
         folder: where blocks are written.
         finished: another such folder, read if the first lacks a block.
         identity: of the quantization, so that the blocks of another are not taken for these.
+        sure: called before a block is written; raises if another process makes these blocks.
     """
 
-    def __init__(self, folder: Path, finished: Path | None = None, identity: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        finished: Path | None = None,
+        identity: str = "",
+        sure: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._sure = sure
         self.folder, self.finished, self.identity = folder, finished, identity
         self._stored: set[int] = set()
         self._loaded: set[int] = set()
@@ -59,6 +67,11 @@ class BlockStore:
     def reused(self) -> int:
         """The number of blocks that were loaded and not computed here."""
         return len(self._loaded - self._stored)
+
+    @property
+    def made(self) -> bool:
+        """True if some blocks were computed here."""
+        return bool(self._stored)
 
     def notes(self) -> Json:
         """Return the record's notes: the search for a variant, and the number of reused blocks."""
@@ -102,6 +115,7 @@ class BlockStore:
     def _write(self, block: EncodedBlock) -> None:
         """Write a block's two files: the thread's work."""
         block.wait()
+        self._sure()
         digest = hashlib.sha256()
 
         def hashed() -> Iterator[bytes]:

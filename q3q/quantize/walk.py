@@ -1,7 +1,7 @@
 """The walk: block by block, observe, rebalance, quantize, pass on.
 
 The ranks of a gang walk in step, each with the activations of its lanes of the calibration windows;
-statistics are added up in the order of lanes (`quantize.statistics`). Ranks divide a solve only
+statistics are added up in the order of lanes (`quantize.lanes`). Ranks divide a solve only
 where one process divides it too, so no bit depends on their number: by chunks of experts, then by
 sites, then by rows (`Method.row_step`).
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from q3q.errors import ConfigError
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import in_gb, stored_bytes
+from q3q.models.footprint import in_bytes, stored_bytes
 from q3q.placement import Trial
 from q3q.spec import AUTO_DRIFT, TrialSpec
 from q3q.sweep.costs import text_windows
@@ -109,13 +109,15 @@ def refuse_full_disk(folder: Path, left: int, running: int) -> None:
     free = free_disk(folder)
     if free is None or left + running <= free:
         return
-    parts = [f"{in_gb(running)} for quantized blocks of trials that run at once"] if running else []
-    parts += [f"{in_gb(left)} for what trials leave"] if left else []
+    parts = (
+        [f"{in_bytes(running)} for quantized blocks of trials that run at once"] if running else []
+    )
+    parts += [f"{in_bytes(left)} for what trials leave"] if left else []
     advice = "free some, or give storage= on a larger disk"
     if left and not running:
         advice += ", or leave out keep=blocks or export="
     raise ConfigError(
-        f"{folder} has {in_gb(free)} of disk free, and this needs {in_gb(left + running)}: "
+        f"{folder} has {in_bytes(free)} of disk free, and this needs {in_bytes(left + running)}: "
         f"{', and '.join(parts)}; {advice}"
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import in_gb
+from q3q.models.footprint import in_bytes, in_gb
 from q3q.names import own_names
 from q3q.placement import Trial
 from q3q.record import TrialRecord
@@ -21,7 +21,7 @@ from q3q.sweep.costs import CostModel, Rate
 from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.packing import Load, Simulation, share_out, simulate
-from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of
+from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of, state_bytes
 
 HEADINGS = (
     *("trial", "what", "model", "on", "loader", "predicted", "needs", "main memory", "disk"),
@@ -199,7 +199,8 @@ def _allocation_key(trial: Trial, facts: ModelFacts) -> Hashable:
     spec, placement = trial.spec, trial.placement
     return (
         (spec.model.files, spec.model.dtype, spec.heads, bool(spec.evaluation.generates)),
-        (memory_of(spec), activation_bytes(spec, facts), placement.loader, placement.memory),
+        (memory_of(spec), activation_bytes(spec, facts), state_bytes(spec, facts)),
+        (placement.loader, placement.memory),
     )
 
 
@@ -242,8 +243,8 @@ def describe(
         f"about {_rounded(sweep.seconds)}",
     ]
     total += [f"{hours:.1f} GPU-hours"] if hours else []
-    total += [f"{_bytes(disk)} of disk"] if disk else []
-    total += [f"{_bytes(sweep.blocks)} of disk while trials run"] if sweep.blocks else []
+    total += [f"{in_bytes(disk)} of disk"] if disk else []
+    total += [f"{in_bytes(sweep.blocks)} of disk while trials run"] if sweep.blocks else []
     lines.append(f"{', '.join(total)}. State and records: {storage}")
     if unlike := unlike_methods([entry.spec for entry in planned]):
         lines.append(unlike)
@@ -287,14 +288,10 @@ def _row(planned: Planned, name: str) -> tuple[str, ...]:
         f"{_rounded(planned.seconds)}{'' if planned.basis == 'measured' else ' (rough)'}",
         in_gb(allocation.needs),
         in_gb(allocation.memory * allocation.ranks),
-        _bytes(planned.disk) if planned.disk else "-",
-        _bytes(planned.blocks) if planned.blocks else "-",
+        in_bytes(planned.disk) if planned.disk else "-",
+        in_bytes(planned.blocks) if planned.blocks else "-",
         f"{planned.gpu_hours:.2f}" if allocation.gpus else "-",
     )
-
-
-def _bytes(count: int) -> str:
-    return in_gb(count) if count >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
 def _rounded(seconds: float) -> str:

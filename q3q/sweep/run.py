@@ -5,26 +5,31 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
 from q3q.attempt import afresh
 from q3q.config.schema import tracking_uri
+from q3q.data.needs import ModelNeed, downloading
 from q3q.ending import ENDINGS, begin_farewell, raise_again
 from q3q.environment import now
 from q3q.errors import ConfigError, SweepFailedError
 from q3q.masking import HIDDEN, masked
 from q3q.models.facts import ModelFacts
+from q3q.models.hub import is_downloaded
 from q3q.placement import Trial
 from q3q.quantize.methods.source import code_changes
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.storage.aside import clear_storage, telling
+from q3q.storage.block_cache import BlockCache
 from q3q.storage.mirror import mirror_at, refreshed
 from q3q.storage.stores import folder_of, is_url
 from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
@@ -65,6 +70,7 @@ class StudySettings:
     tracking_uri, experiment, register: MLflow's
     config: the composed config, as YAML
     notes: lines to show before the trials run
+    absent: lines about what is not here yet, to show with the plan
     """
 
     storage: str
@@ -80,6 +86,7 @@ class StudySettings:
     register: str | None = None
     config: str = ""
     notes: tuple[str, ...] = ()
+    absent: str = ""
 
     @classmethod
     def of(cls, config: DictConfig) -> "StudySettings":
@@ -250,22 +257,18 @@ def run_study(
     left = [entry for entry in planned if not entry.done]
     on_gpus = [entry for entry in left if entry.allocation and entry.allocation.gpus]
     refuse_old_cards((entry.spec.model.dtype for entry in on_gpus), machines)
-    if left and len(trials) > 1 and not settings.fresh:
-        again = quantized_again([entry.trial for entry in left], recent_records(storage))
-        if again:
-            print(
-                f"{len(again)} trials repeat the quantization of finished trials, whose blocks "
-                "were deleted; keep=blocks keeps them, and a new evaluation then only evaluates"
-            )
+    if len(trials) > 1 and not settings.fresh:
+        _say_what_repeats(left, storage)
     if settings.plan_only:
-        _show_notes(settings)
-        print(describe(planned, machines=machines, where=host.where, storage=settings.storage))
+        _show_plan(planned, machines, host.where, settings, storage)
     if not (settings.address and is_url(settings.storage)):  # there each machine has its own mirror
         refuse_what_fills_the_disk(planned, machines, storage)
     if settings.plan_only:
         return None
     if unlike := unlike_methods([trial.spec for trial in trials]):
         print(unlike)
+    if settings.address is None:
+        _fetch_weights([entry.spec for entry in left])
     clear_storage(storage)
     if settings.fresh:
         since = now()
@@ -286,6 +289,43 @@ def run_study(
         if left:
             host.run(left, study)
     return study.study.records
+
+
+def _show_plan(
+    planned: Sequence[Planned],
+    machines: Sequence[Machine],
+    where: str,
+    settings: StudySettings,
+    storage: Path,
+) -> None:
+    _show_notes(settings)
+    print(describe(planned, machines=machines, where=where, storage=settings.storage))
+    if settings.absent:
+        print(settings.absent)
+    left = [entry for entry in planned if not entry.done]
+    if any(entry.trial.placement.caches_blocks and entry.spec.schemes for entry in left):
+        print(BlockCache(storage / "trials").promise())
+
+
+def _say_what_repeats(left: Sequence[Planned], storage: Path) -> None:
+    if again := quantized_again([entry.trial for entry in left], recent_records(storage)):
+        print(
+            f"{len(again)} trials repeat the quantization of finished trials, whose blocks were "
+            "deleted; keep=blocks keeps them, and a new evaluation then only evaluates"
+        )
+
+
+def _fetch_weights(specs: Sequence[TrialSpec]) -> None:
+    """Download what is missing of the Hub's models, before a trial holds a GPU for it.
+
+    Raises:
+        CheckpointError: one is not to be had.
+    """
+    say = partial(print, file=sys.stderr, flush=True)
+    models = ((spec.model.source, spec.model.revision) for spec in specs)
+    for source, revision in dict.fromkeys(models):
+        if source is not None and not is_downloaded(source, revision):
+            ModelNeed(source, revision).fetch(downloading(source, say, time.monotonic))
 
 
 def with_plan(

@@ -20,6 +20,7 @@ from q3q.placement import Trial
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.spec import TrialSpec
 from q3q.sweep.allocation import Allocation, Choices
+from q3q.sweep.costs import text_windows
 from q3q.sweep.machines import CORES_TO_COME, Machine, ResourceRequest
 
 FRACTIONS = (0.25, 0.5, 1.0)  # of a GPU; with smaller ones trials would only wait for each other
@@ -48,6 +49,17 @@ def activation_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
     item = facts.weight_bytes(spec.model.dtype) // facts.parameters
     copies = settings_or_default(spec.method).inputs_held
     return copies * spec.calibration.tokens * facts.hidden * item
+
+
+def state_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
+    """Return the bytes of the final hidden states of the longest text that is measured.
+
+    A model that is not resident runs all its windows through each block; of a gang, rank 0 gets
+    them all.
+    """
+    item = facts.weight_bytes(spec.model.dtype) // facts.parameters
+    tokens = (text_windows(text) * text.window for text in spec.evaluation.texts)
+    return max(tokens, default=0) * facts.hidden * item
 
 
 def allocations_of(
@@ -192,8 +204,11 @@ def _on_pool(
     needs = _need(spec, facts, loader, ranks, "cuda")
     room, pinned = round(ROOM * gpus * min(sizes)) if sizes else None, 0
     if room is not None:
-        held = max(0, room - needs) // HALTED
-        pinned = min(max(0, activation_bytes(spec, facts) // ranks - held), MOST_ACTIVATIONS)
+        spare = max(0, room - needs)
+        pinned = max(0, activation_bytes(spec, facts) // ranks - spare // HALTED)
+        if loader != "resident":
+            pinned = max(pinned, state_bytes(spec, facts) - spare)
+        pinned = min(pinned, MOST_ACTIVATIONS)
     return Allocation(
         cpus=_threads(best.cpus / best.gpus * gpus) if request.cpus is None else request.cpus,
         gpus=gpus,

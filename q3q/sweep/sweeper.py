@@ -5,7 +5,6 @@ JobReturn; pairs of values that make no sense together are left out and counted;
 not run again.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,31 +15,27 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 from q3q.config.arguments import as_typed
 from q3q.config.composing import Composer
 from q3q.config.model import facts_of
+from q3q.config.needs import AnyNeed, everything_unavailable, fetching, to_download, union
 from q3q.config.resolve import trial_from
 from q3q.config.unread import without_effect
-from q3q.errors import ConfigError
+from q3q.errors import ConfigError, UnavailableError
 from q3q.quoting import launch
 from q3q.sweep.grid import (
     OneSetting,
     SweepTrial,
-    choices_of,
-    for_own_methods,
-    narrowed,
-    refuse_contradictions,
-    replaced,
     trials_of,
     unquantized,
 )
+from q3q.sweep.jobs import composed_jobs, noting_needs
 from q3q.sweep.launcher import Job, RayLauncher
 from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here
 from q3q.sweep.on_ray import OnRay, Work, job_return, work
 from q3q.sweep.plan import Planned
-from q3q.sweep.progress import counted
 from q3q.sweep.run import Host, RunningStudy, StudySettings, run_study
 
 
@@ -90,12 +85,18 @@ class StudySweeper(Sweeper):
             ConfigError: an invalid value; nothing has started.
             SweepFailedError: it ended, and some trials failed.
         """
-        jobs = OneSetting(self._jobs(arguments))
-        trials, left_out = trials_of(jobs)
+        typed, needs = as_typed(arguments), dict[AnyNeed, None]()
+        composed = noting_needs(self._jobs(arguments), needs)
+        jobs, fetch = OneSetting(composed), fetching(typed, sweep=True)
+        try:
+            trials, left_out = trials_of(jobs)
+        except UnavailableError as error:
+            for _ in composed:  # what the other jobs need
+                pass
+            raise everything_unavailable(union(needs), error, fetch) from error
         jobs.refuse_many()
         if left_out:
             print(left_out)
-        typed = as_typed(arguments)
         specs = [entry.trial.spec for entry in trials.values()]
         notes = without_effect(OverridesParser.create().parse_overrides(typed), specs)
         requested, baselines = set(trials), self._baselines(trials)
@@ -106,11 +107,13 @@ class StudySweeper(Sweeper):
                 f"method=none of {models} is added, to compare with; evaluation.baseline=false "
                 "leaves it out"
             )
+        settings = StudySettings.of(jobs.config)
+        absent = to_download(union(needs), fetch) if settings.plan_only else ""
         with self._host(jobs.config, trials) as host:
             records = run_study(
                 [entry.trial for entry in trials.values()],
                 {key: entry.facts for key, entry in trials.items()},
-                replace(StudySettings.of(jobs.config), notes=tuple(notes)),
+                replace(settings, notes=tuple(notes), absent=absent),
                 launch(typed, sweep=True),
                 host,
             )
@@ -136,29 +139,7 @@ class StudySweeper(Sweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
-        parser = OverridesParser.create(config_loader=loader)
-        overrides = parser.parse_overrides(as_typed(arguments))
-        refuse_contradictions(overrides)
-        rows = [
-            parser.parse_overrides([f"{key}={value}" for key, value in row.items()])
-            for row in ({**self.params, **row} for row in self.rows)
-        ]
-        study = OmegaConf.select(self.config, "hydra.runtime.choices.study")
-        if study:
-            # Overrides of Hydra itself do not come with the arguments; the rows are its sweeper's.
-            of_hydra = parser.parse_overrides(list(self.config.hydra.overrides.hydra))
-            rows = narrowed(str(study), rows, overrides, of_hydra)
-        else:
-            rows = [replaced(row, overrides) for row in rows]
-        jobs = [job for row in rows for job in itertools.product(*map(choices_of, row))]
-        default = str(OmegaConf.select(self.config, "hydra.runtime.choices.method"))
-        jobs = for_own_methods(jobs, default, overrides)
-        composer = Composer(loader, self.config)
-        for number, job in enumerate(counted(jobs, len(jobs), "composing", "jobs")):
-            config = composer.compose(job)
-            with open_dict(config):
-                config.hydra.job.id = config.hydra.job.num = number
-            yield Job(number=number, overrides=tuple(job), config=config)
+        return composed_jobs(loader, self.config, self.params, self.rows, arguments)
 
     def _baselines(self, trials: dict[str, SweepTrial]) -> dict[str, SweepTrial]:
         """Return the unquantized models' trials that these are compared with and do not have."""

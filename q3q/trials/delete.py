@@ -2,15 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from q3q.attempt import CLAIM
+from q3q.data.prepared import FOLDER as PREPARED
+from q3q.data.prepared import SUFFIX, kept_identity
+from q3q.data.windows import calibration_identity, evaluation_identity
 from q3q.errors import ConfigError
+from q3q.evaluate.batches import batches
+from q3q.evaluate.suites import requests_identity
 from q3q.formatting import bytes_in_words
 from q3q.placement import Trial
+from q3q.spec import Json, TrialSpec
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
 from q3q.storage.mirror import mirror_at
 from q3q.storage.stores import folder_of
@@ -25,7 +31,8 @@ def delete_trials(
 ) -> None:
     """Delete trials' folders and exports, here and in a storage that is a URL.
 
-    Kept blocks, and states that drift is measured against, go where no other trial uses them.
+    Kept blocks, states that drift is measured against, and prepared input go where no other trial
+    uses them.
 
     Raises:
         ConfigError: one of the trials is running; those before it are deleted.
@@ -44,7 +51,8 @@ def delete_trials(
                 folders.append(entry.trial.kept_blocks_folder)
             used = {path for other in staying for path in baselines_of(other, folder)}
             folders += [path for path in baselines_of(entry.trial, folder) if path not in used]
-        freed = sum(map(bytes_below, folders))
+        inputs = _inputs_of(entry, staying, folder)
+        freed = sum(map(bytes_below, folders)) + sum(path.stat().st_size for path in inputs)
         board = None if mirror is None else mirror.claim_store(f"trials/{entry.id}")
         claim = Claim(board or folders[0], CLAIM)
         if folders[0].exists():
@@ -54,6 +62,8 @@ def delete_trials(
                 mirror.remove(name)
         for path in filter(Path.exists, folders):
             shutil.rmtree(path)
+        for path in inputs:
+            path.unlink(missing_ok=True)
         claim.release()
         if board is not None:
             board.clear()
@@ -76,6 +86,38 @@ def baselines_of(trial: Trial, storage: Path) -> list[Path]:
             if identity["model"] == model and identity["text"] in digests:
                 folders.append(path.parent)
     return folders
+
+
+def _inputs_of(entry: StoredTrial, staying: Sequence[Trial], storage: Path) -> list[Path]:
+    """Return the files of prepared input that this trial reads and none of those that stay."""
+    if entry.trial is None:
+        return []
+    leaving = prepared_identities(entry.trial.spec)
+    others = [identity for trial in staying for identity in prepared_identities(trial.spec)]
+    found = {path: kept_identity(path) for path in (storage / PREPARED).glob(f"*{SUFFIX}")}
+    return [
+        path
+        for path, whole in found.items()
+        if whole is not None and _is_of(whole, leaving) and not _is_of(whole, others)
+    ]
+
+
+def prepared_identities(spec: TrialSpec) -> list[Json]:
+    """Return what a trial says of the input that it prepares: windows, and its tasks' requests."""
+    evaluation = spec.evaluation
+    identities = [evaluation_identity(text, evaluation.quick) for text in evaluation.texts]
+    identities += [requests_identity(evaluation, one, spec.seed) for one in batches(evaluation)]
+    if spec.calibration is not None:
+        identities.append(calibration_identity(spec.calibration, spec.seed))
+    return identities
+
+
+def _is_of(whole: Json, identities: Iterable[Json]) -> bool:
+    """Return True if a file's identity says all that one of these says."""
+    return any(
+        all(key in whole and whole[key] == value for key, value in identity.items())
+        for identity in identities
+    )
 
 
 def _is_running(entry: StoredTrial, holder: Holder) -> ConfigError:

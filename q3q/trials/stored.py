@@ -18,6 +18,7 @@ from q3q.placement import Trial
 from q3q.quoting import module
 from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.records import RECORDS, all_sweeps
+from q3q.storage.block_cache import BlockCache
 from q3q.storage.claim import holder_of
 from q3q.storage.mirror import Mirror, mirror_at
 from q3q.storage.status import SweepStatus, at_work
@@ -142,6 +143,8 @@ def listed(trials: Sequence[StoredTrial], storage: str | Path, folder: Path | No
     counts = {state: sum(trial.state == state for trial in trials) for state in STATES}
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines.append(f"{states}; {bytes_in_words(bytes_below(folder))} in {folder} with all else there")
+    if kept := BlockCache(folder / "trials").describe():
+        lines.append(kept)
     return "\n".join(lines)
 
 
@@ -227,7 +230,8 @@ def _state(
     if record is not None:
         return "failed", f"{_shortened(record.reason)}; then {after}"
     if folder.is_dir() and not waits_in_sweep:
-        blocks = len(list((folder / "blocks").glob("block_*.json")))
+        places = {folder / "blocks", trial.kept_blocks_folder}
+        blocks = len({path.name for place in places for path in place.glob("block_*.json")})
         return "stopped", f"{f'to go on at block {blocks}: ' if blocks else ''}{after}"
     return "waiting", after
 

@@ -11,14 +11,12 @@ import torch
 from q3q.models.anatomy import SiteInput
 from q3q.models.experts import EveryExpert
 from q3q.models.footprint import LANES
+from q3q.quantize.lanes import LaneSum, lane_of, lanes_of
 from q3q.quantize.statistics import (
     MIN_EXPERT_TOKENS,
     Gram,
-    LaneSum,
     Peak,
     StoredInputs,
-    lane_of,
-    lanes_of,
 )
 
 # Files of `StoredInputs` are removed when it is garbage-collected, which warns.

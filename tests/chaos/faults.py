@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from q3q.record import load_trial
+
 ROOT = Path(__file__).parents[2]
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -200,7 +202,13 @@ def _stopped(pid: int) -> bool:
 
 
 def blocks_of(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (folder / "blocks").glob("block_*.json")}
+    """Return the whole blocks of a trial's quantization, and when each was written."""
+    trial = load_trial(folder / "spec.json")
+    return {
+        path.name: path.stat().st_mtime_ns
+        for place in (trial.blocks_folder, trial.kept_blocks_folder)
+        for path in place.glob("block_*.json")
+    }
 
 
 def in_child(work: Callable[[], object]) -> int:

@@ -90,10 +90,15 @@ EVALUATED_AGAIN = {
         "trials/blocks/{q}/block_001.safetensors",
     ),
     "baseline's claim": ("baselines/*.claim.*", "trials/{b}/trial.claim.*"),
+    "prepared windows": (
+        "prepared/*.safetensors",
+        "trials/blocks/{q}/block_001.safetensors",
+    ),
+    "prepared windows' claim": ("prepared/*.claim.*", "trials/{b}/trial.claim.*"),
 }
 STOPPED = {
-    "block": ("trials/{a}/blocks/block_001.safetensors",) * 2,
-    "block's facts": ("trials/{a}/blocks/block_001.json",) * 2,
+    "block": ("trials/blocks/{q}/block_001.safetensors",) * 2,
+    "block's facts": ("trials/blocks/{q}/block_001.json",) * 2,
     "measurement": ("trials/{a}/evaluations/1_stories.json",) * 2,
     "journal": ("trials/{a}/evaluations/windows_stories.jsonl",) * 2,
     "failure": ("trials/{a}/failed.json", "trials/{b}/spec.json"),
@@ -108,6 +113,7 @@ FOLDERS = [
     "trials/digests",
     "baselines",
     "baselines/{e}",
+    "prepared",
     "sweeps",
     "running",
     "reports",
@@ -208,6 +214,8 @@ class Case:
             shutil.copyfile(self.path("trials/{a}/spec.json"), path)
         elif name == "baseline's claim":  # it is taken where the baseline is to be computed
             self.path("baselines/{e}/manifest.json").unlink()
+        elif name == "prepared windows' claim":  # it is taken where there are no windows
+            self.path("prepared/*.safetensors").unlink()
         elif name == "journal":  # it is read where the measurement was not finished
             self.path("trials/{a}/evaluations/1_stories.json").unlink()
         damage(path, theirs)
@@ -250,6 +258,7 @@ QUICK = {
     ("record of the unquantized", a_link),
     ("kept block", flipped),
     ("baseline's claim", a_folder),
+    ("prepared windows", swapped),
     ("measurement", swapped),
     ("block's facts", swapped),
     ("journal", a_fifo),
@@ -260,6 +269,7 @@ HARMLESS = (
     "log",
     "sweep's claim",
     "baseline's claim",
+    "prepared windows' claim",
     "claim",
     "status",
     "report",

@@ -92,8 +92,9 @@ def test_at_each_record_all_that_is_finished_is_on_the_disk(tiny, whole, tmp_pat
     disk.close()
     kept = [path for path in storage.glob("trials/blocks/*/*") if path.is_file()]
     kept += [path for path in storage.glob("baselines/*/*") if path.is_file()]
+    kept += storage.glob("prepared/*.safetensors")
     kept += [*storage.glob("sweeps/*.json"), *storage.glob("trials/digests/*.json")]
-    assert len(kept) > 12 + 3
+    assert len(kept) > 12 + 4
     for path in kept:
         assert image[str(path.relative_to(storage))] == path.read_bytes()
 

@@ -113,13 +113,14 @@ def killed_at(trial, step):
     return pid
 
 
-def written(folder):
+def written(trial):
     """What is on disk of a trial under way, and when it was written."""
+    folder, blocks = trial.folder, trial.kept_blocks_folder
     # A block counts once its facts are there, which are written last.
-    facts = list((folder / "blocks").glob("block_*.json"))
+    facts = list(blocks.glob("block_*.json"))
     tensors = [path.with_suffix(".safetensors") for path in facts]
     found = [*facts, *tensors, *(folder / "evaluations").glob("*.json")]
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
+    return {str(path.relative_to(folder.parent)): path.stat().st_mtime_ns for path in found}
 
 
 def completed(trial, tmp_path):
@@ -128,7 +129,7 @@ def completed(trial, tmp_path):
 
     def report(event):
         if event.phase == "record":
-            seen.write_text(json.dumps(written(folder)))
+            seen.write_text(json.dumps(written(trial)))
 
     assert end_of(in_child(lambda: attempt_trial(trial, report))) == 0
     return TrialRecord.load(folder / "record.json"), json.loads(seen.read_text())
@@ -139,7 +140,7 @@ def test_killed_in_any_phase_it_goes_on_and_ends_with_the_same_numbers(
     trial, reference, step, tmp_path
 ):
     killed_at(trial, step)
-    before = written(trial.folder)
+    before = written(trial)
     record, after = completed(trial, tmp_path)
     assert numbers(plain(record)) == reference
     assert {name: after[name] for name in before} == before  # nothing that was done is done again
@@ -189,7 +190,7 @@ def test_killed_after_the_record_it_is_not_run_again(trial, reference):
     folder = trial.folder
 
     def work():
-        trial_module.clear = lambda record: os.kill(os.getpid(), signal.SIGKILL)
+        trial_module.clear = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         attempt_trial(trial)
 
     assert end_of(in_child(work)) == -signal.SIGKILL
@@ -222,18 +223,18 @@ def nudge(path):
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
-        ("blocks/block_001.safetensors", truncate),
-        ("blocks/block_001.safetensors", flip),
-        ("blocks/block_001.json", truncate),
-        ("blocks/block_001.json", nudge),
-        ("blocks/block_001.json", lambda path: path.unlink()),
+        ("block_001.safetensors", truncate),
+        ("block_001.safetensors", flip),
+        ("block_001.json", truncate),
+        ("block_001.json", nudge),
+        ("block_001.json", lambda path: path.unlink()),
     ],
 )
 def test_a_damaged_block_is_seen_and_only_it_is_done_again(
     trial, reference, name, damage, tmp_path
 ):
     killed_at(trial, "evaluate stories, 1 of 2")
-    damage(trial.folder / name)
+    damage(trial.kept_blocks_folder / name)
     record, _ = completed(trial, tmp_path)
     assert numbers(plain(record)) == reference
     assert record.notes["blocks_from_disk"] == 2
@@ -290,7 +291,8 @@ def test_a_full_disk_is_said_and_with_room_it_goes_on(trial, reference, step, sm
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     record, after = completed(trial, tmp_path)
     assert numbers(plain(record)) == reference
-    assert {f"blocks/{name}": time for name, time in blocks.items()}.items() <= after.items()
+    kept = f"blocks/{trial.spec.quantization_id}"
+    assert {f"{kept}/{name}": time for name, time in blocks.items()}.items() <= after.items()
 
 
 def test_of_two_processes_one_runs_it_and_the_other_takes_its_result(trial, reference, tmp_path):

@@ -23,6 +23,7 @@ from q3q.evaluate.baseline import (
     find_baseline,
     kept_rows,
     kept_windows,
+    rounding_of,
     windows_digest,
 )
 from q3q.evaluate.perplexity import perplexity
@@ -123,6 +124,21 @@ def test_all_that_changes_numbers_changes_the_key(windows, identity):
     ]
     assert len({identity.key, *(other.key for other in others)}) == len(others) + 1
     assert of({**MODEL, "name": "another name"}, "t1", windows, 3, "cpu").key == identity.key
+
+
+def test_a_baseline_is_of_the_kernels_that_round(monkeypatch):
+    """In float32 on a processor, entries of earlier versions stay those of any processor."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert rounding_of(cpu, torch.float32) == "cpu"
+    seen = {"cpu"}
+    for release in ("2.13.0", "2.14.0"):
+        monkeypatch.setattr(torch, "__version__", release)
+        for name in ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"):
+            monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+            monkeypatch.setattr(baseline_module, "processor", lambda name=name: f"a host of {name}")
+            seen |= {rounding_of(gpu, torch.bfloat16), rounding_of(cpu, torch.bfloat16)}
+            assert rounding_of(gpu, torch.bfloat16) == f"cuda: {name}, torch {release}"
+    assert len(seen) == 9
 
 
 def test_what_it_takes_on_disk(tmp_path, model, windows, identity):

@@ -16,7 +16,6 @@ from q3q.evaluate.batches import batches
 from q3q.evaluate.contributions import RANGES, contributions, number_of, of_group
 from q3q.evaluate.data_sets import resolve_data_sets
 from q3q.evaluate.harness import run
-from q3q.evaluate.harness.lean import simple_evaluate
 from q3q.evaluate.samples import (
     comparisons,
     explained,
@@ -259,7 +258,8 @@ def scored(tmp_path_factory):
     """Scores of the demo model, and of one whose logits are half as large."""
     with pytest.MonkeyPatch.context() as patch:
         # Resampling gives standard errors alone, and takes most of the time.
-        patch.setattr(run, "simple_evaluate", lambda **given: simple_evaluate(**{**given, **QUICK}))
+        evaluate = run.evaluate
+        patch.setattr(run, "evaluate", lambda *asked, **how: evaluate(*asked, **{**how, **QUICK}))
         yield scores_of(tmp_path_factory.mktemp("tasks"))
 
 

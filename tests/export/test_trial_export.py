@@ -128,7 +128,7 @@ def test_a_checkpoint_that_is_not_what_was_evaluated_fails_the_trial_and_is_gone
     assert not record.completed
     assert "worst site blocks.1.mlp.up_proj" in record.reason
     assert not list(tmp_path.glob("out*"))
-    assert len(list(trial.blocks_folder.glob("*.safetensors"))) == 6
+    assert len(list(trial.kept_blocks_folder.glob("*.safetensors"))) == 6
     measured = record.metrics["perplexity/stories"]
 
     monkeypatch.setattr(publish, "prove", how)
@@ -150,7 +150,7 @@ def test_codes_that_fail_a_check_of_their_own_do_not_stay(trial_of, tmp_path, mo
     )
     trial = trial_of("method=rtn", "export=hf", f"export.path={tmp_path}/out")
     assert not run_trial(trial).completed
-    assert not trial.blocks_folder.exists()
+    assert not trial.kept_blocks_folder.exists()
     assert not list(tmp_path.glob("out*"))
 
 
@@ -186,7 +186,7 @@ def test_what_could_not_be_proved_stays_and_the_same_command_goes_on(
     assert not record.completed
     assert "is written but not proved: " in record.reason
     assert not (tmp_path / "out").exists()
-    blocks = sorted(trial.blocks_folder.glob("*.safetensors"))
+    blocks = sorted(trial.kept_blocks_folder.glob("*.safetensors"))
     shards = sorted(partial_path(tmp_path / "out").glob("model-0000[1-6]*.safetensors"))
     assert len(blocks) == len(shards) == 6
     before = [path.stat().st_mtime_ns for path in shards]

@@ -11,6 +11,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
+from benchmarks import gpu_checks
 from q3q.config.model import DEMO_MODELS
 from q3q.data.texts import load_text
 from q3q.data.windows import consecutive_windows, encoder
@@ -30,8 +31,10 @@ from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.streaming import StreamedDecoder
 from q3q.numerics.divergence import kl_divergence
+from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.quantize.kernels.columns import block_solver, solve_block_plain
 from q3q.quantize.walk import quantize_model
+from q3q.sweep.gpus import usable_gpus
 from tests.evaluate.test_harness import adversarial, instances
 from tests.evaluate.test_prefixes import random_texts, requests_of
 from tests.quantize.test_gang import CASES, InMemory, facts_of
@@ -44,6 +47,13 @@ BF16 = torch.bfloat16
 
 def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(GPU, dtype)
+
+
+def test_the_driver_lists_what_torch_sees_and_triton_compiles_for_it():
+    assert [gpu.name for gpu in usable_gpus()] == [
+        torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
+    ]
+    assert compiler_fault() is None
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -140,6 +150,27 @@ def test_the_fused_columns_equal_the_plain_loop(shape):
     )  # a tie decides all that comes after it in a row
     assert same.double().mean() > 0.95
     torch.testing.assert_close(fused_error[same], plain_error[same], rtol=1e-3, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_every_fast_path_agrees_with_its_twin():
+    """At the sizes of real models; `benchmarks/gpu_day.py` prints the same checks."""
+    found = list(gpu_checks.results(GPU, gpu_checks.LARGE))
+    assert [(result.name, result.detail) for result in found if not result.passed] == []
+
+
+@torch.inference_mode()
+def test_a_moe_block_forwards_without_waiting_for_the_device():
+    model = load_decoder(Checkpoint(DEMO_MODELS / "moe"), BF16, GPU)
+    x = model.embed(held_out("moe")[:2])
+    block, rope = model.blocks[0], model.rope
+    block(x, rope)
+    fast = torch.cuda.get_device_capability() in ((9, 0), (10, 0))  # others' fallback waits once
+    torch.cuda.set_sync_debug_mode("error" if fast else "default")
+    try:
+        block(x, rope)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])

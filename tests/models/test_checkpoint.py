@@ -1,5 +1,4 @@
 import dataclasses
-import http.server
 import json
 import os
 import random
@@ -7,12 +6,10 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,7 +25,15 @@ from transformers import (
 from q3q.errors import CheckpointError
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.facts import read_facts
-from q3q.models.hub import fetch_facts, fetch_file, locate, resolve_revision
+from q3q.models.hub import (
+    bytes_to_download,
+    fetch_facts,
+    fetch_file,
+    is_downloaded,
+    locate,
+    resolve_revision,
+)
+from tests.hub import COMMIT, serving, use
 
 SMALL: dict[str, Any] = {
     "vocab_size": 48,
@@ -634,105 +639,15 @@ def test_the_tokenizer_of_a_folder(broken):
         load_tokenizer(folder)
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a download needs: one repository `owner/tiny`, one commit."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        path = self.path.split("?")[0]
-        self.asked.append(path)
-        if path in (
-            "/api/models/owner/tiny/revision/main",
-            "/api/models/owner/tiny",
-            "/api/models/owner/tiny/revision/" + COMMIT,
-        ):
-            self.send(
-                json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": []}).encode(), body
-            )
-        elif path.startswith("/api/models/owner/tiny/tree/"):
-            files = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name}
-                for file in self.folder.iterdir()
-            ]
-            self.send(json.dumps(files).encode(), body)
-        elif (
-            path.startswith("/owner/tiny/resolve/")
-            and not (self.folder / path.split("/")[-1]).exists()
-        ):
-            self.miss("EntryNotFound", **{"X-Repo-Commit": COMMIT})
-        elif path.startswith("/owner/tiny/resolve/"):
-            self.send(
-                (self.folder / path.split("/")[-1]).read_bytes(),
-                body,
-                ETag=f'"{path.split("/")[-1]}"',
-            )
-        else:
-            self.miss("RepoNotFound")
-
-    def miss(self, what, **headers):
-        self.send_response(404)
-        for name, value in {"X-Error-Code": what, "Content-Length": "0", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def send(self, content, body, **headers):
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Repo-Commit", COMMIT)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def hub(saved, tmp_path, monkeypatch):
-    """A Hub at this machine, and an empty local cache. Its `close` takes the network away."""
+    """A Hub at this machine, and an empty local cache."""
     served = shutil.copytree(saved[0] / "tied_sharded", tmp_path / "served")
     save_tokenizer(served, tokens=20)
     (served / "pytorch_model.bin").write_bytes(b"\x80 not to be fetched")
-    handler = type("Handler", (FakeHub,), {"folder": served, "asked": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
-    monkeypatch.setattr(
-        huggingface_hub.constants,
-        "HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/resolve/{revision}/{filename}",
-    )
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    open_for_business = True
-
-    def close():
-        nonlocal open_for_business
-        if open_for_business:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-        open_for_business = False
-
-    handler.close = staticmethod(close)  # type: ignore[attr-defined]
-    yield handler
-    close()
+    with serving({"models/owner/tiny": served}) as served_hub:
+        use(served_hub, tmp_path, monkeypatch)
+        yield served_hub
 
 
 def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, saved):
@@ -767,13 +682,37 @@ def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, s
 def test_a_file_of_a_hub_model_is_there_or_is_not_or_cannot_be_asked_for(hub):
     settings = fetch_file("owner/tiny", "tokenizer_config.json", COMMIT)
     assert settings is not None
-    assert settings.read_bytes() == (hub.folder / "tokenizer_config.json").read_bytes()
+    served = hub.repositories["models/owner/tiny"]
+    assert settings.read_bytes() == (served / "tokenizer_config.json").read_bytes()
     assert fetch_file("owner/tiny", "chat_template.jinja", COMMIT) is None
     hub.close()
     assert fetch_file("owner/tiny", "tokenizer_config.json", COMMIT) == settings
     assert fetch_file("owner/tiny", "chat_template.jinja", COMMIT) is None
     with pytest.raises(CheckpointError, match=r"owner/tiny.*nor to be had from the Hub"):
         fetch_file("owner/tiny", "generation_config.json", COMMIT)
+
+
+def test_what_is_to_be_downloaded_is_known_before_it_is(hub):
+    served = hub.repositories["models/owner/tiny"]
+    sizes = [path.stat().st_size for path in served.iterdir() if path.suffix != ".bin"]
+    assert bytes_to_download("owner/tiny") == sum(sizes)
+    fetch_facts("owner/tiny")
+    config = (served / "config.json").stat().st_size
+    assert bytes_to_download("owner/tiny", COMMIT) == sum(sizes) - config
+    assert not is_downloaded("owner/tiny", COMMIT)
+    locate("owner/tiny", COMMIT)
+    assert bytes_to_download("owner/tiny") == 0
+    hub.close()
+    assert is_downloaded("owner/tiny", COMMIT)
+    assert bytes_to_download("owner/tiny") == 0
+
+
+def test_a_config_alone_is_no_model_where_there_is_no_network(hub):
+    fetch_facts("owner/tiny")
+    hub.close()
+    for ask in (locate, bytes_to_download):
+        with pytest.raises(CheckpointError, match=r"owner/tiny.*nor to be had from the Hub"):
+            ask("owner/tiny")
 
 
 def test_half_a_download_without_network_is_refused_fast(hub):

@@ -1,9 +1,13 @@
 """Our staged forward agrees with transformers, for every family."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from q3q.models.block import finish
+from q3q.models.attention import Causal
+from q3q.models.block import Rope, finish, rms_norm
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from tests.models.families import KINDS, build
@@ -70,3 +74,46 @@ def test_a_site_whose_weights_stay_reads_activations_as_they_are(kind, tmp_path)
         assert not torch.equal(partly, unrounded), name
     block.unrounded = frozenset(names)
     assert torch.equal(block(x, ours.rope), unrounded)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_a_block_changes_no_tensor_that_it_was_given(kind, dtype, tmp_path):
+    """Its own intermediate results are overwritten where they lie."""
+    build(kind, tied=True).save_pretrained(tmp_path)
+    model = load_decoder(Checkpoint(tmp_path), dtype)
+    rope, x = model.rope, model.embed(torch.arange(60).view(2, 30))
+    block = model.blocks[0]
+    given = {"x": x, **block.weights}
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    first = block(x, rope)
+    assert torch.equal(block(x, rope), first)
+    stages, sites = block.stages(x, rope), []
+    for site, inputs in stages:
+        sites.append(
+            (site, inputs.all_TI, None if inputs.all_TI is None else inputs.all_TI.clone())
+        )
+    assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
+    assert all(copy is None or torch.equal(tensor, copy) for _, tensor, copy in sites)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_norm_is_its_formula_bit_for_bit(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(7, 33, generator=generator) * 30).to(dtype)
+    gain = torch.randn(33, generator=generator).to(dtype)
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+    assert torch.equal(rms_norm(x, gain, 1e-6), gain * normed.to(dtype))
+
+
+def test_positions_are_made_once_for_all_blocks_and_rotations_too():
+    facts: Any = SimpleNamespace(head_dim=8, rope_theta=1e4, rope_scaling=None)
+    rope, attention, device = Rope(facts), Causal(), torch.device("cpu")
+    cos, _ = rope(attention.positions(5, device), torch.float32)
+    again, _ = rope(attention.positions(5, device), torch.float32)
+    assert again is cos
+    longer, _ = rope(attention.positions(6, device), torch.float32)
+    assert torch.equal(longer[:5], cos)
+    assert attention.positions(6, device).tolist() == list(range(6))

@@ -9,7 +9,7 @@ import pytest
 
 from q3q.errors import ConfigError
 from q3q.sweep import gpus as gpus_module
-from q3q.sweep.gpus import TORCH_CUDA, torch_cuda, visible_gpus
+from q3q.sweep.gpus import TORCH_CUDA, install_line, torch_cuda, visible_gpus
 from q3q.sweep.machines import Machine, ResourceRequest, machine_here, refuse_old_cards
 
 ROOT = Path(__file__).parents[2]
@@ -229,8 +229,8 @@ def test_the_image_the_readme_and_the_constraints_agree_on_cuda():
     )
     [base] = [line for line in image.splitlines() if line.startswith("ARG BASE=")]
     assert base.startswith(f"ARG BASE=nvidia/cuda:{TORCH_CUDA}.")
-    index = f"https://download.pytorch.org/whl/cu{TORCH_CUDA.replace('.', '')}"
-    assert index in readme
+    assert install_line("12.6") in readme
+    assert install_line("12.6").split()[-2] in image
     assert f"built for CUDA {TORCH_CUDA}" in " ".join(readme.split())
     assert f"CUDA {TORCH_CUDA}, the one that torch on PyPI is built for" in image
     least = gpus_module.LEAST_DRIVER[int(float(TORCH_CUDA))]

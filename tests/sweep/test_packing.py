@@ -1,7 +1,9 @@
 """No GPU waits for another trial: laws of shares on simulated nodes."""
 
 import random
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -10,6 +12,8 @@ from q3q.sweep.allocation import Allocation, Choices
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.packing import WORTH, Load, share_out, simulate
 from q3q.sweep.plan import simulated
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Resources, Task
 from tests.specs import (
     STUDY_TASKS,
     calibration_of,
@@ -37,9 +41,12 @@ def choices_from(least):
     return Choices(options, options)
 
 
-def sweep_of(count, gpus, seed):
-    """Return the simulated sweep of random trials, longest first, and their loads."""
-    draw = random.Random(f"{count} {gpus} {seed}")
+def sweep_of(count, gpus, hosts):
+    """Return the simulated sweep of random trials, longest first, and their loads.
+
+    It runs on `gpus` GPUs of `hosts` machines.
+    """
+    draw = random.Random(f"{count} {gpus} {hosts}")
     choices = [choices_from(draw.choice((0.25, 0.5, 0.5, 1.0))) for _ in range(count)]
     loads = [
         Load(allocation=one.least, idle=draw.choice((0, 5, 60)), busy=draw.uniform(10, 600))
@@ -47,7 +54,7 @@ def sweep_of(count, gpus, seed):
     ]
     loads.sort(key=lambda load: -(load.idle + load.busy))
     choices = [choices_from(load.allocation.gpus) for load in loads]
-    machines = [Machine(cpus=8 * gpus, gpus=gpus)]
+    machines = [Machine(cpus=8 * gpus / hosts, gpus=gpus / hosts)] * hosts
     given = share_out(choices, loads, machines)
     whole, least = (
         simulate(
@@ -60,12 +67,15 @@ def sweep_of(count, gpus, seed):
     return loads, simulate(loads, machines), whole.seconds, least.seconds
 
 
-CASES = [*product((1, 2, 5, 7, 8, 9, 12, 15, 16, 17, 24, 33), (1, 2, 8), (0, 1))]
+CASES = [
+    *product((1, 2, 5, 7, 8, 9, 12, 15, 16, 17, 24, 33), ((1, 1), (2, 1), (2, 2), (8, 1), (8, 2)))
+]
 
 
-@pytest.mark.parametrize(("count", "gpus", "seed"), CASES)
-def test_no_gpu_is_idle_while_a_trial_waits_or_computes_beside_another(count, gpus, seed):
-    loads, sweep, whole, least = sweep_of(count, gpus, seed)
+@pytest.mark.parametrize(("count", "node"), CASES)
+def test_no_gpu_is_idle_while_a_trial_waits_or_computes_beside_another(count, node):
+    gpus, hosts = node
+    loads, sweep, whole, least = sweep_of(count, gpus, hosts)
     assert all(run.gpus for run in sweep.runs)
     for moment in sorted({run.start for run in sweep.runs} | {run.end for run in sweep.runs}):
         running = [run for run in sweep.runs if run.start <= moment < run.end]
@@ -131,7 +141,7 @@ def test_a_trial_alone_in_its_process_gets_the_whole_gpu_and_few_threads(monkeyp
     from q3q.sweep import in_process
     from q3q.sweep.in_process import InProcess
 
-    monkeypatch.setattr(in_process, "machine_here", lambda: NODE)
+    monkeypatch.setattr(in_process, "machine_here", lambda _: NODE)
     for host in (InProcess(), InProcess(all_cores=False)):
         machines, request = host.machines(ResourceRequest())
         trials = [paper_trial("qwen3_8b", "gptq", bits) for bits in (2, 3, 4)]
@@ -140,3 +150,36 @@ def test_a_trial_alone_in_its_process_gets_the_whole_gpu_and_few_threads(monkeyp
             assert one.allocation.grant().memory > 0.9 * H100
     machines, request = InProcess().machines(ResourceRequest(gpus=0))
     assert planned_for(trials[:1], machines, request)[0].allocation.cpus == 192
+
+
+@pytest.mark.slow
+def test_ray_places_shares_as_the_simulation_does(tmp_path):
+    """Five trials on four GPUs: real workers, which wait until all five have one."""
+    choices = [choices_from(0.5)] * 5
+    loads = [Load(allocation=choices[0].least, idle=60, busy=60)] * 5
+    machine = Machine(cpus=20, gpus=4)
+    given = share_out(choices, loads, [machine])
+    runs = simulate([replace(loads[0], allocation=one) for one in given], [machine]).runs
+
+    def call(number, report):
+        import os
+        import time
+
+        (tmp_path / str(number)).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        while len(list(tmp_path.iterdir())) < 5:
+            time.sleep(0.05)
+
+    with Cluster(cpus=20, gpus=4) as cluster:
+        tasks = [
+            Task(
+                key=str(number),
+                call=partial(call, number),
+                resources=Resources(cpus=one.cpus, gpus=one.gpus),
+            )
+            for number, one in enumerate(given)
+        ]
+        outcomes = list(cluster.run(tasks, on_event=lambda *_: None))
+    assert [outcome.error for outcome in outcomes] == [None] * 5
+    placed = Counter(path.read_text() for path in tmp_path.iterdir())
+    foreseen = Counter(run.gpus[0] for run in runs)
+    assert sorted(placed.values()) == sorted(foreseen.values()) == [1, 1, 1, 2]

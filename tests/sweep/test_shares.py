@@ -9,7 +9,16 @@ import pytest
 from q3q.placement import Grant
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.ray.worker import ALLOCATOR, ALLOCATOR_SETTINGS, keep_to
-from q3q.sweep.shares import HALTED, HOST_BYTES, ROOM, activation_bytes, allocations_of, choices_of
+from q3q.sweep.shares import (
+    HALTED,
+    HOST_BYTES,
+    MOST_ACTIVATIONS,
+    ROOM,
+    activation_bytes,
+    allocations_of,
+    choices_of,
+)
+from tests.specs import text_of
 from tests.sweep.test_plan import facts, trial
 
 H100 = 81_559 * 2**20
@@ -67,6 +76,16 @@ def test_the_ranks_of_a_gang_hold_a_part_of_the_activations_each():
     total = activation_bytes(trial("qwen3_32b").spec, facts("qwen3_32b"))
     assert (one.ranks, one.pinned) == (8, total // 8 - held)
     assert one.pinned > 0
+
+
+def test_states_of_a_text_that_a_gangs_rank_0_gets_have_main_memory_too():
+    request, text = ResourceRequest(gpus=8), text_of("wikitext2", window=2048, limit=400)
+    tight = replace(NODE, gpu_memory=int((need_of_a_rank() + 10**9) / ROOM))
+    [one] = choices("qwen3_32b", "rtn", machine=tight, request=request, text=text).requested
+    states = 400 * 2048 * 5120 * 2
+    assert one.pinned == min(states - (one.room - one.needs), MOST_ACTIVATIONS) > 0
+    resident = choices("qwen3_8b", "rtn", text=text).least  # runs them one after the other
+    assert resident.pinned == 0
 
 
 def test_after_out_of_memory_one_gpu_that_streams_comes_before_a_gang():

@@ -104,7 +104,7 @@ def swept(tmp_path_factory):
     killed = None
     while killed is None and time.monotonic() < deadline and process.poll() is None:
         # A trial with a block and no record yet is at work: kill a process that runs one.
-        if any(storage.glob("trials/*/blocks/block_000.json")) and (busy := working(process.pid)):
+        if any(storage.glob("trials/blocks/*/block_000.json")) and (busy := working(process.pid)):
             killed = busy[0]
             os.kill(killed, signal.SIGKILL)
         time.sleep(0.02)

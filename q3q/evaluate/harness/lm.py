@@ -17,7 +17,7 @@ from q3q.evaluate.chat import CHATS, PLAIN_CHAT, Chat
 from q3q.evaluate.encoding import LineEncoder, as_ids, encode_pair
 from q3q.evaluate.generation import generate
 from q3q.evaluate.harness.answers import Answer, Generation, Thought, greedy_settings
-from q3q.evaluate.harness.requests import Continuations, Encoded, EncodedInstance, Prompt
+from q3q.evaluate.harness.requests import Encoded, EncodedInstance, Prompt
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.prefixes import Ids
 from q3q.evaluate.scorer import Scorer
@@ -127,7 +127,7 @@ class HarnessLM(TemplateLM):
         for number, instance in enumerate(instances):
             if number % LEARNT_TOGETHER == 0:
                 self.encode.learn(_texts(instances[number : number + LEARNT_TOGETHER]))
-            if isinstance(instance, EncodedInstance) and instance.encoded is not None:
+            if isinstance(instance, EncodedInstance):
                 encoded.append(instance.encoded)
             elif instance.request_type == "generate_until":
                 prompt, settings = instance.args
@@ -140,7 +140,7 @@ class HarnessLM(TemplateLM):
                 encoded.append(self._continuation(instance, encode))
         return encoded
 
-    def _continuation(self, instance: Any, encode: Callable[[str], Ids]) -> Continuations:
+    def _continuation(self, instance: Any, encode: Callable[[str], Ids]) -> tuple[Request]:
         context, continuation = instance.args
         if context == "":
             ids = as_ids(self.tok_encode(continuation, add_special_tokens=False))
@@ -148,9 +148,9 @@ class HarnessLM(TemplateLM):
             pair = (ids[:1], ids[1:]) if ids[:1].tolist() == prefix.tolist() else (prefix, ids)
         else:
             pair = encode_pair(encode, context, continuation)
-        return Continuations((self.scorer.request(*pair, task=_task_of(instance)),))
+        return (self.scorer.request(*pair, task=_task_of(instance)),)
 
-    def _windows(self, instance: Any) -> Continuations:
+    def _windows(self, instance: Any) -> tuple[Request, ...]:
         """Encode a whole text: each token is predicted once, with one token of context at least."""
         [text] = instance.args
         windows = get_rolling_token_windows(
@@ -159,22 +159,16 @@ class HarnessLM(TemplateLM):
             max_seq_len=self.max_length,
             context_len=1,
         )
-        return Continuations(
-            tuple(
-                self.scorer.request(as_ids(context), as_ids(target), _task_of(instance))
-                for context, target in map(make_disjoint_window, windows)
-            )
+        return tuple(
+            self.scorer.request(as_ids(context), as_ids(target), _task_of(instance))
+            for context, target in map(make_disjoint_window, windows)
         )
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return self._log_likelihoods([part for [part] in self._continuations(requests)])
 
     def _continuations(self, instances: Sequence[Any]) -> list[tuple[Request, ...]]:
-        parts = []
-        for encoded in self.encode_all(instances):
-            assert isinstance(encoded, Continuations)
-            parts.append(encoded.requests)
-        return parts
+        return [one for one in self.encode_all(instances) if not isinstance(one, Prompt)]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any

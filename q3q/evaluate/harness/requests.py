@@ -12,27 +12,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from lm_eval.api.instance import Instance
 
 from q3q.data.prepared import Arrays, Shelf
-from q3q.evaluate.packing import joined, pack_sequences, split, unpack_sequences
+from q3q.evaluate.packing import pack_sequences, unpack_sequences
 from q3q.evaluate.prefixes import Ids
 from q3q.evaluate.scoring import Request
 from q3q.spec import Json
 
 REQUESTS_VERSION = 1  # of the file: raised when requests are built or encoded in another way
 HASH_BYTES = 32
-TEXTS, TABLE = "texts.", "table"  # beginning of the sequences' names; JSON, as bytes
-
-
-@dataclass(frozen=True)
-class Continuations:
-    """Continuations whose log-likelihoods are asked for: one, or the windows of a whole text."""
-
-    requests: tuple[Request, ...]
+# Names of arrays: what those of the sequences begin with, and JSON, as bytes.
+INPUTS, TARGETS, TABLE = "inputs.", "targets.", "table"
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,9 @@ class Prompt:
     opens_thought: bool
 
 
-Encoded = Continuations | Prompt
+# Continuations whose log-likelihoods are asked for (one, or the windows of a whole text), or a
+# prompt.
+Encoded = tuple[Request, ...] | Prompt
 
 
 @dataclass
@@ -58,7 +55,7 @@ class EncodedInstance(Instance):
     prompt_hash: lm-eval's, of the text that `arguments` held
     """
 
-    encoded: Encoded | None = None
+    encoded: Encoded = ()
     prompt_hash: str = ""
 
 
@@ -161,21 +158,12 @@ def prepared_tasks(
         yield PreparedTasks(tasks, encode, found, built)
 
 
-def _take(task: Any, stored: Sequence["StoredRequest"], **settings: Any) -> None:
+def _take(task: Any, stored: list[EncodedInstance], **settings: Any) -> None:
     """Give a task the requests of a prepared file, with its own documents."""
     documents = dict(_documents(task, settings))
-    task._instances = [
-        EncodedInstance(
-            request_type=one.kind,
-            doc=documents[one.document],
-            arguments=("",),  # nobody asks for the text
-            idx=one.index,
-            metadata=(task.config.task, one.document, one.repeats),
-            encoded=one.encoded,
-            prompt_hash=one.prompt_hash,
-        )
-        for one in stored
-    ]
+    for one in stored:
+        one.doc = documents[one.doc_id]
+    task._instances = stored
 
 
 def _documents(task: Any, settings: Mapping[str, Any]) -> Iterator[tuple[int, Any]]:
@@ -192,22 +180,6 @@ def _same(document: Any, other: Any) -> bool:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@dataclass(slots=True)
-class StoredRequest:
-    """A request as a prepared file has it, without its document.
-
-    document: its number among those that are scored
-    index: number of the request among the document's
-    """
-
-    kind: str
-    document: int
-    index: int
-    repeats: int
-    prompt_hash: str
-    encoded: Encoded
 
 
 def pack_requests(instances: Mapping[str, Sequence[EncodedInstance]]) -> Arrays | None:
@@ -228,8 +200,8 @@ def pack_requests(instances: Mapping[str, Sequence[EncodedInstance]]) -> Arrays 
             return None
         setting.append(settings.setdefault(written, len(settings)))
     parts = [_parts(one.encoded) for one in every]
-    pairs = [pair for part in parts for pair in part]
-    texts, text = pack_sequences([inputs for inputs, _ in pairs])
+    inputs, text = pack_sequences([ids for part in parts for ids, _ in part])
+    targets, target = pack_sequences([ids for part in parts for _, ids in part])
     table = {
         "tasks": [[name, task[0].task_name, len(task)] for name, task in instances.items()],
         "kinds": kinds,
@@ -237,7 +209,8 @@ def pack_requests(instances: Mapping[str, Sequence[EncodedInstance]]) -> Arrays 
     }
     hashes = b"".join(bytes.fromhex(one.prompt_hash) for one in every)
     return {
-        **{f"{TEXTS}{name}": array for name, array in texts.items()},
+        **{INPUTS + name: array for name, array in inputs.items()},
+        **{TARGETS + name: array for name, array in targets.items()},
         TABLE: np.frombuffer(json.dumps(table).encode(), np.uint8),
         "kind": np.array([kinds.index(str(one.request_type)) for one in every], np.uint8),
         "document": np.array([one.doc_id for one in every], np.int32),
@@ -247,54 +220,50 @@ def pack_requests(instances: Mapping[str, Sequence[EncodedInstance]]) -> Arrays 
         "prompt_hash": np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
         "parts": np.array([len(part) for part in parts], np.int32),
         "text": text,
-        "targets": joined([targets for _, targets in pairs]),
-        "target_length": np.array([len(targets) for _, targets in pairs], np.int32),
+        "target": target,
     }
 
 
-def _parts(encoded: Encoded | None) -> list[tuple[Ids, Ids]]:
-    assert encoded is not None
+def _parts(encoded: Encoded) -> list[tuple[Ids, Ids]]:
     if isinstance(encoded, Prompt):
         return [(encoded.ids, np.zeros(0, np.int32))]
-    return [(request.inputs, request.targets) for request in encoded.requests]
+    return [(request.inputs, request.targets) for request in encoded]
 
 
-def unpack_requests(arrays: Arrays) -> dict[str, list[StoredRequest]]:
-    """Return what `pack_requests` received, by task."""
-    texts = unpack_sequences(
-        {name.removeprefix(TEXTS): array for name, array in arrays.items() if TEXTS in name}
-    )
+def unpack_requests(arrays: Arrays) -> dict[str, list[EncodedInstance]]:
+    """Return what `pack_requests` received, by task, without documents and texts."""
+    inputs, targets = (unpack_sequences(_below(name, arrays)) for name in (INPUTS, TARGETS))
     table = json.loads(arrays[TABLE].tobytes())
-    text = arrays["text"].tolist()
-    targets = split(arrays["targets"], arrays["target_length"])
     hashes = arrays["prompt_hash"].tobytes().hex()
     columns = ("kind", "document", "index", "repeats", "setting", "parts")
-    rows = zip(*(arrays[name].tolist() for name in columns), strict=True)
-    found: dict[str, list[StoredRequest]] = {}
-    part = number = 0
+    rows = enumerate(zip(*(arrays[name].tolist() for name in columns), strict=True))
+    pairs = zip(arrays["text"].tolist(), arrays["target"].tolist(), strict=True)
+    found: dict[str, list[EncodedInstance]] = {}
     for name, task, count in table["tasks"]:
-        found[name] = []
-        for _ in range(count):
-            kind, document, index, repeats, setting, parts = next(rows)
-            encoded: Encoded
-            if (own := table["settings"][setting]) is not None:
-                encoded = Prompt(texts[text[part]], own["settings"], own["opens_thought"])
-            else:
-                encoded = Continuations(
-                    tuple(
-                        Request(texts[text[k]], targets[k], task) for k in range(part, part + parts)
-                    )
-                )
+        found[name] = instances = []
+        for number, (kind, document, index, repeats, setting, parts) in islice(rows, count):
+            own, encoded = table["settings"][setting], islice(pairs, parts)
             begin = 2 * HASH_BYTES * number
-            found[name].append(
-                StoredRequest(
-                    kind=table["kinds"][kind],
-                    document=document,
-                    index=index,
-                    repeats=repeats,
+            instances.append(
+                EncodedInstance(
+                    request_type=table["kinds"][kind],
+                    doc={},
+                    arguments=("",),  # nobody asks for the text
+                    idx=index,
+                    metadata=(task, document, repeats),
+                    encoded=tuple(Request(inputs[a], targets[b], task) for a, b in encoded)
+                    if own is None
+                    else Prompt(inputs[next(encoded)[0]], **own),
                     prompt_hash=hashes[begin : begin + 2 * HASH_BYTES],
-                    encoded=encoded,
                 )
             )
-            part, number = part + parts, number + 1
     return found
+
+
+def _below(beginning: str, arrays: Arrays) -> Arrays:
+    """Return the arrays whose names begin so, by the rest of their names."""
+    return {
+        name.removeprefix(beginning): array
+        for name, array in arrays.items()
+        if name.startswith(beginning)
+    }

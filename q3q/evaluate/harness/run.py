@@ -1,14 +1,18 @@
 """Run lm-eval's tasks on a model and read its metrics and samples."""
 
-import json
 import os
+import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import evaluate
 
 from q3q.data.prepared import Shelf
 from q3q.errors import IntegrityError
@@ -16,7 +20,6 @@ from q3q.evaluate.batches import Choose, first_questions
 from q3q.evaluate.catalogue import OWN_TASKS
 from q3q.evaluate.chat import CHATS, PLAIN_CHAT, Chat
 from q3q.evaluate.compare import share_interval
-from q3q.evaluate.harness.lean import simple_evaluate
 from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.harness.metrics import read_metrics, sample_rows, shares_of
 from q3q.evaluate.harness.requests import REQUESTS_VERSION, prepared_tasks
@@ -82,7 +85,7 @@ def run_tasks(
     keeping: Keeping | None = None,
     steps: Steps = no_steps,
 ) -> TaskScores:
-    """Score lm-eval tasks through `lm_eval.simple_evaluate`.
+    """Score lm-eval tasks through `lm_eval.evaluate`.
 
     Args:
         limit: number of each task's first documents that are scored; None for all.
@@ -120,25 +123,23 @@ def run_tasks(
         choose_all = choose or partial(first_questions, limit)
         documents = {task: list(choose_all(task, count)) for task, count in index.documents.items()}
         shelf = None if keeping is None else _shelf_of(keeping, index, chat, tokenizer)
-        whole = {} if keeping is None else _whole_identity(keeping, loaded["tasks"], documents, lm)
+        whole: Json = {}
+        if keeping is not None and shelf is not None:
+            whole = _whole_identity(keeping, loaded["tasks"], documents, lm)
         wait = partial(steps, 0, 1)
         with prepared_tasks(loaded["tasks"], lm.encode_all, shelf, whole, wait) as prepared:
-            answer: Any = simple_evaluate(
-                model=lm,
-                tasks=list(tasks),
+            _set_up(loaded["tasks"].values(), num_fewshot, seed)
+            answer: Any = evaluate(
+                lm,
+                loaded,
                 limit=limit if choose is None else None,
                 samples=None if choose is None else documents,
-                num_fewshot=num_fewshot,
-                task_manager=index,
                 # Means have closed-form standard errors; 0 would switch those off too.
                 bootstrap_iters=1000,
                 log_samples=True,
-                apply_chat_template=chat.template,
                 system_instruction=chat.system,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                apply_chat_template=chat.template,
+                fewshot_as_multiturn=True,
             )
     check_samples(answer["samples"], documents)
     for task, rows in answer["samples"].items():
@@ -168,6 +169,21 @@ def run_tasks(
     return TaskScores(metrics, intervals, results, samples, shares.without, lm.scorer.effort)
 
 
+def _set_up(tasks: Iterable[Any], num_fewshot: int | None, seed: int) -> None:
+    """Set seeds and numbers of examples as `lm_eval.simple_evaluate` does before it evaluates.
+
+    That function then runs a dozen programs to describe the machine, which the record does itself.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    for task in tasks:
+        own = task.get_config("num_fewshot")
+        if own is None or (own and num_fewshot is not None):
+            task.set_config("num_fewshot", num_fewshot or 0)
+        task.set_fewshot_seed(seed)
+
+
 def _shelf_of(keeping: Keeping, index: CheckedTasks, chat: Chat, tokenizer: Any) -> Shelf | None:
     """Return the shelf; None where the requests may be others in the next trial."""
     dated = chat.template and "strftime_now" in str(tokenizer.chat_template)
@@ -182,7 +198,7 @@ def _whole_identity(
     """Return all that determines the requests of these tasks, but for the tokenizer."""
     configs = {name: task.dump_config() for name, task in tasks.items()}
     # A function without source code is written with its address.
-    written = re.sub(r" at 0x[0-9a-f]+", "", json.dumps(configs, sort_keys=True, default=str))
+    written = re.sub(r" at 0x[0-9a-f]+", "", repr(configs))
     return {
         **keeping.identity,
         "version": REQUESTS_VERSION,

@@ -16,6 +16,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from q3q.errors import ConfigError, IntegrityError, Q3QError
 from q3q.evaluate.catalogue import OWN_TASKS, TASKS
 from q3q.evaluate.harness.answers import greedy_settings
+from q3q.evaluate.harness.documents import read_quickly
 from q3q.evaluate.metrics import exp_or_infinity
 
 OFFICIAL = Path(lm_eval.tasks.__file__).parent
@@ -45,6 +46,7 @@ class CheckedTasks(TaskManager):
             keys = ("tasks", "groups", "group_map")
             loaded = {key: {k: v for part in parts for k, v in part[key].items()} for key in keys}
             for task in loaded["tasks"].values():
+                read_quickly(task)
                 aggregations = task.aggregation()
                 for name, aggregation in aggregations.items():
                     aggregations[name] = Aggregation(STAND_INS.get(aggregation, aggregation))

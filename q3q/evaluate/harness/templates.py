@@ -17,11 +17,11 @@ def templates_compiled_once() -> Iterator[None]:
     nothing of a document, so the texts are the same.
     """
     before = env.__dict__.get("from_string")
-    env.from_string = lru_cache(maxsize=MOST_TEMPLATES)(env.from_string)  # type: ignore[method-assign]
+    env.from_string = lru_cache(maxsize=MOST_TEMPLATES)(env.from_string)
     try:
         yield
     finally:
         if before is None:
             del env.from_string
         else:
-            env.from_string = before  # type: ignore[method-assign]
+            env.from_string = before

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from q3q.errors import ConfigError
+from q3q.errors import ConfigError, first_line
 from q3q.quantize.methods.settings import SETTINGS, MethodSettings
 from q3q.spec import MethodRef, Scheme
 
@@ -106,7 +106,7 @@ def _offer(point: EntryPoint, package: str) -> Offer:
     try:
         settings = point.load()
     except Exception as error:  # somebody else's code: whatever it raises
-        return broken(f"{point.value} does not load ({type(error).__name__}: {_first_line(error)})")
+        return broken(f"{point.value} does not load ({type(error).__name__}: {first_line(error)})")
     problem = _misfit(settings, point.name)
     return (
         broken(f"{point.value} {problem}")
@@ -129,12 +129,8 @@ def _misfit(settings: Any, name: str) -> str | None:
     try:
         OmegaConf.structured(settings)
     except (OmegaConfBaseException, ValueError) as error:
-        return f"has a setting of a type that a config cannot hold ({_first_line(error)})"
+        return f"has a setting of a type that a config cannot hold ({first_line(error)})"
     if settings.quantizes and ":" not in settings.implementation:
         return 'must say implementation: ClassVar[str] = "module:Class"'
     reserved = next((key for key in RESERVED if key in knobs), None)
     return reserved and f"has a setting named {reserved}, which q3q uses itself"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]

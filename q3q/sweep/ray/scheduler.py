@@ -56,6 +56,7 @@ class TaskRun:
     in_flight: by stream
     gangs: rank 0 of each
     nodes: by the name that tasks are `near`, the node where one of them began last
+    opened: names that tasks are `after`, of which one has ended
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TaskRun:
         self.in_flight: dict[Any, InFlight] = {}
         self.gangs: list[InFlight] = []
         self.nodes: dict[str, str] = {}
+        self.opened: set[str] = {""}
         self.head = Head()
         self.several_machines = len(self.head.machines) > 1 or patience > 0
         self._judged: list[Resources] | None = None  # the machines at the last `_refuse`
@@ -113,8 +115,8 @@ class TaskRun:
         )
         path = [os.path.abspath(entry) for entry in sys.path]
         for shape, queue in self.queues.items():
-            while queue and waiting[shape] < self.most_waiting:
-                flight = InFlight(*queue.popleft())
+            while waiting[shape] < self.most_waiting and (next_one := self._next(queue)):
+                flight = InFlight(*next_one)
                 task = flight.task
                 try:
                     call = ray.cloudpickle.dumps(task.call)
@@ -131,6 +133,15 @@ class TaskRun:
                 else:
                     self.in_flight[self._entry_near(task).remote(*arguments)] = flight
                 waiting[shape] += 1
+
+    def _next(self, queue: deque[Waiting]) -> Waiting | None:
+        """Take the first task of a queue that need not wait for another one's end."""
+        ahead = {flight.task.after for flight in self.in_flight.values()} - self.opened
+        for waiting in queue:
+            if waiting.task.after not in ahead:
+                queue.remove(waiting)
+                return waiting
+        return None
 
     def _entry_near(self, task: Task) -> Any:
         """Return the Ray function for a task, with its preferred node, if that has room at once."""
@@ -203,6 +214,7 @@ class TaskRun:
         task, attempt, deaths = flight.task, flight.attempt, flight.deaths
         kind, content = end
         if kind == VALUE:
+            self.opened.add(task.after)
             yield flight.outcome(value=content)
             return
         if task.larger is not None and isinstance(content, OutOfMemoryError):
@@ -212,6 +224,7 @@ class TaskRun:
         elif kind == DIED and deaths < task.retries:
             again = Waiting(task, attempt + 1, deaths + 1)
         else:
+            self.opened.add(task.after)
             yield flight.outcome(error=content, died=kind == DIED)
             return
         shape = again.task.resources

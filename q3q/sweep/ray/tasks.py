@@ -76,6 +76,8 @@ class Task:
     larger: what runs in its place, under the same key, if it runs out of memory: the same work
         with more of it
     near: tasks that give the same name preferably run where one of them has run; none waits for it
+    after: of tasks that give the same name, the others wait until the first has ended, as they
+        use what it leaves; tasks behind them pass
     """
 
     key: str
@@ -85,6 +87,7 @@ class Task:
     furthers: Callable[[Any], bool] = lambda event: False
     larger: "Task | None" = None
     near: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

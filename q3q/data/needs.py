@@ -1,0 +1,176 @@
+"""What trials need from the Hub: whether it is here, how large it is, and how to get it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from q3q.data.questions import DataSet, Library, repository_bytes
+from q3q.data.texts import Split, download_text, text_bytes, text_is_here
+from q3q.formatting import in_bytes, plural
+from q3q.models.hub import bytes_to_download, cache_folder, locate
+from q3q.reporter import Steps
+
+LINE_SECONDS = 10.0  # between two lines about one download
+LOOK_SECONDS = 1.0  # between two looks at what a download has written
+
+
+@dataclass(frozen=True)
+class ModelNeed:
+    """A model's weights, config and tokenizer."""
+
+    source: str
+    revision: str | None
+
+    @property
+    def name(self) -> str:
+        return self.source if self.revision is None else f"{self.source} ({self.revision[:12]})"
+
+    def missing(self) -> int:
+        """Return the bytes to download, 0 if all is here.
+
+        Raises:
+            CheckpointError: it is not to be had.
+        """
+        return bytes_to_download(self.source, self.revision)
+
+    def fetch(self, steps: Steps) -> None:
+        """Download what is missing; continue what was cut off.
+
+        Args:
+            steps: receives bytes done and in all.
+
+        Raises:
+            CheckpointError: it is not to be had.
+        """
+        missing = self.missing()
+        with _watched(cache_folder(self.source), missing, steps):
+            locate(self.source, self.revision)
+
+
+@dataclass(frozen=True)
+class TextNeed:
+    """A text of the Hub, to calibrate or evaluate on."""
+
+    source: str
+    split: Split
+    data: Path | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.split} text {self.source}"
+
+    def missing(self) -> int:
+        """Return the bytes to download, 0 if it is here.
+
+        Raises:
+            CalibrationError: it is not to be had.
+        """
+        here = text_is_here(self.source, self.split, self.data)
+        return 0 if here else text_bytes(self.source, self.split, self.data)
+
+    def fetch(self, steps: Steps) -> None:
+        """Download it; see `ModelNeed.fetch`."""
+        if missing := self.missing():
+            steps(0, missing)
+            download_text(self.source, self.split, self.data)
+            steps(missing, missing)
+
+
+@dataclass(frozen=True)
+class QuestionsNeed:
+    """One of the study's data sets of questions: configurations of one repository.
+
+    folder: the user's, which is searched first
+    """
+
+    repository: str
+    configurations: tuple[DataSet, ...]
+    folder: Path | None
+
+    @property
+    def name(self) -> str:
+        count = len(self.configurations)
+        parts = "" if count == 1 else f" ({plural(count, 'configuration')})"
+        return f"data set {self.repository}{parts}"
+
+    def missing(self) -> int:
+        """Return the bytes to download, 0 if all is here.
+
+        Raises:
+            ConfigError: it is not to be had.
+        """
+        library = Library(self.folder, settle=True)
+        absent = [data for data in self.configurations if not library.is_here(data)]
+        return repository_bytes(absent, self.folder) if absent else 0
+
+    def fetch(self, steps: Steps) -> None:
+        """Download each configuration; check that it loads and has its splits.
+
+        Raises:
+            ConfigError: one is not to be had, or lacks a split.
+        """
+        library, missing = Library(self.folder, settle=True), self.missing()
+        for number, data in enumerate(self.configurations):
+            steps(missing * number // len(self.configurations), missing)
+            library.identify(data)
+        steps(missing, missing)
+
+
+Need = ModelNeed | TextNeed | QuestionsNeed
+
+
+def downloading(name: str, say: Callable[[str], None], clock: Callable[[], float]) -> Steps:
+    """Return what says how far a download is, in a line now and then.
+
+    Args:
+        name: of what is downloaded.
+    """
+    last = -LINE_SECONDS
+
+    def steps(done: int, total: int) -> None:
+        nonlocal last
+        now = clock()
+        if total and (done >= total or now - last >= LINE_SECONDS):
+            last = now
+            part = "" if done in (0, total) else f"{in_bytes(done)} of "
+            say(f"{name}: {part}{in_bytes(total)} {'downloaded' if done else 'to download'}")
+
+    return steps
+
+
+@contextmanager
+def _watched(folder: Path, expected: int, steps: Steps) -> Iterator[None]:
+    """Report how much a folder grows while something is downloaded into it, and the end."""
+    ended, before = threading.Event(), _size(folder)
+
+    def look() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            steps(min(max(0, _size(folder) - before), expected - 1), expected)
+
+    if not expected:
+        yield
+        return
+    steps(0, expected)
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    steps(expected, expected)
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of a folder's files; those that come and go meanwhile count or not."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += 0 if path.is_symlink() or path.is_dir() else path.stat().st_size
+        except OSError:
+            continue
+    return total

@@ -1,0 +1,105 @@
+"""Where a trial's quantized blocks lie; trials that share a quantization make it once.
+
+With `keep=auto` and `keep=blocks` they lie where all trials of the quantization look, from the
+first block on. Whoever makes them has a claim on the quantization; another trial waits for it, and
+goes on at the last block if the maker died. With `keep=none` they lie in the trial's own folder.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from q3q.placement import Trial
+from q3q.quantize.block_store import BlockStore
+from q3q.quantize.methods.source import differ, source_of
+from q3q.record import forget_progress
+from q3q.spec import Json
+from q3q.storage.block_cache import BlockCache
+from q3q.storage.claim import ClaimStore, Holder, claimed
+from q3q.storage.mirror import Mirror, mirror_for
+
+SOURCE = "method_source"  # beside the blocks: the code that made them
+
+
+@contextmanager
+def blocks_of(
+    trial: Trial,
+    count: int,
+    wait: Callable[[Holder], object] = lambda holder: None,
+    say: Callable[[str], object] = lambda line: None,
+) -> Iterator[BlockStore]:
+    """Yield the trial's store of blocks; all that it was given are on the disk at the end.
+
+    If not all blocks are there already, nobody else makes them meanwhile.
+
+    Args:
+        count: of the model's blocks.
+        wait: receives whoever makes them now, again and again; may raise to stop waiting.
+        say: receives a line if blocks are not used because the method's code changed.
+
+    Raises:
+        ClaimLostError: this process was silent too long, and another one makes the blocks now.
+        OSError: a block could not be written.
+    """
+    kept, mirror = trial.kept_blocks_folder, mirror_for(trial.placement.store)
+    if trial.spec.schemes is None:
+        yield BlockStore(trial.blocks_folder)
+        return
+    if not trial.placement.shares_blocks and not kept.is_dir():
+        with _usable(trial, lambda: None, say) as store:
+            yield store
+        return
+    with ExitStack() as held:
+        name = trial.spec.quantization_id
+        claim = held.enter_context(claimed(_claims(kept.parent, mirror), name, wait))
+        if mirror is not None:  # another machine may have made some meanwhile
+            mirror.pull(f"trials/blocks/{name}")
+        store = _usable(trial, claim.check, say)
+        if store.holds(count):
+            held.close()  # they only have to be read; `BlockCache.trim` sees that the trial runs
+        with store:
+            yield store
+        if mirror is not None and trial.placement.shares_blocks:
+            mirror.push(f"trials/blocks/{name}", sure=claim.check)
+
+
+def _usable(trial: Trial, sure: Callable[[], object], say: Callable[[str], object]) -> BlockStore:
+    """Return the trial's store, but with no blocks that other code of a package's method made.
+
+    Scores of such blocks are forgotten with them. q3q's own methods raise `version` instead.
+    """
+    own, kept, identity = (
+        trial.blocks_folder,
+        trial.kept_blocks_folder,
+        trial.spec.quantization_id,
+    )
+    source = None if trial.spec.method.package is None else source_of(trial.spec.method)
+    stale = [folder for folder in (own, kept) if _is_stale(folder, identity, source)]
+    if stale:
+        say("its method's code changed: no block of the old code is used")
+    if own in stale:
+        forget_progress(trial)
+    if not trial.placement.shares_blocks:
+        store = BlockStore(own, None if kept in stale else kept, identity, sure)
+    else:
+        store = BlockStore(kept, None, identity, sure)
+        if kept in stale:
+            forget_progress(trial)
+            store.delete()
+        cache = BlockCache(trial.placement.trials)
+        if trial.placement.caches_blocks:
+            cache.use(identity)
+        else:
+            cache.keep(identity)
+        BlockStore(own, kept, identity).keep()  # of an earlier attempt that was to share none
+    if source is not None:
+        store.remember(SOURCE, source)
+    return store
+
+
+def _is_stale(folder: Path, identity: str, source: Json | None) -> bool:
+    return differ(BlockStore(folder, identity=identity).recall(SOURCE), source)
+
+
+def _claims(folder: Path, mirror: Mirror | None) -> Path | ClaimStore:
+    return folder if mirror is None else mirror.claim_store("trials/blocks")

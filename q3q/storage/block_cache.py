@@ -1,0 +1,121 @@
+"""The quantized blocks that finished trials leave for later evaluations, within a budget.
+
+They lie in `trials/blocks/<quantization id>`. What `keep=auto` leaves there has a mark, whose time
+of change is when a trial used the blocks last. The least recently used go first when all that are
+marked take more than a part of the free disk. What `keep=blocks` left has no mark and stays.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from q3q.formatting import bytes_in_words
+from q3q.storage.claim import Claim
+
+# Of the disk that would be free without these blocks, the part that they may take. No sweep should
+# find its disk full because of blocks that may never be asked for again; a tenth of a 2 TB disk
+# holds some fifty quantizations of an 8B model at 4 bits.
+SHARE = 0.1
+MARK = "kept_by_auto"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Blocks of one quantization that may go.
+
+    name: the quantization's id
+    used: nanoseconds of the clock when a trial used them last; decides nothing but their order
+    """
+
+    name: str
+    size: int
+    used: int
+
+
+class BlockCache:
+    """The folder of finished trials' quantized blocks.
+
+    Args:
+        trials: a storage folder's `trials`.
+    """
+
+    def __init__(self, trials: Path) -> None:
+        self.folder = trials / "blocks"
+
+    def use(self, name: str) -> None:
+        """Note that a trial uses a quantization's blocks, which it may be about to make.
+
+        Blocks that are there without a mark get none.
+        """
+        folder = self.folder / name
+        new = not folder.is_dir() or not any(folder.iterdir())
+        folder.mkdir(parents=True, exist_ok=True)
+        if new or (folder / MARK).exists():
+            (folder / MARK).touch()
+
+    def keep(self, name: str) -> None:
+        """Let a quantization's blocks stay, whatever they take (keep=blocks)."""
+        (self.folder / name / MARK).unlink(missing_ok=True)
+
+    def entries(self) -> list[Kept]:
+        """Return all quantizations whose blocks may go, the least recently used first."""
+        found = []
+        for mark in self.folder.glob(f"*/{MARK}"):
+            with suppress(OSError):  # it goes away at this moment
+                sizes = [one.stat().st_size for one in os.scandir(mark.parent) if one.is_file()]
+                found.append(Kept(mark.parent.name, sum(sizes), mark.stat().st_mtime_ns))
+        return sorted(found, key=lambda kept: (kept.used, kept.name))
+
+    def budget(self) -> int:
+        """Return the bytes that blocks may take that may go."""
+        place = next(one for one in (self.folder, *self.folder.parents) if one.exists())
+        taken = sum(kept.size for kept in self.entries())
+        return int((shutil.disk_usage(place).free + taken) * SHARE)
+
+    def trim(self, in_use: Callable[[], Collection[str]]) -> list[str]:
+        """Delete the least recently used blocks beyond the budget; return whose.
+
+        Args:
+            in_use: returns the quantizations that running trials use: theirs stay.
+        """
+        entries = self.entries()
+        over = sum(kept.size for kept in entries) - self.budget()
+        gone = []
+        for kept in entries:
+            if over <= 0:
+                break
+            claim = Claim(self.folder, kept.name)
+            if claim.take() is not None:  # a trial looks at them, or makes them
+                continue
+            try:
+                # A trial that found these blocks under this claim is running, and so is seen.
+                if kept.name not in in_use():
+                    shutil.rmtree(self.folder / kept.name, ignore_errors=True)
+                    gone.append(kept.name)
+                    over -= kept.size
+            finally:
+                claim.release()
+        return gone
+
+    def describe(self) -> str:
+        """Return a line on what lies here and may go; empty if nothing does."""
+        entries = self.entries()
+        if not entries:
+            return ""
+        size = bytes_in_words(sum(kept.size for kept in entries))
+        count = f"{len(entries)} quantization{'s' if len(entries) > 1 else ''}"
+        return (
+            f"blocks of {count} kept for later evaluations (keep=auto): {size} of at most "
+            f"{bytes_in_words(self.budget())}, the least recently used go first"
+        )
+
+    def promise(self) -> str:
+        """Return a line on what will be kept here."""
+        return (
+            f"Quantized blocks stay in {self.folder} for later evaluations: at most "
+            f"{bytes_in_words(self.budget())}, the least recently used go first. keep=none keeps "
+            "none, keep=blocks all."
+        )

@@ -1,0 +1,227 @@
+"""Everything that a command line needs is fetched before trials run, or named at once."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pyarrow as pa
+import pytest
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from pyarrow import parquet
+
+from q3q import fetch
+from q3q.cli import explain, run_alone
+from q3q.config import model as config_model
+from q3q.config import texts as config_texts
+from q3q.config.evaluation import _data_sets
+from q3q.config.model import DEMO_MODELS
+from q3q.config.pages import CONF
+from q3q.config.schema import register
+from q3q.data.questions import REPOSITORIES
+from q3q.data.texts import _HUB
+from q3q.sweep.run import _fetch_weights
+from tests.hub import COMMIT, serving, use
+from tests.specs import hub_model_of, make_spec
+
+MODEL, PIQA = "models/Qwen/Qwen3-0.6B", "baber/piqa"
+WORDS = [
+    "-m",
+    "model=qwen3_0_6b",
+    "method=gptq,rtn",
+    "calibration=wikitext2",
+    "evaluation=tasks",
+    "evaluation.tasks=[piqa]",
+    "evaluation.texts=[wikitext2]",
+    "evaluation.window=512",
+]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """Folders of the repositories that a study of the demo model, as Qwen3-0.6B, needs."""
+    root = tmp_path_factory.mktemp("served")
+    rows = [{"goal": f"lift {i}", "sol1": "a", "sol2": "b", "label": i % 2} for i in range(1838)]
+    (root / "piqa").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / "piqa" / "validation.jsonl").write_text(lines)
+    text = _HUB["wikitext2"]
+    for split, name in text.files.items():
+        file = root / "wikitext" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        count = text.evaluated or 1
+        words = [f"{split} has words, and more words, {i} times. " * 5 for i in range(count)]
+        parquet.write_table(pa.table({"text": words}), file)
+    shutil.copytree(DEMO_MODELS / "dense", root / "model")
+    return {
+        MODEL: root / "model",
+        f"datasets/{PIQA}": root / "piqa",
+        f"datasets/{text.repository}": root / "wikitext",
+    }
+
+
+@pytest.fixture
+def hub(served, tmp_path, monkeypatch):
+    """A Hub that has all of it, an empty cache, and nothing remembered from another test."""
+    for memo in (config_model._hub_model, config_texts.open_text, _data_sets):
+        memo.cache_clear()
+    commits = {f"datasets/{name}": one.commit for name, one in REPOSITORIES.items()}
+    commits |= {f"datasets/{text.repository}": text.revision for text in _HUB.values()}
+    with serving(dict(served), commits) as one:
+        use(one, tmp_path / "cache", monkeypatch)
+        yield one
+    for memo in (config_model._hub_model, config_texts.open_text, _data_sets):
+        memo.cache_clear()
+
+
+def launched(words, storage, capsys):
+    """Do what launch.py does, in this process; return the exit code, output and errors."""
+    register()
+    GlobalHydra.instance().clear()
+    sweeps, words = words[0] == "-m", [*words, f"storage={storage}"]
+    hydra = Hydra.create_main_hydra2("launch", create_config_search_path(str(CONF)))
+    capsys.readouterr()
+    code = 0
+    try:
+        if sweeps:
+            hydra.multirun("config", run_alone, words[1:], with_log_configuration=False)
+        else:
+            _ = hydra.run("config", run_alone, words, with_log_configuration=False).return_value
+    except Exception as error:
+        code = explain(error)
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_what_was_fetched_needs_no_network(hub, served, tmp_path, capsys):
+    assert fetch.main(["--list", *WORDS]) == 0
+    said = capsys.readouterr().out
+    piqa = (served[f"datasets/{PIQA}"] / "validation.jsonl").stat().st_size
+    assert f"data set {PIQA}: {piqa / 1e3:.3g} kB to download" in said
+    assert "Qwen/Qwen3-0.6B: 11.8 MB to download" in said
+    code, plan, _ = launched([*WORDS, "plan=true"], tmp_path / "st", capsys)
+    assert code == 0
+    assert "To download: Qwen/Qwen3-0.6B (11.8 MB), calibration text wikitext2 (" in plan
+    contents = [*hub.cache.rglob("*.parquet"), *hub.cache.rglob("*.safetensors")]
+    assert not contents, "neither a list nor a plan needs any"
+
+    assert fetch.main(WORDS) == 0
+    assert "Qwen/Qwen3-0.6B: 11.8 MB downloaded" in capsys.readouterr().out
+    hub.close()
+    config_model._hub_model.cache_clear()
+    assert fetch.main(["--list", *WORDS]) == 0
+    assert "Nothing to download" in capsys.readouterr().out
+    code, plan, _ = launched([*WORDS, "plan=true"], tmp_path / "st", capsys)
+    assert code == 0
+    assert "3 to run on this machine" in plan
+    assert "To download" not in plan
+    assert "Missing" not in plan
+
+
+def test_a_download_that_was_cut_off_goes_on_with_what_is_missing(hub, capsys):
+    words = ["model=qwen3_0_6b", "evaluation=none"]
+    assert fetch.main(words) == 0
+    [weights] = hub.cache.glob("hub/models--*/snapshots/*/model.safetensors")
+    weights.resolve().unlink()
+    weights.unlink()
+    hub.asked.clear()
+    assert fetch.main(words) == 0
+    files = {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path}
+    assert files == {"model.safetensors"}
+    assert weights.read_bytes() == (hub.repositories[MODEL] / "model.safetensors").read_bytes()
+    hub.asked.clear()
+    assert fetch.main(words) == 0
+    assert not [path for path in hub.asked if "/resolve/" in path]
+    assert "Qwen/Qwen3-0.6B: is here" in capsys.readouterr().out
+
+
+def test_weights_come_before_trials_start(hub, capsys):
+    spec = make_spec(model=hub_model_of("mine", source="Qwen/Qwen3-0.6B"))
+    specs = [replace(spec, model=replace(spec.model, revision=COMMIT), seed=k) for k in range(2)]
+    _fetch_weights([*specs, make_spec()])
+    assert capsys.readouterr().err.splitlines() == [
+        "Qwen/Qwen3-0.6B: 11.8 MB to download",
+        "Qwen/Qwen3-0.6B: 11.8 MB downloaded",
+    ]
+    asked = len(hub.asked)
+    _fetch_weights(specs)
+    assert len(hub.asked) == asked, "what is here is not asked for"
+
+
+def test_each_thing_that_cannot_be_had_has_a_line_and_the_others_are_fetched(hub, capsys):
+    del hub.repositories[f"datasets/{PIQA}"]
+    assert fetch.main(WORDS) == 2
+    said = capsys.readouterr()
+    assert "Qwen/Qwen3-0.6B: 11.8 MB downloaded" in said.out
+    lines = said.err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"q3q: data set {PIQA}: ")
+    assert lines[1] == "q3q: 1 thing could not be fetched"
+
+
+def test_everything_that_is_missing_is_named_at_once(hub, tmp_path, capsys):
+    hub.close()
+    words = ["-m", "model=qwen3_0_6b,qwen3_4b", *WORDS[2:]]
+    code, _, said = launched([*words, "plan=true"], tmp_path / "st", capsys)
+    assert code == 2
+    first, *lines = said.strip().splitlines()
+    assert first.startswith("q3q: 5 things are missing. Where there is a network, python -m q3q.")
+    assert "plan=" not in first
+    names = ("3-0.6B ", "calibration=wikitext2", "evaluation=wikitext2", "baber/piqa", "3-4B ")
+    for line, name in zip(lines, names, strict=True):
+        assert name in line
+    assert not (tmp_path / "st" / "trials").exists()
+
+
+def test_a_plan_says_what_is_not_to_be_had(hub, tmp_path, capsys):
+    """A plan needs each model's config.json, and no text and no question."""
+    assert fetch.main(["model=qwen3_0_6b", "evaluation=none"]) == 0
+    for name in list(hub.repositories):
+        if name.startswith("datasets/"):
+            del hub.repositories[name]
+    code, plan, _ = launched([*WORDS, "plan=true"], tmp_path / "st", capsys)
+    assert code == 0
+    assert "3 to run on this machine" in plan
+    missing = [line for line in plan.splitlines() if line.startswith("Missing: ")]
+    assert [("piqa" in line, "wikitext2" in line) for line in missing] == [
+        (False, True),
+        (False, True),
+        (True, False),
+    ]
+
+
+@pytest.mark.slow
+def test_a_trial_of_the_hubs_model_downloads_it_before_it_starts(hub, tmp_path, capsys):
+    words = ["model=hub", "model.source=Qwen/Qwen3-0.6B", "method=rtn", "dtype=float32"]
+    code, _, said = launched([*words, "evaluation=none"], tmp_path / "st", capsys)
+    assert code == 0, said
+    assert "Qwen/Qwen3-0.6B: 11.8 MB downloaded" in said
+    [record] = (tmp_path / "st" / "trials").glob("*/record.json")
+    assert json.loads(record.read_text())["spec"]["model"]["name"] == "Qwen3-0.6B"
+
+
+def test_what_ships_with_q3q_needs_no_fetching(hub, capsys):
+    assert fetch.main(["-m", "method=gptq,awq", "bits=2,3"]) == 0
+    assert capsys.readouterr().out.startswith("Nothing to fetch")
+    assert hub.asked == []
+
+
+def test_a_command_line_that_launch_would_refuse_is_refused(capsys):
+    assert fetch.main(["bits=2,3"]) == 2
+    assert "several values need -m" in capsys.readouterr().err
+    assert fetch.main(["modle=demo"]) == 2
+    assert "modle is not a setting" in capsys.readouterr().err
+
+
+def test_a_model_without_a_dtype_is_said_to_be_float32(hub, tmp_path, capsys):
+    folder = shutil.copytree(hub.repositories[MODEL], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None)
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    hub.repositories[MODEL] = folder
+    words = ["model=qwen3_0_6b", "evaluation=none", "method=rtn", "plan=true"]
+    code, _, said = launched(words, tmp_path / "st", capsys)
+    assert code == 0
+    assert "the config.json of Qwen/Qwen3-0.6B names no dtype, which means float32" in said
