@@ -7,14 +7,18 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from q3q.errors import CheckpointError, UnavailableModelError, first_line
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.model_json import OWN_FOLDER
 
 # All that a model's folder needs, and its licence; no pickles, which can run code when loaded.
-_DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+# And no second copy of the weights in their maker's own layout (Llama's, Mistral's).
+_FILES: dict[str, Any] = {
+    "allow_patterns": ["*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "LICENSE*"],
+    "ignore_patterns": ["consolidated*", "original/*"],
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_SECONDS = 5.0  # to wait for the Hub's answer
@@ -44,9 +48,9 @@ def locate(source: str, revision: str | None = None, *, offline: bool = False) -
         path = snapshot_download(
             source,
             revision=revision,
-            allow_patterns=_DOWNLOADED,
             local_files_only=refusal is not None,
             etag_timeout=HUB_SECONDS,
+            **_FILES,
         )
     except Exception as error:  # of the client, its HTTP library or the disk
         raise _unreachable(source, revision, refusal or error) from error
@@ -70,14 +74,12 @@ def bytes_to_download(source: str, revision: str | None = None) -> int:
             files = snapshot_download(
                 source,
                 revision=revision,
-                allow_patterns=_DOWNLOADED,
                 etag_timeout=HUB_SECONDS,
                 dry_run=True,
+                **_FILES,
             )
             return sum(file.file_size or 0 for file in files if file.will_download)
-        folder = snapshot_download(
-            source, revision=revision, allow_patterns=_DOWNLOADED, local_files_only=True
-        )
+        folder = snapshot_download(source, revision=revision, local_files_only=True, **_FILES)
     except Exception as error:  # see `locate`
         raise _unreachable(source, revision, refusal or error) from error
     if not _is_whole(Path(folder)):
@@ -97,9 +99,7 @@ def is_downloaded(source: str, revision: str | None) -> bool:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
-            source, revision=revision, allow_patterns=_DOWNLOADED, local_files_only=True
-        )
+        folder = snapshot_download(source, revision=revision, local_files_only=True, **_FILES)
     except Exception:  # see `locate`
         return False
     return _is_whole(Path(folder))

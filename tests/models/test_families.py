@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from q3q.errors import CheckpointError
@@ -25,13 +26,57 @@ from tests.fidelity.test_drivers import Nowhere
 from tests.models.families import COMMON, KINDS, build
 from tests.test_plugins import pretend_to_install
 
-GUIDE = Path(__file__).parents[2] / "docs" / "FAMILY_GUIDE.md"
+ROOT = Path(__file__).parents[2]
+CONF, GUIDE = ROOT / "conf", ROOT / "docs" / "FAMILY_GUIDE.md"
 GRID = Scheme(bits=4, group_size=4, symmetric=False)
 METHODS = {
     "gptq": lambda: Gptq(GptqSettings()),
     "awq": lambda: Awq(AwqSettings(v_to_o=True, grid=3)),
     "smoothquant": lambda: SmoothQuant(SmoothQuantSettings(o_and_down=True)),
 }
+
+
+# model_type, hidden, layers, heads, key-value heads, intermediate, vocabulary, tied, and the
+# parameters that the Hub counts in the released files.
+RELEASED = {
+    "smollm2_135m": ("llama", 576, 30, 9, 3, 1536, 49152, True, 134_515_008),
+    "smollm2_360m": ("llama", 960, 32, 15, 5, 2560, 49152, True, 361_821_120),
+    "smollm2_1_7b": ("llama", 2048, 24, 32, 32, 8192, 49152, True, 1_711_376_384),
+    "llama3_2_1b": ("llama", 2048, 16, 32, 8, 8192, 128256, True, 1_235_814_400),
+    "llama3_2_3b": ("llama", 3072, 28, 24, 8, 8192, 128256, True, 3_212_749_824),
+    "llama3_1_8b": ("llama", 4096, 32, 32, 8, 14336, 128256, False, 8_030_261_248),
+    "qwen2_5_0_5b": ("qwen2", 896, 24, 14, 2, 4864, 151936, True, 494_032_768),
+    "qwen2_5_1_5b": ("qwen2", 1536, 28, 12, 2, 8960, 151936, True, 1_543_714_304),
+    "qwen2_5_3b": ("qwen2", 2048, 36, 16, 2, 11008, 151936, True, 3_085_938_688),
+    "qwen2_5_7b": ("qwen2", 3584, 28, 28, 4, 18944, 152064, False, 7_615_616_512),
+    "qwen2_5_14b": ("qwen2", 5120, 48, 40, 8, 13824, 152064, False, 14_770_033_664),
+    "qwen2_5_32b": ("qwen2", 5120, 64, 40, 8, 27648, 152064, False, 32_763_876_352),
+    "mistral_7b": ("mistral", 4096, 32, 32, 8, 14336, 32768, False, 7_248_023_552),
+}
+
+
+@pytest.mark.parametrize("page", RELEASED)
+def test_released_sizes_are_counted_from_config_json(page):
+    """And conf/model has a page for each, and one for the model before post-training."""
+    kind, hidden, layers, heads, kv_heads, intermediate, vocab, tied, parameters = RELEASED[page]
+    config = {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        **({"sliding_window": None} if kind == "mistral" else {}),
+    }
+    assert read_facts(config).parameters == parameters
+    for name in (page, f"{page}_base"):
+        content = OmegaConf.load(CONF / "model" / f"{name}.yaml")
+        assert content.name == name
+        instruct = "Instruct" in content.source
+        assert instruct == (name == page)
 
 
 @pytest.mark.parametrize("kind", KINDS)

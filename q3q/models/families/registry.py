@@ -11,6 +11,7 @@ from q3q.errors import CheckpointError
 from q3q.models.family import Family
 
 GROUP = "q3q.families"
+LONGEST = 40  # characters that are read of a model_type
 GUIDE = "docs/FAMILY_GUIDE.md"
 # model_type -> `module:Class`; a file is imported when one of its models is read.
 OWN = {
@@ -28,18 +29,18 @@ def find_family(model_type: Any) -> Family:
     Raises:
         CheckpointError: there is none, or the package that offers it is broken.
     """
-    if model_type in OWN:
-        module, _, name = OWN[model_type].partition(":")
+    points, word = _offered(), str(model_type)[:LONGEST]
+    if word in OWN:
+        module, _, name = OWN[word].partition(":")
         family: Family = getattr(import_module(module), name)()
         return family
-    points = _offered()
-    if model_type in points:
-        return _load(points[model_type])
+    if word in points:
+        return _load(points[word])
     known = (*OWN, *sorted(points))
-    near = difflib.get_close_matches(str(model_type), known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
     nearest = f"; the nearest is {near[0]}" if near else ""
     raise CheckpointError(
-        f"model_type {model_type!r} is of no family that q3q runs: {', '.join(known)}{nearest}. "
+        f"model_type {word!r} is of no family that q3q runs: {', '.join(known)}{nearest}. "
         f"{GUIDE} says how to add one, in one file"
     )
 
