@@ -6,7 +6,10 @@ The stages between sites are the only forward in q3q. They agree with transforme
 Shapes: B windows, T tokens of one window, H hidden, N query heads, K key-value heads, D head_dim.
 """
 
+from __future__ import annotations
+
 from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from q3q.models.attention import CAUSAL, Attention
 from q3q.models.family import ModelFacts
 from q3q.models.rope import frequencies
 from q3q.numerics.grid import absmax_per_token
+
+if TYPE_CHECKING:
+    from q3q.models.family import Turns
 
 Weights = Mapping[str, Tensor]
 Stages = Generator[tuple[Site, SiteInput], None, Tensor]
@@ -82,16 +88,16 @@ class Block:
         self.every_expert = False
         self.sites: tuple[Site, ...] = facts.sites(layer)
 
-    def with_weights(self, changed: Weights) -> "Block":
+    def with_weights(self, changed: Weights) -> Block:
         """Return a copy of the block with some weights replaced."""
         block = Block(self.facts, self.layer, {**self.weights, **changed}, self.act_bits)
         block.unrounded, block.every_expert = self.unrounded, self.every_expert
         return block
 
-    def __call__(self, x_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL) -> Tensor:
+    def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
         return finish(self.stages(x_BTH, rope, attention))
 
-    def stages(self, x_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL) -> Stages:
+    def stages(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Stages:
         """Run the forward, halting before each site is read; the generator returns [B, T, H].
 
         Args:
@@ -100,7 +106,7 @@ class Block:
         return self.facts.family.stages(self, x_BTH, rope, attention)
 
     def attention_stages(
-        self, normed_BTH: Tensor, rope: Rope, attention: Attention = CAUSAL
+        self, normed_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL
     ) -> Stages:
         return self.facts.family.attention_stages(self, normed_BTH, rope, attention)
 
@@ -126,7 +132,7 @@ class Block:
         return absmax_per_token(inputs, self.act_bits)
 
     def attend(
-        self, query_BTND: Tensor, key_BTKD: Tensor, value_BTKD: Tensor, rope: Rope, see: Attention
+        self, query_BTND: Tensor, key_BTKD: Tensor, value_BTKD: Tensor, rope: Turns, see: Attention
     ) -> Tensor:
         positions = see.positions(query_BTND.shape[1], query_BTND.device)
         cos, sin = rope(positions, query_BTND.dtype)

@@ -9,7 +9,6 @@ import torch
 import q3q.models.demo
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
-from q3q.models.experts import ExpertBlock
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid
 
@@ -146,9 +145,5 @@ def test_what_is_done_to_a_copy_leaves_the_model_alone(both):
 
 def test_the_moe_model_has_experts():
     """So that the tests above are about both kinds of blocks."""
-    kinds = {
-        name: type(load_decoder(Checkpoint(DEMO / name), torch.float32).blocks[0])
-        for name in ("dense", "moe")
-    }
-    assert kinds["moe"] is ExpertBlock
-    assert kinds["dense"] is not ExpertBlock
+    sparse = {name: Checkpoint(DEMO / name).facts.sparse(0) for name in ("dense", "moe")}
+    assert sparse == {"dense": False, "moe": True}
