@@ -1,5 +1,7 @@
 """Small random checkpoints on disk, to load with transformers and with q3q; token windows."""
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -58,7 +60,7 @@ WIDE = {
     "intermediate_size": 192,
 }  # every width a multiple of 64
 # Of other families: their own model_type, and what is special about them.
-RELATIVES = {
+RELATIVES: dict[str, dict[str, Any]] = {
     "qwen2": dict(model_type="qwen2"),
     "llama": dict(
         model_type="llama",

@@ -18,8 +18,8 @@ from q3q.models import checkpoint as checkpoint_module
 from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.facts import read_facts
+from tests.models.families import build
 from tests.models.test_checkpoint import save_tokenizer
-from tests.models.test_forward import build
 
 INFINITE, NAN = float("inf"), float("nan")
 ABSURD: dict[str, list[Any]] = {
