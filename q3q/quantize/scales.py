@@ -128,8 +128,8 @@ def scale_task(
 
     windows = statistics.windows() if isinstance(statistics, StoredInputs) else ()
     gain_H = block.weights["input_layernorm.weight"]
-    most_tokens = None  # a CPU's limit is the method's own
-    if gain_H.device.type == "cuda":
+    most_tokens = None  # a CPU's limit, and a dense model's, is the method's own
+    if gain_H.device.type == "cuda" and block.facts.experts:
         dtype = str(gain_H.dtype).removeprefix("torch.")
         most_tokens = batch_tokens(block.facts, dtype, "cuda")
     return ScaleTask(
