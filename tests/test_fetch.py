@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
+from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
@@ -78,6 +79,7 @@ def hub(served, tmp_path, monkeypatch):
 def launched(words, storage, capsys):
     """Do what launch.py does, in this process; return the exit code, output and errors."""
     register()
+    version.setbase("1.3")
     GlobalHydra.instance().clear()
     sweeps, words = words[0] == "-m", [*words, f"storage={storage}"]
     hydra = Hydra.create_main_hydra2("launch", create_config_search_path(str(CONF)))
@@ -157,7 +159,7 @@ def test_each_thing_that_cannot_be_had_has_a_line_and_the_others_are_fetched(hub
     lines = said.err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(f"q3q: data set {PIQA}: ")
-    assert lines[1] == "q3q: 1 thing could not be fetched"
+    assert lines[1] == "q3q: 1 thing cannot be had"
 
 
 def test_everything_that_is_missing_is_named_at_once(hub, tmp_path, capsys):
