@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,13 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from q3q.attempt import afresh
 from q3q.config.schema import tracking_uri
-from q3q.data.needs import ModelNeed, downloading
+from q3q.data.needs import fetch_weights
 from q3q.ending import ENDINGS, begin_farewell, raise_again
 from q3q.environment import now
 from q3q.errors import ConfigError, SweepFailedError
 from q3q.masking import HIDDEN, masked
 from q3q.models.facts import ModelFacts
-from q3q.models.hub import is_downloaded
 from q3q.placement import Trial
 from q3q.quantize.methods.source import code_changes
 from q3q.record import Progress, Sweep, TrialRecord
@@ -268,7 +266,8 @@ def run_study(
     if unlike := unlike_methods([trial.spec for trial in trials]):
         print(unlike)
     if settings.address is None:
-        _fetch_weights([entry.spec for entry in left])
+        say = partial(print, file=sys.stderr, flush=True)
+        fetch_weights([entry.spec for entry in left], say)
     clear_storage(storage)
     if settings.fresh:
         since = now()
@@ -313,19 +312,6 @@ def _say_what_repeats(left: Sequence[Planned], storage: Path) -> None:
             f"{len(again)} trials repeat the quantization of finished trials, whose blocks were "
             "deleted; keep=blocks keeps them, and a new evaluation then only evaluates"
         )
-
-
-def _fetch_weights(specs: Sequence[TrialSpec]) -> None:
-    """Download what is missing of the Hub's models, before a trial holds a GPU for it.
-
-    Raises:
-        CheckpointError: one is not to be had.
-    """
-    say = partial(print, file=sys.stderr, flush=True)
-    models = ((spec.model.source, spec.model.revision) for spec in specs)
-    for source, revision in dict.fromkeys(models):
-        if source is not None and not is_downloaded(source, revision):
-            ModelNeed(source, revision).fetch(downloading(source, say, time.monotonic))
 
 
 def with_plan(
