@@ -21,15 +21,18 @@ class Grant:
     gpus: a share of one GPU, or 1; 0 for cores alone
     loader: resident, streamed or sharded
     memory: bytes where the model lies; None if the plan does not know
+    pinned: bytes of main memory for activations that its GPU does not hold
     """
 
     gpus: float
     loader: str
     memory: int | None = None
+    pinned: int = 0
 
     def to_json(self) -> Json:
         bound = {} if self.memory is None else {"memory": self.memory}
-        return {"gpus": self.gpus, "loader": self.loader, **bound}
+        pinned = {"pinned": self.pinned} if self.pinned else {}
+        return {"gpus": self.gpus, "loader": self.loader, **bound, **pinned}
 
 
 @dataclass(frozen=True, kw_only=True)
