@@ -140,10 +140,12 @@ def load_model(
     if loader == "sharded":
         return load_sharded(checkpoint, computed, team, activations=activations), loading
     if loader == "streamed":
-        streamed = StreamedDecoder(
+        model: Decoder = StreamedDecoder(
             checkpoint, computed, device, activations=activations, ahead=ahead
         )
-        return streamed, loading
-    model = load_decoder(checkpoint, computed, device)
-    model.activations = activations
+    else:
+        model = load_decoder(checkpoint, computed, device)
+        model.activations = activations
+    if device == "cuda" and grant is not None:
+        model.pinned = grant.pinned
     return model, loading
