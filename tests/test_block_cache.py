@@ -1,6 +1,7 @@
 """Kept blocks stay within a part of the free disk; the least recently used go first."""
 
 import os
+import shutil
 from collections import namedtuple
 
 import pytest

@@ -123,7 +123,8 @@ def test_a_block_changes_no_tensor_that_it_was_given(kind, dtype, tmp_path):
         )
     assert all(torch.equal(given[name], tensor) for name, tensor in before.items())
     for _, tensor, copy in sites:
-        assert tensor is None or torch.equal(tensor, copy)
+        assert (tensor is None) == (copy is None)
+        assert tensor is None or copy is None or torch.equal(tensor, copy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
