@@ -137,12 +137,11 @@ def load_model(
     spare -= ahead_bytes(facts, dtype) if ahead else 0
     loading = Loading(loader, memory, needs, max(spare, LEAST_ACTIVATIONS), team.size)
     computed, activations = getattr(torch, dtype), loading.activations
+    model: Decoder
     if loader == "sharded":
-        return load_sharded(checkpoint, computed, team, activations=activations), loading
-    if loader == "streamed":
-        model: Decoder = StreamedDecoder(
-            checkpoint, computed, device, activations=activations, ahead=ahead
-        )
+        model = load_sharded(checkpoint, computed, team, activations=activations)
+    elif loader == "streamed":
+        model = StreamedDecoder(checkpoint, computed, device, activations=activations, ahead=ahead)
     else:
         model = load_decoder(checkpoint, computed, device)
         model.activations = activations
