@@ -1,6 +1,7 @@
 """Kept blocks stay within a part of the free disk; the least recently used go first."""
 
 import os
+import shutil
 from collections import namedtuple
 
 import pytest
@@ -29,7 +30,7 @@ def disk(monkeypatch):
 
     def holds(count):
         free = int(count * 1000 / block_cache.SHARE) - 4000
-        monkeypatch.setattr(block_cache.shutil, "disk_usage", lambda _: Usage(0, 0, free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, free))
 
     return holds
 
