@@ -1,4 +1,4 @@
-"""Of tasks that use what one of them leaves, one goes first and the others do not hold up the rest."""
+"""Of tasks that use what one of them leaves, one goes first; the others hold up nobody."""
 
 from collections import deque
 from types import SimpleNamespace
