@@ -144,11 +144,11 @@ def test_a_block_of_an_older_version_is_read(tmp_path, kind):
 
 
 class Gate(threading.Event):
-    """Blocks are written when it is set; `written`: the names of their files, in order."""
+    """Blocks are written when it is set. written: names of files, in order."""
 
     def __init__(self):
         super().__init__()
-        self.written = []
+        self.written: list[str] = []
 
 
 @pytest.fixture
