@@ -240,7 +240,7 @@ def time_shape(shape: str, scale: Scale) -> Iterator[Row]:
         store = BlockStore(Path(scratch) / "blocks")
         with phases.timed("store"):
             store.store(sink.last)
-            getattr(store, "settle", lambda: None)()  # what is written behind the walk
+            store.settle()  # what is written behind the walk
         seconds = phases.seconds["store"]
         yield Row(shape, "store of one block", seconds, layers * seconds)
         del store, sink

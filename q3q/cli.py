@@ -46,7 +46,8 @@ def run_alone(config: DictConfig) -> object:
     """Run one trial in this process: `python launch.py` without -m."""
     from q3q.sweep.grid import refuse_contradictions
     from q3q.sweep.in_process import InProcess
-    from q3q.sweep.run import StudySettings, run_study
+    from q3q.sweep.run import run_study
+    from q3q.sweep.settings import StudySettings
 
     overrides = list(HydraConfig.get().overrides.task)
     study = HydraConfig.get().runtime.choices.get("study")

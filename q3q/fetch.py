@@ -2,7 +2,7 @@
 
 It takes launch.py's words: python -m q3q.fetch -m model=qwen3_8b method=gptq bits=2,3. Weights,
 texts and data sets go into the caches that launch.py reads, so it can be run where there is a
-network, before trials run where there is none. What was cut off goes on.
+network, before trials run where there is none. What is here is not downloaded again.
 """
 
 import argparse
@@ -89,12 +89,13 @@ def configs_of(words: Sequence[str]) -> Iterator[DictConfig]:
 
 def listed(needs: Sequence[AnyNeed]) -> int:
     """Print each need with the bytes to download; return the exit code."""
-    total, code = 0, 0
+    total, lost = 0, 0
     for need in needs:
         try:
             missing = need.missing()
         except Q3QError as error:
-            code = _cannot(need, error)
+            lost += 1
+            _refuse(need, error)
             continue
         total += missing or 0
         if missing is None:
@@ -102,8 +103,9 @@ def listed(needs: Sequence[AnyNeed]) -> int:
         else:
             size = f"{in_bytes(missing)} to download" if missing else "is here"
         print(f"{need.name}: {size}")
-    print(f"{in_bytes(total)} to download" if total else "Nothing to download")
-    return code
+    if total or not lost:
+        print(f"{in_bytes(total)} to download" if total else "Nothing to download")
+    return _ended(lost)
 
 
 def fetched(needs: Sequence[AnyNeed]) -> int:
@@ -119,18 +121,22 @@ def fetched(needs: Sequence[AnyNeed]) -> int:
         try:
             need.fetch(downloading(need.name, say, time.monotonic))
         except Q3QError as error:
-            failed += _cannot(need, error) > 0
+            failed += 1
+            _refuse(need, error)
         else:
             if not said:
                 say(f"{need.name}: is here")
-    if failed:
-        print(f"q3q: {plural(failed, 'thing')} could not be fetched", file=sys.stderr)
-    return EXIT_MISUSED if failed else 0
+    return _ended(failed)
 
 
-def _cannot(need: AnyNeed, error: Exception) -> int:
+def _refuse(need: AnyNeed, error: Exception) -> None:
     print(f"q3q: {need.name}: {masked(str(error))}", file=sys.stderr)
-    return EXIT_MISUSED
+
+
+def _ended(lost: int) -> int:
+    if lost:
+        print(f"q3q: {plural(lost, 'thing')} cannot be had", file=sys.stderr)
+    return EXIT_MISUSED if lost else 0
 
 
 if __name__ == "__main__":

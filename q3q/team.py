@@ -326,8 +326,8 @@ def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
     import torch
     import torch.distributed as dist
 
-    rank, size, interface = rendezvous.rank, rendezvous.size, interface_of(rendezvous.own_host)
-    use_interface(interface)
+    rank, size = rendezvous.rank, rendezvous.size
+    choose_interfaces(rendezvous.own_host)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # torch's own server would listen on every address. It takes over, and closes, our socket.
     listening = None if rendezvous.listener is None else rendezvous.listener.detach()
@@ -357,13 +357,21 @@ def join_gang(rendezvous: Rendezvous) -> Iterator[Team]:
 _CHOSEN: dict[str, str] = {}  # interfaces in this process's environment that are not the user's
 
 
-def use_interface(interface: str) -> None:
-    """Let gloo and NCCL use a network interface, unless the user's environment names another."""
+def choose_interfaces(own_host: str) -> None:
+    """Have gloo and NCCL use the interface with this rank's address.
+
+    What the user or the cluster has set stays: they may know a faster network. What an earlier gang
+    of this process had does not.
+
+    Raises:
+        ConfigError: no interface has the address.
+    """
+    interface = interface_of(own_host)
     for name, value in (
         ("GLOO_SOCKET_IFNAME", interface),
         ("NCCL_SOCKET_IFNAME", f"={interface}"),
     ):
-        if os.environ.get(name) == _CHOSEN.get(name):  # unset, or set for an earlier gang
+        if os.environ.get(name) in (None, _CHOSEN.get(name)):
             os.environ[name] = _CHOSEN[name] = value
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 import pytest
+from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
@@ -19,9 +20,9 @@ from q3q.config.evaluation import _data_sets
 from q3q.config.model import DEMO_MODELS
 from q3q.config.pages import CONF
 from q3q.config.schema import register
+from q3q.data.needs import fetch_weights
 from q3q.data.questions import REPOSITORIES
 from q3q.data.texts import _HUB
-from q3q.sweep.run import _fetch_weights
 from tests.hub import COMMIT, serving, use
 from tests.specs import hub_model_of, make_spec
 
@@ -78,6 +79,7 @@ def hub(served, tmp_path, monkeypatch):
 def launched(words, storage, capsys):
     """Do what launch.py does, in this process; return the exit code, output and errors."""
     register()
+    version.setbase("1.3")
     GlobalHydra.instance().clear()
     sweeps, words = words[0] == "-m", [*words, f"storage={storage}"]
     hydra = Hydra.create_main_hydra2("launch", create_config_search_path(str(CONF)))
@@ -136,16 +138,17 @@ def test_a_download_that_was_cut_off_goes_on_with_what_is_missing(hub, capsys):
     assert "Qwen/Qwen3-0.6B: is here" in capsys.readouterr().out
 
 
-def test_weights_come_before_trials_start(hub, capsys):
+def test_weights_come_before_trials_start(hub):
     spec = make_spec(model=hub_model_of("mine", source="Qwen/Qwen3-0.6B"))
     specs = [replace(spec, model=replace(spec.model, revision=COMMIT), seed=k) for k in range(2)]
-    _fetch_weights([*specs, make_spec()])
-    assert capsys.readouterr().err.splitlines() == [
+    said: list[str] = []
+    fetch_weights([*specs, make_spec()], said.append)
+    assert said == [
         "Qwen/Qwen3-0.6B: 11.8 MB to download",
         "Qwen/Qwen3-0.6B: 11.8 MB downloaded",
     ]
     asked = len(hub.asked)
-    _fetch_weights(specs)
+    fetch_weights(specs, said.append)
     assert len(hub.asked) == asked, "what is here is not asked for"
 
 
@@ -157,7 +160,7 @@ def test_each_thing_that_cannot_be_had_has_a_line_and_the_others_are_fetched(hub
     lines = said.err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(f"q3q: data set {PIQA}: ")
-    assert lines[1] == "q3q: 1 thing could not be fetched"
+    assert lines[1] == "q3q: 1 thing cannot be had"
 
 
 def test_everything_that_is_missing_is_named_at_once(hub, tmp_path, capsys):

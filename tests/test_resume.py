@@ -17,7 +17,8 @@ from q3q.placement import Trial
 from q3q.record import TrialRecord
 from q3q.report.records import all_sweeps
 from q3q.sweep.in_process import InProcess
-from q3q.sweep.run import StudySettings, run_study
+from q3q.sweep.run import run_study
+from q3q.sweep.settings import StudySettings
 from q3q.sweep.study import Study, facts_of_trial
 from q3q.trials.__main__ import main
 from tests.chaos.faults import ROOT, SMALL

@@ -266,7 +266,8 @@ def test_records_of_failures_hold_no_secret():
 def test_what_a_sweep_keeps_and_tells_its_tracker_holds_no_secret(tmp_path, monkeypatch, capsys):
     from q3q.config.model import facts_of
     from q3q.sweep.in_process import InProcess
-    from q3q.sweep.run import StudySettings, run_study
+    from q3q.sweep.run import run_study
+    from q3q.sweep.settings import StudySettings
     from q3q.track import mlflow
     from q3q.track.tracker import MemoryTracker
 

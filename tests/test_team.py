@@ -9,7 +9,7 @@ import torch
 
 from q3q import team
 from q3q.errors import ConfigError
-from q3q.team import LOOPBACK, SOLO, Team, interface_of, use_interface
+from q3q.team import LOOPBACK, SOLO, Team, choose_interfaces, interface_of
 
 
 def test_work_is_shared_by_cost_and_everything_is_taken_once():
@@ -124,10 +124,11 @@ def test_an_interface_is_found_by_its_address():
 
 def test_an_interface_that_the_user_named_is_kept_and_one_for_an_earlier_gang_is_not(monkeypatch):
     monkeypatch.setattr(team, "_CHOSEN", {})
+    monkeypatch.setattr(team, "interface_of", lambda host: host)
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     for interface in ("lo", "eth0"):
-        use_interface(interface)
+        choose_interfaces(interface)
         assert os.environ["GLOO_SOCKET_IFNAME"] == interface
         assert os.environ["NCCL_SOCKET_IFNAME"] == "ib0"
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from q3q.data.questions import DataSet, Library, repository_bytes
+from q3q.data.questions import REPOSITORIES, SUFFIXES, DataSet, Library, unavailable
 from q3q.data.texts import Split, download_text, text_bytes, text_is_here
+from q3q.errors import UnavailableError
 from q3q.formatting import in_bytes, plural
-from q3q.models.hub import bytes_to_download, cache_folder, locate
+from q3q.models.hub import (
+    HUB_SECONDS,
+    ask,
+    bytes_to_download,
+    cache_folder,
+    is_downloaded,
+    locate,
+)
 from q3q.reporter import Steps
+from q3q.spec import TrialSpec
 
 LINE_SECONDS = 10.0  # between two lines about one download
 LOOK_SECONDS = 1.0  # between two looks at what a download has written
@@ -105,7 +115,7 @@ class QuestionsNeed:
         """
         library = Library(self.folder, settle=True)
         absent = [data for data in self.configurations if not library.is_here(data)]
-        return repository_bytes(absent, self.folder) if absent else 0
+        return _bytes_on_hub(absent, self.folder) if absent else 0
 
     def fetch(self, steps: Steps) -> None:
         """Download each configuration; check that it loads and has its splits.
@@ -121,6 +131,21 @@ class QuestionsNeed:
 
 
 Need = ModelNeed | TextNeed | QuestionsNeed
+
+
+def fetch_weights(specs: Iterable[TrialSpec], say: Callable[[str], None]) -> None:
+    """Download what is missing of trials' models, before a trial holds a GPU for it.
+
+    Args:
+        say: receives lines that say how far it is.
+
+    Raises:
+        CheckpointError: a model is not to be had.
+    """
+    models = ((spec.model.source, spec.model.revision) for spec in specs)
+    for source, revision in dict.fromkeys(models):
+        if source is not None and not is_downloaded(source, revision):
+            ModelNeed(source, revision).fetch(downloading(source, say, time.monotonic))
 
 
 def downloading(name: str, say: Callable[[str], None], clock: Callable[[], float]) -> Steps:
@@ -140,6 +165,35 @@ def downloading(name: str, say: Callable[[str], None], clock: Callable[[], float
             say(f"{name}: {part}{in_bytes(total)} {'downloaded' if done else 'to download'}")
 
     return steps
+
+
+def _bytes_on_hub(datasets: Sequence[DataSet], folder: Path | None) -> int:
+    """Return the bytes that configurations of one of the study's repositories take on the Hub.
+
+    Raises:
+        ConfigError: the Hub does not say.
+    """
+    from huggingface_hub import HfApi
+
+    name = datasets[0].repository
+    commit = REPOSITORIES[name].commit
+    try:
+        info = ask(
+            lambda: HfApi().dataset_info(
+                name, revision=commit, files_metadata=True, timeout=HUB_SECONDS
+            )
+        )
+    except Exception as error:  # the Hub client's or its HTTP library's
+        raise UnavailableError(unavailable(datasets[0], folder, error)) from error
+    files = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or ()
+        if Path(file.rfilename).suffix in SUFFIXES
+    }
+    # A configuration's files lie in a folder of its name, or all belong to the only one.
+    names = {data.name for data in datasets}
+    own = {path for path in files if names & {*Path(path).parts[:-1]}}
+    return sum(size for path, size in files.items() if path in own or not own)
 
 
 @contextmanager

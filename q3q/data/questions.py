@@ -411,7 +411,7 @@ def _revision(dataset: DataSet, folder: Path | None, options: dict[str, Any]) ->
                 f"The cache of `datasets` has {len(commits)}, remove all but one there: "
                 f"{', '.join(commits)}"
             ) from error
-        raise UnavailableError(_unavailable(dataset, folder, error)) from error
+        raise UnavailableError(unavailable(dataset, folder, error)) from error
     if not sha or not COMMIT.fullmatch(sha):
         raise ConfigError(f"the Hub does not say which commit {dataset.repository} has")
     return sha
@@ -447,36 +447,7 @@ def _from_hub(
     except ConfigError:
         raise
     except Exception as error:
-        raise UnavailableError(_unavailable(dataset, folder, error)) from error
-
-
-def repository_bytes(datasets: Sequence[DataSet], folder: Path | None) -> int:
-    """Return the bytes that configurations of one of the study's repositories take on the Hub.
-
-    Raises:
-        ConfigError: the Hub does not say.
-    """
-    from huggingface_hub import HfApi
-
-    name = datasets[0].repository
-    commit = REPOSITORIES[name].commit
-    try:
-        info = ask(
-            lambda: HfApi().dataset_info(
-                name, revision=commit, files_metadata=True, timeout=HUB_SECONDS
-            )
-        )
-    except Exception as error:  # the Hub client's or its HTTP library's
-        raise UnavailableError(_unavailable(datasets[0], folder, error)) from error
-    files = {
-        file.rfilename: file.size or 0
-        for file in info.siblings or ()
-        if Path(file.rfilename).suffix in SUFFIXES
-    }
-    # A configuration's files lie in a folder of its name, or all belong to the only one.
-    names = {data.name for data in datasets}
-    own = {path for path in files if names & {*Path(path).parts[:-1]}}
-    return sum(size for path, size in files.items() if path in own or not own)
+        raise UnavailableError(unavailable(dataset, folder, error)) from error
 
 
 def _from_cache(dataset: DataSet, revision: str, options: dict[str, Any]) -> DatasetDict | None:
@@ -516,7 +487,7 @@ def _downloaded(dataset: DataSet, options: dict[str, Any]) -> list[Path]:
     return sorted(folder for folder in folders if COMMIT.fullmatch(folder.name))
 
 
-def _unavailable(dataset: DataSet, folder: Path | None, error: Exception) -> str:
+def unavailable(dataset: DataSet, folder: Path | None, error: Exception) -> str:
     """Return the message for a data set that is nowhere, with a way to provide it."""
     path = folder or "DIR"
     base, files = dataset.folders[0], "SPLIT.parquet, SPLIT.jsonl or SPLIT.csv"

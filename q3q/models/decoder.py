@@ -74,6 +74,7 @@ class Decoder:
     head_VH: Tensor  # the embedding itself if they are tied
     blocks: list[Block] | Blocks
     activations: int | None = None  # bytes of hidden states in memory between two blocks; None: all
+    pinned: int = 0  # bytes of main memory for those that a GPU does not hold, before files
 
     @property
     def rope(self) -> Rope:
@@ -175,7 +176,7 @@ class Decoder:
         """`states` that reads each block once, whatever the batches."""
         self.release_head()
         rope = self.rope
-        with spool or Spool(self.activations) as hidden:
+        with spool or Spool(self.activations, pinned=self.pinned) as hidden:
             hidden.extend(self.embed_batches(batches))
             for k in range(len(self.blocks)):
                 block = self.blocks[k]

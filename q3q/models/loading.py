@@ -137,13 +137,14 @@ def load_model(
     spare -= ahead_bytes(facts, dtype) if ahead else 0
     loading = Loading(loader, memory, needs, max(spare, LEAST_ACTIVATIONS), team.size)
     computed, activations = getattr(torch, dtype), loading.activations
+    model: Decoder
     if loader == "sharded":
-        return load_sharded(checkpoint, computed, team, activations=activations), loading
-    if loader == "streamed":
-        streamed = StreamedDecoder(
-            checkpoint, computed, device, activations=activations, ahead=ahead
-        )
-        return streamed, loading
-    model = load_decoder(checkpoint, computed, device)
-    model.activations = activations
+        model = load_sharded(checkpoint, computed, team, activations=activations)
+    elif loader == "streamed":
+        model = StreamedDecoder(checkpoint, computed, device, activations=activations, ahead=ahead)
+    else:
+        model = load_decoder(checkpoint, computed, device)
+        model.activations = activations
+    if device == "cuda" and grant is not None:
+        model.pinned = grant.pinned
     return model, loading

@@ -7,11 +7,14 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from q3q.errors import CheckpointError
+from q3q.limits import cores
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +42,16 @@ _TORCH_DTYPES = {
     "F64": "float64",
 }
 _COMPARED_AT_ONCE = 1 << 22  # bytes
+# Threads that read a large tensor at most, and bytes that each reads at a time: one thread copies
+# some 2 GB/s from the page cache, and a disk of several GB/s wants several requests at once.
+MOST_READERS, _READ_AT_ONCE = 4, 1 << 24
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+
+
+@cache
+def readers() -> int:
+    """Return how many threads read a large tensor: half the cores, which compute meanwhile."""
+    return max(1, min(MOST_READERS, cores() // 2))
 
 
 @dataclass(frozen=True)
@@ -79,17 +91,29 @@ class StoredTensor:
         buffer = flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
         try:
             with self.shard.open("rb", buffering=0) as file:
-                done = 0
-                while done < len(buffer):
-                    chunk = os.preadv(file.fileno(), [buffer[done:]], position + done)
-                    if not chunk:
-                        raise CheckpointError(
-                            f"{self.shard} is damaged: it ends too early. Download or copy it again"
-                        )
-                    done += chunk
+                fill = partial(self._fill, file.fileno(), buffer, position)
+                starts = range(0, len(buffer), _READ_AT_ONCE)
+                if len(starts) < 2:
+                    fill(0)
+                else:
+                    # A pool of its own: a fork leaves none of a shared pool's threads.
+                    with ThreadPoolExecutor(min(readers(), len(starts))) as pool:
+                        list(pool.map(fill, starts))
         except OSError as error:
             raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
         return tensor
+
+    def _fill(self, file: int, buffer: memoryview, position: int, start: int) -> None:
+        """Read a piece of an open file's tensor; the interpreter's lock is free meanwhile."""
+        piece = buffer[start : start + _READ_AT_ONCE]
+        done = 0
+        while done < len(piece):
+            chunk = os.preadv(file, [piece[done:]], position + start + done)
+            if not chunk:
+                raise CheckpointError(
+                    f"{self.shard} is damaged: it ends too early. Download or copy it again"
+                )
+            done += chunk
 
 
 @dataclass(frozen=True)

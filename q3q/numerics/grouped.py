@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-# A run of groups, padded to its longest, has at most so many times as many rows as are real.
-MOST_PADDING = 4
+# A run of groups, padded to its longest, has at most so many times as many rows as are real, and so
+# many numbers (half a gigabyte in 16 bits), unless it is one group.
+MOST_PADDING, MOST_PADDED = 4, 2**28
 # Bytes to which the kernel of grouped products aligns rows.
 ALIGNED = 16
 
@@ -113,11 +114,11 @@ def pads_groups(device: torch.device) -> bool:
 def padded_runs(grouped: GroupedRows) -> Iterator[tuple[slice, Tensor]]:
     """Yield runs of groups, and each run's rows padded with zeros to its longest group [n, T, I].
 
-    A group much longer than its neighbours is a run of its own (`MOST_PADDING`).
+    A group much longer than its neighbours is a run of its own (`MOST_PADDING`, `MOST_PADDED`).
     """
     rows_RI, counts = grouped.rows_RI, grouped.groups.counts
     end_E = grouped.groups.ends_E
-    for run in _runs(counts):
+    for run in _runs(counts, MOST_PADDED // rows_RI.shape[1]):
         longest = max(counts[run])
         place_T = torch.arange(longest, dtype=torch.int32, device=rows_RI.device)
         start = sum(counts[: run.start])
@@ -129,12 +130,13 @@ def padded_runs(grouped: GroupedRows) -> Iterator[tuple[slice, Tensor]]:
         yield run, padded_nTI.masked_fill_(padding_nT[..., None], 0)
 
 
-def _runs(counts: Sequence[int]) -> list[slice]:
-    """Divide groups into the fewest runs, from the first on, that keep to `MOST_PADDING`."""
+def _runs(counts: Sequence[int], most_rows: int) -> list[slice]:
+    """Divide groups into runs, from the first on, each as long as padding allows."""
     runs, start = [], 0
     for stop in range(1, len(counts) + 1):
-        part = counts[start : stop + 1]
-        if stop == len(counts) or len(part) * max(part) > MOST_PADDING * sum(part):
+        longer = counts[start : stop + 1]
+        padded = len(longer) * max(longer)
+        if stop == len(counts) or padded > min(MOST_PADDING * sum(longer), most_rows):
             runs.append(slice(start, stop))
             start = stop
     return runs

@@ -40,6 +40,7 @@ class Activations:
     length: tokens of a window
     room: bytes that halted runs, or inputs that a method stores, may take inside a block; None for
         no limit. It changes no bit.
+    pinned: bytes of main memory that such inputs may take beyond
     """
 
     hidden: Spool
@@ -47,6 +48,7 @@ class Activations:
     windows: int = 0
     length: int = 0
     room: int | None = None
+    pinned: int = 0
     team: Team = SOLO
 
     @classmethod
@@ -64,7 +66,7 @@ class Activations:
 
     def spool(self) -> Spool:
         """Return an empty spool for tensors as large as a site's inputs."""
-        return Spool(self._spool_bytes)
+        return Spool(self._spool_bytes, pinned=self.pinned // SPOOLS_PER_BLOCK)
 
     @property
     def _spool_bytes(self) -> int | None:
@@ -73,7 +75,7 @@ class Activations:
     def _new_statistics(self, method: Method) -> Any:
         statistics = method.observe()
         if isinstance(statistics, StoredInputs):
-            statistics.bound(self._spool_bytes)
+            statistics.bound(self._spool_bytes, self.pinned // SPOOLS_PER_BLOCK)
         return statistics
 
     def new_statistics(self, method: Method, experts: slice = slice(0, 0)) -> Statistics | None:
@@ -127,15 +129,18 @@ def activations_of(model: Decoder, windows_BT: Tensor | None) -> Activations:
     lanes = lanes_of(team.rank, team.size)
     first_windows = [start for start in range(0, windows, rows) if lane_of(start, windows) in lanes]
     batches = [windows_BT[start : start + rows] for start in first_windows]
-    hidden_bytes, room = None, None
+    hidden_bytes, room, beyond = None, None, 0
     if model.activations is not None:
         hidden_bytes = int(model.activations * HIDDEN_SHARE)
         tokens = sum(map(len, batches)) * length
         size = tokens * model.facts.hidden * model.norm_H.element_size()
         room = model.activations - min(size, hidden_bytes)
-    hidden = Spool(hidden_bytes)
+        # Twice, as pieces of pinned memory do not end where tensors do.
+        beyond = min(model.pinned, 2 * max(0, size - hidden_bytes))
+    hidden = Spool(hidden_bytes, pinned=beyond)
     hidden.extend(model.embed_batches(batches))
-    return Activations(hidden, first_windows, windows, length, room, team)
+    left = model.pinned - beyond
+    return Activations(hidden, first_windows, windows, length, room, left, team)
 
 
 def pass_through(block: Block, hidden: Spool, rope: Rope) -> None:

@@ -127,8 +127,8 @@ def scale_task(
         )
 
     windows = statistics.windows() if isinstance(statistics, StoredInputs) else ()
-    most_tokens = None  # a CPU's limit is the method's own
-    if block.device.type == "cuda":
+    most_tokens = None  # a CPU's limit, and a dense model's, is the method's own
+    if block.device.type == "cuda" and block.facts.experts:
         dtype = str(block.dtype).removeprefix("torch.")
         most_tokens = batch_tokens(block.facts, dtype, "cuda")
     return ScaleTask(

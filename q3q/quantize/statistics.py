@@ -281,9 +281,13 @@ class StoredInputs:
     def tokens_E(self) -> Tensor:
         return self.gram.tokens_E
 
-    def bound(self, memory: int | None) -> None:
-        """Set, before the first batch, how many bytes of inputs may lie in memory (None: all)."""
-        self._inputs = Spool(memory)
+    def bound(self, memory: int | None, pinned: int = 0) -> None:
+        """Set, before the first batch, how many bytes of inputs may lie in memory (None: all).
+
+        Args:
+            pinned: bytes of main memory for those of a GPU beyond.
+        """
+        self._inputs = Spool(memory, pinned=pinned)
 
     def update(self, inputs: SiteInput) -> None:
         unrouted = inputs.unrouted or len(inputs.experts) == 1

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from q3q.evaluate.catalogue import TASKS
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import BATCH_TOKENS
+from q3q.models.footprint import batch_tokens
 from q3q.placement import Trial
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.record import TrialRecord
@@ -178,10 +178,8 @@ class CostModel:
         passes["evaluate"] = tasks if separate else texts + tasks
         if spec.scheme is not None and calibration is not None:
             passes["quantize"] = settings_or_default(spec.method).work().passes * calibration.tokens
-        seconds = {
-            phase: facts.layers * each * tokens / BATCH_TOKENS["cuda"]
-            for phase, tokens in passes.items()
-        }
+        batch = batch_tokens(facts, spec.model.dtype, "cuda")
+        seconds = {phase: facts.layers * each * tokens / batch for phase, tokens in passes.items()}
         if spec.scheme is not None:
             seconds["quantize"] += facts.layers * self.block
         return seconds

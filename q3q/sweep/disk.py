@@ -37,11 +37,13 @@ def block_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
 def running_bytes(trial: Trial, facts: ModelFacts) -> int:
     """Return the bytes that a trial's blocks take only while it runs, and that are not there yet.
 
-    Blocks that it keeps count among what it leaves.
+    Blocks that it keeps count among what it leaves. Those that stay while there is room for them
+    (`keep=auto`) give way to other trials', and so count while it runs alone.
     """
     if trial.placement.keeps_blocks:
         return 0
-    return max(0, block_bytes(trial.spec, facts) - _present(trial.blocks_folder))
+    present = max(map(_present, (trial.blocks_folder, trial.kept_blocks_folder)))
+    return max(0, block_bytes(trial.spec, facts) - present)
 
 
 def _present(folder: Path) -> int:

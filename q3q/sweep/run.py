@@ -5,25 +5,20 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from omegaconf import DictConfig, OmegaConf
-
 from q3q.attempt import afresh
-from q3q.config.schema import tracking_uri
-from q3q.data.needs import ModelNeed, downloading
+from q3q.data.needs import fetch_weights
 from q3q.ending import ENDINGS, begin_farewell, raise_again
 from q3q.environment import now
-from q3q.errors import ConfigError, SweepFailedError
-from q3q.masking import HIDDEN, masked
+from q3q.errors import SweepFailedError
+from q3q.masking import masked
 from q3q.models.facts import ModelFacts
-from q3q.models.hub import is_downloaded
 from q3q.placement import Trial
 from q3q.quantize.methods.source import code_changes
 from q3q.record import Progress, Sweep, TrialRecord
@@ -37,7 +32,7 @@ from q3q.sweep.allocation import Allocation
 from q3q.sweep.comparing import baseline_record
 from q3q.sweep.costs import CostModel
 from q3q.sweep.earlier import damaged_exports, failed_records, finished_records, quantized_again
-from q3q.sweep.machines import Machine, ResourceRequest, amount, refuse_old_cards, request_of
+from q3q.sweep.machines import Machine, ResourceRequest, refuse_old_cards
 from q3q.sweep.plan import (
     Planned,
     describe,
@@ -45,6 +40,7 @@ from q3q.sweep.plan import (
     refuse_what_fills_the_disk,
     unlike_methods,
 )
+from q3q.sweep.settings import StudySettings
 from q3q.sweep.study import Study, facts_of_trial, recent_records, sole_driver, study_id
 from q3q.track.mlflow_sqlite import own_uri, read_uri
 from q3q.track.tracker import DEFAULT_STORAGE
@@ -54,85 +50,6 @@ if TYPE_CHECKING:
     from q3q.sweep.progress import Display
     from q3q.track.idle import IdleTracker
     from q3q.track.mlflow import MlflowTracker
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudySettings:
-    """The settings of a study as a whole.
-
-    storage: folder or URL
-    name: None derives it from the methods
-    question, expectation: of a saved study
-    fresh: run finished trials again
-    plan_only: print the plan and start nothing
-    address: the running Ray cluster's, if any
-    request: the memory, cores and GPUs that the user asked for
-    tracking_uri, experiment, register: MLflow's
-    config: the composed config, as YAML
-    notes: lines to show before the trials run
-    absent: lines about what is not here yet, to show with the plan
-    """
-
-    storage: str
-    name: str | None = None
-    question: str = ""
-    expectation: str = ""
-    fresh: bool = False
-    plan_only: bool = False
-    address: str | None = None
-    request: ResourceRequest = field(default_factory=ResourceRequest)
-    tracking_uri: str
-    experiment: str | None = None
-    register: str | None = None
-    config: str = ""
-    notes: tuple[str, ...] = ()
-    absent: str = ""
-
-    @classmethod
-    def of(cls, config: DictConfig) -> "StudySettings":
-        shown = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        for key in ("name", "track.experiment"):
-            value = OmegaConf.select(config, key)
-            if value is not None and not value.isprintable():
-                raise ConfigError(f"{key}={value!r} has a character that cannot be printed")
-        read_uri(tracking_uri(config))  # refuses what is no tracker, before anything is planned
-        return cls(
-            storage=config.storage,
-            name=config.name,
-            question=config.question or "",
-            expectation=config.expectation or "",
-            fresh=config.fresh,
-            plan_only=config.plan,
-            address=config.cluster.address,
-            request=request_of(config.cluster.get),
-            tracking_uri=tracking_uri(config),
-            experiment=config.track.experiment,
-            register=config.track.register,
-            config=masked(OmegaConf.to_yaml(shown)),
-        )
-
-    @classmethod
-    def of_sweep(cls, sweep: Sweep, storage: str) -> "StudySettings":
-        """Return the settings with which a stored sweep continues, in this folder or URL."""
-        config = OmegaConf.create(sweep.config)
-        cpus = OmegaConf.select(config, "cluster.cpus_per_trial", default="auto")
-        uri = OmegaConf.select(config, "track.uri")
-        if uri is not None and HIDDEN in uri:
-            raise ConfigError(
-                f"the sweep's tracker, {uri}, had a password, which is not kept: run the sweep's "
-                f"own command instead: {sweep.command}"
-            )
-        return cls(
-            storage=storage,
-            name=sweep.name,
-            question=sweep.question,
-            expectation=sweep.expectation,
-            tracking_uri=uri or own_uri(folder_of(storage)),
-            experiment=sweep.experiment,
-            request=ResourceRequest(cpus=amount("cluster.cpus_per_trial", cpus)),
-            register=OmegaConf.select(config, "track.register"),
-            config=sweep.config,
-        )
 
 
 class Host(Protocol):
@@ -268,7 +185,8 @@ def run_study(
     if unlike := unlike_methods([trial.spec for trial in trials]):
         print(unlike)
     if settings.address is None:
-        _fetch_weights([entry.spec for entry in left])
+        say = partial(print, file=sys.stderr, flush=True)
+        fetch_weights([entry.spec for entry in left], say)
     clear_storage(storage)
     if settings.fresh:
         since = now()
@@ -313,19 +231,6 @@ def _say_what_repeats(left: Sequence[Planned], storage: Path) -> None:
             f"{len(again)} trials repeat the quantization of finished trials, whose blocks were "
             "deleted; keep=blocks keeps them, and a new evaluation then only evaluates"
         )
-
-
-def _fetch_weights(specs: Sequence[TrialSpec]) -> None:
-    """Download what is missing of the Hub's models, before a trial holds a GPU for it.
-
-    Raises:
-        CheckpointError: one is not to be had.
-    """
-    say = partial(print, file=sys.stderr, flush=True)
-    models = ((spec.model.source, spec.model.revision) for spec in specs)
-    for source, revision in dict.fromkeys(models):
-        if source is not None and not is_downloaded(source, revision):
-            ModelNeed(source, revision).fetch(downloading(source, say, time.monotonic))
 
 
 def with_plan(

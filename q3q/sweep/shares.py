@@ -27,6 +27,7 @@ FRACTIONS = (0.25, 0.5, 1.0)  # of a GPU; with smaller ones trials would only wa
 # The memory for activations that keeps all hidden states of a block's inputs on a GPU, in their
 # bytes: the rest is for runs that halt inside the block (`quantize.activations.HIDDEN_SHARE`).
 HALTED = 3
+PINNED_MARGIN = 1.25  # pinned memory is taken in powers of two, which do not end where tensors do
 ROOM = 0.92  # of a GPU's memory that trials may plan with: the rest fragments, or is its driver's
 MOST_ACTIVATIONS = 8_000_000_000  # bytes of hidden states that a trial reserves memory for
 HOST_BYTES = 4_000_000_000  # main memory of a trial on a GPU, beside two blocks on their way there
@@ -208,7 +209,7 @@ def _on_pool(
         pinned = max(0, activation_bytes(spec, facts) // ranks - spare // HALTED)
         if loader != "resident":
             pinned = max(pinned, state_bytes(spec, facts) - spare)
-        pinned = min(pinned, MOST_ACTIVATIONS)
+        pinned = min(int(PINNED_MARGIN * pinned), MOST_ACTIVATIONS)
     return Allocation(
         cpus=_threads(best.cpus / best.gpus * gpus) if request.cpus is None else request.cpus,
         gpus=gpus,

@@ -13,7 +13,8 @@ from q3q.report import write
 from q3q.storage import claim
 from q3q.sweep import in_process
 from q3q.sweep.in_process import InProcess
-from q3q.sweep.run import StudySettings, run_study
+from q3q.sweep.run import run_study
+from q3q.sweep.settings import StudySettings
 from q3q.sweep.study import facts_of_trial
 from q3q.track import mlflow
 from q3q.track.tracker import MemoryTracker

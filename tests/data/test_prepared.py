@@ -9,7 +9,7 @@ import torch
 
 from q3q.config.model import DEMO_MODELS
 from q3q.data import windows
-from q3q.data.prepared import FOLDER, Shelf, kept_identity, prepared, tokenizer_digest
+from q3q.data.prepared import FOLDER, Arrays, Shelf, kept_identity, prepared, tokenizer_digest
 from q3q.data.texts import Text
 from q3q.data.windows import calibration_windows, evaluation_windows
 from q3q.errors import ConfigError
@@ -18,7 +18,10 @@ from q3q.placement import Placement, Trial
 from q3q.storage import claim
 from tests.specs import calibration_of, evaluation_of, make_spec, text_of
 
-ARRAYS = {"ids": np.arange(12, dtype=np.int32).reshape(3, 4), "none": np.zeros((0, 2), np.uint8)}
+ARRAYS: Arrays = {
+    "ids": np.arange(12, dtype=np.int32).reshape(3, 4),
+    "none": np.zeros((0, 2), np.uint8),
+}
 TEXT = Text("garden", tuple(f"In bed {k} grow {k} rows of beans. " * 30 for k in range(40)), " ")
 
 
@@ -89,9 +92,14 @@ def test_a_whole_file_of_another_identity_is_not_taken(shelf):
         prepared(shelf, {"text": text}, lambda: ARRAYS)
     first, second = shelf.folder.glob("*.safetensors")
     second.write_bytes(first.read_bytes())
-    made = []
+    made: list[int] = []
+
+    def make() -> Arrays:
+        made.append(1)
+        return ARRAYS
+
     for text in ("garden", "house"):
-        prepared(shelf, {"text": text}, lambda text=text: made.append(text) or ARRAYS)
+        prepared(shelf, {"text": text}, make)
     assert len(made) == 1
 
 
@@ -169,11 +177,14 @@ def test_calibration_windows_are_drawn_once_and_are_those_that_are_drawn(
     monkeypatch.setattr(windows, "load_text", lambda *_, **__: pytest.fail("the text is read"))
     drawn.append(calibration_windows(trial, tokenizer))
     for found in drawn:
+        assert found is not None
         assert found.dtype == torch.int64
         assert torch.equal(found, plain)
     other = Trial(replace(trial.spec, seed=1), trial.placement)
     if draw == "first":  # no seed decides on them
-        assert torch.equal(calibration_windows(other, tokenizer), plain)
+        found = calibration_windows(other, tokenizer)
+        assert found is not None
+        assert torch.equal(found, plain)
     else:
         with pytest.raises(pytest.fail.Exception, match="the text is read"):
             calibration_windows(other, tokenizer)
@@ -186,15 +197,19 @@ def test_evaluation_windows_are_cut_once_and_are_those_that_are_cut(
 ):
     samples = 5 if draw == "random" else None
     text = text_of("garden", 64, 3, digest=TEXT.digest, draw=draw, samples=samples)
-    read = []
-    monkeypatch.setattr(windows, "load_text", lambda *_, **__: read.append(1) or TEXT)
+    read: list[int] = []
+
+    def reading(*_, **__) -> Text:
+        read.append(1)
+        return TEXT
+
+    monkeypatch.setattr(windows, "load_text", reading)
     trial = trial_of(tmp_path, text=text)
     evaluation = replace(trial.spec.evaluation, quick=quick)
     trial = Trial(replace(trial.spec, evaluation=evaluation), trial.placement)
-    monkeypatch.setattr(windows.Shelf, "of", lambda *_: None)
-    plain = evaluation_windows(tokenizer, trial, text)
-    monkeypatch.undo()
-    monkeypatch.setattr(windows, "load_text", lambda *_, **__: read.append(1) or TEXT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelf, "of", lambda *_: None)
+        plain = evaluation_windows(tokenizer, trial, text)
     first, later = (evaluation_windows(tokenizer, trial, text) for _ in range(2))
     assert torch.equal(first, plain)
     assert torch.equal(later, plain)

@@ -7,6 +7,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from lm_eval import evaluate
 from lm_eval.api import metrics
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 
@@ -258,7 +259,6 @@ def scored(tmp_path_factory):
     """Scores of the demo model, and of one whose logits are half as large."""
     with pytest.MonkeyPatch.context() as patch:
         # Resampling gives standard errors alone, and takes most of the time.
-        evaluate = run.evaluate
         patch.setattr(run, "evaluate", lambda *asked, **how: evaluate(*asked, **{**how, **QUICK}))
         yield scores_of(tmp_path_factory.mktemp("tasks"))
 

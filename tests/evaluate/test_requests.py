@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -56,7 +57,7 @@ def changing(doc):
     return doc["q"]
 """
 PROMPTS = {"doc_to_target": "{{a}}", "test_split": "test", "dataset_path": "json"}
-OWN = {
+OWN: dict[str, dict[str, Any]] = {
     "talk": {
         "output_type": "generate_until",
         "doc_to_text": "{{q}} <think>",
@@ -86,7 +87,7 @@ OWN = {
     },
 }
 CHAT_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[me] "
-MODEL = SimpleNamespace(
+MODEL: Any = SimpleNamespace(
     facts=SimpleNamespace(max_positions=256),
     streamed=False,
     device=torch.device("cpu"),
@@ -250,7 +251,7 @@ def test_what_may_be_other_next_time_is_not_kept(trials, own, shelf, tokenizer, 
     keeping = run.Keeping(shelf, {}, lambda: False)
     assert run._shelf_of(keeping, index, CHATS["none"], tokenizer) is None
     keeping = run.Keeping(shelf, {}, lambda: True)
-    assert run._shelf_of(keeping, index, CHATS["none"], tokenizer) is shelf
+    assert run._shelf_of(keeping, index, CHATS["none"], tokenizer) == shelf
     index.loading_by_themselves = frozenset({"choose"})
     assert run._shelf_of(keeping, index, CHATS["none"], tokenizer) is None
     assert not [*shelf.folder.glob("*.safetensors")]
@@ -313,15 +314,20 @@ def test_each_template_is_compiled_once_and_lm_evals_environment_is_left_as_it_w
 def test_documents_are_those_of_lm_eval_and_processed_once(own):
     index = tasks_from([own], ["choose"])
     task = TaskManager.load(index, ["choose"])["tasks"]["choose"]
-    ways = [
+    ways: list[dict[str, Any]] = [
         {"limit": None},
         {"limit": 2},
         {"limit": None, "samples": [0, 3]},
         {"limit": 0},
     ]
     expected = [list(Task.doc_iterator(task, **way)) for way in ways]
-    processed = []
-    task.config.process_docs = lambda rows: processed.append(1) or rows
+    processed: list[int] = []
+
+    def process(rows):
+        processed.append(1)
+        return rows
+
+    task.config.process_docs = process
     read_quickly(task)
     assert [list(task.doc_iterator(**way)) for way in ways] == expected
     (_, first), *_ = task.doc_iterator(limit=None)
@@ -329,7 +335,7 @@ def test_documents_are_those_of_lm_eval_and_processed_once(own):
     assert list(task.doc_iterator(limit=None)) == expected[0]
     assert not processed  # lm-eval did it when it loaded the task
 
-    task.config.process_docs = lambda rows: processed.append(1) or list(rows)
+    task.config.process_docs = lambda rows: list(process(rows))
     task.task_docs = list(task.task_docs)
     task.test_docs = partial(ConfigurableTask.test_docs, task)
     read_quickly(task)
@@ -396,9 +402,9 @@ def test_a_gangs_rounds_are_sized_by_tokens_that_run(monkeypatch):
 
     most = 300
     team = SimpleNamespace(size=2, leads=True, run_on_all=run_on_all)
-    model = SimpleNamespace(team=team, number=0)
+    model: Any = SimpleNamespace(team=team, number=0)
     monkeypatch.setattr(scoring, "pass_tokens", lambda model: most)
-    scores = {}
+    scores: dict[int, Score] = {}
     for completed, _ in scoring.score(model, requests, TokenBudget()):
         scores.update(completed)
     assert scores == {n: Score(-float(one.inputs[-1]), True) for n, one in enumerate(requests)}

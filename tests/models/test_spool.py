@@ -27,10 +27,11 @@ def various_tensors() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("memory", [None, 0, 200, 10**6])
-def test_tensors_come_back_as_they_were(tmp_path, memory):
+@pytest.mark.parametrize("pinned", [0, 300, 10**6])
+def test_tensors_come_back_as_they_were(tmp_path, memory, pinned):
     tensors = various_tensors()
     tensors[0][0, 0] = float("nan")  # bit for bit, whatever the bits mean
-    with Spool(memory, tmp_path) as spool:
+    with Spool(memory, tmp_path, pinned=pinned) as spool:
         for tensor in tensors:
             spool.append(tensor)
         assert len(spool) == len(tensors)
@@ -59,14 +60,36 @@ def test_no_more_than_memory_allows_is_held_and_the_first_stay(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_memory_does_not_hold_goes_to_main_memory_before_files(tmp_path):
+    with Spool(100, tmp_path, pinned=130) as spool:
+        for k in range(6):
+            spool.append(torch.full((10,), float(k)))  # 40 bytes each, in lines of 64
+        assert (spool.moved, spool.spilled) == (2, 2)
+        assert sorted(file.name for file in tmp_path.glob("*/*")) == ["4", "5"]
+        before = list(spool)
+        for k in range(6):
+            spool[k] = spool[k] + 10  # into the same places
+        assert (spool.moved, spool.spilled) == (2, 2)
+        assert [float(tensor[0]) for tensor in spool] == [10, 11, 12, 13, 14, 15]
+        assert [float(tensor[0]) for tensor in before] == [0, 1, 2, 3, 4, 5]
+        spool[2] = torch.zeros(30)  # another shape finds no room beside the others
+        assert (spool.moved, spool.spilled) == (1, 3)
+        assert spool[2].shape == (30,)
+    assert not list(tmp_path.iterdir())
+    with spool:  # all of it is free again
+        spool.extend(torch.ones(10) for _ in range(4))
+        assert (spool.moved, spool.spilled) == (2, 0)
+
+
 def test_in_another_process_it_is_what_it_was_with_files_of_its_own():
     tensors = various_tensors()
-    with Spool(200) as spool:
+    with Spool(200, pinned=128) as spool:
         for tensor in tensors:
             spool.append(tensor)
         content = pickle.dumps(spool)
     with pickle.loads(content) as copy:
         assert 0 < copy.spilled < len(copy)
+        assert copy.moved > 0
         assert all(
             torch.equal(read, original) for read, original in zip(copy, tensors, strict=True)
         )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from q3q.numerics import grouped as module
 from q3q.numerics import linalg
 from q3q.numerics.grouped import (
     MOST_PADDING,
@@ -56,7 +57,7 @@ def test_torchs_grouped_product_equals_its_plain_twin(dtype):
 
 
 @pytest.mark.parametrize("counts", [COUNTS, [0, 0], [7], [3] * 40, [1, 1, 1, 1, 50]])
-def test_runs_hold_all_rows_and_little_padding(counts):
+def test_runs_hold_all_rows_and_little_padding(counts, monkeypatch):
     rows, seen = grouped(counts), []
     for run, padded in padded_runs(rows):
         real = counts[run]
@@ -68,6 +69,8 @@ def test_runs_hold_all_rows_and_little_padding(counts):
     assert [len(part) for part in seen] == counts
     assert torch.equal(torch.cat(seen), rows.rows_RI)
     assert len(list(padded_runs(grouped([3] * 40)))) == 1
+    monkeypatch.setattr(module, "MOST_PADDED", 16 * 3 * 10)
+    assert [run.stop for run, _ in padded_runs(grouped([3] * 40))] == [10, 20, 30, 40]
 
 
 @pytest.mark.parametrize("columns", [16, 200])  # one panel, or two

@@ -143,11 +143,17 @@ def test_a_block_of_an_older_version_is_read(tmp_path, kind):
     same(written, BlockStore(tmp_path).load(0))
 
 
+class Gate(threading.Event):
+    """Blocks are written when it is set. written: names of files, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.written: list[str] = []
+
+
 @pytest.fixture
 def gate(monkeypatch):
-    """Blocks are written when it is set. Its `written` are the names of files, in order."""
-    opened = threading.Event()
-    opened.written = []
+    opened = Gate()
 
     def write(path, content, **options):
         assert opened.wait(60)
@@ -188,7 +194,7 @@ def test_a_kill_loses_at_most_two_blocks(tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGKILL)
             write_atomically(path, content)
 
-        block_store.write_atomically = slow
+        monkeypatch.setattr(block_store, "write_atomically", slow)
         store = BlockStore(tmp_path)
         for k in range(9):
             (tmp_path / "reached").write_text(str(k))

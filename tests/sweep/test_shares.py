@@ -13,6 +13,7 @@ from q3q.sweep.shares import (
     HALTED,
     HOST_BYTES,
     MOST_ACTIVATIONS,
+    PINNED_MARGIN,
     ROOM,
     activation_bytes,
     allocations_of,
@@ -46,7 +47,7 @@ def test_a_share_of_a_gpu_holds_its_activations_too():
     assert choices(machine=narrow).least.gpus == 1
     # A share that was asked for is given, with main memory for the rest.
     asked = choices(machine=narrow, request=ResourceRequest(gpus=0.5)).least
-    assert (asked.gpus, 0 < asked.pinned <= hidden) == (0.5, True)
+    assert (asked.gpus, 0 < asked.pinned <= PINNED_MARGIN * hidden) == (0.5, True)
 
 
 def test_main_memory_is_reserved_for_activations_that_a_whole_gpu_does_not_hold():
@@ -54,7 +55,7 @@ def test_main_memory_is_reserved_for_activations_that_a_whole_gpu_does_not_hold(
     spec, shape = trial("qwen3_32b").spec, facts("qwen3_32b")
     assert (one.gpus, one.ranks, one.loader) == (1, 1, "resident")
     held = (one.room - one.needs) // HALTED
-    assert one.pinned == activation_bytes(spec, shape) - held > 0
+    assert one.pinned == int(PINNED_MARGIN * (activation_bytes(spec, shape) - held)) > 0
     assert one.memory == HOST_BYTES + 2 * shape.block_bytes(0, "bfloat16") + one.pinned
     # The trial learns of it, and a grant without any is written as before.
     grant = one.grant()
@@ -74,7 +75,7 @@ def test_the_ranks_of_a_gang_hold_a_part_of_the_activations_each():
     [one] = choices("qwen3_32b", machine=tight, request=request).requested
     held = max(0, one.room - one.needs) // HALTED
     total = activation_bytes(trial("qwen3_32b").spec, facts("qwen3_32b"))
-    assert (one.ranks, one.pinned) == (8, total // 8 - held)
+    assert (one.ranks, one.pinned) == (8, int(PINNED_MARGIN * (total // 8 - held)))
     assert one.pinned > 0
 
 
@@ -83,7 +84,8 @@ def test_states_of_a_text_that_a_gangs_rank_0_gets_have_main_memory_too():
     tight = replace(NODE, gpu_memory=int((need_of_a_rank() + 10**9) / ROOM))
     [one] = choices("qwen3_32b", "rtn", machine=tight, request=request, text=text).requested
     states = 400 * 2048 * 5120 * 2
-    assert one.pinned == min(states - (one.room - one.needs), MOST_ACTIVATIONS) > 0
+    beyond = PINNED_MARGIN * (states - (one.room - one.needs))
+    assert one.pinned == min(int(beyond), MOST_ACTIVATIONS) > 0
     resident = choices("qwen3_8b", "rtn", text=text).least  # runs them one after the other
     assert resident.pinned == 0
 
