@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from q3q.errors import CheckpointError
+from q3q.errors import CheckpointError, first_line
 from q3q.models.family import Family
 
 GROUP = "q3q.families"
@@ -56,10 +56,9 @@ def _load(point: EntryPoint) -> Family:
     try:
         kind = point.load()
     except Exception as error:  # somebody else's code: whatever it raises
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"the family {point.name} cannot be used: {point.value} does not load "
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {first_line(error)})"
         ) from error
     if not (isinstance(kind, type) and issubclass(kind, Family)):
         raise CheckpointError(
