@@ -15,6 +15,7 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.facts import read_facts
 from q3q.models.families import registry
+from q3q.models.streaming import StreamedDecoder
 from q3q.quantize.ledger import Ledger, sizes
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.gptq import Gptq
@@ -126,6 +127,14 @@ def test_methods_change_linears_and_what_takes_over_scales(kind, method, tmp_pat
     rest = facts.parameters - facts.linear_parameters
     of_linears = found["bits_per_weight"] * facts.linear_parameters
     assert found["model_bytes"] * 8 == pytest.approx(of_linears + 32 * rest, rel=1e-12)
+
+
+@torch.inference_mode()
+def test_a_streamed_model_with_biases_has_the_resident_ones_bits(tmp_path):
+    build("llama, biases", tied=False).save_pretrained(tmp_path)
+    checkpoint, ids = Checkpoint(tmp_path), torch.arange(40).view(2, 20)
+    streamed = StreamedDecoder(checkpoint, torch.float32)
+    assert torch.equal(streamed.hidden(ids), load_decoder(checkpoint, torch.float32).hidden(ids))
 
 
 def test_a_checkpoint_whose_tensors_do_not_fit_its_config_is_refused(tmp_path):
