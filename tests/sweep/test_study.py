@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,7 @@ def test_the_same_command_again_runs_nothing(swept):
 
 def test_another_evaluation_says_when_it_has_to_quantize_again(swept):
     storage, *_ = swept
+    shutil.rmtree(storage / "trials/blocks")
     code, output = launch(
         storage, "-m", "method=rtn,gptq", "bits=2,3", "evaluation.drift=false", "plan=true"
     )
@@ -205,8 +207,6 @@ def test_equal_jobs_run_once_and_incompatible_pairs_are_counted(tmp_path):
 @pytest.mark.slow
 def test_a_trial_that_fails_costs_no_other_and_the_exit_code_says_so(tmp_path):
     """With a NaN in its model's weights, one trial fails with its error; the other is done."""
-    import shutil
-
     import torch
     from safetensors.torch import load_file, save_file
 
