@@ -90,6 +90,7 @@ def test_what_takes_a_sweep_is_not_run_alone(tiny, tmp_path, asked):  # noqa: F8
     assert not records(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_trial_that_was_planned_on_a_gpu_fails_clearly_where_there_is_none(tiny, tmp_path):  # noqa: F811
     code, _, errors = launch(tmp_path, tiny, "method=rtn", "bits=3")
     assert code == 0, errors

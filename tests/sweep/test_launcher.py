@@ -107,6 +107,7 @@ class TestHydraLauncherSuite(LauncherTestSuite):
 @pytest.mark.parametrize(
     ("launcher_name", "overrides"), [("q3q_ray", ["hydra.sweeper.max_batch_size=2"])]
 )
+@pytest.mark.slow
 class TestHydraBatchedSuite(BatchedSweeperTestSuite):
     pass
 

@@ -8,7 +8,13 @@ import pytest
 
 from q3q.placement import Grant
 from q3q.sweep.machines import Machine, ResourceRequest
-from q3q.sweep.ray.worker import ALLOCATOR, ALLOCATOR_SETTINGS, keep_to
+from q3q.sweep.ray.worker import (
+    ALLOCATOR,
+    ALLOCATOR_SETTINGS,
+    SPIN_SETTINGS,
+    SPINS,
+    keep_to,
+)
 from q3q.sweep.shares import (
     HALTED,
     HOST_BYTES,
@@ -120,22 +126,26 @@ def test_a_machine_with_fewer_cores_than_gpus_fills_its_gpus_all_the_same():
     assert one.cpus * few.gpus <= few.cpus
 
 
-@pytest.mark.parametrize("given", [*ALLOCATOR_SETTINGS, None])
-def test_a_gpus_memory_grows_in_place_unless_the_user_says_otherwise(monkeypatch, given):
-    """Of the two names torch reads the newer one first, so the older one is left to decide too."""
-    for name in (*ALLOCATOR_SETTINGS, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
+@pytest.mark.parametrize(
+    ("names", "ours", "given"),
+    [
+        (names, ours, given)
+        for names, ours in ((ALLOCATOR_SETTINGS, ALLOCATOR), (SPIN_SETTINGS, SPINS))
+        for given in (*names, None)
+    ],
+)
+def test_what_the_user_says_of_memory_and_of_waiting_stays(monkeypatch, names, ours, given):
+    """Of two names torch reads the newer one first, so the older one is left to decide too."""
+    threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    for name in (*ALLOCATOR_SETTINGS, *SPIN_SETTINGS, *threads):
+        monkeypatch.setenv(name, "")  # what keep_to sets is undone in the end
+        monkeypatch.delenv(name)
     monkeypatch.setitem(sys.modules, "torch", type("T", (), {"set_num_threads": lambda n: None}))
     if given is not None:
-        monkeypatch.setenv(given, "max_split_size_mb:128")
+        monkeypatch.setenv(given, "the user's")
     keep_to(1, 0.5)
-    found = {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ}
-    if given is None:
-        assert found == {"PYTORCH_ALLOC_CONF": ALLOCATOR}
-    else:
-        assert found == {given: "max_split_size_mb:128"}
-    for name in ALLOCATOR_SETTINGS:
-        monkeypatch.delenv(name, raising=False)
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    assert found == ({names[0]: ours} if given is None else {given: "the user's"})
 
 
 def test_torch_knows_the_allocators_setting():
