@@ -164,7 +164,8 @@ def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
         trial: found[trial]["environment"]["ended"] for trial in before
     } == before  # none of them ran again
     for trial, blocks in left.items():
-        assert found[trial]["notes"]["blocks_from_disk"] == len(blocks)
+        # A block is written behind the walk: none may have been there yet.
+        assert found[trial]["notes"].get("blocks_from_disk", 0) == len(blocks)
     for folder in tmp_path.glob("trials/*/trial.log"):
         # A worker may die between the record, which is what counts, and the log's last line.
         assert [step.words for step in log_of(folder.parent)].count("end COMPLETED") <= 1

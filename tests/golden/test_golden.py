@@ -33,10 +33,10 @@ HERE = Path(__file__).parent
 CONF = HERE.parent.parent / "conf"
 STORAGE = HERE / "storage_1de2977"
 # What a record says of its machine and its times; its samples' checksum, which depends on pyarrow's
-# version; and a tag that is a digest of a record with its
-# places, which are another folder's here.
+# version; and tags that are digests: of a record with its places, which are another folder's here,
+# and of pictures, which matplotlib draws differently elsewhere.
 VOLATILE = ("/sha256", "/environment", "/metrics/seconds", "/metrics/peak_bytes", "/files/")
-OF_PLACES = ("q3q.record", "q3q.storage")
+OF_PLACES = ("q3q.record", "q3q.storage", "q3q.files")
 STORAGE_WAS, CODE_WAS, TEXT_WAS = "/srv/study", "/home/you/q3q", "/home/you/garden.txt"
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 ROWS = [line.split(maxsplit=3) for line in (HERE / "ids.txt").read_text().splitlines()[1:]]
