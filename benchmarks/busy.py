@@ -18,15 +18,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-DEMO = ROOT / "q3q/models/demo/dense"
+from q3q.sweep.ray.worker import SPIN_SETTINGS, SPINS
+
+DEMO = Path(__file__).parent.parent / "q3q/models/demo/dense"
 POLICIES: dict[str, dict[str, str]] = {
-    "q3q's": {},
-    "spin": {"OMP_WAIT_POLICY": "ACTIVE"},
-    "sleep": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 3000, 30_000, 300_000)},
+    "as q3q runs": {SPIN_SETTINGS[0]: SPINS},
+    "libgomp's own": {},
+    "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
+    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 3000, 10_000)},
 }
 WORK = ("gptq", "ours", "hflm")
 
@@ -130,7 +131,8 @@ def main() -> None:
         return
     if (os.cpu_count() or 1) < 2:
         raise SystemExit("this takes a machine with two free cores")
-    policies = POLICIES if options.policies else {"q3q's": {}}
+    names = list(POLICIES) if options.policies else list(POLICIES)[:2]
+    policies = {name: POLICIES[name] for name in names}
     for kind in options.work.split(","):
         print(f"{kind}: seconds, median of {options.runs}")
         print(f"  {'':22} {'quiet':>8} {'busy':>8} {'ratio':>7}")
