@@ -244,12 +244,21 @@ def test_an_error_of_the_last_block_is_raised_at_the_end(tmp_path, monkeypatch):
 
 
 def test_the_walks_own_error_comes_first_and_what_was_stored_is_written(tmp_path, monkeypatch):
-    fail_at(monkeypatch, "block_000.json")
+    opened = threading.Event()
+
+    def write(path, content, **options):
+        assert opened.wait(60)  # else the walk may meet the error where it stores the next block
+        if path.name == "block_000.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, content, **options)
+
+    monkeypatch.setattr(block_store, "write_atomically", write)
 
     def walk():
         with BlockStore(tmp_path) as store:
             for k in range(MOST):
                 store.store(block(k))
+            opened.set()
             raise NumericsError("the walk's")
 
     with pytest.raises(NumericsError, match="the walk's"):
