@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 NEW_OBJECTS = 200_000  # after which garbage is looked for while requests and samples are made
 
 
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Look for garbage in circles rarely while hundreds of thousands of requests are made."""
+    before = gc.get_threshold()
+    gc.set_threshold(NEW_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@_rare_collections()
 def score_batch(
     model: "Decoder",
     tokenizer: Any,
@@ -54,41 +66,6 @@ def score_batch(
         IntegrityError: a score is not finite, or a task is empty or has another number of samples
             than documents.
     """
-    with _rare_collections():
-        part = _scored(
-            model,
-            tokenizer,
-            evaluation,
-            batch,
-            library,
-            include=include,
-            seed=seed,
-            journal=journal,
-            identity=identity,
-            steps=steps,
-            shelf=shelf,
-        )
-    quick = evaluation.quick
-    part.metrics = {task_metric(name, quick): value for name, value in part.metrics.items()}
-    part.intervals = {task_metric(name, quick): value for name, value in part.intervals.items()}
-    return part
-
-
-def _scored(
-    model: "Decoder",
-    tokenizer: Any,
-    evaluation: Evaluation,
-    batch: Batch,
-    library: Library,
-    *,
-    include: Path | None,
-    seed: int,
-    journal: Path,
-    identity: str,
-    steps: Steps,
-    shelf: Shelf | None,
-) -> Part:
-    """Score a batch of tasks; its metrics have lm-eval's names."""
     quick = evaluation.quick
     wanted = requests_identity(evaluation, batch, seed)
     if batch.tasks == (STUDY_MMLU,):
@@ -127,18 +104,9 @@ def _scored(
             **({"not_pinned": sorted(not_pinned)} if not_pinned else {}),
         }
         _add_samples(part, scores.samples, scores.results.get("group_subtasks", {}))
+    part.metrics = {task_metric(name, quick): value for name, value in part.metrics.items()}
+    part.intervals = {task_metric(name, quick): value for name, value in part.intervals.items()}
     return part
-
-
-@contextmanager
-def _rare_collections() -> Iterator[None]:
-    """Look for garbage in circles rarely while hundreds of thousands of requests are made."""
-    before = gc.get_threshold()
-    gc.set_threshold(NEW_OBJECTS, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
 
 
 def requests_identity(evaluation: Evaluation, batch: Batch, seed: int) -> Json:
