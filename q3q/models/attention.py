@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from q3q.models.recurrence import Recurrence
+
 Index = slice | Tensor
 KeysValues = tuple[Tensor, Tensor]
 # The query tokens, their context [T, N, D], and the log of their softmax denominator [T, N].
@@ -32,6 +34,10 @@ class Attention(Protocol):
 
     def read(self, states_BTX: Tensor) -> Tensor:
         """Select the tokens that go on after this block; of the others only keys are needed."""
+        ...
+
+    def recur(self, recurrence: Recurrence, inputs_BTX: Tensor) -> Tensor:
+        """Return a recurrence's output for each token [B, T, Y], each behind its own past."""
         ...
 
 
@@ -54,6 +60,9 @@ class Causal:
 
     def read(self, states_BTX: Tensor) -> Tensor:
         return states_BTX
+
+    def recur(self, recurrence: Recurrence, inputs_BTX: Tensor) -> Tensor:
+        return recurrence(inputs_BTX)[0]
 
 
 CAUSAL = Causal()
