@@ -14,7 +14,7 @@ from q3q.config.arguments import understood
 from q3q.config.guard import refuse_code
 from q3q.config.help import shows_settings
 from q3q.config.schema import register
-from q3q.ending import end_well
+from q3q.ending import end_well, own_exit_code
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -38,11 +38,12 @@ def command(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     end_well()
-    register()
-    try:
-        command(sys.argv[1:])
-        sys.stdout.flush()  # here, where an error still has an answer
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        sys.exit(explain(error))
+    with own_exit_code():
+        register()
+        try:
+            command(sys.argv[1:])
+            sys.stdout.flush()  # here, where an error still has an answer
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            sys.exit(explain(error))

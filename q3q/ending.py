@@ -12,12 +12,15 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
 GONE = (errno.EIO, errno.EPIPE)  # of a terminal, and of a pipe that nobody reads any more
 _told = 0  # the signal that raised SystemExit, until somebody has heard of it
+_decides = False  # `own_exit_code` will end this process
+_at_once = False  # and will do so without cleaning up
 
 
 def end_well() -> None:
@@ -26,6 +29,43 @@ def end_well() -> None:
     sys.unraisablehook = _show_unraisable
     for name in ("stdout", "stderr"):
         setattr(sys, name, _lasting(getattr(sys, name)))
+
+
+@contextmanager
+def own_exit_code() -> Iterator[None]:
+    """End this process with the exit code of the block, where `end_at_once` was called in it."""
+    global _decides
+    _decides = True
+    code: object = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code
+        if not _at_once:
+            raise
+    finally:
+        _decides = False
+    if _at_once:
+        if isinstance(code, str):  # as Python does
+            print(code, file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def end_at_once() -> bool:
+    """Let `own_exit_code` end this process without Python's own cleaning up.
+
+    For a library whose core may wait for what is gone: it would end the process by itself, without
+    a word and with a code that says nothing.
+
+    Returns:
+        whether there is such a block, which ends this process.
+    """
+    global _at_once
+    _at_once = _decides
+    return _decides
 
 
 def listen() -> Callable[[], None]:

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 CHECK_LIMITS = (5, 0)
 WORK_LIMITS = (15, 2)
 BUSY_PAUSES = (0.1, 0.3, 1.0, 2.0)  # seconds
+# What SQLite says to the later of two writers, and what it, PostgreSQL and MySQL say of a row that
+# the earlier one inserted.
+WRITTEN_AT_ONCE = (
+    "database is locked",
+    "UNIQUE constraint failed",
+    "duplicate key value violates unique constraint",
+    "Duplicate entry",
+)
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -220,16 +228,17 @@ class MlflowStore:
             self.client.log_artifacts(run, folder)
 
     def patiently(self, call: Callable[[], None]) -> None:
-        """Make a call that can be repeated, again if SQLite was busy with another process's writes.
+        """Make a call that can be repeated, again if another process wrote at the same moment.
 
-        SQLite waits for others by itself, but not where two that read want to write.
+        A database waits for others by itself, but not where two that read want to write, and MLflow
+        looks for a row before it inserts it: two that found none both insert.
         """
         for pause in BUSY_PAUSES:
             try:
                 return call()
             except Exception as error:
                 of_mlflow = type(error).__module__.startswith("mlflow.")
-                if not of_mlflow or "database is locked" not in str(error):
+                if not of_mlflow or not any(words in str(error) for words in WRITTEN_AT_ONCE):
                     raise
                 time.sleep(pause)
         return call()

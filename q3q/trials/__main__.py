@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from q3q.ending import end_well
+from q3q.ending import end_well, own_exit_code
 from q3q.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISUSED, Q3QError, SweepFailedError
 from q3q.masking import masked
 from q3q.storage.mirror import mirror_at, refreshed
@@ -79,4 +79,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     end_well()
-    sys.exit(main())
+    with own_exit_code():
+        sys.exit(main())

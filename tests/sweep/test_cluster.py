@@ -465,6 +465,48 @@ def test_without_ray_the_driver_says_so_before_ray_ends_it(start_program, gone):
     )
 
 
+# Its head dies while it is told to end, as where SIGTERM goes to all processes of a job.
+TOLD = """
+import os, signal, sys, time
+import psutil
+from q3q.ending import own_exit_code
+from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Task
+
+def sleeps(report):
+    report(os.getpid())
+    time.sleep(600)
+
+def end(key, event):
+    if not isinstance(event, int):
+        return
+    print(event, flush=True)
+    for child in psutil.Process().children():
+        if child.name() in sys.argv[1:]:
+            child.kill()
+    sys.exit(143)
+
+with own_exit_code(), Cluster(cpus=1) as cluster:
+    list(cluster.run([Task(key="sleeps", call=sleeps, retries=0)], end))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", [["gcs_server"], ["gcs_server", "raylet"]])
+def test_whatever_becomes_of_ray_an_end_has_its_own_exit_code(tmp_path, gone):
+    (tmp_path / "told.py").write_text(TOLD)
+    with subprocess.Popen(
+        [sys.executable, "told.py", *gone],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as driver:
+        output = driver.communicate(timeout=300)[0]
+    assert driver.returncode == 143
+    assert ends_soon(int(output))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads Linux's memory use")
 def test_a_task_that_fills_the_memory_is_said_to_have_done_so(start_program):

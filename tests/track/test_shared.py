@@ -2,11 +2,15 @@
 
 import multiprocessing
 import shutil
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine
+from sqlalchemy.event import listen, remove
 
 from q3q.placement import Placement, Trial
 from q3q.record import FAILED, TrialRecord
@@ -14,6 +18,7 @@ from q3q.storage.identity import NAME, storage_id
 from q3q.storage.stores import open_store
 from q3q.track.mlflow import MlflowTracker
 from q3q.track.mlflow_fields import earlier_digest
+from q3q.track.wording import NOTE
 from tests.mlflow_server import free_port, kill, serve
 from tests.track.test_mlflow import children, parents, record, spec, sweep, synced
 
@@ -67,6 +72,33 @@ def test_storages_in_turns_keep_one_run_a_trial_each(tmp_path: Path) -> None:
         one.open(sweep())
         pages.add(one.page)
     assert len(pages) == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "value"), [("experiments", "q3q"), ("experiment_tags", NOTE)], ids=["itself", "note"]
+)
+def test_a_row_that_another_process_inserts_first_is_no_failure(
+    tmp_path: Path, table: str, value: str
+) -> None:
+    """MLflow inserts what it did not find, and another storage's sweep may do so before it."""
+    database = tmp_path / "shared.db"
+    shared(tmp_path, "a").check()
+    inserted = []
+
+    def insert_first(_: Any, cursor: Any, statement: str, values: Any, *__: Any) -> None:
+        if not inserted and statement.startswith(f"INSERT INTO {table} ") and value in values:
+            inserted.append(values)
+            with closing(sqlite3.connect(database)) as other:
+                other.execute(statement, values)
+                other.commit()
+
+    listen(Engine, "before_cursor_execute", insert_first)
+    try:
+        run_sweep(shared(tmp_path, "a"), "a")
+    finally:
+        remove(Engine, "before_cursor_execute", insert_first)
+    assert inserted
+    assert [len(runs) for runs in held(shared(tmp_path, "a")).values()] == [2]
 
 
 def _run(folder: Path, storage: str, gate: Any) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from q3q.sweep.ray.starting import (
     LOOK_SECONDS,
     Starting,
     kept_handler,
+    kill_servers,
     obituary,
     refuse_long_folder,
     witness,
@@ -39,6 +41,7 @@ from q3q.sweep.ray.tasks import (
 
 OBJECT_STORE_BYTES = 200_000_000  # only specs, records and events cross
 LEAST_OBJECT_STORE_BYTES = 75 * 2**20  # Ray's own bound
+STOP_SECONDS = 20.0  # for a farewell; it takes one or two, or for ever
 ANSWER_SECONDS = 12  # how long the cluster at an address may take to answer
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _TRY_ADDRESS = """
@@ -104,10 +107,17 @@ class Cluster:
         return self
 
     def stop(self) -> None:
-        """Stop a local cluster with all its processes; of one at an address, only our own."""
+        """Stop a local cluster with all its processes; of one at an address, only our own.
+
+        Where the head is gone, Ray's core is left as it is, and `end_at_once` is called: the core
+        would wait for a minute, and end this process as if it had failed.
+        """
         self._stopped.set()
         if self._keeper is not None and not isinstance(self._failure, StartError):
-            self._keeper.join()
+            self._keeper.join(STOP_SECONDS)
+            self._headless |= self._keeper.is_alive()
+        if self._headless and ending.end_at_once() and self.address is None:
+            kill_servers()
         if self._stop_listening is not None:
             self._stop_listening()
             self._stop_listening = None
@@ -121,7 +131,13 @@ class Cluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        told = isinstance(error, (SystemExit, KeyboardInterrupt))
+        if told and self.address is None and ending.end_at_once():
+            # Whoever told this process to end may have told Ray's as well; where they are gone, its
+            # core ends this one with a code of its own.
+            kill_servers()
+        else:
+            self.stop()
 
     def total(self) -> Resources:
         """Return all that the cluster has, taken or free."""
@@ -166,9 +182,7 @@ class Cluster:
             self._headless = True
             raise
         finally:
-            self._headless |= not run.head.answers()
-            if not self._headless:
-                run.cancel()
+            self._headless |= not run.head.answers() or not _ends(run.cancel, STOP_SECONDS)
             run.head.close()
 
     def _keep(self) -> None:
@@ -284,6 +298,19 @@ class Cluster:
         if main_thread and self._stop_listening is None:
             # For a program that did not: Ray's core would answer SIGTERM with a stack trace.
             self._stop_listening = ending.listen()
+
+
+def _ends(farewell: Callable[[], None], seconds: float) -> bool:
+    """Say farewell to Ray; return False if nobody has answered within so many seconds."""
+
+    def say() -> None:
+        with suppress(Exception):  # an answer too
+            farewell()
+
+    thread = threading.Thread(target=say, name="ray-farewell", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def _token_wanted() -> bool:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -105,6 +105,21 @@ def _servers() -> list[tuple[str, str]]:
         if name in SERVERS:
             found.append((name, str(state)))
     return found
+
+
+def kill_servers() -> None:
+    """Kill the Ray that this process started, without asking Ray's core, which may wait for it.
+
+    The kernel kills the servers with the thread that started them, but not the raylet's workers and
+    agents, which look for their parent once a minute.
+    """
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() in SERVERS:
+                below = child.children(recursive=True)
+                for process in (child, *below):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
 
 
 @contextmanager
