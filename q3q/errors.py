@@ -38,7 +38,7 @@ class IncompatibleError(ConfigError):
 
 
 class UnavailableError(ConfigError):
-    """Weights, a text or a data set that is neither here nor to be had from the Hub."""
+    """Weights, a text or a data set that is neither here nor available from the Hub."""
 
 
 class CheckpointError(ConfigError):
@@ -46,7 +46,7 @@ class CheckpointError(ConfigError):
 
 
 class UnavailableModelError(CheckpointError, UnavailableError):
-    """A model of the Hub that is neither in the cache nor to be had."""
+    """A model of the Hub that is neither in the cache nor available."""
 
 
 class ShapeError(Q3QError):
@@ -58,7 +58,7 @@ class CalibrationError(ConfigError):
 
 
 class UnavailableTextError(CalibrationError, UnavailableError):
-    """A text of the Hub that is neither in the cache nor to be had."""
+    """A text of the Hub that is neither in the cache nor available."""
 
 
 class NumericsError(Q3QError):

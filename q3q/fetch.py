@@ -30,7 +30,7 @@ from q3q.config.words import split
 from q3q.data.needs import downloading
 from q3q.ending import end_well
 from q3q.errors import EXIT_INTERRUPTED, EXIT_MISUSED, Q3QError
-from q3q.formatting import in_bytes, plural
+from q3q.formatting import bytes_in_words, plural
 from q3q.masking import masked
 from q3q.sweep.jobs import composed_jobs
 
@@ -101,10 +101,10 @@ def listed(needs: Sequence[AnyNeed]) -> int:
         if missing is None:
             size = "its size is known when it is fetched"
         else:
-            size = f"{in_bytes(missing)} to download" if missing else "is here"
+            size = f"{bytes_in_words(missing)} to download" if missing else "is here"
         print(f"{need.name}: {size}")
     if total or not lost:
-        print(f"{in_bytes(total)} to download" if total else "Nothing to download")
+        print(f"{bytes_in_words(total)} to download" if total else "Nothing to download")
     return _ended(lost)
 
 
@@ -135,7 +135,7 @@ def _refuse(need: AnyNeed, error: Exception) -> None:
 
 def _ended(lost: int) -> int:
     if lost:
-        print(f"q3q: {plural(lost, 'thing')} cannot be had", file=sys.stderr)
+        print(f"q3q: {plural(lost, 'thing')} not available", file=sys.stderr)
     return EXIT_MISUSED if lost else 0
 
 

@@ -74,14 +74,6 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def in_bytes(count: int) -> str:
-    """Return a size for people: `16.4 GB`, `361 MB`, `12 kB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
-
-
 def printable(text: str) -> str:
     """Return one line without control characters, which a name or an error may hold."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
@@ -104,3 +96,15 @@ def bytes_in_words(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def duration(seconds: float, tenths: bool = False) -> str:
+    """Return `4 s` (with tenths `4.2 s`), `42 s`, `3 min 10 s` or `2 h 05 min`."""
+    if tenths and seconds < 10:
+        return f"{seconds:.1f} s"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02} min"

@@ -173,7 +173,7 @@ class TrialRecord:
 
     @property
     def unchecked(self) -> bool:
-        """It names files without their checksums, as records of older versions do."""
+        """Return True if it names files without their checksums, as older versions' records do."""
         return None in self.files.values()
 
     @property

@@ -210,9 +210,6 @@ class Team:
             self._give(content, lambda tensor: dist.send(tensor, to))
         return self._take(lambda tensor: dist.recv(tensor, source)) if self.rank == to else None
 
-    def barrier(self) -> None:
-        self.gather(None)
-
     def _give(self, content: Any, give: Callable[["Tensor"], Any]) -> None:
         """Send the pickled content without its tensors, then the tensors one by one."""
         import torch

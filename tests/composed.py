@@ -1,4 +1,4 @@
-"""Configs for tests, as Hydra composes them, but each combination of pages once in a process."""
+"""Configs and trials for tests, as Hydra composes them, each combination of pages once."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -10,7 +10,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
 from q3q.config.composing import Composer
+from q3q.config.resolve import trial_from
 from q3q.config.schema import register
+from q3q.placement import Trial
 
 CONF = Path(__file__).parent.parent / "conf"
 
@@ -34,3 +36,8 @@ def compose(name: str, words: Sequence[str]) -> DictConfig:
     with open_dict(config):
         del config["hydra"]
     return config
+
+
+def composed_trial(*words: str) -> Trial:
+    """Return the trial that a command line's words make."""
+    return trial_from(compose("config", words))

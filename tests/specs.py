@@ -36,6 +36,35 @@ OBSERVING = ("gptq", "awq", "smoothquant", "billm")
 DEFAULT: Any = object()
 
 
+def qwen3_config(
+    hidden: int = 4096,
+    layers: int = 36,
+    heads: int = 32,
+    kv_heads: int = 8,
+    intermediate: int = 12288,
+    tied: bool = False,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Return the config.json of a released Qwen3, by default of the shape of Qwen3-8B."""
+    config = {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 128,
+        "intermediate_size": intermediate,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    }
+    return config | changes
+
+
 def model_of(name: str = "demo", dtype: str = "float32", **changes: Any) -> ModelRef:
     """Return a model in a folder."""
     return ModelRef(**{"name": name, "digest": f"{name}-digest", "dtype": dtype, **changes})

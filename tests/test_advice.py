@@ -4,27 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
 from q3q.errors import ConfigError
-from tests.composed import compose
+from tests.composed import composed_trial
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def hydra():
-    schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield
-    GlobalHydra.instance().clear()
-
-
-def trial(words):
-    return resolve.trial_from(compose("config", [*words]))
 
 
 def followed(words, advice):
@@ -176,7 +160,7 @@ def test_what_a_line_advises_works(files, tmp_path, case):
     if not any(word.startswith("evaluation") for word in words):
         words.append("evaluation=none")
     with pytest.raises(ConfigError) as refusal:
-        trial(words)
+        composed_trial(*words)
     line = str(refusal.value)
     found = advised(line, pattern)
     if key == "limit":
@@ -192,4 +176,4 @@ def test_what_a_line_advises_works(files, tmp_path, case):
         found = [f"overrides={{*.down:{{{setting.replace('=', ':')}}}}}" for setting in found]
     assert found
     for setting in found:
-        trial(followed(words, setting))
+        composed_trial(*followed(words, setting))

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from packaging.requirements import Requirement
 
-from q3q.config import schema
 from q3q.config.guard import refuse_code
+from tests.composed import compose
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
@@ -33,10 +31,7 @@ HERE = (
 def composed(command: str):
     words = [word for word in shlex.split(command)[2:] if word != "-m"]
     refuse_code(words)
-    schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [word.partition(",")[0] for word in words])
+    return compose("config", [word.partition(",")[0] for word in words])
 
 
 @pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.stem)

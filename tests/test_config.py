@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from q3q.config import evaluation as config_evaluation
 from q3q.config import model as config_model
-from q3q.config import resolve, schema
+from q3q.config import schema
 from q3q.config import texts as config_texts
 from q3q.config.command import command_of
 from q3q.config.patterns import linears
@@ -27,32 +25,17 @@ from q3q.spec import TrialSpec
 from q3q.sweep.grid import choices_of, trials_of
 from q3q.sweep.launcher import Job
 from tests.composed import compose
+from tests.composed import composed_trial as trial
+from tests.specs import qwen3_config
 
 CONF = Path(__file__).parent.parent / "conf"
-HUB_CONFIG = {
-    "model_type": "qwen3",
-    "vocab_size": 151936,
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "hidden_act": "silu",
-}
 
 
-@pytest.fixture(autouse=True)
-def hydra():
-    schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+@pytest.fixture
+def hub(monkeypatch):
+    """Let each model of the Hub have the shape of Qwen3-8B."""
+    facts = read_facts(qwen3_config())
+    monkeypatch.setattr(config_model, "_hub_model", lambda source, revision: ("c0ffee", facts))
 
 
 @pytest.fixture
@@ -60,10 +43,6 @@ def text_file(tmp_path):
     path = tmp_path / "my text.txt"
     path.write_text("A small text, said again and again. " * 200, encoding="utf-8")
     return path
-
-
-def trial(*overrides: str) -> Trial:
-    return resolve.trial_from(compose("config", list(overrides)))
 
 
 def spec(*overrides: str) -> TrialSpec:
@@ -95,11 +74,9 @@ def test_the_yaml_says_what_the_dataclass_says(name):
     assert dict(composed) == vars(SETTINGS[name]())
 
 
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("name", options("model"))
-def test_every_model_becomes_a_spec(name, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
-    )
+def test_every_model_becomes_a_spec(name, tmp_path):
     overrides = [f"model={name}", f"storage={tmp_path}"]
     own = {
         "local": (f"model.path={config_model.DEMO_MODELS / 'dense'}", "dense"),
@@ -341,12 +318,10 @@ def test_a_task_has_one_place_in_the_record(tmp_path):
         spec(*mine, "evaluation.tasks=[several,stories_who]")
 
 
+@pytest.mark.usefixtures("hub")
 def test_a_hub_models_chat_template_is_looked_for_before_any_download(monkeypatch, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     files = {"tokenizer_config.json": tmp_path / "tokenizer_config.json"}
-    monkeypatch.setattr(
-        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
-    )
     monkeypatch.setattr(
         config_evaluation, "fetch_file", lambda source, name, revision: files.get(name)
     )
@@ -462,10 +437,8 @@ def test_settings_of_several_patterns_add_up_one_by_one():
     assert mixed.overrides["blocks.1.mlp.down_proj"] == {"group_size": 64, "bits": 8}
 
 
-def test_a_block_without_a_star_is_that_block_alone(monkeypatch):
-    monkeypatch.setattr(
-        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
-    )
+@pytest.mark.usefixtures("hub")
+def test_a_block_without_a_star_is_that_block_alone():
     one = spec("model=qwen3_8b", "skip=[blocks.1]", "evaluation=none")
     assert {name.split(".")[1] for name in one.skip} == {"1"}
     some = spec("model=qwen3_8b", "skip=[blocks.1?]", "evaluation=none")
@@ -501,10 +474,8 @@ def test_a_skip_list_that_leaves_nothing_needs_no_text():
     assert spec("method=gptq", *ends[:2]).calibration is not None
 
 
-def test_head_and_embedding_of_a_model_that_does_not_tie_them(monkeypatch):
-    monkeypatch.setattr(
-        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
-    )
+@pytest.mark.usefixtures("hub")
+def test_head_and_embedding_of_a_model_that_does_not_tie_them():
     alone = spec("model=qwen3_8b", "head_bits=8", "evaluation=none")
     assert (alone.head_bits, alone.embedding_bits) == (8, None)
     assert alone.name == "rtn w4 g128 head:w8"
@@ -555,191 +526,120 @@ def test_a_new_evaluation_keeps_the_quantization():
     assert one.quantization_id == other.quantization_id
 
 
+WRONG = [  # (the command line, what the message must say)
+    ("bits=0", "bits=0 is out of range: give 1 to 8"),
+    ("bits=9", "bits=9 is out of range"),
+    ("group_size=96", r"group_size=96 does not divide qkv .*down.*: \[16, 32, 64, 128\] or -1"),
+    ("group_size=0", "group_size=0"),
+    ("act_bits=1", "act_bits=1"),
+    ("overrides={*.dwon:{bits:8}}", r"overrides: \*.dwon matches nothing .*did you mean \*.down "),
+    ("skip=[blocks.6]", "skip: blocks.6 matches nothing .*did you mean blocks.5 .*Names go from"),
+    ("skip=[lm_head]", "skip: lm_head is not in a block; .*head_bits"),
+    ("overrides={*.o:{bits:9}}", r"overrides: \*.o: bits=9 is out of range"),
+    ("overrides={*.o:{group_size:0}}", r"overrides: \*.o: group_size=0"),
+    ("overrides={*.o:{}}", r"overrides: \*.o says nothing; give bits, group_size or symmetric"),
+    (
+        "overrides={blocks.0:{group_size:96},*.down:{group_size:512}}",
+        r"group_size=96 does not divide qkv of block 0, gate_up of block 0 \(256 columns\); .*"
+        r"group_size=512 does not divide down of blocks 0-5 \(640 columns\); "
+        r"sizes that do: \[16, 32, 64, 128\]",
+    ),
+    ("storage=nowhere://bucket/x", "storage=nowhere://bucket/x is of no kind that fsspec knows"),
+    ("storage=memory://x", "only one of two processes gets"),
+    ("head_bits=9 embedding_bits=9", "head_bits=9 is out of range"),
+    ("method.name=gptq", "choose the method with method="),
+    ("method=gptq method.damping=0", "method.damping=0"),
+    ("seed=-1", "seed must be 0 or more"),
+    ("dtype=float8", "dtype=float8 is not known"),
+    ("keep=all", "keep=all is not known"),
+    ("model=local", "model.path=DIR"),
+    ("model=hub", "model=hub model.source=ORGANIZATION/NAME"),
+    (
+        "model=qwen3_4b model.source=Qwen/Qwen3-8B",
+        "not qwen3_4b, which is Qwen/Qwen3-4B. .*model=hub model.source=Qwen/Qwen3-8B",
+    ),
+    ("model=hub model.source=ada/mine model.name=demo", "not demo, which is q3q's own"),
+    ("method=gptq calibration.draw=rnadom", "did you mean random"),
+    ("method=gptq calibration.samples=0", "calibration.samples=0"),
+    *(
+        (f"evaluation=file evaluation.path=NAMED/{name}.txt", f"a file called {name} would be")
+        for name in ("wikitext2", "c4", "stories", "library")
+    ),
+    ("evaluation.texts=[library,demo,library]", "texts: library is there more than once"),
+    ("evaluation.texts=[file,file] evaluation.path=NAMED/demo.txt", "demo is there more than once"),
+    ("evaluation.window=1", "evaluation.window=1"),
+    ("evaluation.window=4096", "takes at most 2048 tokens"),
+    ("evaluation=tasks", r"evaluation.tasks=\[piqa"),
+    ("evaluation.chat=template", "has no chat template"),
+    ("evaluation.chat=polite", "evaluation.chat=polite is not known"),
+    ("evaluation.shots={piqa:2}", "piqa is not one of evaluation.tasks"),
+    ("evaluation.limits={stories_who:0}", "0 is too few"),
+    ("evaluation.drift_windows=0", "evaluation.drift_windows=0: give 1 or more"),
+    ("evaluation.quick=true evaluation.limit=null", "give evaluation.limit"),
+    ("evaluation=tasks evaluation.tasks=[mmlu_paper] evaluation.num_fewshot=0", "not 0; mmlu"),
+    (
+        "evaluation=tasks evaluation.tasks=[piqa] data.path=/nowhere",
+        "data.path=/nowhere is not",
+    ),
+    (
+        "evaluation=tasks evaluation.tasks=[piqa]",
+        "baber/piqa is neither .* data.path=DIR with DIR/piqa",
+    ),
+    ("evaluation.include_path=/nowhere", "include_path=/nowhere is not a folder"),
+]
+IMPOSSIBLE = [
+    ("bits=1 method=gptq", "method=gptq cannot do bits=1; it takes 2 to 8"),
+    ("method=none act_bits=8", "quantizes nothing"),
+    (
+        "method=gptq overrides={blocks.[0-2]:{bits:1},blocks.4.self_attn.q_proj:{bits:1}}",
+        "method=gptq cannot do bits=1; .*qkv of blocks 0-2, .*down of blocks 0-2, "
+        "self_attn.q_proj of block 4",
+    ),
+    ("method=awq overrides={blocks.3.*.q_proj:{bits:8}}", "give qkv of block 3 one setting"),
+    ("skip=[*]", "leaves nothing to quantize: that is method=none"),
+    ("skip=[*.q_proj] act_bits=8", "skip all of .*, or none"),
+    ("head_bits=8", "demo ties head and embedding.*head_bits=8 must be two equal"),
+    ("head_bits=8 embedding_bits=4", "ties head and embedding"),
+    ("method=none head_bits=8 embedding_bits=8", "method=rtn skip="),
+]
+WITHOUT_MODEL = [
+    ("model=local model.path=/nowhere", "/nowhere is not a folder"),
+    ("model=qwen3_8b", "model=local model.path=DIR"),
+]
+WITHOUT_TEXT = [
+    ("method=gptq calibration=file", "calibration.path=FILE"),
+    ("method=gptq calibration=file calibration.path=/nowhere.txt", "no such file"),
+    ("method=gptq calibration=file calibration.path=NAMED/SHORT", "SHORT.*2048|tokens"),
+    ("evaluation=file evaluation.path=NAMED/SHORT", "tokens"),
+    ("evaluation=file evaluation.path=NAMED/EMPTY", "holds no text"),
+    ("evaluation=paper", "Salesforce/wikitext.*data.path=DIR with DIR/wikitext2"),
+    ("evaluation.texts=[wikitext]", "did you mean 'wikitext2'|did you mean wikitext2"),
+]
+REFUSED = {
+    ConfigError: WRONG,
+    IncompatibleError: IMPOSSIBLE,
+    CheckpointError: WITHOUT_MODEL,
+    CalibrationError: WITHOUT_TEXT,
+}
+
+
 @pytest.mark.parametrize(
-    ("overrides", "error", "words"),
-    [
-        (["bits=0"], ConfigError, "bits=0 is out of range: give 1 to 8"),
-        (["bits=9"], ConfigError, "bits=9 is out of range"),
-        (
-            ["bits=1", "method=gptq"],
-            IncompatibleError,
-            "method=gptq cannot do bits=1; it takes 2 to 8",
-        ),
-        (
-            ["group_size=96"],
-            ConfigError,
-            r"group_size=96 does not divide qkv .*down.*sizes that do: \[16, 32, 64, 128\] or -1",
-        ),
-        (["group_size=0"], ConfigError, "group_size=0"),
-        (["act_bits=1"], ConfigError, "act_bits=1"),
-        (["method=none", "act_bits=8"], IncompatibleError, "quantizes nothing"),
-        (
-            ["overrides={*.dwon:{bits:8}}"],
-            ConfigError,
-            r"overrides: \*.dwon matches nothing .*did you mean \*.down ",
-        ),
-        (
-            ["skip=[blocks.6]"],
-            ConfigError,
-            "skip: blocks.6 matches nothing .*did you mean blocks.5 .*Names go from blo",
-        ),
-        (["skip=[lm_head]"], ConfigError, "skip: lm_head is not in a block; .*head_bits"),
-        (["overrides={*.o:{bits:9}}"], ConfigError, r"overrides: \*.o: bits=9 is out of range"),
-        (["overrides={*.o:{group_size:0}}"], ConfigError, r"overrides: \*.o: group_size=0"),
-        (
-            ["overrides={*.o:{}}"],
-            ConfigError,
-            r"overrides: \*.o says nothing; give bits, group_size or symmetric",
-        ),
-        (
-            ["overrides={blocks.0:{group_size:96},*.down:{group_size:512}}"],
-            ConfigError,
-            r"group_size=96 does not divide qkv of block 0, gate_up of block 0 \(256 columns\); .*"
-            r"group_size=512 does not divide down of blocks 0-5 \(640 columns\); "
-            r"sizes that do: \[16, 32, 64, 128\]",
-        ),
-        (
-            ["method=gptq", "overrides={blocks.[0-2]:{bits:1},blocks.4.self_attn.q_proj:{bits:1}}"],
-            IncompatibleError,
-            "method=gptq cannot do bits=1; .*qkv of blocks 0-2, .*down of blocks 0-2, "
-            "self_attn.q_proj of block 4",
-        ),
-        (
-            ["method=awq", "overrides={blocks.3.*.q_proj:{bits:8}}"],
-            IncompatibleError,
-            "give qkv of block 3 one setting",
-        ),
-        (["skip=[*]"], IncompatibleError, "leaves nothing to quantize: that is method=none"),
-        (
-            ["storage=nowhere://bucket/x"],
-            ConfigError,
-            "storage=nowhere://bucket/x is of no kind that fsspec knows",
-        ),
-        (["storage=memory://x"], ConfigError, "only one of two processes gets"),
-        (["skip=[*.q_proj]", "act_bits=8"], IncompatibleError, "skip all of .*, or none"),
-        (
-            ["head_bits=8"],
-            IncompatibleError,
-            "demo ties head and embedding.*head_bits=8 must be two equal",
-        ),
-        (["head_bits=8", "embedding_bits=4"], IncompatibleError, "ties head and embedding"),
-        (["head_bits=9", "embedding_bits=9"], ConfigError, "head_bits=9 is out of range"),
-        (["method=none", "head_bits=8", "embedding_bits=8"], IncompatibleError, "method=rtn skip="),
-        (["method.name=gptq"], ConfigError, "choose the method with method="),
-        (["method=gptq", "method.damping=0"], ConfigError, "method.damping=0"),
-        (["seed=-1"], ConfigError, "seed must be 0 or more"),
-        (["dtype=float8"], ConfigError, "dtype=float8 is not known"),
-        (["keep=all"], ConfigError, "keep=all is not known"),
-        (["model=local"], ConfigError, "model.path=DIR"),
-        (["model=hub"], ConfigError, "model=hub model.source=ORGANIZATION/NAME"),
-        (
-            ["model=qwen3_4b", "model.source=Qwen/Qwen3-8B"],
-            ConfigError,
-            "not qwen3_4b, which is Qwen/Qwen3-4B. .*model=hub model.source=Qwen/Qwen3-8B",
-        ),
-        (
-            ["model=hub", "model.source=ada/mine", "model.name=demo"],
-            ConfigError,
-            "not demo, which is q3q's own",
-        ),
-        (["model=local", "model.path=/nowhere"], CheckpointError, "/nowhere is not a folder"),
-        (["model=qwen3_8b"], CheckpointError, "model=local model.path=DIR"),
-        (["method=gptq", "calibration=file"], CalibrationError, "calibration.path=FILE"),
-        (
-            ["method=gptq", "calibration=file", "calibration.path=/nowhere.txt"],
-            CalibrationError,
-            "no such file",
-        ),
-        (["method=gptq", "calibration.draw=rnadom"], ConfigError, "did you mean random"),
-        (["method=gptq", "calibration.samples=0"], ConfigError, "calibration.samples=0"),
-        (
-            ["method=gptq", "calibration=file", "calibration.path=SHORT"],
-            CalibrationError,
-            "SHORT.*2048|tokens",
-        ),
-        (["evaluation=file", "evaluation.path=SHORT"], CalibrationError, "tokens"),
-        (["evaluation=file", "evaluation.path=EMPTY"], CalibrationError, "holds no text"),
-        *(
-            (
-                ["evaluation=file", f"evaluation.path=NAMED/{name}"],
-                ConfigError,
-                f"a file called {name[:-4]} would be taken",
-            )
-            for name in ("wikitext2.txt", "c4.txt", "stories.txt", "library.txt")
-        ),
-        (
-            ["evaluation.texts=[library,demo,library]"],
-            ConfigError,
-            "texts: library is there more than once",
-        ),
-        (
-            ["evaluation.texts=[file,file]", "evaluation.path=NAMED/demo.txt"],
-            ConfigError,
-            "demo is there more than once",
-        ),
-        (["evaluation.window=1"], ConfigError, "evaluation.window=1"),
-        (["evaluation.window=4096"], ConfigError, "takes at most 2048 tokens"),
-        (["evaluation=tasks"], ConfigError, r"evaluation.tasks=\[piqa"),
-        (["evaluation.chat=template"], ConfigError, "has no chat template"),
-        (["evaluation.chat=polite"], ConfigError, "evaluation.chat=polite is not known"),
-        (["evaluation.shots={piqa:2}"], ConfigError, "piqa is not one of evaluation.tasks"),
-        (["evaluation.limits={stories_who:0}"], ConfigError, "0 is too few"),
-        (["evaluation.drift_windows=0"], ConfigError, "evaluation.drift_windows=0: give 1 or more"),
-        (["evaluation.quick=true", "evaluation.limit=null"], ConfigError, "give evaluation.limit"),
-        (
-            ["evaluation=tasks", "evaluation.tasks=[mmlu_paper]", "evaluation.num_fewshot=0"],
-            ConfigError,
-            "not 0; mmlu",
-        ),
-        (
-            ["evaluation=tasks", "evaluation.tasks=[piqa]", "data.path=/nowhere"],
-            ConfigError,
-            "data.path=/nowhere is not",
-        ),
-        (
-            ["evaluation=tasks", "evaluation.tasks=[piqa]"],
-            ConfigError,
-            "baber/piqa is neither .* data.path=DIR with DIR/piqa",
-        ),
-        (
-            ["evaluation=paper"],
-            CalibrationError,
-            "Salesforce/wikitext.*data.path=DIR with DIR/wikitext2",
-        ),
-        (
-            ["evaluation.include_path=/nowhere"],
-            ConfigError,
-            "include_path=/nowhere is not a folder",
-        ),
-        (
-            ["evaluation.texts=[wikitext]"],
-            CalibrationError,
-            "did you mean 'wikitext2'|did you mean wikitext2",
-        ),
-    ],
+    ("error", "command", "message"),
+    [(error, *row) for error, rows in REFUSED.items() for row in rows],
 )
-def test_bad_values_are_refused_in_one_line(overrides, error, words, tmp_path):
+def test_bad_values_are_refused_in_one_line(error, command, message, tmp_path):
     (tmp_path / "SHORT").write_text("Too short for a window.", encoding="utf-8")
-    (tmp_path / "EMPTY").write_text("", encoding="utf-8")
-    overrides = [one.replace("[0-2]", r"\[0-2\]") for one in overrides]
+    (tmp_path / "EMPTY").touch()
     for name in ("wikitext2", "c4", "stories", "library", "demo"):
-        (tmp_path / f"{name}.txt").write_text(
-            "Long enough for two windows. " * 1000, encoding="utf-8"
-        )
-    overrides = [
-        one.replace("SHORT", f"{tmp_path}/SHORT").replace("EMPTY", f"{tmp_path}/EMPTY")
-        for one in overrides
-    ]
-    overrides = [one.replace("NAMED", str(tmp_path)) for one in overrides]
-    with pytest.raises(error, match=words) as caught:
-        spec(*overrides)
+        (tmp_path / f"{name}.txt").write_text("Long enough for two windows. " * 1000)
+    words = command.replace("[0-2]", r"\[0-2\]").replace("NAMED", str(tmp_path)).split()
+    with pytest.raises(error, match=message) as caught:
+        spec(*words)
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_too_short_for_a_hub_model_is_refused_before_any_download(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        config_model, "_hub_model", lambda source, revision: ("c0ffee", read_facts(HUB_CONFIG))
-    )
+@pytest.mark.usefixtures("hub")
+def test_a_text_too_short_for_a_hub_model_is_refused_before_any_download(tmp_path):
     (tmp_path / "short.txt").write_text("Too short for a window.", encoding="utf-8")
     file = ["calibration=file", f"calibration.path={tmp_path}/short.txt"]
     with pytest.raises(CalibrationError, match="short has 23 bytes, so fewer than the 2048 tokens"):

@@ -1,6 +1,7 @@
 """Everything that a command line needs is fetched before trials run, or named at once."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -21,8 +22,9 @@ from q3q.config.model import DEMO_MODELS
 from q3q.config.pages import CONF
 from q3q.config.schema import register
 from q3q.data.needs import fetch_weights
-from q3q.data.questions import REPOSITORIES
+from q3q.data.repositories import REPOSITORIES
 from q3q.data.texts import _HUB
+from q3q.sweep import progress
 from tests.hub import COMMIT, serving, use
 from tests.specs import hub_model_of, make_spec
 
@@ -37,6 +39,12 @@ WORDS = [
     "evaluation.texts=[wikitext2]",
     "evaluation.window=512",
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """Print no line that says how far composing is, as on a quiet machine."""
+    monkeypatch.setattr(progress, "PATIENCE_SECONDS", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +108,7 @@ def test_what_was_fetched_needs_no_network(hub, served, tmp_path, capsys):
     assert fetch.main(["--list", *WORDS]) == 0
     said = capsys.readouterr().out
     piqa = (served[f"datasets/{PIQA}"] / "validation.jsonl").stat().st_size
-    assert f"data set {PIQA}: {piqa / 1e3:.3g} kB to download" in said
+    assert f"data set {PIQA}: {piqa / 1e3:.3g} KB to download" in said
     assert "Qwen/Qwen3-0.6B: 11.8 MB to download" in said
     code, plan, _ = launched([*WORDS, "plan=true"], tmp_path / "st", capsys)
     assert code == 0
@@ -160,7 +168,7 @@ def test_each_thing_that_cannot_be_had_has_a_line_and_the_others_are_fetched(hub
     lines = said.err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(f"q3q: data set {PIQA}: ")
-    assert lines[1] == "q3q: 1 thing cannot be had"
+    assert lines[1] == "q3q: 1 thing not available"
 
 
 def test_everything_that_is_missing_is_named_at_once(hub, tmp_path, capsys):

@@ -1,13 +1,11 @@
 """--help and --cfg explain every setting, from the one place where it is defined."""
 
 import re
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from q3q.cli import program_version
@@ -15,16 +13,11 @@ from q3q.config import schema
 from q3q.config.help import commented, meanings
 from q3q.config.known import methods, not_a_setting
 from q3q.config.pages import CHOICES, pages
+from tests.commands import output_of, python
+from tests.composed import compose
 
 ROOT = Path(__file__).parent.parent
 PAGES = [(group, page) for group in CHOICES for page in pages(group) if group != "study"]
-
-
-def composed(*overrides):
-    schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", list(overrides))
 
 
 def keys_of(config, above=""):
@@ -35,7 +28,7 @@ def keys_of(config, above=""):
 
 @pytest.mark.parametrize(("group", "page"), PAGES)
 def test_every_setting_of_every_page_has_a_meaning(group, page):
-    config = composed(f"{group}={page}")
+    config = compose("config", [f"{group}={page}"])
     known = meanings(config.method.name)
     assert not [key for key in keys_of(config) if not known.get(key)]
     assert pages(group)[page]
@@ -43,21 +36,16 @@ def test_every_setting_of_every_page_has_a_meaning(group, page):
 
 @pytest.mark.parametrize("method", methods())
 def test_comments_change_no_setting(method):
-    plain = OmegaConf.to_yaml(composed(f"method={method}", "overrides={blocks.0:{bits:8}}"))
+    plain = OmegaConf.to_yaml(
+        compose("config", [f"method={method}", "overrides={blocks.0:{bits:8}}"])
+    )
     explained = commented(plain)
     assert OmegaConf.create(explained) == OmegaConf.create(plain)
     assert re.search(r"(?m)^bits: null +# 1 to 8", explained)
     assert max(map(len, explained.splitlines())) <= 100
 
 
-def launch(*arguments):
-    return subprocess.run(
-        [sys.executable, "launch.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+launch = partial(python, "launch.py")
 
 
 def test_help_lists_choices_and_settings_and_no_internals():
@@ -83,9 +71,7 @@ def test_cfg_is_yaml_with_comments_and_version_is_q3qs_own():
 def test_a_reader_that_stops_early_gets_no_traceback():
     for arguments in ("--help", "--cfg job"):
         command = f"{sys.executable} launch.py {arguments} | head -1"
-        shown = subprocess.run(
-            command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        shown = output_of("sh", "-c", command, cwd=ROOT)
         assert (len(shown.stdout.splitlines()), shown.stderr) == (1, "")
 
 

@@ -1,8 +1,6 @@
 """Limits of memory and cores, on hand-made trees of files and in real control groups."""
 
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from q3q.limits import (
     memory_for_trials,
     unclaimed_memory,
 )
+from tests.commands import python
 
 GB = 10**9
 MACHINE = 16 * 2**30  # bytes that the machine of the hand-made trees has left
@@ -229,8 +228,7 @@ def test_a_process_sees_the_limits_of_the_group_above_its_real_one(real_group):
         "from q3q.limits import cores, free_memory, unclaimed_memory\n"
         "print(cores(), free_memory(), unclaimed_memory())\n"
     )
-    command = [sys.executable, "-c", code, *map(str, real_group)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = python("-c", code, *map(str, real_group)).stdout
     count, free, unclaimed = map(int, shown.split())
     assert count == 1
     assert GB // 2 < unclaimed < free < GB * 1.1  # shared pages are another group's
@@ -241,8 +239,7 @@ def test_trials_may_take_nine_tenths_and_the_command_says_how_much(tmp_path):
         0.9 * (MACHINE + 10 * os.sysconf("SC_PAGE_SIZE"))
     )
     assert memory_for_trials(tmp_path / "nothing") is None
-    command = [sys.executable, "-m", "q3q.limits"]
-    said = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    said = int(python("-m", "q3q.limits").stdout)
     assert 2**26 < said < 2**50
 
 

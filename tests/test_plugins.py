@@ -25,6 +25,8 @@ from q3q.quantize.methods.build import build_method
 from q3q.sweep.costs import CostModel
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.plan import plan
+from tests.commands import python
+from tests.sweep.test_plan import facts as facts_of
 
 ROOT = Path(__file__).parent.parent
 GUIDE = ROOT / "docs" / "METHOD_GUIDE.md"
@@ -115,15 +117,7 @@ def installed(tmp_path_factory):
 
 
 def launch(target: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "launch.py", *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
+    return python("launch.py", *words, PYTHONPATH=str(target))
 
 
 def records(storage: Path) -> dict[str, dict]:
@@ -231,23 +225,6 @@ def spec(*overrides):
     return trial(*overrides).spec
 
 
-EXPERTS_128 = {  # Qwen3-30B-A3B
-    "model_type": "qwen3_moe",
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-
-
 @pytest.mark.parametrize("shape", ["demo", "128 experts"])
 def test_an_installed_method_is_planned_on_a_moe_as_its_settings_declare(
     installed, outside, monkeypatch, shape
@@ -255,7 +232,7 @@ def test_an_installed_method_is_planned_on_a_moe_as_its_settings_declare(
     """It keeps no Hessian and treats experts in chunks, as RTN does; each range is a rounding."""
     monkeypatch.syspath_prepend(installed[1])
     outside({})
-    facts = read_facts(DEMO_MOE if shape == "demo" else EXPERTS_128)
+    facts = read_facts(DEMO_MOE) if shape == "demo" else facts_of("qwen3_30b_a3b")
     trials = {
         name: trial("model=demo_moe", "bits=3", "group_size=64", *overrides)
         for name, overrides in {

@@ -4,13 +4,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from q3q import quoting
-from q3q.config import schema
 from q3q.config.arguments import understood
+from tests.composed import compose
 
 CONF = Path(__file__).parent.parent / "conf"
 TEXTS = [
@@ -47,14 +45,6 @@ TEXTS = [
     "c0ffee0123456789",
     "",
 ]
-
-
-@pytest.fixture(autouse=True)
-def hydra():
-    schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
 
 
 def read_back(command):

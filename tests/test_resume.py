@@ -5,13 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from mlflow.tracking import MlflowClient
 
 from q3q import trial as trial_module
-from q3q.config import resolve, schema
 from q3q.config.model import DEMO_MODELS
+from q3q.config.resolve import trial_from
 from q3q.errors import SweepFailedError
 from q3q.placement import Trial
 from q3q.record import TrialRecord
@@ -21,7 +19,7 @@ from q3q.sweep.run import run_study
 from q3q.sweep.settings import StudySettings
 from q3q.sweep.study import Study, facts_of_trial
 from q3q.trials.__main__ import main
-from tests.chaos.faults import ROOT, SMALL
+from tests.chaos.faults import SMALL
 from tests.composed import compose
 
 
@@ -37,16 +35,13 @@ def tiny(random_checkpoint) -> Path:
 @pytest.fixture
 def run_sweep(tiny, monkeypatch):
     """Return run(storage, error), which runs RTN at 4 and 3 bits, the latter until its error."""
-    schema.register()
-    GlobalHydra.instance().clear()
     attempt = trial_module.attempt_trial
 
     def run(storage: Path, error: BaseException) -> tuple[Trial, Trial]:
         small = [override for override in SMALL if not override.startswith("group_size")]
         always = [*small, "group_size=16", "method=rtn", f"model.path={tiny}", f"storage={storage}"]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            configs = [compose("config", [*always, f"bits={bits}"]) for bits in (4, 3)]
-        trials = [resolve.trial_from(config) for config in configs]
+        configs = [compose("config", [*always, f"bits={bits}"]) for bits in (4, 3)]
+        trials = [trial_from(config) for config in configs]
         facts = {trial.id: found for trial in trials if (found := facts_of_trial(trial))}
 
         def failing(trial, report):

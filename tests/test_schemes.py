@@ -4,10 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
+from q3q.config import resolve
 from q3q.errors import ConfigError
 from q3q.sweep.grid import unquantized
 from tests.composed import compose
@@ -19,7 +17,6 @@ DEMO = ROOT / "q3q" / "models" / "demo" / "dense"
 @pytest.fixture
 def narrow(random_checkpoint, tmp_path):
     """A model of widths 96 and 192, which 128 does not divide; return its settings."""
-    schema.register()
     folder = random_checkpoint(
         vocab_size=4096,
         hidden_size=96,
@@ -30,10 +27,7 @@ def narrow(random_checkpoint, tmp_path):
         max_position_embeddings=4096,
     )
     shutil.copy(DEMO / "tokenizer.json", folder)
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        yield ["model=local", f"model.path={folder}", "evaluation=none", f"storage={tmp_path}"]
-    GlobalHydra.instance().clear()
+    return ["model=local", f"model.path={folder}", "evaluation=none", f"storage={tmp_path}"]
 
 
 QUANTIZED = [

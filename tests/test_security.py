@@ -3,14 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
+from q3q.config import resolve
 from q3q.config.guard import refuse_code
 from q3q.errors import ConfigError
 from q3q.masking import masked
@@ -18,6 +15,8 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.record import TrialRecord
 from q3q.sweep.ray import cluster as cluster_module
 from q3q.sweep.ray.cluster import Cluster
+from tests.commands import python
+from tests.composed import compose
 from tests.specs import make_trial
 
 ROOT = Path(__file__).parent.parent
@@ -155,14 +154,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def launch(*arguments: str, checked: bool = True) -> "subprocess.CompletedProcess[str]":
     start = ["launch.py"] if checked else ["-c", WITHOUT_THE_CHECK, "launch.py"]
-    return subprocess.run(
-        [sys.executable, *start, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    return python(*start, *arguments)
 
 
 def test_a_real_command_runs_nothing_and_says_so(tmp_path):
@@ -269,17 +261,14 @@ def test_what_a_sweep_keeps_and_tells_its_tracker_holds_no_secret(tmp_path, monk
     from q3q.sweep.run import run_study
     from q3q.sweep.settings import StudySettings
     from q3q.track import mlflow
-    from q3q.track.tracker import MemoryTracker
+    from tests.trackers import MemoryTracker
 
     tracker, uri = MemoryTracker(), f"http://ada:{SECRET}@tracker:5000"
     monkeypatch.setattr(tracker, "uri", uri, raising=False)
     monkeypatch.setattr(mlflow, "MlflowTracker", lambda *_: tracker)
-    schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        given = [f"track.uri={uri}", f"storage={tmp_path}", "method=none", "evaluation=none"]
-        settings = compose("config", given)
-        trial, facts = resolve.trial_from(settings), facts_of(settings)
+    given = [f"track.uri={uri}", f"storage={tmp_path}", "method=none", "evaluation=none"]
+    settings = compose("config", given)
+    trial, facts = resolve.trial_from(settings), facts_of(settings)
 
     class Host(InProcess):
         def run(self, planned, study):
@@ -395,15 +384,7 @@ with Cluster(cpus=1) as cluster:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_token")
 def test_the_sweeps_own_ray_wants_its_token_and_is_on_loopback_alone(tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", LOCAL_CLUSTER],
-        cwd=tmp_path,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = python("-c", LOCAL_CLUSTER, cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     (mode, token), listening, with_token, with_another = json.loads(done.stdout.splitlines()[-1])
     assert mode == "token"

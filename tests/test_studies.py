@@ -1,30 +1,30 @@
 """The saved studies: their questions, their trials, and what the command line may change."""
 
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import q3q.config.evaluation as config_evaluation
 import q3q.config.model as config_model
 import q3q.config.texts as config_texts
-from q3q.config.schema import register
 from q3q.data.texts import Text
 from q3q.errors import ConfigError
 from q3q.models.facts import read_facts
-from q3q.report.paper import GROUPS, METHODS, cell_of, departures, published
+from q3q.report.paper import GROUPS, METHODS, cell_of, departures
+from q3q.report.published import published
 from q3q.sweep.costs import CostModel
 from q3q.sweep.grid import choices_of, narrowed, replaced, trials_of
 from q3q.sweep.launcher import Job
 from q3q.sweep.machines import Machine, request_of
 from q3q.sweep.plan import describe, plan, simulated
+from tests.commands import python
+from tests.composed import compose
+from tests.specs import qwen3_config
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "conf/study").glob("*.yaml"))
@@ -82,23 +82,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def facts(source: str, revision: str | None) -> Any:
         hidden, intermediate, layers, heads, tied = SHAPES[source.split("-")[1]]
-        return read_facts(
-            {
-                "model_type": "qwen3",
-                "vocab_size": 151936,
-                "hidden_size": hidden,
-                "intermediate_size": intermediate,
-                "num_hidden_layers": layers,
-                "num_attention_heads": heads,
-                "num_key_value_heads": 8,
-                "head_dim": 128,
-                "max_position_embeddings": 40960,
-                "rms_norm_eps": 1e-6,
-                "rope_theta": 1e6,
-                "tie_word_embeddings": tied,
-                "torch_dtype": "bfloat16",
-            }
-        )
+        return read_facts(qwen3_config(hidden, layers, heads, 8, intermediate, tied))
 
     def text(source: str, *_: Any) -> Text:
         return Text(source, (f"of {source}",))
@@ -120,19 +104,15 @@ def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compa
     tmp_path: Path,
 ) -> None:
     """From the yaml to the plan: no two are equal, none is left out, all follow the protocol."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = [
-            Job(
-                number=number,
-                overrides=words,
-                config=compose("config", ["+study=paper", f"storage={tmp_path}", *words]),
-            )
-            for number, words in enumerate(
-                tuple(f"{k}={v}" for k, v in job.items()) for job in jobs(rows_of("paper"))
-            )
-        ]
+    words_of = [tuple(f"{k}={v}" for k, v in job.items()) for job in jobs(rows_of("paper"))]
+    composed = [
+        Job(
+            number=number,
+            overrides=words,
+            config=compose("config", ["+study=paper", f"storage={tmp_path}", *words]),
+        )
+        for number, words in enumerate(words_of)
+    ]
     trials, left_out = trials_of(composed)
     assert (len(trials), left_out) == (239, "")
     specs = [entry.trial.spec for entry in trials.values()]
@@ -172,14 +152,9 @@ def test_every_study_has_a_question_and_an_expectation_and_composes(study: str) 
     lines = (ROOT / f"conf/study/{study}.yaml").read_text().splitlines()
     assert lines[0] == "# @package _global_"
     assert [line.partition(":")[0] for line in lines[2:4]] == ["question", "expectation"]
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for job in [tuple(job.items()) for job in jobs(rows_of(study))[::17]]:
-            config = compose(
-                "config", [f"+study={study}", *(f"{key}={value}" for key, value in job)]
-            )
-            assert (config.name, bool(config.question)) == (study, True)
+    for job in jobs(rows_of(study))[::17]:
+        config = compose("config", [f"+study={study}", *(f"{k}={v}" for k, v in job.items())])
+        assert (config.name, bool(config.question)) == (study, True)
 
 
 def test_a_study_can_be_narrowed_to_some_of_its_own_values() -> None:
@@ -237,17 +212,8 @@ def test_rows_are_not_changed_through_hydra_either(word: str) -> None:
 
 
 def test_the_command_line_cannot_change_a_study_through_hydra(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "launch.py",
-        "-m",
-        "+study=moe",
-        "hydra.sweeper.params.bits=8",
-        f"storage={tmp_path}",
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
+    study = ("-m", "+study=moe", "hydra.sweeper.params.bits=8")
+    done = python("launch.py", *study, f"storage={tmp_path}")
     assert done.returncode == 2
     assert "hydra.sweeper.params.bits=8 would change every row of study=moe" in done.stderr
     assert not list(tmp_path.glob("trials/*/spec.json"))
@@ -297,12 +263,7 @@ def test_without_a_study_the_command_line_replaces() -> None:
 
 
 def test_a_study_without_m_and_the_plan_of_one(tmp_path: Path) -> None:
-    def launch(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "launch.py", *words, f"storage={tmp_path}"]
-        return subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-        )
-
+    launch = partial(python, "launch.py", f"storage={tmp_path}")
     alone = launch("+study=demo")
     assert alone.returncode == 2
     assert "study=demo is a sweep, give -m" in alone.stderr

@@ -32,7 +32,7 @@ def test_alone_nothing_is_exchanged():
 
 @pytest.fixture(scope="module")
 def meeting(gang):
-    """What each of three ranks saw in one meeting."""
+    """Return what each of three ranks saw in one meeting."""
 
     def everything(team):
         import os
@@ -67,7 +67,7 @@ def meeting(gang):
             ["ss", "-Hltnp"], capture_output=True, text=True, check=True
         ).stdout.splitlines()
         seen["listens"] = [line.split()[3].rpartition(":")[0] for line in lines if pid in line]
-        team.barrier()
+        team.gather(None)
         return seen
 
     return gang(3, everything)

@@ -6,26 +6,22 @@ import os
 import re
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from q3q.attempt import afresh
-from q3q.config import resolve, schema
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.samples import SAMPLES, read_samples
 from q3q.models.adjust import set_activations
 from q3q.quantize.walk import quantized_blocks
 from q3q.record import Sweep, TrialRecord
 from q3q.sweep.study import Study
-from q3q.track.tracker import MemoryTracker
 from q3q.trial import attempt_trial, run_trial
-from tests.composed import compose
+from tests.composed import composed_trial
+from tests.trackers import MemoryTracker
 
-ROOT = Path(__file__).parent.parent
 SMALL = [
     "evaluation.tasks=[]",
     "evaluation.texts=[demo]",
@@ -37,14 +33,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def trial_of(tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
-    schema.register()
-    GlobalHydra.instance().clear()
-
-    def make(*overrides):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.trial_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
-
-    return make
+    return partial(composed_trial, *SMALL, f"storage={storage}")
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
 from q3q.errors import ConfigError
-from q3q.export.formats import expected_bytes
+from q3q.export.tensors import expected_bytes
 from q3q.models.checkpoint import Checkpoint, end_tokens
 from q3q.models.facts import read_facts
 from q3q.models.footprint import ahead_bytes, need
@@ -21,6 +16,8 @@ from q3q.models.loading import load_model
 from q3q.models.streaming import StreamedBlocks
 from q3q.quantize.methods.settings import SETTINGS
 from q3q.trial import run_trial
+from tests.commands import python
+from tests.composed import composed_trial
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "q3q" / "models" / "demo" / "dense"
@@ -36,27 +33,17 @@ SMALL = [
 # Run a trial for each list of overrides (JSON), one after the other; print their records.
 RUN = """
 import json, sys
-from hydra import compose, initialize_config_dir
-from q3q.config import resolve, schema
 from q3q.trial import run_trial
-schema.register()
-with initialize_config_dir(sys.argv[1], version_base="1.3"):
-    composed = [compose("config", overrides) for overrides in json.loads(sys.argv[2])]
-    trials = [resolve.trial_from(config) for config in composed]
+from tests.composed import composed_trial
+trials = [composed_trial(*overrides) for overrides in json.loads(sys.argv[1])]
 print(json.dumps([run_trial(trial).to_json() for trial in trials]))
 """
 
 
 @pytest.fixture
 def trial_of(tmp_path):
-    schema.register()
-    GlobalHydra.instance().clear()
-
     def make(*overrides, storage="storage"):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.trial_from(
-                compose("config", [*SMALL, f"storage={tmp_path / storage}", *overrides])
-            )
+        return composed_trial(*SMALL, f"storage={tmp_path / storage}", *overrides)
 
     return make
 
@@ -179,8 +166,8 @@ def test_peak_memory_stays_under_a_bound_that_the_resident_model_exceeds(
         [*overrides, given, f"storage={tmp_path / given[:3]}"]
         for given in (f"memory={bound}", "loader=resident")
     ]
-    command = [sys.executable, "-c", RUN, str(ROOT / "conf"), json.dumps(both)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = python("-c", RUN, json.dumps(both))
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert [record["environment"]["loading"]["loader"] for record in found] == [
         "streamed",

@@ -58,7 +58,7 @@ def trial(storage, bits, *texts, **asked):
 
 
 def begin(one, blocks=0):
-    """What a trial leaves that was killed after so many blocks."""
+    """Leave what a trial leaves that was killed after so many blocks."""
     write_atomically(one.folder / "spec.json", json.dumps(one.to_json()).encode())
     for k in range(blocks):
         write_atomically(one.folder / "blocks" / f"block_{k:03d}.safetensors", bytes(1000))

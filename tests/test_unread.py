@@ -4,25 +4,15 @@ import itertools
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from q3q.config import resolve, schema
+from q3q.config import resolve
 from q3q.config.unread import without_effect
 from q3q.errors import ConfigError
 from q3q.sweep.grid import choices_of, for_own_methods
 from tests.composed import compose
 
 CONF = Path(__file__).parent.parent / "conf"
-
-
-@pytest.fixture(autouse=True)
-def hydra():
-    schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
 
 
 @pytest.mark.parametrize(

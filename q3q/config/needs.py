@@ -10,12 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from q3q.config.texts import data_folder
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed
-from q3q.data.questions import DataSet, Library
+from q3q.data.questions import Library
+from q3q.data.repositories import DataSet
 from q3q.data.texts import is_from_hub
 from q3q.errors import Q3QError, UnavailableError
 from q3q.evaluate.catalogue import TASKS
 from q3q.evaluate.data_sets import resolve_data_sets
-from q3q.formatting import in_bytes
+from q3q.formatting import bytes_in_words
 from q3q.quantize.methods.settings import MethodSettings
 from q3q.quoting import module
 from q3q.reporter import Steps, no_steps
@@ -41,7 +42,7 @@ class TaskNeed:
         """Load the task, which downloads what it reads.
 
         Raises:
-            ConfigError: something is not to be had, or the task cannot be loaded.
+            ConfigError: something is not available, or the task cannot be loaded.
         """
         library = Library(self.folder, settle=True, include=self.include)
         resolve_data_sets([self.task], library, include=self.include, most=1)
@@ -92,7 +93,7 @@ def union(needs: Iterable[AnyNeed]) -> list[AnyNeed]:
 
 
 def to_download(needs: Iterable[AnyNeed], command: str) -> str:
-    """Return lines about what is not here: its size, or why it is not to be had; else nothing."""
+    """Return lines about what is not here: its size, or why it is not available; else nothing."""
     lines, total, lost, texts = [], 0, [], False
     for need in needs:
         try:
@@ -103,12 +104,12 @@ def to_download(needs: Iterable[AnyNeed], command: str) -> str:
             continue
         if missing:
             total += missing
-            lines.append(f"{need.name} ({in_bytes(missing)})")
+            lines.append(f"{need.name} ({bytes_in_words(missing)})")
             texts |= isinstance(need, TextNeed)
     said = []
     if lines:
         fetched = f"{command} downloads it and starts nothing"
-        said.append(f"To download: {', '.join(lines)}; {in_bytes(total)} in all. {fetched}.")
+        said.append(f"To download: {', '.join(lines)}; {bytes_in_words(total)} in all. {fetched}.")
     if texts:
         said.append("A trial's id is known once its texts are here.")
     return "\n".join([*said, *(f"Missing: {line}" for line in lost)])
@@ -117,7 +118,7 @@ def to_download(needs: Iterable[AnyNeed], command: str) -> str:
 def everything_unavailable(
     needs: Iterable[AnyNeed], first: UnavailableError, command: str
 ) -> UnavailableError:
-    """Return an error that names everything that is neither here nor to be had.
+    """Return an error that names everything that is neither here nor available.
 
     Args:
         first: what was found missing first.

@@ -49,7 +49,7 @@ class CalibrationConfig:
     """The calibration text. null: the method's own default.
 
     source: demo, wikitext2, c4, pile or file; choose it with calibration=
-    path: the text of calibration=file: .txt, .jsonl or .json
+    path: the text of calibration=file, of a kind that docs/EVALUATION.md lists
     samples: number of windows
     length: tokens of a window
     draw: random, first or documents: which windows of the text

@@ -19,7 +19,7 @@ GROUP_SIZES = (16, 32, 64, 128, 256, 512)  # that an error suggests
 def resolve_schemes(
     config: DictConfig, settings: MethodSettings, facts: ModelFacts
 ) -> tuple[Schemes | None, Json]:
-    """How each linear is stored (None: not at all), and the patterns that say so, for people."""
+    """Return how each linear is stored (None: not at all), and the patterns that say so."""
     act_bits = settings.default_act_bits if config.act_bits is None else config.act_bits
     base = Scheme(
         bits=settings.default_bits if config.bits is None else config.bits,

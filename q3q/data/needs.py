@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from q3q.data.questions import REPOSITORIES, SUFFIXES, DataSet, Library, unavailable
+from q3q.data.question_files import SUFFIXES
+from q3q.data.question_hub import unavailable
+from q3q.data.questions import Library
+from q3q.data.repositories import REPOSITORIES, DataSet
 from q3q.data.texts import Split, download_text, text_bytes, text_is_here
 from q3q.errors import UnavailableError
-from q3q.formatting import in_bytes, plural
+from q3q.formatting import bytes_in_words, plural
 from q3q.models.hub import (
     HUB_SECONDS,
     ask,
@@ -43,7 +46,7 @@ class ModelNeed:
         """Return the bytes to download, 0 if all is here.
 
         Raises:
-            CheckpointError: it is not to be had.
+            CheckpointError: it is not available.
         """
         return bytes_to_download(self.source, self.revision)
 
@@ -54,7 +57,7 @@ class ModelNeed:
             steps: receives bytes done and in all.
 
         Raises:
-            CheckpointError: it is not to be had.
+            CheckpointError: it is not available.
         """
         missing = self.missing()
         with _watched(cache_folder(self.source), missing, steps):
@@ -77,7 +80,7 @@ class TextNeed:
         """Return the bytes to download, 0 if it is here.
 
         Raises:
-            CalibrationError: it is not to be had.
+            CalibrationError: it is not available.
         """
         here = text_is_here(self.source, self.split, self.data)
         return 0 if here else text_bytes(self.source, self.split, self.data)
@@ -111,7 +114,7 @@ class QuestionsNeed:
         """Return the bytes to download, 0 if all is here.
 
         Raises:
-            ConfigError: it is not to be had.
+            ConfigError: it is not available.
         """
         library = Library(self.folder, settle=True)
         absent = [data for data in self.configurations if not library.is_here(data)]
@@ -121,7 +124,7 @@ class QuestionsNeed:
         """Download each configuration; check that it loads and has its splits.
 
         Raises:
-            ConfigError: one is not to be had, or lacks a split.
+            ConfigError: one is not available, or lacks a split.
         """
         library, missing = Library(self.folder, settle=True), self.missing()
         for number, data in enumerate(self.configurations):
@@ -140,7 +143,7 @@ def fetch_weights(specs: Iterable[TrialSpec], say: Callable[[str], None]) -> Non
         say: receives lines that say how far it is.
 
     Raises:
-        CheckpointError: a model is not to be had.
+        CheckpointError: a model is not available.
     """
     models = ((spec.model.source, spec.model.revision) for spec in specs)
     for source, revision in dict.fromkeys(models):
@@ -161,8 +164,8 @@ def downloading(name: str, say: Callable[[str], None], clock: Callable[[], float
         now = clock()
         if total and (done >= total or now - last >= LINE_SECONDS):
             last = now
-            part = "" if done in (0, total) else f"{in_bytes(done)} of "
-            say(f"{name}: {part}{in_bytes(total)} {'downloaded' if done else 'to download'}")
+            part = "" if done in (0, total) else f"{bytes_in_words(done)} of "
+            say(f"{name}: {part}{bytes_in_words(total)} {'downloaded' if done else 'to download'}")
 
     return steps
 

@@ -197,7 +197,7 @@ def text_bytes(source: str, split: Split, data: Path | None) -> int:
     """Return the bytes of a text's file on the Hub.
 
     Raises:
-        CalibrationError: it is not to be had.
+        CalibrationError: it is not available.
     """
     return int(_from_hub(source, split, data, dry_run=True).file_size or 0)
 
@@ -206,7 +206,7 @@ def download_text(source: str, split: Split, data: Path | None) -> Path:
     """Return a text's file, downloaded from the Hub.
 
     Raises:
-        CalibrationError: it is not to be had.
+        CalibrationError: it is not available.
     """
     return Path(_from_hub(source, split, data))
 
@@ -241,7 +241,7 @@ def _from_hub(source: str, split: Split, data: Path | None, dry_run: bool = Fals
         folder = data or "DIR"
         raise UnavailableTextError(
             f"{split}={source} needs {name} of the data set {repository}, which is neither in the "
-            f"local cache nor to be had from the Hub: {first_line(error)}. To provide it: "
+            f"local cache nor available from the Hub: {first_line(error)}. To provide it: "
             f"data.path={folder} with {folder}/{source}/{Path(name).name}; for a text of your own: "
             f"{split}=file {split}.path=FILE"
         ) from error

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from q3q.data.questions import MMLU, WIKITEXT, DataSet
+from q3q.data.repositories import MMLU, WIKITEXT, DataSet
 
 OWN_TASKS = Path(__file__).parent / "tasks"
 STUDY_MMLU = "mmlu_paper"

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from q3q.data.questions import DataSet, Library, serving
+from q3q.data.questions import Library, serving
+from q3q.data.repositories import DataSet
 from q3q.errors import ConfigError
 from q3q.evaluate.catalogue import OWN_TASKS, TASKS
 

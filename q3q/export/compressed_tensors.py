@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
-from q3q.export.formats import layouts
+from q3q.export.tensors import layouts
 from q3q.export.writer import PackingExporter
 from q3q.models.checkpoint import names_on_disk
 from q3q.models.packed import Layout

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from q3q.errors import ExportError
-from q3q.export.formats import expected_bytes
 from q3q.export.marker import marker_of, owner_of, size_fault
+from q3q.export.tensors import expected_bytes
 from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial

@@ -3,23 +3,18 @@
 Both the refusal of what a format cannot hold and the table in docs/EXPORT.md come from here.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from q3q.errors import IncompatibleError
 from q3q.export.reload import transformers_takes
-from q3q.models.checkpoint import disk_shapes, without_expert
 from q3q.models.facts import ModelFacts
 from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
 from q3q.spec import Scheme, TrialSpec
 
 TESTED, UNTESTED = "tested", "untested"
 GPTQMODEL = "tested by benchmarks/export.py"
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
-DTYPE_BYTES = {"float32": 4, "float64": 8}  # all other dtypes of models have 2
-SCALE_BYTES = 2  # float16
 # Packed weights that vLLM's kernels take, by its sources: group sizes, and (bits, symmetric) pairs.
 # Only Hopper's kernel takes zero points of 8 bits.
 SERVED_GROUPS = (-1, 32, 64, 128)
@@ -129,7 +124,7 @@ class Format:
             return
         if site := _uneven_site(spec, facts):
             yield f"settings that differ within a site ({site}), which loaders run as one"
-        if not _distinguishable(schemes):
+        if not _read_apart(schemes):
             yield (
                 "several settings when any is asymmetric "
                 "(transformers then reads all linears by one of them)"
@@ -278,10 +273,10 @@ def _uneven_site(spec: TrialSpec, facts: ModelFacts) -> str | None:
     return None
 
 
-def _distinguishable(schemes: Sequence[Scheme]) -> bool:
-    """Return True if transformers reads each linear of a dense model by its own setting."""
+def _read_apart(schemes: Sequence[Scheme], *, experts: bool = False) -> bool:
+    """Return True if transformers reads each linear by its own setting."""
     return transformers_takes(
-        experts=False,
+        experts=experts,
         settings=len(schemes),
         symmetric=all(scheme.symmetric for scheme in schemes),
         rounded=any(scheme.act_bits is not None for scheme in schemes),
@@ -361,12 +356,8 @@ def loading_notice(spec: TrialSpec, facts: ModelFacts) -> str | None:
 
 def read_by_transformers(spec: TrialSpec, facts: ModelFacts) -> bool:
     """Return True if transformers reads the trial's export, with the packages of its format."""
-    schemes = schemes_of(spec, facts)
-    return spec.export != "compressed_tensors" or transformers_takes(
-        experts=bool(facts.experts),
-        settings=len(schemes),
-        symmetric=all(scheme.symmetric for scheme in schemes),
-        rounded=any(scheme.act_bits is not None for scheme in schemes),
+    return spec.export != "compressed_tensors" or _read_apart(
+        schemes_of(spec, facts), experts=bool(facts.experts)
     )
 
 
@@ -386,50 +377,6 @@ def stored_scales(name: str, dtype: str) -> str | None:
         return None
     own = dtype if dtype in ("float16", "bfloat16") else "float16"
     return own if name == "compressed_tensors" or own == "float16" else f"{own} float16"
-
-
-def layouts(
-    spec: TrialSpec, facts: ModelFacts
-) -> Iterator[tuple[str, tuple[int, ...], Layout | None]]:
-    """Yield each weight of the exported model: name on disk, unpacked shape and layout.
-
-    The layout is None for plain numbers.
-    """
-    schemes = spec.schemes
-    assert spec.export is not None
-    assert schemes is not None
-    make = FORMATS[spec.export].layout
-    family = facts.family
-    yield family.embedding, (facts.vocab, facts.hidden), None
-    for k in range(facts.layers):
-        linears = facts.linears(k)
-        for name, shape in disk_shapes(facts, k).items():
-            layout = None
-            if make is not None and without_expert(name) in linears:
-                scheme = schemes.of(f"blocks.{k}.{without_expert(name).removesuffix('.weight')}")
-                layout = None if scheme is None else make(scheme)
-            yield facts.on_disk(k, name), shape, layout
-    yield family.final_norm, (facts.hidden,), None
-    if not facts.tied:
-        yield family.head, (facts.vocab, facts.hidden), None
-
-
-def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> int:
-    """Return one weight's bytes on disk, the sum over the tensors of its layout."""
-    own = DTYPE_BYTES.get(dtype, 2)
-    if layout is None:
-        return math.prod(shape) * own
-    scale = own if layout.own_scales else SCALE_BYTES
-    return sum(
-        math.prod(part) * (scale if "F16" in types else ITEM_BYTES[types[0]])
-        for types, part in layout.parts(*shape).values()
-    )
-
-
-def expected_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Return the bytes of all tensors of the export by the format's definition."""
-    dtype = spec.model.dtype
-    return sum(tensor_bytes(shape, layout, dtype) for _, shape, layout in layouts(spec, facts))
 
 
 def table() -> str:

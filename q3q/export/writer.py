@@ -30,9 +30,10 @@ from q3q.export.destination import (
     partial_path,
     path_of,
 )
-from q3q.export.formats import FORMATS, layouts
+from q3q.export.formats import FORMATS
 from q3q.export.marker import CARD, published_files, write_marker
 from q3q.export.shards import Shards, stored_bytes
+from q3q.export.tensors import layouts
 from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, of_expert
 from q3q.models.decoder import Decoder
 from q3q.models.facts import EXPORT_KEY

@@ -258,5 +258,5 @@ def _unreachable(source: str, revision: str | None, error: Exception) -> Unavail
         reason = first_line(error)
     return UnavailableModelError(
         f"{what} is no folder here, and as a Hub id it is neither in the local cache "
-        f"nor to be had from the Hub: {reason}. {OWN_FOLDER}"
+        f"nor available from the Hub: {reason}. {OWN_FOLDER}"
     )

@@ -1,31 +1,31 @@
 """Comparison with the study: each published cell that was run, our number beside the printed one.
 
-The numbers are Tables 1 to 4 of "An Empirical Study of Qwen3 Quantization" (arXiv 2505.02214v1), in
-`paper_results.csv` beside this file, a row per printed number. The printed means over six tasks are
-wrong in 29 of 250 rows, so means are not compared. `NOTES` lists other printed numbers that are
-doubtful.
+`published` has the printed numbers. Their means over six tasks are not compared.
 """
 
-import csv
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 from q3q.config.texts import RANDOM_TEXTS
 from q3q.formatting import fixed, percent, signed
 from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
 from q3q.report.measures import DIVERGED, cell, given_format, in_order, shown
+from q3q.report.published import (
+    NOTES,
+    SOURCE,
+    Published,
+    plain_name,
+    published,
+    published_cells,
+    published_models,
+)
 from q3q.report.tables import Table
 from q3q.spec import Json, ModelRef, TaskRef, TrialSpec
 
-SOURCE = "An Empirical Study of Qwen3 Quantization, arXiv 2505.02214v1, Tables 1 to 4"
 MAKERS = "Qwen"  # the organization that releases the models, as the Hub calls it
-PUBLISHED = Path(__file__).with_name("paper_results.csv")
 PERPLEXITY_TOLERANCE = 0.02  # of the published value
 ACCURACY_TOLERANCE = 1.5  # percentage points
 COLLAPSED = 1000.0  # a perplexity beyond it shows a broken model; its digits carry no information
@@ -67,24 +67,6 @@ LEFT_OUT = (
 
 
 @dataclass(frozen=True)
-class Published:
-    """One printed number.
-
-    bits: of a weight, 1 for BiLLM's nominal 1.04 to 1.07.
-    value: nan where NaN is printed.
-    """
-
-    model: str
-    method: str
-    bits: int
-    act_bits: int
-    group: str
-    dataset: str
-    value: float
-    source: str
-
-
-@dataclass(frozen=True)
 class Compared:
     """A published number beside one of ours.
 
@@ -113,99 +95,6 @@ class Compared:
         return f"{signed(100 * (self.ours / theirs - 1))} %"
 
 
-@dataclass(frozen=True)
-class Note:
-    """A reason to doubt some published numbers."""
-
-    text: str
-    concerns: Callable[[Published], bool]
-
-
-NOTES = (
-    Note(
-        "AWQ with groups of 128 is printed worse than per channel in 43 of 44 perplexities at 3 "
-        "and 4 bits, and its MMLU in 22 of 22: the two blocks are probably exchanged, or the "
-        "groups were left out when evaluating.",
-        lambda row: row.method == "AWQ" and row.bits in (3, 4),
-    ),
-    Note(
-        "Table 2 prints AWQ's zero-shot scores of 8B under 14B and vice versa.",
-        lambda row: (
-            row.source == "Table 2"
-            and row.method == "AWQ"
-            and row.model in ("Qwen3-8B", "Qwen3-14B")
-            and row.dataset not in ("wikitext2", "c4", "mmlu")
-        ),
-    ),
-    Note(
-        "For GPTQ with 8 bits on 4B, Table 2 prints the row of 1.7B.",
-        lambda row: (
-            row.source == "Table 2" and (row.model, row.method, row.bits) == ("Qwen3-4B", "GPTQ", 8)
-        ),
-    ),
-    Note(
-        "An 80.1 among neighbours of about 25: a misprint.",
-        lambda row: (
-            row.source == "Table 2"
-            and (row.model, row.method, row.bits, row.dataset)
-            == ("Qwen3-4B", "GPTQ", 2, "arc_easy")
-        ),
-    ),
-    Note(
-        "The published script never smooths: row rounds weights per channel and activations per "
-        "token (here method.smooth=false).",
-        lambda row: row.method == "SmoothQuant",
-    ),
-    Note(
-        "Nearly the perplexities of the 0.6B row: probably a copy.",
-        lambda row: (
-            (row.model, row.method, row.act_bits) == ("Qwen3-8B", "SmoothQuant", 4)
-            and row.dataset in ("wikitext2", "c4")
-        ),
-    ),
-    Note(
-        "Above the unquantized model's 72.1 by 5 points: probably a misprint.",
-        lambda row: (
-            (row.model, row.method, row.dataset) == ("Qwen3-8B-Base", "SmoothQuant", "winogrande")
-            and (row.bits, row.act_bits) == (8, 8)
-        ),
-    ),
-    Note(
-        "HellaSwag at or above the unquantized model's: probably acc_norm where other rows print "
-        "acc.",
-        lambda row: (
-            row.method == "BiLLM"
-            and row.dataset == "hellaswag"
-            and row.model in ("Qwen3-14B", "Qwen3-32B")
-        ),
-    ),
-    Note(
-        "The unquantized model is printed twice, 19.2 and 19.3.",
-        lambda row: (row.model, row.method, row.dataset) == ("Qwen3-1.7B", "FP16", "c4"),
-    ),
-)
-
-
-@cache
-def published() -> tuple[Published, ...]:
-    """Return all printed numbers except the means over six tasks."""
-    with PUBLISHED.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["dataset"] != "avg6"]
-    return tuple(
-        Published(
-            model=row["model"],
-            method=row["method"],
-            bits=math.floor(float(row["w_bits"])),
-            act_bits=int(row["a_bits"]),
-            group=row["group_size"],
-            dataset=row["dataset"],
-            value=float(row["value"]),
-            source=row["source"],
-        )
-        for row in rows
-    )
-
-
 def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
     """Compare every published number that a completed trial measured, in the order of trials."""
     compared = []
@@ -218,7 +107,7 @@ def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
             if not isinstance(value, float) and value != DIVERGED:
                 continue
             ours = value if isinstance(value, float) else math.nan
-            for theirs in _cells().get((*place, dataset), ()):
+            for theirs in published_cells().get((*place, dataset), ()):
                 compared.append(_compare(theirs, record, metric, ours))
     return compared
 
@@ -249,7 +138,7 @@ def study_model(spec: TrialSpec) -> str:
     if (studied := _studied(model)) is not None:
         return studied
     names = (model.name, (model.source or "").rpartition("/")[2])
-    own = (name for name in names if name and _plain(name) not in _models())
+    own = (name for name in names if name and plain_name(name) not in published_models())
     return next(own, model.label if model.source is None else model.source)
 
 
@@ -266,11 +155,12 @@ def _studied(model: ModelRef) -> str | None:
     older versions may have the name of one of the study's models and the source of another; they
     are neither. A model in a folder is what its name says.
     """
-    by_name = _models().get(_plain(model.name or ""))
+    by_name = published_models().get(plain_name(model.name or ""))
     if model.source is None:
         return by_name
     makers, _, title = model.source.rpartition("/")
-    by_source = _models().get(_plain(title)) if makers.lower() == MAKERS.lower() else None
+    released = makers.lower() == MAKERS.lower()
+    by_source = published_models().get(plain_name(title)) if released else None
     return None if by_name not in (None, by_source) else by_source
 
 
@@ -433,7 +323,7 @@ def _compare(theirs: Published, record: TrialRecord, metric: str, ours: float) -
     judgement = verdict(metric, ours, theirs.value, record.intervals.get(metric))
     if theirs.method == "AWQ" and judgement != REPRODUCED and theirs.bits in (3, 4):
         group = "128" if theirs.group == "per-channel" else "per-channel"
-        [other] = _cells()[(theirs.model, "AWQ", theirs.bits, 16, group, theirs.dataset)]
+        [other] = published_cells()[(theirs.model, "AWQ", theirs.bits, 16, group, theirs.dataset)]
         if verdict(metric, ours, other.value, record.intervals.get(metric)) == REPRODUCED:
             notes.append("Our number is the one printed for the other group size.")
     departs = departures(record.spec, metric)
@@ -445,21 +335,3 @@ def _printed(item: Compared) -> str:
     if not math.isfinite(value):
         return "NaN"
     return shown(value, metric) if metric.startswith("perplexity/") else fixed(value, 1)
-
-
-@cache
-def _models() -> dict[str, str]:
-    return {_plain(row.model): row.model for row in published()}
-
-
-@cache
-def _cells() -> dict[tuple, list[Published]]:
-    cells: dict[tuple, list[Published]] = {}
-    for row in published():
-        key = (row.model, row.method, row.bits, row.act_bits, row.group, row.dataset)
-        cells.setdefault(key, []).append(row)
-    return cells
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -88,7 +88,7 @@ def result_tables(
 
     for model, trials in by_model(in_order(records)).items():
         for metric, heading, group in topics(trials, everything):
-            grid = _grid(group, metric, content)
+            grid = method_by_bits(group, metric, content)
             if not grid.empty:
                 marked = any(MARK in text for row in grid.to_numpy() for text in row)
                 notes = [MARKED] if marked else []
@@ -129,24 +129,24 @@ def _size_table(model: str, records: Sequence[TrialRecord], metric: str) -> Tabl
         mark = "" if size is None else number_of(size.rule, rules)
         return f"{pool.shown(metric)} {mark}".rstrip()
 
-    grid = _grid(records, metric, content)
+    grid = method_by_bits(records, metric, content)
     columns = ("method \\ bits", *map(str, grid.columns))
     rows = tuple((str(label), *map(str, row)) for label, *row in grid.itertuples())
     return Table(f"{model}: {title(metric)}", columns, rows, said(rules, metric))
 
 
-def method_by_bits(records: Sequence[TrialRecord], metric: str) -> "DataFrame":
+def method_by_bits(
+    records: Sequence[TrialRecord], metric: str, content: Callable[[Pool, str], Cell] = Pool.cell
+) -> "DataFrame":
     """Return one metric with a row per label and a column per bit width.
 
-    Cells are numbers as measured (for several seeds their mean), or `diverged`, `failed`, `-` (not
-    run or not measured). The unquantized model has column 16. Rows without an outcome are left out.
+    The column of the unquantized model has the bits of its dtype. Rows without an outcome are left
+    out.
+
+    Args:
+        content: makes a cell; by default a number as measured (for several seeds their mean), or
+            `diverged`, `failed`, `-` (not run or not measured).
     """
-    return _grid(records, metric, Pool.cell)
-
-
-def _grid(
-    records: Sequence[TrialRecord], metric: str, content: Callable[[Pool, str], Cell]
-) -> "DataFrame":
     from pandas import DataFrame
 
     tried = pools(records, metric)

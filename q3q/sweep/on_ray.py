@@ -124,7 +124,7 @@ class Furthest:
         self.share = 0.0
 
     def __call__(self, event: Any) -> bool:
-        from q3q.sweep.progress import share_done
+        from q3q.sweep.pace import share_done
 
         share = share_done(event) if isinstance(event, Progress) else 0.0
         further, self.share = share > self.share, max(share, self.share)

@@ -63,18 +63,6 @@ def state_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
     return max(tokens, default=0) * facts.hidden * item
 
 
-def allocations_of(
-    trial: Trial, facts: ModelFacts, machines: Sequence[Machine], request: ResourceRequest
-) -> tuple[Allocation, Allocation | None]:
-    """Return the least that the trial can be given, and what it gets if that was too little.
-
-    Raises:
-        ConfigError: nothing fits; the message says what would.
-    """
-    choices = choices_of(trial, facts, machines, request)
-    return choices.least, choices.larger(choices.least)
-
-
 def choices_of(
     trial: Trial, facts: ModelFacts, machines: Sequence[Machine], request: ResourceRequest
 ) -> Choices:

@@ -1,4 +1,4 @@
-"""The interface to the place where a sweep's results are browsed, and its double for tests."""
+"""The interface to the place where a sweep's results are browsed."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -94,45 +94,3 @@ class Tracker(Protocol):
         Raises:
             TrackingError: the store refused it.
         """
-
-
-class MemoryTracker:
-    """A tracker that keeps everything in plain attributes."""
-
-    def __init__(self) -> None:
-        self.sync = sync_command()
-        self.sweep: Sweep | None = None
-        self.records: dict[str, TrialRecord] = {}
-        self.artifacts: dict[str, dict[str, bytes]] = {}
-        self.closing: dict[str, bytes] = {}
-        self.succeeded: bool | None = None
-        self.headline: dict[str, float] = {}
-        self.steps: dict[str, list[tuple[int, dict[str, float]]]] = {}
-
-    @property
-    def page(self) -> str:
-        return ""
-
-    def remarks(self) -> list[str]:
-        return []
-
-    def check(self) -> None:
-        pass
-
-    def open(self, sweep: Sweep) -> None:
-        self.sweep, self.succeeded = sweep, None
-
-    def live(self, spec: TrialSpec, metrics: Mapping[str, float], step: int) -> None:
-        self.steps.setdefault(spec.id, []).append((step, dict(metrics)))
-
-    def log(self, record: TrialRecord, artifacts: Mapping[str, bytes]) -> None:
-        self.records[record.spec.id] = record
-        self.artifacts[record.spec.id] = dict(artifacts)
-
-    def close(
-        self,
-        artifacts: Mapping[str, bytes],
-        succeeded: bool,
-        headline: Mapping[str, float] = MappingProxyType({}),
-    ) -> None:
-        self.closing, self.succeeded, self.headline = dict(artifacts), succeeded, dict(headline)

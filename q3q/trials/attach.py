@@ -10,7 +10,7 @@ from q3q.errors import EXIT_FAILED, ConfigError
 from q3q.storage.mirror import Mirror
 from q3q.storage.status import POLL_SECONDS, SILENT_SECONDS, SweepStatus, sweep_statuses
 from q3q.storage.uploader import DRIVER_SECONDS
-from q3q.sweep.progress import Screen, count, picture
+from q3q.sweep.screen import Screen, count, picture
 from q3q.trials.stored import running_sweeps
 
 

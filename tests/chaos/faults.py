@@ -117,7 +117,7 @@ def last_words(folder: Path, pid: int) -> str:
 
 
 def numbers(record: dict) -> dict:
-    """What a record says that must not depend on what befell the trial."""
+    """Return what a record says that must not depend on what befell the trial."""
     passing = ("seconds/", "peak_bytes/", "gpu_peak_bytes/")
     metrics = {
         name: value for name, value in record["metrics"].items() if not name.startswith(passing)
@@ -191,7 +191,7 @@ def freeze(storage: Path, phase: str, avoid: set[str], mine: Callable[[int], boo
 
 
 def _stopped(pid: int) -> bool:
-    """Whether all its threads stand still."""
+    """Return True if all its threads stand still."""
     states = []
     for path in Path(f"/proc/{pid}/task").glob("*/stat"):
         try:

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import model, resolve, schema
+from q3q.config import model, resolve
 from q3q.placement import Trial
 from q3q.report import write
 from q3q.storage import claim
@@ -17,9 +15,9 @@ from q3q.sweep.run import run_study
 from q3q.sweep.settings import StudySettings
 from q3q.sweep.study import facts_of_trial
 from q3q.track import mlflow
-from q3q.track.tracker import MemoryTracker
-from tests.chaos.faults import ROOT, SMALL, numbers
+from tests.chaos.faults import SMALL, numbers
 from tests.composed import compose
+from tests.trackers import MemoryTracker
 
 TRIALS = {"none": "method=none", "rtn4": "method=rtn bits=4", "rtn3": "method=rtn bits=3"}
 ASKED = [
@@ -59,14 +57,9 @@ def make_quick(patch: pytest.MonkeyPatch) -> None:
 def trials_of(tiny: Path, storage: Path) -> tuple[dict[str, Trial], StudySettings]:
     """Compose the study anew, as each start of the command does."""
     model._local_model.cache_clear()  # so that the memo of digests is read
-    schema.register()
-    GlobalHydra.instance().clear()
     settings = {one.partition("=")[0]: one for one in (*SMALL, *ASKED)}
     always = [*settings.values(), f"model.path={tiny}", f"storage={storage}"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        configs = {
-            name: compose("config", [*always, *words.split()]) for name, words in TRIALS.items()
-        }
+    configs = {name: compose("config", [*always, *words.split()]) for name, words in TRIALS.items()}
     trials = {name: resolve.trial_from(config) for name, config in configs.items()}
     return trials, StudySettings.of(configs["rtn4"])
 

@@ -162,7 +162,7 @@ def stopped(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tiny, finished, tmp_path_factory) -> dict[str, dict]:
-    """What an undisturbed study says; and that a second start of it changes nothing."""
+    """Return what an undisturbed study says; check that a second start of it changes nothing."""
     copy = tmp_path_factory.mktemp("whole") / "storage"
     shutil.copytree(finished, copy)
     before = states(copy)

@@ -12,38 +12,29 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
-from q3q.config import resolve, schema
 from q3q.errors import CheckpointError
 from q3q.export import destination, proof, publish, reload
 from q3q.models.checkpoint import Checkpoint
 from q3q.record import Check, TrialRecord
 from q3q.trial import attempt_trial
-from tests.chaos.faults import ROOT, SMALL, end_of, in_child, log_of, numbers
-from tests.composed import compose
+from tests.chaos.faults import SMALL, end_of, in_child, log_of, numbers
+from tests.composed import composed_trial
 
 
 @pytest.fixture
 def trial_of(tiny):
-    schema.register()
-    GlobalHydra.instance().clear()
-
     def make(storage, export):
         always = [*SMALL, f"model.path={tiny}", "method=gptq", "bits=4", "export=gptq"]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.trial_from(
-                compose("config", [*always, f"storage={storage}", f"export.path={export}"])
-            )
+        return composed_trial(*always, f"storage={storage}", f"export.path={export}")
 
     return make
 
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch):
-    """What the other process would find, without the seconds that it takes to start."""
+    """Find what the other process would, without the seconds that it takes to start."""
 
     def here(folder, given, out, seconds, gpu):
         found, tensors = reload.findings(

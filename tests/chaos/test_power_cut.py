@@ -26,7 +26,7 @@ def quick():
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory) -> dict[str, dict]:
-    """What an undisturbed study says."""
+    """Return what an undisturbed study says."""
     return run(tiny, tmp_path_factory.mktemp("whole"))
 
 

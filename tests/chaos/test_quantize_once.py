@@ -6,32 +6,26 @@ import signal
 from functools import partial
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
 from q3q.record import TrialRecord
 from q3q.storage import block_cache
 from q3q.trial import attempt_trial
-from tests.chaos.faults import ROOT, SMALL, blocks_of, end_of, in_child, log_of, numbers, wait_until
+from tests.chaos.faults import SMALL, blocks_of, end_of, in_child, log_of, numbers, wait_until
+from tests.composed import composed_trial
 
 
 @pytest.fixture(scope="module")
 def trial_of(tiny, tmp_path_factory):
-    schema.register()
-    GlobalHydra.instance().clear()
-
     def make(storage, *overrides):
         always = [*SMALL, f"model.path={tiny}", f"storage={storage}", "method=gptq", "bits=3"]
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.trial_from(compose("config", [*always, *overrides]))
+        return composed_trial(*always, *overrides)
 
     return make
 
 
 @pytest.fixture(scope="module")
 def alone(trial_of, tmp_path_factory):
-    """What two such trials say if each makes its own blocks, by their limits."""
+    """Return what two such trials say if each makes its own blocks, by their limits."""
     found = {}
     for limit in (3, 5):
         storage = tmp_path_factory.mktemp("alone")

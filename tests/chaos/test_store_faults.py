@@ -5,22 +5,16 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
 from q3q.placement import Placement
 from q3q.storage import claim as claim_module
 from q3q.storage import object_claims, uploader
 from q3q.storage.stores import open_store
 from q3q.trial import attempt_trial
 from tests.chaos.faults import (
-    ROOT,
     SMALL,
     end_of,
     in_child,
@@ -30,7 +24,8 @@ from tests.chaos.faults import (
     start,
     wait_until,
 )
-from tests.composed import compose
+from tests.commands import python
+from tests.composed import composed_trial
 from tests.stores import make_bucket, s3_server
 
 SWEEP = (
@@ -54,8 +49,6 @@ def url(request, tmp_path):
 @pytest.fixture
 def trial(url, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path / "driver"))
-    schema.register()
-    GlobalHydra.instance().clear()
     settings = [
         *SMALL,
         "evaluation.drift=true",
@@ -64,8 +57,7 @@ def trial(url, tiny, tmp_path, monkeypatch):
         "method=gptq",
         "bits=3",
     ]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return resolve.trial_from(compose("config", settings))
+    return composed_trial(*settings)
 
 
 def on(node, trial, work):
@@ -184,14 +176,7 @@ def test_one_that_slept_sends_nothing_over_the_result_of_another(trial, url, tmp
 
 
 def command(module, url, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", f"q3q.{module}", "--storage", url, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    return python("-m", f"q3q.{module}", "--storage", url, *arguments, **environment)
 
 
 def test_a_plan_on_a_url_starts_nothing_and_leaves_nothing_there(tiny, tmp_path):

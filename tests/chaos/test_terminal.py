@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.faults import ROOT, SMALL, log_of, records, wait_until
+from tests.commands import python
 
 TWO = ("method=rtn", "bits=3,4", "calibration.samples=32")
 LONG = "evaluation.limit=100000"  # a trial that does not end before it is told to
@@ -234,8 +235,6 @@ def test_a_signal_that_python_swallows_is_heard_all_the_same():
         "raise_again()\n"
         "print('not heard')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = python("-c", code)
     assert (done.returncode, done.stderr) == (143, "")
     assert done.stdout == "swallowed\n"

@@ -9,10 +9,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
 from q3q.errors import RefusedByTrackerError, SweepFailedError, TrackingError
 from q3q.placement import Trial
 from q3q.record import Sweep, TrialRecord
@@ -20,20 +17,16 @@ from q3q.spec import TrialSpec
 from q3q.sweep import study as study_module
 from q3q.sweep.study import Study, study_id
 from q3q.track.mlflow import MlflowTracker
-from q3q.track.tracker import MemoryTracker, Tracker
-from tests.chaos.faults import ROOT, freeze, launch, records, start
-from tests.composed import compose
+from q3q.track.tracker import Tracker
+from tests.chaos.faults import freeze, launch, records, start
+from tests.composed import composed_trial
 from tests.mlflow_server import free_port, kill, serve
+from tests.trackers import MemoryTracker
 
 
 def trials(storage: Path) -> list[Trial]:
-    schema.register()
-    GlobalHydra.instance().clear()
-    common = [f"storage={storage}", "evaluation.baseline=false"]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return [
-            resolve.trial_from(compose("config", [*common, f"bits={bits}"])) for bits in (2, 3, 4)
-        ]
+    common = (f"storage={storage}", "evaluation.baseline=false")
+    return [composed_trial(*common, f"bits={bits}") for bits in (2, 3, 4)]
 
 
 def recorded(trial: Trial) -> TrialRecord:

@@ -8,7 +8,8 @@ import datasets
 import pytest
 
 from q3q.data.pinned import FILES, check_files
-from q3q.data.questions import DataSet, Library, serving
+from q3q.data.questions import Library, serving
+from q3q.data.repositories import DataSet
 from q3q.errors import ConfigError
 from q3q.evaluate.data_sets import resolve_data_sets
 from q3q.evaluate.harness.sources import source_files

@@ -14,7 +14,8 @@ import torch
 
 from q3q.config.model import DEMO_MODELS
 from q3q.data.pinned import LOCAL
-from q3q.data.questions import MMLU, REPOSITORIES, DataSet, Library, serving
+from q3q.data.questions import Library, serving
+from q3q.data.repositories import MMLU, REPOSITORIES, DataSet
 from q3q.data.texts import Text
 from q3q.data.windows import draw_windows
 from q3q.errors import ConfigError, IntegrityError

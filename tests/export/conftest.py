@@ -181,6 +181,21 @@ def export(checkpoint, trial, **how):
     return exporter, model
 
 
+@pytest.fixture
+def exported(checkpoint, tmp_path):
+    """Return exported(format, **scheme): the exporter, which has published, and the model.
+
+    kind: of the checkpoint. how: as of `export`.
+    """
+
+    def make(name, *, kind=None, how=None, **scheme):
+        original = checkpoint(**(kind or {}))
+        trial = trial_of(original, name, tmp_path / "out", **scheme)
+        return export(original, trial, **(how or {}))
+
+    return make
+
+
 @pytest.fixture(name="trial_of")
 def fixture_trial_of():
     return trial_of

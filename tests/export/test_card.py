@@ -162,11 +162,10 @@ def test_what_is_not_known_of_the_unquantized_model_is_said_and_added_later(
 
 
 @pytest.mark.parametrize("name", ["hf", "compressed_tensors"])
-def test_a_public_loader_says_what_it_took(checkpoint, trial_of, export, tmp_path, name):
+def test_a_public_loader_says_what_it_took(exported, name):
     """In this process, whose memory before is more than the tiny model's."""
     pytest.importorskip("compressed_tensors")
-    original = checkpoint(max_position_embeddings=24)
-    made, model = export(original, trial_of(original, name, tmp_path / "out"))
+    made, model = exported(name, kind={"max_position_embeddings": 24})
     inputs = {"ids": torch.arange(24).repeat(2, 1), "plain": torch.zeros(2, 2, 24, 32)}
     with torch.inference_mode():
         facts, tensors = reload.findings(made.folder, inputs, measure=True)

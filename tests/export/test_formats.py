@@ -2,35 +2,25 @@
 
 import functools
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
+from q3q.config import resolve
 from q3q.errors import ConfigError, ExportError, IncompatibleError
-from q3q.export.formats import expected_bytes, stored_scales, table
+from q3q.export.formats import stored_scales, table
 from q3q.export.reload import transformers_takes
-from q3q.placement import Trial
+from q3q.export.tensors import expected_bytes
 from q3q.spec import TrialSpec
-from tests.composed import compose
+from tests.composed import composed_trial
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def trial(tmp_path):
-    schema.register()
-    GlobalHydra.instance().clear()
-
-    def make(*overrides) -> Trial:
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.trial_from(
-                compose("config", ["evaluation=none", f"storage={tmp_path}/s", *overrides])
-            )
-
-    return make
+    return partial(composed_trial, "evaluation=none", f"storage={tmp_path}/s")
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "conf" / "export").glob("*.yaml")))
@@ -270,8 +260,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("moe", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("moe", "tied"), [(False, False), (True, True)])
 @pytest.mark.parametrize(("name", "scheme"), SETTINGS)
 def test_bytes_on_disk_are_those_of_the_formats_definition(
     checkpoint, trial_of, export, tmp_path, name, scheme, moe, tied

@@ -198,9 +198,8 @@ def test_groups_of_columns_that_lie_apart_are_not_read_as_neighbours(order, read
             read_packing(config)
 
 
-def test_awq_names_its_routers_in_full(checkpoint, trial_of, export, tmp_path):
-    original = checkpoint(moe=True)
-    made, _ = export(original, trial_of(original, "awq", tmp_path / "out"))
+def test_awq_names_its_routers_in_full(exported):
+    made, _ = exported("awq", kind={"moe": True})
     described = json.loads((made.path / "config.json").read_text())["quantization_config"]
     assert described["modules_to_not_convert"] == [
         "model.layers.0.mlp.gate",
@@ -210,11 +209,8 @@ def test_awq_names_its_routers_in_full(checkpoint, trial_of, export, tmp_path):
     assert read_packing(described).of("model.layers.1.mlp.experts.0.gate_proj") is not None
 
 
-def test_files_and_config_are_what_loaders_expect(checkpoint, trial_of, export, tmp_path):
-    original = checkpoint(moe=True)
-    made, _ = export(
-        original, trial_of(original, "gptq", tmp_path / "out", symmetric=True), act_order=True
-    )
+def test_files_and_config_are_what_loaders_expect(exported):
+    made, _ = exported("gptq", kind={"moe": True}, how={"act_order": True}, symmetric=True)
     config = json.loads((made.path / "config.json").read_text())
     described = config["quantization_config"]
     assert described == json.loads((made.path / "quantize_config.json").read_text())

@@ -56,12 +56,11 @@ SETTINGS = [
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize(("name", "scheme", "how", "loader"), SETTINGS)
 def test_public_loaders_and_plain_unpackers_find_the_same_model(
-    checkpoint, trial_of, export, tmp_path, name, scheme, how, loader, moe
+    exported, name, scheme, how, loader, moe
 ):
     if name == "compressed_tensors":
         pytest.importorskip("compressed_tensors")
-    original = checkpoint(moe=moe, tied=moe)
-    made, model = export(original, trial_of(original, name, tmp_path / "out", **scheme), **how)
+    made, model = exported(name, kind={"moe": moe, "tied": moe}, how=how, **scheme)
     result = strangers_view(made, model)
     if moe and (scheme == W8A8 or "dequantize" in loader):
         # transformers' fused experts have no room for either
@@ -82,12 +81,9 @@ def test_public_loaders_and_plain_unpackers_find_the_same_model(
         ("qwen2", "awq", {}, "plain unpacker of `awq`"),
     ],
 )
-def test_other_families_come_back_with_their_biases(
-    checkpoint, trial_of, export, tmp_path, kind, name, scheme, loader
-):
+def test_other_families_come_back_with_their_biases(exported, kind, name, scheme, loader):
     pytest.importorskip("compressed_tensors")
-    original = checkpoint(kind=kind, tied=kind == "qwen2")
-    made, model = export(original, trial_of(original, name, tmp_path / "out", **scheme))
+    made, model = exported(name, kind={"kind": kind, "tied": kind == "qwen2"}, **scheme)
     result = strangers_view(made, model)
     assert loader in result.loader
     assert result.check.passed, result.check.detail
@@ -179,9 +175,8 @@ def vllms_group(packed, name, kind):
     return of_parts[0]
 
 
-def test_one_changed_code_is_found_and_its_site_named(checkpoint, trial_of, export, tmp_path):
-    original = checkpoint()
-    made, model = export(original, trial_of(original, "gptq", tmp_path / "out"))
+def test_one_changed_code_is_found_and_its_site_named(exported):
+    made, model = exported("gptq")
     name = "model.layers.1.self_attn.v_proj.qweight"
     shard = (
         made.path
@@ -196,11 +191,8 @@ def test_one_changed_code_is_found_and_its_site_named(checkpoint, trial_of, expo
     assert "worst site blocks.1.self_attn.v_proj" in check.detail
 
 
-def test_a_checkpoint_that_does_not_load_fails_with_the_loaders_words(
-    checkpoint, trial_of, export, tmp_path
-):
-    original = checkpoint()
-    made, model = export(original, trial_of(original, "hf", tmp_path / "out"))
+def test_a_checkpoint_that_does_not_load_fails_with_the_loaders_words(exported):
+    made, model = exported("hf")
     (made.path / "config.json").write_text("{}")
     check = prove(made.path, model).check
     assert not check.passed
@@ -272,13 +264,10 @@ reload_round = reload.round_activations
     ],
 )
 def test_activations_that_are_rounded_otherwise_are_found(
-    checkpoint, trial_of, export, tmp_path, monkeypatch, rounding, block, moe
+    exported, monkeypatch, rounding, block, moe
 ):
     pytest.importorskip("compressed_tensors")
-    original = checkpoint(moe=moe, tied=moe)
-    made, model = export(
-        original, trial_of(original, "compressed_tensors", tmp_path / "out", **W8A8)
-    )
+    made, model = exported("compressed_tensors", kind={"moe": moe, "tied": moe}, **W8A8)
     monkeypatch.setattr(reload, "round_activations", rounding)
     check = strangers_view(made, model).check
     assert f"worst site {block}" in check.detail
@@ -304,9 +293,8 @@ def test_what_skip_leaves_out_reads_its_input_unrounded_everywhere(
     assert "blocks.1" in strangers_view(made, model).check.detail
 
 
-def test_where_logits_alone_differ_the_site_is_named(checkpoint, trial_of, export, tmp_path):
-    original = checkpoint()
-    made, model = export(original, trial_of(original, "hf", tmp_path / "out"))
+def test_where_logits_alone_differ_the_site_is_named(exported):
+    made, model = exported("hf")
     config = json.loads((made.path / "config.json").read_text())
     (made.path / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-2}))
     check = strangers_view(made, model).check
@@ -328,11 +316,8 @@ def test_where_logits_alone_differ_the_site_is_named(checkpoint, trial_of, expor
         ),
     ],
 )
-def test_what_comes_to_no_end_proves_nothing(
-    checkpoint, trial_of, export, tmp_path, monkeypatch, script, why
-):
-    original = checkpoint()
-    made, model = export(original, trial_of(original, "hf", tmp_path / "out"))
+def test_what_comes_to_no_end_proves_nothing(exported, tmp_path, monkeypatch, script, why):
+    made, model = exported("hf")
     (tmp_path / "script.py").write_text(script)
     monkeypatch.setattr(proof, "SCRIPT", tmp_path / "script.py")
     if "no answer" in why:
@@ -370,11 +355,8 @@ def test_a_machine_that_is_too_small_says_nothing_of_the_checkpoint(error, short
     assert reload.is_shortage(error) is short
 
 
-def test_where_what_the_loader_is_given_finds_no_room_nothing_is_proved(
-    checkpoint, trial_of, export, tmp_path, monkeypatch
-):
-    original = checkpoint()
-    made, model = export(original, trial_of(original, "hf", tmp_path / "out"))
+def test_where_what_the_loader_is_given_finds_no_room_nothing_is_proved(exported, monkeypatch):
+    made, model = exported("hf")
 
     def full(tensors, path):
         raise SafetensorError(
@@ -411,12 +393,9 @@ def gptqmodel(tmp_path, monkeypatch):
     return make
 
 
-def test_what_gptqmodel_does_not_load_it_is_not_asked(
-    checkpoint, trial_of, export, tmp_path, gptqmodel
-):
+def test_what_gptqmodel_does_not_load_it_is_not_asked(exported, gptqmodel):
     """Its kernels take some group sizes; other checkpoints pass without it."""
-    original = checkpoint()
-    made, model = export(original, trial_of(original, "gptq", tmp_path / "out"))
+    made, model = exported("gptq")
     gptqmodel("NotImplementedError('only supports [-1, 32]:\\n group_size = 16')")
     result = strangers_view(made, model)
     assert result.check.passed, result.check.detail
@@ -428,11 +407,8 @@ def test_what_gptqmodel_does_not_load_it_is_not_asked(
         strangers_view(made, model)
 
 
-def test_without_memory_for_a_second_model_weights_alone_are_compared(
-    checkpoint, trial_of, export, tmp_path, monkeypatch
-):
-    original = checkpoint()
-    made, model = export(original, trial_of(original, "awq", tmp_path / "out"))
+def test_without_memory_for_a_second_model_weights_alone_are_compared(exported, monkeypatch):
+    made, model = exported("awq")
     calls = []
     monkeypatch.setattr(proof, "unclaimed_memory", lambda: proof.PROCESS_BYTES)
 

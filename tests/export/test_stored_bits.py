@@ -36,11 +36,10 @@ def test_the_unquantized_model_has_the_bits_of_its_files(checkpoint, dtype, bits
     ],
 )
 def test_a_packed_checkpoint_evaluated_as_it_is_has_the_bits_that_were_exported(
-    checkpoint, trial_of, export, tmp_path, name, scheme, nominal, moe
+    exported, name, scheme, nominal, moe
 ):
     pytest.importorskip("compressed_tensors")
-    original = checkpoint(moe=moe, tied=not moe)
-    made, _ = export(original, trial_of(original, name, tmp_path / "out", **scheme))
+    made, _ = exported(name, kind={"moe": moe, "tied": not moe}, **scheme)
     again, exported = sizes(Checkpoint(made.path), Ledger(), {}), made.sizes()
     for metric in ("bits_per_weight", "bits_per_weight_model", "model_bytes"):
         assert again[metric] == pytest.approx(exported[metric])
@@ -50,11 +49,8 @@ def test_a_packed_checkpoint_evaluated_as_it_is_has_the_bits_that_were_exported(
     assert note["dtype"] == "bfloat16"
 
 
-def test_plain_numbers_of_a_quantized_model_have_their_own_bits(
-    checkpoint, trial_of, export, tmp_path
-):
-    original = checkpoint()
-    made, _ = export(original, trial_of(original, "hf", tmp_path / "out"))
+def test_plain_numbers_of_a_quantized_model_have_their_own_bits(exported):
+    made, _ = exported("hf")
     assert sizes(Checkpoint(made.path), Ledger(), {})["bits_per_weight"] == 16
     assert stored_note(Checkpoint(made.path), in_files=True)["stored"]["quantized"].startswith(
         "by q3q: rtn w4"

@@ -3,16 +3,14 @@
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file, save_file
 
 from q3q import trial as trial_module
 from q3q.attempt import finished_record
-from q3q.config import resolve, schema
 from q3q.errors import CheckpointError
 from q3q.evaluate import measure
 from q3q.export import proof, publish, reload
@@ -22,7 +20,7 @@ from q3q.export.proof import PASSED, Proof
 from q3q.record import Check
 from q3q.sweep.earlier import damaged_exports
 from q3q.trial import attempt_trial, run_trial
-from tests.composed import compose
+from tests.composed import composed_trial
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -35,16 +33,7 @@ SMALL = [
 
 @pytest.fixture
 def trial_of(tmp_path):
-    schema.register()
-    GlobalHydra.instance().clear()
-
-    def make(*overrides):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.trial_from(
-                compose("config", [*SMALL, f"storage={tmp_path}/s", *overrides])
-            )
-
-    return make
+    return partial(composed_trial, *SMALL, f"storage={tmp_path}/s")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Written block by block: whole or not at all, resumed without rewriting, one block in memory."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from q3q.export.writer import ExportingSink
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.record import Check
+from tests.commands import python
 from tests.specs import exporter_of, respecified
 
 FORMATS = ["hf", "compressed_tensors", "gptq", "awq"]
@@ -202,12 +201,9 @@ def test_scales_that_were_not_rounded_before_are_not_rounded_now(
 
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_reading_it_back_gives_the_numbers_that_were_evaluated(
-    checkpoint, trial_of, export, tmp_path, name, moe
-):
+def test_reading_it_back_gives_the_numbers_that_were_evaluated(exported, name, moe):
     pytest.importorskip("compressed_tensors")
-    original = checkpoint(moe=moe, tied=not moe)
-    made, model = export(original, trial_of(original, name, tmp_path / "out"))
+    made, model = exported(name, kind={"moe": moe, "tied": not moe})
     read = load_decoder(Checkpoint(made.path), torch.bfloat16)
     ids = torch.arange(20)[None]
     assert torch.equal(read.hidden(ids), model.hidden(ids))
@@ -257,13 +253,7 @@ def test_memory_does_not_grow_with_blocks(checkpoint, tmp_path, name):
     code = PEAK.format(
         here=str(here), original=str(original.folder), out=str(tmp_path / "out"), name=name
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=here.parents[1],
-    )
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 10e6
 
@@ -384,9 +374,8 @@ def test_the_card_sends_to_vllm_what_vllm_takes(
     assert ("vLLM does not load" in card) is not served
 
 
-def test_shards_are_whole_tensors_of_one_block(checkpoint, trial_of, export, tmp_path):
-    original = checkpoint()
-    made, _ = export(original, trial_of(original, "hf", tmp_path / "out"))
+def test_shards_are_whole_tensors_of_one_block(exported):
+    made, _ = exported("hf")
     index = json.loads((made.path / "model.safetensors.index.json").read_text())
     total = 0
     for shard in sorted(set(index["weight_map"].values())):

@@ -694,7 +694,7 @@ def test_a_file_of_a_hub_model_is_there_or_is_not_or_cannot_be_asked_for(hub):
     hub.close()
     assert fetch_file("owner/tiny", "tokenizer_config.json", COMMIT) == settings
     assert fetch_file("owner/tiny", "chat_template.jinja", COMMIT) is None
-    with pytest.raises(CheckpointError, match=r"owner/tiny.*nor to be had from the Hub"):
+    with pytest.raises(CheckpointError, match=r"owner/tiny.*nor available from the Hub"):
         fetch_file("owner/tiny", "generation_config.json", COMMIT)
 
 
@@ -717,7 +717,7 @@ def test_a_config_alone_is_no_model_where_there_is_no_network(hub):
     fetch_facts("owner/tiny")
     hub.close()
     for ask in (locate, bytes_to_download):
-        with pytest.raises(CheckpointError, match=r"owner/tiny.*nor to be had from the Hub"):
+        with pytest.raises(CheckpointError, match=r"owner/tiny.*nor available from the Hub"):
             ask("owner/tiny")
 
 

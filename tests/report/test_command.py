@@ -4,26 +4,19 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
+from q3q.config import schema
 from q3q.config.arguments import understood
 from q3q.config.command import command_of
 from q3q.config.model import DEMO_MODELS
 from q3q.quoting import override
-from tests.composed import compose
+from tests.composed import composed_trial
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def trial(words: list[str]):
-    schema.register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return resolve.trial_from(
-            compose("config", [schema.with_plain_keys(word) for word in words])
-        )
+    return composed_trial(*map(schema.with_plain_keys, words))
 
 
 @pytest.mark.parametrize(

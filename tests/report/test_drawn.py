@@ -1,7 +1,5 @@
 """A report is drawn again whenever something that it shows has changed, and only then."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -209,21 +207,3 @@ def test_a_trials_files_are_made_when_one_is_asked_for(
     assert dict(files) == plain(records[0])
     assert len(files) == len(plain(records[0]))
     assert made == [records[0].spec.id]
-
-
-def test_what_a_finished_command_needs_imports_no_large_library() -> None:
-    """Torch, pandas and matplotlib take seconds; MLflow's client comes with the tracker."""
-    large = ("torch", "transformers", "pandas", "matplotlib", "lm_eval", "mlflow", "ray")
-    code = (
-        "import sys, launch, hydra_plugins.q3q, q3q.report.drawn, q3q.config.texts, "
-        "q3q.data.windows, q3q.sweep.progress, q3q.track.mlflow\n"
-        f"print([name for name in {large} if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == "[]\n"

@@ -9,7 +9,8 @@ import pytest
 
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.latex import latex
-from q3q.report.paper import DATASETS, METHODS, PUBLISHED
+from q3q.report.paper import DATASETS, METHODS
+from q3q.report.published import PUBLISHED
 from q3q.spec import ModelRef
 from tests.specs import (
     STUDY_TASKS,

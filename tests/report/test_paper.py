@@ -15,11 +15,11 @@ from q3q.report.paper import (
     compare_with_paper,
     departures,
     paper_table,
-    published,
     share_reproduced,
     study_model,
     verdict,
 )
+from q3q.report.published import published
 from q3q.spec import TaskRef
 from tests.specs import (
     calibration_of,

@@ -1,8 +1,6 @@
 """Laws of tables, plots and the report, on records made by hand."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -494,16 +492,3 @@ def test_the_heatmap_averages_many_linears_and_says_so_and_counts_cells_without_
         complete, sites=(replace(complete.sites[0], output_error=None), *complete.sites[1:])
     )
     assert "grey: 1 without a number" in " ".join(texts(site_error_heatmap, unknown))
-
-
-def test_importing_the_report_is_cheap() -> None:
-    heavy = ("matplotlib", "pandas", "numpy", "torch", "mlflow", "ray")
-    script = (
-        f"import sys, q3q.report.write; print([name for name in {heavy} if name in sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", script], check=True, capture_output=True, text=True
-        ).stdout
-        == "[]\n"
-    )

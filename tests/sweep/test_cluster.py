@@ -23,6 +23,7 @@ from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.nodes import kernel_kill_counter
 from q3q.sweep.ray.tasks import Outcome, Report, Resources, Started, Task, WorkerDiedError
 from q3q.sweep.ray.worker import task_entry
+from tests.chaos.faults import runs
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,6 @@ def wait_for(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} never came"
         time.sleep(0.01)
-
-
-def runs(pid: int) -> bool:
-    state = subprocess.run(
-        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
-    ).stdout
-    return bool(state.strip()) and not state.startswith("Z")
 
 
 def ends_soon(pid: int, seconds: float = 60) -> bool:
@@ -373,11 +367,6 @@ def test_settings_that_contradict_are_refused():
         Cluster("127.0.0.1:6379", cpus=2)
     with pytest.raises(ConfigError, match="host:port"):
         Cluster("ray://127.0.0.1:10001")
-
-
-def test_importing_it_imports_no_ray():
-    code = "import sys, q3q.sweep.ray.cluster; sys.exit('ray' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # A program of its own: what `__main__` defines must reach the workers too.

@@ -11,6 +11,7 @@ from q3q.errors import ConfigError
 from q3q.sweep.ray import gangs, scheduler
 from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.tasks import Resources, Started, Task, WorkerDiedError
+from tests.chaos.faults import runs
 
 TWO = Resources(cpus=1, ranks=2)
 
@@ -23,13 +24,6 @@ def cluster():
 
 def run(cluster, *tasks, on_event=lambda *_: None, on_retry=None):
     return {outcome.key: outcome for outcome in cluster.run(tasks, on_event, on_retry)}
-
-
-def runs(pid):
-    state = subprocess.run(
-        ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
-    ).stdout
-    return bool(state.strip()) and not state.startswith("Z")
 
 
 def survivors(pids, seconds=60):
@@ -193,7 +187,7 @@ def test_who_loses_the_other_does_not_hide_why(cluster):
         with join_gang(seat) as team:
             if seat.rank == 1:
                 raise KeyError("its own reason")
-            team.barrier()
+            team.gather(None)
 
     outcome = run(cluster, Task(key="gang", call=call, resources=TWO))["gang"]
     assert isinstance(outcome.error, KeyError)

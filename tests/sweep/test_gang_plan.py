@@ -8,8 +8,8 @@ import q3q.models.demo
 from q3q.errors import ConfigError
 from q3q.models.facts import read_facts
 from q3q.sweep.machines import Machine, ResourceRequest, request_of
-from q3q.sweep.shares import allocations_of
 from tests.specs import make_trial
+from tests.sweep.test_plan import allocations_of
 
 KNOBS = dict.fromkeys(
     ("cpus_per_trial", "gpus_per_trial", "ranks_per_trial", "memory_per_trial", "gpu_memory"),

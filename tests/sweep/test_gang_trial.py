@@ -6,14 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
-from q3q.config import resolve, schema
 from q3q.record import Progress, TrialRecord
 from q3q.sweep.on_ray import WORKER_ENV, work
 from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.tasks import Resources, Task, WorkerDiedError
+from tests.composed import composed_trial
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
@@ -37,13 +35,8 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def trial_of(tmp_path_factory):
-    schema.register()
-    GlobalHydra.instance().clear()
-
     def make(name, *overrides):
-        storage = tmp_path_factory.mktemp(name)
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            return resolve.trial_from(compose("config", [*SMALL, f"storage={storage}", *overrides]))
+        return composed_trial(*SMALL, f"storage={tmp_path_factory.mktemp(name)}", *overrides)
 
     return make
 

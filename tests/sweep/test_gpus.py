@@ -1,8 +1,6 @@
 """The GPUs that the driver lists, and whether the installed torch can use them; no GPU is here."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from q3q.errors import ConfigError
 from q3q.sweep import gpus as gpus_module
 from q3q.sweep.gpus import TORCH_CUDA, install_line, torch_cuda, visible_gpus
 from q3q.sweep.machines import Machine, ResourceRequest, machine_here, refuse_old_cards
+from tests.commands import python
 
 ROOT = Path(__file__).parents[2]
 ON_GPUS = ResourceRequest()
@@ -192,9 +191,7 @@ def test_torchs_cuda_is_read_without_importing_torch():
         "import sys; from q3q.sweep.gpus import torch_cuda; "
         "print(torch_cuda(), 'torch' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", asks], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = python("-c", asks)
     import torch
 
     assert done.stdout.split() == [str(torch.version.cuda), "False"], done.stderr

@@ -1,8 +1,8 @@
 """Resources from true byte counts, order, packing and refusals, for Qwen3's shapes."""
 
 import math
+import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -23,15 +23,17 @@ from q3q.sweep.plan import describe, plan, simulated
 from q3q.sweep.shares import (
     FRACTIONS,
     ROOM,
-    allocations_of,
+    choices_of,
     fits,
 )
+from tests.commands import python
 from tests.specs import (
     OBSERVING,
     calibration_of,
     evaluation_of,
     hub_model_of,
     make_trial,
+    qwen3_config,
     text_of,
 )
 
@@ -50,25 +52,8 @@ EXPERTS = {
 
 
 def facts(name):
-    hidden, layers, heads, kv_heads, intermediate, tied = SHAPES[name]
-    return read_facts(
-        {
-            "model_type": "qwen3",
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": 128,
-            "intermediate_size": intermediate,
-            "vocab_size": 151936,
-            "tie_word_embeddings": tied,
-            "max_position_embeddings": 40960,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6,
-            "dtype": "bfloat16",
-            **(EXPERTS if name == "qwen3_30b_a3b" else {}),
-        }
-    )
+    experts = EXPERTS if name == "qwen3_30b_a3b" else {}
+    return read_facts(qwen3_config(*SHAPES[name], **experts))
 
 
 WIKITEXT2 = text_of("wikitext2", window=2048, limit=10)
@@ -89,6 +74,12 @@ def trial(model="qwen3_8b", method="gptq", bits=4, text=WIKITEXT2, tasks=(), **c
         placement=placement,
         **changes,
     )
+
+
+def allocations_of(one, shape, machines, request):
+    """Return the least that a trial can be given, and what it gets if that was too little."""
+    choices = choices_of(one, shape, machines, request)
+    return choices.least, choices.larger(choices.least)
 
 
 def allocated(one, machines, **request):
@@ -664,18 +655,6 @@ def test_a_share_too_small_for_its_model_fits_nowhere():
     assert fits(replace(allocation, gpus=0.5), [NODE])
 
 
-def test_plan_needs_no_torch():
-    import subprocess
-    import sys
-
-    root = Path(__file__).parent.parent.parent
-    code = "import sys, q3q.sweep.plan; print('torch' in sys.modules)"
-    shown = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert shown.stdout.strip() == "False"
-
-
 def test_the_plan_counts_the_cores_that_the_sweeps_own_ray_hands_out():
     from omegaconf import OmegaConf
 
@@ -693,11 +672,6 @@ def test_the_plan_counts_the_cores_that_the_sweeps_own_ray_hands_out():
 
 
 def test_cores_are_those_that_a_process_may_use():
-    import os
-    import subprocess
-    import sys
-
     code = f"import os; os.sched_setaffinity(0, [{min(os.sched_getaffinity(0))}])\n"
     code += "from q3q.limits import cores; print(cores())"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "1"
+    assert python("-c", code).stdout.strip() == "1"

@@ -22,11 +22,10 @@ from q3q.sweep.shares import (
     PINNED_MARGIN,
     ROOM,
     activation_bytes,
-    allocations_of,
     choices_of,
 )
 from tests.specs import text_of
-from tests.sweep.test_plan import facts, trial
+from tests.sweep.test_plan import allocations_of, facts, trial
 
 H100 = 81_559 * 2**20
 NODE = Machine(cpus=192, gpus=8, memory=10**12, gpu_memory=H100)

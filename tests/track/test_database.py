@@ -5,7 +5,6 @@ import re
 import shutil
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -16,6 +15,7 @@ from omegaconf import OmegaConf
 from q3q.config.schema import tracking_uri
 from q3q.errors import EXIT_MISUSED, TrackingError
 from q3q.track.mlflow import MlflowTracker
+from tests.commands import python
 from tests.track.test_mlflow import children, saved, sweep, synced
 
 
@@ -30,8 +30,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_its_own_process(folder: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     """Sync in a new process: MLflow keeps a file that was renamed open."""
-    command = [sys.executable, "-m", "q3q.track", "sync", "--storage", str(folder), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return python("-m", "q3q.track", "sync", "--storage", folder, *options)
 
 
 def truncate(path: Path) -> None:
@@ -200,13 +199,7 @@ def test_mlflows_own_server_opens_the_printed_uri(tmp_path: Path) -> None:
         "print([c.list_artifacts(r.info.run_id)[0].path "
         "for r in c.search_runs([e.experiment_id])])"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", script, uri],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
+    shown = python("-c", script, uri, cwd=tmp_path)
     assert "record.json" in shown.stdout, shown.stderr
     assert [path.name for path in tmp_path.iterdir()] == [storage.name]
 

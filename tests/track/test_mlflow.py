@@ -7,7 +7,6 @@ import shutil
 import socket
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +23,10 @@ from q3q.record import COMPLETED, FAILED, Check, SiteError, Sweep, TrialRecord
 from q3q.spec import TrialSpec
 from q3q.track.mlflow import MlflowTracker
 from q3q.track.mlflow_sqlite import read_uri
-from q3q.track.tracker import MemoryTracker, Tracker
+from q3q.track.tracker import Tracker
 from tests.mlflow_server import free_port, kill, serve
 from tests.specs import changed, evaluation_of, make_spec
+from tests.trackers import MemoryTracker
 
 COMMAND = "python launch.py -m method=gptq bits=2,3"
 
@@ -120,17 +120,6 @@ def test_both_trackers_have_the_interface(tracker: MlflowTracker) -> None:
     assert memory.artifacts[spec().id] == {"a": b"1"}
     assert memory.steps == {spec().id: [(0, {"block/weight_error": 0.5})]}
     assert (memory.sweep, memory.succeeded, memory.closing) == (sweep(), True, {"table.md": b"t"})
-
-
-def test_importing_the_tracker_imports_no_mlflow() -> None:
-    script = (
-        "import sys, q3q.track.mlflow, q3q.track.tracker; "
-        "print([m for m in ('mlflow', 'torch') if m in sys.modules])"
-    )
-    output = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True
-    ).stdout
-    assert output == "[]\n"
 
 
 def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> None:
@@ -237,15 +226,6 @@ def test_texts_longer_than_mlflow_takes_are_cut(tracker: MlflowTracker) -> None:
     assert child.data.params["evaluation.tasks"].endswith("…")
     assert child.data.tags["q3q.reason"].startswith("boom boom")
     assert {name: value for name, value in child.data.metrics.items() if name in many} == many
-
-
-def test_the_same_record_twice_is_one_child(tracker: MlflowTracker) -> None:
-    tracker.open(sweep())
-    tracker.log(record(), {"record.json": b"1"})
-    [first] = children(tracker)
-    tracker.log(record(), {"record.json": b"1"})
-    [second] = children(tracker)
-    assert first.info.run_id == second.info.run_id
 
 
 def test_a_rerun_replaces_the_failed_trial(tracker: MlflowTracker) -> None:
@@ -696,9 +676,10 @@ def test_the_sweeps_page_is_a_view_of_its_trials(tracker: MlflowTracker) -> None
     )
 
 
-def test_texts_are_data_sets_with_their_digests(tracker: MlflowTracker) -> None:
+def test_texts_and_questions_are_data_sets_with_their_digests(tracker: MlflowTracker) -> None:
+    asked = evaluation_of("stories", tasks=["piqa"], data={"org/piqa:validation": "abc"})
     tracker.open(sweep())
-    tracker.log(record(), {})
+    tracker.log(record(spec=spec(evaluation=asked)), {})
     [child] = children(tracker)
     found = [
         (one.tags[0].value, one.dataset.name, one.dataset.digest)
@@ -706,18 +687,9 @@ def test_texts_are_data_sets_with_their_digests(tracker: MlflowTracker) -> None:
     ]
     assert sorted(found) == [
         ("calibration", "demo", "demo-digest"),
+        ("evaluation", "org/piqa", "abc"),
         ("evaluation", "stories", "stories-digest"),
     ]
-
-
-def test_the_tasks_questions_are_data_sets_too(tracker: MlflowTracker) -> None:
-    asked = evaluation_of(tasks=["piqa"], data={"org/piqa:validation": "abc"})
-    tracker.open(sweep())
-    tracker.log(record(spec=spec(evaluation=asked)), {})
-    found = [
-        (one.dataset.name, one.dataset.digest) for one in children(tracker)[0].inputs.dataset_inputs
-    ]
-    assert sorted(found) == [("demo", "demo-digest"), ("org/piqa", "abc")]
 
 
 def exported(folder: Path) -> TrialRecord:

@@ -2,14 +2,13 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 
 import pytest
 
+from tests.commands import output_of, python
 from tests.mlflow_server import free_port, kill, serve
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,9 +57,7 @@ class Ui:
                 "--dump-dom",
                 self.address + page,
             ]
-            shown = subprocess.run(
-                command, capture_output=True, text=True, timeout=120, check=True
-            ).stdout
+            shown = output_of(*command, timeout=120, check=True).stdout
             bare = re.sub(r"<(style|script)\b.*?</\1>", "", shown, flags=re.DOTALL)
             text = unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", bare)))
             if all(words in text for words in expected):
@@ -81,10 +78,7 @@ class Ui:
 @pytest.fixture(scope="module")
 def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
     folder = tmp_path_factory.mktemp("ui")
-    command = [sys.executable, "launch.py", *SWEEP, f"storage={folder}/mlruns"]
-    sweep = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
+    sweep = python("launch.py", *SWEEP, f"storage={folder}/mlruns")
     assert sweep.returncode == 0, sweep.stdout + sweep.stderr
     ending = re.search(r"mlflow ui .*, then http://127\.0\.0\.1:5000/(#\S+)", sweep.stdout)
     assert ending is not None, sweep.stdout

@@ -32,6 +32,9 @@ from q3q.models.decoder import Decoder
 from q3q.reporter import Steps, no_steps
 from q3q.spec import Json, digest
 
+# Of lm-eval's answer, what the record keeps.
+RESULTS = ("results", "n-samples", "versions", "configs", "group_subtasks", "higher_is_better")
+
 
 @dataclass(frozen=True)
 class TaskScores:
@@ -146,26 +149,20 @@ def run_tasks(
         hashes = prepared.prompt_hashes(task, documents[task])
         for row in rows:
             row["prompt_hash"] = hashes[row["doc_id"]]
+    return _scores_of(answer, loaded, lm, thinks=chat.thinks)
+
+
+def _scores_of(answer: Any, loaded: Any, lm: HarnessLM, *, thinks: bool) -> TaskScores:
+    """Read lm-eval's answer about loaded tasks; `thinks`: answers may end before a thought does."""
     shares = shares_of(loaded["tasks"], loaded["groups"], answer["samples"], answer["results"])
     metrics, intervals = read_metrics(answer["results"], shares)
-    for task, finished in lm.finished.items() if chat.thinks else ():
+    for task, finished in lm.finished.items() if thinks else ():
         share, name = finished.count(False) / len(finished), f"unfinished/{task}"
         metrics[name], intervals[name] = share, share_interval(share, len(finished))
     samples = {
         task: list(sample_rows(task, rows, shares)) for task, rows in answer["samples"].items()
     }
-    results = {
-        key: answer[key]
-        for key in (
-            "results",
-            "n-samples",
-            "versions",
-            "configs",
-            "group_subtasks",
-            "higher_is_better",
-        )
-        if key in answer
-    }
+    results = {key: answer[key] for key in RESULTS if key in answer}
     return TaskScores(metrics, intervals, results, samples, shares.without, lm.scorer.effort)
 
 

@@ -1,0 +1,58 @@
+"""The tensors of an export by its format's definition, and their bytes. Imports no torch."""
+
+import math
+from collections.abc import Iterator
+
+from q3q.export.formats import FORMATS
+from q3q.models.checkpoint import disk_shapes, without_expert
+from q3q.models.facts import ModelFacts
+from q3q.models.packed import Layout
+from q3q.spec import TrialSpec
+
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
+DTYPE_BYTES = {"float32": 4, "float64": 8}  # all other dtypes of models have 2
+SCALE_BYTES = 2  # float16
+
+
+def layouts(
+    spec: TrialSpec, facts: ModelFacts
+) -> Iterator[tuple[str, tuple[int, ...], Layout | None]]:
+    """Yield each weight of the exported model: name on disk, unpacked shape and layout.
+
+    The layout is None for plain numbers.
+    """
+    schemes = spec.schemes
+    assert spec.export is not None
+    assert schemes is not None
+    make = FORMATS[spec.export].layout
+    family = facts.family
+    yield family.embedding, (facts.vocab, facts.hidden), None
+    for k in range(facts.layers):
+        linears = facts.linears(k)
+        for name, shape in disk_shapes(facts, k).items():
+            layout = None
+            if make is not None and without_expert(name) in linears:
+                scheme = schemes.of(f"blocks.{k}.{without_expert(name).removesuffix('.weight')}")
+                layout = None if scheme is None else make(scheme)
+            yield facts.on_disk(k, name), shape, layout
+    yield family.final_norm, (facts.hidden,), None
+    if not facts.tied:
+        yield family.head, (facts.vocab, facts.hidden), None
+
+
+def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> int:
+    """Return one weight's bytes on disk, the sum over the tensors of its layout."""
+    own = DTYPE_BYTES.get(dtype, 2)
+    if layout is None:
+        return math.prod(shape) * own
+    scale = own if layout.own_scales else SCALE_BYTES
+    return sum(
+        math.prod(part) * (scale if "F16" in types else ITEM_BYTES[types[0]])
+        for types, part in layout.parts(*shape).values()
+    )
+
+
+def expected_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
+    """Return the bytes of all tensors of the export by the format's definition."""
+    dtype = spec.model.dtype
+    return sum(tensor_bytes(shape, layout, dtype) for _, shape, layout in layouts(spec, facts))
