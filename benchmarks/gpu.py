@@ -107,7 +107,7 @@ def attention(title: str, texts: list[np.ndarray], heads: int) -> None:
         )
 
         def run(batch: Any = batch, states: Any = (query, key, value)) -> None:
-            tree: TreeAttention = batch.attention(None)
+            tree: TreeAttention = batch.attention()
             tree(*states)
 
         taken[name] = seconds(run)

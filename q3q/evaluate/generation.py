@@ -1,6 +1,7 @@
-"""Greedy continuations with cached keys and values; shared prefixes of the contexts run once."""
+"""Greedy continuations, each after its cached past; shared prefixes of the contexts run once."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,11 +10,14 @@ from torch import Tensor
 from q3q.errors import IntegrityError
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.prefixes import Ids, PackedTree
-from q3q.evaluate.scoring import run_tree
-from q3q.models.attention import Cached, KeysValues, Lengths, supports_varlen
+from q3q.evaluate.tree_pass import run_tree
+from q3q.models.attention import supports_varlen
+from q3q.models.cache import Cached, Lengths, Past
 from q3q.models.decoder import Decoder
+from q3q.models.footprint import state_bytes, state_rows
+from q3q.models.recurrence import join
 
-# Bounds of the keys and values of all rows that are continued together: see `cache_bytes`.
+# Bounds of the pasts of all rows that are continued together: see `cache_bytes`.
 CACHE_BYTES, LEAST_CACHE_BYTES = 1 << 30, 1 << 26
 
 
@@ -36,15 +40,17 @@ def generate(
     """
     facts, item_bytes = model.facts, model.norm_H.element_size()
     widths = (facts.family.state_width(facts, k) for k in range(facts.layers))
-    token_bytes = sum(widths) * item_bytes
-    reader = _Reader(model, contexts, budget)
-    first = 0
+    token_bytes, row_bytes = sum(widths) * item_bytes, sum(state_bytes(facts))
+    free = partial(cache_bytes, model.device.type, model.activations)
+    ends = max(1, free(budget.tokens * token_bytes) // (4 * row_bytes)) if row_bytes else 0
+    reader, first = _Reader(model, contexts, budget, ends), 0
     while first < len(contexts):
-        room = cache_bytes(model.device.type, model.activations, budget.tokens * token_bytes)
+        room = free(budget.tokens * token_bytes + ends * row_bytes)
         longest, last = 0, first
         while last < len(contexts):
             longest = max(longest, len(contexts[last]))
-            if last > first and (last + 1 - first) * (longest + most) * token_bytes > room:
+            each = (longest + most) * token_bytes + row_bytes
+            if last > first and (last + 1 - first) * each > room:
                 break
             last += 1
         for row, tokens in _continue(model, *reader.read(last, most), most, ended):
@@ -53,16 +59,16 @@ def generate(
 
 
 def cache_bytes(device: str, spare: int | None, ahead: int) -> int:
-    """Return the bytes that the keys and values of rows continued together may take.
+    """Return the bytes that the pasts of rows continued together may take.
 
     This is half of what is free beyond the model, at least CACHE_BYTES on a GPU and at most
-    CACHE_BYTES on a CPU, less the keys and values of the batch that the reader holds of later rows.
-    At most half is set aside for that batch.
+    CACHE_BYTES on a CPU, less what the reader holds of the later rows of its last batch. At most
+    half is set aside for that batch.
 
     Args:
         device: the device's type.
         spare: bytes free beyond the model, None if unknown.
-        ahead: bytes of a batch's keys and values.
+        ahead: bytes of a batch's keys and values, and of its rows' states.
     """
     room = CACHE_BYTES
     if spare is not None:
@@ -107,21 +113,32 @@ def _continue(
 class _Reader:
     """The contexts as one tree, which runs as far as the next rows need.
 
-    Keys and values of tokens that have run are held as long as a later row may begin with them.
+    Keys and values of tokens that have run are held as long as a later row may begin with them, and
+    the state of a recurrence behind a row's last token until the row is read.
+
+    Args:
+        ends: most rows that end in a batch, 0 for any number.
     """
 
-    def __init__(self, model: Decoder, contexts: Sequence[Ids], budget: TokenBudget) -> None:
+    def __init__(
+        self, model: Decoder, contexts: Sequence[Ids], budget: TokenBudget, ends: int
+    ) -> None:
         self._model = model
-        self._tree = PackedTree(list(contexts), supports_varlen(model.device, model.norm_H.dtype))
+        self._tree = PackedTree(
+            list(contexts),
+            supports_varlen(model.device, model.norm_H.dtype),
+            state_rows(model.facts, model.device.type),
+            ends,
+        )
         last_B = np.array([positions[-1] for positions in self._tree.positions()])
         self._positions = self._tree.positions()
         self._row, self._ran = 0, 0
         # The most likely token after each row from `_row` on, as far as the tree has run.
         self._next: list[Tensor] = []
-        # Positions in the tree, ascending, whose keys and values are held; these, by block.
+        # Positions in the tree, ascending, whose keys and values are held; what is held, by block.
         self._held_T = np.zeros(0, np.int64)
-        self._keys_values: list[list[KeysValues]] = [[] for _ in model.blocks]
-        self._run = run_tree(model, self._tree, budget, last_B, self._keys_values)
+        self._held: list[list[Past]] = [[] for _ in model.blocks]
+        self._run = run_tree(model, self._tree, budget, last_B, self._held)
 
     def read(self, last: int, room: int) -> tuple[Tensor, list[Cached], Lengths]:
         """Read the next rows, up to row `last` - 1.
@@ -149,14 +166,29 @@ class _Reader:
         stay = np.concatenate([pasts[-1][:shared], np.flatnonzero(self._held_T >= until)])
         stay_T = torch.from_numpy(stay).to(self._model.device)
         caches = []
-        for block in self._keys_values:
-            key_KTD, value_KTD = (torch.cat(states, dim=1) for states in zip(*block, strict=True))
-            block[:] = [(key_KTD[:, stay_T], value_KTD[:, stay_T])]
-            caches.append(Cached.gathered(key_KTD, value_KTD, index_BP, lengths, room))
+        for block in self._held:
+            read, block[:] = _divided(block, len(pasts), stay_T)
+            caches.append(Cached.gathered(read, index_BP, lengths, room))
         self._held_T = self._held_T[stay]
         next_B, self._next = torch.stack(self._next[: len(pasts)]), self._next[len(pasts) :]
         self._row = last
         return next_B, caches, lengths
+
+
+def _divided(held: Sequence[Past], rows: int, stay_T: Tensor) -> tuple[Past, list[Past]]:
+    """Return what the next rows read of a block's past, and what is held after them."""
+    keys_values, later, state, rest = None, None, join([p.state for p in held if p.state]), None
+    if all(past.keys_values for past in held):
+        key_KTD, value_KTD = (
+            torch.cat(states, dim=1)
+            for states in zip(*(past.keys_values or () for past in held), strict=True)
+        )
+        keys_values, later = (key_KTD, value_KTD), (key_KTD[:, stay_T], value_KTD[:, stay_T])
+    if state is not None:
+        # Copied, as a part of a tensor would keep all of it.
+        rest = tuple(x[rows:].clone() for x in state)
+        state = tuple(x[:rows].clone() for x in state)
+    return Past(keys_values, state), [Past(later, rest)]
 
 
 def _most_likely(model: Decoder, hidden_PH: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Sorted texts are in the depth-first order of their prefix tree. Each text adds a *branch*: the
 tokens that it does not share with the text before it. The tree runs in batches that end wherever
 the token budget ends. A batch needs the keys and values of one path from the root, so what is kept
-never exceeds one text. No batch holds a padding token.
+never exceeds one text; of a recurrence, it needs the states from which later texts go on. No batch
+holds a padding token.
 
 Shapes: T tokens of a batch or of the tree, S spans of a batch, P keys.
 """
@@ -18,14 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from q3q.models.attention import (
-    AttentionSlice,
-    KeysValues,
-    TreeAttention,
-    VarlenLayout,
-    VarlenSlice,
-    to_device,
-)
+from q3q.evaluate.branches import Branches, Span
+from q3q.models.attention import AttentionSlice, TreeAttention, VarlenLayout, VarlenSlice
+from q3q.models.cache import NOTHING, Past
+from q3q.models.flow import Flow
+from q3q.models.transfer import to_device
 
 Ids = NDArray[np.int32]
 Positions = NDArray[np.int64]
@@ -38,28 +36,6 @@ VARLEN_WORTH_SHARING = 1 << 15
 # Most scores (queries x keys) of one slice, and most keys gathered for it: they bound its memory.
 SLICE_SCORES = 1 << 22
 SLICE_KEYS = 1 << 15
-
-
-@dataclass(frozen=True)
-class Span:
-    """Part of a branch within a batch.
-
-    start, stop: depths start .. stop - 1 of its text.
-    offset: its first token's index in the batch.
-    """
-
-    start: int
-    stop: int
-    offset: int
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def end(self) -> int:
-        """Index in the batch behind the span's last token."""
-        return self.offset + self.length
 
 
 @dataclass(frozen=True)
@@ -79,7 +55,10 @@ OwnKeys = tuple[Span, Positions]
 
 @dataclass(frozen=True)
 class TreeBatch:
-    """Tokens first .. stop - 1 of the tree and how they attend, ready for `Decoder.states`."""
+    """Tokens first .. stop - 1 of the tree and how they attend, ready for `Decoder.states`.
+
+    flow: how a recurrence goes through them; None if the model has none.
+    """
 
     first: int
     stop: int
@@ -87,25 +66,35 @@ class TreeBatch:
     shared: Sequence[AttentionSlice | VarlenSlice]
     depth_T: torch.Tensor
     path_index: torch.Tensor
+    flow: Flow | None
 
     def attention(
-        self, path: KeysValues | None, read_index: torch.Tensor | None = None
+        self, path: Past = NOTHING, read_index: torch.Tensor | None = None
     ) -> TreeAttention:
         """Return one block's attention.
 
         Args:
-            path: what the block kept of the batch before, None at the tree's beginning.
+            path: what the block kept of the batch before; nothing at the tree's beginning.
             read_index: see `TreeAttention`.
         """
-        slices = self.own, self.shared
-        return TreeAttention(*slices, self.depth_T, self.path_index, path, read_index=read_index)
+        return TreeAttention(
+            self.own,
+            self.shared,
+            self.depth_T,
+            self.path_index,
+            path.keys_values,
+            flow=self.flow,
+            state=path.state,
+            read_index=read_index,
+        )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TreeBatch":
         """Return the batch on the model's device, its biases in the model's dtype."""
         own = [part.to(device, dtype) for part in self.own]
         shared = [part.to(device, dtype) for part in self.shared]
         depth_T, path_index = to_device(self.depth_T, device), to_device(self.path_index, device)
-        return TreeBatch(self.first, self.stop, own, shared, depth_T, path_index)
+        flow = self.flow and self.flow.to(device)
+        return TreeBatch(self.first, self.stop, own, shared, depth_T, path_index, flow)
 
 
 @dataclass
@@ -114,6 +103,9 @@ class PackedTree:
 
     texts: token ids, distinct and sorted.
     varlen: batches attend by `VarlenSlice`s instead of `AttentionSlice`s.
+    states: the most states of a recurrence that may be in memory; 0 if the model has none.
+    ends: the most texts that end in a batch, if the states behind their last tokens are kept; 0 if
+        they are not.
     shared: number of tokens that each text shares with the one before it.
     begin: index of each text's branch in `ids`, and at last the tree's length.
     ids: the tree's tokens [T].
@@ -123,6 +115,8 @@ class PackedTree:
 
     texts: list[Ids]
     varlen: bool = False
+    states: int = 0
+    ends: int = 0
     shared: list[int] = field(init=False)
     begin: list[int] = field(init=False)
     ids: Ids = field(init=False)
@@ -136,6 +130,11 @@ class PackedTree:
         self.begin = [0, *np.cumsum([len(branch) for branch in branches], dtype=np.int64).tolist()]
         self.ids = np.concatenate(branches) if branches else np.zeros(0, np.int32)
         self._longest = max((len(text) for text in self.texts), default=0)
+        self._branches: Branches | None = None
+        if self.states:
+            lengths = [len(text) for text in self.texts]
+            keep_ends = self.ends > 0
+            self._branches = Branches(lengths, self.shared, self.states, keep_ends=keep_ends)
         # Text and depth at which the next batch begins, and where it ends.
         self._text, self._depth = self._next = 0, 0
 
@@ -157,11 +156,12 @@ class PackedTree:
         """Plan the next tokens, at most `budget`; only a branch longer than that is cut."""
         spans: list[Span] = []
         text, depth, room = self._text, self._depth, budget
-        while text < len(self.texts) and room:
+        last = text + self.ends if self.ends else len(self.texts)
+        while text < min(last, len(self.texts)) and room:
             remaining = len(self.texts[text]) - depth
             if remaining > room and spans:
                 break
-            spans.append(Span(depth, depth + min(remaining, room), budget - room))
+            spans.append(Span(text, depth, depth + min(remaining, room), budget - room))
             room -= spans[-1].length
             depth = spans[-1].stop
             if depth == len(self.texts[text]):
@@ -214,7 +214,8 @@ class PackedTree:
         first = self.begin[self._text] + self._depth - self.shared[self._text]
         depth_T = torch.from_numpy(np.concatenate([np.arange(s.start, s.stop) for s in spans]))
         path_index = torch.from_numpy(path[:next_depth].copy())
-        return TreeBatch(first, first + tokens, own, shared, depth_T, path_index)
+        flow = None if self._branches is None else self._branches.flow(spans, *self._next)
+        return TreeBatch(first, first + tokens, own, shared, depth_T, path_index, flow)
 
     def _own_slice(self, bucket: list[OwnKeys]) -> AttentionSlice:
         """Attend causally from each span to its own tokens and unshared ancestors."""

@@ -1,9 +1,8 @@
 """Log-likelihoods of continuations: each token of their prefix tree runs once."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -14,10 +13,11 @@ from torch import Tensor
 from q3q.errors import IntegrityError
 from q3q.evaluate.budget import Result, TokenBudget, pass_tokens
 from q3q.evaluate.packing import sort_keys
-from q3q.evaluate.prefixes import Ids, PackedTree, Positions, TreeBatch, common_prefix
-from q3q.models.attention import KeysValues, TreeAttention, supports_varlen, to_device
+from q3q.evaluate.prefixes import Ids, PackedTree, Positions, common_prefix
+from q3q.evaluate.tree_pass import run_tree
+from q3q.models.attention import supports_varlen
 from q3q.models.decoder import Decoder
-from q3q.models.spool import Spool
+from q3q.models.footprint import state_rows
 from q3q.team import Team
 
 # Tokens that a gang's rank runs before it hands in the scores: the most that its death loses.
@@ -89,7 +89,8 @@ def score(
         yield from _score_on_team(model, requests)
         return
     varlen = supports_varlen(model.device, model.norm_H.dtype)
-    tree, readers = pack_requests(requests, varlen=varlen)
+    states = state_rows(model.facts, model.device.type)
+    tree, readers = pack_requests(requests, varlen=varlen, states=states)
     reads = Reads.of(tree, readers, requests)
     total_R, greedy_R = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
     left_R = np.array([len(request.targets) for request in requests])
@@ -208,129 +209,6 @@ class _InStep(TokenBudget):
         return attempt(self.tokens)[1]
 
 
-def run_tree(
-    model: Decoder,
-    tree: PackedTree,
-    budget: TokenBudget,
-    read_P: Positions | None = None,
-    keys_values: list[list[KeysValues]] | None = None,
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield each batch's range of tokens in the tree (first, stop), and its final states [P, H].
-
-    A model in memory runs batch by batch, a streamed one many batches in one pass, block by block.
-
-    Args:
-        read_P: positions in the tree, ascending, whose states are read; all if None. Only these go
-            through the last block beyond its attention.
-        keys_values: a list for each block, to which each batch's keys and values [K, T, D] are
-            appended. Not of a streamed model.
-    """
-    path: Spool | None = None
-
-    def attempt(batch_tokens: int) -> tuple[int, tuple[TreePass, Iterator[Tensor]]]:
-        all_keys = keys_values is not None
-        tree_pass = TreePass(model, tree, batch_tokens, read_P, path, all_keys=all_keys)
-        states = model.states(tree_pass.ids, tree_pass.attend)
-        # Whatever could take too much memory has run when the first states are there.
-        states = chain([next(states)], states)
-        tree_pass.end_block()
-        return 0 if model.streamed else len(tree_pass.ids[0][0]), (tree_pass, states)
-
-    while not tree.done:
-        tree_pass, states = budget.run(attempt)
-        tree.follow(tree_pass.tree)
-        path = tree_pass.path
-        for block, batch in zip(keys_values or (), tree_pass.keys_values, strict=False):
-            block.append(batch)
-        for (first, stop), hidden_1PH in zip(tree_pass.bounds, states, strict=True):
-            yield first, stop, hidden_1PH[0]
-
-
-class TreePass:
-    """Batches of a tree that go through the model together, block by block.
-
-    tree: a copy of the tree that has gone past them.
-    bounds: each batch's first token, and the one behind its last.
-    ids: each batch's tokens [1, T].
-    path: keys and values that the next pass needs, those of one block after the other.
-    keys_values: each block's keys and values of a pass of a single batch, if asked for.
-    """
-
-    def __init__(
-        self,
-        model: Decoder,
-        tree: PackedTree,
-        batch_tokens: int,
-        read_P: Positions | None,
-        past: Spool | None,
-        *,
-        all_keys: bool = False,
-    ) -> None:
-        """Plan the batches.
-
-        Args:
-            batch_tokens: most tokens of a batch.
-            read_P: see `run_tree`.
-            past: `path` of the pass before this one.
-            all_keys: keep `keys_values`.
-        """
-        self.tree, self.path = copy(tree), Spool(model.activations)
-        self.bounds: list[tuple[int, int]] = []
-        self.keys_values: list[KeysValues] = []
-        self._all_keys = all_keys
-        room = pass_tokens(model)
-        tokens = 0
-        while not self.tree.done and (not self.bounds or tokens < room):
-            self._batch = self.tree.next_batch(batch_tokens)
-            self.tree.advance()
-            self.bounds.append((self._batch.first, self._batch.stop))
-            tokens = self._batch.stop - self.bounds[0][0]
-        self.ids = [torch.from_numpy(tree.ids[a:b].astype(np.int64))[None] for a, b in self.bounds]
-        self._model, self._start, self._batch_tokens = model, copy(tree), batch_tokens
-        self._read_P, self._past = read_P, past
-        self._replanned: PackedTree | None = None
-        self._attention: TreeAttention | None = None
-
-    def attend(self, k: int, b: int) -> TreeAttention:
-        """Return batch b's attention in block k, for `Decoder.states`."""
-        if b:
-            assert self._attention is not None
-            path = self._attention.path
-        else:
-            self.end_block()
-            path = None if self._past is None else (self._past[2 * k], self._past[2 * k + 1])
-        last = k == len(self._model.blocks) - 1
-        read_index = self._read_index(*self.bounds[b]) if last else None
-        self._attention = self._planned(b).attention(path, read_index)
-        return self._attention
-
-    def end_block(self) -> None:
-        """Keep what the last batch left in a block, if one has run."""
-        attention = self._attention
-        if attention is not None and attention.path and attention.batch_keys_values:
-            for states in attention.path:
-                self.path.append(states)
-            if self._all_keys:
-                self.keys_values.append(attention.batch_keys_values)
-        self._attention = None
-
-    def _planned(self, b: int) -> TreeBatch:
-        """Plan batch b, of several anew for each block: all masks could take too much memory."""
-        if len(self.bounds) > 1:
-            if not b or self._replanned is None:
-                self._replanned = copy(self._start)
-            self._batch = self._replanned.next_batch(self._batch_tokens)
-            self._replanned.advance()
-        self._batch = self._batch.to(self._model.device, self._model.norm_H.dtype)
-        return self._batch
-
-    def _read_index(self, first: int, stop: int) -> Tensor | None:
-        if self._read_P is None:
-            return None
-        low, high = np.searchsorted(self._read_P, [first, stop])
-        return to_device(torch.from_numpy(self._read_P[low:high] - first), self._model.device)
-
-
 @dataclass(frozen=True)
 class Reads:
     """Target tokens and the positions at which requests ask for them [R].
@@ -377,11 +255,16 @@ class Reads:
 
 
 def pack_requests(
-    requests: Sequence[Request], *, varlen: bool = False
+    requests: Sequence[Request], *, varlen: bool = False, states: int = 0
 ) -> tuple[PackedTree, list[list[int]]]:
-    """Return the tree of all distinct inputs, and the requests that each of its texts serves."""
+    """Return the tree of all distinct inputs, and the requests that each of its texts serves.
+
+    Args:
+        varlen, states: see `PackedTree`.
+    """
     readers: dict[bytes, list[int]] = {}
     for number, key in enumerate(sort_keys(request.inputs for request in requests)):
         readers.setdefault(key, []).append(number)
     numbers = [readers[key] for key in sorted(readers)]
-    return PackedTree([requests[first].inputs for first, *_ in numbers], varlen), numbers
+    texts = [requests[first].inputs for first, *_ in numbers]
+    return PackedTree(texts, varlen, states), numbers

@@ -1,4 +1,4 @@
-"""Attention over one window, over a tree of shared prefixes, or over a cache of each row's past.
+"""Attention over one window, or over a tree of shared prefixes.
 
 Shapes: B rows, N query heads, K key-value heads, T tokens, D head_dim; S spans of a batch, Q and P
 their padded queries and keys. A block computes its tokens' queries, keys and values and leaves the
@@ -11,9 +11,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
-from q3q.models.recurrence import Recurrence
+from q3q.models.flow import Flow
+from q3q.models.recurrence import Recurrence, State
+from q3q.models.transfer import to_device
 
 Index = slice | Tensor
 KeysValues = tuple[Tensor, Tensor]
@@ -160,13 +162,6 @@ class VarlenSlice:
         return self.query, context_TND, logsum_TN
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor; to a GPU from pinned memory, so that nobody waits for running kernels."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 @dataclass
 class TreeAttention:
     """One block's attention over one batch of a `PackedTree`: each token attends to its ancestors.
@@ -180,6 +175,10 @@ class TreeAttention:
     path_index: indices of the next batch's path among the keys of `path`, then of the batch.
     path: keys and values [K, P, D] of earlier batches; when this one runs, the next batch's.
     batch_keys_values: the batch's own keys and values [K, T, D], set when it runs.
+    flow: how a recurrence goes through the batch; None if the model has none.
+    state: a recurrence's states on the path of earlier batches; when this one runs, the next
+        batch's.
+    ends: its states behind the last tokens of texts, set when it runs, if `flow` keeps them.
     read_index: tokens of the batch that are read after this block, None for all.
     """
 
@@ -189,6 +188,9 @@ class TreeAttention:
     path_index: Tensor
     path: KeysValues | None = None
     batch_keys_values: KeysValues | None = None
+    flow: Flow | None = None
+    state: State | None = None
+    ends: State | None = None
     read_index: Tensor | None = None
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
@@ -219,6 +221,13 @@ class TreeAttention:
 
     def read(self, states_BTX: Tensor) -> Tensor:
         return states_BTX if self.read_index is None else states_BTX[:, self.read_index]
+
+    def recur(self, recurrence: Recurrence, inputs_BTX: Tensor) -> Tensor:
+        if self.flow is None:
+            raise RuntimeError("a block has a recurrence, but its family's recurrent_width is 0")
+        path, self.state = self.state, None
+        outputs_TY, self.state, self.ends = self.flow.run(recurrence, inputs_BTX[0], path)
+        return outputs_TY[None]
 
 
 def _spans(states_KTD: Tensor, index: Index) -> Tensor:
@@ -319,70 +328,3 @@ def attend_varlen_plain(
         contexts.append(context_1NQD[0].transpose(0, 1))
         logsums.append(logsum_1NQ[0].transpose(0, 1))
     return torch.cat(contexts), torch.cat(logsums)
-
-
-@dataclass
-class Lengths:
-    """Numbers of tokens in a cache's rows, which all blocks share.
-
-    each_B: each row's, on the model's device. longest: the most, known without a synchronization.
-    """
-
-    each_B: Tensor
-    longest: int
-
-    def grow(self) -> None:
-        """Count one more token in each row, once every block has cached it."""
-        self.each_B += 1
-        self.longest += 1
-
-    def select(self, rows_R: Tensor) -> "Lengths":
-        each_R = self.each_B[rows_R]
-        return Lengths(each_R, int(each_R.max()))
-
-
-@dataclass
-class Cached:
-    """Attention of one new token a row to the row's own past, which takes in its key and value.
-
-    key_BKPD, value_BKPD: the cache, with room for all tokens to come. lengths: tokens in it so far.
-    """
-
-    key_BKPD: Tensor
-    value_BKPD: Tensor
-    lengths: Lengths
-
-    def positions(self, tokens: int, device: torch.device) -> Tensor:
-        return self.lengths.each_B[:, None]
-
-    def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
-        length_B, longest = self.lengths.each_B, self.lengths.longest + 1
-        rows_B = torch.arange(len(length_B), device=query_BNTD.device)
-        self.key_BKPD[rows_B, :, length_B] = key_BKTD[:, :, 0]
-        self.value_BKPD[rows_B, :, length_B] = value_BKTD[:, :, 0]
-        sees_BP = torch.arange(longest, device=query_BNTD.device) <= length_B[:, None]
-        return scaled_dot_product_attention(
-            query_BNTD,
-            self.key_BKPD[:, :, :longest],
-            self.value_BKPD[:, :, :longest],
-            attn_mask=sees_BP[:, None, None],
-            enable_gqa=True,
-        )
-
-    def read(self, states_BTX: Tensor) -> Tensor:
-        return states_BTX
-
-    def select(self, rows_R: Tensor, lengths: Lengths) -> "Cached":
-        """Return the cache of the rows `rows_R`, whose lengths are `lengths`."""
-        return Cached(self.key_BKPD[rows_R], self.value_BKPD[rows_R], lengths)
-
-    @classmethod
-    def gathered(
-        cls, key_KTD: Tensor, value_KTD: Tensor, index_BP: Tensor, lengths: Lengths, room: int
-    ) -> "Cached":
-        """Gather row b's past, tokens `index_BP[b]` of a tree, with `room` for as many more."""
-
-        def past(states_KTD: Tensor) -> Tensor:
-            return pad(states_KTD[:, index_BP].transpose(0, 1), (0, 0, 0, room))
-
-        return cls(past(key_KTD), past(value_KTD), lengths)

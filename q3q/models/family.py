@@ -331,3 +331,7 @@ class Family:
     def state_width(self, facts: ModelFacts, layer: int) -> int:
         """Return how many numbers a token leaves behind for those after it: its key and value."""
         return 2 * facts.kv_heads * facts.head_dim
+
+    def recurrent_width(self, facts: ModelFacts, layer: int) -> int:
+        """Return how many numbers (float32) a text carries from token to token: a state's."""
+        return 0

@@ -27,6 +27,10 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 MORE_TOKENS, MORE_TOKENS_BYTES = 4, 4 * 10**9
 # Bytes of float32 logits.
 LOGIT_BYTES = {"cpu": 400 * 2**20, "cuda": 1300 * 2**20}
+# Bytes of a recurrence's states in one block that evaluation takes at a time, and the most rows.
+# There are up to so many copies: those with which rows begin and end, and those that are kept.
+STATE_BYTES, STATE_ROWS = {"cpu": 1 << 26, "cuda": 1 << 28}, 1 << 10
+STATE_COPIES = 5
 # Bytes of the float32 weights, or of the Hessians, of a chunk of experts (`quantize.sites`).
 CHUNK_BYTES = 2**28
 # Bytes of experts' Hessians that a method takes in one pass over the windows, where it observes a
@@ -88,23 +92,26 @@ def need(
     ends = _ends_bytes(facts, dtype)
     more = (heads - 1) * ends
     running = _running(facts, dtype, device)
+    states = STATE_COPIES * state_rows(facts, device) * max(state_bytes(facts))
     work = 0 if method is None else _quantizing(facts, method, running, ranks)
     changing = 0.0 if method is None else method.block_copies
     if loader == "resident":
         peak = (
             facts.weight_bytes(dtype)
             + more
-            + max(running + LOGIT_BYTES[device], work and int(changing * block) + work)
+            + max(running + states + LOGIT_BYTES[device], work and int(changing * block) + work)
         )
     elif loader == "streamed":
         # The block and its quantized form; after all blocks, the head.
         quantizing = work and int(changing * block) + work
         peak = max(
-            block + running, quantizing, ends + more + max(LOGIT_BYTES[device], block + running)
+            block + running,
+            quantizing,
+            ends + more + max(LOGIT_BYTES[device], block + running + states),
         )
     elif loader == "sharded":
         shares = (facts.weight_bytes(dtype) - ends) // ranks + ends + more
-        peak = shares + max(2 * block + work, running + LOGIT_BYTES[device])
+        peak = shares + max(2 * block + work, running + states + LOGIT_BYTES[device])
     else:
         raise ConfigError(
             f"loader={loader} is not known. Choose from: {AUTO}, {', '.join(LOADERS)}"
@@ -214,6 +221,17 @@ def token_bytes(facts: ModelFacts, dtype: str) -> int:
     inner = max(facts.intermediate, facts.top_k * (facts.moe_intermediate + facts.hidden))
     widest = 3 * inner + 2 * facts.heads * facts.head_dim + 4 * facts.hidden
     return widest * item + 2 * 4 * facts.hidden
+
+
+def state_bytes(facts: ModelFacts) -> list[int]:
+    """Return the bytes of the state that a text carries through each block."""
+    return [4 * facts.family.recurrent_width(facts, k) for k in range(facts.layers)]
+
+
+def state_rows(facts: ModelFacts, device: str) -> int:
+    """Return the most texts whose states evaluation takes at a time; 0 if the model has none."""
+    widest = max(state_bytes(facts))
+    return widest and max(1, min(STATE_ROWS, STATE_BYTES[device] // widest))
 
 
 def batch_tokens(facts: ModelFacts, dtype: str, device: Device) -> int:

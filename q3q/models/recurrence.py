@@ -6,11 +6,14 @@ they share a prefix and what came before. The recurrence knows only how it compu
 Shapes: B rows, T tokens, X numbers a token.
 """
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 State = tuple[Tensor, ...]  # what a row's tokens leave behind for its next one: [B, ...] each
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
 class Recurrence(Protocol):
@@ -27,3 +30,15 @@ class Recurrence(Protocol):
                 which changes no state and whose outputs mean nothing. None: all T.
         """
         ...
+
+
+def select(tensors: Tensors, rows_R: Tensor) -> Tensors:
+    """Return a copy of some rows of each tensor."""
+    return tuple(tensor[rows_R] for tensor in tensors)  # type: ignore[return-value]
+
+
+def join(states: Sequence[State]) -> State | None:
+    """Return all rows of these states, in their order; None if there are none."""
+    if len(states) < 2:
+        return states[0] if states else None
+    return tuple(map(torch.cat, zip(*states, strict=True)))

@@ -37,8 +37,8 @@ from q3q.evaluate.harness.metrics import read_metrics, shares_of
 from q3q.evaluate.harness.run import check_samples, run_tasks
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.prefixes import PackedTree
-from q3q.evaluate.scoring import run_tree
-from q3q.models.attention import Cached
+from q3q.evaluate.tree_pass import run_tree
+from q3q.models.cache import Cached
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 

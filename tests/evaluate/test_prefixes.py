@@ -11,7 +11,8 @@ from q3q.errors import IntegrityError
 from q3q.evaluate import prefixes
 from q3q.evaluate.budget import TokenBudget, out_of_memory
 from q3q.evaluate.prefixes import PackedTree
-from q3q.evaluate.scoring import Request, pack_requests, run_tree, score
+from q3q.evaluate.scoring import Request, pack_requests, score
+from q3q.evaluate.tree_pass import run_tree
 from q3q.models.attention import VarlenSlice
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder

@@ -1,0 +1,409 @@
+"""A recurrence's state goes wherever evaluation goes: what texts share runs once, exactly."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from q3q.evaluate import budget as budget_module
+from q3q.evaluate import generation, scoring
+from q3q.evaluate.branches import CALL_TOKENS, Branches, alike
+from q3q.evaluate.budget import TokenBudget
+from q3q.evaluate.perplexity import window_losses
+from q3q.evaluate.prefixes import PackedTree
+from q3q.evaluate.scoring import Request, pack_requests, score
+from q3q.evaluate.tree_pass import run_tree
+from q3q.models.adjust import set_route
+from q3q.models.attention import CAUSAL
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
+from q3q.models.families import registry
+from q3q.models.footprint import STATE_BYTES, STATE_COPIES, need, state_bytes, state_rows
+from q3q.models.streaming import StreamedDecoder
+from q3q.quantize.methods.gptq import Gptq
+from q3q.quantize.methods.settings import GptqSettings
+from q3q.quantize.walk import quantize_model
+from q3q.spec import Scheme
+from tests.models import decaying
+from tests.models.decaying import DecayingSum, save_random
+
+TYPES = {"decaying": "Decaying", "decaying_moe": "DecayingMoe"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def families():
+    for model_type, name in TYPES.items():
+        registry.OWN[model_type] = f"{decaying.__name__}:{name}"
+    yield
+    for model_type in TYPES:
+        del registry.OWN[model_type]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(families, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {kind: Checkpoint(save_random(folder / kind, kind)) for kind in TYPES}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoints):
+    return checkpoints["decaying"]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_decoder(checkpoint, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def moe(checkpoints):
+    return load_decoder(checkpoints["decaying_moe"], torch.float32)
+
+
+def fixed(tokens):
+    return TokenBudget(tokens, most=tokens)
+
+
+def ids(*tokens):
+    return np.array(tokens, dtype=np.int32)
+
+
+def random_texts(seed, count=16, most=30):
+    """Return texts that continue random beginnings of each other; some are beginnings."""
+    random = np.random.default_rng(seed)
+    texts = [random.integers(0, 97, most)]
+    for _ in range(count - 1):
+        stem = texts[random.integers(len(texts))]
+        stem = stem[: random.integers(len(stem) + 1)]
+        texts.append(np.append(stem, random.integers(0, 4, random.integers(1, most))))
+    return [text.astype(np.int32) for text in [*texts, texts[0][:11], texts[0][:12]]]
+
+
+def requests(seed=1):
+    found = []
+    for text in random_texts(seed):
+        targets = min(3, len(text))
+        found.append(Request(text, text[-targets:], "t"))
+    return found
+
+
+def plain(model, text):
+    return model.hidden(torch.from_numpy(text.astype(np.int64))[None])[0]
+
+
+def scores(model, asked, budget):
+    return dict(pair for ended, _ in score(model, asked, budget) for pair in ended)
+
+
+class Nowhere:
+    """Keeps no quantized block."""
+
+    def load(self, index):
+        return None
+
+    def store(self, block):
+        pass
+
+
+class Calls:
+    """Records the recurrence's calls: rows, their lengths, and whether they begin with a state."""
+
+    def __init__(self, monkeypatch):
+        self.rows = []
+        whole = DecayingSum.__call__
+
+        def recorded(recurrence, inputs_BTX, state=None, lengths_B=None):
+            count, tokens, _ = inputs_BTX.shape
+            lengths = [tokens] * count if lengths_B is None else lengths_B.tolist()
+            self.rows.append((tokens, lengths, state is not None))
+            return whole(recurrence, inputs_BTX, state, lengths_B)
+
+        monkeypatch.setattr(DecayingSum, "__call__", recorded)
+
+    @property
+    def computed(self):
+        return sum(sum(lengths) for _, lengths, _ in self.rows)
+
+    @property
+    def slots(self):
+        return sum(tokens * len(lengths) for tokens, lengths, _ in self.rows)
+
+
+@pytest.mark.parametrize(
+    ("budget", "states"), [(1, 3), (7, 1), (7, 1000), (30, 3), (30, 1000), (5000, 1), (5000, 1000)]
+)
+@torch.inference_mode()
+def test_a_tree_computes_what_plain_rows_compute(model, budget, states, monkeypatch):
+    calls = Calls(monkeypatch)
+    texts = random_texts(0, count=6 if budget == 1 else 16)
+    asked = [Request(text, text[:1], "t") for text in texts]
+    tree, _ = pack_requests(asked, states=states)
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(model, tree, fixed(budget))])
+    assert calls.computed == 2 * len(tree)  # each token once, in each of two blocks
+    assert max(len(lengths) for _, lengths, _ in calls.rows) <= states
+    for text, positions in zip(tree.texts, tree.positions(), strict=True):
+        expected = plain(model, text)
+        assert (hidden_TH[positions] - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_scores_read_what_they_ask_for_whatever_the_batch(model):
+    """The last block is a recurrence, and goes on with the tokens alone that are read."""
+    asked = requests()
+    expected = {}
+    for number, request in enumerate(asked):
+        hidden_PH = plain(model, request.inputs)[-len(request.targets) :]
+        likelihood_P, _ = model.log_likelihoods(
+            hidden_PH, torch.from_numpy(request.targets.astype(np.int64))
+        )
+        expected[number] = float(likelihood_P.double().sum())
+    for budget in (5, 64, 4096):
+        found = scores(model, asked, fixed(budget))
+        assert found.keys() == expected.keys()
+        for number, result in found.items():
+            assert result.log_likelihood == pytest.approx(expected[number], rel=1e-5)
+
+
+@torch.inference_mode()
+def test_a_quantized_hybrid_with_experts_is_walked_and_evaluated_alike(moe):
+    """Calibration shows every expert all tokens; a tree computes what rows compute."""
+    quantized = replace(moe, blocks=[block.with_weights({}) for block in moe.blocks])
+    set_route(quantized, "all")
+    windows_NT = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
+    scheme = Scheme(bits=4, group_size=4, symmetric=False)
+    blocks = quantize_model(quantized, Gptq(GptqSettings()), scheme, windows_NT, Nowhere())
+    for k, block in enumerate(blocks):
+        assert block.quantized.keys() == moe.facts.linears(k).keys()
+        assert block.notes[f"blocks.{k}.gate_up"] == {"tokens_per_expert": [48] * 4}
+    tree = PackedTree(sorted(random_texts(0), key=list), states=5)
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(quantized, tree, fixed(40))])
+    for text, positions in zip(tree.texts, tree.positions(), strict=True):
+        expected = plain(quantized, text)
+        assert (hidden_TH[positions] - expected).abs().max() < 1e-5 * expected.abs().max()
+        assert (plain(moe, text) - expected).norm() > 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("edge", [0, -1, 1])
+@torch.inference_mode()
+def test_a_span_may_end_where_its_batch_ends(model, edge, monkeypatch):
+    """And so may the beginning that the next batch's text goes on from."""
+    stem = np.arange(40, 60)
+    texts = [stem[:8], stem, *(np.append(stem[:n], [1, 2]) for n in (4, 8, 20))]
+    tree = PackedTree([text.astype(np.int32) for text in sorted(texts, key=list)], states=9)
+    calls = Calls(monkeypatch)
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(model, tree, fixed(8 + edge))])
+    assert calls.computed == 2 * len(tree)
+    for text, positions in zip(tree.texts, tree.positions(), strict=True):
+        torch.testing.assert_close(hidden_TH[positions], plain(model, text), rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_is_kept_while_a_later_span_starts_from_it():
+    """Of 0123, 01235, 0127, 03 and 5: the states behind 0123, 012 and 0, each until it is read."""
+    texts = [ids(0, 1, 2, 3), ids(0, 1, 2, 3, 5), ids(0, 1, 2, 7), ids(0, 3), ids(5)]
+    tree = PackedTree(texts, states=9)
+    branches = Branches([len(text) for text in texts], tree.shared, 9)
+    held = {
+        (t, d): branches._held(t, d) for t, d in [(0, 2), (1, 4), (2, 3), (3, 1), (4, 0), (5, 0)]
+    }
+    assert held == {
+        (0, 2): [1, 2],
+        (1, 4): [1, 3, 4],
+        (2, 3): [1, 3],
+        (3, 1): [1],
+        (4, 0): [],
+        (5, 0): [],
+    }
+    # One batch: 0 | 12 | 3 | 5, then 7 from behind 012, 3 from behind 0, and 5 from nothing.
+    [part] = tree.next_batch(100).flow.parts
+    rows = [
+        [(call.token_SW.tolist(), call.keep_K is not None) for call in level.calls]
+        for level in part.levels
+    ]
+    assert rows == [
+        [([[0], [7]], True)],
+        [([[6, 6], [1, 2]], True)],
+        [([[3], [5]], True)],
+        [([[4]], False)],
+    ]
+    assert part.stay_P is None
+    assert [call.keep_K.tolist() for level in part.levels[:3] for call in level.calls] == [
+        [0],
+        [1],
+        [0],
+    ]
+
+
+def test_many_short_rows_take_few_calls_and_padding_stays_small():
+    random = np.random.default_rng(0)
+    for lengths in (
+        random.integers(1, 9, 500),
+        random.integers(1, 200, 500),
+        np.append(random.integers(1, 6, 300), [900, 950]),
+        [3],
+        [7] * 40,
+    ):
+        calls = alike(list(lengths))
+        assert sorted(row for rows in calls for row in rows) == list(range(len(lengths)))
+        slots = sum(len(rows) * max(lengths[row] for row in rows) for rows in calls)
+        one, each = max(lengths) * len(lengths), len(set(lengths))
+        price = slots + CALL_TOKENS * len(calls)
+        assert price <= min(one + CALL_TOKENS, sum(lengths) + CALL_TOKENS * each)
+        assert slots - sum(lengths) <= 0.1 * sum(lengths) + 2 * CALL_TOKENS * len(calls)
+    assert len(alike([3] * 50 + [4] * 50 + [600])) == 2
+    assert alike([]) == []
+
+
+@torch.inference_mode()
+def test_a_batch_of_questions_takes_few_calls(model, monkeypatch):
+    """Fifty questions with four answers each behind one prompt: three levels."""
+    calls, random = Calls(monkeypatch), np.random.default_rng(0)
+    prompt, asked = random.integers(0, 97, 60), []
+    for _ in range(50):
+        question = random.integers(0, 97, random.integers(8, 12))
+        for answer in range(4):
+            end = [answer, *random.integers(0, 97, random.integers(0, 5))]
+            asked.append(
+                Request(np.concatenate((prompt, question, end)).astype(np.int32), ids(1), "t")
+            )
+    scores(model, asked, fixed(1 << 14))
+    assert len(calls.rows) <= 2 * 12
+    assert calls.slots < 1.5 * calls.computed
+
+
+@pytest.mark.parametrize("tokens", [1, 100, 1 << 20])
+@torch.inference_mode()
+def test_streamed_as_in_memory_bit_for_bit(checkpoint, model, tokens, monkeypatch):
+    """tokens: of a pass; the state goes from batch to batch in a block, and from pass to pass."""
+    monkeypatch.setattr(budget_module, "PASS_BYTES", tokens * model.facts.hidden * 4)
+    streamed = StreamedDecoder(checkpoint, torch.float32, activations=20_000)  # some go to disk
+    assert scores(streamed, requests(), fixed(20)) == scores(model, requests(), fixed(20))
+
+
+@torch.inference_mode()
+def test_windows_of_a_text_are_rows_and_texts_of_a_tree(checkpoint, model):
+    windows_NT = torch.randint(97, (5, 24), generator=torch.Generator().manual_seed(0))
+    losses_N = window_losses(model, windows_NT)
+    streamed = StreamedDecoder(checkpoint, torch.float32)
+    assert torch.equal(window_losses(streamed, windows_NT), losses_N)
+    asked = [Request(row[:-1], row[1:], "t") for row in windows_NT.numpy().astype(np.int32)]
+    found = scores(model, asked, fixed(50))
+    for number, loss in enumerate(losses_N.tolist()):
+        assert -found[number].log_likelihood / 23 == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [7, 1000])
+@pytest.mark.parametrize("cache", [1, 20_000, 1 << 30])
+@torch.inference_mode()
+def test_generated_tokens_are_those_of_recomputed_texts(model, tokens, cache, monkeypatch):
+    """cache: bytes; of a row at a time, of a few, of all. Rows end at different times."""
+    monkeypatch.setattr(generation, "cache_bytes", lambda *_: cache)
+    contexts = sorted({tuple(text.tolist()) for text in random_texts(5, count=9, most=12)})
+    contexts = [ids(*context) for context in contexts]
+
+    def ended(found):
+        return found[-1] % 5 == 0
+
+    calls = Calls(monkeypatch)
+    found = dict(generation.generate(model, contexts, 6, ended, fixed(tokens)))
+    read = sum(sum(n) for tokens, n, begun in calls.rows if not (tokens == 1 and begun))
+    assert read <= 2 * len(PackedTree(contexts))  # what contexts share is read once
+    assert len({len(text) for text in found.values()}) > 2
+    for number, context in enumerate(contexts):
+        text = context
+        while True:
+            logits_V = model.head_VH @ plain(model, text)[-1]
+            text = np.append(text, int(logits_V.argmax())).astype(np.int32)
+            generated = text[len(context) :].tolist()
+            if len(generated) == 6 or ended(generated):
+                break
+        assert found[number] == generated
+
+
+@torch.inference_mode()
+def test_a_gangs_ranks_score_what_one_scores(model):
+    """Each rank begins its share at the root; here they take turns."""
+    asked = requests()
+
+    def run_on_all(call, number, shares):
+        return [list_of(scores(model, share, fixed(40))) for share in shares]
+
+    def list_of(found):
+        return list(found.items()), scoring.Effort()
+
+    team = SimpleNamespace(size=3, leads=True, run_on_all=run_on_all)
+    led = replace(model)
+    led.team = team  # type: ignore[misc]
+    found, expected = scores(led, asked, fixed(40)), scores(model, asked, fixed(40))
+    assert found.keys() == expected.keys()
+    for number, result in found.items():
+        assert result.log_likelihood == pytest.approx(expected[number].log_likelihood, rel=1e-5)
+        assert result.greedy == expected[number].greedy
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_a_model_score_what_one_scores(checkpoint, model, gang):
+    folder, types, module = str(checkpoint.folder), dict(TYPES), decaying.__name__
+    asked = requests()
+
+    def lead(team):
+        from pathlib import Path
+
+        import torch
+
+        from q3q.evaluate.budget import TokenBudget
+        from q3q.evaluate.scoring import score
+        from q3q.models.checkpoint import Checkpoint
+        from q3q.models.families import registry
+        from q3q.models.sharded import load_sharded
+
+        registry.OWN |= {model_type: f"{module}:{name}" for model_type, name in types.items()}
+        with torch.inference_mode():
+            if team.rank:
+                team.follow()
+                return []
+            sharded = load_sharded(Checkpoint(Path(folder)), torch.float32, team)
+            steps = list(score(sharded, asked, TokenBudget(40, most=40)))
+            team.dismiss()
+        return [(n, one.log_likelihood) for ended, _ in steps for n, one in ended]
+
+    found = dict(gang(2, lead)[0])
+    expected = scores(model, asked, fixed(40))
+    assert found.keys() == expected.keys()
+    for number, likelihood in found.items():
+        assert likelihood == pytest.approx(expected[number].log_likelihood, rel=1e-5)
+
+
+def test_memory_is_planned_for_the_states_that_evaluation_takes(model):
+    facts = replace(model.facts, intermediate=1 << 18)  # more than logits take
+    assert state_bytes(facts) == [240, 0, 240]
+    assert state_rows(facts, "cpu") == 1024
+
+    class Wide(type(facts.family)):
+        def recurrent_width(self, facts, layer):
+            return 1 << 19  # 2 MiB, as a block of several billion parameters carries
+
+    class Without(type(facts.family)):
+        def recurrent_width(self, facts, layer):
+            return 0
+
+    wide, without = (replace(facts, family=kind()) for kind in (Wide, Without))
+    assert (state_rows(wide, "cpu"), state_rows(wide, "cuda")) == (32, 128)
+    assert state_rows(without, "cpu") == 0
+    for loader in ("resident", "streamed", "sharded"):
+        for device in ("cpu", "cuda"):
+            plan = partial(need, dtype="float32", method=None, loader=loader, device=device)
+            assert plan(wide) - plan(without) == STATE_COPIES * STATE_BYTES[device]
+
+
+@torch.inference_mode()
+def test_a_family_that_counts_no_state_but_has_one_is_told_so(model):
+    tree = PackedTree([ids(1, 2, 3)])
+    attention = tree.next_batch(10).attention()
+    recurrence = DecayingSum(torch.zeros(20), torch.zeros(20, 3))
+    inputs_BTX = torch.randn(1, 3, 20)
+    with pytest.raises(RuntimeError, match="its family's recurrent_width is 0"):
+        attention.recur(recurrence, inputs_BTX)
+    assert CAUSAL.recur(recurrence, inputs_BTX).shape == (1, 3, 20)
