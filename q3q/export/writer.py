@@ -33,7 +33,7 @@ from q3q.export.destination import (
 from q3q.export.formats import FORMATS, layouts
 from q3q.export.marker import CARD, published_files, write_marker
 from q3q.export.shards import Shards, stored_bytes
-from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, of_expert
+from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, is_stacked, of_expert
 from q3q.models.decoder import Decoder
 from q3q.models.facts import EXPORT_KEY
 from q3q.models.model_json import read_json
@@ -132,7 +132,7 @@ class Exporter(ABC):
             numbers = self.checkpoint.block(block.index, self.dtype, plain)
             numbers |= {name: tensor.to(self.dtype) for name, tensor in block.changed.items()}
             for name, shape in shapes.items():
-                stacked = len(shape) == 3
+                stacked = is_stacked(name)
                 for e in range(shape[0] if stacked else 1):
                     full = self.checkpoint.facts.on_disk(
                         block.index, of_expert(name, e) if stacked else name

@@ -309,7 +309,7 @@ def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str,
     shapes = facts.block_shapes(layer)
     if not facts.sparse(layer):
         return shapes
-    stacked = {name: shapes.pop(name) for name in list(shapes) if name.startswith("mlp.experts.")}
+    stacked = {name: shapes.pop(name) for name in list(shapes) if is_stacked(name)}
     if fused:
         experts, hidden, inner = stacked["mlp.experts.down_proj.weight"]
         gate_up, down = FUSED
@@ -320,6 +320,11 @@ def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str,
     return shapes
 
 
+def is_stacked(name: str) -> bool:
+    """Return True if one of a block's tensors holds a matrix for each expert."""
+    return name.startswith("mlp.experts.")
+
+
 def of_expert(name: str, expert: int) -> str:
     """Return one expert's name in files: `mlp.experts.3.up_proj.weight`."""
     return name.replace("mlp.experts.", f"mlp.experts.{expert}.")
@@ -328,8 +333,7 @@ def of_expert(name: str, expert: int) -> str:
 def names_on_disk(facts: ModelFacts, layer: int, names: Iterable[str]) -> Iterator[str]:
     """Yield the names in files of a block's tensors; of a stacked one, each expert's."""
     for name in names:
-        stacked = name.startswith("mlp.experts.")
-        parts = [of_expert(name, e) for e in range(facts.experts)] if stacked else [name]
+        parts = [of_expert(name, e) for e in range(facts.experts)] if is_stacked(name) else [name]
         yield from (facts.on_disk(layer, part) for part in parts)
 
 
@@ -361,7 +365,7 @@ def _parts(layout: Layout, name: str, shape: Shape) -> dict[str, tuple[tuple[str
 
 def _sources(name: str, experts: int, fused: bool) -> list[str]:
     """Return the names on disk that one tensor of a block is assembled from."""
-    if not name.startswith("mlp.experts."):
+    if not is_stacked(name):
         return [name]
     if fused:
         return [FUSED["down_proj" in name]]
@@ -377,7 +381,7 @@ def _assemble(
     shape = facts.block_shapes(k)[name]
     first = next(parts)
     if first.ndim == len(shape):
-        if len(shape) == 3 and ".down_proj." not in name:  # fused, gate over up
+        if is_stacked(name) and ".down_proj." not in name:  # fused, gate over up
             first = first.chunk(2, dim=1)[0 if ".gate_proj." in name else 1]
         return first.to(dtype or first.dtype).contiguous()
     stacked = torch.empty(shape, dtype=dtype or first.dtype)
