@@ -173,9 +173,7 @@ def run(model: Decoder, act_bits: int | None) -> Run:
         noise = ROUNDING * float(before_BTH.double().norm())
         readings[f"blocks.{k}"] = Reading.of(x_BTH - before_BTH, noise)
     facts = model.facts
-    hidden_BTH = rms_norm(
-        x_BTH, model.norm_H.float(), facts.rms_norm_eps, facts.family.gain_offset
-    )
+    hidden_BTH = rms_norm(x_BTH, model.norm_H.float(), facts.rms_norm_eps, facts.family.gain_offset)
     logits = [linear(hidden_TH, model.head_VH.float()) for hidden_TH in hidden_BTH]
     return Run(torch.stack(states), readings, torch.stack(logits).cpu())
 

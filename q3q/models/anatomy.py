@@ -53,6 +53,13 @@ class ScaleGroup:
     offset: float = 0.0
     also: tuple[Site, ...] = ()
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """All weights that read the producer's outputs."""
+        own = (*self.site.weights, *self.site.unquantized)
+        others = (name for s in self.also for name in (*s.weights, *s.unquantized))
+        return tuple(dict.fromkeys((*own, *others)))
+
 
 @dataclass(frozen=True)
 class SiteInput:

@@ -45,8 +45,9 @@ def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float, offset: float = 0.0) -> T
 class Rope:
     """Rotary position embedding (arXiv 2104.09864): positions [...] to cos and sin [..., 1, D].
 
-    D is the part of a head that positions turn. The first half of sin is negated, as `rotate` expects. The result for the last tensor of
-    positions is cached, as the next block often has the same positions.
+    D is the part of a head that positions turn. The first half of sin is negated, as `rotate`
+    expects. The result for the last tensor of positions is cached, as the next block often has the
+    same positions.
     """
 
     def __init__(self, facts: ModelFacts, device: torch.device | str = "cpu") -> None:

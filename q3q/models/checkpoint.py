@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from q3q.errors import CheckpointError, first_line
 from q3q.models.digests import DigestMemo
 from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
-from q3q.models.model_files import FLOATS, read_model_files, settle, unread
+from q3q.models.model_files import FLOATS, carried_over, read_model_files, settle, unread
 from q3q.models.model_json import (
     OWN_FOLDER,
     TOKENIZER_LIMIT,
@@ -24,7 +24,7 @@ from q3q.models.model_json import (
     refuse_irregular,
 )
 from q3q.models.packed import Layout
-from q3q.models.tensor_files import Shape
+from q3q.models.tensor_files import Rows, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ class Checkpoint:
 
     Attributes:
         remarks: where config.json and the files disagree, and what q3q does, as transformers does.
+        carried: names of tensors of parts that are neither run nor quantized (`Family.carried`).
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged (the error names the shard or
@@ -72,7 +73,10 @@ class Checkpoint:
         self.facts, remarks = settle(facts, self._files)
         self._stored = self._files.tensors
         self._names = self._check_complete()
-        remarks += unread(self._stored, self._names, self.facts)
+        parts = self.facts.family.carried
+        self.carried = tuple(name for name in self._stored if parts and name.startswith(parts))
+        remarks += unread(self._stored, {*self._names, *self.carried}, self.facts)
+        remarks += carried_over(self.carried)
         self.remarks: tuple[str, ...] = (*self._files.remarks, *remarks)
 
     @property
@@ -96,6 +100,14 @@ class Checkpoint:
             CheckpointError: a file changed since the checkpoint was opened.
         """
         return {name: self._stored[name].read() for name in names}
+
+    def as_it_is(self, name: str) -> Rows:
+        """Return a tensor to be written as it is stored; it is read when it is written."""
+        import torch
+
+        stored = self._stored[name]
+        dtype: torch.dtype = getattr(torch, stored.dtype_name)
+        return Rows(stored.shape, dtype, (stored.read() for _ in range(1)))
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
         """Read some rows of a tensor by its name on disk (`model.embed_tokens.weight`)."""
@@ -295,7 +307,9 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
 
 
 def _ends_in(path: Path) -> tuple[int, ...]:
-    value = read_json(path).get("eos_token_id")
+    config = read_json(path)
+    text = config.get("text_config")
+    value = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
     ends = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(end) is int for end in ends):
         raise CheckpointError(

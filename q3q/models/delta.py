@@ -20,13 +20,9 @@ from torch.linalg import solve_triangular
 from torch.nn.functional import conv1d, pad, silu, softplus
 
 from q3q.models.block import rms_norm
-from q3q.models.family import DeltaSizes
+from q3q.models.delta_sizes import CHUNK, PIECE_TOKENS, DeltaSizes
 from q3q.models.recurrence import State
 
-CHUNK = 64  # tokens whose updates of the matrix are condensed into products of matrices
-# Tokens of all rows that are computed at one time, at least a chunk of each row: what they take in
-# float32 is bounded, and is in `DeltaSizes.piece_bytes`.
-PIECE_TOKENS = 1024
 NORM_EPS = 1e-6  # added to a key's and a query's squared length, as transformers does
 
 
@@ -146,7 +142,9 @@ def delta_rule_plain(
         query_BTMK, key_BTMK, value_BTNV, decay_BTN, rate_BTN
     )
     if matrix_BNKV is None:
-        matrix_BNKV = key_BNTK.new_zeros(*key_BNTK.shape[:2], key_BNTK.shape[3], value_BNTV.shape[3])
+        matrix_BNKV = key_BNTK.new_zeros(
+            *key_BNTK.shape[:2], key_BNTK.shape[3], value_BNTV.shape[3]
+        )
     outputs = []
     for t in range(query_BNTK.shape[2]):
         key_BNK1 = key_BNTK[:, :, t, :, None]
@@ -155,7 +153,6 @@ def delta_rule_plain(
         matrix_BNKV = matrix_BNKV + key_BNK1 * (rate_BNT[:, :, t, None] * error_BNV)[:, :, None]
         outputs.append((query_BNTK[:, :, t, :, None] * matrix_BNKV).sum(2))
     return torch.stack(outputs, dim=1).to(value_BTNV.dtype), matrix_BNKV
-
 
 
 def _by_heads(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from q3q.models.anatomy import DOWN, GATE_UP, QKV, O, ScaleGroup, Site, SiteInput, bias_of
 from q3q.models.config_values import MOST_LAYERS, Values
+from q3q.models.delta_sizes import DeltaSizes
 from q3q.models.rope import RopeScaling, read_rope, rotary_share
 from q3q.models.tensor_files import Shape
 
@@ -30,37 +31,6 @@ if TYPE_CHECKING:
     Stages = Generator[tuple[Site, SiteInput], None, Tensor]
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class DeltaSizes:
-    """Sizes of a gated delta rule and of the convolution before it (`q3q.models.delta`).
-
-    key_heads, value_heads: each key head serves as many value heads
-    key_dim, value_dim: of a head
-    width: tokens that the convolution sees
-    """
-
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-    width: int
-
-    @property
-    def channels(self) -> int:
-        """The convolution's channels: queries, keys and values."""
-        return 2 * self.key_heads * self.key_dim + self.values
-
-    @property
-    def values(self) -> int:
-        """Numbers of a token's values, and of what it reads."""
-        return self.value_heads * self.value_dim
-
-    @property
-    def state(self) -> int:
-        """Numbers that a row carries from token to token."""
-        return (self.width - 1) * self.channels + self.values * self.key_dim
 
 
 @dataclass(frozen=True, kw_only=True)

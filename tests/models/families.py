@@ -1,8 +1,11 @@
 """Small random models of every family, made by transformers, with odd shapes."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 COMMON: dict[str, Any] = dict(
@@ -98,3 +101,18 @@ def build(kind: str, tied: bool = True) -> Any:
             if "norm" in name or name.endswith((".bias", "dt_bias")):
                 tensor.add_(torch.randn_like(tensor) * 0.3)
     return model
+
+
+def nest(folder: Path) -> None:
+    """Make a text model's folder one of a model that sees images and predicts several tokens."""
+    text = json.loads((folder / "config.json").read_text())
+    outer = {"model_type": text["model_type"].removesuffix("_text"), "text_config": text}
+    (folder / "config.json").write_text(json.dumps(outer))
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    generator = torch.Generator().manual_seed(0)
+    tensors["model.visual.blocks.0.attn.qkv.weight"] = torch.randn(6, 4, generator=generator).half()
+    tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.randn(5, 3, generator=generator)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from q3q.models.anatomy import QKV, O, ScaleGroup, Site
 from q3q.models.config_values import Values
+from q3q.models.delta_sizes import DeltaSizes
 from q3q.models.families.qwen3 import Qwen3
-from q3q.models.family import DeltaSizes, Family, ModelFacts, Parts
+from q3q.models.family import Family, ModelFacts, Parts
 from q3q.models.tensor_files import Shape
 
 if TYPE_CHECKING:

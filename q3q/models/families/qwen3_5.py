@@ -57,7 +57,9 @@ class SeesImages(Family):
     carried: ClassVar[tuple[str, ...]] = ("mtp.", "model.visual.")
 
     def facts(self, values: Values) -> ModelFacts:
-        given = {key: value for key, value in values.table("text_config").items() if value is not None}
+        given = {
+            key: value for key, value in values.table("text_config").items() if value is not None
+        }
         if not given:
             raise values.wrong("it has no text_config, which says what its text part is")
         above = {key: values.config[key] for key in ABOVE if key in values.config}
