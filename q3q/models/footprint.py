@@ -219,7 +219,11 @@ def token_bytes(facts: ModelFacts, dtype: str) -> int:
     """
     item = facts.weight_bytes(dtype) // facts.parameters
     inner = max(facts.intermediate, facts.top_k * (facts.moe_intermediate + facts.hidden))
-    widest = 3 * inner + 2 * facts.heads * facts.head_dim + 4 * facts.hidden
+    inner = max(inner, facts.shared_intermediate)
+    mixing = 2 * facts.heads * facts.head_dim
+    if facts.delta is not None:  # attention has a gate, a delta rule its convolution's channels
+        mixing = max(2 * mixing, 3 * facts.delta.channels + 4 * facts.delta.values)
+    widest = 3 * inner + mixing + 4 * facts.hidden
     return widest * item + 2 * 4 * facts.hidden
 
 
@@ -246,7 +250,8 @@ def batch_tokens(facts: ModelFacts, dtype: str, device: Device) -> int:
 
 def _running(facts: ModelFacts, dtype: str, device: Device) -> int:
     """Return the bytes of a block's forward over one batch of tokens."""
-    return batch_tokens(facts, dtype, device) * token_bytes(facts, dtype)
+    piece = 0 if facts.delta is None else facts.delta.piece_bytes
+    return batch_tokens(facts, dtype, device) * token_bytes(facts, dtype) + piece
 
 
 def _quantizing(facts: ModelFacts, method: MethodMemory, running: int, ranks: int) -> int:
