@@ -84,18 +84,15 @@ class Cell:
 
 
 WEIGHT_ONLY = ("rtn", "gptq", "awq")
-WITH_ACTIVATIONS = ((4, 4), (4, 8), (8, 8))  # bits of weights and of activations
+SMOOTHED = (True, False)
 # The most telling first.
 CELLS = (
     Cell("none"),
     *(Cell(method, bits, GROUP_SIZE) for bits in (4, 3, 2) for method in WEIGHT_ONLY),
-    *(Cell(method, bits) for bits in (4, 3, 2) for method in WEIGHT_ONLY),
-    *(
-        Cell("smoothquant", bits, -1, act_bits, smooth)
-        for bits, act_bits in WITH_ACTIVATIONS
-        for smooth in (True, False)
-    ),
+    *(Cell("smoothquant", 4, -1, 4, smooth) for smooth in SMOOTHED),
+    *(Cell(method, bits) for bits in (3, 2, 4) for method in WEIGHT_ONLY),
     Cell("billm", 1, GROUP_SIZE),
+    *(Cell("smoothquant", bits, -1, 8, smooth) for bits in (4, 8) for smooth in SMOOTHED),
     *(Cell(method, 8, size) for size in (GROUP_SIZE, -1) for method in WEIGHT_ONLY),
 )
 
@@ -341,8 +338,10 @@ def csv_rows(results: dict[Cell, Result]) -> Iterator[list[str]]:
         row += [result.kl, *(result.kl_interval or nothing)]
         for task in TASKS:
             row += [result.accuracy.get(task), *result.accuracy_interval.get(task, nothing)]
-        yield ["" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-               for value in row]
+        yield [
+            "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+            for value in row
+        ]
 
 
 def claims_table(results: dict[Cell, Result]) -> str:

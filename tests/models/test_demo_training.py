@@ -12,7 +12,7 @@ from q3q.models.demo.train import Kept, Stage, run_stage
 STAGE = Stage(steps=7, seed=0, story_share=1.0, answer_weight=1.0, rate=1.0)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -52,7 +52,7 @@ def batches():
 
 def killed_after(steps):
     yield from islice(batches(), steps)
-    raise Killed
+    raise KilledError
 
 
 def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
@@ -61,7 +61,7 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
 
     kept = Kept(tmp_path / "unfinished.pt", "tiny")
     for steps in (2, 5):  # before the first checkpoint, and after it
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             run_stage(tiny_model(), killed_after(steps), STAGE, kept)
     assert kept.path.exists()
     torch.manual_seed(9)

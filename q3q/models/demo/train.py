@@ -1,9 +1,9 @@
 """Train a demo model: `python -m q3q.models.demo.train dense` (or `moe`, `hybrid`).
 
-A byte-level BPE of 4,096 tokens and a small Qwen3 or Qwen3.5 learn Python's standard library and generated
-stories. The result is an ordinary Hugging Face folder (safetensors, tokenizer, config) with the
-loss curve in `training.json`. The second of two stages adds a loss on the answers to the stories'
-questions, which are a small share of the tokens and all that the tasks measure.
+A byte-level BPE of 4,096 tokens and a small Qwen3 or Qwen3.5 learn Python's standard library and
+generated stories. The result is an ordinary Hugging Face folder (safetensors, tokenizer, config)
+with the loss curve in `training.json`. The second of two stages adds a loss on the answers to the
+stories' questions, which are a small share of the tokens and all that the tasks measure.
 
 With `--checkpoint FILE`, a training that is killed goes on from there when the same command is
 given again, and ends with the weights that it would have had anyway.
