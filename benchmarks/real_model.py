@@ -85,11 +85,13 @@ class Cell:
 
 WEIGHT_ONLY = ("rtn", "gptq", "awq")
 SMOOTHED = (True, False)
-# The most telling first.
+# The most telling first, and AWQ, which takes longest, behind what is as telling.
 CELLS = (
     Cell("none"),
-    *(Cell(method, bits, GROUP_SIZE) for bits in (4, 3, 2) for method in WEIGHT_ONLY),
+    *(Cell(method, 4, GROUP_SIZE) for method in WEIGHT_ONLY),
+    *(Cell(method, bits, GROUP_SIZE) for bits in (3, 2) for method in ("rtn", "gptq")),
     *(Cell("smoothquant", 4, -1, 4, smooth) for smooth in SMOOTHED),
+    *(Cell("awq", bits, GROUP_SIZE) for bits in (3, 2)),
     *(Cell(method, bits) for bits in (3, 2, 4) for method in WEIGHT_ONLY),
     Cell("billm", 1, GROUP_SIZE),
     *(Cell("smoothquant", bits, -1, 8, smooth) for bits in (4, 8) for smooth in SMOOTHED),
