@@ -51,6 +51,7 @@ class Cell:
 
     act_bits: of activations; None leaves them alone
     smooth: SmoothQuant's; False is what the study's script ran
+    static_groups: GPTQ's; True keeps neighbouring columns in a group
     """
 
     method: str
@@ -58,6 +59,7 @@ class Cell:
     group_size: int = -1
     act_bits: int | None = None
     smooth: bool = True
+    static_groups: bool = False
 
     @property
     def words(self) -> list[str]:
@@ -71,6 +73,8 @@ class Cell:
             words.append(f"act_bits={self.act_bits}")
         if not self.smooth:
             words.append("method.smooth=false")
+        if self.static_groups:
+            words.append("method.static_groups=true")
         return words
 
     @property
@@ -80,7 +84,8 @@ class Cell:
         method = self.method if self.smooth else "rtn w/a"
         act = f"a{self.act_bits}" if self.act_bits else ""
         group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{method} w{self.bits}{act} {group}"
+        static = ", static groups" if self.static_groups else ""
+        return f"{method} w{self.bits}{act} {group}{static}"
 
 
 WEIGHT_ONLY = ("rtn", "gptq", "awq")
@@ -91,6 +96,7 @@ CELLS = (
     *(Cell(method, 4, GROUP_SIZE) for method in WEIGHT_ONLY),
     *(Cell(method, bits, GROUP_SIZE) for bits in (3, 2) for method in ("rtn", "gptq")),
     *(Cell("smoothquant", 4, -1, 4, smooth) for smooth in SMOOTHED),
+    Cell("gptq", 4, GROUP_SIZE, static_groups=True),
     *(Cell("awq", bits, GROUP_SIZE) for bits in (3, 2)),
     *(Cell(method, bits) for bits in (3, 2, 4) for method in WEIGHT_ONLY),
     Cell("billm", 1, GROUP_SIZE),
@@ -137,8 +143,8 @@ def arc_rows(path: Path) -> Iterator[str]:
             yield json.dumps(row) + "\n"
 
 
-def command(cell: Cell, options: argparse.Namespace, evaluation: list[str]) -> list[str]:
-    """Return the command line of a cell's trial."""
+def words_of(cell: Cell, options: argparse.Namespace, evaluation: list[str]) -> list[str]:
+    """Return what launch.py is told of a cell's trial."""
     data = Data(options.storage / "data")
     words = [
         *cell.words,
@@ -159,7 +165,7 @@ def command(cell: Cell, options: argparse.Namespace, evaluation: list[str]) -> l
             f"calibration.length={length}",
             "calibration.draw=random",
         ]
-    return [sys.executable, "launch.py", *words]
+    return words
 
 
 def evaluation_of(options: argparse.Namespace) -> list[str]:
@@ -203,11 +209,6 @@ def run(options: argparse.Namespace) -> None:
     """Run the cells one by one; one that fails is told and the next one runs."""
     Data(options.storage / "data").fill(options)
     stop = Stop()
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(options.threads),
-        "MKL_NUM_THREADS": str(options.threads),
-        "TQDM_DISABLE": "1",
-    }
     work = [(cell, evaluation_of(options)) for cell in CELLS]
     if options.arc or options.mmlu:
         work += [(cell, tasks_evaluation(options)) for cell in CELLS]
@@ -216,9 +217,19 @@ def run(options: argparse.Namespace) -> None:
             print("stopped: the same command goes on", flush=True)
             return
         print(f"--- {cell.name}", flush=True)
-        words = command(cell, options, evaluation)
-        # In a session of its own, so that a terminal's Ctrl-C does not reach the trial.
-        subprocess.run(words, cwd=ROOT, env=environment, check=False, start_new_session=True)
+        launch(words_of(cell, options, evaluation), options.threads)
+
+
+def launch(words: list[str], threads: int) -> None:
+    """Run a trial; one that fails says so itself."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TQDM_DISABLE": "1",
+    }
+    command = [sys.executable, "launch.py", *words]
+    # In a session of its own, so that a terminal's Ctrl-C does not reach the trial.
+    subprocess.run(command, cwd=ROOT, env=environment, check=False, start_new_session=True)
 
 
 Interval = tuple[float, float]
@@ -249,9 +260,14 @@ def cell_of(spec: dict[str, Any]) -> Cell:
     scheme, method = spec["scheme"], spec["method"]
     if scheme is None:
         return Cell("none")
-    smooth = method.get("smooth", True)
-    act_bits = scheme.get("act_bits")
-    return Cell(method["name"], scheme["bits"], scheme["group_size"], act_bits, smooth)
+    return Cell(
+        method["name"],
+        scheme["bits"],
+        scheme["group_size"],
+        scheme.get("act_bits"),
+        method.get("smooth", True),
+        method.get("static_groups", False),
+    )
 
 
 def read(storage: Path) -> dict[Cell, Result]:
@@ -325,10 +341,19 @@ def csv_rows(results: dict[Cell, Result]) -> Iterator[list[str]]:
     """Yield the table's numbers in full, the first row being their names."""
     names = ["perplexity", "perplexity_ratio", "kl", *(f"{task}_acc" for task in TASKS)]
     with_bounds = [name + end for name in names for end in ("", "_low", "_high")]
-    yield ["method", "bits", "group_size", "act_bits", "bits_per_weight", *with_bounds]
+    yield [
+        "method",
+        "static_groups",
+        "bits",
+        "group_size",
+        "act_bits",
+        "bits_per_weight",
+        *with_bounds,
+    ]
     for cell, result in results.items():
         row: list[float | int | str | None] = [
             cell.method if cell.smooth else "rtn w/a",
+            "yes" if cell.static_groups else None,
             cell.bits or None,
             cell.group_size if cell.bits else None,
             cell.act_bits,
@@ -364,7 +389,7 @@ def claims_table(results: dict[Cell, Result]) -> str:
             bits_per_weight=result.bits_per_weight,
         )
         for cell, result in results.items()
-        if result.perplexity is not None
+        if result.perplexity is not None and not cell.static_groups
     }
     grid = fidelity.Grid(cells, TEXT, GROUP_SIZE)
     lines = ["| the study | SmolLM2-135M-Instruct (Q4_1) |", "|---|---|"]
