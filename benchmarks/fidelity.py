@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,10 +62,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """A model's cells by (method, bits, group size, activation bits), and the text to judge by."""
+    """A model's cells by (method, bits, group size, activation bits), and the text to judge by.
+
+    group_size: columns of a group where it is not the whole row
+    """
 
     cells: dict[tuple[str, int, int, int | None], Cell] = field(default_factory=dict)
     text: str = TEXTS[0]
+    group_size: int = 128
+
+    def named(self, method: str, bits: int) -> list[tuple[str, float]]:
+        """Return the losses of whole rows and of groups, with their names."""
+        size = self.group_size
+        return [
+            (f"{method} pc", self.loss(method, bits)),
+            (f"{method} g{size}", self.loss(method, bits, size)),
+        ]
 
     def loss(
         self, method: str, bits: int, group_size: int = -1, act_bits: int | None = None
@@ -122,14 +134,8 @@ def read(storage: Path, model: str) -> Grid:
 Judgement = tuple[bool | None, str]  # holds or not, None if a cell is missing; the numbers
 
 
-def losses_at(
-    grid: Grid, bits: int, methods: Iterable[str] = WEIGHT_ONLY
-) -> list[tuple[str, float]]:
-    return [
-        (f"{m} {'g128' if g > 0 else 'pc'}", grid.loss(m, bits, g))
-        for m in methods
-        for g in (-1, 128)
-    ]
+def losses_at(grid: Grid, bits: int) -> list[tuple[str, float]]:
+    return [pair for method in WEIGHT_ONLY for pair in grid.named(method, bits)]
 
 
 def judged(holds: Callable[[], bool], losses: Iterable[tuple[str, float]]) -> Judgement:
@@ -171,9 +177,9 @@ def gptq_best_at_two(grid: Grid) -> Judgement:
 def groups(method: str) -> Callable[[Grid], Judgement]:
     def judge(grid: Grid) -> Judgement:
         losses = [
-            (f"w{b} {'g128' if g > 0 else 'pc'}", grid.loss(method, b, g))
-            for b in (4, 3, 2)
-            for g in (-1, 128)
+            (name.replace(method, f"w{bits}"), loss)
+            for bits in (4, 3, 2)
+            for name, loss in grid.named(method, bits)
         ]
         return judged(lambda: all(losses[i + 1][1] < losses[i][1] for i in (0, 2, 4)), losses)
 
@@ -198,8 +204,10 @@ def w4a8_worse(grid: Grid) -> Judgement:
 
 
 def billm_above_two_bits(grid: Grid) -> Judgement:
-    losses = [("billm", grid.loss("billm", 1, 128)), ("rtn w2 g128", grid.loss("rtn", 2, 128))]
-    losses += [("awq w2 g128", grid.loss("awq", 2, 128)), ("awq w3 g128", grid.loss("awq", 3, 128))]
+    size = grid.group_size
+    losses = [("billm", grid.loss("billm", 1, size))]
+    for method, bits in (("rtn", 2), ("awq", 2), ("awq", 3)):
+        losses.append((f"{method} w{bits} g{size}", grid.loss(method, bits, size)))
     return judged(lambda: losses[3][1] < losses[0][1] < min(losses[1][1], losses[2][1]), losses)
 
 
@@ -215,10 +223,9 @@ CLAIMS: list[tuple[str, Callable[[Grid], Judgement]]] = [
     (f"at 3 bits AWQ alone keeps the model (below x{KEPT:g})", three_bits),
     (f"at 2 bits GPTQ alone keeps something (below x{COLLAPSED:g})", two_bits),
     ("at 2 bits GPTQ is the best of the three", gptq_best_at_two),
-    ("GPTQ: groups of 128 are better than whole rows", groups("gptq")),
+    ("GPTQ: groups are better than whole rows", groups("gptq")),
     (
-        "AWQ: groups of 128 are better than whole rows (the study's tables have it the other way "
-        "round)",
+        "AWQ: groups are better than whole rows (the study's tables have it the other way round)",
         groups("awq"),
     ),
     (
@@ -269,7 +276,7 @@ def claims_table(grids: dict[str, Grid]) -> str:
     ]
     for claim, judge in CLAIMS:
         for model, grid in grids.items():
-            found = [judge(Grid(grid.cells, text)) for text in TEXTS]
+            found = [judge(replace(grid, text=text)) for text in TEXTS]
             verdicts = " | ".join(f"{VERDICT[holds]}: {how}" for holds, how in found)
             lines.append(f"| {claim} | {model} | {verdicts} |")
     return "\n".join(lines)
@@ -400,7 +407,7 @@ def hessian_table(model: str) -> str:
     return "\n".join(lines)
 
 
-def replace(page: str, marker: str, content: str) -> str:
+def rewrite(page: str, marker: str, content: str) -> str:
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if page.count(start) != 1 or page.count(end) != 1:
         raise SystemExit(f"{PAGE} needs {start} and {end}, once each")
@@ -430,10 +437,10 @@ def main() -> None:
     grids = {model: read(storage, model) for model in options.models}
     page = PAGE.read_text(encoding="utf-8")
     for model, grid in grids.items():
-        page = replace(page, f"grid {model}", grid_table(grid))
-    page = replace(page, "claims", claims_table(grids))
-    page = replace(page, "hessians", hessian_table("demo"))
-    page = replace(page, "exactness", exactness_table("demo"))
+        page = rewrite(page, f"grid {model}", grid_table(grid))
+    page = rewrite(page, "claims", claims_table(grids))
+    page = rewrite(page, "hessians", hessian_table("demo"))
+    page = rewrite(page, "exactness", exactness_table("demo"))
     PAGE.write_text(page, encoding="utf-8")
     print(page[page.index("## ") :])
 

@@ -101,13 +101,15 @@ GPTQMODEL = Peer(
 
 @dataclass(frozen=True)
 class Contender:
-    """A quantizer: a peer, or q3q itself (None).
+    """A quantizer: a peer, or what runs in this process's own environment (None).
 
+    script: in `peers/`, of a quantizer without a peer
     aside: outside the contest, shown for comparison; run once
     """
 
     name: str
     peer: Peer | None = None
+    script: str = "run_q3q.py"
     options: dict[str, Any] = field(default_factory=dict)
     aside: bool = False
 
@@ -221,8 +223,10 @@ class Turn:
     folder: Path
 
 
-def take_turn(contender: Contender, python: Path, job: Job, cache: Path) -> Turn:
-    """Run the contender's script on the job.
+def take_turn(
+    contender: Contender, python: Path, job: Job, cache: Path, limit: float = RUN_LIMIT
+) -> Turn:
+    """Run the contender's script on the job, for at most `limit` seconds.
 
     Raises:
         ContenderError: it crashed, or took too long.
@@ -231,7 +235,7 @@ def take_turn(contender: Contender, python: Path, job: Job, cache: Path) -> Turn
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (folder / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
-    script = SCRIPTS / (contender.peer.script if contender.peer else "run_q3q.py")
+    script = SCRIPTS / (contender.peer.script if contender.peer else contender.script)
     environment = {
         **os.environ,
         "PYTHONPATH": "" if contender.peer else str(ROOT),
@@ -251,16 +255,31 @@ def take_turn(contender: Contender, python: Path, job: Job, cache: Path) -> Turn
             text=True,
             errors="replace",
             capture_output=True,
-            timeout=RUN_LIMIT,
+            timeout=limit,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ContenderError(f"stopped after {RUN_LIMIT} s") from None
+        raise ContenderError(f"stopped after {limit:g} s") from None
     process = time.perf_counter() - started
     if done.returncode:
         raise ContenderError(last_line(done.stderr or done.stdout))
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return Turn(process=process, folder=folder, **result)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A model's perplexity, and its mean KL divergence from the unquantized model in each window.
+
+    The divergence is in nats per token.
+    """
+
+    perplexity: float
+    divergences: list[float]
+
+    @property
+    def divergence(self) -> float:
+        return sum(self.divergences) / len(self.divergences)
 
 
 @dataclass(frozen=True)
@@ -270,14 +289,18 @@ class Judge:
     model: Decoder
     windows_NT: Tensor
 
-    def scores(self, weights: dict[str, Tensor] | None = None) -> tuple[float, float]:
-        """Perplexity, and mean KL divergence from the unquantized model in nats per token.
+    def scores(
+        self, weights: dict[str, Tensor] | None = None, bits: int = BITS, group: int = GROUP_SIZE
+    ) -> Scores:
+        """Measure a model.
 
         Args:
             weights: of a quantized model's blocks, by checkpoint name; what is absent is as it was.
+            bits: of its linears.
+            group: columns of a group.
 
         Raises:
-            ContenderError: a linear has more levels in a group than `BITS` bits can tell apart.
+            ContenderError: a linear has more levels in a group than its bits can tell apart.
         """
         model = self.model
         if weights is not None:
@@ -291,37 +314,38 @@ class Judge:
                 }
                 linears = [name for site in block.sites for name in site.weights]
                 for name in linears:
-                    check_levels(prefix + name, new.get(name))
+                    check_levels(prefix + name, new.get(name), bits, group)
                 blocks.append(block.with_weights(new))
             model = Decoder(model.facts, model.embedding_VH, model.norm_H, model.head_VH, blocks)
-        return perplexity(model, self.windows_NT).value, self._divergence(model)
+        divergences = [self._divergence(model, ids_1T) for ids_1T in self.windows_NT.split(1)]
+        return Scores(perplexity(model, self.windows_NT).value, divergences)
 
-    def _divergence(self, model: Decoder) -> float:
-        divergence, count = 0.0, 0
-        for ids_1T in self.windows_NT.split(1):
-            ours, theirs = (m.logits(m.hidden(ids_1T).flatten(0, 1)) for m in (model, self.model))
-            for (_, new_CV), (_, old_CV) in zip(ours, theirs, strict=True):
-                divergence += float(
-                    kl_div(
-                        new_CV.log_softmax(1),
-                        old_CV.log_softmax(1),
-                        reduction="sum",
-                        log_target=True,
-                    )
+    def _divergence(self, model: Decoder, ids_1T: Tensor) -> float:
+        if model is self.model:
+            return 0.0
+        divergence = 0.0
+        ours, theirs = (m.logits(m.hidden(ids_1T).flatten(0, 1)) for m in (model, self.model))
+        for (_, new_CV), (_, old_CV) in zip(ours, theirs, strict=True):
+            divergence += float(
+                kl_div(
+                    new_CV.log_softmax(1),
+                    old_CV.log_softmax(1),
+                    reduction="sum",
+                    log_target=True,
                 )
-                count += len(old_CV)
-        return divergence / count
+            )
+        return divergence / ids_1T.numel()
 
 
-def check_levels(name: str, weight_OI: Tensor | None) -> None:
-    """Refuse a linear that is missing, or not of `BITS` bits in each group of its first rows."""
+def check_levels(name: str, weight_OI: Tensor | None, bits: int, group: int) -> None:
+    """Refuse a linear that is missing, or not of these bits in each group of its first rows."""
     if weight_OI is None:
         raise ContenderError(f"left {name} unquantized")
-    groups = weight_OI[:CHECKED_ROWS].unflatten(1, (-1, GROUP_SIZE)).sort(-1).values
+    groups = weight_OI[:CHECKED_ROWS].unflatten(1, (-1, group)).sort(-1).values
     levels = 1 + int((groups.diff(dim=-1) != 0).sum(-1).max())
-    if levels > 2**BITS:
+    if levels > 2**bits:
         raise ContenderError(
-            f"{name} has {levels} levels in a group, {2**BITS} at most are possible"
+            f"{name} has {levels} levels in a group, {2**bits} at most are possible"
         )
 
 
@@ -357,7 +381,7 @@ def run_case(
     print(f"\n{case.method.upper()}, {TITLES[case.model]}")
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in case.contenders}
     failures: dict[str, str] = {}
-    scores: dict[str, tuple[float, float]] = {}
+    scores: dict[str, Scores] = {}
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         tokens, held_out = make_tokens(Path(scratch) / "tokens.safetensors", case, args.windows)
         judge = Judge(load_decoder(Checkpoint(checkpoint), torch.float32), held_out)
@@ -406,8 +430,8 @@ def print_table(
     case: Case,
     turns: dict[str, list[Turn]],
     failures: dict[str, str],
-    scores: dict[str, tuple[float, float]],
-    base: tuple[float, float],
+    scores: dict[str, Scores],
+    base: Scores,
 ) -> None:
     best = {
         name: min(taken, key=lambda turn: turn.seconds) for name, taken in turns.items() if taken
@@ -422,16 +446,16 @@ def print_table(
         f"\n{'':22} {'seconds':>8} {'cpu s':>7} {'process':>8} {'speed':>6} {'perplexity':>12} "
         f"{'KL, nats':>10}"
     )
-    print(f"{'unquantized':22} {'':8} {'':7} {'':8} {'':6} {base[0]:12.5f}")
+    print(f"{'unquantized':22} {'':8} {'':7} {'':8} {'':6} {base.perplexity:12.5f}")
     for contender in case.contenders:
         name = contender.name
         if name in failures:
             print(f"{name:22} FAILED: {failures[name]}")
             continue
-        turn, (ppl, divergence) = best[name], scores[name]
+        turn, found = best[name], scores[name]
         speed = f"{fastest / turn.seconds:.2f}x" if fastest else "-"
         times = f"{turn.seconds:8.2f} {turn.cpu:7.1f} {turn.process:8.1f}"
-        print(f"{name:22} {times} {speed:>6} {ppl:12.5f} {divergence:10.3g}")
+        print(f"{name:22} {times} {speed:>6} {found.perplexity:12.5f} {found.divergence:10.3g}")
     print("\nspeed: seconds of the fastest peer over these. Where q3q's time went, and every knob:")
     for name, turn in best.items():
         if turn.phases:

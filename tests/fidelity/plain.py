@@ -291,13 +291,21 @@ def upper_factor(H, damping):
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 
+def order_of(H, act_order):
+    """Return the order in which columns are rounded."""
+    if not act_order:
+        return torch.arange(len(H))
+    diagonal = torch.where(torch.diag(H) > 0, torch.diag(H), 1.0)
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
 def orders_of(H, act_order):
     """Return the columns' possible orders: where two diagonals differ in the last bits, either."""
+    order = order_of(H, act_order)
     if not act_order:
-        return [torch.arange(len(H))]
+        return [order]
     live = torch.diag(H) > 0
     diagonal = torch.where(live, torch.diag(H), 1.0)
-    order = torch.argsort(diagonal, descending=True, stable=True)
     high, low = diagonal[order][:-1], diagonal[order][1:]
     both_live = live[order][:-1] & live[order][1:]
     orders = [order]
@@ -383,10 +391,12 @@ def gptq(
                     rounded = round_to_nearest(weight, bits, group_size, symmetric, mse)
                 else:
                     knobs = bits, group_size, symmetric, damping, block_size, static_groups, mse
-                    orders = orders_of(hessian.H, act_order)
                     if follow is None:
-                        rounded = gptq_linear(weight, hessian.H, orders[0], *knobs)
+                        # Of wide linears there are too many possible orders to list.
+                        order = order_of(hessian.H, act_order)
+                        rounded = gptq_linear(weight, hessian.H, order, *knobs)
                     else:
+                        orders = orders_of(hessian.H, act_order)
                         other = follow[f"{k}.{name}"]
                         rounded = min(
                             (gptq_linear(weight, hessian.H, order, *knobs) for order in orders),

@@ -9,45 +9,51 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from q3q.formatting import plural
 from q3q.models.demo.train import STAGES
 
 HERE = Path(__file__).parent
-TITLES = {"dense": "`demo`: dense Qwen3", "moe": "`demo_moe`: Qwen3-MoE"}
+MODELS = {"dense": "demo", "moe": "demo_moe", "hybrid": "demo_hybrid"}
+TITLES = {"dense": "dense Qwen3", "moe": "Qwen3-MoE", "hybrid": "Qwen3.5, text part"}
 SHAPES = {
     "dense": "6 blocks, hidden 256, 6 query and 3 key-value heads of 64, intermediate 640",
     "moe": "4 blocks, hidden 256, 6 query and 3 key-value heads of 64, "
     "8 experts of 128 (2 per token)",
+    "hybrid": "4 blocks: three of gated delta-net (3 key and 6 value heads of 64), one of gated "
+    "attention (6 query and 3 key-value heads of 64); hidden 256, intermediate 768",
 }
 TASKS = ("stories_who", "stories_where", "stories_order", "stories_count")
 
 INTRODUCTION = """\
 # The demo models
 
-Two small models ship with q3q, so that a study runs anywhere within minutes. Each is an ordinary
+Small models ship with q3q, so that a study runs anywhere within minutes. Each is an ordinary
 Hugging Face folder (safetensors in bfloat16, tokenizer, config) that `AutoModelForCausalLM` loads.
 This project trained them on (a) the text of Python's standard library, read from the interpreter
 that ran the training, and (b) stories with questions from `stories.py`. One story in 16, chosen by
 checksum, and eight library modules were kept from training: they are the texts and tasks of
 `evaluation=demo`. The models know nothing else; they serve to try quantization, not to answer.
 
-`python -m q3q.models.demo.train dense` (or `moe`) trains a model again;
+`python -m q3q.models.demo.train dense` (or `moe`, `hybrid`) trains a model again;
 `python -m q3q.models.demo.card` writes this page."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
     parts = [INTRODUCTION]
-    for kind, title in TITLES.items():
-        facts = json.loads((HERE / kind / "training.json").read_text(encoding="utf-8"))
+    for kind, model in MODELS.items():
+        log = HERE / kind / "training.json"
+        if not log.exists():
+            continue  # it does not ship yet
+        facts = json.loads(log.read_text(encoding="utf-8"))
         plain = STAGES[0].steps  # the second stage counts answers extra: another loss
         curve = [(step, loss) for step, loss in facts["loss"] if step <= plain and step % 250 == 0]
         last = facts["loss"][-1][1]
-        model = "demo" if kind == "dense" else "demo_moe"
         parts.append(
-            f"## {title}\n\n"
+            f"## `{model}`: {TITLES[kind]}\n\n"
             f"{SHAPES[kind]}, tied embeddings; vocabulary 4,096 (byte-level BPE).\n\n"
             f"Trained on {facts['tokens'] / 1e6:.1f} M tokens in {facts['steps']} steps of "
             f"{facts['batch']} x {facts['window']}, seed {facts['seed']}, "
-            f"{facts['minutes']:.0f} minutes on {facts['threads']} CPU threads, "
+            f"{facts['minutes']:.0f} minutes on {plural(facts['threads'], 'CPU thread')}, "
             f"Python {facts['python']}, torch {facts['torch']}.\n\n"
             "```mermaid\nxychart-beta\n"
             '    title "Training loss, nats per token"\n'

@@ -1,19 +1,24 @@
-"""Train a demo model: `python -m q3q.models.demo.train dense` (or `moe`).
+"""Train a demo model: `python -m q3q.models.demo.train dense` (or `moe`, `hybrid`).
 
-A byte-level BPE of 4,096 tokens and a small Qwen3 learn Python's standard library and generated
-stories. The result is an ordinary Hugging Face folder (safetensors, tokenizer, config) with the
-loss curve in `training.json`. The second of two stages adds a loss on the answers to the stories'
-questions, which are a small share of the tokens and all that the tasks measure.
+A byte-level BPE of 4,096 tokens and a small Qwen3 or Qwen3.5 learn Python's standard library and
+generated stories. The result is an ordinary Hugging Face folder (safetensors, tokenizer, config)
+with the loss curve in `training.json`. The second of two stages adds a loss on the answers to the
+stories' questions, which are a small share of the tokens and all that the tasks measure.
+
+With `--checkpoint FILE`, a training that is killed goes on from there when the same command is
+given again, and ends with the weights that it would have had anyway.
 """
 
 import argparse
+import io
 import json
 import math
 import platform
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -31,7 +39,9 @@ from transformers import (
 
 from q3q.models.demo.library import training_text
 from q3q.models.demo.stories import stories
+from q3q.storage.files import read_file, write_atomically
 
+KINDS = ("dense", "moe", "hybrid")
 VOCAB_SIZE = 4096
 END = "<|endoftext|>"
 WINDOW = 512
@@ -53,6 +63,7 @@ STAGES = (
     Stage(steps=500, seed=1000, story_share=0.8, answer_weight=1.0, rate=0.6),
 )
 BATCH = 8  # windows a step
+KEPT_EVERY = 20  # steps between two checkpoints of an unfinished stage
 ROUTER_BALANCE = 0.01
 
 _COMMON: dict[str, Any] = dict(
@@ -73,9 +84,23 @@ _COMMON: dict[str, Any] = dict(
 )
 
 
-def build_model(kind: str) -> Qwen3ForCausalLM | Qwen3MoeForCausalLM:
+def build_model(kind: str) -> PreTrainedModel:
     if kind == "dense":
         return Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=6, intermediate_size=640, **_COMMON))
+    if kind == "hybrid":
+        rope = {**_COMMON["rope_parameters"], "partial_rotary_factor": 0.25}
+        return Qwen3_5ForCausalLM(
+            Qwen3_5TextConfig(
+                num_hidden_layers=4,  # three of linear attention, then one of full attention
+                intermediate_size=768,
+                # As in the released models, value heads share key heads.
+                linear_num_key_heads=3,
+                linear_num_value_heads=6,
+                linear_key_head_dim=64,
+                linear_value_head_dim=64,
+                **_COMMON | {"rope_parameters": rope},
+            )
+        )
     config = Qwen3MoeConfig(
         num_hidden_layers=4,
         intermediate_size=640,  # unused: every layer is sparse, as in the released MoE models
@@ -159,11 +184,18 @@ def stage_loss(
     return loss
 
 
+NOT_MUON = ("embed", "gate.weight", "in_proj_a", "in_proj_b")  # of two dimensions
+
+
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Return Muon for the blocks' matrices, AdamW for embedding, norms, router and 3-D experts."""
+    """Return Muon for the blocks' matrices and AdamW for all else.
+
+    All else is the embedding, norms, routers, 3-D experts, and a linear attention's convolution and
+    its projections to one number a head.
+    """
     matrices, others = list[torch.nn.Parameter](), list[torch.nn.Parameter]()
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim == 2 and "embed" not in name and "gate.weight" not in name
+        is_matrix = parameter.ndim == 2 and not any(part in name for part in NOT_MUON)
         (matrices if is_matrix else others).append(parameter)
     return [
         torch.optim.Muon(matrices, lr=0.005, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
@@ -179,10 +211,13 @@ def learning_rate_factor(done: float) -> float:
     return min(1.0, done / 0.02 + 1e-3, 2 * (1 - done) + 1e-3)
 
 
-def train(kind: str, out: Path) -> None:
+def train(kind: str, out: Path, checkpoint: Path | None = None) -> None:
     """Run both stages, each from the folder that the stage before wrote.
 
     A stage that `training.json` lists is not repeated.
+
+    Args:
+        checkpoint: file of the unfinished stage, from which a killed training goes on.
     """
     log = out / "training.json"
     facts = json.loads(log.read_text(encoding="utf-8")) if log.exists() else {}
@@ -194,9 +229,9 @@ def train(kind: str, out: Path) -> None:
         if number:
             earlier = type(model).from_pretrained(out, dtype=torch.float32)
             model.load_state_dict(earlier.state_dict())
-        started = time.monotonic()
-        curve = run_stage(model, tokenizer, stage)
-        minutes = (time.monotonic() - started) / 60
+        kept = Kept(checkpoint, f"{kind}, {stage}") if checkpoint else None
+        batches = batches_of(windows(tokenizer, stage.seed, stage.story_share))
+        run = run_stage(model, batches, stage, kept)
         if kind == "moe":
             model.config.output_router_logits = False  # only the balancing loss needs them
         model.bfloat16().save_pretrained(out)
@@ -210,31 +245,95 @@ def train(kind: str, out: Path) -> None:
             "batch": BATCH,
             "window": WINDOW,
             "tokens": (before + stage.steps) * BATCH * WINDOW,
-            "minutes": round(facts.get("minutes", 0) + minutes, 1),
+            "minutes": round(facts.get("minutes", 0) + run.seconds / 60, 1),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "loss": facts.get("loss", []) + [[before + s, round(v, 4)] for s, v in curve],
+            "loss": facts.get("loss", []) + [[before + s, round(v, 4)] for s, v in run.curve],
         }
         log.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        if checkpoint:
+            checkpoint.unlink(missing_ok=True)
+
+
+def batches_of(stream: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield token ids and masks of answer tokens, [BATCH, WINDOW] each."""
+    while True:
+        ids, answers = zip(*islice(stream, BATCH), strict=True)
+        yield torch.stack(ids), torch.stack(answers)
+
+
+@dataclass
+class Run:
+    """How far a stage has come.
+
+    recent: losses of the steps since the curve's last point
+    curve: (step, mean loss of the last 50 steps) every 50 steps
+    seconds: of all processes that had a part in it
+    """
+
+    step: int = 0
+    recent: list[float] = field(default_factory=list)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The checkpoint of an unfinished stage: a file, and what is trained in it.
+
+    The order of the batches follows from the stage's seed, and nothing else in a step is random, so
+    weights, optimizers and the number of steps are all that a later process needs.
+    """
+
+    path: Path
+    subject: str
+
+    def save(self, run: Run, model: torch.nn.Module, parts: list[torch.optim.Optimizer]) -> None:
+        content = io.BytesIO()
+        states = [part.state_dict() for part in parts]
+        facts = {"subject": self.subject, "run": asdict(run)}
+        torch.save({**facts, "model": model.state_dict(), "optimizers": states}, content)
+        write_atomically(self.path, content.getvalue())
+
+    def load(self, model: torch.nn.Module, parts: list[torch.optim.Optimizer]) -> Run:
+        """Fill model and optimizers from the file, if there is one; return how far they had come.
+
+        Raises:
+            SystemExit: the file is of another training.
+        """
+        if not self.path.exists():
+            return Run()
+        kept = torch.load(io.BytesIO(read_file(self.path)), weights_only=True)
+        if kept["subject"] != self.subject:
+            raise SystemExit(
+                f"{self.path} is a checkpoint of another training ({kept['subject']}) than this "
+                f"one ({self.subject}): give another --checkpoint, or delete it"
+            )
+        model.load_state_dict(kept["model"])
+        for part, state in zip(parts, kept["optimizers"], strict=True):
+            part.load_state_dict(state)
+        return Run(**kept["run"])
 
 
 def run_stage(
-    model: Qwen3ForCausalLM | Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, stage: Stage
-) -> list[tuple[int, float]]:
-    """Train the model in place; return (step, mean loss of the last 50 steps) every 50 steps."""
-    compiled = torch.compile(model)
-    stream = windows(tokenizer, stage.seed, stage.story_share)
+    model: PreTrainedModel,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    stage: Stage,
+    kept: Kept | None = None,
+) -> Run:
+    """Train the model in place, from the checkpoint if there is one."""
     parts = optimizers(model)
-    groups = [group for part in parts for group in part.param_groups]
-    peak = [stage.rate * group["lr"] for group in groups]
-    curve, recent = list[tuple[int, float]](), list[float]()
-    started = time.monotonic()
-    for step in range(1, stage.steps + 1):
+    peak = [stage.rate * group["lr"] for part in parts for group in part.param_groups]
+    run = kept.load(model, parts) if kept else Run()
+    groups = [group for part in parts for group in part.param_groups]  # loading replaced them
+    if run.step:
+        print(f"going on after step {run.step}", flush=True)
+    compiled = torch.compile(model)
+    started = time.monotonic() - run.seconds
+    for ids_BT, answers_BT in islice(batches, run.step, stage.steps):
         for group, rate in zip(groups, peak, strict=True):
-            group["lr"] = rate * learning_rate_factor((step - 1) / stage.steps)
-        batch = zip(*(next(stream) for _ in range(BATCH)), strict=True)
-        ids_BT, answers_BT = map(torch.stack, batch)
+            group["lr"] = rate * learning_rate_factor(run.step / stage.steps)
         with torch.autocast("cpu", torch.bfloat16):
             output = compiled(input_ids=ids_BT, use_cache=False)
         loss = stage_loss(output.logits, ids_BT, answers_BT, stage.answer_weight)
@@ -244,20 +343,29 @@ def run_stage(
         for part in parts:
             part.step()
             part.zero_grad(set_to_none=True)
-        recent.append(loss.item())
-        if step % 50 == 0:
-            curve.append((step, sum(recent) / len(recent)))
-            recent = []
-            mean, elapsed = curve[-1][1], (time.monotonic() - started) / 60
-            print(f"step {step}/{stage.steps}  loss {mean:.3f}  {elapsed:.1f} min", flush=True)
+        run.step += 1
+        run.recent.append(loss.item())
+        run.seconds = time.monotonic() - started
+        if run.step % 50 == 0:
+            mean = sum(run.recent) / len(run.recent)
+            run.curve.append((run.step, mean))
+            run.recent = []
+            minutes = run.seconds / 60
+            print(f"step {run.step}/{stage.steps}  loss {mean:.3f}  {minutes:.1f} min", flush=True)
             if not math.isfinite(mean):
                 raise SystemExit("training diverged")
-    return curve
+        if kept and run.step % KEPT_EVERY == 0:
+            kept.save(run, model, parts)
+    return run
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=("dense", "moe"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--out", type=Path, help="folder to write; default: beside this file")
+    parser.add_argument("--checkpoint", type=Path, help="file of an unfinished training")
     arguments = parser.parse_args()
-    train(arguments.kind, arguments.out or Path(__file__).parent / arguments.kind)
+    folder = arguments.out or Path(__file__).parent / arguments.kind
+    train(arguments.kind, folder, arguments.checkpoint)
