@@ -16,6 +16,13 @@ GPU_LOST_WORDS = re.compile(
     r"no CUDA-capable device|CUDA-capable device\(s\) is/are busy or unavailable"
     r"|No CUDA GPUs are available|CUDA error: (unspecified launch failure|unknown error)"
     r"|uncorrectable (ECC|NVLink) error|(GPU|device) is lost|CUDA driver initialization failed"
+    r"|cudaErrorNoDevice|\bXid\b"
+)
+
+# The words of faults that a broken GPU has, but wrong code too.
+GPU_SUSPECT_WORDS = re.compile(
+    r"device-side assert|CUDA error: (an illegal (memory access|instruction)|misaligned address"
+    r"|invalid program counter|hardware stack error|the launch timed out)"
 )
 
 # Exit codes: something went wrong while running; nothing was started; Ctrl-C.

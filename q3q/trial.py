@@ -18,7 +18,7 @@ from q3q.attempt import LOG, Attempt, TrialLog, attempt, running_quantizations
 from q3q.crash import crash_reason, forget_crash
 from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
-from q3q.errors import GPU_LOST_WORDS, Q3QError
+from q3q.errors import GPU_LOST_WORDS, GPU_SUSPECT_WORDS, Q3QError
 from q3q.evaluate.integrity import check_weights
 from q3q.evaluate.measure import Reference, evaluate, noted_baseline, reference_of
 from q3q.evaluate.samples import SAMPLES, write_samples
@@ -31,7 +31,7 @@ from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import Device
 from q3q.models.hub import is_downloaded
-from q3q.models.loading import device_of, load_model, open_checkpoint
+from q3q.models.loading import device_of, load_model, open_checkpoint, this_gpu
 from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
@@ -284,9 +284,14 @@ def share_trial(trial: Trial, report: Report, seat: Rendezvous) -> TrialRecord |
         if team.rank > 0:
             TrialLog(trial.folder / LOG).write(f"rank {team.rank} of {team.size}")
             _notes_on_kernels(device_of(trial))  # tries Triton while the GPU has room for it
-            with torch.inference_mode():
-                # Nobody reads these reports, but `report` also notices SIGTERM.
-                team.follow(lambda: report(Progress(trial=trial.id, phase="follow")))
+            try:
+                with torch.inference_mode():
+                    # Nobody reads these reports, but `report` also notices SIGTERM.
+                    team.follow(lambda: report(Progress(trial=trial.id, phase="follow")))
+            except RuntimeError as error:
+                if not GPU_LOST_WORDS.search(str(error)):
+                    raise
+                raise Q3QError(f"rank {team.rank}: {gpu_loss(error)}") from error
             return None
         record = attempt_trial(trial, report, team)
         if record.completed:  # after a failure the others may be blocked; the driver ends them
@@ -313,6 +318,15 @@ def attempt_trial(
                 raise PeerLostError("another process took this gang's trial over") from None
 
 
+def gpu_loss(error: Exception) -> str:
+    """Return in a line that this process's GPU is lost, and which one it is."""
+    return (
+        f"{this_gpu()} of {platform.node()} failed, or is gone ({str(error).splitlines()[0]}): "
+        "nvidia-smi and the kernel's log there (Xid) say more; the same command goes on from the "
+        "last block"
+    )
+
+
 def _recorded(trial: Trial, turn: Attempt, team: Team) -> TrialRecord:
     started = now()
     forget_crash(trial.folder)
@@ -329,14 +343,12 @@ def _recorded(trial: Trial, turn: Attempt, team: Team) -> TrialRecord:
                 "same command goes on from the last block"
             )
         elif GPU_LOST_WORDS.search(str(error)):
-            reason = (
-                f"the GPU of {platform.node()} failed, or is gone ({str(error).splitlines()[0]}): "
-                "nvidia-smi and the kernel's log there (Xid) say more; the same command goes on "
-                "from the last block"
-            )
+            reason = gpu_loss(error)
         else:
             module = settings_or_default(trial.spec.method).implementation
             reason = crash_reason(error, trial.folder, [module.partition(".")[0]])
+            if GPU_SUSPECT_WORDS.search(str(error)):
+                reason += f"; it ran on {this_gpu()} of {platform.node()}"
         environment = {
             "git_commit": git_commit(),
             "packages": packages(),

@@ -1,13 +1,23 @@
 """A GPU that disappears: one clear line, and nothing lost."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import q3q.trial
-from q3q.errors import GPU_LOST_WORDS, MEMORY_WORDS, ConfigError
+from q3q.errors import GPU_LOST_WORDS, MEMORY_WORDS, ConfigError, Q3QError
+from q3q.models import loading
 from q3q.models.loading import device_of
 from q3q.placement import Grant
 from q3q.record import TrialRecord
+from q3q.storage.aside import telling
+from q3q.sweep.on_ray import work
+from q3q.sweep.ray import gpus_aside
+from q3q.sweep.ray.in_flight import InFlight
+from q3q.sweep.ray.tasks import GpuFailedError, Resources, Task
+from q3q.team import Rendezvous
 from tests.specs import make_trial
 
 LOST = [
@@ -15,6 +25,7 @@ LOST = [
     "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported",
     "CUDA error: uncorrectable ECC error encountered",
     "No CUDA GPUs are available",
+    "NCCL error: cudaErrorNoDevice",
 ]
 
 
@@ -31,6 +42,55 @@ def test_a_gpu_that_is_lost_during_a_trial_is_named_in_one_line(monkeypatch, tmp
     assert "the same command goes on" in record.reason
     assert "\n" not in record.reason
     assert TrialRecord.load(trial.folder / "failed.json").reason == record.reason
+
+
+SUSPECT = ["CUDA error: device-side assert triggered", "CUDA error: an illegal memory access"]
+
+
+@pytest.mark.parametrize("words", [*LOST, *SUSPECT])
+def test_a_worker_tells_its_driver_that_the_gpu_may_be_to_blame(monkeypatch, tmp_path, words):
+    def lost(*_):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(q3q.trial, "run_trial", lost)
+    monkeypatch.setattr(loading, "_known_gpu", ["NVIDIA H100 80GB HBM3", "GPU-0a1b"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    trial = make_trial(storage=tmp_path).placed(grant=Grant(gpus=1, loader="resident"))
+    with pytest.raises(GpuFailedError) as told:
+        work(trial.to_json(), lambda event: None)
+    assert "GPU 3 (NVIDIA H100 80GB HBM3, GPU-0a1b) of " in str(told.value)
+    assert "\n" not in str(told.value)
+    on_cores = trial.placed(grant=Grant(gpus=0, loader="resident"))
+    assert work(on_cores.to_json(), lambda event: None)["status"] == "FAILED"
+
+
+def test_a_rank_of_a_gang_names_its_gpu(monkeypatch, tmp_path):
+    def follow(check):
+        raise RuntimeError(LOST[0])
+
+    team = SimpleNamespace(rank=2, size=4, follow=follow)
+    monkeypatch.setattr(q3q.trial, "join_gang", lambda seat: nullcontext(team))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    seat = Rendezvous(rank=2, size=4, host="", port=0, own_host="")
+    with pytest.raises(Q3QError, match=r"rank 2: GPU 5 of .* failed, or is gone"):
+        q3q.trial.share_trial(make_trial(storage=tmp_path), lambda event: None, seat)
+
+
+def test_gpus_that_failed_are_tried_again_when_nothing_else_can_run(monkeypatch):
+    told = []
+    monkeypatch.setattr(gpus_aside, "IDLE_SECONDS", -1.0)
+    aside, flight = gpus_aside.GpusAside(), InFlight(Task(key="a", call=print), 1)
+    assert aside.released_if_idle(runs=False) == []
+    aside.keep("stream", flight)
+    assert aside.has_failed_before("a")
+    assert not aside.another(Resources(gpus=1), [Resources(gpus=1), Resources(cpus=8)])
+    assert aside.another(Resources(gpus=1), [Resources(gpus=1), Resources(gpus=1)])
+    assert not aside.another(Resources(gpus=1, kind="A100"), [Resources(gpus=4, kind="T4")])
+    with telling(told.append):
+        assert aside.released_if_idle(runs=True) == []
+        assert aside.released_if_idle(runs=False) == ["stream"]
+    assert len(told) == 1
+    assert not aside.has_failed_before("a")
 
 
 @pytest.mark.parametrize(

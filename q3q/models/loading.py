@@ -68,7 +68,24 @@ def device_of(trial: Trial) -> Device:
         return "cpu"
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     refuse_card(trial.spec.model.dtype, name, capability)
+    _known_gpu[:] = [name, _uuid()]
     return "cuda"
+
+
+_known_gpu: list[str] = []  # name and UUID: a GPU that failed is asked nothing any more
+
+
+def this_gpu() -> str:
+    """Return words for this process's GPU: its number and, once it has computed, name and UUID."""
+    number = os.environ.get("CUDA_VISIBLE_DEVICES", "").partition(",")[0] or "0"
+    facts = ", ".join(filter(None, _known_gpu))
+    return f"GPU {number}{f' ({facts})' if facts else ''}"
+
+
+def _uuid() -> str:
+    """Return the GPU's UUID as nvidia-smi writes it; nothing if torch does not know it."""
+    uuid = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    return "" if uuid is None else f"GPU-{uuid}"
 
 
 def keep_to_share(gpus: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
-from q3q.errors import Q3QError
+from q3q.errors import GPU_LOST_WORDS, GPU_SUSPECT_WORDS, Q3QError
 from q3q.models.footprint import in_gb
 from q3q.placement import Trial
 from q3q.record import Progress, TrialRecord
@@ -22,7 +22,15 @@ from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here,
 from q3q.sweep.plan import Planned
 from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.deaths import ran_out_of_memory
-from q3q.sweep.ray.tasks import Outcome, OutOfMemoryError, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.ray.tasks import (
+    GpuFailedError,
+    Outcome,
+    OutOfMemoryError,
+    Resources,
+    Started,
+    Task,
+    WorkerDiedError,
+)
 from q3q.sweep.run import Host, RunningStudy, with_plan
 from q3q.team import Rendezvous
 
@@ -42,7 +50,14 @@ def work(trial: Json, report: Callable[[Any], None], seat: Rendezvous | None = N
         return None
     if not record.completed and ran_out_of_memory(record.reason):
         raise MemoryError(record.reason)  # the driver knows whether there is a larger allocation
+    grant = placed.placement.grant
+    if not record.completed and grant is not None and grant.gpus and _blames_gpu(record.reason):
+        raise GpuFailedError(record.reason)  # the driver knows whether there is another GPU
     return record.to_json()
+
+
+def _blames_gpu(reason: str) -> bool:
+    return any(words.search(reason) for words in (GPU_LOST_WORDS, GPU_SUSPECT_WORDS))
 
 
 class OnRay(Host):
@@ -179,6 +194,8 @@ class TrialPolicy(JobPolicy):
         if isinstance(error, OutOfMemoryError) and larger is not None:
             self.allocations[job.number] = larger
             reason += f"; now with {larger}, {in_gb(larger.memory)} of memory, {larger.loader}"
+        elif isinstance(error, GpuFailedError):
+            reason += ". It gets no more trials of this sweep; this one runs again on another GPU"
         self.study.display.retried(planned.trial.id, reason)
 
     def on_outcome(self, job: Job, outcome: Outcome) -> JobReturn:

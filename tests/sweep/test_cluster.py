@@ -21,14 +21,22 @@ from q3q.errors import ConfigError, Q3QError
 from q3q.sweep.ray import cluster as cluster_module
 from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.nodes import kernel_kill_counter
-from q3q.sweep.ray.tasks import Outcome, Report, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.ray.tasks import (
+    GpuFailedError,
+    Outcome,
+    Report,
+    Resources,
+    Started,
+    Task,
+    WorkerDiedError,
+)
 from q3q.sweep.ray.worker import task_entry
 from tests.chaos.faults import runs
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    with Cluster(cpus=2, gpus=1, env={"Q3Q_TEST_COLOUR": "blue"}) as started:
+    with Cluster(cpus=2, gpus=2, env={"Q3Q_TEST_COLOUR": "blue"}) as started:
         yield started
 
 
@@ -72,7 +80,7 @@ class PickyError(Exception):
 
 def test_total_is_what_it_was_given(cluster):
     total = cluster.total()
-    assert (total.cpus, total.gpus) == (2, 1)
+    assert (total.cpus, total.gpus) == (2, 2)
     assert total.memory > 0
 
 
@@ -192,7 +200,7 @@ def test_a_task_too_large_for_every_machine_is_refused(cluster):
     )
     assert isinstance(outcomes["huge"].error, ConfigError)
     assert "huge needs 1000 CPUs" in str(outcomes["huge"].error)
-    assert "2 CPUs, 1 GPUs" in str(outcomes["huge"].error)
+    assert "2 CPUs, 2 GPUs" in str(outcomes["huge"].error)
     assert outcomes["fine"].value == 1
 
 
@@ -227,6 +235,47 @@ def test_a_task_sees_the_gpus_that_it_reserved(cluster):
     assert value_of(cluster, visible) == ""
     assert value_of(cluster, visible, resources=Resources(gpus=1)) == "0"
     assert value_of(cluster, visible) == ""
+
+
+def on_broken_gpus(folder, *broken):
+    """Return a call that fails on these GPUs, and leaves a file for each GPU that it came to."""
+
+    def call(report):
+        gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+        (folder / f"{gpu} {os.getpid()}").touch()
+        if gpu in broken:
+            raise GpuFailedError(f"GPU {gpu} failed")
+        return gpu
+
+    return call
+
+
+def test_a_gpu_that_failed_gets_no_more_tasks_of_the_run(cluster, tmp_path):
+    shape, retried = Resources(cpus=0, gpus=1), []
+    call = on_broken_gpus(tmp_path, "0")
+    tasks = [Task(key=f"task {i}", call=call, resources=shape) for i in range(3)]
+    outcomes = {
+        outcome.key: outcome
+        for outcome in cluster.run(
+            tasks, lambda *_: None, lambda key, error: retried.append((key, str(error)))
+        )
+    }
+    assert [outcomes[task.key].value for task in tasks] == ["1"] * 3
+    assert len(retried) == 1
+    assert retried[0][1] == "GPU 0 failed"
+    assert len([*tmp_path.glob("0 *")]) == 1
+    assert len([*tmp_path.glob("1 *")]) == 3
+
+
+@pytest.mark.slow
+def test_a_task_that_fails_on_a_second_gpu_takes_neither_from_the_others(cluster, tmp_path):
+    shape = Resources(cpus=0, gpus=1)
+    wrong = Task(key="wrong", call=on_broken_gpus(tmp_path, "0", "1"), resources=shape)
+    fine = [Task(key=f"{i}", call=on_broken_gpus(tmp_path), resources=shape) for i in range(2)]
+    outcome = run(cluster, wrong)["wrong"]
+    assert isinstance(outcome.error, GpuFailedError)
+    assert outcome.attempts == 2
+    assert {outcome.value for outcome in run(cluster, *fine).values()} == {"0", "1"}
 
 
 def test_a_task_computes_with_as_many_threads_as_it_reserved_cpus(cluster):

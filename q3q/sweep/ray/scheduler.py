@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from q3q.errors import ConfigError, Q3QError
 from q3q.sweep.ray.deaths import end_hung, next_message
 from q3q.sweep.ray.gangs import Gang
+from q3q.sweep.ray.gpus_aside import GpusAside
 from q3q.sweep.ray.head import Head
 from q3q.sweep.ray.in_flight import InFlight
 from q3q.sweep.ray.messages import (
@@ -25,7 +26,15 @@ from q3q.sweep.ray.messages import (
     caused_by,
 )
 from q3q.sweep.ray.nodes import count_slots
-from q3q.sweep.ray.tasks import Outcome, OutOfMemoryError, Resources, Started, Task, WorkerDiedError
+from q3q.sweep.ray.tasks import (
+    GpuFailedError,
+    Outcome,
+    OutOfMemoryError,
+    Resources,
+    Started,
+    Task,
+    WorkerDiedError,
+)
 from q3q.sweep.ray.worker import task_entry
 
 CANCEL_SECONDS = 10  # that cancelled workers are waited for
@@ -79,7 +88,7 @@ class TaskRun:
         self.gangs: list[InFlight] = []
         self.nodes: dict[str, str] = {}
         self.opened: set[str] = {""}
-        self.head = Head()
+        self.head, self.aside = Head(), GpusAside()
         self.several_machines = len(self.head.machines) > 1 or patience > 0
         self._judged: list[Resources] | None = None  # the machines at the last `_refuse`
         self._looked = time.monotonic()  # at the gangs
@@ -94,13 +103,15 @@ class TaskRun:
                 # A signal to all processes of a terminal or job: heard before its victims are.
                 on_tick()
                 self._look_at_gangs()
+                runs = any(flight.began is not None for flight in self.in_flight.values())
+                _kill(self.aside.released_if_idle(runs))
                 yield from self._listen(ready)
                 yield from self._refuse()
             else:  # a call to Ray might never return now
                 time.sleep(1.0)
 
     def cancel(self) -> None:
-        _kill(list(self.in_flight))
+        _kill([*self.in_flight, *self.aside.released()])
         for flight in list(self.gangs):
             self._disband(flight)
 
@@ -179,7 +190,7 @@ class TaskRun:
             elif message.kind == PULSE:
                 continue
             elif flight.gang is None:
-                yield from self._finish(flight, message)
+                yield from self._finish_alone(stream, flight, message)
             else:
                 flight.gang.ends[flight.rank] = message
         for flight in list(self.gangs):
@@ -227,12 +238,29 @@ class TaskRun:
             self.opened.add(task.after)
             yield flight.outcome(error=content, died=kind == DIED)
             return
+        self._run_again(again, content)
+
+    def _finish_alone(self, stream: Any, flight: InFlight, end: Message) -> Iterator[Outcome]:
+        """Finish a task that is no gang's; if its GPU failed, run it on another one, once."""
+        if not isinstance(end.content, GpuFailedError):
+            yield from self._finish(flight, end)
+            return
+        task, first = flight.task, not self.aside.has_failed_before(flight.task.key)
+        self.aside.keep(stream, flight)
+        if first and self.aside.another(task.resources, self.head.machines):
+            self._run_again(Waiting(task, flight.attempt + 1, flight.deaths), end.content)
+            return
+        _kill(self.aside.released(task.key))
+        yield from self._finish(flight, end)
+
+    def _run_again(self, again: Waiting, reason: Any) -> None:
+        """Put a task in front of its queue."""
         shape = again.task.resources
         if shape not in self.queues:
             self.queues[shape], self.entries[shape] = deque(), task_entry(shape)
         self.queues[shape].appendleft(again)
         if self.on_retry is not None:
-            self.on_retry(task.key, content)
+            self.on_retry(again.task.key, reason)
 
     def _disband(self, flight: InFlight) -> None:
         """End what is left of a gang."""

@@ -26,6 +26,10 @@ class OutOfMemoryError(WorkerDiedError):
     """A task ran out of memory: Ray or the kernel killed its process, or it said so itself."""
 
 
+class GpuFailedError(WorkerDiedError):
+    """A task's GPU failed, or is gone; the task has to say so, as Ray does not notice."""
+
+
 class HandedBackError(BaseException):
     """Raised in a task, when it reports, after its process was asked to end (SIGTERM).
 
@@ -70,7 +74,8 @@ class Task:
         thread until the call returns. Each rank of a gang receives its `Rendezvous` too; only what
         rank 0 reports and returns counts.
     retries: how often it runs again if its process or machine died. An exception of its own is
-        never retried, and being handed back (see `worker`) is no death.
+        never retried, but for GpuFailedError (see `gpus_aside`) and for want of memory (`larger`);
+        being handed back (see `worker`) is no death.
     furthers: tells from an event whether the task got further than ever before, so that it need
         not do this again; deaths are counted from there on
     larger: what runs in its place, under the same key, if it runs out of memory: the same work
@@ -96,6 +101,7 @@ class Started:
 
     node: the machine's name
     node_id: Ray's
+    gpu_ids: Ray's numbers of its GPUs on that machine
     kernel_kills: processes that the machine's kernel had killed for memory until then
     """
 
@@ -104,6 +110,7 @@ class Started:
     node: str
     attempt: int
     node_id: str = field(default="", compare=False)
+    gpu_ids: tuple[str, ...] = field(default=(), compare=False)
     kernel_kills: int = field(default=0, compare=False)
 
 

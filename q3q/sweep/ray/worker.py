@@ -29,7 +29,7 @@ from q3q.sweep.ray.messages import (
     unpack,
 )
 from q3q.sweep.ray.nodes import current_node_id, kernel_kill_counter
-from q3q.sweep.ray.tasks import HandedBackError, Resources, Started
+from q3q.sweep.ray.tasks import GpuFailedError, HandedBackError, Resources, Started
 from q3q.team import LOOPBACK, Rendezvous, own_pulse
 
 # A task that is so many reports ahead of the driver waits, so that nobody's memory fills with them.
@@ -97,12 +97,15 @@ def run_task(
     handed back, and its process ends too. A notice that is too short for that ends as any death
     does.
 
+    A process whose GPU failed stays after its last message and keeps the GPU, so that Ray gives it
+    to nobody, until the driver kills it (see `gpus_aside`). A gang's ranks end.
+
     Args:
         place: of a gang's rank: which one, of how many, and where rank 0 listens; None for rank 0,
             whose stream says where.
     """
     outbox: queue.Queue[bytes | None] = queue.Queue(maxsize=REPORTS_AHEAD)
-    asked_to_end = threading.Event()
+    asked_to_end, gpu_failed = threading.Event(), threading.Event()
     with _sigterm_sets(asked_to_end):
         started = Started(
             key=key,
@@ -110,10 +113,11 @@ def run_task(
             node=platform.node(),
             attempt=attempt,
             node_id=current_node_id(),
+            gpu_ids=_gpu_ids() if gpus else (),
             kernel_kills=kernel_kill_counter()(),
         )
         yield pack(EVENT, started)
-        work: tuple[Any, ...] = (call, cpus, gpus, outbox, asked_to_end)
+        work: tuple[Any, ...] = (call, cpus, gpus, outbox, asked_to_end, gpu_failed)
         if place is not None:
             rendezvous = _rendezvous(*place)
             work += (rendezvous,)
@@ -128,9 +132,17 @@ def run_task(
                 yield message
         finally:
             over.set()
+        if gpu_failed.is_set() and gpus and place is None:
+            asked_to_end.wait()
         if asked_to_end.is_set():
             time.sleep(PARTING_SECONDS)
             sys.exit(128 + signal.SIGTERM)
+
+
+def _gpu_ids() -> tuple[str, ...]:
+    import ray
+
+    return tuple(map(str, ray.get_gpu_ids()))
 
 
 def _send_pulses(outbox: "queue.Queue[bytes | None]", over: threading.Event) -> None:
@@ -179,6 +191,7 @@ def _run_call(
     gpus: float,
     outbox: "queue.Queue[bytes | None]",
     asked_to_end: threading.Event,
+    gpu_failed: threading.Event,
     *rendezvous: Rendezvous,
 ) -> None:
     def report(event: Any) -> None:
@@ -192,6 +205,8 @@ def _run_call(
     except HandedBackError:
         end = pack(HANDED_BACK, os.getpid())
     except BaseException as error:  # sys.exit too: this thread must always say how it ended
+        if isinstance(error, GpuFailedError):
+            gpu_failed.set()
         end = pack_error(error)
     else:
         try:
