@@ -83,7 +83,7 @@ def test_a_row_that_another_process_inserts_first_is_no_failure(
     """MLflow inserts what it did not find, and another storage's sweep may do so before it."""
     database = tmp_path / "shared.db"
     shared(tmp_path, "a").check()
-    inserted = []
+    inserted: list[Any] = []
 
     def insert_first(_: Any, cursor: Any, statement: str, values: Any, *__: Any) -> None:
         if not inserted and statement.startswith(f"INSERT INTO {table} ") and value in values:
