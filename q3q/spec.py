@@ -369,14 +369,6 @@ class TrialSpec:
         words += [f"export:{self.export}"] if self.export else []
         return " ".join(words)
 
-    def flat(self) -> dict[str, str]:
-        """Return dotted keys and printable values, as trackers like their params."""
-        facts = self.to_json()
-        # A pattern says in a word what it means in each of a hundred blocks.
-        facts |= {key: json.dumps(value) for key, value in facts.pop("rules", {}).items()}
-        facts["evaluation"] = _with_brief_data(facts["evaluation"])
-        return dict(_flatten(facts))
-
     def to_json(self, *, complete: bool = False) -> Json:
         """Return plain JSON; `complete` keeps what is seldom given also where it is not."""
         facts: Json = {part.name: getattr(self, part.name) for part in fields(self)}
@@ -441,18 +433,6 @@ def heads_in_memory(head_bits: int | None, evaluation: Evaluation) -> int:
     return 2 if head_bits is not None and evaluation.drift is not None else 1
 
 
-def _with_brief_data(evaluation: Json) -> Json:
-    """Give an evaluation one digest for each repository of data sets: MMLU has 57 of them."""
-    parts: dict[str, list[str]] = {}
-    for name, identity in evaluation.get("data", {}).items():
-        parts.setdefault(name.partition(":")[0], []).append(identity)
-    brief = {
-        name: identities[0] if len(set(identities)) == 1 else digest({"all": identities})[:10]
-        for name, identities in parts.items()
-    }
-    return {**evaluation, "data": brief} if brief else evaluation
-
-
 def _override_in_a_word(changes: Json) -> str:
     """Return `w8` or `w4g64sym`."""
     words = {
@@ -471,16 +451,3 @@ def _checked(what: str, value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{what} is {type(value).__name__}")
     return value
-
-
-def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
-    for key, value in facts.items():
-        if isinstance(value, Mapping):
-            pairs += _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            items = {str(number): item for number, item in enumerate(value)}
-            pairs += _flatten(items, f"{prefix}{key}.")
-        else:
-            pairs.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
-    return pairs

@@ -11,6 +11,7 @@ from q3q.placement import Placement, Trial
 from q3q.record import Check, SiteError, TrialRecord, forget_progress
 from q3q.spec import Scheme, Schemes, TrialSpec
 from q3q.storage.files import write_atomically
+from q3q.track.mlflow_fields import flat
 from tests.specs import calibration_of, evaluation_of, make_spec, method_of
 
 MIXED = {
@@ -82,8 +83,8 @@ def test_names_are_for_people():
 def test_what_departs_from_the_scheme_is_in_the_name_the_params_and_the_id():
     mixed = spec(**MIXED)
     assert mixed.name == "gptq w3 g128 blocks.0.down:w8sym -blocks.1.o head:w8 embedding:w4"
-    assert mixed.flat()["overrides"] == '{"blocks.0.down": {"bits": 8, "symmetric": true}}'
-    assert mixed.flat()["skip"] == '["blocks.1.o"]'
+    assert flat(mixed)["overrides"] == '{"blocks.0.down": {"bits": 8, "symmetric": true}}'
+    assert flat(mixed)["skip"] == '["blocks.1.o"]'
     assert TrialSpec.from_json(json.loads(json.dumps(mixed.to_json()))) == mixed
     ids = {spec(**{key: value}).quantization_id for key, value in MIXED.items() if key != "rules"}
     assert len(ids | {spec().quantization_id}) == 5
@@ -118,10 +119,10 @@ def test_bits_of_the_ends_are_checked_at_birth(key):
 
 
 def test_flat_params_are_dotted():
-    flat = spec().flat()
-    assert flat["scheme.bits"] == "3"
-    assert flat["evaluation.texts.0.name"] == "stories"
-    assert not any(key.startswith("places") for key in flat)
+    params = flat(spec())
+    assert params["scheme.bits"] == "3"
+    assert params["evaluation.texts.0.name"] == "stories"
+    assert not any(key.startswith("places") for key in params)
 
 
 @pytest.mark.parametrize(

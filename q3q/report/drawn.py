@@ -12,9 +12,10 @@ from pathlib import Path
 
 from q3q.environment import packages
 from q3q.evaluate.samples import damaged_files
-from q3q.record import TrialRecord
+from q3q.record import Sweep, TrialRecord
 from q3q.report.about import About, Report
 from q3q.report.baselines import with_baselines
+from q3q.report.records import predictions
 from q3q.spec import Json, digest
 from q3q.storage.files import read_file, sealed, unsealed, write_atomically
 
@@ -46,6 +47,25 @@ class TrialFiles(Mapping[str, bytes]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def sweep_report(sweep: Sweep, records: Sequence[TrialRecord], storage: Path) -> Report:
+    """Return the report of a sweep in its folder of the storage, of the records that it has.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    total, missing = len(sweep.trials), len(sweep.trials) - len(records)
+    warnings = [f"{missing} of the study's {total} trials have no record yet."] if missing else []
+    about = About(
+        name=sweep.name,
+        command=sweep.command,
+        question=sweep.question,
+        expectation=sweep.expectation,
+        predicted=predictions(storage),
+        warnings=warnings,
+    )
+    return current_report(records, storage / "reports" / sweep.file_name, about)
 
 
 def current_report(records: Sequence[TrialRecord], folder: Path, about: About) -> Report:

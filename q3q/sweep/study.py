@@ -277,27 +277,16 @@ class Study:
 
     def close(self) -> "Report":
         """Write the report, send it to the tracker, and return it."""
-        from q3q.report.about import PLOTS, About
-        from q3q.report.drawn import current_report
-        from q3q.report.records import predictions
+        from q3q.report.about import PLOTS
+        from q3q.report.drawn import sweep_report
 
         sweep, ids = self.sweep, [trial.id for trial in self.sweep.trials]
         records = [self.records[key] for key in ids if key in self.records]
-        missing = len(ids) - len(records)
-        warnings = [f"{missing} of the study's {len(ids)} trials have no record yet."]
-        about = About(
-            name=sweep.name,
-            command=sweep.command,
-            question=sweep.question,
-            expectation=sweep.expectation,
-            predicted=predictions(self.storage),
-            warnings=warnings if missing else [],
-        )
         folder = self.storage / "reports" / sweep.file_name
         try:
             for path in (folder.parent, folder, folder / PLOTS):
                 clear_for_folder(path)
-            report = current_report(records, folder, about)
+            report = sweep_report(sweep, records, self.storage)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -305,7 +294,7 @@ class Study:
                 f"the report cannot be written to {folder} ({error}). Records are on disk; the "
                 "same command writes it when that is mended"
             ) from error
-        finished = not missing and all(record.completed for record in records)
+        finished = len(records) == len(ids) and all(record.completed for record in records)
         self._queue.settle(
             lambda left: self.note(f"the tracker has not received {left} records yet")
         )

@@ -20,9 +20,8 @@ from q3q.masking import masked
 from q3q.names import trial_names
 from q3q.quoting import module
 from q3q.record import Sweep, TrialRecord
-from q3q.report.about import About
-from q3q.report.drawn import TrialFiles, current_report
-from q3q.report.records import all_sweeps, find_records, predictions
+from q3q.report.drawn import TrialFiles, sweep_report
+from q3q.report.records import all_sweeps, find_records
 from q3q.storage.mirror import refreshed
 from q3q.storage.status import at_work
 from q3q.storage.stores import folder_of
@@ -151,18 +150,7 @@ def _report(
     """Return the files and the headline of the sweep's own run; loose records have none."""
     if sweep.id == LOOSE_ID:
         return {}, {}
-    total, missing = len(sweep.trials), len(sweep.trials) - len(records)
-    warnings = [f"{missing} of the study's {total} trials have no record yet."]
-    about = About(
-        name=sweep.name,
-        command=sweep.command,
-        question=sweep.question,
-        expectation=sweep.expectation,
-        predicted=predictions(storage),
-        warnings=warnings if missing else [],
-    )
-    folder = storage / "reports" / sweep.file_name
-    report = current_report(records, folder, about)
+    report = sweep_report(sweep, records, storage)
     return report.artifacts(), report.headline
 
 

@@ -1,6 +1,5 @@
 """Turn sweeps and records into MLflow's metrics, params, tags and times."""
 
-import hashlib
 import json
 import math
 import os
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from q3q.evaluate.metrics import mean_metrics
 from q3q.record import TrialRecord, block_errors
-from q3q.spec import MEAN_ACCURACY, Json, TrialSpec
+from q3q.spec import MEAN_ACCURACY, Json, TrialSpec, digest
 from q3q.track.mlflow_names import fitted_names
 from q3q.track.wording import trial_note
 
@@ -40,16 +39,12 @@ def record_digest(record: TrialRecord) -> str:
     """Return 16 hex digits of the record's JSON, wherever its storage folder lies."""
     facts = record.to_json()
     placed = {key: value for key, value in facts["spec"].items() if key != "places"}
-    return _digest({**facts, "spec": placed, "layout": LAYOUT})
+    return digest({**facts, "spec": placed, "layout": LAYOUT}, spaced=True)[:16]
 
 
 def earlier_digest(record: TrialRecord) -> str:
     """Return the digest in runs of earlier versions, which depends on the storage's place."""
-    return _digest(record.to_json())
-
-
-def _digest(facts: Json) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(record.to_json(), spaced=True)[:16]
 
 
 def trial_times(record: TrialRecord) -> tuple[int, int]:
@@ -177,12 +172,21 @@ def trial_params(spec: TrialSpec) -> dict[str, str]:
     # `scheme` and `calibration` as such are there only where the trial has none.
     settings = {
         TYPED.get(name, name): value
-        for name, value in spec.flat().items()
+        for name, value in flat(spec).items()
         if name not in ("scheme", "calibration")
     }
     if spec.scheme is not None and spec.scheme.act_bits is None:
         del settings["act_bits"]
     return {"calibration": "none", **settings, "model": spec.model.label}
+
+
+def flat(spec: TrialSpec) -> dict[str, str]:
+    """Return a spec as dotted keys and printable values, as trackers like their params."""
+    facts = spec.to_json()
+    # A pattern says in a word what it means in each of a hundred blocks.
+    facts |= {key: json.dumps(value) for key, value in facts.pop("rules", {}).items()}
+    facts["evaluation"] = _with_brief_data(facts["evaluation"])
+    return dict(_flatten(facts))
 
 
 def dataset_inputs(spec: TrialSpec) -> list["DatasetInput"]:
@@ -195,8 +199,8 @@ def dataset_inputs(spec: TrialSpec) -> list["DatasetInput"]:
     texts += [("evaluation", text.to_json()) for text in spec.evaluation.texts]
     prefix = "evaluation.data."
     texts += [
-        ("evaluation", {"name": key.removeprefix(prefix), "digest": digest})
-        for key, digest in spec.flat().items()
+        ("evaluation", {"name": key.removeprefix(prefix), "digest": identity})
+        for key, identity in flat(spec).items()
         if key.startswith(prefix)
     ]
     return [
@@ -232,3 +236,28 @@ def sweep_params(specs: list[TrialSpec]) -> dict[str, str]:
 def _distinct(values: Iterable[Any]) -> str:
     """List each value once, in order; `-` if there is none."""
     return ", ".join(map(str, sorted({value for value in values if value is not None}))) or "-"
+
+
+def _with_brief_data(evaluation: Json) -> Json:
+    """Give an evaluation one digest for each repository of data sets: MMLU has 57 of them."""
+    parts: dict[str, list[str]] = {}
+    for name, identity in evaluation.get("data", {}).items():
+        parts.setdefault(name.partition(":")[0], []).append(identity)
+    brief = {
+        name: identities[0] if len(set(identities)) == 1 else digest({"all": identities})[:10]
+        for name, identities in parts.items()
+    }
+    return {**evaluation, "data": brief} if brief else evaluation
+
+
+def _flatten(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            pairs += _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            items = {str(number): item for number, item in enumerate(value)}
+            pairs += _flatten(items, f"{prefix}{key}.")
+        else:
+            pairs.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
+    return pairs

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -209,6 +211,14 @@ def blocks_of(folder: Path) -> dict[str, int]:
         for place in (trial.blocks_folder, trial.kept_blocks_folder)
         for path in place.glob("block_*.json")
     }
+
+
+def fill_disk(disk: Path) -> None:
+    """Write a file `filler` until there is no byte left."""
+    with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1000))
+    assert shutil.disk_usage(disk).free == 0
 
 
 def in_child(work: Callable[[], object]) -> int:

@@ -8,19 +8,18 @@ import json
 import os
 import shutil
 import signal
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from q3q.errors import CheckpointError
-from q3q.export import destination, proof, publish, reload
+from q3q.export import destination, proof, publish
 from q3q.models.checkpoint import Checkpoint
 from q3q.record import Check, TrialRecord
 from q3q.trial import attempt_trial
-from tests.chaos.faults import SMALL, end_of, in_child, log_of, numbers
+from tests.chaos.faults import SMALL, end_of, fill_disk, in_child, log_of, numbers
 from tests.composed import composed_trial
+from tests.reloading import reload_here
 
 
 @pytest.fixture
@@ -34,16 +33,7 @@ def trial_of(tiny):
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch):
-    """Find what the other process would, without the seconds that it takes to start."""
-
-    def here(folder, given, out, seconds, gpu):
-        found, tensors = reload.findings(
-            folder, None if given.name == "weights" else load_file(given)
-        )
-        out.with_suffix(".json").write_text(json.dumps(found))
-        save_file(tensors, out.with_suffix(".safetensors"))
-
-    monkeypatch.setattr(proof, "_reload", here)
+    monkeypatch.setattr(proof, "_reload", reload_here)
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +180,7 @@ def test_a_disk_that_fills_while_it_exports_is_said_and_with_room_it_goes_on(
 
     def fill(event):
         if log_of(trial.folder)[-1].words == "quantize 1 of 3 blocks":
-            with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
-                while True:
-                    file.write(bytes(1000))
-            assert shutil.disk_usage(small_disk).free == 0
+            fill_disk(small_disk)
 
     def work():
         record = attempt_trial(trial, fill)

@@ -6,11 +6,9 @@ disk was done again, and running it again completes it.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -23,6 +21,7 @@ from tests.chaos.faults import (
     SMALL,
     blocks_of,
     end_of,
+    fill_disk,
     in_child,
     last_words,
     log_of,
@@ -243,10 +242,7 @@ def test_a_full_disk_is_said_and_with_room_it_goes_on(trial, reference, step, sm
 
     def fill(event):
         if words_of(folder) == step:
-            with (small_disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
-                while True:
-                    file.write(bytes(1000))
-            assert shutil.disk_usage(small_disk).free == 0
+            fill_disk(small_disk)
 
     def work():
         record = attempt_trial(trial, fill)

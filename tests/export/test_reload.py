@@ -18,6 +18,7 @@ from q3q.export.proof import PASSED, compare_reload, prove, reload_inputs, runs_
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.streaming import StreamedDecoder
+from tests.reloading import reload_here
 from tests.specs import exporter_of, respecified
 
 W8A8 = {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}
@@ -232,7 +233,6 @@ def test_a_file_of_other_codes_is_found_whoever_wrote_it(
 
 
 def proof_ready(trial, original, blocks, model):
-
     exporter = exporter_of(trial, original)
     for block in blocks:
         exporter.store(block)
@@ -414,7 +414,7 @@ def test_without_memory_for_a_second_model_weights_alone_are_compared(exported, 
 
     def reload_by_hand(folder, inputs, out, seconds, gpu):
         calls.append(str(inputs))
-        return by_hand(made, out)
+        reload_here(folder, inputs, out, seconds, gpu)
 
     monkeypatch.setattr(proof, "_reload", reload_by_hand)
     with torch.inference_mode():
@@ -422,12 +422,6 @@ def test_without_memory_for_a_second_model_weights_alone_are_compared(exported, 
     assert calls == ["weights"]
     assert result.check.passed, result.check.detail
     assert result.logit_error is None
-
-
-def by_hand(made, out):
-    facts, tensors = reload.findings(made.path, None)
-    out.with_suffix(".json").write_text(json.dumps(facts))
-    save_file(tensors, out.with_suffix(".safetensors"))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -1,6 +1,5 @@
 """A trial that exports: stopped, resumed, proved, published, and evaluated again."""
 
-import json
 import re
 import shutil
 from functools import partial
@@ -13,7 +12,7 @@ from q3q import trial as trial_module
 from q3q.attempt import finished_record
 from q3q.errors import CheckpointError
 from q3q.evaluate import measure
-from q3q.export import proof, publish, reload
+from q3q.export import proof, publish
 from q3q.export.destination import partial_path
 from q3q.export.measured import UNMEASURED
 from q3q.export.proof import PASSED, Proof
@@ -21,6 +20,7 @@ from q3q.record import Check
 from q3q.sweep.earlier import damaged_exports
 from q3q.trial import attempt_trial, run_trial
 from tests.composed import composed_trial
+from tests.reloading import reload_here
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -39,15 +39,7 @@ def trial_of(tmp_path):
 @pytest.fixture
 def reloaded(monkeypatch):
     """Run the script in this process, which saves the start-up time of another."""
-
-    def here(folder, inputs, out, seconds, gpu):
-        findings, tensors = reload.findings(
-            folder, None if inputs.name == "weights" else load_file(inputs)
-        )
-        out.with_suffix(".json").write_text(json.dumps(findings))
-        save_file(tensors, out.with_suffix(".safetensors"))
-
-    monkeypatch.setattr(proof, "_reload", here)
+    monkeypatch.setattr(proof, "_reload", reload_here)
 
 
 class StoppedError(Exception):

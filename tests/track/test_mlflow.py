@@ -22,6 +22,7 @@ from q3q.placement import Placement, Trial
 from q3q.record import COMPLETED, FAILED, Check, SiteError, Sweep, TrialRecord
 from q3q.spec import TrialSpec
 from q3q.track.mlflow import MlflowTracker
+from q3q.track.mlflow_fields import flat
 from q3q.track.mlflow_sqlite import read_uri
 from q3q.track.tracker import Tracker
 from tests.mlflow_server import free_port, kill, serve
@@ -78,11 +79,22 @@ def tracker(store: Path, request: pytest.FixtureRequest) -> MlflowTracker:
     return MlflowTracker(f"sqlite:///{store}/mlflow.db", experiment=request.node.name)
 
 
-def runs(tracker: MlflowTracker, query: str = "") -> list[Any]:
-    """Return the active runs of the tracker's experiment, as another client sees them."""
+def client_of(tracker: MlflowTracker) -> Any:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(tracking_uri=tracker.uri)
+    return MlflowClient(tracking_uri=tracker.uri)
+
+
+def reopened(tracker: MlflowTracker) -> MlflowTracker:
+    """Return a tracker of the same experiment with the sweep open, as a later process has it."""
+    later = MlflowTracker(tracker.uri, experiment=tracker.experiment)
+    later.open(sweep())
+    return later
+
+
+def runs(tracker: MlflowTracker, query: str = "") -> list[Any]:
+    """Return the active runs of the tracker's experiment, as another client sees them."""
+    client = client_of(tracker)
     experiment = client.get_experiment_by_name(tracker.experiment)
     return [] if experiment is None else list(client.search_runs([experiment.experiment_id], query))
 
@@ -96,9 +108,7 @@ def parents(tracker: MlflowTracker) -> list[Any]:
 
 
 def artifact(run: Any, tracker: MlflowTracker, name: str, tmp_path: Path) -> bytes:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(tracking_uri=tracker.uri)
+    client = client_of(tracker)
     return Path(client.download_artifacts(run.info.run_id, name, str(tmp_path))).read_bytes()
 
 
@@ -151,7 +161,7 @@ def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> N
     assert child.info.run_name == "gptq w3 g128 · demo"
     assert child.info.status == "FINISHED"
     assert child.info.end_time - child.info.start_time == 10_250
-    flat, params = spec().flat(), child.data.params
+    asked, params = flat(spec()), child.data.params
     assert {name: params[name] for name in ("method", "bits", "group_size", "model", "dtype")} == {
         "method": "gptq",
         "bits": "3",
@@ -159,9 +169,9 @@ def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> N
         "model": "demo",
         "dtype": "float32",
     }
-    assert params["calibration"] == flat["calibration.source"]
+    assert params["calibration"] == asked["calibration.source"]
     assert not [name for name in params if name.startswith(("scheme.", "method.name"))]
-    assert len(params) == len(flat) - ("scheme.act_bits" in flat)
+    assert len(params) == len(asked) - ("scheme.act_bits" in asked)
     assert child.data.metrics == {
         "answer/perplexity of stories": 3.5,
         "answer/acc of stories_who": 0.75,
@@ -233,8 +243,7 @@ def test_a_rerun_replaces_the_failed_trial(tracker: MlflowTracker) -> None:
     tracker.log(TrialRecord.failed(Trial(spec()), "the worker died"), {})
     tracker.log(record(2), {})
     tracker.close({}, succeeded=False)
-    again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
-    again.open(sweep())
+    again = reopened(tracker)
     again.log(record(), {"record.json": b"1"})
     again.close({}, succeeded=True)
     found = {run.data.tags["q3q.trial"]: run for run in children(tracker)}
@@ -297,9 +306,7 @@ def test_what_was_charted_live_is_charted_again_if_its_run_is_replaced(
     tracker.open(sweep())
     tracker.log(record(sites=sites), {"a": b"1"})
     [child] = children(tracker)
-    drawn = MlflowClient(tracking_uri=tracker.uri).get_metric_history(
-        child.info.run_id, "block/weight_error"
-    )
+    drawn = client_of(tracker).get_metric_history(child.info.run_id, "block/weight_error")
     assert sorted(point.step for point in drawn) == [0, 1, 2]
 
 
@@ -320,8 +327,7 @@ def test_runs_that_a_dead_driver_left_are_ended_and_go(
         )
         with pytest.raises(TrackingError):
             tracker.log(record(environment={"started": "2026-01-02T05:00:00+00:00"}), {})
-    again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
-    again.open(sweep())
+    again = reopened(tracker)
     assert sorted(run.info.status for run in children(tracker)) == ["FAILED", "FINISHED", "KILLED"]
     again.log(record(environment={"started": "2026-01-02T05:00:00+00:00"}), {})
     again.log(record(2), {})
@@ -433,10 +439,8 @@ def test_files_that_are_no_store_are_refused_and_left_as_they_are(tmp_path: Path
 
 
 def test_a_deleted_experiment_is_said_to_be_deleted(tracker: MlflowTracker) -> None:
-    from mlflow.tracking import MlflowClient
-
     tracker.open(sweep())
-    client = MlflowClient(tracking_uri=tracker.uri)
+    client = client_of(tracker)
     client.delete_experiment(parents(tracker)[0].info.experiment_id)
     with pytest.raises(TrackingError, match="was deleted there; restore it"):
         MlflowTracker(tracker.uri, experiment=tracker.experiment).check()
@@ -548,8 +552,6 @@ def test_trials_that_would_be_called_alike_are_told_apart(tracker: MlflowTracker
 
 def test_what_is_known_later_of_an_attempt_joins_its_run(tracker: MlflowTracker) -> None:
     """A comparison comes when the unquantized model's trial has ended; live charts stay."""
-    from mlflow.tracking import MlflowClient
-
     from q3q.record import Comparison
 
     paired: dict[str, Any] = {
@@ -566,15 +568,14 @@ def test_what_is_known_later_of_an_attempt_joins_its_run(tracker: MlflowTracker)
     tracker.log(record(), {"record.json": b"1"})
     [before] = children(tracker)
     tracker.log(record(comparisons={"perplexity/stories": found}), {"record.json": b"2"})
-    again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
-    again.open(sweep())
+    again = reopened(tracker)
     again.log(record(comparisons={"perplexity/stories": found}), {"record.json": b"2"})
     [after] = children(tracker)
     assert after.info.run_id == before.info.run_id
     assert after.info.end_time == before.info.end_time
     assert after.data.metrics["perplexity/stories.difference"] == 0.2
     assert "Significantly different" in after.data.tags["mlflow.note.content"]
-    client = MlflowClient(tracking_uri=tracker.uri)
+    client = client_of(tracker)
     for name in ("system/cpu_utilization_percentage", "perplexity/stories"):
         assert len(client.get_metric_history(after.info.run_id, name)) == 1
 
@@ -596,8 +597,6 @@ def test_metrics_have_a_mean_and_digits_that_a_table_has_room_for(tracker: Mlflo
 
 
 def test_metrics_arrive_while_a_trial_runs_and_stay_in_its_one_run(tracker: MlflowTracker) -> None:
-    from mlflow.tracking import MlflowClient
-
     tracker.open(sweep())
     tracker.live(spec(), {"block/weight_error": 0.2, "system/cpu_utilization_percentage": 97.0}, 0)
     [child] = children(tracker)
@@ -611,7 +610,7 @@ def test_metrics_arrive_while_a_trial_runs_and_stay_in_its_one_run(tracker: Mlfl
     tracker.log(record(sites=sites), {})
     [ended] = children(tracker)
     assert (ended.info.run_id, ended.info.status) == (child.info.run_id, "FINISHED")
-    client = MlflowClient(tracking_uri=tracker.uri)
+    client = client_of(tracker)
     history = {
         name: sorted(
             (one.step, one.value) for one in client.get_metric_history(child.info.run_id, name)
@@ -650,8 +649,6 @@ def test_an_exported_checkpoint_is_a_pointer_with_size_and_hash(tracker: MlflowT
 
 
 def test_the_sweeps_page_is_a_view_of_its_trials(tracker: MlflowTracker) -> None:
-    from mlflow.tracking import MlflowClient
-
     tracker.open(sweep())
     tracker.log(
         record(
@@ -660,7 +657,7 @@ def test_the_sweeps_page_is_a_view_of_its_trials(tracker: MlflowTracker) -> None
         ),
         {},
     )
-    client = MlflowClient(tracking_uri=tracker.uri)
+    client = client_of(tracker)
     experiment = client.get_experiment_by_name(tracker.experiment)
     assert experiment is not None
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
@@ -908,7 +905,6 @@ def test_a_trial_that_was_interrupted_does_not_run_for_ever(tracker: MlflowTrack
     tracker.live(spec(), {"block/weight_error": 1.0}, 1)
     tracker.close({}, succeeded=False)
     assert [run.info.status for run in children(tracker)] == ["KILLED"]
-    again = MlflowTracker(tracker.uri, experiment=tracker.experiment)
-    again.open(sweep())
+    again = reopened(tracker)
     again.log(record(), {})
     assert [run.info.status for run in children(tracker)] == ["FINISHED"]

@@ -17,7 +17,7 @@ from q3q.record import FAILED, TrialRecord
 from q3q.storage.identity import NAME, storage_id
 from q3q.storage.stores import open_store
 from q3q.track.mlflow import MlflowTracker
-from q3q.track.mlflow_fields import earlier_digest
+from q3q.track.mlflow_fields import earlier_digest, flat
 from q3q.track.wording import NOTE
 from tests.mlflow_server import free_port, kill, serve
 from tests.track.test_mlflow import children, parents, record, spec, sweep, synced
@@ -185,7 +185,7 @@ def test_runs_of_earlier_versions_are_brought_up_to_date_and_not_logged_again(
     with monkeypatch.context() as old:
         old.setattr(mlflow, "storage_id", lambda storage: "")
         old.setattr(mlflow, "record_digest", earlier_digest)
-        old.setattr(mlflow, "trial_params", lambda spec: spec.flat())
+        old.setattr(mlflow, "trial_params", flat)
         assert synced(tmp_path / "a", "--uri", uri) == 0
     tracker = MlflowTracker(uri, str(tmp_path / "a"))
     logged = {run.info.run_id: run.data.params for run in children(tracker)}
