@@ -15,13 +15,16 @@ everywhere to 4 bits is an error, not a result.
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,11 @@ import torch
 from peers.job import Job
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import kl_div
+from torch.nn.functional import kl_div, nll_loss
 from trial import make_model
 
 from q3q.data.texts import load_text
 from q3q.data.windows import consecutive_windows, draw_windows, encoder
-from q3q.evaluate.perplexity import perplexity
 from q3q.limits import cores
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import Decoder, load_decoder
@@ -317,24 +319,34 @@ class Judge:
                     check_levels(prefix + name, new.get(name), bits, group)
                 blocks.append(block.with_weights(new))
             model = Decoder(model.facts, model.embedding_VH, model.norm_H, model.head_VH, blocks)
-        divergences = [self._divergence(model, ids_1T) for ids_1T in self.windows_NT.split(1)]
-        return Scores(perplexity(model, self.windows_NT).value, divergences)
+        found = [self._score(model, *window) for window in self._windows]
+        return Scores(
+            perplexity=math.exp(statistics.fmean(loss for loss, _ in found)),
+            divergences=[divergence for _, divergence in found],
+        )
 
-    def _divergence(self, model: Decoder, ids_1T: Tensor) -> float:
-        if model is self.model:
-            return 0.0
-        divergence = 0.0
-        ours, theirs = (m.logits(m.hidden(ids_1T).flatten(0, 1)) for m in (model, self.model))
-        for (_, new_CV), (_, old_CV) in zip(ours, theirs, strict=True):
-            divergence += float(
-                kl_div(
-                    new_CV.log_softmax(1),
-                    old_CV.log_softmax(1),
-                    reduction="sum",
-                    log_target=True,
-                )
-            )
-        return divergence / ids_1T.numel()
+    @cached_property
+    def _windows(self) -> list[tuple[Tensor, Tensor]]:
+        """Token ids [1, T] and the unquantized model's last hidden states [1, T, H]."""
+        return [(ids_1T, self.model.hidden(ids_1T)) for ids_1T in self.windows_NT.split(1)]
+
+    def _score(self, model: Decoder, ids_1T: Tensor, old_1TH: Tensor) -> tuple[float, float]:
+        """Return a window's mean loss of the next token and its mean divergence, in nats."""
+        loss, divergence = 0.0, 0.0
+        new_1TH = old_1TH if model is self.model else model.hidden(ids_1T)
+        next_T = ids_1T[0].roll(-1)  # the last one has no next token
+        last = len(next_T) - 1
+        pairs = zip(
+            model.logits(new_1TH.flatten(0, 1)),
+            self.model.logits(old_1TH.flatten(0, 1)),
+            strict=True,
+        )
+        for (rows, new_logits_CV), (_, old_logits_CV) in pairs:
+            new_CV, old_CV = new_logits_CV.log_softmax(1), old_logits_CV.log_softmax(1)
+            losses = nll_loss(new_CV, next_T[rows], reduction="none")
+            loss += float(losses[: max(0, last - rows.start)].sum())
+            divergence += float(kl_div(new_CV, old_CV, reduction="sum", log_target=True))
+        return loss / last, divergence / len(next_T)
 
 
 def check_levels(name: str, weight_OI: Tensor | None, bits: int, group: int) -> None:
