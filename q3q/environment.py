@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -102,22 +102,36 @@ class Phases:
 
     peak_bytes: the process's resident peak, within the phase on Linux, else the peak so far.
     gpu_peak_bytes: the peak of torch's allocations.
+
+    Args:
+        together: returns the seconds so far in which other processes worked with this one; None if
+            there are none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: Callable[[], float] | None = None) -> None:
         self.metrics: dict[str, float] = {}
+        self._together = together
+        self._alone: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         _reset_peak()
+        before = 0.0 if self._together is None else self._together()
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.metrics[f"seconds/{name}"] = round(time.perf_counter() - started, 4)
+            seconds = time.perf_counter() - started
+            self.metrics[f"seconds/{name}"] = round(seconds, 4)
+            if self._together is not None:
+                self._alone[name] = round(seconds - (self._together() - before), 4)
             self.metrics[f"peak_bytes/{name}"] = _peak_bytes()
             if (cuda := _cuda()) is not None:
                 self.metrics[f"gpu_peak_bytes/{name}"] = cuda.max_memory_allocated()
+
+    def notes(self) -> Json:
+        """Return the record's note of each phase's seconds in which this process worked alone."""
+        return {"rank_0_alone": self._alone} if self._alone else {}
 
 
 class SystemWatch:

@@ -81,10 +81,13 @@ class Rendezvous:
 
 
 class Team:
-    """A rank of a gang. If it is the only one, it exchanges nothing, and costs nothing."""
+    """A rank of a gang. If it is the only one, it exchanges nothing, and costs nothing.
+
+    together: seconds so far in which all ranks worked
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.together = rank, size, 0.0
         self.models: MutableMapping[int, Any] = {}  # kept between two calls of `run_on_all`
         self._depth = 0  # of nested calls of `run_on_all`
         self._broken: BaseException | None = None
@@ -120,6 +123,7 @@ class Team:
             return call(self, *arguments, **own)
         if self._broken is not None:
             raise self._broken
+        begin = time.perf_counter()
         self.broadcast((call, arguments))
         try:
             with self._in_step():
@@ -127,6 +131,8 @@ class Team:
         except BaseException as error:
             self._broken = error
             raise
+        finally:
+            self.together += time.perf_counter() - begin
 
     def follow(self, check: Callable[[], None] = lambda: None) -> None:
         """Run rank 0's calls on a rank other than 0, until rank 0 dismisses it.

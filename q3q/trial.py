@@ -6,7 +6,7 @@ import platform
 import shutil
 import traceback
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q3q.ahead import preparing
 from q3q.attempt import LOG, Attempt, TrialLog, attempt, running_quantizations
 from q3q.crash import crash_reason, forget_crash
+from q3q.data.prepared import Shelf
 from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import GPU_LOST_WORDS, GPU_SUSPECT_WORDS, Q3QError
@@ -56,7 +58,7 @@ from q3q.record import (
 from q3q.reporter import Reporter
 from q3q.spec import Json
 from q3q.storage.aside import tell
-from q3q.storage.block_cache import BlockCache
+from q3q.storage.block_cache import BlockCache, stored_blocks
 from q3q.storage.claim import ClaimLostError, Holder
 from q3q.storage.files import write_atomically
 from q3q.team import SOLO, PeerLostError, Rendezvous, Team, join_gang
@@ -78,18 +80,20 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
     """
     spec = trial.spec
     refuse_other_versions(spec.evaluation)
-    phases, started = Phases(), now()
+    phases, started = Phases((lambda: team.together) if team.size > 1 else None), now()
     reporter = Reporter(spec.id, report, SystemWatch().due)
     write_atomically(trial.folder / "spec.json", json.dumps(trial.to_json(), indent=1).encode())
     ledger, exported = Ledger(), Exported()
     ends: Mapping[str, StoredWeight] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as beside:
         reporter.phase("load")(0, 1)
         memory = settings_of(spec.method).memory()
         with phases.phase("load"):
             checkpoint = _opened(trial, reporter)
             tokenizer = load_tokenizer(checkpoint.folder)
-            model, loading = load_model(checkpoint, trial, _device(trial), memory, team)
+            device = _device(trial)
+            beside.enter_context(_preparing(trial, checkpoint, tokenizer, device))
+            model, loading = load_model(checkpoint, trial, device, memory, team)
         reporter.phase("load", str(loading))(1, 1)
         with phases.phase("baseline"):
             reference = reference_of(model, tokenizer, trial, reporter)
@@ -146,7 +150,8 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         | exported.notes
         | noted_baseline(reference, spec)
         | _notes_on(checkpoint)
-        | _notes_on_kernels(device_of(trial)),
+        | _notes_on_kernels(device_of(trial))
+        | phases.notes(),
         files=_write_samples(trial, scores),
     )
     record.save()
@@ -164,6 +169,16 @@ def _windows(
     if store.holds(blocks):
         return None
     return calibration_windows(trial, tokenizer, partial(steps, 0, 1))
+
+
+def _preparing(
+    trial: Trial, checkpoint: Checkpoint, tokenizer: Any, device: Device
+) -> AbstractContextManager[None]:
+    """Have the trial's windows and requests prepared beside it, see `ahead`."""
+    blocks = stored_blocks(trial.blocks_folder, trial.kept_blocks_folder)
+    quantizes = blocks < checkpoint.facts.layers
+    shelf = Shelf.of(trial, tokenizer)
+    return preparing(trial, checkpoint.folder, shelf, device, quantizes=quantizes)
 
 
 def _quantize(

@@ -4,6 +4,8 @@ import gc
 
 import torch
 
+from q3q.models import checkpoint, tensor_files
+
 
 def parameter_bytes(team):
     """Return the bytes of the parameters of all models that each rank keeps."""
@@ -23,6 +25,40 @@ def live_bytes(team):
                         tensor.untyped_storage().nbytes()
                     )
     return team.gather(sum(storages.values()))
+
+
+_states = checkpoint.Checkpoint.states
+_read: list[int] = []  # bytes, of each read of this rank
+
+
+def count_reads(team):
+    """Count the bytes that this rank reads of tensors from now on."""
+    plain = tensor_files.StoredTensor.read
+
+    def counted(self, first=0, count=None):
+        tensor = plain(self, first, count)
+        _read.append(tensor.nbytes)
+        return tensor
+
+    tensor_files.StoredTensor.read = counted  # type: ignore[method-assign]
+
+
+def bytes_read(team):
+    """Return the bytes that each rank has read since it was last asked."""
+    count = sum(_read)
+    _read.clear()
+    return team.gather(count)
+
+
+def see_other_files(team):
+    """Let all ranks but the first see other files than rank 0, as on a disk of their own."""
+    if team.rank:
+        checkpoint.Checkpoint.states = lambda self: {}  # type: ignore[method-assign]
+
+
+def see_the_same_files(team):
+    """Undo `see_other_files`."""
+    checkpoint.Checkpoint.states = _states  # type: ignore[method-assign]
 
 
 def known_models(team):

@@ -24,9 +24,12 @@ from q3q.config.schema import register
 from q3q.data.needs import fetch_weights
 from q3q.data.repositories import REPOSITORIES
 from q3q.data.texts import _HUB
+from q3q.placement import Trial
 from q3q.sweep import progress
+from q3q.sweep.downloads import download, download_on_each_machine, needs_of
+from q3q.sweep.ray.cluster import Cluster
 from tests.hub import COMMIT, serving, use
-from tests.specs import hub_model_of, make_spec
+from tests.specs import calibration_of, evaluation_of, hub_model_of, make_spec, make_trial
 
 MODEL, PIQA = "models/Qwen/Qwen3-0.6B", "baber/piqa"
 WORDS = [
@@ -236,3 +239,67 @@ def test_a_model_without_a_dtype_is_said_to_be_float32(hub, tmp_path, capsys):
     code, _, said = launched(words, tmp_path / "st", capsys)
     assert code == 0
     assert "the config.json of Qwen/Qwen3-0.6B names no dtype, which means float32" in said
+
+
+def hub_trials(tmp_path):
+    """Two trials of the Hub's model, one of which is asked questions and calibrates on WikiText."""
+    spec = make_spec(model=hub_model_of("mine", source="Qwen/Qwen3-0.6B"))
+    first = replace(spec, model=replace(spec.model, revision=COMMIT))
+    second = replace(
+        first,
+        calibration=calibration_of("wikitext2"),
+        evaluation=evaluation_of("wikitext2", tasks=["piqa"]),
+        seed=1,
+    )
+    placement = make_trial(storage=tmp_path).placement
+    return [Trial(first, placement), Trial(second, placement)]
+
+
+def test_each_machine_downloads_all_that_its_trials_need_and_says_what_is_not_to_be_had(
+    hub, served, tmp_path
+):
+    trials = hub_trials(tmp_path)
+    names = [need.name for need in needs_of(trials)]
+    assert names == [
+        f"Qwen/Qwen3-0.6B ({COMMIT[:12]})",
+        "calibration text wikitext2",
+        "evaluation text wikitext2",
+        f"data set {PIQA}",
+    ]
+    orders, said = [trial.to_json() for trial in trials], list[str]()
+    del hub.repositories[f"datasets/{PIQA}"]
+    download(orders, said.append)
+    assert [*hub.cache.rglob("model.safetensors")]
+    [lost] = [line for line in said if "cannot be had now" in line]
+    assert f"data set {PIQA}" in lost
+    hub.repositories[f"datasets/{PIQA}"] = served[f"datasets/{PIQA}"]
+    download(orders, said.append)
+    said.clear()
+    hub.close()
+    download(orders, said.append)
+    assert said == []
+
+
+@pytest.mark.slow
+def test_in_a_cluster_machines_download_before_trials_hold_gpus(hub, tmp_path):
+    """A real Ray: the task that downloads runs while every GPU is free, and trials come later."""
+    cache = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    trials, said, free = hub_trials(tmp_path)[:1], list[str](), list[float]()
+
+    def say(line):
+        import ray
+
+        said.append(line)
+        free.append(ray.available_resources().get("GPU", 0))
+
+    with Cluster(cpus=1, gpus=1, env=cache) as cluster:
+        assert len(cluster.node_ids(gpus=True)) == 1
+        download_on_each_machine(cluster, trials, gpus=True, say=say, tick=lambda: None)
+        assert [*(tmp_path / "home").rglob("model.safetensors")]
+        assert said[-1].endswith("11.8 MB downloaded")
+        assert set(free) == {1}
+        said.clear()
+        download_on_each_machine(cluster, trials, gpus=True, say=say, tick=lambda: None)
+        assert said == []
+        download_on_each_machine(cluster, [make_trial()], gpus=True, say=say, tick=lambda: None)
+        assert said == []

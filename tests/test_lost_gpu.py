@@ -61,7 +61,9 @@ def test_a_worker_tells_its_driver_that_the_gpu_may_be_to_blame(monkeypatch, tmp
     assert "GPU 3 (NVIDIA H100 80GB HBM3, GPU-0a1b) of " in str(told.value)
     assert "\n" not in str(told.value)
     on_cores = trial.placed(grant=Grant(gpus=0, loader="resident"))
-    assert work(on_cores.to_json(), lambda event: None)["status"] == "FAILED"
+    record = work(on_cores.to_json(), lambda event: None)
+    assert record is not None
+    assert record["status"] == "FAILED"
 
 
 def test_a_rank_of_a_gang_names_its_gpu(monkeypatch, tmp_path):
@@ -77,7 +79,7 @@ def test_a_rank_of_a_gang_names_its_gpu(monkeypatch, tmp_path):
 
 
 def test_gpus_that_failed_are_tried_again_when_nothing_else_can_run(monkeypatch):
-    told = []
+    told: list[str] = []
     monkeypatch.setattr(gpus_aside, "IDLE_SECONDS", -1.0)
     aside, flight = gpus_aside.GpusAside(), InFlight(Task(key="a", call=print), 1)
     assert aside.released_if_idle(runs=False) == []

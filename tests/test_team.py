@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from q3q import team
+from q3q.environment import Phases
 from q3q.errors import ConfigError
 from q3q.team import LOOPBACK, SOLO, Team, choose_interfaces, interface_of
 
@@ -28,6 +29,32 @@ def test_alone_nothing_is_exchanged():
     assert SOLO.fold(content, lambda joined, own: (joined, own)) == (None, content)
     assert not SOLO.leads
     assert SOLO.run_on_all(lambda team, more, own: (more, own), 1, own=2) == (1, 2)
+
+
+def test_what_rank_0_does_alone_is_what_is_left_of_a_phase(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    rank_0 = Team(0, 2)
+    monkeypatch.setattr(rank_0, "broadcast", lambda content: None)
+
+    def work(team, seconds):
+        clock[0] += seconds
+        if seconds > 1:
+            team.run_on_all(work, 1)  # inside, it is an ordinary call
+
+    phases = Phases(lambda: rank_0.together)
+    with phases.phase("load"):
+        clock[0] += 5
+    with phases.phase("quantize"):
+        rank_0.run_on_all(work, 2)
+        clock[0] += 0.5
+        rank_0.run_on_all(work, 1)
+    assert phases.notes() == {"rank_0_alone": {"load": 5, "quantize": 0.5}}
+    assert phases.metrics["seconds/quantize"] == 4.5
+    alone = Phases()
+    with alone.phase("load"):
+        clock[0] += 5
+    assert alone.notes() == {}
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import pytest
 
 from q3q import trial as trial_module
 from q3q.data.prepared import Shelf, kept_identity, prepared
+from q3q.evaluate.identities import prepared_identities
 from q3q.evaluate.samples import write_samples
 from q3q.export import destination
 from q3q.export.marker import write_marker
@@ -36,7 +37,6 @@ from q3q.storage.status import StatusWriter, SweepStatus, View, Work, at_work, s
 from q3q.sweep.progress import Display
 from q3q.trials import attach as attach_module
 from q3q.trials.__main__ import main
-from q3q.trials.delete import prepared_identities
 from q3q.trials.stored import find_trials
 from tests.specs import evaluation_of, make_trial, model_of, respecified, text_of
 

@@ -3,7 +3,7 @@
 import gc
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -14,16 +14,19 @@ import numpy as np
 
 from q3q.data.prepared import Shelf
 from q3q.data.questions import Library, serving
-from q3q.evaluate.batches import Batch, Part, draws_shots, first_questions, random_questions
-from q3q.evaluate.catalogue import STUDY_MMLU, TASKS
+from q3q.evaluate.batches import Batch, Part, first_questions, random_questions
+from q3q.evaluate.catalogue import STUDY_MMLU
 from q3q.evaluate.chat import CHATS, PLAIN_CHAT
+from q3q.evaluate.identities import requests_identity
 from q3q.evaluate.metrics import task_metric
-from q3q.evaluate.mmlu_paper import score_study_mmlu, study_questions
+from q3q.evaluate.mmlu_paper import Questions, score_study_mmlu, study_questions
 from q3q.reporter import Steps
-from q3q.spec import Evaluation, Json, TaskRef
+from q3q.spec import Evaluation, Json
 
 if TYPE_CHECKING:
+    from q3q.evaluate.harness.run import Asked
     from q3q.models.decoder import Decoder
+    from q3q.models.facts import ModelFacts
 
 NEW_OBJECTS = 200_000  # after which garbage is looked for while requests and samples are made
 
@@ -67,32 +70,21 @@ def score_batch(
             than documents.
     """
     quick = evaluation.quick
-    wanted = requests_identity(evaluation, batch, seed)
     if batch.tasks == (STUDY_MMLU,):
-        choose = partial(random_questions if quick else first_questions, batch.limit)
         wait = partial(steps, 0, 1)
-        asked = study_questions(tokenizer, library, choose, shelf, wanted, wait)
-        part = score_study_mmlu(model, asked, journal=journal, identity=identity, steps=steps)
+        questions = _study_questions(tokenizer, evaluation, batch, library, seed, shelf, wait)
+        part = score_study_mmlu(model, questions, journal=journal, identity=identity, steps=steps)
     else:
-        from q3q.evaluate.harness.run import Keeping, run_tasks  # lm-eval takes seconds to import
+        from q3q.evaluate.harness.run import run_tasks  # lm-eval takes seconds to import
 
         with serving(library, lambda data, options: library.load(data, **options)):
             scores = run_tasks(
                 model,
                 tokenizer,
-                batch.tasks,
-                limit=batch.limit,
-                choose=partial(random_questions, batch.limit) if quick else None,
-                num_fewshot=batch.shots,
+                _asked(evaluation, batch, library, include, seed, shelf),
                 max_gen_toks=evaluation.max_gen_toks,
-                seed=seed,
-                include_path=include,
-                chat=CHATS[evaluation.chat or PLAIN_CHAT],
                 journal=journal,
                 identity=identity,
-                keeping=None
-                if shelf is None
-                else Keeping(shelf, wanted, lambda: not library.files.not_pinned),
                 steps=steps,
             )
         part = Part(scores.metrics, scores.intervals)
@@ -109,24 +101,73 @@ def score_batch(
     return part
 
 
-def requests_identity(evaluation: Evaluation, batch: Batch, seed: int) -> Json:
-    """Return what a spec says of all that determines a batch's requests."""
-    refs = [TaskRef(name=name, shots=batch.shots) for name in batch.tasks]
-    data = dict(evaluation.data)
-    if all(name in TASKS for name in batch.tasks):
-        keys = {data_set.key for name in batch.tasks for data_set in TASKS[name].data}
-        data = {key: identity for key, identity in data.items() if key in keys}
-    return {
-        "requests": list(batch.tasks),
-        "shots": batch.shots,
-        "limit": batch.limit,
-        "quick": evaluation.quick,
-        "chat": evaluation.chat,
-        "data": data,
-        "include": evaluation.include,
-        "seed": seed if draws_shots(refs) else None,
-        "evaluation": evaluation.version,
-    }
+@_rare_collections()
+def prepare_batch(
+    facts: "ModelFacts",
+    tokenizer: Any,
+    evaluation: Evaluation,
+    batch: Batch,
+    library: Library,
+    *,
+    include: Path | None,
+    seed: int,
+    shelf: Shelf,
+    wait: Callable[[], object],
+) -> None:
+    """Put on the shelf what `score_batch` will take from there, unless it is there.
+
+    Args:
+        facts: the model's, which need not be loaded.
+        wait: called at every poll while another process makes it; may raise to stop waiting.
+    """
+    if batch.tasks == (STUDY_MMLU,):
+        _study_questions(tokenizer, evaluation, batch, library, seed, shelf, wait)
+        return
+    from q3q.evaluate.harness.run import prepare_tasks
+
+    asked = _asked(evaluation, batch, library, include, seed, shelf)
+    with serving(library, lambda data, options: library.load(data, **options)):
+        prepare_tasks(facts, tokenizer, asked, wait)
+
+
+def _study_questions(
+    tokenizer: Any,
+    evaluation: Evaluation,
+    batch: Batch,
+    library: Library,
+    seed: int,
+    shelf: Shelf | None,
+    wait: Callable[[], object],
+) -> Questions:
+    choose = partial(random_questions if evaluation.quick else first_questions, batch.limit)
+    wanted = requests_identity(evaluation, batch, seed)
+    return study_questions(tokenizer, library, choose, shelf, wanted, wait)
+
+
+def _asked(
+    evaluation: Evaluation,
+    batch: Batch,
+    library: Library,
+    include: Path | None,
+    seed: int,
+    shelf: Shelf | None,
+) -> "Asked":
+    """Return what lm-eval is to ask."""
+    from q3q.evaluate.harness.run import Asked, Keeping
+
+    wanted, keeping = requests_identity(evaluation, batch, seed), None
+    if shelf is not None:
+        keeping = Keeping(shelf, wanted, lambda: not library.files.not_pinned)
+    return Asked(
+        tasks=batch.tasks,
+        limit=batch.limit,
+        choose=partial(random_questions, batch.limit) if evaluation.quick else None,
+        num_fewshot=batch.shots,
+        seed=seed,
+        include_path=include,
+        chat=CHATS[evaluation.chat or PLAIN_CHAT],
+        keeping=keeping,
+    )
 
 
 def _add_samples(

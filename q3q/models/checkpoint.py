@@ -8,6 +8,7 @@ wherever the file's header ends, on which the last bits of a matrix product depe
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -24,7 +25,8 @@ from q3q.models.model_json import (
     refuse_irregular,
 )
 from q3q.models.packed import Layout
-from q3q.models.tensor_files import Rows, Shape
+from q3q.models.tensor_files import Rows, Shape, StoredTensor
+from q3q.storage.files import FileState, file_state
 
 if TYPE_CHECKING:
     import torch
@@ -112,6 +114,54 @@ class Checkpoint:
     def rows(self, name: str, first: int, count: int) -> Tensor:
         """Read some rows of a tensor by its name on disk (`model.embed_tokens.weight`)."""
         return self._stored[name].read(first, count)
+
+    def states(self) -> dict[str, FileState]:
+        """Return the state of each of its shards, by name."""
+        return {path.name: file_state(path) for path in self._files.shards}
+
+    def end_part(self, end: str, first: int, count: int) -> Tensor:
+        """Read some numbers of the `embedding` or the `head`, of all its rows one after another."""
+        name = self.facts.family.head if end == "head" else self.facts.family.embedding
+        return self._stored[name].flat().read(first, count)
+
+    def is_packed(self, k: int, name: str) -> bool:
+        """Return True if one of block `k`'s tensors lies in files as codes, not as its numbers."""
+        return any(
+            _layout(self.facts, k, source) is not None
+            for source in _sources(name, self.facts.experts, fused=False)
+        )
+
+    def block_part(self, k: int, name: str, first: int, count: int) -> Tensor:
+        """Read some numbers, [count], of one of block `k`'s tensors, as `block` has it, flattened.
+
+        It must not be packed.
+        """
+        import torch
+
+        parts, before = [], 0  # numbers before the stretch
+        for stored, begin, length in self._stretches(k, name):
+            start, stop = max(first, before), min(first + count, before + length)
+            if start < stop:
+                parts.append(stored.read(begin + start - before, stop - start))
+            before += length
+        if not parts:
+            return torch.empty(0, dtype=getattr(torch, self.stored_dtype))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _stretches(self, k: int, name: str) -> Iterator[tuple[StoredTensor, int, int]]:
+        """Yield where the numbers of one of a block's tensors lie: a file's tensor, from, how many.
+
+        Gate and up may lie fused in one tensor, gate over up, for each expert.
+        """
+        shape, prefix = self.facts.block_shapes(k)[name], self.facts.on_disk(k, "")
+        sources = _sources(name, self.facts.experts, self._fused(k))
+        stored = [self._stored[prefix + source].flat() for source in sources]
+        if len(stored) > 1 or stored[0].shape == (math.prod(shape),):
+            yield from ((one, 0, one.shape[0]) for one in stored)
+            return
+        each = math.prod(shape[1:])
+        upper = each if ".up_proj." in name else 0
+        yield from ((stored[0], 2 * e * each + upper, each) for e in range(shape[0]))
 
     def embedding(self) -> Tensor:
         """Read the token embedding, [vocab, hidden]."""

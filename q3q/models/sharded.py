@@ -12,11 +12,12 @@ Shapes: B windows, T tokens, H hidden, V vocabulary.
 
 import gc
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial, wraps
+from contextlib import contextmanager, suppress
+from functools import cache, partial, wraps
 from itertools import count
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter, ParameterList
 
+from q3q.errors import CheckpointError, NumericsError, Q3QError
 from q3q.models.attention import Attention
 from q3q.models.block import Block
 from q3q.models.checkpoint import Checkpoint
@@ -250,50 +252,151 @@ class ShardedDecoder(Decoder):
 
     @in_step
     def load(self, checkpoint: Checkpoint | None = None) -> None:
-        """Load tensor by tensor: rank 0 reads one, every rank keeps its share, and it is freed."""
-        facts = self.facts
+        """Load tensor by tensor, of which each rank keeps its share.
+
+        Where all ranks see rank 0's files, each reads its share alone, and nothing is sent.
+        Elsewhere, and of packed tensors, rank 0 reads all of a tensor and sends it.
+
+        Args:
+            checkpoint: rank 0's.
+
+        Raises:
+            NumericsError: on rank 0: the named weight is not finite, as stored or in the dtype.
+            CheckpointError: on rank 0: some rank could not read its share.
+        """
+        facts, own = self.facts, _seen_by_all(self.team, checkpoint)
+        norm_H, faults = None, list[Q3QError]()
+        if checkpoint is not None:
+            norm_H = checkpoint.final_norm()
+            norm_H = convert_weight(norm_H, "final norm", self._dtype, self._device)
+        self._norm_H: Tensor = self.team.broadcast(norm_H)
 
         def share(
-            name: str, shape: Sequence[int], read: Callable[[Checkpoint], Tensor]
+            name: str, shape: Sequence[int], whole: Callable[[Checkpoint], Tensor], part: Part
         ) -> Parameter:
-            weight = None
-            if checkpoint is not None:
-                weight = convert_weight(read(checkpoint), name, self._dtype, self._device)
-            return self._share(shape, weight)
+            first, count = self._stretch(shape)
+            read = None if own is None else part(own, first, count)
+            if read is None:
+                weight = None
+                if checkpoint is not None:
+                    weight = convert_weight(whole(checkpoint), name, self._dtype, self._device)
+                return self._share(shape, weight)
+            numbers_N = None
+            try:
+                numbers_N = convert_weight(read(), name, self._dtype, self._device)
+            except (NumericsError, CheckpointError) as error:  # told once all ranks have loaded
+                faults.append(error)
+            return self._own_share(shape, numbers_N)
 
         ends = {"embedding": Checkpoint.embedding}
         if not facts.tied:
             ends["head"] = Checkpoint.head
         for end, read in ends.items():
-            self._shares[end, 0] = {"weight": share(end, (facts.vocab, facts.hidden), read)}
-        norm_H = None
-        if checkpoint is not None:
-            norm_H = checkpoint.final_norm()
-            norm_H = convert_weight(norm_H, "final norm", self._dtype, self._device)
-        self._norm_H: Tensor = self.team.broadcast(norm_H)
+            weight = share(end, (facts.vocab, facts.hidden), read, partial(_end_part, end))
+            self._shares[end, 0] = {"weight": weight}
         for k in range(facts.layers):
             self._shares["block", k] = {
-                name: share(f"blocks.{k}.{name}", shape, partial(_weight, k, name))
+                name: share(
+                    f"blocks.{k}.{name}",
+                    shape,
+                    partial(_weight, k, name),
+                    partial(_block_part, k, name),
+                )
                 for name, shape in facts.block_shapes(k).items()
             }
+        found = [fault for fault in self.team.gather(faults[0] if faults else None) if fault]
+        if found and self.team.rank == 0:
+            raise found[0]
+
+    def _stretch(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return where this rank's share of a tensor's numbers begins, and how many it has."""
+        numbers = math.prod(shape)
+        each = -(-numbers // self.team.size)
+        first = min(numbers, self.team.rank * each)
+        return first, min(each, numbers - first)
 
     def _share(self, shape: Sequence[int], weight: Tensor | None) -> Parameter:
         """Return this rank's share of rank 0's weight."""
         import deepspeed
 
-        with _plain_tensors(), exchanging():
+        with exchanging():
+            return self._divided(shape, weight, deepspeed.zero.Init)
+
+    def _own_share(self, shape: Sequence[int], numbers_N: Tensor | None) -> Parameter:
+        """Return this rank's share of a weight, which are these numbers."""
+        return self._divided(shape, numbers_N, _without_broadcast())
+
+    def _divided(
+        self, shape: Sequence[int], numbers: Tensor | None, init: Callable[..., object]
+    ) -> Parameter:
+        """Have DeepSpeed make this rank's share of a tensor that has these numbers in their place.
+
+        Args:
+            numbers: all of the tensor's, or those of this rank's stretch; None for any.
+        """
+        with _plain_tensors():
             content = torch.empty(shape, dtype=self._dtype, device=self._device)
-            if weight is not None:
-                content.copy_(weight)
+            if numbers is not None and numbers.shape == content.shape:
+                content.copy_(numbers)
+            elif numbers is not None:
+                first, count = self._stretch(shape)
+                content.view(-1)[first : first + count] = numbers
             holder = ParameterList([Parameter(content, requires_grad=False)])
             del content
             # mem_efficient_linear would replace torch's own `linear`.
-            deepspeed.zero.Init(module=holder, mem_efficient_linear=False)
+            init(module=holder, mem_efficient_linear=False)
             return holder[0]
+
+
+@cache
+def _without_broadcast() -> Callable[..., object]:
+    """Return DeepSpeed's Init for ranks that each have their own share of a tensor already.
+
+    Its own sends rank 0's tensor to all before each takes its share of it.
+    """
+    import deepspeed
+
+    class OwnShares(deepspeed.zero.Init):
+        def _zero_init_param(self, param: Any) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
+    return OwnShares
+
+
+# Returns what reads some numbers of a tensor, from a number on; None if only all can be read.
+Part = Callable[[Checkpoint, int, int], Callable[[], Tensor] | None]
 
 
 def _weight(k: int, name: str, checkpoint: Checkpoint) -> Tensor:
     return checkpoint.block(k, names=[name])[name]
+
+
+def _end_part(end: str, checkpoint: Checkpoint, first: int, count: int) -> Callable[[], Tensor]:
+    return partial(checkpoint.end_part, end, first, count)
+
+
+def _block_part(
+    k: int, name: str, checkpoint: Checkpoint, first: int, count: int
+) -> Callable[[], Tensor] | None:
+    if checkpoint.is_packed(k, name):
+        return None
+    return partial(checkpoint.block_part, k, name, first, count)
+
+
+def _seen_by_all(team: Team, checkpoint: Checkpoint | None) -> Checkpoint | None:
+    """Return rank 0's checkpoint as each rank opens it; None if some rank does not see its files.
+
+    They must be the same files, not copies of them: nobody has compared these with the plan's.
+    """
+    named = None if checkpoint is None else (checkpoint.folder, checkpoint.states())
+    folder, states = team.broadcast(named)
+    own = checkpoint
+    if own is None:
+        with suppress(CheckpointError, OSError):
+            opened = Checkpoint(folder)
+            own = opened if opened.states() == states else None
+    return own if all(team.gather(own is not None)) else None
 
 
 def load_sharded(
@@ -301,7 +404,8 @@ def load_sharded(
 ) -> ShardedDecoder:
     """Load a model without ever holding it completely in one place.
 
-    Rank 0 calls this while it works alone, and reads the checkpoint; other ranks need no file.
+    Rank 0 calls this while it works alone. Other ranks need no file, but help to read those that
+    they see (`ShardedDecoder.load`).
 
     Args:
         activations: bytes of each rank's hidden states in memory between two blocks; None for all.

@@ -8,7 +8,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +102,10 @@ class StoredTensor:
         except OSError as error:
             raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
         return tensor
+
+    def flat(self) -> StoredTensor:
+        """Return it as one axis, of which any stretch can be read."""
+        return replace(self, shape=(math.prod(self.shape),))
 
     def _fill(self, file: int, buffer: memoryview, position: int, start: int) -> None:
         """Read a piece of an open file's tensor; the interpreter's lock is free meanwhile."""

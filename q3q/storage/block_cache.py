@@ -22,6 +22,11 @@ SHARE = 0.1
 MARK = "kept_by_auto"
 
 
+def stored_blocks(*folders: Path) -> int:
+    """Return how many blocks of one quantization lie in some folders; their content is not read."""
+    return len({path.name for folder in folders for path in folder.glob("block_*.json")})
+
+
 @dataclass(frozen=True)
 class Kept:
     """Blocks of one quantization that may go.

@@ -77,7 +77,22 @@ class Prediction:
     idle: float
 
 
+@dataclass(frozen=True)
+class Todo:
+    """What a trial makes of what the trials of a storage folder need only once.
+
+    blocks: part of its model's blocks that it quantizes; it finds the others
+    draws: whether it draws its calibration windows
+    questions: whose prompts it makes
+    """
+
+    blocks: float = 1.0
+    draws: bool = True
+    questions: int = 0
+
+
 Key = tuple[str, ...]
+ALONE = Todo()
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ class CostModel:
     Sources: R, records of the demo models' trials on one EPYC core; B, docs/BENCHMARKS.md; D, data
     sheets.
 
-    core_flops: operations a second of one core; R, and B (22 s for GPTQ of 0.6B widths on two)
+    core_flops: operations a second of one core; R
     gpu_peak: of a GPU that `GPU_PEAKS` does not know; D: an A100's
     reached: part of its peak that a GPU reaches in a forward pass; a guess
     gpu_solving: of a GPU, of `cube` and `square`; B, the H100's seconds for factors and columns
@@ -99,12 +114,12 @@ class CostModel:
     start: seconds of opening a model, whatever its size; R (0.1, and 2 where libraries are loaded
         too)
     gpu_start: the same on a GPU, where each trial is a new process: libraries and CUDA start too
-    question: seconds to make a question's prompts and encode them; a guess between the first trial
-        with a suite and those that read what it made
-    draw: seconds to read one of `LARGE_TEXTS` and draw its windows; R
+    question: seconds to load a question and to make metrics and samples of its scores; B
+    prompt: seconds to make a question's prompts and encode them, of the first trial with a suite; B
+    draw: seconds to read one of `LARGE_TEXTS` and draw its windows, of the first trial; R
     streamed: times as long as resident; benchmarks/streaming.py asks for at most 1 / 0.6
     gang: share of its GPUs' speed that a gang has; a guess, corrected like all rates
-    cube: of columns^3: a site's factor and its inverse; B, "GPTQ's column loop"
+    cube: of columns^3: a site's factor and its inverse; B, "GPTQ's columns"
     square: of rows x columns^2: its column loop; B, as above
     """
 
@@ -118,7 +133,8 @@ class CostModel:
     read_bytes: float = 1e9
     start: float = 1.0
     gpu_start: float = 10.0
-    question: float = 5e-4
+    question: float = 1.7e-4
+    prompt: float = 8e-4
     draw: float = 10.0
     streamed: float = 1.6
     gang: float = 0.7
@@ -159,12 +175,11 @@ class CostModel:
         _, squares, cubes = _solving(facts)
         return self.square * squares + self.cube * cubes
 
-    def prepare(self, spec: TrialSpec) -> dict[str, float]:
-        """Return the seconds of each phase that the processor takes while nothing else runs."""
+    def drawing(self, spec: TrialSpec, todo: Todo) -> float:
+        """Return the processor's seconds for the calibration windows."""
         calibration = spec.calibration
         large = calibration is not None and calibration.source in LARGE_TEXTS
-        questions = sum(_questions(task, spec.evaluation) for task in spec.evaluation.tasks)
-        return {"calibrate": self.draw * large, "evaluate": self.question * questions}
+        return self.draw * (large and todo.draws)
 
     def issuing(self, spec: TrialSpec, facts: ModelFacts) -> dict[str, float]:
         """Return the seconds of each phase that a GPU's operations take to issue."""
@@ -193,26 +208,45 @@ class CostModel:
         return self.reached * (peaks[0] if peaks else self.gpu_peak)
 
     def predict(
-        self, spec: TrialSpec, facts: ModelFacts, where: Rate, *, loader: str, ranks: int = 1
+        self,
+        spec: TrialSpec,
+        facts: ModelFacts,
+        where: Rate,
+        *,
+        loader: str,
+        ranks: int = 1,
+        todo: Todo = ALONE,
     ) -> Prediction:
-        """Return the predicted seconds of a trial that has `where.units` for itself."""
+        """Return the predicted seconds of a trial that has `where.units` for itself.
+
+        On a GPU, windows and prompts are made by another process while it loads and quantizes, so
+        they take the seconds by which they last longer than that.
+        """
         slower = self.streamed if loader == "streamed" else 1 / self.gang if ranks > 1 else 1.0
         rate = self.flops(where) * where.units * ranks
         read = 0.0
         if loader != "streamed":
             read = facts.weight_bytes(spec.model.dtype) / self.read_bytes
-        prepare, issuing = self.prepare(spec), self.issuing(spec, facts)
+        issuing, beside = self.issuing(spec, facts), self.drawing(spec, todo)
         seconds = {"load": (self.gpu_start if where.gpu else self.start) + read}
-        seconds["calibrate"] = prepare["calibrate"]
+        seconds["calibrate"] = max(0.0, beside - where.gpu * seconds["load"])
+        beside += self.prompt * todo.questions
         idle = sum(seconds.values())
         for phase, operations in self.operations(spec, facts).items():
             computing = operations / rate
             if where.gpu and phase == "quantize":
                 solves = self._solves(spec, facts)
                 computing += solves / (self.gpu_solving * where.units * ranks) - solves / rate
-            computing *= slower
-            waiting = max(0.0, issuing[phase] - computing) if where.gpu else 0.0
-            waiting += prepare.get(phase, 0.0)
+            part = todo.blocks if phase == "quantize" else 1.0
+            computing *= slower * part
+            waiting = max(0.0, part * issuing[phase] - computing) if where.gpu else 0.0
+            if phase == "evaluate":
+                asked = sum(questions_of(task, spec.evaluation) for task in spec.evaluation.tasks)
+                waiting += self.question * asked
+                if where.gpu:
+                    waiting += max(0.0, beside - sum(seconds.values()))
+                else:
+                    waiting += self.prompt * todo.questions
             ratio = self._ratio(phase, spec, where, loader)
             seconds[phase] = (computing + waiting) * ratio
             idle += waiting * ratio
@@ -346,10 +380,10 @@ def _task_tokens(ref: TaskRef, evaluation: Evaluation) -> float:
         return TASK_TOKENS
     task = TASKS[ref.name]
     parts = len(task.data) or 1
-    return _questions(ref, evaluation) * task.tokens + parts * task.shared_tokens
+    return questions_of(ref, evaluation) * task.tokens + parts * task.shared_tokens
 
 
-def _questions(ref: TaskRef, evaluation: Evaluation) -> int:
+def questions_of(ref: TaskRef, evaluation: Evaluation) -> int:
     """Count a task's questions; of one that is not known, estimate them."""
     if ref.name not in TASKS:
         return TASK_QUESTIONS

@@ -16,6 +16,7 @@ from q3q.placement import Trial
 from q3q.record import Progress, TrialRecord
 from q3q.spec import Json
 from q3q.sweep.allocation import Allocation
+from q3q.sweep.downloads import download_on_each_machine
 from q3q.sweep.grid import SweepTrial
 from q3q.sweep.launcher import Job, JobPolicy, RayLauncher
 from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here, sized
@@ -129,6 +130,14 @@ class OnRay(Host):
             for number, overrides in first_jobs
         ]
         with study.deferring_interrupts():
+            if self.cluster.address:  # elsewhere the weights are here by now
+                download_on_each_machine(
+                    self.cluster,
+                    [entry.trial for entry in planned],
+                    gpus=any(entry.allocation and entry.allocation.gpus for entry in planned),
+                    say=study.display.note,
+                    tick=study.tick,
+                )
             self.launcher.run(jobs, policy, cluster=self.cluster)
 
 
@@ -195,7 +204,7 @@ class TrialPolicy(JobPolicy):
             self.allocations[job.number] = larger
             reason += f"; now with {larger}, {in_gb(larger.memory)} of memory, {larger.loader}"
         elif isinstance(error, GpuFailedError):
-            reason += ". It gets no more trials of this sweep; this one runs again on another GPU"
+            reason += ". That GPU gets no more trials of this sweep; this one runs again on another"
         self.study.display.retried(planned.trial.id, reason)
 
     def on_outcome(self, job: Job, outcome: Outcome) -> JobReturn:

@@ -20,6 +20,7 @@ from q3q.sweep.allocation import Allocation, Choices
 from q3q.sweep.costs import CostModel, Rate
 from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
+from q3q.sweep.made import Made
 from q3q.sweep.packing import Load, Simulation, share_out, simulate
 from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of, state_bytes
 
@@ -112,6 +113,7 @@ def plan(
 
     Unquantized models come first, because the others are compared with them; then the longest, so
     that the last trial to end is a short one. Trials that take equally long are ordered by model.
+    What trials need only once (`made`) counts for the longest of them, if it is not there already.
 
     Raises:
         ConfigError: a trial fits nowhere.
@@ -139,22 +141,33 @@ def plan(
                 basis="measured" if model.knows(trial.spec, where, loader) else "rough",
             )
         )
-    planned.sort(
-        key=lambda entry: (
-            entry.done,
-            entry.spec.scheme is not None,
-            -entry.seconds,
-            entry.spec.model.files,
-        )
-    )
+    planned.sort(key=_turn)
     left = [entry for entry in planned if not entry.done]
     done = planned[len(left) :]
     disks = left_by_each([entry.trial for entry in left], [entry.trial for entry in done], facts)
-    left = [
-        replace(entry, disk=disk, blocks=running_bytes(entry.trial, facts[entry.trial.id]))
-        for entry, disk in zip(left, disks, strict=True)
-    ]
+    made = Made()
+    for place, (entry, disk) in enumerate(zip(left, disks, strict=True)):
+        shape, allocation = facts[entry.trial.id], chosen[entry.trial.id].at_least(1.0)
+        todo, prepared = made.add(entry.trial, shape)
+        where, loader = rate_of(allocation, machines), allocation.loader
+        predicted = model.predict(
+            entry.spec, shape, where, loader=loader, ranks=allocation.ranks, todo=todo
+        )
+        left[place] = replace(
+            entry,
+            phases=predicted.phases,
+            idle=predicted.idle,
+            disk=disk + prepared,
+            blocks=running_bytes(entry.trial, shape),
+        )
+    left.sort(key=_turn)
     return [*_sharing(left, [chosen[entry.trial.id] for entry in left], machines), *done]
+
+
+def _turn(planned: Planned) -> tuple[bool, bool, float, str]:
+    """Return what orders trials: see `plan`."""
+    spec = planned.spec
+    return planned.done, spec.scheme is not None, -planned.seconds, spec.model.files
 
 
 def _sharing(

@@ -2,21 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from q3q.attempt import CLAIM
 from q3q.data.prepared import FOLDER as PREPARED
-from q3q.data.prepared import SUFFIX, kept_identity
-from q3q.data.windows import calibration_identity, evaluation_identity
+from q3q.data.prepared import kept_identities
 from q3q.errors import ConfigError
-from q3q.evaluate.batches import batches
-from q3q.evaluate.suites import requests_identity
+from q3q.evaluate.identities import prepared_identities, says_all_of
 from q3q.formatting import bytes_in_words
 from q3q.placement import Trial
-from q3q.spec import Json, TrialSpec
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
 from q3q.storage.mirror import mirror_at
 from q3q.storage.stores import folder_of
@@ -94,30 +91,11 @@ def _inputs_of(entry: StoredTrial, staying: Sequence[Trial], storage: Path) -> l
         return []
     leaving = prepared_identities(entry.trial.spec)
     others = [identity for trial in staying for identity in prepared_identities(trial.spec)]
-    found = {path: kept_identity(path) for path in (storage / PREPARED).glob(f"*{SUFFIX}")}
     return [
         path
-        for path, whole in found.items()
-        if whole is not None and _is_of(whole, leaving) and not _is_of(whole, others)
+        for path, whole in kept_identities(storage / PREPARED).items()
+        if says_all_of(whole, leaving) and not says_all_of(whole, others)
     ]
-
-
-def prepared_identities(spec: TrialSpec) -> list[Json]:
-    """Return what a trial says of the input that it prepares: windows, and its tasks' requests."""
-    evaluation = spec.evaluation
-    identities = [evaluation_identity(text, evaluation.quick) for text in evaluation.texts]
-    identities += [requests_identity(evaluation, one, spec.seed) for one in batches(evaluation)]
-    if spec.calibration is not None:
-        identities.append(calibration_identity(spec.calibration, spec.seed))
-    return identities
-
-
-def _is_of(whole: Json, identities: Iterable[Json]) -> bool:
-    """Return True if a file's identity says all that one of these says."""
-    return any(
-        all(key in whole and whole[key] == value for key, value in identity.items())
-        for identity in identities
-    )
 
 
 def _is_running(entry: StoredTrial, holder: Holder) -> ConfigError:

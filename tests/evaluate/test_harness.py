@@ -32,9 +32,10 @@ from q3q.evaluate.batches import first_questions
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.chat import Chat
 from q3q.evaluate.encoding import as_ids
+from q3q.evaluate.harness import run as harness_run
 from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.harness.metrics import read_metrics, shares_of
-from q3q.evaluate.harness.run import check_samples, run_tasks
+from q3q.evaluate.harness.run import Asked, TaskScores, check_samples
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.prefixes import PackedTree
 from q3q.evaluate.tree_pass import run_tree
@@ -56,6 +57,12 @@ def models(kind, dtype):
         pretrained=theirs, tokenizer=tokenizer, batch_size=8, max_length=WINDOW, logits_cache=False
     )
     return HarnessLM(load_decoder(Checkpoint(folder), dtype), tokenizer, max_length=WINDOW), hflm
+
+
+def run_tasks(model, tokenizer, tasks, **settings) -> TaskScores:
+    """Score tasks; `settings`: of what is asked, and of `run_tasks` itself."""
+    own = {name: settings.pop(name) for name in [*settings] if name in Asked.__annotations__}
+    return harness_run.run_tasks(model, tokenizer, Asked(tasks=tasks, **own), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -963,7 +970,7 @@ import sys, time
 import torch
 from pathlib import Path
 from q3q.config.model import DEMO_MODELS
-from q3q.evaluate.harness.run import run_tasks
+from q3q.evaluate.harness.run import Asked, run_tasks
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 folder = DEMO_MODELS / "dense"
@@ -971,7 +978,8 @@ model = load_decoder(Checkpoint(folder), torch.float32)
 def slowly(done, total):
     print(done, total, flush=True)
     time.sleep(0.5 if done else 0)
-run_tasks(model, load_tokenizer(folder), ["stories_where"], limit=60, seed=0,
+asked = Asked(tasks=["stories_where"], limit=60, seed=0)
+run_tasks(model, load_tokenizer(folder), asked,
           journal=Path(sys.argv[1]), identity="demo", steps=slowly)
 """
 

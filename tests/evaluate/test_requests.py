@@ -43,7 +43,7 @@ from q3q.evaluate.scoring import (
     round_tokens,
     tree_ends,
 )
-from q3q.evaluate.suites import score_batch
+from q3q.evaluate.suites import prepare_batch, score_batch
 from q3q.models.checkpoint import load_tokenizer
 from q3q.reporter import no_steps
 from tests.specs import evaluation_of
@@ -139,15 +139,34 @@ class Trials:
         for number, ids in enumerate(contexts):
             yield number, ids[:most].tolist()
 
-    def run(self, tasks, shelf, include=None, seed=0, **settings):
-        """Return what a trial asked, and its metrics, results and samples."""
+    def evaluation(self, tasks, include, **settings):
         evaluation = evaluation_of(tasks=tasks, **settings)
         library = Library(self.data, settle=True)
         shots = {task.name: task.shots or 0 for task in evaluation.tasks}
         limits = dict.fromkeys(tasks, 6) | {STUDY_MMLU: 2}
         resolve_data_sets(tasks, library, shots=shots, limits=limits, include=include)
         data, digest = library.identities, None if include is None else folder_digest(include)
-        evaluation = replace(evaluation, data=data, include=digest)
+        return replace(evaluation, data=data, include=digest)
+
+    def prepare(self, tasks, shelf, include=None, seed=0, **settings):
+        """Prepare what a trial will ask."""
+        evaluation = self.evaluation(tasks, include, **settings)
+        for batch in batches(evaluation):
+            prepare_batch(
+                MODEL.facts,
+                self.tokenizer,
+                evaluation,
+                batch,
+                Library(self.data, dict(evaluation.data), include=include),
+                include=include,
+                seed=seed,
+                shelf=shelf,
+                wait=lambda: pytest.fail("another process makes it"),
+            )
+
+    def run(self, tasks, shelf, include=None, seed=0, **settings):
+        """Return what a trial asked, and its metrics, results and samples."""
+        evaluation = self.evaluation(tasks, include, **settings)
         self.asked, parts = [], []
         for batch in batches(evaluation):
             self.count += 1
@@ -156,7 +175,7 @@ class Trials:
                 self.tokenizer,
                 evaluation,
                 batch,
-                Library(self.data, data, include=include),
+                Library(self.data, dict(evaluation.data), include=include),
                 include=include,
                 seed=seed,
                 journal=self.folder / str(self.count),
@@ -222,6 +241,30 @@ def test_a_later_trial_asks_for_the_same_and_makes_no_prompt(
     assert later == plain
     with pytest.raises(pytest.fail.Exception):
         trials.run(tasks, replace(shelf, tokenizer="another"), include, **settings)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "settings"),
+    [
+        (["talk", "choose"], {"chat": "template"}),
+        (["arc_easy"], {"quick": True, "task_limit": 3}),
+        ([STUDY_MMLU], {}),
+    ],
+    ids="+".join,
+)
+def test_what_is_prepared_ahead_is_what_a_trial_asks_for(
+    trials, own, shelf, monkeypatch, tasks, settings
+):
+    """Without a model: nothing is asked, and no journal begins."""
+    trials.tokenizer.chat_template = CHAT_TEMPLATE
+    include = own if set(tasks) & set(OWN) else None
+    plain = trials.run(tasks, None, include, **settings)
+    trials.asked = []
+    trials.prepare(tasks, shelf, include, **settings)
+    assert trials.asked == []
+    no_prompts(monkeypatch)
+    trials.prepare(tasks, shelf, include, **settings)  # it is there
+    assert trials.run(tasks, shelf, include, **settings) == plain
 
 
 def test_seeds_share_requests_unless_examples_may_be_drawn(trials, own, shelf, monkeypatch):

@@ -1,5 +1,6 @@
 """A model divided over two ranks equals the resident model, and neither rank holds all of it."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 import q3q.models.demo
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.models.sharded import load_sharded
+from q3q.models.tensor_files import read_header
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid
 
@@ -34,8 +37,34 @@ def quarter(k, block):
 
 
 @pytest.fixture(scope="module")
-def results(gang):
+def broken(tmp_path_factory):
+    """A copy of the dense model in which a number of the last rank's is NaN."""
+    folder = shutil.copytree(DEMO / "dense", tmp_path_factory.mktemp("broken") / "dense")
+    [shard] = folder.glob("*.safetensors")
+    last = read_header(shard)["model.layers.0.mlp.down_proj.weight"]
+    with shard.open("r+b") as file:
+        file.seek(last.start + last.bits // 8 - 4)
+        file.write(b"\xff" * 4)
+    return folder
+
+
+def in_one_place_alone(team, folder):
+    """Return what each rank reads of a model whose files rank 0 alone sees, and its blocks."""
+    from tests.ranks import bytes_read, see_other_files, see_the_same_files
+
+    team.run_on_all(bytes_read)
+    team.run_on_all(see_other_files)
+    alone = load_sharded(Checkpoint(folder), torch.float32, team)
+    read = team.run_on_all(bytes_read)
+    blocks = [dict(block.weights) for block in alone.blocks]
+    team.run_on_all(see_the_same_files)
+    return {"read alone": read, "blocks alone": blocks}
+
+
+@pytest.fixture(scope="module")
+def results(gang, broken):
     demo, make_ids, make_codes, changed = DEMO, random_ids, rounded, CHANGED
+    load_alone = in_one_place_alone
 
     def lead(team):
         import gc
@@ -45,10 +74,11 @@ def results(gang):
 
         from q3q.models.checkpoint import Checkpoint
         from q3q.models.sharded import load_sharded
-        from tests.ranks import known_models, live_bytes
+        from tests.ranks import bytes_read, count_reads, known_models, live_bytes
 
         results: dict[str, dict[str, Any]] = {}
         nothing = team.run_on_all(live_bytes)[1]
+        team.run_on_all(count_reads)
         for name in ("dense", "moe"):
             # Rank 1 frees its share of the previous model at this model's next call.
             before = team.run_on_all(live_bytes)[0], nothing
@@ -59,6 +89,7 @@ def results(gang):
             result["held"] = [
                 now - then for now, then in zip(team.run_on_all(live_bytes), before, strict=True)
             ]
+            result["read"] = team.run_on_all(bytes_read)
             batches = make_ids(model.facts.vocab)
             result["blocks"] = [dict(block.weights) for block in model.blocks]
             result["ends"] = [model.embedding_VH, model.head_VH, model.norm_H]
@@ -82,6 +113,11 @@ def results(gang):
             result["left"] = team.run_on_all(live_bytes)[1] - before[1]
             del model
             gc.collect()
+        results["moe"] |= load_alone(team, demo / "moe")
+        try:
+            load_sharded(Checkpoint(broken), torch.float32, team)
+        except Exception as error:
+            results["dense"]["fault"] = repr(error)
         team.dismiss()
         return results
 
@@ -113,6 +149,27 @@ def test_what_is_gathered_is_the_model(both):
         assert list(weights) == list(block.weights)
         assert same(list(weights.values()), list(block.weights.values()))
     assert same(results["ends"], [model.embedding_VH, model.head_VH, model.norm_H])
+
+
+def test_each_rank_reads_its_share_of_the_files_alone(both):
+    model, results = both
+    item = Checkpoint(DEMO / "dense").embedding().element_size()
+    weights = [weight for block in model.blocks for weight in block.weights.values()]
+    numbers = sum(map(torch.numel, [*weights, model.embedding_VH, model.norm_H]))
+    assert sum(results["read"]) == numbers * item
+    assert max(results["read"]) < 0.51 * numbers * item
+
+
+def test_what_another_rank_finds_wrong_is_told_by_rank_0(results):
+    assert results["dense"]["fault"].startswith("NumericsError('blocks.0.mlp.down_proj: the check")
+
+
+def test_where_only_rank_0_sees_the_files_it_reads_all_of_them(results):
+    moe = results["moe"]
+    assert moe["read alone"][0] >= sum(moe["read"])
+    assert moe["read alone"][1] == 0
+    for alone, together in zip(moe["blocks alone"], moe["blocks"], strict=True):
+        assert same(list(alone.values()), list(together.values()))
 
 
 def test_no_rank_holds_more_than_60_percent_between_blocks(both):

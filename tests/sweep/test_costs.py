@@ -44,17 +44,19 @@ def test_what_the_processor_does_alone_is_counted_as_idle_time_of_the_gpu():
     costs = CostModel()
     plain, asked = trial(method="rtn"), trial(method="rtn", tasks=("hellaswag",))
     more = predicted(asked).idle - predicted(plain).idle
-    assert more >= 10042 * costs.question
+    assert more == pytest.approx(10042 * costs.question)
     calibrated = trial()
     small = replace(
         calibrated,
         spec=replace(calibrated.spec, calibration=calibration_of(samples=128, length=2048)),
     )
-    assert predicted(calibrated).phases["calibrate"] == costs.draw
-    assert predicted(small).phases["calibrate"] == 0
+    epyc = Rate("EPYC", False, 2.0)
+    assert predicted(calibrated, epyc).phases["calibrate"] == costs.draw
+    assert predicted(calibrated).phases["calibrate"] == 0  # windows are drawn while it loads
+    assert predicted(small, epyc).phases["calibrate"] == 0
     for one in (plain, asked, calibrated):
         assert predicted(one).idle <= sum(predicted(one).phases.values())
-    assert predicted(asked, Rate("EPYC", False, 2.0)).idle == 0
+    assert predicted(asked, epyc).idle == 0
 
 
 def test_a_trial_on_a_shared_gpu_corrects_by_the_time_that_it_had():

@@ -61,7 +61,7 @@ def test_blocks_in_flight_are_those_of_trials_that_run_at_the_same_time():
 def test_blocks_that_are_kept_are_counted_once():
     [kept] = planned_for([trial(keep="blocks")], [NODE])
     [gone] = planned_for([trial()], [NODE])
-    assert (kept.disk, kept.blocks) == (gone.blocks, 0)
+    assert (kept.disk, kept.blocks) == (gone.disk + gone.blocks, 0)
 
 
 def test_layers_with_more_bits_or_smaller_groups_are_counted_for_all():

@@ -18,6 +18,7 @@ from q3q.sweep.allocation import Allocation
 from q3q.sweep.costs import CostModel, Rate, forward
 from q3q.sweep.disk import left_behind
 from q3q.sweep.machines import Machine, ResourceRequest, expected, request_of, size, sized
+from q3q.sweep.made import Made
 from q3q.sweep.packing import Load, simulate
 from q3q.sweep.plan import describe, plan, simulated
 from q3q.sweep.shares import (
@@ -577,11 +578,14 @@ def test_what_trials_share_on_disk_is_counted_once():
     other = trial(keep="blocks", drift="auto", text=c4)
     shape = facts("qwen3_8b")
     [first, second] = planned_for([kept, other], [NODE])
-    baseline = 10 * 2047 * 4096 * 2
-    assert first.disk == disk_of(kept, shape) > shape.linear_parameters / 2 + baseline
-    assert second.disk == baseline  # of its own text; the blocks are there
+    baseline, made = 10 * 2047 * 4096 * 2, Made()
+    prepared = [made.add(one, shape)[1] for one in (kept, other)]
+    assert prepared[0] > prepared[1] > 0  # both trials' windows, and the second text's
+    assert first.disk == disk_of(kept, shape) + prepared[0]
+    assert disk_of(kept, shape) > shape.linear_parameters / 2 + baseline
+    assert second.disk == baseline + prepared[1]  # of its own text; the blocks are there
     [more, done] = planned_for([kept, other], [NODE], finished={kept.id: record_of(kept, {})})
-    assert (more.disk, done.disk) == (baseline, 0)
+    assert (more.disk, done.disk) == (baseline + Made().add(other, shape)[1], 0)
 
 
 def test_the_plan_is_printed_with_all_that_it_costs(tmp_path):

@@ -70,17 +70,20 @@ class PreparedTasks:
     found: a prepared file's arrays, None to build the requests
     built: receives the arrays once all tasks are built, None for requests that are not the same
         each time; without it, no arrays are made
+    builds: whether they will be built, and kept if they can be
     """
 
     tasks: Mapping[str, Any]
     encode: Callable[[Sequence[Instance]], list[Encoded]]
     found: Arrays | None = None
     built: Callable[[Arrays | None], object] | None = None
+    builds: bool = field(init=False)
     _done: dict[str, list[EncodedInstance]] = field(default_factory=dict)
     _repeatable: bool = True
 
     def __post_init__(self) -> None:
         stored = None if self.found is None else unpack_requests(self.found)
+        self.builds = stored is None and self.built is not None
         for name, task in self.tasks.items():
             if stored is None:
                 task.build_all_requests = partial(self._build, name, task, task.build_all_requests)
@@ -129,6 +132,7 @@ def prepared_tasks(
     shelf: Shelf | None,
     identity: Json,
     wait: Callable[[], object],
+    then: Callable[[], object] = lambda: None,
 ) -> Iterator[PreparedTasks]:
     """Have tasks take their requests from a shelf, or keep them there once they are built.
 
@@ -138,6 +142,7 @@ def prepared_tasks(
         shelf: None to keep nothing.
         identity: see `data.prepared.prepared`.
         wait: called at every poll while another process builds them; may raise to stop waiting.
+        then: called once they are built, and kept if they can be; may raise to stop there.
     """
     if shelf is None:
         yield PreparedTasks(tasks, encode)
@@ -152,6 +157,7 @@ def prepared_tasks(
             if arrays is not None:
                 shelf.keep(identity, arrays)
             turn.close()
+            then()
 
         if found is not None:
             turn.close()

@@ -19,7 +19,7 @@ from q3q.environment import environment_variables
 from q3q.errors import ConfigError
 from q3q.limits import cores, memory_for_trials
 from q3q.masking import masked
-from q3q.sweep.ray.nodes import ray_machines, resources_of
+from q3q.sweep.ray.nodes import node_ids, ray_machines, resources_of
 from q3q.sweep.ray.scheduler import TaskRun
 from q3q.sweep.ray.starting import (
     LOOK_SECONDS,
@@ -150,6 +150,11 @@ class Cluster:
         """Return what each of its machines has, taken or free."""
         self._wait_until_up()
         return ray_machines()
+
+    def node_ids(self, *, gpus: bool = False) -> list[str]:
+        """Return Ray's ids of its machines; `gpus`: of those that have any."""
+        self._wait_until_up()
+        return node_ids(gpus=gpus)
 
     def run(
         self,

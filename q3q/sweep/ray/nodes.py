@@ -12,6 +12,17 @@ def ray_machines() -> list[Resources]:
     return [resources_of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
+def node_ids(*, gpus: bool) -> list[str]:
+    """Return Ray's ids of the cluster's live machines; `gpus`: of those that have any."""
+    import ray
+
+    return [
+        str(node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and (not gpus or node["Resources"].get("GPU"))
+    ]
+
+
 def resources_of(amounts: Mapping[str, float]) -> Resources:
     """Read Ray's table of a machine's, or a cluster's, resources."""
     kinds = [name.removeprefix(KIND) for name in amounts if name.startswith(KIND)]

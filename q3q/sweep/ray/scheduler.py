@@ -155,12 +155,18 @@ class TaskRun:
         return None
 
     def _entry_near(self, task: Task) -> Any:
-        """Return the Ray function for a task, with its preferred node, if that has room at once."""
-        entry, node = self.entries[task.resources], self.nodes.get(task.near)
-        if not (self.several_machines and task.near and node):
-            return entry
+        """Return the Ray function for a task, on its only node, or its preferred one.
+
+        The preferred one counts if that has room at once.
+        """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        entry, node = self.entries[task.resources], self.nodes.get(task.near)
+        if task.node:
+            there = NodeAffinitySchedulingStrategy(task.node, soft=False)
+            return entry.options(scheduling_strategy=there)
+        if not (self.several_machines and task.near and node):
+            return entry
         preference = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
         return entry.options(scheduling_strategy=preference)
 

@@ -81,6 +81,7 @@ class Task:
     larger: what runs in its place, under the same key, if it runs out of memory: the same work
         with more of it
     near: tasks that give the same name preferably run where one of them has run; none waits for it
+    node: Ray's id of the only machine where it may run; "" for any
     after: of tasks that give the same name, the others wait until the first has ended, as they
         use what it leaves; tasks behind them pass
     """
@@ -92,6 +93,7 @@ class Task:
     furthers: Callable[[Any], bool] = lambda event: False
     larger: "Task | None" = None
     near: str = ""
+    node: str = ""
     after: str = ""
 
 

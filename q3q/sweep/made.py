@@ -1,0 +1,96 @@
+"""What trials of a storage folder make once: quantized blocks, token windows, requests.
+
+A plan asks what of it is there already, and lets each trial make only what none before it makes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from q3q.data.prepared import FOLDER, kept_identities
+from q3q.data.windows import calibration_identity, evaluation_identity
+from q3q.evaluate.batches import batches
+from q3q.evaluate.identities import requests_identity, says_all_of
+from q3q.models.facts import ModelFacts
+from q3q.placement import Trial
+from q3q.spec import Json, TrialSpec, digest
+from q3q.storage.block_cache import stored_blocks
+from q3q.sweep.costs import Todo, questions_of, text_windows
+
+TOKEN_BYTES = 4  # of a window's token on disk
+QUESTION_BYTES = 1100  # of a question's requests; benchmarks/preparation.py, the study's suite
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file of prepared input.
+
+    calibration: it holds the calibration windows
+    questions: whose requests it holds
+    """
+
+    identity: Json
+    size: int
+    calibration: bool = False
+    questions: int = 0
+
+
+def inputs_of(spec: TrialSpec) -> Iterator[Input]:
+    """Yield all prepared input that a trial reads."""
+    evaluation, calibration = spec.evaluation, spec.calibration
+    if calibration is not None:
+        identity = calibration_identity(calibration, spec.seed)
+        yield Input(identity, TOKEN_BYTES * calibration.tokens, calibration=True)
+    for text in evaluation.texts:
+        identity = evaluation_identity(text, evaluation.quick)
+        yield Input(identity, TOKEN_BYTES * text_windows(text) * text.window)
+    for batch in batches(evaluation):
+        tasks = [task for task in evaluation.tasks if task.name in batch.tasks]
+        count = sum(questions_of(task, evaluation) for task in tasks)
+        identity = requests_identity(evaluation, batch, spec.seed)
+        yield Input(identity, QUESTION_BYTES * count, questions=count)
+
+
+@dataclass
+class Made:
+    """What storage folders hold, and what the trials of a plan so far will add."""
+
+    _identities: dict[Path, list[Json]] = field(default_factory=dict)
+    _inputs: set[tuple[str, str]] = field(default_factory=set)
+    _quantizations: set[str] = field(default_factory=set)
+
+    def add(self, trial: Trial, facts: ModelFacts) -> tuple[Todo, int]:
+        """Add what a trial will make; return it, and the bytes of its prepared input."""
+        blocks = self._blocks_to_make(trial, facts)
+        missing = [one for one in inputs_of(trial.spec) if self._is_new(trial, one.identity)]
+        drawn = any(one.calibration for one in missing) and blocks > 0
+        read = [one for one in missing if drawn or not one.calibration]
+        todo = Todo(blocks=blocks, draws=drawn, questions=sum(one.questions for one in read))
+        return todo, sum(one.size for one in read)
+
+    def _blocks_to_make(self, trial: Trial, facts: ModelFacts) -> float:
+        """Return the part of a trial's blocks that it quantizes itself."""
+        if trial.spec.schemes is None:
+            return 1.0
+        name = trial.spec.quantization_id
+        if name in self._quantizations:
+            return 0.0
+        if trial.placement.shares_blocks:
+            self._quantizations.add(name)
+        there = stored_blocks(trial.blocks_folder, trial.kept_blocks_folder)
+        return max(0.0, 1.0 - there / facts.layers)
+
+    def _is_new(self, trial: Trial, identity: Json) -> bool:
+        """Note that a trial reads prepared input; return True if it has to make it.
+
+        A plan loads no tokenizer: models with the same files have the same one, and what lies there
+        of an equal identity is taken for theirs.
+        """
+        folder = trial.placement.storage / FOLDER
+        if folder not in self._identities:
+            self._identities[folder] = list(kept_identities(folder).values())
+        name = (trial.spec.model.files, digest(identity))
+        known = name in self._inputs
+        self._inputs.add(name)
+        lying = self._identities[folder]
+        return not known and not any(says_all_of(whole, [identity]) for whole in lying)

@@ -1,0 +1,89 @@
+"""A plan counts what trials need only once for one of them, and for none if it is there already."""
+
+from dataclasses import replace
+
+import pytest
+
+from q3q.data.prepared import FOLDER, Shelf
+from q3q.evaluate.identities import prepared_identities
+from q3q.sweep.costs import CostModel, Rate, Todo
+from q3q.sweep.made import QUESTION_BYTES, Made
+from q3q.sweep.plan import simulated
+from tests.specs import STUDY_TASKS, evaluation_of, respecified
+from tests.sweep.test_plan import NODE, facts, planned_for, trial
+
+SHAPE = facts("qwen3_8b")
+EPYC = Rate("EPYC", False, 2.0)
+
+
+def leave_blocks(one, count):
+    one.kept_blocks_folder.mkdir(parents=True, exist_ok=True)
+    for k in range(count):
+        (one.kept_blocks_folder / f"block_{k:03d}.json").touch()
+
+
+def test_a_quantization_that_lies_there_takes_no_time_in_the_simulated_sweep(tmp_path):
+    one = trial(keep="auto").moved(tmp_path)
+    whole = simulated(planned_for([one], [NODE]), [NODE]).seconds
+    [plain] = planned_for([one], [NODE])
+    assert plain.phases["quantize"] > 0
+    leave_blocks(one, SHAPE.layers // 2)
+    [half] = planned_for([one], [NODE])
+    assert half.phases["quantize"] == pytest.approx(plain.phases["quantize"] / 2)
+    leave_blocks(one, SHAPE.layers)
+    [cached] = planned_for([one], [NODE])
+    assert cached.phases["quantize"] == 0
+    after = simulated([cached], [NODE]).seconds
+    # What was prepared beside the quantization has less time for that now.
+    assert after < whole - 0.5 * plain.phases["quantize"]
+
+
+@pytest.mark.parametrize(("keep", "makers"), [("auto", 1), ("blocks", 1), ("none", 2)])
+def test_of_trials_that_differ_in_their_evaluation_alone_the_longest_makes_the_blocks(
+    tmp_path, keep, makers
+):
+    short = trial(keep=keep).moved(tmp_path)
+    long = respecified(short, evaluation=evaluation_of("stories", tasks=STUDY_TASKS))
+    planned = planned_for([short, long], [NODE])
+    assert [one.trial.id for one in planned] == [long.id, short.id]
+    assert [one.phases["quantize"] > 0 for one in planned] == [True, makers == 2]
+
+
+def test_input_is_prepared_once_and_its_disk_counted_once(tmp_path):
+    one, other = (trial(tasks=("piqa",), bits=bits).moved(tmp_path) for bits in (3, 4))
+    made = Made()
+    todo, size = made.add(one, SHAPE)
+    assert todo == Todo(blocks=1.0, draws=True, questions=1838)
+    windows = 4 * 128 * 2048 + 4 * 2048 * 2 * 10  # calibration's; the text's are fewer
+    assert QUESTION_BYTES * 1838 < size < QUESTION_BYTES * 1838 + windows
+    assert made.add(other, SHAPE) == (Todo(blocks=1.0, draws=False, questions=0), 0)
+    assert Made().add(other, SHAPE) == (todo, size)
+    shelf = Shelf(tmp_path / FOLDER, "a tokenizer")
+    for identity in prepared_identities(one.spec):
+        shelf.keep(identity, {})
+    assert Made().add(other, SHAPE) == (Todo(blocks=1.0, draws=False, questions=0), 0)
+
+
+def test_a_trial_that_finds_its_blocks_draws_no_windows(tmp_path):
+    one = trial(keep="auto").moved(tmp_path)
+    leave_blocks(one, SHAPE.layers)
+    todo, _ = Made().add(one, SHAPE)
+    assert todo == Todo(blocks=0.0, draws=False, questions=0)
+
+
+def test_on_a_gpu_prompts_are_made_while_the_model_is_quantized():
+    """On cores, where trials take all of them, they take their own time."""
+    spec = trial(tasks=STUDY_TASKS).spec
+    costs, todo = CostModel(), Todo(questions=48_000)
+
+    def more(where):
+        first, later = (
+            costs.predict(spec, SHAPE, where, loader="resident", todo=one) for one in (todo, Todo())
+        )
+        return first.phases["evaluate"] - later.phases["evaluate"]
+
+    assert more(EPYC) == pytest.approx(48_000 * costs.prompt)
+    assert more(Rate("H100", True, 1.0)) < more(EPYC) / 2
+    slow = replace(costs, prompt=1.0)
+    waits = slow.predict(spec, SHAPE, Rate("H100", True, 1.0), loader="resident", todo=todo)
+    assert sum(waits.phases.values()) > 48_000
