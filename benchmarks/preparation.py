@@ -100,7 +100,7 @@ def one_trial(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from q3q.data import prepared
-    from q3q.data.questions import Library
+    from q3q.data.question_files import files_of
     from q3q.data.windows import evaluation_windows
     from q3q.evaluate import scorer, suites
     from q3q.evaluate.batches import batches
@@ -222,7 +222,7 @@ def text_digest(name: str, data: Path) -> str:
 
 def make_up(folder: Path, options: argparse.Namespace) -> None:
     """Link the user's data sets into a folder, make up the others, and note the identities."""
-    from q3q.data.questions import Library
+    from q3q.data.question_files import files_of
     from q3q.evaluate.catalogue import TASKS as KNOWN
 
     folder.mkdir()
@@ -231,7 +231,7 @@ def make_up(folder: Path, options: argparse.Namespace) -> None:
     tasks = [KNOWN[name] for name in options.tasks.split(",")]
     draw, words = random.Random(0), made_up_words()
     for task in tasks:
-        if task.data and not Library(folder, settle=True)._files(task.data[0]):
+        if task.data and not files_of(task.data[0], folder):
             for data_set, count in zip(task.data, task.questions, strict=True):
                 rows = max(6, round(count * options.scale))
                 write_rows(folder, data_set, task.examples_split, rows, draw, words)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed, downloading
-from q3q.data.questions import DataSet
+from q3q.data.repositories import DataSet
 from q3q.data.texts import is_from_hub
 from q3q.errors import Q3QError
 from q3q.evaluate.catalogue import TASKS
