@@ -100,7 +100,7 @@ def one_trial(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from q3q.data import prepared
-    from q3q.data.question_files import files_of
+    from q3q.data.questions import Library
     from q3q.data.windows import evaluation_windows
     from q3q.evaluate import scorer, suites
     from q3q.evaluate.batches import batches
@@ -223,6 +223,7 @@ def text_digest(name: str, data: Path) -> str:
 def make_up(folder: Path, options: argparse.Namespace) -> None:
     """Link the user's data sets into a folder, make up the others, and note the identities."""
     from q3q.data.question_files import files_of
+    from q3q.data.questions import Library
     from q3q.evaluate.catalogue import TASKS as KNOWN
 
     folder.mkdir()
