@@ -25,7 +25,7 @@ def command_of(trial: Trial) -> str:
             override("symmetric", scheme.symmetric),
             override("act_bits", scheme.act_bits or UNTOUCHED_BITS),
         ]
-    words += [override(key, patterns) for key, patterns in spec.rules.items() if patterns]
+    words += [override(key, patterns) for key, patterns in spec.rules.items()]
     words += [
         override(key, bits)
         for key in ("head_bits", "embedding_bits")

@@ -21,6 +21,7 @@ class Linear:
     columns: of its input; a group size must divide them.
     site: the input's name
     beside: how many linears of the block read that input, this one included
+    apart: it may stay unquantized where the input of the others is rounded
     """
 
     block: int
@@ -28,6 +29,7 @@ class Linear:
     columns: int
     site: str
     beside: int
+    apart: bool = False
 
     @property
     def names(self) -> tuple[str, str, str]:
@@ -43,8 +45,8 @@ def linears(facts: ModelFacts) -> dict[str, Linear]:
         shapes = facts.block_shapes(k)
         for site in facts.sites(k):
             for name in site.weights:
-                columns, beside = shapes[name][-1], len(site.weights)
-                linear = Linear(k, name.removesuffix(".weight"), columns, site.name, beside)
+                columns, beside, apart = shapes[name][-1], len(site.weights), name in site.apart
+                linear = Linear(k, name.removesuffix(".weight"), columns, site.name, beside, apart)
                 found[linear.names[0]] = linear
     return found
 

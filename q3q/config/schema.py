@@ -197,7 +197,7 @@ class Config:
     symmetric: bool | None = None
     act_bits: int | None = None
     overrides: dict[str, OverrideConfig] = field(default_factory=dict)
-    skip: list[str] = field(default_factory=list)
+    skip: list[str] | None = None
     head_bits: int | None = None
     embedding_bits: int | None = None
     dtype: str | None = None

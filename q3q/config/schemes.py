@@ -1,7 +1,7 @@
 """Resolve bits, groups, overrides and skip to a scheme for every linear."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from omegaconf import DictConfig
@@ -35,18 +35,21 @@ def resolve_schemes(
             )
         return None, {}
     model = linears(facts)
-    schemes, rules = _with_patterns(config, base, model)
+    schemes, rules = _with_patterns(config, base, model, facts.family.skipped)
     _check_group_sizes(schemes, settings, model)
     _check_able(schemes, settings, model)
     return schemes, rules
 
 
 def _with_patterns(
-    config: DictConfig, base: Scheme, model: Mapping[str, Linear]
+    config: DictConfig, base: Scheme, model: Mapping[str, Linear], left_out: Sequence[str]
 ) -> tuple[Schemes, Json]:
     """Resolve overrides and skip, which are patterns of names, for each linear of this model.
 
     The last pattern that matches a linear wins, setting by setting; skip wins over all.
+
+    Args:
+        left_out: patterns of what stays unquantized unless skip is given.
     """
     patterns: dict[str, Json] = {}
     changes_of: dict[str, Json] = {}
@@ -63,7 +66,10 @@ def _with_patterns(
             raise ConfigError(f"overrides: {pattern}: {error}") from error
         for name in _matches("overrides", str(pattern), model):
             changes_of.setdefault(name, {}).update(change)
-    skipped = {name for pattern in config.skip for name in _matches("skip", pattern, model)}
+    if config.skip is None:
+        skipped = {name for pattern in left_out for name in matching_linears(pattern, model)}
+    else:
+        skipped = {name for pattern in config.skip for name in _matches("skip", pattern, model)}
     overrides = {}
     for name in model:
         differs = {
@@ -76,7 +82,7 @@ def _with_patterns(
     rules: Json = {}
     if overrides:
         rules["overrides"] = patterns
-    if skipped:
+    if config.skip is not None and (skipped or left_out):
         rules["skip"] = list(config.skip)
     return Schemes(base, overrides, tuple(name for name in model if name in skipped)), rules
 
@@ -164,13 +170,18 @@ def _check_able(schemes: Schemes, settings: MethodSettings, model: Mapping[str, 
             linear for linear in model.values() if (linear.block, linear.site) in sites
         )
 
-    uneven = {site: kinds for site, kinds in schemes_of_sites.items() if len(kinds) > 1}
+    uneven = {site for site, kinds in schemes_of_sites.items() if len(kinds - {None}) > 1}
     if uneven and settings.rebalances:
         raise IncompatibleError(
             f"method={settings.name} scales all linears of a site together: give {summary(uneven)} "
             "one setting"
         )
-    torn = [site for site, kinds in uneven.items() if None in kinds]
+    quantized = {site for site, kinds in schemes_of_sites.items() if kinds != {None}}
+    torn = {
+        (linear.block, linear.site)
+        for name, linear in model.items()
+        if schemes.of(name) is None and not linear.apart
+    } & quantized
     if torn and schemes.base.act_bits is not None:
         raise IncompatibleError(
             f"act_bits={schemes.base.act_bits} rounds what all linears of a site read: skip all of "

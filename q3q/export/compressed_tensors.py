@@ -31,11 +31,13 @@ class CompressedTensorsExporter(PackingExporter):
         targets: dict[Layout, list[str]] = {}
         ignored = [facts.family.head.removesuffix(".weight")]
         ignored += [rf"re:.*{re.escape(name.removesuffix('.weight'))}$" for name in facts.routers()]
+        parts = {prefix.strip(".").rpartition(".")[2] for prefix in facts.family.carried}
+        ignored += [f"re:.*{part}.*" for part in sorted(parts)]
         linears = {
             name for k in range(facts.layers) for name in names_on_disk(facts, k, facts.linears(k))
         }
         for name, _, layout in layouts(self.spec, facts):
-            module = name.removesuffix(".weight")
+            module = _module(name.removesuffix(".weight"))
             if layout is not None:
                 targets.setdefault(layout, []).append(module)
             elif name in linears:
@@ -55,6 +57,15 @@ class CompressedTensorsExporter(PackingExporter):
         )
         section: Json = json.loads(config.model_dump_json())
         return section
+
+
+def _module(name: str) -> str:
+    """Return a linear's name on disk as readers look for it.
+
+    The text part of a model that sees images lies deeper in files than in some readers' memory.
+    """
+    inner = name.removeprefix("model.language_model.")
+    return name if inner == name else rf"re:.*\b{re.escape(inner)}$"
 
 
 def _format(layout: Layout) -> str:

@@ -123,9 +123,13 @@ class Format:
                 "act-order's groups of columns that lie apart "
                 "(method.static_groups=true keeps neighbours together)"
             )
-        if (spec.overrides or spec.skip) and not (self.mixed and not facts.experts):
+        if self._mixes(spec, facts):
             where = " in a model with experts, which loaders fuse" if self.mixed else ""
-            yield f"overrides or skip{where}"
+            own = spec.skip and "skip" not in spec.rules and not spec.overrides
+            left = ", ".join(facts.family.skipped)
+            yield f"overrides or skip{where}" + (
+                f" (by default {left} stay in 16 bits: skip=[] quantizes them)" if own else ""
+            )
             return
         if site := _uneven_site(spec, facts):
             yield f"settings that differ within a site ({site}), which loaders run as one"
@@ -134,6 +138,13 @@ class Format:
                 "several settings when any is asymmetric "
                 "(transformers then reads all linears by one of them)"
             )
+
+    def _mixes(self, spec: TrialSpec, facts: ModelFacts) -> bool:
+        """Return True if linears have settings of their own that the format has no place for."""
+        if not self.mixed:
+            return bool(spec.overrides or spec.skip)
+        of_experts = any(".mlp.experts." in name for name in spec.skip)
+        return bool(facts.experts and (spec.overrides or of_experts))
 
     def _fills_words(self, spec: TrialSpec, facts: ModelFacts) -> bool:
         schemes = spec.schemes
@@ -272,7 +283,8 @@ def _uneven_site(spec: TrialSpec, facts: ModelFacts) -> str | None:
     assert schemes is not None
     for k in range(facts.layers):
         for site in facts.sites(k):
-            names = [name.removesuffix(".weight") for name in site.weights]
+            # Servers run what may stay apart as a linear of its own.
+            names = [n.removesuffix(".weight") for n in site.weights if n not in site.apart]
             if len({schemes.of(f"blocks.{k}.{name}") for name in names}) > 1:
                 return f"blocks.{k}.{site.name}"
     return None

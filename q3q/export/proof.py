@@ -24,7 +24,7 @@ from q3q.export.reload import EXIT_SHORTAGE, is_shortage, projection, sketch, sk
 from q3q.export.use import Use
 from q3q.limits import unclaimed_memory
 from q3q.models.block import Block, Rope, rms_norm
-from q3q.models.checkpoint import names_on_disk
+from q3q.models.checkpoint import is_stacked, names_on_disk
 from q3q.models.decoder import Decoder
 from q3q.models.facts import ModelFacts
 from q3q.record import Check
@@ -172,7 +172,8 @@ def run(model: Decoder, act_bits: int | None) -> Run:
         before_BTH = states[-1].to(x_BTH.device)
         noise = ROUNDING * float(before_BTH.double().norm())
         readings[f"blocks.{k}"] = Reading.of(x_BTH - before_BTH, noise)
-    hidden_BTH = rms_norm(x_BTH, model.norm_H.float(), model.facts.rms_norm_eps)
+    facts = model.facts
+    hidden_BTH = rms_norm(x_BTH, model.norm_H.float(), facts.rms_norm_eps, facts.family.gain_offset)
     logits = [linear(hidden_TH, model.head_VH.float()) for hidden_TH in hidden_BTH]
     return Run(torch.stack(states), readings, torch.stack(logits).cpu())
 
@@ -201,7 +202,7 @@ def sketches(model: Decoder) -> Iterator[tuple[str, list[float]]]:
         yield facts.family.head, sketch_rows(shape, model.rows("head"))
     for k, block in enumerate(model.blocks):
         for name, weight in block.weights.items():
-            parts = weight if weight.ndim == 3 else [weight]
+            parts = weight if is_stacked(name) else [weight]
             yield from zip(names_on_disk(facts, k, [name]), map(sketch, parts), strict=True)
 
 

@@ -42,6 +42,7 @@ Parts = dict[str, "Tensor"]
 WIDE_NUMBERS = 1 << 22  # entries of a matrix widened at a time to be sketched or unpacked
 EXIT_SHORTAGE = 75  # the exit code if memory, disk or open files run short; a retry may succeed
 SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENOSPC, errno.EDQUOT)
+INNER = "model.language_model."  # where the text part of a model that sees images has `model.`
 MESSAGE_LENGTH = 200  # characters of a loader's message
 PROMPT, GENERATED, GENERATION_SECONDS = 8, 32, 30.0  # tokens, and when to stop before that
 UNPACKER = "a plain unpacker"  # its description begins so; public loaders' do not
@@ -117,8 +118,14 @@ def settings_of(config: dict[str, Any], packed: dict[str, Any]) -> dict[str, Any
     }
 
 
+def text_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of the text part, which may be one of several."""
+    return {**config, **config.get("text_config", {})}
+
+
 def has_experts(config: dict[str, Any]) -> bool:
-    return bool(config.get("num_experts") or config.get("num_local_experts"))
+    text = text_of(config)
+    return bool(text.get("num_experts") or text.get("num_local_experts"))
 
 
 def transformers_takes(*, experts: bool, settings: int, symmetric: bool, rounded: bool) -> bool:
@@ -148,7 +155,8 @@ def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str,
             names = set(file.keys())
             for name in sorted(names):
                 base, _, last = name.rpartition(".")
-                if last == "bias" or (last == "weight" and base + ".weight_scale" not in names):
+                is_packed = any(f"{base}.{part}" in names for part in ("qweight", "weight_scale"))
+                if last == "bias" or not is_packed:
                     yield name, file.get_tensor(name)
                 elif last in ("qweight", "weight_packed", "weight"):
                     own = (key for key in names if key.rpartition(".")[0] == base)
@@ -168,15 +176,20 @@ def load_unpacked(folder: Path, config: dict[str, Any], packed: dict[str, Any]) 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(settings, dtype=dtype)
     weights = dict(numbers_on_disk(folder, config))
+    if "text_config" in config:
+        weights = {name.replace(INNER, "model.", 1): tensor for name, tensor in weights.items()}
+    other = model._keys_to_ignore_on_load_unexpected or ()  # of parts that this class leaves out
+    for name in [name for name in weights if any(re.match(part, name) for part in other)]:
+        del weights[name]
     if has_experts(config):
-        fuse_experts(weights, config)
-    if config.get("tie_word_embeddings"):
+        fuse_experts(weights, text_of(config))
+    if text_of(config).get("tie_word_embeddings"):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     missing, unexpected = model.load_state_dict(weights, strict=False, assign=True)
     if missing or unexpected:
         raise SystemExit(f"the checkpoint lacks {missing[:3]} or has {unexpected[:3]} too many")
     # Rotary frequencies, which are no weights, were made on `meta` too.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=settings)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model
 
 
@@ -340,8 +353,7 @@ def round_activations(model: Any, bits: int, packed: dict[str, Any]) -> None:
         return (rounded(inputs[0]), *inputs[1:])
 
     for name, module in model.named_modules():
-        is_linear = isinstance(module, torch.nn.Linear) and name.endswith("_proj")
-        if is_linear and rounded_inputs(packed, name):
+        if isinstance(module, torch.nn.Linear) and rounded_inputs(packed, name):
             module.register_forward_pre_hook(round_first)
         elif name.endswith("mlp.experts"):
             module.forward = partial(experts, name, module)
@@ -380,9 +392,17 @@ def run(model: Any, ids: "Tensor", states: "Tensor") -> Parts:
 
     hooks, logits = [], []
     for k, layer in enumerate(model.model.layers):
-        sites = {"qkv": layer.self_attn.q_proj, "o": layer.self_attn.o_proj, "gate_up": layer.mlp}
+        sites = {"gate_up": layer.mlp}
+        if hasattr(layer, "self_attn"):
+            sites |= {"qkv": layer.self_attn.q_proj, "o": layer.self_attn.o_proj}
+        else:  # a gated delta rule
+            inner = layer.linear_attn
+            first = inner.in_proj_qkv if hasattr(inner, "in_proj_qkv") else inner.in_proj_qkvz
+            sites |= {"in": first, "out": inner.out_proj}
         if hasattr(layer.mlp, "down_proj"):
             sites["down"] = layer.mlp.down_proj
+        if (shared := getattr(layer.mlp, "shared_expert", None)) is not None:
+            sites |= {"shared_gate_up": shared.gate_proj, "shared_down": shared.down_proj}
         hooks.append(layer.register_forward_pre_hook(partial(replace_input, k)))
         hooks.append(layer.register_forward_hook(partial(note_change, k)))
         for site, module in sites.items():  # prepended: other hooks round the input
@@ -413,13 +433,15 @@ def load_by_gptqmodel(folder: Path, dtype: "torch.dtype") -> Any:
     return GPTQModel.load(str(folder), device="cpu", dtype=dtype, backend=backend).model
 
 
-def weights_on_disk(model: Any) -> Iterator[tuple[str, "Tensor"]]:
+def weights_on_disk(model: Any, config: dict[str, Any]) -> Iterator[tuple[str, "Tensor"]]:
     """Yield (name on disk, weight) for each parameter that a checkpoint stores as numbers."""
     for name, tensor in model.state_dict().items():
-        if name.endswith((".weight", ".bias")):
-            yield name, tensor
+        inner = "text_config" in config and name.startswith("model.")
+        full = name.replace("model.", INNER, 1) if inner else name
+        if name.endswith((".weight", ".bias", ".A_log", ".dt_bias")):
+            yield full, tensor
         elif name.endswith(("mlp.experts.gate_up_proj", "mlp.experts.down_proj")):
-            prefix, _, which = name.rpartition(".")
+            prefix, _, which = full.rpartition(".")
             for e, matrix in enumerate(tensor):
                 if which == "down_proj":
                     yield f"{prefix}.{e}.down_proj.weight", matrix
@@ -505,7 +527,7 @@ def findings(
     if measure and public:
         use = measured(partial(generate, model, ids, idle_bytes))
     model(ids[:1, :1])  # compressed-tensors unpacks when the model first runs
-    sketches = {name: sketch(tensor) for name, tensor in weights_on_disk(model)}
+    sketches = {name: sketch(tensor) for name, tensor in weights_on_disk(model, config)}
     for module in model.modules():
         module.quantization_enabled = False  # else compressed-tensors rounds activations too
     dtype = model.dtype

@@ -1,7 +1,8 @@
 """Writing a checkpoint block by block during the walk: what all formats have in common.
 
-There is one shard a block and one for embedding, final norm and head, so memory holds one block
-whatever the model's size. config.json comes last: without it no loader takes the folder.
+There is one shard a block, one for embedding, final norm and head, and one for parts that q3q does
+not run, so memory holds one block whatever the model's size. config.json comes last: without it no
+loader takes the folder.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ from q3q.export.destination import (
 from q3q.export.formats import FORMATS, layouts
 from q3q.export.marker import CARD, published_files, write_marker
 from q3q.export.shards import Shards, stored_bytes
-from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, of_expert
+from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, is_stacked, of_expert
 from q3q.models.decoder import Decoder
 from q3q.models.facts import EXPORT_KEY
 from q3q.models.model_json import read_json
@@ -47,7 +48,13 @@ from q3q.storage.files import write_atomically
 if TYPE_CHECKING:
     from q3q.quantize.block import QuantizedBlock
 
-COPIED = (*TOKENIZER_FILES, "generation_config.json")
+COPIED = (
+    *TOKENIZER_FILES,
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 
 
 class BlockSource(Protocol):
@@ -82,7 +89,9 @@ class Exporter(ABC):
         self.seconds = 0.0
         self.reordered = False
         self._layouts = {name: layout for name, _, layout in layouts(spec, checkpoint.facts)}
-        self._shards = Shards(self.partial, checkpoint.facts.layers + 1)
+        self._shards = Shards(
+            self.partial, checkpoint.facts.layers + (2 if checkpoint.carried else 1)
+        )
         self.finished = is_finished(trial)
         if self.finished:
             return
@@ -132,7 +141,7 @@ class Exporter(ABC):
             numbers = self.checkpoint.block(block.index, self.dtype, plain)
             numbers |= {name: tensor.to(self.dtype) for name, tensor in block.changed.items()}
             for name, shape in shapes.items():
-                stacked = len(shape) == 3
+                stacked = is_stacked(name)
                 for e in range(shape[0] if stacked else 1):
                     full = self.checkpoint.facts.on_disk(
                         block.index, of_expert(name, e) if stacked else name
@@ -164,6 +173,11 @@ class Exporter(ABC):
                     rows = (part.to("cpu", self.dtype) for part in model.rows(end))
                     tensors[name] = Rows((facts.vocab, facts.hidden), self.dtype, rows)
                 self._shards.write(facts.layers, tensors, {})
+                if self.checkpoint.carried:
+                    carried = {
+                        name: self.checkpoint.as_it_is(name) for name in self.checkpoint.carried
+                    }
+                    self._shards.write(facts.layers + 1, carried, {})
                 self._write_files()
             file = self.folder / "model.safetensors.index.json"
             index: Json = json.loads(file.read_text(encoding="utf-8"))
@@ -186,9 +200,13 @@ class Exporter(ABC):
             forget_export(self.trial)
 
     def sizes(self) -> dict[str, float]:
-        """Return the tensors' bytes and, if codes are stored, bits per weight, from the files."""
+        """Return the tensors' bytes and, if codes are stored, bits per weight, from the files.
+
+        The model's are without what it is exported with and does not run.
+        """
         stored = stored_bytes(self.folder)
         total = float(sum(stored.values()))
+        own = total - sum(stored[name] for name in self.checkpoint.carried)
         count, size = 0, 0
         for name, shape, layout in layouts(self.spec, self.checkpoint.facts):
             if layout is not None:
@@ -197,8 +215,8 @@ class Exporter(ABC):
                 size += sum(stored[base + part] for part in layout.parts(*shape))
         sizes = {
             "export_bytes": total,
-            "model_bytes": total,
-            "bits_per_weight_model": 8 * total / self.checkpoint.facts.parameters,
+            "model_bytes": own,
+            "bits_per_weight_model": 8 * own / self.checkpoint.facts.parameters,
         }
         return sizes | ({"bits_per_weight": 8 * size / count} if count else {})
 
@@ -222,9 +240,11 @@ class Exporter(ABC):
     def _config(self) -> Json:
         config = read_json(self.checkpoint.folder / "config.json")
         config.pop("quantization_config", None)
-        config |= {"dtype": self.spec.model.dtype, "torch_dtype": self.spec.model.dtype}
-        if self.checkpoint.facts.tied != config.get("tie_word_embeddings", False):
-            config["tie_word_embeddings"] = self.checkpoint.facts.tied  # as the files have it
+        for part in (config, config.get("text_config")):
+            if part is not None:
+                part |= {"dtype": self.spec.model.dtype, "torch_dtype": self.spec.model.dtype}
+                if self.checkpoint.facts.tied != part.get("tie_word_embeddings", False):
+                    part["tie_word_embeddings"] = self.checkpoint.facts.tied  # as the files have it
         config[EXPORT_KEY] = self._marker()
         section = self.quantization_config()
         return config | ({"quantization_config": section} if section else {})

@@ -45,10 +45,12 @@ class RoundedInputs:
 
     def __call__(self, k: int, block: Block) -> None:
         block.act_bits = self.act_bits
-        block.unrounded = frozenset(
-            site.name
+        skipped = {
+            name
             for site in block.sites
-            if all(
-                f"blocks.{k}.{name.removesuffix('.weight')}" in self.skip for name in site.weights
-            )
-        )
+            for name in site.weights
+            if f"blocks.{k}.{name.removesuffix('.weight')}" in self.skip
+        }
+        sites = {site.name for site in block.sites if skipped.issuperset(site.weights)}
+        apart = {name for site in block.sites for name in site.apart if name in skipped}
+        block.unrounded = frozenset(sites | apart)

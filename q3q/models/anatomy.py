@@ -24,6 +24,7 @@ class Site:
     unquantized: weights that read it too and are not quantized (a router)
     scores: weights whose outputs are multiplied with each other, as queries with keys
     mixes_tokens: what reads it mixes the tokens of a window, so a window runs as a whole
+    apart: weights that may stay unquantized beside the others and then read the input unrounded
     """
 
     name: str
@@ -31,6 +32,7 @@ class Site:
     unquantized: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
     mixes_tokens: bool = False
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,24 @@ class ScaleGroup:
 
     In grouped-query attention each run of `head_dim` of the producer's outputs appears `repeat`
     times, one after the other, in the site's input.
+
+    offset: what the forward adds to the producer, a norm's gain
+    also: further sites that read the same tensor, and so take the same scale
     """
 
     site: Site
     producer: str  # a norm's gain, or a linear's rows (dense or per expert)
     repeat: int = 1
     head_dim: int = 1
+    offset: float = 0.0
+    also: tuple[Site, ...] = ()
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """All weights that read the producer's outputs."""
+        own = (*self.site.weights, *self.site.unquantized)
+        others = (name for s in self.also for name in (*s.weights, *s.unquantized))
+        return tuple(dict.fromkeys((*own, *others)))
 
 
 @dataclass(frozen=True)
@@ -98,3 +112,7 @@ EXPERT_GATE_UP = Site(
     unquantized=("mlp.gate.weight",),
 )
 EXPERT_DOWN = Site("down", ("mlp.experts.down_proj.weight",))
+SHARED_GATE_UP = Site(
+    "shared_gate_up", ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight")
+)
+SHARED_DOWN = Site("shared_down", ("mlp.shared_expert.down_proj.weight",))

@@ -28,24 +28,31 @@ Weights = Mapping[str, Tensor]
 Stages = Generator[tuple[Site, SiteInput], None, Tensor]
 
 
-def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float) -> Tensor:
-    """Compute the root-mean-square norm in float32; return the input's dtype, as transformers."""
+def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """Compute the root-mean-square norm in float32; return the input's dtype, as transformers.
+
+    Args:
+        offset: what is added to the gain; if it is not 0, the product too is taken in float32.
+    """
     wide = x_xH.float()
     scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     normed = wide * scale if x_xH.dtype == torch.float32 else wide.mul_(scale)
+    if offset:
+        return normed.mul_(gain_H.float() + offset).to(x_xH.dtype)
     return normed.to(x_xH.dtype).mul_(gain_H)
 
 
 class Rope:
     """Rotary position embedding (arXiv 2104.09864): positions [...] to cos and sin [..., 1, D].
 
-    The first half of sin is negated, as `rotate` expects. The result for the last tensor of
-    positions is cached, as the next block often has the same positions.
+    D is the part of a head that positions turn. The first half of sin is negated, as `rotate`
+    expects. The result for the last tensor of positions is cached, as the next block often has the
+    same positions.
     """
 
     def __init__(self, facts: ModelFacts, device: torch.device | str = "cpu") -> None:
         scaling = facts.rope_scaling
-        self._frequencies = frequencies(facts.head_dim, facts.rope_theta, scaling, device)
+        self._frequencies = frequencies(facts.rotary_dim, facts.rope_theta, scaling, device)
         self._amplitude = 1.0 if scaling is None else scaling.amplitude
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -62,6 +69,11 @@ class Rope:
 
 
 def rotate(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each head's first dimensions, as many as `cos` has; the others stay."""
+    turned = cos.shape[-1]
+    if turned < x_BTND.shape[-1]:
+        rest = x_BTND[..., turned:]
+        return torch.cat((rotate(x_BTND[..., :turned], cos, sin), rest), dim=-1)
     low, high = x_BTND.chunk(2, dim=-1)
     return (x_BTND * cos).add_(torch.cat((high, low), dim=-1).mul_(sin))
 
@@ -73,7 +85,8 @@ class Block:
     that quantizes them between two stages gets sequential quantization from one forward pass.
 
     act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
-    unrounded: names of sites whose input is never rounded, because their weights are unquantized.
+    unrounded: names of sites whose input is never rounded, because their weights are unquantized,
+        and of weights that stay unquantized beside others of their site (`Site.apart`).
     every_expert: the sites show every token to every expert (calibration.route=all), not only to
         the experts that the router picks. The block's output always follows the router.
     """
@@ -116,7 +129,8 @@ class Block:
     # The parts that a family composes: see `q3q.models.family.Parts`.
 
     def norm(self, gain: str, x_xH: Tensor) -> Tensor:
-        return rms_norm(x_xH, self.weights[gain], self.facts.rms_norm_eps)
+        offset = self.facts.family.gain_offset
+        return rms_norm(x_xH, self.weights[gain], self.facts.rms_norm_eps, offset)
 
     def linear(self, weight: str, x_xI: Tensor) -> Tensor:
         return linear(x_xI, self.weights[weight], self.weights.get(bias_of(weight)))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from q3q.errors import CheckpointError, first_line
 from q3q.models.digests import DigestMemo
 from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
-from q3q.models.model_files import FLOATS, read_model_files, settle, unread
+from q3q.models.model_files import FLOATS, carried_over, read_model_files, settle, unread
 from q3q.models.model_json import (
     OWN_FOLDER,
     TOKENIZER_LIMIT,
@@ -24,7 +24,7 @@ from q3q.models.model_json import (
     refuse_irregular,
 )
 from q3q.models.packed import Layout
-from q3q.models.tensor_files import Shape
+from q3q.models.tensor_files import Rows, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +54,7 @@ class Checkpoint:
 
     Attributes:
         remarks: where config.json and the files disagree, and what q3q does, as transformers does.
+        carried: names of tensors of parts that are neither run nor quantized (`Family.carried`).
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged (the error names the shard or
@@ -72,7 +73,10 @@ class Checkpoint:
         self.facts, remarks = settle(facts, self._files)
         self._stored = self._files.tensors
         self._names = self._check_complete()
-        remarks += unread(self._stored, self._names, self.facts)
+        parts = self.facts.family.carried
+        self.carried = tuple(name for name in self._stored if parts and name.startswith(parts))
+        remarks += unread(self._stored, {*self._names, *self.carried}, self.facts)
+        remarks += carried_over(self.carried)
         self.remarks: tuple[str, ...] = (*self._files.remarks, *remarks)
 
     @property
@@ -96,6 +100,14 @@ class Checkpoint:
             CheckpointError: a file changed since the checkpoint was opened.
         """
         return {name: self._stored[name].read() for name in names}
+
+    def as_it_is(self, name: str) -> Rows:
+        """Return a tensor to be written as it is stored; it is read when it is written."""
+        import torch
+
+        stored = self._stored[name]
+        dtype: torch.dtype = getattr(torch, stored.dtype_name)
+        return Rows(stored.shape, dtype, (stored.read() for _ in range(1)))
 
     def rows(self, name: str, first: int, count: int) -> Tensor:
         """Read some rows of a tensor by its name on disk (`model.embed_tokens.weight`)."""
@@ -295,7 +307,9 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
 
 
 def _ends_in(path: Path) -> tuple[int, ...]:
-    value = read_json(path).get("eos_token_id")
+    config = read_json(path)
+    text = config.get("text_config")
+    value = config.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
     ends = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(end) is int for end in ends):
         raise CheckpointError(
@@ -309,7 +323,7 @@ def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str,
     shapes = facts.block_shapes(layer)
     if not facts.sparse(layer):
         return shapes
-    stacked = {name: shapes.pop(name) for name in list(shapes) if name.startswith("mlp.experts.")}
+    stacked = {name: shapes.pop(name) for name in list(shapes) if is_stacked(name)}
     if fused:
         experts, hidden, inner = stacked["mlp.experts.down_proj.weight"]
         gate_up, down = FUSED
@@ -320,6 +334,11 @@ def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str,
     return shapes
 
 
+def is_stacked(name: str) -> bool:
+    """Return True if one of a block's tensors holds a matrix for each expert."""
+    return name.startswith("mlp.experts.")
+
+
 def of_expert(name: str, expert: int) -> str:
     """Return one expert's name in files: `mlp.experts.3.up_proj.weight`."""
     return name.replace("mlp.experts.", f"mlp.experts.{expert}.")
@@ -328,8 +347,7 @@ def of_expert(name: str, expert: int) -> str:
 def names_on_disk(facts: ModelFacts, layer: int, names: Iterable[str]) -> Iterator[str]:
     """Yield the names in files of a block's tensors; of a stacked one, each expert's."""
     for name in names:
-        stacked = name.startswith("mlp.experts.")
-        parts = [of_expert(name, e) for e in range(facts.experts)] if stacked else [name]
+        parts = [of_expert(name, e) for e in range(facts.experts)] if is_stacked(name) else [name]
         yield from (facts.on_disk(layer, part) for part in parts)
 
 
@@ -361,7 +379,7 @@ def _parts(layout: Layout, name: str, shape: Shape) -> dict[str, tuple[tuple[str
 
 def _sources(name: str, experts: int, fused: bool) -> list[str]:
     """Return the names on disk that one tensor of a block is assembled from."""
-    if not name.startswith("mlp.experts."):
+    if not is_stacked(name):
         return [name]
     if fused:
         return [FUSED["down_proj" in name]]
@@ -377,7 +395,7 @@ def _assemble(
     shape = facts.block_shapes(k)[name]
     first = next(parts)
     if first.ndim == len(shape):
-        if len(shape) == 3 and ".down_proj." not in name:  # fused, gate over up
+        if is_stacked(name) and ".down_proj." not in name:  # fused, gate over up
             first = first.chunk(2, dim=1)[0 if ".gate_proj." in name else 1]
         return first.to(dtype or first.dtype).contiguous()
     stacked = torch.empty(shape, dtype=dtype or first.dtype)

@@ -138,6 +138,11 @@ class Decoder:
     def embed(self, ids_BT: Tensor) -> Tensor:
         return self.embedding_VH[to_device(ids_BT, self.device)]
 
+    def normed(self, x_BTH: Tensor) -> Tensor:
+        """Return hidden states as the head reads them."""
+        facts = self.facts
+        return rms_norm(x_BTH, self.norm_H, facts.rms_norm_eps, facts.family.gain_offset)
+
     def embed_batches(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         return (self.embed(ids_BT) for ids_BT in batches)
 
@@ -166,7 +171,7 @@ class Decoder:
             x_BTH = self.embed(ids_BT)
             for k in range(len(self.blocks)):
                 x_BTH = self.blocks[k](x_BTH, rope, CAUSAL if attend is None else attend(k, b))
-            yield rms_norm(x_BTH, self.norm_H, self.facts.rms_norm_eps)
+            yield self.normed(x_BTH)
 
     def _block_by_block(
         self,
@@ -185,7 +190,7 @@ class Decoder:
                     hidden[b] = block(hidden[b], rope, CAUSAL if attend is None else attend(k, b))
                 del block  # before the next one is read: only one at a time fits
             for x_BTH in hidden:
-                yield rms_norm(x_BTH, self.norm_H, self.facts.rms_norm_eps)
+                yield self.normed(x_BTH)
 
     def hidden(self, ids_BT: Tensor, attentions: Sequence[Attention] = ()) -> Tensor:
         """Return `states` of one batch.
@@ -301,15 +306,22 @@ def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Blo
         CheckpointError: the checkpoint leaves out a part of a site.
     """
     block, packing = Block(facts, k, weights), facts.packing
-    if packing is not None and packing.act_bits is not None:
-        block.act_bits = packing.act_bits
-        block.unrounded = frozenset(
-            site.name
-            for site in block.sites
-            if not packing.rounds(
-                name.removesuffix(".weight") for name in names_on_disk(facts, k, site.weights)
-            )
+    if packing is None or packing.act_bits is None:
+        return block
+
+    def rounds(*names: str) -> bool:
+        return packing.rounds(
+            name.removesuffix(".weight") for name in names_on_disk(facts, k, names)
         )
+
+    block.act_bits = packing.act_bits
+    apart = {name for site in block.sites for name in site.apart if not rounds(name)}
+    sites = {
+        site.name
+        for site in block.sites
+        if not rounds(*(name for name in site.weights if name not in apart))
+    }
+    block.unrounded = frozenset(apart | sites)
     return block
 
 

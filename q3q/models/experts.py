@@ -1,7 +1,8 @@
 """Experts in place of one MLP, for families that have them.
 
 Experts are stacked: gate and up [E, I, H], down [E, H, I]. Each token's top-k experts read it; the
-router stays unquantized and reads the unrounded tensor.
+router stays unquantized and reads the unrounded tensor. So does the gate of an expert that all
+tokens share.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, SiteInput
+from q3q.models.anatomy import (
+    EXPERT_DOWN,
+    EXPERT_GATE_UP,
+    SHARED_DOWN,
+    SHARED_GATE_UP,
+    Site,
+    SiteInput,
+)
 from q3q.models.block import Block, Stages
 from q3q.numerics.grouped import GroupedRows, Groups, grouped_linear
 
@@ -25,7 +33,7 @@ def route(block: Block, tokens_TH: Tensor) -> tuple[Tensor, Tensor]:
     return expert, share.to(tokens_TH.dtype)
 
 
-def routed_stages(block: Block, normed_BTH: Tensor) -> Stages:
+def routed_stages(block: Block, normed_BTH: Tensor, site: Site = EXPERT_GATE_UP) -> Stages:
     """Run what reads the site `gate_up` of a block with experts; see `Family.mlp_stages`."""
     facts, weights = block.facts, block.weights
     tokens_TH = normed_BTH.flatten(0, 1)
@@ -36,20 +44,38 @@ def routed_stages(block: Block, normed_BTH: Tensor) -> Stages:
     del expert_Tk, expert_R
     inputs = GroupedRows(tokens_TH[reading_R // facts.top_k], groups)
     shown = [tokens_TH] * len(inputs) if block.every_expert else inputs
-    yield EXPERT_GATE_UP, SiteInput(tokens_TH, shown)
-    gate, up = (weights[name] for name in EXPERT_GATE_UP.weights)
-    rounded_RH = block.round_inputs(EXPERT_GATE_UP, inputs.rows_RI)
+    yield site, SiteInput(tokens_TH, shown)
+    gate, up = (weights[name] for name in site.weights)
+    rounded_RH = block.round_inputs(site, inputs.rows_RI)
     gated_RI = block.gated(*(grouped_linear(rounded_RH, w, groups) for w in (gate, up)))
     del inputs, shown, rounded_RH
     down_inputs: Sequence[Tensor] = GroupedRows(gated_RI, groups)
     if block.every_expert:
-        down_inputs = EveryExpert(block.round_inputs(EXPERT_GATE_UP, tokens_TH), gate, up)
+        down_inputs = EveryExpert(block.round_inputs(site, tokens_TH), gate, up)
     yield EXPERT_DOWN, SiteInput(None, down_inputs, unrouted=block.every_expert)
     del down_inputs
     down = weights["mlp.experts.down_proj.weight"]
     part_RH = grouped_linear(block.round_inputs(EXPERT_DOWN, gated_RI), down, groups)
     part_RH *= share_Tk.flatten()[reading_R][:, None]
     return _summed(part_RH, reading_R, facts.top_k).view_as(normed_BTH)
+
+
+def stages_with_shared(block: Block, normed_BTH: Tensor, site: Site, gate: str) -> Stages:
+    """Run the routed experts, then the one that all tokens share, weighed by a sigmoid.
+
+    Args:
+        site: `gate_up` of the routed experts.
+        gate: name of the shared expert's gate [1, H].
+    """
+    routed_BTH = yield from routed_stages(block, normed_BTH, site)
+    yield SHARED_GATE_UP, block.halt(normed_BTH)
+    share_BT1 = block.linear(gate, normed_BTH).sigmoid()
+    rounded = block.round_inputs(SHARED_GATE_UP, normed_BTH)
+    gated = block.gated(*(block.linear(name, rounded) for name in SHARED_GATE_UP.weights))
+    del normed_BTH, rounded
+    yield SHARED_DOWN, block.halt(gated)
+    shared = block.linear(SHARED_DOWN.weights[0], block.round_inputs(SHARED_DOWN, gated))
+    return routed_BTH.add_(shared.mul_(share_BT1))
 
 
 def _summed(part_RH: Tensor, reading_R: Tensor, top_k: int) -> Tensor:

@@ -62,6 +62,16 @@ def _refuse_misfits(facts: ModelFacts, wrong: Callable[[str], CheckpointError]) 
         )
     if facts.head_dim % 2:
         raise wrong(f"head_dim={facts.head_dim}: rotary positions turn pairs, so it must be even")
+    if facts.rotary_dim % 2 or not facts.rotary_dim:
+        raise wrong(
+            f"partial_rotary_factor={facts.rotary_share:g} of head_dim={facts.head_dim} is "
+            f"{facts.rotary_dim} dimensions: rotary positions turn pairs, so it must be even"
+        )
+    if facts.delta and facts.delta.value_heads % facts.delta.key_heads:
+        raise wrong(
+            f"{facts.delta.value_heads} value heads of the delta rule cannot share "
+            f"{facts.delta.key_heads} key heads evenly"
+        )
     if facts.dtype not in DTYPE_BYTES:
         raise wrong(f"dtype {facts.dtype!r} is not supported, only {', '.join(DTYPE_BYTES)}")
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from q3q.models.anatomy import DOWN, GATE_UP, QKV, O, ScaleGroup, Site, SiteInput, bias_of
 from q3q.models.config_values import MOST_LAYERS, Values
-from q3q.models.rope import RopeScaling, read_rope
+from q3q.models.delta_sizes import DeltaSizes
+from q3q.models.rope import RopeScaling, read_rope, rotary_share
 from q3q.models.tensor_files import Shape
 
 if TYPE_CHECKING:
@@ -52,9 +53,13 @@ class ModelFacts:
     mlp_only_layers: tuple[int, ...] = ()
     decoder_sparse_step: int = 1
     norm_topk_prob: bool = False
+    shared_intermediate: int = 0  # of an expert that every token reads; 0: there is none
+    recurrent: tuple[int, ...] = ()  # blocks with a delta rule in place of attention
+    delta: DeltaSizes | None = None
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
+    rotary_share: float = 1.0  # of a head's dimensions, the first ones, that positions turn
     max_positions: int
     dtype: str
     says_dtype: bool = field(default=True, compare=False)  # False: float32 is the default
@@ -68,6 +73,11 @@ class ModelFacts:
             and layer not in self.mlp_only_layers
             and (layer + 1) % self.decoder_sparse_step == 0
         )
+
+    @property
+    def rotary_dim(self) -> int:
+        """The first dimensions of a head, which rotary positions turn."""
+        return int(self.head_dim * self.rotary_share)
 
     def block_shapes(self, layer: int) -> dict[str, Shape]:
         """Return names and shapes of a block's tensors, as `Checkpoint.block` gives them."""
@@ -134,6 +144,7 @@ class Parts(Protocol):
     facts: ModelFacts
     layer: int
     weights: dict[str, Tensor]
+    unrounded: frozenset[str]
 
     def norm(self, gain: str, x_xH: Tensor) -> Tensor:
         """Return the root-mean-square norm with the gain of this name."""
@@ -171,7 +182,14 @@ class Family:
         model_types: config.json's words for it.
         defaults: what transformers' class fills in where config.json has no such key.
         assumed: values of config.json that the forward takes for granted; others are refused.
+        layer_types: kinds of blocks that the forward computes, in config.json's words.
+        partial_rotary: positions may turn a part of each head (`partial_rotary_factor`).
+        gain_offset: what the forward adds to a norm's gain: 1 where files hold gains around 0.
         kept: why tensors of a block stay unquantized, by the end of their name.
+        skipped: patterns of linears that stay unquantized unless `skip` is given, as published
+            recipes leave them.
+        carried: beginnings of names in files of parts that are neither run nor quantized; exports
+            take them over as they are.
         block_prefix, embedding, final_norm, head: names in files.
     """
 
@@ -179,10 +197,15 @@ class Family:
     model_types: ClassVar[tuple[str, ...]]
     defaults: ClassVar[Mapping[str, Any]] = {}
     assumed: ClassVar[Mapping[str, Any]] = {"hidden_act": "silu"}
+    layer_types: ClassVar[tuple[str, ...]] = ("full_attention",)
+    partial_rotary: ClassVar[bool] = False
+    gain_offset: ClassVar[float] = 0.0
     kept: ClassVar[Mapping[str, str]] = {
         "norm.weight": "a norm's gain: few numbers, which take over scales",
         ".bias": "few numbers, added to the outputs of codes",
     }
+    skipped: ClassVar[tuple[str, ...]] = ()
+    carried: ClassVar[tuple[str, ...]] = ()
     block_prefix: ClassVar[str] = "model.layers.{}."
     embedding: ClassVar[str] = "model.embed_tokens.weight"
     final_norm: ClassVar[str] = "model.norm.weight"
@@ -204,10 +227,14 @@ class Family:
         for key, only in self.assumed.items():
             if values.config.get(key, only) != only:
                 raise values.wrong(f"{key}={values.config[key]!r} is not supported, only {only!r}")
-        if any(kind != "full_attention" for kind in values.items("layer_types")):
-            raise values.wrong("layer_types other than full_attention are not supported")
+        if any(kind not in self.layer_types for kind in values.items("layer_types")):
+            known = " and ".join(self.layer_types)
+            raise values.wrong(f"layer_types other than {known} are not supported")
         hidden, heads = values.count("hidden_size"), values.count("num_attention_heads")
         theta, scaling = read_rope(values)
+        rotary = rotary_share(values)
+        if rotary != 1 and not self.partial_rotary:
+            raise values.wrong(f"partial_rotary_factor={rotary:g} is not supported, only 1.0")
         dtype = values.config.get("dtype") or values.config.get("torch_dtype")
         return ModelFacts(
             family=self,
@@ -223,6 +250,7 @@ class Family:
             rms_norm_eps=values.positive("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
+            rotary_share=rotary,
             max_positions=values.count("max_position_embeddings", 32_768),
             dtype=str(dtype or "float32"),
             says_dtype=bool(dtype),
@@ -262,20 +290,36 @@ class Family:
 
     def sites(self, facts: ModelFacts, layer: int) -> tuple[Site, ...]:
         """Return a block's sites, in the order of its forward."""
-        return QKV, O, GATE_UP, DOWN
+        return *self.mixing_sites(facts, layer), *self.mlp_sites(facts, layer)
+
+    def mixing_sites(self, facts: ModelFacts, layer: int) -> tuple[Site, ...]:
+        """Return the sites of `attention_stages`, which mixes tokens."""
+        return QKV, O
+
+    def mlp_sites(self, facts: ModelFacts, layer: int) -> tuple[Site, ...]:
+        return GATE_UP, DOWN
 
     def scale_groups(self, facts: ModelFacts, layer: int) -> tuple[ScaleGroup, ...]:
-        """Return a block's scale groups, in AWQ's order.
+        """Return a block's scale groups, in AWQ's order."""
+        return *self.mixing_scale_groups(facts, layer), *self.mlp_scale_groups(facts, layer)
 
-        v -> o repeats each value channel for the query heads that read it.
-        """
+    def mixing_scale_groups(self, facts: ModelFacts, layer: int) -> tuple[ScaleGroup, ...]:
+        """v -> o repeats each value channel for the query heads that read it."""
         repeat = facts.heads // facts.kv_heads
         return (
-            ScaleGroup(QKV, "input_layernorm.weight"),
+            self.norm_group(QKV, "input_layernorm.weight"),
             ScaleGroup(O, "self_attn.v_proj.weight", repeat, facts.head_dim),
-            ScaleGroup(GATE_UP, "post_attention_layernorm.weight"),
+        )
+
+    def mlp_scale_groups(self, facts: ModelFacts, layer: int) -> tuple[ScaleGroup, ...]:
+        return (
+            self.norm_group(GATE_UP, "post_attention_layernorm.weight"),
             ScaleGroup(DOWN, "mlp.up_proj.weight"),
         )
+
+    def norm_group(self, site: Site, gain: str, also: tuple[Site, ...] = ()) -> ScaleGroup:
+        """Return the scale group of a site that reads a norm, as `also` do."""
+        return ScaleGroup(site, gain, offset=self.gain_offset, also=also)
 
     # How a block computes: stages that halt before each site, and read its weights after that.
 

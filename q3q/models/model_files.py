@@ -132,6 +132,20 @@ def unread(tensors: Collection[str], expected: Collection[str], facts: ModelFact
     return [f"{_some(extra)} in the files, and not in this model: not read"] if extra else []
 
 
+def carried_over(names: Collection[str]) -> list[str]:
+    """Return a remark on tensors of parts that the model has besides, by their parts."""
+    if not names:
+        return []
+    parts = {
+        name[: name.find(".", len("model.")) if name.startswith("model.") else name.find(".")]
+        for name in names
+    }
+    return [
+        f"{' and '.join(sorted(parts))} ({len(names)} tensors) are neither run nor quantized; "
+        "exports carry them over as they are"
+    ]
+
+
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     """Return True if transformers would tie two stored tensors: they hold the same numbers."""
     if one.shape != other.shape:

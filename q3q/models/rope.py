@@ -54,9 +54,6 @@ def read_rope(values: Values) -> tuple[float, RopeScaling | None]:
     kind = section.get("rope_type", section.get("type", "default"))
     if kind not in SCALINGS:
         raise values.wrong(f"rope_type={kind!r} is not supported, only {', '.join(SCALINGS)}")
-    partial = section.get("partial_rotary_factor", values.config.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        raise values.wrong(f"partial_rotary_factor={partial!r} is not supported, only 1.0")
     if any(isinstance(value, Mapping) for value in section.values()):
         raise values.wrong("rope_parameters that differ between layers are not supported")
     if kind == "default":
@@ -92,6 +89,21 @@ def read_rope(values: Values) -> tuple[float, RopeScaling | None]:
     )
 
 
+def rotary_share(values: Values) -> float:
+    """Return the share of a head's dimensions, the first ones, that positions turn.
+
+    Raises:
+        CheckpointError: it is no share.
+    """
+    key = "partial_rotary_factor"
+    section = values.table("rope_parameters") or values.table("rope_scaling")
+    within = values if section.get(key) is None else Values(section, values.wrong)
+    share = within.positive(key, 1.0)
+    if share > 1:
+        raise values.wrong(f"{key}={share:g} is more than a whole head")
+    return share
+
+
 def _amplitude(section: Values, factor: float) -> float:
     """Return YaRN's factor of cosines and sines (arXiv 2309.00071, equation 22)."""
 
@@ -108,7 +120,11 @@ def _amplitude(section: Values, factor: float) -> float:
 def frequencies(
     head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | str
 ) -> Tensor:
-    """Return the angle by which each pair of a head's dimensions turns a position, [D / 2]."""
+    """Return the angle by which each pair of a head's dimensions turns a position, [D / 2].
+
+    Args:
+        head_dim: of those that are turned.
+    """
     import torch
 
     even = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float()

@@ -55,16 +55,20 @@ class Rebalancing:
         if not self._method.rebalances:
             return
         rank, broadcast = self._activations.team.rank, self._activations.team.broadcast
+        quantized = {c.quantizer.site: c.quantizer for c in chunks if c.quantizer.parts}
         groups = [
-            (group, [c for c in chunks if c.quantizer.site == group.site and c.quantizer.parts])
+            (
+                _narrowed(group, quantized),
+                [c for c in chunks if c.quantizer is quantized[group.site]],
+            )
             for group in self._block.scale_groups
+            if group.site in quantized
         ]
-        groups = [(group, its_chunks) for group, its_chunks in groups if its_chunks]
         searches = [
             (group, chunk, _only_scheme(chunk.quantizer), list[Tensor]())
             for group, its_chunks in groups
             for chunk in (its_chunks if self._of_experts(group) else its_chunks[:1])
-            if group.site not in self._shared
+            if chunk.quantizer.site not in self._shared
         ]
         for group, chunk, scheme, found in searches:
             if chunk.owner == rank:
@@ -76,13 +80,13 @@ class Rebalancing:
                 weights = self._block.weights
                 weights.update(migrate_scale(weights, group, scale_EI, experts, self.changed))
             if not self._of_experts(group):
-                self._shared[group.site] = scales_EI
+                shared = (chunk.quantizer.site, *group.also)
+                self._shared |= dict.fromkeys(shared, scales_EI)
             elif chunk.owner == rank:
                 _rescale(chunk, scales_EI)
-        for group, its_chunks in groups:
-            for chunk in its_chunks:
-                if chunk.owner == rank:
-                    _rescale(chunk, self._shared.get(group.site, []))
+        for chunk in chunks:
+            if chunk.owner == rank and chunk.quantizer.parts:
+                _rescale(chunk, self._shared.get(chunk.quantizer.site, []))
 
     def _of_experts(self, group: ScaleGroup) -> bool:
         """Return True if each expert's own linear feeds the group's site."""
@@ -100,9 +104,23 @@ def _rescale(chunk: Chunk, scales_EI: Sequence[Tensor]) -> None:
         chunk.statistics.rescale(scale_EI)
 
 
+def _narrowed(group: ScaleGroup, quantized: Mapping[Site, SiteQuantizer]) -> ScaleGroup:
+    """Return the group as a method sees it: the site's weights are those that it rounds alike.
+
+    All else that reads the same tensor is unquantized: linears that are left out, and those of
+    `also` with another scheme.
+    """
+    part, scheme = quantized[group.site].parts[0]
+    parts = [own for site in group.also if site in quantized for own in quantized[site].parts]
+    also = [name for own, its_scheme in parts if its_scheme == scheme for name in own.weights]
+    weights = (*part.weights, *also)
+    rest = tuple(name for name in group.readers if name not in weights)
+    return replace(group, site=replace(group.site, weights=weights, unquantized=rest))
+
+
 def _only_scheme(quantizer: SiteQuantizer) -> Scheme:
-    part, scheme = quantizer.parts[0]
-    if part != quantizer.site and quantizer.method.rebalances:
+    _, scheme = quantizer.parts[0]
+    if len(quantizer.parts) > 1 and quantizer.method.rebalances:
         raise IncompatibleError(
             f"blocks.{quantizer.result.index}.{quantizer.site.name}: one scale is shifted to all "
             "linears of a site, so they take one setting"
@@ -167,18 +185,22 @@ def migrate_scale(
     changed = {}
     bias = bias_of(group.producer)  # of a linear, part of its outputs
     produced = (group.producer, bias) if bias in weights else (group.producer,)
-    for name in (*group.site.weights, *group.site.unquantized, *produced):
+    for name in (*group.readers, *produced):
         old = weights[name]
         changed[name] = (
             old if name in overwritten else old.clone(memory_format=torch.contiguous_format)
         )
-    for name in (*group.site.weights, *group.site.unquantized):
+    for name in group.readers:
         _change(changed[name], torch.mul, scale_EI[:, None, :], experts)
     produced_EO = scale_EI
     if group.repeat > 1:
         produced_EO = scale_EI.unflatten(1, (-1, group.repeat, group.head_dim))[:, :, 0].flatten(1)
     for name in produced:
-        _change(changed[name], torch.div, produced_EO[:, :, None], experts)
+        if group.offset:  # (gain + offset) / s is the gain that takes effect
+            gain_O = (changed[name].float() + group.offset) / produced_EO[0]
+            changed[name].copy_(gain_O - group.offset)
+        else:
+            _change(changed[name], torch.div, produced_EO[:, :, None], experts)
     return changed
 
 

@@ -265,10 +265,12 @@ class CostModel:
 def forward(facts: ModelFacts, tokens: float, context: float) -> float:
     """Return the operations of all blocks for `tokens` tokens in windows of `context`.
 
-    Two for each weight that a token meets, and attention.
+    Two for each weight that a token meets, and attention or a delta rule.
     """
-    attention = 4.0 * (context / 2) * facts.heads * facts.head_dim * facts.layers
-    return tokens * (2.0 * _weights_per_token(facts) + attention)
+    recurrent = len(facts.recurrent)
+    mixing = 4.0 * (context / 2) * facts.heads * facts.head_dim * (facts.layers - recurrent)
+    mixing += 0.0 if facts.delta is None else facts.delta.operations * recurrent
+    return tokens * (2.0 * _weights_per_token(facts) + mixing)
 
 
 @functools.cache

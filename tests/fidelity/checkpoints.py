@@ -59,6 +59,15 @@ WIDE = {
     "head_dim": 32,
     "intermediate_size": 192,
 }  # every width a multiple of 64
+MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
+# The first block has attention, the second a delta rule.
+HYBRID: dict[str, Any] = dict(
+    layer_types=["full_attention", "linear_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=6,
+    linear_key_head_dim=24,
+    linear_value_head_dim=16,
+)
 # Of other families: their own model_type, and what is special about them.
 RELATIVES: dict[str, dict[str, Any]] = {
     "qwen2": dict(model_type="qwen2"),
@@ -78,8 +87,11 @@ RELATIVES: dict[str, dict[str, Any]] = {
             original_max_position_embeddings=64,
         ),
     ),
+    "qwen3.5": dict(model_type="qwen3_5_text", **HYBRID),
+    "qwen3-next": dict(
+        model_type="qwen3_next", **HYBRID, **MOE, shared_expert_intermediate_size=96
+    ),
 }
-MOE = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=64, norm_topk_prob=True)
 
 
 def windows_of(count, length, seed, vocabulary=VOCABULARY):

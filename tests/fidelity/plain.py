@@ -71,13 +71,20 @@ class Expert(nn.Module):
 
 
 class ListOfExperts(nn.Module):
-    """Qwen3-MoE's sparse block as transformers 4 had it: a module an expert, so that hooks work."""
+    """Qwen3-MoE's sparse block as transformers 4 had it: a module an expert, so that hooks work.
+
+    Beside them Qwen3-Next has an expert for all tokens.
+    """
 
     def __init__(self, fused):
         super().__init__()
-        self.top_k, self.renormalize = fused.gate.top_k, fused.gate.norm_topk_prob
+        self.top_k = fused.gate.top_k
+        self.renormalize = getattr(fused.gate, "norm_topk_prob", True)
         # Not a Linear: no driver may quantize it.
         self.router = nn.Parameter(fused.gate.weight.detach().clone())
+        self.shared_expert = getattr(fused, "shared_expert", None)
+        if self.shared_expert is not None:
+            self.shared_gate = nn.Parameter(fused.shared_expert_gate.weight.detach().clone())
         self.experts = nn.ModuleList()
         for gate_up, down in zip(fused.experts.gate_up_proj, fused.experts.down_proj, strict=True):
             gate, up = gate_up.detach().clone().chunk(2)
@@ -94,6 +101,8 @@ class ListOfExperts(nn.Module):
             token, place = torch.where(chosen == e)
             if len(token):
                 out[token] += share[token, place, None] * expert(x_TH[token])
+        if self.shared_expert is not None:
+            out += torch.sigmoid(x_TH @ self.shared_gate.T) * self.shared_expert(x_TH)
         return out.reshape(x_NTH.shape)
 
 
@@ -111,7 +120,16 @@ def load(folder):
     for layer in model.model.layers:
         if hasattr(layer.mlp, "experts"):
             layer.mlp = ListOfExperts(layer.mlp)
+        if hasattr(layer, "linear_attn"):  # layers are all called as the first one is
+            layer.linear_attn.forward = without_mask(layer.linear_attn.forward)
     return model.requires_grad_(False)
+
+
+def without_mask(forward):
+    """Drop attention's mask: a recurrence needs one for padding only."""
+    return lambda hidden_states, **others: forward(
+        hidden_states, **{**others, "attention_mask": None}
+    )
 
 
 def linears(layer):
@@ -250,10 +268,19 @@ def hessians_of(layer, names, hidden, kwargs):
 
 
 def sequential_groups(layer):
-    """Return the names [q, k, v], [o], [gate, up], [down], the latter of all experts."""
+    """Return the names [q, k, v] or those of a delta rule's input, [o], [gate, up], [down].
+
+    The latter are of all experts.
+    """
     names, ends = (
         list(linears(layer)),
-        ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj"),
+        (
+            "q_proj k_proj v_proj "
+            "in_proj_qkvz in_proj_ba in_proj_qkv in_proj_z in_proj_b in_proj_a",
+            "o_proj out_proj",
+            "gate_proj up_proj",
+            "down_proj",
+        ),
     )
     return [[name for name in names if name.endswith(tuple(end.split()))] for end in ends]
 

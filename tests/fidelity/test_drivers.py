@@ -168,7 +168,7 @@ def test_rtn(folder, held_out, bits, group_size, symmetric, mse):
 
 @pytest.mark.parametrize("family", RELATIVES)
 def test_other_families(folders, windows, held_out, family):
-    """Biases, other rotary embeddings, no norms of heads: RTN's and GPTQ's codes."""
+    """Biases, other rotary embeddings, no norms of heads, delta rules: RTN's and GPTQ's codes."""
     scheme = Scheme(bits=4, group_size=32, symmetric=False)
     model = plain.load(folders[family])
     decoder, ours = walked(folders[family], Rtn(RtnSettings()), scheme, None)

@@ -110,7 +110,7 @@ def test_the_norm_is_its_formula_bit_for_bit(dtype):
 
 
 def test_positions_are_made_once_for_all_blocks_and_rotations_too():
-    facts: Any = SimpleNamespace(head_dim=8, rope_theta=1e4, rope_scaling=None)
+    facts: Any = SimpleNamespace(rotary_dim=8, rope_theta=1e4, rope_scaling=None)
     rope, attention, device = Rope(facts), Causal(), torch.device("cpu")
     cos, _ = rope(attention.positions(5, device), torch.float32)
     again, _ = rope(attention.positions(5, device), torch.float32)

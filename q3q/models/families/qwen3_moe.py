@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, QKV, O, ScaleGroup, Site
+from q3q.models.anatomy import EXPERT_DOWN, EXPERT_GATE_UP, ScaleGroup, Site
 from q3q.models.config_values import MOST_EXPERTS, MOST_MATRICES, Values
 from q3q.models.families.qwen3 import Qwen3
 from q3q.models.family import Family, ModelFacts, Parts
@@ -64,19 +64,17 @@ class Qwen3Moe(Qwen3):
             "mlp.experts.down_proj.weight": (experts, hidden, inner),
         }
 
-    def sites(self, facts: ModelFacts, layer: int) -> tuple[Site, ...]:
+    def mlp_sites(self, facts: ModelFacts, layer: int) -> tuple[Site, ...]:
         if not facts.sparse(layer):
-            return super().sites(facts, layer)
-        return QKV, O, EXPERT_GATE_UP, EXPERT_DOWN
+            return super().mlp_sites(facts, layer)
+        return EXPERT_GATE_UP, EXPERT_DOWN
 
-    def scale_groups(self, facts: ModelFacts, layer: int) -> tuple[ScaleGroup, ...]:
+    def mlp_scale_groups(self, facts: ModelFacts, layer: int) -> tuple[ScaleGroup, ...]:
         """One scale for all experts' gate and up (and the router), one per expert for its down."""
-        groups = super().scale_groups(facts, layer)
         if not facts.sparse(layer):
-            return groups
+            return super().mlp_scale_groups(facts, layer)
         return (
-            *groups[:2],
-            ScaleGroup(EXPERT_GATE_UP, "post_attention_layernorm.weight"),
+            self.norm_group(EXPERT_GATE_UP, "post_attention_layernorm.weight"),
             ScaleGroup(EXPERT_DOWN, "mlp.experts.up_proj.weight"),
         )
 

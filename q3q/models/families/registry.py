@@ -19,6 +19,11 @@ OWN = {
     "qwen3_moe": "q3q.models.families.qwen3_moe:Qwen3Moe",
     "qwen2": "q3q.models.families.qwen2:Qwen2",
     "llama": "q3q.models.families.llama:Llama",
+    "qwen3_next": "q3q.models.families.qwen3_next:Qwen3Next",
+    "qwen3_5": "q3q.models.families.qwen3_5:Qwen35",
+    "qwen3_5_text": "q3q.models.families.qwen3_5:Qwen35Text",
+    "qwen3_5_moe": "q3q.models.families.qwen3_5_moe:Qwen35Moe",
+    "qwen3_5_moe_text": "q3q.models.families.qwen3_5_moe:Qwen35MoeText",
     "mistral": "q3q.models.families.mistral:Mistral",
 }
 

@@ -1,0 +1,65 @@
+"""Hybrids' exports, read by strangers: delta rules, shared experts, and parts that are not run."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from q3q.models.checkpoint import Checkpoint
+from tests.export.test_reload import CT, W8A8, strangers_view
+from tests.models.families import build, nest
+from tests.specs import respecified
+
+SYMMETRIC = {"group_size": 4, "symmetric": True}
+UNPACKER = "plain unpacker of `compressed-tensors`"
+
+
+@pytest.mark.parametrize(
+    ("kind", "nested", "name", "scheme", "loader"),
+    [
+        ("qwen3.5", False, "compressed_tensors", W8A8, CT),
+        ("qwen3.5", True, "compressed_tensors", SYMMETRIC, CT),
+        ("qwen3.5 moe", True, "hf", SYMMETRIC, "transformers"),
+        ("qwen3.5 moe", True, "compressed_tensors", W8A8, UNPACKER),
+        ("qwen3-next", False, "hf", SYMMETRIC, "transformers"),
+        ("qwen3-next", False, "compressed_tensors", SYMMETRIC, CT),
+    ],
+)
+def test_hybrids_come_back_whole(trial_of, export, tmp_path, kind, nested, name, scheme, loader):
+    pytest.importorskip("compressed_tensors")
+    folder = tmp_path / "original"
+    build(kind, tied=nested).save_pretrained(folder)
+    if nested:
+        nest(folder)
+    original = Checkpoint(folder)
+    skip = tuple(
+        f"blocks.{k}.{weight.removesuffix('.weight')}"
+        for k in range(original.facts.layers)
+        for site in original.facts.sites(k)
+        for weight in site.apart
+    )
+    assert skip
+    trial = respecified(trial_of(original, name, tmp_path / "out", **scheme), skip=skip)
+    made, model = export(original, trial)
+    result = strangers_view(made, model)
+    assert loader in result.loader
+    assert result.check.passed, result.check.detail
+    assert result.logit_error < 1e-4
+    alone = strangers_view(made, model, logits=False)  # weight by weight, whatever else lies there
+    assert alone.check.passed, alone.check.detail
+    again = Checkpoint(made.path)
+    assert again.carried == original.carried
+    assert len(again.carried) == (2 if nested else 0)
+    for tensor in again.carried:
+        kept, given = (c.read([tensor])[tensor] for c in (again, original))
+        assert kept.dtype == given.dtype
+        assert torch.equal(kept, given)
+    config = json.loads((made.path / "config.json").read_text())
+    assert ("text_config" in config) == nested
+    held = sum(
+        t.nbytes for file in made.path.glob("*.safetensors") for t in load_file(file).values()
+    )
+    carried = 6 * 4 * 2 + 5 * 3 * 4 if nested else 0
+    assert made.sizes()["export_bytes"] == held
+    assert made.sizes()["model_bytes"] == held - carried
