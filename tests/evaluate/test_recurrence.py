@@ -16,6 +16,7 @@ from q3q.evaluate.perplexity import window_losses
 from q3q.evaluate.prefixes import PackedTree
 from q3q.evaluate.scoring import Request, pack_requests, score
 from q3q.evaluate.tree_pass import run_tree
+from q3q.models import delta
 from q3q.models.adjust import Route
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
@@ -158,9 +159,17 @@ class Calls:
 def nearness(model):
     """Return how near results are, relative to the largest one.
 
-    Transformers' random models have wide weights, which carry rounding further than trained ones.
+    The delta rule's chunks begin where segments begin, and their rounding alone puts these random
+    models of wide weights up to 5e-5 away from the rule token by token, whole rows too.
     """
     return 1e-5 if isinstance(model.facts.family, decaying.Decaying) else 1e-4
+
+
+def assert_rows(model, tree, hidden_TH, near):
+    """Assert that a tree's states are those of its texts as rows."""
+    for text, positions in zip(tree.texts, tree.positions(), strict=True):
+        expected = plain(model, text)
+        assert (hidden_TH[positions] - expected).abs().max() < near * expected.abs().max()
 
 
 def recurrences(model):
@@ -187,10 +196,17 @@ def test_a_tree_computes_what_plain_rows_compute(model, budget, states, monkeypa
     hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(model, tree, fixed(budget))])
     assert calls.computed == recurrences(model) * len(tree)  # each token once in each block
     assert max(len(lengths) for _, lengths, _ in calls.rows) <= states
-    near = nearness(model)
-    for text, positions in zip(tree.texts, tree.positions(), strict=True):
-        expected = plain(model, text)
-        assert (hidden_TH[positions] - expected).abs().max() < near * expected.abs().max()
+    assert_rows(model, tree, hidden_TH, nearness(model))
+
+
+@pytest.mark.parametrize("pair", ["qwen3.5", "qwen3-next"], indirect=True)
+@torch.inference_mode()
+def test_a_tree_with_the_delta_rule_token_by_token_is_rows_with_it(model, monkeypatch):
+    """Without the rounding of chunks, the tree adds none."""
+    monkeypatch.setattr(delta, "delta_rule", delta.delta_rule_plain)
+    tree = PackedTree(sorted(random_texts(0), key=list), states=3)
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(model, tree, fixed(30))])
+    assert_rows(model, tree, hidden_TH, 1e-5)
 
 
 @EACH
@@ -224,12 +240,11 @@ def test_a_quantized_hybrid_with_experts_is_walked_and_evaluated_alike(loaded):
     for k, block in enumerate(blocks):
         assert block.quantized.keys() == moe.facts.linears(k).keys()
         assert block.notes[f"blocks.{k}.gate_up"] == {"tokens_per_expert": [48] * 4}
-    tree = PackedTree(sorted(random_texts(0), key=list), states=5)
+    tree, copied = (PackedTree(sorted(random_texts(0), key=list), states=5) for _ in range(2))
     hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(quantized, tree, fixed(40))])
-    for text, positions in zip(tree.texts, tree.positions(), strict=True):
-        expected = plain(quantized, text)
-        assert (hidden_TH[positions] - expected).abs().max() < 1e-5 * expected.abs().max()
-        assert (plain(moe, text) - expected).norm() > 1e-3 * expected.norm()
+    assert_rows(quantized, tree, hidden_TH, 1e-5)
+    away = hidden_TH - torch.cat([hidden for _, _, hidden in run_tree(moe, copied, fixed(40))])
+    assert 1e-3 < away.norm() / hidden_TH.norm() < 0.5
 
 
 @pytest.mark.parametrize("edge", [0, -1, 1])
@@ -242,8 +257,7 @@ def test_a_span_may_end_where_its_batch_ends(model, edge, monkeypatch):
     calls = Calls(monkeypatch)
     hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(model, tree, fixed(8 + edge))])
     assert calls.computed == 2 * len(tree)
-    for text, positions in zip(tree.texts, tree.positions(), strict=True):
-        torch.testing.assert_close(hidden_TH[positions], plain(model, text), rtol=1e-5, atol=1e-5)
+    assert_rows(model, tree, hidden_TH, 1e-5)
 
 
 def test_a_state_is_kept_while_a_later_span_starts_from_it():
