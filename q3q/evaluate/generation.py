@@ -14,7 +14,7 @@ from q3q.evaluate.tree_pass import run_tree
 from q3q.models.attention import supports_varlen
 from q3q.models.cache import Cached, Lengths, Past
 from q3q.models.decoder import Decoder
-from q3q.models.footprint import state_bytes, state_rows
+from q3q.models.footprint import recurrent_bytes, recurrent_rows
 from q3q.models.recurrence import join
 
 # Bounds of the pasts of all rows that are continued together: see `cache_bytes`.
@@ -40,7 +40,7 @@ def generate(
     """
     facts, item_bytes = model.facts, model.norm_H.element_size()
     widths = (facts.family.state_width(facts, k) for k in range(facts.layers))
-    token_bytes, row_bytes = sum(widths) * item_bytes, sum(state_bytes(facts))
+    token_bytes, row_bytes = sum(widths) * item_bytes, sum(recurrent_bytes(facts))
     free = partial(cache_bytes, model.device.type, model.activations)
     ends = max(1, free(budget.tokens * token_bytes) // (4 * row_bytes)) if row_bytes else 0
     reader, first = _Reader(model, contexts, budget, ends), 0
@@ -127,7 +127,7 @@ class _Reader:
         self._tree = PackedTree(
             list(contexts),
             supports_varlen(model.device, model.norm_H.dtype),
-            state_rows(model.facts, model.device.type),
+            recurrent_rows(model.facts, model.device.type),
             ends,
         )
         last_B = np.array([positions[-1] for positions in self._tree.positions()])

@@ -17,7 +17,7 @@ from q3q.evaluate.prefixes import Ids, PackedTree, Positions, common_prefix
 from q3q.evaluate.tree_pass import run_tree
 from q3q.models.attention import supports_varlen
 from q3q.models.decoder import Decoder
-from q3q.models.footprint import state_rows
+from q3q.models.footprint import recurrent_rows
 from q3q.team import Team
 
 # Tokens that a gang's rank runs before it hands in the scores: the most that its death loses.
@@ -89,7 +89,7 @@ def score(
         yield from _score_on_team(model, requests)
         return
     varlen = supports_varlen(model.device, model.norm_H.dtype)
-    states = state_rows(model.facts, model.device.type)
+    states = recurrent_rows(model.facts, model.device.type)
     tree, readers = pack_requests(requests, varlen=varlen, states=states)
     reads = Reads.of(tree, readers, requests)
     total_R, greedy_R = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)

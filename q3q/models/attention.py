@@ -224,9 +224,12 @@ class TreeAttention:
 
     def recur(self, recurrence: Recurrence, inputs_BTX: Tensor) -> Tensor:
         if self.flow is None:
-            raise RuntimeError("a block has a recurrence, but its family's recurrent_width is 0")
-        path, self.state = self.state, None
-        outputs_TY, self.state, self.ends = self.flow.run(recurrence, inputs_BTX[0], path)
+            raise RuntimeError(
+                "a block has a recurrence that its family's recurrent_width does not count, or a "
+                "second one"
+            )
+        flow, self.flow = self.flow, None
+        outputs_TY, self.state, self.ends = flow.run(recurrence, inputs_BTX[0], self.state)
         return outputs_TY[None]
 
 

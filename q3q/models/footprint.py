@@ -29,8 +29,8 @@ MORE_TOKENS, MORE_TOKENS_BYTES = 4, 4 * 10**9
 LOGIT_BYTES = {"cpu": 400 * 2**20, "cuda": 1300 * 2**20}
 # Bytes of a recurrence's states in one block that evaluation takes at a time, and the most rows.
 # There are up to so many copies: those with which rows begin and end, and those that are kept.
-STATE_BYTES, STATE_ROWS = {"cpu": 1 << 26, "cuda": 1 << 28}, 1 << 10
-STATE_COPIES = 5
+RECURRENT_BYTES, RECURRENT_ROWS = {"cpu": 1 << 26, "cuda": 1 << 28}, 1 << 10
+RECURRENT_COPIES = 5
 # Bytes of the float32 weights, or of the Hessians, of a chunk of experts (`quantize.sites`).
 CHUNK_BYTES = 2**28
 # Bytes of experts' Hessians that a method takes in one pass over the windows, where it observes a
@@ -92,7 +92,7 @@ def need(
     ends = _ends_bytes(facts, dtype)
     more = (heads - 1) * ends
     running = _running(facts, dtype, device)
-    states = STATE_COPIES * state_rows(facts, device) * max(state_bytes(facts))
+    states = RECURRENT_COPIES * recurrent_rows(facts, device) * max(recurrent_bytes(facts))
     work = 0 if method is None else _quantizing(facts, method, running, ranks)
     changing = 0.0 if method is None else method.block_copies
     if loader == "resident":
@@ -227,15 +227,15 @@ def token_bytes(facts: ModelFacts, dtype: str) -> int:
     return widest * item + 2 * 4 * facts.hidden
 
 
-def state_bytes(facts: ModelFacts) -> list[int]:
+def recurrent_bytes(facts: ModelFacts) -> list[int]:
     """Return the bytes of the state that a text carries through each block."""
     return [4 * facts.family.recurrent_width(facts, k) for k in range(facts.layers)]
 
 
-def state_rows(facts: ModelFacts, device: str) -> int:
+def recurrent_rows(facts: ModelFacts, device: str) -> int:
     """Return the most texts whose states evaluation takes at a time; 0 if the model has none."""
-    widest = max(state_bytes(facts))
-    return widest and max(1, min(STATE_ROWS, STATE_BYTES[device] // widest))
+    widest = max(recurrent_bytes(facts))
+    return widest and max(1, min(RECURRENT_ROWS, RECURRENT_BYTES[device] // widest))
 
 
 def batch_tokens(facts: ModelFacts, dtype: str, device: Device) -> int:

@@ -1,7 +1,7 @@
 """A recurrence's state goes wherever evaluation goes: what texts share runs once, exactly."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,12 +16,19 @@ from q3q.evaluate.perplexity import window_losses
 from q3q.evaluate.prefixes import PackedTree
 from q3q.evaluate.scoring import Request, pack_requests, score
 from q3q.evaluate.tree_pass import run_tree
-from q3q.models.adjust import set_route
-from q3q.models.attention import CAUSAL
+from q3q.models import delta
+from q3q.models.adjust import Route
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.models.delta import GatedDelta
 from q3q.models.families import registry
-from q3q.models.footprint import STATE_BYTES, STATE_COPIES, need, state_bytes, state_rows
+from q3q.models.footprint import (
+    RECURRENT_BYTES,
+    RECURRENT_COPIES,
+    need,
+    recurrent_bytes,
+    recurrent_rows,
+)
 from q3q.models.streaming import StreamedDecoder
 from q3q.quantize.methods.gptq import Gptq
 from q3q.quantize.methods.settings import GptqSettings
@@ -29,6 +36,7 @@ from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.models import decaying
 from tests.models.decaying import DecayingSum, save_random
+from tests.models.families import HYBRIDS, build
 
 TYPES = {"decaying": "Decaying", "decaying_moe": "DecayingMoe"}
 
@@ -43,24 +51,38 @@ def families():
 
 
 @pytest.fixture(scope="module")
-def checkpoints(families, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return {kind: Checkpoint(save_random(folder / kind, kind)) for kind in TYPES}
+def loaded(families, tmp_path_factory):
+    """Return a function from a kind of model to a random checkpoint and its model."""
+
+    @cache
+    def load(kind):
+        folder = tmp_path_factory.mktemp("model")
+        if kind in TYPES:
+            save_random(folder, kind)
+        else:
+            build(kind).save_pretrained(folder)
+        checkpoint = Checkpoint(folder)
+        return checkpoint, load_decoder(checkpoint, torch.float32)
+
+    return load
 
 
-@pytest.fixture(scope="module")
-def checkpoint(checkpoints):
-    return checkpoints["decaying"]
+@pytest.fixture
+def pair(request, loaded):
+    return loaded(getattr(request, "param", "decaying"))
 
 
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return load_decoder(checkpoint, torch.float32)
+@pytest.fixture
+def checkpoint(pair):
+    return pair[0]
 
 
-@pytest.fixture(scope="module")
-def moe(checkpoints):
-    return load_decoder(checkpoints["decaying_moe"], torch.float32)
+@pytest.fixture
+def model(pair):
+    return pair[1]
+
+
+EACH = pytest.mark.parametrize("pair", ["decaying", *HYBRIDS], indirect=True)
 
 
 def fixed(tokens):
@@ -109,19 +131,21 @@ class Nowhere:
 
 
 class Calls:
-    """Records the recurrence's calls: rows, their lengths, and whether they begin with a state."""
+    """Records recurrences' calls: rows, their lengths, and whether they begin with a state."""
 
     def __init__(self, monkeypatch):
         self.rows = []
-        whole = DecayingSum.__call__
+        for kind in (DecayingSum, GatedDelta):
+            monkeypatch.setattr(kind, "__call__", self._recorded(kind.__call__))
 
+    def _recorded(self, whole):
         def recorded(recurrence, inputs_BTX, state=None, lengths_B=None):
             count, tokens, _ = inputs_BTX.shape
             lengths = [tokens] * count if lengths_B is None else lengths_B.tolist()
             self.rows.append((tokens, lengths, state is not None))
             return whole(recurrence, inputs_BTX, state, lengths_B)
 
-        monkeypatch.setattr(DecayingSum, "__call__", recorded)
+        return recorded
 
     @property
     def computed(self):
@@ -132,8 +156,36 @@ class Calls:
         return sum(tokens * len(lengths) for tokens, lengths, _ in self.rows)
 
 
+def nearness(model):
+    """Return how near results are, relative to the largest one.
+
+    The delta rule's chunks begin where segments begin, and their rounding alone puts these random
+    models of wide weights up to 5e-5 away from the rule token by token, whole rows too.
+    """
+    return 1e-5 if isinstance(model.facts.family, decaying.Decaying) else 1e-4
+
+
+def assert_rows(model, tree, hidden_TH, near):
+    """Assert that a tree's states are those of its texts as rows."""
+    for text, positions in zip(tree.texts, tree.positions(), strict=True):
+        expected = plain(model, text)
+        assert (hidden_TH[positions] - expected).abs().max() < near * expected.abs().max()
+
+
+def recurrences(model):
+    return sum(map(bool, recurrent_bytes(model.facts)))
+
+
 @pytest.mark.parametrize(
-    ("budget", "states"), [(1, 3), (7, 1), (7, 1000), (30, 3), (30, 1000), (5000, 1), (5000, 1000)]
+    ("pair", "budget", "states"),
+    [
+        *(
+            ("decaying", *sizes)
+            for sizes in [(1, 3), (7, 1), (7, 1000), (30, 3), (5000, 1), (5000, 1000)]
+        ),
+        *((kind, 30, 3) for kind in HYBRIDS),
+    ],
+    indirect=["pair"],
 )
 @torch.inference_mode()
 def test_a_tree_computes_what_plain_rows_compute(model, budget, states, monkeypatch):
@@ -142,13 +194,22 @@ def test_a_tree_computes_what_plain_rows_compute(model, budget, states, monkeypa
     asked = [Request(text, text[:1], "t") for text in texts]
     tree, _ = pack_requests(asked, states=states)
     hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(model, tree, fixed(budget))])
-    assert calls.computed == 2 * len(tree)  # each token once, in each of two blocks
+    assert calls.computed == recurrences(model) * len(tree)  # each token once in each block
     assert max(len(lengths) for _, lengths, _ in calls.rows) <= states
-    for text, positions in zip(tree.texts, tree.positions(), strict=True):
-        expected = plain(model, text)
-        assert (hidden_TH[positions] - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert_rows(model, tree, hidden_TH, nearness(model))
 
 
+@pytest.mark.parametrize("pair", ["qwen3.5", "qwen3-next"], indirect=True)
+@torch.inference_mode()
+def test_a_tree_with_the_delta_rule_token_by_token_is_rows_with_it(model, monkeypatch):
+    """Without the rounding of chunks, the tree adds none."""
+    monkeypatch.setattr(delta, "delta_rule", delta.delta_rule_plain)
+    tree = PackedTree(sorted(random_texts(0), key=list), states=3)
+    hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(model, tree, fixed(30))])
+    assert_rows(model, tree, hidden_TH, 1e-5)
+
+
+@EACH
 @torch.inference_mode()
 def test_scores_read_what_they_ask_for_whatever_the_batch(model):
     """The last block is a recurrence, and goes on with the tokens alone that are read."""
@@ -164,26 +225,26 @@ def test_scores_read_what_they_ask_for_whatever_the_batch(model):
         found = scores(model, asked, fixed(budget))
         assert found.keys() == expected.keys()
         for number, result in found.items():
-            assert result.log_likelihood == pytest.approx(expected[number], rel=1e-5)
+            assert result.log_likelihood == pytest.approx(expected[number], rel=nearness(model))
 
 
 @torch.inference_mode()
-def test_a_quantized_hybrid_with_experts_is_walked_and_evaluated_alike(moe):
+def test_a_quantized_hybrid_with_experts_is_walked_and_evaluated_alike(loaded):
     """Calibration shows every expert all tokens; a tree computes what rows compute."""
+    _, moe = loaded("decaying_moe")
     quantized = replace(moe, blocks=[block.with_weights({}) for block in moe.blocks])
-    set_route(quantized, "all")
+    quantized.adjust(Route(every_expert=True))
     windows_NT = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
     scheme = Scheme(bits=4, group_size=4, symmetric=False)
     blocks = quantize_model(quantized, Gptq(GptqSettings()), scheme, windows_NT, Nowhere())
     for k, block in enumerate(blocks):
         assert block.quantized.keys() == moe.facts.linears(k).keys()
         assert block.notes[f"blocks.{k}.gate_up"] == {"tokens_per_expert": [48] * 4}
-    tree = PackedTree(sorted(random_texts(0), key=list), states=5)
+    tree, copied = (PackedTree(sorted(random_texts(0), key=list), states=5) for _ in range(2))
     hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(quantized, tree, fixed(40))])
-    for text, positions in zip(tree.texts, tree.positions(), strict=True):
-        expected = plain(quantized, text)
-        assert (hidden_TH[positions] - expected).abs().max() < 1e-5 * expected.abs().max()
-        assert (plain(moe, text) - expected).norm() > 1e-3 * expected.norm()
+    assert_rows(quantized, tree, hidden_TH, 1e-5)
+    away = hidden_TH - torch.cat([hidden for _, _, hidden in run_tree(moe, copied, fixed(40))])
+    assert 1e-3 < away.norm() / hidden_TH.norm() < 0.5
 
 
 @pytest.mark.parametrize("edge", [0, -1, 1])
@@ -196,8 +257,7 @@ def test_a_span_may_end_where_its_batch_ends(model, edge, monkeypatch):
     calls = Calls(monkeypatch)
     hidden_TH = torch.cat([hidden for _, _, hidden in run_tree(model, tree, fixed(8 + edge))])
     assert calls.computed == 2 * len(tree)
-    for text, positions in zip(tree.texts, tree.positions(), strict=True):
-        torch.testing.assert_close(hidden_TH[positions], plain(model, text), rtol=1e-5, atol=1e-5)
+    assert_rows(model, tree, hidden_TH, 1e-5)
 
 
 def test_a_state_is_kept_while_a_later_span_starts_from_it():
@@ -273,7 +333,11 @@ def test_a_batch_of_questions_takes_few_calls(model, monkeypatch):
     assert calls.slots < 1.5 * calls.computed
 
 
-@pytest.mark.parametrize("tokens", [1, 100, 1 << 20])
+@pytest.mark.parametrize(
+    ("pair", "tokens"),
+    [("decaying", 1), ("decaying", 1 << 20), *((kind, 100) for kind in HYBRIDS)],
+    indirect=["pair"],
+)
 @torch.inference_mode()
 def test_streamed_as_in_memory_bit_for_bit(checkpoint, model, tokens, monkeypatch):
     """tokens: of a pass; the state goes from batch to batch in a block, and from pass to pass."""
@@ -282,6 +346,7 @@ def test_streamed_as_in_memory_bit_for_bit(checkpoint, model, tokens, monkeypatc
     assert scores(streamed, requests(), fixed(20)) == scores(model, requests(), fixed(20))
 
 
+@EACH
 @torch.inference_mode()
 def test_windows_of_a_text_are_rows_and_texts_of_a_tree(checkpoint, model):
     windows_NT = torch.randint(97, (5, 24), generator=torch.Generator().manual_seed(0))
@@ -291,11 +356,20 @@ def test_windows_of_a_text_are_rows_and_texts_of_a_tree(checkpoint, model):
     asked = [Request(row[:-1], row[1:], "t") for row in windows_NT.numpy().astype(np.int32)]
     found = scores(model, asked, fixed(50))
     for number, loss in enumerate(losses_N.tolist()):
-        assert -found[number].log_likelihood / 23 == pytest.approx(loss, rel=1e-6)
+        likelihood = -found[number].log_likelihood / 23
+        assert likelihood == pytest.approx(loss, rel=nearness(model) / 10)
 
 
-@pytest.mark.parametrize("tokens", [7, 1000])
-@pytest.mark.parametrize("cache", [1, 20_000, 1 << 30])
+@pytest.mark.parametrize(
+    ("pair", "tokens", "cache"),
+    [
+        ("decaying", 7, 1),
+        ("decaying", 7, 1 << 30),
+        ("decaying", 1000, 20_000),
+        *((kind, 40, 60_000) for kind in HYBRIDS),
+    ],
+    indirect=["pair"],
+)
 @torch.inference_mode()
 def test_generated_tokens_are_those_of_recomputed_texts(model, tokens, cache, monkeypatch):
     """cache: bytes; of a row at a time, of a few, of all. Rows end at different times."""
@@ -309,7 +383,7 @@ def test_generated_tokens_are_those_of_recomputed_texts(model, tokens, cache, mo
     calls = Calls(monkeypatch)
     found = dict(generation.generate(model, contexts, 6, ended, fixed(tokens)))
     read = sum(sum(n) for tokens, n, begun in calls.rows if not (tokens == 1 and begun))
-    assert read <= 2 * len(PackedTree(contexts))  # what contexts share is read once
+    assert read <= recurrences(model) * len(PackedTree(contexts))  # what they share, once
     assert len({len(text) for text in found.values()}) > 2
     for number, context in enumerate(contexts):
         text = context
@@ -378,8 +452,8 @@ def test_two_processes_that_share_a_model_score_what_one_scores(checkpoint, mode
 
 def test_memory_is_planned_for_the_states_that_evaluation_takes(model):
     facts = replace(model.facts, intermediate=1 << 18)  # more than logits take
-    assert state_bytes(facts) == [240, 0, 240]
-    assert state_rows(facts, "cpu") == 1024
+    assert recurrent_bytes(facts) == [240, 0, 240]
+    assert recurrent_rows(facts, "cpu") == 1024
 
     class Wide(type(facts.family)):
         def recurrent_width(self, facts, layer):
@@ -390,20 +464,21 @@ def test_memory_is_planned_for_the_states_that_evaluation_takes(model):
             return 0
 
     wide, without = (replace(facts, family=kind()) for kind in (Wide, Without))
-    assert (state_rows(wide, "cpu"), state_rows(wide, "cuda")) == (32, 128)
-    assert state_rows(without, "cpu") == 0
+    assert (recurrent_rows(wide, "cpu"), recurrent_rows(wide, "cuda")) == (32, 128)
+    assert recurrent_rows(without, "cpu") == 0
     for loader in ("resident", "streamed", "sharded"):
         for device in ("cpu", "cuda"):
             plan = partial(need, dtype="float32", method=None, loader=loader, device=device)
-            assert plan(wide) - plan(without) == STATE_COPIES * STATE_BYTES[device]
+            assert plan(wide) - plan(without) == RECURRENT_COPIES * RECURRENT_BYTES[device]
 
 
+@pytest.mark.parametrize("calls", [0, 1])
 @torch.inference_mode()
-def test_a_family_that_counts_no_state_but_has_one_is_told_so(model):
-    tree = PackedTree([ids(1, 2, 3)])
-    attention = tree.next_batch(10).attention()
-    recurrence = DecayingSum(torch.zeros(20), torch.zeros(20, 3))
-    inputs_BTX = torch.randn(1, 3, 20)
-    with pytest.raises(RuntimeError, match="its family's recurrent_width is 0"):
+def test_a_recurrence_that_a_family_does_not_count_is_refused_and_a_second_one_too(calls):
+    """Its state would be lost between batches."""
+    attention = PackedTree([ids(1, 2, 3)], states=calls).next_batch(10).attention()
+    recurrence, inputs_BTX = DecayingSum(torch.zeros(20), torch.zeros(20, 3)), torch.randn(1, 3, 20)
+    for _ in range(calls):
+        assert attention.recur(recurrence, inputs_BTX).shape == (1, 3, 20)
+    with pytest.raises(RuntimeError, match="recurrent_width does not count, or a second one"):
         attention.recur(recurrence, inputs_BTX)
-    assert CAUSAL.recur(recurrence, inputs_BTX).shape == (1, 3, 20)
