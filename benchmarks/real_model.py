@@ -372,7 +372,7 @@ def csv_rows(results: dict[Cell, Result]) -> Iterator[list[str]]:
 
 
 def claims_table(results: dict[Cell, Result]) -> str:
-    """Return which of the study's claims hold; one with a cell that is missing is not judged."""
+    """Return which of the study's claims hold, and which lack a cell and are not judged."""
     cells = {
         (
             cell.method if cell.smooth else "rtn w/a",
@@ -392,11 +392,16 @@ def claims_table(results: dict[Cell, Result]) -> str:
         if result.perplexity is not None and not cell.static_groups
     }
     grid = fidelity.Grid(cells, TEXT, GROUP_SIZE)
-    lines = ["| the study | SmolLM2-135M-Instruct (Q4_1) |", "|---|---|"]
-    for claim, judge in fidelity.CLAIMS:
-        holds, how = judge(grid)
-        lines.append(f"| {claim} | {fidelity.VERDICT[holds]}: {how} |")
-    return "\n".join(lines)
+    found = [(claim, *judge(grid)) for claim, judge in fidelity.CLAIMS]
+    judged = [
+        f"| {claim} | {fidelity.VERDICT[holds]}: {how} |"
+        for claim, holds, how in found
+        if holds is not None
+    ]
+    head = ["| the study | SmolLM2-135M-Instruct (Q4_1) |", "|---|---|"] if judged else []
+    missing = [f"- {claim}: without {how}" for claim, holds, how in found if holds is None]
+    undecided = ["", "Not decided, because cells are missing:", "", *missing] if missing else []
+    return "\n".join([*head, *judged, *undecided])
 
 
 def main() -> None:
