@@ -21,7 +21,7 @@ from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
 from q3q.report.measures import DIVERGED, cell, given_format, in_order, shown
 from q3q.report.tables import Table
-from q3q.spec import Json, ModelRef, TaskRef, TrialSpec
+from q3q.spec import SELDOM_OF_SCHEME, Json, ModelRef, TaskRef, TrialSpec
 
 SOURCE = "An Empirical Study of Qwen3 Quantization, arXiv 2505.02214v1, Tables 1 to 4"
 MAKERS = "Qwen"  # the organization that releases the models, as the Hub calls it
@@ -233,6 +233,8 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
     method = METHODS.get(spec.method.name)
     if model is None or method is None or spec.departures or spec.overrides or spec.skip:
         return None
+    if spec.scheme is not None and set(SELDOM_OF_SCHEME) & spec.scheme.to_json().keys():
+        return None  # the study knows whole numbers only
     if spec.scheme is None:
         return model, method, 16, 16, ""
     group = GROUPS.get(spec.scheme.group_size)
