@@ -14,6 +14,7 @@ from q3q.number_formats import FLOATS
 from q3q.numerics.float_weights import FloatWeight
 from q3q.numerics.floats import decode, floats_per_token
 from q3q.numerics.grid import absmax_per_token, into_groups
+from q3q.numerics.levels import FloatLevels
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.method import ScaleTask, SiteTask, levels_for
 from q3q.quantize.methods import gptq
@@ -209,9 +210,13 @@ def test_linears_of_a_site_share_nvfp4s_factor_but_no_block_of_rows():
     """Servers run them as one: vLLM takes the largest factor for all."""
     weight = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))
     nvfp4 = levels_for(SCHEMES["nvfp4"], weight, [5, 12])
+    assert isinstance(nvfp4, FloatLevels)
+    assert nvfp4.global_EO is not None
     assert nvfp4.global_EO.unique(dim=1).shape == (2, 1)
     assert torch.equal(nvfp4.global_EO[:, 0], 448 * 6 / weight.abs().amax((1, 2)))
     blocks = levels_for(scheme_of("fp8_e4m3", 32, group_rows=4), weight, [5, 12])
+    assert isinstance(blocks, FloatLevels)
+    assert blocks.range_EOG is not None
     own = weight[:, 4:5].abs().amax(2)  # a block of one row at the first linear's end
     assert torch.equal(blocks.range_EOG[:, 4], own)
 
