@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from q3q.evaluate.prefixes import PackedTree
 from q3q.models.attention import TreeAttention
 from q3q.numerics.kernels.logsum import logsum, logsum_plain
+from q3q.numerics.levels import IntegerLevels
 from q3q.quantize.kernels.columns import block_solver, solve_block, solve_block_plain
 from q3q.quantize.methods.gptq import factored_columns, gptq_round
 from q3q.spec import Scheme
@@ -55,7 +56,7 @@ def columns(title: str, rows: int, width: int) -> None:
         torch.rand(1, 1, rows, device=GPU) + 0.1,
         torch.full((1, 1, rows), 8.0, device=GPU),
     )
-    rest = factor_ECC, scale_EKO, zero_EKO, [0] * 128, 15
+    rest = factor_ECC, scale_EKO, zero_EKO, [0] * 128, IntegerLevels(4, False)
 
     def each(solver: Any) -> float:
         return seconds(lambda: solver(weight_ECO.clone(), *rest), 3)

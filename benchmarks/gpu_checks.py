@@ -25,6 +25,7 @@ from q3q.numerics.grouped import (
     padded_runs,
 )
 from q3q.numerics.kernels.logsum import logsum, logsum_plain
+from q3q.numerics.levels import IntegerLevels
 from q3q.numerics.linalg import FiniteCheck, add_gram, add_grams, mirror
 from q3q.numerics.packing import pack_bits, unpack_bits
 from q3q.quantize.kernels.columns import block_solver, solve_block_plain
@@ -104,7 +105,7 @@ def _columns(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
     factor_ECC = (torch.eye(columns, device=device) + upper_CC)[None]
     scale_EKO = _draw(device, 1, 1, sizes.rows, seed=2).abs() + 0.1
     zero_EKO = torch.full_like(scale_EKO, 8.0)
-    rest = factor_ECC, scale_EKO, zero_EKO, [0] * columns, 15
+    rest = factor_ECC, scale_EKO, zero_EKO, [0] * columns, IntegerLevels(4, False)
     codes, _ = block_solver(device)(weight_ECO.clone(), *rest)
     plain, _ = solve_block_plain(weight_ECO.clone(), *rest)
     same = float((codes == plain).all(1).double().mean())  # a tie decides the rest of its row

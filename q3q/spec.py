@@ -13,6 +13,12 @@ from functools import cached_property
 from typing import Any
 
 from q3q.errors import ConfigError
+from q3q.number_formats import INT
+
+# Everybody imports these from here, methods of other packages too.
+from q3q.scheme import SELDOM_OF_SCHEME as SELDOM_OF_SCHEME  # noqa: PLC0414
+from q3q.scheme import Scheme as Scheme  # noqa: PLC0414
+from q3q.scheme import Schemes as Schemes  # noqa: PLC0414
 
 Json = dict[str, Any]
 MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metrics.mean_metrics`
@@ -214,59 +220,6 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """How numbers are stored.
-
-    bits: of a weight's code
-    group_size: neighbouring input columns that share a scale, -1 for the whole row
-    symmetric: codes lie evenly around zero
-    act_bits: of each quantized linear's input (dynamic, per token); None leaves it in 16 bits
-    scales: types that scales are rounded to in turn (`bfloat16 float16`), as an export stores
-        them; None leaves them in float32
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool
-    act_bits: int | None = None
-    scales: str | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ConfigError(f"bits={self.bits} is out of range: give 1 to 8")
-        if self.group_size != -1 and self.group_size < 1:
-            raise ConfigError(
-                f"group_size={self.group_size}: give a positive number of columns, or -1 for whole "
-                "rows"
-            )
-        if self.act_bits is not None and not 2 <= self.act_bits <= 16:
-            raise ConfigError(f"act_bits={self.act_bits} is out of range: give 2 to 16, or null")
-
-
-@dataclass(frozen=True)
-class Schemes:
-    """The scheme of every linear, by its full name (`blocks.3.mlp.down_proj`).
-
-    overrides: what differs from the base
-    skip: linears that stay as they are
-    head, embedding: None leaves them in 16 bits
-    """
-
-    base: Scheme
-    overrides: Mapping[str, Json] = field(default_factory=dict)
-    skip: Collection[str] = ()
-    head: Scheme | None = None
-    embedding: Scheme | None = None
-
-    def of(self, linear: str) -> Scheme | None:
-        """Return None for a linear that is not quantized."""
-        if linear in self.skip:
-            return None
-        changes = self.overrides.get(linear)
-        return replace(self.base, **changes) if changes else self.base
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrialSpec:
     """One trial.
 
@@ -309,6 +262,9 @@ class TrialSpec:
             "evaluation": self.evaluation.to_json(),
             "act_bits": self.scheme.act_bits if self.scheme else None,
         }
+        if self.scheme is not None:
+            acts = ("act_format", "act_group_size")
+            facts |= {key: value for key, value in self.scheme.to_json().items() if key in acts}
         return digest(facts | ({"export": self.export} if self.export else {}))[:10]
 
     @cached_property
@@ -324,7 +280,8 @@ class TrialSpec:
             facts.pop(later, None)
         facts["model"] = self.model.identity
         if self.scheme is not None:
-            del facts["scheme"]["act_bits"]
+            for later in ("act_bits", "act_format", "act_group_size"):
+                facts["scheme"].pop(later, None)
         return facts
 
     @property
@@ -333,7 +290,9 @@ class TrialSpec:
         if self.scheme is None:
             return None
         head, embedding = (
-            None if bits is None else replace(self.scheme, bits=bits)
+            None
+            if bits is None
+            else replace(self.scheme, bits=bits, format=INT, group_rows=1, four_over_six=False)
             for bits in (self.head_bits, self.embedding_bits)
         )
         return Schemes(self.scheme, self.overrides, frozenset(self.skip), head, embedding)
@@ -347,9 +306,10 @@ class TrialSpec:
         """Name the trial for people: `gptq w3 g128 blocks.0:w8 -*.down head:w8`."""
         if self.scheme is None:
             return self.method.name
-        group = "pc" if self.scheme.group_size == -1 else f"g{self.scheme.group_size}"
-        act = f"a{self.scheme.act_bits}" if self.scheme.act_bits else ""
-        return f"{self.method.name} w{self.scheme.bits}{act} {group} {self.departures}".rstrip()
+        scheme = self.scheme
+        between = " " if scheme.format != INT and scheme.act_bits else ""
+        stored = f"{scheme.codes}{between}{scheme.activations} {scheme.groups}"
+        return f"{self.method.name} {stored} {self.departures}".rstrip()
 
     @property
     def label(self) -> str:
@@ -375,7 +335,7 @@ class TrialSpec:
         facts |= {
             "model": self.model.to_json(),
             "method": self.method.to_json(),
-            "scheme": self.scheme and asdict(self.scheme),
+            "scheme": self.scheme and self.scheme.to_json(),
             "calibration": self.calibration and self.calibration.to_json(),
             "evaluation": self.evaluation.to_json(),
             "overrides": {name: dict(changes) for name, changes in self.overrides.items()},

@@ -8,7 +8,7 @@ from q3q.errors import ConfigError
 from q3q.placement import Trial
 from q3q.quantize.methods.registry import settings_class
 from q3q.quoting import launch, override
-from q3q.spec import TrialSpec
+from q3q.spec import SELDOM_OF_SCHEME, TrialSpec
 
 
 def command_of(trial: Trial) -> str:
@@ -25,6 +25,8 @@ def command_of(trial: Trial) -> str:
             override("symmetric", scheme.symmetric),
             override("act_bits", scheme.act_bits or UNTOUCHED_BITS),
         ]
+        newer = scheme.to_json()
+        words += [override(key, newer[key]) for key in SELDOM_OF_SCHEME if key in newer]
     words += [override(key, patterns) for key, patterns in spec.rules.items()]
     words += [
         override(key, bits)

@@ -11,6 +11,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from q3q.errors import ConfigError
 from q3q.evaluate.chat import PLAIN_CHAT
 from q3q.models.footprint import AUTO
+from q3q.number_formats import INT
 from q3q.quantize.methods.registry import offers
 from q3q.quantize.methods.settings import SETTINGS, MethodSettings
 from q3q.storage.stores import folder_of
@@ -195,7 +196,12 @@ class Config:
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    format: str = INT
+    group_rows: int | None = None
+    four_over_six: bool = False
     act_bits: int | None = None
+    act_format: str | None = None
+    act_group_size: int | None = None
     overrides: dict[str, OverrideConfig] = field(default_factory=dict)
     skip: list[str] | None = None
     head_bits: int | None = None

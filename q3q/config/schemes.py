@@ -7,9 +7,10 @@ from dataclasses import replace
 from omegaconf import DictConfig
 
 from q3q.config.patterns import Linear, linears, matching_linears, similar_names, summarize_linears
-from q3q.config.schema import UNTOUCHED_BITS
+from q3q.config.schema import UNTOUCHED_BITS, refuse_unknown
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.facts import ModelFacts
+from q3q.number_formats import FLOATS, FORMATS, INT
 from q3q.quantize.methods.settings import MethodSettings
 from q3q.spec import Json, Scheme, Schemes, TrialSpec
 
@@ -20,18 +21,12 @@ def resolve_schemes(
     config: DictConfig, settings: MethodSettings, facts: ModelFacts
 ) -> tuple[Schemes | None, Json]:
     """Return how each linear is stored (None: not at all), and the patterns that say so."""
-    act_bits = settings.default_act_bits if config.act_bits is None else config.act_bits
-    base = Scheme(
-        bits=settings.default_bits if config.bits is None else config.bits,
-        group_size=settings.default_group_size if config.group_size is None else config.group_size,
-        symmetric=settings.default_symmetric if config.symmetric is None else config.symmetric,
-        act_bits=None if act_bits == UNTOUCHED_BITS else act_bits,
-    )
+    base = _base_scheme(config, settings)
     if not settings.quantizes:  # then no other setting has to fit the model
         if base.act_bits is not None:
+            key = "act_bits" if config.act_format in (None, INT) else "act_format"
             raise IncompatibleError(
-                f"method={settings.name} quantizes nothing, so act_bits={config.act_bits} has no "
-                "use"
+                f"method={settings.name} quantizes nothing, so {key}={config[key]} has no use"
             )
         return None, {}
     model = linears(facts)
@@ -39,6 +34,38 @@ def resolve_schemes(
     _check_group_sizes(schemes, settings, model)
     _check_able(schemes, settings, model)
     return schemes, rules
+
+
+def _base_scheme(config: DictConfig, settings: MethodSettings) -> Scheme:
+    """Return the scheme that holds unless a pattern says otherwise, defaults filled in."""
+    refuse_unknown("format", config.format, FORMATS)
+    form = FLOATS.get(config.format)
+    bits, size, symmetric = settings.default_bits, settings.default_group_size, True
+    if form is None:
+        symmetric = settings.default_symmetric
+    else:
+        bits, size = form.bits, form.group_size or -1
+    act_format = config.act_format
+    if act_format is None:
+        follows = settings.default_act_bits is not None and config.act_bits is None
+        act_format = config.format if follows else INT
+    refuse_unknown("act_format", act_format, FORMATS)
+    act, act_bits, act_size = FLOATS.get(act_format), config.act_bits, config.act_group_size
+    if act_bits is None:
+        act_bits = settings.default_act_bits if act is None else act.bits
+    if act_size is None:
+        act_size = -1 if act is None else act.group_size or -1
+    return Scheme(
+        bits=bits if config.bits is None else config.bits,
+        group_size=size if config.group_size is None else config.group_size,
+        symmetric=symmetric if config.symmetric is None else config.symmetric,
+        act_bits=None if act is None and act_bits == UNTOUCHED_BITS else act_bits,
+        format=config.format,
+        group_rows=1 if config.group_rows is None else config.group_rows,
+        four_over_six=config.four_over_six,
+        act_format=act_format,
+        act_group_size=act_size,
+    )
 
 
 def _with_patterns(
@@ -125,8 +152,17 @@ def _check_group_sizes(
                 for columns, misfit in misfits.items()
             )
             columns_of = {linear.columns for linear in group}
+            form = FLOATS.get(schemes.base.format)
+            if form is not None and form.group_size is not None:
+                fitting = f"format={form.name} has no others; skip=[...] leaves layers out"
+                complaints.append(f"group_size={size} does not divide {where}; {fitting}")
+                continue
             usable = _usable_sizes(replace(schemes.base, group_size=size), columns_of, settings)
             complaints.append(f"group_size={size} does not divide {where}; sizes that do: {usable}")
+    size = schemes.base.act_group_size
+    misfit = [linear for linear in model.values() if size != -1 and linear.columns % size]
+    if misfit:
+        complaints.append(f"act_group_size={size} does not divide {summarize_linears(misfit)}")
     if complaints:
         raise ConfigError("; ".join(complaints))
 
@@ -184,9 +220,15 @@ def _check_able(schemes: Schemes, settings: MethodSettings, model: Mapping[str, 
     } & quantized
     if torn and schemes.base.act_bits is not None:
         raise IncompatibleError(
-            f"act_bits={schemes.base.act_bits} rounds what all linears of a site read: skip all of "
+            f"{_activations(schemes.base)} rounds what all linears of a site read: skip all of "
             f"{summary(torn)}, or none"
         )
+
+
+def _activations(scheme: Scheme) -> str:
+    if scheme.act_format == INT:
+        return f"act_bits={scheme.act_bits}"
+    return f"act_format={scheme.act_format}"
 
 
 def check_ends(spec: TrialSpec, facts: ModelFacts, method: MethodSettings) -> None:

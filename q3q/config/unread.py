@@ -8,7 +8,10 @@ from hydra.core.override_parser.types import Override
 from q3q.quantize.methods.registry import settings_class
 from q3q.spec import TrialSpec
 
-SCHEME = ("bits", "group_size", "symmetric", "overrides", "skip")
+SCHEME = (
+    *("bits", "group_size", "symmetric", "format", "group_rows", "four_over_six"),
+    *("overrides", "skip"),
+)
 OF_TEXTS = ("evaluation.window", "evaluation.drift", "evaluation.drift_windows")
 OF_TASKS = ("evaluation.task_limit", "evaluation.num_fewshot", "evaluation.include_path")
 

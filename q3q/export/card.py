@@ -12,6 +12,7 @@ from q3q.export.proof import Proof
 from q3q.export.reload import UNPACKER
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
+from q3q.number_formats import INT
 from q3q.placement import Trial
 from q3q.spec import Json, TrialSpec
 
@@ -41,6 +42,9 @@ def model_card(
     front += [f"base_model: {source}", "base_model_relation: quantized"] if source else []
     group = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size} columns"
     acts = f", activations of {scheme.act_bits} bits per token" if scheme.act_bits else ""
+    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    if scheme.format != INT:
+        group, kind = scheme.groups, f"format `{scheme.format}`"
     departures = _departures(spec)
     same_logits = proof.logit_error is not None
     logits = ", and the same logits" if same_logits else "; logits were not compared"
@@ -54,7 +58,7 @@ def model_card(
         f"# {spec.model.name}, {spec.name}",
         "",
         f"{source or spec.model.name} quantized by q3q: `{spec.method.name}`, "
-        f"{scheme.bits} bits, {group}, {'symmetric' if scheme.symmetric else 'asymmetric'}{acts}. "
+        f"{scheme.bits} bits, {group}, {kind}{acts}. "
         f"Stored as `{spec.export}`: {FORMATS[spec.export].content}. "
         f"Embeddings, head, norms and routers stay in {spec.model.dtype}"
         f"{'; exceptions are listed below' if departures else ''}.",

@@ -11,6 +11,7 @@ from q3q.errors import IncompatibleError
 from q3q.export.reload import transformers_takes
 from q3q.models.facts import ModelFacts
 from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
+from q3q.number_formats import INT
 from q3q.spec import Scheme, TrialSpec
 
 TESTED, UNTESTED = "tested", "untested"
@@ -72,7 +73,11 @@ class Format:
         """
         scheme, schemes = spec.scheme, schemes_of(spec, facts)
         assert scheme is not None
-        if scheme.act_bits is not None and not all(map(self._holds_activations, schemes)):
+        if scheme.act_format != INT:
+            yield f"act_format={scheme.act_format}"
+        elif scheme.act_group_size != -1:
+            yield f"act_group_size={scheme.act_group_size} (it takes a scale per token)"
+        elif scheme.act_bits is not None and not all(map(self._holds_activations, schemes)):
             able = " or ".join(
                 f"bits={w} act_bits={a} group_size=-1 symmetric=true" for w, a in self.acts
             )
@@ -104,6 +109,9 @@ class Format:
     def _code_problems(
         self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts
     ) -> Iterator[str]:
+        if floats := {scheme.format for scheme in schemes} - {INT}:
+            yield f"format={','.join(sorted(floats))} (it takes int)"
+            return
         other_bits = sorted({scheme.bits for scheme in schemes} - set(self.bits))
         if other_bits == [1]:
             yield "binarized weights, for which there is no standard"

@@ -33,7 +33,11 @@ def set_activations(model: Decoder, spec: TrialSpec) -> None:
     keeps them.
     """
     if spec.scheme is not None:
-        model.adjust(RoundedInputs(spec.scheme.act_bits, frozenset(spec.skip)))
+        scheme = spec.scheme
+        change = RoundedInputs(
+            scheme.act_bits, frozenset(spec.skip), scheme.act_format, scheme.act_group_size
+        )
+        model.adjust(change)
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,12 @@ class RoundedInputs:
 
     act_bits: int | None
     skip: frozenset[str]
+    act_format: str
+    act_group_size: int
 
     def __call__(self, k: int, block: Block) -> None:
         block.act_bits = self.act_bits
+        block.act_format, block.act_group_size = self.act_format, self.act_group_size
         skipped = {
             name
             for site in block.sites

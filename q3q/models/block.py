@@ -19,6 +19,8 @@ from q3q.models.anatomy import ScaleGroup, Site, SiteInput, bias_of
 from q3q.models.attention import CAUSAL, Attention
 from q3q.models.family import ModelFacts
 from q3q.models.rope import frequencies
+from q3q.number_formats import FLOATS, INT
+from q3q.numerics.floats import floats_per_token
 from q3q.numerics.grid import absmax_per_token
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ class Block:
     that quantizes them between two stages gets sequential quantization from one forward pass.
 
     act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
+    act_format, act_group_size: the format of these bits, and the channels that share a scale.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized,
         and of weights that stay unquantized beside others of their site (`Site.apart`).
     every_expert: the sites show every token to every expert (calibration.route=all), not only to
@@ -97,6 +100,7 @@ class Block:
         self.facts, self.layer = facts, layer
         self.weights = dict(weights)
         self.act_bits = act_bits
+        self.act_format, self.act_group_size = INT, -1
         self.unrounded: frozenset[str] = frozenset()
         self.every_expert = False
         self.sites: tuple[Site, ...] = facts.sites(layer)
@@ -105,6 +109,7 @@ class Block:
         """Return a copy of the block with some weights replaced."""
         block = Block(self.facts, self.layer, {**self.weights, **changed}, self.act_bits)
         block.unrounded, block.every_expert = self.unrounded, self.every_expert
+        block.act_format, block.act_group_size = self.act_format, self.act_group_size
         return block
 
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
@@ -143,7 +148,9 @@ class Block:
         """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
         if self.act_bits is None or site.name in self.unrounded:
             return inputs
-        return absmax_per_token(inputs, self.act_bits)
+        if self.act_format != INT:
+            return floats_per_token(inputs, FLOATS[self.act_format], self.act_group_size)
+        return absmax_per_token(inputs, self.act_bits, self.act_group_size)
 
     def attend(
         self, query_BTND: Tensor, key_BTKD: Tensor, value_BTKD: Tensor, rope: Turns, see: Attention

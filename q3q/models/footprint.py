@@ -173,7 +173,9 @@ def bytes_of(size: int | str, key: str = "memory") -> int:
     return count
 
 
-def stored_bytes(facts: ModelFacts, bits: int, group_size: int) -> int:
+def stored_bytes(
+    facts: ModelFacts, bits: int, group_size: int, *, group_bytes: float | None = None
+) -> int:
     """Return the bytes that a model's quantized blocks take in a block store, at most.
 
     Codes are packed to their bits; the numbers of a group are float32. A block store counts as
@@ -182,14 +184,16 @@ def stored_bytes(facts: ModelFacts, bits: int, group_size: int) -> int:
     Args:
         bits: of a code; 1 stands for BiLLM's, which take 3.
         group_size: columns of a group; -1 for whole rows.
+        group_bytes: of a group's numbers, where they are no float32 scale and zero point.
     """
     numbers = GRID_NUMBERS
     if bits == 1:
         bits, numbers = BINARY_BITS, BINARY_NUMBERS
+    group_bytes = 4 * numbers if group_bytes is None else group_bytes
     weights = facts.linear_parameters
     columns = min(min(widths) for widths in facts.columns.values())
     groups = weights / (columns if group_size == -1 else min(group_size, columns))
-    return math.ceil(STORED_MARGIN * (weights * bits / 8 + 4 * numbers * groups))
+    return math.ceil(STORED_MARGIN * (weights * bits / 8 + group_bytes * groups))
 
 
 def in_gb(count: float) -> str:

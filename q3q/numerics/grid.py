@@ -112,11 +112,16 @@ def on_grid(weight: Tensor, grid: Grid, bits: int) -> Tensor:
     return to_codes(weight, grid, bits).sub_(grid.zero).mul_(grid.scale)
 
 
-def absmax_per_token(inputs_xI: Tensor, bits: int) -> Tensor:
+def absmax_per_token(inputs_xI: Tensor, bits: int, group_size: int = -1) -> Tensor:
     """Round activations to a symmetric grid with one scale per token, computed in float32.
 
     Source: SmoothQuant's quantize_activation_per_token_absmax; this version copies its input.
+
+    Args:
+        group_size: channels of a token that share a scale; -1: all.
     """
+    if group_size != -1:
+        return absmax_per_token(into_groups(inputs_xI, group_size), bits).flatten(-2)
     top = 2 ** (bits - 1) - 1
     wide_xI = inputs_xI.float()  # a scale rounded to 16 bits would give codes beyond the top
     scale = wide_xI.abs().amax(-1, keepdim=True).clamp(min=1e-5) / top

@@ -1,8 +1,8 @@
 """Quantized weights: codes, and the few numbers per group that turn them back into weights.
 
-Two kinds share one protocol: points of a uniform grid (`QuantizedWeight`), and BiLLM's signs
-(`BinarizedWeight`). Shapes: E experts (1 in a dense block), O out features, I in features, G
-groups, S columns per group.
+Three kinds share one protocol: points of a uniform grid (`QuantizedWeight`), small floating-point
+numbers (`float_weights.FloatWeight`), and BiLLM's signs (`BinarizedWeight`). Shapes: E experts (1
+in a dense block), O out features, I in features, G groups, S columns per group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from q3q.errors import NumericsError, ShapeError
+from q3q.number_formats import FLOATS, INT
+from q3q.numerics.float_weights import GROUP_INDEX_BITS, FloatWeight
 from q3q.numerics.grid import Grid, into_groups, to_codes
 from q3q.numerics.linalg import all_finite
 
 SCALE_BITS = 16  # as every deployed format stores them
-GROUP_INDEX_BITS = 32
 # Weights that are dequantized at one time, through float32 or 64-bit indices: 64 MB.
 NUMBERS_AT_ONCE = 1 << 23
 
@@ -89,6 +90,7 @@ class QuantizedWeight:
     group_EI: Tensor | None = None
 
     kind: ClassVar[str] = "grid"
+    BY_ROW: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero")
 
     def __post_init__(self) -> None:
         if self.codes_EOI.ndim != 3 or self.scale_EOG.shape != self.zero_EOG.shape:
@@ -317,8 +319,8 @@ class BinarizedWeight:
 
 def stored_weight(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> StoredWeight:
     """Restore the weight that `to_tensors` and `facts` describe."""
-    kinds: dict[str, type[QuantizedWeight | BinarizedWeight]] = {
-        kind.kind: kind for kind in (QuantizedWeight, BinarizedWeight)
+    kinds: dict[str, type[QuantizedWeight | FloatWeight | BinarizedWeight]] = {
+        kind.kind: kind for kind in (QuantizedWeight, FloatWeight, BinarizedWeight)
     }
     return kinds[facts["kind"]].from_tensors(tensors, facts)
 
@@ -337,12 +339,13 @@ def _as_codes(codes_EOI: Tensor) -> Tensor:
     return whole_EOI
 
 
-def refuse_unsound(weight: object, weight_EOI: Tensor, bits: int) -> None:
+def refuse_unsound(weight: object, weight_EOI: Tensor, bits: int, form: str = INT) -> None:
     """Refuse what a method returned if storing it would change it.
 
     Args:
         weight: what it returned for `weight_EOI`.
         bits: of a code, as the scheme asks.
+        form: the format of codes, likewise.
 
     Raises:
         NumericsError: it is no quantized weight, or of another shape or more bits, or its codes,
@@ -350,12 +353,14 @@ def refuse_unsound(weight: object, weight_EOI: Tensor, bits: int) -> None:
     """
     if isinstance(weight, Tensor) or not hasattr(weight, "dequantize"):
         problem: str | None = f"{type(weight).__name__} is not codes: return a QuantizedWeight"
-    elif not isinstance(weight, QuantizedWeight):
+    elif not isinstance(weight, QuantizedWeight | FloatWeight):
         return
+    elif (own := weight.format if isinstance(weight, FloatWeight) else INT) != form:
+        problem = f"its codes are {own}, and format={form} was asked for"
     elif weight.shape != weight_EOI.shape:
         problem = f"its shape is {list(weight.shape)}, the weight's {list(weight_EOI.shape)}"
-    elif weight.bits > bits:
-        problem = f"its codes have {weight.bits} bits, and bits={bits} was asked for"
+    elif weight.code_bits > bits:
+        problem = f"its codes have {weight.code_bits} bits, and bits={bits} was asked for"
     else:
         problem = weight.unsound(weight_EOI)
     if problem:
@@ -414,19 +419,39 @@ def with_scales(weight: StoredWeight, types: str | None) -> StoredWeight:
 
     types: dtypes to round to in turn, such as `bfloat16 float16`; None leaves the scales unchanged.
     """
-    if types is None or not isinstance(weight, QuantizedWeight):
+    if types is None:
         return weight
-    scale_EOG = weight.scale_EOG
-    for name in types.split():
-        scale_EOG = scale_EOG.to(getattr(torch, name))
-    return replace(weight, scale_EOG=scale_EOG.float())
+
+    def as_stored(scale_EOG: Tensor) -> Tensor:
+        for name in types.split():
+            scale_EOG = scale_EOG.to(getattr(torch, name))
+        return scale_EOG.float()
+
+    if isinstance(weight, QuantizedWeight):
+        return replace(weight, scale_EOG=as_stored(weight.scale_EOG))
+    if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "float":
+        return replace(weight, stored_scale_EOG=as_stored(weight.stored_scale_EOG))
+    return weight
 
 
-def concatenate_rows(parts: list[QuantizedWeight]) -> QuantizedWeight:
+Rowwise = TypeVar("Rowwise", bound=QuantizedWeight | FloatWeight)
+
+
+def concatenate_rows(parts: Sequence[Rowwise]) -> Rowwise:
     """Concatenate the rows of weights that read one input and so share a grouping of columns."""
-    return replace(
-        parts[0],
-        codes_EOI=torch.cat([part.codes_EOI for part in parts], 1),
-        scale_EOG=torch.cat([part.scale_EOG for part in parts], 1),
-        zero_EOG=torch.cat([part.zero_EOG for part in parts], 1),
-    )
+    tensors = [part.to_tensors() for part in parts]
+    rows = (name for name in parts[0].BY_ROW if name in tensors[0])
+    joined = {name: torch.cat([part[name] for part in tensors], 1) for name in rows}
+    return cast(Rowwise, stored_weight({**tensors[0], **joined}, parts[0].facts()))
+
+
+def split_experts(weight: Rowwise, experts: int) -> Rowwise:
+    """Split one linear's rows into several experts, which share its grouping of columns."""
+    tensors = weight.to_tensors()
+    split = {
+        name: tensor[0].unflatten(0, (experts, -1))
+        if name in weight.BY_ROW
+        else tensor.expand(experts, -1)
+        for name, tensor in tensors.items()
+    }
+    return cast(Rowwise, stored_weight(split, weight.facts()))

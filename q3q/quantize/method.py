@@ -16,6 +16,7 @@ from torch import Tensor
 
 from q3q.models.anatomy import ScaleGroup
 from q3q.models.spool import Spool
+from q3q.numerics.levels import FloatLevels, Levels, RowPeaks, levels_of
 from q3q.numerics.weights import StoredWeight
 from q3q.quantize.statistics import Statistics, starved_experts
 from q3q.spec import Scheme
@@ -31,6 +32,7 @@ class SiteTask:
     notes: facts for the record (a raised damping, starved experts), which the method adds
     first_expert: index of the first of these experts among all of the site's
     scores: weights whose outputs are multiplied with each other, as queries with keys
+    levels: of these rows, where they share scales with others; see `levels_for`
     """
 
     block: int
@@ -41,6 +43,13 @@ class SiteTask:
     notes: dict[str, Any] = field(default_factory=dict)
     first_expert: int = 0
     scores: tuple[str, ...] = ()
+    levels: Levels | None = None
+
+    def levels_for(self, scheme: Scheme) -> Levels:
+        """Return what this site's codes stand for."""
+        if self.levels is not None:
+            return self.levels
+        return levels_for(scheme, self.weight_EOI, [rows.stop for rows in self.rows.values()])
 
     def starved_experts(self) -> list[int]:
         """Return and note the experts that too few calibration tokens reached.
@@ -89,6 +98,31 @@ class ScaleTask:
     experts: slice = field(default_factory=lambda: slice(None))
     share: float = 1.0
     most_tokens: int | None = None
+
+
+def levels_for(scheme: Scheme, weight_EOI: Tensor, ends: Sequence[int] = ()) -> Levels:
+    """Return what a scheme's codes stand for, with all that these rows share.
+
+    Args:
+        ends: the row where each of the linears ends that lie below each other; none for one linear.
+    """
+    levels = plain_levels(scheme)
+    if not isinstance(levels, FloatLevels) or not levels.needs_peaks:
+        return levels
+    ends = ends or [weight_EOI.shape[1]]
+    return levels.of(RowPeaks.measured(weight_EOI, ends, scheme.group_rows))
+
+
+def plain_levels(scheme: Scheme) -> Levels:
+    """Return what a scheme's codes stand for, before it is known what rows share."""
+    return levels_of(
+        scheme.format,
+        scheme.bits,
+        scheme.group_size,
+        symmetric=scheme.symmetric,
+        group_rows=scheme.group_rows,
+        four_over_six=scheme.four_over_six,
+    )
 
 
 class Method(ABC):

@@ -183,7 +183,7 @@ class SiteQuantizer:
         )
         try:
             returned = _divided_by_rows(self.method, task, scheme, team)
-            refuse_unsound(returned, weight_EOI, scheme.bits)
+            refuse_unsound(returned, weight_EOI, scheme.bits, scheme.format)
             quantized = with_scales(returned, scheme.scales)
         except NumericsError as error:
             raise NumericsError(f"{where}: {error}") from error
@@ -342,6 +342,7 @@ def _divided_by_rows(method: Method, task: SiteTask, scheme: Scheme, team: Team)
         task,
         weight_EOI=task.weight_EOI[:, own_rows],
         rows={"": slice(0, own_rows.stop - own_rows.start)},
+        levels=task.levels_for(scheme).part(slice(None), own_rows),
     )
     codes = method.quantize(part, scheme) if own_rows.start < own_rows.stop else None
     return concatenate_rows([code for code in team.gather(codes) if code is not None])

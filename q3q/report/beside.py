@@ -26,6 +26,7 @@ from q3q.report.measures import (
 )
 from q3q.report.pools import Pool, pools
 from q3q.report.tables import Table, settings_of, topics
+from q3q.spec import SELDOM_OF_SCHEME
 
 LONGEST = 40  # characters of a setting's value
 MOST = 6  # values of a setting
@@ -127,7 +128,7 @@ def _all_settings(record: TrialRecord) -> dict[str, str]:
     scheme = spec.scheme
     own = {"model": spec.model.label, "method": spec.method.name, "seed": spec.seed}
     if scheme is not None:
-        stored = ("bits", "group_size", "symmetric", "act_bits")
+        stored = ("bits", "group_size", "symmetric", "act_bits", *SELDOM_OF_SCHEME)
         own |= {key: getattr(scheme, key) for key in stored}
     every = own | settings_of(record)
     return {key: _in_words(value) for key, value in every.items()}

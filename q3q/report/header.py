@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from q3q.config.schema import TEXT_NAMES
 from q3q.formatting import plural, significant
+from q3q.number_formats import FLOATS, INT
 from q3q.record import TrialRecord
 from q3q.report.measures import by_model, in_order
 from q3q.report.sizes import parameters_of
@@ -22,9 +23,11 @@ def abbreviations(records: Iterable[TrialRecord]) -> str:
     """Explain the abbreviations that these trials' labels may contain."""
     schemes = [record.spec.scheme for record in records if record.spec.scheme is not None]
     groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size > 0})
-    activations = sorted({scheme.act_bits for scheme in schemes if scheme.act_bits})
+    activations = sorted(
+        {scheme.act_bits for scheme in schemes if scheme.act_bits and scheme.act_format == INT}
+    )
     words = []
-    if schemes:
+    if any(scheme.format == INT for scheme in schemes):
         words.append("w4: weights of 4 bits")
     if groups:
         words.append(f"g{groups[-1]}: each {groups[-1]} columns of a row share a scale")
@@ -32,6 +35,8 @@ def abbreviations(records: Iterable[TrialRecord]) -> str:
         words.append("pc: per channel, a scale for each whole row")
     if activations:
         words.append(f"a{activations[0]}: activations of {activations[0]} bits, a16: of 16 bits")
+    formats = {scheme.codes: FLOATS[scheme.format] for scheme in schemes if scheme.format != INT}
+    words += [f"{name}: {form.about}" for name, form in formats.items()]
     if len({scheme.symmetric for scheme in schemes}) > 1:
         words.append("sym, asym: codes symmetric around zero, or with zero points")
     return f"{'; '.join(words)}." if words else ""

@@ -17,17 +17,19 @@ from q3q.evaluate.metrics import (
     measures_text,
 )
 from q3q.formatting import fixed, percent, significant
+from q3q.number_formats import FLOATS, INT
 from q3q.quantize.methods.registry import settings_class
 from q3q.quantize.methods.settings import Appearance, MethodSettings
 from q3q.record import TrialRecord
 from q3q.report.sizes import SIZES, bits_of_weight
-from q3q.spec import MEAN_ACCURACY, Evaluation, Json, TrialSpec, text_metric
+from q3q.spec import MEAN_ACCURACY, Evaluation, Json, Scheme, TrialSpec, text_metric
 
 DIVERGED, FAILED, ABSENT = "diverged", "failed", "-"  # cells without a number
 BITS_OF_TYPES = {"float32": 32, "bfloat16": 16, "float16": 16}
 UNKNOWN_COMMIT = "unknown"
 SHORT_DIGEST = 8  # characters of a digest in a label
 ACTIVATIONS = "scheme.act_bits"
+FORMAT = "scheme.format"
 SAID_BY_HEAD = ("model.dtype",)  # traits of an unquantized model in its label
 
 Cell = float | str
@@ -298,6 +300,8 @@ def _differing_words(
         if spec.scheme is None and key in SAID_BY_HEAD:
             return False
         rounded = key == ACTIVATIONS and value != "null" and len(activations) > 1
+        if key == FORMAT:
+            return value != INT
         return rounded or (scope_of(key, spec), key) in differing
 
     def rows(differing: set[tuple[str, str]]) -> list[list[str]]:
@@ -324,9 +328,8 @@ def _differing_words(
 
 def traits_of(spec: TrialSpec, metric: str | None) -> dict[str, str]:
     """Return what a label may name, by dotted key; values are as one would type them."""
-    stored = () if spec.scheme is None else ("group_size", "symmetric", "act_bits")
     parts: dict[str, Json] = {
-        "scheme": {key: getattr(spec.scheme, key) for key in stored},
+        "scheme": {} if spec.scheme is None else _scheme_traits(spec.scheme),
         "model": spec.model.identity,
         "method": {key: value for key, value in spec.method.to_json().items() if key != "name"},
         "calibration": spec.calibration.to_json() if spec.calibration else {},
@@ -339,6 +342,19 @@ def traits_of(spec: TrialSpec, metric: str | None) -> dict[str, str]:
         for part, entries in parts.items()
         for key, value in entries.items()
     }
+
+
+def _scheme_traits(scheme: Scheme) -> Json:
+    """Return what a label may name of a scheme; nothing that its format says already."""
+    form = FLOATS.get(scheme.format)
+    traits: Json = {"format": INT if form is None else scheme.codes}
+    if form is None or form.group_size is None:
+        traits["group_size"] = scheme.group_size if scheme.group_rows == 1 else scheme.groups
+    if form is None:
+        traits["symmetric"] = scheme.symmetric
+    plain = scheme.act_bits is None or (scheme.act_format == INT and scheme.act_group_size == -1)
+    traits["act_bits"] = scheme.act_bits if plain else scheme.activations.removeprefix("a")
+    return traits
 
 
 def asked_of(evaluation: Evaluation, metric: str) -> Json:
@@ -373,7 +389,8 @@ def _word(key: str, value: str) -> str:
     """Return one trait as a word of a label; empty for what needs no word."""
     name = key.rpartition(".")[2]
     words = {
-        "scheme.group_size": "pc" if value == "-1" else f"g{value}",
+        FORMAT: value,
+        "scheme.group_size": "pc" if value == "-1" else f"g{value}" if value.isdigit() else value,
         "scheme.symmetric": "sym" if value == "true" else "asym",
         ACTIVATIONS: f"a{'16' if value == 'null' else value}",
         "mixed.settings": value,

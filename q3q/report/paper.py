@@ -23,7 +23,7 @@ from q3q.report.published import (
     published_models,
 )
 from q3q.report.tables import Table
-from q3q.spec import Json, ModelRef, TaskRef, TrialSpec
+from q3q.spec import SELDOM_OF_SCHEME, Json, ModelRef, TaskRef, TrialSpec
 
 MAKERS = "Qwen"  # the organization that releases the models, as the Hub calls it
 PERPLEXITY_TOLERANCE = 0.02  # of the published value
@@ -122,6 +122,8 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
     method = METHODS.get(spec.method.name)
     if model is None or method is None or spec.departures or spec.overrides or spec.skip:
         return None
+    if spec.scheme is not None and set(SELDOM_OF_SCHEME) & spec.scheme.to_json().keys():
+        return None  # the study knows whole numbers only
     if spec.scheme is None:
         return model, method, 16, 16, ""
     group = GROUPS.get(spec.scheme.group_size)

@@ -29,7 +29,7 @@ from q3q.report.measures import (
 )
 from q3q.report.pools import Pool, pools
 from q3q.report.sizes import SIZES, bits_of_weight, bytes_of, number_of, said
-from q3q.spec import MEAN_ACCURACY, digest
+from q3q.spec import MEAN_ACCURACY, SELDOM_OF_SCHEME, digest
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -185,8 +185,12 @@ def trial_table(
         bounded = any(name in record.intervals for record in records)
         measured += [name, f"{name}.low", f"{name}.high"] if bounded else [name]
     settings = differing_settings(records)
+    schemes = [record.spec.scheme for record in records if record.spec.scheme is not None]
+    given = {key for scheme in schemes for key in scheme.to_json()}
+    newer = [key for key in SELDOM_OF_SCHEME if key in given]
     columns = [
         *("trial", "label", "model", "method", "bits", "group_size", "symmetric", "act_bits"),
+        *newer,
         *("seed", *(["sweep"] if sweeps else []), *settings),
         *("status", "reason", "git_commit", *measured),
         *(["accuracy_of"] if MEAN_ACCURACY in headline else []),
@@ -205,6 +209,7 @@ def trial_table(
             "group_size": scheme and scheme.group_size,
             "symmetric": scheme and scheme.symmetric,
             "act_bits": scheme and scheme.act_bits,
+            **{key: scheme and getattr(scheme, key) for key in newer},
             "seed": record.spec.seed,
             "sweep": (sweeps or {}).get(record.spec.id, ""),
             **{name: values.get(record.spec.id) for name, values in settings.items()},

@@ -13,8 +13,9 @@ from q3q.errors import ConfigError
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import in_bytes, stored_bytes
+from q3q.number_formats import FLOATS
 from q3q.placement import Trial
-from q3q.spec import AUTO_DRIFT, TrialSpec
+from q3q.spec import AUTO_DRIFT, Scheme, TrialSpec
 from q3q.sweep.costs import text_windows
 
 Left = dict[tuple[str, ...], int]
@@ -31,7 +32,16 @@ def block_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
     ]
     smallest = min((size for size in sizes if size > 0), default=-1)
     bits = spec.scheme.bits if spec.scheme.bits == 1 else max(schemes)
-    return stored_bytes(facts, bits, smallest)
+    return stored_bytes(facts, bits, smallest, group_bytes=_group_bytes(spec.scheme))
+
+
+def _group_bytes(scheme: Scheme) -> float | None:
+    """Return the bytes of a group's scale in a block's file; None for whole numbers' groups."""
+    form = FLOATS.get(scheme.format)
+    if form is None:
+        return None
+    # A float32 scale is there for each row. E4M3 has a factor for each row, of 64 groups or more.
+    return {"float": 4, "e8m0": 1, "e4m3": 1 + 4 / 64}[form.scale]
 
 
 def running_bytes(trial: Trial, facts: ModelFacts) -> int:

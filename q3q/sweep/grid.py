@@ -20,8 +20,14 @@ from q3q.sweep.launcher import Job
 
 NOTHING_QUANTIZED = {
     **dict.fromkeys(
-        ("bits", "group_size", "symmetric", "act_bits", "head_bits", "embedding_bits"), "null"
+        (
+            *("bits", "group_size", "group_rows", "symmetric", "act_bits", "act_format"),
+            *("act_group_size", "head_bits", "embedding_bits"),
+        ),
+        "null",
     ),
+    "format": "int",
+    "four_over_six": "false",
     "overrides": "{}",
     "skip": "null",
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import in_bytes, in_gb
 from q3q.names import own_names
+from q3q.number_formats import INT, short_name
 from q3q.placement import Trial
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
@@ -277,7 +278,9 @@ def unlike_methods(specs: Sequence[TrialSpec]) -> str:
     for spec in specs:
         if (scheme := spec.scheme) is not None:
             group = "a scale a row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-            words = f"{scheme.act_bits or 16}-bit activations, {group}"
+            bits = f"{scheme.act_bits or 16}-bit"
+            acts = bits if scheme.act_format == INT else short_name(scheme.act_format)
+            words = f"{acts} activations, {group}"
             schemes.setdefault(spec.method.name, {})[words] = None
     if len({frozenset(words) for words in schemes.values()}) < 2:
         return ""

@@ -9,8 +9,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from q3q.evaluate.metrics import mean_metrics
+from q3q.number_formats import INT
 from q3q.record import TrialRecord, block_errors
-from q3q.spec import MEAN_ACCURACY, Json, TrialSpec, digest
+from q3q.spec import MEAN_ACCURACY, SELDOM_OF_SCHEME, Json, TrialSpec, digest
 from q3q.track.mlflow_names import fitted_names
 from q3q.track.wording import trial_note
 
@@ -27,6 +28,7 @@ TYPED = {
     "scheme.group_size": "group_size",
     "scheme.symmetric": "symmetric",
     "scheme.act_bits": "act_bits",
+    **{f"scheme.{key}": key for key in SELDOM_OF_SCHEME},
     "calibration.source": "calibration",
 }
 ENDS = (".low", ".high", ".difference")
@@ -222,12 +224,14 @@ def dataset_inputs(spec: TrialSpec) -> list["DatasetInput"]:
 def sweep_params(specs: list[TrialSpec]) -> dict[str, str]:
     """Return what the sweep varies, as short strings."""
     schemes = [spec.scheme for spec in specs if spec.scheme is not None]
+    floats = [scheme for scheme in schemes if scheme.format != INT]
     return {
         "models": _distinct(spec.model.label for spec in specs),
         "methods": _distinct(spec.method.name for spec in specs),
         "bits": _distinct(scheme.bits for scheme in schemes),
         "group_sizes": _distinct(scheme.group_size for scheme in schemes),
         "act_bits": _distinct(scheme.act_bits for scheme in schemes),
+        **({"formats": _distinct(scheme.codes for scheme in floats)} if floats else {}),
         "seeds": _distinct(spec.seed for spec in specs),
         "trials": str(len(specs)),
     }

@@ -139,12 +139,14 @@ def test_divergence_equals_the_cpus():
     )
 
 
-@pytest.mark.parametrize("shape", [(1, 128, 300, 1), (3, 128, 96, 4), (2, 24, 21, 3)])
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 300, 1), (3, 128, 96, 4), (2, 24, 21, 3), (1, 128, 96, 4, "mxfp4")]
+)
 def test_the_fused_columns_equal_the_plain_loop(shape):
-    *tensors, grid_of, top = problem(*shape)
+    *tensors, grid_of, levels = problem(*shape)
     weight, factor, scale, zero = (tensor.to(GPU) for tensor in tensors)
-    plain, plain_error = solve_block_plain(weight.clone(), factor, scale, zero, grid_of, top)
-    fused, fused_error = block_solver(GPU)(weight, factor, scale, zero, grid_of, top)
+    plain, plain_error = solve_block_plain(weight.clone(), factor, scale, zero, grid_of, levels)
+    fused, fused_error = block_solver(GPU)(weight, factor, scale, zero, grid_of, levels)
     same = (
         (fused == plain).all(1, keepdim=True).expand_as(fused)
     )  # a tie decides all that comes after it in a row

@@ -21,6 +21,7 @@ from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.spool import Spool
 from q3q.numerics.grid import awq_grid, into_groups, on_grid
+from q3q.numerics.levels import IntegerLevels
 from q3q.numerics.linalg import FiniteCheck
 from q3q.numerics.weights import QuantizedWeight
 from q3q.quantize.activations import Activations, show_inputs
@@ -328,12 +329,12 @@ def test_one_linear_comes_out_as_in_the_plain_algorithm(
     fast = method.quantize(task, scheme).dequantize()[0]
     steps = torch.empty(0)
 
-    def observed(weight_OGS, grid, bits):
+    def observed(levels, weight_EOGS, grid):
         nonlocal steps
-        steps = (weight_OGS / grid.scale).flatten(1)  # the last call rounds the result
-        return on_grid(weight_OGS, grid, bits)
+        steps = (weight_EOGS / grid.scale)[0].flatten(1)  # the last call rounds the result
+        return on_grid(weight_EOGS, grid, levels.bits)
 
-    monkeypatch.setattr(awq, "on_grid", observed)
+    monkeypatch.setattr(IntegerLevels, "on_grid", observed)
     expected_scale, expected = awq_round_plain(
         weight.double(), x.double(), scheme, grid=grid, scale=scale, clip=clip
     )
@@ -512,7 +513,7 @@ def by_hand(monkeypatch, inputs_RI, windows):
     """Return the task of a piece that multiplies its inputs by a scale s, which costs |x (s -
     1)|**2.
     """
-    monkeypatch.setattr(awq, "_scaled_rounding_by_parts", lambda weight, scale, scheme: scale)
+    monkeypatch.setattr(awq, "_scaled_rounding_by_parts", lambda weight, scale, *rest: scale)
     return ScaleTask(
         ScaleGroup(Site("gate_up", ("gate", "up")), "norm"),
         {"gate": inputs_RI, "up": inputs_RI},

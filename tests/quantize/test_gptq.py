@@ -6,10 +6,10 @@ import torch
 from q3q.errors import NumericsError
 from q3q.models.anatomy import SiteInput
 from q3q.numerics.grid import into_groups, minmax_grid, to_codes
+from q3q.numerics.levels import IntegerLevels
 from q3q.numerics.linalg import damped_factor, inverse_upper_cholesky
 from q3q.numerics.weights import round_to_grid
 from q3q.quantize.method import SiteTask
-from q3q.quantize.methods import gptq
 from q3q.quantize.methods.gptq import Gptq, gptq_round, gptq_round_plain
 from q3q.quantize.methods.settings import GptqSettings
 from q3q.quantize.statistics import Gram
@@ -56,11 +56,11 @@ def test_equals_the_plain_algorithm(
     fast = gptq_round(weight, hessian, s, dead_diagonal_E=torch.tensor([3.0]), **options).weight
     columns = []
 
-    def observed(column_O1, grid, bits):
+    def observed(levels, column_O1, grid):
         columns.append(column_O1 / grid.scale)
-        return to_codes(column_O1, grid, bits)
+        return to_codes(column_O1, grid, levels.bits)
 
-    monkeypatch.setattr(gptq, "to_codes", observed)
+    monkeypatch.setattr(IntegerLevels, "to_codes", observed)
     rounded, codes = gptq_round_plain(weight[0], hessian[0], s, dead_diagonal=3.0, **options)
     differs = fast.codes_EOI[0] != codes
     same = ~differs.any(1)

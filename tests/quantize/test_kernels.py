@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from q3q.numerics.levels import levels_of
 from q3q.quantize.kernels.columns import SUB_BLOCK, block_solver, solve_block, solve_block_plain
 from q3q.quantize.methods.gptq import gptq_round
 from q3q.spec import Scheme
@@ -17,7 +18,7 @@ import torch
 from q3q.quantize.kernels.columns import solve_block_plain
 from q3q.quantize.kernels.fused import solve_block_fused
 from tests_problem import problem
-for shape in ((1, 8, 16, 1), (2, 24, 21, 3)):
+for shape in ((1, 8, 16, 1), (2, 24, 21, 3), (1, 8, 16, 1, "mxfp4"), (2, 9, 21, 3, "fp8_e4m3")):
     weight, *rest = problem(*shape)
     codes, error = solve_block_plain(weight.clone(), *rest)
     fused_codes, fused_error = solve_block_fused(weight, *rest)
@@ -27,7 +28,7 @@ for shape in ((1, 8, 16, 1), (2, 24, 21, 3)):
 """
 
 
-def problem(experts, columns, rows, grids):
+def problem(experts, columns, rows, grids, form="int"):
     """Return a block from the middle of a larger weight, its factor and its grids."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(experts, columns + 16, rows, generator=generator)
@@ -42,14 +43,15 @@ def problem(experts, columns, rows, grids):
         scale,
         zero,
         [i * grids // columns for i in range(columns)],
-        7,
+        levels_of(form, 3, -1, symmetric=False),
     )
 
 
 @pytest.mark.parametrize("experts", [1, 3])
 @pytest.mark.parametrize("columns", [1, 20, SUB_BLOCK, 3 * SUB_BLOCK - 5])
-def test_few_calls_equal_the_plain_loop(doubles, experts, columns):
-    weight, *rest = problem(experts, columns, 40, 1 if columns == 1 else 4)
+@pytest.mark.parametrize("form", ["int", "mxfp4", "fp8_e5m2"])
+def test_few_calls_equal_the_plain_loop(doubles, experts, columns, form):
+    weight, *rest = problem(experts, columns, 40, 1 if columns == 1 else 4, form)
     plain, plain_error = solve_block_plain(weight.clone(), *rest)
     codes, error = solve_block(weight.clone(), *rest)
     assert torch.equal(codes, plain)

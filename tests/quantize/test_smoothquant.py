@@ -123,8 +123,8 @@ def test_smoothing_leaves_the_models_function_unchanged(
     # What the walk stores are the smoothed weights themselves, so that nothing but scales has
     # moved.
     monkeypatch.setattr(
-        "q3q.quantize.methods.smoothquant.round_to_grid",
-        lambda weight, *rest, **more: Exact(weight),
+        "q3q.numerics.levels.IntegerLevels.rounded",
+        lambda levels, weight_EOGS, grid: Exact(weight_EOGS.flatten(2)),
     )
     quantize_model(smoothed, SmoothQuant(settings), SCHEME, windows, Nowhere())
     torch.testing.assert_close(

@@ -7,10 +7,14 @@ import torch
 
 from q3q.errors import ConfigError
 from q3q.models.footprint import stored_bytes
+from q3q.number_formats import FLOATS
+from q3q.numerics.float_weights import FloatWeight
 from q3q.numerics.weights import BinarizedWeight, QuantizedWeight
+from q3q.spec import Scheme
 from q3q.sweep import disk
 from q3q.sweep.machines import Machine
 from q3q.sweep.plan import describe, refuse_what_fills_the_disk, simulated
+from tests.specs import make_spec
 from tests.sweep.test_plan import NODE, facts, planned_for, trial
 
 
@@ -42,6 +46,24 @@ def test_billms_bytes_are_three_bits_a_weight_and_eight_numbers_a_group():
     a_weight = tensor_bytes(weight, 3) / weight.codes_EOI.numel()
     shape = facts("qwen3_8b")
     planned = stored_bytes(shape, 1, 128) / shape.linear_parameters
+    assert a_weight <= planned <= 1.06 * a_weight
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_formats_bytes_are_packed_codes_and_its_groups_scales(name):
+    form = FLOATS[name]
+    size = form.group_size or -1
+    number = torch.float32 if form.scale == "float" else torch.uint8
+    weight = FloatWeight(
+        torch.zeros(1, 8, 4096, dtype=torch.uint8),
+        torch.ones(1, 8, 1 if size == -1 else 4096 // size, dtype=number),
+        name,
+        global_EO=torch.ones(1, 8) if form.scale == "e4m3" else None,
+    )
+    a_weight = tensor_bytes(weight, form.bits) / weight.codes_EOI.numel()
+    scheme = Scheme(bits=form.bits, group_size=size, symmetric=True, format=name)
+    shape = facts("qwen3_8b")
+    planned = disk.block_bytes(make_spec("rtn", scheme=scheme), shape) / shape.linear_parameters
     assert a_weight <= planned <= 1.06 * a_weight
 
 

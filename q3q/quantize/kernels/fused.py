@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3q.numerics.levels import FloatLevels, Levels
+
 # Rows that one program solves; a block of 128 columns of them stays in registers.
 BLOCK_ROWS = 16
 
@@ -28,6 +30,10 @@ def _solve(  # type: ignore[no-untyped-def]
     grids,
     weight_stride,
     top,
+    smallest_normal,
+    first_binade,
+    MANTISSA: tl.constexpr,
+    SIGN: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
@@ -47,11 +53,24 @@ def _solve(  # type: ignore[no-untyped-def]
         z = tl.load(zero + k * rows + o, mask=inside, other=0.0)
         value = tl.sum(tl.where(c[:, None] == i, tile, 0.0), axis=0)
         # Clamped first (the bounds are whole), so that +- 1.5 * 2**23 rounds half to even.
-        level = tl.minimum(tl.maximum(tl.div_rn(value, s), -z), top - z)
-        level = (level + 12582912.0) - 12582912.0
+        if SIGN > 0:  # a floating-point format, whose steps are powers of two: as `nearest_`
+            step_count = tl.minimum(tl.maximum(tl.div_rn(value, s), -top), top)
+            exponent = step_count.to(tl.int32, bitcast=True) & 0x7F800000
+            power = tl.maximum(exponent.to(tl.float32, bitcast=True), smallest_normal)
+            step = power * (1.0 / (1 << MANTISSA))
+            level = ((step_count / step + 12582912.0) - 12582912.0) * step
+            exponent = level.to(tl.int32, bitcast=True) & 0x7F800000  # as `encode`
+            power = tl.maximum(exponent.to(tl.float32, bitcast=True), smallest_normal)
+            binade = (power.to(tl.int32, bitcast=True) >> 23) - first_binade
+            code = tl.abs(level) / power * (1 << MANTISSA) + binade * (1 << MANTISSA)
+            code += tl.where(step_count.to(tl.int32, bitcast=True) < 0, SIGN, 0)
+        else:
+            level = tl.minimum(tl.maximum(tl.div_rn(value, s), -z), top - z)
+            level = (level + 12582912.0) - 12582912.0
+            code = level + z
         rounding_error = value - s * level
         out = (e * columns + i) * rows + o
-        tl.store(codes + out, level + z, mask=inside)
+        tl.store(codes + out, code, mask=inside)
         tl.store(error + out, rounding_error, mask=inside)
         row = factor + (e * columns + i) * columns
         behind = tl.load(row + c, mask=(c > i) & (c < columns), other=0.0)
@@ -64,7 +83,7 @@ def solve_block_fused(
     scale_EKO: Tensor,
     zero_EKO: Tensor,
     grid_of_C: Sequence[int],
-    top: int,
+    levels: Levels,
 ) -> tuple[Tensor, Tensor]:
     """Solve as `columns.solve_block_plain` does, in one launch.
 
@@ -73,6 +92,7 @@ def solve_block_fused(
     experts, columns, rows = weight_ECO.shape
     codes_ECO = torch.empty(weight_ECO.shape, device=weight_ECO.device)
     error_ECO = torch.empty_like(codes_ECO)
+    form = levels.form if isinstance(levels, FloatLevels) else None
     _solve[(experts, triton.cdiv(rows, BLOCK_ROWS))](
         weight_ECO,
         factor_ECC.contiguous(),
@@ -85,7 +105,11 @@ def solve_block_fused(
         rows,
         scale_EKO.shape[1],
         weight_ECO.stride(0),
-        float(top),
+        float(2**levels.bits - 1) if form is None else form.largest,
+        0.0 if form is None else form.smallest_normal,
+        0 if form is None else 128 - form.bias,
+        MANTISSA=0 if form is None else form.mantissa,
+        SIGN=0 if form is None else 2 ** (form.bits - 1),
         BLOCK_COLUMNS=triton.next_power_of_2(columns),
         BLOCK_ROWS=BLOCK_ROWS,
     )

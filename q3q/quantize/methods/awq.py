@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from q3q.models.anatomy import ScaleGroup
 from q3q.models.spool import Spool
-from q3q.numerics.grid import awq_grid, awq_grid_of_range, into_groups, on_grid
-from q3q.numerics.weights import QuantizedWeight, round_to_grid
-from q3q.quantize.method import Method, ScaleTask, SiteTask
+from q3q.numerics.grid import Grid, into_groups
+from q3q.numerics.levels import FloatLevels, Levels, RowPeaks, StoredLevels
+from q3q.quantize.method import Method, ScaleTask, SiteTask, plain_levels
 from q3q.quantize.methods.settings import AwqSettings
 from q3q.quantize.statistics import StoredInputs, starved_experts
 from q3q.spec import Scheme
@@ -56,9 +56,11 @@ def awq_round_plain(
         The columns' scale [I], and the scaled weight after clipping and rounding [O, I].
     """
 
-    def rounded(weight_xGS: Tensor) -> Tensor:
-        awq = awq_grid(weight_xGS, scheme.bits, symmetric=scheme.symmetric)
-        return on_grid(weight_xGS, awq, scheme.bits)
+    scaled = ScaledLevels(weight_OI[None], scheme)
+
+    def rounded(weight_OGS: Tensor, scale_I: Tensor) -> Tensor:
+        levels = scaled.at(scale_I[None])
+        return levels.on_grid(weight_OGS[None], levels.awq(weight_OGS[None]))[0]
 
     best_scale_I, lowest = torch.ones_like(weight_OI[0]), math.inf
     for step in range(grid if scale else 0):
@@ -66,8 +68,9 @@ def awq_round_plain(
         scale_I = inputs_TI.abs().mean(0).pow(step / grid).clamp(min=SMALLEST_SCALE)
         scale_I = scale_I / (scale_I.max() * scale_I.min()).sqrt()
         # Equation 4: the loss is |Q(W diag(s)) (diag(s)^-1 X) - W X|.
-        scaled_OI = rounded(into_groups(weight_OI * scale_I, scheme.group_size)).flatten(1)
-        loss = float((inputs_TI @ (scaled_OI / scale_I - weight_OI).T).square().sum())
+        scaled_OGS = into_groups(weight_OI * scale_I, scheme.group_size)
+        rounded_OI = rounded(scaled_OGS, scale_I).flatten(1)
+        loss = float((inputs_TI @ (rounded_OI / scale_I - weight_OI).T).square().sum())
         if loss < lowest:
             best_scale_I, lowest = scale_I, loss
     weight_OGS = into_groups(weight_OI * best_scale_I, scheme.group_size)
@@ -78,12 +81,13 @@ def awq_round_plain(
         for share in CLIP_SHARES:
             limit_OG1 = weight_OGS.abs().amax(-1, keepdim=True) * share
             clipped_OGS = weight_OGS.clamp(-limit_OG1, limit_OG1)
-            error_OGT = torch.einsum("ogs,gst->ogt", rounded(clipped_OGS) - weight_OGS, sample_GST)
+            error_OGS = rounded(clipped_OGS, best_scale_I) - weight_OGS
+            error_OGT = torch.einsum("ogs,gst->ogt", error_OGS, sample_GST)
             cost_OG1 = error_OGT.square().sum(-1, keepdim=True)
             best_OGS = torch.where(cost_OG1 < lowest_OG1, clipped_OGS, best_OGS)
             lowest_OG1 = torch.minimum(cost_OG1, lowest_OG1)
         weight_OGS = best_OGS
-    return best_scale_I, rounded(weight_OGS).flatten(1)
+    return best_scale_I, rounded(weight_OGS, best_scale_I).flatten(1)
 
 
 class Awq(Method):
@@ -124,8 +128,9 @@ class Awq(Method):
             best_EI[starved_experts(task.statistics.tokens_E)] = 1
         task.apply(best_EI)
 
-    def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
-        weight_EOI = task.weight_EOI
+    def quantize(self, task: SiteTask, scheme: Scheme) -> StoredLevels:
+        # What rows share is that of the whole weights: clipping narrows a group's own range alone.
+        weight_EOI, levels = task.weight_EOI, task.levels_for(scheme)
         starved = task.starved_experts()
         if self.settings.clip:
             inputs = task.statistics.samples()
@@ -134,12 +139,10 @@ class Awq(Method):
             weight_EOI = weight_EOI.clone()
             for name, rows in task.rows.items():
                 if name not in task.scores:
-                    weight_EOI[:, rows] = clip_search(weight_EOI[:, rows], inputs, scheme)
+                    own = levels.part(slice(None), rows)
+                    weight_EOI[:, rows] = clip_search(weight_EOI[:, rows], inputs, scheme, own)
         groups = into_groups(weight_EOI, scheme.group_size)
-        grid = awq_grid(groups, scheme.bits, symmetric=scheme.symmetric)
-        return round_to_grid(
-            weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric
-        )
+        return levels.rounded(groups, levels.awq(groups))
 
 
 def scale_candidate(mean_EI: Tensor, exponent: float) -> Tensor:
@@ -155,11 +158,31 @@ def first_lowest(loss_CE: Tensor, candidates_CEI: Tensor) -> Tensor:
     return candidates_CEI[step_E, torch.arange(len(step_E), device=step_E.device)]
 
 
-def scaled_rounding(weight_xOI: Tensor, scale_xI: Tensor, scheme: Scheme) -> Tensor:
-    """Return Q(W * s) / s, which does to unscaled inputs what Q(W * s) does to scaled ones."""
+class ScaledLevels:
+    """What a scheme's codes stand for, of one linear whose columns are multiplied by a scale."""
+
+    def __init__(self, weight_EOI: Tensor, scheme: Scheme) -> None:
+        self._levels, self._peaks = plain_levels(scheme), None
+        if isinstance(self._levels, FloatLevels) and self._levels.needs_peaks:
+            rows = [weight_EOI.shape[1]]
+            self._peaks = RowPeaks.measured(weight_EOI, rows, scheme.group_rows)
+
+    def at(self, scale_EI: Tensor) -> Levels:
+        if self._peaks is None:
+            return self._levels
+        return self._levels.of(self._peaks.times(scale_EI))
+
+
+def scaled_rounding(
+    weight_xOI: Tensor, scale_xI: Tensor, scheme: Scheme, levels: Levels | None = None
+) -> Tensor:
+    """Return Q(W * s) / s, which does to unscaled inputs what Q(W * s) does to scaled ones.
+
+    levels: of these rows; None if they are a whole linear [E, O, I].
+    """
+    levels = levels or ScaledLevels(weight_xOI, scheme).at(scale_xI)
     groups = into_groups(weight_xOI.float() * scale_xI[..., None, :], scheme.group_size)
-    grid = awq_grid(groups, scheme.bits, symmetric=scheme.symmetric)
-    return on_grid(groups, grid, scheme.bits).flatten(-2).div_(scale_xI[..., None, :])
+    return levels.on_grid(groups, levels.awq(groups)).flatten(-2).div_(scale_xI[..., None, :])
 
 
 def linear_losses(task: ScaleTask, candidates_CEI: Tensor, scheme: Scheme) -> Tensor:
@@ -171,11 +194,14 @@ def linear_losses(task: ScaleTask, candidates_CEI: Tensor, scheme: Scheme) -> Te
     weight_EOI = weight_EOI[task.experts] if weight_EOI.ndim == 3 else weight_EOI[None]
     gram_EII = task.statistics.gram.sum_EII
     loss_CE = torch.zeros(candidates_CEI.shape[:2], dtype=torch.float64, device=weight_EOI.device)
+    scaled = ScaledLevels(weight_EOI, scheme)
+    levels_C = [scaled.at(scale_EI) for scale_EI in candidates_CEI]
     for e, rows in _parts(weight_EOI):
         for r in rows:
             part_erI = weight_EOI[e, r].float()
             for c, scale_EI in enumerate(candidates_CEI):
-                error_erI = scaled_rounding(part_erI, scale_EI[e], scheme).sub_(part_erI)
+                levels = levels_C[c].part(e, r)
+                error_erI = scaled_rounding(part_erI, scale_EI[e], scheme, levels).sub_(part_erI)
                 loss_CE[c, e] += (error_erI @ gram_EII[e]).mul_(error_erI).sum((1, 2))
     return loss_CE
 
@@ -253,6 +279,11 @@ class PieceErrors:
         self._windows_at_once = max(1, tokens // length)
         self._rows_at_once = max(1, tokens // task.row)
         self._place, self._original = {w: place for place, w in enumerate(order)}, original
+        weights = {name: task.weights[name] for name in task.group.site.weights}
+        self._levels = {
+            name: ScaledLevels(weight if weight.ndim == 3 else weight[None], scheme)
+            for name, weight in weights.items()
+        }
         for group, output_TO in self._outputs(order, {}):
             for window_TO in output_TO.chunk(len(group)):
                 original.append(window_TO)
@@ -261,8 +292,10 @@ class PieceErrors:
         """Yield the candidate's squared error on each window, a few windows at a time."""
         scale_I = self._candidates_CEI[candidate, 0]
         weights = {
-            name: _scaled_rounding_by_parts(self._task.weights[name], scale_I, self._scheme)
-            for name in self._task.group.site.weights
+            name: _scaled_rounding_by_parts(
+                self._task.weights[name], scale_I, self._scheme, levels.at(scale_I[None])
+            )
+            for name, levels in self._levels.items()
         }
         for group, output_TO in self._outputs(windows, weights):
             original_TO = torch.cat([self._original[self._place[w]] for w in group])
@@ -302,7 +335,9 @@ def still_racing(loss_CW: Tensor, alive: Sequence[int], windows: int) -> list[in
     return [c for c in alive if c == leader or keep_C[c]]
 
 
-def clip_search(weight_EOI: Tensor, inputs: Sequence[Tensor], scheme: Scheme) -> Tensor:
+def clip_search(
+    weight_EOI: Tensor, inputs: Sequence[Tensor], scheme: Scheme, levels: Levels | None = None
+) -> Tensor:
     """Clamp each group of each row to the share of its range that costs its output least.
 
     Source: auto_clip_layer of mit-han-lab/llm-awq. A group's cost over its tokens X is |X (q -
@@ -311,7 +346,9 @@ def clip_search(weight_EOI: Tensor, inputs: Sequence[Tensor], scheme: Scheme) ->
     Args:
         weight_EOI: float32.
         inputs: each expert's tokens [T, I] to judge by, float32; without tokens it is not clipped.
+        levels: of these rows; None if the weights are a whole linear.
     """
+    levels = levels or ScaledLevels(weight_EOI, scheme).at(torch.ones_like(weight_EOI[:, 0]))
     clipped_EOI = torch.empty_like(weight_EOI)
     for e, rows in _parts(weight_EOI):
         # Experts with fewer tokens are padded with zeros, which cost nothing.
@@ -325,12 +362,15 @@ def clip_search(weight_EOI: Tensor, inputs: Sequence[Tensor], scheme: Scheme) ->
             low, high = weight_eGrS.amin(-1, keepdim=True), weight_eGrS.amax(-1, keepdim=True)
             largest = torch.maximum(-low, high)
             lowest_cost, best_limit = torch.full_like(largest, math.inf), largest
+            own = levels.part(e, r)
             for share in CLIP_SHARES:
                 limit = largest * share
                 bounds = low.clamp(-limit, limit), high.clamp(-limit, limit)
-                grid = awq_grid_of_range(*bounds, scheme.bits, symmetric=scheme.symmetric)
-                rounded_eGrS = on_grid(weight_eGrS.clamp(-limit, limit), grid, scheme.bits)
-                error_eGrS = rounded_eGrS.sub_(weight_eGrS)
+                inside_eGrS = weight_eGrS.clamp(-limit, limit)
+                low_erG1, high_erG1 = (bound.transpose(1, 2) for bound in bounds)
+                taken = own.awq(inside_eGrS.transpose(1, 2), (low_erG1, high_erG1))
+                grid = Grid(*(part.transpose(1, 2) for part in taken))
+                error_eGrS = own.on_grid(inside_eGrS, grid).sub_(weight_eGrS)
                 if gram_eGSS is None:
                     cost = (error_eGrS @ inputs_eGTS.mT).square_().sum(-1, keepdim=True)
                 else:
@@ -364,11 +404,15 @@ def _parts(weight_EOI: Tensor) -> Iterator[tuple[slice, list[slice]]]:
         yield slice(e, e + expert_step), [slice(r, r + row_step) for r in range(0, rows, row_step)]
 
 
-def _scaled_rounding_by_parts(weight_xOI: Tensor, scale_I: Tensor, scheme: Scheme) -> Tensor:
+def _scaled_rounding_by_parts(
+    weight_xOI: Tensor, scale_I: Tensor, scheme: Scheme, levels: Levels
+) -> Tensor:
     """Apply `scaled_rounding` to a large weight whose experts share a scale, in its own dtype."""
     rounded_xOI = weight_xOI.new_empty(weight_xOI.shape)
     step = max(1, _limit(WEIGHTS_AT_ONCE, weight_xOI) // weight_xOI.shape[-1])
     parts = (matrix_xOI.flatten(0, -2).split(step) for matrix_xOI in (weight_xOI, rounded_xOI))
-    for part_rI, rounded_rI in zip(*parts, strict=True):
-        rounded_rI.copy_(scaled_rounding(part_rI, scale_I, scheme))
+    levels = levels.as_one_linear()
+    for k, (part_rI, rounded_rI) in enumerate(zip(*parts, strict=True)):
+        own = levels.part(slice(None), slice(k * step, (k + 1) * step))
+        rounded_rI.copy_(scaled_rounding(part_rI[None], scale_I[None], scheme, own)[0])
     return rounded_xOI

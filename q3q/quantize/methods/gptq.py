@@ -12,11 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from q3q.numerics.grid import Grid, into_groups, minmax_grid, on_grid, to_codes
+from q3q.numerics.grid import Grid, into_groups
+from q3q.numerics.levels import Levels, StoredLevels
 from q3q.numerics.linalg import damped_factor
-from q3q.numerics.weights import QuantizedWeight, concatenate_experts, concatenate_rows
+from q3q.numerics.weights import concatenate_experts, concatenate_rows, split_experts
 from q3q.quantize.kernels.columns import BlockSolver, block_solver
-from q3q.quantize.method import Method, SiteTask
+from q3q.quantize.method import Method, SiteTask, levels_for
 from q3q.quantize.methods.settings import GptqSettings
 from q3q.quantize.statistics import Gram
 from q3q.spec import Scheme
@@ -53,12 +54,19 @@ def gptq_round_plain(
     columns = weight_OI.shape[1]
     per_row = scheme.group_size == -1
     size = columns if per_row else scheme.group_size
-    grid_of = partial(minmax_grid, bits=scheme.bits, symmetric=scheme.symmetric, mse=mse)
+    levels = levels_for(scheme, weight_OI[None])
     weight_OI, hessian_II = weight_OI.clone(), hessian_II.clone()
-    row_grid = grid_of(weight_OI)  # the official code takes it before it clears dead columns
+
+    def grids_of(weight_OI: Tensor) -> list[Grid]:
+        scale_OG1, zero_OG1 = (
+            part[0] for part in levels.minmax(into_groups(weight_OI, size)[None], mse=mse)
+        )
+        return [Grid(*parts) for parts in zip(scale_OG1.unbind(1), zero_OG1.unbind(1), strict=True)]
+
+    static = grids_of(weight_OI)  # the official code takes a row's before it clears dead columns
     dead_I = hessian_II.diagonal() == 0  # no token activates these columns
     hessian_II[dead_I, dead_I], weight_OI[:, dead_I] = dead_diagonal, 0
-    static = [row_grid] if per_row else [grid_of(w) for w in weight_OI.split(size, 1)]
+    static = static if per_row else grids_of(weight_OI)
     order_I = torch.arange(columns)
     if act_order:
         order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
@@ -69,15 +77,15 @@ def gptq_round_plain(
     for j in range(columns):
         if j % block_size == 0:
             block_start_OI = weight_OI.clone()  # a group's grid sees updates of earlier blocks only
-        if static_groups or per_row:
+        if static_groups or per_row or levels.fixed:
             grid = static[order_I[j] // size]
         elif j % size == 0:
-            grid = grid_of(block_start_OI[:, j : j + size])
+            [grid] = grids_of(block_start_OI[:, j : j + size])
         column_O1 = weight_OI[:, j : j + 1]
-        rounded_O1 = on_grid(column_O1, grid, scheme.bits)  # Q_j = quant(W_j)
+        rounded_O1 = levels.on_grid(column_O1, grid)  # Q_j = quant(W_j)
         error_O1 = (column_O1 - rounded_O1) / factor_II[j, j]  # E_j = (W_j - Q_j) / U_jj
         weight_OI[:, j + 1 :] -= error_O1 * factor_II[j, j + 1 :]  # W_k -= E_j U_jk for each k > j
-        codes_OI[:, j : j + 1] = to_codes(column_O1, grid, scheme.bits)
+        codes_OI[:, j : j + 1] = levels.to_codes(column_O1, grid)
         rounded_OI[:, j : j + 1] = rounded_O1
     place_I = order_I.argsort()
     return rounded_OI[:, place_I], codes_OI[:, place_I]
@@ -96,13 +104,14 @@ class Gptq(Method):
     def row_step(self, device: torch.device) -> int:
         return CPU_ROWS if device.type == "cpu" else GPU_ROWS
 
-    def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
+    def quantize(self, task: SiteTask, scheme: Scheme) -> StoredLevels:
         gram: Gram = task.statistics
-        experts, results = len(task.weight_EOI), []
+        experts, results, all_levels = len(task.weight_EOI), [], task.levels_for(scheme)
         for hessians in gram.hessians(task.starved_experts()):
             weight_EOI = task.weight_EOI[hessians.experts]
+            levels = all_levels.part(hessians.experts, slice(None))
             if gram.shared:  # one Hessian for all experts: their rows are rows of one linear
-                weight_EOI = weight_EOI.flatten(0, 1)[None]
+                weight_EOI, levels = weight_EOI.flatten(0, 1)[None], levels.as_one_linear()
             results.append(
                 gptq_round(
                     weight_EOI,
@@ -115,6 +124,7 @@ class Gptq(Method):
                     mse=self.settings.mse,
                     dead_diagonal_E=hessians.dead_diagonal_M,
                     overwrite_hessian=True,
+                    levels=levels,
                 )
             )
         damping_E = torch.cat([result.damping_E for result in results]).expand(experts)
@@ -127,7 +137,7 @@ class Gptq(Method):
 class GptqResult:
     """The quantized weight, and the damping that each expert's Hessian needed."""
 
-    weight: QuantizedWeight
+    weight: StoredLevels
     damping_E: Tensor
 
 
@@ -144,6 +154,7 @@ def gptq_round(
     dead_diagonal_E: Tensor | None = None,
     solver: BlockSolver | None = None,
     overwrite_hessian: bool = False,
+    levels: Levels | None = None,
 ) -> GptqResult:
     """Round by Algorithm 1 of GPTQ (arXiv 2210.17323), for every expert at once.
 
@@ -159,6 +170,7 @@ def gptq_round(
             on the scale of its Hessian. It counts in the mean that damping is a share of.
         solver: rounds the columns of one block; by default the device's fastest.
         overwrite_hessian: use the Hessian's memory; otherwise it is not modified.
+        levels: the scheme's, for these rows; by default as if each expert were one linear.
 
     Raises:
         ShapeError: the group size does not divide I.
@@ -171,11 +183,12 @@ def gptq_round(
         dead_diagonal_E,
         act_order=act_order,
     )
+    levels = levels or levels_for(scheme, weight_EOI)
     solve = partial(
         round_rows,
-        scheme=scheme,
-        grid_of=partial(minmax_grid, bits=scheme.bits, symmetric=scheme.symmetric, mse=mse),
-        static_groups=static_groups,
+        group_size=scheme.group_size,
+        mse=mse,
+        static_groups=static_groups or levels.fixed,
         block_size=block_size,
         solver=solver or block_solver(weight_EOI.device),
     )
@@ -185,7 +198,16 @@ def gptq_round(
     parts = []
     for e, part_EOI in zip(range(0, experts, step), weight_EOI.split(step), strict=True):
         part_columns = columns.of_experts(slice(e, e + step))
-        solved = [solve(rows_EOI, part_columns) for rows_EOI in part_EOI.split(max_rows, 1)]
+        solved = [
+            solve(
+                rows_EOI,
+                part_columns,
+                levels=levels.part(slice(e, e + step), slice(o, o + max_rows)),
+            )
+            for o, rows_EOI in zip(
+                range(0, rows, max_rows), part_EOI.split(max_rows, 1), strict=True
+            )
+        ]
         parts.append(concatenate_rows(solved))
     return GptqResult(concatenate_experts(parts), damping_E)
 
@@ -235,39 +257,34 @@ def factored_columns(
 def round_rows(
     weight_EOI: Tensor,
     columns: Columns,
-    scheme: Scheme,
-    grid_of: Callable[[Tensor], Grid],
+    levels: Levels,
     *,
+    group_size: int,
+    mse: bool,
     static_groups: bool,
     block_size: int,
     solver: BlockSolver,
-) -> QuantizedWeight:
+) -> StoredLevels:
     """Take grids for some rows, order the columns, round one by one, and restore the order."""
-    size = weight_EOI.shape[2] if scheme.group_size == -1 else scheme.group_size
+    size = weight_EOI.shape[2] if group_size == -1 else group_size
     # The official code takes whole-row grids before it clears columns that no token activates.
-    fixed = grid_of(weight_EOI) if scheme.group_size == -1 else None
+    fixed = levels.minmax(weight_EOI[:, :, None], mse=mse) if group_size == -1 else None
     weight_EOI = weight_EOI.masked_fill(columns.dead_EI[:, None], 0)
     if fixed is None and static_groups:
-        grid = grid_of(into_groups(weight_EOI, size))
-        fixed = Grid(grid.scale.squeeze(-1), grid.zero.squeeze(-1))
+        fixed = levels.minmax(into_groups(weight_EOI, size), mse=mse)
     weight_EIO = in_order(weight_EOI.mT.contiguous(), columns.order_EI)
     if fixed is None:
         shape = (len(weight_EIO), weight_EIO.shape[1] // size, weight_EIO.shape[2])
         grids = Grid(weight_EIO.new_empty(shape), weight_EIO.new_empty(shape))
-        grids_of = lazy_grids(weight_EIO, size, grid_of, grids)
+        grids_of = lazy_grids(weight_EIO, size, partial(levels.minmax, mse=mse), grids)
     else:
-        grids = Grid(fixed.scale.mT, fixed.zero.mT)
+        grids = Grid(fixed.scale.squeeze(-1).mT, fixed.zero.squeeze(-1).mT)
         grids_of = fixed_grids(grids, size, columns.order_EI)
-    codes_EIO = solve_columns(
-        weight_EIO, columns.factor_EII, scheme.bits, block_size, grids_of, solver
-    )
+    codes_EIO = solve_columns(weight_EIO, columns.factor_EII, levels, block_size, grids_of, solver)
     place_EI = None if columns.order_EI is None else columns.order_EI.argsort(1)
-    return QuantizedWeight(
+    return levels.stored(
         in_order(codes_EIO, place_EI).mT.contiguous(),
-        grids.scale.mT.contiguous(),
-        grids.zero.mT.contiguous(),
-        scheme.bits,
-        scheme.symmetric,
+        Grid(grids.scale.mT.contiguous(), grids.zero.mT.contiguous()),
         None if place_EI is None or fixed is not None else (place_EI // size).to(torch.int32),
     )
 
@@ -301,10 +318,10 @@ def lazy_grids(
     def grids_of(start: int, stop: int) -> tuple[Grid, list[int]]:
         first, last = -(-start // size), -(-stop // size)  # the groups that start in this block
         if first < last:
-            groups_EKOS = weight_EIO[:, first * size : last * size].unflatten(1, (-1, size)).mT
-            taken = grid_of(groups_EKOS)
-            grids.scale[:, first:last] = taken.scale.squeeze(-1)
-            grids.zero[:, first:last] = taken.zero.squeeze(-1)
+            groups_EKSO = weight_EIO[:, first * size : last * size].unflatten(1, (-1, size))
+            taken = grid_of(groups_EKSO.permute(0, 3, 1, 2))
+            grids.scale[:, first:last] = taken.scale.squeeze(-1).mT
+            grids.zero[:, first:last] = taken.zero.squeeze(-1).mT
         used = slice(start // size, last)
         grid_of_C = [i // size - used.start for i in range(start, stop)]
         return Grid(grids.scale[:, used], grids.zero[:, used]), grid_of_C
@@ -315,7 +332,7 @@ def lazy_grids(
 def solve_columns(
     weight_EIO: Tensor,
     factor_EII: Tensor,
-    bits: int,
+    levels: Levels,
     block_size: int,
     grids_of: GridsOf,
     solver: BlockSolver,
@@ -344,7 +361,7 @@ def solve_columns(
             grids.scale,
             grids.zero,
             grid_of_C,
-            2**bits - 1,
+            levels,
         )
         codes_EIO[:, start:stop] = codes_ECO
         if stop < columns:
@@ -358,11 +375,3 @@ def in_order(values_EIO: Tensor, order_EI: Tensor | None) -> Tensor:
         return values_EIO
     pairs = zip(values_EIO, order_EI, strict=True)
     return torch.stack([rows_IO[order_I] for rows_IO, order_I in pairs])
-
-
-def split_experts(weight: QuantizedWeight, experts: int) -> QuantizedWeight:
-    """Split one linear's rows into several experts, which share its grouping of columns."""
-    tensors = (weight.codes_EOI, weight.scale_EOG, weight.zero_EOG)
-    codes, scale, zero = (tensor[0].unflatten(0, (experts, -1)) for tensor in tensors)
-    group_EI = None if weight.group_EI is None else weight.group_EI.expand(experts, -1)
-    return QuantizedWeight(codes, scale, zero, weight.bits, weight.symmetric, group_EI)

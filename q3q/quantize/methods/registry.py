@@ -14,7 +14,7 @@ from q3q.spec import MethodRef, Scheme
 
 GROUP = "q3q.methods"
 # Keys of a spec's method entry that are no knobs.
-RESERVED = ("version", "package", "act_bits")
+RESERVED = ("version", "package", "act_bits", "act_format", "act_group_size")
 
 
 @dataclass(frozen=True)

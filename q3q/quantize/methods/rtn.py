@@ -2,8 +2,8 @@
 
 import torch
 
-from q3q.numerics.grid import into_groups, minmax_grid
-from q3q.numerics.weights import QuantizedWeight, round_to_grid
+from q3q.numerics.grid import into_groups
+from q3q.numerics.levels import StoredLevels
 from q3q.quantize.method import Method, SiteTask
 from q3q.quantize.methods.settings import RtnSettings
 from q3q.spec import Scheme
@@ -18,9 +18,6 @@ class Rtn(Method):
     def row_step(self, device: torch.device) -> int:
         return 1  # rows are independent
 
-    def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
-        groups = into_groups(task.weight_EOI, scheme.group_size)
-        grid = minmax_grid(groups, scheme.bits, symmetric=scheme.symmetric, mse=self.settings.mse)
-        return round_to_grid(
-            task.weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric
-        )
+    def quantize(self, task: SiteTask, scheme: Scheme) -> StoredLevels:
+        levels, groups = task.levels_for(scheme), into_groups(task.weight_EOI, scheme.group_size)
+        return levels.rounded(groups, levels.minmax(groups, mse=self.settings.mse))

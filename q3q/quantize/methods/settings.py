@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
 from q3q.models.footprint import MethodMemory
+from q3q.number_formats import FORMATS, INT
 from q3q.spec import Json, Scheme
 
 
@@ -55,6 +56,8 @@ class MethodSettings:
     implementation: `module:Class` of its Method
     appearance: in tables and plots
     bits: bits per weight that it can take
+    formats: of codes, names of `number_formats`; a method takes them by rounding through
+        `SiteTask.levels_for`
     quantizes: False evaluates the model as it is
     rebalances: it shifts scale between tensors that all linears of a site share: these must have
         one scheme
@@ -77,6 +80,7 @@ class MethodSettings:
     implementation: ClassVar[str] = ""
     appearance: ClassVar[Appearance] = Appearance()
     bits: ClassVar[tuple[int, ...]] = (2, 3, 4, 5, 6, 7, 8)
+    formats: ClassVar[tuple[str, ...]] = (INT,)
     quantizes: ClassVar[bool] = True
     rebalances: ClassVar[bool] = False
     chunks_experts: ClassVar[bool | None] = None
@@ -99,6 +103,18 @@ class MethodSettings:
 
     def clash(self, scheme: Scheme) -> str | None:
         """Return one line that says why the method cannot take this valid scheme, or None."""
+        if scheme.format not in self.formats:
+            return (
+                f"method={self.name} cannot do format={scheme.format}; it takes "
+                f"format={','.join(self.formats)}"
+            )
+        if getattr(self, "mse", False) and (scheme.four_over_six or scheme.group_rows != 1):
+            other = (
+                "four_over_six=true chooses each group's scale"
+                if scheme.four_over_six
+                else f"with group_rows={scheme.group_rows} rows share a scale"
+            )
+            return f"method.mse=true searches a scale for each group, and {other}: drop one of them"
         if scheme.bits in self.bits:
             return None
         least, most = min(self.bits), max(self.bits)
@@ -144,6 +160,7 @@ class RtnSettings(MethodSettings):
     name: str = "rtn"
     mse: bool = False
     implementation: ClassVar[str] = "q3q.quantize.methods.rtn:Rtn"
+    formats: ClassVar[tuple[str, ...]] = FORMATS
     keeps_hessian: ClassVar[bool] = False
     appearance: ClassVar[Appearance] = Appearance("RTN", row=1, colour=0, yardstick=True)
 
@@ -159,6 +176,7 @@ class GptqSettings(MethodSettings):
     mse: bool = False
     version: ClassVar[int] = 3
     implementation: ClassVar[str] = "q3q.quantize.methods.gptq:Gptq"
+    formats: ClassVar[tuple[str, ...]] = FORMATS
     block_copies: ClassVar[float] = 1.5
     appearance: ClassVar[Appearance] = Appearance("GPTQ", row=3, colour=1)
 
@@ -193,6 +211,7 @@ class AwqSettings(MethodSettings):
     race: bool = True
     version: ClassVar[int] = 4
     implementation: ClassVar[str] = "q3q.quantize.methods.awq:Awq"
+    formats: ClassVar[tuple[str, ...]] = FORMATS
     appearance: ClassVar[Appearance] = Appearance("AWQ", row=2, colour=2)
     rebalances: ClassVar[bool] = True
     chunks_experts: ClassVar[bool | None] = True
@@ -213,6 +232,14 @@ class AwqSettings(MethodSettings):
             return f"method.grid={self.grid}: give the number of scale exponents to try, 1 or more"
         return None
 
+    def clash(self, scheme: Scheme) -> str | None:
+        if self.clip and scheme.group_rows != 1:
+            return (
+                f"method.clip=true clips each row's range, and with group_rows={scheme.group_rows} "
+                "rows share a scale: give method.clip=false"
+            )
+        return super().clash(scheme)
+
 
 @dataclass
 class SmoothQuantSettings(MethodSettings):
@@ -225,6 +252,7 @@ class SmoothQuantSettings(MethodSettings):
     search_windows: int = 8
     version: ClassVar[int] = 2
     implementation: ClassVar[str] = "q3q.quantize.methods.smoothquant:SmoothQuant"
+    formats: ClassVar[tuple[str, ...]] = FORMATS
     appearance: ClassVar[Appearance] = Appearance("SmoothQuant", row=4, colour=3)
     rebalances: ClassVar[bool] = True
     chunks_experts: ClassVar[bool | None] = True
@@ -284,7 +312,11 @@ class SmoothQuantSettings(MethodSettings):
         knobs = super().knobs(scheme)
         for unread in ("alpha",) if self.search else ("alpha_grid", "search_windows"):
             del knobs[unread]
-        return knobs | ({"act_bits": scheme.act_bits} if self.search and scheme else {})
+        if self.search and scheme:
+            stored = scheme.to_json()
+            acts = ("act_bits", "act_format", "act_group_size")
+            knobs |= {key: stored[key] for key in acts if key in stored}
+        return knobs
 
 
 @dataclass
@@ -318,8 +350,8 @@ class BillmSettings(MethodSettings):
         return None
 
     def clash(self, scheme: Scheme) -> str | None:
-        if scheme.bits not in self.bits:
-            return super().clash(scheme)
+        if (problem := super().clash(scheme)) is not None:
+            return problem
         if scheme.group_size < 2:
             return (
                 f"method={self.name} binarizes blocks of group_size columns, so "

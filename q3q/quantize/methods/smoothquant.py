@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from q3q.models.anatomy import ScaleGroup
-from q3q.numerics.grid import absmax_grid, into_groups, on_grid
-from q3q.numerics.weights import QuantizedWeight, round_to_grid
-from q3q.quantize.method import Method, ScaleTask, SiteTask
+from q3q.numerics.grid import into_groups
+from q3q.numerics.levels import StoredLevels
+from q3q.quantize.method import Method, ScaleTask, SiteTask, levels_for
 from q3q.quantize.methods.settings import SmoothQuantSettings
 from q3q.quantize.statistics import Peak, starved_experts
 from q3q.spec import Scheme
@@ -41,9 +41,10 @@ def smoothquant_round_plain(
     scale_I = (act_I**alpha / weight_I ** (1 - alpha)).clamp(min=SMALLEST)  # equation 4
     smoothed, rounded = [weight_OI * scale_I for weight_OI in weights], []  # equation 3
     for weight_OI in smoothed:
-        groups_OGS = into_groups(weight_OI, scheme.group_size)
-        grid = absmax_grid(groups_OGS, scheme.bits)  # equation 1: Delta = max |W| / (2^(N-1) - 1)
-        rounded.append(on_grid(groups_OGS, grid, scheme.bits).flatten(1))
+        groups_EOGS = into_groups(weight_OI[None], scheme.group_size)
+        levels = levels_for(scheme, weight_OI[None])
+        grid = levels.absmax(groups_EOGS)  # equation 1: Delta = max |W| / (2^(N-1) - 1)
+        rounded.append(levels.on_grid(groups_EOGS, grid)[0].flatten(1))
     return scale_I, smoothed, rounded
 
 
@@ -88,11 +89,11 @@ class SmoothQuant(Method):
     def row_step(self, device: torch.device) -> int:
         return 1  # rows are independent
 
-    def quantize(self, task: SiteTask, scheme: Scheme) -> QuantizedWeight:
+    def quantize(self, task: SiteTask, scheme: Scheme) -> StoredLevels:
         if self.settings.smooth and self.settings.o_and_down and task.site == "down":
             task.starved_experts()
-        grid = absmax_grid(into_groups(task.weight_EOI, scheme.group_size), scheme.bits)
-        return round_to_grid(task.weight_EOI, grid, scheme.bits, scheme.group_size, symmetric=True)
+        levels, groups = task.levels_for(scheme), into_groups(task.weight_EOI, scheme.group_size)
+        return levels.rounded(groups, levels.absmax(groups))
 
 
 def _largest_weights(task: ScaleTask, experts: int) -> Tensor:

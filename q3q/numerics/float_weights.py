@@ -1,0 +1,142 @@
+"""Weights whose codes are small floating-point numbers, with their groups' scales.
+
+Shapes: E experts (1 in a dense block), O out features, I in features, G groups, S columns per
+group.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from q3q.number_formats import FLOATS, GLOBAL_SCALE_BITS, SCALE_BITS, NumberFormat
+from q3q.numerics.floats import decode, scale_numbers
+from q3q.numerics.linalg import all_finite
+
+GROUP_INDEX_BITS = 32
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """Codes of a floating-point format: weight ~ level(code) * scale, per row and group of columns.
+
+    codes_EOI: uint8, the format's own bit patterns.
+    stored_scale_EOG: as on disk: float32, or uint8 codes of E8M0 or E4M3.
+    format: a name of `number_formats.FLOATS`.
+    group_rows: rows that share a scale, which each of them has; -1: all rows of the linear.
+    global_EO: float32, of E4M3 scales: the factor that they were stored times, of each row's
+        linear, so that rows of several linears can lie below each other; else None.
+    group_EI: int32, each column's group; None if groups are runs of neighbours (no act-order).
+    """
+
+    codes_EOI: Tensor
+    stored_scale_EOG: Tensor
+    format: str
+    group_rows: int = 1
+    global_EO: Tensor | None = None
+    group_EI: Tensor | None = None
+
+    kind: ClassVar[str] = "float"
+    BY_ROW: ClassVar[tuple[str, ...]] = ("codes", "scale", "global")
+
+    @property
+    def _form(self) -> NumberFormat:
+        return FLOATS[self.format]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes_EOI.shape
+
+    @property
+    def code_bits(self) -> int:
+        return self._form.bits
+
+    @property
+    def scale_EOG(self) -> Tensor:
+        """What a level is multiplied by, float32."""
+        scale_EOG = scale_numbers(self.stored_scale_EOG, self._form.scale)
+        return scale_EOG if self.global_EO is None else scale_EOG / self.global_EO[..., None]
+
+    def dequantize(self) -> Tensor:
+        level_EOI, scale_EOG = decode(self.codes_EOI, self._form), self.scale_EOG
+        if self.group_EI is None:
+            level_EOGS = level_EOI.unflatten(2, (scale_EOG.shape[2], -1))
+            return level_EOGS.mul_(scale_EOG[..., None]).flatten(2)
+        index = self.group_EI.long()[:, None, :].expand(self.shape)
+        return level_EOI.mul_(scale_EOG.gather(2, index))
+
+    def to(self, device: torch.device | str) -> "FloatWeight":
+        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
+        return self.from_tensors(moved, self.facts())
+
+    def rows(self, start: int, stop: int) -> "FloatWeight":
+        tensors = self._tensors()
+        kept = {name: tensors[name][:, start:stop] for name in self.BY_ROW if name in tensors}
+        return self.from_tensors({**tensors, **kept}, self.facts())
+
+    def experts(self, start: int, stop: int) -> "FloatWeight":
+        kept = {name: tensor[start:stop] for name, tensor in self._tensors().items()}
+        return self.from_tensors(kept, self.facts())
+
+    def storage_bits(self) -> int:
+        """Count the codes and scales of one linear, its global factor, and the group index."""
+        experts, rows, groups = self.stored_scale_EOG.shape
+        scales = experts * groups * (1 if self.group_rows == -1 else -(-rows // self.group_rows))
+        total = self.nominal_bits() + scales * SCALE_BITS[self._form.scale]
+        if self.global_EO is not None:
+            total += experts * GLOBAL_SCALE_BITS
+        if self.group_EI is not None:
+            total += self.group_EI.numel() * GROUP_INDEX_BITS
+        return total
+
+    def nominal_bits(self) -> int:
+        return self.codes_EOI.numel() * self.code_bits
+
+    def largest_scale(self) -> float:
+        """Return the largest scale that is stored in 16 bits; 8-bit scales fit by their nature."""
+        return float(self.stored_scale_EOG.amax()) if self._form.scale == "float" else 1.0
+
+    def unsound(self, weight_EOI: Tensor) -> str | None:
+        """Return why these are no codes of this weight that can be stored; None if they are."""
+        if not all_finite(self.scale_EOG):
+            return "a scale is not a finite number"
+        if not bool((self.scale_EOG > 0).all()):
+            return "a scale is not above 0"
+        if self.too_fine() or not all_finite(decode(self.codes_EOI, self._form)):
+            return f"a code is no number of {self.format}"
+        return None
+
+    def too_fine(self) -> bool:
+        return bool(self.codes_EOI.numel()) and int(self.codes_EOI.amax()) >= 2**self.code_bits
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        tensors = self._tensors()
+        if self.group_EI is not None:
+            # A copy: linears of a site share it, and safetensors refuses shared memory.
+            tensors["group"] = self.group_EI.clone()
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": self.kind, "format": self.format, "group_rows": self.group_rows}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "FloatWeight":
+        return cls(
+            tensors["codes"],
+            tensors["scale"],
+            facts["format"],
+            facts["group_rows"],
+            tensors.get("global"),
+            tensors.get("group"),
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            "codes": self.codes_EOI,
+            "scale": self.stored_scale_EOG,
+            "global": self.global_EO,
+            "group": self.group_EI,
+        }
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -1,0 +1,150 @@
+"""How a model's linears are stored: bits, groups and the format of codes, of weights and inputs."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from q3q.errors import ConfigError, IncompatibleError
+from q3q.number_formats import FLOATS, FORMATS, INT, short_name
+
+Json = dict[str, Any]
+# Of a scheme, absent where they have their default: they are newer than the first records.
+SELDOM_OF_SCHEME = ("format", "group_rows", "four_over_six", "act_format", "act_group_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How numbers are stored.
+
+    bits: of a weight's code
+    group_size: neighbouring input columns that share a scale, -1 for the whole row
+    symmetric: codes lie evenly around zero
+    act_bits: of each quantized linear's input (dynamic, per token); None leaves it in 16 bits
+    scales: types that scales are rounded to in turn (`bfloat16 float16`), as an export stores
+        them; None leaves them in float32
+    format: of codes, a name of `number_formats`; each floating-point one has its own `bits`
+    group_rows: neighbouring rows that share a scale, -1 for all rows of a linear
+    four_over_six: each group's largest weight becomes 6 or 4, whichever errs less (nvfp4)
+    act_format, act_group_size: of each quantized linear's input, likewise; the scales are dynamic
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    act_bits: int | None = None
+    scales: str | None = None
+    format: str = INT
+    group_rows: int = 1
+    four_over_six: bool = False
+    act_format: str = INT
+    act_group_size: int = -1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise ConfigError(f"bits={self.bits} is out of range: give 1 to 8")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ConfigError(
+                f"group_size={self.group_size}: give a positive number of columns, or -1 for whole "
+                "rows"
+            )
+        if self.act_bits is not None and not 2 <= self.act_bits <= 16:
+            raise ConfigError(f"act_bits={self.act_bits} is out of range: give 2 to 16, or null")
+        for key, name in (("format", self.format), ("act_format", self.act_format)):
+            if name not in FORMATS:
+                raise ConfigError(f"{key}={name} is not known. Choose from: {', '.join(FORMATS)}")
+        for key in ("group_rows", "act_group_size"):
+            if (size := getattr(self, key)) != -1 and size < 1:
+                raise ConfigError(f"{key}={size}: give a positive number, or -1 for all")
+        for misfit in self._misfits():
+            raise IncompatibleError(misfit)
+
+    def _misfits(self) -> Iterator[str]:
+        """Yield in a line each why these numbers are not those of their formats."""
+        form, act = FLOATS.get(self.format), FLOATS.get(self.act_format)
+        size, act_size = self.group_size, self.act_group_size
+        if form is None and (self.group_rows != 1 or self.four_over_six):
+            key = "four_over_six=true" if self.four_over_six else f"group_rows={self.group_rows}"
+            able = "nvfp4" if self.four_over_six else "fp8_e4m3 or format=fp8_e5m2"
+            yield f"{key} has no use with format=int; it is for format={able}"
+        if form is not None:
+            if self.bits != form.bits:
+                yield f"bits={self.bits}: numbers of format={form.name} have {form.bits} bits"
+            if not self.symmetric:
+                yield (
+                    f"symmetric=false: format={form.name} is even around zero; only format=int has "
+                    "zero points"
+                )
+            if form.group_size not in (None, size):
+                yield f"group_size={size}: groups of format={form.name} have {form.group_size}"
+            if self.group_rows != 1 and form.group_size is not None:
+                yield f"group_rows={self.group_rows}: groups of format={form.name} lie in one row"
+            if self.four_over_six and form.scale != "e4m3":
+                yield f"four_over_six=true is for format=nvfp4, not for format={form.name}"
+        if act is not None and self.act_bits != act.bits:
+            yield f"act_bits={self.act_bits}: numbers of act_format={act.name} have {act.bits}"
+        if self.act_bits is None and act_size != -1:
+            yield f"act_group_size={act_size} has no use without act_format= or act_bits="
+        if act is not None and act.group_size not in (None, act_size):
+            yield (
+                f"act_group_size={act_size}: groups of act_format={act.name} have {act.group_size}"
+            )
+
+    def to_json(self) -> Json:
+        """Return plain JSON; newer settings where they differ from their defaults alone."""
+        own = {part.name: part.default for part in fields(self)}
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in SELDOM_OF_SCHEME or value != own[key]
+        }
+
+    @property
+    def codes(self) -> str:
+        """Name the codes for people: `w4`, `fp8`, `nvfp4 4/6`."""
+        if self.format == INT:
+            return f"w{self.bits}"
+        choice = " 4/6" if self.four_over_six else ""
+        return short_name(self.format) + choice
+
+    @property
+    def activations(self) -> str:
+        """Name what activations are rounded to: `a8`, `afp8`, `anvfp4`; nothing if they are not."""
+        if self.act_bits is None:
+            return ""
+        name = str(self.act_bits) if self.act_format == INT else short_name(self.act_format)
+        act = FLOATS.get(self.act_format)
+        own = self.act_group_size == -1 or (act is not None and act.group_size is not None)
+        return f"a{name}" + ("" if own else f"g{self.act_group_size}")
+
+    @property
+    def groups(self) -> str:
+        """Name what shares a scale: `g128`, `pc` (a row), `pt` (a linear), `128x128`."""
+        if self.group_rows == 1:
+            return "pc" if self.group_size == -1 else f"g{self.group_size}"
+        if self.group_rows == self.group_size == -1:
+            return "pt"
+        sides = (self.group_rows, self.group_size)
+        return "x".join("all" if side == -1 else str(side) for side in sides)
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """The scheme of every linear, by its full name (`blocks.3.mlp.down_proj`).
+
+    overrides: what differs from the base
+    skip: linears that stay as they are
+    head, embedding: None leaves them in 16 bits
+    """
+
+    base: Scheme
+    overrides: Mapping[str, Json] = field(default_factory=dict)
+    skip: Collection[str] = ()
+    head: Scheme | None = None
+    embedding: Scheme | None = None
+
+    def of(self, linear: str) -> Scheme | None:
+        """Return None for a linear that is not quantized."""
+        if linear in self.skip:
+            return None
+        changes = self.overrides.get(linear)
+        return replace(self.base, **changes) if changes else self.base

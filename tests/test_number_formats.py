@@ -1,0 +1,150 @@
+"""Formats as settings: what they mean, what is refused, and what names and ids make of them."""
+
+import shlex
+
+import pytest
+
+from q3q.config import resolve, schema
+from q3q.config.command import command_of
+from q3q.errors import ConfigError, IncompatibleError
+from q3q.number_formats import FLOATS, FORMATS
+from q3q.quantize.methods.settings import SETTINGS
+from q3q.report.measures import labels
+from q3q.spec import SELDOM_OF_SCHEME, Scheme, TrialSpec
+from q3q.track.mlflow_fields import trial_params
+from tests.composed import compose as composed
+
+
+@pytest.fixture(name="compose")
+def fixture_compose(tmp_path):
+    def compose(*words):
+        settings = [schema.with_plain_keys(word) for word in words]
+        # `storage` first: a test may name another.
+        return resolve.trial_from(
+            composed("config", [f"storage={tmp_path}", "evaluation=none", *settings])
+        )
+
+    return compose
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("method=rtn format=nvfp4", "rtn nvfp4 g16"),
+        ("method=rtn format=nvfp4 four_over_six=true", "rtn nvfp4 4/6 g16"),
+        ("method=gptq format=fp8_e4m3", "gptq fp8 pc"),
+        ("method=gptq format=fp8_e5m2 group_size=32", "gptq fp8_e5m2 g32"),
+        ("method=rtn format=fp8_e4m3 group_rows=-1", "rtn fp8 pt"),
+        ("method=rtn format=fp8_e4m3 group_size=128 group_rows=128", "rtn fp8 128x128"),
+        ("method=rtn format=mxfp6 act_format=mxfp8", "rtn mxfp6 amxfp8 g32"),
+        ("method=rtn bits=4 act_format=fp8_e4m3", "rtn w4afp8 g128"),
+        ("method=rtn bits=8 act_bits=8 act_group_size=64", "rtn w8a8g64 g128"),
+        ("method=smoothquant format=fp8_e4m3", "smoothquant fp8 afp8 pc"),
+        ("method=smoothquant format=fp8_e4m3 act_bits=8", "smoothquant fp8 a8 pc"),
+        ("method=smoothquant format=mxfp4 act_bits=16", "smoothquant mxfp4 g32"),
+    ],
+)
+def test_a_format_brings_its_bits_and_groups(compose, overrides, name):
+    trial = compose(*overrides.split())
+    assert trial.spec.name == name
+    again = TrialSpec.from_json(trial.spec.to_json())
+    assert again == trial.spec
+    assert again.id == trial.spec.id
+    assert compose(*shlex.split(command_of(trial))[2:]).spec.id == trial.spec.id
+
+
+def test_a_scheme_of_whole_numbers_says_nothing_of_formats(compose):
+    spec = compose("method=gptq", "bits=4").spec
+    assert not set(SELDOM_OF_SCHEME) & spec.to_json()["scheme"].keys()
+    assert not set(SELDOM_OF_SCHEME) & spec.to_json(complete=True)["scheme"].keys()
+    assert "format" not in trial_params(spec)
+
+
+def test_activations_are_no_part_of_the_quantization(compose):
+    plain, rounded, other = (
+        compose("method=rtn", "format=fp8_e4m3", f"act_format={act}").spec
+        for act in ("null", "fp8_e4m3", "mxfp8")
+    )
+    assert plain.quantization_id == rounded.quantization_id == other.quantization_id
+    assert len({plain.id, rounded.id, other.id}) == 3
+    grouped = compose(
+        "method=rtn", "format=fp8_e4m3", "act_format=fp8_e4m3", "act_group_size=32"
+    ).spec
+    assert grouped.id not in {plain.id, rounded.id}
+    params = trial_params(grouped)
+    assert params["format"] == "fp8_e4m3"
+    assert params["act_group_size"] == "32"
+
+
+def test_labels_name_every_format_but_whole_numbers(compose):
+    specs = [
+        compose("method=rtn", f"format={form}", "group_size=null").spec
+        for form in ("int", "nvfp4", "fp8_e4m3")
+    ]
+    assert labels(specs) == ["rtn g128", "rtn nvfp4", "rtn fp8 pc"]
+    assert labels(specs[1:2]) == ["rtn nvfp4"]
+    acts = [
+        compose("method=rtn", "format=mxfp4", f"act_format={act}").spec for act in ("null", "mxfp8")
+    ]
+    assert labels(acts) == ["rtn mxfp4 a16", "rtn mxfp4 amxfp8"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (
+            "format=mxfp4 group_size=128",
+            ConfigError,
+            "group_size=128: groups of format=mxfp4 have 32",
+        ),
+        ("format=fp8_e4m3 bits=3", ConfigError, "bits=3: numbers of format=fp8_e4m3 have 8 bits"),
+        ("format=fp8", ConfigError, "format=fp8 is not known.*fp8_e4m3"),
+        ("format=nvfp4 symmetric=false", ConfigError, "even around zero; only format=int"),
+        ("format=mxfp8 four_over_six=true", ConfigError, "is for format=nvfp4"),
+        ("four_over_six=true", ConfigError, "no use with format=int"),
+        ("group_rows=128", ConfigError, "no use with format=int; it is for format=fp8"),
+        ("format=nvfp4 group_rows=16", ConfigError, "lie in one row"),
+        ("format=fp8_e4m3 group_rows=0", ConfigError, "group_rows=0: give a positive number"),
+        ("act_format=nvfp4 act_group_size=32", ConfigError, "groups of act_format=nvfp4 have 16"),
+        ("act_format=mxfp8 act_bits=4", ConfigError, "act_bits=4: numbers of act_format=mxfp8"),
+        ("act_group_size=32", ConfigError, "no use without act_format="),
+        ("act_bits=8 act_group_size=100", ConfigError, "act_group_size=100 does not divide"),
+        ("method=none act_format=mxfp8", IncompatibleError, "act_format=mxfp8 has no use"),
+        (
+            "method=billm format=mxfp4",
+            IncompatibleError,
+            "format=mxfp4; it takes format=int",
+        ),
+        (
+            "format=nvfp4 four_over_six=true method.mse=true",
+            IncompatibleError,
+            "four_over_six=true chooses",
+        ),
+        (
+            "method=awq format=fp8_e4m3 group_rows=-1",
+            IncompatibleError,
+            "give method.clip=false",
+        ),
+        ("format=fp8_e4m3 export=gptq", IncompatibleError, "format=fp8_e4m3.*these can: export=hf"),
+        ("act_format=fp8_e4m3 export=hf", IncompatibleError, "act_format=fp8_e4m3.*no format can"),
+        (
+            "format=nvfp4 overrides={blocks.0:{bits:8}}",
+            ConfigError,
+            "bits=8: numbers of format=nvfp4",
+        ),
+    ],
+)
+def test_nonsense_is_refused_with_what_is_possible(compose, overrides, error, words):
+    with pytest.raises(error, match=words) as raised:
+        compose(*overrides.split())
+    assert "\n" not in str(raised.value)
+
+
+def test_the_table_of_formats_is_whole():
+    for name, form in FLOATS.items():
+        scheme = Scheme(
+            bits=form.bits, group_size=form.group_size or -1, symmetric=True, format=name
+        )
+        able = {method for method, kind in SETTINGS.items() if kind().clash(scheme) is None}
+        assert able == {"rtn", "gptq", "awq", "smoothquant"}
+    assert FORMATS[0] == "int"
