@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from q3q.config.patterns import linears
+from q3q.config.schemes import resolve_schemes
 from q3q.errors import CheckpointError
 from q3q.models.block import Rope
 from q3q.models.checkpoint import Checkpoint
@@ -14,7 +17,7 @@ from q3q.models.delta_sizes import DeltaSizes
 from q3q.models.facts import read_facts
 from q3q.models.streaming import StreamedDecoder
 from q3q.quantize.methods.awq import Awq
-from q3q.quantize.methods.settings import AwqSettings, SmoothQuantSettings
+from q3q.quantize.methods.settings import AwqSettings, RtnSettings, SmoothQuantSettings
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.scales import migrate_scale
 from q3q.quantize.walk import quantize_model
@@ -178,6 +181,28 @@ def test_methods_that_scale_take_what_stays_unquantized_along(kind, tmp_path):
         if kind != "qwen3.5":
             assert {"mlp.gate.weight", "mlp.shared_expert_gate.weight"} <= changed
         assert scaled < 3 * plain
+
+
+@pytest.mark.parametrize("settings", [RtnSettings(), AwqSettings(), SmoothQuantSettings()])
+def test_small_projections_stay_unquantized_unless_skip_is_given(settings):
+    """Even where the rest of their site is rounded, or takes a scale."""
+    facts = read_facts(build("qwen3.5").config.to_dict())
+    act_bits = 8 if settings.name == "smoothquant" else None
+    given = {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": act_bits, "overrides": {}}
+
+    def resolved(skip):
+        schemes, rules = resolve_schemes(OmegaConf.create({**given, "skip": skip}), settings, facts)
+        assert schemes is not None
+        return schemes.skip, rules
+
+    left = {f"blocks.{k}.linear_attn.in_proj_{part}" for k in (0, 1, 3) for part in "ba"}
+    skipped, rules = resolved(None)
+    assert set(skipped) == left
+    assert rules == {}
+    assert resolved([]) == ((), {"skip": []})
+    assert set(resolved(["blocks.2"])[0]) == {
+        name for name in linears(facts) if name.startswith("blocks.2.")
+    }
 
 
 def test_what_a_row_carries_is_counted():
