@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -43,7 +43,7 @@ SHAPES = {  # hidden, layers, heads, kv_heads, intermediate, tied
     "qwen3_32b": (5120, 64, 64, 8, 25600, False),
     "qwen3_30b_a3b": (2048, 48, 32, 4, 6144, False),
 }
-EXPERTS = {
+EXPERTS: dict[str, Any] = {
     "model_type": "qwen3_moe",
     "num_experts": 128,
     "num_experts_per_tok": 8,
@@ -52,7 +52,7 @@ EXPERTS = {
 
 
 def facts(name):
-    experts = EXPERTS if name == "qwen3_30b_a3b" else {}
+    experts: dict[str, Any] = EXPERTS if name == "qwen3_30b_a3b" else {}
     return read_facts(qwen3_config(*SHAPES[name], **experts))
 
 
