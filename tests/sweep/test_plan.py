@@ -53,7 +53,7 @@ EXPERTS: dict[str, Any] = {
 
 
 def facts(name):
-    experts = EXPERTS if name == "qwen3_30b_a3b" else {}
+    experts: dict[str, Any] = EXPERTS if name == "qwen3_30b_a3b" else {}
     return read_facts(qwen3_config(*SHAPES[name], **experts))
 
 
