@@ -23,6 +23,8 @@ from q3q.models.block import rms_norm
 from q3q.models.delta_sizes import CHUNK, PIECE_TOKENS, DeltaSizes
 from q3q.models.recurrence import State
 
+# Queries, keys and values [B, N, T, K or V], decays and rates [B, N, T], as the rule reads them.
+Heads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 NORM_EPS = 1e-6  # added to a key's and a query's squared length, as transformers does
 
 
@@ -58,8 +60,8 @@ class GatedDelta:
         mixed_BTC, b_BTN, a_BTN = inputs_BTX.split(
             (sizes.channels, sizes.value_heads, sizes.value_heads), dim=-1
         )
-        last_BWC, matrix_BNKV = (None, None) if state is None else state
-        mixed_BTC, last_BWC = self._convolve(mixed_BTC, last_BWC, lengths_B)
+        before_BWC, before_BNKV = (None, None) if state is None else (state[0], state[1])
+        mixed_BTC, last_BWC = self._convolve(mixed_BTC, before_BWC, lengths_B)
         rate_BTN = b_BTN.sigmoid().float()
         steps_BTN = softplus(a_BTN.float() + self.bias_N.float())
         decay_BTN = -self.log_rate_N.float().exp() * steps_BTN
@@ -73,7 +75,7 @@ class GatedDelta:
             value.unflatten(-1, (-1, sizes.value_dim)),
             decay_BTN,
             rate_BTN,
-            matrix_BNKV,
+            before_BNKV,
         )
         return outputs.flatten(2), (last_BWC, matrix_BNKV)
 
@@ -123,8 +125,8 @@ def delta_rule(
     outputs_BTNV = torch.empty_like(value_BTNV, memory_format=torch.contiguous_format)
     step = max(1, PIECE_TOKENS // (rows * chunk)) * chunk
     for start in range(0, tokens, step):
-        piece = (x[:, start : start + step] for x in parts)
-        output, matrix_BNKV = _in_chunks(*_by_heads(*piece), matrix_BNKV, chunk)
+        heads_of_piece = _by_heads(*(x[:, start : start + step] for x in parts))
+        output, matrix_BNKV = _in_chunks(heads_of_piece, matrix_BNKV, chunk)
         outputs_BTNV[:, start : start + step] = output.transpose(1, 2)
     return outputs_BTNV, matrix_BNKV
 
@@ -161,7 +163,7 @@ def _by_heads(
     value_BTNV: Tensor,
     decay_BTN: Tensor,
     rate_BTN: Tensor,
-) -> tuple[Tensor, ...]:
+) -> Heads:
     """Return all in float32 and by value heads, [B, N, T, ...]; queries and keys are normed."""
     repeats = value_BTNV.shape[2] // key_BTMK.shape[2]
     normed = []
@@ -174,20 +176,13 @@ def _by_heads(
     return query_BNTK, normed[1], value_BNTV, decay_BTN.transpose(1, 2), rate_BTN.transpose(1, 2)
 
 
-def _in_chunks(
-    query_BNTK: Tensor,
-    key_BNTK: Tensor,
-    value_BNTV: Tensor,
-    decay_BNT: Tensor,
-    rate_BNT: Tensor,
-    matrix_BNKV: Tensor,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
+def _in_chunks(heads: Heads, matrix_BNKV: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Return outputs [B, N, T, V] and the matrices, by the paper's chunked form (its section 3.3).
 
     Within a chunk, what each token writes, rate * (value - what the matrix holds at its key),
     depends on what the tokens before it wrote: a triangular system of equations, solved at once.
     """
+    query_BNTK, key_BNTK, value_BNTV, decay_BNT, rate_BNT = heads
     tokens = query_BNTK.shape[2]
     chunk = min(chunk, tokens)
     missing = -tokens % chunk  # padded tokens have rate 0 and decay 1
@@ -227,6 +222,4 @@ def gated_norm(x_xV: Tensor, gate_xV: Tensor, gain_V: Tensor, eps: float) -> Ten
     The gain here is not stored around 0.
     """
     normed_xV = rms_norm(x_xV, gain_V, eps).float()
-    return normed_xV.mul_(silu(gate_xV.float(), inplace=gate_xV.dtype != torch.float32)).to(
-        x_xV.dtype
-    )
+    return normed_xV.mul_(silu(gate_xV.float())).to(x_xV.dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from q3q.models.adjust import set_activations
 from q3q.models.checkpoint import Checkpoint
 from tests.export.test_reload import CT, W8A8, strangers_view
 from tests.models.families import build, nest
@@ -42,6 +43,7 @@ def test_hybrids_come_back_whole(trial_of, export, tmp_path, kind, nested, name,
     assert skip
     trial = respecified(trial_of(original, name, tmp_path / "out", **scheme), skip=skip)
     made, model = export(original, trial)
+    set_activations(model, trial.spec)
     result = strangers_view(made, model)
     assert loader in result.loader
     assert result.check.passed, result.check.detail

@@ -75,6 +75,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama3 rope": dict(model_type="llama", **LLAMA3),
     "yarn": dict(model_type="qwen2", **YARN),
     **HYBRIDS,
+    "qwen3.5, yarn": {
+        **HYBRIDS["qwen3.5"],
+        **rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            partial_rotary_factor=0.5,
+        ),
+    },
     "yarn, unrounded": dict(
         model_type="qwen3",
         **rope(

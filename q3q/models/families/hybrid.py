@@ -66,8 +66,8 @@ class Hybrid(Qwen3):
     inner_site: ClassVar[Site]
 
     def facts(self, values: Values) -> ModelFacts:
-        facts = super().facts(values)
         values = values.with_defaults(self.defaults)
+        facts = super().facts(values)
         return replace(
             facts,
             recurrent=self._recurrent(values, facts.layers),
