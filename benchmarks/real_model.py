@@ -290,8 +290,8 @@ def read(storage: Path) -> dict[Cell, Result]:
             result.seconds = metrics.get("seconds/quantize")
             found = (record["comparisons"] or {}).get(perplexity)
             if found and found["low"] is not None:
-                values = (math.exp(found[key]) for key in ("difference", "low", "high"))
-                result.ratio = tuple(values)
+                value, low, high = (math.exp(found[key]) for key in ("difference", "low", "high"))
+                result.ratio = value, low, high
         for task in TASKS:
             if f"{task}/acc" in metrics:
                 result.accuracy[task] = metrics[f"{task}/acc"]
