@@ -152,7 +152,7 @@ def table(question: Question, storage: Path, names: dict[str, str]) -> str:
 
 def row_of(
     record: dict[str, Any], names: dict[str, str], measured: tuple[str, str]
-) -> tuple[tuple[int, str, int, str], list[str]]:
+) -> tuple[tuple[int, bool, int, str], list[str]]:
     """Return a record's place in the table, and its row."""
     spec, metrics, intervals = record["spec"], record["metrics"], record["intervals"]
     bits = spec["scheme"]["bits"] if spec["scheme"] else 16

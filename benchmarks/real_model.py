@@ -290,8 +290,8 @@ def read(storage: Path) -> dict[Cell, Result]:
             result.seconds = metrics.get("seconds/quantize")
             found = (record["comparisons"] or {}).get(perplexity)
             if found and found["low"] is not None:
-                values = (math.exp(found[key]) for key in ("difference", "low", "high"))
-                result.ratio = tuple(values)
+                value, low, high = (math.exp(found[key]) for key in ("difference", "low", "high"))
+                result.ratio = value, low, high
         for task in TASKS:
             if f"{task}/acc" in metrics:
                 result.accuracy[task] = metrics[f"{task}/acc"]
@@ -323,7 +323,9 @@ def grid_table(results: dict[Cell, Result]) -> str:
             percent = None if pair is None else (100 * pair[0], 100 * pair[1])
             row.append(with_interval(None if value is None else 100 * value, percent))
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    missing = [cell.name for cell in CELLS if cell not in results]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, *(["", f"Not run: {'; '.join(missing)}."] if missing else [])])
 
 
 def with_interval(value: float | None, pair: Interval | None) -> str:

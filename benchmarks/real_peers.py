@@ -162,6 +162,9 @@ def table(turns: Iterable[Turn]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     turns = list(turns)
+    whole = next((one for one in turns if one.name == "unquantized"), None)
+    if whole is not None:
+        lines.append(f"| | | unquantized | {whole.perplexity:.3f} | | | |")
     order = {contender.name: k for k, contender in enumerate(CONTENDERS["gptq"])}
     ranked = [turn for turn in turns if turn.name in order]
     for turn in sorted(ranked, key=lambda one: (one.method != "gptq", -one.bits, order[one.name])):
@@ -172,7 +175,15 @@ def table(turns: Iterable[Turn]) -> str:
             f"| {turn.method} | {turn.bits} | {turn.name} | {turn.perplexity:.3f} | {turn.kl:.5f} "
             f"| {over} | {turn.cpu:.0f} |"
         )
-    return "\n".join(lines)
+    taken = {(one.method, one.bits, one.name) for one in turns}
+    missing = [
+        f"{method} {bits} bits by {contender.name}"
+        for method, contenders in CONTENDERS.items()
+        for bits in BITS
+        for contender in contenders
+        if (method, bits, contender.name) not in taken
+    ]
+    return "\n".join([*lines, *(["", f"Not run: {'; '.join(missing)}."] if missing else [])])
 
 
 def ratio(own: Turn, other: Turn) -> str:
