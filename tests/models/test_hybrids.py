@@ -1,6 +1,7 @@
 """Hybrids: the delta rule and its state, scales through norms around 0, and what is refused."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.scales import migrate_scale
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
+from tests.composed import compose
 from tests.fidelity.test_drivers import Nowhere
 from tests.models.families import HYBRIDS, build, nest
 
@@ -48,7 +50,7 @@ def heads(rows, tokens):
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 64), (2, 64), (64, 64), (150, 64), (23, 4)])
 def test_chunks_are_the_plain_recurrence(tokens, chunk):
-    parts = heads(2, tokens)
+    parts: Any = heads(2, tokens)
     ours, matrix = delta_rule(*parts, chunk=chunk)
     expected, expected_matrix = delta_rule_plain(*parts)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
@@ -188,10 +190,11 @@ def test_small_projections_stay_unquantized_unless_skip_is_given(settings):
     """Even where the rest of their site is rounded, or takes a scale."""
     facts = read_facts(build("qwen3.5").config.to_dict())
     act_bits = 8 if settings.name == "smoothquant" else None
-    given = {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": act_bits, "overrides": {}}
+    config = compose("config", ["bits=8", "group_size=-1", "symmetric=true"])
 
     def resolved(skip):
-        schemes, rules = resolve_schemes(OmegaConf.create({**given, "skip": skip}), settings, facts)
+        given = OmegaConf.merge(config, {"skip": skip, "act_bits": act_bits})
+        schemes, rules = resolve_schemes(given, settings, facts)
         assert schemes is not None
         return schemes.skip, rules
 
