@@ -1,11 +1,9 @@
 """Hybrids: the delta rule and its state, scales through norms around 0, and what is refused."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from q3q.config.patterns import linears
 from q3q.config.schemes import resolve_schemes
@@ -50,8 +48,8 @@ def heads(rows, tokens):
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 64), (2, 64), (64, 64), (150, 64), (23, 4)])
 def test_chunks_are_the_plain_recurrence(tokens, chunk):
-    parts: Any = heads(2, tokens)
-    ours, matrix = delta_rule(*parts, chunk=chunk)
+    parts = heads(2, tokens)
+    ours, matrix = delta_rule(*parts, None, chunk)
     expected, expected_matrix = delta_rule_plain(*parts)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(matrix, expected_matrix, rtol=0, atol=1e-5)
@@ -193,8 +191,8 @@ def test_small_projections_stay_unquantized_unless_skip_is_given(settings):
     config = compose("config", ["bits=8", "group_size=-1", "symmetric=true"])
 
     def resolved(skip):
-        given = OmegaConf.merge(config, {"skip": skip, "act_bits": act_bits})
-        schemes, rules = resolve_schemes(given, settings, facts)
+        config.skip, config.act_bits = skip, act_bits
+        schemes, rules = resolve_schemes(config, settings, facts)
         assert schemes is not None
         return schemes.skip, rules
 
