@@ -48,8 +48,9 @@ def heads(rows, tokens):
 
 @pytest.mark.parametrize(("tokens", "chunk"), [(1, 64), (2, 64), (64, 64), (150, 64), (23, 4)])
 def test_chunks_are_the_plain_recurrence(tokens, chunk):
-    parts = heads(2, tokens)
-    ours, matrix = delta_rule(*parts, None, chunk)
+    query, key, value, decay, rate, before = heads(2, tokens)
+    parts = query, key, value, decay, rate, before
+    ours, matrix = delta_rule(*parts, chunk)
     expected, expected_matrix = delta_rule_plain(*parts)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(matrix, expected_matrix, rtol=0, atol=1e-5)
