@@ -87,7 +87,7 @@ def test_every_model_becomes_a_spec(name, tmp_path):
     assert made.model.name == label
     if name.startswith("qwen3"):
         assert made.model.source is not None
-        assert made.model.source.startswith("Qwen/Qwen3-")
+        assert made.model.source.startswith(("Qwen/Qwen3-", "Qwen/Qwen3."))
         assert made.model.dtype == "bfloat16"
 
 

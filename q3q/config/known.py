@@ -6,7 +6,7 @@ methods, `method.gptq.damping` is the damping of GPTQ alone.
 
 import functools
 from dataclasses import fields
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from q3q.config.schema import GROUPS, Config, nearest
 from q3q.quantize.methods.registry import offers
@@ -55,7 +55,8 @@ def type_of(key: str) -> Any:
 
 
 def takes_list(key: str) -> bool:
-    return get_origin(type_of(key)) is list
+    kind = type_of(key)
+    return any(get_origin(one) is list for one in (kind, *get_args(kind)))
 
 
 def takes_text(key: str) -> bool:
