@@ -51,6 +51,7 @@ UNDERSTOOD = [
 ]
 
 ANSWERED = [
+    ("skip.x=1", "skip.x is not a setting. See python launch.py --help"),
     ("bits=2,3", "several values need -m: python launch.py -m bits=2,3"),
     (
         "method=rtn bits=range(2,4)",

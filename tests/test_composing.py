@@ -106,7 +106,8 @@ def answer(compose: Callable[[Sequence[str]], DictConfig], words: Sequence[str])
     """Return a job's config with its words, or Hydra's whole error."""
     try:
         config = compose(words)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    # AssertionError: OmegaConf's answer to a part of a setting that is null.
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
         return WRONG, type(error), str(error), str(error.__cause__)
     assert config.hydra.overrides.task == list(words) or words[0].startswith("hydra.")
     return content(config), resolved(config)

@@ -105,8 +105,14 @@ def _model(word: str, sweeps: bool) -> list[str]:
 
 
 def _listed(word: str) -> str:
-    """Take a single value for a list of one, where a setting takes a list."""
+    """Take a single value for a list of one, where a setting takes a list.
+
+    Raises:
+        ConfigError: it names a part of a list.
+    """
     override = _parsed(word)
+    if override is not None and takes_list(override.key_or_group.rpartition(".")[0]):
+        raise ConfigError(not_a_setting(override.key_or_group))
     if override is None or override.is_delete() or not takes_list(override.key_or_group):
         return word
     key, _, typed = word.partition("=")

@@ -95,6 +95,12 @@ def _with_patterns(
             changes_of.setdefault(name, {}).update(change)
     if config.skip is None:
         skipped = {name for pattern in left_out for name in matching_linears(pattern, model)}
+        for pattern in patterns:
+            if skipped.issuperset(matching_linears(pattern, model)):
+                raise ConfigError(
+                    f"overrides: {pattern} names only layers that stay in 16 bits unless skip is "
+                    "given; skip=[] quantizes them"
+                )
     else:
         skipped = {name for pattern in config.skip for name in _matches("skip", pattern, model)}
     overrides = {}

@@ -1,9 +1,28 @@
 """The format of AutoAWQ (`gemm`), which vLLM, SGLang and transformers load as `awq`."""
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from q3q.export.writer import PackingExporter
+from q3q.models.family import ModelFacts
 from q3q.spec import Json
+
+
+def _unquantized(facts: ModelFacts) -> Iterator[str]:
+    """Yield modules that stay plain numbers, by their names in files.
+
+    Full names: readers match substrings, and `mlp.gate` is also in `mlp.gate_proj`. A reader of the
+    text part alone knows its modules without the name of that part.
+    """
+    for k in range(facts.layers):
+        for site in facts.sites(k):
+            for name in site.unquantized:
+                full = facts.on_disk(k, name.removesuffix(".weight"))
+                yield full
+                if ".language_model." in full:
+                    yield full.replace(".language_model.", ".", 1)
+    for part in facts.family.carried if facts.carried_bytes else ():
+        yield part.strip(".")
 
 
 class AwqExporter(PackingExporter):
@@ -20,12 +39,5 @@ class AwqExporter(PackingExporter):
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "zero_point": True,
-            # Full names: readers match substrings, and `mlp.gate` is also in `mlp.gate_proj`.
-            "modules_to_not_convert": [
-                facts.on_disk(k, name.removesuffix(".weight"))
-                for k in range(facts.layers)
-                for site in facts.sites(k)
-                for name in site.unquantized
-            ]
-            or None,
+            "modules_to_not_convert": list(_unquantized(facts)) or None,
         }

@@ -181,5 +181,5 @@ def _needed_bytes(trial: Trial, facts: ModelFacts) -> int:
     """Return the bytes that are still to be written, with some to spare."""
     partial = partial_path(path_of(trial))
     written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    needed = expected_bytes(trial.spec, facts)
+    needed = expected_bytes(trial.spec, facts) + facts.carried_bytes
     return max(0, needed + int(needed * SPARE_SHARE) + SPARE_BYTES - written)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,14 @@ from typing import TYPE_CHECKING
 from q3q.errors import CheckpointError, first_line
 from q3q.models.digests import DigestMemo
 from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
-from q3q.models.model_files import FLOATS, carried_over, read_model_files, settle, unread
+from q3q.models.model_files import (
+    FLOATS,
+    ModelFiles,
+    carried_over,
+    read_model_files,
+    settle,
+    unread,
+)
 from q3q.models.model_json import (
     OWN_FOLDER,
     TOKENIZER_LIMIT,
@@ -71,12 +79,14 @@ class Checkpoint:
         for name in (*TOKENIZER_FILES, GENERATION):
             refuse_irregular(folder / name, TOKENIZER_LIMIT)
         facts = read_facts(folder)
-        self._files = read_model_files(folder)
+        self._files = _as_text(read_model_files(folder), facts)
         self.facts, remarks = settle(facts, self._files)
         self._stored = self._files.tensors
         self._names = self._check_complete()
         parts = self.facts.family.carried
         self.carried = tuple(name for name in self._stored if parts and name.startswith(parts))
+        bits = sum(self._stored[name].bits for name in self.carried)
+        self.facts = replace(self.facts, carried_bytes=bits // 8)
         remarks += unread(self._stored, {*self._names, *self.carried}, self.facts)
         remarks += carried_over(self.carried)
         self.remarks: tuple[str, ...] = (*self._files.remarks, *remarks)
@@ -310,6 +320,19 @@ class Checkpoint:
                     f"{self.folder}: {number_of_tensors(misfits)} {what}, first {misfits[0]}"
                 )
         return {name: name in linears for name in expected}
+
+
+def _as_text(files: ModelFiles, facts: ModelFacts) -> ModelFiles:
+    """Return a text model's files with the names of text models.
+
+    transformers gives the text part of a model that sees images a config of its own when it saves
+    it, and leaves the tensors their long names.
+    """
+    own, inner = facts.family.embedding, "model.language_model."
+    if own in files.tensors or not own.startswith("model."):
+        return files
+    tensors = {name.replace(inner, "model.", 1): one for name, one in files.tensors.items()}
+    return replace(files, tensors=tensors) if own in tensors else files
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -122,6 +122,11 @@ def delta_rule(
     parts = query_BTMK, key_BTMK, value_BTNV, decay_BTN, rate_BTN
     if tokens == 1:
         return delta_rule_plain(*parts, matrix_BNKV)
+    most = max(1, PIECE_TOKENS // chunk)
+    if rows > most:  # a piece takes a chunk of every row
+        few = zip(*(x.split(most) for x in (*parts, matrix_BNKV)), strict=True)
+        done = [delta_rule(q, k, v, a, b, s, chunk) for q, k, v, a, b, s in few]
+        return torch.cat([part for part, _ in done]), torch.cat([part for _, part in done])
     outputs_BTNV = torch.empty_like(value_BTNV, memory_format=torch.contiguous_format)
     step = max(1, PIECE_TOKENS // (rows * chunk)) * chunk
     for start in range(0, tokens, step):

@@ -65,6 +65,8 @@ class ModelFacts:
     says_dtype: bool = field(default=True, compare=False)  # False: float32 is the default
     packing: Packing | None = None  # of its linears, None for plain numbers
     quantized: str | None = None  # by what, even if stored as plain numbers again
+    # Of parts that exports take over; known once the weights' files are open.
+    carried_bytes: int = field(default=0, compare=False)
 
     def sparse(self, layer: int) -> bool:
         """Return True if this block routes its tokens to experts."""

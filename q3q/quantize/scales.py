@@ -76,9 +76,11 @@ class Rebalancing:
         for group, chunk, _, found in searches:
             scales_EI = broadcast(found, chunk.owner)
             experts = chunk.experts if self._of_experts(group) else slice(None)
-            for scale_EI in scales_EI:
-                weights = self._block.weights
+            weights = self._block.weights
+            for number, wished_EI in enumerate(scales_EI):
+                scale_EI = storable(weights[group.producer], group, wished_EI)
                 weights.update(migrate_scale(weights, group, scale_EI, experts, self.changed))
+                scales_EI[number] = scale_EI
             if not self._of_experts(group):
                 shared = (chunk.quantizer.site, *group.also)
                 self._shared |= dict.fromkeys(shared, scales_EI)
@@ -97,6 +99,21 @@ class Rebalancing:
             self._original, group, chunk.statistics, self._rope, self._activations, found.append
         )
         return replace(task, experts=chunk.experts) if self._of_experts(group) else task
+
+
+def storable(gain: Tensor, group: ScaleGroup, scale_EI: Tensor) -> Tensor:
+    """Return the scale that a producer can take over exactly, next to the given one.
+
+    A gain that lies in its file around 0 takes effect with 1 added. A small one is stored near -1,
+    where 16-bit numbers are far apart, so it is not divided by just any scale; the readers must be
+    multiplied by the one that it is divided by.
+    """
+    if not group.offset:
+        return scale_EI
+    whole_I = gain.float() + group.offset
+    stored_I = (whole_I / scale_EI[0] - group.offset).to(gain.dtype).float() + group.offset
+    # Where nothing would be left of the gain, the channel keeps it.
+    return torch.where(stored_I == 0, 1.0, whole_I / stored_I)[None]
 
 
 def _rescale(chunk: Chunk, scales_EI: Sequence[Tensor]) -> None:

@@ -85,7 +85,8 @@ def left_behind(trial: Trial, facts: ModelFacts) -> Left:
     if spec.export:
         plain, weights = facts.weight_bytes(dtype), facts.linear_parameters
         others = plain // facts.parameters * (facts.parameters - weights)
-        left["export", spec.id] = plain if spec.export == "hf" else blocks + others
+        own = plain if spec.export == "hf" else blocks + others
+        left["export", spec.id] = own + facts.carried_bytes
     return left
 
 

@@ -1,13 +1,18 @@
 """Hybrids: the delta rule and its state, scales through norms around 0, and what is refused."""
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from q3q.config.patterns import linears
+from q3q.config.schema import OverrideConfig
 from q3q.config.schemes import resolve_schemes
-from q3q.errors import CheckpointError
+from q3q.errors import CheckpointError, ConfigError
+from q3q.models import delta
+from q3q.models.anatomy import QKV, ScaleGroup
 from q3q.models.block import Rope
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
@@ -18,7 +23,7 @@ from q3q.models.streaming import StreamedDecoder
 from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.settings import AwqSettings, RtnSettings, SmoothQuantSettings
 from q3q.quantize.methods.smoothquant import SmoothQuant
-from q3q.quantize.scales import migrate_scale
+from q3q.quantize.scales import migrate_scale, storable
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
 from tests.composed import compose
@@ -54,6 +59,40 @@ def test_chunks_are_the_plain_recurrence(tokens, chunk):
     expected, expected_matrix = delta_rule_plain(*parts)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(matrix, expected_matrix, rtol=0, atol=1e-5)
+
+
+def test_many_rows_are_computed_a_few_at_a_time(monkeypatch):
+    parts, few_at_a_time = heads(11, 9), partial(delta_rule, chunk=4)
+    expected, expected_matrix = few_at_a_time(*parts)
+    monkeypatch.setattr(delta, "PIECE_TOKENS", 16)  # a chunk of four rows
+    seen: list[int] = []
+    plain = delta._in_chunks
+
+    def watched(of_heads, *rest):
+        seen.append(len(of_heads[0]))
+        return plain(of_heads, *rest)
+
+    monkeypatch.setattr(delta, "_in_chunks", watched)
+    ours, matrix = few_at_a_time(*parts)
+    assert max(seen) == 4
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(matrix, expected_matrix, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.1])
+def test_a_gain_around_0_takes_over_the_scale_that_its_file_can_hold(gain):
+    group = ScaleGroup(QKV, "norm", offset=1.0)
+    stored = (gain * (1 + 0.1 * drawn(64)) - 1).bfloat16()
+    scale = drawn(1, 64, seed=1).exp()
+    near = storable(stored, group, scale)
+    weights = {"norm": stored, **{name: torch.ones(2, 64) for name in QKV.weights}}
+    changed = migrate_scale(weights, group, near)
+    effective = (changed["norm"].float() + 1) * changed[QKV.weights[0]][0]
+    torch.testing.assert_close(effective, stored.float() + 1, rtol=1e-6, atol=0)
+    torch.testing.assert_close(near, scale, rtol=0.5, atol=0)
+    assert storable(stored, replace(group, offset=0.0), scale) is scale
+    vanishing = torch.full((1, 64), 1e9)
+    assert torch.equal(storable(stored, group, vanishing), torch.ones(1, 64))
 
 
 def test_a_key_that_is_written_again_is_replaced_and_forgetting_is_the_decay():
@@ -202,6 +241,10 @@ def test_small_projections_stay_unquantized_unless_skip_is_given(settings):
     assert set(skipped) == left
     assert rules == {}
     assert resolved([]) == ((), {"skip": []})
+    config.overrides["*.in_proj_b"] = OverrideConfig(bits=4)
+    with pytest.raises(ConfigError, match=r"in_proj_b names only layers that stay in 16 bits"):
+        resolved(None)
+    config.overrides.clear()
     assert set(resolved(["blocks.2"])[0]) == {
         name for name in linears(facts) if name.startswith("blocks.2.")
     }
@@ -272,9 +315,18 @@ def test_a_text_part_is_the_text_model(kind, tmp_path):
     assert remark.startswith(
         "model.visual and mtp (2 tensors) are neither run nor quantized; exports"
     )
+    assert checkpoint.facts.carried_bytes == 6 * 4 * 2 + 5 * 3 * 4
     assert torch.equal(load_decoder(checkpoint, torch.float32).hidden(ids), expected)
     assert torch.equal(StreamedDecoder(checkpoint, torch.float32).hidden(ids), expected)
     config = json.loads((tmp_path / "config.json").read_text())
+    # As transformers saves the text part alone, under its long names.
+    (tmp_path / "config.json").write_text(json.dumps(config["text_config"]))
+    alone = load_decoder(Checkpoint(tmp_path), torch.float32)
+    assert torch.equal(alone.hidden(ids), expected)
+    # As it saves a model whose outer config alone says that its ends are tied.
+    tied = config | {"tie_word_embeddings": True}
+    tied["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+    assert read_facts(tied).tied
     config["text_config"]["linear_value_head_dim"] = 7
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"of a shape that config\.json does not imply"):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QKV, Z, B, A = (f"linear_attn.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a"))
-ABOVE = ("dtype", "torch_dtype", "tie_word_embeddings")  # also given outside of `text_config`
+TIED = "tie_word_embeddings"
+ABOVE = ("dtype", "torch_dtype")  # also given outside of `text_config`
 
 
 class Qwen35Text(Hybrid):
@@ -63,7 +64,10 @@ class SeesImages(Family):
         if not given:
             raise values.wrong("it has no text_config, which says what its text part is")
         above = {key: values.config[key] for key in ABOVE if key in values.config}
-        return super().facts(replace(values, config=above | given))
+        # transformers writes the inner one out as false where only the outer one was set.
+        inner = replace(values, config=given)
+        tied = values.flag(TIED) or inner.flag(TIED)
+        return super().facts(replace(values, config=above | given | {TIED: tied}))
 
 
 class Qwen35(SeesImages, Qwen35Text):
