@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from q3q.record import TrialRecord
+from tests.chaos.faults import log_of
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = [
@@ -104,10 +105,12 @@ def swept(tmp_path_factory):
     deadline = time.monotonic() + 120
     killed = None
     while killed is None and time.monotonic() < deadline and process.poll() is None:
-        # A trial with a block and no record yet is at work: kill a process that runs one.
-        if any(storage.glob("trials/blocks/*/block_000.json")) and (busy := working(process.pid)):
-            killed = busy[0]
-            os.kill(killed, signal.SIGKILL)
+        # Its evaluation is still to come, so it cannot have ended meanwhile.
+        for log in storage.glob("trials/*/trial.log"):
+            steps = log_of(log.parent)
+            if killed is None and steps and steps[-1].words.startswith("quantize 1 of"):
+                killed = steps[-1].pid
+                os.kill(killed, signal.SIGKILL)
         time.sleep(0.02)
     output, _ = process.communicate(timeout=240)
     assert killed is not None, output
