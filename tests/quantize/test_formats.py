@@ -14,9 +14,9 @@ from q3q.number_formats import FLOATS
 from q3q.numerics.float_weights import FloatWeight
 from q3q.numerics.floats import decode, floats_per_token
 from q3q.numerics.grid import absmax_per_token, into_groups
-from q3q.numerics.levels import FloatLevels
+from q3q.numerics.levels import FloatLevels, RowPeaks
 from q3q.quantize.block_store import BlockStore
-from q3q.quantize.method import ScaleTask, SiteTask, levels_for
+from q3q.quantize.method import ScaleTask, SiteTask, levels_for, plain_levels
 from q3q.quantize.methods import gptq
 from q3q.quantize.methods.awq import Awq, awq_round_plain
 from q3q.quantize.methods.build import build_method
@@ -219,6 +219,25 @@ def test_linears_of_a_site_share_nvfp4s_factor_but_no_block_of_rows():
     assert blocks.range_EOG is not None
     own = weight[:, 4:5].abs().amax(2)  # a block of one row at the first linear's end
     assert torch.equal(blocks.range_EOG[:, 4], own)
+
+
+def test_nvfp4s_factor_takes_no_memory_for_each_row():
+    """The largest weight of a linear is that of its rows, also when columns are multiplied."""
+    weight = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(2, 32, generator=torch.Generator().manual_seed(1)) + 0.5
+    levels, ends = plain_levels(SCHEMES["nvfp4"]), [5, 12]
+    assert isinstance(levels, FloatLevels)
+    kept, by_row = levels.peaks(weight, ends), RowPeaks.measured(weight, ends, 1)
+    assert kept.columns_EBI.shape == (2, 2, 32)  # a row of numbers for each linear
+    for one, other in ((kept, by_row), (kept.times(scale), by_row.times(scale))):
+        assert torch.equal(one.of_linear(), other.of_linear())
+        found, expected = levels.of(one).global_EO, levels.of(other).global_EO
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found, expected)
+    blocks = plain_levels(SCHEMES["blocks"])
+    assert isinstance(blocks, FloatLevels)
+    assert blocks.peaks(weight, ends).columns_EBI.shape == (2, 2, 32)  # 5 rows; 7 of 8 rows
 
 
 @pytest.mark.parametrize("name", FLOATS)
