@@ -93,6 +93,26 @@ def test_gptqs_fast_path_is_the_plain_one(doubles, kind, act_order, monkeypatch)
     assert fast.unsound(weight) is None
 
 
+@pytest.mark.parametrize("name", FLOATS)
+def test_groups_that_a_format_defines_are_neighbours_whatever_gptqs_order(name):
+    """A file of such a format has no place for an index of each column's group."""
+    scheme, (weight, hessian) = SCHEMES[name], problem(rows=10)
+    free, static = (
+        gptq_round(weight, hessian, scheme, act_order=True, static_groups=fixed).weight
+        for fixed in (False, True)
+    )
+    assert isinstance(free, FloatWeight)
+    assert isinstance(static, FloatWeight)
+    assert static.group_EI is None
+    if FLOATS[name].group_size is None:
+        assert free.group_EI is not None
+        assert free.storage_bits() == static.storage_bits() + 64 * 32
+    else:
+        assert free.group_EI is None
+        assert torch.equal(free.codes_EOI, static.codes_EOI)
+        assert torch.equal(free.scale_EOG, static.scale_EOG)
+
+
 @pytest.mark.parametrize("kind", ["fp8_e4m3", "nvfp4", "mxfp4", "4 or 6"])
 @pytest.mark.parametrize("clip", [True, False])
 def test_awq_is_the_plain_algorithm(kind, clip):
