@@ -277,6 +277,28 @@ def test_activations_take_the_scales_of_weights_that_are_a_linear_each(name):
     assert halves.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", ["int", *FLOATS])
+@pytest.mark.parametrize("infinite", [torch.inf, -torch.inf])
+def test_an_infinite_activation_makes_nan_of_what_shares_its_scale(name, infinite):
+    tokens = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    tokens[1, 40] = infinite
+    size = -1 if name == "int" else SCHEMES[name].group_size
+
+    def rounded(tokens):
+        if name == "int":
+            return absmax_per_token(tokens, 8)
+        return floats_per_token(tokens, FLOATS[name], size)
+
+    found = rounded(tokens)
+    width = 64 if size == -1 or name == "nvfp4" else size  # nvfp4's factor is the token's
+    first = 40 // width * width
+    sharing = torch.zeros_like(found, dtype=torch.bool)
+    sharing[1, first : first + width] = True
+    assert torch.equal(found.isnan(), sharing)
+    clean = tokens.nan_to_num(posinf=0, neginf=0)
+    assert torch.equal(found[~sharing], rounded(clean)[~sharing])
+
+
 def test_a_block_rounds_its_inputs_as_its_scheme_says():
     block = random_decoder("dense").blocks[0]
     assert isinstance(block, Block)
