@@ -159,6 +159,13 @@ def test_nonsense_is_refused_with_what_is_possible(compose, overrides, error, wo
     assert "\n" not in str(raised.value)
 
 
+def test_groups_of_activations_must_fit_the_linears_that_are_quantized_alone(compose):
+    words = ("method=rtn", "act_bits=8", "act_group_size=256")  # of 256, 384 and 640 columns
+    with pytest.raises(ConfigError, match="does not divide"):
+        compose(*words, "skip=[*.down_proj]")
+    assert compose(*words, "skip=[*.o_proj,*.down_proj]").spec.scheme.act_group_size == 256
+
+
 def test_the_table_of_formats_is_whole():
     for name, form in FLOATS.items():
         scheme = Scheme(
