@@ -117,6 +117,15 @@ class Scheme:
         return f"a{name}" + ("" if own else f"g{self.act_group_size}")
 
     @property
+    def own_groups(self) -> bool:
+        """True if the format itself says which columns share a scale: runs of so many neighbours.
+
+        Its files have no place for the group of each column.
+        """
+        form = FLOATS.get(self.format)
+        return form is not None and form.group_size is not None
+
+    @property
     def groups(self) -> str:
         """Name what shares a scale: `g128`, `pc` (a row), `pt` (a linear), `128x128`."""
         if self.group_rows == 1:

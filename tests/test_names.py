@@ -1,11 +1,13 @@
 """Trials' names show what differs between them, and are never the same for two."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from q3q.names import own_names, trial_names
 from q3q.record import Sweep
+from q3q.spec import Scheme
 from q3q.sweep.allocation import Allocation
 from q3q.sweep.machines import Machine
 from q3q.sweep.plan import Planned, describe, unlike_methods
@@ -176,3 +178,13 @@ def test_methods_that_get_other_schemes_are_said_in_a_line(specs, words):
     line = unlike_methods(specs)
     assert line == "" if words is None else words in line
     assert "\n" not in line
+    assert line == "" or line.endswith(" act_bits= and group_size= give all methods the same.")
+
+
+def test_the_advice_on_activations_does_not_change_their_format():
+    """SmoothQuant's follow the format: act_bits=8 would make whole numbers of them."""
+    fp8 = Scheme(bits=8, group_size=-1, symmetric=True, format="fp8_e4m3")
+    rounded = replace(fp8, act_bits=8, act_format="fp8_e4m3")
+    line = unlike_methods([make_spec("rtn", scheme=fp8), make_spec("smoothquant", scheme=rounded)])
+    assert "rtn: 16-bit activations, a scale a row; smoothquant: fp8 activations" in line
+    assert line.endswith(" act_format= and group_size= give all methods the same.")

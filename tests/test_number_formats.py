@@ -3,9 +3,11 @@
 import shlex
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from q3q.config import resolve, schema
 from q3q.config.command import command_of
+from q3q.config.unread import unread, without_effect
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.number_formats import FLOATS, FORMATS
 from q3q.quantize.methods.settings import SETTINGS
@@ -76,6 +78,23 @@ def test_activations_are_no_part_of_the_quantization(compose):
     assert params["act_group_size"] == "32"
 
 
+def test_static_groups_is_no_setting_of_formats_whose_groups_are_always_static(compose):
+    words = ("method=gptq", "format=mxfp4")
+    default, given = (compose(*words, *more).spec for more in ((), ("method.static_groups=false",)))
+    assert default.id == given.id
+    assert "static_groups" not in default.method.knobs
+    [line] = without_effect(
+        OverridesParser.create().parse_overrides([*words, "method.static_groups=false"]), [given]
+    )
+    assert line == (
+        "method.static_groups=false has no effect: groups of format=mxfp4 are always static runs "
+        "of neighbours"
+    )
+    other = compose("method=gptq", "format=fp8_e4m3", "group_size=32").spec
+    assert other.method.knobs["static_groups"] is False
+    assert "method.static_groups" not in unread(other)
+
+
 def test_labels_name_every_format_but_whole_numbers(compose):
     specs = [
         compose("method=rtn", f"format={form}", "group_size=null").spec
@@ -138,6 +157,13 @@ def test_nonsense_is_refused_with_what_is_possible(compose, overrides, error, wo
     with pytest.raises(error, match=words) as raised:
         compose(*overrides.split())
     assert "\n" not in str(raised.value)
+
+
+def test_groups_of_activations_must_fit_the_linears_that_are_quantized_alone(compose):
+    words = ("method=rtn", "act_bits=8", "act_group_size=256")  # of 256, 384 and 640 columns
+    with pytest.raises(ConfigError, match="does not divide"):
+        compose(*words, "skip=[*.down_proj]")
+    assert compose(*words, "skip=[*.o_proj,*.down_proj]").spec.scheme.act_group_size == 256
 
 
 def test_the_table_of_formats_is_whole():

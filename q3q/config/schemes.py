@@ -166,7 +166,11 @@ def _check_group_sizes(
             usable = _usable_sizes(replace(schemes.base, group_size=size), columns_of, settings)
             complaints.append(f"group_size={size} does not divide {where}; sizes that do: {usable}")
     size = schemes.base.act_group_size
-    misfit = [linear for linear in model.values() if size != -1 and linear.columns % size]
+    misfit = [
+        linear
+        for name, linear in model.items()
+        if size != -1 and schemes.of(name) is not None and linear.columns % size
+    ]
     if misfit:
         complaints.append(f"act_group_size={size} does not divide {summarize_linears(misfit)}")
     if complaints:

@@ -33,6 +33,9 @@ def unread(spec: TrialSpec) -> dict[str, str]:
         if knob.name != "name" and knob.name not in spec.method.knobs:
             reason = f"method={method} ignores it because of its other settings"
             keys[f"method.{knob.name}"] = reason
+    if "method.static_groups" in keys and spec.scheme is not None and spec.scheme.own_groups:
+        reason = f"groups of format={spec.scheme.format} are always static runs of neighbours"
+        keys["method.static_groups"] = reason
     if not spec.evaluation.texts:
         keys |= dict.fromkeys(OF_TEXTS, "no text is evaluated")
     if not spec.evaluation.tasks:

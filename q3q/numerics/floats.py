@@ -14,6 +14,7 @@ from q3q.numerics.grid import into_groups
 
 E4M3 = FLOATS["fp8_e4m3"]
 E8M0_BIAS = 127
+SMALLEST_FLOAT_SCALE = 2.0**-126
 # NVFP4's global factor lets the largest group's scale be the largest E4M3 number. With a choice of
 # 4 or 6 it is 256 instead, so that 3/2 of it is a number too (arXiv 2512.02010).
 LARGEST_SCALE, LARGEST_SCALE_OF_FOUR = 448.0, 256.0
@@ -49,12 +50,19 @@ def decode(codes: Tensor, form: NumberFormat) -> Tensor:
 
 
 def float_scale(largest: Tensor, form: NumberFormat) -> Tensor:
-    """Return the scale with which the largest number becomes the largest level; 1 for zeros."""
-    return torch.where(largest > 0, largest / form.largest, 1.0)
+    """Return the scale with which the largest number becomes the largest level; 1 for zeros.
+
+    It is at least the smallest normal float32: that of the tiniest numbers would become 0, which
+    nothing can be divided by.
+    """
+    scale = (largest / form.largest).clamp(min=SMALLEST_FLOAT_SCALE)
+    return torch.where(largest > 0, scale, 1.0)
 
 
 def power_scale(largest: Tensor, form: NumberFormat) -> Tensor:
     """Return the power of two that the format takes as the scale of these groups; 1 for zeros.
+
+    Infinity for a group that has an infinite number.
 
     Source: generate_mx_scales of compressed-tensors. The largest number may exceed the largest
     level, to which it is then rounded.
@@ -62,7 +70,10 @@ def power_scale(largest: Tensor, form: NumberFormat) -> Tensor:
     significand, exponent = torch.frexp(largest)  # significand 1/2 to 1
     exponent = exponent - math.frexp(form.largest)[1] + (2 * significand >= form.carry)
     exponent = exponent.clamp_(-E8M0_BIAS, E8M0_BIAS)
-    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
+    scale = torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 1.0)
+    # frexp gives infinity no exponent. An infinite scale makes its group NaN, as in other formats,
+    # so that activations that overflowed are noticed.
+    return torch.where(largest.isinf(), largest, scale)
 
 
 def e4m3_scale(wanted: Tensor) -> Tensor:

@@ -210,6 +210,16 @@ class FloatLevels(Levels):
         """True if rows share something, so that `of` must be told their largest weights."""
         return self.fixed or self.form.scale == "e4m3"
 
+    def peaks(self, weight_EOI: Tensor, ends: Iterable[int]) -> RowPeaks:
+        """Measure what `of` must be told, of linears that lie below each other.
+
+        Args:
+            ends: the row where each of them ends.
+        """
+        # A factor needs only its linears' largest weights: peaks of each row would be as many
+        # numbers as there are weights.
+        return RowPeaks.measured(weight_EOI, ends, self.group_rows if self.fixed else -1)
+
     def of(self, peaks: RowPeaks) -> "FloatLevels":
         factor_EO = None
         if self.form.scale == "e4m3":

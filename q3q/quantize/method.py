@@ -16,7 +16,7 @@ from torch import Tensor
 
 from q3q.models.anatomy import ScaleGroup
 from q3q.models.spool import Spool
-from q3q.numerics.levels import FloatLevels, Levels, RowPeaks, levels_of
+from q3q.numerics.levels import FloatLevels, Levels, levels_of
 from q3q.numerics.weights import StoredWeight
 from q3q.quantize.statistics import Statistics, starved_experts
 from q3q.spec import Scheme
@@ -110,7 +110,7 @@ def levels_for(scheme: Scheme, weight_EOI: Tensor, ends: Sequence[int] = ()) -> 
     if not isinstance(levels, FloatLevels) or not levels.needs_peaks:
         return levels
     ends = ends or [weight_EOI.shape[1]]
-    return levels.of(RowPeaks.measured(weight_EOI, ends, scheme.group_rows))
+    return levels.of(levels.peaks(weight_EOI, ends))
 
 
 def plain_levels(scheme: Scheme) -> Levels:

@@ -8,6 +8,7 @@ from q3q.number_formats import FLOATS, INT
 from q3q.record import TrialRecord
 from q3q.report.measures import by_model, in_order
 from q3q.report.sizes import parameters_of
+from q3q.spec import Scheme
 
 MOST = 4  # of one kind in a line
 DAY = 10  # characters of a moment, to the day
@@ -22,7 +23,9 @@ def facts(records: Sequence[TrialRecord]) -> list[str]:
 def abbreviations(records: Iterable[TrialRecord]) -> str:
     """Explain the abbreviations that these trials' labels may contain."""
     schemes = [record.spec.scheme for record in records if record.spec.scheme is not None]
-    groups = sorted({scheme.group_size for scheme in schemes if scheme.group_size > 0})
+    of_rows = [scheme for scheme in schemes if scheme.group_rows == 1]
+    groups = sorted({scheme.group_size for scheme in of_rows if scheme.group_size > 0})
+    blocks = {scheme.groups: scheme for scheme in schemes if scheme.group_rows != 1}
     activations = sorted(
         {scheme.act_bits for scheme in schemes if scheme.act_bits and scheme.act_format == INT}
     )
@@ -31,8 +34,9 @@ def abbreviations(records: Iterable[TrialRecord]) -> str:
         words.append("w4: weights of 4 bits")
     if groups:
         words.append(f"g{groups[-1]}: each {groups[-1]} columns of a row share a scale")
-    if any(scheme.group_size == -1 for scheme in schemes):
+    if any(scheme.group_size == -1 for scheme in of_rows):
         words.append("pc: per channel, a scale for each whole row")
+    words += [f"{name}: {_shared(scheme)}" for name, scheme in sorted(blocks.items())]
     if activations:
         words.append(f"a{activations[0]}: activations of {activations[0]} bits, a16: of 16 bits")
     formats = {scheme.codes: FLOATS[scheme.format] for scheme in schemes if scheme.format != INT}
@@ -40,6 +44,16 @@ def abbreviations(records: Iterable[TrialRecord]) -> str:
     if len({scheme.symmetric for scheme in schemes}) > 1:
         words.append("sym, asym: codes symmetric around zero, or with zero points")
     return f"{'; '.join(words)}." if words else ""
+
+
+def _shared(scheme: Scheme) -> str:
+    """Say what shares a scale where rows do."""
+    if scheme.group_rows == scheme.group_size == -1:
+        return "per tensor, a scale for each whole linear"
+    rows, columns = (
+        "all" if side == -1 else side for side in (scheme.group_rows, scheme.group_size)
+    )
+    return f"each block of {rows} rows and {columns} columns shares a scale"
 
 
 def _models(records: Sequence[TrialRecord]) -> str:

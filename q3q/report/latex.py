@@ -22,7 +22,7 @@ from q3q.report.measures import (
 )
 from q3q.report.paper import is_released, study_model
 from q3q.report.pools import Pool, pools
-from q3q.spec import MEAN_ACCURACY, TrialSpec
+from q3q.spec import MEAN_ACCURACY, Scheme, TrialSpec
 
 HEADS = {
     "perplexity/wikitext2": r"WikiText2 PPL $\downarrow$",
@@ -36,6 +36,8 @@ HEADS = {
     "mmlu/acc": r"MMLU $\uparrow$",
     "mmlu_paper/acc": r"MMLU $\uparrow$",
 }
+# Words of a label that columns show: pc, g128, a8, pt, 128x128.
+GROUPS_OR_BITS = r"pc|pt|[ga]\d+|(all|\d+)x(all|\d+)"
 MEAN = "Avg."
 # The first that was measured counts: the study's own script before lm-eval's.
 MMLU = ("mmlu_paper/acc", "mmlu/acc")
@@ -53,19 +55,25 @@ def latex(records: Sequence[TrialRecord]) -> str:
     """
     tried = pools(records, over_models=True)
     parts = [r"% \usepackage{booktabs}"]
-    for group in sorted({pool.spec.scheme.group_size for pool in tried if pool.spec.scheme}):
+    sizes = {_sides(pool.spec.scheme) for pool in tried if pool.spec.scheme}
+    for sides in sorted(sizes):
         for kind in ("Base models", "Post-trained models", "Models"):
             alike = [
                 pool
                 for pool in tried
                 if _kind(pool.spec) == kind
-                and (pool.spec.scheme is None or pool.spec.scheme.group_size == group)
+                and (pool.spec.scheme is None or _sides(pool.spec.scheme) == sides)
             ]
             models = {study_model(pool.spec) for pool in alike if pool.spec.scheme}
             rows = [pool for pool in alike if study_model(pool.spec) in models]
             if rows:
-                parts.append(_table(rows, kind, group))
+                parts.append(_table(rows, kind))
     return "\n\n".join(parts) + "\n"
+
+
+def _sides(scheme: Scheme) -> tuple[int, int]:
+    """Return the columns and rows that share a scale."""
+    return scheme.group_size, scheme.group_rows
 
 
 def _kind(spec: TrialSpec) -> str:
@@ -75,7 +83,7 @@ def _kind(spec: TrialSpec) -> str:
     return "Post-trained models" if is_released(spec) else "Models"
 
 
-def _table(tried: Sequence[Pool], kind: str, group: int) -> str:
+def _table(tried: Sequence[Pool], kind: str) -> str:
     records = [record for pool in tried for record in pool.records]
     columns = _columns(records)
     lines = []
@@ -89,12 +97,12 @@ def _table(tried: Sequence[Pool], kind: str, group: int) -> str:
             latex_text(_method(pool)),
             _weight_bits(pool),
             str(_act_bits(pool)),
-            "-" if scheme is None or scheme.group_size == -1 else str(scheme.group_size),
+            "-" if scheme is None else _group(scheme),
             *(column.content(pool) for column in columns),
         ]
         lines.append(" & ".join(cells) + r" \\")
         previous = name
-    per = "per-channel" if group == -1 else f"per-group (groups of {group})"
+    per = next(_per(pool.spec.scheme) for pool in tried if pool.spec.scheme)
     means = [column.over for column in columns if column.over]
     marks = [f"{MEAN} {number}: " if len(means) > 1 else f"{MEAN}: " for number in range(1, 99)]
     over = [f"{mark}mean of {latex_text(mean)}." for mark, mean in zip(marks, means, strict=False)]
@@ -180,8 +188,26 @@ def _method(pool: Pool) -> str:
     name, *words = pool.label.split(" ")
     if pool.is_reference:
         return " ".join([UNQUANTIZED.get(pool.spec.model.dtype, pool.spec.model.dtype), *words[1:]])
-    others = (word for word in words if not re.fullmatch(r"pc|[ga]\d+", word))
+    others = (word for word in words if not re.fullmatch(GROUPS_OR_BITS, word))
     return " ".join([appearance_of(name).title or name, *others])
+
+
+def _group(scheme: Scheme) -> str:
+    """Return what shares a scale, for a cell: so many columns, `-` for a row, or `128x128`."""
+    if scheme.group_rows != 1:
+        return scheme.groups
+    return "-" if scheme.group_size == -1 else str(scheme.group_size)
+
+
+def _per(scheme: Scheme) -> str:
+    """Return what shares a scale, for a caption."""
+    if scheme.group_rows == scheme.group_size == -1:
+        return "per-tensor"
+    if scheme.group_rows != 1:
+        return f"per-block (blocks of {scheme.groups})"
+    if scheme.group_size == -1:
+        return "per-channel"
+    return f"per-group (groups of {scheme.group_size})"
 
 
 def _weight_bits(pool: Pool) -> str:

@@ -32,16 +32,17 @@ def block_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
     ]
     smallest = min((size for size in sizes if size > 0), default=-1)
     bits = spec.scheme.bits if spec.scheme.bits == 1 else max(schemes)
-    return stored_bytes(facts, bits, smallest, group_bytes=_group_bytes(spec.scheme))
+    return stored_bytes(facts, bits, smallest, group_bytes=_group_bytes(spec.scheme, facts))
 
 
-def _group_bytes(scheme: Scheme) -> float | None:
+def _group_bytes(scheme: Scheme, facts: ModelFacts) -> float | None:
     """Return the bytes of a group's scale in a block's file; None for whole numbers' groups."""
     form = FLOATS.get(scheme.format)
     if form is None:
         return None
-    # A float32 scale is there for each row. E4M3 has a factor for each row, of 64 groups or more.
-    return {"float": 4, "e8m0": 1, "e4m3": 1 + 4 / 64}[form.scale]
+    # E4M3 has a float32 factor for each row, which the groups of the narrowest share among them.
+    groups = max(1, min(min(widths) for widths in facts.columns.values()) // scheme.group_size)
+    return {"float": 4, "e8m0": 1, "e4m3": 1 + 4 / groups}[form.scale]
 
 
 def running_bytes(trial: Trial, facts: ModelFacts) -> int:

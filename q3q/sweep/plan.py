@@ -288,7 +288,10 @@ def unlike_methods(specs: Sequence[TrialSpec]) -> str:
     for method, kinds in schemes.items():
         alike.setdefault(" or ".join(kinds), []).append(method)
     each = "; ".join(f"{', '.join(methods)}: {words}" for words, methods in alike.items())
-    return f"Not the same scheme: {each}. act_bits= and group_size= give all methods the same."
+    # Where activations follow the format, act_bits= would make them whole numbers.
+    floats = any(spec.scheme is not None and spec.scheme.act_format != INT for spec in specs)
+    key = "act_format" if floats else "act_bits"
+    return f"Not the same scheme: {each}. {key}= and group_size= give all methods the same."
 
 
 def _row(planned: Planned, name: str) -> tuple[str, ...]:

@@ -174,6 +174,17 @@ def rounded(name, weight_EOI, size, *, group_rows=1, mse=False, four_over_six=Fa
     return stored
 
 
+@pytest.mark.parametrize("name", FP8)
+def test_the_tiniest_weights_have_a_scale_above_zero(name):
+    weight = torch.full((1, 2, 16), 2.0**-149)
+    weight[:, 1] = 1e-38
+    stored = rounded(name, weight, 16)
+    assert stored.unsound(weight) is None
+    assert (stored.scale_EOG >= 2.0**-126).all()
+    assert stored.dequantize().isfinite().all()
+    assert torch.equal(stored.dequantize()[:, 1] > 0, weight[:, 1] > 0)
+
+
 @EVERY
 def test_a_search_never_errs_more_by_its_own_measure(name):
     weight, size = 9 * weights()[None] ** 3, FLOATS[name].group_size or 32

@@ -14,9 +14,9 @@ from q3q.number_formats import FLOATS
 from q3q.numerics.float_weights import FloatWeight
 from q3q.numerics.floats import decode, floats_per_token
 from q3q.numerics.grid import absmax_per_token, into_groups
-from q3q.numerics.levels import FloatLevels
+from q3q.numerics.levels import FloatLevels, RowPeaks
 from q3q.quantize.block_store import BlockStore
-from q3q.quantize.method import ScaleTask, SiteTask, levels_for
+from q3q.quantize.method import ScaleTask, SiteTask, levels_for, plain_levels
 from q3q.quantize.methods import gptq
 from q3q.quantize.methods.awq import Awq, awq_round_plain
 from q3q.quantize.methods.build import build_method
@@ -91,6 +91,26 @@ def test_gptqs_fast_path_is_the_plain_one(doubles, kind, act_order, monkeypatch)
     torch.testing.assert_close(fast.dequantize()[0].double(), rounded, rtol=1e-6, atol=0)
     assert isinstance(fast, FloatWeight)
     assert fast.unsound(weight) is None
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_groups_that_a_format_defines_are_neighbours_whatever_gptqs_order(name):
+    """A file of such a format has no place for an index of each column's group."""
+    scheme, (weight, hessian) = SCHEMES[name], problem(rows=10)
+    free, static = (
+        gptq_round(weight, hessian, scheme, act_order=True, static_groups=fixed).weight
+        for fixed in (False, True)
+    )
+    assert isinstance(free, FloatWeight)
+    assert isinstance(static, FloatWeight)
+    assert static.group_EI is None
+    if FLOATS[name].group_size is None:
+        assert free.group_EI is not None
+        assert free.storage_bits() == static.storage_bits() + 64 * 32
+    else:
+        assert free.group_EI is None
+        assert torch.equal(free.codes_EOI, static.codes_EOI)
+        assert torch.equal(free.scale_EOG, static.scale_EOG)
 
 
 @pytest.mark.parametrize("kind", ["fp8_e4m3", "nvfp4", "mxfp4", "4 or 6"])
@@ -221,6 +241,25 @@ def test_linears_of_a_site_share_nvfp4s_factor_but_no_block_of_rows():
     assert torch.equal(blocks.range_EOG[:, 4], own)
 
 
+def test_nvfp4s_factor_takes_no_memory_for_each_row():
+    """The largest weight of a linear is that of its rows, also when columns are multiplied."""
+    weight = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0))
+    scale = torch.rand(2, 32, generator=torch.Generator().manual_seed(1)) + 0.5
+    levels, ends = plain_levels(SCHEMES["nvfp4"]), [5, 12]
+    assert isinstance(levels, FloatLevels)
+    kept, by_row = levels.peaks(weight, ends), RowPeaks.measured(weight, ends, 1)
+    assert kept.columns_EBI.shape == (2, 2, 32)  # a row of numbers for each linear
+    for one, other in ((kept, by_row), (kept.times(scale), by_row.times(scale))):
+        assert torch.equal(one.of_linear(), other.of_linear())
+        found, expected = levels.of(one).global_EO, levels.of(other).global_EO
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found, expected)
+    blocks = plain_levels(SCHEMES["blocks"])
+    assert isinstance(blocks, FloatLevels)
+    assert blocks.peaks(weight, ends).columns_EBI.shape == (2, 2, 32)  # 5 rows; 7 of 8 rows
+
+
 @pytest.mark.parametrize("name", FLOATS)
 def test_activations_take_the_scales_of_weights_that_are_a_linear_each(name):
     """A token is rounded as the row of a linear of its own is; and not with its neighbours."""
@@ -236,6 +275,28 @@ def test_activations_take_the_scales_of_weights_that_are_a_linear_each(name):
     assert torch.equal(rounded, torch.stack(expected))
     halves = floats_per_token(tokens.bfloat16(), FLOATS[name], scheme.group_size)
     assert halves.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["int", *FLOATS])
+@pytest.mark.parametrize("infinite", [torch.inf, -torch.inf])
+def test_an_infinite_activation_makes_nan_of_what_shares_its_scale(name, infinite):
+    tokens = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    tokens[1, 40] = infinite
+    size = -1 if name == "int" else SCHEMES[name].group_size
+
+    def rounded(tokens):
+        if name == "int":
+            return absmax_per_token(tokens, 8)
+        return floats_per_token(tokens, FLOATS[name], size)
+
+    found = rounded(tokens)
+    width = 64 if size == -1 or name == "nvfp4" else size  # nvfp4's factor is the token's
+    first = 40 // width * width
+    sharing = torch.zeros_like(found, dtype=torch.bool)
+    sharing[1, first : first + width] = True
+    assert torch.equal(found.isnan(), sharing)
+    clean = tokens.nan_to_num(posinf=0, neginf=0)
+    assert torch.equal(found[~sharing], rounded(clean)[~sharing])
 
 
 def test_a_block_rounds_its_inputs_as_its_scheme_says():

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from q3q.record import COMPLETED, TrialRecord
+from q3q.report.header import abbreviations
 from q3q.report.latex import latex
 from q3q.report.paper import DATASETS, METHODS
 from q3q.report.published import PUBLISHED
-from q3q.spec import ModelRef
+from q3q.spec import ModelRef, Scheme
 from tests.specs import (
     STUDY_TASKS,
     evaluation_of,
@@ -170,6 +171,43 @@ def test_the_unquantized_row_has_its_type(dtype: str, row: list[str]) -> None:
     text = latex(records)
     assert rows(text)[0][1:4] == row
     assert r"stories PPL $\downarrow$" in text
+
+
+def test_blocks_of_rows_and_columns_have_tables_and_captions_of_their_own() -> None:
+    sides = [(128, 1), (128, 128), (-1, 1), (-1, -1), (-1, 64)]
+    schemes = [
+        Scheme(bits=8, group_size=size, symmetric=True, format="fp8_e4m3", group_rows=tall)
+        for size, tall in sides
+    ]
+    records = [
+        TrialRecord(
+            spec=make_spec("rtn", scheme=scheme),
+            status=COMPLETED,
+            metrics={"perplexity/stories": 2.0},
+        )
+        for scheme in schemes
+    ]
+    captions = re.findall(r"\\caption\{Models under (.*?) quantization", latex(records))
+    assert captions == [
+        "per-tensor",
+        "per-channel",
+        "per-block (blocks of 64xall)",
+        "per-group (groups of 128)",
+        "per-block (blocks of 128x128)",
+    ]
+    body = [row for row in rows(latex(records)) if row[4] != r"\#G"]
+    assert [row[4] for row in body] == ["pt", "-", "64xall", "128", "128x128"]
+    assert {row[1] for row in body} == {"RTN fp8"}  # the groups have a column of their own
+    assert abbreviations(records[1:2]) == (
+        "128x128: each block of 128 rows and 128 columns shares a scale; "
+        "fp8: 8-bit floats, 3 bits of mantissa."
+    )
+    assert abbreviations(records[3:]) == (
+        "64xall: each block of 64 rows and all columns shares a scale; "
+        "pt: per tensor, a scale for each whole linear; fp8: 8-bit floats, 3 bits of mantissa."
+    )
+    explained = abbreviations(records)
+    assert "g128: each 128 columns of a row share a scale; pc: per channel" in explained
 
 
 def test_a_mean_has_the_digits_of_its_deviation() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from q3q.errors import ConfigError
+from q3q.models.facts import read_facts
 from q3q.models.footprint import stored_bytes
 from q3q.number_formats import FLOATS
 from q3q.numerics.float_weights import FloatWeight
@@ -14,7 +15,7 @@ from q3q.spec import Scheme
 from q3q.sweep import disk
 from q3q.sweep.machines import Machine
 from q3q.sweep.plan import describe, refuse_what_fills_the_disk, simulated
-from tests.specs import make_spec
+from tests.specs import make_spec, qwen3_config
 from tests.sweep.test_plan import NODE, facts, planned_for, trial
 
 
@@ -63,6 +64,22 @@ def test_a_formats_bytes_are_packed_codes_and_its_groups_scales(name):
     a_weight = tensor_bytes(weight, form.bits) / weight.codes_EOI.numel()
     scheme = Scheme(bits=form.bits, group_size=size, symmetric=True, format=name)
     shape = facts("qwen3_8b")
+    planned = disk.block_bytes(make_spec("rtn", scheme=scheme), shape) / shape.linear_parameters
+    assert a_weight <= planned <= 1.06 * a_weight
+
+
+@pytest.mark.parametrize("columns", [64, 256])
+def test_the_factors_of_narrow_rows_fit(columns):
+    """NVFP4's factor lies there for each row, and is shared by few groups where rows are short."""
+    weight = FloatWeight(
+        torch.zeros(1, 8, columns, dtype=torch.uint8),
+        torch.ones(1, 8, columns // 16, dtype=torch.uint8),
+        "nvfp4",
+        global_EO=torch.ones(1, 8),
+    )
+    a_weight = tensor_bytes(weight, 4) / weight.codes_EOI.numel()
+    scheme = Scheme(bits=4, group_size=16, symmetric=True, format="nvfp4")
+    shape = read_facts(qwen3_config(columns, 2, 4, 2, columns, head_dim=columns // 4))
     planned = disk.block_bytes(make_spec("rtn", scheme=scheme), shape) / shape.linear_parameters
     assert a_weight <= planned <= 1.06 * a_weight
 

@@ -162,10 +162,10 @@ class ScaledLevels:
     """What a scheme's codes stand for, of one linear whose columns are multiplied by a scale."""
 
     def __init__(self, weight_EOI: Tensor, scheme: Scheme) -> None:
-        self._levels, self._peaks = plain_levels(scheme), None
-        if isinstance(self._levels, FloatLevels) and self._levels.needs_peaks:
-            rows = [weight_EOI.shape[1]]
-            self._peaks = RowPeaks.measured(weight_EOI, rows, scheme.group_rows)
+        self._levels = levels = plain_levels(scheme)
+        self._peaks: RowPeaks | None = None
+        if isinstance(levels, FloatLevels) and levels.needs_peaks:
+            self._peaks = levels.peaks(weight_EOI, [weight_EOI.shape[1]])
 
     def at(self, scale_EI: Tensor) -> Levels:
         if self._peaks is None:

@@ -77,7 +77,7 @@ def gptq_round_plain(
     for j in range(columns):
         if j % block_size == 0:
             block_start_OI = weight_OI.clone()  # a group's grid sees updates of earlier blocks only
-        if static_groups or per_row or levels.fixed:
+        if static_groups or per_row or levels.fixed or scheme.own_groups:
             grid = static[order_I[j] // size]
         elif j % size == 0:
             [grid] = grids_of(block_start_OI[:, j : j + size])
@@ -164,7 +164,8 @@ def gptq_round(
         damping: share of the mean Hessian diagonal that is added to the diagonal.
         block_size: columns per lazy update; a group's grid sees updates of earlier blocks only.
         act_order: most active columns (largest Hessian diagonal) first; groups form in that order.
-        static_groups: take all grids beforehand from neighbours in the original order.
+        static_groups: take all grids beforehand from neighbours in the original order; always so
+            where the format has groups of its own, which are neighbours by definition.
         mse: shrink each grid's range to the one with the smallest rounding error.
         dead_diagonal_E: diagonal entry of a column that no token activates: 1 in the official code,
             on the scale of its Hessian. It counts in the mean that damping is a share of.
@@ -188,7 +189,7 @@ def gptq_round(
         round_rows,
         group_size=scheme.group_size,
         mse=mse,
-        static_groups=static_groups or levels.fixed,
+        static_groups=static_groups or levels.fixed or scheme.own_groups,
         block_size=block_size,
         solver=solver or block_solver(weight_EOI.device),
     )

@@ -183,6 +183,13 @@ class GptqSettings(MethodSettings):
     def observes(self) -> bool:
         return True
 
+    def knobs(self, scheme: Scheme | None) -> Json:
+        """Return the knobs, without static_groups where the format's groups are always static."""
+        knobs = super().knobs(scheme)
+        if scheme is not None and scheme.own_groups:
+            del knobs["static_groups"]
+        return knobs
+
     def memory(self) -> MethodMemory | None:
         memory = super().memory()
         return memory and replace(memory, together=not self.true_sequential)
