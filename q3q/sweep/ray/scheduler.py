@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from q3q.errors import ConfigError, Q3QError
 from q3q.sweep.ray.deaths import end_hung, next_message
 from q3q.sweep.ray.gangs import Gang
-from q3q.sweep.ray.gpus_aside import GpusAside
+from q3q.sweep.ray.gpus_aside import GpusAside, gpu_of
 from q3q.sweep.ray.head import Head
 from q3q.sweep.ray.in_flight import InFlight
 from q3q.sweep.ray.messages import (
@@ -247,13 +247,13 @@ class TaskRun:
         self._run_again(again, content)
 
     def _finish_alone(self, stream: Any, flight: InFlight, end: Message) -> Iterator[Outcome]:
-        """Finish a task that is no gang's; if its GPU failed, run it on another one, once."""
+        """Finish a task that is no gang's; if its GPU failed, run it on another one."""
         if not isinstance(end.content, GpuFailedError):
             yield from self._finish(flight, end)
             return
-        task, first = flight.task, not self.aside.has_failed_before(flight.task.key)
+        task, over = flight.task, self.aside.has_failed_before(flight.task.key, gpu_of(flight))
         self.aside.keep(stream, flight)
-        if first and self.aside.another(task.resources, self.head.machines):
+        if not over and self.aside.another(task.resources, self.head.machines):
             self._run_again(Waiting(task, flight.attempt + 1, flight.deaths), end.content)
             return
         _kill(self.aside.released(task.key))
