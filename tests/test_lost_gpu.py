@@ -169,3 +169,20 @@ def test_a_node_with_fewer_gpus_than_planned_says_which_one_is_missing(monkeypat
         device_of(trial)
     assert "nvidia-smi" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("cuda", "lost"), [("13.0", True), (None, False)])
+def test_a_gpu_that_is_gone_before_a_trial_begins_gets_no_more_of_them(
+    monkeypatch, tmp_path, cuda, lost
+):
+    """But a torch without CUDA is no GPU's fault: it has none on the whole machine."""
+    trial = make_trial(storage=tmp_path).placed(grant=Grant(gpus=1, loader="resident"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(q3q.trial, "run_trial", lambda trial, *_: device_of(trial))
+    told = pytest.raises(GpuFailedError, match=r"finds no GPU \(CUDA_VISIBLE_DEVICES=7\)")
+    with told if lost else nullcontext():
+        record = work(trial.to_json(), lambda event: None)
+        assert record is not None
+        assert "was built without CUDA" in record["reason"]
