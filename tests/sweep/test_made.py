@@ -36,6 +36,9 @@ def test_a_quantization_that_lies_there_takes_no_time_in_the_simulated_sweep(tmp
     after = simulated([cached], [NODE]).seconds
     # What was prepared beside the quantization has less time for that now.
     assert after < whole - 0.5 * plain.phases["quantize"]
+    # They are deleted before they could be used.
+    [again] = planned_for([one], [NODE], fresh=True)
+    assert again.phases == plain.phases
 
 
 @pytest.mark.parametrize(("keep", "makers"), [("auto", 1), ("blocks", 1), ("none", 2)])
@@ -67,8 +70,13 @@ def test_input_is_prepared_once_and_its_disk_counted_once(tmp_path):
 def test_a_trial_that_finds_its_blocks_draws_no_windows(tmp_path):
     one = trial(keep="auto").moved(tmp_path)
     leave_blocks(one, SHAPE.layers)
-    todo, _ = Made().add(one, SHAPE)
+    made = Made()
+    todo, _ = made.add(one, SHAPE)
     assert todo == Todo(blocks=0.0, draws=False, questions=0)
+    # So the next trial with the same ones, but other blocks, does.
+    todo, size = made.add(trial(bits=3).moved(tmp_path), SHAPE)
+    assert todo == Todo(blocks=1.0, draws=True, questions=0)
+    assert size == 4 * 128 * 2048
 
 
 def test_on_a_gpu_prompts_are_made_while_the_model_is_quantized():
