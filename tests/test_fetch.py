@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -25,9 +26,10 @@ from q3q.data.needs import fetch_weights
 from q3q.data.repositories import REPOSITORIES
 from q3q.data.texts import _HUB
 from q3q.placement import Trial
-from q3q.sweep import progress
+from q3q.sweep import downloads, progress
 from q3q.sweep.downloads import download, download_on_each_machine, needs_of
 from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.tasks import Outcome, Started
 from tests.hub import COMMIT, serving, use
 from tests.specs import calibration_of, evaluation_of, hub_model_of, make_spec, make_trial
 
@@ -278,6 +280,40 @@ def test_each_machine_downloads_all_that_its_trials_need_and_says_what_is_not_to
     hub.close()
     download(orders, said.append)
     assert said == []
+
+
+class SilentCluster:
+    """Of three machines one ends, one says the same line every ten minutes, and one nothing."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(downloads, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def node_ids(self, *, gpus):
+        return ["a", "b", "c"]
+
+    def run(self, tasks, on_event, on_tick):
+        first, second, _ = tasks
+        on_event(second.key, Started(key=second.key, pid=1, node="gpu-2", attempt=1))
+        yield Outcome(key=first.key, attempts=1)
+        while True:
+            self.now += 600
+            on_tick()
+            on_event(second.key, "gpu-2: 1 GB of 2 GB downloaded")
+
+
+def test_machines_that_hang_do_not_keep_trials_from_their_beginning(monkeypatch, tmp_path):
+    cluster, said = SilentCluster(monkeypatch), list[str]()
+    trials, ticks = hub_trials(tmp_path), list[float]()
+    download_on_each_machine(
+        cluster, trials, gpus=True, say=said.append, tick=lambda: ticks.append(cluster.now)
+    )
+    assert ticks == [600, 1200, 1800]
+    assert said[:-1] == ["gpu-2: 1 GB of 2 GB downloaded"] * 2
+    assert said[-1] == (
+        "Nothing new was heard of the downloads on gpu-2, node c for 15 minutes: they are ended, "
+        "and trials download what they need"
+    )
 
 
 @pytest.mark.slow
