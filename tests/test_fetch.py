@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+import ray
 from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -29,6 +30,7 @@ from q3q.placement import Trial
 from q3q.sweep import downloads, progress
 from q3q.sweep.downloads import download, download_on_each_machine, needs_of
 from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.nodes import node_ids
 from q3q.sweep.ray.tasks import Outcome, Started
 from tests.hub import COMMIT, serving, use
 from tests.specs import calibration_of, evaluation_of, hub_model_of, make_spec, make_trial
@@ -314,6 +316,19 @@ def test_machines_that_hang_do_not_keep_trials_from_their_beginning(monkeypatch,
         "Nothing new was heard of the downloads on gpu-2, node c for 15 minutes: they are ended, "
         "and trials download what they need"
     )
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(False, ["cores", "both"]), (True, ["both"])])
+def test_only_machines_where_trials_may_run_download(monkeypatch, gpus, expected):
+    """A cluster's head may have no cores for tasks, and its disk no room for a model."""
+    table = {"head": {}, "cores": {"CPU": 8.0}, "both": {"CPU": 8.0, "GPU": 1.0}}
+    nodes = [
+        {"NodeID": name, "Alive": True, "Resources": {"memory": 1e9, **amounts}}
+        for name, amounts in table.items()
+    ]
+    lost = {"NodeID": "lost", "Alive": False, "Resources": {"CPU": 8.0, "GPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, lost])
+    assert node_ids(gpus=gpus) == expected
 
 
 @pytest.mark.slow
