@@ -16,6 +16,7 @@ from q3q.data.texts import is_from_hub
 from q3q.errors import Q3QError
 from q3q.evaluate.catalogue import TASKS
 from q3q.masking import masked
+from q3q.models.hub import is_downloaded
 from q3q.placement import Trial
 from q3q.spec import Json
 from q3q.sweep.ray.cluster import Cluster
@@ -56,10 +57,15 @@ def download(trials: Sequence[Json], report: Callable[[str], None]) -> None:
     for need in needs_of(map(Trial.from_json, trials)):
         steps = downloading(f"{where}: {need.name}", report, time.monotonic)
         try:
-            if need.missing():
+            if not _is_here(need) and need.missing():
                 need.fetch(steps)
         except Q3QError as error:
             report(f"{where}: {need.name} cannot be had now: {masked(str(error))}")
+
+
+def _is_here(need: Need) -> bool:
+    """Return True if a model is whole in the cache: the Hub, which may not answer, is not asked."""
+    return isinstance(need, ModelNeed) and is_downloaded(need.source, need.revision)
 
 
 class _SilenceError(Exception):
