@@ -110,6 +110,19 @@ def test_gpus_that_failed_are_tried_again_when_nothing_else_can_run(monkeypatch)
     assert aside.has_failed_before("a", OTHER)
 
 
+@pytest.mark.parametrize("patience", [0.0, 600.0])
+def test_gpus_that_failed_wait_while_machines_may_come(monkeypatch, patience):
+    now = [0.0]
+    monkeypatch.setattr(gpus_aside, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    aside = gpus_aside.GpusAside(patience)
+    aside.keep("stream", on_gpu("0"))
+    now[0] = max(60.0, patience)
+    assert aside.released_if_idle(runs=False) == []
+    now[0] += 1
+    with telling(lambda line: None):
+        assert aside.released_if_idle(runs=False) == ["stream"]
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_a_task_that_gets_the_same_gpu_again_and_again_fails_at_last(released):
     """Another share of it, which is kept too; or all of it, where no other one is ever free."""

@@ -18,8 +18,8 @@ from q3q.sweep.ray.in_flight import InFlight
 from q3q.sweep.ray.nodes import count_slots
 from q3q.sweep.ray.tasks import Resources
 
-# Seconds in which nothing runs, though tasks wait, after which they get the GPUs that failed: there
-# are too few without these.
+# Least seconds in which nothing runs, though tasks wait, after which they get the GPUs that failed:
+# there are too few without these.
 IDLE_SECONDS = 60.0
 # Failures of one task on the same GPU, after which the next one is its end: others may hold all the
 # other GPUs for ever. Four quarters are a whole GPU.
@@ -42,9 +42,14 @@ def gpu_of(flight: InFlight) -> Gpu:
 
 
 class GpusAside:
-    """The GPUs that failed during one run, each with the stream of the process that keeps it."""
+    """The GPUs that failed during one run, each with the stream of the process that keeps it.
 
-    def __init__(self) -> None:
+    Args:
+        patience: seconds in which more machines may come, where a cluster grows on demand.
+    """
+
+    def __init__(self, patience: float = 0.0) -> None:
+        self.patience = patience
         self._kept: dict[Any, _Kept] = {}
         # By the tasks' keys, also after GPUs were given back: otherwise a task could fail for ever.
         self._failed: dict[str, list[Gpu]] = {}
@@ -60,6 +65,18 @@ class GpusAside:
         """Return True if the task has failed on another GPU than this one, or too often on it."""
         earlier = self._failed.get(key, [])
         return any(one != gpu for one in earlier) or len(earlier) >= MOST_FAILURES
+
+    def forget_ended(self) -> None:
+        """Forget processes that ended before they were killed here, and so keep nothing.
+
+        Ray kills some when memory is short, and others are lost with their machine.
+        """
+        import ray
+
+        if streams := list(self._kept):
+            # They have sent their last message, so all that may still come is their end.
+            for stream in ray.wait(streams, num_returns=len(streams), timeout=0)[0]:
+                del self._kept[stream]
 
     def another(self, shape: Resources, machines: Sequence[Resources]) -> bool:
         """Return True if such a task has another GPU to run on."""
@@ -78,10 +95,10 @@ class GpusAside:
         return streams
 
     def released_if_idle(self, runs: bool) -> list[Any]:
-        """Return all streams to kill if nothing has run for `IDLE_SECONDS`, though tasks wait."""
+        """Return all streams to kill if nothing has run for long, though tasks wait."""
         if runs or not self._kept:
             self._busy = time.monotonic()
-        elif time.monotonic() - self._busy > IDLE_SECONDS:
+        elif time.monotonic() - self._busy > max(IDLE_SECONDS, self.patience):
             tell("Trials wait for GPUs, and only those that failed are free: they are tried again")
             return self.released()
         return []

@@ -88,7 +88,7 @@ class TaskRun:
         self.gangs: list[InFlight] = []
         self.nodes: dict[str, str] = {}
         self.opened: set[str] = {""}
-        self.head, self.aside = Head(), GpusAside()
+        self.head, self.aside = Head(), GpusAside(patience)
         self.several_machines = len(self.head.machines) > 1 or patience > 0
         self._judged: list[Resources] | None = None  # the machines at the last `_refuse`
         self._looked = time.monotonic()  # at the gangs
@@ -104,6 +104,7 @@ class TaskRun:
                 on_tick()
                 self._look_at_gangs()
                 runs = any(flight.began is not None for flight in self.in_flight.values())
+                self.aside.forget_ended()
                 _kill(self.aside.released_if_idle(runs))
                 yield from self._listen(ready)
                 yield from self._refuse()
