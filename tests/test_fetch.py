@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -308,7 +309,8 @@ class SilentCluster:
 
 
 def test_machines_that_hang_do_not_keep_trials_from_their_beginning(monkeypatch, tmp_path):
-    cluster, said = SilentCluster(monkeypatch), list[str]()
+    cluster: Any = SilentCluster(monkeypatch)
+    said = list[str]()
     trials, ticks = hub_trials(tmp_path), list[float]()
     download_on_each_machine(
         cluster, trials, gpus=True, say=said.append, tick=lambda: ticks.append(cluster.now)
