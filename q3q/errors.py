@@ -11,12 +11,13 @@ MEMORY_WORDS = re.compile(
     r"|(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(ALLOC|INTERNAL_ERROR_DEVICE_ALLOCATION)_FAILED"
 )
 
-# The words by which CUDA's libraries say that a GPU is gone, or failed.
+# The words by which CUDA's libraries say that a GPU is gone, or failed; the last are q3q's own, for
+# one that was gone before a trial began (`models.loading`).
 GPU_LOST_WORDS = re.compile(
     r"no CUDA-capable device|CUDA-capable device\(s\) is/are busy or unavailable"
     r"|No CUDA GPUs are available|CUDA error: (unspecified launch failure|unknown error)"
     r"|uncorrectable (ECC|NVLink) error|(GPU|device) is lost|CUDA driver initialization failed"
-    r"|cudaErrorNoDevice|\bXid\b"
+    r"|cudaErrorNoDevice|\bXid\b|torch on \S+ finds no GPU"
 )
 
 # The words of faults that a broken GPU has, but wrong code too.

@@ -4,9 +4,12 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -25,9 +28,11 @@ from q3q.data.needs import fetch_weights
 from q3q.data.repositories import REPOSITORIES
 from q3q.data.texts import _HUB
 from q3q.placement import Trial
-from q3q.sweep import progress
+from q3q.sweep import downloads, progress
 from q3q.sweep.downloads import download, download_on_each_machine, needs_of
 from q3q.sweep.ray.cluster import Cluster
+from q3q.sweep.ray.nodes import node_ids
+from q3q.sweep.ray.tasks import Outcome, Started
 from tests.hub import COMMIT, serving, use
 from tests.specs import calibration_of, evaluation_of, hub_model_of, make_spec, make_trial
 
@@ -275,9 +280,60 @@ def test_each_machine_downloads_all_that_its_trials_need_and_says_what_is_not_to
     hub.repositories[f"datasets/{PIQA}"] = served[f"datasets/{PIQA}"]
     download(orders, said.append)
     said.clear()
+    hub.asked.clear()
+    download(orders, said.append)
+    assert hub.asked == []  # it might not answer, and each question takes seconds then
     hub.close()
     download(orders, said.append)
     assert said == []
+
+
+class SilentCluster:
+    """Of three machines one ends, one says the same line every ten minutes, and one nothing."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(downloads, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def node_ids(self, *, gpus):
+        return ["a", "b", "c"]
+
+    def run(self, tasks, on_event, on_tick):
+        first, second, _ = tasks
+        on_event(second.key, Started(key=second.key, pid=1, node="gpu-2", attempt=1))
+        yield Outcome(key=first.key, attempts=1)
+        while True:
+            self.now += 600
+            on_tick()
+            on_event(second.key, "gpu-2: 1 GB of 2 GB downloaded")
+
+
+def test_machines_that_hang_do_not_keep_trials_from_their_beginning(monkeypatch, tmp_path):
+    cluster: Any = SilentCluster(monkeypatch)
+    said = list[str]()
+    trials, ticks = hub_trials(tmp_path), list[float]()
+    download_on_each_machine(
+        cluster, trials, gpus=True, say=said.append, tick=lambda: ticks.append(cluster.now)
+    )
+    assert ticks == [600, 1200, 1800]
+    assert said[:-1] == ["gpu-2: 1 GB of 2 GB downloaded"] * 2
+    assert said[-1] == (
+        "Nothing new was heard of the downloads on gpu-2, node c for 15 minutes: they are ended, "
+        "and trials download what they need"
+    )
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(False, ["cores", "both"]), (True, ["both"])])
+def test_only_machines_where_trials_may_run_download(monkeypatch, gpus, expected):
+    """A cluster's head may have no cores for tasks, and its disk no room for a model."""
+    table = {"head": {}, "cores": {"CPU": 8.0}, "both": {"CPU": 8.0, "GPU": 1.0}}
+    nodes = [
+        {"NodeID": name, "Alive": True, "Resources": {"memory": 1e9, **amounts}}
+        for name, amounts in table.items()
+    ]
+    lost = {"NodeID": "lost", "Alive": False, "Resources": {"CPU": 8.0, "GPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, lost])
+    assert node_ids(gpus=gpus) == expected
 
 
 @pytest.mark.slow

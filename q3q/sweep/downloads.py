@@ -16,10 +16,15 @@ from q3q.data.texts import is_from_hub
 from q3q.errors import Q3QError
 from q3q.evaluate.catalogue import TASKS
 from q3q.masking import masked
+from q3q.models.hub import is_downloaded
 from q3q.placement import Trial
 from q3q.spec import Json
 from q3q.sweep.ray.cluster import Cluster
-from q3q.sweep.ray.tasks import Resources, Task
+from q3q.sweep.ray.tasks import Resources, Started, Task
+
+# Nothing new may be heard of all downloads for so long. Then they are ended, so that one machine
+# that hangs does not keep the sweep from its beginning.
+SILENCE_SECONDS = 15 * 60.0
 
 
 def needs_of(trials: Iterable[Trial]) -> list[Need]:
@@ -52,10 +57,19 @@ def download(trials: Sequence[Json], report: Callable[[str], None]) -> None:
     for need in needs_of(map(Trial.from_json, trials)):
         steps = downloading(f"{where}: {need.name}", report, time.monotonic)
         try:
-            if need.missing():
+            if not _is_here(need) and need.missing():
                 need.fetch(steps)
         except Q3QError as error:
             report(f"{where}: {need.name} cannot be had now: {masked(str(error))}")
+
+
+def _is_here(need: Need) -> bool:
+    """Return True if a model is whole in the cache: the Hub, which may not answer, is not asked."""
+    return isinstance(need, ModelNeed) and is_downloaded(need.source, need.revision)
+
+
+class _SilenceError(Exception):
+    """Nothing new was heard for `SILENCE_SECONDS`."""
 
 
 def download_on_each_machine(
@@ -66,7 +80,7 @@ def download_on_each_machine(
     say: Callable[[str], object],
     tick: Callable[[], None],
 ) -> None:
-    """Have each machine download what it lacks, and wait for all of them.
+    """Have each machine download what it lacks, and wait for all of them, unless they fall silent.
 
     Args:
         gpus: only machines with GPUs will run trials.
@@ -81,10 +95,33 @@ def download_on_each_machine(
         for node in cluster.node_ids(gpus=gpus)
     ]
 
+    unfinished = {task.key: f"node {task.node}" for task in tasks}
+    last: dict[str, object] = {}
+    heard = time.monotonic()
+
     def on_event(key: str, event: object) -> None:
-        if isinstance(event, str):
+        nonlocal heard
+        if event != last.get(key):  # a download that is stuck says the same again and again
+            heard, last[key] = time.monotonic(), event
+        if isinstance(event, Started):
+            unfinished[key] = event.node
+        elif isinstance(event, str):
             say(event)
 
-    for outcome in cluster.run(tasks, on_event, on_tick=tick):
-        if outcome.error is not None:
-            say(f"{outcome.key}: {outcome.error}; its trials download what they need")
+    def on_tick() -> None:
+        tick()
+        if time.monotonic() - heard > SILENCE_SECONDS:
+            raise _SilenceError
+
+    try:
+        for outcome in cluster.run(tasks, on_event, on_tick=on_tick):
+            heard = time.monotonic()
+            del unfinished[outcome.key]
+            if outcome.error is not None:
+                say(f"{outcome.key}: {outcome.error}; its trials download what they need")
+    except _SilenceError:
+        say(
+            f"Nothing new was heard of the downloads on {', '.join(unfinished.values())} for "
+            f"{SILENCE_SECONDS / 60:.0f} minutes: they are ended, and trials download what they "
+            "need"
+        )

@@ -53,8 +53,12 @@ def inputs_of(spec: TrialSpec) -> Iterator[Input]:
 
 @dataclass
 class Made:
-    """What storage folders hold, and what the trials of a plan so far will add."""
+    """What storage folders hold, and what the trials of a plan so far will add.
 
+    fresh: no blocks that are there count, because the study deletes them (fresh=true)
+    """
+
+    fresh: bool = False
     _identities: dict[Path, list[Json]] = field(default_factory=dict)
     _inputs: set[tuple[str, str]] = field(default_factory=set)
     _quantizations: set[str] = field(default_factory=set)
@@ -62,11 +66,12 @@ class Made:
     def add(self, trial: Trial, facts: ModelFacts) -> tuple[Todo, int]:
         """Add what a trial will make; return it, and the bytes of its prepared input."""
         blocks = self._blocks_to_make(trial, facts)
-        missing = [one for one in inputs_of(trial.spec) if self._is_new(trial, one.identity)]
-        drawn = any(one.calibration for one in missing) and blocks > 0
-        read = [one for one in missing if drawn or not one.calibration]
-        todo = Todo(blocks=blocks, draws=drawn, questions=sum(one.questions for one in read))
-        return todo, sum(one.size for one in read)
+        # Without a block to make it reads no calibration windows, so a later trial may draw them.
+        read = [one for one in inputs_of(trial.spec) if blocks > 0 or not one.calibration]
+        missing = [one for one in read if self._is_new(trial, one.identity)]
+        drawn = any(one.calibration for one in missing)
+        todo = Todo(blocks=blocks, draws=drawn, questions=sum(one.questions for one in missing))
+        return todo, sum(one.size for one in missing)
 
     def _blocks_to_make(self, trial: Trial, facts: ModelFacts) -> float:
         """Return the part of a trial's blocks that it quantizes itself."""
@@ -77,6 +82,8 @@ class Made:
             return 0.0
         if trial.placement.shares_blocks:
             self._quantizations.add(name)
+        if self.fresh:
+            return 1.0
         there = stored_blocks(trial.blocks_folder, trial.kept_blocks_folder)
         return max(0.0, 1.0 - there / facts.layers)
 

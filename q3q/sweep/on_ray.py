@@ -204,7 +204,11 @@ class TrialPolicy(JobPolicy):
             self.allocations[job.number] = larger
             reason += f"; now with {larger}, {in_gb(larger.memory)} of memory, {larger.loader}"
         elif isinstance(error, GpuFailedError):
-            reason += ". That GPU gets no more trials of this sweep; this one runs again on another"
+            allocation = self.allocations[job.number]
+            # The rest of the GPU stays free, and Ray may give the trial that next.
+            is_share = allocation is not None and allocation.is_share
+            what, where = ("part of the GPU", "") if is_share else ("GPU", " on another")
+            reason += f". That {what} gets no more trials of this sweep; this one runs again{where}"
         self.study.display.retried(planned.trial.id, reason)
 
     def on_outcome(self, job: Job, outcome: Outcome) -> JobReturn:

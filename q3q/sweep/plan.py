@@ -109,12 +109,16 @@ def plan(
     machines: Sequence[Machine],
     request: ResourceRequest,
     model: CostModel,
+    fresh: bool = False,
 ) -> list[Planned]:
     """Return the plan in the order in which trials start, with those that are done last.
 
     Unquantized models come first, because the others are compared with them; then the longest, so
     that the last trial to end is a short one. Trials that take equally long are ordered by model.
     What trials need only once (`made`) counts for the longest of them, if it is not there already.
+
+    Args:
+        fresh: blocks that are there will be deleted, and are made again.
 
     Raises:
         ConfigError: a trial fits nowhere.
@@ -146,7 +150,7 @@ def plan(
     left = [entry for entry in planned if not entry.done]
     done = planned[len(left) :]
     disks = left_by_each([entry.trial for entry in left], [entry.trial for entry in done], facts)
-    made = Made()
+    made = Made(fresh)
     for place, (entry, disk) in enumerate(zip(left, disks, strict=True)):
         shape, allocation = facts[entry.trial.id], chosen[entry.trial.id].at_least(1.0)
         todo, prepared = made.add(entry.trial, shape)

@@ -170,6 +170,7 @@ def run_study(
         machines=machines,
         request=request,
         model=CostModel().learned(recent_records(storage), facts_of_trial),
+        fresh=settings.fresh,
     )
     left = [entry for entry in planned if not entry.done]
     on_gpus = [entry for entry in left if entry.allocation and entry.allocation.gpus]

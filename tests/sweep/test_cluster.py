@@ -19,6 +19,7 @@ import pytest
 
 from q3q.errors import ConfigError, Q3QError
 from q3q.sweep.ray import cluster as cluster_module
+from q3q.sweep.ray import gpus_aside, scheduler
 from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.nodes import kernel_kill_counter
 from q3q.sweep.ray.tasks import (
@@ -276,6 +277,70 @@ def test_a_task_that_fails_on_a_second_gpu_takes_neither_from_the_others(cluster
     assert isinstance(outcome.error, GpuFailedError)
     assert outcome.attempts == 2
     assert {outcome.value for outcome in run(cluster, *fine).values()} == {"0", "1"}
+
+
+def test_a_process_that_keeps_a_gpu_and_is_killed_keeps_nothing_any_more(
+    cluster, tmp_path, monkeypatch
+):
+    """The memory monitor may kill it, or it is lost with its machine."""
+    made: list[gpus_aside.GpusAside] = []
+
+    def aside(patience):
+        made.append(gpus_aside.GpusAside(patience))
+        return made[0]
+
+    def call(report):
+        gpu = os.environ["CUDA_VISIBLE_DEVICES"]
+        if gpu == "0":
+            (tmp_path / "pid.tmp").write_text(str(os.getpid()))
+            (tmp_path / "pid.tmp").rename(tmp_path / "pid")
+            raise GpuFailedError("GPU 0 failed")
+        wait_for(tmp_path / "forgotten")
+        return gpu
+
+    def on_tick():
+        if (tmp_path / "killed").exists() and not made[0]._kept:
+            (tmp_path / "forgotten").touch()
+        elif made[0]._kept and (pid := tmp_path / "pid").exists():
+            os.kill(int(pid.read_text()), signal.SIGKILL)
+            pid.rename(tmp_path / "killed")
+
+    monkeypatch.setattr(scheduler, "GpusAside", aside)
+    task = Task(key="a", call=call, resources=Resources(cpus=0, gpus=1))
+    [outcome] = cluster.run([task], lambda *_: None, on_tick=on_tick)
+    assert (outcome.value, outcome.attempts) == ("1", 2)
+
+
+def test_a_task_that_gets_another_share_of_a_gpu_that_failed_comes_to_another_gpu(
+    cluster, tmp_path
+):
+    """Ray fills one GPU before it begins another one."""
+    shape = Resources(cpus=0, gpus=0.5)
+    outcome = run(cluster, Task(key="a", call=on_broken_gpus(tmp_path, "0"), resources=shape))["a"]
+    assert (outcome.value, outcome.attempts) == ("1", 3)
+
+
+def test_a_task_whose_gpu_failed_ends_where_others_hold_all_other_gpus(
+    cluster, tmp_path, monkeypatch
+):
+    import ray
+
+    def hold(path):
+        path.touch()
+        threading.Event().wait()
+
+    monkeypatch.setattr(gpus_aside, "IDLE_SECONDS", 0.2)
+    shape = Resources(cpus=0, gpus=1)
+    holder = ray.remote(num_cpus=0, num_gpus=1, max_retries=0)(hold).remote(tmp_path / "held")
+    wait_for(tmp_path / "held")
+    try:
+        outcome = run(
+            cluster, Task(key="a", call=on_broken_gpus(tmp_path, "0", "1"), resources=shape)
+        )["a"]
+    finally:
+        ray.cancel(holder, force=True)
+    assert isinstance(outcome.error, GpuFailedError)
+    assert outcome.attempts == gpus_aside.MOST_FAILURES + 1
 
 
 def test_a_task_computes_with_as_many_threads_as_it_reserved_cpus(cluster):

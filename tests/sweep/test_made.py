@@ -6,9 +6,12 @@ import pytest
 
 from q3q.data.prepared import FOLDER, Shelf
 from q3q.evaluate.identities import prepared_identities
+from q3q.sweep import run
 from q3q.sweep.costs import CostModel, Rate, Todo
 from q3q.sweep.made import QUESTION_BYTES, Made
-from q3q.sweep.plan import simulated
+from q3q.sweep.plan import Planned, plan, simulated
+from q3q.sweep.run import Host, run_study
+from q3q.sweep.settings import StudySettings
 from tests.specs import STUDY_TASKS, evaluation_of, respecified
 from tests.sweep.test_plan import NODE, facts, planned_for, trial
 
@@ -36,6 +39,9 @@ def test_a_quantization_that_lies_there_takes_no_time_in_the_simulated_sweep(tmp
     after = simulated([cached], [NODE]).seconds
     # What was prepared beside the quantization has less time for that now.
     assert after < whole - 0.5 * plain.phases["quantize"]
+    # They are deleted before they could be used.
+    [again] = planned_for([one], [NODE], fresh=True)
+    assert again.phases == plain.phases
 
 
 @pytest.mark.parametrize(("keep", "makers"), [("auto", 1), ("blocks", 1), ("none", 2)])
@@ -67,8 +73,13 @@ def test_input_is_prepared_once_and_its_disk_counted_once(tmp_path):
 def test_a_trial_that_finds_its_blocks_draws_no_windows(tmp_path):
     one = trial(keep="auto").moved(tmp_path)
     leave_blocks(one, SHAPE.layers)
-    todo, _ = Made().add(one, SHAPE)
+    made = Made()
+    todo, _ = made.add(one, SHAPE)
     assert todo == Todo(blocks=0.0, draws=False, questions=0)
+    # So the next trial with the same ones, but other blocks, does.
+    todo, size = made.add(trial(bits=3).moved(tmp_path), SHAPE)
+    assert todo == Todo(blocks=1.0, draws=True, questions=0)
+    assert size == 4 * 128 * 2048
 
 
 def test_on_a_gpu_prompts_are_made_while_the_model_is_quantized():
@@ -87,3 +98,29 @@ def test_on_a_gpu_prompts_are_made_while_the_model_is_quantized():
     slow = replace(costs, prompt=1.0)
     waits = slow.predict(spec, SHAPE, Rate("H100", True, 1.0), loader="resident", todo=todo)
     assert sum(waits.phases.values()) > 48_000
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_study_that_runs_everything_again_plans_so(monkeypatch, tmp_path, fresh):
+    one, plans = trial(keep="auto").moved(tmp_path), list[list[Planned]]()
+    leave_blocks(one, SHAPE.layers)
+
+    def noted(*given, **more):
+        plans.append(plan(*given, **more))
+        return []
+
+    class Asked(Host):
+        def machines(self, request):
+            return [NODE], request
+
+        def run(self, planned, study):
+            raise AssertionError("only a plan was asked for")
+
+    monkeypatch.setattr(run, "plan", noted)
+    monkeypatch.setattr(run, "_show_plan", lambda *_: None)
+    settings = StudySettings(
+        storage=str(tmp_path), tracking_uri="sqlite:///none.db", fresh=fresh, plan_only=True
+    )
+    assert run_study([one], {one.id: SHAPE}, settings, "the command", Asked()) is None
+    [[planned]] = plans
+    assert (planned.phases["quantize"] > 0) == fresh

@@ -89,7 +89,7 @@ def allocated(one, machines, **request):
     return allocations_of(one, shape, machines, ResourceRequest(**request))
 
 
-def planned_for(trials, machines, request=None, finished=None, model=None):
+def planned_for(trials, machines, request=None, finished=None, model=None, fresh=False):
     return plan(
         trials,
         finished or {},
@@ -97,6 +97,7 @@ def planned_for(trials, machines, request=None, finished=None, model=None):
         machines=machines,
         request=request or ResourceRequest(),
         model=model or CostModel(),
+        fresh=fresh,
     )
 
 

@@ -152,7 +152,7 @@ class Cluster:
         return ray_machines()
 
     def node_ids(self, *, gpus: bool = False) -> list[str]:
-        """Return Ray's ids of its machines; `gpus`: of those that have any."""
+        """Return Ray's ids of its machines where tasks may run; `gpus`: those that need GPUs."""
         self._wait_until_up()
         return node_ids(gpus=gpus)
 

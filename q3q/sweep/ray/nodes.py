@@ -13,13 +13,16 @@ def ray_machines() -> list[Resources]:
 
 
 def node_ids(*, gpus: bool) -> list[str]:
-    """Return Ray's ids of the cluster's live machines; `gpus`: of those that have any."""
+    """Return Ray's ids of the live machines where tasks may run; `gpus`: those that need GPUs.
+
+    A cluster's head often has no cores for tasks (`ray start --num-cpus=0`).
+    """
     import ray
 
     return [
         str(node["NodeID"])
         for node in ray.nodes()
-        if node["Alive"] and (not gpus or node["Resources"].get("GPU"))
+        if node["Alive"] and node["Resources"].get("GPU" if gpus else "CPU")
     ]
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from q3q.errors import ConfigError, Q3QError
 from q3q.sweep.ray.deaths import end_hung, next_message
 from q3q.sweep.ray.gangs import Gang
-from q3q.sweep.ray.gpus_aside import GpusAside
+from q3q.sweep.ray.gpus_aside import GpusAside, gpu_of
 from q3q.sweep.ray.head import Head
 from q3q.sweep.ray.in_flight import InFlight
 from q3q.sweep.ray.messages import (
@@ -88,7 +88,7 @@ class TaskRun:
         self.gangs: list[InFlight] = []
         self.nodes: dict[str, str] = {}
         self.opened: set[str] = {""}
-        self.head, self.aside = Head(), GpusAside()
+        self.head, self.aside = Head(), GpusAside(patience)
         self.several_machines = len(self.head.machines) > 1 or patience > 0
         self._judged: list[Resources] | None = None  # the machines at the last `_refuse`
         self._looked = time.monotonic()  # at the gangs
@@ -104,6 +104,7 @@ class TaskRun:
                 on_tick()
                 self._look_at_gangs()
                 runs = any(flight.began is not None for flight in self.in_flight.values())
+                self.aside.forget_ended()
                 _kill(self.aside.released_if_idle(runs))
                 yield from self._listen(ready)
                 yield from self._refuse()
@@ -247,13 +248,13 @@ class TaskRun:
         self._run_again(again, content)
 
     def _finish_alone(self, stream: Any, flight: InFlight, end: Message) -> Iterator[Outcome]:
-        """Finish a task that is no gang's; if its GPU failed, run it on another one, once."""
+        """Finish a task that is no gang's; if its GPU failed, run it on another one."""
         if not isinstance(end.content, GpuFailedError):
             yield from self._finish(flight, end)
             return
-        task, first = flight.task, not self.aside.has_failed_before(flight.task.key)
+        task, over = flight.task, self.aside.has_failed_before(flight.task.key, gpu_of(flight))
         self.aside.keep(stream, flight)
-        if first and self.aside.another(task.resources, self.head.machines):
+        if not over and self.aside.another(task.resources, self.head.machines):
             self._run_again(Waiting(task, flight.attempt + 1, flight.deaths), end.content)
             return
         _kill(self.aside.released(task.key))
