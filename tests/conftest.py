@@ -3,6 +3,7 @@
 import csv
 import gc
 import json
+import logging
 import os
 import pickle
 import secrets
@@ -56,6 +57,20 @@ def pytest_collection_modifyitems(items):
 def frozen_heap():
     """Spare the garbage collector what is there already: one look at it all takes a second."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """Undo what a sweep in this process does to the log: Hydra sends it to the test's own output.
+
+    That is closed when the test ends, and whatever a later test logs would be an error on stderr.
+    """
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in [one for one in root.handlers if type(one) is logging.StreamHandler]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
