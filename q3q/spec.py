@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from q3q.bit_budget import BitBudget
 from q3q.errors import ConfigError
 from q3q.number_formats import INT
 
@@ -25,7 +26,7 @@ MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metri
 QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
 AUTO_DRIFT = "auto"
 # Absent from a spec's JSON where they are not given.
-SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules")
+SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules", "budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +231,8 @@ class TrialSpec:
         equal, where the model ties them
     export: format of the checkpoint that the trial writes too
     rules: the name patterns that overrides and skip were given as; for people, not part of the id
+    budget: allots bits to the linears while the trial runs; then they stand in its overrides, and
+        are no part of the id, as they follow from the rest
     """
 
     model: ModelRef
@@ -244,6 +247,7 @@ class TrialSpec:
     embedding_bits: int | None = None
     export: str | None = None
     rules: Json = field(default_factory=dict, compare=False)
+    budget: BitBudget | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -279,6 +283,10 @@ class TrialSpec:
         for later in ("evaluation", "export", "rules"):
             facts.pop(later, None)
         facts["model"] = self.model.identity
+        if self.budget is not None:
+            given = without_bits(self.overrides)
+            facts = {key: fact for key, fact in facts.items() if key != "overrides"}
+            facts |= {"overrides": given} if given else {}
         if self.scheme is not None:
             for later in ("act_bits", "act_format", "act_group_size"):
                 facts["scheme"].pop(later, None)
@@ -308,7 +316,8 @@ class TrialSpec:
             return self.method.name
         scheme = self.scheme
         between = " " if scheme.format != INT and scheme.act_bits else ""
-        stored = f"{scheme.codes}{between}{scheme.activations} {scheme.groups}"
+        codes = scheme.codes if self.budget is None else "mixed"
+        stored = f"{codes}{between}{scheme.activations} {scheme.groups}"
         return f"{self.method.name} {stored} {self.departures}".rstrip()
 
     @property
@@ -326,6 +335,7 @@ class TrialSpec:
         words += [f"-{pattern}" for pattern in self.rules.get("skip", ())]
         ends = {"head": self.head_bits, "embedding": self.embedding_bits}
         words += [f"{end}:w{bits}" for end, bits in ends.items() if bits]
+        words += [self.budget.words] if self.budget else []
         words += [f"export:{self.export}"] if self.export else []
         return " ".join(words)
 
@@ -340,9 +350,11 @@ class TrialSpec:
             "evaluation": self.evaluation.to_json(),
             "overrides": {name: dict(changes) for name, changes in self.overrides.items()},
             "skip": list(self.skip),
+            "budget": self.budget and self.budget.to_json(),
         }
         if complete:
-            return facts
+            # A record of a trial without a budget looks as it always has.
+            return {key: value for key, value in facts.items() if key != "budget" or value}
         if self.scheme is not None and self.scheme.scales is None:
             del facts["scheme"]["scales"]
         return {key: value for key, value in facts.items() if key not in SELDOM or value}
@@ -358,6 +370,7 @@ class TrialSpec:
         for part in ("model", "method", "evaluation"):
             _checked(part, data[part], dict)
         scheme, calibration = data["scheme"], data["calibration"]
+        budget = data.get("budget")
         return cls(
             **facts
             | {
@@ -368,6 +381,7 @@ class TrialSpec:
                 "evaluation": Evaluation.from_json(data["evaluation"]),
                 "skip": tuple(data.get("skip", ())),
                 "rules": _checked("rules", data.get("rules", {}), dict),
+                "budget": None if budget is None else BitBudget.from_json(budget),
             }
         )
 
@@ -386,6 +400,15 @@ def digest(facts: Json, *, spaced: bool = False) -> str:
 def text_metric(measure: str, text: str, quick: bool) -> str:
     """Return `perplexity/wikitext2`; of a quick evaluation `perplexity_quick/wikitext2`."""
     return f"{measure}{'_quick' if quick else ''}/{text}"
+
+
+def without_bits(overrides: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what overrides say beside bits, for the linears of which they say anything else."""
+    others = {
+        name: {key: value for key, value in changes.items() if key != "bits"}
+        for name, changes in overrides.items()
+    }
+    return {name: changes for name, changes in others.items() if changes}
 
 
 def heads_in_memory(head_bits: int | None, evaluation: Evaluation) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from q3q.bit_budget import BitBudget
 from q3q.config.pages import hub_sources, page_of
 from q3q.config.schema import DEMO_NAMES, TEXT_NAMES, UNTOUCHED_BITS
 from q3q.errors import ConfigError
@@ -19,8 +20,8 @@ def command_of(trial: Trial) -> str:
     spec, scheme = trial.spec, trial.spec.scheme
     words = [*_model(trial), override("method", spec.method.name), *_knobs(spec)]
     if scheme is not None:
+        words += [override("bits", scheme.bits)] if spec.budget is None else _budget(spec.budget)
         words += [
-            override("bits", scheme.bits),
             override("group_size", scheme.group_size),
             override("symmetric", scheme.symmetric),
             override("act_bits", scheme.act_bits or UNTOUCHED_BITS),
@@ -74,13 +75,27 @@ def _knobs(spec: TrialSpec) -> list[str]:
     ]
 
 
+def _budget(budget: BitBudget) -> list[str]:
+    key, limit = budget.given
+    kept = ("unit", "measure", "samples", "length")
+    return [
+        override(f"budget.{key}", limit),
+        override("budget.widths", budget.widths),
+        *(override(f"budget.{key}", getattr(budget, key)) for key in kept),
+    ]
+
+
 def _calibration(trial: Trial) -> list[str]:
     calibration = trial.spec.calibration
-    if calibration is None:
+    text = calibration or trial.spec.budget  # on whose windows sensitivities are measured
+    if text is None:
         return []
-    words = [override("calibration", calibration.source)]
-    if calibration.source == "file":
+    source = text.source
+    words = [override("calibration", source)]
+    if source == "file":
         words.append(override("calibration.path", trial.placement.calibration or "FILE"))
+    if calibration is None:
+        return words
     return words + [
         override(f"calibration.{key}", value)
         for key in ("samples", "length", "draw", "route")

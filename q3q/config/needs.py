@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from q3q.config.budget import asks_for_budget
 from q3q.config.texts import data_folder
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed
 from q3q.data.questions import Library
@@ -58,7 +59,8 @@ def needs_of(config: DictConfig) -> list[AnyNeed]:
     if model.path is None and model.source is not None:
         needs.append(ModelNeed(model.source, model.revision))
     settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
-    if settings.quantizes and settings.observes() and is_from_hub(config.calibration.source):
+    reads = settings.observes() or asks_for_budget(config)
+    if settings.quantizes and reads and is_from_hub(config.calibration.source):
         needs.append(TextNeed(config.calibration.source, "calibration", folder))
     needs += [
         TextNeed(source, "evaluation", folder) for source in evaluation.texts if is_from_hub(source)
