@@ -184,10 +184,11 @@ def _measurement(
     assert text_NT is not None
     calibration_NT = calibration_windows(trial, tokenizer, partial(steps, 0, 1))
     set_route(model, spec)
+    schemes = replace(spec.schemes, base=replace(spec.schemes.base, scales=None))
     return Measurement(
         model=model,
         method=build_method(spec),
-        schemes=spec.schemes,
+        schemes=schemes,
         units=units,
         widths=budget.widths,
         measure=budget.measure,
