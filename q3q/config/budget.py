@@ -19,8 +19,8 @@ from q3q.quantize.budget.units import (
     limit_of,
     refuse_unreachable,
     sizes_of,
-    unquantized_bits,
     units_of,
+    unquantized_bits,
     weights_in,
     with_widths,
 )
@@ -109,8 +109,8 @@ def _refuse_incompatible(config: DictConfig, settings: MethodSettings, shown: st
     name = settings.name
     if len(settings.bits) == 1:
         raise IncompatibleError(
-            f"{shown}: method={name} has {settings.bits[0]}-bit codes alone, so there is nothing to "
-            "allot; its groups change what they take (group_size=)"
+            f"{shown}: method={name} has {settings.bits[0]}-bit codes alone, so there is nothing "
+            "to allot; its groups change what they take (group_size=)"
         )
     if config.format != INT:
         raise IncompatibleError(
@@ -153,7 +153,8 @@ def _widths(given: Sequence[int], settings: MethodSettings) -> tuple[int, ...]:
     if wrong := [width for width in widths if width not in settings.bits]:
         able = ", ".join(map(str, settings.bits))
         raise ConfigError(
-            f"{shown}: method={settings.name} cannot do {', '.join(map(str, wrong))}; it takes {able}"
+            f"{shown}: method={settings.name} cannot do {', '.join(map(str, wrong))}; it takes "
+            f"{able}"
         )
     return widths
 

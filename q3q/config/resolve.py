@@ -198,9 +198,7 @@ def _exported(
                 f"export.path={path} is not read by export=none: choose a format, e.g. export=hf"
             )
         return trial
-    refuse_unsupported(
-        name, with_all_widths(spec, facts), facts, whole_zeros=settings.whole_zeros
-    )
+    refuse_unsupported(name, with_all_widths(spec, facts), facts, whole_zeros=settings.whole_zeros)
     assert spec.scheme is not None
     scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype))
     trial = replace(trial, spec=replace(spec, export=name, scheme=scheme))

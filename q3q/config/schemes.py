@@ -45,9 +45,7 @@ def resolve_schemes(
     return schemes, rules
 
 
-def _base_scheme(
-    config: DictConfig, settings: MethodSettings, budget: BitBudget | None
-) -> Scheme:
+def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget | None) -> Scheme:
     """Return the scheme that holds unless a pattern says otherwise, defaults filled in."""
     refuse_unknown("format", config.format, FORMATS)
     form = FLOATS.get(config.format)

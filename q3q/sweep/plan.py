@@ -266,8 +266,8 @@ def describe(
     lines.append(f"{', '.join(total)}. State and records: {storage}")
     if sensing := sum(entry.phases.get(SENSING, 0.0) for entry in left):
         lines.append(
-            f"Of the work, {_rounded(sensing)} measures the sensitivities that budgets are allotted "
-            f"by, once for all trials that share them; they stay in {storage}/{SENSING}."
+            f"Of the work, {_rounded(sensing)} measures the sensitivities that budgets are "
+            f"allotted by, once for all trials that share them; they stay in {storage}/{SENSING}."
         )
     if unlike := unlike_methods([entry.spec for entry in planned]):
         lines.append(unlike)

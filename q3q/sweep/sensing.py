@@ -9,7 +9,7 @@ from q3q.spec import TrialSpec
 def block_passes(spec: TrialSpec, facts: ModelFacts) -> int:
     """Return how many times the text's windows run through a block, and its units' changed ones.
 
-    Each unit at each width runs through its own block and, for a divergence, through all later ones.
+    Each unit at each width runs through its own block and, for a divergence, all later ones.
     """
     if spec.budget is None:
         return 0
@@ -19,7 +19,7 @@ def block_passes(spec: TrialSpec, facts: ModelFacts) -> int:
 
 
 def head_passes(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Return how many times the text's windows run through the head: two models' for a divergence."""
+    """Return how many times the text's windows run through a head: two a divergence."""
     if spec.budget is None or spec.budget.measure != KL:
         return 0
     return 2 * len(spec.budget.widths) * len(units_of(spec, facts))

@@ -104,7 +104,11 @@ def test_units_take_the_bits_that_their_codes_take(kind, method, scheme, unit):
     resolved, _ = with_widths(spec, units, chosen)
     windows = torch.randint(0, 61, (4, 16), generator=torch.Generator().manual_seed(1))
     blocks = quantize_model(
-        decoder, build_method(spec), resolved.schemes, windows if method != "rtn" else None, Nowhere()
+        decoder,
+        build_method(spec),
+        resolved.schemes,
+        windows if method != "rtn" else None,
+        Nowhere(),
     )
     for unit_, row, bits in zip(units, sizes, chosen, strict=True):
         codes = [blocks[unit_.block].quantized[name] for name in unit_.weights]

@@ -1,11 +1,11 @@
 """Which width each unit gets: the exact integer program, and its rule for ties.
 
 Minimize the sum of the chosen costs, where each unit gets one width and the chosen sizes stay
-within the limit (the multiple-choice knapsack problem). All numbers that the program sees are whole:
-sensitivities are rounded to `DIGITS` significant digits, then to parts of `PARTS` of what a plain
-greedy allotment costs. What the solver returns is checked in whole numbers. Among allotments of
-equal cost the smallest wins, and among those the one that gives the earlier units less. So equal
-inputs give equal widths, whatever path the solver takes on a machine.
+within the limit (the multiple-choice knapsack problem). All numbers in the program are whole:
+sensitivities are rounded to `DIGITS` significant digits, then to whole parts of what a greedy
+allotment costs, of which it has `PARTS`. What the solver returns is checked in whole numbers. Among
+allotments of equal cost the smallest wins, and among those the one that gives the earlier units
+less. So equal inputs give equal widths, whatever path the solver takes on a machine.
 """
 
 import math
@@ -46,7 +46,9 @@ def allot(costs: Sequence[Sequence[float]], sizes: Numbers, limit: int) -> list[
     if least > limit:
         raise ValueError(f"the smallest allotment takes {least} bits, and the limit is {limit}")
     whole = _whole(costs)
-    whole = _in_parts(whole, sum(row[w] for row, w in zip(whole, _greedy(whole, sizes, limit))))
+    whole = _in_parts(
+        whole, sum(row[w] for row, w in zip(whole, _greedy(whole, sizes, limit), strict=True))
+    )
     program = _Program(whole, sizes, limit)
     best = program.least(whole)
     cost = program.total(whole, best)
@@ -73,9 +75,7 @@ def allot(costs: Sequence[Sequence[float]], sizes: Numbers, limit: int) -> list[
 def _whole(costs: Sequence[Sequence[float]]) -> list[list[int]]:
     """Return costs as whole numbers of one power of ten, exactly as they are rounded."""
     exact = [[Decimal(f"{max(0.0, cost):.{DIGITS - 1}e}") for cost in row] for row in costs]
-    powers = [
-        int(cost.as_tuple().exponent) for row in exact for cost in row if cost != 0
-    ]
+    powers = [int(cost.as_tuple().exponent) for row in exact for cost in row if cost != 0]
     shift = Decimal(10) ** -min(powers, default=0)
     return [[int(cost * shift) for cost in row] for row in exact]
 
@@ -88,8 +88,7 @@ def _in_parts(costs: list[list[int]], total: int) -> list[list[int]]:
     if total == 0:
         return [[min(cost, 1) for cost in row] for row in costs]
     return [
-        [min((2 * PARTS * cost + total) // (2 * total), PARTS + 1) for cost in row]
-        for row in costs
+        [min((2 * PARTS * cost + total) // (2 * total), PARTS + 1) for cost in row] for row in costs
     ]
 
 

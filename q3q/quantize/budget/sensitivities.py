@@ -2,8 +2,8 @@
 
 A file is `<storage>/sensitivities/<id>.json`, and its id the digest of all that determines its
 numbers. It is written anew after each unit, so a killed measurement goes on at the next one. What
-is damaged or another's is put aside, said, and measured again. One process at a time measures, under
-a claim, and the others wait for it. The folder may be deleted at any time.
+is damaged or another's is put aside, said, and measured again. One process at a time measures,
+under a claim, and the others wait for it. The folder may be deleted at any time.
 """
 
 import math

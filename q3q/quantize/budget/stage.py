@@ -93,7 +93,9 @@ def allotted(
     units = units_of(spec, facts)
     known = store.recall(ALLOTMENT)
     if known is None or known["units"] != [unit.name for unit in units]:
-        beside = math.ceil(bits_beside(checkpoint, weights_in(facts, units), _ends(spec, facts.tied)))
+        beside = math.ceil(
+            bits_beside(checkpoint, weights_in(facts, units), _ends(spec, facts.tied))
+        )
         known = _solved(trial, model, tokenizer, units, beside + ends_bits(spec, facts), reporter)
         if store.holds(1):  # blocks without their widths
             forget_progress(trial)

@@ -103,7 +103,7 @@ def _bits(shape: Sequence[int], scheme: Scheme, *, whole_zeros: bool = True) -> 
 
 
 def ends_bits(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Return the bits of a quantized embedding and head; of one tensor where the model ties them."""
+    """Return the bits of a quantized embedding and head, of one tensor where they are tied."""
     schemes, shape = spec.schemes, (facts.vocab, facts.hidden)
     assert schemes is not None
     ends = (schemes.embedding, None if facts.tied else schemes.head)
@@ -131,9 +131,7 @@ def unquantized_bits(spec: TrialSpec, facts: ModelFacts, units: Sequence[Unit]) 
     return item * left + ends_bits(spec, facts)
 
 
-def limit_of(
-    spec: TrialSpec, facts: ModelFacts, units: Sequence[Unit], unquantized: int
-) -> int:
+def limit_of(spec: TrialSpec, facts: ModelFacts, units: Sequence[Unit], unquantized: int) -> int:
     """Return the most bits that the units may take together.
 
     Args:
@@ -202,7 +200,9 @@ def with_widths(
         patterns[unit.name] = {"bits": bits}
         for linear in unit.linears:
             overrides.setdefault(linear, {})["bits"] = bits
-    in_order = {name: overrides[name] for unit in units for name in unit.linears if name in overrides}
+    in_order = {
+        name: overrides[name] for unit in units for name in unit.linears if name in overrides
+    }
     return replace(spec, overrides=in_order), patterns
 
 

@@ -147,9 +147,7 @@ def _site_heatmap(record: TrialRecord, ends: tuple[float, float] | None = None) 
     height = 1.2 + max(1.2, 0.3 * len(rows))
     figure = new_figure(2.8 + min(max(3.6, 0.4 * len(blocks)), 10), height)
     axes = figure.subplots()
-    draw_grid(
-        figure, axes, grid, quantity, lambda y, x: f"block {blocks[x]}, {rows[y]}", ends=ends
-    )
+    draw_grid(figure, axes, grid, quantity, lambda y, x: f"block {blocks[x]}, {rows[y]}", ends=ends)
     _name_blocks(axes, blocks)
     axes.set_yticks(range(len(rows)), labels=rows, fontsize=8)
     linears = f"\nmean over the {found.averaged} linears of each site"

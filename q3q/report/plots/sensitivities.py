@@ -48,7 +48,7 @@ class Allotted:
 
 
 def sensitivities(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
-    """Draw a row per unit and a column per width, with the width that each unit was given framed."""
+    """Draw a row per unit and a column per width, and frame the width that each unit was given."""
     found = [(record, grid) for record in records if (grid := Allotted.of(record)) is not None]
     for record, grid in found[:MOST_HEATMAPS]:
         yield Plot(
