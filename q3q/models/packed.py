@@ -344,14 +344,16 @@ def _any_of(names: Iterable[str]) -> str:
 
 def _read_gptq(config: Mapping[str, Any]) -> Packing:
     version = config.get("checkpoint_format") or "gptq"
-    partial = config.get("dynamic") or config.get("modules_in_block_to_quantize")
-    if version not in ("gptq", "gptq_v2") or partial:
+    own = config.get("dynamic") or {}  # rules for modules: those that begin with -: leave one out
+    others = [rule for rule in own if not rule.startswith("-:")]
+    if version not in ("gptq", "gptq_v2") or others or config.get("modules_in_block_to_quantize"):
         raise CheckpointError(
             f"quantized already (gptq), in a variant ({version}) that q3q cannot read"
         )
     below = 1 if version == "gptq" else 0
     layout = GptqWords(config["bits"], config["group_size"], bool(config["sym"]), below=below)
-    return Packing("gptq", ((".*", layout),))
+    left_out = "|".join(f"(?:{rule[2:]}).*" for rule in own) or NOTHING
+    return Packing("gptq", ((left_out, None), (".*", layout)))
 
 
 def _read_awq(config: Mapping[str, Any]) -> Packing:
