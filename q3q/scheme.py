@@ -12,6 +12,21 @@ Json = dict[str, Any]
 SELDOM_OF_SCHEME = ("format", "group_rows", "four_over_six", "act_format", "act_group_size")
 
 
+ACTIVATION_KEYS = ("act_bits", "act_format", "act_group_size")  # of a scheme
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a linear's input is rounded, with scales that are taken from each token itself.
+
+    group_size: channels of a token that share a scale; -1: all
+    """
+
+    bits: int
+    format: str = INT
+    group_size: int = -1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
     """How numbers are stored.
@@ -97,6 +112,13 @@ class Scheme:
             for key, value in asdict(self).items()
             if key not in SELDOM_OF_SCHEME or value != own[key]
         }
+
+    @property
+    def inputs(self) -> Rounding | None:
+        """How each quantized linear's input is rounded; None leaves it in 16 bits."""
+        if self.act_bits is None:
+            return None
+        return Rounding(self.act_bits, self.act_format, self.act_group_size)
 
     @property
     def codes(self) -> str:

@@ -1,9 +1,11 @@
 """Change every block of a loaded model: route tokens to all experts, or quantize activations."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from q3q.models.block import Block
 from q3q.models.decoder import Decoder
+from q3q.scheme import Rounding
 from q3q.spec import TrialSpec
 
 
@@ -33,25 +35,38 @@ def set_activations(model: Decoder, spec: TrialSpec) -> None:
     keeps them.
     """
     if spec.scheme is not None:
-        scheme = spec.scheme
-        change = RoundedInputs(
-            scheme.act_bits, frozenset(spec.skip), scheme.act_format, scheme.act_group_size
-        )
-        model.adjust(change)
+        scheme, schemes = spec.scheme, spec.schemes
+        assert schemes is not None
+        otherwise = {
+            name: own.inputs
+            for name in spec.overrides
+            if (own := schemes.of(name)) is not None and own.inputs != scheme.inputs
+        }
+        model.adjust(RoundedInputs(scheme.inputs, frozenset(spec.skip), otherwise))
 
 
 @dataclass(frozen=True)
 class RoundedInputs:
-    """A change of every block; picklable. skip: linears that stay as they are."""
+    """A change of every block; picklable.
 
-    act_bits: int | None
+    skip: linears that stay as they are
+    otherwise: by full name, linears whose site's input is rounded in another way
+    """
+
+    rounding: Rounding | None
     skip: frozenset[str]
-    act_format: str
-    act_group_size: int
+    otherwise: Mapping[str, Rounding | None] = field(default_factory=dict)
 
     def __call__(self, k: int, block: Block) -> None:
-        block.act_bits = self.act_bits
-        block.act_format, block.act_group_size = self.act_format, self.act_group_size
+        usual = self.rounding or Rounding(0)
+        block.act_bits = self.rounding and self.rounding.bits
+        block.act_format, block.act_group_size = usual.format, usual.group_size
+        block.own_rounding = {
+            site.name: self.otherwise[full]
+            for site in block.sites
+            for name in site.weights
+            if (full := f"blocks.{k}.{name.removesuffix('.weight')}") in self.otherwise
+        }
         skipped = {
             name
             for site in block.sites

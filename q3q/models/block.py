@@ -22,6 +22,7 @@ from q3q.models.rope import frequencies
 from q3q.number_formats import FLOATS, INT
 from q3q.numerics.floats import floats_per_token
 from q3q.numerics.grid import absmax_per_token
+from q3q.scheme import Rounding
 
 if TYPE_CHECKING:
     from q3q.models.family import Turns
@@ -88,6 +89,7 @@ class Block:
 
     act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
     act_format, act_group_size: the format of these bits, and the channels that share a scale.
+    own_rounding: by name, sites whose input is rounded in another way; None leaves it as it is.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized,
         and of weights that stay unquantized beside others of their site (`Site.apart`).
     every_expert: the sites show every token to every expert (calibration.route=all), not only to
@@ -101,6 +103,7 @@ class Block:
         self.weights = dict(weights)
         self.act_bits = act_bits
         self.act_format, self.act_group_size = INT, -1
+        self.own_rounding: Mapping[str, Rounding | None] = {}
         self.unrounded: frozenset[str] = frozenset()
         self.every_expert = False
         self.sites: tuple[Site, ...] = facts.sites(layer)
@@ -110,7 +113,15 @@ class Block:
         block = Block(self.facts, self.layer, {**self.weights, **changed}, self.act_bits)
         block.unrounded, block.every_expert = self.unrounded, self.every_expert
         block.act_format, block.act_group_size = self.act_format, self.act_group_size
+        block.own_rounding = self.own_rounding
         return block
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """How the input of a site is rounded that has no rounding of its own."""
+        if self.act_bits is None:
+            return None
+        return Rounding(self.act_bits, self.act_format, self.act_group_size)
 
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
         return finish(self.stages(x_BTH, rope, attention))
@@ -146,11 +157,12 @@ class Block:
 
     def round_inputs(self, site: Site, inputs: Tensor) -> Tensor:
         """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
-        if self.act_bits is None or site.name in self.unrounded:
+        rounding = self.own_rounding.get(site.name, self.rounding)
+        if rounding is None or site.name in self.unrounded:
             return inputs
-        if self.act_format != INT:
-            return floats_per_token(inputs, FLOATS[self.act_format], self.act_group_size)
-        return absmax_per_token(inputs, self.act_bits, self.act_group_size)
+        if rounding.format != INT:
+            return floats_per_token(inputs, FLOATS[rounding.format], rounding.group_size)
+        return absmax_per_token(inputs, rounding.bits, rounding.group_size)
 
     def attend(
         self, query_BTND: Tensor, key_BTKD: Tensor, value_BTKD: Tensor, rope: Turns, see: Attention
