@@ -18,10 +18,17 @@ from torch.nn.functional import linear, silu
 from q3q.models.anatomy import ScaleGroup, Site, SiteInput, bias_of
 from q3q.models.attention import CAUSAL, Attention
 from q3q.models.family import ModelFacts
+from q3q.models.packed import InputRounding
 from q3q.models.rope import frequencies
 from q3q.number_formats import FLOATS, INT
 from q3q.numerics.floats import floats_per_token
 from q3q.numerics.grid import absmax_per_token
+from q3q.numerics.stored_scales import (
+    floats_below_factor,
+    floats_by_scale,
+    ints_but_outliers,
+    ints_by_scale,
+)
 
 if TYPE_CHECKING:
     from q3q.models.family import Turns
@@ -88,6 +95,8 @@ class Block:
 
     act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
     act_format, act_group_size: the format of these bits, and the channels that share a scale.
+    stored_rounding: by site, how a checkpoint's own loader rounds its input, where the above cannot
+        say it; it takes their place.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized,
         and of weights that stay unquantized beside others of their site (`Site.apart`).
     every_expert: the sites show every token to every expert (calibration.route=all), not only to
@@ -101,6 +110,7 @@ class Block:
         self.weights = dict(weights)
         self.act_bits = act_bits
         self.act_format, self.act_group_size = INT, -1
+        self.stored_rounding: Mapping[str, InputRounding] = {}
         self.unrounded: frozenset[str] = frozenset()
         self.every_expert = False
         self.sites: tuple[Site, ...] = facts.sites(layer)
@@ -110,6 +120,7 @@ class Block:
         block = Block(self.facts, self.layer, {**self.weights, **changed}, self.act_bits)
         block.unrounded, block.every_expert = self.unrounded, self.every_expert
         block.act_format, block.act_group_size = self.act_format, self.act_group_size
+        block.stored_rounding = self.stored_rounding
         return block
 
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
@@ -146,6 +157,8 @@ class Block:
 
     def round_inputs(self, site: Site, inputs: Tensor) -> Tensor:
         """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
+        if (stored := self.stored_rounding.get(site.name)) is not None:
+            return round_as_stored(inputs, stored)
         if self.act_bits is None or site.name in self.unrounded:
             return inputs
         if self.act_format != INT:
@@ -193,6 +206,22 @@ class Block:
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
         """Return the scale groups, in AWQ's order."""
         return self.facts.family.scale_groups(self.facts, self.layer)
+
+
+def round_as_stored(inputs: Tensor, rounding: InputRounding) -> Tensor:
+    """Return a site's input rounded as its checkpoint's own loader rounds it."""
+    form, number = FLOATS.get(rounding.format), rounding.number
+    if rounding.scales == "outliers":
+        return ints_but_outliers(inputs, rounding.bits)
+    if number is None:
+        if form is not None:
+            return floats_per_token(inputs, form, rounding.group_size)
+        return absmax_per_token(inputs, rounding.bits, rounding.group_size)
+    if form is None:
+        return ints_by_scale(inputs, rounding.bits, number)
+    if rounding.scales == "factor":
+        return floats_below_factor(inputs, form, rounding.group_size, number)
+    return floats_by_scale(inputs, form, number)
 
 
 def finish(stages: Stages) -> Tensor:
