@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from q3q.models.block import Block
 from q3q.models.decoder import Decoder
-from q3q.scheme import Rounding
+from q3q.scheme import InputRounding
 from q3q.spec import TrialSpec
 
 
@@ -53,20 +53,21 @@ class RoundedInputs:
     otherwise: by full name, linears whose site's input is rounded in another way
     """
 
-    rounding: Rounding | None
+    rounding: InputRounding | None
     skip: frozenset[str]
-    otherwise: Mapping[str, Rounding | None] = field(default_factory=dict)
+    otherwise: Mapping[str, InputRounding | None] = field(default_factory=dict)
 
     def __call__(self, k: int, block: Block) -> None:
-        usual = self.rounding or Rounding(0)
+        usual = self.rounding or InputRounding(0)
         block.act_bits = self.rounding and self.rounding.bits
         block.act_format, block.act_group_size = usual.format, usual.group_size
-        block.own_rounding = {
+        own = {
             site.name: self.otherwise[full]
             for site in block.sites
             for name in site.weights
             if (full := f"blocks.{k}.{name.removesuffix('.weight')}") in self.otherwise
         }
+        block.own_rounding = {name: how for name, how in own.items() if how is not None}
         skipped = {
             name
             for site in block.sites
@@ -75,4 +76,5 @@ class RoundedInputs:
         }
         sites = {site.name for site in block.sites if skipped.issuperset(site.weights)}
         apart = {name for site in block.sites for name in site.apart if name in skipped}
-        block.unrounded = frozenset(sites | apart)
+        left_alone = {name for name, how in own.items() if how is None}
+        block.unrounded = frozenset(sites | apart | left_alone)

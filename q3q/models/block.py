@@ -22,7 +22,13 @@ from q3q.models.rope import frequencies
 from q3q.number_formats import FLOATS, INT
 from q3q.numerics.floats import floats_per_token
 from q3q.numerics.grid import absmax_per_token
-from q3q.scheme import Rounding
+from q3q.numerics.stored_scales import (
+    floats_below_factor,
+    floats_by_scale,
+    ints_but_outliers,
+    ints_by_scale,
+)
+from q3q.scheme import InputRounding
 
 if TYPE_CHECKING:
     from q3q.models.family import Turns
@@ -89,7 +95,8 @@ class Block:
 
     act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
     act_format, act_group_size: the format of these bits, and the channels that share a scale.
-    own_rounding: by name, sites whose input is rounded in another way; None leaves it as it is.
+    own_rounding: by site, how its input is rounded where the above does not say it; it takes
+        their place.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized,
         and of weights that stay unquantized beside others of their site (`Site.apart`).
     every_expert: the sites show every token to every expert (calibration.route=all), not only to
@@ -103,7 +110,7 @@ class Block:
         self.weights = dict(weights)
         self.act_bits = act_bits
         self.act_format, self.act_group_size = INT, -1
-        self.own_rounding: Mapping[str, Rounding | None] = {}
+        self.own_rounding: Mapping[str, InputRounding] = {}
         self.unrounded: frozenset[str] = frozenset()
         self.every_expert = False
         self.sites: tuple[Site, ...] = facts.sites(layer)
@@ -115,13 +122,6 @@ class Block:
         block.act_format, block.act_group_size = self.act_format, self.act_group_size
         block.own_rounding = self.own_rounding
         return block
-
-    @property
-    def rounding(self) -> Rounding | None:
-        """How the input of a site is rounded that has no rounding of its own."""
-        if self.act_bits is None:
-            return None
-        return Rounding(self.act_bits, self.act_format, self.act_group_size)
 
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
         return finish(self.stages(x_BTH, rope, attention))
@@ -157,12 +157,13 @@ class Block:
 
     def round_inputs(self, site: Site, inputs: Tensor) -> Tensor:
         """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
-        rounding = self.own_rounding.get(site.name, self.rounding)
-        if rounding is None or site.name in self.unrounded:
+        if (stored := self.own_rounding.get(site.name)) is not None:
+            return rounded_as(inputs, stored)
+        if self.act_bits is None or site.name in self.unrounded:
             return inputs
-        if rounding.format != INT:
-            return floats_per_token(inputs, FLOATS[rounding.format], rounding.group_size)
-        return absmax_per_token(inputs, rounding.bits, rounding.group_size)
+        if self.act_format != INT:
+            return floats_per_token(inputs, FLOATS[self.act_format], self.act_group_size)
+        return absmax_per_token(inputs, self.act_bits, self.act_group_size)
 
     def attend(
         self, query_BTND: Tensor, key_BTKD: Tensor, value_BTKD: Tensor, rope: Turns, see: Attention
@@ -205,6 +206,22 @@ class Block:
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
         """Return the scale groups, in AWQ's order."""
         return self.facts.family.scale_groups(self.facts, self.layer)
+
+
+def rounded_as(inputs: Tensor, rounding: InputRounding) -> Tensor:
+    """Return a site's input rounded in a way of its own, or as its checkpoint's loader does it."""
+    form, number = FLOATS.get(rounding.format), rounding.number
+    if rounding.scales == "outliers":
+        return ints_but_outliers(inputs, rounding.bits)
+    if number is None:
+        if form is not None:
+            return floats_per_token(inputs, form, rounding.group_size)
+        return absmax_per_token(inputs, rounding.bits, rounding.group_size)
+    if form is None:
+        return ints_by_scale(inputs, rounding.bits, number)
+    if rounding.scales == "factor":
+        return floats_below_factor(inputs, form, rounding.group_size, number)
+    return floats_by_scale(inputs, form, number)
 
 
 def finish(stages: Stages) -> Tensor:
