@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from q3q.errors import ConfigError
+from q3q.kv_scheme import KvScheme
 from q3q.number_formats import INT, short_name
 
 # Everybody imports these from here, methods of other packages too.
@@ -26,7 +27,7 @@ MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metri
 QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
 AUTO_DRIFT = "auto"
 # Absent from a spec's JSON where they are not given.
-SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules")
+SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "rules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +230,7 @@ class TrialSpec:
         stay as they are
     head_bits, embedding_bits: rounded to nearest; None leaves them in 16 bits. One tensor, and
         equal, where the model ties them
+    kv: how the evaluated model's cache stores keys and values; None leaves them in 16 bits
     export: format of the checkpoint that the trial writes too
     rules: the name patterns that overrides and skip were given as; for people, not part of the id
     """
@@ -243,6 +245,7 @@ class TrialSpec:
     skip: tuple[str, ...] = ()
     head_bits: int | None = None
     embedding_bits: int | None = None
+    kv: KvScheme | None = None
     export: str | None = None
     rules: Json = field(default_factory=dict, compare=False)
 
@@ -268,6 +271,8 @@ class TrialSpec:
             facts |= {key: value for key, value in self.scheme.to_json().items() if key in acts}
             if changes := _some_of(self.overrides, lambda key: key in ACTIVATION_KEYS):
                 facts["act_overrides"] = changes
+        if self.kv is not None:
+            facts["kv"] = self.kv.to_json()
         return digest(facts | ({"export": self.export} if self.export else {}))[:10]
 
     @cached_property
@@ -277,9 +282,12 @@ class TrialSpec:
 
     @property
     def quantization(self) -> Json:
-        """Return all that determines the quantized weights. Activations are quantized later."""
+        """Return all that determines the quantized weights.
+
+        Activations are quantized later, keys and values too.
+        """
         facts = self.to_json()
-        for later in ("evaluation", "export", "rules"):
+        for later in ("evaluation", "export", "kv", "rules"):
             facts.pop(later, None)
         facts["model"] = self.model.identity
         if self.scheme is not None:
@@ -304,6 +312,11 @@ class TrialSpec:
         return Schemes(self.scheme, self.overrides, frozenset(self.skip), head, embedding)
 
     @property
+    def rounds_nothing(self) -> bool:
+        """True if the model is evaluated as it is: neither weights nor its cache are rounded."""
+        return self.scheme is None and self.kv is None
+
+    @property
     def heads(self) -> int:
         return heads_in_memory(self.head_bits, self.evaluation)
 
@@ -311,7 +324,7 @@ class TrialSpec:
     def name(self) -> str:
         """Name the trial for people: `gptq w3 g128 blocks.0:w8 -*.down head:w8`."""
         if self.scheme is None:
-            return self.method.name
+            return f"{self.method.name} {self.departures}".rstrip()
         scheme = self.scheme
         between = " " if scheme.format != INT and scheme.act_bits else ""
         stored = f"{scheme.codes}{between}{scheme.activations} {scheme.groups}"
@@ -332,6 +345,7 @@ class TrialSpec:
         words += [f"-{pattern}" for pattern in self.rules.get("skip", ())]
         ends = {"head": self.head_bits, "embedding": self.embedding_bits}
         words += [f"{end}:w{bits}" for end, bits in ends.items() if bits]
+        words += [self.kv.name] if self.kv else []
         words += [f"export:{self.export}"] if self.export else []
         return " ".join(words)
 
@@ -344,9 +358,12 @@ class TrialSpec:
             "scheme": self.scheme and self.scheme.to_json(),
             "calibration": self.calibration and self.calibration.to_json(),
             "evaluation": self.evaluation.to_json(),
+            "kv": self.kv and self.kv.to_json(),
             "overrides": {name: dict(changes) for name, changes in self.overrides.items()},
             "skip": list(self.skip),
         }
+        if self.kv is None:  # newer than the first records, which lack it
+            del facts["kv"]
         if complete:
             return facts
         if self.scheme is not None and self.scheme.scales is None:
@@ -373,6 +390,7 @@ class TrialSpec:
                 "calibration": None if calibration is None else Calibration(**calibration),
                 "evaluation": Evaluation.from_json(data["evaluation"]),
                 "skip": tuple(data.get("skip", ())),
+                "kv": None if data.get("kv") is None else KvScheme(**data["kv"]),
                 "rules": _checked("rules", data.get("rules", {}), dict),
             }
         )

@@ -1,10 +1,11 @@
-"""Change every block of a loaded model: route tokens to all experts, or quantize activations."""
+"""Change a loaded model's blocks: route tokens to all experts, round activations or the cache."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from q3q.models.block import Block
 from q3q.models.decoder import Decoder
+from q3q.models.kv_cache import KvRounding
 from q3q.scheme import InputRounding
 from q3q.spec import TrialSpec
 
@@ -43,6 +44,12 @@ def set_activations(model: Decoder, spec: TrialSpec) -> None:
             if (own := schemes.of(name)) is not None and own.inputs != scheme.inputs
         }
         model.adjust(RoundedInputs(scheme.inputs, frozenset(spec.skip), otherwise))
+
+
+def set_cache(model: Decoder, spec: TrialSpec) -> None:
+    """Round keys and values from here on as the spec says its cache stores them, if it does."""
+    if spec.kv is not None:
+        model.round_cache(KvRounding(spec.kv))
 
 
 @dataclass(frozen=True)
