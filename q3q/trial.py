@@ -28,7 +28,7 @@ from q3q.evaluate.version import refuse_other_versions
 from q3q.export.proof import PASSED
 from q3q.export.publish import Exported, finish_export
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
-from q3q.models.adjust import set_activations, set_route
+from q3q.models.adjust import set_activations, set_cache, set_route
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import Device
@@ -106,6 +106,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
                     ledger, ends = _quantize(trial, model, windows, store, exporter, reporter)
         with phases.phase("evaluate"):
             set_activations(model, spec)
+            set_cache(model, spec)
             scores = evaluate(model, tokenizer, trial, reference, reporter)
         checks = check_weights(
             model,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from q3q.export.formats import FORMATS
-from q3q.models.checkpoint import disk_shapes, without_expert
+from q3q.models.disk_names import disk_shapes, without_expert
 from q3q.models.facts import ModelFacts
 from q3q.models.packed import Layout
 from q3q.spec import TrialSpec

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from q3q.errors import IntegrityError
-from q3q.models.checkpoint import Checkpoint, disk_shapes, without_expert
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.disk_names import disk_shapes, without_expert
 from q3q.numerics.weights import StoredWeight
 from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.block_store import BlockStore
