@@ -58,7 +58,7 @@ from q3q.record import (
 from q3q.reporter import Reporter
 from q3q.spec import Json
 from q3q.storage.aside import tell
-from q3q.storage.block_cache import BlockCache, stored_blocks
+from q3q.storage.block_cache import stored_blocks
 from q3q.storage.claim import ClaimLostError, Holder
 from q3q.storage.files import write_atomically
 from q3q.team import SOLO, PeerLostError, Rendezvous, Team, join_gang
@@ -92,6 +92,9 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             checkpoint = _opened(trial, reporter)
             tokenizer = load_tokenizer(checkpoint.folder)
             device = _device(trial)
+            if trial.placement.caches_blocks_here:
+                lease = trial.placement.block_cache.lease(spec.quantization_id)
+                beside.enter_context(lease)
             beside.enter_context(_preparing(trial, checkpoint, tokenizer, device))
             model, loading = load_model(checkpoint, trial, device, memory, team)
         reporter.phase("load", str(loading))(1, 1)
@@ -176,7 +179,7 @@ def _preparing(
     trial: Trial, checkpoint: Checkpoint, tokenizer: Any, device: Device
 ) -> AbstractContextManager[None]:
     """Have the trial's windows and requests prepared beside it, see `ahead`."""
-    blocks = stored_blocks(trial.blocks_folder, trial.kept_blocks_folder)
+    blocks = stored_blocks(*trial.block_folders)
     quantizes = blocks < checkpoint.facts.layers
     shelf = Shelf.of(trial, tokenizer)
     return preparing(trial, checkpoint.folder, shelf, device, quantizes=quantizes)
@@ -283,11 +286,18 @@ def clear(record: TrialRecord, *, made_blocks: bool = False) -> None:
     for torn in trial.folder.glob(".*.partial"):  # of a process that died while it wrote
         torn.unlink(missing_ok=True)
     own = BlockStore(trial.blocks_folder, trial.kept_blocks_folder, trial.spec.quantization_id)
-    if not trial.placement.shares_blocks:
+    if trial.placement.caches_blocks_here:
+        own.delete()
+        if record.completed:
+            cache = trial.placement.block_cache
+            cache.trim(cache.leased)
+        else:
+            BlockStore(trial.cached_blocks_folder).delete()
+    elif not trial.placement.shares_blocks:
         own.delete()
     elif record.completed:
         own.keep()  # an older version left them in the trial's folder until now
-        BlockCache(trial.placement.trials).trim(partial(running_quantizations, besides=trial))
+        trial.placement.block_cache.trim(partial(running_quantizations, besides=trial))
     else:
         own.delete()
         if made_blocks or trial.placement.caches_blocks:

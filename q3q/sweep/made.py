@@ -80,11 +80,11 @@ class Made:
         name = trial.spec.quantization_id
         if name in self._quantizations:
             return 0.0
-        if trial.placement.shares_blocks:
+        if trial.placement.leaves_blocks:
             self._quantizations.add(name)
         if self.fresh:
             return 1.0
-        there = stored_blocks(trial.blocks_folder, trial.kept_blocks_folder)
+        there = stored_blocks(*trial.block_folders)
         return max(0.0, 1.0 - there / facts.layers)
 
     def _is_new(self, trial: Trial, identity: Json) -> bool:
