@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from q3q.evaluate.metrics import held_out, reads_calibrated_kind
 from q3q.formatting import plural
 from q3q.record import TrialRecord
-from q3q.report.changes import SAME, UNTESTED, Change, change, indistinguishable
+from q3q.report.changes import SAME, UNTESTED, Change
 from q3q.report.escapes import markdown_text
+from q3q.report.families import Families, families
 from q3q.report.measures import (
     ABSENT,
     DIVERGED,
@@ -32,8 +33,9 @@ RULE = (
     "trial has them. Methods are ranked by the first measure: text of a kind that no method was "
     'calibrated on, where there is such text. "No clear winner" means that a different method is '
     "better by a different measure. Two methods do not differ significantly if a paired test on "
-    "the same windows and questions does not tell them apart (p < 0.05) or, for methods with "
-    "several seeds, the spread over seeds explains the difference (Welch's test). A single seed "
+    "the same windows and questions does not tell them apart (p < 0.05, corrected by Holm's method "
+    "over all tests of a family); for methods with several seeds the spread over seeds counts too. "
+    "An interval is of its own comparison, without the correction. A single seed "
     "cannot show how much of a difference is due to the calibration text that was drawn. "
     '"Not tested" means that the scores of each window or question, which a paired test needs, '
     "are missing."
@@ -98,6 +100,9 @@ class Answer:
     metrics: the measures, the one that ranks the methods first.
     marks: where some text was calibrated on, which ones were, by metric.
     other_code: ids of trials measured by a different version of the code than most.
+    tests: what is more than chance.
+    tried: all choices, in the order of tables.
+    reference: the unquantized model.
     """
 
     name: str
@@ -105,6 +110,9 @@ class Answer:
     marks: dict[str, str]
     verdicts: tuple[Verdict, ...]
     other_code: frozenset[str] = frozenset()
+    tests: Families = Families({}, {}, {})
+    tried: tuple[Pool, ...] = ()
+    reference: Pool | None = None
 
     def sentences(self) -> list[str]:
         """Return what was found at each bit width, and what weakens it all."""
@@ -234,11 +242,13 @@ def _answer(name: str, records: Sequence[TrialRecord], outliers: frozenset[str])
         return None
     references = (p for p in every if p.is_reference and p.records[0].completed)
     reference = next(references, None)
+    tests = families(tried, reference, judged)
     verdicts = tuple(
-        _verdict(bits, [pool for pool in tried if pool.bits == bits], reference, judged)
+        _verdict(bits, [pool for pool in tried if pool.bits == bits], tests, judged)
         for bits in sorted({pool.bits for pool in tried})
     )
-    return Answer(name, tuple(judged), _marks(judged, records), verdicts, outliers)
+    marks = _marks(judged, records)
+    return Answer(name, tuple(judged), marks, verdicts, outliers, tests, tuple(tried), reference)
 
 
 def _marks(judged: Sequence[str], records: Sequence[TrialRecord]) -> dict[str, str]:
@@ -262,7 +272,7 @@ def _marks(judged: Sequence[str], records: Sequence[TrialRecord]) -> dict[str, s
 
 
 def _verdict(
-    bits: int, tried: Sequence[Pool], reference: Pool | None, judged: Sequence[str]
+    bits: int, tried: Sequence[Pool], tests: Families, judged: Sequence[str]
 ) -> Verdict:
     first, *others = judged
     best = _best(tried, first)
@@ -271,15 +281,15 @@ def _verdict(
         return Verdict(bits, None, outcomes=tuple(sorted(outcomes)))
     measured = [pool for pool in tried if isinstance(pool.cell(first), float)]
     alike = {
-        pool.label: indistinguishable(best, pool, reference, first)
+        pool.label: tests.same(best, pool, first)
         for pool in measured
         if pool is not best
     }
-    rivals = (_rival(best, tried, reference, metric, alike) for metric in others)
+    rivals = (_rival(best, tried, tests, metric, alike) for metric in others)
     return Verdict(
         bits=bits,
         best=best,
-        changes=tuple(change(best, reference, metric) for metric in judged),
+        changes=tuple(tests.change(best, metric) for metric in judged),
         equal=tuple(label for label, same in alike.items() if same),
         untested=tuple(label for label, same in alike.items() if same is None),
         rivals=tuple(rival for rival in rivals if rival is not None),
@@ -301,7 +311,7 @@ def _best(tried: Sequence[Pool], metric: str) -> Pool | None:
 def _rival(
     best: Pool,
     tried: Sequence[Pool],
-    reference: Pool | None,
+    tests: Families,
     metric: str,
     alike: dict[str, bool | None],
 ) -> Rival | None:
@@ -309,15 +319,11 @@ def _rival(
     other = _best(tried, metric)
     if other is None or other is best or other.cell(metric) == best.cell(metric):
         return None
-    same = (
-        indistinguishable(best, other, reference, metric)
-        if isinstance(best.cell(metric), float)
-        else False
-    )
+    same = tests.same(best, other, metric) if isinstance(best.cell(metric), float) else False
     if same:
         return None
     tested = None if same is None else True
-    found = change(other, reference, metric)
+    found = tests.change(other, metric)
     return Rival(other, found, metric, tested, tied=alike.get(other.label) is True)
 
 
