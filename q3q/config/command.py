@@ -90,7 +90,11 @@ def _calibration(trial: Trial) -> list[str]:
 
 def _evaluation(trial: Trial) -> list[str]:
     evaluation, placement = trial.spec.evaluation, trial.placement
-    sources = [text.source or _source(text.name) for text in evaluation.texts]
+    named = placement.texts or {}
+    sources: list[object] = [
+        {text.name: named[text.name]} if text.name in named else text.source or _source(text.name)
+        for text in evaluation.texts
+    ]
     words = ["evaluation=none", override("evaluation.texts", sources)]
     words.append(override("evaluation.tasks", evaluation.task_names))
     if "file" in sources:

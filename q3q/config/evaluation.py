@@ -12,9 +12,11 @@ from omegaconf import DictConfig
 from q3q.config.schema import nearest, refuse_unknown
 from q3q.config.texts import (
     RANDOM_TEXTS,
+    EvaluatedText,
     check_long_enough,
     check_path_is_read,
     data_folder,
+    evaluated_texts,
     name_of_text,
     opened,
 )
@@ -63,13 +65,16 @@ def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | Non
             f"evaluation.window={settings.window}: this model takes at most {facts.max_positions} "
             "tokens"
         )
-    check_path_is_read(settings.path, "evaluation", settings.texts)
+    wanted = evaluated_texts(settings)
+    check_path_is_read(
+        settings.path, "evaluation", [text.source for text in wanted if text.name is None]
+    )
     if settings.quick and settings.limit is None:
         raise ConfigError(
             "evaluation.quick=true draws evaluation.limit windows and questions: give "
             "evaluation.limit"
         )
-    texts = tuple(_text_ref(config, source, folder) for source in settings.texts)
+    texts = tuple(_text_ref(config, text, folder) for text in wanted)
     names = [text.name for text in texts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
@@ -86,14 +91,14 @@ def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | Non
     )
 
 
-def _text_ref(config: DictConfig, source: str, folder: Path | None) -> TextRef:
-    settings = config.evaluation
-    text = opened(config, source, "evaluation", settings.path)
+def _text_ref(config: DictConfig, wanted: EvaluatedText, folder: Path | None) -> TextRef:
+    settings, source = config.evaluation, wanted.source
+    text = opened(config, source, "evaluation", wanted.path or settings.path)
     samples = RANDOM_TEXTS.get(source)
     draw = "random" if samples else "first"
     check_long_enough(text, folder, 1, settings.window, draw, "evaluation")
     return TextRef(
-        name=name_of_text(source, text),
+        name=wanted.name or name_of_text(source, text),
         source=source,
         digest=text.digest,
         window=settings.window,

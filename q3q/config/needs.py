@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from q3q.config.texts import data_folder
+from q3q.config.texts import data_folder, evaluated_texts
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed
 from q3q.data.questions import Library
 from q3q.data.repositories import DataSet
@@ -61,7 +61,9 @@ def needs_of(config: DictConfig) -> list[AnyNeed]:
     if settings.quantizes and settings.observes() and is_from_hub(config.calibration.source):
         needs.append(TextNeed(config.calibration.source, "calibration", folder))
     needs += [
-        TextNeed(source, "evaluation", folder) for source in evaluation.texts if is_from_hub(source)
+        TextNeed(text.source, "evaluation", folder)
+        for text in evaluated_texts(evaluation)
+        if is_from_hub(text.source)
     ]
     by_repository: dict[str, dict[DataSet, None]] = {}
     for task in evaluation.tasks:

@@ -15,7 +15,7 @@ from q3q.config.model import refuse_second_rounding, resolve_model
 from q3q.config.patterns import linears
 from q3q.config.schema import GROUPS, Config, refuse_unknown
 from q3q.config.schemes import check_ends, resolve_schemes
-from q3q.config.texts import data_folder, resolve_calibration
+from q3q.config.texts import data_folder, evaluated_texts, resolve_calibration
 from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
 from q3q.export.formats import (
@@ -90,6 +90,7 @@ def trial_from(config: DictConfig) -> Trial:
         model=folder,
         calibration=_absolute(config.calibration.path),
         evaluation=_absolute(config.evaluation.path),
+        texts=_own_texts(config.evaluation),
         data=data_folder(config),
         loader=loader,
         memory=memory,
@@ -100,6 +101,12 @@ def trial_from(config: DictConfig) -> Trial:
     if schemes is None or not measures or not config.evaluation.baseline:
         return trial
     return trial.placed(baseline=_baseline_of(trial.spec).id)
+
+
+def _own_texts(settings: DictConfig) -> dict[str, Path] | None:
+    """Return the files of the texts that the user named, by name; None without any."""
+    named = {text.name: _absolute(text.path) for text in evaluated_texts(settings) if text.name}
+    return {name: path for name, path in named.items() if path is not None} or None
 
 
 def _absolute(path: str | None) -> Path | None:

@@ -70,7 +70,8 @@ class EvaluationConfig:
     """What is measured.
 
     name: of the suite; choose it with evaluation=
-    texts: perplexity of these, a list of demo, library, wikitext2, c4 or file
+    texts: perplexity of these, a list of demo, library, wikitext2, c4 or file, and of texts of
+        your own by a name of yours: {code: FILE, german: FILE}
     tasks: a list of lm-eval's tasks, of q3q's (stories_who ...), or of include_path's own
     window: tokens of each window of a text
     limit: most windows of each text and questions of each task; null: all
@@ -90,7 +91,7 @@ class EvaluationConfig:
     """
 
     name: str = MISSING
-    texts: list[str] = field(default_factory=list)
+    texts: list[Any] = field(default_factory=list)  # names, and mappings of a name to a file
     tasks: list[str] = field(default_factory=list)
     window: int = 2048
     limit: int | None = None

@@ -3,6 +3,7 @@
 import functools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -17,6 +18,8 @@ from q3q.spec import Calibration
 RANDOM_TEXTS = {"c4": 256}
 # No text has longer tokens on average: with this many characters a token, it is long enough.
 CHARACTERS_PER_TOKEN = 100
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,49}")  # of a user's text: a part of metrics' names
+RESERVED = {*SOURCES["evaluation"], *TEXT_NAMES.values()}
 # Stands in a plan for a text that is to be downloaded; the trial's id is then not yet known.
 ABSENT = Text("absent", ())
 
@@ -101,6 +104,55 @@ def check_long_enough(
         seed=0,
         knobs=CALIBRATION if split == "calibration" else EVALUATION,
     )
+
+
+@dataclass(frozen=True)
+class EvaluatedText:
+    """A text that `evaluation.texts` asks for.
+
+    name: the user's own, in metrics; None for a text with a name already
+    path: its file, where the user names it
+    """
+
+    source: str
+    name: str | None = None
+    path: str | None = None
+
+
+def evaluated_texts(settings: DictConfig) -> list[EvaluatedText]:
+    """Return the texts of `evaluation.texts`: names, and mappings of a name to a file.
+
+    Raises:
+        ConfigError: an entry is neither, or a name is none that a metric can have.
+    """
+    texts = []
+    for entry in settings.texts:
+        if isinstance(entry, DictConfig):
+            texts += [_own_text(name, path) for name, path in entry.items()]
+        elif isinstance(entry, str):
+            texts.append(EvaluatedText(entry))
+        else:
+            raise ConfigError(
+                f"evaluation.texts: {entry} is neither the name of a text nor {{NAME: FILE}}"
+            )
+    return texts
+
+
+def _own_text(name: object, path: object) -> EvaluatedText:
+    where = f"evaluation.texts={{{name}: {path}}}"
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{where}: {name} cannot be a text's name: give a letter, then at most 49 letters, "
+            "digits, dots, - or _, such as code"
+        )
+    if name in RESERVED:
+        raise ConfigError(
+            f"{where}: its numbers would be taken for those of q3q's text {name}: give another "
+            "name"
+        )
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{where}: give the text's file, {{{name}: FILE}}")
+    return EvaluatedText("file", name, path)
 
 
 def name_of_text(source: str, text: Text) -> str:

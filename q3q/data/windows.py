@@ -305,7 +305,10 @@ def evaluation_windows(
 
     def cut() -> "Tensor":
         content = load_text(
-            str(text.source), split="evaluation", path=placement.evaluation, data=placement.data
+            str(text.source),
+            split="evaluation",
+            path=placement.evaluation_file(text.name),
+            data=placement.data,
         )
         refuse_changed_text(content.digest, text.digest, text.name)
         encode = encoder(tokenizer)
