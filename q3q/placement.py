@@ -14,7 +14,7 @@ from q3q.storage.stores import mirror_of
 KEEP_NONE, KEEP_AUTO, KEEP_BLOCKS = KEEPS = ("none", "auto", "blocks")
 
 
-MAPPINGS = ("texts",)  # fields of a placement that hold several files
+MAPPINGS = ("texts", "parts")  # fields of a placement that hold several files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class Placement:
     model: folder of a local model
     calibration, evaluation: files of texts that are not q3q's own
     texts: files of the evaluation's texts that the user named, by name
+    parts: files of a calibration mix, by their parts' digests
     data: folder with data sets
     loader, memory: as the user asked for them
     tasks: folder of the user's task files
@@ -66,6 +67,7 @@ class Placement:
     calibration: Path | None = None
     evaluation: Path | None = None
     texts: Mapping[str, Path] | None = None
+    parts: Mapping[str, Path] | None = None
     data: Path | None = None
     loader: str | None = None
     memory: int | None = None
@@ -84,6 +86,10 @@ class Placement:
     def digests(self) -> Path:
         """The memo of digests of model files."""
         return self.trials / "digests"
+
+    def calibration_file(self, digest: str) -> Path | None:
+        """Return the file of a calibration text, or of a mix's part; None if it has none."""
+        return (self.parts or {}).get(digest, self.calibration)
 
     def evaluation_file(self, name: str) -> Path | None:
         """Return the file of an evaluation's text, by the text's name; None if it has none."""

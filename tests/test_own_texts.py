@@ -14,7 +14,10 @@ from tests.composed import composed_trial
 @pytest.fixture
 def files(tmp_path):
     paths = {}
-    for name, sentence in (("code", "for x in range(9): print(x)\n"), ("german", "Es war einmal. ")):
+    for name, sentence in (
+        ("code", "for x in range(9): print(x)\n"),
+        ("german", "Es war einmal. "),
+    ):
         paths[name] = tmp_path / f"{name} text.txt"
         paths[name].write_text(sentence * 300, encoding="utf-8")
     return paths

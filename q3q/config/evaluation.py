@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from q3q.config.schema import nearest, refuse_unknown
 from q3q.config.texts import (
     RANDOM_TEXTS,
     EvaluatedText,
+    chat_template,
     check_long_enough,
     check_path_is_read,
     data_folder,
@@ -22,6 +22,7 @@ from q3q.config.texts import (
 )
 from q3q.data.pinned import folder_digest
 from q3q.data.questions import Library
+from q3q.data.windows import EVALUATION
 from q3q.errors import ConfigError
 from q3q.evaluate.batches import draws_shots
 from q3q.evaluate.catalogue import OWN_TASKS, STUDY_MMLU, TASKS
@@ -32,7 +33,6 @@ from q3q.evaluate.names import is_mentioned, task_names
 from q3q.evaluate.version import EVALUATION_VERSION, lm_eval_version
 from q3q.models.checkpoint import end_tokens
 from q3q.models.facts import ModelFacts
-from q3q.models.hub import fetch_file
 from q3q.spec import AUTO_DRIFT, Evaluation, TaskRef, TextRef
 
 
@@ -96,7 +96,7 @@ def _text_ref(config: DictConfig, wanted: EvaluatedText, folder: Path | None) ->
     text = opened(config, source, "evaluation", wanted.path or settings.path)
     samples = RANDOM_TEXTS.get(source)
     draw = "random" if samples else "first"
-    check_long_enough(text, folder, 1, settings.window, draw, "evaluation")
+    check_long_enough(text, folder, 1, settings.window, draw, EVALUATION)
     return TextRef(
         name=wanted.name or name_of_text(source, text),
         source=source,
@@ -157,7 +157,7 @@ def _resolve_tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -
         return Evaluation()
     template = ""
     if settings.chat != PLAIN_CHAT:
-        template = _chat_template(config.model.source, config.model.revision, folder)
+        template = chat_template(config.model.source, config.model.revision, folder)
         if not template:
             where = folder or config.model.source
             raise ConfigError(
@@ -238,24 +238,6 @@ def _data_sets(
             file=sys.stderr,
         )
     return dict(sorted(library.identities.items())), generating
-
-
-@functools.cache
-def _chat_template(source: str | None, revision: str | None, folder: Path | None) -> str:
-    """Return the chat template of the model's tokenizer; empty if it has none."""
-
-    def read(name: str) -> str:
-        path = fetch_file(str(source), name, revision) if folder is None else folder / name
-        try:
-            return "" if path is None else path.read_text(encoding="utf-8")
-        except OSError:
-            return ""
-
-    try:
-        inside = json.loads(read("tokenizer_config.json") or "{}").get("chat_template")
-    except ValueError:
-        inside = None
-    return str(inside or read("chat_template.jinja"))
 
 
 @functools.cache
