@@ -15,6 +15,9 @@ from q3q.storage.stores import mirror_of
 KEEP_NONE, KEEP_AUTO, KEEP_BLOCKS = KEEPS = ("none", "auto", "blocks")
 
 
+MAPPINGS = ("texts", "parts")  # fields of a placement that hold several files
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grant:
     """What the plan gives a trial of its machine; of a gang, each rank.
@@ -45,6 +48,8 @@ class Placement:
     store: URL that the storage folder mirrors
     model: folder of a local model
     calibration, evaluation: files of texts that are not q3q's own
+    texts: files of the evaluation's texts that the user named, by name
+    parts: files of a calibration mix, by their parts' digests
     data: folder with data sets
     loader, memory: as the user asked for them
     tasks: folder of the user's task files
@@ -62,6 +67,8 @@ class Placement:
     model: Path | None = None
     calibration: Path | None = None
     evaluation: Path | None = None
+    texts: Mapping[str, Path] | None = None
+    parts: Mapping[str, Path] | None = None
     data: Path | None = None
     loader: str | None = None
     memory: int | None = None
@@ -80,6 +87,14 @@ class Placement:
     def digests(self) -> Path:
         """The memo of digests of model files."""
         return self.trials / "digests"
+
+    def calibration_file(self, digest: str) -> Path | None:
+        """Return the file of a calibration text, or of a mix's part; None if it has none."""
+        return (self.parts or {}).get(digest, self.calibration)
+
+    def evaluation_file(self, name: str) -> Path | None:
+        """Return the file of an evaluation's text, by the text's name; None if it has none."""
+        return (self.texts or {}).get(name, self.evaluation)
 
     @property
     def keeps_blocks(self) -> bool:
@@ -127,11 +142,7 @@ class Placement:
     def to_json(self) -> Json:
         facts = {part.name: getattr(self, part.name) for part in fields(self)}
         facts["share"] = (grant := facts.pop("grant")) and grant.to_json()
-        return {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in facts.items()
-            if value is not None
-        }
+        return {key: _as_json(value) for key, value in facts.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Placement":
@@ -140,6 +151,9 @@ class Placement:
         for name in ("trials", "model", "calibration", "evaluation", "data", "tasks", "export"):
             if facts.get(name) is not None:
                 facts[name] = Path(facts[name])
+        for name in MAPPINGS:
+            if facts.get(name) is not None:
+                facts[name] = {key: Path(path) for key, path in facts[name].items()}
         if data.get("share") is not None:
             facts["grant"] = Grant(**data["share"])
         return cls(**facts).here()
@@ -208,3 +222,9 @@ class Trial:
             KeyError, TypeError, ValueError: it is not a trial.
         """
         return cls(TrialSpec.from_json(data), Placement.from_json(data.get("places", {})))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value

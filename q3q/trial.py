@@ -17,8 +17,8 @@ from torch import Tensor
 from q3q.ahead import preparing
 from q3q.attempt import LOG, Attempt, TrialLog, attempt, running_quantizations
 from q3q.crash import crash_reason, forget_crash
+from q3q.data.calibration import calibration_windows
 from q3q.data.prepared import Shelf
-from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import GPU_LOST_WORDS, GPU_SUSPECT_WORDS, Q3QError
 from q3q.evaluate.integrity import check_weights
@@ -45,6 +45,7 @@ from q3q.quantize.methods.registry import settings_of, settings_or_default
 from q3q.quantize.methods.source import source_of
 from q3q.quantize.search import choose_variant
 from q3q.quantize.shared import blocks_of
+from q3q.quantize.traces import traces
 from q3q.quantize.walk import quantized_blocks
 from q3q.record import (
     COMPLETED,
@@ -104,7 +105,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         with _blocks_of(trial, len(model.blocks), reporter) as store:
             if spec.schemes is not None:
                 with phases.phase("calibrate"):
-                    windows = _windows(trial, tokenizer, store, len(model.blocks), reporter)
+                    windows = _windows(trial, model, tokenizer, store, reporter)
                 with phases.phase("quantize"):
                     ledger, ends = _quantize(trial, model, windows, store, exporter, reporter)
         with phases.phase("evaluate"):
@@ -165,14 +166,15 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
 
 
 def _windows(
-    trial: Trial, tokenizer: Any, store: BlockStore, blocks: int, reporter: Reporter
+    trial: Trial, model: Decoder, tokenizer: Any, store: BlockStore, reporter: Reporter
 ) -> Tensor | None:
     """Return the calibration windows; None if no block is missing, or the method observes none."""
     steps = reporter.phase("calibrate")
     steps(0, 1)
-    if store.holds(blocks):
+    if store.holds(len(model.blocks)):
         return None
-    return calibration_windows(trial, tokenizer, partial(steps, 0, 1))
+    write = partial(traces, trial, model, tokenizer, steps=steps)
+    return calibration_windows(trial, tokenizer, partial(steps, 0, 1), write)
 
 
 def _preparing(

@@ -4,11 +4,12 @@ import dataclasses
 
 from q3q.config.pages import hub_sources, page_of
 from q3q.config.schema import DEMO_NAMES, TEXT_NAMES, UNTOUCHED_BITS
+from q3q.data.texts import FROM_FILES
 from q3q.errors import ConfigError
-from q3q.placement import Trial
+from q3q.placement import Placement, Trial
 from q3q.quantize.methods.registry import settings_class
 from q3q.quoting import launch, override
-from q3q.spec import SELDOM_OF_SCHEME, TrialSpec
+from q3q.spec import SELDOM_OF_SCHEME, TRACES, WRITTEN, CalibrationPart, TrialSpec
 
 
 def command_of(trial: Trial) -> str:
@@ -78,19 +79,40 @@ def _calibration(trial: Trial) -> list[str]:
     calibration = trial.spec.calibration
     if calibration is None:
         return []
-    words = [override("calibration", calibration.source)]
-    if calibration.source == "file":
-        words.append(override("calibration.path", trial.placement.calibration or "FILE"))
+    words, placement = [override("calibration", calibration.source)], trial.placement
+    if calibration.source in FROM_FILES:
+        words.append(override("calibration.path", placement.calibration or "FILE"))
+    if calibration.parts:
+        weights = {_source_of_part(part, placement): part.samples for part in calibration.parts}
+        words.append(override("calibration.mix", weights))
+    written = (calibration, *calibration.parts)
+    for traces in (one for one in written if one.source == TRACES):
+        if traces.prompts is not None:
+            file = placement.calibration_file(traces.digest) or "FILE"
+            words.append(override("calibration.prompts", f"{traces.prompts}:{file}"))
+        words.append(override("calibration.temperature", traces.temperature))
+    draw = () if calibration.draw == WRITTEN else ("draw",)
     return words + [
         override(f"calibration.{key}", value)
-        for key in ("samples", "length", "draw", "route")
+        for key in ("samples", "length", *draw, "route")
         if (value := getattr(calibration, key)) is not None
     ]
 
 
+def _source_of_part(part: CalibrationPart, placement: Placement) -> str:
+    """Return a mix's source as it is typed: a name, or its kind and its file."""
+    if part.source not in FROM_FILES:
+        return part.source
+    return f"{part.source}:{placement.calibration_file(part.digest) or 'FILE'}"
+
+
 def _evaluation(trial: Trial) -> list[str]:
     evaluation, placement = trial.spec.evaluation, trial.placement
-    sources = [text.source or _source(text.name) for text in evaluation.texts]
+    named = placement.texts or {}
+    sources: list[object] = [
+        {text.name: named[text.name]} if text.name in named else text.source or _source(text.name)
+        for text in evaluation.texts
+    ]
     words = ["evaluation=none", override("evaluation.texts", sources)]
     words.append(override("evaluation.tasks", evaluation.task_names))
     if "file" in sources:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from q3q.config.calibration import resolve_calibration
 from q3q.config.command import command_of
 from q3q.config.evaluation import resolve_evaluation, seed_of_shots
 from q3q.config.known import not_a_setting
@@ -15,7 +16,7 @@ from q3q.config.model import refuse_second_rounding, resolve_model
 from q3q.config.patterns import linears
 from q3q.config.schema import GROUPS, Config, refuse_unknown
 from q3q.config.schemes import check_ends, resolve_schemes
-from q3q.config.texts import data_folder, resolve_calibration
+from q3q.config.texts import data_folder, evaluated_texts
 from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
 from q3q.export.formats import (
@@ -39,7 +40,7 @@ from q3q.models.footprint import (
 from q3q.placement import KEEPS, Placement, Trial
 from q3q.quantize.methods.registry import method_ref, offers, settings_class
 from q3q.quantize.methods.settings import MethodSettings, NoneSettings
-from q3q.spec import Evaluation, TrialSpec, heads_in_memory
+from q3q.spec import TrialSpec
 from q3q.storage.stores import folder_of, is_url, refuse_unusable
 
 
@@ -64,14 +65,14 @@ def trial_from(config: DictConfig) -> Trial:
     observes = (
         schemes is not None and settings.observes() and len(schemes.skip) < len(linears(facts))
     )
-    calibration = resolve_calibration(config, settings, folder, facts) if observes else None
+    resolved = resolve_calibration(config, settings, folder, facts) if observes else None
     evaluation = resolve_evaluation(config, facts, folder)
     scheme = schemes.base if schemes else None
     spec = TrialSpec(
         model=model,
         method=method_ref(settings, scheme),
         scheme=scheme,
-        calibration=calibration,
+        calibration=resolved and resolved.calibration,
         evaluation=evaluation,
         # Only calibration windows and lm-eval's few shots are drawn at random.
         seed=config.seed if schemes is not None else seed_of_shots(evaluation, config.seed),
@@ -82,14 +83,16 @@ def trial_from(config: DictConfig) -> Trial:
         rules=rules,
     )
     check_ends(spec, facts, settings)
-    loader, memory = _loading(config, facts, model.dtype, settings.memory(), evaluation)
+    loader, memory = _loading(config, facts, settings.memory(), spec)
     placement = Placement(
         trials=folder_of(config.storage).absolute() / "trials",
         keep=config.keep,
         store=config.storage.rstrip("/") if is_url(config.storage) else None,
         model=folder,
-        calibration=_absolute(config.calibration.path),
+        calibration=resolved.file if resolved else _absolute(config.calibration.path),
+        parts=resolved and resolved.files,
         evaluation=_absolute(config.evaluation.path),
+        texts=_own_texts(config.evaluation),
         data=data_folder(config),
         loader=loader,
         memory=memory,
@@ -102,6 +105,12 @@ def trial_from(config: DictConfig) -> Trial:
     return trial.placed(baseline=_baseline_of(trial.spec).id)
 
 
+def _own_texts(settings: DictConfig) -> dict[str, Path] | None:
+    """Return the files of the texts that the user named, by name; None without any."""
+    named = {text.name: _absolute(text.path) for text in evaluated_texts(settings) if text.name}
+    return {name: path for name, path in named.items() if path is not None} or None
+
+
 def _absolute(path: str | None) -> Path | None:
     return None if path is None else Path(path).expanduser().absolute()
 
@@ -109,22 +118,20 @@ def _absolute(path: str | None) -> Path | None:
 def _loading(
     config: DictConfig,
     facts: ModelFacts,
-    dtype: str,
     method: MethodMemory | None,
-    evaluation: Evaluation,
+    spec: TrialSpec,
 ) -> tuple[str | None, int | None]:
     """Return the loader and the bytes that the user asked for; refuse what cannot fit."""
     refuse_unknown("loader", config.loader, (AUTO, *LOADERS))
     loader = None if config.loader == AUTO else str(config.loader)
     if loader is not None:
-        refuse_generation(evaluation, loader)
+        refuse_generation(spec.generates, loader)
     if config.memory is None:
         return loader, None
-    memory = bytes_of(config.memory)
-    heads = heads_in_memory(config.head_bits, evaluation)
+    memory, dtype, heads = bytes_of(config.memory), spec.model.dtype, spec.heads
     if loader is None:
         chosen = choose(facts, dtype, method=method, memory=memory, heads=heads)
-        refuse_generation(evaluation, chosen)
+        refuse_generation(spec.generates, chosen)
     elif loader != "sharded":
         needs = need(facts, dtype, method=method, loader=loader, heads=heads)
         if needs > memory:

@@ -49,8 +49,13 @@ class ModelConfig:
 class CalibrationConfig:
     """The calibration text. null: the method's own default.
 
-    source: demo, wikitext2, c4, pile or file; choose it with calibration=
-    path: the text of calibration=file, of a kind that docs/EVALUATION.md lists
+    source: demo, library, wikitext2, c4, pile, file, chat, traces or mix; choose it with
+        calibration=
+    path: the text of calibration=file, of a kind that docs/CALIBRATION.md lists, or the
+        conversations of calibration=chat
+    mix: weights of the sources of calibration=mix: {wikitext2: 0.5, file:FILE: 0.5}
+    prompts: what the traces of calibration=traces go on from, FILE or chat:FILE; null: nothing
+    temperature: of traces; 0: each next token is the likeliest
     samples: number of windows
     length: tokens of a window
     draw: random, first or documents: which windows of the text
@@ -59,6 +64,9 @@ class CalibrationConfig:
 
     source: str = MISSING
     path: str | None = None
+    mix: dict[str, float] = field(default_factory=dict)
+    prompts: str | None = None
+    temperature: float | None = None
     samples: int | None = None
     length: int | None = None
     draw: str | None = None
@@ -70,7 +78,8 @@ class EvaluationConfig:
     """What is measured.
 
     name: of the suite; choose it with evaluation=
-    texts: perplexity of these, a list of demo, library, wikitext2, c4 or file
+    texts: perplexity of these, a list of demo, library, wikitext2, c4 or file, and of texts of
+        your own by a name of yours: {code: FILE, german: FILE}
     tasks: a list of lm-eval's tasks, of q3q's (stories_who ...), or of include_path's own
     window: tokens of each window of a text
     limit: most windows of each text and questions of each task; null: all
@@ -90,7 +99,7 @@ class EvaluationConfig:
     """
 
     name: str = MISSING
-    texts: list[str] = field(default_factory=list)
+    texts: list[Any] = field(default_factory=list)  # names, and mappings of a name to a file
     tasks: list[str] = field(default_factory=list)
     window: int = 2048
     limit: int | None = None
@@ -233,6 +242,13 @@ GROUPS: dict[str, type] = {
 }
 
 
+# Settings whose keys are the user's.
+OWN_KEYS: dict[type, tuple[str, ...]] = {
+    CalibrationConfig: ("mix",),
+    EvaluationConfig: ("limits", "shots"),
+}
+
+
 def register() -> None:
     """Give Hydra the schema; once, before it composes."""
     # Hydra's own folders lie in the storage folder.
@@ -245,7 +261,7 @@ def register() -> None:
     store.store(group="schema", name="config", node=schema, package="_global_", provider="q3q")
     for name, kind in GROUPS.items():
         node = OmegaConf.structured(kind)
-        for key in ("limits", "shots") if kind is EvaluationConfig else ():
+        for key in OWN_KEYS.get(kind, ()):
             OmegaConf.set_struct(node[key], False)
         store.store(group="schema", name=name, node=node, provider="q3q")
     for name, settings in SETTINGS.items():
@@ -258,8 +274,18 @@ def register() -> None:
 
 
 def with_plain_keys(argument: str) -> str:
-    """Drop the quotes of `overrides={"blocks.0":{bits:8}}`: Hydra's grammar takes bare keys."""
-    if not argument.lstrip("+").startswith("overrides="):
+    """Drop the quotes of `overrides={"blocks.0":{bits:8}}`: Hydra's grammar takes bare keys.
+
+    In `calibration.mix={file:a.txt: 1}`, a colon that is a part of a source is escaped likewise.
+    """
+    key = argument.lstrip("+").partition("=")[0]
+    if key == "calibration.mix":
+        argument = re.sub(
+            r"""(?<=[{,])(\s*)([^"'{},\\]*:[^"'{},\\]*)(?=:\s*[\d.+-])""",
+            lambda found: found[1] + re.sub(r"([:= ])", r"\\\1", found[2]),
+            argument,
+        )
+    elif key != "overrides":
         return argument
     return re.sub(
         r"""(["'])([^"']*)\1\s*:""",

@@ -178,7 +178,7 @@ class CostModel:
     def drawing(self, spec: TrialSpec, todo: Todo) -> float:
         """Return the processor's seconds for the calibration windows."""
         calibration = spec.calibration
-        large = calibration is not None and calibration.source in LARGE_TEXTS
+        large = calibration is not None and not {*LARGE_TEXTS}.isdisjoint(calibration.sources)
         return self.draw * (large and todo.draws)
 
     def issuing(self, spec: TrialSpec, facts: ModelFacts) -> dict[str, float]:

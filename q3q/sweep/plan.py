@@ -216,7 +216,7 @@ def _allocation_key(trial: Trial, facts: ModelFacts) -> Hashable:
     """Return all that a trial's allocation depends on, beside machines and request."""
     spec, placement = trial.spec, trial.placement
     return (
-        (spec.model.files, spec.model.dtype, spec.heads, bool(spec.evaluation.generates)),
+        (spec.model.files, spec.model.dtype, spec.heads, bool(spec.generates)),
         (memory_of(spec), activation_bytes(spec, facts), state_bytes(spec, facts)),
         (placement.loader, placement.memory),
     )
