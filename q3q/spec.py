@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from q3q.bit_budget import BitBudget
 from q3q.errors import ConfigError
 from q3q.kv_scheme import KvScheme
 from q3q.number_formats import INT, short_name
@@ -31,7 +32,7 @@ MIX, TRACES = "mix", "traces"
 WRITTEN = "written"  # the draw of traces
 OWN_TEXT = f"calibration={TRACES}"  # among what has the model generate text
 # Absent from a spec's JSON where they are not given.
-SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "rules")
+SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "rules", "budget")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +295,8 @@ class TrialSpec:
     kv: how the evaluated model's cache stores keys and values; None leaves them in 16 bits
     export: format of the checkpoint that the trial writes too
     rules: the name patterns that overrides and skip were given as; for people, not part of the id
+    budget: allots bits to the linears while the trial runs; then they stand in its overrides, and
+        are no part of the id, as they follow from the rest
     """
 
     model: ModelRef
@@ -309,6 +312,7 @@ class TrialSpec:
     kv: KvScheme | None = None
     export: str | None = None
     rules: Json = field(default_factory=dict, compare=False)
+    budget: BitBudget | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -352,8 +356,9 @@ class TrialSpec:
             facts.pop(later, None)
         facts["model"] = self.model.identity
         if self.scheme is not None:
+            given = self.overrides if self.budget is None else without_bits(self.overrides)
             facts.pop("overrides", None)
-            if changes := _some_of(self.overrides, lambda key: key not in ACTIVATION_KEYS):
+            if changes := _some_of(given, lambda key: key not in ACTIVATION_KEYS):
                 facts["overrides"] = changes
             for later in ACTIVATION_KEYS:
                 facts["scheme"].pop(later, None)
@@ -394,7 +399,8 @@ class TrialSpec:
             return f"{self.method.name} {self.departures}".rstrip()
         scheme = self.scheme
         between = " " if scheme.format != INT and scheme.act_bits else ""
-        stored = f"{scheme.codes}{between}{scheme.activations} {scheme.groups}"
+        codes = scheme.codes if self.budget is None else "mixed"
+        stored = f"{codes}{between}{scheme.activations} {scheme.groups}"
         return f"{self.method.name} {stored} {self.departures}".rstrip()
 
     @property
@@ -413,6 +419,7 @@ class TrialSpec:
         ends = {"head": self.head_bits, "embedding": self.embedding_bits}
         words += [f"{end}:w{bits}" for end, bits in ends.items() if bits]
         words += [self.kv.name] if self.kv else []
+        words += [self.budget.words] if self.budget else []
         words += [f"export:{self.export}"] if self.export else []
         return " ".join(words)
 
@@ -428,11 +435,13 @@ class TrialSpec:
             "kv": self.kv and self.kv.to_json(),
             "overrides": {name: dict(changes) for name, changes in self.overrides.items()},
             "skip": list(self.skip),
+            "budget": self.budget and self.budget.to_json(),
         }
         if self.kv is None:  # newer than the first records, which lack it
             del facts["kv"]
         if complete:
-            return facts
+            # A record of a trial without a budget looks as it always has.
+            return {key: value for key, value in facts.items() if key != "budget" or value}
         if self.scheme is not None and self.scheme.scales is None:
             del facts["scheme"]["scales"]
         return {key: value for key, value in facts.items() if key not in SELDOM or value}
@@ -448,6 +457,7 @@ class TrialSpec:
         for part in ("model", "method", "evaluation"):
             _checked(part, data[part], dict)
         scheme, calibration = data["scheme"], data["calibration"]
+        budget = data.get("budget")
         return cls(
             **facts
             | {
@@ -459,6 +469,7 @@ class TrialSpec:
                 "skip": tuple(data.get("skip", ())),
                 "kv": None if data.get("kv") is None else KvScheme(**data["kv"]),
                 "rules": _checked("rules", data.get("rules", {}), dict),
+                "budget": None if budget is None else BitBudget.from_json(budget),
             }
         )
 
@@ -477,6 +488,15 @@ def digest(facts: Json, *, spaced: bool = False) -> str:
 def text_metric(measure: str, text: str, quick: bool) -> str:
     """Return `perplexity/wikitext2`; of a quick evaluation `perplexity_quick/wikitext2`."""
     return f"{measure}{'_quick' if quick else ''}/{text}"
+
+
+def without_bits(overrides: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what overrides say beside bits, for the linears of which they say anything else."""
+    others = {
+        name: {key: value for key, value in changes.items() if key != "bits"}
+        for name, changes in overrides.items()
+    }
+    return {name: changes for name, changes in others.items() if changes}
 
 
 def heads_in_memory(head_bits: int | None, evaluation: Evaluation) -> int:

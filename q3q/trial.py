@@ -7,7 +7,7 @@ import shutil
 import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
+from q3q.quantize.budget.stage import allotted
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.ledger import Ledger, StoredCodes, sizes, stored_note
 from q3q.quantize.methods.build import build_method
@@ -101,13 +102,21 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         reporter.phase("load", str(loading))(1, 1)
         with phases.phase("baseline"):
             reference = reference_of(model, tokenizer, trial, reporter)
-        exporter = open_exporter(trial, checkpoint)
         with _blocks_of(trial, len(model.blocks), reporter) as store:
+            allotment = None
+            if spec.budget is not None:
+                with phases.phase("sensitivities"):
+                    allotment = allotted(trial, model, checkpoint, tokenizer, store, reporter)
+                trial = replace(trial, spec=allotment.spec)
+                spec = trial.spec
+            exporter = open_exporter(trial, checkpoint)
             if spec.schemes is not None:
                 with phases.phase("calibrate"):
                     windows = _windows(trial, model, tokenizer, store, reporter)
                 with phases.phase("quantize"):
                     ledger, ends = _quantize(trial, model, windows, store, exporter, reporter)
+            if allotment is not None:
+                allotment.check(ledger)
         with phases.phase("evaluate"):
             set_activations(model, spec)
             set_cache(model, spec)
@@ -150,6 +159,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         },
         results=scores.results,
         notes=ledger.notes
+        | (allotment.notes if allotment is not None else {})
         | store.notes()
         | stored_note(checkpoint, in_files=bool(exported.notes) or not (ledger.weights or ends))
         | exported.notes

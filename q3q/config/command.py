@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from q3q.bit_budget import BitBudget
 from q3q.config.pages import hub_sources, page_of
 from q3q.config.schema import DEMO_NAMES, TEXT_NAMES, UNTOUCHED_BITS
 from q3q.data.texts import FROM_FILES
@@ -20,8 +21,8 @@ def command_of(trial: Trial) -> str:
     spec, scheme = trial.spec, trial.spec.scheme
     words = [*_model(trial), override("method", spec.method.name), *_knobs(spec)]
     if scheme is not None:
+        words += [override("bits", scheme.bits)] if spec.budget is None else _budget(spec.budget)
         words += [
-            override("bits", scheme.bits),
             override("group_size", scheme.group_size),
             override("symmetric", scheme.symmetric),
             override("act_bits", scheme.act_bits or UNTOUCHED_BITS),
@@ -75,10 +76,30 @@ def _knobs(spec: TrialSpec) -> list[str]:
     ]
 
 
+def _budget(budget: BitBudget) -> list[str]:
+    key, limit = budget.given
+    kept = ("unit", "measure", "samples", "length")
+    return [
+        override(f"budget.{key}", limit),
+        override("budget.widths", budget.widths),
+        *(override(f"budget.{key}", getattr(budget, key)) for key in kept),
+    ]
+
+
+def _sensitivity_text(trial: Trial) -> list[str]:
+    """Return what names the text on which sensitivities are measured, of a method without one."""
+    budget = trial.spec.budget
+    assert budget is not None
+    words = [override("calibration", budget.source)]
+    if budget.source in FROM_FILES:
+        words.append(override("calibration.path", trial.placement.calibration or "FILE"))
+    return words
+
+
 def _calibration(trial: Trial) -> list[str]:
     calibration = trial.spec.calibration
     if calibration is None:
-        return []
+        return [] if trial.spec.budget is None else _sensitivity_text(trial)
     words, placement = [override("calibration", calibration.source)], trial.placement
     if calibration.source in FROM_FILES:
         words.append(override("calibration.path", placement.calibration or "FILE"))

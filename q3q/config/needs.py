@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from q3q.config.budget import asks_for_budget
 from q3q.config.texts import data_folder, evaluated_texts
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed
 from q3q.data.questions import Library
@@ -59,7 +60,7 @@ def needs_of(config: DictConfig) -> list[AnyNeed]:
     if model.path is None and model.source is not None:
         needs.append(ModelNeed(model.source, model.revision))
     settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
-    if settings.quantizes and settings.observes():
+    if settings.quantizes and (settings.observes() or asks_for_budget(config)):
         mixed = config.calibration.source == MIX
         sources = config.calibration.mix if mixed else [config.calibration.source]
         needs += [TextNeed(str(one), "calibration", folder) for one in sources if is_from_hub(one)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from q3q.config.budget import resolve_budget, with_all_widths, with_base
 from q3q.config.calibration import resolve_calibration
 from q3q.config.command import command_of
 from q3q.config.evaluation import resolve_evaluation, seed_of_shots
@@ -61,7 +62,8 @@ def trial_from(config: DictConfig) -> Trial:
         refuse_unusable(config.storage)
     model, folder, facts = resolve_model(config)
     refuse_second_rounding(settings, folder, facts)
-    schemes, rules = resolve_schemes(config, settings, facts)
+    budget = resolve_budget(config, settings, folder, facts)
+    schemes, rules = resolve_schemes(config, settings, facts, budget)
     observes = (
         schemes is not None and settings.observes() and len(schemes.skip) < len(linears(facts))
     )
@@ -81,8 +83,11 @@ def trial_from(config: DictConfig) -> Trial:
         head_bits=config.head_bits,
         embedding_bits=config.embedding_bits,
         rules=rules,
+        budget=budget,
     )
     check_ends(spec, facts, settings)
+    if budget is not None:
+        spec = with_base(spec, facts)
     loader, memory = _loading(config, facts, settings.memory(), spec)
     placement = Placement(
         trials=folder_of(config.storage).absolute() / "trials",
@@ -200,7 +205,7 @@ def _exported(
                 f"export.path={path} is not read by export=none: choose a format, e.g. export=hf"
             )
         return trial
-    refuse_unsupported(name, spec, facts, whole_zeros=settings.whole_zeros)
+    refuse_unsupported(name, with_all_widths(spec, facts), facts, whole_zeros=settings.whole_zeros)
     assert spec.scheme is not None
     scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype))
     trial = replace(trial, spec=replace(spec, export=name, scheme=scheme))

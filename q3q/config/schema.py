@@ -8,6 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from q3q.bit_budget import KL, SITE
 from q3q.errors import ConfigError
 from q3q.evaluate.chat import PLAIN_CHAT
 from q3q.models.footprint import AUTO
@@ -194,6 +195,31 @@ class OverrideConfig:
 
 
 @dataclass
+class BudgetConfig:
+    """A budget of bits for the quantized linears, which is allotted by measured sensitivities.
+
+    bits: the average of a weight, scales and zero points counted; bits=3.5 says the same
+    bytes: of the whole model, such as 4.2GB; budget=4.2GB says the same
+    uniform: as many bytes as this width takes for all linears
+    unit: what gets one width: linear, site (the linears that read one input) or block
+    widths: bits that a unit may get
+    measure: of sensitivity, of each unit quantized alone. kl: the divergence of the model's
+        predictions; block_error: the error of its block's output, which is quicker
+    samples: windows of the calibration text on which it is measured
+    length: tokens of such a window
+    """
+
+    bits: float | None = None
+    bytes: Any = None
+    uniform: int | None = None
+    unit: str = SITE
+    widths: list[int] = field(default_factory=lambda: [2, 3, 4, 6, 8])
+    measure: str = KL
+    samples: int = 16
+    length: int = 512
+
+
+@dataclass
 class Config:
     """Everything that can be set; see conf/config.yaml."""
 
@@ -205,9 +231,10 @@ class Config:
     cluster: ClusterConfig = MISSING
     track: TrackConfig = MISSING
     export: ExportConfig = MISSING
-    bits: int | None = None
+    bits: Any = None  # a whole number, or an average with a fraction
     group_size: int | None = None
     symmetric: bool | None = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     format: str = INT
     group_rows: int | None = None
     four_over_six: bool = False
@@ -236,6 +263,7 @@ GROUPS: dict[str, type] = {
     "calibration": CalibrationConfig,
     "evaluation": EvaluationConfig,
     "data": DataConfig,
+    "budget": BudgetConfig,
     "cluster": ClusterConfig,
     "track": TrackConfig,
     "export": ExportConfig,

@@ -6,6 +6,8 @@ from dataclasses import fields, replace
 
 from omegaconf import DictConfig
 
+from q3q.bit_budget import BitBudget
+from q3q.config.budget import width_of
 from q3q.config.patterns import Linear, linears, matching_linears, similar_names, summarize_linears
 from q3q.config.schema import UNTOUCHED_BITS, refuse_unknown
 from q3q.errors import ConfigError, IncompatibleError
@@ -18,10 +20,17 @@ GROUP_SIZES = (16, 32, 64, 128, 256, 512)  # that an error suggests
 
 
 def resolve_schemes(
-    config: DictConfig, settings: MethodSettings, facts: ModelFacts
+    config: DictConfig,
+    settings: MethodSettings,
+    facts: ModelFacts,
+    budget: BitBudget | None = None,
 ) -> tuple[Schemes | None, Json]:
-    """Return how each linear is stored (None: not at all), and the patterns that say so."""
-    base = _base_scheme(config, settings)
+    """Return how each linear is stored (None: not at all), and the patterns that say so.
+
+    Args:
+        budget: allots the bits later; until then all linears have its first width.
+    """
+    base = _base_scheme(config, settings, budget)
     if not settings.quantizes:  # then no other setting has to fit the model
         if base.act_bits is not None:
             key = "act_bits" if config.act_format in (None, INT) else "act_format"
@@ -36,10 +45,11 @@ def resolve_schemes(
     return schemes, rules
 
 
-def _base_scheme(config: DictConfig, settings: MethodSettings) -> Scheme:
+def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget | None) -> Scheme:
     """Return the scheme that holds unless a pattern says otherwise, defaults filled in."""
     refuse_unknown("format", config.format, FORMATS)
     bits, size, symmetric = _defaults_of(config.format, settings)
+    given = width_of(config) if budget is None else budget.widths[0]
     act_format = config.act_format
     if act_format is None:
         follows = settings.default_act_bits is not None and config.act_bits is None
@@ -51,7 +61,7 @@ def _base_scheme(config: DictConfig, settings: MethodSettings) -> Scheme:
     if act_size is None:
         act_size = -1 if act is None else act.group_size or -1
     return Scheme(
-        bits=bits if config.bits is None else config.bits,
+        bits=bits if given is None else given,
         group_size=size if config.group_size is None else config.group_size,
         symmetric=symmetric if config.symmetric is None else config.symmetric,
         act_bits=None if act is None and act_bits == UNTOUCHED_BITS else act_bits,

@@ -129,7 +129,9 @@ class Format:
             )
         if self._mixes(spec, facts):
             where = " in a model with experts, which loaders fuse" if self.mixed else ""
-            yield f"overrides{where}" if self.gaps and spec.overrides else f"overrides or skip{where}"
+            yield (
+                f"overrides{where}" if self.gaps and spec.overrides else f"overrides or skip{where}"
+            )
             return
         if site := _uneven_site(spec, facts):
             yield f"settings that differ within a site ({site}), which loaders run as one"

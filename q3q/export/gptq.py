@@ -9,7 +9,6 @@ from q3q.export.tensors import layouts, plain_linears
 from q3q.export.writer import PackingExporter
 from q3q.spec import Json
 
-
 # The names under which vLLM and SGLang run linears that share an input.
 JOINED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),

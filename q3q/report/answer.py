@@ -271,20 +271,14 @@ def _marks(judged: Sequence[str], records: Sequence[TrialRecord]) -> dict[str, s
     return marks
 
 
-def _verdict(
-    bits: int, tried: Sequence[Pool], tests: Families, judged: Sequence[str]
-) -> Verdict:
+def _verdict(bits: int, tried: Sequence[Pool], tests: Families, judged: Sequence[str]) -> Verdict:
     first, *others = judged
     best = _best(tried, first)
     if best is None:
         outcomes = {str(pool.cell(first)) for pool in tried} & {DIVERGED, FAILED}
         return Verdict(bits, None, outcomes=tuple(sorted(outcomes)))
     measured = [pool for pool in tried if isinstance(pool.cell(first), float)]
-    alike = {
-        pool.label: tests.same(best, pool, first)
-        for pool in measured
-        if pool is not best
-    }
+    alike = {pool.label: tests.same(best, pool, first) for pool in measured if pool is not best}
     rivals = (_rival(best, tried, tests, metric, alike) for metric in others)
     return Verdict(
         bits=bits,

@@ -95,9 +95,7 @@ def pair(first: Pool, second: Pool) -> Pair:
     return frozenset((first.name, second.name))
 
 
-def families(
-    tried: Sequence[Pool], reference: Pool | None, metrics: Sequence[str]
-) -> Families:
+def families(tried: Sequence[Pool], reference: Pool | None, metrics: Sequence[str]) -> Families:
     """Test all pairs of choices and all changes, by each metric.
 
     Args:
@@ -108,11 +106,7 @@ def families(
     pairs, changes, of_changes = {}, {}, {}
     for number, metric in enumerate(metrics):
         measured = [pool for pool in tried if isinstance(pool.cell(metric), float)]
-        both = [
-            (a, b)
-            for a, b in combinations(measured, 2)
-            if number == 0 or a.bits == b.bits
-        ]
+        both = [(a, b) for a, b in combinations(measured, 2) if number == 0 or a.bits == b.bits]
         where = "of choices" if number == 0 else "of choices of one width"
         by = _by(metric)
         pairs[metric] = Family(
@@ -123,10 +117,13 @@ def families(
         known = {name: each for name, each in found.items() if each is not None}
         name = reference.name if reference else "the unquantized model"
         tests = {frozenset((key, name)): _p_of_change(each) for key, each in known.items()}
-        family = Family(f"{plural(len(known), 'change')} from the unquantized model, by {by}", tests)
+        family = Family(
+            f"{plural(len(known), 'change')} from the unquantized model, by {by}", tests
+        )
         of_changes[metric] = family
         changes[metric] = {
-            key: _corrected(each, family.same(frozenset((key, name)))) for key, each in known.items()
+            key: _corrected(each, family.same(frozenset((key, name))))
+            for key, each in known.items()
         }
     return Families(pairs, changes, of_changes)
 

@@ -106,7 +106,7 @@ def trials_of(jobs: Iterable[Job]) -> tuple[dict[str, SweepTrial], str]:
 
 def unquantized(overrides: Sequence[str]) -> list[str]:
     """Return the same job's overrides, but for the unquantized model."""
-    keys = ("method", "calibration", "export", *NOTHING_QUANTIZED)
+    keys = ("method", "calibration", "export", "budget", *NOTHING_QUANTIZED)
     others = [
         override
         for override in overrides
