@@ -58,6 +58,7 @@ class Placement:
     baseline: id of the unquantized model's trial, which this one is compared with
     fresh: moment of the wish to run from nothing
     grant: None before the trial is planned
+    context: tokens for which the cache's bytes are counted, as the user asked
     """
 
     # In the order of the JSON, where all of it is called `places`, and a grant `share`.
@@ -78,6 +79,7 @@ class Placement:
     baseline: str | None = None
     fresh: str | None = None
     grant: Grant | None = None
+    context: int | None = None
 
     @property
     def storage(self) -> Path:

@@ -40,7 +40,14 @@ from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.budget.stage import allotted
 from q3q.quantize.ends import quantize_ends
-from q3q.quantize.ledger import Ledger, StoredCodes, sizes, stored_note
+from q3q.quantize.ledger import (
+    Ledger,
+    StoredCodes,
+    cache_note,
+    cache_sizes,
+    sizes,
+    stored_note,
+)
 from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.registry import settings_of, settings_or_default
 from q3q.quantize.methods.source import source_of
@@ -142,6 +149,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         reason="; ".join(f"{check.name}: {check.detail}" for check in failed),
         metrics=scores.metrics
         | sizes(checkpoint, ledger, ends)
+        | cache_sizes(trial, checkpoint.facts)
         | exported.metrics
         | phases.metrics,
         intervals=scores.intervals,
@@ -163,6 +171,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         | store.notes()
         | stored_note(checkpoint, in_files=bool(exported.notes) or not (ledger.weights or ends))
         | exported.notes
+        | cache_note(trial, checkpoint.facts)
         | noted_baseline(reference, spec)
         | _notes_on(checkpoint)
         | _notes_on_kernels(device_of(trial))

@@ -35,6 +35,10 @@ def command_of(trial: Trial) -> str:
         for key in ("head_bits", "embedding_bits")
         if (bits := getattr(spec, key)) is not None
     ]
+    words += [
+        override(f"kv_{key}", value)
+        for key, value in (spec.kv.to_json() if spec.kv else {}).items()
+    ]
     words += [override("export", spec.export)] if spec.export else []
     words += [override("data.path", trial.placement.data)] if trial.placement.data else []
     return launch([*words, *_calibration(trial), *_evaluation(trial), override("seed", spec.seed)])

@@ -13,6 +13,7 @@ from q3q.config.calibration import resolve_calibration
 from q3q.config.command import command_of
 from q3q.config.evaluation import resolve_evaluation, seed_of_shots
 from q3q.config.known import not_a_setting
+from q3q.config.kv_cache import cache_notice, resolve_context, resolve_kv
 from q3q.config.model import refuse_second_rounding, resolve_model
 from q3q.config.patterns import linears
 from q3q.config.schema import GROUPS, Config, refuse_unknown
@@ -22,6 +23,7 @@ from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
 from q3q.export.formats import (
     FORMATS,
+    kv_notice,
     loading_notice,
     refuse_unsupported,
     serving_notice,
@@ -82,10 +84,12 @@ def trial_from(config: DictConfig) -> Trial:
         skip=tuple(schemes.skip) if schemes else (),
         head_bits=config.head_bits,
         embedding_bits=config.embedding_bits,
+        kv=resolve_kv(config, facts, evaluation),
         rules=rules,
         budget=budget,
     )
     check_ends(spec, facts, settings)
+    _note_once(cache_notice(spec.kv, facts))
     if budget is not None:
         spec = with_base(spec, facts)
     loader, memory = _loading(config, facts, settings.memory(), spec)
@@ -102,10 +106,11 @@ def trial_from(config: DictConfig) -> Trial:
         loader=loader,
         memory=memory,
         tasks=_absolute(config.evaluation.include_path),
+        context=resolve_context(config),
     )
     trial = _exported(config, Trial(spec, placement), facts, settings)
     measures = evaluation.texts or evaluation.tasks
-    if schemes is None or not measures or not config.evaluation.baseline:
+    if trial.spec.rounds_nothing or not measures or not config.evaluation.baseline:
         return trial
     return trial.placed(baseline=_baseline_of(trial.spec).id)
 
@@ -213,13 +218,14 @@ def _exported(
     trial = trial.placed(export=folder)
     trial = trial.placed(command=command_of(trial))
     check_destination(trial, facts)
-    for notice in (serving_notice(name, trial.spec, facts), loading_notice(trial.spec, facts)):
-        if notice is not None:
-            _note_once(notice)
+    _note_once(serving_notice(name, trial.spec, facts))
+    _note_once(loading_notice(trial.spec, facts))
+    _note_once(kv_notice(name, trial.spec))
     return trial
 
 
 @functools.cache
-def _note_once(notice: str) -> None:
-    """Print a notice that stops nothing: without the `q3q:` of an error that does."""
-    print(f"Note: {notice}", file=sys.stderr)
+def _note_once(notice: str | None) -> None:
+    """Print a notice, if any, that stops nothing: without the `q3q:` of an error that does."""
+    if notice is not None:
+        print(f"Note: {notice}", file=sys.stderr)

@@ -241,6 +241,13 @@ class Config:
     act_bits: int | None = None
     act_format: str | None = None
     act_group_size: int | None = None
+    kv_bits: int | None = None
+    kv_format: str | None = None
+    kv_scales: str | None = None
+    kv_group_size: int | None = None
+    kv_chunk: int | None = None
+    kv_window: int | None = None
+    kv_symmetric: bool | None = None
     overrides: dict[str, OverrideConfig] = field(default_factory=dict)
     skip: list[str] | None = None
     head_bits: int | None = None
@@ -256,6 +263,7 @@ class Config:
     storage: str = "mlruns"
     memory: int | str | None = None
     loader: str = AUTO
+    context: int | None = None
 
 
 GROUPS: dict[str, type] = {

@@ -375,6 +375,16 @@ def loading_notice(spec: TrialSpec, facts: ModelFacts) -> str | None:
     return None
 
 
+def kv_notice(name: str, spec: TrialSpec) -> str | None:
+    """Return a line for a trial that rounds its cache, which files do not say; None for others."""
+    if spec.kv is None:
+        return None
+    return (
+        f"export={name} holds the weights, not how the cache is stored ({spec.kv.name}): that is "
+        "chosen where the model is served"
+    )
+
+
 def read_by_transformers(spec: TrialSpec, facts: ModelFacts) -> bool:
     """Return True if transformers reads the trial's export, with the packages of its format."""
     return spec.export != "compressed_tensors" or _read_apart(

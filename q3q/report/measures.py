@@ -50,7 +50,7 @@ def in_order(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     keys = []
     for spec, label in zip(specs, labels(specs), strict=True):
         yardstick = appearance_of(spec.method.name).yardstick
-        rank = 0 if spec.scheme is None else 1 if yardstick else 2
+        rank = 0 if spec.rounds_nothing else 1 if yardstick else 2
         keys.append((natural(spec.model.label), rank, natural(label), bits_of(spec), spec.id))
     return [latest[trial] for *_, trial in sorted(keys)]
 
@@ -212,7 +212,7 @@ def given_format(record: TrialRecord) -> str:
 
 def is_reference(record: TrialRecord) -> bool:
     """Return True for a trial of the unquantized model."""
-    return record.spec.scheme is None and not given_format(record)
+    return record.spec.rounds_nothing and not given_format(record)
 
 
 def bits_of_record(record: TrialRecord) -> int:

@@ -125,7 +125,7 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         shown=shown,
         answers=answers(shown),
         luck=luck_tables(records),
-        plots=study_plots(shown, about.predicted) if plots else [],
+        plots=study_plots(shown, about.predicted, about.context) if plots else [],
         published=compared if compared or about.against_paper else None,
         warnings=warnings,
     )
