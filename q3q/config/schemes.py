@@ -10,7 +10,7 @@ from q3q.config.patterns import Linear, linears, matching_linears, similar_names
 from q3q.config.schema import UNTOUCHED_BITS, refuse_unknown
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.facts import ModelFacts
-from q3q.number_formats import FLOATS, FORMATS, INT
+from q3q.number_formats import ACT_FORMATS, BLOCKS, FLOATS, FORMATS, INT, own_form
 from q3q.quantize.methods.settings import MethodSettings
 from q3q.spec import Json, Scheme, Schemes, TrialSpec
 
@@ -39,17 +39,18 @@ def resolve_schemes(
 def _base_scheme(config: DictConfig, settings: MethodSettings) -> Scheme:
     """Return the scheme that holds unless a pattern says otherwise, defaults filled in."""
     refuse_unknown("format", config.format, FORMATS)
-    form = FLOATS.get(config.format)
+    form = own_form(config.format)
     bits, size, symmetric = settings.default_bits, settings.default_group_size, True
     if form is None:
         symmetric = settings.default_symmetric
     else:
         bits, size = form.bits, form.group_size or -1
+        symmetric = form.name not in BLOCKS or not BLOCKS[form.name].offsets
     act_format = config.act_format
     if act_format is None:
         follows = settings.default_act_bits is not None and config.act_bits is None
         act_format = config.format if follows else INT
-    refuse_unknown("act_format", act_format, FORMATS)
+    refuse_unknown("act_format", act_format, ACT_FORMATS)
     act, act_bits, act_size = FLOATS.get(act_format), config.act_bits, config.act_group_size
     if act_bits is None:
         act_bits = settings.default_act_bits if act is None else act.bits
@@ -112,12 +113,36 @@ def _with_patterns(
         }
         if differs and name not in skipped:
             overrides[name] = differs
+    overrides |= {name: own for name, own in _narrow(base, model).items() if name not in skipped}
     rules: Json = {}
     if overrides:
         rules["overrides"] = patterns
     if config.skip is not None and (skipped or left_out):
         rules["skip"] = list(config.skip)
     return Schemes(base, overrides, tuple(name for name in model if name in skipped)), rules
+
+
+def _narrow(base: Scheme, model: Mapping[str, Linear]) -> dict[str, Json]:
+    """Return what differs for linears whose columns do not fill the blocks of a GGUF type.
+
+    They take the type with smaller blocks that is nearest, as llama.cpp's own quantizer does.
+    """
+    form = BLOCKS.get(base.format)
+    other = None if form is None else BLOCKS.get(form.instead)
+    if form is None or other is None:
+        return {}
+    instead = {
+        "format": other.name,
+        "bits": other.bits,
+        "group_size": other.group_size,
+        "symmetric": not other.offsets,
+    }
+    differs = {key: value for key, value in instead.items() if value != getattr(base, key)}
+    return {
+        name: dict(differs)
+        for name, linear in model.items()
+        if linear.columns % form.block and linear.columns % other.block == 0
+    }
 
 
 def _matches(key: str, pattern: str, model: Mapping[str, Linear]) -> list[str]:
@@ -144,8 +169,11 @@ def _check_group_sizes(
     linears_of: dict[int, list[Linear]] = {}
     for name, linear in model.items():
         scheme = schemes.of(name)
-        if scheme is not None and scheme.group_size != -1:
-            linears_of.setdefault(scheme.group_size, []).append(linear)
+        if scheme is None or scheme.group_size == -1:
+            continue
+        block = BLOCKS.get(scheme.format)
+        size = scheme.group_size if block is None else block.block
+        linears_of.setdefault(size, []).append(linear)
     complaints = []
     for size, group in linears_of.items():
         misfits: dict[int, list[Linear]] = {}
@@ -158,7 +186,7 @@ def _check_group_sizes(
                 for columns, misfit in misfits.items()
             )
             columns_of = {linear.columns for linear in group}
-            form = FLOATS.get(schemes.base.format)
+            form = own_form(schemes.base.format)
             if form is not None and form.group_size is not None:
                 fitting = f"format={form.name} has no others; skip=[...] leaves layers out"
                 complaints.append(f"group_size={size} does not divide {where}; {fitting}")
