@@ -41,6 +41,7 @@ DOORS = {
     "transformers": {"q3q.models", "q3q.export.reload"},
     "compressed_tensors": {"q3q.export.compressed_tensors", "q3q.export.reload"},
     "deepspeed": {"q3q.models.sharded"},
+    "gguf": {"q3q.models"},
     "fsspec": {"q3q.storage.stores"},
 }
 # torch brings triton where there is CUDA; gptqmodel loads an export where a user has installed it.

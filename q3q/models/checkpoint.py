@@ -29,6 +29,7 @@ from q3q.models.disk_names import (
     without_expert,
 )
 from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
+from q3q.models.gguf_file import gguf_of, open_gguf
 from q3q.models.model_files import (
     FLOATS,
     ModelFiles,
@@ -70,12 +71,14 @@ class Checkpoint:
     checkpoints round inputs, and no weight.
 
     Args:
-        folder: config.json, and model.safetensors or an index with its shards.
+        folder: config.json, and model.safetensors or an index with its shards; or a GGUF file, or
+            a folder whose only weights are in one.
 
     Attributes:
         remarks: where config.json and the files disagree, and what q3q does, as transformers does.
         doubts: what is odd about weights that were read, a line each.
         carried: names of tensors of parts that are neither run nor quantized (`Family.carried`).
+        gguf: what a GGUF file says of the model; None for safetensors.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged (the error names the shard or
@@ -84,13 +87,17 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
+        self.gguf = None if (path := gguf_of(folder)) is None else open_gguf(path)
+        if self.gguf is None and not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder. {OWN_FOLDER}")
-        self.folder = folder
+        self.folder = folder if self.gguf is None else self.gguf.path.parent
         for name in (*TOKENIZER_FILES, GENERATION):
-            refuse_irregular(folder / name, TOKENIZER_LIMIT)
+            refuse_irregular(self.folder / name, TOKENIZER_LIMIT)
         facts = read_facts(folder)
-        self._files = _as_text(read_model_files(folder), facts)
+        if self.gguf is None:
+            self._files = _as_text(read_model_files(folder), facts)
+        else:
+            self._files = ModelFiles(dict(self.gguf.tensors), list(self.gguf.header.files))
         self.facts, remarks = settle(facts, self._files)
         self._stored = self._files.tensors
         self.doubts: dict[str, None] = {}
@@ -270,7 +277,8 @@ class Checkpoint:
         Args:
             cache: folder of a `DigestMemo`. Nothing is written into the model's folder.
         """
-        own = (self.folder / name for name in ("config.json", *TOKENIZER_FILES))
+        config = () if self.gguf else ("config.json",)  # a GGUF file says all of it itself
+        own = (self.folder / name for name in (*config, *TOKENIZER_FILES))
         files = [*own, *sorted(self._files.shards)]
         memo = DigestMemo(cache)
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
