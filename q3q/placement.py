@@ -14,6 +14,10 @@ from q3q.storage.stores import mirror_of
 KEEP_NONE, KEEP_AUTO, KEEP_BLOCKS = KEEPS = ("none", "auto", "blocks")
 
 
+# Fields of a placement that are paths.
+PATHS = ("trials", "model", "reference", "calibration", "evaluation", "data", "tasks", "export")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grant:
     """What the plan gives a trial of its machine; of a gang, each rank.
@@ -42,7 +46,8 @@ class Placement:
     trials: folder of every trial's state
     keep: what is kept of the quantized blocks once the trial has succeeded, one of KEEPS
     store: URL that the storage folder mirrors
-    model: folder of a local model
+    model: folder of a local model, or its GGUF file
+    reference: folder of a local original that a published checkpoint is compared with
     calibration, evaluation: files of texts that are not q3q's own
     data: folder with data sets
     loader, memory: as the user asked for them
@@ -70,6 +75,7 @@ class Placement:
     baseline: str | None = None
     fresh: str | None = None
     grant: Grant | None = None
+    reference: Path | None = None
 
     @property
     def storage(self) -> Path:
@@ -121,7 +127,7 @@ class Placement:
     def from_json(cls, data: Mapping[str, Any]) -> "Placement":
         """Read what any version wrote, on any machine, as it is here."""
         facts = {part.name: data[part.name] for part in fields(cls) if part.name in data}
-        for name in ("trials", "model", "calibration", "evaluation", "data", "tasks", "export"):
+        for name in PATHS:
             if facts.get(name) is not None:
                 facts[name] = Path(facts[name])
         if data.get("share") is not None:

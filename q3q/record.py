@@ -20,6 +20,7 @@ COMPLETED, FAILED = "COMPLETED", "FAILED"
 UNQUANTIZED = (
     "unquantized"  # a note: metrics of the unquantized model, each [value] or [value, low, high]
 )
+JUDGED = "judged"  # a note: what a published checkpoint holds, beside its original (`likeness`)
 ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
 
 

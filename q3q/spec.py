@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from q3q.errors import ConfigError
+from q3q.kv_scheme import KvScheme
 from q3q.number_formats import INT
 
 # Everybody imports these from here, methods of other packages too.
@@ -25,7 +26,9 @@ MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metri
 QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
 AUTO_DRIFT = "auto"
 # Absent from a spec's JSON where they are not given.
-SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules")
+SELDOM = (
+    *("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "reference", "rules"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +231,9 @@ class TrialSpec:
         stay as they are
     head_bits, embedding_bits: rounded to nearest; None leaves them in 16 bits. One tensor, and
         equal, where the model ties them
+    kv: how the evaluated model's cache stores keys and values; None leaves them in 16 bits
     export: format of the checkpoint that the trial writes too
+    reference: the original of a published checkpoint, which this one is compared with
     rules: the name patterns that overrides and skip were given as; for people, not part of the id
     """
 
@@ -242,7 +247,9 @@ class TrialSpec:
     skip: tuple[str, ...] = ()
     head_bits: int | None = None
     embedding_bits: int | None = None
+    kv: KvScheme | None = None
     export: str | None = None
+    reference: ModelRef | None = None
     rules: Json = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -265,6 +272,8 @@ class TrialSpec:
         if self.scheme is not None:
             acts = ("act_format", "act_group_size")
             facts |= {key: value for key, value in self.scheme.to_json().items() if key in acts}
+        if self.kv is not None:
+            facts["kv"] = self.kv.to_json()
         return digest(facts | ({"export": self.export} if self.export else {}))[:10]
 
     @cached_property
@@ -274,15 +283,25 @@ class TrialSpec:
 
     @property
     def quantization(self) -> Json:
-        """Return all that determines the quantized weights. Activations are quantized later."""
+        """Return all that determines the quantized weights.
+
+        Activations are quantized later, keys and values too.
+        """
         facts = self.to_json()
-        for later in ("evaluation", "export", "rules"):
+        for later in ("evaluation", "export", "kv", "rules"):
             facts.pop(later, None)
         facts["model"] = self.model.identity
+        if self.reference is not None:
+            facts["reference"] = self.reference.identity
         if self.scheme is not None:
             for later in ("act_bits", "act_format", "act_group_size"):
                 facts["scheme"].pop(later, None)
         return facts
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The model, and what it is compared with."""
+        return (self.model,) if self.reference is None else (self.model, self.reference)
 
     @property
     def schemes(self) -> Schemes | None:
@@ -298,14 +317,24 @@ class TrialSpec:
         return Schemes(self.scheme, self.overrides, frozenset(self.skip), head, embedding)
 
     @property
+    def rounds_nothing(self) -> bool:
+        """True if the model is evaluated as it is: neither weights nor its cache are rounded.
+
+        And is not itself compared with another, whose rounding it is.
+        """
+        return self.scheme is None and self.kv is None and self.reference is None
+
+    @property
     def heads(self) -> int:
+        if self.reference is not None and self.evaluation.drift is not None:
+            return 2
         return heads_in_memory(self.head_bits, self.evaluation)
 
     @property
     def name(self) -> str:
         """Name the trial for people: `gptq w3 g128 blocks.0:w8 -*.down head:w8`."""
         if self.scheme is None:
-            return self.method.name
+            return f"{self.method.name} {self.departures}".rstrip()
         scheme = self.scheme
         between = " " if scheme.format != INT and scheme.act_bits else ""
         stored = f"{scheme.codes}{between}{scheme.activations} {scheme.groups}"
@@ -326,6 +355,7 @@ class TrialSpec:
         words += [f"-{pattern}" for pattern in self.rules.get("skip", ())]
         ends = {"head": self.head_bits, "embedding": self.embedding_bits}
         words += [f"{end}:w{bits}" for end, bits in ends.items() if bits]
+        words += [self.kv.name] if self.kv else []
         words += [f"export:{self.export}"] if self.export else []
         return " ".join(words)
 
@@ -338,9 +368,14 @@ class TrialSpec:
             "scheme": self.scheme and self.scheme.to_json(),
             "calibration": self.calibration and self.calibration.to_json(),
             "evaluation": self.evaluation.to_json(),
+            "kv": self.kv and self.kv.to_json(),
+            "reference": self.reference and self.reference.to_json(),
             "overrides": {name: dict(changes) for name, changes in self.overrides.items()},
             "skip": list(self.skip),
         }
+        for newer in ("kv", "reference"):  # than the first records, which lack them
+            if facts[newer] is None:
+                del facts[newer]
         if complete:
             return facts
         if self.scheme is not None and self.scheme.scales is None:
@@ -367,6 +402,8 @@ class TrialSpec:
                 "calibration": None if calibration is None else Calibration(**calibration),
                 "evaluation": Evaluation.from_json(data["evaluation"]),
                 "skip": tuple(data.get("skip", ())),
+                "reference": data.get("reference") and ModelRef.from_json(data["reference"]),
+                "kv": None if data.get("kv") is None else KvScheme(**data["kv"]),
                 "rules": _checked("rules", data.get("rules", {}), dict),
             }
         )

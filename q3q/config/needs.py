@@ -8,6 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from q3q.config.judged import as_candidate, as_reference, is_judged
 from q3q.config.texts import data_folder
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed
 from q3q.data.questions import Library
@@ -53,10 +54,14 @@ AnyNeed = Need | TaskNeed
 
 def needs_of(config: DictConfig) -> list[AnyNeed]:
     """Return what trials of a composed config need from the Hub, with no repeats."""
-    model, evaluation, folder = config.model, config.evaluation, data_folder(config)
+    evaluation, folder = config.evaluation, data_folder(config)
     needs: list[AnyNeed] = []
-    if model.path is None and model.source is not None:
-        needs.append(ModelNeed(model.source, model.revision))
+    both = (as_candidate(config), as_reference(config)) if is_judged(config) else (config,)
+    needs += [
+        ModelNeed(one.model.source, one.model.revision)
+        for one in both
+        if one.model.path is None and one.model.source is not None
+    ]
     settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
     if settings.quantizes and settings.observes() and is_from_hub(config.calibration.source):
         needs.append(TextNeed(config.calibration.source, "calibration", folder))

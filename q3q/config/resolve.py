@@ -10,6 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from q3q.config.command import command_of
 from q3q.config.evaluation import resolve_evaluation, seed_of_shots
+from q3q.config.judged import (
+    as_reference,
+    is_judged,
+    refuse_other_shapes,
+    refuse_quantizing,
+)
 from q3q.config.known import not_a_setting
 from q3q.config.model import refuse_second_rounding, resolve_model
 from q3q.config.patterns import linears
@@ -59,13 +65,20 @@ def trial_from(config: DictConfig) -> Trial:
     if is_url(config.storage):
         refuse_unusable(config.storage)
     model, folder, facts = resolve_model(config)
+    if (judged := is_judged(config)) and settings.quantizes:
+        refuse_quantizing(config.method.name)
     refuse_second_rounding(settings, folder, facts)
+    # A judged checkpoint reads what its original reads.
+    of_text = as_reference(config) if judged else config
+    reference, home, original = resolve_model(of_text) if judged else (None, folder, facts)
+    if reference is not None:
+        refuse_other_shapes(model, facts, reference, original)
     schemes, rules = resolve_schemes(config, settings, facts)
     observes = (
         schemes is not None and settings.observes() and len(schemes.skip) < len(linears(facts))
     )
     calibration = resolve_calibration(config, settings, folder, facts) if observes else None
-    evaluation = resolve_evaluation(config, facts, folder)
+    evaluation = resolve_evaluation(of_text, original, home)
     scheme = schemes.base if schemes else None
     spec = TrialSpec(
         model=model,
@@ -79,6 +92,7 @@ def trial_from(config: DictConfig) -> Trial:
         skip=tuple(schemes.skip) if schemes else (),
         head_bits=config.head_bits,
         embedding_bits=config.embedding_bits,
+        reference=reference,
         rules=rules,
     )
     check_ends(spec, facts, settings)
@@ -94,10 +108,12 @@ def trial_from(config: DictConfig) -> Trial:
         loader=loader,
         memory=memory,
         tasks=_absolute(config.evaluation.include_path),
+        reference=home if judged else None,
     )
     trial = _exported(config, Trial(spec, placement), facts, settings)
     measures = evaluation.texts or evaluation.tasks
-    if schemes is None or not measures or not config.evaluation.baseline:
+    compared = schemes is not None or judged
+    if not compared or not measures or not config.evaluation.baseline:
         return trial
     return trial.placed(baseline=_baseline_of(trial.spec).id)
 
@@ -138,7 +154,7 @@ def _loading(
 def _baseline_of(spec: TrialSpec) -> TrialSpec:
     """Return the unquantized model's trial, which this one is compared with."""
     return TrialSpec(
-        model=spec.model,
+        model=spec.reference or spec.model,
         method=method_ref(NoneSettings(), None),
         scheme=None,
         calibration=None,

@@ -31,7 +31,8 @@ class ModelConfig:
     """The model.
 
     name: label for people; null: the folder's, or the Hub's
-    source: the Hub's name of the model, ORGANIZATION/NAME
+    source: the Hub's name of the model, ORGANIZATION/NAME; with model=judge also a folder or file
+    reference: with model=judge, the original that sources are compared with
     path: folder with config.json, safetensors and tokenizer (`demo:dense` ships with q3q)
     revision: commit, branch or tag on the Hub; null: the newest
     dtype: of the arithmetic, unless the top-level dtype is given: float32, bfloat16 or float16;
@@ -43,6 +44,7 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None
     dtype: str | None = None
+    reference: str | None = None
 
 
 @dataclass

@@ -166,7 +166,7 @@ def run(model: Decoder, act_bits: int | None) -> Run:
     states, readings = list[Tensor](), dict[str, Reading]()
     for k, block in enumerate(model.blocks):
         wide = block.with_weights({name: weight.float() for name, weight in block.weights.items()})
-        wide.act_bits = act_bits
+        wide.act_bits, wide.kv = act_bits, None  # loaders round a cache only when they serve
         states.append(x_BTH.cpu())
         x_BTH = _observed(wide, k, x_BTH, rope, readings)
         before_BTH = states[-1].to(x_BTH.device)

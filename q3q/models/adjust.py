@@ -1,9 +1,10 @@
-"""Change every block of a loaded model: route tokens to all experts, or quantize activations."""
+"""Change a loaded model's blocks: route tokens to all experts, round activations or the cache."""
 
 from dataclasses import dataclass
 
 from q3q.models.block import Block
 from q3q.models.decoder import Decoder
+from q3q.models.kv_cache import KvRounding
 from q3q.spec import TrialSpec
 
 
@@ -38,6 +39,12 @@ def set_activations(model: Decoder, spec: TrialSpec) -> None:
             scheme.act_bits, frozenset(spec.skip), scheme.act_format, scheme.act_group_size
         )
         model.adjust(change)
+
+
+def set_cache(model: Decoder, spec: TrialSpec) -> None:
+    """Round keys and values from here on as the spec says its cache stores them, if it does."""
+    if spec.kv is not None:
+        model.round_cache(KvRounding(spec.kv))
 
 
 @dataclass(frozen=True)

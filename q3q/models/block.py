@@ -18,6 +18,7 @@ from torch.nn.functional import linear, silu
 from q3q.models.anatomy import ScaleGroup, Site, SiteInput, bias_of
 from q3q.models.attention import CAUSAL, Attention
 from q3q.models.family import ModelFacts
+from q3q.models.kv_cache import KvRounding
 from q3q.models.packed import InputRounding
 from q3q.models.rope import frequencies
 from q3q.number_formats import FLOATS, INT
@@ -99,6 +100,7 @@ class Block:
         say it; it takes their place.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized,
         and of weights that stay unquantized beside others of their site (`Site.apart`).
+    kv: how the cache stores keys and values that tokens attend to; None: as they are.
     every_expert: the sites show every token to every expert (calibration.route=all), not only to
         the experts that the router picks. The block's output always follows the router.
     """
@@ -113,6 +115,7 @@ class Block:
         self.stored_rounding: Mapping[str, InputRounding] = {}
         self.unrounded: frozenset[str] = frozenset()
         self.every_expert = False
+        self.kv: KvRounding | None = None
         self.sites: tuple[Site, ...] = facts.sites(layer)
 
     def with_weights(self, changed: Weights) -> Block:
@@ -121,6 +124,7 @@ class Block:
         block.unrounded, block.every_expert = self.unrounded, self.every_expert
         block.act_format, block.act_group_size = self.act_format, self.act_group_size
         block.stored_rounding = self.stored_rounding
+        block.kv = self.kv
         return block
 
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
@@ -170,11 +174,12 @@ class Block:
     ) -> Tensor:
         positions = see.positions(query_BTND.shape[1], query_BTND.device)
         cos, sin = rope(positions, query_BTND.dtype)
-        context_BNTD = see(
-            rotate(query_BTND, cos, sin).transpose(1, 2),
-            rotate(key_BTKD, cos, sin).transpose(1, 2),
-            value_BTKD.transpose(1, 2),
-        )
+        query_BNTD = rotate(query_BTND, cos, sin).transpose(1, 2)
+        key_BKTD = rotate(key_BTKD, cos, sin).transpose(1, 2)
+        value_BKTD, kv = value_BTKD.transpose(1, 2), self.kv
+        if kv is not None and not kv.late:
+            key_BKTD, value_BKTD, kv = kv.keys(key_BKTD), kv.values(value_BKTD), None
+        context_BNTD = see(query_BNTD, key_BKTD, value_BKTD, kv)
         return see.read(context_BNTD.transpose(1, 2).flatten(2))
 
     def gated(self, gate_xI: Tensor, up_xI: Tensor) -> Tensor:

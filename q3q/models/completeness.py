@@ -21,6 +21,7 @@ from q3q.models.disk_names import (
 from q3q.models.facts import ModelFacts, number_of_tensors
 from q3q.models.model_files import FLOATS, ModelFiles
 from q3q.models.packed import Layout
+from q3q.models.published.packing import KEY_SCALES, VALUE_SCALES
 from q3q.models.tensor_files import Shape, StoredTensor
 
 # Tensors that a config.json may ask for, beyond those that are stored, and still have listed one by
@@ -95,23 +96,35 @@ def check_complete(folder: Path, facts: ModelFacts, files: ModelFiles) -> dict[s
 def read_input_numbers(facts: ModelFacts, tensors: Mapping[str, StoredTensor]) -> dict[str, float]:
     """Read the scale or factor of each linear's rounded input, by the linear's name on disk.
 
+    And those of keys and values in a cache, by `k` and `v` of a block: `model.layers.0.k`.
+
     Raises:
         CheckpointError: one is not a positive number.
     """
-    if facts.packing is None or not facts.packing.rounds_inputs:
+    if (packing := facts.packing) is None:
         return {}
-    numbers = {}
+    numbers = dict[str, float]()
+
+    def read(part: str) -> float:
+        stored = tensors[part].number()
+        if not 0 < stored < math.inf:
+            raise CheckpointError(
+                f"{part} in {tensors[part].shard} is {stored:g}, by which nothing can be rounded"
+            )
+        return stored
+
+    for k in range(facts.layers) if packing.kv is not None else ():
+        for end, places in (("k", KEY_SCALES), ("v", VALUE_SCALES)):
+            names = (facts.on_disk(k, place) for place in places)
+            if (part := next((name for name in names if name in tensors), None)) is not None:
+                numbers[facts.on_disk(k, end)] = read(part)
+    if not packing.rounds_inputs:
+        return numbers
     for k, name, _, layout in _weights(facts, tensors):
         full = facts.on_disk(k, name)
         for part in {} if layout is None else input_parts_of(layout, full):
-            stored = tensors[part].number()
-            if not 0 < stored < math.inf:
-                raise CheckpointError(
-                    f"{part} in {tensors[part].shard} is {stored:g}, by which no input can be "
-                    "rounded"
-                )
             assert layout is not None
-            numbers[full.removesuffix(".weight")] = layout.input_number(stored)
+            numbers[full.removesuffix(".weight")] = layout.input_number(read(part))
     return numbers
 
 

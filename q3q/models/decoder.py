@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from q3q.errors import NumericsError
-from q3q.models.attention import CAUSAL, Attention
+from q3q.models.attention import CAUSAL, Attention, supports_varlen
 from q3q.models.block import Block, Rope, rms_norm
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.disk_names import names_on_disk
 from q3q.models.facts import ModelFacts
+from q3q.models.kv_cache import KvRounding
 from q3q.models.packed import InputRounding
 from q3q.models.spool import Spool
 from q3q.models.transfer import to_device
@@ -43,6 +44,16 @@ VOCABULARY_ROWS = 16384
 Change = Callable[[int, Block], None]
 # Returns the weights of a changed block that differ from the checkpoint's, in the model's dtype.
 Source = Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class RoundedCache:
+    """A change of every block; picklable, so that other ranks apply it too."""
+
+    kv: KvRounding | None
+
+    def __call__(self, _: int, block: Block) -> None:
+        block.kv = self.kv
 
 
 class Blocks(Protocol):
@@ -78,6 +89,7 @@ class Decoder:
     blocks: list[Block] | Blocks
     activations: int | None = None  # bytes of hidden states in memory between two blocks; None: all
     pinned: int = 0  # bytes of main memory for those that a GPU does not hold, before files
+    kv: KvRounding | None = None  # how the cache of every block stores keys and values
 
     @property
     def rope(self) -> Rope:
@@ -93,6 +105,17 @@ class Decoder:
         return not isinstance(self.blocks, list)
 
     @property
+    def varlen(self) -> bool:
+        """True if trees attend in slices of unequal spans, which have no place for a mask."""
+        late = self.kv is not None and self.kv.late
+        return supports_varlen(self.device, self.norm_H.dtype) and not late
+
+    @property
+    def chunk(self) -> int:
+        """Return the tokens whose keys the cache rounds together."""
+        return 1 if self.kv is None else self.kv.scheme.chunk
+
+    @property
     def tied(self) -> bool:
         """True if head and embedding are one tensor."""
         return self.head_VH is self.embedding_VH
@@ -104,6 +127,11 @@ class Decoder:
                 change(k, block)
         else:
             self.blocks.adjust(change)
+
+    def round_cache(self, kv: KvRounding | None) -> None:
+        """Round keys and values of all blocks from here on; None: no longer."""
+        self.kv = kv
+        self.adjust(RoundedCache(kv))
 
     def exchange(self, k: int, block: Block | None, source: Source) -> None:
         """Replace the k-th block.
@@ -301,14 +329,20 @@ def load_block(
 def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Block:
     """Build the k-th block from its weights.
 
-    If the checkpoint rounds activations, the block rounds the inputs of its sites, except of those
-    whose linears the checkpoint leaves unquantized.
+    If the checkpoint rounds keys and values in a cache, so does the block. If it rounds
+    activations, the block rounds the inputs of its sites, except of those whose linears the
+    checkpoint leaves unquantized.
 
     Raises:
         CheckpointError: the checkpoint leaves out a part of a site.
     """
     block, packing = Block(facts, k, weights), facts.packing
-    if packing is None or not packing.rounds_inputs:
+    if packing is None:
+        return block
+    if packing.kv is not None:
+        key, value = (facts.input_numbers.get(facts.on_disk(k, end), 1.0) for end in "kv")
+        block.kv = KvRounding(packing.kv, key, value)
+    if not packing.rounds_inputs:
         return block
 
     def rounding(*names: str) -> InputRounding | None:

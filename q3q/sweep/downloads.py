@@ -34,8 +34,9 @@ def needs_of(trials: Iterable[Trial]) -> list[Need]:
     folders = {}
     for trial in trials:
         spec, placement = trial.spec, trial.placement
-        if spec.model.source is not None:
-            needs.append(ModelNeed(spec.model.source, spec.model.revision))
+        for model in spec.models:
+            if model.source is not None:
+                needs.append(ModelNeed(model.source, model.revision))
         if spec.calibration is not None and is_from_hub(spec.calibration.source):
             needs.append(TextNeed(spec.calibration.source, "calibration", placement.data))
         needs += [
