@@ -7,16 +7,17 @@ must keep this, or old ids would change.
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
 from q3q.errors import ConfigError
 from q3q.kv_scheme import KvScheme
-from q3q.number_formats import INT
+from q3q.number_formats import INT, short_name
 
 # Everybody imports these from here, methods of other packages too.
+from q3q.scheme import ACTIVATION_KEYS
 from q3q.scheme import SELDOM_OF_SCHEME as SELDOM_OF_SCHEME  # noqa: PLC0414
 from q3q.scheme import Scheme as Scheme  # noqa: PLC0414
 from q3q.scheme import Schemes as Schemes  # noqa: PLC0414
@@ -272,6 +273,8 @@ class TrialSpec:
         if self.scheme is not None:
             acts = ("act_format", "act_group_size")
             facts |= {key: value for key, value in self.scheme.to_json().items() if key in acts}
+            if changes := _some_of(self.overrides, lambda key: key in ACTIVATION_KEYS):
+                facts["act_overrides"] = changes
         if self.kv is not None:
             facts["kv"] = self.kv.to_json()
         return digest(facts | ({"export": self.export} if self.export else {}))[:10]
@@ -294,7 +297,10 @@ class TrialSpec:
         if self.reference is not None:
             facts["reference"] = self.reference.identity
         if self.scheme is not None:
-            for later in ("act_bits", "act_format", "act_group_size"):
+            facts.pop("overrides", None)
+            if changes := _some_of(self.overrides, lambda key: key not in ACTIVATION_KEYS):
+                facts["overrides"] = changes
+            for later in ACTIVATION_KEYS:
                 facts["scheme"].pop(later, None)
         return facts
 
@@ -430,12 +436,24 @@ def heads_in_memory(head_bits: int | None, evaluation: Evaluation) -> int:
     return 2 if head_bits is not None and evaluation.drift is not None else 1
 
 
+def _some_of(overrides: Mapping[str, Json], wanted: Callable[[str], bool]) -> dict[str, Json]:
+    """Return some keys of overrides, and only the linears that have any of them."""
+    parts = {
+        name: {key: value for key, value in own.items() if wanted(key)}
+        for name, own in overrides.items()
+    }
+    return {name: part for name, part in parts.items() if part}
+
+
 def _override_in_a_word(changes: Json) -> str:
-    """Return `w8` or `w4g64sym`."""
+    """Return `w8`, `w4g64sym` or `nvfp4anvfp4`."""
     words = {
+        "format": short_name,
         "bits": lambda bits: f"w{bits}",
         "group_size": lambda size: "pc" if size == -1 else f"g{size}",
         "symmetric": lambda symmetric: "sym" if symmetric else "asym",
+        "act_format": lambda name: f"a{short_name(name)}",
+        "act_bits": lambda bits: f"a{bits}",
     }
     return "".join(word(changes[key]) for key, word in words.items() if key in changes)
 

@@ -176,11 +176,14 @@ class ExportConfig:
 
 @dataclass
 class OverrideConfig:
-    """Other bits, group_size or symmetric for some linears; null: no change."""
+    """Other numbers for some linears; null: no change. A format brings its own bits and groups."""
 
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    format: str | None = None
+    act_format: str | None = None
+    act_bits: int | None = None
 
 
 @dataclass

@@ -19,7 +19,6 @@ from q3q.models.anatomy import ScaleGroup, Site, SiteInput, bias_of
 from q3q.models.attention import CAUSAL, Attention
 from q3q.models.family import ModelFacts
 from q3q.models.kv_cache import KvRounding
-from q3q.models.packed import InputRounding
 from q3q.models.rope import frequencies
 from q3q.number_formats import FLOATS, INT
 from q3q.numerics.floats import floats_per_token
@@ -30,6 +29,7 @@ from q3q.numerics.stored_scales import (
     ints_but_outliers,
     ints_by_scale,
 )
+from q3q.scheme import InputRounding
 
 if TYPE_CHECKING:
     from q3q.models.family import Turns
@@ -96,8 +96,8 @@ class Block:
 
     act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
     act_format, act_group_size: the format of these bits, and the channels that share a scale.
-    stored_rounding: by site, how a checkpoint's own loader rounds its input, where the above cannot
-        say it; it takes their place.
+    own_rounding: by site, how its input is rounded where the above does not say it; it takes
+        their place.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized,
         and of weights that stay unquantized beside others of their site (`Site.apart`).
     kv: how the cache stores keys and values that tokens attend to; None: as they are.
@@ -112,7 +112,7 @@ class Block:
         self.weights = dict(weights)
         self.act_bits = act_bits
         self.act_format, self.act_group_size = INT, -1
-        self.stored_rounding: Mapping[str, InputRounding] = {}
+        self.own_rounding: Mapping[str, InputRounding] = {}
         self.unrounded: frozenset[str] = frozenset()
         self.every_expert = False
         self.kv: KvRounding | None = None
@@ -123,7 +123,7 @@ class Block:
         block = Block(self.facts, self.layer, {**self.weights, **changed}, self.act_bits)
         block.unrounded, block.every_expert = self.unrounded, self.every_expert
         block.act_format, block.act_group_size = self.act_format, self.act_group_size
-        block.stored_rounding = self.stored_rounding
+        block.own_rounding = self.own_rounding
         block.kv = self.kv
         return block
 
@@ -161,8 +161,8 @@ class Block:
 
     def round_inputs(self, site: Site, inputs: Tensor) -> Tensor:
         """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
-        if (stored := self.stored_rounding.get(site.name)) is not None:
-            return round_as_stored(inputs, stored)
+        if (stored := self.own_rounding.get(site.name)) is not None:
+            return rounded_as(inputs, stored)
         if self.act_bits is None or site.name in self.unrounded:
             return inputs
         if self.act_format != INT:
@@ -213,8 +213,8 @@ class Block:
         return self.facts.family.scale_groups(self.facts, self.layer)
 
 
-def round_as_stored(inputs: Tensor, rounding: InputRounding) -> Tensor:
-    """Return a site's input rounded as its checkpoint's own loader rounds it."""
+def rounded_as(inputs: Tensor, rounding: InputRounding) -> Tensor:
+    """Return a site's input rounded in a way of its own, or as its checkpoint's loader does it."""
     form, number = FLOATS.get(rounding.format), rounding.number
     if rounding.scales == "outliers":
         return ints_but_outliers(inputs, rounding.bits)

@@ -19,13 +19,13 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.disk_names import names_on_disk
 from q3q.models.facts import ModelFacts
 from q3q.models.kv_cache import KvRounding
-from q3q.models.packed import InputRounding
 from q3q.models.spool import Spool
 from q3q.models.transfer import to_device
 from q3q.numerics.kernels.compiler import has_fused
 from q3q.numerics.kernels.logsum import logsum
 from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import StoredWeight, numbers
+from q3q.scheme import InputRounding
 from q3q.team import SOLO, Team
 
 # Positions whose logits a GPU holds at one time: 512 x 151936 float32 are 0.3 GB.
@@ -366,7 +366,7 @@ def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Blo
         block.act_bits = kind.bits
         block.act_format, block.act_group_size = kind.format, kind.group_size
     else:
-        block.stored_rounding = {site: one for site, one in found.items() if one is not None}
+        block.own_rounding = {site: one for site, one in found.items() if one is not None}
     return block
 
 

@@ -64,7 +64,7 @@ class ModelFacts:
     dtype: str
     says_dtype: bool = field(default=True, compare=False)  # False: float32 is the default
     packing: Packing | None = None  # of its linears, None for plain numbers
-    # By linear on disk: the scale or factor by which its input is rounded (`packed.InputRounding`);
+    # By linear on disk: the scale or factor by which its input is rounded (`InputRounding`);
     # known once the weights' files are open.
     input_numbers: Mapping[str, float] = field(default_factory=dict, compare=False)
     quantized: str | None = None  # by what, even if stored as plain numbers again

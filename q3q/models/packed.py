@@ -12,10 +12,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from q3q.errors import CheckpointError
 from q3q.number_formats import INT
+from q3q.scheme import ActScales, InputRounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,24 +26,6 @@ Shape = tuple[int, ...]
 Part = tuple[tuple[str, ...], Shape]
 # Safetensors' names of dtypes.
 WORDS, SCALES = ("I32",), ("F16", "BF16", "F32")
-# Where the scales of rounded inputs come from: from the numbers themselves, as they are read; one
-# stored number, for all of them; a stored factor above each group's own scale (NVFP4); or from the
-# numbers, but those beyond a threshold stay as they are (LLM.int8).
-ActScales = Literal["dynamic", "stored", "factor", "outliers"]
-
-
-@dataclass(frozen=True)
-class InputRounding:
-    """How a linear's input is rounded when it runs; see `Layout`.
-
-    number: the stored scale or factor, where `scales` says that there is one
-    """
-
-    bits: int
-    format: str = INT
-    group_size: int = -1
-    scales: ActScales = "dynamic"
-    number: float | None = None
 
 
 @dataclass(frozen=True)

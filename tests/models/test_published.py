@@ -14,7 +14,7 @@ from compressed_tensors.quantization.utils import (
 )
 
 from q3q.errors import CheckpointError
-from q3q.models.block import round_as_stored
+from q3q.models.block import rounded_as
 from q3q.models.packed_tables import TableCodes
 from q3q.models.published.readers import read_packing
 
@@ -146,7 +146,7 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(kind):
         {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
     )
     rounding = packing.inputs([NAME])
-    ours = round_as_stored(x_BTI, replace(rounding, number=number))
+    ours = rounded_as(x_BTI, replace(rounding, number=number))
     assert torch.equal(ours, expected)
     assert not torch.equal(ours, x_BTI)
 
@@ -269,7 +269,7 @@ def test_llm_int8_rounds_rows_and_keeps_large_inputs():
     assert torch.allclose(ours, torch.tensor([[2.54, -1.28], [0.01, 0.0]]))
     assert packing.inexact  # columns of a batch, which no token of its own can know
     x = torch.tensor([[7.03, 0.5, 0.25031]])
-    rounded = round_as_stored(x, packing.inputs([NAME]))
+    rounded = rounded_as(x, packing.inputs([NAME]))
     assert rounded[0, 0] == x[0, 0]
     assert torch.allclose(rounded[0, 1:], torch.tensor([0.5, round(0.25031 * 254) / 254]))
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from q3q.errors import CheckpointError
 from q3q.kv_scheme import FIXED, KvScheme
-from q3q.models.packed import InputRounding, Layout
+from q3q.models.packed import Layout
+from q3q.scheme import InputRounding
 
 NOTHING = r"(?!)"  # a pattern that matches no name
 Rules = tuple[tuple[str, Layout | None], ...]
