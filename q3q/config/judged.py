@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from q3q import quoting
 from q3q.config.pages import CONF, hub_sources, page_of
@@ -59,9 +59,8 @@ def is_judged(config: DictConfig) -> bool:
 def as_candidate(config: DictConfig) -> DictConfig:
     """Return the config of the checkpoint that is judged, as if it were given alone."""
     changed = _at(config, config.model.source)
-    with open_dict(changed):
-        changed.model.name = config.model.name or _name(config.model.source)
-        changed.dtype = config.model.dtype or config.dtype or changed.model.dtype
+    changed.model.name = config.model.name or _name(config.model.source)
+    changed.dtype = config.model.dtype or config.dtype or changed.model.dtype
     return changed
 
 
@@ -164,8 +163,8 @@ def _at(config: DictConfig, place: str) -> DictConfig:
     else:
         own["source"], _, revision = place.partition("@")
         own["revision"] = revision or None
-    with open_dict(changed):
-        changed.model = {**own, "reference": None}
+    for key, value in {**own, "reference": None}.items():
+        changed.model[key] = value
     return changed
 
 
