@@ -91,9 +91,7 @@ def change_between(ours: Pool, theirs: Pool, metric: str) -> Change | None:
     return _change(metric, value, theirs, difference(ours, theirs, metric) if testable else None)
 
 
-def p_of_pair(
-    first: Pool, second: Pool, reference: Pool | None, metric: str
-) -> float | None:
+def p_of_pair(first: Pool, second: Pool, reference: Pool | None, metric: str) -> float | None:
     """Return how often chance alone makes two pools differ so; None if that is unknown.
 
     They are compared by a paired test on the same windows and questions; where methods have several

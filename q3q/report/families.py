@@ -19,8 +19,8 @@ from q3q.report.tables import Table
 Pair = frozenset[str]  # the names of two pools
 NOTE = (
     "p: how often chance alone gives such a difference. Corrected: by Holm's method over all tests "
-    "of the table, so that the chance of a single false difference among them is at most 5 %. Below "
-    "0.05 a difference counts."
+    "of the table, so that the chance of a single false difference among them is at most 5 %. "
+    "Below 0.05 a difference counts."
 )
 
 
@@ -55,8 +55,8 @@ class Family:
         rows = tuple(
             (
                 " against ".join(sorted(key)),
-                _probability(self.p_values[key] or 0.0),
-                _probability(self.corrected[key]),
+                probability(self.p_values[key] or 0.0),
+                probability(self.corrected[key]),
                 "the same within chance" if self.same(key) else "different",
             )
             for key in made
@@ -95,9 +95,7 @@ def pair(first: Pool, second: Pool) -> Pair:
     return frozenset((first.name, second.name))
 
 
-def families(
-    tried: Sequence[Pool], reference: Pool | None, metrics: Sequence[str]
-) -> Families:
+def families(tried: Sequence[Pool], reference: Pool | None, metrics: Sequence[str]) -> Families:
     """Test all pairs of choices and all changes, by each metric.
 
     Args:
@@ -108,11 +106,7 @@ def families(
     pairs, changes, of_changes = {}, {}, {}
     for number, metric in enumerate(metrics):
         measured = [pool for pool in tried if isinstance(pool.cell(metric), float)]
-        both = [
-            (a, b)
-            for a, b in combinations(measured, 2)
-            if number == 0 or a.bits == b.bits
-        ]
+        both = [(a, b) for a, b in combinations(measured, 2) if number == 0 or a.bits == b.bits]
         where = "of choices" if number == 0 else "of choices of one width"
         by = _by(metric)
         pairs[metric] = Family(
@@ -123,10 +117,13 @@ def families(
         known = {name: each for name, each in found.items() if each is not None}
         name = reference.name if reference else "the unquantized model"
         tests = {frozenset((key, name)): _p_of_change(each) for key, each in known.items()}
-        family = Family(f"{plural(len(known), 'change')} from the unquantized model, by {by}", tests)
+        family = Family(
+            f"{plural(len(known), 'change')} from the unquantized model, by {by}", tests
+        )
         of_changes[metric] = family
         changes[metric] = {
-            key: _corrected(each, family.same(frozenset((key, name)))) for key, each in known.items()
+            key: _corrected(each, family.same(frozenset((key, name))))
+            for key, each in known.items()
         }
     return Families(pairs, changes, of_changes)
 
@@ -161,5 +158,5 @@ def _by(metric: str) -> str:
     return words.replace("perplexity, ", "perplexity of ") if is_perplexity(metric) else words
 
 
-def _probability(p_value: float) -> str:
+def probability(p_value: float) -> str:
     return "< 0.0001" if p_value < 1e-4 else significant(p_value, 2) if p_value < 1 else "1"

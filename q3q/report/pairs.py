@@ -57,7 +57,7 @@ def flipped(ours: Pool, theirs: Pool, metric: str) -> "Flips | None":
     """
     from q3q.evaluate.flips import flips
 
-    total: "Flips | None" = None
+    total: Flips | None = None
     for task in mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]:
         found = _aligned(ours, theirs, task)
         if found is None:
@@ -77,7 +77,7 @@ def _over_seeds(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
     from q3q.evaluate.compare import FEWEST_PAIRS
     from q3q.evaluate.replicates import compare_replicates
 
-    sides: tuple[list["Floats"], list["Floats"]] = ([], [])
+    sides: tuple[list[Floats], list[Floats]] = ([], [])
     ratio = False
     for task in mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]:
         found = _aligned(ours, theirs, task)
