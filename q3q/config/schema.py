@@ -175,6 +175,17 @@ class ExportConfig:
 
 
 @dataclass
+class ReportConfig:
+    """The report.
+
+    margin: the loss that counts as none: percent of a perplexity, points of an accuracy; the report
+        then says which trials are shown to stay within it (docs/STATISTICS.md); null: not asked
+    """
+
+    margin: float | None = None
+
+
+@dataclass
 class OverrideConfig:
     """Other numbers for some linears; null: no change. A format brings its own bits and groups."""
 
@@ -198,6 +209,7 @@ class Config:
     cluster: ClusterConfig = MISSING
     track: TrackConfig = MISSING
     export: ExportConfig = MISSING
+    report: ReportConfig = field(default_factory=ReportConfig)
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
@@ -232,6 +244,7 @@ GROUPS: dict[str, type] = {
     "cluster": ClusterConfig,
     "track": TrackConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
 }
 
 

@@ -19,6 +19,8 @@ class About:
     sweeps: the names of the sweeps that a trial belongs to, by id.
     warnings: problems in finding the records.
     against_paper: speak of the paper even if none of its cells was run.
+    margin: how much may be lost, in percent of a perplexity and in points of an accuracy; None if
+        nobody has said it.
     """
 
     name: str
@@ -29,6 +31,7 @@ class About:
     sweeps: Mapping[str, str] | None = None
     warnings: Sequence[str] = ()
     against_paper: bool = False
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
