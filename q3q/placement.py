@@ -16,6 +16,8 @@ KEEP_NONE, KEEP_AUTO, KEEP_BLOCKS = KEEPS = ("none", "auto", "blocks")
 
 
 MAPPINGS = ("texts", "parts")  # fields of a placement that hold several files
+# Fields of a placement that are paths.
+PATHS = ("trials", "model", "reference", "calibration", "evaluation", "data", "tasks", "export")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class Placement:
     trials: folder of every trial's state
     keep: what is kept of the quantized blocks once the trial has succeeded, one of KEEPS
     store: URL that the storage folder mirrors
-    model: folder of a local model
+    model: folder of a local model, or its GGUF file
+    reference: folder of a local original that a published checkpoint is compared with
     calibration, evaluation: files of texts that are not q3q's own
     texts: files of the evaluation's texts that the user named, by name
     parts: files of a calibration mix, by their parts' digests
@@ -80,6 +83,7 @@ class Placement:
     fresh: str | None = None
     grant: Grant | None = None
     context: int | None = None
+    reference: Path | None = None
 
     @property
     def storage(self) -> Path:
@@ -150,7 +154,7 @@ class Placement:
     def from_json(cls, data: Mapping[str, Any]) -> "Placement":
         """Read what any version wrote, on any machine, as it is here."""
         facts = {part.name: data[part.name] for part in fields(cls) if part.name in data}
-        for name in ("trials", "model", "calibration", "evaluation", "data", "tasks", "export"):
+        for name in PATHS:
             if facts.get(name) is not None:
                 facts[name] = Path(facts[name])
         for name in MAPPINGS:

@@ -32,7 +32,10 @@ MIX, TRACES = "mix", "traces"
 WRITTEN = "written"  # the draw of traces
 OWN_TEXT = f"calibration={TRACES}"  # among what has the model generate text
 # Absent from a spec's JSON where they are not given.
-SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "rules", "budget")
+SELDOM = (
+    *("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "reference", "rules"),
+    "budget",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +297,7 @@ class TrialSpec:
         equal, where the model ties them
     kv: how the evaluated model's cache stores keys and values; None leaves them in 16 bits
     export: format of the checkpoint that the trial writes too
+    reference: the original of a published checkpoint, which this one is compared with
     rules: the name patterns that overrides and skip were given as; for people, not part of the id
     budget: allots bits to the linears while the trial runs; then they stand in its overrides, and
         are no part of the id, as they follow from the rest
@@ -311,6 +315,7 @@ class TrialSpec:
     embedding_bits: int | None = None
     kv: KvScheme | None = None
     export: str | None = None
+    reference: ModelRef | None = None
     rules: Json = field(default_factory=dict, compare=False)
     budget: BitBudget | None = None
 
@@ -355,6 +360,8 @@ class TrialSpec:
         for later in ("evaluation", "export", "kv", "rules"):
             facts.pop(later, None)
         facts["model"] = self.model.identity
+        if self.reference is not None:
+            facts["reference"] = self.reference.identity
         if self.scheme is not None:
             given = self.overrides if self.budget is None else without_bits(self.overrides)
             facts.pop("overrides", None)
@@ -363,6 +370,11 @@ class TrialSpec:
             for later in ACTIVATION_KEYS:
                 facts["scheme"].pop(later, None)
         return facts
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The model, and what it is compared with."""
+        return (self.model,) if self.reference is None else (self.model, self.reference)
 
     @property
     def schemes(self) -> Schemes | None:
@@ -379,11 +391,16 @@ class TrialSpec:
 
     @property
     def rounds_nothing(self) -> bool:
-        """True if the model is evaluated as it is: neither weights nor its cache are rounded."""
-        return self.scheme is None and self.kv is None
+        """True if the model is evaluated as it is: neither weights nor its cache are rounded.
+
+        And is not itself compared with another, whose rounding it is.
+        """
+        return self.scheme is None and self.kv is None and self.reference is None
 
     @property
     def heads(self) -> int:
+        if self.reference is not None and self.evaluation.drift is not None:
+            return 2
         return heads_in_memory(self.head_bits, self.evaluation)
 
     @property
@@ -433,12 +450,14 @@ class TrialSpec:
             "calibration": self.calibration and self.calibration.to_json(),
             "evaluation": self.evaluation.to_json(),
             "kv": self.kv and self.kv.to_json(),
+            "reference": self.reference and self.reference.to_json(),
             "overrides": {name: dict(changes) for name, changes in self.overrides.items()},
             "skip": list(self.skip),
             "budget": self.budget and self.budget.to_json(),
         }
-        if self.kv is None:  # newer than the first records, which lack it
-            del facts["kv"]
+        for newer in ("kv", "reference"):  # than the first records, which lack them
+            if facts[newer] is None:
+                del facts[newer]
         if complete:
             # A record of a trial without a budget looks as it always has.
             return {key: value for key, value in facts.items() if key != "budget" or value}
@@ -467,6 +486,7 @@ class TrialSpec:
                 "calibration": None if calibration is None else Calibration.from_json(calibration),
                 "evaluation": Evaluation.from_json(data["evaluation"]),
                 "skip": tuple(data.get("skip", ())),
+                "reference": data.get("reference") and ModelRef.from_json(data["reference"]),
                 "kv": None if data.get("kv") is None else KvScheme(**data["kv"]),
                 "rules": _checked("rules", data.get("rules", {}), dict),
                 "budget": None if budget is None else BitBudget.from_json(budget),

@@ -33,7 +33,15 @@ from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import Device
 from q3q.models.hub import is_downloaded
-from q3q.models.loading import device_of, load_model, open_checkpoint, this_gpu
+from q3q.models.likeness import note_of
+from q3q.models.loading import (
+    device_of,
+    load_model,
+    load_original,
+    open_checkpoint,
+    original_of,
+    this_gpu,
+)
 from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
@@ -58,6 +66,7 @@ from q3q.quantize.walk import quantized_blocks
 from q3q.record import (
     COMPLETED,
     FAILED,
+    JUDGED,
     Progress,
     Report,
     Scores,
@@ -99,16 +108,23 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         memory = settings_of(spec.method).memory()
         with phases.phase("load"):
             checkpoint = _opened(trial, reporter)
-            tokenizer = load_tokenizer(checkpoint.folder)
+            # A judged checkpoint reads what its original reads, with the original's tokenizer.
+            original = _opened(original_of(trial), reporter) if spec.reference else checkpoint
+            tokenizer = load_tokenizer(original.folder)
             device = _device(trial)
             if trial.placement.caches_blocks_here:
                 lease = trial.placement.block_cache.lease(spec.quantization_id)
                 beside.enter_context(lease)
-            beside.enter_context(_preparing(trial, checkpoint, tokenizer, device))
+            beside.enter_context(_preparing(trial, original, tokenizer, device))
+        with phases.phase("baseline"):
+            judged = None
+            if spec.reference is not None:
+                judged = _beside(checkpoint, original, tokenizer, device, trial, reporter)
+        with phases.phase("load"):
             model, loading = load_model(checkpoint, trial, device, memory, team)
         reporter.phase("load", str(loading))(1, 1)
         with phases.phase("baseline"):
-            reference = reference_of(model, tokenizer, trial, reporter)
+            reference = judged[0] if judged else reference_of(model, tokenizer, trial, reporter)
         with _blocks_of(trial, len(model.blocks), reporter) as store:
             allotment = None
             if spec.budget is not None:
@@ -173,6 +189,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         | exported.notes
         | cache_note(trial, checkpoint.facts)
         | noted_baseline(reference, spec)
+        | ({JUDGED: judged[1]} if judged else {})
         | _notes_on(checkpoint)
         | _notes_on_kernels(device_of(trial))
         | phases.notes(),
@@ -204,6 +221,21 @@ def _preparing(
     quantizes = blocks < checkpoint.facts.layers
     shelf = Shelf.of(trial, tokenizer)
     return preparing(trial, checkpoint.folder, shelf, device, quantizes=quantizes)
+
+
+def _beside(
+    checkpoint: Checkpoint,
+    original: Checkpoint,
+    tokenizer: Any,
+    device: Device,
+    trial: Trial,
+    reporter: Reporter,
+) -> tuple[Reference, Json]:
+    """Return what a judged checkpoint's drift is measured against, and the note on its files."""
+    streamed, own = load_original(original, trial, device), original_of(trial)
+    reference = reference_of(streamed, tokenizer, own, reporter)
+    steps = reporter.phase("baseline", "weights")
+    return reference, note_of(checkpoint, original, tokenizer, steps)
 
 
 def _quantize(

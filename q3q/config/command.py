@@ -18,6 +18,25 @@ def command_of(trial: Trial) -> str:
 
     A Hub model, text or method must still be what it was; the spec's id tells.
     """
+    words = _quantization(trial)
+    words += [override("export", trial.spec.export)] if trial.spec.export else []
+    words += [override("data.path", trial.placement.data)] if trial.placement.data else []
+    seed = override("seed", trial.spec.seed)
+    return launch([*words, *_calibration(trial), *_evaluation(trial), seed])
+
+
+def export_command(trial: Trial, form: str) -> str:
+    """Return the command that quantizes as the trial did and exports the model in a format.
+
+    It measures nothing: the trial has.
+    """
+    words = [*_quantization(trial), override("export", form)]
+    words += [override("data.path", trial.placement.data)] if trial.placement.data else []
+    seed = override("seed", trial.spec.seed)
+    return launch([*words, *_calibration(trial), "evaluation=none", seed])
+
+
+def _quantization(trial: Trial) -> list[str]:
     spec, scheme = trial.spec, trial.spec.scheme
     words = [*_model(trial), override("method", spec.method.name), *_knobs(spec)]
     if scheme is not None:
@@ -39,9 +58,7 @@ def command_of(trial: Trial) -> str:
         override(f"kv_{key}", value)
         for key, value in (spec.kv.to_json() if spec.kv else {}).items()
     ]
-    words += [override("export", spec.export)] if spec.export else []
-    words += [override("data.path", trial.placement.data)] if trial.placement.data else []
-    return launch([*words, *_calibration(trial), *_evaluation(trial), override("seed", spec.seed)])
+    return words
 
 
 def _model(trial: Trial) -> list[str]:

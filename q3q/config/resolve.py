@@ -12,6 +12,12 @@ from q3q.config.budget import resolve_budget, with_all_widths, with_base
 from q3q.config.calibration import resolve_calibration
 from q3q.config.command import command_of
 from q3q.config.evaluation import resolve_evaluation, seed_of_shots
+from q3q.config.judged import (
+    as_reference,
+    is_judged,
+    refuse_other_shapes,
+    refuse_quantizing,
+)
 from q3q.config.known import not_a_setting
 from q3q.config.kv_cache import cache_notice, resolve_context, resolve_kv
 from q3q.config.model import refuse_second_rounding, resolve_model
@@ -63,14 +69,21 @@ def trial_from(config: DictConfig) -> Trial:
     if is_url(config.storage):
         refuse_unusable(config.storage)
     model, folder, facts = resolve_model(config)
+    if (judged := is_judged(config)) and settings.quantizes:
+        refuse_quantizing(config.method.name)
     refuse_second_rounding(settings, folder, facts)
+    # A judged checkpoint reads what its original reads.
+    of_text = as_reference(config) if judged else config
+    reference, home, original = resolve_model(of_text) if judged else (None, folder, facts)
+    if reference is not None:
+        refuse_other_shapes(model, facts, reference, original)
     budget = resolve_budget(config, settings, folder, facts)
     schemes, rules = resolve_schemes(config, settings, facts, budget)
     observes = (
         schemes is not None and settings.observes() and len(schemes.skip) < len(linears(facts))
     )
     resolved = resolve_calibration(config, settings, folder, facts) if observes else None
-    evaluation = resolve_evaluation(config, facts, folder)
+    evaluation = resolve_evaluation(of_text, original, home)
     scheme = schemes.base if schemes else None
     spec = TrialSpec(
         model=model,
@@ -85,6 +98,7 @@ def trial_from(config: DictConfig) -> Trial:
         head_bits=config.head_bits,
         embedding_bits=config.embedding_bits,
         kv=resolve_kv(config, facts, evaluation),
+        reference=reference,
         rules=rules,
         budget=budget,
     )
@@ -107,6 +121,7 @@ def trial_from(config: DictConfig) -> Trial:
         memory=memory,
         tasks=_absolute(config.evaluation.include_path),
         context=resolve_context(config),
+        reference=home if judged else None,
     )
     trial = _exported(config, Trial(spec, placement), facts, settings)
     measures = evaluation.texts or evaluation.tasks
@@ -155,7 +170,7 @@ def _loading(
 def _baseline_of(spec: TrialSpec) -> TrialSpec:
     """Return the unquantized model's trial, which this one is compared with."""
     return TrialSpec(
-        model=spec.model,
+        model=spec.reference or spec.model,
         method=method_ref(NoneSettings(), None),
         scheme=None,
         calibration=None,

@@ -32,7 +32,8 @@ class ModelConfig:
     """The model.
 
     name: label for people; null: the folder's, or the Hub's
-    source: the Hub's name of the model, ORGANIZATION/NAME
+    source: the Hub's name of the model, ORGANIZATION/NAME; with model=judge also a folder or file
+    reference: with model=judge, the original that sources are compared with
     path: folder with config.json, safetensors and tokenizer (`demo:dense` ships with q3q)
     revision: commit, branch or tag on the Hub; null: the newest
     dtype: of the arithmetic, unless the top-level dtype is given: float32, bfloat16 or float16;
@@ -44,6 +45,7 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None
     dtype: str | None = None
+    reference: str | None = None
 
 
 @dataclass
@@ -183,6 +185,17 @@ class ExportConfig:
 
 
 @dataclass
+class ReportConfig:
+    """The report.
+
+    margin: the loss that counts as none: percent of a perplexity, points of an accuracy; the report
+        then says which trials are shown to stay within it (docs/STATISTICS.md); null: not asked
+    """
+
+    margin: float | None = None
+
+
+@dataclass
 class OverrideConfig:
     """Other numbers for some linears; null: no change. A format brings its own bits and groups."""
 
@@ -231,6 +244,7 @@ class Config:
     cluster: ClusterConfig = MISSING
     track: TrackConfig = MISSING
     export: ExportConfig = MISSING
+    report: ReportConfig = field(default_factory=ReportConfig)
     bits: Any = None  # a whole number, or an average with a fraction
     group_size: int | None = None
     symmetric: bool | None = None
@@ -275,6 +289,7 @@ GROUPS: dict[str, type] = {
     "cluster": ClusterConfig,
     "track": TrackConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
 }
 
 

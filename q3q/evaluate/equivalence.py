@@ -15,10 +15,10 @@ def equivalence(comparison: Comparison, margin: float) -> float | None:
 
     Schuirmann (Journal of Pharmacokinetics and Biopharmaceutics 15, 1987): the difference is
     neither as low as -margin nor as high as +margin; the larger p-value of the two counts. At 5 %
-    this says that the 90 % interval lies within the margin. Each p-value is read off the paired 95 %
-    interval (Altman and Bland, BMJ 343:d2304, 2011): the distance from the difference to an end is
-    1.96 standard errors on that side. So the test has the interval's properties, those of Newcombe
-    for answers and of the bootstrap for losses.
+    this says that the 90 % interval lies within the margin. Each p-value is read off the paired
+    95 % interval (Altman and Bland, BMJ 343:d2304, 2011): the distance from the difference to an
+    end is 1.96 standard errors on that side. So the test is as good as the interval: Newcombe's of
+    answers, the bootstrap's of losses.
 
     Args:
         margin: in the difference's unit, above zero: nats for a perplexity, a share for an

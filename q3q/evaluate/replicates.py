@@ -30,9 +30,10 @@ def compare_replicates(
     The difference's variance is the sum over both sides of (variance over seeds) / S, plus the
     variance of the samples' mean differences / N. It counts the rest twice, so it errs to the safe
     side (Owen, Annals of Applied Statistics 1, 2007, on crossed effects). The degrees of freedom
-    are those of Satterthwaite (Biometrics Bulletin 2, 1946); of 10,000 simulated studies whose seeds
-    spread more than their samples, the 95 % interval of five seeds misses the truth in 6 %. A side with a single seed
-    adds no variance over seeds: either it reads no calibration text, or nothing is known of it.
+    are those of Satterthwaite (Biometrics Bulletin 2, 1946); in 10,000 simulated studies whose
+    seeds spread more than their samples, the 95 % interval of five seeds missed the truth in 6 %. A
+    side with a single seed adds no variance over seeds: either it reads no calibration text, or
+    nothing is known of it.
 
     Args:
         ours: for each task, scores [S, N]: seeds by samples. The tasks' means are averaged.

@@ -392,6 +392,24 @@ def read_by_transformers(spec: TrialSpec, facts: ModelFacts) -> bool:
     )
 
 
+def format_of_choice(spec: TrialSpec) -> str:
+    """Return the first format of packed codes that a trial's settings alone allow, else `hf`.
+
+    The model's shapes may still forbid it: whoever exports is told so.
+    """
+    scheme = spec.scheme
+    packed = ("compressed_tensors", "gptq")
+    if scheme is None or scheme.format != INT or spec.head_bits or spec.embedding_bits:
+        return "hf"
+    for form in (FORMATS[name] for name in packed):
+        acts = scheme.act_bits is None or form._holds_activations(scheme)
+        mixed = form.mixed or not (spec.overrides or spec.skip)
+        ordered = form.act_order or not _reorders(spec, [scheme])
+        if scheme.bits in form.bits and acts and mixed and ordered:
+            return form.name
+    return "hf"
+
+
 def needs_unpacking(spec: TrialSpec, facts: ModelFacts) -> bool:
     """Return True if transformers needs `dequantize=True` to read the trial's export."""
     symmetric = all(scheme.symmetric for scheme in schemes_of(spec, facts))

@@ -20,6 +20,8 @@ class About:
     warnings: problems in finding the records.
     context: tokens for which sizes count the cache too; None: sizes are of the weights alone.
     against_paper: speak of the paper even if none of its cells was run.
+    margin: how much may be lost, in percent of a perplexity and in points of an accuracy; None if
+        nobody has said it.
     """
 
     name: str
@@ -31,6 +33,7 @@ class About:
     warnings: Sequence[str] = ()
     context: int | None = None
     against_paper: bool = False
+    margin: float | None = None
 
 
 @dataclass(frozen=True)

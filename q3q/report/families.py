@@ -19,8 +19,8 @@ from q3q.report.tables import Table
 Pair = frozenset[str]  # the names of two pools
 NOTE = (
     "p: how often chance alone gives such a difference. Corrected: by Holm's method over all tests "
-    "of the table, so that the chance of a single false difference among them is at most 5 %. Below "
-    "0.05 a difference counts."
+    "of the table, so that the chance of a single false difference among them is at most 5 %. "
+    "Below 0.05 a difference counts."
 )
 
 
@@ -55,8 +55,8 @@ class Family:
         rows = tuple(
             (
                 " against ".join(sorted(key)),
-                _probability(self.p_values[key] or 0.0),
-                _probability(self.corrected[key]),
+                probability(self.p_values[key] or 0.0),
+                probability(self.corrected[key]),
                 "the same within chance" if self.same(key) else "different",
             )
             for key in made
@@ -158,5 +158,5 @@ def _by(metric: str) -> str:
     return words.replace("perplexity, ", "perplexity of ") if is_perplexity(metric) else words
 
 
-def _probability(p_value: float) -> str:
+def probability(p_value: float) -> str:
     return "< 0.0001" if p_value < 1e-4 else significant(p_value, 2) if p_value < 1 else "1"

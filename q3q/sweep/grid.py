@@ -35,7 +35,7 @@ NOTHING_QUANTIZED = {
 # How a trial is run changes none of its numbers; nor does adding the unquantized model.
 RUN_SETTINGS = ("data", "memory", "loader")
 SWEEP_SETTINGS = tuple(
-    "cluster track storage name question expectation plan fresh keep context".split()
+    "cluster track storage name question expectation report plan fresh keep context".split()
 )
 
 

@@ -10,8 +10,9 @@ import pytest
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
 from q3q.placement import Placement
 from q3q.record import COMPLETED, Comparison, TrialRecord
-from q3q.report.answer import NO_WINNER, ONLY_CALIBRATED, answers, in_markdown, sentences
+from q3q.report.answer import NO_WINNER, ONLY_CALIBRATED, answers, sentences
 from q3q.report.changes import Change, change
+from q3q.report.opening import in_markdown
 from q3q.report.pools import Pool, pools
 from q3q.report.tables import Table
 from tests.specs import calibration_of, evaluation_of, make_spec, model_of, text_of
