@@ -6,7 +6,7 @@ The same sentences head the page, a tracker's note and the terminal's last lines
 from collections.abc import Sequence
 
 from q3q.formatting import percent, plural, signed
-from q3q.report.answer import ONLY_CALIBRATED, Answer, Verdict
+from q3q.report.answer import FROM, ONLY_CALIBRATED, Answer, Verdict
 from q3q.report.budgets import budget_table, by_width, listed, size_of
 from q3q.report.certainty import Certainty, in_words
 from q3q.report.escapes import markdown_code, markdown_text
@@ -49,16 +49,20 @@ def _advice(answer: Answer) -> str:
     cost = (
         f"its {in_words(metric)} is {pool.shown(metric)}"
         if found is None
-        else f"its {in_words(metric)} changes by {found.amount}"
+        else f"its {in_words(metric)} changes by {found.amount}{FROM}"
         + (", which chance explains" if found.distinguishable is False and found.value else "")
     )
-    return f"Take {_named(pool)}{f' ({bytes_}{of})' if bytes_ else ''}: {cost}; {_why(answer)}."
+    named = f"{_named(pool)}{f' ({bytes_}{of})' if bytes_ else ''}"
+    if len(answer.at_all) == 1:
+        why = _why(answer)
+        return f"{named}: {cost}; {why}." if why else f"{named}: {cost}."
+    return f"Take {named}: {cost}; {_why(answer)}."
 
 
 def _why(answer: Answer) -> str:
     metric, pool = answer.metrics[0], answer.chosen
     assert pool is not None
-    measured = [other for other in answer.tried if isinstance(other.cell(metric), float)]
+    measured = answer.at_all
     if answer.within is not None:
         return f"it is the smallest that is shown to stay within {answer.margin_in_words}"
     rest = ""
@@ -87,7 +91,7 @@ def _nothing(answer: Answer) -> str:
 def _widths(answer: Answer, most: int) -> list[str]:
     """Return what was found at each width, the widest first, in at most so many sentences."""
     verdicts = list(reversed(answer.verdicts))
-    if answer.best is None or len(answer.tried) == 1:
+    if len(answer.at_all) < 2:
         return []
     said = [_width(answer, verdict) for verdict in verdicts]
     per = -(-len(said) // most)
