@@ -24,6 +24,7 @@ from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.made import Made
 from q3q.sweep.packing import Load, Simulation, share_out, simulate
+from q3q.sweep.questions import shown_by_questions
 from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of, state_bytes
 
 HEADINGS = (
@@ -273,6 +274,7 @@ def describe(
     lines.append(f"{', '.join(total)}. State and records: {storage}")
     if unlike := unlike_methods([entry.spec for entry in planned]):
         lines.append(unlike)
+    lines += shown_by_questions(entry.spec for entry in planned)
     if any(entry.basis != "measured" for entry in left):
         lines.append(
             "Rough: arithmetic alone; trials that finish here correct it for the next plan."
