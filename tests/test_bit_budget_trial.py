@@ -108,6 +108,7 @@ def given(word):
         ("bits=3.5 method=billm group_size=128", IncompatibleError, "has 1-bit codes alone"),
         ("bits=3.5 format=mxfp4", IncompatibleError, "have bits of their own"),
         ("bits=3.5 method=awq budget.unit=linear", IncompatibleError, "budget.unit=site or block"),
+        ("bits=3.5 calibration=traces", IncompatibleError, "measured on one text"),
         ("bits=3.5 loader=sharded", IncompatibleError, "not by a gang"),
         ("bits=3.5 budget.widths=[4]", ConfigError, "two widths or more"),
         ("bits=3.5 budget.widths=[1,4]", ConfigError, "method=rtn cannot do 1"),

@@ -106,7 +106,7 @@ def _model(word: str, sweeps: bool) -> list[str]:
 
 
 def _listed(word: str) -> str:
-    """Take a single value for a list of one, where a setting takes a list.
+    """Take a single value, or a mapping, for a list of one, where a setting takes a list.
 
     Raises:
         ConfigError: it names a part of a list.
@@ -123,7 +123,9 @@ def _listed(word: str) -> str:
             return word
         return f"{key}={','.join(f'[{choice}]' for choice in override.sweep_string_iterator())}"
     return (
-        f"{key}=[{typed}]" if isinstance(value, str | int | float) and "${" not in typed else word
+        f"{key}=[{typed}]"
+        if isinstance(value, str | int | float | dict) and "${" not in typed
+        else word
     )
 
 

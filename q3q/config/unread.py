@@ -13,6 +13,7 @@ SCHEME = (
     *("overrides", "skip", "budget"),
 )
 OF_BUDGET = ("unit", "widths", "measure", "samples", "length")
+OF_CACHE = ("kv_format", "kv_scales", "kv_group_size", "kv_chunk", "kv_window", "kv_symmetric")
 OF_TEXTS = ("evaluation.window", "evaluation.drift", "evaluation.drift_windows")
 OF_TASKS = ("evaluation.task_limit", "evaluation.num_fewshot", "evaluation.include_path")
 
@@ -40,6 +41,10 @@ def unread(spec: TrialSpec) -> dict[str, str]:
     if "method.static_groups" in keys and spec.scheme is not None and spec.scheme.own_groups:
         reason = f"groups of format={spec.scheme.format} are always static runs of neighbours"
         keys["method.static_groups"] = reason
+    if spec.kv is None:
+        nothing = not (spec.evaluation.texts or spec.evaluation.tasks or spec.export)
+        reason = "nothing is evaluated" if nothing else "the cache stays in 16 bits"
+        keys |= dict.fromkeys(("kv_bits", *OF_CACHE) if nothing else OF_CACHE, reason)
     if not spec.evaluation.texts:
         keys |= dict.fromkeys(OF_TEXTS, "no text is evaluated")
     if not spec.evaluation.tasks:

@@ -8,11 +8,15 @@ from typing import Any
 import torch
 
 from q3q.errors import IntegrityError
-from q3q.models.checkpoint import Checkpoint, disk_shapes, without_expert
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.disk_names import disk_shapes, without_expert
+from q3q.models.facts import ModelFacts
+from q3q.models.footprint import cache_shape
 from q3q.numerics.weights import StoredWeight
+from q3q.placement import Trial
 from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.block_store import BlockStore
-from q3q.record import SiteError
+from q3q.record import CACHE, SiteError
 from q3q.spec import Json
 
 
@@ -105,6 +109,27 @@ def bits_beside(checkpoint: Checkpoint, weights: int, ends: Collection[str]) -> 
     of_rest = sum(on_disk.values()) - of_linears - of_ends
     of_left_linears = (facts.linear_parameters - weights) * of_linears / facts.linear_parameters
     return of_left_linears + of_rest
+
+
+def cache_sizes(trial: Trial, facts: ModelFacts) -> dict[str, float]:
+    """Return the record's bytes of the cache, its scales included: of a token, and of a context.
+
+    They are empty where neither a cache's scheme nor a context was asked for.
+    """
+    kv, context, shape = trial.spec.kv, trial.placement.context, cache_shape(facts)
+    if kv is None and context is None:
+        return {}
+    metrics = {"cache_bytes_per_token": shape.token_bytes(kv)}
+    return metrics if context is None else metrics | {"cache_bytes": shape.bytes_at(kv, context)}
+
+
+def cache_note(trial: Trial, facts: ModelFacts) -> Json:
+    """Return the record's note from which other contexts' bytes follow; see `record.CACHE`."""
+    if trial.spec.kv is None and trial.placement.context is None:
+        return {}
+    shape = cache_shape(facts)
+    known = {} if trial.placement.context is None else {"context": trial.placement.context}
+    return {CACHE: {"numbers": shape.numbers, "head_dim": shape.head_dim, **known}}
 
 
 def stored_note(checkpoint: Checkpoint, *, in_files: bool) -> Json:

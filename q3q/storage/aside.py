@@ -111,6 +111,7 @@ FOLDERS = (
     "reports",
     "baselines",
     "prepared",
+    "traces",
     "sensitivities",
 )
 

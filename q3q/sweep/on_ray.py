@@ -240,4 +240,4 @@ def _made_by_the_first(trial: Trial) -> str:
     """Name what the first of several trials makes, and the others wait for; "" for nothing."""
     if trial.spec.budget is not None:
         return sharers_of(trial.spec)
-    return trial.spec.quantization_id if trial.placement.shares_blocks else ""
+    return trial.spec.quantization_id if trial.placement.leaves_blocks else ""
