@@ -7,8 +7,9 @@ from statistics import NormalDist
 from q3q.evaluate.compare import LEVEL
 
 POWER = 0.8  # the chance of finding a difference that is there
-# Assumed before anything is measured: the share of questions that two trials answer differently,
-# one right and the other wrong. Four bits change about 5 %, three bits 10 % and two bits 20 %.
+# Assumed before anything is measured: the share of questions that only one of two trials answers
+# right. Quantizing the demo model flips 2 to 5 % of its answers at 4 bits, 6 to 12 % at 3 bits and
+# 12 to 22 % at 2 bits.
 DISCORDANCE = 0.1
 
 

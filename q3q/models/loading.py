@@ -162,7 +162,7 @@ def load_model(
             "alone takes resident or streamed"
         )
     if loader != "resident":
-        refuse_generation(spec.evaluation, loader)
+        refuse_generation(spec.generates, loader)
     needs = need(
         facts, dtype, method=method, loader=loader, ranks=team.size, device=device, heads=spec.heads
     )

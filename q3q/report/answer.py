@@ -157,11 +157,12 @@ class Answer:
 
     def at(self, bits: int) -> list[Pool]:
         """Return the choices of one width that have a number by the first measure."""
-        return [
-            pool
-            for pool in self.tried
-            if pool.bits == bits and isinstance(pool.cell(self.metrics[0]), float)
-        ]
+        return [pool for pool in self.at_all if pool.bits == bits]
+
+    @property
+    def at_all(self) -> list[Pool]:
+        """The choices of all widths that have a number by the first measure."""
+        return [pool for pool in self.tried if isinstance(pool.cell(self.metrics[0]), float)]
 
     def sentences(self) -> list[str]:
         """Return what was found at each bit width, and what weakens it all."""

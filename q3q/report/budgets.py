@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from q3q.config.command import export_command
 from q3q.export.formats import format_of_choice
+from q3q.formatting import plural
 from q3q.record import TrialRecord
 from q3q.report.changes import UNTESTED, Change
 from q3q.report.checkpoints import exported, folder_of
@@ -16,7 +18,7 @@ from q3q.report.tables import Table
 
 ALIKE = 1.03  # sizes that differ by less share a budget
 MOST = 6  # budgets in a table
-MOST_TIED = 4  # named in a cell
+MOST_NAMED = 4  # methods in a list
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Choice:
 
     @property
     def ties(self) -> str:
-        parts = [_listed(self.tied)] if self.tied else []
-        parts += [f"{UNTESTED}: {_listed(self.untested)}"] if self.untested else []
+        parts = [by_width(self.tied)] if self.tied else []
+        parts += [f"{UNTESTED}: {by_width(self.untested)}"] if self.untested else []
         return "; ".join(parts) or "nothing"
 
 
@@ -143,16 +145,24 @@ def _steps(sizes: Sequence[float]) -> list[float]:
     alike = ALIKE
     while True:
         ends = [
-            size
-            for size, following in zip(sizes, [*sizes[1:], float("inf")], strict=True)
-            if following > alike * size
+            size for size, following in pairwise([*sizes, float("inf")]) if following > alike * size
         ]
         if len(ends) <= MOST:
             return ends
         alike += ALIKE - 1
 
 
-def _listed(pools: Sequence[Pool]) -> str:
-    names = [pool.name for pool in pools]
-    more = f" and {len(names) - MOST_TIED} more" if len(names) > MOST_TIED else ""
-    return ", ".join(names[:MOST_TIED]) + more
+def by_width(pools: Sequence[Pool]) -> str:
+    """Return `rtn and awq at 2 bits, rtn at 3 bits`."""
+    widths: dict[int, list[Pool]] = {}
+    for pool in pools:
+        widths.setdefault(pool.bits, []).append(pool)
+    return ", ".join(f"{listed(own)} at {plural(bits, 'bit')}" for bits, own in widths.items())
+
+
+def listed(pools: Sequence[Pool]) -> str:
+    """Return the labels as `a, b and c`, or `a, b and 3 others`."""
+    words = [pool.label for pool in pools]
+    if len(words) > MOST_NAMED:
+        words = [*words[: MOST_NAMED - 1], f"{len(words) - MOST_NAMED + 1} others"]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

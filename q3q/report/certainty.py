@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 FLOOR = "kl_floor/"  # prefix of a record's metrics: KL of the unquantized model with itself
 FLIPS_NOTE = (
     "Flipped: answers that changed from right to wrong or from wrong to right, of all answers, "
-    "with a 95 % interval (arXiv 2407.09141). Smallest difference: what these questions find in 80 % of "
-    "studies, given how many answers flipped; a smaller one stays unseen."
+    "with a 95 % interval (arXiv 2407.09141). Smallest difference: what these questions find in "
+    "80 % of studies, given how many answers flipped; a smaller one stays unseen."
 )
 
 

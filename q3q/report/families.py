@@ -16,6 +16,7 @@ from q3q.report.measures import is_perplexity, short
 from q3q.report.pools import Pool
 from q3q.report.tables import Table
 
+CERTAIN = 0.0001  # a corrected p-value below it needs no row of its own
 Pair = frozenset[str]  # the names of two pools
 NOTE = (
     "p: how often chance alone gives such a difference. Corrected: by Holm's method over all tests "
@@ -50,8 +51,9 @@ class Family:
         return None if p_value is None else p_value >= LEVEL
 
     def table(self) -> Table:
-        """Return a row for each test that was made, the clearest first."""
+        """Return a row for each test that was made, the clearest first, but for what is certain."""
         made = sorted(self.corrected, key=lambda key: (self.p_values[key] or 0.0, sorted(key)))
+        certain = sum(p < CERTAIN for p in self.corrected.values())
         rows = tuple(
             (
                 " against ".join(sorted(key)),
@@ -60,8 +62,10 @@ class Family:
                 "the same within chance" if self.same(key) else "different",
             )
             for key in made
+            if self.corrected[key] >= CERTAIN
         )
-        return Table(self.name, ("compared", "p", "p, corrected", "verdict"), rows)
+        note = f"{certain} of these differ with a corrected p below {CERTAIN}." if certain else ""
+        return Table(self.name, ("compared", "p", "p, corrected", "verdict"), rows, note)
 
 
 @dataclass(frozen=True)
@@ -159,4 +163,4 @@ def _by(metric: str) -> str:
 
 
 def probability(p_value: float) -> str:
-    return "< 0.0001" if p_value < 1e-4 else significant(p_value, 2) if p_value < 1 else "1"
+    return f"< {CERTAIN}" if p_value < CERTAIN else significant(p_value, 2) if p_value < 1 else "1"

@@ -6,8 +6,8 @@ The same sentences head the page, a tracker's note and the terminal's last lines
 from collections.abc import Sequence
 
 from q3q.formatting import percent, plural, signed
-from q3q.report.answer import ONLY_CALIBRATED, Answer, Verdict
-from q3q.report.budgets import budget_table, size_of
+from q3q.report.answer import FROM, ONLY_CALIBRATED, Answer, Verdict
+from q3q.report.budgets import budget_table, by_width, listed, size_of
 from q3q.report.certainty import Certainty, in_words
 from q3q.report.escapes import markdown_code, markdown_text
 from q3q.report.measures import is_perplexity
@@ -17,7 +17,6 @@ from q3q.report.tables import Table
 
 MOST_WIDTHS = 3  # sentences on single widths
 MOST_ANSWERS = 4  # of a report of many models that get a sentence
-MOST_NAMED = 3  # methods in a list
 ONLY_ONE = "a single choice was measured, so nothing can be compared with it"
 
 
@@ -50,16 +49,20 @@ def _advice(answer: Answer) -> str:
     cost = (
         f"its {in_words(metric)} is {pool.shown(metric)}"
         if found is None
-        else f"its {in_words(metric)} changes by {found.amount}"
+        else f"its {in_words(metric)} changes by {found.amount}{FROM}"
         + (", which chance explains" if found.distinguishable is False and found.value else "")
     )
-    return f"Take {_named(pool)}{f' ({bytes_}{of})' if bytes_ else ''}: {cost}; {_why(answer)}."
+    named = f"{_named(pool)}{f' ({bytes_}{of})' if bytes_ else ''}"
+    if len(answer.at_all) == 1:
+        why = _why(answer)
+        return f"{named}: {cost}; {why}." if why else f"{named}: {cost}."
+    return f"Take {named}: {cost}; {_why(answer)}."
 
 
 def _why(answer: Answer) -> str:
     metric, pool = answer.metrics[0], answer.chosen
     assert pool is not None
-    measured = [other for other in answer.tried if isinstance(other.cell(metric), float)]
+    measured = answer.at_all
     if answer.within is not None:
         return f"it is the smallest that is shown to stay within {answer.margin_in_words}"
     rest = ""
@@ -88,7 +91,7 @@ def _nothing(answer: Answer) -> str:
 def _widths(answer: Answer, most: int) -> list[str]:
     """Return what was found at each width, the widest first, in at most so many sentences."""
     verdicts = list(reversed(answer.verdicts))
-    if answer.best is None or len(answer.tried) == 1:
+    if len(answer.at_all) < 2:
         return []
     said = [_width(answer, verdict) for verdict in verdicts]
     per = -(-len(said) // most)
@@ -124,9 +127,9 @@ def _width(answer: Answer, verdict: Verdict) -> str:
             return f"{at} {best.label} has the best number ({_range(answer, [best])}{by})"
         first = f"{at} {best.label} is best ({_range(answer, [best])}{by})"
     else:
-        first = f"{at} {_list(equal)} cannot be told apart ({_range(answer, equal)}{by})"
+        first = f"{at} {listed(equal)} cannot be told apart ({_range(answer, equal)}{by})"
     return first + (
-        f", {_list(worse)} {_lose(worse)} more ({_range(answer, worse)})" if worse else ""
+        f", {listed(worse)} {_lose(worse)} more ({_range(answer, worse)})" if worse else ""
     )
 
 
@@ -156,19 +159,16 @@ def _remarks(answers: Sequence[Answer]) -> list[str]:
     lines = []
     if len(answers) == 1:
         lines += _of_accuracy(answers[0])
-    texts = [
-        [answer.marks.get(m) for m in answer.metrics if is_perplexity(m)] for answer in answers
-    ]
-    if any(ONLY_CALIBRATED in answer.sentences() for answer in answers) and texts:
+    if any(ONLY_CALIBRATED in answer.sentences() for answer in answers):
         lines.append(ONLY_CALIBRATED)
     sizes = [answer.tests.pairs[answer.metrics[0]].size for answer in answers if answer.tests.pairs]
     if sum(sizes):
+        whole = plural(sizes[0], "comparison") if len(answers) == 1 else "comparisons of a model"
         lines.append(
-            f"“Best” and “cannot be told apart” hold for all {plural(sum(sizes), 'comparison')} "
-            "together (5 % level, Holm's correction)."
-            if len(answers) == 1
-            else f"“Best” and “cannot be told apart” hold for all comparisons of a model together "
-            f"({', '.join(map(str, sizes))} of them; 5 % level, Holm's correction)."
+            f"“Best” and “cannot be told apart” hold for all {whole} together (5 % level, Holm's "
+            "correction)."
+            if max(sizes) > 1
+            else "The only comparison is tested at the 5 % level."
         )
     return lines
 
@@ -188,7 +188,7 @@ def _of_accuracy(answer: Answer) -> list[str]:
     elif len(worse) == len(pools):
         first = f"Every choice loses {words}"
     else:
-        first = f"Only {_by_width(worse)} {_lose(worse)} {words} by more than chance"
+        first = f"Only {by_width(worse)} {_lose(worse)} {words} by more than chance"
     seen = sorted(x for pool in pools if (x := certainty.smallest_loss(pool)) is not None)
     if not seen:
         return [f"{first}; there were too few questions to show any difference."]
@@ -231,7 +231,7 @@ def export_lines(answer: Answer) -> str:
 
 
 def export_hint(answers: Sequence[Answer]) -> str:
-    """Return the command that exports the recommended choice of the first answer, for a terminal."""
+    """Return how to export the recommended choice of the first answer that has one."""
     for answer in answers:
         for choice in answer.budgets:
             if choice.best is answer.chosen and choice.command:
@@ -241,21 +241,6 @@ def export_hint(answers: Sequence[Answer]) -> str:
 
 def _named(pool: Pool) -> str:
     return pool.label if pool.is_reference else f"{pool.label} at {plural(pool.bits, 'bit')}"
-
-
-def _by_width(pools: Sequence[Pool]) -> str:
-    """Return `rtn and awq at 2 bits, rtn at 3 bits`."""
-    widths: dict[int, list[Pool]] = {}
-    for pool in pools:
-        widths.setdefault(pool.bits, []).append(pool)
-    return ", ".join(f"{_list(own)} at {plural(bits, 'bit')}" for bits, own in widths.items())
-
-
-def _list(pools: Sequence[Pool]) -> str:
-    words = [pool.label for pool in pools]
-    if len(words) > MOST_NAMED:
-        words = [*words[: MOST_NAMED - 1], f"{len(words) - MOST_NAMED + 1} others"]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _sentence(text: str) -> str:

@@ -37,8 +37,11 @@ def needs_of(trials: Iterable[Trial]) -> list[Need]:
         for model in spec.models:
             if model.source is not None:
                 needs.append(ModelNeed(model.source, model.revision))
-        if spec.calibration is not None and is_from_hub(spec.calibration.source):
-            needs.append(TextNeed(spec.calibration.source, "calibration", placement.data))
+        needs += [
+            TextNeed(source, "calibration", placement.data)
+            for source in (spec.calibration.sources if spec.calibration is not None else ())
+            if is_from_hub(source)
+        ]
         needs += [
             TextNeed(str(text.source), "evaluation", placement.data)
             for text in spec.evaluation.texts
