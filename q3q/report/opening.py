@@ -53,10 +53,8 @@ def _advice(answer: Answer) -> str:
         + (", which chance explains" if found.distinguishable is False and found.value else "")
     )
     named = f"{_named(pool)}{f' ({bytes_}{of})' if bytes_ else ''}"
-    if len(answer.at_all) == 1:
-        why = _why(answer)
-        return f"{named}: {cost}; {why}." if why else f"{named}: {cost}."
-    return f"Take {named}: {cost}; {_why(answer)}."
+    take = "Take " if len(answer.at_all) > 1 else ""
+    return f"{take}{named}: {cost}; {_why(answer)}."
 
 
 def _why(answer: Answer) -> str:
@@ -111,17 +109,14 @@ def _width(answer: Answer, verdict: Verdict) -> str:
         rivals: dict[str, list[str]] = {}
         for rival in (rival for rival in verdict.rivals if not rival.tied):
             rivals.setdefault(rival.pool.label, []).append(in_words(rival.metric))
-        others = ", ".join(f"{label} by {' and '.join(by)}" for label, by in rivals.items())
+        led = ", ".join(f"{label} by {' and '.join(by)}" for label, by in rivals.items())
         return (
             f"{at} there is no clear winner: {best.label} is best by {in_words(metric)} "
-            f"({_range(answer, [best])}), {others}"
+            f"({_range(answer, [best])}), {led}"
         )
     equal = [best, *(pool for pool in answer.at(verdict.bits) if pool.label in verdict.equal)]
-    worse = [
-        pool
-        for pool in answer.at(verdict.bits)
-        if pool not in equal and pool.label not in verdict.untested
-    ]
+    others = {best.label, *verdict.equal, *verdict.untested}
+    worse = [pool for pool in answer.at(verdict.bits) if pool.label not in others]
     if len(equal) == 1:
         if not worse:
             return f"{at} {best.label} has the best number ({_range(answer, [best])}{by})"
