@@ -182,7 +182,7 @@ def test_a_trial_knows_its_baseline(tmp_path):
     ["evaluation.chat=thinking", "evaluation.limits={stories_who:3}", "evaluation.drift=false"],
 )
 def test_how_it_is_evaluated_is_part_of_a_trial(knob, monkeypatch):
-    monkeypatch.setattr(config_evaluation, "_chat_template", lambda *_: "a template")
+    monkeypatch.setattr(config_evaluation, "chat_template", lambda *_: "a template")
     assert spec(knob).id != spec().id
     assert spec(knob).quantization_id == spec().quantization_id
 
@@ -283,7 +283,7 @@ GENERATES |= {"doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]}
 def test_a_task_that_no_trial_could_run_is_refused_before_any_starts(
     settings, overrides, words, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(config_evaluation, "_chat_template", lambda *_: "a template")
+    monkeypatch.setattr(config_evaluation, "chat_template", lambda *_: "a template")
     with pytest.raises(ConfigError, match=words) as caught:
         spec(*write_task(tmp_path, **settings), *overrides)
     assert "\n" not in str(caught.value)
@@ -295,7 +295,7 @@ def test_how_much_a_task_may_generate_is_part_of_a_trial(tmp_path, monkeypatch):
     assert one.id != other.id
     monkeypatch.setattr(
         config_evaluation,
-        "_chat_template",
+        "chat_template",
         lambda *_: "{% if enable_thinking is false %}<think></think>",
     )
     with pytest.raises(
@@ -323,12 +323,10 @@ def test_a_task_has_one_place_in_the_record(tmp_path):
 def test_a_hub_models_chat_template_is_looked_for_before_any_download(monkeypatch, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     files = {"tokenizer_config.json": tmp_path / "tokenizer_config.json"}
-    monkeypatch.setattr(
-        config_evaluation, "fetch_file", lambda source, name, revision: files.get(name)
-    )
+    monkeypatch.setattr(config_texts, "fetch_file", lambda source, name, revision: files.get(name))
     with pytest.raises(ConfigError, match="the tokenizer in Qwen/Qwen3-8B has no chat template"):
         spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]")
-    config_evaluation._chat_template.cache_clear()
+    config_texts.chat_template.cache_clear()
     files["chat_template.jinja"] = tmp_path / "chat_template.jinja"
     files["chat_template.jinja"].write_text("{{ messages }}", encoding="utf-8")
     assert (
@@ -538,7 +536,7 @@ WRONG = [  # (the command line, what the message must say)
     ("skip=[lm_head]", "skip: lm_head is not in a block; .*head_bits"),
     ("overrides={*.o:{bits:9}}", r"overrides: \*.o: bits=9 is out of range"),
     ("overrides={*.o:{group_size:0}}", r"overrides: \*.o: group_size=0"),
-    ("overrides={*.o:{}}", r"overrides: \*.o says nothing; give bits, group_size or symmetric"),
+    ("overrides={*.o:{}}", r"overrides: \*.o says nothing; give bits, group_size, symmetric"),
     (
         "overrides={blocks.0:{group_size:96},*.down:{group_size:512}}",
         r"group_size=96 does not divide qkv of block 0, gate_up of block 0 \(256 columns\); .*"

@@ -57,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="compare with published numbers, and say so if none of them was run",
     )
     parser.add_argument(
+        "--context",
+        type=_context,
+        metavar="TOKENS",
+        help="count a cache of so many tokens beside the weights; default: as the study did",
+    )
+    parser.add_argument(
         "--margin",
         type=_margin,
         metavar="NUMBER",
@@ -160,9 +166,21 @@ def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) ->
         predicted=predictions(storage),
         sweeps=sweeps_of_trials(storage),
         warnings=_warnings(stored),
+        context=options.context or (sweep.context if sweep else None),
         against_paper=options.against == "paper",
         margin=options.margin or (margin_of(sweep) if sweep else None),
     )
+
+
+def _context(word: str) -> int:
+    """Return a positive number of tokens.
+
+    Raises:
+        ArgumentTypeError: the word is none.
+    """
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is no number of tokens, such as 32768")
+    return int(word)
 
 
 def _margin(text: str) -> float:

@@ -64,6 +64,7 @@ def sweep_report(sweep: Sweep, records: Sequence[TrialRecord], storage: Path) ->
         expectation=sweep.expectation,
         predicted=predictions(storage),
         warnings=warnings,
+        context=sweep.context,
         margin=margin_of(sweep),
     )
     return current_report(records, storage / "reports" / sweep.file_name, about)

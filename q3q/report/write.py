@@ -148,7 +148,7 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         ],
         floors=noise_floors(records),
         pictures=pictures,
-        plots=study_plots(shown, about.predicted) if plots else [],
+        plots=study_plots(shown, about.predicted, about.context) if plots else [],
         published=compared if compared or about.against_paper else None,
         warnings=warnings,
     )

@@ -150,7 +150,7 @@ class CostModel:
             facts, sum(_task_tokens(task, evaluation) for task in evaluation.tasks), 128
         )
         # The unquantized model's texts are measured in its baseline phase.
-        separate = spec.scheme is None and evaluation.drift is not None
+        separate = spec.rounds_nothing and evaluation.drift is not None
         return {
             "baseline": texts if separate else 0.0,
             "quantize": 0.0 if spec.scheme is None else self._quantizing(spec, facts),
@@ -178,7 +178,7 @@ class CostModel:
     def drawing(self, spec: TrialSpec, todo: Todo) -> float:
         """Return the processor's seconds for the calibration windows."""
         calibration = spec.calibration
-        large = calibration is not None and calibration.source in LARGE_TEXTS
+        large = calibration is not None and not {*LARGE_TEXTS}.isdisjoint(calibration.sources)
         return self.draw * (large and todo.draws)
 
     def issuing(self, spec: TrialSpec, facts: ModelFacts) -> dict[str, float]:
@@ -188,7 +188,7 @@ class CostModel:
         evaluation, calibration = spec.evaluation, spec.calibration
         texts = sum(text_windows(text) * text.window for text in evaluation.texts)
         tasks = sum(_task_tokens(task, evaluation) for task in evaluation.tasks)
-        separate = spec.scheme is None and evaluation.drift is not None
+        separate = spec.rounds_nothing and evaluation.drift is not None
         passes["baseline"] = texts if separate else 0.0
         passes["evaluate"] = tasks if separate else texts + tasks
         if spec.scheme is not None and calibration is not None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from q3q.data.calibration import calibration_identity
 from q3q.data.prepared import FOLDER, kept_identities
-from q3q.data.windows import calibration_identity, evaluation_identity
+from q3q.data.windows import evaluation_identity
 from q3q.evaluate.batches import batches
 from q3q.evaluate.identities import requests_identity, says_all_of
 from q3q.models.facts import ModelFacts
@@ -38,7 +39,7 @@ class Input:
 def inputs_of(spec: TrialSpec) -> Iterator[Input]:
     """Yield all prepared input that a trial reads."""
     evaluation, calibration = spec.evaluation, spec.calibration
-    if calibration is not None:
+    if calibration is not None and not calibration.writes:
         identity = calibration_identity(calibration, spec.seed)
         yield Input(identity, TOKEN_BYTES * calibration.tokens, calibration=True)
     for text in evaluation.texts:
@@ -80,11 +81,11 @@ class Made:
         name = trial.spec.quantization_id
         if name in self._quantizations:
             return 0.0
-        if trial.placement.shares_blocks:
+        if trial.placement.leaves_blocks:
             self._quantizations.add(name)
         if self.fresh:
             return 1.0
-        there = stored_blocks(trial.blocks_folder, trial.kept_blocks_folder)
+        there = stored_blocks(*trial.block_folders)
         return max(0.0, 1.0 - there / facts.layers)
 
     def _is_new(self, trial: Trial, identity: Json) -> bool:

@@ -184,7 +184,7 @@ class TrialPolicy(JobPolicy):
             ),
             furthers=Furthest(),
             near=trial.spec.model.files,
-            after=trial.spec.quantization_id if trial.placement.shares_blocks else "",
+            after=trial.spec.quantization_id if trial.placement.leaves_blocks else "",
         )
 
     def on_event(self, job: Job, event: Any) -> None:

@@ -9,9 +9,10 @@ import torch
 
 from q3q.config.model import DEMO_MODELS
 from q3q.data import windows
+from q3q.data.calibration import calibration_windows
 from q3q.data.prepared import FOLDER, Arrays, Shelf, kept_identity, prepared, tokenizer_digest
 from q3q.data.texts import Text
-from q3q.data.windows import calibration_windows, evaluation_windows
+from q3q.data.windows import evaluation_windows
 from q3q.errors import ConfigError
 from q3q.models.checkpoint import load_tokenizer
 from q3q.placement import Placement, Trial

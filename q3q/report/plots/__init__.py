@@ -22,19 +22,22 @@ __all__ = ["Plot", "perplexity_against_bits", "site_error_heatmap", "study_plots
 
 
 def study_plots(
-    records: Sequence[TrialRecord], predicted: Mapping[str, float] | None = None
+    records: Sequence[TrialRecord],
+    predicted: Mapping[str, float] | None = None,
+    context: int | None = None,
 ) -> list[Plot]:
     """Draw every plot for which these records have data.
 
     Args:
         predicted: the seconds that a trial was predicted to take, by its id.
+        context: tokens for which sizes count the cache too; None: they are of weights alone.
     """
     records = in_order(records)
     looks = study_looks(records)
     plots: list[Plot] = []
     for model, trials in by_model(records).items():
         plots += quality_against_bits(model, trials, looks)
-        plots += quality_against_bytes(model, trials, looks)
+        plots += quality_against_bytes(model, trials, looks, context)
         plots += divergence_against_bits(model, trials, looks)
         plots += tokens_of_experts(model, trials)
         plots += errors_of_experts(model, trials)
