@@ -220,6 +220,8 @@ def export_lines(answer: Answer) -> str:
             markdown_code(choice.command)
             if choice.command
             else f"exported already, {markdown_code(choice.checkpoint)}"
+            if choice.checkpoint
+            else "no format holds it"
         )
         for choice in answer.budgets
     )
