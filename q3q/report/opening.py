@@ -117,15 +117,15 @@ def _width(answer: Answer, verdict: Verdict) -> str:
     equal = [best, *(pool for pool in answer.at(verdict.bits) if pool.label in verdict.equal)]
     others = {best.label, *verdict.equal, *verdict.untested}
     worse = [pool for pool in answer.at(verdict.bits) if pool.label not in others]
+    untested = [pool for pool in answer.at(verdict.bits) if pool.label in verdict.untested]
     if len(equal) == 1:
-        if not worse:
-            return f"{at} {best.label} has the best number ({_range(answer, [best])}{by})"
-        first = f"{at} {best.label} is best ({_range(answer, [best])}{by})"
+        is_best = "is best" if worse and not untested else "has the best number"
+        said = f"{at} {best.label} {is_best} ({_range(answer, [best])}{by})"
     else:
-        first = f"{at} {listed(equal)} cannot be told apart ({_range(answer, equal)}{by})"
-    return first + (
-        f", {listed(worse)} {_lose(worse)} more ({_range(answer, worse)})" if worse else ""
-    )
+        said = f"{at} {listed(equal)} cannot be told apart ({_range(answer, equal)}{by})"
+    if worse:
+        said += f", {listed(worse)} {_lose(worse)} more ({_range(answer, worse)})"
+    return said + (f", {listed(untested)} could not be tested" if untested else "")
 
 
 def _range(answer: Answer, pools: Sequence[Pool]) -> str:
