@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from q3q.config import calibration as config_calibration
 from q3q.config import evaluation as config_evaluation
 from q3q.config import model as config_model
 from q3q.config import schema
@@ -93,7 +94,7 @@ def test_every_model_becomes_a_spec(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", options("calibration"))
-def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
+def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file, tmp_path):
     if name in ("c4", "pile", "wikitext2"):
         plain = data_texts.load_text
         monkeypatch.setattr(
@@ -102,8 +103,17 @@ def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
             lambda source, **rest: plain("file", split="calibration", path=text_file),
         )
         config_texts.open_text.cache_clear()
-    path = [f"calibration.path={text_file}".replace(" ", "\\ ")] if name == "file" else []
-    made = spec("method=gptq", f"calibration={name}", *path)
+    talk = tmp_path / "talk.jsonl"
+    if name == "chat":
+        monkeypatch.setattr(config_calibration, "chat_template", lambda *_: "a template")
+        message = {"role": "user", "content": "Why? " * 100_000}
+        talk.write_text(json.dumps([message]), encoding="utf-8")
+    own = {
+        "file": [f"calibration.path={text_file}".replace(" ", "\\ ")],
+        "chat": [f"calibration.path={talk}"],
+        "mix": ["calibration.mix={demo: 1}"],
+    }
+    made = spec("method=gptq", f"calibration={name}", *own.get(name, []))
     assert made.calibration is not None
     assert made.calibration.source == name
     assert made.calibration.samples > 0
