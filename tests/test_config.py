@@ -545,7 +545,7 @@ WRONG = [  # (the command line, what the message must say)
     ("skip=[lm_head]", "skip: lm_head is not in a block; .*head_bits"),
     ("overrides={*.o:{bits:9}}", r"overrides: \*.o: bits=9 is out of range"),
     ("overrides={*.o:{group_size:0}}", r"overrides: \*.o: group_size=0"),
-    ("overrides={*.o:{}}", r"overrides: \*.o says nothing; give bits, group_size or symmetric"),
+    ("overrides={*.o:{}}", r"overrides: \*.o says nothing; give bits, group_size, symmetric"),
     (
         "overrides={blocks.0:{group_size:96},*.down:{group_size:512}}",
         r"group_size=96 does not divide qkv of block 0, gate_up of block 0 \(256 columns\); .*"

@@ -42,7 +42,8 @@ def understood(arguments: Sequence[str]) -> list[str]:
     if line.has("--hydra-help", "--shell-completion", "-sc"):
         return list(arguments)
     refuse_torn(line)
-    words = [_in_hydras_grammar(word) for word in line.words]
+    words = [re.sub(r"^budget=", "budget.bytes=", word) for word in line.words]
+    words = [_in_hydras_grammar(word) for word in words]
     words = [part for word in words for part in _model(word, line.sweeps)]
     words = [_listed(word) for word in words]
     _refuse_studies(words)

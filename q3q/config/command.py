@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from q3q.bit_budget import BitBudget
 from q3q.config.pages import hub_sources, page_of
 from q3q.config.schema import DEMO_NAMES, TEXT_NAMES, UNTOUCHED_BITS
 from q3q.data.texts import FROM_FILES
@@ -17,11 +18,30 @@ def command_of(trial: Trial) -> str:
 
     A Hub model, text or method must still be what it was; the spec's id tells.
     """
+    words = _quantization(trial)
+    words += [override("export", trial.spec.export)] if trial.spec.export else []
+    words += [override("data.path", trial.placement.data)] if trial.placement.data else []
+    seed = override("seed", trial.spec.seed)
+    return launch([*words, *_calibration(trial), *_evaluation(trial), seed])
+
+
+def export_command(trial: Trial, form: str) -> str:
+    """Return the command that quantizes as the trial did and exports the model in a format.
+
+    It measures nothing: the trial has.
+    """
+    words = [*_quantization(trial), override("export", form)]
+    words += [override("data.path", trial.placement.data)] if trial.placement.data else []
+    seed = override("seed", trial.spec.seed)
+    return launch([*words, *_calibration(trial), "evaluation=none", seed])
+
+
+def _quantization(trial: Trial) -> list[str]:
     spec, scheme = trial.spec, trial.spec.scheme
     words = [*_model(trial), override("method", spec.method.name), *_knobs(spec)]
     if scheme is not None:
+        words += [override("bits", scheme.bits)] if spec.budget is None else _budget(spec.budget)
         words += [
-            override("bits", scheme.bits),
             override("group_size", scheme.group_size),
             override("symmetric", scheme.symmetric),
             override("act_bits", scheme.act_bits or UNTOUCHED_BITS),
@@ -34,9 +54,11 @@ def command_of(trial: Trial) -> str:
         for key in ("head_bits", "embedding_bits")
         if (bits := getattr(spec, key)) is not None
     ]
-    words += [override("export", spec.export)] if spec.export else []
-    words += [override("data.path", trial.placement.data)] if trial.placement.data else []
-    return launch([*words, *_calibration(trial), *_evaluation(trial), override("seed", spec.seed)])
+    words += [
+        override(f"kv_{key}", value)
+        for key, value in (spec.kv.to_json() if spec.kv else {}).items()
+    ]
+    return words
 
 
 def _model(trial: Trial) -> list[str]:
@@ -75,10 +97,30 @@ def _knobs(spec: TrialSpec) -> list[str]:
     ]
 
 
+def _budget(budget: BitBudget) -> list[str]:
+    key, limit = budget.given
+    kept = ("unit", "measure", "samples", "length")
+    return [
+        override(f"budget.{key}", limit),
+        override("budget.widths", budget.widths),
+        *(override(f"budget.{key}", getattr(budget, key)) for key in kept),
+    ]
+
+
+def _sensitivity_text(trial: Trial) -> list[str]:
+    """Return what names the text on which sensitivities are measured, of a method without one."""
+    budget = trial.spec.budget
+    assert budget is not None
+    words = [override("calibration", budget.source)]
+    if budget.source in FROM_FILES:
+        words.append(override("calibration.path", trial.placement.calibration or "FILE"))
+    return words
+
+
 def _calibration(trial: Trial) -> list[str]:
     calibration = trial.spec.calibration
     if calibration is None:
-        return []
+        return [] if trial.spec.budget is None else _sensitivity_text(trial)
     words, placement = [override("calibration", calibration.source)], trial.placement
     if calibration.source in FROM_FILES:
         words.append(override("calibration.path", placement.calibration or "FILE"))

@@ -8,6 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from q3q.bit_budget import KL, SITE
 from q3q.errors import ConfigError
 from q3q.evaluate.chat import PLAIN_CHAT
 from q3q.models.footprint import AUTO
@@ -31,7 +32,8 @@ class ModelConfig:
     """The model.
 
     name: label for people; null: the folder's, or the Hub's
-    source: the Hub's name of the model, ORGANIZATION/NAME
+    source: the Hub's name of the model, ORGANIZATION/NAME; with model=judge also a folder or file
+    reference: with model=judge, the original that sources are compared with
     path: folder with config.json, safetensors and tokenizer (`demo:dense` ships with q3q)
     revision: commit, branch or tag on the Hub; null: the newest
     dtype: of the arithmetic, unless the top-level dtype is given: float32, bfloat16 or float16;
@@ -43,6 +45,7 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None
     dtype: str | None = None
+    reference: str | None = None
 
 
 @dataclass
@@ -182,12 +185,51 @@ class ExportConfig:
 
 
 @dataclass
+class ReportConfig:
+    """The report.
+
+    margin: the loss that counts as none: percent of a perplexity, points of an accuracy; the report
+        then says which trials are shown to stay within it (docs/STATISTICS.md); null: not asked
+    """
+
+    margin: float | None = None
+
+
+@dataclass
 class OverrideConfig:
-    """Other bits, group_size or symmetric for some linears; null: no change."""
+    """Other numbers for some linears; null: no change. A format brings its own bits and groups."""
 
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    format: str | None = None
+    act_format: str | None = None
+    act_bits: int | None = None
+
+
+@dataclass
+class BudgetConfig:
+    """A budget of bits for the quantized linears, which is allotted by measured sensitivities.
+
+    bits: the average of a weight, scales and zero points counted; bits=3.5 says the same
+    bytes: of the whole model, such as 4.2GB; budget=4.2GB says the same
+    uniform: as many bytes as this width takes for all linears
+    unit: what gets one width: linear, site (the linears that read one input) or block
+    widths: bits that a unit may get
+    measure: of sensitivity, of each unit quantized alone. kl: the divergence of the model's
+        predictions; block_error: the error of its block's output, which is quicker
+    samples: windows of the calibration text on which it is measured
+    length: tokens of such a window
+    """
+
+    bits: float | None = None
+    bytes: Any = None
+    uniform: int | None = None
+    unit: str = SITE
+    widths: list[int] = field(default_factory=lambda: [2, 3, 4, 6, 8])
+    measure: str = KL
+    samples: int = 16
+    length: int = 512
 
 
 @dataclass
@@ -202,15 +244,24 @@ class Config:
     cluster: ClusterConfig = MISSING
     track: TrackConfig = MISSING
     export: ExportConfig = MISSING
-    bits: int | None = None
+    report: ReportConfig = field(default_factory=ReportConfig)
+    bits: Any = None  # a whole number, or an average with a fraction
     group_size: int | None = None
     symmetric: bool | None = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     format: str = INT
     group_rows: int | None = None
     four_over_six: bool = False
     act_bits: int | None = None
     act_format: str | None = None
     act_group_size: int | None = None
+    kv_bits: int | None = None
+    kv_format: str | None = None
+    kv_scales: str | None = None
+    kv_group_size: int | None = None
+    kv_chunk: int | None = None
+    kv_window: int | None = None
+    kv_symmetric: bool | None = None
     overrides: dict[str, OverrideConfig] = field(default_factory=dict)
     skip: list[str] | None = None
     head_bits: int | None = None
@@ -226,6 +277,7 @@ class Config:
     storage: str = "mlruns"
     memory: int | str | None = None
     loader: str = AUTO
+    context: int | None = None
 
 
 GROUPS: dict[str, type] = {
@@ -233,9 +285,11 @@ GROUPS: dict[str, type] = {
     "calibration": CalibrationConfig,
     "evaluation": EvaluationConfig,
     "data": DataConfig,
+    "budget": BudgetConfig,
     "cluster": ClusterConfig,
     "track": TrackConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
 }
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from q3q.errors import ConfigError
+from q3q.kv_scheme import CacheShape
 from q3q.models.facts import ModelFacts
 from q3q.spec import OWN_TEXT
 
@@ -230,6 +231,15 @@ def token_bytes(facts: ModelFacts, dtype: str) -> int:
         mixing = max(2 * mixing, 3 * facts.delta.channels + 4 * facts.delta.values)
     widest = 3 * inner + mixing + 4 * facts.hidden
     return widest * item + 2 * 4 * facts.hidden
+
+
+def cache_shape(facts: ModelFacts) -> CacheShape:
+    """Return what a token leaves in the cache of all blocks that attend.
+
+    A recurrence's state is not in it: it is of one size, whatever the text's length.
+    """
+    widths = (facts.family.state_width(facts, k) for k in range(facts.layers))
+    return CacheShape(sum(widths), facts.head_dim)
 
 
 def recurrent_bytes(facts: ModelFacts) -> list[int]:

@@ -112,6 +112,7 @@ FOLDERS = (
     "baselines",
     "prepared",
     "traces",
+    "sensitivities",
 )
 
 

@@ -34,8 +34,9 @@ def needs_of(trials: Iterable[Trial]) -> list[Need]:
     folders = {}
     for trial in trials:
         spec, placement = trial.spec, trial.placement
-        if spec.model.source is not None:
-            needs.append(ModelNeed(spec.model.source, spec.model.revision))
+        for model in spec.models:
+            if model.source is not None:
+                needs.append(ModelNeed(model.source, model.revision))
         needs += [
             TextNeed(source, "calibration", placement.data)
             for source in (spec.calibration.sources if spec.calibration is not None else ())

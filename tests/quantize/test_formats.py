@@ -18,7 +18,7 @@ from q3q.numerics.levels import FloatLevels, RowPeaks
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.method import ScaleTask, SiteTask, levels_for, plain_levels
 from q3q.quantize.methods import gptq
-from q3q.quantize.methods.awq import Awq, awq_round_plain
+from q3q.quantize.methods.awq import Awq, PieceErrors, awq_round_plain
 from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.gptq import gptq_round, gptq_round_plain
 from q3q.quantize.methods.settings import AwqSettings
@@ -141,6 +141,30 @@ def test_awq_is_the_plain_algorithm(kind, clip):
     torch.testing.assert_close(applied[0].double(), expected_scale, rtol=1e-4, atol=1e-5)
     differs = (fast - expected).abs() > 1e-3 * expected.abs().mean()
     assert differs.double().mean() < 0.01  # float32 decides a tie, or a scale's last bit
+
+
+@torch.inference_mode()
+def test_awq_judges_candidates_by_the_factor_that_linears_of_a_site_are_stored_with():
+    scheme, draw = SCHEMES["nvfp4"], torch.Generator().manual_seed(0)
+    site = Site("qkv", ("q", "k"), "norm")
+    loud = {"q": 1.0, "k": 37.0}  # alone, each would have another factor
+    weights = {name: size * torch.randn(16, 32, generator=draw) for name, size in loud.items()}
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def run(inputs_RTI, replaced):
+        seen.append(dict(replaced))
+        return inputs_RTI
+
+    window, group = torch.randn(4, 32, generator=draw), ScaleGroup(site, "norm")
+    task = ScaleTask(group, weights, None, [window], 4, run, Spool, lambda _: None)
+    scale_I = torch.rand(32, generator=draw) + 0.5
+    piece = PieceErrors(task, scale_I[None, None], scheme, [0], Spool())
+    list(piece.errors(0, [0]))
+    stacked_EOI = torch.cat([weights["q"], weights["k"]])[None] * scale_I
+    levels = levels_for(scheme, stacked_EOI, [16, 32])
+    groups = into_groups(stacked_EOI, scheme.group_size)
+    stored_OI = levels.rounded(groups, levels.awq(groups)).dequantize()[0] / scale_I
+    assert torch.equal(torch.cat([seen[-1]["q"], seen[-1]["k"]]), stored_OI)
 
 
 QUICK = [
