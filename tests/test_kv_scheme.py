@@ -18,6 +18,7 @@ from q3q.report.about import About
 from q3q.report.header import abbreviations
 from q3q.report.measures import is_reference
 from q3q.report.plots import study_plots
+from q3q.report.sizes import cache_shape_of
 from q3q.spec import TrialSpec
 from q3q.track.mlflow_fields import trial_params
 from tests.composed import composed_trial
@@ -137,6 +138,15 @@ def recorded(kv, perplexity, context=None):
         metrics=metrics | cache_sizes(trial, facts),
         notes=cache_note(trial, facts),
     )
+
+
+def test_a_record_without_a_note_is_counted_by_its_models_config():
+    trial = composed_trial("method=rtn")
+    found = cache_shape_of(
+        [TrialRecord(spec=trial.spec, placement=trial.placement, status=COMPLETED)]
+    )
+    assert found == CacheShape(numbers=2304, head_dim=64)
+    assert cache_shape_of([TrialRecord(spec=make_spec("rtn", 4), status=COMPLETED)]) is None
 
 
 def test_memory_in_the_picture_is_weights_and_cache_where_a_context_is_given():
