@@ -6,8 +6,8 @@ import platform
 import shutil
 import traceback
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -46,7 +46,7 @@ from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
-from q3q.quantize.budget.stage import allotted
+from q3q.quantize.budget.stage import SENSING, allotted
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.ledger import (
     Ledger,
@@ -101,8 +101,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
     phases, started = Phases((lambda: team.together) if team.size > 1 else None), now()
     reporter = Reporter(spec.id, report, SystemWatch().due)
     write_atomically(trial.folder / "spec.json", json.dumps(trial.to_json(), indent=1).encode())
-    ledger, exported = Ledger(), Exported()
-    ends: Mapping[str, StoredWeight] = {}
+    exported = Exported()
     with torch.inference_mode(), ExitStack() as beside:
         reporter.phase("load")(0, 1)
         memory = settings_of(spec.method).memory()
@@ -126,35 +125,28 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         with phases.phase("baseline"):
             reference = judged[0] if judged else reference_of(model, tokenizer, trial, reporter)
         with _blocks_of(trial, len(model.blocks), reporter) as store:
-            allotment = None
-            if spec.budget is not None:
-                with phases.phase("sensitivities"):
-                    allotment = allotted(trial, model, checkpoint, tokenizer, store, reporter)
-                trial = replace(trial, spec=allotment.spec)
-                spec = trial.spec
-            exporter = open_exporter(trial, checkpoint)
-            if spec.schemes is not None:
-                with phases.phase("calibrate"):
-                    windows = _windows(trial, model, tokenizer, store, reporter)
-                with phases.phase("quantize"):
-                    ledger, ends = _quantize(trial, model, windows, store, exporter, reporter)
-            if allotment is not None:
-                allotment.check(ledger)
+            made = _quantized(trial, model, checkpoint, tokenizer, store, phases, reporter)
+            trial, spec = made.trial, made.trial.spec
         with phases.phase("evaluate"):
             set_activations(model, spec)
             set_cache(model, spec)
             scores = evaluate(model, tokenizer, trial, reference, reporter)
         checks = check_weights(
             model,
-            StoredCodes(store, ledger.blocks, "cpu" if model.streamed else model.device),
-            ends=ends,
+            StoredCodes(store, made.ledger.blocks, "cpu" if model.streamed else model.device),
+            ends=made.ends,
             skip=spec.skip,
         )
-        if exporter is not None:
+        if made.exporter is not None:
             reporter.phase("export")(0, 1)
             with phases.phase("export"):
                 exported = finish_export(
-                    exporter, model, trial, scores, checks, unquantized_metrics(trial, reference)
+                    made.exporter,
+                    model,
+                    trial,
+                    scores,
+                    checks,
+                    unquantized_metrics(trial, reference),
                 )
     reporter.phase("record")(0, 1)
     failed = [check for check in checks if not check.passed]
@@ -164,13 +156,13 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         status=FAILED if failed else COMPLETED,
         reason="; ".join(f"{check.name}: {check.detail}" for check in failed),
         metrics=scores.metrics
-        | sizes(checkpoint, ledger, ends)
+        | sizes(checkpoint, made.ledger, made.ends)
         | cache_sizes(trial, checkpoint.facts)
         | exported.metrics
         | phases.metrics,
         intervals=scores.intervals,
         diverged=tuple(scores.diverged),
-        sites=tuple(ledger.errors),
+        sites=tuple(made.ledger.errors),
         checks=tuple(checks),
         environment={
             "git_commit": git_commit(),
@@ -182,10 +174,10 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             "ended": now(),
         },
         results=scores.results,
-        notes=ledger.notes
-        | (allotment.notes if allotment is not None else {})
+        notes=made.ledger.notes
+        | made.notes
         | store.notes()
-        | stored_note(checkpoint, in_files=bool(exported.notes) or not (ledger.weights or ends))
+        | stored_note(checkpoint, in_files=bool(exported.notes) or not made.changed)
         | exported.notes
         | cache_note(trial, checkpoint.facts)
         | noted_baseline(reference, spec)
@@ -238,6 +230,50 @@ def _beside(
     return reference, note_of(checkpoint, original, tokenizer, steps)
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """What came of the model's linears.
+
+    trial: with the widths that its budget was allotted among its overrides
+    ends: a quantized embedding and head
+    notes: on the allotment, for the record
+    """
+
+    trial: Trial
+    exporter: Exporter | None
+    ledger: Ledger
+    ends: Mapping[str, StoredWeight]
+    notes: Json
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.ledger.weights or self.ends)
+
+
+def _quantized(
+    trial: Trial,
+    model: Decoder,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    store: BlockStore,
+    phases: Phases,
+    reporter: Reporter,
+) -> Quantized:
+    """Allot the trial's bits if it has a budget, and quantize the model in place."""
+    with phases.phase(SENSING) if trial.spec.budget else nullcontext():
+        allotment = allotted(trial, model, checkpoint, tokenizer, store, reporter)
+    trial = replace(trial, spec=allotment.spec)
+    exporter = open_exporter(trial, checkpoint)
+    ledger, ends = Ledger(), dict[str, StoredWeight]()
+    if trial.spec.schemes is not None:
+        with phases.phase("calibrate"):
+            windows = _windows(trial, model, tokenizer, store, reporter)
+        with phases.phase("quantize"):
+            ledger, ends = _quantize(trial, model, windows, store, exporter, reporter)
+    allotment.check(ledger)
+    return Quantized(trial, exporter, ledger, ends, allotment.notes)
+
+
 def _quantize(
     trial: Trial,
     model: Decoder,
@@ -245,7 +281,7 @@ def _quantize(
     store: BlockStore,
     exporter: Exporter | None,
     reporter: Reporter,
-) -> tuple[Ledger, Mapping[str, StoredWeight]]:
+) -> tuple[Ledger, dict[str, StoredWeight]]:
     """Quantize the model in place; return the facts about its blocks, and its quantized ends."""
     spec, count, ledger = trial.spec, len(model.blocks), Ledger()
     assert spec.schemes is not None

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from q3q.bit_budget import LIMITS, LINEAR, MEASURES, UNITS, BitBudget
 from q3q.config.schema import refuse_unknown
 from q3q.config.texts import check_long_enough, opened
+from q3q.data.windows import Knobs
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import bytes_of
@@ -25,9 +26,10 @@ from q3q.quantize.budget.units import (
     with_widths,
 )
 from q3q.quantize.methods.settings import MethodSettings
-from q3q.spec import TrialSpec
+from q3q.spec import MIX, TRACES, TrialSpec
 
 DRAW = "random"  # windows on which sensitivities are measured
+WINDOWS = Knobs("budget.length", "budget.samples")
 
 
 def width_of(config: DictConfig) -> int | None:
@@ -87,7 +89,7 @@ def resolve_budget(
             raise ConfigError(f"budget.{key}={given[key]}: give a positive number of bits")
     calibration = config.calibration
     text = opened(config, calibration.source, "calibration", calibration.path)
-    check_long_enough(text, folder, part.samples, part.length, DRAW, "calibration")
+    check_long_enough(text, folder, part.samples, part.length, DRAW, WINDOWS)
     return BitBudget(
         **given,
         unit=part.unit,
@@ -109,8 +111,8 @@ def _refuse_incompatible(config: DictConfig, settings: MethodSettings, shown: st
     name = settings.name
     if len(settings.bits) == 1:
         raise IncompatibleError(
-            f"{shown}: method={name} has {settings.bits[0]}-bit codes alone, so there is nothing to "
-            "allot; its groups change what they take (group_size=)"
+            f"{shown}: method={name} has {settings.bits[0]}-bit codes alone, so there is nothing "
+            "to allot; its groups change what they take (group_size=)"
         )
     if config.format != INT:
         raise IncompatibleError(
@@ -121,6 +123,11 @@ def _refuse_incompatible(config: DictConfig, settings: MethodSettings, shown: st
         raise IncompatibleError(
             f"{shown}: with method={name} and its search, what is measured at one width says "
             "nothing of another: give method.search=false"
+        )
+    if config.calibration.source in (MIX, TRACES):
+        raise IncompatibleError(
+            f"{shown}: sensitivities are measured on one text, and calibration="
+            f"{config.calibration.source} is none: choose a text"
         )
     if settings.rebalances and config.budget.unit == LINEAR:
         raise IncompatibleError(
@@ -153,7 +160,8 @@ def _widths(given: Sequence[int], settings: MethodSettings) -> tuple[int, ...]:
     if wrong := [width for width in widths if width not in settings.bits]:
         able = ", ".join(map(str, settings.bits))
         raise ConfigError(
-            f"{shown}: method={settings.name} cannot do {', '.join(map(str, wrong))}; it takes {able}"
+            f"{shown}: method={settings.name} cannot do {', '.join(map(str, wrong))}; it takes "
+            f"{able}"
         )
     return widths
 

@@ -101,6 +101,7 @@ def _options(
     for option in (_on_gpus if gpus > 0 else _on_cores)(spec, facts, machines, request):
         # A model that is not resident would be read again for each generated token.
         able = option.loader == "resident" or not spec.generates
+        able = able and (option.ranks == 1 or spec.budget is None)  # one process allots its bits
         if able and loader in (AUTO, option.loader) and request.ranks in (None, option.ranks):
             yield option
 

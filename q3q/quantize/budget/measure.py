@@ -197,7 +197,7 @@ def _outputs(job: Measurement, block: Block, hidden: Spool) -> Spool:
 def _output_errors(
     job: Measurement, block: Block, candidates: Sequence[Block], hidden: Spool
 ) -> Row:
-    """Return |Y - Z|^2 / |Y|^2 for each candidate: Y is the block's output and Z the candidate's."""
+    """Return |Y - Z|^2 / |Y|^2 for each candidate: Y is the block's output, Z the candidate's."""
     norm, errors = 0.0, [0.0] * len(candidates)
     for x_BTH in hidden:
         y_BTH = block(x_BTH, job.rope).double()

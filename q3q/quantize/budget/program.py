@@ -1,11 +1,11 @@
 """Which width each unit gets: the exact integer program, and its rule for ties.
 
 Minimize the sum of the chosen costs, where each unit gets one width and the chosen sizes stay
-within the limit (the multiple-choice knapsack problem). All numbers that the program sees are whole:
-sensitivities are rounded to `DIGITS` significant digits, then to parts of `PARTS` of what a plain
-greedy allotment costs. What the solver returns is checked in whole numbers. Among allotments of
-equal cost the smallest wins, and among those the one that gives the earlier units less. So equal
-inputs give equal widths, whatever path the solver takes on a machine.
+within the limit (the multiple-choice knapsack problem). All numbers in the program are whole:
+sensitivities are rounded to `DIGITS` significant digits, then to whole parts of what a greedy
+allotment costs, of which it has `PARTS`. What the solver returns is checked in whole numbers. Among
+allotments of equal cost the smallest wins, and among those the one that gives the earlier units
+less. So equal inputs give equal widths, whatever path the solver takes on a machine.
 """
 
 import math
@@ -46,7 +46,9 @@ def allot(costs: Sequence[Sequence[float]], sizes: Numbers, limit: int) -> list[
     if least > limit:
         raise ValueError(f"the smallest allotment takes {least} bits, and the limit is {limit}")
     whole = _whole(costs)
-    whole = _in_parts(whole, sum(row[w] for row, w in zip(whole, _greedy(whole, sizes, limit))))
+    whole = _in_parts(
+        whole, sum(row[w] for row, w in zip(whole, _greedy(whole, sizes, limit), strict=True))
+    )
     program = _Program(whole, sizes, limit)
     best = program.least(whole)
     cost = program.total(whole, best)

@@ -2,8 +2,8 @@
 
 A file is `<storage>/sensitivities/<id>.json`, and its id the digest of all that determines its
 numbers. It is written anew after each unit, so a killed measurement goes on at the next one. What
-is damaged or another's is put aside, said, and measured again. One process at a time measures, under
-a claim, and the others wait for it. The folder may be deleted at any time.
+is damaged or another's is put aside, said, and measured again. One process at a time measures,
+under a claim, and the others wait for it. The folder may be deleted at any time.
 """
 
 import math
@@ -21,6 +21,7 @@ from q3q.storage.files import read_file, sealed, unsealed, write_atomically
 from q3q.storage.mirror import mirror_for
 
 FOLDER = "sensitivities"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 # Windows on which sensitivities are measured are drawn with another seed than those that a method
 # calibrates on: on its own text, a method looks better than it is.
 OTHER_DRAW = 1000
@@ -31,7 +32,8 @@ def identity_of(spec: TrialSpec, units: Sequence[Unit]) -> Json:
     assert spec.budget is not None
     assert spec.scheme is not None
     budget, scheme = spec.budget, spec.scheme.to_json()
-    for other in ("bits", "act_bits", "act_format", "act_group_size"):
+    # An export rounds scales as its format stores them: that changes too little to measure anew.
+    for other in ("bits", "scales", "act_bits", "act_format", "act_group_size"):
         scheme.pop(other, None)
     text = ("source", "digest", "samples", "length", "draw")
     return {
@@ -47,6 +49,13 @@ def identity_of(spec: TrialSpec, units: Sequence[Unit]) -> Json:
         "widths": list(budget.widths),
         "units": [[unit.name, *unit.weights] for unit in units],
     }
+
+
+def sharers_of(spec: TrialSpec) -> str:
+    """Name the trials that share this one's sensitivities, without the model's config.json."""
+    assert spec.budget is not None
+    facts = {"unit": spec.budget.unit, "skip": sorted(spec.skip)}
+    return f"{FOLDER} {digest(identity_of(spec, ()) | facts)[:10]}"
 
 
 def file_of(storage: Path, identity: Json) -> Path:
@@ -80,13 +89,10 @@ class Sensitivities:
     def read(self) -> None:
         """Take what the file has; what is no file of these sensitivities is put aside."""
         try:
-            facts = unsealed(read_file(self.path), strict=True)
-            if facts["identity"] != self.identity:
-                raise ValueError("it is of another model, method or text")
-            self.rows = _rows(facts["rows"], len(self.identity["widths"]), self.units)
+            self.rows = _content(self.path, self.identity)
         except FileNotFoundError:
             return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             put_aside(self.path, f"cannot be read ({error}); its sensitivities are measured again")
 
     def add(self, unit: str, row: Sequence[float]) -> None:
@@ -100,7 +106,25 @@ class Sensitivities:
         return [self.rows[unit] for unit in self.units]
 
 
-def _rows(rows: Mapping[str, Sequence[float]], widths: int, units: Sequence[str]) -> dict:
+def kept_units(path: Path, identity: Json) -> int:
+    """Return how many units a file has measured, for a plan; 0 if it cannot be read."""
+    try:
+        return len(_content(path, identity))
+    except UNREADABLE:
+        return 0
+
+
+def _content(path: Path, identity: Json) -> dict[str, list[float]]:
+    """Return a file's numbers by unit; raise one of `UNREADABLE` if it is not this identity's."""
+    facts = unsealed(read_file(path), strict=True)
+    if facts["identity"] != identity:
+        raise ValueError("it is of another model, method or text")
+    return _rows(facts["rows"], len(identity["widths"]), [unit[0] for unit in identity["units"]])
+
+
+def _rows(
+    rows: Mapping[str, Sequence[float]], widths: int, units: Sequence[str]
+) -> dict[str, list[float]]:
     """Check what a file has: a number of 0 or more for each width of units that there are.
 
     Raises:

@@ -42,14 +42,15 @@ from q3q.spec import Calibration, Json, TrialSpec
 from q3q.storage.claim import ClaimLostError, Holder
 
 ALLOTMENT = "allotment"  # beside the blocks that were made with it, and in the record's notes
-PHASE = "sensitivities"
+SENSING = "sensitivities"  # the phase
 
 
 @dataclass(frozen=True)
 class Allotment:
     """Which width each unit has.
 
-    facts: for the record's notes; the first two alone decide on the quantized weights
+    spec: the trial's, with the widths among its overrides
+    facts: for the record's notes; None without a budget. The first two alone decide on the weights
         units: names, in the order of the model
         bits: of each unit's weights
         limit, total: bits that the units may take, and that they take
@@ -60,15 +61,15 @@ class Allotment:
     """
 
     spec: TrialSpec
-    facts: Json
+    facts: Json | None
 
     @property
     def notes(self) -> Json:
-        return {ALLOTMENT: self.facts}
+        return {} if self.facts is None else {ALLOTMENT: self.facts}
 
     def check(self, ledger: Ledger) -> None:
         """Raise IntegrityError unless the codes take the bits that were counted for them."""
-        if ledger.bits != self.facts["total"]:
+        if self.facts is not None and ledger.bits != self.facts["total"]:
             raise IntegrityError(
                 f"the quantized linears take {ledger.bits} bits, and {self.facts['total']} were "
                 "counted for their budget"
@@ -83,13 +84,16 @@ def allotted(
     store: BlockStore,
     reporter: Reporter,
 ) -> Allotment:
-    """Return the widths of a trial with a budget. Call it while the model is as it was loaded.
+    """Return the trial's widths: as its spec has them, or as its budget is allotted.
+
+    Call it while the model is as it was loaded.
 
     Raises:
         ConfigError: no allotment keeps the budget.
     """
     spec, facts = trial.spec, checkpoint.facts
-    assert spec.budget is not None
+    if spec.budget is None:
+        return Allotment(spec, None)
     units = units_of(spec, facts)
     known = store.recall(ALLOTMENT)
     if known is None or known["units"] != [unit.name for unit in units]:
@@ -101,7 +105,7 @@ def allotted(
             forget_progress(trial)
             store.delete()
         store.remember(ALLOTMENT, known)
-    reporter.phase(PHASE)(1, 1)
+    reporter.phase(SENSING)(1, 1)
     return Allotment(with_widths(spec, units, known["bits"])[0], known)
 
 
@@ -173,7 +177,7 @@ def _measurement(
     assert spec.budget is not None
     assert spec.schemes is not None
     budget = spec.budget
-    steps = reporter.phase(PHASE, "windows")
+    steps = reporter.phase(SENSING, "windows")
     text = Calibration(
         source=budget.source,
         digest=budget.digest,
@@ -186,10 +190,11 @@ def _measurement(
     assert text_NT is not None
     calibration_NT = calibration_windows(trial, tokenizer, partial(steps, 0, 1))
     set_route(model, spec)
+    schemes = replace(spec.schemes, base=replace(spec.schemes.base, scales=None))
     return Measurement(
         model=model,
         method=build_method(spec),
-        schemes=spec.schemes,
+        schemes=schemes,
         units=units,
         widths=budget.widths,
         measure=budget.measure,
@@ -225,4 +230,4 @@ class _Pace:
 
 
 def _tell(reporter: Reporter, pace: _Pace, unit: Unit) -> None:
-    reporter.phase(PHASE, f"{unit.name}{pace.left()}")(*pace.share)
+    reporter.phase(SENSING, f"{unit.name}{pace.left()}")(*pace.share)

@@ -103,7 +103,7 @@ def _bits(shape: Sequence[int], scheme: Scheme, *, whole_zeros: bool = True) -> 
 
 
 def ends_bits(spec: TrialSpec, facts: ModelFacts) -> int:
-    """Return the bits of a quantized embedding and head; of one tensor where the model ties them."""
+    """Return the bits of a quantized embedding and head, of one tensor where they are tied."""
     schemes, shape = spec.schemes, (facts.vocab, facts.hidden)
     assert schemes is not None
     ends = (schemes.embedding, None if facts.tied else schemes.head)

@@ -16,6 +16,7 @@ from q3q.report.plots.heatmaps import (
     tokens_of_experts,
 )
 from q3q.report.plots.looks import study_looks
+from q3q.report.plots.sensitivities import sensitivities
 from q3q.report.plots.sizes import quality_against_bytes, quality_against_parameters
 
 __all__ = ["Plot", "perplexity_against_bits", "site_error_heatmap", "study_plots", "with_own_names"]
@@ -42,6 +43,7 @@ def study_plots(
         plots += tokens_of_experts(model, trials)
         plots += errors_of_experts(model, trials)
         plots += site_errors(model, trials)
+        plots += sensitivities(model, trials)
     plots += quality_against_parameters(records)
     plots += predicted_against_actual_cost(records, predicted or {})
     return with_own_names(plots)
