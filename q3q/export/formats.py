@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from q3q.errors import IncompatibleError
+from q3q.export.gguf_layout import TAKES, layout_of, model_problems, type_of
 from q3q.export.reload import transformers_takes
 from q3q.models.facts import ModelFacts
 from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
-from q3q.number_formats import INT
+from q3q.number_formats import GGUF, INT
 from q3q.spec import Scheme, TrialSpec
 
 TESTED, UNTESTED = "tested", "untested"
@@ -61,6 +62,7 @@ class Format:
     # (bits, symmetric) that vLLM takes without rounded activations, of dense and of expert models
     served: Pairs = ()
     served_experts: Pairs = ()
+    own_server: bool = False  # it is for a server of its own, not for vLLM
 
     ALL_BITS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -86,12 +88,16 @@ class Format:
             yield f"act_bits={scheme.act_bits} with these weights{hint}"
         if not self.anything:
             yield from self._code_problems(spec, schemes, facts)
-            if not whole_zeros and not all(scheme.symmetric for scheme in schemes):
+            if (
+                not whole_zeros
+                and not self.own_server
+                and not all(scheme.symmetric for scheme in schemes)
+            ):
                 yield f"{spec.method.name}'s zero points, which are not whole numbers"
 
     def unserved(self, spec: TrialSpec, facts: ModelFacts) -> str | None:
         """Return in a few words which setting vLLM rejects; None if it takes the export."""
-        if self.anything:
+        if self.anything or self.own_server:
             return None
         pairs = self.served_experts if facts.experts else self.served
         for scheme in schemes_of(spec, facts):
@@ -167,6 +173,30 @@ class Format:
     def _holds_activations(self, scheme: Scheme) -> bool:
         one_scale = scheme.symmetric and scheme.group_size == -1
         return one_scale and (scheme.bits, scheme.act_bits) in self.acts
+
+
+@dataclass(frozen=True)
+class GgufFormat(Format):
+    """GGUF: what its types hold, of the models that llama.cpp runs."""
+
+    def _code_problems(
+        self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts
+    ) -> Iterator[str]:
+        yield from model_problems(facts)
+        for scheme in schemes:
+            if type_of(scheme) is None:
+                kind = "symmetric" if scheme.symmetric else "asymmetric"
+                given = f"format={scheme.format}"
+                if scheme.format == INT:
+                    given = f"{kind} bits={scheme.bits} group_size={scheme.group_size}"
+                yield f"{given} (it takes {TAKES})"
+        if spec.head_bits or spec.embedding_bits:
+            yield "a quantized head or embedding"
+        if _reorders(spec, [scheme for scheme in schemes if not scheme.own_groups]):
+            yield (
+                "act-order's groups of columns that lie apart "
+                "(method.static_groups=true keeps neighbours together)"
+            )
 
 
 def _compressed_layout(scheme: Scheme) -> Layout:
@@ -265,6 +295,20 @@ FORMATS: dict[str, Format] = {
             served=SERVED_EITHER,
             served_experts=SERVED_EITHER,
         ),
+        GgufFormat(
+            name="gguf",
+            content="llama.cpp's blocks, in one file with the tokenizer",
+            bits=(2, 3, 4, 5, 6, 8),
+            symmetry="both (zero points become offsets of float16)",
+            layout=layout_of,
+            implementation="q3q.export.gguf:GgufExporter",
+            mixed=True,
+            own_server=True,
+            loaders=(
+                ("the `gguf` package, run by transformers", TESTED, "all"),
+                ("llama.cpp", "tested where `make llama` has built it", "all, on CPU"),
+            ),
+        ),
     )
 }
 
@@ -355,7 +399,9 @@ def servable(spec: TrialSpec, facts: ModelFacts) -> list[str]:
     return [
         form.name
         for form in FORMATS.values()
-        if not list(form.problems(spec, facts)) and not form.unserved(spec, facts)
+        if not form.own_server
+        and not list(form.problems(spec, facts))
+        and not form.unserved(spec, facts)
     ]
 
 
@@ -419,14 +465,18 @@ def needs_unpacking(spec: TrialSpec, facts: ModelFacts) -> bool:
     return spec.export == "compressed_tensors" and not facts.experts and not symmetric
 
 
-def stored_scales(name: str, dtype: str) -> str | None:
+def stored_scales(name: str, dtype: str, form: str = INT) -> str | None:
     """Return the types that scales are rounded to, in turn, before anything is measured.
+
+    GGUF's own types have scales that are as they are stored.
 
     They are the type in which the model runs and the format's. The GPTQ and AWQ formats store
     float16, which a bfloat16 model's loaders convert to bfloat16.
     """
     if name == "hf":
         return None
+    if name == "gguf":
+        return GGUF if form == INT else None
     own = dtype if dtype in ("float16", "bfloat16") else "float16"
     return own if name == "compressed_tensors" or own == "float16" else f"{own} float16"
 
@@ -447,13 +497,15 @@ def table() -> str:
             ", ".join(f"W{w}A{a}, one scale a row" for w, a in form.acts) or "no",
             "yes" if form.act_order or form.anything else "no",
             "yes"
-            if form.anything
+            if form.anything or form.own_server
             else "dense models, symmetric"
             if form.mixed
             else "`skip` of whole linears"
             if form.gaps
             else "no",
-            "yes, one set of tensors an expert",
+            "yes, all experts' in one tensor"
+            if form.own_server
+            else "yes, one set of tensors an expert",
             "; ".join(f"{name} ({status}): {scope}" for name, status, scope in form.loaders),
         )
         lines.append("| " + " | ".join(cells) + " |")
