@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from q3q.config import calibration as config_calibration
 from q3q.config import evaluation as config_evaluation
 from q3q.config import model as config_model
 from q3q.config import schema
@@ -24,6 +25,7 @@ from q3q.quantize.methods.settings import SETTINGS
 from q3q.spec import TrialSpec
 from q3q.sweep.grid import choices_of, trials_of
 from q3q.sweep.launcher import Job
+from q3q.sweep.settings import refuse_margin
 from tests.composed import compose
 from tests.composed import composed_trial as trial
 from tests.specs import qwen3_config
@@ -92,7 +94,7 @@ def test_every_model_becomes_a_spec(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", options("calibration"))
-def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
+def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file, tmp_path):
     if name in ("c4", "pile", "wikitext2"):
         plain = data_texts.load_text
         monkeypatch.setattr(
@@ -101,8 +103,17 @@ def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
             lambda source, **rest: plain("file", split="calibration", path=text_file),
         )
         config_texts.open_text.cache_clear()
-    path = [f"calibration.path={text_file}".replace(" ", "\\ ")] if name == "file" else []
-    made = spec("method=gptq", f"calibration={name}", *path)
+    talk = tmp_path / "talk.jsonl"
+    if name == "chat":
+        monkeypatch.setattr(config_calibration, "chat_template", lambda *_: "a template")
+        message = {"role": "user", "content": "Why? " * 100_000}
+        talk.write_text(json.dumps([message]), encoding="utf-8")
+    own = {
+        "file": [f"calibration.path={text_file}".replace(" ", "\\ ")],
+        "chat": [f"calibration.path={talk}"],
+        "mix": ["calibration.mix={demo: 1}"],
+    }
+    made = spec("method=gptq", f"calibration={name}", *own.get(name, []))
     assert made.calibration is not None
     assert made.calibration.source == name
     assert made.calibration.samples > 0
@@ -634,6 +645,25 @@ def test_bad_values_are_refused_in_one_line(error, command, message, tmp_path):
     with pytest.raises(error, match=message) as caught:
         spec(*words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("report.margin=0", "report.margin=0 is no loss: give a number above zero"),
+        ("report.margin=-1", "report.margin=-1 is no loss"),
+        ("report.margin=1 evaluation=none", "evaluation=none measures nothing"),
+        ("report.margin=1 evaluation.baseline=false", "evaluation.baseline=false leaves it out"),
+    ],
+)
+def test_a_margin_that_nothing_could_be_tested_against_is_refused(words, message):
+    refuse_margin(compose("config", ["report.margin=0.5"]))
+    with pytest.raises(ConfigError, match=message):
+        refuse_margin(compose("config", words.split()))
+
+
+def test_a_margin_belongs_to_the_report_and_not_to_the_trial():
+    assert trial("report.margin=0.5").id == trial().id
 
 
 @pytest.mark.usefixtures("hub")
