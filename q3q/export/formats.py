@@ -392,22 +392,25 @@ def read_by_transformers(spec: TrialSpec, facts: ModelFacts) -> bool:
     )
 
 
-def format_of_choice(spec: TrialSpec) -> str:
+def format_of_choice(spec: TrialSpec) -> str | None:
     """Return the first format of packed codes that a trial's settings alone allow, else `hf`.
 
-    The model's shapes may still forbid it: whoever exports is told so.
+    None if no format holds its activations. The model's shapes may still forbid the format: whoever
+    exports is told so.
     """
     scheme = spec.scheme
-    packed = ("compressed_tensors", "gptq")
-    if scheme is None or scheme.format != INT or spec.head_bits or spec.embedding_bits:
-        return "hf"
-    for form in (FORMATS[name] for name in packed):
-        acts = scheme.act_bits is None or form._holds_activations(scheme)
+    if scheme is None:
+        return None
+    ends = spec.head_bits or spec.embedding_bits
+    for form in (FORMATS[name] for name in ("compressed_tensors", "gptq", "hf")):
+        plain = scheme.act_bits is None and scheme.act_format == INT
+        acts = plain or (scheme.act_format == INT and form._holds_activations(scheme))
+        codes = scheme.format == INT and scheme.bits in form.bits and not ends
         mixed = form.mixed or not (spec.overrides or spec.skip)
         ordered = form.act_order or not _reorders(spec, [scheme])
-        if scheme.bits in form.bits and acts and mixed and ordered:
+        if acts and (form.anything or (codes and mixed and ordered)):
             return form.name
-    return "hf"
+    return None
 
 
 def needs_unpacking(spec: TrialSpec, facts: ModelFacts) -> bool:

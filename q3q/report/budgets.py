@@ -46,10 +46,11 @@ class Choice:
 
     @property
     def command(self) -> str:
-        """The command that exports it, or nothing if the trial has exported it already."""
-        if exported([self.record]):
+        """The command that exports it; empty if it has been exported, or no format holds it."""
+        form = format_of_choice(self.record.spec)
+        if form is None or exported([self.record]):
             return ""
-        return export_command(self.record.trial, format_of_choice(self.record.spec))
+        return export_command(self.record.trial, form)
 
     @property
     def checkpoint(self) -> str:

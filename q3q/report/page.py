@@ -22,6 +22,7 @@ from q3q.report.domains import NOTE as DOMAINS
 from q3q.report.escapes import markdown_block, markdown_code, markdown_text
 from q3q.report.families import NOTE as TESTS
 from q3q.report.header import abbreviations, facts
+from q3q.report.judged import Bench
 from q3q.report.luck import NOTE as LUCK
 from q3q.report.measures import by_model, commit_of, in_order, seconds
 from q3q.report.opening import in_markdown, opening
@@ -52,6 +53,7 @@ class Contents:
     answers, luck, domains: what `answer` found, and the tables of `luck` and `domains`.
     against: the comparison with other published numbers than the paper's, if it was asked for.
     tests: of how sure the differences are.
+    judged: published checkpoints beside their originals.
     floors: sentences on the noise of a KL, where it was measured.
     pictures: of the answer, one for each of `answers` that can be drawn.
     published: cells of the paper that were run; None if the report does not speak of it.
@@ -70,6 +72,7 @@ class Contents:
     against: Against | None
     tests: Sequence[Table]
     floors: Sequence[str]
+    judged: Sequence[Bench]
     pictures: Sequence[Plot]
     plots: Sequence[Plot]
     published: Sequence[Compared] | None
@@ -115,7 +118,7 @@ def html(contents: Contents) -> str:
         commits=versions(contents.records),
         answer_rule=RULE,
         test_note=TESTS,
-        opening=opening(contents.answers),
+        opening=[*(bench.sentence() for bench in contents.judged), *opening(contents.answers)],
         sentences=sentences(contents.answers),
         facts=facts(contents.records),
         abbreviations=abbreviations(contents.records),
@@ -169,6 +172,10 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
         parts.append("\n".join(f"- {markdown_text(line)}" for line in sentences(contents.answers)))
         parts.append("\n".join(answer.table().markdown() for answer in contents.answers))
         parts += [markdown_text(text) for text in (RULE, abbreviations(contents.records)) if text]
+    for bench in contents.judged:
+        parts += [f"## Checkpoints of {markdown_text(bench.name)}", markdown_text(bench.sentence())]
+        parts += ["\n".join(table.markdown() for table in bench.tables())]
+        parts += ["\n".join(f"- {markdown_text(line)}" for line in bench.findings())]
     parts.append("## How it was run")
     if contents.expectation:
         parts.append(f"**Expectation:** {markdown_text(contents.expectation)}")

@@ -16,8 +16,9 @@ from q3q.report.baselines import with_baselines
 from q3q.report.beside import Beside
 from q3q.report.certainty import noise_floors
 from q3q.report.domains import domain_tables
-from q3q.report.escapes import csv_cell
+from q3q.report.escapes import csv_cell, markdown_text
 from q3q.report.headline import headline
+from q3q.report.judged import CARD, benches, is_judged
 from q3q.report.latex import latex
 from q3q.report.luck import luck_tables
 from q3q.report.measures import in_order
@@ -46,7 +47,8 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
     """Write the page, its Markdown, CSV, LaTeX and plots, each atomically."""
     records = in_order(records)
     contents = _contents(records, about)
-    main = result_tables(contents.shown, everything=False)
+    judged = [bench.tables()[0] for bench in contents.judged]
+    main = [*judged, *result_tables(contents.shown, everything=False)]
     drawn = [*contents.pictures, *contents.plots]
     images = {plot.name: f"{PLOTS}/{plot.name}.png" for plot in drawn}
     files = {
@@ -58,6 +60,8 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
         **{f"{PLOTS}/{plot.name}.svg": plot.svg() for plot in drawn},
         **{f"{PLOTS}/{plot.name}.png": plot.png() for plot in drawn},
     }
+    if contents.judged:
+        files[CARD] = "\n".join(bench.card() for bench in contents.judged).encode()
     for name, content in files.items():
         write_atomically(folder / name, content)
     text = "\n\n".join(table.plain() for table in main) or nothing_measured(records)
@@ -65,13 +69,17 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
         text += f"\n\nAgainst the paper: {share_reproduced(contents.published)}"
     if contents.against is not None:
         text += f"\n\n{contents.against.title}: {contents.against.sentence()}"
-    if lines := opening(contents.answers):
+    if lines := [*(bench.sentence() for bench in contents.judged), *opening(contents.answers)]:
         text += "\n\n" + "\n".join(_wrapped(line) for line in lines)
         if hint := export_hint(contents.answers):
             text += f"\n\n{hint}"
     table = "\n".join(table.markdown() for table in main)
+    verdicts = [markdown_text(bench.sentence()) for bench in contents.judged]
     answer = in_markdown(contents.answers) if contents.answers else table
-    return Report(folder, text, table, answer, headline(records), files)
+    answer = "\n\n".join([*verdicts, answer])
+    numbers = headline([record for record in records if not is_judged(record)])
+    numbers |= {name: kl for bench in contents.judged for name, kl in bench.numbers().items()}
+    return Report(folder, text, table, answer, numbers, files)
 
 
 def nothing_measured(records: Sequence[TrialRecord]) -> str:
@@ -130,7 +138,8 @@ def trial_artifacts(record: TrialRecord) -> dict[str, bytes]:
 
 def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) -> Contents:
     compared = compare_with_paper(records)
-    shown = with_baselines(records)
+    judged = benches(records)
+    shown = [record for record in with_baselines(records) if not is_judged(record)]
     warnings = list(about.warnings)
     if len(commits := versions(records)) > 1:
         counts = ", ".join(f"{count} by {commit}" for commit, count in commits.items())
@@ -156,6 +165,7 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
             for table in (*answer.certainty.tables(answer.name), *_tests(answer, len(found) > 1))
         ],
         floors=noise_floors(records),
+        judged=judged,
         pictures=pictures,
         plots=study_plots(shown, about.predicted, about.context) if plots else [],
         published=compared if compared or about.against_paper else None,
