@@ -183,14 +183,7 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     commits = versions(contents.records)
     code = f" Code: {', '.join(map(markdown_text, commits))}." if commits else ""
     parts += [markdown_block(contents.command), contents.counts + code]
-    if contents.published is not None:
-        parts += ["## Against the paper", markdown_text(share_reproduced(contents.published))]
-        if contents.published:
-            parts.append(paper_table(contents.published).markdown())
-    if contents.against is not None:
-        parts += [f"## {contents.against.title}", markdown_text(contents.against.sentence())]
-        if contents.against.compared:
-            parts.append(contents.against.table().markdown())
+    parts += _published(contents)
     if contents.domains:
         parts.append("## What each calibration costs")
         parts += ["\n".join(table.markdown() for table in contents.domains), DOMAINS]
@@ -227,6 +220,21 @@ def _image(plot: Plot, files: dict[str, str]) -> str:
     alt = re.sub(r"([\[\]])", r"\\\1", markdown_text(_alt(plot)).replace("\\]", "]"))
     caption = f"\n\n{markdown_text(plot.caption)}" if plot.caption else ""
     return f"![{alt}]({files[plot.name]}){caption}"
+
+
+def _published(contents: Contents) -> list[str]:
+    """Return the comparisons with published numbers in Markdown."""
+    parts = []
+    if contents.published is not None:
+        parts += ["## Against the paper", markdown_text(share_reproduced(contents.published))]
+        if contents.published:
+            parts.append(paper_table(contents.published).markdown())
+    if contents.against is not None:
+        parts += [f"## {markdown_text(contents.against.title)}"]
+        parts.append(markdown_text(contents.against.sentence()))
+        if contents.against.compared:
+            parts.append(contents.against.table().markdown())
+    return parts
 
 
 def _cell_parts(text: str) -> Cell:
