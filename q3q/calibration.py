@@ -83,6 +83,12 @@ class Calibration:
             parts=(),
         )
 
+    def traits(self) -> dict[str, Any]:
+        """Return what a name may say of it: its JSON, with a mix's parts as the source."""
+        facts = self.to_json() | {"source": self.label}
+        facts.pop("parts", None)
+        return facts
+
     def to_json(self) -> dict[str, Any]:
         facts = asdict(self) | {"parts": [part.to_json() for part in self.parts] or None}
         return _given(facts)

