@@ -22,6 +22,7 @@ UNQUANTIZED = (
 )
 # A note: numbers that a token leaves in the cache, of them in a head, and the context, if given.
 CACHE = "cache"
+JUDGED = "judged"  # a note: what a published checkpoint holds, beside its original (`likeness`)
 ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
 
 

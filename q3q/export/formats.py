@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from q3q.errors import IncompatibleError
+from q3q.export.gguf_layout import TAKES, layout_of, model_problems, type_of
 from q3q.export.reload import transformers_takes
 from q3q.models.facts import ModelFacts
 from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
-from q3q.number_formats import INT
+from q3q.number_formats import GGUF, INT
 from q3q.spec import Scheme, TrialSpec
 
 TESTED, UNTESTED = "tested", "untested"
@@ -52,6 +53,7 @@ class Format:
     loaders: tuple[tuple[str, str, str], ...]
     act_order: bool = False  # a group index for each column
     mixed: bool = False  # settings that differ between linears, in a dense model
+    gaps: bool = False  # whole linears left in 16 bits, but no single experts
     # (weight bits, bits of dynamic per-token activations) held together, one symmetric scale a row
     acts: tuple[tuple[int, int], ...] = ()
     anything: bool = False  # plain numbers: any method's weights
@@ -60,6 +62,7 @@ class Format:
     # (bits, symmetric) that vLLM takes without rounded activations, of dense and of expert models
     served: Pairs = ()
     served_experts: Pairs = ()
+    own_server: bool = False  # it is for a server of its own, not for vLLM
 
     ALL_BITS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -85,12 +88,16 @@ class Format:
             yield f"act_bits={scheme.act_bits} with these weights{hint}"
         if not self.anything:
             yield from self._code_problems(spec, schemes, facts)
-            if not whole_zeros and not all(scheme.symmetric for scheme in schemes):
+            if (
+                not whole_zeros
+                and not self.own_server
+                and not all(scheme.symmetric for scheme in schemes)
+            ):
                 yield f"{spec.method.name}'s zero points, which are not whole numbers"
 
     def unserved(self, spec: TrialSpec, facts: ModelFacts) -> str | None:
         """Return in a few words which setting vLLM rejects; None if it takes the export."""
-        if self.anything:
+        if self.anything or self.own_server:
             return None
         pairs = self.served_experts if facts.experts else self.served
         for scheme in schemes_of(spec, facts):
@@ -128,10 +135,8 @@ class Format:
             )
         if self._mixes(spec, facts):
             where = " in a model with experts, which loaders fuse" if self.mixed else ""
-            own = spec.skip and "skip" not in spec.rules and not spec.overrides
-            left = ", ".join(facts.family.skipped)
-            yield f"overrides or skip{where}" + (
-                f" (by default {left} stay in 16 bits: skip=[] quantizes them)" if own else ""
+            yield (
+                f"overrides{where}" if self.gaps and spec.overrides else f"overrides or skip{where}"
             )
             return
         if site := _uneven_site(spec, facts):
@@ -144,9 +149,9 @@ class Format:
 
     def _mixes(self, spec: TrialSpec, facts: ModelFacts) -> bool:
         """Return True if linears have settings of their own that the format has no place for."""
-        if not self.mixed:
-            return bool(spec.overrides or spec.skip)
         of_experts = any(".mlp.experts." in name for name in spec.skip)
+        if not self.mixed:
+            return bool(spec.overrides) or (bool(spec.skip) and not self.gaps) or of_experts
         return bool(facts.experts and (spec.overrides or of_experts))
 
     def _fills_words(self, spec: TrialSpec, facts: ModelFacts) -> bool:
@@ -168,6 +173,30 @@ class Format:
     def _holds_activations(self, scheme: Scheme) -> bool:
         one_scale = scheme.symmetric and scheme.group_size == -1
         return one_scale and (scheme.bits, scheme.act_bits) in self.acts
+
+
+@dataclass(frozen=True)
+class GgufFormat(Format):
+    """GGUF: what its types hold, of the models that llama.cpp runs."""
+
+    def _code_problems(
+        self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts
+    ) -> Iterator[str]:
+        yield from model_problems(facts)
+        for scheme in schemes:
+            if type_of(scheme) is None:
+                kind = "symmetric" if scheme.symmetric else "asymmetric"
+                given = f"format={scheme.format}"
+                if scheme.format == INT:
+                    given = f"{kind} bits={scheme.bits} group_size={scheme.group_size}"
+                yield f"{given} (it takes {TAKES})"
+        if spec.head_bits or spec.embedding_bits:
+            yield "a quantized head or embedding"
+        if _reorders(spec, [scheme for scheme in schemes if not scheme.own_groups]):
+            yield (
+                "act-order's groups of columns that lie apart "
+                "(method.static_groups=true keeps neighbours together)"
+            )
 
 
 def _compressed_layout(scheme: Scheme) -> Layout:
@@ -234,6 +263,7 @@ FORMATS: dict[str, Format] = {
             layout=_gptq_layout,
             implementation="q3q.export.gptq:GptqExporter",
             act_order=True,
+            gaps=True,
             words_per_row=True,
             words_per_column=True,
             loaders=(
@@ -255,6 +285,7 @@ FORMATS: dict[str, Format] = {
             symmetry="both (symmetric zero points are written out)",
             layout=lambda scheme: AwqWords(scheme.bits, scheme.group_size, False),
             implementation="q3q.export.awq:AwqExporter",
+            gaps=True,
             words_per_column=True,
             loaders=(
                 ("a plain unpacker of ours", TESTED, "all"),
@@ -263,6 +294,20 @@ FORMATS: dict[str, Format] = {
             ),
             served=SERVED_EITHER,
             served_experts=SERVED_EITHER,
+        ),
+        GgufFormat(
+            name="gguf",
+            content="llama.cpp's blocks, in one file with the tokenizer",
+            bits=(2, 3, 4, 5, 6, 8),
+            symmetry="both (zero points become offsets of float16)",
+            layout=layout_of,
+            implementation="q3q.export.gguf:GgufExporter",
+            mixed=True,
+            own_server=True,
+            loaders=(
+                ("the `gguf` package, run by transformers", TESTED, "all"),
+                ("llama.cpp", "tested where `make llama` has built it", "all, on CPU"),
+            ),
         ),
     )
 }
@@ -354,7 +399,9 @@ def servable(spec: TrialSpec, facts: ModelFacts) -> list[str]:
     return [
         form.name
         for form in FORMATS.values()
-        if not list(form.problems(spec, facts)) and not form.unserved(spec, facts)
+        if not form.own_server
+        and not list(form.problems(spec, facts))
+        and not form.unserved(spec, facts)
     ]
 
 
@@ -391,20 +438,45 @@ def read_by_transformers(spec: TrialSpec, facts: ModelFacts) -> bool:
     )
 
 
+def format_of_choice(spec: TrialSpec) -> str | None:
+    """Return the first format of packed codes that a trial's settings alone allow, else `hf`.
+
+    None if no format holds its activations. The model's shapes may still forbid the format: whoever
+    exports is told so.
+    """
+    scheme = spec.scheme
+    if scheme is None:
+        return None
+    ends = spec.head_bits or spec.embedding_bits
+    for form in (FORMATS[name] for name in ("compressed_tensors", "gptq", "hf")):
+        plain = scheme.act_bits is None and scheme.act_format == INT
+        acts = plain or (scheme.act_format == INT and form._holds_activations(scheme))
+        codes = scheme.format == INT and scheme.bits in form.bits and not ends
+        mixed = form.mixed or not (spec.overrides or spec.skip)
+        ordered = form.act_order or not _reorders(spec, [scheme])
+        if acts and (form.anything or (codes and mixed and ordered)):
+            return form.name
+    return None
+
+
 def needs_unpacking(spec: TrialSpec, facts: ModelFacts) -> bool:
     """Return True if transformers needs `dequantize=True` to read the trial's export."""
     symmetric = all(scheme.symmetric for scheme in schemes_of(spec, facts))
     return spec.export == "compressed_tensors" and not facts.experts and not symmetric
 
 
-def stored_scales(name: str, dtype: str) -> str | None:
+def stored_scales(name: str, dtype: str, form: str = INT) -> str | None:
     """Return the types that scales are rounded to, in turn, before anything is measured.
+
+    GGUF's own types have scales that are as they are stored.
 
     They are the type in which the model runs and the format's. The GPTQ and AWQ formats store
     float16, which a bfloat16 model's loaders convert to bfloat16.
     """
     if name == "hf":
         return None
+    if name == "gguf":
+        return GGUF if form == INT else None
     own = dtype if dtype in ("float16", "bfloat16") else "float16"
     return own if name == "compressed_tensors" or own == "float16" else f"{own} float16"
 
@@ -424,8 +496,16 @@ def table() -> str:
             form.symmetry,
             ", ".join(f"W{w}A{a}, one scale a row" for w, a in form.acts) or "no",
             "yes" if form.act_order or form.anything else "no",
-            "yes" if form.anything else "dense models, symmetric" if form.mixed else "no",
-            "yes, one set of tensors an expert",
+            "yes"
+            if form.anything or form.own_server
+            else "dense models, symmetric"
+            if form.mixed
+            else "`skip` of whole linears"
+            if form.gaps
+            else "no",
+            "yes, all experts' in one tensor"
+            if form.own_server
+            else "yes, one set of tensors an expert",
             "; ".join(f"{name} ({status}): {scope}" for name, status, scope in form.loaders),
         )
         lines.append("| " + " | ".join(cells) + " |")

@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,9 @@ def load(folder: Path) -> tuple[Any, str]:
     loader = f"transformers {transformers.__version__}"
     from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
     load_public = partial(from_pretrained, folder, dtype="auto", local_files_only=True)
+    if gguf_in(folder) is not None:
+        loader = f"{UNPACKER} of `gguf` by gguf {version('gguf')}, run by {loader}"
+        return load_unpacked(folder, config, {}).eval(), loader
     if packed is None:
         return load_public().eval(), loader
     method = packed["quant_method"]
@@ -150,6 +154,8 @@ def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str,
     from safetensors import safe_open
 
     packed, dtype = config.get("quantization_config") or {}, getattr(torch, config["dtype"])
+    if (file := gguf_in(folder)) is not None:
+        yield from numbers_in_gguf(file, config, dtype)
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
             names = set(file.keys())
@@ -163,6 +169,46 @@ def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str,
                     parts = {key.rpartition(".")[2]: file.get_tensor(key) for key in own}
                     unpack = UNPACKERS[packed["quant_method"]]
                     yield base + ".weight", unpack(parts, packed).to(dtype)
+
+
+def gguf_in(folder: Path) -> Path | None:
+    return next(folder.glob("*.gguf"), None)
+
+
+def numbers_in_gguf(
+    path: Path, config: dict[str, Any], dtype: "torch.dtype"
+) -> Iterator[tuple[str, "Tensor"]]:
+    """Yield (transformers' name, weight as numbers) of llama.cpp's file.
+
+    Experts lie in one tensor. The rows of a Llama's q and k lie in pairs, dimension j beside
+    dimension j + head_dim / 2, where transformers has halves.
+    """
+    import torch
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    heads = {
+        "q_proj": config["num_attention_heads"],
+        "k_proj": config.get("num_key_value_heads") or config["num_attention_heads"],
+    }
+    for tensor in GGUFReader(path).tensors:
+        place, _, end = tensor.name.rpartition(".")
+        block, _, part = place.removeprefix("blk.").partition(".")
+        if place == "rope_freqs":
+            continue
+        name = GGUF_NAMES[part] if place.startswith("blk.") else GGUF_NAMES[place]
+        numbers = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        kind = name.rpartition(".")[2]
+        if config["model_type"] == "llama" and kind in heads:
+            pairs = numbers.unflatten(0, (heads[kind], -1, 2))
+            numbers = torch.cat([pairs[:, :, 0], pairs[:, :, 1]], 1).flatten(0, 1)
+        numbers = numbers.to(dtype)
+        prefix = f"model.layers.{block}." if place.startswith("blk.") else ""
+        if "{}" in name:
+            for e, matrix in enumerate(numbers):
+                yield f"{prefix}{name.format(e)}.{end}", matrix
+        else:
+            yield f"{prefix}{name}.{end}", numbers
 
 
 def load_unpacked(folder: Path, config: dict[str, Any], packed: dict[str, Any]) -> Any:
@@ -282,6 +328,27 @@ def from_compressed_tensors(parts: Parts, packed: dict[str, Any]) -> "Tensor":
     return groups_OGS.sub_(zero_OG[:, :, None]).mul_(scale_OG[:, :, None]).flatten(1)
 
 
+# llama.cpp's names of tensors -> transformers'.
+GGUF_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
 UNPACKERS = {"gptq": from_gptq, "awq": from_awq, "compressed-tensors": from_compressed_tensors}
 
 

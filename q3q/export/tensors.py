@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator
 
 from q3q.export.formats import FORMATS
-from q3q.models.checkpoint import disk_shapes, without_expert
+from q3q.models.disk_names import disk_shapes, without_expert
 from q3q.models.facts import ModelFacts
 from q3q.models.packed import Layout
 from q3q.spec import TrialSpec
 
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 DTYPE_BYTES = {"float32": 4, "float64": 8}  # all other dtypes of models have 2
 SCALE_BYTES = 2  # float16
 
@@ -38,6 +38,25 @@ def layouts(
     yield family.final_norm, (facts.hidden,), None
     if not facts.tied:
         yield family.head, (facts.vocab, facts.hidden), None
+
+
+def plain_linears(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
+    """Yield the names on disk of the blocks' linears that stay plain numbers, without `.weight`.
+
+    Routers, and what else a family never quantizes, are among them.
+    """
+    for k in range(facts.layers):
+        never = {name for site in facts.sites(k) for name in site.unquantized}
+        yield from (facts.on_disk(k, name.removesuffix(".weight")) for name in sorted(never))
+    linears = {
+        facts.on_disk(k, name)
+        for k in range(facts.layers)
+        for name in disk_shapes(facts, k)
+        if without_expert(name) in facts.linears(k)
+    }
+    for name, _, layout in layouts(spec, facts):
+        if layout is None and name in linears:
+            yield name.removesuffix(".weight")
 
 
 def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> int:

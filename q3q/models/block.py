@@ -23,6 +23,13 @@ from q3q.models.rope import frequencies
 from q3q.number_formats import FLOATS, INT
 from q3q.numerics.floats import floats_per_token
 from q3q.numerics.grid import absmax_per_token
+from q3q.numerics.stored_scales import (
+    floats_below_factor,
+    floats_by_scale,
+    ints_but_outliers,
+    ints_by_scale,
+)
+from q3q.scheme import InputRounding
 
 if TYPE_CHECKING:
     from q3q.models.family import Turns
@@ -89,6 +96,8 @@ class Block:
 
     act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
     act_format, act_group_size: the format of these bits, and the channels that share a scale.
+    own_rounding: by site, how its input is rounded where the above does not say it; it takes
+        their place.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized,
         and of weights that stay unquantized beside others of their site (`Site.apart`).
     kv: how the cache stores keys and values that tokens attend to; None: as they are.
@@ -103,6 +112,7 @@ class Block:
         self.weights = dict(weights)
         self.act_bits = act_bits
         self.act_format, self.act_group_size = INT, -1
+        self.own_rounding: Mapping[str, InputRounding] = {}
         self.unrounded: frozenset[str] = frozenset()
         self.every_expert = False
         self.kv: KvRounding | None = None
@@ -113,6 +123,7 @@ class Block:
         block = Block(self.facts, self.layer, {**self.weights, **changed}, self.act_bits)
         block.unrounded, block.every_expert = self.unrounded, self.every_expert
         block.act_format, block.act_group_size = self.act_format, self.act_group_size
+        block.own_rounding = self.own_rounding
         block.kv = self.kv
         return block
 
@@ -150,6 +161,8 @@ class Block:
 
     def round_inputs(self, site: Site, inputs: Tensor) -> Tensor:
         """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
+        if (stored := self.own_rounding.get(site.name)) is not None:
+            return rounded_as(inputs, stored)
         if self.act_bits is None or site.name in self.unrounded:
             return inputs
         if self.act_format != INT:
@@ -198,6 +211,22 @@ class Block:
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
         """Return the scale groups, in AWQ's order."""
         return self.facts.family.scale_groups(self.facts, self.layer)
+
+
+def rounded_as(inputs: Tensor, rounding: InputRounding) -> Tensor:
+    """Return a site's input rounded in a way of its own, or as its checkpoint's loader does it."""
+    form, number = FLOATS.get(rounding.format), rounding.number
+    if rounding.scales == "outliers":
+        return ints_but_outliers(inputs, rounding.bits)
+    if number is None:
+        if form is not None:
+            return floats_per_token(inputs, form, rounding.group_size)
+        return absmax_per_token(inputs, rounding.bits, rounding.group_size)
+    if form is None:
+        return ints_by_scale(inputs, rounding.bits, number)
+    if rounding.scales == "factor":
+        return floats_below_factor(inputs, form, rounding.group_size, number)
+    return floats_by_scale(inputs, form, number)
 
 
 def finish(stages: Stages) -> Tensor:

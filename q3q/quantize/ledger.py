@@ -1,14 +1,15 @@
 """The record's facts about quantized blocks: errors, notes and sizes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from q3q.errors import IntegrityError
-from q3q.models.checkpoint import Checkpoint, disk_shapes, without_expert
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.disk_names import disk_shapes, without_expert
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import cache_shape
 from q3q.numerics.weights import StoredWeight
@@ -79,17 +80,13 @@ def sizes(
         ends: a quantized embedding and head: part of the model, but no linears that a method
             treats.
     """
-    facts, on_disk = checkpoint.facts, checkpoint.bits_on_disk()
+    facts = checkpoint.facts
     parameters, count = facts.parameters, ledger.weights
-    of_linears = checkpoint.linear_bits_on_disk()
-    of_ends = sum(on_disk.get(facts.family.end_name(end), 0) for end in ends)
-    of_rest = sum(on_disk.values()) - of_linears - of_ends
-    of_left_linears = (facts.linear_parameters - count) * of_linears / facts.linear_parameters
-    model_bits = ledger.bits + of_left_linears + of_rest
+    model_bits = ledger.bits + bits_beside(checkpoint, count, ends)
     model_bits += sum(weight.storage_bits() for weight in ends.values())
     bits, nominal_bits = ledger.bits, ledger.nominal_bits
     if not count:
-        count, bits = facts.linear_parameters, of_linears
+        count, bits = facts.linear_parameters, checkpoint.linear_bits_on_disk()
         nominal_bits = _nominal_bits(checkpoint)
     ends_count = sum(weight.shape.numel() for weight in ends.values())
     return {
@@ -99,6 +96,19 @@ def sizes(
         "model_bytes": model_bits / 8,
         "share_quantized": (ledger.weights + ends_count) / parameters,
     }
+
+
+def bits_beside(checkpoint: Checkpoint, weights: int, ends: Collection[str]) -> float:
+    """Return the bits in the checkpoint's files of all but these ends and so many linear weights.
+
+    The weights of linears are taken to have the same bits each.
+    """
+    facts, on_disk = checkpoint.facts, checkpoint.bits_on_disk()
+    of_linears = checkpoint.linear_bits_on_disk()
+    of_ends = sum(on_disk.get(facts.family.end_name(end), 0) for end in ends)
+    of_rest = sum(on_disk.values()) - of_linears - of_ends
+    of_left_linears = (facts.linear_parameters - weights) * of_linears / facts.linear_parameters
+    return of_left_linears + of_rest
 
 
 def cache_sizes(trial: Trial, facts: ModelFacts) -> dict[str, float]:

@@ -17,7 +17,7 @@ from q3q.evaluate.metrics import (
     measures_text,
 )
 from q3q.formatting import fixed, percent, significant
-from q3q.number_formats import FLOATS, INT
+from q3q.number_formats import INT, own_form
 from q3q.quantize.methods.registry import settings_class
 from q3q.quantize.methods.settings import Appearance, MethodSettings
 from q3q.record import TrialRecord
@@ -332,7 +332,7 @@ def traits_of(spec: TrialSpec, metric: str | None) -> dict[str, str]:
         "scheme": {} if spec.scheme is None else _scheme_traits(spec.scheme),
         "model": spec.model.identity,
         "method": {key: value for key, value in spec.method.to_json().items() if key != "name"},
-        "calibration": spec.calibration.to_json() if spec.calibration else {},
+        "calibration": spec.calibration.traits() if spec.calibration else {},
         "mixed": {"settings": spec.departures},
     }
     if metric is not None and metric not in SIZES:
@@ -346,7 +346,7 @@ def traits_of(spec: TrialSpec, metric: str | None) -> dict[str, str]:
 
 def _scheme_traits(scheme: Scheme) -> Json:
     """Return what a label may name of a scheme; nothing that its format says already."""
-    form = FLOATS.get(scheme.format)
+    form = own_form(scheme.format)
     traits: Json = {"format": INT if form is None else scheme.codes}
     if form is None or form.group_size is None:
         traits["group_size"] = scheme.group_size if scheme.group_rows == 1 else scheme.groups

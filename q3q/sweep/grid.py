@@ -35,7 +35,7 @@ NOTHING_QUANTIZED = {
 # How a trial is run changes none of its numbers; nor does adding the unquantized model.
 RUN_SETTINGS = ("data", "memory", "loader")
 SWEEP_SETTINGS = tuple(
-    "cluster track storage name question expectation plan fresh keep context".split()
+    "cluster track storage name question expectation report plan fresh keep context".split()
 )
 
 
@@ -109,7 +109,7 @@ def trials_of(jobs: Iterable[Job]) -> tuple[dict[str, SweepTrial], str]:
 
 def unquantized(overrides: Sequence[str]) -> list[str]:
     """Return the same job's overrides, but for the unquantized model."""
-    keys = ("method", "calibration", "export", *NOTHING_QUANTIZED)
+    keys = ("method", "calibration", "export", "budget", *NOTHING_QUANTIZED)
     others = [
         override
         for override in overrides

@@ -19,11 +19,12 @@ from q3q.placement import Trial
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.sweep.allocation import Allocation, Choices
-from q3q.sweep.costs import CostModel, Rate
+from q3q.sweep.costs import SENSING, CostModel, Rate
 from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.made import Made
 from q3q.sweep.packing import Load, Simulation, share_out, simulate
+from q3q.sweep.questions import shown_by_questions
 from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of, state_bytes
 
 HEADINGS = (
@@ -222,7 +223,7 @@ def _allocation_key(trial: Trial, facts: ModelFacts) -> Hashable:
     """Return all that a trial's allocation depends on, beside machines and request."""
     spec, placement = trial.spec, trial.placement
     return (
-        (spec.model.files, spec.model.dtype, spec.heads, bool(spec.evaluation.generates)),
+        (spec.model.files, spec.model.dtype, spec.heads, bool(spec.generates)),
         (memory_of(spec), activation_bytes(spec, facts), state_bytes(spec, facts)),
         (placement.loader, placement.memory),
     )
@@ -271,8 +272,14 @@ def describe(
     total += [f"{in_bytes(disk)} of disk"] if disk else []
     total += [f"{in_bytes(sweep.blocks)} of disk while trials run"] if sweep.blocks else []
     lines.append(f"{', '.join(total)}. State and records: {storage}")
+    if sensing := sum(entry.phases.get(SENSING, 0.0) for entry in left):
+        lines.append(
+            f"Of the work, {_rounded(sensing)} measures the sensitivities that budgets are "
+            f"allotted by, once for all trials that share them; they stay in {storage}/{SENSING}."
+        )
     if unlike := unlike_methods([entry.spec for entry in planned]):
         lines.append(unlike)
+    lines += shown_by_questions(entry.spec for entry in planned)
     if any(entry.basis != "measured" for entry in left):
         lines.append(
             "Rough: arithmetic alone; trials that finish here correct it for the next plan."

@@ -51,14 +51,18 @@ def test_every_export_config_becomes_a_spec(trial, name):
             "act_bits=8.*no format can",
         ),
         (
-            ["method=rtn", "export=gptq", "skip=[*.down]"],
-            "overrides or skip.*hf, compressed_tensors",
+            ["method=rtn", "export=gptq", "symmetric=true", "overrides={*.down:{bits:8}}"],
+            "overrides; these can: export=hf, compressed_tensors",
         ),
         (
             ["method=rtn", "export=awq", "head_bits=8", "embedding_bits=8"],
             "head or embedding.*these can: export=hf",
         ),
         (["method=none", "export=hf"], "no use"),
+        (
+            ["model=demo_moe", "method=rtn", "export=awq", "skip=[*.down]"],
+            "overrides or skip.*these can: export=hf",
+        ),
         (
             ["model=demo_moe", "method=rtn", "export=compressed_tensors", "skip=[*.down]"],
             "experts, which loaders fuse",

@@ -16,9 +16,10 @@ from q3q.report.plots.heatmaps import (
     tokens_of_experts,
 )
 from q3q.report.plots.looks import study_looks
+from q3q.report.plots.sensitivities import sensitivities
 from q3q.report.plots.sizes import quality_against_bytes, quality_against_parameters
 
-__all__ = ["Plot", "perplexity_against_bits", "site_error_heatmap", "study_plots"]
+__all__ = ["Plot", "perplexity_against_bits", "site_error_heatmap", "study_plots", "with_own_names"]
 
 
 def study_plots(
@@ -42,12 +43,13 @@ def study_plots(
         plots += tokens_of_experts(model, trials)
         plots += errors_of_experts(model, trials)
         plots += site_errors(model, trials)
+        plots += sensitivities(model, trials)
     plots += quality_against_parameters(records)
     plots += predicted_against_actual_cost(records, predicted or {})
-    return _with_own_names(plots)
+    return with_own_names(plots)
 
 
-def _with_own_names(plots: Sequence[Plot]) -> list[Plot]:
+def with_own_names(plots: Sequence[Plot]) -> list[Plot]:
     """Number plots whose models' names differ in nothing that a file name can hold."""
     seen: dict[str, int] = {}
     named = []

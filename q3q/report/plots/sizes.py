@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from q3q.kv_scheme import CacheShape
 from q3q.record import TrialRecord
+from q3q.report.budgets import size_of
 from q3q.report.measures import (
     by_model,
     is_accuracy,
@@ -37,7 +38,6 @@ from q3q.report.pools import Pool, comparable, pools
 from q3q.report.sizes import (
     COUNTED,
     Size,
-    bytes_of,
     cache_shape_of,
     megabytes,
     number_of,
@@ -102,13 +102,13 @@ def _front(
     """Draw one metric against size; return the figure and its caption, None if little is known."""
     tried = pools(records)
     # Pools of one label are of one method: none is drawn whose label has no size at all.
-    sized = {pool.label for pool in tried if _size(pool) is not None}
+    sized = {pool.label for pool in tried if size_of(pool) is not None}
     measured = [p for p in tried if isinstance(p.cell(metric), float) and p.label in sized]
     if len(measured) < 2:
         return None
     sign = 1 if is_perplexity(metric) else -1
     level, height = height_of([p for p in measured if p.is_reference], metric)
-    sizes = [_size(pool) or Size(0.0, COUNTED) for pool in measured]
+    sizes = [size_of(pool) or Size(0.0, COUNTED) for pool in measured]
     rules = {size.rule for size in sizes}
     caches = [0.0 if memory is None else memory.cache(pool) for pool in measured]
     points = [
@@ -231,12 +231,6 @@ def _ticks(sizes: Sequence[float]) -> dict[float, str]:
         if not ticks or size > apart * max(ticks):
             ticks[size] = f"{size / 1e3:.2g}B" if size >= 100 else f"{size:.2g}M"
     return ticks
-
-
-def _size(pool: Pool) -> Size | None:
-    """Return the bytes of a pool's model."""
-    sizes = (size for record in pool.records if (size := bytes_of(record)) is not None)
-    return next(sizes, None)
 
 
 def _parameters(records: Sequence[TrialRecord]) -> float | None:
