@@ -8,6 +8,7 @@ import pytest
 from q3q.attempt import finished_record
 from q3q.config.command import command_of
 from q3q.errors import ConfigError, IncompatibleError
+from q3q.export.proof import PASSED
 from q3q.quantize.budget import stage
 from q3q.quantize.budget.sensitivities import Sensitivities
 from q3q.spec import TrialSpec
@@ -84,7 +85,7 @@ def test_mixed_widths_are_exported_and_the_checkpoint_is_proved(tmp_path):
     )
     record = run_trial(trial)
     assert record.completed
-    assert {check.name: check.passed for check in record.checks}["export"]
+    assert {check.name: check.passed for check in record.checks}[PASSED]
     config = json.loads((trial.placement.export / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"].values()
     assert {group["weights"]["num_bits"] for group in groups} == {4, 8}
