@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.number_formats import (
@@ -18,6 +18,30 @@ from q3q.number_formats import (
 Json = dict[str, Any]
 # Of a scheme, absent where they have their default: they are newer than the first records.
 SELDOM_OF_SCHEME = ("format", "group_rows", "four_over_six", "act_format", "act_group_size")
+
+
+ACTIVATION_KEYS = ("act_bits", "act_format", "act_group_size")  # of a scheme
+
+
+# Where the scales of rounded inputs come from: from the numbers themselves, as they are read; one
+# stored number, for all of them; a stored factor above each group's own scale (NVFP4); or from the
+# numbers, but those beyond a threshold stay as they are (LLM.int8).
+ActScales = Literal["dynamic", "stored", "factor", "outliers"]
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """How a linear's input is rounded when it runs.
+
+    group_size: channels of a token that share a scale; -1: all
+    number: the stored scale or factor, where `scales` says that there is one
+    """
+
+    bits: int
+    format: str = INT
+    group_size: int = -1
+    scales: ActScales = "dynamic"
+    number: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +137,13 @@ class Scheme:
             for key, value in asdict(self).items()
             if key not in SELDOM_OF_SCHEME or value != own[key]
         }
+
+    @property
+    def inputs(self) -> InputRounding | None:
+        """How each quantized linear's input is rounded; None leaves it in 16 bits."""
+        if self.act_bits is None:
+            return None
+        return InputRounding(self.act_bits, self.act_format, self.act_group_size)
 
     @property
     def codes(self) -> str:

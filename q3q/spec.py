@@ -7,15 +7,18 @@ must keep this, or old ids would change.
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from q3q.bit_budget import BitBudget
 from q3q.errors import ConfigError
-from q3q.number_formats import INT
+from q3q.kv_scheme import KvScheme
+from q3q.number_formats import INT, short_name
 
 # Everybody imports these from here, methods of other packages too.
+from q3q.scheme import ACTIVATION_KEYS
 from q3q.scheme import SELDOM_OF_SCHEME as SELDOM_OF_SCHEME  # noqa: PLC0414
 from q3q.scheme import Scheme as Scheme  # noqa: PLC0414
 from q3q.scheme import Schemes as Schemes  # noqa: PLC0414
@@ -24,8 +27,15 @@ Json = dict[str, Any]
 MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metrics.mean_metrics`
 QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
 AUTO_DRIFT = "auto"
+# Sources of calibration that are no text: several of them, and what the model writes itself.
+MIX, TRACES = "mix", "traces"
+WRITTEN = "written"  # the draw of traces
+OWN_TEXT = f"calibration={TRACES}"  # among what has the model generate text
 # Absent from a spec's JSON where they are not given.
-SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules")
+SELDOM = (
+    *("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "reference", "rules"),
+    "budget",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +102,29 @@ class MethodRef:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The windows that a method observes: `samples` of `length` tokens of one text.
+class CalibrationPart:
+    """One source's windows in a mix; the fields are those of `Calibration`."""
 
-    draw: random, first or documents
+    source: str
+    digest: str
+    samples: int
+    temperature: float | None = None
+    prompts: str | None = None
+
+    def to_json(self) -> Json:
+        return _without_none(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The windows that a method observes: `samples` of `length` tokens of one text, or of a mix.
+
+    digest: of the text; of what traces are written from; of a mix, of its parts
+    draw: random, first or documents; of traces, written
     route: experts that see a token, top_k (the router's choice) or all; None for a dense model
+    temperature: of the traces that the model writes, 0 for greedy ones; None without traces
+    prompts: kind of the text that traces go on from, file or chat; None if from nothing
+    parts: of a mix, sorted; none of any other source
     """
 
     source: str
@@ -105,13 +133,52 @@ class Calibration:
     length: int
     draw: str
     route: str | None = None
+    temperature: float | None = None
+    prompts: str | None = None
+    parts: tuple[CalibrationPart, ...] = ()
 
     @property
     def tokens(self) -> int:
         return self.samples * self.length
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The kinds of text that it has windows of."""
+        return tuple(dict.fromkeys(part.source for part in self.parts)) or (self.source,)
+
+    @property
+    def label(self) -> str:
+        """Name it for people: `wikitext2`, or `demo:24+library:8` of a mix."""
+        if not self.parts:
+            return self.source
+        return "+".join(f"{part.source}:{part.samples}" for part in self.parts)
+
+    @property
+    def writes(self) -> bool:
+        """True if the model writes some of the windows itself."""
+        return TRACES in self.sources
+
+    def of_part(self, part: CalibrationPart) -> "Calibration":
+        """Return one part of a mix as if it were all."""
+        return replace(
+            self,
+            source=part.source,
+            digest=part.digest,
+            samples=part.samples,
+            draw=WRITTEN if part.source == TRACES else self.draw,
+            temperature=part.temperature,
+            prompts=part.prompts,
+            parts=(),
+        )
+
     def to_json(self) -> Json:
-        return _without_none(asdict(self))
+        facts = _without_none(asdict(self) | {"parts": [part.to_json() for part in self.parts]})
+        return facts if self.parts else {key: facts[key] for key in facts if key != "parts"}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Calibration":
+        parts = tuple(CalibrationPart(**part) for part in data.get("parts", ()))
+        return cls(**{**data, "parts": parts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +295,12 @@ class TrialSpec:
         stay as they are
     head_bits, embedding_bits: rounded to nearest; None leaves them in 16 bits. One tensor, and
         equal, where the model ties them
+    kv: how the evaluated model's cache stores keys and values; None leaves them in 16 bits
     export: format of the checkpoint that the trial writes too
+    reference: the original of a published checkpoint, which this one is compared with
     rules: the name patterns that overrides and skip were given as; for people, not part of the id
+    budget: allots bits to the linears while the trial runs; then they stand in its overrides, and
+        are no part of the id, as they follow from the rest
     """
 
     model: ModelRef
@@ -242,8 +313,11 @@ class TrialSpec:
     skip: tuple[str, ...] = ()
     head_bits: int | None = None
     embedding_bits: int | None = None
+    kv: KvScheme | None = None
     export: str | None = None
+    reference: ModelRef | None = None
     rules: Json = field(default_factory=dict, compare=False)
+    budget: BitBudget | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -265,6 +339,10 @@ class TrialSpec:
         if self.scheme is not None:
             acts = ("act_format", "act_group_size")
             facts |= {key: value for key, value in self.scheme.to_json().items() if key in acts}
+            if changes := _some_of(self.overrides, lambda key: key in ACTIVATION_KEYS):
+                facts["act_overrides"] = changes
+        if self.kv is not None:
+            facts["kv"] = self.kv.to_json()
         return digest(facts | ({"export": self.export} if self.export else {}))[:10]
 
     @cached_property
@@ -274,15 +352,29 @@ class TrialSpec:
 
     @property
     def quantization(self) -> Json:
-        """Return all that determines the quantized weights. Activations are quantized later."""
+        """Return all that determines the quantized weights.
+
+        Activations are quantized later, keys and values too.
+        """
         facts = self.to_json()
-        for later in ("evaluation", "export", "rules"):
+        for later in ("evaluation", "export", "kv", "rules"):
             facts.pop(later, None)
         facts["model"] = self.model.identity
+        if self.reference is not None:
+            facts["reference"] = self.reference.identity
         if self.scheme is not None:
-            for later in ("act_bits", "act_format", "act_group_size"):
+            given = self.overrides if self.budget is None else without_bits(self.overrides)
+            facts.pop("overrides", None)
+            if changes := _some_of(given, lambda key: key not in ACTIVATION_KEYS):
+                facts["overrides"] = changes
+            for later in ACTIVATION_KEYS:
                 facts["scheme"].pop(later, None)
         return facts
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The model, and what it is compared with."""
+        return (self.model,) if self.reference is None else (self.model, self.reference)
 
     @property
     def schemes(self) -> Schemes | None:
@@ -298,17 +390,34 @@ class TrialSpec:
         return Schemes(self.scheme, self.overrides, frozenset(self.skip), head, embedding)
 
     @property
+    def rounds_nothing(self) -> bool:
+        """True if the model is evaluated as it is: neither weights nor its cache are rounded.
+
+        And is not itself compared with another, whose rounding it is.
+        """
+        return self.scheme is None and self.kv is None and self.reference is None
+
+    @property
     def heads(self) -> int:
+        if self.reference is not None and self.evaluation.drift is not None:
+            return 2
         return heads_in_memory(self.head_bits, self.evaluation)
+
+    @property
+    def generates(self) -> tuple[str, ...]:
+        """Name what has the model write text, token by token: tasks, and its own calibration."""
+        writes = self.calibration is not None and self.calibration.writes
+        return (*self.evaluation.generates, *((OWN_TEXT,) if writes else ()))
 
     @property
     def name(self) -> str:
         """Name the trial for people: `gptq w3 g128 blocks.0:w8 -*.down head:w8`."""
         if self.scheme is None:
-            return self.method.name
+            return f"{self.method.name} {self.departures}".rstrip()
         scheme = self.scheme
         between = " " if scheme.format != INT and scheme.act_bits else ""
-        stored = f"{scheme.codes}{between}{scheme.activations} {scheme.groups}"
+        codes = scheme.codes if self.budget is None else "mixed"
+        stored = f"{codes}{between}{scheme.activations} {scheme.groups}"
         return f"{self.method.name} {stored} {self.departures}".rstrip()
 
     @property
@@ -326,6 +435,8 @@ class TrialSpec:
         words += [f"-{pattern}" for pattern in self.rules.get("skip", ())]
         ends = {"head": self.head_bits, "embedding": self.embedding_bits}
         words += [f"{end}:w{bits}" for end, bits in ends.items() if bits]
+        words += [self.kv.name] if self.kv else []
+        words += [self.budget.words] if self.budget else []
         words += [f"export:{self.export}"] if self.export else []
         return " ".join(words)
 
@@ -338,11 +449,18 @@ class TrialSpec:
             "scheme": self.scheme and self.scheme.to_json(),
             "calibration": self.calibration and self.calibration.to_json(),
             "evaluation": self.evaluation.to_json(),
+            "kv": self.kv and self.kv.to_json(),
+            "reference": self.reference and self.reference.to_json(),
             "overrides": {name: dict(changes) for name, changes in self.overrides.items()},
             "skip": list(self.skip),
+            "budget": self.budget and self.budget.to_json(),
         }
+        for newer in ("kv", "reference"):  # than the first records, which lack them
+            if facts[newer] is None:
+                del facts[newer]
         if complete:
-            return facts
+            # A record of a trial without a budget looks as it always has.
+            return {key: value for key, value in facts.items() if key != "budget" or value}
         if self.scheme is not None and self.scheme.scales is None:
             del facts["scheme"]["scales"]
         return {key: value for key, value in facts.items() if key not in SELDOM or value}
@@ -358,16 +476,20 @@ class TrialSpec:
         for part in ("model", "method", "evaluation"):
             _checked(part, data[part], dict)
         scheme, calibration = data["scheme"], data["calibration"]
+        budget = data.get("budget")
         return cls(
             **facts
             | {
                 "model": ModelRef.from_json(data["model"]),
                 "method": MethodRef.from_json(data["method"]),
                 "scheme": None if scheme is None else Scheme(**scheme),
-                "calibration": None if calibration is None else Calibration(**calibration),
+                "calibration": None if calibration is None else Calibration.from_json(calibration),
                 "evaluation": Evaluation.from_json(data["evaluation"]),
                 "skip": tuple(data.get("skip", ())),
+                "reference": data.get("reference") and ModelRef.from_json(data["reference"]),
+                "kv": None if data.get("kv") is None else KvScheme(**data["kv"]),
                 "rules": _checked("rules", data.get("rules", {}), dict),
+                "budget": None if budget is None else BitBudget.from_json(budget),
             }
         )
 
@@ -388,17 +510,38 @@ def text_metric(measure: str, text: str, quick: bool) -> str:
     return f"{measure}{'_quick' if quick else ''}/{text}"
 
 
+def without_bits(overrides: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what overrides say beside bits, for the linears of which they say anything else."""
+    others = {
+        name: {key: value for key, value in changes.items() if key != "bits"}
+        for name, changes in overrides.items()
+    }
+    return {name: changes for name, changes in others.items() if changes}
+
+
 def heads_in_memory(head_bits: int | None, evaluation: Evaluation) -> int:
     """Return 2 where a quantized head's logits are compared with the original's, else 1."""
     return 2 if head_bits is not None and evaluation.drift is not None else 1
 
 
+def _some_of(overrides: Mapping[str, Json], wanted: Callable[[str], bool]) -> dict[str, Json]:
+    """Return some keys of overrides, and only the linears that have any of them."""
+    parts = {
+        name: {key: value for key, value in own.items() if wanted(key)}
+        for name, own in overrides.items()
+    }
+    return {name: part for name, part in parts.items() if part}
+
+
 def _override_in_a_word(changes: Json) -> str:
-    """Return `w8` or `w4g64sym`."""
+    """Return `w8`, `w4g64sym` or `nvfp4anvfp4`."""
     words = {
+        "format": short_name,
         "bits": lambda bits: f"w{bits}",
         "group_size": lambda size: "pc" if size == -1 else f"g{size}",
         "symmetric": lambda symmetric: "sym" if symmetric else "asym",
+        "act_format": lambda name: f"a{short_name(name)}",
+        "act_bits": lambda bits: f"a{bits}",
     }
     return "".join(word(changes[key]) for key, word in words.items() if key in changes)
 

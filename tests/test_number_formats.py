@@ -1,17 +1,24 @@
 """Formats as settings: what they mean, what is refused, and what names and ids make of them."""
 
 import shlex
+from dataclasses import asdict
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from q3q.config import resolve, schema
 from q3q.config.command import command_of
 from q3q.config.unread import unread, without_effect
 from q3q.errors import ConfigError, IncompatibleError
+from q3q.models.adjust import set_activations
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
 from q3q.number_formats import BLOCKS, FLOATS, FORMATS
+from q3q.numerics.floats import floats_per_token
 from q3q.quantize.methods.settings import SETTINGS
 from q3q.report.measures import labels
+from q3q.scheme import ACTIVATION_KEYS
 from q3q.spec import SELDOM_OF_SCHEME, Scheme, TrialSpec
 from q3q.track.mlflow_fields import trial_params
 from tests.composed import compose as composed
@@ -55,6 +62,71 @@ def test_a_format_brings_its_bits_and_groups(compose, overrides, name):
     assert again == trial.spec
     assert again.id == trial.spec.id
     assert compose(*shlex.split(command_of(trial))[2:]).spec.id == trial.spec.id
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "name"),
+    [
+        (
+            "bits=4 overrides={blocks.0.o:{format:nvfp4}}",
+            {"group_size": 16, "symmetric": True, "format": "nvfp4"},
+            "blocks.0.o:nvfp4",
+        ),
+        (
+            "format=nvfp4 overrides={blocks.0.o:{format:int,bits:8,symmetric:true,group_size:32}}",
+            {"bits": 8, "group_size": 32, "format": "int"},
+            "blocks.0.o:intw8g32sym",
+        ),
+        (
+            "format=mxfp4 act_format=mxfp4 overrides={*.o:{format:fp8_e4m3},blocks.0.o:"
+            "{act_format:fp8_e4m3},blocks.?.o:{format:mxfp8}}",  # the last that matches wins
+            {"bits": 8, "format": "mxfp8", "act_bits": 8, "act_format": "fp8_e4m3"}
+            | {"act_group_size": -1},
+            "*.o:fp8 blocks.0.o:afp8 blocks.?.o:mxfp8",
+        ),
+        (
+            "format=mxfp4 act_format=mxfp4 overrides={blocks.0.o:{act_bits:16}}",
+            {"act_bits": None, "act_format": "int", "act_group_size": -1},
+            "blocks.0.o:a16",
+        ),
+    ],
+)
+def test_some_layers_take_another_format_with_its_own_bits_and_groups(
+    compose, words, changes, name
+):
+    trial = compose("method=rtn", *words.split())
+    spec = trial.spec
+    assert spec.overrides["blocks.0.self_attn.o_proj"] == changes
+    assert spec.departures == name
+    assert TrialSpec.from_json(spec.to_json()).schemes.of("blocks.0.self_attn.o_proj") == Scheme(
+        **{**asdict(spec.scheme), **changes}
+    )
+    assert compose(*shlex.split(command_of(trial))[2:]).spec.id == spec.id
+    if not changes.keys() - set(ACTIVATION_KEYS):  # which come after the quantization
+        plain = compose("method=rtn", "format=mxfp4", "act_format=mxfp4").spec
+        assert spec.quantization_id == plain.quantization_id
+        assert spec.id != plain.id
+
+
+def test_each_site_reads_its_input_rounded_as_its_own_layers_say(compose):
+    trial = compose(
+        "method=rtn",
+        "format=mxfp4",
+        "act_format=mxfp4",
+        "overrides={*.o:{act_format:fp8_e4m3},*.down:{act_bits:16}}",
+        "skip=[blocks.1.o]",
+    )
+    model = load_decoder(Checkpoint(trial.placement.model), torch.float32)
+    set_activations(model, trial.spec)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    for k, block in enumerate(model.blocks[:2]):
+        sites = {site.name: site for site in block.sites}
+        mx = floats_per_token(x, FLOATS["mxfp4"], 32)
+        for copy in (block, block.with_weights({})):
+            assert torch.equal(copy.round_inputs(sites["qkv"], x), mx)
+            assert torch.equal(copy.round_inputs(sites["down"], x), x)
+            own = x if k else floats_per_token(x, FLOATS["fp8_e4m3"], -1)
+            assert torch.equal(copy.round_inputs(sites["o"], x), own)
 
 
 def test_a_scheme_of_whole_numbers_says_nothing_of_formats(compose):
@@ -160,6 +232,17 @@ def test_labels_name_every_format_but_whole_numbers(compose):
             ConfigError,
             "bits=8: numbers of format=nvfp4",
         ),
+        ("overrides={blocks.0:{format:fp9}}", ConfigError, "format=fp9 is not known"),
+        (
+            "bits=4 overrides={blocks.0:{format:mxfp4,group_size:64}}",
+            ConfigError,
+            "overrides: blocks.0: group_size=64: groups of format=mxfp4 have 32",
+        ),
+        (
+            "act_bits=8 overrides={*.q_proj:{act_format:mxfp8}}",
+            IncompatibleError,
+            "what all linears of a site read: give all of qkv of blocks 0-5 the same",
+        ),
     ],
 )
 def test_nonsense_is_refused_with_what_is_possible(compose, overrides, error, words):
@@ -196,7 +279,8 @@ def test_the_table_of_formats_is_whole():
             bits=block.bits, group_size=block.group_size, symmetric=not block.offsets, format=name
         )
         able = {method for method, kind in SETTINGS.items() if kind().clash(scheme) is None}
-        assert able == {"rtn", "gptq", "awq", "smoothquant"}
+        own = set() if block.offsets else {"smoothquant"}  # which has no place for offsets
+        assert able == {"rtn", "gptq", "awq"} | own
     for name, form in FLOATS.items():
         scheme = Scheme(
             bits=form.bits, group_size=form.group_size or -1, symmetric=True, format=name

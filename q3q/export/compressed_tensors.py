@@ -9,7 +9,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 
 from q3q.export.tensors import layouts
 from q3q.export.writer import PackingExporter
-from q3q.models.checkpoint import names_on_disk
+from q3q.models.disk_names import names_on_disk
 from q3q.models.packed import Layout
 from q3q.spec import Json
 

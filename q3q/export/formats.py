@@ -53,6 +53,7 @@ class Format:
     loaders: tuple[tuple[str, str, str], ...]
     act_order: bool = False  # a group index for each column
     mixed: bool = False  # settings that differ between linears, in a dense model
+    gaps: bool = False  # whole linears left in 16 bits, but no single experts
     # (weight bits, bits of dynamic per-token activations) held together, one symmetric scale a row
     acts: tuple[tuple[int, int], ...] = ()
     anything: bool = False  # plain numbers: any method's weights
@@ -134,10 +135,8 @@ class Format:
             )
         if self._mixes(spec, facts):
             where = " in a model with experts, which loaders fuse" if self.mixed else ""
-            own = spec.skip and "skip" not in spec.rules and not spec.overrides
-            left = ", ".join(facts.family.skipped)
-            yield f"overrides or skip{where}" + (
-                f" (by default {left} stay in 16 bits: skip=[] quantizes them)" if own else ""
+            yield (
+                f"overrides{where}" if self.gaps and spec.overrides else f"overrides or skip{where}"
             )
             return
         if site := _uneven_site(spec, facts):
@@ -150,9 +149,9 @@ class Format:
 
     def _mixes(self, spec: TrialSpec, facts: ModelFacts) -> bool:
         """Return True if linears have settings of their own that the format has no place for."""
-        if not self.mixed:
-            return bool(spec.overrides or spec.skip)
         of_experts = any(".mlp.experts." in name for name in spec.skip)
+        if not self.mixed:
+            return bool(spec.overrides) or (bool(spec.skip) and not self.gaps) or of_experts
         return bool(facts.experts and (spec.overrides or of_experts))
 
     def _fills_words(self, spec: TrialSpec, facts: ModelFacts) -> bool:
@@ -264,6 +263,7 @@ FORMATS: dict[str, Format] = {
             layout=_gptq_layout,
             implementation="q3q.export.gptq:GptqExporter",
             act_order=True,
+            gaps=True,
             words_per_row=True,
             words_per_column=True,
             loaders=(
@@ -285,6 +285,7 @@ FORMATS: dict[str, Format] = {
             symmetry="both (symmetric zero points are written out)",
             layout=lambda scheme: AwqWords(scheme.bits, scheme.group_size, False),
             implementation="q3q.export.awq:AwqExporter",
+            gaps=True,
             words_per_column=True,
             loaders=(
                 ("a plain unpacker of ours", TESTED, "all"),
@@ -420,11 +421,42 @@ def loading_notice(spec: TrialSpec, facts: ModelFacts) -> str | None:
     return None
 
 
+def kv_notice(name: str, spec: TrialSpec) -> str | None:
+    """Return a line for a trial that rounds its cache, which files do not say; None for others."""
+    if spec.kv is None:
+        return None
+    return (
+        f"export={name} holds the weights, not how the cache is stored ({spec.kv.name}): that is "
+        "chosen where the model is served"
+    )
+
+
 def read_by_transformers(spec: TrialSpec, facts: ModelFacts) -> bool:
     """Return True if transformers reads the trial's export, with the packages of its format."""
     return spec.export != "compressed_tensors" or _read_apart(
         schemes_of(spec, facts), experts=bool(facts.experts)
     )
+
+
+def format_of_choice(spec: TrialSpec) -> str | None:
+    """Return the first format of packed codes that a trial's settings alone allow, else `hf`.
+
+    None if no format holds its activations. The model's shapes may still forbid the format: whoever
+    exports is told so.
+    """
+    scheme = spec.scheme
+    if scheme is None:
+        return None
+    ends = spec.head_bits or spec.embedding_bits
+    for form in (FORMATS[name] for name in ("compressed_tensors", "gptq", "hf")):
+        plain = scheme.act_bits is None and scheme.act_format == INT
+        acts = plain or (scheme.act_format == INT and form._holds_activations(scheme))
+        codes = scheme.format == INT and scheme.bits in form.bits and not ends
+        mixed = form.mixed or not (spec.overrides or spec.skip)
+        ordered = form.act_order or not _reorders(spec, [scheme])
+        if acts and (form.anything or (codes and mixed and ordered)):
+            return form.name
+    return None
 
 
 def needs_unpacking(spec: TrialSpec, facts: ModelFacts) -> bool:
@@ -468,6 +500,8 @@ def table() -> str:
             if form.anything or form.own_server
             else "dense models, symmetric"
             if form.mixed
+            else "`skip` of whole linears"
+            if form.gaps
             else "no",
             "yes, all experts' in one tensor"
             if form.own_server

@@ -24,8 +24,8 @@ from q3q.export.reload import EXIT_SHORTAGE, is_shortage, projection, sketch, sk
 from q3q.export.use import Use
 from q3q.limits import unclaimed_memory
 from q3q.models.block import Block, Rope, rms_norm
-from q3q.models.checkpoint import is_stacked, names_on_disk
 from q3q.models.decoder import Decoder
+from q3q.models.disk_names import is_stacked, names_on_disk
 from q3q.models.facts import ModelFacts
 from q3q.record import Check
 from q3q.spec import Json
@@ -166,7 +166,7 @@ def run(model: Decoder, act_bits: int | None) -> Run:
     states, readings = list[Tensor](), dict[str, Reading]()
     for k, block in enumerate(model.blocks):
         wide = block.with_weights({name: weight.float() for name, weight in block.weights.items()})
-        wide.act_bits = act_bits
+        wide.act_bits, wide.kv = act_bits, None  # loaders round a cache only when they serve
         states.append(x_BTH.cpu())
         x_BTH = _observed(wide, k, x_BTH, rope, readings)
         before_BTH = states[-1].to(x_BTH.device)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from q3q.export.formats import FORMATS
-from q3q.models.checkpoint import disk_shapes, without_expert
+from q3q.models.disk_names import disk_shapes, without_expert
 from q3q.models.facts import ModelFacts
 from q3q.models.packed import Layout
 from q3q.spec import TrialSpec
@@ -38,6 +38,25 @@ def layouts(
     yield family.final_norm, (facts.hidden,), None
     if not facts.tied:
         yield family.head, (facts.vocab, facts.hidden), None
+
+
+def plain_linears(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
+    """Yield the names on disk of the blocks' linears that stay plain numbers, without `.weight`.
+
+    Routers, and what else a family never quantizes, are among them.
+    """
+    for k in range(facts.layers):
+        never = {name for site in facts.sites(k) for name in site.unquantized}
+        yield from (facts.on_disk(k, name.removesuffix(".weight")) for name in sorted(never))
+    linears = {
+        facts.on_disk(k, name)
+        for k in range(facts.layers)
+        for name in disk_shapes(facts, k)
+        if without_expert(name) in facts.linears(k)
+    }
+    for name, _, layout in layouts(spec, facts):
+        if layout is None and name in linears:
+            yield name.removesuffix(".weight")
 
 
 def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> int:

@@ -35,8 +35,9 @@ from q3q.export.formats import FORMATS
 from q3q.export.marker import CARD, published_files, write_marker
 from q3q.export.shards import Shards, stored_bytes
 from q3q.export.tensors import layouts
-from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, is_stacked, of_expert
+from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint
 from q3q.models.decoder import Decoder
+from q3q.models.disk_names import is_stacked, of_expert
 from q3q.models.facts import EXPORT_KEY
 from q3q.models.model_json import read_json
 from q3q.models.packed import Layout

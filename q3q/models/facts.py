@@ -13,7 +13,9 @@ from q3q.models.families.registry import find_family
 from q3q.models.family import DTYPE_BYTES, ModelFacts
 from q3q.models.gguf_file import gguf_of, open_gguf
 from q3q.models.model_json import read_json
-from q3q.models.packed import read_packing
+from q3q.models.published.modelopt import FILE as MODELOPT_FILE
+from q3q.models.published.modelopt import METHOD as MODELOPT_METHOD
+from q3q.models.published.readers import read_packing
 
 __all__ = ["DTYPE_BYTES", "EXPORT_KEY", "ModelFacts", "number_of_tensors", "read_facts"]
 
@@ -48,6 +50,10 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         family = find_family(config.get("model_type"))
         if config.get("quantization_config") is not None:
             packing = read_packing(values.table("quantization_config"))
+        elif not isinstance(source, Mapping) and (source / MODELOPT_FILE).is_file():
+            packing = read_packing(
+                {**read_json(source / MODELOPT_FILE), "quant_method": MODELOPT_METHOD}
+            )
     except CheckpointError as error:
         raise wrong(str(error).removeprefix(f"{where}: ")) from error
     facts = replace(

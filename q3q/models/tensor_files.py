@@ -40,6 +40,9 @@ _TORCH_DTYPES = {
     "BF16": "bfloat16",
     "F32": "float32",
     "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 _COMPARED_AT_ONCE = 1 << 22  # bytes
 # Threads that read a large tensor at most, and bytes that each reads at a time: one thread copies
@@ -102,6 +105,28 @@ class StoredTensor:
         except OSError as error:
             raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
         return tensor
+
+    def number(self) -> float:
+        """Read the first number of a float tensor, without torch.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends too early.
+        """
+        size = _ITEM_BYTES[self.dtype]
+        try:
+            with self.shard.open("rb") as file:
+                file.seek(self.start)
+                content = file.read(size)
+        except OSError as error:
+            raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
+        if self.dtype == "BF16":  # the upper half of a float32
+            content = b"\0\0" + content
+        kind = {"F16": "<e", "F64": "<d"}.get(self.dtype, "<f")
+        if len(content) != struct.calcsize(kind):
+            raise CheckpointError(
+                f"{self.shard} is damaged: it ends too early. Download or copy it again"
+            )
+        return float(struct.unpack(kind, content)[0])
 
     def flat(self) -> StoredTensor:
         """Return it as one axis, of which any stretch can be read."""

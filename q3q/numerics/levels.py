@@ -7,8 +7,9 @@ group, B blocks of rows that share a scale.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -173,6 +174,13 @@ class RowPeaks:
             start = stop
         block_O = torch.repeat_interleave(torch.tensor(sizes)).to(weight_EOI.device)
         return cls(torch.stack(columns, 1), block_O)
+
+    @classmethod
+    def joined(cls, parts: Sequence["RowPeaks"]) -> "RowPeaks":
+        """Return the peaks of linears that lie below each other, from those of each."""
+        starts = accumulate((part.columns_EBI.shape[1] for part in parts), initial=0)
+        blocks = [part.block_O + start for part, start in zip(parts, starts, strict=False)]
+        return cls(torch.cat([part.columns_EBI for part in parts], 1), torch.cat(blocks))
 
     def times(self, scale_EI: Tensor) -> "RowPeaks":
         """Return the peaks of weights whose columns are multiplied by positive numbers."""

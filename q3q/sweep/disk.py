@@ -54,7 +54,7 @@ def running_bytes(trial: Trial, facts: ModelFacts) -> int:
     """
     if trial.placement.keeps_blocks:
         return 0
-    present = max(map(_present, (trial.blocks_folder, trial.kept_blocks_folder)))
+    present = max(map(_present, trial.block_folders))
     return max(0, block_bytes(trial.spec, facts) - present)
 
 

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from q3q.export.formats import stored_scales
-from q3q.models.checkpoint import Checkpoint, disk_shapes
+from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_block, load_decoder
+from q3q.models.disk_names import disk_shapes
 from q3q.models.facts import read_facts
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid, with_scales

@@ -25,7 +25,8 @@ def trial(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "conf" / "export").glob("*.yaml")))
 def test_every_export_config_becomes_a_spec(trial, name):
-    spec = trial("method=rtn", f"export={name}").spec
+    types = ["format=q4_k"] if name == "gguf" else []
+    spec = trial("method=rtn", f"export={name}", *types).spec
     assert spec.export == (None if name == "none" else name)
 
 
@@ -51,14 +52,18 @@ def test_every_export_config_becomes_a_spec(trial, name):
             "act_bits=8.*no format can",
         ),
         (
-            ["method=rtn", "export=gptq", "skip=[*.down]"],
-            "overrides or skip.*hf, compressed_tensors",
+            ["method=rtn", "export=gptq", "symmetric=true", "overrides={*.down:{bits:8}}"],
+            "overrides; these can: export=hf, compressed_tensors",
         ),
         (
             ["method=rtn", "export=awq", "head_bits=8", "embedding_bits=8"],
             "head or embedding.*these can: export=hf",
         ),
         (["method=none", "export=hf"], "no use"),
+        (
+            ["model=demo_moe", "method=rtn", "export=awq", "skip=[*.down]"],
+            "overrides or skip.*these can: export=hf",
+        ),
         (
             ["model=demo_moe", "method=rtn", "export=compressed_tensors", "skip=[*.down]"],
             "experts, which loaders fuse",

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from q3q.errors import CheckpointError
-from q3q.models.packed import AwqWords, GptqWords, PackedInts, PlainInts, read_packing
+from q3q.models.packed import AwqWords, GptqWords, PackedInts, PlainInts
+from q3q.models.published.readers import read_packing
 
 
 def random_parts(bits, rows=32, columns=64, groups=4, *, symmetric=False, seed=0):
@@ -120,14 +121,15 @@ def test_whose_inputs_are_rounded_is_read_from_what_is_ignored():
     packing = read_packing(
         w8a8(ignore=["lm_head", "model.layers.0.self_attn.q_proj", r"re:.*layers\.1\..*o_proj$"])
     )
-    assert packing.act_bits == 8
-    assert packing.rounds(["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"])
-    assert not packing.rounds(["model.layers.1.self_attn.o_proj"])
+    rounded = packing.inputs(["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"])
+    assert rounded is not None
+    assert (rounded.bits, rounded.format, rounded.scales) == (8, "int", "dynamic")
+    assert packing.inputs(["model.layers.1.self_attn.o_proj"]) is None
     with pytest.raises(
         CheckpointError,
-        match=r"k_proj reads rounded activations and .*q_proj the same ones unrounded",
+        match=r"q_proj reads its input unrounded and .*k_proj reads the same one rounded",
     ):
-        packing.rounds(["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"])
+        packing.inputs(["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"])
 
 
 def test_a_name_goes_before_a_class_and_what_is_ignored_before_both():
@@ -146,7 +148,8 @@ def test_a_name_goes_before_a_class_and_what_is_ignored_before_both():
 @pytest.mark.parametrize(
     "config",
     [
-        {"quant_method": "bitsandbytes"},
+        {"quant_method": "hqq"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0},
         {
             "quant_method": "gptq",
             "bits": 4,
@@ -154,7 +157,7 @@ def test_a_name_goes_before_a_class_and_what_is_ignored_before_both():
             "sym": True,
             "checkpoint_format": "marlin",
         },
-        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "dynamic": {"-:x": {}}},
+        {"quant_method": "gptq", "bits": 16, "group_size": 128, "sym": True},
         {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
         {"quant_method": "awq", "bits": 8, "group_size": 128, "version": "gemm"},
         {

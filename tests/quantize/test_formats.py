@@ -19,7 +19,7 @@ from q3q.numerics.levels import FloatLevels, RowPeaks
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.method import ScaleTask, SiteTask, levels_for, plain_levels
 from q3q.quantize.methods import gptq
-from q3q.quantize.methods.awq import Awq, awq_round_plain
+from q3q.quantize.methods.awq import Awq, PieceErrors, awq_round_plain
 from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.gptq import gptq_round, gptq_round_plain
 from q3q.quantize.methods.settings import AwqSettings
@@ -215,6 +215,30 @@ def test_a_walk_on_ggufs_blocks_resumes_with_the_same_bits(tmp_path, method, kin
         assert all(isinstance(code, BlockWeight) for code in one.quantized.values())
     checks = check_weights(resumed, [block.quantized for block in again])
     assert all(check.passed for check in checks), checks
+
+
+@torch.inference_mode()
+def test_awq_judges_candidates_by_the_factor_that_linears_of_a_site_are_stored_with():
+    scheme, draw = SCHEMES["nvfp4"], torch.Generator().manual_seed(0)
+    site = Site("qkv", ("q", "k"), "norm")
+    loud = {"q": 1.0, "k": 37.0}  # alone, each would have another factor
+    weights = {name: size * torch.randn(16, 32, generator=draw) for name, size in loud.items()}
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def run(inputs_RTI, replaced):
+        seen.append(dict(replaced))
+        return inputs_RTI
+
+    window, group = torch.randn(4, 32, generator=draw), ScaleGroup(site, "norm")
+    task = ScaleTask(group, weights, None, [window], 4, run, Spool, lambda _: None)
+    scale_I = torch.rand(32, generator=draw) + 0.5
+    piece = PieceErrors(task, scale_I[None, None], scheme, [0], Spool())
+    list(piece.errors(0, [0]))
+    stacked_EOI = torch.cat([weights["q"], weights["k"]])[None] * scale_I
+    levels = levels_for(scheme, stacked_EOI, [16, 32])
+    groups = into_groups(stacked_EOI, scheme.group_size)
+    stored_OI = levels.rounded(groups, levels.awq(groups)).dequantize()[0] / scale_I
+    assert torch.equal(torch.cat([seen[-1]["q"], seen[-1]["k"]]), stored_OI)
 
 
 QUICK = [
