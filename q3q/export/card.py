@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from q3q.export.proof import Proof
 from q3q.export.reload import UNPACKER
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
-from q3q.number_formats import INT
+from q3q.number_formats import BLOCKS, GGUF, INT
 from q3q.placement import Trial
-from q3q.spec import Json, TrialSpec
+from q3q.spec import Json, Scheme, TrialSpec
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _LICENCE = re.compile(r"^license\w*:.*(?:\n[ \t-].*)*", re.MULTILINE)
@@ -75,8 +76,7 @@ def model_card(
             if spec.kv
             else []
         ),
-        f"- arithmetic: {spec.model.dtype}; "
-        f"scales are stored in, and were rounded to, {scheme.scales or 'none'}",
+        f"- arithmetic: {spec.model.dtype}; {_scales(scheme)}",
         f"- trial `{spec.id}`, seed {spec.seed}, {', '.join(versions)}",
         "",
         "```bash",
@@ -95,6 +95,14 @@ def model_card(
         *serve_lines(spec, facts),
     ]
     return "\n".join(lines)
+
+
+def _scales(scheme: Scheme) -> str:
+    """Return what became of the scales."""
+    if scheme.format in BLOCKS:
+        return f"scales are those of `{scheme.format}`"
+    stored = "float16, and offsets too" if scheme.scales == GGUF else scheme.scales or "none"
+    return f"scales are stored in, and were rounded to, {stored}"
 
 
 def licence_lines(base: Path) -> list[str]:
@@ -116,6 +124,13 @@ def _departures(spec: TrialSpec) -> Json:
         "head_bits": spec.head_bits,
         "embedding_bits": spec.embedding_bits,
     }
+    if spec.overrides and spec.scheme is not None and spec.scheme.format in BLOCKS:
+        # A GGUF type's own: there may be hundreds, of which each would be a line of the card.
+        others = Counter(change.get("format", INT) for change in spec.overrides.values())
+        settings["overrides"] = {
+            kind: f"{count} linears whose columns do not fill blocks of {spec.scheme.format}"
+            for kind, count in others.items()
+        }
     return {key: value for key, value in settings.items() if value}
 
 

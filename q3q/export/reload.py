@@ -87,7 +87,7 @@ def load(folder: Path) -> tuple[Any, str]:
     from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
     load_public = partial(from_pretrained, folder, dtype="auto", local_files_only=True)
     if gguf_in(folder) is not None:
-        loader = f"{UNPACKER} of `gguf` by gguf {version('gguf')}, run by {loader}"
+        loader = f"{UNPACKER} of `gguf` (gguf {version('gguf')}), run by {loader}"
         return load_unpacked(folder, config, {}).eval(), loader
     if packed is None:
         return load_public().eval(), loader
