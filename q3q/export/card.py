@@ -9,7 +9,7 @@ from q3q.export.formats import FORMATS
 from q3q.export.instructions import load_lines, serve_lines
 from q3q.export.measured import Measured
 from q3q.export.proof import Proof
-from q3q.export.reload import UNPACKER
+from q3q.export.reload.configs import UNPACKER
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
 from q3q.number_formats import INT

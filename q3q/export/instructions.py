@@ -7,10 +7,14 @@ from q3q.export.formats import (
     FORMATS,
     GPTQMODEL_AWQ_GROUPS,
     GPTQMODEL_GROUPS,
+    schemes_of,
+)
+from q3q.export.serving import (
     needs_unpacking,
     read_by_transformers,
-    schemes_of,
     servable,
+    unserved,
+    why_unread,
 )
 from q3q.models.facts import ModelFacts
 from q3q.spec import TrialSpec
@@ -59,8 +63,7 @@ def loading_of(spec: TrialSpec, facts: ModelFacts) -> Loading:
     assert spec.export is not None
     packages = PACKAGES[spec.export]
     if not read_by_transformers(spec, facts):
-        why = "transformers fuses experts, so it cannot read their asymmetric weights or rounded"
-        return Loading(packages, None, f"{why} activations from `compressed_tensors`.")
+        return Loading(packages, None, why_unread(spec, facts))
     if needs_unpacking(spec, facts):
         remark = (
             "The weights are unpacked as they are loaded, so in memory they take as much room as "
@@ -92,7 +95,7 @@ def serve_lines(spec: TrialSpec, facts: ModelFacts) -> list[str]:
     """Return the card's section on serving: vLLM's command, or why vLLM does not take it."""
     assert spec.export is not None
     form = FORMATS[spec.export]
-    reason = form.unserved(spec, facts)
+    reason = unserved(form, spec, facts)
     if reason is None:
         return [
             "## Serve it",

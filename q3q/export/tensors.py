@@ -9,7 +9,10 @@ from q3q.models.facts import ModelFacts
 from q3q.models.packed import Layout
 from q3q.spec import TrialSpec
 
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
+ITEM_BYTES = {
+    **{"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8},
+    **{"U8": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+}
 DTYPE_BYTES = {"float32": 4, "float64": 8}  # all other dtypes of models have 2
 SCALE_BYTES = 2  # float16
 

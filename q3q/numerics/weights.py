@@ -431,6 +431,8 @@ def with_scales(weight: StoredWeight, types: str | None) -> StoredWeight:
         return replace(weight, scale_EOG=as_stored(weight.scale_EOG))
     if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "float":
         return replace(weight, stored_scale_EOG=as_stored(weight.stored_scale_EOG))
+    if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "e4m3":
+        return replace(weight, narrow=True)
     return weight
 
 

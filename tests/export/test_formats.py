@@ -10,7 +10,7 @@ import pytest
 from q3q.config import resolve
 from q3q.errors import ConfigError, ExportError, IncompatibleError
 from q3q.export.formats import stored_scales, table
-from q3q.export.reload import transformers_takes
+from q3q.export.reload.configs import transformers_takes
 from q3q.export.tensors import expected_bytes
 from q3q.spec import TrialSpec
 from tests.composed import composed_trial

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from q3q.errors import ExportError
-from q3q.export import proof, reload
+from q3q.export import proof
 from q3q.export.proof import PASSED, compare_reload, prove, reload_inputs, runs_of
+from q3q.export.reload import running, script, unpackers
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.streaming import StreamedDecoder
@@ -31,7 +32,7 @@ def strangers_view(made, model, *, logits=True):
         return compare_reload(
             model,
             runs,
-            *reload.findings(made.folder, reload_inputs(model, runs) if logits else None),
+            *script.findings(made.folder, reload_inputs(model, runs) if logits else None),
         )
 
 
@@ -99,7 +100,7 @@ def test_other_families_come_back_with_their_biases(exported, kind, name, scheme
     for (k, linear), tensor in biases.items():
         assert torch.equal(Checkpoint(made.path).block(k)[linear], tensor)
         tensor.add_(1)  # a bias that is another is noticed
-    noticed = compare_reload(model, {}, *reload.findings(made.folder, None))
+    noticed = compare_reload(model, {}, *script.findings(made.folder, None))
     assert not noticed.check.passed
     assert "_proj.bias" in noticed.check.detail
 
@@ -250,7 +251,7 @@ def left_out(*patterns):
     )
 
 
-reload_round = reload.round_activations
+reload_round = running.round_activations
 
 
 @pytest.mark.parametrize("moe", [False, True])
@@ -268,7 +269,7 @@ def test_activations_that_are_rounded_otherwise_are_found(
 ):
     pytest.importorskip("compressed_tensors")
     made, model = exported("compressed_tensors", kind={"moe": moe, "tied": moe}, **W8A8)
-    monkeypatch.setattr(reload, "round_activations", rounding)
+    monkeypatch.setattr(script, "round_activations", rounding)
     check = strangers_view(made, model).check
     assert f"worst site {block}" in check.detail
     assert "where rounded activations differ" in check.detail
@@ -305,21 +306,21 @@ def test_where_logits_alone_differ_the_site_is_named(exported):
 
 
 @pytest.mark.parametrize(
-    ("script", "why"),
+    ("code", "why"),
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9"),
         ("import time; time.sleep(60)", "no answer in 1 s"),
         (
             "import sys; print('MemoryError: 5 GB', file=sys.stderr); "
-            f"sys.exit({reload.EXIT_SHORTAGE})",
+            f"sys.exit({script.EXIT_SHORTAGE})",
             "MemoryError: 5 GB",
         ),
     ],
 )
-def test_what_comes_to_no_end_proves_nothing(exported, tmp_path, monkeypatch, script, why):
+def test_what_comes_to_no_end_proves_nothing(exported, tmp_path, monkeypatch, code, why):
     made, model = exported("hf")
-    (tmp_path / "script.py").write_text(script)
-    monkeypatch.setattr(proof, "SCRIPT", tmp_path / "script.py")
+    (tmp_path / "script.py").write_text(code)
+    monkeypatch.setattr(proof, "PROGRAM", tmp_path / "script.py")
     if "no answer" in why:
         monkeypatch.setattr(proof, "SECONDS", 1.0)
     with pytest.raises(
@@ -352,7 +353,7 @@ def test_what_comes_to_no_end_proves_nothing(exported, tmp_path, monkeypatch, sc
     ],
 )
 def test_a_machine_that_is_too_small_says_nothing_of_the_checkpoint(error, short):
-    assert reload.is_shortage(error) is short
+    assert script.is_shortage(error) is short
 
 
 def test_where_what_the_loader_is_given_finds_no_room_nothing_is_proved(exported, monkeypatch):
@@ -430,7 +431,7 @@ def test_the_plain_unpacker_reads_bit_after_bit(bits):
         -(2**31), 2**31, (3, 7), dtype=torch.int32, generator=torch.Generator().manual_seed(bits)
     )
     count = 7 * 32 // bits
-    result = reload.stream(words, bits, count)
+    result = unpackers.stream(words, bits, count)
     assert result.shape == (3, count)
     for row, codes in zip(words.tolist(), result.tolist(), strict=True):
         number = sum((word % 2**32) << (32 * k) for k, word in enumerate(row))
@@ -444,7 +445,7 @@ def test_the_other_process_cannot_import_q3q(tmp_path):
         (tmp_path / name / "__init__.py").touch()
     code = (
         f"import runpy, sys; sys.argv = ['reload', 'a', 'b', 'c', {str(tmp_path)!r}]\n"
-        f"try: runpy.run_path({reload.__file__!r}, run_name='__main__')\n"
+        f"try: runpy.run_path({str(proof.PROGRAM / '__main__.py')!r}, run_name='__main__')\n"
         "except ImportError as error: assert 'torch' in str(error)\n"
         "import other\n"
         "try: import q3q\n"
