@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from q3q.spec import Json, TrialSpec
+from q3q.storage.block_cache import BlockCache
 from q3q.storage.stores import mirror_of
 
 # What a trial keeps of its quantized blocks once it has succeeded: nothing, what a budget allows
 # (see `storage.block_cache`), or all.
 KEEP_NONE, KEEP_AUTO, KEEP_BLOCKS = KEEPS = ("none", "auto", "blocks")
+
+
+MAPPINGS = ("texts", "parts")  # fields of a placement that hold several files
+# Fields of a placement that are paths.
+PATHS = ("trials", "model", "reference", "calibration", "evaluation", "data", "tasks", "export")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,11 @@ class Placement:
     trials: folder of every trial's state
     keep: what is kept of the quantized blocks once the trial has succeeded, one of KEEPS
     store: URL that the storage folder mirrors
-    model: folder of a local model
+    model: folder of a local model, or its GGUF file
+    reference: folder of a local original that a published checkpoint is compared with
     calibration, evaluation: files of texts that are not q3q's own
+    texts: files of the evaluation's texts that the user named, by name
+    parts: files of a calibration mix, by their parts' digests
     data: folder with data sets
     loader, memory: as the user asked for them
     tasks: folder of the user's task files
@@ -52,6 +61,7 @@ class Placement:
     baseline: id of the unquantized model's trial, which this one is compared with
     fresh: moment of the wish to run from nothing
     grant: None before the trial is planned
+    context: tokens for which the cache's bytes are counted, as the user asked
     """
 
     # In the order of the JSON, where all of it is called `places`, and a grant `share`.
@@ -61,6 +71,8 @@ class Placement:
     model: Path | None = None
     calibration: Path | None = None
     evaluation: Path | None = None
+    texts: Mapping[str, Path] | None = None
+    parts: Mapping[str, Path] | None = None
     data: Path | None = None
     loader: str | None = None
     memory: int | None = None
@@ -70,6 +82,8 @@ class Placement:
     baseline: str | None = None
     fresh: str | None = None
     grant: Grant | None = None
+    context: int | None = None
+    reference: Path | None = None
 
     @property
     def storage(self) -> Path:
@@ -80,6 +94,14 @@ class Placement:
         """The memo of digests of model files."""
         return self.trials / "digests"
 
+    def calibration_file(self, digest: str) -> Path | None:
+        """Return the file of a calibration text, or of a mix's part; None if it has none."""
+        return (self.parts or {}).get(digest, self.calibration)
+
+    def evaluation_file(self, name: str) -> Path | None:
+        """Return the file of an evaluation's text, by the text's name; None if it has none."""
+        return (self.texts or {}).get(name, self.evaluation)
+
     @property
     def keeps_blocks(self) -> bool:
         """True if quantized blocks stay for good."""
@@ -87,11 +109,26 @@ class Placement:
 
     @property
     def caches_blocks(self) -> bool:
-        """True if quantized blocks stay within a budget.
-
-        An object store has no free disk to take a part of: there, keep=auto keeps none.
-        """
+        """True if quantized blocks stay in the storage folder, within a budget."""
         return self.keep == KEEP_AUTO and self.store is None
+
+    @property
+    def caches_blocks_here(self) -> bool:
+        """True if quantized blocks stay on the machine that made them, within its budget.
+
+        A store has no free disk to take a part of, so it holds them only while their trial runs.
+        """
+        return self.keep == KEEP_AUTO and self.store is not None
+
+    @property
+    def leaves_blocks(self) -> bool:
+        """True if a later trial on this machine at least finds the quantized blocks."""
+        return self.shares_blocks or self.caches_blocks_here
+
+    @property
+    def block_cache(self) -> BlockCache:
+        """Where quantized blocks stay within a budget."""
+        return BlockCache.of_storage(self.storage, here=self.caches_blocks_here)
 
     @property
     def shares_blocks(self) -> bool:
@@ -111,19 +148,18 @@ class Placement:
     def to_json(self) -> Json:
         facts = {part.name: getattr(self, part.name) for part in fields(self)}
         facts["share"] = (grant := facts.pop("grant")) and grant.to_json()
-        return {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in facts.items()
-            if value is not None
-        }
+        return {key: _as_json(value) for key, value in facts.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Placement":
         """Read what any version wrote, on any machine, as it is here."""
         facts = {part.name: data[part.name] for part in fields(cls) if part.name in data}
-        for name in ("trials", "model", "calibration", "evaluation", "data", "tasks", "export"):
+        for name in PATHS:
             if facts.get(name) is not None:
                 facts[name] = Path(facts[name])
+        for name in MAPPINGS:
+            if facts.get(name) is not None:
+                facts[name] = {key: Path(path) for key, path in facts[name].items()}
         if data.get("share") is not None:
             facts["grant"] = Grant(**data["share"])
         return cls(**facts).here()
@@ -155,6 +191,17 @@ class Trial:
         """Quantized blocks that trials share which differ in evaluation alone."""
         return self.placement.trials / "blocks" / self.spec.quantization_id
 
+    @property
+    def cached_blocks_folder(self) -> Path:
+        """Quantized blocks that stay within a budget; in a storage folder, those that are kept."""
+        return self.placement.block_cache.folder / self.spec.quantization_id
+
+    @property
+    def block_folders(self) -> tuple[Path, ...]:
+        """All places where the trial looks for quantized blocks."""
+        own, kept, cached = self.blocks_folder, self.kept_blocks_folder, self.cached_blocks_folder
+        return tuple(dict.fromkeys((own, kept, cached)))
+
     def placed(self, **changes: Any) -> "Trial":
         return replace(self, placement=replace(self.placement, **changes))
 
@@ -181,3 +228,9 @@ class Trial:
             KeyError, TypeError, ValueError: it is not a trial.
         """
         return cls(TrialSpec.from_json(data), Placement.from_json(data.get("places", {})))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value

@@ -5,7 +5,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from q3q.errors import ConfigError, IncompatibleError
-from q3q.number_formats import FLOATS, FORMATS, INT, short_name
+from q3q.number_formats import (
+    ACT_FORMATS,
+    BLOCKS,
+    FLOATS,
+    FORMATS,
+    INT,
+    own_form,
+    short_name,
+)
 
 Json = dict[str, Any]
 # Of a scheme, absent where they have their default: they are newer than the first records.
@@ -73,9 +81,12 @@ class Scheme:
             )
         if self.act_bits is not None and not 2 <= self.act_bits <= 16:
             raise ConfigError(f"act_bits={self.act_bits} is out of range: give 2 to 16, or null")
-        for key, name in (("format", self.format), ("act_format", self.act_format)):
-            if name not in FORMATS:
-                raise ConfigError(f"{key}={name} is not known. Choose from: {', '.join(FORMATS)}")
+        for key, name, known in (
+            ("format", self.format, FORMATS),
+            ("act_format", self.act_format, ACT_FORMATS),
+        ):
+            if name not in known:
+                raise ConfigError(f"{key}={name} is not known. Choose from: {', '.join(known)}")
         for key in ("group_rows", "act_group_size"):
             if (size := getattr(self, key)) != -1 and size < 1:
                 raise ConfigError(f"{key}={size}: give a positive number, or -1 for all")
@@ -84,7 +95,7 @@ class Scheme:
 
     def _misfits(self) -> Iterator[str]:
         """Yield in a line each why these numbers are not those of their formats."""
-        form, act = FLOATS.get(self.format), FLOATS.get(self.act_format)
+        form, act = own_form(self.format), FLOATS.get(self.act_format)
         size, act_size = self.group_size, self.act_group_size
         if form is None and (self.group_rows != 1 or self.four_over_six):
             key = "four_over_six=true" if self.four_over_six else f"group_rows={self.group_rows}"
@@ -93,7 +104,12 @@ class Scheme:
         if form is not None:
             if self.bits != form.bits:
                 yield f"bits={self.bits}: numbers of format={form.name} have {form.bits} bits"
-            if not self.symmetric:
+            if form.name in BLOCKS:
+                if self.symmetric == BLOCKS[form.name].offsets:
+                    has = "offsets" if self.symmetric else "no offsets"
+                    given = str(self.symmetric).lower()
+                    yield f"symmetric={given}: groups of format={form.name} have {has}"
+            elif not self.symmetric:
                 yield (
                     f"symmetric=false: format={form.name} is even around zero; only format=int has "
                     "zero points"
@@ -153,7 +169,7 @@ class Scheme:
 
         Its files have no place for the group of each column.
         """
-        form = FLOATS.get(self.format)
+        form = own_form(self.format)
         return form is not None and form.group_size is not None
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+from q3q.bit_budget import BitBudget
 from q3q.errors import ConfigError
 from q3q.kv_scheme import KvScheme
 from q3q.number_formats import INT, short_name
@@ -26,8 +27,15 @@ Json = dict[str, Any]
 MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metrics.mean_metrics`
 QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
 AUTO_DRIFT = "auto"
+# Sources of calibration that are no text: several of them, and what the model writes itself.
+MIX, TRACES = "mix", "traces"
+WRITTEN = "written"  # the draw of traces
+OWN_TEXT = f"calibration={TRACES}"  # among what has the model generate text
 # Absent from a spec's JSON where they are not given.
-SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "rules")
+SELDOM = (
+    *("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "reference", "rules"),
+    "budget",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +102,29 @@ class MethodRef:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The windows that a method observes: `samples` of `length` tokens of one text.
+class CalibrationPart:
+    """One source's windows in a mix; the fields are those of `Calibration`."""
 
-    draw: random, first or documents
+    source: str
+    digest: str
+    samples: int
+    temperature: float | None = None
+    prompts: str | None = None
+
+    def to_json(self) -> Json:
+        return _without_none(asdict(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """The windows that a method observes: `samples` of `length` tokens of one text, or of a mix.
+
+    digest: of the text; of what traces are written from; of a mix, of its parts
+    draw: random, first or documents; of traces, written
     route: experts that see a token, top_k (the router's choice) or all; None for a dense model
+    temperature: of the traces that the model writes, 0 for greedy ones; None without traces
+    prompts: kind of the text that traces go on from, file or chat; None if from nothing
+    parts: of a mix, sorted; none of any other source
     """
 
     source: str
@@ -107,13 +133,52 @@ class Calibration:
     length: int
     draw: str
     route: str | None = None
+    temperature: float | None = None
+    prompts: str | None = None
+    parts: tuple[CalibrationPart, ...] = ()
 
     @property
     def tokens(self) -> int:
         return self.samples * self.length
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The kinds of text that it has windows of."""
+        return tuple(dict.fromkeys(part.source for part in self.parts)) or (self.source,)
+
+    @property
+    def label(self) -> str:
+        """Name it for people: `wikitext2`, or `demo:24+library:8` of a mix."""
+        if not self.parts:
+            return self.source
+        return "+".join(f"{part.source}:{part.samples}" for part in self.parts)
+
+    @property
+    def writes(self) -> bool:
+        """True if the model writes some of the windows itself."""
+        return TRACES in self.sources
+
+    def of_part(self, part: CalibrationPart) -> "Calibration":
+        """Return one part of a mix as if it were all."""
+        return replace(
+            self,
+            source=part.source,
+            digest=part.digest,
+            samples=part.samples,
+            draw=WRITTEN if part.source == TRACES else self.draw,
+            temperature=part.temperature,
+            prompts=part.prompts,
+            parts=(),
+        )
+
     def to_json(self) -> Json:
-        return _without_none(asdict(self))
+        facts = _without_none(asdict(self) | {"parts": [part.to_json() for part in self.parts]})
+        return facts if self.parts else {key: facts[key] for key in facts if key != "parts"}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Calibration":
+        parts = tuple(CalibrationPart(**part) for part in data.get("parts", ()))
+        return cls(**{**data, "parts": parts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +297,10 @@ class TrialSpec:
         equal, where the model ties them
     kv: how the evaluated model's cache stores keys and values; None leaves them in 16 bits
     export: format of the checkpoint that the trial writes too
+    reference: the original of a published checkpoint, which this one is compared with
     rules: the name patterns that overrides and skip were given as; for people, not part of the id
+    budget: allots bits to the linears while the trial runs; then they stand in its overrides, and
+        are no part of the id, as they follow from the rest
     """
 
     model: ModelRef
@@ -247,7 +315,9 @@ class TrialSpec:
     embedding_bits: int | None = None
     kv: KvScheme | None = None
     export: str | None = None
+    reference: ModelRef | None = None
     rules: Json = field(default_factory=dict, compare=False)
+    budget: BitBudget | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -290,13 +360,21 @@ class TrialSpec:
         for later in ("evaluation", "export", "kv", "rules"):
             facts.pop(later, None)
         facts["model"] = self.model.identity
+        if self.reference is not None:
+            facts["reference"] = self.reference.identity
         if self.scheme is not None:
+            given = self.overrides if self.budget is None else without_bits(self.overrides)
             facts.pop("overrides", None)
-            if changes := _some_of(self.overrides, lambda key: key not in ACTIVATION_KEYS):
+            if changes := _some_of(given, lambda key: key not in ACTIVATION_KEYS):
                 facts["overrides"] = changes
             for later in ACTIVATION_KEYS:
                 facts["scheme"].pop(later, None)
         return facts
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The model, and what it is compared with."""
+        return (self.model,) if self.reference is None else (self.model, self.reference)
 
     @property
     def schemes(self) -> Schemes | None:
@@ -313,12 +391,23 @@ class TrialSpec:
 
     @property
     def rounds_nothing(self) -> bool:
-        """True if the model is evaluated as it is: neither weights nor its cache are rounded."""
-        return self.scheme is None and self.kv is None
+        """True if the model is evaluated as it is: neither weights nor its cache are rounded.
+
+        And is not itself compared with another, whose rounding it is.
+        """
+        return self.scheme is None and self.kv is None and self.reference is None
 
     @property
     def heads(self) -> int:
+        if self.reference is not None and self.evaluation.drift is not None:
+            return 2
         return heads_in_memory(self.head_bits, self.evaluation)
+
+    @property
+    def generates(self) -> tuple[str, ...]:
+        """Name what has the model write text, token by token: tasks, and its own calibration."""
+        writes = self.calibration is not None and self.calibration.writes
+        return (*self.evaluation.generates, *((OWN_TEXT,) if writes else ()))
 
     @property
     def name(self) -> str:
@@ -327,7 +416,8 @@ class TrialSpec:
             return f"{self.method.name} {self.departures}".rstrip()
         scheme = self.scheme
         between = " " if scheme.format != INT and scheme.act_bits else ""
-        stored = f"{scheme.codes}{between}{scheme.activations} {scheme.groups}"
+        codes = scheme.codes if self.budget is None else "mixed"
+        stored = f"{codes}{between}{scheme.activations} {scheme.groups}"
         return f"{self.method.name} {stored} {self.departures}".rstrip()
 
     @property
@@ -346,6 +436,7 @@ class TrialSpec:
         ends = {"head": self.head_bits, "embedding": self.embedding_bits}
         words += [f"{end}:w{bits}" for end, bits in ends.items() if bits]
         words += [self.kv.name] if self.kv else []
+        words += [self.budget.words] if self.budget else []
         words += [f"export:{self.export}"] if self.export else []
         return " ".join(words)
 
@@ -359,13 +450,17 @@ class TrialSpec:
             "calibration": self.calibration and self.calibration.to_json(),
             "evaluation": self.evaluation.to_json(),
             "kv": self.kv and self.kv.to_json(),
+            "reference": self.reference and self.reference.to_json(),
             "overrides": {name: dict(changes) for name, changes in self.overrides.items()},
             "skip": list(self.skip),
+            "budget": self.budget and self.budget.to_json(),
         }
-        if self.kv is None:  # newer than the first records, which lack it
-            del facts["kv"]
+        for newer in ("kv", "reference"):  # than the first records, which lack them
+            if facts[newer] is None:
+                del facts[newer]
         if complete:
-            return facts
+            # A record of a trial without a budget looks as it always has.
+            return {key: value for key, value in facts.items() if key != "budget" or value}
         if self.scheme is not None and self.scheme.scales is None:
             del facts["scheme"]["scales"]
         return {key: value for key, value in facts.items() if key not in SELDOM or value}
@@ -381,17 +476,20 @@ class TrialSpec:
         for part in ("model", "method", "evaluation"):
             _checked(part, data[part], dict)
         scheme, calibration = data["scheme"], data["calibration"]
+        budget = data.get("budget")
         return cls(
             **facts
             | {
                 "model": ModelRef.from_json(data["model"]),
                 "method": MethodRef.from_json(data["method"]),
                 "scheme": None if scheme is None else Scheme(**scheme),
-                "calibration": None if calibration is None else Calibration(**calibration),
+                "calibration": None if calibration is None else Calibration.from_json(calibration),
                 "evaluation": Evaluation.from_json(data["evaluation"]),
                 "skip": tuple(data.get("skip", ())),
+                "reference": data.get("reference") and ModelRef.from_json(data["reference"]),
                 "kv": None if data.get("kv") is None else KvScheme(**data["kv"]),
                 "rules": _checked("rules", data.get("rules", {}), dict),
+                "budget": None if budget is None else BitBudget.from_json(budget),
             }
         )
 
@@ -410,6 +508,15 @@ def digest(facts: Json, *, spaced: bool = False) -> str:
 def text_metric(measure: str, text: str, quick: bool) -> str:
     """Return `perplexity/wikitext2`; of a quick evaluation `perplexity_quick/wikitext2`."""
     return f"{measure}{'_quick' if quick else ''}/{text}"
+
+
+def without_bits(overrides: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what overrides say beside bits, for the linears of which they say anything else."""
+    others = {
+        name: {key: value for key, value in changes.items() if key != "bits"}
+        for name, changes in overrides.items()
+    }
+    return {name: changes for name, changes in others.items() if changes}
 
 
 def heads_in_memory(head_bits: int | None, evaluation: Evaluation) -> int:

@@ -16,7 +16,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture
 def cache(tmp_path):
     """Blocks of four quantizations of 1000 bytes each, used in the order of their names."""
-    made = BlockCache(tmp_path / "trials")
+    made = BlockCache.of_storage(tmp_path, here=False)
     for second, name in enumerate(("a", "b", "c", "d")):
         made.use(name)
         (made.folder / name / "block_000.safetensors").write_bytes(bytes(1000))
@@ -80,7 +80,7 @@ def test_the_budget_does_not_shrink_by_what_is_kept(cache, disk, tmp_path):
     for name in left(cache):
         cache.keep(name)
     assert cache.budget() == before - 4000 * block_cache.SHARE
-    assert BlockCache(tmp_path / "not" / "there").budget() > 0
+    assert BlockCache.of_storage(tmp_path / "not" / "there", here=False).budget() > 0
 
 
 def test_it_is_told(cache, disk):
@@ -90,3 +90,13 @@ def test_it_is_told(cache, disk):
         "5.0 KB, the least recently used go first"
     )
     assert f"stay in {cache.folder} for later evaluations: at most 5.0 KB" in cache.promise()
+
+
+def test_it_is_told_of_a_machine_with_a_storage_elsewhere(tmp_path):
+    cache = BlockCache.of_storage(tmp_path, here=True)
+    said = cache.promise()
+    assert "on the machine that made them, not in the store" in said
+    assert f"on this one in {tmp_path}" in said
+    with cache.lease("a"), cache.lease("a"):
+        assert cache.leased() == {"a"}
+    assert cache.leased() == set()

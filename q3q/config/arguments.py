@@ -42,7 +42,8 @@ def understood(arguments: Sequence[str]) -> list[str]:
     if line.has("--hydra-help", "--shell-completion", "-sc"):
         return list(arguments)
     refuse_torn(line)
-    words = [_in_hydras_grammar(word) for word in line.words]
+    words = [re.sub(r"^budget=", "budget.bytes=", word) for word in line.words]
+    words = [_in_hydras_grammar(word) for word in words]
     words = [part for word in words for part in _model(word, line.sweeps)]
     words = [_listed(word) for word in words]
     _refuse_studies(words)
@@ -105,7 +106,7 @@ def _model(word: str, sweeps: bool) -> list[str]:
 
 
 def _listed(word: str) -> str:
-    """Take a single value for a list of one, where a setting takes a list.
+    """Take a single value, or a mapping, for a list of one, where a setting takes a list.
 
     Raises:
         ConfigError: it names a part of a list.
@@ -122,7 +123,9 @@ def _listed(word: str) -> str:
             return word
         return f"{key}={','.join(f'[{choice}]' for choice in override.sweep_string_iterator())}"
     return (
-        f"{key}=[{typed}]" if isinstance(value, str | int | float) and "${" not in typed else word
+        f"{key}=[{typed}]"
+        if isinstance(value, str | int | float | dict) and "${" not in typed
+        else word
     )
 
 

@@ -6,11 +6,13 @@ from dataclasses import fields, replace
 
 from omegaconf import DictConfig
 
+from q3q.bit_budget import BitBudget
+from q3q.config.budget import width_of
 from q3q.config.patterns import Linear, linears, matching_linears, similar_names, summarize_linears
 from q3q.config.schema import UNTOUCHED_BITS, refuse_unknown
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.facts import ModelFacts
-from q3q.number_formats import FLOATS, FORMATS, INT
+from q3q.number_formats import ACT_FORMATS, BLOCKS, FLOATS, FORMATS, INT, own_form
 from q3q.quantize.methods.settings import MethodSettings
 from q3q.spec import Json, Scheme, Schemes, TrialSpec
 
@@ -18,10 +20,17 @@ GROUP_SIZES = (16, 32, 64, 128, 256, 512)  # that an error suggests
 
 
 def resolve_schemes(
-    config: DictConfig, settings: MethodSettings, facts: ModelFacts
+    config: DictConfig,
+    settings: MethodSettings,
+    facts: ModelFacts,
+    budget: BitBudget | None = None,
 ) -> tuple[Schemes | None, Json]:
-    """Return how each linear is stored (None: not at all), and the patterns that say so."""
-    base = _base_scheme(config, settings)
+    """Return how each linear is stored (None: not at all), and the patterns that say so.
+
+    Args:
+        budget: allots the bits later; until then all linears have its first width.
+    """
+    base = _base_scheme(config, settings, budget)
     if not settings.quantizes:  # then no other setting has to fit the model
         if base.act_bits is not None:
             key = "act_bits" if config.act_format in (None, INT) else "act_format"
@@ -36,22 +45,23 @@ def resolve_schemes(
     return schemes, rules
 
 
-def _base_scheme(config: DictConfig, settings: MethodSettings) -> Scheme:
+def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget | None) -> Scheme:
     """Return the scheme that holds unless a pattern says otherwise, defaults filled in."""
     refuse_unknown("format", config.format, FORMATS)
     bits, size, symmetric = _defaults_of(config.format, settings)
+    given = width_of(config) if budget is None else budget.widths[0]
     act_format = config.act_format
     if act_format is None:
         follows = settings.default_act_bits is not None and config.act_bits is None
         act_format = config.format if follows else INT
-    refuse_unknown("act_format", act_format, FORMATS)
+    refuse_unknown("act_format", act_format, ACT_FORMATS)
     act, act_bits, act_size = FLOATS.get(act_format), config.act_bits, config.act_group_size
     if act_bits is None:
         act_bits = settings.default_act_bits if act is None else act.bits
     if act_size is None:
         act_size = -1 if act is None else act.group_size or -1
     return Scheme(
-        bits=bits if config.bits is None else config.bits,
+        bits=bits if given is None else given,
         group_size=size if config.group_size is None else config.group_size,
         symmetric=symmetric if config.symmetric is None else config.symmetric,
         act_bits=None if act is None and act_bits == UNTOUCHED_BITS else act_bits,
@@ -65,9 +75,11 @@ def _base_scheme(config: DictConfig, settings: MethodSettings) -> Scheme:
 
 def _defaults_of(form: str, settings: MethodSettings) -> tuple[int, int, bool]:
     """Return the bits, group_size and symmetric of a format, where they are not given."""
-    if form not in FLOATS:
+    own = own_form(form)
+    if own is None:
         return settings.default_bits, settings.default_group_size, settings.default_symmetric
-    return FLOATS[form].bits, FLOATS[form].group_size or -1, True
+    symmetric = form not in BLOCKS or not BLOCKS[form].offsets
+    return own.bits, own.group_size or -1, symmetric
 
 
 def _changed(base: Scheme, changes: Json, settings: MethodSettings) -> Scheme:
@@ -126,6 +138,7 @@ def _with_patterns(
         }
         if differs:
             overrides[name] = differs
+    overrides |= {name: own for name, own in _narrow(base, model).items() if name not in skipped}
     rules: Json = {}
     if overrides:
         rules["overrides"] = patterns
@@ -160,6 +173,29 @@ def _changes_of_linears(
     return patterns, changes_of
 
 
+def _narrow(base: Scheme, model: Mapping[str, Linear]) -> dict[str, Json]:
+    """Return what differs for linears whose columns do not fill the blocks of a GGUF type.
+
+    They take the type with smaller blocks that is nearest, as llama.cpp's own quantizer does.
+    """
+    form = BLOCKS.get(base.format)
+    other = None if form is None else BLOCKS.get(form.instead)
+    if form is None or other is None:
+        return {}
+    instead = {
+        "format": other.name,
+        "bits": other.bits,
+        "group_size": other.group_size,
+        "symmetric": not other.offsets,
+    }
+    differs = {key: value for key, value in instead.items() if value != getattr(base, key)}
+    return {
+        name: dict(differs)
+        for name, linear in model.items()
+        if linear.columns % form.block and linear.columns % other.block == 0
+    }
+
+
 def _matches(key: str, pattern: str, model: Mapping[str, Linear]) -> list[str]:
     names = matching_linears(pattern, model)
     if not names:
@@ -184,8 +220,11 @@ def _check_group_sizes(
     linears_of: dict[tuple[str, int], list[Linear]] = {}
     for name, linear in model.items():
         scheme = schemes.of(name)
-        if scheme is not None and scheme.group_size != -1:
-            linears_of.setdefault((scheme.format, scheme.group_size), []).append(linear)
+        if scheme is None or scheme.group_size == -1:
+            continue
+        block = BLOCKS.get(scheme.format)
+        size = scheme.group_size if block is None else block.block
+        linears_of.setdefault((scheme.format, size), []).append(linear)
     complaints = []
     for (format_name, size), group in linears_of.items():
         misfits: dict[int, list[Linear]] = {}
@@ -198,7 +237,7 @@ def _check_group_sizes(
                 for columns, misfit in misfits.items()
             )
             columns_of = {linear.columns for linear in group}
-            form = FLOATS.get(format_name)
+            form = own_form(format_name)
             if form is not None and form.group_size is not None:
                 fitting = f"format={form.name} has no others; skip=[...] leaves layers out"
                 complaints.append(f"group_size={size} does not divide {where}; {fitting}")

@@ -198,7 +198,13 @@ def _measure_text(
             nll_N = baseline.nll_N
         else:
             losses = perplexity_and_drift(
-                model, windows_NT, baseline, reference.head(), steps, journal
+                model,
+                windows_NT,
+                baseline,
+                reference.head(),
+                steps,
+                journal,
+                confident=spec.reference is not None,
             )
             nll_N, drift = losses.nll_N, losses.drift
             part.metrics |= _named(drift.metrics(text.name), quick)

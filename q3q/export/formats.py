@@ -55,6 +55,7 @@ class Format:
     loaders: tuple[tuple[str, str, str], ...]
     act_order: bool = False  # a group index for each column
     mixed: bool = False  # settings that differ between linears, in a dense model
+    gaps: bool = False  # whole linears left in 16 bits, but no single experts
     # (weight bits, bits of dynamic per-token activations) held together, one symmetric scale a row
     acts: tuple[tuple[int, int], ...] = ()
     anything: bool = False  # plain numbers: any method's weights
@@ -113,10 +114,8 @@ class Format:
             )
         if self._mixes(spec, facts):
             where = " in a model with experts, which loaders fuse" if self.mixed else ""
-            own = spec.skip and "skip" not in spec.rules and not spec.overrides
-            left = ", ".join(facts.family.skipped)
-            yield f"overrides or skip{where}" + (
-                f" (by default {left} stay in 16 bits: skip=[] quantizes them)" if own else ""
+            yield (
+                f"overrides{where}" if self.gaps and spec.overrides else f"overrides or skip{where}"
             )
             return
         if site := _uneven_site(spec, facts):
@@ -129,9 +128,9 @@ class Format:
 
     def _mixes(self, spec: TrialSpec, facts: ModelFacts) -> bool:
         """Return True if linears have settings of their own that the format has no place for."""
-        if not self.mixed:
-            return bool(spec.overrides or spec.skip)
         of_experts = any(".mlp.experts." in name for name in spec.skip)
+        if not self.mixed:
+            return bool(spec.overrides) or (bool(spec.skip) and not self.gaps) or of_experts
         return bool(facts.experts and (spec.overrides or of_experts))
 
     def _fills_words(self, spec: TrialSpec, facts: ModelFacts) -> bool:
@@ -156,9 +155,9 @@ class Format:
             return None
         if scheme.format != INT:
             acts = self.floats.get(scheme.format, ())
-            able = " or ".join(_activations(*act) for act in acts)
+            able = " or ".join(activations(*act) for act in acts)
             hint = f" (it takes {able})" if able else ""
-            own = _activations(scheme.act_format, scheme.act_group_size, scheme.act_bits)
+            own = activations(scheme.act_format, scheme.act_group_size, scheme.act_bits)
             return f"{own} with format={scheme.format}{hint}"
         if scheme.act_format != INT:
             return f"act_format={scheme.act_format}" + (" with format=int" if self.floats else "")
@@ -179,7 +178,7 @@ class Format:
         return one_scale and per_token and (scheme.bits, scheme.act_bits) in self.acts
 
 
-def _activations(form: str, size: int, bits: int | None = None) -> str:
+def activations(form: str, size: int, bits: int | None = None) -> str:
     """Name rounded activations as they are asked for, without a format's own group size."""
     if form == INT:
         return f"act_bits={bits}" + ("" if size == -1 else f" act_group_size={size}")
@@ -291,6 +290,7 @@ FORMATS: dict[str, Format] = {
             layout=_gptq_layout,
             implementation="q3q.export.gptq:GptqExporter",
             act_order=True,
+            gaps=True,
             words_per_row=True,
             words_per_column=True,
             loaders=(
@@ -312,6 +312,7 @@ FORMATS: dict[str, Format] = {
             symmetry="both (symmetric zero points are written out)",
             layout=lambda scheme: AwqWords(scheme.bits, scheme.group_size, False),
             implementation="q3q.export.awq:AwqExporter",
+            gaps=True,
             words_per_column=True,
             loaders=(
                 ("a plain unpacker of ours", TESTED, "all"),
@@ -387,6 +388,27 @@ def refuse_unsupported(
     raise IncompatibleError(f"export={name} cannot hold {'; nor '.join(reasons)}; {instead}")
 
 
+def format_of_choice(spec: TrialSpec) -> str:
+    """Return the first format of packed codes that a trial's settings alone allow, else `hf`.
+
+    The model's shapes may still forbid it: whoever exports is told so.
+    """
+    scheme = spec.scheme
+    packed = ("compressed_tensors", "gptq")
+    if scheme is None or spec.head_bits or spec.embedding_bits:
+        return "hf"
+    for form in (FORMATS[name] for name in packed):
+        acts = scheme.act_bits is None or form._holds_activations(scheme)
+        codes = scheme.bits in form.bits
+        if scheme.format != INT:
+            codes = scheme.format in form.floats and _has_strategy(scheme)
+        mixed = form.mixed or not (spec.overrides or spec.skip)
+        ordered = form.act_order or not _reorders(spec, [scheme])
+        if codes and acts and mixed and ordered:
+            return form.name
+    return "hf"
+
+
 def stored_scales(name: str, dtype: str) -> str | None:
     """Return the types that scales are rounded to, in turn, before anything is measured.
 
@@ -397,41 +419,3 @@ def stored_scales(name: str, dtype: str) -> str | None:
         return None
     own = dtype if dtype in ("float16", "bfloat16") else "float16"
     return own if name == "compressed_tensors" or own == "float16" else f"{own} float16"
-
-
-def table() -> str:
-    """Return the table of docs/EXPORT.md."""
-    lines = [
-        "| `export=` | what is stored | codes | symmetry | activations | act-order | mixed "
-        "| experts | loaders |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for form in FORMATS.values():
-        cells = (
-            f"`{form.name}`",
-            form.content,
-            _codes_cell(form),
-            form.symmetry,
-            _activation_cell(form),
-            "yes" if form.act_order or form.anything else "no",
-            "yes" if form.anything else "dense models, symmetric" if form.mixed else "no",
-            "yes, one set of tensors an expert",
-            "; ".join(f"{name} ({status}): {scope}" for name, status, scope in form.loaders),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _codes_cell(form: Format) -> str:
-    if form.anything:
-        return "all, and BiLLM's"
-    floats = "".join(f", `{name}`" for name in form.floats)
-    return f"int of {listed(form.bits)} bits{floats}"
-
-
-def _activation_cell(form: Format) -> str:
-    cells = [f"W{w}A{a}, one scale a row" for w, a in form.acts]
-    for name, acts in form.floats.items():
-        if acts:
-            cells.append(f"`{name}` with {' or '.join(_activations(*act) for act in acts)}")
-    return "; ".join(cells) or "no"

@@ -14,6 +14,7 @@ from q3q.export.formats import (
     schemes_of,
 )
 from q3q.export.reload.configs import AS_IT_IS, UNPACKED, reading_of
+from q3q.kv_scheme import FIXED, KvScheme
 from q3q.models.facts import ModelFacts
 from q3q.number_formats import INT
 from q3q.spec import Scheme, TrialSpec
@@ -91,6 +92,22 @@ def loading_notice(spec: TrialSpec, facts: ModelFacts) -> str | None:
     if not read_by_transformers(spec, facts):
         return f"export={spec.export} {_unread(spec, facts)}; its model card says what does"
     return None
+
+
+def kv_notice(name: str, spec: TrialSpec) -> str | None:
+    """Return a line for a trial that rounds its cache, which files do not say; None for others."""
+    if spec.kv is None or (name == "compressed_tensors" and holds_cache(spec.kv)):
+        return None
+    return (
+        f"export={name} holds the weights, not how the cache is stored ({spec.kv.name}): that is "
+        "chosen where the model is served; export=compressed_tensors says it of "
+        "kv_format=fp8_e4m3 kv_scales=fixed"
+    )
+
+
+def holds_cache(kv: KvScheme) -> bool:
+    """Return True if compressed-tensors' config says how this cache is stored."""
+    return (kv.format, kv.scales, kv.window) == ("fp8_e4m3", FIXED, 0)
 
 
 def read_by_transformers(spec: TrialSpec, facts: ModelFacts) -> bool:

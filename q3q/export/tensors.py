@@ -43,6 +43,25 @@ def layouts(
         yield family.head, (facts.vocab, facts.hidden), None
 
 
+def plain_linears(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
+    """Yield the names on disk of the blocks' linears that stay plain numbers, without `.weight`.
+
+    Routers, and what else a family never quantizes, are among them.
+    """
+    for k in range(facts.layers):
+        never = {name for site in facts.sites(k) for name in site.unquantized}
+        yield from (facts.on_disk(k, name.removesuffix(".weight")) for name in sorted(never))
+    linears = {
+        facts.on_disk(k, name)
+        for k in range(facts.layers)
+        for name in disk_shapes(facts, k)
+        if without_expert(name) in facts.linears(k)
+    }
+    for name, _, layout in layouts(spec, facts):
+        if layout is None and name in linears:
+            yield name.removesuffix(".weight")
+
+
 def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> int:
     """Return one weight's bytes on disk, the sum over the tensors of its layout."""
     own = DTYPE_BYTES.get(dtype, 2)

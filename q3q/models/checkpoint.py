@@ -15,22 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from q3q.errors import CheckpointError, first_line
+from q3q.models.completeness import check_complete, read_input_numbers
 from q3q.models.digests import DigestMemo
 from q3q.models.disk_names import (
-    FUSED,
-    count_on_disk,
     disk_shapes,
-    input_parts_of,
+    is_fused,
     is_stacked,
     layout_of,
     parts_of,
-    same_shape,
     sources_of,
-    without_expert,
 )
-from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
+from q3q.models.facts import ModelFacts, read_facts
+from q3q.models.gguf_file import gguf_of, open_gguf
 from q3q.models.model_files import (
-    FLOATS,
     ModelFiles,
     carried_over,
     read_model_files,
@@ -44,7 +41,7 @@ from q3q.models.model_json import (
     refuse_irregular,
 )
 from q3q.models.packed import doubts_of
-from q3q.models.tensor_files import Rows, Shape, StoredTensor
+from q3q.models.tensor_files import Rows, StoredTensor
 from q3q.storage.files import FileState, file_state
 
 if TYPE_CHECKING:
@@ -52,9 +49,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-# Tensors that a config.json may ask for, beyond those that are stored, and still have listed one by
-# one: enough to name what a damaged folder lacks, and few enough to take no time.
-LISTED = 100_000
 TOKENIZER_FILES = (
     "added_tokens.json chat_template.jinja merges.txt special_tokens_map.json tokenizer.json "
     "tokenizer_config.json vocab.json"
@@ -70,12 +64,14 @@ class Checkpoint:
     checkpoints round inputs, and no weight.
 
     Args:
-        folder: config.json, and model.safetensors or an index with its shards.
+        folder: config.json, and model.safetensors or an index with its shards; or a GGUF file, or
+            a folder whose only weights are in one.
 
     Attributes:
         remarks: where config.json and the files disagree, and what q3q does, as transformers does.
         doubts: what is odd about weights that were read, a line each.
         carried: names of tensors of parts that are neither run nor quantized (`Family.carried`).
+        gguf: what a GGUF file says of the model; None for safetensors.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged (the error names the shard or
@@ -84,24 +80,24 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
+        self.gguf = None if (path := gguf_of(folder)) is None else open_gguf(path)
+        if self.gguf is None and not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder. {OWN_FOLDER}")
-        self.folder = folder
+        self.folder = folder if self.gguf is None else self.gguf.path.parent
         for name in (*TOKENIZER_FILES, GENERATION):
-            refuse_irregular(folder / name, TOKENIZER_LIMIT)
+            refuse_irregular(self.folder / name, TOKENIZER_LIMIT)
         facts = read_facts(folder)
-        self._files = _as_text(read_model_files(folder), facts)
+        if self.gguf is None:
+            self._files = _as_text(read_model_files(folder), facts)
+        else:
+            self._files = ModelFiles(dict(self.gguf.tensors), list(self.gguf.header.files))
         self.facts, remarks = settle(facts, self._files)
         self._stored = self._files.tensors
         self.doubts: dict[str, None] = {}
         if (packing := self.facts.packing) is not None:
             self.facts = replace(self.facts, packing=packing.settled(self._stored))
-        self._inputs: dict[
-            str, str
-        ] = {}  # linears and the numbers by which their inputs are rounded
-        self._names = self._check_complete()
-        if self._inputs:
-            self.facts = replace(self.facts, input_numbers=self._read_input_numbers())
+        self._names = check_complete(self.folder, self.facts, self._files)
+        self.facts = replace(self.facts, input_numbers=read_input_numbers(self.facts, self._stored))
         parts = self.facts.family.carried
         self.carried = tuple(name for name in self._stored if parts and name.startswith(parts))
         bits = sum(self._stored[name].bits for name in self.carried)
@@ -270,97 +266,16 @@ class Checkpoint:
         Args:
             cache: folder of a `DigestMemo`. Nothing is written into the model's folder.
         """
-        own = (self.folder / name for name in ("config.json", *TOKENIZER_FILES))
+        config = () if self.gguf else ("config.json",)  # a GGUF file says all of it itself
+        own = (self.folder / name for name in (*config, *TOKENIZER_FILES))
         files = [*own, *sorted(self._files.shards)]
         memo = DigestMemo(cache)
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
         memo.save()
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    def _read_input_numbers(self) -> dict[str, float]:
-        """Return the scale or factor of each linear's rounded input, by the linear's name on disk.
-
-        Raises:
-            CheckpointError: one is not a positive number.
-        """
-        numbers, packing = {}, self.facts.packing
-        for linear, part in self._inputs.items():
-            stored, layout = self._stored[part].number(), packing and packing.of(linear)
-            if not 0 < stored < math.inf:
-                raise CheckpointError(
-                    f"{self.folder}: {part} is {stored:g}, by which no input can be rounded"
-                )
-            assert layout is not None
-            numbers[linear] = layout.input_number(stored)
-        return numbers
-
     def _fused(self, k: int) -> bool:
-        return self.facts.on_disk(k, "mlp.experts.gate_up_proj") in self._stored
-
-    def _check_complete(self) -> dict[str, bool]:
-        """Return the model's tensors by name, and if they are a linear's weight or part of one.
-
-        A file may hold others too.
-        """
-        facts, family = self.facts, self.facts.family
-        least = sum(count_on_disk(facts, k, self._fused(k)) for k in range(facts.layers))
-        if least > len(self._stored) + LISTED:
-            raise CheckpointError(
-                f"{self.folder}: config.json gives {facts.layers} layers"
-                f"{f' of {facts.experts} experts' if facts.experts else ''}, at least {least} "
-                f"tensors, and the files hold {len(self._stored)}"
-            )
-        expected: dict[str, Shape] = {family.embedding: (facts.vocab, facts.hidden)}
-        packed: dict[str, tuple[str, ...]] = {}
-        linears: set[str] = set()
-        for k in range(facts.layers):
-            of_linears = facts.linears(k)
-            for name, shape in disk_shapes(facts, k, self._fused(k)).items():
-                full = facts.on_disk(k, name)
-                stacked = without_expert(name)
-                linear = stacked in of_linears or stacked in FUSED
-                if (layout := layout_of(facts, k, name)) is None:
-                    expected[full] = shape
-                    linears |= {full} if linear else set()
-                    continue
-                of_input = input_parts_of(layout, full)
-                for part, (types, part_shape) in (parts_of(layout, full, shape) | of_input).items():
-                    if part not in self._stored and part.endswith(layout.optional):
-                        continue
-                    expected[part], packed[part] = part_shape, types
-                    linears |= {part} - of_input.keys()
-                self._inputs |= {full.removesuffix(".weight"): part for part in of_input}
-        expected[family.final_norm] = (facts.hidden,)
-        if not facts.tied:
-            expected[family.head] = (facts.vocab, facts.hidden)
-
-        if missing := [name for name in expected if name not in self._stored]:
-            untied = (
-                " (tie_word_embeddings is false in config.json)"
-                if missing[0] == family.head
-                else ""
-            )
-            raise CheckpointError(
-                f"{self.folder}: {number_of_tensors(missing)} missing, first {missing[0]}"
-                f"{self._files.whereabouts(missing[0])}{untied}"
-            )
-        for what, misfits in {
-            "of a shape that config.json does not imply": [
-                f"{name} in {stored.shard.name}: {list(stored.shape)} instead of {list(shape)}"
-                for name, shape in expected.items()
-                if not same_shape((stored := self._stored[name]).shape, shape)
-            ],
-            "not stored as floats, or as the packed format says": [
-                f"{name} in {stored.shard.name}: {stored.dtype}"
-                for name in expected
-                if (stored := self._stored[name]).dtype not in packed.get(name, tuple(FLOATS))
-            ],
-        }.items():
-            if misfits:
-                raise CheckpointError(
-                    f"{self.folder}: {number_of_tensors(misfits)} {what}, first {misfits[0]}"
-                )
-        return {name: name in linears for name in expected}
+        return is_fused(self.facts, k, self._stored)
 
 
 def _as_text(files: ModelFiles, facts: ModelFacts) -> ModelFiles:

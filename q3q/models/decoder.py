@@ -329,14 +329,20 @@ def load_block(
 def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Block:
     """Build the k-th block from its weights.
 
-    If the checkpoint rounds activations, the block rounds the inputs of its sites, except of those
-    whose linears the checkpoint leaves unquantized.
+    If the checkpoint rounds keys and values in a cache, so does the block. If it rounds
+    activations, the block rounds the inputs of its sites, except of those whose linears the
+    checkpoint leaves unquantized.
 
     Raises:
         CheckpointError: the checkpoint leaves out a part of a site.
     """
     block, packing = Block(facts, k, weights), facts.packing
-    if packing is None or not packing.rounds_inputs:
+    if packing is None:
+        return block
+    if packing.kv is not None:
+        key, value = (facts.input_numbers.get(facts.on_disk(k, end), 1.0) for end in "kv")
+        block.kv = KvRounding(packing.kv, key, value)
+    if not packing.rounds_inputs:
         return block
 
     def rounding(*names: str) -> InputRounding | None:

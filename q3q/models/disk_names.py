@@ -1,6 +1,6 @@
 """Names and shapes of a block's tensors in files: a matrix per expert, or fused ones."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from q3q.models.family import ModelFacts
 from q3q.models.packed import Layout, Part, input_parts
@@ -24,6 +24,11 @@ def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str,
     for name, (experts, *matrix) in stacked.items():
         shapes |= {of_expert(name, e): tuple(matrix) for e in range(experts)}
     return shapes
+
+
+def is_fused(facts: ModelFacts, layer: int, tensors: Collection[str]) -> bool:
+    """Return True if files hold a block's experts as fused tensors, gate over up."""
+    return facts.on_disk(layer, "mlp.experts.gate_up_proj") in tensors
 
 
 def is_stacked(name: str) -> bool:

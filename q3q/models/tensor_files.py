@@ -47,7 +47,7 @@ _TORCH_DTYPES = {
 _COMPARED_AT_ONCE = 1 << 22  # bytes
 # Threads that read a large tensor at most, and bytes that each reads at a time: one thread copies
 # some 2 GB/s from the page cache, and a disk of several GB/s wants several requests at once.
-MOST_READERS, _READ_AT_ONCE = 4, 1 << 24
+MOST_READERS, READ_AT_ONCE = 4, 1 << 24
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -95,7 +95,7 @@ class StoredTensor:
         try:
             with self.shard.open("rb", buffering=0) as file:
                 fill = partial(self._fill, file.fileno(), buffer, position)
-                starts = range(0, len(buffer), _READ_AT_ONCE)
+                starts = range(0, len(buffer), READ_AT_ONCE)
                 if len(starts) < 2:
                     fill(0)
                 else:
@@ -134,7 +134,7 @@ class StoredTensor:
 
     def _fill(self, file: int, buffer: memoryview, position: int, start: int) -> None:
         """Read a piece of an open file's tensor; the interpreter's lock is free meanwhile."""
-        piece = buffer[start : start + _READ_AT_ONCE]
+        piece = buffer[start : start + READ_AT_ONCE]
         done = 0
         while done < len(piece):
             chunk = os.preadv(file, [piece[done:]], position + start + done)

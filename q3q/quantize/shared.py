@@ -3,6 +3,10 @@
 With `keep=auto` and `keep=blocks` they lie where all trials of the quantization look, from the
 first block on. Whoever makes them has a claim on the quantization; another trial waits for it, and
 goes on at the last block if the maker died. With `keep=none` they lie in the trial's own folder.
+
+With `keep=auto` in a storage that is a URL, they lie in the trial's own folder too, so that another
+machine can go on with them. Once all are made, they get further names in this machine's cache. Its
+trials wait for each other as above; another machine makes its own.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +18,6 @@ from q3q.quantize.block_store import BlockStore
 from q3q.quantize.methods.source import differ, source_of
 from q3q.record import forget_progress
 from q3q.spec import Json
-from q3q.storage.block_cache import BlockCache
 from q3q.storage.claim import ClaimStore, Holder, claimed
 from q3q.storage.mirror import Mirror, mirror_for
 
@@ -46,7 +49,8 @@ def blocks_of(
         yield BlockStore(trial.blocks_folder)
         return
     if not trial.placement.shares_blocks and not kept.is_dir():
-        with _usable(trial, lambda: None, say) as store:
+        cached = trial.placement.caches_blocks_here
+        with _from_cache(trial, count, wait, say) if cached else _usable(trial, say=say) as store:
             yield store
         return
     with ExitStack() as held:
@@ -63,16 +67,42 @@ def blocks_of(
             mirror.push(f"trials/blocks/{name}", sure=claim.check)
 
 
-def _usable(trial: Trial, sure: Callable[[], object], say: Callable[[str], object]) -> BlockStore:
+@contextmanager
+def _from_cache(
+    trial: Trial,
+    count: int,
+    wait: Callable[[Holder], object],
+    say: Callable[[str], object],
+) -> Iterator[BlockStore]:
+    """`blocks_of` where a machine has a cache of its own."""
+    cache, name = trial.placement.block_cache, trial.spec.quantization_id
+    with ExitStack() as held:
+        claim = held.enter_context(claimed(cache.folder, name, wait))
+        store = _usable(trial, claim.check, say)
+        cache.forget_older(name, trial.placement.fresh)
+        cache.use(name)
+        if store.holds(count):
+            held.close()
+        with store:
+            yield store
+        try:
+            store.share()
+        except OSError as error:
+            say(f"this machine keeps no quantized blocks for later evaluations: {error}")
+
+
+def _usable(
+    trial: Trial,
+    sure: Callable[[], object] = lambda: None,
+    say: Callable[[str], object] = lambda line: None,
+) -> BlockStore:
     """Return the trial's store, but with no blocks that other code of a package's method made.
 
     Scores of such blocks are forgotten with them. q3q's own methods raise `version` instead.
     """
-    own, kept, identity = (
-        trial.blocks_folder,
-        trial.kept_blocks_folder,
-        trial.spec.quantization_id,
-    )
+    own, kept, identity = trial.blocks_folder, trial.kept_blocks_folder, trial.spec.quantization_id
+    if trial.placement.caches_blocks_here and not kept.is_dir():
+        kept = trial.cached_blocks_folder
     source = None if trial.spec.method.package is None else source_of(trial.spec.method)
     stale = [folder for folder in (own, kept) if _is_stale(folder, identity, source)]
     if stale:
@@ -80,13 +110,16 @@ def _usable(trial: Trial, sure: Callable[[], object], say: Callable[[str], objec
     if own in stale:
         forget_progress(trial)
     if not trial.placement.shares_blocks:
+        if kept in stale and kept == trial.cached_blocks_folder:
+            BlockStore(kept).delete()
+            stale.remove(kept)
         store = BlockStore(own, None if kept in stale else kept, identity, sure)
     else:
         store = BlockStore(kept, None, identity, sure)
         if kept in stale:
             forget_progress(trial)
             store.delete()
-        cache = BlockCache(trial.placement.trials)
+        cache = trial.placement.block_cache
         if trial.placement.caches_blocks:
             cache.use(identity)
         else:

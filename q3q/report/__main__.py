@@ -4,6 +4,7 @@ Several studies (`--study A --study B`) are set side by side on one page.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,13 @@ from q3q.quoting import module
 from q3q.report.about import About
 from q3q.report.beside import NamedStudy, beside
 from q3q.report.drawn import current_report
-from q3q.report.records import StoredRecords, find_records, predictions, sweeps_of_trials
+from q3q.report.records import (
+    StoredRecords,
+    find_records,
+    margin_of,
+    predictions,
+    sweeps_of_trials,
+)
 from q3q.report.write import (
     FORMATS,
     HTML,
@@ -48,6 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--against",
         choices=["paper"],
         help="compare with published numbers, and say so if none of them was run",
+    )
+    parser.add_argument(
+        "--context",
+        type=_context,
+        metavar="TOKENS",
+        help="count a cache of so many tokens beside the weights; default: as the study did",
+    )
+    parser.add_argument(
+        "--margin",
+        type=_margin,
+        metavar="NUMBER",
+        help="the loss that counts as none, in percent of a perplexity and in points of an "
+        "accuracy: says which trials are shown to stay within it; default: the study's own",
     )
     parser.add_argument(
         "--out",
@@ -146,8 +166,31 @@ def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) ->
         predicted=predictions(storage),
         sweeps=sweeps_of_trials(storage),
         warnings=_warnings(stored),
+        context=options.context or (sweep.context if sweep else None),
         against_paper=options.against == "paper",
+        margin=options.margin or (margin_of(sweep) if sweep else None),
     )
+
+
+def _context(word: str) -> int:
+    """Return a positive number of tokens.
+
+    Raises:
+        ArgumentTypeError: the word is none.
+    """
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is no number of tokens, such as 32768")
+    return int(word)
+
+
+def _margin(text: str) -> float:
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = math.nan
+    if not 0 < margin < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above zero")
+    return margin
 
 
 if __name__ == "__main__":

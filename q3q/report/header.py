@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from q3q.config.schema import TEXT_NAMES
 from q3q.formatting import plural, significant
-from q3q.number_formats import FLOATS, INT
+from q3q.number_formats import INT, own_form
 from q3q.record import TrialRecord
 from q3q.report.measures import by_model, in_order
 from q3q.report.sizes import parameters_of
@@ -39,7 +39,9 @@ def abbreviations(records: Iterable[TrialRecord]) -> str:
     words += [f"{name}: {_shared(scheme)}" for name, scheme in sorted(blocks.items())]
     if activations:
         words.append(f"a{activations[0]}: activations of {activations[0]} bits, a16: of 16 bits")
-    formats = {scheme.codes: FLOATS[scheme.format] for scheme in schemes if scheme.format != INT}
+    formats = {
+        scheme.codes: form for scheme in schemes if (form := own_form(scheme.format)) is not None
+    }
     words += [f"{name}: {form.about}" for name, form in formats.items()]
     if len({scheme.symmetric for scheme in schemes}) > 1:
         words.append("sym, asym: codes symmetric around zero, or with zero points")

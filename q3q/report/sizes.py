@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from q3q.formatting import significant
-from q3q.record import TrialRecord
+from q3q.kv_scheme import CacheShape
+from q3q.record import CACHE, TrialRecord
 
 BITS_PER_WEIGHT, BITS_PER_WEIGHT_MODEL = "bits_per_weight", "bits_per_weight_model"
 SIZES = (BITS_PER_WEIGHT, BITS_PER_WEIGHT_MODEL)
@@ -67,6 +68,18 @@ def bits_of_weight(record: TrialRecord, metric: str) -> Size | None:
     if size is None or parameters is None:
         return Size(stored, _rule(record))
     return Size(8 * size.value / parameters, size.rule)
+
+
+def cache_shape_of(records: Iterable[TrialRecord]) -> CacheShape | None:
+    """Return what a token leaves in the cache of these trials' one model; None if none knows.
+
+    Records know it of trials that were asked for a scheme of the cache or for a context.
+    """
+    for record in records:
+        note = record.notes.get(CACHE)
+        if isinstance(note, dict):
+            return CacheShape(numbers=int(note["numbers"]), head_dim=int(note["head_dim"]))
+    return None
 
 
 def parameters_of(record: TrialRecord) -> float | None:

@@ -3,12 +3,16 @@
 They lie in `trials/blocks/<quantization id>`. What `keep=auto` leaves there has a mark, whose time
 of change is when a trial used the blocks last. The least recently used go first when all that are
 marked take more than a part of the free disk. What `keep=blocks` left has no mark and stays.
+
+Where the storage is a URL, each machine has a cache of its own, `.blocks/<quantization id>` in its
+mirror. The machine's trials that use blocks have a lease on them, which the kernel ends with them.
 """
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +48,17 @@ class BlockCache:
     """The folder of finished trials' quantized blocks.
 
     Args:
-        trials: a storage folder's `trials`.
+        here: the folder is this machine's alone, where trials have leases.
     """
 
-    def __init__(self, trials: Path) -> None:
-        self.folder = trials / "blocks"
+    def __init__(self, folder: Path, *, here: bool = False) -> None:
+        self.folder, self.here = folder, here
+
+    @classmethod
+    def of_storage(cls, storage: Path, *, here: bool) -> "BlockCache":
+        """Return the cache of a storage folder, or of a mirror."""
+        # Names that begin with a dot are not exchanged with a store (`storage.mirror`).
+        return cls(storage / ".blocks" if here else storage / "trials" / "blocks", here=here)
 
     def use(self, name: str) -> None:
         """Note that a trial uses a quantization's blocks, which it may be about to make.
@@ -61,9 +71,44 @@ class BlockCache:
         if new or (folder / MARK).exists():
             (folder / MARK).touch()
 
+    def forget_older(self, name: str, since: str | None) -> None:
+        """Delete a quantization's blocks unless they were made for a wish to run from nothing.
+
+        Args:
+            since: names the wish; None if there is none.
+        """
+        mark = self.folder / name / MARK
+        if since is None or (mark.exists() and mark.read_text(encoding="utf-8") == since):
+            return
+        shutil.rmtree(mark.parent, ignore_errors=True)
+        mark.parent.mkdir(parents=True)
+        mark.write_text(since, encoding="utf-8")
+
     def keep(self, name: str) -> None:
         """Let a quantization's blocks stay, whatever they take (keep=blocks)."""
         (self.folder / name / MARK).unlink(missing_ok=True)
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[None]:
+        """Have a quantization's blocks stay on this machine while some work goes on."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lease(name).open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    def leased(self) -> set[str]:
+        """Return the quantizations that somebody on this machine has a lease on."""
+        found = set()
+        for path in self.folder.glob(self._lease("*").name):
+            with path.open("ab") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    found.add(path.stem)
+        return found
+
+    def _lease(self, name: str) -> Path:
+        return self.folder / f"{name}.lease"
 
     def entries(self) -> list[Kept]:
         """Return all quantizations whose blocks may go, the least recently used first."""
@@ -112,15 +157,22 @@ class BlockCache:
             return ""
         size = bytes_in_words(sum(kept.size for kept in entries))
         count = f"{len(entries)} quantization{'s' if len(entries) > 1 else ''}"
+        where = "on this machine " if self.here else ""
         return (
-            f"blocks of {count} kept for later evaluations (keep=auto): {size} of at most "
+            f"blocks of {count} kept {where}for later evaluations (keep=auto): {size} of at most "
             f"{bytes_in_words(self.budget())}, the least recently used go first"
         )
 
     def promise(self) -> str:
         """Return a line on what will be kept here."""
+        most = f"at most {bytes_in_words(self.budget())}, the least recently used go first"
+        if self.here:
+            return (
+                "Quantized blocks stay for later evaluations on the machine that made them, not in "
+                f"the store: on this one in {self.folder}, {most}. keep=none keeps none, "
+                "keep=blocks all, in the store."
+            )
         return (
-            f"Quantized blocks stay in {self.folder} for later evaluations: at most "
-            f"{bytes_in_words(self.budget())}, the least recently used go first. keep=none keeps "
-            "none, keep=blocks all."
+            f"Quantized blocks stay in {self.folder} for later evaluations: {most}. keep=none "
+            "keeps none, keep=blocks all."
         )

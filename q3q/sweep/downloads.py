@@ -34,10 +34,14 @@ def needs_of(trials: Iterable[Trial]) -> list[Need]:
     folders = {}
     for trial in trials:
         spec, placement = trial.spec, trial.placement
-        if spec.model.source is not None:
-            needs.append(ModelNeed(spec.model.source, spec.model.revision))
-        if spec.calibration is not None and is_from_hub(spec.calibration.source):
-            needs.append(TextNeed(spec.calibration.source, "calibration", placement.data))
+        for model in spec.models:
+            if model.source is not None:
+                needs.append(ModelNeed(model.source, model.revision))
+        needs += [
+            TextNeed(source, "calibration", placement.data)
+            for source in (spec.calibration.sources if spec.calibration is not None else ())
+            if is_from_hub(source)
+        ]
         needs += [
             TextNeed(str(text.source), "evaluation", placement.data)
             for text in spec.evaluation.texts

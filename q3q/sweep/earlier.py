@@ -40,5 +40,5 @@ def quantized_again(trials: Sequence[Trial], recent: Iterable[TrialRecord]) -> l
         trial
         for trial in trials
         if trial.spec.scheme and trial.spec.quantization_id in done
-        if not trial.kept_blocks_folder.exists()
+        if not any(folder.exists() for folder in trial.block_folders)
     ]

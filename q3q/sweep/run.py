@@ -19,12 +19,11 @@ from q3q.environment import now
 from q3q.errors import SweepFailedError
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
-from q3q.placement import Trial
+from q3q.placement import KEEP_AUTO, Trial
 from q3q.quantize.methods.source import code_changes
 from q3q.record import Progress, Sweep, TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.storage.aside import clear_storage, telling
-from q3q.storage.block_cache import BlockCache
 from q3q.storage.mirror import mirror_at, refreshed
 from q3q.storage.stores import folder_of, is_url
 from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
@@ -178,7 +177,7 @@ def run_study(
     if len(trials) > 1 and not settings.fresh:
         _say_what_repeats(left, storage)
     if settings.plan_only:
-        _show_plan(planned, machines, host.where, settings, storage)
+        _show_plan(planned, machines, host.where, settings)
     if not (settings.address and is_url(settings.storage)):  # there each machine has its own mirror
         refuse_what_fills_the_disk(planned, machines, storage)
     if settings.plan_only:
@@ -215,15 +214,15 @@ def _show_plan(
     machines: Sequence[Machine],
     where: str,
     settings: StudySettings,
-    storage: Path,
 ) -> None:
     _show_notes(settings)
     print(describe(planned, machines=machines, where=where, storage=settings.storage))
     if settings.absent:
         print(settings.absent)
     left = [entry for entry in planned if not entry.done]
-    if any(entry.trial.placement.caches_blocks and entry.spec.schemes for entry in left):
-        print(BlockCache(storage / "trials").promise())
+    places = [entry.trial.placement for entry in left if entry.spec.schemes]
+    if places and places[0].keep == KEEP_AUTO:
+        print(places[0].block_cache.promise())
 
 
 def _say_what_repeats(left: Sequence[Planned], storage: Path) -> None:
@@ -376,7 +375,8 @@ def _name_of(trials: Sequence[Trial]) -> str:
 def _forget_kept_blocks(trials: Iterable[Trial], storage: str) -> None:
     mirror = mirror_at(storage)
     for trial in trials:
-        shutil.rmtree(trial.kept_blocks_folder, ignore_errors=True)
+        for folder in (trial.kept_blocks_folder, trial.cached_blocks_folder):
+            shutil.rmtree(folder, ignore_errors=True)
         if mirror is not None:
             mirror.remove(f"trials/blocks/{trial.spec.quantization_id}")
 

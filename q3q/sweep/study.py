@@ -227,7 +227,7 @@ class Study:
         self.records[record.spec.id] = record
         self._upload(record)
         self._enqueue(self._compared(record))
-        if not record.completed or record.spec.scheme is not None:
+        if not record.completed or not record.spec.rounds_nothing:
             return  # no other trial is compared with it
         for other in list(self.records.values()):
             if other.placement.baseline == record.spec.id:

@@ -143,8 +143,9 @@ def listed(trials: Sequence[StoredTrial], storage: str | Path, folder: Path | No
     counts = {state: sum(trial.state == state for trial in trials) for state in STATES}
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines.append(f"{states}; {bytes_in_words(bytes_below(folder))} in {folder} with all else there")
-    if kept := BlockCache(folder / "trials").describe():
-        lines.append(kept)
+    for here in (False, True) if is_url(str(storage)) else (False,):
+        if kept := BlockCache.of_storage(folder, here=here).describe():
+            lines.append(kept)
     return "\n".join(lines)
 
 
@@ -189,7 +190,7 @@ def _stored(
     if is_url(named):
         trial = trial.placed(store=named.rstrip("/"))
     state, waits = _state(trial, folder, record, sweep, running, named)
-    folders = [folder, trial.kept_blocks_folder, *exports_of(trial)]
+    folders = [folder, *{trial.kept_blocks_folder, trial.cached_blocks_folder}, *exports_of(trial)]
     return StoredTrial(
         id=trial.id,
         name=trial.spec.label,
@@ -230,7 +231,7 @@ def _state(
     if record is not None:
         return "failed", f"{_shortened(record.reason)}; then {after}"
     if folder.is_dir() and not waits_in_sweep:
-        places = {folder / "blocks", trial.kept_blocks_folder}
+        places = {folder / "blocks", trial.kept_blocks_folder, trial.cached_blocks_folder}
         blocks = len({path.name for place in places for path in place.glob("block_*.json")})
         return "stopped", f"{f'to go on at block {blocks}: ' if blocks else ''}{after}"
     return "waiting", after

@@ -6,7 +6,7 @@ from typing import Any
 
 from q3q.models.packed import Layout
 from q3q.models.packed_floats import ModelOptFp4, PlainFloats
-from q3q.models.published.packing import NOTHING, Packing, unreadable
+from q3q.models.published.packing import FP8_CACHE, NOTHING, Packing, unreadable
 
 METHOD = "modelopt"
 FILE = "hf_quant_config.json"
@@ -22,12 +22,16 @@ def read_modelopt(config: Mapping[str, Any]) -> Packing:
     """
     inner = config.get("quantization", config)
     left_out = inner.get("exclude_modules") or inner.get("ignore") or ()
+    cache = inner.get("kv_cache_quant_algo") or (inner.get("kv_cache_scheme") and "FP8")
+    if cache not in (None, "FP8"):
+        raise unreadable(METHOD, f"with a cache of keys and values in {cache}")
+    kv = FP8_CACHE if cache else None
     rules: list[tuple[str, Layout | None]] = [(_wildcards(left_out), None)]
     if inner["quant_algo"] == MIXED:
         for name, own in inner["quantized_layers"].items():
             rules.append((re.escape(name), _layout(own["quant_algo"], own)))
-        return Packing(METHOD, (*rules, (".*", None)))
-    return Packing(METHOD, (*rules, (".*", _layout(inner["quant_algo"], inner))))
+        return Packing(METHOD, (*rules, (".*", None)), kv=kv)
+    return Packing(METHOD, (*rules, (".*", _layout(inner["quant_algo"], inner))), kv=kv)
 
 
 def _layout(algorithm: str, settings: Mapping[str, Any]) -> Layout:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from q3q.errors import CheckpointError
+from q3q.kv_scheme import FIXED, KvScheme
 from q3q.models.packed import Layout
 from q3q.scheme import InputRounding
 
@@ -21,12 +22,14 @@ class Packing:
     method: the quantizer's word for itself, or for its format
     rules: patterns of complete names with their layouts; the first that matches counts
     inexact: what runs otherwise in the format's own runtime than here, a line each
+    kv: how its cache stores keys and values; their scales lie beside the weights, or are 1
     by_files: a linear without its layout's marker among the stored tensors is unquantized
     """
 
     method: str
     rules: Rules
     inexact: tuple[str, ...] = ()
+    kv: KvScheme | None = None
     by_files: bool = False
 
     def of(self, linear: str) -> Layout | None:
@@ -92,6 +95,13 @@ def any_of(names: Iterable[str]) -> str:
 def parts_of_names(parts: Iterable[str]) -> str:
     """Return a pattern of names that contain one of these parts."""
     return f".*(?:{any_of(parts)}).*"
+
+
+# How servers store a cache in fp8: one scale for a layer's keys, and one for its values.
+FP8_CACHE = KvScheme(bits=8, format="fp8_e4m3", scales=FIXED)
+# Where the two scales lie, by the module of a block.
+KEY_SCALES = ("self_attn.k_scale", "self_attn.k_proj.k_scale", "self_attn.k_proj.output_scale")
+VALUE_SCALES = ("self_attn.v_scale", "self_attn.v_proj.v_scale", "self_attn.v_proj.output_scale")
 
 
 def unreadable(method: str, why: str) -> CheckpointError:
