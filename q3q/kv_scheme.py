@@ -133,6 +133,23 @@ class KvScheme:
             words.append(f"g{self.group_size}")
         return " ".join([*words, *([f"window {self.window}"] if self.window else [])])
 
+    @property
+    def about(self) -> str:
+        """Say what the name means: `keys and values of 4 bits, a scale for a head of a token`."""
+        form = FLOATS.get(self.format)
+        codes = f"of {self.bits} bits" if form is None else f"in {form.name}"
+        size = self.group_size
+        own = "a head" if size == -1 else f"{size} channels of a head"
+        shared = f"a scale for {own} of a token"
+        if self.scales == CHANNEL:
+            shared = (
+                f"a scale for each channel of {self.chunk} tokens of keys and for {own} of values"
+            )
+        elif self.scales == FIXED:
+            shared = "with one fixed scale"
+        recent = f", the last {self.window} tokens in 16 bits" if self.window else ""
+        return f"keys and values {codes}, {shared}{recent}"
+
     def to_json(self) -> Json:
         """Return plain JSON: the bits, and what differs from its default."""
         own = {part.name: part.default for part in fields(self)}

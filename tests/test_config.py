@@ -25,6 +25,7 @@ from q3q.quantize.methods.settings import SETTINGS
 from q3q.spec import TrialSpec
 from q3q.sweep.grid import choices_of, trials_of
 from q3q.sweep.launcher import Job
+from q3q.sweep.settings import refuse_margin
 from tests.composed import compose
 from tests.composed import composed_trial as trial
 from tests.specs import qwen3_config
@@ -644,6 +645,25 @@ def test_bad_values_are_refused_in_one_line(error, command, message, tmp_path):
     with pytest.raises(error, match=message) as caught:
         spec(*words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("report.margin=0", "report.margin=0 is no loss: give a number above zero"),
+        ("report.margin=-1", "report.margin=-1 is no loss"),
+        ("report.margin=1 evaluation=none", "evaluation=none measures nothing"),
+        ("report.margin=1 evaluation.baseline=false", "evaluation.baseline=false leaves it out"),
+    ],
+)
+def test_a_margin_that_nothing_could_be_tested_against_is_refused(words, message):
+    refuse_margin(compose("config", ["report.margin=0.5"]))
+    with pytest.raises(ConfigError, match=message):
+        refuse_margin(compose("config", words.split()))
+
+
+def test_a_margin_belongs_to_the_report_and_not_to_the_trial():
+    assert trial("report.margin=0.5").id == trial().id
 
 
 @pytest.mark.usefixtures("hub")

@@ -221,7 +221,7 @@ def _exported(
         return trial
     refuse_unsupported(name, with_all_widths(spec, facts), facts, whole_zeros=settings.whole_zeros)
     assert spec.scheme is not None
-    scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype))
+    scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype, spec.scheme.format))
     trial = replace(trial, spec=replace(spec, export=name, scheme=scheme))
     folder = _absolute(path) or default_path(trial.spec, str(folder_of(config.storage)))
     trial = trial.placed(export=folder)

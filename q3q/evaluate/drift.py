@@ -6,7 +6,7 @@ positions, H hidden, V vocabulary, C positions whose logits exist at a time.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,11 +109,13 @@ class PerplexityAndDrift:
     """The results of one pass over a text.
 
     nll_N: each window's mean negative log-likelihood, float64, nats per token.
+    kl: mean KL of each window that the baseline keeps, by the window's number.
     """
 
     perplexity: Perplexity
     nll_N: Tensor
     drift: Drift
+    kl: Mapping[int, float]
 
 
 def perplexity_and_drift(
@@ -181,7 +183,8 @@ def perplexity_and_drift(
         positions=kl_KP.numel(),
         by_confidence=_bins(kl_KP, [results[row] for row in sorted(kept)]) if confident else (),
     )
-    return PerplexityAndDrift(of_losses(nll_N), nll_N, drift)
+    by_window = dict(zip(sorted(kept), kl_KP.mean(1).tolist(), strict=True))
+    return PerplexityAndDrift(of_losses(nll_N), nll_N, drift, by_window)
 
 
 def compare_positions(

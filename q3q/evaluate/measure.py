@@ -209,6 +209,11 @@ def _measure_text(
             nll_N, drift = losses.nll_N, losses.drift
             part.metrics |= _named(drift.metrics(text.name), quick)
             part.intervals |= _named(drift.intervals(text.name), quick)
+            if spec.reference is not None:
+                own = text_metric("kl", text.name, quick)
+                part.samples += window_rows(own, windows_digest(windows_NT), losses.kl)
+                if spec.model.files == spec.reference.files:  # in another type
+                    part.metrics[text_metric("kl_floor", text.name, quick)] = drift.kl
     if not torch.isfinite(nll_N).all():
         row = int((~torch.isfinite(nll_N)).nonzero()[0])
         raise IntegrityError(f"the model's logits in window {row} of {text.name} are not finite")

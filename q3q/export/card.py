@@ -70,6 +70,11 @@ def model_card(
         f"- calibration: `{json.dumps(spec.calibration.to_json())}`"
         if spec.calibration
         else "- calibration: none",
+        *(
+            [f"- measured with a rounded cache, which these files do not ask for: {spec.kv.about}"]
+            if spec.kv
+            else []
+        ),
         f"- arithmetic: {spec.model.dtype}; "
         f"scales are stored in, and were rounded to, {scheme.scales or 'none'}",
         f"- trial `{spec.id}`, seed {spec.seed}, {', '.join(versions)}",

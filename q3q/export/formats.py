@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from q3q.errors import IncompatibleError
-from q3q.export.reload.configs import Group
+from q3q.export.gguf_layout import TAKES, layout_of, model_problems, type_of
+from q3q.export.layouts import compressed_layout, gptq_layout
 from q3q.models.facts import ModelFacts
-from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
-from q3q.models.packed_floats import FloatLayout, PackedFloats, PlainFloats
-from q3q.number_formats import FLOATS, INT
+from q3q.models.packed import AwqWords, Layout
+from q3q.number_formats import FLOATS, GGUF, INT
 from q3q.spec import Scheme, TrialSpec
 
 TESTED, UNTESTED = "tested", "untested"
@@ -67,6 +67,7 @@ class Format:
     # (bits, symmetric) that vLLM takes without rounded activations, of dense and of expert models
     served: Pairs = ()
     served_experts: Pairs = ()
+    own_server: bool = False  # it is for a server of its own, not for vLLM
 
     ALL_BITS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -82,7 +83,11 @@ class Format:
         yield from dict.fromkeys(filter(None, map(self._activation_problem, schemes)))
         if not self.anything:
             yield from self._code_problems(spec, schemes, facts)
-            if not whole_zeros and not all(scheme.symmetric for scheme in schemes):
+            if (
+                not whole_zeros
+                and not self.own_server
+                and not all(scheme.symmetric for scheme in schemes)
+            ):
                 yield f"{spec.method.name}'s zero points, which are not whole numbers"
 
     def _code_problems(
@@ -197,35 +202,28 @@ def _sharing(scheme: Scheme) -> str:
     return f"group_rows={scheme.group_rows} with group_size={scheme.group_size}"
 
 
-def _compressed_layout(scheme: Scheme) -> Layout:
-    bits, size = scheme.bits, scheme.group_size
-    acts = (scheme.act_bits, scheme.act_format, scheme.act_group_size)
-    if scheme.format == INT:
-        kind = PackedInts if scheme.act_bits is None else PlainInts
-        return kind(bits, size, scheme.symmetric, *acts)
-    floats: type[FloatLayout] = PlainFloats if bits == 8 else PackedFloats
-    return floats(bits, size, True, *acts, format=scheme.format, group_rows=scheme.group_rows)
+@dataclass(frozen=True)
+class GgufFormat(Format):
+    """GGUF: what its types hold, of the models that llama.cpp runs."""
 
-
-def group_of(layout: Layout) -> Group:
-    """Return a layout as transformers sees it in the config."""
-    form = FLOATS.get(layout.format) if isinstance(layout, FloatLayout) else None
-    blocks = isinstance(layout, FloatLayout) and layout.group_rows > 1
-    return Group(
-        bits=layout.bits,
-        floats=form is not None,
-        symmetric=layout.symmetric,
-        rounded=layout.act_bits is not None,
-        scales="float" if form is None else form.scale,
-        wide_groups=layout.group_size == -1 and not blocks,
-    )
-
-
-def _gptq_layout(scheme: Scheme) -> Layout:
-    # In the first version (below=1) a zero point of 0 wraps around, and readers disagree about it.
-    # So only symmetric weights are written in it: their zero points are all the middle code.
-    below = 1 if scheme.symmetric else 0
-    return GptqWords(scheme.bits, scheme.group_size, scheme.symmetric, below=below)
+    def _code_problems(
+        self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts
+    ) -> Iterator[str]:
+        yield from model_problems(facts)
+        for scheme in schemes:
+            if type_of(scheme) is None:
+                kind = "symmetric" if scheme.symmetric else "asymmetric"
+                given = f"format={scheme.format}"
+                if scheme.format == INT:
+                    given = f"{kind} bits={scheme.bits} group_size={scheme.group_size}"
+                yield f"{given} (it takes {TAKES})"
+        if spec.head_bits or spec.embedding_bits:
+            yield "a quantized head or embedding"
+        if _reorders(spec, [scheme for scheme in schemes if not scheme.own_groups]):
+            yield (
+                "act-order's groups of columns that lie apart "
+                "(method.static_groups=true keeps neighbours together)"
+            )
 
 
 FORMATS: dict[str, Format] = {
@@ -250,7 +248,7 @@ FORMATS: dict[str, Format] = {
             content="packed codes, or bytes: of FP8, and of 8 bits with 8-bit activations",
             bits=(2, 3, 4, 5, 6, 7, 8),
             symmetry="both; with activations symmetric",
-            layout=_compressed_layout,
+            layout=compressed_layout,
             implementation="q3q.export.compressed_tensors:CompressedTensorsExporter",
             mixed=True,
             acts=((8, 8),),
@@ -287,7 +285,7 @@ FORMATS: dict[str, Format] = {
             content="GPTQModel's and AutoGPTQ's words",
             bits=(2, 3, 4, 8),
             symmetry="both (asymmetric as `gptq_v2`)",
-            layout=_gptq_layout,
+            layout=gptq_layout,
             implementation="q3q.export.gptq:GptqExporter",
             act_order=True,
             gaps=True,
@@ -321,6 +319,20 @@ FORMATS: dict[str, Format] = {
             ),
             served=SERVED_EITHER,
             served_experts=SERVED_EITHER,
+        ),
+        GgufFormat(
+            name="gguf",
+            content="llama.cpp's blocks, in one file with the tokenizer",
+            bits=(2, 3, 4, 5, 6, 8),
+            symmetry="both (zero points become offsets of float16)",
+            layout=layout_of,
+            implementation="q3q.export.gguf:GgufExporter",
+            mixed=True,
+            own_server=True,
+            loaders=(
+                ("the `gguf` package, run by transformers", TESTED, "all"),
+                ("llama.cpp", "tested where `make llama` has built it", "all, on CPU"),
+            ),
         ),
     )
 }
@@ -388,34 +400,39 @@ def refuse_unsupported(
     raise IncompatibleError(f"export={name} cannot hold {'; nor '.join(reasons)}; {instead}")
 
 
-def format_of_choice(spec: TrialSpec) -> str:
+def format_of_choice(spec: TrialSpec) -> str | None:
     """Return the first format of packed codes that a trial's settings alone allow, else `hf`.
 
-    The model's shapes may still forbid it: whoever exports is told so.
+    None if no format holds its activations. The model's shapes may still forbid the format: whoever
+    exports is told so.
     """
     scheme = spec.scheme
-    packed = ("compressed_tensors", "gptq")
-    if scheme is None or spec.head_bits or spec.embedding_bits:
-        return "hf"
-    for form in (FORMATS[name] for name in packed):
+    if scheme is None:
+        return None
+    ends = spec.head_bits or spec.embedding_bits
+    for form in (FORMATS[name] for name in ("compressed_tensors", "gptq", "hf")):
         acts = scheme.act_bits is None or form._holds_activations(scheme)
         codes = scheme.bits in form.bits
         if scheme.format != INT:
             codes = scheme.format in form.floats and _has_strategy(scheme)
         mixed = form.mixed or not (spec.overrides or spec.skip)
         ordered = form.act_order or not _reorders(spec, [scheme])
-        if codes and acts and mixed and ordered:
+        if acts and (form.anything or (codes and not ends and mixed and ordered)):
             return form.name
-    return "hf"
+    return None
 
 
-def stored_scales(name: str, dtype: str) -> str | None:
+def stored_scales(name: str, dtype: str, form: str = INT) -> str | None:
     """Return the types that scales are rounded to, in turn, before anything is measured.
+
+    GGUF's own types have scales that are as they are stored.
 
     They are the type in which the model runs and the format's. The GPTQ and AWQ formats store
     float16, which a bfloat16 model's loaders convert to bfloat16.
     """
     if name == "hf":
         return None
+    if name == "gguf":
+        return GGUF if form == INT else None
     own = dtype if dtype in ("float16", "bfloat16") else "float16"
     return own if name == "compressed_tensors" or own == "float16" else f"{own} float16"

@@ -8,11 +8,11 @@ from q3q.export.formats import (
     SERVED_FLOATS,
     SERVED_GROUPS,
     Format,
-    group_of,
     in_words,
     listed,
     schemes_of,
 )
+from q3q.export.layouts import group_of
 from q3q.export.reload.configs import AS_IT_IS, UNPACKED, reading_of
 from q3q.kv_scheme import FIXED, KvScheme
 from q3q.models.facts import ModelFacts
@@ -22,7 +22,7 @@ from q3q.spec import Scheme, TrialSpec
 
 def unserved(form: Format, spec: TrialSpec, facts: ModelFacts) -> str | None:
     """Return in a few words which setting vLLM rejects; None if it takes the export."""
-    if form.anything:
+    if form.anything or form.own_server:
         return None
     reasons = (
         _unserved(form, scheme, facts) if scheme.format == INT else _unserved_float(scheme)
@@ -74,7 +74,9 @@ def servable(spec: TrialSpec, facts: ModelFacts) -> list[str]:
     return [
         form.name
         for form in FORMATS.values()
-        if not list(form.problems(spec, facts)) and not unserved(form, spec, facts)
+        if not form.own_server
+        and not list(form.problems(spec, facts))
+        and not unserved(form, spec, facts)
     ]
 
 

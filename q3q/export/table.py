@@ -19,13 +19,15 @@ def table() -> str:
             _activation_cell(form),
             "yes" if form.act_order or form.anything else "no",
             "yes"
-            if form.anything
+            if form.anything or form.own_server
             else "dense models, symmetric"
             if form.mixed
             else "`skip` of whole linears"
             if form.gaps
             else "no",
-            "yes, one set of tensors an expert",
+            "yes, all experts' in one tensor"
+            if form.own_server
+            else "yes, one set of tensors an expert",
             "; ".join(f"{name} ({status}): {scope}" for name, status, scope in form.loaders),
         )
         lines.append("| " + " | ".join(cells) + " |")

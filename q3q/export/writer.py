@@ -128,6 +128,16 @@ class Exporter(ABC):
         """Return the content of further files of the format, by name."""
         return {}
 
+    def put_together(self, names: Mapping[str, str], size: int) -> Mapping[str, bytes]:
+        """Return what makes a checkpoint of the shards: the index, by its file's name.
+
+        Args:
+            names: each tensor's shard.
+            size: bytes of all tensors.
+        """
+        index = {"metadata": {"total_size": size}, "weight_map": names}
+        return {"model.safetensors.index.json": json.dumps(index, indent=1).encode()}
+
     def holds(self, block: "QuantizedBlock") -> bool:
         """Return True if exactly these codes are written already."""
         if self.finished:  # the proof compares them with what was evaluated
@@ -164,6 +174,8 @@ class Exporter(ABC):
     def finish(self, model: Decoder) -> Json:
         """Write the tensors outside the blocks and the checkpoint's other files; return the index.
 
+        It is empty for a format that has one file.
+
         Args:
             model: the model as evaluated.
         """
@@ -185,6 +197,8 @@ class Exporter(ABC):
                     self._shards.write(facts.layers + 1, carried, {})
                 self._write_files()
             file = self.folder / "model.safetensors.index.json"
+            if not file.is_file():  # the format has one file of its own
+                return {}
             index: Json = json.loads(file.read_text(encoding="utf-8"))
             return index
 
@@ -228,22 +242,23 @@ class Exporter(ABC):
     def _write_files(self) -> None:
         shards, shard_of = self._shards.all_facts(), self._shards.name
         names = {name: shard_of(k) for k, facts in enumerate(shards) for name in facts["names"]}
-        total = sum(facts["bytes"] for facts in shards)
-        index = {"metadata": {"total_size": total}, "weight_map": names}
         self.reordered = any(facts.get("reordered") for facts in shards)
         original = self.checkpoint.folder
         copied = [*(original / name for name in COPIED), *original.glob("LICENSE*")]
         files = {
             **{file.name: file.read_bytes() for file in copied if file.is_file()},
             **self.other_files(),
-            "model.safetensors.index.json": json.dumps(index, indent=1).encode(),
+            **self.put_together(names, sum(facts["bytes"] for facts in shards)),
             "config.json": json.dumps(self._config(), indent=1).encode(),
         }
         for name, content in files.items():
             write_atomically(self.partial / name, content)
 
     def _config(self) -> Json:
-        config = read_json(self.checkpoint.folder / "config.json")
+        gguf = self.checkpoint.gguf
+        config = (
+            read_json(self.checkpoint.folder / "config.json") if gguf is None else dict(gguf.config)
+        )
         config.pop("quantization_config", None)
         for part in (config, config.get("text_config")):
             if part is not None:

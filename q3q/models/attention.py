@@ -288,7 +288,7 @@ class TreeAttention:
         for part in self.own:
             where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD, late)
             context_TND[where] = part_TND.to(context_TND.dtype)
-            total_TN[where] = logsum_TN
+            total_TN[where] = logsum_TN.to(total_TN.dtype)
         for part in self.shared:
             where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD, late)
             combined_TN = torch.logaddexp(total_TN[where], logsum_TN)

@@ -39,7 +39,7 @@ RULE = (
     "An interval is of its own comparison, without the correction. A single seed "
     "cannot show how much of a difference is due to the calibration text that was drawn. "
     '"Not tested" means that the scores of each window or question, which a paired test needs, '
-    "are missing."
+    "are missing, or are too few for a test."
 )
 NO_WINNER = "no clear winner"
 FROM = " from the unquantized model"

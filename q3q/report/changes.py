@@ -115,8 +115,8 @@ def p_of_pair(first: Pool, second: Pool, reference: Pool | None, metric: str) ->
     return None
 
 
-def p_of(paired: Comparison) -> float:
-    """Return a comparison's p-value.
+def p_of(paired: Comparison) -> float | None:
+    """Return a comparison's p-value; None if there were too few samples for a test.
 
     The bootstrap resolves no p-value below one in its resamples; there the interval's counts, so
     that a large family's correction does not swallow what no resample contradicts.
@@ -125,7 +125,9 @@ def p_of(paired: Comparison) -> float:
     from q3q.evaluate.equivalence import p_of_interval
 
     if paired.p_value is None:
-        return 0.0 if paired.distinguishable else 1.0
+        if paired.distinguishable or paired.difference is None:  # not all are finite
+            return 0.0 if paired.distinguishable else 1.0
+        return None
     ends = (paired.difference, paired.low, paired.high)
     if paired.p_value > 2 / (RESAMPLES + 1) or None in ends:
         return paired.p_value
@@ -154,7 +156,9 @@ def _change(
             for end in (paired.difference, paired.low, paired.high)
         )
         assert value is not None
-        return Change(metric, value, low, high, paired.distinguishable, p_of(paired), paired)
+        p_value = p_of(paired)
+        tested = None if p_value is None else paired.distinguishable
+        return Change(metric, value, low, high, tested, p_value, paired)
     theirs = None if reference is None else reference.cell(metric)
     if not isinstance(theirs, float):
         return None

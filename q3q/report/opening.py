@@ -53,10 +53,8 @@ def _advice(answer: Answer) -> str:
         + (", which chance explains" if found.distinguishable is False and found.value else "")
     )
     named = f"{_named(pool)}{f' ({bytes_}{of})' if bytes_ else ''}"
-    if len(answer.at_all) == 1:
-        why = _why(answer)
-        return f"{named}: {cost}; {why}." if why else f"{named}: {cost}."
-    return f"Take {named}: {cost}; {_why(answer)}."
+    take = "Take " if len(answer.at_all) > 1 else ""
+    return f"{take}{named}: {cost}; {_why(answer)}."
 
 
 def _why(answer: Answer) -> str:
@@ -111,26 +109,23 @@ def _width(answer: Answer, verdict: Verdict) -> str:
         rivals: dict[str, list[str]] = {}
         for rival in (rival for rival in verdict.rivals if not rival.tied):
             rivals.setdefault(rival.pool.label, []).append(in_words(rival.metric))
-        others = ", ".join(f"{label} by {' and '.join(by)}" for label, by in rivals.items())
+        led = ", ".join(f"{label} by {' and '.join(by)}" for label, by in rivals.items())
         return (
             f"{at} there is no clear winner: {best.label} is best by {in_words(metric)} "
-            f"({_range(answer, [best])}), {others}"
+            f"({_range(answer, [best])}), {led}"
         )
     equal = [best, *(pool for pool in answer.at(verdict.bits) if pool.label in verdict.equal)]
-    worse = [
-        pool
-        for pool in answer.at(verdict.bits)
-        if pool not in equal and pool.label not in verdict.untested
-    ]
+    others = {best.label, *verdict.equal, *verdict.untested}
+    worse = [pool for pool in answer.at(verdict.bits) if pool.label not in others]
+    untested = [pool for pool in answer.at(verdict.bits) if pool.label in verdict.untested]
     if len(equal) == 1:
-        if not worse:
-            return f"{at} {best.label} has the best number ({_range(answer, [best])}{by})"
-        first = f"{at} {best.label} is best ({_range(answer, [best])}{by})"
+        is_best = "is best" if worse and not untested else "has the best number"
+        said = f"{at} {best.label} {is_best} ({_range(answer, [best])}{by})"
     else:
-        first = f"{at} {listed(equal)} cannot be told apart ({_range(answer, equal)}{by})"
-    return first + (
-        f", {listed(worse)} {_lose(worse)} more ({_range(answer, worse)})" if worse else ""
-    )
+        said = f"{at} {listed(equal)} cannot be told apart ({_range(answer, equal)}{by})"
+    if worse:
+        said += f", {listed(worse)} {_lose(worse)} more ({_range(answer, worse)})"
+    return said + (f", {listed(untested)} could not be tested" if untested else "")
 
 
 def _range(answer: Answer, pools: Sequence[Pool]) -> str:
@@ -225,6 +220,8 @@ def export_lines(answer: Answer) -> str:
             markdown_code(choice.command)
             if choice.command
             else f"exported already, {markdown_code(choice.checkpoint)}"
+            if choice.checkpoint
+            else "no format holds it"
         )
         for choice in answer.budgets
     )

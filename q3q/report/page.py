@@ -13,13 +13,16 @@ from markupsafe import Markup, escape
 from q3q.config.command import command_of
 from q3q.formatting import plural, printable, significant
 from q3q.record import TrialRecord
+from q3q.report.against import Against
 from q3q.report.answer import RULE, Answer, sentences
 from q3q.report.beside import Beside
 from q3q.report.certainty import in_words
 from q3q.report.checkpoints import checkpoint_tables
+from q3q.report.domains import NOTE as DOMAINS
 from q3q.report.escapes import markdown_block, markdown_code, markdown_text
 from q3q.report.families import NOTE as TESTS
 from q3q.report.header import abbreviations, facts
+from q3q.report.judged import Bench
 from q3q.report.luck import NOTE as LUCK
 from q3q.report.measures import by_model, commit_of, in_order, seconds
 from q3q.report.opening import in_markdown, opening
@@ -47,8 +50,10 @@ class Contents:
     command: starts the whole sweep again.
     records: of all trials.
     shown: these, and what `with_baselines` adds for tables and plots.
-    answers, luck: what `answer` found, and the tables of `luck`.
+    answers, luck, domains: what `answer` found, and the tables of `luck` and `domains`.
+    against: the comparison with other published numbers than the paper's, if it was asked for.
     tests: of how sure the differences are.
+    judged: published checkpoints beside their originals.
     floors: sentences on the noise of a KL, where it was measured.
     pictures: of the answer, one for each of `answers` that can be drawn.
     published: cells of the paper that were run; None if the report does not speak of it.
@@ -63,8 +68,11 @@ class Contents:
     shown: Sequence[TrialRecord]
     answers: Sequence[Answer]
     luck: Sequence[Table]
+    domains: Sequence[Table]
+    against: Against | None
     tests: Sequence[Table]
     floors: Sequence[str]
+    judged: Sequence[Bench]
     pictures: Sequence[Plot]
     plots: Sequence[Plot]
     published: Sequence[Compared] | None
@@ -110,11 +118,12 @@ def html(contents: Contents) -> str:
         commits=versions(contents.records),
         answer_rule=RULE,
         test_note=TESTS,
-        opening=opening(contents.answers),
+        opening=[*(bench.sentence() for bench in contents.judged), *opening(contents.answers)],
         sentences=sentences(contents.answers),
         facts=facts(contents.records),
         abbreviations=abbreviations(contents.records),
         luck_note=LUCK,
+        domains_note=DOMAINS,
         **_own_parts(),
     )
 
@@ -163,6 +172,10 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
         parts.append("\n".join(f"- {markdown_text(line)}" for line in sentences(contents.answers)))
         parts.append("\n".join(answer.table().markdown() for answer in contents.answers))
         parts += [markdown_text(text) for text in (RULE, abbreviations(contents.records)) if text]
+    for bench in contents.judged:
+        parts += [f"## Checkpoints of {markdown_text(bench.name)}", markdown_text(bench.sentence())]
+        parts += ["\n".join(table.markdown() for table in bench.tables())]
+        parts += ["\n".join(f"- {markdown_text(line)}" for line in bench.findings())]
     parts.append("## How it was run")
     if contents.expectation:
         parts.append(f"**Expectation:** {markdown_text(contents.expectation)}")
@@ -170,10 +183,10 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     commits = versions(contents.records)
     code = f" Code: {', '.join(map(markdown_text, commits))}." if commits else ""
     parts += [markdown_block(contents.command), contents.counts + code]
-    if contents.published is not None:
-        parts += ["## Against the paper", markdown_text(share_reproduced(contents.published))]
-        if contents.published:
-            parts.append(paper_table(contents.published).markdown())
+    parts += _published(contents)
+    if contents.domains:
+        parts.append("## What each calibration costs")
+        parts += ["\n".join(table.markdown() for table in contents.domains), DOMAINS]
     if contents.luck:
         parts.append("## How much is luck")
         parts += ["\n".join(table.markdown() for table in contents.luck), LUCK]
@@ -207,6 +220,21 @@ def _image(plot: Plot, files: dict[str, str]) -> str:
     alt = re.sub(r"([\[\]])", r"\\\1", markdown_text(_alt(plot)).replace("\\]", "]"))
     caption = f"\n\n{markdown_text(plot.caption)}" if plot.caption else ""
     return f"![{alt}]({files[plot.name]}){caption}"
+
+
+def _published(contents: Contents) -> list[str]:
+    """Return the comparisons with published numbers in Markdown."""
+    parts = []
+    if contents.published is not None:
+        parts += ["## Against the paper", markdown_text(share_reproduced(contents.published))]
+        if contents.published:
+            parts.append(paper_table(contents.published).markdown())
+    if contents.against is not None:
+        parts += [f"## {markdown_text(contents.against.title)}"]
+        parts.append(markdown_text(contents.against.sentence()))
+        if contents.against.compared:
+            parts.append(contents.against.table().markdown())
+    return parts
 
 
 def _cell_parts(text: str) -> Cell:

@@ -4,12 +4,13 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from sys import intern
 from typing import TYPE_CHECKING
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.metrics import mean_metrics
 from q3q.record import Comparison
-from q3q.report.measures import is_perplexity
+from q3q.report.measures import is_perplexity, text_metrics
 from q3q.report.pools import Pool
 from q3q.spec import MEAN_ACCURACY
 from q3q.storage.files import FileState, file_state
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from q3q.evaluate.flips import Flips
     from q3q.evaluate.replicates import Floats
 
-CACHED = 16  # trials whose samples stay in memory; those of MMLU take tens of megabytes each
+CACHED = 64  # trials whose samples stay in memory: all pairs of a model's are compared
 Scores = Mapping[str, float]
 
 
@@ -174,7 +175,8 @@ def _scores(pool: Pool, metric: str) -> dict[bool, list[Scores]]:
         if not path.is_file() or metric not in record.numbers:
             return {}
         digest = record.files.get(SAMPLES)
-        scores = _read(path, digest, file_state(path), record.spec.evaluation.quick)
+        judged = frozenset((metric, *text_metrics(record.spec), *mean_metrics(record.spec)))
+        scores = _read(path, digest, file_state(path), record.spec.evaluation.quick, judged)
         if metric not in scores:
             return {}
         # A text's samples are losses.
@@ -193,11 +195,18 @@ def _scores(pool: Pool, metric: str) -> dict[bool, list[Scores]]:
 
 @lru_cache(maxsize=CACHED)
 def _read(
-    path: Path, digest: str | None, state: FileState, quick: bool
+    path: Path, digest: str | None, state: FileState, quick: bool, metrics: frozenset[str]
 ) -> dict[str, dict[str, float]]:
+    """Return each sample's score of these metrics: MMLU's take tens of megabytes a trial."""
     from q3q.evaluate.samples import SCORED, measured, read_samples
 
     try:
-        return measured(read_samples(path, SCORED, digest), quick)
+        found = measured(read_samples(path, SCORED, digest), quick)
     except (IntegrityError, KeyError, TypeError):  # a damaged file counts as missing
         return {}
+    # Trials have the same samples, so their names are kept once.
+    return {
+        metric: {intern(sample): score for sample, score in scores.items()}
+        for metric, scores in found.items()
+        if metric in metrics
+    }

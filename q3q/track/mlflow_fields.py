@@ -5,10 +5,12 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from q3q.evaluate.metrics import mean_metrics
+from q3q.kv_scheme import KvScheme
 from q3q.number_formats import INT
 from q3q.record import TrialRecord, block_errors
 from q3q.spec import MEAN_ACCURACY, SELDOM_OF_SCHEME, Json, TrialSpec, digest
@@ -29,6 +31,7 @@ TYPED = {
     "scheme.symmetric": "symmetric",
     "scheme.act_bits": "act_bits",
     **{f"scheme.{key}": key for key in SELDOM_OF_SCHEME},
+    **{f"kv.{part.name}": f"kv_{part.name}" for part in fields(KvScheme)},
     "calibration.source": "calibration",
 }
 ENDS = (".low", ".high", ".difference")
@@ -254,6 +257,7 @@ def sweep_params(specs: list[TrialSpec]) -> dict[str, str]:
     """Return what the sweep varies, as short strings."""
     schemes = [spec.scheme for spec in specs if spec.scheme is not None]
     floats = [scheme for scheme in schemes if scheme.format != INT]
+    caches = [spec.kv for spec in specs if spec.kv is not None]
     return {
         "models": _distinct(spec.model.label for spec in specs),
         "methods": _distinct(spec.method.name for spec in specs),
@@ -261,6 +265,7 @@ def sweep_params(specs: list[TrialSpec]) -> dict[str, str]:
         "group_sizes": _distinct(scheme.group_size for scheme in schemes),
         "act_bits": _distinct(scheme.act_bits for scheme in schemes),
         **({"formats": _distinct(scheme.codes for scheme in floats)} if floats else {}),
+        **({"caches": _distinct(kv.name for kv in caches)} if caches else {}),
         "seeds": _distinct(spec.seed for spec in specs),
         "trials": str(len(specs)),
     }

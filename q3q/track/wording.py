@@ -15,7 +15,8 @@ Each run with children is a sweep. Its note begins with the answer, its metrics 
 at each bit-width, and `report.html` among its artifacts has every table and plot. Each child run is
 a trial: one model, one method, one bit-width. Search trials by what was asked for, for example
 `params.method = "gptq" and params.bits = "4"`, and compare them by `perplexity/...` (lower is
-better) and `accuracy` or `.../acc` (higher is better). `.low` and `.high` are the ends of a 95 %
+better) and `accuracy` or `.../acc` (higher is better). A table's columns have the same numbers
+under short names: `ppl TEXT`, `acc` and `size MB`. `.low` and `.high` are the ends of a 95 %
 interval, and `.difference` is the distance from the unquantized model.
 """
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description

@@ -10,7 +10,8 @@ import pytest
 
 from q3q.config import resolve
 from q3q.errors import ConfigError, ExportError, IncompatibleError
-from q3q.export.formats import FORMATS, group_of, schemes_of, stored_scales
+from q3q.export.formats import FORMATS, schemes_of, stored_scales
+from q3q.export.layouts import group_of
 from q3q.export.reload.configs import AS_IT_IS, UNPACKED, Group, groups_of, reading_of
 from q3q.export.table import table
 from q3q.export.tensors import expected_bytes

@@ -126,19 +126,16 @@ def test_each_size_has_its_best_choice_its_ties_and_its_command(tmp_path: Path) 
         else (8.0, "rtn, 8 bits", "gptq and rtn at 4 bits"),
     ]
     commands = [choice.command for choice in only(study(tmp_path / "b")).budgets]
-    assert all("export=compressed_tensors" in command for command in commands)
+    assert ["export=gptq" in command for command in commands] == [True, True, False]
+    assert "export=compressed_tensors" in commands[2]
 
 
 def test_among_many_methods_luck_is_not_the_best(tmp_path: Path) -> None:
-    """Of eight methods that are all alike, one differs with p < 0.05, as luck has it."""
+    """Of five methods that are all alike, one differs from others with p < 0.05 each time."""
+    names = ("rtn", "awq", "smoothquant", "billm", "gptq")
     records = [
-        trial(tmp_path, "gptq", 4, HARD_N + drawn, seed=0)
-        for drawn in [numpy.random.default_rng(0).normal(0, 0.01, WINDOWS)]
-    ]
-    names = ("rtn", "awq", "smoothquant", "billm")
-    records += [
-        trial(tmp_path, name, 4, HARD_N + numpy.random.default_rng(k).normal(0, 0.01, WINDOWS))
-        for k, name in enumerate(names, start=1)
+        trial(tmp_path, name, 4, HARD_N + noise(k, 0.01) + (0.005 if name == "gptq" else 0))
+        for k, name in enumerate(names)
     ]
     answer = only(records)
     family = answer.tests.pairs[STORIES]
@@ -208,7 +205,7 @@ def test_a_mean_over_seeds_has_an_interval_of_both_sources(tmp_path: Path) -> No
     none = trial(tmp_path, "none", 16, HARD_N)
     draws = [
         trial(tmp_path, "gptq", 3, HARD_N + 0.05 + shift + noise(seed), seed=seed)
-        for seed, shift in enumerate((-0.02, 0.0, 0.02))
+        for seed, shift in enumerate((-0.025, 0.0, 0.025))
     ]
     one, several = (Pool("gptq", tuple(some)) for some in (draws[1:2], draws))
     reference = Pool("unquantized", (none,))
@@ -216,9 +213,9 @@ def test_a_mean_over_seeds_has_an_interval_of_both_sources(tmp_path: Path) -> No
     assert narrow is not None
     assert wide is not None
     assert wide.high - wide.low > 10 * (narrow.high - narrow.low)  # type: ignore[operator]
-    # Student's t of two degrees of freedom, 4.30, times 0.02 / sqrt(3), in nats.
+    # Student's t of two degrees of freedom, 4.30, times 0.025 / sqrt(3), in nats.
     assert math.log1p(wide.high) - math.log1p(wide.low) == pytest.approx(  # type: ignore[arg-type]
-        2 * 4.303 * 0.02 / math.sqrt(3), rel=0.05
+        2 * 4.303 * 0.025 / math.sqrt(3), rel=0.05
     )
     assert wide.distinguishable is False
 

@@ -177,6 +177,7 @@ def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> N
         "answer/acc of stories_who": 0.75,
         "ppl stories": 3.5,
         "acc stories_who": 0.75,
+        "size MB": 9.0,
         "perplexity/stories": 3.5,
         "perplexity/stories.low": 3.25,
         "perplexity/stories.high": 3.75,

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from .configs import (
     reading_of,
     text_of,
 )
+from .gguf_file import gguf_in
 from .unpackers import Parts, numbers_on_disk
 
 if TYPE_CHECKING:
@@ -34,6 +36,9 @@ def load(folder: Path) -> tuple[Any, str]:
     loader = f"transformers {transformers.__version__}"
     from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
     load_public = partial(from_pretrained, folder, dtype="auto", local_files_only=True)
+    if gguf_in(folder) is not None:
+        loader = f"{UNPACKER} of `gguf` by gguf {version('gguf')}, run by {loader}"
+        return load_unpacked(folder, config, {}).eval(), loader
     if packed is None:
         return load_public().eval(), loader
     method = packed["quant_method"]

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .gguf_file import gguf_in, numbers_in_gguf
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -145,6 +147,8 @@ def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str,
     from safetensors import safe_open
 
     packed, dtype = config.get("quantization_config") or {}, getattr(torch, config["dtype"])
+    if (file := gguf_in(folder)) is not None:
+        yield from numbers_in_gguf(file, config, dtype)
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
             names = set(file.keys())
