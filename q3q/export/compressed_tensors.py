@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
+from q3q.export.serving import holds_cache
 from q3q.export.tensors import layouts
 from q3q.export.writer import PackingExporter
 from q3q.models.disk_names import names_on_disk
@@ -27,6 +28,14 @@ class CompressedTensorsExporter(PackingExporter):
     @property
     def scale_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
+
+    def _cache(self) -> QuantizationArgs | None:
+        """Return how servers store keys and values: as E4M3 numbers with one scale a layer."""
+        if self.spec.kv is None or not holds_cache(self.spec.kv):
+            return None
+        return QuantizationArgs(
+            num_bits=8, type="float", symmetric=True, dynamic=False, strategy="tensor"
+        )
 
     def quantization_config(self) -> Json:
         facts = self.checkpoint.facts
@@ -55,6 +64,7 @@ class CompressedTensorsExporter(PackingExporter):
                 for k, (layout, names) in enumerate(targets.items())
             },
             format=formats.pop() if len(formats) == 1 else "mixed-precision",
+            kv_cache_scheme=self._cache(),
             quantization_status="compressed",
             ignore=ignored,
         )

@@ -34,7 +34,7 @@ from q3q.export.destination import (
 from q3q.export.formats import FORMATS
 from q3q.export.marker import CARD, published_files, write_marker
 from q3q.export.shards import Shards, stored_bytes
-from q3q.export.tensors import layouts
+from q3q.export.tensors import cache_scales, layouts
 from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint
 from q3q.models.decoder import Decoder
 from q3q.models.disk_names import is_stacked, of_expert
@@ -166,6 +166,9 @@ class Exporter(ABC):
                         tensors |= self.weight(self._layouts[full], full, weight)
                     else:
                         tensors[full] = numbers[name][e] if stacked else numbers[name]
+            one = torch.ones(1, dtype=self.dtype)  # with which the cache was evaluated
+            scales = cache_scales(self.spec, self.checkpoint.facts, block.index)
+            tensors |= {name: one.clone() for name in scales}
             groups = [getattr(weight, "group_EI", None) for weight in weights.values()]
             apart = any(group_EI is not None for group_EI in groups)
             facts = {"codes": _checksum(block), "reordered": apart}

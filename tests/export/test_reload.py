@@ -16,6 +16,8 @@ from q3q.errors import ExportError
 from q3q.export import proof
 from q3q.export.proof import PASSED, compare_reload, prove, reload_inputs, runs_of
 from q3q.export.reload import running, script, unpackers
+from q3q.export.tensors import expected_bytes
+from q3q.kv_scheme import KvScheme
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.streaming import StreamedDecoder
@@ -70,6 +72,104 @@ def test_public_loaders_and_plain_unpackers_find_the_same_model(
     assert loader in result.loader
     assert result.check.passed, result.check.detail
     assert result.logit_error < 1e-4
+
+
+UNPACKED = "dequantize=True"
+PLAIN = "plain unpacker of `compressed-tensors`"
+BLOCKS = {"group_size": 16, "group_rows": 24}
+FP8, FP8_BLOCKS = {"act_format": "fp8_e4m3"}, {"act_format": "fp8_e4m3", "act_group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("moe", "dtype", "scheme", "loader"),
+    [
+        (False, "bfloat16", {"format": "fp8_e4m3", "group_rows": -1}, CT),
+        (False, "float32", {"format": "fp8_e4m3", **FP8}, CT),
+        (True, "bfloat16", {"format": "fp8_e4m3", **FP8}, CT),
+        (False, "bfloat16", {"format": "fp8_e4m3", **BLOCKS, **FP8_BLOCKS}, CT),
+        (True, "bfloat16", {"format": "fp8_e4m3", **BLOCKS}, PLAIN),
+        (False, "bfloat16", {"format": "mxfp8", "act_format": "mxfp8"}, CT),
+        (False, "float16", {"format": "mxfp6", "act_format": "mxfp8"}, UNPACKED),
+        (False, "bfloat16", {"format": "mxfp4", "act_format": "mxfp4"}, CT),
+        (True, "float32", {"format": "mxfp4", "act_format": "mxfp4"}, PLAIN),
+        (False, "bfloat16", {"format": "nvfp4"}, CT),
+        (False, "float32", {"format": "nvfp4"}, UNPACKED),
+        (True, "bfloat16", {"format": "nvfp4"}, PLAIN),
+    ],
+)
+def test_floats_come_back_with_the_inputs_that_are_rounded(exported, moe, dtype, scheme, loader):
+    pytest.importorskip("compressed_tensors")
+    kind = {"moe": moe, "tied": moe, "dtype": dtype}
+    made, model = exported("compressed_tensors", kind=kind, **scheme)
+    result = strangers_view(made, model)
+    assert loader in result.loader
+    assert result.check.passed, result.check.detail
+    assert result.logit_error < 1e-4
+    read = load_decoder(Checkpoint(made.path), getattr(torch, dtype))
+    for ours, theirs in zip(model.blocks, read.blocks, strict=True):
+        for name, weight in ours.weights.items():
+            assert torch.equal(weight, theirs.weights[name]), name
+        assert (ours.rounding, ours.own_rounding) == (theirs.rounding, theirs.own_rounding)
+
+
+def test_a_cache_in_fp8_is_in_the_config_and_changes_no_plain_forward(
+    checkpoint, trial_of, export, tmp_path
+):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint()
+    trial = trial_of(original, "compressed_tensors", tmp_path / "out", symmetric=True)
+    kv = KvScheme(bits=8, format="fp8_e4m3", scales="fixed")
+    made, model = export(original, respecified(trial, kv=kv))
+    result = strangers_view(made, model)
+    assert "with compressed-tensors" in result.loader
+    assert result.check.passed, result.check.detail
+    packed = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    scheme = packed["kv_cache_scheme"]
+    assert (scheme["type"], scheme["num_bits"], scheme["strategy"]) == ("float", 8, "tensor")
+    index = json.loads((made.path / "model.safetensors.index.json").read_text())["weight_map"]
+    for name in ("model.layers.0.self_attn.k_scale", "model.layers.1.self_attn.v_scale"):
+        assert load_file(made.path / index[name])[name].tolist() == [1.0]
+    assert made.sizes()["export_bytes"] == expected_bytes(made.spec, original.facts)
+    assert Checkpoint(made.path).facts.packing.kv is not None
+
+
+def test_several_formats_in_one_checkpoint_are_told_apart(checkpoint, trial_of, export, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint()
+    trial = trial_of(original, "compressed_tensors", tmp_path / "out", symmetric=True)
+    sites = {
+        "qkv": [f"self_attn.{name}_proj" for name in "qkv"],
+        "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    }
+    own = {
+        "qkv": {"format": "fp8_e4m3", "bits": 8, "group_size": -1, "act_bits": 8}
+        | {"act_format": "fp8_e4m3"},
+        "gate_up": {"format": "mxfp4", "bits": 4, "group_size": 32},
+    }
+    overrides = {
+        f"blocks.{k}.{name}": own[site]
+        for k in range(2)
+        for site, names in sites.items()
+        for name in names
+    }
+    overrides["blocks.1.mlp.down_proj"] = {"format": "nvfp4"}
+    made, model = export(original, respecified(trial, overrides=overrides))
+    packed = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    assert packed["format"] == "mixed-precision"
+    assert sorted(group["format"] for group in packed["config_groups"].values()) == [
+        "float-quantized",
+        "mxfp4-pack-quantized",
+        "nvfp4-pack-quantized",
+        "pack-quantized",
+    ]
+    result = strangers_view(made, model)
+    assert "with compressed-tensors" in result.loader
+    assert result.check.passed, result.check.detail
+    made_otherwise = vllms_group(packed, "model.layers.0.self_attn.qkv_proj", "QKVParallelLinear")
+    assert made_otherwise["input_activations"]["strategy"] == "token"
+    for block in model.blocks:  # whoever does not round what the config says is found out
+        block.own_rounding = {}
+    assert "activations are rounded to" in strangers_view(made, model).check.detail
 
 
 @pytest.mark.parametrize(
