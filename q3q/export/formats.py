@@ -36,9 +36,13 @@ def listed(numbers: Sequence[int]) -> str:
 
 
 def in_words(pairs: Pairs) -> str:
-    """Format (bits, symmetric) pairs as `4 bits, 8 bits symmetric`."""
+    """Format (bits, symmetric) pairs: `4 bits, 8 bits symmetric`, `2 to 8 bits symmetric`."""
     widths = sorted({bits for bits, _ in pairs})
-    return ", ".join(f"{b} bits" + ("" if (b, False) in pairs else " symmetric") for b in widths)
+    either = [bits for bits in widths if (bits, False) in pairs]
+    if len(widths) > 2 and widths == list(range(widths[0], widths[-1] + 1)):
+        words = [f"{bits} bits" for bits in either]
+        return ", ".join([*words, f"{widths[0]} to {widths[-1]} bits symmetric"])
+    return ", ".join(f"{b} bits" + ("" if b in either else " symmetric") for b in widths)
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,11 @@ class Format:
         """Return in a few words why the format has no place for a linear's rounded input."""
         if scheme.act_bits is None or self._holds_activations(scheme):
             return None
+        act = FLOATS.get(scheme.act_format)
+        if act is not None and act.scale == "e4m3":
+            return (
+                f"act_format={act.name} (servers take its factor from calibration, not per token)"
+            )
         if scheme.format != INT:
             acts = self.floats.get(scheme.format, ())
             able = " or ".join(activations(*act) for act in acts)

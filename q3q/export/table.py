@@ -37,6 +37,8 @@ def table() -> str:
 def _codes_cell(form: Format) -> str:
     if form.anything:
         return "all, and BiLLM's"
+    if form.own_server:
+        return "GGUF's types"
     floats = "".join(f", `{name}`" for name in form.floats)
     return f"int of {listed(form.bits)} bits{floats}"
 

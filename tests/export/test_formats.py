@@ -99,6 +99,27 @@ def test_every_export_config_becomes_a_spec(trial, name):
             "several settings when any is asymmetric.*these can: export=hf",
         ),
         (
+            ["method=rtn", "export=compressed_tensors", "format=nvfp4", "act_format=nvfp4"],
+            r"act_format=nvfp4 \(servers take its factor from calibration.*no format can",
+        ),
+        (
+            ["method=rtn", "export=compressed_tensors", "format=mxfp4", "act_format=mxfp8"],
+            "act_format=mxfp8 with format=mxfp4 .it takes act_format=mxfp4 or act_format=fp8_e4m3",
+        ),
+        (
+            ["method=rtn", "export=compressed_tensors", "format=fp8_e5m2"],
+            r"format=fp8_e5m2 \(it takes int, fp8_e4m3, mxfp8, .*these can: export=hf",
+        ),
+        (
+            ["method=rtn", "export=compressed_tensors", "format=fp8_e4m3", "group_rows=16"],
+            "group_rows=16 with group_size=-1 .it takes a scale for each row",
+        ),
+        (["method=rtn", "export=awq", "format=nvfp4"], r"format=nvfp4 \(it takes int\)"),
+        (
+            ["method=gptq", "export=compressed_tensors", "format=fp8_e4m3", "group_size=64"],
+            "act-order's groups of columns that lie apart",
+        ),
+        (
             ["method=smoothquant", "export=compressed_tensors", "overrides={blocks.1:{bits:4}}"],
             "act_bits=8 with these weights.*no format can",
         ),
@@ -264,7 +285,7 @@ def test_the_page_has_the_table_of_what_is_refused():
         ),
         (
             ["method=rtn", "bits=8", "export=compressed_tensors"],
-            "symmetric=false and bits=8 \\(it takes 2 bits symmetric, .*8 bits symmetric\\).*=hf$",
+            "symmetric=false and bits=8 \\(it takes 4 bits, 2 to 8 bits symmetric\\).*=hf$",
         ),
         (["method=rtn", "bits=8", "symmetric=true", "export=compressed_tensors"], None),
     ],
