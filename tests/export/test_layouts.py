@@ -1,7 +1,6 @@
 """The words on disk against each format's definition by hand and against its own library."""
 
 import json
-from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -130,8 +129,9 @@ def test_floats_are_the_compressed_tensors_librarys(name, size, rows):
     args = exporter._arguments(layout)
     described = quantization.QuantizationScheme(targets=["Linear"], **args)
     compressor = compressors.BaseCompressor.get_value_from_registry(args["format"])
-    exact = replace(stored, narrow=False).dequantize()[0]
-    given = {"weight": exact, "weight_scale": _scales(stored, layout)}
+    # Where scales were rounded after the codes were chosen, the library is given what they say.
+    exact = stored.dequantize() if form.scale == "float" else weight
+    given = {"weight": exact[0], "weight_scale": _scales(stored, layout)}
     if factor is not None:
         given["weight_global_scale"] = factor[0, :1]
     theirs = compressor.compress(given, described)

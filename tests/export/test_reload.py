@@ -1,5 +1,6 @@
 """The proof: strangers load the checkpoint and find what was evaluated; what differs is named."""
 
+import copy
 import json
 import re
 import subprocess
@@ -342,12 +343,18 @@ def proof_ready(trial, original, blocks, model):
 
 
 def other_top(bits):
-    return lambda model, _, packed: reload_round(model, bits, packed)
+    def round_otherwise(model, packed):
+        groups = copy.deepcopy(packed["config_groups"])
+        for group in groups.values():
+            group["input_activations"]["num_bits"] = bits
+        reload_round(model, {**packed, "config_groups": groups})
+
+    return round_otherwise
 
 
 def left_out(*patterns):
-    return lambda model, bits, packed: reload_round(
-        model, bits, {**packed, "ignore": [*packed["ignore"], *patterns]}
+    return lambda model, packed: reload_round(
+        model, {**packed, "ignore": [*packed["ignore"], *patterns]}
     )
 
 
