@@ -42,6 +42,13 @@ def model_card(
     front += [f"base_model: {source}", "base_model_relation: quantized"] if source else []
     group = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size} columns"
     acts = f", activations of {scheme.act_bits} bits per token" if scheme.act_bits else ""
+    if scheme.act_format != INT:
+        size = scheme.act_group_size
+        sharing = "per token" if size == -1 else f"in groups of {size}"
+        acts = f", activations in `{scheme.act_format}` {sharing}"
+    stored = scheme.scales or "none"
+    if scheme.own_groups and spec.export == "compressed_tensors":
+        stored = "those of the format"
     kind = "symmetric" if scheme.symmetric else "asymmetric"
     if scheme.format != INT:
         group, kind = scheme.groups, f"format `{scheme.format}`"
@@ -76,7 +83,7 @@ def model_card(
             else []
         ),
         f"- arithmetic: {spec.model.dtype}; "
-        f"scales are stored in, and were rounded to, {scheme.scales or 'none'}",
+        f"scales are stored in, and were rounded to, {stored}",
         f"- trial `{spec.id}`, seed {spec.seed}, {', '.join(versions)}",
         "",
         "```bash",
