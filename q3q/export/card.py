@@ -10,7 +10,7 @@ from q3q.export.formats import FORMATS
 from q3q.export.instructions import load_lines, serve_lines
 from q3q.export.measured import Measured
 from q3q.export.proof import Proof
-from q3q.export.reload import UNPACKER
+from q3q.export.reload.configs import UNPACKER
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
 from q3q.number_formats import BLOCKS, GGUF, INT
@@ -43,6 +43,10 @@ def model_card(
     front += [f"base_model: {source}", "base_model_relation: quantized"] if source else []
     group = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size} columns"
     acts = f", activations of {scheme.act_bits} bits per token" if scheme.act_bits else ""
+    if scheme.act_format != INT:
+        size = scheme.act_group_size
+        sharing = "per token" if size == -1 else f"in groups of {size}"
+        acts = f", activations in `{scheme.act_format}` {sharing}"
     kind = "symmetric" if scheme.symmetric else "asymmetric"
     if scheme.format != INT:
         group, kind = scheme.groups, f"format `{scheme.format}`"
@@ -76,7 +80,7 @@ def model_card(
             if spec.kv
             else []
         ),
-        f"- arithmetic: {spec.model.dtype}; {_scales(scheme)}",
+        f"- arithmetic: {spec.model.dtype}; {_scales(spec, scheme)}",
         f"- trial `{spec.id}`, seed {spec.seed}, {', '.join(versions)}",
         "",
         "```bash",
@@ -97,10 +101,12 @@ def model_card(
     return "\n".join(lines)
 
 
-def _scales(scheme: Scheme) -> str:
+def _scales(spec: TrialSpec, scheme: Scheme) -> str:
     """Return what became of the scales."""
     if scheme.format in BLOCKS:
         return f"scales are those of `{scheme.format}`"
+    if scheme.own_groups and spec.export == "compressed_tensors":
+        return "scales are stored in, and were rounded to, those of the format"
     stored = "float16, and offsets too" if scheme.scales == GGUF else scheme.scales or "none"
     return f"scales are stored in, and were rounded to, {stored}"
 

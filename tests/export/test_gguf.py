@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from q3q.errors import ExportError, IncompatibleError
-from q3q.export import reload
 from q3q.export.formats import refuse_unsupported
 from q3q.export.gguf_layout import type_of
 from q3q.export.gguf_vocabulary import vocabulary_of
 from q3q.export.proof import compare_reload, reload_inputs, runs_of
+from q3q.export.reload import script
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.facts import read_facts
@@ -92,7 +92,7 @@ EACH = [
 def test_the_package_reads_the_weights_and_transformers_their_logits(tmp_path, kind, name):
     exporter, model = exported(tmp_path, kind, name, tied=kind != "qwen2")
     runs = runs_of(model)
-    findings, tensors = reload.findings(exporter.folder, reload_inputs(model, runs))
+    findings, tensors = script.findings(exporter.folder, reload_inputs(model, runs))
     result = compare_reload(model, runs, findings, tensors)
     assert result.check.passed, result.check.detail
     assert "gguf" in result.loader
@@ -126,7 +126,7 @@ def test_a_changed_byte_is_found_and_named(tmp_path):
     path.write_bytes(content)
     runs = runs_of(model)
     found = compare_reload(
-        model, runs, *reload.findings(exporter.folder, reload_inputs(model, runs))
+        model, runs, *script.findings(exporter.folder, reload_inputs(model, runs))
     )
     assert not found.check.passed
     assert "blocks.1.self_attn.v_proj" in found.check.detail
