@@ -90,7 +90,9 @@ def imports(name, typing_too=False):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            package = name.rsplit(".", node.level)[0] + "." if node.level else ""
+            module = package + node.module
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return names
 
 

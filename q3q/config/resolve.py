@@ -27,14 +27,8 @@ from q3q.config.schemes import check_ends, resolve_schemes
 from q3q.config.texts import data_folder, evaluated_texts
 from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
-from q3q.export.formats import (
-    FORMATS,
-    kv_notice,
-    loading_notice,
-    refuse_unsupported,
-    serving_notice,
-    stored_scales,
-)
+from q3q.export.formats import FORMATS, refuse_unsupported, stored_scales
+from q3q.export.serving import kv_notice, loading_notice, serving_notice
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import (
     AUTO,

@@ -96,8 +96,8 @@ def _changed(base: Scheme, changes: Json, settings: MethodSettings) -> Scheme:
         implied["act_group_size"] = -1 if act is None else act.group_size or -1
     given = dict(changes)
     if given.get("act_bits") == UNTOUCHED_BITS:
-        given["act_bits"] = None
-        implied |= {"act_format": INT, "act_group_size": -1}
+        given |= {"act_bits": None, "act_format": INT}
+        implied["act_group_size"] = -1
     return replace(base, **{**implied, **given})
 
 

@@ -7,10 +7,14 @@ from q3q.export.formats import (
     FORMATS,
     GPTQMODEL_AWQ_GROUPS,
     GPTQMODEL_GROUPS,
+    schemes_of,
+)
+from q3q.export.serving import (
     needs_unpacking,
     read_by_transformers,
-    schemes_of,
     servable,
+    unserved,
+    why_unread,
 )
 from q3q.models.facts import ModelFacts
 from q3q.spec import TrialSpec
@@ -67,8 +71,7 @@ def loading_of(spec: TrialSpec, facts: ModelFacts) -> Loading:
     if spec.export == "gguf":
         return Loading(packages, LOAD_GGUF, "llama.cpp's own programs take the file, too.")
     if not read_by_transformers(spec, facts):
-        why = "transformers fuses experts, so it cannot read their asymmetric weights or rounded"
-        return Loading(packages, None, f"{why} activations from `compressed_tensors`.")
+        return Loading(packages, None, why_unread(spec, facts))
     if needs_unpacking(spec, facts):
         remark = (
             "The weights are unpacked as they are loaded, so in memory they take as much room as "
@@ -102,7 +105,7 @@ def serve_lines(spec: TrialSpec, facts: ModelFacts) -> list[str]:
     form = FORMATS[spec.export]
     if form.own_server:
         return ["## Serve it", "", "```bash", "llama-server -m model.gguf", "```", ""]
-    reason = form.unserved(spec, facts)
+    reason = unserved(form, spec, facts)
     if reason is None:
         return [
             "## Serve it",

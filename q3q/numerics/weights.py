@@ -2,8 +2,8 @@
 
 Four kinds share one protocol: points of a uniform grid (`QuantizedWeight`), small floating-point
 numbers (`float_weights.FloatWeight`), GGUF's blocks (`block_weights.BlockWeight`), and BiLLM's
-signs (`binary_weights.BinarizedWeight`). Shapes: E experts (1 in a dense block), O out features, I in features, G
-groups, S columns per group.
+signs (`binary_weights.BinarizedWeight`). Shapes: E experts (1 in a dense block), O out features, I
+in features, G groups, S columns per group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -339,6 +339,8 @@ def with_scales(weight: StoredWeight, types: str | None) -> StoredWeight:
         return replace(weight, scale_EOG=as_stored(weight.scale_EOG))
     if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "float":
         return replace(weight, stored_scale_EOG=as_stored(weight.stored_scale_EOG))
+    if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "e4m3":
+        return replace(weight, narrow=True)
     return weight
 
 

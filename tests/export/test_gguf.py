@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from q3q.errors import ExportError, IncompatibleError
-from q3q.export import reload
 from q3q.export.formats import refuse_unsupported
 from q3q.export.gguf_layout import type_of
 from q3q.export.gguf_vocabulary import vocabulary_of
 from q3q.export.proof import compare_reload, reload_inputs, runs_of
+from q3q.export.reload import script
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.facts import read_facts
@@ -47,10 +47,17 @@ def scheme_of(name):
     return {"format": name, **own}
 
 
+def gguf_trial(original, path, name):
+    own = scheme_of(name)
+    scheme = Scheme(**own, scales=None if "format" in own else "gguf")
+    return trial_of(original, "gguf", path, scheme=scheme)
+
+
+@torch.inference_mode()
 def exported(folder, kind, name, *, tied=True, dtype="float32"):
     """Return the exporter, which has published, and the model as evaluated."""
     original = make_checkpoint(folder / "original", kind=kind, tied=tied, dtype=dtype, **WIDE)
-    trial = trial_of(original, "gguf", folder / "out", **scheme_of(name))
+    trial = gguf_trial(original, folder / "out", name)
     model = load_decoder(original, getattr(torch, dtype))
     exporter = exporter_of(trial, original)
     for k, block in enumerate(model.blocks):
@@ -81,15 +88,16 @@ EACH = [
 
 
 @pytest.mark.parametrize(("kind", "name"), EACH)
+@torch.inference_mode()
 def test_the_package_reads_the_weights_and_transformers_their_logits(tmp_path, kind, name):
     exporter, model = exported(tmp_path, kind, name, tied=kind != "qwen2")
     runs = runs_of(model)
-    findings, tensors = reload.findings(exporter.folder, reload_inputs(model, runs))
+    findings, tensors = script.findings(exporter.folder, reload_inputs(model, runs))
     result = compare_reload(model, runs, findings, tensors)
     assert result.check.passed, result.check.detail
     assert "gguf" in result.loader
     ours = open_gguf(exporter.folder / "model.gguf")
-    wanted = type_of(Scheme(**{"act_bits": None, **scheme_of(name)})).upper()
+    wanted = type_of(Scheme(**scheme_of(name))).upper()
     linears = {tensor.type for key, tensor in ours.tensors.items() if "proj.weight" in key}
     assert linears == {wanted}
     assert not list(exporter.folder.glob("*.safetensors*"))
@@ -108,6 +116,7 @@ def test_the_file_is_a_checkpoint_with_the_same_numbers(tmp_path, kind):
     assert torch.equal(again.embedding(), model.embedding_VH)
 
 
+@torch.inference_mode()
 def test_a_changed_byte_is_found_and_named(tmp_path):
     exporter, model = exported(tmp_path, "dense", "q4_k")
     path = exporter.folder / "model.gguf"
@@ -117,7 +126,7 @@ def test_a_changed_byte_is_found_and_named(tmp_path):
     path.write_bytes(content)
     runs = runs_of(model)
     found = compare_reload(
-        model, runs, *reload.findings(exporter.folder, reload_inputs(model, runs))
+        model, runs, *script.findings(exporter.folder, reload_inputs(model, runs))
     )
     assert not found.check.passed
     assert "blocks.1.self_attn.v_proj" in found.check.detail
@@ -156,7 +165,7 @@ def test_a_tokenizer_that_llamacpp_lacks_is_refused_before_anything_runs(tmp_pat
     tokenizer = json.loads(path.read_text())
     tokenizer["pre_tokenizer"]["use_regex"] = False
     path.write_text(json.dumps(tokenizer))
-    trial = trial_of(original, "gguf", tmp_path / "out", **scheme_of("q4_k"))
+    trial = gguf_trial(original, tmp_path / "out", "q4_k")
     with pytest.raises(ExportError, match="cuts texts as Qwen's"):
         exporter_of(trial, original)
 
@@ -200,8 +209,8 @@ def test_tokenizers_are_known_by_their_rule():
 )
 def test_what_a_file_cannot_hold_is_refused(tmp_path, kind, scheme, complaint):
     original = make_checkpoint(tmp_path / "original", moe=kind == "moe", **WIDE)
-    own = scheme if "bits" in scheme else scheme_of("q4_k")
-    trial = trial_of(original, "gguf", tmp_path / "out", **own)
+    own = Scheme(**(scheme if "bits" in scheme else scheme_of("q4_k")))
+    trial = trial_of(original, "gguf", tmp_path / "out", scheme=own)
     facts = original.facts
     if kind == "hybrid":
         from tests.models.families import COMMON, HYBRIDS

@@ -8,6 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -53,7 +54,7 @@ def asked(folder, **request):
 
 
 def test_its_quantizer_and_its_reader_agree_with_ours(tmp_path):
-    """Numbers bit for bit; codes but for ties and sums that end in other last bits."""
+    """Numbers bit for bit. Of its search many ranges err nearly alike, and last bits decide."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1, 64, 512, generator=generator) * 0.1
     weight *= torch.rand(1, 64, 1, generator=generator).mul_(3).exp_()
@@ -75,10 +76,15 @@ def test_its_quantizer_and_its_reader_agree_with_ours(tmp_path):
         numbers = ours[name].dequantize()[0]
         assert torch.equal(torch.from_numpy(out[f"numbers/{word}"]), numbers), name
         theirs = torch.from_numpy(out[f"bytes/{word}"])
-        assert (theirs == pack_rows(ours[name])).float().mean() > 0.97, name
+        assert (theirs == pack_rows(ours[name])).float().mean() > 0.7, name
+        kind = gguf.GGMLQuantizationType[name.upper()]
+        read = torch.from_numpy(gguf.quants.dequantize(theirs.numpy(), kind))
+        errors = [float((part - weight[0]).norm()) for part in (numbers, read)]
+        assert errors[0] < 1.002 * errors[1], name
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "llama", "qwen2"])
+@torch.inference_mode()
 def test_it_answers_with_our_logits(tmp_path, kind):
     """On numbers in float32 as closely as two programs add up; on blocks as it rounds inputs."""
     exporter, model = exported(tmp_path, kind, "q4_k", tied=kind != "qwen2")

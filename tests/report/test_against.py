@@ -8,7 +8,7 @@ from q3q.report.about import About
 from q3q.report.against import SETS, compare, published_set, read_cells
 from q3q.report.write import one_format
 from tests.composed import compose
-from tests.specs import hub_model_of, make_spec, method_of
+from tests.specs import evaluation_of, hub_model_of, make_spec, method_of
 
 HEAD = "model,method,bits,group_size,symmetric,method.mse,metric,value,source\n"
 WIKITEXT = "perplexity/wikitext2"
@@ -20,6 +20,7 @@ def record(bits=4, value=10.3, mse=False, model=None, **metrics):
         bits,
         symmetric=True,
         model=model or hub_model_of("qwen3_8b", source="Qwen/Qwen3-8B"),
+        evaluation=evaluation_of("wikitext2"),
     )
     return TrialRecord(
         spec=spec,

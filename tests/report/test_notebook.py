@@ -33,7 +33,8 @@ def test_the_pages_scripts_run(tmp_path, monkeypatch):
         record(storage, "gptq", [1.5, 2.2]),
         record(storage, "gptq", [1.1, 2.1], source="library"),
     )
-    Sweep("a1", "calibration", "python launch.py", "", trials).save(storage)
+    sweep = Sweep(id="a1", name="calibration", command="python launch.py", config="", trials=trials)
+    sweep.save(storage)
     monkeypatch.chdir(tmp_path)
     mpl.use("Agg")
     scripts = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
