@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from q3q.config.schema import with_plain_keys
 from q3q.sweep.grid import choices_of
 from tests.composed import compose
 
@@ -32,7 +33,7 @@ COMMANDS = sorted(
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_every_launch_command_composes(page, command):
     words = [
-        word
+        with_plain_keys(word)
         for word in shlex.split(command)
         if not word.startswith("-") and word not in ("job", "...")
     ]
