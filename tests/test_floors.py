@@ -39,10 +39,16 @@ DOORS = {
     "matplotlib": {"q3q.report"},
     "pandas": {"q3q.report"},
     "jinja2": {"q3q.report.page"},
-    "transformers": {"q3q.models", "q3q.export.reload"},
+    "transformers": {"q3q.models", "q3q.export.gguf_vocabulary", "q3q.export.reload"},
     "compressed_tensors": {"q3q.export.compressed_tensors", "q3q.export.reload"},
     "deepspeed": {"q3q.models.sharded"},
-    "gguf": {"q3q.models"},
+    "gguf": {
+        "q3q.models",
+        "q3q.export.gguf_layout",
+        "q3q.export.gguf_vocabulary",
+        "q3q.export.gguf_writing",
+        "q3q.export.reload",
+    },
     "fsspec": {"q3q.storage.stores"},
 }
 # torch brings triton where there is CUDA; gptqmodel loads an export where a user has installed it.
@@ -84,7 +90,9 @@ def imports(name, typing_too=False):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            package = name.rsplit(".", node.level)[0] + "." if node.level else ""
+            module = package + node.module
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return names
 
 

@@ -4,6 +4,7 @@ They are ranked by the KL divergence of the original's next-token distribution f
 first text. Two are told apart by a paired test on the same windows.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -118,7 +119,7 @@ class Bench:
         best = measured[0]
         if not self._texts:
             return f"{plural(len(measured), 'checkpoint')} of {self.name}: see the tasks."
-        same = [pool.label for pool in measured[1:] if not self._differ(best, pool)]
+        same = [pool.label for pool in measured[1:] if self._differ(best, pool) is False]
         noise = " (not more than its own rounding costs)" if self._is_noise(best) else ""
         rest = f" Not told apart from it: {', '.join(same)}." if same else ""
         of = f"{significant(float(best.cell(kl)), 3)} nats of KL on {self._texts[0]}{noise}"
@@ -128,12 +129,20 @@ class Bench:
     def _measured(self) -> list[Pool]:
         return [pool for pool in self.candidates if pool.records[0].completed]
 
-    def _differ(self, one: Pool, other: Pool) -> bool:
-        """Return True if a paired test tells two checkpoints apart by their KL."""
-        if one.cell(self.kl_metrics[0]) == other.cell(self.kl_metrics[0]):
+    def _differ(self, one: Pool, other: Pool) -> bool | None:
+        """Return True if a paired test tells two checkpoints apart by their KL; None if unknown.
+
+        Without the windows' numbers, intervals that do not overlap show a difference.
+        """
+        kl = self.kl_metrics[0]
+        if one.cell(kl) == other.cell(kl):
             return False
-        found = difference(one, other, self.kl_metrics[0])
-        return found is not None and bool(found.distinguishable)
+        if (found := difference(one, other, kl)) is not None:
+            return bool(found.distinguishable)
+        ends = [pool.records[0].intervals.get(kl) for pool in (one, other)]
+        if ends[0] is None or ends[1] is None:
+            return None
+        return True if ends[0][0] > ends[1][1] or ends[1][0] > ends[0][1] else None
 
     def _is_noise(self, pool: Pool) -> bool:
         """Return True if a checkpoint is as near to the original as its own rounding."""
@@ -143,7 +152,7 @@ class Bench:
         ours, floor = pool.cell(kl), self.floor.cell(kl)
         if not isinstance(ours, float) or not isinstance(floor, float):
             return False
-        return ours <= floor or not self._differ(pool, self.floor)
+        return ours <= floor or self._differ(pool, self.floor) is False
 
     def _verdict(self) -> Table:
         several = len(self._measured) > 1
@@ -155,7 +164,7 @@ class Bench:
             "size",
             *(f"KL, {text}" for text in self._texts),
             *(["of the noise floor"] if self.floor is not None else []),
-            *(f"other tokens, {text}, %" for text in self._texts),
+            *(f"other tokens, {text}, %" for text in self._texts[:1]),
             *([title(MEAN_ACCURACY).partition(" (")[0]] if self._has_mean else []),
             *(["not told apart from"] if several and self._texts else []),
         )
@@ -170,14 +179,14 @@ class Bench:
             same = [
                 str(numbers[other.label])
                 for other in self._measured
-                if self._texts and other is not pool and not self._differ(pool, other)
+                if self._texts and other is not pool and self._differ(pool, other) is False
             ]
             cells = [
                 f"{numbers[pool.label]}. {pool.label}",
                 *self._facts(pool),
                 *(self._kl(pool, metric) for metric in self.kl_metrics),
                 *([self._over_floor(pool)] if self.floor is not None else []),
-                *(self._others(pool, text) for text in self._texts),
+                *(self._others(pool, text) for text in self._texts[:1]),
                 *([_changed(pool, self.original, MEAN_ACCURACY)] if self._has_mean else []),
                 *([", ".join(same) or "none"] if several and self._texts else []),
             ]
@@ -202,7 +211,7 @@ class Bench:
         cells[1] = pool.spec.model.dtype
         if pool is self.floor:
             cells += [self._kl(pool, metric) for metric in self.kl_metrics]
-            cells += ["1", *(self._others(pool, text) for text in self._texts)]
+            cells += ["1", *(self._others(pool, text) for text in self._texts[:1])]
         return (*cells, *[ABSENT] * (count - len(cells)))
 
     @property
@@ -213,9 +222,9 @@ class Bench:
         value, ends = pool.cell(metric), pool.records[0].intervals.get(metric)
         if not isinstance(value, float):
             return value
-        known = ends is not None and all(end == end for end in ends)
-        interval = f" [{', '.join(significant(end, 3) for end in ends)}]" if known and ends else ""
-        return significant(value, 3) + interval
+        if ends is None or not all(map(math.isfinite, ends)):  # of a single window
+            return significant(value, 3)
+        return f"{significant(value, 3)} [{', '.join(significant(end, 3) for end in ends)}]"
 
     def _over_floor(self, pool: Pool) -> str:
         assert self.floor is not None
