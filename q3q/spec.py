@@ -48,6 +48,7 @@ class ModelRef:
     digest: of the files in a local folder
     source, revision: Hub id and commit
     dtype: float32, bfloat16 or float16
+    package: `name version` of the package that offers its family; None for q3q's own
     """
 
     name: str | None
@@ -55,6 +56,7 @@ class ModelRef:
     source: str | None = None
     revision: str | None = None
     dtype: str
+    package: str | None = None
 
     @property
     def label(self) -> str:
