@@ -23,10 +23,11 @@ from q3q.errors import ExportError
 from q3q.export.reload import EXIT_SHORTAGE, is_shortage, projection, sketch, sketch_rows
 from q3q.export.use import Use
 from q3q.limits import unclaimed_memory
-from q3q.models.block import Block, Rope, rms_norm
+from q3q.models.block import Block, Rope
 from q3q.models.checkpoint import is_stacked, names_on_disk
 from q3q.models.decoder import Decoder
 from q3q.models.facts import ModelFacts
+from q3q.numerics.kernels.norm import rms_norm
 from q3q.record import Check
 from q3q.spec import Json
 
