@@ -5,7 +5,7 @@ real vocabulary) and a small calibration set. Prints packing and writing as a sh
 quantizing and evaluating in the same run (the goal is at most 5 %), and the proof in a second
 process, which takes little beside a real calibration set and evaluation.
 
---gptqmodel: a Python in whose environment GPTQModel is installed. It loads exports of both demo
+--gptqmodel: a Python in whose environment GPTQModel is installed. It loads exports of the demo
 models in its two formats, at every number of bits, symmetric and not, in groups (of `gptq` in
 act-order) and in whole rows, and its logits (float16 arithmetic) are compared with q3q's, token by
 token. Ends with an error where they differ by more than 1 %; of an MoE model one token in twenty
@@ -100,7 +100,7 @@ def exports(scratch: Path) -> list[Path]:
     register()
     small = ["method=gptq", "calibration.samples=4", "evaluation=none", f"storage={scratch}/loads"]
     folders = []
-    for model in ("demo", "demo_moe"):
+    for model in ("demo", "demo_moe", "demo_hybrid"):
         for name, way in ((name, way) for name, ways in LOADED.items() for way in ways):
             folder = scratch / "loads" / re.sub(r"[^a-z0-9-]+", "_", f"{model} {name} {way}")
             overrides = [

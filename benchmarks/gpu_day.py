@@ -38,8 +38,9 @@ from benchmarks import gpu_checks
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.perplexity import perplexity
 from q3q.evaluate.scoring import Request, score
-from q3q.models.checkpoint import Checkpoint, disk_shapes
+from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import Decoder, load_decoder
+from q3q.models.disk_names import disk_shapes
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.quantize import walk
 from q3q.quantize.activations import activations_of

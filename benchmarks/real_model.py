@@ -8,8 +8,8 @@ MODEL is a folder in Hugging Face's layout. --test and --calibration are WikiTex
 validation texts; perplexity is of --windows windows of 2,048 tokens of the test text, and the
 methods are calibrated on --samples windows of 2,048 tokens of the validation text (AWQ: 512, its
 own default). --arc is a CSV file of ARC-Easy's questions, --mmlu a folder with MMLU's dev/ and
-test/, both in the columns question, A, B, C, D, answer and without a header. Questions come last,
-in trials of their own, which load the blocks that the first ones quantized.
+test/, both in the columns question, A, B, C, D, answer and without a header. A cell's questions
+are a trial of their own, which loads the blocks that the cell's first one quantized.
 
 A trial takes two to ten minutes on one core, the whole grid about three hours on two. What is
 finished is not run again. SIGTERM to this process (or Ctrl-C) stops it after the running trial.
@@ -28,6 +28,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -209,10 +210,10 @@ def run(options: argparse.Namespace) -> None:
     """Run the cells one by one; one that fails is told and the next one runs."""
     Data(options.storage / "data").fill(options)
     stop = Stop()
-    work = [(cell, evaluation_of(options)) for cell in CELLS]
+    evaluations = [evaluation_of(options)]
     if options.arc or options.mmlu:
-        work += [(cell, tasks_evaluation(options)) for cell in CELLS]
-    for cell, evaluation in work:
+        evaluations.append(tasks_evaluation(options))
+    for cell, evaluation in product(CELLS, evaluations):
         if stop.asked:
             print("stopped: the same command goes on", flush=True)
             return

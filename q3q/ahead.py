@@ -22,14 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from q3q.data.calibration import calibration_identity, calibration_windows
 from q3q.data.prepared import FOLDER, Shelf, kept_identities
 from q3q.data.questions import Library
-from q3q.data.windows import (
-    calibration_identity,
-    calibration_windows,
-    evaluation_identity,
-    evaluation_windows,
-)
+from q3q.data.windows import evaluation_identity, evaluation_windows
 from q3q.ending import listen
 from q3q.evaluate.batches import batches
 from q3q.evaluate.identities import prepared_identities, requests_identity, says_all_of
@@ -167,7 +163,7 @@ def prepare(trial: Trial, folder: Path, wanted: Iterable[Json]) -> None:
 def _inputs(trial: Trial, folder: Path, tokenizer: Any, shelf: Shelf) -> Iterator[Input]:
     """Yield all prepared input of a trial."""
     spec, placement, evaluation = trial.spec, trial.placement, trial.spec.evaluation
-    if spec.calibration is not None:
+    if spec.calibration is not None and not spec.calibration.writes:
         yield Input(
             calibration_identity(spec.calibration, spec.seed),
             partial(calibration_windows, trial, tokenizer, _pass_on),

@@ -98,7 +98,7 @@ def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 class Phases:
-    """Seconds and peak memory of each named phase, as metrics.
+    """Seconds and peak memory of each named phase, as metrics; a phase may have several parts.
 
     peak_bytes: the process's resident peak, within the phase on Linux, else the peak so far.
     gpu_peak_bytes: the peak of torch's allocations.
@@ -121,13 +121,16 @@ class Phases:
         try:
             yield
         finally:
-            seconds = time.perf_counter() - started
-            self.metrics[f"seconds/{name}"] = round(seconds, 4)
+            seconds, own = time.perf_counter() - started, self.metrics
+            own[f"seconds/{name}"] = round(own.get(f"seconds/{name}", 0.0) + seconds, 4)
             if self._together is not None:
-                self._alone[name] = round(seconds - (self._together() - before), 4)
-            self.metrics[f"peak_bytes/{name}"] = _peak_bytes()
+                alone = seconds - (self._together() - before)
+                self._alone[name] = round(self._alone.get(name, 0.0) + alone, 4)
+            peaks = {"peak_bytes": _peak_bytes()}
             if (cuda := _cuda()) is not None:
-                self.metrics[f"gpu_peak_bytes/{name}"] = cuda.max_memory_allocated()
+                peaks["gpu_peak_bytes"] = cuda.max_memory_allocated()
+            for kind, peak in peaks.items():
+                own[f"{kind}/{name}"] = max(own.get(f"{kind}/{name}", 0), peak)
 
     def notes(self) -> Json:
         """Return the record's note of each phase's seconds in which this process worked alone."""

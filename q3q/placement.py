@@ -15,6 +15,11 @@ from q3q.storage.stores import mirror_of
 KEEP_NONE, KEEP_AUTO, KEEP_BLOCKS = KEEPS = ("none", "auto", "blocks")
 
 
+MAPPINGS = ("texts", "parts")  # fields of a placement that hold several files
+# Fields of a placement that are paths.
+PATHS = ("trials", "model", "reference", "calibration", "evaluation", "data", "tasks", "export")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grant:
     """What the plan gives a trial of its machine; of a gang, each rank.
@@ -43,8 +48,11 @@ class Placement:
     trials: folder of every trial's state
     keep: what is kept of the quantized blocks once the trial has succeeded, one of KEEPS
     store: URL that the storage folder mirrors
-    model: folder of a local model
+    model: folder of a local model, or its GGUF file
+    reference: folder of a local original that a published checkpoint is compared with
     calibration, evaluation: files of texts that are not q3q's own
+    texts: files of the evaluation's texts that the user named, by name
+    parts: files of a calibration mix, by their parts' digests
     data: folder with data sets
     loader, memory: as the user asked for them
     tasks: folder of the user's task files
@@ -53,6 +61,7 @@ class Placement:
     baseline: id of the unquantized model's trial, which this one is compared with
     fresh: moment of the wish to run from nothing
     grant: None before the trial is planned
+    context: tokens for which the cache's bytes are counted, as the user asked
     """
 
     # In the order of the JSON, where all of it is called `places`, and a grant `share`.
@@ -62,6 +71,8 @@ class Placement:
     model: Path | None = None
     calibration: Path | None = None
     evaluation: Path | None = None
+    texts: Mapping[str, Path] | None = None
+    parts: Mapping[str, Path] | None = None
     data: Path | None = None
     loader: str | None = None
     memory: int | None = None
@@ -71,6 +82,8 @@ class Placement:
     baseline: str | None = None
     fresh: str | None = None
     grant: Grant | None = None
+    context: int | None = None
+    reference: Path | None = None
 
     @property
     def storage(self) -> Path:
@@ -80,6 +93,14 @@ class Placement:
     def digests(self) -> Path:
         """The memo of digests of model files."""
         return self.trials / "digests"
+
+    def calibration_file(self, digest: str) -> Path | None:
+        """Return the file of a calibration text, or of a mix's part; None if it has none."""
+        return (self.parts or {}).get(digest, self.calibration)
+
+    def evaluation_file(self, name: str) -> Path | None:
+        """Return the file of an evaluation's text, by the text's name; None if it has none."""
+        return (self.texts or {}).get(name, self.evaluation)
 
     @property
     def keeps_blocks(self) -> bool:
@@ -127,19 +148,18 @@ class Placement:
     def to_json(self) -> Json:
         facts = {part.name: getattr(self, part.name) for part in fields(self)}
         facts["share"] = (grant := facts.pop("grant")) and grant.to_json()
-        return {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in facts.items()
-            if value is not None
-        }
+        return {key: _as_json(value) for key, value in facts.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Placement":
         """Read what any version wrote, on any machine, as it is here."""
         facts = {part.name: data[part.name] for part in fields(cls) if part.name in data}
-        for name in ("trials", "model", "calibration", "evaluation", "data", "tasks", "export"):
+        for name in PATHS:
             if facts.get(name) is not None:
                 facts[name] = Path(facts[name])
+        for name in MAPPINGS:
+            if facts.get(name) is not None:
+                facts[name] = {key: Path(path) for key, path in facts[name].items()}
         if data.get("share") is not None:
             facts["grant"] = Grant(**data["share"])
         return cls(**facts).here()
@@ -208,3 +228,9 @@ class Trial:
             KeyError, TypeError, ValueError: it is not a trial.
         """
         return cls(TrialSpec.from_json(data), Placement.from_json(data.get("places", {})))
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value

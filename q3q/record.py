@@ -20,6 +20,10 @@ COMPLETED, FAILED = "COMPLETED", "FAILED"
 UNQUANTIZED = (
     "unquantized"  # a note: metrics of the unquantized model, each [value] or [value, low, high]
 )
+# A note: numbers that a token leaves in the cache, of them in a head, how they are stored unless in
+# 16 bits, and the context, if given.
+CACHE = "cache"
+JUDGED = "judged"  # a note: what a published checkpoint holds, beside its original (`likeness`)
 ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page
 
 
@@ -310,6 +314,12 @@ class Sweep:
     names: dict[str, str] = field(default_factory=dict)
     started: str = ""
     ended: str = ""
+
+    @property
+    def context(self) -> int | None:
+        """The tokens for which the sweep's report counts caches, as the user asked."""
+        given = (trial.placement.context for trial in self.trials)
+        return next((context for context in given if context is not None), None)
 
     @property
     def file_name(self) -> str:

@@ -2,14 +2,46 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from q3q.errors import ConfigError, IncompatibleError
-from q3q.number_formats import FLOATS, FORMATS, INT, short_name
+from q3q.number_formats import (
+    ACT_FORMATS,
+    BLOCKS,
+    FLOATS,
+    FORMATS,
+    INT,
+    own_form,
+    short_name,
+)
 
 Json = dict[str, Any]
 # Of a scheme, absent where they have their default: they are newer than the first records.
 SELDOM_OF_SCHEME = ("format", "group_rows", "four_over_six", "act_format", "act_group_size")
+
+
+ACTIVATION_KEYS = ("act_bits", "act_format", "act_group_size")  # of a scheme
+
+
+# Where the scales of rounded inputs come from: from the numbers themselves, as they are read; one
+# stored number, for all of them; a stored factor above each group's own scale (NVFP4); or from the
+# numbers, but those beyond a threshold stay as they are (LLM.int8).
+ActScales = Literal["dynamic", "stored", "factor", "outliers"]
+
+
+@dataclass(frozen=True)
+class InputRounding:
+    """How a linear's input is rounded when it runs.
+
+    group_size: channels of a token that share a scale; -1: all
+    number: the stored scale or factor, where `scales` says that there is one
+    """
+
+    bits: int
+    format: str = INT
+    group_size: int = -1
+    scales: ActScales = "dynamic"
+    number: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +81,12 @@ class Scheme:
             )
         if self.act_bits is not None and not 2 <= self.act_bits <= 16:
             raise ConfigError(f"act_bits={self.act_bits} is out of range: give 2 to 16, or null")
-        for key, name in (("format", self.format), ("act_format", self.act_format)):
-            if name not in FORMATS:
-                raise ConfigError(f"{key}={name} is not known. Choose from: {', '.join(FORMATS)}")
+        for key, name, known in (
+            ("format", self.format, FORMATS),
+            ("act_format", self.act_format, ACT_FORMATS),
+        ):
+            if name not in known:
+                raise ConfigError(f"{key}={name} is not known. Choose from: {', '.join(known)}")
         for key in ("group_rows", "act_group_size"):
             if (size := getattr(self, key)) != -1 and size < 1:
                 raise ConfigError(f"{key}={size}: give a positive number, or -1 for all")
@@ -60,7 +95,7 @@ class Scheme:
 
     def _misfits(self) -> Iterator[str]:
         """Yield in a line each why these numbers are not those of their formats."""
-        form, act = FLOATS.get(self.format), FLOATS.get(self.act_format)
+        form, act = own_form(self.format), FLOATS.get(self.act_format)
         size, act_size = self.group_size, self.act_group_size
         if form is None and (self.group_rows != 1 or self.four_over_six):
             key = "four_over_six=true" if self.four_over_six else f"group_rows={self.group_rows}"
@@ -69,7 +104,12 @@ class Scheme:
         if form is not None:
             if self.bits != form.bits:
                 yield f"bits={self.bits}: numbers of format={form.name} have {form.bits} bits"
-            if not self.symmetric:
+            if form.name in BLOCKS:
+                if self.symmetric == BLOCKS[form.name].offsets:
+                    has = "offsets" if self.symmetric else "no offsets"
+                    given = str(self.symmetric).lower()
+                    yield f"symmetric={given}: groups of format={form.name} have {has}"
+            elif not self.symmetric:
                 yield (
                     f"symmetric=false: format={form.name} is even around zero; only format=int has "
                     "zero points"
@@ -99,6 +139,13 @@ class Scheme:
         }
 
     @property
+    def inputs(self) -> InputRounding | None:
+        """How each quantized linear's input is rounded; None leaves it in 16 bits."""
+        if self.act_bits is None:
+            return None
+        return InputRounding(self.act_bits, self.act_format, self.act_group_size)
+
+    @property
     def codes(self) -> str:
         """Name the codes for people: `w4`, `fp8`, `nvfp4 4/6`."""
         if self.format == INT:
@@ -122,7 +169,7 @@ class Scheme:
 
         Its files have no place for the group of each column.
         """
-        form = FLOATS.get(self.format)
+        form = own_form(self.format)
         return form is not None and form.group_size is not None
 
     @property

@@ -7,15 +7,24 @@ must keep this, or old ids would change.
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-from q3q.errors import ConfigError
-from q3q.number_formats import INT
+from q3q.bit_budget import BitBudget
 
 # Everybody imports these from here, methods of other packages too.
+from q3q.calibration import MIX as MIX  # noqa: PLC0414
+from q3q.calibration import OWN_TEXT as OWN_TEXT  # noqa: PLC0414
+from q3q.calibration import TRACES as TRACES  # noqa: PLC0414
+from q3q.calibration import WRITTEN as WRITTEN  # noqa: PLC0414
+from q3q.calibration import Calibration as Calibration  # noqa: PLC0414
+from q3q.calibration import CalibrationPart as CalibrationPart  # noqa: PLC0414
+from q3q.errors import ConfigError
+from q3q.kv_scheme import KvScheme
+from q3q.number_formats import INT, short_name
+from q3q.scheme import ACTIVATION_KEYS
 from q3q.scheme import SELDOM_OF_SCHEME as SELDOM_OF_SCHEME  # noqa: PLC0414
 from q3q.scheme import Scheme as Scheme  # noqa: PLC0414
 from q3q.scheme import Schemes as Schemes  # noqa: PLC0414
@@ -25,7 +34,10 @@ MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metri
 QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
 AUTO_DRIFT = "auto"
 # Absent from a spec's JSON where they are not given.
-SELDOM = ("overrides", "skip", "head_bits", "embedding_bits", "export", "rules")
+SELDOM = (
+    *("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "reference", "rules"),
+    "budget",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,29 +101,6 @@ class MethodRef:
         name = _checked("the method's name", knobs.pop("name"), str)
         version, package = knobs.pop("version"), knobs.pop("package")
         return cls(name=name, version=version, knobs=knobs, package=package)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The windows that a method observes: `samples` of `length` tokens of one text.
-
-    draw: random, first or documents
-    route: experts that see a token, top_k (the router's choice) or all; None for a dense model
-    """
-
-    source: str
-    digest: str
-    samples: int
-    length: int
-    draw: str
-    route: str | None = None
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * self.length
-
-    def to_json(self) -> Json:
-        return _without_none(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +217,12 @@ class TrialSpec:
         stay as they are
     head_bits, embedding_bits: rounded to nearest; None leaves them in 16 bits. One tensor, and
         equal, where the model ties them
+    kv: how the evaluated model's cache stores keys and values; None leaves them in 16 bits
     export: format of the checkpoint that the trial writes too
+    reference: the original of a published checkpoint, which this one is compared with
     rules: the name patterns that overrides and skip were given as; for people, not part of the id
+    budget: allots bits to the linears while the trial runs; then they stand in its overrides, and
+        are no part of the id, as they follow from the rest
     """
 
     model: ModelRef
@@ -242,8 +235,11 @@ class TrialSpec:
     skip: tuple[str, ...] = ()
     head_bits: int | None = None
     embedding_bits: int | None = None
+    kv: KvScheme | None = None
     export: str | None = None
+    reference: ModelRef | None = None
     rules: Json = field(default_factory=dict, compare=False)
+    budget: BitBudget | None = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -265,6 +261,10 @@ class TrialSpec:
         if self.scheme is not None:
             acts = ("act_format", "act_group_size")
             facts |= {key: value for key, value in self.scheme.to_json().items() if key in acts}
+            if changes := _some_of(self.overrides, lambda key: key in ACTIVATION_KEYS):
+                facts["act_overrides"] = changes
+        if self.kv is not None:
+            facts["kv"] = self.kv.to_json()
         return digest(facts | ({"export": self.export} if self.export else {}))[:10]
 
     @cached_property
@@ -274,15 +274,29 @@ class TrialSpec:
 
     @property
     def quantization(self) -> Json:
-        """Return all that determines the quantized weights. Activations are quantized later."""
+        """Return all that determines the quantized weights.
+
+        Activations are quantized later, keys and values too.
+        """
         facts = self.to_json()
-        for later in ("evaluation", "export", "rules"):
+        for later in ("evaluation", "export", "kv", "rules"):
             facts.pop(later, None)
         facts["model"] = self.model.identity
+        if self.reference is not None:
+            facts["reference"] = self.reference.identity
         if self.scheme is not None:
-            for later in ("act_bits", "act_format", "act_group_size"):
+            given = self.overrides if self.budget is None else without_bits(self.overrides)
+            facts.pop("overrides", None)
+            if changes := _some_of(given, lambda key: key not in ACTIVATION_KEYS):
+                facts["overrides"] = changes
+            for later in ACTIVATION_KEYS:
                 facts["scheme"].pop(later, None)
         return facts
+
+    @property
+    def models(self) -> tuple[ModelRef, ...]:
+        """The model, and what it is compared with."""
+        return (self.model,) if self.reference is None else (self.model, self.reference)
 
     @property
     def schemes(self) -> Schemes | None:
@@ -298,17 +312,34 @@ class TrialSpec:
         return Schemes(self.scheme, self.overrides, frozenset(self.skip), head, embedding)
 
     @property
+    def rounds_nothing(self) -> bool:
+        """True if the model is evaluated as it is: neither weights nor its cache are rounded.
+
+        And is not itself compared with another, whose rounding it is.
+        """
+        return self.scheme is None and self.kv is None and self.reference is None
+
+    @property
     def heads(self) -> int:
+        if self.reference is not None and self.evaluation.drift is not None:
+            return 2
         return heads_in_memory(self.head_bits, self.evaluation)
+
+    @property
+    def generates(self) -> tuple[str, ...]:
+        """Name what has the model write text, token by token: tasks, and its own calibration."""
+        writes = self.calibration is not None and self.calibration.writes
+        return (*self.evaluation.generates, *((OWN_TEXT,) if writes else ()))
 
     @property
     def name(self) -> str:
         """Name the trial for people: `gptq w3 g128 blocks.0:w8 -*.down head:w8`."""
         if self.scheme is None:
-            return self.method.name
+            return f"{self.method.name} {self.departures}".rstrip()
         scheme = self.scheme
         between = " " if scheme.format != INT and scheme.act_bits else ""
-        stored = f"{scheme.codes}{between}{scheme.activations} {scheme.groups}"
+        codes = scheme.codes if self.budget is None else "mixed"
+        stored = f"{codes}{between}{scheme.activations} {scheme.groups}"
         return f"{self.method.name} {stored} {self.departures}".rstrip()
 
     @property
@@ -326,6 +357,8 @@ class TrialSpec:
         words += [f"-{pattern}" for pattern in self.rules.get("skip", ())]
         ends = {"head": self.head_bits, "embedding": self.embedding_bits}
         words += [f"{end}:w{bits}" for end, bits in ends.items() if bits]
+        words += [self.kv.name] if self.kv else []
+        words += [self.budget.words] if self.budget else []
         words += [f"export:{self.export}"] if self.export else []
         return " ".join(words)
 
@@ -338,11 +371,18 @@ class TrialSpec:
             "scheme": self.scheme and self.scheme.to_json(),
             "calibration": self.calibration and self.calibration.to_json(),
             "evaluation": self.evaluation.to_json(),
+            "kv": self.kv and self.kv.to_json(),
+            "reference": self.reference and self.reference.to_json(),
             "overrides": {name: dict(changes) for name, changes in self.overrides.items()},
             "skip": list(self.skip),
+            "budget": self.budget and self.budget.to_json(),
         }
+        for newer in ("kv", "reference"):  # than the first records, which lack them
+            if facts[newer] is None:
+                del facts[newer]
         if complete:
-            return facts
+            # A record of a trial without a budget looks as it always has.
+            return {key: value for key, value in facts.items() if key != "budget" or value}
         if self.scheme is not None and self.scheme.scales is None:
             del facts["scheme"]["scales"]
         return {key: value for key, value in facts.items() if key not in SELDOM or value}
@@ -358,16 +398,20 @@ class TrialSpec:
         for part in ("model", "method", "evaluation"):
             _checked(part, data[part], dict)
         scheme, calibration = data["scheme"], data["calibration"]
+        budget = data.get("budget")
         return cls(
             **facts
             | {
                 "model": ModelRef.from_json(data["model"]),
                 "method": MethodRef.from_json(data["method"]),
                 "scheme": None if scheme is None else Scheme(**scheme),
-                "calibration": None if calibration is None else Calibration(**calibration),
+                "calibration": None if calibration is None else Calibration.from_json(calibration),
                 "evaluation": Evaluation.from_json(data["evaluation"]),
                 "skip": tuple(data.get("skip", ())),
+                "reference": data.get("reference") and ModelRef.from_json(data["reference"]),
+                "kv": None if data.get("kv") is None else KvScheme(**data["kv"]),
                 "rules": _checked("rules", data.get("rules", {}), dict),
+                "budget": None if budget is None else BitBudget.from_json(budget),
             }
         )
 
@@ -388,17 +432,38 @@ def text_metric(measure: str, text: str, quick: bool) -> str:
     return f"{measure}{'_quick' if quick else ''}/{text}"
 
 
+def without_bits(overrides: Mapping[str, Json]) -> dict[str, Json]:
+    """Return what overrides say beside bits, for the linears of which they say anything else."""
+    others = {
+        name: {key: value for key, value in changes.items() if key != "bits"}
+        for name, changes in overrides.items()
+    }
+    return {name: changes for name, changes in others.items() if changes}
+
+
 def heads_in_memory(head_bits: int | None, evaluation: Evaluation) -> int:
     """Return 2 where a quantized head's logits are compared with the original's, else 1."""
     return 2 if head_bits is not None and evaluation.drift is not None else 1
 
 
+def _some_of(overrides: Mapping[str, Json], wanted: Callable[[str], bool]) -> dict[str, Json]:
+    """Return some keys of overrides, and only the linears that have any of them."""
+    parts = {
+        name: {key: value for key, value in own.items() if wanted(key)}
+        for name, own in overrides.items()
+    }
+    return {name: part for name, part in parts.items() if part}
+
+
 def _override_in_a_word(changes: Json) -> str:
-    """Return `w8` or `w4g64sym`."""
+    """Return `w8`, `w4g64sym` or `nvfp4anvfp4`."""
     words = {
+        "format": short_name,
         "bits": lambda bits: f"w{bits}",
         "group_size": lambda size: "pc" if size == -1 else f"g{size}",
         "symmetric": lambda symmetric: "sym" if symmetric else "asym",
+        "act_format": lambda name: f"a{short_name(name)}",
+        "act_bits": lambda bits: f"a{bits}",
     }
     return "".join(word(changes[key]) for key, word in words.items() if key in changes)
 

@@ -6,8 +6,8 @@ import platform
 import shutil
 import traceback
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from q3q.ahead import preparing
 from q3q.attempt import LOG, Attempt, TrialLog, attempt, running_quantizations
 from q3q.crash import crash_reason, forget_crash
+from q3q.data.calibration import calibration_windows
 from q3q.data.prepared import Shelf
-from q3q.data.windows import calibration_windows
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import GPU_LOST_WORDS, GPU_SUSPECT_WORDS, Q3QError
 from q3q.evaluate.integrity import check_weights
@@ -28,27 +28,45 @@ from q3q.evaluate.version import refuse_other_versions
 from q3q.export.proof import PASSED
 from q3q.export.publish import Exported, finish_export
 from q3q.export.writer import Exporter, ExportingSink, open_exporter
-from q3q.models.adjust import set_activations, set_route
+from q3q.models.adjust import set_activations, set_cache, set_route
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import Device
 from q3q.models.hub import is_downloaded
-from q3q.models.loading import device_of, load_model, open_checkpoint, this_gpu
+from q3q.models.likeness import note_of
+from q3q.models.loading import (
+    device_of,
+    load_model,
+    load_original,
+    open_checkpoint,
+    original_of,
+    this_gpu,
+)
 from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
+from q3q.quantize.budget.stage import SENSING, allotted
 from q3q.quantize.ends import quantize_ends
-from q3q.quantize.ledger import Ledger, StoredCodes, sizes, stored_note
+from q3q.quantize.ledger import (
+    Ledger,
+    StoredCodes,
+    cache_note,
+    cache_sizes,
+    sizes,
+    stored_note,
+)
 from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.registry import settings_of, settings_or_default
 from q3q.quantize.methods.source import source_of
 from q3q.quantize.search import choose_variant
 from q3q.quantize.shared import blocks_of
+from q3q.quantize.traces import traces
 from q3q.quantize.walk import quantized_blocks
 from q3q.record import (
     COMPLETED,
     FAILED,
+    JUDGED,
     Progress,
     Report,
     Scores,
@@ -83,44 +101,52 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
     phases, started = Phases((lambda: team.together) if team.size > 1 else None), now()
     reporter = Reporter(spec.id, report, SystemWatch().due)
     write_atomically(trial.folder / "spec.json", json.dumps(trial.to_json(), indent=1).encode())
-    ledger, exported = Ledger(), Exported()
-    ends: Mapping[str, StoredWeight] = {}
+    exported = Exported()
     with torch.inference_mode(), ExitStack() as beside:
         reporter.phase("load")(0, 1)
         memory = settings_of(spec.method).memory()
         with phases.phase("load"):
             checkpoint = _opened(trial, reporter)
-            tokenizer = load_tokenizer(checkpoint.folder)
+            # A judged checkpoint reads what its original reads, with the original's tokenizer.
+            original = _opened(original_of(trial), reporter) if spec.reference else checkpoint
+            tokenizer = load_tokenizer(original.folder)
             device = _device(trial)
             if trial.placement.caches_blocks_here:
                 lease = trial.placement.block_cache.lease(spec.quantization_id)
                 beside.enter_context(lease)
-            beside.enter_context(_preparing(trial, checkpoint, tokenizer, device))
+            beside.enter_context(_preparing(trial, original, tokenizer, device))
+        with phases.phase("baseline"):
+            judged = None
+            if spec.reference is not None:
+                judged = _beside(checkpoint, original, tokenizer, device, trial, reporter)
+        with phases.phase("load"):
             model, loading = load_model(checkpoint, trial, device, memory, team)
         reporter.phase("load", str(loading))(1, 1)
         with phases.phase("baseline"):
-            reference = reference_of(model, tokenizer, trial, reporter)
-        exporter = open_exporter(trial, checkpoint)
+            reference = judged[0] if judged else reference_of(model, tokenizer, trial, reporter)
         with _blocks_of(trial, len(model.blocks), reporter) as store:
-            if spec.schemes is not None:
-                with phases.phase("calibrate"):
-                    windows = _windows(trial, tokenizer, store, len(model.blocks), reporter)
-                with phases.phase("quantize"):
-                    ledger, ends = _quantize(trial, model, windows, store, exporter, reporter)
+            made = _quantized(trial, model, checkpoint, tokenizer, store, phases, reporter)
+            trial, spec = made.trial, made.trial.spec
         with phases.phase("evaluate"):
             set_activations(model, spec)
+            set_cache(model, spec)
             scores = evaluate(model, tokenizer, trial, reference, reporter)
         checks = check_weights(
             model,
-            StoredCodes(store, ledger.blocks, "cpu" if model.streamed else model.device),
-            ends=ends,
+            StoredCodes(store, made.ledger.blocks, "cpu" if model.streamed else model.device),
+            ends=made.ends,
             skip=spec.skip,
         )
-        if exporter is not None:
+        if made.exporter is not None:
             reporter.phase("export")(0, 1)
             with phases.phase("export"):
                 exported = finish_export(
-                    exporter, model, trial, scores, checks, unquantized_metrics(trial, reference)
+                    made.exporter,
+                    model,
+                    trial,
+                    scores,
+                    checks,
+                    unquantized_metrics(trial, reference),
                 )
     reporter.phase("record")(0, 1)
     failed = [check for check in checks if not check.passed]
@@ -130,12 +156,13 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         status=FAILED if failed else COMPLETED,
         reason="; ".join(f"{check.name}: {check.detail}" for check in failed),
         metrics=scores.metrics
-        | sizes(checkpoint, ledger, ends)
+        | sizes(checkpoint, made.ledger, made.ends)
+        | cache_sizes(trial, checkpoint.facts)
         | exported.metrics
         | phases.metrics,
         intervals=scores.intervals,
         diverged=tuple(scores.diverged),
-        sites=tuple(ledger.errors),
+        sites=tuple(made.ledger.errors),
         checks=tuple(checks),
         environment={
             "git_commit": git_commit(),
@@ -147,11 +174,14 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             "ended": now(),
         },
         results=scores.results,
-        notes=ledger.notes
+        notes=made.ledger.notes
+        | made.notes
         | store.notes()
-        | stored_note(checkpoint, in_files=bool(exported.notes) or not (ledger.weights or ends))
+        | stored_note(checkpoint, in_files=bool(exported.notes) or not made.changed)
         | exported.notes
+        | cache_note(trial, checkpoint.facts)
         | noted_baseline(reference, spec)
+        | ({JUDGED: judged[1]} if judged else {})
         | _notes_on(checkpoint)
         | _notes_on_kernels(device_of(trial))
         | phases.notes(),
@@ -164,14 +194,15 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
 
 
 def _windows(
-    trial: Trial, tokenizer: Any, store: BlockStore, blocks: int, reporter: Reporter
+    trial: Trial, model: Decoder, tokenizer: Any, store: BlockStore, reporter: Reporter
 ) -> Tensor | None:
     """Return the calibration windows; None if no block is missing, or the method observes none."""
     steps = reporter.phase("calibrate")
     steps(0, 1)
-    if store.holds(blocks):
+    if store.holds(len(model.blocks)):
         return None
-    return calibration_windows(trial, tokenizer, partial(steps, 0, 1))
+    write = partial(traces, trial, model, tokenizer, steps=steps)
+    return calibration_windows(trial, tokenizer, partial(steps, 0, 1), write)
 
 
 def _preparing(
@@ -184,6 +215,65 @@ def _preparing(
     return preparing(trial, checkpoint.folder, shelf, device, quantizes=quantizes)
 
 
+def _beside(
+    checkpoint: Checkpoint,
+    original: Checkpoint,
+    tokenizer: Any,
+    device: Device,
+    trial: Trial,
+    reporter: Reporter,
+) -> tuple[Reference, Json]:
+    """Return what a judged checkpoint's drift is measured against, and the note on its files."""
+    streamed, own = load_original(original, trial, device), original_of(trial)
+    reference = reference_of(streamed, tokenizer, own, reporter)
+    steps = reporter.phase("baseline", "weights")
+    return reference, note_of(checkpoint, original, tokenizer, steps)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What came of the model's linears.
+
+    trial: with the widths that its budget was allotted among its overrides
+    ends: a quantized embedding and head
+    notes: on the allotment, for the record
+    """
+
+    trial: Trial
+    exporter: Exporter | None
+    ledger: Ledger
+    ends: Mapping[str, StoredWeight]
+    notes: Json
+
+    @property
+    def changed(self) -> bool:
+        return bool(self.ledger.weights or self.ends)
+
+
+def _quantized(
+    trial: Trial,
+    model: Decoder,
+    checkpoint: Checkpoint,
+    tokenizer: Any,
+    store: BlockStore,
+    phases: Phases,
+    reporter: Reporter,
+) -> Quantized:
+    """Allot the trial's bits if it has a budget, and quantize the model in place."""
+    with phases.phase(SENSING) if trial.spec.budget else nullcontext():
+        allotment = allotted(trial, model, checkpoint, tokenizer, store, reporter)
+    trial = replace(trial, spec=allotment.spec)
+    exporter = open_exporter(trial, checkpoint)
+    ledger, ends = Ledger(), dict[str, StoredWeight]()
+    if trial.spec.schemes is not None:
+        with phases.phase("calibrate"):
+            windows = _windows(trial, model, tokenizer, store, reporter)
+        with phases.phase("quantize"):
+            ledger, ends = _quantize(trial, model, windows, store, exporter, reporter)
+    allotment.check(ledger)
+    return Quantized(trial, exporter, ledger, ends, allotment.notes)
+
+
 def _quantize(
     trial: Trial,
     model: Decoder,
@@ -191,7 +281,7 @@ def _quantize(
     store: BlockStore,
     exporter: Exporter | None,
     reporter: Reporter,
-) -> tuple[Ledger, Mapping[str, StoredWeight]]:
+) -> tuple[Ledger, dict[str, StoredWeight]]:
     """Quantize the model in place; return the facts about its blocks, and its quantized ends."""
     spec, count, ledger = trial.spec, len(model.blocks), Ledger()
     assert spec.schemes is not None

@@ -250,7 +250,7 @@ def random_checkpoint(tmp_path):
     import torch
     from safetensors.torch import save_file
 
-    from q3q.models.checkpoint import disk_shapes
+    from q3q.models.disk_names import disk_shapes
     from q3q.models.facts import read_facts
 
     def make(kind="dense", name="model", *, fused=False, **changes):

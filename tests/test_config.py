@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from q3q.config import calibration as config_calibration
 from q3q.config import evaluation as config_evaluation
 from q3q.config import model as config_model
 from q3q.config import schema
@@ -24,6 +25,7 @@ from q3q.quantize.methods.settings import SETTINGS
 from q3q.spec import TrialSpec
 from q3q.sweep.grid import choices_of, trials_of
 from q3q.sweep.launcher import Job
+from q3q.sweep.settings import refuse_margin
 from tests.composed import compose
 from tests.composed import composed_trial as trial
 from tests.specs import qwen3_config
@@ -79,11 +81,12 @@ def test_the_yaml_says_what_the_dataclass_says(name):
 def test_every_model_becomes_a_spec(name, tmp_path):
     overrides = [f"model={name}", f"storage={tmp_path}"]
     own = {
-        "local": (f"model.path={config_model.DEMO_MODELS / 'dense'}", "dense"),
-        "hub": ("model.source=Qwen/Qwen3-4B-Instruct-2507", "Qwen3-4B-Instruct-2507"),
+        "local": ([f"model.path={config_model.DEMO_MODELS / 'dense'}"], "dense"),
+        "hub": (["model.source=Qwen/Qwen3-4B-Instruct-2507"], "Qwen3-4B-Instruct-2507"),
+        "judge": (["model.source=demo", "model.reference=demo", "method=none"], "demo"),
     }
-    words, label = own.get(name, (None, name))
-    made = spec(*overrides, *filter(None, [words]))
+    words, label = own.get(name, ([], name))
+    made = spec(*overrides, *words)
     assert made.model.name == label
     if name.startswith("qwen3"):
         assert made.model.source is not None
@@ -92,7 +95,7 @@ def test_every_model_becomes_a_spec(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", options("calibration"))
-def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
+def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file, tmp_path):
     if name in ("c4", "pile", "wikitext2"):
         plain = data_texts.load_text
         monkeypatch.setattr(
@@ -101,8 +104,17 @@ def test_every_calibration_becomes_a_spec(name, monkeypatch, text_file):
             lambda source, **rest: plain("file", split="calibration", path=text_file),
         )
         config_texts.open_text.cache_clear()
-    path = [f"calibration.path={text_file}".replace(" ", "\\ ")] if name == "file" else []
-    made = spec("method=gptq", f"calibration={name}", *path)
+    talk = tmp_path / "talk.jsonl"
+    if name == "chat":
+        monkeypatch.setattr(config_calibration, "chat_template", lambda *_: "a template")
+        message = {"role": "user", "content": "Why? " * 100_000}
+        talk.write_text(json.dumps([message]), encoding="utf-8")
+    own = {
+        "file": [f"calibration.path={text_file}".replace(" ", "\\ ")],
+        "chat": [f"calibration.path={talk}"],
+        "mix": ["calibration.mix={demo: 1}"],
+    }
+    made = spec("method=gptq", f"calibration={name}", *own.get(name, []))
     assert made.calibration is not None
     assert made.calibration.source == name
     assert made.calibration.samples > 0
@@ -181,7 +193,7 @@ def test_a_trial_knows_its_baseline(tmp_path):
     ["evaluation.chat=thinking", "evaluation.limits={stories_who:3}", "evaluation.drift=false"],
 )
 def test_how_it_is_evaluated_is_part_of_a_trial(knob, monkeypatch):
-    monkeypatch.setattr(config_evaluation, "_chat_template", lambda *_: "a template")
+    monkeypatch.setattr(config_evaluation, "chat_template", lambda *_: "a template")
     assert spec(knob).id != spec().id
     assert spec(knob).quantization_id == spec().quantization_id
 
@@ -282,7 +294,7 @@ GENERATES |= {"doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]}
 def test_a_task_that_no_trial_could_run_is_refused_before_any_starts(
     settings, overrides, words, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(config_evaluation, "_chat_template", lambda *_: "a template")
+    monkeypatch.setattr(config_evaluation, "chat_template", lambda *_: "a template")
     with pytest.raises(ConfigError, match=words) as caught:
         spec(*write_task(tmp_path, **settings), *overrides)
     assert "\n" not in str(caught.value)
@@ -294,7 +306,7 @@ def test_how_much_a_task_may_generate_is_part_of_a_trial(tmp_path, monkeypatch):
     assert one.id != other.id
     monkeypatch.setattr(
         config_evaluation,
-        "_chat_template",
+        "chat_template",
         lambda *_: "{% if enable_thinking is false %}<think></think>",
     )
     with pytest.raises(
@@ -322,12 +334,10 @@ def test_a_task_has_one_place_in_the_record(tmp_path):
 def test_a_hub_models_chat_template_is_looked_for_before_any_download(monkeypatch, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     files = {"tokenizer_config.json": tmp_path / "tokenizer_config.json"}
-    monkeypatch.setattr(
-        config_evaluation, "fetch_file", lambda source, name, revision: files.get(name)
-    )
+    monkeypatch.setattr(config_texts, "fetch_file", lambda source, name, revision: files.get(name))
     with pytest.raises(ConfigError, match="the tokenizer in Qwen/Qwen3-8B has no chat template"):
         spec("model=qwen3_8b", "evaluation.chat=template", "evaluation.texts=[]")
-    config_evaluation._chat_template.cache_clear()
+    config_texts.chat_template.cache_clear()
     files["chat_template.jinja"] = tmp_path / "chat_template.jinja"
     files["chat_template.jinja"].write_text("{{ messages }}", encoding="utf-8")
     assert (
@@ -537,7 +547,7 @@ WRONG = [  # (the command line, what the message must say)
     ("skip=[lm_head]", "skip: lm_head is not in a block; .*head_bits"),
     ("overrides={*.o:{bits:9}}", r"overrides: \*.o: bits=9 is out of range"),
     ("overrides={*.o:{group_size:0}}", r"overrides: \*.o: group_size=0"),
-    ("overrides={*.o:{}}", r"overrides: \*.o says nothing; give bits, group_size or symmetric"),
+    ("overrides={*.o:{}}", r"overrides: \*.o says nothing; give bits, group_size, symmetric"),
     (
         "overrides={blocks.0:{group_size:96},*.down:{group_size:512}}",
         r"group_size=96 does not divide qkv of block 0, gate_up of block 0 \(256 columns\); .*"
@@ -636,6 +646,25 @@ def test_bad_values_are_refused_in_one_line(error, command, message, tmp_path):
     with pytest.raises(error, match=message) as caught:
         spec(*words)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("report.margin=0", "report.margin=0 is no loss: give a number above zero"),
+        ("report.margin=-1", "report.margin=-1 is no loss"),
+        ("report.margin=1 evaluation=none", "evaluation=none measures nothing"),
+        ("report.margin=1 evaluation.baseline=false", "evaluation.baseline=false leaves it out"),
+    ],
+)
+def test_a_margin_that_nothing_could_be_tested_against_is_refused(words, message):
+    refuse_margin(compose("config", ["report.margin=0.5"]))
+    with pytest.raises(ConfigError, match=message):
+        refuse_margin(compose("config", words.split()))
+
+
+def test_a_margin_belongs_to_the_report_and_not_to_the_trial():
+    assert trial("report.margin=0.5").id == trial().id
 
 
 @pytest.mark.usefixtures("hub")

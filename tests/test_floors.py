@@ -16,15 +16,16 @@ from tests.commands import python
 ROOT = Path(__file__).parent.parent
 # From the ground up. A module belongs to the longest name that begins its own.
 FLOORS = [
-    "q3q.errors q3q.number_formats q3q.scheme q3q.spec q3q.masking q3q.storage q3q.placement "
-    "q3q.record q3q.reporter q3q.environment q3q.limits q3q.ending q3q.names q3q.quoting "
-    "q3q.formatting q3q.crash",
+    "q3q.errors q3q.number_formats q3q.scheme q3q.calibration q3q.kv_scheme q3q.bit_budget "
+    "q3q.spec q3q.masking q3q.storage q3q.placement q3q.record q3q.reporter q3q.environment "
+    "q3q.limits q3q.ending q3q.names q3q.quoting q3q.formatting q3q.crash",
     "q3q.numerics q3q.data q3q.team q3q.models",
     "q3q.quantize q3q.evaluate q3q.export",
     "q3q.trial q3q.attempt q3q.ahead",
-    "q3q.sweep.machines q3q.sweep.gpus q3q.sweep.allocation q3q.sweep.shares q3q.sweep.costs "
-    "q3q.sweep.packing q3q.sweep.disk q3q.sweep.made q3q.sweep.plan q3q.sweep.ray "
-    "q3q.sweep.background q3q.sweep.progress q3q.sweep.pace q3q.sweep.screen q3q.track",
+    "q3q.sweep.machines q3q.sweep.gpus q3q.sweep.allocation q3q.sweep.shares q3q.sweep.sensing "
+    "q3q.sweep.costs q3q.sweep.packing q3q.sweep.disk q3q.sweep.made q3q.sweep.questions "
+    "q3q.sweep.plan q3q.sweep.ray q3q.sweep.background q3q.sweep.progress q3q.sweep.pace "
+    "q3q.sweep.screen q3q.track",
     "q3q.config q3q.report q3q.sweep",
     "launch hydra_plugins q3q.cli q3q.fetch q3q.trials q3q.track.__main__ q3q.report.__main__",
 ]
@@ -38,9 +39,16 @@ DOORS = {
     "matplotlib": {"q3q.report"},
     "pandas": {"q3q.report"},
     "jinja2": {"q3q.report.page"},
-    "transformers": {"q3q.models", "q3q.export.reload"},
+    "transformers": {"q3q.models", "q3q.export.gguf_vocabulary", "q3q.export.reload"},
     "compressed_tensors": {"q3q.export.compressed_tensors", "q3q.export.reload"},
     "deepspeed": {"q3q.models.sharded"},
+    "gguf": {
+        "q3q.models",
+        "q3q.export.gguf_layout",
+        "q3q.export.gguf_vocabulary",
+        "q3q.export.gguf_writing",
+        "q3q.export.reload",
+    },
     "fsspec": {"q3q.storage.stores"},
 }
 # torch brings triton where there is CUDA; gptqmodel loads an export where a user has installed it.
@@ -51,7 +59,8 @@ def modules():
     paths = [*ROOT.glob("q3q/**/*.py"), *ROOT.glob("hydra_plugins/**/*.py"), ROOT / "launch.py"]
     for path in sorted(paths):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if path.read_text(encoding="utf-8").strip():
+        # The package itself is below all others: it imports by name, when it is asked.
+        if name != "q3q" and path.read_text(encoding="utf-8").strip():
             yield name, path
 
 
@@ -81,7 +90,9 @@ def imports(name, typing_too=False):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            package = name.rsplit(".", node.level)[0] + "." if node.level else ""
+            module = package + node.module
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return names
 
 
@@ -133,6 +144,7 @@ def test_what_is_imported_is_declared(name):
 LARGE = ("torch", "transformers", "lm_eval", "ray", "mlflow", "pandas", "matplotlib")
 # (modules, what else none of them imports), from the lightest up.
 LIGHT = [
+    (["q3q"], ["numpy", "hydra", "q3q.spec"]),
     (["q3q.record"], ["numpy", "hydra"]),
     (["hydra_plugins.q3q"], ["jinja2"]),
     (["q3q.report.write"], ["numpy"]),

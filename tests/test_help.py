@@ -86,7 +86,7 @@ def test_a_reader_that_stops_early_gets_no_traceback():
         ("damping", None, "damping is a setting of gptq and billm: use method.damping"),
         ("tasks", None, "did you mean evaluation.tasks?"),
         ("gpus_per_trial", None, "did you mean cluster.gpus_per_trial?"),
-        ("bit", None, "did you mean bits?"),
+        ("bit", None, "did you mean bits or kv_bits?"),
         ("modle", None, "did you mean model?"),
         ("evaluation.task", None, "did you mean tasks"),
         ("xyzzy", None, "xyzzy is not a setting. See python launch.py --help"),

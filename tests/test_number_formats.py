@@ -1,17 +1,24 @@
 """Formats as settings: what they mean, what is refused, and what names and ids make of them."""
 
 import shlex
+from dataclasses import asdict
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from q3q.config import resolve, schema
 from q3q.config.command import command_of
 from q3q.config.unread import unread, without_effect
 from q3q.errors import ConfigError, IncompatibleError
-from q3q.number_formats import FLOATS, FORMATS
+from q3q.models.adjust import set_activations
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
+from q3q.number_formats import BLOCKS, FLOATS, FORMATS
+from q3q.numerics.floats import floats_per_token
 from q3q.quantize.methods.settings import SETTINGS
 from q3q.report.measures import labels
+from q3q.scheme import ACTIVATION_KEYS
 from q3q.spec import SELDOM_OF_SCHEME, Scheme, TrialSpec
 from q3q.track.mlflow_fields import trial_params
 from tests.composed import compose as composed
@@ -44,6 +51,8 @@ def fixture_compose(tmp_path):
         ("method=smoothquant format=fp8_e4m3", "smoothquant fp8 afp8 pc"),
         ("method=smoothquant format=fp8_e4m3 act_bits=8", "smoothquant fp8 a8 pc"),
         ("method=smoothquant format=mxfp4 act_bits=16", "smoothquant mxfp4 g32"),
+        ("method=gptq format=q4_k", "gptq q4_k g32"),
+        ("method=awq format=q8_0", "awq q8_0 g32"),
     ],
 )
 def test_a_format_brings_its_bits_and_groups(compose, overrides, name):
@@ -53,6 +62,71 @@ def test_a_format_brings_its_bits_and_groups(compose, overrides, name):
     assert again == trial.spec
     assert again.id == trial.spec.id
     assert compose(*shlex.split(command_of(trial))[2:]).spec.id == trial.spec.id
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "name"),
+    [
+        (
+            "bits=4 overrides={blocks.0.o:{format:nvfp4}}",
+            {"group_size": 16, "symmetric": True, "format": "nvfp4"},
+            "blocks.0.o:nvfp4",
+        ),
+        (
+            "format=nvfp4 overrides={blocks.0.o:{format:int,bits:8,symmetric:true,group_size:32}}",
+            {"bits": 8, "group_size": 32, "format": "int"},
+            "blocks.0.o:intw8g32sym",
+        ),
+        (
+            "format=mxfp4 act_format=mxfp4 overrides={*.o:{format:fp8_e4m3},blocks.0.o:"
+            "{act_format:fp8_e4m3},blocks.?.o:{format:mxfp8}}",  # the last that matches wins
+            {"bits": 8, "format": "mxfp8", "act_bits": 8, "act_format": "fp8_e4m3"}
+            | {"act_group_size": -1},
+            "*.o:fp8 blocks.0.o:afp8 blocks.?.o:mxfp8",
+        ),
+        (
+            "format=mxfp4 act_format=mxfp4 overrides={blocks.0.o:{act_bits:16}}",
+            {"act_bits": None, "act_format": "int", "act_group_size": -1},
+            "blocks.0.o:a16",
+        ),
+    ],
+)
+def test_some_layers_take_another_format_with_its_own_bits_and_groups(
+    compose, words, changes, name
+):
+    trial = compose("method=rtn", *words.split())
+    spec = trial.spec
+    assert spec.overrides["blocks.0.self_attn.o_proj"] == changes
+    assert spec.departures == name
+    assert TrialSpec.from_json(spec.to_json()).schemes.of("blocks.0.self_attn.o_proj") == Scheme(
+        **{**asdict(spec.scheme), **changes}
+    )
+    assert compose(*shlex.split(command_of(trial))[2:]).spec.id == spec.id
+    if not changes.keys() - set(ACTIVATION_KEYS):  # which come after the quantization
+        plain = compose("method=rtn", "format=mxfp4", "act_format=mxfp4").spec
+        assert spec.quantization_id == plain.quantization_id
+        assert spec.id != plain.id
+
+
+def test_each_site_reads_its_input_rounded_as_its_own_layers_say(compose):
+    trial = compose(
+        "method=rtn",
+        "format=mxfp4",
+        "act_format=mxfp4",
+        "overrides={*.o:{act_format:fp8_e4m3},*.down:{act_bits:16}}",
+        "skip=[blocks.1.o]",
+    )
+    model = load_decoder(Checkpoint(trial.placement.model), torch.float32)
+    set_activations(model, trial.spec)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    for k, block in enumerate(model.blocks[:2]):
+        sites = {site.name: site for site in block.sites}
+        mx = floats_per_token(x, FLOATS["mxfp4"], 32)
+        for copy in (block, block.with_weights({})):
+            assert torch.equal(copy.round_inputs(sites["qkv"], x), mx)
+            assert torch.equal(copy.round_inputs(sites["down"], x), x)
+            own = x if k else floats_per_token(x, FLOATS["fp8_e4m3"], -1)
+            assert torch.equal(copy.round_inputs(sites["o"], x), own)
 
 
 def test_a_scheme_of_whole_numbers_says_nothing_of_formats(compose):
@@ -120,6 +194,13 @@ def test_labels_name_every_format_but_whole_numbers(compose):
         ("format=fp8", ConfigError, "format=fp8 is not known.*fp8_e4m3"),
         ("format=nvfp4 symmetric=false", ConfigError, "even around zero; only format=int"),
         ("format=mxfp8 four_over_six=true", ConfigError, "is for format=nvfp4"),
+        ("format=q4_k symmetric=true", ConfigError, "groups of format=q4_k have offsets"),
+        ("format=q4_0 symmetric=false", ConfigError, "groups of format=q4_0 have no offsets"),
+        ("format=q6_k group_size=32", ConfigError, "groups of format=q6_k have 16"),
+        ("act_format=q8_0", ConfigError, "act_format=q8_0 is not known"),
+        ("format=q4_k method.mse=true", IncompatibleError, "mse=true has no use with format=q4_k"),
+        ("format=q4_k export=gptq", IncompatibleError, "format=q4_.*these can: export=hf, gguf"),
+        ("format=mxfp4 export=gguf", IncompatibleError, "format=mxfp4 .it takes format=q8_0"),
         ("four_over_six=true", ConfigError, "no use with format=int"),
         ("group_rows=128", ConfigError, "no use with format=int; it is for format=fp8"),
         ("format=nvfp4 group_rows=16", ConfigError, "lie in one row"),
@@ -151,6 +232,17 @@ def test_labels_name_every_format_but_whole_numbers(compose):
             ConfigError,
             "bits=8: numbers of format=nvfp4",
         ),
+        ("overrides={blocks.0:{format:fp9}}", ConfigError, "format=fp9 is not known"),
+        (
+            "bits=4 overrides={blocks.0:{format:mxfp4,group_size:64}}",
+            ConfigError,
+            "overrides: blocks.0: group_size=64: groups of format=mxfp4 have 32",
+        ),
+        (
+            "act_bits=8 overrides={*.q_proj:{act_format:mxfp8}}",
+            IncompatibleError,
+            "what all linears of a site read: give all of qkv of blocks 0-5 the same",
+        ),
     ],
 )
 def test_nonsense_is_refused_with_what_is_possible(compose, overrides, error, words):
@@ -166,7 +258,29 @@ def test_groups_of_activations_must_fit_the_linears_that_are_quantized_alone(com
     assert compose(*words, "skip=[*.o_proj,*.down_proj]").spec.scheme.act_group_size == 256
 
 
+def test_linears_that_do_not_fill_ggufs_blocks_take_smaller_ones(compose):
+    """Of the demo model's widths 256 divides one; o and down have 384 and 640 columns."""
+    spec = compose("method=rtn", "format=q4_k", "skip=[blocks.0.down]").spec
+    schemes = spec.schemes
+    assert schemes is not None
+    found = {
+        name: schemes.of(f"blocks.{name}") for name in ("1.self_attn.q_proj", "1.mlp.down_proj")
+    }
+    assert [scheme and scheme.format for scheme in found.values()] == ["q4_k", "q4_1"]
+    assert schemes.of("blocks.0.mlp.down_proj") is None
+    assert TrialSpec.from_json(spec.to_json()).schemes.of("blocks.2.mlp.down_proj").bits == 4
+    narrow = compose("method=rtn", "format=q5_k").spec.schemes.of("blocks.0.self_attn.o_proj")
+    assert (narrow.format, narrow.bits, narrow.symmetric) == ("q8_0", 8, True)
+
+
 def test_the_table_of_formats_is_whole():
+    for name, block in BLOCKS.items():
+        scheme = Scheme(
+            bits=block.bits, group_size=block.group_size, symmetric=not block.offsets, format=name
+        )
+        able = {method for method, kind in SETTINGS.items() if kind().clash(scheme) is None}
+        own = set() if block.offsets else {"smoothquant"}  # which has no place for offsets
+        assert able == {"rtn", "gptq", "awq"} | own
     for name, form in FLOATS.items():
         scheme = Scheme(
             bits=form.bits, group_size=form.group_size or -1, symmetric=True, format=name

@@ -9,6 +9,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import q3q.config.calibration as config_calibration
 import q3q.config.evaluation as config_evaluation
 import q3q.config.model as config_model
 import q3q.config.texts as config_texts
@@ -93,7 +94,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(config_model, "fetch_facts", facts)
     monkeypatch.setattr(config_texts, "open_text", text)
-    for module in (config_texts, config_evaluation):
+    for module in (config_calibration, config_evaluation):
         monkeypatch.setattr(module, "check_long_enough", lambda *_: None)
     monkeypatch.setattr(config_evaluation, "_data_sets", lambda *_: ({}, []))
 

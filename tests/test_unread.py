@@ -48,6 +48,12 @@ CONF = Path(__file__).parent.parent / "conf"
                 "evaluation.window=128 has no effect: no text is evaluated",
             ],
         ),
+        (
+            "kv_bits=4 evaluation=none",
+            ["kv_bits=4 has no effect: nothing is evaluated"],
+        ),
+        ("kv_window=64", ["kv_window=64 has no effect: the cache stays in 16 bits"]),
+        ("kv_bits=null,4 kv_window=64", []),
         ("method=none,rtn bits=2,3", []),
         ("method=rtn,gptq calibration.samples=4", []),
         ("model=demo_moe method=gptq calibration.route=all", []),

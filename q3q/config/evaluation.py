@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +11,18 @@ from omegaconf import DictConfig
 from q3q.config.schema import nearest, refuse_unknown
 from q3q.config.texts import (
     RANDOM_TEXTS,
+    EvaluatedText,
+    chat_template,
     check_long_enough,
     check_path_is_read,
     data_folder,
+    evaluated_texts,
     name_of_text,
     opened,
 )
 from q3q.data.pinned import folder_digest
 from q3q.data.questions import Library
+from q3q.data.windows import EVALUATION
 from q3q.errors import ConfigError
 from q3q.evaluate.batches import draws_shots
 from q3q.evaluate.catalogue import OWN_TASKS, STUDY_MMLU, TASKS
@@ -30,7 +33,6 @@ from q3q.evaluate.names import is_mentioned, task_names
 from q3q.evaluate.version import EVALUATION_VERSION, lm_eval_version
 from q3q.models.checkpoint import end_tokens
 from q3q.models.facts import ModelFacts
-from q3q.models.hub import fetch_file
 from q3q.spec import AUTO_DRIFT, Evaluation, TaskRef, TextRef
 
 
@@ -63,13 +65,16 @@ def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | Non
             f"evaluation.window={settings.window}: this model takes at most {facts.max_positions} "
             "tokens"
         )
-    check_path_is_read(settings.path, "evaluation", settings.texts)
+    wanted = evaluated_texts(settings)
+    check_path_is_read(
+        settings.path, "evaluation", [text.source for text in wanted if text.name is None]
+    )
     if settings.quick and settings.limit is None:
         raise ConfigError(
             "evaluation.quick=true draws evaluation.limit windows and questions: give "
             "evaluation.limit"
         )
-    texts = tuple(_text_ref(config, source, folder) for source in settings.texts)
+    texts = tuple(_text_ref(config, text, folder) for text in wanted)
     names = [text.name for text in texts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
@@ -86,14 +91,14 @@ def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | Non
     )
 
 
-def _text_ref(config: DictConfig, source: str, folder: Path | None) -> TextRef:
-    settings = config.evaluation
-    text = opened(config, source, "evaluation", settings.path)
+def _text_ref(config: DictConfig, wanted: EvaluatedText, folder: Path | None) -> TextRef:
+    settings, source = config.evaluation, wanted.source
+    text = opened(config, source, "evaluation", wanted.path or settings.path)
     samples = RANDOM_TEXTS.get(source)
     draw = "random" if samples else "first"
-    check_long_enough(text, folder, 1, settings.window, draw, "evaluation")
+    check_long_enough(text, folder, 1, settings.window, draw, EVALUATION)
     return TextRef(
-        name=name_of_text(source, text),
+        name=wanted.name or name_of_text(source, text),
         source=source,
         digest=text.digest,
         window=settings.window,
@@ -152,7 +157,7 @@ def _resolve_tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -
         return Evaluation()
     template = ""
     if settings.chat != PLAIN_CHAT:
-        template = _chat_template(config.model.source, config.model.revision, folder)
+        template = chat_template(config.model.source, config.model.revision, folder)
         if not template:
             where = folder or config.model.source
             raise ConfigError(
@@ -233,24 +238,6 @@ def _data_sets(
             file=sys.stderr,
         )
     return dict(sorted(library.identities.items())), generating
-
-
-@functools.cache
-def _chat_template(source: str | None, revision: str | None, folder: Path | None) -> str:
-    """Return the chat template of the model's tokenizer; empty if it has none."""
-
-    def read(name: str) -> str:
-        path = fetch_file(str(source), name, revision) if folder is None else folder / name
-        try:
-            return "" if path is None else path.read_text(encoding="utf-8")
-        except OSError:
-            return ""
-
-    try:
-        inside = json.loads(read("tokenizer_config.json") or "{}").get("chat_template")
-    except ValueError:
-        inside = None
-    return str(inside or read("chat_template.jinja"))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from q3q.config.judged import as_candidate, is_judged
 from q3q.config.pages import hub_sources
 from q3q.config.schema import DEMO_NAMES, DTYPES, refuse_unknown
 from q3q.errors import CheckpointError, ConfigError
@@ -20,7 +21,9 @@ DEMO_MODELS = Path(__file__).parents[1] / "models" / "demo"
 
 
 def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts]:
-    """Return the spec's model, its folder if it is local, and its facts."""
+    """Return the spec's model, its folder (or GGUF file) if it is local, and its facts."""
+    judged = is_judged(config)
+    config = as_candidate(config) if judged else config
     model = config.model
     if model.source is None and model.path is None:
         raise ConfigError(
@@ -50,7 +53,8 @@ def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts
             else Path(model.path).expanduser()
         )
         folder = folder.absolute()
-        facts, digest = _local_model(folder, str(folder_of(config.storage).absolute()))
+        storage = str(folder_of(config.storage).absolute())
+        facts, digest = _local_model(folder, storage, own_tokenizer=not judged)
         identity = {"name": model.name or folder.name, "digest": digest}
     dtype = config.dtype or model.dtype or facts.dtype
     refuse_unknown("dtype", dtype, DTYPES)
@@ -71,9 +75,9 @@ def _refuse_another_models_name(name: str | None, source: str) -> None:
 
 
 @functools.cache
-def _local_model(folder: Path, storage: str) -> tuple[ModelFacts, str]:
+def _local_model(folder: Path, storage: str, *, own_tokenizer: bool) -> tuple[ModelFacts, str]:
     checkpoint = Checkpoint(folder)
-    if not (folder / "tokenizer.json").is_file():
+    if own_tokenizer and not (checkpoint.folder / "tokenizer.json").is_file():
         raise CheckpointError(
             f"{folder} has no tokenizer.json: a model is evaluated with its own tokenizer"
         )

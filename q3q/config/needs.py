@@ -8,7 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from q3q.config.texts import data_folder
+from q3q.config.budget import asks_for_budget
+from q3q.config.judged import as_candidate, as_reference, is_judged
+from q3q.config.texts import data_folder, evaluated_texts
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed
 from q3q.data.questions import Library
 from q3q.data.repositories import DataSet
@@ -20,6 +22,7 @@ from q3q.formatting import bytes_in_words
 from q3q.quantize.methods.settings import MethodSettings
 from q3q.quoting import module
 from q3q.reporter import Steps, no_steps
+from q3q.spec import MIX
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,23 @@ AnyNeed = Need | TaskNeed
 
 def needs_of(config: DictConfig) -> list[AnyNeed]:
     """Return what trials of a composed config need from the Hub, with no repeats."""
-    model, evaluation, folder = config.model, config.evaluation, data_folder(config)
+    evaluation, folder = config.evaluation, data_folder(config)
     needs: list[AnyNeed] = []
-    if model.path is None and model.source is not None:
-        needs.append(ModelNeed(model.source, model.revision))
-    settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
-    if settings.quantizes and settings.observes() and is_from_hub(config.calibration.source):
-        needs.append(TextNeed(config.calibration.source, "calibration", folder))
+    both = (as_candidate(config), as_reference(config)) if is_judged(config) else (config,)
     needs += [
-        TextNeed(source, "evaluation", folder) for source in evaluation.texts if is_from_hub(source)
+        ModelNeed(one.model.source, one.model.revision)
+        for one in both
+        if one.model.path is None and one.model.source is not None
+    ]
+    settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
+    if settings.quantizes and (settings.observes() or asks_for_budget(config)):
+        mixed = config.calibration.source == MIX
+        sources = config.calibration.mix if mixed else [config.calibration.source]
+        needs += [TextNeed(str(one), "calibration", folder) for one in sources if is_from_hub(one)]
+    needs += [
+        TextNeed(text.source, "evaluation", folder)
+        for text in evaluated_texts(evaluation)
+        if is_from_hub(text.source)
     ]
     by_repository: dict[str, dict[DataSet, None]] = {}
     for task in evaluation.tasks:

@@ -8,23 +8,27 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from q3q.config.budget import resolve_budget, with_all_widths, with_base
+from q3q.config.calibration import resolve_calibration
 from q3q.config.command import command_of
 from q3q.config.evaluation import resolve_evaluation, seed_of_shots
+from q3q.config.judged import (
+    as_reference,
+    is_judged,
+    refuse_other_shapes,
+    refuse_quantizing,
+)
 from q3q.config.known import not_a_setting
+from q3q.config.kv_cache import cache_notice, resolve_context, resolve_kv
 from q3q.config.model import refuse_second_rounding, resolve_model
 from q3q.config.patterns import linears
 from q3q.config.schema import GROUPS, Config, refuse_unknown
 from q3q.config.schemes import check_ends, resolve_schemes
-from q3q.config.texts import data_folder, resolve_calibration
+from q3q.config.texts import data_folder, evaluated_texts
 from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
-from q3q.export.formats import (
-    FORMATS,
-    loading_notice,
-    refuse_unsupported,
-    serving_notice,
-    stored_scales,
-)
+from q3q.export.formats import FORMATS, refuse_unsupported, stored_scales
+from q3q.export.serving import kv_notice, loading_notice, serving_notice
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import (
     AUTO,
@@ -39,7 +43,7 @@ from q3q.models.footprint import (
 from q3q.placement import KEEPS, Placement, Trial
 from q3q.quantize.methods.registry import method_ref, offers, settings_class
 from q3q.quantize.methods.settings import MethodSettings, NoneSettings
-from q3q.spec import Evaluation, TrialSpec, heads_in_memory
+from q3q.spec import TrialSpec
 from q3q.storage.stores import folder_of, is_url, refuse_unusable
 
 
@@ -59,19 +63,27 @@ def trial_from(config: DictConfig) -> Trial:
     if is_url(config.storage):
         refuse_unusable(config.storage)
     model, folder, facts = resolve_model(config)
+    if (judged := is_judged(config)) and settings.quantizes:
+        refuse_quantizing(config.method.name)
     refuse_second_rounding(settings, folder, facts)
-    schemes, rules = resolve_schemes(config, settings, facts)
+    # A judged checkpoint reads what its original reads.
+    of_text = as_reference(config) if judged else config
+    reference, home, original = resolve_model(of_text) if judged else (None, folder, facts)
+    if reference is not None:
+        refuse_other_shapes(model, facts, reference, original)
+    budget = resolve_budget(config, settings, folder, facts)
+    schemes, rules = resolve_schemes(config, settings, facts, budget)
     observes = (
         schemes is not None and settings.observes() and len(schemes.skip) < len(linears(facts))
     )
-    calibration = resolve_calibration(config, settings, folder, facts) if observes else None
-    evaluation = resolve_evaluation(config, facts, folder)
+    resolved = resolve_calibration(config, settings, folder, facts) if observes else None
+    evaluation = resolve_evaluation(of_text, original, home)
     scheme = schemes.base if schemes else None
     spec = TrialSpec(
         model=model,
         method=method_ref(settings, scheme),
         scheme=scheme,
-        calibration=calibration,
+        calibration=resolved and resolved.calibration,
         evaluation=evaluation,
         # Only calibration windows and lm-eval's few shots are drawn at random.
         seed=config.seed if schemes is not None else seed_of_shots(evaluation, config.seed),
@@ -79,27 +91,43 @@ def trial_from(config: DictConfig) -> Trial:
         skip=tuple(schemes.skip) if schemes else (),
         head_bits=config.head_bits,
         embedding_bits=config.embedding_bits,
+        kv=resolve_kv(config, facts, evaluation),
+        reference=reference,
         rules=rules,
+        budget=budget,
     )
     check_ends(spec, facts, settings)
-    loader, memory = _loading(config, facts, model.dtype, settings.memory(), evaluation)
+    _note_once(cache_notice(spec.kv, facts))
+    if budget is not None:
+        spec = with_base(spec, facts)
+    loader, memory = _loading(config, facts, settings.memory(), spec)
     placement = Placement(
         trials=folder_of(config.storage).absolute() / "trials",
         keep=config.keep,
         store=config.storage.rstrip("/") if is_url(config.storage) else None,
         model=folder,
-        calibration=_absolute(config.calibration.path),
+        calibration=resolved.file if resolved else _absolute(config.calibration.path),
+        parts=resolved and resolved.files,
         evaluation=_absolute(config.evaluation.path),
+        texts=_own_texts(config.evaluation),
         data=data_folder(config),
         loader=loader,
         memory=memory,
         tasks=_absolute(config.evaluation.include_path),
+        context=resolve_context(config),
+        reference=home if judged else None,
     )
     trial = _exported(config, Trial(spec, placement), facts, settings)
     measures = evaluation.texts or evaluation.tasks
-    if schemes is None or not measures or not config.evaluation.baseline:
+    if trial.spec.rounds_nothing or not measures or not config.evaluation.baseline:
         return trial
     return trial.placed(baseline=_baseline_of(trial.spec).id)
+
+
+def _own_texts(settings: DictConfig) -> dict[str, Path] | None:
+    """Return the files of the texts that the user named, by name; None without any."""
+    named = {text.name: _absolute(text.path) for text in evaluated_texts(settings) if text.name}
+    return {name: path for name, path in named.items() if path is not None} or None
 
 
 def _absolute(path: str | None) -> Path | None:
@@ -109,22 +137,20 @@ def _absolute(path: str | None) -> Path | None:
 def _loading(
     config: DictConfig,
     facts: ModelFacts,
-    dtype: str,
     method: MethodMemory | None,
-    evaluation: Evaluation,
+    spec: TrialSpec,
 ) -> tuple[str | None, int | None]:
     """Return the loader and the bytes that the user asked for; refuse what cannot fit."""
     refuse_unknown("loader", config.loader, (AUTO, *LOADERS))
     loader = None if config.loader == AUTO else str(config.loader)
     if loader is not None:
-        refuse_generation(evaluation, loader)
+        refuse_generation(spec.generates, loader)
     if config.memory is None:
         return loader, None
-    memory = bytes_of(config.memory)
-    heads = heads_in_memory(config.head_bits, evaluation)
+    memory, dtype, heads = bytes_of(config.memory), spec.model.dtype, spec.heads
     if loader is None:
         chosen = choose(facts, dtype, method=method, memory=memory, heads=heads)
-        refuse_generation(evaluation, chosen)
+        refuse_generation(spec.generates, chosen)
     elif loader != "sharded":
         needs = need(facts, dtype, method=method, loader=loader, heads=heads)
         if needs > memory:
@@ -138,7 +164,7 @@ def _loading(
 def _baseline_of(spec: TrialSpec) -> TrialSpec:
     """Return the unquantized model's trial, which this one is compared with."""
     return TrialSpec(
-        model=spec.model,
+        model=spec.reference or spec.model,
         method=method_ref(NoneSettings(), None),
         scheme=None,
         calibration=None,
@@ -193,21 +219,22 @@ def _exported(
                 f"export.path={path} is not read by export=none: choose a format, e.g. export=hf"
             )
         return trial
-    refuse_unsupported(name, spec, facts, whole_zeros=settings.whole_zeros)
+    refuse_unsupported(name, with_all_widths(spec, facts), facts, whole_zeros=settings.whole_zeros)
     assert spec.scheme is not None
-    scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype))
+    scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype, spec.scheme.format))
     trial = replace(trial, spec=replace(spec, export=name, scheme=scheme))
     folder = _absolute(path) or default_path(trial.spec, str(folder_of(config.storage)))
     trial = trial.placed(export=folder)
     trial = trial.placed(command=command_of(trial))
     check_destination(trial, facts)
-    for notice in (serving_notice(name, trial.spec, facts), loading_notice(trial.spec, facts)):
-        if notice is not None:
-            _note_once(notice)
+    _note_once(serving_notice(name, trial.spec, facts))
+    _note_once(loading_notice(trial.spec, facts))
+    _note_once(kv_notice(name, trial.spec))
     return trial
 
 
 @functools.cache
-def _note_once(notice: str) -> None:
-    """Print a notice that stops nothing: without the `q3q:` of an error that does."""
-    print(f"Note: {notice}", file=sys.stderr)
+def _note_once(notice: str | None) -> None:
+    """Print a notice, if any, that stops nothing: without the `q3q:` of an error that does."""
+    if notice is not None:
+        print(f"Note: {notice}", file=sys.stderr)

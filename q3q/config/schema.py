@@ -8,6 +8,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from q3q.bit_budget import KL, SITE
 from q3q.errors import ConfigError
 from q3q.evaluate.chat import PLAIN_CHAT
 from q3q.models.footprint import AUTO
@@ -17,7 +18,7 @@ from q3q.quantize.methods.settings import SETTINGS, MethodSettings
 from q3q.storage.stores import folder_of
 from q3q.track.mlflow_sqlite import own_uri
 
-DEMO_NAMES = ("demo", "demo_moe")
+DEMO_NAMES = ("demo", "demo_moe", "demo_hybrid")
 DTYPES = ("float32", "bfloat16", "float16")
 UNTOUCHED_BITS = 16  # act_bits=16: activations stay as they are
 DRAWS = ("random", "first", "documents")
@@ -31,7 +32,8 @@ class ModelConfig:
     """The model.
 
     name: label for people; null: the folder's, or the Hub's
-    source: the Hub's name of the model, ORGANIZATION/NAME
+    source: the Hub's name of the model, ORGANIZATION/NAME; with model=judge also a folder or file
+    reference: with model=judge, the original that sources are compared with
     path: folder with config.json, safetensors and tokenizer (`demo:dense` ships with q3q)
     revision: commit, branch or tag on the Hub; null: the newest
     dtype: of the arithmetic, unless the top-level dtype is given: float32, bfloat16 or float16;
@@ -43,14 +45,20 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None
     dtype: str | None = None
+    reference: str | None = None
 
 
 @dataclass
 class CalibrationConfig:
     """The calibration text. null: the method's own default.
 
-    source: demo, wikitext2, c4, pile or file; choose it with calibration=
-    path: the text of calibration=file, of a kind that docs/EVALUATION.md lists
+    source: demo, library, wikitext2, c4, pile, file, chat, traces or mix; choose it with
+        calibration=
+    path: the text of calibration=file, of a kind that docs/CALIBRATION.md lists, or the
+        conversations of calibration=chat
+    mix: weights of the sources of calibration=mix: {wikitext2: 0.5, file:FILE: 0.5}
+    prompts: what the traces of calibration=traces go on from, FILE or chat:FILE; null: nothing
+    temperature: of traces; 0: each next token is the likeliest
     samples: number of windows
     length: tokens of a window
     draw: random, first or documents: which windows of the text
@@ -59,6 +67,9 @@ class CalibrationConfig:
 
     source: str = MISSING
     path: str | None = None
+    mix: dict[str, float] = field(default_factory=dict)
+    prompts: str | None = None
+    temperature: float | None = None
     samples: int | None = None
     length: int | None = None
     draw: str | None = None
@@ -70,7 +81,8 @@ class EvaluationConfig:
     """What is measured.
 
     name: of the suite; choose it with evaluation=
-    texts: perplexity of these, a list of demo, library, wikitext2, c4 or file
+    texts: perplexity of these, a list of demo, library, wikitext2, c4 or file, and of texts of
+        your own by a name of yours: {code: FILE, german: FILE}
     tasks: a list of lm-eval's tasks, of q3q's (stories_who ...), or of include_path's own
     window: tokens of each window of a text
     limit: most windows of each text and questions of each task; null: all
@@ -90,7 +102,7 @@ class EvaluationConfig:
     """
 
     name: str = MISSING
-    texts: list[str] = field(default_factory=list)
+    texts: list[Any] = field(default_factory=list)  # names, and mappings of a name to a file
     tasks: list[str] = field(default_factory=list)
     window: int = 2048
     limit: int | None = None
@@ -173,12 +185,51 @@ class ExportConfig:
 
 
 @dataclass
+class ReportConfig:
+    """The report.
+
+    margin: the loss that counts as none: percent of a perplexity, points of an accuracy; the report
+        then says which trials are shown to stay within it (docs/STATISTICS.md); null: not asked
+    """
+
+    margin: float | None = None
+
+
+@dataclass
 class OverrideConfig:
-    """Other bits, group_size or symmetric for some linears; null: no change."""
+    """Other numbers for some linears; null: no change. A format brings its own bits and groups."""
 
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    format: str | None = None
+    act_format: str | None = None
+    act_bits: int | None = None
+
+
+@dataclass
+class BudgetConfig:
+    """A budget of bits for the quantized linears, which is allotted by measured sensitivities.
+
+    bits: the average of a weight, scales and zero points counted; bits=3.5 says the same
+    bytes: of the whole model, such as 4.2GB; budget=4.2GB says the same
+    uniform: as many bytes as this width takes for all linears
+    unit: what gets one width: linear, site (the linears that read one input) or block
+    widths: bits that a unit may get
+    measure: of sensitivity, of each unit quantized alone. kl: the divergence of the model's
+        predictions; block_error: the error of its block's output, which is quicker
+    samples: windows of the calibration text on which it is measured
+    length: tokens of such a window
+    """
+
+    bits: float | None = None
+    bytes: Any = None
+    uniform: int | None = None
+    unit: str = SITE
+    widths: list[int] = field(default_factory=lambda: [2, 3, 4, 6, 8])
+    measure: str = KL
+    samples: int = 16
+    length: int = 512
 
 
 @dataclass
@@ -193,15 +244,24 @@ class Config:
     cluster: ClusterConfig = MISSING
     track: TrackConfig = MISSING
     export: ExportConfig = MISSING
-    bits: int | None = None
+    report: ReportConfig = field(default_factory=ReportConfig)
+    bits: Any = None  # a whole number, or an average with a fraction
     group_size: int | None = None
     symmetric: bool | None = None
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     format: str = INT
     group_rows: int | None = None
     four_over_six: bool = False
     act_bits: int | None = None
     act_format: str | None = None
     act_group_size: int | None = None
+    kv_bits: int | None = None
+    kv_format: str | None = None
+    kv_scales: str | None = None
+    kv_group_size: int | None = None
+    kv_chunk: int | None = None
+    kv_window: int | None = None
+    kv_symmetric: bool | None = None
     overrides: dict[str, OverrideConfig] = field(default_factory=dict)
     skip: list[str] | None = None
     head_bits: int | None = None
@@ -217,6 +277,7 @@ class Config:
     storage: str = "mlruns"
     memory: int | str | None = None
     loader: str = AUTO
+    context: int | None = None
 
 
 GROUPS: dict[str, type] = {
@@ -224,9 +285,18 @@ GROUPS: dict[str, type] = {
     "calibration": CalibrationConfig,
     "evaluation": EvaluationConfig,
     "data": DataConfig,
+    "budget": BudgetConfig,
     "cluster": ClusterConfig,
     "track": TrackConfig,
     "export": ExportConfig,
+    "report": ReportConfig,
+}
+
+
+# Settings whose keys are the user's.
+OWN_KEYS: dict[type, tuple[str, ...]] = {
+    CalibrationConfig: ("mix",),
+    EvaluationConfig: ("limits", "shots"),
 }
 
 
@@ -242,7 +312,7 @@ def register() -> None:
     store.store(group="schema", name="config", node=schema, package="_global_", provider="q3q")
     for name, kind in GROUPS.items():
         node = OmegaConf.structured(kind)
-        for key in ("limits", "shots") if kind is EvaluationConfig else ():
+        for key in OWN_KEYS.get(kind, ()):
             OmegaConf.set_struct(node[key], False)
         store.store(group="schema", name=name, node=node, provider="q3q")
     for name, settings in SETTINGS.items():
@@ -255,8 +325,18 @@ def register() -> None:
 
 
 def with_plain_keys(argument: str) -> str:
-    """Drop the quotes of `overrides={"blocks.0":{bits:8}}`: Hydra's grammar takes bare keys."""
-    if not argument.lstrip("+").startswith("overrides="):
+    """Drop the quotes of `overrides={"blocks.0":{bits:8}}`: Hydra's grammar takes bare keys.
+
+    In `calibration.mix={file:a.txt: 1}`, a colon that is a part of a source is escaped likewise.
+    """
+    key = argument.lstrip("+").partition("=")[0]
+    if key == "calibration.mix":
+        argument = re.sub(
+            r"""(?<=[{,])(\s*)([^"'{},\\]*:[^"'{},\\]*)(?=:\s*[\d.+-])""",
+            lambda found: found[1] + re.sub(r"([:= ])", r"\\\1", found[2]),
+            argument,
+        )
+    elif key != "overrides":
         return argument
     return re.sub(
         r"""(["'])([^"']*)\1\s*:""",

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from omegaconf import DictConfig
 
+from q3q.bit_budget import BitBudget
+from q3q.config.budget import width_of
 from q3q.config.patterns import Linear, linears, matching_linears, similar_names, summarize_linears
 from q3q.config.schema import UNTOUCHED_BITS, refuse_unknown
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.facts import ModelFacts
-from q3q.number_formats import FLOATS, FORMATS, INT
+from q3q.number_formats import ACT_FORMATS, BLOCKS, FLOATS, FORMATS, INT, own_form
 from q3q.quantize.methods.settings import MethodSettings
 from q3q.spec import Json, Scheme, Schemes, TrialSpec
 
@@ -18,10 +20,17 @@ GROUP_SIZES = (16, 32, 64, 128, 256, 512)  # that an error suggests
 
 
 def resolve_schemes(
-    config: DictConfig, settings: MethodSettings, facts: ModelFacts
+    config: DictConfig,
+    settings: MethodSettings,
+    facts: ModelFacts,
+    budget: BitBudget | None = None,
 ) -> tuple[Schemes | None, Json]:
-    """Return how each linear is stored (None: not at all), and the patterns that say so."""
-    base = _base_scheme(config, settings)
+    """Return how each linear is stored (None: not at all), and the patterns that say so.
+
+    Args:
+        budget: allots the bits later; until then all linears have its first width.
+    """
+    base = _base_scheme(config, settings, budget)
     if not settings.quantizes:  # then no other setting has to fit the model
         if base.act_bits is not None:
             key = "act_bits" if config.act_format in (None, INT) else "act_format"
@@ -30,33 +39,29 @@ def resolve_schemes(
             )
         return None, {}
     model = linears(facts)
-    schemes, rules = _with_patterns(config, base, model, facts.family.skipped)
+    schemes, rules = _with_patterns(config, base, model, facts.family.skipped, settings)
     _check_group_sizes(schemes, settings, model)
     _check_able(schemes, settings, model)
     return schemes, rules
 
 
-def _base_scheme(config: DictConfig, settings: MethodSettings) -> Scheme:
+def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget | None) -> Scheme:
     """Return the scheme that holds unless a pattern says otherwise, defaults filled in."""
     refuse_unknown("format", config.format, FORMATS)
-    form = FLOATS.get(config.format)
-    bits, size, symmetric = settings.default_bits, settings.default_group_size, True
-    if form is None:
-        symmetric = settings.default_symmetric
-    else:
-        bits, size = form.bits, form.group_size or -1
+    bits, size, symmetric = _defaults_of(config.format, settings)
+    given = width_of(config) if budget is None else budget.widths[0]
     act_format = config.act_format
     if act_format is None:
         follows = settings.default_act_bits is not None and config.act_bits is None
-        act_format = config.format if follows else INT
-    refuse_unknown("act_format", act_format, FORMATS)
+        act_format = config.format if follows and config.format in ACT_FORMATS else INT
+    refuse_unknown("act_format", act_format, ACT_FORMATS)
     act, act_bits, act_size = FLOATS.get(act_format), config.act_bits, config.act_group_size
     if act_bits is None:
         act_bits = settings.default_act_bits if act is None else act.bits
     if act_size is None:
         act_size = -1 if act is None else act.group_size or -1
     return Scheme(
-        bits=bits if config.bits is None else config.bits,
+        bits=bits if given is None else given,
         group_size=size if config.group_size is None else config.group_size,
         symmetric=symmetric if config.symmetric is None else config.symmetric,
         act_bits=None if act is None and act_bits == UNTOUCHED_BITS else act_bits,
@@ -68,8 +73,40 @@ def _base_scheme(config: DictConfig, settings: MethodSettings) -> Scheme:
     )
 
 
+def _defaults_of(form: str, settings: MethodSettings) -> tuple[int, int, bool]:
+    """Return the bits, group_size and symmetric of a format, where they are not given."""
+    own = own_form(form)
+    if own is None:
+        return settings.default_bits, settings.default_group_size, settings.default_symmetric
+    symmetric = form not in BLOCKS or not BLOCKS[form].offsets
+    return own.bits, own.group_size or -1, symmetric
+
+
+def _changed(base: Scheme, changes: Json, settings: MethodSettings) -> Scheme:
+    """Return the scheme with overrides; another format has its own bits and groups."""
+    implied: Json = {}
+    form, act_format = changes.get("format", base.format), changes.get("act_format")
+    if form != base.format:
+        bits, size, symmetric = _defaults_of(form, settings)
+        implied |= {"bits": bits, "group_size": size, "symmetric": symmetric}
+        implied |= {"group_rows": 1, "four_over_six": False}
+    if act_format not in (None, base.act_format):
+        act = FLOATS.get(act_format)
+        implied["act_bits"] = settings.default_act_bits if act is None else act.bits
+        implied["act_group_size"] = -1 if act is None else act.group_size or -1
+    given = dict(changes)
+    if given.get("act_bits") == UNTOUCHED_BITS:
+        given |= {"act_bits": None, "act_format": INT}
+        implied["act_group_size"] = -1
+    return replace(base, **{**implied, **given})
+
+
 def _with_patterns(
-    config: DictConfig, base: Scheme, model: Mapping[str, Linear], left_out: Sequence[str]
+    config: DictConfig,
+    base: Scheme,
+    model: Mapping[str, Linear],
+    left_out: Sequence[str],
+    settings: MethodSettings,
 ) -> tuple[Schemes, Json]:
     """Resolve overrides and skip, which are patterns of names, for each linear of this model.
 
@@ -78,21 +115,7 @@ def _with_patterns(
     Args:
         left_out: patterns of what stays unquantized unless skip is given.
     """
-    patterns: dict[str, Json] = {}
-    changes_of: dict[str, Json] = {}
-    for pattern, settings in config.overrides.items():
-        change = {key: value for key, value in settings.items() if value is not None}
-        patterns[str(pattern)] = change
-        if not change:
-            raise ConfigError(
-                f"overrides: {pattern} says nothing; give bits, group_size or symmetric"
-            )
-        try:
-            replace(base, **change)
-        except ConfigError as error:
-            raise ConfigError(f"overrides: {pattern}: {error}") from error
-        for name in _matches("overrides", str(pattern), model):
-            changes_of.setdefault(name, {}).update(change)
+    patterns, changes_of = _changes_of_linears(config, base, model, settings)
     if config.skip is None:
         skipped = {name for pattern in left_out for name in matching_linears(pattern, model)}
         for pattern in patterns:
@@ -105,19 +128,72 @@ def _with_patterns(
         skipped = {name for pattern in config.skip for name in _matches("skip", pattern, model)}
     overrides = {}
     for name in model:
+        if name in skipped or name not in changes_of:
+            continue
+        own = _changed(base, changes_of[name], settings)
         differs = {
-            key: value
-            for key, value in changes_of.get(name, {}).items()
-            if value != getattr(base, key)
+            part.name: value
+            for part in fields(Scheme)
+            if (value := getattr(own, part.name)) != getattr(base, part.name)
         }
-        if differs and name not in skipped:
+        if differs:
             overrides[name] = differs
+    overrides |= {name: own for name, own in _narrow(base, model).items() if name not in skipped}
     rules: Json = {}
-    if overrides:
+    if overrides and patterns:
         rules["overrides"] = patterns
     if config.skip is not None and (skipped or left_out):
         rules["skip"] = list(config.skip)
     return Schemes(base, overrides, tuple(name for name in model if name in skipped)), rules
+
+
+def _changes_of_linears(
+    config: DictConfig, base: Scheme, model: Mapping[str, Linear], settings: MethodSettings
+) -> tuple[dict[str, Json], dict[str, Json]]:
+    """Return what each pattern of overrides says, and what of it holds for each linear."""
+    patterns: dict[str, Json] = {}
+    changes_of: dict[str, Json] = {}
+    for pattern, given in config.overrides.items():
+        change = {key: value for key, value in given.items() if value is not None}
+        patterns[str(pattern)] = change
+        if not change:
+            raise ConfigError(
+                f"overrides: {pattern} says nothing; give bits, group_size, symmetric, format, "
+                "act_format or act_bits"
+            )
+        for key in ("format", "act_format"):
+            if key in change:
+                refuse_unknown(key, change[key], FORMATS)
+        try:
+            _changed(base, change, settings)
+        except ConfigError as error:
+            raise type(error)(f"overrides: {pattern}: {error}") from error
+        for name in _matches("overrides", str(pattern), model):
+            changes_of.setdefault(name, {}).update(change)
+    return patterns, changes_of
+
+
+def _narrow(base: Scheme, model: Mapping[str, Linear]) -> dict[str, Json]:
+    """Return what differs for linears whose columns do not fill the blocks of a GGUF type.
+
+    They take the type with smaller blocks that is nearest, as llama.cpp's own quantizer does.
+    """
+    form = BLOCKS.get(base.format)
+    other = None if form is None else BLOCKS.get(form.instead)
+    if form is None or other is None:
+        return {}
+    instead = {
+        "format": other.name,
+        "bits": other.bits,
+        "group_size": other.group_size,
+        "symmetric": not other.offsets,
+    }
+    differs = {key: value for key, value in instead.items() if value != getattr(base, key)}
+    return {
+        name: dict(differs)
+        for name, linear in model.items()
+        if linear.columns % form.block and linear.columns % other.block == 0
+    }
 
 
 def _matches(key: str, pattern: str, model: Mapping[str, Linear]) -> list[str]:
@@ -141,13 +217,16 @@ def _matches(key: str, pattern: str, model: Mapping[str, Linear]) -> list[str]:
 def _check_group_sizes(
     schemes: Schemes, settings: MethodSettings, model: Mapping[str, Linear]
 ) -> None:
-    linears_of: dict[int, list[Linear]] = {}
+    linears_of: dict[tuple[str, int], list[Linear]] = {}
     for name, linear in model.items():
         scheme = schemes.of(name)
-        if scheme is not None and scheme.group_size != -1:
-            linears_of.setdefault(scheme.group_size, []).append(linear)
+        if scheme is None or scheme.group_size == -1:
+            continue
+        block = BLOCKS.get(scheme.format)
+        size = scheme.group_size if block is None else block.block
+        linears_of.setdefault((scheme.format, size), []).append(linear)
     complaints = []
-    for size, group in linears_of.items():
+    for (format_name, size), group in linears_of.items():
         misfits: dict[int, list[Linear]] = {}
         for linear in group:
             if linear.columns % size:
@@ -158,20 +237,22 @@ def _check_group_sizes(
                 for columns, misfit in misfits.items()
             )
             columns_of = {linear.columns for linear in group}
-            form = FLOATS.get(schemes.base.format)
+            form = own_form(format_name)
             if form is not None and form.group_size is not None:
                 fitting = f"format={form.name} has no others; skip=[...] leaves layers out"
                 complaints.append(f"group_size={size} does not divide {where}; {fitting}")
                 continue
-            usable = _usable_sizes(replace(schemes.base, group_size=size), columns_of, settings)
+            scheme = schemes.of(group[0].names[0])
+            assert scheme is not None
+            usable = _usable_sizes(scheme, columns_of, settings)
             complaints.append(f"group_size={size} does not divide {where}; sizes that do: {usable}")
-    size = schemes.base.act_group_size
-    misfit = [
-        linear
-        for name, linear in model.items()
-        if size != -1 and schemes.of(name) is not None and linear.columns % size
-    ]
-    if misfit:
+    misfit_of: dict[int, list[Linear]] = {}
+    for name, linear in model.items():
+        scheme = schemes.of(name)
+        size = -1 if scheme is None else scheme.act_group_size
+        if size != -1 and linear.columns % size:
+            misfit_of.setdefault(size, []).append(linear)
+    for size, misfit in misfit_of.items():
         complaints.append(f"act_group_size={size} does not divide {summarize_linears(misfit)}")
     if complaints:
         raise ConfigError("; ".join(complaints))
@@ -228,10 +309,21 @@ def _check_able(schemes: Schemes, settings: MethodSettings, model: Mapping[str, 
         for name, linear in model.items()
         if schemes.of(name) is None and not linear.apart
     } & quantized
-    if torn and schemes.base.act_bits is not None:
+    rounding = next((s for s in map(schemes.of, model) if s is not None and s.act_bits), None)
+    if torn and rounding is not None:
         raise IncompatibleError(
-            f"{_activations(schemes.base)} rounds what all linears of a site read: skip all of "
+            f"{_activations(rounding)} rounds what all linears of a site read: skip all of "
             f"{summary(torn)}, or none"
+        )
+    unlike = {
+        site
+        for site, kinds in schemes_of_sites.items()
+        if len({scheme.inputs for scheme in kinds if scheme is not None}) > 1
+    }
+    if unlike:
+        raise IncompatibleError(
+            "overrides: act_format and act_bits round what all linears of a site read: give "
+            f"all of {summary(unlike)} the same"
         )
 
 

@@ -1,49 +1,29 @@
-"""Resolve calibration and evaluation texts, and check that they are long enough."""
+"""Open calibration and evaluation texts, and check that they are long enough."""
 
 import functools
+import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from q3q.config.schema import DRAWS, ROUTES, TEXT_NAMES, refuse_unknown
-from q3q.data.texts import SOURCES, Split, Text, load_text, text_is_here
+from q3q.config.schema import TEXT_NAMES
+from q3q.data.calibration import as_read
+from q3q.data.texts import FROM_FILES, SOURCES, Split, Text, load_text, text_is_here
+from q3q.data.windows import Encode, Knobs, drawn_tokens
 from q3q.errors import CalibrationError, ConfigError
-from q3q.models.facts import ModelFacts
-from q3q.quantize.methods.settings import MethodSettings
-from q3q.spec import Calibration
+from q3q.models.checkpoint import load_tokenizer
+from q3q.models.hub import fetch_file
 
 RANDOM_TEXTS = {"c4": 256}
 # No text has longer tokens on average: with this many characters a token, it is long enough.
 CHARACTERS_PER_TOKEN = 100
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,49}")  # of a user's text: a part of metrics' names
+RESERVED = {*SOURCES["evaluation"], *TEXT_NAMES.values()}
 # Stands in a plan for a text that is to be downloaded; the trial's id is then not yet known.
 ABSENT = Text("absent", ())
-
-
-def resolve_calibration(
-    config: DictConfig, settings: MethodSettings, folder: Path | None, facts: ModelFacts
-) -> Calibration:
-    calibration = config.calibration
-    refuse_unknown("calibration.route", calibration.route, ROUTES)
-    draw = calibration.draw or settings.default_draw
-    refuse_unknown("calibration.draw", draw, DRAWS)
-    samples = settings.default_samples if calibration.samples is None else calibration.samples
-    length = settings.default_length if calibration.length is None else calibration.length
-    for key, value in (("samples", samples), ("length", length)):
-        if value < 1:
-            raise ConfigError(f"calibration.{key}={value}: give 1 or more")
-    check_path_is_read(calibration.path, "calibration", [calibration.source])
-    text = opened(config, calibration.source, "calibration", calibration.path)
-    check_long_enough(text, folder, samples, length, draw, "calibration")
-    return Calibration(
-        source=calibration.source,
-        digest=text.digest,
-        samples=samples,
-        length=length,
-        draw=draw,
-        route=calibration.route if facts.experts else None,
-    )
 
 
 def opened(config: DictConfig, source: str, split: Split, path: str | None) -> Text:
@@ -64,12 +44,12 @@ def data_folder(config: DictConfig) -> Path | None:
 
 @functools.cache
 def check_long_enough(
-    text: Text, folder: Path | None, samples: int, length: int, draw: str, split: Split
+    text: Text, folder: Path | None, samples: int, length: int, draw: str, knobs: Knobs
 ) -> None:
     """Draw the windows now if the text may be too short for them, so that no trial starts in vain.
 
     Args:
-        split: whose settings an error names.
+        knobs: the settings that an error names.
 
     Raises:
         CalibrationError: it is too short, or has no document of the length asked for.
@@ -80,6 +60,8 @@ def check_long_enough(
     if draw != "documents" and sum(map(len, text.documents)) >= CHARACTERS_PER_TOKEN * needed:
         return
     if folder is None:  # a Hub model: its tokenizer may not be here yet, so refuse the certain
+        if text.chat:  # nor its template, which writes more than the messages say
+            return
         count = len(text.joined.encode())
         if count < needed:  # a byte-level tokenizer makes at most one token of each byte
             raise CalibrationError(
@@ -87,20 +69,71 @@ def check_long_enough(
                 "a longer text or ask for fewer"
             )
         return
+    encode = _encoder_of(folder)
+    if text.chat:
+        text, encode = as_read(text, load_tokenizer(folder))
+    drawn_tokens(text, encode, samples=samples, length=length, draw=draw, seed=0, knobs=knobs)
+
+
+def _encoder_of(folder: Path) -> Encode:
+    """Return a local model's tokenizer as a function, without what takes seconds to load."""
     from tokenizers import Tokenizer
 
-    from q3q.data.windows import CALIBRATION, EVALUATION, drawn_tokens
-
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    drawn_tokens(
-        text,
-        lambda part: tokenizer.encode(part, add_special_tokens=False).ids,
-        samples=samples,
-        length=length,
-        draw=draw,
-        seed=0,
-        knobs=CALIBRATION if split == "calibration" else EVALUATION,
-    )
+
+    def encode(content: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(content, add_special_tokens=False).ids
+        return ids
+
+    return encode
+
+
+@dataclass(frozen=True)
+class EvaluatedText:
+    """A text that `evaluation.texts` asks for.
+
+    name: the user's own, in metrics; None for a text with a name already
+    path: its file, where the user names it
+    """
+
+    source: str
+    name: str | None = None
+    path: str | None = None
+
+
+def evaluated_texts(settings: DictConfig) -> list[EvaluatedText]:
+    """Return the texts of `evaluation.texts`: names, and mappings of a name to a file.
+
+    Raises:
+        ConfigError: an entry is neither, or a name is none that a metric can have.
+    """
+    texts = []
+    for entry in settings.texts:
+        if isinstance(entry, DictConfig):
+            texts += [_own_text(name, path) for name, path in entry.items()]
+        elif isinstance(entry, str):
+            texts.append(EvaluatedText(entry))
+        else:
+            raise ConfigError(
+                f"evaluation.texts: {entry} is neither the name of a text nor {{NAME: FILE}}"
+            )
+    return texts
+
+
+def _own_text(name: object, path: object) -> EvaluatedText:
+    where = f"evaluation.texts={{{name}: {path}}}"
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{where}: {name} cannot be a text's name: give a letter, then at most 49 letters, "
+            "digits, dots, - or _, such as code"
+        )
+    if name in RESERVED:
+        raise ConfigError(
+            f"{where}: its numbers would be taken for those of q3q's text {name}: give another name"
+        )
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{where}: give the text's file, {{{name}: FILE}}")
+    return EvaluatedText("file", name, path)
 
 
 def name_of_text(source: str, text: Text) -> str:
@@ -123,7 +156,7 @@ def name_of_text(source: str, text: Text) -> str:
 
 
 def check_path_is_read(path: str | None, split: str, sources: Sequence[str]) -> None:
-    if path is not None and "file" not in sources:
+    if path is not None and not set(FROM_FILES) & set(sources):
         if split == "evaluation":
             names = ",".join([*sources, "file"])
             raise ConfigError(
@@ -137,8 +170,27 @@ def check_path_is_read(path: str | None, split: str, sources: Sequence[str]) -> 
 
 @functools.cache
 def open_text(source: str, split: Split, path: str | None, data: str | None) -> Text:
-    if source == "file" and path is None:
-        raise CalibrationError(f"{split}=file needs a text: {split}.path=FILE")
+    if source in FROM_FILES and path is None:
+        what = "conversations" if source == "chat" else "a text"
+        raise CalibrationError(f"{split}={source} needs {what}: {split}.path=FILE")
     return load_text(
         source, split=split, path=path, data=None if data is None else Path(data).expanduser()
     )
+
+
+@functools.cache
+def chat_template(source: str | None, revision: str | None, folder: Path | None) -> str:
+    """Return the chat template of the model's tokenizer; empty if it has none."""
+
+    def read(name: str) -> str:
+        path = fetch_file(str(source), name, revision) if folder is None else folder / name
+        try:
+            return "" if path is None else path.read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
+    try:
+        inside = json.loads(read("tokenizer_config.json") or "{}").get("chat_template")
+    except ValueError:
+        inside = None
+    return str(inside or read("chat_template.jinja"))

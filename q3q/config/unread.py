@@ -10,8 +10,10 @@ from q3q.spec import TrialSpec
 
 SCHEME = (
     *("bits", "group_size", "symmetric", "format", "group_rows", "four_over_six"),
-    *("overrides", "skip"),
+    *("overrides", "skip", "budget"),
 )
+OF_BUDGET = ("unit", "widths", "measure", "samples", "length")
+OF_CACHE = ("kv_format", "kv_scales", "kv_group_size", "kv_chunk", "kv_window", "kv_symmetric")
 OF_TEXTS = ("evaluation.window", "evaluation.drift", "evaluation.drift_windows")
 OF_TASKS = ("evaluation.task_limit", "evaluation.num_fewshot", "evaluation.include_path")
 
@@ -24,9 +26,12 @@ def unread(spec: TrialSpec) -> dict[str, str]:
     method, keys = spec.method.name, dict[str, str]()
     if spec.scheme is None:
         keys |= dict.fromkeys(SCHEME, f"method={method} quantizes nothing")
-    if spec.calibration is None:
+    if spec.scheme is not None and spec.budget is None:
+        allots = "no budget is given, so there is nothing to allot"
+        keys |= dict.fromkeys((f"budget.{key}" for key in OF_BUDGET), allots)
+    if spec.calibration is None and spec.budget is None:
         keys["calibration"] = f"method={method} uses no calibration text with these settings"
-    elif spec.calibration.route is None:
+    elif spec.calibration is not None and spec.calibration.route is None:
         keys["calibration.route"] = "the model has no experts"
     kind = settings_class(method)
     for knob in fields(kind) if kind is not None else ():
@@ -36,6 +41,10 @@ def unread(spec: TrialSpec) -> dict[str, str]:
     if "method.static_groups" in keys and spec.scheme is not None and spec.scheme.own_groups:
         reason = f"groups of format={spec.scheme.format} are always static runs of neighbours"
         keys["method.static_groups"] = reason
+    if spec.kv is None:
+        nothing = not (spec.evaluation.texts or spec.evaluation.tasks or spec.export)
+        reason = "nothing is evaluated" if nothing else "the cache stays in 16 bits"
+        keys |= dict.fromkeys(("kv_bits", *OF_CACHE) if nothing else OF_CACHE, reason)
     if not spec.evaluation.texts:
         keys |= dict.fromkeys(OF_TEXTS, "no text is evaluated")
     if not spec.evaluation.tasks:

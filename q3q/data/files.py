@@ -72,6 +72,18 @@ def file_documents(path: Path) -> tuple[str, ...]:
     return documents
 
 
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each line of a file of JSON lines that is not empty: its place, and what it spells.
+
+    Raises:
+        CalibrationError: the file cannot be read or has another name, or a line is not JSON.
+    """
+    content, suffix = _content(path), _kind(path)
+    if suffix not in LINES:
+        raise CalibrationError(f"{path} must be JSON lines: give a file called NAME.jsonl")
+    yield from _parsed_lines(path, _decoded(path, content))
+
+
 def text_of(where: str, item: Any) -> str:
     """Return a document's text.
 
@@ -184,10 +196,14 @@ def _documents(path: Path, suffix: str, content: str) -> Iterator[str]:
 
 
 def _line_documents(path: Path, content: str) -> Iterator[str]:
+    yield from (text_of(where, item) for where, item in _parsed_lines(path, content))
+
+
+def _parsed_lines(path: Path, content: str) -> Iterator[tuple[str, Any]]:
     for n, line in enumerate(content.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {n}"
-            yield text_of(where, parsed(where, line))
+            yield where, parsed(where, line)
 
 
 def _is_json_lines(content: str) -> bool:

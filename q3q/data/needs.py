@@ -145,7 +145,7 @@ def fetch_weights(specs: Iterable[TrialSpec], say: Callable[[str], None]) -> Non
     Raises:
         CheckpointError: a model is not available.
     """
-    models = ((spec.model.source, spec.model.revision) for spec in specs)
+    models = ((model.source, model.revision) for spec in specs for model in spec.models)
     for source, revision in dict.fromkeys(models):
         if source is not None and not is_downloaded(source, revision):
             ModelNeed(source, revision).fetch(downloading(source, say, time.monotonic))

@@ -59,7 +59,7 @@ class Shelf:
 
     def find(self, identity: Json) -> Arrays | None:
         """Return the arrays of this identity; None without them. A damaged file is put aside."""
-        path = self._path(identity)
+        path = self.path(identity)
         try:
             return _arrays(read_file(path), self._complete(identity))
         except (FileNotFoundError, NotADirectoryError):
@@ -70,7 +70,7 @@ class Shelf:
 
     def keep(self, identity: Json, arrays: Arrays) -> None:
         """Write arrays for all later trials. If the disk takes no more, a line says so."""
-        path = self._path(identity)
+        path = self.path(identity)
         try:
             write_atomically(path, _content(arrays, self._complete(identity)))
         except OSError as error:
@@ -82,7 +82,7 @@ class Shelf:
 
         wait: called at every poll; may raise to stop waiting
         """
-        path = self._path(identity)
+        path = self.path(identity)
         with ExitStack() as held:
             try:
                 held.enter_context(claimed(self.folder, path.stem, lambda holder: wait()))
@@ -90,7 +90,8 @@ class Shelf:
                 tell(f"{self.folder} cannot be written ({error.strerror or error})")
             yield
 
-    def _path(self, identity: Json) -> Path:
+    def path(self, identity: Json) -> Path:
+        """Return the file of the arrays of this identity, whether it is there or not."""
         return self.folder / f"{digest(self._complete(identity))[:32]}{SUFFIX}"
 
     def _complete(self, identity: Json) -> Json:

@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from q3q.data.chats import conversations
 from q3q.data.files import file_documents, name_of_file, parsed, text_of
 from q3q.errors import CalibrationError, UnavailableTextError, first_line
-from q3q.models.demo.library import held_out_text
+from q3q.models.demo.library import calibration_text, held_out_text
 from q3q.models.demo.stories import stories
 from q3q.models.hub import HUB_SECONDS, ask
 
@@ -31,12 +32,14 @@ class Text:
     """Documents, and how they join into one text.
 
     running: the documents are pieces of one running text, so a window may cross their bounds.
+    chat: the documents are conversations, see `chats`, that a model's template has yet to write.
     """
 
     name: str
     documents: tuple[str, ...]
     joiner: str = "\n\n"
     running: bool = False
+    chat: bool = False
 
     @property
     def joined(self) -> str:
@@ -45,8 +48,9 @@ class Text:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of what determines windows: documents, their bounds, joiner, running."""
-        sha = hashlib.sha256(json.dumps([len(self.documents), self.joiner, self.running]).encode())
+        """SHA-256 (hex) of what determines windows: documents, bounds, joiner, running, chat."""
+        facts = [len(self.documents), self.joiner, self.running, *(["chat"] if self.chat else [])]
+        sha = hashlib.sha256(json.dumps(facts).encode())
         for document in self.documents:
             content = document.encode()
             sha.update(len(content).to_bytes(8, "little"))
@@ -103,8 +107,9 @@ _HUB = {
         running=False,
     ),
 }
+FROM_FILES = ("file", "chat")  # sources that need a path
 SOURCES: dict[Split, tuple[str, ...]] = {
-    "calibration": ("demo", "wikitext2", "c4", "pile", "file"),
+    "calibration": ("demo", "library", "wikitext2", "c4", "pile", "file", "chat"),
     "evaluation": ("demo", "library", "wikitext2", "c4", "file"),
 }
 
@@ -116,10 +121,11 @@ def load_text(
 
     Args:
         source: `demo`, generated stories with their questions, for evaluation never those a demo
-            model was trained on; `library`, modules of Python's own standard library kept from
-            training; `wikitext2`, `c4`, `pile` from the Hub or its local cache; `file`, at `path`.
+            model was trained on; `library`, modules of Python's own standard library, for
+            evaluation those kept from training; `wikitext2`, `c4`, `pile` from the Hub or its local
+            cache; `file`, at `path`; `chat`, conversations at `path`.
         split: the text's use. The two splits share no document, except of `file`.
-        path: `file`'s, of a kind that `files.file_documents` reads.
+        path: `file`'s, of a kind that `files.file_documents` reads; `chat`'s, see `chats`.
         data: a folder with data sets (data.path), searched first for `wikitext2`, `c4` and `pile`.
 
     Raises:
@@ -136,11 +142,13 @@ def load_text(
     if source == "demo":
         return _demo_text(split)
     if source == "library":
-        return Text("library", (held_out_text(),))
-    if source == "file":
+        return Text("library", (_library_text(split),))
+    if source in FROM_FILES:
         if path is None:
-            raise CalibrationError(f"{split}=file needs {split}.path=FILE")
+            raise CalibrationError(f"{split}={source} needs {split}.path=FILE")
         file = Path(path).expanduser()
+        if source == "chat":
+            return Text(name_of_file(file), conversations(file), joiner="", chat=True)
         return Text(name_of_file(file), file_documents(file))
     return _hub_text(source, split, None if data is None else Path(data))
 
@@ -151,6 +159,11 @@ def _demo_text(split: Split) -> Text:
     stream = stories(seed, held_out=split == "evaluation")
     documents = tuple(story.full_text() for story in itertools.islice(stream, count))
     return Text("demo", documents, joiner="\n", running=True)  # packed as for training
+
+
+@functools.cache
+def _library_text(split: Split) -> str:
+    return held_out_text() if split == "evaluation" else calibration_text()
 
 
 def _hub_text(source: str, split: Split, data: Path | None) -> Text:

@@ -9,7 +9,7 @@ from q3q.data.prepared import Arrays, Shelf, prepared
 from q3q.data.texts import Text, load_text
 from q3q.errors import CalibrationError, ConfigError
 from q3q.placement import Trial
-from q3q.spec import QUICK_SEED, Calibration, Json, TextRef
+from q3q.spec import QUICK_SEED, Json, TextRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,7 @@ class Knobs:
 
 
 CALIBRATION = Knobs("calibration.length", "calibration.samples", "calibration.draw")
+MIXED = Knobs("calibration.length")  # of a part of a mix, whose number of windows follows
 EVALUATION = Knobs("evaluation.window")
 
 
@@ -262,50 +263,21 @@ def _documents(wish: _Wish, seed: int) -> list[list[int]]:
     return _cut(tokens, length)
 
 
-AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
-
-
-def calibration_windows(
-    trial: Trial, tokenizer: Any, wait: Callable[[], object] = lambda: None
-) -> "Tensor | None":
-    """Return token windows [samples, length]; None for a method that observes nothing.
-
-    wait: called at every poll while another process draws them; may raise to stop waiting
-    """
-    calibration, placement = trial.spec.calibration, trial.placement
-    if calibration is None:
-        return None
-
-    def draw() -> "Tensor":
-        text = load_text(
-            calibration.source, split="calibration", path=placement.calibration, data=placement.data
-        )
-        refuse_changed_text(text.digest, calibration.digest, calibration.source)
-        return draw_windows(
-            text,
-            encoder(tokenizer),
-            samples=calibration.samples,
-            length=calibration.length,
-            draw=calibration.draw,
-            seed=_draw_seed(calibration, trial.spec.seed),
-        )
-
-    identity = calibration_identity(calibration, trial.spec.seed)
-    return _prepared_windows(Shelf.of(trial, tokenizer), identity, draw, wait)
-
-
 def evaluation_windows(
     tokenizer: Any, trial: Trial, text: TextRef, wait: Callable[[], object] = lambda: None
 ) -> "Tensor":
     """Return token windows [N, T] of one of the evaluation's texts.
 
-    wait: as for `calibration_windows`
+    wait: called at every poll while another process cuts them; may raise to stop waiting
     """
     placement, limit, quick = trial.placement, text.limit, trial.spec.evaluation.quick
 
     def cut() -> "Tensor":
         content = load_text(
-            str(text.source), split="evaluation", path=placement.evaluation, data=placement.data
+            str(text.source),
+            split="evaluation",
+            path=placement.evaluation_file(text.name),
+            data=placement.data,
         )
         refuse_changed_text(content.digest, text.digest, text.name)
         encode = encoder(tokenizer)
@@ -328,19 +300,7 @@ def evaluation_windows(
         return windows_NT
 
     identity = evaluation_identity(text, quick)
-    return _prepared_windows(Shelf.of(trial, tokenizer), identity, cut, wait)
-
-
-def calibration_identity(calibration: Calibration, seed: int) -> Json:
-    """Return what determines calibration windows, but for the tokenizer."""
-    return {
-        "windows": WINDOWS_VERSION,
-        "text": calibration.digest,
-        "samples": calibration.samples,
-        "length": calibration.length,
-        "draw": calibration.draw,
-        "seed": None if calibration.draw == "first" else _draw_seed(calibration, seed),
-    }
+    return prepared_windows(Shelf.of(trial, tokenizer), identity, cut, wait)
 
 
 def evaluation_identity(text: TextRef, quick: bool) -> Json:
@@ -356,11 +316,7 @@ def evaluation_identity(text: TextRef, quick: bool) -> Json:
     }
 
 
-def _draw_seed(calibration: Calibration, seed: int) -> int:
-    return seed + (AWQ_SHUFFLE_SEED if calibration.draw == "documents" else 0)
-
-
-def _prepared_windows(
+def prepared_windows(
     shelf: Shelf | None, identity: Json, cut: Callable[[], "Tensor"], wait: Callable[[], object]
 ) -> "Tensor":
     """Return windows from the shelf, int64; a trial that finds them reads no text at all."""

@@ -11,7 +11,6 @@ from q3q.errors import IntegrityError
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.prefixes import Ids, PackedTree
 from q3q.evaluate.tree_pass import run_tree
-from q3q.models.attention import supports_varlen
 from q3q.models.cache import Cached, Lengths, Past
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import recurrent_bytes, recurrent_rows
@@ -126,9 +125,10 @@ class _Reader:
         self._model = model
         self._tree = PackedTree(
             list(contexts),
-            supports_varlen(model.device, model.norm_H.dtype),
+            model.varlen,
             recurrent_rows(model.facts, model.device.type),
             ends,
+            model.chunk,
         )
         last_B = np.array([positions[-1] for positions in self._tree.positions()])
         self._positions = self._tree.positions()

@@ -6,7 +6,8 @@ known only once tasks are loaded.
 
 from collections.abc import Iterable
 
-from q3q.data.windows import calibration_identity, evaluation_identity
+from q3q.data.calibration import calibration_identity
+from q3q.data.windows import evaluation_identity
 from q3q.evaluate.batches import Batch, batches, draws_shots
 from q3q.evaluate.catalogue import TASKS
 from q3q.spec import Evaluation, Json, TaskRef, TrialSpec
@@ -15,7 +16,7 @@ from q3q.spec import Evaluation, Json, TaskRef, TrialSpec
 def prepared_identities(spec: TrialSpec) -> list[Json]:
     """Return what a trial says of the input that it prepares: windows, and its tasks' requests."""
     evaluation, identities = spec.evaluation, list[Json]()
-    if spec.calibration is not None:
+    if spec.calibration is not None and not spec.calibration.writes:
         identities.append(calibration_identity(spec.calibration, spec.seed))
     identities += [evaluation_identity(text, evaluation.quick) for text in evaluation.texts]
     identities += [requests_identity(evaluation, one, spec.seed) for one in batches(evaluation)]

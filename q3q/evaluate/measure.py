@@ -116,7 +116,7 @@ def noted_baseline(reference: Reference, spec: TrialSpec) -> Json:
 
     It is empty if this is the unquantized model's own trial, or nothing was measured of it.
     """
-    known = {} if spec.scheme is None else reference.perplexities(spec.evaluation.quick)
+    known = {} if spec.rounds_nothing else reference.perplexities(spec.evaluation.quick)
     return {UNQUANTIZED: known} if known else {}
 
 
@@ -194,15 +194,26 @@ def _measure_text(
     ) as journal:
         if baseline is None:
             nll_N = window_losses(model, windows_NT, steps, journal)
-        elif spec.scheme is None:
+        elif spec.rounds_nothing:
             nll_N = baseline.nll_N
         else:
             losses = perplexity_and_drift(
-                model, windows_NT, baseline, reference.head(), steps, journal
+                model,
+                windows_NT,
+                baseline,
+                reference.head(),
+                steps,
+                journal,
+                confident=spec.reference is not None,
             )
             nll_N, drift = losses.nll_N, losses.drift
             part.metrics |= _named(drift.metrics(text.name), quick)
             part.intervals |= _named(drift.intervals(text.name), quick)
+            if spec.reference is not None:
+                own = text_metric("kl", text.name, quick)
+                part.samples += window_rows(own, windows_digest(windows_NT), losses.kl)
+                if spec.model.files == spec.reference.files:  # in another type
+                    part.metrics[text_metric("kl_floor", text.name, quick)] = drift.kl
     if not torch.isfinite(nll_N).all():
         row = int((~torch.isfinite(nll_N)).nonzero()[0])
         raise IntegrityError(f"the model's logits in window {row} of {text.name} are not finite")

@@ -56,9 +56,10 @@ def reads_calibrated_kind(text: TextRef, spec: TrialSpec) -> bool:
     calibration = spec.calibration
     if calibration is None:
         return False
-    if text.source == "file" or calibration.source == "file":
-        return text.digest == calibration.digest
-    return calibration.source == (text.source or text.name)
+    if text.source == "file":
+        digests = {part.digest for part in calibration.parts} or {calibration.digest}
+        return text.digest in digests
+    return (text.source or text.name) in calibration.sources
 
 
 def held_out(metric: str, specs: Iterable[TrialSpec]) -> bool:

@@ -103,6 +103,8 @@ class PackedTree:
 
     texts: token ids, distinct and sorted.
     varlen: batches attend by `VarlenSlice`s instead of `AttentionSlice`s.
+    chunk: tokens of a text whose keys are rounded together, so that what spans share ends with such
+        a chunk; 1 if each is rounded by itself.
     states: the most states of a recurrence that may be in memory; 0 if the model has none.
     ends: the most texts that end in a batch, if the states behind their last tokens are kept; 0 if
         they are not.
@@ -117,6 +119,7 @@ class PackedTree:
     varlen: bool = False
     states: int = 0
     ends: int = 0
+    chunk: int = 1
     shared: list[int] = field(init=False)
     begin: list[int] = field(init=False)
     ids: Ids = field(init=False)
@@ -187,7 +190,7 @@ class PackedTree:
         if self.varlen:  # no scores are held
             stretches, floors = shared_stretches(spans, VARLEN_WORTH_SHARING, sys.maxsize)
         else:
-            stretches, floors = shared_stretches(spans, WORTH_SHARING, SLICE_SCORES)
+            stretches, floors = shared_stretches(spans, WORTH_SHARING, SLICE_SCORES, self.chunk)
         shared: list[AttentionSlice | VarlenSlice] = []
         own_keys: list[OwnKeys] = []
         for number, span in enumerate(spans):
@@ -242,7 +245,7 @@ class PackedTree:
 
 
 def shared_stretches(
-    spans: Sequence[Span], min_saved_keys: int, max_scores: int
+    spans: Sequence[Span], min_saved_keys: int, max_scores: int, chunk: int = 1
 ) -> tuple[dict[int, list[SharedStretch]], list[int]]:
     """Choose the ancestors that spans attend to together, and what is left to each span.
 
@@ -253,6 +256,7 @@ def shared_stretches(
     Args:
         spans: a batch's spans, depth first.
         min_saved_keys: share a path if that saves gathering so many keys.
+        chunk: share whole chunks of so many tokens.
         max_scores: share it as well if the run's scores with it are more, which spares large masks.
 
     Returns:
@@ -264,14 +268,15 @@ def shared_stretches(
     runs = [(range(len(spans)), 0)]  # consecutive spans, and the depth down to which all is shared
     while runs:
         run, floor = runs.pop()
-        top = min(spans[number].start for number in run)
+        deep = min(spans[number].start for number in run)
+        top = deep - deep % chunk
         queries = slice(spans[run[0]].offset, spans[run[-1]].end)
         saved_keys = (len(run) - 1) * (top - floor)
         scores = (queries.stop - queries.start) * (top - floor)
         if saved_keys >= min_saved_keys or scores > max_scores:
             stretches[run[0]].append(SharedStretch(slice(floor, top), queries))
             floor = top
-        splits = [number for number in run if spans[number].start == top]
+        splits = [number for number in run if spans[number].start == deep]
         for number in splits:
             floors[number] = floor
         for before, after in pairwise([run[0] - 1, *splits, run[-1] + 1]):

@@ -33,10 +33,19 @@ NO_SEAL = b"0" * 64
 MetricScores = dict[str, dict[str, float]]  # metric -> sample -> score
 
 
-def window_rows(metric: str, digest: str, nll_N: Sequence[float]) -> list[Json]:
-    """Return a row a window. metric: of the text's perplexity. digest: of all its token ids."""
+def window_rows(
+    metric: str, digest: str, scores: Sequence[float] | Mapping[int, float]
+) -> list[Json]:
+    """Return a row a window.
+
+    Args:
+        metric: of the text: its perplexity, or its KL.
+        digest: of all its token ids.
+        scores: each window's loss (or KL); a mapping has some windows', by their numbers.
+    """
     common = {"task": metric, "doc_hash": digest, "filter": "none"}
-    return [{**common, "doc_id": n, "scores": {LOSS: float(nll)}} for n, nll in enumerate(nll_N)]
+    pairs = scores.items() if isinstance(scores, Mapping) else enumerate(scores)
+    return [{**common, "doc_id": n, "scores": {LOSS: float(score)}} for n, score in pairs]
 
 
 def write_samples(path: Path, rows: Sequence[Json]) -> str:

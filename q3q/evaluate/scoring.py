@@ -15,7 +15,6 @@ from q3q.evaluate.budget import Result, TokenBudget, pass_tokens
 from q3q.evaluate.packing import sort_keys
 from q3q.evaluate.prefixes import Ids, PackedTree, Positions, common_prefix
 from q3q.evaluate.tree_pass import run_tree
-from q3q.models.attention import supports_varlen
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import recurrent_rows
 from q3q.team import Team
@@ -88,9 +87,8 @@ def score(
     if model.team.leads:
         yield from _score_on_team(model, requests)
         return
-    varlen = supports_varlen(model.device, model.norm_H.dtype)
     states = recurrent_rows(model.facts, model.device.type)
-    tree, readers = pack_requests(requests, varlen=varlen, states=states)
+    tree, readers = pack_requests(requests, varlen=model.varlen, states=states, chunk=model.chunk)
     reads = Reads.of(tree, readers, requests)
     total_R, greedy_R = np.zeros(len(requests)), np.ones(len(requests), dtype=bool)
     left_R = np.array([len(request.targets) for request in requests])
@@ -199,6 +197,7 @@ def _score_share(
             scores += completed
     else:
         list(model.states([]))
+        _ = model.head_VH  # the others gather it for their scores, and wait for this rank
     return team.gather((scores, effort))
 
 
@@ -260,16 +259,16 @@ class Reads:
 
 
 def pack_requests(
-    requests: Sequence[Request], *, varlen: bool = False, states: int = 0
+    requests: Sequence[Request], *, varlen: bool = False, states: int = 0, chunk: int = 1
 ) -> tuple[PackedTree, list[list[int]]]:
     """Return the tree of all distinct inputs, and the requests that each of its texts serves.
 
     Args:
-        varlen, states: see `PackedTree`.
+        varlen, states, chunk: see `PackedTree`.
     """
     readers: dict[bytes, list[int]] = {}
     for number, key in enumerate(sort_keys(request.inputs for request in requests)):
         readers.setdefault(key, []).append(number)
     numbers = [readers[key] for key in sorted(readers)]
     texts = [requests[first].inputs for first, *_ in numbers]
-    return PackedTree(texts, varlen, states), numbers
+    return PackedTree(texts, varlen, states, chunk=chunk), numbers

@@ -3,24 +3,22 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
+from q3q.export.tensors import plain_linears
 from q3q.export.writer import PackingExporter
 from q3q.models.family import ModelFacts
-from q3q.spec import Json
+from q3q.spec import Json, TrialSpec
 
 
-def _unquantized(facts: ModelFacts) -> Iterator[str]:
+def _unquantized(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
     """Yield modules that stay plain numbers, by their names in files.
 
     Full names: readers match substrings, and `mlp.gate` is also in `mlp.gate_proj`. A reader of the
     text part alone knows its modules without the name of that part.
     """
-    for k in range(facts.layers):
-        for site in facts.sites(k):
-            for name in site.unquantized:
-                full = facts.on_disk(k, name.removesuffix(".weight"))
-                yield full
-                if ".language_model." in full:
-                    yield full.replace(".language_model.", ".", 1)
+    for full in plain_linears(spec, facts):
+        yield full
+        if ".language_model." in full:
+            yield full.replace(".language_model.", ".", 1)
     for part in facts.family.carried if facts.carried_bytes else ():
         yield part.strip(".")
 
@@ -39,5 +37,5 @@ class AwqExporter(PackingExporter):
             "bits": scheme.bits,
             "group_size": scheme.group_size,
             "zero_point": True,
-            "modules_to_not_convert": list(_unquantized(facts)) or None,
+            "modules_to_not_convert": list(_unquantized(self.spec, facts)) or None,
         }

@@ -1,9 +1,12 @@
-"""Change every block of a loaded model: route tokens to all experts, or quantize activations."""
+"""Change a loaded model's blocks: route tokens to all experts, round activations or the cache."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from q3q.models.block import Block
 from q3q.models.decoder import Decoder
+from q3q.models.kv_cache import KvRounding
+from q3q.scheme import InputRounding
 from q3q.spec import TrialSpec
 
 
@@ -33,25 +36,45 @@ def set_activations(model: Decoder, spec: TrialSpec) -> None:
     keeps them.
     """
     if spec.scheme is not None:
-        scheme = spec.scheme
-        change = RoundedInputs(
-            scheme.act_bits, frozenset(spec.skip), scheme.act_format, scheme.act_group_size
-        )
-        model.adjust(change)
+        scheme, schemes = spec.scheme, spec.schemes
+        assert schemes is not None
+        otherwise = {
+            name: own.inputs
+            for name in spec.overrides
+            if (own := schemes.of(name)) is not None and own.inputs != scheme.inputs
+        }
+        model.adjust(RoundedInputs(scheme.inputs, frozenset(spec.skip), otherwise))
+
+
+def set_cache(model: Decoder, spec: TrialSpec) -> None:
+    """Round keys and values from here on as the spec says its cache stores them, if it does."""
+    if spec.kv is not None:
+        model.round_cache(KvRounding(spec.kv))
 
 
 @dataclass(frozen=True)
 class RoundedInputs:
-    """A change of every block; picklable. skip: linears that stay as they are."""
+    """A change of every block; picklable.
 
-    act_bits: int | None
+    skip: linears that stay as they are
+    otherwise: by full name, linears whose site's input is rounded in another way
+    """
+
+    rounding: InputRounding | None
     skip: frozenset[str]
-    act_format: str
-    act_group_size: int
+    otherwise: Mapping[str, InputRounding | None] = field(default_factory=dict)
 
     def __call__(self, k: int, block: Block) -> None:
-        block.act_bits = self.act_bits
-        block.act_format, block.act_group_size = self.act_format, self.act_group_size
+        usual = self.rounding or InputRounding(0)
+        block.act_bits = self.rounding and self.rounding.bits
+        block.act_format, block.act_group_size = usual.format, usual.group_size
+        own = {
+            site.name: self.otherwise[full]
+            for site in block.sites
+            for name in site.weights
+            if (full := f"blocks.{k}.{name.removesuffix('.weight')}") in self.otherwise
+        }
+        block.own_rounding = {name: how for name, how in own.items() if how is not None}
         skipped = {
             name
             for site in block.sites
@@ -60,4 +83,5 @@ class RoundedInputs:
         }
         sites = {site.name for site in block.sites if skipped.issuperset(site.weights)}
         apart = {name for site in block.sites for name in site.apart if name in skipped}
-        block.unrounded = frozenset(sites | apart)
+        left_alone = {name for name, how in own.items() if how is None}
+        block.unrounded = frozenset(sites | apart | left_alone)

@@ -14,11 +14,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from q3q.models.flow import Flow
+from q3q.models.kv_cache import KvRounding, Stored
 from q3q.models.recurrence import Recurrence, State
 from q3q.models.transfer import to_device
 
 Index = slice | Tensor
 KeysValues = tuple[Tensor, Tensor]
+# Most scores (spans x queries x keys, exact and rounded) of `attend_stored` at one time.
+STORED_SCORES = 1 << 22
 # The query tokens, their context [T, N, D], and the log of their softmax denominator [T, N].
 SliceOutput = tuple[Index, Tensor, Tensor]
 
@@ -30,8 +33,19 @@ class Attention(Protocol):
         """Return each token's position in its text, [T] or [B, T]."""
         ...
 
-    def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
-        """Return each query's context [B, N, T, D]; the rotary embedding is applied already."""
+    def __call__(
+        self,
+        query_BNTD: Tensor,
+        key_BKTD: Tensor,
+        value_BKTD: Tensor,
+        kv: KvRounding | None = None,
+    ) -> Tensor:
+        """Return each query's context [B, N, T, D]; the rotary embedding is applied already.
+
+        Args:
+            kv: how keys and values are rounded once they are not recent; None if they are as they
+                are stored already.
+        """
         ...
 
     def read(self, states_BTX: Tensor) -> Tensor:
@@ -55,9 +69,24 @@ class Causal:
             self._positions = torch.arange(tokens, device=device)
         return self._positions
 
-    def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
-        return scaled_dot_product_attention(
-            query_BNTD, key_BKTD, value_BKTD, is_causal=True, enable_gqa=True
+    def __call__(
+        self,
+        query_BNTD: Tensor,
+        key_BKTD: Tensor,
+        value_BKTD: Tensor,
+        kv: KvRounding | None = None,
+    ) -> Tensor:
+        if kv is None:
+            return scaled_dot_product_attention(
+                query_BNTD, key_BKTD, value_BKTD, is_causal=True, enable_gqa=True
+            )
+        position_T = self.positions(query_BNTD.shape[2], query_BNTD.device)
+        stored = Stored.of(key_BKTD, value_BKTD, position_T, kv)
+        return attend_masked(
+            query_BNTD,
+            stored.key_xPD,
+            stored.value_xPD,
+            stored.seen(position_T <= position_T[:, None], position_T),
         )
 
     def read(self, states_BTX: Tensor) -> Tensor:
@@ -99,20 +128,39 @@ class AttentionSlice:
         real = self.real and (to_device(self.real[0], device), to_device(self.real[1], device))
         return AttentionSlice(query, key, self.causal, bias, real)
 
-    def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> SliceOutput:
-        context_SNQD, logsum_SNQ = attend(
-            _spans(query_NTD, self.query),
-            _spans(key_KTD, self.key),
-            _spans(value_KTD, self.key),
-            self.bias_SQP,
-            self.causal,
-        )
+    def __call__(
+        self,
+        query_NTD: Tensor,
+        key_KTD: Tensor,
+        value_KTD: Tensor,
+        late: "Late | None" = None,
+    ) -> SliceOutput:
+        query_SNQD = _spans(query_NTD, self.query)
+        key_SKPD, value_SKPD = _spans(key_KTD, self.key), _spans(value_KTD, self.key)
+        if late is None:
+            context_SNQD, logsum_SNQ = attend(
+                query_SNQD, key_SKPD, value_SKPD, self.bias_SQP, self.causal
+            )
+        else:
+            stored = Stored.of(key_SKPD, value_SKPD, _depths(late.key_depth_P, self.key), late.kv)
+            query_depth_SQ = _depths(late.query_depth_T, self.query)
+            context_SNQD, logsum_SNQ = attend_stored(
+                query_SNQD, stored, self._sees(query_SNQD, key_SKPD), query_depth_SQ
+            )
         context_TND = context_SNQD.transpose(1, 2).flatten(0, 1)
         logsum_TN = logsum_SNQ.transpose(1, 2).flatten(0, 1)
         if self.real is None:
             return self.query, context_TND, logsum_TN
         flat_T, token_T = self.real
         return token_T, context_TND[flat_T], logsum_TN[flat_T]
+
+    def _sees(self, query_SNQD: Tensor, key_SKPD: Tensor) -> Tensor:
+        """Return the keys that each query attends to [S, Q, P], as truth values."""
+        if self.bias_SQP is not None:
+            return self.bias_SQP == 0
+        shape = 1, query_SNQD.shape[2], key_SKPD.shape[2]
+        every = torch.ones(shape, dtype=torch.bool, device=query_SNQD.device)
+        return every.tril() if self.causal else every
 
 
 @dataclass(frozen=True)
@@ -151,7 +199,17 @@ class VarlenSlice:
         )
         return VarlenSlice(self.query, key, layout)
 
-    def __call__(self, query_NTD: Tensor, key_KTD: Tensor, value_KTD: Tensor) -> SliceOutput:
+    def __call__(
+        self,
+        query_NTD: Tensor,
+        key_KTD: Tensor,
+        value_KTD: Tensor,
+        late: "Late | None" = None,
+    ) -> SliceOutput:
+        if late is not None:
+            raise RuntimeError(
+                "a tree whose cache keeps recent tokens in 16 bits has no such slice"
+            )
         fast = supports_varlen(query_NTD.device, query_NTD.dtype)
         context_TND, logsum_TN = (attend_varlen if fast else attend_varlen_plain)(
             query_NTD.transpose(0, 1)[self.query],
@@ -160,6 +218,19 @@ class VarlenSlice:
             self.layout,
         )
         return self.query, context_TND, logsum_TN
+
+
+@dataclass(frozen=True)
+class Late:
+    """A rounding that recent tokens escape, and where a batch's queries and keys lie in their text.
+
+    Of several spans, a key index lists each one's keys in the order of its text, from the first
+    token of a chunk on.
+    """
+
+    kv: KvRounding
+    query_depth_T: Tensor
+    key_depth_P: Tensor
 
 
 @dataclass
@@ -196,8 +267,15 @@ class TreeAttention:
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         return self.depth_T
 
-    def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
+    def __call__(
+        self,
+        query_BNTD: Tensor,
+        key_BKTD: Tensor,
+        value_BKTD: Tensor,
+        kv: KvRounding | None = None,
+    ) -> Tensor:
         query_NTD, key_KTD, value_KTD = query_BNTD[0], key_BKTD[0], value_BKTD[0]
+        late = None if kv is None else self._late(kv)
         self.batch_keys_values = key_KTD, value_KTD
         if self.path is not None:
             key_KTD = torch.cat((self.path[0], key_KTD), dim=1)
@@ -208,16 +286,22 @@ class TreeAttention:
         context_TND = query_NTD.new_empty(tokens, heads, size, dtype=dtype)
         total_TN = query_NTD.new_empty(tokens, heads, dtype=torch.float32)
         for part in self.own:
-            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD)
+            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD, late)
             context_TND[where] = part_TND.to(context_TND.dtype)
-            total_TN[where] = logsum_TN
+            total_TN[where] = logsum_TN.to(total_TN.dtype)
         for part in self.shared:
-            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD)
+            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD, late)
             combined_TN = torch.logaddexp(total_TN[where], logsum_TN)
             context_TND[where] *= (total_TN[where] - combined_TN).exp()[..., None]
             context_TND[where] += part_TND * (logsum_TN - combined_TN).exp()[..., None]
             total_TN[where] = combined_TN
         return context_TND.to(query_NTD.dtype).transpose(0, 1)[None]
+
+    def _late(self, kv: KvRounding) -> Late:
+        """Return where the keys lie: those of the path by depth, then the batch's."""
+        before = 0 if self.path is None else self.path[0].shape[1]
+        depth_P = torch.arange(before, device=self.depth_T.device)
+        return Late(kv, self.depth_T, torch.cat((depth_P, self.depth_T)))
 
     def read(self, states_BTX: Tensor) -> Tensor:
         return states_BTX if self.read_index is None else states_BTX[:, self.read_index]
@@ -238,6 +322,49 @@ def _spans(states_KTD: Tensor, index: Index) -> Tensor:
     if isinstance(index, slice):
         return states_KTD[None, :, index]
     return states_KTD.transpose(0, 1)[index].transpose(1, 2)
+
+
+def _depths(depth_T: Tensor, index: Index) -> Tensor:
+    """Return the depths [S, Q] of what `_spans` returns."""
+    return depth_T[None, index] if isinstance(index, slice) else depth_T[index]
+
+
+def attend_masked(
+    query_BNTD: Tensor, key_BKPD: Tensor, value_BKPD: Tensor, sees_xTP: Tensor
+) -> Tensor:
+    """Return each query's context [B, N, T, D] of the keys that it sees, at least one."""
+    cpu = query_BNTD.device.type == "cpu"
+    if not cpu:  # no kernel of a GPU takes both a mask and fewer key heads
+        repeats = query_BNTD.shape[1] // key_BKPD.shape[1]
+        key_BKPD = key_BKPD.repeat_interleave(repeats, dim=1)
+        value_BKPD = value_BKPD.repeat_interleave(repeats, dim=1)
+    return scaled_dot_product_attention(
+        query_BNTD, key_BKPD, value_BKPD, attn_mask=sees_xTP, enable_gqa=cpu
+    )
+
+
+def attend_stored(
+    query_SNQD: Tensor, stored: Stored, sees_SQP: Tensor, query_depth_SQ: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute `attend` over keys of which a query sees the exact or the rounded form.
+
+    Args:
+        sees_SQP: the keys that each query sees, as truth values; S may be 1 for all spans.
+    """
+    spans, _, queries, _ = query_SNQD.shape
+    at_once = max(1, STORED_SCORES // (spans * stored.key_xPD.shape[-2]))
+    contexts, logsums = [], []
+    for start in range(0, queries, at_once):
+        piece = slice(start, start + at_once)
+        seen_SQP = stored.seen(sees_SQP[:, piece], query_depth_SQ[:, piece])
+        bias_SQP = torch.zeros(seen_SQP.shape, dtype=query_SNQD.dtype, device=seen_SQP.device)
+        bias_SQP = bias_SQP.masked_fill_(~seen_SQP, -torch.inf)
+        context, logsum = attend(
+            query_SNQD[:, :, piece], stored.key_xPD, stored.value_xPD, bias_SQP
+        )
+        contexts.append(context)
+        logsums.append(logsum)
+    return torch.cat(contexts, dim=2), torch.cat(logsums, dim=2)
 
 
 def attend(

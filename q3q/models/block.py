@@ -18,11 +18,19 @@ from torch.nn.functional import linear, silu
 from q3q.models.anatomy import ScaleGroup, Site, SiteInput, bias_of
 from q3q.models.attention import CAUSAL, Attention
 from q3q.models.family import ModelFacts
+from q3q.models.kv_cache import KvRounding
 from q3q.models.rope import frequencies
 from q3q.number_formats import FLOATS, INT
 from q3q.numerics.floats import floats_per_token
 from q3q.numerics.grid import absmax_per_token
 from q3q.numerics.kernels.norm import rms_norm
+from q3q.numerics.stored_scales import (
+    floats_below_factor,
+    floats_by_scale,
+    ints_but_outliers,
+    ints_by_scale,
+)
+from q3q.scheme import InputRounding
 
 if TYPE_CHECKING:
     from q3q.models.family import Turns
@@ -75,8 +83,11 @@ class Block:
 
     act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
     act_format, act_group_size: the format of these bits, and the channels that share a scale.
+    own_rounding: by site, how its input is rounded where the above does not say it; it takes
+        their place.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized,
         and of weights that stay unquantized beside others of their site (`Site.apart`).
+    kv: how the cache stores keys and values that tokens attend to; None: as they are.
     every_expert: the sites show every token to every expert (calibration.route=all), not only to
         the experts that the router picks. The block's output always follows the router.
     """
@@ -88,8 +99,10 @@ class Block:
         self.weights = dict(weights)
         self.act_bits = act_bits
         self.act_format, self.act_group_size = INT, -1
+        self.own_rounding: Mapping[str, InputRounding] = {}
         self.unrounded: frozenset[str] = frozenset()
         self.every_expert = False
+        self.kv: KvRounding | None = None
         self.sites: tuple[Site, ...] = facts.sites(layer)
 
     def with_weights(self, changed: Weights) -> Block:
@@ -97,7 +110,16 @@ class Block:
         block = Block(self.facts, self.layer, {**self.weights, **changed}, self.act_bits)
         block.unrounded, block.every_expert = self.unrounded, self.every_expert
         block.act_format, block.act_group_size = self.act_format, self.act_group_size
+        block.own_rounding = self.own_rounding
+        block.kv = self.kv
         return block
+
+    @property
+    def rounding(self) -> InputRounding | None:
+        """How the input of a site is rounded that has no rounding of its own."""
+        if self.act_bits is None:
+            return None
+        return InputRounding(self.act_bits, self.act_format, self.act_group_size)
 
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
         return finish(self.stages(x_BTH, rope, attention))
@@ -133,6 +155,8 @@ class Block:
 
     def round_inputs(self, site: Site, inputs: Tensor) -> Tensor:
         """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
+        if (stored := self.own_rounding.get(site.name)) is not None:
+            return rounded_as(inputs, stored)
         if self.act_bits is None or site.name in self.unrounded:
             return inputs
         if self.act_format != INT:
@@ -144,11 +168,12 @@ class Block:
     ) -> Tensor:
         positions = see.positions(query_BTND.shape[1], query_BTND.device)
         cos, sin = rope(positions, query_BTND.dtype)
-        context_BNTD = see(
-            rotate(query_BTND, cos, sin).transpose(1, 2),
-            rotate(key_BTKD, cos, sin).transpose(1, 2),
-            value_BTKD.transpose(1, 2),
-        )
+        query_BNTD = rotate(query_BTND, cos, sin).transpose(1, 2)
+        key_BKTD = rotate(key_BTKD, cos, sin).transpose(1, 2)
+        value_BKTD, kv = value_BTKD.transpose(1, 2), self.kv
+        if kv is not None and not kv.late:
+            key_BKTD, value_BKTD, kv = kv.keys(key_BKTD), kv.values(value_BKTD), None
+        context_BNTD = see(query_BNTD, key_BKTD, value_BKTD, kv)
         return see.read(context_BNTD.transpose(1, 2).flatten(2))
 
     def gated(self, gate_xI: Tensor, up_xI: Tensor) -> Tensor:
@@ -180,6 +205,22 @@ class Block:
     def scale_groups(self) -> tuple[ScaleGroup, ...]:
         """Return the scale groups, in AWQ's order."""
         return self.facts.family.scale_groups(self.facts, self.layer)
+
+
+def rounded_as(inputs: Tensor, rounding: InputRounding) -> Tensor:
+    """Return a site's input rounded in a way of its own, or as its checkpoint's loader does it."""
+    form, number = FLOATS.get(rounding.format), rounding.number
+    if rounding.scales == "outliers":
+        return ints_but_outliers(inputs, rounding.bits)
+    if number is None:
+        if form is not None:
+            return floats_per_token(inputs, form, rounding.group_size)
+        return absmax_per_token(inputs, rounding.bits, rounding.group_size)
+    if form is None:
+        return ints_by_scale(inputs, rounding.bits, number)
+    if rounding.scales == "factor":
+        return floats_below_factor(inputs, form, rounding.group_size, number)
+    return floats_by_scale(inputs, form, number)
 
 
 def finish(stages: Stages) -> Tensor:

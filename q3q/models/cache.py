@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from q3q.models.attention import KeysValues
+from q3q.models.kv_cache import KvRounding, store_due_, store_newest_
 from q3q.models.recurrence import Recurrence, State, select
 
 
@@ -54,22 +55,35 @@ class Cached:
 
     lengths: tokens in the past so far. keys_values: [B, K, P, D] each, with room for all tokens to
     come; None if the block does not attend. state: [B, ...]; None if it has no recurrence.
+    stored: the past is rounded as far as it is no longer recent, where the cache rounds so.
     """
 
     lengths: Lengths
     keys_values: KeysValues | None
     state: State | None = None
+    stored: bool = False
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         return self.lengths.each_B[:, None]
 
-    def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
+    def __call__(
+        self,
+        query_BNTD: Tensor,
+        key_BKTD: Tensor,
+        value_BKTD: Tensor,
+        kv: KvRounding | None = None,
+    ) -> Tensor:
         assert self.keys_values is not None
         past_key_BKPD, past_value_BKPD = self.keys_values
         length_B, longest = self.lengths.each_B, self.lengths.longest + 1
         rows_B = torch.arange(len(length_B), device=query_BNTD.device)
+        if kv is not None and not self.stored:
+            store_due_(*self.keys_values, length_B, kv)
+            self.stored = True
         past_key_BKPD[rows_B, :, length_B] = key_BKTD[:, :, 0]
         past_value_BKPD[rows_B, :, length_B] = value_BKTD[:, :, 0]
+        if kv is not None:
+            store_newest_(past_key_BKPD, past_value_BKPD, length_B + 1, kv)
         sees_BP = torch.arange(longest, device=query_BNTD.device) <= length_B[:, None]
         return scaled_dot_product_attention(
             query_BNTD,
@@ -90,7 +104,8 @@ class Cached:
     def select(self, rows_R: Tensor, lengths: Lengths) -> "Cached":
         """Return the cache of the rows `rows_R`, whose lengths are `lengths`."""
         keys_values = self.keys_values and select(self.keys_values, rows_R)
-        return Cached(lengths, keys_values, self.state and select(self.state, rows_R))
+        state = self.state and select(self.state, rows_R)
+        return Cached(lengths, keys_values, state, self.stored)
 
     @classmethod
     def gathered(cls, past: Past, index_BP: Tensor, lengths: Lengths, room: int) -> "Cached":

@@ -11,15 +11,23 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from q3q.errors import CheckpointError, first_line
+from q3q.models.completeness import check_complete, read_input_numbers
 from q3q.models.digests import DigestMemo
-from q3q.models.facts import ModelFacts, number_of_tensors, read_facts
+from q3q.models.disk_names import (
+    disk_shapes,
+    is_fused,
+    is_stacked,
+    layout_of,
+    parts_of,
+    sources_of,
+)
+from q3q.models.facts import ModelFacts, read_facts
+from q3q.models.gguf_file import gguf_of, open_gguf
 from q3q.models.model_files import (
-    FLOATS,
     ModelFiles,
     carried_over,
     read_model_files,
@@ -32,8 +40,8 @@ from q3q.models.model_json import (
     read_json,
     refuse_irregular,
 )
-from q3q.models.packed import Layout
-from q3q.models.tensor_files import Rows, Shape, StoredTensor
+from q3q.models.packed import doubts_of
+from q3q.models.tensor_files import Rows, StoredTensor
 from q3q.storage.files import FileState, file_state
 
 if TYPE_CHECKING:
@@ -41,11 +49,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-# Experts' weights as transformers 5 has them in memory: gate over up, and down.
-FUSED = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-# Tensors that a config.json may ask for, beyond those that are stored, and still have listed one by
-# one: enough to name what a damaged folder lacks, and few enough to take no time.
-LISTED = 100_000
 TOKENIZER_FILES = (
     "added_tokens.json chat_template.jinja merges.txt special_tokens_map.json tokenizer.json "
     "tokenizer_config.json vocab.json"
@@ -57,14 +60,18 @@ EXPORT_MARKER = "q3q.json"  # a file that q3q's own exports have
 class Checkpoint:
     """A model folder, checked when opened, read one block at a time.
 
-    Opening reads config.json and the header of every shard, and no weight.
+    Opening reads config.json, the header of every shard and the few numbers by which some
+    checkpoints round inputs, and no weight.
 
     Args:
-        folder: config.json, and model.safetensors or an index with its shards.
+        folder: config.json, and model.safetensors or an index with its shards; or a GGUF file, or
+            a folder whose only weights are in one.
 
     Attributes:
         remarks: where config.json and the files disagree, and what q3q does, as transformers does.
+        doubts: what is odd about weights that were read, a line each.
         carried: names of tensors of parts that are neither run nor quantized (`Family.carried`).
+        gguf: what a GGUF file says of the model; None for safetensors.
 
     Raises:
         CheckpointError: the folder is missing, incomplete, damaged (the error names the shard or
@@ -73,16 +80,24 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
+        self.gguf = None if (path := gguf_of(folder)) is None else open_gguf(path)
+        if self.gguf is None and not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder. {OWN_FOLDER}")
-        self.folder = folder
+        self.folder = folder if self.gguf is None else self.gguf.path.parent
         for name in (*TOKENIZER_FILES, GENERATION):
-            refuse_irregular(folder / name, TOKENIZER_LIMIT)
+            refuse_irregular(self.folder / name, TOKENIZER_LIMIT)
         facts = read_facts(folder)
-        self._files = _as_text(read_model_files(folder), facts)
+        if self.gguf is None:
+            self._files = _as_text(read_model_files(folder), facts)
+        else:
+            self._files = ModelFiles(dict(self.gguf.tensors), list(self.gguf.header.files))
         self.facts, remarks = settle(facts, self._files)
         self._stored = self._files.tensors
-        self._names = self._check_complete()
+        self.doubts: dict[str, None] = {}
+        if (packing := self.facts.packing) is not None:
+            self.facts = replace(self.facts, packing=packing.settled(self._stored))
+        self._names = check_complete(self.folder, self.facts, self._files)
+        self.facts = replace(self.facts, input_numbers=read_input_numbers(self.facts, self._stored))
         parts = self.facts.family.carried
         self.carried = tuple(name for name in self._stored if parts and name.startswith(parts))
         bits = sum(self._stored[name].bits for name in self.carried)
@@ -137,8 +152,8 @@ class Checkpoint:
     def is_packed(self, k: int, name: str) -> bool:
         """Return True if one of block `k`'s tensors lies in files as codes, not as its numbers."""
         return any(
-            _layout(self.facts, k, source) is not None
-            for source in _sources(name, self.facts.experts, fused=False)
+            layout_of(self.facts, k, source) is not None
+            for source in sources_of(name, self.facts.experts, fused=False)
         )
 
     def block_part(self, k: int, name: str, first: int, count: int) -> Tensor:
@@ -164,7 +179,7 @@ class Checkpoint:
         Gate and up may lie fused in one tensor, gate over up, for each expert.
         """
         shape, prefix = self.facts.block_shapes(k)[name], self.facts.on_disk(k, "")
-        sources = _sources(name, self.facts.experts, self._fused(k))
+        sources = sources_of(name, self.facts.experts, self._fused(k))
         stored = [self._stored[prefix + source].flat() for source in sources]
         if len(stored) > 1 or stored[0].shape == (math.prod(shape),):
             yield from ((one, 0, one.shape[0]) for one in stored)
@@ -206,7 +221,7 @@ class Checkpoint:
             raise IndexError(f"block {k} of {self.facts.layers}")
         fused = self._fused(k)
         chosen = [name for name in self.facts.block_shapes(k) if names is None or name in names]
-        sources = {name: _sources(name, self.facts.experts, fused) for name in chosen}
+        sources = {name: sources_of(name, self.facts.experts, fused) for name in chosen}
         last: dict[str, Tensor] = {}
 
         def number(source: str) -> Tensor:
@@ -226,22 +241,23 @@ class Checkpoint:
         import torch
 
         prefix, shapes = self.facts.on_disk(k, ""), disk_shapes(self.facts, k, self._fused(k))
-        layouts = {name: _layout(self.facts, k, name) for name in names}
-        parts = {
-            name: [name] if layout is None else list(_parts(layout, name, shapes[name]))
-            for name, layout in layouts.items()
-        }
-        raw = self.read(prefix + part for part in chain.from_iterable(parts.values()))
+        layouts = {name: layout_of(self.facts, k, name) for name in names}
         numbers = {}
         for name, layout in layouts.items():
+            full = prefix + name
             if layout is None:
-                numbers[name] = raw[prefix + name]
+                numbers[name] = self._stored[full].read()
                 continue
-            rows, columns = shapes[name]
-            packed = {part.rpartition(".")[2]: raw[prefix + part] for part in parts[name]}
-            numbers[name] = layout.unpack(packed, rows, columns).to(
-                getattr(torch, self.facts.dtype)
-            )
+            base, (rows, columns) = full.removesuffix("weight"), shapes[name]
+            packed = {
+                part.removeprefix(base): self._stored[part].read()
+                for part in parts_of(layout, full, shapes[name])
+                if part in self._stored  # an optional one may be absent
+            }
+            for doubt in doubts_of(layout, packed, base.removesuffix(".")):
+                self.doubts[doubt] = None
+            weight = layout.unpack(packed, rows, columns)
+            numbers[name] = weight.to(getattr(torch, self.facts.dtype))
         return numbers
 
     def digest(self, cache: Path | None = None) -> str:
@@ -250,7 +266,8 @@ class Checkpoint:
         Args:
             cache: folder of a `DigestMemo`. Nothing is written into the model's folder.
         """
-        own = (self.folder / name for name in ("config.json", *TOKENIZER_FILES))
+        config = () if self.gguf else ("config.json",)  # a GGUF file says all of it itself
+        own = (self.folder / name for name in (*config, *TOKENIZER_FILES))
         files = [*own, *sorted(self._files.shards)]
         memo = DigestMemo(cache)
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
@@ -258,68 +275,7 @@ class Checkpoint:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _fused(self, k: int) -> bool:
-        return self.facts.on_disk(k, "mlp.experts.gate_up_proj") in self._stored
-
-    def _check_complete(self) -> dict[str, bool]:
-        """Return the model's tensors by name, and if they are a linear's weight or part of one.
-
-        A file may hold others too.
-        """
-        facts, family = self.facts, self.facts.family
-        least = sum(_count_on_disk(facts, k, self._fused(k)) for k in range(facts.layers))
-        if least > len(self._stored) + LISTED:
-            raise CheckpointError(
-                f"{self.folder}: config.json gives {facts.layers} layers"
-                f"{f' of {facts.experts} experts' if facts.experts else ''}, at least {least} "
-                f"tensors, and the files hold {len(self._stored)}"
-            )
-        expected: dict[str, Shape] = {family.embedding: (facts.vocab, facts.hidden)}
-        packed: dict[str, tuple[str, ...]] = {}
-        linears: set[str] = set()
-        for k in range(facts.layers):
-            of_linears = facts.linears(k)
-            for name, shape in disk_shapes(facts, k, self._fused(k)).items():
-                full = facts.on_disk(k, name)
-                stacked = without_expert(name)
-                linear = stacked in of_linears or stacked in FUSED
-                if (layout := _layout(facts, k, name)) is None:
-                    expected[full] = shape
-                    linears |= {full} if linear else set()
-                    continue
-                for part, (types, part_shape) in _parts(layout, full, shape).items():
-                    expected[part], packed[part] = part_shape, types
-                    linears.add(part)
-        expected[family.final_norm] = (facts.hidden,)
-        if not facts.tied:
-            expected[family.head] = (facts.vocab, facts.hidden)
-
-        if missing := [name for name in expected if name not in self._stored]:
-            untied = (
-                " (tie_word_embeddings is false in config.json)"
-                if missing[0] == family.head
-                else ""
-            )
-            raise CheckpointError(
-                f"{self.folder}: {number_of_tensors(missing)} missing, first {missing[0]}"
-                f"{self._files.whereabouts(missing[0])}{untied}"
-            )
-        for what, misfits in {
-            "of a shape that config.json does not imply": [
-                f"{name} in {stored.shard.name}: {list(stored.shape)} instead of {list(shape)}"
-                for name, shape in expected.items()
-                if (stored := self._stored[name]).shape != shape
-            ],
-            "not stored as floats, or as the packed format says": [
-                f"{name} in {stored.shard.name}: {stored.dtype}"
-                for name in expected
-                if (stored := self._stored[name]).dtype not in packed.get(name, tuple(FLOATS))
-            ],
-        }.items():
-            if misfits:
-                raise CheckpointError(
-                    f"{self.folder}: {number_of_tensors(misfits)} {what}, first {misfits[0]}"
-                )
-        return {name: name in linears for name in expected}
+        return is_fused(self.facts, k, self._stored)
 
 
 def _as_text(files: ModelFiles, facts: ModelFacts) -> ModelFiles:
@@ -389,74 +345,6 @@ def _ends_in(path: Path) -> tuple[int, ...]:
             f"{path}: eos_token_id is {value!r}, neither a number nor a list of numbers"
         )
     return tuple(ends)
-
-
-def disk_shapes(facts: ModelFacts, layer: int, fused: bool = False) -> dict[str, Shape]:
-    """Return a block's shapes as files have them: a matrix per expert, or fused gate and up."""
-    shapes = facts.block_shapes(layer)
-    if not facts.sparse(layer):
-        return shapes
-    stacked = {name: shapes.pop(name) for name in list(shapes) if is_stacked(name)}
-    if fused:
-        experts, hidden, inner = stacked["mlp.experts.down_proj.weight"]
-        gate_up, down = FUSED
-        shapes |= {gate_up: (experts, 2 * inner, hidden), down: (experts, hidden, inner)}
-        return shapes
-    for name, (experts, *matrix) in stacked.items():
-        shapes |= {of_expert(name, e): tuple(matrix) for e in range(experts)}
-    return shapes
-
-
-def is_stacked(name: str) -> bool:
-    """Return True if one of a block's tensors holds a matrix for each expert."""
-    return name.startswith("mlp.experts.")
-
-
-def of_expert(name: str, expert: int) -> str:
-    """Return one expert's name in files: `mlp.experts.3.up_proj.weight`."""
-    return name.replace("mlp.experts.", f"mlp.experts.{expert}.")
-
-
-def names_on_disk(facts: ModelFacts, layer: int, names: Iterable[str]) -> Iterator[str]:
-    """Yield the names in files of a block's tensors; of a stacked one, each expert's."""
-    for name in names:
-        parts = [of_expert(name, e) for e in range(facts.experts)] if is_stacked(name) else [name]
-        yield from (facts.on_disk(layer, part) for part in parts)
-
-
-def without_expert(name: str) -> str:
-    """Return `mlp.experts.3.up_proj.weight` as a block has it, `mlp.experts.up_proj.weight`."""
-    return ".".join(part for part in name.split(".") if not part.isdigit())
-
-
-def _count_on_disk(facts: ModelFacts, layer: int, fused: bool) -> int:
-    """Return the number of a block's tensors in files, without listing experts."""
-    count = len(facts.block_shapes(layer))
-    if facts.sparse(layer):
-        count += len(FUSED) - 3 if fused else 3 * (facts.experts - 1)
-    return count
-
-
-def _layout(facts: ModelFacts, layer: int, name: str) -> Layout | None:
-    """Return the packed layout of one of a block's tensors in files; None for plain numbers."""
-    if facts.packing is None or without_expert(name) not in facts.linears(layer):
-        return None
-    return facts.packing.of(facts.on_disk(layer, name).removesuffix(".weight"))
-
-
-def _parts(layout: Layout, name: str, shape: Shape) -> dict[str, tuple[tuple[str, ...], Shape]]:
-    """Return names, types and shapes of the tensors that a packed weight is stored as."""
-    base = name.removesuffix("weight")
-    return {base + part: facts for part, facts in layout.parts(*shape).items()}
-
-
-def _sources(name: str, experts: int, fused: bool) -> list[str]:
-    """Return the names on disk that one tensor of a block is assembled from."""
-    if not is_stacked(name):
-        return [name]
-    if fused:
-        return [FUSED["down_proj" in name]]
-    return [of_expert(name, e) for e in range(experts)]
 
 
 def _assemble(

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from q3q.errors import NumericsError
-from q3q.models.attention import CAUSAL, Attention
+from q3q.models.attention import CAUSAL, Attention, supports_varlen
 from q3q.models.block import Block, Rope
-from q3q.models.checkpoint import Checkpoint, names_on_disk
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.disk_names import names_on_disk
 from q3q.models.facts import ModelFacts
+from q3q.models.kv_cache import KvRounding
 from q3q.models.spool import Spool
 from q3q.models.transfer import to_device
 from q3q.numerics.kernels.compiler import has_fused
@@ -24,6 +26,7 @@ from q3q.numerics.kernels.logsum import logsum
 from q3q.numerics.kernels.norm import rms_norm
 from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import StoredWeight, numbers
+from q3q.scheme import InputRounding
 from q3q.team import SOLO, Team
 
 # Positions whose logits a GPU holds at one time: 512 x 151936 float32 are 0.3 GB.
@@ -42,6 +45,16 @@ VOCABULARY_ROWS = 16384
 Change = Callable[[int, Block], None]
 # Returns the weights of a changed block that differ from the checkpoint's, in the model's dtype.
 Source = Callable[[], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class RoundedCache:
+    """A change of every block; picklable, so that other ranks apply it too."""
+
+    kv: KvRounding | None
+
+    def __call__(self, _: int, block: Block) -> None:
+        block.kv = self.kv
 
 
 class Blocks(Protocol):
@@ -77,6 +90,7 @@ class Decoder:
     blocks: list[Block] | Blocks
     activations: int | None = None  # bytes of hidden states in memory between two blocks; None: all
     pinned: int = 0  # bytes of main memory for those that a GPU does not hold, before files
+    kv: KvRounding | None = None  # how the cache of every block stores keys and values
 
     @property
     def rope(self) -> Rope:
@@ -92,6 +106,17 @@ class Decoder:
         return not isinstance(self.blocks, list)
 
     @property
+    def varlen(self) -> bool:
+        """True if trees attend in slices of unequal spans, which have no place for a mask."""
+        late = self.kv is not None and self.kv.late
+        return supports_varlen(self.device, self.norm_H.dtype) and not late
+
+    @property
+    def chunk(self) -> int:
+        """Return the tokens whose keys the cache rounds together."""
+        return 1 if self.kv is None else self.kv.scheme.chunk
+
+    @property
     def tied(self) -> bool:
         """True if head and embedding are one tensor."""
         return self.head_VH is self.embedding_VH
@@ -103,6 +128,11 @@ class Decoder:
                 change(k, block)
         else:
             self.blocks.adjust(change)
+
+    def round_cache(self, kv: KvRounding | None) -> None:
+        """Round keys and values of all blocks from here on; None: no longer."""
+        self.kv = kv
+        self.adjust(RoundedCache(kv))
 
     def exchange(self, k: int, block: Block | None, source: Source) -> None:
         """Replace the k-th block.
@@ -300,29 +330,44 @@ def load_block(
 def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Block:
     """Build the k-th block from its weights.
 
-    If the checkpoint rounds activations, the block rounds the inputs of its sites, except of those
-    whose linears the checkpoint leaves unquantized.
+    If the checkpoint rounds keys and values in a cache, so does the block. If it rounds
+    activations, the block rounds the inputs of its sites, except of those whose linears the
+    checkpoint leaves unquantized.
 
     Raises:
         CheckpointError: the checkpoint leaves out a part of a site.
     """
     block, packing = Block(facts, k, weights), facts.packing
-    if packing is None or packing.act_bits is None:
+    if packing is None:
+        return block
+    if packing.kv is not None:
+        key, value = (facts.input_numbers.get(facts.on_disk(k, end), 1.0) for end in "kv")
+        block.kv = KvRounding(packing.kv, key, value)
+    if not packing.rounds_inputs:
         return block
 
-    def rounds(*names: str) -> bool:
-        return packing.rounds(
-            name.removesuffix(".weight") for name in names_on_disk(facts, k, names)
-        )
+    def rounding(*names: str) -> InputRounding | None:
+        linears = [name.removesuffix(".weight") for name in names_on_disk(facts, k, names)]
+        found = packing.inputs(linears)
+        numbers = [facts.input_numbers[name] for name in linears if name in facts.input_numbers]
+        if found is None or not numbers:
+            return found
+        # The range of all: experts have one each, and servers take the widest, too.
+        widest = min(numbers) if found.scales == "factor" else max(numbers)
+        return replace(found, number=widest)
 
-    block.act_bits = packing.act_bits
-    apart = {name for site in block.sites for name in site.apart if not rounds(name)}
-    sites = {
-        site.name
+    apart = {name for site in block.sites for name in site.apart if rounding(name) is None}
+    found = {
+        site.name: rounding(*(name for name in site.weights if name not in apart))
         for site in block.sites
-        if not rounds(*(name for name in site.weights if name not in apart))
     }
-    block.unrounded = frozenset(apart | sites)
+    block.unrounded = frozenset(apart | {site for site, one in found.items() if one is None})
+    kinds = {one for one in found.values() if one is not None}
+    if len(kinds) == 1 and (kind := next(iter(kinds))).scales == "dynamic":
+        block.act_bits = kind.bits
+        block.act_format, block.act_group_size = kind.format, kind.group_size
+    else:
+        block.own_rounding = {site: one for site, one in found.items() if one is not None}
     return block
 
 

@@ -11,8 +11,11 @@ from q3q.errors import CheckpointError
 from q3q.models.config_values import Values
 from q3q.models.families.registry import find_family
 from q3q.models.family import DTYPE_BYTES, ModelFacts
+from q3q.models.gguf_file import gguf_of, open_gguf
 from q3q.models.model_json import read_json
-from q3q.models.packed import read_packing
+from q3q.models.published.modelopt import FILE as MODELOPT_FILE
+from q3q.models.published.modelopt import METHOD as MODELOPT_METHOD
+from q3q.models.published.readers import read_packing
 
 __all__ = ["DTYPE_BYTES", "EXPORT_KEY", "ModelFacts", "number_of_tensors", "read_facts"]
 
@@ -21,15 +24,19 @@ LONGEST = 300  # characters of a complaint, which quotes what the file says
 
 
 def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
-    """Read the facts of a model folder, or of its parsed config.json (transformers 4 or 5).
+    """Read the facts of a model folder, a GGUF file, or a parsed config.json (transformers 4 or 5).
 
     Raises:
         CheckpointError: there is no readable config.json, or it is not of a family that q3q runs,
             of a model that is quantized in a way that q3q cannot read, or of a kind that q3q cannot
             run.
     """
+    stored = None
     if isinstance(source, Mapping):
         where, config = "the config", source
+    elif (file := gguf_of(source)) is not None:
+        model = open_gguf(file)
+        where, config, stored = str(file), model.config, model.quantized
     else:
         where, config = str(source), read_json(source / "config.json")
 
@@ -43,12 +50,16 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
         family = find_family(config.get("model_type"))
         if config.get("quantization_config") is not None:
             packing = read_packing(values.table("quantization_config"))
+        elif not isinstance(source, Mapping) and (source / MODELOPT_FILE).is_file():
+            packing = read_packing(
+                {**read_json(source / MODELOPT_FILE), "quant_method": MODELOPT_METHOD}
+            )
     except CheckpointError as error:
         raise wrong(str(error).removeprefix(f"{where}: ")) from error
     facts = replace(
         family.facts(values),
         packing=packing,
-        quantized=packing.method if packing else _made_by_q3q(config.get(EXPORT_KEY)),
+        quantized=packing.method if packing else stored or _made_by_q3q(config.get(EXPORT_KEY)),
     )
     _refuse_misfits(facts, wrong)
     return facts

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from q3q.models.attention import Attention
-    from q3q.models.packed import Packing
+    from q3q.models.published.packing import Packing
 
     Turns = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]  # `q3q.models.block.Rope`
     Stages = Generator[tuple[Site, SiteInput], None, Tensor]
@@ -64,6 +64,9 @@ class ModelFacts:
     dtype: str
     says_dtype: bool = field(default=True, compare=False)  # False: float32 is the default
     packing: Packing | None = None  # of its linears, None for plain numbers
+    # By linear on disk: the scale or factor by which its input is rounded (`InputRounding`);
+    # known once the weights' files are open.
+    input_numbers: Mapping[str, float] = field(default_factory=dict, compare=False)
     quantized: str | None = None  # by what, even if stored as plain numbers again
     # Of parts that exports take over; known once the weights' files are open.
     carried_bytes: int = field(default=0, compare=False)

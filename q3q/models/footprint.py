@@ -6,12 +6,14 @@ process's resident ones, on a GPU those that torch allocates.
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 from q3q.errors import ConfigError
+from q3q.kv_scheme import CacheShape, KvScheme
 from q3q.models.facts import ModelFacts
-from q3q.spec import Evaluation
+from q3q.spec import OWN_TEXT
 
 AUTO, LOADERS = "auto", ("resident", "streamed", "sharded")
 Device = Literal["cpu", "cuda"]
@@ -231,6 +233,21 @@ def token_bytes(facts: ModelFacts, dtype: str) -> int:
     return widest * item + 2 * 4 * facts.hidden
 
 
+def cache_shape(facts: ModelFacts) -> CacheShape:
+    """Return what a token leaves in the cache of all blocks that attend.
+
+    A recurrence's state is not in it: it is of one size, whatever the text's length.
+    """
+    widths = (facts.family.state_width(facts, k) for k in range(facts.layers))
+    return CacheShape(sum(widths), facts.head_dim)
+
+
+def cache_scheme(facts: ModelFacts, asked: KvScheme | None) -> KvScheme | None:
+    """Return how the cache is stored: as asked for, else as the checkpoint says, if it does."""
+    packing = facts.packing
+    return asked if asked is not None or packing is None else packing.kv
+
+
 def recurrent_bytes(facts: ModelFacts) -> list[int]:
     """Return the bytes of the state that a text carries through each block."""
     return [4 * facts.family.recurrent_width(facts, k) for k in range(facts.layers)]
@@ -285,17 +302,22 @@ def _quantizing(facts: ModelFacts, method: MethodMemory, running: int, ranks: in
     return most
 
 
-def refuse_generation(evaluation: Evaluation, loader: str) -> None:
+def refuse_generation(generates: Collection[str], loader: str) -> None:
     """Refuse to generate text with a model that is not resident.
 
     Each token takes a pass through all blocks.
 
+    Args:
+        generates: what has the model write text, see `TrialSpec.generates`.
+
     Raises:
-        ConfigError: a task generates text, and the loader does not hold the whole model.
+        ConfigError: something does, and the loader does not hold the whole model.
     """
-    if evaluation.generates and loader != "resident":
+    if generates and loader != "resident":
+        tasks = "" if generates == (OWN_TEXT,) else ", or leave such tasks out of evaluation.tasks"
+        if OWN_TEXT in generates:
+            tasks += ", or calibrate on another text"
         raise ConfigError(
-            f"{', '.join(evaluation.generates)}: text is generated token by token, and a {loader} "
-            "model would be read again for each token; give more memory (loader=resident), or "
-            "leave such tasks out of evaluation.tasks"
+            f"{', '.join(generates)}: text is generated token by token, and a {loader} model would "
+            f"be read again for each token; give more memory (loader=resident){tasks}"
         )

@@ -2,7 +2,7 @@
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -37,14 +37,31 @@ def open_checkpoint(trial: Trial) -> Checkpoint:
     Raises:
         IntegrityError: its files are not those that the trial was planned with.
     """
-    model, placement = trial.spec.model, trial.placement
-    source = str(placement.model or model.source)
-    checkpoint = Checkpoint(locate(source, model.revision))
-    if model.digest is not None and checkpoint.digest(placement.digests) != model.digest:
+    model, local = trial.spec.model, trial.placement.model
+    if local is None or not local.is_file():  # a file is a GGUF file
+        local = locate(str(local or model.source), model.revision)
+    checkpoint = Checkpoint(local)
+    if model.digest is not None and checkpoint.digest(trial.placement.digests) != model.digest:
         raise IntegrityError(
             f"the files in {checkpoint.folder} changed since the trial was planned; start it again"
         )
     return checkpoint
+
+
+def original_of(trial: Trial) -> Trial:
+    """Return the trial of the original that a judged checkpoint is compared with."""
+    spec, placement = trial.spec, trial.placement
+    assert spec.reference is not None
+    spec = replace(spec, model=spec.reference, reference=None)
+    return Trial(spec, replace(placement, model=placement.reference, reference=None))
+
+
+def load_original(checkpoint: Checkpoint, trial: Trial, device: Device) -> StreamedDecoder:
+    """Return a judged checkpoint's original, of which nothing is read before it runs."""
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
+    dtype = getattr(torch, original_of(trial).spec.model.dtype)
+    activations = max(free // 4, LEAST_ACTIVATIONS)
+    return StreamedDecoder(checkpoint, dtype, device, activations=activations, ahead=False)
 
 
 def device_of(trial: Trial) -> Device:
@@ -145,7 +162,7 @@ def load_model(
             "alone takes resident or streamed"
         )
     if loader != "resident":
-        refuse_generation(spec.evaluation, loader)
+        refuse_generation(spec.generates, loader)
     needs = need(
         facts, dtype, method=method, loader=loader, ranks=team.size, device=device, heads=spec.heads
     )

@@ -1,48 +1,81 @@
-"""Packed checkpoints' layouts of a linear (compressed-tensors, GPTQ and AWQ), and their configs.
+"""Packed checkpoints' layouts of a linear: compressed-tensors' integers, GPTQ's and AWQ's.
 
-A weight is scale * (code - zero), with the scale and zero of its column's group. Names, shapes,
-bytes and configs need no torch, so a plan or a refusal costs milliseconds.
+A weight is scale * (code - zero), with the scale and zero of its column's group. Names, shapes and
+bytes need no torch, so a plan or a refusal costs milliseconds. `packed_floats` has the layouts of
+floats, and `published` reads the configs that say which linear has which layout.
 
 Shapes: O out features, I in features, G groups.
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from q3q.errors import CheckpointError
+from q3q.number_formats import INT
+from q3q.scheme import ActScales, InputRounding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, ...]
+# A stored tensor's dtypes, the one to write first, and its shape; -1 for a length that varies.
+Part = tuple[tuple[str, ...], Shape]
 # Safetensors' names of dtypes.
 WORDS, SCALES = ("I32",), ("F16", "BF16", "F32")
-NOTHING = r"(?!)"  # a pattern that matches no name
 
 
 @dataclass(frozen=True)
 class Layout(ABC):
-    """A linear's tensors on disk."""
+    """A linear's tensors on disk, and how its input is rounded when it runs.
+
+    group_size: columns that share a scale; -1 for the whole row
+    act_bits: of the linear's input; None if it is not rounded
+    act_format: what these are numbers of, a name in `number_formats`
+    act_group_size: channels of a token that share a scale; -1 for all
+    act_scales: where the input's scales come from
+    """
 
     bits: int
-    group_size: int  # -1 for the whole row
+    group_size: int
     symmetric: bool
-    act_bits: int | None = None  # of the linear's input, per token
+    act_bits: int | None = None
+    act_format: str = INT
+    act_group_size: int = -1
+    act_scales: ActScales = "dynamic"
 
     marker: ClassVar[str]  # a tensor that only a packed linear has
     own_scales: ClassVar[bool] = False  # scales are stored in the model's dtype, not in float16
+    optional: ClassVar[tuple[str, ...]] = ()  # parts that some writers leave out
+    scale_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)  # parts that hold scales
 
     def groups(self, columns: int) -> int:
         return 1 if self.group_size == -1 else columns // self.group_size
 
     @abstractmethod
-    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
-        """Return each tensor's dtypes (the one to write first) and shape, by its name's end."""
+    def parts(self, rows: int, columns: int) -> dict[str, Part]:
+        """Return each tensor's dtypes and shape, by its name's end."""
+
+    @property
+    def inputs(self) -> InputRounding | None:
+        """How the linear's input is rounded, without the stored number; None if it is not."""
+        if self.act_bits is None:
+            return None
+        return InputRounding(self.act_bits, self.act_format, self.act_group_size, self.act_scales)
+
+    @property
+    def input_parts(self) -> tuple[str, ...]:
+        """Names' ends of the stored numbers that say how inputs are rounded."""
+        return {"stored": ("input_scale",), "factor": ("input_global_scale",)}.get(
+            self.act_scales, ()
+        )
+
+    def input_number(self, stored: float) -> float:
+        """Return the input's scale, or its factor, from the stored number."""
+        return stored
 
     @abstractmethod
     def pack(
@@ -66,8 +99,8 @@ class PackedInts(Layout):
     marker: ClassVar[str] = "weight_packed"
     own_scales: ClassVar[bool] = True
 
-    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
-        parts: dict[str, tuple[tuple[str, ...], Shape]] = {
+    def parts(self, rows: int, columns: int) -> dict[str, Part]:
+        parts: dict[str, Part] = {
             "weight_packed": (WORDS, (rows, _words(columns, self.bits))),
             "weight_scale": (SCALES, (rows, self.groups(columns))),
             "weight_shape": (("I64", "I32"), (2,)),
@@ -110,7 +143,7 @@ class PlainInts(Layout):
     marker: ClassVar[str] = "weight_scale"
     own_scales: ClassVar[bool] = True
 
-    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
+    def parts(self, rows: int, columns: int) -> dict[str, Part]:
         return {
             "weight": (("I8",), (rows, columns)),
             "weight_scale": (SCALES, (rows, self.groups(columns))),
@@ -141,8 +174,10 @@ class GptqWords(Layout):
     below: int = 0
 
     marker: ClassVar[str] = "qweight"
+    optional: ClassVar[tuple[str, ...]] = ("g_idx",)
+    scale_parts: ClassVar[tuple[str, ...]] = ("scales",)
 
-    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
+    def parts(self, rows: int, columns: int) -> dict[str, Part]:
         groups = self.groups(columns)
         return {
             "qweight": (WORDS, (_words(columns, self.bits), rows)),
@@ -175,7 +210,7 @@ class GptqWords(Layout):
         codes_OI = unpack_bits(parts["qweight"].T, self.bits, columns)
         # A zero point stored below 0 reads as the highest code; adding wraps it round again.
         zero_GO = (unpack_bits(parts["qzeros"], self.bits, rows) + self.below) & (2**self.bits - 1)
-        return _times(codes_OI, parts["scales"].T, zero_GO.T, parts["g_idx"])
+        return _times(codes_OI, parts["scales"].T, zero_GO.T, parts.get("g_idx"))
 
 
 @dataclass(frozen=True)
@@ -183,9 +218,10 @@ class AwqWords(Layout):
     """AutoAWQ's `gemm`: codes and zero points packed along the rows, eight at a time in ORDER."""
 
     marker: ClassVar[str] = "qweight"
+    scale_parts: ClassVar[tuple[str, ...]] = ("scales",)
     ORDER: ClassVar[tuple[int, ...]] = (0, 2, 4, 6, 1, 3, 5, 7)
 
-    def parts(self, rows: int, columns: int) -> dict[str, tuple[tuple[str, ...], Shape]]:
+    def parts(self, rows: int, columns: int) -> dict[str, Part]:
         groups = self.groups(columns)
         return {
             "qweight": (WORDS, (columns, _words(rows, self.bits))),
@@ -224,147 +260,28 @@ class AwqWords(Layout):
         return _times(straight(parts["qweight"]).T, parts["scales"].T, straight(parts["qzeros"]).T)
 
 
-@dataclass(frozen=True)
-class Packing:
-    """A packed checkpoint's config: which linear has which layout."""
-
-    method: str
-    # Patterns of complete names with their layouts; the first that matches counts.
-    rules: tuple[tuple[str, Layout | None], ...]
-
-    def of(self, linear: str) -> Layout | None:
-        """Return a linear's layout, None if it is unquantized.
-
-        Args:
-            linear: a name on disk, `model.layers.0.self_attn.q_proj`.
-        """
-        matching = (layout for pattern, layout in self.rules if re.fullmatch(pattern, linear))
-        return next(matching, None)
-
-    @property
-    def act_bits(self) -> int | None:
-        """Bits of every quantized linear's input."""
-        return next((layout.act_bits for _, layout in self.rules if layout is not None), None)
-
-    def rounds(self, linears: Iterable[str]) -> bool:
-        """Return whether the input that these linears share is rounded, to `act_bits`.
-
-        Raises:
-            CheckpointError: it is rounded for some of them only.
-        """
-        first: dict[bool, str] = {}  # the first linear that is rounded, and the first that is not
-        for name in linears:
-            layout = self.of(name)
-            first.setdefault(layout is not None and layout.act_bits is not None, name)
-        if len(first) > 1:
-            raise CheckpointError(
-                f"{first[True]} reads rounded activations and {first[False]} the same ones "
-                "unrounded: q3q cannot read this"
-            )
-        return next(iter(first))
+def input_parts(layout: Layout) -> dict[str, Part]:
+    """Return the parts of a layout that hold the scale of its input."""
+    return dict.fromkeys(layout.input_parts, (SCALES, (1,)))
 
 
-def read_packing(config: Mapping[str, Any]) -> Packing:
-    """Read a `quantization_config`.
+def doubts_of(layout: Layout, parts: Mapping[str, Tensor], linear: str) -> Iterator[str]:
+    """Yield a line about scales of zero, which make zeros of all weights that share them.
 
     Raises:
-        CheckpointError: its method, or its variant of the method, is not supported.
+        CheckpointError: a scale is no number, or most of them are zero.
     """
-    method = config.get("quant_method", "unknown method")
-    readers: dict[str, Callable[[Mapping[str, Any]], Packing]] = {
-        "compressed-tensors": _read_compressed_tensors,
-        "gptq": _read_gptq,
-        "awq": _read_awq,
-    }
-    if method not in readers:
-        raise CheckpointError(
-            f"quantized already ({method}), which q3q cannot read: give the original model"
-        )
-    try:
-        return readers[method](config)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"quantized already ({method}), and its config is invalid: {error!r}"
-        ) from error
-
-
-def _read_compressed_tensors(config: Mapping[str, Any]) -> Packing:
-    layouts = {"pack-quantized": PackedInts, "int-quantized": PlainInts}
-    ignored: list[tuple[str, Layout | None]] = [(_any_of(config.get("ignore") or ()), None)]
-    named: list[tuple[str, Layout | None]] = []
-    classes: list[tuple[str, Layout | None]] = []
-    if config.get("transform_config"):
-        raise CheckpointError(
-            "quantized already (compressed-tensors), with transforms of activations: "
-            "q3q cannot read this"
-        )
-    for group in config["config_groups"].values():
-        weights, inputs = group["weights"], group.get("input_activations")
-        kind = layouts.get(group.get("format") or config["format"])
-        supported = (
-            weights["type"] == "int"
-            and weights["strategy"] in ("group", "channel")
-            and not weights.get("dynamic")
-            # With another order a group's columns are no neighbours.
-            and weights.get("actorder") in (None, "weight", "static")
-        )
-        if inputs is not None:
-            supported &= (
-                inputs["type"] == "int"
-                and inputs["dynamic"] is True
-                and inputs["strategy"] == "token"
-            )
-        if kind is None or not supported or (kind is PlainInts and not weights["symmetric"]):
-            raise CheckpointError(
-                f"quantized already (compressed-tensors), in a way ({group}) that q3q cannot read"
-            )
-        size = weights["group_size"] if weights["strategy"] == "group" else -1
-        act_bits = inputs["num_bits"] if inputs else None
-        layout = kind(weights["num_bits"], size, weights["symmetric"], act_bits)
-        named.append((_any_of(name for name in group["targets"] if name != "Linear"), layout))
-        classes += [(".*", layout)] if "Linear" in group["targets"] else []
-    # A name or a pattern takes precedence over a class.
-    packing = Packing("compressed-tensors", (*ignored, *named, *classes))
-    if len({layout.act_bits for _, layout in packing.rules if layout is not None}) > 1:
-        raise CheckpointError(
-            "quantized already (compressed-tensors), with activations of several widths: "
-            "q3q cannot read this"
-        )
-    return packing
-
-
-def _any_of(names: Iterable[str]) -> str:
-    """Return a pattern that matches these targets and nothing else."""
-    # The library matches its own patterns at the start of a name, not to its end.
-    patterns = [
-        f"(?:{name[3:]}).*" if name.startswith("re:") else re.escape(name) for name in names
-    ]
-    return "|".join(patterns) or NOTHING
-
-
-def _read_gptq(config: Mapping[str, Any]) -> Packing:
-    version = config.get("checkpoint_format") or "gptq"
-    partial = config.get("dynamic") or config.get("modules_in_block_to_quantize")
-    if version not in ("gptq", "gptq_v2") or partial:
-        raise CheckpointError(
-            f"quantized already (gptq), in a variant ({version}) that q3q cannot read"
-        )
-    below = 1 if version == "gptq" else 0
-    layout = GptqWords(config["bits"], config["group_size"], bool(config["sym"]), below=below)
-    return Packing("gptq", ((".*", layout),))
-
-
-def _read_awq(config: Mapping[str, Any]) -> Packing:
-    version = str(config.get("version") or config.get("format") or "gemm").lower()
-    bits = config.get("bits") or config["w_bit"]
-    if version != "gemm" or bits != 4 or not config.get("zero_point", True):
-        raise CheckpointError(
-            f"quantized already (awq), in a variant ({version}, {bits} bits) that q3q cannot read"
-        )
-    layout = AwqWords(bits, config.get("group_size") or config["q_group_size"], False)
-    parts = config.get("modules_to_not_convert") or ()  # substrings of names
-    left_out = f".*(?:{_any_of(parts)}).*"
-    return Packing("awq", ((left_out, None), (".*", layout)))
+    for name in layout.scale_parts:
+        scale = parts[name]
+        if not scale.is_floating_point() or scale.dtype.itemsize == 1:
+            scale = scale.float()
+        if not bool(scale.isfinite().all()):
+            raise CheckpointError(f"{linear}.{name} holds numbers that are not finite: damaged")
+        zeros = scale.numel() - int(scale.count_nonzero())
+        if 2 * zeros > scale.numel():
+            raise CheckpointError(f"{linear}.{name}: {zeros} of {scale.numel()} scales are zero")
+        if zeros:
+            yield f"{linear}.{name}: {zeros} of {scale.numel()} scales are zero"
 
 
 def _words(count: int, bits: int) -> int:

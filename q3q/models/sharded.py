@@ -30,8 +30,16 @@ from q3q.errors import CheckpointError, NumericsError, Q3QError
 from q3q.models.attention import Attention
 from q3q.models.block import Block
 from q3q.models.checkpoint import Checkpoint
-from q3q.models.decoder import Change, Decoder, Source, build_block, convert_weight
+from q3q.models.decoder import (
+    Change,
+    Decoder,
+    RoundedCache,
+    Source,
+    build_block,
+    convert_weight,
+)
 from q3q.models.facts import ModelFacts
+from q3q.models.kv_cache import KvRounding
 from q3q.models.parts import Part, block_part, block_weight, end_part, seen_by_all
 from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight, numbers
@@ -237,6 +245,12 @@ class ShardedDecoder(Decoder):
             self._shares.setdefault(("original head", 0), self._shares[end, 0])
         share = self._share((self.facts.vocab, self.facts.hidden), weight_VH)
         self._shares[end, 0] = {"weight": share}
+
+    @in_step
+    def round_cache(self, kv: KvRounding | None) -> None:
+        """See `Decoder`; every rank plans the trees that it runs by `kv`."""
+        self.kv = kv
+        self._changes.append(RoundedCache(kv))
 
     @in_step
     def adjust_blocks(self, change: Change) -> None:

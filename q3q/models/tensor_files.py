@@ -40,11 +40,14 @@ _TORCH_DTYPES = {
     "BF16": "bfloat16",
     "F32": "float32",
     "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
 }
 _COMPARED_AT_ONCE = 1 << 22  # bytes
 # Threads that read a large tensor at most, and bytes that each reads at a time: one thread copies
 # some 2 GB/s from the page cache, and a disk of several GB/s wants several requests at once.
-MOST_READERS, _READ_AT_ONCE = 4, 1 << 24
+MOST_READERS, READ_AT_ONCE = 4, 1 << 24
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -92,7 +95,7 @@ class StoredTensor:
         try:
             with self.shard.open("rb", buffering=0) as file:
                 fill = partial(self._fill, file.fileno(), buffer, position)
-                starts = range(0, len(buffer), _READ_AT_ONCE)
+                starts = range(0, len(buffer), READ_AT_ONCE)
                 if len(starts) < 2:
                     fill(0)
                 else:
@@ -103,13 +106,35 @@ class StoredTensor:
             raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
         return tensor
 
+    def number(self) -> float:
+        """Read the first number of a float tensor, without torch.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends too early.
+        """
+        size = _ITEM_BYTES[self.dtype]
+        try:
+            with self.shard.open("rb") as file:
+                file.seek(self.start)
+                content = file.read(size)
+        except OSError as error:
+            raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
+        if self.dtype == "BF16":  # the upper half of a float32
+            content = b"\0\0" + content
+        kind = {"F16": "<e", "F64": "<d"}.get(self.dtype, "<f")
+        if len(content) != struct.calcsize(kind):
+            raise CheckpointError(
+                f"{self.shard} is damaged: it ends too early. Download or copy it again"
+            )
+        return float(struct.unpack(kind, content)[0])
+
     def flat(self) -> StoredTensor:
         """Return it as one axis, of which any stretch can be read."""
         return replace(self, shape=(math.prod(self.shape),))
 
     def _fill(self, file: int, buffer: memoryview, position: int, start: int) -> None:
         """Read a piece of an open file's tensor; the interpreter's lock is free meanwhile."""
-        piece = buffer[start : start + _READ_AT_ONCE]
+        piece = buffer[start : start + READ_AT_ONCE]
         done = 0
         while done < len(piece):
             chunk = os.preadv(file, [piece[done:]], position + start + done)

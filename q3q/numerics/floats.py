@@ -132,6 +132,11 @@ def floats_per_token(inputs_xI: Tensor, form: NumberFormat, group_size: int) -> 
     return rounded_xGS.flatten(-2).to(inputs_xI.dtype)
 
 
+def floats_at(inputs: Tensor, form: NumberFormat, scale: float) -> Tensor:
+    """Round numbers to a floating-point format with one given scale; beyond it, to the largest."""
+    return nearest_(inputs.float() / scale, form).mul_(scale).to(inputs.dtype)
+
+
 def _power(numbers: Tensor, form: NumberFormat) -> Tensor:
     """Return 2**floor(log2 |x|), but no less than the smallest normal level."""
     integer, mask, _, _ = _EXPONENTS[numbers.dtype]

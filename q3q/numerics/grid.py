@@ -128,6 +128,24 @@ def absmax_per_token(inputs_xI: Tensor, bits: int, group_size: int = -1) -> Tens
     return ((wide_xI / scale).round().clamp(-top, top) * scale).to(inputs_xI.dtype)
 
 
+def range_per_token(inputs_xI: Tensor, bits: int, group_size: int = -1) -> Tensor:
+    """Round numbers to grids from each group's smallest to its largest one, computed in float32.
+
+    Source: KIVI's quantization of keys and values (jy-yuan/KIVI, new_pack.py), whose smallest
+    number is stored beside the scale.
+
+    Args:
+        group_size: neighbouring numbers that share a grid; -1: all of the last axis.
+    """
+    groups_xGS = into_groups(inputs_xI.float(), group_size)
+    low, high = groups_xGS.amin(-1, keepdim=True), groups_xGS.amax(-1, keepdim=True)
+    top = 2**bits - 1
+    scale = (high - low) / top
+    scale = torch.where(scale == 0, 1.0, scale)  # all are equal: code 0 is the smallest number
+    codes_xGS = ((groups_xGS - low) / scale).round_().clamp_(0, top)
+    return codes_xGS.mul_(scale).add_(low).flatten(-2).to(inputs_xI.dtype)
+
+
 def into_groups(weight_xI: Tensor, group_size: int) -> Tensor:
     """View [..., I] as [..., G, S]; group_size -1 makes the whole row one group.
 

@@ -7,13 +7,23 @@ group, B blocks of rows that share a scale.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from q3q.number_formats import FLOATS, NumberFormat
+from q3q.errors import ShapeError
+from q3q.number_formats import BLOCKS, FLOATS, BlockFormat, NumberFormat
+from q3q.numerics.block_grids import (
+    divided,
+    range_grid,
+    range_grid_of_bounds,
+    searched_grid,
+    stored_grid,
+)
+from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.float_weights import FloatWeight
 from q3q.numerics.floats import (
     e4m3_scale,
@@ -39,7 +49,7 @@ from q3q.numerics.grid import (
 )
 from q3q.numerics.weights import QuantizedWeight
 
-StoredLevels = QuantizedWeight | FloatWeight
+StoredLevels = QuantizedWeight | FloatWeight | BlockWeight
 # The ranges that a search tries, as parts of the largest weight. Of scales that are powers of two
 # only four: neighbours of the scale that the format would take.
 SHARES = tuple(1 - step / MSE_STEPS for step in range(MSE_SHRINKS))
@@ -164,6 +174,13 @@ class RowPeaks:
             start = stop
         block_O = torch.repeat_interleave(torch.tensor(sizes)).to(weight_EOI.device)
         return cls(torch.stack(columns, 1), block_O)
+
+    @classmethod
+    def joined(cls, parts: Sequence["RowPeaks"]) -> "RowPeaks":
+        """Return the peaks of linears that lie below each other, from those of each."""
+        starts = accumulate((part.columns_EBI.shape[1] for part in parts), initial=0)
+        blocks = [part.block_O + start for part, start in zip(parts, starts, strict=False)]
+        return cls(torch.cat([part.columns_EBI for part in parts], 1), torch.cat(blocks))
 
     def times(self, scale_EI: Tensor) -> "RowPeaks":
         """Return the peaks of weights whose columns are multiplied by positive numbers."""
@@ -303,6 +320,64 @@ class FloatLevels(Levels):
         return e4m3_scale(factor * (largest / self.form.largest * share)) / factor
 
 
+@dataclass(frozen=True)
+class BlockLevels(Levels):
+    """Whole numbers in GGUF's blocks, whose groups share what their scales are multiples of.
+
+    A grid's `zero` is here the offset, in units of the weights: of a group without a scale the
+    offset is all that is left. All groups of a row come together, as their scales are rounded in
+    blocks.
+    """
+
+    form: BlockFormat
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return self.form.bits
+
+    def minmax(self, weight_EOGS: Tensor, *, mse: bool = False) -> Grid:
+        return stored_grid(searched_grid(weight_EOGS, self.form), self.form)
+
+    def awq(self, weight_EOGS: Tensor, bounds: tuple[Tensor, Tensor] | None = None) -> Grid:
+        if bounds is not None and self.form.offsets:
+            return stored_grid(range_grid_of_bounds(*bounds, self.form), self.form)
+        return stored_grid(range_grid(weight_EOGS, self.form), self.form)
+
+    def absmax(self, weight_EOGS: Tensor) -> Grid:
+        return self.awq(weight_EOGS)
+
+    def on_grid(self, weight: Tensor, grid: Grid) -> Tensor:
+        return self._steps(weight, grid).mul_(grid.scale).sub_(grid.zero)
+
+    def to_codes(self, weight: Tensor, grid: Grid) -> Tensor:
+        return self._steps(weight, grid).add_(self.form.middle)
+
+    def stored(self, codes_EOI: Tensor, grid: Grid, group_EI: Tensor | None = None) -> BlockWeight:
+        if group_EI is not None:
+            raise ShapeError(f"groups of {self.form.name} are runs of neighbours")
+        codes_EOI = codes_EOI.to(torch.uint8)
+        if self.form.groups == 1:
+            offset_EOG = grid.zero.half() if self.form.offsets else None
+            return BlockWeight(
+                codes_EOI, grid.scale.half(), self.form.name, block_offset_EOB=offset_EOG
+            )
+        shared_EOB, scale_EOG = divided(grid.scale, self.form)
+        weight = BlockWeight(codes_EOI, shared_EOB.half(), self.form.name, scale_EOG.to(torch.int8))
+        if not self.form.offsets:
+            return weight
+        shared_EOB, offset_EOG = divided(grid.zero, self.form)
+        return replace(
+            weight, block_offset_EOB=shared_EOB.half(), offset_EOG=offset_EOG.to(torch.int8)
+        )
+
+    def _steps(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Return each weight's nearest code less the middle one."""
+        # Nothing but the offset is left where the scale is 0: any code will do.
+        divisor = grid.scale.masked_fill(grid.scale == 0, torch.inf)
+        low, high = -self.form.middle, 2**self.form.bits - 1 - self.form.middle
+        return ((weight + grid.zero) / divisor).round_().clamp_(low, high)
+
+
 def levels_of(
     name: str,
     bits: int,
@@ -313,6 +388,8 @@ def levels_of(
     four_over_six: bool = False,
 ) -> Levels:
     """Return a scheme's levels; what rows share is yet to be measured (`Levels.of`)."""
+    if name in BLOCKS:
+        return BlockLevels(BLOCKS[name])
     if name not in FLOATS:
         return IntegerLevels(bits, symmetric)
     return FloatLevels(FLOATS[name], group_size, group_rows, four_over_six)

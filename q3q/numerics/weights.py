@@ -1,10 +1,9 @@
 """Quantized weights: codes, and the few numbers per group that turn them back into weights.
 
-Three kinds share one protocol: points of a uniform grid (`QuantizedWeight`), small floating-point
-numbers (`float_weights.FloatWeight`), and BiLLM's signs (`binary_weights.BinarizedWeight`).
-
-Shapes: E experts (1 in a dense block), O out features, I in features, G groups, S columns per
-group.
+Four kinds share one protocol: points of a uniform grid (`QuantizedWeight`), small floating-point
+numbers (`float_weights.FloatWeight`), GGUF's blocks (`block_weights.BlockWeight`), and BiLLM's
+signs (`binary_weights.BinarizedWeight`). Shapes: E experts (1 in a dense block), O out features, I
+in features, G groups, S columns per group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from q3q.errors import NumericsError, ShapeError
-from q3q.number_formats import FLOATS, INT
+from q3q.number_formats import FLOATS, GGUF, INT
 from q3q.numerics.binary_weights import BinarizedWeight
+from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.float_weights import GROUP_INDEX_BITS, FloatWeight
 from q3q.numerics.grid import Grid, into_groups, to_codes
 from q3q.numerics.linalg import all_finite
@@ -224,8 +224,8 @@ class QuantizedWeight:
 
 def stored_weight(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> StoredWeight:
     """Restore the weight that `to_tensors` and `facts` describe."""
-    kinds: dict[str, type[QuantizedWeight | FloatWeight | BinarizedWeight]] = {
-        kind.kind: kind for kind in (QuantizedWeight, FloatWeight, BinarizedWeight)
+    kinds: dict[str, type[QuantizedWeight | FloatWeight | BlockWeight | BinarizedWeight]] = {
+        kind.kind: kind for kind in (QuantizedWeight, FloatWeight, BlockWeight, BinarizedWeight)
     }
     return kinds[facts["kind"]].from_tensors(tensors, facts)
 
@@ -258,9 +258,9 @@ def refuse_unsound(weight: object, weight_EOI: Tensor, bits: int, form: str = IN
     """
     if isinstance(weight, Tensor) or not hasattr(weight, "dequantize"):
         problem: str | None = f"{type(weight).__name__} is not codes: return a QuantizedWeight"
-    elif not isinstance(weight, QuantizedWeight | FloatWeight):
+    elif not isinstance(weight, QuantizedWeight | FloatWeight | BlockWeight):
         return
-    elif (own := weight.format if isinstance(weight, FloatWeight) else INT) != form:
+    elif (own := INT if isinstance(weight, QuantizedWeight) else weight.format) != form:
         problem = f"its codes are {own}, and format={form} was asked for"
     elif weight.shape != weight_EOI.shape:
         problem = f"its shape is {list(weight.shape)}, the weight's {list(weight_EOI.shape)}"
@@ -322,10 +322,13 @@ def round_to_grid(
 def with_scales(weight: StoredWeight, types: str | None) -> StoredWeight:
     """Round the scales as the export format stores them: what is evaluated is what is exported.
 
-    types: dtypes to round to in turn, such as `bfloat16 float16`; None leaves the scales unchanged.
+    types: dtypes to round to in turn, such as `bfloat16 float16`; `gguf` rounds offsets too, as
+        its type of four bits with offsets has them; None leaves the scales unchanged.
     """
     if types is None:
         return weight
+    if types == GGUF:
+        return _as_in_gguf(weight)
 
     def as_stored(scale_EOG: Tensor) -> Tensor:
         for name in types.split():
@@ -336,10 +339,23 @@ def with_scales(weight: StoredWeight, types: str | None) -> StoredWeight:
         return replace(weight, scale_EOG=as_stored(weight.scale_EOG))
     if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "float":
         return replace(weight, stored_scale_EOG=as_stored(weight.stored_scale_EOG))
+    if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "e4m3":
+        return replace(weight, narrow=True)
     return weight
 
 
-Rowwise = TypeVar("Rowwise", bound=QuantizedWeight | FloatWeight)
+def _as_in_gguf(weight: StoredWeight) -> StoredWeight:
+    """Return whole numbers with zero points with offsets, scale * zero, all rounded to float16."""
+    if not isinstance(weight, QuantizedWeight):
+        return weight
+    if weight.symmetric:
+        return with_scales(weight, "float16")
+    scale_EOG = weight.scale_EOG.half()
+    offset_EOG = (scale_EOG.float() * weight.zero_EOG).half()
+    return BlockWeight(weight.codes_EOI, scale_EOG, "q4_1", block_offset_EOB=offset_EOG)
+
+
+Rowwise = TypeVar("Rowwise", bound=QuantizedWeight | FloatWeight | BlockWeight)
 
 
 def concatenate_rows(parts: Sequence[Rowwise]) -> Rowwise:

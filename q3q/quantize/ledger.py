@@ -1,18 +1,22 @@
 """The record's facts about quantized blocks: errors, notes and sizes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from q3q.errors import IntegrityError
-from q3q.models.checkpoint import Checkpoint, disk_shapes, without_expert
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.disk_names import disk_shapes, without_expert
+from q3q.models.facts import ModelFacts
+from q3q.models.footprint import cache_scheme, cache_shape
 from q3q.numerics.weights import StoredWeight
+from q3q.placement import Trial
 from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.block_store import BlockStore
-from q3q.record import SiteError
+from q3q.record import CACHE, SiteError
 from q3q.spec import Json
 
 
@@ -76,17 +80,13 @@ def sizes(
         ends: a quantized embedding and head: part of the model, but no linears that a method
             treats.
     """
-    facts, on_disk = checkpoint.facts, checkpoint.bits_on_disk()
+    facts = checkpoint.facts
     parameters, count = facts.parameters, ledger.weights
-    of_linears = checkpoint.linear_bits_on_disk()
-    of_ends = sum(on_disk.get(facts.family.end_name(end), 0) for end in ends)
-    of_rest = sum(on_disk.values()) - of_linears - of_ends
-    of_left_linears = (facts.linear_parameters - count) * of_linears / facts.linear_parameters
-    model_bits = ledger.bits + of_left_linears + of_rest
+    model_bits = ledger.bits + bits_beside(checkpoint, count, ends)
     model_bits += sum(weight.storage_bits() for weight in ends.values())
     bits, nominal_bits = ledger.bits, ledger.nominal_bits
     if not count:
-        count, bits = facts.linear_parameters, of_linears
+        count, bits = facts.linear_parameters, checkpoint.linear_bits_on_disk()
         nominal_bits = _nominal_bits(checkpoint)
     ends_count = sum(weight.shape.numel() for weight in ends.values())
     return {
@@ -96,6 +96,44 @@ def sizes(
         "model_bytes": model_bits / 8,
         "share_quantized": (ledger.weights + ends_count) / parameters,
     }
+
+
+def bits_beside(checkpoint: Checkpoint, weights: int, ends: Collection[str]) -> float:
+    """Return the bits in the checkpoint's files of all but these ends and so many linear weights.
+
+    The weights of linears are taken to have the same bits each.
+    """
+    facts, on_disk = checkpoint.facts, checkpoint.bits_on_disk()
+    of_linears = checkpoint.linear_bits_on_disk()
+    of_ends = sum(on_disk.get(facts.family.end_name(end), 0) for end in ends)
+    of_rest = sum(on_disk.values()) - of_linears - of_ends
+    of_left_linears = (facts.linear_parameters - weights) * of_linears / facts.linear_parameters
+    return of_left_linears + of_rest
+
+
+def cache_sizes(trial: Trial, facts: ModelFacts) -> dict[str, float]:
+    """Return the record's bytes of the cache, its scales included: of a token, and of a context.
+
+    They are empty where neither a cache's scheme nor a context was asked for, and the checkpoint
+    says no scheme.
+    """
+    kv, shape = cache_scheme(facts, trial.spec.kv), cache_shape(facts)
+    context = trial.placement.context
+    if kv is None and context is None:
+        return {}
+    metrics = {"cache_bytes_per_token": shape.token_bytes(kv)}
+    return metrics if context is None else metrics | {"cache_bytes": shape.bytes_at(kv, context)}
+
+
+def cache_note(trial: Trial, facts: ModelFacts) -> Json:
+    """Return the record's note from which other contexts' bytes follow; see `record.CACHE`."""
+    kv, shape = cache_scheme(facts, trial.spec.kv), cache_shape(facts)
+    context = trial.placement.context
+    if kv is None and context is None:
+        return {}
+    note: Json = {"numbers": shape.numbers, "head_dim": shape.head_dim}
+    note |= {} if kv is None else {"kv": kv.to_json()}
+    return {CACHE: note if context is None else note | {"context": context}}
 
 
 def stored_note(checkpoint: Checkpoint, *, in_files: bool) -> Json:

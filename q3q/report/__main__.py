@@ -4,6 +4,7 @@ Several studies (`--study A --study B`) are set side by side on one page.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +13,16 @@ from q3q.ending import end_well
 from q3q.errors import EXIT_MISUSED, Q3QError
 from q3q.quoting import module
 from q3q.report.about import About
+from q3q.report.against import PublishedSet, published_set
 from q3q.report.beside import NamedStudy, beside
 from q3q.report.drawn import current_report
-from q3q.report.records import StoredRecords, find_records, predictions, sweeps_of_trials
+from q3q.report.records import (
+    StoredRecords,
+    find_records,
+    margin_of,
+    predictions,
+    sweeps_of_trials,
+)
 from q3q.report.write import (
     FORMATS,
     HTML,
@@ -24,6 +32,8 @@ from q3q.report.write import (
 )
 from q3q.storage.mirror import refreshed
 from q3q.storage.names import file_name
+
+PAPER = "paper"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,8 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--against",
-        choices=["paper"],
-        help="compare with published numbers, and say so if none of them was run",
+        metavar="SET",
+        help="compare with published numbers: paper, onecomp, or a CSV file of your own",
+    )
+    parser.add_argument(
+        "--context",
+        type=_context,
+        metavar="TOKENS",
+        help="count a cache of so many tokens beside the weights; default: as the study did",
+    )
+    parser.add_argument(
+        "--margin",
+        type=_margin,
+        metavar="NUMBER",
+        help="the loss that counts as none, in percent of a perplexity and in points of an "
+        "accuracy: says which trials are shown to stay within it; default: the study's own",
     )
     parser.add_argument(
         "--out",
@@ -60,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         storage = refreshed(options.storage)
         studies = [find_records(storage, name) for name in names or [None]]
+        given = options.against
+        against = None if given in (None, PAPER) else published_set(given)
     except Q3QError as error:
         print(f"q3q: {error}", file=sys.stderr)
         return EXIT_MISUSED
@@ -68,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(studies) > 1:
         return _compare(names, studies, options, storage)
     [stored] = studies
-    about = _about(stored, options, storage)
+    about = _about(stored, options, storage, against)
     if options.format:
         sys.stdout.buffer.write(one_format(stored.records, about, options.format))
         return 0
@@ -136,7 +161,12 @@ def _warnings(stored: StoredRecords) -> list[str]:
     return warnings
 
 
-def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) -> About:
+def _about(
+    stored: StoredRecords,
+    options: argparse.Namespace,
+    storage: Path,
+    against: PublishedSet | None,
+) -> About:
     sweep = stored.sweep
     return About(
         name=sweep.name if sweep else "All records",
@@ -146,8 +176,32 @@ def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) ->
         predicted=predictions(storage),
         sweeps=sweeps_of_trials(storage),
         warnings=_warnings(stored),
-        against_paper=options.against == "paper",
+        context=options.context or (sweep.context if sweep else None),
+        against_paper=options.against == PAPER,
+        against=against,
+        margin=options.margin or (margin_of(sweep) if sweep else None),
     )
+
+
+def _context(word: str) -> int:
+    """Return a positive number of tokens.
+
+    Raises:
+        ArgumentTypeError: the word is none.
+    """
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word} is no number of tokens, such as 32768")
+    return int(word)
+
+
+def _margin(text: str) -> float:
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = math.nan
+    if not 0 < margin < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above zero")
+    return margin
 
 
 if __name__ == "__main__":

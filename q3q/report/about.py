@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from q3q.record import ANSWER
+from q3q.report.against import PublishedSet
 
 PLOTS = "plots"  # the folder of each plot as PNG and SVG
 
@@ -18,7 +19,11 @@ class About:
     predicted: the seconds that trials were predicted to take, by id.
     sweeps: the names of the sweeps that a trial belongs to, by id.
     warnings: problems in finding the records.
+    context: tokens for which sizes count the cache too; None: sizes are of the weights alone.
     against_paper: speak of the paper even if none of its cells was run.
+    against: other published numbers to compare with.
+    margin: how much may be lost, in percent of a perplexity and in points of an accuracy; None if
+        nobody has said it.
     """
 
     name: str
@@ -28,7 +33,10 @@ class About:
     predicted: Mapping[str, float] | None = None
     sweeps: Mapping[str, str] | None = None
     warnings: Sequence[str] = ()
+    context: int | None = None
     against_paper: bool = False
+    against: PublishedSet | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,20 @@ the same `Answer`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from q3q.evaluate.metrics import held_out, reads_calibrated_kind
 from q3q.formatting import plural
 from q3q.record import TrialRecord
-from q3q.report.changes import SAME, UNTESTED, Change, change, indistinguishable
-from q3q.report.escapes import markdown_text
+from q3q.report.budgets import Choice, best_of, budgets, smallest
+from q3q.report.certainty import Certainty
+from q3q.report.changes import SAME, UNTESTED, Change
+from q3q.report.families import Families, families
 from q3q.report.measures import (
     ABSENT,
     DIVERGED,
     FAILED,
-    is_better,
     is_perplexity,
     judged_metrics,
     short,
@@ -32,11 +34,12 @@ RULE = (
     "trial has them. Methods are ranked by the first measure: text of a kind that no method was "
     'calibrated on, where there is such text. "No clear winner" means that a different method is '
     "better by a different measure. Two methods do not differ significantly if a paired test on "
-    "the same windows and questions does not tell them apart (p < 0.05) or, for methods with "
-    "several seeds, the spread over seeds explains the difference (Welch's test). A single seed "
+    "the same windows and questions does not tell them apart (p < 0.05, corrected by Holm's method "
+    "over all tests of a family); for methods with several seeds the spread over seeds counts too. "
+    "An interval is of its own comparison, without the correction. A single seed "
     "cannot show how much of a difference is due to the calibration text that was drawn. "
     '"Not tested" means that the scores of each window or question, which a paired test needs, '
-    "are missing."
+    "are missing, or are too few for a test."
 )
 NO_WINNER = "no clear winner"
 FROM = " from the unquantized model"
@@ -98,6 +101,10 @@ class Answer:
     metrics: the measures, the one that ranks the methods first.
     marks: where some text was calibrated on, which ones were, by metric.
     other_code: ids of trials measured by a different version of the code than most.
+    tests: what is more than chance.
+    tried: all choices, in the order of tables.
+    reference: the unquantized model.
+    margin: how much may be lost, in percent of a perplexity and in points of an accuracy.
     """
 
     name: str
@@ -105,6 +112,57 @@ class Answer:
     marks: dict[str, str]
     verdicts: tuple[Verdict, ...]
     other_code: frozenset[str] = frozenset()
+    tests: Families = field(default_factory=lambda: Families({}, {}, {}))
+    tried: tuple[Pool, ...] = ()
+    reference: Pool | None = None
+    margin: float | None = None
+
+    @cached_property
+    def certainty(self) -> Certainty:
+        return Certainty(self.tried, self.reference, self.metrics, self.tests, self.margin)
+
+    @cached_property
+    def best(self) -> Pool | None:
+        """The choice with the best number by the first measure."""
+        return best_of(self.tried, self.metrics[0])
+
+    @cached_property
+    def within(self) -> Pool | None:
+        """The smallest choice that is shown to stay within the margin by the first measure."""
+        shown = self.certainty.equivalent.get(self.metrics[0], {})
+        able = [pool for pool in self.tried if shown.get(pool.name)]
+        return smallest(able, self.metrics[0]) if able else None
+
+    @cached_property
+    def chosen(self) -> Pool | None:
+        """The recommended choice: the smallest that cannot be told apart from the best.
+
+        With a margin it is the smallest that is shown to stay within it, if there is one.
+        """
+        if self.best is None or self.within is not None:
+            return self.within
+        first = self.metrics[0]
+        same = (pool for pool in self.tried if self.tests.same(self.best, pool, first))
+        return smallest([self.best, *same], first)
+
+    @cached_property
+    def budgets(self) -> list[Choice]:
+        """The best choice for each size."""
+        return budgets(self.tried, self.tests, self.metrics[0])
+
+    @property
+    def margin_in_words(self) -> str:
+        unit = "%" if is_perplexity(self.metrics[0]) else "points"
+        return f"{self.margin:g} {unit} of the unquantized model"
+
+    def at(self, bits: int) -> list[Pool]:
+        """Return the choices of one width that have a number by the first measure."""
+        return [pool for pool in self.at_all if pool.bits == bits]
+
+    @property
+    def at_all(self) -> list[Pool]:
+        """The choices of all widths that have a number by the first measure."""
+        return [pool for pool in self.tried if isinstance(pool.cell(self.metrics[0]), float)]
 
     def sentences(self) -> list[str]:
         """Return what was found at each bit width, and what weakens it all."""
@@ -206,10 +264,14 @@ class Answer:
         return f"{text} ({mark})" if mark else text
 
 
-def answers(records: Sequence[TrialRecord]) -> list[Answer]:
-    """Return an answer for each model and evaluation that quantized trials measured."""
+def answers(records: Sequence[TrialRecord], margin: float | None = None) -> list[Answer]:
+    """Return an answer for each model and evaluation that quantized trials measured.
+
+    Args:
+        margin: how much may be lost, in percent of a perplexity and in points of an accuracy.
+    """
     outliers = other_versions(records)
-    found = [_answer(name, group, outliers) for name, group in comparable(records).items()]
+    found = [_answer(name, group, outliers, margin) for name, group in comparable(records).items()]
     return [answer for answer in found if answer]
 
 
@@ -220,13 +282,12 @@ def sentences(found: Sequence[Answer]) -> list[str]:
     return [f"{answer.name}: {line}" for answer in found for line in answer.sentences()]
 
 
-def in_markdown(found: Sequence[Answer]) -> str:
-    """Return the sentences as a list, then the tables, for a tracker's front page."""
-    lines = "\n".join(f"- {markdown_text(line)}" for line in sentences(found))
-    return "\n\n".join([lines, *(answer.table().markdown() for answer in found)])
-
-
-def _answer(name: str, records: Sequence[TrialRecord], outliers: frozenset[str]) -> Answer | None:
+def _answer(
+    name: str,
+    records: Sequence[TrialRecord],
+    outliers: frozenset[str],
+    margin: float | None,
+) -> Answer | None:
     judged = judged_metrics(records)
     every = pools(records)
     tried = [pool for pool in every if not pool.is_reference]
@@ -234,11 +295,15 @@ def _answer(name: str, records: Sequence[TrialRecord], outliers: frozenset[str])
         return None
     references = (p for p in every if p.is_reference and p.records[0].completed)
     reference = next(references, None)
+    tests = families(tried, reference, judged)
     verdicts = tuple(
-        _verdict(bits, [pool for pool in tried if pool.bits == bits], reference, judged)
+        _verdict(bits, [pool for pool in tried if pool.bits == bits], tests, judged)
         for bits in sorted({pool.bits for pool in tried})
     )
-    return Answer(name, tuple(judged), _marks(judged, records), verdicts, outliers)
+    marks = _marks(judged, records)
+    return Answer(
+        name, tuple(judged), marks, verdicts, outliers, tests, tuple(tried), reference, margin
+    )
 
 
 def _marks(judged: Sequence[str], records: Sequence[TrialRecord]) -> dict[str, str]:
@@ -261,25 +326,19 @@ def _marks(judged: Sequence[str], records: Sequence[TrialRecord]) -> dict[str, s
     return marks
 
 
-def _verdict(
-    bits: int, tried: Sequence[Pool], reference: Pool | None, judged: Sequence[str]
-) -> Verdict:
+def _verdict(bits: int, tried: Sequence[Pool], tests: Families, judged: Sequence[str]) -> Verdict:
     first, *others = judged
-    best = _best(tried, first)
+    best = best_of(tried, first)
     if best is None:
         outcomes = {str(pool.cell(first)) for pool in tried} & {DIVERGED, FAILED}
         return Verdict(bits, None, outcomes=tuple(sorted(outcomes)))
     measured = [pool for pool in tried if isinstance(pool.cell(first), float)]
-    alike = {
-        pool.label: indistinguishable(best, pool, reference, first)
-        for pool in measured
-        if pool is not best
-    }
-    rivals = (_rival(best, tried, reference, metric, alike) for metric in others)
+    alike = {pool.label: tests.same(best, pool, first) for pool in measured if pool is not best}
+    rivals = (_rival(best, tried, tests, metric, alike) for metric in others)
     return Verdict(
         bits=bits,
         best=best,
-        changes=tuple(change(best, reference, metric) for metric in judged),
+        changes=tuple(tests.change(best, metric) for metric in judged),
         equal=tuple(label for label, same in alike.items() if same),
         untested=tuple(label for label, same in alike.items() if same is None),
         rivals=tuple(rival for rival in rivals if rival is not None),
@@ -287,37 +346,22 @@ def _verdict(
     )
 
 
-def _best(tried: Sequence[Pool], metric: str) -> Pool | None:
-    best: Pool | None = None
-    for pool in tried:
-        value = pool.cell(metric)
-        if isinstance(value, float) and (
-            best is None or is_better(value, float(best.cell(metric)), metric)
-        ):
-            best = pool
-    return best
-
-
 def _rival(
     best: Pool,
     tried: Sequence[Pool],
-    reference: Pool | None,
+    tests: Families,
     metric: str,
     alike: dict[str, bool | None],
 ) -> Rival | None:
     """Return the best method by another measure; None if it does not differ from `best`."""
-    other = _best(tried, metric)
+    other = best_of(tried, metric)
     if other is None or other is best or other.cell(metric) == best.cell(metric):
         return None
-    same = (
-        indistinguishable(best, other, reference, metric)
-        if isinstance(best.cell(metric), float)
-        else False
-    )
+    same = tests.same(best, other, metric) if isinstance(best.cell(metric), float) else False
     if same:
         return None
     tested = None if same is None else True
-    found = change(other, reference, metric)
+    found = tests.change(other, metric)
     return Rival(other, found, metric, tested, tied=alike.get(other.label) is True)
 
 

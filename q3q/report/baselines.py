@@ -27,7 +27,7 @@ def with_baselines(records: Sequence[TrialRecord]) -> list[TrialRecord]:
     added = []
     for record in records:
         conditions = conditions_of(record.spec)
-        if conditions in known or not record.completed or record.spec.scheme is None:
+        if conditions in known or not record.completed or record.spec.rounds_nothing:
             continue
         for baseline in (_on_disk(record.trial), _noted(record)):
             if baseline is not None and conditions_of(baseline.spec) == conditions:

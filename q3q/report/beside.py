@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from q3q.formatting import plural, printable
 from q3q.record import TrialRecord
-from q3q.report.changes import change_between
+from q3q.report.changes import Change, change_between
 from q3q.report.escapes import markdown_block, markdown_text
+from q3q.report.families import corrected
 from q3q.report.header import abbreviations
 from q3q.report.measures import (
     ABSENT,
@@ -35,7 +36,8 @@ OTHERWISE = "measured otherwise"
 NOTE = (
     "Changes are from the first study to the other: of a perplexity in percent (+ is worse), of an "
     "accuracy in percentage points (- is worse), with 95 % intervals of paired differences where "
-    "both trials kept the score of each window or question."
+    "both trials kept the score of each window or question. What counts as a difference is "
+    "corrected by Holm's method over all changes of a table."
 )
 
 
@@ -190,12 +192,24 @@ def _table(
         return None
     changed = len(studies) - 1
     heads = [study.name for study in studies]
+    cells = {
+        (key, number): _change(key, columns[0], other, metric)
+        for key in keys
+        for number, other in enumerate(columns[1:])
+    }
+    # A table's changes are one family of tests.
+    found = [cell for cell in cells.values() if isinstance(cell, Change)]
+    tested = iter(corrected(found))
+    words = {
+        place: str(next(tested)) if isinstance(cell, Change) else cell
+        for place, cell in cells.items()
+    }
     rows = tuple(
         (
             label,
             str(bits),
             *(_cell(column.get((label, bits)), metric) for column in columns),
-            *(_change((label, bits), columns[0], other, metric) for other in columns[1:]),
+            *(words[(label, bits), number] for number in range(changed)),
         )
         for label, bits in sorted(keys, key=_order(names, group))
     )
@@ -235,7 +249,7 @@ def _change(
     first: Mapping[tuple[str, int], Pool],
     other: Mapping[tuple[str, int], Pool],
     metric: str,
-) -> str:
+) -> Change | str:
     """Return the change from one study's number to another's, or why there is none."""
     ours, theirs = other.get(key), first.get(key)
     if ours is None or theirs is None:
@@ -246,7 +260,7 @@ def _change(
     if asked[0] != asked[1]:
         return OTHERWISE
     found = change_between(ours, theirs, metric)
-    return ABSENT if found is None else str(found)
+    return ABSENT if found is None else found
 
 
 def _order(

@@ -11,12 +11,13 @@ from q3q.evaluate.metrics import mean_metrics
 from q3q.formatting import changes, decimals_of, signed
 from q3q.record import Comparison, TrialRecord
 from q3q.report.measures import interval, is_accuracy, is_better, is_perplexity, is_share
-from q3q.report.pairs import differ_by_seeds, difference, stratified
+from q3q.report.pairs import difference, p_by_seeds, stratified
 from q3q.report.pools import Pool
 from q3q.spec import MEAN_ACCURACY
 
 SAME = "no significant difference"
 UNTESTED = "not tested"
+LEVEL = 0.05  # as in `evaluate.compare`, which takes numpy with it
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class Change:
 
     value: of a perplexity the ratio less one, of any other metric the difference.
     low, high: the 95 % interval; None without a paired comparison.
-    distinguishable: from no change; None if unknown.
+    distinguishable: from no change; None if unknown. Corrected where the change is one of a family.
+    p_value: of this change alone; None if unknown.
+    paired: what the interval and the p-value come from.
     """
 
     metric: str
@@ -33,6 +36,8 @@ class Change:
     low: float | None = None
     high: float | None = None
     distinguishable: bool | None = None
+    p_value: float | None = None
+    paired: Comparison | None = None
 
     @property
     def amount(self) -> str:
@@ -86,28 +91,59 @@ def change_between(ours: Pool, theirs: Pool, metric: str) -> Change | None:
     return _change(metric, value, theirs, difference(ours, theirs, metric) if testable else None)
 
 
-def indistinguishable(
-    first: Pool, second: Pool, reference: Pool | None, metric: str
-) -> bool | None:
-    """Return True if chance explains the difference of two pools, None if that is unknown.
+def p_of_pair(first: Pool, second: Pool, reference: Pool | None, metric: str) -> float | None:
+    """Return how often chance alone makes two pools differ so; None if that is unknown.
 
-    They are compared by a paired test on the same windows and questions (p < 0.05) or, for methods
-    with several seeds, by the spread over seeds (Welch's test).
+    They are compared by a paired test on the same windows and questions; where methods have several
+    seeds, their spread is a second source of chance, and without samples Welch's test of the seeds
+    may show that it explains the difference.
 
     Without samples, intervals that do not overlap still show a difference: what the two have in
     common only makes a paired test's interval narrower. Overlapping intervals show nothing.
     """
     if first.cell(metric) == second.cell(metric):
-        return True
-    if differ_by_seeds(first, second, metric) is False:
-        return True
+        return 1.0
     paired = difference(first, second, metric)
     if paired is not None:
-        return not paired.distinguishable
+        return p_of(paired)
+    of_seeds = p_by_seeds(first, second, metric)
+    if of_seeds is not None and of_seeds >= LEVEL:
+        return of_seeds
     for a, b in zip(*(_intervals(p, reference, metric) for p in (first, second)), strict=True):
         if a is not None and b is not None:
-            return False if a[0] > b[1] or b[0] > a[1] else None
+            return _p_of_gap(a, b)
     return None
+
+
+def p_of(paired: Comparison) -> float | None:
+    """Return a comparison's p-value; None if there were too few samples for a test.
+
+    The bootstrap resolves no p-value below one in its resamples; there the interval's counts, so
+    that a large family's correction does not swallow what no resample contradicts.
+    """
+    from q3q.evaluate.compare import RESAMPLES
+    from q3q.evaluate.equivalence import p_of_interval
+
+    if paired.p_value is None:
+        if paired.distinguishable or paired.difference is None:  # not all are finite
+            return 0.0 if paired.distinguishable else 1.0
+        return None
+    ends = (paired.difference, paired.low, paired.high)
+    if paired.p_value > 2 / (RESAMPLES + 1) or None in ends:
+        return paired.p_value
+    return min(paired.p_value, p_of_interval(*ends))  # type: ignore[arg-type]
+
+
+def _p_of_gap(a: tuple[float, float], b: tuple[float, float]) -> float | None:
+    """Return the p-value of two intervals that do not overlap, as of independent numbers."""
+    from q3q.evaluate.compare import NORMAL_95
+    from q3q.evaluate.equivalence import upper_tail
+
+    low, high = sorted((a, b))
+    if high[0] <= low[1]:
+        return None
+    reach = math.hypot(low[1] - low[0], high[1] - high[0]) / 2
+    return 2 * upper_tail((high[0] + high[1] - low[0] - low[1]) / 2, reach / NORMAL_95)
 
 
 def _change(
@@ -120,7 +156,9 @@ def _change(
             for end in (paired.difference, paired.low, paired.high)
         )
         assert value is not None
-        return Change(metric, value, low, high, paired.distinguishable)
+        p_value = p_of(paired)
+        tested = None if p_value is None else paired.distinguishable
+        return Change(metric, value, low, high, tested, p_value, paired)
     theirs = None if reference is None else reference.cell(metric)
     if not isinstance(theirs, float):
         return None

@@ -15,7 +15,7 @@ from q3q.evaluate.samples import damaged_files
 from q3q.record import Sweep, TrialRecord
 from q3q.report.about import About, Report
 from q3q.report.baselines import with_baselines
-from q3q.report.records import predictions
+from q3q.report.records import margin_of, predictions
 from q3q.spec import Json, digest
 from q3q.storage.files import read_file, sealed, unsealed, write_atomically
 
@@ -64,6 +64,8 @@ def sweep_report(sweep: Sweep, records: Sequence[TrialRecord], storage: Path) ->
         expectation=sweep.expectation,
         predicted=predictions(storage),
         warnings=warnings,
+        context=sweep.context,
+        margin=margin_of(sweep),
     )
     return current_report(records, storage / "reports" / sweep.file_name, about)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from q3q.config.schema import TEXT_NAMES
 from q3q.formatting import plural, significant
-from q3q.number_formats import FLOATS, INT
+from q3q.number_formats import INT, own_form
 from q3q.record import TrialRecord
 from q3q.report.measures import by_model, in_order
 from q3q.report.sizes import parameters_of
@@ -20,7 +20,7 @@ def facts(records: Sequence[TrialRecord]) -> list[str]:
     return [line for line in lines if line]
 
 
-def abbreviations(records: Iterable[TrialRecord]) -> str:
+def abbreviations(records: Sequence[TrialRecord]) -> str:
     """Explain the abbreviations that these trials' labels may contain."""
     schemes = [record.spec.scheme for record in records if record.spec.scheme is not None]
     of_rows = [scheme for scheme in schemes if scheme.group_rows == 1]
@@ -39,8 +39,12 @@ def abbreviations(records: Iterable[TrialRecord]) -> str:
     words += [f"{name}: {_shared(scheme)}" for name, scheme in sorted(blocks.items())]
     if activations:
         words.append(f"a{activations[0]}: activations of {activations[0]} bits, a16: of 16 bits")
-    formats = {scheme.codes: FLOATS[scheme.format] for scheme in schemes if scheme.format != INT}
+    formats = {
+        scheme.codes: form for scheme in schemes if (form := own_form(scheme.format)) is not None
+    }
     words += [f"{name}: {form.about}" for name, form in formats.items()]
+    caches = {kv.name: kv for record in records if (kv := record.spec.kv) is not None}
+    words += [f"{name}: {kv.about}" for name, kv in sorted(caches.items())]
     if len({scheme.symmetric for scheme in schemes}) > 1:
         words.append("sym, asym: codes symmetric around zero, or with zero points")
     return f"{'; '.join(words)}." if words else ""
@@ -71,7 +75,7 @@ def _models(records: Sequence[TrialRecord]) -> str:
 
 def _calibrations(records: Iterable[TrialRecord]) -> str:
     texts = dict.fromkeys(
-        f"{TEXT_NAMES.get(text.source, text.source)} "
+        f"{TEXT_NAMES.get(text.source, text.label)} "
         f"({plural(text.samples, 'window')} of {text.length} tokens)"
         for record in records
         if (text := record.spec.calibration) is not None

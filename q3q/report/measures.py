@@ -17,7 +17,7 @@ from q3q.evaluate.metrics import (
     measures_text,
 )
 from q3q.formatting import fixed, percent, significant
-from q3q.number_formats import FLOATS, INT
+from q3q.number_formats import INT, own_form
 from q3q.quantize.methods.registry import settings_class
 from q3q.quantize.methods.settings import Appearance, MethodSettings
 from q3q.record import TrialRecord
@@ -50,7 +50,7 @@ def in_order(records: Iterable[TrialRecord]) -> list[TrialRecord]:
     keys = []
     for spec, label in zip(specs, labels(specs), strict=True):
         yardstick = appearance_of(spec.method.name).yardstick
-        rank = 0 if spec.scheme is None else 1 if yardstick else 2
+        rank = 0 if spec.rounds_nothing else 1 if yardstick else 2
         keys.append((natural(spec.model.label), rank, natural(label), bits_of(spec), spec.id))
     return [latest[trial] for *_, trial in sorted(keys)]
 
@@ -212,7 +212,7 @@ def given_format(record: TrialRecord) -> str:
 
 def is_reference(record: TrialRecord) -> bool:
     """Return True for a trial of the unquantized model."""
-    return record.spec.scheme is None and not given_format(record)
+    return record.spec.rounds_nothing and not given_format(record)
 
 
 def bits_of_record(record: TrialRecord) -> int:
@@ -332,7 +332,7 @@ def traits_of(spec: TrialSpec, metric: str | None) -> dict[str, str]:
         "scheme": {} if spec.scheme is None else _scheme_traits(spec.scheme),
         "model": spec.model.identity,
         "method": {key: value for key, value in spec.method.to_json().items() if key != "name"},
-        "calibration": spec.calibration.to_json() if spec.calibration else {},
+        "calibration": spec.calibration.traits() if spec.calibration else {},
         "mixed": {"settings": spec.departures},
     }
     if metric is not None and metric not in SIZES:
@@ -346,7 +346,7 @@ def traits_of(spec: TrialSpec, metric: str | None) -> dict[str, str]:
 
 def _scheme_traits(scheme: Scheme) -> Json:
     """Return what a label may name of a scheme; nothing that its format says already."""
-    form = FLOATS.get(scheme.format)
+    form = own_form(scheme.format)
     traits: Json = {"format": INT if form is None else scheme.codes}
     if form is None or form.group_size is None:
         traits["group_size"] = scheme.group_size if scheme.group_rows == 1 else scheme.groups

@@ -21,6 +21,9 @@ function highlight(entry) {
   }
 }
 
+addEventListener("beforeprint", () => {
+  for (const folded of document.querySelectorAll("details")) folded.open = true;
+});
 for (const point of document.querySelectorAll("svg .point")) {
   point.addEventListener("pointerenter", () => show(point));
   point.addEventListener("focus", () => show(point));

@@ -13,16 +13,23 @@ from markupsafe import Markup, escape
 from q3q.config.command import command_of
 from q3q.formatting import plural, printable, significant
 from q3q.record import TrialRecord
+from q3q.report.against import Against
 from q3q.report.answer import RULE, Answer, sentences
 from q3q.report.beside import Beside
+from q3q.report.certainty import in_words
 from q3q.report.checkpoints import checkpoint_tables
+from q3q.report.domains import NOTE as DOMAINS
 from q3q.report.escapes import markdown_block, markdown_code, markdown_text
+from q3q.report.families import NOTE as TESTS
 from q3q.report.header import abbreviations, facts
+from q3q.report.judged import Bench
 from q3q.report.luck import NOTE as LUCK
 from q3q.report.measures import by_model, commit_of, in_order, seconds
+from q3q.report.opening import in_markdown, opening
 from q3q.report.paper import Compared, paper_table, share_reproduced
 from q3q.report.plots.drawing import Plot
 from q3q.report.plots.looks import COLOURS
+from q3q.report.sizes import megabytes
 from q3q.report.tables import Table, result_tables
 
 PARTS = Path(__file__).parent  # the folder of page.html.j2, page.css and page.js
@@ -43,7 +50,12 @@ class Contents:
     command: starts the whole sweep again.
     records: of all trials.
     shown: these, and what `with_baselines` adds for tables and plots.
-    answers, luck: what `answer` found, and the tables of `luck`.
+    answers, luck, domains: what `answer` found, and the tables of `luck` and `domains`.
+    against: the comparison with other published numbers than the paper's, if it was asked for.
+    tests: of how sure the differences are.
+    judged: published checkpoints beside their originals.
+    floors: sentences on the noise of a KL, where it was measured.
+    pictures: of the answer, one for each of `answers` that can be drawn.
     published: cells of the paper that were run; None if the report does not speak of it.
     warnings: what a reader must know before trusting the numbers.
     """
@@ -56,6 +68,12 @@ class Contents:
     shown: Sequence[TrialRecord]
     answers: Sequence[Answer]
     luck: Sequence[Table]
+    domains: Sequence[Table]
+    against: Against | None
+    tests: Sequence[Table]
+    floors: Sequence[str]
+    judged: Sequence[Bench]
+    pictures: Sequence[Plot]
     plots: Sequence[Plot]
     published: Sequence[Compared] | None
     warnings: Sequence[str]
@@ -87,6 +105,8 @@ def html(contents: Contents) -> str:
     environment.globals.update(
         checkpoint_tables=checkpoint_tables,
         command_of=command_of,
+        in_words=in_words,
+        megabytes=megabytes,
         commit_of=commit_of,
         paper_table=paper_table,
         result_tables=result_tables,
@@ -97,10 +117,13 @@ def html(contents: Contents) -> str:
         models=by_model(in_order(contents.shown)),
         commits=versions(contents.records),
         answer_rule=RULE,
+        test_note=TESTS,
+        opening=[*(bench.sentence() for bench in contents.judged), *opening(contents.answers)],
         sentences=sentences(contents.answers),
         facts=facts(contents.records),
         abbreviations=abbreviations(contents.records),
         luck_note=LUCK,
+        domains_note=DOMAINS,
         **_own_parts(),
     )
 
@@ -139,31 +162,40 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
         files: path of each plot's image, by the plot's name.
     """
     parts = [f"# {markdown_text(contents.name)}"]
-    for word, text in (("Question", contents.question), ("Expectation", contents.expectation)):
-        if text:
-            parts.append(f"**{word}:** {markdown_text(text)}")
+    if contents.question:
+        parts.append(f"**Question:** {markdown_text(contents.question)}")
+    parts += [f"> **Note:** {markdown_text(warning)}" for warning in contents.warnings]
+    if contents.answers:
+        parts += ["## Answer", in_markdown(contents.answers)]
+        parts += [_image(plot, files) for plot in contents.pictures]
+        parts.append("## The best method at each bit width")
+        parts.append("\n".join(f"- {markdown_text(line)}" for line in sentences(contents.answers)))
+        parts.append("\n".join(answer.table().markdown() for answer in contents.answers))
+        parts += [markdown_text(text) for text in (RULE, abbreviations(contents.records)) if text]
+    for bench in contents.judged:
+        parts += [f"## Checkpoints of {markdown_text(bench.name)}", markdown_text(bench.sentence())]
+        parts += ["\n".join(table.markdown() for table in bench.tables())]
+        parts += ["\n".join(f"- {markdown_text(line)}" for line in bench.findings())]
+    parts.append("## How it was run")
+    if contents.expectation:
+        parts.append(f"**Expectation:** {markdown_text(contents.expectation)}")
     parts += [markdown_text(line) for line in facts(contents.records)]
     commits = versions(contents.records)
     code = f" Code: {', '.join(map(markdown_text, commits))}." if commits else ""
     parts += [markdown_block(contents.command), contents.counts + code]
-    parts += [f"> **Note:** {markdown_text(warning)}" for warning in contents.warnings]
-    if contents.answers:
-        parts.append("## Answer")
-        parts.append("\n".join(f"- {markdown_text(line)}" for line in sentences(contents.answers)))
-        parts.append("\n".join(answer.table().markdown() for answer in contents.answers))
-        parts += [markdown_text(text) for text in (RULE, abbreviations(contents.records)) if text]
-    if contents.published is not None:
-        parts += ["## Against the paper", markdown_text(share_reproduced(contents.published))]
-        if contents.published:
-            parts.append(paper_table(contents.published).markdown())
+    parts += _published(contents)
+    if contents.domains:
+        parts.append("## What each calibration costs")
+        parts += ["\n".join(table.markdown() for table in contents.domains), DOMAINS]
     if contents.luck:
         parts.append("## How much is luck")
         parts += ["\n".join(table.markdown() for table in contents.luck), LUCK]
+    if contents.tests:
+        parts.append("## How sure the differences are")
+        parts += [markdown_text(line) for line in contents.floors]
+        parts += ["\n".join(table.markdown() for table in contents.tests), markdown_text(TESTS)]
     parts.append("## Results")
-    for plot in contents.plots:
-        alt = re.sub(r"([\[\]])", r"\\\1", markdown_text(_alt(plot)).replace("\\]", "]"))
-        caption = f"\n\n{markdown_text(plot.caption)}" if plot.caption else ""
-        parts.append(f"![{alt}]({files[plot.name]}){caption}")
+    parts += [_image(plot, files) for plot in contents.plots]
     tables = result_tables(contents.shown, everything=True, intervals=True)
     parts.append("\n".join(table.markdown() for table in tables) or "Nothing was measured.")
     parts += [
@@ -182,6 +214,27 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
             parts.append(f"## {word}\n\n" + "\n".join(f"- {line}" for line in lines))
     parts.append("## Trials\n\n" + "\n".join(map(_trial_line, contents.records)))
     return "\n\n".join(parts) + "\n"
+
+
+def _image(plot: Plot, files: dict[str, str]) -> str:
+    alt = re.sub(r"([\[\]])", r"\\\1", markdown_text(_alt(plot)).replace("\\]", "]"))
+    caption = f"\n\n{markdown_text(plot.caption)}" if plot.caption else ""
+    return f"![{alt}]({files[plot.name]}){caption}"
+
+
+def _published(contents: Contents) -> list[str]:
+    """Return the comparisons with published numbers in Markdown."""
+    parts = []
+    if contents.published is not None:
+        parts += ["## Against the paper", markdown_text(share_reproduced(contents.published))]
+        if contents.published:
+            parts.append(paper_table(contents.published).markdown())
+    if contents.against is not None:
+        parts += [f"## {markdown_text(contents.against.title)}"]
+        parts.append(markdown_text(contents.against.sentence()))
+        if contents.against.compared:
+            parts.append(contents.against.table().markdown())
+    return parts
 
 
 def _cell_parts(text: str) -> Cell:

@@ -4,41 +4,104 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from sys import intern
+from typing import TYPE_CHECKING
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.metrics import mean_metrics
 from q3q.record import Comparison
-from q3q.report.measures import is_perplexity
+from q3q.report.measures import is_perplexity, text_metrics
 from q3q.report.pools import Pool
 from q3q.spec import MEAN_ACCURACY
 from q3q.storage.files import FileState, file_state
 
-CACHED = 16  # trials whose samples stay in memory; those of MMLU take tens of megabytes each
+if TYPE_CHECKING:
+    from q3q.evaluate.flips import Flips
+    from q3q.evaluate.replicates import Floats
+
+CACHED = 64  # trials whose samples stay in memory: all pairs of a model's are compared
 Scores = Mapping[str, float]
 
 
 def difference(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
     """Compare a metric of two pools on the same samples.
 
-    A pool of several seeds counts by each sample's mean.
+    Where a pool has several seeds, the seeds are a second source of chance, see
+    `compare_replicates`.
 
     Returns:
         None if samples are missing or the two have different ones.
     """
     from q3q.evaluate.compare import compare
 
+    if any(len(pool.values(metric)) > 1 for pool in (ours, theirs)):
+        return _over_seeds(ours, theirs, metric)
     if metric == MEAN_ACCURACY:
         parts = [difference(ours, theirs, task) for task in mean_metrics(ours.spec)]
         complete = [part for part in parts if part is not None]
         return stratified(complete) if len(complete) == len(parts) else None
-    sides = [_scores(pool, metric) for pool in (ours, theirs)]
-    ways = [ratio for ratio in sides[0] if ratio in sides[1]]
-    if not ways:
+    found = _aligned(ours, theirs, metric)
+    if found is None:
         return None
+    ratio, [first], [second] = found
     try:
-        return compare(metric, sides[0][ways[0]], sides[1][ways[0]], ratio=ways[0])
+        return compare(metric, first, second, ratio=ratio)
     except IntegrityError:
         return None
+
+
+def flipped(ours: Pool, theirs: Pool, metric: str) -> "Flips | None":
+    """Count the answers of all tasks, and of all our seeds, that differ from their first seed's.
+
+    Returns:
+        None if samples are missing or are not right or wrong answers.
+    """
+    from q3q.evaluate.flips import flips
+
+    total: Flips | None = None
+    for task in mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]:
+        found = _aligned(ours, theirs, task)
+        if found is None:
+            return None
+        _, seeds, [baseline, *_] = found
+        for scores in seeds:
+            counted = flips(scores, baseline)
+            if counted is None:
+                return None
+            total = counted if total is None else total + counted
+    return total
+
+
+def _over_seeds(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
+    import numpy
+
+    from q3q.evaluate.compare import FEWEST_PAIRS
+    from q3q.evaluate.replicates import compare_replicates
+
+    sides: tuple[list[Floats], list[Floats]] = ([], [])
+    ratio = False
+    for task in mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]:
+        found = _aligned(ours, theirs, task)
+        if found is None:
+            return None
+        ratio, *pair = found
+        keys = sorted(pair[0][0])
+        if len(keys) < FEWEST_PAIRS or any(s.keys() != pair[0][0].keys() for p in pair for s in p):
+            return None
+        for side, seeds in zip(sides, pair, strict=True):
+            side.append(numpy.array([[scores[key] for key in keys] for scores in seeds]))
+    if not all(bool(numpy.isfinite(scores).all()) for side in sides for scores in side):
+        return None
+    return compare_replicates(metric, *sides, ratio=ratio)
+
+
+def _aligned(
+    ours: Pool, theirs: Pool, metric: str
+) -> tuple[bool, list[Scores], list[Scores]] | None:
+    """Return how the metric follows from scores (True: as exp of their mean), and each seed's."""
+    sides = [_scores(pool, metric) for pool in (ours, theirs)]
+    ways = [ratio for ratio in sides[0] if ratio in sides[1]]
+    return (ways[0], sides[0][ways[0]], sides[1][ways[0]]) if ways else None
 
 
 def stratified(parts: Sequence[Comparison]) -> Comparison | None:
@@ -46,8 +109,10 @@ def stratified(parts: Sequence[Comparison]) -> Comparison | None:
 
     Questions of different tasks are independent, so the distances from differences to interval
     ends add in squares (Zou and Donner, Statistics in Medicine 27, 2008; each task's own interval
-    is built in the same way).
+    is built in the same way). The p-value is the interval's.
     """
+    from q3q.evaluate.equivalence import p_of_interval
+
     differences = [part.difference for part in parts if part.difference is not None]
     if not parts or len(differences) < len(parts):
         return None
@@ -62,47 +127,43 @@ def stratified(parts: Sequence[Comparison]) -> Comparison | None:
         return mean + sign * math.hypot(*reach) / len(parts) if len(reach) == len(parts) else None
 
     low, high = end([part.low for part in parts], -1), end([part.high for part in parts], 1)
+    known = low is not None and high is not None
     return Comparison(
         metric=MEAN_ACCURACY,
         difference=mean,
         low=low,
         high=high,
         distinguishable=low is not None and high is not None and not low <= 0 <= high,
-        p_value=None,
+        p_value=p_of_interval(mean, low, high) if known else None,  # type: ignore[arg-type]
         n=sum(part.n for part in parts),
         test="intervals of the tasks, stratified",
     )
 
 
-def differ_by_seeds(ours: Pool, theirs: Pool, metric: str) -> bool | None:
-    """Return True if the means differ by more than the seeds' spread explains.
+def p_by_seeds(ours: Pool, theirs: Pool, metric: str) -> float | None:
+    """Return how often the seeds' spread alone makes the means differ so: Welch's test.
 
-    This is Welch's test with p < 0.05. A method that reads no calibration text does not depend on
-    the seed, so its number is exact.
+    A method that reads no calibration text does not depend on the seed, so its number is exact.
 
     Returns:
         None if a pool's spread is unknown, because it reads text and has a single seed.
     """
     from scipy.stats import ttest_1samp, ttest_ind
 
-    from q3q.evaluate.compare import LEVEL
-
     values = [pool.values(metric) for pool in (ours, theirs)]
     exact = [pool.spec.calibration is None for pool in (ours, theirs)]
     if not all(len(own) > 1 or fixed for own, fixed in zip(values, exact, strict=True)):
         return None
     if all(exact):
-        return values[0][0] != values[1][0]
+        return None if values[0][0] != values[1][0] else 1.0
     if any(exact):
         fixed, drawn = (values[0][0], values[1]) if exact[0] else (values[1][0], values[0])
-        p_value = ttest_1samp(drawn, fixed).pvalue
-    else:
-        p_value = ttest_ind(*values, equal_var=False).pvalue
-    return bool(p_value < LEVEL)
+        return float(ttest_1samp(drawn, fixed).pvalue)
+    return float(ttest_ind(*values, equal_var=False).pvalue)
 
 
-def _scores(pool: Pool, metric: str) -> dict[bool, Scores]:
-    """Return each sample's score, averaged over seeds, as `samples.explained` does.
+def _scores(pool: Pool, metric: str) -> dict[bool, list[Scores]]:
+    """Return each seed's score of each sample, as `samples.explained` does.
 
     Empty if a seed has no samples, or its number does not follow from them.
     """
@@ -114,7 +175,8 @@ def _scores(pool: Pool, metric: str) -> dict[bool, Scores]:
         if not path.is_file() or metric not in record.numbers:
             return {}
         digest = record.files.get(SAMPLES)
-        scores = _read(path, digest, file_state(path), record.spec.evaluation.quick)
+        judged = frozenset((metric, *text_metrics(record.spec), *mean_metrics(record.spec)))
+        scores = _read(path, digest, file_state(path), record.spec.evaluation.quick, judged)
         if metric not in scores:
             return {}
         # A text's samples are losses.
@@ -124,25 +186,27 @@ def _scores(pool: Pool, metric: str) -> dict[bool, Scores]:
             else explained(scores[metric], record.numbers[metric])
         )
         seeds.append(dict(ways))
-    if len(seeds) < 2:
-        return seeds[0] if seeds else {}
     return {
-        ratio: {
-            sample: math.fsum(own[ratio][sample] for own in seeds) / len(seeds)
-            for sample in seeds[0][ratio]
-        }
-        for ratio in seeds[0]
+        ratio: [own[ratio] for own in seeds]
+        for ratio in (seeds[0] if seeds else ())
         if all(ratio in own and own[ratio].keys() == seeds[0][ratio].keys() for own in seeds)
     }
 
 
 @lru_cache(maxsize=CACHED)
 def _read(
-    path: Path, digest: str | None, state: FileState, quick: bool
+    path: Path, digest: str | None, state: FileState, quick: bool, metrics: frozenset[str]
 ) -> dict[str, dict[str, float]]:
+    """Return each sample's score of these metrics: MMLU's take tens of megabytes a trial."""
     from q3q.evaluate.samples import SCORED, measured, read_samples
 
     try:
-        return measured(read_samples(path, SCORED, digest), quick)
+        found = measured(read_samples(path, SCORED, digest), quick)
     except (IntegrityError, KeyError, TypeError):  # a damaged file counts as missing
         return {}
+    # Trials have the same samples, so their names are kept once.
+    return {
+        metric: {intern(sample): score for sample, score in scores.items()}
+        for metric, scores in found.items()
+        if metric in metrics
+    }

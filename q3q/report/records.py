@@ -189,3 +189,14 @@ def _nothing(storage: Path, damaged: Sequence[str]) -> str:
         f"{storage}/trials holds no records: run a sweep first, or give its storage folder as "
         "--storage DIR"
     )
+
+
+def margin_of(sweep: Sweep) -> float | None:
+    """Return the margin that a sweep was started with; None if it has none, as older ones."""
+    from omegaconf import OmegaConf
+
+    try:
+        margin = OmegaConf.select(OmegaConf.create(sweep.config), "report.margin")
+    except Exception:  # a config that another version or program wrote
+        return None
+    return float(margin) if isinstance(margin, int | float) and margin > 0 else None

@@ -287,6 +287,7 @@ def settings_of(record: TrialRecord) -> dict[str, Any]:
     flat = {f"{part}.{key}": value for part, facts in parts.items() for key, value in facts.items()}
     flat["evaluation.texts"] = [text["name"] for text in texts]
     flat |= {"mixed": spec.departures, "export": spec.export}
+    flat |= {f"kv.{key}": value for key, value in (spec.kv.to_json() if spec.kv else {}).items()}
     return {
         key: json.dumps(value, sort_keys=True) if isinstance(value, (dict, list)) else value
         for key, value in flat.items()

@@ -111,6 +111,8 @@ FOLDERS = (
     "reports",
     "baselines",
     "prepared",
+    "traces",
+    "sensitivities",
 )
 
 

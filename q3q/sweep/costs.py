@@ -26,11 +26,13 @@ from q3q.placement import Trial
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.record import TrialRecord
 from q3q.spec import Evaluation, TaskRef, TextRef, TrialSpec
+from q3q.sweep.sensing import block_passes, calibration_passes, head_passes
 
 TASK_TOKENS = 15_000  # of one task with its questions, where nothing better is known
 TASK_QUESTIONS = 150  # likewise
 TEXT_WINDOWS = 150  # of a text without a limit: WikiText-2 has 146 of 2048 tokens
 PHASES = ("baseline", "quantize", "evaluate")  # whose seconds follow from operations
+SENSING = "sensitivities"  # a phase of trials with a budget of bits
 SHORTEST = 1.0  # seconds; a shorter predicted phase is mostly start-up and says little of the rate
 LARGE_TEXTS = ("c4", "pile")  # hundreds of thousands of documents, read for a few windows
 # Operations a second of a GPU's dense 16-bit products, by the word for its kind in its name, as its
@@ -84,11 +86,13 @@ class Todo:
     blocks: part of its model's blocks that it quantizes; it finds the others
     draws: whether it draws its calibration windows
     questions: whose prompts it makes
+    units: part of its budget's units that it measures
     """
 
     blocks: float = 1.0
     draws: bool = True
     questions: int = 0
+    units: float = 1.0
 
 
 Key = tuple[str, ...]
@@ -143,16 +147,18 @@ class CostModel:
     ratios: Mapping[Key, float] = field(default_factory=dict)
 
     def operations(self, spec: TrialSpec, facts: ModelFacts) -> dict[str, float]:
-        """Return the operations of each of `PHASES`."""
+        """Return the operations of each of `PHASES`, and of a budget's sensitivities."""
         evaluation = spec.evaluation
         texts = sum(_text_operations(facts, text, evaluation) for text in evaluation.texts)
         tasks = forward(
             facts, sum(_task_tokens(task, evaluation) for task in evaluation.tasks), 128
         )
         # The unquantized model's texts are measured in its baseline phase.
-        separate = spec.scheme is None and evaluation.drift is not None
+        separate = spec.rounds_nothing and evaluation.drift is not None
+        sensing = {} if spec.budget is None else {SENSING: self._sensing(spec, facts)}
         return {
             "baseline": texts if separate else 0.0,
+            **sensing,
             "quantize": 0.0 if spec.scheme is None else self._quantizing(spec, facts),
             "evaluate": tasks if separate else texts + tasks,
         }
@@ -168,6 +174,21 @@ class CostModel:
         few = forward(facts, work.variant_windows * calibration.length, calibration.length)
         return operations + work.variants * (2 * few + rounding) + rounding
 
+    def _sensing(self, spec: TrialSpec, facts: ModelFacts) -> float:
+        """Return the operations of measuring a budget's sensitivities."""
+        budget, calibration = spec.budget, spec.calibration
+        assert budget is not None
+        tokens = budget.samples * budget.length
+        operations = block_passes(spec, facts) * forward(facts, tokens, budget.length)
+        if calibration is not None:
+            window = forward(facts, calibration.tokens, calibration.length)
+            passes = settings_or_default(spec.method).work().passes
+            operations += passes * calibration_passes(spec, facts) * window
+        heads = 2.0 * facts.vocab * facts.hidden * tokens * head_passes(spec, facts)
+        work = settings_or_default(spec.method).work()
+        once = work.weight_operations * facts.linear_parameters + self._solves(spec, facts)
+        return operations / facts.layers + heads + len(budget.widths) * once
+
     def _solves(self, spec: TrialSpec, facts: ModelFacts) -> float:
         """Return the operations of all factors and column loops."""
         if spec.calibration is None or not settings_or_default(spec.method).work().solves:
@@ -178,7 +199,7 @@ class CostModel:
     def drawing(self, spec: TrialSpec, todo: Todo) -> float:
         """Return the processor's seconds for the calibration windows."""
         calibration = spec.calibration
-        large = calibration is not None and calibration.source in LARGE_TEXTS
+        large = calibration is not None and not {*LARGE_TEXTS}.isdisjoint(calibration.sources)
         return self.draw * (large and todo.draws)
 
     def issuing(self, spec: TrialSpec, facts: ModelFacts) -> dict[str, float]:
@@ -188,11 +209,15 @@ class CostModel:
         evaluation, calibration = spec.evaluation, spec.calibration
         texts = sum(text_windows(text) * text.window for text in evaluation.texts)
         tasks = sum(_task_tokens(task, evaluation) for task in evaluation.tasks)
-        separate = spec.scheme is None and evaluation.drift is not None
+        separate = spec.rounds_nothing and evaluation.drift is not None
         passes["baseline"] = texts if separate else 0.0
         passes["evaluate"] = tasks if separate else texts + tasks
         if spec.scheme is not None and calibration is not None:
             passes["quantize"] = settings_or_default(spec.method).work().passes * calibration.tokens
+        if spec.budget is not None:
+            of_text = spec.budget.samples * spec.budget.length * block_passes(spec, facts)
+            of_method = calibration_passes(spec, facts) * (calibration.tokens if calibration else 0)
+            passes[SENSING] = (of_text + of_method) / facts.layers
         batch = batch_tokens(facts, spec.model.dtype, "cuda")
         seconds = {phase: facts.layers * each * tokens / batch for phase, tokens in passes.items()}
         if spec.scheme is not None:
@@ -234,10 +259,11 @@ class CostModel:
         idle = sum(seconds.values())
         for phase, operations in self.operations(spec, facts).items():
             computing = operations / rate
-            if where.gpu and phase == "quantize":
+            if where.gpu and phase in ("quantize", SENSING):
                 solves = self._solves(spec, facts)
+                solves *= len(spec.budget.widths) if spec.budget and phase == SENSING else 1
                 computing += solves / (self.gpu_solving * where.units * ranks) - solves / rate
-            part = todo.blocks if phase == "quantize" else 1.0
+            part = {"quantize": todo.blocks, SENSING: todo.units}.get(phase, 1.0)
             computing *= slower * part
             waiting = max(0.0, part * issuing[phase] - computing) if where.gpu else 0.0
             if phase == "evaluate":

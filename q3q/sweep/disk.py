@@ -13,7 +13,7 @@ from q3q.errors import ConfigError
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import in_bytes, stored_bytes
-from q3q.number_formats import FLOATS
+from q3q.number_formats import own_form
 from q3q.placement import Trial
 from q3q.spec import AUTO_DRIFT, Scheme, TrialSpec
 from q3q.sweep.costs import text_windows
@@ -37,12 +37,13 @@ def block_bytes(spec: TrialSpec, facts: ModelFacts) -> int:
 
 def _group_bytes(scheme: Scheme, facts: ModelFacts) -> float | None:
     """Return the bytes of a group's scale in a block's file; None for whole numbers' groups."""
-    form = FLOATS.get(scheme.format)
+    form = own_form(scheme.format)
     if form is None:
         return None
     # E4M3 has a float32 factor for each row, which the groups of the narrowest share among them.
     groups = max(1, min(min(widths) for widths in facts.columns.values()) // scheme.group_size)
-    return {"float": 4, "e8m0": 1, "e4m3": 1 + 4 / groups}[form.scale]
+    # A block's groups have a byte each, and share two; as many again where they have offsets.
+    return {"float": 4, "e8m0": 1, "e4m3": 1 + 4 / groups, "block": 4}[form.scale]
 
 
 def running_bytes(trial: Trial, facts: ModelFacts) -> int:

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
+from q3q.data.calibration import calibration_identity
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed, downloading
 from q3q.data.prepared import FOLDER, kept_identities, tokenizer_digest
 from q3q.data.repositories import DataSet
 from q3q.data.texts import Split, is_from_hub
-from q3q.data.windows import calibration_identity, evaluation_identity
+from q3q.data.windows import evaluation_identity
 from q3q.errors import Q3QError
 from q3q.evaluate.catalogue import TASKS
 from q3q.evaluate.identities import says_all_of
@@ -45,15 +46,16 @@ def needs_of(
     folders = {}
     for trial in trials:
         spec, placement = trial.spec, trial.placement
-        if spec.model.source is not None:
-            needs.append(ModelNeed(spec.model.source, spec.model.revision))
+        for model in spec.models:
+            if model.source is not None:
+                needs.append(ModelNeed(model.source, model.revision))
         texts: list[tuple[str, Split, Json]] = [
             (str(text.source), "evaluation", evaluation_identity(text, spec.evaluation.quick))
             for text in spec.evaluation.texts
         ]
         if spec.calibration is not None:
             identity = calibration_identity(spec.calibration, spec.seed)
-            texts.insert(0, (spec.calibration.source, "calibration", identity))
+            texts = [(one, "calibration", identity) for one in spec.calibration.sources] + texts
         needs += [
             TextNeed(source, split, placement.data)
             for source, split, identity in texts

@@ -22,7 +22,8 @@ NOTHING_QUANTIZED = {
     **dict.fromkeys(
         (
             *("bits", "group_size", "group_rows", "symmetric", "act_bits", "act_format"),
-            *("act_group_size", "head_bits", "embedding_bits"),
+            *("act_group_size", "head_bits", "embedding_bits", "kv_bits", "kv_format", "kv_scales"),
+            *("kv_group_size", "kv_chunk", "kv_window", "kv_symmetric"),
         ),
         "null",
     ),
@@ -33,7 +34,9 @@ NOTHING_QUANTIZED = {
 }
 # How a trial is run changes none of its numbers; nor does adding the unquantized model.
 RUN_SETTINGS = ("data", "memory", "loader")
-SWEEP_SETTINGS = tuple("cluster track storage name question expectation plan fresh keep".split())
+SWEEP_SETTINGS = tuple(
+    "cluster track storage name question expectation report plan fresh keep context".split()
+)
 
 
 @dataclass
@@ -106,7 +109,7 @@ def trials_of(jobs: Iterable[Job]) -> tuple[dict[str, SweepTrial], str]:
 
 def unquantized(overrides: Sequence[str]) -> list[str]:
     """Return the same job's overrides, but for the unquantized model."""
-    keys = ("method", "calibration", "export", *NOTHING_QUANTIZED)
+    keys = ("method", "calibration", "export", "budget", *NOTHING_QUANTIZED)
     others = [
         override
         for override in overrides

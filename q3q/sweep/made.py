@@ -1,4 +1,5 @@
-"""What trials of a storage folder make once: quantized blocks, token windows, requests.
+"""What trials of a storage folder make once: quantized blocks, sensitivities, token windows,
+requests.
 
 A plan asks what of it is there already, and lets each trial make only what none before it makes.
 """
@@ -7,12 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from q3q.data.calibration import calibration_identity
 from q3q.data.prepared import FOLDER, kept_identities
-from q3q.data.windows import calibration_identity, evaluation_identity
+from q3q.data.windows import evaluation_identity
 from q3q.evaluate.batches import batches
 from q3q.evaluate.identities import requests_identity, says_all_of
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
+from q3q.quantize.budget.sensitivities import file_of, identity_of, kept_units
+from q3q.quantize.budget.units import units_of
 from q3q.spec import Json, TrialSpec, digest
 from q3q.storage.block_cache import stored_blocks
 from q3q.sweep.costs import Todo, questions_of, text_windows
@@ -38,7 +42,7 @@ class Input:
 def inputs_of(spec: TrialSpec) -> Iterator[Input]:
     """Yield all prepared input that a trial reads."""
     evaluation, calibration = spec.evaluation, spec.calibration
-    if calibration is not None:
+    if calibration is not None and not calibration.writes:
         identity = calibration_identity(calibration, spec.seed)
         yield Input(identity, TOKEN_BYTES * calibration.tokens, calibration=True)
     for text in evaluation.texts:
@@ -62,6 +66,7 @@ class Made:
     _identities: dict[Path, list[Json]] = field(default_factory=dict)
     _inputs: set[tuple[str, str]] = field(default_factory=set)
     _quantizations: set[str] = field(default_factory=set)
+    _sensitivities: set[Path] = field(default_factory=set)
 
     def add(self, trial: Trial, facts: ModelFacts) -> tuple[Todo, int]:
         """Add what a trial will make; return it, and the bytes of its prepared input."""
@@ -70,7 +75,12 @@ class Made:
         read = [one for one in inputs_of(trial.spec) if blocks > 0 or not one.calibration]
         missing = [one for one in read if self._is_new(trial, one.identity)]
         drawn = any(one.calibration for one in missing)
-        todo = Todo(blocks=blocks, draws=drawn, questions=sum(one.questions for one in missing))
+        todo = Todo(
+            blocks=blocks,
+            draws=drawn,
+            questions=sum(one.questions for one in missing),
+            units=self._units_to_measure(trial, facts, blocks),
+        )
         return todo, sum(one.size for one in missing)
 
     def _blocks_to_make(self, trial: Trial, facts: ModelFacts) -> float:
@@ -86,6 +96,23 @@ class Made:
             return 1.0
         there = stored_blocks(*trial.block_folders)
         return max(0.0, 1.0 - there / facts.layers)
+
+    def _units_to_measure(self, trial: Trial, facts: ModelFacts, blocks: float) -> float:
+        """Return the part of a budget's units whose sensitivities a trial measures itself.
+
+        Blocks that are there have their widths beside them.
+        """
+        if trial.spec.budget is None:
+            return 1.0
+        if not blocks:
+            return 0.0
+        units = units_of(trial.spec, facts)
+        identity = identity_of(trial.spec, units)
+        path = file_of(trial.placement.storage, identity)
+        if path in self._sensitivities:
+            return 0.0
+        self._sensitivities.add(path)
+        return 1.0 - kept_units(path, identity) / len(units)
 
     def _is_new(self, trial: Trial, identity: Json) -> bool:
         """Note that a trial reads prepared input; return True if it has to make it.

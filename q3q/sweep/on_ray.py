@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from q3q.errors import GPU_LOST_WORDS, GPU_SUSPECT_WORDS, Q3QError
 from q3q.models.footprint import in_gb
 from q3q.placement import Trial
+from q3q.quantize.budget.sensitivities import sharers_of
 from q3q.record import Progress, TrialRecord
 from q3q.spec import Json
 from q3q.sweep.allocation import Allocation
@@ -184,7 +185,7 @@ class TrialPolicy(JobPolicy):
             ),
             furthers=Furthest(),
             near=trial.spec.model.files,
-            after=trial.spec.quantization_id if trial.placement.leaves_blocks else "",
+            after=_made_by_the_first(trial),
         )
 
     def on_event(self, job: Job, event: Any) -> None:
@@ -233,3 +234,10 @@ def job_return(overrides: Sequence[str], record: TrialRecord | None) -> JobRetur
         status=JobStatus.COMPLETED if done else JobStatus.FAILED,
         _return_value=record if done else Q3QError(record.reason if record else "not run"),
     )
+
+
+def _made_by_the_first(trial: Trial) -> str:
+    """Name what the first of several trials makes, and the others wait for; "" for nothing."""
+    if trial.spec.budget is not None:
+        return sharers_of(trial.spec)
+    return trial.spec.quantization_id if trial.placement.leaves_blocks else ""

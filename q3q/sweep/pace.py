@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from q3q.record import Progress
+from q3q.sweep.costs import SENSING
 
 
 @dataclass
@@ -88,11 +89,14 @@ class Pace:
 def share_done(event: Progress) -> float:
     """Return the share of a trial's work that is done, 0 to 1.
 
-    Quantizing is one half, evaluating the other; other phases do not count.
+    Quantizing is one half, evaluating the other; of a trial with a budget, measuring its
+    sensitivities is the first quarter of all. Other phases do not count.
     """
     share = min(1.0, max(0.0, event.done / event.total)) if event.total else 0.0
     if event.phase == "quantize":
         return share / 2
+    if event.phase == SENSING:
+        return share / 4
     if event.phase == "evaluate":
         number, count = _part(event.note)
         return 0.5 + (number - 1 + share) / count / 2

@@ -10,19 +10,21 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from q3q.kv_scheme import CacheShape, KvScheme
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import in_bytes, in_gb
+from q3q.models.footprint import cache_scheme, cache_shape, in_bytes, in_gb
 from q3q.names import own_names
 from q3q.number_formats import INT, short_name
 from q3q.placement import Trial
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.sweep.allocation import Allocation, Choices
-from q3q.sweep.costs import CostModel, Rate
+from q3q.sweep.costs import SENSING, CostModel, Rate
 from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.made import Made
 from q3q.sweep.packing import Load, Simulation, share_out, simulate
+from q3q.sweep.questions import shown_by_questions
 from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of, state_bytes
 
 HEADINGS = (
@@ -43,6 +45,8 @@ class Planned:
     basis: of the prediction: `measured`, `rough` or `done`
     disk: bytes that it leaves beside its record, without what trials before it left already
     blocks: bytes on disk that it takes only while it runs
+    cache: what a token leaves in the model's cache
+    kv: how that is stored; None: in 16 bits
     """
 
     trial: Trial
@@ -54,6 +58,8 @@ class Planned:
     basis: str
     disk: int = 0
     blocks: int = 0
+    cache: CacheShape | None = None
+    kv: KvScheme | None = None
 
     @property
     def spec(self) -> TrialSpec:
@@ -126,10 +132,14 @@ def plan(
     planned, chosen = list[Planned](), dict[str, Choices]()
     known: dict[Hashable, Choices] = {}
     for trial in trials:
-        if trial.id in finished:
-            planned.append(Planned(trial=trial, allocation=None, phases={}, basis="done"))
-            continue
         shape = facts[trial.id]
+        cache, kv = cache_shape(shape), cache_scheme(shape, trial.spec.kv)
+        if trial.id in finished:
+            done = Planned(
+                trial=trial, allocation=None, phases={}, basis="done", cache=cache, kv=kv
+            )
+            planned.append(done)
+            continue
         key = _allocation_key(trial, shape)
         if key not in known:
             known[key] = choices_of(trial, shape, machines, request)
@@ -144,12 +154,14 @@ def plan(
                 phases=predicted.phases,
                 idle=predicted.idle,
                 basis="measured" if model.knows(trial.spec, where, loader) else "rough",
+                cache=cache,
+                kv=kv,
             )
         )
     planned.sort(key=_turn)
     left = [entry for entry in planned if not entry.done]
-    done = planned[len(left) :]
-    disks = left_by_each([entry.trial for entry in left], [entry.trial for entry in done], facts)
+    ended = planned[len(left) :]
+    disks = left_by_each([entry.trial for entry in left], [entry.trial for entry in ended], facts)
     made = Made(fresh)
     for place, (entry, disk) in enumerate(zip(left, disks, strict=True)):
         shape, allocation = facts[entry.trial.id], chosen[entry.trial.id].at_least(1.0)
@@ -166,13 +178,13 @@ def plan(
             blocks=running_bytes(entry.trial, shape),
         )
     left.sort(key=_turn)
-    return [*_sharing(left, [chosen[entry.trial.id] for entry in left], machines), *done]
+    return [*_sharing(left, [chosen[entry.trial.id] for entry in left], machines), *ended]
 
 
 def _turn(planned: Planned) -> tuple[bool, bool, float, str]:
     """Return what orders trials: see `plan`."""
     spec = planned.spec
-    return planned.done, spec.scheme is not None, -planned.seconds, spec.model.files
+    return planned.done, not spec.rounds_nothing, -planned.seconds, spec.model.files
 
 
 def _sharing(
@@ -216,7 +228,7 @@ def _allocation_key(trial: Trial, facts: ModelFacts) -> Hashable:
     """Return all that a trial's allocation depends on, beside machines and request."""
     spec, placement = trial.spec, trial.placement
     return (
-        (spec.model.files, spec.model.dtype, spec.heads, bool(spec.evaluation.generates)),
+        (spec.model.files, spec.model.dtype, spec.heads, bool(spec.generates)),
         (memory_of(spec), activation_bytes(spec, facts), state_bytes(spec, facts)),
         (placement.loader, placement.memory),
     )
@@ -248,7 +260,8 @@ def describe(
         )
     names = own_names([entry.spec for entry in planned])
     rows = [HEADINGS, *map(_row, planned, names)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    rows = [(*row, *more) for row, more in zip(rows, _caches(planned), strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
@@ -264,8 +277,14 @@ def describe(
     total += [f"{in_bytes(disk)} of disk"] if disk else []
     total += [f"{in_bytes(sweep.blocks)} of disk while trials run"] if sweep.blocks else []
     lines.append(f"{', '.join(total)}. State and records: {storage}")
+    if sensing := sum(entry.phases.get(SENSING, 0.0) for entry in left):
+        lines.append(
+            f"Of the work, {_rounded(sensing)} measures the sensitivities that budgets are "
+            f"allotted by, once for all trials that share them; they stay in {storage}/{SENSING}."
+        )
     if unlike := unlike_methods([entry.spec for entry in planned]):
         lines.append(unlike)
+    lines += shown_by_questions(entry.spec for entry in planned)
     if any(entry.basis != "measured" for entry in left):
         lines.append(
             "Rough: arithmetic alone; trials that finish here correct it for the next plan."
@@ -315,6 +334,31 @@ def _row(planned: Planned, name: str) -> tuple[str, ...]:
         in_bytes(planned.blocks) if planned.blocks else "-",
         f"{planned.gpu_hours:.2f}" if allocation.gpus else "-",
     )
+
+
+def _caches(planned: Sequence[Planned]) -> list[tuple[str, ...]]:
+    """Return the heads and cells of columns on the cache; empty ones where nobody asked for any.
+
+    With a context, these are the bytes of one text of so many tokens.
+    """
+    contexts = [entry.trial.placement.context for entry in planned]
+    context = next((tokens for tokens in contexts if tokens is not None), None)
+    if context is None and not any(entry.kv for entry in planned):
+        return [()] * (1 + len(planned))
+    heads = ["cache a token", *([f"cache of {context} tokens"] if context else [])]
+    rows = [tuple(heads)]
+    for entry in planned:
+        shape, kv = entry.cache, entry.kv
+        cells = ["" for _ in heads]
+        if shape is not None:
+            cells[0] = f"{shape.token_bytes(kv):,.0f} bytes"
+            cells[1:] = [_megabytes(shape.bytes_at(kv, context))] if context else []
+        rows.append(tuple(cells))
+    return rows
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
 
 
 def _rounded(seconds: float) -> str:

@@ -1,5 +1,6 @@
 """What a study as a whole is asked for: where it is kept, and with what it runs."""
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import DictConfig, OmegaConf
@@ -52,6 +53,7 @@ class StudySettings:
             value = OmegaConf.select(config, key)
             if value is not None and not value.isprintable():
                 raise ConfigError(f"{key}={value!r} has a character that cannot be printed")
+        refuse_margin(config)
         read_uri(tracking_uri(config))  # refuses what is no tracker, before anything is planned
         return cls(
             storage=config.storage,
@@ -89,4 +91,26 @@ class StudySettings:
             request=ResourceRequest(cpus=amount("cluster.cpus_per_trial", cpus)),
             register=OmegaConf.select(config, "track.register"),
             config=sweep.config,
+        )
+
+
+def refuse_margin(config: DictConfig) -> None:
+    """Raise ConfigError if no trial could be shown to stay within report.margin."""
+    margin, evaluation = config.report.margin, config.evaluation
+    if margin is None:
+        return
+    if not 0 < margin < math.inf:
+        raise ConfigError(
+            f"report.margin={margin:g} is no loss: give a number above zero, in percent of a "
+            "perplexity and in points of an accuracy"
+        )
+    if not (evaluation.texts or evaluation.tasks):
+        raise ConfigError(
+            f"report.margin={margin:g} needs samples paired with the unquantized model's, but "
+            f"evaluation={evaluation.name} measures nothing: choose another evaluation"
+        )
+    if not evaluation.baseline:
+        raise ConfigError(
+            f"report.margin={margin:g} needs samples paired with the unquantized model's, but "
+            "evaluation.baseline=false leaves it out: remove one of the two"
         )

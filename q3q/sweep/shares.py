@@ -18,7 +18,7 @@ from q3q.models.footprint import (
 )
 from q3q.placement import Trial
 from q3q.quantize.methods.registry import settings_or_default
-from q3q.spec import TrialSpec
+from q3q.spec import OWN_TEXT, TrialSpec
 from q3q.sweep.allocation import Allocation, Choices
 from q3q.sweep.costs import text_windows
 from q3q.sweep.machines import CORES_TO_COME, Machine, ResourceRequest
@@ -100,7 +100,8 @@ def _options(
         gpus = max((machine.gpus for machine in machines), default=0)
     for option in (_on_gpus if gpus > 0 else _on_cores)(spec, facts, machines, request):
         # A model that is not resident would be read again for each generated token.
-        able = option.loader == "resident" or not spec.evaluation.generates
+        able = option.loader == "resident" or not spec.generates
+        able = able and (option.ranks == 1 or spec.budget is None)  # one process allots its bits
         if able and loader in (AUTO, option.loader) and request.ranks in (None, option.ranks):
             yield option
 
@@ -301,7 +302,7 @@ def _refusal(
     memory = largest.gpu_memory if on_gpu else largest.memory
     needs = {
         loader: _need(spec, facts, loader, 1, device)
-        for loader in (("resident",) if spec.evaluation.generates else ("resident", "streamed"))
+        for loader in (("resident",) if spec.generates else ("resident", "streamed"))
     }
     count, unit = (largest.gpus, "GPU") if on_gpu else (largest.cpus, "CPU")
     size = f", {in_gb(memory)} of memory" if memory else ""
@@ -344,6 +345,8 @@ def _advice(
             f"evaluation.tasks without {generating}, which generates text and so needs a "
             "resident model"
         )
+    if OWN_TEXT in trial.spec.generates:
+        advice.append(f"another text than {OWN_TEXT}, which needs a resident model")
     if request.cpus is not None and request.cpus > largest.cpus:
         advice.append(f"cluster.cpus_per_trial={largest.cpus:g} or fewer")
     return advice
@@ -361,7 +364,7 @@ def _gpu_advice(
         advice.append("cluster.gpus_per_trial=0, which computes on cores")
     if request.gpus and request.gpus < 1:
         advice.append("cluster.gpus_per_trial=1")
-    if gpu_memory and not spec.evaluation.generates:
+    if gpu_memory and not spec.generates:
         for ranks in GANG_SIZES:
             needs = _need(spec, facts, "sharded", ranks, "cuda")
             if needs <= ROOM * gpu_memory:

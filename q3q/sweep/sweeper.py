@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from q3q.config.arguments import as_typed
 from q3q.config.composing import Composer
+from q3q.config.judged import floor_job, floor_of, original_job
 from q3q.config.model import facts_of
 from q3q.config.needs import AnyNeed, everything_unavailable, fetching, to_download, union
 from q3q.config.resolve import trial_from
@@ -102,11 +103,18 @@ class StudySweeper(Sweeper):
         notes = without_effect(OverridesParser.create().parse_overrides(typed), specs)
         requested, baselines = set(trials), self._baselines(trials)
         trials |= baselines
+        trials |= (floors := self._floors(trials, len(baselines)))
         if baselines:
             models = ", ".join(str(entry.trial.spec.model.name) for entry in baselines.values())
             print(
                 f"method=none of {models} is added, to compare with; evaluation.baseline=false "
                 "leaves it out"
+            )
+        for entry in floors.values():
+            model = entry.trial.spec.model
+            print(
+                f"{model.name} in {model.dtype} is added, to see what rounding alone costs; "
+                "evaluation.baseline=false leaves it out"
             )
         settings = StudySettings.of(jobs.config)
         absent = to_download(union(needs), fetch) if settings.plan_only else ""
@@ -153,6 +161,8 @@ class StudySweeper(Sweeper):
             if baseline is None or baseline in trials or baseline in added:
                 continue
             overrides = unquantized(next(iter(entry.jobs.values())))
+            if entry.trial.spec.reference is not None:
+                overrides = original_job(overrides)
             config = composer.compose(overrides)
             trial = trial_from(config)
             if trial.id != baseline:
@@ -165,6 +175,34 @@ class StudySweeper(Sweeper):
             jobs = {-1 - len(added): tuple(overrides)}
             added[baseline] = SweepTrial(trial, facts_of(config), jobs)
         return added
+
+    def _floors(self, trials: dict[str, SweepTrial], added: int) -> dict[str, SweepTrial]:
+        """Return the trials that measure judged checkpoints' noise floors, which are not there.
+
+        Args:
+            added: number of other trials that were added.
+        """
+        assert self.config is not None
+        assert self.hydra_context is not None
+        composer = Composer(self.hydra_context.config_loader, self.config)
+        floors = dict[str, SweepTrial]()
+        for entry in trials.values():
+            floor = floor_of(entry.trial.spec)
+            if floor is None or entry.trial.placement.baseline is None:
+                continue
+            if floor.id in trials or floor.id in floors:
+                continue
+            overrides = floor_job(next(iter(entry.jobs.values())), entry.trial.spec)
+            config = composer.compose(overrides)
+            trial = trial_from(config)
+            if trial.id != floor.id:
+                raise ConfigError(
+                    f"the noise floor of {entry.trial.spec.name} cannot be made from this command "
+                    f"({' '.join(overrides)}): give evaluation.baseline=false"
+                )
+            jobs = {-1 - added - len(floors): tuple(overrides)}
+            floors[floor.id] = SweepTrial(trial, facts_of(config), jobs)
+        return floors
 
 
 class _OnOtherLauncher(Host):

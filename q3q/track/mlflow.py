@@ -7,7 +7,7 @@ changes or deletes the runs of another.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -17,12 +17,13 @@ from q3q.errors import NotRegisteredError, TrackingError
 from q3q.evaluate.metrics import held_out
 from q3q.formatting import plural
 from q3q.record import Sweep, TrialRecord
-from q3q.spec import MEAN_ACCURACY, TrialSpec
+from q3q.spec import TrialSpec
 from q3q.storage.identity import storage_id
 from q3q.storage.stores import folder_of
 from q3q.track.mlflow_fields import (
     block_metrics,
     dataset_inputs,
+    deciding_columns,
     earlier_digest,
     metric_entities,
     milliseconds,
@@ -101,7 +102,7 @@ class MlflowTracker:
         self._logged: dict[str, set[tuple[str, int]]] = {}
         # Records that runs of other storages hold, as where this storage is a copy.
         self._elsewhere: set[str | None] = set()
-        self._columns: dict[str, None] = {}  # of the sweep's table, in the order of its records
+        self._columns: dict[str, str] = {}  # of the sweep's table, by metric
         self._said: set[str] = set()
 
     @property
@@ -255,8 +256,7 @@ class MlflowTracker:
         if not self._parent:
             self._start_parent()
         metrics = self._fit(record_metrics(record))
-        judged = fitted_names([*record.intervals, MEAN_ACCURACY]).values()
-        self._add_columns(name for name in metrics if name in judged)
+        self._add_columns(deciding_columns(record))
         if complete is not None:  # others: their driver died before it deleted them
             self._live.pop(spec.id, None)
             self._delete(spec.id, [run for run in runs if run != complete])
@@ -400,14 +400,15 @@ class MlflowTracker:
             {name: value for name, value in params.items() if name not in data.params},
         )
 
-    def _add_columns(self, metrics: Iterable[str]) -> None:
-        """Give the sweep's table columns for these metrics."""
-        if (columns := self._columns | dict.fromkeys(metrics)) != self._columns:
+    def _add_columns(self, found: Mapping[str, str]) -> None:
+        """Give the sweep's table these columns, by metric."""
+        if (columns := self._columns | dict(found)) != self._columns:
             view = f"mlflow.sharedViewState.{self._view}"
             # As in the report, a text that was not calibrated on ranks the trials.
             specs = [trial.spec for trial in self._open_sweep().trials]
             ranked = sorted(columns, key=lambda name: not held_out(name, specs))
-            content = shared_view(self._parent, ranked)
+            fitted = fitted_names(columns[name] for name in ranked)
+            content = shared_view(self._parent, [fitted[columns[name]] for name in ranked])
             self._store.client.set_experiment_tag(self._store.experiment_id, view, content)
             self._columns = columns
 

@@ -5,20 +5,22 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from q3q.evaluate.metrics import mean_metrics
+from q3q.kv_scheme import KvScheme
 from q3q.number_formats import INT
 from q3q.record import TrialRecord, block_errors
 from q3q.spec import MEAN_ACCURACY, SELDOM_OF_SCHEME, Json, TrialSpec, digest
 from q3q.track.mlflow_names import fitted_names
-from q3q.track.wording import trial_note
+from q3q.track.wording import SIZE, trial_note
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric
 
-LAYOUT = 3  # raised when runs get other params or metrics: then each run is brought up to date
+LAYOUT = 4  # raised when runs get other params or metrics: then each run is brought up to date
 # Params that a user types by another name than that in the spec's JSON.
 TYPED = {
     "model.name": "model",
@@ -29,6 +31,7 @@ TYPED = {
     "scheme.symmetric": "symmetric",
     "scheme.act_bits": "act_bits",
     **{f"scheme.{key}": key for key in SELDOM_OF_SCHEME},
+    **{f"kv.{part.name}": f"kv_{part.name}" for part in fields(KvScheme)},
     "calibration.source": "calibration",
 }
 ENDS = (".low", ".high", ".difference")
@@ -66,7 +69,8 @@ def record_metrics(record: TrialRecord) -> dict[str, float]:
 
     With them go `<metric>.low` and `<metric>.high` of each 95 % interval, `<metric>.difference`
     from the unquantized model, the tasks' mean accuracy, and what decides once more as
-    `answer/...`: MLflow draws its charts in the order of the alphabet.
+    `answer/...`, for MLflow draws its charts in the order of the alphabet, and by the names of
+    `columns`.
     """
     metrics = dict(record.metrics)
     for name, (low, high) in record.intervals.items():
@@ -77,8 +81,36 @@ def record_metrics(record: TrialRecord) -> dict[str, float]:
     names = mean_metrics(record.spec)
     if len(names) > 1 and all(name in record.metrics for name in names):
         metrics[MEAN_ACCURACY] = math.fsum(record.metrics[name] for name in names) / len(names)
-    metrics |= {answer_name(name): metrics[name] for name in _deciding(record.spec, metrics)}
+    deciding = _deciding(record.spec, metrics)
+    sizes = [metrics[name] for name in ("export_bytes", "model_bytes") if name in metrics]
+    metrics |= {answer_name(name): metrics[name] for name in deciding}
+    metrics |= {column: metrics[name] for name, column in columns(deciding).items()}
+    metrics |= {SIZE: sizes[0] / 1e6} if sizes else {}
     return {name: _rounded(value) for name, value in metrics.items() if math.isfinite(value)}
+
+
+def columns(deciding: Iterable[str]) -> dict[str, str]:
+    """Return names for a table's columns of the metrics that trials are judged by.
+
+    MLflow shows columns in the order of the alphabet, each as wide as thirteen letters: `acc`, `ppl
+    library`, `ppl stories`, then `size MB`.
+    """
+    return {name: _column(name) for name in deciding}
+
+
+def _column(metric: str) -> str:
+    if metric == MEAN_ACCURACY:
+        return "acc"
+    first, _, last = metric.rpartition("/")
+    quick = " quick" if "_quick" in first else ""
+    if metric.startswith(PERPLEXITIES):
+        return f"ppl {last}{quick}"
+    return f"{last} {first.removesuffix('_quick')}{quick}"
+
+
+def deciding_columns(record: TrialRecord) -> dict[str, str]:
+    """Return the columns of what a trial is judged by, by metric."""
+    return columns(_deciding(record.spec, record_metrics(record)))
 
 
 def _deciding(spec: TrialSpec, metrics: Mapping[str, float]) -> list[str]:
@@ -225,6 +257,7 @@ def sweep_params(specs: list[TrialSpec]) -> dict[str, str]:
     """Return what the sweep varies, as short strings."""
     schemes = [spec.scheme for spec in specs if spec.scheme is not None]
     floats = [scheme for scheme in schemes if scheme.format != INT]
+    caches = [spec.kv for spec in specs if spec.kv is not None]
     return {
         "models": _distinct(spec.model.label for spec in specs),
         "methods": _distinct(spec.method.name for spec in specs),
@@ -232,6 +265,7 @@ def sweep_params(specs: list[TrialSpec]) -> dict[str, str]:
         "group_sizes": _distinct(scheme.group_size for scheme in schemes),
         "act_bits": _distinct(scheme.act_bits for scheme in schemes),
         **({"formats": _distinct(scheme.codes for scheme in floats)} if floats else {}),
+        **({"caches": _distinct(kv.name for kv in caches)} if caches else {}),
         "seeds": _distinct(spec.seed for spec in specs),
         "trials": str(len(specs)),
     }

@@ -2,9 +2,10 @@
 
 import json
 
-from q3q.formatting import bytes_in_words
+from q3q.evaluate.families import holm
+from q3q.formatting import bytes_in_words, plural
 from q3q.record import Sweep, TrialRecord
-from q3q.spec import MEAN_ACCURACY, TrialSpec
+from q3q.spec import TrialSpec
 from q3q.track.mlflow_names import fitted_text
 
 ABOUT_EXPERIMENT = """\
@@ -14,7 +15,8 @@ Each run with children is a sweep. Its note begins with the answer, its metrics 
 at each bit-width, and `report.html` among its artifacts has every table and plot. Each child run is
 a trial: one model, one method, one bit-width. Search trials by what was asked for, for example
 `params.method = "gptq" and params.bits = "4"`, and compare them by `perplexity/...` (lower is
-better) and `accuracy` or `.../acc` (higher is better). `.low` and `.high` are the ends of a 95 %
+better) and `accuracy` or `.../acc` (higher is better). A table's columns have the same numbers
+under short names: `ppl TEXT`, `acc` and `size MB`. `.low` and `.high` are the ends of a 95 %
 interval, and `.difference` is the distance from the unquantized model.
 """
 NOTE = "mlflow.note.content"  # the tag that MLflow shows as a description
@@ -23,7 +25,8 @@ MAX_COMMAND = 1500  # characters in a sweep's note; a tag has the command in ful
 MAX_RUN_NAME = 120  # characters, for the width of a table's column
 SHOWN_PARAMS = ("method", "bits", "group_size")  # in a sweep's table
 MAX_COLUMNS = 8  # metrics in a sweep's table
-SECONDARY_METRICS = ("top1_agreement/", "kl_p")  # prefixes; they get no column beside others
+SIZE = "size MB"  # its last column
+LEVEL = 0.05  # below which a corrected p-value counts
 
 
 def sweep_run_name(sweep: Sweep) -> str:
@@ -81,11 +84,12 @@ def trial_note(record: TrialRecord) -> str:
     if record.diverged:
         lines.append(f"Not a finite number: {', '.join(record.diverged)}")
     if record.comparisons:
-        differing = [name for name, row in record.comparisons.items() if row.distinguishable]
+        differing = _differing(record)
+        tests = f"of {plural(len(record.comparisons), 'test')}, by Holm's method"
         lines.append(
-            f"Significantly different from the unquantized model: {', '.join(differing)}"
+            f"Significantly different from the unquantized model ({tests}): {', '.join(differing)}"
             if differing
-            else "No significant difference from the unquantized model"
+            else f"No significant difference from the unquantized model ({tests})"
         )
     if (export := record.notes.get("export")) is not None:
         size = export.get("disk_bytes", record.metrics.get("export_bytes"))
@@ -97,32 +101,35 @@ def trial_note(record: TrialRecord) -> str:
     return "\n\n".join(lines)
 
 
+def _differing(record: TrialRecord) -> list[str]:
+    """Return the metrics that differ from the unquantized model's, corrected over all of them."""
+    alone = {
+        name: float(not row.distinguishable) if row.p_value is None else row.p_value
+        for name, row in record.comparisons.items()
+    }
+    return [name for name, p in holm(alone).items() if p < LEVEL]
+
+
 def shared_view(parent_run: str, metrics: list[str]) -> str:
     """Return the state of a view that MLflow's UI shows as a sweep's table.
 
-    It lists the trials alone, the best first, with their bits and metrics. This is the UI's own
-    format for a view that somebody shares; a UI that does not know it says so and shows all runs.
+    It lists the trials alone, the best first, with their bits and what decides. This is the UI's
+    own format for a view that somebody shares; a UI that does not know it says so and shows all
+    runs.
 
     Args:
-        metrics: that the sweep's trials have, by MLflow's names.
+        metrics: the columns of what trials are judged by, the one that ranks them first.
     """
-    primary = [name for name in metrics if not name.startswith(SECONDARY_METRICS)] or metrics
-    shown = sorted(primary, key=_column_rank)[:MAX_COLUMNS]
-    columns = [f"metrics.`{name}`" for name in [*shown, "bits_per_weight_model"]]
+    shown = [f"metrics.`{name}`" for name in [*metrics[:MAX_COLUMNS], SIZE]]
     return json.dumps(
         {
             "searchFilter": f"tags.mlflow.parentRunId = '{parent_run}'",
-            "orderByKey": columns[0],
-            "orderByAsc": "accuracy" not in columns[0] and "/acc" not in columns[0],
+            "orderByKey": shown[0],
+            "orderByAsc": not metrics or not metrics[0].startswith("acc"),
             "startTime": "ALL",
             "lifecycleFilter": "Active",
             "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
-            "selectedColumns": [f"params.`{name}`" for name in SHOWN_PARAMS] + columns,
+            "selectedColumns": [f"params.`{name}`" for name in SHOWN_PARAMS] + shown,
         }
     )
-
-
-def _column_rank(name: str) -> int:
-    """Rank perplexities first, then the mean accuracy, then single tasks and tokens."""
-    return 0 if name.startswith("perplexity") else 1 if name == MEAN_ACCURACY else 2

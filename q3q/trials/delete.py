@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -10,10 +10,13 @@ from pathlib import Path
 from q3q.attempt import CLAIM
 from q3q.data.prepared import FOLDER as PREPARED
 from q3q.data.prepared import kept_identities
+from q3q.data.traces import FOLDER as TRACES
 from q3q.errors import ConfigError
 from q3q.evaluate.identities import prepared_identities, says_all_of
 from q3q.formatting import bytes_in_words
 from q3q.placement import Trial
+from q3q.spec import TRACES as WRITES
+from q3q.spec import Json
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
 from q3q.storage.mirror import mirror_at
 from q3q.storage.stores import folder_of
@@ -85,16 +88,33 @@ def baselines_of(trial: Trial, storage: Path) -> list[Path]:
     return folders
 
 
+def trace_identities(trials: Iterable[Trial]) -> list[Json]:
+    """Return what trials say of the traces that they are calibrated on."""
+    return [
+        {"model": trial.spec.model.identity, "recipe": part.digest}
+        for trial in trials
+        if (calibration := trial.spec.calibration) is not None
+        for part in (calibration, *calibration.parts)
+        if part.source == WRITES
+    ]
+
+
 def _inputs_of(entry: StoredTrial, staying: Sequence[Trial], storage: Path) -> list[Path]:
     """Return the files of prepared input that this trial reads and none of those that stay."""
     if entry.trial is None:
         return []
     leaving = prepared_identities(entry.trial.spec)
     others = [identity for trial in staying for identity in prepared_identities(trial.spec)]
-    return [
+    found = [
         path
         for path, whole in kept_identities(storage / PREPARED).items()
         if says_all_of(whole, leaving) and not says_all_of(whole, others)
+    ]
+    own, kept = (trace_identities(trials) for trials in ([entry.trial], staying))
+    return found + [
+        path
+        for path, whole in kept_identities(storage / TRACES).items()
+        if says_all_of(whole, own) and not says_all_of(whole, kept)
     ]
 
 

@@ -14,7 +14,12 @@ from pyarrow import parquet
 from q3q.data.files import FOREIGN
 from q3q.data.texts import _HUB, SOURCES, Text, load_text
 from q3q.errors import CalibrationError
-from q3q.models.demo.library import held_out_text
+from q3q.models.demo.library import (
+    CALIBRATION_MODULES,
+    HELD_OUT_MODULES,
+    calibration_text,
+    held_out_text,
+)
 from q3q.models.demo.stories import stories, story_text
 
 
@@ -52,16 +57,18 @@ def test_the_demo_text_is_joined_as_in_training_and_never_evaluated_on_what_was_
     assert not seen & set(evaluation.documents)
 
 
-def test_library_text_is_for_evaluation_alone():
+def test_library_text_is_of_other_modules_to_evaluate_than_to_calibrate():
     text = load_text("library", split="evaluation")
     assert text.documents == (held_out_text(),)
-    refuse("library", "calibration", "'library' is not a text for calibration", "demo, wikitext2")
+    calibrated = load_text("library", split="calibration")
+    assert calibrated.documents == (calibration_text(),)
+    assert not {*HELD_OUT_MODULES} & {*CALIBRATION_MODULES}
     refuse("pile", "evaluation", "'pile' is not a text for evaluation")
 
 
 def test_an_unknown_source_gets_the_nearest_name():
     refuse("wikitxt2", "calibration", "did you mean wikitext2?")
-    refuse("zzz", "calibration", "give one of demo, wikitext2, c4, pile, file")
+    refuse("zzz", "calibration", "give one of demo, library, wikitext2")
 
 
 def test_a_digest_sees_documents_bounds_and_joiner_but_no_name():
@@ -343,6 +350,7 @@ def test_the_two_splits_of_a_data_set_are_different_files():
         "demo",
         "library",
         "file",
+        "chat",
     }
 
 

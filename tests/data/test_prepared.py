@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from q3q.config.model import DEMO_MODELS
+from q3q.data import calibration as calibrating
 from q3q.data import windows
+from q3q.data.calibration import calibration_windows
 from q3q.data.prepared import FOLDER, Arrays, Shelf, kept_identity, prepared, tokenizer_digest
 from q3q.data.texts import Text
-from q3q.data.windows import calibration_windows, evaluation_windows
+from q3q.data.windows import evaluation_windows
 from q3q.errors import ConfigError
 from q3q.models.checkpoint import load_tokenizer
 from q3q.placement import Placement, Trial
@@ -163,7 +165,7 @@ def test_calibration_windows_are_drawn_once_and_are_those_that_are_drawn(
 ):
     length = 400 if draw == "documents" else 64
     calibration = calibration_of(digest=TEXT.digest, draw=draw, samples=4, length=length)
-    monkeypatch.setattr(windows, "load_text", lambda *_, **__: TEXT)
+    monkeypatch.setattr(calibrating, "load_text", lambda *_, **__: TEXT)
     trial = trial_of(tmp_path, calibration)
     plain = windows.draw_windows(
         TEXT,
@@ -174,7 +176,7 @@ def test_calibration_windows_are_drawn_once_and_are_those_that_are_drawn(
         seed=42 if draw == "documents" else 0,
     )
     drawn = [calibration_windows(trial, tokenizer)]
-    monkeypatch.setattr(windows, "load_text", lambda *_, **__: pytest.fail("the text is read"))
+    monkeypatch.setattr(calibrating, "load_text", lambda *_, **__: pytest.fail("the text is read"))
     drawn.append(calibration_windows(trial, tokenizer))
     for found in drawn:
         assert found is not None

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from q3q.models.adjust import set_activations
 from q3q.models.checkpoint import Checkpoint
 from tests.export.test_reload import CT, W8A8, strangers_view
-from tests.models.families import build, nest
+from tests.models.families import WHOLE_WORDS, build, nest
 from tests.specs import respecified
 
 SYMMETRIC = {"group_size": 4, "symmetric": True}
+WORDS = {"group_size": 8, "symmetric": True}
 UNPACKER = "plain unpacker of `compressed-tensors`"
 
 
@@ -25,12 +26,15 @@ UNPACKER = "plain unpacker of `compressed-tensors`"
         ("qwen3.5 moe", True, "compressed_tensors", W8A8, UNPACKER),
         ("qwen3-next", False, "hf", SYMMETRIC, "transformers"),
         ("qwen3-next", False, "compressed_tensors", SYMMETRIC, CT),
+        ("qwen3.5", True, "gptq", WORDS, "plain unpacker of `gptq`"),
+        ("qwen3-next", False, "awq", WORDS, "plain unpacker of `awq`"),
     ],
 )
 def test_hybrids_come_back_whole(trial_of, export, tmp_path, kind, nested, name, scheme, loader):
     pytest.importorskip("compressed_tensors")
     folder = tmp_path / "original"
-    build(kind, tied=nested).save_pretrained(folder)
+    sizes = WHOLE_WORDS if name in ("gptq", "awq") else {}
+    build(kind, tied=nested, **sizes).save_pretrained(folder)
     if nested:
         nest(folder)
     original = Checkpoint(folder)

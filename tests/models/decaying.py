@@ -134,7 +134,7 @@ def save_random(folder, model_type="decaying", **changed):
     import torch
     from safetensors.torch import save_file
 
-    from q3q.models.checkpoint import of_expert
+    from q3q.models.disk_names import of_expert
     from q3q.models.facts import read_facts
 
     more = EXPERTS if model_type == "decaying_moe" else {}

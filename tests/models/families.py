@@ -57,6 +57,14 @@ SHARED: dict[str, Any] = dict(
     moe_intermediate_size=16,
     shared_expert_intermediate_size=20,
 )
+# Rows and columns of a hybrid's linears that fill 32-bit words with 4-bit codes.
+WHOLE_WORDS: dict[str, int] = dict(
+    hidden_size=32,
+    shared_expert_intermediate_size=24,
+    linear_key_head_dim=12,
+    linear_value_head_dim=8,
+    head_dim=16,
+)
 HYBRIDS: dict[str, dict[str, Any]] = {
     "qwen3.5": dict(model_type="qwen3_5_text", **DELTA),
     "qwen3.5 moe": dict(model_type="qwen3_5_moe_text", **DELTA, **SHARED),
@@ -100,10 +108,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(kind: str, tied: bool = True) -> Any:
+def build(kind: str, tied: bool = True, **sizes: int) -> Any:
     """Return transformers' model, in evaluation mode, every tensor of it random."""
     torch.manual_seed(0)
-    settings = {**COMMON, **KINDS[kind], "tie_word_embeddings": tied}
+    settings = {**COMMON, **KINDS[kind], "tie_word_embeddings": tied, **sizes}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
     with torch.no_grad():
         for name, tensor in model.named_parameters():

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import q3q.models.demo
+from q3q.kv_scheme import KvScheme
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.models.kv_cache import KvRounding
 from q3q.models.sharded import load_sharded
 from q3q.models.tensor_files import read_header
 from q3q.numerics.grid import into_groups, minmax_grid
@@ -17,6 +19,7 @@ from q3q.numerics.weights import round_to_grid
 
 DEMO = Path(q3q.models.demo.__file__).parent
 CHANGED = "self_attn.o_proj.weight"
+KV = KvRounding(KvScheme(bits=2, scales="channel", chunk=4, window=3))
 
 
 def random_ids(vocab):
@@ -29,6 +32,20 @@ def random_ids(vocab):
 def rounded(weight_VH):
     grid = minmax_grid(into_groups(weight_VH[None], -1), 4, symmetric=False)
     return round_to_grid(weight_VH[None], grid, 4, -1, symmetric=False)
+
+
+def scored(model):
+    """Return log-likelihoods of texts that part within a chunk of keys; rank 0 gets none."""
+    import numpy as np
+
+    from q3q.evaluate.budget import TokenBudget
+    from q3q.evaluate.scoring import Request, score
+
+    texts = [np.array([*range(10, 19), *own], np.int32) for own in ((5, 6, 7), (8,), (9, 9, 9, 9))]
+    requests = [Request(text[:-1], text[-3:], "t") for text in texts]
+    ended = score(model, requests, TokenBudget(64, most=64))
+    found = dict(pair for pairs, _ in ended for pair in pairs)
+    return [found[number].log_likelihood for number in range(len(requests))]
 
 
 def quarter(k, block):
@@ -64,6 +81,7 @@ def in_one_place_alone(team, folder):
 @pytest.fixture(scope="module")
 def results(gang, broken):
     demo, make_ids, make_codes, changed = DEMO, random_ids, rounded, CHANGED
+    kv, score_all = KV, scored
     load_alone = in_one_place_alone
 
     def lead(team):
@@ -93,6 +111,10 @@ def results(gang, broken):
             batches = make_ids(model.facts.vocab)
             result["blocks"] = [dict(block.weights) for block in model.blocks]
             result["ends"] = [model.embedding_VH, model.head_VH, model.norm_H]
+            model.round_cache(kv)
+            result["rounded"] = list(model.states(batches))
+            result["scores"] = score_all(model)
+            model.round_cache(None)
             result["states"] = list(model.states(batches))
             result["single"], result["none"] = (
                 list(model.states(batches[:1])),
@@ -188,6 +210,15 @@ def test_text_that_the_ranks_divide_gives_the_same_bits(both):
     assert same(results["states"], expected)
     assert same(results["single"], expected[:1])
     assert results["none"] == []
+
+
+def test_every_rank_rounds_the_cache_and_plans_its_texts_by_that(both):
+    model, results = both
+    exact = scored(model)
+    model.round_cache(KV)
+    assert same(results["rounded"], list(model.states(random_ids(model.facts.vocab))))
+    assert results["scores"] == pytest.approx(scored(model), abs=1e-4)
+    assert results["scores"] != pytest.approx(exact, abs=1e-2)
 
 
 def test_what_is_done_to_a_copy_leaves_the_model_alone(both):

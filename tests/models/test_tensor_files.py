@@ -10,7 +10,7 @@ from q3q.models.tensor_files import encode_tensors, read_header, read_tensors
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "_READ_AT_ONCE", 1000)
+    monkeypatch.setattr(tensor_files, "READ_AT_ONCE", 1000)
     monkeypatch.setattr(tensor_files, "readers", lambda: 3)
     draw = torch.Generator().manual_seed(0)
     tensors = {

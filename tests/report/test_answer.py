@@ -10,8 +10,9 @@ import pytest
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
 from q3q.placement import Placement
 from q3q.record import COMPLETED, Comparison, TrialRecord
-from q3q.report.answer import NO_WINNER, ONLY_CALIBRATED, answers, in_markdown, sentences
+from q3q.report.answer import NO_WINNER, ONLY_CALIBRATED, answers, sentences
 from q3q.report.changes import Change, change
+from q3q.report.opening import in_markdown
 from q3q.report.pools import Pool, pools
 from q3q.report.tables import Table
 from tests.specs import calibration_of, evaluation_of, make_spec, model_of, text_of
@@ -296,7 +297,12 @@ def test_the_text_that_was_not_calibrated_on_ranks_and_a_disagreement_leaves_no_
         "+100 % from the unquantized model; gptq has the lowest perplexity of stories (calibrated "
         "on), +100 %."
     )
-    assert in_markdown(answers(trials)).startswith(f"- {sentence}\n\n**demo**")
+    first, second = in_markdown(answers(trials)).splitlines()
+    assert first.startswith("- Take awq at 2 bits: its perplexity of library changes by +100 %")
+    assert second == (
+        "- At 2 bits there is no clear winner: awq is best by perplexity of library (+100 %), gptq "
+        "by perplexity of stories."
+    )
 
 
 def test_a_disagreement_within_chance_leaves_a_winner(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_the_page_works_in_a_browser(page: str, tmp_path: Path) -> None:
     probe = re.search(r'data-probe="([^"]*)"', dom)
     assert probe is not None
     values = probe[1].replace("&quot;", '"')
-    assert '"tip":"rtn, 4 bits: 4.000"' in values
+    assert '"tip":"unquantized float32: 16.0 MB"' in values
     assert '"faint":["rtn","unquantized float32"]' in values
     assert '"overflow":false' in values
 
@@ -196,7 +196,7 @@ def opened(page: str, tmp_path: Path, *flags: str) -> tuple[dict[str, Any], list
 
 def test_as_a_file_it_works_and_asks_nobody_for_anything(page: str, tmp_path: Path) -> None:
     values, requests = opened(page, tmp_path, "--window-size=1200,900")
-    assert values["tip"] == "rtn, 4 bits: 4.000"
+    assert values["tip"] == "unquantized float32: 16.0 MB"
     assert requests == []
 
 

@@ -1,14 +1,16 @@
 """The command that a report shows for a trial means that very trial."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from q3q.config import schema
 from q3q.config.arguments import understood
-from q3q.config.command import command_of
+from q3q.config.command import command_of, export_command
 from q3q.config.model import DEMO_MODELS
+from q3q.export.formats import format_of_choice
 from q3q.quoting import override
 from tests.composed import composed_trial
 
@@ -90,3 +92,32 @@ def test_paths_with_any_characters_are_read_back_by_shell_and_hydra(tmp_path):
         made.placement,
     )
     assert made.spec.model.name == "it's {mine}, ${oc.env:HOME}"
+
+
+@pytest.mark.parametrize(
+    ("words", "form"),
+    [
+        (["method=rtn", "bits=4"], "compressed_tensors"),
+        (["method=gptq", "bits=3", "seed=2", "calibration.samples=4"], "gptq"),
+        (["method=gptq", "bits=3", "method.act_order=false"], "compressed_tensors"),
+        (["method=gptq", "bits=5"], "hf"),
+        (["method=smoothquant", "bits=8", "act_bits=8"], "compressed_tensors"),
+        (["method=rtn", "format=mxfp4"], "compressed_tensors"),
+        (["method=rtn", "format=fp8_e5m2"], "hf"),
+        (["method=rtn", "bits=4", "head_bits=8", "embedding_bits=8"], "hf"),
+        (["method=billm"], "hf"),
+    ],
+)
+def test_the_command_that_exports_quantizes_as_the_trial_did(words, form):
+    made = trial(words)
+    assert format_of_choice(made.spec) == form
+    again = trial(shlex.split(export_command(made, form))[2:])
+    assert (again.spec.export, again.spec.evaluation.texts) == (form, ())
+    # An export rounds its scales to the type that it stores.
+    scheme = replace(again.spec.scheme, scales=made.spec.scheme.scales)
+    same = {"export": made.spec.export, "evaluation": made.spec.evaluation, "scheme": scheme}
+    assert replace(again.spec, **same) == made.spec
+
+
+def test_what_no_format_holds_has_no_command():
+    assert format_of_choice(trial(["method=smoothquant", "bits=4", "act_bits=4"]).spec) is None

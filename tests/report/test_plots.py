@@ -320,3 +320,21 @@ def test_models_whose_names_differ_in_what_no_file_can_be_called_keep_their_own_
     names = [plot.name for plot in study_plots(records)]
     assert len(set(names)) == len(names)
     assert all(re.fullmatch(r"[\w-]+", name) for name in names)
+
+
+def test_an_allotment_has_a_grid_of_unit_by_width_and_a_note_that_is_none_has_no_picture() -> None:
+    note = {"units": ["blocks.0.qkv", "blocks.0.o"], "widths": [2, 4], "bits": [4, 2]}
+    note |= {"measured": [[0.5, 0.01], [0.125, 0.0]], "predicted": 0.135}
+
+    def drawn(note: dict[str, Any]) -> list[Plot]:
+        one = replace(record("rtn", 3, 3.0), notes={"allotment": note})
+        return [p for p in study_plots([one]) if p.name.endswith("sensitivities")]
+
+    [plot] = drawn(note)
+    assert "0.1350" in plot.caption
+    cells = tips(plot)
+    assert "blocks.0.qkv, 2 bits: 0.5" in cells
+    assert "blocks.0.o, 4 bits: nothing" in cells
+    assert len([patch for patch in plot.figure.axes[0].patches if not patch.get_fill()]) == 2
+    assert not drawn({**note, "bits": [4]})
+    assert not drawn({**note, "measured": [[1.0]]})

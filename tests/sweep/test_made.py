@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 
+from q3q.bit_budget import BitBudget
 from q3q.data.prepared import FOLDER, Shelf
 from q3q.evaluate.identities import prepared_identities
+from q3q.quantize.budget.sensitivities import Sensitivities, file_of, identity_of
+from q3q.quantize.budget.units import units_of
 from q3q.sweep import run
-from q3q.sweep.costs import CostModel, Rate, Todo
+from q3q.sweep.costs import SENSING, CostModel, Rate, Todo
 from q3q.sweep.made import QUESTION_BYTES, Made
-from q3q.sweep.plan import Planned, plan, simulated
+from q3q.sweep.plan import Planned, describe, plan, simulated
 from q3q.sweep.run import Host, run_study
 from q3q.sweep.settings import StudySettings
 from tests.specs import STUDY_TASKS, evaluation_of, respecified
@@ -124,3 +127,32 @@ def test_a_study_that_runs_everything_again_plans_so(monkeypatch, tmp_path, fres
     assert run_study([one], {one.id: SHAPE}, settings, "the command", Asked()) is None
     [[planned]] = plans
     assert (planned.phases["quantize"] > 0) == fresh
+
+
+def test_sensitivities_are_measured_once_for_all_budgets_and_what_lies_there_takes_no_time(
+    tmp_path,
+):
+    def budgeted(bits, measure="kl"):
+        budget = BitBudget(
+            **{"bits": bits, "unit": "site", "widths": (2, 4, 8), "measure": measure},
+            **{"source": "demo", "digest": "0", "samples": 16, "length": 512, "draw": "random"},
+        )
+        return respecified(trial(keep="auto"), budget=budget).moved(tmp_path)
+
+    one, other = budgeted(3.5), budgeted(4.5)
+    planned = planned_for([one, other], [NODE])
+    seconds = [entry.phases[SENSING] for entry in planned]
+    assert seconds[0] > 0 == seconds[1]
+    words = describe(planned, machines=[NODE], where="here", storage=tmp_path)
+    assert "measures the sensitivities" in words
+    [quick] = planned_for([budgeted(3.5, "block_error")], [NODE])
+    assert 0 < quick.phases[SENSING] < seconds[0]  # no later block runs
+    units = units_of(one.spec, SHAPE)
+    identity = identity_of(one.spec, units)
+    half = Sensitivities(file_of(tmp_path, identity), identity)
+    for unit in units[: len(units) // 2]:
+        half.rows[unit.name] = [0.1, 0.01, 0.0]
+    half.add(units[0].name, [0.1, 0.01, 0.0])
+    [rest] = planned_for([other], [NODE])
+    assert rest.phases[SENSING] == pytest.approx(seconds[0] / 2)
+    assert SENSING not in planned_for([trial()], [NODE])[0].phases

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 
 from q3q.errors import ConfigError
+from q3q.kv_scheme import KvScheme
 from q3q.models.facts import read_facts
 from q3q.models.footprint import need
 from q3q.quantize.methods import registry
@@ -412,6 +413,21 @@ def test_baselines_come_first_then_the_longest():
     assert ordered[0].spec.scheme is None
     seconds = [one.seconds for one in ordered[1:]]
     assert seconds == sorted(seconds, reverse=True)
+
+
+def test_a_plan_counts_caches_where_one_is_rounded_or_a_context_is_given():
+    def cells(*trials):
+        text = describe(planned_for(trials, [NODE]), machines=[NODE], where="here", storage="there")
+        return [line for line in text.splitlines() if "cache" in line or "bytes" in line]
+
+    kv8 = KvScheme(bits=8)
+    assert not cells(trial())
+    heads, *rows = cells(trial(), trial(kv=kv8))
+    assert heads.endswith("cache a token")
+    assert [row.split()[-2:] for row in rows] == [["147,456", "bytes"], ["76,032", "bytes"]]
+    heads, row = cells(trial(kv=kv8).placed(context=32768))
+    assert heads.endswith("cache a token  cache of 32768 tokens")
+    assert row.endswith("76,032 bytes   2.49 GB")
 
 
 def pretend(seconds, gpus=1.0, ranks=1, kind="", idle=0.0):

@@ -175,6 +175,9 @@ def test_a_trial_is_read_back_whole(tracker: MlflowTracker, tmp_path: Path) -> N
     assert child.data.metrics == {
         "answer/perplexity of stories": 3.5,
         "answer/acc of stories_who": 0.75,
+        "ppl stories": 3.5,
+        "acc stories_who": 0.75,
+        "size MB": 9.0,
         "perplexity/stories": 3.5,
         "perplexity/stories.low": 3.25,
         "perplexity/stories.high": 3.75,
@@ -665,9 +668,10 @@ def test_the_sweeps_page_is_a_view_of_its_trials(tracker: MlflowTracker) -> None
     view = json.loads(experiment.tags[f"mlflow.sharedViewState.{sweep().id}"])
     [parent] = parents(tracker)
     assert view["searchFilter"] == f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
-    assert view["orderByKey"] == "metrics.`perplexity/stories`"
-    assert "metrics.`seconds/load`" not in view["selectedColumns"]
-    assert view["selectedColumns"][:2] == ["params.`method`", "params.`bits`"]
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`ppl stories`", True)
+    *params, first, last = view["selectedColumns"]
+    assert params == ["params.`method`", "params.`bits`", "params.`group_size`"]
+    assert (first, last) == ("metrics.`ppl stories`", "metrics.`size MB`")
     assert tracker.page == (
         f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={sweep().id}"
     )

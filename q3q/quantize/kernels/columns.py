@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from q3q.numerics.floats import encode, nearest_
+from q3q.numerics.grid import Grid
 from q3q.numerics.kernels.compiler import has_fused
-from q3q.numerics.levels import FloatLevels, Levels
+from q3q.numerics.levels import BlockLevels, FloatLevels, Levels
 
 # Columns updated one by one before the block's rest absorbs their errors. 16 to 64: equally fast.
 SUB_BLOCK = 32
@@ -44,7 +45,11 @@ def solve_block_plain(
     codes_ECO, error_ECO = torch.empty_like(weight_ECO), torch.empty_like(weight_ECO)
     for i, k in enumerate(grid_of_C):
         value_EO, scale_EO, zero_EO = weight_ECO[:, i], scale_EKO[:, k], zero_EKO[:, k]
-        if isinstance(levels, FloatLevels):
+        if isinstance(levels, BlockLevels):
+            grid = Grid(scale_EO, zero_EO)
+            code_EO = levels.to_codes(value_EO, grid)
+            error_EO = value_EO - levels.on_grid(value_EO, grid)
+        elif isinstance(levels, FloatLevels):
             level_EO = nearest_(value_EO / scale_EO, levels.form)
             code_EO, error_EO = encode(level_EO, levels.form), value_EO - scale_EO * level_EO
         else:
@@ -66,8 +71,11 @@ def solve_block(
 ) -> tuple[Tensor, Tensor]:
     """Solve as `solve_block_plain` does, with five calls per column, none of which allocates.
 
-    A floating-point format takes a few calls more, which allocate.
+    A floating-point format takes a few calls more, which allocate. GGUF's blocks have offsets where
+    whole numbers have zero points, and are solved plainly.
     """
+    if isinstance(levels, BlockLevels):
+        return solve_block_plain(weight_ECO, factor_ECC, scale_EKO, zero_EKO, grid_of_C, levels)
     form = levels.form if isinstance(levels, FloatLevels) else None
     experts, columns, _ = weight_ECO.shape
     codes_ECO = torch.empty(weight_ECO.shape, device=weight_ECO.device)
@@ -109,9 +117,12 @@ def solve_block(
     return codes_ECO, error_ECO
 
 
-def block_solver(device: torch.device) -> BlockSolver:
-    """Return the fastest solver: on CUDA the fused kernel, if Triton compiles there."""
-    if has_fused(device):
+def block_solver(device: torch.device, levels: Levels) -> BlockSolver:
+    """Return the fastest solver: on CUDA the fused kernel, if Triton compiles there.
+
+    It has no GGUF types, which `solve_block` takes on any device.
+    """
+    if has_fused(device) and not isinstance(levels, BlockLevels):
         from q3q.quantize.kernels.fused import solve_block_fused
 
         return solve_block_fused

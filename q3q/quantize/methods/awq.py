@@ -8,6 +8,7 @@ one by one. A small e or r is a part of E or R.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def awq_round_plain(
         The columns' scale [I], and the scaled weight after clipping and rounding [O, I].
     """
 
-    scaled = ScaledLevels(weight_OI[None], scheme)
+    scaled = ScaledLevels([weight_OI[None]], scheme)
 
     def rounded(weight_OGS: Tensor, scale_I: Tensor) -> Tensor:
         levels = scaled.at(scale_I[None])
@@ -159,13 +160,20 @@ def first_lowest(loss_CE: Tensor, candidates_CEI: Tensor) -> Tensor:
 
 
 class ScaledLevels:
-    """What a scheme's codes stand for, of one linear whose columns are multiplied by a scale."""
+    """What a scheme's codes stand for, of linears whose columns are multiplied by one scale.
 
-    def __init__(self, weight_EOI: Tensor, scheme: Scheme) -> None:
+    They share what linears share that are stored for one input: NVFP4's factor.
+
+    Args:
+        weights: [E, O, I], in the order in which their rows lie below each other.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], scheme: Scheme) -> None:
         self._levels = levels = plain_levels(scheme)
         self._peaks: RowPeaks | None = None
         if isinstance(levels, FloatLevels) and levels.needs_peaks:
-            self._peaks = levels.peaks(weight_EOI, [weight_EOI.shape[1]])
+            peaks = [levels.peaks(weight_EOI, [weight_EOI.shape[1]]) for weight_EOI in weights]
+            self._peaks = RowPeaks.joined(peaks)
 
     def at(self, scale_EI: Tensor) -> Levels:
         if self._peaks is None:
@@ -180,7 +188,7 @@ def scaled_rounding(
 
     levels: of these rows; None if they are a whole linear [E, O, I].
     """
-    levels = levels or ScaledLevels(weight_xOI, scheme).at(scale_xI)
+    levels = levels or ScaledLevels([weight_xOI], scheme).at(scale_xI)
     groups = into_groups(weight_xOI.float() * scale_xI[..., None, :], scheme.group_size)
     return levels.on_grid(groups, levels.awq(groups)).flatten(-2).div_(scale_xI[..., None, :])
 
@@ -194,7 +202,7 @@ def linear_losses(task: ScaleTask, candidates_CEI: Tensor, scheme: Scheme) -> Te
     weight_EOI = weight_EOI[task.experts] if weight_EOI.ndim == 3 else weight_EOI[None]
     gram_EII = task.statistics.gram.sum_EII
     loss_CE = torch.zeros(candidates_CEI.shape[:2], dtype=torch.float64, device=weight_EOI.device)
-    scaled = ScaledLevels(weight_EOI, scheme)
+    scaled = ScaledLevels([weight_EOI], scheme)
     levels_C = [scaled.at(scale_EI) for scale_EI in candidates_CEI]
     for e, rows in _parts(weight_EOI):
         for r in rows:
@@ -279,10 +287,16 @@ class PieceErrors:
         self._windows_at_once = max(1, tokens // length)
         self._rows_at_once = max(1, tokens // task.row)
         self._place, self._original = {w: place for place, w in enumerate(order)}, original
-        weights = {name: task.weights[name] for name in task.group.site.weights}
-        self._levels = {
-            name: ScaledLevels(weight if weight.ndim == 3 else weight[None], scheme)
-            for name, weight in weights.items()
+        weights = {
+            name: weight if weight.ndim == 3 else weight[None]
+            for name in task.group.site.weights
+            for weight in [task.weights[name]]
+        }
+        self._levels = ScaledLevels(list(weights.values()), scheme)
+        ends = list(accumulate(weight.shape[1] for weight in weights.values()))
+        self._rows = {
+            name: slice(end - weight.shape[1], end)
+            for (name, weight), end in zip(weights.items(), ends, strict=True)
         }
         for group, output_TO in self._outputs(order, {}):
             for window_TO in output_TO.chunk(len(group)):
@@ -291,11 +305,12 @@ class PieceErrors:
     def errors(self, candidate: int, windows: Sequence[int]) -> Iterator[dict[int, float]]:
         """Yield the candidate's squared error on each window, a few windows at a time."""
         scale_I = self._candidates_CEI[candidate, 0]
+        levels = self._levels.at(scale_I[None])
         weights = {
             name: _scaled_rounding_by_parts(
-                self._task.weights[name], scale_I, self._scheme, levels.at(scale_I[None])
+                self._task.weights[name], scale_I, self._scheme, levels.part(slice(None), rows)
             )
-            for name, levels in self._levels.items()
+            for name, rows in self._rows.items()
         }
         for group, output_TO in self._outputs(windows, weights):
             original_TO = torch.cat([self._original[self._place[w]] for w in group])
@@ -348,7 +363,7 @@ def clip_search(
         inputs: each expert's tokens [T, I] to judge by, float32; without tokens it is not clipped.
         levels: of these rows; None if the weights are a whole linear.
     """
-    levels = levels or ScaledLevels(weight_EOI, scheme).at(torch.ones_like(weight_EOI[:, 0]))
+    levels = levels or ScaledLevels([weight_EOI], scheme).at(torch.ones_like(weight_EOI[:, 0]))
     clipped_EOI = torch.empty_like(weight_EOI)
     for e, rows in _parts(weight_EOI):
         # Experts with fewer tokens are padded with zeros, which cost nothing.

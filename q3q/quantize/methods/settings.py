@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
 from q3q.models.footprint import MethodMemory
-from q3q.number_formats import FORMATS, INT
+from q3q.number_formats import BLOCKS, FORMATS, INT
 from q3q.spec import Json, Scheme
 
 
@@ -107,6 +107,11 @@ class MethodSettings:
             return (
                 f"method={self.name} cannot do format={scheme.format}; it takes "
                 f"format={','.join(self.formats)}"
+            )
+        if getattr(self, "mse", False) and scheme.format in BLOCKS:
+            return (
+                f"method.mse=true has no use with format={scheme.format}, whose scales are chosen "
+                "as llama.cpp chooses them: leave it out"
             )
         if getattr(self, "mse", False) and (scheme.four_over_six or scheme.group_rows != 1):
             other = (

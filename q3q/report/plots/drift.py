@@ -23,7 +23,7 @@ def divergence_against_bits(
     metrics = [name for r in records for name in r.metrics if name.startswith("kl/")]
     for metric in dict.fromkeys(metrics):
         text = metric.removeprefix("kl/")
-        trials = [r for r in records if r.spec.scheme is not None and text in _texts(r)]
+        trials = [r for r in records if not r.spec.rounds_nothing and text in _texts(r)]
         tried = pools(trials, metric)
         positive = [p for p in tried if isinstance(kl := p.cell(metric), float) and kl > 0]
         if not positive:

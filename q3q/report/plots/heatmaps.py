@@ -147,9 +147,7 @@ def _site_heatmap(record: TrialRecord, ends: tuple[float, float] | None = None) 
     height = 1.2 + max(1.2, 0.3 * len(rows))
     figure = new_figure(2.8 + min(max(3.6, 0.4 * len(blocks)), 10), height)
     axes = figure.subplots()
-    _draw_grid(
-        figure, axes, grid, quantity, lambda y, x: f"block {blocks[x]}, {rows[y]}", ends=ends
-    )
+    draw_grid(figure, axes, grid, quantity, lambda y, x: f"block {blocks[x]}, {rows[y]}", ends=ends)
     _name_blocks(axes, blocks)
     axes.set_yticks(range(len(rows)), labels=rows, fontsize=8)
     linears = f"\nmean over the {found.averaged} linears of each site"
@@ -174,7 +172,7 @@ def _expert_heatmap(
     height = 1.2 + min(max(1.4, 0.24 * experts), 9)
     figure = new_figure(2.8 + min(max(3.0, 0.4 * len(blocks)), 10), height)
     axes = figure.subplots()
-    _draw_grid(
+    draw_grid(
         figure,
         axes,
         grid,
@@ -197,7 +195,7 @@ def _name_blocks(axes: "Axes", blocks: Sequence[int]) -> None:
     axes.set_xlabel("block", fontsize=9)
 
 
-def _draw_grid(
+def draw_grid(
     figure: "Figure",
     axes: "Axes",
     grid: Sequence[Sequence[float]],

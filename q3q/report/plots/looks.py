@@ -65,7 +65,7 @@ def study_looks(records: Sequence[TrialRecord]) -> Looks:
     names: list[str] = []
     for group in by_model(records).values():
         every = zip(labels([record.spec for record in group], seeds=False), group, strict=True)
-        names += [label for label, record in every if record.spec.scheme is not None]
+        names += [label for label, record in every if not record.spec.rounds_nothing]
         drift = [name for record in group for name in record.metrics if name.startswith("kl/")]
         tried = [pool for metric in headline_metrics(group) for pool in pools(group, metric)]
         tried += [

@@ -1,9 +1,12 @@
 """Quality against size: of the quantized model in bytes, and of the original in parameters."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from q3q.kv_scheme import CacheShape
 from q3q.record import TrialRecord
+from q3q.report.budgets import size_of
 from q3q.report.measures import (
     by_model,
     is_accuracy,
@@ -35,7 +38,8 @@ from q3q.report.pools import Pool, comparable, pools
 from q3q.report.sizes import (
     COUNTED,
     Size,
-    bytes_of,
+    cache_scheme_of,
+    cache_shape_of,
     megabytes,
     number_of,
     parameters_of,
@@ -50,15 +54,24 @@ NEAR = 0.1  # of the axis; two models nearer to each other share a tick
 
 
 def quality_against_bytes(
-    model: str, records: Sequence[TrialRecord], looks: Looks
+    model: str, records: Sequence[TrialRecord], looks: Looks, context: int | None = None
 ) -> Iterator[Plot]:
-    """Draw the Pareto front of quality and bytes, for each text and group evaluated alike."""
-    number = 0
+    """Draw the Pareto front of quality and bytes, for each text and group evaluated alike.
+
+    Args:
+        context: tokens of a text whose cache is counted beside the weights; None: weights alone.
+    """
+    number, memory, uncounted = 0, None, ""
+    if context is not None:
+        shape = cache_shape_of(records)
+        memory = None if shape is None else Memory(shape, context)
+        if memory is None:
+            uncounted = " The cache is not counted: nothing here knows the model's config.json."
     for name, group in comparable(records).items():
         judged = judged_metrics(group)
         texts = [metric for metric in judged if is_perplexity(metric)]
         for metric in texts or judged[:1]:
-            plot = _front(group, metric, looks)
+            plot = _front(group, metric, looks, memory)
             if plot is None:
                 continue
             number += 1
@@ -66,30 +79,42 @@ def quality_against_bytes(
             conditions = "" if name == model else f"{name}. "
             yield Plot(
                 f"{slug(model)}-pareto" if number == 1 else f"{slug(model)}-pareto-{number}",
-                f"{metric_title(metric)} against size",
-                (conditions + caption).strip(),
+                f"{metric_title(metric)} against {'size' if memory is None else 'memory'}",
+                (conditions + caption + uncounted).strip(),
                 figure,
                 model,
             )
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What a model takes beside its weights: the cache of one text of so many tokens."""
+
+    shape: CacheShape
+    context: int
+
+    def cache(self, pool: Pool) -> float:
+        return self.shape.bytes_at(cache_scheme_of(pool.records[0]), self.context)
+
+
 def _front(
-    records: Sequence[TrialRecord], metric: str, looks: Looks
+    records: Sequence[TrialRecord], metric: str, looks: Looks, memory: Memory | None
 ) -> tuple["Figure", str] | None:
     """Draw one metric against size; return the figure and its caption, None if little is known."""
     tried = pools(records)
     # Pools of one label are of one method: none is drawn whose label has no size at all.
-    sized = {pool.label for pool in tried if _size(pool) is not None}
+    sized = {pool.label for pool in tried if size_of(pool) is not None}
     measured = [p for p in tried if isinstance(p.cell(metric), float) and p.label in sized]
     if len(measured) < 2:
         return None
     sign = 1 if is_perplexity(metric) else -1
     level, height = height_of([p for p in measured if p.is_reference], metric)
-    sizes = [_size(pool) or Size(0.0, COUNTED) for pool in measured]
+    sizes = [size_of(pool) or Size(0.0, COUNTED) for pool in measured]
     rules = {size.rule for size in sizes}
+    caches = [0.0 if memory is None else memory.cache(pool) for pool in measured]
     points = [
-        (size.value / 1e6, height(float(pool.cell(metric))))
-        for size, pool in zip(sizes, measured, strict=True)
+        ((size.value + cache) / 1e6, height(float(pool.cell(metric))))
+        for size, cache, pool in zip(sizes, caches, measured, strict=True)
     ]
     front = [
         (size, value)
@@ -101,10 +126,12 @@ def _front(
     figure, axes = panel()
     axes.step(*zip(*front, strict=True), where="post", color=SOFT, linestyle="--", linewidth=1)
     handles: dict[str, Any] = {FRONT: handle(DASHED, FRONT)}
-    for pool, size, (x, y) in zip(measured, sizes, points, strict=True):
+    for pool, size, cache, (x, y) in zip(measured, sizes, caches, points, strict=True):
         look = looks.get(pool.label, REFERENCE)
         mark_of_rule = number_of(size.rule, rules)
         description = f"{pool.name}: {megabytes(size.value)} {mark_of_rule}".rstrip()
+        if memory is not None:
+            description += f" and {megabytes(cache)} of cache"
         mark(axes, x, y, look, pool.label, f"{description}, {pool.shown(metric)}")
         if mark_of_rule:
             axes.annotate(
@@ -116,10 +143,17 @@ def _front(
         excess_scale(axes, [value for _, value in points])
     elif is_perplexity(metric):
         scale(axes, [value for _, value in points])
-    name_axes(axes, "size of the whole model, MB", height_title(metric, level))
+    width, said_of_cache = "size of the whole model, MB", ""
+    if memory is not None:
+        width = f"weights and cache of {memory.context:,} tokens, MB"
+        said_of_cache = (
+            f"Memory: all weights, and keys and values of one text of {memory.context:,} tokens, "
+            "with their scales."
+        )
+    name_axes(axes, width, height_title(metric, level))
     legend(figure, handles)
     left_out = [(pool, "no size") for pool in tried if pool not in measured]
-    return figure, " ".join(filter(None, [said(rules), not_shown(left_out, metric)]))
+    return figure, " ".join(filter(None, [said_of_cache, said(rules), not_shown(left_out, metric)]))
 
 
 def quality_against_parameters(records: Sequence[TrialRecord]) -> Iterator[Plot]:
@@ -198,12 +232,6 @@ def _ticks(sizes: Sequence[float]) -> dict[float, str]:
         if not ticks or size > apart * max(ticks):
             ticks[size] = f"{size / 1e3:.2g}B" if size >= 100 else f"{size:.2g}M"
     return ticks
-
-
-def _size(pool: Pool) -> Size | None:
-    """Return the bytes of a pool's model."""
-    sizes = (size for record in pool.records if (size := bytes_of(record)) is not None)
-    return next(sizes, None)
 
 
 def _parameters(records: Sequence[TrialRecord]) -> float | None:

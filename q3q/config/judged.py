@@ -1,0 +1,186 @@
+"""model=judge: a published checkpoint is evaluated beside the original that it was made of.
+
+A place is how a person names a model there: the Hub's name of it (with `@REVISION` if need be), a
+folder, a GGUF file, or a page of conf/model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from q3q import quoting
+from q3q.config.arguments import JUDGE
+from q3q.config.pages import CONF, hub_sources, page_of
+from q3q.config.schema import DEMO_NAMES
+from q3q.errors import ConfigError, IncompatibleError
+from q3q.models.facts import ModelFacts
+from q3q.spec import ModelRef, TrialSpec
+
+# The type in which the original runs once more, to see what rounding alone costs.
+OTHER_TYPE = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
+# Facts that a checkpoint shares with its original, and their names for people.
+SHARED = {
+    "vocab": "tokens in the vocabulary",
+    "layers": "layers",
+    "hidden": "hidden size",
+    "heads": "attention heads",
+    "kv_heads": "key-value heads",
+    "head_dim": "head size",
+    "intermediate": "MLP size",
+    "experts": "experts",
+    "moe_intermediate": "size of an expert",
+}
+
+
+def is_judged(config: DictConfig) -> bool:
+    """Return True if a config is of model=judge.
+
+    Raises:
+        ConfigError: only one of the two models is named.
+    """
+    model = config.model
+    if model.reference is None:
+        return False
+    if model.source is None:
+        raise ConfigError(
+            f"model.reference={model.reference} is compared with published checkpoints: name them, "
+            "model=judge model.source=ORGANIZATION/NAME,FOLDER,FILE.gguf"
+        )
+    if model.path is not None or model.revision is not None:
+        raise ConfigError(
+            "model=judge takes folders and files as model.source=, and revisions as "
+            "model.source=ORGANIZATION/NAME@REVISION"
+        )
+    return True
+
+
+def as_candidate(config: DictConfig) -> DictConfig:
+    """Return the config of the checkpoint that is judged, as if it were given alone."""
+    changed = _at(config, config.model.source)
+    changed.model.name = config.model.name or _name(config.model.source)
+    changed.dtype = config.model.dtype or config.dtype or changed.model.dtype
+    return changed
+
+
+def as_reference(config: DictConfig) -> DictConfig:
+    """Return the config of the original, as if it were given alone."""
+    return _at(config, config.model.reference)
+
+
+def refuse_other_shapes(
+    model: ModelRef, facts: ModelFacts, reference: ModelRef, original: ModelFacts
+) -> None:
+    """Refuse a checkpoint that cannot be compared with the original, token by token.
+
+    Raises:
+        ConfigError: it is of another shape, or has another vocabulary.
+    """
+    differing = [
+        f"{getattr(facts, key)} {words} instead of {getattr(original, key)}"
+        for key, words in SHARED.items()
+        if getattr(facts, key) != getattr(original, key)
+    ]
+    if type(facts.family) is not type(original.family):
+        differing.insert(0, f"it is a {facts.family.name}, not a {original.family.name}")
+    if differing:
+        raise ConfigError(
+            f"{model.label} cannot have been made of {reference.label}: {', '.join(differing)}"
+        )
+
+
+def refuse_quantizing(method: str) -> None:
+    """Raise IncompatibleError: a judged checkpoint is evaluated as it is."""
+    raise IncompatibleError(
+        f"model=judge evaluates checkpoints as they are: leave method={method} out"
+    )
+
+
+def floor_of(spec: TrialSpec) -> TrialSpec | None:
+    """Return the trial that measures what rounding alone costs the original; None without texts.
+
+    It is the original, computed in another type: what is nearer to the original than this cannot
+    be told from it.
+    """
+    reference = spec.reference
+    if reference is None or spec.evaluation.drift is None:
+        return None
+    other = replace(reference, dtype=OTHER_TYPE[reference.dtype])
+    return replace(spec, model=other)
+
+
+def original_job(overrides: Sequence[str]) -> list[str]:
+    """Return a judged job's overrides for the original's own trial."""
+    place = _value(overrides, "model.reference")
+    return [*_others(overrides), *_words(place)]
+
+
+def floor_job(overrides: Sequence[str], spec: TrialSpec) -> list[str]:
+    """Return a judged job's overrides for the trial of `floor_of`."""
+    place, floor = _value(overrides, "model.reference"), floor_of(spec)
+    assert floor is not None
+    assert spec.reference is not None
+    return [
+        *_others(overrides),
+        f"model={JUDGE}",
+        quoting.override("model.reference", place),
+        quoting.override("model.source", place),
+        f"model.dtype={floor.model.dtype}",
+    ]
+
+
+def _others(overrides: Sequence[str]) -> list[str]:
+    keys = (one.lstrip("+~").partition("=")[0].partition(".")[0] for one in overrides)
+    return [one for one, key in zip(overrides, keys, strict=True) if key != "model"]
+
+
+def _value(overrides: Sequence[str], key: str) -> str:
+    given = (one.partition("=") for one in overrides)
+    return next(value.strip("'\"") for name, _, value in given if name.lstrip("+") == key)
+
+
+def _words(place: str) -> list[str]:
+    """Return the overrides that name a model alone."""
+    if (page := _page(place)) is not None:
+        return [f"model={page}"]
+    if _is_local(place):
+        return ["model=local", quoting.override("model.path", place)]
+    source, _, revision = place.partition("@")
+    words = ["model=hub", quoting.override("model.source", source)]
+    return words + ([quoting.override("model.revision", revision)] if revision else [])
+
+
+def _at(config: DictConfig, place: str) -> DictConfig:
+    """Return a config whose model is the one at a place."""
+    changed = config.copy()
+    own: dict[str, str | None] = dict.fromkeys(("name", "source", "path", "revision", "dtype"))
+    if (page := _page(place)) is not None:
+        found = OmegaConf.load(CONF / "model" / f"{page}.yaml")
+        own |= {key: OmegaConf.select(found, key) for key in own}
+    elif _is_local(place):
+        own["path"] = place
+    else:
+        own["source"], _, revision = place.partition("@")
+        own["revision"] = revision or None
+    for key, value in {**own, "reference": None}.items():
+        changed.model[key] = value
+    return changed
+
+
+def _page(place: str) -> str | None:
+    """Return the page of conf/model for one model at this place; None without one."""
+    if place in DEMO_NAMES or place in hub_sources():
+        return place
+    return None if _is_local(place) else page_of(place)
+
+
+def _is_local(place: str) -> bool:
+    """Return True for a folder or file, also for one that is not there but cannot be a Hub's."""
+    begins = place.startswith(("/", ".", "~"))
+    return begins or place.endswith(".gguf") or Path(place).expanduser().exists()
+
+
+def _name(place: str) -> str:
+    """Return how reports call what is judged: the Hub's name, or the folder's or file's."""
+    return Path(place).expanduser().absolute().name if _is_local(place) else place

@@ -1,0 +1,18 @@
+"""What traces are written from: the identity of a text that a model writes itself."""
+
+from q3q.data.texts import Text
+from q3q.spec import digest
+
+FOLDER = "traces"  # of a storage folder
+TRACES_VERSION = 1  # raised when the same recipe gives other tokens
+
+
+def recipe(prompts: Text | None, temperature: float) -> str:
+    """Return the digest of all that decides on traces, but for the model, the seed and the length.
+
+    Args:
+        prompts: what they go on from; None: nothing but the token before a text.
+        temperature: 0 for greedy traces.
+    """
+    facts = {"traces": TRACES_VERSION, "temperature": float(temperature)}
+    return digest(facts | {"prompts": None if prompts is None else prompts.digest})

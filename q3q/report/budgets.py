@@ -1,0 +1,170 @@
+"""The best choice for each size: what it loses, what ties with it, and how to export it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from q3q.config.command import export_command
+from q3q.formatting import plural
+from q3q.record import TrialRecord
+from q3q.report.changes import UNTESTED, Change
+from q3q.report.checkpoints import exported, folder_of
+from q3q.report.families import Families
+from q3q.report.measures import is_better
+from q3q.report.pools import Pool
+from q3q.report.sizes import Size, bytes_of, megabytes
+from q3q.report.tables import Table
+
+ALIKE = 1.03  # sizes that differ by less share a budget
+MOST = 6  # budgets in a table
+MOST_NAMED = 4  # methods in a list
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best choice among those that a number of bytes holds.
+
+    budget: bytes; the largest of the sizes that are nearly alike.
+    size: of the best choice.
+    change: from the unquantized model, by the first measure.
+    tied: choices within the budget that cannot be told apart from it.
+    untested: those of which that is unknown.
+    """
+
+    budget: float
+    best: Pool
+    size: Size
+    change: Change | None
+    tied: tuple[Pool, ...]
+    untested: tuple[Pool, ...]
+
+    @property
+    def record(self) -> TrialRecord:
+        """The trial that stands for the choice: its first seed."""
+        return next(record for record in self.best.records if record.completed)
+
+    @property
+    def command(self) -> str:
+        """The command that exports it; empty if it has been exported, or no format holds it."""
+        from q3q.export.formats import format_of_choice
+
+        form = format_of_choice(self.record.spec)
+        if form is None or exported([self.record]):
+            return ""
+        return export_command(self.record.trial, form)
+
+    @property
+    def checkpoint(self) -> str:
+        """The folder of its checkpoint; empty if it has not been exported."""
+        return folder_of(self.record) if exported([self.record]) else ""
+
+    @property
+    def loses(self) -> str:
+        return "unknown" if self.change is None else str(self.change)
+
+    @property
+    def ties(self) -> str:
+        parts = [by_width(self.tied)] if self.tied else []
+        parts += [f"{UNTESTED}: {by_width(self.untested)}"] if self.untested else []
+        return "; ".join(parts) or "nothing"
+
+
+def size_of(pool: Pool) -> Size | None:
+    """Return the bytes of a pool's model."""
+    sizes = (size for record in pool.records if (size := bytes_of(record)) is not None)
+    return next(sizes, None)
+
+
+def budgets(tried: Sequence[Pool], tests: Families, metric: str) -> list[Choice]:
+    """Return a choice for each size at which a larger one is better; the smallest first."""
+    sized = [
+        (size, pool)
+        for pool in tried
+        if (size := size_of(pool)) is not None and isinstance(pool.cell(metric), float)
+    ]
+    sized.sort(key=lambda item: item[0].value)
+    found: list[Choice] = []
+    for budget in _steps([size.value for size, _ in sized]):
+        within = [(size, pool) for size, pool in sized if size.value <= budget]
+        best = best_of([pool for _, pool in within], metric)
+        if best is None or (found and found[-1].best is best):
+            continue
+        size = next(size for size, pool in within if pool is best)
+        same = {pool.name: tests.same(best, pool, metric) for _, pool in within if pool is not best}
+        tied = tuple(pool for _, pool in within if same.get(pool.name))
+        untested = tuple(
+            pool for _, pool in within if pool.name in same and same[pool.name] is None
+        )
+        change = tests.change(best, metric)
+        found.append(Choice(budget, best, size, change, tied, untested))
+    return found
+
+
+def best_of(tried: Sequence[Pool], metric: str) -> Pool | None:
+    """Return the pool with the best number, the first of equal ones; None if none has one."""
+    best: Pool | None = None
+    for pool in tried:
+        value = pool.cell(metric)
+        if isinstance(value, float) and (
+            best is None or is_better(value, float(best.cell(metric)), metric)
+        ):
+            best = pool
+    return best
+
+
+def smallest(able: Sequence[Pool], metric: str) -> Pool:
+    """Return the smallest pool with a number; of sizes that are nearly alike the best.
+
+    Where a size is unknown the bits of all count instead.
+    """
+    sizes = [size_of(pool) for pool in able]
+    values = [
+        float(pool.bits) if None in sizes or size is None else size.value
+        for pool, size in zip(able, sizes, strict=True)
+    ]
+    limit = ALIKE * min(values)
+    best = best_of([p for p, value in zip(able, values, strict=True) if value <= limit], metric)
+    assert best is not None
+    return best
+
+
+def budget_table(title: str, choices: Sequence[Choice], measure: str) -> Table:
+    """Return the choices as a row each, without their commands."""
+    columns = ("size up to", "best choice", f"change of {measure}", "cannot be told apart from it")
+    rows = tuple(
+        (megabytes(choice.budget), choice.best.name, choice.loses, choice.ties)
+        for choice in choices
+    )
+    return Table(title, columns, rows)
+
+
+def _steps(sizes: Sequence[float]) -> list[float]:
+    """Return the largest of each group of neighbouring sizes, in at most `MOST` groups.
+
+    Args:
+        sizes: in order.
+    """
+    alike = ALIKE
+    while True:
+        ends = [
+            size for size, following in pairwise([*sizes, float("inf")]) if following > alike * size
+        ]
+        if len(ends) <= MOST:
+            return ends
+        alike += ALIKE - 1
+
+
+def by_width(pools: Sequence[Pool]) -> str:
+    """Return `rtn and awq at 2 bits, rtn at 3 bits`."""
+    widths: dict[int, list[Pool]] = {}
+    for pool in pools:
+        widths.setdefault(pool.bits, []).append(pool)
+    return ", ".join(f"{listed(own)} at {plural(bits, 'bit')}" for bits, own in widths.items())
+
+
+def listed(pools: Sequence[Pool]) -> str:
+    """Return the labels as `a, b and c`, or `a, b and 3 others`."""
+    words = [pool.label for pool in pools]
+    if len(words) > MOST_NAMED:
+        words = [*words[: MOST_NAMED - 1], f"{len(words) - MOST_NAMED + 1} others"]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

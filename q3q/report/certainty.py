@@ -1,0 +1,203 @@
+"""How sure differences are: flipped answers, what the questions could show, equivalence."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from q3q.evaluate.families import holm
+from q3q.formatting import percent, plural, significant
+from q3q.record import TrialRecord
+from q3q.report.changes import LEVEL
+from q3q.report.families import Families, probability
+from q3q.report.measures import ABSENT, is_accuracy, is_perplexity
+from q3q.report.pairs import flipped
+from q3q.report.pools import Pool
+from q3q.report.tables import Table
+from q3q.spec import MEAN_ACCURACY
+
+if TYPE_CHECKING:
+    from q3q.evaluate.flips import Flips
+
+FLOOR = "kl_floor/"  # prefix of a record's metrics: KL of the unquantized model with itself
+FLIPS_NOTE = (
+    "Flipped: answers that changed from right to wrong or from wrong to right, of all answers, "
+    "with a 95 % interval (arXiv 2407.09141). Smallest difference: what these questions find in "
+    "80 % of studies, given how many answers flipped; a smaller one stays unseen."
+)
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """What is known of one answer's differences beside its tests.
+
+    tried, reference: its choices, and the unquantized model.
+    metrics: its measures.
+    tests: its corrected tests.
+    margin: how much may be lost, in percent of a perplexity and in points of an accuracy; None if
+        the reader has not said it.
+    """
+
+    tried: tuple[Pool, ...]
+    reference: Pool | None
+    metrics: tuple[str, ...]
+    tests: Families
+    margin: float | None = None
+
+    @property
+    def accuracy(self) -> str | None:
+        """The measure that is an accuracy, if any."""
+        return next((metric for metric in self.metrics if is_accuracy(metric)), None)
+
+    @cached_property
+    def flips(self) -> Mapping[str, "Flips"]:
+        """The flips of each choice's answers, by its name, where samples are there."""
+        if self.accuracy is None or self.reference is None:
+            return {}
+        found = {pool.name: flipped(pool, self.reference, self.accuracy) for pool in self.tried}
+        return {name: each for name, each in found.items() if each is not None}
+
+    def smallest_loss(self, pool: Pool) -> float | None:
+        """Return the smallest difference in accuracy that could have been shown, as a share."""
+        from q3q.evaluate.power import smallest_difference
+
+        found = self.flips.get(pool.name)
+        # A pool's seeds ask the same questions again.
+        return None if found is None else smallest_difference(self._asked(pool, found), found.share)
+
+    @property
+    def asked(self) -> int:
+        """How many questions a trial was asked."""
+        counts = (self._asked(p, found) for p in self.tried if (found := self.flips.get(p.name)))
+        return max(counts, default=0)
+
+    def _asked(self, pool: Pool, found: "Flips") -> int:
+        return found.n // max(1, sum(record.completed for record in pool.records))
+
+    @cached_property
+    def equivalent(self) -> Mapping[str, Mapping[str, bool]]:
+        """Whether each choice is shown to stay within the margin, by measure and name.
+
+        Corrected by Holm's method over the choices. What has no paired interval is left out.
+        """
+        return {
+            metric: {name: p < LEVEL for name, p in holm(found).items()}
+            for metric, found in self._equivalence.items()
+        }
+
+    @cached_property
+    def _equivalence(self) -> Mapping[str, Mapping[str, float]]:
+        from q3q.evaluate.equivalence import equivalence
+
+        if self.margin is None:
+            return {}
+        result: dict[str, dict[str, float]] = {}
+        for metric in self.metrics:
+            unit = math.log1p(self.margin / 100) if is_perplexity(metric) else self.margin / 100
+            own = result.setdefault(metric, {})
+            for pool in self.tried:
+                found = self.tests.change(pool, metric)
+                if found is not None and found.paired is not None:
+                    p_value = equivalence(found.paired, unit)
+                    if p_value is not None:
+                        own[pool.name] = p_value
+        return result
+
+    def unpaired(self, metric: str) -> list[str]:
+        """Return the choices whose equivalence cannot be tested, as no samples are paired."""
+        known = self._equivalence.get(metric, {})
+        return [
+            pool.name
+            for pool in self.tried
+            if isinstance(pool.cell(metric), float) and pool.name not in known
+        ]
+
+    def tables(self, name: str) -> list[Table]:
+        """Return a table of flips, and one of equivalence for each measure; none where unknown."""
+        found = [self._flips_table(name)] if self.flips else []
+        if self.margin is not None:
+            found += [self._margin_table(name, metric) for metric in self.metrics]
+        return [table for table in found if table.rows]
+
+    def _flips_table(self, name: str) -> Table:
+        rows = []
+        for pool in self.tried:
+            each = self.flips.get(pool.name)
+            if each is None:
+                continue
+            low, high = each.interval
+            smallest = self.smallest_loss(pool)
+            lost = each.lost_of_right
+            rows.append(
+                (
+                    pool.name,
+                    str(each.lost),
+                    ABSENT if lost is None else f"{percent(lost)} %",
+                    str(each.won),
+                    f"{percent(each.share)} % [{percent(low)}, {percent(high)}]",
+                    "none" if smallest is None else f"{percent(smallest)} points",
+                )
+            )
+        columns = (
+            "choice",
+            "right to wrong",
+            "of the right answers",
+            "wrong to right",
+            "flipped of all",
+            "smallest difference",
+        )
+        title = f"{name}: answers that flipped, of {plural(self.asked, 'question')}"
+        return Table(title, columns, tuple(rows), FLIPS_NOTE)
+
+    def _margin_table(self, name: str, metric: str) -> Table:
+        p_values = self._equivalence.get(metric, {})
+        adjusted = holm(p_values)
+        unit = "%" if is_perplexity(metric) else "points"
+        words = in_words(metric)
+        rows = tuple(
+            (
+                pool.name,
+                str(self.tests.change(pool, metric)),
+                probability(p_values[pool.name]),
+                probability(adjusted[pool.name]),
+                "yes" if adjusted[pool.name] < LEVEL else "not shown",
+            )
+            for pool in self.tried
+            if pool.name in p_values
+        )
+        left = self.unpaired(metric)
+        note = f"Not tested, as no samples are paired: {', '.join(left)}." if left else ""
+        margin = f"{self.margin:g} {unit}"
+        title = f"{name}: is the {words} within {margin} of the unquantized model's?"
+        return Table(
+            title, ("choice", "change", "p", "p, corrected", f"within {margin}"), rows, note
+        )
+
+
+def noise_floors(records: Sequence[TrialRecord]) -> list[str]:
+    """Return a sentence for each text whose KL's floor was measured.
+
+    The floor is the KL of the unquantized model with itself, computed in another way (another type,
+    or the same numbers added in another order). A KL below it says nothing of a quantization.
+    """
+    floors: dict[str, float] = {}
+    for record in records:
+        for name, value in record.metrics.items():
+            if name.startswith(FLOOR):
+                text = name.removeprefix(FLOOR)
+                floors[text] = max(value, floors.get(text, 0.0))
+    return [
+        f"A KL of {text} below {significant(value, 2)} is noise: the unquantized model is as far "
+        "from itself when its numbers are rounded otherwise."
+        for text, value in floors.items()
+    ]
+
+
+def in_words(metric: str) -> str:
+    """Return `perplexity of library`, `mean accuracy`, `accuracy on boolq`."""
+    if metric == MEAN_ACCURACY:
+        return "mean accuracy"
+    if is_perplexity(metric):
+        return f"perplexity of {metric.partition('/')[2]}"
+    return f"accuracy on {metric.removesuffix('/acc')}"

@@ -1,0 +1,246 @@
+"""The opening of a report: the answer in three to six sentences, made from the numbers.
+
+The same sentences head the page, a tracker's note and the terminal's last lines.
+"""
+
+from collections.abc import Sequence
+
+from q3q.formatting import percent, plural, signed
+from q3q.report.answer import FROM, ONLY_CALIBRATED, Answer, Verdict
+from q3q.report.budgets import budget_table, by_width, listed, size_of
+from q3q.report.certainty import Certainty, in_words
+from q3q.report.escapes import markdown_code, markdown_text
+from q3q.report.measures import is_perplexity
+from q3q.report.pools import Pool
+from q3q.report.sizes import megabytes
+from q3q.report.tables import Table
+
+MOST = 6  # sentences
+MOST_WIDTHS = 3  # of them, on single widths
+MOST_ANSWERS = 3  # of a report of many models that get a sentence
+ONLY_ONE = "a single choice was measured, so nothing can be compared with it"
+
+
+def opening(answers: Sequence[Answer]) -> list[str]:
+    """Return the sentences; where there are several answers, each begins with its name."""
+    if not answers:
+        return []
+    if len(answers) == 1:
+        [answer] = answers
+        remarks = _remarks(answers)
+        return [_advice(answer), *_widths(answer, MOST - 1 - len(remarks)), *remarks]
+    lines = []
+    for answer in answers[:MOST_ANSWERS]:
+        lines.append(f"{answer.name}: {_advice(answer)}")
+        if len(answers) == 2:
+            lines += [f"{answer.name}: {line}" for line in _widths(answer, 1)]
+    if (more := len(answers) - MOST_ANSWERS) > 0:
+        lines.append(f"{plural(more, 'more answer')} {'stand' if more > 1 else 'stands'} below.")
+    return [*lines, *_remarks(answers)]
+
+
+def _advice(answer: Answer) -> str:
+    """Return what to take: the recommended choice, its size, what it costs, and why."""
+    pool, metric = answer.chosen, answer.metrics[0]
+    if pool is None:
+        return _nothing(answer)
+    size, whole = size_of(pool), size_of(answer.reference) if answer.reference else None
+    bytes_ = megabytes(size.value) if size else ""
+    of = f" of {megabytes(whole.value)}" if size and whole else ""
+    found = answer.tests.change(pool, metric)
+    cost = (
+        f"its {in_words(metric)} is {pool.shown(metric)}"
+        if found is None
+        else f"its {in_words(metric)} changes by {found.amount}{FROM}"
+        + (", which chance explains" if found.distinguishable is False and found.value else "")
+    )
+    named = f"{_named(pool)}{f' ({bytes_}{of})' if bytes_ else ''}"
+    take = "Take " if len(answer.at_all) > 1 else ""
+    return f"{take}{named}: {cost}; {_why(answer)}."
+
+
+def _why(answer: Answer) -> str:
+    metric, pool = answer.metrics[0], answer.chosen
+    assert pool is not None
+    measured = answer.at_all
+    if answer.within is not None:
+        return f"it is the smallest that is shown to stay within {answer.margin_in_words}"
+    rest = ""
+    if answer.margin is not None:
+        rest = f". None is shown to stay within {answer.margin_in_words}"
+        if len(answer.certainty.unpaired(metric)) == len(measured):
+            rest = (
+                f". The margin of {answer.margin_in_words} cannot be tested without paired samples"
+            )
+    if len(measured) == 1:
+        return ONLY_ONE + rest
+    best = answer.best
+    if best is not pool and best is not None:
+        return f"{_named(best)} has a better number, but chance explains that" + rest
+    unknown = [p for p in measured if p is not pool and answer.tests.same(p, pool, metric) is None]
+    if unknown:
+        return "it has the best number, but not all differences could be tested" + rest
+    return "no other choice is better by more than chance" + rest
+
+
+def _nothing(answer: Answer) -> str:
+    outcomes = sorted({word for verdict in answer.verdicts for word in verdict.outcomes})
+    return f"Nothing was measured ({' or '.join(outcomes) or 'no result'})."
+
+
+def _widths(answer: Answer, most: int) -> list[str]:
+    """Return what was found at each width, the widest first, in at most so many sentences."""
+    verdicts = list(reversed(answer.verdicts))
+    if len(answer.at_all) < 2:
+        return []
+    said = [_width(answer, verdict) for verdict in verdicts]
+    per = -(-len(said) // min(most, MOST_WIDTHS))
+    groups = [said[k : k + per] for k in range(0, len(said), per)]
+    return [_sentence("; ".join(group)) for group in groups]
+
+
+def _width(answer: Answer, verdict: Verdict) -> str:
+    """Return a clause on one width: `at 4 bits a and b cannot be told apart (+0.9 to +1.4 %)`."""
+    at, best, metric = f"at {plural(verdict.bits, 'bit')}", verdict.best, answer.metrics[0]
+    if best is None:
+        return f"{at} nothing was measured"
+    by = f" of {in_words(metric)}"
+    if verdict.alone:
+        return f"{at} only {best.label} was measured ({_range(answer, [best])}{by})"
+    if not verdict.clear:
+        rivals: dict[str, list[str]] = {}
+        for rival in (rival for rival in verdict.rivals if not rival.tied):
+            rivals.setdefault(rival.pool.label, []).append(in_words(rival.metric))
+        led = ", ".join(f"{label} by {' and '.join(by)}" for label, by in rivals.items())
+        return (
+            f"{at} there is no clear winner: {best.label} is best by {in_words(metric)} "
+            f"({_range(answer, [best])}), {led}"
+        )
+    equal = [best, *(pool for pool in answer.at(verdict.bits) if pool.label in verdict.equal)]
+    others = {best.label, *verdict.equal, *verdict.untested}
+    worse = [pool for pool in answer.at(verdict.bits) if pool.label not in others]
+    untested = [pool for pool in answer.at(verdict.bits) if pool.label in verdict.untested]
+    if len(equal) == 1:
+        is_best = "is best" if worse and not untested else "has the best number"
+        said = f"{at} {best.label} {is_best} ({_range(answer, [best])}{by})"
+    else:
+        said = f"{at} {listed(equal)} cannot be told apart ({_range(answer, equal)}{by})"
+    if worse:
+        said += f", {listed(worse)} {_lose(worse)} more ({_range(answer, worse)})"
+    return said + (f", {listed(untested)} could not be tested" if untested else "")
+
+
+def _range(answer: Answer, pools: Sequence[Pool]) -> str:
+    """Return the change of one choice, or of the least to the most: `+0.9 to +1.4 %`."""
+    metric = answer.metrics[0]
+    found = [answer.tests.change(pool, metric) for pool in pools]
+    values = sorted(each.value for each in found if each is not None)
+    if len(values) < len(pools):
+        return " to ".join(dict.fromkeys(pool.shown(metric) for pool in (pools[0], pools[-1])))
+    unit = "%" if is_perplexity(metric) else "points"
+    ends = dict.fromkeys(_short(value) for value in (values[0], values[-1]))
+    return f"{' to '.join(ends)} {unit}"
+
+
+def _short(value: float) -> str:
+    size = abs(100 * value)
+    return signed(100 * value, 0 if size >= 100 else 1 if size >= 1 else 2)
+
+
+def _lose(pools: Sequence[Pool]) -> str:
+    return "loses" if len(pools) == 1 else "lose"
+
+
+def _remarks(answers: Sequence[Answer]) -> list[str]:
+    """Return how sure all this is: accuracies, the correction, and what weakens it."""
+    lines = []
+    if len(answers) == 1:
+        lines += _of_accuracy(answers[0])
+    if any(ONLY_CALIBRATED in answer.sentences() for answer in answers):
+        lines.append(ONLY_CALIBRATED)
+    sizes = [answer.tests.pairs[answer.metrics[0]].size for answer in answers if answer.tests.pairs]
+    if sum(sizes):
+        whole = plural(sizes[0], "comparison") if len(answers) == 1 else "comparisons of a model"
+        lines.append(
+            f"“Best” and “cannot be told apart” hold for all {whole} together (5 % level, Holm's "
+            "correction)."
+            if max(sizes) > 1
+            else "The only comparison is tested at the 5 % level."
+        )
+    return lines
+
+
+def _of_accuracy(answer: Answer) -> list[str]:
+    """Return what the questions showed, and what they could have shown."""
+    certainty: Certainty = answer.certainty
+    metric = certainty.accuracy
+    if metric is None or not certainty.flips:
+        return []
+    pools = [pool for pool in answer.tried if pool.name in certainty.flips]
+    changes = [(pool, answer.tests.change(pool, metric)) for pool in pools]
+    worse = [p for p, c in changes if c is not None and c.distinguishable and c.value < 0]
+    words = in_words(metric)
+    if not worse:
+        first = f"No choice's {words} differs from the unquantized model's by more than chance"
+    elif len(worse) == len(pools):
+        first = f"Every choice loses {words}"
+    else:
+        first = f"Only {by_width(worse)} {_lose(worse)} {words} by more than chance"
+    seen = sorted(x for pool in pools if (x := certainty.smallest_loss(pool)) is not None)
+    if not seen:
+        return [f"{first}; there were too few questions to show any difference."]
+    ends = " to ".join(dict.fromkeys(percent(x) for x in (seen[0], seen[-1])))
+    asked = plural(certainty.asked, "question")
+    return [f"{first}; {asked} could have shown a loss of {ends} points."]
+
+
+def in_markdown(answers: Sequence[Answer], commands: bool = True) -> str:
+    """Return the sentences as a list, the choices for each size, and the verdicts on each width.
+
+    Args:
+        commands: after each table of choices, how to export each of them.
+    """
+    parts = ["\n".join(f"- {markdown_text(line)}" for line in opening(answers))]
+    for answer in answers:
+        if answer.budgets:
+            parts.append(choices(answer).markdown())
+            parts += [export_lines(answer)] if commands else []
+    return "\n\n".join(part for part in parts if part)
+
+
+def choices(answer: Answer) -> Table:
+    """Return the best choice for each size as a table."""
+    title = f"{answer.name}: the best choice for each size"
+    return budget_table(title, answer.budgets, in_words(answer.metrics[0]))
+
+
+def export_lines(answer: Answer) -> str:
+    """Return the command that exports each choice, in Markdown."""
+    return "\n".join(
+        f"- {markdown_text(choice.best.name)}: "
+        + (
+            markdown_code(choice.command)
+            if choice.command
+            else f"exported already, {markdown_code(choice.checkpoint)}"
+            if choice.checkpoint
+            else "no format holds it"
+        )
+        for choice in answer.budgets
+    )
+
+
+def export_hint(answers: Sequence[Answer]) -> str:
+    """Return how to export the recommended choice of the first answer that has one."""
+    for answer in answers:
+        for choice in answer.budgets:
+            if choice.best is answer.chosen and choice.command:
+                return f"To export {_named(choice.best)}: {choice.command}"
+    return ""
+
+
+def _named(pool: Pool) -> str:
+    return pool.label if pool.is_reference else f"{pool.label} at {plural(pool.bits, 'bit')}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."

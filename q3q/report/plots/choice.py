@@ -1,0 +1,79 @@
+"""The picture of the answer: quality against bytes, with intervals, the recommended one marked."""
+
+from collections.abc import Sequence
+
+from q3q.report.budgets import size_of
+from q3q.report.families import Families
+from q3q.report.measures import is_perplexity, short
+from q3q.report.plots.axes import excess_scale, logarithmic, name_axes
+from q3q.report.plots.drawing import Plot, handle, legend, mark, panel
+from q3q.report.plots.looks import REFERENCE, SOFT, Looks, points_only
+from q3q.report.plots.words import slug
+from q3q.report.pools import Pool
+from q3q.report.sizes import megabytes, said
+
+RING = "recommended"
+
+
+def picture_of_answer(
+    name: str,
+    tried: Sequence[Pool],
+    reference: Pool | None,
+    tests: Families,
+    metric: str,
+    chosen: Pool | None,
+    looks: Looks,
+) -> Plot | None:
+    """Draw each choice's change against its size; None if fewer than two are known.
+
+    Args:
+        name: of the answer.
+        chosen: the recommended choice, which gets a ring.
+    """
+    points = [
+        (pool, size, found)
+        for pool in tried
+        if (size := size_of(pool)) is not None and (found := tests.change(pool, metric)) is not None
+    ]
+    if len(points) < 2:
+        return None
+    figure, axes = panel()
+    axes.axhline(0, color=SOFT, linewidth=0.8, linestyle=":")
+    handles, heights = {}, [0.0]
+    unquantized = size_of(reference) if reference else None
+    if reference is not None and unquantized is not None:
+        x = unquantized.value / 1e6
+        description = f"{reference.name}: {megabytes(unquantized.value)}"
+        mark(axes, x, 0.0, REFERENCE, reference.label, description)
+        handles[reference.label] = handle(points_only(REFERENCE), reference.label)
+    for pool, size, found in points:
+        look = looks.get(pool.label, REFERENCE)
+        x, y = size.value / 1e6, 100 * found.value
+        heights += [y]
+        if found.low is not None and found.high is not None:
+            ends = [100 * found.low, 100 * found.high]
+            heights += ends
+            axes.plot([x, x], ends, color=look["color"], linewidth=1.2, alpha=0.7)
+        if pool is chosen:
+            axes.plot(
+                [x], [y], marker="o", markersize=14, fillstyle="none", color=SOFT,
+                linestyle="", markeredgewidth=1.6,
+            )  # fmt: skip
+            axes.annotate(
+                RING, (x, y), xytext=(0, 11), textcoords="offset points", fontsize=9, ha="center"
+            )
+        description = f"{pool.name}: {megabytes(size.value)}, {found.amount}"
+        mark(axes, x, y, look, pool.label, description)
+        handles[pool.label] = handle(points_only(look), pool.label)
+    sizes = [size.value / 1e6 for _, size, _ in points]
+    sizes += [unquantized.value / 1e6] if unquantized else []
+    logarithmic(axes.xaxis, sizes, axes.set_xscale)
+    if is_perplexity(metric):
+        excess_scale(axes, heights)
+    words = short(metric).removesuffix(", %").replace("perplexity, ", "perplexity of ")
+    unit = "%" if is_perplexity(metric) else "points"
+    name_axes(axes, "size of the whole model, MB", f"change of {words} ({unit})")
+    legend(figure, handles)
+    rules = [size.rule for _, size, _ in points]
+    title = f"What each choice costs: {words} against size"
+    return Plot(f"{slug(name)}-answer", title, said(rules), figure, name)

@@ -1,0 +1,232 @@
+"""Statistics over a whole study, each against its formula and against 10,000 simulated studies."""
+
+import math
+from collections import Counter
+
+import numpy
+import pytest
+from scipy import stats
+
+from q3q.evaluate.compare import LEVEL, compare, mcnemar, paired_interval
+from q3q.evaluate.equivalence import equivalence, p_of_interval
+from q3q.evaluate.families import holm
+from q3q.evaluate.flips import Flips, flips
+from q3q.evaluate.power import (
+    POWER,
+    effective_questions,
+    questions_needed,
+    smallest_difference,
+)
+from q3q.evaluate.replicates import compare_replicates
+from q3q.record import Comparison
+
+STUDIES = 10_000
+NOISE = 4 * math.sqrt(LEVEL * (1 - LEVEL) / STUDIES)  # four standard errors of a share of 5 %
+
+
+def answered(better: int, worse: int, n: int) -> Comparison:
+    """Return the comparison of n answers of which two thirds of the equal ones are right."""
+    both = (n - better - worse) * 2 // 3
+    ours = [1.0] * (both + better) + [0.0] * (n - both - better)
+    theirs = [1.0] * both + [0.0] * better + [1.0] * worse + [0.0] * (n - both - better - worse)
+    sides = [{str(k): score for k, score in enumerate(side)} for side in (ours, theirs)]
+    return compare("who/acc", *sides)
+
+
+def test_holm_steps_down_and_leaves_a_family_of_one_alone() -> None:
+    """The example of Holm's procedure: .01 * 4, .013 * 3, .02 * 2, .04 * 1, never decreasing."""
+    found = holm({"a": 0.04, "b": 0.01, "c": 0.013, "d": 0.02})
+    assert list(found) == ["a", "b", "c", "d"]
+    assert found == pytest.approx({"a": 0.04, "b": 0.04, "c": 0.04, "d": 0.04})
+    assert holm({"alone": 0.03}) == {"alone": 0.03}
+    assert holm({}) == {}
+    assert holm({1: 0.9, 2: 0.8}) == {1: 1.0, 2: 1.0}
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        holm({"a": math.nan})
+
+
+def test_holm_agrees_with_statsmodels() -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    p_values = numpy.random.default_rng(0).uniform(size=40) ** 3
+    expected = multitest.multipletests(p_values, method="holm")[1]
+    assert list(holm(dict(enumerate(p_values))).values()) == pytest.approx(list(expected))
+
+
+def test_of_ten_thousand_studies_without_a_difference_five_percent_find_one() -> None:
+    """All pairs of six equal methods at one width: 15 tests that share their samples."""
+    dice = numpy.random.default_rng(1)
+    mean_SM = dice.normal(size=(STUDIES, 6))
+    first, second = numpy.triu_indices(6, k=1)
+    p_SK = 2 * stats.norm.sf(abs(mean_SM[:, first] - mean_SM[:, second]) / math.sqrt(2))
+    alone = float((p_SK.min(axis=1) < LEVEL).mean())
+    # Holm's smallest corrected p-value is the smallest of all times their number.
+    some = [min(holm(dict(enumerate(p_K))).values()) for p_K in p_SK[:100]]
+    assert some == pytest.approx(list(numpy.minimum(1, 15 * p_SK[:100].min(axis=1))))
+    corrected = float((15 * p_SK.min(axis=1) < LEVEL).mean())
+    assert alone > 0.3
+    assert 0.02 < corrected <= LEVEL + NOISE
+
+
+def test_the_smallest_difference_is_found_four_times_in_five() -> None:
+    dice = numpy.random.default_rng(2)
+    for n, discordance in ((400, 0.2), (1000, 0.1), (4000, 0.05)):
+        d = smallest_difference(n, discordance)
+        assert d is not None
+        shares = [(discordance + d) / 2, (discordance - d) / 2, 1 - discordance]
+        tables = Counter(map(tuple, dice.multinomial(n, shares, size=STUDIES)[:, :2].tolist()))
+        found = sum(times for pair, times in tables.items() if mcnemar(*pair)[0] < LEVEL)
+        # The continuity correction costs a little of the formula's power.
+        assert POWER - 0.04 < found / STUDIES < POWER + 0.02
+        assert questions_needed(d, discordance) == pytest.approx(n, abs=1)
+
+
+def test_a_suite_too_small_for_any_difference_says_so() -> None:
+    assert smallest_difference(20, 0.1) is None
+    assert smallest_difference(2, 0.0) is None
+    for n, discordance in ((0, 0.1), (100, 1.1)):
+        with pytest.raises(ValueError, match="impossible"):
+            smallest_difference(n, discordance)
+    with pytest.raises(ValueError, match="discordance"):
+        questions_needed(0.2, 0.1)
+
+
+def test_several_tasks_tell_as_much_as_all_their_questions_where_they_are_alike() -> None:
+    assert effective_questions([200] * 4) == pytest.approx(800)
+    assert effective_questions([100]) == 100
+    assert effective_questions([10, 1000]) < 40 + 1  # the small task decides
+
+
+def test_flips_count_each_direction_and_their_share_among_right_answers() -> None:
+    baseline = dict(zip("abcdefgh", (1, 1, 1, 1, 0, 0, 0, 0), strict=True))
+    ours = dict(zip("abcdefgh", (1, 1, 1, 0, 1, 1, 0, 0), strict=True))
+    found = flips(ours, baseline)
+    assert found == Flips(lost=1, won=2, right=4, n=8)
+    assert (found.share, found.lost_of_right) == (3 / 8, 1 / 4)
+    low, high = found.interval
+    assert low < 3 / 8 < high
+    assert found + found == Flips(2, 4, 8, 16)
+    assert Flips(0, 0, 0, 5).lost_of_right is None
+    assert flips({"a": 0.5}, {"a": 1.0}) is None
+    assert flips({"a": 1.0}, {"b": 1.0}) is None
+
+
+def test_equivalence_needs_a_paired_interval_and_a_margin_above_zero() -> None:
+    found = answered(8, 10, 1000)
+    assert (equivalence(found, 0.02) or 0.0) < LEVEL < (equivalence(found, 0.005) or 0.0)
+    bare = Comparison(
+        metric="m", difference=0.0, low=None, high=None, distinguishable=False, p_value=None, n=3,
+        test="none",
+    )  # fmt: skip
+    assert equivalence(bare, 0.1) is None
+    for margin in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="above zero"):
+            equivalence(found, margin)
+
+
+def test_equivalence_of_losses_agrees_with_two_t_tests_of_scipy() -> None:
+    dice = numpy.random.default_rng(3)
+    for centre in (0.0, 0.01, 0.02):
+        ours_N, theirs_N = dice.normal(centre, 0.1, 400), numpy.zeros(400)
+        sides = [{str(k): float(x) for k, x in enumerate(side)} for side in (ours_N, theirs_N)]
+        found = equivalence(compare("perplexity/x", *sides, ratio=True), 0.03)
+        above = stats.ttest_1samp(ours_N, -0.03, alternative="greater").pvalue
+        below = stats.ttest_1samp(ours_N, 0.03, alternative="less").pvalue
+        assert found == pytest.approx(max(above, below), rel=0.25, abs=1e-3)
+
+
+def test_ten_thousand_studies_at_the_margin_pass_for_equivalent_in_five_percent() -> None:
+    """The loss is exactly the margin; then, at no loss, the test finds equivalence."""
+    dice, n, margin = numpy.random.default_rng(4), 1000, 0.03
+    shares = {}
+    for loss in (margin, 0.0):
+        cells = [(0.06 - loss) / 2, (0.06 + loss) / 2, 0.94]
+        tables = Counter(map(tuple, dice.multinomial(n, cells, size=STUDIES)[:, :2].tolist()))
+        passed = 0
+        for (better, worse), times in tables.items():
+            both = (n - better - worse) * 2 // 3
+            low, high = paired_interval(both, better, worse, n - both - better - worse)
+            found = Comparison(
+                metric="m", difference=(better - worse) / n, low=low, high=high,
+                distinguishable=False, p_value=None, n=n, test="Newcombe",
+            )  # fmt: skip
+            p_value = equivalence(found, margin)
+            passed += times * (p_value is not None and p_value < LEVEL)
+        shares[loss] = passed / STUDIES
+    assert 0.03 < shares[margin] < LEVEL + NOISE + 0.005
+    assert shares[0.0] > 0.95
+
+
+def test_the_p_value_of_an_interval_excludes_zero_when_the_interval_does() -> None:
+    assert p_of_interval(0.1, 0.0, 0.3) == pytest.approx(LEVEL, abs=1e-4)
+    assert p_of_interval(-0.1, -0.3, 0.0) == pytest.approx(LEVEL, abs=1e-4)
+    assert p_of_interval(0.1, 0.01, 0.3) < LEVEL < p_of_interval(0.1, -0.01, 0.3)
+    assert p_of_interval(0.0, -1, 1) == 1.0
+
+
+def replicated(
+    dice: numpy.random.Generator, seeds: int, samples: int, of_seed: float, shift: float = 0.0
+) -> Comparison:
+    """Compare a method of several seeds with a baseline of none, both on the same samples."""
+    question_N = dice.normal(size=samples)
+    ours = (
+        shift
+        + of_seed * dice.normal(size=(seeds, 1))
+        + 0.3 * dice.normal(size=samples)
+        + question_N
+        + 0.1 * dice.normal(size=(seeds, samples))
+    )
+    return compare_replicates("m", [ours], [question_N[None]])
+
+
+def test_a_single_seed_is_scipys_paired_t_test() -> None:
+    dice = numpy.random.default_rng(5)
+    ours_N, theirs_N = dice.normal(0.2, 1, 30), dice.normal(size=30)
+    found = compare_replicates("m", [ours_N[None]], [theirs_N[None]])
+    expected = stats.ttest_rel(ours_N, theirs_N)
+    low, high = expected.confidence_interval()
+    assert (found.p_value, found.low, found.high) == pytest.approx((expected.pvalue, low, high))
+
+
+def test_seeds_without_a_spread_of_samples_are_scipys_welch_test() -> None:
+    """Samples that all differ by the same leave the seeds' spread alone."""
+    dice = numpy.random.default_rng(6)
+    ours_S, theirs_S, question_N = dice.normal(size=4), dice.normal(size=6), dice.normal(size=50)
+    found = compare_replicates(
+        "m", [ours_S[:, None] + question_N], [theirs_S[:, None] + question_N]
+    )
+    expected = stats.ttest_ind(ours_S, theirs_S, equal_var=False)
+    assert found.p_value == pytest.approx(expected.pvalue)
+
+
+def test_tasks_count_alike_in_a_mean_over_seeds() -> None:
+    tasks = [numpy.full((2, 10), 1.0), numpy.full((2, 1000), 0.0)]
+    zeros = [numpy.zeros((1, 10)), numpy.zeros((1, 1000))]
+    found = compare_replicates("accuracy", tasks, zeros)
+    assert (found.difference, found.low, found.high, found.p_value) == (0.5, 0.5, 0.5, 0.0)
+    assert found.n == 1010
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "of_seed"), [(3, 0.0), (3, 0.05), (5, 0.2)])
+def test_intervals_over_seeds_and_samples_cover_the_truth_of_ten_thousand_studies(
+    seeds: int, of_seed: float
+) -> None:
+    dice = numpy.random.default_rng(7)
+    studies = [replicated(dice, seeds, 60, of_seed) for _ in range(STUDIES)]
+    missed = sum(bool(study.distinguishable) for study in studies) / STUDIES
+    # Where few seeds spread more than all samples, Satterthwaite's approximation misses 6 %.
+    assert 0.01 < missed <= (LEVEL if of_seed < 0.1 else 0.06) + NOISE
+    for study in studies[:99]:
+        assert study.low is not None
+        assert study.high is not None
+        assert (study.low > 0 or study.high < 0) == study.distinguishable
+
+
+@pytest.mark.slow
+def test_an_interval_over_samples_alone_misses_what_the_next_seed_brings() -> None:
+    """Why both sources are needed: the mean of three draws, judged by its samples alone."""
+    dice, missed = numpy.random.default_rng(8), 0
+    for _ in range(1000):
+        ours_N = 0.1 * dice.normal(size=(3, 1)).mean() + 0.3 * dice.normal(size=60)
+        missed += stats.ttest_1samp(ours_N, 0).pvalue < LEVEL
+    assert missed / 1000 > 2 * LEVEL

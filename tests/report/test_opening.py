@@ -1,0 +1,295 @@
+"""The opening: the same few sentences everywhere, and they follow the corrected tests."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+
+from q3q.evaluate.power import smallest_difference
+from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
+from q3q.placement import Placement
+from q3q.record import COMPLETED, TrialRecord
+from q3q.report.about import About
+from q3q.report.answer import Answer, answers
+from q3q.report.certainty import noise_floors
+from q3q.report.changes import change
+from q3q.report.families import Family, pair
+from q3q.report.opening import in_markdown, opening
+from q3q.report.pools import Pool
+from q3q.report.write import write_report
+from q3q.sweep.questions import shown_by_questions
+from tests.specs import calibration_of, evaluation_of, make_spec
+
+STORIES = "perplexity/stories"
+DOCS = Path(__file__).parents[2] / "docs"
+WINDOWS = 40
+HARD_N = 2 + numpy.sin(numpy.arange(WINDOWS))  # windows differ far more than methods do
+
+
+def trial(
+    folder: Path,
+    method: str,
+    bits: int,
+    nll_N: Sequence[float] | numpy.ndarray,
+    right_N: Sequence[float] = (),
+    seed: int = 0,
+) -> TrialRecord:
+    """Return a trial of these losses and answers, its samples on disk."""
+    evaluation = evaluation_of("stories", tasks=["who"] if len(right_N) else [])
+    spec = make_spec(
+        method, bits, evaluation=evaluation, seed=seed, calibration=calibration_of("pile")
+    )
+    metrics = {STORIES: math.exp(float(numpy.mean(nll_N))), "model_bytes": 1e6 * bits}
+    rows = window_rows(STORIES, "d", [float(nll) for nll in nll_N])
+    if len(right_N):
+        metrics["who/acc"] = float(numpy.mean(right_N))
+        rows += [
+            {"task": "who", "doc_id": n, "doc_hash": "h", "filter": "none", "scores": {"acc": x}}
+            for n, x in enumerate(map(float, right_N))
+        ]
+    placed = Placement(trials=folder)
+    result = TrialRecord(spec=spec, placement=placed, status=COMPLETED, metrics=metrics)
+    result.trial.folder.mkdir(parents=True)
+    write_samples(result.trial.folder / SAMPLES, rows)
+    return result
+
+
+def noise(seed: int, size: float = 0.002) -> numpy.ndarray:
+    drawn_N = numpy.random.default_rng(seed).normal(0, size, WINDOWS)
+    return drawn_N - drawn_N.mean()
+
+
+def study(folder: Path) -> list[TrialRecord]:
+    """Two methods that are alike at 4 bits, at 3 bits one that is better, and 8 bits as good."""
+    return [
+        trial(folder, "none", 16, HARD_N),
+        trial(folder, "rtn", 8, HARD_N + 0.0100 + noise(1)),
+        trial(folder, "rtn", 4, HARD_N + 0.0102 + noise(2)),
+        trial(folder, "gptq", 4, HARD_N + 0.0101 + noise(3)),
+        trial(folder, "rtn", 3, HARD_N + 0.20 + noise(4)),
+        trial(folder, "gptq", 3, HARD_N + 0.05 + noise(5)),
+    ]
+
+
+def only(records: Sequence[TrialRecord], margin: float | None = None) -> Answer:
+    [answer] = answers(records, margin)
+    return answer
+
+
+def test_the_answer_is_said_in_three_to_six_sentences(tmp_path: Path) -> None:
+    lines = opening([only(study(tmp_path))])
+    interval = lines[0][lines[0].index("[") : lines[0].index("]") + 1]
+    assert lines == [
+        "Take gptq at 4 bits (4.00 MB of 16.0 MB): its perplexity of stories changes by +1.015 % "
+        f"{interval} from the unquantized model; rtn at 8 bits has a better number, but chance "
+        "explains that.",
+        "At 8 bits only rtn was measured (+1.0 % of perplexity of stories).",
+        "At 4 bits gptq and rtn cannot be told apart (+1.0 % of perplexity of stories).",
+        "At 3 bits gptq is best (+5.1 % of perplexity of stories), rtn loses more (+22.1 %).",
+        "“Best” and “cannot be told apart” hold for all 10 comparisons together (5 % level, Holm's "
+        "correction).",
+    ]
+    assert 3 <= len(lines) <= 6
+
+
+def test_the_page_the_terminal_and_the_note_open_with_the_same_words(tmp_path: Path) -> None:
+    records = study(tmp_path / "trials")
+    lines = opening([only(records)])
+    report = write_report(records, tmp_path / "report", About(name="it", command="launch"))
+    page = report.files["report.html"].decode()
+    body = page[page.index("<body>") :]
+    shown = re.findall(r"<li>(.*?)</li>", body[: body.index("<details")])
+    assert [text.replace("&#39;", "'") for text in shown] == lines
+    assert body.index(shown[0]) < body.index("<svg") < body.index("<table") < body.index("<details")
+    last = " ".join(report.text.split())
+    assert " ".join(lines) in last
+    assert last.partition("To export gptq at 4 bits: ")[2].startswith("python launch.py model=")
+    assert report.answer.startswith(f"- {lines[0][:40]}")
+    assert report.answer == in_markdown([only(records)])
+    assert "demo-answer.png" in report.files["results.md"].decode()
+
+
+def test_each_size_has_its_best_choice_its_ties_and_its_command(tmp_path: Path) -> None:
+    rows = [
+        (choice.budget / 1e6, choice.best.name, choice.ties)
+        for choice in only(study(tmp_path)).budgets
+    ]
+    assert rows == [
+        (3.0, "gptq, 3 bits", "nothing"),
+        (4.0, "gptq, 4 bits", "rtn at 4 bits"),
+        (8.0, "rtn, 8 bits", "rtn and gptq at 4 bits")
+        if rows[2][2].startswith("rtn")
+        else (8.0, "rtn, 8 bits", "gptq and rtn at 4 bits"),
+    ]
+    commands = [choice.command for choice in only(study(tmp_path / "b")).budgets]
+    assert ["export=gptq" in command for command in commands] == [True, True, False]
+    assert "export=compressed_tensors" in commands[2]
+
+
+def test_among_many_methods_luck_is_not_the_best(tmp_path: Path) -> None:
+    """Of five methods that are all alike, one differs from others with p < 0.05 each time."""
+    names = ("rtn", "awq", "smoothquant", "billm", "gptq")
+    records = [
+        trial(tmp_path, name, 4, HARD_N + noise(k, 0.01) + (0.005 if name == "gptq" else 0))
+        for k, name in enumerate(names)
+    ]
+    answer = only(records)
+    family = answer.tests.pairs[STORIES]
+    alone = [p for p in family.p_values.values() if p is not None]
+    assert family.size == 10
+    assert min(alone) < 0.05 < min(family.corrected.values())
+    [verdict] = answer.verdicts
+    assert len(verdict.equal) == 4
+
+
+def test_a_family_of_one_is_not_corrected_and_an_empty_one_says_nothing() -> None:
+    key = frozenset(("a", "b"))
+    assert Family("one", {key: 0.04}).same(key) is False
+    empty = Family("none", {key: None})
+    assert (empty.same(key), empty.size, empty.table().rows) == (None, 0, ())
+
+
+def test_with_a_margin_the_smallest_that_is_shown_to_stay_within_it_is_recommended(
+    tmp_path: Path,
+) -> None:
+    records = study(tmp_path)
+    assert only(records, 10.0).chosen.name == "gptq, 3 bits"  # type: ignore[union-attr]
+    lines = opening([only(records, 10.0)])
+    assert "is shown to stay within 10 % of the unquantized model" in lines[0]
+    narrow = only(records, 0.5)
+    assert narrow.within is None
+    assert narrow.chosen.name == "gptq, 4 bits"  # type: ignore[union-attr]
+    assert "None is shown to stay within 0.5 % of the unquantized model" in opening([narrow])[0]
+    [table] = narrow.certainty.tables("demo")
+    assert {row[-1] for row in table.rows} == {"not shown"}
+
+
+def test_a_margin_without_paired_samples_is_said_not_to_be_tested(tmp_path: Path) -> None:
+    records = study(tmp_path)
+    for record in records:
+        (record.trial.folder / SAMPLES).unlink()
+    answer = only(records, 1.0)
+    assert "cannot be tested without paired samples" in opening([answer])[0]
+    assert len(answer.certainty.unpaired(STORIES)) == 5
+
+
+def test_flips_are_counted_and_say_what_could_have_been_seen(tmp_path: Path) -> None:
+    before = [1.0] * 300 + [0.0] * 100
+    after = [0.0] * 20 + [1.0] * 280 + [1.0] * 15 + [0.0] * 85
+    records = [
+        trial(tmp_path, "none", 16, HARD_N, before),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.01 + noise(1), after),
+    ]
+    answer = only(records)
+    [table] = [table for table in answer.certainty.tables("demo") if "flipped" in table.title]
+    smallest = smallest_difference(400, 35 / 400)
+    assert smallest is not None
+    assert table.title == "demo: answers that flipped, of 400 questions"
+    [row] = table.rows
+    assert row[:4] == ("rtn, 4 bits", "20", "6.7 %", "15")
+    assert row[4].startswith("8.8 % [")
+    assert row[5] == f"{100 * smallest:.1f} points"
+    said = next(line for line in opening([answer]) if "questions" in line)
+    assert said == (
+        "No choice's accuracy on who differs from the unquantized model's by more than chance; 400 "
+        f"questions could have shown a loss of {100 * smallest:.1f} points."
+    )
+
+
+def test_a_mean_over_seeds_has_an_interval_of_both_sources(tmp_path: Path) -> None:
+    """Three draws that differ by far more than their windows: the interval spans the draws."""
+    none = trial(tmp_path, "none", 16, HARD_N)
+    draws = [
+        trial(tmp_path, "gptq", 3, HARD_N + 0.05 + shift + noise(seed), seed=seed)
+        for seed, shift in enumerate((-0.025, 0.0, 0.025))
+    ]
+    one, several = (Pool("gptq", tuple(some)) for some in (draws[1:2], draws))
+    reference = Pool("unquantized", (none,))
+    narrow, wide = (change(pool, reference, STORIES) for pool in (one, several))
+    assert narrow is not None
+    assert wide is not None
+    assert wide.high - wide.low > 10 * (narrow.high - narrow.low)  # type: ignore[operator]
+    # Student's t of two degrees of freedom, 4.30, times 0.025 / sqrt(3), in nats.
+    assert math.log1p(wide.high) - math.log1p(wide.low) == pytest.approx(  # type: ignore[arg-type]
+        2 * 4.303 * 0.025 / math.sqrt(3), rel=0.05
+    )
+    assert wide.distinguishable is False
+
+
+def test_several_models_get_a_sentence_each(tmp_path: Path) -> None:
+    records = study(tmp_path)
+    others = [
+        replace(r, spec=replace(r.spec, model=replace(r.spec.model, name="other", digest="o")))
+        for r in study(tmp_path / "other")
+    ]
+    for record, old in zip(others, study(tmp_path / "again"), strict=True):
+        record.trial.folder.mkdir(parents=True)
+        (old.trial.folder / SAMPLES).rename(record.trial.folder / SAMPLES)
+    lines = opening(answers([*records, *others]))
+    assert [line.partition(":")[0] for line in lines[:4]] == ["demo", "demo", "other", "other"]
+    assert len(lines) <= 6
+
+
+def test_many_widths_and_remarks_share_six_sentences(tmp_path: Path) -> None:
+    """The text is of the kind that was calibrated on, and there are questions."""
+    answered = [1.0] * 30 + [0.0] * 10
+    records = [trial(tmp_path, "none", 16, HARD_N, answered)]
+    records += [
+        trial(tmp_path, method, bits, HARD_N + 0.1 / bits + noise(bits + len(method)), answered)
+        for method in ("rtn", "gptq")
+        for bits in (2, 3, 4, 5, 8)
+    ]
+    lines = opening([only(records)])
+    assert len(lines) <= 6
+    assert sum("bits" in line and line.startswith("At ") for line in lines) == 3
+    assert all(f"t {bits} bits" in " ".join(lines) for bits in (2, 3, 4, 5, 8))
+    fitted = replace(only(records), marks={STORIES: "calibrated on"})
+    assert len(opening([fitted])) == 6
+
+
+def test_nothing_measured_is_said(tmp_path: Path) -> None:
+    failed = TrialRecord.failed(study(tmp_path)[1].trial, "died")
+    assert opening([only([failed])]) == ["Nothing was measured (failed)."]
+    assert opening([]) == []
+
+
+def test_the_noise_of_a_kl_is_named_where_it_was_measured(tmp_path: Path) -> None:
+    record = study(tmp_path)[0]
+    assert noise_floors([record]) == []
+    floored = replace(record, metrics={**record.metrics, "kl_floor/stories": 0.00012})
+    [line] = noise_floors([record, floored])
+    assert line.startswith("A KL of stories below 1.2e-04 is noise")
+
+
+def test_a_plan_says_what_its_questions_can_show() -> None:
+    tasks = evaluation_of("stories", tasks=["stories_who", "stories_where"], task_limit=200)
+    specs = [make_spec("rtn", bits, evaluation=tasks) for bits in (3, 4)]
+    assert shown_by_questions(specs) == [
+        "400 questions of 2 tasks: a difference of 4.4 points in the mean accuracy is found in "
+        "80 % of studies, if two trials answer 10 % differently (docs/STATISTICS.md)."
+    ]
+    few = evaluation_of(tasks=["stories_who"], task_limit=10)
+    assert shown_by_questions([make_spec("rtn", 4, evaluation=few)])[0].startswith(
+        "10 questions: too few to find any difference"
+    )
+    assert shown_by_questions([make_spec("none", 16, evaluation=tasks)]) == []
+    assert shown_by_questions([make_spec("rtn", 4, evaluation=evaluation_of("stories"))]) == []
+
+
+def test_the_page_on_statistics_has_the_numbers_that_the_code_computes() -> None:
+    text = (DOCS / "STATISTICS.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d,]+) \| (.*?) \| (.*?) \| (.*?) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for questions, *cells in rows:
+        for cell, discordance in zip(cells, (0.05, 0.1, 0.2), strict=True):
+            found = smallest_difference(int(questions.replace(",", "")), discordance)
+            assert cell == ("none" if found is None else f"{100 * found:.1f} points")
+
+
+def test_the_names_of_a_pair_are_those_of_its_pools(tmp_path: Path) -> None:
+    first, second = (Pool(r.spec.method.name, (r,)) for r in study(tmp_path)[2:4])
+    assert pair(first, second) == pair(second, first) == {"rtn, 4 bits", "gptq, 4 bits"}

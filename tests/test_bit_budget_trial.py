@@ -1,0 +1,160 @@
+"""A trial with a budget of bits, from its command line to its record, and what is refused."""
+
+import json
+import math
+
+import pytest
+
+from q3q.attempt import finished_record
+from q3q.config.command import command_of
+from q3q.errors import ConfigError, IncompatibleError
+from q3q.export.proof import PASSED
+from q3q.quantize.budget import stage
+from q3q.quantize.budget.sensitivities import Sensitivities
+from q3q.spec import TrialSpec
+from q3q.trial import run_trial
+from tests.composed import composed_trial
+
+SMALL = (
+    *("method=rtn", "group_size=32", "evaluation.tasks=[]", "evaluation.texts=[demo]"),
+    *("evaluation.limit=2", "evaluation.window=64", "budget.samples=1", "budget.length=32"),
+    *("budget.unit=block", "budget.widths=[2,4,8]"),
+)
+
+
+class Killed(BaseException):
+    """As a process that is killed: nothing catches it."""
+
+
+def test_a_trial_allots_its_bits_resumes_shares_sensitivities_and_can_be_typed_without_budget(
+    tmp_path, monkeypatch
+):
+    words = (*SMALL, f"storage={tmp_path}")
+    trial = composed_trial(*words, "bits=4.1")
+    assert "budget" in trial.spec.name
+    add, added = Sensitivities.add, []
+
+    def dies(self, unit, row):
+        if len(added) == 3:
+            raise Killed
+        added.append(unit)
+        add(self, unit, row)
+
+    monkeypatch.setattr(Sensitivities, "add", dies)
+    with pytest.raises(Killed):
+        run_trial(trial)
+    monkeypatch.setattr(
+        Sensitivities, "add", lambda self, *own: (added.append(own[0]), add(self, *own))
+    )
+    events = []
+    record = run_trial(trial, events.append)
+    assert added == [f"blocks.{k}" for k in range(6)]  # each once, over both attempts
+    notes = [event.note for event in events if event.phase == "sensitivities"]
+    assert any("left" in note for note in notes)
+
+    facts = record.notes[stage.ALLOTMENT]
+    assert record.completed
+    assert record.spec.id == trial.id == finished_record(trial).spec.id
+    assert record.metrics["bits_per_weight"] <= 4.1
+    weights = facts["total"] / record.metrics["bits_per_weight"]
+    assert facts["limit"] == math.floor(4.1 * round(weights))
+    widths = {name: own["bits"] for name, own in record.spec.overrides.items()}
+    assert set(widths.values()) <= {2, 8}  # those that are not the base, 4
+    assert TrialSpec.from_json(json.loads(json.dumps(record.spec.to_json()))).id == trial.id
+    assert composed_trial(*typed(command_of(record.trial)), f"storage={tmp_path}").id == trial.id
+
+    # Another budget reads the same file, and measures nothing.
+    other = run_trial(composed_trial(*words, "budget.uniform=4"))
+    assert len(added) == 6
+    assert other.notes[stage.ALLOTMENT]["sensitivities"] == facts["sensitivities"]
+    assert other.metrics["bits_per_weight"] <= 4 + (16 + 4) / 32
+
+    # The same widths, typed without a budget, are the same weights.
+    plain = [word for word in words if not word.startswith("budget")]
+    same = run_trial(composed_trial(*plain, "bits=4", given(facts["overrides"])))
+    assert same.metrics["perplexity/stories"] == record.metrics["perplexity/stories"]
+    assert same.metrics["bits_per_weight"] == record.metrics["bits_per_weight"]
+
+
+@pytest.mark.slow
+def test_mixed_widths_are_exported_and_the_checkpoint_is_proved(tmp_path):
+    words = [word for word in SMALL if not word.startswith("budget.widths")]
+    trial = composed_trial(
+        *(*words, f"storage={tmp_path}", "bits=5.1", "budget.widths=[4,8]", "symmetric=true"),
+        "export=compressed_tensors",
+    )
+    record = run_trial(trial)
+    assert record.completed
+    assert {check.name: check.passed for check in record.checks}[PASSED]
+    config = json.loads((trial.placement.export / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    assert {group["weights"]["num_bits"] for group in groups} == {4, 8}
+    assert {own["bits"] for own in record.spec.overrides.values()} == {4}
+
+
+def typed(command):
+    """Return the overrides of a printed command."""
+    import shlex
+
+    return [given(word) for word in shlex.split(command) if "=" in word]
+
+
+def given(word):
+    from q3q.config.schema import with_plain_keys
+
+    return with_plain_keys(word.strip("'"))
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "line"),
+    [
+        ("bits=9.5", ConfigError, "the average, scales and zero points counted, is 2.563 to 8.75"),
+        ("budget.bits=2", ConfigError, "is 2.563 to 8.75 bits"),
+        ("budget.uniform=1", ConfigError, r"budget.uniform=1, an average of 1\.\d+: with"),
+        ("budget.bytes=10KB", ConfigError, "what stays unquantized .* alone"),
+        ("budget.bytes=3MB", ConfigError, "is too little: with budget.widths=.* the model takes"),
+        ("bits=4 budget.bytes=9MB", ConfigError, "bits=4 gives all linears one width"),
+        ("bits=3.5 budget.bits=3.5", ConfigError, "say the same"),
+        ("budget.bits=4.5 budget.uniform=4", ConfigError, "a budget is one of"),
+        ("bits=many", ConfigError, "bits=many is no number"),
+        (
+            "bits=3.5 overrides={blocks.0:{bits:8}}",
+            ConfigError,
+            r"overrides can set group_size and symmetric, and not bits \(blocks.0\)",
+        ),
+        ("bits=3.5 method=billm group_size=128", IncompatibleError, "has 1-bit codes alone"),
+        ("bits=3.5 format=mxfp4", IncompatibleError, "have bits of their own"),
+        ("bits=3.5 method=awq budget.unit=linear", IncompatibleError, "budget.unit=site or block"),
+        ("bits=3.5 calibration=traces", IncompatibleError, "measured on one text"),
+        ("bits=3.5 loader=sharded", IncompatibleError, "not by a gang"),
+        ("bits=3.5 budget.widths=[4]", ConfigError, "two widths or more"),
+        ("bits=3.5 budget.widths=[1,4]", ConfigError, "method=rtn cannot do 1"),
+        ("bits=3.5 budget.unit=expert", ConfigError, "budget.unit=expert is not known"),
+        ("bits=3.5 budget.samples=0", ConfigError, "budget.samples=0: give 1 or more"),
+        ("bits=5.5 export=awq", IncompatibleError, "bits="),
+        (
+            "bits=5.5 export=compressed_tensors budget.unit=linear symmetric=true",
+            IncompatibleError,
+            "differ within a site",
+        ),
+    ],
+)
+def test_what_cannot_be_allotted_is_refused_in_one_line(tmp_path, words, error, line):
+    with pytest.raises(error, match=line) as refused:
+        composed_trial("method=rtn", "group_size=32", f"storage={tmp_path}", *words.split())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_budget_leaves_ids_of_others_alone_and_equal_budgets_are_one_trial(tmp_path):
+    def of(*words):
+        return composed_trial("group_size=32", f"storage={tmp_path}", *words).spec
+
+    assert of("method=none", "bits=3.5").budget is None
+    assert "budget" not in of("method=rtn", "bits=4.0").to_json(complete=True)
+    assert of("method=rtn", "bits=4.0").id == of("method=rtn", "bits=4").id
+    assert of("method=rtn", "bits=3.5").id == of("method=rtn", "budget.bits=3.5").id
+    assert of("method=rtn", "bits=3.5").id != of("method=rtn", "bits=3.6").id
+    assert of("method=rtn", "budget.bytes=12MB").id == of("method=rtn", "budget.bytes=12000KB").id
+    # Tables sort a budget beside the uniform width that takes no less.
+    beside = [of("method=rtn", f"budget.bits={bits}").scheme.bits for bits in (3.5, 3.59375, 3.6)]
+    assert beside == [3, 3, 4]
