@@ -8,6 +8,7 @@ import pytest
 from q3q.attempt import finished_record
 from q3q.config.command import command_of
 from q3q.errors import ConfigError, IncompatibleError
+from q3q.export.proof import PASSED
 from q3q.quantize.budget import stage
 from q3q.quantize.budget.sensitivities import Sensitivities
 from q3q.spec import TrialSpec
@@ -73,6 +74,22 @@ def test_a_trial_allots_its_bits_resumes_shares_sensitivities_and_can_be_typed_w
     same = run_trial(composed_trial(*plain, "bits=4", given(facts["overrides"])))
     assert same.metrics["perplexity/stories"] == record.metrics["perplexity/stories"]
     assert same.metrics["bits_per_weight"] == record.metrics["bits_per_weight"]
+
+
+@pytest.mark.slow
+def test_mixed_widths_are_exported_and_the_checkpoint_is_proved(tmp_path):
+    words = [word for word in SMALL if not word.startswith("budget.widths")]
+    trial = composed_trial(
+        *(*words, f"storage={tmp_path}", "bits=5.1", "budget.widths=[4,8]", "symmetric=true"),
+        "export=compressed_tensors",
+    )
+    record = run_trial(trial)
+    assert record.completed
+    assert {check.name: check.passed for check in record.checks}[PASSED]
+    config = json.loads((trial.placement.export / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    assert {group["weights"]["num_bits"] for group in groups} == {4, 8}
+    assert {own["bits"] for own in record.spec.overrides.values()} == {4}
 
 
 def typed(command):

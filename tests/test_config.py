@@ -81,11 +81,12 @@ def test_the_yaml_says_what_the_dataclass_says(name):
 def test_every_model_becomes_a_spec(name, tmp_path):
     overrides = [f"model={name}", f"storage={tmp_path}"]
     own = {
-        "local": (f"model.path={config_model.DEMO_MODELS / 'dense'}", "dense"),
-        "hub": ("model.source=Qwen/Qwen3-4B-Instruct-2507", "Qwen3-4B-Instruct-2507"),
+        "local": ([f"model.path={config_model.DEMO_MODELS / 'dense'}"], "dense"),
+        "hub": (["model.source=Qwen/Qwen3-4B-Instruct-2507"], "Qwen3-4B-Instruct-2507"),
+        "judge": (["model.source=demo", "model.reference=demo", "method=none"], "demo"),
     }
-    words, label = own.get(name, (None, name))
-    made = spec(*overrides, *filter(None, [words]))
+    words, label = own.get(name, ([], name))
+    made = spec(*overrides, *words)
     assert made.model.name == label
     if name.startswith("qwen3"):
         assert made.model.source is not None

@@ -25,11 +25,11 @@ from q3q.config.evaluation import _data_sets
 from q3q.config.model import DEMO_MODELS
 from q3q.config.pages import CONF
 from q3q.config.schema import register
+from q3q.data.calibration import calibration_identity
 from q3q.data.needs import TextNeed, fetch_weights
 from q3q.data.prepared import Shelf
 from q3q.data.repositories import REPOSITORIES
 from q3q.data.texts import _HUB
-from q3q.data.windows import calibration_identity
 from q3q.models.checkpoint import load_tokenizer
 from q3q.models.hub import locate
 from q3q.placement import Trial

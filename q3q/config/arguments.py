@@ -26,6 +26,7 @@ from q3q.config.words import Line, refuse_torn, split
 from q3q.errors import ConfigError
 
 SHOWING = ("--cfg", "-c", "--help", "-h", "--info", "-i")  # they show one job and run nothing
+JUDGE = "judge"  # the page of conf/model for published checkpoints
 PROSE = ("question", "expectation")  # of the whole sweep, so a comma is a comma
 # A method's setting, of whichever method is chosen or of one of a sweep's.
 KNOB = re.compile(r"\+*method\.(?:(?P<method>\w+)\.)?(?P<knob>\w+)")
@@ -45,6 +46,7 @@ def understood(arguments: Sequence[str]) -> list[str]:
     words = [re.sub(r"^budget=", "budget.bytes=", word) for word in line.words]
     words = [_in_hydras_grammar(word) for word in words]
     words = [part for word in words for part in _model(word, line.sweeps)]
+    words += _nothing_quantized(words)
     words = [_listed(word) for word in words]
     _refuse_studies(words)
     if line.sweeps:
@@ -103,6 +105,13 @@ def _model(word: str, sweeps: bool) -> list[str]:
         f"{word}: conf/model has no page for {', '.join(others)}, so a separate sweep is needed: "
         f"{quoting.launch(without_page, sweeps)}"
     )
+
+
+def _nothing_quantized(words: Sequence[str]) -> list[str]:
+    """Leave checkpoints that are judged as they are, where no method is named."""
+    keys = {word.partition("=")[0].lstrip("+") for word in words}
+    judged = f"model={JUDGE}" in words and not keys & {"method", "study"}
+    return ["method=none"] if judged else []
 
 
 def _listed(word: str) -> str:

@@ -1,8 +1,10 @@
 """The command that runs a trial again, read off its spec alone."""
 
 import dataclasses
+from pathlib import Path
 
 from q3q.bit_budget import BitBudget
+from q3q.config.arguments import JUDGE
 from q3q.config.pages import hub_sources, page_of
 from q3q.config.schema import DEMO_NAMES, TEXT_NAMES, UNTOUCHED_BITS
 from q3q.data.texts import FROM_FILES
@@ -10,7 +12,7 @@ from q3q.errors import ConfigError
 from q3q.placement import Placement, Trial
 from q3q.quantize.methods.registry import settings_class
 from q3q.quoting import launch, override
-from q3q.spec import SELDOM_OF_SCHEME, TRACES, WRITTEN, CalibrationPart, TrialSpec
+from q3q.spec import SELDOM_OF_SCHEME, TRACES, WRITTEN, CalibrationPart, ModelRef, TrialSpec
 
 
 def command_of(trial: Trial) -> str:
@@ -61,7 +63,30 @@ def _quantization(trial: Trial) -> list[str]:
     return words
 
 
+def _judged(trial: Trial) -> list[str]:
+    """Return the words for a checkpoint and the original that it is compared with."""
+    spec, reference = trial.spec, trial.spec.reference
+    assert reference is not None
+    return [
+        override("model", JUDGE),
+        override("model.reference", _place(reference, trial.placement.reference)),
+        override("model.source", _place(spec.model, trial.placement.model)),
+        override("model.name", spec.model.name),
+        override("model.dtype", spec.model.dtype),
+        override("dtype", reference.dtype),
+    ]
+
+
+def _place(model: ModelRef, folder: Path | None) -> str:
+    """Return how model=judge names a model; see `judged`."""
+    if model.source is not None:
+        return f"{model.source}@{model.revision}"
+    return str(model.name if model.name in DEMO_NAMES else folder or "DIR")
+
+
 def _model(trial: Trial) -> list[str]:
+    if trial.spec.reference is not None:
+        return _judged(trial)
     model, dtype = trial.spec.model, override("dtype", trial.spec.model.dtype)
     if model.source is not None:
         revision = override("model.revision", model.revision)

@@ -11,13 +11,13 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from q3q import quoting
+from q3q.config.arguments import JUDGE
 from q3q.config.pages import CONF, hub_sources, page_of
 from q3q.config.schema import DEMO_NAMES
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.facts import ModelFacts
 from q3q.spec import ModelRef, TrialSpec
 
-PAGE = "judge"
 # The type in which the original runs once more, to see what rounding alone costs.
 OTHER_TYPE = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 # Facts that a checkpoint shares with its original, and their names for people.
@@ -123,7 +123,7 @@ def floor_job(overrides: Sequence[str], spec: TrialSpec) -> list[str]:
     assert spec.reference is not None
     return [
         *_others(overrides),
-        f"model={PAGE}",
+        f"model={JUDGE}",
         quoting.override("model.reference", place),
         quoting.override("model.source", place),
         f"model.dtype={floor.model.dtype}",

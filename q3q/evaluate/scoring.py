@@ -197,6 +197,7 @@ def _score_share(
             scores += completed
     else:
         list(model.states([]))
+        _ = model.head_VH  # the others gather it for their scores, and wait for this rank
     return team.gather((scores, effort))
 
 

@@ -127,6 +127,13 @@ class Block:
         block.kv = self.kv
         return block
 
+    @property
+    def rounding(self) -> InputRounding | None:
+        """How the input of a site is rounded that has no rounding of its own."""
+        if self.act_bits is None:
+            return None
+        return InputRounding(self.act_bits, self.act_format, self.act_group_size)
+
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
         return finish(self.stages(x_BTH, rope, attention))
 

@@ -2,8 +2,8 @@
 
 Four kinds share one protocol: points of a uniform grid (`QuantizedWeight`), small floating-point
 numbers (`float_weights.FloatWeight`), GGUF's blocks (`block_weights.BlockWeight`), and BiLLM's
-signs (`binary_weights.BinarizedWeight`). Shapes: E experts (1 in a dense block), O out features, I in features, G
-groups, S columns per group.
+signs (`binary_weights.BinarizedWeight`). Shapes: E experts (1 in a dense block), O out features, I
+in features, G groups, S columns per group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from q3q.errors import NumericsError, ShapeError
-from q3q.number_formats import FLOATS, INT
+from q3q.number_formats import FLOATS, GGUF, INT
 from q3q.numerics.binary_weights import BinarizedWeight
 from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.float_weights import GROUP_INDEX_BITS, FloatWeight
 from q3q.numerics.grid import Grid, into_groups, to_codes
 from q3q.numerics.linalg import all_finite
 
-GGUF = "gguf"  # of what scales are rounded to: as its types have them
 SCALE_BITS = 16  # as every deployed format stores them
 # Weights that are dequantized at one time, through float32 or 64-bit indices: 64 MB.
 NUMBERS_AT_ONCE = 1 << 23
@@ -340,6 +339,8 @@ def with_scales(weight: StoredWeight, types: str | None) -> StoredWeight:
         return replace(weight, scale_EOG=as_stored(weight.scale_EOG))
     if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "float":
         return replace(weight, stored_scale_EOG=as_stored(weight.stored_scale_EOG))
+    if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "e4m3":
+        return replace(weight, narrow=True)
     return weight
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from q3q.formatting import significant
-from q3q.kv_scheme import CacheShape
+from q3q.kv_scheme import CacheShape, KvScheme
 from q3q.models.footprint import cache_shape
 from q3q.models.hub import facts_of_trial
 from q3q.record import CACHE, TrialRecord
@@ -84,6 +84,13 @@ def cache_shape_of(records: Sequence[TrialRecord]) -> CacheShape | None:
             return CacheShape(numbers=int(note["numbers"]), head_dim=int(note["head_dim"]))
     known = (facts_of_trial(record.trial) for record in records)
     return next((cache_shape(facts) for facts in known if facts is not None), None)
+
+
+def cache_scheme_of(record: TrialRecord) -> KvScheme | None:
+    """Return how the cache was stored that the trial was measured with; None: in 16 bits."""
+    note = record.notes.get(CACHE)
+    stored = note.get("kv") if isinstance(note, dict) else None
+    return KvScheme(**stored) if isinstance(stored, dict) else record.spec.kv
 
 
 def parameters_of(record: TrialRecord) -> float | None:

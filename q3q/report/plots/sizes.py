@@ -38,6 +38,7 @@ from q3q.report.pools import Pool, comparable, pools
 from q3q.report.sizes import (
     COUNTED,
     Size,
+    cache_scheme_of,
     cache_shape_of,
     megabytes,
     number_of,
@@ -93,7 +94,7 @@ class Memory:
     context: int
 
     def cache(self, pool: Pool) -> float:
-        return self.shape.bytes_at(pool.spec.kv, self.context)
+        return self.shape.bytes_at(cache_scheme_of(pool.records[0]), self.context)
 
 
 def _front(

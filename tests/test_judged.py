@@ -1,0 +1,243 @@
+"""model=judge: published checkpoints beside the original that they were made of."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from q3q.config.arguments import understood
+from q3q.config.judged import floor_job, floor_of, original_job
+from q3q.config.model import DEMO_MODELS
+from q3q.data.windows import evaluation_windows
+from q3q.errors import CheckpointError, ConfigError, IncompatibleError
+from q3q.models.checkpoint import Checkpoint, load_tokenizer
+from q3q.models.decoder import load_decoder
+from q3q.models.likeness import note_of
+from q3q.numerics.divergence import kl_divergence
+from q3q.placement import Trial
+from q3q.record import JUDGED
+from q3q.report.judged import NOISE, benches, findings_of
+from q3q.trial import run_trial
+from tests.composed import composed_trial
+
+DEMO = DEMO_MODELS / "dense"
+WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+INPUTS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True, "symmetric": True}
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def fp8_copy(folder, change=lambda tensors, quantization: None, inputs=INPUTS):
+    """Write the demo model with linears in fp8, a scale for each row, and return the folder."""
+    shutil.copytree(DEMO, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors.pop(name).float()
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale
+    group = {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": inputs}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    change(tensors, quantization)
+    save_file(tensors, folder / "model.safetensors")
+    config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory):
+    return fp8_copy(tmp_path_factory.mktemp("fp8") / "demo-FP8")
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """Returns the trial that judges a place."""
+    storage = tmp_path_factory.mktemp("storage")
+    words = ["evaluation.tasks=[]", "evaluation.texts=[library]", "evaluation.limit=8"]
+    words += ["evaluation.window=64", "model=judge", "model.reference=demo", f"storage={storage}"]
+    words.append("method=none")
+
+    def trial_of(place, *more):
+        return composed_trial(*words, f"model.source={place}", *more)
+
+    return trial_of
+
+
+@pytest.fixture(scope="module")
+def records(judge, fp8):
+    """The records of the checkpoint, of the original and of its noise floor."""
+    trial = judge(fp8)
+    original = replace(trial.spec, model=trial.spec.reference, reference=None)
+    floor = floor_of(trial.spec)
+    local = trial.placement.reference
+    at = {"spec": original, "model": local}, {"spec": floor, "model": local}
+    others = [
+        Trial(one["spec"], replace(trial.placement, model=one["model"], baseline=None))
+        for one in at
+    ]
+    return [run_trial(one) for one in (trial, *others)]
+
+
+def test_a_checkpoints_kl_is_that_of_its_files_beside_the_originals(judge, fp8, records):
+    trial, [record, *_] = judge(fp8), records
+    tokenizer = load_tokenizer(DEMO)
+    windows = evaluation_windows(tokenizer, trial, trial.spec.evaluation.texts[0])
+    logits = []
+    for folder in (DEMO, fp8):
+        model = load_decoder(Checkpoint(folder), torch.float32)
+        rows = [
+            part for ids in windows for _, part in model.logits(model.hidden(ids[None])[0, :-1])
+        ]
+        logits.append(torch.cat(rows))
+    expected = float(kl_divergence(*logits).mean())
+    assert record.metrics["kl/library"] == pytest.approx(expected, abs=1e-7)
+    assert expected > 1e-4  # inputs are rounded, too
+    shares = [value for name, value in record.metrics.items() if name.startswith("share_conf")]
+    assert sum(shares) == pytest.approx(1)
+    assert record.notes[JUDGED]["format"] == "compressed-tensors, fp8 with inputs in fp8"
+    assert findings_of(record) == []
+
+
+def test_the_noise_floor_is_the_original_in_another_type(judge, fp8, records):
+    trial = judge(fp8)
+    floor, [_, _, measured] = floor_of(trial.spec), records
+    assert (floor.model.dtype, floor.reference) == ("bfloat16", trial.spec.reference)
+    assert 0 < measured.metrics["kl_floor/library"] < records[0].metrics["kl/library"]
+    words = [f"model.source={fp8}", "model.reference=demo", "model=judge", "evaluation=demo"]
+    assert original_job(words) == ["evaluation=demo", "model=demo"]
+    assert floor_job(words, trial.spec)[-2:] == ["model.source=demo", "model.dtype=bfloat16"]
+    assert judge("demo", "model.dtype=bfloat16").id == floor.id
+
+
+def test_the_report_ranks_checkpoints_and_says_what_is_noise(records):
+    candidate, _, floor = records
+    kls = {name: 1e-7 for name in candidate.metrics if name.startswith("kl")}
+    near = replace(
+        candidate,
+        spec=replace(candidate.spec, model=replace(candidate.spec.model, name="near", digest="n")),
+        metrics=candidate.metrics | kls,
+        intervals=candidate.intervals | {"kl/library": (9e-8, 1.1e-7)},
+    )
+    [bench] = benches([*records, near])
+    assert [pool.label for pool in bench.candidates] == ["near", "demo-FP8"]
+    verdict, *_ = bench.tables()
+    place = verdict.columns.index("of the noise floor")
+    assert verdict.rows[0][place] == NOISE
+    assert verdict.rows[1][place].endswith(" times")
+    assert verdict.rows[1][-1] == "none"  # its interval and near's do not overlap
+    assert "1. near" in bench.card()
+    assert "noise floor" in verdict.rows[2][0]
+    assert bench.sentence().startswith("near is nearest to demo")
+    assert floor.spec.model.dtype in verdict.rows[2][0]
+
+
+def test_what_is_odd_about_the_files_is_named(tmp_path):
+    def change(tensors, quantization):
+        other = torch.randn(tensors[f"{DOWN}.weight"].shape, generator=torch.manual_seed(0))
+        tensors[f"{DOWN}.weight"] = other.to(torch.float8_e4m3fn)
+        up = "model.layers.0.mlp.up_proj"
+        tensors[f"{up}.weight"] = tensors[f"{up}.weight"].float() * tensors.pop(
+            f"{up}.weight_scale"
+        )
+        tensors["model.layers.0.mlp.gate_proj.weight_scale"][3] = 0
+        quantization["ignore"].append(up)
+
+    folder = fp8_copy(tmp_path / "odd", change)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["chat_template"] = "{{ messages }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    note = note_of(Checkpoint(folder), Checkpoint(DEMO), load_tokenizer(DEMO))
+    assert list(note["unlike"]) == ["blocks.1.mlp.down_proj"]
+    assert abs(note["unlike"]["blocks.1.mlp.down_proj"]) < 0.1
+    assert (note["plain_count"], note["plain_linears"]) == (1, "mlp.up_proj of block 0")
+    assert note["tokenizer"] == ["another chat template"]
+    assert note["doubts"][0].startswith("model.layers.0.mlp.gate_proj.weight_scale: 1 of ")
+
+
+def spoiled(value, part="weight_scale", rows=slice(None)):
+    def change(tensors, quantization):
+        tensors[f"{DOWN}.{part}"][rows] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (spoiled(float("nan"), rows=slice(1, 2)), "not finite"),
+        (spoiled(0.0), "scales are zero"),
+    ],
+)
+def test_scales_that_are_no_numbers_or_zero_are_refused(tmp_path, change, said):
+    folder = fp8_copy(tmp_path / "spoiled", change)
+    with pytest.raises(CheckpointError, match=rf"{DOWN}.weight_scale.*{said}"):
+        Checkpoint(folder).block(1)
+
+
+def test_a_missing_scale_is_named_with_what_is_there(tmp_path):
+    folder = fp8_copy(tmp_path / "less", lambda tensors, _: tensors.pop(f"{DOWN}.weight_scale"))
+    with pytest.raises(CheckpointError, match=rf"{DOWN}.weight_scale \(compressed.*hold weight th"):
+        Checkpoint(folder)
+
+
+STATIC = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+
+
+@pytest.mark.parametrize("scale", [0.0, float("nan"), 0.02])
+def test_a_stored_scale_of_inputs_is_read_when_the_folder_is_opened(tmp_path, scale):
+    def change(tensors, quantization):
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            own = scale if name.startswith(DOWN) else 0.01
+            tensors[name.replace(".weight", ".input_scale")] = torch.tensor([own])
+
+    folder = fp8_copy(tmp_path / "static", change, {**STATIC, "symmetric": True})
+    if not scale > 0:
+        with pytest.raises(CheckpointError, match=rf"{DOWN}.input_scale .* nothing can be rounded"):
+            Checkpoint(folder)
+        return
+    block = load_decoder(Checkpoint(folder), torch.float32).blocks[1]
+    assert block.own_rounding["down"].number == pytest.approx(0.02)
+    assert block.own_rounding["o"].number == pytest.approx(0.01)
+    x = torch.linspace(-1, 1, 50)
+    site = next(site for site in block.sites if site.name == "down")
+    expected = (x / 0.02).to(torch.float8_e4m3fn).float() * 0.02
+    assert torch.allclose(block.round_inputs(site, x), expected, atol=1e-7)
+
+
+def test_another_model_is_no_candidate(judge, fp8):
+    with pytest.raises(ConfigError, match=r"demo_moe cannot have been made of demo: .*experts"):
+        judge("demo_moe")
+    with pytest.raises(IncompatibleError, match="model=judge evaluates checkpoints as they are"):
+        judge(fp8, "method=rtn")
+    with pytest.raises(ConfigError, match=r"name them, model=judge model\.source="):
+        composed_trial("model=judge", "model.reference=demo", "method=none")
+
+
+def test_judging_needs_no_method_on_the_command_line():
+    words = ["-m", "model=judge", "model.reference=demo", "model.source=A/one,./two.gguf"]
+    assert understood(words) == [*words, "method=none"]
+    assert understood([*words, "method=rtn"]) == [*words, "method=rtn"]
+
+
+def test_a_checkpoints_trial_is_known_by_its_files_and_its_original(judge, fp8, tmp_path):
+    trial = judge(fp8)
+    moved = shutil.copytree(fp8, tmp_path / "elsewhere")
+    assert judge(moved).id == trial.id
+    assert replace(trial.spec, reference=None).id != trial.id
+    assert Trial.from_json(trial.to_json()).spec == trial.spec
+    other = fp8_copy(tmp_path / "other", spoiled(1.0, rows=slice(0, 1)))
+    assert judge(other).id != trial.id
+    assert (
+        trial.placement.baseline
+        == replace(trial.spec, model=trial.spec.reference, reference=None).id
+    )
