@@ -459,7 +459,7 @@ def _some_of(overrides: Mapping[str, Json], wanted: Callable[[str], bool]) -> di
 
 def _override_in_a_word(changes: Json) -> str:
     """Return `w8`, `w4g64sym` or `nvfp4anvfp4`."""
-    words = {
+    words: dict[str, Callable[[Any], str]] = {
         "format": short_name,
         "bits": lambda bits: f"w{bits}",
         "group_size": lambda size: "pc" if size == -1 else f"g{size}",
