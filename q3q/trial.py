@@ -5,78 +5,50 @@ import json
 import platform
 import shutil
 import traceback
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from q3q.ahead import preparing
 from q3q.attempt import LOG, Attempt, TrialLog, attempt, running_quantizations
 from q3q.crash import crash_reason, forget_crash
-from q3q.data.calibration import calibration_windows
-from q3q.data.prepared import Shelf
 from q3q.environment import Phases, SystemWatch, git_commit, hardware, now, packages
 from q3q.errors import GPU_LOST_WORDS, GPU_SUSPECT_WORDS, Q3QError
 from q3q.evaluate.integrity import check_weights
-from q3q.evaluate.measure import Reference, evaluate, noted_baseline, reference_of
+from q3q.evaluate.measure import Reference, evaluate, noted_baseline
 from q3q.evaluate.samples import SAMPLES, write_samples
 from q3q.evaluate.version import refuse_other_versions
 from q3q.export.proof import PASSED
 from q3q.export.publish import Exported, finish_export
-from q3q.export.writer import Exporter, ExportingSink, open_exporter
-from q3q.models.adjust import set_activations, set_cache, set_route
-from q3q.models.checkpoint import Checkpoint, load_tokenizer
-from q3q.models.decoder import Decoder
-from q3q.models.footprint import Device
-from q3q.models.hub import is_downloaded
-from q3q.models.likeness import note_of
+from q3q.loaded import load, notes_on_kernels
+from q3q.models.adjust import set_activations, set_cache
 from q3q.models.loading import (
     device_of,
-    load_model,
-    load_original,
-    open_checkpoint,
-    original_of,
     this_gpu,
 )
-from q3q.numerics.kernels.compiler import compiler_fault
-from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
-from q3q.quantize.budget.stage import SENSING, allotted
-from q3q.quantize.ends import quantize_ends
 from q3q.quantize.ledger import (
-    Ledger,
     StoredCodes,
     cache_note,
     cache_sizes,
     sizes,
     stored_note,
 )
-from q3q.quantize.methods.build import build_method
-from q3q.quantize.methods.registry import settings_of, settings_or_default
+from q3q.quantize.methods.registry import settings_or_default
 from q3q.quantize.methods.source import source_of
-from q3q.quantize.search import choose_variant
 from q3q.quantize.shared import blocks_of
-from q3q.quantize.traces import traces
-from q3q.quantize.walk import quantized_blocks
+from q3q.quantized import quantized
 from q3q.record import (
     COMPLETED,
     FAILED,
-    JUDGED,
     Progress,
     Report,
     Scores,
     TrialRecord,
-    block_errors,
 )
 from q3q.reporter import Reporter
-from q3q.spec import Json
-from q3q.storage.aside import tell
-from q3q.storage.block_cache import stored_blocks
 from q3q.storage.claim import ClaimLostError, Holder
 from q3q.storage.files import write_atomically
 from q3q.team import SOLO, PeerLostError, Rendezvous, Team, join_gang
@@ -96,68 +68,42 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
     Raises:
         Q3QError: a setting, a file or the numerics make the trial impossible. Nothing is recorded.
     """
-    spec = trial.spec
-    refuse_other_versions(spec.evaluation)
+    refuse_other_versions(trial.spec.evaluation)
     phases, started = Phases((lambda: team.together) if team.size > 1 else None), now()
-    reporter = Reporter(spec.id, report, SystemWatch().due)
+    reporter = Reporter(trial.spec.id, report, SystemWatch().due)
     write_atomically(trial.folder / "spec.json", json.dumps(trial.to_json(), indent=1).encode())
     exported = Exported()
     with torch.inference_mode(), ExitStack() as beside:
-        reporter.phase("load")(0, 1)
-        memory = settings_of(spec.method).memory()
-        with phases.phase("load"):
-            checkpoint = _opened(trial, reporter)
-            # A judged checkpoint reads what its original reads, with the original's tokenizer.
-            original = _opened(original_of(trial), reporter) if spec.reference else checkpoint
-            tokenizer = load_tokenizer(original.folder)
-            device = _device(trial)
-            if trial.placement.caches_blocks_here:
-                lease = trial.placement.block_cache.lease(spec.quantization_id)
-                beside.enter_context(lease)
-            beside.enter_context(_preparing(trial, original, tokenizer, device))
-        with phases.phase("baseline"):
-            judged = None
-            if spec.reference is not None:
-                judged = _beside(checkpoint, original, tokenizer, device, trial, reporter)
-        with phases.phase("load"):
-            model, loading = load_model(checkpoint, trial, device, memory, team)
-        reporter.phase("load", str(loading))(1, 1)
-        with phases.phase("baseline"):
-            reference = judged[0] if judged else reference_of(model, tokenizer, trial, reporter)
+        loaded = load(trial, team, beside, phases, reporter)
+        model, reference = loaded.model, loaded.reference
         with _blocks_of(trial, len(model.blocks), reporter) as store:
-            made = _quantized(trial, model, checkpoint, tokenizer, store, phases, reporter)
-            trial, spec = made.trial, made.trial.spec
+            made = quantized(trial, loaded, store, phases, reporter)
+        trial = made.trial
         with phases.phase("evaluate"):
-            set_activations(model, spec)
-            set_cache(model, spec)
-            scores = evaluate(model, tokenizer, trial, reference, reporter)
+            set_activations(model, trial.spec)
+            set_cache(model, trial.spec)
+            scores = evaluate(model, loaded.tokenizer, trial, reference, reporter)
         checks = check_weights(
             model,
             StoredCodes(store, made.ledger.blocks, "cpu" if model.streamed else model.device),
             ends=made.ends,
-            skip=spec.skip,
+            skip=trial.spec.skip,
         )
         if made.exporter is not None:
             reporter.phase("export")(0, 1)
             with phases.phase("export"):
-                exported = finish_export(
-                    made.exporter,
-                    model,
-                    trial,
-                    scores,
-                    checks,
-                    unquantized_metrics(trial, reference),
-                )
+                known = unquantized_metrics(trial, reference)
+                exported = finish_export(made.exporter, model, trial, scores, checks, known)
     reporter.phase("record")(0, 1)
-    failed = [check for check in checks if not check.passed]
+    facts, failed = loaded.checkpoint.facts, [check for check in checks if not check.passed]
     record = TrialRecord(
-        spec=spec,
+        spec=trial.spec,
         placement=trial.placement,
         status=FAILED if failed else COMPLETED,
         reason="; ".join(f"{check.name}: {check.detail}" for check in failed),
         metrics=scores.metrics
-        | sizes(checkpoint, made.ledger, made.ends)
-        | cache_sizes(trial, checkpoint.facts)
+        | sizes(loaded.checkpoint, made.ledger, made.ends)
+        | cache_sizes(trial, facts)
         | exported.metrics
         | phases.metrics,
         intervals=scores.intervals,
@@ -168,8 +114,8 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             "git_commit": git_commit(),
             "packages": packages(),
             "hardware": hardware(),
-            "method_source": source_of(spec.method),
-            "loading": asdict(loading),
+            "method_source": source_of(trial.spec.method),
+            "loading": asdict(loaded.loading),
             "started": started,
             "ended": now(),
         },
@@ -177,13 +123,11 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         notes=made.ledger.notes
         | made.notes
         | store.notes()
-        | stored_note(checkpoint, in_files=bool(exported.notes) or not made.changed)
+        | stored_note(loaded.checkpoint, in_files=bool(exported.notes) or not made.changed)
         | exported.notes
-        | cache_note(trial, checkpoint.facts)
-        | noted_baseline(reference, spec)
-        | ({JUDGED: judged[1]} if judged else {})
-        | _notes_on(checkpoint)
-        | _notes_on_kernels(device_of(trial))
+        | cache_note(trial, facts)
+        | noted_baseline(reference, trial.spec)
+        | loaded.notes
         | phases.notes(),
         files=_write_samples(trial, scores),
     )
@@ -191,111 +135,6 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
     reporter.phase("record")(1, 1)
     clear(record, made_blocks=store.made)
     return record
-
-
-def _windows(
-    trial: Trial, model: Decoder, tokenizer: Any, store: BlockStore, reporter: Reporter
-) -> Tensor | None:
-    """Return the calibration windows; None if no block is missing, or the method observes none."""
-    steps = reporter.phase("calibrate")
-    steps(0, 1)
-    if store.holds(len(model.blocks)):
-        return None
-    write = partial(traces, trial, model, tokenizer, steps=steps)
-    return calibration_windows(trial, tokenizer, partial(steps, 0, 1), write)
-
-
-def _preparing(
-    trial: Trial, checkpoint: Checkpoint, tokenizer: Any, device: Device
-) -> AbstractContextManager[None]:
-    """Have the trial's windows and requests prepared beside it, see `ahead`."""
-    blocks = stored_blocks(*trial.block_folders)
-    quantizes = blocks < checkpoint.facts.layers
-    shelf = Shelf.of(trial, tokenizer)
-    return preparing(trial, checkpoint.folder, shelf, device, quantizes=quantizes)
-
-
-def _beside(
-    checkpoint: Checkpoint,
-    original: Checkpoint,
-    tokenizer: Any,
-    device: Device,
-    trial: Trial,
-    reporter: Reporter,
-) -> tuple[Reference, Json]:
-    """Return what a judged checkpoint's drift is measured against, and the note on its files."""
-    streamed, own = load_original(original, trial, device), original_of(trial)
-    reference = reference_of(streamed, tokenizer, own, reporter)
-    steps = reporter.phase("baseline", "weights")
-    return reference, note_of(checkpoint, original, tokenizer, steps)
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What came of the model's linears.
-
-    trial: with the widths that its budget was allotted among its overrides
-    ends: a quantized embedding and head
-    notes: on the allotment, for the record
-    """
-
-    trial: Trial
-    exporter: Exporter | None
-    ledger: Ledger
-    ends: Mapping[str, StoredWeight]
-    notes: Json
-
-    @property
-    def changed(self) -> bool:
-        return bool(self.ledger.weights or self.ends)
-
-
-def _quantized(
-    trial: Trial,
-    model: Decoder,
-    checkpoint: Checkpoint,
-    tokenizer: Any,
-    store: BlockStore,
-    phases: Phases,
-    reporter: Reporter,
-) -> Quantized:
-    """Allot the trial's bits if it has a budget, and quantize the model in place."""
-    with phases.phase(SENSING) if trial.spec.budget else nullcontext():
-        allotment = allotted(trial, model, checkpoint, tokenizer, store, reporter)
-    trial = replace(trial, spec=allotment.spec)
-    exporter = open_exporter(trial, checkpoint)
-    ledger, ends = Ledger(), dict[str, StoredWeight]()
-    if trial.spec.schemes is not None:
-        with phases.phase("calibrate"):
-            windows = _windows(trial, model, tokenizer, store, reporter)
-        with phases.phase("quantize"):
-            ledger, ends = _quantize(trial, model, windows, store, exporter, reporter)
-    allotment.check(ledger)
-    return Quantized(trial, exporter, ledger, ends, allotment.notes)
-
-
-def _quantize(
-    trial: Trial,
-    model: Decoder,
-    windows: Tensor | None,
-    store: BlockStore,
-    exporter: Exporter | None,
-    reporter: Reporter,
-) -> tuple[Ledger, dict[str, StoredWeight]]:
-    """Quantize the model in place; return the facts about its blocks, and its quantized ends."""
-    spec, count, ledger = trial.spec, len(model.blocks), Ledger()
-    assert spec.schemes is not None
-    set_route(model, spec)
-    reporter.phase("quantize")(0, count)
-    method = choose_variant(build_method(spec), model, spec, windows, store, reporter)
-    sink = store if exporter is None else ExportingSink(store, exporter)
-    for block in quantized_blocks(model, method, spec.schemes, windows, sink):
-        ledger.add(block)
-        errors = block_errors(block.errors).get(block.index)
-        reporter.phase("quantize", metrics=errors)(block.index + 1, count)
-        del block  # its codes would lie on a GPU while the next ones are found
-    store.settle()
-    return ledger, quantize_ends(model, spec.schemes)
 
 
 def _write_samples(trial: Trial, scores: Scores) -> dict[str, str | None]:
@@ -325,37 +164,6 @@ def _blocks_of(trial: Trial, count: int, reporter: Reporter) -> AbstractContextM
         reporter.phase("wait", f"for {holder}, which makes the same blocks")(0, 1)
 
     return blocks_of(trial, count, wait, lambda line: reporter.phase("load", line)(1, 1))
-
-
-def _opened(trial: Trial, reporter: Reporter) -> Checkpoint:
-    """Open the trial's checkpoint; report where its files disagree with its config.json."""
-    model = trial.spec.model
-    if model.source is not None and not is_downloaded(model.source, model.revision):
-        reporter.phase("download", model.source)(0, 1)
-    checkpoint = open_checkpoint(trial)
-    for remark in checkpoint.remarks:
-        reporter.phase("load", remark)(0, 1)
-    return checkpoint
-
-
-def _device(trial: Trial) -> Device:
-    """Return where the trial computes; say so if it is a GPU without q3q's own kernels."""
-    device = device_of(trial)
-    for line in _notes_on_kernels(device).values():
-        tell(line)
-    return device
-
-
-def _notes_on_kernels(device: Device) -> Json:
-    """Return the record's note on a GPU that computes with plain kernels; none on any other."""
-    fault = compiler_fault() if device == "cuda" else None
-    slower = f"plain kernels compute in place of Triton's, more slowly: {fault}"
-    return {} if fault is None else {"kernels": slower}
-
-
-def _notes_on(checkpoint: Checkpoint) -> Json:
-    """Return the record's note on files that disagree with config.json; none if they agree."""
-    return {"checkpoint": list(checkpoint.remarks)} if checkpoint.remarks else {}
 
 
 def clear(record: TrialRecord, *, made_blocks: bool = False) -> None:
@@ -398,7 +206,7 @@ def share_trial(trial: Trial, report: Report, seat: Rendezvous) -> TrialRecord |
     with join_gang(seat) as team:
         if team.rank > 0:
             TrialLog(trial.folder / LOG).write(f"rank {team.rank} of {team.size}")
-            _notes_on_kernels(device_of(trial))  # tries Triton while the GPU has room for it
+            notes_on_kernels(device_of(trial))  # tries Triton while the GPU has room for it
             try:
                 with torch.inference_mode():
                     # Nobody reads these reports, but `report` also notices SIGTERM.

@@ -21,7 +21,7 @@ FLOORS = [
     "q3q.limits q3q.ending q3q.names q3q.quoting q3q.formatting q3q.crash",
     "q3q.numerics q3q.data q3q.team q3q.models",
     "q3q.quantize q3q.evaluate q3q.export",
-    "q3q.trial q3q.attempt q3q.ahead",
+    "q3q.trial q3q.loaded q3q.quantized q3q.attempt q3q.ahead",
     "q3q.sweep.machines q3q.sweep.gpus q3q.sweep.allocation q3q.sweep.shares q3q.sweep.sensing "
     "q3q.sweep.costs q3q.sweep.packing q3q.sweep.disk q3q.sweep.made q3q.sweep.questions "
     "q3q.sweep.plan q3q.sweep.ray q3q.sweep.background q3q.sweep.progress q3q.sweep.pace "

@@ -20,6 +20,7 @@ LENGTH = 12
 def demo():
     trial = composed_trial("method=gptq", "calibration=traces", "evaluation=none")
     folder = trial.placement.model
+    assert folder is not None
     return load_decoder(Checkpoint(folder), torch.float64), load_tokenizer(folder)
 
 

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -20,7 +21,7 @@ def record(storage, method, losses, source="demo"):
     spec = make_spec(method, 2, calibration=calibration, evaluation=evaluation_of("library"))
     trial = Trial(spec, Placement(trials=storage / "trials"))
     rows = window_rows(LIBRARY, "tokens", losses)
-    files = {SAMPLES: write_samples(trial.folder / SAMPLES, rows)}
+    files: dict[str, str | None] = {SAMPLES: write_samples(trial.folder / SAMPLES, rows)}
     made = TrialRecord(spec=spec, placement=trial.placement, status=COMPLETED, metrics={LIBRARY: 9})
     replace(made, files=files).save()
     return trial
@@ -39,7 +40,7 @@ def test_the_pages_scripts_run(tmp_path, monkeypatch):
     mpl.use("Agg")
     scripts = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(scripts) == 2
-    names = {}
+    names = dict[str, Any]()
     for script in scripts:
         exec(compile(script, str(PAGE), "exec"), names)
     assert set(names["table"].metric) == {LIBRARY}

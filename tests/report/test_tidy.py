@@ -25,7 +25,7 @@ def stored(storage, method, bits, value, **changes):
         intervals={STORIES: (value - 0.1, value + 0.1)},
     )
     rows = window_rows(STORIES, "tokens", [0.5, 1.5])
-    files = {SAMPLES: write_samples(record.trial.folder / SAMPLES, rows)}
+    files: dict[str, str | None] = {SAMPLES: write_samples(record.trial.folder / SAMPLES, rows)}
     record = replace(record, files=files)
     record.save()
     return record
