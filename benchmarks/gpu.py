@@ -63,7 +63,7 @@ def columns(title: str, rows: int, width: int) -> None:
 
     show(
         f"{title}, 128 columns of {rows} rows",
-        fused=each(block_solver(GPU)),
+        fused=each(block_solver(GPU, IntegerLevels(4, False))),
         five_calls=each(solve_block),
         plain=each(solve_block_plain),
     )
@@ -82,7 +82,7 @@ def columns(title: str, rows: int, width: int) -> None:
     factor = seconds(lambda: factored_columns(hessian_EII.clone(), 0.01, None, act_order=True), 3)
     show(
         f"{title}, {rows} x {width} with act-order (factor {factor * 1e3:.1f} ms)",
-        fused=whole(block_solver(GPU)),
+        fused=whole(block_solver(GPU, IntegerLevels(4, False))),
         five_calls=whole(solve_block),
     )
 

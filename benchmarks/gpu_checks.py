@@ -107,8 +107,9 @@ def _columns(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
     factor_ECC = (torch.eye(columns, device=device) + upper_CC)[None]
     scale_EKO = _draw(device, 1, 1, sizes.rows, seed=2).abs() + 0.1
     zero_EKO = torch.full_like(scale_EKO, 8.0)
-    rest = factor_ECC, scale_EKO, zero_EKO, [0] * columns, IntegerLevels(4, False)
-    codes, _ = block_solver(device)(weight_ECO.clone(), *rest)
+    levels = IntegerLevels(4, False)
+    rest = factor_ECC, scale_EKO, zero_EKO, [0] * columns, levels
+    codes, _ = block_solver(device, levels)(weight_ECO.clone(), *rest)
     plain, _ = solve_block_plain(weight_ECO.clone(), *rest)
     same = float((codes == plain).all(1).double().mean())  # a tie decides the rest of its row
     return same > 0.95, f"{same:.1%} of rows have the same codes, at least 95%"
