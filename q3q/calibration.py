@@ -54,9 +54,21 @@ class Calibration:
         return self.samples * self.length
 
     @property
+    def every_part(self) -> tuple[CalibrationPart, ...]:
+        """Its parts; of a single source, that one."""
+        whole = CalibrationPart(
+            source=self.source,
+            digest=self.digest,
+            samples=self.samples,
+            temperature=self.temperature,
+            prompts=self.prompts,
+        )
+        return self.parts or (whole,)
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """The kinds of text that it has windows of."""
-        return tuple(dict.fromkeys(part.source for part in self.parts)) or (self.source,)
+        return tuple(dict.fromkeys(part.source for part in self.every_part))
 
     @property
     def label(self) -> str:

@@ -48,6 +48,7 @@ class ModelRef:
     digest: of the files in a local folder
     source, revision: Hub id and commit
     dtype: float32, bfloat16 or float16
+    package: `name version` of the package that offers its family; None for q3q's own
     """
 
     name: str | None
@@ -55,6 +56,7 @@ class ModelRef:
     source: str | None = None
     revision: str | None = None
     dtype: str
+    package: str | None = None
 
     @property
     def label(self) -> str:
@@ -457,7 +459,7 @@ def _some_of(overrides: Mapping[str, Json], wanted: Callable[[str], bool]) -> di
 
 def _override_in_a_word(changes: Json) -> str:
     """Return `w8`, `w4g64sym` or `nvfp4anvfp4`."""
-    words = {
+    words: dict[str, Callable[[Any], str]] = {
         "format": short_name,
         "bits": lambda bits: f"w{bits}",
         "group_size": lambda size: "pc" if size == -1 else f"g{size}",

@@ -298,7 +298,12 @@ def test_a_machine_downloads_no_text_whose_windows_are_prepared(hub, tmp_path, m
     spec, orders = trials[1].spec, [trial.to_json() for trial in trials]
     assert spec.calibration is not None
     fetch_weights([spec], lambda line: None)
-    monkeypatch.setattr(TextNeed, "missing", lambda need: asked.append(need.name) or 0)
+
+    def missing(need):
+        asked.append(need.name)
+        return 0
+
+    monkeypatch.setattr(TextNeed, "missing", missing)
     shelf = Shelf.of(trials[1], load_tokenizer(locate("Qwen/Qwen3-0.6B", COMMIT)))
     assert shelf is not None
     identity = calibration_identity(spec.calibration, spec.seed)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -170,7 +171,7 @@ def test_memory_in_the_picture_is_weights_and_cache_where_a_context_is_given():
     def megabytes(context):
         plots = study_plots(records, None, context)
         [axes] = next(plot for plot in plots if plot.name == "demo-pareto").figure.axes
-        lines = [line for line in axes.get_lines() if "q3q-point" in str(line.get_gid())]
+        lines: list[Any] = [line for line in axes.get_lines() if "q3q-point" in str(line.get_gid())]
         return sorted(float(line.get_xdata()[0]) for line in lines), axes.get_xlabel()
 
     assert megabytes(None) == ([4000.0, 4000.0], "size of the whole model, MB")

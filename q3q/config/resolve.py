@@ -83,7 +83,7 @@ def trial_from(config: DictConfig) -> Trial:
         model=model,
         method=method_ref(settings, scheme),
         scheme=scheme,
-        calibration=resolved and resolved.calibration,
+        calibration=resolved.calibration if resolved else None,
         evaluation=evaluation,
         # Only calibration windows and lm-eval's few shots are drawn at random.
         seed=config.seed if schemes is not None else seed_of_shots(evaluation, config.seed),
@@ -107,7 +107,7 @@ def trial_from(config: DictConfig) -> Trial:
         store=config.storage.rstrip("/") if is_url(config.storage) else None,
         model=folder,
         calibration=resolved.file if resolved else _absolute(config.calibration.path),
-        parts=resolved and resolved.files,
+        parts=resolved.files if resolved else None,
         evaluation=_absolute(config.evaluation.path),
         texts=_own_texts(config.evaluation),
         data=data_folder(config),

@@ -425,6 +425,8 @@ def format_of_choice(spec: TrialSpec) -> str | None:
         if scheme.format != INT:
             codes = scheme.format in form.floats and _has_strategy(scheme)
         mixed = form.mixed or not (spec.overrides or spec.skip)
+        # A budget mixes widths, and transformers reads asymmetric ones by one of them.
+        mixed = mixed and (scheme.symmetric or spec.budget is None)
         ordered = form.act_order or not _reorders(spec, [scheme])
         if acts and (form.anything or (codes and not ends and mixed and ordered)):
             return form.name

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from q3q.models.facts import ModelFacts
-from q3q.models.gguf_file import ARCHITECTURES
+from q3q.models.gguf_header import ARCHITECTURES
 from q3q.models.packed import Layout, Shape
 from q3q.number_formats import BLOCKS, INT
 from q3q.spec import Scheme

@@ -24,11 +24,12 @@ from q3q.export.reload.script import EXIT_SHORTAGE, is_shortage
 from q3q.export.reload.sketches import projection, sketch, sketch_rows
 from q3q.export.use import Use
 from q3q.limits import unclaimed_memory
-from q3q.models.block import Block, Rope, rms_norm
+from q3q.models.block import Block, Rope
 from q3q.models.decoder import Decoder
 from q3q.models.disk_names import is_stacked, names_on_disk
 from q3q.models.facts import ModelFacts
 from q3q.number_formats import INT
+from q3q.numerics.kernels.norm import rms_norm
 from q3q.record import Check
 from q3q.spec import Json
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from q3q.errors import CheckpointError
 from q3q.models.gguf_header import (
+    ARCHITECTURES,
     FIRST,
     SPLIT,
     GgufEntry,
@@ -29,13 +30,6 @@ from q3q.models.gguf_tensors import PLAIN, GgufTensor
 from q3q.models.gguf_tokenizer import GgufTokenizer
 
 SUFFIX = ".gguf"
-# llama.cpp's word for an architecture -> config.json's `model_type`.
-ARCHITECTURES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3moe": "qwen3_moe",
-}
 TURNED = ("self_attn.q_proj", "self_attn.k_proj")  # whose rows a Llama's file reorders
 EXPERTS = "mlp.experts."
 # A block's tensors without `.weight` and `.bias`; of experts one tensor for all of them.

@@ -493,7 +493,7 @@ def test_a_share_of_a_round_leaves_room_for_its_longest_input(most, longest):
     ],
 )
 def test_documents_are_written_as_lm_eval_writes_them(document):
-    settings = {"indent": 2, "default": str, "ensure_ascii": False}
+    settings: dict[str, Any] = {"indent": 2, "default": str, "ensure_ascii": False}
     expected = json.dumps(document, **settings)
     assert written(document, **settings) == expected
     with documents_written_quickly():

@@ -61,7 +61,7 @@ def main():
         model.reset()
         answer = model(request["prompt"], max_tokens=12, temperature=0.0)
         (folder / "answer.txt").write_text(answer["choices"][0]["text"], encoding="utf-8")
-    np.savez(folder / "out.npz", **out)
+    np.savez(folder / "out.npz", **out)  # type: ignore[arg-type]  # names, as arrays are
 
 
 if __name__ == "__main__":
