@@ -83,7 +83,7 @@ def test_a_trial_allots_its_bits_resumes_shares_sensitivities_and_can_be_typed_w
 def test_mixed_widths_are_exported_and_the_checkpoint_is_proved(tmp_path):
     words = [word for word in SMALL if not word.startswith("budget.widths")]
     trial = composed_trial(
-        *(*words, f"storage={tmp_path}", "bits=5.1", "budget.widths=[4,8]", "symmetric=true"),
+        *(*words, f"storage={tmp_path}", "bits=5.2", "budget.widths=[4,8]", "symmetric=true"),
         "export=compressed_tensors",
     )
     record = run_trial(trial)
