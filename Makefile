@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 # The active environment's MLflow, if it has one: to look at results takes no other environment.
 MLFLOW = $(wildcard $(addsuffix /bin/mlflow,$(or $(VIRTUAL_ENV),$(CONDA_PREFIX))))
 
-.PHONY: demo test test-slow lint ui report clean
+.PHONY: demo test test-slow lint llama ui report clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python launch.py -m method=rtn,gptq,awq bits=2,3,4
@@ -26,6 +26,15 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy q3q hydra_plugins/q3q launch.py tests benchmarks
 
+# llama.cpp from its sources, which takes a compiler, cmake and a quarter of an hour of one core; the
+# slow tests of GGUF files then run it.
+llama: .venv-llama/.ready
+
+.venv-llama/.ready:
+	$(PYTHON) -m venv .venv-llama
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF" .venv-llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python
+	touch $@
+
 ui: $(if $(MLFLOW),,$(VENV)/.ready)
 	$(or $(MLFLOW),$(BIN)/mlflow) ui --backend-store-uri 'sqlite:///$(STORAGE)/mlflow.db' --host 127.0.0.1 --port $(PORT)
 
@@ -33,7 +42,7 @@ report: $(VENV)/.ready
 	$(BIN)/python -m q3q.report --storage $(STORAGE) $(if $(STUDY),--study $(STUDY))
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-llama
 
 # One environment for all of them, made anew when what it is made of changes.
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -1,13 +1,14 @@
-"""What a neighbour costs: `python benchmarks/busy.py [--policies]`.
+"""What a neighbour costs: `python benchmarks/busy.py [--policies] [--quiet]`.
 
 Scores a HellaSwag-shaped suite with q3q (and with lm-eval's HFLM) and quantizes with GPTQ, each on
 the demo model in a process of its own, with one thread and with two: once on a quiet machine, once
 while another process computes on one core. It needs a machine with two free cores. Threads that
 wait for a partner without a core are what a neighbour costs; how long they spin before they sleep
-is OpenMP's to say, and `--policies` compares settings of that.
+is OpenMP's to say, and `--policies` compares settings of that. `--quiet` leaves the neighbour out.
 """
 
 import argparse
+import math
 import multiprocessing
 import os
 import statistics
@@ -22,12 +23,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from q3q.sweep.ray.worker import SPIN_SETTINGS, SPINS
 
+SPIN_COUNTS = (300, 3000, 10_000, 30_000, 100_000)
 DEMO = Path(__file__).parent.parent / "q3q/models/demo/dense"
 POLICIES: dict[str, dict[str, str]] = {
     "as q3q runs": {SPIN_SETTINGS[0]: SPINS},
     "libgomp's own": {},
     "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 3000, 10_000)},
+    **{
+        f"spin {count}": {"GOMP_SPINCOUNT": str(count)}
+        for count in (300, 3000, 10_000, 30_000, 100_000)
+    },
 }
 WORK = ("gptq", "ours", "hflm")
 
@@ -122,6 +127,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--policies", action="store_true", help="compare OpenMP's settings")
+    parser.add_argument("--quiet", action="store_true", help="measure without a neighbour alone")
     parser.add_argument("--runs", type=int, default=3, help="of each; the median counts")
     parser.add_argument("--work", default=",".join(WORK))
     parser.add_argument("--worker", choices=WORK, help=argparse.SUPPRESS)
@@ -135,18 +141,18 @@ def main() -> None:
     policies = {name: POLICIES[name] for name in names}
     for kind in options.work.split(","):
         print(f"{kind}: seconds, median of {options.runs}")
-        print(f"  {'':22} {'quiet':>8} {'busy':>8} {'ratio':>7}")
+        print(f"  {'':28} {'quiet':>8} {'busy':>8} {'ratio':>7}")
         rows: dict[str, tuple[int, dict[str, str]]] = {"one thread": (1, {})}
         rows |= {f"two threads, {name}": (2, values) for name, values in policies.items()}
         taken: dict[str, list[list[float]]] = {name: [[], []] for name in rows}
         for _ in range(options.runs):
-            for is_busy in (False, True):
+            for is_busy in (False,) if options.quiet else (False, True):
                 with neighbour(is_busy):
                     for name, (threads, values) in rows.items():
                         taken[name][is_busy].append(seconds_of(kind, threads, values))
         for name, both in taken.items():
-            quiet, busy = (statistics.median(one) for one in both)
-            print(f"  {name:22} {quiet:8.2f} {busy:8.2f} {busy / quiet:7.2f}", flush=True)
+            quiet, busy = (statistics.median(one) if one else math.nan for one in both)
+            print(f"  {name:28} {quiet:8.2f} {busy:8.2f} {busy / quiet:7.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from q3q.numerics.grouped import (
     padded_runs,
 )
 from q3q.numerics.kernels.logsum import logsum, logsum_plain
+from q3q.numerics.kernels.norm import rms_norm, rms_norm_plain
 from q3q.numerics.levels import IntegerLevels
 from q3q.numerics.linalg import FiniteCheck, add_gram, add_grams, mirror
 from q3q.numerics.packing import pack_bits, unpack_bits
@@ -68,6 +69,7 @@ def results(device: torch.device, sizes: Sizes) -> Iterator[Result]:
     checks: list[tuple[str, Callable[[torch.device, Sizes], tuple[bool, str]]]] = [
         ("GPTQ's columns", _columns),
         ("sum over logits", _logsum),
+        ("norm", _norm),
         ("attention in float32", _attention),
         ("attention over spans", _varlen),
         ("Gram matrix of bfloat16 tokens", _gram),
@@ -119,6 +121,19 @@ def _logsum(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
     error = float((found - expected).abs().max())
     exact = torch.equal(highest, expected_highest)
     return exact and error < 1e-4, f"largest difference {error:.1e}, at most 1e-04"
+
+
+def _norm(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
+    """Of a block's hidden states, and of heads; with a gain that is stored around 0 too."""
+    worst, same = 0.0, 1.0
+    for width, offset in ((sizes.columns, 0.0), (sizes.columns, 1.0), (128, 0.0)):
+        x = (_draw(device, 3, sizes.tokens // 3, width) * 9).bfloat16()
+        gain = _draw(device, width, seed=1).bfloat16()
+        found, expected = (norm(x, gain, 1e-6, offset) for norm in (rms_norm, rms_norm_plain))
+        worst = max(worst, _distance(found, expected))
+        same = min(same, float((found == expected).float().mean()))
+    passed = worst < 1e-3 and same > 0.999
+    return passed, f"{same:.2%} of numbers are equal, distance {worst:.1e}, at most 1e-03"
 
 
 def _attention(device: torch.device, sizes: Sizes) -> tuple[bool, str]:

@@ -78,7 +78,7 @@ def _traits(spec: TrialSpec) -> dict[str, str]:
         },
         "model": spec.model.identity,
         "method": {key: value for key, value in spec.method.to_json().items() if key != "name"},
-        "calibration": spec.calibration.to_json() if spec.calibration else {},
+        "calibration": spec.calibration.traits() if spec.calibration else {},
         "mixed": {"overrides": spec.overrides or None, "skip": spec.skip or None},
         "evaluation": _measured(spec.evaluation),
         "trial": {"seed": spec.seed},

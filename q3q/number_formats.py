@@ -14,6 +14,7 @@ ScaleType = Literal["float", "e8m0", "e4m3"]
 SCALE_BITS = {"float": 16, "e8m0": 8, "e4m3": 8}
 GLOBAL_SCALE_BITS = 32
 INT = "int"
+GGUF = "gguf"  # of what the scales of whole numbers are rounded to: as GGUF's types have them
 
 
 @dataclass(frozen=True)

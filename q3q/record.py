@@ -20,7 +20,8 @@ COMPLETED, FAILED = "COMPLETED", "FAILED"
 UNQUANTIZED = (
     "unquantized"  # a note: metrics of the unquantized model, each [value] or [value, low, high]
 )
-# A note: numbers that a token leaves in the cache, of them in a head, and the context, if given.
+# A note: numbers that a token leaves in the cache, of them in a head, how they are stored unless in
+# 16 bits, and the context, if given.
 CACHE = "cache"
 JUDGED = "judged"  # a note: what a published checkpoint holds, beside its original (`likeness`)
 ANSWER = "answer.md"  # the artifact that a tracker shows on the sweep's front page

@@ -13,11 +13,17 @@ from functools import cached_property
 from typing import Any
 
 from q3q.bit_budget import BitBudget
+
+# Everybody imports these from here, methods of other packages too.
+from q3q.calibration import MIX as MIX  # noqa: PLC0414
+from q3q.calibration import OWN_TEXT as OWN_TEXT  # noqa: PLC0414
+from q3q.calibration import TRACES as TRACES  # noqa: PLC0414
+from q3q.calibration import WRITTEN as WRITTEN  # noqa: PLC0414
+from q3q.calibration import Calibration as Calibration  # noqa: PLC0414
+from q3q.calibration import CalibrationPart as CalibrationPart  # noqa: PLC0414
 from q3q.errors import ConfigError
 from q3q.kv_scheme import KvScheme
 from q3q.number_formats import INT, short_name
-
-# Everybody imports these from here, methods of other packages too.
 from q3q.scheme import ACTIVATION_KEYS
 from q3q.scheme import SELDOM_OF_SCHEME as SELDOM_OF_SCHEME  # noqa: PLC0414
 from q3q.scheme import Scheme as Scheme  # noqa: PLC0414
@@ -27,10 +33,6 @@ Json = dict[str, Any]
 MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metrics.mean_metrics`
 QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
 AUTO_DRIFT = "auto"
-# Sources of calibration that are no text: several of them, and what the model writes itself.
-MIX, TRACES = "mix", "traces"
-WRITTEN = "written"  # the draw of traces
-OWN_TEXT = f"calibration={TRACES}"  # among what has the model generate text
 # Absent from a spec's JSON where they are not given.
 SELDOM = (
     *("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "reference", "rules"),
@@ -46,6 +48,7 @@ class ModelRef:
     digest: of the files in a local folder
     source, revision: Hub id and commit
     dtype: float32, bfloat16 or float16
+    package: `name version` of the package that offers its family; None for q3q's own
     """
 
     name: str | None
@@ -53,6 +56,7 @@ class ModelRef:
     source: str | None = None
     revision: str | None = None
     dtype: str
+    package: str | None = None
 
     @property
     def label(self) -> str:
@@ -99,86 +103,6 @@ class MethodRef:
         name = _checked("the method's name", knobs.pop("name"), str)
         version, package = knobs.pop("version"), knobs.pop("package")
         return cls(name=name, version=version, knobs=knobs, package=package)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrationPart:
-    """One source's windows in a mix; the fields are those of `Calibration`."""
-
-    source: str
-    digest: str
-    samples: int
-    temperature: float | None = None
-    prompts: str | None = None
-
-    def to_json(self) -> Json:
-        return _without_none(asdict(self))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The windows that a method observes: `samples` of `length` tokens of one text, or of a mix.
-
-    digest: of the text; of what traces are written from; of a mix, of its parts
-    draw: random, first or documents; of traces, written
-    route: experts that see a token, top_k (the router's choice) or all; None for a dense model
-    temperature: of the traces that the model writes, 0 for greedy ones; None without traces
-    prompts: kind of the text that traces go on from, file or chat; None if from nothing
-    parts: of a mix, sorted; none of any other source
-    """
-
-    source: str
-    digest: str
-    samples: int
-    length: int
-    draw: str
-    route: str | None = None
-    temperature: float | None = None
-    prompts: str | None = None
-    parts: tuple[CalibrationPart, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        return self.samples * self.length
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """The kinds of text that it has windows of."""
-        return tuple(dict.fromkeys(part.source for part in self.parts)) or (self.source,)
-
-    @property
-    def label(self) -> str:
-        """Name it for people: `wikitext2`, or `demo:24+library:8` of a mix."""
-        if not self.parts:
-            return self.source
-        return "+".join(f"{part.source}:{part.samples}" for part in self.parts)
-
-    @property
-    def writes(self) -> bool:
-        """True if the model writes some of the windows itself."""
-        return TRACES in self.sources
-
-    def of_part(self, part: CalibrationPart) -> "Calibration":
-        """Return one part of a mix as if it were all."""
-        return replace(
-            self,
-            source=part.source,
-            digest=part.digest,
-            samples=part.samples,
-            draw=WRITTEN if part.source == TRACES else self.draw,
-            temperature=part.temperature,
-            prompts=part.prompts,
-            parts=(),
-        )
-
-    def to_json(self) -> Json:
-        facts = _without_none(asdict(self) | {"parts": [part.to_json() for part in self.parts]})
-        return facts if self.parts else {key: facts[key] for key in facts if key != "parts"}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Calibration":
-        parts = tuple(CalibrationPart(**part) for part in data.get("parts", ()))
-        return cls(**{**data, "parts": parts})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -535,7 +459,7 @@ def _some_of(overrides: Mapping[str, Json], wanted: Callable[[str], bool]) -> di
 
 def _override_in_a_word(changes: Json) -> str:
     """Return `w8`, `w4g64sym` or `nvfp4anvfp4`."""
-    words = {
+    words: dict[str, Callable[[Any], str]] = {
         "format": short_name,
         "bits": lambda bits: f"w{bits}",
         "group_size": lambda size: "pc" if size == -1 else f"g{size}",

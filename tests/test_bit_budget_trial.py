@@ -8,8 +8,10 @@ import pytest
 from q3q.attempt import finished_record
 from q3q.config.command import command_of
 from q3q.errors import ConfigError, IncompatibleError
+from q3q.export.proof import PASSED
 from q3q.quantize.budget import stage
 from q3q.quantize.budget.sensitivities import Sensitivities
+from q3q.record import Progress
 from q3q.spec import TrialSpec
 from q3q.trial import run_trial
 from tests.composed import composed_trial
@@ -31,21 +33,22 @@ def test_a_trial_allots_its_bits_resumes_shares_sensitivities_and_can_be_typed_w
     words = (*SMALL, f"storage={tmp_path}")
     trial = composed_trial(*words, "bits=4.1")
     assert "budget" in trial.spec.name
-    add, added = Sensitivities.add, []
+    add, added = Sensitivities.add, list[str]()
+
+    def counts(self, unit, row):
+        added.append(unit)
+        add(self, unit, row)
 
     def dies(self, unit, row):
         if len(added) == 3:
             raise Killed
-        added.append(unit)
-        add(self, unit, row)
+        counts(self, unit, row)
 
     monkeypatch.setattr(Sensitivities, "add", dies)
     with pytest.raises(Killed):
         run_trial(trial)
-    monkeypatch.setattr(
-        Sensitivities, "add", lambda self, *own: (added.append(own[0]), add(self, *own))
-    )
-    events = []
+    monkeypatch.setattr(Sensitivities, "add", counts)
+    events = list[Progress]()
     record = run_trial(trial, events.append)
     assert added == [f"blocks.{k}" for k in range(6)]  # each once, over both attempts
     notes = [event.note for event in events if event.phase == "sensitivities"]
@@ -53,7 +56,8 @@ def test_a_trial_allots_its_bits_resumes_shares_sensitivities_and_can_be_typed_w
 
     facts = record.notes[stage.ALLOTMENT]
     assert record.completed
-    assert record.spec.id == trial.id == finished_record(trial).spec.id
+    assert record.spec.id == trial.id
+    assert finished_record(trial) is not None
     assert record.metrics["bits_per_weight"] <= 4.1
     weights = facts["total"] / record.metrics["bits_per_weight"]
     assert facts["limit"] == math.floor(4.1 * round(weights))
@@ -73,6 +77,22 @@ def test_a_trial_allots_its_bits_resumes_shares_sensitivities_and_can_be_typed_w
     same = run_trial(composed_trial(*plain, "bits=4", given(facts["overrides"])))
     assert same.metrics["perplexity/stories"] == record.metrics["perplexity/stories"]
     assert same.metrics["bits_per_weight"] == record.metrics["bits_per_weight"]
+
+
+@pytest.mark.slow
+def test_mixed_widths_are_exported_and_the_checkpoint_is_proved(tmp_path):
+    words = [word for word in SMALL if not word.startswith("budget.widths")]
+    trial = composed_trial(
+        *(*words, f"storage={tmp_path}", "bits=5.1", "budget.widths=[4,8]", "symmetric=true"),
+        "export=compressed_tensors",
+    )
+    record = run_trial(trial)
+    assert record.completed
+    assert {check.name: check.passed for check in record.checks}[PASSED]
+    config = json.loads((trial.placement.export / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    assert {group["weights"]["num_bits"] for group in groups} == {4, 8}
+    assert {own["bits"] for own in record.spec.overrides.values()} == {4}
 
 
 def typed(command):

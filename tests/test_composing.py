@@ -49,7 +49,7 @@ JOBS = [
     ["model={source:a/b}", "bits=2"],
 ]
 WRONG = [
-    ["bits=x"],
+    ["head_bits=x"],
     ["+overrides.a.bits=4", "bits=2"],
     ["seed=0x10"],
     ["bits=4", "bitz=4"],

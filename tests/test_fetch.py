@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import ray
@@ -24,9 +25,13 @@ from q3q.config.evaluation import _data_sets
 from q3q.config.model import DEMO_MODELS
 from q3q.config.pages import CONF
 from q3q.config.schema import register
-from q3q.data.needs import fetch_weights
+from q3q.data.calibration import calibration_identity
+from q3q.data.needs import TextNeed, fetch_weights
+from q3q.data.prepared import Shelf
 from q3q.data.repositories import REPOSITORIES
 from q3q.data.texts import _HUB
+from q3q.models.checkpoint import load_tokenizer
+from q3q.models.hub import locate
 from q3q.placement import Trial
 from q3q.sweep import downloads, progress
 from q3q.sweep.downloads import download, download_on_each_machine, needs_of
@@ -286,6 +291,28 @@ def test_each_machine_downloads_all_that_its_trials_need_and_says_what_is_not_to
     hub.close()
     download(orders, said.append)
     assert said == []
+
+
+def test_a_machine_downloads_no_text_whose_windows_are_prepared(hub, tmp_path, monkeypatch):
+    trials, asked = hub_trials(tmp_path), list[str]()
+    spec, orders = trials[1].spec, [trial.to_json() for trial in trials]
+    assert spec.calibration is not None
+    fetch_weights([spec], lambda line: None)
+
+    def missing(need):
+        asked.append(need.name)
+        return 0
+
+    monkeypatch.setattr(TextNeed, "missing", missing)
+    shelf = Shelf.of(trials[1], load_tokenizer(locate("Qwen/Qwen3-0.6B", COMMIT)))
+    assert shelf is not None
+    identity = calibration_identity(spec.calibration, spec.seed)
+    texts = ["calibration text wikitext2", "evaluation text wikitext2"]
+    for tokenizer, expected in (("another", texts), (shelf.tokenizer, texts[1:])):
+        asked.clear()
+        replace(shelf, tokenizer=tokenizer).keep(identity, {"windows": np.zeros((1, 1), np.int32)})
+        download(orders, lambda line: None)
+        assert asked == expected
 
 
 class SilentCluster:

@@ -16,9 +16,9 @@ from tests.commands import python
 ROOT = Path(__file__).parent.parent
 # From the ground up. A module belongs to the longest name that begins its own.
 FLOORS = [
-    "q3q.errors q3q.number_formats q3q.scheme q3q.kv_scheme q3q.bit_budget q3q.spec q3q.masking "
-    "q3q.storage q3q.placement q3q.record q3q.reporter q3q.environment q3q.limits q3q.ending "
-    "q3q.names q3q.quoting q3q.formatting q3q.crash",
+    "q3q.errors q3q.number_formats q3q.scheme q3q.calibration q3q.kv_scheme q3q.bit_budget "
+    "q3q.spec q3q.masking q3q.storage q3q.placement q3q.record q3q.reporter q3q.environment "
+    "q3q.limits q3q.ending q3q.names q3q.quoting q3q.formatting q3q.crash",
     "q3q.numerics q3q.data q3q.team q3q.models",
     "q3q.quantize q3q.evaluate q3q.export",
     "q3q.trial q3q.attempt q3q.ahead",
@@ -39,10 +39,16 @@ DOORS = {
     "matplotlib": {"q3q.report"},
     "pandas": {"q3q.report"},
     "jinja2": {"q3q.report.page"},
-    "transformers": {"q3q.models", "q3q.export.reload"},
+    "transformers": {"q3q.models", "q3q.export.gguf_vocabulary", "q3q.export.reload"},
     "compressed_tensors": {"q3q.export.compressed_tensors", "q3q.export.reload"},
     "deepspeed": {"q3q.models.sharded"},
-    "gguf": {"q3q.models"},
+    "gguf": {
+        "q3q.models",
+        "q3q.export.gguf_layout",
+        "q3q.export.gguf_vocabulary",
+        "q3q.export.gguf_writing",
+        "q3q.export.reload",
+    },
     "fsspec": {"q3q.storage.stores"},
 }
 # torch brings triton where there is CUDA; gptqmodel loads an export where a user has installed it.
@@ -84,7 +90,9 @@ def imports(name, typing_too=False):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            package = name.rsplit(".", node.level)[0] + "." if node.level else ""
+            module = package + node.module
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return names
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from q3q.errors import ConfigError
 from q3q.kv_scheme import CacheShape, KvScheme
 from q3q.models.facts import read_facts
 from q3q.models.footprint import cache_shape
+from q3q.models.published.packing import Packing
 from q3q.placement import Placement, Trial
 from q3q.quantize.ledger import cache_note, cache_sizes
 from q3q.record import COMPLETED, TrialRecord
@@ -18,6 +20,7 @@ from q3q.report.about import About
 from q3q.report.header import abbreviations
 from q3q.report.measures import is_reference
 from q3q.report.plots import study_plots
+from q3q.report.sizes import cache_scheme_of, cache_shape_of
 from q3q.spec import TrialSpec
 from q3q.track.mlflow_fields import trial_params
 from tests.composed import composed_trial
@@ -139,6 +142,27 @@ def recorded(kv, perplexity, context=None):
     )
 
 
+def test_a_record_without_a_note_is_counted_by_its_models_config():
+    trial = composed_trial("method=rtn")
+    found = cache_shape_of(
+        [TrialRecord(spec=trial.spec, placement=trial.placement, status=COMPLETED)]
+    )
+    assert found == CacheShape(numbers=2304, head_dim=64)
+    assert cache_shape_of([TrialRecord(spec=make_spec("rtn", 4), status=COMPLETED)]) is None
+
+
+def test_a_checkpoint_that_says_how_its_cache_is_stored_is_counted_so_unless_another_way_is_asked():
+    facts = read_facts(qwen3_config())
+    fp8 = KvScheme(bits=8, format="fp8_e4m3", scales="fixed")
+    published = replace(facts, packing=Packing("modelopt", (), kv=fp8))
+    own, asked = (Trial(replace(make_spec("none"), kv=kv)) for kv in (None, KvScheme(bits=4)))
+    assert cache_sizes(own, facts) == {}
+    assert cache_sizes(own, published) == {"cache_bytes_per_token": 73_728}
+    record = TrialRecord(spec=own.spec, status=COMPLETED, notes=cache_note(own, published))
+    assert cache_scheme_of(record) == fp8
+    assert cache_sizes(asked, published) == cache_sizes(asked, facts)
+
+
 def test_memory_in_the_picture_is_weights_and_cache_where_a_context_is_given():
     records = [recorded(None, 3.0), recorded(KvScheme(bits=8), 3.1, 32768)]
     assert "cache_bytes_per_token" not in records[0].metrics
@@ -147,7 +171,7 @@ def test_memory_in_the_picture_is_weights_and_cache_where_a_context_is_given():
     def megabytes(context):
         plots = study_plots(records, None, context)
         [axes] = next(plot for plot in plots if plot.name == "demo-pareto").figure.axes
-        lines = [line for line in axes.get_lines() if "q3q-point" in str(line.get_gid())]
+        lines: list[Any] = [line for line in axes.get_lines() if "q3q-point" in str(line.get_gid())]
         return sorted(float(line.get_xdata()[0]) for line in lines), axes.get_xlabel()
 
     assert megabytes(None) == ([4000.0, 4000.0], "size of the whole model, MB")

@@ -14,7 +14,7 @@ from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.adjust import set_activations
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
-from q3q.number_formats import FLOATS, FORMATS
+from q3q.number_formats import BLOCKS, FLOATS, FORMATS
 from q3q.numerics.floats import floats_per_token
 from q3q.quantize.methods.settings import SETTINGS
 from q3q.report.measures import labels
@@ -51,6 +51,8 @@ def fixture_compose(tmp_path):
         ("method=smoothquant format=fp8_e4m3", "smoothquant fp8 afp8 pc"),
         ("method=smoothquant format=fp8_e4m3 act_bits=8", "smoothquant fp8 a8 pc"),
         ("method=smoothquant format=mxfp4 act_bits=16", "smoothquant mxfp4 g32"),
+        ("method=gptq format=q4_k", "gptq q4_k g32"),
+        ("method=awq format=q8_0", "awq q8_0 g32"),
     ],
 )
 def test_a_format_brings_its_bits_and_groups(compose, overrides, name):
@@ -192,6 +194,13 @@ def test_labels_name_every_format_but_whole_numbers(compose):
         ("format=fp8", ConfigError, "format=fp8 is not known.*fp8_e4m3"),
         ("format=nvfp4 symmetric=false", ConfigError, "even around zero; only format=int"),
         ("format=mxfp8 four_over_six=true", ConfigError, "is for format=nvfp4"),
+        ("format=q4_k symmetric=true", ConfigError, "groups of format=q4_k have offsets"),
+        ("format=q4_0 symmetric=false", ConfigError, "groups of format=q4_0 have no offsets"),
+        ("format=q6_k group_size=32", ConfigError, "groups of format=q6_k have 16"),
+        ("act_format=q8_0", ConfigError, "act_format=q8_0 is not known"),
+        ("format=q4_k method.mse=true", IncompatibleError, "mse=true has no use with format=q4_k"),
+        ("format=q4_k export=gptq", IncompatibleError, "format=q4_.*these can: export=hf, gguf"),
+        ("format=mxfp4 export=gguf", IncompatibleError, "format=mxfp4 .it takes format=q8_0"),
         ("four_over_six=true", ConfigError, "no use with format=int"),
         ("group_rows=128", ConfigError, "no use with format=int; it is for format=fp8"),
         ("format=nvfp4 group_rows=16", ConfigError, "lie in one row"),
@@ -249,7 +258,29 @@ def test_groups_of_activations_must_fit_the_linears_that_are_quantized_alone(com
     assert compose(*words, "skip=[*.o_proj,*.down_proj]").spec.scheme.act_group_size == 256
 
 
+def test_linears_that_do_not_fill_ggufs_blocks_take_smaller_ones(compose):
+    """Of the demo model's widths 256 divides one; o and down have 384 and 640 columns."""
+    spec = compose("method=rtn", "format=q4_k", "skip=[blocks.0.down]").spec
+    schemes = spec.schemes
+    assert schemes is not None
+    found = {
+        name: schemes.of(f"blocks.{name}") for name in ("1.self_attn.q_proj", "1.mlp.down_proj")
+    }
+    assert [scheme and scheme.format for scheme in found.values()] == ["q4_k", "q4_1"]
+    assert schemes.of("blocks.0.mlp.down_proj") is None
+    assert TrialSpec.from_json(spec.to_json()).schemes.of("blocks.2.mlp.down_proj").bits == 4
+    narrow = compose("method=rtn", "format=q5_k").spec.schemes.of("blocks.0.self_attn.o_proj")
+    assert (narrow.format, narrow.bits, narrow.symmetric) == ("q8_0", 8, True)
+
+
 def test_the_table_of_formats_is_whole():
+    for name, block in BLOCKS.items():
+        scheme = Scheme(
+            bits=block.bits, group_size=block.group_size, symmetric=not block.offsets, format=name
+        )
+        able = {method for method, kind in SETTINGS.items() if kind().clash(scheme) is None}
+        own = set() if block.offsets else {"smoothquant"}  # which has no place for offsets
+        assert able == {"rtn", "gptq", "awq"} | own
     for name, form in FLOATS.items():
         scheme = Scheme(
             bits=form.bits, group_size=form.group_size or -1, symmetric=True, format=name

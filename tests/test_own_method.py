@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from q3q import crash
 from q3q.config import resolve, schema
 from q3q.errors import IncompatibleError
+from q3q.models.hub import facts_of_trial
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.methods import registry, source
 from q3q.sweep.in_process import InProcess
 from q3q.sweep.run import run_study
 from q3q.sweep.settings import StudySettings
-from q3q.sweep.study import facts_of_trial
 from q3q.track.wording import trial_note
 from q3q.trial import attempt_trial
 from q3q.trials.stored import find_trials, listed

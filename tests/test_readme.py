@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from q3q.config.arguments import understood
 from q3q.sweep.grid import choices_of
 from tests.composed import compose
 
@@ -31,11 +32,12 @@ COMMANDS = sorted(
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_every_launch_command_composes(page, command):
-    words = [
+    typed = [
         word
         for word in shlex.split(command)
         if not word.startswith("-") and word not in ("job", "...")
     ]
+    words = [word for word in understood(["-m", *typed]) if word != "-m"]
     choices = [choices_of(one) for one in OverridesParser.create().parse_overrides(words)]
     for choice in chain.from_iterable(choices):
         compose("config", [choice])

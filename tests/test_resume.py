@@ -11,13 +11,14 @@ from q3q import trial as trial_module
 from q3q.config.model import DEMO_MODELS
 from q3q.config.resolve import trial_from
 from q3q.errors import SweepFailedError
+from q3q.models.hub import facts_of_trial
 from q3q.placement import Trial
 from q3q.record import TrialRecord
 from q3q.report.records import all_sweeps
 from q3q.sweep.in_process import InProcess
 from q3q.sweep.run import run_study
 from q3q.sweep.settings import StudySettings
-from q3q.sweep.study import Study, facts_of_trial
+from q3q.sweep.study import Study
 from q3q.trials.__main__ import main
 from tests.chaos.faults import SMALL
 from tests.composed import compose

@@ -204,7 +204,9 @@ class _Source:
                 f"calibration.temperature={temperature}: give 0 (each next token is the likeliest) "
                 "or more; 1 is the model's own"
             )
-        source, text, path = None, None, None
+        source: str | None = None
+        path: str | None = None
+        text: Text | None = None
         if calibration.prompts is not None:
             source, path = split_source(calibration.prompts)
             text = self._opened(source, path)

@@ -12,6 +12,7 @@ from q3q.config.schema import DEMO_NAMES, DTYPES, refuse_unknown
 from q3q.errors import CheckpointError, ConfigError
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.facts import ModelFacts
+from q3q.models.families.registry import package_of
 from q3q.models.hub import fetch_facts, resolve_revision
 from q3q.quantize.methods.settings import MethodSettings
 from q3q.spec import ModelRef
@@ -58,7 +59,8 @@ def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts
         identity = {"name": model.name or folder.name, "digest": digest}
     dtype = config.dtype or model.dtype or facts.dtype
     refuse_unknown("dtype", dtype, DTYPES)
-    return ModelRef(**identity, dtype=dtype), folder, facts
+    package = package_of(facts.family)
+    return ModelRef(**identity, dtype=dtype, package=package), folder, facts
 
 
 def _refuse_another_models_name(name: str | None, source: str) -> None:

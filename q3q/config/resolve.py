@@ -27,14 +27,8 @@ from q3q.config.schemes import check_ends, resolve_schemes
 from q3q.config.texts import data_folder, evaluated_texts
 from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
-from q3q.export.formats import (
-    FORMATS,
-    kv_notice,
-    loading_notice,
-    refuse_unsupported,
-    serving_notice,
-    stored_scales,
-)
+from q3q.export.formats import FORMATS, refuse_unsupported, stored_scales
+from q3q.export.serving import kv_notice, loading_notice, serving_notice
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import (
     AUTO,
@@ -89,7 +83,7 @@ def trial_from(config: DictConfig) -> Trial:
         model=model,
         method=method_ref(settings, scheme),
         scheme=scheme,
-        calibration=resolved and resolved.calibration,
+        calibration=resolved.calibration if resolved else None,
         evaluation=evaluation,
         # Only calibration windows and lm-eval's few shots are drawn at random.
         seed=config.seed if schemes is not None else seed_of_shots(evaluation, config.seed),
@@ -113,7 +107,7 @@ def trial_from(config: DictConfig) -> Trial:
         store=config.storage.rstrip("/") if is_url(config.storage) else None,
         model=folder,
         calibration=resolved.file if resolved else _absolute(config.calibration.path),
-        parts=resolved and resolved.files,
+        parts=resolved.files if resolved else None,
         evaluation=_absolute(config.evaluation.path),
         texts=_own_texts(config.evaluation),
         data=data_folder(config),
@@ -227,7 +221,7 @@ def _exported(
         return trial
     refuse_unsupported(name, with_all_widths(spec, facts), facts, whole_zeros=settings.whole_zeros)
     assert spec.scheme is not None
-    scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype))
+    scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype, spec.scheme.format))
     trial = replace(trial, spec=replace(spec, export=name, scheme=scheme))
     folder = _absolute(path) or default_path(trial.spec, str(folder_of(config.storage)))
     trial = trial.placed(export=folder)

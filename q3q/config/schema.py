@@ -18,7 +18,7 @@ from q3q.quantize.methods.settings import SETTINGS, MethodSettings
 from q3q.storage.stores import folder_of
 from q3q.track.mlflow_sqlite import own_uri
 
-DEMO_NAMES = ("demo", "demo_moe")
+DEMO_NAMES = ("demo", "demo_moe", "demo_hybrid")
 DTYPES = ("float32", "bfloat16", "float16")
 UNTOUCHED_BITS = 16  # act_bits=16: activations stay as they are
 DRAWS = ("random", "first", "documents")

@@ -53,7 +53,7 @@ def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget
     act_format = config.act_format
     if act_format is None:
         follows = settings.default_act_bits is not None and config.act_bits is None
-        act_format = config.format if follows else INT
+        act_format = config.format if follows and config.format in ACT_FORMATS else INT
     refuse_unknown("act_format", act_format, ACT_FORMATS)
     act, act_bits, act_size = FLOATS.get(act_format), config.act_bits, config.act_group_size
     if act_bits is None:
@@ -96,8 +96,8 @@ def _changed(base: Scheme, changes: Json, settings: MethodSettings) -> Scheme:
         implied["act_group_size"] = -1 if act is None else act.group_size or -1
     given = dict(changes)
     if given.get("act_bits") == UNTOUCHED_BITS:
-        given["act_bits"] = None
-        implied |= {"act_format": INT, "act_group_size": -1}
+        given |= {"act_bits": None, "act_format": INT}
+        implied["act_group_size"] = -1
     return replace(base, **{**implied, **given})
 
 
@@ -140,7 +140,7 @@ def _with_patterns(
             overrides[name] = differs
     overrides |= {name: own for name, own in _narrow(base, model).items() if name not in skipped}
     rules: Json = {}
-    if overrides:
+    if overrides and patterns:
         rules["overrides"] = patterns
     if config.skip is not None and (skipped or left_out):
         rules["skip"] = list(config.skip)

@@ -69,19 +69,23 @@ def check_long_enough(
                 "a longer text or ask for fewer"
             )
         return
-    encode: Encode
+    encode = _encoder_of(folder)
     if text.chat:
         text, encode = as_read(text, load_tokenizer(folder))
-    else:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-        def encode(content: str) -> list[int]:
-            ids: list[int] = tokenizer.encode(content, add_special_tokens=False).ids
-            return ids
-
     drawn_tokens(text, encode, samples=samples, length=length, draw=draw, seed=0, knobs=knobs)
+
+
+def _encoder_of(folder: Path) -> Encode:
+    """Return a local model's tokenizer as a function, without what takes seconds to load."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def encode(content: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(content, add_special_tokens=False).ids
+        return ids
+
+    return encode
 
 
 @dataclass(frozen=True)

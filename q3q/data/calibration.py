@@ -85,7 +85,7 @@ def _drawn(trial: Trial, tokenizer: Any, write: Write | None) -> "Tensor":
 
     calibration, windows = trial.spec.calibration, []
     assert calibration is not None
-    for part in map(calibration.of_part, calibration.parts) if calibration.parts else [calibration]:
+    for part in map(calibration.of_part, calibration.every_part):
         if part.source == TRACES:
             assert write is not None
             windows.append(write(part))

@@ -13,8 +13,9 @@ excludes zero then, and only then.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy
 from numpy.typing import NDArray
@@ -32,6 +33,7 @@ EXACT_BELOW = 25  # discordant pairs; from here on McNemar's chi-squared approxi
 FEWEST_PAIRS = 6  # of fewer, all have one sign by chance more often than LEVEL: 2 * 2**-5 > 0.05
 NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution
 _DRAWS = 1 << 21  # random indices held at one time
+_KEPT = 1 << 22  # random indices of one number of samples that are kept for the next comparison
 
 
 @dataclass(frozen=True)
@@ -289,13 +291,24 @@ def studentized_bootstrap(
 
 def _resampled_t(values_N: Floats, seed: int) -> Floats:
     """Return t* [RESAMPLES]; infinite for a resample without spread that is off the mean."""
-    dice = numpy.random.default_rng(seed)
     n, mean = len(values_N), values_N.mean()
-    rows = max(1, _DRAWS // n)
     parts = []
-    for start in range(0, RESAMPLES, rows):
-        drawn_RN = values_N[dice.integers(0, n, (min(rows, RESAMPLES - start), n))]
+    for draw_RN in _kept_draws(n, seed) if n * RESAMPLES <= _KEPT else _draws(n, seed):
+        drawn_RN = values_N[draw_RN]
         off_R, error_R = drawn_RN.mean(1) - mean, drawn_RN.std(1, ddof=1) / math.sqrt(n)
         without_spread_R = numpy.where(off_R == 0, 0.0, numpy.copysign(numpy.inf, off_R))
         parts.append(numpy.divide(off_R, error_R, out=without_spread_R, where=error_R > 0))
     return numpy.concatenate(parts)
+
+
+def _draws(n: int, seed: int) -> Iterator[NDArray[numpy.int64]]:
+    """Yield the samples' numbers in each resample, [R, N], some resamples at a time."""
+    dice, rows = numpy.random.default_rng(seed), max(1, _DRAWS // n)
+    for start in range(0, RESAMPLES, rows):
+        yield dice.integers(0, n, (min(rows, RESAMPLES - start), n))
+
+
+@lru_cache(maxsize=4)
+def _kept_draws(n: int, seed: int) -> tuple[NDArray[numpy.int64], ...]:
+    """Return these draws, kept: a report compares all pairs of trials on the same windows."""
+    return tuple(_draws(n, seed))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -71,9 +72,9 @@ class Journal:
 
     def add(self, scores: Iterable[tuple[str, Any]]) -> None:
         """Append scores and flush them to the operating system, where they survive this process."""
-        for key, score in scores:
-            self._scores[key] = score
-            self._file.write(_line(key, score))
+        new = dict(scores)
+        self._scores |= new
+        self._file.write(b"".join(_line(key, score) for key, score in new.items()))
         self._file.flush()
 
     def close(self) -> None:
@@ -102,8 +103,26 @@ def end_key(begun: Any, *parts: bytes) -> str:
 
 
 def _line(key: str, score: Any) -> bytes:
-    content = json.dumps([key, score])
+    content = _content(key, score)
     return f"{content} {zlib.crc32(content.encode()):08x}\n".encode()
+
+
+def _content(key: str, score: Any) -> str:
+    """Return `json.dumps([key, score])`; quickly for a request's, of which there are many."""
+    if _is_plain(key, score):
+        number, truth = score
+        return f'["{key}", [{number!r}, {"true" if truth else "false"}]]'
+    return json.dumps([key, score])
+
+
+def _is_plain(key: str, score: Any) -> bool:
+    return (
+        type(score) is list
+        and [type(part) for part in score] == [float, bool]
+        and math.isfinite(score[0])
+        and key.isascii()
+        and key.isalnum()
+    )
 
 
 def _parse(line: bytes) -> list[Any] | None:

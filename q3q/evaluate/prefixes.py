@@ -301,8 +301,9 @@ def buckets(own_keys: Sequence[OwnKeys]) -> Iterator[list[OwnKeys]]:
 def common_prefix(a: Ids, b: Ids) -> int:
     """Count the tokens that two texts share from their beginnings on."""
     length = min(len(a), len(b))
-    different = np.flatnonzero(a[:length] != b[:length])
-    return int(different[0]) if len(different) else length
+    different = a[:length] != b[:length]
+    first = int(different.argmax()) if length else 0
+    return first if length and different[first] else length
 
 
 def _rounded_up(count: int) -> int:

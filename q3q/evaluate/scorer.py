@@ -87,11 +87,15 @@ class Scorer:
 
 
 def score_keys(requests: Sequence[Request]) -> list[str]:
-    """Return each request's `request_key`; inputs that requests share are digested once."""
+    """Return each request's `request_key`; arrays that requests share are digested once."""
     begun: dict[int, Any] = {}
+    ends: dict[int, bytes] = {}
     keys = []
     for request in requests:
-        if id(request.inputs) not in begun:
-            begun[id(request.inputs)] = begin_key(b"score", request.inputs.tobytes())
-        keys.append(end_key(begun[id(request.inputs)], request.targets.tobytes()))
+        inputs, targets = id(request.inputs), id(request.targets)
+        if inputs not in begun:
+            begun[inputs] = begin_key(b"score", request.inputs.tobytes())
+        if targets not in ends:
+            ends[targets] = request.targets.tobytes()
+        keys.append(end_key(begun[inputs], ends[targets]))
     return keys

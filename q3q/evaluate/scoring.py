@@ -197,6 +197,7 @@ def _score_share(
             scores += completed
     else:
         list(model.states([]))
+        _ = model.head_VH  # the others gather it for their scores, and wait for this rank
     return team.gather((scores, effort))
 
 
@@ -228,16 +229,21 @@ class Reads:
         numbers = [number for group in readers for number in group]
         if not numbers:
             return cls(*(np.zeros(0, np.int64) for _ in range(3)))
-        position = np.concatenate(
-            [
-                positions[-len(requests[number].targets) :].copy()
-                for positions, group in zip(tree.positions(), readers, strict=True)
-                for number in group
-            ]
-        )
+        text = np.repeat(np.arange(len(readers)), [len(group) for group in readers])
         targets = [requests[number].targets for number in numbers]
+        counts = np.array([len(tokens) for tokens in targets])
+        # A text ends in its own branch, whose positions are consecutive.
+        begin, stop = np.array(tree.begin), np.cumsum(counts)
+        position = np.arange(stop[-1]) + np.repeat(begin[text + 1] - stop, counts)
+        reaches_beyond = counts > begin[text + 1] - begin[text]
+        rows: dict[int, list[int]] = {}
+        for row in np.flatnonzero(reaches_beyond).tolist():
+            rows.setdefault(int(text[row]), []).append(row)
+        for number, path in enumerate(tree.positions() if rows else ()):
+            for row in rows.get(number, ()):
+                position[stop[row] - counts[row] : stop[row]] = path[-counts[row] :]
         target = np.concatenate(targets).astype(np.int64)
-        owner = np.repeat(np.array(numbers), [len(tokens) for tokens in targets])
+        owner = np.repeat(np.array(numbers), counts)
         order = np.argsort(position, kind="stable")
         return cls(position[order], target[order], owner[order])
 

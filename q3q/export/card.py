@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,12 +10,12 @@ from q3q.export.formats import FORMATS
 from q3q.export.instructions import load_lines, serve_lines
 from q3q.export.measured import Measured
 from q3q.export.proof import Proof
-from q3q.export.reload import UNPACKER
+from q3q.export.reload.configs import UNPACKER
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
-from q3q.number_formats import INT
+from q3q.number_formats import BLOCKS, GGUF, INT
 from q3q.placement import Trial
-from q3q.spec import Json, TrialSpec
+from q3q.spec import Json, Scheme, TrialSpec
 
 _FRONT = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _LICENCE = re.compile(r"^license\w*:.*(?:\n[ \t-].*)*", re.MULTILINE)
@@ -42,6 +43,10 @@ def model_card(
     front += [f"base_model: {source}", "base_model_relation: quantized"] if source else []
     group = "whole rows" if scheme.group_size == -1 else f"groups of {scheme.group_size} columns"
     acts = f", activations of {scheme.act_bits} bits per token" if scheme.act_bits else ""
+    if scheme.act_format != INT:
+        size = scheme.act_group_size
+        sharing = "per token" if size == -1 else f"in groups of {size}"
+        acts = f", activations in `{scheme.act_format}` {sharing}"
     kind = "symmetric" if scheme.symmetric else "asymmetric"
     if scheme.format != INT:
         group, kind = scheme.groups, f"format `{scheme.format}`"
@@ -75,8 +80,7 @@ def model_card(
             if spec.kv
             else []
         ),
-        f"- arithmetic: {spec.model.dtype}; "
-        f"scales are stored in, and were rounded to, {scheme.scales or 'none'}",
+        f"- arithmetic: {spec.model.dtype}; {_scales(spec, scheme)}",
         f"- trial `{spec.id}`, seed {spec.seed}, {', '.join(versions)}",
         "",
         "```bash",
@@ -95,6 +99,16 @@ def model_card(
         *serve_lines(spec, facts),
     ]
     return "\n".join(lines)
+
+
+def _scales(spec: TrialSpec, scheme: Scheme) -> str:
+    """Return what became of the scales."""
+    if scheme.format in BLOCKS:
+        return f"scales are those of `{scheme.format}`"
+    if scheme.own_groups and spec.export == "compressed_tensors":
+        return "scales are stored in, and were rounded to, those of the format"
+    stored = "float16, and offsets too" if scheme.scales == GGUF else scheme.scales or "none"
+    return f"scales are stored in, and were rounded to, {stored}"
 
 
 def licence_lines(base: Path) -> list[str]:
@@ -116,6 +130,13 @@ def _departures(spec: TrialSpec) -> Json:
         "head_bits": spec.head_bits,
         "embedding_bits": spec.embedding_bits,
     }
+    if spec.overrides and spec.scheme is not None and spec.scheme.format in BLOCKS:
+        # A GGUF type's own: there may be hundreds, of which each would be a line of the card.
+        others = Counter(change.get("format", INT) for change in spec.overrides.values())
+        settings["overrides"] = {
+            kind: f"{count} linears whose columns do not fill blocks of {spec.scheme.format}"
+            for kind, count in others.items()
+        }
     return {key: value for key, value in settings.items() if value}
 
 

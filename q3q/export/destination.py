@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from q3q.errors import ExportError
+from q3q.export.formats import FORMATS
 from q3q.export.marker import marker_of, owner_of, size_fault
 from q3q.export.tensors import expected_bytes
 from q3q.models.checkpoint import EXPORT_MARKER
@@ -182,4 +183,6 @@ def _needed_bytes(trial: Trial, facts: ModelFacts) -> int:
     partial = partial_path(path_of(trial))
     written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     needed = expected_bytes(trial.spec, facts) + facts.carried_bytes
+    if trial.spec.export is not None and FORMATS[trial.spec.export].own_server:
+        needed *= 2  # its one file is made of shards, which are removed after that
     return max(0, needed + int(needed * SPARE_SHARE) + SPARE_BYTES - written)

@@ -3,39 +3,46 @@
 Both the refusal of what a format cannot hold and the table in docs/EXPORT.md come from here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from q3q.errors import IncompatibleError
-from q3q.export.reload import transformers_takes
+from q3q.export.gguf_layout import TAKES, layout_of, model_problems, type_of
+from q3q.export.layouts import compressed_layout, gptq_layout
 from q3q.models.facts import ModelFacts
-from q3q.models.packed import AwqWords, GptqWords, Layout, PackedInts, PlainInts
-from q3q.number_formats import INT
+from q3q.models.packed import AwqWords, Layout
+from q3q.number_formats import FLOATS, GGUF, INT
 from q3q.spec import Scheme, TrialSpec
 
 TESTED, UNTESTED = "tested", "untested"
 GPTQMODEL = "tested by benchmarks/export.py"
-# Packed weights that vLLM's kernels take, by its sources: group sizes, and (bits, symmetric) pairs.
-# Only Hopper's kernel takes zero points of 8 bits.
+# Packed whole numbers that vLLM's kernels take, by its sources: group sizes, and (bits, symmetric)
+# pairs. Only Hopper's kernel takes zero points of 8 bits.
 SERVED_GROUPS = (-1, 32, 64, 128)
 SERVED_SYMMETRIC = ((4, True), (8, True))
 SERVED_EITHER = ((4, True), (4, False))
-SERVED_COMPRESSED = (*SERVED_EITHER, (8, True))
+SERVED_COMPRESSED = ((4, False), *((bits, True) for bits in range(2, 9)))
+# Of these floats it takes the activations that the library's presets round beside them.
+SERVED_FLOATS = ("fp8_e4m3", "mxfp8", "mxfp4", "nvfp4")
 # Group sizes that GPTQModel's CPU kernels take, by its sources.
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 GPTQMODEL_AWQ_GROUPS = (-1, 16, 32, 64, 128)
 Pairs = tuple[tuple[int, bool], ...]
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _in_words(pairs: Pairs) -> str:
-    """Format (bits, symmetric) pairs as `4 bits, 8 bits symmetric`."""
+def in_words(pairs: Pairs) -> str:
+    """Format (bits, symmetric) pairs: `4 bits, 8 bits symmetric`, `2 to 8 bits symmetric`."""
     widths = sorted({bits for bits, _ in pairs})
-    return ", ".join(f"{b} bits" + ("" if (b, False) in pairs else " symmetric") for b in widths)
+    either = [bits for bits in widths if (bits, False) in pairs]
+    if len(widths) > 2 and widths == list(range(widths[0], widths[-1] + 1)):
+        words = [f"{bits} bits" for bits in either]
+        return ", ".join([*words, f"{widths[0]} to {widths[-1]} bits symmetric"])
+    return ", ".join(f"{b} bits" + ("" if b in either else " symmetric") for b in widths)
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,13 @@ class Format:
     anything: bool = False  # plain numbers: any method's weights
     words_per_row: bool = False  # rows must fill whole 32-bit words
     words_per_column: bool = False  # columns must fill whole 32-bit words
+    # Other formats of codes than int, and for each the activations held beside it: format, and
+    # channels that share a scale.
+    floats: Mapping[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     # (bits, symmetric) that vLLM takes without rounded activations, of dense and of expert models
     served: Pairs = ()
     served_experts: Pairs = ()
+    own_server: bool = False  # it is for a server of its own, not for vLLM
 
     ALL_BITS: ClassVar[tuple[int, ...]] = (1, 2, 3, 4, 5, 6, 7, 8)
 
@@ -72,52 +83,35 @@ class Format:
         Args:
             whole_zeros: the method's zero points are codes; else only plain numbers can hold them.
         """
-        scheme, schemes = spec.scheme, schemes_of(spec, facts)
-        assert scheme is not None
-        if scheme.act_format != INT:
-            yield f"act_format={scheme.act_format}"
-        elif scheme.act_group_size != -1:
-            yield f"act_group_size={scheme.act_group_size} (it takes a scale per token)"
-        elif scheme.act_bits is not None and not all(map(self._holds_activations, schemes)):
-            able = " or ".join(
-                f"bits={w} act_bits={a} group_size=-1 symmetric=true" for w, a in self.acts
-            )
-            hint = f" (it takes {able})" if able else ""
-            yield f"act_bits={scheme.act_bits} with these weights{hint}"
+        schemes = schemes_of(spec, facts)
+        yield from dict.fromkeys(filter(None, map(self._activation_problem, schemes)))
         if not self.anything:
             yield from self._code_problems(spec, schemes, facts)
-            if not whole_zeros and not all(scheme.symmetric for scheme in schemes):
+            if (
+                not whole_zeros
+                and not self.own_server
+                and not all(scheme.symmetric for scheme in schemes)
+            ):
                 yield f"{spec.method.name}'s zero points, which are not whole numbers"
-
-    def unserved(self, spec: TrialSpec, facts: ModelFacts) -> str | None:
-        """Return in a few words which setting vLLM rejects; None if it takes the export."""
-        if self.anything:
-            return None
-        pairs = self.served_experts if facts.experts else self.served
-        for scheme in schemes_of(spec, facts):
-            if scheme.act_bits is not None:  # vLLM takes all of these that the format can hold
-                continue
-            if all(bits != scheme.bits for bits, _ in pairs):
-                return f"bits={scheme.bits} (it takes {_in_words(pairs)})"
-            if scheme.group_size not in SERVED_GROUPS:
-                return f"group_size={scheme.group_size} (it takes {_listed(SERVED_GROUPS)})"
-            if (scheme.bits, scheme.symmetric) not in pairs:
-                if any(not symmetric for _, symmetric in pairs):
-                    return f"symmetric=false and bits={scheme.bits} (it takes {_in_words(pairs)})"
-                return "symmetric=false" + (" of experts" if pairs != self.served else "")
-        return None
 
     def _code_problems(
         self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts
     ) -> Iterator[str]:
-        if floats := {scheme.format for scheme in schemes} - {INT}:
-            yield f"format={','.join(sorted(floats))} (it takes int)"
+        if floats := {scheme.format for scheme in schemes} - {INT, *self.floats}:
+            able = ", ".join((INT, *self.floats))
+            yield f"format={','.join(sorted(floats))} (it takes {able})"
             return
-        other_bits = sorted({scheme.bits for scheme in schemes} - set(self.bits))
+        if shared := {_sharing(scheme) for scheme in schemes if not _has_strategy(scheme)}:
+            yield (
+                f"{' and '.join(sorted(shared))} (it takes a scale for each row, group of columns, "
+                "block or linear)"
+            )
+        whole = [scheme for scheme in schemes if scheme.format == INT]
+        other_bits = sorted({scheme.bits for scheme in whole} - set(self.bits))
         if other_bits == [1]:
             yield "binarized weights, for which there is no standard"
         elif other_bits:
-            yield f"bits={','.join(map(str, other_bits))} (it takes {_listed(self.bits)})"
+            yield f"bits={','.join(map(str, other_bits))} (it takes {listed(self.bits)})"
         elif not self._fills_words(spec, facts):
             yield "weights whose rows or columns do not fill whole 32-bit words"
         if spec.head_bits or spec.embedding_bits:
@@ -135,7 +129,7 @@ class Format:
             return
         if site := _uneven_site(spec, facts):
             yield f"settings that differ within a site ({site}), which loaders run as one"
-        if not _read_apart(schemes):
+        if self.mixed and len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
             yield (
                 "several settings when any is asymmetric "
                 "(transformers then reads all linears by one of them)"
@@ -164,21 +158,81 @@ class Format:
             for (rows, columns), bits in packed
         )
 
+    def _activation_problem(self, scheme: Scheme) -> str | None:
+        """Return in a few words why the format has no place for a linear's rounded input."""
+        if scheme.act_bits is None or self._holds_activations(scheme):
+            return None
+        act = FLOATS.get(scheme.act_format)
+        if act is not None and act.scale == "e4m3":
+            return (
+                f"act_format={act.name} (servers take its factor from calibration, not per token)"
+            )
+        if scheme.format != INT:
+            acts = self.floats.get(scheme.format, ())
+            able = " or ".join(activations(*act) for act in acts)
+            hint = f" (it takes {able})" if able else ""
+            own = activations(scheme.act_format, scheme.act_group_size, scheme.act_bits)
+            return f"{own} with format={scheme.format}{hint}"
+        if scheme.act_format != INT:
+            return f"act_format={scheme.act_format}" + (" with format=int" if self.floats else "")
+        if scheme.act_group_size != -1:
+            return f"act_group_size={scheme.act_group_size} (it takes a scale per token)"
+        able = " or ".join(
+            f"bits={w} act_bits={a} group_size=-1 symmetric=true" for w, a in self.acts
+        )
+        hint = f" (it takes {able})" if able else ""
+        return f"act_bits={scheme.act_bits} with these weights{hint}"
+
     def _holds_activations(self, scheme: Scheme) -> bool:
+        if scheme.format != INT:
+            own = scheme.act_format, scheme.act_group_size
+            return own in self.floats.get(scheme.format, ())
         one_scale = scheme.symmetric and scheme.group_size == -1
-        return one_scale and (scheme.bits, scheme.act_bits) in self.acts
+        per_token = scheme.act_format == INT and scheme.act_group_size == -1
+        return one_scale and per_token and (scheme.bits, scheme.act_bits) in self.acts
 
 
-def _compressed_layout(scheme: Scheme) -> Layout:
-    kind = PackedInts if scheme.act_bits is None else PlainInts
-    return kind(scheme.bits, scheme.group_size, scheme.symmetric, scheme.act_bits)
+def activations(form: str, size: int, bits: int | None = None) -> str:
+    """Name rounded activations as they are asked for, without a format's own group size."""
+    if form == INT:
+        return f"act_bits={bits}" + ("" if size == -1 else f" act_group_size={size}")
+    own = FLOATS[form].group_size is not None or size == -1
+    return f"act_format={form}" + ("" if own else f" act_group_size={size}")
 
 
-def _gptq_layout(scheme: Scheme) -> Layout:
-    # In the first version (below=1) a zero point of 0 wraps around, and readers disagree about it.
-    # So only symmetric weights are written in it: their zero points are all the middle code.
-    below = 1 if scheme.symmetric else 0
-    return GptqWords(scheme.bits, scheme.group_size, scheme.symmetric, below=below)
+def _has_strategy(scheme: Scheme) -> bool:
+    """Return True if compressed-tensors has a word for what shares a scale."""
+    if scheme.group_rows == 1:
+        return True
+    return (scheme.group_rows == -1) == (scheme.group_size == -1)
+
+
+def _sharing(scheme: Scheme) -> str:
+    return f"group_rows={scheme.group_rows} with group_size={scheme.group_size}"
+
+
+@dataclass(frozen=True)
+class GgufFormat(Format):
+    """GGUF: what its types hold, of the models that llama.cpp runs."""
+
+    def _code_problems(
+        self, spec: TrialSpec, schemes: Sequence[Scheme], facts: ModelFacts
+    ) -> Iterator[str]:
+        yield from model_problems(facts)
+        for scheme in schemes:
+            if type_of(scheme) is None:
+                kind = "symmetric" if scheme.symmetric else "asymmetric"
+                given = f"format={scheme.format}"
+                if scheme.format == INT:
+                    given = f"{kind} bits={scheme.bits} group_size={scheme.group_size}"
+                yield f"{given} (it takes {TAKES})"
+        if spec.head_bits or spec.embedding_bits:
+            yield "a quantized head or embedding"
+        if _reorders(spec, [scheme for scheme in schemes if not scheme.own_groups]):
+            yield (
+                "act-order's groups of columns that lie apart "
+                "(method.static_groups=true keeps neighbours together)"
+            )
 
 
 FORMATS: dict[str, Format] = {
@@ -200,26 +254,36 @@ FORMATS: dict[str, Format] = {
         ),
         Format(
             name="compressed_tensors",
-            content="packed codes, or signed bytes with 8-bit activations",
+            content="packed codes, or bytes: of FP8, and of 8 bits with 8-bit activations",
             bits=(2, 3, 4, 5, 6, 7, 8),
             symmetry="both; with activations symmetric",
-            layout=_compressed_layout,
+            layout=compressed_layout,
             implementation="q3q.export.compressed_tensors:CompressedTensorsExporter",
             mixed=True,
             acts=((8, 8),),
+            floats={
+                "fp8_e4m3": (("fp8_e4m3", -1), ("fp8_e4m3", 128)),
+                "mxfp8": (("mxfp8", 32),),
+                "mxfp6": (("mxfp8", 32),),
+                "mxfp4": (("mxfp4", 32), ("fp8_e4m3", 128)),
+                "nvfp4": (),
+            },
             loaders=(
                 (
                     "transformers + compressed-tensors",
                     TESTED,
-                    "dense: all, asymmetric ones with `dequantize=True`; "
-                    "experts: symmetric, weights only",
+                    "dense: all, with `dequantize=True` those that are asymmetric and, unless the "
+                    "model is bfloat16, MX and NVFP4; experts: int symmetric, weights only, and "
+                    "`fp8_e4m3` with a scale a row or linear",
                 ),
                 ("a plain unpacker of ours", TESTED, "all"),
                 (
                     "vLLM, SGLang",
                     UNTESTED,
-                    f"dense: {_in_words(SERVED_COMPRESSED)}; "
-                    f"experts: {_in_words(SERVED_SYMMETRIC)}; 8 bits with 8-bit activations",
+                    f"vLLM: dense: {in_words(SERVED_COMPRESSED)}; experts: "
+                    f"{in_words(SERVED_SYMMETRIC)}; 8 bits with 8-bit activations; "
+                    f"{', '.join(f'`{name}`' for name in SERVED_FLOATS)}. "
+                    "SGLang: 4 and 8 bits, `fp8_e4m3`, `nvfp4` with activations",
                 ),
             ),
             served=SERVED_COMPRESSED,
@@ -230,7 +294,7 @@ FORMATS: dict[str, Format] = {
             content="GPTQModel's and AutoGPTQ's words",
             bits=(2, 3, 4, 8),
             symmetry="both (asymmetric as `gptq_v2`)",
-            layout=_gptq_layout,
+            layout=gptq_layout,
             implementation="q3q.export.gptq:GptqExporter",
             act_order=True,
             gaps=True,
@@ -238,11 +302,11 @@ FORMATS: dict[str, Format] = {
             words_per_column=True,
             loaders=(
                 ("a plain unpacker of ours", TESTED, "all"),
-                ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {_listed(GPTQMODEL_GROUPS)}"),
+                ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {listed(GPTQMODEL_GROUPS)}"),
                 (
                     "vLLM, SGLang",
                     UNTESTED,
-                    f"{_in_words(SERVED_SYMMETRIC)}; asymmetric ones are refused or misread",
+                    f"{in_words(SERVED_SYMMETRIC)}; asymmetric ones are refused or misread",
                 ),
             ),
             served=SERVED_SYMMETRIC,
@@ -259,11 +323,25 @@ FORMATS: dict[str, Format] = {
             words_per_column=True,
             loaders=(
                 ("a plain unpacker of ours", TESTED, "all"),
-                ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {_listed(GPTQMODEL_AWQ_GROUPS)}"),
-                ("vLLM, SGLang", UNTESTED, _in_words(SERVED_EITHER)),
+                ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {listed(GPTQMODEL_AWQ_GROUPS)}"),
+                ("vLLM, SGLang", UNTESTED, in_words(SERVED_EITHER)),
             ),
             served=SERVED_EITHER,
             served_experts=SERVED_EITHER,
+        ),
+        GgufFormat(
+            name="gguf",
+            content="llama.cpp's blocks, in one file with the tokenizer",
+            bits=(2, 3, 4, 5, 6, 8),
+            symmetry="both (zero points become offsets of float16)",
+            layout=layout_of,
+            implementation="q3q.export.gguf:GgufExporter",
+            mixed=True,
+            own_server=True,
+            loaders=(
+                ("the `gguf` package, run by transformers", TESTED, "all"),
+                ("llama.cpp", "tested where `make llama` has built it", "all, on CPU"),
+            ),
         ),
     )
 }
@@ -294,21 +372,14 @@ def _uneven_site(spec: TrialSpec, facts: ModelFacts) -> str | None:
     return None
 
 
-def _read_apart(schemes: Sequence[Scheme], *, experts: bool = False) -> bool:
-    """Return True if transformers reads each linear by its own setting."""
-    return transformers_takes(
-        experts=experts,
-        settings=len(schemes),
-        symmetric=all(scheme.symmetric for scheme in schemes),
-        rounded=any(scheme.act_bits is not None for scheme in schemes),
-    )
-
-
 def _reorders(spec: TrialSpec, schemes: Sequence[Scheme]) -> bool:
     """Return True if columns that share a scale may lie apart: act-order without fixed groups."""
     knobs = spec.method.knobs
     apart = knobs.get("act_order", False) and not knobs.get("static_groups", False)
-    return apart and any(scheme.group_size != -1 for scheme in schemes)
+    return apart and any(
+        scheme.group_size != -1 and not scheme.own_groups and scheme.group_rows == 1
+        for scheme in schemes
+    )
 
 
 def refuse_unsupported(
@@ -338,60 +409,6 @@ def refuse_unsupported(
     raise IncompatibleError(f"export={name} cannot hold {'; nor '.join(reasons)}; {instead}")
 
 
-def serving_notice(name: str, spec: TrialSpec, facts: ModelFacts) -> str | None:
-    """Return a line for an export that vLLM rejects, naming those it takes; None if it takes it."""
-    reason = FORMATS[name].unserved(spec, facts)
-    if reason is None:
-        return None
-    v2 = ", which is gptq_v2," if name == "gptq" and "symmetric=false" in reason else ""
-    return (
-        f"export={name} with {reason}{v2} is refused by vLLM, or misread by old versions; "
-        f"to serve these settings: export={' or '.join(servable(spec, facts))}"
-    )
-
-
-def servable(spec: TrialSpec, facts: ModelFacts) -> list[str]:
-    """Return the formats that can hold the trial's weights and that vLLM then takes."""
-    return [
-        form.name
-        for form in FORMATS.values()
-        if not list(form.problems(spec, facts)) and not form.unserved(spec, facts)
-    ]
-
-
-def loading_notice(spec: TrialSpec, facts: ModelFacts) -> str | None:
-    """Return a line for an export that transformers loads only if it is told how."""
-    if needs_unpacking(spec, facts):
-        return (
-            "export=compressed_tensors with symmetric=false loads in transformers only with "
-            "quantization_config=CompressedTensorsConfig(dequantize=True), as its model card "
-            "shows; with symmetric=true it loads without"
-        )
-    if not read_by_transformers(spec, facts):
-        return (
-            f"export={spec.export} of experts with symmetric=false or rounded activations does not "
-            "load in transformers; its model card says what does"
-        )
-    return None
-
-
-def kv_notice(name: str, spec: TrialSpec) -> str | None:
-    """Return a line for a trial that rounds its cache, which files do not say; None for others."""
-    if spec.kv is None:
-        return None
-    return (
-        f"export={name} holds the weights, not how the cache is stored ({spec.kv.name}): that is "
-        "chosen where the model is served"
-    )
-
-
-def read_by_transformers(spec: TrialSpec, facts: ModelFacts) -> bool:
-    """Return True if transformers reads the trial's export, with the packages of its format."""
-    return spec.export != "compressed_tensors" or _read_apart(
-        schemes_of(spec, facts), experts=bool(facts.experts)
-    )
-
-
 def format_of_choice(spec: TrialSpec) -> str | None:
     """Return the first format of packed codes that a trial's settings alone allow, else `hf`.
 
@@ -403,58 +420,30 @@ def format_of_choice(spec: TrialSpec) -> str | None:
         return None
     ends = spec.head_bits or spec.embedding_bits
     for form in (FORMATS[name] for name in ("compressed_tensors", "gptq", "hf")):
-        plain = scheme.act_bits is None and scheme.act_format == INT
-        acts = plain or (scheme.act_format == INT and form._holds_activations(scheme))
-        codes = scheme.format == INT and scheme.bits in form.bits and not ends
+        acts = scheme.act_bits is None or form._holds_activations(scheme)
+        codes = scheme.bits in form.bits
+        if scheme.format != INT:
+            codes = scheme.format in form.floats and _has_strategy(scheme)
         mixed = form.mixed or not (spec.overrides or spec.skip)
+        # A budget mixes widths, and transformers reads asymmetric ones by one of them.
+        mixed = mixed and (scheme.symmetric or spec.budget is None)
         ordered = form.act_order or not _reorders(spec, [scheme])
-        if acts and (form.anything or (codes and mixed and ordered)):
+        if acts and (form.anything or (codes and not ends and mixed and ordered)):
             return form.name
     return None
 
 
-def needs_unpacking(spec: TrialSpec, facts: ModelFacts) -> bool:
-    """Return True if transformers needs `dequantize=True` to read the trial's export."""
-    symmetric = all(scheme.symmetric for scheme in schemes_of(spec, facts))
-    return spec.export == "compressed_tensors" and not facts.experts and not symmetric
-
-
-def stored_scales(name: str, dtype: str) -> str | None:
+def stored_scales(name: str, dtype: str, form: str = INT) -> str | None:
     """Return the types that scales are rounded to, in turn, before anything is measured.
+
+    GGUF's own types have scales that are as they are stored.
 
     They are the type in which the model runs and the format's. The GPTQ and AWQ formats store
     float16, which a bfloat16 model's loaders convert to bfloat16.
     """
     if name == "hf":
         return None
+    if name == "gguf":
+        return GGUF if form == INT else None
     own = dtype if dtype in ("float16", "bfloat16") else "float16"
     return own if name == "compressed_tensors" or own == "float16" else f"{own} float16"
-
-
-def table() -> str:
-    """Return the table of docs/EXPORT.md."""
-    lines = [
-        "| `export=` | what is stored | bits | symmetry | activations | act-order | mixed "
-        "| experts | loaders |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for form in FORMATS.values():
-        cells = (
-            f"`{form.name}`",
-            form.content,
-            "all, and BiLLM's" if form.anything else _listed(form.bits),
-            form.symmetry,
-            ", ".join(f"W{w}A{a}, one scale a row" for w, a in form.acts) or "no",
-            "yes" if form.act_order or form.anything else "no",
-            "yes"
-            if form.anything
-            else "dense models, symmetric"
-            if form.mixed
-            else "`skip` of whole linears"
-            if form.gaps
-            else "no",
-            "yes, one set of tensors an expert",
-            "; ".join(f"{name} ({status}): {scope}" for name, status, scope in form.loaders),
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)

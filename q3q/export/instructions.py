@@ -7,10 +7,14 @@ from q3q.export.formats import (
     FORMATS,
     GPTQMODEL_AWQ_GROUPS,
     GPTQMODEL_GROUPS,
+    schemes_of,
+)
+from q3q.export.serving import (
     needs_unpacking,
     read_by_transformers,
-    schemes_of,
     servable,
+    unserved,
+    why_unread,
 )
 from q3q.models.facts import ModelFacts
 from q3q.spec import TrialSpec
@@ -20,6 +24,7 @@ PACKAGES = {
     "compressed_tensors": "torch transformers compressed-tensors",
     "gptq": "torch transformers optimum gptqmodel",
     "awq": "torch transformers accelerate gptqmodel",
+    "gguf": "llama-cpp-python",
 }
 LOAD = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,6 +40,11 @@ folder = "."  # this folder
 tokenizer = AutoTokenizer.from_pretrained(folder)
 unpack = CompressedTensorsConfig(dequantize=True)  # run_compressed=False in older transformers
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=unpack)"""
+LOAD_GGUF = """\
+from llama_cpp import Llama
+
+model = Llama("model.gguf", n_ctx=2048)  # in this folder
+print(model("Once upon a time", max_tokens=20)["choices"][0]["text"])"""
 GENERATE = """\
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"""
@@ -58,9 +68,10 @@ def loading_of(spec: TrialSpec, facts: ModelFacts) -> Loading:
     """Return how transformers loads a trial's export, or why it does not."""
     assert spec.export is not None
     packages = PACKAGES[spec.export]
+    if spec.export == "gguf":
+        return Loading(packages, LOAD_GGUF, "llama.cpp's own programs take the file, too.")
     if not read_by_transformers(spec, facts):
-        why = "transformers fuses experts, so it cannot read their asymmetric weights or rounded"
-        return Loading(packages, None, f"{why} activations from `compressed_tensors`.")
+        return Loading(packages, None, why_unread(spec, facts))
     if needs_unpacking(spec, facts):
         remark = (
             "The weights are unpacked as they are loaded, so in memory they take as much room as "
@@ -92,7 +103,9 @@ def serve_lines(spec: TrialSpec, facts: ModelFacts) -> list[str]:
     """Return the card's section on serving: vLLM's command, or why vLLM does not take it."""
     assert spec.export is not None
     form = FORMATS[spec.export]
-    reason = form.unserved(spec, facts)
+    if form.own_server:
+        return ["## Serve it", "", "```bash", "llama-server -m model.gguf", "```", ""]
+    reason = unserved(form, spec, facts)
     if reason is None:
         return [
             "## Serve it",

@@ -1,6 +1,6 @@
 """Proof that a checkpoint on disk is what was evaluated.
 
-A fresh process that cannot import q3q loads it (`reload.py`), and its findings are compared with
+A fresh process that cannot import q3q loads it (`reload`), and its findings are compared with
 the model in this process.
 """
 
@@ -20,17 +20,20 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from q3q.errors import ExportError
-from q3q.export.reload import EXIT_SHORTAGE, is_shortage, projection, sketch, sketch_rows
+from q3q.export.reload.script import EXIT_SHORTAGE, is_shortage
+from q3q.export.reload.sketches import projection, sketch, sketch_rows
 from q3q.export.use import Use
 from q3q.limits import unclaimed_memory
-from q3q.models.block import Block, Rope, rms_norm
+from q3q.models.block import Block, Rope
 from q3q.models.decoder import Decoder
 from q3q.models.disk_names import is_stacked, names_on_disk
 from q3q.models.facts import ModelFacts
+from q3q.number_formats import INT
+from q3q.numerics.kernels.norm import rms_norm
 from q3q.record import Check
 from q3q.spec import Json
 
-SCRIPT = Path(__file__).with_name("reload.py")
+PROGRAM = Path(__file__).with_name("reload")
 WINDOWS, TOKENS = 2, 24
 # Time limit of the other process: to start, and for each byte of weights. One core takes a tenth.
 SECONDS, SECONDS_PER_BYTE = 900.0, 2e-6
@@ -98,7 +101,7 @@ def reload_inputs(model: Decoder, runs: "Mapping[str, Run]") -> dict[str, Tensor
 def compare_reload(
     model: Decoder, runs: "Mapping[str, Run]", findings: Json, theirs: Mapping[str, Tensor]
 ) -> Proof:
-    """Compare the model with `findings` and `theirs`, the two results of `reload.findings`."""
+    """Compare the model with the two results of `reload.script.findings`."""
     problems, error = _weight_problems(model, findings), None
     if runs:
         error = worst_logits(runs["plain"].logits, theirs["logits"])
@@ -122,7 +125,7 @@ def is_room(model: Decoder) -> bool:
 class Reading:
     """What was read at one place of a run.
 
-    projection: `reload.projection` of each token
+    projection: `reload.sketches.projection` of each token
     norm: of the whole tensor
     noise: norm of the difference that rounding alone makes
     """
@@ -141,7 +144,7 @@ class Run:
     """The evaluated model's run over the fixed windows in float32 arithmetic."""
 
     states: Tensor  # each block's input, [L, B, T, H]
-    readings: dict[str, Reading]  # of site inputs and block changes, named as by `reload.run`
+    readings: dict[str, Reading]  # of site inputs and block changes: see `reload.running.run`
     logits: Tensor  # [B, T, V]
 
 
@@ -152,21 +155,33 @@ def windows(facts: ModelFacts) -> Tensor:
 
 def runs_of(model: Decoder) -> dict[str, Run]:
     """Return the run `plain`, and `rounded` if the model rounds activations."""
-    act_bits = model.blocks[0].act_bits
-    runs = {"plain": run(model, None)}
-    return runs if act_bits is None else runs | {"rounded": run(model, act_bits)}
+    runs = {"plain": run(model, rounded=False)}
+    rounds = any(map(roundings_of, model.blocks))
+    return runs | ({"rounded": run(model, rounded=True)} if rounds else {})
 
 
-def run(model: Decoder, act_bits: int | None) -> Run:
+def roundings_of(block: Block) -> set[tuple[str, int, int]]:
+    """Return (type, bits, channels that share a scale) of each way in which inputs are rounded."""
+    return {
+        ("int" if how.format == INT else "float", how.bits, how.group_size)
+        for site in block.sites
+        if site.name not in block.unrounded
+        if (how := block.own_rounding.get(site.name, block.rounding)) is not None
+    }
+
+
+def run(model: Decoder, *, rounded: bool) -> Run:
     """Run the model, one block at a time widened to float32.
 
-    act_bits: bits that activations are rounded to; None leaves them alone.
+    rounded: round activations as the model does
     """
     x_BTH, rope = model.embed(windows(model.facts)).float(), model.rope
     states, readings = list[Tensor](), dict[str, Reading]()
     for k, block in enumerate(model.blocks):
         wide = block.with_weights({name: weight.float() for name, weight in block.weights.items()})
-        wide.act_bits, wide.kv = act_bits, None  # loaders round a cache only when they serve
+        wide.kv = None  # loaders round a cache only when they serve
+        if not rounded:
+            wide.act_bits, wide.own_rounding = None, {}
         states.append(x_BTH.cpu())
         x_BTH = _observed(wide, k, x_BTH, rope, readings)
         before_BTH = states[-1].to(x_BTH.device)
@@ -193,14 +208,21 @@ def _observed(
             readings[f"blocks.{k}.{site.name}"] = Reading.of(inputs.all_TI)
 
 
-def sketches(model: Decoder) -> Iterator[tuple[str, list[float]]]:
-    """Yield (name on disk, `reload.sketch`) of each weight as evaluated."""
+def sketches(
+    model: Decoder, roundings: set[tuple[str, int, int]]
+) -> Iterator[tuple[str, list[float]]]:
+    """Yield (name on disk, `reload.sketches.sketch`) of each weight as evaluated.
+
+    Args:
+        roundings: takes what `roundings_of` returns, in the same pass over the blocks.
+    """
     facts, shape = model.facts, (model.facts.vocab, model.facts.hidden)
     yield facts.family.final_norm, sketch(model.norm_H)
     yield facts.family.embedding, sketch_rows(shape, model.rows("embedding"))
     if not facts.tied:
         yield facts.family.head, sketch_rows(shape, model.rows("head"))
     for k, block in enumerate(model.blocks):
+        roundings |= roundings_of(block)
         for name, weight in block.weights.items():
             parts = weight if is_stacked(name) else [weight]
             yield from zip(names_on_disk(facts, k, [name]), map(sketch, parts), strict=True)
@@ -240,7 +262,7 @@ def _reload(folder: Path, inputs: Path, out: Path, seconds: float, gpu: bool) ->
         **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         "TORCHDYNAMO_DISABLE": "1",  # GPTQModel would compile for minutes what runs for a moment
     }
-    arguments = map(str, (SCRIPT, folder, inputs, out))
+    arguments = map(str, (PROGRAM, folder, inputs, out))
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", *arguments, *packages],
@@ -272,12 +294,13 @@ def _not_proved(folder: Path, reason: str) -> ExportError:
 
 
 def _weight_problems(model: Decoder, findings: Json) -> list[str]:
-    problems, act_bits = [], model.blocks[0].act_bits
-    worst, difference = worst_weight(dict(sketches(model)), findings["sketches"])
+    problems, found = [], set[tuple[str, int, int]]()
+    worst, difference = worst_weight(dict(sketches(model, found)), findings["sketches"])
+    roundings = [list(one) for one in sorted(found)]
     if difference > SAME_WEIGHTS:
         problems.append(f"worst site {worst}, relative difference about {difference:.2g}")
-    if findings["act_bits"] != act_bits:
-        problems.append(f"activations of {findings['act_bits']} bits instead of {act_bits}")
+    if findings["roundings"] != roundings:
+        problems.append(f"activations are rounded to {findings['roundings']}, not {roundings}")
     return problems
 
 
@@ -316,7 +339,7 @@ def _logit_problems(
     bounds = {"plain": SAME_LOGITS, "rounded": SAME_ROUNDED}
     for kind, ours in runs.items():
         if f"{kind}/logits" not in theirs:
-            continue  # it read no act_bits: `_weight_problems` reports that
+            continue  # it rounds nothing: `_weight_problems` reports that
         site, most = worst_reading(ours, {name: theirs[f"{kind}/{name}"] for name in ours.readings})
         logits = _difference(theirs[f"{kind}/logits"], ours.logits)
         if max(most, logits) > bounds[kind]:

@@ -4,14 +4,19 @@ import math
 from collections.abc import Iterator
 
 from q3q.export.formats import FORMATS
+from q3q.export.serving import holds_cache
 from q3q.models.disk_names import disk_shapes, without_expert
 from q3q.models.facts import ModelFacts
 from q3q.models.packed import Layout
 from q3q.spec import TrialSpec
 
-ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8}
+ITEM_BYTES = {
+    **{"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8},
+    **{"U8": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+}
 DTYPE_BYTES = {"float32": 4, "float64": 8}  # all other dtypes of models have 2
 SCALE_BYTES = 2  # float16
+KEYS = "self_attn.k_proj.weight"  # a block with these has a cache that grows with the text
 
 
 def layouts(
@@ -35,9 +40,19 @@ def layouts(
                 scheme = schemes.of(f"blocks.{k}.{without_expert(name).removesuffix('.weight')}")
                 layout = None if scheme is None else make(scheme)
             yield facts.on_disk(k, name), shape, layout
+        yield from ((name, (1,), None) for name in cache_scales(spec, facts, k))
     yield family.final_norm, (facts.hidden,), None
     if not facts.tied:
         yield family.head, (facts.vocab, facts.hidden), None
+
+
+def cache_scales(spec: TrialSpec, facts: ModelFacts, k: int) -> list[str]:
+    """Return the names of the scales of block k's keys and values, if the format stores them."""
+    if spec.export != "compressed_tensors" or spec.kv is None or not holds_cache(spec.kv):
+        return []
+    if KEYS not in facts.block_shapes(k):
+        return []
+    return [facts.on_disk(k, f"self_attn.{part}_scale") for part in "kv"]
 
 
 def plain_linears(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:

@@ -34,14 +34,17 @@ from q3q.export.destination import (
 from q3q.export.formats import FORMATS
 from q3q.export.marker import CARD, published_files, write_marker
 from q3q.export.shards import Shards, stored_bytes
-from q3q.export.tensors import layouts
+from q3q.export.tensors import cache_scales, layouts
 from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint
 from q3q.models.decoder import Decoder
 from q3q.models.disk_names import is_stacked, of_expert
 from q3q.models.facts import EXPORT_KEY
 from q3q.models.model_json import read_json
 from q3q.models.packed import Layout
+from q3q.models.packed_floats import FloatLayout
 from q3q.models.tensor_files import Rows, encode_tensors
+from q3q.number_formats import INT
+from q3q.numerics.float_weights import FloatWeight
 from q3q.numerics.weights import QuantizedWeight, StoredWeight
 from q3q.placement import Trial
 from q3q.spec import Json
@@ -125,6 +128,16 @@ class Exporter(ABC):
         """Return the content of further files of the format, by name."""
         return {}
 
+    def put_together(self, names: Mapping[str, str], size: int) -> Mapping[str, bytes]:
+        """Return what makes a checkpoint of the shards: the index, by its file's name.
+
+        Args:
+            names: each tensor's shard.
+            size: bytes of all tensors.
+        """
+        index = {"metadata": {"total_size": size}, "weight_map": names}
+        return {"model.safetensors.index.json": json.dumps(index, indent=1).encode()}
+
     def holds(self, block: "QuantizedBlock") -> bool:
         """Return True if exactly these codes are written already."""
         if self.finished:  # the proof compares them with what was evaluated
@@ -153,6 +166,9 @@ class Exporter(ABC):
                         tensors |= self.weight(self._layouts[full], full, weight)
                     else:
                         tensors[full] = numbers[name][e] if stacked else numbers[name]
+            one = torch.ones(1, dtype=self.dtype)  # with which the cache was evaluated
+            scales = cache_scales(self.spec, self.checkpoint.facts, block.index)
+            tensors |= {name: one.clone() for name in scales}
             groups = [getattr(weight, "group_EI", None) for weight in weights.values()]
             apart = any(group_EI is not None for group_EI in groups)
             facts = {"codes": _checksum(block), "reordered": apart}
@@ -160,6 +176,8 @@ class Exporter(ABC):
 
     def finish(self, model: Decoder) -> Json:
         """Write the tensors outside the blocks and the checkpoint's other files; return the index.
+
+        It is empty for a format that has one file.
 
         Args:
             model: the model as evaluated.
@@ -182,6 +200,8 @@ class Exporter(ABC):
                     self._shards.write(facts.layers + 1, carried, {})
                 self._write_files()
             file = self.folder / "model.safetensors.index.json"
+            if not file.is_file():  # the format has one file of its own
+                return {}
             index: Json = json.loads(file.read_text(encoding="utf-8"))
             return index
 
@@ -225,22 +245,23 @@ class Exporter(ABC):
     def _write_files(self) -> None:
         shards, shard_of = self._shards.all_facts(), self._shards.name
         names = {name: shard_of(k) for k, facts in enumerate(shards) for name in facts["names"]}
-        total = sum(facts["bytes"] for facts in shards)
-        index = {"metadata": {"total_size": total}, "weight_map": names}
         self.reordered = any(facts.get("reordered") for facts in shards)
         original = self.checkpoint.folder
         copied = [*(original / name for name in COPIED), *original.glob("LICENSE*")]
         files = {
             **{file.name: file.read_bytes() for file in copied if file.is_file()},
             **self.other_files(),
-            "model.safetensors.index.json": json.dumps(index, indent=1).encode(),
+            **self.put_together(names, sum(facts["bytes"] for facts in shards)),
             "config.json": json.dumps(self._config(), indent=1).encode(),
         }
         for name, content in files.items():
             write_atomically(self.partial / name, content)
 
     def _config(self) -> Json:
-        config = read_json(self.checkpoint.folder / "config.json")
+        gguf = self.checkpoint.gguf
+        config = (
+            read_json(self.checkpoint.folder / "config.json") if gguf is None else dict(gguf.config)
+        )
         config.pop("quantization_config", None)
         for part in (config, config.get("text_config")):
             if part is not None:
@@ -273,7 +294,7 @@ class PackingExporter(Exporter):
     """The common part of formats that store codes."""
 
     def weight(self, layout: Layout | None, name: str, weight: StoredWeight) -> dict[str, Tensor]:
-        if not isinstance(weight, QuantizedWeight) or layout is None:
+        if layout is None or not isinstance(weight, QuantizedWeight | FloatWeight):
             raise ExportError(
                 f"export={self.name} stores codes of a uniform grid; {name} has none. "
                 "export=hf stores all"
@@ -282,19 +303,35 @@ class PackingExporter(Exporter):
             raise ExportError(
                 f"export={self.name} cannot hold {misfit} ({name}). export=hf stores all"
             )
-        scale_OG = weight.scale_EOG[0].to(self.scale_dtype)
-        if not torch.equal(scale_OG.float(), weight.scale_EOG[0]):
+        if isinstance(weight, QuantizedWeight):
+            group_I = None if weight.group_EI is None else weight.group_EI[0]
+            scale_OG = self._stored(weight.scale_EOG[0], layout, name)
+            parts = layout.pack(weight.codes_EOI[0], scale_OG, weight.zero_EOG[0], group_I)
+        else:
+            assert isinstance(layout, FloatLayout)
+            scale_OG, factor = weight.stored_scale_EOG[0], weight.global_EO
+            if scale_OG.is_floating_point():
+                scale_OG = self._stored(scale_OG, layout, name)
+            one = None if factor is None else factor[0, :1]
+            parts = layout.pack_floats(weight.codes_EOI[0], scale_OG, one)
+        base = name.removesuffix("weight")
+        return {base + part: tensor for part, tensor in parts.items()}
+
+    def _stored(self, scale_OG: Tensor, layout: Layout, name: str) -> Tensor:
+        """Return scales in the type in which they are stored.
+
+        Raises:
+            ExportError: they are no numbers of this type.
+        """
+        stored_OG = scale_OG.to(self.scale_dtype)
+        if not torch.equal(stored_OG.float(), scale_OG):
             raise ExportError(
                 f"{name}: its scales are no {self.scale_dtype} numbers, "
                 "so what was measured is not stored"
             )
-        group_I = None if weight.group_EI is None else weight.group_EI[0]
         # A float32 model's scales are 16-bit numbers too, but are stored in the model's type for
         # loaders that unpack in the type of the scales, as transformers does with experts.
-        stored_OG = scale_OG.to(self.dtype) if layout.own_scales else scale_OG
-        parts = layout.pack(weight.codes_EOI[0], stored_OG, weight.zero_EOG[0], group_I)
-        base = name.removesuffix("weight")
-        return {base + part: tensor for part, tensor in parts.items()}
+        return stored_OG.to(self.dtype) if layout.own_scales else stored_OG
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -332,8 +369,18 @@ def open_exporter(trial: Trial, checkpoint: Checkpoint) -> Exporter | None:
     return exporter(trial, checkpoint)
 
 
-def _misfit(weight: QuantizedWeight, layout: Layout) -> str | None:
+def _misfit(weight: QuantizedWeight | FloatWeight, layout: Layout) -> str | None:
     """Return what of a method's codes the layout has no place for; None if it holds them all."""
+    own = weight.format if isinstance(weight, FloatWeight) else INT
+    asked = layout.format if isinstance(layout, FloatLayout) else INT
+    if own != asked:
+        return f"codes of format={own} where format={asked} was asked for"
+    if isinstance(weight, FloatWeight):
+        return _float_misfit(weight, layout)
+    return _whole_misfit(weight, layout)
+
+
+def _whole_misfit(weight: QuantizedWeight, layout: Layout) -> str | None:
     groups, wanted = weight.scale_EOG.shape[2], layout.groups(weight.shape[2])
     if not weight.whole_zeros:
         return "zero points that are not whole numbers within the codes' bits"
@@ -343,6 +390,18 @@ def _misfit(weight: QuantizedWeight, layout: Layout) -> str | None:
         return f"{groups} groups a row where group_size={layout.group_size} makes {wanted}"
     if layout.symmetric and not weight.symmetric:
         return "asymmetric codes where symmetric=true was asked for"
+    return None
+
+
+def _float_misfit(weight: FloatWeight, layout: Layout) -> str | None:
+    groups, wanted = weight.stored_scale_EOG.shape[2], layout.groups(weight.shape[2])
+    if groups != wanted:
+        return f"{groups} groups a row where group_size={layout.group_size} makes {wanted}"
+    if weight.group_EI is not None:
+        return "groups of columns that lie apart"
+    factor = weight.global_EO
+    if factor is not None and not bool((factor == factor[:, :1]).all()):
+        return "a factor that differs between the rows of a linear"
     return None
 
 

@@ -23,6 +23,7 @@ from q3q.models.rope import frequencies
 from q3q.number_formats import FLOATS, INT
 from q3q.numerics.floats import floats_per_token
 from q3q.numerics.grid import absmax_per_token
+from q3q.numerics.kernels.norm import rms_norm
 from q3q.numerics.stored_scales import (
     floats_below_factor,
     floats_by_scale,
@@ -36,20 +37,6 @@ if TYPE_CHECKING:
 
 Weights = Mapping[str, Tensor]
 Stages = Generator[tuple[Site, SiteInput], None, Tensor]
-
-
-def rms_norm(x_xH: Tensor, gain_H: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """Compute the root-mean-square norm in float32; return the input's dtype, as transformers.
-
-    Args:
-        offset: what is added to the gain; if it is not 0, the product too is taken in float32.
-    """
-    wide = x_xH.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    normed = wide * scale if x_xH.dtype == torch.float32 else wide.mul_(scale)
-    if offset:
-        return normed.mul_(gain_H.float() + offset).to(x_xH.dtype)
-    return normed.to(x_xH.dtype).mul_(gain_H)
 
 
 class Rope:
@@ -126,6 +113,13 @@ class Block:
         block.own_rounding = self.own_rounding
         block.kv = self.kv
         return block
+
+    @property
+    def rounding(self) -> InputRounding | None:
+        """How the input of a site is rounded that has no rounding of its own."""
+        if self.act_bits is None:
+            return None
+        return InputRounding(self.act_bits, self.act_format, self.act_group_size)
 
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
         return finish(self.stages(x_BTH, rope, attention))

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from q3q.errors import NumericsError
 from q3q.models.attention import CAUSAL, Attention, supports_varlen
-from q3q.models.block import Block, Rope, rms_norm
+from q3q.models.block import Block, Rope
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.disk_names import names_on_disk
 from q3q.models.facts import ModelFacts
@@ -23,6 +23,7 @@ from q3q.models.spool import Spool
 from q3q.models.transfer import to_device
 from q3q.numerics.kernels.compiler import has_fused
 from q3q.numerics.kernels.logsum import logsum
+from q3q.numerics.kernels.norm import rms_norm
 from q3q.numerics.linalg import all_finite
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.scheme import InputRounding

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.linalg import solve_triangular
 from torch.nn.functional import conv1d, pad, silu, softplus
 
-from q3q.models.block import rms_norm
 from q3q.models.delta_sizes import CHUNK, PIECE_TOKENS, DeltaSizes
 from q3q.models.recurrence import State
+from q3q.numerics.kernels.norm import rms_norm
 
 # Queries, keys and values [B, N, T, K or V], decays and rates [B, N, T], as the rule reads them.
 Heads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

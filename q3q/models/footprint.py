@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from q3q.errors import ConfigError
-from q3q.kv_scheme import CacheShape
+from q3q.kv_scheme import CacheShape, KvScheme
 from q3q.models.facts import ModelFacts
 from q3q.spec import OWN_TEXT
 
@@ -240,6 +240,12 @@ def cache_shape(facts: ModelFacts) -> CacheShape:
     """
     widths = (facts.family.state_width(facts, k) for k in range(facts.layers))
     return CacheShape(sum(widths), facts.head_dim)
+
+
+def cache_scheme(facts: ModelFacts, asked: KvScheme | None) -> KvScheme | None:
+    """Return how the cache is stored: as asked for, else as the checkpoint says, if it does."""
+    packing = facts.packing
+    return asked if asked is not None or packing is None else packing.kv
 
 
 def recurrent_bytes(facts: ModelFacts) -> list[int]:

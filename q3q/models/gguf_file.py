@@ -17,6 +17,7 @@ from typing import Any
 
 from q3q.errors import CheckpointError
 from q3q.models.gguf_header import (
+    ARCHITECTURES,
     FIRST,
     SPLIT,
     GgufEntry,
@@ -29,13 +30,6 @@ from q3q.models.gguf_tensors import PLAIN, GgufTensor
 from q3q.models.gguf_tokenizer import GgufTokenizer
 
 SUFFIX = ".gguf"
-# llama.cpp's word for an architecture -> config.json's `model_type`.
-ARCHITECTURES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "qwen3moe": "qwen3_moe",
-}
 TURNED = ("self_attn.q_proj", "self_attn.k_proj")  # whose rows a Llama's file reorders
 EXPERTS = "mlp.experts."
 # A block's tensors without `.weight` and `.bias`; of experts one tensor for all of them.
@@ -53,6 +47,7 @@ OUTER_PARTS = ("model.embed_tokens", "model.norm", "lm_head")
 # Llama 3's stretched frequencies lie in the file as a factor of each, not as the rule's settings.
 FREQUENCIES = "rope_freqs.weight"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3_KEY = "q3q.llama3."  # begins their names in q3q's own files
 SAME_FACTOR = 1e-3  # relative; a factor is stored as float32, and was computed in other orders
 
 
@@ -251,7 +246,7 @@ def _scaling(
 ) -> dict[str, Any] | None:
     """Return how frequencies are stretched; None if they are plain."""
     if FREQUENCIES in entries:
-        return _llama3(reader.path, config, entries[FREQUENCIES])
+        return _llama3(reader, config, entries[FREQUENCIES])
     kind = reader.word(f"{arch}.rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -269,30 +264,36 @@ def _scaling(
     return scaling
 
 
-def _llama3(path: Path, config: Mapping[str, Any], entry: GgufEntry) -> dict[str, Any]:
-    """Return Llama 3's rule whose factors a file holds."""
+def _llama3(reader: _Values, config: Mapping[str, Any], entry: GgufEntry) -> dict[str, Any]:
+    """Return Llama 3's rule whose factors a file holds.
+
+    Only q3q's own files say its settings; of others they are those of all released models.
+    """
     kind, size = stored_size(entry, FREQUENCIES)
     stored = GgufTensor(entry.file, "F32", entry.shape, entry.start, kind, FREQUENCIES, size)
     factors = stored.read().flatten().tolist()
-    factor = max(factors)
-    ours = llama3_factors(config["head_dim"], config["rope_theta"], factor)
+    rule = {key: reader.number(LLAMA3_KEY + key, value) for key, value in LLAMA3.items()}
+    rule["original_max_position_embeddings"] = int(rule["original_max_position_embeddings"])
+    factor = reader.number(f"{LLAMA3_KEY}factor", max(factors))
+    ours = llama3_factors(config["head_dim"], config["rope_theta"], factor, *rule.values())
     if len(ours) != len(factors) or any(
         not math.isclose(one, other, rel_tol=SAME_FACTOR)
         for one, other in zip(ours, factors, strict=True)
     ):
         raise CheckpointError(
-            f"{path}: its {FREQUENCIES} are not those of Llama 3's rule, which q3q would compute"
+            f"{reader.path}: its {FREQUENCIES} are not those of Llama 3's rule, which q3q would "
+            "compute"
         )
-    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
+    return {"rope_type": "llama3", "factor": factor, **rule}
 
 
 def llama3_factors(
     head_dim: int,
     theta: float,
     factor: float,
-    low: float = LLAMA3["low_freq_factor"],
-    high: float = LLAMA3["high_freq_factor"],
-    original: float = LLAMA3["original_max_position_embeddings"],
+    low: float,
+    high: float,
+    original: float,
 ) -> list[float]:
     """Return what each of Llama 3's frequencies is divided by, [head_dim / 2]."""
 

@@ -17,6 +17,14 @@ from pathlib import Path
 from q3q.errors import CheckpointError
 from q3q.models.tensor_files import Shape
 
+# llama.cpp's word for an architecture -> config.json's `model_type`.
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+}
+
 MAGIC, VERSIONS, ALIGNMENT = b"GGUF", (2, 3), 32
 # Types of values by their number, as `struct` writes them; then strings and arrays.
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import time
@@ -9,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from q3q.errors import CheckpointError, UnavailableModelError, first_line
+from q3q.errors import CheckpointError, Q3QError, UnavailableModelError, first_line
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.model_json import OWN_FOLDER
+from q3q.placement import Trial
 
 # All that a model's folder needs, and its licence; no pickles, which can run code when loaded.
 # And no second copy of the weights in their maker's own layout (Llama's, Mistral's).
@@ -152,6 +154,20 @@ def fetch_facts(source: str, revision: str | None = None) -> ModelFacts:
     """
     _check_hub_id(source)
     return read_facts(_config_folder(source, revision))
+
+
+def facts_of_trial(trial: Trial) -> ModelFacts | None:
+    """Return the facts of a trial's model; None where nothing here knows them any more."""
+    model = trial.spec.model
+    return _facts(trial.placement.model, model.source, model.revision)
+
+
+@functools.cache
+def _facts(folder: Path | None, source: str | None, revision: str | None) -> ModelFacts | None:
+    try:
+        return read_facts(folder) if folder is not None else fetch_facts(str(source), revision)
+    except (OSError, Q3QError):
+        return None
 
 
 def fetch_file(source: str, name: str, revision: str | None = None) -> Path | None:

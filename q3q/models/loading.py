@@ -11,6 +11,7 @@ from q3q.limits import free_memory
 from q3q.models.cards import refuse_card
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import Decoder, load_decoder
+from q3q.models.families.registry import package_of
 from q3q.models.footprint import (
     AUTO,
     PROCESS_BYTES,
@@ -36,6 +37,7 @@ def open_checkpoint(trial: Trial) -> Checkpoint:
 
     Raises:
         IntegrityError: its files are not those that the trial was planned with.
+        ConfigError: its family is of another package, or another version, than it was planned with.
     """
     model, local = trial.spec.model, trial.placement.model
     if local is None or not local.is_file():  # a file is a GGUF file
@@ -44,6 +46,12 @@ def open_checkpoint(trial: Trial) -> Checkpoint:
     if model.digest is not None and checkpoint.digest(trial.placement.digests) != model.digest:
         raise IntegrityError(
             f"the files in {checkpoint.folder} changed since the trial was planned; start it again"
+        )
+    here = package_of(checkpoint.facts.family)
+    if model.package is not None and model.package != here:
+        raise ConfigError(
+            f"this trial needs the model's family of {model.package} on this machine; here is "
+            f"that of {here or 'q3q'}"
         )
     return checkpoint
 

@@ -16,6 +16,7 @@ from q3q.models.packed import SCALES, Layout, Part, Shape
 from q3q.number_formats import FLOATS, NumberFormat
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BYTES = ("U8",)
@@ -55,7 +56,24 @@ class FloatLayout(Layout):
     def pack(
         self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
     ) -> dict[str, Tensor]:
+        raise NotImplementedError("floats have no zero points: see `pack_floats`")
+
+    def pack_floats(
+        self, codes_OI: Tensor, scale_OG: Tensor, factor: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return the tensors of codes that are the format's own bit patterns, uint8.
+
+        Args:
+            scale_OG: each row's, as stored: floats, which keep their dtype, or uint8 codes.
+            factor: [1], that E4M3 scales are stored times.
+        """
         raise NotImplementedError(f"q3q does not write {type(self).__name__}")
+
+    def _shared_scales(self, scale_OG: Tensor) -> Tensor:
+        """Return one scale for each run of rows that share it."""
+        if self.group_rows == -1:
+            return scale_OG[:1, 0]
+        return scale_OG[:: self.group_rows]
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,14 @@ class PlainFloats(FloatLayout):
         return {
             "weight": (FLOAT_BYTES[self.format], (rows, columns)),
             self.scale_name: (scales, self.scale_shape(rows, columns)),
+        }
+
+    def pack_floats(
+        self, codes_OI: Tensor, scale_OG: Tensor, factor: Tensor | None
+    ) -> dict[str, Tensor]:
+        return {
+            "weight": codes_OI.view(_torch_dtype(FLOAT_BYTES[self.format])),
+            self.scale_name: self._shared_scales(scale_OG),
         }
 
     def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
@@ -115,6 +141,15 @@ class PackedFloats(FloatLayout):
             parts[self.factor_name] = (("F32",), (1,))
         return parts
 
+    def pack_floats(
+        self, codes_OI: Tensor, scale_OG: Tensor, factor: Tensor | None
+    ) -> dict[str, Tensor]:
+        parts = {self.codes_name: _packed(codes_OI, self.bits), "weight_scale": scale_OG}
+        if factor is not None:
+            parts["weight_scale"] = scale_OG.view(_torch_dtype(("F8_E4M3",)))
+            parts[self.factor_name] = factor
+        return parts
+
     def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         import torch
 
@@ -141,6 +176,11 @@ class ModelOptFp4(PackedFloats):
     factor_name: ClassVar[str] = "weight_scale_2"
     narrow: ClassVar[bool] = False
 
+    def pack_floats(
+        self, codes_OI: Tensor, scale_OG: Tensor, factor: Tensor | None
+    ) -> dict[str, Tensor]:
+        raise NotImplementedError("q3q does not write ModelOpt's NVFP4")
+
     @property
     def input_parts(self) -> tuple[str, ...]:
         return ("input_scale",) if self.act_scales == "factor" else super().input_parts
@@ -166,6 +206,24 @@ def _levels(packed_OB: Tensor, form: NumberFormat, columns: int) -> Tensor:
         word = bytes_Ox3[..., 0] | bytes_Ox3[..., 1] << 8 | bytes_Ox3[..., 2] << 16
         codes = torch.stack([word >> shift & 63 for shift in (0, 6, 12, 18)], dim=-1)
     return decode(codes.flatten(-2)[:, :columns], form)
+
+
+def _packed(codes_OI: Tensor, bits: int) -> Tensor:
+    """Return codes of 4 or 6 bits packed into bytes, uint8."""
+    import torch
+
+    if bits == 4:
+        return codes_OI[:, ::2] | codes_OI[:, 1::2] << 4
+    four_Ox4 = codes_OI.unflatten(-1, (-1, 4)).int()
+    word = sum((four_Ox4[..., k] << 6 * k for k in range(1, 4)), four_Ox4[..., 0])
+    parts = torch.stack([word >> shift & 255 for shift in (0, 8, 16)], dim=-1)
+    return parts.flatten(-2).to(torch.uint8)
+
+
+def _torch_dtype(types: tuple[str, ...]) -> torch.dtype:
+    import torch
+
+    return {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[types[0]]
 
 
 def _powers(exponents: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, partial, wraps
 from itertools import count
 from typing import Any, TypeVar
@@ -40,6 +40,7 @@ from q3q.models.decoder import (
 )
 from q3q.models.facts import ModelFacts
 from q3q.models.kv_cache import KvRounding
+from q3q.models.parts import Part, block_part, block_weight, end_part, seen_by_all
 from q3q.models.spool import Spool
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.team import Team, exchanging
@@ -278,7 +279,7 @@ class ShardedDecoder(Decoder):
             NumericsError: on rank 0: the named weight is not finite, as stored or in the dtype.
             CheckpointError: on rank 0: some rank could not read its share.
         """
-        facts, own = self.facts, _seen_by_all(self.team, checkpoint)
+        facts, own = self.facts, seen_by_all(self.team, checkpoint)
         norm_H, faults = None, list[Q3QError]()
         if checkpoint is not None:
             norm_H = checkpoint.final_norm()
@@ -306,15 +307,15 @@ class ShardedDecoder(Decoder):
         if not facts.tied:
             ends["head"] = Checkpoint.head
         for end, read in ends.items():
-            weight = share(end, (facts.vocab, facts.hidden), read, partial(_end_part, end))
+            weight = share(end, (facts.vocab, facts.hidden), read, partial(end_part, end))
             self._shares[end, 0] = {"weight": weight}
         for k in range(facts.layers):
             self._shares["block", k] = {
                 name: share(
                     f"blocks.{k}.{name}",
                     shape,
-                    partial(_weight, k, name),
-                    partial(_block_part, k, name),
+                    partial(block_weight, k, name),
+                    partial(block_part, k, name),
                 )
                 for name, shape in facts.block_shapes(k).items()
             }
@@ -376,41 +377,6 @@ def _without_broadcast() -> Callable[..., object]:
             param.partition()
 
     return OwnShares
-
-
-# Returns what reads some numbers of a tensor, from a number on; None if only all can be read.
-Part = Callable[[Checkpoint, int, int], Callable[[], Tensor] | None]
-
-
-def _weight(k: int, name: str, checkpoint: Checkpoint) -> Tensor:
-    return checkpoint.block(k, names=[name])[name]
-
-
-def _end_part(end: str, checkpoint: Checkpoint, first: int, count: int) -> Callable[[], Tensor]:
-    return partial(checkpoint.end_part, end, first, count)
-
-
-def _block_part(
-    k: int, name: str, checkpoint: Checkpoint, first: int, count: int
-) -> Callable[[], Tensor] | None:
-    if checkpoint.is_packed(k, name):
-        return None
-    return partial(checkpoint.block_part, k, name, first, count)
-
-
-def _seen_by_all(team: Team, checkpoint: Checkpoint | None) -> Checkpoint | None:
-    """Return rank 0's checkpoint as each rank opens it; None if some rank does not see its files.
-
-    They must be the same files, not copies of them: nobody has compared these with the plan's.
-    """
-    named = None if checkpoint is None else (checkpoint.folder, checkpoint.states())
-    folder, states = team.broadcast(named)
-    own = checkpoint
-    if own is None:
-        with suppress(CheckpointError, OSError):
-            opened = Checkpoint(folder)
-            own = opened if opened.states() == states else None
-    return own if all(team.gather(own is not None)) else None
 
 
 def load_sharded(

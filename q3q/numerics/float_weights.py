@@ -29,6 +29,7 @@ class FloatWeight:
     global_EO: float32, of E4M3 scales: the factor that they were stored times, of each row's
         linear, so that rows of several linears can lie below each other; else None.
     group_EI: int32, each column's group; None if groups are runs of neighbours (no act-order).
+    narrow: the numbers are bfloat16, to which loaders of NVFP4 round them, whatever the model's.
     """
 
     codes_EOI: Tensor
@@ -37,6 +38,7 @@ class FloatWeight:
     group_rows: int = 1
     global_EO: Tensor | None = None
     group_EI: Tensor | None = None
+    narrow: bool = False
 
     kind: ClassVar[str] = "float"
     BY_ROW: ClassVar[tuple[str, ...]] = ("codes", "scale", "global")
@@ -60,6 +62,11 @@ class FloatWeight:
         return scale_EOG if self.global_EO is None else scale_EOG / self.global_EO[..., None]
 
     def dequantize(self) -> Tensor:
+        """Return the numbers in float32."""
+        weight_EOI = self._times_scales()
+        return weight_EOI.to(torch.bfloat16).float() if self.narrow else weight_EOI
+
+    def _times_scales(self) -> Tensor:
         level_EOI, scale_EOG = decode(self.codes_EOI, self._form), self.scale_EOG
         if self.group_EI is None:
             level_EOGS = level_EOI.unflatten(2, (scale_EOG.shape[2], -1))
@@ -119,7 +126,8 @@ class FloatWeight:
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def facts(self) -> dict[str, Any]:
-        return {"kind": self.kind, "format": self.format, "group_rows": self.group_rows}
+        facts = {"kind": self.kind, "format": self.format, "group_rows": self.group_rows}
+        return facts | ({"narrow": True} if self.narrow else {})
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "FloatWeight":
@@ -130,6 +138,7 @@ class FloatWeight:
             facts["group_rows"],
             tensors.get("global"),
             tensors.get("group"),
+            facts.get("narrow", False),
         )
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -2,8 +2,8 @@
 
 Four kinds share one protocol: points of a uniform grid (`QuantizedWeight`), small floating-point
 numbers (`float_weights.FloatWeight`), GGUF's blocks (`block_weights.BlockWeight`), and BiLLM's
-signs (`BinarizedWeight`). Shapes: E experts (1 in a dense block), O out features, I in features, G
-groups, S columns per group.
+signs (`binary_weights.BinarizedWeight`). Shapes: E experts (1 in a dense block), O out features, I
+in features, G groups, S columns per group.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from q3q.errors import NumericsError, ShapeError
-from q3q.number_formats import FLOATS, INT
+from q3q.number_formats import FLOATS, GGUF, INT
+from q3q.numerics.binary_weights import BinarizedWeight
 from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.float_weights import GROUP_INDEX_BITS, FloatWeight
 from q3q.numerics.grid import Grid, into_groups, to_codes
 from q3q.numerics.linalg import all_finite
 
-GGUF = "gguf"  # of what scales are rounded to: as its types have them
 SCALE_BITS = 16  # as every deployed format stores them
 # Weights that are dequantized at one time, through float32 or 64-bit indices: 64 MB.
 NUMBERS_AT_ONCE = 1 << 23
@@ -222,104 +222,6 @@ class QuantizedWeight:
         return cls(codes, scale, zero, facts["bits"], facts["symmetric"], tensors.get("group"))
 
 
-@dataclass(frozen=True)
-class BinarizedWeight:
-    """BiLLM's codes (arXiv 2402.04291): each weight is its group's mean +- its group's scale.
-
-    Each row of each block of S neighbouring columns has three groups. *Small* and *large* weights
-    are distinguished one by one; *salient* weights fill whole columns of a linear, and their
-    remainder is binarized once more.
-
-    codes_EOI: uint8. Bit 0: sign. Bit 1: large, or a salient remainder's sign. Bit 2: salient.
-    mean_EOG4: float32, the means of small, large, salient, and the salient remainder.
-    scale_EOG4: float32, the scales of the same four.
-    """
-
-    codes_EOI: Tensor
-    mean_EOG4: Tensor
-    scale_EOG4: Tensor
-
-    kind: ClassVar[str] = "binarized"
-    SALIENT: ClassVar[int] = 4  # codes from here on
-
-    def __post_init__(self) -> None:
-        shape = self.mean_EOG4.shape
-        if shape != self.scale_EOG4.shape or shape[:2] != self.codes_EOI.shape[:2]:
-            shapes = [tuple(t.shape) for t in (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)]
-            raise ShapeError("codes {}, means {}, scales {} do not fit".format(*shapes))
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes_EOI.shape
-
-    @property
-    def code_bits(self) -> int:
-        return 3
-
-    def dequantize(self) -> Tensor:
-        signs_2 = torch.tensor([-1.0, 1.0], device=self.mean_EOG4.device)
-        value_EOG42 = self.mean_EOG4[..., None] + signs_2 * self.scale_EOG4[..., None]
-        once_EOG4 = value_EOG42[..., :2, :].flatten(-2)
-        twice_EOG4 = (value_EOG42[..., 3, :, None] + value_EOG42[..., 2, None, :]).flatten(-2)
-        level_EOG8 = torch.cat([once_EOG4, twice_EOG4], dim=-1)
-        codes_EOGS = self.codes_EOI.unflatten(2, (self.mean_EOG4.shape[2], -1))
-        return level_EOG8.gather(-1, codes_EOGS.long()).flatten(2)
-
-    def to(self, device: torch.device | str) -> "BinarizedWeight":
-        tensors = (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)
-        return BinarizedWeight(*(tensor.to(device) for tensor in tensors))
-
-    def rows(self, start: int, stop: int) -> "BinarizedWeight":
-        tensors = (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)
-        return BinarizedWeight(*(tensor[:, start:stop] for tensor in tensors))
-
-    def experts(self, start: int, stop: int) -> "BinarizedWeight":
-        tensors = (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)
-        return BinarizedWeight(*(tensor[start:stop] for tensor in tensors))
-
-    def storage_bits(self) -> int:
-        """Count one linear's bits: about 3 bits a weight with blocks of 128 columns.
-
-        Each weight takes two bits (its sign, and its group or second sign), each row of a block 8
-        numbers of 16 bits, and each column a bit that marks salient ones.
-        """
-        experts, _, columns = self.codes_EOI.shape
-        numbers = 2 * self.mean_EOG4.numel()
-        return 2 * self.codes_EOI.numel() + numbers * SCALE_BITS + experts * columns
-
-    def nominal_bits(self) -> int:
-        """Count as BiLLM's paper does: a bit a weight, and one more for salient ones.
-
-        The published code counts the salient share of each linear's last block only, not of all.
-        """
-        return self.codes_EOI.numel() + int((self.codes_EOI >= self.SALIENT).sum())
-
-    def largest_scale(self) -> float:
-        return max(float(self.scale_EOG4.amax()), float(self.mean_EOG4.abs().amax()))
-
-    def too_fine(self) -> bool:
-        """Return True if a code has more than three bits or a column is salient in some rows only.
-
-        To be called for one linear: each has its own salient columns.
-        """
-        salient_EOI = self.codes_EOI >= self.SALIENT
-        whole_columns = torch.equal(salient_EOI.all(1), salient_EOI.any(1))
-        return bool((self.codes_EOI > 7).any()) or not whole_columns
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        tensors = {"codes": self.codes_EOI, "mean": self.mean_EOG4, "scale": self.scale_EOG4}
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def facts(self) -> dict[str, Any]:
-        return {"kind": self.kind}
-
-    @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-    ) -> "BinarizedWeight":
-        return cls(tensors["codes"], tensors["mean"], tensors["scale"])
-
-
 def stored_weight(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> StoredWeight:
     """Restore the weight that `to_tensors` and `facts` describe."""
     kinds: dict[str, type[QuantizedWeight | FloatWeight | BlockWeight | BinarizedWeight]] = {
@@ -437,6 +339,8 @@ def with_scales(weight: StoredWeight, types: str | None) -> StoredWeight:
         return replace(weight, scale_EOG=as_stored(weight.scale_EOG))
     if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "float":
         return replace(weight, stored_scale_EOG=as_stored(weight.stored_scale_EOG))
+    if isinstance(weight, FloatWeight) and FLOATS[weight.format].scale == "e4m3":
+        return replace(weight, narrow=True)
     return weight
 
 

@@ -11,7 +11,7 @@ from q3q.errors import IntegrityError
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.disk_names import disk_shapes, without_expert
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import cache_shape
+from q3q.models.footprint import cache_scheme, cache_shape
 from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
 from q3q.quantize.block import QuantizedBlock
@@ -114,9 +114,11 @@ def bits_beside(checkpoint: Checkpoint, weights: int, ends: Collection[str]) -> 
 def cache_sizes(trial: Trial, facts: ModelFacts) -> dict[str, float]:
     """Return the record's bytes of the cache, its scales included: of a token, and of a context.
 
-    They are empty where neither a cache's scheme nor a context was asked for.
+    They are empty where neither a cache's scheme nor a context was asked for, and the checkpoint
+    says no scheme.
     """
-    kv, context, shape = trial.spec.kv, trial.placement.context, cache_shape(facts)
+    kv, shape = cache_scheme(facts, trial.spec.kv), cache_shape(facts)
+    context = trial.placement.context
     if kv is None and context is None:
         return {}
     metrics = {"cache_bytes_per_token": shape.token_bytes(kv)}
@@ -125,11 +127,13 @@ def cache_sizes(trial: Trial, facts: ModelFacts) -> dict[str, float]:
 
 def cache_note(trial: Trial, facts: ModelFacts) -> Json:
     """Return the record's note from which other contexts' bytes follow; see `record.CACHE`."""
-    if trial.spec.kv is None and trial.placement.context is None:
+    kv, shape = cache_scheme(facts, trial.spec.kv), cache_shape(facts)
+    context = trial.placement.context
+    if kv is None and context is None:
         return {}
-    shape = cache_shape(facts)
-    known = {} if trial.placement.context is None else {"context": trial.placement.context}
-    return {CACHE: {"numbers": shape.numbers, "head_dim": shape.head_dim, **known}}
+    note: Json = {"numbers": shape.numbers, "head_dim": shape.head_dim}
+    note |= {} if kv is None else {"kv": kv.to_json()}
+    return {CACHE: note if context is None else note | {"context": context}}
 
 
 def stored_note(checkpoint: Checkpoint, *, in_files: bool) -> Json:

@@ -27,13 +27,14 @@ from q3q.data.prepared import Arrays, Shelf, prepared, tokenizer_digest
 from q3q.data.texts import load_text
 from q3q.data.traces import FOLDER, TRACES_VERSION, recipe
 from q3q.data.windows import refuse_changed_text
-from q3q.errors import CalibrationError, IntegrityError
+from q3q.errors import CalibrationError, ConfigError, IntegrityError
 from q3q.models.attention import KeysValues
 from q3q.models.decoder import Decoder
+from q3q.models.kv_cache import KvRounding
 from q3q.models.recurrence import Recurrence, State
 from q3q.placement import Trial
 from q3q.reporter import Steps, no_steps
-from q3q.spec import Calibration, Json
+from q3q.spec import OWN_TEXT, Calibration, Json
 from q3q.storage.mirror import mirror_for
 
 PART_BYTES = 1 << 30  # of the keys and values of rows that are written together
@@ -245,7 +246,18 @@ class _OwnPast:
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         return self.place.positions
 
-    def __call__(self, query_BNTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor) -> Tensor:
+    def __call__(
+        self,
+        query_BNTD: Tensor,
+        key_BKTD: Tensor,
+        value_BKTD: Tensor,
+        kv: KvRounding | None = None,
+    ) -> Tensor:
+        if kv is not None:
+            raise ConfigError(
+                f"{OWN_TEXT}: a model that rounds its cache after some tokens cannot write its own "
+                "text yet: calibrate on another text"
+            )
         if self.keys_values is None:
             shapes = ((*x.shape[:2], self.length, x.shape[-1]) for x in (key_BKTD, value_BKTD))
             keys, values = (key_BKTD.new_zeros(shape) for shape in shapes)

@@ -13,6 +13,7 @@ from q3q.ending import end_well
 from q3q.errors import EXIT_MISUSED, Q3QError
 from q3q.quoting import module
 from q3q.report.about import About
+from q3q.report.against import PublishedSet, published_set
 from q3q.report.beside import NamedStudy, beside
 from q3q.report.drawn import current_report
 from q3q.report.records import (
@@ -31,6 +32,8 @@ from q3q.report.write import (
 )
 from q3q.storage.mirror import refreshed
 from q3q.storage.names import file_name
+
+PAPER = "paper"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--against",
-        choices=["paper"],
-        help="compare with published numbers, and say so if none of them was run",
+        metavar="SET",
+        help="compare with published numbers: paper, onecomp, or a CSV file of your own",
     )
     parser.add_argument(
         "--context",
@@ -80,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         storage = refreshed(options.storage)
         studies = [find_records(storage, name) for name in names or [None]]
+        given = options.against
+        against = None if given in (None, PAPER) else published_set(given)
     except Q3QError as error:
         print(f"q3q: {error}", file=sys.stderr)
         return EXIT_MISUSED
@@ -88,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(studies) > 1:
         return _compare(names, studies, options, storage)
     [stored] = studies
-    about = _about(stored, options, storage)
+    about = _about(stored, options, storage, against)
     if options.format:
         sys.stdout.buffer.write(one_format(stored.records, about, options.format))
         return 0
@@ -156,7 +161,12 @@ def _warnings(stored: StoredRecords) -> list[str]:
     return warnings
 
 
-def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) -> About:
+def _about(
+    stored: StoredRecords,
+    options: argparse.Namespace,
+    storage: Path,
+    against: PublishedSet | None,
+) -> About:
     sweep = stored.sweep
     return About(
         name=sweep.name if sweep else "All records",
@@ -167,7 +177,8 @@ def _about(stored: StoredRecords, options: argparse.Namespace, storage: Path) ->
         sweeps=sweeps_of_trials(storage),
         warnings=_warnings(stored),
         context=options.context or (sweep.context if sweep else None),
-        against_paper=options.against == "paper",
+        against_paper=options.against == PAPER,
+        against=against,
         margin=options.margin or (margin_of(sweep) if sweep else None),
     )
 

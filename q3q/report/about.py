@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from q3q.record import ANSWER
+from q3q.report.against import PublishedSet
 
 PLOTS = "plots"  # the folder of each plot as PNG and SVG
 
@@ -20,6 +21,7 @@ class About:
     warnings: problems in finding the records.
     context: tokens for which sizes count the cache too; None: sizes are of the weights alone.
     against_paper: speak of the paper even if none of its cells was run.
+    against: other published numbers to compare with.
     margin: how much may be lost, in percent of a perplexity and in points of an accuracy; None if
         nobody has said it.
     """
@@ -33,6 +35,7 @@ class About:
     warnings: Sequence[str] = ()
     context: int | None = None
     against_paper: bool = False
+    against: PublishedSet | None = None
     margin: float | None = None
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from q3q.config.command import export_command
-from q3q.export.formats import format_of_choice
 from q3q.formatting import plural
 from q3q.record import TrialRecord
 from q3q.report.changes import UNTESTED, Change
@@ -47,6 +46,8 @@ class Choice:
     @property
     def command(self) -> str:
         """The command that exports it; empty if it has been exported, or no format holds it."""
+        from q3q.export.formats import format_of_choice
+
         form = format_of_choice(self.record.spec)
         if form is None or exported([self.record]):
             return ""

@@ -8,6 +8,7 @@ another domain costs more off its own domain than on it.
 import json
 from collections.abc import Sequence
 
+from q3q.data.texts import FROM_FILES
 from q3q.evaluate.metrics import reads_calibrated_kind
 from q3q.record import TrialRecord
 from q3q.report.measures import labels
@@ -55,7 +56,8 @@ def calibration_name(pool: Pool) -> str:
     """Name what a pool is calibrated on: a file by its own name, any other text by its source."""
     calibration, placement = pool.spec.calibration, pool.records[0].placement
     assert calibration is not None
-    file = None if calibration.parts else placement.calibration
+    reads = calibration.source in FROM_FILES or calibration.prompts is not None
+    file = placement.calibration if reads else None
     return calibration.label if file is None else f"{calibration.label} {file.name}"
 
 
@@ -70,12 +72,12 @@ def _table(title: str, rows: Sequence[Pool], metrics: dict[str, str]) -> Table:
             for name, metric in metrics.items()
         ]
         lines.append((calibration_name(row), *cells))
-    return Table(f"{title}: what each calibration costs", columns, tuple(lines), NOTE)
+    return Table(f"{title}: what each calibration costs", columns, tuple(lines))
 
 
 def _heads(specs: Sequence[TrialSpec]) -> list[str]:
     """Name each table's trials by what they share: `gptq, 2 bits, 32 windows`."""
-    shared = ("calibration.source", "calibration.digest", "calibration.draw")
+    shared = [f"calibration.{key}" for key in (*OF_THE_TEXT, "samples", "length")]
     heads = []
     for spec, label in zip(
         specs, labels(specs, seeds=False, models=False, shared=shared), strict=True

@@ -75,7 +75,7 @@ def _models(records: Sequence[TrialRecord]) -> str:
 
 def _calibrations(records: Iterable[TrialRecord]) -> str:
     texts = dict.fromkeys(
-        f"{TEXT_NAMES.get(text.source, text.source)} "
+        f"{TEXT_NAMES.get(text.source, text.label)} "
         f"({plural(text.samples, 'window')} of {text.length} tokens)"
         for record in records
         if (text := record.spec.calibration) is not None

@@ -22,7 +22,7 @@ from q3q.quantize.methods.registry import settings_class
 from q3q.quantize.methods.settings import Appearance, MethodSettings
 from q3q.record import TrialRecord
 from q3q.report.sizes import SIZES, bits_of_weight
-from q3q.spec import MEAN_ACCURACY, Calibration, Evaluation, Json, Scheme, TrialSpec, text_metric
+from q3q.spec import MEAN_ACCURACY, Evaluation, Json, Scheme, TrialSpec, text_metric
 
 DIVERGED, FAILED, ABSENT = "diverged", "failed", "-"  # cells without a number
 BITS_OF_TYPES = {"float32": 32, "bfloat16": 16, "float16": 16}
@@ -332,7 +332,7 @@ def traits_of(spec: TrialSpec, metric: str | None) -> dict[str, str]:
         "scheme": {} if spec.scheme is None else _scheme_traits(spec.scheme),
         "model": spec.model.identity,
         "method": {key: value for key, value in spec.method.to_json().items() if key != "name"},
-        "calibration": _calibration_traits(spec.calibration) if spec.calibration else {},
+        "calibration": spec.calibration.traits() if spec.calibration else {},
         "mixed": {"settings": spec.departures},
     }
     if metric is not None and metric not in SIZES:
@@ -342,13 +342,6 @@ def traits_of(spec: TrialSpec, metric: str | None) -> dict[str, str]:
         for part, entries in parts.items()
         for key, value in entries.items()
     }
-
-
-def _calibration_traits(calibration: Calibration) -> Json:
-    """Return what a label may name of a calibration; of a mix, its parts as its source."""
-    facts = calibration.to_json()
-    facts.pop("parts", None)
-    return facts | {"source": calibration.label}
 
 
 def _scheme_traits(scheme: Scheme) -> Json:

@@ -15,8 +15,9 @@ from q3q.report.pools import Pool
 from q3q.report.sizes import megabytes
 from q3q.report.tables import Table
 
-MOST_WIDTHS = 3  # sentences on single widths
-MOST_ANSWERS = 4  # of a report of many models that get a sentence
+MOST = 6  # sentences
+MOST_WIDTHS = 3  # of them, on single widths
+MOST_ANSWERS = 3  # of a report of many models that get a sentence
 ONLY_ONE = "a single choice was measured, so nothing can be compared with it"
 
 
@@ -26,7 +27,8 @@ def opening(answers: Sequence[Answer]) -> list[str]:
         return []
     if len(answers) == 1:
         [answer] = answers
-        return [_advice(answer), *_widths(answer, MOST_WIDTHS), *_remarks(answers)]
+        remarks = _remarks(answers)
+        return [_advice(answer), *_widths(answer, MOST - 1 - len(remarks)), *remarks]
     lines = []
     for answer in answers[:MOST_ANSWERS]:
         lines.append(f"{answer.name}: {_advice(answer)}")
@@ -92,7 +94,7 @@ def _widths(answer: Answer, most: int) -> list[str]:
     if len(answer.at_all) < 2:
         return []
     said = [_width(answer, verdict) for verdict in verdicts]
-    per = -(-len(said) // most)
+    per = -(-len(said) // min(most, MOST_WIDTHS))
     groups = [said[k : k + per] for k in range(0, len(said), per)]
     return [_sentence("; ".join(group)) for group in groups]
 

@@ -13,10 +13,12 @@ from markupsafe import Markup, escape
 from q3q.config.command import command_of
 from q3q.formatting import plural, printable, significant
 from q3q.record import TrialRecord
+from q3q.report.against import Against
 from q3q.report.answer import RULE, Answer, sentences
 from q3q.report.beside import Beside
 from q3q.report.certainty import in_words
 from q3q.report.checkpoints import checkpoint_tables
+from q3q.report.domains import NOTE as DOMAINS
 from q3q.report.escapes import markdown_block, markdown_code, markdown_text
 from q3q.report.families import NOTE as TESTS
 from q3q.report.header import abbreviations, facts
@@ -48,7 +50,8 @@ class Contents:
     command: starts the whole sweep again.
     records: of all trials.
     shown: these, and what `with_baselines` adds for tables and plots.
-    answers, luck: what `answer` found, and the tables of `luck`.
+    answers, luck, domains: what `answer` found, and the tables of `luck` and `domains`.
+    against: the comparison with other published numbers than the paper's, if it was asked for.
     tests: of how sure the differences are.
     judged: published checkpoints beside their originals.
     floors: sentences on the noise of a KL, where it was measured.
@@ -65,6 +68,8 @@ class Contents:
     shown: Sequence[TrialRecord]
     answers: Sequence[Answer]
     luck: Sequence[Table]
+    domains: Sequence[Table]
+    against: Against | None
     tests: Sequence[Table]
     floors: Sequence[str]
     judged: Sequence[Bench]
@@ -118,6 +123,7 @@ def html(contents: Contents) -> str:
         facts=facts(contents.records),
         abbreviations=abbreviations(contents.records),
         luck_note=LUCK,
+        domains_note=DOMAINS,
         **_own_parts(),
     )
 
@@ -177,10 +183,10 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     commits = versions(contents.records)
     code = f" Code: {', '.join(map(markdown_text, commits))}." if commits else ""
     parts += [markdown_block(contents.command), contents.counts + code]
-    if contents.published is not None:
-        parts += ["## Against the paper", markdown_text(share_reproduced(contents.published))]
-        if contents.published:
-            parts.append(paper_table(contents.published).markdown())
+    parts += _published(contents)
+    if contents.domains:
+        parts.append("## What each calibration costs")
+        parts += ["\n".join(table.markdown() for table in contents.domains), DOMAINS]
     if contents.luck:
         parts.append("## How much is luck")
         parts += ["\n".join(table.markdown() for table in contents.luck), LUCK]
@@ -214,6 +220,21 @@ def _image(plot: Plot, files: dict[str, str]) -> str:
     alt = re.sub(r"([\[\]])", r"\\\1", markdown_text(_alt(plot)).replace("\\]", "]"))
     caption = f"\n\n{markdown_text(plot.caption)}" if plot.caption else ""
     return f"![{alt}]({files[plot.name]}){caption}"
+
+
+def _published(contents: Contents) -> list[str]:
+    """Return the comparisons with published numbers in Markdown."""
+    parts = []
+    if contents.published is not None:
+        parts += ["## Against the paper", markdown_text(share_reproduced(contents.published))]
+        if contents.published:
+            parts.append(paper_table(contents.published).markdown())
+    if contents.against is not None:
+        parts += [f"## {markdown_text(contents.against.title)}"]
+        parts.append(markdown_text(contents.against.sentence()))
+        if contents.against.compared:
+            parts.append(contents.against.table().markdown())
+    return parts
 
 
 def _cell_parts(text: str) -> Cell:

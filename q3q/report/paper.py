@@ -235,7 +235,11 @@ def _settings(spec: TrialSpec, metric: str) -> Json:
 
 
 def verdict(
-    metric: str, ours: float, theirs: float, interval: tuple[float, float] | None = None
+    metric: str,
+    ours: float,
+    theirs: float,
+    interval: tuple[float, float] | None = None,
+    half: float | None = None,
 ) -> str:
     """Judge whether a published number is reproduced.
 
@@ -247,6 +251,7 @@ def verdict(
     Args:
         ours: nan if it diverged; an accuracy as a fraction.
         theirs: as printed; an accuracy in percent.
+        half: half a unit of its last digit; None: as the study prints them.
     """
     finite = math.isfinite(ours) and math.isfinite(theirs)
     if metric.startswith("perplexity/"):
@@ -254,13 +259,15 @@ def verdict(
             return REPRODUCED
         if not finite:
             return DIFFERENT
-        off = max(0.0, abs(ours - theirs) - half_a_digit(theirs)) / theirs / PERPLEXITY_TOLERANCE
+        half = half_a_digit(theirs) if half is None else half
+        off = max(0.0, abs(ours - theirs) - half) / theirs / PERPLEXITY_TOLERANCE
     else:
         if not finite:
             return REPRODUCED if math.isnan(ours) and math.isnan(theirs) else DIFFERENT
         if interval is not None and 100 * interval[0] <= theirs <= 100 * interval[1]:
             return REPRODUCED
-        off = max(0.0, abs(100 * ours - theirs) - 0.05) / ACCURACY_TOLERANCE
+        half = 0.05 if half is None else half
+        off = max(0.0, abs(100 * ours - theirs) - half) / ACCURACY_TOLERANCE
     return REPRODUCED if off <= 1 else NEAR if off <= CLOSE else DIFFERENT
 
 

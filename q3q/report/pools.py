@@ -58,7 +58,7 @@ class Pool:
     @property
     def name(self) -> str:
         """The label with the bits."""
-        return self.label if self.is_reference else f"{self.label}, {self.bits} bits"
+        return self.label if self.is_reference else f"{self.label}, {plural(self.bits, 'bit')}"
 
     def values(self, metric: str) -> list[float]:
         """Return the numbers, one for each seed that has one."""

@@ -3,11 +3,13 @@
 Both kinds may stand in one table or plot, which then says which is which.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from q3q.formatting import significant
-from q3q.kv_scheme import CacheShape
+from q3q.kv_scheme import CacheShape, KvScheme
+from q3q.models.footprint import cache_shape
+from q3q.models.hub import facts_of_trial
 from q3q.record import CACHE, TrialRecord
 
 BITS_PER_WEIGHT, BITS_PER_WEIGHT_MODEL = "bits_per_weight", "bits_per_weight_model"
@@ -70,16 +72,25 @@ def bits_of_weight(record: TrialRecord, metric: str) -> Size | None:
     return Size(8 * size.value / parameters, size.rule)
 
 
-def cache_shape_of(records: Iterable[TrialRecord]) -> CacheShape | None:
-    """Return what a token leaves in the cache of these trials' one model; None if none knows.
+def cache_shape_of(records: Sequence[TrialRecord]) -> CacheShape | None:
+    """Return what a token leaves in the cache of these trials' one model; None if nothing says so.
 
-    Records know it of trials that were asked for a scheme of the cache or for a context.
+    Records say it of trials that were asked for a scheme of the cache or for a context; for others,
+    the model's config.json does.
     """
     for record in records:
         note = record.notes.get(CACHE)
         if isinstance(note, dict):
             return CacheShape(numbers=int(note["numbers"]), head_dim=int(note["head_dim"]))
-    return None
+    known = (facts_of_trial(record.trial) for record in records)
+    return next((cache_shape(facts) for facts in known if facts is not None), None)
+
+
+def cache_scheme_of(record: TrialRecord) -> KvScheme | None:
+    """Return how the cache was stored that the trial was measured with; None: in 16 bits."""
+    note = record.notes.get(CACHE)
+    stored = note.get("kv") if isinstance(note, dict) else None
+    return KvScheme(**stored) if isinstance(stored, dict) else record.spec.kv
 
 
 def parameters_of(record: TrialRecord) -> float | None:

@@ -10,10 +10,12 @@ from q3q.evaluate.samples import damaged_files
 from q3q.formatting import printable
 from q3q.record import TrialRecord
 from q3q.report.about import PLOTS, About, Report
+from q3q.report.against import compare
 from q3q.report.answer import Answer, answers
 from q3q.report.baselines import with_baselines
 from q3q.report.beside import Beside
 from q3q.report.certainty import noise_floors
+from q3q.report.domains import domain_tables
 from q3q.report.escapes import csv_cell, markdown_text
 from q3q.report.headline import headline
 from q3q.report.judged import CARD, benches, is_judged
@@ -65,6 +67,8 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
     text = "\n\n".join(table.plain() for table in main) or nothing_measured(records)
     if contents.published:
         text += f"\n\nAgainst the paper: {share_reproduced(contents.published)}"
+    if contents.against is not None:
+        text += f"\n\n{contents.against.title}: {contents.against.sentence()}"
     if lines := [*(bench.sentence() for bench in contents.judged), *opening(contents.answers)]:
         text += "\n\n" + "\n".join(_wrapped(line) for line in lines)
         if hint := export_hint(contents.answers):
@@ -104,13 +108,16 @@ def comparison_in(page: Beside, kind: str, sweeps: Mapping[str, str]) -> bytes:
 def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes:
     """Return the report in one of `FORMATS`.
 
-    Markdown comes without plots. CSV of a report against the paper lists the paper's cells.
+    Markdown comes without plots. CSV of a report against published numbers lists their cells.
     """
     records = in_order(records)
     if kind == "latex":
         return latex(records).encode()
     if kind == "csv":
         paper = paper_csv(compare_with_paper(records)) if about.against_paper else None
+        if about.against is not None:
+            table = compare(records, about.against).table()
+            return csv_text([table.columns, *table.rows]).encode()
         return _csv(records, about.sweeps) if paper is None else paper
     contents = _contents(records, about, plots=kind == "html")
     return (html(contents) if kind == "html" else markdown(contents, {})).encode()
@@ -150,6 +157,8 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         shown=shown,
         answers=found,
         luck=luck_tables(records),
+        domains=domain_tables(records),
+        against=None if about.against is None else compare(records, about.against),
         tests=[
             table
             for answer in found

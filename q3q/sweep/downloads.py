@@ -2,21 +2,26 @@
 
 A task without GPUs runs on each machine where trials may run. Machines that share a cache of the
 Hub's take turns by its locks, and find what the first has fetched. What cannot be had is told; its
-trials try again, and say their own error. A machine that joins later downloads in its trials.
+trials try again, and say their own error. A machine that joins later downloads in its trials. A
+text is not downloaded where its windows lie prepared: no trial will read it.
 """
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
+from q3q.data.calibration import calibration_identity
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed, downloading
+from q3q.data.prepared import FOLDER, kept_identities, tokenizer_digest
 from q3q.data.repositories import DataSet
-from q3q.data.texts import is_from_hub
+from q3q.data.texts import Split, is_from_hub
+from q3q.data.windows import evaluation_identity
 from q3q.errors import Q3QError
 from q3q.evaluate.catalogue import TASKS
+from q3q.evaluate.identities import says_all_of
 from q3q.masking import masked
-from q3q.models.hub import is_downloaded
+from q3q.models.hub import is_downloaded, locate
 from q3q.placement import Trial
 from q3q.spec import Json
 from q3q.sweep.ray.cluster import Cluster
@@ -27,8 +32,15 @@ from q3q.sweep.ray.tasks import Resources, Started, Task
 SILENCE_SECONDS = 15 * 60.0
 
 
-def needs_of(trials: Iterable[Trial]) -> list[Need]:
-    """Return what trials need from the Hub, with no repeats, but for data of users' tasks."""
+def needs_of(
+    trials: Iterable[Trial], is_prepared: Callable[[Trial, Json], bool] = lambda trial, text: False
+) -> list[Need]:
+    """Return what trials need from the Hub, with no repeats, but for data of users' tasks.
+
+    Args:
+        is_prepared: receives a trial and the identity of a text's windows; True: the trial does not
+            need the text.
+    """
     needs: list[Need] = []
     data: dict[str, dict[DataSet, None]] = {}
     folders = {}
@@ -37,15 +49,17 @@ def needs_of(trials: Iterable[Trial]) -> list[Need]:
         for model in spec.models:
             if model.source is not None:
                 needs.append(ModelNeed(model.source, model.revision))
-        needs += [
-            TextNeed(source, "calibration", placement.data)
-            for source in (spec.calibration.sources if spec.calibration is not None else ())
-            if is_from_hub(source)
-        ]
-        needs += [
-            TextNeed(str(text.source), "evaluation", placement.data)
+        texts: list[tuple[str, Split, Json]] = [
+            (str(text.source), "evaluation", evaluation_identity(text, spec.evaluation.quick))
             for text in spec.evaluation.texts
-            if is_from_hub(str(text.source))
+        ]
+        if spec.calibration is not None:
+            identity = calibration_identity(spec.calibration, spec.seed)
+            texts = [(one, "calibration", identity) for one in spec.calibration.sources] + texts
+        needs += [
+            TextNeed(source, split, placement.data)
+            for source, split, identity in texts
+            if is_from_hub(source) and not is_prepared(trial, identity)
         ]
         for task in spec.evaluation.tasks:
             for one in TASKS[task.name].data if task.name in TASKS else ():
@@ -57,14 +71,41 @@ def needs_of(trials: Iterable[Trial]) -> list[Need]:
 
 def download(trials: Sequence[Json], report: Callable[[str], None]) -> None:
     """Download what is missing here of what trials need; report lines that say how far it is."""
-    where = platform.node()
-    for need in needs_of(map(Trial.from_json, trials)):
+    where, here = platform.node(), [Trial.from_json(trial) for trial in trials]
+
+    def in_order() -> Iterator[Need]:
+        """Yield models first: a tokenizer tells which texts are prepared."""
+        yield from (need for need in needs_of(here) if isinstance(need, ModelNeed))
+        others = needs_of(here, _is_prepared)
+        yield from (need for need in others if not isinstance(need, ModelNeed))
+
+    for need in in_order():
         steps = downloading(f"{where}: {need.name}", report, time.monotonic)
         try:
             if not _is_here(need) and need.missing():
                 need.fetch(steps)
         except Q3QError as error:
             report(f"{where}: {need.name} cannot be had now: {masked(str(error))}")
+
+
+def _is_prepared(trial: Trial, identity: Json) -> bool:
+    """Return True if a text's windows, as the trial's tokenizer makes them, lie prepared here."""
+    kept = kept_identities(trial.placement.storage / FOLDER).values()
+    tokenizers = {whole.get("tokenizer") for whole in kept if says_all_of(whole, [identity])}
+    return bool(tokenizers) and _tokenizer_of(trial) in tokenizers
+
+
+def _tokenizer_of(trial: Trial) -> str | None:
+    """Return the digest of a trial's tokenizer; None without one, or without a digest."""
+    from q3q.models.checkpoint import load_tokenizer  # imports torch, which the driver must not
+
+    model, folder = trial.spec.model, trial.placement.model
+    try:
+        if folder is None and model.source is not None:
+            folder = locate(model.source, model.revision)
+        return None if folder is None else tokenizer_digest(load_tokenizer(folder))
+    except Q3QError:
+        return None
 
 
 def _is_here(need: Need) -> bool:

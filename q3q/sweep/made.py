@@ -79,7 +79,7 @@ class Made:
             blocks=blocks,
             draws=drawn,
             questions=sum(one.questions for one in missing),
-            units=self._units_to_measure(trial, facts) if blocks > 0 else 0.0,
+            units=self._units_to_measure(trial, facts, blocks),
         )
         return todo, sum(one.size for one in missing)
 
@@ -97,9 +97,14 @@ class Made:
         there = stored_blocks(*trial.block_folders)
         return max(0.0, 1.0 - there / facts.layers)
 
-    def _units_to_measure(self, trial: Trial, facts: ModelFacts) -> float:
-        """Return the part of a budget's units whose sensitivities a trial measures itself."""
+    def _units_to_measure(self, trial: Trial, facts: ModelFacts, blocks: float) -> float:
+        """Return the part of a budget's units whose sensitivities a trial measures itself.
+
+        Blocks that are there have their widths beside them.
+        """
         if trial.spec.budget is None:
+            return 1.0
+        if not blocks:
             return 0.0
         units = units_of(trial.spec, facts)
         identity = identity_of(trial.spec, units)

@@ -10,9 +10,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from q3q.kv_scheme import CacheShape
+from q3q.kv_scheme import CacheShape, KvScheme
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import cache_shape, in_bytes, in_gb
+from q3q.models.footprint import cache_scheme, cache_shape, in_bytes, in_gb
 from q3q.names import own_names
 from q3q.number_formats import INT, short_name
 from q3q.placement import Trial
@@ -46,6 +46,7 @@ class Planned:
     disk: bytes that it leaves beside its record, without what trials before it left already
     blocks: bytes on disk that it takes only while it runs
     cache: what a token leaves in the model's cache
+    kv: how that is stored; None: in 16 bits
     """
 
     trial: Trial
@@ -58,6 +59,7 @@ class Planned:
     disk: int = 0
     blocks: int = 0
     cache: CacheShape | None = None
+    kv: KvScheme | None = None
 
     @property
     def spec(self) -> TrialSpec:
@@ -130,12 +132,14 @@ def plan(
     planned, chosen = list[Planned](), dict[str, Choices]()
     known: dict[Hashable, Choices] = {}
     for trial in trials:
+        shape = facts[trial.id]
+        cache, kv = cache_shape(shape), cache_scheme(shape, trial.spec.kv)
         if trial.id in finished:
-            cache = cache_shape(facts[trial.id])
-            done = Planned(trial=trial, allocation=None, phases={}, basis="done", cache=cache)
+            done = Planned(
+                trial=trial, allocation=None, phases={}, basis="done", cache=cache, kv=kv
+            )
             planned.append(done)
             continue
-        shape = facts[trial.id]
         key = _allocation_key(trial, shape)
         if key not in known:
             known[key] = choices_of(trial, shape, machines, request)
@@ -150,7 +154,8 @@ def plan(
                 phases=predicted.phases,
                 idle=predicted.idle,
                 basis="measured" if model.knows(trial.spec, where, loader) else "rough",
-                cache=cache_shape(shape),
+                cache=cache,
+                kv=kv,
             )
         )
     planned.sort(key=_turn)
@@ -338,12 +343,12 @@ def _caches(planned: Sequence[Planned]) -> list[tuple[str, ...]]:
     """
     contexts = [entry.trial.placement.context for entry in planned]
     context = next((tokens for tokens in contexts if tokens is not None), None)
-    if context is None and not any(entry.spec.kv for entry in planned):
+    if context is None and not any(entry.kv for entry in planned):
         return [()] * (1 + len(planned))
     heads = ["cache a token", *([f"cache of {context} tokens"] if context else [])]
     rows = [tuple(heads)]
     for entry in planned:
-        shape, kv = entry.cache, entry.spec.kv
+        shape, kv = entry.cache, entry.kv
         cells = ["" for _ in heads]
         if shape is not None:
             cells[0] = f"{shape.token_bytes(kv):,.0f} bytes"

@@ -19,6 +19,7 @@ from q3q.environment import now
 from q3q.errors import SweepFailedError
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
+from q3q.models.hub import facts_of_trial
 from q3q.placement import KEEP_AUTO, Trial
 from q3q.quantize.methods.source import code_changes
 from q3q.record import Progress, Sweep, TrialRecord
@@ -40,7 +41,7 @@ from q3q.sweep.plan import (
     unlike_methods,
 )
 from q3q.sweep.settings import StudySettings
-from q3q.sweep.study import Study, facts_of_trial, recent_records, sole_driver, study_id
+from q3q.sweep.study import Study, recent_records, sole_driver, study_id
 from q3q.track.mlflow_sqlite import own_uri, read_uri
 from q3q.track.tracker import DEFAULT_STORAGE
 

@@ -4,7 +4,6 @@ A record is on disk before the tracker receives it: a tracker that is down learn
 """
 
 import errno
-import functools
 import hashlib
 import heapq
 import time
@@ -25,8 +24,6 @@ from q3q.errors import (
 )
 from q3q.export.marker import CARD
 from q3q.export.measured import Measured, update_card
-from q3q.models.facts import ModelFacts, read_facts
-from q3q.models.hub import fetch_facts
 from q3q.names import trial_names
 from q3q.placement import Trial
 from q3q.quoting import module
@@ -355,17 +352,3 @@ def recent_records(storage: Path, most: int = RECENT_RECORDS) -> Iterator[TrialR
     for _, path in heapq.nlargest(most, records):
         with suppress(OSError, ValueError, KeyError, TypeError, Q3QError):
             yield TrialRecord.load(path)
-
-
-def facts_of_trial(trial: Trial) -> ModelFacts | None:
-    """Return the facts of a trial's model; None where nothing here knows them any more."""
-    model = trial.spec.model
-    return _facts(trial.placement.model, model.source, model.revision)
-
-
-@functools.cache
-def _facts(folder: Path | None, source: str | None, revision: str | None) -> ModelFacts | None:
-    try:
-        return read_facts(folder) if folder is not None else fetch_facts(str(source), revision)
-    except (OSError, Q3QError):
-        return None

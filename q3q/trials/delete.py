@@ -94,7 +94,7 @@ def trace_identities(trials: Iterable[Trial]) -> list[Json]:
         {"model": trial.spec.model.identity, "recipe": part.digest}
         for trial in trials
         if (calibration := trial.spec.calibration) is not None
-        for part in (calibration, *calibration.parts)
+        for part in calibration.every_part
         if part.source == WRITES
     ]
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from q3q.config.command import command_of
 from q3q.errors import ConfigError, SweepFailedError
 from q3q.models.facts import ModelFacts
+from q3q.models.hub import facts_of_trial
 from q3q.placement import Trial
 from q3q.record import Sweep
 from q3q.storage.stores import is_url
 from q3q.sweep.in_process import InProcess
 from q3q.sweep.run import run_study
 from q3q.sweep.settings import StudySettings
-from q3q.sweep.study import facts_of_trial, study_id
+from q3q.sweep.study import study_id
 from q3q.trials.stored import StoredTrial
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from q3q.config import model, resolve
+from q3q.models.hub import facts_of_trial
 from q3q.placement import Trial
 from q3q.report import write
 from q3q.storage import claim
@@ -13,7 +14,6 @@ from q3q.sweep import in_process
 from q3q.sweep.in_process import InProcess
 from q3q.sweep.run import run_study
 from q3q.sweep.settings import StudySettings
-from q3q.sweep.study import facts_of_trial
 from q3q.track import mlflow
 from tests.chaos.faults import SMALL, numbers
 from tests.composed import compose

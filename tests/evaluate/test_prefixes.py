@@ -11,7 +11,7 @@ from q3q.errors import IntegrityError
 from q3q.evaluate import prefixes
 from q3q.evaluate.budget import TokenBudget, out_of_memory
 from q3q.evaluate.prefixes import PackedTree
-from q3q.evaluate.scoring import Request, pack_requests, score
+from q3q.evaluate.scoring import Reads, Request, pack_requests, score
 from q3q.evaluate.tree_pass import run_tree
 from q3q.models.attention import VarlenSlice
 from q3q.models.checkpoint import Checkpoint
@@ -67,6 +67,28 @@ def test_the_tree_holds_each_prefix_once():
     for text, positions in zip(tree.texts, tree.positions(), strict=True):
         assert (tree.ids[positions] == text).all()
     assert sorted(number for numbers in readers for number in numbers) == list(range(len(texts)))
+
+
+def test_reads_lie_at_the_ends_of_texts_also_where_their_branch_is_shorter():
+    texts = [*random_texts(0), *(np.array([5, 6, 7, k], np.int32) for k in range(3))]
+    requests = [*requests_of(texts), Request(texts[-1], texts[-1], "t")]
+    tree, readers = pack_requests(requests)
+    reads = Reads.of(tree, readers, requests)
+    expected = sorted(
+        (int(place), int(token), number)
+        for positions, group in zip(tree.positions(), readers, strict=True)
+        for number in group
+        for place, token in zip(
+            positions[-len(requests[number].targets) :], requests[number].targets, strict=True
+        )
+    )
+    found = zip(reads.position, reads.target, reads.owner, strict=True)
+    assert sorted((int(a), int(b), int(c)) for a, b, c in found) == expected
+    assert (np.diff(reads.position) >= 0).all()
+    short = np.diff(tree.begin) < [
+        max(len(requests[k].targets) for k in group) for group in readers
+    ]
+    assert short.any()
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama3 rope", "moe"])

@@ -1,8 +1,10 @@
 """Requests from a prepared file are, byte for byte, those that lm-eval's prompts encode to."""
 
 import json
+import math
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from lm_eval import evaluator
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import apply_template, env
@@ -29,9 +32,10 @@ from q3q.evaluate.encoding import LineEncoder
 from q3q.evaluate.harness import lm as harness
 from q3q.evaluate.harness import run
 from q3q.evaluate.harness.documents import read_quickly
+from q3q.evaluate.harness.hashes import documents_written_quickly, written
 from q3q.evaluate.harness.task_files import tasks_from
 from q3q.evaluate.harness.templates import templates_compiled_once
-from q3q.evaluate.journal import request_key
+from q3q.evaluate.journal import _content, request_key
 from q3q.evaluate.packing import pack_sequences, unpack_sequences
 from q3q.evaluate.scorer import score_keys
 from q3q.evaluate.scoring import (
@@ -276,12 +280,22 @@ def test_seeds_share_requests_unless_examples_may_be_drawn(trials, own, shelf, m
         trials.run(["choose"], shelf, own, seed=1)
 
 
-def test_a_prompt_whose_code_changes_its_document_is_made_each_time(
-    trials, own, shelf, monkeypatch
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_prompt_whose_code_changes_its_document_is_made_once(
+    trials, own, shelf, monkeypatch, ahead
 ):
     plain = trials.run(["change"], None, own)
+    trials.prepare(["change"], shelf, own) if ahead else trials.run(["change"], shelf, own)
+    no_prompts(monkeypatch)
     assert trials.run(["change"], shelf, own) == plain
-    assert trials.run(["change"], shelf, own) == plain
+
+
+def test_a_document_that_no_file_can_hold_has_its_prompt_made_each_time(trials, own, shelf):
+    code = own / "code.py"
+    code.write_text(CODE.replace('doc["q"] += "?"', 'doc["words"] = tuple(doc["words"])'))
+    plain = trials.run(["change"], None, own)
+    for _ in range(2):
+        assert trials.run(["change"], shelf, own) == plain
     assert not [*shelf.folder.glob("*.safetensors")]
 
 
@@ -462,3 +476,56 @@ def test_a_share_of_a_round_leaves_room_for_its_longest_input(most, longest):
     room = round_tokens(most, requests_of(0, 1, longest))
     assert 1 <= room <= ROUND_TOKENS
     assert room + longest <= most or room == 1
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"a": 'é "\n', "b": 3, "c": ["x", "y\u2028"]},
+        {"a": [], "b": None},
+        {"a": 1.5},
+        {"a": True},
+        {"a": {"b": ["c"]}},
+        {"a": [1, "b"]},
+        {1: "a"},
+        {},
+        ["a"],
+    ],
+)
+def test_documents_are_written_as_lm_eval_writes_them(document):
+    settings: dict[str, Any] = {"indent": 2, "default": str, "ensure_ascii": False}
+    expected = json.dumps(document, **settings)
+    assert written(document, **settings) == expected
+    with documents_written_quickly():
+        assert evaluator.json.dumps(document, **settings) == expected
+        assert evaluator.json.dumps(document) == json.dumps(document)
+    assert evaluator.json is json
+
+
+def test_a_documents_target_is_made_once_unless_its_task_may_change_it(own):
+    index = tasks_from([own], ["choose"])
+    for changes, count in ((False, 1), (True, 2)):
+        task = TaskManager.load(index, ["choose"])["tasks"]["choose"]
+        made: list[Any] = []
+        make = task.doc_to_target
+        task.doc_to_target = lambda doc, *rest, made=made, make=make: (
+            made.append(1),
+            make(doc, *rest),
+        )[1]
+        if changes:
+            task.config.process_results = lambda doc, results: {}
+        read_quickly(task)
+        one, other = (doc for _, doc in islice(task.doc_iterator(limit=2), 2))
+        expected = make(one)
+        assert [task.doc_to_target(one) for _ in range(2)] == [expected, expected]
+        assert len(made) == count
+        assert task.doc_to_target(other) == make(other)
+        assert task.doc_to_target(one, "a target") == make(one, "a target")
+
+
+@pytest.mark.parametrize(
+    "score", [[-1.5, True], [-0.1, False], [math.inf, True], [1, True], [-1.5, 1], {"a": 1}, "m"]
+)
+def test_a_journals_lines_are_json(score):
+    for key in ("0af3", "12", 'a "b"', "ä", ""):
+        assert _content(key, score) == json.dumps([key, score])

@@ -11,14 +11,18 @@ import torch
 from safetensors.torch import save_file
 
 from q3q.export.formats import stored_scales
+from q3q.models.adjust import set_activations
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_block, load_decoder
 from q3q.models.disk_names import disk_shapes
 from q3q.models.facts import read_facts
-from q3q.numerics.grid import into_groups, minmax_grid
-from q3q.numerics.weights import round_to_grid, with_scales
+from q3q.number_formats import FLOATS, INT
+from q3q.numerics.grid import into_groups
+from q3q.numerics.weights import with_scales
 from q3q.placement import Trial
 from q3q.quantize.block import QuantizedBlock
+from q3q.quantize.method import levels_for
+from q3q.spec import Scheme
 from tests.specs import evaluation_of, exporter_of, make_trial, model_of
 
 DEMO = Path(__file__).parents[2] / "q3q" / "models" / "demo" / "dense"
@@ -112,8 +116,14 @@ def checkpoint(tmp_path):
 
 def trial_of(checkpoint, export, path, **scheme) -> Trial:
     dtype = checkpoint.facts.dtype
+    settings = {"group_size": 16, "scales": stored_scales(export, dtype), **scheme}
+    if "format" in settings:
+        form, act = FLOATS.get(settings["format"]), FLOATS.get(settings.get("act_format", INT))
+        own = {} if form is None else {"bits": form.bits, "group_size": form.group_size or -1}
+        own |= {} if act is None else {"act_bits": act.bits, "act_group_size": act.group_size or -1}
+        settings = {"scheme": Scheme(**{**settings, "symmetric": True, **own, **scheme})}
     return make_trial(
-        **{"group_size": 16, "scales": stored_scales(export, dtype), **scheme},
+        **settings,
         model=model_of("tiny", dtype),
         evaluation=evaluation_of(),
         export=export,
@@ -137,10 +147,9 @@ def quantized_blocks(checkpoint, trial, *, act_order=False, leave=()):
     blocks = []
     for k, block in enumerate(model.blocks):
         result = quantized_block(block, k, trial, act_order=act_order, leave=leave)
-        changed = block.with_weights(result.weights_for(block))
-        changed.act_bits = trial.spec.scheme.act_bits
-        model.blocks[k] = changed
+        model.blocks[k] = block.with_weights(result.weights_for(block))
         blocks.append(result)
+    set_activations(model, trial.spec)
     return blocks, model
 
 
@@ -152,13 +161,8 @@ def quantized_block(block, k, trial, *, act_order=False, leave=()):
             continue
         weight = block.weights[name].float()
         weight = weight if weight.ndim == 3 else weight[None]
-        grid = minmax_grid(
-            into_groups(weight, scheme.group_size), scheme.bits, symmetric=scheme.symmetric
-        )
-        rounded = round_to_grid(
-            weight, grid, scheme.bits, scheme.group_size, symmetric=scheme.symmetric
-        )
-        stored = with_scales(rounded, scheme.scales)
+        levels, groups = levels_for(scheme, weight), into_groups(weight, scheme.group_size)
+        stored = with_scales(levels.rounded(groups, levels.minmax(groups)), scheme.scales)
         quantized[name] = apart(stored, k) if act_order else stored
     changed = {"input_layernorm.weight": block.weights["input_layernorm.weight"] * 1.25}
     return QuantizedBlock(k, quantized, changed, [])

@@ -6,10 +6,11 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from q3q.export import card, reload
+from q3q.export import card
 from q3q.export.card import model_card
 from q3q.export.measured import BEGIN, UNMEASURED, Measured, update_card
 from q3q.export.proof import PASSED, Proof, compare_reload
+from q3q.export.reload import script, use
 from q3q.export.use import Use
 from q3q.record import Check
 
@@ -168,7 +169,7 @@ def test_a_public_loader_says_what_it_took(exported, name):
     made, model = exported(name, kind={"max_position_embeddings": 24})
     inputs = {"ids": torch.arange(24).repeat(2, 1), "plain": torch.zeros(2, 2, 24, 32)}
     with torch.inference_mode():
-        facts, tensors = reload.findings(made.folder, inputs, measure=True)
+        facts, tensors = script.findings(made.folder, inputs, measure=True)
     [run] = facts["use"]
     assert (run["device"], run["prompt"], run["tokens"]) == ("cpu", 8, 16)  # as far as positions go
     assert run["threads"] == torch.get_num_threads()
@@ -184,7 +185,7 @@ def test_where_nothing_public_loads_it_nothing_is_measured(checkpoint, trial_of,
     made, _ = export(original, trial)
     inputs = {"ids": torch.arange(24).repeat(2, 1), "plain": torch.zeros(2, 2, 24, 32)}
     with torch.inference_mode():
-        facts, _ = reload.findings(made.folder, inputs, measure=True)
+        facts, _ = script.findings(made.folder, inputs, measure=True)
     assert facts["use"] == []
     why = "Memory and speed were not measured: "
     assert f"{why}the loader did not generate any text" in card_of(original, trial)
@@ -200,7 +201,7 @@ def test_a_loader_that_cannot_generate_costs_no_proof(capsys):
     def fail():
         raise RuntimeError("no kernel for\nthis device")
 
-    assert reload.measured(fail) == []
+    assert use.measured(fail) == []
     assert "not measured: RuntimeError: no kernel for this device" in capsys.readouterr().err
 
 

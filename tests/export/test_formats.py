@@ -1,19 +1,25 @@
 """What a format cannot hold is refused at composition; the docs' table; bytes by the layouts."""
 
-import functools
+import json
 import re
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from q3q.config import resolve
 from q3q.errors import ConfigError, ExportError, IncompatibleError
-from q3q.export.formats import stored_scales, table
-from q3q.export.reload import transformers_takes
+from q3q.export.formats import FORMATS, schemes_of, stored_scales
+from q3q.export.layouts import group_of
+from q3q.export.reload.configs import AS_IT_IS, UNPACKED, Group, groups_of, reading_of
+from q3q.export.table import table
 from q3q.export.tensors import expected_bytes
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.published.compressed_tensors import read_compressed_tensors
 from q3q.spec import TrialSpec
 from tests.composed import composed_trial
+from tests.export.conftest import DEMO
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +31,8 @@ def trial(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "conf" / "export").glob("*.yaml")))
 def test_every_export_config_becomes_a_spec(trial, name):
-    spec = trial("method=rtn", f"export={name}").spec
+    types = ["format=q4_k"] if name == "gguf" else []
+    spec = trial("method=rtn", f"export={name}", *types).spec
     assert spec.export == (None if name == "none" else name)
 
 
@@ -93,6 +100,27 @@ def test_every_export_config_becomes_a_spec(trial, name):
             "several settings when any is asymmetric.*these can: export=hf",
         ),
         (
+            ["method=rtn", "export=compressed_tensors", "format=nvfp4", "act_format=nvfp4"],
+            r"act_format=nvfp4 \(servers take its factor from calibration.*no format can",
+        ),
+        (
+            ["method=rtn", "export=compressed_tensors", "format=mxfp4", "act_format=mxfp8"],
+            "act_format=mxfp8 with format=mxfp4 .it takes act_format=mxfp4 or act_format=fp8_e4m3",
+        ),
+        (
+            ["method=rtn", "export=compressed_tensors", "format=fp8_e5m2"],
+            r"format=fp8_e5m2 \(it takes int, fp8_e4m3, mxfp8, .*these can: export=hf",
+        ),
+        (
+            ["method=rtn", "export=compressed_tensors", "format=fp8_e4m3", "group_rows=16"],
+            "group_rows=16 with group_size=-1 .it takes a scale for each row",
+        ),
+        (["method=rtn", "export=awq", "format=nvfp4"], r"format=nvfp4 \(it takes int\)"),
+        (
+            ["method=gptq", "export=compressed_tensors", "format=fp8_e4m3", "group_size=64"],
+            "act-order's groups of columns that lie apart",
+        ),
+        (
             ["method=smoothquant", "export=compressed_tensors", "overrides={blocks.1:{bits:4}}"],
             "act_bits=8 with these weights.*no format can",
         ),
@@ -126,24 +154,74 @@ def test_what_transformers_reads_wrong_of_a_dense_model_is_refused(
 ):
     overrides = [f"method={method}", "bits=8", f"symmetric={symmetric}"]
     overrides += ["overrides={*.down:{group_size:64}}"] if settings == 2 else []
-    rounded = method == "smoothquant"
-    if not transformers_takes(
-        experts=False, settings=settings, symmetric=symmetric, rounded=rounded
-    ):
+    groups = [Group(8, False, symmetric, rounded=method == "smoothquant")] * settings
+    if reading_of(groups, experts=False, dtype="float32") is None:
         with pytest.raises(IncompatibleError):
             trial("export=compressed_tensors", *overrides)
 
 
 def test_what_it_does_not_take_of_experts_the_table_says():
-    takes = functools.partial(transformers_takes, experts=True, settings=1)
+    def takes(*words, **kind):
+        return reading_of([Group(*words, **kind)], experts=True, dtype="bfloat16") is not None
+
     kinds = [(symmetric, rounded) for symmetric in (True, False) for rounded in (False, True)]
-    assert [takes(symmetric=symmetric, rounded=rounded) for symmetric, rounded in kinds] == [
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert "experts: symmetric, weights only; a plain unpacker of ours (tested): all" in table()
+    whole = [takes(4, False, symmetric, rounded=rounded) for symmetric, rounded in kinds]
+    assert whole == [True, False, False, False]
+    assert takes(8, True, True, rounded=True, wide_groups=True)
+    assert not takes(8, True, True)  # groups or blocks
+    assert not takes(8, True, True, scales="e8m0")
+    assert not takes(4, True, True, scales="e4m3")
+    assert "experts: int symmetric, weights only, and `fp8_e4m3` with a scale a row" in table()
+
+
+FLOATS = [
+    "format=fp8_e4m3",
+    "format=fp8_e4m3 group_rows=-1 act_format=fp8_e4m3",
+    "format=fp8_e4m3 group_size=128 group_rows=128 act_format=fp8_e4m3 act_group_size=128",
+    "format=mxfp8 act_format=mxfp8",
+    "format=mxfp6",
+    "format=mxfp4 act_format=mxfp4",
+    "format=nvfp4",
+    "bits=4 symmetric=true overrides={*.down:{format:nvfp4}}",
+]
+
+
+@pytest.mark.parametrize("words", FLOATS)
+def test_the_config_says_of_floats_what_the_refusals_assume(trial, words):
+    """What `formats` takes for granted of a config is what a reader finds in the written one."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    arguments = import_module("q3q.export.compressed_tensors")._arguments
+    spec = trial("method=rtn", "export=compressed_tensors", *words.split()).spec
+    facts = Checkpoint(DEMO).facts
+    layouts = [FORMATS["compressed_tensors"].layout(s) for s in schemes_of(spec, facts)]
+    written = quantization.QuantizationConfig(
+        config_groups={
+            f"group_{k}": quantization.QuantizationScheme(targets=["Linear"], **arguments(layout))
+            for k, layout in enumerate(layouts)
+        }
+    )
+    packed = json.loads(written.model_dump_json())
+    assert groups_of(packed) == [group_of(layout) for layout in layouts]
+    rules = read_compressed_tensors(packed).rules
+    assert {layout for _, layout in rules if layout is not None} == set(layouts)
+
+
+@pytest.mark.parametrize(
+    ("words", "reading"),
+    [
+        ("format=fp8_e4m3", AS_IT_IS),
+        ("format=nvfp4", UNPACKED),  # the demo model is float32
+        ("format=mxfp4 dtype=bfloat16", AS_IT_IS),
+        ("bits=4 symmetric=true overrides={*.down:{format:nvfp4}}", None),
+        ("bits=4 symmetric=true overrides={*.down:{format:nvfp4}} dtype=bfloat16", AS_IT_IS),
+    ],
+)
+def test_the_plan_says_how_transformers_reads_floats(trial, capsys, words, reading):
+    resolve._note_once.cache_clear()
+    trial("method=rtn", "export=compressed_tensors", *words.split())
+    said = capsys.readouterr().err
+    assert ("dequantize=True" in said) == (reading == UNPACKED)
+    assert ("does not load in transformers" in said) == (reading is None)
 
 
 def test_scales_are_part_of_the_quantization_and_the_format_is_part_of_the_trial(trial):
@@ -208,7 +286,7 @@ def test_the_page_has_the_table_of_what_is_refused():
         ),
         (
             ["method=rtn", "bits=8", "export=compressed_tensors"],
-            "symmetric=false and bits=8 \\(it takes 4 bits, 8 bits symmetric\\).*export=hf$",
+            "symmetric=false and bits=8 \\(it takes 4 bits, 2 to 8 bits symmetric\\).*=hf$",
         ),
         (["method=rtn", "bits=8", "symmetric=true", "export=compressed_tensors"], None),
     ],

@@ -1,14 +1,22 @@
 """The words on disk against each format's definition by hand and against its own library."""
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from q3q.errors import CheckpointError
+from q3q.export.layouts import compressed_layout
+from q3q.export.reload import unpackers
 from q3q.models.packed import AwqWords, GptqWords, PackedInts, PlainInts
 from q3q.models.published.readers import read_packing
+from q3q.number_formats import FLOATS as NUMBERS
+from q3q.numerics.grid import into_groups
+from q3q.numerics.weights import with_scales
+from q3q.quantize.method import levels_for
+from q3q.spec import Scheme
 
 
 def random_parts(bits, rows=32, columns=64, groups=4, *, symmetric=False, seed=0):
@@ -83,6 +91,67 @@ def test_packed_ints_are_the_compressed_tensors_librarys(bits, symmetric):
     for name, tensor in parts.items():
         assert torch.equal(tensor, theirs[name]), name
     assert torch.equal(layout.unpack(parts, 32, 64), numbers)
+
+
+FLOATS = [
+    ("fp8_e4m3", -1, 1),
+    ("fp8_e4m3", -1, -1),
+    ("fp8_e4m3", 16, 1),
+    ("fp8_e4m3", 16, 24),  # of 32 rows: the last block has 8
+    ("mxfp8", 32, 1),
+    ("mxfp6", 32, 1),
+    ("mxfp4", 32, 1),
+    ("nvfp4", 16, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "rows"), FLOATS)
+def test_floats_are_the_compressed_tensors_librarys(name, size, rows):
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    exporter = import_module("q3q.export.compressed_tensors")
+    form = NUMBERS[name]
+    scheme = Scheme(bits=form.bits, group_size=size, symmetric=True, format=name, group_rows=rows)
+    weight = torch.randn(1, 32, 64, generator=torch.Generator().manual_seed(0))
+    weight[0, 3, :40] = 0  # a group of zeros, and one in part
+    weight[0, 5] *= 1e-3
+    levels, groups = levels_for(scheme, weight), into_groups(weight, size)
+    stored = with_scales(levels.rounded(groups, levels.minmax(groups)), "bfloat16")
+    layout, factor = compressed_layout(scheme), stored.global_EO
+    parts = layout.pack_floats(
+        stored.codes_EOI[0],
+        stored.stored_scale_EOG[0],
+        None if factor is None else factor[0, :1],
+    )
+    assert {part: tuple(tensor.shape) for part, tensor in parts.items()} == {
+        part: shape for part, (_, shape) in layout.parts(32, 64).items()
+    }
+    args = exporter._arguments(layout)
+    described = quantization.QuantizationScheme(targets=["Linear"], **args)
+    compressor = compressors.BaseCompressor.get_value_from_registry(args["format"])
+    # Where scales were rounded after the codes were chosen, the library is given what they say.
+    exact = stored.dequantize() if form.scale == "float" else weight
+    given = {"weight": exact[0], "weight_scale": _scales(stored, layout)}
+    if factor is not None:
+        given["weight_global_scale"] = factor[0, :1]
+    theirs = compressor.compress(given, described)
+    assert parts.keys() == theirs.keys()
+    for part, tensor in parts.items():
+        bytes_of = [t.contiguous().view(torch.uint8) for t in (tensor, theirs[part])]
+        assert torch.equal(*bytes_of), part
+        assert part == "weight_scale" or tensor.dtype == theirs[part].dtype
+    unpacked = compressor.decompress(parts, described)["weight"].float()
+    assert torch.equal(unpacked, stored.dequantize()[0])
+    assert torch.equal(layout.unpack(parts, 32, 64), stored.dequantize()[0])
+    packed = {"config_groups": {"group_0": json.loads(described.model_dump_json())}}
+    assert torch.equal(unpackers.from_floats(parts, packed).float(), stored.dequantize()[0])
+
+
+def _scales(stored, layout):
+    """The scales as the library's own quantizer would have them: numbers, with the factor in."""
+    if stored.global_EO is None:
+        return layout._shared_scales(stored.scale_EOG[0])
+    return (stored.scale_EOG * stored.global_EO[..., None])[0]
 
 
 def test_plain_ints_are_signed_bytes():

@@ -1,5 +1,6 @@
 """The proof: strangers load the checkpoint and find what was evaluated; what differs is named."""
 
+import copy
 import json
 import re
 import subprocess
@@ -13,8 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from q3q.errors import ExportError
-from q3q.export import proof, reload
+from q3q.export import proof
 from q3q.export.proof import PASSED, compare_reload, prove, reload_inputs, runs_of
+from q3q.export.reload import running, script, unpackers
+from q3q.export.tensors import expected_bytes
+from q3q.kv_scheme import KvScheme
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.streaming import StreamedDecoder
@@ -31,7 +35,7 @@ def strangers_view(made, model, *, logits=True):
         return compare_reload(
             model,
             runs,
-            *reload.findings(made.folder, reload_inputs(model, runs) if logits else None),
+            *script.findings(made.folder, reload_inputs(model, runs) if logits else None),
         )
 
 
@@ -71,6 +75,104 @@ def test_public_loaders_and_plain_unpackers_find_the_same_model(
     assert result.logit_error < 1e-4
 
 
+UNPACKED = "dequantize=True"
+PLAIN = "plain unpacker of `compressed-tensors`"
+BLOCKS = {"group_size": 16, "group_rows": 24}
+FP8, FP8_BLOCKS = {"act_format": "fp8_e4m3"}, {"act_format": "fp8_e4m3", "act_group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("moe", "dtype", "scheme", "loader"),
+    [
+        (False, "bfloat16", {"format": "fp8_e4m3", "group_rows": -1}, CT),
+        (False, "float32", {"format": "fp8_e4m3", **FP8}, CT),
+        (True, "bfloat16", {"format": "fp8_e4m3", **FP8}, CT),
+        (False, "bfloat16", {"format": "fp8_e4m3", **BLOCKS, **FP8_BLOCKS}, CT),
+        (True, "bfloat16", {"format": "fp8_e4m3", **BLOCKS}, PLAIN),
+        (False, "bfloat16", {"format": "mxfp8", "act_format": "mxfp8"}, CT),
+        (False, "float16", {"format": "mxfp6", "act_format": "mxfp8"}, UNPACKED),
+        (False, "bfloat16", {"format": "mxfp4", "act_format": "mxfp4"}, CT),
+        (True, "float32", {"format": "mxfp4", "act_format": "mxfp4"}, PLAIN),
+        (False, "bfloat16", {"format": "nvfp4"}, CT),
+        (False, "float32", {"format": "nvfp4"}, UNPACKED),
+        (True, "bfloat16", {"format": "nvfp4"}, PLAIN),
+    ],
+)
+def test_floats_come_back_with_the_inputs_that_are_rounded(exported, moe, dtype, scheme, loader):
+    pytest.importorskip("compressed_tensors")
+    kind = {"moe": moe, "tied": moe, "dtype": dtype}
+    made, model = exported("compressed_tensors", kind=kind, **scheme)
+    result = strangers_view(made, model)
+    assert loader in result.loader
+    assert result.check.passed, result.check.detail
+    assert result.logit_error < 1e-4
+    read = load_decoder(Checkpoint(made.path), getattr(torch, dtype))
+    for ours, theirs in zip(model.blocks, read.blocks, strict=True):
+        for name, weight in ours.weights.items():
+            assert torch.equal(weight, theirs.weights[name]), name
+        assert (ours.rounding, ours.own_rounding) == (theirs.rounding, theirs.own_rounding)
+
+
+def test_a_cache_in_fp8_is_in_the_config_and_changes_no_plain_forward(
+    checkpoint, trial_of, export, tmp_path
+):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint()
+    trial = trial_of(original, "compressed_tensors", tmp_path / "out", symmetric=True)
+    kv = KvScheme(bits=8, format="fp8_e4m3", scales="fixed")
+    made, model = export(original, respecified(trial, kv=kv))
+    result = strangers_view(made, model)
+    assert "with compressed-tensors" in result.loader
+    assert result.check.passed, result.check.detail
+    packed = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    scheme = packed["kv_cache_scheme"]
+    assert (scheme["type"], scheme["num_bits"], scheme["strategy"]) == ("float", 8, "tensor")
+    index = json.loads((made.path / "model.safetensors.index.json").read_text())["weight_map"]
+    for name in ("model.layers.0.self_attn.k_scale", "model.layers.1.self_attn.v_scale"):
+        assert load_file(made.path / index[name])[name].tolist() == [1.0]
+    assert made.sizes()["export_bytes"] == expected_bytes(made.spec, original.facts)
+    assert Checkpoint(made.path).facts.packing.kv is not None
+
+
+def test_several_formats_in_one_checkpoint_are_told_apart(checkpoint, trial_of, export, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    original = checkpoint()
+    trial = trial_of(original, "compressed_tensors", tmp_path / "out", symmetric=True)
+    sites = {
+        "qkv": [f"self_attn.{name}_proj" for name in "qkv"],
+        "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    }
+    own = {
+        "qkv": {"format": "fp8_e4m3", "bits": 8, "group_size": -1, "act_bits": 8}
+        | {"act_format": "fp8_e4m3"},
+        "gate_up": {"format": "mxfp4", "bits": 4, "group_size": 32},
+    }
+    overrides = {
+        f"blocks.{k}.{name}": own[site]
+        for k in range(2)
+        for site, names in sites.items()
+        for name in names
+    }
+    overrides["blocks.1.mlp.down_proj"] = {"format": "nvfp4"}
+    made, model = export(original, respecified(trial, overrides=overrides))
+    packed = json.loads((made.path / "config.json").read_text())["quantization_config"]
+    assert packed["format"] == "mixed-precision"
+    assert sorted(group["format"] for group in packed["config_groups"].values()) == [
+        "float-quantized",
+        "mxfp4-pack-quantized",
+        "nvfp4-pack-quantized",
+        "pack-quantized",
+    ]
+    result = strangers_view(made, model)
+    assert "with compressed-tensors" in result.loader
+    assert result.check.passed, result.check.detail
+    made_otherwise = vllms_group(packed, "model.layers.0.self_attn.qkv_proj", "QKVParallelLinear")
+    assert made_otherwise["input_activations"]["strategy"] == "token"
+    for block in model.blocks:  # whoever does not round what the config says is found out
+        block.own_rounding = {}
+    assert "activations are rounded to" in strangers_view(made, model).check.detail
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "scheme", "loader"),
     [
@@ -99,7 +201,7 @@ def test_other_families_come_back_with_their_biases(exported, kind, name, scheme
     for (k, linear), tensor in biases.items():
         assert torch.equal(Checkpoint(made.path).block(k)[linear], tensor)
         tensor.add_(1)  # a bias that is another is noticed
-    noticed = compare_reload(model, {}, *reload.findings(made.folder, None))
+    noticed = compare_reload(model, {}, *script.findings(made.folder, None))
     assert not noticed.check.passed
     assert "_proj.bias" in noticed.check.detail
 
@@ -241,16 +343,22 @@ def proof_ready(trial, original, blocks, model):
 
 
 def other_top(bits):
-    return lambda model, _, packed: reload_round(model, bits, packed)
+    def round_otherwise(model, packed):
+        groups = copy.deepcopy(packed["config_groups"])
+        for group in groups.values():
+            group["input_activations"]["num_bits"] = bits
+        reload_round(model, {**packed, "config_groups": groups})
+
+    return round_otherwise
 
 
 def left_out(*patterns):
-    return lambda model, bits, packed: reload_round(
-        model, bits, {**packed, "ignore": [*packed["ignore"], *patterns]}
+    return lambda model, packed: reload_round(
+        model, {**packed, "ignore": [*packed["ignore"], *patterns]}
     )
 
 
-reload_round = reload.round_activations
+reload_round = running.round_activations
 
 
 @pytest.mark.parametrize("moe", [False, True])
@@ -268,7 +376,7 @@ def test_activations_that_are_rounded_otherwise_are_found(
 ):
     pytest.importorskip("compressed_tensors")
     made, model = exported("compressed_tensors", kind={"moe": moe, "tied": moe}, **W8A8)
-    monkeypatch.setattr(reload, "round_activations", rounding)
+    monkeypatch.setattr(script, "round_activations", rounding)
     check = strangers_view(made, model).check
     assert f"worst site {block}" in check.detail
     assert "where rounded activations differ" in check.detail
@@ -305,21 +413,21 @@ def test_where_logits_alone_differ_the_site_is_named(exported):
 
 
 @pytest.mark.parametrize(
-    ("script", "why"),
+    ("code", "why"),
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "ended by signal 9"),
         ("import time; time.sleep(60)", "no answer in 1 s"),
         (
             "import sys; print('MemoryError: 5 GB', file=sys.stderr); "
-            f"sys.exit({reload.EXIT_SHORTAGE})",
+            f"sys.exit({script.EXIT_SHORTAGE})",
             "MemoryError: 5 GB",
         ),
     ],
 )
-def test_what_comes_to_no_end_proves_nothing(exported, tmp_path, monkeypatch, script, why):
+def test_what_comes_to_no_end_proves_nothing(exported, tmp_path, monkeypatch, code, why):
     made, model = exported("hf")
-    (tmp_path / "script.py").write_text(script)
-    monkeypatch.setattr(proof, "SCRIPT", tmp_path / "script.py")
+    (tmp_path / "script.py").write_text(code)
+    monkeypatch.setattr(proof, "PROGRAM", tmp_path / "script.py")
     if "no answer" in why:
         monkeypatch.setattr(proof, "SECONDS", 1.0)
     with pytest.raises(
@@ -352,7 +460,7 @@ def test_what_comes_to_no_end_proves_nothing(exported, tmp_path, monkeypatch, sc
     ],
 )
 def test_a_machine_that_is_too_small_says_nothing_of_the_checkpoint(error, short):
-    assert reload.is_shortage(error) is short
+    assert script.is_shortage(error) is short
 
 
 def test_where_what_the_loader_is_given_finds_no_room_nothing_is_proved(exported, monkeypatch):
@@ -430,7 +538,7 @@ def test_the_plain_unpacker_reads_bit_after_bit(bits):
         -(2**31), 2**31, (3, 7), dtype=torch.int32, generator=torch.Generator().manual_seed(bits)
     )
     count = 7 * 32 // bits
-    result = reload.stream(words, bits, count)
+    result = unpackers.stream(words, bits, count)
     assert result.shape == (3, count)
     for row, codes in zip(words.tolist(), result.tolist(), strict=True):
         number = sum((word % 2**32) << (32 * k) for k, word in enumerate(row))
@@ -444,7 +552,7 @@ def test_the_other_process_cannot_import_q3q(tmp_path):
         (tmp_path / name / "__init__.py").touch()
     code = (
         f"import runpy, sys; sys.argv = ['reload', 'a', 'b', 'c', {str(tmp_path)!r}]\n"
-        f"try: runpy.run_path({reload.__file__!r}, run_name='__main__')\n"
+        f"try: runpy.run_path({str(proof.PROGRAM / '__main__.py')!r}, run_name='__main__')\n"
         "except ImportError as error: assert 'torch' in str(error)\n"
         "import other\n"
         "try: import q3q\n"

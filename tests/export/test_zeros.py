@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from q3q.errors import NumericsError
-from q3q.export import proof, reload
+from q3q.export import proof
 from q3q.export.proof import Proof, compare_reload, relative, reload_inputs, runs_of, worst_weight
+from q3q.export.reload import script
 from q3q.models.checkpoint import Checkpoint
 from q3q.quantize.site_errors import SquaredErrors, site_error
 
@@ -91,7 +92,7 @@ def changed(checkpoint):
 def proved(made, model, alter=lambda findings, tensors: None) -> Proof:
     with torch.inference_mode():
         runs = runs_of(model)
-        findings, tensors = reload.findings(made.folder, reload_inputs(model, runs))
+        findings, tensors = script.findings(made.folder, reload_inputs(model, runs))
         alter(findings, tensors)
         return compare_reload(model, runs, findings, tensors)
 

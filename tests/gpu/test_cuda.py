@@ -146,7 +146,7 @@ def test_the_fused_columns_equal_the_plain_loop(shape):
     *tensors, grid_of, levels = problem(*shape)
     weight, factor, scale, zero = (tensor.to(GPU) for tensor in tensors)
     plain, plain_error = solve_block_plain(weight.clone(), factor, scale, zero, grid_of, levels)
-    fused, fused_error = block_solver(GPU)(weight, factor, scale, zero, grid_of, levels)
+    fused, fused_error = block_solver(GPU, levels)(weight, factor, scale, zero, grid_of, levels)
     same = (
         (fused == plain).all(1, keepdim=True).expand_as(fused)
     )  # a tie decides all that comes after it in a row

@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,14 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from q3q.errors import CheckpointError
+from q3q.config.model import DEMO_MODELS
+from q3q.errors import CheckpointError, ConfigError
 from q3q.evaluate.integrity import check_weights
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.facts import read_facts
 from q3q.models.families import registry
+from q3q.models.loading import open_checkpoint
 from q3q.models.streaming import StreamedDecoder
 from q3q.quantize.ledger import Ledger, sizes
 from q3q.quantize.methods.awq import Awq
@@ -23,6 +27,7 @@ from q3q.quantize.methods.settings import AwqSettings, GptqSettings, SmoothQuant
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
+from tests.composed import composed_trial
 from tests.fidelity.test_drivers import Nowhere
 from tests.models.families import COMMON, KINDS, build
 from tests.test_plugins import pretend_to_install
@@ -202,6 +207,25 @@ def test_a_package_adds_a_family(offered, tmp_path):
         assert {len(block.quantized) for block in blocks} == {7}
         away = (decoder.hidden(ids) - ours.hidden(ids)).norm() / ours.hidden(ids).norm()
         assert 0 < float(away) < 0.5
+
+
+def test_a_trial_names_the_package_of_its_models_family(offered, tmp_path):
+    olmo2(tmp_path / "model")
+    shutil.copy(DEMO_MODELS / "dense" / "tokenizer.json", tmp_path / "model")
+    offered(olmo2="q3q_olmo2:Olmo2")
+    words = ("method=rtn", "model=local", f"model.path={tmp_path / 'model'}", "evaluation=none")
+    words += ("evaluation.window=32", "group_size=-1", f"storage={tmp_path}")
+    trial = composed_trial(*words)
+    assert trial.spec.model.package == "q3q-olmo2 1.0"
+    assert trial.spec.model.identity["package"] == "q3q-olmo2 1.0"
+    assert open_checkpoint(trial).facts.hidden == COMMON["hidden_size"]
+    newer = replace(trial.spec.model, package="q3q-olmo2 2.0")
+    other = replace(trial, spec=replace(trial.spec, model=newer))
+    assert other.id != trial.id
+    with pytest.raises(ConfigError, match=r"needs the model's family of q3q-olmo2 2\.0"):
+        open_checkpoint(other)
+    own = composed_trial("method=rtn", "evaluation=none").spec.model
+    assert "package" not in own.to_json()
 
 
 def test_an_entry_point_that_is_no_family_is_named(offered):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from q3q.models.attention import Causal
-from q3q.models.block import Rope, finish, rms_norm
+from q3q.models.block import Rope, finish
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.numerics.kernels.norm import rms_norm
 from tests.models.families import KINDS, build
 
 

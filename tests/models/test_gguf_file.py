@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from q3q.errors import CheckpointError
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.facts import read_facts
-from q3q.models.gguf_file import ARCHITECTURES, open_gguf
-from q3q.models.gguf_header import read_gguf_header
+from q3q.models.gguf_file import open_gguf
+from q3q.models.gguf_header import ARCHITECTURES, read_gguf_header
 from q3q.models.rope import frequencies
 from tests.models.families import COMMON, KINDS
 from tests.models.gguf_files import write_gguf

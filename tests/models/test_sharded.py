@@ -35,7 +35,7 @@ def rounded(weight_VH):
 
 
 def scored(model):
-    """Return log-likelihoods of texts that part within a chunk of keys."""
+    """Return log-likelihoods of texts that part within a chunk of keys; rank 0 gets none."""
     import numpy as np
 
     from q3q.evaluate.budget import TokenBudget
@@ -111,15 +111,15 @@ def results(gang, broken):
             batches = make_ids(model.facts.vocab)
             result["blocks"] = [dict(block.weights) for block in model.blocks]
             result["ends"] = [model.embedding_VH, model.head_VH, model.norm_H]
+            model.round_cache(kv)
+            result["rounded"] = list(model.states(batches))
+            result["scores"] = score_all(model)
+            model.round_cache(None)
             result["states"] = list(model.states(batches))
             result["single"], result["none"] = (
                 list(model.states(batches[:1])),
                 list(model.states([])),
             )
-            model.round_cache(kv)
-            result["rounded"] = list(model.states(batches))
-            result["scores"] = score_all(model)
-            model.round_cache(None)
             model.release_head()
             copy, doubled = model.copy(), {changed: model.blocks[1].weights[changed] * 2}
             copy.blocks.exchange(1, partial(dict, doubled))

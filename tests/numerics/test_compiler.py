@@ -9,6 +9,7 @@ import torch
 from q3q.numerics.kernels import compiler
 from q3q.numerics.kernels.compiler import compiler_fault, fault_of, has_fused
 from q3q.numerics.kernels.logsum import logsum, logsum_plain
+from q3q.numerics.levels import IntegerLevels
 from q3q.quantize.kernels.columns import block_solver, solve_block
 
 GPU = torch.device("cuda")
@@ -66,7 +67,7 @@ def test_a_compiler_that_hangs_is_given_up():
 def test_where_triton_fails_plain_kernels_serve_and_it_is_tried_once(tried):
     runs = tried(f"raise RuntimeError({NO_COMPILER!r})")
     assert not has_fused(GPU)
-    assert block_solver(GPU) is solve_block
+    assert block_solver(GPU, IntegerLevels(4, True)) is solve_block
     assert runs() == 1
     compiler_fault.cache_clear()  # in another process it may be repaired
     assert not has_fused(GPU)

@@ -1,4 +1,4 @@
-"""The sum over logits: plain, and the fused kernel in Triton's interpreter."""
+"""The sum over logits: plain, and the fused kernels in Triton's interpreter, a norm's too."""
 
 import os
 import subprocess
@@ -26,6 +26,29 @@ for columns in (3, 64, 150):
         expected, expected_highest = logsum_plain(before)
         torch.testing.assert_close(logsum, expected, rtol=1e-6, atol=1e-5)
         assert torch.equal(highest, expected_highest)
+
+from q3q.numerics.kernels import fused_norm
+from q3q.numerics.kernels.norm import rms_norm_plain
+fused_norm.NUMBERS = 64
+draw = torch.Generator().manual_seed(0)
+for shape in ((5, 16), (2, 3, 33), (7, 64), (2, 100), (0, 8)):
+    # The interpreter cuts bfloat16 off where a GPU rounds, twice in a norm.
+    for dtype, rtol, least in (
+        (torch.float32, 1e-6, 0), (torch.float16, 2**-10, 0.99), (torch.bfloat16, 2**-6, 0)
+    ):
+        for offset in (0.0, 1.0):
+            x = (30 * torch.randn(shape, generator=draw)).to(dtype)
+            gain = torch.randn(shape[-1], generator=draw).to(dtype)
+            before, strided = x.clone(), x.repeat_interleave(2, -1)[..., ::2]
+            expected = rms_norm_plain(x, gain, 1e-6, offset)
+            for given in (x, strided):
+                found = fused_norm.rms_norm_fused(given, gain, 1e-6, offset)
+                assert found.dtype == dtype and found.shape == x.shape
+                torch.testing.assert_close(found, expected, rtol=rtol, atol=0)
+                assert x.numel() == 0 or (found == expected).float().mean() >= least, (
+                    shape, dtype, offset, (found == expected).float().mean()
+                )
+            assert torch.equal(x, before)
 """
 
 
@@ -41,7 +64,7 @@ def test_the_sum_is_that_of_the_formula():
     find_spec("triton") is None,
     reason="Triton is not installed: the fused kernel is not tested here",
 )
-def test_the_fused_kernel_equals_the_plain_one():
+def test_the_fused_kernels_equal_the_plain_ones():
     """In a process of its own, since Triton reads TRITON_INTERPRET once, when it is imported."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", AGAINST_PLAIN]

@@ -9,9 +9,9 @@ import torch
 
 from q3q.errors import NumericsError, ShapeError
 from q3q.numerics import weights
+from q3q.numerics.binary_weights import BinarizedWeight
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import (
-    BinarizedWeight,
     QuantizedWeight,
     numbers,
     pieces,

@@ -5,7 +5,7 @@ import torch
 
 from q3q.errors import NumericsError, ShapeError
 from q3q.evaluate.integrity import check_weights
-from q3q.numerics.weights import BinarizedWeight
+from q3q.numerics.binary_weights import BinarizedWeight
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.methods.billm import Billm, SortedRows, billm_round, billm_round_plain
 from q3q.quantize.methods.settings import BillmSettings

@@ -101,19 +101,20 @@ def test_units_take_the_bits_that_their_codes_take(kind, method, scheme, unit):
     )
     chosen = [spec.budget.widths[u % 4] for u in range(len(units))]
     sizes = sizes_of(spec, decoder.facts, units, spec.budget.widths)
-    resolved, _ = with_widths(spec, units, chosen)
+    schemes = with_widths(spec, units, chosen)[0].schemes
+    assert schemes is not None
     windows = torch.randint(0, 61, (4, 16), generator=torch.Generator().manual_seed(1))
     blocks = quantize_model(
         decoder,
         build_method(spec),
-        resolved.schemes,
+        schemes,
         windows if method != "rtn" else None,
         Nowhere(),
     )
     for unit_, row, bits in zip(units, sizes, chosen, strict=True):
         codes = [blocks[unit_.block].quantized[name] for name in unit_.weights]
         assert sum(code.storage_bits() for code in codes) == row[spec.budget.widths.index(bits)]
-        assert {code.bits for code in codes} == {bits}
+        assert {code.code_bits for code in codes} == {bits}
 
 
 def job_of(model, spec, windows, text):

@@ -12,7 +12,8 @@ import torch
 
 from q3q.errors import NumericsError
 from q3q.models.tensor_files import encode_tensors
-from q3q.numerics.weights import BinarizedWeight, QuantizedWeight
+from q3q.numerics.binary_weights import BinarizedWeight
+from q3q.numerics.weights import QuantizedWeight
 from q3q.quantize import block_store
 from q3q.quantize.behind import MOST
 from q3q.quantize.block import QuantizedBlock

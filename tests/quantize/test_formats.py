@@ -10,7 +10,8 @@ from q3q.evaluate.integrity import check_weights
 from q3q.models.anatomy import ScaleGroup, Site, SiteInput
 from q3q.models.block import Block
 from q3q.models.spool import Spool
-from q3q.number_formats import FLOATS
+from q3q.number_formats import BLOCKS, FLOATS
+from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.float_weights import FloatWeight
 from q3q.numerics.floats import decode, floats_per_token
 from q3q.numerics.grid import absmax_per_token, into_groups
@@ -76,6 +77,55 @@ def test_gptq_is_algorithm_1_on_the_formats_levels(doubles, kind):
             expected = k + (1 << (form.bits - 1) if left[j] < 0 else 0)
             assert int(fast.codes_EOI[0, row, j]) == expected, (row, j)
             left[j + 1 :] -= (left[j] - rounded) / factor[j, j] * factor[j, j + 1 :]
+
+
+def block_scheme(name):
+    form = BLOCKS[name]
+    return Scheme(
+        bits=form.bits, group_size=form.group_size, symmetric=not form.offsets, format=name
+    )
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_gptq_is_algorithm_1_on_ggufs_grids(doubles, name, act_order):
+    """In float64, with nothing but the scales and offsets that are stored: they are taken first."""
+    form, (weight, hessian) = BLOCKS[name], problem(rows=3, columns=256)
+    options: dict[str, Any] = {"damping": 0.02, "act_order": act_order}
+    fast = gptq_round(weight, hessian, block_scheme(name), **options).weight
+    assert isinstance(fast, BlockWeight)
+    assert fast.unsound(weight) is None
+    before = plain_levels(block_scheme(name)).minmax(into_groups(weight, form.group_size))
+    scale, offset = (part.squeeze(-1).double() for part in before)
+    hessian = hessian[0]
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    order = order if act_order else torch.arange(256)
+    damped = hessian[order][:, order]
+    damped = damped + 0.02 * damped.diagonal().mean() * torch.eye(256)
+    factor = torch.linalg.cholesky(damped.inverse(), upper=True)
+    levels = torch.arange(2**form.bits) - form.middle
+    for row in range(3):
+        left = weight[0, row, order].clone()
+        for j, column in enumerate(order.tolist()):
+            group = column // form.group_size
+            points = levels * scale[0, row, group] - offset[0, row, group]
+            k = int((points - left[j]).abs().argmin())
+            if scale[0, row, group]:
+                assert int(fast.codes_EOI[0, row, column]) == k, (row, j)
+            left[j + 1 :] -= (left[j] - points[k]) / factor[j, j] * factor[j, j + 1 :]
+    stored = fast.dequantize()[0, :, :1]
+    first = fast.codes_EOI[0, :, :1].double() - form.middle
+    torch.testing.assert_close(stored.double(), first * scale[0, :, :1] - offset[0, :, :1])
+
+
+@pytest.mark.parametrize("name", ["q6_k", "q4_k", "q4_1"])
+def test_gptqs_fast_path_on_ggufs_grids_is_the_plain_one(doubles, name, monkeypatch):
+    scheme, (weight, hessian) = block_scheme(name), problem(rows=10, columns=256)
+    monkeypatch.setattr(gptq, "CPU_ROWS", 4)
+    fast = gptq_round(weight, hessian, scheme).weight
+    rounded, codes = gptq_round_plain(weight[0], hessian[0], scheme)
+    assert torch.equal(fast.codes_EOI[0], codes.to(torch.uint8))
+    torch.testing.assert_close(fast.dequantize()[0].double(), rounded, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "mxfp4", "per row", "per linear", "blocks", "4 or 6"])
@@ -165,6 +215,30 @@ def test_awq_judges_candidates_by_the_factor_that_linears_of_a_site_are_stored_w
     groups = into_groups(stacked_EOI, scheme.group_size)
     stored_OI = levels.rounded(groups, levels.awq(groups)).dequantize()[0] / scale_I
     assert torch.equal(torch.cat([seen[-1]["q"], seen[-1]["k"]]), stored_OI)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("awq", "moe"), ("gptq", "dense")])
+@torch.inference_mode()
+def test_a_walk_on_ggufs_blocks_resumes_with_the_same_bits(tmp_path, method, kind, monkeypatch):
+    for key, width in {"hidden_size": 256, "num_attention_heads": 4, "head_dim": 64}.items():
+        monkeypatch.setitem(conftest.CONFIG, key, width)
+    for key in ("intermediate_size", "moe_intermediate_size"):
+        monkeypatch.setitem(conftest.CONFIG, key, 256)
+    monkeypatch.setitem(conftest.MOE, "moe_intermediate_size", 256)
+    scheme, model = block_scheme("q4_k"), random_decoder(kind)
+    windows = torch.randint(61, (4, 16), generator=torch.Generator().manual_seed(1))
+    whole, stopped, resumed = copy(model), copy(model), copy(model)
+    build, schemes = build_method(make_spec(method, scheme=scheme)), Schemes(scheme)
+    blocks = quantize_model(whole, build, schemes, windows, Nowhere())
+    with pytest.raises(KeyboardInterrupt), DiesAfter(tmp_path, 1) as store:
+        quantize_model(stopped, build, schemes, windows, store)
+    with BlockStore(tmp_path) as store:
+        again = quantize_model(resumed, build, schemes, windows, store)
+    for one, other in zip(blocks, again, strict=True):
+        same(one, other)
+        assert all(isinstance(code, BlockWeight) for code in one.quantized.values())
+    checks = check_weights(resumed, [block.quantized for block in again])
+    assert all(check.passed for check in checks), checks
 
 
 QUICK = [

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from q3q.numerics.levels import levels_of
+from q3q.numerics.levels import IntegerLevels, levels_of
 from q3q.quantize.kernels.columns import SUB_BLOCK, block_solver, solve_block, solve_block_plain
 from q3q.quantize.methods.gptq import gptq_round
 from q3q.spec import Scheme
@@ -76,7 +76,7 @@ def test_the_whole_method_gives_the_same_codes_with_either(doubles, act_order):
 
 
 def test_a_cpu_takes_the_loop_of_few_calls():
-    assert block_solver(torch.device("cpu")) is solve_block
+    assert block_solver(torch.device("cpu"), IntegerLevels(4, True)) is solve_block
 
 
 @pytest.mark.skipif(

@@ -102,6 +102,8 @@ def test_paths_with_any_characters_are_read_back_by_shell_and_hydra(tmp_path):
         (["method=gptq", "bits=3", "method.act_order=false"], "compressed_tensors"),
         (["method=gptq", "bits=5"], "hf"),
         (["method=smoothquant", "bits=8", "act_bits=8"], "compressed_tensors"),
+        (["method=rtn", "format=mxfp4"], "compressed_tensors"),
+        (["method=rtn", "format=fp8_e5m2"], "hf"),
         (["method=rtn", "bits=4", "head_bits=8", "embedding_bits=8"], "hf"),
         (["method=billm"], "hf"),
     ],

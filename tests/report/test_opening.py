@@ -234,6 +234,23 @@ def test_several_models_get_a_sentence_each(tmp_path: Path) -> None:
     assert len(lines) <= 6
 
 
+def test_many_widths_and_remarks_share_six_sentences(tmp_path: Path) -> None:
+    """The text is of the kind that was calibrated on, and there are questions."""
+    answered = [1.0] * 30 + [0.0] * 10
+    records = [trial(tmp_path, "none", 16, HARD_N, answered)]
+    records += [
+        trial(tmp_path, method, bits, HARD_N + 0.1 / bits + noise(bits + len(method)), answered)
+        for method in ("rtn", "gptq")
+        for bits in (2, 3, 4, 5, 8)
+    ]
+    lines = opening([only(records)])
+    assert len(lines) <= 6
+    assert sum("bits" in line and line.startswith("At ") for line in lines) == 3
+    assert all(f"t {bits} bits" in " ".join(lines) for bits in (2, 3, 4, 5, 8))
+    fitted = replace(only(records), marks={STORIES: "calibrated on"})
+    assert len(opening([fitted])) == 6
+
+
 def test_nothing_measured_is_said(tmp_path: Path) -> None:
     failed = TrialRecord.failed(study(tmp_path)[1].trial, "died")
     assert opening([only([failed])]) == ["Nothing was measured (failed)."]

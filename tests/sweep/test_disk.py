@@ -9,8 +9,9 @@ from q3q.errors import ConfigError
 from q3q.models.facts import read_facts
 from q3q.models.footprint import stored_bytes
 from q3q.number_formats import FLOATS
+from q3q.numerics.binary_weights import BinarizedWeight
 from q3q.numerics.float_weights import FloatWeight
-from q3q.numerics.weights import BinarizedWeight, QuantizedWeight
+from q3q.numerics.weights import QuantizedWeight
 from q3q.spec import Scheme
 from q3q.sweep import disk
 from q3q.sweep.machines import Machine

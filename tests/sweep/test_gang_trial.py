@@ -55,7 +55,7 @@ def record_of(cluster, trial, ranks, call=work, on_event=lambda *_: None):
     return TrialRecord.from_json(outcome.value), retried
 
 
-@pytest.fixture(scope="module", params=["demo", "demo_moe"])
+@pytest.fixture(scope="module", params=["demo", "demo_moe", "demo_hybrid"])
 def alone(request, cluster, trial_of):
     return request.param, record_of(cluster, trial_of("alone", f"model={request.param}"), 1)[0]
 

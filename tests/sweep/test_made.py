@@ -146,7 +146,7 @@ def test_sensitivities_are_measured_once_for_all_budgets_and_what_lies_there_tak
     words = describe(planned, machines=[NODE], where="here", storage=tmp_path)
     assert "measures the sensitivities" in words
     [quick] = planned_for([budgeted(3.5, "block_error")], [NODE])
-    assert 0 < quick.phases[SENSING] < seconds[0] / 4
+    assert 0 < quick.phases[SENSING] < seconds[0]  # no later block runs
     units = units_of(one.spec, SHAPE)
     identity = identity_of(one.spec, units)
     half = Sensitivities(file_of(tmp_path, identity), identity)

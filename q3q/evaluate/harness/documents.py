@@ -3,14 +3,17 @@
 lm-eval asks a task for its documents some six times, has the task's own code process them each time
 (HellaSwag's takes a second), and reads them row by row. A row is a new object each time that it is
 read, here as there, so no code sees what other code did to it.
+
+It also asks for a document's target twice, for its metrics and for its sample.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset
-from lm_eval.api.task import Task
+from lm_eval.api.task import ConfigurableTask, Task
 
 ROWS = 1000  # read at a time
 
@@ -23,6 +26,9 @@ def read_quickly(task: Any) -> None:
     evaluated.table = _table(getattr(task, "task_docs", None))  # made when the task was loaded
     if type(task).doc_iterator is Task.doc_iterator:
         task.doc_iterator = _Numbered(task)
+    own = task.config.process_results
+    if type(task).process_results is ConfigurableTask.process_results and not callable(own):
+        task.doc_to_target = _LastTarget(task.doc_to_target)  # nothing changes it in between
 
 
 class _Once:
@@ -62,6 +68,22 @@ class _Numbered:
             return islice(enumerate(documents), limit or None)
         chosen = set(samples)
         return enumerate(row for number, row in enumerate(documents) if number in chosen)
+
+
+class _LastTarget:
+    """A task's `doc_to_target`, which makes the target of the same object once."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+        self._document: Any = None
+        self._target: Any = None
+
+    def __call__(self, doc: Any, *settings: Any, **named: Any) -> Any:
+        if settings or named:
+            return self._make(doc, *settings, **named)
+        if doc is not self._document:
+            self._target, self._document = self._make(doc), doc
+        return deepcopy(self._target)
 
 
 def _table(documents: Any) -> Dataset | None:

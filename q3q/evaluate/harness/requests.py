@@ -3,7 +3,8 @@
 lm-eval builds a prompt for each question by templates, which takes most of the processor time of an
 evaluation, and then asks for it to be encoded. Both give the same for every trial of a tokenizer,
 so the first trial keeps the ids. A later one has lm-eval load the tasks and their documents, which
-the metrics need, and answers `build_all_requests` from the file.
+the metrics need, and answers `build_all_requests` from the file. A task's own code may change a
+document while it makes a prompt of it; the file then holds the changed document too.
 """
 
 import hashlib
@@ -43,6 +44,8 @@ class Prompt:
     opens_thought: bool
 
 
+# By task and number, documents that prompts changed.
+Changed = dict[str, dict[int, Any]]
 # Continuations whose log-likelihoods are asked for (one, or the windows of a whole text), or a
 # prompt.
 Encoded = tuple[Request, ...] | Prompt
@@ -68,8 +71,8 @@ class PreparedTasks:
     tasks: lm-eval's, by name
     encode: encodes instances of one task, in order
     found: a prepared file's arrays, None to build the requests
-    built: receives the arrays once all tasks are built, None for requests that are not the same
-        each time; without it, no arrays are made
+    built: receives the arrays once all tasks are built, None for requests that no file can hold;
+        without it, no arrays are made
     builds: whether they will be built, and kept if they can be
     """
 
@@ -79,16 +82,18 @@ class PreparedTasks:
     built: Callable[[Arrays | None], object] | None = None
     builds: bool = field(init=False)
     _done: dict[str, list[EncodedInstance]] = field(default_factory=dict)
-    _repeatable: bool = True
+    _changed: Changed = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         stored = None if self.found is None else unpack_requests(self.found)
+        changed = {} if self.found is None else changed_documents(self.found)
         self.builds = stored is None and self.built is not None
         for name, task in self.tasks.items():
             if stored is None:
                 task.build_all_requests = partial(self._build, name, task, task.build_all_requests)
             else:
-                task.build_all_requests = partial(_take, task, stored[name])
+                given = stored[name], changed.get(name, {})
+                task.build_all_requests = partial(_take, task, *given)
         self.found = None
 
     def prompt_hashes(self, name: str, documents: Sequence[int]) -> dict[int, str]:
@@ -117,12 +122,16 @@ class PreparedTasks:
         ]
         if self.built is None:
             return
-        # A task's own code may change a document while it makes a prompt of it.
         unchanged = dict(_documents(task, settings))
-        self._repeatable &= all(_same(one.doc, unchanged.get(one.doc_id)) for one in instances)
+        changed = {
+            one.doc_id: one.doc
+            for one in instances
+            if not _same(one.doc, unchanged.get(one.doc_id))
+        }
+        self._changed |= {name: changed} if changed else {}
         if len(self._done) == len(self.tasks):
-            self.built(pack_requests(self._done) if self._repeatable else None)
-            self._done = {}
+            self.built(pack_requests(self._done, self._changed))
+            self._done, self._changed = {}, {}
 
 
 @contextmanager
@@ -164,9 +173,11 @@ def prepared_tasks(
         yield PreparedTasks(tasks, encode, found, built)
 
 
-def _take(task: Any, stored: list[EncodedInstance], **settings: Any) -> None:
-    """Give a task the requests of a prepared file, with its own documents."""
-    documents = dict(_documents(task, settings))
+def _take(
+    task: Any, stored: list[EncodedInstance], changed: Mapping[int, Any], **settings: Any
+) -> None:
+    """Give a task the requests of a prepared file, with its own documents or those changed."""
+    documents = dict(_documents(task, settings)) | dict(changed)
     for one in stored:
         one.doc = documents[one.doc_id]
     task._instances = stored
@@ -188,8 +199,10 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def pack_requests(instances: Mapping[str, Sequence[EncodedInstance]]) -> Arrays | None:
-    """Return tasks' requests as arrays; None if a setting of theirs is no plain JSON."""
+def pack_requests(
+    instances: Mapping[str, Sequence[EncodedInstance]], changed: Changed
+) -> Arrays | None:
+    """Return tasks' requests as arrays; None if a setting or a document is no plain JSON."""
     every = [one for task in instances.values() for one in task]
     kinds = sorted({str(one.request_type) for one in every})
     settings: dict[str, int] = {}
@@ -198,13 +211,12 @@ def pack_requests(instances: Mapping[str, Sequence[EncodedInstance]]) -> Arrays 
         own: Json | None = None
         if isinstance(one.encoded, Prompt):
             own = {"settings": one.encoded.settings, "opens_thought": one.encoded.opens_thought}
-        try:
-            written = json.dumps(own)
-        except (TypeError, ValueError):
-            return None
-        if json.loads(written) != own:
+        if (written := _plain_json(own)) is None:
             return None
         setting.append(settings.setdefault(written, len(settings)))
+    listed = [[name, [list(pair) for pair in found.items()]] for name, found in changed.items()]
+    if (documents := _plain_json(listed)) is None:
+        return None
     parts = [_parts(one.encoded) for one in every]
     inputs, text = pack_sequences([ids for part in parts for ids, _ in part])
     targets, target = pack_sequences([ids for part in parts for _, ids in part])
@@ -212,6 +224,7 @@ def pack_requests(instances: Mapping[str, Sequence[EncodedInstance]]) -> Arrays 
         "tasks": [[name, task[0].task_name, len(task)] for name, task in instances.items()],
         "kinds": kinds,
         "settings": [json.loads(written) for written in settings],
+        **({"changed": json.loads(documents)} if changed else {}),
     }
     hashes = b"".join(bytes.fromhex(one.prompt_hash) for one in every)
     return {
@@ -228,6 +241,21 @@ def pack_requests(instances: Mapping[str, Sequence[EncodedInstance]]) -> Arrays 
         "text": text,
         "target": target,
     }
+
+
+def changed_documents(arrays: Arrays) -> Changed:
+    """Return the documents that prompts changed, as `pack_requests` received them."""
+    table = json.loads(arrays[TABLE].tobytes())
+    return {name: dict(found) for name, found in table.get("changed", ())}
+
+
+def _plain_json(content: Any) -> str | None:
+    """Return JSON that reads as exactly this; None if there is none."""
+    try:
+        written = json.dumps(content)
+        return written if _same(json.loads(written), content) else None
+    except (TypeError, ValueError):
+        return None
 
 
 def _parts(encoded: Encoded) -> list[tuple[Ids, Ids]]:

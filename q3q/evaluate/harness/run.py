@@ -21,6 +21,7 @@ from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.catalogue import OWN_TASKS
 from q3q.evaluate.chat import CHATS, PLAIN_CHAT, Chat
 from q3q.evaluate.compare import share_interval
+from q3q.evaluate.harness.hashes import documents_written_quickly
 from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.harness.metrics import read_metrics, sample_rows, shares_of
 from q3q.evaluate.harness.requests import REQUESTS_VERSION, PreparedTasks, prepared_tasks
@@ -167,6 +168,7 @@ def run_tasks(
     )
     with (
         templates_compiled_once(),
+        documents_written_quickly(),
         closing(stored) if stored is not None else nullcontext(),
         _asking(lm, asked, partial(steps, 0, 1)) as asking,
     ):

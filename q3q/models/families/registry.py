@@ -3,6 +3,7 @@
 import difflib
 import functools
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -55,6 +56,18 @@ def _offered() -> Mapping[str, EntryPoint]:
     """Return the installed packages' families by model_type, which names the entry point."""
     points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
     return {point.name: point for point in points}
+
+
+def package_of(family: Family) -> str | None:
+    """Return the installed package that offers a family, as `name version`; None for q3q's own."""
+    kind = type(family)
+    if kind.__module__.partition(".")[0] == "q3q":
+        return None
+    for point in _offered().values():
+        with suppress(CheckpointError):  # another family of a broken package
+            if type(_load(point)) is kind:
+                return f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    return None
 
 
 def _load(point: EntryPoint) -> Family:

@@ -117,9 +117,12 @@ def solve_block(
     return codes_ECO, error_ECO
 
 
-def block_solver(device: torch.device) -> BlockSolver:
-    """Return the fastest solver: on CUDA the fused kernel, if Triton compiles there."""
-    if has_fused(device):
+def block_solver(device: torch.device, levels: Levels) -> BlockSolver:
+    """Return the fastest solver: on CUDA the fused kernel, if Triton compiles there.
+
+    It has no GGUF types, which `solve_block` takes on any device.
+    """
+    if has_fused(device) and not isinstance(levels, BlockLevels):
         from q3q.quantize.kernels.fused import solve_block_fused
 
         return solve_block_fused

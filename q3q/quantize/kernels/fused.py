@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from q3q.numerics.levels import BlockLevels, FloatLevels, Levels
-from q3q.quantize.kernels.columns import solve_block_plain
+from q3q.numerics.levels import FloatLevels, Levels
 
 # Rows that one program solves; a block of 128 columns of them stays in registers.
 BLOCK_ROWS = 16
@@ -88,13 +87,8 @@ def solve_block_fused(
 ) -> tuple[Tensor, Tensor]:
     """Solve as `columns.solve_block_plain` does, in one launch.
 
-    `weight_ECO` is not modified, and may be a slice of rows of a contiguous [E, I, O]. GGUF's
-    blocks are solved plainly, column by column.
+    `weight_ECO` is not modified, and may be a slice of rows of a contiguous [E, I, O].
     """
-    if isinstance(levels, BlockLevels):
-        return solve_block_plain(
-            weight_ECO.clone(), factor_ECC, scale_EKO, zero_EKO, grid_of_C, levels
-        )
     experts, columns, rows = weight_ECO.shape
     codes_ECO = torch.empty(weight_ECO.shape, device=weight_ECO.device)
     error_ECO = torch.empty_like(codes_ECO)

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from q3q.numerics.binary_weights import BinarizedWeight
 from q3q.numerics.grid import into_groups
-from q3q.numerics.weights import BinarizedWeight, concatenate_experts
+from q3q.numerics.weights import concatenate_experts
 from q3q.quantize.method import Method, SiteTask
 from q3q.quantize.methods.gptq import factored_columns
 from q3q.quantize.methods.settings import BillmSettings

@@ -191,7 +191,7 @@ def gptq_round(
         mse=mse,
         static_groups=static_groups or levels.fixed or scheme.own_groups,
         block_size=block_size,
-        solver=solver or block_solver(weight_EOI.device),
+        solver=solver or block_solver(weight_EOI.device, levels),
     )
     experts, rows, _ = weight_EOI.shape
     max_rows = CPU_ROWS if weight_EOI.device.type == "cpu" else GPU_ROWS

@@ -38,6 +38,7 @@ from q3q.report.pools import Pool, comparable, pools
 from q3q.report.sizes import (
     COUNTED,
     Size,
+    cache_scheme_of,
     cache_shape_of,
     megabytes,
     number_of,
@@ -60,8 +61,12 @@ def quality_against_bytes(
     Args:
         context: tokens of a text whose cache is counted beside the weights; None: weights alone.
     """
-    number, shape = 0, cache_shape_of(records)
-    memory = Memory(shape, context) if shape is not None and context is not None else None
+    number, memory, uncounted = 0, None, ""
+    if context is not None:
+        shape = cache_shape_of(records)
+        memory = None if shape is None else Memory(shape, context)
+        if memory is None:
+            uncounted = " The cache is not counted: nothing here knows the model's config.json."
     for name, group in comparable(records).items():
         judged = judged_metrics(group)
         texts = [metric for metric in judged if is_perplexity(metric)]
@@ -75,7 +80,7 @@ def quality_against_bytes(
             yield Plot(
                 f"{slug(model)}-pareto" if number == 1 else f"{slug(model)}-pareto-{number}",
                 f"{metric_title(metric)} against {'size' if memory is None else 'memory'}",
-                (conditions + caption).strip(),
+                (conditions + caption + uncounted).strip(),
                 figure,
                 model,
             )
@@ -89,7 +94,7 @@ class Memory:
     context: int
 
     def cache(self, pool: Pool) -> float:
-        return self.shape.bytes_at(pool.spec.kv, self.context)
+        return self.shape.bytes_at(cache_scheme_of(pool.records[0]), self.context)
 
 
 def _front(

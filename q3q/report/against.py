@@ -1,0 +1,276 @@
+"""Comparison with published numbers of one's own: each cell of a CSV file beside what was measured.
+
+A row is a printed number. `model`, `metric` and `value` say which; every other column is a param by
+its name in MLflow (`method`, `bits`, `method.mse`, `calibration.samples` ...), which a trial must
+have as the row says it. An empty cell asks for nothing. `source` says where the number is printed,
+and is asked of nobody. Numbers are in the metric's own unit: an accuracy is a fraction.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from q3q.config.known import type_of
+from q3q.errors import ReportError
+from q3q.formatting import percent, plural, signed
+from q3q.record import TrialRecord
+from q3q.report.measures import DIVERGED, cell, in_order, is_share, shown
+from q3q.report.paper import (
+    ACCURACY_TOLERANCE,
+    CLOSE,
+    COLLAPSED,
+    DIFFERENT,
+    PERPLEXITY_TOLERANCE,
+    REPRODUCED,
+    verdict,
+)
+from q3q.report.published import plain_name
+from q3q.report.tables import Table
+from q3q.spec import ModelRef
+from q3q.track.mlflow_fields import trial_params
+
+NEEDED = ("model", "metric", "value")
+SOURCE = "source"
+# Params that choose a page, which no setting's type tells.
+CHOICES = ("method", "calibration", "model")
+# Sets that ship with q3q, beside the paper's: `--against NAME`.
+SETS = {"onecomp": Path(__file__).with_name("onecomp_results.csv")}
+PRINTED_IN = {
+    "onecomp": "GPTQ on Qwen3-8B and 14B, the benchmark pages of Fujitsu's OneComp, v0.3.7+jointq"
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A printed number.
+
+    value: nan where NaN is printed.
+    half: half a unit of its last digit.
+    asked: the params that a trial must have, as text.
+    """
+
+    model: str
+    metric: str
+    value: float
+    half: float
+    asked: Mapping[str, str]
+    source: str
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """Published numbers from a file.
+
+    printed_in: what they are.
+    """
+
+    name: str
+    printed_in: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A printed number beside a trial's; ours is nan if it diverged."""
+
+    cell: Cell
+    record: TrialRecord
+    ours: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Against:
+    """A comparison with a set of published numbers, for a report."""
+
+    published: PublishedSet
+    compared: tuple[Beside, ...]
+
+    @property
+    def title(self) -> str:
+        return f"Against {self.published.name}"
+
+    def sentence(self) -> str:
+        """Say how many of the set's cells were run, and how many are reproduced."""
+        total = plural(len(self.published.cells), "cell")
+        verdicts: dict[int, set[str]] = {}
+        for item in self.compared:
+            verdicts.setdefault(id(item.cell), set()).add(item.verdict)
+        if not verdicts:
+            return (
+                f"None of the {total} of {self.published.name} was run: no trial has the model, "
+                "the metric and all the settings of a row."
+            )
+        good = sum(own == {REPRODUCED} for own in verdicts.values())
+        different = sum(DIFFERENT in own for own in verdicts.values())
+        run = len(verdicts)
+        return (
+            f"{good} of {run} cells reproduced ({percent(good / run, 0)} %), "
+            f"{run - good - different} close, {different} different; {self.published.name} has "
+            f"{len(self.published.cells)}."
+        )
+
+    def table(self) -> Table:
+        """Return a row for each printed number and each trial that has it."""
+        rows = tuple(
+            (
+                item.record.spec.label,
+                item.cell.metric,
+                _shown(item.cell.value, item.cell.metric),
+                "diverged" if math.isnan(item.ours) else _shown(item.ours, item.cell.metric),
+                _difference(item),
+                item.verdict,
+                item.cell.source or "-",
+            )
+            for item in self.compared
+        )
+        note = (
+            f"Reproduced: a share within {ACCURACY_TOLERANCE} points or with the published value "
+            f"in our 95 % interval, any other number within {100 * PERPLEXITY_TOLERANCE:g} %; two "
+            f"perplexities above {COLLAPSED:g} have both collapsed. Close: within {CLOSE} times "
+            f"that tolerance.\n\nPublished numbers: {self.published.printed_in}."
+        )
+        columns = ("trial", "metric", "published", "ours", "difference", "verdict", "printed in")
+        return Table(self.title, columns, rows, note)
+
+
+def published_set(name: str) -> PublishedSet:
+    """Return one of `SETS`, or a user's CSV file.
+
+    Raises:
+        ReportError: there is no such set or file, or the file is not such a table.
+    """
+    if name in SETS:
+        return PublishedSet(name, PRINTED_IN[name], read_cells(SETS[name]))
+    path = Path(name).expanduser()
+    if not path.is_file():
+        known = ", ".join(("paper", *SETS))
+        raise ReportError(f"--against {name}: neither one of {known}, nor a CSV file")
+    return PublishedSet(path.stem, str(path.name), read_cells(path))
+
+
+def read_cells(path: Path) -> tuple[Cell, ...]:
+    """Return the cells of a CSV file.
+
+    Raises:
+        ReportError: it cannot be read, has other columns or no rows, or a value is no number.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restkey="", restval="")
+            columns = list(reader.fieldnames or ())
+            _check_columns(path, columns)
+            cells = tuple(_cell(path, reader.line_num, row) for row in reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ReportError(f"{path} cannot be read as CSV: {error}") from error
+    if not cells:
+        raise ReportError(f"{path} has no rows below its columns")
+    return cells
+
+
+def compare(records: Sequence[TrialRecord], published: PublishedSet) -> Against:
+    """Compare every published number with each completed trial that has its settings."""
+    compared = []
+    for record in in_order(records):
+        if not record.completed:
+            continue
+        params = trial_params(record.spec)
+        for one in published.cells:
+            value = cell(record, one.metric)
+            if not isinstance(value, float) and value != DIVERGED:
+                continue
+            if not _is_model(one.model, record.spec.model) or not _has(params, one.asked):
+                continue
+            ours = value if isinstance(value, float) else math.nan
+            compared.append(Beside(one, record, ours, _verdict(one, record, ours)))
+    return Against(published, tuple(compared))
+
+
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    missing = [name for name in NEEDED if name not in columns]
+    if missing:
+        raise ReportError(
+            f"{path} lacks the column {', '.join(missing)}: it needs {', '.join(NEEDED)}, and a "
+            "column for each setting that a trial must have, such as method and bits"
+        )
+    twice = sorted({name for name in columns if columns.count(name) > 1})
+    known = (*NEEDED, *CHOICES, SOURCE)
+    unknown = [name for name in columns if name not in known and type_of(name) is None]
+    if unknown or twice:
+        what = "no setting of a trial" if unknown else "there more than once"
+        raise ReportError(
+            f"{path}: column {', '.join(map(repr, unknown or twice))} is {what}: columns are "
+            f"{', '.join(NEEDED)}, {SOURCE}, and settings as MLflow's params name them, such as "
+            "bits, group_size or method.mse"
+        )
+
+
+def _cell(path: Path, line: int, row: Mapping[str, str]) -> Cell:
+    where = f"{path}, line {line}"
+    texts = {name: (text or "").strip() for name, text in row.items() if name}
+    if row.get(""):
+        raise ReportError(f"{where}: it has more cells than there are columns")
+    printed = texts["value"]
+    try:
+        value = float(printed)
+    except ValueError:
+        raise ReportError(f"{where}: the value {printed!r} is not a number") from None
+    for name in ("model", "metric"):
+        if not texts[name]:
+            raise ReportError(f"{where}: it names no {name}")
+    decimals = len(printed.partition(".")[2]) if printed.replace(".", "").isdigit() else 4
+    asked = {name: text for name, text in texts.items() if text and name not in (*NEEDED, SOURCE)}
+    half = 0.5 * 10.0**-decimals
+    return Cell(texts["model"], texts["metric"], value, half, asked, texts.get(SOURCE, ""))
+
+
+def _is_model(written: str, model: ModelRef) -> bool:
+    """Return True if a row's model is this one.
+
+    A name with its organization is the Hub's, and another organization's model is another; in a
+    folder, a model is what its name says.
+    """
+    maker, _, title = written.rpartition("/")
+    if model.source is not None and maker:
+        return plain_name(written) == plain_name(model.source)
+    return plain_name(title) == plain_name(model.name or model.source or "")
+
+
+def _has(params: Mapping[str, str], asked: Mapping[str, str]) -> bool:
+    return all(name in params and _same(params[name], text) for name, text in asked.items())
+
+
+def _same(ours: str, theirs: str) -> bool:
+    return ours == theirs or _value(ours) == _value(theirs)
+
+
+def _value(text: str) -> object:
+    """Return what a param spells: 128 and 128.0 are one number, true and True one value."""
+    try:
+        value = json.loads(text.lower() if text.lower() in ("true", "false") else text)
+    except ValueError:
+        return text
+    return (type(value) is bool, value)
+
+
+def _verdict(one: Cell, record: TrialRecord, ours: float) -> str:
+    interval = record.intervals.get(one.metric)
+    if is_share(one.metric):
+        return verdict("share/acc", ours, 100 * one.value, interval, half=100 * one.half)
+    return verdict("perplexity/any", ours, one.value, None, half=one.half)
+
+
+def _difference(item: Beside) -> str:
+    ours, theirs = item.ours, item.cell.value
+    if not math.isfinite(ours) or not math.isfinite(theirs):
+        return "-"
+    if is_share(item.cell.metric):
+        return f"{signed(100 * (ours - theirs))} points"
+    return "-" if theirs == 0 else f"{signed(100 * (ours / theirs - 1))} %"
+
+
+def _shown(value: float, metric: str) -> str:
+    return shown(value, metric) if math.isfinite(value) else "NaN"

@@ -1,0 +1,124 @@
+"""Published numbers of one's own: which trial a row is about, the verdicts, and bad columns."""
+
+import pytest
+
+from q3q.errors import ReportError
+from q3q.record import COMPLETED, TrialRecord
+from q3q.report.about import About
+from q3q.report.against import SETS, compare, published_set, read_cells
+from q3q.report.write import one_format
+from tests.composed import compose
+from tests.specs import evaluation_of, hub_model_of, make_spec, method_of
+
+HEAD = "model,method,bits,group_size,symmetric,method.mse,metric,value,source\n"
+WIKITEXT = "perplexity/wikitext2"
+
+
+def record(bits=4, value=10.3, mse=False, model=None, **metrics):
+    spec = make_spec(
+        method_of("gptq", mse=mse),
+        bits,
+        symmetric=True,
+        model=model or hub_model_of("qwen3_8b", source="Qwen/Qwen3-8B"),
+        evaluation=evaluation_of("wikitext2"),
+    )
+    return TrialRecord(
+        spec=spec,
+        status=COMPLETED,
+        metrics={WIKITEXT: value, **metrics},
+        intervals={"arc_easy/acc_norm": (0.70, 0.74)},
+    )
+
+
+def compared(tmp_path, rows, *records, head=HEAD):
+    path = tmp_path / "mine.csv"
+    path.write_text(head + rows, encoding="utf-8")
+    return compare(records, published_set(str(path)))
+
+
+def test_a_row_is_about_the_trials_that_have_all_its_settings(tmp_path):
+    row = "Qwen3-8B,gptq,4,128,True,false,perplexity/wikitext2,10.29,page 1\n"
+    ours = record()
+    found = compared(tmp_path, row, ours, record(bits=3), record(mse=True))
+    assert [item.record.spec.id for item in found.compared] == [ours.spec.id]
+    assert found.compared[0].verdict == "reproduced"
+    assert found.sentence().startswith("1 of 1 cells reproduced (100 %), 0 close, 0 different")
+    everyone = compared(
+        tmp_path, "Qwen3-8B,,,,,,perplexity/wikitext2,10.29,\n", ours, record(mse=True)
+    )
+    assert len(everyone.compared) == 2
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "judged"),
+    [(10.3, "10.29", "reproduced"), (10.7, "10.29", "close"), (12.0, "10.29", "different")],
+)
+def test_verdicts_are_those_of_the_paper(tmp_path, ours, theirs, judged):
+    row = f"Qwen3-8B,gptq,4,,,,perplexity/wikitext2,{theirs},\n"
+    [item] = compared(tmp_path, row, record(value=ours)).compared
+    assert item.verdict == judged
+
+
+def test_a_share_is_a_fraction_and_reproduced_within_our_interval(tmp_path):
+    row = "Qwen3-8B,gptq,4,,,,arc_easy/acc_norm,0.703,\n"
+    trial = record(**{"arc_easy/acc_norm": 0.72})
+    found = compared(tmp_path, row, trial)
+    assert [item.verdict for item in found.compared] == ["reproduced"]
+    _, _, published, ours, difference, *_ = found.table().rows[0]
+    assert (published, ours) == ("70.3", "72.0")
+    assert difference.endswith(" points")
+    row = "Qwen3-8B,gptq,4,,,,arc_easy/acc_norm,0.60,\n"
+    assert [item.verdict for item in compared(tmp_path, row, trial).compared] == ["different"]
+
+
+def test_another_organizations_model_is_another(tmp_path):
+    row = "Qwen/Qwen3-8B,gptq,4,,,,perplexity/wikitext2,10.29,\n"
+    theirs = hub_model_of("Qwen3-8B", source="someone/Qwen3-8B")
+    found = compared(tmp_path, row, record(model=theirs))
+    assert not found.compared
+    assert "None of the 1 cell of mine was run" in found.sentence()
+
+
+@pytest.mark.parametrize(
+    ("head", "rows", "said"),
+    [
+        ("model,bits,value\n", "a,4,1\n", "lacks the column metric"),
+        ("model,metric,value,bit\n", "a,b,1,4\n", "column 'bit' is no setting of a trial"),
+        ("model,metric,value,bits,bits\n", "a,b,1,4,4\n", "column 'bits' is there more than once"),
+        ("model,metric,value\n", "a,b,high\n", "line 2: the value 'high' is not a number"),
+        ("model,metric,value\n", "a,,1\n", "line 2: it names no metric"),
+        ("model,metric,value\n", "a,b,1,2\n", "more cells than there are columns"),
+        ("model,metric,value\n", "", "has no rows"),
+    ],
+)
+def test_a_bad_table_is_refused_in_a_line(tmp_path, head, rows, said):
+    path = tmp_path / "bad.csv"
+    path.write_text(head + rows, encoding="utf-8")
+    with pytest.raises(ReportError) as refusal:
+        read_cells(path)
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_set_that_is_none_is_refused():
+    with pytest.raises(ReportError, match="neither one of paper, onecomp, nor a CSV file"):
+        published_set("nowhere")
+
+
+def test_onecomps_cells_are_those_that_its_study_runs():
+    cells = read_cells(SETS["onecomp"])
+    assert len(cells) == 90
+    study = compose("config", ["+study=onecomp"]).evaluation
+    measured = {f"{task}/acc_norm" for task in study.tasks} | {WIKITEXT, "winogrande/acc"}
+    assert {cell.metric for cell in cells} <= measured
+    asked = {cell.asked.get("bits") for cell in cells}
+    assert asked == {None, "3", "4"}
+
+
+@pytest.mark.parametrize("kind", ["html", "md", "csv"])
+def test_the_report_shows_the_comparison(tmp_path, kind):
+    path = tmp_path / "mine.csv"
+    path.write_text(HEAD + "Qwen3-8B,gptq,4,,,,perplexity/wikitext2,10.29,page 1\n", "utf-8")
+    about = About(name="a", command="b", against=published_set(str(path)))
+    assert "Against mine" in one_format([record()], about, kind).decode() or kind == "csv"
+    assert "10.29" in one_format([record()], about, kind).decode()
