@@ -237,7 +237,8 @@ def test_a_checkpoints_trial_is_known_by_its_files_and_its_original(judge, fp8, 
     assert Trial.from_json(trial.to_json()).spec == trial.spec
     other = fp8_copy(tmp_path / "other", spoiled(1.0, rows=slice(0, 1)))
     assert judge(other).id != trial.id
-    assert (
-        trial.placement.baseline
-        == replace(trial.spec, model=trial.spec.reference, reference=None).id
-    )
+    original = replace(trial.spec, model=trial.spec.reference, reference=None)
+    assert trial.placement.baseline == original.id
+    # The command that is shown for it makes it again.
+    words = shlex.split(command_of(trial))[2:]
+    assert composed_trial(*words, f"storage={trial.placement.storage}").id == trial.id
