@@ -107,8 +107,8 @@ def test_it_answers_with_our_logits(tmp_path, kind):
     )
     stored = read_header(tmp_path / "numbers.safetensors")
     vocabulary = vocabulary_of(load_tokenizer(DEMO), facts.vocab)
-    # 0.002: llama.cpp keeps keys and values in float16. 0.05: it rounds inputs of blocks to 8 bits.
-    for file, bound in ((tmp_path / "numbers.gguf", 2e-3), (exporter.folder / "model.gguf", 0.05)):
+    # 0.004: llama.cpp keeps keys and values in float16. 0.05: it rounds inputs of blocks to 8 bits.
+    for file, bound in ((tmp_path / "numbers.gguf", 4e-3), (exporter.folder / "model.gguf", 0.05)):
         if file.name == "numbers.gguf":
             write_model(
                 file, facts, vocabulary, tensors_of(facts, stored, {}), name="it", most="q8_0"
