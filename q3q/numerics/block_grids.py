@@ -115,18 +115,17 @@ def _with_offsets(weight_xGS: Tensor, form: BlockFormat) -> Grid:
         return total(weights * (error.abs_() if by_size else error.square_()))
 
     low = weight_xGS.amin(-1, keepdim=True).clamp(max=0)
-    span = weight_xGS.amax(-1, keepdim=True) - low
-    divisor, shifted = _or_infinite(span), weight_xGS - low
+    high = weight_xGS.amax(-1, keepdim=True)
 
-    def codes_of(steps: float) -> Tensor:
-        return (shifted * (steps / divisor)).round_().clamp_(0, top)
+    def codes_of(steps: float, low: Tensor) -> Tensor:
+        return ((weight_xGS - low) * (steps / _or_infinite(high - low))).round_().clamp_(0, top)
 
-    scale, best_low = span / top, low
-    lowest = cost(scale, low, codes_of(top))
+    scale, best_low = (high - low) / top, low
+    lowest = cost(scale, low, codes_of(top, low))
     sum_w, sum_x = total(weights), total(weights * weight_xGS)
     first, count = SEARCHES[form.name]
     for step in range(count + 1):
-        codes = codes_of(first + 0.1 * step + top)
+        codes = codes_of(first + 0.1 * step + top, best_low)  # of the best range so far
         weighted = weights * codes
         sum_l, sum_l2, sum_xl = (
             total(part) for part in (weighted, weighted * codes, weighted * weight_xGS)

@@ -28,6 +28,7 @@ from tests.specs import exporter_of
 
 WIDE = {
     "vocab_size": 4096,
+    "head_dim": 64,
     "hidden_size": 256,
     "intermediate_size": 512,
     "moe_intermediate_size": 256,
@@ -77,14 +78,14 @@ def exported(folder, kind, name, *, tied=True, dtype="float32"):
     return exporter, model
 
 
-EACH = [
+QUICK = [("llama", "q4_k"), ("moe", "q6_k")]
+REST = [
     *(("dense", name) for name in (*BLOCKS, *INTS)),
     ("moe", "q4_k"),
-    ("moe", "q6_k"),
-    ("llama", "q4_k"),
     ("llama", "w4 asym"),
     ("qwen2", "q5_k"),
 ]
+EACH = [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
 
 
 @pytest.mark.parametrize(("kind", "name"), EACH)
@@ -103,6 +104,7 @@ def test_the_package_reads_the_weights_and_transformers_their_logits(tmp_path, k
     assert not list(exporter.folder.glob("*.safetensors*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "llama", "moe"])
 def test_the_file_is_a_checkpoint_with_the_same_numbers(tmp_path, kind):
     exporter, model = exported(tmp_path, kind, "q5_k")

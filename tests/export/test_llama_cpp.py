@@ -86,7 +86,7 @@ def test_its_quantizer_and_its_reader_agree_with_ours(tmp_path):
 @pytest.mark.parametrize("kind", ["dense", "moe", "llama", "qwen2"])
 @torch.inference_mode()
 def test_it_answers_with_our_logits(tmp_path, kind):
-    """On numbers in float32 as closely as two programs add up; on blocks as it rounds inputs."""
+    """On numbers in float32 as its cache rounds keys and values; on blocks as it rounds inputs."""
     exporter, model = exported(tmp_path, kind, "q4_k", tied=kind != "qwen2")
     facts, expected = model.facts, runs_of(model)["plain"].logits
     ids = windows(facts)
@@ -107,8 +107,8 @@ def test_it_answers_with_our_logits(tmp_path, kind):
     )
     stored = read_header(tmp_path / "numbers.safetensors")
     vocabulary = vocabulary_of(load_tokenizer(DEMO), facts.vocab)
-    # 0.0001: sums in other orders. 0.05: llama.cpp rounds inputs of blocks to 8 bits.
-    for file, bound in ((tmp_path / "numbers.gguf", 1e-4), (exporter.folder / "model.gguf", 0.05)):
+    # 0.004: llama.cpp keeps keys and values in float16. 0.05: it rounds inputs of blocks to 8 bits.
+    for file, bound in ((tmp_path / "numbers.gguf", 4e-3), (exporter.folder / "model.gguf", 0.05)):
         if file.name == "numbers.gguf":
             write_model(
                 file, facts, vocabulary, tensors_of(facts, stored, {}), name="it", most="q8_0"
