@@ -341,11 +341,10 @@ def test_ends_that_are_not_their_codes_fail_the_trial(trial_of, monkeypatch, tam
 
 
 def test_a_linear_that_was_to_be_left_out_and_was_not_fails_the_trial(trial_of, monkeypatch):
-
-    from q3q import trial as trial_module
+    from q3q import quantized
 
     monkeypatch.setattr(
-        trial_module,
+        quantized,
         "quantized_blocks",
         lambda model, method, schemes, *rest: quantized_blocks(model, method, schemes.base, *rest),
     )

@@ -10,6 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from q3q import quantized
 from q3q import trial as trial_module
 from q3q.config import resolve, schema
 from q3q.config.model import DEMO_MODELS
@@ -184,7 +185,7 @@ def test_a_trial_that_goes_on_keeps_its_choice_and_its_record_says_what_was_foun
         trial = resolve.trial_from(compose("config", overrides))
     with monkeypatch.context() as patched:
         patched.setattr(
-            trial_module, "quantized_blocks", lambda *_: 1 / 0
+            quantized, "quantized_blocks", lambda *_: 1 / 0
         )  # dies between the search and its first block
         with pytest.raises(ZeroDivisionError):
             trial_module.run_trial(trial)
