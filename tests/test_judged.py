@@ -1,6 +1,7 @@
 """model=judge: published checkpoints beside the original that they were made of."""
 
 import json
+import shlex
 import shutil
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from q3q.config.arguments import understood
+from q3q.config.command import command_of
 from q3q.config.judged import floor_job, floor_of, original_job
 from q3q.config.model import DEMO_MODELS
 from q3q.data.windows import evaluation_windows
