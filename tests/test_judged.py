@@ -66,7 +66,8 @@ def judge(tmp_path_factory):
     storage = tmp_path_factory.mktemp("storage")
     words = ["evaluation.tasks=[]", "evaluation.texts=[library]", "evaluation.limit=8"]
     words += ["evaluation.window=64", "model=judge", "model.reference=demo", f"storage={storage}"]
-    words.append("method=none")
+    # In bfloat16, as the file says, sums of other batches round otherwise: 3e-5 nats.
+    words += ["method=none", "model.dtype=float32"]
 
     def trial_of(place, *more):
         return composed_trial(*words, f"model.source={place}", *more)
@@ -101,8 +102,9 @@ def test_a_checkpoints_kl_is_that_of_its_files_beside_the_originals(judge, fp8, 
         ]
         logits.append(torch.cat(rows))
     expected = float(kl_divergence(*logits).mean())
-    assert record.metrics["kl/library"] == pytest.approx(expected, abs=1e-7)
-    assert expected > 1e-4  # inputs are rounded, too
+    # Equal bits on most processors; on others a sum's last bit may move an input to the next code.
+    assert record.metrics["kl/library"] == pytest.approx(expected, abs=1e-6)
+    assert expected > 1e-3  # inputs are rounded, too
     shares = [value for name, value in record.metrics.items() if name.startswith("share_conf")]
     assert sum(shares) == pytest.approx(1)
     assert record.notes[JUDGED]["format"] == "compressed-tensors, fp8 with inputs in fp8"
