@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from methods import DEMO, GPTQMODEL, LLM_COMPRESSOR, SCRIPTS, ContenderError, Peer, environment_of
@@ -96,7 +97,9 @@ def main() -> None:
     parser.add_argument("--published", type=Path, help="Python of an environment that is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [("checkpoint", "format", "KL, own loader", "KL, q3q", "largest difference", "")]
+    rows: list[tuple[str, ...]] = [
+        ("checkpoint", "format", "KL, own loader", "KL, q3q", "largest difference", "")
+    ]
     with tempfile.TemporaryDirectory(prefix="q3q-judge-") as folder:
         tokens = Path(folder) / "tokens.safetensors"
         windows = _tokens()
@@ -196,7 +199,7 @@ def _emulate(model: Decoder) -> None:
         scale = scale.clamp(min=torch.finfo(scale.dtype).eps)
         return (inputs / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
 
-    blocks.absmax_per_token = rounded
+    patch.object(blocks, "absmax_per_token", rounded).start()
 
 
 def _logits(model: Decoder, windows: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ def test_mixed_widths_are_exported_and_the_checkpoint_is_proved(tmp_path):
     record = run_trial(trial)
     assert record.completed
     assert {check.name: check.passed for check in record.checks}[PASSED]
+    assert trial.placement.export is not None
     config = json.loads((trial.placement.export / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"].values()
     assert {group["weights"]["num_bits"] for group in groups} == {4, 8}

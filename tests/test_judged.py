@@ -114,6 +114,7 @@ def test_a_checkpoints_kl_is_that_of_its_files_beside_the_originals(judge, fp8, 
 def test_the_noise_floor_is_the_original_in_another_type(judge, fp8, records):
     trial = judge(fp8)
     floor, [_, _, measured] = floor_of(trial.spec), records
+    assert floor is not None
     assert (floor.model.dtype, floor.reference) == ("bfloat16", trial.spec.reference)
     assert 0 < measured.metrics["kl_floor/library"] < records[0].metrics["kl/library"]
     words = [f"model.source={fp8}", "model.reference=demo", "model=judge", "evaluation=demo"]

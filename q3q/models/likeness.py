@@ -75,8 +75,8 @@ def compare_weights(
         sums = torch.zeros(3, 1, dtype=torch.float64)
         for first in range(0, facts.vocab, ROWS_AT_ONCE):
             count = min(ROWS_AT_ONCE, facts.vocab - first)
-            ours = checkpoint.rows(name, first, count)
-            sums += _sums(ours[None], original.rows(theirs_name, first, count)[None])
+            rows = checkpoint.rows(name, first, count)
+            sums += _sums(rows[None], original.rows(theirs_name, first, count)[None])
         _note(unlike, errors, end, sums, linear=False)
     for k in range(facts.layers):
         ours, theirs = (each.block(k, torch.float32) for each in (checkpoint, original))

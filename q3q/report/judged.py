@@ -191,9 +191,9 @@ class Bench:
                 *([", ".join(same) or "none"] if several and self._texts else []),
             ]
             rows.append(tuple(cells))
-        for pool, word in ((self.floor, "noise floor"), (self.original, "original")):
-            if pool is not None:
-                rows.append(self._yardstick(pool, word, len(columns)))
+        for yardstick, word in ((self.floor, "noise floor"), (self.original, "original")):
+            if yardstick is not None:
+                rows.append(self._yardstick(yardstick, word, len(columns)))
         return Table(f"Checkpoints of {self.name}", columns, tuple(rows), RULE)
 
     def _facts(self, pool: Pool) -> tuple[str, ...]:

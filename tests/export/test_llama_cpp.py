@@ -21,6 +21,7 @@ from q3q.export.proof import runs_of, windows, worst_logits
 from q3q.models.checkpoint import load_tokenizer
 from q3q.models.tensor_files import read_header
 from q3q.number_formats import BLOCKS
+from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.grid import into_groups
 from q3q.numerics.levels import levels_of
 from tests.export.conftest import DEMO
@@ -63,8 +64,10 @@ def test_its_quantizer_and_its_reader_agree_with_ours(tmp_path):
     for name, form in BLOCKS.items():
         levels = levels_of(name, form.bits, form.group_size, symmetric=not form.offsets)
         groups = into_groups(weight, form.group_size)
-        ours[name] = levels.rounded(groups, levels.minmax(groups))
-        np.save(tmp_path / f"{name}.npy", pack_rows(ours[name]).numpy())
+        codes = levels.rounded(groups, levels.minmax(groups))
+        assert isinstance(codes, BlockWeight)
+        ours[name] = codes
+        np.save(tmp_path / f"{name}.npy", pack_rows(codes).numpy())
     words = {name: name.replace("_k", "_K") for name in BLOCKS}
     out = asked(
         tmp_path,

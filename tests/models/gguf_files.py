@@ -75,9 +75,13 @@ def write_gguf(
             tensors[all_of_them][int(part[5])] = numbers
         else:
             tensors[name] = numbers
-    tensors = {names.get_name(name, (".weight", ".bias")): one for name, one in tensors.items()}
-    change(tensors)
+    renamed: dict[str, np.ndarray] = {}
     for name, numbers in tensors.items():
+        theirs = names.get_name(name, (".weight", ".bias"))
+        assert theirs is not None, name
+        renamed[theirs] = numbers
+    change(renamed)
+    for name, numbers in renamed.items():
         type_of = kind(name) if numbers.ndim > 1 else "F32"
         data = stored(np.ascontiguousarray(numbers), type_of)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[type_of])

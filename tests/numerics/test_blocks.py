@@ -135,6 +135,8 @@ def test_zero_points_become_offsets_of_float16():
     groups = into_groups(weight, 32)
     before = plain.rounded(groups, plain.minmax(groups))
     after = with_scales(before, "gguf")
+    assert isinstance(before, QuantizedWeight)
+    assert isinstance(after, QuantizedWeight)
     assert torch.equal(after.codes_EOI, before.codes_EOI)
     assert torch.equal(read("q4_1", after), after.dequantize()[0])
     assert torch.allclose(after.dequantize(), before.dequantize(), rtol=2e-3, atol=4e-3)

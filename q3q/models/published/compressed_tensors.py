@@ -18,7 +18,7 @@ INTEGERS: dict[str, type[Layout]] = {
 PLAIN = ("float-quantized", "naive-quantized", "mxfp8-quantized")
 PACKED = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 # Formats by bits and columns of a group; fp8 has groups of its own, or none.
-FORMATS = {(4, 16): "nvfp4", (4, 32): "mxfp4", (6, 32): "mxfp6"}
+FORMATS: dict[tuple[int, int | None], str] = {(4, 16): "nvfp4", (4, 32): "mxfp4", (6, 32): "mxfp6"}
 DYNAMIC = (True, "local")  # scales from the numbers themselves; `local` below a stored factor
 Table = Mapping[str, Any]
 
