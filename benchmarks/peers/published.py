@@ -18,12 +18,12 @@ from torch import Tensor
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.set_num_threads(1)
     tokens = load_file(job["tokens"])
     output = Path(job["output"])
     make = globals()[job["maker"]]
     model = make(job["model"], output, job["settings"], tokens["calibration"])
     model.eval()
+    torch.set_num_threads(1)  # not before: GPTQModel makes no model with one
     with torch.inference_mode():
         logits = [model(row[None]).logits[0].float() for row in tokens["evaluation"]]
     save_file({"logits": torch.stack(logits).contiguous()}, job["logits"])
@@ -33,7 +33,7 @@ def llmcompressor(model: str, output: Path, settings: dict[str, Any], windows: T
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -52,7 +52,11 @@ def llmcompressor(model: str, output: Path, settings: dict[str, Any], windows: T
     )
     original.save_pretrained(output, save_compressed=True)
     tokenizer.save_pretrained(output)
-    return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    if not settings["scheme"].startswith("NVFP4"):
+        return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    # It unpacks NVFP4 to bfloat16, whatever the model's type. Inputs are rounded all the same.
+    config = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(output, quantization_config=config).float()
 
 
 def gptqmodel(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
@@ -88,10 +92,16 @@ def bitsandbytes(model: str, output: Path, settings: dict[str, Any], windows: Te
         model, dtype=torch.float32, quantization_config=config, device_map="cpu"
     )
     own.save_pretrained(output)
-    return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, device_map="cpu")
+    loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, device_map="cpu")
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # That kernel computes in bfloat16, whatever bnb_4bit_compute_dtype says.
+            module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 def autoround(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
+    """Its loader computes in float16, whatever is asked for, so its weights go into a plain model."""
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,7 +121,15 @@ def autoround(model: str, output: Path, settings: dict[str, Any], windows: Tenso
         **settings,
     )
     own.quantize_and_save(str(output), format=form)
-    return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, device_map="cpu")
+    folder = next(output.rglob("config.json")).parent  # one of its own, inside
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    modules = dict(plain.named_modules())
+    for name, module in loaded.named_modules():
+        if hasattr(module, "qweight"):  # a layer's outputs for the unit vectors are its weights
+            columns = modules[name].weight.shape[1]
+            modules[name].weight.data.copy_(module(torch.eye(columns)).T)
+    return plain
 
 
 def gguf(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
