@@ -21,6 +21,7 @@ from q3q.spec import MEAN_ACCURACY, TrialSpec, digest, text_metric
 
 CARD = "model_card.md"  # a file of the report
 NOISE = "noise"  # in place of a multiple of the noise floor
+UNTESTED = "not tested"  # too few windows, or their numbers are not there
 BINS = ((0, 50), (50, 90), (90, 99), (99, 100))
 RULE = (
     "KL: the mean divergence of the original's next-token distribution from the checkpoint's, in "
@@ -132,13 +133,16 @@ class Bench:
     def _differ(self, one: Pool, other: Pool) -> bool | None:
         """Return True if a paired test tells two checkpoints apart by their KL; None if unknown.
 
-        Without the windows' numbers, intervals that do not overlap show a difference.
+        Without the windows' numbers, or with too few windows for a test, intervals that do not
+        overlap show a difference.
         """
         kl = self.kl_metrics[0]
         if one.cell(kl) == other.cell(kl):
             return False
-        if (found := difference(one, other, kl)) is not None:
-            return bool(found.distinguishable)
+        found = difference(one, other, kl)
+        # Numbers that are not finite have no difference to test, and are told from finite ones.
+        if found is not None and (found.p_value is not None or found.difference is None):
+            return found.distinguishable
         ends = [pool.records[0].intervals.get(kl) for pool in (one, other)]
         if ends[0] is None or ends[1] is None:
             return None
@@ -176,11 +180,13 @@ class Bench:
                     (pool.label, f"{FAILED}: {record.reason}", *[ABSENT] * (len(columns) - 2))
                 )
                 continue
-            same = [
-                str(numbers[other.label])
+            tested = {
+                str(numbers[other.label]): self._differ(pool, other)
                 for other in self._measured
-                if self._texts and other is not pool and self._differ(pool, other) is False
-            ]
+                if self._texts and other is not pool
+            }
+            same = [number for number, differs in tested.items() if differs is False]
+            nobody = UNTESTED if None in tested.values() else "none"
             cells = [
                 f"{numbers[pool.label]}. {pool.label}",
                 *self._facts(pool),
@@ -188,7 +194,7 @@ class Bench:
                 *([self._over_floor(pool)] if self.floor is not None else []),
                 *(self._others(pool, text) for text in self._texts[:1]),
                 *([_changed(pool, self.original, MEAN_ACCURACY)] if self._has_mean else []),
-                *([", ".join(same) or "none"] if several and self._texts else []),
+                *([", ".join(same) or nobody] if several and self._texts else []),
             ]
             rows.append(tuple(cells))
         for yardstick, word in ((self.floor, "noise floor"), (self.original, "original")):
