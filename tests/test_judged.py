@@ -16,6 +16,7 @@ from q3q.config.model import DEMO_MODELS
 from q3q.data.windows import evaluation_windows
 from q3q.errors import CheckpointError, ConfigError, IncompatibleError
 from q3q.evaluate.compare import compare
+from q3q.kv_scheme import KvScheme
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.likeness import note_of
@@ -144,6 +145,24 @@ def test_the_report_ranks_checkpoints_and_says_what_is_noise(records):
     assert "noise floor" in verdict.rows[2][0]
     assert bench.sentence().startswith("near is nearest to demo")
     assert floor.spec.model.dtype in verdict.rows[2][0]
+
+
+def test_a_rounded_cache_is_the_checkpoints_alone(judge, fp8, records):
+    trial = judge(fp8, "kv_bits=2")
+    floor = floor_of(trial.spec)
+    assert floor == floor_of(judge(fp8).spec)
+    words = ["model=judge", "model.reference=demo", "kv_bits=2", "+kv_window=4", "seed=3"]
+    assert not any("kv_" in word for word in floor_job(words, trial.spec))
+    candidate, _, measured = records
+    rounded = [
+        replace(record, spec=replace(record.spec, kv=KvScheme(bits=bits)))
+        for record, bits in ((candidate, 2), (candidate, 4), (measured, 2))
+    ]
+    [bench] = benches([*rounded, *records])
+    assert bench.floor is not None
+    assert bench.floor.records == (measured,)
+    names = {pool.label for pool in bench.candidates}
+    assert names == {"demo-FP8", "demo-FP8, kv2", "demo-FP8, kv4", "demo, kv2"}
 
 
 def test_a_test_of_too_few_windows_says_nothing(records, monkeypatch):

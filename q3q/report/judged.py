@@ -343,8 +343,8 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
         for record in records
         if record.completed and record.spec.rounds_nothing and conditions_of(record.spec) == own
     ]
-    floors = [one for one in group if one.spec.model.files == spec.reference.files]
-    others = [one for one in group if one not in floors or _same_type(one)]
+    floors = [one for one in group if _is_floor(one)]
+    others = [one for one in group if one not in floors]
     if not originals or not others:
         return None
     kl = (
@@ -357,14 +357,14 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
         value = Pool("", (record,)).cell(kl)
         return not record.completed, value if isinstance(value, float) else 0.0
 
-    names = [record.spec.model.label for record in others]
+    names = [_name(record.spec) for record in others]
     labels = [
         f"{name} ({record.spec.id})" if names.count(name) > 1 else name
         for name, record in zip(names, others, strict=True)
     ]
     pools = [Pool(label, (record,)) for label, record in zip(labels, others, strict=True)]
     pools.sort(key=lambda pool: rank(pool.records[0]))
-    floor = next((one for one in floors if one.completed and not _same_type(one)), None)
+    floor = next((one for one in floors if one.completed), None)
     return Bench(
         Pool(spec.reference.label, (originals[0],)),
         None
@@ -374,10 +374,20 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
     )
 
 
-def _same_type(record: TrialRecord) -> bool:
-    """Return True if the original was given as one of the checkpoints, in its own type."""
-    spec = record.spec
-    return spec.reference is not None and spec.model.dtype == spec.reference.dtype
+def _is_floor(record: TrialRecord) -> bool:
+    """Return True for the original in another type.
+
+    In its own type, or with a rounded cache, it was given as one of the checkpoints.
+    """
+    spec, original = record.spec, record.spec.reference
+    if original is None or spec.kv is not None:
+        return False
+    return spec.model.files == original.files and spec.model.dtype != original.dtype
+
+
+def _name(spec: TrialSpec) -> str:
+    """Return a checkpoint's name, with how its cache is stored if that was asked for."""
+    return spec.model.label if spec.kv is None else f"{spec.model.label}, {spec.kv.name}"
 
 
 def _changed(pool: Pool, original: Pool, metric: str) -> str:
