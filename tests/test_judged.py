@@ -165,6 +165,19 @@ def test_a_rounded_cache_is_the_checkpoints_alone(judge, fp8, records):
     assert names == {"demo-FP8", "demo-FP8, kv2", "demo-FP8, kv4", "demo, kv2"}
 
 
+def test_without_a_kl_the_report_compares_what_was_measured(records):
+    alone = []
+    for record in records[:2]:
+        spec = replace(record.spec, evaluation=replace(record.spec.evaluation, drift=None))
+        numbers = {key: x for key, x in record.metrics.items() if key.startswith("perplexity")}
+        alone.append(replace(record, spec=spec, metrics=numbers))
+    [bench] = benches(alone)
+    assert bench.sentence() == "1 checkpoint of demo: no KL was measured."
+    [verdict] = bench.tables()
+    assert not any("KL" in column for column in verdict.columns)
+    assert "Measured by q3q on library (8 windows" in bench.card()
+
+
 def test_a_test_of_too_few_windows_says_nothing(records, monkeypatch):
     def of_three_windows(ours, theirs, metric):
         scores = ({str(k): value + k for k in range(3)} for value in (1.0, 2.0))

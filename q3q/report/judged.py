@@ -66,7 +66,8 @@ class Bench:
 
     @property
     def _texts(self) -> list[str]:
-        return [text.name for text in self.spec.evaluation.texts]
+        """The texts on which the KL was measured."""
+        return _texts_of(self.spec)
 
     def _of_text(self, measure: str, text: str) -> str:
         return text_metric(measure, text, self.spec.evaluation.quick)
@@ -114,16 +115,18 @@ class Bench:
 
     def sentence(self) -> str:
         """Say which checkpoint is nearest to the original."""
-        kl, measured = self.kl_metrics[0] if self._texts else MEAN_ACCURACY, self._measured
+        measured = self._measured
         if not measured:
             return f"No checkpoint was compared with {self.name}: all failed."
-        best = measured[0]
         if not self._texts:
-            return f"{plural(len(measured), 'checkpoint')} of {self.name}: see the tasks."
+            return f"{plural(len(measured), 'checkpoint')} of {self.name}: no KL was measured."
+        best, kl = measured[0], measured[0].cell(self.kl_metrics[0])
+        if not isinstance(kl, float):
+            return f"No checkpoint has a finite KL from {self.name}."
         same = [pool.label for pool in measured[1:] if self._differ(best, pool) is False]
         noise = " (not more than its own rounding costs)" if self._is_noise(best) else ""
         rest = f" Not told apart from it: {', '.join(same)}." if same else ""
-        of = f"{significant(float(best.cell(kl)), 3)} nats of KL on {self._texts[0]}{noise}"
+        of = f"{significant(kl, 3)} nats of KL on {self._texts[0]}{noise}"
         return f"{best.label} is nearest to {self.name}, at {of}.{rest}"
 
     @property
@@ -347,14 +350,11 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
     others = [one for one in group if one not in floors]
     if not originals or not others:
         return None
-    kl = (
-        text_metric("kl", spec.evaluation.texts[0].name, spec.evaluation.quick)
-        if (spec.evaluation.texts)
-        else MEAN_ACCURACY
-    )
+    texts = _texts_of(spec)
+    metric = text_metric("kl", texts[0], spec.evaluation.quick) if texts else MEAN_ACCURACY
 
     def rank(record: TrialRecord) -> tuple[bool, float]:
-        value = Pool("", (record,)).cell(kl)
+        value = Pool("", (record,)).cell(metric)
         return not record.completed, value if isinstance(value, float) else 0.0
 
     names = [_name(record.spec) for record in others]
@@ -372,6 +372,12 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
         else Pool(f"{spec.reference.label} in {floor.spec.model.dtype}", (floor,)),
         tuple(pools),
     )
+
+
+def _texts_of(spec: TrialSpec) -> list[str]:
+    """Return the texts on which a trial measures the KL, by name."""
+    texts = spec.evaluation.texts if spec.evaluation.drift is not None else ()
+    return [text.name for text in texts]
 
 
 def _is_floor(record: TrialRecord) -> bool:
