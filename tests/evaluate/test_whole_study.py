@@ -81,7 +81,7 @@ def test_the_smallest_difference_is_found_four_times_in_five() -> None:
 
 
 def test_a_suite_too_small_for_any_difference_says_so() -> None:
-    assert smallest_difference(20, 0.1) is None
+    assert [smallest_difference(n, 0.1) for n in (1, 2, 3, 20)] == [None] * 4
     assert smallest_difference(2, 0.0) is None
     for n, discordance in ((0, 0.1), (100, 1.1)):
         with pytest.raises(ValueError, match="impossible"):
