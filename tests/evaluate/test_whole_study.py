@@ -134,6 +134,18 @@ def test_equivalence_of_losses_agrees_with_two_t_tests_of_scipy() -> None:
         assert found == pytest.approx(max(above, below), rel=0.25, abs=1e-3)
 
 
+def test_equivalence_over_seeds_is_two_t_tests_of_the_seeds() -> None:
+    """Samples that all differ by the same leave three seeds, whose tails are long."""
+    loss_S, question_N = numpy.array([0.011, 0.012, 0.013]), numpy.linspace(1, 2, 50)
+    found = compare_replicates("m", [loss_S[:, None] + question_N], [question_N[None]])
+    for margin in (0.02, 0.03, 0.05):
+        above = stats.ttest_1samp(loss_S, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(loss_S, margin, alternative="less").pvalue
+        assert equivalence(found, margin) == pytest.approx(max(above, below))
+    equal = [numpy.ones((3, 10))]
+    assert equivalence(compare_replicates("m", equal, equal), 0.01) == 0.0
+
+
 def test_ten_thousand_studies_at_the_margin_pass_for_equivalent_in_five_percent() -> None:
     """The loss is exactly the margin; then, at no loss, the test finds equivalence."""
     dice, n, margin = numpy.random.default_rng(4), 1000, 0.03
