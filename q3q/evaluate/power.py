@@ -35,10 +35,10 @@ def smallest_difference(
         raise ValueError(f"questions={questions} and discordance={discordance} are impossible")
     normal = NormalDist()
     a, b = normal.inv_cdf(1 - level / 2), normal.inv_cdf(power)
-    first = a * math.sqrt(discordance * questions)
-    rest = b * math.sqrt(discordance * (questions + b**2 - a**2))
     if questions + b**2 <= a**2:
         return None
+    first = a * math.sqrt(discordance * questions)
+    rest = b * math.sqrt(discordance * (questions + b**2 - a**2))
     found = (first + rest) / (questions + b**2)
     return found if 0 < found <= discordance else None
 

@@ -81,7 +81,7 @@ def test_the_smallest_difference_is_found_four_times_in_five() -> None:
 
 
 def test_a_suite_too_small_for_any_difference_says_so() -> None:
-    assert smallest_difference(20, 0.1) is None
+    assert [smallest_difference(n, 0.1) for n in (1, 2, 3, 20)] == [None] * 4
     assert smallest_difference(2, 0.0) is None
     for n, discordance in ((0, 0.1), (100, 1.1)):
         with pytest.raises(ValueError, match="impossible"):
@@ -132,6 +132,18 @@ def test_equivalence_of_losses_agrees_with_two_t_tests_of_scipy() -> None:
         above = stats.ttest_1samp(ours_N, -0.03, alternative="greater").pvalue
         below = stats.ttest_1samp(ours_N, 0.03, alternative="less").pvalue
         assert found == pytest.approx(max(above, below), rel=0.25, abs=1e-3)
+
+
+def test_equivalence_over_seeds_is_two_t_tests_of_the_seeds() -> None:
+    """Samples that all differ by the same leave three seeds, whose tails are long."""
+    loss_S, question_N = numpy.array([0.011, 0.012, 0.013]), numpy.linspace(1, 2, 50)
+    found = compare_replicates("m", [loss_S[:, None] + question_N], [question_N[None]])
+    for margin in (0.02, 0.03, 0.05):
+        above = stats.ttest_1samp(loss_S, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(loss_S, margin, alternative="less").pvalue
+        assert equivalence(found, margin) == pytest.approx(max(above, below))
+    equal = [numpy.ones((3, 10))]
+    assert equivalence(compare_replicates("m", equal, equal), 0.01) == 0.0
 
 
 def test_ten_thousand_studies_at_the_margin_pass_for_equivalent_in_five_percent() -> None:

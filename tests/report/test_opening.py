@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy
 import pytest
 
+from q3q.evaluate.compare import compare
 from q3q.evaluate.power import smallest_difference
+from q3q.evaluate.replicates import TEST
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
 from q3q.placement import Placement
-from q3q.record import COMPLETED, TrialRecord
+from q3q.record import COMPLETED, Comparison, TrialRecord
 from q3q.report.about import About
 from q3q.report.answer import Answer, answers
 from q3q.report.certainty import noise_floors
-from q3q.report.changes import change
+from q3q.report.changes import change, p_of
 from q3q.report.families import Family, pair
 from q3q.report.opening import in_markdown, opening
 from q3q.report.pools import Pool
@@ -151,6 +153,21 @@ def test_a_family_of_one_is_not_corrected_and_an_empty_one_says_nothing() -> Non
     assert Family("one", {key: 0.04}).same(key) is False
     empty = Family("none", {key: None})
     assert (empty.same(key), empty.size, empty.table().rows) == (None, 0, ())
+
+
+def test_only_the_bootstraps_smallest_p_value_gives_way_to_its_interval() -> None:
+    """The bootstrap cannot say less than 2 in 10,001; a t-test of few seeds means what it says."""
+    of_seeds = Comparison(
+        metric=STORIES, difference=1.0, low=0.96, high=1.04, distinguishable=True,
+        p_value=1e-4, n=40, test=TEST,
+    )  # fmt: skip
+    answered = replace(of_seeds, test="McNemar with continuity correction; interval Newcombe's")
+    assert [p_of(found) for found in (of_seeds, answered)] == [1e-4, 1e-4]
+    sides = ({str(n): value + float(n % 7) for n in range(40)} for value in (10.0, 0.0))
+    losses = compare(STORIES, *sides, ratio=True)
+    losses = replace(losses, low=9.9, high=10.1)
+    assert losses.p_value == 2 / 10_001
+    assert p_of(losses) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_with_a_margin_the_smallest_that_is_shown_to_stay_within_it_is_recommended(
