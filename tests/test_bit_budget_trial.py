@@ -121,6 +121,8 @@ def given(word):
         ("bits=3.5 budget.bits=3.5", ConfigError, "say the same"),
         ("budget.bits=4.5 budget.uniform=4", ConfigError, "a budget is one of"),
         ("bits=many", ConfigError, "bits=many is no number"),
+        ("bits=inf", ConfigError, "budget.bits=inf: give a positive number of bits"),
+        ("budget.bits=nan", ConfigError, "budget.bits=nan: give a positive number of bits"),
         (
             "bits=3.5 overrides={blocks.0:{bits:8}}",
             ConfigError,
