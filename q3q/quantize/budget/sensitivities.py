@@ -22,9 +22,6 @@ from q3q.storage.mirror import mirror_for
 
 FOLDER = "sensitivities"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-# Windows on which sensitivities are measured are drawn with another seed than those that a method
-# calibrates on: on its own text, a method looks better than it is.
-OTHER_DRAW = 1000
 
 
 def identity_of(spec: TrialSpec, units: Sequence[Unit]) -> Json:
