@@ -9,6 +9,7 @@ shows the KL from the original by both, in nats, and the largest difference of a
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
@@ -164,7 +165,15 @@ def _compare(
     }
     job.write_text(json.dumps(facts), encoding="utf-8")
     command = [str(python), str(SCRIPTS / "published.py"), str(job)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}  # it needs two
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason"])[-1]
         raise ContenderError(last)

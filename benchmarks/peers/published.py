@@ -18,12 +18,12 @@ from torch import Tensor
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
     tokens = load_file(job["tokens"])
     output = Path(job["output"])
     make = globals()[job["maker"]]
     model = make(job["model"], output, job["settings"], tokens["calibration"])
     model.eval()
-    torch.set_num_threads(1)  # not before: GPTQModel makes no model with one
     with torch.inference_mode():
         logits = [model(row[None]).logits[0].float() for row in tokens["evaluation"]]
     save_file({"logits": torch.stack(logits).contiguous()}, job["logits"])
@@ -70,7 +70,10 @@ def gptqmodel(model: str, output: Path, settings: dict[str, Any], windows: Tenso
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in windows.tolist()]
     own.quantize(rows, batch_size=4)
     own.save(str(output))
-    loaded = GPTQModel.load(str(output), device="cpu", backend=BACKEND.TORCH)
+    # The type of the stored scales: to a model in bfloat16 it rounds them.
+    loaded = GPTQModel.load(
+        str(output), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16
+    )
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     modules = dict(plain.named_modules())
     for name, module in loaded.model.named_modules():
