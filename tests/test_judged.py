@@ -24,6 +24,7 @@ from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
 from q3q.report.judged import NOISE, UNTESTED, benches, findings_of
+from q3q.spec import MEAN_ACCURACY
 from q3q.trial import run_trial
 from tests.composed import composed_trial
 
@@ -176,6 +177,24 @@ def test_without_a_kl_the_report_compares_what_was_measured(records):
     [verdict] = bench.tables()
     assert not any("KL" in column for column in verdict.columns)
     assert "Measured by q3q on library (8 windows" in bench.card()
+
+
+@pytest.mark.parametrize(
+    ("metric", "drift", "first"), [("kl/library", "auto", "low"), (MEAN_ACCURACY, None, "high")]
+)
+def test_checkpoints_without_a_number_come_after_those_with_one(records, metric, drift, first):
+    candidate, original, _ = records
+    evaluation = replace(candidate.spec.evaluation, drift=drift)
+    others = []
+    for name, value in (("none", None), ("low", 0.25), ("high", 0.5)):
+        model = replace(candidate.spec.model, name=name, digest=name)
+        spec = replace(candidate.spec, model=model, evaluation=evaluation)
+        numbers = {} if value is None else {metric: value}
+        others.append(replace(candidate, spec=spec, metrics=numbers, intervals={}))
+    own = replace(original, spec=replace(original.spec, evaluation=evaluation))
+    [bench] = benches([*others, own])
+    second = {"low": "high", "high": "low"}[first]
+    assert [pool.label for pool in bench.candidates] == [first, second, "none"]
 
 
 def test_a_test_of_too_few_windows_says_nothing(records, monkeypatch):
