@@ -300,6 +300,14 @@ def test_another_model_is_no_candidate(judge, fp8):
         composed_trial("model=judge", "model.reference=demo", "method=none")
 
 
+def test_a_quantized_model_is_refused_also_where_only_its_files_say_it(fp8, tmp_path):
+    """As of a Hub model whose config.json is all that a plan reads."""
+    trial = composed_trial("method=rtn", "evaluation=none", f"storage={tmp_path}")
+    spec = replace(trial.spec, model=replace(trial.spec.model, digest=None))
+    with pytest.raises(CheckpointError, match=r"quantized already \(compressed-tensors\)"):
+        run_trial(Trial(spec, replace(trial.placement, model=fp8)))
+
+
 def test_judging_needs_no_method_on_the_command_line():
     words = ["-m", "model=judge", "model.reference=demo", "model.source=A/one,./two.gguf"]
     assert understood(words) == [*words, "method=none"]

@@ -685,6 +685,17 @@ def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, s
     )
 
 
+def test_a_plan_knows_that_modelopt_quantized_a_hub_model_in_a_file_beside_its_config(hub):
+    served = hub.repositories["models/owner/tiny"]
+    settings = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}
+    (served / "hf_quant_config.json").write_text(json.dumps(settings))
+    for revision in (None, COMMIT):
+        assert fetch_facts("owner/tiny", revision).quantized == "modelopt"
+    assert not [path for path in hub.asked if path.endswith(".safetensors")]
+    hub.close()
+    assert fetch_facts("owner/tiny").quantized == "modelopt"
+
+
 def test_a_file_of_a_hub_model_is_there_or_is_not_or_cannot_be_asked_for(hub):
     settings = fetch_file("owner/tiny", "tokenizer_config.json", COMMIT)
     assert settings is not None
