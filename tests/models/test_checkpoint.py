@@ -531,7 +531,14 @@ def test_the_digest_changes_with_any_byte_that_matters_and_with_no_other(broken,
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert len({digest, with_tokenizer, Checkpoint(folder).digest()}) == 3
+    with_weights = Checkpoint(folder).digest()
+    own: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {}}
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
+    with_settings = Checkpoint(folder).digest()
+    own["kv_cache_quant_algo"] = "FP8"  # changes what is computed
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
+    found = {digest, with_tokenizer, with_weights, with_settings, Checkpoint(folder).digest()}
+    assert len(found) == 5
 
 
 def test_a_file_is_hashed_once_until_it_changes(broken, tmp_path, monkeypatch):
