@@ -255,6 +255,8 @@ class Checkpoint:
                 for part in parts_of(layout, full, shapes[name])
                 if part in self._stored  # an optional one may be absent
             }
+            if fault := layout.fault(packed, rows, columns):
+                raise CheckpointError(f"{base}{fault}: damaged")
             for doubt in doubts_of(layout, packed, base.removesuffix(".")):
                 self.doubts[doubt] = None
             weight = layout.unpack(packed, rows, columns)

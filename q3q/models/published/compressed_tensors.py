@@ -38,7 +38,9 @@ def read_compressed_tensors(config: Table) -> Packing:
         named.append((any_of(name for name in group["targets"] if name != "Linear"), layout))
         classes += [(".*", layout)] if "Linear" in group["targets"] else []
     kv = config.get("kv_cache_scheme")
-    return Packing(METHOD, (*ignored, *named, *classes), kv=None if kv is None else cache_of(METHOD, kv))
+    return Packing(
+        METHOD, (*ignored, *named, *classes), kv=None if kv is None else cache_of(METHOD, kv)
+    )
 
 
 def _layout(group: Table, kind: str) -> Layout:
