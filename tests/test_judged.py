@@ -24,6 +24,7 @@ from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
 from q3q.report.judged import NOISE, UNTESTED, benches, findings_of
+from q3q.spec import MEAN_ACCURACY
 from q3q.trial import run_trial
 from tests.composed import composed_trial
 
@@ -178,6 +179,24 @@ def test_without_a_kl_the_report_compares_what_was_measured(records):
     assert "Measured by q3q on library (8 windows" in bench.card()
 
 
+@pytest.mark.parametrize(
+    ("metric", "drift", "first"), [("kl/library", "auto", "low"), (MEAN_ACCURACY, None, "high")]
+)
+def test_checkpoints_without_a_number_come_after_those_with_one(records, metric, drift, first):
+    candidate, original, _ = records
+    evaluation = replace(candidate.spec.evaluation, drift=drift)
+    others = []
+    for name, value in (("none", None), ("low", 0.25), ("high", 0.5)):
+        model = replace(candidate.spec.model, name=name, digest=name)
+        spec = replace(candidate.spec, model=model, evaluation=evaluation)
+        numbers = {} if value is None else {metric: value}
+        others.append(replace(candidate, spec=spec, metrics=numbers, intervals={}))
+    own = replace(original, spec=replace(original.spec, evaluation=evaluation))
+    [bench] = benches([*others, own])
+    second = {"low": "high", "high": "low"}[first]
+    assert [pool.label for pool in bench.candidates] == [first, second, "none"]
+
+
 def test_a_test_of_too_few_windows_says_nothing(records, monkeypatch):
     def of_three_windows(ours, theirs, metric):
         scores = ({str(k): value + k for k in range(3)} for value in (1.0, 2.0))
@@ -279,6 +298,14 @@ def test_another_model_is_no_candidate(judge, fp8):
         judge(fp8, "method=rtn")
     with pytest.raises(ConfigError, match=r"name them, model=judge model\.source="):
         composed_trial("model=judge", "model.reference=demo", "method=none")
+
+
+def test_a_quantized_model_is_refused_also_where_only_its_files_say_it(fp8, tmp_path):
+    """As of a Hub model whose config.json is all that a plan reads."""
+    trial = composed_trial("method=rtn", "evaluation=none", f"storage={tmp_path}")
+    spec = replace(trial.spec, model=replace(trial.spec.model, digest=None))
+    with pytest.raises(CheckpointError, match=r"quantized already \(compressed-tensors\)"):
+        run_trial(Trial(spec, replace(trial.placement, model=fp8)))
 
 
 def test_judging_needs_no_method_on_the_command_line():

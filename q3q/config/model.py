@@ -14,7 +14,6 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.facts import ModelFacts
 from q3q.models.families.registry import package_of
 from q3q.models.hub import fetch_facts, resolve_revision
-from q3q.quantize.methods.settings import MethodSettings
 from q3q.spec import ModelRef
 from q3q.storage.stores import folder_of
 
@@ -101,17 +100,6 @@ def _hub_model(source: str, revision: str | None) -> tuple[str, ModelFacts]:
             file=sys.stderr,
         )
     return commit, facts
-
-
-def refuse_second_rounding(
-    settings: MethodSettings, folder: Path | None, facts: ModelFacts
-) -> None:
-    if settings.quantizes and facts.quantized is not None:
-        raise CheckpointError(
-            f"{folder or 'the model'} is quantized already ({facts.quantized}); a second rounding "
-            "would measure both. Give the original model, or method=none to evaluate this one as "
-            "it is"
-        )
 
 
 def facts_of(config: DictConfig) -> ModelFacts:

@@ -41,6 +41,7 @@ from q3q.models.model_json import (
     refuse_irregular,
 )
 from q3q.models.packed import doubts_of
+from q3q.models.published.modelopt import FILE as MODELOPT_FILE
 from q3q.models.tensor_files import Rows, StoredTensor
 from q3q.storage.files import FileState, file_state
 
@@ -254,6 +255,8 @@ class Checkpoint:
                 for part in parts_of(layout, full, shapes[name])
                 if part in self._stored  # an optional one may be absent
             }
+            if fault := layout.fault(packed, rows, columns):
+                raise CheckpointError(f"{base}{fault}: damaged")
             for doubt in doubts_of(layout, packed, base.removesuffix(".")):
                 self.doubts[doubt] = None
             weight = layout.unpack(packed, rows, columns)
@@ -263,10 +266,13 @@ class Checkpoint:
     def digest(self, cache: Path | None = None) -> str:
         """Return the SHA-256 (hex) of config.json, tokenizer files and every shard.
 
+        And of the file in which ModelOpt says how it quantized, where there is one.
+
         Args:
             cache: folder of a `DigestMemo`. Nothing is written into the model's folder.
         """
-        config = () if self.gguf else ("config.json",)  # a GGUF file says all of it itself
+        # A GGUF file says all of it itself.
+        config = () if self.gguf else ("config.json", MODELOPT_FILE)
         own = (self.folder / name for name in (*config, *TOKENIZER_FILES))
         files = [*own, *sorted(self._files.shards)]
         memo = DigestMemo(cache)

@@ -43,7 +43,8 @@ CONFIDENCE_RULE = (
 class Bench:
     """The checkpoints that were compared with one original, by one evaluation.
 
-    candidates: the nearest to the original first, failed ones last
+    candidates: the nearest to the original first (without a KL, the most accurate), failed ones
+        last
     floor: the original in another type; None if that was not run
     """
 
@@ -353,9 +354,12 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
     texts = _texts_of(spec)
     metric = text_metric("kl", texts[0], spec.evaluation.quick) if texts else MEAN_ACCURACY
 
-    def rank(record: TrialRecord) -> tuple[bool, float]:
+    def rank(record: TrialRecord) -> tuple[bool, bool, float]:
+        """Order failed ones last, and those without a number before them."""
         value = Pool("", (record,)).cell(metric)
-        return not record.completed, value if isinstance(value, float) else 0.0
+        if not isinstance(value, float):
+            return not record.completed, True, 0.0
+        return not record.completed, False, value if texts else -value  # accuracy: the more
 
     names = [_name(record.spec) for record in others]
     labels = [

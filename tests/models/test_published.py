@@ -17,7 +17,7 @@ from q3q.errors import CheckpointError
 from q3q.models.block import rounded_as
 from q3q.models.packed import Layout
 from q3q.models.packed_tables import TableCodes
-from q3q.models.published.packing import Packing
+from q3q.models.published.packing import FP8_CACHE, Packing
 from q3q.models.published.readers import read_packing
 from q3q.scheme import InputRounding
 
@@ -225,6 +225,20 @@ def test_modelopts_layers_may_have_algorithms_of_their_own():
     packing = read_packing({"quant_method": "modelopt", "quantization": config})
     assert layout_of(packing).act_scales == "stored"
     assert packing.of("model.layers.1.mlp.down_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "read"),
+    [({}, True), ({"num_bits": 4}, False), ({"type": "int"}, False), ({"dynamic": True}, False)],
+)
+def test_modelopts_cache_is_fp8_with_a_stored_scale_or_refused(changes, read):
+    scheme = {"num_bits": 8, "type": "float", "dynamic": False} | changes
+    config = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": scheme}
+    if read:
+        assert read_packing(config).kv == FP8_CACHE
+        return
+    with pytest.raises(CheckpointError, match=r"modelopt\), with a cache of keys and values \(.*"):
+        read_packing(config)
 
 
 def bnb_state(**facts):
