@@ -50,25 +50,39 @@ def difference(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
         return None
 
 
-def flipped(ours: Pool, theirs: Pool, metric: str) -> "Flips | None":
-    """Count the answers of all tasks, and of all our seeds, that differ from their first seed's.
+def flips_of_tasks(ours: Pool, theirs: Pool, metric: str) -> "dict[str, Flips] | None":
+    """Count the flips of each task that an accuracy is of, as `flipped` does.
+
+    Returns:
+        None if a task has none.
+    """
+    tasks = mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]
+    found = {task: flipped(ours, theirs, task) for task in tasks}
+    known = {task: each for task, each in found.items() if each is not None}
+    return known if known and len(known) == len(found) else None
+
+
+def flipped(ours: Pool, theirs: Pool, task: str) -> "Flips | None":
+    """Count a task's answers, of all our seeds, that differ from their first seed's.
+
+    Args:
+        task: its metric.
 
     Returns:
         None if samples are missing or are not right or wrong answers.
     """
     from q3q.evaluate.flips import flips
 
+    found = _aligned(ours, theirs, task)
+    if found is None:
+        return None
+    _, seeds, [baseline, *_] = found
     total: Flips | None = None
-    for task in mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]:
-        found = _aligned(ours, theirs, task)
-        if found is None:
+    for scores in seeds:
+        counted = flips(scores, baseline)
+        if counted is None:
             return None
-        _, seeds, [baseline, *_] = found
-        for scores in seeds:
-            counted = flips(scores, baseline)
-            if counted is None:
-                return None
-            total = counted if total is None else total + counted
+        total = counted if total is None else total + counted
     return total
 
 
