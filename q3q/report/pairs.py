@@ -8,7 +8,7 @@ from sys import intern
 from typing import TYPE_CHECKING
 
 from q3q.errors import IntegrityError
-from q3q.evaluate.metrics import mean_metrics
+from q3q.evaluate.metrics import mean_metrics, reads_text
 from q3q.record import Comparison
 from q3q.report.measures import is_perplexity, text_metrics
 from q3q.report.pools import Pool
@@ -157,7 +157,8 @@ def stratified(parts: Sequence[Comparison]) -> Comparison | None:
 def p_by_seeds(ours: Pool, theirs: Pool, metric: str) -> float | None:
     """Return how often the seeds' spread alone makes the means differ so: Welch's test.
 
-    A method that reads no calibration text does not depend on the seed, so its number is exact.
+    A method that reads no text, for itself or for a budget of bits, does not depend on the seed, so
+    its number is exact.
 
     Returns:
         None if a pool's spread is unknown, because it reads text and has a single seed.
@@ -165,7 +166,7 @@ def p_by_seeds(ours: Pool, theirs: Pool, metric: str) -> float | None:
     from scipy.stats import ttest_1samp, ttest_ind
 
     values = [pool.values(metric) for pool in (ours, theirs)]
-    exact = [pool.spec.calibration is None for pool in (ours, theirs)]
+    exact = [not reads_text(pool.spec) for pool in (ours, theirs)]
     if not all(len(own) > 1 or fixed for own, fixed in zip(values, exact, strict=True)):
         return None
     if all(exact):
