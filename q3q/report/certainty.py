@@ -141,7 +141,7 @@ class Certainty:
             each = self.flips.get(pool.name)
             if each is None:
                 continue
-            low, high = each.interval
+            low, high = each.interval(self._asked(pool, each))
             smallest = self.smallest_loss(pool)
             lost = each.lost_of_right
             rows.append(

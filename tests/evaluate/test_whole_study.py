@@ -105,7 +105,7 @@ def test_flips_count_each_direction_and_their_share_among_right_answers() -> Non
     found = flips(ours, baseline)
     assert found == Flips(lost=1, won=2, right=4, n=8)
     assert (found.share, found.lost_of_right) == (3 / 8, 1 / 4)
-    low, high = found.interval
+    low, high = found.interval(found.n)
     assert low < 3 / 8 < high
     assert found + found == Flips(2, 4, 8, 16)
     assert Flips(0, 0, 0, 5).lost_of_right is None

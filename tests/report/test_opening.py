@@ -219,6 +219,21 @@ def test_flips_are_counted_and_say_what_could_have_been_seen(tmp_path: Path) -> 
     )
 
 
+def test_seeds_that_ask_the_same_questions_again_do_not_narrow_the_flips_interval(
+    tmp_path: Path,
+) -> None:
+    before, after = [1.0] * 40, [0.0] * 4 + [1.0] * 36
+    none = trial(tmp_path, "none", 16, HARD_N, before)
+    seeds = [
+        trial(tmp_path, "gptq", 4, HARD_N + noise(seed), after, seed=seed) for seed in range(3)
+    ]
+    cells = []
+    for some in (seeds[:1], seeds):
+        [table] = [t for t in only([none, *some]).certainty.tables("it") if "flipped" in t.title]
+        cells.append(table.rows[0][4])
+    assert cells[0] == cells[1] == "10.0 % [4.0, 23.1]"
+
+
 def test_the_smallest_loss_is_of_the_mean_over_tasks_and_of_its_whole_family(
     tmp_path: Path,
 ) -> None:
