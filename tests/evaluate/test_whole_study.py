@@ -13,6 +13,7 @@ from q3q.evaluate.families import holm
 from q3q.evaluate.flips import Flips, flips
 from q3q.evaluate.power import (
     POWER,
+    effective_discordance,
     effective_questions,
     questions_needed,
     smallest_difference,
@@ -94,6 +95,8 @@ def test_several_tasks_tell_as_much_as_all_their_questions_where_they_are_alike(
     assert effective_questions([200] * 4) == pytest.approx(800)
     assert effective_questions([100]) == 100
     assert effective_questions([10, 1000]) < 40 + 1  # the small task decides
+    assert effective_discordance([0.1, 0.3], [200, 200]) == pytest.approx(0.2)
+    assert effective_discordance([0.1, 0.3], [10, 1000]) == pytest.approx(0.1, abs=0.002)
 
 
 def test_flips_count_each_direction_and_their_share_among_right_answers() -> None:
@@ -102,7 +105,7 @@ def test_flips_count_each_direction_and_their_share_among_right_answers() -> Non
     found = flips(ours, baseline)
     assert found == Flips(lost=1, won=2, right=4, n=8)
     assert (found.share, found.lost_of_right) == (3 / 8, 1 / 4)
-    low, high = found.interval
+    low, high = found.interval(found.n)
     assert low < 3 / 8 < high
     assert found + found == Flips(2, 4, 8, 16)
     assert Flips(0, 0, 0, 5).lost_of_right is None

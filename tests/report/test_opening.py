@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy
 import pytest
@@ -37,21 +38,22 @@ def trial(
     method: str,
     bits: int,
     nll_N: Sequence[float] | numpy.ndarray,
-    right_N: Sequence[float] = (),
+    right_N: Sequence[float] | Mapping[str, Sequence[float]] = (),
     seed: int = 0,
 ) -> TrialRecord:
-    """Return a trial of these losses and answers, its samples on disk."""
-    evaluation = evaluation_of("stories", tasks=["who"] if len(right_N) else [])
+    """Return a trial of these losses and answers, or each task's, its samples on disk."""
+    asked = right_N if isinstance(right_N, Mapping) else {"who": right_N} if len(right_N) else {}
+    evaluation = evaluation_of("stories", tasks=list(asked))
     spec = make_spec(
         method, bits, evaluation=evaluation, seed=seed, calibration=calibration_of("pile")
     )
     metrics = {STORIES: math.exp(float(numpy.mean(nll_N))), "model_bytes": 1e6 * bits}
     rows = window_rows(STORIES, "d", [float(nll) for nll in nll_N])
-    if len(right_N):
-        metrics["who/acc"] = float(numpy.mean(right_N))
+    for task, answers_N in asked.items():
+        metrics[f"{task}/acc"] = float(numpy.mean(answers_N))
         rows += [
-            {"task": "who", "doc_id": n, "doc_hash": "h", "filter": "none", "scores": {"acc": x}}
-            for n, x in enumerate(map(float, right_N))
+            {"task": task, "doc_id": n, "doc_hash": "h", "filter": "none", "scores": {"acc": x}}
+            for n, x in enumerate(map(float, answers_N))
         ]
     placed = Placement(trials=folder)
     result = TrialRecord(spec=spec, placement=placed, status=COMPLETED, metrics=metrics)
@@ -215,6 +217,41 @@ def test_flips_are_counted_and_say_what_could_have_been_seen(tmp_path: Path) -> 
         "No choice's accuracy on who differs from the unquantized model's by more than chance; 400 "
         f"questions could have shown a loss of {100 * smallest:.1f} points."
     )
+
+
+def test_seeds_that_ask_the_same_questions_again_do_not_narrow_the_flips_interval(
+    tmp_path: Path,
+) -> None:
+    before, after = [1.0] * 40, [0.0] * 4 + [1.0] * 36
+    none = trial(tmp_path, "none", 16, HARD_N, before)
+    seeds = [
+        trial(tmp_path, "gptq", 4, HARD_N + noise(seed), after, seed=seed) for seed in range(3)
+    ]
+    cells = []
+    for some in (seeds[:1], seeds):
+        [table] = [t for t in only([none, *some]).certainty.tables("it") if "flipped" in t.title]
+        cells.append(table.rows[0][4])
+    assert cells[0] == cells[1] == "10.0 % [4.0, 23.1]"
+
+
+def test_the_smallest_loss_is_of_the_mean_over_tasks_and_of_its_whole_family(
+    tmp_path: Path,
+) -> None:
+    """Ten of 40 answers flip and ten of 1000: the small task decides what the mean can show."""
+    right = {"who": [1.0] * 40, "where": [1.0] * 1000}
+    flipped = {"who": [0.0] * 10 + [1.0] * 30, "where": [0.0] * 10 + [1.0] * 990}
+    trials = [
+        trial(tmp_path, "none", 16, HARD_N, right),
+        trial(tmp_path, "rtn", 4, HARD_N + noise(1), flipped),
+        trial(tmp_path, "gptq", 4, HARD_N + noise(2), flipped),
+    ]
+    answer = only(trials)
+    loss = answer.certainty.smallest_loss(answer.tried[0])
+    assert loss is not None
+    level, power = (NormalDist().inv_cdf(share) for share in (1 - 0.05 / 2 / 2, 0.8))
+    none = (0.25 / 40 + 0.01 / 1000) / 4  # the variance of the mean if nothing changes
+    some = none - loss**2 * (1 / 40 + 1 / 1000) / 4
+    assert loss == pytest.approx(level * math.sqrt(none) + power * math.sqrt(some))
 
 
 def test_a_mean_over_seeds_has_an_interval_of_both_sources(tmp_path: Path) -> None:
