@@ -96,6 +96,44 @@ def test_the_answer_is_said_in_three_to_six_sentences(tmp_path: Path) -> None:
     assert 3 <= len(lines) <= 6
 
 
+def test_methods_that_tie_with_the_best_alone_are_not_said_to_tie_with_each_other(
+    tmp_path: Path,
+) -> None:
+    """Awq varies by window, so nothing differs from it; rtn and gptq differ from each other."""
+    records = [
+        trial(tmp_path, "none", 16, HARD_N),
+        trial(tmp_path, "awq", 4, HARD_N + 0.010 + noise(1, 0.02)),
+        trial(tmp_path, "gptq", 4, HARD_N + 0.011 + noise(2, 1e-5)),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.013 + noise(3, 1e-5)),
+    ]
+    assert opening([only(records)])[1] == (
+        "At 4 bits awq has the best number (+1.0 % of perplexity of stories), rtn and gptq cannot "
+        "be told apart from it (+1.1 to +1.3 %)."
+    )
+
+
+def test_no_clear_winner_is_called_the_best(tmp_path: Path) -> None:
+    """Awq ties with gptq on stories; rtn loses more there, and answers far better."""
+    right, wrong = [1.0] * 40, [0.0] * 20 + [1.0] * 20
+    records = [
+        trial(tmp_path, "none", 16, HARD_N, right),
+        trial(tmp_path, "gptq", 4, HARD_N + 0.0101 + noise(1), wrong),
+        trial(tmp_path, "awq", 4, HARD_N + 0.0102 + noise(2), wrong),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.0500 + noise(3), right),
+    ]
+    answer = only(records)
+    [verdict] = answer.verdicts
+    assert (verdict.equal, verdict.clear) == (("awq",), False)
+    said = (
+        "At 4 bits there is no clear winner: gptq has the lowest perplexity of stories (+1.0 %), "
+        "rtn the highest accuracy on who"
+    )
+    assert opening([answer])[1] == f"{said}."
+    [rival] = verdict.rivals
+    unknown = replace(verdict, rivals=(replace(rival, tested=None),))
+    assert opening([replace(answer, verdicts=(unknown,))])[1] == f"{said} (not tested)."
+
+
 def test_the_page_the_terminal_and_the_note_open_with_the_same_words(tmp_path: Path) -> None:
     records = study(tmp_path / "trials")
     lines = opening([only(records)])
