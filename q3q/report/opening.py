@@ -189,16 +189,27 @@ def _of_accuracy(answer: Answer) -> list[str]:
     metric = certainty.accuracy
     if metric is None or not certainty.flips:
         return []
-    pools = [pool for pool in answer.tried if pool.name in certainty.flips]
-    changes = [(pool, answer.tests.change(pool, metric)) for pool in pools]
-    worse = [p for p, c in changes if c is not None and c.distinguishable and c.value < 0]
+    pools = [pool for pool in answer.tried if isinstance(pool.cell(metric), float)]
+    tested, worse, untested = [], [], []
+    for pool in pools:
+        found = answer.tests.change(pool, metric)
+        if found is None or (found.distinguishable is None and found.value):
+            untested.append(pool)
+            continue
+        tested.append(pool)
+        if found.distinguishable and found.value < 0:
+            worse.append(pool)
     words = in_words(metric)
+    if not tested:
+        return [f"Whether any choice loses {words} could not be tested."]
     if not worse:
-        first = f"No choice's {words} differs from the unquantized model's by more than chance"
-    elif len(worse) == len(pools):
-        first = f"Every choice loses {words}"
+        first = f"{'None of the tested choices' if untested else 'No choice'} loses {words}"
+    elif len(worse) == len(tested):
+        first = f"Every {'tested ' if untested else ''}choice loses {words}"
     else:
-        first = f"Only {by_width(worse)} {_lose(worse)} {words} by more than chance"
+        only = "Of the tested choices only" if untested else "Only"
+        first = f"{only} {by_width(worse)} {_lose(worse)} {words}"
+    first += " by more than chance" + (f" ({UNTESTED}: {by_width(untested)})" if untested else "")
     seen = sorted(x for pool in pools if (x := certainty.smallest_loss(pool)) is not None)
     if not seen:
         return [f"{first}; there were too few questions to show any difference."]

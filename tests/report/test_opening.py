@@ -233,9 +233,38 @@ def test_flips_are_counted_and_say_what_could_have_been_seen(tmp_path: Path) -> 
     assert row[5] == f"{100 * smallest:.1f} points"
     said = next(line for line in opening([answer]) if "questions" in line)
     assert said == (
-        "No choice's accuracy on who differs from the unquantized model's by more than chance; 400 "
-        f"questions could have shown a loss of {100 * smallest:.1f} points."
+        "No choice loses accuracy on who by more than chance; 400 questions could have shown a "
+        f"loss of {100 * smallest:.1f} points."
     )
+
+
+def test_a_gain_is_no_loss_and_only_what_was_tested_is_said_not_to_lose(tmp_path: Path) -> None:
+    """Rtn answers more, awq as many as before; of gptq no samples are left."""
+    before = [1.0] * 20 + [0.0] * 20
+    records = [
+        trial(tmp_path, "none", 16, HARD_N, before),
+        trial(tmp_path, "rtn", 4, HARD_N + noise(1), [1.0] * 40),
+        trial(tmp_path, "awq", 4, HARD_N + noise(2), before),
+        trial(tmp_path, "gptq", 4, HARD_N + noise(3), [0.0] * 40),
+    ]
+
+    def said() -> str:
+        [line] = [line for line in opening([only(records)]) if "accuracy on who by" in line]
+        return line.partition(";")[0]
+
+    assert said() == "Only gptq at 4 bits loses accuracy on who by more than chance"
+    (records[3].trial.folder / SAMPLES).unlink()
+    assert said() == (
+        "None of the tested choices loses accuracy on who by more than chance (not tested: gptq at "
+        "4 bits)"
+    )
+    answer = only(records[:2])
+    gain = answer.tests.changes["who/acc"]["rtn, 4 bits"]
+    assert gain.distinguishable
+    untested = replace(gain, distinguishable=None)
+    changes = {**answer.tests.changes, "who/acc": {"rtn, 4 bits": untested}}
+    unknown = replace(answer, tests=replace(answer.tests, changes=changes))
+    assert "Whether any choice loses accuracy on who could not be tested." in opening([unknown])
 
 
 def test_a_mean_over_seeds_has_an_interval_of_both_sources(tmp_path: Path) -> None:
