@@ -210,9 +210,9 @@ class Answer:
         if verdict.alone:
             value = f"its {place} is {best.shown(first)}{by}{tested}"
             return f"only {best.label} was measured; {value}."
-        text = f"{best.label} has the {_most(first)} {place}, {best.shown(first)}{by}{tested}."
+        text = f"{best.label} has the {lowest(first)} {place}, {best.shown(first)}{by}{tested}."
         better = {
-            rival.pool.label: f"{rival.pool.label}, which has the {_most(rival.metric)} "
+            rival.pool.label: f"{rival.pool.label}, which has the {lowest(rival.metric)} "
             f"{self._in_words(rival.metric)}"
             for rival in verdict.rivals
         }
@@ -225,7 +225,7 @@ class Answer:
 
     def _led(self, metric: str, pool: Pool, found: Change | None) -> str:
         by = f", {found.amount}" if found else ""
-        return f"{pool.label} has the {_most(metric)} {self._in_words(metric)}{by}"
+        return f"{pool.label} has the {lowest(metric)} {self._in_words(metric)}{by}"
 
     def _row(self, verdict: Verdict) -> tuple[str, ...]:
         several = len(self.metrics) > 1
@@ -365,5 +365,6 @@ def _rival(
     return Rival(other, found, metric, tested, tied=alike.get(other.label) is True)
 
 
-def _most(metric: str) -> str:
+def lowest(metric: str) -> str:
+    """Return what the best number by a measure is: `lowest` or `highest`."""
     return "lowest" if is_perplexity(metric) else "highest"

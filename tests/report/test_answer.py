@@ -303,8 +303,8 @@ def test_the_text_that_was_not_calibrated_on_ranks_and_a_disagreement_leaves_no_
     first, second = in_markdown(answers(trials)).splitlines()
     assert first.startswith("- Take awq at 2 bits: its perplexity of library changes by +100 %")
     assert second == (
-        "- At 2 bits there is no clear winner: awq is best by perplexity of library (+100 %), gptq "
-        "by perplexity of stories."
+        "- At 2 bits there is no clear winner: awq has the lowest perplexity of library (+100 %), "
+        "gptq the lowest perplexity of stories (not tested)."
     )
 
 

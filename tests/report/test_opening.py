@@ -100,6 +100,44 @@ def test_the_answer_is_said_in_three_to_six_sentences(tmp_path: Path) -> None:
     assert 3 <= len(lines) <= 6
 
 
+def test_methods_that_tie_with_the_best_alone_are_not_said_to_tie_with_each_other(
+    tmp_path: Path,
+) -> None:
+    """Awq varies by window, so nothing differs from it; rtn and gptq differ from each other."""
+    records = [
+        trial(tmp_path, "none", 16, HARD_N),
+        trial(tmp_path, "awq", 4, HARD_N + 0.010 + noise(1, 0.02)),
+        trial(tmp_path, "gptq", 4, HARD_N + 0.011 + noise(2, 1e-5)),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.013 + noise(3, 1e-5)),
+    ]
+    assert opening([only(records)])[1] == (
+        "At 4 bits awq has the best number (+1.0 % of perplexity of stories), rtn and gptq cannot "
+        "be told apart from it (+1.1 to +1.3 %)."
+    )
+
+
+def test_no_clear_winner_is_called_the_best(tmp_path: Path) -> None:
+    """Awq ties with gptq on stories; rtn loses more there, and answers far better."""
+    right, wrong = [1.0] * 40, [0.0] * 20 + [1.0] * 20
+    records = [
+        trial(tmp_path, "none", 16, HARD_N, right),
+        trial(tmp_path, "gptq", 4, HARD_N + 0.0101 + noise(1), wrong),
+        trial(tmp_path, "awq", 4, HARD_N + 0.0102 + noise(2), wrong),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.0500 + noise(3), right),
+    ]
+    answer = only(records)
+    [verdict] = answer.verdicts
+    assert (verdict.equal, verdict.clear) == (("awq",), False)
+    said = (
+        "At 4 bits there is no clear winner: gptq has the lowest perplexity of stories (+1.0 %), "
+        "rtn the highest accuracy on who"
+    )
+    assert opening([answer])[1] == f"{said}."
+    [rival] = verdict.rivals
+    unknown = replace(verdict, rivals=(replace(rival, tested=None),))
+    assert opening([replace(answer, verdicts=(unknown,))])[1] == f"{said} (not tested)."
+
+
 def test_the_page_the_terminal_and_the_note_open_with_the_same_words(tmp_path: Path) -> None:
     records = study(tmp_path / "trials")
     lines = opening([only(records)])
@@ -214,8 +252,8 @@ def test_flips_are_counted_and_say_what_could_have_been_seen(tmp_path: Path) -> 
     assert row[5] == f"{100 * smallest:.1f} points"
     said = next(line for line in opening([answer]) if "questions" in line)
     assert said == (
-        "No choice's accuracy on who differs from the unquantized model's by more than chance; 400 "
-        f"questions could have shown a loss of {100 * smallest:.1f} points."
+        "No choice loses accuracy on who by more than chance; 400 questions could have shown a "
+        f"loss of {100 * smallest:.1f} points."
     )
 
 
@@ -252,6 +290,35 @@ def test_the_smallest_loss_is_of_the_mean_over_tasks_and_of_its_whole_family(
     none = (0.25 / 40 + 0.01 / 1000) / 4  # the variance of the mean if nothing changes
     some = none - loss**2 * (1 / 40 + 1 / 1000) / 4
     assert loss == pytest.approx(level * math.sqrt(none) + power * math.sqrt(some))
+
+
+def test_a_gain_is_no_loss_and_only_what_was_tested_is_said_not_to_lose(tmp_path: Path) -> None:
+    """Rtn answers more, awq as many as before; of gptq no samples are left."""
+    before = [1.0] * 20 + [0.0] * 20
+    records = [
+        trial(tmp_path, "none", 16, HARD_N, before),
+        trial(tmp_path, "rtn", 4, HARD_N + noise(1), [1.0] * 40),
+        trial(tmp_path, "awq", 4, HARD_N + noise(2), before),
+        trial(tmp_path, "gptq", 4, HARD_N + noise(3), [0.0] * 40),
+    ]
+
+    def said() -> str:
+        [line] = [line for line in opening([only(records)]) if "accuracy on who by" in line]
+        return line.partition(";")[0]
+
+    assert said() == "Only gptq at 4 bits loses accuracy on who by more than chance"
+    (records[3].trial.folder / SAMPLES).unlink()
+    assert said() == (
+        "None of the tested choices loses accuracy on who by more than chance (not tested: gptq at "
+        "4 bits)"
+    )
+    answer = only(records[:2])
+    gain = answer.tests.changes["who/acc"]["rtn, 4 bits"]
+    assert gain.distinguishable
+    untested = replace(gain, distinguishable=None)
+    changes = {**answer.tests.changes, "who/acc": {"rtn, 4 bits": untested}}
+    unknown = replace(answer, tests=replace(answer.tests, changes=changes))
+    assert "Whether any choice loses accuracy on who could not be tested." in opening([unknown])
 
 
 def test_a_mean_over_seeds_has_an_interval_of_both_sources(tmp_path: Path) -> None:
