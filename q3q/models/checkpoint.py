@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from q3q.errors import CheckpointError, first_line
-from q3q.models.completeness import check_complete, read_input_numbers
+from q3q.models.completeness import check_complete, read_input_numbers, without_cache_scales
 from q3q.models.digests import DigestMemo
 from q3q.models.disk_names import (
     disk_shapes,
@@ -105,6 +105,7 @@ class Checkpoint:
         self.facts = replace(self.facts, carried_bytes=bits // 8)
         remarks += unread(self._stored, {*self._names, *self.carried}, self.facts)
         remarks += carried_over(self.carried)
+        remarks += without_cache_scales(self.facts, self._stored)
         self.remarks: tuple[str, ...] = (*self._files.remarks, *remarks)
 
     @property

@@ -577,6 +577,25 @@ def test_a_packed_linear_that_contradicts_itself_is_refused(broken, method, part
         checkpoint.block(1)
 
 
+@pytest.mark.parametrize("lacking", [0, 2])
+def test_scales_of_a_cache_are_read_and_missing_ones_named(broken, lacking):
+    folder = broken("tied")
+    names = [f"model.layers.{k}.self_attn.{end}_scale" for k in range(3) for end in "kv"]
+    scales = {name: torch.tensor([0.5 + k]) for k, name in enumerate(names)}
+    for name in names[1 : 1 + lacking]:
+        del scales[name]
+    rewritten(folder, lambda tensors: tensors.update(scales))
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    settings = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": cache}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.facts.input_numbers["model.layers.2.v"] == 5.5
+    assert set(scales) <= set(checkpoint.bits_on_disk())
+    said = f"the files lack 2 of 6, first {names[1]}: these are 1"
+    assert [said in remark for remark in checkpoint.remarks] == [True] * (lacking > 0)
+
+
 def test_the_digest_changes_with_any_byte_that_matters_and_with_no_other(broken, tmp_path):
     folder = broken("tied_sharded")
     digest = Checkpoint(folder).digest()
