@@ -22,6 +22,7 @@ from q3q.models.checkpoint import load_tokenizer
 from q3q.models.disk_names import is_stacked
 from q3q.models.tensor_files import read_header
 from q3q.number_formats import BLOCKS
+from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.grid import into_groups
 from q3q.numerics.levels import levels_of
 from tests.export.conftest import DEMO, make_checkpoint
@@ -68,7 +69,9 @@ def test_its_quantizer_and_its_reader_agree_with_ours(tmp_path):
     for name, form in BLOCKS.items():
         levels = levels_of(name, form.bits, form.group_size, symmetric=not form.offsets)
         groups = into_groups(weight, form.group_size)
-        ours[name] = levels.rounded(groups, levels.minmax(groups))
+        rounded = levels.rounded(groups, levels.minmax(groups))
+        assert isinstance(rounded, BlockWeight)
+        ours[name] = rounded
         np.save(tmp_path / f"{name}.npy", pack_rows(ours[name]).numpy())
     words = {name: name.replace("_k", "_K") for name in BLOCKS}
     out = asked(

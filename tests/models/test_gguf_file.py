@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import gguf
 import numpy as np
@@ -33,7 +34,7 @@ def folder_of(tmp_path_factory):
         key = kind, json.dumps(changes)
         if key not in made:
             torch.manual_seed(0)
-            more = {"mlp_only_layers": []} if "moe" in kind else {}
+            more: dict[str, Any] = {"mlp_only_layers": []} if "moe" in kind else {}
             settings = {**COMMON, **KINDS[kind], **more, **changes}
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
             with torch.no_grad():
@@ -117,6 +118,7 @@ def test_llama3s_factors_give_its_rule(folder_of, tmp_path):
     rule |= dict(high_freq_factor=4.0, original_max_position_embeddings=8192)
     folder = folder_of("llama", rope_parameters=rule, max_position_embeddings=131072)
     facts = read_facts(folder)
+    assert facts.rope_scaling is not None
     assert facts.rope_scaling.kind == "llama3"
     plain, stretched = (
         frequencies(facts.head_dim, facts.rope_theta, scaling, "cpu")
@@ -132,11 +134,13 @@ def test_llama3s_factors_give_its_rule(folder_of, tmp_path):
 
 
 def test_the_head_is_read_as_the_package_reads_it(folder_of, tmp_path):
-    path = write_gguf(
-        folder_of("dense"),
-        tmp_path / "m.gguf",
-        **{"tokenizer.ggml.tokens": ["a", "b"], "list": [1, 2, 3], "yes": True, "real": 0.5},
-    )
+    values: dict[str, Any] = {
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "list": [1, 2, 3],
+        "yes": True,
+        "real": 0.5,
+    }
+    path = write_gguf(folder_of("dense"), tmp_path / "m.gguf", **values)
     ours, theirs = read_gguf_header(path), gguf.GGUFReader(path)
     fields = {
         name: field.contents()
@@ -158,7 +162,8 @@ def test_split_files_are_read_together(folder_of, tmp_path):
             for name in list(tensors)[1 - k :: 2]:
                 del tensors[name]
 
-        write_gguf(folder, path, change=half, **{"split.count": 2, "split.no": k})
+        values: dict[str, Any] = {"split.count": 2, "split.no": k}
+        write_gguf(folder, path, change=half, **values)
         names.append(path)
     ours, original = (Checkpoint(path).block(2) for path in (names[0], folder))
     assert torch.equal(ours["mlp.up_proj.weight"], original["mlp.up_proj.weight"])
