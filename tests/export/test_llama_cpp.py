@@ -69,10 +69,10 @@ def test_its_quantizer_and_its_reader_agree_with_ours(tmp_path):
     for name, form in BLOCKS.items():
         levels = levels_of(name, form.bits, form.group_size, symmetric=not form.offsets)
         groups = into_groups(weight, form.group_size)
-        codes = levels.rounded(groups, levels.minmax(groups))
-        assert isinstance(codes, BlockWeight)
-        ours[name] = codes
-        np.save(tmp_path / f"{name}.npy", pack_rows(codes).numpy())
+        rounded = levels.rounded(groups, levels.minmax(groups))
+        assert isinstance(rounded, BlockWeight)
+        ours[name] = rounded
+        np.save(tmp_path / f"{name}.npy", pack_rows(ours[name]).numpy())
     words = {name: name.replace("_k", "_K") for name in BLOCKS}
     out = asked(
         tmp_path,

@@ -34,7 +34,7 @@ def folder_of(tmp_path_factory):
         key = kind, json.dumps(changes)
         if key not in made:
             torch.manual_seed(0)
-            more: dict[str, list[int]] = {"mlp_only_layers": []} if "moe" in kind else {}
+            more: dict[str, Any] = {"mlp_only_layers": []} if "moe" in kind else {}
             settings = {**COMMON, **KINDS[kind], **more, **changes}
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
             with torch.no_grad():
@@ -134,8 +134,12 @@ def test_llama3s_factors_give_its_rule(folder_of, tmp_path):
 
 
 def test_the_head_is_read_as_the_package_reads_it(folder_of, tmp_path):
-    values: dict[str, Any] = {"tokenizer.ggml.tokens": ["a", "b"], "list": [1, 2, 3]}
-    values |= {"yes": True, "real": 0.5}
+    values: dict[str, Any] = {
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "list": [1, 2, 3],
+        "yes": True,
+        "real": 0.5,
+    }
     path = write_gguf(folder_of("dense"), tmp_path / "m.gguf", **values)
     ours, theirs = read_gguf_header(path), gguf.GGUFReader(path)
     fields = {
