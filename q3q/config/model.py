@@ -28,7 +28,7 @@ def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts
     if model.source is None and model.path is None:
         raise ConfigError(
             "no model is named: give model=hub model.source=ORGANIZATION/NAME for one of the Hub, "
-            "or model=local model.path=DIR for a folder"
+            "or model=local model.path=DIR for a folder or a GGUF file"
         )
     folder: Path | None = None
     if model.path is None:
@@ -45,7 +45,7 @@ def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts
             )
         if model.revision is not None:
             raise ConfigError(
-                f"model.revision={model.revision} is for Hub models; {model.path} is a folder"
+                f"model.revision={model.revision} is for Hub models; {model.path} is a local one"
             )
         folder = (
             DEMO_MODELS / model.path.removeprefix("demo:")
@@ -79,8 +79,10 @@ def _refuse_another_models_name(name: str | None, source: str) -> None:
 def _local_model(folder: Path, storage: str, *, own_tokenizer: bool) -> tuple[ModelFacts, str]:
     checkpoint = Checkpoint(folder)
     if own_tokenizer and not (checkpoint.folder / "tokenizer.json").is_file():
+        cure = "; copy the original's beside the GGUF file" if checkpoint.gguf else ""
         raise CheckpointError(
-            f"{folder} has no tokenizer.json: a model is evaluated with its own tokenizer"
+            f"{checkpoint.folder} has no tokenizer.json: a model is evaluated with its own "
+            f"tokenizer{cure}"
         )
     for remark in checkpoint.remarks:
         print(f"q3q: {folder}: {remark}", file=sys.stderr)

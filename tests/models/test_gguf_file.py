@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from q3q.config.model import resolve_model
 from q3q.errors import CheckpointError
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.facts import read_facts
@@ -16,6 +17,8 @@ from q3q.models.gguf_file import open_gguf
 from q3q.models.gguf_header import ARCHITECTURES, read_gguf_header
 from q3q.models.likeness import compare_weights
 from q3q.models.rope import frequencies
+from tests.composed import compose
+from tests.export.conftest import DEMO
 from tests.models.families import COMMON, KINDS
 from tests.models.gguf_files import write_gguf
 
@@ -65,6 +68,18 @@ def test_a_file_with_plain_numbers_is_the_model_itself(folder_of, tmp_path, kind
     assert torch.equal(original.rows("model.embed_tokens.weight", 5, 4), ours.embedding()[5:9])
     assert torch.equal(original.head(), ours.head())
     assert torch.equal(original.final_norm(), ours.final_norm())
+
+
+def test_a_file_is_a_model_if_its_tokenizer_lies_beside_it(folder_of, tmp_path):
+    path = write_gguf(folder_of("llama", **SIZES), tmp_path / "m.gguf", lambda name: "Q8_0")
+    config = compose(
+        "config", ["model=local", f"model.path={path}", f"storage={tmp_path / 'runs'}"]
+    )
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: .* the original's beside the GGUF"):
+        resolve_model(config)
+    shutil.copy(DEMO / "tokenizer.json", tmp_path)
+    model, place, facts = resolve_model(config)
+    assert (model.name, place, facts.quantized) == ("m.gguf", path, "Q8_0")
 
 
 QUANTIZED = [kind.name for kind in gguf.quants._type_traits if kind.name != "BF16"]
