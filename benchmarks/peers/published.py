@@ -71,9 +71,7 @@ def gptqmodel(model: str, output: Path, settings: dict[str, Any], windows: Tenso
     own.quantize(rows, batch_size=4)
     own.save(str(output))
     # The type of the stored scales: to a model in bfloat16 it rounds them.
-    loaded = GPTQModel.load(
-        str(output), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16
-    )
+    loaded = GPTQModel.load(str(output), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     modules = dict(plain.named_modules())
     for name, module in loaded.model.named_modules():
@@ -104,7 +102,7 @@ def bitsandbytes(model: str, output: Path, settings: dict[str, Any], windows: Te
 
 
 def autoround(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
-    """Its loader computes in float16, whatever is asked for, so its weights go into a plain model."""
+    """Its loader computes in float16, so its weights go into a plain model in float32."""
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -137,11 +135,12 @@ def autoround(model: str, output: Path, settings: dict[str, Any], windows: Tenso
 
 def gguf(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
     """The file was written before; transformers dequantizes it with the gguf package."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(settings["file"])
+    config = AutoConfig.from_pretrained(model)  # of the file transformers reads no head size
     return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
+        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
     )
 
 

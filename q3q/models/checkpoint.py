@@ -22,6 +22,7 @@ from q3q.models.disk_names import (
     is_fused,
     is_stacked,
     layout_of,
+    of_expert,
     parts_of,
     sources_of,
 )
@@ -237,6 +238,17 @@ class Checkpoint:
             name: _assemble(map(number, sources[name]), name, self.facts, k, dtype)
             for name in chosen
         }
+
+    def matrix(self, k: int, name: str, expert: int = 0) -> Tensor:
+        """Read one tensor of block `k` as `block` has it; of stacked ones, an expert's matrix."""
+        source = name
+        if is_stacked(name):
+            if self._fused(k):
+                shape = self.facts.block_shapes(k)[name][1:]
+                each = math.prod(shape)
+                return self.block_part(k, name, expert * each, each).view(shape)
+            source = of_expert(name, expert)
+        return self._numbers(k, [source])[source]
 
     def _numbers(self, k: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Read a block's tensors as plain numbers, by their names without the block's prefix."""

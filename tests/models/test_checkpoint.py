@@ -142,6 +142,11 @@ def test_fused_and_per_expert_layouts_read_alike(saved, broken):
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in on_disk
     for k in range(3):
         assert_same(Checkpoint(folder).block(k), Checkpoint(root / "moe").block(k))
+        for checkpoint in (Checkpoint(folder), Checkpoint(root / "moe")):
+            for name, tensor in checkpoint.block(k).items():
+                matrices = list(tensor) if "experts" in name else [tensor]
+                for e, matrix in enumerate(matrices):
+                    assert torch.equal(checkpoint.matrix(k, name, e), matrix), name
 
 
 def test_experts_keep_their_order_beyond_ten(broken):

@@ -16,6 +16,7 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.facts import read_facts
 from q3q.models.gguf_file import open_gguf
 from q3q.models.gguf_header import ARCHITECTURES, read_gguf_header
+from q3q.models.likeness import compare_weights
 from q3q.models.rope import frequencies
 from tests.composed import compose
 from tests.export.conftest import DEMO
@@ -232,13 +233,38 @@ def test_an_unknown_type_is_refused(folder_of, tmp_path):
         Checkpoint(path)
 
 
+def test_blocks_of_zeros_are_doubted_and_most_of_a_linear_refused(folder_of, tmp_path):
+    folder = folder_of("moe", **SIZES, moe_intermediate_size=256)
+    path = write_gguf(
+        folder, tmp_path / "m.gguf", lambda name: "Q4_0" if "_exps" in name else "F32"
+    )
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensor = open_gguf(path).tensors[name]
+    content, blocks = bytearray(path.read_bytes()), tensor.size // 18
+
+    def compared(zeros):
+        for k in range(zeros):
+            content[tensor.start + 18 * k : tensor.start + 18 * k + 2] = b"\x00\x00"
+        path.write_bytes(content)
+        checkpoint = Checkpoint(path)
+        return compare_weights(checkpoint, Checkpoint(folder)), list(checkpoint.doubts)
+
+    likeness, doubts = compared(3)
+    assert doubts == [f"{name}: 3 of {blocks} blocks of Q4_0 are zero"]
+    assert likeness.unlike == {}
+    assert likeness.largest is not None
+    assert 0 < likeness.largest[1] < 0.2
+    with pytest.raises(CheckpointError, match=f"{name}: {blocks // 2 + 1} of {blocks} blocks of"):
+        compared(blocks // 2 + 1)
+
+
 def test_scales_that_are_no_numbers_are_named_and_zero_ones_counted(folder_of, tmp_path):
     path = write_gguf(folder_of("llama", **SIZES), tmp_path / "m.gguf", lambda name: "Q4_0")
     tensor = open_gguf(path).tensors["model.layers.0.mlp.up_proj.weight"]
     content = bytearray(path.read_bytes())
     content[tensor.start : tensor.start + 2] = b"\x00\x00"
     path.write_bytes(content)
-    assert tensor.zero_share() == 1 / (512 * 256 / 32)
+    assert tensor.zero_blocks(tensor.read()) == (1, 512 * 256 / 32)
     content[tensor.start + 18 : tensor.start + 20] = b"\xff\x7f"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"scale of its Q4_0 blocks in blk.0.ffn_up.weight"):

@@ -15,7 +15,7 @@ from compressed_tensors.quantization.utils import (
 
 from q3q.errors import CheckpointError
 from q3q.models.block import rounded_as
-from q3q.models.packed import Layout
+from q3q.models.packed import Layout, doubts_of
 from q3q.models.packed_tables import TableCodes
 from q3q.models.published.packing import FP8_CACHE, Packing
 from q3q.models.published.readers import read_packing
@@ -283,6 +283,17 @@ def test_bitsandbytes_takes_blocks_of_the_flat_weight_high_half_first(double):
     expected = stored["weight.quant_map"][codes] * absmax.repeat_interleave(64)
     ours = layout.unpack(stored, ROWS, COLUMNS)
     assert torch.equal(ours, expected.view(ROWS, COLUMNS))
+
+
+def test_bitsandbytes_blocks_of_zeros_are_doubted_and_most_of_a_linear_refused():
+    layout, absmax = TableCodes(4, 64, True), torch.ones(48)
+    assert list(doubts_of(layout, {"weight.absmax": absmax}, NAME)) == []
+    absmax[:24] = 0
+    [doubt] = doubts_of(layout, {"weight.absmax": absmax}, NAME)
+    assert doubt == f"{NAME}.weight.absmax: 24 of 48 scales are zero"
+    absmax[24] = 0
+    with pytest.raises(CheckpointError, match=r"absmax: 25 of 48 scales are zero"):
+        list(doubts_of(layout, {"weight.absmax": absmax}, NAME))
 
 
 def test_bitsandbytes_state_that_contradicts_the_config_is_refused():
