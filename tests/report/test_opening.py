@@ -383,7 +383,25 @@ def test_the_noise_of_a_kl_is_named_where_it_was_measured(tmp_path: Path) -> Non
     assert noise_floors([record]) == []
     floored = replace(record, metrics={**record.metrics, "kl_floor/stories": 0.00012})
     [line] = noise_floors([record, floored])
-    assert line.startswith("A KL of stories below 1.2e-04 is noise")
+    assert line.startswith("A KL of stories below 1.2e-04 is noise for demo: ")
+    # There is nothing to test, and the floor is named all the same.
+    report = write_report([floored], tmp_path / "report", About(name="it", command="launch"))
+    assert line in report.files["report.html"].decode()
+    assert line in report.files["results.md"].decode()
+
+
+def test_each_model_and_each_quick_look_has_its_own_noise(tmp_path: Path) -> None:
+    record = trial(tmp_path, "none", 16, HARD_N)
+    other = replace(record.spec, model=replace(record.spec.model, name="other"))
+    records = [
+        replace(record, metrics={"kl_floor/stories": 1e-4, "kl_floor_quick/stories": 2e-4}),
+        replace(record, metrics={"kl_floor/stories": 3e-4}, spec=other),
+    ]
+    assert [line.partition(": ")[0] for line in noise_floors(records)] == [
+        "A KL of stories below 1.0e-04 is noise for demo",
+        "A KL of stories (a quick look) below 2.0e-04 is noise for demo",
+        "A KL of stories below 3.0e-04 is noise for other",
+    ]
 
 
 def test_a_plan_says_what_its_questions_can_show() -> None:
