@@ -155,11 +155,19 @@ def _steps(sizes: Sequence[float]) -> list[float]:
 
 
 def by_width(pools: Sequence[Pool]) -> str:
-    """Return `rtn and awq at 2 bits, rtn at 3 bits`."""
-    widths: dict[int, list[Pool]] = {}
+    """Return `rtn and awq at 2 bits, rtn at 3 bits, rtn budget:3.5`."""
+    widths: dict[str, list[Pool]] = {}
     for pool in pools:
-        widths.setdefault(pool.bits, []).append(pool)
-    return ", ".join(f"{listed(own)} at {plural(bits, 'bit')}" for bits, own in widths.items())
+        widths.setdefault(at_width(pool), []).append(pool)
+    return ", ".join(f"{listed(own)}{at}" for at, own in widths.items())
+
+
+def at_width(pool: Pool) -> str:
+    """Return ` at 4 bits`; of a budget, which has many widths, what the label lacks."""
+    budget = pool.spec.budget
+    if budget is None:
+        return "" if pool.is_reference else f" at {plural(pool.bits, 'bit')}"
+    return "" if budget.words in pool.label else f" {budget.words}"
 
 
 def listed(pools: Sequence[Pool]) -> str:

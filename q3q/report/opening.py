@@ -8,7 +8,7 @@ from itertools import combinations
 
 from q3q.formatting import percent, plural, signed
 from q3q.report.answer import FROM, ONLY_CALIBRATED, Answer, Verdict, lowest
-from q3q.report.budgets import budget_table, by_width, listed, size_of
+from q3q.report.budgets import at_width, budget_table, by_width, listed, size_of
 from q3q.report.certainty import Certainty, in_words
 from q3q.report.changes import UNTESTED
 from q3q.report.escapes import markdown_code, markdown_text
@@ -103,7 +103,10 @@ def _widths(answer: Answer, most: int) -> list[str]:
 
 def _width(answer: Answer, verdict: Verdict) -> str:
     """Return a clause on one width: `at 4 bits a and b cannot be told apart (+0.9 to +1.4 %)`."""
-    at, best, metric = f"at {plural(verdict.bits, 'bit')}", verdict.best, answer.metrics[0]
+    best, metric = verdict.best, answer.metrics[0]
+    # A budget stands at the smallest width that takes no less.
+    allotted = any(pool.spec.budget for pool in answer.at(verdict.bits))
+    at = f"at {'up to ' if allotted else ''}{plural(verdict.bits, 'bit')}"
     if best is None:
         return f"{at} nothing was measured"
     by = f" of {in_words(metric)}"
@@ -263,7 +266,7 @@ def export_hint(answers: Sequence[Answer]) -> str:
 
 
 def _named(pool: Pool) -> str:
-    return pool.label if pool.is_reference else f"{pool.label} at {plural(pool.bits, 'bit')}"
+    return pool.label + at_width(pool)
 
 
 def _sentence(text: str) -> str:

@@ -5,16 +5,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 
+from q3q.bit_budget import BitBudget
 from q3q.evaluate.power import smallest_difference
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
 from q3q.placement import Placement
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.about import About
 from q3q.report.answer import Answer, answers
+from q3q.report.budgets import by_width
 from q3q.report.certainty import noise_floors
 from q3q.report.changes import change
 from q3q.report.families import Family, pair
@@ -166,6 +169,22 @@ def test_each_size_has_its_best_choice_its_ties_and_its_command(tmp_path: Path) 
     commands = [choice.command for choice in only(study(tmp_path / "b")).budgets]
     assert ["export=gptq" in command for command in commands] == [True, True, False]
     assert "export=compressed_tensors" in commands[2]
+
+
+def test_a_budget_is_not_named_by_a_width_that_it_does_not_have(tmp_path: Path) -> None:
+    none, uniform, mixed, *_ = study(tmp_path)
+    how: dict[str, Any] = {"unit": "site", "widths": (4, 8), "measure": "kl", "draw": "random"}
+    budget = BitBudget(bits=7.5, source="pile", digest="d", samples=8, length=64, **how)
+    allotted = replace(uniform, spec=replace(uniform.spec, budget=budget))
+    uniform.trial.folder.rename(allotted.trial.folder)
+    [alone] = opening([only([none, allotted])])
+    assert alone.startswith("rtn budget:7.5 (8.00 MB of 16.0 MB): ")
+    both = [none, allotted, trial(tmp_path / "b", "gptq", 8, HARD_N + 0.0101 + noise(3)), mixed]
+    answer = only(both)
+    assert by_width(answer.tried) == "rtn at 4 bits, rtn budget:7.5, gptq at 8 bits"
+    lines = opening([answer])
+    assert lines[1].startswith("At up to 8 bits rtn budget:7.5 and gptq cannot be told apart")
+    assert lines[2].startswith("At 4 bits only rtn was measured")
 
 
 def test_among_many_methods_luck_is_not_the_best(tmp_path: Path) -> None:
