@@ -66,7 +66,7 @@ def _why(answer: Answer) -> str:
     assert pool is not None
     measured = answer.at_all
     if answer.within is not None:
-        return f"it is the smallest that is shown to stay within {answer.margin_in_words}"
+        return f"it is among the smallest that are shown to stay within {answer.margin_in_words}"
     rest = ""
     if answer.margin is not None:
         rest = f". None is shown to stay within {answer.margin_in_words}"
@@ -78,6 +78,8 @@ def _why(answer: Answer) -> str:
         return ONLY_ONE + rest
     best = answer.best
     if best is not pool and best is not None:
+        if best.cell(metric) == pool.cell(metric):
+            return f"{_named(best)} has the same number, and is larger" + rest
         return f"{_named(best)} has a better number, but chance explains that" + rest
     unknown = [p for p in measured if p is not pool and answer.tests.same(p, pool, metric) is None]
     if unknown:

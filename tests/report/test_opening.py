@@ -216,13 +216,20 @@ def test_with_a_margin_the_smallest_that_is_shown_to_stay_within_it_is_recommend
     records = study(tmp_path)
     assert only(records, 10.0).chosen.name == "gptq, 3 bits"  # type: ignore[union-attr]
     lines = opening([only(records, 10.0)])
-    assert "is shown to stay within 10 % of the unquantized model" in lines[0]
+    assert "it is among the smallest that are shown to stay within 10 % of the unq" in lines[0]
     narrow = only(records, 0.5)
     assert narrow.within is None
     assert narrow.chosen.name == "gptq, 4 bits"  # type: ignore[union-attr]
     assert "None is shown to stay within 0.5 % of the unquantized model" in opening([narrow])[0]
     [table] = narrow.certainty.tables("demo")
     assert {row[-1] for row in table.rows} == {"not shown"}
+
+
+def test_an_equal_number_is_not_called_better(tmp_path: Path) -> None:
+    records = [trial(tmp_path, name, bits, HARD_N) for name, bits in (("rtn", 8), ("gptq", 4))]
+    assert opening([only(records)])[0].endswith(
+        "; rtn at 8 bits has the same number, and is larger."
+    )
 
 
 def test_a_margin_without_paired_samples_is_said_not_to_be_tested(tmp_path: Path) -> None:
