@@ -8,7 +8,7 @@ from itertools import combinations
 
 from q3q.formatting import percent, plural, signed
 from q3q.report.answer import FROM, ONLY_CALIBRATED, Answer, Verdict, lowest
-from q3q.report.budgets import at_width, budget_table, by_width, listed, size_of
+from q3q.report.budgets import at_width, budget_table, by_width, command_of, listed, size_of
 from q3q.report.certainty import Certainty, in_words
 from q3q.report.changes import UNTESTED
 from q3q.report.escapes import markdown_code, markdown_text
@@ -240,7 +240,7 @@ def in_markdown(answers: Sequence[Answer], commands: bool = True) -> str:
 def choices(answer: Answer) -> Table:
     """Return the best choice for each size as a table."""
     title = f"{answer.name}: the best choice for each size"
-    return budget_table(title, answer.budgets, in_words(answer.metrics[0]))
+    return budget_table(title, answer.budgets, in_words(answer.metrics[0]), answer.chosen)
 
 
 def export_lines(answer: Answer) -> str:
@@ -261,9 +261,8 @@ def export_lines(answer: Answer) -> str:
 def export_hint(answers: Sequence[Answer]) -> str:
     """Return how to export the recommended choice of the first answer that has one."""
     for answer in answers:
-        for choice in answer.budgets:
-            if choice.best is answer.chosen and choice.command:
-                return f"To export {_named(choice.best)}: {choice.command}"
+        if answer.chosen is not None and (command := command_of(answer.chosen)):
+            return f"To export {_named(answer.chosen)}: {command}"
     return ""
 
 

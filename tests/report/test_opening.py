@@ -21,7 +21,7 @@ from q3q.report.budgets import by_width
 from q3q.report.certainty import noise_floors
 from q3q.report.changes import change
 from q3q.report.families import Family, pair
-from q3q.report.opening import in_markdown, opening
+from q3q.report.opening import export_hint, in_markdown, opening
 from q3q.report.pools import Pool
 from q3q.report.write import write_report
 from q3q.sweep.questions import shown_by_questions
@@ -169,6 +169,29 @@ def test_each_size_has_its_best_choice_its_ties_and_its_command(tmp_path: Path) 
     commands = [choice.command for choice in only(study(tmp_path / "b")).budgets]
     assert ["export=gptq" in command for command in commands] == [True, True, False]
     assert "export=compressed_tensors" in commands[2]
+
+
+def test_the_recommended_choice_has_a_row_and_a_command_where_another_is_better(
+    tmp_path: Path,
+) -> None:
+    """Awq has the better number and less size than rtn, but an interval wider than the margin."""
+    records = [
+        trial(tmp_path, "none", 16, HARD_N),
+        trial(tmp_path, "awq", 3, HARD_N + 0.01 + noise(1, 0.3)),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.03 + noise(2)),
+    ]
+    answer = only(records, 5.0)
+    assert answer.chosen is not None
+    assert answer.chosen.name == "rtn, 4 bits"
+    rows = [(choice.budget / 1e6, choice.best.name) for choice in answer.budgets]
+    assert rows == [(3.0, "awq, 3 bits"), (4.0, "rtn, 4 bits")]
+    assert "| rtn, 4 bits (recommended) |" in in_markdown([answer])
+    assert export_hint([answer]).startswith("To export rtn at 4 bits: python launch.py")
+    for record in records:  # sizes are unknown
+        del record.metrics["model_bytes"]
+    unsized = only(records, 5.0)
+    assert unsized.budgets == []
+    assert export_hint([unsized]) == export_hint([answer])
 
 
 def test_a_budget_is_not_named_by_a_width_that_it_does_not_have(tmp_path: Path) -> None:
