@@ -147,8 +147,8 @@ class Answer:
 
     @cached_property
     def budgets(self) -> list[Choice]:
-        """The best choice for each size."""
-        return budgets(self.tried, self.tests, self.metrics[0])
+        """The best choice for each size, and the recommended one."""
+        return budgets(self.tried, self.tests, self.metrics[0], self.chosen)
 
     @property
     def margin_in_words(self) -> str:

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from q3q.formatting import percent, plural, signed
 from q3q.report.answer import FROM, ONLY_CALIBRATED, Answer, Verdict, lowest
-from q3q.report.budgets import budget_table, by_width, listed, size_of
+from q3q.report.budgets import at_width, budget_table, by_width, command_of, listed, size_of
 from q3q.report.certainty import Certainty, in_words
 from q3q.report.changes import UNTESTED
 from q3q.report.escapes import markdown_code, markdown_text
@@ -66,7 +66,7 @@ def _why(answer: Answer) -> str:
     assert pool is not None
     measured = answer.at_all
     if answer.within is not None:
-        return f"it is the smallest that is shown to stay within {answer.margin_in_words}"
+        return f"it is among the smallest that are shown to stay within {answer.margin_in_words}"
     rest = ""
     if answer.margin is not None:
         rest = f". None is shown to stay within {answer.margin_in_words}"
@@ -78,6 +78,8 @@ def _why(answer: Answer) -> str:
         return ONLY_ONE + rest
     best = answer.best
     if best is not pool and best is not None:
+        if best.cell(metric) == pool.cell(metric):
+            return f"{_named(best)} has the same number, and is larger" + rest
         return f"{_named(best)} has a better number, but chance explains that" + rest
     unknown = [p for p in measured if p is not pool and answer.tests.same(p, pool, metric) is None]
     if unknown:
@@ -103,7 +105,10 @@ def _widths(answer: Answer, most: int) -> list[str]:
 
 def _width(answer: Answer, verdict: Verdict) -> str:
     """Return a clause on one width: `at 4 bits a and b cannot be told apart (+0.9 to +1.4 %)`."""
-    at, best, metric = f"at {plural(verdict.bits, 'bit')}", verdict.best, answer.metrics[0]
+    best, metric = verdict.best, answer.metrics[0]
+    # A budget stands at the smallest width that takes no less.
+    allotted = any(pool.spec.budget for pool in answer.at(verdict.bits))
+    at = f"at {'up to ' if allotted else ''}{plural(verdict.bits, 'bit')}"
     if best is None:
         return f"{at} nothing was measured"
     by = f" of {in_words(metric)}"
@@ -235,7 +240,7 @@ def in_markdown(answers: Sequence[Answer], commands: bool = True) -> str:
 def choices(answer: Answer) -> Table:
     """Return the best choice for each size as a table."""
     title = f"{answer.name}: the best choice for each size"
-    return budget_table(title, answer.budgets, in_words(answer.metrics[0]))
+    return budget_table(title, answer.budgets, in_words(answer.metrics[0]), answer.chosen)
 
 
 def export_lines(answer: Answer) -> str:
@@ -256,14 +261,13 @@ def export_lines(answer: Answer) -> str:
 def export_hint(answers: Sequence[Answer]) -> str:
     """Return how to export the recommended choice of the first answer that has one."""
     for answer in answers:
-        for choice in answer.budgets:
-            if choice.best is answer.chosen and choice.command:
-                return f"To export {_named(choice.best)}: {choice.command}"
+        if answer.chosen is not None and (command := command_of(answer.chosen)):
+            return f"To export {_named(answer.chosen)}: {command}"
     return ""
 
 
 def _named(pool: Pool) -> str:
-    return pool.label if pool.is_reference else f"{pool.label} at {plural(pool.bits, 'bit')}"
+    return pool.label + at_width(pool)
 
 
 def _sentence(text: str) -> str:

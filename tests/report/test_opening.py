@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy
 import pytest
 
+from q3q.bit_budget import BitBudget
 from q3q.evaluate.compare import compare
 from q3q.evaluate.power import smallest_difference
 from q3q.evaluate.replicates import TEST
@@ -18,10 +20,11 @@ from q3q.placement import Placement
 from q3q.record import COMPLETED, Comparison, TrialRecord
 from q3q.report.about import About
 from q3q.report.answer import Answer, answers
+from q3q.report.budgets import by_width
 from q3q.report.certainty import noise_floors
 from q3q.report.changes import change, p_of
 from q3q.report.families import Family, pair
-from q3q.report.opening import in_markdown, opening
+from q3q.report.opening import export_hint, in_markdown, opening
 from q3q.report.pools import Pool
 from q3q.report.write import write_report
 from q3q.sweep.questions import shown_by_questions
@@ -172,6 +175,45 @@ def test_each_size_has_its_best_choice_its_ties_and_its_command(tmp_path: Path) 
     assert "export=compressed_tensors" in commands[2]
 
 
+def test_the_recommended_choice_has_a_row_and_a_command_where_another_is_better(
+    tmp_path: Path,
+) -> None:
+    """Awq has the better number and less size than rtn, but an interval wider than the margin."""
+    records = [
+        trial(tmp_path, "none", 16, HARD_N),
+        trial(tmp_path, "awq", 3, HARD_N + 0.01 + noise(1, 0.3)),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.03 + noise(2)),
+    ]
+    answer = only(records, 5.0)
+    assert answer.chosen is not None
+    assert answer.chosen.name == "rtn, 4 bits"
+    rows = [(choice.budget / 1e6, choice.best.name) for choice in answer.budgets]
+    assert rows == [(3.0, "awq, 3 bits"), (4.0, "rtn, 4 bits")]
+    assert "| rtn, 4 bits (recommended) |" in in_markdown([answer])
+    assert export_hint([answer]).startswith("To export rtn at 4 bits: python launch.py")
+    for record in records:  # sizes are unknown
+        del record.metrics["model_bytes"]
+    unsized = only(records, 5.0)
+    assert unsized.budgets == []
+    assert export_hint([unsized]) == export_hint([answer])
+
+
+def test_a_budget_is_not_named_by_a_width_that_it_does_not_have(tmp_path: Path) -> None:
+    none, uniform, mixed, *_ = study(tmp_path)
+    how: dict[str, Any] = {"unit": "site", "widths": (4, 8), "measure": "kl", "draw": "random"}
+    budget = BitBudget(bits=7.5, source="pile", digest="d", samples=8, length=64, **how)
+    allotted = replace(uniform, spec=replace(uniform.spec, budget=budget))
+    uniform.trial.folder.rename(allotted.trial.folder)
+    [alone] = opening([only([none, allotted])])
+    assert alone.startswith("rtn budget:7.5 (8.00 MB of 16.0 MB): ")
+    both = [none, allotted, trial(tmp_path / "b", "gptq", 8, HARD_N + 0.0101 + noise(3)), mixed]
+    answer = only(both)
+    assert by_width(answer.tried) == "rtn at 4 bits, rtn budget:7.5, gptq at 8 bits"
+    lines = opening([answer])
+    assert lines[1].startswith("At up to 8 bits rtn budget:7.5 and gptq cannot be told apart")
+    assert lines[2].startswith("At 4 bits only rtn was measured")
+
+
 def test_among_many_methods_luck_is_not_the_best(tmp_path: Path) -> None:
     """Of five methods that are all alike, one differs from others with p < 0.05 each time."""
     names = ("rtn", "awq", "smoothquant", "billm", "gptq")
@@ -216,13 +258,20 @@ def test_with_a_margin_the_smallest_that_is_shown_to_stay_within_it_is_recommend
     records = study(tmp_path)
     assert only(records, 10.0).chosen.name == "gptq, 3 bits"  # type: ignore[union-attr]
     lines = opening([only(records, 10.0)])
-    assert "is shown to stay within 10 % of the unquantized model" in lines[0]
+    assert "it is among the smallest that are shown to stay within 10 % of the unq" in lines[0]
     narrow = only(records, 0.5)
     assert narrow.within is None
     assert narrow.chosen.name == "gptq, 4 bits"  # type: ignore[union-attr]
     assert "None is shown to stay within 0.5 % of the unquantized model" in opening([narrow])[0]
     [table] = narrow.certainty.tables("demo")
     assert {row[-1] for row in table.rows} == {"not shown"}
+
+
+def test_an_equal_number_is_not_called_better(tmp_path: Path) -> None:
+    records = [trial(tmp_path, name, bits, HARD_N) for name, bits in (("rtn", 8), ("gptq", 4))]
+    assert opening([only(records)])[0].endswith(
+        "; rtn at 8 bits has the same number, and is larger."
+    )
 
 
 def test_a_margin_without_paired_samples_is_said_not_to_be_tested(tmp_path: Path) -> None:
