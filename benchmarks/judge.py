@@ -5,35 +5,56 @@ llm-compressor, GPTQModel, bitsandbytes and auto-round, each in an environment o
 (`methods.py` makes those of the first two). There the format's own loader reads the files and plain
 transformers computes the logits of fixed windows in float32. q3q reads the same files. The table
 shows the KL from the original by both, in nats, and the largest difference of a position's KL.
+
+llama.cpp (`--llama`, the Python of `make llama`) quantizes a GGUF file that q3q wrote. The `gguf`
+package dequantizes it for transformers; the table says what llama.cpp itself computes, too.
 """
 
 import argparse
 import json
+import os
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy
 import torch
-from methods import DEMO, GPTQMODEL, LLM_COMPRESSOR, SCRIPTS, ContenderError, Peer, environment_of
+from methods import (
+    DEMO,
+    GPTQMODEL,
+    LLM_COMPRESSOR,
+    ROOT,
+    SCRIPTS,
+    ContenderError,
+    Peer,
+    environment_of,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from q3q.data.texts import load_text
 from q3q.data.windows import consecutive_windows, draw_windows, encoder
+from q3q.export.gguf_vocabulary import vocabulary_of
+from q3q.export.gguf_writing import tensors_of, write_model
+from q3q.models import block as blocks
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import Decoder, load_decoder
 from q3q.models.likeness import format_in_words
+from q3q.models.tensor_files import read_header
 from q3q.numerics.divergence import kl_divergence
 
 WINDOWS, LENGTH, CALIBRATION = 4, 256, 16
 LIMIT = 1e-5  # nats: a larger difference of the mean KL is a disagreement
 RUN_SECONDS = 1800
-# Inputs in whole numbers: servers divide a token's largest magnitude by 127, and
-# compressed-tensors' emulation in transformers by 127.5.
-EMULATED = "int8 inputs: as transformers' emulation scales them"
+# What docs/JUDGE.md names as not exact, and is computed here as the loader does it.
+HALVES = "int8 inputs scaled by 127.5, as transformers' emulation does"
+COLUMNS = "whole columns with a large input left as they are, as bitsandbytes does"
 
 PUBLISHED = Peer(
     name="published",
@@ -44,17 +65,12 @@ PUBLISHED = Peer(
 
 @dataclass(frozen=True)
 class Made:
-    """A checkpoint to make: the maker and its environment, and its settings.
-
-    inputs: False if the maker's loader does not round inputs on a CPU, so that here they are not
-        rounded either
-    """
+    """A checkpoint to make: the maker and its environment (None: llama.cpp's), and its settings."""
 
     name: str
     maker: str
-    peer: Peer
+    peer: Peer | None
     settings: dict[str, Any] = field(default_factory=dict)
-    inputs: bool = True
 
 
 BNB = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
@@ -87,6 +103,10 @@ CASES = (
         PUBLISHED,
         {"bits": 4, "group_size": 128, "iters": 4, "format": "auto_round"},
     ),
+    *(
+        Made(f"llama.cpp {kind}", "gguf", None, {"type": kind})
+        for kind in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS")
+    ),
 )
 
 
@@ -95,6 +115,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/q3q/peers")
     parser.add_argument("--only", default="", help="checkpoints whose name contains this")
     parser.add_argument("--published", type=Path, help="Python of an environment that is there")
+    parser.add_argument("--llama", type=Path, default=ROOT / ".venv-llama/bin/python")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[tuple[str, ...]] = [
@@ -105,15 +126,18 @@ def main() -> None:
         windows = _tokens()
         save_file(windows, tokens)
         original = _logits(load_decoder(Checkpoint(DEMO), torch.float32), windows["evaluation"])
+
+        def python_of(peer: Peer) -> Path:
+            given = options.published if peer is PUBLISHED else None
+            return given or environment_of(peer, options.cache)
+
         for case in CASES:
             if options.only in case.name:
                 try:
-                    python = (
-                        options.published
-                        if case.peer is PUBLISHED and options.published
-                        else environment_of(case.peer, options.cache)
-                    )
-                    rows.append(_compare(case, python, tokens, original, Path(folder)))
+                    if case.peer is None:
+                        rows.append(_compare_gguf(case, options.llama, tokens, original))
+                    else:
+                        rows.append(_compare(case, python_of(case.peer), tokens, original))
                 except ContenderError as error:
                     rows.append((case.name, f"not made: {error}", "", "", "", ""))
                 print(" | ".join(rows[-1]), flush=True)
@@ -144,72 +168,142 @@ def _tokens() -> dict[str, Tensor]:
     }
 
 
-def _compare(
-    case: Made, python: Path, tokens: Path, original: Tensor, folder: Path
-) -> tuple[str, ...]:
+def _compare(case: Made, python: Path, tokens: Path, original: Tensor) -> tuple[str, ...]:
     """Make a checkpoint, and return its row.
 
     Raises:
         ContenderError: it was not made.
     """
-    place = folder / case.name.replace(" ", "-").replace(",", "")
-    job, logits = place.with_suffix(".json"), place.with_suffix(".safetensors")
+    place = tokens.parent / case.name.replace(" ", "-").replace(",", "")
+    theirs = _read_by_others(case.maker, python, place, case.settings, tokens)
+    found = next(place.rglob("config.json")).parent  # auto-round writes into a folder of its own
+    return _row(case, found, tokens, original, theirs)
+
+
+def _compare_gguf(case: Made, python: Path, tokens: Path, original: Tensor) -> tuple[str, ...]:
+    """Quantize a file with llama.cpp, and return its row.
+
+    Raises:
+        ContenderError: it was not made.
+    """
+    plain, ids = tokens.parent / "original.gguf", load_file(tokens)["evaluation"]
+    if not plain.exists():
+        facts, stored = Checkpoint(DEMO).facts, read_header(DEMO / "model.safetensors")
+        vocabulary = vocabulary_of(load_tokenizer(DEMO), facts.vocab)
+        contents = tensors_of(facts, stored, {})
+        write_model(plain, facts, vocabulary, contents, name="demo", most="q8_0")
+    place = tokens.parent / case.settings["type"]
+    place.mkdir()
+    numpy.save(place / "tokens.npy", ids.numpy())
+    job = {
+        "original": str(plain),
+        "output": str(place / "model.gguf"),
+        "type": case.settings["type"],
+        "tokens": str(place / "tokens.npy"),
+        "logits": str(place / "logits.npy"),
+    }
+    (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    _run(python, "llama_cpp_logits.py", place / "job.json")
+    settings = {"file": job["output"]}
+    theirs = _read_by_others("gguf", Path(sys.executable), place / "read", settings, tokens)
+    own = torch.from_numpy(numpy.load(job["logits"])).flatten(0, 1)
+    remark = f"llama.cpp itself: {float(kl_divergence(original, own).mean()):.6f}"
+    return _row(case, Path(job["output"]), tokens, original, theirs, remark)
+
+
+def _read_by_others(
+    maker: str, python: Path, place: Path, settings: dict[str, Any], tokens: Path
+) -> Tensor:
+    """Return the logits of the format's own loader, which reads what its maker wrote."""
     facts = {
-        "maker": case.maker,
+        "maker": maker,
         "model": str(DEMO),
         "output": str(place),
-        "settings": case.settings,
+        "settings": settings,
         "tokens": str(tokens),
-        "logits": str(logits),
+        "logits": str(place.with_suffix(".safetensors")),
     }
+    job = place.with_suffix(".json")
     job.write_text(json.dumps(facts), encoding="utf-8")
-    command = [str(python), str(SCRIPTS / "published.py"), str(job)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
+    _run(python, "published.py", job)
+    return load_file(facts["logits"])["logits"].flatten(0, 1)  # type: ignore[arg-type]
+
+
+def _run(python: Path, script: str, job: Path) -> None:
+    done = subprocess.run(
+        [str(python), str(SCRIPTS / script), str(job)],
+        # GPTQModel does not start with fewer workers.
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=RUN_SECONDS,
+        check=False,
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason"])[-1]
         raise ContenderError(last)
-    found = next(place.rglob("config.json")).parent  # auto-round writes into a folder of its own
-    checkpoint = Checkpoint(found)
+
+
+def _row(
+    case: Made, place: Path, tokens: Path, original: Tensor, logits: Tensor, remark: str = ""
+) -> tuple[str, ...]:
+    checkpoint = Checkpoint(place)
     model = load_decoder(checkpoint, torch.float32)
-    evaluation = load_file(tokens)["evaluation"]
-    remark = ""
-    if any(block.act_bits == 8 and block.act_format == "int" for block in model.blocks):
-        _emulate(model)
-        remark = EMULATED
-    theirs = _kl(original, load_file(logits)["logits"].flatten(0, 1))
-    ours = _kl(original, _logits(model, evaluation))
-    apart = float((ours - theirs).abs().max())
+    with _emulated(model) as emulated:
+        found = _logits(model, load_file(tokens)["evaluation"])
+    theirs, ours = (kl_divergence(original, each) for each in (logits, found))
     equal = abs(float(ours.mean() - theirs.mean())) <= LIMIT
     return (
         case.name,
         format_in_words(checkpoint),
         f"{float(theirs.mean()):.6f}",
         f"{float(ours.mean()):.6f}",
-        f"{apart:.1e}",
-        remark if equal else "DIFFERENT",
+        f"{float((ours - theirs).abs().max()):.1e}",
+        (remark or emulated) if equal else "DIFFERENT",
     )
 
 
-def _emulate(model: Decoder) -> None:
-    """Scale int8 inputs as compressed-tensors does in transformers, by 127.5 instead of 127."""
-    from q3q.models import block as blocks
+@contextmanager
+def _emulated(model: Decoder) -> Iterator[str]:
+    """Round int8 inputs as the format's loader on a CPU does; yields what was changed."""
+    name, rounding, remark = _otherwise(model)
+    if rounding is None:
+        yield remark
+        return
+    with patch.object(blocks, name, rounding):
+        yield remark
 
-    def rounded(inputs: Tensor, bits: int, group_size: int) -> Tensor:
-        scale = inputs.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
-        scale = scale.clamp(min=torch.finfo(scale.dtype).eps)
-        return (inputs / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
 
-    patch.object(blocks, "absmax_per_token", rounded).start()
+def _otherwise(model: Decoder) -> tuple[str, Callable[..., Tensor] | None, str]:
+    block = model.blocks[0]
+    if any(rounding.scales == "outliers" for rounding in block.own_rounding.values()):
+        return "ints_but_outliers", _whole_columns, COLUMNS
+    if block.act_bits == 8 and block.act_format == "int":
+        return "absmax_per_token", _by_halves, HALVES
+    return "", None, ""
+
+
+def _by_halves(inputs: Tensor, bits: int, group_size: int = -1) -> Tensor:
+    """As compressed-tensors in transformers."""
+    scale = inputs.abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
+    scale = scale.clamp(min=torch.finfo(scale.dtype).eps)
+    return (inputs / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+
+
+def _whole_columns(inputs: Tensor, bits: int) -> Tensor:
+    """As bitsandbytes, which casts to float16 first."""
+    narrow = inputs.half()
+    large = narrow.abs() >= 6
+    narrow = narrow.masked_fill(large, 0)
+    scale = narrow.abs().amax(-1, keepdim=True).float()
+    rounded = torch.round(narrow * (127 / scale)) * (scale / 127)
+    return torch.where(large.flatten(0, -2).any(0), inputs, rounded)
 
 
 def _logits(model: Decoder, windows: Tensor) -> Tensor:
     with torch.inference_mode():
         rows = [part for ids in windows for _, part in model.logits(model.hidden(ids[None])[0])]
     return torch.cat(rows)
-
-
-def _kl(original: Tensor, theirs: Tensor) -> Tensor:
-    return kl_divergence(original, theirs)
 
 
 if __name__ == "__main__":

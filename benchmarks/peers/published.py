@@ -33,7 +33,7 @@ def llmcompressor(model: str, output: Path, settings: dict[str, Any], windows: T
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -52,7 +52,11 @@ def llmcompressor(model: str, output: Path, settings: dict[str, Any], windows: T
     )
     original.save_pretrained(output, save_compressed=True)
     tokenizer.save_pretrained(output)
-    return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    if not settings["scheme"].startswith("NVFP4"):
+        return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    # It unpacks NVFP4 to bfloat16, whatever the model's type. Inputs are rounded all the same.
+    config = CompressedTensorsConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(output, quantization_config=config).float()
 
 
 def gptqmodel(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
@@ -66,7 +70,8 @@ def gptqmodel(model: str, output: Path, settings: dict[str, Any], windows: Tenso
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in windows.tolist()]
     own.quantize(rows, batch_size=4)
     own.save(str(output))
-    loaded = GPTQModel.load(str(output), device="cpu", backend=BACKEND.TORCH)
+    # The type of the stored scales: to a model in bfloat16 it rounds them.
+    loaded = GPTQModel.load(str(output), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     modules = dict(plain.named_modules())
     for name, module in loaded.model.named_modules():
@@ -88,10 +93,16 @@ def bitsandbytes(model: str, output: Path, settings: dict[str, Any], windows: Te
         model, dtype=torch.float32, quantization_config=config, device_map="cpu"
     )
     own.save_pretrained(output)
-    return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, device_map="cpu")
+    loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, device_map="cpu")
+    for module in loaded.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # That kernel computes in bfloat16, whatever bnb_4bit_compute_dtype says.
+            module.support_avx512bf16_for_cpu = False
+    return loaded
 
 
 def autoround(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
+    """Its loader computes in float16, so its weights go into a plain model in float32."""
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,16 +122,25 @@ def autoround(model: str, output: Path, settings: dict[str, Any], windows: Tenso
         **settings,
     )
     own.quantize_and_save(str(output), format=form)
-    return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, device_map="cpu")
+    folder = next(output.rglob("config.json")).parent  # one of its own, inside
+    loaded = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    modules = dict(plain.named_modules())
+    for name, module in loaded.named_modules():
+        if hasattr(module, "qweight"):  # a layer's outputs for the unit vectors are its weights
+            columns = modules[name].weight.shape[1]
+            modules[name].weight.data.copy_(module(torch.eye(columns)).T)
+    return plain
 
 
 def gguf(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
     """The file was written before; transformers dequantizes it with the gguf package."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(settings["file"])
+    config = AutoConfig.from_pretrained(model)  # of the file transformers reads no head size
     return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
+        path.parent, gguf_file=path.name, config=config, dtype=torch.float32
     )
 
 

@@ -37,7 +37,7 @@ class TableCodes(Layout):
 
     @property
     def scale_parts(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("weight.nested_absmax",) if self.double else ()  # a block of zeros has scale 0
+        return ("weight.nested_absmax" if self.double else "weight.absmax",)
 
     @property
     def state(self) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from q3q.evaluate.metrics import held_out, reads_calibrated_kind
+from q3q.evaluate.metrics import held_out, reads_calibrated_kind, reads_text
 from q3q.formatting import plural
 from q3q.record import TrialRecord
 from q3q.report.budgets import Choice, best_of, budgets, smallest
@@ -308,7 +308,7 @@ def _answer(
 
 def _marks(judged: Sequence[str], records: Sequence[TrialRecord]) -> dict[str, str]:
     """Say which texts are of a kind that was calibrated on, by all or by some of the trials."""
-    specs = [record.spec for record in records if record.spec.calibration is not None]
+    specs = [record.spec for record in records if reads_text(record.spec)]
     texts = [metric for metric in judged if is_perplexity(metric)]
     unread = [metric for metric in texts if held_out(metric, specs)]
     if len(unread) == len(texts):

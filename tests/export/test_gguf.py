@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import gguf
 import pytest
@@ -27,14 +27,13 @@ from q3q.spec import Scheme
 from tests.export.conftest import DEMO, make_checkpoint, trial_of
 from tests.specs import exporter_of
 
-make_wide = partial(
-    make_checkpoint,
-    vocab_size=4096,
-    head_dim=64,
-    hidden_size=256,
-    intermediate_size=512,
-    moe_intermediate_size=256,
-)
+WIDE: dict[str, Any] = {
+    "vocab_size": 4096,
+    "head_dim": 64,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+}
 INTS = {
     "w4 sym": {"bits": 4, "symmetric": True, "group_size": 32},
     "w4 asym": {"bits": 4, "symmetric": False, "group_size": 32},
@@ -59,13 +58,12 @@ def gguf_trial(original, path, name):
 @torch.inference_mode()
 def exported(folder, kind, name, *, tied=True, dtype="float32"):
     """Return the exporter, which has published, and the model as evaluated."""
-    original = make_wide(folder / "original", kind=kind, tied=tied, dtype=dtype)
+    original = make_checkpoint(folder / "original", kind=kind, tied=tied, dtype=dtype, **WIDE)
     trial = gguf_trial(original, folder / "out", name)
     model = load_decoder(original, getattr(torch, dtype))
     exporter = exporter_of(trial, original)
-    blocks = model.blocks
-    assert isinstance(blocks, list)
-    for k, block in enumerate(blocks):
+    assert isinstance(model.blocks, list)
+    for k, block in enumerate(model.blocks):
         quantized = {}
         for weight_name in (one for site in block.sites for one in site.weights):
             scheme = trial.spec.schemes.of(f"blocks.{k}.{weight_name.removesuffix('.weight')}")
@@ -76,7 +74,7 @@ def exported(folder, kind, name, *, tied=True, dtype="float32"):
             quantized[weight_name] = with_scales(codes, scheme.scales)
         changed = {"input_layernorm.weight": block.weights["input_layernorm.weight"] * 1.25}
         result = QuantizedBlock(k, quantized, changed, [])
-        blocks[k] = block.with_weights(result.weights_for(block))
+        model.blocks[k] = block.with_weights(result.weights_for(block))
         exporter.store(result)
     exporter.finish(model)
     return exporter, model
@@ -167,7 +165,7 @@ def backend(before, **model):
 
 
 def test_a_tokenizer_that_llamacpp_lacks_is_refused_before_anything_runs(tmp_path):
-    original = make_wide(tmp_path / "original", kind="dense")
+    original = make_checkpoint(tmp_path / "original", kind="dense", **WIDE)
     path = original.folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     tokenizer["pre_tokenizer"]["use_regex"] = False
@@ -215,7 +213,7 @@ def test_tokenizers_are_known_by_their_rule():
     ],
 )
 def test_what_a_file_cannot_hold_is_refused(tmp_path, kind, scheme, complaint):
-    original = make_wide(tmp_path / "original", moe=kind == "moe")
+    original = make_checkpoint(tmp_path / "original", moe=kind == "moe", **WIDE)
     own = Scheme(**(scheme if "bits" in scheme else scheme_of("q4_k")))
     trial = trial_of(original, "gguf", tmp_path / "out", scheme=own)
     facts = original.facts
@@ -224,7 +222,8 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path, kind, scheme, complaint):
 
         facts = read_facts({**COMMON, **HYBRIDS["qwen3.5"], "hidden_act": "silu"})
     elif kind == "moe":
-        facts = replace(facts, **scheme)
+        changes: dict[str, Any] = scheme
+        facts = replace(facts, **changes)
     with pytest.raises(IncompatibleError, match=complaint):
         refuse_unsupported("gguf", trial.spec, facts)
 

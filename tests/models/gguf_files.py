@@ -75,13 +75,11 @@ def write_gguf(
             tensors[all_of_them][int(part[5])] = numbers
         else:
             tensors[name] = numbers
-    renamed: dict[str, np.ndarray] = {}
+    tensors = {
+        names.get_name(name, (".weight", ".bias")) or name: one for name, one in tensors.items()
+    }
+    change(tensors)
     for name, numbers in tensors.items():
-        theirs = names.get_name(name, (".weight", ".bias"))
-        assert theirs is not None, name
-        renamed[theirs] = numbers
-    change(renamed)
-    for name, numbers in renamed.items():
         type_of = kind(name) if numbers.ndim > 1 else "F32"
         data = stored(np.ascontiguousarray(numbers), type_of)
         writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[type_of])

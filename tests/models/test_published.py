@@ -15,9 +15,9 @@ from compressed_tensors.quantization.utils import (
 
 from q3q.errors import CheckpointError
 from q3q.models.block import rounded_as
-from q3q.models.packed import Layout
+from q3q.models.packed import Layout, doubts_of
 from q3q.models.packed_tables import TableCodes
-from q3q.models.published.packing import Packing
+from q3q.models.published.packing import FP8_CACHE, Packing
 from q3q.models.published.readers import read_packing
 from q3q.scheme import InputRounding
 
@@ -227,6 +227,20 @@ def test_modelopts_layers_may_have_algorithms_of_their_own():
     assert packing.of("model.layers.1.mlp.down_proj") is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "read"),
+    [({}, True), ({"num_bits": 4}, False), ({"type": "int"}, False), ({"dynamic": True}, False)],
+)
+def test_modelopts_cache_is_fp8_with_a_stored_scale_or_refused(changes, read):
+    scheme = {"num_bits": 8, "type": "float", "dynamic": False} | changes
+    config = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": scheme}
+    if read:
+        assert read_packing(config).kv == FP8_CACHE
+        return
+    with pytest.raises(CheckpointError, match=r"modelopt\), with a cache of keys and values \(.*"):
+        read_packing(config)
+
+
 def bnb_state(**facts):
     return torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
 
@@ -269,6 +283,17 @@ def test_bitsandbytes_takes_blocks_of_the_flat_weight_high_half_first(double):
     expected = stored["weight.quant_map"][codes] * absmax.repeat_interleave(64)
     ours = layout.unpack(stored, ROWS, COLUMNS)
     assert torch.equal(ours, expected.view(ROWS, COLUMNS))
+
+
+def test_bitsandbytes_blocks_of_zeros_are_doubted_and_most_of_a_linear_refused():
+    layout, absmax = TableCodes(4, 64, True), torch.ones(48)
+    assert list(doubts_of(layout, {"weight.absmax": absmax}, NAME)) == []
+    absmax[:24] = 0
+    [doubt] = doubts_of(layout, {"weight.absmax": absmax}, NAME)
+    assert doubt == f"{NAME}.weight.absmax: 24 of 48 scales are zero"
+    absmax[24] = 0
+    with pytest.raises(CheckpointError, match=r"absmax: 25 of 48 scales are zero"):
+        list(doubts_of(layout, {"weight.absmax": absmax}, NAME))
 
 
 def test_bitsandbytes_state_that_contradicts_the_config_is_refused():

@@ -2,24 +2,27 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy
 import pytest
 
 from q3q.bit_budget import BitBudget
+from q3q.evaluate.compare import compare
 from q3q.evaluate.power import smallest_difference
+from q3q.evaluate.replicates import TEST
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
 from q3q.placement import Placement
-from q3q.record import COMPLETED, TrialRecord
+from q3q.record import COMPLETED, Comparison, TrialRecord
 from q3q.report.about import About
 from q3q.report.answer import Answer, answers
 from q3q.report.budgets import by_width
 from q3q.report.certainty import noise_floors
-from q3q.report.changes import change
+from q3q.report.changes import change, p_of
 from q3q.report.families import Family, pair
 from q3q.report.opening import export_hint, in_markdown, opening
 from q3q.report.pools import Pool
@@ -38,21 +41,22 @@ def trial(
     method: str,
     bits: int,
     nll_N: Sequence[float] | numpy.ndarray,
-    right_N: Sequence[float] = (),
+    right_N: Sequence[float] | Mapping[str, Sequence[float]] = (),
     seed: int = 0,
 ) -> TrialRecord:
-    """Return a trial of these losses and answers, its samples on disk."""
-    evaluation = evaluation_of("stories", tasks=["who"] if len(right_N) else [])
+    """Return a trial of these losses and answers, or each task's, its samples on disk."""
+    asked = right_N if isinstance(right_N, Mapping) else {"who": right_N} if len(right_N) else {}
+    evaluation = evaluation_of("stories", tasks=list(asked))
     spec = make_spec(
         method, bits, evaluation=evaluation, seed=seed, calibration=calibration_of("pile")
     )
     metrics = {STORIES: math.exp(float(numpy.mean(nll_N))), "model_bytes": 1e6 * bits}
     rows = window_rows(STORIES, "d", [float(nll) for nll in nll_N])
-    if len(right_N):
-        metrics["who/acc"] = float(numpy.mean(right_N))
+    for task, answers_N in asked.items():
+        metrics[f"{task}/acc"] = float(numpy.mean(answers_N))
         rows += [
-            {"task": "who", "doc_id": n, "doc_hash": "h", "filter": "none", "scores": {"acc": x}}
-            for n, x in enumerate(map(float, right_N))
+            {"task": task, "doc_id": n, "doc_hash": "h", "filter": "none", "scores": {"acc": x}}
+            for n, x in enumerate(map(float, answers_N))
         ]
     placed = Placement(trials=folder)
     result = TrialRecord(spec=spec, placement=placed, status=COMPLETED, metrics=metrics)
@@ -233,6 +237,21 @@ def test_a_family_of_one_is_not_corrected_and_an_empty_one_says_nothing() -> Non
     assert (empty.same(key), empty.size, empty.table().rows) == (None, 0, ())
 
 
+def test_only_the_bootstraps_smallest_p_value_gives_way_to_its_interval() -> None:
+    """The bootstrap cannot say less than 2 in 10,001; a t-test of few seeds means what it says."""
+    of_seeds = Comparison(
+        metric=STORIES, difference=1.0, low=0.96, high=1.04, distinguishable=True,
+        p_value=1e-4, n=40, test=TEST,
+    )  # fmt: skip
+    answered = replace(of_seeds, test="McNemar with continuity correction; interval Newcombe's")
+    assert [p_of(found) for found in (of_seeds, answered)] == [1e-4, 1e-4]
+    sides = ({str(n): value + float(n % 7) for n in range(40)} for value in (10.0, 0.0))
+    losses = compare(STORIES, *sides, ratio=True)
+    losses = replace(losses, low=9.9, high=10.1)
+    assert losses.p_value == 2 / 10_001
+    assert p_of(losses) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_with_a_margin_the_smallest_that_is_shown_to_stay_within_it_is_recommended(
     tmp_path: Path,
 ) -> None:
@@ -285,6 +304,41 @@ def test_flips_are_counted_and_say_what_could_have_been_seen(tmp_path: Path) -> 
         "No choice loses accuracy on who by more than chance; 400 questions could have shown a "
         f"loss of {100 * smallest:.1f} points."
     )
+
+
+def test_seeds_that_ask_the_same_questions_again_do_not_narrow_the_flips_interval(
+    tmp_path: Path,
+) -> None:
+    before, after = [1.0] * 40, [0.0] * 4 + [1.0] * 36
+    none = trial(tmp_path, "none", 16, HARD_N, before)
+    seeds = [
+        trial(tmp_path, "gptq", 4, HARD_N + noise(seed), after, seed=seed) for seed in range(3)
+    ]
+    cells = []
+    for some in (seeds[:1], seeds):
+        [table] = [t for t in only([none, *some]).certainty.tables("it") if "flipped" in t.title]
+        cells.append(table.rows[0][4])
+    assert cells[0] == cells[1] == "10.0 % [4.0, 23.1]"
+
+
+def test_the_smallest_loss_is_of_the_mean_over_tasks_and_of_its_whole_family(
+    tmp_path: Path,
+) -> None:
+    """Ten of 40 answers flip and ten of 1000: the small task decides what the mean can show."""
+    right = {"who": [1.0] * 40, "where": [1.0] * 1000}
+    flipped = {"who": [0.0] * 10 + [1.0] * 30, "where": [0.0] * 10 + [1.0] * 990}
+    trials = [
+        trial(tmp_path, "none", 16, HARD_N, right),
+        trial(tmp_path, "rtn", 4, HARD_N + noise(1), flipped),
+        trial(tmp_path, "gptq", 4, HARD_N + noise(2), flipped),
+    ]
+    answer = only(trials)
+    loss = answer.certainty.smallest_loss(answer.tried[0])
+    assert loss is not None
+    level, power = (NormalDist().inv_cdf(share) for share in (1 - 0.05 / 2 / 2, 0.8))
+    none = (0.25 / 40 + 0.01 / 1000) / 4  # the variance of the mean if nothing changes
+    some = none - loss**2 * (1 / 40 + 1 / 1000) / 4
+    assert loss == pytest.approx(level * math.sqrt(none) + power * math.sqrt(some))
 
 
 def test_a_gain_is_no_loss_and_only_what_was_tested_is_said_not_to_lose(tmp_path: Path) -> None:
@@ -378,7 +432,25 @@ def test_the_noise_of_a_kl_is_named_where_it_was_measured(tmp_path: Path) -> Non
     assert noise_floors([record]) == []
     floored = replace(record, metrics={**record.metrics, "kl_floor/stories": 0.00012})
     [line] = noise_floors([record, floored])
-    assert line.startswith("A KL of stories below 1.2e-04 is noise")
+    assert line.startswith("A KL of stories below 1.2e-04 is noise for demo: ")
+    # There is nothing to test, and the floor is named all the same.
+    report = write_report([floored], tmp_path / "report", About(name="it", command="launch"))
+    assert line in report.files["report.html"].decode()
+    assert line in report.files["results.md"].decode()
+
+
+def test_each_model_and_each_quick_look_has_its_own_noise(tmp_path: Path) -> None:
+    record = trial(tmp_path, "none", 16, HARD_N)
+    other = replace(record.spec, model=replace(record.spec.model, name="other"))
+    records = [
+        replace(record, metrics={"kl_floor/stories": 1e-4, "kl_floor_quick/stories": 2e-4}),
+        replace(record, metrics={"kl_floor/stories": 3e-4}, spec=other),
+    ]
+    assert [line.partition(": ")[0] for line in noise_floors(records)] == [
+        "A KL of stories below 1.0e-04 is noise for demo",
+        "A KL of stories (a quick look) below 2.0e-04 is noise for demo",
+        "A KL of stories below 3.0e-04 is noise for other",
+    ]
 
 
 def test_a_plan_says_what_its_questions_can_show() -> None:
