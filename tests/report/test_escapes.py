@@ -134,7 +134,8 @@ def test_markdown_has_no_html_no_links_and_equal_rows(name: str) -> None:
     for table in re.findall(r"(?m)(?:^\|.*\n)+", text):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
     heading = re.findall(r"(?m)^#+ .*$", text)
-    assert len(heading) == len({"name", "Answer", "Results", "Failed", "Trials"})
+    own = {"The best method at each bit width", "How it was run"}
+    assert len(heading) == len({"name", "Answer", "Results", "Failed", "Trials"} | own)
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 
 
