@@ -380,10 +380,10 @@ def test_a_text_that_a_budget_was_allotted_by_counts_as_calibrated_on() -> None:
     )  # fmt: skip
     trials = [
         replace(
-            record("rtn", bits, 2.0, evaluation=evaluation_of("stories", "library"), **budgeted),
+            record("rtn", bits, 2.0, evaluation=evaluation_of("stories", "library"), budget=own),
             metrics={STORIES: 2.0 + bits, LIBRARY: 9.0 + bits},
         )
-        for bits, budgeted in ((3, {}), (4, {"budget": budget}))
+        for bits, own in ((3, None), (4, budget))
     ]
     marks = [answers(some)[0].marks for some in (trials[:1], trials[1:])]
     assert marks == [{}, {LIBRARY: "not calibrated on", STORIES: "calibrated on"}]
