@@ -1,6 +1,7 @@
 """A GGUF file is read as the numbers that llama.cpp computes with, or refused in one line."""
 
 import json
+import shutil
 from typing import Any
 
 import gguf

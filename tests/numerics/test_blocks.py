@@ -7,7 +7,6 @@ import torch
 from q3q.errors import ShapeError
 from q3q.export.gguf_packing import in_blocks, pack_rows
 from q3q.number_formats import BLOCKS
-from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.grid import Grid, into_groups
 from q3q.numerics.levels import levels_of
 from q3q.numerics.weights import QuantizedWeight, refuse_unsound, stored_weight, with_scales
