@@ -89,6 +89,8 @@ class KvScheme:
                 yield f"kv_scales=fixed is for kv_format=fp8_e4m3 or fp8_e5m2, not {self.format}"
             if self.group_size != -1:
                 yield f"kv_group_size={self.group_size} has no use with kv_scales=fixed"
+        if self.chunk == 1 and self.scales == CHANNEL:
+            yield "kv_chunk=1: with kv_scales=channel at least 2 tokens share a scale"
         if self.chunk != 1 and self.scales != CHANNEL:
             yield f"kv_chunk={self.chunk} is for kv_scales=channel, not {self.scales}"
 

@@ -38,6 +38,7 @@ KIVI = KvScheme(bits=2, scales="channel", chunk=32, group_size=32, window=128)
         ("kv_bits=8 kv_format=mxfp4", "numbers of kv_format=mxfp4 have 4 bits"),
         ("kv_bits=4 kv_group_size=48", r"does not divide a head of 64 channels.*\[16, 32, 64\]"),
         ("kv_bits=4 kv_chunk=16", "kv_chunk=16 is for kv_scales=channel, not token"),
+        ("kv_bits=2 kv_scales=channel kv_chunk=1", "kv_chunk=1: .* at least 2 tokens share a sca"),
         ("kv_bits=4 kv_scales=fixed", "kv_scales=fixed is for kv_format=fp8_e4m3 or fp8_e5m2"),
         ("kv_format=mxfp8 kv_scales=channel", "groups of kv_format=mxfp8 lie in one token"),
         ("kv_bits=4 kv_scales=head", "kv_scales=head is not known"),

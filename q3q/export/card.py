@@ -11,6 +11,7 @@ from q3q.export.instructions import load_lines, serve_lines
 from q3q.export.measured import Measured
 from q3q.export.proof import Proof
 from q3q.export.reload.configs import UNPACKER
+from q3q.export.serving import holds_cache
 from q3q.masking import masked
 from q3q.models.facts import ModelFacts
 from q3q.number_formats import BLOCKS, GGUF, INT
@@ -75,11 +76,7 @@ def model_card(
         f"- calibration: `{json.dumps(spec.calibration.to_json())}`"
         if spec.calibration
         else "- calibration: none",
-        *(
-            [f"- measured with a rounded cache, which these files do not ask for: {spec.kv.about}"]
-            if spec.kv
-            else []
-        ),
+        *_cache(spec),
         f"- arithmetic: {spec.model.dtype}; {_scales(spec, scheme)}",
         f"- trial `{spec.id}`, seed {spec.seed}, {', '.join(versions)}",
         "",
@@ -99,6 +96,15 @@ def model_card(
         *serve_lines(spec, facts),
     ]
     return "\n".join(lines)
+
+
+def _cache(spec: TrialSpec) -> list[str]:
+    """Say with which cache the model was measured, and whether the files ask for it."""
+    if spec.kv is None:
+        return []
+    asked = spec.export == "compressed_tensors" and holds_cache(spec.kv)
+    which = "as config.json asks for it" if asked else "which these files do not ask for"
+    return [f"- measured with a rounded cache, {which}: {spec.kv.about}"]
 
 
 def _scales(spec: TrialSpec, scheme: Scheme) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gguf import GGUFWriter
 from transformers import PreTrainedTokenizerBase
@@ -23,16 +22,8 @@ from q3q.models.gguf_tokenizer import (
     UNUSED,
     USER_DEFINED,
     merges_of,
+    splitter_of,
 )
-
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-# Regular expressions that cut a text -> llama.cpp's name.
-RULES = {
-    rf"{_ENDINGS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
-    rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +58,7 @@ def vocabulary_of(
         ExportError: llama.cpp has no tokenizer like it, or none that it has by this name.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    splitter = _splitter(backend)
+    splitter = splitter_of(backend)
     if splitter is None:
         kind = backend["model"]["type"]
         fallback = " with bytes as a last resort" if backend["model"].get("byte_fallback") else ""
@@ -122,19 +113,3 @@ def add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_add_bos_token(vocabulary.begins)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
-
-
-def _splitter(backend: Mapping[str, Any]) -> str | None:
-    """Return llama.cpp's name of the rule that cuts a text; None if it has none."""
-    before, model = backend.get("pre_tokenizer") or {}, backend["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        return None
-    steps = before.get("pretokenizers") or [before]
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm" if steps[1].get("use_regex", True) else None
-    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        return RULES.get(steps[0]["pattern"].get("Regex", ""))
-    return None

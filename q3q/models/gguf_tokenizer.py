@@ -20,6 +20,16 @@ BPE = "gpt2"
 # Types of tokens, as llama.cpp numbers them.
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 PADDING = "[PAD"  # begins the names of rows of the embedding that no token has
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# Regular expressions that cut a text -> llama.cpp's name.
+RULES = {
+    rf"{_ENDINGS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
+    rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
+}
+# Other names of the same rules in files.
+SAME_RULES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -89,14 +99,26 @@ class GgufTokenizer:
             equal = next((k for k, (a, b) in enumerate(pairs) if a != b), None)
             where = "in number" if equal is None else f"from number {equal} on"
             yield f"other merges ({len(self.merges)} and {len(merges)}, which differ {where})"
+        if self.kind == BPE:
+            yield from self._differing_cuts(reference)
         for word, own in (("bos", self.bos), ("eos", self.eos)):
             theirs = getattr(reference, f"{word}_token_id")
             if own != theirs and not (own is None and theirs is None):
                 yield f"{word} token {own} instead of {theirs}"
+        begins = reference("a").input_ids[:1] == [reference.bos_token_id]
+        if self.begins not in (None, begins):
+            yield f"texts begin with{'' if self.begins else 'out'} a bos token"
         theirs = reference.chat_template
         if (self.chat_template or None) != (theirs or None):
             shown = "no" if not self.chat_template else "another"
             yield f"{shown} chat template" + ("" if theirs else ", where the model has none")
+
+    def _differing_cuts(self, reference: PreTrainedTokenizerBase) -> Iterator[str]:
+        """Yield that texts are cut otherwise before BPE, if the model's own rule has a name."""
+        theirs = splitter_of(json.loads(reference.backend_tokenizer.to_str()))
+        ours = self.splitter and SAME_RULES.get(self.splitter, self.splitter)
+        if theirs is not None and ours != theirs:
+            yield f"texts are cut by {self.splitter or 'no named rule'} instead of {theirs}"
 
 
 def merges_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
@@ -105,3 +127,19 @@ def merges_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     model = {} if backend is None else json.loads(backend.to_str())["model"]
     merges = model.get("merges") or ()
     return tuple(merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
+
+
+def splitter_of(backend: Mapping[str, Any]) -> str | None:
+    """Return llama.cpp's name of the rule that cuts a text; None if it has none."""
+    before, model = backend.get("pre_tokenizer") or {}, backend["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        return None
+    steps = before.get("pretokenizers") or [before]
+    kinds = [step.get("type") for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return "smollm" if steps[1].get("use_regex", True) else None
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        return RULES.get(steps[0]["pattern"].get("Regex", ""))
+    return None

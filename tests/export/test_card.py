@@ -1,6 +1,7 @@
 """The card: lines that load the checkpoint, what was measured beside the unquantized model."""
 
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -12,6 +13,7 @@ from q3q.export.measured import BEGIN, UNMEASURED, Measured, update_card
 from q3q.export.proof import PASSED, Proof, compare_reload
 from q3q.export.reload import script, use
 from q3q.export.use import Use
+from q3q.kv_scheme import KvScheme
 from q3q.record import Check
 
 W8A8 = {"bits": 8, "group_size": -1, "symmetric": True, "act_bits": 8}
@@ -112,6 +114,25 @@ def test_every_card_says_how_it_is_served_or_why_not(checkpoint, trial_of, tmp_p
     assert "vllm serve ." in served
     assert "vLLM does not load `gptq` with symmetric=false" in refused
     assert "It loads these settings as export=hf or compressed_tensors or awq." in refused
+
+
+@pytest.mark.parametrize(
+    ("name", "kv", "asked"),
+    [
+        ("compressed_tensors", {"format": "fp8_e4m3", "scales": "fixed"}, True),
+        ("compressed_tensors", {}, False),
+        ("gptq", {"format": "fp8_e4m3", "scales": "fixed"}, False),
+    ],
+)
+def test_a_card_says_whether_the_files_ask_for_the_rounded_cache(
+    checkpoint, trial_of, tmp_path, name, kv, asked
+):
+    original = checkpoint()
+    trial = trial_of(original, name, tmp_path / "out", symmetric=True)
+    spec = replace(trial.spec, kv=KvScheme(bits=8, **kv))
+    card = card_of(original, replace(trial, spec=spec))
+    [line] = [line for line in card.splitlines() if "rounded cache" in line]
+    assert ("as config.json asks for it" in line, "do not ask for" in line) == (asked, not asked)
 
 
 METRICS = {

@@ -18,6 +18,7 @@ from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.facts import read_facts
 from q3q.models.gguf_file import open_gguf
+from q3q.models.gguf_tokenizer import splitter_of
 from q3q.number_formats import BLOCKS
 from q3q.numerics.grid import into_groups
 from q3q.numerics.weights import with_scales
@@ -158,6 +159,15 @@ def test_the_tokenizer_is_the_models_own(tmp_path):
     assert (written.kind, written.splitter, written.begins) == ("gpt2", "gpt-2", False)
     assert written.tokens[:61] == tuple(own.convert_ids_to_tokens(list(range(61))))
     assert written.eos == own.eos_token_id
+    assert list(written.differences(own)) == []
+    assert list(replace(written, splitter="llama-bpe").differences(own)) == [
+        "texts are cut by llama-bpe instead of gpt-2"
+    ]
+    assert list(replace(written, splitter=None).differences(own)) == [
+        "texts are cut by no named rule instead of gpt-2"
+    ]
+    assert list(replace(written, begins=True).differences(own)) == ["texts begin with a bos token"]
+    assert list(replace(written, begins=None).differences(own)) == []
 
 
 def backend(before, **model):
@@ -176,8 +186,6 @@ def test_a_tokenizer_that_llamacpp_lacks_is_refused_before_anything_runs(tmp_pat
 
 
 def test_tokenizers_are_known_by_their_rule():
-    from q3q.export.gguf_vocabulary import _splitter
-
     words = r"[^\r\n\p{L}\p{N}]?\p{L}+"
     rest = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     level = {"type": "ByteLevel", "use_regex": False}
@@ -189,12 +197,12 @@ def test_tokenizers_are_known_by_their_rule():
 
     digits = {"type": "Digits", "individual_digits": True}
     gpt2 = {"type": "ByteLevel", "use_regex": True}
-    assert _splitter(split(r"\p{N}")) == "qwen2"
-    assert _splitter(split(r"\p{N}{1,3}")) == "llama-bpe"
-    assert _splitter(split(r"\p{N}{1,2}")) is None
-    assert _splitter(backend({"type": "Sequence", "pretokenizers": [digits, gpt2]})) == "smollm"
-    assert _splitter(backend(gpt2)) == "gpt-2"
-    assert _splitter(backend(gpt2, byte_fallback=True)) is None  # SentencePiece's
+    assert splitter_of(split(r"\p{N}")) == "qwen2"
+    assert splitter_of(split(r"\p{N}{1,3}")) == "llama-bpe"
+    assert splitter_of(split(r"\p{N}{1,2}")) is None
+    assert splitter_of(backend({"type": "Sequence", "pretokenizers": [digits, gpt2]})) == "smollm"
+    assert splitter_of(backend(gpt2)) == "gpt-2"
+    assert splitter_of(backend(gpt2, byte_fallback=True)) is None  # SentencePiece's
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 
 from q3q.export.gguf_packing import pack_rows
-from q3q.export.gguf_vocabulary import RULES, vocabulary_of
+from q3q.export.gguf_vocabulary import vocabulary_of
 from q3q.export.gguf_writing import tensors_of, write_model
 from q3q.export.proof import run, windows, worst_logits
 from q3q.models.checkpoint import load_tokenizer
 from q3q.models.disk_names import is_stacked
+from q3q.models.gguf_tokenizer import RULES
 from q3q.models.tensor_files import read_header
 from q3q.number_formats import BLOCKS
 from q3q.numerics.block_weights import BlockWeight
