@@ -22,7 +22,8 @@ from q3q.spec import MEAN_ACCURACY
 if TYPE_CHECKING:
     from q3q.evaluate.flips import Flips
 
-FLOOR = "kl_floor/"  # prefix of a record's metrics: KL of the unquantized model with itself
+# A record's measures of the KL of the unquantized model with itself, and what a reader is told.
+FLOORS = {"kl_floor": "", "kl_floor_quick": " (a quick look)"}
 FLIPS_NOTE = (
     "Flipped: answers that changed from right to wrong or from wrong to right, of all answers, "
     "with a 95 % interval (arXiv 2407.09141). Smallest difference: what these questions find in "
@@ -191,21 +192,23 @@ class Certainty:
 
 
 def noise_floors(records: Sequence[TrialRecord]) -> list[str]:
-    """Return a sentence for each text whose KL's floor was measured.
+    """Return a sentence for each model and text whose KL's floor was measured.
 
-    The floor is the KL of the unquantized model with itself, computed in another way (another type,
-    or the same numbers added in another order). A KL below it says nothing of a quantization.
+    The floor is the KL of the unquantized model with itself, computed in another type. A KL below
+    it says nothing of a quantization. A quick look has a floor of its own.
     """
-    floors: dict[str, float] = {}
+    floors: dict[tuple[str, str], float] = {}
     for record in records:
+        model = (record.spec.reference or record.spec.model).label
         for name, value in record.metrics.items():
-            if name.startswith(FLOOR):
-                text = name.removeprefix(FLOOR)
-                floors[text] = max(value, floors.get(text, 0.0))
+            measure, _, text = name.partition("/")
+            if measure in FLOORS:
+                key = (model, text + FLOORS[measure])
+                floors[key] = max(value, floors.get(key, 0.0))
     return [
-        f"A KL of {text} below {significant(value, 2)} is noise: the unquantized model is as far "
-        "from itself when its numbers are rounded otherwise."
-        for text, value in floors.items()
+        f"A KL of {text} below {significant(value, 2)} is noise for {model}: the unquantized model "
+        "is as far from itself when its numbers are rounded otherwise."
+        for (model, text), value in floors.items()
     ]
 
 

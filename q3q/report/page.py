@@ -190,9 +190,10 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     if contents.luck:
         parts.append("## How much is luck")
         parts += ["\n".join(table.markdown() for table in contents.luck), LUCK]
-    if contents.tests:
+    if contents.tests or contents.floors:
         parts.append("## How sure the differences are")
         parts += [markdown_text(line) for line in contents.floors]
+    if contents.tests:
         parts += ["\n".join(table.markdown() for table in contents.tests), markdown_text(TESTS)]
     parts.append("## Results")
     parts += [_image(plot, files) for plot in contents.plots]
