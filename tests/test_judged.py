@@ -21,7 +21,7 @@ from q3q.models.likeness import note_of
 from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
-from q3q.report.judged import NOISE, benches, findings_of
+from q3q.report.judged import NOISE, OVER_FLOOR, UNTOLD, benches, findings_of
 from q3q.trial import run_trial
 from tests.composed import composed_trial
 
@@ -134,10 +134,12 @@ def test_the_report_ranks_checkpoints_and_says_what_is_noise(records):
     [bench] = benches([*records, near])
     assert [pool.label for pool in bench.candidates] == ["near", "demo-FP8"]
     verdict, *_ = bench.tables()
-    place = verdict.columns.index("of the noise floor")
+    place = verdict.columns.index(OVER_FLOOR)
     assert verdict.rows[0][place] == NOISE
     assert verdict.rows[1][place].endswith(" times")
-    assert verdict.rows[1][-1] == "none"  # its interval and near's do not overlap
+    assert (
+        verdict.rows[1][verdict.columns.index(UNTOLD)] == "none"
+    )  # its interval and near's do not overlap
     assert "1. near" in bench.card()
     assert "noise floor" in verdict.rows[2][0]
     assert bench.sentence().startswith("near is nearest to demo")

@@ -22,10 +22,10 @@ from q3q.models.published.packing import Packing
 from q3q.number_formats import INT, short_name
 from q3q.reporter import Steps, no_steps
 
-# Below this correlation a matrix has nothing to do with the original's. On the demo models, rounding
-# to 2 bits leaves 0.76 or more with a scale a row and 0.85 with one for 64 numbers, and signs alone
-# 0.75; a random matrix has 0.02 at most, and another block's same matrix 0.08. The largest of 10,000
-# pairs of random matrices of 1,000 numbers was 0.12.
+# Below this correlation a matrix has nothing to do with the original's. On the demo models,
+# rounding to 2 bits leaves 0.76 or more with a scale a row, 0.85 with one for 64 numbers, and signs
+# alone 0.75; a random matrix has 0.02 at most, and another block's same matrix 0.08. The largest of
+# 10,000 pairs of random matrices of 1,000 numbers was 0.12.
 UNLIKE = 0.25
 ROWS_AT_ONCE = 16384  # of the embedding or the head
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")  # of a GGUF file's tensors that are no codes
