@@ -26,13 +26,13 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy q3q hydra_plugins/q3q launch.py tests benchmarks
 
-# llama.cpp from its sources, which takes a compiler, cmake and a quarter of an hour of one core; the
-# slow tests of GGUF files then run it.
+# llama.cpp from its sources, which takes a compiler and at most nine minutes of one core; the slow
+# tests of GGUF files then run it. pip keeps the wheel that it builds, for any x86-64 with AVX2.
 llama: .venv-llama/.ready
 
-.venv-llama/.ready:
+.venv-llama/.ready: constraints.txt
 	$(PYTHON) -m venv .venv-llama
-	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAMA_CURL=OFF -DLLAVA_BUILD=OFF" .venv-llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF" .venv-llama/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt llama-cpp-python
 	touch $@
 
 ui: $(if $(MLFLOW),,$(VENV)/.ready)

@@ -17,12 +17,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from q3q.data.calibration import calibration_identity, calibration_windows
+from q3q.data.calibration import (
+    calibration_identity,
+    calibration_windows,
+    drawing,
+    drawn_identities,
+)
 from q3q.data.prepared import FOLDER, Shelf, kept_identities
 from q3q.data.questions import Library
 from q3q.data.windows import evaluation_identity, evaluation_windows
@@ -65,13 +70,11 @@ def missing(spec: TrialSpec, shelf: Shelf, *, quantizes: bool = True) -> list[Js
     """
     kept = kept_identities(shelf.folder).values()
     present = [one for one in kept if one.get("tokenizer") == shelf.tokenizer]
-    unread = None
-    if spec.calibration is not None and not quantizes:
-        unread = calibration_identity(spec.calibration, spec.seed)
+    unread = [] if quantizes else drawn_identities(spec)
     return [
         identity
         for identity in prepared_identities(spec)
-        if identity != unread and not any(says_all_of(whole, [identity]) for whole in present)
+        if identity not in unread and not any(says_all_of(whole, [identity]) for whole in present)
     ]
 
 
@@ -163,11 +166,12 @@ def prepare(trial: Trial, folder: Path, wanted: Iterable[Json]) -> None:
 def _inputs(trial: Trial, folder: Path, tokenizer: Any, shelf: Shelf) -> Iterator[Input]:
     """Yield all prepared input of a trial."""
     spec, placement, evaluation = trial.spec, trial.placement, trial.spec.evaluation
-    if spec.calibration is not None and not spec.calibration.writes:
-        yield Input(
-            calibration_identity(spec.calibration, spec.seed),
-            partial(calibration_windows, trial, tokenizer, _pass_on),
-        )
+    for one in drawing(spec):
+        if one.calibration is not None and not one.calibration.writes:
+            yield Input(
+                calibration_identity(one.calibration, one.seed),
+                partial(calibration_windows, replace(trial, spec=one), tokenizer, _pass_on),
+            )
     for text in evaluation.texts:
         yield Input(
             evaluation_identity(text, evaluation.quick),

@@ -10,6 +10,7 @@ from q3q.environment import Phases
 from q3q.evaluate.measure import Reference, reference_of
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import Decoder
+from q3q.models.facts import refuse_second_rounding
 from q3q.models.footprint import Device
 from q3q.models.hub import is_downloaded
 from q3q.models.likeness import note_of
@@ -60,6 +61,8 @@ def load(trial: Trial, team: Team, beside: ExitStack, phases: Phases, reporter: 
     spec, memory = trial.spec, settings_of(trial.spec.method).memory()
     with phases.phase("load"):
         checkpoint = _opened(trial, reporter)
+        if spec.scheme is not None:  # the Hub's config.json may not have said it to the plan
+            refuse_second_rounding(checkpoint.folder, checkpoint.facts)
         original = _opened(original_of(trial), reporter) if spec.reference else checkpoint
         tokenizer = load_tokenizer(original.folder)
         device = _device(trial)

@@ -75,6 +75,8 @@ class Comparison:
     ratio: the difference is of logarithms, so its exp is the ratio of the two numbers; older
         records do not say so
     higher_is_better: None if unknown, or in an older record
+    freedom: degrees of freedom of the Student's t that the interval comes from; None if it comes
+        from none
     """
 
     metric: str
@@ -87,9 +89,11 @@ class Comparison:
     test: str
     ratio: bool = False
     higher_is_better: bool | None = None
+    freedom: float | None = None
 
     def to_json(self) -> Json:
-        later = {"ratio": False, "higher_is_better": None}  # what an older record lacks
+        # What an older record lacks.
+        later = {"ratio": False, "higher_is_better": None, "freedom": None}
         return {
             key: value
             for key, value in asdict(self).items()

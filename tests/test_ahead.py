@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from q3q import ahead
+from q3q.bit_budget import BitBudget
 from q3q.config.model import DEMO_MODELS
 from q3q.data.prepared import FOLDER, Shelf
 from q3q.data.questions import Library
@@ -72,6 +73,27 @@ def test_all_that_a_trial_reads_is_made_but_what_another_makes_now(trial, shelf)
     ahead.prepare(trial, DEMO, wanted)
     assert ahead.missing(trial.spec, shelf) == []
     assert len(ahead.missing(trial.spec, replace(shelf, tokenizer="another"))) == 3
+
+
+def test_windows_of_a_budgets_text_are_made_beside_those_of_calibration(trial, shelf):
+    assert trial.spec.calibration is not None
+    budget = BitBudget(
+        bits=3.5,
+        unit="site",
+        widths=(2, 4),
+        measure="kl",
+        source="demo",
+        digest=trial.spec.calibration.digest,
+        samples=2,
+        length=16,
+        draw="random",
+    )
+    budgeted = replace(trial, spec=replace(trial.spec, budget=budget))
+    wanted = ahead.missing(budgeted.spec, shelf)
+    assert len(wanted) == 4
+    assert ahead.missing(budgeted.spec, shelf, quantizes=False) == wanted[2:]
+    ahead.prepare(budgeted, DEMO, wanted[:2])
+    assert ahead.missing(budgeted.spec, shelf) == wanted[2:]
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ import pytest
 
 from q3q.attempt import finished_record
 from q3q.config.command import command_of
+from q3q.data.prepared import kept_identities
 from q3q.errors import ConfigError, IncompatibleError
+from q3q.evaluate.identities import prepared_identities, says_all_of
 from q3q.export.proof import PASSED
 from q3q.quantize.budget import stage
 from q3q.quantize.budget.sensitivities import Sensitivities
 from q3q.record import Progress
 from q3q.spec import TrialSpec
+from q3q.sweep.made import inputs_of
 from q3q.trial import run_trial
 from tests.composed import composed_trial
 
@@ -66,6 +69,12 @@ def test_a_trial_allots_its_bits_resumes_shares_sensitivities_and_can_be_typed_w
     assert TrialSpec.from_json(json.loads(json.dumps(record.spec.to_json()))).id == trial.id
     assert composed_trial(*typed(command_of(record.trial)), f"storage={tmp_path}").id == trial.id
 
+    # Whoever deletes, downloads or prepares ahead knows all of the input that the trial read.
+    said, kept = prepared_identities(trial.spec), kept_identities(tmp_path / "prepared").values()
+    assert len(said) == len(kept) == 2
+    assert all(says_all_of(whole, said) for whole in kept)
+    assert [one.identity for one in inputs_of(trial.spec)] == said
+
     # Another budget reads the same file, and measures nothing.
     other = run_trial(composed_trial(*words, "budget.uniform=4"))
     assert len(added) == 6
@@ -89,6 +98,7 @@ def test_mixed_widths_are_exported_and_the_checkpoint_is_proved(tmp_path):
     record = run_trial(trial)
     assert record.completed
     assert {check.name: check.passed for check in record.checks}[PASSED]
+    assert trial.placement.export is not None
     config = json.loads((trial.placement.export / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"].values()
     assert {group["weights"]["num_bits"] for group in groups} == {4, 8}
@@ -120,6 +130,8 @@ def given(word):
         ("bits=3.5 budget.bits=3.5", ConfigError, "say the same"),
         ("budget.bits=4.5 budget.uniform=4", ConfigError, "a budget is one of"),
         ("bits=many", ConfigError, "bits=many is no number"),
+        ("bits=inf", ConfigError, "budget.bits=inf: give a positive number of bits"),
+        ("budget.bits=nan", ConfigError, "budget.bits=nan: give a positive number of bits"),
         (
             "bits=3.5 overrides={blocks.0:{bits:8}}",
             ConfigError,

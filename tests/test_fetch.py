@@ -18,6 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from pyarrow import parquet
 
 from q3q import fetch
+from q3q.bit_budget import BitBudget
 from q3q.cli import explain, run_alone
 from q3q.config import model as config_model
 from q3q.config import texts as config_texts
@@ -25,11 +26,12 @@ from q3q.config.evaluation import _data_sets
 from q3q.config.model import DEMO_MODELS
 from q3q.config.pages import CONF
 from q3q.config.schema import register
-from q3q.data.calibration import calibration_identity
+from q3q.data.calibration import OTHER_DRAW, calibration_identity
 from q3q.data.needs import TextNeed, fetch_weights
 from q3q.data.prepared import Shelf
 from q3q.data.repositories import REPOSITORIES
 from q3q.data.texts import _HUB
+from q3q.evaluate.identities import prepared_identities
 from q3q.models.checkpoint import load_tokenizer
 from q3q.models.hub import locate
 from q3q.placement import Trial
@@ -313,6 +315,26 @@ def test_a_machine_downloads_no_text_whose_windows_are_prepared(hub, tmp_path, m
         replace(shelf, tokenizer=tokenizer).keep(identity, {"windows": np.zeros((1, 1), np.int32)})
         download(orders, lambda line: None)
         assert asked == expected
+
+
+def test_a_budgets_text_is_downloaded_unless_its_windows_are_prepared(tmp_path):
+    budget = BitBudget(
+        bits=3.5,
+        unit="site",
+        widths=(2, 4),
+        measure="kl",
+        source="wikitext2",
+        digest="0",
+        samples=2,
+        length=16,
+        draw="random",
+    )
+    trial = make_trial("rtn", budget=budget, seed=1, storage=tmp_path)
+    [need] = needs_of([trial])
+    assert need.name == "calibration text wikitext2"
+    [windows, _] = prepared_identities(trial.spec)
+    assert (windows["samples"], windows["seed"]) == (2, 1 + OTHER_DRAW)
+    assert needs_of([trial], lambda of, text: text == windows) == []
 
 
 class SilentCluster:

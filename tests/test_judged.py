@@ -15,13 +15,16 @@ from q3q.config.judged import floor_job, floor_of, original_job
 from q3q.config.model import DEMO_MODELS
 from q3q.data.windows import evaluation_windows
 from q3q.errors import CheckpointError, ConfigError, IncompatibleError
+from q3q.evaluate.compare import compare
+from q3q.kv_scheme import KvScheme
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.likeness import note_of
 from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
-from q3q.report.judged import NOISE, OVER_FLOOR, UNTOLD, benches, findings_of
+from q3q.report.judged import NOISE, OVER_FLOOR, UNTESTED, UNTOLD, benches, findings_of
+from q3q.spec import MEAN_ACCURACY
 from q3q.trial import run_trial
 from tests.composed import composed_trial
 
@@ -114,6 +117,7 @@ def test_a_checkpoints_kl_is_that_of_its_files_beside_the_originals(judge, fp8, 
 def test_the_noise_floor_is_the_original_in_another_type(judge, fp8, records):
     trial = judge(fp8)
     floor, [_, _, measured] = floor_of(trial.spec), records
+    assert floor is not None
     assert (floor.model.dtype, floor.reference) == ("bfloat16", trial.spec.reference)
     assert 0 < measured.metrics["kl_floor/library"] < records[0].metrics["kl/library"]
     words = [f"model.source={fp8}", "model.reference=demo", "model=judge", "evaluation=demo"]
@@ -144,6 +148,75 @@ def test_the_report_ranks_checkpoints_and_says_what_is_noise(records):
     assert "noise floor" in verdict.rows[2][0]
     assert bench.sentence().startswith("near is nearest to demo")
     assert floor.spec.model.dtype in verdict.rows[2][0]
+
+
+def test_a_rounded_cache_is_the_checkpoints_alone(judge, fp8, records):
+    trial = judge(fp8, "kv_bits=2")
+    floor = floor_of(trial.spec)
+    assert floor == floor_of(judge(fp8).spec)
+    words = ["model=judge", "model.reference=demo", "kv_bits=2", "+kv_window=4", "seed=3"]
+    assert not any("kv_" in word for word in floor_job(words, trial.spec))
+    candidate, _, measured = records
+    rounded = [
+        replace(record, spec=replace(record.spec, kv=KvScheme(bits=bits)))
+        for record, bits in ((candidate, 2), (candidate, 4), (measured, 2))
+    ]
+    [bench] = benches([*rounded, *records])
+    assert bench.floor is not None
+    assert bench.floor.records == (measured,)
+    names = {pool.label for pool in bench.candidates}
+    assert names == {"demo-FP8", "demo-FP8, kv2", "demo-FP8, kv4", "demo, kv2"}
+
+
+def test_without_a_kl_the_report_compares_what_was_measured(records):
+    alone = []
+    for record in records[:2]:
+        spec = replace(record.spec, evaluation=replace(record.spec.evaluation, drift=None))
+        numbers = {key: x for key, x in record.metrics.items() if key.startswith("perplexity")}
+        alone.append(replace(record, spec=spec, metrics=numbers))
+    [bench] = benches(alone)
+    assert bench.sentence() == "1 checkpoint of demo: no KL was measured."
+    [verdict] = bench.tables()
+    assert not any("KL" in column for column in verdict.columns)
+    assert "Measured by q3q on library (8 windows" in bench.card()
+
+
+@pytest.mark.parametrize(
+    ("metric", "drift", "first"), [("kl/library", "auto", "low"), (MEAN_ACCURACY, None, "high")]
+)
+def test_checkpoints_without_a_number_come_after_those_with_one(records, metric, drift, first):
+    candidate, original, _ = records
+    evaluation = replace(candidate.spec.evaluation, drift=drift)
+    others = []
+    for name, value in (("none", None), ("low", 0.25), ("high", 0.5)):
+        model = replace(candidate.spec.model, name=name, digest=name)
+        spec = replace(candidate.spec, model=model, evaluation=evaluation)
+        numbers = {} if value is None else {metric: value}
+        others.append(replace(candidate, spec=spec, metrics=numbers, intervals={}))
+    own = replace(original, spec=replace(original.spec, evaluation=evaluation))
+    [bench] = benches([*others, own])
+    second = {"low": "high", "high": "low"}[first]
+    assert [pool.label for pool in bench.candidates] == [first, second, "none"]
+
+
+def test_a_test_of_too_few_windows_says_nothing(records, monkeypatch):
+    def of_three_windows(ours, theirs, metric):
+        scores = ({str(k): value + k for k in range(3)} for value in (1.0, 2.0))
+        return compare(metric, *scores)
+
+    monkeypatch.setattr("q3q.report.judged.difference", of_three_windows)
+    candidate = replace(records[0], intervals={})
+    other = replace(
+        candidate,
+        spec=replace(candidate.spec, model=replace(candidate.spec.model, name="far", digest="f")),
+        metrics={name: 2 * value for name, value in candidate.metrics.items()},
+    )
+    [bench] = benches([candidate, *records[1:], other])
+    verdict, *_ = bench.tables()
+    place, untold = (verdict.columns.index(column) for column in (OVER_FLOOR, UNTOLD))
+    assert [row[place].endswith(" times") for row in verdict.rows[:2]] == [True, True]
+    assert [row[untold] for row in verdict.rows[:2]] == [UNTESTED, UNTESTED]
+    assert "Not told apart" not in bench.sentence()
 
 
 def test_what_is_odd_about_the_files_is_named(tmp_path):
@@ -227,6 +300,14 @@ def test_another_model_is_no_candidate(judge, fp8):
         judge(fp8, "method=rtn")
     with pytest.raises(ConfigError, match=r"name them, model=judge model\.source="):
         composed_trial("model=judge", "model.reference=demo", "method=none")
+
+
+def test_a_quantized_model_is_refused_also_where_only_its_files_say_it(fp8, tmp_path):
+    """As of a Hub model whose config.json is all that a plan reads."""
+    trial = composed_trial("method=rtn", "evaluation=none", f"storage={tmp_path}")
+    spec = replace(trial.spec, model=replace(trial.spec.model, digest=None))
+    with pytest.raises(CheckpointError, match=r"quantized already \(compressed-tensors\)"):
+        run_trial(Trial(spec, replace(trial.placement, model=fp8)))
 
 
 def test_judging_needs_no_method_on_the_command_line():

@@ -98,9 +98,9 @@ def test_some_layers_take_another_format_with_its_own_bits_and_groups(
     spec = trial.spec
     assert spec.overrides["blocks.0.self_attn.o_proj"] == changes
     assert spec.departures == name
-    assert TrialSpec.from_json(spec.to_json()).schemes.of("blocks.0.self_attn.o_proj") == Scheme(
-        **{**asdict(spec.scheme), **changes}
-    )
+    schemes = TrialSpec.from_json(spec.to_json()).schemes
+    assert schemes is not None
+    assert schemes.of("blocks.0.self_attn.o_proj") == Scheme(**{**asdict(spec.scheme), **changes})
     assert compose(*shlex.split(command_of(trial))[2:]).spec.id == spec.id
     if not changes.keys() - set(ACTIVATION_KEYS):  # which come after the quantization
         plain = compose("method=rtn", "format=mxfp4", "act_format=mxfp4").spec
@@ -119,7 +119,8 @@ def test_each_site_reads_its_input_rounded_as_its_own_layers_say(compose):
     model = load_decoder(Checkpoint(trial.placement.model), torch.float32)
     set_activations(model, trial.spec)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
-    for k, block in enumerate(model.blocks[:2]):
+    for k in range(2):
+        block = model.blocks[k]
         sites = {site.name: site for site in block.sites}
         mx = floats_per_token(x, FLOATS["mxfp4"], 32)
         for copy in (block, block.with_weights({})):
@@ -268,7 +269,11 @@ def test_linears_that_do_not_fill_ggufs_blocks_take_smaller_ones(compose):
     }
     assert [scheme and scheme.format for scheme in found.values()] == ["q4_k", "q4_1"]
     assert schemes.of("blocks.0.mlp.down_proj") is None
-    assert TrialSpec.from_json(spec.to_json()).schemes.of("blocks.2.mlp.down_proj").bits == 4
+    again = TrialSpec.from_json(spec.to_json()).schemes
+    assert again is not None
+    down = again.of("blocks.2.mlp.down_proj")
+    assert down is not None
+    assert down.bits == 4
     narrow = compose("method=rtn", "format=q5_k").spec.schemes.of("blocks.0.self_attn.o_proj")
     assert (narrow.format, narrow.bits, narrow.symmetric) == ("q8_0", 8, True)
 

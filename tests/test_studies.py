@@ -269,4 +269,4 @@ def test_a_study_without_m_and_the_plan_of_one(tmp_path: Path) -> None:
     assert alone.returncode == 2
     assert "study=demo is a sweep, give -m" in alone.stderr
     planned = launch("-m", "+study=demo", "plan=true")
-    assert "44 to run on this machine" in planned.stdout, planned.stderr
+    assert "66 to run on this machine" in planned.stdout, planned.stderr

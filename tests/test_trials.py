@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from q3q import trial as trial_module
+from q3q.calibration import WRITTEN
 from q3q.data.prepared import Shelf, kept_identity, prepared
+from q3q.data.traces import FOLDER
 from q3q.evaluate.identities import prepared_identities
 from q3q.evaluate.samples import write_samples
 from q3q.export import destination
@@ -26,19 +28,21 @@ from q3q.export.marker import write_marker
 from q3q.models import demo
 from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.placement import Grant, Trial
+from q3q.quantize.traces import part_identity
 from q3q.record import Progress, Sweep, TrialRecord, load_trial
 from q3q.report.records import all_sweeps
-from q3q.spec import Json
+from q3q.spec import TRACES, Json
 from q3q.storage import claim
 from q3q.storage import status as bulletin
 from q3q.storage.claim import Holder
 from q3q.storage.files import write_atomically
+from q3q.storage.mirror import Mirror
 from q3q.storage.status import StatusWriter, SweepStatus, View, Work, at_work, sweep_statuses
 from q3q.sweep.progress import Display
 from q3q.trials import attach as attach_module
 from q3q.trials.__main__ import main
 from q3q.trials.stored import find_trials
-from tests.specs import evaluation_of, make_trial, model_of, respecified, text_of
+from tests.specs import calibration_of, evaluation_of, make_trial, model_of, respecified, text_of
 
 
 @pytest.fixture
@@ -249,6 +253,40 @@ def test_deleting_takes_prepared_input_that_no_other_trial_reads(storage):
     assert main(["--storage", str(storage), "delete", second.id]) == 0
     assert left() == []
     assert (shelf.folder / "another.safetensors").is_file()
+
+
+@pytest.mark.parametrize("temperature", [0.8, 0.0])
+def test_deleting_takes_traces_that_no_other_trial_reads_from_the_store_too(
+    tmp_path, monkeypatch, temperature
+):
+    """Seeds write traces of their own, and share greedy ones; another machine has written them."""
+    url = f"file://{tmp_path}/store"
+    calibration = calibration_of(TRACES, draw=WRITTEN, temperature=temperature)
+
+    def mirror_on(machine):
+        monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path / machine))
+        return Mirror(url)
+
+    writer = mirror_on("a")
+    first, second = (
+        make_trial("gptq", calibration=calibration, seed=seed, storage=writer.folder)
+        for seed in (0, 1)
+    )
+    shelf = Shelf(writer.folder / FOLDER, "a tokenizer")
+    for one in (first, second):
+        complete(one)
+        for rows in (range(4), range(4, 8)):
+            shelf.keep(part_identity(one, calibration, rows), {"windows": np.zeros(3)})
+    writer.push("trials", FOLDER)
+    assert len(writer.store.find(FOLDER)) == (4 if temperature else 2)
+    here = mirror_on("b")
+    assert main(["--storage", url, "delete", first.id]) == 0
+    left = [kept_identity(here.folder / name) for name in here.store.find(FOLDER)]
+    assert len(left) == 2
+    assert {one and one["seed"] for one in left} == ({1} if temperature else {None})
+    assert main(["--storage", url, "delete", second.id]) == 0
+    assert here.store.find(FOLDER) == {}
+    assert not [*(here.folder / FOLDER).glob("*.safetensors")]
 
 
 def test_what_runs_is_not_deleted_and_what_is_not_there_is_named(storage, capsys):

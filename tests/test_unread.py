@@ -52,7 +52,10 @@ CONF = Path(__file__).parent.parent / "conf"
             "kv_bits=4 evaluation=none",
             ["kv_bits=4 has no effect: nothing is evaluated"],
         ),
-        ("kv_window=64", ["kv_window=64 has no effect: the cache stays in 16 bits"]),
+        (
+            "kv_window=64",
+            ["kv_window=64 has no effect: nothing is said of the cache, which stays as it is"],
+        ),
         ("kv_bits=null,4 kv_window=64", []),
         ("method=none,rtn bits=2,3", []),
         ("method=rtn,gptq calibration.samples=4", []),

@@ -1,5 +1,6 @@
 """Resolve a budget of bits, and refuse what cannot be allotted before anything runs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def resolve_budget(
     if "bytes" in given:
         given["bytes"] = bytes_of(given["bytes"], "budget.bytes")
     for key in ("bits", "uniform"):
-        if key in given and not given[key] > 0:
+        if key in given and not 0 < given[key] < math.inf:
             raise ConfigError(f"budget.{key}={given[key]}: give a positive number of bits")
     calibration = config.calibration
     text = opened(config, calibration.source, "calibration", calibration.path)

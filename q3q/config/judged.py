@@ -101,13 +101,13 @@ def floor_of(spec: TrialSpec) -> TrialSpec | None:
     """Return the trial that measures what rounding alone costs the original; None without texts.
 
     It is the original, computed in another type: what is nearer to the original than this cannot
-    be told from it.
+    be told from it. Its cache is not rounded, whatever is asked of the checkpoint's.
     """
     reference = spec.reference
     if reference is None or spec.evaluation.drift is None:
         return None
     other = replace(reference, dtype=OTHER_TYPE[reference.dtype])
-    return replace(spec, model=other)
+    return replace(spec, model=other, kv=None)
 
 
 def original_job(overrides: Sequence[str]) -> list[str]:
@@ -122,7 +122,7 @@ def floor_job(overrides: Sequence[str], spec: TrialSpec) -> list[str]:
     assert floor is not None
     assert spec.reference is not None
     return [
-        *_others(overrides),
+        *(one for one in _others(overrides) if not one.lstrip("+~").startswith("kv_")),
         f"model={JUDGE}",
         quoting.override("model.reference", place),
         quoting.override("model.source", place),

@@ -19,7 +19,7 @@ from q3q.spec import Evaluation
 
 
 def resolve_kv(config: DictConfig, facts: ModelFacts, evaluation: Evaluation) -> KvScheme | None:
-    """Return how the cache stores keys and values; None if it leaves them in 16 bits.
+    """Return how the cache stores keys and values; None if they stay as the model has them.
 
     It is None too where nothing would read it: without an evaluation and an export.
     """

@@ -14,7 +14,6 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.facts import ModelFacts
 from q3q.models.families.registry import package_of
 from q3q.models.hub import fetch_facts, resolve_revision
-from q3q.quantize.methods.settings import MethodSettings
 from q3q.spec import ModelRef
 from q3q.storage.stores import folder_of
 
@@ -29,7 +28,7 @@ def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts
     if model.source is None and model.path is None:
         raise ConfigError(
             "no model is named: give model=hub model.source=ORGANIZATION/NAME for one of the Hub, "
-            "or model=local model.path=DIR for a folder"
+            "or model=local model.path=DIR for a folder or a GGUF file"
         )
     folder: Path | None = None
     if model.path is None:
@@ -46,7 +45,7 @@ def resolve_model(config: DictConfig) -> tuple[ModelRef, Path | None, ModelFacts
             )
         if model.revision is not None:
             raise ConfigError(
-                f"model.revision={model.revision} is for Hub models; {model.path} is a folder"
+                f"model.revision={model.revision} is for Hub models; {model.path} is a local one"
             )
         folder = (
             DEMO_MODELS / model.path.removeprefix("demo:")
@@ -80,8 +79,10 @@ def _refuse_another_models_name(name: str | None, source: str) -> None:
 def _local_model(folder: Path, storage: str, *, own_tokenizer: bool) -> tuple[ModelFacts, str]:
     checkpoint = Checkpoint(folder)
     if own_tokenizer and not (checkpoint.folder / "tokenizer.json").is_file():
+        cure = "; copy the original's beside the GGUF file" if checkpoint.gguf else ""
         raise CheckpointError(
-            f"{folder} has no tokenizer.json: a model is evaluated with its own tokenizer"
+            f"{checkpoint.folder} has no tokenizer.json: a model is evaluated with its own "
+            f"tokenizer{cure}"
         )
     for remark in checkpoint.remarks:
         print(f"q3q: {folder}: {remark}", file=sys.stderr)
@@ -99,17 +100,6 @@ def _hub_model(source: str, revision: str | None) -> tuple[str, ModelFacts]:
             file=sys.stderr,
         )
     return commit, facts
-
-
-def refuse_second_rounding(
-    settings: MethodSettings, folder: Path | None, facts: ModelFacts
-) -> None:
-    if settings.quantizes and facts.quantized is not None:
-        raise CheckpointError(
-            f"{folder or 'the model'} is quantized already ({facts.quantized}); a second rounding "
-            "would measure both. Give the original model, or method=none to evaluate this one as "
-            "it is"
-        )
 
 
 def facts_of(config: DictConfig) -> ModelFacts:

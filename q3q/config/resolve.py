@@ -20,7 +20,7 @@ from q3q.config.judged import (
 )
 from q3q.config.known import not_a_setting
 from q3q.config.kv_cache import cache_notice, resolve_context, resolve_kv
-from q3q.config.model import refuse_second_rounding, resolve_model
+from q3q.config.model import resolve_model
 from q3q.config.patterns import linears
 from q3q.config.schema import GROUPS, Config, refuse_unknown
 from q3q.config.schemes import check_ends, resolve_schemes
@@ -29,7 +29,7 @@ from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
 from q3q.export.formats import FORMATS, refuse_unsupported, stored_scales
 from q3q.export.serving import kv_notice, loading_notice, serving_notice
-from q3q.models.facts import ModelFacts
+from q3q.models.facts import ModelFacts, refuse_second_rounding
 from q3q.models.footprint import (
     AUTO,
     LOADERS,
@@ -65,7 +65,8 @@ def trial_from(config: DictConfig) -> Trial:
     model, folder, facts = resolve_model(config)
     if (judged := is_judged(config)) and settings.quantizes:
         refuse_quantizing(config.method.name)
-    refuse_second_rounding(settings, folder, facts)
+    if settings.quantizes:
+        refuse_second_rounding(folder, facts)
     # A judged checkpoint reads what its original reads.
     of_text = as_reference(config) if judged else config
     reference, home, original = resolve_model(of_text) if judged else (None, folder, facts)

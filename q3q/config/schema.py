@@ -31,10 +31,11 @@ TEXT_NAMES = {"demo": "stories"}
 class ModelConfig:
     """The model.
 
-    name: label for people; null: the folder's, or the Hub's
+    name: label for people; null: the folder's or file's, or the Hub's
     source: the Hub's name of the model, ORGANIZATION/NAME; with model=judge also a folder or file
     reference: with model=judge, the original that sources are compared with
-    path: folder with config.json, safetensors and tokenizer (`demo:dense` ships with q3q)
+    path: folder with config.json, safetensors and tokenizer (`demo:dense` ships with q3q), or a
+        GGUF file that lies beside the tokenizer
     revision: commit, branch or tag on the Hub; null: the newest
     dtype: of the arithmetic, unless the top-level dtype is given: float32, bfloat16 or float16;
         null: what config.json says

@@ -43,7 +43,8 @@ def unread(spec: TrialSpec) -> dict[str, str]:
         keys["method.static_groups"] = reason
     if spec.kv is None:
         nothing = not (spec.evaluation.texts or spec.evaluation.tasks or spec.export)
-        reason = "nothing is evaluated" if nothing else "the cache stays in 16 bits"
+        unsaid = "nothing is said of the cache, which stays as it is"
+        reason = "nothing is evaluated" if nothing else unsaid
         keys |= dict.fromkeys(("kv_bits", *OF_CACHE) if nothing else OF_CACHE, reason)
     if not spec.evaluation.texts:
         keys |= dict.fromkeys(OF_TEXTS, "no text is evaluated")

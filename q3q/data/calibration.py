@@ -1,4 +1,7 @@
-"""The windows that a trial calibrates on: of a text, of a mix, or written by the model itself."""
+"""The windows that a trial calibrates on: of a text, of a mix, or written by the model itself.
+
+A budget's sensitivities are measured on windows that are drawn likewise.
+"""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +19,15 @@ from q3q.data.windows import (
     refuse_changed_text,
 )
 from q3q.placement import Trial
-from q3q.spec import TRACES, Calibration, Json
+from q3q.spec import TRACES, Calibration, Json, TrialSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 AWQ_SHUFFLE_SEED = 42  # so that seed 0 draws the documents that AWQ's official code draws
+# Windows on which sensitivities are measured are drawn with another seed than those that a method
+# calibrates on: on its own text, a method looks better than it is.
+OTHER_DRAW = 1000
 
 Write = Callable[[Calibration], "Tensor"]  # returns the windows of traces
 
@@ -46,6 +52,37 @@ def calibration_windows(
         shelf = Shelf.of(trial, tokenizer)
         return prepared_windows(shelf, identity, lambda: _drawn(trial, tokenizer, None), wait)
     return _drawn(trial, tokenizer, write)
+
+
+def drawing(spec: TrialSpec) -> list[TrialSpec]:
+    """Return specs whose `calibration` and `seed` are those of all windows that a trial draws.
+
+    The first is the spec itself, if it observes anything; with a budget, the last one calibrates on
+    the windows on which sensitivities are measured.
+    """
+    specs, budget = [spec] if spec.calibration is not None else [], spec.budget
+    if budget is not None:
+        text = Calibration(
+            source=budget.source,
+            digest=budget.digest,
+            samples=budget.samples,
+            length=budget.length,
+            draw=budget.draw,
+        )
+        specs.append(replace(spec, calibration=text, seed=spec.seed + OTHER_DRAW))
+    return specs
+
+
+def drawn_identities(spec: TrialSpec) -> list[Json]:
+    """Return the identities of all windows that a trial draws, but for those that a model writes.
+
+    See `calibration_identity`.
+    """
+    return [
+        calibration_identity(one.calibration, one.seed)
+        for one in drawing(spec)
+        if one.calibration is not None and not one.calibration.writes
+    ]
 
 
 def calibration_identity(calibration: Calibration, seed: int) -> Json:

@@ -26,6 +26,7 @@ from q3q.record import Comparison
 Scores = Mapping[str, float]
 Floats = NDArray[numpy.float64]
 
+BOOTSTRAP = "paired studentized bootstrap"  # how the test's name starts
 RESAMPLES = 10_000  # of the bootstrap; the seed moves an interval's ends by about 1 % of its width
 QUANTILE_RESAMPLES = 1000  # fewer, as each goes through all values
 LEVEL = 0.05  # significance level of "distinguishable"
@@ -248,7 +249,7 @@ def _compare_means(metric: str, ours_N: Floats, baseline_N: Floats, seed: int) -
             low, high, p_value = studentized_bootstrap(ours_N - baseline_N, seed)
             low, high = _as_the_test_says(low, high, p_value)
             distinguishable = p_value < LEVEL
-            test = f"paired studentized bootstrap, {RESAMPLES} resamples"
+            test = f"{BOOTSTRAP}, {RESAMPLES} resamples"
     return Comparison(
         metric=metric,
         difference=difference,

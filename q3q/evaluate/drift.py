@@ -189,7 +189,7 @@ def perplexity_and_drift(
 
 def compare_positions(
     model: Decoder, ours_PH: Tensor, theirs_PH: Tensor, head_VH: Tensor, targets_P: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compare both models' next-token distributions at each position.
 
     At a time, logits [C, V] of each model exist in float32.

@@ -6,7 +6,7 @@ of its own, for which the reader says how much is small.
 
 import math
 
-from q3q.evaluate.compare import NORMAL_95
+from q3q.evaluate.compare import LEVEL, NORMAL_95
 from q3q.record import Comparison
 
 
@@ -17,8 +17,9 @@ def equivalence(comparison: Comparison, margin: float) -> float | None:
     neither as low as -margin nor as high as +margin; the larger p-value of the two counts. At 5 %
     this says that the 90 % interval lies within the margin. Each p-value is read off the paired
     95 % interval (Altman and Bland, BMJ 343:d2304, 2011): the distance from the difference to an
-    end is 1.96 standard errors on that side. So the test is as good as the interval: Newcombe's of
-    answers, the bootstrap's of losses.
+    end is 1.96 standard errors on that side or, for a mean over seeds, Student's quantile of them,
+    whose tails are far longer. So the test is as good as the interval: Newcombe's of answers, the
+    bootstrap's of losses, Student's of seeds.
 
     Args:
         margin: in the difference's unit, above zero: nats for a perplexity, a share for an
@@ -35,9 +36,22 @@ def equivalence(comparison: Comparison, margin: float) -> float | None:
     middle, low, high = comparison.difference, comparison.low, comparison.high
     if middle is None or low is None or high is None:
         return None
-    above = upper_tail(middle + margin, (middle - low) / NORMAL_95)
-    below = upper_tail(margin - middle, (high - middle) / NORMAL_95)
+    above = _beyond(middle + margin, middle - low, comparison.freedom)
+    below = _beyond(margin - middle, high - middle, comparison.freedom)
     return max(above, below)
+
+
+def _beyond(distance: float, reach: float, freedom: float | None) -> float:
+    """Return how often chance exceeds the distance, given how far the interval's end is.
+
+    Args:
+        freedom: Student's degrees of freedom; None for a normal variable.
+    """
+    if freedom is None or reach <= 0:
+        return upper_tail(distance, reach / NORMAL_95)
+    from scipy.stats import t
+
+    return float(t.sf(distance * t.ppf(1 - LEVEL / 2, freedom) / reach, freedom))
 
 
 def upper_tail(distance: float, error: float) -> float:

@@ -35,10 +35,14 @@ class Flips:
         """The share of the baseline's right answers that were lost; None if it had none."""
         return self.lost / self.right if self.right else None
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The share's 95 % interval (Wilson, JASA 22, 1927)."""
-        return share_interval(self.share, self.n)
+    def interval(self, questions: int) -> tuple[float, float]:
+        """Compute the share's 95 % interval (Wilson, JASA 22, 1927).
+
+        Args:
+            questions: how many different ones. Seeds that ask the same ones again flip mostly the
+                same answers, so n answers would be taken for more than they tell.
+        """
+        return share_interval(self.share, questions)
 
     def __add__(self, other: "Flips") -> "Flips":
         return Flips(

@@ -6,7 +6,7 @@ known only once tasks are loaded.
 
 from collections.abc import Iterable
 
-from q3q.data.calibration import calibration_identity
+from q3q.data.calibration import drawn_identities
 from q3q.data.windows import evaluation_identity
 from q3q.evaluate.batches import Batch, batches, draws_shots
 from q3q.evaluate.catalogue import TASKS
@@ -15,9 +15,7 @@ from q3q.spec import Evaluation, Json, TaskRef, TrialSpec
 
 def prepared_identities(spec: TrialSpec) -> list[Json]:
     """Return what a trial says of the input that it prepares: windows, and its tasks' requests."""
-    evaluation, identities = spec.evaluation, list[Json]()
-    if spec.calibration is not None and not spec.calibration.writes:
-        identities.append(calibration_identity(spec.calibration, spec.seed))
+    evaluation, identities = spec.evaluation, drawn_identities(spec)
     identities += [evaluation_identity(text, evaluation.quick) for text in evaluation.texts]
     identities += [requests_identity(evaluation, one, spec.seed) for one in batches(evaluation)]
     return identities

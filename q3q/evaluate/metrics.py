@@ -50,16 +50,21 @@ def mean_accuracy(spec: TrialSpec, metrics: Mapping[str, float]) -> float | None
 def reads_calibrated_kind(text: TextRef, spec: TrialSpec) -> bool:
     """Return True if a trial is calibrated on text of the kind that it is evaluated on.
 
-    The two parts of a data set (C4's training and validation files, two halves of the demo's
-    stories) are of one kind. Of two files that a user gives, only equal ones are known to be.
+    So is one whose bits were allotted by sensitivities that were measured on such text. The two
+    parts of a data set (C4's training and validation files, two halves of the demo's stories) are
+    of one kind. Of two files that a user gives, only equal ones are known to be.
     """
-    calibration = spec.calibration
-    if calibration is None:
-        return False
+    calibration, budget = spec.calibration, spec.budget
+    read = [(part.source, part.digest) for part in calibration.every_part] if calibration else []
+    read += [(budget.source, budget.digest)] if budget else []
     if text.source == "file":
-        digests = {part.digest for part in calibration.parts} or {calibration.digest}
-        return text.digest in digests
-    return (text.source or text.name) in calibration.sources
+        return text.digest in {digest for _, digest in read}
+    return (text.source or text.name) in {source for source, _ in read}
+
+
+def reads_text(spec: TrialSpec) -> bool:
+    """Return True if the weights depend on windows of a text, and so on the seed's draw of them."""
+    return spec.calibration is not None or spec.budget is not None
 
 
 def held_out(metric: str, specs: Iterable[TrialSpec]) -> bool:

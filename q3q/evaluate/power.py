@@ -23,7 +23,8 @@ def smallest_difference(
 
     Args:
         questions: of one task, or what `effective_questions` returns of several.
-        discordance: psi.
+        discordance: psi of one task, or what `effective_discordance` returns of several.
+        level: of the test; of one among m that are corrected together, level / m is sure to do.
 
     Returns:
         A share. None if no difference can be found, as it would have to exceed the discordance.
@@ -35,10 +36,10 @@ def smallest_difference(
         raise ValueError(f"questions={questions} and discordance={discordance} are impossible")
     normal = NormalDist()
     a, b = normal.inv_cdf(1 - level / 2), normal.inv_cdf(power)
-    first = a * math.sqrt(discordance * questions)
-    rest = b * math.sqrt(discordance * (questions + b**2 - a**2))
     if questions + b**2 <= a**2:
         return None
+    first = a * math.sqrt(discordance * questions)
+    rest = b * math.sqrt(discordance * (questions + b**2 - a**2))
     found = (first + rest) / (questions + b**2)
     return found if 0 < found <= discordance else None
 
@@ -66,3 +67,14 @@ def effective_questions(questions: Sequence[int]) -> float:
     Sampling Techniques, 1977, chapter 5), as one task of K^2 / sum (1 / n_k) questions.
     """
     return len(questions) ** 2 / math.fsum(1 / count for count in questions)
+
+
+def effective_discordance(discordances: Sequence[float], questions: Sequence[int]) -> float:
+    """Return the discordance of that single task where the tasks' own differ.
+
+    The mean's variance is then sum (psi_k / n_k) / K^2, so a task counts by 1 / n_k: a small one,
+    whose answers weigh more, counts more.
+    """
+    weights = [1 / count for count in questions]
+    shares = (psi * weight for psi, weight in zip(discordances, weights, strict=True))
+    return math.fsum(shares) / math.fsum(weights)

@@ -59,6 +59,7 @@ def compare_replicates(
             parts.append((float(difference_N.var(ddof=1)) / n / tasks**2, n - 1))
     difference = float(means[0].mean() - means[1].mean())
     variance = math.fsum(part for part, _ in parts)
+    freedom = None
     if variance > 0:
         error = math.sqrt(variance)
         freedom = variance**2 / math.fsum(part**2 / free for part, free in parts)
@@ -76,4 +77,5 @@ def compare_replicates(
         n=sum(scores.shape[1] for scores in ours),
         test=TEST,
         ratio=ratio,
+        freedom=freedom,
     )

@@ -29,7 +29,7 @@ _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # Regular expressions that cut a text -> llama.cpp's name.
-_RULES = {
+RULES = {
     rf"{_ENDINGS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",
     rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
 }
@@ -136,5 +136,5 @@ def _splitter(backend: Mapping[str, Any]) -> str | None:
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return "smollm" if steps[1].get("use_regex", True) else None
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        return _RULES.get(steps[0]["pattern"].get("Regex", ""))
+        return RULES.get(steps[0]["pattern"].get("Regex", ""))
     return None

@@ -66,7 +66,7 @@ class RoundedInputs:
 
     def __call__(self, k: int, block: Block) -> None:
         usual = self.rounding or InputRounding(0)
-        block.act_bits = self.rounding and self.rounding.bits
+        block.act_bits = None if self.rounding is None else self.rounding.bits
         block.act_format, block.act_group_size = usual.format, usual.group_size
         own = {
             site.name: self.otherwise[full]

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from q3q.errors import CheckpointError, first_line
-from q3q.models.completeness import check_complete, read_input_numbers
+from q3q.models.completeness import check_complete, read_input_numbers, without_cache_scales
 from q3q.models.digests import DigestMemo
 from q3q.models.disk_names import (
     disk_shapes,
     is_fused,
     is_stacked,
     layout_of,
+    of_expert,
     parts_of,
     sources_of,
 )
@@ -41,6 +42,7 @@ from q3q.models.model_json import (
     refuse_irregular,
 )
 from q3q.models.packed import doubts_of
+from q3q.models.published.modelopt import FILE as MODELOPT_FILE
 from q3q.models.tensor_files import Rows, StoredTensor
 from q3q.storage.files import FileState, file_state
 
@@ -104,6 +106,7 @@ class Checkpoint:
         self.facts = replace(self.facts, carried_bytes=bits // 8)
         remarks += unread(self._stored, {*self._names, *self.carried}, self.facts)
         remarks += carried_over(self.carried)
+        remarks += without_cache_scales(self.facts, self._stored)
         self.remarks: tuple[str, ...] = (*self._files.remarks, *remarks)
 
     @property
@@ -236,6 +239,17 @@ class Checkpoint:
             for name in chosen
         }
 
+    def matrix(self, k: int, name: str, expert: int = 0) -> Tensor:
+        """Read one tensor of block `k` as `block` has it; of stacked ones, an expert's matrix."""
+        source = name
+        if is_stacked(name):
+            if self._fused(k):
+                shape = self.facts.block_shapes(k)[name][1:]
+                each = math.prod(shape)
+                return self.block_part(k, name, expert * each, each).view(shape)
+            source = of_expert(name, expert)
+        return self._numbers(k, [source])[source]
+
     def _numbers(self, k: int, names: Iterable[str]) -> dict[str, Tensor]:
         """Read a block's tensors as plain numbers, by their names without the block's prefix."""
         import torch
@@ -254,6 +268,8 @@ class Checkpoint:
                 for part in parts_of(layout, full, shapes[name])
                 if part in self._stored  # an optional one may be absent
             }
+            if fault := layout.fault(packed, rows, columns):
+                raise CheckpointError(f"{base}{fault}: damaged")
             for doubt in doubts_of(layout, packed, base.removesuffix(".")):
                 self.doubts[doubt] = None
             weight = layout.unpack(packed, rows, columns)
@@ -263,10 +279,13 @@ class Checkpoint:
     def digest(self, cache: Path | None = None) -> str:
         """Return the SHA-256 (hex) of config.json, tokenizer files and every shard.
 
+        And of the file in which ModelOpt says how it quantized, where there is one.
+
         Args:
             cache: folder of a `DigestMemo`. Nothing is written into the model's folder.
         """
-        config = () if self.gguf else ("config.json",)  # a GGUF file says all of it itself
+        # A GGUF file says all of it itself.
+        config = () if self.gguf else ("config.json", MODELOPT_FILE)
         own = (self.folder / name for name in (*config, *TOKENIZER_FILES))
         files = [*own, *sorted(self._files.shards)]
         memo = DigestMemo(cache)

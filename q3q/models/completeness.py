@@ -20,7 +20,7 @@ from q3q.models.disk_names import (
 )
 from q3q.models.facts import ModelFacts, number_of_tensors
 from q3q.models.model_files import FLOATS, ModelFiles
-from q3q.models.packed import Layout
+from q3q.models.packed import SCALES, Layout
 from q3q.models.published.packing import KEY_SCALES, VALUE_SCALES
 from q3q.models.tensor_files import Shape, StoredTensor
 
@@ -62,6 +62,8 @@ def check_complete(folder: Path, facts: ModelFacts, files: ModelFiles) -> dict[s
                 continue
             expected[part], packed[part] = part_shape, types
         linears |= {part for part in parts if part in expected}
+    for name in filter(None, cache_scales(facts, tensors).values()):
+        expected[name], packed[name] = (1,), SCALES
     expected[family.final_norm] = (facts.hidden,)
     if not facts.tied:
         expected[family.head] = (facts.vocab, facts.hidden)
@@ -113,11 +115,9 @@ def read_input_numbers(facts: ModelFacts, tensors: Mapping[str, StoredTensor]) -
             )
         return stored
 
-    for k in range(facts.layers) if packing.kv is not None else ():
-        for end, places in (("k", KEY_SCALES), ("v", VALUE_SCALES)):
-            names = (facts.on_disk(k, place) for place in places)
-            if (part := next((name for name in names if name in tensors), None)) is not None:
-                numbers[facts.on_disk(k, end)] = read(part)
+    for (k, end), part in cache_scales(facts, tensors).items():
+        if part is not None:
+            numbers[facts.on_disk(k, end)] = read(part)
     if not packing.rounds_inputs:
         return numbers
     for k, name, _, layout in _weights(facts, tensors):
@@ -126,6 +126,35 @@ def read_input_numbers(facts: ModelFacts, tensors: Mapping[str, StoredTensor]) -
             assert layout is not None
             numbers[full.removesuffix(".weight")] = layout.input_number(read(part))
     return numbers
+
+
+def cache_scales(facts: ModelFacts, tensors: Collection[str]) -> dict[tuple[int, str], str | None]:
+    """Return the names of the scales of a cache, by block and `k` or `v`; None where one lacks.
+
+    Nothing where the config does not say that keys and values are stored by scales of their own.
+    """
+    if facts.packing is None or facts.packing.kv is None:
+        return {}
+    found = dict[tuple[int, str], str | None]()
+    for k in (k for k in range(facts.layers) if facts.family.state_width(facts, k)):
+        for end, places in (("k", KEY_SCALES), ("v", VALUE_SCALES)):
+            names = (facts.on_disk(k, place) for place in places)
+            found[k, end] = next((name for name in names if name in tensors), None)
+    return found
+
+
+def without_cache_scales(facts: ModelFacts, tensors: Collection[str]) -> list[str]:
+    """Return a remark on keys and values whose scales are not there."""
+    scales = cache_scales(facts, tensors)
+    lacking = [
+        facts.on_disk(k, f"self_attn.{end}_scale") for (k, end), name in scales.items() if not name
+    ]
+    if not lacking:
+        return []
+    return [
+        "config.json says that keys and values are stored by fixed scales, and the files lack "
+        f"{len(lacking)} of {len(scales)}, first {lacking[0]}: these are 1, as servers take them"
+    ]
 
 
 def _weights(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from q3q.errors import NumericsError
+from q3q.kv_scheme import FIXED
 from q3q.models.attention import CAUSAL, Attention, supports_varlen
 from q3q.models.block import Block, Rope
 from q3q.models.checkpoint import Checkpoint
@@ -49,12 +50,18 @@ Source = Callable[[], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class RoundedCache:
-    """A change of every block; picklable, so that other ranks apply it too."""
+    """A change of every block; picklable, so that other ranks apply it too.
+
+    Where the checkpoint brings fixed scales of keys and values, they stay.
+    """
 
     kv: KvRounding | None
 
     def __call__(self, _: int, block: Block) -> None:
-        block.kv = self.kv
+        kv, own = self.kv, block.kv
+        if kv is not None and own is not None and kv.scheme.scales == own.scheme.scales == FIXED:
+            kv = replace(kv, key_scale=own.key_scale, value_scale=own.value_scale)
+        block.kv = kv
 
 
 class Blocks(Protocol):

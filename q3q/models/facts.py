@@ -17,7 +17,14 @@ from q3q.models.published.modelopt import FILE as MODELOPT_FILE
 from q3q.models.published.modelopt import METHOD as MODELOPT_METHOD
 from q3q.models.published.readers import read_packing
 
-__all__ = ["DTYPE_BYTES", "EXPORT_KEY", "ModelFacts", "number_of_tensors", "read_facts"]
+__all__ = [
+    "DTYPE_BYTES",
+    "EXPORT_KEY",
+    "ModelFacts",
+    "number_of_tensors",
+    "read_facts",
+    "refuse_second_rounding",
+]
 
 EXPORT_KEY = "q3q"  # in the config.json of q3q's own exports
 LONGEST = 300  # characters of a complaint, which quotes what the file says
@@ -63,6 +70,20 @@ def read_facts(source: Path | Mapping[str, Any]) -> ModelFacts:
     )
     _refuse_misfits(facts, wrong)
     return facts
+
+
+def refuse_second_rounding(folder: Path | None, facts: ModelFacts) -> None:
+    """Refuse to quantize a model that is quantized already.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if facts.quantized is not None:
+        raise CheckpointError(
+            f"{folder or 'the model'} is quantized already ({facts.quantized}); a second rounding "
+            "would measure both. Give the original model, or method=none to evaluate this one as "
+            "it is"
+        )
 
 
 def _refuse_misfits(facts: ModelFacts, wrong: Callable[[str], CheckpointError]) -> None:

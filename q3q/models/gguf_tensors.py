@@ -79,18 +79,22 @@ class GgufTensor(StoredTensor):
             numbers = pairs.flatten(0, 2)
         return numbers[first - start :][:count].contiguous()
 
-    def zero_share(self) -> float:
-        """Return the share of blocks whose scale is 0, so that all their numbers are.
+    def zero_blocks(self, numbers: Tensor) -> tuple[int, int]:
+        """Count the blocks whose scale is 0, so that all their numbers are, and all blocks.
 
         Pruned weights and tokens that were never trained have such blocks; other weights do not.
+
+        Args:
+            numbers: all of the tensor's, as `read` returns them.
         """
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         block = max(32, GGML_QUANT_SIZES[GGMLQuantizationType[self.type]][0])
-        numbers = self.read().flatten()
+        numbers = numbers.flatten()
         if numbers.numel() % block:
             block = numbers.numel()
-        return float((numbers.view(-1, block) == 0).all(-1).float().mean())
+        zero_B = (numbers.view(-1, block) == 0).all(-1)
+        return int(zero_B.sum()), len(zero_B)
 
     def _numbers(self, row: int, rows: int) -> np.ndarray:
         """Read rows as they lie in the file."""

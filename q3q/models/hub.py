@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -12,7 +13,8 @@ from typing import Any, TypeVar
 
 from q3q.errors import CheckpointError, Q3QError, UnavailableModelError, first_line
 from q3q.models.facts import ModelFacts, read_facts
-from q3q.models.model_json import OWN_FOLDER
+from q3q.models.model_json import OWN_FOLDER, read_json
+from q3q.models.published.modelopt import FILE as MODELOPT_FILE
 from q3q.placement import Trial
 
 # All that a model's folder needs, and its licence; no pickles, which can run code when loaded.
@@ -147,13 +149,19 @@ def resolve_revision(source: str, revision: str | None = None) -> str:
 
 
 def fetch_facts(source: str, revision: str | None = None) -> ModelFacts:
-    """Return a Hub model's facts, from its config.json alone.
+    """Return a Hub model's facts, without its weights.
 
     Raises:
         CheckpointError: neither the Hub nor the local cache has it, or q3q runs no such model.
     """
     _check_hub_id(source)
-    return read_facts(_config_folder(source, revision))
+    folder = _config_folder(source, revision)
+    if "quantization_config" not in read_json(folder / "config.json") and not _is_whole(folder):
+        # Older ModelOpt says in a file of its own how it quantized. Without an answer the trial
+        # looks again when it has the weights.
+        with contextlib.suppress(UnavailableModelError):
+            fetch_file(source, MODELOPT_FILE, folder.name)
+    return read_facts(folder)
 
 
 def facts_of_trial(trial: Trial) -> ModelFacts | None:

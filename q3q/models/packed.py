@@ -91,6 +91,10 @@ class Layout(ABC):
     def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """Return the dequantized weight [O, I], float32."""
 
+    def fault(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> str | None:
+        """Say which part's numbers contradict the others or the config; None if none do."""
+        return None
+
 
 @dataclass(frozen=True)
 class PackedInts(Layout):
@@ -134,6 +138,12 @@ class PackedInts(Layout):
             return _times(codes_OI, parts["weight_scale"], 2 ** (self.bits - 1))
         zero_GO = unpack_bits(parts["weight_zero_point"].T, self.bits, rows)
         return _times(codes_OI, parts["weight_scale"], zero_GO.T)
+
+    def fault(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> str | None:
+        shape = parts["weight_shape"].tolist()
+        if shape == [rows, columns]:
+            return None
+        return f"weight_shape says {shape}, and config.json {[rows, columns]}"
 
 
 @dataclass(frozen=True)
@@ -211,6 +221,14 @@ class GptqWords(Layout):
         # A zero point stored below 0 reads as the highest code; adding wraps it round again.
         zero_GO = (unpack_bits(parts["qzeros"], self.bits, rows) + self.below) & (2**self.bits - 1)
         return _times(codes_OI, parts["scales"].T, zero_GO.T, parts.get("g_idx"))
+
+    def fault(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> str | None:
+        if (group_I := parts.get("g_idx")) is None:
+            return None
+        groups, low, high = len(parts["scales"]), int(group_I.min()), int(group_I.max())
+        if low >= 0 and high < groups:
+            return None
+        return f"g_idx names groups {low} to {high}, and there are {groups}"
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class TableCodes(Layout):
 
     @property
     def scale_parts(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("weight.nested_absmax",) if self.double else ()  # a block of zeros has scale 0
+        return ("weight.nested_absmax" if self.double else "weight.absmax",)
 
     @property
     def state(self) -> str:
@@ -82,7 +82,7 @@ class TableCodes(Layout):
             CheckpointError: they are none, or contradict the config.
         """
         try:
-            state = json.loads(bytes(stored.tolist()))
+            state: dict[str, Any] = json.loads(bytes(stored.tolist()))
             facts = (state["quant_type"], state["blocksize"], math.prod(state["shape"]))
             nested = state.get("nested_blocksize", NESTED_BLOCK)
         except (ValueError, KeyError, TypeError) as error:
@@ -93,7 +93,7 @@ class TableCodes(Layout):
                 f"{self.state} says {facts} and nested blocks of {nested}, and the config "
                 f"{expected} and {NESTED_BLOCK}"
             )
-        return state  # type: ignore[no-any-return]
+        return state
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from q3q.data.calibration import as_read
 from q3q.data.prepared import Arrays, Shelf, prepared, tokenizer_digest
 from q3q.data.texts import load_text
-from q3q.data.traces import FOLDER, TRACES_VERSION, recipe
+from q3q.data.traces import FOLDER, recipe, traces_identity
 from q3q.data.windows import refuse_changed_text
 from q3q.errors import CalibrationError, ConfigError, IntegrityError
 from q3q.models.attention import KeysValues
@@ -96,17 +96,10 @@ def traces(
 
 
 def part_identity(trial: Trial, calibration: Calibration, numbers: range) -> Json:
-    """Return what determines the windows with these numbers, but for the tokenizer.
-
-    Greedy traces do not depend on the seed. Nor does it matter how many others there are.
-    """
+    """Return what determines the windows with these numbers, but for the tokenizer."""
     return {
-        "traces": TRACES_VERSION,
-        "model": trial.spec.model.identity,
-        "recipe": calibration.digest,
-        "length": calibration.length,
+        **traces_identity(trial.spec, calibration),
         "rows": [numbers.start, numbers.stop],
-        "seed": trial.spec.seed if calibration.temperature else None,
     }
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from q3q.config.known import type_of
@@ -221,10 +222,15 @@ def _cell(path: Path, line: int, row: Mapping[str, str]) -> Cell:
     for name in ("model", "metric"):
         if not texts[name]:
             raise ReportError(f"{where}: it names no {name}")
-    decimals = len(printed.partition(".")[2]) if printed.replace(".", "").isdigit() else 4
     asked = {name: text for name, text in texts.items() if text and name not in (*NEEDED, SOURCE)}
-    half = 0.5 * 10.0**-decimals
+    half = 0.5 * 10.0 ** _last_digit(printed)
     return Cell(texts["model"], texts["metric"], value, half, asked, texts.get(SOURCE, ""))
+
+
+def _last_digit(printed: str) -> int:
+    """Return the power of ten of a number's last digit: -2 of `-0.50`, 0 of nan."""
+    power = Decimal(printed).as_tuple().exponent
+    return power if isinstance(power, int) else 0
 
 
 def _is_model(written: str, model: ModelRef) -> bool:
@@ -258,9 +264,8 @@ def _value(text: str) -> object:
 
 def _verdict(one: Cell, record: TrialRecord, ours: float) -> str:
     interval = record.intervals.get(one.metric)
-    if is_share(one.metric):
-        return verdict("share/acc", ours, 100 * one.value, interval, half=100 * one.half)
-    return verdict("perplexity/any", ours, one.value, None, half=one.half)
+    unit = 100 if is_share(one.metric) else 1
+    return verdict(one.metric, ours, unit * one.value, interval, half=unit * one.half)
 
 
 def _difference(item: Beside) -> str:
@@ -269,7 +274,7 @@ def _difference(item: Beside) -> str:
         return "-"
     if is_share(item.cell.metric):
         return f"{signed(100 * (ours - theirs))} points"
-    return "-" if theirs == 0 else f"{signed(100 * (ours / theirs - 1))} %"
+    return "-" if theirs == 0 else f"{signed(100 * (ours - theirs) / abs(theirs))} %"
 
 
 def _shown(value: float, metric: str) -> str:

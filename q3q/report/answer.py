@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from q3q.evaluate.metrics import held_out, reads_calibrated_kind
+from q3q.evaluate.metrics import held_out, reads_calibrated_kind, reads_text
 from q3q.formatting import plural
 from q3q.record import TrialRecord
 from q3q.report.budgets import Choice, best_of, budgets, smallest
@@ -147,8 +147,8 @@ class Answer:
 
     @cached_property
     def budgets(self) -> list[Choice]:
-        """The best choice for each size."""
-        return budgets(self.tried, self.tests, self.metrics[0])
+        """The best choice for each size, and the recommended one."""
+        return budgets(self.tried, self.tests, self.metrics[0], self.chosen)
 
     @property
     def margin_in_words(self) -> str:
@@ -210,9 +210,9 @@ class Answer:
         if verdict.alone:
             value = f"its {place} is {best.shown(first)}{by}{tested}"
             return f"only {best.label} was measured; {value}."
-        text = f"{best.label} has the {_most(first)} {place}, {best.shown(first)}{by}{tested}."
+        text = f"{best.label} has the {lowest(first)} {place}, {best.shown(first)}{by}{tested}."
         better = {
-            rival.pool.label: f"{rival.pool.label}, which has the {_most(rival.metric)} "
+            rival.pool.label: f"{rival.pool.label}, which has the {lowest(rival.metric)} "
             f"{self._in_words(rival.metric)}"
             for rival in verdict.rivals
         }
@@ -225,7 +225,7 @@ class Answer:
 
     def _led(self, metric: str, pool: Pool, found: Change | None) -> str:
         by = f", {found.amount}" if found else ""
-        return f"{pool.label} has the {_most(metric)} {self._in_words(metric)}{by}"
+        return f"{pool.label} has the {lowest(metric)} {self._in_words(metric)}{by}"
 
     def _row(self, verdict: Verdict) -> tuple[str, ...]:
         several = len(self.metrics) > 1
@@ -308,7 +308,7 @@ def _answer(
 
 def _marks(judged: Sequence[str], records: Sequence[TrialRecord]) -> dict[str, str]:
     """Say which texts are of a kind that was calibrated on, by all or by some of the trials."""
-    specs = [record.spec for record in records if record.spec.calibration is not None]
+    specs = [record.spec for record in records if reads_text(record.spec)]
     texts = [metric for metric in judged if is_perplexity(metric)]
     unread = [metric for metric in texts if held_out(metric, specs)]
     if len(unread) == len(texts):
@@ -365,5 +365,6 @@ def _rival(
     return Rival(other, found, metric, tested, tied=alike.get(other.label) is True)
 
 
-def _most(metric: str) -> str:
+def lowest(metric: str) -> str:
+    """Return what the best number by a measure is: `lowest` or `highest`."""
     return "lowest" if is_perplexity(metric) else "highest"

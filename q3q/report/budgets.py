@@ -39,24 +39,15 @@ class Choice:
     untested: tuple[Pool, ...]
 
     @property
-    def record(self) -> TrialRecord:
-        """The trial that stands for the choice: its first seed."""
-        return next(record for record in self.best.records if record.completed)
-
-    @property
     def command(self) -> str:
         """The command that exports it; empty if it has been exported, or no format holds it."""
-        from q3q.export.formats import format_of_choice
-
-        form = format_of_choice(self.record.spec)
-        if form is None or exported([self.record]):
-            return ""
-        return export_command(self.record.trial, form)
+        return command_of(self.best)
 
     @property
     def checkpoint(self) -> str:
         """The folder of its checkpoint; empty if it has not been exported."""
-        return folder_of(self.record) if exported([self.record]) else ""
+        record = _first(self.best)
+        return folder_of(record) if exported([record]) else ""
 
     @property
     def loses(self) -> str:
@@ -69,35 +60,58 @@ class Choice:
         return "; ".join(parts) or "nothing"
 
 
+def command_of(pool: Pool) -> str:
+    """Return the command that exports a choice; empty if it is exported, or no format holds it."""
+    from q3q.export.formats import format_of_choice
+
+    record = _first(pool)
+    form = format_of_choice(record.spec)
+    return "" if form is None or exported([record]) else export_command(record.trial, form)
+
+
+def _first(pool: Pool) -> TrialRecord:
+    """Return the trial that stands for a choice: its first seed."""
+    return next(record for record in pool.records if record.completed)
+
+
 def size_of(pool: Pool) -> Size | None:
     """Return the bytes of a pool's model."""
     sizes = (size for record in pool.records if (size := bytes_of(record)) is not None)
     return next(sizes, None)
 
 
-def budgets(tried: Sequence[Pool], tests: Families, metric: str) -> list[Choice]:
-    """Return a choice for each size at which a larger one is better; the smallest first."""
+def budgets(
+    tried: Sequence[Pool], tests: Families, metric: str, chosen: Pool | None = None
+) -> list[Choice]:
+    """Return a choice for each size at which a larger one is better; the smallest first.
+
+    Args:
+        chosen: the recommended choice, which has a row also where another is better at its size.
+    """
     sized = [
         (size, pool)
         for pool in tried
         if (size := size_of(pool)) is not None and isinstance(pool.cell(metric), float)
     ]
     sized.sort(key=lambda item: item[0].value)
+
+    def choice(budget: float, best: Pool) -> Choice:
+        others = [pool for size, pool in sized if size.value <= budget and pool is not best]
+        same = [(pool, tests.same(best, pool, metric)) for pool in others]
+        tied = tuple(pool for pool, found in same if found)
+        untested = tuple(pool for pool, found in same if found is None)
+        size = next(size for size, pool in sized if pool is best)
+        return Choice(budget, best, size, tests.change(best, metric), tied, untested)
+
     found: list[Choice] = []
     for budget in _steps([size.value for size, _ in sized]):
-        within = [(size, pool) for size, pool in sized if size.value <= budget]
-        best = best_of([pool for _, pool in within], metric)
-        if best is None or (found and found[-1].best is best):
-            continue
-        size = next(size for size, pool in within if pool is best)
-        same = {pool.name: tests.same(best, pool, metric) for _, pool in within if pool is not best}
-        tied = tuple(pool for _, pool in within if same.get(pool.name))
-        untested = tuple(
-            pool for _, pool in within if pool.name in same and same[pool.name] is None
-        )
-        change = tests.change(best, metric)
-        found.append(Choice(budget, best, size, change, tied, untested))
-    return found
+        within = [pool for size, pool in sized if size.value <= budget]
+        best = best_of(within, metric)
+        if best is not None and (not found or found[-1].best is not best):
+            found.append(choice(budget, best))
+    if all(each.best is not chosen for each in found):
+        found += [choice(size.value, pool) for size, pool in sized if pool is chosen]
+    return sorted(found, key=lambda each: each.budget)
 
 
 def best_of(tried: Sequence[Pool], metric: str) -> Pool | None:
@@ -128,11 +142,18 @@ def smallest(able: Sequence[Pool], metric: str) -> Pool:
     return best
 
 
-def budget_table(title: str, choices: Sequence[Choice], measure: str) -> Table:
-    """Return the choices as a row each, without their commands."""
+def budget_table(
+    title: str, choices: Sequence[Choice], measure: str, chosen: Pool | None = None
+) -> Table:
+    """Return the choices as a row each, the recommended one marked, without their commands."""
     columns = ("size up to", "best choice", f"change of {measure}", "cannot be told apart from it")
     rows = tuple(
-        (megabytes(choice.budget), choice.best.name, choice.loses, choice.ties)
+        (
+            megabytes(choice.budget),
+            choice.best.name + (" (recommended)" if choice.best is chosen else ""),
+            choice.loses,
+            choice.ties,
+        )
         for choice in choices
     )
     return Table(title, columns, rows)
@@ -155,11 +176,19 @@ def _steps(sizes: Sequence[float]) -> list[float]:
 
 
 def by_width(pools: Sequence[Pool]) -> str:
-    """Return `rtn and awq at 2 bits, rtn at 3 bits`."""
-    widths: dict[int, list[Pool]] = {}
+    """Return `rtn and awq at 2 bits, rtn at 3 bits, rtn budget:3.5`."""
+    widths: dict[str, list[Pool]] = {}
     for pool in pools:
-        widths.setdefault(pool.bits, []).append(pool)
-    return ", ".join(f"{listed(own)} at {plural(bits, 'bit')}" for bits, own in widths.items())
+        widths.setdefault(at_width(pool), []).append(pool)
+    return ", ".join(f"{listed(own)}{at}" for at, own in widths.items())
+
+
+def at_width(pool: Pool) -> str:
+    """Return ` at 4 bits`; of a budget, which has many widths, what the label lacks."""
+    budget = pool.spec.budget
+    if budget is None:
+        return "" if pool.is_reference else f" at {plural(pool.bits, 'bit')}"
+    return "" if budget.words in pool.label else f" {budget.words}"
 
 
 def listed(pools: Sequence[Pool]) -> str:

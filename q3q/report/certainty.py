@@ -3,16 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from typing import TYPE_CHECKING
 
 from q3q.evaluate.families import holm
+from q3q.evaluate.power import effective_discordance, effective_questions, smallest_difference
 from q3q.formatting import percent, plural, significant
 from q3q.record import TrialRecord
 from q3q.report.changes import LEVEL
 from q3q.report.families import Families, probability
 from q3q.report.measures import ABSENT, is_accuracy, is_perplexity
-from q3q.report.pairs import flipped
+from q3q.report.pairs import flips_of_tasks
 from q3q.report.pools import Pool
 from q3q.report.tables import Table
 from q3q.spec import MEAN_ACCURACY
@@ -24,7 +26,7 @@ FLOOR = "kl_floor/"  # prefix of a record's metrics: KL of the unquantized model
 FLIPS_NOTE = (
     "Flipped: answers that changed from right to wrong or from wrong to right, of all answers, "
     "with a 95 % interval (arXiv 2407.09141). Smallest difference: what these questions find in "
-    "80 % of studies, given how many answers flipped; a smaller one stays unseen."
+    "80 % of studies, given how many answers flipped and how many changes are tested together."
 )
 
 
@@ -53,18 +55,30 @@ class Certainty:
     @cached_property
     def flips(self) -> Mapping[str, "Flips"]:
         """The flips of each choice's answers, by its name, where samples are there."""
+        return {name: reduce(add, tasks.values()) for name, tasks in self._by_task.items()}
+
+    @cached_property
+    def _by_task(self) -> Mapping[str, Mapping[str, "Flips"]]:
         if self.accuracy is None or self.reference is None:
             return {}
-        found = {pool.name: flipped(pool, self.reference, self.accuracy) for pool in self.tried}
-        return {name: each for name, each in found.items() if each is not None}
+        found = {p.name: flips_of_tasks(p, self.reference, self.accuracy) for p in self.tried}
+        return {name: tasks for name, tasks in found.items() if tasks is not None}
 
     def smallest_loss(self, pool: Pool) -> float | None:
-        """Return the smallest difference in accuracy that could have been shown, as a share."""
-        from q3q.evaluate.power import smallest_difference
+        """Return the smallest difference in accuracy that could have been shown, as a share.
 
-        found = self.flips.get(pool.name)
-        # A pool's seeds ask the same questions again.
-        return None if found is None else smallest_difference(self._asked(pool, found), found.share)
+        The changes from the unquantized model are one family, of which Holm's method holds the
+        clearest to the level divided by their number. What passes that, passes.
+        """
+        tasks = self._by_task.get(pool.name)
+        if tasks is None or self.accuracy is None:
+            return None
+        counts = [self._asked(pool, found) for found in tasks.values()]
+        return smallest_difference(
+            effective_questions(counts),
+            effective_discordance([found.share for found in tasks.values()], counts),
+            level=LEVEL / max(1, self.tests.of_changes[self.accuracy].size),
+        )
 
     @property
     def asked(self) -> int:
@@ -73,6 +87,7 @@ class Certainty:
         return max(counts, default=0)
 
     def _asked(self, pool: Pool, found: "Flips") -> int:
+        """Return how many different questions there were: seeds ask the same ones again."""
         return found.n // max(1, sum(record.completed for record in pool.records))
 
     @cached_property
@@ -126,7 +141,7 @@ class Certainty:
             each = self.flips.get(pool.name)
             if each is None:
                 continue
-            low, high = each.interval
+            low, high = each.interval(self._asked(pool, each))
             smallest = self.smallest_loss(pool)
             lost = each.lost_of_right
             rows.append(

@@ -119,9 +119,10 @@ def p_of(paired: Comparison) -> float | None:
     """Return a comparison's p-value; None if there were too few samples for a test.
 
     The bootstrap resolves no p-value below one in its resamples; there the interval's counts, so
-    that a large family's correction does not swallow what no resample contradicts.
+    that a large family's correction does not swallow what no resample contradicts. All other tests
+    have p-values of their own, however small.
     """
-    from q3q.evaluate.compare import RESAMPLES
+    from q3q.evaluate.compare import BOOTSTRAP, RESAMPLES
     from q3q.evaluate.equivalence import p_of_interval
 
     if paired.p_value is None:
@@ -129,7 +130,8 @@ def p_of(paired: Comparison) -> float | None:
             return 0.0 if paired.distinguishable else 1.0
         return None
     ends = (paired.difference, paired.low, paired.high)
-    if paired.p_value > 2 / (RESAMPLES + 1) or None in ends:
+    at_floor = paired.test.startswith(BOOTSTRAP) and paired.p_value <= 2 / (RESAMPLES + 1)
+    if not at_floor or None in ends:
         return paired.p_value
     return min(paired.p_value, p_of_interval(*ends))  # type: ignore[arg-type]
 

@@ -21,6 +21,7 @@ from q3q.spec import MEAN_ACCURACY, TrialSpec, digest, text_metric
 
 CARD = "model_card.md"  # a file of the report
 NOISE = "noise"  # in place of a multiple of the noise floor
+UNTESTED = "not tested"  # too few windows, or their numbers are not there
 # Columns.
 OVER_FLOOR, ACCURACY, UNTOLD = "of the noise floor", "mean accuracy", "not told apart from"
 BINS = ((0, 50), (50, 90), (90, 99), (99, 100))
@@ -46,7 +47,8 @@ CONFIDENCE_RULE = (
 class Bench:
     """The checkpoints that were compared with one original, by one evaluation.
 
-    candidates: the nearest to the original first, failed ones last
+    candidates: the nearest to the original first (without a KL, the most accurate), failed ones
+        last
     floor: the original in another type; None if that was not run
     """
 
@@ -69,7 +71,8 @@ class Bench:
 
     @property
     def _texts(self) -> list[str]:
-        return [text.name for text in self.spec.evaluation.texts]
+        """The texts on which the KL was measured."""
+        return _texts_of(self.spec)
 
     def _of_text(self, measure: str, text: str) -> str:
         return text_metric(measure, text, self.spec.evaluation.quick)
@@ -117,16 +120,18 @@ class Bench:
 
     def sentence(self) -> str:
         """Say which checkpoint is nearest to the original."""
-        kl, measured = self.kl_metrics[0] if self._texts else MEAN_ACCURACY, self._measured
+        measured = self._measured
         if not measured:
             return f"No checkpoint was compared with {self.name}: all failed."
-        best = measured[0]
         if not self._texts:
-            return f"{plural(len(measured), 'checkpoint')} of {self.name}: see the tasks."
+            return f"{plural(len(measured), 'checkpoint')} of {self.name}: no KL was measured."
+        best, kl = measured[0], measured[0].cell(self.kl_metrics[0])
+        if not isinstance(kl, float):
+            return f"No checkpoint has a finite KL from {self.name}."
         same = [pool.label for pool in measured[1:] if self._differ(best, pool) is False]
         noise = " (not more than its own rounding costs)" if self._is_noise(best) else ""
         rest = f" Not told apart from it: {', '.join(same)}." if same else ""
-        of = f"{significant(float(best.cell(kl)), 3)} nats of KL on {self._texts[0]}{noise}"
+        of = f"{significant(kl, 3)} nats of KL on {self._texts[0]}{noise}"
         return f"{best.label} is nearest to {self.name}, at {of}.{rest}"
 
     @property
@@ -136,13 +141,16 @@ class Bench:
     def _differ(self, one: Pool, other: Pool) -> bool | None:
         """Return True if a paired test tells two checkpoints apart by their KL; None if unknown.
 
-        Without the windows' numbers, intervals that do not overlap show a difference.
+        Without the windows' numbers, or with too few windows for a test, intervals that do not
+        overlap show a difference.
         """
         kl = self.kl_metrics[0]
         if one.cell(kl) == other.cell(kl):
             return False
-        if (found := difference(one, other, kl)) is not None:
-            return bool(found.distinguishable)
+        found = difference(one, other, kl)
+        # Numbers that are not finite have no difference to test, and are told from finite ones.
+        if found is not None and (found.p_value is not None or found.difference is None):
+            return found.distinguishable
         ends = [pool.records[0].intervals.get(kl) for pool in (one, other)]
         if ends[0] is None or ends[1] is None:
             return None
@@ -192,18 +200,20 @@ class Bench:
         record = pool.records[0]
         if not record.completed:
             return {"checkpoint": pool.label, "format": f"{FAILED}: {record.reason}"}
-        same = [
-            str(n)
+        tested = {
+            str(n): self._differ(pool, other)
             for n, other in enumerate(self._measured, start=1)
-            if self._texts and other is not pool and self._differ(pool, other) is False
-        ]
+            if self._texts and other is not pool
+        }
+        same = [number for number, differs in tested.items() if differs is False]
+        nobody = UNTESTED if None in tested.values() else "none"
         return {
             **self._facts(pool),
             "checkpoint": f"{self._measured.index(pool) + 1}. {pool.label}",
             **({OVER_FLOOR: self._over_floor(pool)} if self.floor is not None else {}),
             **self._distances(pool),
             **({ACCURACY: self._accuracy(pool)} if self._has_mean else {}),
-            UNTOLD: ", ".join(same) or "none",
+            UNTOLD: ", ".join(same) or nobody,
         }
 
     def _yardstick(self, pool: Pool, word: str) -> dict[str, str]:
@@ -363,28 +373,28 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
         for record in records
         if record.completed and record.spec.rounds_nothing and conditions_of(record.spec) == own
     ]
-    floors = [one for one in group if one.spec.model.files == spec.reference.files]
-    others = [one for one in group if one not in floors or _same_type(one)]
+    floors = [one for one in group if _is_floor(one)]
+    others = [one for one in group if one not in floors]
     if not originals or not others:
         return None
-    kl = (
-        text_metric("kl", spec.evaluation.texts[0].name, spec.evaluation.quick)
-        if (spec.evaluation.texts)
-        else MEAN_ACCURACY
-    )
+    texts = _texts_of(spec)
+    metric = text_metric("kl", texts[0], spec.evaluation.quick) if texts else MEAN_ACCURACY
 
-    def rank(record: TrialRecord) -> tuple[bool, float]:
-        value = Pool("", (record,)).cell(kl)
-        return not record.completed, value if isinstance(value, float) else 0.0
+    def rank(record: TrialRecord) -> tuple[bool, bool, float]:
+        """Order failed ones last, and those without a number before them."""
+        value = Pool("", (record,)).cell(metric)
+        if not isinstance(value, float):
+            return not record.completed, True, 0.0
+        return not record.completed, False, value if texts else -value  # accuracy: the more
 
-    names = [record.spec.model.label for record in others]
+    names = [_name(record.spec) for record in others]
     labels = [
         f"{name} ({record.spec.id})" if names.count(name) > 1 else name
         for name, record in zip(names, others, strict=True)
     ]
     pools = [Pool(label, (record,)) for label, record in zip(labels, others, strict=True)]
     pools.sort(key=lambda pool: rank(pool.records[0]))
-    floor = next((one for one in floors if one.completed and not _same_type(one)), None)
+    floor = next((one for one in floors if one.completed), None)
     return Bench(
         Pool(spec.reference.label, (originals[0],)),
         None
@@ -394,10 +404,26 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
     )
 
 
-def _same_type(record: TrialRecord) -> bool:
-    """Return True if the original was given as one of the checkpoints, in its own type."""
-    spec = record.spec
-    return spec.reference is not None and spec.model.dtype == spec.reference.dtype
+def _texts_of(spec: TrialSpec) -> list[str]:
+    """Return the texts on which a trial measures the KL, by name."""
+    texts = spec.evaluation.texts if spec.evaluation.drift is not None else ()
+    return [text.name for text in texts]
+
+
+def _is_floor(record: TrialRecord) -> bool:
+    """Return True for the original in another type.
+
+    In its own type, or with a rounded cache, it was given as one of the checkpoints.
+    """
+    spec, original = record.spec, record.spec.reference
+    if original is None or spec.kv is not None:
+        return False
+    return spec.model.files == original.files and spec.model.dtype != original.dtype
+
+
+def _name(spec: TrialSpec) -> str:
+    """Return a checkpoint's name, with how its cache is stored if that was asked for."""
+    return spec.model.label if spec.kv is None else f"{spec.model.label}, {spec.kv.name}"
 
 
 def _changed(pool: Pool, original: Pool, metric: str) -> str:

@@ -4,11 +4,13 @@ The same sentences head the page, a tracker's note and the terminal's last lines
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 
 from q3q.formatting import percent, plural, signed
-from q3q.report.answer import FROM, ONLY_CALIBRATED, Answer, Verdict
-from q3q.report.budgets import budget_table, by_width, listed, size_of
+from q3q.report.answer import FROM, ONLY_CALIBRATED, Answer, Verdict, lowest
+from q3q.report.budgets import at_width, budget_table, by_width, command_of, listed, size_of
 from q3q.report.certainty import Certainty, in_words
+from q3q.report.changes import UNTESTED
 from q3q.report.escapes import markdown_code, markdown_text
 from q3q.report.measures import is_perplexity
 from q3q.report.pools import Pool
@@ -64,7 +66,7 @@ def _why(answer: Answer) -> str:
     assert pool is not None
     measured = answer.at_all
     if answer.within is not None:
-        return f"it is the smallest that is shown to stay within {answer.margin_in_words}"
+        return f"it is among the smallest that are shown to stay within {answer.margin_in_words}"
     rest = ""
     if answer.margin is not None:
         rest = f". None is shown to stay within {answer.margin_in_words}"
@@ -76,6 +78,8 @@ def _why(answer: Answer) -> str:
         return ONLY_ONE + rest
     best = answer.best
     if best is not pool and best is not None:
+        if best.cell(metric) == pool.cell(metric):
+            return f"{_named(best)} has the same number, and is larger" + rest
         return f"{_named(best)} has a better number, but chance explains that" + rest
     unknown = [p for p in measured if p is not pool and answer.tests.same(p, pool, metric) is None]
     if unknown:
@@ -101,20 +105,19 @@ def _widths(answer: Answer, most: int) -> list[str]:
 
 def _width(answer: Answer, verdict: Verdict) -> str:
     """Return a clause on one width: `at 4 bits a and b cannot be told apart (+0.9 to +1.4 %)`."""
-    at, best, metric = f"at {plural(verdict.bits, 'bit')}", verdict.best, answer.metrics[0]
+    best, metric = verdict.best, answer.metrics[0]
+    # A budget stands at the smallest width that takes no less.
+    allotted = any(pool.spec.budget for pool in answer.at(verdict.bits))
+    at = f"at {'up to ' if allotted else ''}{plural(verdict.bits, 'bit')}"
     if best is None:
         return f"{at} nothing was measured"
     by = f" of {in_words(metric)}"
     if verdict.alone:
         return f"{at} only {best.label} was measured ({_range(answer, [best])}{by})"
     if not verdict.clear:
-        rivals: dict[str, list[str]] = {}
-        for rival in (rival for rival in verdict.rivals if not rival.tied):
-            rivals.setdefault(rival.pool.label, []).append(in_words(rival.metric))
-        led = ", ".join(f"{label} by {' and '.join(by)}" for label, by in rivals.items())
         return (
-            f"{at} there is no clear winner: {best.label} is best by {in_words(metric)} "
-            f"({_range(answer, [best])}), {led}"
+            f"{at} there is no clear winner: {best.label} has the {lowest(metric)} "
+            f"{in_words(metric)} ({_range(answer, [best])}){_led(verdict)}"
         )
     equal = [best, *(pool for pool in answer.at(verdict.bits) if pool.label in verdict.equal)]
     others = {best.label, *verdict.equal, *verdict.untested}
@@ -123,11 +126,26 @@ def _width(answer: Answer, verdict: Verdict) -> str:
     if len(equal) == 1:
         is_best = "is best" if worse and not untested else "has the best number"
         said = f"{at} {best.label} {is_best} ({_range(answer, [best])}{by})"
-    else:
+    elif all(answer.tests.same(a, b, metric) for a, b in combinations(equal, 2)):
         said = f"{at} {listed(equal)} cannot be told apart ({_range(answer, equal)}{by})"
+    else:
+        said = (
+            f"{at} {best.label} has the best number ({_range(answer, [best])}{by}), "
+            f"{listed(equal[1:])} cannot be told apart from it ({_range(answer, equal[1:])})"
+        )
     if worse:
         said += f", {listed(worse)} {_lose(worse)} more ({_range(answer, worse)})"
     return said + (f", {listed(untested)} could not be tested" if untested else "")
+
+
+def _led(verdict: Verdict) -> str:
+    """Return who is better by other measures: `, gptq the highest mean accuracy (not tested)`."""
+    led: dict[str, list[str]] = {}
+    for rival in (rival for rival in verdict.rivals if not rival.tied):
+        untested = "" if rival.tested else f" ({UNTESTED})"
+        words = f"the {lowest(rival.metric)} {in_words(rival.metric)}{untested}"
+        led.setdefault(rival.pool.label, []).append(words)
+    return "".join(f", {label} {' and '.join(words)}" for label, words in led.items())
 
 
 def _range(answer: Answer, pools: Sequence[Pool]) -> str:
@@ -176,16 +194,27 @@ def _of_accuracy(answer: Answer) -> list[str]:
     metric = certainty.accuracy
     if metric is None or not certainty.flips:
         return []
-    pools = [pool for pool in answer.tried if pool.name in certainty.flips]
-    changes = [(pool, answer.tests.change(pool, metric)) for pool in pools]
-    worse = [p for p, c in changes if c is not None and c.distinguishable and c.value < 0]
+    pools = [pool for pool in answer.tried if isinstance(pool.cell(metric), float)]
+    tested, worse, untested = [], [], []
+    for pool in pools:
+        found = answer.tests.change(pool, metric)
+        if found is None or (found.distinguishable is None and found.value):
+            untested.append(pool)
+            continue
+        tested.append(pool)
+        if found.distinguishable and found.value < 0:
+            worse.append(pool)
     words = in_words(metric)
+    if not tested:
+        return [f"Whether any choice loses {words} could not be tested."]
     if not worse:
-        first = f"No choice's {words} differs from the unquantized model's by more than chance"
-    elif len(worse) == len(pools):
-        first = f"Every choice loses {words}"
+        first = f"{'None of the tested choices' if untested else 'No choice'} loses {words}"
+    elif len(worse) == len(tested):
+        first = f"Every {'tested ' if untested else ''}choice loses {words}"
     else:
-        first = f"Only {by_width(worse)} {_lose(worse)} {words} by more than chance"
+        only = "Of the tested choices only" if untested else "Only"
+        first = f"{only} {by_width(worse)} {_lose(worse)} {words}"
+    first += " by more than chance" + (f" ({UNTESTED}: {by_width(untested)})" if untested else "")
     seen = sorted(x for pool in pools if (x := certainty.smallest_loss(pool)) is not None)
     if not seen:
         return [f"{first}; there were too few questions to show any difference."]
@@ -211,7 +240,7 @@ def in_markdown(answers: Sequence[Answer], commands: bool = True) -> str:
 def choices(answer: Answer) -> Table:
     """Return the best choice for each size as a table."""
     title = f"{answer.name}: the best choice for each size"
-    return budget_table(title, answer.budgets, in_words(answer.metrics[0]))
+    return budget_table(title, answer.budgets, in_words(answer.metrics[0]), answer.chosen)
 
 
 def export_lines(answer: Answer) -> str:
@@ -232,14 +261,13 @@ def export_lines(answer: Answer) -> str:
 def export_hint(answers: Sequence[Answer]) -> str:
     """Return how to export the recommended choice of the first answer that has one."""
     for answer in answers:
-        for choice in answer.budgets:
-            if choice.best is answer.chosen and choice.command:
-                return f"To export {_named(choice.best)}: {choice.command}"
+        if answer.chosen is not None and (command := command_of(answer.chosen)):
+            return f"To export {_named(answer.chosen)}: {command}"
     return ""
 
 
 def _named(pool: Pool) -> str:
-    return pool.label if pool.is_reference else f"{pool.label} at {plural(pool.bits, 'bit')}"
+    return pool.label + at_width(pool)
 
 
 def _sentence(text: str) -> str:

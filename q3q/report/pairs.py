@@ -8,7 +8,7 @@ from sys import intern
 from typing import TYPE_CHECKING
 
 from q3q.errors import IntegrityError
-from q3q.evaluate.metrics import mean_metrics
+from q3q.evaluate.metrics import mean_metrics, reads_text
 from q3q.record import Comparison
 from q3q.report.measures import is_perplexity, text_metrics
 from q3q.report.pools import Pool
@@ -50,25 +50,39 @@ def difference(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
         return None
 
 
-def flipped(ours: Pool, theirs: Pool, metric: str) -> "Flips | None":
-    """Count the answers of all tasks, and of all our seeds, that differ from their first seed's.
+def flips_of_tasks(ours: Pool, theirs: Pool, metric: str) -> "dict[str, Flips] | None":
+    """Count the flips of each task that an accuracy is of, as `flipped` does.
+
+    Returns:
+        None if a task has none.
+    """
+    tasks = mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]
+    found = {task: flipped(ours, theirs, task) for task in tasks}
+    known = {task: each for task, each in found.items() if each is not None}
+    return known if known and len(known) == len(found) else None
+
+
+def flipped(ours: Pool, theirs: Pool, task: str) -> "Flips | None":
+    """Count a task's answers, of all our seeds, that differ from their first seed's.
+
+    Args:
+        task: its metric.
 
     Returns:
         None if samples are missing or are not right or wrong answers.
     """
     from q3q.evaluate.flips import flips
 
+    found = _aligned(ours, theirs, task)
+    if found is None:
+        return None
+    _, seeds, [baseline, *_] = found
     total: Flips | None = None
-    for task in mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]:
-        found = _aligned(ours, theirs, task)
-        if found is None:
+    for scores in seeds:
+        counted = flips(scores, baseline)
+        if counted is None:
             return None
-        _, seeds, [baseline, *_] = found
-        for scores in seeds:
-            counted = flips(scores, baseline)
-            if counted is None:
-                return None
-            total = counted if total is None else total + counted
+        total = counted if total is None else total + counted
     return total
 
 
@@ -143,7 +157,8 @@ def stratified(parts: Sequence[Comparison]) -> Comparison | None:
 def p_by_seeds(ours: Pool, theirs: Pool, metric: str) -> float | None:
     """Return how often the seeds' spread alone makes the means differ so: Welch's test.
 
-    A method that reads no calibration text does not depend on the seed, so its number is exact.
+    A method that reads no text, for itself or for a budget of bits, does not depend on the seed, so
+    its number is exact.
 
     Returns:
         None if a pool's spread is unknown, because it reads text and has a single seed.
@@ -151,7 +166,7 @@ def p_by_seeds(ours: Pool, theirs: Pool, metric: str) -> float | None:
     from scipy.stats import ttest_1samp, ttest_ind
 
     values = [pool.values(metric) for pool in (ours, theirs)]
-    exact = [pool.spec.calibration is None for pool in (ours, theirs)]
+    exact = [not reads_text(pool.spec) for pool in (ours, theirs)]
     if not all(len(own) > 1 or fixed for own, fixed in zip(values, exact, strict=True)):
         return None
     if all(exact):

@@ -12,7 +12,15 @@ from q3q.config.texts import RANDOM_TEXTS
 from q3q.formatting import fixed, percent, signed
 from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
-from q3q.report.measures import DIVERGED, cell, given_format, in_order, shown
+from q3q.report.measures import (
+    DIVERGED,
+    cell,
+    given_format,
+    in_order,
+    is_perplexity,
+    is_share,
+    shown,
+)
 from q3q.report.published import (
     NOTES,
     SOURCE,
@@ -243,32 +251,34 @@ def verdict(
 ) -> str:
     """Judge whether a published number is reproduced.
 
-    Reproduced: a perplexity within 2 %, an accuracy within 1.5 points or with the published value
-    inside our 95 % interval. Two perplexities that both collapsed (above 1000, or not finite) count
-    as reproduced. Close: within three times the tolerance. Half a unit of the last printed digit is
-    allowed in addition.
+    Reproduced: an accuracy within 1.5 points or with the published value inside our 95 % interval,
+    any other number within 2 %. Two perplexities that both collapsed (above 1000, or not finite)
+    count as reproduced. Close: within three times the tolerance. Half a unit of the last printed
+    digit is allowed in addition.
 
     Args:
         ours: nan if it diverged; an accuracy as a fraction.
         theirs: as printed; an accuracy in percent.
         half: half a unit of its last digit; None: as the study prints them.
     """
-    finite = math.isfinite(ours) and math.isfinite(theirs)
-    if metric.startswith("perplexity/"):
-        if all(not math.isfinite(value) or value > COLLAPSED for value in (ours, theirs)):
-            return REPRODUCED
-        if not finite:
-            return DIFFERENT
-        half = half_a_digit(theirs) if half is None else half
-        off = max(0.0, abs(ours - theirs) - half) / theirs / PERPLEXITY_TOLERANCE
-    else:
-        if not finite:
-            return REPRODUCED if math.isnan(ours) and math.isnan(theirs) else DIFFERENT
+    if is_perplexity(metric) and _collapsed(ours) and _collapsed(theirs):
+        return REPRODUCED
+    if not (math.isfinite(ours) and math.isfinite(theirs)):
+        neither = not math.isfinite(ours) and not math.isfinite(theirs)
+        return REPRODUCED if neither else DIFFERENT
+    if is_share(metric):
         if interval is not None and 100 * interval[0] <= theirs <= 100 * interval[1]:
             return REPRODUCED
         half = 0.05 if half is None else half
-        off = max(0.0, abs(100 * ours - theirs) - half) / ACCURACY_TOLERANCE
-    return REPRODUCED if off <= 1 else NEAR if off <= CLOSE else DIFFERENT
+        off, allowed = abs(100 * ours - theirs) - half, ACCURACY_TOLERANCE
+    else:
+        half = half_a_digit(theirs) if half is None else half
+        off, allowed = abs(ours - theirs) - half, PERPLEXITY_TOLERANCE * abs(theirs)
+    return REPRODUCED if off <= allowed else NEAR if off <= CLOSE * allowed else DIFFERENT
+
+
+def _collapsed(perplexity: float) -> bool:
+    return not math.isfinite(perplexity) or perplexity > COLLAPSED
 
 
 def half_a_digit(value: float) -> float:

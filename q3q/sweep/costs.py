@@ -19,6 +19,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from q3q.data.calibration import drawing
 from q3q.evaluate.catalogue import TASKS
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import batch_tokens
@@ -84,7 +85,7 @@ class Todo:
     """What a trial makes of what the trials of a storage folder need only once.
 
     blocks: part of its model's blocks that it quantizes; it finds the others
-    draws: whether it draws its calibration windows
+    draws: whether it draws windows of calibration, or of its budget
     questions: whose prompts it makes
     units: part of its budget's units that it measures
     """
@@ -197,9 +198,11 @@ class CostModel:
         return self.square * squares + self.cube * cubes
 
     def drawing(self, spec: TrialSpec, todo: Todo) -> float:
-        """Return the processor's seconds for the calibration windows."""
-        calibration = spec.calibration
-        large = calibration is not None and not {*LARGE_TEXTS}.isdisjoint(calibration.sources)
+        """Return the processor's seconds for the windows of calibration and of a budget."""
+        large = any(
+            one.calibration is not None and not {*LARGE_TEXTS}.isdisjoint(one.calibration.sources)
+            for one in drawing(spec)
+        )
         return self.draw * (large and todo.draws)
 
     def issuing(self, spec: TrialSpec, facts: ModelFacts) -> dict[str, float]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-from q3q.data.calibration import calibration_identity
+from q3q.data.calibration import calibration_identity, drawing
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed, downloading
 from q3q.data.prepared import FOLDER, kept_identities, tokenizer_digest
 from q3q.data.repositories import DataSet
@@ -50,12 +50,15 @@ def needs_of(
             if model.source is not None:
                 needs.append(ModelNeed(model.source, model.revision))
         texts: list[tuple[str, Split, Json]] = [
+            (source, "calibration", calibration_identity(one.calibration, one.seed))
+            for one in drawing(spec)
+            if one.calibration is not None
+            for source in one.calibration.sources
+        ]
+        texts += [
             (str(text.source), "evaluation", evaluation_identity(text, spec.evaluation.quick))
             for text in spec.evaluation.texts
         ]
-        if spec.calibration is not None:
-            identity = calibration_identity(spec.calibration, spec.seed)
-            texts = [(one, "calibration", identity) for one in spec.calibration.sources] + texts
         needs += [
             TextNeed(source, split, placement.data)
             for source, split, identity in texts

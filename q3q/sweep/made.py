@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from q3q.data.calibration import calibration_identity
+from q3q.data.calibration import calibration_identity, drawing
 from q3q.data.prepared import FOLDER, kept_identities
 from q3q.data.windows import evaluation_identity
 from q3q.evaluate.batches import batches
@@ -29,7 +29,7 @@ QUESTION_BYTES = 1100  # of a question's requests; benchmarks/preparation.py, th
 class Input:
     """One file of prepared input.
 
-    calibration: it holds the calibration windows
+    calibration: it holds windows that only a quantization reads: calibration's, or a budget's
     questions: whose requests it holds
     """
 
@@ -41,10 +41,11 @@ class Input:
 
 def inputs_of(spec: TrialSpec) -> Iterator[Input]:
     """Yield all prepared input that a trial reads."""
-    evaluation, calibration = spec.evaluation, spec.calibration
-    if calibration is not None and not calibration.writes:
-        identity = calibration_identity(calibration, spec.seed)
-        yield Input(identity, TOKEN_BYTES * calibration.tokens, calibration=True)
+    evaluation = spec.evaluation
+    for one in drawing(spec):
+        if (calibration := one.calibration) is not None and not calibration.writes:
+            identity = calibration_identity(calibration, one.seed)
+            yield Input(identity, TOKEN_BYTES * calibration.tokens, calibration=True)
     for text in evaluation.texts:
         identity = evaluation_identity(text, evaluation.quick)
         yield Input(identity, TOKEN_BYTES * text_windows(text) * text.window)

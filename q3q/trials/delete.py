@@ -11,6 +11,7 @@ from q3q.attempt import CLAIM
 from q3q.data.prepared import FOLDER as PREPARED
 from q3q.data.prepared import kept_identities
 from q3q.data.traces import FOLDER as TRACES
+from q3q.data.traces import traces_identity
 from q3q.errors import ConfigError
 from q3q.evaluate.identities import prepared_identities, says_all_of
 from q3q.formatting import bytes_in_words
@@ -31,8 +32,8 @@ def delete_trials(
 ) -> None:
     """Delete trials' folders and exports, here and in a storage that is a URL.
 
-    Kept blocks, states that drift is measured against, and prepared input go where no other trial
-    uses them.
+    Kept blocks, states that drift is measured against, prepared input and traces go where no other
+    trial uses them.
 
     Raises:
         ConfigError: one of the trials is running; those before it are deleted.
@@ -42,6 +43,9 @@ def delete_trials(
     staying = [
         entry.trial for entry in trials if entry.trial is not None and entry.id not in leaving
     ]
+    written = trace_identities(entry.trial for entry in which if entry.trial is not None)
+    if mirror is not None and written:
+        mirror.pull(TRACES)  # another machine may have sent them
     for entry in which:
         folders = [folder / "trials" / entry.id]
         if entry.trial is not None:
@@ -58,7 +62,7 @@ def delete_trials(
         if folders[0].exists():
             claim_or_refuse(claim, partial(_is_running, entry), say)
         if mirror is not None:
-            for name in filter(None, map(mirror.name_of, folders)):
+            for name in filter(None, map(mirror.name_of, [*folders, *inputs])):
                 mirror.remove(name)
         for path in filter(Path.exists, folders):
             shutil.rmtree(path)
@@ -91,7 +95,7 @@ def baselines_of(trial: Trial, storage: Path) -> list[Path]:
 def trace_identities(trials: Iterable[Trial]) -> list[Json]:
     """Return what trials say of the traces that they are calibrated on."""
     return [
-        {"model": trial.spec.model.identity, "recipe": part.digest}
+        traces_identity(trial.spec, calibration.of_part(part))
         for trial in trials
         if (calibration := trial.spec.calibration) is not None
         for part in calibration.every_part
@@ -100,7 +104,7 @@ def trace_identities(trials: Iterable[Trial]) -> list[Json]:
 
 
 def _inputs_of(entry: StoredTrial, staying: Sequence[Trial], storage: Path) -> list[Path]:
-    """Return the files of prepared input that this trial reads and none of those that stay."""
+    """Return the files of input and of traces that this trial reads and none of those that stay."""
     if entry.trial is None:
         return []
     leaving = prepared_identities(entry.trial.spec)

@@ -103,6 +103,18 @@ def test_codes_are_those_of_numerics():
     assert torch.equal(channel.keys(states), expected)
 
 
+def test_a_fixed_scale_that_a_checkpoint_brings_stays_if_fixed_ones_are_asked_for(decoder):
+    fp8 = KvScheme(bits=8, format="fp8_e4m3", scales="fixed")
+    own = KvRounding(fp8, key_scale=0.5, value_scale=3.0)
+    decoder.blocks[1].kv = own
+    set_cache(decoder, replace(make_spec("none"), kv=fp8))
+    assert [block.kv for block in decoder.blocks] == [KvRounding(fp8), own]
+    set_cache(decoder, replace(make_spec("none"), kv=replace(fp8, window=4)))
+    assert decoder.blocks[1].kv == replace(own, scheme=replace(fp8, window=4))
+    set_cache(decoder, replace(make_spec("none"), kv=KIVI))
+    assert decoder.blocks[1].kv == KvRounding(KIVI)
+
+
 def test_numbers_that_are_all_equal_stay():
     same = torch.full((1, 4, 8), -3.7)
     assert torch.equal(KvRounding(KvScheme(bits=2)).keys(same), same)

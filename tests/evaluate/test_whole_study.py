@@ -13,6 +13,7 @@ from q3q.evaluate.families import holm
 from q3q.evaluate.flips import Flips, flips
 from q3q.evaluate.power import (
     POWER,
+    effective_discordance,
     effective_questions,
     questions_needed,
     smallest_difference,
@@ -81,7 +82,7 @@ def test_the_smallest_difference_is_found_four_times_in_five() -> None:
 
 
 def test_a_suite_too_small_for_any_difference_says_so() -> None:
-    assert smallest_difference(20, 0.1) is None
+    assert [smallest_difference(n, 0.1) for n in (1, 2, 3, 20)] == [None] * 4
     assert smallest_difference(2, 0.0) is None
     for n, discordance in ((0, 0.1), (100, 1.1)):
         with pytest.raises(ValueError, match="impossible"):
@@ -94,6 +95,8 @@ def test_several_tasks_tell_as_much_as_all_their_questions_where_they_are_alike(
     assert effective_questions([200] * 4) == pytest.approx(800)
     assert effective_questions([100]) == 100
     assert effective_questions([10, 1000]) < 40 + 1  # the small task decides
+    assert effective_discordance([0.1, 0.3], [200, 200]) == pytest.approx(0.2)
+    assert effective_discordance([0.1, 0.3], [10, 1000]) == pytest.approx(0.1, abs=0.002)
 
 
 def test_flips_count_each_direction_and_their_share_among_right_answers() -> None:
@@ -102,7 +105,7 @@ def test_flips_count_each_direction_and_their_share_among_right_answers() -> Non
     found = flips(ours, baseline)
     assert found == Flips(lost=1, won=2, right=4, n=8)
     assert (found.share, found.lost_of_right) == (3 / 8, 1 / 4)
-    low, high = found.interval
+    low, high = found.interval(found.n)
     assert low < 3 / 8 < high
     assert found + found == Flips(2, 4, 8, 16)
     assert Flips(0, 0, 0, 5).lost_of_right is None
@@ -132,6 +135,18 @@ def test_equivalence_of_losses_agrees_with_two_t_tests_of_scipy() -> None:
         above = stats.ttest_1samp(ours_N, -0.03, alternative="greater").pvalue
         below = stats.ttest_1samp(ours_N, 0.03, alternative="less").pvalue
         assert found == pytest.approx(max(above, below), rel=0.25, abs=1e-3)
+
+
+def test_equivalence_over_seeds_is_two_t_tests_of_the_seeds() -> None:
+    """Samples that all differ by the same leave three seeds, whose tails are long."""
+    loss_S, question_N = numpy.array([0.011, 0.012, 0.013]), numpy.linspace(1, 2, 50)
+    found = compare_replicates("m", [loss_S[:, None] + question_N], [question_N[None]])
+    for margin in (0.02, 0.03, 0.05):
+        above = stats.ttest_1samp(loss_S, -margin, alternative="greater").pvalue
+        below = stats.ttest_1samp(loss_S, margin, alternative="less").pvalue
+        assert equivalence(found, margin) == pytest.approx(max(above, below))
+    equal = [numpy.ones((3, 10))]
+    assert equivalence(compare_replicates("m", equal, equal), 0.01) == 0.0
 
 
 def test_ten_thousand_studies_at_the_margin_pass_for_equivalent_in_five_percent() -> None:

@@ -1,9 +1,10 @@
 """Run by a Python that has llama_cpp, not by the tests': what llama.cpp makes of a file.
 
-python llama_cpp_script.py FOLDER, which holds request.json and for it a model and perhaps weights:
+python llama_cpp_script.py FOLDER, which holds request.json:
 
-    ids: llama.cpp's logits for them, [T, V]
-    text: its token ids; prompt: what it generates after it
+    model: name of a GGUF file
+    ids: its logits for these tokens, [T, V]
+    texts: the token ids of each, from 0 on; with them no weights are read
     weights: {type: name of a file of float32 numbers [O, I]}; llama.cpp's own bytes of them
     bytes: {type: name of a file of such bytes}; the numbers that llama.cpp reads in them
 """
@@ -49,18 +50,24 @@ def main():
         dequantize = getattr(base, f"dequantize_row_{kind}")
         dequantize(pointer(content), pointer(numbers), ctypes.c_int64(numbers.size))
         out[f"numbers/{kind}"] = numbers
-    if "model" in request:
+    if "ids" in request:
+        # A cache in float32: llama.cpp's own is in float16, as flash attention's arithmetic is.
         model = llama_cpp.Llama(
-            str(folder / request["model"]), n_ctx=128, n_threads=1, logits_all=True, verbose=False
+            str(folder / request["model"]),
+            n_ctx=128,
+            n_threads=1,
+            type_k=llama_cpp.GGML_TYPE_F32,
+            type_v=llama_cpp.GGML_TYPE_F32,
+            flash_attn=False,
+            logits_all=True,
+            verbose=False,
         )
-        ids = request["ids"]
-        model.eval(ids)
-        out["logits"] = np.array(model.scores[: len(ids)])
-        text = request["text"].encode()
-        out["ids"] = np.array(model.tokenize(text, add_bos=False, special=True))
-        model.reset()
-        answer = model(request["prompt"], max_tokens=12, temperature=0.0)
-        (folder / "answer.txt").write_text(answer["choices"][0]["text"], encoding="utf-8")
+        model.eval(request["ids"])
+        out["logits"] = np.array(model.scores[: len(request["ids"])])
+    if "texts" in request:
+        model = llama_cpp.Llama(str(folder / request["model"]), vocab_only=True, verbose=False)
+        for k, text in enumerate(request["texts"]):
+            out[f"{k}"] = np.array(model.tokenize(text.encode(), add_bos=False, special=True))
     np.savez(folder / "out.npz", **out)  # type: ignore[arg-type]  # names, as arrays are
 
 

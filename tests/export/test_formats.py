@@ -193,7 +193,9 @@ def test_the_config_says_of_floats_what_the_refusals_assume(trial, words):
     arguments = import_module("q3q.export.compressed_tensors")._arguments
     spec = trial("method=rtn", "export=compressed_tensors", *words.split()).spec
     facts = Checkpoint(DEMO).facts
-    layouts = [FORMATS["compressed_tensors"].layout(s) for s in schemes_of(spec, facts)]
+    layout_of = FORMATS["compressed_tensors"].layout
+    assert layout_of is not None
+    layouts = [layout_of(scheme) for scheme in schemes_of(spec, facts)]
     written = quantization.QuantizationConfig(
         config_groups={
             f"group_{k}": quantization.QuantizationScheme(targets=["Linear"], **arguments(layout))

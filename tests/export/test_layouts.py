@@ -11,8 +11,10 @@ from q3q.errors import CheckpointError
 from q3q.export.layouts import compressed_layout
 from q3q.export.reload import unpackers
 from q3q.models.packed import AwqWords, GptqWords, PackedInts, PlainInts
+from q3q.models.packed_floats import FloatLayout
 from q3q.models.published.readers import read_packing
 from q3q.number_formats import FLOATS as NUMBERS
+from q3q.numerics.float_weights import FloatWeight
 from q3q.numerics.grid import into_groups
 from q3q.numerics.weights import with_scales
 from q3q.quantize.method import levels_for
@@ -117,7 +119,10 @@ def test_floats_are_the_compressed_tensors_librarys(name, size, rows):
     weight[0, 5] *= 1e-3
     levels, groups = levels_for(scheme, weight), into_groups(weight, size)
     stored = with_scales(levels.rounded(groups, levels.minmax(groups)), "bfloat16")
-    layout, factor = compressed_layout(scheme), stored.global_EO
+    layout = compressed_layout(scheme)
+    assert isinstance(stored, FloatWeight)
+    assert isinstance(layout, FloatLayout)
+    factor = stored.global_EO
     parts = layout.pack_floats(
         stored.codes_EOI[0],
         stored.stored_scale_EOG[0],

@@ -131,7 +131,9 @@ def test_a_cache_in_fp8_is_in_the_config_and_changes_no_plain_forward(
     for name in ("model.layers.0.self_attn.k_scale", "model.layers.1.self_attn.v_scale"):
         assert load_file(made.path / index[name])[name].tolist() == [1.0]
     assert made.sizes()["export_bytes"] == expected_bytes(made.spec, original.facts)
-    assert Checkpoint(made.path).facts.packing.kv is not None
+    packing = Checkpoint(made.path).facts.packing
+    assert packing is not None
+    assert packing.kv is not None
 
 
 def test_several_formats_in_one_checkpoint_are_told_apart(checkpoint, trial_of, export, tmp_path):

@@ -75,7 +75,9 @@ def write_gguf(
             tensors[all_of_them][int(part[5])] = numbers
         else:
             tensors[name] = numbers
-    tensors = {names.get_name(name, (".weight", ".bias")): one for name, one in tensors.items()}
+    tensors = {
+        names.get_name(name, (".weight", ".bias")) or name: one for name, one in tensors.items()
+    }
     change(tensors)
     for name, numbers in tensors.items():
         type_of = kind(name) if numbers.ndim > 1 else "F32"

@@ -33,6 +33,7 @@ from q3q.models.hub import (
     locate,
     resolve_revision,
 )
+from q3q.models.published.readers import read_packing
 from tests.hub import COMMIT, serving, use
 
 SMALL: dict[str, Any] = {
@@ -141,6 +142,11 @@ def test_fused_and_per_expert_layouts_read_alike(saved, broken):
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in on_disk
     for k in range(3):
         assert_same(Checkpoint(folder).block(k), Checkpoint(root / "moe").block(k))
+        for checkpoint in (Checkpoint(folder), Checkpoint(root / "moe")):
+            for name, tensor in checkpoint.block(k).items():
+                matrices = list(tensor) if "experts" in name else [tensor]
+                for e, matrix in enumerate(matrices):
+                    assert torch.equal(checkpoint.matrix(k, name, e), matrix), name
 
 
 def test_experts_keep_their_order_beyond_ten(broken):
@@ -515,6 +521,86 @@ def test_a_quantized_folder_is_refused(broken):
     refuse(folder, "quantized already (awq)")
 
 
+PACKED: dict[str, dict[str, Any]] = {
+    "gptq": {
+        "bits": 4,
+        "group_size": 8,
+        "sym": True,
+        "modules_in_block_to_quantize": [["1.mlp.d"]],
+    },
+    "compressed-tensors": {
+        "format": "pack-quantized",
+        "config_groups": {
+            "one": {
+                "targets": ["re:.*1.mlp.down_proj"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "strategy": "group",
+                    "group_size": 8,
+                    "symmetric": True,
+                },
+            }
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "numbers", "said"),
+    [
+        ("gptq", "g_idx", [0, 5], r"g_idx names groups 0 to 5, and there are 5"),
+        ("gptq", "g_idx", [-1, 4], r"g_idx names groups -1 to 4"),
+        ("gptq", "g_idx", [0, 4], None),
+        ("compressed-tensors", "weight_shape", [40, 32], r"weight_shape says \[40, 32\], and con"),
+        ("compressed-tensors", "weight_shape", [32, 40], None),
+    ],
+)
+def test_a_packed_linear_that_contradicts_itself_is_refused(broken, method, part, numbers, said):
+    folder, name = broken("tied"), "model.layers.1.mlp.down_proj"
+    settings = {"quant_method": method, **PACKED[method]}
+    layout = read_packing(settings).of(name)
+    assert layout is not None
+    tensors = load_file(folder / "model.safetensors")
+    rows, columns = tensors.pop(f"{name}.weight").shape
+    codes = torch.ones(rows, columns, dtype=torch.uint8)
+    scale, zero = torch.ones(rows, 5, dtype=torch.float16), torch.full((rows, 5), 8.0)
+    parts = {
+        key: tensor.contiguous() for key, tensor in layout.pack(codes, scale, zero, None).items()
+    }
+    parts[part][: len(numbers)] = torch.tensor(numbers)
+    save_file(
+        tensors | {f"{name}.{key}": parts[key] for key in parts}, folder / "model.safetensors"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    checkpoint = Checkpoint(folder)
+    if said is None:
+        assert checkpoint.block(1)["mlp.down_proj.weight"].shape == (rows, columns)
+        return
+    with pytest.raises(CheckpointError, match=rf"{name}\.{said}"):
+        checkpoint.block(1)
+
+
+@pytest.mark.parametrize("lacking", [0, 2])
+def test_scales_of_a_cache_are_read_and_missing_ones_named(broken, lacking):
+    folder = broken("tied")
+    names = [f"model.layers.{k}.self_attn.{end}_scale" for k in range(3) for end in "kv"]
+    scales = {name: torch.tensor([0.5 + k]) for k, name in enumerate(names)}
+    for name in names[1 : 1 + lacking]:
+        del scales[name]
+    rewritten(folder, lambda tensors: tensors.update(scales))
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    settings = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": cache}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.facts.input_numbers["model.layers.2.v"] == 5.5
+    assert set(scales) <= set(checkpoint.bits_on_disk())
+    said = f"the files lack 2 of 6, first {names[1]}: these are 1"
+    assert [said in remark for remark in checkpoint.remarks] == [True] * (lacking > 0)
+
+
 def test_the_digest_changes_with_any_byte_that_matters_and_with_no_other(broken, tmp_path):
     folder = broken("tied_sharded")
     digest = Checkpoint(folder).digest()
@@ -531,7 +617,14 @@ def test_the_digest_changes_with_any_byte_that_matters_and_with_no_other(broken,
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    assert len({digest, with_tokenizer, Checkpoint(folder).digest()}) == 3
+    with_weights = Checkpoint(folder).digest()
+    own: dict[str, Any] = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {}}
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
+    with_settings = Checkpoint(folder).digest()
+    own["kv_cache_quant_algo"] = "FP8"  # changes what is computed
+    (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": own}))
+    found = {digest, with_tokenizer, with_weights, with_settings, Checkpoint(folder).digest()}
+    assert len(found) == 5
 
 
 def test_a_file_is_hashed_once_until_it_changes(broken, tmp_path, monkeypatch):
@@ -683,6 +776,17 @@ def test_a_hub_id_is_downloaded_without_pickles_and_then_needs_no_network(hub, s
         == locate("owner/tiny", offline=True)
         == folder
     )
+
+
+def test_a_plan_knows_that_modelopt_quantized_a_hub_model_in_a_file_beside_its_config(hub):
+    served = hub.repositories["models/owner/tiny"]
+    settings = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}
+    (served / "hf_quant_config.json").write_text(json.dumps(settings))
+    for revision in (None, COMMIT):
+        assert fetch_facts("owner/tiny", revision).quantized == "modelopt"
+    assert not [path for path in hub.asked if path.endswith(".safetensors")]
+    hub.close()
+    assert fetch_facts("owner/tiny").quantized == "modelopt"
 
 
 def test_a_file_of_a_hub_model_is_there_or_is_not_or_cannot_be_asked_for(hub):

@@ -213,9 +213,10 @@ def test_a_trial_names_the_package_of_its_models_family(offered, tmp_path):
     olmo2(tmp_path / "model")
     shutil.copy(DEMO_MODELS / "dense" / "tokenizer.json", tmp_path / "model")
     offered(olmo2="q3q_olmo2:Olmo2")
-    words = ("method=rtn", "model=local", f"model.path={tmp_path / 'model'}", "evaluation=none")
-    words += ("evaluation.window=32", "group_size=-1", f"storage={tmp_path}")
-    trial = composed_trial(*words)
+    trial = composed_trial(
+        *("method=rtn", "model=local", f"model.path={tmp_path / 'model'}", "evaluation=none"),
+        *("evaluation.window=32", "group_size=-1", f"storage={tmp_path}"),
+    )
     assert trial.spec.model.package == "q3q-olmo2 1.0"
     assert trial.spec.model.identity["package"] == "q3q-olmo2 1.0"
     assert open_checkpoint(trial).facts.hidden == COMMON["hidden_size"]

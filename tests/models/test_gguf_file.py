@@ -1,6 +1,8 @@
 """A GGUF file is read as the numbers that llama.cpp computes with, or refused in one line."""
 
 import json
+import shutil
+from typing import Any
 
 import gguf
 import numpy as np
@@ -8,12 +10,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from q3q.config.model import resolve_model
 from q3q.errors import CheckpointError
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.facts import read_facts
 from q3q.models.gguf_file import open_gguf
 from q3q.models.gguf_header import ARCHITECTURES, read_gguf_header
+from q3q.models.likeness import compare_weights
 from q3q.models.rope import frequencies
+from tests.composed import compose
+from tests.export.conftest import DEMO
 from tests.models.families import COMMON, KINDS
 from tests.models.gguf_files import write_gguf
 
@@ -29,7 +35,7 @@ def folder_of(tmp_path_factory):
         key = kind, json.dumps(changes)
         if key not in made:
             torch.manual_seed(0)
-            more = {"mlp_only_layers": []} if "moe" in kind else {}
+            more: dict[str, Any] = {"mlp_only_layers": []} if "moe" in kind else {}
             settings = {**COMMON, **KINDS[kind], **more, **changes}
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
             with torch.no_grad():
@@ -63,6 +69,18 @@ def test_a_file_with_plain_numbers_is_the_model_itself(folder_of, tmp_path, kind
     assert torch.equal(original.rows("model.embed_tokens.weight", 5, 4), ours.embedding()[5:9])
     assert torch.equal(original.head(), ours.head())
     assert torch.equal(original.final_norm(), ours.final_norm())
+
+
+def test_a_file_is_a_model_if_its_tokenizer_lies_beside_it(folder_of, tmp_path):
+    path = write_gguf(folder_of("llama", **SIZES), tmp_path / "m.gguf", lambda name: "Q8_0")
+    config = compose(
+        "config", ["model=local", f"model.path={path}", f"storage={tmp_path / 'runs'}"]
+    )
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: .* the original's beside the GGUF"):
+        resolve_model(config)
+    shutil.copy(DEMO / "tokenizer.json", tmp_path)
+    model, place, facts = resolve_model(config)
+    assert (model.name, place, facts.quantized) == ("m.gguf", path, "Q8_0")
 
 
 QUANTIZED = [kind.name for kind in gguf.quants._type_traits if kind.name != "BF16"]
@@ -101,6 +119,7 @@ def test_llama3s_factors_give_its_rule(folder_of, tmp_path):
     rule |= dict(high_freq_factor=4.0, original_max_position_embeddings=8192)
     folder = folder_of("llama", rope_parameters=rule, max_position_embeddings=131072)
     facts = read_facts(folder)
+    assert facts.rope_scaling is not None
     assert facts.rope_scaling.kind == "llama3"
     plain, stretched = (
         frequencies(facts.head_dim, facts.rope_theta, scaling, "cpu")
@@ -116,11 +135,13 @@ def test_llama3s_factors_give_its_rule(folder_of, tmp_path):
 
 
 def test_the_head_is_read_as_the_package_reads_it(folder_of, tmp_path):
-    path = write_gguf(
-        folder_of("dense"),
-        tmp_path / "m.gguf",
-        **{"tokenizer.ggml.tokens": ["a", "b"], "list": [1, 2, 3], "yes": True, "real": 0.5},
-    )
+    values: dict[str, Any] = {
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "list": [1, 2, 3],
+        "yes": True,
+        "real": 0.5,
+    }
+    path = write_gguf(folder_of("dense"), tmp_path / "m.gguf", **values)
     ours, theirs = read_gguf_header(path), gguf.GGUFReader(path)
     fields = {
         name: field.contents()
@@ -142,7 +163,8 @@ def test_split_files_are_read_together(folder_of, tmp_path):
             for name in list(tensors)[1 - k :: 2]:
                 del tensors[name]
 
-        write_gguf(folder, path, change=half, **{"split.count": 2, "split.no": k})
+        values: dict[str, Any] = {"split.count": 2, "split.no": k}
+        write_gguf(folder, path, change=half, **values)
         names.append(path)
     ours, original = (Checkpoint(path).block(2) for path in (names[0], folder))
     assert torch.equal(ours["mlp.up_proj.weight"], original["mlp.up_proj.weight"])
@@ -211,13 +233,38 @@ def test_an_unknown_type_is_refused(folder_of, tmp_path):
         Checkpoint(path)
 
 
+def test_blocks_of_zeros_are_doubted_and_most_of_a_linear_refused(folder_of, tmp_path):
+    folder = folder_of("moe", **SIZES, moe_intermediate_size=256)
+    path = write_gguf(
+        folder, tmp_path / "m.gguf", lambda name: "Q4_0" if "_exps" in name else "F32"
+    )
+    name = "model.layers.0.mlp.experts.3.up_proj.weight"
+    tensor = open_gguf(path).tensors[name]
+    content, blocks = bytearray(path.read_bytes()), tensor.size // 18
+
+    def compared(zeros):
+        for k in range(zeros):
+            content[tensor.start + 18 * k : tensor.start + 18 * k + 2] = b"\x00\x00"
+        path.write_bytes(content)
+        checkpoint = Checkpoint(path)
+        return compare_weights(checkpoint, Checkpoint(folder)), list(checkpoint.doubts)
+
+    likeness, doubts = compared(3)
+    assert doubts == [f"{name}: 3 of {blocks} blocks of Q4_0 are zero"]
+    assert likeness.unlike == {}
+    assert likeness.largest is not None
+    assert 0 < likeness.largest[1] < 0.2
+    with pytest.raises(CheckpointError, match=f"{name}: {blocks // 2 + 1} of {blocks} blocks of"):
+        compared(blocks // 2 + 1)
+
+
 def test_scales_that_are_no_numbers_are_named_and_zero_ones_counted(folder_of, tmp_path):
     path = write_gguf(folder_of("llama", **SIZES), tmp_path / "m.gguf", lambda name: "Q4_0")
     tensor = open_gguf(path).tensors["model.layers.0.mlp.up_proj.weight"]
     content = bytearray(path.read_bytes())
     content[tensor.start : tensor.start + 2] = b"\x00\x00"
     path.write_bytes(content)
-    assert tensor.zero_share() == 1 / (512 * 256 / 32)
+    assert tensor.zero_blocks(tensor.read()) == (1, 512 * 256 / 32)
     content[tensor.start + 18 : tensor.start + 20] = b"\xff\x7f"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"scale of its Q4_0 blocks in blk.0.ffn_up.weight"):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from q3q.errors import CheckpointError
-from q3q.models import checkpoint as checkpoint_module
+from q3q.models import completeness
 from q3q.models.checkpoint import TOKENIZER_FILES, Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.facts import read_facts
@@ -91,8 +91,8 @@ def test_large_numbers_are_held_against_the_stored_tensors_before_any_is_listed(
     random_checkpoint, monkeypatch, kind, changes
 ):
     folder = changed_config(random_checkpoint(kind), **changes)
-    monkeypatch.setattr(checkpoint_module, "LISTED", 1_000)
-    monkeypatch.setattr(checkpoint_module, "disk_shapes", None)
+    monkeypatch.setattr(completeness, "LISTED", 1_000)
+    monkeypatch.setattr(completeness, "disk_shapes", None)
     line = refused(folder)
     assert f"{changes['num_hidden_layers']} layers" in line
     assert "tensors, and the files hold" in line

@@ -15,8 +15,11 @@ from compressed_tensors.quantization.utils import (
 
 from q3q.errors import CheckpointError
 from q3q.models.block import rounded_as
+from q3q.models.packed import Layout, doubts_of
 from q3q.models.packed_tables import TableCodes
+from q3q.models.published.packing import FP8_CACHE, Packing
 from q3q.models.published.readers import read_packing
+from q3q.scheme import InputRounding
 
 ROWS, COLUMNS = 48, 64
 NAME = "model.layers.0.mlp.down_proj"
@@ -34,6 +37,20 @@ KINDS = {
     "mxfp4-pack-quantized": {**FP8, "num_bits": 4, "strategy": "group", "group_size": 32},
     "nvfp4-pack-quantized": {**FP8, "num_bits": 4, "strategy": "tensor_group", "group_size": 16},
 }
+
+
+def layout_of(packing: Packing, name: str = NAME) -> Layout:
+    """Return the layout of a linear that is quantized."""
+    layout = packing.of(name)
+    assert layout is not None, name
+    return layout
+
+
+def rounding_of(packing: Packing) -> InputRounding:
+    """Return how the linear's input is rounded, where it is."""
+    rounding = packing.inputs([NAME])
+    assert rounding is not None
+    return rounding
 
 
 def weight_of(seed=0):
@@ -83,7 +100,7 @@ def compressed(kind, args):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_those_that_compressed_tensors_reads(kind):
     stored, read, config = compressed(kind, KINDS[kind])
-    layout = read_packing(config).of(NAME)
+    layout = layout_of(read_packing(config))
     parts = layout.parts(ROWS, COLUMNS)
     assert {name: shape for name, (_, shape) in parts.items()} == {
         name: tuple(tensor.shape) for name, tensor in stored.items() if name in parts
@@ -145,7 +162,7 @@ def test_inputs_are_rounded_as_compressed_tensors_rounds_them(kind):
     packing = read_packing(
         {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
     )
-    rounding = packing.inputs([NAME])
+    rounding = rounding_of(packing)
     ours = rounded_as(x_BTI, replace(rounding, number=number))
     assert torch.equal(ours, expected)
     assert not torch.equal(ours, x_BTI)
@@ -161,7 +178,7 @@ def test_released_fp8_has_a_scale_for_each_block_even_where_blocks_are_cut():
     }
     packing = read_packing(config)
     assert packing.of("model.layers.0.self_attn.q_proj") is None
-    layout = packing.of(NAME)
+    layout = layout_of(packing)
     weight = weight_of()[:40].to(torch.float8_e4m3fn)
     scale = torch.rand(2, 2, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert layout.parts(40, COLUMNS)["weight_scale_inv"][1] == (2, 2)
@@ -170,7 +187,7 @@ def test_released_fp8_has_a_scale_for_each_block_even_where_blocks_are_cut():
     for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)):
         expected[32 * r : 32 * r + 32, 32 * c : 32 * c + 32] *= scale[r, c].float()
     assert torch.equal(ours, expected)
-    rounding = packing.inputs([NAME])
+    rounding = rounding_of(packing)
     assert (rounding.format, rounding.group_size, rounding.scales) == ("fp8_e4m3", 32, "dynamic")
 
 
@@ -185,7 +202,7 @@ def test_modelopts_nvfp4_multiplies_by_its_second_scale():
     ):
         packing = read_packing(config)
         assert packing.of("model.layers.0.self_attn.o_proj") is None
-        layout = packing.of(NAME)
+        layout = layout_of(packing)
         chance = torch.Generator().manual_seed(0)
         codes = torch.randint(16, (ROWS, COLUMNS), generator=chance)
         scale = (torch.rand(ROWS, COLUMNS // 16, generator=chance) * 400).to(torch.float8_e4m3fn)
@@ -206,8 +223,22 @@ def test_modelopts_layers_may_have_algorithms_of_their_own():
     layers = {"model.layers.0.mlp.down_proj": {"quant_algo": "FP8"}}
     config = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
     packing = read_packing({"quant_method": "modelopt", "quantization": config})
-    assert packing.of(NAME).act_scales == "stored"
+    assert layout_of(packing).act_scales == "stored"
     assert packing.of("model.layers.1.mlp.down_proj") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "read"),
+    [({}, True), ({"num_bits": 4}, False), ({"type": "int"}, False), ({"dynamic": True}, False)],
+)
+def test_modelopts_cache_is_fp8_with_a_stored_scale_or_refused(changes, read):
+    scheme = {"num_bits": 8, "type": "float", "dynamic": False} | changes
+    config = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_scheme": scheme}
+    if read:
+        assert read_packing(config).kv == FP8_CACHE
+        return
+    with pytest.raises(CheckpointError, match=r"modelopt\), with a cache of keys and values \(.*"):
+        read_packing(config)
 
 
 def bnb_state(**facts):
@@ -222,7 +253,7 @@ def test_bitsandbytes_takes_blocks_of_the_flat_weight_high_half_first(double):
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": double,
     }
-    layout = read_packing(config).of(NAME)
+    layout = layout_of(read_packing(config))
     chance = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (ROWS * COLUMNS,), generator=chance)
     blocks = ROWS * COLUMNS // 64
@@ -244,6 +275,7 @@ def test_bitsandbytes_takes_blocks_of_the_flat_weight_high_half_first(double):
         absmax = levels[own] * 0.3 + 0.25
     else:
         stored["weight.absmax"] = absmax
+    assert isinstance(layout, TableCodes)
     stored[layout.state] = bnb_state(**state)
     assert {name: shape for name, (_, shape) in layout.parts(ROWS, COLUMNS).items()} == {
         name: (-1,) if name == layout.state else tuple(t.shape) for name, t in stored.items()
@@ -251,6 +283,17 @@ def test_bitsandbytes_takes_blocks_of_the_flat_weight_high_half_first(double):
     expected = stored["weight.quant_map"][codes] * absmax.repeat_interleave(64)
     ours = layout.unpack(stored, ROWS, COLUMNS)
     assert torch.equal(ours, expected.view(ROWS, COLUMNS))
+
+
+def test_bitsandbytes_blocks_of_zeros_are_doubted_and_most_of_a_linear_refused():
+    layout, absmax = TableCodes(4, 64, True), torch.ones(48)
+    assert list(doubts_of(layout, {"weight.absmax": absmax}, NAME)) == []
+    absmax[:24] = 0
+    [doubt] = doubts_of(layout, {"weight.absmax": absmax}, NAME)
+    assert doubt == f"{NAME}.weight.absmax: 24 of 48 scales are zero"
+    absmax[24] = 0
+    with pytest.raises(CheckpointError, match=r"absmax: 25 of 48 scales are zero"):
+        list(doubts_of(layout, {"weight.absmax": absmax}, NAME))
 
 
 def test_bitsandbytes_state_that_contradicts_the_config_is_refused():
@@ -262,14 +305,14 @@ def test_bitsandbytes_state_that_contradicts_the_config_is_refused():
 
 def test_llm_int8_rounds_rows_and_keeps_large_inputs():
     packing = read_packing({"quant_method": "bitsandbytes", "load_in_8bit": True})
-    layout = packing.of(NAME)
+    layout = layout_of(packing)
     codes = torch.tensor([[127, -64], [1, 0]], dtype=torch.int8)
     scales = torch.tensor([2.54, 1.27])
     ours = layout.unpack({"weight": codes, "SCB": scales}, 2, 2)
     assert torch.allclose(ours, torch.tensor([[2.54, -1.28], [0.01, 0.0]]))
     assert packing.inexact  # columns of a batch, which no token of its own can know
     x = torch.tensor([[7.03, 0.5, 0.25031]])
-    rounded = rounded_as(x, packing.inputs([NAME]))
+    rounded = rounded_as(x, rounding_of(packing))
     assert rounded[0, 0] == x[0, 0]
     assert torch.allclose(rounded[0, 1:], torch.tensor([0.5, round(0.25031 * 254) / 254]))
 
@@ -279,12 +322,12 @@ def test_gptqs_exceptions_have_settings_of_their_own():
     config["dynamic"] = {r"-:.*\.0\..*down": {}, r"+:.*\.1\.": {"bits": 8, "group_size": 32}}
     packing = read_packing(config)
     assert packing.of(NAME) is None
-    eight = packing.of("model.layers.1.mlp.up_proj")
+    eight = layout_of(packing, "model.layers.1.mlp.up_proj")
     assert (eight.bits, eight.group_size, eight.symmetric) == (8, 32, True)
-    assert packing.of("model.layers.2.mlp.up_proj").bits == 4
+    assert layout_of(packing, "model.layers.2.mlp.up_proj").bits == 4
     within = read_packing({**config, "dynamic": {}, "modules_in_block_to_quantize": [["mlp.up"]]})
     assert within.of(NAME) is None
-    assert within.of("model.layers.2.mlp.up_proj").bits == 4
+    assert layout_of(within, "model.layers.2.mlp.up_proj").bits == 4
 
 
 def test_auto_rounds_files_are_gptqs_with_exceptions():
@@ -301,5 +344,8 @@ def test_auto_rounds_files_are_gptqs_with_exceptions():
     packing = read_packing(config)
     assert packing.of(NAME) is None
     assert packing.of("lm_head") is None
-    assert packing.of("model.layers.1.mlp.up_proj").bits == 8
-    assert (packing.of("model.layers.2.mlp.up_proj").bits, packing.method) == (4, "auto-round")
+    assert layout_of(packing, "model.layers.1.mlp.up_proj").bits == 8
+    assert (layout_of(packing, "model.layers.2.mlp.up_proj").bits, packing.method) == (
+        4,
+        "auto-round",
+    )

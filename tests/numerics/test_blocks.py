@@ -7,6 +7,7 @@ import torch
 from q3q.errors import ShapeError
 from q3q.export.gguf_packing import in_blocks, pack_rows
 from q3q.number_formats import BLOCKS
+from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.grid import Grid, into_groups
 from q3q.numerics.levels import levels_of
 from q3q.numerics.weights import QuantizedWeight, refuse_unsound, stored_weight, with_scales
@@ -135,6 +136,8 @@ def test_zero_points_become_offsets_of_float16():
     groups = into_groups(weight, 32)
     before = plain.rounded(groups, plain.minmax(groups))
     after = with_scales(before, "gguf")
+    assert isinstance(before, QuantizedWeight)
+    assert isinstance(after, BlockWeight)
     assert torch.equal(after.codes_EOI, before.codes_EOI)
     assert torch.equal(read("q4_1", after), after.dequantize()[0])
     assert torch.allclose(after.dequantize(), before.dequantize(), rtol=2e-3, atol=4e-3)

@@ -22,7 +22,7 @@ from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, TrialSpec
 from q3q.storage.files import sealed
 from tests.quantize.conftest import random_decoder
-from tests.specs import make_spec, method_of
+from tests.specs import evaluation_of, make_spec, method_of
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
 
@@ -212,7 +212,14 @@ def test_a_file_of_sensitivities_is_resumed_and_what_is_damaged_or_anothers_is_p
         assert "measured again" in capsys.readouterr().err
         assert len(list(path.parent.glob("*.damaged*"))) == number
     # Budgets, activations and evaluations share a file; widths and units do not.
-    for same in (spec_of(widths=(2, 4), bits=5.0), replace(spec, evaluation=spec.evaluation)):
+    assert spec.scheme is not None
+    sharing = (
+        spec_of(widths=(2, 4), bits=5.0),
+        replace(spec, scheme=replace(spec.scheme, act_bits=8)),
+        replace(spec, evaluation=evaluation_of("library", tasks=("piqa",))),
+    )
+    for same in sharing:
+        assert same.id != spec.id
         assert file_of(tmp_path, identity_of(same, units)) == path
     wider = spec_of(widths=(2, 3))
     assert file_of(tmp_path, identity_of(wider, units)) != path

@@ -65,6 +65,7 @@ def test_gptq_is_algorithm_1_on_the_formats_levels(doubles, kind):
     table = decode(codes, form).double()
     table = table[table.isfinite()]
     fast = gptq_round(weight, hessian, scheme, damping=0.02, block_size=size).weight
+    assert isinstance(fast, FloatWeight)
     scale = fast.scale_EOG.double()
     damped = hessian[0] + 0.02 * hessian[0].diagonal().mean() * torch.eye(64)
     factor = torch.linalg.cholesky(damped.inverse(), upper=True)
@@ -196,7 +197,7 @@ def test_awq_is_the_plain_algorithm(kind, clip):
 @torch.inference_mode()
 def test_awq_judges_candidates_by_the_factor_that_linears_of_a_site_are_stored_with():
     scheme, draw = SCHEMES["nvfp4"], torch.Generator().manual_seed(0)
-    site = Site("qkv", ("q", "k"), "norm")
+    site = Site("qkv", ("q", "k"))
     loud = {"q": 1.0, "k": 37.0}  # alone, each would have another factor
     weights = {name: size * torch.randn(16, 32, generator=draw) for name, size in loud.items()}
     seen: list[dict[str, torch.Tensor]] = []

@@ -8,7 +8,7 @@ from q3q.models.anatomy import SiteInput
 from q3q.numerics.grid import into_groups, minmax_grid, to_codes
 from q3q.numerics.levels import IntegerLevels
 from q3q.numerics.linalg import damped_factor, inverse_upper_cholesky
-from q3q.numerics.weights import round_to_grid
+from q3q.numerics.weights import QuantizedWeight, round_to_grid
 from q3q.quantize.method import SiteTask
 from q3q.quantize.methods.gptq import Gptq, gptq_round, gptq_round_plain
 from q3q.quantize.methods.settings import GptqSettings
@@ -125,8 +125,10 @@ def test_beats_rounding_when_inputs_are_correlated(act_order, seed):
 def test_rows_are_independent_given_the_hessian(doubles):
     weight, hessian = problem(rows=20)
     joint = gptq_round(weight, hessian, scheme(), act_order=True).weight
+    assert isinstance(joint, QuantizedWeight)
     for rows in (slice(0, 7), slice(7, 20)):
         alone = gptq_round(weight[:, rows], hessian, scheme(), act_order=True).weight
+        assert isinstance(alone, QuantizedWeight)
         assert torch.equal(joint.codes_EOI[:, rows], alone.codes_EOI)
         torch.testing.assert_close(joint.scale_EOG[:, rows], alone.scale_EOG)
 

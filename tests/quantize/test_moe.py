@@ -161,6 +161,8 @@ def test_every_expert_on_every_token_equals_solving_each_as_a_dense_linear(
                 weights[name][e : e + 1], hessian, scheme_for("gptq"), act_order=True
             ).weight
             ours = result.quantized[name]
+            assert isinstance(ours, QuantizedWeight)
+            assert isinstance(alone, QuantizedWeight)
             assert torch.equal(ours.codes_EOI[e], alone.codes_EOI[0])
             assert ours.group_EI is not None
             assert alone.group_EI is not None

@@ -71,6 +71,26 @@ def test_a_share_is_a_fraction_and_reproduced_within_our_interval(tmp_path):
     assert [item.verdict for item in compared(tmp_path, row, trial).compared] == ["different"]
 
 
+@pytest.mark.parametrize(
+    ("metric", "ours", "theirs", "judged"),
+    [
+        ("model_bytes", 4.0e9, "8.0e9", "different"),  # no perplexity: nothing has collapsed
+        ("model_bytes", 4.01e9, "4.0e9", "reproduced"),
+        ("kl/wikitext2", 0.04, "0", "reproduced"),  # half a unit of the last digit
+        ("kl/wikitext2", 0.04, "0.00", "different"),
+        ("task/score", 5.0, "-5.0", "different"),
+        ("task/score", -5.2, "-5.0", "close"),
+        ("task/score", -5.04, "-5.0", "reproduced"),
+        ("perplexity_quick/wikitext2", 4.0e9, "8.0e9", "reproduced"),
+    ],
+)
+def test_a_number_that_is_no_perplexity_has_no_collapse(tmp_path, metric, ours, theirs, judged):
+    row = f"Qwen3-8B,gptq,4,,,,{metric},{theirs},\n"
+    found = compared(tmp_path, row, record(**{metric: ours}))
+    assert [item.verdict for item in found.compared] == [judged]
+    assert len(found.table().rows) == 1
+
+
 def test_another_organizations_model_is_another(tmp_path):
     row = "Qwen/Qwen3-8B,gptq,4,,,,perplexity/wikitext2,10.29,\n"
     theirs = hub_model_of("Qwen3-8B", source="someone/Qwen3-8B")

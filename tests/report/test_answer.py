@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from q3q.bit_budget import BitBudget
+from q3q.evaluate.metrics import reads_calibrated_kind
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
 from q3q.placement import Placement
 from q3q.record import COMPLETED, Comparison, TrialRecord
 from q3q.report.answer import NO_WINNER, ONLY_CALIBRATED, answers, sentences
 from q3q.report.changes import Change, change
 from q3q.report.opening import in_markdown
+from q3q.report.pairs import p_by_seeds
 from q3q.report.pools import Pool, pools
 from q3q.report.tables import Table
 from tests.specs import calibration_of, evaluation_of, make_spec, model_of, text_of
@@ -300,8 +303,8 @@ def test_the_text_that_was_not_calibrated_on_ranks_and_a_disagreement_leaves_no_
     first, second = in_markdown(answers(trials)).splitlines()
     assert first.startswith("- Take awq at 2 bits: its perplexity of library changes by +100 %")
     assert second == (
-        "- At 2 bits there is no clear winner: awq is best by perplexity of library (+100 %), gptq "
-        "by perplexity of stories."
+        "- At 2 bits there is no clear winner: awq has the lowest perplexity of library (+100 %), "
+        "gptq the lowest perplexity of stories (not tested)."
     )
 
 
@@ -367,6 +370,31 @@ def test_a_file_is_known_to_be_calibrated_on_by_its_content() -> None:
     [answer] = answers([replace(trial, metrics={"perplexity/mine": 2.0, "perplexity/yours": 3.0})])
     assert answer.metrics == ("perplexity/yours", "perplexity/mine")
     assert answer.marks["perplexity/mine"] == "calibrated on"
+
+
+def test_a_text_that_a_budget_was_allotted_by_counts_as_calibrated_on() -> None:
+    """RTN reads no text, but its widths were chosen by the stories."""
+    budget = BitBudget(
+        bits=3.8, unit="site", widths=(2, 4, 8), measure="kl", source="demo", digest="d",
+        samples=8, length=64, draw="random",
+    )  # fmt: skip
+    trials = [
+        replace(
+            record("rtn", bits, 2.0, evaluation=evaluation_of("stories", "library"), budget=own),
+            metrics={STORIES: 2.0 + bits, LIBRARY: 9.0 + bits},
+        )
+        for bits, own in ((3, None), (4, budget))
+    ]
+    marks = [answers(some)[0].marks for some in (trials[:1], trials[1:])]
+    assert marks == [{}, {LIBRARY: "not calibrated on", STORIES: "calibrated on"}]
+    assert answers(trials)[0].metrics == (LIBRARY, STORIES)
+    mine = text_of("mine", source="file", digest="d")
+    assert reads_calibrated_kind(mine, trials[1].spec)
+    assert not reads_calibrated_kind(replace(mine, digest="e"), trials[1].spec)
+    # The seed draws a budget's windows too, so one seed says nothing of the next.
+    drawn = Pool("gptq", tuple(record("gptq", 4, 6 + seed / 9, seed=seed) for seed in range(3)))
+    found = [p_by_seeds(alone(trial), drawn, STORIES) is None for trial in trials]
+    assert found == [False, True]
 
 
 def test_code_of_another_version_is_marked() -> None:

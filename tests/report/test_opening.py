@@ -2,23 +2,29 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import numpy
 import pytest
 
+from q3q.bit_budget import BitBudget
+from q3q.evaluate.compare import compare
 from q3q.evaluate.power import smallest_difference
+from q3q.evaluate.replicates import TEST
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
 from q3q.placement import Placement
-from q3q.record import COMPLETED, TrialRecord
+from q3q.record import COMPLETED, Comparison, TrialRecord
 from q3q.report.about import About
 from q3q.report.answer import Answer, answers
+from q3q.report.budgets import by_width
 from q3q.report.certainty import noise_floors
-from q3q.report.changes import change
+from q3q.report.changes import change, p_of
 from q3q.report.families import Family, pair
-from q3q.report.opening import in_markdown, opening
+from q3q.report.opening import export_hint, in_markdown, opening
 from q3q.report.pools import Pool
 from q3q.report.write import write_report
 from q3q.sweep.questions import shown_by_questions
@@ -35,21 +41,22 @@ def trial(
     method: str,
     bits: int,
     nll_N: Sequence[float] | numpy.ndarray,
-    right_N: Sequence[float] = (),
+    right_N: Sequence[float] | Mapping[str, Sequence[float]] = (),
     seed: int = 0,
 ) -> TrialRecord:
-    """Return a trial of these losses and answers, its samples on disk."""
-    evaluation = evaluation_of("stories", tasks=["who"] if len(right_N) else [])
+    """Return a trial of these losses and answers, or each task's, its samples on disk."""
+    asked = right_N if isinstance(right_N, Mapping) else {"who": right_N} if len(right_N) else {}
+    evaluation = evaluation_of("stories", tasks=list(asked))
     spec = make_spec(
         method, bits, evaluation=evaluation, seed=seed, calibration=calibration_of("pile")
     )
     metrics = {STORIES: math.exp(float(numpy.mean(nll_N))), "model_bytes": 1e6 * bits}
     rows = window_rows(STORIES, "d", [float(nll) for nll in nll_N])
-    if len(right_N):
-        metrics["who/acc"] = float(numpy.mean(right_N))
+    for task, answers_N in asked.items():
+        metrics[f"{task}/acc"] = float(numpy.mean(answers_N))
         rows += [
-            {"task": "who", "doc_id": n, "doc_hash": "h", "filter": "none", "scores": {"acc": x}}
-            for n, x in enumerate(map(float, right_N))
+            {"task": task, "doc_id": n, "doc_hash": "h", "filter": "none", "scores": {"acc": x}}
+            for n, x in enumerate(map(float, answers_N))
         ]
     placed = Placement(trials=folder)
     result = TrialRecord(spec=spec, placement=placed, status=COMPLETED, metrics=metrics)
@@ -96,6 +103,44 @@ def test_the_answer_is_said_in_three_to_six_sentences(tmp_path: Path) -> None:
     assert 3 <= len(lines) <= 6
 
 
+def test_methods_that_tie_with_the_best_alone_are_not_said_to_tie_with_each_other(
+    tmp_path: Path,
+) -> None:
+    """Awq varies by window, so nothing differs from it; rtn and gptq differ from each other."""
+    records = [
+        trial(tmp_path, "none", 16, HARD_N),
+        trial(tmp_path, "awq", 4, HARD_N + 0.010 + noise(1, 0.02)),
+        trial(tmp_path, "gptq", 4, HARD_N + 0.011 + noise(2, 1e-5)),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.013 + noise(3, 1e-5)),
+    ]
+    assert opening([only(records)])[1] == (
+        "At 4 bits awq has the best number (+1.0 % of perplexity of stories), rtn and gptq cannot "
+        "be told apart from it (+1.1 to +1.3 %)."
+    )
+
+
+def test_no_clear_winner_is_called_the_best(tmp_path: Path) -> None:
+    """Awq ties with gptq on stories; rtn loses more there, and answers far better."""
+    right, wrong = [1.0] * 40, [0.0] * 20 + [1.0] * 20
+    records = [
+        trial(tmp_path, "none", 16, HARD_N, right),
+        trial(tmp_path, "gptq", 4, HARD_N + 0.0101 + noise(1), wrong),
+        trial(tmp_path, "awq", 4, HARD_N + 0.0102 + noise(2), wrong),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.0500 + noise(3), right),
+    ]
+    answer = only(records)
+    [verdict] = answer.verdicts
+    assert (verdict.equal, verdict.clear) == (("awq",), False)
+    said = (
+        "At 4 bits there is no clear winner: gptq has the lowest perplexity of stories (+1.0 %), "
+        "rtn the highest accuracy on who"
+    )
+    assert opening([answer])[1] == f"{said}."
+    [rival] = verdict.rivals
+    unknown = replace(verdict, rivals=(replace(rival, tested=None),))
+    assert opening([replace(answer, verdicts=(unknown,))])[1] == f"{said} (not tested)."
+
+
 def test_the_page_the_terminal_and_the_note_open_with_the_same_words(tmp_path: Path) -> None:
     records = study(tmp_path / "trials")
     lines = opening([only(records)])
@@ -130,6 +175,45 @@ def test_each_size_has_its_best_choice_its_ties_and_its_command(tmp_path: Path) 
     assert "export=compressed_tensors" in commands[2]
 
 
+def test_the_recommended_choice_has_a_row_and_a_command_where_another_is_better(
+    tmp_path: Path,
+) -> None:
+    """Awq has the better number and less size than rtn, but an interval wider than the margin."""
+    records = [
+        trial(tmp_path, "none", 16, HARD_N),
+        trial(tmp_path, "awq", 3, HARD_N + 0.01 + noise(1, 0.3)),
+        trial(tmp_path, "rtn", 4, HARD_N + 0.03 + noise(2)),
+    ]
+    answer = only(records, 5.0)
+    assert answer.chosen is not None
+    assert answer.chosen.name == "rtn, 4 bits"
+    rows = [(choice.budget / 1e6, choice.best.name) for choice in answer.budgets]
+    assert rows == [(3.0, "awq, 3 bits"), (4.0, "rtn, 4 bits")]
+    assert "| rtn, 4 bits (recommended) |" in in_markdown([answer])
+    assert export_hint([answer]).startswith("To export rtn at 4 bits: python launch.py")
+    for record in records:  # sizes are unknown
+        del record.metrics["model_bytes"]
+    unsized = only(records, 5.0)
+    assert unsized.budgets == []
+    assert export_hint([unsized]) == export_hint([answer])
+
+
+def test_a_budget_is_not_named_by_a_width_that_it_does_not_have(tmp_path: Path) -> None:
+    none, uniform, mixed, *_ = study(tmp_path)
+    how: dict[str, Any] = {"unit": "site", "widths": (4, 8), "measure": "kl", "draw": "random"}
+    budget = BitBudget(bits=7.5, source="pile", digest="d", samples=8, length=64, **how)
+    allotted = replace(uniform, spec=replace(uniform.spec, budget=budget))
+    uniform.trial.folder.rename(allotted.trial.folder)
+    [alone] = opening([only([none, allotted])])
+    assert alone.startswith("rtn budget:7.5 (8.00 MB of 16.0 MB): ")
+    both = [none, allotted, trial(tmp_path / "b", "gptq", 8, HARD_N + 0.0101 + noise(3)), mixed]
+    answer = only(both)
+    assert by_width(answer.tried) == "rtn at 4 bits, rtn budget:7.5, gptq at 8 bits"
+    lines = opening([answer])
+    assert lines[1].startswith("At up to 8 bits rtn budget:7.5 and gptq cannot be told apart")
+    assert lines[2].startswith("At 4 bits only rtn was measured")
+
+
 def test_among_many_methods_luck_is_not_the_best(tmp_path: Path) -> None:
     """Of five methods that are all alike, one differs from others with p < 0.05 each time."""
     names = ("rtn", "awq", "smoothquant", "billm", "gptq")
@@ -153,19 +237,41 @@ def test_a_family_of_one_is_not_corrected_and_an_empty_one_says_nothing() -> Non
     assert (empty.same(key), empty.size, empty.table().rows) == (None, 0, ())
 
 
+def test_only_the_bootstraps_smallest_p_value_gives_way_to_its_interval() -> None:
+    """The bootstrap cannot say less than 2 in 10,001; a t-test of few seeds means what it says."""
+    of_seeds = Comparison(
+        metric=STORIES, difference=1.0, low=0.96, high=1.04, distinguishable=True,
+        p_value=1e-4, n=40, test=TEST,
+    )  # fmt: skip
+    answered = replace(of_seeds, test="McNemar with continuity correction; interval Newcombe's")
+    assert [p_of(found) for found in (of_seeds, answered)] == [1e-4, 1e-4]
+    sides = ({str(n): value + float(n % 7) for n in range(40)} for value in (10.0, 0.0))
+    losses = compare(STORIES, *sides, ratio=True)
+    losses = replace(losses, low=9.9, high=10.1)
+    assert losses.p_value == 2 / 10_001
+    assert p_of(losses) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_with_a_margin_the_smallest_that_is_shown_to_stay_within_it_is_recommended(
     tmp_path: Path,
 ) -> None:
     records = study(tmp_path)
     assert only(records, 10.0).chosen.name == "gptq, 3 bits"  # type: ignore[union-attr]
     lines = opening([only(records, 10.0)])
-    assert "is shown to stay within 10 % of the unquantized model" in lines[0]
+    assert "it is among the smallest that are shown to stay within 10 % of the unq" in lines[0]
     narrow = only(records, 0.5)
     assert narrow.within is None
     assert narrow.chosen.name == "gptq, 4 bits"  # type: ignore[union-attr]
     assert "None is shown to stay within 0.5 % of the unquantized model" in opening([narrow])[0]
     [table] = narrow.certainty.tables("demo")
     assert {row[-1] for row in table.rows} == {"not shown"}
+
+
+def test_an_equal_number_is_not_called_better(tmp_path: Path) -> None:
+    records = [trial(tmp_path, name, bits, HARD_N) for name, bits in (("rtn", 8), ("gptq", 4))]
+    assert opening([only(records)])[0].endswith(
+        "; rtn at 8 bits has the same number, and is larger."
+    )
 
 
 def test_a_margin_without_paired_samples_is_said_not_to_be_tested(tmp_path: Path) -> None:
@@ -195,9 +301,73 @@ def test_flips_are_counted_and_say_what_could_have_been_seen(tmp_path: Path) -> 
     assert row[5] == f"{100 * smallest:.1f} points"
     said = next(line for line in opening([answer]) if "questions" in line)
     assert said == (
-        "No choice's accuracy on who differs from the unquantized model's by more than chance; 400 "
-        f"questions could have shown a loss of {100 * smallest:.1f} points."
+        "No choice loses accuracy on who by more than chance; 400 questions could have shown a "
+        f"loss of {100 * smallest:.1f} points."
     )
+
+
+def test_seeds_that_ask_the_same_questions_again_do_not_narrow_the_flips_interval(
+    tmp_path: Path,
+) -> None:
+    before, after = [1.0] * 40, [0.0] * 4 + [1.0] * 36
+    none = trial(tmp_path, "none", 16, HARD_N, before)
+    seeds = [
+        trial(tmp_path, "gptq", 4, HARD_N + noise(seed), after, seed=seed) for seed in range(3)
+    ]
+    cells = []
+    for some in (seeds[:1], seeds):
+        [table] = [t for t in only([none, *some]).certainty.tables("it") if "flipped" in t.title]
+        cells.append(table.rows[0][4])
+    assert cells[0] == cells[1] == "10.0 % [4.0, 23.1]"
+
+
+def test_the_smallest_loss_is_of_the_mean_over_tasks_and_of_its_whole_family(
+    tmp_path: Path,
+) -> None:
+    """Ten of 40 answers flip and ten of 1000: the small task decides what the mean can show."""
+    right = {"who": [1.0] * 40, "where": [1.0] * 1000}
+    flipped = {"who": [0.0] * 10 + [1.0] * 30, "where": [0.0] * 10 + [1.0] * 990}
+    trials = [
+        trial(tmp_path, "none", 16, HARD_N, right),
+        trial(tmp_path, "rtn", 4, HARD_N + noise(1), flipped),
+        trial(tmp_path, "gptq", 4, HARD_N + noise(2), flipped),
+    ]
+    answer = only(trials)
+    loss = answer.certainty.smallest_loss(answer.tried[0])
+    assert loss is not None
+    level, power = (NormalDist().inv_cdf(share) for share in (1 - 0.05 / 2 / 2, 0.8))
+    none = (0.25 / 40 + 0.01 / 1000) / 4  # the variance of the mean if nothing changes
+    some = none - loss**2 * (1 / 40 + 1 / 1000) / 4
+    assert loss == pytest.approx(level * math.sqrt(none) + power * math.sqrt(some))
+
+
+def test_a_gain_is_no_loss_and_only_what_was_tested_is_said_not_to_lose(tmp_path: Path) -> None:
+    """Rtn answers more, awq as many as before; of gptq no samples are left."""
+    before = [1.0] * 20 + [0.0] * 20
+    records = [
+        trial(tmp_path, "none", 16, HARD_N, before),
+        trial(tmp_path, "rtn", 4, HARD_N + noise(1), [1.0] * 40),
+        trial(tmp_path, "awq", 4, HARD_N + noise(2), before),
+        trial(tmp_path, "gptq", 4, HARD_N + noise(3), [0.0] * 40),
+    ]
+
+    def said() -> str:
+        [line] = [line for line in opening([only(records)]) if "accuracy on who by" in line]
+        return line.partition(";")[0]
+
+    assert said() == "Only gptq at 4 bits loses accuracy on who by more than chance"
+    (records[3].trial.folder / SAMPLES).unlink()
+    assert said() == (
+        "None of the tested choices loses accuracy on who by more than chance (not tested: gptq at "
+        "4 bits)"
+    )
+    answer = only(records[:2])
+    gain = answer.tests.changes["who/acc"]["rtn, 4 bits"]
+    assert gain.distinguishable
+    untested = replace(gain, distinguishable=None)
+    changes = {**answer.tests.changes, "who/acc": {"rtn, 4 bits": untested}}
+    unknown = replace(answer, tests=replace(answer.tests, changes=changes))
+    assert "Whether any choice loses accuracy on who could not be tested." in opening([unknown])
 
 
 def test_a_mean_over_seeds_has_an_interval_of_both_sources(tmp_path: Path) -> None:
@@ -262,7 +432,25 @@ def test_the_noise_of_a_kl_is_named_where_it_was_measured(tmp_path: Path) -> Non
     assert noise_floors([record]) == []
     floored = replace(record, metrics={**record.metrics, "kl_floor/stories": 0.00012})
     [line] = noise_floors([record, floored])
-    assert line.startswith("A KL of stories below 1.2e-04 is noise")
+    assert line.startswith("A KL of stories below 1.2e-04 is noise for demo: ")
+    # There is nothing to test, and the floor is named all the same.
+    report = write_report([floored], tmp_path / "report", About(name="it", command="launch"))
+    assert line in report.files["report.html"].decode()
+    assert line in report.files["results.md"].decode()
+
+
+def test_each_model_and_each_quick_look_has_its_own_noise(tmp_path: Path) -> None:
+    record = trial(tmp_path, "none", 16, HARD_N)
+    other = replace(record.spec, model=replace(record.spec.model, name="other"))
+    records = [
+        replace(record, metrics={"kl_floor/stories": 1e-4, "kl_floor_quick/stories": 2e-4}),
+        replace(record, metrics={"kl_floor/stories": 3e-4}, spec=other),
+    ]
+    assert [line.partition(": ")[0] for line in noise_floors(records)] == [
+        "A KL of stories below 1.0e-04 is noise for demo",
+        "A KL of stories (a quick look) below 2.0e-04 is noise for demo",
+        "A KL of stories below 3.0e-04 is noise for other",
+    ]
 
 
 def test_a_plan_says_what_its_questions_can_show() -> None:

@@ -134,8 +134,15 @@ def test_sensitivities_are_measured_once_for_all_budgets_and_what_lies_there_tak
 ):
     def budgeted(bits, measure="kl"):
         budget = BitBudget(
-            **{"bits": bits, "unit": "site", "widths": (2, 4, 8), "measure": measure},
-            **{"source": "demo", "digest": "0", "samples": 16, "length": 512, "draw": "random"},
+            bits=bits,
+            unit="site",
+            widths=(2, 4, 8),
+            measure=measure,
+            source="demo",
+            digest="0",
+            samples=16,
+            length=512,
+            draw="random",
         )
         return respecified(trial(keep="auto"), budget=budget).moved(tmp_path)
 

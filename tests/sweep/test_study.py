@@ -273,7 +273,7 @@ def test_one_trial_without_a_sweep(tmp_path):
     [
         (("method=gtpq",), "method=gtpq is not known; did you mean gptq?"),
         (("-m", "model=demo,demmo"), "model=demmo is not known; did you mean demo"),
-        (("bits=four",), "bits: Value 'four'"),
+        (("bits=four",), "bits=four is no number: give whole bits"),
         (("-m", "bits=2,9"), "bits=9 is out of range"),
         (("bits=2", "bits=3"), "contradict each other"),
         (("-m", "bits=2", "bits=3"), "contradict each other"),
@@ -288,7 +288,7 @@ def test_one_trial_without_a_sweep(tmp_path):
         (("evaluation=mmlu",), "mmlu is a task: python launch.py evaluation=tasks 'evaluation."),
         (("method=GPTQ",), "method=GPTQ is not known; did you mean gptq?"),
         (("method=all",), "for every method: python launch.py -m 'method=glob(*)'"),
-        (("+study=nosuch", "-m"), "study=nosuch is not known. Choose from: calibration, demo"),
+        (("+study=nosuch", "-m"), "study=nosuch is not known. Choose from: budget, calibration"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(arguments, words, tmp_path):

@@ -30,7 +30,8 @@ def read_auto_round(config: Mapping[str, Any]) -> Packing:
         layout = AwqWords(bits, size, symmetric)
     else:
         raise unreadable(METHOD, f"in a variant ({packing}, {bits} bits)")
-    rules = [_exception(*entry, layout) for entry in (config.get("extra_config") or {}).items()]
+    exceptions = (config.get("extra_config") or {}).items()
+    rules = [_exception(name, changes, layout) for name, changes in exceptions]
     inside = config.get("block_name_to_quantize")
     within = [inside] if isinstance(inside, str) else list(inside or ())
     begins = [name for part in within for name in str(part).split(",")]

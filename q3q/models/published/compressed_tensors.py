@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from q3q.kv_scheme import KvScheme
 from q3q.models.packed import Layout, PackedInts, PlainInts
 from q3q.models.packed_floats import FloatLayout, PackedFloats, PlainFloats
-from q3q.models.published.packing import FP8_CACHE, Packing, any_of, unreadable
+from q3q.models.published.packing import Packing, any_of, cache_of, unreadable
 from q3q.number_formats import FLOATS, INT
 
 METHOD = "compressed-tensors"
@@ -18,7 +17,7 @@ INTEGERS: dict[str, type[Layout]] = {
 PLAIN = ("float-quantized", "naive-quantized", "mxfp8-quantized")
 PACKED = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp6-pack-quantized")
 # Formats by bits and columns of a group; fp8 has groups of its own, or none.
-FORMATS = {(4, 16): "nvfp4", (4, 32): "mxfp4", (6, 32): "mxfp6"}
+FORMATS: dict[tuple[int, int | None], str] = {(4, 16): "nvfp4", (4, 32): "mxfp4", (6, 32): "mxfp6"}
 DYNAMIC = (True, "local")  # scales from the numbers themselves; `local` below a stored factor
 Table = Mapping[str, Any]
 
@@ -39,19 +38,9 @@ def read_compressed_tensors(config: Table) -> Packing:
         named.append((any_of(name for name in group["targets"] if name != "Linear"), layout))
         classes += [(".*", layout)] if "Linear" in group["targets"] else []
     kv = config.get("kv_cache_scheme")
-    return Packing(METHOD, (*ignored, *named, *classes), kv=None if kv is None else _cache(kv))
-
-
-def _cache(args: Table) -> KvScheme:
-    """Return how keys and values are stored.
-
-    Raises:
-        CheckpointError: in a way that q3q cannot read.
-    """
-    one_scale = args.get("strategy", "tensor") == "tensor" and args.get("dynamic") is not True
-    if (args["num_bits"], args["type"]) != (8, "float") or not one_scale:
-        raise unreadable(METHOD, f"with a cache of keys and values ({dict(args)})")
-    return FP8_CACHE
+    return Packing(
+        METHOD, (*ignored, *named, *classes), kv=None if kv is None else cache_of(METHOD, kv)
+    )
 
 
 def _layout(group: Table, kind: str) -> Layout:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from q3q.models.packed import GptqWords, Layout
 from q3q.models.published.packing import NOTHING, Packing, parts_of_names, unreadable
@@ -22,7 +22,8 @@ def read_gptq(config: Mapping[str, Any]) -> Packing:
         raise unreadable(METHOD, f"in a variant ({version}, {config['bits']} bits)")
     below = 1 if version == "gptq" else 0
     layout = GptqWords(config["bits"], config["group_size"], bool(config["sym"]), below=below)
-    rules = [_exception(*entry, layout) for entry in (config.get("dynamic") or {}).items()]
+    exceptions = (config.get("dynamic") or {}).items()
+    rules = [_exception(pattern, changes, layout) for pattern, changes in exceptions]
     if inside := config.get("modules_in_block_to_quantize"):
         names = [
             name for group in inside for name in ([group] if isinstance(group, str) else group)
@@ -32,7 +33,7 @@ def read_gptq(config: Mapping[str, Any]) -> Packing:
 
 
 def _exception(
-    pattern: str, changes: Mapping[str, Any], layout: GptqWords
+    pattern: str, changes: Mapping[str, Any] | Literal[False], layout: GptqWords
 ) -> tuple[str, Layout | None]:
     """Return the rule that an entry of `dynamic` stands for.
 

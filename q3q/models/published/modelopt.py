@@ -6,7 +6,7 @@ from typing import Any
 
 from q3q.models.packed import Layout
 from q3q.models.packed_floats import ModelOptFp4, PlainFloats
-from q3q.models.published.packing import FP8_CACHE, NOTHING, Packing, unreadable
+from q3q.models.published.packing import FP8_CACHE, NOTHING, Packing, cache_of, unreadable
 
 METHOD = "modelopt"
 FILE = "hf_quant_config.json"
@@ -22,10 +22,10 @@ def read_modelopt(config: Mapping[str, Any]) -> Packing:
     """
     inner = config.get("quantization", config)
     left_out = inner.get("exclude_modules") or inner.get("ignore") or ()
-    cache = inner.get("kv_cache_quant_algo") or (inner.get("kv_cache_scheme") and "FP8")
-    if cache not in (None, "FP8"):
-        raise unreadable(METHOD, f"with a cache of keys and values in {cache}")
-    kv = FP8_CACHE if cache else None
+    word, scheme = inner.get("kv_cache_quant_algo"), inner.get("kv_cache_scheme")
+    if word not in (None, "FP8"):
+        raise unreadable(METHOD, f"with a cache of keys and values in {word}")
+    kv = FP8_CACHE if word else cache_of(METHOD, scheme) if scheme else None
     rules: list[tuple[str, Layout | None]] = [(_wildcards(left_out), None)]
     if inner["quant_algo"] == MIXED:
         for name, own in inner["quantized_layers"].items():

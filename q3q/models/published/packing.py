@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from q3q.errors import CheckpointError
 from q3q.kv_scheme import FIXED, KvScheme
@@ -102,6 +103,18 @@ FP8_CACHE = KvScheme(bits=8, format="fp8_e4m3", scales=FIXED)
 # Where the two scales lie, by the module of a block.
 KEY_SCALES = ("self_attn.k_scale", "self_attn.k_proj.k_scale", "self_attn.k_proj.output_scale")
 VALUE_SCALES = ("self_attn.v_scale", "self_attn.v_proj.v_scale", "self_attn.v_proj.output_scale")
+
+
+def cache_of(method: str, args: Mapping[str, Any]) -> KvScheme:
+    """Return how a `kv_cache_scheme` says that keys and values are stored.
+
+    Raises:
+        CheckpointError: in a way that q3q cannot read.
+    """
+    one_scale = args.get("strategy", "tensor") == "tensor" and args.get("dynamic") is not True
+    if (args["num_bits"], args["type"]) != (8, "float") or not one_scale:
+        raise unreadable(method, f"with a cache of keys and values ({dict(args)})")
+    return FP8_CACHE
 
 
 def unreadable(method: str, why: str) -> CheckpointError:

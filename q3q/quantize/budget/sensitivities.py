@@ -3,7 +3,8 @@
 A file is `<storage>/sensitivities/<id>.json`, and its id the digest of all that determines its
 numbers. It is written anew after each unit, so a killed measurement goes on at the next one. What
 is damaged or another's is put aside, said, and measured again. One process at a time measures,
-under a claim, and the others wait for it. The folder may be deleted at any time.
+under a claim, and the others wait for it; to a storage that is a URL, what it has measured is sent
+every few seconds. The folder may be deleted at any time.
 """
 
 import math
@@ -19,12 +20,10 @@ from q3q.storage.aside import clear_for_folder, put_aside
 from q3q.storage.claim import Claim, Holder, claimed
 from q3q.storage.files import read_file, sealed, unsealed, write_atomically
 from q3q.storage.mirror import mirror_for
+from q3q.storage.uploader import uploading
 
 FOLDER = "sensitivities"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
-# Windows on which sensitivities are measured are drawn with another seed than those that a method
-# calibrates on: on its own text, a method looks better than it is.
-OTHER_DRAW = 1000
 
 
 def identity_of(spec: TrialSpec, units: Sequence[Unit]) -> Json:
@@ -159,6 +158,8 @@ def turn_at(
         if mirror is not None:
             mirror.pull(name)
         found.read()  # another may have measured them meanwhile
-        yield found, None if found.complete else claim
-        if mirror is not None and found.measured:
-            mirror.push(name, sure=claim.check)
+        if found.complete or mirror is None:
+            yield found, None if found.complete else claim
+            return
+        with uploading(mirror, name, sure=claim.check):  # each unit, for whoever goes on elsewhere
+            yield found, claim

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from q3q.bit_budget import KL
-from q3q.data.calibration import calibration_windows
+from q3q.data.calibration import calibration_windows, drawing
 from q3q.errors import IntegrityError
 from q3q.formatting import duration
 from q3q.models.adjust import set_route
@@ -22,7 +22,7 @@ from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.budget.measure import Measurement, measured
 from q3q.quantize.budget.program import allot
-from q3q.quantize.budget.sensitivities import OTHER_DRAW, Sensitivities, turn_at
+from q3q.quantize.budget.sensitivities import Sensitivities, turn_at
 from q3q.quantize.budget.units import (
     Unit,
     ends_bits,
@@ -38,7 +38,7 @@ from q3q.quantize.methods.build import build_method
 from q3q.quoting import override
 from q3q.record import forget_progress
 from q3q.reporter import Reporter
-from q3q.spec import Calibration, Json, TrialSpec
+from q3q.spec import Json, TrialSpec
 from q3q.storage.claim import ClaimLostError, Holder
 
 ALLOTMENT = "allotment"  # beside the blocks that were made with it, and in the record's notes
@@ -178,14 +178,7 @@ def _measurement(
     assert spec.schemes is not None
     budget = spec.budget
     steps = reporter.phase(SENSING, "windows")
-    text = Calibration(
-        source=budget.source,
-        digest=budget.digest,
-        samples=budget.samples,
-        length=budget.length,
-        draw=budget.draw,
-    )
-    other = replace(trial, spec=replace(spec, calibration=text, seed=spec.seed + OTHER_DRAW))
+    other = replace(trial, spec=drawing(spec)[-1])
     text_NT = calibration_windows(other, tokenizer, partial(steps, 0, 1))
     assert text_NT is not None
     calibration_NT = calibration_windows(trial, tokenizer, partial(steps, 0, 1))
