@@ -23,7 +23,7 @@ from q3q.models.likeness import note_of
 from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
-from q3q.report.judged import NOISE, UNTESTED, benches, findings_of
+from q3q.report.judged import NOISE, OVER_FLOOR, UNTESTED, UNTOLD, benches, findings_of
 from q3q.spec import MEAN_ACCURACY
 from q3q.trial import run_trial
 from tests.composed import composed_trial
@@ -138,10 +138,12 @@ def test_the_report_ranks_checkpoints_and_says_what_is_noise(records):
     [bench] = benches([*records, near])
     assert [pool.label for pool in bench.candidates] == ["near", "demo-FP8"]
     verdict, *_ = bench.tables()
-    place = verdict.columns.index("of the noise floor")
+    place = verdict.columns.index(OVER_FLOOR)
     assert verdict.rows[0][place] == NOISE
     assert verdict.rows[1][place].endswith(" times")
-    assert verdict.rows[1][-1] == "none"  # its interval and near's do not overlap
+    assert (
+        verdict.rows[1][verdict.columns.index(UNTOLD)] == "none"
+    )  # its interval and near's do not overlap
     assert "1. near" in bench.card()
     assert "noise floor" in verdict.rows[2][0]
     assert bench.sentence().startswith("near is nearest to demo")
@@ -211,9 +213,9 @@ def test_a_test_of_too_few_windows_says_nothing(records, monkeypatch):
     )
     [bench] = benches([candidate, *records[1:], other])
     verdict, *_ = bench.tables()
-    place = verdict.columns.index("of the noise floor")
+    place, untold = (verdict.columns.index(column) for column in (OVER_FLOOR, UNTOLD))
     assert [row[place].endswith(" times") for row in verdict.rows[:2]] == [True, True]
-    assert [row[-1] for row in verdict.rows[:2]] == [UNTESTED, UNTESTED]
+    assert [row[untold] for row in verdict.rows[:2]] == [UNTESTED, UNTESTED]
     assert "Not told apart" not in bench.sentence()
 
 

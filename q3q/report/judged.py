@@ -12,7 +12,7 @@ from q3q.evaluate.metrics import mean_metrics
 from q3q.formatting import percent, plural, significant
 from q3q.record import JUDGED, TrialRecord
 from q3q.report.changes import Change, change
-from q3q.report.measures import ABSENT, FAILED, in_order, title
+from q3q.report.measures import ABSENT, FAILED, in_order
 from q3q.report.pairs import difference, flipped
 from q3q.report.pools import Pool, conditions_of
 from q3q.report.sizes import bytes_of, megabytes
@@ -22,15 +22,19 @@ from q3q.spec import MEAN_ACCURACY, TrialSpec, digest, text_metric
 CARD = "model_card.md"  # a file of the report
 NOISE = "noise"  # in place of a multiple of the noise floor
 UNTESTED = "not tested"  # too few windows, or their numbers are not there
+# Columns.
+OVER_FLOOR, ACCURACY, UNTOLD = "of the noise floor", "mean accuracy", "not told apart from"
 BINS = ((0, 50), (50, 90), (90, 99), (99, 100))
 RULE = (
     "KL: the mean divergence of the original's next-token distribution from the checkpoint's, in "
     "nats, with 95 % intervals over windows; checkpoints are sorted by it, on the first text. "
     "Noise floor: the KL of the original computed in another type with itself; a checkpoint that a "
-    "paired test on the same windows (p < 0.05) does not tell from it is as good as the original. "
-    "Not told apart: the same test between two checkpoints. Other tokens: positions where the "
-    "likeliest token is not the original's. Bits per weight are those of the linear layers of the "
-    "blocks, and the size that of all tensors, counted in the files."
+    "paired test on the same windows (p < 0.05) does not tell from it is as near to the original "
+    "as the original, rounded otherwise, is to itself. Not told apart: the same test between two "
+    "checkpoints. Other tokens: positions where the likeliest token is not the original's. Mean "
+    "accuracy: its change with a 95 % interval, and better or worse if a paired test says so. Bits "
+    "per weight are those of the linear layers of the blocks, and the size that of all tensors, "
+    "counted in the files."
 )
 CONFIDENCE_RULE = (
     "The KL where the original gives its likeliest token this probability, and in brackets the "
@@ -109,7 +113,7 @@ class Bench:
                 self._verdict().markdown(),
                 *(table.markdown() for table in self.tables()[1:]),
                 f"Measured by q3q on {texts}." if texts else "Measured by q3q.",
-                *(["", "Found in the files:", "", *lines] if lines else []),
+                *(["", "Notes on the files:", "", *lines] if lines else []),
                 "",
             ]
         )
@@ -163,66 +167,88 @@ class Bench:
         return ours <= floor or self._differ(pool, self.floor) is False
 
     def _verdict(self) -> Table:
-        several = len(self._measured) > 1
-        numbers = {pool.label: n for n, pool in enumerate(self._measured, start=1)}
+        """Return a row for each checkpoint; a phone shows the first columns, so the KL is there."""
         columns = (
             "checkpoint",
-            "format",
+            *self._kl_columns,
+            *([OVER_FLOOR] if self.floor is not None else []),
             "bits per weight",
             "size",
-            *(f"KL, {text}" for text in self._texts),
-            *(["of the noise floor"] if self.floor is not None else []),
-            *(f"other tokens, {text}, %" for text in self._texts[:1]),
-            *([title(MEAN_ACCURACY).partition(" (")[0]] if self._has_mean else []),
-            *(["not told apart from"] if several and self._texts else []),
+            *(self._others_columns),
+            *([ACCURACY] if self._has_mean else []),
+            *([UNTOLD] if len(self._measured) > 1 and self._texts else []),
+            "format",
         )
-        rows = []
-        for pool in self.candidates:
-            record = pool.records[0]
-            if not record.completed:
-                rows.append(
-                    (pool.label, f"{FAILED}: {record.reason}", *[ABSENT] * (len(columns) - 2))
-                )
-                continue
-            tested = {
-                str(numbers[other.label]): self._differ(pool, other)
-                for other in self._measured
-                if self._texts and other is not pool
-            }
-            same = [number for number, differs in tested.items() if differs is False]
-            nobody = UNTESTED if None in tested.values() else "none"
-            cells = [
-                f"{numbers[pool.label]}. {pool.label}",
-                *self._facts(pool),
-                *(self._kl(pool, metric) for metric in self.kl_metrics),
-                *([self._over_floor(pool)] if self.floor is not None else []),
-                *(self._others(pool, text) for text in self._texts[:1]),
-                *([_changed(pool, self.original, MEAN_ACCURACY)] if self._has_mean else []),
-                *([", ".join(same) or nobody] if several and self._texts else []),
-            ]
-            rows.append(tuple(cells))
-        for yardstick, word in ((self.floor, "noise floor"), (self.original, "original")):
-            if yardstick is not None:
-                rows.append(self._yardstick(yardstick, word, len(columns)))
-        return Table(f"Checkpoints of {self.name}", columns, tuple(rows), RULE)
+        rows = [
+            *(self._candidate(pool) for pool in self.candidates),
+            *([self._yardstick(self.floor, "noise floor")] if self.floor is not None else []),
+            self._yardstick(self.original, "original"),
+        ]
+        cells = tuple(tuple(row.get(column, ABSENT) for column in columns) for row in rows)
+        return Table(f"Checkpoints of {self.name}, nearest first", columns, cells, RULE)
 
-    def _facts(self, pool: Pool) -> tuple[str, ...]:
+    @property
+    def _kl_columns(self) -> list[str]:
+        return [f"KL, {text}" for text in self._texts]
+
+    @property
+    def _others_columns(self) -> list[str]:
+        return [f"other tokens, {text}, %" for text in self._texts[:1]]
+
+    def _candidate(self, pool: Pool) -> dict[str, str]:
+        """Return a checkpoint's cells by their columns."""
+        record = pool.records[0]
+        if not record.completed:
+            return {"checkpoint": pool.label, "format": f"{FAILED}: {record.reason}"}
+        tested = {
+            str(n): self._differ(pool, other)
+            for n, other in enumerate(self._measured, start=1)
+            if self._texts and other is not pool
+        }
+        same = [number for number, differs in tested.items() if differs is False]
+        nobody = UNTESTED if None in tested.values() else "none"
+        return {
+            **self._facts(pool),
+            "checkpoint": f"{self._measured.index(pool) + 1}. {pool.label}",
+            **({OVER_FLOOR: self._over_floor(pool)} if self.floor is not None else {}),
+            **self._distances(pool),
+            **({ACCURACY: self._accuracy(pool)} if self._has_mean else {}),
+            UNTOLD: ", ".join(same) or nobody,
+        }
+
+    def _yardstick(self, pool: Pool, word: str) -> dict[str, str]:
+        """Return the cells of the original, as it is or in another type."""
+        dtype = pool.spec.model.dtype
+        row = {
+            **self._facts(pool),
+            "checkpoint": f"{self.name} in {dtype} ({word})",
+            "format": dtype,
+        }
+        return row if pool is not self.floor else {**row, **self._distances(pool), OVER_FLOOR: "1"}
+
+    def _distances(self, pool: Pool) -> dict[str, str]:
+        kls = (self._kl(pool, metric) for metric in self.kl_metrics)
+        others = (self._others(pool, text) for text in self._texts[:1])
+        return {
+            **dict(zip(self._kl_columns, kls, strict=True)),
+            **dict(zip(self._others_columns, others, strict=True)),
+        }
+
+    def _facts(self, pool: Pool) -> dict[str, str]:
         record = pool.records[0]
         bits, size = record.metrics.get("bits_per_weight"), bytes_of(record)
-        return (
-            str(record.notes.get(JUDGED, {}).get("format") or record.spec.model.dtype),
-            ABSENT if bits is None else significant(bits, 3),
-            ABSENT if size is None else megabytes(size.value),
-        )
+        return {
+            "format": str(record.notes.get(JUDGED, {}).get("format") or record.spec.model.dtype),
+            "bits per weight": ABSENT if bits is None else significant(bits, 3),
+            "size": ABSENT if size is None else megabytes(size.value),
+        }
 
-    def _yardstick(self, pool: Pool, word: str, count: int) -> tuple[str, ...]:
-        """Return the row of the original, as it is or in another type."""
-        cells = [f"{self.name} in {pool.spec.model.dtype} ({word})", *self._facts(pool)]
-        cells[1] = pool.spec.model.dtype
-        if pool is self.floor:
-            cells += [self._kl(pool, metric) for metric in self.kl_metrics]
-            cells += ["1", *(self._others(pool, text) for text in self._texts[:1])]
-        return (*cells, *[ABSENT] * (count - len(cells)))
+    def _accuracy(self, pool: Pool) -> str:
+        """Return the change of the mean accuracy, short where no test finds one."""
+        found = change(pool, self.original, MEAN_ACCURACY)
+        if found is None:
+            return ABSENT
+        return found.amount if found.distinguishable is False else str(found)
 
     @property
     def _has_mean(self) -> bool:
