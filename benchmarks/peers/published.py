@@ -9,7 +9,7 @@ loader reads the files, and transformers computes in float32.
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -97,7 +97,7 @@ def bitsandbytes(model: str, output: Path, settings: dict[str, Any], windows: Te
     for module in loaded.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # That kernel computes in bfloat16, whatever bnb_4bit_compute_dtype says.
-            module.support_avx512bf16_for_cpu = False
+            cast(Any, module).support_avx512bf16_for_cpu = False
     return loaded
 
 
