@@ -139,7 +139,8 @@ def test_it_answers_with_our_logits(tmp_path, kind):
     file = exporter.folder / "model.gguf"
     errors = errors_of(run(model, rounded=True).logits, tmp_path, file, ids)
     assert errors[len(errors) // 2] < SAME_SUMS
-    assert errors[-1] < ANOTHER_CODE
+    if kind != "moe":  # another code may send a token to another expert
+        assert errors[-1] < ANOTHER_CODE
 
 
 DIGITS = {"type": "Digits", "individual_digits": True}
