@@ -92,7 +92,7 @@ def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ui]:
 
 def test_the_page_that_the_sweep_names_is_a_table_of_its_trials(ui: Ui) -> None:
     names = ("none · demo", "rtn w4 g128 · demo", "rtn w2 g128 · demo")
-    columns = ("perplexity/stories", "kl/stories", "bits_per_weight_model", "group_size")
+    columns = ("ppl stories", "size MB")
     text = ui.text(ui.start, *names, *columns)
     places = [text.find(name) for name in names]
     assert -1 not in places
@@ -103,10 +103,10 @@ def test_the_page_that_the_sweep_names_is_a_table_of_its_trials(ui: Ui) -> None:
 
 
 def test_the_parent_asks_and_answers(ui: Ui) -> None:
-    text = ui.text(ui.link("How.few.bits"), "python launch.py", "best method")
+    text = ui.text(ui.link("How.few.bits"), "python launch.py", "best choice")
     assert "Question. How.few.bits" in text
     assert "python launch.py -m method=rtn bits=2,4" in text
-    assert "best method" in text  # the table that answers
+    assert "best choice for each size" in text  # the table that answers
     assert "report.html" in text
 
 
