@@ -7,7 +7,7 @@ from functools import cached_property, reduce
 from operator import add
 from typing import TYPE_CHECKING
 
-from q3q.evaluate.families import holm
+from q3q.evaluate.correction import holm
 from q3q.evaluate.power import effective_discordance, effective_questions, smallest_difference
 from q3q.formatting import percent, plural, significant
 from q3q.record import TrialRecord

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 
-from q3q.evaluate.families import holm
+from q3q.evaluate.correction import holm
 from q3q.formatting import plural, significant
 from q3q.report.changes import LEVEL, Change, change, p_of_pair
 from q3q.report.measures import is_perplexity, short

@@ -2,7 +2,7 @@
 
 import json
 
-from q3q.evaluate.families import holm
+from q3q.evaluate.correction import holm
 from q3q.formatting import bytes_in_words, plural
 from q3q.record import Sweep, TrialRecord
 from q3q.spec import TrialSpec

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from q3q.evaluate.compare import LEVEL, compare, mcnemar, paired_interval
+from q3q.evaluate.correction import holm
 from q3q.evaluate.equivalence import equivalence, p_of_interval
-from q3q.evaluate.families import holm
 from q3q.evaluate.flips import Flips, flips
 from q3q.evaluate.power import (
     POWER,
