@@ -80,7 +80,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             made = quantized(trial, loaded, store, phases, reporter)
         trial = made.trial
         with phases.phase("evaluate"):
-            set_activations(model, trial.spec)
+            set_activations(model, trial.spec, made.ledger.peaks)
             set_cache(model, trial.spec)
             scores = evaluate(model, loaded.tokenizer, trial, reference, reporter)
         checks = check_weights(

@@ -26,12 +26,14 @@ def resolve_kv(config: DictConfig, facts: ModelFacts, evaluation: Evaluation) ->
     bits, name = config.kv_bits, config.kv_format
     if name is not None:
         refuse_unknown("kv_format", name, FORMATS)
+    measured = evaluation.texts or evaluation.tasks or config.export.name != "none"
     if config.kv_scales is not None:
         refuse_unknown("kv_scales", config.kv_scales, KV_SCALES)
     if bits == UNTOUCHED_KV_BITS or (bits is None and name in (None, INT)):
         if name == INT and bits is None:
             raise ConfigError("kv_format=int says no number of bits: add kv_bits=8, 4, 3 or 2")
-        return None
+        own = None if facts.packing is None else facts.packing.kv
+        return KvScheme(bits=bits) if bits and own is not None and measured else None
     name = INT if name is None else name
     form, scales = FLOATS.get(name), config.kv_scales or TOKEN
     size, chunk = config.kv_group_size, config.kv_chunk
@@ -53,7 +55,6 @@ def resolve_kv(config: DictConfig, facts: ModelFacts, evaluation: Evaluation) ->
         raise IncompatibleError(f"kv_bits={scheme.bits}: no block of this model has a cache")
     if misfit := scheme.misfit(shape.head_dim):
         raise ConfigError(misfit)
-    measured = evaluation.texts or evaluation.tasks or config.export.name != "none"
     return scheme if measured else None
 
 

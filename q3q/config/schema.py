@@ -206,6 +206,7 @@ class OverrideConfig:
     format: str | None = None
     act_format: str | None = None
     act_bits: int | None = None
+    act_scales: str | None = None
 
 
 @dataclass
@@ -256,6 +257,7 @@ class Config:
     act_bits: int | None = None
     act_format: str | None = None
     act_group_size: int | None = None
+    act_scales: str | None = None
     kv_bits: int | None = None
     kv_format: str | None = None
     kv_scales: str | None = None

@@ -41,7 +41,7 @@ def unread(spec: TrialSpec) -> dict[str, str]:
     if "method.static_groups" in keys and spec.scheme is not None and spec.scheme.own_groups:
         reason = f"groups of format={spec.scheme.format} are always static runs of neighbours"
         keys["method.static_groups"] = reason
-    if spec.kv is None:
+    if spec.kv is None or not spec.kv.rounds:
         nothing = not (spec.evaluation.texts or spec.evaluation.tasks or spec.export)
         unsaid = "nothing is said of the cache, which stays as it is"
         reason = "nothing is evaluated" if nothing else unsaid

@@ -243,9 +243,10 @@ def cache_shape(facts: ModelFacts) -> CacheShape:
 
 
 def cache_scheme(facts: ModelFacts, asked: KvScheme | None) -> KvScheme | None:
-    """Return how the cache is stored: as asked for, else as the checkpoint says, if it does."""
-    packing = facts.packing
-    return asked if asked is not None or packing is None else packing.kv
+    """Return how the cache is rounded: as asked for, else as the checkpoint says, if it is."""
+    if asked is not None:
+        return asked if asked.rounds else None
+    return None if facts.packing is None else facts.packing.kv
 
 
 def recurrent_bytes(facts: ModelFacts) -> list[int]:

@@ -19,6 +19,8 @@ class QuantizedBlock:
     quantized: codes by weight name
     changed: weights that changed and are not quantized (norms that took over a scale)
     errors, notes: for the record
+    peaks: the largest number that calibration tokens show a site, by its name, where servers round
+        its inputs below a factor taken from it
     """
 
     index: int
@@ -26,6 +28,12 @@ class QuantizedBlock:
     changed: dict[str, Tensor]
     errors: list[SiteError]
     notes: dict[str, Any] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def full_peaks(self) -> dict[str, float]:
+        """The peaks by full name, `blocks.3.down`."""
+        return {f"blocks.{self.index}.{site}": peak for site, peak in self.peaks.items()}
 
     def weights_for(self, block: Block) -> dict[str, Tensor]:
         """Return `numbers` in the dtype and on the device of a block."""

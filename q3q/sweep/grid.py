@@ -22,8 +22,9 @@ NOTHING_QUANTIZED = {
     **dict.fromkeys(
         (
             *("bits", "group_size", "group_rows", "symmetric", "act_bits", "act_format"),
-            *("act_group_size", "head_bits", "embedding_bits", "kv_bits", "kv_format", "kv_scales"),
-            *("kv_group_size", "kv_chunk", "kv_window", "kv_symmetric"),
+            *("act_group_size", "act_scales", "head_bits", "embedding_bits"),
+            *("kv_bits", "kv_format", "kv_scales", "kv_group_size", "kv_chunk"),
+            *("kv_window", "kv_symmetric"),
         ),
         "null",
     ),

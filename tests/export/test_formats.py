@@ -101,7 +101,7 @@ def test_every_export_config_becomes_a_spec(trial, name):
         ),
         (
             ["method=rtn", "export=compressed_tensors", "format=nvfp4", "act_format=nvfp4"],
-            r"act_format=nvfp4 \(servers take its factor from calibration.*no format can",
+            r"act_format=nvfp4 with a factor per token .*: act_scales=calibrated\).*no format can",
         ),
         (
             ["method=rtn", "export=compressed_tensors", "format=mxfp4", "act_format=mxfp8"],
@@ -182,6 +182,7 @@ FLOATS = [
     "format=mxfp6",
     "format=mxfp4 act_format=mxfp4",
     "format=nvfp4",
+    "format=nvfp4 act_format=nvfp4 act_scales=calibrated calibration=demo",
     "bits=4 symmetric=true overrides={*.down:{format:nvfp4}}",
 ]
 
