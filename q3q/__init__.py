@@ -18,10 +18,9 @@ _TIDY = "q3q.report.tidy"
 def results(storage: str | Path = "mlruns", study: str | None = None) -> "DataFrame":
     """Return a table with a row for each trial and metric.
 
-    Its columns are `trial`, `metric`, `value`, `low` and `high` (the 95 % interval of `value`),
-    `difference` (from the unquantized model; of a perplexity in nats, so that its exp is the ratio
-    of the two perplexities), and the trial's params by their names in MLflow (`method`, `bits`,
-    `calibration` ...). Metrics have their names in MLflow too.
+    Its columns are `trial`, `metric`, `value`, `low` and `high` (the 95 % interval of `value`),    `difference` (from the unquantized model; differences of perplexities are in nats, so that the
+    exp of one is the ratio of the two perplexities), and the trial's params by their names in
+    MLflow (`method`, `bits`, `calibration` ...). Metrics have their names in MLflow too.
 
     Args:
         storage: a storage folder, or an object store's URL.

@@ -60,7 +60,7 @@ def test_the_difference_of_a_perplexity_is_in_nats_and_is_said_to_be_so(tmp_path
     page = (Path(__file__).parents[2] / "docs" / "NOTEBOOK.md").read_text(encoding="utf-8")
     [line] = [line for line in page.splitlines() if line.startswith("| `difference`")]
     for text in (line, " ".join(str(q3q.results.__doc__).split())):
-        assert "of a perplexity in nats, so that" in text
+        assert "perplexities are in nats" in text
 
 
 def test_what_diverged_is_nan_and_a_failed_trial_has_no_rows(tmp_path):
