@@ -246,11 +246,10 @@ def _is_model(written: str, model: ModelRef) -> bool:
 
 
 def _has(params: Mapping[str, str], asked: Mapping[str, str]) -> bool:
-    return all(name in params and _same(params[name], text) for name, text in asked.items())
-
-
-def _same(ours: str, theirs: str) -> bool:
-    return ours == theirs or _value(ours) == _value(theirs)
+    pairs = ((params.get(name), text) for name, text in asked.items())
+    return all(
+        own is not None and (own == text or _value(own) == _value(text)) for own, text in pairs
+    )
 
 
 def _value(text: str) -> object:

@@ -8,7 +8,6 @@ and its record notes them. Both stand in tables, plots and the answer like a tri
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from q3q.placement import Trial
 from q3q.record import COMPLETED, UNQUANTIZED, TrialRecord
@@ -52,10 +51,8 @@ def _on_disk(trial: Trial) -> TrialRecord | None:
 
 def _noted(record: TrialRecord) -> TrialRecord | None:
     noted = record.notes.get(UNQUANTIZED)
-    return _unquantized(record, noted) if isinstance(noted, dict) and noted else None
-
-
-def _unquantized(record: TrialRecord, noted: dict[str, Any]) -> TrialRecord:
+    if not isinstance(noted, dict) or not noted:
+        return None
     spec = replace(
         record.spec,
         method=MethodRef(name="none", version=None),

@@ -223,17 +223,12 @@ def _of_accuracy(answer: Answer) -> list[str]:
     return [f"{first}; {asked} could have shown a loss of {ends} points."]
 
 
-def in_markdown(answers: Sequence[Answer], commands: bool = True) -> str:
-    """Return the sentences as a list, the choices for each size, and the verdicts on each width.
-
-    Args:
-        commands: after each table of choices, how to export each of them.
-    """
+def in_markdown(answers: Sequence[Answer]) -> str:
+    """Return the sentences as a list, and the choices for each size with how to export them."""
     parts = ["\n".join(f"- {markdown_text(line)}" for line in opening(answers))]
     for answer in answers:
         if answer.budgets:
-            parts.append(choices(answer).markdown())
-            parts += [export_lines(answer)] if commands else []
+            parts += [choices(answer).markdown(), export_lines(answer)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -115,8 +115,8 @@ def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
             if not isinstance(value, float) and value != DIVERGED:
                 continue
             ours = value if isinstance(value, float) else math.nan
-            for theirs in published_cells().get((*place, dataset), ()):
-                compared.append(_compare(theirs, record, metric, ours))
+            cells = published_cells().get((*place, dataset), ())
+            compared += [_compare(theirs, record, metric, ours) for theirs in cells]
     return compared
 
 
@@ -134,12 +134,9 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
         return None  # the study knows whole numbers only
     if spec.scheme is None:
         return model, method, 16, 16, ""
-    group = GROUPS.get(spec.scheme.group_size)
-    return (
-        None
-        if group is None
-        else (model, method, spec.scheme.bits, spec.scheme.act_bits or 16, group)
-    )
+    if (group := GROUPS.get(spec.scheme.group_size)) is None:
+        return None
+    return model, method, spec.scheme.bits, spec.scheme.act_bits or 16, group
 
 
 def study_model(spec: TrialSpec) -> str:
