@@ -170,13 +170,12 @@ def words_of(cell: Cell, options: argparse.Namespace, evaluation: list[str]) -> 
 
 
 def evaluation_of(options: argparse.Namespace) -> list[str]:
-    words = [
+    return [
         "evaluation=file",
         f"evaluation.path={Data(options.storage / 'data').test}",
         f"evaluation.limit={options.windows}",
         f"evaluation.drift_windows={options.windows}",
     ]
-    return words
 
 
 def tasks_evaluation(options: argparse.Namespace) -> list[str]:

@@ -82,8 +82,7 @@ def _encoder_of(folder: Path) -> Encode:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def encode(content: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(content, add_special_tokens=False).ids
-        return ids
+        return tokenizer.encode(content, add_special_tokens=False).ids
 
     return encode
 

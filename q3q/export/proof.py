@@ -202,8 +202,7 @@ def _observed(
         try:
             site, inputs = next(stages)
         except StopIteration as end:
-            output: Tensor = end.value
-            return output
+            return end.value
         if inputs.all_TI is not None:
             readings[f"blocks.{k}.{site.name}"] = Reading.of(inputs.all_TI)
 

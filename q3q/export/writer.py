@@ -202,8 +202,7 @@ class Exporter(ABC):
             file = self.folder / "model.safetensors.index.json"
             if not file.is_file():  # the format has one file of its own
                 return {}
-            index: Json = json.loads(file.read_text(encoding="utf-8"))
-            return index
+            return json.loads(file.read_text(encoding="utf-8"))
 
     def publish(self, card: str) -> None:
         """Write the card and the final marker, and give the proved folder its final name."""
@@ -409,8 +408,7 @@ def _of_one_expert(weight: StoredWeight, expert: int) -> StoredWeight:
     if weight.shape[0] == 1:
         return weight
     tensors = {name: tensor[expert : expert + 1] for name, tensor in weight.to_tensors().items()}
-    part: StoredWeight = type(weight).from_tensors(tensors, weight.facts())  # type: ignore[attr-defined]
-    return part
+    return type(weight).from_tensors(tensors, weight.facts())  # type: ignore[attr-defined]
 
 
 def _checksum(block: "QuantizedBlock") -> str:

@@ -229,5 +229,4 @@ def finish(stages: Stages) -> Tensor:
         try:
             next(stages)
         except StopIteration as end:
-            value: Tensor = end.value
-            return value
+            return end.value

@@ -89,8 +89,7 @@ class ShardedBlocks:
         return (self[k] for k in range(len(self)))
 
     def __getitem__(self, k: int) -> Block:
-        block: Block = self._model.gather_block(range(len(self))[k])
-        return block
+        return self._model.gather_block(range(len(self))[k])
 
     def exchange(self, k: int, source: Source) -> None:
         self._model.exchange_block(range(len(self))[k], source=source)
@@ -141,8 +140,7 @@ class ShardedDecoder(Decoder):
     @property
     def embedding_VH(self) -> Tensor:  # type: ignore[override]
         """Return the complete embedding, gathered at each access."""
-        embedding: Tensor = self.gather_end("embedding")
-        return embedding
+        return self.gather_end("embedding")
 
     @property
     def head_VH(self) -> Tensor:  # type: ignore[override]
@@ -170,8 +168,7 @@ class ShardedDecoder(Decoder):
 
     def original_head(self) -> Tensor:
         """Return the head as it was loaded, even if it was replaced since."""
-        head: Tensor = self.gather_end("original head")
-        return head
+        return self.gather_end("original head")
 
     def parameter_bytes(self) -> int:
         """Return the bytes of parameters that this rank keeps."""
@@ -180,8 +177,7 @@ class ShardedDecoder(Decoder):
 
     def copy(self) -> "ShardedDecoder":
         """Return a copy that shares all parameters until replaced; for rank 0, working alone."""
-        copied: ShardedDecoder = self.make_copy(next(_NUMBERS))
-        return copied
+        return self.make_copy(next(_NUMBERS))
 
     def states(
         self,
