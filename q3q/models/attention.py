@@ -31,7 +31,6 @@ class Attention(Protocol):
 
     def positions(self, tokens: int, device: torch.device) -> Tensor:
         """Return each token's position in its text, [T] or [B, T]."""
-        ...
 
     def __call__(
         self,
@@ -46,15 +45,12 @@ class Attention(Protocol):
             kv: how keys and values are rounded once they are not recent; None if they are as they
                 are stored already.
         """
-        ...
 
     def read(self, states_BTX: Tensor) -> Tensor:
         """Select the tokens that go on after this block; of the others only keys are needed."""
-        ...
 
     def recur(self, recurrence: Recurrence, inputs_BTX: Tensor) -> Tensor:
         """Return a recurrence's output for each token [B, T, Y], each behind its own past."""
-        ...
 
 
 class Causal:

@@ -31,7 +31,6 @@ class Statistics(Protocol):
     @property
     def tokens_E(self) -> Tensor:
         """Tokens that each expert has read."""
-        ...
 
     def update(self, inputs: SiteInput) -> None: ...
 
@@ -41,7 +40,6 @@ class LaneStatistics(Statistics, Protocol):
 
     def keep_lanes(self) -> None:
         """Keep each lane's sum apart, so that another rank can add it in its turn."""
-        ...
 
     def absorb(self, later: Self) -> None:
         """Take over another rank's statistics, whose lanes all come after those absorbed so far.
@@ -51,7 +49,6 @@ class LaneStatistics(Statistics, Protocol):
         Raises:
             ValueError: its lanes do not come later.
         """
-        ...
 
 
 def starved_experts(tokens_E: Tensor) -> list[int]:
