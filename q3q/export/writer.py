@@ -405,10 +405,7 @@ def _float_misfit(weight: FloatWeight, layout: Layout) -> str | None:
 
 
 def _of_one_expert(weight: StoredWeight, expert: int) -> StoredWeight:
-    if weight.shape[0] == 1:
-        return weight
-    tensors = {name: tensor[expert : expert + 1] for name, tensor in weight.to_tensors().items()}
-    return type(weight).from_tensors(tensors, weight.facts())  # type: ignore[attr-defined]
+    return weight if weight.shape[0] == 1 else weight.experts(expert, expert + 1)
 
 
 def _checksum(block: "QuantizedBlock") -> str:
