@@ -297,7 +297,7 @@ class ShardedDecoder(Decoder):
                 numbers_N = convert_weight(read(), name, self._dtype, self._device)
             except (NumericsError, CheckpointError) as error:  # told once all ranks have loaded
                 faults.append(error)
-            return self._own_share(shape, numbers_N)
+            return self._divided(shape, numbers_N, _without_broadcast())
 
         ends = {"embedding": Checkpoint.embedding}
         if not facts.tied:
@@ -332,10 +332,6 @@ class ShardedDecoder(Decoder):
 
         with exchanging():
             return self._divided(shape, weight, deepspeed.zero.Init)
-
-    def _own_share(self, shape: Sequence[int], numbers_N: Tensor | None) -> Parameter:
-        """Return this rank's share of a weight, which are these numbers."""
-        return self._divided(shape, numbers_N, _without_broadcast())
 
     def _divided(
         self, shape: Sequence[int], numbers: Tensor | None, init: Callable[..., object]

@@ -99,8 +99,8 @@ def _widths(answer: Answer, most: int) -> list[str]:
         return []
     said = [_width(answer, verdict) for verdict in verdicts]
     per = -(-len(said) // min(most, MOST_WIDTHS))
-    groups = [said[k : k + per] for k in range(0, len(said), per)]
-    return [_sentence("; ".join(group)) for group in groups]
+    groups = ["; ".join(said[k : k + per]) for k in range(0, len(said), per)]
+    return [f"{text[0].upper()}{text[1:]}." for text in groups]
 
 
 def _width(answer: Answer, verdict: Verdict) -> str:
@@ -263,7 +263,3 @@ def export_hint(answers: Sequence[Answer]) -> str:
 
 def _named(pool: Pool) -> str:
     return pool.label + at_width(pool)
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."

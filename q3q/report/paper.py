@@ -269,18 +269,14 @@ def verdict(
         half = 0.05 if half is None else half
         off, allowed = abs(100 * ours - theirs) - half, ACCURACY_TOLERANCE
     else:
-        half = half_a_digit(theirs) if half is None else half
+        if half is None:  # three significant digits are printed
+            half = 0.5 * 10.0 ** (math.floor(math.log10(theirs)) - 2)
         off, allowed = abs(ours - theirs) - half, PERPLEXITY_TOLERANCE * abs(theirs)
     return REPRODUCED if off <= allowed else NEAR if off <= CLOSE * allowed else DIFFERENT
 
 
 def _collapsed(perplexity: float) -> bool:
     return not math.isfinite(perplexity) or perplexity > COLLAPSED
-
-
-def half_a_digit(value: float) -> float:
-    """Return half a unit of a perplexity's last digit; three significant digits are printed."""
-    return 0.5 * 10.0 ** (math.floor(math.log10(value)) - 2)
 
 
 def share_reproduced(compared: Sequence[Compared]) -> str:
