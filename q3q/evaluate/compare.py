@@ -13,7 +13,7 @@ excludes zero then, and only then.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -87,22 +87,6 @@ def estimate(scores: Scores) -> Estimate:
     n = len(values_N)
     error = float(values_N.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan
     return Estimate(float(values_N.mean()) if n else math.nan, error, n)
-
-
-def group_mean(parts: Iterable[Estimate]) -> Estimate:
-    """Return a group's micro-average over all its tasks' samples, as MMLU's: sum n_k m_k / sum n_k.
-
-    The standard error is that of stratified sampling, sqrt(sum (n_k / n)^2 se_k^2) (Cochran,
-    Sampling Techniques, 1977, chapter 5, without the finite population term): the group's tasks are
-    fixed, not drawn.
-    """
-    parts = list(parts)
-    n = sum(part.n for part in parts)
-    if n == 0:
-        return Estimate(math.nan, math.nan, 0)
-    mean = sum(part.n * part.value for part in parts) / n
-    error = math.sqrt(sum((part.n / n * part.standard_error) ** 2 for part in parts))
-    return Estimate(mean, error, n)
 
 
 def quantile_interval(value_KP: Floats, share: float, *, seed: int = 0) -> tuple[float, float]:

@@ -44,22 +44,6 @@ def smallest_difference(
     return found if 0 < found <= discordance else None
 
 
-def questions_needed(
-    difference: float, discordance: float, *, level: float = LEVEL, power: float = POWER
-) -> int:
-    """Return how many questions find this difference of two accuracies (Connor, 1987).
-
-    Raises:
-        ValueError: the difference is not between zero and the discordance.
-    """
-    if not 0 < difference <= discordance <= 1:
-        raise ValueError(f"a difference of {difference} needs a discordance of at least as much")
-    normal = NormalDist()
-    a, b = normal.inv_cdf(1 - level / 2), normal.inv_cdf(power)
-    root = a * math.sqrt(discordance) + b * math.sqrt(discordance - difference**2)
-    return math.ceil((root / difference) ** 2)
-
-
 def effective_questions(questions: Sequence[int]) -> float:
     """Return how many questions of a single task tell as much as the mean over these tasks.
 

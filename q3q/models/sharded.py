@@ -170,11 +170,6 @@ class ShardedDecoder(Decoder):
         """Return the head as it was loaded, even if it was replaced since."""
         return self.gather_end("original head")
 
-    def parameter_bytes(self) -> int:
-        """Return the bytes of parameters that this rank keeps."""
-        shares = [parameter for share in self._shares.values() for parameter in share.values()]
-        return self._norm_H.nbytes + sum(parameter.ds_tensor.nbytes for parameter in shares)  # type: ignore[attr-defined]
-
     def copy(self) -> "ShardedDecoder":
         """Return a copy that shares all parameters until replaced; for rank 0, working alone."""
         return self.make_copy(next(_NUMBERS))
