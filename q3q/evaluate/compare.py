@@ -2,8 +2,8 @@
 
 Two trials that answer the same questions and read the same windows are compared question by
 question and window by window: a hard question is hard for both, and its difficulty cancels. Each
-score's key names its sample (`<task>/<doc id>/<hash of the document>`, or `window_scores`), so that
-only equal samples are compared.
+score's key names its sample (`<task>/<doc id>/<hash of the document>`, or `<digest of the
+windows>/<window>`), so that only equal samples are compared.
 
 The statistics treat samples as independent. Windows cut from one running text, or two from one
 document, are nearly so; intervals of a text that repeats itself are too narrow.
@@ -13,7 +13,7 @@ excludes zero then, and only then.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -74,11 +74,6 @@ def compare(
     else:
         found = _compare_means(metric, ours_N, baseline_N, seed)
     return replace(found, ratio=ratio, higher_is_better=higher_is_better)
-
-
-def window_scores(digest: str, nll_N: Sequence[float]) -> dict[str, float]:
-    """Key each window's mean loss (nats per token); digest: `baseline.windows_digest`."""
-    return {f"{digest}/{row}": float(nll) for row, nll in enumerate(nll_N)}
 
 
 def estimate(scores: Scores) -> Estimate:

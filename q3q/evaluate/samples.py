@@ -6,7 +6,6 @@ from another trial's.
 
 import hashlib
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +95,7 @@ def write_samples(path: Path, rows: Sequence[Json]) -> str:
 def read_samples(
     path: Path, columns: list[str] | None = None, digest: str | None = None
 ) -> list[Json]:
-    """Read rows that `write_samples` wrote, whose values `value_of` returns.
+    """Read rows that `write_samples` wrote.
 
     Args:
         columns: those to read (`SCORED` is enough for `measured`); None for all.
@@ -184,16 +183,6 @@ def _table(content: bytes, columns: list[str] | None) -> "pyarrow.Table":
 def _unreadable(path: Path, error: Exception) -> IntegrityError:
     words = " ".join(str(error).split()) or type(error).__name__
     return IntegrityError(f"{path} cannot be read: {words}")
-
-
-def value_of(row: Json, metric: str) -> Any:
-    """Return a metric's value for a sample, as lm-eval had it (a tuple as a list).
-
-    Raises:
-        KeyError: the sample has none.
-    """
-    values: Mapping[str, str] = row.get("values") or {}
-    return json.loads(values[metric]) if metric in values else row["scores"][metric]
 
 
 def measured(rows: Sequence[Json], quick: bool) -> MetricScores:

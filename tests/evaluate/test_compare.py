@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -17,13 +18,16 @@ from q3q.evaluate.compare import (
     paired_interval,
     quantile_interval,
     studentized_bootstrap,
-    window_scores,
 )
 from q3q.record import Comparison
 
 
 def scores(values):
     return {f"task/{k}": float(value) for k, value in enumerate(values)}
+
+
+def window_scores(digest: str, nll_N: Sequence[float]) -> dict[str, float]:
+    return {f"{digest}/{row}": float(nll) for row, nll in enumerate(nll_N)}
 
 
 def windows(losses: Any) -> dict[str, float]:
