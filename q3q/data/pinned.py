@@ -61,10 +61,7 @@ class TaskFiles:
         """Load a data set of a task's own files, each pinned.
 
         Args:
-            load: `datasets.load_dataset`.
             path: a reader's name (`json`), or a folder.
-            name: the data set's configuration.
-            options: `load`'s.
         """
         import datasets
 
@@ -87,7 +84,6 @@ def check_files(identities: Mapping[str, str], include: Path | None) -> None:
 
     Args:
         identities: of all the trial's data sets.
-        include: the folder with task files.
 
     Raises:
         ConfigError: one has changed, or is gone.

@@ -59,10 +59,8 @@ def compare(
 
     Args:
         ours: the trial's score of each sample; all 0 or 1 if they tell right from wrong answers.
-        baseline: the baseline's score of each sample.
         ratio: the mean of the scores is the metric's logarithm.
         higher_is_better: None if unknown.
-        seed: the bootstrap's.
 
     Raises:
         IntegrityError: the two were not scored on the same samples, or on none.

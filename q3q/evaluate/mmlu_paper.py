@@ -71,7 +71,6 @@ def study_questions(
     """Return the questions, encoded; from a shelf that has them, no data set is read.
 
     Args:
-        library: has the data sets.
         choose: chooses each subject's questions, the same as for lm-eval's task.
         shelf: where they are kept; None to encode them anew.
         identity, wait: see `data.prepared.prepared`.

@@ -119,7 +119,6 @@ def damaged_files(files: Mapping[str, str | None], folder: Path) -> dict[str, st
 
     Args:
         files: a record's; each with its SHA-256 (hex).
-        folder: where they lie.
 
     Of a file whose digest an older version did not note, only what no reader can read is found.
     """
@@ -216,8 +215,6 @@ def comparisons(
     A metric is compared if its numbers follow from its samples on both sides, see `explained`.
 
     Args:
-        ours: the trial's scores.
-        baseline: the baseline's.
         numbers: both sides' metrics, nan where they are not finite.
         higher_is_better: of each metric, where that is known.
 
@@ -252,7 +249,6 @@ def explained(scores: Mapping[str, float], number: float) -> dict[bool, Mapping[
     for lm-eval's `perplexity`; these are turned into losses.
 
     Args:
-        scores: of each sample.
         number: the metric; nan if it is not finite.
     """
     mean = math.fsum(scores.values()) / len(scores)

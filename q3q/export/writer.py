@@ -115,7 +115,6 @@ class Exporter(ABC):
         """Return one quantized linear's tensors by their names on disk.
 
         Args:
-            layout: the linear's layout, None for plain numbers.
             name: the linear's name on disk, `model.layers.0.mlp.up_proj.weight`.
             weight: its codes and scales, [1, O, I].
         """
@@ -133,7 +132,6 @@ class Exporter(ABC):
 
         Args:
             names: each tensor's shard.
-            size: bytes of all tensors.
         """
         index = {"metadata": {"total_size": size}, "weight_map": names}
         return {"model.safetensors.index.json": json.dumps(index, indent=1).encode()}
@@ -178,9 +176,6 @@ class Exporter(ABC):
         """Write the tensors outside the blocks and the checkpoint's other files; return the index.
 
         It is empty for a format that has one file.
-
-        Args:
-            model: the model as evaluated.
         """
         with self._timed():
             if not self.finished:
