@@ -319,11 +319,7 @@ class TrialSpec:
 
 def without_bits(overrides: Mapping[str, Json]) -> dict[str, Json]:
     """Return what overrides say beside bits, for the linears of which they say anything else."""
-    others = {
-        name: {key: value for key, value in changes.items() if key != "bits"}
-        for name, changes in overrides.items()
-    }
-    return {name: changes for name, changes in others.items() if changes}
+    return _some_of(overrides, lambda key: key != "bits")
 
 
 def _some_of(overrides: Mapping[str, Json], wanted: Callable[[str], bool]) -> dict[str, Json]:
