@@ -276,7 +276,9 @@ def read(storage: Path) -> dict[Cell, Result]:
     for path in sorted((storage / "storage").glob("trials/*/record.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         cell = cell_of(record["spec"])
-        if record["status"] != "COMPLETED" or not is_of_grid(record["spec"], cell):
+        # Others in the storage have other settings.
+        of_grid = record["spec"]["model"]["name"] == NAME and cell in CELLS
+        if record["status"] != "COMPLETED" or not of_grid:
             continue
         metrics = record["metrics"] | dict.fromkeys(record["diverged"], math.inf)
         intervals = {name: tuple(pair) for name, pair in record["intervals"].items()}
@@ -297,11 +299,6 @@ def read(storage: Path) -> dict[Cell, Result]:
                 result.accuracy[task] = metrics[f"{task}/acc"]
                 result.accuracy_interval[task] = intervals[f"{task}/acc"]
     return {cell: results[cell] for cell in CELLS if cell in results}
-
-
-def is_of_grid(spec: dict[str, Any], cell: Cell) -> bool:
-    """Return True for a trial of the grid; others in the storage have other settings."""
-    return spec["model"]["name"] == NAME and cell in CELLS
 
 
 def grid_table(results: dict[Cell, Result]) -> str:

@@ -82,7 +82,7 @@ def estimate(scores: Scores) -> Estimate:
     return Estimate(float(values_N.mean()) if n else math.nan, error, n)
 
 
-def quantile_interval(value_KP: Floats, share: float, *, seed: int = 0) -> tuple[float, float]:
+def quantile_interval(value_KP: Floats, share: float) -> tuple[float, float]:
     """Compute the 95 % interval of the `share` quantile of K windows' values; nan if K is 1.
 
     The percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section
@@ -96,7 +96,7 @@ def quantile_interval(value_KP: Floats, share: float, *, seed: int = 0) -> tuple
     value_M, window_M = value_KP.ravel()[order], order // length
     rank = share * (count * length - 1)
     below = int(rank)
-    dice = numpy.random.default_rng(seed)
+    dice = numpy.random.default_rng(0)
     quantile_R = numpy.empty(QUANTILE_RESAMPLES)
     for r in range(QUANTILE_RESAMPLES):
         times_K = numpy.bincount(dice.integers(count, size=count), minlength=count)

@@ -13,7 +13,7 @@ DISCORDANCE = 0.1
 
 
 def smallest_difference(
-    questions: float, discordance: float, *, level: float = LEVEL, power: float = POWER
+    questions: float, discordance: float, *, level: float = LEVEL
 ) -> float | None:
     """Return the smallest difference of two accuracies that a paired test finds with this power.
 
@@ -35,7 +35,7 @@ def smallest_difference(
     if not (questions > 0 and 0 <= discordance <= 1):
         raise ValueError(f"questions={questions} and discordance={discordance} are impossible")
     normal = NormalDist()
-    a, b = normal.inv_cdf(1 - level / 2), normal.inv_cdf(power)
+    a, b = normal.inv_cdf(1 - level / 2), normal.inv_cdf(POWER)
     if questions + b**2 <= a**2:
         return None
     first = a * math.sqrt(discordance * questions)
