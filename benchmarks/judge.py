@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import numpy
 import torch
-from methods import (
+from contenders import (
     DEMO,
     GPTQMODEL,
     LLM_COMPRESSOR,
