@@ -6,6 +6,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,16 +113,8 @@ def environment_of(peer: Peer, cache: Path) -> Path:
         print(f"making an environment for {peer.name} in {folder}: some minutes")
         shutil.rmtree(folder, ignore_errors=True)
         _command([sys.executable, "-m", "venv", str(folder)])
-        pip = [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--retries",
-            "1",
-            "--disable-pip-version-check",
-        ]
+        options = "--quiet --retries 1 --disable-pip-version-check".split()
+        pip = [str(python), "-m", "pip", "install", *options]
         try:
             _command([*pip, torch_pin])
         except ContenderError:  # PyPI itself has no CPU build for Linux
@@ -141,13 +134,8 @@ def _command(command: list[str]) -> None:
     except subprocess.TimeoutExpired:
         raise ContenderError(f"not installed: pip took more than {INSTALL_LIMIT} s") from None
     if done.returncode:
-        silent = (
-            "NewConnectionError",
-            "NameResolutionError",
-            "ConnectTimeoutError",
-            "Connection refused",
-        )
-        if any(word in done.stderr for word in silent):
+        silent = "NewConnectionError|NameResolutionError|ConnectTimeoutError|Connection refused"
+        if re.search(silent, done.stderr):
             raise ContenderError(
                 "not installed: the package index cannot be reached; connect once, or give a "
                 "--cache that has it"
