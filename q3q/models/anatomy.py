@@ -60,6 +60,13 @@ class ScaleGroup:
         others = (name for s in self.also for name in (*s.weights, *s.unquantized))
         return tuple(dict.fromkeys((*own, *others)))
 
+    def over_repeats(self, values_EI: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+        """Reduce over the inputs that repeat one of the producer's outputs, for each of them."""
+        if self.repeat == 1:
+            return values_EI
+        values_EKRD = values_EI.unflatten(1, (-1, self.repeat, self.head_dim))
+        return reduce(values_EKRD, 2, keepdim=True).expand_as(values_EKRD).flatten(1)
+
 
 @dataclass(frozen=True)
 class SiteInput:
