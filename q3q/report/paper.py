@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from q3q.config.texts import RANDOM_TEXTS
@@ -285,16 +285,21 @@ def share_reproduced(compared: Sequence[Compared]) -> str:
     for item in compared:
         if not item.departs:
             verdicts.setdefault(item.published, set()).add(item.verdict)
-    total, run = len(published()), len(verdicts)
+    total = len(published())
     if not verdicts:
         departed = f" {len(compared)} comparisons depart from its protocol and are not counted."
         departed = departed if compared else ""
         return f"None of the study's {total} cells was run by its protocol.{departed} {LEFT_OUT}"
-    good = sum(own == {REPRODUCED} for own in verdicts.values())
-    different = sum(DIFFERENT in own for own in verdicts.values())
+    return f"{of_verdicts(verdicts.values())}; the study has {total}."
+
+
+def of_verdicts(verdicts: Collection[set[str]]) -> str:
+    """Count the cells that are reproduced, by the verdicts on each."""
+    good, run = sum(own == {REPRODUCED} for own in verdicts), len(verdicts)
+    different = sum(DIFFERENT in own for own in verdicts)
     return (
         f"{good} of {run} cells reproduced ({percent(good / run, 0)} %), "
-        f"{run - good - different} close, {different} different; the study has {total}."
+        f"{run - good - different} close, {different} different"
     )
 
 
