@@ -372,8 +372,7 @@ def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Blo
     block.unrounded = frozenset(apart | {site for site, one in found.items() if one is None})
     kinds = {one for one in found.values() if one is not None}
     if len(kinds) == 1 and (kind := next(iter(kinds))).scales == "dynamic":
-        block.act_bits = kind.bits
-        block.act_format, block.act_group_size = kind.format, kind.group_size
+        block.rounding = kind
     else:
         block.own_rounding = {site: one for site, one in found.items() if one is not None}
     return block
