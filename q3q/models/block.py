@@ -9,6 +9,7 @@ Shapes: B windows, T tokens of one window, H hidden, N query heads, K key-value 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,10 +104,8 @@ class Block:
 
     def with_weights(self, changed: Weights) -> Block:
         """Return a copy of the block with some weights replaced."""
-        block = Block(self.facts, self.layer, {**self.weights, **changed})
-        block.unrounded, block.every_expert = self.unrounded, self.every_expert
-        block.rounding, block.own_rounding = self.rounding, self.own_rounding
-        block.kv = self.kv
+        block = copy(self)
+        block.weights = {**self.weights, **changed}
         return block
 
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
