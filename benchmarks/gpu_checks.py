@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from q3q.models.attention import (
+from q3q.models.softmax import (
     VarlenLayout,
     attend,
     attend_plain,

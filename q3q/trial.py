@@ -47,6 +47,7 @@ from q3q.record import (
     Report,
     Scores,
     TrialRecord,
+    finished_baseline,
 )
 from q3q.reporter import Reporter
 from q3q.storage.claim import ClaimLostError, Holder
@@ -148,13 +149,8 @@ def unquantized_metrics(trial: Trial, reference: Reference) -> dict[str, float]:
     """Return what is known of the unquantized model: its trial's metrics if it has finished."""
     noted = reference.perplexities(trial.spec.evaluation.quick)
     metrics = {name: value for name, (value, *_) in noted.items()}
-    baseline = trial.placement.baseline
-    if baseline is not None:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
-            if record.completed and record.spec.id == baseline:
-                return metrics | record.metrics
-    return metrics
+    record = finished_baseline(trial)
+    return metrics if record is None else metrics | record.metrics
 
 
 def _blocks_of(trial: Trial, count: int, reporter: Reporter) -> AbstractContextManager[BlockStore]:

@@ -16,7 +16,8 @@ from tests.commands import python
 ROOT = Path(__file__).parent.parent
 # From the ground up. A module belongs to the longest name that begins its own.
 FLOORS = [
-    "q3q.errors q3q.number_formats q3q.scheme q3q.calibration q3q.kv_scheme q3q.bit_budget "
+    "q3q.errors q3q.canonical q3q.number_formats q3q.scheme q3q.calibration q3q.evaluation "
+    "q3q.kv_scheme q3q.bit_budget "
     "q3q.spec q3q.masking q3q.storage q3q.placement q3q.record q3q.reporter q3q.environment "
     "q3q.limits q3q.ending q3q.names q3q.quoting q3q.formatting q3q.crash",
     "q3q.numerics q3q.data q3q.team q3q.models",

@@ -36,7 +36,6 @@ def blocks_of(
     If not all blocks are there already, nobody else makes them meanwhile.
 
     Args:
-        count: of the model's blocks.
         wait: receives whoever makes them now, again and again; may raise to stop waiting.
         say: receives a line if blocks are not used because the method's code changed.
 

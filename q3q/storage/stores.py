@@ -240,8 +240,7 @@ class ObjectStore:
         self.fs.put_file(str(path), self._at(name))
 
     def read(self, name: str) -> bytes:
-        content: bytes = self.fs.cat_file(self._at(name))
-        return content
+        return self.fs.cat_file(self._at(name))
 
     def write(self, name: str, content: bytes) -> None:
         self.fs.pipe_file(self._at(name), content)

@@ -27,7 +27,6 @@ def picture_of_answer(
     """Draw each choice's change against its size; None if fewer than two are known.
 
     Args:
-        name: of the answer.
         chosen: the recommended choice, which gets a ring.
     """
     points = [
