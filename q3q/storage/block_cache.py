@@ -9,7 +9,6 @@ marked take more than a part of the free disk. What `keep=blocks` left has no ma
 
 import os
 import shutil
-import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -65,7 +64,10 @@ class BlockCache:
         new = not folder.is_dir() or not any(folder.iterdir())
         folder.mkdir(parents=True, exist_ok=True)
         if new or (folder / MARK).exists():
-            (folder / MARK).write_text(str(time.time_ns()), encoding="ascii")
+            self._stamp(folder / MARK)
+
+    def _stamp(self, mark: Path) -> None:
+        mark.touch()
 
     def keep(self, name: str) -> None:
         """Let a quantization's blocks stay, whatever they take (keep=blocks)."""

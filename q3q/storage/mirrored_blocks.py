@@ -10,6 +10,7 @@ on them, which the kernel ends with the process; what nobody here uses gives way
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -39,6 +40,9 @@ class MirroredBlocks(BlockCache):
         self.where = f"{masked(mirror.url)}/{BLOCKS}"
         self.mirror = mirror
         self.claims = mirror.claim_store(BLOCKS)
+
+    def _stamp(self, mark: Path) -> None:
+        mark.write_text(str(time.time_ns()), encoding="ascii")  # a store keeps no time of ours
 
     def delete(self, name: str) -> None:
         self.mirror.remove(f"{BLOCKS}/{name}")
