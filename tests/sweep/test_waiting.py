@@ -61,7 +61,7 @@ def test_what_the_user_says_of_waiting_stays(monkeypatch, given, told):
     watched = []
     monkeypatch.setattr(waiting, "_watch", None)
     monkeypatch.setattr(waiting._Watch, "start", lambda watch: watched.append(watch.threads))
-    monkeypatch.setattr(waiting, "core_waits", lambda: {"1": 0} if told else {})
+    monkeypatch.setattr(waiting, "core_waits", lambda: {"1": 7 if told else 0})
     for name in SETTINGS:
         monkeypatch.setenv(name, "")  # what is set is undone in the end
         monkeypatch.delenv(name)
