@@ -179,14 +179,7 @@ def clear(record: TrialRecord, *, made_blocks: bool = False) -> None:
     for torn in trial.folder.glob(".*.partial"):  # of a process that died while it wrote
         torn.unlink(missing_ok=True)
     own = BlockStore(trial.blocks_folder, trial.kept_blocks_folder, trial.spec.quantization_id)
-    if trial.placement.caches_blocks_here:
-        own.delete()
-        if record.completed:
-            cache = trial.placement.block_cache
-            cache.trim(cache.leased)
-        else:
-            BlockStore(trial.cached_blocks_folder).delete()
-    elif not trial.placement.shares_blocks:
+    if not trial.placement.shares_blocks:
         own.delete()
     elif record.completed:
         own.keep()  # an older version left them in the trial's folder until now
@@ -194,7 +187,7 @@ def clear(record: TrialRecord, *, made_blocks: bool = False) -> None:
     else:
         own.delete()
         if made_blocks or trial.placement.caches_blocks:
-            BlockStore(trial.kept_blocks_folder).delete()
+            trial.placement.block_cache.delete(trial.spec.quantization_id)
 
 
 def share_trial(trial: Trial, report: Report, seat: Rendezvous) -> TrialRecord | None:
