@@ -62,7 +62,8 @@ class Placement:
     baseline: id of the unquantized model's trial, which this one is compared with
     fresh: moment of the wish to run from nothing
     grant: None before the trial is planned
-    context: tokens for which the cache's bytes are counted, as the user asked
+    context: tokens for which the cache's bytes are counted, as the user asked; where they count in
+        a budget, the spec has them too
     """
 
     # In the order of the JSON, where all of it is called `places`, and a grant `share`.

@@ -24,9 +24,9 @@ FLOORS = [
     "q3q.quantize q3q.evaluate q3q.export",
     "q3q.trial q3q.loaded q3q.quantized q3q.attempt q3q.ahead",
     "q3q.sweep.machines q3q.sweep.gpus q3q.sweep.allocation q3q.sweep.shares q3q.sweep.sensing "
-    "q3q.sweep.costs q3q.sweep.packing q3q.sweep.disk q3q.sweep.made q3q.sweep.questions "
-    "q3q.sweep.plan q3q.sweep.ray q3q.sweep.background q3q.sweep.progress q3q.sweep.pace "
-    "q3q.sweep.screen q3q.track",
+    "q3q.sweep.writing q3q.sweep.costs q3q.sweep.packing q3q.sweep.disk q3q.sweep.made "
+    "q3q.sweep.questions q3q.sweep.plan q3q.sweep.ray q3q.sweep.background q3q.sweep.progress "
+    "q3q.sweep.pace q3q.sweep.screen q3q.track",
     "q3q.config q3q.report q3q.sweep",
     "launch hydra_plugins q3q.cli q3q.fetch q3q.trials q3q.track.__main__ q3q.report.__main__",
 ]

@@ -19,7 +19,7 @@ from q3q.config.judged import (
     refuse_quantizing,
 )
 from q3q.config.known import not_a_setting
-from q3q.config.kv_cache import cache_notice, resolve_context, resolve_kv
+from q3q.config.kv_cache import cache_notice, reads_cache, resolve_context, resolve_kv
 from q3q.config.model import resolve_model
 from q3q.config.patterns import linears
 from q3q.config.schema import GROUPS, Config, refuse_unknown
@@ -72,7 +72,8 @@ def trial_from(config: DictConfig) -> Trial:
     reference, home, original = resolve_model(of_text) if judged else (None, folder, facts)
     if reference is not None:
         refuse_other_shapes(model, facts, reference, original)
-    budget = resolve_budget(config, settings, folder, facts)
+    kv = resolve_kv(config, facts)
+    budget = resolve_budget(config, settings, folder, facts, kv)
     schemes, rules = resolve_schemes(config, settings, facts, budget)
     observes = (
         schemes is not None and settings.observes() and len(schemes.skip) < len(linears(facts))
@@ -92,7 +93,7 @@ def trial_from(config: DictConfig) -> Trial:
         skip=tuple(schemes.skip) if schemes else (),
         head_bits=config.head_bits,
         embedding_bits=config.embedding_bits,
-        kv=resolve_kv(config, facts, evaluation),
+        kv=kv if reads_cache(config, evaluation, budget) else None,
         reference=reference,
         rules=rules,
         budget=budget,

@@ -46,9 +46,12 @@ def _advice(answer: Answer) -> str:
     pool, metric = answer.chosen, answer.metrics[0]
     if pool is None:
         return _nothing(answer)
-    size, whole = size_of(pool), size_of(answer.reference) if answer.reference else None
+    memory, reference = answer.memory, answer.reference
+    size, whole = size_of(pool, memory), size_of(reference, memory) if reference else None
     bytes_ = megabytes(size.value) if size else ""
     of = f" of {megabytes(whole.value)}" if size and whole else ""
+    if memory is not None:
+        of += f", each with the cache of {memory.context:,} tokens"
     found = answer.tests.change(pool, metric)
     cost = (
         f"its {in_words(metric)} is {pool.shown(metric)}"
@@ -235,7 +238,9 @@ def in_markdown(answers: Sequence[Answer]) -> str:
 def choices(answer: Answer) -> Table:
     """Return the best choice for each size as a table."""
     title = f"{answer.name}: the best choice for each size"
-    return budget_table(title, answer.budgets, in_words(answer.metrics[0]), answer.chosen)
+    return budget_table(
+        title, answer.budgets, in_words(answer.metrics[0]), answer.chosen, answer.memory
+    )
 
 
 def export_lines(answer: Answer) -> str:

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from q3q.evaluate.identities import conditions_of
 from q3q.formatting import plural, with_spread
 from q3q.record import TrialRecord
 from q3q.report.measures import (
@@ -153,13 +154,6 @@ def comparable(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
             name = f"{model} ({words})" if words else model
             named[name if name not in named else f"{name}, {number}"] = group
     return named
-
-
-def conditions_of(spec: TrialSpec) -> str:
-    """Return what two trials must share for their numbers to be compared."""
-    # Drift is measured beside the other metrics and changes none of them.
-    evaluation = replace(spec.evaluation, drift=None)
-    return json.dumps([spec.model.identity, evaluation.to_json()], sort_keys=True)
 
 
 def _differences(specs: Sequence[TrialSpec]) -> list[str]:

@@ -148,7 +148,7 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         warnings.append(
             f"These trials were measured by {len(commits)} versions of the code: {counts}."
         )
-    found = answers(shown, about.margin)
+    found = answers(shown, about.margin, about.context)
     pictures = _pictures(found, study_looks(shown)) if plots else []
     return Contents(
         name=about.name,
@@ -185,6 +185,7 @@ def _pictures(found: Sequence[Answer], looks: Looks) -> list[Plot]:
             answer.metrics[0],
             answer.chosen,
             looks,
+            answer.memory,
         )
         for answer in found[:MOST_ANSWERS]
     ]
