@@ -80,9 +80,7 @@ class RoundedInputs:
     peaks: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, k: int, block: Block) -> None:
-        usual = self.rounding or InputRounding(0)
-        block.act_bits = None if self.rounding is None else self.rounding.bits
-        block.act_format, block.act_group_size = usual.format, usual.group_size
+        usual = self.rounding
         own = {
             site.name: self.otherwise[full]
             for site in block.sites
@@ -96,9 +94,10 @@ class RoundedInputs:
             if f"blocks.{k}.{name.removesuffix('.weight')}" in self.skip
         }
         sites = {site.name for site in block.sites if skipped.issuperset(site.weights)}
-        if usual.scales == "factor":  # each site has a number of its own
-            block.act_bits = None
+        if usual is not None and usual.scales == "factor":  # each site has a number of its own
             own = {site.name: usual for site in block.sites if site.name not in sites} | own
+            usual = None
+        block.rounding = usual
         block.own_rounding = {
             name: self._numbered(how, f"blocks.{k}.{name}", block.dtype)
             for name, how in own.items()

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from q3q.errors import IntegrityError
-from q3q.models.block import Block
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.record import SiteError
 
@@ -34,10 +33,6 @@ class QuantizedBlock:
     def full_peaks(self) -> dict[str, float]:
         """The peaks by full name, `blocks.3.down`."""
         return {f"blocks.{self.index}.{site}": peak for site, peak in self.peaks.items()}
-
-    def weights_for(self, block: Block) -> dict[str, Tensor]:
-        """Return `numbers` in the dtype and on the device of a block."""
-        return self.numbers(block.dtype, block.device)
 
     def numbers(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
         """Return all new weights, dequantized, in a block's shapes: experts stacked, else 2-D."""
