@@ -202,12 +202,9 @@ def evaluation_in_words(spec: TrialSpec) -> dict[str, str]:
 
 def _with_format(label: str, record: TrialRecord) -> str:
     """Call a checkpoint that was given quantized by its format, not unquantized."""
-    given = given_format(record)
-    return (
-        label.replace(f"unquantized {record.spec.model.dtype}", f"given {given}", 1)
-        if given
-        else label
-    )
+    if not (given := given_format(record)):
+        return label
+    return label.replace(f"unquantized {record.spec.model.dtype}", f"given {given}", 1)
 
 
 def _cut(text: str) -> str:

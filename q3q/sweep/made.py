@@ -96,7 +96,7 @@ class Made:
         name = trial.spec.quantization_id
         if name in self._quantizations:
             return 0.0
-        if trial.placement.leaves_blocks:
+        if trial.placement.shares_blocks:
             self._quantizations.add(name)
         if self.fresh:
             return 1.0

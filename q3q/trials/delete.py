@@ -51,7 +51,7 @@ def delete_trials(
             folders += exports_of(entry.trial)
             quantization = entry.trial.spec.quantization_id
             if all(quantization != other.spec.quantization_id for other in staying):
-                folders += {entry.trial.kept_blocks_folder, entry.trial.cached_blocks_folder}
+                folders.append(entry.trial.kept_blocks_folder)
             used = {path for other in staying for path in baselines_of(other, folder)}
             folders += [path for path in baselines_of(entry.trial, folder) if path not in used]
         inputs = _inputs_of(entry, staying, folder)

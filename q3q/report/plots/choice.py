@@ -35,7 +35,6 @@ def picture_of_answer(
     """Draw each choice's change against its size; None if fewer than two are known.
 
     Args:
-        name: of the answer.
         chosen: the recommended choice, which gets a ring.
         memory: the cache that sizes count too.
     """
