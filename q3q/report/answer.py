@@ -278,7 +278,7 @@ def answers(
     outliers = other_versions(records)
     found = (_answer(name, group, outliers, margin) for name, group in comparable(records).items())
     return [
-        replace(answer, memory=Memory.of(answer.tried[0].records, context))
+        replace(answer, memory=Memory.of([r for p in answer.tried for r in p.records], context))
         for answer in found
         if answer
     ]
