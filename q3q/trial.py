@@ -245,7 +245,7 @@ def gpu_loss(error: Exception) -> str:
     """Return in a line that this process's GPU is lost, and which one it is."""
     return (
         f"{this_gpu()} of {platform.node()} failed, or is gone ({str(error).splitlines()[0]}): "
-        "nvidia-smi and the kernel's log there (Xid) say more; the same command goes on from the "
+        "nvidia-smi and the kernel's log there (Xid) say more; the same command continues from the "
         "last block"
     )
 

@@ -94,7 +94,7 @@ class BlockWeight:
             if part is not None and not all_finite(part.float()):
                 return "a block's scale or offset is beyond float16"
         if self.too_fine():
-            return f"a code is no number of {self.format}"
+            return f"a code is not a number of {self.format}"
         return None
 
     def too_fine(self) -> bool:

@@ -90,7 +90,7 @@ class BlockCache:
 
     @contextmanager
     def lease(self, name: str) -> Iterator[None]:
-        """Have a quantization's blocks stay on this machine while some work goes on."""
+        """Keep a quantization's blocks on this machine while some work runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._lease(name).open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_SH)

@@ -202,8 +202,8 @@ def run_study(
         outside = [trial for trial in trials if trial.placement.baseline not in (None, *ids)]
         if any(baseline_record(trial, {}) is None for trial in outside):
             study.display.note(
-                "Nothing to compare with yet: run the same with method=none once, then this again "
-                "(it only compares)"
+                "Nothing to compare with yet: run the same command with method=none once, then "
+                "this one again, which then only compares"
             )
         if left:
             host.run(left, study)
@@ -318,9 +318,9 @@ def _tracked(
                 display.skipped([study.sweep.names[key] for key in finished])
             if unchecked := sum(record.unchecked for record in finished.values()):
                 display.note(
-                    f"{unchecked} of the finished trials are an older version's, which kept no "
-                    "checksum of their samples: damage to those may pass unseen. fresh=true "
-                    "measures again"
+                    f"{unchecked} of the finished trials are from an older version, which kept no "
+                    "checksum of their samples: damage to the samples may go unnoticed. "
+                    "fresh=true measures them again"
                 )
             try:
                 with telling(display.note):
@@ -336,7 +336,7 @@ def _tracked(
     if interruption is not None:
         print(
             f"Interrupted: {len(study.records)} of {len(trials)} trials are recorded; the same "
-            "command goes on."
+            "command continues."
         )
         raise interruption
     ran = [study.records.get(entry.trial.id) for entry in left]

@@ -88,7 +88,7 @@ def quality_against_bytes(
 
 @dataclass(frozen=True)
 class Memory:
-    """What a model takes beside its weights: the cache of one text of so many tokens."""
+    """What a model takes besides its weights: the cache of one text of `context` tokens."""
 
     shape: CacheShape
     context: int
