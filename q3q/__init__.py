@@ -33,8 +33,7 @@ def results(storage: str | Path = "mlruns", study: str | None = None) -> "DataFr
     Raises:
         ReportError: there is no such folder or study, or it has no records.
     """
-    table: DataFrame = import_module(_TIDY).results(storage, study)
-    return table
+    return import_module(_TIDY).results(storage, study)
 
 
 def samples(storage: str | Path = "mlruns", study: str | None = None) -> "DataFrame":
@@ -51,5 +50,4 @@ def samples(storage: str | Path = "mlruns", study: str | None = None) -> "DataFr
     Raises:
         ReportError: there is no such folder or study, or none of its trials kept samples.
     """
-    table: DataFrame = import_module(_TIDY).samples(storage, study)
-    return table
+    return import_module(_TIDY).samples(storage, study)

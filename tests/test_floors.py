@@ -9,23 +9,22 @@ from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-import pytest
-
 from tests.commands import python
 
 ROOT = Path(__file__).parent.parent
 # From the ground up. A module belongs to the longest name that begins its own.
 FLOORS = [
-    "q3q.errors q3q.number_formats q3q.scheme q3q.calibration q3q.kv_scheme q3q.bit_budget "
+    "q3q.errors q3q.canonical q3q.number_formats q3q.scheme q3q.calibration q3q.evaluation "
+    "q3q.kv_scheme q3q.bit_budget "
     "q3q.spec q3q.masking q3q.storage q3q.placement q3q.record q3q.reporter q3q.environment "
     "q3q.limits q3q.ending q3q.names q3q.quoting q3q.formatting q3q.crash",
     "q3q.numerics q3q.data q3q.team q3q.models",
     "q3q.quantize q3q.evaluate q3q.export",
     "q3q.trial q3q.loaded q3q.quantized q3q.attempt q3q.ahead",
     "q3q.sweep.machines q3q.sweep.gpus q3q.sweep.allocation q3q.sweep.shares q3q.sweep.sensing "
-    "q3q.sweep.costs q3q.sweep.packing q3q.sweep.disk q3q.sweep.made q3q.sweep.questions "
-    "q3q.sweep.plan q3q.sweep.ray q3q.sweep.background q3q.sweep.progress q3q.sweep.pace "
-    "q3q.sweep.screen q3q.track",
+    "q3q.sweep.writing q3q.sweep.costs q3q.sweep.packing q3q.sweep.disk q3q.sweep.made "
+    "q3q.sweep.questions q3q.sweep.plan q3q.sweep.ray q3q.sweep.background q3q.sweep.progress "
+    "q3q.sweep.pace q3q.sweep.screen q3q.track",
     "q3q.config q3q.report q3q.sweep",
     "launch hydra_plugins q3q.cli q3q.fetch q3q.trials q3q.track.__main__ q3q.report.__main__",
 ]
@@ -65,7 +64,6 @@ def modules():
 
 
 MODULES = dict(modules())
-EACH = pytest.mark.parametrize("name", MODULES)
 
 
 def room_of(module):
@@ -96,16 +94,23 @@ def imports(name, typing_too=False):
     return names
 
 
-@EACH
-def test_imports_go_down(name):
-    room = room_of(name)
-    assert room is not None, f"{name} has no floor"
-    for imported in imports(name):
-        other = room_of(imported)
-        if other is None or other == room:
-            continue
-        assert FLOOR_OF[other] <= FLOOR_OF[room], f"{name} imports {imported} from above"
-        assert not {room, other} <= SEPARATE, f"{name} imports its neighbour {imported}"
+def test_every_module_has_a_floor():
+    assert [name for name in MODULES if room_of(name) is None] == []
+
+
+def test_imports_go_down():
+    wrong = []
+    for name in MODULES:
+        room = room_of(name)
+        for imported in imports(name):
+            other = room_of(imported)
+            if other is None or other == room:
+                continue
+            if FLOOR_OF[other] > FLOOR_OF[room]:
+                wrong.append(f"{name} imports {imported} from above")
+            if {room, other} <= SEPARATE:
+                wrong.append(f"{name} imports its neighbour {imported}")
+    assert wrong == []
 
 
 def test_no_imports_go_in_a_circle():
@@ -113,31 +118,30 @@ def test_no_imports_go_in_a_circle():
     TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@EACH
-def test_third_party_libraries_enter_by_their_door(name):
-    for imported in imports(name):
-        doors = DOORS.get(imported.partition(".")[0], {name})
-        assert any(name == door or name.startswith(door + ".") for door in doors), imported
+def test_third_party_libraries_enter_by_their_door():
+    assert [
+        f"{name} imports {imported}"
+        for name in MODULES
+        for imported in imports(name)
+        if (doors := DOORS.get(imported.partition(".")[0]))
+        and not any(name == door or name.startswith(door + ".") for door in doors)
+    ] == []
 
 
-@cache
-def distributions():
-    return packages_distributions()
-
-
-@EACH
-def test_what_is_imported_is_declared(name):
+def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {
         re.findall(r"[\w-]+", requirement)[0].lower().replace("_", "-")
         for requirement in project["dependencies"]
     }
-    owners = distributions()
-    for library in {imported.partition(".")[0] for imported in imports(name)} - OPTIONAL:
-        if library in sys.stdlib_module_names or library in ("q3q", "hydra_plugins"):
-            continue
-        names = {owner.lower().replace("_", "-") for owner in owners[library]}
-        assert names & declared, f"{name} imports {library}, which pyproject does not name"
+    owners = packages_distributions()
+    ours = {*sys.stdlib_module_names, *OPTIONAL, "q3q", "hydra_plugins"}
+    assert [
+        f"{name} imports {library}"
+        for name in MODULES
+        for library in {imported.partition(".")[0] for imported in imports(name)} - ours
+        if not {owner.lower().replace("_", "-") for owner in owners[library]} & declared
+    ] == []
 
 
 # What a command imports before it knows what it does; libraries that take seconds come later.

@@ -213,7 +213,8 @@ class BudgetConfig:
     """A budget of bits for the quantized linears, divided among them by measured sensitivity.
 
     bits: average bits per weight, scales and zero points counted; bits=3.5 says the same
-    bytes: size of the whole model, such as 4.2GB; budget=4.2GB says the same
+    bytes: size of the whole model, such as 4.2GB, and with context= of its cache too; budget=4.2GB
+        says the same
     uniform: as many bytes as this width takes for all linears
     unit: the linears that share one width: linear, site (the linears that read one input) or block
     widths: bits that a unit may get

@@ -282,6 +282,8 @@ def describe(
             f"This includes {_rounded(sensing)} to measure budgets' sensitivities, once for all "
             f"trials that share them; they are kept in {storage}/{SENSING}."
         )
+    counting = {budget for entry in left if (budget := entry.spec.budget) and budget.context}
+    lines += sorted(f"{budget.words}: {budget.about}." for budget in counting)
     if unlike := unlike_methods([entry.spec for entry in planned]):
         lines.append(unlike)
     lines += shown_by_questions(entry.spec for entry in planned)

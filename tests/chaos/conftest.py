@@ -15,6 +15,23 @@ from safetensors.torch import save_file
 from tests.chaos.faults import CONFIG, ROOT
 
 
+@pytest.fixture(autouse=True, scope="package")
+def forkable() -> Iterator[None]:
+    """Compute with one thread, however many the other tests are given.
+
+    OpenMP's threads do not survive a fork, and a child's numbers are compared bit for bit with
+    those of the process that forked it.
+    """
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setenv(name, "1")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A random Qwen3 of three blocks with the demo's tokenizer."""

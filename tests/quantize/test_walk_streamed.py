@@ -36,6 +36,7 @@ from q3q.quantize.methods.settings import (
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.search import search_variants
 from q3q.quantize.walk import quantize_model, quantized_blocks
+from q3q.scheme import InputRounding
 from q3q.spec import Scheme, Schemes
 
 METHODS = {
@@ -321,7 +322,7 @@ def test_variants_are_tried_on_a_streamed_model_too(random_checkpoint, windows):
             variants,
             replace(SCHEME, bits=8, group_size=-1),
             windows[:2],
-            lambda copy: copy.adjust(lambda k, block: setattr(block, "act_bits", 8)),
+            lambda copy: copy.adjust(lambda k, block: setattr(block, "rounding", InputRounding(8))),
         )
         for model in (
             load_decoder(Checkpoint(folder), torch.float32),

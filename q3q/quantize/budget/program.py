@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from q3q.errors import IntegrityError
 
@@ -160,6 +158,10 @@ class _Program:
         return found
 
     def _solve(self, objective: Sequence[int]) -> list[int] | None:
+        # Most trials allot nothing, and this import takes most of a second.
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+
         count, units = self.starts[-1], len(self.sizes)
         unit_of = np.repeat(np.arange(units), [len(row) for row in self.sizes])
         each = csr_array((np.ones(count), (unit_of, np.arange(count))), shape=(units, count))
