@@ -90,7 +90,7 @@ class KvScheme:
             if form is None or form.group_size is not None:
                 yield f"kv_scales=fixed is for kv_format=fp8_e4m3 or fp8_e5m2, not {self.format}"
             if self.group_size != -1:
-                yield f"kv_group_size={self.group_size} has no use with kv_scales=fixed"
+                yield f"kv_group_size={self.group_size} has no effect with kv_scales=fixed"
         if self.chunk == 1 and self.scales == CHANNEL:
             yield "kv_chunk=1: with kv_scales=channel at least 2 tokens share a scale"
         if self.chunk != 1 and self.scales != CHANNEL:
@@ -209,6 +209,6 @@ class CacheShape:
         return self.numbers / 2 * bits / 8
 
     def bytes_at(self, kv: KvScheme | None, tokens: int) -> float:
-        """Return the bytes of a text's cache when it has so many tokens."""
+        """Return the bytes of the cache of a text with this many tokens."""
         rounded = tokens if kv is None else kv.rounded(tokens)
         return rounded * self.token_bytes(kv) + (tokens - rounded) * self.token_bytes(None)

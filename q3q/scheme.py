@@ -109,7 +109,7 @@ class Scheme:
         if form is None and (self.group_rows != 1 or self.four_over_six):
             key = "four_over_six=true" if self.four_over_six else f"group_rows={self.group_rows}"
             able = "nvfp4" if self.four_over_six else "fp8_e4m3 or format=fp8_e5m2"
-            yield f"{key} has no use with format=int; it is for format={able}"
+            yield f"{key} has no effect with format=int; it is for format={able}"
         if form is not None:
             if self.bits != form.bits:
                 yield f"bits={self.bits}: numbers of format={form.name} have {form.bits} bits"
@@ -137,7 +137,7 @@ class Scheme:
         if act is not None and self.act_bits != act.bits:
             yield f"act_bits={self.act_bits}: numbers of act_format={act.name} have {act.bits}"
         if self.act_bits is None and act_size != -1:
-            yield f"act_group_size={act_size} has no use without act_format= or act_bits="
+            yield f"act_group_size={act_size} has no effect without act_format= or act_bits="
         if act is not None and act.group_size not in (None, act_size):
             yield (
                 f"act_group_size={act_size}: groups of act_format={act.name} have {act.group_size}"
@@ -194,7 +194,7 @@ class Scheme:
 
     @property
     def own_groups(self) -> bool:
-        """True if the format itself says which columns share a scale: runs of so many neighbours.
+        """True if the format fixes which columns share a scale: runs of `group_size` neighbours.
 
         Its files have no place for the group of each column.
         """

@@ -41,7 +41,7 @@ KIVI = KvScheme(bits=2, scales="channel", chunk=32, group_size=32, window=128)
     [
         ("kv_bits=5", "kv_bits=5 does not exist: give 2, 3, 4, 8, or null for 16"),
         ("kv_format=bfloat16", "kv_format=bfloat16 is not known"),
-        ("kv_format=int", "kv_format=int says no number of bits: add kv_bits=8, 4, 3 or 2"),
+        ("kv_format=int", "kv_format=int needs a number of bits: add kv_bits=8, 4, 3 or 2"),
         ("kv_bits=8 kv_format=mxfp4", "numbers of kv_format=mxfp4 have 4 bits"),
         ("kv_bits=4 kv_group_size=48", r"does not divide a head of 64 channels.*\[16, 32, 64\]"),
         ("kv_bits=4 kv_chunk=16", "kv_chunk=16 is for kv_scales=channel, not token"),

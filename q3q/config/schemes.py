@@ -36,7 +36,7 @@ def resolve_schemes(
         if base.act_bits is not None:
             key = "act_bits" if config.act_format in (None, INT) else "act_format"
             raise IncompatibleError(
-                f"method={settings.name} quantizes nothing, so {key}={config[key]} has no use"
+                f"method={settings.name} quantizes nothing, so {key}={config[key]} has no effect"
             )
         return None, {}
     model = linears(facts)
@@ -169,7 +169,7 @@ def _changes_of_linears(
         patterns[str(pattern)] = change
         if not change:
             raise ConfigError(
-                f"overrides: {pattern} says nothing; give bits, group_size, symmetric, format, "
+                f"overrides: {pattern} sets nothing; give bits, group_size, symmetric, format, "
                 "act_format, act_bits or act_scales"
             )
         known = {"format": FORMATS, "act_format": ACT_FORMATS, "act_scales": ACT_SCALES}
@@ -356,7 +356,7 @@ def check_ends(spec: TrialSpec, facts: ModelFacts, method: MethodSettings) -> No
         return
     if spec.scheme is None:
         raise IncompatibleError(
-            f"method={spec.method.name} quantizes nothing, so {settings} has no use; for these "
+            f"method={spec.method.name} quantizes nothing, so {settings} has no effect; for these "
             "alone: method=rtn skip=[blocks.*]"
         )
     if spec.scheme.group_size != -1 and facts.hidden % spec.scheme.group_size:

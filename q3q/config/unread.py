@@ -43,7 +43,7 @@ def unread(spec: TrialSpec) -> dict[str, str]:
         keys["method.static_groups"] = reason
     if spec.kv is None or not spec.kv.rounds:
         nothing = not (spec.evaluation.texts or spec.evaluation.tasks or spec.export)
-        unsaid = "nothing is said of the cache, which stays as it is"
+        unsaid = "the cache is not rounded"
         reason = "nothing is evaluated" if nothing else unsaid
         keys |= dict.fromkeys(("kv_bits", *OF_CACHE) if nothing else OF_CACHE, reason)
     if not spec.evaluation.texts:

@@ -278,9 +278,9 @@ FORMATS: dict[str, Format] = {
                     TESTED,
                     "dense: all, with `dequantize=True` those that are asymmetric and, unless the "
                     "model is bfloat16, MX and NVFP4; experts: int symmetric, weights only, and "
-                    "`fp8_e4m3` with a scale a row or linear",
+                    "`fp8_e4m3` with one scale per row or linear",
                 ),
-                ("a plain unpacker of ours", TESTED, "all"),
+                ("q3q's own plain unpacker", TESTED, "all"),
                 (
                     "vLLM, SGLang",
                     UNTESTED,
@@ -305,7 +305,7 @@ FORMATS: dict[str, Format] = {
             words_per_row=True,
             words_per_column=True,
             loaders=(
-                ("a plain unpacker of ours", TESTED, "all"),
+                ("q3q's own plain unpacker", TESTED, "all"),
                 ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {listed(GPTQMODEL_GROUPS)}"),
                 (
                     "vLLM, SGLang",
@@ -326,7 +326,7 @@ FORMATS: dict[str, Format] = {
             gaps=True,
             words_per_column=True,
             loaders=(
-                ("a plain unpacker of ours", TESTED, "all"),
+                ("q3q's own plain unpacker", TESTED, "all"),
                 ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {listed(GPTQMODEL_AWQ_GROUPS)}"),
                 ("vLLM, SGLang", UNTESTED, in_words(SERVED_EITHER)),
             ),
@@ -398,7 +398,7 @@ def refuse_unsupported(
     """
     if spec.scheme is None:
         raise IncompatibleError(
-            f"method={spec.method.name} changes nothing, so export={name} has no use: "
+            f"method={spec.method.name} changes nothing, so export={name} has no effect: "
             "the model is its own checkpoint"
         )
     able = [

@@ -301,7 +301,7 @@ def _reload(folder: Path, inputs: Path, out: Path, seconds: float, gpu: bool) ->
 def _not_proved(folder: Path, reason: str) -> ExportError:
     return ExportError(
         f"the export in {folder} is written but not proved: {reason}. It stays there unfinished; "
-        "the same command goes on and tries again"
+        "the same command continues and tries again"
     )
 
 

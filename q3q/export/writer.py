@@ -345,8 +345,8 @@ class PackingExporter(Exporter):
         stored_OG = scale_OG.to(self.scale_dtype)
         if not torch.equal(stored_OG.float(), scale_OG):
             raise ExportError(
-                f"{name}: its scales are no {self.scale_dtype} numbers, "
-                "so what was measured is not stored"
+                f"{name}: its scales are not {self.scale_dtype} numbers, so storing them would "
+                "change the weights that were measured"
             )
         # A float32 model's scales are 16-bit numbers too, but are stored in the model's type for
         # loaders that unpack in the type of the scales, as transformers does with experts.

@@ -169,7 +169,7 @@ def bytes_of(size: int | str, key: str = "memory") -> int:
         count = int(float(match[1]) * (1024 if match[3] else 1000) ** exponent)
     if count < 1:
         raise ConfigError(
-            f"{key}={size} is no size: give bytes such as 2.5GB (10^9) or 8GiB (2^30)"
+            f"{key}={size} is not a size: give bytes such as 2.5GB (10^9) or 8GiB (2^30)"
         )
     return count
 

@@ -70,6 +70,6 @@ def stored_numbers(sink: BlockSink | None, index: int, like: Tensor) -> dict[str
     block = None if sink is None else sink.load(index)
     if block is None:
         raise IntegrityError(
-            f"block {index}, which was quantized and stored, is not there whole any more"
+            f"block {index}, which was quantized and stored, is now missing or incomplete"
         )
     return block.numbers(like.dtype, like.device)

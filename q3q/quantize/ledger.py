@@ -65,7 +65,7 @@ class StoredCodes(Sequence[Mapping[str, StoredWeight]]):
         block = self.store.load(range(self.blocks)[k], self.device)
         if block is None:
             raise IntegrityError(
-                f"block {k} was quantized and stored, and is not there whole any more"
+                f"block {k}, which was quantized and stored, is now missing or incomplete"
             )
         return block.quantized
 

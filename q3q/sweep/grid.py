@@ -286,6 +286,6 @@ def _would_change_all(study: str, override: Override, swept: Mapping[str, Sequen
         else f"it can be narrowed by {', '.join(swept)}"
     )
     return (
-        f"{override.input_line} would change every row of study={study}: {allowed}. Give it a name "
-        "of its own (name=...) to ask another question with it"
+        f"{override.input_line} would change every row of study={study}: {allowed}. To change a "
+        "study in any other way, give it another name: name=..."
     )

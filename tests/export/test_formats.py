@@ -65,7 +65,7 @@ def test_every_export_config_becomes_a_spec(trial, name):
             ["method=rtn", "export=awq", "head_bits=8", "embedding_bits=8"],
             "head or embedding.*these can: export=hf",
         ),
-        (["method=none", "export=hf"], "no use"),
+        (["method=none", "export=hf"], "no effect"),
         (
             ["model=demo_moe", "method=rtn", "export=awq", "skip=[*.down]"],
             "overrides or skip.*these can: export=hf",
@@ -171,7 +171,7 @@ def test_what_it_does_not_take_of_experts_the_table_says():
     assert not takes(8, True, True)  # groups or blocks
     assert not takes(8, True, True, scales="e8m0")
     assert not takes(4, True, True, scales="e4m3")
-    assert "experts: int symmetric, weights only, and `fp8_e4m3` with a scale a row" in table()
+    assert "experts: int symmetric, weights only, and `fp8_e4m3` with one scale per row" in table()
 
 
 FLOATS = [

@@ -441,7 +441,7 @@ def test_what_comes_to_no_end_proves_nothing(exported, tmp_path, monkeypatch, co
     if "no answer" in why:
         monkeypatch.setattr(proof, "SECONDS", 1.0)
     with pytest.raises(
-        ExportError, match=rf"written but not proved: .*{why}.*the same command goes on"
+        ExportError, match=rf"written but not proved: .*{why}.*the same command continues"
     ):
         prove(made.path, model)
 
