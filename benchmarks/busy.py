@@ -3,8 +3,9 @@
 Scores a HellaSwag-shaped suite with q3q (and with lm-eval's HFLM) and quantizes with GPTQ, each on
 the demo model in a process of its own, with one thread and with two: once on a quiet machine, once
 while another process computes on one core. It needs a machine with two free cores. Threads that
-wait for a partner without a core are what a neighbour costs; how long they spin before they sleep
-is OpenMP's to say, and `--policies` compares settings of that. `--quiet` leaves the neighbour out.
+wait for a partner without a core are what a neighbour costs; how q3q has them wait is in
+`q3q/sweep/ray/waiting.py`, and `--policies` compares it with fixed settings of OpenMP. `--quiet`
+leaves the neighbour out.
 """
 
 import argparse
@@ -21,23 +22,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from q3q.sweep.ray.worker import SPIN_SETTINGS, SPINS
+from q3q.sweep.ray.waiting import wait_as_cores_allow
 
-SPIN_COUNTS = (300, 3000, 10_000, 30_000, 100_000)
 DEMO = Path(__file__).parent.parent / "q3q/models/demo/dense"
-POLICIES: dict[str, dict[str, str]] = {
-    "as q3q runs": {SPIN_SETTINGS[0]: SPINS},
+# Environment variables; None for what q3q does.
+POLICIES: dict[str, dict[str, str] | None] = {
+    "as q3q runs": None,
     "libgomp's own": {},
     "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
-    **{
-        f"spin {count}": {"GOMP_SPINCOUNT": str(count)}
-        for count in (300, 3000, 10_000, 30_000, 100_000)
-    },
+    **{f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in (1000, 30_000)},
 }
 WORK = ("gptq", "ours", "hflm")
 
 
-def seconds_of(work: str, threads: int, variables: dict[str, str]) -> float:
+def seconds_of(work: str, threads: int, variables: dict[str, str] | None) -> float:
     """Return the seconds of one piece of work in a process of its own."""
     environment = {
         **os.environ,
@@ -45,9 +43,10 @@ def seconds_of(work: str, threads: int, variables: dict[str, str]) -> float:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        **variables,
+        **(variables or {}),
     }
     command = [sys.executable, __file__, "--worker", work]
+    command += ["--as-q3q"] if variables is None else []
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{work} failed:\n{done.stderr}")
@@ -131,8 +130,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of each; the median counts")
     parser.add_argument("--work", default=",".join(WORK))
     parser.add_argument("--worker", choices=WORK, help=argparse.SUPPRESS)
+    parser.add_argument("--as-q3q", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
+        if options.as_q3q:
+            wait_as_cores_allow(int(os.environ["OMP_NUM_THREADS"]))
         print(work(options.worker))
         return
     if (os.cpu_count() or 1) < 2:
@@ -142,7 +144,7 @@ def main() -> None:
     for kind in options.work.split(","):
         print(f"{kind}: seconds, median of {options.runs}")
         print(f"  {'':28} {'quiet':>8} {'busy':>8} {'ratio':>7}")
-        rows: dict[str, tuple[int, dict[str, str]]] = {"one thread": (1, {})}
+        rows: dict[str, tuple[int, dict[str, str] | None]] = {"one thread": (1, {})}
         rows |= {f"two threads, {name}": (2, values) for name, values in policies.items()}
         taken: dict[str, list[list[float]]] = {name: [[], []] for name in rows}
         for _ in range(options.runs):

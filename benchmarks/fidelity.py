@@ -145,28 +145,14 @@ def judged(holds: Callable[[], bool], losses: Iterable[tuple[str, float]]) -> Ju
     return holds(), ", ".join(f"{name} x{number(loss)}" for name, loss in losses)
 
 
-def eight_bits(grid: Grid) -> Judgement:
-    losses = losses_at(grid, 8)
-    return judged(lambda: all(loss < LOSSLESS for _, loss in losses), losses)
+def each_at(bits: int, law: Callable[[str, float], bool]) -> Callable[[Grid], Judgement]:
+    """Judge whether the law holds for the name and the loss of each method at this width."""
 
+    def judge(grid: Grid) -> Judgement:
+        losses = losses_at(grid, bits)
+        return judged(lambda: all(law(name, loss) for name, loss in losses), losses)
 
-def four_bits(grid: Grid) -> Judgement:
-    losses = losses_at(grid, 4)
-    return judged(lambda: all(loss > LOSSLESS for _, loss in losses), losses)
-
-
-def three_bits(grid: Grid) -> Judgement:
-    losses = losses_at(grid, 3)
-    return judged(
-        lambda: all((loss < KEPT) == name.startswith("awq") for name, loss in losses), losses
-    )
-
-
-def two_bits(grid: Grid) -> Judgement:
-    losses = losses_at(grid, 2)
-    return judged(
-        lambda: all((loss < COLLAPSED) == name.startswith("gptq") for name, loss in losses), losses
-    )
+    return judge
 
 
 def gptq_best_at_two(grid: Grid) -> Judgement:
@@ -214,14 +200,20 @@ def billm_above_two_bits(grid: Grid) -> Judgement:
 CLAIMS: list[tuple[str, Callable[[Grid], Judgement]]] = [
     (
         f"8 bits cost nearly nothing (less than {LOSSLESS - 1:.0%}), whichever method and group",
-        eight_bits,
+        each_at(8, lambda name, loss: loss < LOSSLESS),
     ),
     (
         f"4 bits cost noticeably (more than {LOSSLESS - 1:.0%}), whichever method and group",
-        four_bits,
+        each_at(4, lambda name, loss: loss > LOSSLESS),
     ),
-    (f"at 3 bits AWQ alone keeps the model (below x{KEPT:g})", three_bits),
-    (f"at 2 bits GPTQ alone keeps something (below x{COLLAPSED:g})", two_bits),
+    (
+        f"at 3 bits AWQ alone keeps the model (below x{KEPT:g})",
+        each_at(3, lambda name, loss: (loss < KEPT) == name.startswith("awq")),
+    ),
+    (
+        f"at 2 bits GPTQ alone keeps something (below x{COLLAPSED:g})",
+        each_at(2, lambda name, loss: (loss < COLLAPSED) == name.startswith("gptq")),
+    ),
     ("at 2 bits GPTQ is the best of the three", gptq_best_at_two),
     ("GPTQ: groups are better than whole rows", groups("gptq")),
     (
@@ -289,7 +281,7 @@ def tf32(x: "torch.Tensor") -> "torch.Tensor":
     return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
-def exactness_table(model: str) -> str:
+def exactness_table() -> str:
     """Tabulate, by the activations' dtype, what narrower products change, and the sums' error."""
     import torch
 
@@ -300,7 +292,7 @@ def exactness_table(model: str) -> str:
     from q3q.models.decoder import load_decoder
     from q3q.quantize.statistics import Gram
 
-    checkpoint = Checkpoint(ROOT / "q3q/models/demo" / ("dense" if model == "demo" else "moe"))
+    checkpoint = Checkpoint(ROOT / "q3q/models/demo/dense")
     encode = encoder(load_tokenizer(checkpoint.folder))
     text = load_text("demo", split="calibration")
     windows = draw_windows(text, encode, samples=32, length=256, draw="random", seed=0)
@@ -336,7 +328,7 @@ def exactness_table(model: str) -> str:
     return "\n".join(lines)
 
 
-def hessian_table(model: str) -> str:
+def hessian_table() -> str:
     """Tabulate the errors of each site's Gram matrix and 4-bit codes by accumulation precision."""
     import torch
 
@@ -356,7 +348,7 @@ def hessian_table(model: str) -> str:
             gram.update(SiteInput(part, [part]))
         return gram.sum_EII[0]
 
-    checkpoint = Checkpoint(ROOT / "q3q/models/demo" / ("dense" if model == "demo" else "moe"))
+    checkpoint = Checkpoint(ROOT / "q3q/models/demo/dense")
     text = load_text("demo", split="calibration")
     encode = encoder(load_tokenizer(checkpoint.folder))
     scheme = Scheme(bits=4, group_size=128, symmetric=False)
@@ -439,8 +431,8 @@ def main() -> None:
     for model, grid in grids.items():
         page = rewrite(page, f"grid {model}", grid_table(grid))
     page = rewrite(page, "claims", claims_table(grids))
-    page = rewrite(page, "hessians", hessian_table("demo"))
-    page = rewrite(page, "exactness", exactness_table("demo"))
+    page = rewrite(page, "hessians", hessian_table())
+    page = rewrite(page, "exactness", exactness_table())
     PAGE.write_text(page, encoding="utf-8")
     print(page[page.index("## ") :])
 

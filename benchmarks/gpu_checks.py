@@ -3,13 +3,15 @@
 On a CPU the same checks run, on small shapes, with the paths that a CPU takes.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from q3q.models.attention import (
+from q3q.models.softmax import (
     VarlenLayout,
     attend,
     attend_plain,
@@ -17,6 +19,9 @@ from q3q.models.attention import (
     attend_varlen_plain,
     supports_varlen,
 )
+from q3q.models.delta import delta_rule, delta_rule_plain
+from q3q.models.spool import Spool
+from q3q.number_formats import FLOATS
 from q3q.numerics.grouped import (
     GroupedRows,
     Groups,
@@ -24,10 +29,11 @@ from q3q.numerics.grouped import (
     grouped_linear_plain,
     padded_runs,
 )
+from q3q.numerics.kernels.compiler import compiler_fault
 from q3q.numerics.kernels.logsum import logsum, logsum_plain
 from q3q.numerics.kernels.norm import rms_norm, rms_norm_plain
-from q3q.numerics.levels import IntegerLevels
-from q3q.numerics.linalg import FiniteCheck, add_gram, add_grams, mirror
+from q3q.numerics.levels import FloatLevels, IntegerLevels, Levels
+from q3q.numerics.linalg import FiniteCheck, add_gram, add_grams, damped_factor, mirror
 from q3q.numerics.packing import pack_bits, unpack_bits
 from q3q.quantize.kernels.columns import block_solver, solve_block_plain
 
@@ -67,7 +73,10 @@ class Result:
 def results(device: torch.device, sizes: Sizes) -> Iterator[Result]:
     """Run all checks; an error in one is its result, and the others go on."""
     checks: list[tuple[str, Callable[[torch.device, Sizes], tuple[bool, str]]]] = [
-        ("GPTQ's columns", _columns),
+        ("Triton compiles", _triton),
+        ("GPTQ's columns", partial(_columns, levels=IntegerLevels(4, False))),
+        ("GPTQ's columns, FP4", partial(_columns, levels=FloatLevels(FLOATS["mxfp4"], 32))),
+        ("factors of experts", _factors),
         ("sum over logits", _logsum),
         ("norm", _norm),
         ("attention in float32", _attention),
@@ -75,6 +84,8 @@ def results(device: torch.device, sizes: Sizes) -> Iterator[Result]:
         ("Gram matrix of bfloat16 tokens", _gram),
         ("Gram matrices of padded experts", _grams),
         ("grouped products of experts", _grouped),
+        ("the delta rule in chunks", _delta),
+        ("activations in main memory", _main_memory),
         ("packed codes", _packed),
         ("the check for finite numbers", _finite),
     ]
@@ -100,19 +111,55 @@ def _below(error: float, bound: float) -> tuple[bool, str]:
     return error <= bound, f"relative difference {error:.1e}, at most {bound:.0e}"
 
 
-def _columns(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
+def _triton(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
+    """Otherwise the checks of its kernels would compare plain twins with themselves."""
+    if device.type != "cuda":
+        return True, "not for this device, which takes the plain twins"
+    fault = compiler_fault()
+    return fault is None, fault or "a first kernel ran"
+
+
+def _columns(device: torch.device, sizes: Sizes, levels: Levels) -> tuple[bool, str]:
     columns = min(128, sizes.columns)
     weight_ECO = _draw(device, 1, columns, sizes.rows)
     upper_CC = 0.1 * _draw(device, columns, columns, seed=1).triu(1)
     factor_ECC = (torch.eye(columns, device=device) + upper_CC)[None]
     scale_EKO = _draw(device, 1, 1, sizes.rows, seed=2).abs() + 0.1
     zero_EKO = torch.full_like(scale_EKO, 8.0)
-    levels = IntegerLevels(4, False)
     rest = factor_ECC, scale_EKO, zero_EKO, [0] * columns, levels
     codes, _ = block_solver(device, levels)(weight_ECO.clone(), *rest)
     plain, _ = solve_block_plain(weight_ECO.clone(), *rest)
     same = float((codes == plain).all(1).double().mean())  # a tie decides the rest of its row
     return same > 0.95, f"{same:.1%} of rows have the same codes, at least 95%"
+
+
+def _factors(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
+    """All experts' matrices in one call, and one by one, with the seconds of both."""
+    x_ETI = _draw(device, 8, sizes.columns, sizes.columns // 2)
+    hessian_EII = x_ETI.mT @ x_ETI
+
+    def together() -> Tensor:
+        return damped_factor(hessian_EII, 0.01)[0]
+
+    def one_by_one() -> Tensor:
+        return torch.cat([damped_factor(hessian_EII[e : e + 1], 0.01)[0] for e in range(8)])
+
+    expected = one_by_one()
+    passed, detail = _below(_distance(together(), expected), bound=1e-3)
+    seconds = [_seconds(work, device) for work in (together, one_by_one)]
+    return passed, "{}; {:.3f} s together, {:.3f} s one by one".format(detail, *seconds)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    begin = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - begin
 
 
 def _logsum(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
@@ -205,6 +252,26 @@ def _grouped(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
     found = grouped_linear(grouped.rows_RI, weight, grouped.groups)
     expected = grouped_linear_plain(grouped.rows_RI, weight, grouped.groups)
     return _below(_distance(found, expected), bound=4e-3)
+
+
+def _delta(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
+    query, key = (_draw(device, 2, 300, 2, 64, seed=seed).bfloat16() for seed in (1, 2))
+    value = _draw(device, 2, 300, 4, 64, seed=3).bfloat16()
+    decay = -_draw(device, 2, 300, 4, seed=4).abs()
+    rate = _draw(device, 2, 300, 4, seed=5).sigmoid()
+    found, expected = (
+        rule(query, key, value, decay, rate)[0] for rule in (delta_rule, delta_rule_plain)
+    )
+    return _below(_distance(found, expected), bound=1e-2)
+
+
+def _main_memory(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
+    """What the device has no room for comes back bit for bit."""
+    hidden = _draw(device, 6, sizes.tokens // 4, sizes.columns).bfloat16()
+    with Spool(2 * hidden[0].nbytes, pinned=2 * hidden.nbytes) as spool:
+        spool.extend(hidden)
+        same = all(torch.equal(found, put) for found, put in zip(spool, hidden, strict=True))
+        return same and spool.moved == 4, f"{spool.moved} of 6 tensors were there, 4 should be"
 
 
 def _packed(device: torch.device, sizes: Sizes) -> tuple[bool, str]:

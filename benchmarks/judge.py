@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import numpy
 import torch
-from methods import (
+from contenders import (
     DEMO,
     GPTQMODEL,
     LLM_COMPRESSOR,
@@ -278,7 +278,7 @@ def _otherwise(model: Decoder) -> tuple[str, Callable[..., Tensor] | None, str]:
     block = model.blocks[0]
     if any(rounding.scales == "outliers" for rounding in block.own_rounding.values()):
         return "ints_but_outliers", _whole_columns, COLUMNS
-    if block.act_bits == 8 and block.act_format == "int":
+    if block.rounding is not None and (block.rounding.bits, block.rounding.format) == (8, "int"):
         return "absmax_per_token", _by_halves, HALVES
     return "", None, ""
 

@@ -124,11 +124,10 @@ def observing_calls(experts: int, tokens: int) -> dict[str, Calls]:
     return found
 
 
-def official_loops(
-    weight: Tensor, hessian: Tensor, damping: float = 0.01, block: int = 128, size: int = 128
-) -> None:
+def official_loops(weight: Tensor, hessian: Tensor) -> None:
     """One linear as fasterquant treats it: act-order, and a dozen framework calls a column."""
     weight, hessian, top = weight.clone(), hessian.clone(), 2**SCHEME.bits - 1
+    damping, block, size = 0.01, 128, 128
     order = torch.argsort(hessian.diagonal(), descending=True)
     weight, hessian = weight[:, order], hessian[order][:, order]
     hessian.diagonal().add_(damping * hessian.diagonal().mean())

@@ -79,8 +79,7 @@ def in_a_process(way: str, scratch: Path) -> dict[str, Any]:
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout + done.stderr)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 class Clock:

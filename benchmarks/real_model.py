@@ -170,13 +170,12 @@ def words_of(cell: Cell, options: argparse.Namespace, evaluation: list[str]) -> 
 
 
 def evaluation_of(options: argparse.Namespace) -> list[str]:
-    words = [
+    return [
         "evaluation=file",
         f"evaluation.path={Data(options.storage / 'data').test}",
         f"evaluation.limit={options.windows}",
         f"evaluation.drift_windows={options.windows}",
     ]
-    return words
 
 
 def tasks_evaluation(options: argparse.Namespace) -> list[str]:
@@ -277,7 +276,9 @@ def read(storage: Path) -> dict[Cell, Result]:
     for path in sorted((storage / "storage").glob("trials/*/record.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         cell = cell_of(record["spec"])
-        if record["status"] != "COMPLETED" or not is_of_grid(record["spec"], cell):
+        # Others in the storage have other settings.
+        of_grid = record["spec"]["model"]["name"] == NAME and cell in CELLS
+        if record["status"] != "COMPLETED" or not of_grid:
             continue
         metrics = record["metrics"] | dict.fromkeys(record["diverged"], math.inf)
         intervals = {name: tuple(pair) for name, pair in record["intervals"].items()}
@@ -298,11 +299,6 @@ def read(storage: Path) -> dict[Cell, Result]:
                 result.accuracy[task] = metrics[f"{task}/acc"]
                 result.accuracy_interval[task] = intervals[f"{task}/acc"]
     return {cell: results[cell] for cell in CELLS if cell in results}
-
-
-def is_of_grid(spec: dict[str, Any], cell: Cell) -> bool:
-    """Return True for a trial of the grid; others in the storage have other settings."""
-    return spec["model"]["name"] == NAME and cell in CELLS
 
 
 def grid_table(results: dict[Cell, Result]) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import fidelity
 import torch
-from methods import (
+from contenders import (
     DAMPING,
     GRID,
     PEER_GM,
@@ -31,11 +31,11 @@ from methods import (
     Q3Q,
     Contender,
     ContenderError,
-    Judge,
     environment_of,
     take_turn,
     warm_up,
 )
+from methods import Judge
 from peers.job import Job
 from real_model import GROUP_SIZE, LENGTH, Stop
 from safetensors.torch import load_file, save_file

@@ -55,7 +55,7 @@ def brief_work(placed: dict[str, Any], report: Callable[[Any], None]) -> dict[st
 
 def sweep(trials: int, storage: Path, *arguments: str) -> None:
     """Run launch.py with `brief_work` in place of a trial's work, and time its stages."""
-    from q3q.sweep import run, sweeper
+    from q3q.sweep import run, running, sweeper
     from q3q.sweep.background import BackgroundQueue
     from q3q.sweep.launcher import RayLauncher
     from q3q.sweep.study import Study
@@ -76,7 +76,7 @@ def sweep(trials: int, storage: Path, *arguments: str) -> None:
 
         setattr(owner, name, watched)
 
-    finished = run.RunningStudy.finished
+    finished = running.RunningStudy.finished
 
     def counting(self: Any, *args: Any) -> None:
         nonlocal ended
@@ -87,7 +87,7 @@ def sweep(trials: int, storage: Path, *arguments: str) -> None:
             resident.append(f"{ended}: {pages * os.sysconf('SC_PAGE_SIZE') / 2**20:.0f} MiB")
 
     sweeper.StudySweeper.trial = staticmethod(brief_work)
-    run.RunningStudy.finished = counting  # type: ignore[method-assign, assignment]
+    running.RunningStudy.finished = counting  # type: ignore[method-assign, assignment]
     timed(sweeper, "trials_of", "composing")
     timed(run, "plan", "planning")
     timed(RayLauncher, "run", "running")

@@ -149,8 +149,7 @@ def run(folder: Path, storage: Path, *overrides: str) -> dict[str, dict[str, flo
     shutil.rmtree(storage / "trials", ignore_errors=True)  # of an equal trial before it
     command = [sys.executable, __file__, "--trial", str(folder), f"storage={storage}", *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    outcome: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def by_phase(outcome: dict[str, dict[str, float]], measure: str) -> dict[str, float]:

@@ -18,10 +18,9 @@ _TIDY = "q3q.report.tidy"
 def results(storage: str | Path = "mlruns", study: str | None = None) -> "DataFrame":
     """Return a table with a row for each trial and metric.
 
-    Its columns are `trial`, `metric`, `value`, `low` and `high` (the 95 % interval of `value`),
-    `difference` (from the unquantized model; of a perplexity in nats, so that its exp is the ratio
-    of the two perplexities), and the trial's params by their names in MLflow (`method`, `bits`,
-    `calibration` ...). Metrics have their names in MLflow too.
+    Its columns are `trial`, `metric`, `value`, `low` and `high` (the 95 % interval of `value`),    `difference` (from the unquantized model; differences of perplexities are in nats, so that the
+    exp of one is the ratio of the two perplexities), and the trial's params by their names in
+    MLflow (`method`, `bits`, `calibration` ...). Metrics have their names in MLflow too.
 
     Args:
         storage: a storage folder, or an object store's URL.
@@ -34,8 +33,7 @@ def results(storage: str | Path = "mlruns", study: str | None = None) -> "DataFr
     Raises:
         ReportError: there is no such folder or study, or it has no records.
     """
-    table: DataFrame = import_module(_TIDY).results(storage, study)
-    return table
+    return import_module(_TIDY).results(storage, study)
 
 
 def samples(storage: str | Path = "mlruns", study: str | None = None) -> "DataFrame":
@@ -52,5 +50,4 @@ def samples(storage: str | Path = "mlruns", study: str | None = None) -> "DataFr
     Raises:
         ReportError: there is no such folder or study, or none of its trials kept samples.
     """
-    table: DataFrame = import_module(_TIDY).samples(storage, study)
-    return table
+    return import_module(_TIDY).samples(storage, study)

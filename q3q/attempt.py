@@ -1,7 +1,9 @@
 """Run a trial exclusively; return its record if it is finished; log each step."""
 
+import json
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from q3q.storage.aside import clear_for_file, clear_for_folder, put_aside, tell,
 from q3q.storage.claim import Claim, ClaimStore, Holder, claimed, holder_of
 from q3q.storage.files import make_folder
 from q3q.storage.mirror import Mirror, is_light, mirror_for
+from q3q.storage.stores import with_retries
 from q3q.storage.uploader import uploading
 
 CLAIM = "trial"  # the name of a trial's claim, in its folder
@@ -110,7 +113,7 @@ def _mirrored(trial: Trial, mirror: Mirror | None, claim: Claim) -> Iterator[Non
     done = finished_record(trial) is not None
     if not done:
         mirror.pull(blocks, *([] if exported is None else [exported]))
-    with uploading(mirror, own, *([] if done else [blocks]), sure=claim.confirm) as uploader:
+    with uploading(mirror, own, sure=claim.confirm) as uploader:
         yield
         if exported is not None and is_finished(trial):  # proved
             uploader.add(exported)
@@ -118,11 +121,28 @@ def _mirrored(trial: Trial, mirror: Mirror | None, claim: Claim) -> Iterator[Non
 
 def running_quantizations(besides: Trial) -> set[str]:
     """Return the quantizations of the other trials of a storage that run, perhaps elsewhere."""
-    found = set()
+    mirror, found = mirror_for(besides.placement.store), set()
+    if mirror is not None:
+        return _running_in_store(mirror, besides.id)
     for folder in {path.parent for path in besides.placement.trials.glob(f"*/{CLAIM}.claim.*")}:
         if folder != besides.folder and holder_of(folder, CLAIM) is not None:
             with suppress(*UNREADABLE):
                 found.add(load_trial(folder / "spec.json").spec.quantization_id)
+    return found
+
+
+def _running_in_store(mirror: Mirror, besides: str) -> set[str]:
+    names = with_retries(mirror.url, lambda: mirror.store.find("trials"))
+    claimed, finished = (
+        {name.split("/")[1] for name in names if re.fullmatch(f"trials/[^/]+/{pattern}", name)}
+        for pattern in (rf"{CLAIM}\.claim\.\d+", r"record\.json")
+    )
+    found = set()
+    for trial in claimed - finished - {besides}:  # a finished one's claim is free
+        if holder_of(mirror.claim_store(f"trials/{trial}"), CLAIM) is not None:
+            with suppress(*UNREADABLE):
+                data = json.loads(mirror.store.read(f"trials/{trial}/spec.json"))
+                found.add(Trial.from_json(data).spec.quantization_id)
     return found
 
 

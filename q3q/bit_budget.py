@@ -21,7 +21,7 @@ class BitBudget:
     them.
 
     bits: the mean of all quantized weights
-    bytes: of the whole model, with what stays unquantized
+    bytes: of the whole model, with what stays unquantized, and of the cache that counts
     uniform: as many as the linears take if all have this width
     unit: what gets one width: a linear (that of all experts is one), a site (the linears that read
         one input) or a block
@@ -30,6 +30,8 @@ class BitBudget:
         when this unit alone is quantized; block_error: of the output of its block, relative to the
         output
     source, digest, samples, length, draw: the text's windows on which it is measured
+    context: tokens of the one text whose cache of keys and values counts; None: it does not
+    cache: bytes of that cache, its scales included
     version: of the sensitivities' numbers
     """
 
@@ -44,6 +46,8 @@ class BitBudget:
     samples: int
     length: int
     draw: str
+    context: int | None = None
+    cache: int | None = None
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -62,17 +66,31 @@ class BitBudget:
 
     @property
     def words(self) -> str:
-        """Name the budget for people: `budget:3.5`, `budget:4.2GB`, `budget:w3`; and its unit."""
+        """Name the budget for people: `budget:3.5`, `budget:w3`, `budget:4.2GB:cache@32768`.
+
+        Its unit follows, unless it is a site.
+        """
         key, value = self.given
-        if key == "bits":
-            limit = f"{value:g}"
-        elif key == "uniform":
-            limit = f"w{value}"
-        else:
-            limit = f"{value / 1e9:.6g}GB" if value >= 1e8 else f"{value / 1e6:.6g}MB"
-        own = [] if self.unit == SITE else [self.unit]
+        limit = {"bits": f"{value:g}", "uniform": f"w{value}"}.get(key) or _size(value, "")
+        own = [] if self.context is None else [f"cache@{self.context}"]
+        own += [] if self.unit == SITE else [self.unit]
         own += [] if self.measure == KL else [self.measure]
         return ":".join(["budget", limit, *own])
+
+    @property
+    def about(self) -> str:
+        """Say what the name means: `widths by sensitivity; the model takes at most 4.2 GB`."""
+        key, value = self.given
+        limit = {
+            "bits": f"{value:g} bits a weight at most, scales counted",
+            "uniform": f"the bytes of {value} bits for all at most",
+        }.get(key) or f"the model takes at most {_size(value, ' ')}"
+        if self.cache is not None:
+            limit = (
+                f"the model and the cache of a text of {self.context:,} tokens "
+                f"({_size(self.cache, ' ')}) take at most {_size(value, ' ')}"
+            )
+        return f"each {self.unit} has a width by its sensitivity, {limit}"
 
     def to_json(self) -> dict[str, Any]:
         facts = asdict(self) | {"widths": list(self.widths)}
@@ -81,3 +99,9 @@ class BitBudget:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "BitBudget":
         return cls(**data)
+
+
+def _size(count: float, between: str) -> str:
+    """Return bytes as `4.2GB` or `12MB`."""
+    number, unit = (count / 1e9, "GB") if count >= 1e8 else (count / 1e6, "MB")
+    return f"{number:.6g}{between}{unit}"

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from q3q.canonical import without_none
+
 # Sources of calibration that are no text: several of them, and what the model writes itself.
 MIX, TRACES = "mix", "traces"
 WRITTEN = "written"  # the draw of traces
@@ -24,7 +26,7 @@ class CalibrationPart:
     prompts: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return _given(asdict(self))
+        return without_none(asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +105,9 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         facts = asdict(self) | {"parts": [part.to_json() for part in self.parts] or None}
-        return _given(facts)
+        return without_none(facts)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Calibration":
         parts = tuple(CalibrationPart(**part) for part in data.get("parts", ()))
         return cls(**{**data, "parts": parts})
-
-
-def _given(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if value is not None}

@@ -24,6 +24,9 @@ PACKAGES = (
 ).split()
 
 
+MEASURE_SECONDS = 10.0  # between two measurements of what the process takes
+
+
 @cache
 def git_commit() -> str | None:
     """Return the code's commit, with `+changes` if the tree differs; None outside a checkout."""
@@ -140,18 +143,15 @@ class Phases:
 class SystemWatch:
     """This process's load (100 for each busy core) and memory; a GPU's memory and load, the load
     through torch and nvidia-ml-py.
-
-    Args:
-        every: seconds between two measurements.
     """
 
-    def __init__(self, every: float = 10.0) -> None:
-        self._every, self._measured, self._busy = every, time.monotonic(), time.process_time()
+    def __init__(self) -> None:
+        self._measured, self._busy = time.monotonic(), time.process_time()
 
     def due(self) -> dict[str, float]:
         """Return metrics by MLflow's names for them; none if it is too early for the next ones."""
         now_, busy = time.monotonic(), time.process_time()
-        if (passed := now_ - self._measured) < self._every:
+        if (passed := now_ - self._measured) < MEASURE_SECONDS:
             return {}
         megabytes = round(psutil.Process().memory_info().rss / 1e6, 1)
         metrics = {

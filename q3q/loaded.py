@@ -66,8 +66,7 @@ def load(trial: Trial, team: Team, beside: ExitStack, phases: Phases, reporter: 
         original = _opened(original_of(trial), reporter) if spec.reference else checkpoint
         tokenizer = load_tokenizer(original.folder)
         device = _device(trial)
-        if trial.placement.caches_blocks_here:
-            beside.enter_context(trial.placement.block_cache.lease(spec.quantization_id))
+        beside.enter_context(trial.placement.block_cache.lease(spec.quantization_id))
         beside.enter_context(_preparing(trial, original, tokenizer, device))
     judged = None
     with phases.phase("baseline"):

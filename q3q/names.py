@@ -120,8 +120,8 @@ def _word(key: str, value: str) -> str:
     """Return one setting as a word, without white space at its ends."""
     name = key.partition(".")[2]
     if name in OPAQUE and name not in ("version", "lm_eval", "package"):
-        value = value if _is_short(value) else digest({"value": value})
-        value = value[:SHORT_DIGEST]
+        # The beginning of a digest says as much as the whole.
+        value = (value if value.isalnum() else digest({"value": value}))[:SHORT_DIGEST]
     if len(value) > LONGEST_VALUE:
         value = f"{value[: LONGEST_VALUE - 1]}…"
     words = {
@@ -135,8 +135,3 @@ def _word(key: str, value: str) -> str:
         "evaluation.samples": f"windows={value}",
     }
     return words.get(key, f"{name}={value}").strip()
-
-
-def _is_short(value: str) -> bool:
-    """Return True for a digest, whose beginning says as much as the whole."""
-    return value.isalnum()

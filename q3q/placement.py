@@ -8,6 +8,7 @@ from typing import Any
 
 from q3q.spec import Json, TrialSpec
 from q3q.storage.block_cache import BlockCache
+from q3q.storage.mirrored_blocks import block_cache_of
 from q3q.storage.stores import mirror_of
 
 # What a trial keeps of its quantized blocks once it has succeeded: nothing, what a budget allows
@@ -61,7 +62,8 @@ class Placement:
     baseline: id of the unquantized model's trial, which this one is compared with
     fresh: moment of the wish to run from nothing
     grant: None before the trial is planned
-    context: tokens for which the cache's bytes are counted, as the user asked
+    context: tokens for which the cache's bytes are counted, as the user asked; where they count in
+        a budget, the spec has them too
     """
 
     # In the order of the JSON, where all of it is called `places`, and a grant `share`.
@@ -109,26 +111,13 @@ class Placement:
 
     @property
     def caches_blocks(self) -> bool:
-        """True if quantized blocks stay in the storage folder, within a budget."""
-        return self.keep == KEEP_AUTO and self.store is None
-
-    @property
-    def caches_blocks_here(self) -> bool:
-        """True if quantized blocks stay on the machine that made them, within its budget.
-
-        A store has no free disk to take a part of, so it holds them only while their trial runs.
-        """
-        return self.keep == KEEP_AUTO and self.store is not None
-
-    @property
-    def leaves_blocks(self) -> bool:
-        """True if a later trial on this machine at least finds the quantized blocks."""
-        return self.shares_blocks or self.caches_blocks_here
+        """True if quantized blocks stay in the storage, within a budget."""
+        return self.keep == KEEP_AUTO
 
     @property
     def block_cache(self) -> BlockCache:
         """Where quantized blocks stay within a budget."""
-        return BlockCache.of_storage(self.storage, here=self.caches_blocks_here)
+        return block_cache_of(self.store or self.storage)
 
     @property
     def shares_blocks(self) -> bool:
@@ -192,15 +181,9 @@ class Trial:
         return self.placement.trials / "blocks" / self.spec.quantization_id
 
     @property
-    def cached_blocks_folder(self) -> Path:
-        """Quantized blocks that stay within a budget; in a storage folder, those that are kept."""
-        return self.placement.block_cache.folder / self.spec.quantization_id
-
-    @property
-    def block_folders(self) -> tuple[Path, ...]:
-        """All places where the trial looks for quantized blocks."""
-        own, kept, cached = self.blocks_folder, self.kept_blocks_folder, self.cached_blocks_folder
-        return tuple(dict.fromkeys((own, kept, cached)))
+    def block_folders(self) -> tuple[Path, Path]:
+        """Both places where the trial looks for quantized blocks."""
+        return self.blocks_folder, self.kept_blocks_folder
 
     def placed(self, **changes: Any) -> "Trial":
         return replace(self, placement=replace(self.placement, **changes))

@@ -356,6 +356,17 @@ class Sweep:
         return cls(**{**data, "trials": trials})
 
 
+def finished_baseline(trial: Trial) -> TrialRecord | None:
+    """Return the record on disk that a trial is compared with, if that trial has finished."""
+    if (baseline := trial.placement.baseline) is None:
+        return None
+    try:
+        record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if record.completed and record.spec.id == baseline else None
+
+
 def load_trial(path: Path) -> Trial:
     """Read a trial's spec.json; its placement is where the file lies."""
     return _as_found(path, Trial.from_json(json.loads(read_file(path))))

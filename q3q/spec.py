@@ -5,9 +5,7 @@ defaults are resolved, and a setting that is seldom given is left out where it i
 must keep this, or old ids would change.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -21,7 +19,17 @@ from q3q.calibration import TRACES as TRACES  # noqa: PLC0414
 from q3q.calibration import WRITTEN as WRITTEN  # noqa: PLC0414
 from q3q.calibration import Calibration as Calibration  # noqa: PLC0414
 from q3q.calibration import CalibrationPart as CalibrationPart  # noqa: PLC0414
+from q3q.canonical import Json as Json  # noqa: PLC0414
+from q3q.canonical import checked, without_none
+from q3q.canonical import digest as digest  # noqa: PLC0414
 from q3q.errors import ConfigError
+from q3q.evaluation import AUTO_DRIFT as AUTO_DRIFT  # noqa: PLC0414
+from q3q.evaluation import MEAN_ACCURACY as MEAN_ACCURACY  # noqa: PLC0414
+from q3q.evaluation import QUICK_SEED as QUICK_SEED  # noqa: PLC0414
+from q3q.evaluation import Evaluation as Evaluation  # noqa: PLC0414
+from q3q.evaluation import TaskRef as TaskRef  # noqa: PLC0414
+from q3q.evaluation import TextRef as TextRef  # noqa: PLC0414
+from q3q.evaluation import text_metric as text_metric  # noqa: PLC0414
 from q3q.kv_scheme import KvScheme
 from q3q.number_formats import INT, short_name
 from q3q.scheme import ACTIVATION_KEYS
@@ -29,10 +37,6 @@ from q3q.scheme import SELDOM_OF_SCHEME as SELDOM_OF_SCHEME  # noqa: PLC0414
 from q3q.scheme import Scheme as Scheme  # noqa: PLC0414
 from q3q.scheme import Schemes as Schemes  # noqa: PLC0414
 
-Json = dict[str, Any]
-MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metrics.mean_metrics`
-QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
-AUTO_DRIFT = "auto"
 # Absent from a spec's JSON where they are not given.
 SELDOM = (
     *("overrides", "skip", "head_bits", "embedding_bits", "kv", "export", "reference", "rules"),
@@ -74,7 +78,7 @@ class ModelRef:
         return facts
 
     def to_json(self) -> Json:
-        return _without_none(asdict(self), keep=("name",))
+        return without_none(asdict(self), keep=("name",))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelRef":
@@ -95,119 +99,14 @@ class MethodRef:
 
     def to_json(self) -> Json:
         ends = {"version": self.version, "package": self.package}
-        return {"name": self.name, **self.knobs, **_without_none(ends)}
+        return {"name": self.name, **self.knobs, **without_none(ends)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "MethodRef":
         knobs = {"version": None, "package": None, **data}
-        name = _checked("the method's name", knobs.pop("name"), str)
+        name = checked("the method's name", knobs.pop("name"), str)
         version, package = knobs.pop("version"), knobs.pop("package")
         return cls(name=name, version=version, knobs=knobs, package=package)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRef:
-    """A text whose perplexity is measured, in windows of `window` tokens.
-
-    limit: most windows, None for all
-    draw, samples: random, of `samples` windows; or first, and None
-    """
-
-    name: str
-    source: str | None = None
-    digest: str
-    window: int
-    limit: int | None = None
-    draw: str = "first"
-    samples: int | None = None
-
-    def to_json(self) -> Json:
-        return _without_none(asdict(self), keep=("limit", "samples"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskRef:
-    """A task of lm-eval's or q3q's own.
-
-    shots: examples in each prompt, None for the task's own number
-    limit: most questions, None for `Evaluation.task_limit`
-    """
-
-    name: str
-    shots: int | None = None
-    limit: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What is measured, on which texts and tasks.
-
-    task_limit: most questions of each task, None for all
-    chat: how prompts use the chat template; None: they do not
-    include: digest of the user's own task files
-    data: identity (commit or digest) of each data set
-    generates: tasks that have the model generate text
-    max_gen_toks: most tokens of a generated text, None for each task's own number
-    ends: tokens that end a generated text
-    lm_eval, version: of the code that makes prompts, cuts texts and scores answers
-    quick: windows and questions are drawn at random once, and every metric's name says so
-    drift: windows that are compared with the unquantized model: a number, `auto`, or None
-    """
-
-    texts: tuple[TextRef, ...] = ()
-    tasks: tuple[TaskRef, ...] = ()
-    task_limit: int | None = None
-    chat: str | None = None
-    include: str | None = None
-    data: Mapping[str, str] = field(default_factory=dict)
-    generates: tuple[str, ...] = ()
-    max_gen_toks: int | None = None
-    ends: tuple[int, ...] = ()
-    lm_eval: str | None = None
-    version: int | None = None
-    quick: bool = False
-    drift: int | str | None = None
-
-    @property
-    def task_names(self) -> tuple[str, ...]:
-        return tuple(task.name for task in self.tasks)
-
-    def limit_of(self, task: TaskRef) -> int | None:
-        return self.task_limit if task.limit is None else task.limit
-
-    def to_json(self) -> Json:
-        """Return plain JSON without what is not asked for; shots and limits by task, sorted."""
-        by_name = sorted(self.tasks, key=lambda task: task.name)
-        facts = {
-            "texts": [text.to_json() for text in self.texts],
-            "tasks": list(self.task_names),
-            "task_limit": self.task_limit,
-        }
-        optional = {
-            "shots": {task.name: task.shots for task in by_name if task.shots is not None},
-            "limits": {task.name: task.limit for task in by_name if task.limit is not None},
-            **vars(self),
-            "data": dict(self.data),
-            "generates": list(self.generates),
-            "ends": list(self.ends),
-        }
-        return facts | {key: fact for key, fact in optional.items() if fact and key not in facts}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Evaluation":
-        rest = dict(data)
-        shots, limits = (_checked(key, rest.pop(key, {}), dict) for key in ("shots", "limits"))
-        tasks = [_checked("a task", name, str) for name in rest.pop("tasks", ())]
-        for text in rest.get("texts", ()):
-            _checked("a text's name", text["name"], str)
-        _checked("data", rest.get("data", {}), dict)
-        for key in ("generates", "ends"):
-            rest[key] = tuple(rest.get(key, ()))
-        rest["texts"] = tuple(TextRef(**text) for text in rest.get("texts", ()))
-        rest["tasks"] = tuple(
-            TaskRef(name=name, shots=shots.get(name), limit=limits.get(name)) for name in tasks
-        )
-        return cls(**rest)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,9 +222,9 @@ class TrialSpec:
 
     @property
     def heads(self) -> int:
-        if self.reference is not None and self.evaluation.drift is not None:
-            return 2
-        return heads_in_memory(self.head_bits, self.evaluation)
+        """Return 2 where logits are compared with those of another head, the original's, else 1."""
+        another = self.reference is not None or self.head_bits is not None
+        return 2 if another and self.evaluation.drift is not None else 1
 
     @property
     def generates(self) -> tuple[str, ...]:
@@ -398,7 +297,7 @@ class TrialSpec:
         """
         facts = {key: value for key, value in data.items() if key != "places"}
         for part in ("model", "method", "evaluation"):
-            _checked(part, data[part], dict)
+            checked(part, data[part], dict)
         scheme, calibration = data["scheme"], data["calibration"]
         budget = data.get("budget")
         return cls(
@@ -412,40 +311,15 @@ class TrialSpec:
                 "skip": tuple(data.get("skip", ())),
                 "reference": data.get("reference") and ModelRef.from_json(data["reference"]),
                 "kv": None if data.get("kv") is None else KvScheme(**data["kv"]),
-                "rules": _checked("rules", data.get("rules", {}), dict),
+                "rules": checked("rules", data.get("rules", {}), dict),
                 "budget": None if budget is None else BitBudget.from_json(budget),
             }
         )
 
 
-def digest(facts: Json, *, spaced: bool = False) -> str:
-    """Return the SHA-256 (64 hex digits) of facts as canonical JSON.
-
-    Args:
-        spaced: with a space after each separator, as files' seals have always had it.
-    """
-    separators = None if spaced else (",", ":")
-    canonical = json.dumps(facts, sort_keys=True, separators=separators)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def text_metric(measure: str, text: str, quick: bool) -> str:
-    """Return `perplexity/wikitext2`; of a quick evaluation `perplexity_quick/wikitext2`."""
-    return f"{measure}{'_quick' if quick else ''}/{text}"
-
-
 def without_bits(overrides: Mapping[str, Json]) -> dict[str, Json]:
     """Return what overrides say beside bits, for the linears of which they say anything else."""
-    others = {
-        name: {key: value for key, value in changes.items() if key != "bits"}
-        for name, changes in overrides.items()
-    }
-    return {name: changes for name, changes in others.items() if changes}
-
-
-def heads_in_memory(head_bits: int | None, evaluation: Evaluation) -> int:
-    """Return 2 where a quantized head's logits are compared with the original's, else 1."""
-    return 2 if head_bits is not None and evaluation.drift is not None else 1
+    return _some_of(overrides, lambda key: key != "bits")
 
 
 def _some_of(overrides: Mapping[str, Json], wanted: Callable[[str], bool]) -> dict[str, Json]:
@@ -468,13 +342,3 @@ def _override_in_a_word(changes: Json) -> str:
         "act_bits": lambda bits: f"a{bits}",
     }
     return "".join(word(changes[key]) for key, word in words.items() if key in changes)
-
-
-def _without_none(facts: Json, keep: Collection[str] = ()) -> Json:
-    return {key: value for key, value in facts.items() if value is not None or key in keep}
-
-
-def _checked(what: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"{what} is {type(value).__name__}")
-    return value

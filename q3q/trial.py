@@ -47,6 +47,7 @@ from q3q.record import (
     Report,
     Scores,
     TrialRecord,
+    finished_baseline,
 )
 from q3q.reporter import Reporter
 from q3q.storage.claim import ClaimLostError, Holder
@@ -148,13 +149,8 @@ def unquantized_metrics(trial: Trial, reference: Reference) -> dict[str, float]:
     """Return what is known of the unquantized model: its trial's metrics if it has finished."""
     noted = reference.perplexities(trial.spec.evaluation.quick)
     metrics = {name: value for name, (value, *_) in noted.items()}
-    baseline = trial.placement.baseline
-    if baseline is not None:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
-            if record.completed and record.spec.id == baseline:
-                return metrics | record.metrics
-    return metrics
+    record = finished_baseline(trial)
+    return metrics if record is None else metrics | record.metrics
 
 
 def _blocks_of(trial: Trial, count: int, reporter: Reporter) -> AbstractContextManager[BlockStore]:
@@ -183,14 +179,7 @@ def clear(record: TrialRecord, *, made_blocks: bool = False) -> None:
     for torn in trial.folder.glob(".*.partial"):  # of a process that died while it wrote
         torn.unlink(missing_ok=True)
     own = BlockStore(trial.blocks_folder, trial.kept_blocks_folder, trial.spec.quantization_id)
-    if trial.placement.caches_blocks_here:
-        own.delete()
-        if record.completed:
-            cache = trial.placement.block_cache
-            cache.trim(cache.leased)
-        else:
-            BlockStore(trial.cached_blocks_folder).delete()
-    elif not trial.placement.shares_blocks:
+    if not trial.placement.shares_blocks:
         own.delete()
     elif record.completed:
         own.keep()  # an older version left them in the trial's folder until now
@@ -198,7 +187,7 @@ def clear(record: TrialRecord, *, made_blocks: bool = False) -> None:
     else:
         own.delete()
         if made_blocks or trial.placement.caches_blocks:
-            BlockStore(trial.kept_blocks_folder).delete()
+            trial.placement.block_cache.delete(trial.spec.quantization_id)
 
 
 def share_trial(trial: Trial, report: Report, seat: Rendezvous) -> TrialRecord | None:

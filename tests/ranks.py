@@ -9,7 +9,10 @@ from q3q.models import checkpoint, tensor_files
 
 def parameter_bytes(team):
     """Return the bytes of the parameters of all models that each rank keeps."""
-    return team.gather(sum(model.parameter_bytes() for model in team.models.values()))
+    models = list(team.models.values())
+    shares = [part for m in models for share in m._shares.values() for part in share.values()]
+    kept = sum(model.norm_H.nbytes for model in models)
+    return team.gather(kept + sum(part.ds_tensor.nbytes for part in shares))
 
 
 def live_bytes(team):

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import signal
+from functools import partial
 
 import pytest
 
@@ -14,9 +17,11 @@ from q3q.export.proof import PASSED
 from q3q.quantize.budget import stage
 from q3q.quantize.budget.sensitivities import Sensitivities
 from q3q.record import Progress
+from q3q.report.header import abbreviations
 from q3q.spec import TrialSpec
 from q3q.sweep.made import inputs_of
 from q3q.trial import run_trial
+from tests.chaos.faults import end_of, in_child
 from tests.composed import composed_trial
 
 SMALL = (
@@ -26,37 +31,42 @@ SMALL = (
 )
 
 
-class Killed(BaseException):
-    """As a process that is killed: nothing catches it."""
-
-
-def test_a_trial_allots_its_bits_resumes_shares_sensitivities_and_can_be_typed_without_budget(
-    tmp_path, monkeypatch
-):
-    words = (*SMALL, f"storage={tmp_path}")
-    trial = composed_trial(*words, "bits=4.1")
-    assert "budget" in trial.spec.name
+def test_a_trial_whose_process_is_killed_measures_only_what_is_missing(tmp_path, monkeypatch):
+    """Whatever it was stopped at, the same numbers and the same widths come out."""
+    words = (*SMALL[:-1], "budget.widths=[2,8]", "evaluation=none", "bits=4.1")
+    killed, whole = (composed_trial(*words, f"storage={tmp_path / name}") for name in "ab")
     add, added = Sensitivities.add, list[str]()
+
+    def dies(self, unit, row):
+        if len(self.rows) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        add(self, unit, row)
 
     def counts(self, unit, row):
         added.append(unit)
         add(self, unit, row)
 
-    def dies(self, unit, row):
-        if len(added) == 3:
-            raise Killed
-        counts(self, unit, row)
-
     monkeypatch.setattr(Sensitivities, "add", dies)
-    with pytest.raises(Killed):
-        run_trial(trial)
+    assert end_of(in_child(partial(run_trial, killed))) == -signal.SIGKILL
+    assert finished_record(killed) is None
     monkeypatch.setattr(Sensitivities, "add", counts)
     events = list[Progress]()
-    record = run_trial(trial, events.append)
-    assert added == [f"blocks.{k}" for k in range(6)]  # each once, over both attempts
+    resumed = run_trial(killed, events.append)
+    assert added == ["blocks.3", "blocks.4", "blocks.5"]
     notes = [event.note for event in events if event.phase == "sensitivities"]
     assert any("left" in note for note in notes)
+    alone = run_trial(whole)
+    assert len(added) == 3 + 6
+    assert alone.notes[stage.ALLOTMENT] == resumed.notes[stage.ALLOTMENT]
 
+
+def test_a_trial_allots_its_bits_shares_sensitivities_and_can_be_typed_without_budget(
+    tmp_path, monkeypatch
+):
+    words = (*SMALL, f"storage={tmp_path}")
+    trial = composed_trial(*words, "bits=4.1")
+    assert "budget" in trial.spec.name
+    record = run_trial(trial)
     facts = record.notes[stage.ALLOTMENT]
     assert record.completed
     assert record.spec.id == trial.id
@@ -75,11 +85,22 @@ def test_a_trial_allots_its_bits_resumes_shares_sensitivities_and_can_be_typed_w
     assert all(says_all_of(whole, said) for whole in kept)
     assert [one.identity for one in inputs_of(trial.spec)] == said
 
-    # Another budget reads the same file, and measures nothing.
-    other = run_trial(composed_trial(*words, "budget.uniform=4"))
-    assert len(added) == 6
+    # Another budget reads the same file, and measures nothing. It holds the model and its cache.
+    whole = composed_trial(*words, "budget.bytes=6MB", "context=500", "kv_bits=8")
+    assert composed_trial(*typed(command_of(whole)), f"storage={tmp_path}").id == whole.id
+    with monkeypatch.context() as patched:
+        patched.setattr(Sensitivities, "add", None)
+        other = run_trial(whole)
     assert other.notes[stage.ALLOTMENT]["sensitivities"] == facts["sensitivities"]
-    assert other.metrics["bits_per_weight"] <= 4 + (16 + 4) / 32
+    taken = other.metrics["model_bytes"] + other.metrics["cache_bytes"]
+    assert whole.spec.budget is not None
+    assert whole.spec.budget.cache == other.metrics["cache_bytes"]
+    assert 5.75e6 < taken <= 6e6  # a block from 2 bits to 4 takes 0.2 MB
+    [said] = [words for words in abbreviations([other]).split("; ") if "budget" in words]
+    assert said == (
+        "budget:6MB:cache@500:block: each block has a width by its sensitivity, the model and the "
+        "cache of a text of 500 tokens (1.224 MB) take at most 6 MB."
+    )
 
     # The same widths, typed without a budget, are the same weights.
     plain = [word for word in words if not word.startswith("budget")]
@@ -126,6 +147,11 @@ def given(word):
         ("budget.uniform=1", ConfigError, r"budget.uniform=1, an average of 1\.\d+: with"),
         ("budget.bytes=10KB", ConfigError, "what stays unquantized .* alone"),
         ("budget.bytes=3MB", ConfigError, "is too little: with budget.widths=.* the model takes"),
+        (
+            "budget.bytes=9MB context=2000",
+            ConfigError,
+            r"the model takes 4 MB to 7 MB, and 13 MB to 16 MB with the cache of context=2000 \(9",
+        ),
         ("bits=4 budget.bytes=9MB", ConfigError, "bits=4 gives all linears one width"),
         ("bits=3.5 budget.bits=3.5", ConfigError, "say the same"),
         ("budget.bits=4.5 budget.uniform=4", ConfigError, "a budget is one of"),
@@ -170,6 +196,20 @@ def test_a_budget_leaves_ids_of_others_alone_and_equal_budgets_are_one_trial(tmp
     assert of("method=rtn", "bits=3.5").id == of("method=rtn", "budget.bits=3.5").id
     assert of("method=rtn", "bits=3.5").id != of("method=rtn", "bits=3.6").id
     assert of("method=rtn", "budget.bytes=12MB").id == of("method=rtn", "budget.bytes=12000KB").id
+    # The cache counts where a budget is of bytes and a context is given, as it is stored.
+    weights = of("method=rtn", "budget.bytes=20MB")
+    cached = [
+        of("method=rtn", "budget.bytes=20MB", "context=1000", "evaluation=none", *kv)
+        for kv in ((), ("kv_bits=8",), ("kv_bits=4",))
+    ]
+    assert len({spec.quantization_id for spec in (weights, *cached)}) == 4
+    assert [spec.budget and spec.budget.cache for spec in (weights, *cached)] == [
+        None,
+        *(int(1000 * 6 * 2 * 3 * 64 * bits / 8) for bits in (16, 8.5, 4.5)),  # heads of 64
+    ]
+    assert "budget" in of("method=rtn", "bits=3.5", "context=1000").to_json()
+    assert of("method=rtn", "bits=3.5", "context=1000").id == of("method=rtn", "bits=3.5").id
     # Tables sort a budget beside the uniform width that takes no less.
     beside = [of("method=rtn", f"budget.bits={bits}").scheme.bits for bits in (3.5, 3.59375, 3.6)]
     assert beside == [3, 3, 4]
+    assert of("method=rtn", "budget.uniform=4").scheme.bits == 4  # takes just as much

@@ -6,9 +6,10 @@ from collections import namedtuple
 
 import pytest
 
-from q3q.storage import block_cache
-from q3q.storage.block_cache import MARK, BlockCache
+from q3q.storage import block_cache, mirrored_blocks
+from q3q.storage.block_cache import BLOCKS, MARK, BlockCache
 from q3q.storage.claim import Claim
+from q3q.storage.mirrored_blocks import block_cache_of
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -16,7 +17,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture
 def cache(tmp_path):
     """Blocks of four quantizations of 1000 bytes each, used in the order of their names."""
-    made = BlockCache.of_storage(tmp_path, here=False)
+    made = BlockCache(tmp_path)
     for second, name in enumerate(("a", "b", "c", "d")):
         made.use(name)
         (made.folder / name / "block_000.safetensors").write_bytes(bytes(1000))
@@ -80,7 +81,7 @@ def test_the_budget_does_not_shrink_by_what_is_kept(cache, disk, tmp_path):
     for name in left(cache):
         cache.keep(name)
     assert cache.budget() == before - 4000 * block_cache.SHARE
-    assert BlockCache.of_storage(tmp_path / "not" / "there", here=False).budget() > 0
+    assert BlockCache(tmp_path / "not" / "there").budget() > 0
 
 
 def test_it_is_told(cache, disk):
@@ -92,11 +93,38 @@ def test_it_is_told(cache, disk):
     assert f"stay in {cache.folder} for later evaluations: at most 5.0 KB" in cache.promise()
 
 
-def test_it_is_told_of_a_machine_with_a_storage_elsewhere(tmp_path):
-    cache = BlockCache.of_storage(tmp_path, here=True)
-    said = cache.promise()
-    assert "on the machine that made them, not in the store" in said
-    assert f"on this one in {tmp_path}" in said
-    with cache.lease("a"), cache.lease("a"):
-        assert cache.leased() == {"a"}
-    assert cache.leased() == set()
+def machine(tmp_path, name, monkeypatch):
+    monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path / name))
+    return block_cache_of(f"file://{tmp_path}/store")
+
+
+def test_a_store_keeps_what_its_budget_holds_and_a_machine_what_its_disk_holds(
+    tmp_path, disk, monkeypatch
+):
+    one, other = (machine(tmp_path, name, monkeypatch) for name in "ab")
+    for name in ("a", "b", "c", "d"):
+        one.use(name)
+        (one.folder / name / "block_000.safetensors").write_bytes(bytes(1000))
+        with one.lease(name):
+            one.mirror.push(f"{BLOCKS}/{name}")
+    one.keep("a")
+    one.mirror.push(f"{BLOCKS}/a")
+    assert [kept.name for kept in other.entries()] == ["b", "c", "d"]
+    size = other.entries()[0].size
+    other.mirror.pull(BLOCKS)
+    other.use("b")  # the other machine's use counts, once it is sent
+    other.mirror.push(f"{BLOCKS}/b")
+
+    monkeypatch.setattr(mirrored_blocks, "STORE_BUDGET", 2 * size)
+    assert one.describe().startswith("blocks of 3 quantizations kept for later evaluations")
+    assert f"stay in file://{tmp_path}/store/trials/blocks for later" in one.promise()
+    with one.lease("a"):
+        disk(0)
+        assert one.trim(lambda: ["c"]) == ["d"]
+        assert [path.parent.name for path in one.folder.glob("*/*.safetensors")] == ["a"]
+    assert [kept.name for kept in one.entries()] == ["c", "b"]
+    assert one.mirror.push(BLOCKS) == 0  # what only its copies lost stays in the store
+    one.mirror.pull(BLOCKS)
+    assert left(one) == ["a", "b", "c"]
+    other.mirror.pull(BLOCKS)
+    assert not any((other.folder / "d").iterdir())

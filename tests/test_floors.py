@@ -14,16 +14,17 @@ from tests.commands import python
 ROOT = Path(__file__).parent.parent
 # From the ground up. A module belongs to the longest name that begins its own.
 FLOORS = [
-    "q3q.errors q3q.number_formats q3q.scheme q3q.calibration q3q.kv_scheme q3q.bit_budget "
+    "q3q.errors q3q.canonical q3q.number_formats q3q.scheme q3q.calibration q3q.evaluation "
+    "q3q.kv_scheme q3q.bit_budget "
     "q3q.spec q3q.masking q3q.storage q3q.placement q3q.record q3q.reporter q3q.environment "
     "q3q.limits q3q.ending q3q.names q3q.quoting q3q.formatting q3q.crash",
     "q3q.numerics q3q.data q3q.team q3q.models",
     "q3q.quantize q3q.evaluate q3q.export",
     "q3q.trial q3q.loaded q3q.quantized q3q.attempt q3q.ahead",
     "q3q.sweep.machines q3q.sweep.gpus q3q.sweep.allocation q3q.sweep.shares q3q.sweep.sensing "
-    "q3q.sweep.costs q3q.sweep.packing q3q.sweep.disk q3q.sweep.made q3q.sweep.questions "
-    "q3q.sweep.plan q3q.sweep.ray q3q.sweep.background q3q.sweep.progress q3q.sweep.pace "
-    "q3q.sweep.screen q3q.track",
+    "q3q.sweep.writing q3q.sweep.costs q3q.sweep.packing q3q.sweep.disk q3q.sweep.made "
+    "q3q.sweep.questions q3q.sweep.plan q3q.sweep.ray q3q.sweep.background q3q.sweep.progress "
+    "q3q.sweep.pace q3q.sweep.screen q3q.track",
     "q3q.config q3q.report q3q.sweep",
     "launch hydra_plugins q3q.cli q3q.fetch q3q.trials q3q.track.__main__ q3q.report.__main__",
 ]

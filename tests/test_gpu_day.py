@@ -16,7 +16,7 @@ def test_checks_and_phases_run_on_a_cpu_and_pass(capsys):
     printed = capsys.readouterr().out
     told = rows(printed)
     checks = [result for row in told if (result := row[1]) in ("yes", "NO")]
-    assert len(checks) == 10 + 1
+    assert len(checks) == 15 + 1
     assert "NO" not in checks
     for shape in ("0.6B", "30B-A3B"):
         phases = " ".join(row[1] for row in told if row[0] == f"| {shape}")

@@ -20,7 +20,7 @@ import pytest
 from q3q import trial as trial_module
 from q3q.calibration import WRITTEN
 from q3q.data.prepared import Shelf, kept_identity, prepared
-from q3q.data.traces import FOLDER
+from q3q.data.traces import FOLDER, part_identity
 from q3q.evaluate.identities import prepared_identities
 from q3q.evaluate.samples import write_samples
 from q3q.export import destination
@@ -28,7 +28,6 @@ from q3q.export.marker import write_marker
 from q3q.models import demo
 from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.placement import Grant, Trial
-from q3q.quantize.traces import part_identity
 from q3q.record import Progress, Sweep, TrialRecord, load_trial
 from q3q.report.records import all_sweeps
 from q3q.spec import TRACES, Json
@@ -276,7 +275,7 @@ def test_deleting_takes_traces_that_no_other_trial_reads_from_the_store_too(
     for one in (first, second):
         complete(one)
         for rows in (range(4), range(4, 8)):
-            shelf.keep(part_identity(one, calibration, rows), {"windows": np.zeros(3)})
+            shelf.keep(part_identity(one.spec, calibration, rows), {"windows": np.zeros(3)})
     writer.push("trials", FOLDER)
     assert len(writer.store.find(FOLDER)) == (4 if temperature else 2)
     here = mirror_on("b")

@@ -9,12 +9,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from q3q.bit_budget import LIMITS, LINEAR, MEASURES, UNITS, BitBudget
+from q3q.config.kv_cache import resolve_context
 from q3q.config.schema import refuse_unknown
 from q3q.config.texts import check_long_enough, opened
 from q3q.data.windows import Knobs
 from q3q.errors import ConfigError, IncompatibleError
+from q3q.kv_scheme import KvScheme
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import bytes_of
+from q3q.models.footprint import bytes_of, cache_scheme, cache_shape
 from q3q.number_formats import INT
 from q3q.quantize.budget.units import (
     base_width,
@@ -55,9 +57,16 @@ def asks_for_budget(config: DictConfig) -> bool:
 
 
 def resolve_budget(
-    config: DictConfig, settings: MethodSettings, folder: Path | None, facts: ModelFacts
+    config: DictConfig,
+    settings: MethodSettings,
+    folder: Path | None,
+    facts: ModelFacts,
+    kv: KvScheme | None,
 ) -> BitBudget | None:
     """Return the budget that a config means; None without one, or where nothing is quantized.
+
+    Args:
+        kv: how the cache is stored that a budget of bytes counts at `context=`; None: in 16 bits.
 
     Raises:
         ConfigError: a setting is wrong; IncompatibleError where it does not go with another.
@@ -91,6 +100,10 @@ def resolve_budget(
     calibration = config.calibration
     text = opened(config, calibration.source, "calibration", calibration.path)
     check_long_enough(text, folder, part.samples, part.length, DRAW, WINDOWS)
+    context = resolve_context(config) if "bytes" in given else None
+    if context is not None:
+        counted = cache_shape(facts).bytes_at(cache_scheme(facts, kv), context)
+        given |= {"context": context, "cache": math.ceil(counted)}
     return BitBudget(
         **given,
         unit=part.unit,

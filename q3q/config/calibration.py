@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from q3q.config.schema import DRAWS, ROUTES, refuse_unknown
 from q3q.config.texts import (
     ABSENT,
+    absolute,
     chat_template,
     check_long_enough,
     check_path_is_read,
@@ -194,7 +195,7 @@ class _Source:
         knobs = MIXED if self.config.calibration.source == MIX else CALIBRATION
         check_long_enough(text, self.folder, samples, self.length, self.draw, knobs)
         part = CalibrationPart(source=source, digest=text.digest, samples=samples)
-        return _Windows(part, _absolute(path))
+        return _Windows(part, absolute(path))
 
     def _traces(self, samples: int) -> _Windows:
         calibration = self.config.calibration
@@ -224,7 +225,7 @@ class _Source:
             temperature=temperature,
             prompts=source,
         )
-        return _Windows(part, _absolute(path))
+        return _Windows(part, absolute(path))
 
     def _opened(self, source: str, path: str | None) -> Text:
         """Open a text; conversations only where the model has a template for them."""
@@ -253,7 +254,3 @@ def _refuse_unread(calibration: DictConfig) -> None:
                 f"calibration.{key} is not read by calibration={source}: it is for "
                 f"calibration={reader}"
             )
-
-
-def _absolute(path: str | None) -> Path | None:
-    return None if path is None else Path(path).expanduser().absolute()

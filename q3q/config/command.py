@@ -127,6 +127,7 @@ def _budget(budget: BitBudget) -> list[str]:
     kept = ("unit", "measure", "samples", "length")
     return [
         override(f"budget.{key}", limit),
+        *([] if budget.context is None else [override("context", budget.context)]),
         override("budget.widths", budget.widths),
         *(override(f"budget.{key}", getattr(budget, key)) for key in kept),
     ]

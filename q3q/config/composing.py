@@ -24,7 +24,6 @@ class Composer:
     (tested).
 
     Args:
-        loader: Hydra's.
         sweep: the sweep's own config, with the overrides of Hydra itself.
     """
 

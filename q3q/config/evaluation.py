@@ -12,6 +12,7 @@ from q3q.config.schema import nearest, refuse_unknown
 from q3q.config.texts import (
     RANDOM_TEXTS,
     EvaluatedText,
+    absolute,
     chat_template,
     check_long_enough,
     check_path_is_read,
@@ -140,11 +141,7 @@ def _resolve_tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -
     tasks = list(dict.fromkeys(settings.tasks))
     refuse_unknown("evaluation.chat", settings.chat, tuple(CHATS))
     shots, limits = _shots_and_limits(settings, tasks)
-    include = (
-        None
-        if settings.include_path is None
-        else Path(settings.include_path).expanduser().absolute()
-    )
+    include = absolute(settings.include_path)
     if include is not None and not include.is_dir():
         raise ConfigError(
             f"evaluation.include_path={settings.include_path} is not a folder with task files"

@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig
 
+from q3q.bit_budget import BitBudget
 from q3q.config.schema import refuse_unknown
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.kv_scheme import (
@@ -18,11 +19,8 @@ from q3q.number_formats import FLOATS, FORMATS, INT
 from q3q.spec import Evaluation
 
 
-def resolve_kv(config: DictConfig, facts: ModelFacts, evaluation: Evaluation) -> KvScheme | None:
-    """Return how the cache stores keys and values; None if they stay as the model has them.
-
-    It is None too where nothing would read it: without an evaluation and an export.
-    """
+def resolve_kv(config: DictConfig, facts: ModelFacts) -> KvScheme | None:
+    """Return how the cache stores keys and values; None if they stay as the model has them."""
     bits, name = config.kv_bits, config.kv_format
     if name is not None:
         refuse_unknown("kv_format", name, FORMATS)
@@ -53,8 +51,13 @@ def resolve_kv(config: DictConfig, facts: ModelFacts, evaluation: Evaluation) ->
         raise IncompatibleError(f"kv_bits={scheme.bits}: no block of this model has a cache")
     if misfit := scheme.misfit(shape.head_dim):
         raise ConfigError(misfit)
+    return scheme
+
+
+def reads_cache(config: DictConfig, evaluation: Evaluation, budget: BitBudget | None) -> bool:
+    """Return True if a trial reads how the cache is stored: else it is no part of the trial."""
     measured = evaluation.texts or evaluation.tasks or config.export.name != "none"
-    return scheme if measured else None
+    return bool(measured) or (budget is not None and budget.context is not None)
 
 
 def cache_notice(kv: KvScheme | None, facts: ModelFacts) -> str | None:

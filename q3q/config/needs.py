@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from q3q.config.budget import asks_for_budget
 from q3q.config.judged import as_candidate, as_reference, is_judged
-from q3q.config.texts import data_folder, evaluated_texts
+from q3q.config.texts import absolute, data_folder, evaluated_texts
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed
 from q3q.data.questions import Library
 from q3q.data.repositories import DataSet
@@ -82,8 +82,7 @@ def needs_of(config: DictConfig) -> list[AnyNeed]:
         QuestionsNeed(repository, tuple(sorted(found, key=str)), folder)
         for repository, found in by_repository.items()
     ]
-    include = evaluation.include_path
-    own = None if include is None else Path(include).expanduser().absolute()
+    own = absolute(evaluation.include_path)
     needs += [TaskNeed(task, own, folder) for task in evaluation.tasks if task not in TASKS]
     return list(dict.fromkeys(needs))
 

@@ -19,12 +19,12 @@ from q3q.config.judged import (
     refuse_quantizing,
 )
 from q3q.config.known import not_a_setting
-from q3q.config.kv_cache import cache_notice, resolve_context, resolve_kv
+from q3q.config.kv_cache import cache_notice, reads_cache, resolve_context, resolve_kv
 from q3q.config.model import resolve_model
 from q3q.config.patterns import linears
 from q3q.config.schema import GROUPS, Config, refuse_unknown
 from q3q.config.schemes import check_ends, resolve_schemes
-from q3q.config.texts import data_folder, evaluated_texts
+from q3q.config.texts import absolute, data_folder, evaluated_texts
 from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
 from q3q.export.formats import FORMATS, refuse_unsupported, stored_scales
@@ -72,7 +72,8 @@ def trial_from(config: DictConfig) -> Trial:
     reference, home, original = resolve_model(of_text) if judged else (None, folder, facts)
     if reference is not None:
         refuse_other_shapes(model, facts, reference, original)
-    budget = resolve_budget(config, settings, folder, facts)
+    kv = resolve_kv(config, facts)
+    budget = resolve_budget(config, settings, folder, facts, kv)
     schemes, rules = resolve_schemes(config, settings, facts, budget)
     observes = (
         schemes is not None and settings.observes() and len(schemes.skip) < len(linears(facts))
@@ -92,7 +93,7 @@ def trial_from(config: DictConfig) -> Trial:
         skip=tuple(schemes.skip) if schemes else (),
         head_bits=config.head_bits,
         embedding_bits=config.embedding_bits,
-        kv=resolve_kv(config, facts, evaluation),
+        kv=kv if reads_cache(config, evaluation, budget) else None,
         reference=reference,
         rules=rules,
         budget=budget,
@@ -107,14 +108,14 @@ def trial_from(config: DictConfig) -> Trial:
         keep=config.keep,
         store=config.storage.rstrip("/") if is_url(config.storage) else None,
         model=folder,
-        calibration=resolved.file if resolved else _absolute(config.calibration.path),
+        calibration=resolved.file if resolved else absolute(config.calibration.path),
         parts=resolved.files if resolved else None,
-        evaluation=_absolute(config.evaluation.path),
+        evaluation=absolute(config.evaluation.path),
         texts=_own_texts(config.evaluation),
         data=data_folder(config),
         loader=loader,
         memory=memory,
-        tasks=_absolute(config.evaluation.include_path),
+        tasks=absolute(config.evaluation.include_path),
         context=resolve_context(config),
         reference=home if judged else None,
     )
@@ -127,12 +128,8 @@ def trial_from(config: DictConfig) -> Trial:
 
 def _own_texts(settings: DictConfig) -> dict[str, Path] | None:
     """Return the files of the texts that the user named, by name; None without any."""
-    named = {text.name: _absolute(text.path) for text in evaluated_texts(settings) if text.name}
+    named = {text.name: absolute(text.path) for text in evaluated_texts(settings) if text.name}
     return {name: path for name, path in named.items() if path is not None} or None
-
-
-def _absolute(path: str | None) -> Path | None:
-    return None if path is None else Path(path).expanduser().absolute()
 
 
 def _loading(
@@ -224,7 +221,7 @@ def _exported(
     assert spec.scheme is not None
     scheme = replace(spec.scheme, scales=stored_scales(name, spec.model.dtype, spec.scheme.format))
     trial = replace(trial, spec=replace(spec, export=name, scheme=scheme))
-    folder = _absolute(path) or default_path(trial.spec, str(folder_of(config.storage)))
+    folder = absolute(path) or default_path(trial.spec, str(folder_of(config.storage)))
     trial = trial.placed(export=folder)
     trial = trial.placed(command=command_of(trial))
     check_destination(trial, facts)

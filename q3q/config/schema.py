@@ -213,7 +213,8 @@ class BudgetConfig:
     """A budget of bits for the quantized linears, which is allotted by measured sensitivities.
 
     bits: the average of a weight, scales and zero points counted; bits=3.5 says the same
-    bytes: of the whole model, such as 4.2GB; budget=4.2GB says the same
+    bytes: of the whole model, such as 4.2GB, and with context= of its cache too; budget=4.2GB says
+        the same
     uniform: as many bytes as this width takes for all linears
     unit: what gets one width: linear, site (the linears that read one input) or block
     widths: bits that a unit may get

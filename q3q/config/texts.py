@@ -33,11 +33,13 @@ def opened(config: DictConfig, source: str, split: Split, path: str | None) -> T
     return open_text(source, split, path, config.data.path)
 
 
+def absolute(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser().absolute()
+
+
 def data_folder(config: DictConfig) -> Path | None:
-    if config.data.path is None:
-        return None
-    folder = Path(config.data.path).expanduser().absolute()
-    if not folder.is_dir():
+    folder = absolute(config.data.path)
+    if folder is not None and not folder.is_dir():
         raise ConfigError(f"data.path={config.data.path} is not a folder")
     return folder
 
@@ -82,8 +84,7 @@ def _encoder_of(folder: Path) -> Encode:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def encode(content: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(content, add_special_tokens=False).ids
-        return ids
+        return tokenizer.encode(content, add_special_tokens=False).ids
 
     return encode
 

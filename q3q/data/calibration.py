@@ -110,8 +110,7 @@ def as_read(text: Text, tokenizer: Any, *, answers: bool = False) -> tuple[Text,
     documents = rendered(text.documents, tokenizer, text.name, answers=answers)
 
     def encode(content: str) -> list[int]:
-        ids: list[int] = tokenizer(content, verbose=False, add_special_tokens=False)["input_ids"]
-        return ids
+        return tokenizer(content, verbose=False, add_special_tokens=False)["input_ids"]
 
     return replace(text, documents=documents, chat=False), encode
 

@@ -44,7 +44,6 @@ def rendered(
 
     Args:
         documents: as `conversations` returns them.
-        name: of the conversations, for messages.
         answers: end with what the template writes before an answer.
 
     Raises:
@@ -75,7 +74,6 @@ def refuse_template(template: str | None, name: str) -> None:
 
     Args:
         template: a tokenizer's; None or empty if it has none.
-        name: of the conversations.
 
     Raises:
         CalibrationError: it cannot be used.

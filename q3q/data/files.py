@@ -139,8 +139,7 @@ def _content(path: Path) -> bytes:
 
         codec = {".bz2": "bz2", ".gz": "gzip", ".lz4": "lz4", ".zst": "zstd"}[path.suffix.lower()]
         with path.open("rb") as file, pyarrow.input_stream(file, compression=codec) as stream:
-            content: bytes = stream.read()
-            return content
+            return stream.read()
     except IsADirectoryError as error:
         raise CalibrationError(f"{path} is a folder. Give a text file") from error
     except FileNotFoundError as error:

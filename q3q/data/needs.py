@@ -152,11 +152,7 @@ def fetch_weights(specs: Iterable[TrialSpec], say: Callable[[str], None]) -> Non
 
 
 def downloading(name: str, say: Callable[[str], None], clock: Callable[[], float]) -> Steps:
-    """Return what says how far a download is, in a line now and then.
-
-    Args:
-        name: of what is downloaded.
-    """
+    """Return what says how far a download is, in a line now and then."""
     last = -LINE_SECONDS
 
     def steps(done: int, total: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,7 @@ class TaskFiles:
         """Load a data set of a task's own files, each pinned.
 
         Args:
-            load: `datasets.load_dataset`.
             path: a reader's name (`json`), or a folder.
-            name: the data set's configuration.
-            options: `load`'s.
         """
         import datasets
 
@@ -87,7 +84,6 @@ def check_files(identities: Mapping[str, str], include: Path | None) -> None:
 
     Args:
         identities: of all the trial's data sets.
-        include: the folder with task files.
 
     Raises:
         ConfigError: one has changed, or is gone.
@@ -112,15 +108,11 @@ def files_digest(files: Sequence[Path]) -> str:
     return sha.hexdigest()
 
 
-def folder_digest(folder: Path, suffixes: Collection[str] | None = None) -> str:
-    """Return the SHA-256 (hex) of all files below a folder and their relative paths.
-
-    suffixes: of the files to read; None for all.
-    """
+def folder_digest(folder: Path) -> str:
+    """Return the SHA-256 (hex) of all files below a folder and their relative paths."""
     sha = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        counts = suffixes is None or path.suffix in suffixes
-        if counts and path.is_file() and "__pycache__" not in path.parts:
+        if path.is_file() and "__pycache__" not in path.parts:
             sha.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
             sha.update(path.read_bytes())
     return sha.hexdigest()

@@ -194,8 +194,7 @@ def _arrays(content: bytes, identity: Json) -> Arrays:
 def _metadata(content: bytes) -> Json:
     """Return the metadata of a safetensors file: its header is JSON behind its length."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    facts: Json = header["__metadata__"]
-    return facts
+    return header["__metadata__"]
 
 
 def _checksum(arrays: Mapping[str, "NDArray[Any]"], identity: Json) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from q3q.data.repositories import MMLU, REPOSITORIES, DataSet
 from q3q.errors import ConfigError, UnavailableError, first_line
-from q3q.models.hub import COMMIT, HUB_SECONDS, ask
+from q3q.models.hub import COMMIT, commit_of_data_set
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -21,13 +21,8 @@ def revision_of(dataset: DataSet, folder: Path | None, options: dict[str, Any]) 
     """
     if dataset.repository in REPOSITORIES:
         return REPOSITORIES[dataset.repository].commit
-    from huggingface_hub import HfApi
-
-    def newest() -> str | None:
-        return HfApi().dataset_info(dataset.repository, expand=["sha"], timeout=HUB_SECONDS).sha
-
     try:
-        sha = ask(newest)
+        sha = commit_of_data_set(dataset.repository)
     except Exception as error:  # the Hub client's or its HTTP library's
         commits = sorted({folder.name for folder in downloaded(dataset, options)})
         if len(commits) == 1:
@@ -53,17 +48,9 @@ def from_hub(
     if (cached := _from_cache(dataset, revision, options)) is not None:
         return cached
     try:
-        from huggingface_hub import HfApi
-
-        repository = dataset.repository
-        # Fails within seconds; `datasets` alone retries for minutes if the Hub does not answer.
-        ask(
-            lambda: HfApi().dataset_info(
-                repository, revision=revision, expand=["sha"], timeout=HUB_SECONDS
-            )
-        )
+        commit_of_data_set(dataset.repository, revision)  # does the Hub answer?
         builder = datasets.load_dataset_builder(
-            repository, dataset.name, revision=revision, **options
+            dataset.repository, dataset.name, revision=revision, **options
         )
         if builder.hash != revision and not options:
             raise ConfigError(

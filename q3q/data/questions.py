@@ -64,7 +64,6 @@ class Library:
         """Return a data set's identity, after checking that it loads and has its splits.
 
         Args:
-            dataset: the data set.
             options: options of `datasets.load_dataset`.
 
         Raises:
@@ -108,7 +107,6 @@ class Library:
         """Return a data set's splits.
 
         Args:
-            dataset: the data set.
             options: options of `datasets.load_dataset`.
 
         Raises:

@@ -20,7 +20,7 @@ from q3q.data.files import file_documents, name_of_file, parsed, text_of
 from q3q.errors import CalibrationError, UnavailableTextError, first_line
 from q3q.models.demo.library import calibration_text, held_out_text
 from q3q.models.demo.stories import stories
-from q3q.models.hub import HUB_SECONDS, ask
+from q3q.models.hub import commit_of_data_set
 
 Split = Literal["calibration", "evaluation"]
 # Seed and number of the demo's stories. The models were trained on seed 0, without held-out ones.
@@ -236,17 +236,12 @@ def _cached_file(source: str, split: Split) -> Path | None:
 
 def _from_hub(source: str, split: Split, data: Path | None, dry_run: bool = False) -> Any:
     """Download a text's file; return its path or, of a dry run, what is known of it."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     hub = _HUB[source]
     name, repository, revision = hub.files[split], hub.repository, hub.revision
     try:
-        # Fails within seconds; a download alone retries half a minute if the Hub does not answer.
-        ask(
-            lambda: HfApi().dataset_info(
-                repository, revision=revision, expand=["sha"], timeout=HUB_SECONDS
-            )
-        )
+        commit_of_data_set(repository, revision)  # does the Hub answer?
         return hf_hub_download(
             repository, name, repo_type="dataset", revision=revision, dry_run=dry_run
         )

@@ -72,8 +72,6 @@ def drawn_tokens(
     """Draw windows of tokens to calibrate on (or, from C4, the study's 256 to evaluate on).
 
     Args:
-        samples: number of windows.
-        length: tokens per window.
         draw: one of
             `first`: consecutive windows from the text's start, which other tools can read too.
             `random`: as GPTQ does (IST-DASLab/gptq, datautils.py): draw documents until one has
@@ -148,8 +146,6 @@ def consecutive_windows(
     """Cut tokens into windows without overlap; the tail is dropped, as in the papers' perplexity.
 
     Args:
-        ids: a text's tokens, [T].
-        window: tokens per window.
         limit: the most windows; all if None.
 
     Returns:

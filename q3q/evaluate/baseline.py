@@ -55,10 +55,6 @@ def kept_windows(
     """Return how many of a text's windows the drift is measured on.
 
     Args:
-        windows: N.
-        tokens: T.
-        hidden: the model's hidden size.
-        dtype: the model's.
         most: upper limit; if None, all where they take at most SMALL_BYTES, else FEW_WINDOWS.
     """
     if most is None:
@@ -229,7 +225,6 @@ def baseline_for(
     """Return the entry. Without an intact one, one process computes it and others wait.
 
     Args:
-        folder: where entries lie.
         model: the *unquantized* model; it runs only if the entry has to be computed.
         steps: receives the windows done and in all, also while waiting; may raise.
         fetch: may bring the entry of that key from elsewhere, before it is computed.

@@ -2,8 +2,8 @@
 
 Two trials that answer the same questions and read the same windows are compared question by
 question and window by window: a hard question is hard for both, and its difficulty cancels. Each
-score's key names its sample (`<task>/<doc id>/<hash of the document>`, or `window_scores`), so that
-only equal samples are compared.
+score's key names its sample (`<task>/<doc id>/<hash of the document>`, or `<digest of the
+windows>/<window>`), so that only equal samples are compared.
 
 The statistics treat samples as independent. Windows cut from one running text, or two from one
 document, are nearly so; intervals of a text that repeats itself are too narrow.
@@ -13,7 +13,7 @@ excludes zero then, and only then.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -59,10 +59,8 @@ def compare(
 
     Args:
         ours: the trial's score of each sample; all 0 or 1 if they tell right from wrong answers.
-        baseline: the baseline's score of each sample.
         ratio: the mean of the scores is the metric's logarithm.
         higher_is_better: None if unknown.
-        seed: the bootstrap's.
 
     Raises:
         IntegrityError: the two were not scored on the same samples, or on none.
@@ -76,11 +74,6 @@ def compare(
     return replace(found, ratio=ratio, higher_is_better=higher_is_better)
 
 
-def window_scores(digest: str, nll_N: Sequence[float]) -> dict[str, float]:
-    """Key each window's mean loss (nats per token); digest: `baseline.windows_digest`."""
-    return {f"{digest}/{row}": float(nll) for row, nll in enumerate(nll_N)}
-
-
 def estimate(scores: Scores) -> Estimate:
     """Return the mean of a metric's scores and its standard error, s / sqrt(n), s over n - 1."""
     values_N = numpy.array(list(scores.values()), dtype=numpy.float64)
@@ -89,23 +82,7 @@ def estimate(scores: Scores) -> Estimate:
     return Estimate(float(values_N.mean()) if n else math.nan, error, n)
 
 
-def group_mean(parts: Iterable[Estimate]) -> Estimate:
-    """Return a group's micro-average over all its tasks' samples, as MMLU's: sum n_k m_k / sum n_k.
-
-    The standard error is that of stratified sampling, sqrt(sum (n_k / n)^2 se_k^2) (Cochran,
-    Sampling Techniques, 1977, chapter 5, without the finite population term): the group's tasks are
-    fixed, not drawn.
-    """
-    parts = list(parts)
-    n = sum(part.n for part in parts)
-    if n == 0:
-        return Estimate(math.nan, math.nan, 0)
-    mean = sum(part.n * part.value for part in parts) / n
-    error = math.sqrt(sum((part.n / n * part.standard_error) ** 2 for part in parts))
-    return Estimate(mean, error, n)
-
-
-def quantile_interval(value_KP: Floats, share: float, *, seed: int = 0) -> tuple[float, float]:
+def quantile_interval(value_KP: Floats, share: float) -> tuple[float, float]:
     """Compute the 95 % interval of the `share` quantile of K windows' values; nan if K is 1.
 
     The percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section
@@ -119,7 +96,7 @@ def quantile_interval(value_KP: Floats, share: float, *, seed: int = 0) -> tuple
     value_M, window_M = value_KP.ravel()[order], order // length
     rank = share * (count * length - 1)
     below = int(rank)
-    dice = numpy.random.default_rng(seed)
+    dice = numpy.random.default_rng(0)
     quantile_R = numpy.empty(QUANTILE_RESAMPLES)
     for r in range(QUANTILE_RESAMPLES):
         times_K = numpy.bincount(dice.integers(count, size=count), minlength=count)

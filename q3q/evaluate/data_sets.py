@@ -35,7 +35,6 @@ def resolve_data_sets(
     Args:
         shots: examples in the prompt, by task.
         limits: most questions, by task.
-        include: a folder with task files.
         most: tokens of a generated text; None for the task's own number.
         window: the model's window in tokens.
         downloads: download the study's data sets that are not here, and look at them; else take

@@ -54,8 +54,7 @@ class LineEncoder:
             self._lines |= {line: encoding.ids for line, encoding in encodings}
 
     def _encode(self, text: str, **options: Any) -> list[int]:
-        ids: list[int] = self._tokenizer(text, verbose=False, **options)["input_ids"]
-        return ids
+        return self._tokenizer(text, verbose=False, **options)["input_ids"]
 
 
 def cuts_at_lines(tokenizer: Any) -> bool:

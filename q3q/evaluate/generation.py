@@ -65,7 +65,6 @@ def cache_bytes(device: str, spare: int | None, ahead: int) -> int:
     half is set aside for that batch.
 
     Args:
-        device: the device's type.
         spare: bytes free beyond the model, None if unknown.
         ahead: bytes of a batch's keys and values, and of its rows' states.
     """

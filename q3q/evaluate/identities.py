@@ -1,10 +1,12 @@
-"""What a spec says of the input that its trials prepare: windows, and requests of tasks.
+"""What specs say of the input that trials prepare, and of whether their numbers compare.
 
 A prepared file's identity (`data/prepared`) says all of that and more: the tokenizer, and what is
 known only once tasks are loaded.
 """
 
+import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 from q3q.data.calibration import drawn_identities
 from q3q.data.windows import evaluation_identity
@@ -47,3 +49,10 @@ def requests_identity(evaluation: Evaluation, batch: Batch, seed: int) -> Json:
         "seed": seed if draws_shots(refs) else None,
         "evaluation": evaluation.version,
     }
+
+
+def conditions_of(spec: TrialSpec) -> str:
+    """Return what two trials must share for their numbers to be compared."""
+    # Drift is measured beside the other metrics and changes none of them.
+    evaluation = replace(spec.evaluation, drift=None)
+    return json.dumps([spec.model.identity, evaluation.to_json()], sort_keys=True)

@@ -25,7 +25,6 @@ def check_weights(
     Goes block by block, so that neither the model nor its codes need be in memory at once.
 
     Args:
-        model: the decoder as evaluated.
         quantized: each block's codes by weight name; empty for an unquantized model.
         ends: codes of `embedding` and `head`, if these were quantized.
         skip: linears (`blocks.0.mlp.down_proj`) that were left out on purpose.

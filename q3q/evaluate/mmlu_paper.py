@@ -71,7 +71,6 @@ def study_questions(
     """Return the questions, encoded; from a shelf that has them, no data set is read.
 
     Args:
-        library: has the data sets.
         choose: chooses each subject's questions, the same as for lm-eval's task.
         shelf: where they are kept; None to encode them anew.
         identity, wait: see `data.prepared.prepared`.
@@ -135,7 +134,8 @@ def _encoded(tokenizer: Any, library: Library, choose: Choose) -> Questions:
             questions.append(
                 Question(number, ids, row["answer"], _hash(facts), _hash(ids.tolist()))
             )
-    return Questions(questions, answer_tokens(encode))
+    # The letters' tokens as the script takes them: each letter's last, encoded alone.
+    return Questions(questions, [encode(letter)[-1] for letter in LETTERS])
 
 
 def _packed(asked: Questions) -> "Arrays":
@@ -189,11 +189,6 @@ def fitting_prompt(
         if len(ids) <= LONGEST:
             break
     return ids
-
-
-def answer_tokens(encode: Encode) -> list[int]:
-    """Return the letters' tokens as the script takes them: each letter's last, encoded alone."""
-    return [encode(letter)[-1] for letter in LETTERS]
 
 
 def _as_text(row: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ DISCORDANCE = 0.1
 
 
 def smallest_difference(
-    questions: float, discordance: float, *, level: float = LEVEL, power: float = POWER
+    questions: float, discordance: float, *, level: float = LEVEL
 ) -> float | None:
     """Return the smallest difference of two accuracies that a paired test finds with this power.
 
@@ -35,29 +35,13 @@ def smallest_difference(
     if not (questions > 0 and 0 <= discordance <= 1):
         raise ValueError(f"questions={questions} and discordance={discordance} are impossible")
     normal = NormalDist()
-    a, b = normal.inv_cdf(1 - level / 2), normal.inv_cdf(power)
+    a, b = normal.inv_cdf(1 - level / 2), normal.inv_cdf(POWER)
     if questions + b**2 <= a**2:
         return None
     first = a * math.sqrt(discordance * questions)
     rest = b * math.sqrt(discordance * (questions + b**2 - a**2))
     found = (first + rest) / (questions + b**2)
     return found if 0 < found <= discordance else None
-
-
-def questions_needed(
-    difference: float, discordance: float, *, level: float = LEVEL, power: float = POWER
-) -> int:
-    """Return how many questions find this difference of two accuracies (Connor, 1987).
-
-    Raises:
-        ValueError: the difference is not between zero and the discordance.
-    """
-    if not 0 < difference <= discordance <= 1:
-        raise ValueError(f"a difference of {difference} needs a discordance of at least as much")
-    normal = NormalDist()
-    a, b = normal.inv_cdf(1 - level / 2), normal.inv_cdf(power)
-    root = a * math.sqrt(discordance) + b * math.sqrt(discordance - difference**2)
-    return math.ceil((root / difference) ** 2)
 
 
 def effective_questions(questions: Sequence[int]) -> float:

@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from q3q.evaluate.branches import Branches, Span
-from q3q.models.attention import AttentionSlice, TreeAttention, VarlenLayout, VarlenSlice
+from q3q.models.attention import AttentionSlice, TreeAttention, VarlenSlice
 from q3q.models.cache import NOTHING, Past
 from q3q.models.flow import Flow
-from q3q.models.transfer import to_device
+from q3q.models.softmax import VarlenLayout
+from q3q.models.transfer import moved
 
 Ids = NDArray[np.int32]
 Positions = NDArray[np.int64]
@@ -90,11 +91,7 @@ class TreeBatch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "TreeBatch":
         """Return the batch on the model's device, its biases in the model's dtype."""
-        own = [part.to(device, dtype) for part in self.own]
-        shared = [part.to(device, dtype) for part in self.shared]
-        depth_T, path_index = to_device(self.depth_T, device), to_device(self.path_index, device)
-        flow = self.flow and self.flow.to(device)
-        return TreeBatch(self.first, self.stop, own, shared, depth_T, path_index, flow)
+        return moved(self, device, dtype)
 
 
 @dataclass

@@ -6,7 +6,6 @@ from another trial's.
 
 import hashlib
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +95,7 @@ def write_samples(path: Path, rows: Sequence[Json]) -> str:
 def read_samples(
     path: Path, columns: list[str] | None = None, digest: str | None = None
 ) -> list[Json]:
-    """Read rows that `write_samples` wrote, whose values `value_of` returns.
+    """Read rows that `write_samples` wrote.
 
     Args:
         columns: those to read (`SCORED` is enough for `measured`); None for all.
@@ -120,7 +119,6 @@ def damaged_files(files: Mapping[str, str | None], folder: Path) -> dict[str, st
 
     Args:
         files: a record's; each with its SHA-256 (hex).
-        folder: where they lie.
 
     Of a file whose digest an older version did not note, only what no reader can read is found.
     """
@@ -186,16 +184,6 @@ def _unreadable(path: Path, error: Exception) -> IntegrityError:
     return IntegrityError(f"{path} cannot be read: {words}")
 
 
-def value_of(row: Json, metric: str) -> Any:
-    """Return a metric's value for a sample, as lm-eval had it (a tuple as a list).
-
-    Raises:
-        KeyError: the sample has none.
-    """
-    values: Mapping[str, str] = row.get("values") or {}
-    return json.loads(values[metric]) if metric in values else row["scores"][metric]
-
-
 def measured(rows: Sequence[Json], quick: bool) -> MetricScores:
     """Return scores by metric, as `compare` takes them; a group has the samples of all its tasks.
 
@@ -227,8 +215,6 @@ def comparisons(
     A metric is compared if its numbers follow from its samples on both sides, see `explained`.
 
     Args:
-        ours: the trial's scores.
-        baseline: the baseline's.
         numbers: both sides' metrics, nan where they are not finite.
         higher_is_better: of each metric, where that is known.
 
@@ -263,7 +249,6 @@ def explained(scores: Mapping[str, float], number: float) -> dict[bool, Mapping[
     for lm-eval's `perplexity`; these are turned into losses.
 
     Args:
-        scores: of each sample.
         number: the metric; nan if it is not finite.
     """
     mean = math.fsum(scores.values()) / len(scores)

@@ -60,7 +60,6 @@ def score_batch(
     """Score a batch of tasks; its metrics have the record's names (see `task_metric`).
 
     Args:
-        include: a folder with task files.
         journal: folder of the scores so far.
         identity: the model's, and of all that was done to it.
         shelf: where encoded requests are kept; None to build them anew.

@@ -68,8 +68,7 @@ class CompressedTensorsExporter(PackingExporter):
             quantization_status="compressed",
             ignore=ignored,
         )
-        section: Json = json.loads(config.model_dump_json())
-        return section
+        return json.loads(config.model_dump_json())
 
 
 def _module(name: str) -> str:

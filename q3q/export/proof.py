@@ -181,7 +181,7 @@ def run(model: Decoder, *, rounded: bool) -> Run:
         wide = block.with_weights({name: weight.float() for name, weight in block.weights.items()})
         wide.kv = None  # loaders round a cache only when they serve
         if not rounded:
-            wide.act_bits, wide.own_rounding = None, {}
+            wide.rounding, wide.own_rounding = None, {}
         states.append(x_BTH.cpu())
         x_BTH = _observed(wide, k, x_BTH, rope, readings)
         before_BTH = states[-1].to(x_BTH.device)
@@ -202,8 +202,7 @@ def _observed(
         try:
             site, inputs = next(stages)
         except StopIteration as end:
-            output: Tensor = end.value
-            return output
+            return end.value
         if inputs.all_TI is not None:
             readings[f"blocks.{k}.{site.name}"] = Reading.of(inputs.all_TI)
 

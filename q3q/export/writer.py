@@ -115,7 +115,6 @@ class Exporter(ABC):
         """Return one quantized linear's tensors by their names on disk.
 
         Args:
-            layout: the linear's layout, None for plain numbers.
             name: the linear's name on disk, `model.layers.0.mlp.up_proj.weight`.
             weight: its codes and scales, [1, O, I].
         """
@@ -133,7 +132,6 @@ class Exporter(ABC):
 
         Args:
             names: each tensor's shard.
-            size: bytes of all tensors.
         """
         index = {"metadata": {"total_size": size}, "weight_map": names}
         return {"model.safetensors.index.json": json.dumps(index, indent=1).encode()}
@@ -178,9 +176,6 @@ class Exporter(ABC):
         """Write the tensors outside the blocks and the checkpoint's other files; return the index.
 
         It is empty for a format that has one file.
-
-        Args:
-            model: the model as evaluated.
         """
         with self._timed():
             if not self.finished:
@@ -202,8 +197,7 @@ class Exporter(ABC):
             file = self.folder / "model.safetensors.index.json"
             if not file.is_file():  # the format has one file of its own
                 return {}
-            index: Json = json.loads(file.read_text(encoding="utf-8"))
-            return index
+            return json.loads(file.read_text(encoding="utf-8"))
 
     def publish(self, card: str) -> None:
         """Write the card and the final marker, and give the proved folder its final name."""
@@ -406,11 +400,7 @@ def _float_misfit(weight: FloatWeight, layout: Layout) -> str | None:
 
 
 def _of_one_expert(weight: StoredWeight, expert: int) -> StoredWeight:
-    if weight.shape[0] == 1:
-        return weight
-    tensors = {name: tensor[expert : expert + 1] for name, tensor in weight.to_tensors().items()}
-    part: StoredWeight = type(weight).from_tensors(tensors, weight.facts())  # type: ignore[attr-defined]
-    return part
+    return weight if weight.shape[0] == 1 else weight.experts(expert, expert + 1)
 
 
 def _checksum(block: "QuantizedBlock") -> str:

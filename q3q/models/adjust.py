@@ -65,9 +65,7 @@ class RoundedInputs:
     otherwise: Mapping[str, InputRounding | None] = field(default_factory=dict)
 
     def __call__(self, k: int, block: Block) -> None:
-        usual = self.rounding or InputRounding(0)
-        block.act_bits = None if self.rounding is None else self.rounding.bits
-        block.act_format, block.act_group_size = usual.format, usual.group_size
+        block.rounding = self.rounding
         own = {
             site.name: self.otherwise[full]
             for site in block.sites

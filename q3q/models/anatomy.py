@@ -7,9 +7,9 @@ the block's function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +60,13 @@ class ScaleGroup:
         others = (name for s in self.also for name in (*s.weights, *s.unquantized))
         return tuple(dict.fromkeys((*own, *others)))
 
+    def over_repeats(self, values_EI: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+        """Reduce over the inputs that repeat one of the producer's outputs, for each of them."""
+        if self.repeat == 1:
+            return values_EI
+        values_EKRD = values_EI.unflatten(1, (-1, self.repeat, self.head_dim))
+        return reduce(values_EKRD, 2, keepdim=True).expand_as(values_EKRD).flatten(1)
+
 
 @dataclass(frozen=True)
 class SiteInput:
@@ -90,6 +97,31 @@ class SiteInput:
     def shared(self) -> bool:
         """True if all experts read one and the same tensor."""
         return self.all_TI is not None and all(tokens is self.all_TI for tokens in self.experts)
+
+
+class Computed(Sequence["Tensor"]):
+    """Tensors that are computed when they are read, as all at once would not fit.
+
+    Args:
+        read: returns the tensor of an index.
+    """
+
+    def __init__(self, indices: Sequence[int], read: Callable[[int], Tensor]) -> None:
+        self._indices, self._read = indices, read
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Computed: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Computed:
+        if isinstance(index, slice):
+            return Computed(self._indices[index], self._read)
+        return self._read(self._indices[index])
 
 
 def bias_of(weight: str) -> str:

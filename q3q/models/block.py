@@ -9,6 +9,7 @@ Shapes: B windows, T tokens of one window, H hidden, N query heads, K key-value 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from q3q.models.attention import CAUSAL, Attention
 from q3q.models.family import ModelFacts
 from q3q.models.kv_cache import KvRounding
 from q3q.models.rope import frequencies
-from q3q.number_formats import FLOATS, INT
+from q3q.number_formats import FLOATS
 from q3q.numerics.floats import floats_per_token
 from q3q.numerics.grid import absmax_per_token
 from q3q.numerics.kernels.norm import rms_norm
@@ -81,10 +82,9 @@ class Block:
     `stages` yields each site with its input, and reads the site's weights only after that. A caller
     that quantizes them between two stages gets sequential quantization from one forward pass.
 
-    act_bits: bits to which every site's input is fake-quantized per token; None for no rounding.
-    act_format, act_group_size: the format of these bits, and the channels that share a scale.
+    rounding: how every site's input is fake-quantized per token; None for no rounding.
     own_rounding: by site, how its input is rounded where the above does not say it; it takes
-        their place.
+        its place.
     unrounded: names of sites whose input is never rounded, because their weights are unquantized,
         and of weights that stay unquantized beside others of their site (`Site.apart`).
     kv: how the cache stores keys and values that tokens attend to; None: as they are.
@@ -92,13 +92,10 @@ class Block:
         the experts that the router picks. The block's output always follows the router.
     """
 
-    def __init__(
-        self, facts: ModelFacts, layer: int, weights: Weights, act_bits: int | None = None
-    ) -> None:
+    def __init__(self, facts: ModelFacts, layer: int, weights: Weights) -> None:
         self.facts, self.layer = facts, layer
         self.weights = dict(weights)
-        self.act_bits = act_bits
-        self.act_format, self.act_group_size = INT, -1
+        self.rounding: InputRounding | None = None
         self.own_rounding: Mapping[str, InputRounding] = {}
         self.unrounded: frozenset[str] = frozenset()
         self.every_expert = False
@@ -107,19 +104,9 @@ class Block:
 
     def with_weights(self, changed: Weights) -> Block:
         """Return a copy of the block with some weights replaced."""
-        block = Block(self.facts, self.layer, {**self.weights, **changed}, self.act_bits)
-        block.unrounded, block.every_expert = self.unrounded, self.every_expert
-        block.act_format, block.act_group_size = self.act_format, self.act_group_size
-        block.own_rounding = self.own_rounding
-        block.kv = self.kv
+        block = copy(self)
+        block.weights = {**self.weights, **changed}
         return block
-
-    @property
-    def rounding(self) -> InputRounding | None:
-        """How the input of a site is rounded that has no rounding of its own."""
-        if self.act_bits is None:
-            return None
-        return InputRounding(self.act_bits, self.act_format, self.act_group_size)
 
     def __call__(self, x_BTH: Tensor, rope: Turns, attention: Attention = CAUSAL) -> Tensor:
         return finish(self.stages(x_BTH, rope, attention))
@@ -157,11 +144,9 @@ class Block:
         """Return a site's input as its linears read it, fake-quantized if the block rounds it."""
         if (stored := self.own_rounding.get(site.name)) is not None:
             return rounded_as(inputs, stored)
-        if self.act_bits is None or site.name in self.unrounded:
+        if self.rounding is None or site.name in self.unrounded:
             return inputs
-        if self.act_format != INT:
-            return floats_per_token(inputs, FLOATS[self.act_format], self.act_group_size)
-        return absmax_per_token(inputs, self.act_bits, self.act_group_size)
+        return rounded_as(inputs, self.rounding)
 
     def attend(
         self, query_BTND: Tensor, key_BTKD: Tensor, value_BTKD: Tensor, rope: Turns, see: Attention
@@ -208,7 +193,7 @@ class Block:
 
 
 def rounded_as(inputs: Tensor, rounding: InputRounding) -> Tensor:
-    """Return a site's input rounded in a way of its own, or as its checkpoint's loader does it."""
+    """Return a site's input rounded by scales of its own, or as its checkpoint's loader does it."""
     form, number = FLOATS.get(rounding.format), rounding.number
     if rounding.scales == "outliers":
         return ints_but_outliers(inputs, rounding.bits)
@@ -229,5 +214,4 @@ def finish(stages: Stages) -> Tensor:
         try:
             next(stages)
         except StopIteration as end:
-            value: Tensor = end.value
-            return value
+            return end.value

@@ -216,7 +216,6 @@ class Checkpoint:
         transformers 5 has them in memory). Packed weights come as numbers, in config.json's dtype.
 
         Args:
-            k: 0 to layers - 1.
             dtype: convert to this; None leaves the stored one.
             names: of the weights to read; None for all.
         """

@@ -26,10 +26,6 @@ class Values:
         """Return the values with `defaults` for keys that the file does not have."""
         return replace(self, config={**defaults, **self.config})
 
-    def with_values(self, fixed: Mapping[str, Any]) -> "Values":
-        """Return the values with `fixed` in place of what the file says."""
-        return replace(self, config={**self.config, **fixed})
-
     def count(self, key: str, default: int | None = None, most: int = MOST) -> int:
         value = self._given(key, default)
         if type(value) is not int or not 1 <= value <= most:

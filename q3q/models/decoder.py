@@ -14,12 +14,13 @@ from torch.nn.functional import linear
 
 from q3q.errors import NumericsError
 from q3q.kv_scheme import FIXED
-from q3q.models.attention import CAUSAL, Attention, supports_varlen
+from q3q.models.attention import CAUSAL, Attention
 from q3q.models.block import Block, Rope
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.disk_names import names_on_disk
 from q3q.models.facts import ModelFacts
 from q3q.models.kv_cache import KvRounding
+from q3q.models.softmax import supports_varlen
 from q3q.models.spool import Spool
 from q3q.models.transfer import to_device
 from q3q.numerics.kernels.compiler import has_fused
@@ -371,8 +372,7 @@ def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Blo
     block.unrounded = frozenset(apart | {site for site, one in found.items() if one is None})
     kinds = {one for one in found.values() if one is not None}
     if len(kinds) == 1 and (kind := next(iter(kinds))).scales == "dynamic":
-        block.act_bits = kind.bits
-        block.act_format, block.act_group_size = kind.format, kind.group_size
+        block.rounding = kind
     else:
         block.own_rounding = {site: one for site, one in found.items() if one is not None}
     return block

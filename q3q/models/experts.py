@@ -6,7 +6,6 @@ tokens share.
 """
 
 from collections.abc import Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from q3q.models.anatomy import (
     EXPERT_GATE_UP,
     SHARED_DOWN,
     SHARED_GATE_UP,
+    Computed,
     Site,
     SiteInput,
 )
@@ -51,7 +51,7 @@ def routed_stages(block: Block, normed_BTH: Tensor, site: Site = EXPERT_GATE_UP)
     del inputs, shown, rounded_RH
     down_inputs: Sequence[Tensor] = GroupedRows(gated_RI, groups)
     if block.every_expert:
-        down_inputs = EveryExpert(block.round_inputs(site, tokens_TH), gate, up)
+        down_inputs = every_expert(block.round_inputs(site, tokens_TH), gate, up)
     yield EXPERT_DOWN, SiteInput(None, down_inputs, unrouted=block.every_expert)
     del down_inputs
     down = weights["mlp.experts.down_proj.weight"]
@@ -94,26 +94,11 @@ def _summed(part_RH: Tensor, reading_R: Tensor, top_k: int) -> Tensor:
     return summed_TH
 
 
-class EveryExpert(Sequence[Tensor]):
-    """Each expert's input of down if all tokens went to it.
+def every_expert(tokens_TH: Tensor, gate_EIH: Tensor, up_EIH: Tensor) -> Sequence[Tensor]:
+    """Return each expert's input of down if all tokens went to it."""
 
-    An entry is computed when it is read, as all at once would not fit.
-    """
+    def gated(expert: int) -> Tensor:
+        gated_TI = silu(linear(tokens_TH, gate_EIH[expert]), inplace=True)
+        return gated_TI.mul_(linear(tokens_TH, up_EIH[expert]))
 
-    def __init__(self, tokens_TH: Tensor, gate_EIH: Tensor, up_EIH: Tensor) -> None:
-        self._tokens, self._gate, self._up = tokens_TH, gate_EIH, up_EIH
-
-    def __len__(self) -> int:
-        return len(self._gate)
-
-    @overload
-    def __getitem__(self, expert: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, expert: slice) -> "EveryExpert": ...
-
-    def __getitem__(self, expert: int | slice) -> "Tensor | EveryExpert":
-        if isinstance(expert, slice):
-            return EveryExpert(self._tokens, self._gate[expert], self._up[expert])
-        gated_TI = silu(linear(self._tokens, self._gate[expert]), inplace=True)
-        return gated_TI.mul_(linear(self._tokens, self._up[expert]))
+    return Computed(range(len(gate_EIH)), gated)

@@ -10,11 +10,9 @@ are kept of them, P states on the path from the root, X and Y numbers a token.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from q3q.models.recurrence import Recurrence, State, join, select
-from q3q.models.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,6 @@ class Rows:
     real_T: Tensor | None
     begin_S: Tensor | None
     keep_K: Tensor | None
-
-    def to(self, device: torch.device) -> "Rows":
-        others = self.lengths_S, self.real_T, self.begin_S, self.keep_K
-        return Rows(to_device(self.token_SW, device), *(_to(one, device) for one in others))
 
     def run(
         self, recurrence: Recurrence, inputs_TX: Tensor, before: State | None
@@ -63,10 +57,6 @@ class Level:
     onward_K: Tensor | None
     ends_K: Tensor | None
 
-    def to(self, device: torch.device) -> "Level":
-        calls = [rows.to(device) for rows in self.calls]
-        return Level(calls, _to(self.onward_K, device), _to(self.ends_K, device))
-
 
 @dataclass(frozen=True)
 class Part:
@@ -80,19 +70,12 @@ class Part:
     stay_P: Tensor | None
     order_K: Tensor | None
 
-    def to(self, device: torch.device) -> "Part":
-        levels = [level.to(device) for level in self.levels]
-        return Part(levels, _to(self.stay_P, device), _to(self.order_K, device))
-
 
 @dataclass(frozen=True)
 class Flow:
     """How a recurrence goes through a batch."""
 
     parts: Sequence[Part]
-
-    def to(self, device: torch.device) -> "Flow":
-        return Flow([part.to(device) for part in self.parts])
 
     def run(
         self, recurrence: Recurrence, inputs_TX: Tensor, path: State | None
@@ -135,7 +118,3 @@ def _some(states: State | None, index_K: Tensor | None) -> list[State]:
         return []
     assert states is not None
     return [select(states, index_K)]
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else to_device(tensor, device)

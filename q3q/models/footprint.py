@@ -81,7 +81,6 @@ def need(
     not.
 
     Args:
-        dtype: the dtype that the model runs in.
         method: None to evaluate the model as it is.
         loader: one of `LOADERS`.
         ranks: number of ranks that share a sharded model.

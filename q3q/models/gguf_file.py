@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,14 +73,6 @@ class GgufModel:
         """The types of tensors that do not hold plain numbers, `Q4_K, Q6_K`; None if all do."""
         types = sorted({tensor.type for tensor in self.tensors.values()} - {*PLAIN})
         return ", ".join(types) or None
-
-    @property
-    def bits_by_type(self) -> dict[str, int]:
-        """The bits of all tensors of each type."""
-        bits: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            bits[tensor.type] += tensor.bits
-        return dict(bits)
 
 
 def gguf_of(source: Path) -> Path | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from q3q.errors import CheckpointError
-from q3q.models.tensor_files import Shape
+from q3q.models.tensor_files import Shape, damaged
 
 # llama.cpp's word for an architecture -> config.json's `model_type`.
 ARCHITECTURES = {
@@ -95,7 +95,7 @@ def _read_one(path: Path) -> GgufHeader:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (struct.error, UnicodeDecodeError, OverflowError, MemoryError) as error:
-        raise _damaged(path, "its head ends too early, or makes no sense") from error
+        raise damaged(path, "its head ends too early, or makes no sense") from error
 
 
 class _Head:
@@ -116,14 +116,14 @@ class _Head:
         listed = [self._entry() for _ in range(tensors)]
         alignment = table.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
-            raise _damaged(self.path, f"its alignment is {alignment!r}")
+            raise damaged(self.path, f"its alignment is {alignment!r}")
         data = -(-self.position // alignment) * alignment
         entries = {
             name: GgufEntry(self.path, kind, shape, data + offset)
             for name, kind, shape, offset in listed
         }
         if len(entries) < len(listed):
-            raise _damaged(self.path, "it lists a tensor twice")
+            raise damaged(self.path, "it lists a tensor twice")
         return GgufHeader((self.path,), table, entries)
 
     def _take(self, form: str) -> tuple[int, ...]:
@@ -154,14 +154,14 @@ class _Head:
             )
             return [one() for _ in range(count)]
         if kind not in _NUMBERS:
-            raise _damaged(self.path, f"a value is of the unknown type {kind}")
+            raise damaged(self.path, f"a value is of the unknown type {kind}")
         return self._take(_NUMBERS[kind])[0]
 
     def _entry(self) -> tuple[str, int, Shape, int]:
         name = self._string()
         (axes,) = self._take("I")
         if axes > _MOST_AXES:
-            raise _damaged(self.path, f"{name} has {axes} axes")
+            raise damaged(self.path, f"{name} has {axes} axes")
         fastest_first = self._take(f"{axes}Q")
         kind, offset = self._take("IQ")
         return name, kind, tuple(reversed(fastest_first)), offset
@@ -185,14 +185,10 @@ def stored_size(entry: GgufEntry, name: str) -> tuple[str, int]:
             "not know: pip install -U gguf, if a newer version does"
         ) from error
     if not entry.shape or entry.shape[-1] % block:
-        raise _damaged(
+        raise damaged(
             entry.file, f"{name} of shape {list(entry.shape)} has no whole blocks of {kind.name}"
         )
     count = math.prod(entry.shape) // block * size
     if (end := entry.start + count) > (there := entry.file.stat().st_size):
-        raise _damaged(entry.file, f"it has {there} bytes, and {name} ends at {end}")
+        raise damaged(entry.file, f"it has {there} bytes, and {name} ends at {end}")
     return kind.name, count
-
-
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"{path} is damaged: {reason}. Download or copy it again")

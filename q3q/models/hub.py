@@ -133,6 +133,17 @@ def ask(question: Callable[[], T]) -> T:
         raise
 
 
+def commit_of_data_set(repository: str, revision: str | None = None) -> str | None:
+    """Ask the Hub which commit a data set has now, or at a revision.
+
+    It fails within seconds, where a download would try again for half a minute or longer.
+    """
+    from huggingface_hub import HfApi
+
+    info = HfApi().dataset_info
+    return ask(lambda: info(repository, revision=revision, expand=["sha"], timeout=HUB_SECONDS)).sha
+
+
 def resolve_revision(source: str, revision: str | None = None) -> str:
     """Return the commit that a Hub id means now, without downloading weights.
 

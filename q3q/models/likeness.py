@@ -74,9 +74,6 @@ def compare_weights(
 ) -> Likeness:
     """Compare all matrices, one at a time, as they are in memory.
 
-    Args:
-        steps: receives the blocks done and in all.
-
     Raises:
         CheckpointError: scales are no numbers, or zero.
     """

@@ -77,7 +77,6 @@ class Layout(ABC):
         """Return the input's scale, or its factor, from the stored number."""
         return stored
 
-    @abstractmethod
     def pack(
         self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
     ) -> dict[str, Tensor]:
@@ -86,6 +85,7 @@ class Layout(ABC):
         Args:
             group_I: each column's group; None if groups are runs of neighbours.
         """
+        raise NotImplementedError(f"q3q does not write {type(self).__name__}")
 
     @abstractmethod
     def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:

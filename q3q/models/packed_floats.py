@@ -53,11 +53,6 @@ class FloatLayout(Layout):
         groups = 1 if self.group_size == -1 else -(-columns // self.group_size)
         return -(-rows // self.group_rows), groups
 
-    def pack(
-        self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
-    ) -> dict[str, Tensor]:
-        raise NotImplementedError("floats have no zero points: see `pack_floats`")
-
     def pack_floats(
         self, codes_OI: Tensor, scale_OG: Tensor, factor: Tensor | None
     ) -> dict[str, Tensor]:

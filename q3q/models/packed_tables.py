@@ -56,11 +56,6 @@ class TableCodes(Layout):
             parts["weight.nested_quant_map"] = (("F32",), (256,))
         return parts
 
-    def pack(
-        self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
-    ) -> dict[str, Tensor]:
-        raise NotImplementedError("q3q does not write bitsandbytes' files")
-
     def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         import torch
 
@@ -105,11 +100,6 @@ class Int8Rows(Layout):
 
     def parts(self, rows: int, columns: int) -> dict[str, Part]:
         return {"weight": (("I8",), (rows, columns)), "SCB": (("F32",), (rows,))}
-
-    def pack(
-        self, codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor | None
-    ) -> dict[str, Tensor]:
-        raise NotImplementedError("q3q does not write bitsandbytes' files")
 
     def unpack(self, parts: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         return parts["weight"].float() * (parts["SCB"] / 127)[:, None]

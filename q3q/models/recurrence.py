@@ -29,7 +29,6 @@ class Recurrence(Protocol):
             lengths_B: each row's number of tokens, at least 1; what lies behind them is padding,
                 which changes no state and whose outputs mean nothing. None: all T.
         """
-        ...
 
 
 def select(tensors: Tensors, rows_R: Tensor) -> Tensors:

@@ -89,8 +89,7 @@ class ShardedBlocks:
         return (self[k] for k in range(len(self)))
 
     def __getitem__(self, k: int) -> Block:
-        block: Block = self._model.gather_block(range(len(self))[k])
-        return block
+        return self._model.gather_block(range(len(self))[k])
 
     def exchange(self, k: int, source: Source) -> None:
         self._model.exchange_block(range(len(self))[k], source=source)
@@ -141,8 +140,7 @@ class ShardedDecoder(Decoder):
     @property
     def embedding_VH(self) -> Tensor:  # type: ignore[override]
         """Return the complete embedding, gathered at each access."""
-        embedding: Tensor = self.gather_end("embedding")
-        return embedding
+        return self.gather_end("embedding")
 
     @property
     def head_VH(self) -> Tensor:  # type: ignore[override]
@@ -170,18 +168,11 @@ class ShardedDecoder(Decoder):
 
     def original_head(self) -> Tensor:
         """Return the head as it was loaded, even if it was replaced since."""
-        head: Tensor = self.gather_end("original head")
-        return head
-
-    def parameter_bytes(self) -> int:
-        """Return the bytes of parameters that this rank keeps."""
-        shares = [parameter for share in self._shares.values() for parameter in share.values()]
-        return self._norm_H.nbytes + sum(parameter.ds_tensor.nbytes for parameter in shares)  # type: ignore[attr-defined]
+        return self.gather_end("original head")
 
     def copy(self) -> "ShardedDecoder":
         """Return a copy that shares all parameters until replaced; for rank 0, working alone."""
-        copied: ShardedDecoder = self.make_copy(next(_NUMBERS))
-        return copied
+        return self.make_copy(next(_NUMBERS))
 
     def states(
         self,
@@ -301,7 +292,7 @@ class ShardedDecoder(Decoder):
                 numbers_N = convert_weight(read(), name, self._dtype, self._device)
             except (NumericsError, CheckpointError) as error:  # told once all ranks have loaded
                 faults.append(error)
-            return self._own_share(shape, numbers_N)
+            return self._divided(shape, numbers_N, _without_broadcast())
 
         ends = {"embedding": Checkpoint.embedding}
         if not facts.tied:
@@ -336,10 +327,6 @@ class ShardedDecoder(Decoder):
 
         with exchanging():
             return self._divided(shape, weight, deepspeed.zero.Init)
-
-    def _own_share(self, shape: Sequence[int], numbers_N: Tensor | None) -> Parameter:
-        """Return this rank's share of a weight, which are these numbers."""
-        return self._divided(shape, numbers_N, _without_broadcast())
 
     def _divided(
         self, shape: Sequence[int], numbers: Tensor | None, init: Callable[..., object]

@@ -52,9 +52,6 @@ class _MainMemory:
 
     Torch pins memory in powers of two, so a piece of its own for each tensor could take twice as
     much. What a tensor had is not given to another one.
-
-    Args:
-        limit: bytes of all pieces.
     """
 
     def __init__(self, limit: int) -> None:

@@ -123,9 +123,7 @@ class StoredTensor:
             content = b"\0\0" + content
         kind = {"F16": "<e", "F64": "<d"}.get(self.dtype, "<f")
         if len(content) != struct.calcsize(kind):
-            raise CheckpointError(
-                f"{self.shard} is damaged: it ends too early. Download or copy it again"
-            )
+            raise damaged(self.shard, "it ends too early")
         return float(struct.unpack(kind, content)[0])
 
     def flat(self) -> StoredTensor:
@@ -139,9 +137,7 @@ class StoredTensor:
         while done < len(piece):
             chunk = os.preadv(file, [piece[done:]], position + start + done)
             if not chunk:
-                raise CheckpointError(
-                    f"{self.shard} is damaged: it ends too early. Download or copy it again"
-                )
+                raise damaged(self.shard, "it ends too early")
             done += chunk
 
 
@@ -217,6 +213,10 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     return True
 
 
+def damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {reason}. Download or copy it again")
+
+
 def read_header(shard: Path) -> dict[str, StoredTensor]:
     """Read a safetensors header: 8 bytes of length, then JSON.
 
@@ -226,23 +226,20 @@ def read_header(shard: Path) -> dict[str, StoredTensor]:
         CheckpointError: the file is damaged, or cannot be read.
     """
 
-    def damaged(reason: str) -> CheckpointError:
-        return CheckpointError(f"{shard} is damaged: {reason}. Download or copy it again")
-
     try:
         size = shard.stat().st_size
         with shard.open("rb") as file:
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             if length > min(_HEADER_LIMIT, size - 8):
-                raise damaged(f"its header cannot fit into its {size} bytes")
+                raise damaged(shard, f"its header cannot fit into its {size} bytes")
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{shard} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise damaged("its header is not JSON") from error
+        raise damaged(shard, "its header is not JSON") from error
     if not isinstance(header, dict):
-        raise damaged("its header is not a table of tensors")
+        raise damaged(shard, "its header is not a table of tensors")
     header.pop("__metadata__", None)
 
     stored, spans = {}, []
@@ -260,12 +257,12 @@ def read_header(shard: Path) -> dict[str, StoredTensor]:
                 stored[name] = StoredTensor(shard, dtype, tuple(shape), 8 + length + begin)
                 spans.append((begin, end))
             case _:
-                raise damaged(f"its header's entry for {name!r} makes no sense")
+                raise damaged(shard, f"its header's entry for {name!r} makes no sense")
     position = 0
     for begin, end in sorted(spans):
         if begin != position:
-            raise damaged("its header's tensors overlap or leave gaps")
+            raise damaged(shard, "its header's tensors overlap or leave gaps")
         position = end
     if 8 + length + position != size:
-        raise damaged(f"it has {size} bytes, its header says {8 + length + position}")
+        raise damaged(shard, f"it has {size} bytes, its header says {8 + length + position}")
     return stored

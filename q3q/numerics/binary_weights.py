@@ -6,17 +6,18 @@ columns per block, 4 groups.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from q3q.errors import ShapeError
 from q3q.number_formats import SCALE_BITS
+from q3q.numerics.stored import StoredWeight
 
 
 @dataclass(frozen=True)
-class BinarizedWeight:
+class BinarizedWeight(StoredWeight):
     """BiLLM's codes (arXiv 2402.04291): each weight is its group's mean +- its group's scale.
 
     Each row of each block of S neighbouring columns has three groups. *Small* and *large* weights
@@ -28,11 +29,15 @@ class BinarizedWeight:
     scale_EOG4: float32, the scales of the same four.
     """
 
-    codes_EOI: Tensor
     mean_EOG4: Tensor
     scale_EOG4: Tensor
 
     kind: ClassVar[str] = "binarized"
+    TENSORS: ClassVar[Mapping[str, str]] = {
+        "codes": "codes_EOI",
+        "mean": "mean_EOG4",
+        "scale": "scale_EOG4",
+    }
     SALIENT: ClassVar[int] = 4  # codes from here on
 
     def __post_init__(self) -> None:
@@ -40,10 +45,6 @@ class BinarizedWeight:
         if shape != self.scale_EOG4.shape or shape[:2] != self.codes_EOI.shape[:2]:
             shapes = [tuple(t.shape) for t in (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)]
             raise ShapeError("codes {}, means {}, scales {} do not fit".format(*shapes))
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes_EOI.shape
 
     @property
     def code_bits(self) -> int:
@@ -57,18 +58,6 @@ class BinarizedWeight:
         level_EOG8 = torch.cat([once_EOG4, twice_EOG4], dim=-1)
         codes_EOGS = self.codes_EOI.unflatten(2, (self.mean_EOG4.shape[2], -1))
         return level_EOG8.gather(-1, codes_EOGS.long()).flatten(2)
-
-    def to(self, device: torch.device | str) -> "BinarizedWeight":
-        tensors = (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)
-        return BinarizedWeight(*(tensor.to(device) for tensor in tensors))
-
-    def rows(self, start: int, stop: int) -> "BinarizedWeight":
-        tensors = (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)
-        return BinarizedWeight(*(tensor[:, start:stop] for tensor in tensors))
-
-    def experts(self, start: int, stop: int) -> "BinarizedWeight":
-        tensors = (self.codes_EOI, self.mean_EOG4, self.scale_EOG4)
-        return BinarizedWeight(*(tensor[start:stop] for tensor in tensors))
 
     def storage_bits(self) -> int:
         """Count one linear's bits: about 3 bits a weight with blocks of 128 columns.
@@ -97,17 +86,4 @@ class BinarizedWeight:
         """
         salient_EOI = self.codes_EOI >= self.SALIENT
         whole_columns = torch.equal(salient_EOI.all(1), salient_EOI.any(1))
-        return bool((self.codes_EOI > 7).any()) or not whole_columns
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        tensors = {"codes": self.codes_EOI, "mean": self.mean_EOG4, "scale": self.scale_EOG4}
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def facts(self) -> dict[str, Any]:
-        return {"kind": self.kind}
-
-    @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-    ) -> "BinarizedWeight":
-        return cls(tensors["codes"], tensors["mean"], tensors["scale"])
+        return super().too_fine() or not whole_columns

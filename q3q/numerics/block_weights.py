@@ -5,17 +5,17 @@ Shapes: E experts (1 in a dense block), O out features, I in features, G groups,
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from q3q.number_formats import BLOCKS, BlockFormat
 from q3q.numerics.linalg import all_finite
+from q3q.numerics.stored import StoredWeight
 
 
 @dataclass(frozen=True)
-class BlockWeight:
+class BlockWeight(StoredWeight):
     """Codes of a block type: weight ~ scale * (code - middle) - offset, per row and group.
 
     codes_EOI: uint8, from 0.
@@ -24,7 +24,6 @@ class BlockWeight:
     format: a name of `number_formats.BLOCKS`.
     """
 
-    codes_EOI: Tensor
     block_scale_EOB: Tensor
     format: str
     scale_EOG: Tensor | None = None
@@ -32,21 +31,17 @@ class BlockWeight:
     offset_EOG: Tensor | None = None
 
     kind: ClassVar[str] = "block"
-    BY_ROW: ClassVar[tuple[str, ...]] = (
-        "codes",
-        "block_scale",
-        "scale",
-        "block_offset",
-        "offset",
-    )
+    TENSORS: ClassVar[Mapping[str, str]] = {
+        "codes": "codes_EOI",
+        "block_scale": "block_scale_EOB",
+        "scale": "scale_EOG",
+        "block_offset": "block_offset_EOB",
+        "offset": "offset_EOG",
+    }
 
     @property
     def form(self) -> BlockFormat:
         return BLOCKS[self.format]
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes_EOI.shape
 
     @property
     def code_bits(self) -> int:
@@ -66,23 +61,8 @@ class BlockWeight:
         shared_EOG = shared_EOB.float().repeat_interleave(self.form.groups, -1)
         return shared_EOG if whole_EOG is None else shared_EOG.mul_(whole_EOG)
 
-    def to(self, device: torch.device | str) -> "BlockWeight":
-        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
-        return self.from_tensors(moved, self.facts())
-
-    def rows(self, start: int, stop: int) -> "BlockWeight":
-        kept = {name: tensor[:, start:stop] for name, tensor in self._tensors().items()}
-        return self.from_tensors(kept, self.facts())
-
-    def experts(self, start: int, stop: int) -> "BlockWeight":
-        kept = {name: tensor[start:stop] for name, tensor in self._tensors().items()}
-        return self.from_tensors(kept, self.facts())
-
     def storage_bits(self) -> int:
         return self.codes_EOI.numel() // self.form.block * self.form.block_bits
-
-    def nominal_bits(self) -> int:
-        return self.codes_EOI.numel() * self.code_bits
 
     def largest_scale(self) -> float:
         shared = [self.block_scale_EOB, self.block_offset_EOB]
@@ -96,34 +76,3 @@ class BlockWeight:
         if self.too_fine():
             return f"a code is no number of {self.format}"
         return None
-
-    def too_fine(self) -> bool:
-        return bool(self.codes_EOI.numel()) and int(self.codes_EOI.amax()) >= 2**self.code_bits
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        return {name: tensor.contiguous() for name, tensor in self._tensors().items()}
-
-    def facts(self) -> dict[str, Any]:
-        return {"kind": self.kind, "format": self.format}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "BlockWeight":
-        return cls(
-            tensors["codes"],
-            tensors["block_scale"],
-            facts["format"],
-            tensors.get("scale"),
-            tensors.get("block_offset"),
-            tensors.get("offset"),
-        )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        values = (
-            self.codes_EOI,
-            self.block_scale_EOB,
-            self.scale_EOG,
-            self.block_offset_EOB,
-            self.offset_EOG,
-        )
-        named = zip(self.BY_ROW, values, strict=True)
-        return {name: tensor for name, tensor in named if tensor is not None}

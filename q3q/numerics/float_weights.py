@@ -6,7 +6,7 @@ group.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,12 +14,13 @@ from torch import Tensor
 from q3q.number_formats import FLOATS, GLOBAL_SCALE_BITS, SCALE_BITS, NumberFormat
 from q3q.numerics.floats import decode, scale_numbers
 from q3q.numerics.linalg import all_finite
+from q3q.numerics.stored import GROUP, StoredWeight
 
 GROUP_INDEX_BITS = 32
 
 
 @dataclass(frozen=True)
-class FloatWeight:
+class FloatWeight(StoredWeight):
     """Codes of a floating-point format: weight ~ level(code) * scale, per row and group of columns.
 
     codes_EOI: uint8, the format's own bit patterns.
@@ -32,7 +33,6 @@ class FloatWeight:
     narrow: the numbers are bfloat16, to which loaders of NVFP4 round them, whatever the model's.
     """
 
-    codes_EOI: Tensor
     stored_scale_EOG: Tensor
     format: str
     group_rows: int = 1
@@ -41,15 +41,17 @@ class FloatWeight:
     narrow: bool = False
 
     kind: ClassVar[str] = "float"
-    BY_ROW: ClassVar[tuple[str, ...]] = ("codes", "scale", "global")
+    TENSORS: ClassVar[Mapping[str, str]] = {
+        "codes": "codes_EOI",
+        "scale": "stored_scale_EOG",
+        "global": "global_EO",
+        GROUP: "group_EI",
+    }
+    OMITTED: ClassVar[tuple[str, ...]] = ("narrow",)
 
     @property
     def _form(self) -> NumberFormat:
         return FLOATS[self.format]
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes_EOI.shape
 
     @property
     def code_bits(self) -> int:
@@ -74,19 +76,6 @@ class FloatWeight:
         index = self.group_EI.long()[:, None, :].expand(self.shape)
         return level_EOI.mul_(scale_EOG.gather(2, index))
 
-    def to(self, device: torch.device | str) -> "FloatWeight":
-        moved = {name: tensor.to(device) for name, tensor in self._tensors().items()}
-        return self.from_tensors(moved, self.facts())
-
-    def rows(self, start: int, stop: int) -> "FloatWeight":
-        tensors = self._tensors()
-        kept = {name: tensors[name][:, start:stop] for name in self.BY_ROW if name in tensors}
-        return self.from_tensors({**tensors, **kept}, self.facts())
-
-    def experts(self, start: int, stop: int) -> "FloatWeight":
-        kept = {name: tensor[start:stop] for name, tensor in self._tensors().items()}
-        return self.from_tensors(kept, self.facts())
-
     def storage_bits(self) -> int:
         """Count the codes and scales of one linear, its global factor, and the group index."""
         experts, rows, groups = self.stored_scale_EOG.shape
@@ -97,9 +86,6 @@ class FloatWeight:
         if self.group_EI is not None:
             total += self.group_EI.numel() * GROUP_INDEX_BITS
         return total
-
-    def nominal_bits(self) -> int:
-        return self.codes_EOI.numel() * self.code_bits
 
     def largest_scale(self) -> float:
         """Return the largest scale that is stored in 16 bits; 8-bit scales fit by their nature."""
@@ -114,38 +100,3 @@ class FloatWeight:
         if self.too_fine() or not all_finite(decode(self.codes_EOI, self._form)):
             return f"a code is no number of {self.format}"
         return None
-
-    def too_fine(self) -> bool:
-        return bool(self.codes_EOI.numel()) and int(self.codes_EOI.amax()) >= 2**self.code_bits
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        tensors = self._tensors()
-        if self.group_EI is not None:
-            # A copy: linears of a site share it, and safetensors refuses shared memory.
-            tensors["group"] = self.group_EI.clone()
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def facts(self) -> dict[str, Any]:
-        facts = {"kind": self.kind, "format": self.format, "group_rows": self.group_rows}
-        return facts | ({"narrow": True} if self.narrow else {})
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> "FloatWeight":
-        return cls(
-            tensors["codes"],
-            tensors["scale"],
-            facts["format"],
-            facts["group_rows"],
-            tensors.get("global"),
-            tensors.get("group"),
-            facts.get("narrow", False),
-        )
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {
-            "codes": self.codes_EOI,
-            "scale": self.stored_scale_EOG,
-            "global": self.global_EO,
-            "group": self.group_EI,
-        }
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}

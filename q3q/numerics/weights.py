@@ -1,6 +1,6 @@
 """Quantized weights: codes, and the few numbers per group that turn them back into weights.
 
-Four kinds share one protocol: points of a uniform grid (`QuantizedWeight`), small floating-point
+Four kinds of `StoredWeight`: points of a uniform grid (`QuantizedWeight`), small floating-point
 numbers (`float_weights.FloatWeight`), GGUF's blocks (`block_weights.BlockWeight`), and BiLLM's
 signs (`binary_weights.BinarizedWeight`). Shapes: E experts (1 in a dense block), O out features, I
 in features, G groups, S columns per group.
@@ -8,7 +8,7 @@ in features, G groups, S columns per group.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,60 +20,18 @@ from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.float_weights import GROUP_INDEX_BITS, FloatWeight
 from q3q.numerics.grid import Grid, into_groups, to_codes
 from q3q.numerics.linalg import all_finite
+from q3q.numerics.stored import GROUP
+from q3q.numerics.stored import StoredWeight as StoredWeight  # noqa: PLC0414
 
 SCALE_BITS = 16  # as every deployed format stores them
 # Weights that are dequantized at one time, through float32 or 64-bit indices: 64 MB.
 NUMBERS_AT_ONCE = 1 << 23
 
-
-class StoredWeight(Protocol):
-    """A weight [E, O, I] as a checkpoint would store it."""
-
-    kind: ClassVar[str]
-
-    @property
-    def shape(self) -> torch.Size: ...
-
-    @property
-    def code_bits(self) -> int:
-        """The bits that hold any code."""
-
-    def dequantize(self) -> Tensor:
-        """Return the weight as numbers [E, O, I], float32."""
-
-    def to(self, device: torch.device | str) -> "StoredWeight":
-        """Return the weight on another device."""
-
-    def rows(self, start: int, stop: int) -> "StoredWeight":
-        """Return output rows start .. stop - 1 alone."""
-
-    def experts(self, start: int, stop: int) -> "StoredWeight":
-        """Return experts start .. stop - 1 alone."""
-
-    def storage_bits(self) -> int:
-        """Return the total number of bits that a packed checkpoint needs."""
-
-    def nominal_bits(self) -> int:
-        """Return the bits of the codes alone, as papers count them."""
-
-    def largest_scale(self) -> float:
-        """Return the largest magnitude among the numbers that are stored in 16 bits."""
-
-    def too_fine(self) -> bool:
-        """Return True if a group holds more different values than its bits can represent."""
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return plain tensors; `stored_weight` restores the weight from them and `facts`."""
-
-    def facts(self) -> dict[str, Any]:
-        """Return plain values, among them `kind`."""
-
-
 Weight = TypeVar("Weight", bound=StoredWeight)
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
+class QuantizedWeight(StoredWeight):
     """Codes on a uniform grid: weight ~ scale * (code - zero), per row and group of columns.
 
     codes_EOI: uint8; whole numbers of another type are converted.
@@ -85,7 +43,6 @@ class QuantizedWeight:
     group_EI: int32, each column's group; None if groups are runs of neighbours (no act-order).
     """
 
-    codes_EOI: Tensor
     scale_EOG: Tensor
     zero_EOG: Tensor
     bits: int
@@ -93,7 +50,12 @@ class QuantizedWeight:
     group_EI: Tensor | None = None
 
     kind: ClassVar[str] = "grid"
-    BY_ROW: ClassVar[tuple[str, ...]] = ("codes", "scale", "zero")
+    TENSORS: ClassVar[Mapping[str, str]] = {
+        "codes": "codes_EOI",
+        "scale": "scale_EOG",
+        "zero": "zero_EOG",
+        GROUP: "group_EI",
+    }
 
     def __post_init__(self) -> None:
         if self.codes_EOI.ndim != 3 or self.scale_EOG.shape != self.zero_EOG.shape:
@@ -101,10 +63,6 @@ class QuantizedWeight:
             raise ShapeError("codes {}, scale {}, zero {} do not fit".format(*shapes))
         if self.codes_EOI.dtype != torch.uint8:
             object.__setattr__(self, "codes_EOI", _as_codes(self.codes_EOI))
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.codes_EOI.shape
 
     @property
     def code_bits(self) -> int:
@@ -125,21 +83,6 @@ class QuantizedWeight:
         index = self.group_EI.long()[:, None, :].expand(self.codes_EOI.shape)
         return codes_EOI.sub_(self.zero_EOG.gather(2, index)).mul_(self.scale_EOG.gather(2, index))
 
-    def to(self, device: torch.device | str) -> "QuantizedWeight":
-        moved = {name: tensor.to(device) for name, tensor in self.to_tensors().items()}
-        return self.from_tensors(moved, self.facts())
-
-    def rows(self, start: int, stop: int) -> "QuantizedWeight":
-        tensors = (self.codes_EOI, self.scale_EOG, self.zero_EOG)
-        codes, scale, zero = (tensor[:, start:stop] for tensor in tensors)
-        return QuantizedWeight(codes, scale, zero, self.bits, self.symmetric, self.group_EI)
-
-    def experts(self, start: int, stop: int) -> "QuantizedWeight":
-        tensors = (self.codes_EOI, self.scale_EOG, self.zero_EOG)
-        codes, scale, zero = (tensor[start:stop] for tensor in tensors)
-        group = None if self.group_EI is None else self.group_EI[start:stop]
-        return QuantizedWeight(codes, scale, zero, self.bits, self.symmetric, group)
-
     def storage_bits(self) -> int:
         """Count codes, 16-bit scales, zero points unless implied, and the group index.
 
@@ -151,9 +94,6 @@ class QuantizedWeight:
         if self.group_EI is not None:
             total += self.group_EI.numel() * GROUP_INDEX_BITS
         return total
-
-    def nominal_bits(self) -> int:
-        return self.codes_EOI.numel() * self.bits
 
     def largest_scale(self) -> float:
         stored = [self.scale_EOG] if self.whole_zeros else [self.scale_EOG, self.zero_EOG]
@@ -188,8 +128,7 @@ class QuantizedWeight:
         return None
 
     def too_fine(self) -> bool:
-        beyond = self.codes_EOI.numel() and int(self.codes_EOI.amax()) >= 2**self.bits
-        return bool(beyond) and self.most_levels_in_a_group() > 2**self.bits
+        return super().too_fine() and self.most_levels_in_a_group() > 2**self.bits
 
     def most_levels_in_a_group(self) -> int:
         """Return the largest number of different values among weights that share a scale."""
@@ -204,30 +143,12 @@ class QuantizedWeight:
             used = used.scatter_(2, codes, True).unflatten(2, (-1, 256))
         return int(used.sum(-1).max())
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        tensors = {"codes": self.codes_EOI, "scale": self.scale_EOG, "zero": self.zero_EOG}
-        if self.group_EI is not None:
-            # A copy: linears of a site share it, and safetensors refuses shared memory.
-            tensors["group"] = self.group_EI.clone()
-        return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-    def facts(self) -> dict[str, Any]:
-        return {"kind": self.kind, "bits": self.bits, "symmetric": self.symmetric}
-
-    @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-    ) -> "QuantizedWeight":
-        codes, scale, zero = (tensors[name] for name in ("codes", "scale", "zero"))
-        return cls(codes, scale, zero, facts["bits"], facts["symmetric"], tensors.get("group"))
-
 
 def stored_weight(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> StoredWeight:
     """Restore the weight that `to_tensors` and `facts` describe."""
-    kinds: dict[str, type[QuantizedWeight | FloatWeight | BlockWeight | BinarizedWeight]] = {
-        kind.kind: kind for kind in (QuantizedWeight, FloatWeight, BlockWeight, BinarizedWeight)
-    }
-    return kinds[facts["kind"]].from_tensors(tensors, facts)
+    kinds = (QuantizedWeight, FloatWeight, BlockWeight, BinarizedWeight)
+    kind: type[StoredWeight] = next(kind for kind in kinds if kind.kind == facts["kind"])
+    return kind.from_tensors(tensors, facts)
 
 
 def _as_codes(codes_EOI: Tensor) -> Tensor:
@@ -361,7 +282,7 @@ Rowwise = TypeVar("Rowwise", bound=QuantizedWeight | FloatWeight | BlockWeight)
 def concatenate_rows(parts: Sequence[Rowwise]) -> Rowwise:
     """Concatenate the rows of weights that read one input and so share a grouping of columns."""
     tensors = [part.to_tensors() for part in parts]
-    rows = (name for name in parts[0].BY_ROW if name in tensors[0])
+    rows = (name for name in tensors[0] if name != GROUP)
     joined = {name: torch.cat([part[name] for part in tensors], 1) for name in rows}
     return cast(Rowwise, stored_weight({**tensors[0], **joined}, parts[0].facts()))
 
@@ -370,9 +291,7 @@ def split_experts(weight: Rowwise, experts: int) -> Rowwise:
     """Split one linear's rows into several experts, which share its grouping of columns."""
     tensors = weight.to_tensors()
     split = {
-        name: tensor[0].unflatten(0, (experts, -1))
-        if name in weight.BY_ROW
-        else tensor.expand(experts, -1)
+        name: tensor.expand(experts, -1) if name == GROUP else tensor[0].unflatten(0, (experts, -1))
         for name, tensor in tensors.items()
     }
     return cast(Rowwise, stored_weight(split, weight.facts()))

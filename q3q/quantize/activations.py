@@ -5,12 +5,12 @@ Shapes: B windows, T tokens of a window, H hidden, I channels of a site's input.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any
 
 from torch import Tensor
 
 from q3q.errors import ConfigError, NumericsError
-from q3q.models.anatomy import Site, SiteInput
+from q3q.models.anatomy import Computed, Site, SiteInput
 from q3q.models.block import Block, Rope
 from q3q.models.decoder import Decoder
 from q3q.models.footprint import Device, batch_tokens
@@ -164,7 +164,7 @@ def show_inputs(
     elif isinstance(shown, GroupedRows):
         check.note(shown.rows_RI)
     else:
-        shown = _Noted(shown, check)
+        shown = _noted(shown, check)
     if statistics is not None:
         statistics.update(replace(inputs, experts=shown, linears=len(site.weights)))
 
@@ -178,24 +178,12 @@ def refuse_infinite(check: FiniteCheck, site: Site, index: int) -> None:
         raise NumericsError(f"blocks.{index}.{site.name}: calibration activations are not finite")
 
 
-class _Noted(Sequence[Tensor]):
-    """Tensors that are computed when they are read, each noted in a check as it is read."""
+def _noted(tensors: Sequence[Tensor], check: FiniteCheck) -> Sequence[Tensor]:
+    """Return tensors that are computed when they are read, and noted in a check then."""
 
-    def __init__(self, tensors: Sequence[Tensor], check: FiniteCheck) -> None:
-        self._tensors, self._check = tensors, check
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> "_Noted": ...
-
-    def __getitem__(self, index: int | slice) -> "Tensor | _Noted":
-        if isinstance(index, slice):
-            return _Noted(self._tensors[index], self._check)
-        tensor = self._tensors[index]
-        self._check.note(tensor)
+    def read(index: int) -> Tensor:
+        tensor = tensors[index]
+        check.note(tensor)
         return tensor
+
+    return Computed(range(len(tensors)), read)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from q3q.errors import IntegrityError
-from q3q.models.block import Block
 from q3q.numerics.weights import StoredWeight, numbers
 from q3q.record import SiteError
 
@@ -26,10 +25,6 @@ class QuantizedBlock:
     changed: dict[str, Tensor]
     errors: list[SiteError]
     notes: dict[str, Any] = field(default_factory=dict)
-
-    def weights_for(self, block: Block) -> dict[str, Tensor]:
-        """Return `numbers` in the dtype and on the device of a block."""
-        return self.numbers(block.dtype, block.device)
 
     def numbers(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
         """Return all new weights, dequantized, in a block's shapes: experts stacked, else 2-D."""

@@ -43,7 +43,6 @@ class BlockStore:
     are on the disk at its end.
 
     Args:
-        folder: where blocks are written.
         finished: another such folder, read if the first lacks a block.
         identity: of the quantization, so that the blocks of another are not taken for these.
         sure: called before a block is written; raises if another process makes these blocks.

@@ -49,7 +49,6 @@ def site_error(block: int, site: str, name: str, parts: Sequence[SquaredErrors])
     """Return one linear's errors over all experts, of the whole and of each.
 
     Args:
-        name: the weight's.
         parts: of each chunk of experts, in order.
 
     Raises:

@@ -7,13 +7,13 @@ Shapes: E experts (1 if dense), T tokens, I channels; M matrices: one an expert,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, overload
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from q3q.models.anatomy import SiteInput
+from q3q.models.anatomy import Computed, SiteInput
 from q3q.models.spool import Spool
 from q3q.numerics.grouped import GroupedRows, padded_runs, pads_groups
 from q3q.numerics.linalg import add_gram, add_grams, add_upper, mirror
@@ -31,27 +31,8 @@ class Statistics(Protocol):
     @property
     def tokens_E(self) -> Tensor:
         """Tokens that each expert has read."""
-        ...
 
     def update(self, inputs: SiteInput) -> None: ...
-
-
-class LaneStatistics(Statistics, Protocol):
-    """Statistics that the ranks of a gang can share (`quantize.lanes`)."""
-
-    def keep_lanes(self) -> None:
-        """Keep each lane's sum apart, so that another rank can add it in its turn."""
-        ...
-
-    def absorb(self, later: Self) -> None:
-        """Take over another rank's statistics, whose lanes all come after those absorbed so far.
-
-        `later` is used up.
-
-        Raises:
-            ValueError: its lanes do not come later.
-        """
-        ...
 
 
 def starved_experts(tokens_E: Tensor) -> list[int]:
@@ -345,9 +326,10 @@ class StoredInputs:
         for e, sampled in later.sampled.items():
             self.sampled.setdefault(e, []).extend(sampled)
 
-    def windows(self) -> "Windows":
-        """Return the windows that all experts read."""
-        return Windows(self._inputs, [i for i, counts in enumerate(self._counts) if counts is None])
+    def windows(self) -> Sequence[Tensor]:
+        """Return the windows that all experts read, [T, I] each; some may lie on disk."""
+        whole = [i for i, counts in enumerate(self._counts) if counts is None]
+        return Computed(whole, self._inputs.__getitem__)
 
     def _stride(self, tokens: int) -> int:
         return max(1, tokens // self.sample_size)
@@ -392,27 +374,6 @@ class StoredInputs:
         self.gram.rescale(scale_EI.expand(len(self.tokens_E), -1))
         self._absolute.total().div_(scale_EI)
         self._scale_EI = scale_EI if self._scale_EI is None else self._scale_EI * scale_EI
-
-
-class Windows(Sequence[Tensor]):
-    """Calibration windows at a site, [T, I] each; some may lie on disk."""
-
-    def __init__(self, spool: Spool, indices: Sequence[int]) -> None:
-        self._spool, self._indices = spool, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    @overload
-    def __getitem__(self, window: int) -> Tensor: ...
-
-    @overload
-    def __getitem__(self, window: slice) -> "Windows": ...
-
-    def __getitem__(self, window: int | slice) -> "Tensor | Windows":
-        if isinstance(window, slice):
-            return Windows(self._spool, self._indices[window])
-        return self._spool[self._indices[window]]
 
 
 def _sum_absolute(tokens_xTI: Tensor) -> Tensor:

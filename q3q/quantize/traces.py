@@ -25,20 +25,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from q3q.data.calibration import as_read
 from q3q.data.prepared import Arrays, Shelf, prepared, tokenizer_digest
 from q3q.data.texts import load_text
-from q3q.data.traces import FOLDER, recipe, traces_identity
+from q3q.data.traces import FOLDER, part_identity, recipe, written_parts
 from q3q.data.windows import refuse_changed_text
 from q3q.errors import CalibrationError, ConfigError, IntegrityError
 from q3q.models.attention import KeysValues
 from q3q.models.decoder import Decoder
+from q3q.models.footprint import cache_shape
 from q3q.models.kv_cache import KvRounding
 from q3q.models.recurrence import Recurrence, State
 from q3q.placement import Trial
 from q3q.reporter import Steps, no_steps
-from q3q.spec import OWN_TEXT, Calibration, Json
+from q3q.spec import OWN_TEXT, Calibration
 from q3q.storage.mirror import mirror_for
-
-PART_BYTES = 1 << 30  # of the keys and values of rows that are written together
-MOST_ROWS = 32  # of a part: what a killed trial may lose
 
 
 def traces(
@@ -67,10 +65,9 @@ def traces(
     folder = trial.placement.storage / FOLDER
     shelf = None if identity is None else Shelf(folder, identity)
     mirror = mirror_for(trial.placement.store)
-    written, rows = [], rows_together(model, length)
-    for first in range(0, samples, rows):
-        numbers = range(first, min(first + rows, samples))
-        facts = part_identity(trial, calibration, numbers)
+    written, token_bytes = [], cache_shape(model.facts).numbers * model.norm_H.element_size()
+    for numbers in written_parts(samples, length, token_bytes):
+        facts = part_identity(trial.spec, calibration, numbers)
 
         def make(numbers: range = numbers) -> Arrays:
             ids_BT = write(
@@ -93,24 +90,6 @@ def traces(
             mirror.push_if_absent(name)
         written.append(torch.from_numpy(windows_BT.astype("int64")))
     return torch.cat(written)
-
-
-def part_identity(trial: Trial, calibration: Calibration, numbers: range) -> Json:
-    """Return what determines the windows with these numbers, but for the tokenizer."""
-    return {
-        **traces_identity(trial.spec, calibration),
-        "rows": [numbers.start, numbers.stop],
-    }
-
-
-def rows_together(model: Decoder, length: int) -> int:
-    """Return how many windows are written together, whatever memory is free.
-
-    Other numbers of rows could round differently, and the windows would depend on the machine.
-    """
-    facts, item = model.facts, model.norm_H.element_size()
-    width = sum(facts.family.state_width(facts, k) for k in range(facts.layers))
-    return max(1, min(MOST_ROWS, PART_BYTES // max(1, width * item * length)))
 
 
 def prompt_tokens(trial: Trial, tokenizer: Any, calibration: Calibration) -> list[list[int]]:

@@ -16,16 +16,15 @@ from pathlib import Path
 
 from q3q.config.known import type_of
 from q3q.errors import ReportError
-from q3q.formatting import percent, plural, signed
+from q3q.formatting import plural, signed
 from q3q.record import TrialRecord
 from q3q.report.measures import DIVERGED, cell, in_order, is_share, shown
 from q3q.report.paper import (
     ACCURACY_TOLERANCE,
     CLOSE,
     COLLAPSED,
-    DIFFERENT,
     PERPLEXITY_TOLERANCE,
-    REPRODUCED,
+    of_verdicts,
     verdict,
 )
 from q3q.report.published import plain_name
@@ -105,14 +104,8 @@ class Against:
                 f"None of the {total} of {self.published.name} was run: no trial has the model, "
                 "the metric and all the settings of a row."
             )
-        good = sum(own == {REPRODUCED} for own in verdicts.values())
-        different = sum(DIFFERENT in own for own in verdicts.values())
-        run = len(verdicts)
-        return (
-            f"{good} of {run} cells reproduced ({percent(good / run, 0)} %), "
-            f"{run - good - different} close, {different} different; {self.published.name} has "
-            f"{len(self.published.cells)}."
-        )
+        has = f"{self.published.name} has {len(self.published.cells)}"
+        return f"{of_verdicts(verdicts.values())}; {has}."
 
     def table(self) -> Table:
         """Return a row for each printed number and each trial that has it."""
@@ -246,11 +239,10 @@ def _is_model(written: str, model: ModelRef) -> bool:
 
 
 def _has(params: Mapping[str, str], asked: Mapping[str, str]) -> bool:
-    return all(name in params and _same(params[name], text) for name, text in asked.items())
-
-
-def _same(ours: str, theirs: str) -> bool:
-    return ours == theirs or _value(ours) == _value(theirs)
+    pairs = ((params.get(name), text) for name, text in asked.items())
+    return all(
+        own is not None and (own == text or _value(own) == _value(text)) for own, text in pairs
+    )
 
 
 def _value(text: str) -> object:

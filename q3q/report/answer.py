@@ -6,13 +6,13 @@ the same `Answer`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from q3q.evaluate.metrics import held_out, reads_calibrated_kind, reads_text
 from q3q.formatting import plural
 from q3q.record import TrialRecord
-from q3q.report.budgets import Choice, best_of, budgets, smallest
+from q3q.report.budgets import Choice, Memory, best_of, budgets, smallest
 from q3q.report.certainty import Certainty
 from q3q.report.changes import SAME, UNTESTED, Change
 from q3q.report.families import Families, families
@@ -105,6 +105,7 @@ class Answer:
     tried: all choices, in the order of tables.
     reference: the unquantized model.
     margin: how much may be lost, in percent of a perplexity and in points of an accuracy.
+    memory: the cache that sizes count too; None: they are of the weights alone.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Answer:
     tried: tuple[Pool, ...] = ()
     reference: Pool | None = None
     margin: float | None = None
+    memory: Memory | None = None
 
     @cached_property
     def certainty(self) -> Certainty:
@@ -131,7 +133,7 @@ class Answer:
         """The smallest choice that is shown to stay within the margin by the first measure."""
         shown = self.certainty.equivalent.get(self.metrics[0], {})
         able = [pool for pool in self.tried if shown.get(pool.name)]
-        return smallest(able, self.metrics[0]) if able else None
+        return smallest(able, self.metrics[0], self.memory) if able else None
 
     @cached_property
     def chosen(self) -> Pool | None:
@@ -143,12 +145,12 @@ class Answer:
             return self.within
         first = self.metrics[0]
         same = (pool for pool in self.tried if self.tests.same(self.best, pool, first))
-        return smallest([self.best, *same], first)
+        return smallest([self.best, *same], first, self.memory)
 
     @cached_property
     def budgets(self) -> list[Choice]:
         """The best choice for each size, and the recommended one."""
-        return budgets(self.tried, self.tests, self.metrics[0], self.chosen)
+        return budgets(self.tried, self.tests, self.metrics[0], self.chosen, self.memory)
 
     @property
     def margin_in_words(self) -> str:
@@ -264,15 +266,22 @@ class Answer:
         return f"{text} ({mark})" if mark else text
 
 
-def answers(records: Sequence[TrialRecord], margin: float | None = None) -> list[Answer]:
+def answers(
+    records: Sequence[TrialRecord], margin: float | None = None, context: int | None = None
+) -> list[Answer]:
     """Return an answer for each model and evaluation that quantized trials measured.
 
     Args:
         margin: how much may be lost, in percent of a perplexity and in points of an accuracy.
+        context: tokens of a text whose cache counts in sizes.
     """
     outliers = other_versions(records)
-    found = [_answer(name, group, outliers, margin) for name, group in comparable(records).items()]
-    return [answer for answer in found if answer]
+    found = (_answer(name, group, outliers, margin) for name, group in comparable(records).items())
+    return [
+        replace(answer, memory=Memory.of(answer.tried[0].records, context))
+        for answer in found
+        if answer
+    ]
 
 
 def sentences(found: Sequence[Answer]) -> list[str]:

@@ -8,12 +8,11 @@ and its record notes them. Both stand in tables, plots and the answer like a tri
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+from q3q.evaluate.identities import conditions_of
 from q3q.placement import Trial
-from q3q.record import COMPLETED, UNQUANTIZED, TrialRecord
+from q3q.record import COMPLETED, UNQUANTIZED, TrialRecord, finished_baseline
 from q3q.report.measures import is_reference
-from q3q.report.pools import conditions_of
 from q3q.report.records import UNREADABLE, check_record
 from q3q.spec import MethodRef
 
@@ -39,23 +38,18 @@ def with_baselines(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 def _on_disk(trial: Trial) -> TrialRecord | None:
     """Return the finished trial of the unquantized model that a trial is compared with."""
-    baseline = trial.placement.baseline
-    if baseline is None:
-        return None
     try:
-        record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
-        check_record(record)
-    except UNREADABLE:  # not run, or damaged: the report speaks of this study's own files
+        if (record := finished_baseline(trial)) is not None:
+            check_record(record)
+    except UNREADABLE:  # damaged: the report speaks of this study's own files
         return None
-    return record if record.completed and record.spec.id == baseline else None
+    return record
 
 
 def _noted(record: TrialRecord) -> TrialRecord | None:
     noted = record.notes.get(UNQUANTIZED)
-    return _unquantized(record, noted) if isinstance(noted, dict) and noted else None
-
-
-def _unquantized(record: TrialRecord, noted: dict[str, Any]) -> TrialRecord:
+    if not isinstance(noted, dict) or not noted:
+        return None
     spec = replace(
         record.spec,
         method=MethodRef(name="none", version=None),

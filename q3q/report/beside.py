@@ -151,15 +151,13 @@ def _in_words(value: object) -> str:
 def _listed(values: Iterable[str]) -> str:
     """List values, the first of them; long ones are cut, and what was cut has a digest."""
     words = [
-        value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}… ({_digest(value)})"
+        value
+        if len(value) <= LONGEST
+        else f"{value[: LONGEST - 1]}… ({hashlib.sha256(value.encode()).hexdigest()[:6]})"
         for value in values
     ]
     more = f" and {len(words) - MOST} more" if len(words) > MOST else ""
     return ", ".join(words[:MOST]) + more or ABSENT
-
-
-def _digest(value: str) -> str:
-    return hashlib.sha256(value.encode()).hexdigest()[:6]
 
 
 def _tables(studies: Sequence[NamedStudy]) -> Iterable[Table]:

@@ -6,13 +6,14 @@ from itertools import pairwise
 
 from q3q.config.command import export_command
 from q3q.formatting import plural
+from q3q.kv_scheme import CacheShape
 from q3q.record import TrialRecord
 from q3q.report.changes import UNTESTED, Change
 from q3q.report.checkpoints import exported, folder_of
 from q3q.report.families import Families
 from q3q.report.measures import is_better
 from q3q.report.pools import Pool
-from q3q.report.sizes import Size, bytes_of, megabytes
+from q3q.report.sizes import Size, bytes_of, cache_scheme_of, cache_shape_of, megabytes
 from q3q.report.tables import Table
 
 ALIKE = 1.03  # sizes that differ by less share a budget
@@ -21,10 +22,28 @@ MOST_NAMED = 4  # methods in a list
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a model takes beside its weights: the cache of one text of so many tokens."""
+
+    shape: CacheShape
+    context: int
+
+    @classmethod
+    def of(cls, records: Sequence[TrialRecord], context: int | None) -> "Memory | None":
+        """Return None without a context, or where nothing knows the model's config.json."""
+        shape = None if context is None else cache_shape_of(records)
+        return None if shape is None or context is None else cls(shape, context)
+
+    def cache(self, pool: Pool) -> float:
+        return self.shape.bytes_at(cache_scheme_of(pool.records[0]), self.context)
+
+
+@dataclass(frozen=True)
 class Choice:
     """The best choice among those that a number of bytes holds.
 
-    budget: bytes; the largest of the sizes that are nearly alike.
+    budget: bytes, of the weights and of a cache that counts; the largest of the sizes that are
+        nearly alike.
     size: of the best choice.
     change: from the unquantized model, by the first measure.
     tied: choices within the budget that cannot be told apart from it.
@@ -74,24 +93,32 @@ def _first(pool: Pool) -> TrialRecord:
     return next(record for record in pool.records if record.completed)
 
 
-def size_of(pool: Pool) -> Size | None:
-    """Return the bytes of a pool's model."""
+def size_of(pool: Pool, memory: Memory | None = None) -> Size | None:
+    """Return the bytes of a pool's model, and of its cache if that counts."""
     sizes = (size for record in pool.records if (size := bytes_of(record)) is not None)
-    return next(sizes, None)
+    size = next(sizes, None)
+    if size is None or memory is None:
+        return size
+    return Size(size.value + memory.cache(pool), size.rule)
 
 
 def budgets(
-    tried: Sequence[Pool], tests: Families, metric: str, chosen: Pool | None = None
+    tried: Sequence[Pool],
+    tests: Families,
+    metric: str,
+    chosen: Pool | None = None,
+    memory: Memory | None = None,
 ) -> list[Choice]:
     """Return a choice for each size at which a larger one is better; the smallest first.
 
     Args:
         chosen: the recommended choice, which has a row also where another is better at its size.
+        memory: the cache that counts too.
     """
     sized = [
         (size, pool)
         for pool in tried
-        if (size := size_of(pool)) is not None and isinstance(pool.cell(metric), float)
+        if (size := size_of(pool, memory)) is not None and isinstance(pool.cell(metric), float)
     ]
     sized.sort(key=lambda item: item[0].value)
 
@@ -126,12 +153,12 @@ def best_of(tried: Sequence[Pool], metric: str) -> Pool | None:
     return best
 
 
-def smallest(able: Sequence[Pool], metric: str) -> Pool:
+def smallest(able: Sequence[Pool], metric: str, memory: Memory | None = None) -> Pool:
     """Return the smallest pool with a number; of sizes that are nearly alike the best.
 
     Where a size is unknown the bits of all count instead.
     """
-    sizes = [size_of(pool) for pool in able]
+    sizes = [size_of(pool, memory) for pool in able]
     values = [
         float(pool.bits) if None in sizes or size is None else size.value
         for pool, size in zip(able, sizes, strict=True)
@@ -143,10 +170,15 @@ def smallest(able: Sequence[Pool], metric: str) -> Pool:
 
 
 def budget_table(
-    title: str, choices: Sequence[Choice], measure: str, chosen: Pool | None = None
+    title: str,
+    choices: Sequence[Choice],
+    measure: str,
+    chosen: Pool | None = None,
+    memory: Memory | None = None,
 ) -> Table:
     """Return the choices as a row each, the recommended one marked, without their commands."""
-    columns = ("size up to", "best choice", f"change of {measure}", "cannot be told apart from it")
+    size = "size up to" if memory is None else "model and cache up to"
+    columns = (size, "best choice", f"change of {measure}", "cannot be told apart from it")
     rows = tuple(
         (
             megabytes(choice.budget),

@@ -104,7 +104,6 @@ def families(tried: Sequence[Pool], reference: Pool | None, metrics: Sequence[st
 
     Args:
         tried: quantized choices that may be compared.
-        reference: the unquantized model.
         metrics: the one that ranks first.
     """
     pairs, changes, of_changes = {}, {}, {}

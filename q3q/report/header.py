@@ -45,6 +45,8 @@ def abbreviations(records: Sequence[TrialRecord]) -> str:
     words += [f"{name}: {form.about}" for name, form in formats.items()]
     caches = {kv.name: kv for record in records if (kv := record.spec.kv) is not None}
     words += [f"{name}: {kv.about}" for name, kv in sorted(caches.items())]
+    budgets = {budget.words: budget for record in records if (budget := record.spec.budget)}
+    words += [f"{name}: {budget.about}" for name, budget in sorted(budgets.items())]
     if len({scheme.symmetric for scheme in schemes}) > 1:
         words.append("sym, asym: codes symmetric around zero, or with zero points")
     return f"{'; '.join(words)}." if words else ""

@@ -1,10 +1,13 @@
 """The answer in numbers, for people who see a study among others."""
 
+import math
 from collections.abc import Sequence
 
+from q3q.formatting import plural
 from q3q.record import TrialRecord
-from q3q.report.measures import is_better, is_perplexity, judged_metrics
-from q3q.report.pools import Pool, comparable, pools
+from q3q.report.budgets import best_of
+from q3q.report.measures import is_perplexity, judged_metrics
+from q3q.report.pools import comparable, pools
 
 UNQUANTIZED = "unquantized"
 
@@ -22,24 +25,12 @@ def headline(records: Sequence[TrialRecord]) -> dict[str, float]:
         for metric in judged_metrics(group):
             measure, _, text = metric.partition("/")
             words = f"{measure} of {text}" if is_perplexity(metric) else metric.replace("/", " ")
-            for width, pool in _best(group, metric).items():
-                place = f"best at {_bits(width)}" if width else UNQUANTIZED
-                found[f"{start}{place}/{words}"] = float(pool.cell(metric))
+            tried = [pool for pool in pools(group) if isinstance(pool.cell(metric), float)]
+            places = [
+                f"best at {plural(p.bits, 'bit')}" if p.spec.scheme else UNQUANTIZED for p in tried
+            ]
+            for place in dict.fromkeys(places):
+                own = [pool for pool, other in zip(tried, places, strict=True) if other == place]
+                best = best_of(own, metric)
+                found[f"{start}{place}/{words}"] = float(best.cell(metric)) if best else math.nan
     return found
-
-
-def _best(records: Sequence[TrialRecord], metric: str) -> dict[int, Pool]:
-    """Return the best pool of each bit-width; 0 stands for the unquantized model."""
-    best: dict[int, Pool] = {}
-    for pool in pools(records):
-        width = 0 if pool.spec.scheme is None else pool.bits
-        value = pool.cell(metric)
-        if not isinstance(value, float):
-            continue
-        if width not in best or is_better(value, float(best[width].cell(metric)), metric):
-            best[width] = pool
-    return best
-
-
-def _bits(width: int) -> str:
-    return f"{width} bit" if width == 1 else f"{width} bits"

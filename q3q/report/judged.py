@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from q3q.evaluate.identities import conditions_of
 from q3q.evaluate.metrics import mean_metrics
 from q3q.formatting import percent, plural, significant
 from q3q.record import JUDGED, TrialRecord
 from q3q.report.changes import Change, change
 from q3q.report.measures import ABSENT, FAILED, in_order
 from q3q.report.pairs import difference, flipped
-from q3q.report.pools import Pool, conditions_of
+from q3q.report.pools import Pool
 from q3q.report.sizes import bytes_of, megabytes
 from q3q.report.tables import Table
 from q3q.spec import MEAN_ACCURACY, TrialSpec, digest, text_metric

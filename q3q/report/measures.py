@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from q3q.evaluate.metrics import (
     accuracy_metric,
@@ -259,24 +259,6 @@ def labels(
         models: include model names that differ.
         shared: traits, by dotted key, that are named elsewhere.
     """
-    words = _differing_words(specs, metric, seeds=seeds, models=models, shared=shared)
-    return [" ".join([_head(spec), *own]) for spec, own in zip(specs, words, strict=True)]
-
-
-def _head(spec: TrialSpec) -> str:
-    """Return the method, or `unquantized` with the type that the model computes in."""
-    return spec.method.name if spec.scheme else f"unquantized {spec.model.dtype}"
-
-
-def _differing_words(
-    specs: Sequence[TrialSpec],
-    metric: str | None = None,
-    *,
-    seeds: bool = True,
-    models: bool = True,
-    shared: Collection[str] = (),
-) -> list[list[str]]:
-    """Return the words that tell each trial from the others; see `labels`."""
     traits = [
         {
             key: value
@@ -289,6 +271,19 @@ def _differing_words(
         }
         for spec in specs
     ]
+    words = _differing_words(specs, traits)
+    return [" ".join([_head(spec), *own]) for spec, own in zip(specs, words, strict=True)]
+
+
+def _head(spec: TrialSpec) -> str:
+    """Return the method, or `unquantized` with the type that the model computes in."""
+    return spec.method.name if spec.scheme else f"unquantized {spec.model.dtype}"
+
+
+def _differing_words(
+    specs: Sequence[TrialSpec], traits: Sequence[Mapping[str, str]]
+) -> list[list[str]]:
+    """Return the words that tell each trial from the others; see `labels`."""
     values: dict[tuple[str, str], set[str]] = {}
     for own, spec in zip(traits, specs, strict=True):
         for key, value in own.items():

@@ -46,9 +46,12 @@ def _advice(answer: Answer) -> str:
     pool, metric = answer.chosen, answer.metrics[0]
     if pool is None:
         return _nothing(answer)
-    size, whole = size_of(pool), size_of(answer.reference) if answer.reference else None
+    memory, reference = answer.memory, answer.reference
+    size, whole = size_of(pool, memory), size_of(reference, memory) if reference else None
     bytes_ = megabytes(size.value) if size else ""
     of = f" of {megabytes(whole.value)}" if size and whole else ""
+    if memory is not None:
+        of += f", each with the cache of {memory.context:,} tokens"
     found = answer.tests.change(pool, metric)
     cost = (
         f"its {in_words(metric)} is {pool.shown(metric)}"
@@ -99,8 +102,8 @@ def _widths(answer: Answer, most: int) -> list[str]:
         return []
     said = [_width(answer, verdict) for verdict in verdicts]
     per = -(-len(said) // min(most, MOST_WIDTHS))
-    groups = [said[k : k + per] for k in range(0, len(said), per)]
-    return [_sentence("; ".join(group)) for group in groups]
+    groups = ["; ".join(said[k : k + per]) for k in range(0, len(said), per)]
+    return [f"{text[0].upper()}{text[1:]}." for text in groups]
 
 
 def _width(answer: Answer, verdict: Verdict) -> str:
@@ -223,24 +226,21 @@ def _of_accuracy(answer: Answer) -> list[str]:
     return [f"{first}; {asked} could have shown a loss of {ends} points."]
 
 
-def in_markdown(answers: Sequence[Answer], commands: bool = True) -> str:
-    """Return the sentences as a list, the choices for each size, and the verdicts on each width.
-
-    Args:
-        commands: after each table of choices, how to export each of them.
-    """
+def in_markdown(answers: Sequence[Answer]) -> str:
+    """Return the sentences as a list, and the choices for each size with how to export them."""
     parts = ["\n".join(f"- {markdown_text(line)}" for line in opening(answers))]
     for answer in answers:
         if answer.budgets:
-            parts.append(choices(answer).markdown())
-            parts += [export_lines(answer)] if commands else []
+            parts += [choices(answer).markdown(), export_lines(answer)]
     return "\n\n".join(part for part in parts if part)
 
 
 def choices(answer: Answer) -> Table:
     """Return the best choice for each size as a table."""
     title = f"{answer.name}: the best choice for each size"
-    return budget_table(title, answer.budgets, in_words(answer.metrics[0]), answer.chosen)
+    return budget_table(
+        title, answer.budgets, in_words(answer.metrics[0]), answer.chosen, answer.memory
+    )
 
 
 def export_lines(answer: Answer) -> str:
@@ -268,7 +268,3 @@ def export_hint(answers: Sequence[Answer]) -> str:
 
 def _named(pool: Pool) -> str:
     return pool.label + at_width(pool)
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}."

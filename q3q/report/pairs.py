@@ -65,9 +65,6 @@ def flips_of_tasks(ours: Pool, theirs: Pool, metric: str) -> "dict[str, Flips] |
 def flipped(ours: Pool, theirs: Pool, task: str) -> "Flips | None":
     """Count a task's answers, of all our seeds, that differ from their first seed's.
 
-    Args:
-        task: its metric.
-
     Returns:
         None if samples are missing or are not right or wrong answers.
     """

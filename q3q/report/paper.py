@@ -5,7 +5,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from q3q.config.texts import RANDOM_TEXTS
@@ -115,8 +115,8 @@ def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
             if not isinstance(value, float) and value != DIVERGED:
                 continue
             ours = value if isinstance(value, float) else math.nan
-            for theirs in published_cells().get((*place, dataset), ()):
-                compared.append(_compare(theirs, record, metric, ours))
+            cells = published_cells().get((*place, dataset), ())
+            compared += [_compare(theirs, record, metric, ours) for theirs in cells]
     return compared
 
 
@@ -134,12 +134,9 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
         return None  # the study knows whole numbers only
     if spec.scheme is None:
         return model, method, 16, 16, ""
-    group = GROUPS.get(spec.scheme.group_size)
-    return (
-        None
-        if group is None
-        else (model, method, spec.scheme.bits, spec.scheme.act_bits or 16, group)
-    )
+    if (group := GROUPS.get(spec.scheme.group_size)) is None:
+        return None
+    return model, method, spec.scheme.bits, spec.scheme.act_bits or 16, group
 
 
 def study_model(spec: TrialSpec) -> str:
@@ -272,7 +269,8 @@ def verdict(
         half = 0.05 if half is None else half
         off, allowed = abs(100 * ours - theirs) - half, ACCURACY_TOLERANCE
     else:
-        half = half_a_digit(theirs) if half is None else half
+        if half is None:  # three significant digits are printed
+            half = 0.5 * 10.0 ** (math.floor(math.log10(theirs)) - 2)
         off, allowed = abs(ours - theirs) - half, PERPLEXITY_TOLERANCE * abs(theirs)
     return REPRODUCED if off <= allowed else NEAR if off <= CLOSE * allowed else DIFFERENT
 
@@ -281,27 +279,27 @@ def _collapsed(perplexity: float) -> bool:
     return not math.isfinite(perplexity) or perplexity > COLLAPSED
 
 
-def half_a_digit(value: float) -> float:
-    """Return half a unit of a perplexity's last digit; three significant digits are printed."""
-    return 0.5 * 10.0 ** (math.floor(math.log10(value)) - 2)
-
-
 def share_reproduced(compared: Sequence[Compared]) -> str:
     """Say in a sentence how many of the cells run by the study's protocol are reproduced."""
     verdicts: dict[Published, set[str]] = {}
     for item in compared:
         if not item.departs:
             verdicts.setdefault(item.published, set()).add(item.verdict)
-    total, run = len(published()), len(verdicts)
+    total = len(published())
     if not verdicts:
         departed = f" {len(compared)} comparisons depart from its protocol and are not counted."
         departed = departed if compared else ""
         return f"None of the study's {total} cells was run by its protocol.{departed} {LEFT_OUT}"
-    good = sum(own == {REPRODUCED} for own in verdicts.values())
-    different = sum(DIFFERENT in own for own in verdicts.values())
+    return f"{of_verdicts(verdicts.values())}; the study has {total}."
+
+
+def of_verdicts(verdicts: Collection[set[str]]) -> str:
+    """Count the cells that are reproduced, by the verdicts on each."""
+    good, run = sum(own == {REPRODUCED} for own in verdicts), len(verdicts)
+    different = sum(DIFFERENT in own for own in verdicts)
     return (
         f"{good} of {run} cells reproduced ({percent(good / run, 0)} %), "
-        f"{run - good - different} close, {different} different; the study has {total}."
+        f"{run - good - different} close, {different} different"
     )
 
 

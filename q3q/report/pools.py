@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from q3q.evaluate.identities import conditions_of
 from q3q.formatting import plural, with_spread
 from q3q.record import TrialRecord
 from q3q.report.measures import (
@@ -155,13 +156,6 @@ def comparable(records: Sequence[TrialRecord]) -> dict[str, list[TrialRecord]]:
     return named
 
 
-def conditions_of(spec: TrialSpec) -> str:
-    """Return what two trials must share for their numbers to be compared."""
-    # Drift is measured beside the other metrics and changes none of them.
-    evaluation = replace(spec.evaluation, drift=None)
-    return json.dumps([spec.model.identity, evaluation.to_json()], sort_keys=True)
-
-
 def _differences(specs: Sequence[TrialSpec]) -> list[str]:
     """Say for each spec how its model and evaluation differ: `stories: 2 windows; 10 questions`."""
     settings = [model_in_words(spec) | evaluation_in_words(spec) for spec in specs]
@@ -208,12 +202,9 @@ def evaluation_in_words(spec: TrialSpec) -> dict[str, str]:
 
 def _with_format(label: str, record: TrialRecord) -> str:
     """Call a checkpoint that was given quantized by its format, not unquantized."""
-    given = given_format(record)
-    return (
-        label.replace(f"unquantized {record.spec.model.dtype}", f"given {given}", 1)
-        if given
-        else label
-    )
+    if not (given := given_format(record)):
+        return label
+    return label.replace(f"unquantized {record.spec.model.dtype}", f"given {given}", 1)
 
 
 def _cut(text: str) -> str:

@@ -24,7 +24,7 @@ from q3q.report.luck import luck_tables
 from q3q.report.measures import in_order
 from q3q.report.opening import MOST_ANSWERS, export_hint, in_markdown, opening
 from q3q.report.page import Contents, html, html_of_studies, markdown, versions
-from q3q.report.paper import Compared, compare_with_paper, paper_table, share_reproduced
+from q3q.report.paper import compare_with_paper, paper_table, share_reproduced
 from q3q.report.plots import (
     Plot,
     perplexity_against_bits,
@@ -64,7 +64,7 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
         files[CARD] = "\n".join(bench.card() for bench in contents.judged).encode()
     for name, content in files.items():
         write_atomically(folder / name, content)
-    text = "\n\n".join(table.plain() for table in main) or nothing_measured(records)
+    text = "\n\n".join(table.plain() for table in main) or _nothing_measured(records)
     if contents.published:
         text += f"\n\nAgainst the paper: {share_reproduced(contents.published)}"
     if contents.against is not None:
@@ -82,7 +82,7 @@ def write_report(records: Sequence[TrialRecord], folder: Path, about: About) -> 
     return Report(folder, text, table, answer, numbers, files)
 
 
-def nothing_measured(records: Sequence[TrialRecord]) -> str:
+def _nothing_measured(records: Sequence[TrialRecord]) -> str:
     """Say why there is no table of results."""
     if records and all(record.completed for record in records):
         return "Nothing was measured: the trials had no evaluation."
@@ -114,11 +114,13 @@ def one_format(records: Sequence[TrialRecord], about: About, kind: str) -> bytes
     if kind == "latex":
         return latex(records).encode()
     if kind == "csv":
-        paper = paper_csv(compare_with_paper(records)) if about.against_paper else None
         if about.against is not None:
             table = compare(records, about.against).table()
-            return csv_text([table.columns, *table.rows]).encode()
-        return _csv(records, about.sweeps) if paper is None else paper
+        elif about.against_paper:
+            table = paper_table(compare_with_paper(records))
+        else:
+            return _csv(records, about.sweeps)
+        return csv_text([table.columns, *table.rows]).encode()
     contents = _contents(records, about, plots=kind == "html")
     return (html(contents) if kind == "html" else markdown(contents, {})).encode()
 
@@ -146,7 +148,7 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         warnings.append(
             f"These trials were measured by {len(commits)} versions of the code: {counts}."
         )
-    found = answers(shown, about.margin)
+    found = answers(shown, about.margin, about.context)
     pictures = _pictures(found, study_looks(shown)) if plots else []
     return Contents(
         name=about.name,
@@ -183,6 +185,7 @@ def _pictures(found: Sequence[Answer], looks: Looks) -> list[Plot]:
             answer.metrics[0],
             answer.chosen,
             looks,
+            answer.memory,
         )
         for answer in found[:MOST_ANSWERS]
     ]
@@ -192,12 +195,6 @@ def _pictures(found: Sequence[Answer], looks: Looks) -> list[Plot]:
 def _tests(answer: Answer, several: bool) -> list[Table]:
     tables = answer.tests.tables()
     return [replace(t, title=f"{answer.name}: {t.title}") for t in tables] if several else tables
-
-
-def paper_csv(compared: Sequence[Compared]) -> bytes:
-    """Return the paper's cells that were run as CSV."""
-    table = paper_table(compared)
-    return csv_text([table.columns, *table.rows]).encode()
 
 
 def _csv(records: Sequence[TrialRecord], sweeps: Mapping[str, str] | None) -> bytes:

@@ -59,7 +59,6 @@ def put_aside(path: Path, problem: str) -> None:
     """Rename a file or folder of q3q's, and say so.
 
     Args:
-        path: what is not as it must be.
         problem: completes a sentence that begins with the path: `is a folder`.
 
     Raises:

@@ -4,26 +4,25 @@ They lie in `trials/blocks/<quantization id>`. What `keep=auto` leaves there has
 of change is when a trial used the blocks last. The least recently used go first when all that are
 marked take more than a part of the free disk. What `keep=blocks` left has no mark and stays.
 
-Where the storage is a URL, each machine has a cache of its own, `.blocks/<quantization id>` in its
-mirror. The machine's trials that use blocks have a lease on them, which the kernel ends with them.
+`storage.mirrored_blocks` does the same where the storage is a URL.
 """
 
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from q3q.formatting import bytes_in_words
-from q3q.storage.claim import Claim
+from q3q.storage.claim import Claim, ClaimStore
 
 # Of the disk that would be free without these blocks, the part that they may take. No sweep should
 # find its disk full because of blocks that may never be asked for again; a tenth of a 2 TB disk
 # holds some fifty quantizations of an 8B model at 4 bits.
 SHARE = 0.1
 MARK = "kept_by_auto"
+BLOCKS = "trials/blocks"  # in a storage
 
 
 def stored_blocks(*folders: Path) -> int:
@@ -45,20 +44,16 @@ class Kept:
 
 
 class BlockCache:
-    """The folder of finished trials' quantized blocks.
+    """The blocks of a storage folder, each quantization's in a folder of its own.
 
-    Args:
-        here: the folder is this machine's alone, where trials have leases.
+    where: for people
+    claims: where claims on quantizations are
     """
 
-    def __init__(self, folder: Path, *, here: bool = False) -> None:
-        self.folder, self.here = folder, here
-
-    @classmethod
-    def of_storage(cls, storage: Path, *, here: bool) -> "BlockCache":
-        """Return the cache of a storage folder, or of a mirror."""
-        # Names that begin with a dot are not exchanged with a store (`storage.mirror`).
-        return cls(storage / ".blocks" if here else storage / "trials" / "blocks", here=here)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.where = str(folder)
+        self.claims: Path | ClaimStore = folder
 
     def use(self, name: str) -> None:
         """Note that a trial uses a quantization's blocks, which it may be about to make.
@@ -69,46 +64,25 @@ class BlockCache:
         new = not folder.is_dir() or not any(folder.iterdir())
         folder.mkdir(parents=True, exist_ok=True)
         if new or (folder / MARK).exists():
-            (folder / MARK).touch()
+            self._stamp(folder / MARK)
 
-    def forget_older(self, name: str, since: str | None) -> None:
-        """Delete a quantization's blocks unless they were made for a wish to run from nothing.
-
-        Args:
-            since: names the wish; None if there is none.
-        """
-        mark = self.folder / name / MARK
-        if since is None or (mark.exists() and mark.read_text(encoding="utf-8") == since):
-            return
-        shutil.rmtree(mark.parent, ignore_errors=True)
-        mark.parent.mkdir(parents=True)
-        mark.write_text(since, encoding="utf-8")
+    def _stamp(self, mark: Path) -> None:
+        mark.touch()
 
     def keep(self, name: str) -> None:
         """Let a quantization's blocks stay, whatever they take (keep=blocks)."""
         (self.folder / name / MARK).unlink(missing_ok=True)
 
-    @contextmanager
-    def lease(self, name: str) -> Iterator[None]:
-        """Have a quantization's blocks stay on this machine while some work goes on."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lease(name).open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            yield
+    def delete(self, name: str) -> None:
+        """Delete a quantization's blocks."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
 
-    def leased(self) -> set[str]:
-        """Return the quantizations that somebody on this machine has a lease on."""
-        found = set()
-        for path in self.folder.glob(self._lease("*").name):
-            with path.open("ab") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    found.add(path.stem)
-        return found
+    def lease(self, name: str) -> AbstractContextManager[None]:
+        """Have a quantization's blocks stay on this machine while some work goes on.
 
-    def _lease(self, name: str) -> Path:
-        return self.folder / f"{name}.lease"
+        In a folder, `trim` leaves what running trials use.
+        """
+        return nullcontext()
 
     def entries(self) -> list[Kept]:
         """Return all quantizations whose blocks may go, the least recently used first."""
@@ -121,9 +95,7 @@ class BlockCache:
 
     def budget(self) -> int:
         """Return the bytes that blocks may take that may go."""
-        place = next(one for one in (self.folder, *self.folder.parents) if one.exists())
-        taken = sum(kept.size for kept in self.entries())
-        return int((shutil.disk_usage(place).free + taken) * SHARE)
+        return part_of_free_disk(self.folder, sum(kept.size for kept in self.entries()))
 
     def trim(self, in_use: Callable[[], Collection[str]]) -> list[str]:
         """Delete the least recently used blocks beyond the budget; return whose.
@@ -137,13 +109,13 @@ class BlockCache:
         for kept in entries:
             if over <= 0:
                 break
-            claim = Claim(self.folder, kept.name)
+            claim = Claim(self.claims, kept.name)
             if claim.take() is not None:  # a trial looks at them, or makes them
                 continue
             try:
                 # A trial that found these blocks under this claim is running, and so is seen.
                 if kept.name not in in_use():
-                    shutil.rmtree(self.folder / kept.name, ignore_errors=True)
+                    self.delete(kept.name)
                     gone.append(kept.name)
                     over -= kept.size
             finally:
@@ -157,22 +129,21 @@ class BlockCache:
             return ""
         size = bytes_in_words(sum(kept.size for kept in entries))
         count = f"{len(entries)} quantization{'s' if len(entries) > 1 else ''}"
-        where = "on this machine " if self.here else ""
         return (
-            f"blocks of {count} kept {where}for later evaluations (keep=auto): {size} of at most "
+            f"blocks of {count} kept for later evaluations (keep=auto): {size} of at most "
             f"{bytes_in_words(self.budget())}, the least recently used go first"
         )
 
     def promise(self) -> str:
         """Return a line on what will be kept here."""
-        most = f"at most {bytes_in_words(self.budget())}, the least recently used go first"
-        if self.here:
-            return (
-                "Quantized blocks stay for later evaluations on the machine that made them, not in "
-                f"the store: on this one in {self.folder}, {most}. keep=none keeps none, "
-                "keep=blocks all, in the store."
-            )
         return (
-            f"Quantized blocks stay in {self.folder} for later evaluations: {most}. keep=none "
+            f"Quantized blocks stay in {self.where} for later evaluations: at most "
+            f"{bytes_in_words(self.budget())}, the least recently used go first. keep=none "
             "keeps none, keep=blocks all."
         )
+
+
+def part_of_free_disk(folder: Path, taken: int) -> int:
+    """Return the bytes that blocks in a folder may take, of which some are there already."""
+    place = next(one for one in (folder, *folder.parents) if one.exists())
+    return int((shutil.disk_usage(place).free + taken) * SHARE)

@@ -338,11 +338,12 @@ def claim_or_refuse(
         time.sleep(claim.store.poll)
 
 
-def holder_of(folder: Path, name: str) -> Holder | None:
+def holder_of(where: Path | ClaimStore, name: str) -> Holder | None:
     """Return a claim's holder, None if it is free. A holder elsewhere may be dead all the same."""
+    claim = Claim(where, name)
     try:
-        numbers = _generations(FolderClaimStore(folder), name)
-        return Claim(folder, name)._living(max(numbers)) if numbers else None
+        newest = claim._newest()
+        return claim._living(newest) if newest else None
     except OSError:
         return None
 

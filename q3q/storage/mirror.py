@@ -166,6 +166,11 @@ class Mirror:
                 with_retries(self.url, functools.partial(self.store.remove, name))
             self._record(name).unlink(missing_ok=True)
 
+    def drop(self, prefix: str) -> None:
+        """Delete here what the store has too; no push deletes it there."""
+        for name in self._known(prefix):
+            self._forget(name)
+
     def _in_order(
         self, names: Any, work: Callable[[str], object], sure: Callable[[], object] = lambda: None
     ) -> None:
@@ -220,7 +225,7 @@ class Mirror:
                 self._remember(name, mark, state)
 
     def _forget(self, name: str) -> None:
-        """Delete a file here that is gone from the store, unless it has changed since."""
+        """Delete a file here that the store has, or had, unless it has changed since."""
         with self._turn(name) as exchanged:
             if exchanged is not None and _state(self.folder / name) == exchanged.state:
                 (self.folder / name).unlink(missing_ok=True)

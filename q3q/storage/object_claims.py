@@ -31,12 +31,10 @@ class ObjectClaimStore:
         return ObjectClaimFile(self.store, f"{self.folder}/{name}") if made else None
 
     def names(self) -> list[str]:
-        names: list[str] = with_retries(self.url, lambda: self.store.names(self.folder))
-        return names
+        return with_retries(self.url, lambda: self.store.names(self.folder))
 
     def read(self, name: str) -> bytes:
-        content: bytes = with_retries(self.url, lambda: self.store.read(f"{self.folder}/{name}"))
-        return content
+        return with_retries(self.url, lambda: self.store.read(f"{self.folder}/{name}"))
 
     def remove(self, name: str) -> None:
         with_retries(self.url, lambda: self.store.remove(f"{self.folder}/{name}"))

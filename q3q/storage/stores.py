@@ -96,6 +96,9 @@ class Store(Protocol):
     def find(self, prefix: str) -> dict[str, str]:
         """Return each file below a prefix, or of that name, with a mark that changes with it."""
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Return the bytes of each file below a prefix."""
+
     def names(self, folder: str) -> list[str]:
         """Return the names of the files in a folder."""
 
@@ -135,6 +138,13 @@ class FolderStore:
         whole = (name for name in files_below(self.root, prefix) if not is_partial(name))
         marks = {name: self._mark(self.root / name) for name in whole}
         return {name: mark for name, mark in marks.items() if mark is not None}
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        found = {}
+        for name in self.find(prefix):
+            with suppress(FileNotFoundError):  # it goes away at this moment
+                found[name] = (self.root / name).stat().st_size
+        return found
 
     def names(self, folder: str) -> list[str]:
         with suppress(FileNotFoundError):
@@ -208,16 +218,21 @@ class ObjectStore:
         self.exclusive = own not in theirs and url.partition("://")[0] != "memory"
 
     def find(self, prefix: str) -> dict[str, str]:
+        return {name: _mark(info) for name, info in self._files(prefix).items()}
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        return {name: int(info["size"]) for name, info in self._files(prefix).items()}
+
+    def _files(self, prefix: str) -> dict[str, Any]:
         try:
             infos = self.fs.find(self._at(prefix), detail=True)
         except FileNotFoundError:
             return {}
-        infos = {
-            name: info
+        return {
+            name[len(self.root) + 1 :]: info
             for name, info in infos.items()
             if info.get("type") == "file" and not name.endswith("/")
         }
-        return {name[len(self.root) + 1 :]: _mark(info) for name, info in infos.items()}
 
     def names(self, folder: str) -> list[str]:
         self.fs.invalidate_cache(self._at(folder))
@@ -240,8 +255,7 @@ class ObjectStore:
         self.fs.put_file(str(path), self._at(name))
 
     def read(self, name: str) -> bytes:
-        content: bytes = self.fs.cat_file(self._at(name))
-        return content
+        return self.fs.cat_file(self._at(name))
 
     def write(self, name: str, content: bytes) -> None:
         self.fs.pipe_file(self._at(name), content)

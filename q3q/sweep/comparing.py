@@ -6,25 +6,15 @@ from dataclasses import replace
 
 from q3q.evaluate.metrics import directions
 from q3q.placement import Trial
-from q3q.record import TrialRecord
+from q3q.record import TrialRecord, finished_baseline
 
 NOT_COMPARED = "not_compared"  # a record's note: why it is not compared with its baseline
 
 
 def baseline_record(trial: Trial, records: Mapping[str, TrialRecord]) -> TrialRecord | None:
     """Return the finished trial that this one is compared with, of these records or on disk."""
-    baseline = trial.placement.baseline
-    if baseline is None:
-        return None
-    record = records.get(baseline)
-    if record is None:
-        try:
-            record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        if record.spec.id != baseline:
-            return None
-    return record if record.completed else None
+    record = records.get(trial.placement.baseline or "") or finished_baseline(trial)
+    return record if record is not None and record.completed else None
 
 
 def compared(record: TrialRecord, baseline: TrialRecord) -> TrialRecord:

@@ -28,6 +28,7 @@ from q3q.quantize.methods.registry import settings_or_default
 from q3q.record import TrialRecord
 from q3q.spec import Evaluation, TaskRef, TextRef, TrialSpec
 from q3q.sweep.sensing import block_passes, calibration_passes, head_passes
+from q3q.sweep.writing import steps_of_writing, written_tokens
 
 TASK_TOKENS = 15_000  # of one task with its questions, where nothing better is known
 TASK_QUESTIONS = 150  # likewise
@@ -88,12 +89,14 @@ class Todo:
     draws: whether it draws windows of calibration, or of its budget
     questions: whose prompts it makes
     units: part of its budget's units that it measures
+    writes: part of the windows of traces that its model writes
     """
 
     blocks: float = 1.0
     draws: bool = True
     questions: int = 0
     units: float = 1.0
+    writes: float = 1.0
 
 
 Key = tuple[str, ...]
@@ -116,6 +119,8 @@ class CostModel:
     block: seconds on a GPU to quantize a block, however small: codes to the host and to disk; B,
         0.6B with RTN and GPTQ
     read_bytes: a second, from disk to where the model computes; D: a plain NVMe drive
+    core_memory, gpu_memory: bytes of weights a second that cores together, or a GPU, read from
+        their memory; guesses
     start: seconds of opening a model, whatever its size; R (0.1, and 2 where libraries are loaded
         too)
     gpu_start: the same on a GPU, where each trial is a new process: libraries and CUDA start too
@@ -136,6 +141,8 @@ class CostModel:
     issue_expert: float = 5e-5
     block: float = 0.1
     read_bytes: float = 1e9
+    core_memory: float = 1e10
+    gpu_memory: float = 2e12
     start: float = 1.0
     gpu_start: float = 10.0
     question: float = 1.7e-4
@@ -205,6 +212,24 @@ class CostModel:
         )
         return self.draw * (large and todo.draws)
 
+    def writing(self, spec: TrialSpec, facts: ModelFacts, where: Rate) -> tuple[float, float]:
+        """Return the seconds in which a model writes its traces, and more that a GPU waits.
+
+        A step has a token of each window, so it may take as long as reading all weights does.
+        """
+        tokens, steps = written_tokens(spec), steps_of_writing(spec, facts)
+        if spec.calibration is None or not tokens:
+            return 0.0, 0.0
+        operations = forward(facts, tokens, spec.calibration.length)
+        operations += 2.0 * facts.vocab * facts.hidden * tokens
+        memory = self.gpu_memory * where.units if where.gpu else self.core_memory
+        seconds = max(
+            operations / (self.flops(where) * where.units),
+            steps * facts.weight_bytes(spec.model.dtype) / memory,
+        )
+        issuing = steps * facts.layers * (self.issue + self.issue_expert * facts.experts)
+        return seconds, max(0.0, where.gpu * issuing - seconds)
+
     def issuing(self, spec: TrialSpec, facts: ModelFacts) -> dict[str, float]:
         """Return the seconds of each phase that a GPU's operations take to issue."""
         each = self.issue + self.issue_expert * facts.experts
@@ -260,6 +285,10 @@ class CostModel:
         seconds["calibrate"] = max(0.0, beside - where.gpu * seconds["load"])
         beside += self.prompt * todo.questions
         idle = sum(seconds.values())
+        writing, waiting = (todo.writes * part for part in self.writing(spec, facts, where))
+        ratio = self._ratio("calibrate", spec, where, loader)
+        seconds["calibrate"] += (writing + waiting) * ratio
+        idle += waiting * ratio
         for phase, operations in self.operations(spec, facts).items():
             computing = operations / rate
             if where.gpu and phase in ("quantize", SENSING):

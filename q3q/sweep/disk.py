@@ -115,7 +115,6 @@ def refuse_full_disk(folder: Path, left: int, running: int) -> None:
     """Refuse a sweep that needs more disk than its storage folder has free.
 
     Args:
-        left: bytes that its trials leave.
         running: most bytes of blocks of trials that run at the same time.
 
     Raises:

@@ -7,6 +7,7 @@ from q3q.attempt import finished_record
 from q3q.export.destination import export_fault
 from q3q.placement import Trial
 from q3q.record import TrialRecord
+from q3q.storage.block_cache import stored_blocks
 
 
 def finished_records(trials: Iterable[Trial]) -> dict[str, TrialRecord]:
@@ -40,5 +41,5 @@ def quantized_again(trials: Sequence[Trial], recent: Iterable[TrialRecord]) -> l
         trial
         for trial in trials
         if trial.spec.scheme and trial.spec.quantization_id in done
-        if not any(folder.exists() for folder in trial.block_folders)
+        if not stored_blocks(*trial.block_folders)
     ]

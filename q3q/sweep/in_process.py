@@ -8,7 +8,8 @@ from q3q.record import forget_failure
 from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here
 from q3q.sweep.plan import Planned
 from q3q.sweep.ray.worker import keep_to
-from q3q.sweep.run import Host, RunningStudy, with_plan
+from q3q.sweep.run import Host, with_plan
+from q3q.sweep.running import RunningStudy
 
 
 @dataclass(frozen=True)

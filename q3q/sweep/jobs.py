@@ -25,7 +25,6 @@ def composed_jobs(
     """Yield a composed job for each combination of the overrides' values.
 
     Args:
-        config: the sweep's own.
         params, rows: a saved study's; see `sweeper.StudySweeperConf`.
         arguments: the command line's overrides.
 

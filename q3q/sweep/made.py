@@ -1,5 +1,5 @@
-"""What trials of a storage folder make once: quantized blocks, sensitivities, token windows,
-requests.
+"""What trials of a storage folder make once: quantized blocks, sensitivities, traces, windows of
+tokens, requests.
 
 A plan asks what of it is there already, and lets each trial make only what none before it makes.
 """
@@ -10,6 +10,8 @@ from pathlib import Path
 
 from q3q.data.calibration import calibration_identity, drawing
 from q3q.data.prepared import FOLDER, kept_identities
+from q3q.data.traces import FOLDER as TRACES
+from q3q.data.traces import part_identity
 from q3q.data.windows import evaluation_identity
 from q3q.evaluate.batches import batches
 from q3q.evaluate.identities import requests_identity, says_all_of
@@ -20,6 +22,7 @@ from q3q.quantize.budget.units import units_of
 from q3q.spec import Json, TrialSpec, digest
 from q3q.storage.block_cache import stored_blocks
 from q3q.sweep.costs import Todo, questions_of, text_windows
+from q3q.sweep.writing import parts_of, written_tokens
 
 TOKEN_BYTES = 4  # of a window's token on disk
 QUESTION_BYTES = 1100  # of a question's requests; benchmarks/preparation.py, the study's suite
@@ -81,8 +84,10 @@ class Made:
             draws=drawn,
             questions=sum(one.questions for one in missing),
             units=self._units_to_measure(trial, facts, blocks),
+            writes=self._part_to_write(trial, facts, blocks),
         )
-        return todo, sum(one.size for one in missing)
+        written = round(todo.writes * TOKEN_BYTES * written_tokens(trial.spec))
+        return todo, written + sum(one.size for one in missing)
 
     def _blocks_to_make(self, trial: Trial, facts: ModelFacts) -> float:
         """Return the part of a trial's blocks that it quantizes itself."""
@@ -91,7 +96,7 @@ class Made:
         name = trial.spec.quantization_id
         if name in self._quantizations:
             return 0.0
-        if trial.placement.leaves_blocks:
+        if trial.placement.shares_blocks:
             self._quantizations.add(name)
         if self.fresh:
             return 1.0
@@ -115,17 +120,31 @@ class Made:
         self._sensitivities.add(path)
         return 1.0 - kept_units(path, identity) / len(units)
 
-    def _is_new(self, trial: Trial, identity: Json) -> bool:
-        """Note that a trial reads prepared input; return True if it has to make it.
+    def _part_to_write(self, trial: Trial, facts: ModelFacts, blocks: float) -> float:
+        """Return the part of a trial's windows of traces that its model writes."""
+        parts = parts_of(trial.spec, facts)
+        if not parts:
+            return 1.0
+        if not blocks:
+            return 0.0
+        new = [
+            len(numbers)
+            for traces, numbers in parts
+            if self._is_new(trial, part_identity(trial.spec, traces, numbers), TRACES)
+        ]
+        return sum(new) / sum(len(numbers) for _, numbers in parts)
+
+    def _is_new(self, trial: Trial, identity: Json, name: str = FOLDER) -> bool:
+        """Note that a trial reads prepared input or traces; return True if it has to make it.
 
         A plan loads no tokenizer: models with the same files have the same one, and what lies there
         of an equal identity is taken for theirs.
         """
-        folder = trial.placement.storage / FOLDER
+        folder = trial.placement.storage / name
         if folder not in self._identities:
             self._identities[folder] = list(kept_identities(folder).values())
-        name = (trial.spec.model.files, digest(identity))
-        known = name in self._inputs
-        self._inputs.add(name)
+        key = (trial.spec.model.files, digest(identity))
+        known = key in self._inputs
+        self._inputs.add(key)
         lying = self._identities[folder]
         return not known and not any(says_all_of(whole, [identity]) for whole in lying)

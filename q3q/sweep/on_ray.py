@@ -33,7 +33,8 @@ from q3q.sweep.ray.tasks import (
     Task,
     WorkerDiedError,
 )
-from q3q.sweep.run import Host, RunningStudy, with_plan
+from q3q.sweep.run import Host, with_plan
+from q3q.sweep.running import RunningStudy
 from q3q.team import Rendezvous
 
 # Workers show no progress bars, and must not all start as many threads as there are cores.
@@ -240,4 +241,4 @@ def _made_by_the_first(trial: Trial) -> str:
     """Name what the first of several trials makes, and the others wait for; "" for nothing."""
     if trial.spec.budget is not None:
         return sharers_of(trial.spec)
-    return trial.spec.quantization_id if trial.placement.leaves_blocks else ""
+    return trial.spec.quantization_id if trial.placement.shares_blocks else ""

@@ -282,6 +282,8 @@ def describe(
             f"Of the work, {_rounded(sensing)} measures the sensitivities that budgets are "
             f"allotted by, once for all trials that share them; they stay in {storage}/{SENSING}."
         )
+    counting = {budget for entry in left if (budget := entry.spec.budget) and budget.context}
+    lines += sorted(f"{budget.words}: {budget.about}." for budget in counting)
     if unlike := unlike_methods([entry.spec for entry in planned]):
         lines.append(unlike)
     lines += shown_by_questions(entry.spec for entry in planned)

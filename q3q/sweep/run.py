@@ -1,33 +1,25 @@
-"""Run a study (a trial, a sweep, trials to resume): plan, track, show, and report at the end."""
+"""Run a study (a trial, a sweep, trials to resume): plan it, and run what is not done."""
 
-import shlex
-import shutil
-import signal
 import sys
-import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from q3q.attempt import afresh
 from q3q.data.needs import fetch_weights
-from q3q.ending import ENDINGS, begin_farewell, raise_again
 from q3q.environment import now
-from q3q.errors import SweepFailedError
-from q3q.masking import masked
 from q3q.models.facts import ModelFacts
 from q3q.models.hub import facts_of_trial
 from q3q.placement import KEEP_AUTO, Trial
 from q3q.quantize.methods.source import code_changes
-from q3q.record import Progress, Sweep, TrialRecord
-from q3q.spec import Json, TrialSpec
-from q3q.storage.aside import clear_storage, telling
-from q3q.storage.mirror import mirror_at, refreshed
-from q3q.storage.stores import folder_of, is_url
-from q3q.storage.uploader import DRIVER_SECONDS, Uploader, uploading
+from q3q.record import TrialRecord
+from q3q.spec import Json
+from q3q.storage.aside import clear_storage
+from q3q.storage.mirror import refreshed
+from q3q.storage.stores import is_url
 from q3q.sweep.allocation import Allocation
 from q3q.sweep.comparing import baseline_record
 from q3q.sweep.costs import CostModel
@@ -40,16 +32,9 @@ from q3q.sweep.plan import (
     refuse_what_fills_the_disk,
     unlike_methods,
 )
+from q3q.sweep.running import RunningStudy, show_notes, tracked
 from q3q.sweep.settings import StudySettings
-from q3q.sweep.study import Study, recent_records, sole_driver, study_id
-from q3q.track.mlflow_sqlite import own_uri, read_uri
-from q3q.track.tracker import DEFAULT_STORAGE
-
-if TYPE_CHECKING:
-    from q3q.report.about import Report
-    from q3q.sweep.progress import Display
-    from q3q.track.idle import IdleTracker
-    from q3q.track.mlflow import MlflowTracker
+from q3q.sweep.study import recent_records, sole_driver
 
 
 class Host(Protocol):
@@ -68,68 +53,8 @@ class Host(Protocol):
         """Raise ConfigError if trials cannot run here; nothing has been tracked yet."""
         return
 
-    def run(self, planned: Sequence[Planned], study: "RunningStudy") -> None:
+    def run(self, planned: Sequence[Planned], study: RunningStudy) -> None:
         """Run trials; `study` receives their events and records."""
-
-
-class RunningStudy:
-    """A study while its trials run, and what the person at the terminal sees of it."""
-
-    def __init__(self, study: Study, display: "Display") -> None:
-        self.study = study
-        self.display = display
-        self.interruption: BaseException | None = None
-
-    @contextmanager
-    def deferring_interrupts(self) -> Iterator[None]:
-        """Defer the first Ctrl-C, SIGTERM or SIGHUP to the next tick, within a second.
-
-        Python swallows what a signal's handler raises inside a callback of the garbage collector.
-        A second signal is raised at once, except SIGHUP, which often comes twice.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def defer(number: int, frame: Any) -> None:
-            if self.interruption is not None:
-                raise self.interruption
-            self.interruption = (
-                KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-            )
-            begin_farewell()
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDINGS)}
-        if before[signal.SIGHUP] == signal.SIG_IGN:  # under nohup
-            del before[signal.SIGHUP]
-        for number in before:
-            signal.signal(number, defer)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                if signal.getsignal(number) is defer:
-                    signal.signal(number, handler)
-
-    def tick(self) -> None:
-        """Give the tracker its turn; raise a deferred interrupt."""
-        raise_again()
-        self.study.tick()
-        if self.interruption is not None:
-            raise self.interruption
-
-    def name_of(self, spec: TrialSpec) -> str:
-        """Return the name of one of the study's trials, which no other one has."""
-        return self.study.sweep.names.get(spec.id, spec.label)
-
-    def progressed(self, spec: TrialSpec, event: Progress) -> None:
-        raise_again()
-        self.display.event(event)
-        self.study.progressed(spec, event)
-
-    def finished(self, record: TrialRecord, seconds: float = 0.0) -> None:
-        self.study.take(record)
-        self.display.finished(record, seconds)
 
 
 def run_study(
@@ -196,7 +121,7 @@ def run_study(
     with (
         sole_driver(trials, settings.storage, partial(print, file=sys.stderr)),
         host.running() if left else nullcontext(),
-        _tracked(trials, left, finished, failed, settings, command, host) as study,
+        tracked(trials, left, finished, failed, settings, command, host.wait_until_ready) as study,
     ):
         ids = [trial.id for trial in trials]
         outside = [trial for trial in trials if trial.placement.baseline not in (None, *ids)]
@@ -216,7 +141,7 @@ def _show_plan(
     where: str,
     settings: StudySettings,
 ) -> None:
-    _show_notes(settings)
+    show_notes(settings)
     print(describe(planned, machines=machines, where=where, storage=settings.storage))
     if settings.absent:
         print(settings.absent)
@@ -257,154 +182,3 @@ def measured(record: TrialRecord) -> Json:
     peaks = [value for name, value in metrics.items() if name.startswith(kind)]
     seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
     return {"took": round(seconds, 3), "peak": max(peaks)} if peaks else {}
-
-
-@contextmanager
-def _tracked(
-    trials: Sequence[Trial],
-    left: Sequence[Planned],
-    finished: Mapping[str, TrialRecord],
-    failed: Mapping[str, TrialRecord],
-    settings: StudySettings,
-    command: str,
-    host: Host,
-) -> Iterator[RunningStudy]:
-    """Track and show what runs inside; at the end, however it ends, write and print the report.
-
-    Raises:
-        TrackingError: the tracker cannot be used; nothing has started.
-        SweepFailedError: some trials failed.
-    """
-    from q3q.storage.status import StatusWriter
-    from q3q.sweep.progress import Display
-    from q3q.track.idle import IdleTracker
-    from q3q.track.mlflow import MlflowTracker
-
-    storage = folder_of(settings.storage)
-    experiment = settings.experiment or settings.name or "q3q"
-    mlflow = MlflowTracker(settings.tracking_uri, settings.storage, experiment, settings.register)
-    tracker = mlflow if left else IdleTracker(mlflow)
-    if left:
-        tracker.check()
-        for line in tracker.remarks():
-            print(line, file=sys.stderr)
-        host.wait_until_ready()  # a cluster that does not answer must not leave an open run behind
-    _show_notes(settings)
-    if settings.fresh:
-        _forget_kept_blocks(trials, settings.storage)
-    sweep = Sweep(
-        id=study_id(trials),
-        name=settings.name or _name_of(trials),
-        command=masked(command),
-        config=settings.config,
-        trials=tuple(trials),
-        question=settings.question,
-        expectation=settings.expectation,
-        predicted={entry.trial.id: entry.seconds for entry in left},
-        experiment=experiment,
-    )
-    publisher = StatusWriter(storage, sweep.name, sweep.command)
-    with (
-        _uploader(settings.storage, finished) as uploader,
-        Display(total=len(left), publisher=publisher) as display,
-    ):
-        takes_exports = settings.register is not None
-        records = {**failed, **finished}
-        study = Study(sweep, storage, tracker, display.note, records, uploader, takes_exports)
-        interruption: BaseException | None = None
-        with study.tracked():
-            study.open()
-            if finished:
-                display.skipped([study.sweep.names[key] for key in finished])
-            if unchecked := sum(record.unchecked for record in finished.values()):
-                display.note(
-                    f"{unchecked} of the finished trials are an older version's, which kept no "
-                    "checksum of their samples: damage to those may pass unseen. fresh=true "
-                    "measures again"
-                )
-            try:
-                with telling(display.note):
-                    yield RunningStudy(study, display)
-            except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: SIGTERM or SIGHUP
-                interruption = error
-                begin_farewell()
-            except BaseException:
-                study.close()  # what is finished is reported, however this ends
-                raise
-            report = study.close()
-    _print_report(report, study, tracker, settings.storage)
-    if interruption is not None:
-        print(
-            f"Interrupted: {len(study.records)} of {len(trials)} trials are recorded; the same "
-            "command goes on."
-        )
-        raise interruption
-    ran = [study.records.get(entry.trial.id) for entry in left]
-    failures = [record for record in ran if record is not None and not record.completed]
-    if failures:
-        for record in failures:
-            name = study.sweep.names[record.spec.id]
-            print(f"FAILED {name}: {record.reason}", file=sys.stderr)
-        raise SweepFailedError(
-            f"{len(failures)} of {len(trials)} trials failed; the same command tries them again"
-        )
-
-
-def _print_report(
-    report: "Report", study: Study, tracker: "MlflowTracker | IdleTracker", storage: str
-) -> None:
-    from q3q.report.checkpoints import checkpoint_lines
-
-    print(report.text)
-    print("", *checkpoint_lines(list(study.records.values())), sep="\n")
-    print(f"Report and plots: {report.folder}")
-    print(_where_to_browse(tracker))
-    if is_url(storage):
-        print(_where_records_are(tracker, masked(storage)))
-
-
-def _show_notes(settings: StudySettings) -> None:
-    for line in settings.notes:
-        print(f"q3q: {line}", file=sys.stderr)
-
-
-def _name_of(trials: Sequence[Trial]) -> str:
-    methods = list(dict.fromkeys(trial.spec.method.name for trial in trials))
-    return "+".join([method for method in methods if method != "none"] or methods)
-
-
-def _forget_kept_blocks(trials: Iterable[Trial], storage: str) -> None:
-    mirror = mirror_at(storage)
-    for trial in trials:
-        for folder in (trial.kept_blocks_folder, trial.cached_blocks_folder):
-            shutil.rmtree(folder, ignore_errors=True)
-        if mirror is not None:
-            mirror.remove(f"trials/blocks/{trial.spec.quantization_id}")
-
-
-def _where_to_browse(tracker: "MlflowTracker | IdleTracker") -> str:
-    uri, page = masked(tracker.uri), tracker.page
-    if not uri.startswith("sqlite"):
-        return f"MLflow: {uri}/{page}"
-    command = shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
-    if uri == read_uri(own_uri(folder_of(DEFAULT_STORAGE)))[0]:  # what the Makefile serves
-        command = f"make ui (or: {command})"
-    return f"MLflow: {command}, then http://127.0.0.1:5000/{page}"
-
-
-def _where_records_are(tracker: "MlflowTracker | IdleTracker", storage: str) -> str:
-    note = "; MLflow's database is on this machine alone, track.uri= names a shared one"
-    return f"Records and report are in {storage}{note if tracker.uri.startswith('sqlite') else ''}."
-
-
-@contextmanager
-def _uploader(storage: str, finished: Mapping[str, TrialRecord]) -> Iterator[Uploader | None]:
-    """Upload a driver's files to a storage that is a URL; yield None for a folder."""
-    mirror = mirror_at(storage)
-    if mirror is None:
-        yield None
-        return
-    with uploading(mirror, "sweeps", "reports", "running", every=DRIVER_SECONDS) as uploader:
-        # Files that a worker of this machine wrote, but died before it uploaded them.
-        uploader.add(*(f"trials/{trial}" for trial in finished))
-        yield uploader

@@ -344,11 +344,11 @@ class Study:
             self._owed.discard(record.spec.id)
 
 
-def recent_records(storage: Path, most: int = RECENT_RECORDS) -> Iterator[TrialRecord]:
+def recent_records(storage: Path) -> Iterator[TrialRecord]:
     """Yield the records of trials that finished last in a storage folder, if they can be read."""
     records = [
         (path.lstat().st_mtime_ns, path) for path in (storage / "trials").glob("*/record.json")
     ]
-    for _, path in heapq.nlargest(most, records):
+    for _, path in heapq.nlargest(RECENT_RECORDS, records):
         with suppress(OSError, ValueError, KeyError, TypeError, Q3QError):
             yield TrialRecord.load(path)

@@ -37,7 +37,8 @@ from q3q.sweep.launcher import Job, RayLauncher
 from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here
 from q3q.sweep.on_ray import OnRay, Work, job_return, work
 from q3q.sweep.plan import Planned
-from q3q.sweep.run import Host, RunningStudy, run_study
+from q3q.sweep.run import Host, run_study
+from q3q.sweep.running import RunningStudy
 from q3q.sweep.settings import StudySettings
 
 

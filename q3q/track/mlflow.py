@@ -69,7 +69,6 @@ class MlflowTracker:
             address.
         storage: folder or URL of the records, as the user gave it. It has an id, and holds a
             SQLite store's artifacts; None stands for the folder of the SQLite file.
-        experiment: the MLflow experiment of the runs.
         register: name of a registered model; exported checkpoints become its versions.
 
     Raises:

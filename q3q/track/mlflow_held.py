@@ -105,7 +105,6 @@ def held_sweep(
 
     Args:
         artifacts: the folder of the database's artifacts
-        experiment: its name in MLflow
         sweep, owner: ids of the sweep and of the storage
 
     Returns:

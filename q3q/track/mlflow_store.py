@@ -55,7 +55,6 @@ class MlflowStore:
             address.
         storage: folder of the records; it holds the artifacts of a SQLite store, while a server
             has its own place for them. None means the folder of the SQLite file.
-        experiment: the experiment's shown name.
         sync: the command that fills a store from the records, for messages.
 
     Raises:

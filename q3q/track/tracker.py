@@ -36,14 +36,12 @@ class Tracker(Protocol):
     @property
     def page(self) -> str:
         """The open sweep's page, below the place's own address; empty if it has none."""
-        ...
 
     def remarks(self) -> list[str]:
         """Return what a person should know of the calls since the last time: each line once.
 
         That is which names had to be changed, say.
         """
-        ...
 
     def check(self) -> None:
         """Check, within about ten seconds, that results can be kept here.

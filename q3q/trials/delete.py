@@ -11,12 +11,11 @@ from q3q.attempt import CLAIM
 from q3q.data.prepared import FOLDER as PREPARED
 from q3q.data.prepared import kept_identities
 from q3q.data.traces import FOLDER as TRACES
-from q3q.data.traces import traces_identity
+from q3q.data.traces import traces_identity, traces_of
 from q3q.errors import ConfigError
 from q3q.evaluate.identities import prepared_identities, says_all_of
 from q3q.formatting import bytes_in_words
 from q3q.placement import Trial
-from q3q.spec import TRACES as WRITES
 from q3q.spec import Json
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
 from q3q.storage.mirror import mirror_at
@@ -52,7 +51,7 @@ def delete_trials(
             folders += exports_of(entry.trial)
             quantization = entry.trial.spec.quantization_id
             if all(quantization != other.spec.quantization_id for other in staying):
-                folders += {entry.trial.kept_blocks_folder, entry.trial.cached_blocks_folder}
+                folders.append(entry.trial.kept_blocks_folder)
             used = {path for other in staying for path in baselines_of(other, folder)}
             folders += [path for path in baselines_of(entry.trial, folder) if path not in used]
         inputs = _inputs_of(entry, staying, folder)
@@ -95,11 +94,7 @@ def baselines_of(trial: Trial, storage: Path) -> list[Path]:
 def trace_identities(trials: Iterable[Trial]) -> list[Json]:
     """Return what trials say of the traces that they are calibrated on."""
     return [
-        traces_identity(trial.spec, calibration.of_part(part))
-        for trial in trials
-        if (calibration := trial.spec.calibration) is not None
-        for part in calibration.every_part
-        if part.source == WRITES
+        traces_identity(trial.spec, traces) for trial in trials for traces in traces_of(trial.spec)
     ]
 
 

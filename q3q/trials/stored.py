@@ -18,9 +18,10 @@ from q3q.placement import Trial
 from q3q.quoting import module
 from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.records import RECORDS, all_sweeps
-from q3q.storage.block_cache import BlockCache
+from q3q.storage.block_cache import stored_blocks
 from q3q.storage.claim import holder_of
 from q3q.storage.mirror import Mirror, mirror_at
+from q3q.storage.mirrored_blocks import block_cache_of
 from q3q.storage.status import SweepStatus, at_work
 from q3q.storage.stores import is_url
 from q3q.storage.uploader import DRIVER_SECONDS
@@ -143,9 +144,8 @@ def listed(trials: Sequence[StoredTrial], storage: str | Path, folder: Path | No
     counts = {state: sum(trial.state == state for trial in trials) for state in STATES}
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     lines.append(f"{states}; {bytes_in_words(bytes_below(folder))} in {folder} with all else there")
-    for here in (False, True) if is_url(str(storage)) else (False,):
-        if kept := BlockCache.of_storage(folder, here=here).describe():
-            lines.append(kept)
+    if kept := block_cache_of(storage if is_url(str(storage)) else folder).describe():
+        lines.append(kept)
     return "\n".join(lines)
 
 
@@ -190,7 +190,7 @@ def _stored(
     if is_url(named):
         trial = trial.placed(store=named.rstrip("/"))
     state, waits = _state(trial, folder, record, sweep, running, named)
-    folders = [folder, *{trial.kept_blocks_folder, trial.cached_blocks_folder}, *exports_of(trial)]
+    folders = [folder, trial.kept_blocks_folder, *exports_of(trial)]
     return StoredTrial(
         id=trial.id,
         name=trial.spec.label,
@@ -231,8 +231,7 @@ def _state(
     if record is not None:
         return "failed", f"{_shortened(record.reason)}; then {after}"
     if folder.is_dir() and not waits_in_sweep:
-        places = {folder / "blocks", trial.kept_blocks_folder, trial.cached_blocks_folder}
-        blocks = len({path.name for place in places for path in place.glob("block_*.json")})
+        blocks = stored_blocks(folder / "blocks", trial.kept_blocks_folder)
         return "stopped", f"{f'to go on at block {blocks}: ' if blocks else ''}{after}"
     return "waiting", after
 

@@ -103,7 +103,6 @@ def _again(trial: str, remove: str = "") -> str:
     """Return how to make again what is not as it must be.
 
     Args:
-        trial: whose it is, by id.
         remove: what has to be removed first, if anything has.
     """
     first = f"remove {remove}, then " if remove else ""

@@ -20,7 +20,7 @@ from q3q.models.demo.library import (
     calibration_text,
     held_out_text,
 )
-from q3q.models.demo.stories import stories, story_text
+from q3q.models.demo.stories import stories
 
 
 def refuse(source, split, *parts, path=None, data=None):
@@ -50,8 +50,9 @@ def test_the_demo_text_is_joined_as_in_training_and_never_evaluated_on_what_was_
         load_text("demo", split="calibration"),
         load_text("demo", split="evaluation"),
     )
-    assert calibration.joined == story_text(1, 1500, held_out=False)
-    assert evaluation.joined == story_text(2, 400, held_out=True)
+    for text, seed, count in ((calibration, 1, 1500), (evaluation, 2, 400)):
+        stream = stories(seed, held_out=text is evaluation)
+        assert text.joined == "\n".join(next(stream).full_text() for _ in range(count))
     trained_on = stories(0, held_out=False)
     seen = {next(trained_on).full_text() for _ in range(5000)} | set(calibration.documents)
     assert not seen & set(evaluation.documents)

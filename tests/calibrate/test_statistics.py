@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from q3q.models.anatomy import SiteInput
-from q3q.models.experts import EveryExpert
+from q3q.models import experts
+from q3q.models.anatomy import Computed, SiteInput
 from q3q.models.footprint import LANES
 from q3q.quantize.lanes import LaneSum, lane_of, lanes_of
 from q3q.quantize.statistics import (
@@ -43,7 +43,7 @@ def every_expert(x):
     """The input of each expert's down if all tokens go to it."""
     generator = torch.Generator().manual_seed(5)
     gate, up = torch.randn(2, EXPERTS, COLUMNS // 2, COLUMNS, generator=generator)
-    return EveryExpert(x, gate, up)
+    return experts.every_expert(x, gate, up)
 
 
 def batches(routing, per_batch=2):
@@ -274,13 +274,13 @@ def stored_numbers(statistics):
 
 def test_what_is_made_on_the_way_is_made_once(monkeypatch):
     made = []
-    make = EveryExpert.__getitem__
+    make = Computed.__getitem__
 
     def recording(self, e):
         made.append(e)
         return make(self, e)
 
-    monkeypatch.setattr(EveryExpert, "__getitem__", recording)
+    monkeypatch.setattr(Computed, "__getitem__", recording)
     statistics = StoredInputs(25)
     for count, (_, inputs) in enumerate(batches("all, down"), 1):
         statistics.update(inputs)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from q3q.record import load_trial
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +228,7 @@ def in_child(work: Callable[[], object]) -> int:
     pid = os.fork()
     if pid == 0:
         try:
+            torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
             work()
             os._exit(0)
         except BaseException:

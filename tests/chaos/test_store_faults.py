@@ -6,18 +6,14 @@ import os
 import re
 import signal
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
 from q3q.placement import Placement
-from q3q.record import Progress
-from q3q.storage import block_cache, object_claims, uploader
 from q3q.storage import claim as claim_module
-from q3q.storage.mirror import Mirror
+from q3q.storage import object_claims, uploader
 from q3q.storage.stores import open_store
 from q3q.trial import attempt_trial
-from q3q.trials.stored import find_trials, listed
 from tests.chaos.faults import (
     SMALL,
     end_of,
@@ -86,7 +82,7 @@ def test_a_node_that_is_killed_costs_what_it_had_not_sent_and_another_goes_on(tr
     reference = attempt_trial(plain)
     assert reference.completed, reference.reason
     blocks = [
-        f"trials/{trial.id}/blocks/block_00{k}.{kind}"
+        f"trials/blocks/{trial.spec.quantization_id}/block_00{k}.{kind}"
         for k in (0, 1)
         for kind in ("json", "safetensors")
     ]
@@ -179,87 +175,78 @@ def test_one_that_slept_sends_nothing_over_the_result_of_another(trial, url, tmp
     assert not [name for name in open_store(url).find(folder) if "/blocks/" in name]
 
 
-@pytest.fixture
-def on_node(monkeypatch, tmp_path):
-    """Run a trial in this process as on a machine of a name; return what it said and sent."""
-    send = Mirror._send
-
-    def run(node, trial, **changes):
-        said: list[Progress] = []
-        sent: list[str] = []
-
-        def noted(mirror, name):
-            sent.append(name)
-            send(mirror, name)
-
-        monkeypatch.setenv("Q3Q_MIRRORS", str(tmp_path / node))
-        monkeypatch.setattr(Mirror, "_send", noted)
-        placed = replace(trial, placement=replace(trial.placement, **changes).here())
-        record = attempt_trial(placed, said.append)
-        assert record.completed, record.reason
-        return placed, record, said, sent
-
-    return run
-
-
 def with_limit(trial, limit):
     texts = tuple(replace(text, limit=limit) for text in trial.spec.evaluation.texts)
     evaluation = replace(trial.spec.evaluation, texts=texts, drift=None)
     return replace(trial, spec=replace(trial.spec, evaluation=evaluation))
 
 
-def test_a_machine_keeps_its_blocks_within_a_budget_and_the_store_none(
-    trial, url, on_node, monkeypatch
-):
-    first, second, third = (with_limit(trial, limit) for limit in (1, 2, 3))
-    placed, record, *_ = on_node("a", first)
-    assert record.notes.get("blocks_from_disk") is None
-    assert not placed.blocks_folder.exists()
-    assert not placed.kept_blocks_folder.exists()
-    assert len(list(placed.cached_blocks_folder.glob("block_*.json"))) == 3
-    assert not [name for name in open_store(url).find("") if "block" in name]
-
-    _, record, said, sent = on_node("a", second)
-    assert record.notes["blocks_from_disk"] == 3
-    assert not [event for event in said if event.phase == "calibrate" and event.note]
-    assert not [name for name in sent if "block" in name]
-    folder = placed.placement.storage
-    assert "1 quantization kept on this machine for later evaluations (keep=auto)" in listed(
-        find_trials(folder, url), url, folder
-    )
-
-    _, record, *_ = on_node("b", trial)  # which had no block of theirs
-    assert record.notes.get("blocks_from_disk") is None
-    _, record, *_ = on_node("a", third, fresh="a wish")
-    assert record.notes.get("blocks_from_disk") is None
-    assert len(list(placed.cached_blocks_folder.glob("block_*.json"))) == 3
-
-    monkeypatch.setattr(block_cache, "SHARE", 0.0)
-    cache = placed.placement.block_cache
-    with cache.lease(trial.spec.quantization_id):  # as another trial on this machine has
-        on_node("a", trial, fresh="another wish")
-        assert placed.cached_blocks_folder.exists()
-    assert cache.trim(cache.leased) == [trial.spec.quantization_id]
-    assert not placed.cached_blocks_folder.exists()
+def reused(trial, url):
+    record = in_store(url, f"trials/{trial.id}/record.json")
+    assert record["status"] == "COMPLETED", record["reason"]
+    return record.get("notes", {}).get("blocks_from_disk", 0)
 
 
-def test_of_two_trials_on_a_machine_one_makes_the_blocks(trial, tmp_path):
+def elsewhere(node, trial, report, *, silence=120.0):
+    """Start a trial in a process, as on another machine of that name; return its id."""
+
+    def work():
+        os.environ["Q3Q_MIRRORS"] = str(node)
+        claim_module._place = lambda: node.name
+        uploader.EVERY_SECONDS = object_claims.HEARTBEAT_SECONDS = 0.05
+        object_claims.POLL_SECONDS, object_claims.SILENT_SECONDS = 0.1, silence
+        attempt_trial(replace(trial, placement=trial.placement.here()), report)
+
+    return in_child(work)
+
+
+def test_of_two_machines_at_once_one_makes_the_blocks_and_a_third_finds_them(trial, url, tmp_path):
     trials = [with_limit(trial, limit) for limit in (3, 4)]
 
-    def work(own, other):
+    def start(node, own, other):
         def report(event):
             if event.phase == "load":  # both are there before one of them begins
                 (tmp_path / own.id).touch()
                 wait_until((tmp_path / other.id).exists, "the other")
 
-        os.environ["Q3Q_MIRRORS"] = str(tmp_path / "a")
-        here = replace(own, placement=own.placement.here())
-        record = attempt_trial(here, report)
-        (tmp_path / f"{own.id}.reused").write_text(str(record.notes.get("blocks_from_disk", 0)))
+        return elsewhere(tmp_path / node, own, report)
 
-    children = [in_child(partial(work, *pair)) for pair in (trials, trials[::-1])]
+    children = [start("a", *trials), start("b", *trials[::-1])]
     assert [end_of(child) for child in children] == [0, 0]
-    assert sorted(path.read_text() for path in tmp_path.glob("*.reused")) == ["0", "3"]
+    assert sorted(reused(one, url) for one in trials) == [0, 3]
+    third = with_limit(trial, 5)
+    phases = []
+    os.environ["Q3Q_MIRRORS"] = str(tmp_path / "c")
+    assert attempt_trial(replace(third, placement=third.placement.here()), phases.append).completed
+    assert reused(third, url) == 3
+    assert not [event for event in phases if event.phase == "calibrate" and event.note]
+
+
+def test_a_machine_that_waits_goes_on_at_the_last_block_of_one_that_died(trial, url, tmp_path):
+    first, second = (with_limit(trial, limit) for limit in (3, 4))
+    blocks = f"trials/blocks/{trial.spec.quantization_id}"
+
+    def die(event):
+        if event.phase == "quantize" and event.done == 2:
+            sent = [
+                f"{blocks}/block_00{k}.{kind}" for k in "01" for kind in ("json", "safetensors")
+            ]
+            wait_until(lambda: all(map(open_store(url).mark, sent)), "two blocks")
+            wait_until((tmp_path / "waits").exists, "one that waits")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def follow(event):
+        if event.phase == "wait":
+            (tmp_path / "waits").touch()
+
+    dies = elsewhere(tmp_path / "a", first, die)
+    wait_until(lambda: open_store(url).find(blocks), "its blocks")
+    follows = elsewhere(tmp_path / "b", second, follow, silence=1.0)
+    assert end_of(dies) == -signal.SIGKILL
+    assert end_of(follows) == 0
+    assert (tmp_path / "waits").exists()
+    assert reused(second, url) == 2
+    assert len(open_store(url).find(blocks)) == 7  # three blocks of two files, and the mark
 
 
 def command(module, url, *arguments, **environment):

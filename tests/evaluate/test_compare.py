@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -11,21 +12,22 @@ from scipy.stats import binomtest, chi2
 import q3q.evaluate.compare as compare_module
 from q3q.errors import IntegrityError
 from q3q.evaluate.compare import (
-    Estimate,
     compare,
     estimate,
-    group_mean,
     mcnemar,
     paired_interval,
     quantile_interval,
     studentized_bootstrap,
-    window_scores,
 )
 from q3q.record import Comparison
 
 
 def scores(values):
     return {f"task/{k}": float(value) for k, value in enumerate(values)}
+
+
+def window_scores(digest: str, nll_N: Sequence[float]) -> dict[str, float]:
+    return {f"{digest}/{row}": float(nll) for row, nll in enumerate(nll_N)}
 
 
 def windows(losses: Any) -> dict[str, float]:
@@ -271,32 +273,15 @@ def test_a_comparison_survives_json(pair):
     assert Comparison.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False))) == found
 
 
-def test_a_groups_mean_is_that_of_all_its_samples():
-    easy, hard = scores([1, 1, 1, 0, 1, 1]), scores([0, 1, 0, 0])
-    group = group_mean([estimate(easy), estimate(hard)])
-    assert group.value == pytest.approx(6 / 10)
-    assert group.n == 10
-    assert estimate(hard).standard_error == pytest.approx(numpy.std([0, 1, 0, 0], ddof=1) / 2)
-    expected = (
-        0.6**2 * estimate(easy).standard_error ** 2 + 0.4**2 * estimate(hard).standard_error ** 2
-    ) ** 0.5
-    assert group.standard_error == pytest.approx(expected)
-
-
-def test_a_groups_standard_error_is_the_spread_of_its_mean():
-    dice, sizes, shares = numpy.random.default_rng(0), (30, 90), (0.9, 0.4)
-    drawn = [
-        group_mean(estimate(scores(dice.random(n) < p)) for n, p in zip(sizes, shares, strict=True))
-        for _ in range(600)
-    ]
-    spread = numpy.std([group.value for group in drawn])
-    assert numpy.mean([group.standard_error for group in drawn]) == pytest.approx(spread, rel=0.08)
+def test_a_means_standard_error_is_that_of_its_samples():
+    hard = estimate(scores([0, 1, 0, 0]))
+    assert hard.value == pytest.approx(1 / 4)
+    assert hard.standard_error == pytest.approx(numpy.std([0, 1, 0, 0], ddof=1) / 2)
 
 
 def test_nothing_has_no_mean():
-    assert math.isnan(group_mean([]).value)
     assert math.isnan(estimate({}).value)
-    assert math.isnan(group_mean([Estimate(1.0, math.nan, 1)]).standard_error)
+    assert math.isnan(estimate(scores([1])).standard_error)
 
 
 def test_the_interval_of_a_quantile_resamples_windows_whole():

@@ -22,7 +22,6 @@ from q3q.evaluate.samples import (
     explained,
     measured,
     read_samples,
-    value_of,
     write_samples,
 )
 from q3q.evaluate.suites import score_batch
@@ -311,6 +310,12 @@ def scores_of(folder):
                     )
                 )
     return parts[:3], parts[3:]
+
+
+def value_of(row, metric):
+    """Return a metric's value for a sample, as lm-eval had it (a tuple as a list)."""
+    values = row.get("values") or {}
+    return json.loads(values[metric]) if metric in values else row["scores"][metric]
 
 
 def quoted(entry):

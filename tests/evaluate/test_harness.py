@@ -42,6 +42,7 @@ from q3q.evaluate.tree_pass import run_tree
 from q3q.models.cache import Cached
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
+from q3q.scheme import InputRounding
 
 WINDOW = 512  # tokens, so that little is much
 OFFICIAL = Path(lm_eval.tasks.__file__).parent
@@ -160,7 +161,7 @@ def rounded_to(bits):
 def round_inputs(ours, hflm, bits):
     """Make the linears of both models' blocks round their inputs to `bits` bits."""
     for block in ours.model.blocks:
-        block.act_bits = bits
+        block.rounding = InputRounding(bits)
     for name, linear in hflm.model.named_modules():
         if isinstance(linear, torch.nn.Linear) and name.startswith("model.layers."):
             linear.register_forward_pre_hook(rounded_to(bits))
@@ -239,7 +240,7 @@ def test_quantized_activations_do_not_depend_on_the_batch(both):
     ours, _ = both
     blocks = [block.with_weights({}) for block in ours.model.blocks]
     for block in blocks:
-        block.act_bits = 8
+        block.rounding = InputRounding(8)
     quantized = HarnessLM(replace(ours.model, blocks=blocks), ours.tokenizer)
     pairs = [pair for pair in adversarial()[:-1] if len(pair[0]) < 700]
     together = quantized.loglikelihood(instances(pairs))

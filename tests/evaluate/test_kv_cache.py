@@ -16,7 +16,7 @@ from q3q.evaluate.perplexity import perplexity
 from q3q.evaluate.scoring import Request, pack_requests, score
 from q3q.evaluate.tree_pass import run_tree
 from q3q.kv_scheme import KvScheme
-from q3q.models import attention
+from q3q.models import softmax
 from q3q.models.adjust import set_cache
 from q3q.models.attention import CAUSAL
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
@@ -160,7 +160,7 @@ def test_a_tree_reads_what_rows_read(decoder, scheme, monkeypatch):
     expected = None
     for worth, budget, scores in ((1, 7, 1 << 22), (50, 60, 500), (10**9, 5000, 1 << 22)):
         monkeypatch.setattr(prefixes, "WORTH_SHARING", worth)
-        monkeypatch.setattr(attention, "STORED_SCORES", scores)
+        monkeypatch.setattr(softmax, "STORED_SCORES", scores)
         rounded(decoder, scheme)
         tree, _ = pack_requests(requests_of(texts), chunk=decoder.chunk)
         hidden_TH = torch.cat([h for _, _, h in run_tree(decoder, tree, fixed(budget))])

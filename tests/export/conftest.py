@@ -147,7 +147,7 @@ def quantized_blocks(checkpoint, trial, *, act_order=False, leave=()):
     blocks = []
     for k, block in enumerate(model.blocks):
         result = quantized_block(block, k, trial, act_order=act_order, leave=leave)
-        model.blocks[k] = block.with_weights(result.weights_for(block))
+        model.blocks[k] = block.with_weights(result.numbers(block.dtype, block.device))
         blocks.append(result)
     set_activations(model, trial.spec)
     return blocks, model

@@ -75,7 +75,7 @@ def exported(folder, kind, name, *, tied=True, dtype="float32"):
             quantized[weight_name] = with_scales(codes, scheme.scales)
         changed = {"input_layernorm.weight": block.weights["input_layernorm.weight"] * 1.25}
         result = QuantizedBlock(k, quantized, changed, [])
-        model.blocks[k] = block.with_weights(result.weights_for(block))
+        model.blocks[k] = block.with_weights(result.numbers(block.dtype, block.device))
         exporter.store(result)
     exporter.finish(model)
     return exporter, model

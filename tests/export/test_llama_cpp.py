@@ -26,6 +26,7 @@ from q3q.number_formats import BLOCKS
 from q3q.numerics.block_weights import BlockWeight
 from q3q.numerics.grid import into_groups
 from q3q.numerics.levels import levels_of
+from q3q.scheme import InputRounding
 from tests.export.conftest import DEMO, make_checkpoint
 from tests.export.test_gguf import WIDE, exported
 
@@ -135,7 +136,7 @@ def test_it_answers_with_our_logits(tmp_path, kind):
 
     # Its kernels of K types round the inputs of linears to 8 bits, with a scale for 256 channels.
     for block in model.blocks:
-        block.act_bits, block.act_group_size = 8, 256
+        block.rounding = InputRounding(8, group_size=256)
     file = exporter.folder / "model.gguf"
     errors = errors_of(run(model, rounded=True).logits, tmp_path, file, ids)
     assert errors[len(errors) // 2] < SAME_SUMS

@@ -320,7 +320,7 @@ def test_a_file_of_other_codes_is_found_whoever_wrote_it(
             model.exchange(
                 block.index,
                 None,
-                partial(block.weights_for, of_block),
+                partial(block.numbers, of_block.dtype, of_block.device),
             )
     exporter = proof_ready(trial, original, blocks, model)
     assert strangers_view(exporter, model, logits=not streamed).check.passed

@@ -16,6 +16,7 @@ from q3q.export.writer import ExportingSink
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.record import Check
+from q3q.scheme import InputRounding
 from tests.commands import python
 from tests.damage import cut, flipped
 from tests.specs import exporter_of, respecified
@@ -209,7 +210,7 @@ def test_activations_come_back_with_the_checkpoint(checkpoint, trial_of, export,
         original, trial_of(original, "compressed_tensors", tmp_path / "out", **scheme)
     )
     read = load_decoder(Checkpoint(made.path), torch.bfloat16)
-    assert [block.act_bits for block in read.blocks] == [8, 8]
+    assert [block.rounding for block in read.blocks] == [InputRounding(8)] * 2
     ids = torch.arange(20)[None]
     assert torch.equal(read.hidden(ids), model.hidden(ids))
 

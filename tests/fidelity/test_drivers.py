@@ -41,7 +41,7 @@ def walked(folder, method, scheme, windows):
     with torch.inference_mode():
         blocks = quantize_model(decoder, method, scheme, windows, Nowhere())
     for block in decoder.blocks:
-        block.act_bits = scheme.act_bits
+        block.rounding = scheme.inputs
     return decoder, choices(blocks)
 
 

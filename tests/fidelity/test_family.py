@@ -116,7 +116,7 @@ def test_every_shape_goes_through_every_method(folder_of, size, method):
             decoder, build(), scheme, windows if method != "rtn" else None, Nowhere()
         )
         for block in decoder.blocks:
-            block.act_bits = scheme.act_bits
+            block.rounding = scheme.inputs
     assert math.isfinite(perplexity(decoder, windows_of(1, 24, seed=4)).nll)
     failed = [
         check

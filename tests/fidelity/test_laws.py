@@ -197,7 +197,7 @@ def perplexity_of(demo, method=None, scheme=None):
                 Nowhere(),
             )
             for block in decoder.blocks:
-                block.act_bits = scheme.act_bits
+                block.rounding = scheme.inputs
         return perplexity(decoder, evaluation).value
 
 

@@ -19,7 +19,9 @@ from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.harness.lm import HarnessLM
 from q3q.evaluate.perplexity import perplexity
 from q3q.evaluate.scoring import Request, score
-from q3q.models.attention import (
+from q3q.models.checkpoint import Checkpoint, load_tokenizer
+from q3q.models.decoder import load_decoder
+from q3q.models.softmax import (
     VarlenLayout,
     attend,
     attend_plain,
@@ -27,8 +29,6 @@ from q3q.models.attention import (
     attend_varlen_plain,
     supports_varlen,
 )
-from q3q.models.checkpoint import Checkpoint, load_tokenizer
-from q3q.models.decoder import load_decoder
 from q3q.models.streaming import StreamedDecoder
 from q3q.numerics.divergence import kl_divergence
 from q3q.numerics.kernels.compiler import compiler_fault

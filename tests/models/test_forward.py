@@ -11,6 +11,7 @@ from q3q.models.block import Rope, finish
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.numerics.kernels.norm import rms_norm
+from q3q.scheme import InputRounding
 from tests.models.families import KINDS, build
 
 
@@ -64,7 +65,7 @@ def test_a_site_whose_weights_stay_reads_activations_as_they_are(kind, tmp_path)
     ours = load_decoder(Checkpoint(tmp_path), torch.float32)
     block, x = ours.blocks[0], torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     unrounded = block(x, ours.rope)
-    block.act_bits = 2
+    block.rounding = InputRounding(2)
     rounded = block(x, ours.rope)
     assert not torch.equal(rounded, unrounded)
     names = [site.name for site in block.sites]

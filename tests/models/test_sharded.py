@@ -16,6 +16,7 @@ from q3q.models.sharded import load_sharded
 from q3q.models.tensor_files import read_header
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid
+from q3q.scheme import InputRounding
 
 DEMO = Path(q3q.models.demo.__file__).parent
 CHANGED = "self_attn.o_proj.weight"
@@ -50,7 +51,7 @@ def scored(model):
 
 def quarter(k, block):
     """A change of every block."""
-    block.act_bits = 4
+    block.rounding = InputRounding(4)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from q3q.models.spool import Spool
 from q3q.models.streaming import StreamedBlocks, StreamedDecoder
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid
+from q3q.scheme import InputRounding
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -142,12 +143,12 @@ def test_changes_reach_blocks_that_are_still_to_be_read(random_checkpoint):
     before = streamed.hidden(batches()[0])
     first = streamed.blocks[0]  # the second one is being read already
     for model in (resident, streamed):
-        model.adjust(lambda k, block: setattr(block, "act_bits", 4 + k))
-    assert [block.act_bits for block in streamed.blocks] == [4, 5, 6]
+        model.adjust(lambda k, block: setattr(block, "rounding", InputRounding(4 + k)))
+    assert [block.rounding for block in streamed.blocks] == [InputRounding(4 + k) for k in range(3)]
     after = streamed.hidden(batches()[0])
     assert torch.equal(after, resident.hidden(batches()[0]))
     assert not torch.equal(after, before)
-    assert first.act_bits is None
+    assert first.rounding is None
 
 
 def test_exchanged_weights_come_from_their_source_and_the_others_from_the_checkpoint(

@@ -24,6 +24,7 @@ from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.gptq import gptq_round, gptq_round_plain
 from q3q.quantize.sites import _divided_by_rows
 from q3q.quantize.walk import quantize_model
+from q3q.scheme import InputRounding
 from q3q.spec import Scheme, Schemes
 from tests.methods import built
 from tests.nowhere import Nowhere
@@ -404,10 +405,10 @@ def test_a_block_rounds_its_inputs_as_its_scheme_says():
     assert isinstance(block, Block)
     x, site = torch.randn(3, 32), block.sites[0]
     assert block.round_inputs(site, x) is x
-    block.act_bits, block.act_format, block.act_group_size = 4, "nvfp4", 16
+    block.rounding = InputRounding(4, "nvfp4", 16)
     expected = floats_per_token(x, FLOATS["nvfp4"], 16)
     assert torch.equal(block.round_inputs(site, x), expected)
     assert torch.equal(block.with_weights({}).round_inputs(site, x), expected)
-    block.act_format = "int"
+    block.rounding = InputRounding(4, group_size=16)
     grouped = absmax_per_token(x.unflatten(1, (2, 16)), 4).flatten(1)
     assert torch.equal(block.round_inputs(site, x), grouped)

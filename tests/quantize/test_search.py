@@ -49,7 +49,7 @@ def copy(decoder):
 
 
 def set_activations(model: Decoder) -> None:
-    model.adjust(lambda k, block: setattr(block, "act_bits", SCHEME.act_bits))
+    model.adjust(lambda k, block: setattr(block, "rounding", SCHEME.inputs))
 
 
 @torch.inference_mode()
@@ -87,7 +87,7 @@ def test_the_variant_that_keeps_the_model_closest_to_itself_is_chosen(decoder, w
     assert events == [("bits=2", 0, 3), ("bits=8", 1, 3), ("bits=4", 2, 3)]
     # The model is as it was, its activations too.
     assert all(a is b for a, b in zip(decoder.blocks, before, strict=True))
-    assert all(block.act_bits is None for block in decoder.blocks)
+    assert all(block.rounding is None for block in decoder.blocks)
 
 
 @torch.inference_mode()

@@ -170,7 +170,7 @@ def output_error(original, settings, windows, scheme):
         rounded, SmoothQuant(settings), scheme, windows if settings.observes() else None, Nowhere()
     )
     for block in rounded.blocks:
-        block.act_bits = scheme.act_bits
+        block.rounding = scheme.inputs
     return float((rounded.hidden(windows) - original.hidden(windows)).square().mean())
 
 

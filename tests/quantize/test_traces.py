@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from q3q.data import traces as recipes
 from q3q.errors import CalibrationError
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
@@ -62,7 +63,7 @@ def test_written_tokens_are_those_of_a_full_pass_for_each(kind, temperature, tmp
 
 def test_traces_are_written_once_and_whoever_wants_more_goes_on(demo, tmp_path, monkeypatch):
     model, tokenizer = demo
-    monkeypatch.setattr(writing, "MOST_ROWS", 4)
+    monkeypatch.setattr(recipes, "MOST_ROWS", 4)
     trial = trial_of(tmp_path)
     calibration = trial.spec.calibration
     windows = traces(trial, model, tokenizer, calibration)
@@ -80,7 +81,7 @@ def test_traces_are_written_once_and_whoever_wants_more_goes_on(demo, tmp_path, 
 
 def test_a_damaged_part_is_written_again_and_the_others_stay(demo, tmp_path, monkeypatch):
     model, tokenizer = demo
-    monkeypatch.setattr(writing, "MOST_ROWS", 4)
+    monkeypatch.setattr(recipes, "MOST_ROWS", 4)
     trial = trial_of(tmp_path)
     windows = traces(trial, model, tokenizer, trial.spec.calibration)
     first, second = sorted((tmp_path / "traces").glob("*.safetensors"))

@@ -24,6 +24,7 @@ from q3q.quantize.block_store import BlockStore
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.search import search_variants
 from q3q.quantize.walk import quantize_model, quantized_blocks
+from q3q.scheme import InputRounding
 from q3q.spec import Scheme, Schemes
 from tests.methods import built
 
@@ -313,7 +314,7 @@ def test_variants_are_tried_on_a_streamed_model_too(random_checkpoint, windows):
             variants,
             replace(SCHEME, bits=8, group_size=-1),
             windows[:2],
-            lambda copy: copy.adjust(lambda k, block: setattr(block, "act_bits", 8)),
+            lambda copy: copy.adjust(lambda k, block: setattr(block, "rounding", InputRounding(8))),
         )
         for model in (
             load_decoder(Checkpoint(folder), torch.float32),

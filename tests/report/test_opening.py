@@ -456,10 +456,16 @@ def test_each_model_and_each_quick_look_has_its_own_noise(tmp_path: Path) -> Non
 def test_a_plan_says_what_its_questions_can_show() -> None:
     tasks = evaluation_of("stories", tasks=["stories_who", "stories_where"], task_limit=200)
     specs = [make_spec("rtn", bits, evaluation=tasks) for bits in (3, 4)]
-    assert shown_by_questions(specs) == [
+    [line] = shown_by_questions([*specs, replace(specs[0], seed=1), make_spec("none", 16)])
+    assert line == (
         "400 questions of 2 tasks: a difference of 4.4 points in the mean accuracy is found in "
-        "80 % of studies, if two trials answer 10 % differently (docs/STATISTICS.md)."
-    ]
+        "80 % of studies that test it alone, and one of 4.9 points where the report corrects for "
+        "all 2 changes from the unquantized model, if two trials answer 10 % differently "
+        "(docs/STATISTICS.md)."
+    )
+    assert smallest_difference(400, 0.1, level=0.05 / 2) == pytest.approx(0.0485, abs=5e-4)
+    [single] = shown_by_questions(specs[:1])
+    assert "corrects" not in single
     few = evaluation_of(tasks=["stories_who"], task_limit=10)
     assert shown_by_questions([make_spec("rtn", 4, evaluation=few)])[0].startswith(
         "10 questions: too few to find any difference"

@@ -8,7 +8,7 @@ import pytest
 
 import q3q
 from q3q.errors import ReportError
-from q3q.evaluate.compare import compare, window_scores
+from q3q.evaluate.compare import compare
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
 from q3q.placement import Placement
 from q3q.record import COMPLETED, TrialRecord
@@ -51,7 +51,7 @@ def test_a_row_is_a_trial_and_a_metric_under_mlflows_names(tmp_path):
 
 def test_the_difference_of_a_perplexity_is_in_nats_and_is_said_to_be_so(tmp_path):
     record = stored(tmp_path, "rtn", 3, 5.0)
-    losses = [window_scores("text", [math.log(number)] * 8) for number in (5.0, 4.0)]
+    losses = [{f"text/{n}": math.log(number) for n in range(8)} for number in (5.0, 4.0)]
     compared = compare(STORIES, *losses, ratio=True)
     replace(record, comparisons={STORIES: compared}).save()
     table = q3q.results(tmp_path)
@@ -60,7 +60,7 @@ def test_the_difference_of_a_perplexity_is_in_nats_and_is_said_to_be_so(tmp_path
     page = (Path(__file__).parents[2] / "docs" / "NOTEBOOK.md").read_text(encoding="utf-8")
     [line] = [line for line in page.splitlines() if line.startswith("| `difference`")]
     for text in (line, " ".join(str(q3q.results.__doc__).split())):
-        assert "of a perplexity in nats, so that" in text
+        assert "perplexities are in nats" in text
 
 
 def test_what_diverged_is_nan_and_a_failed_trial_has_no_rows(tmp_path):

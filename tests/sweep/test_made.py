@@ -6,16 +6,19 @@ import pytest
 
 from q3q.bit_budget import BitBudget
 from q3q.data.prepared import FOLDER, Shelf
+from q3q.data.traces import part_identity
 from q3q.evaluate.identities import prepared_identities
 from q3q.quantize.budget.sensitivities import Sensitivities, file_of, identity_of
 from q3q.quantize.budget.units import units_of
+from q3q.spec import TRACES, WRITTEN
 from q3q.sweep import run
 from q3q.sweep.costs import SENSING, CostModel, Rate, Todo
 from q3q.sweep.made import QUESTION_BYTES, Made
 from q3q.sweep.plan import Planned, describe, plan, simulated
 from q3q.sweep.run import Host, run_study
 from q3q.sweep.settings import StudySettings
-from tests.specs import STUDY_TASKS, evaluation_of, respecified
+from q3q.sweep.writing import steps_of_writing
+from tests.specs import STUDY_TASKS, calibration_of, evaluation_of, respecified
 from tests.sweep.test_plan import NODE, facts, planned_for, trial
 
 SHAPE = facts("qwen3_8b")
@@ -163,3 +166,35 @@ def test_sensitivities_are_measured_once_for_all_budgets_and_what_lies_there_tak
     [rest] = planned_for([other], [NODE])
     assert rest.phases[SENSING] == pytest.approx(seconds[0] / 2)
     assert SENSING not in planned_for([trial()], [NODE])[0].phases
+    assert one.spec.budget is not None
+    held = replace(one.spec.budget, bits=None, bytes=10**10, context=32768, cache=4_831_838_208)
+    planned = planned_for([respecified(one, budget=held)], [NODE])
+    words = describe(planned, machines=[NODE], where="here", storage=tmp_path)
+    assert "the cache of a text of 32,768 tokens (4.83184 GB) take at most 10 GB." in words
+
+
+def test_traces_are_written_once_for_all_trials_and_what_lies_there_takes_no_time(tmp_path):
+    """Their windows are written token by token, which other windows are not."""
+    text = calibration_of("c4", samples=40, length=256)
+    written = replace(text, source=TRACES, draw=WRITTEN, temperature=1.0)
+
+    def on(calibration, bits=4):
+        return respecified(trial(bits=bits, keep="none"), calibration=calibration).moved(tmp_path)
+
+    def spent(*trials):
+        return [entry.phases["calibrate"] for entry in planned_for(trials, [NODE])]
+
+    one, other = on(written), on(written, bits=3)
+    [whole], costs = spent(one), CostModel()
+    steps = steps_of_writing(one.spec, SHAPE)
+    assert steps == 2 * 255  # 28 windows at once, whose cache takes 1 GB, then 12
+    assert spent(on(replace(text, source="demo"))) == [0.0]
+    assert whole == pytest.approx(
+        steps * SHAPE.layers * costs.issue
+    )  # one GPU waits for its orders
+    assert sorted(spent(one, other)) == [0.0, whole]
+    seconds, waiting = costs.writing(one.spec, SHAPE, EPYC)
+    assert waiting == 0
+    assert seconds > 40 * 256 * 2 * SHAPE.linear_parameters / (EPYC.units * costs.core_flops)
+    Shelf(tmp_path / TRACES, "a tokenizer").keep(part_identity(one.spec, written, range(28)), {})
+    assert spent(one) == [pytest.approx(whole * 12 / 40)]

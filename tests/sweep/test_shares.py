@@ -11,8 +11,6 @@ from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.ray.worker import (
     ALLOCATOR,
     ALLOCATOR_SETTINGS,
-    SPIN_SETTINGS,
-    SPINS,
     keep_to,
 )
 from q3q.sweep.shares import (
@@ -125,26 +123,20 @@ def test_a_machine_with_fewer_cores_than_gpus_fills_its_gpus_all_the_same():
     assert one.cpus * few.gpus <= few.cpus
 
 
-@pytest.mark.parametrize(
-    ("names", "ours", "given"),
-    [
-        (names, ours, given)
-        for names, ours in ((ALLOCATOR_SETTINGS, ALLOCATOR), (SPIN_SETTINGS, SPINS))
-        for given in (*names, None)
-    ],
-)
-def test_what_the_user_says_of_memory_and_of_waiting_stays(monkeypatch, names, ours, given):
+@pytest.mark.parametrize("given", [*ALLOCATOR_SETTINGS, None])
+def test_what_the_user_says_of_memory_stays(monkeypatch, given):
     """Of two names torch reads the newer one first, so the older one is left to decide too."""
     threads = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    for name in (*ALLOCATOR_SETTINGS, *SPIN_SETTINGS, *threads):
+    for name in (*ALLOCATOR_SETTINGS, *threads):
         monkeypatch.setenv(name, "")  # what keep_to sets is undone in the end
         monkeypatch.delenv(name)
     monkeypatch.setitem(sys.modules, "torch", type("T", (), {"set_num_threads": lambda n: None}))
     if given is not None:
         monkeypatch.setenv(given, "the user's")
     keep_to(1, 0.5)
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    assert found == ({names[0]: ours} if given is None else {given: "the user's"})
+    found = {name: os.environ[name] for name in ALLOCATOR_SETTINGS if name in os.environ}
+    ours = {ALLOCATOR_SETTINGS[0]: ALLOCATOR}
+    assert found == (ours if given is None else {given: "the user's"})
 
 
 def test_torch_knows_the_allocators_setting():

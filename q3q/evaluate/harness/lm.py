@@ -106,14 +106,13 @@ class HarnessLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         thinking = {} if self.chat.thinking is None else {"enable_thinking": self.chat.thinking}
-        text: str = self.tokenizer.apply_chat_template(
+        return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
             **thinking,
         )
-        return text
 
     def encode_all(self, instances: Sequence[Any]) -> list[Encoded]:
         """Encode requests of lm-eval's, each by its own type; one that is encoded stays as it is.

@@ -160,7 +160,6 @@ def refuse_namesakes(include: Path, requested: Sequence[str]) -> None:
     lm-eval would silently take such a task for the official one.
 
     Args:
-        include: the user's folder.
         requested: names in evaluation.tasks. A tag of lm-eval's that is also on a user's task would
             mean this task alone. It is refused only if it is requested, because a file that
             includes an official file has that file's tags.

@@ -11,8 +11,7 @@ UNPACKER = "a plain unpacker"  # its description begins so; public loaders' do n
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def text_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -113,8 +112,7 @@ def rounding_of(packed: dict[str, Any], linear: str) -> dict[str, Any] | None:
     # A name or a pattern precedes a class, as in all readers.
     groups = sorted(packed["config_groups"].values(), key=lambda g: g["targets"] == ["Linear"])
     group = next(group for group in groups if any(map(matches, group["targets"])))
-    found: dict[str, Any] | None = group.get("input_activations")
-    return found
+    return group.get("input_activations")
 
 
 def roundings_of(packed: dict[str, Any]) -> list[list[Any]]:

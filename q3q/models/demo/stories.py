@@ -182,9 +182,3 @@ def stories(seed: int, *, held_out: bool, kinds: Sequence[str] = KINDS) -> Itera
         story = _WRITERS[dice.pick(kinds)](dice)
         if story.held_out == held_out:
             yield story
-
-
-def story_text(seed: int, count: int, *, held_out: bool) -> str:
-    """Return `count` stories with their questions and answers as one text."""
-    stream = stories(seed, held_out=held_out)
-    return "\n".join(next(stream).full_text() for _ in range(count))

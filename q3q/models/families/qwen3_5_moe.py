@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from q3q.models.config_values import Values
@@ -29,7 +30,8 @@ class Qwen35MoeText(Qwen35Text, SharedExpert):
         """Every block has experts, and their shares always sum to 1."""
         shared = values.with_defaults(self.defaults).count("shared_expert_intermediate_size")
         fixed = {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True}
-        return super().facts(values.with_values({**fixed, "intermediate_size": shared}))
+        given = {**values.config, **fixed, "intermediate_size": shared}
+        return super().facts(replace(values, config=given))
 
 
 class Qwen35Moe(SeesImages, Qwen35MoeText):

@@ -38,8 +38,7 @@ def find_family(model_type: Any) -> Family:
     points, word = _offered(), str(model_type)[:LONGEST]
     if word in OWN:
         module, _, name = OWN[word].partition(":")
-        family: Family = getattr(import_module(module), name)()
-        return family
+        return getattr(import_module(module), name)()
     if word in points:
         return _load(points[word])
     known = (*OWN, *sorted(points))

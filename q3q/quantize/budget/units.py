@@ -142,7 +142,7 @@ def limit_of(spec: TrialSpec, facts: ModelFacts, units: Sequence[Unit], unquanti
     if key == "bits":
         return math.floor(Fraction(str(value)) * weights_in(facts, units))
     if key == "bytes":
-        return 8 * int(value) - unquantized
+        return 8 * (int(value) - (spec.budget.cache or 0)) - unquantized
     return sum(row[0] for row in sizes_of(spec, facts, units, (int(value),)))
 
 
@@ -160,21 +160,32 @@ def refuse_unreachable(
     key, value = budget.given
     widths = ",".join(map(str, budget.widths))
     if key == "bytes":
-        if limit <= 0:
-            raise ConfigError(
-                f"budget.bytes={value}: what stays unquantized (embedding, head, norms and skipped "
-                f"layers) takes {in_bytes(unquantized / 8)} alone; head_bits= and embedding_bits= "
-                "make it smaller"
-            )
-        raise ConfigError(
-            f"budget.bytes={value} is too little: with budget.widths=[{widths}] the model takes "
-            f"{in_bytes((least + unquantized) / 8)} to {in_bytes((most + unquantized) / 8)}"
-        )
+        raise ConfigError(f"budget.bytes={value}{_short(budget, least, most, unquantized)}")
     average = "" if key == "bits" else f", an average of {limit / weights:.4g}"
     low, high = math.ceil(1000 * least / weights) / 1000, math.floor(1000 * most / weights) / 1000
     raise ConfigError(
         f"budget.{key}={value:g}{average}: with budget.widths=[{widths}] the average, scales and "
         f"zero points counted, is {low:g} to {high:g} bits"
+    )
+
+
+def _short(budget: BitBudget, least: int, most: int, unquantized: int) -> str:
+    """Say why a budget of bytes holds no allotment, and what can be reached."""
+    assert budget.bytes is not None
+    if 8 * budget.bytes <= unquantized:
+        return (
+            ": what stays unquantized (embedding, head, norms and skipped layers) takes "
+            f"{in_bytes(unquantized / 8)} alone; head_bits= and embedding_bits= make it smaller"
+        )
+    ends = [(end + unquantized) / 8 for end in (least, most)]
+    taken, widths = " to ".join(map(in_bytes, ends)), ",".join(map(str, budget.widths))
+    line = f" is too little: with budget.widths=[{widths}] the model takes {taken}"
+    if budget.cache is None:
+        return line
+    whole = " to ".join(in_bytes(end + budget.cache) for end in ends)
+    return (
+        f"{line}, and {whole} with the cache of context={budget.context} ({in_bytes(budget.cache)}"
+        "), which counts too; a shorter context or kv_bits= makes that smaller"
     )
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from q3q.models.anatomy import ScaleGroup
 from q3q.models.spool import Spool
 from q3q.numerics.grid import Grid, into_groups
 from q3q.numerics.levels import FloatLevels, Levels, RowPeaks, StoredLevels
@@ -117,7 +116,7 @@ class Awq(Method):
         skips_o = producer.shape != reader.shape and not self.settings.v_to_o
         if not self.settings.scale or (group.site.name == "o" and skips_o):
             return
-        mean_EI = _shared_by_repeats(task.statistics.mean_absolute_EI(), group)
+        mean_EI = group.over_repeats(task.statistics.mean_absolute_EI(), torch.mean)
         exponents = [step / self.settings.grid for step in range(self.settings.grid)]
         candidates_CEI = torch.stack([scale_candidate(mean_EI, exponent) for exponent in exponents])
         if len(group.site.weights) == 1:
@@ -396,14 +395,6 @@ def clip_search(
             best_eGrS = weight_eGrS.clamp(-best_limit, best_limit)
             clipped_EOI[e, r] = best_eGrS.transpose(1, 2).flatten(-2)
     return clipped_EOI
-
-
-def _shared_by_repeats(mean_EI: Tensor, group: ScaleGroup) -> Tensor:
-    """Average over the query heads that read one value head, for each of them."""
-    if group.repeat == 1:
-        return mean_EI
-    mean_EKRD = mean_EI.unflatten(1, (-1, group.repeat, group.head_dim))
-    return mean_EKRD.mean(2, keepdim=True).expand_as(mean_EKRD).flatten(1)
 
 
 def _limit(limits: dict[str, int], tensor: Tensor) -> int:

@@ -21,5 +21,4 @@ def build_method(spec: TrialSpec) -> Method:
         raise ConfigError(
             f"method={settings.name}: {settings.implementation} is not derived from Method"
         )
-    method: Method = kind(settings)
-    return method
+    return kind(settings)

@@ -14,7 +14,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from q3q.models.anatomy import ScaleGroup
 from q3q.numerics.grid import into_groups
 from q3q.numerics.levels import StoredLevels
 from q3q.quantize.method import Method, ScaleTask, SiteTask, levels_for
@@ -78,8 +77,8 @@ class SmoothQuant(Method):
         fed_by_norm = task.weights[group.producer].ndim == 1
         if not self.settings.smooth or not (fed_by_norm or self.settings.o_and_down):
             return
-        act_EI = _shared_by_repeats(task.statistics.peak_EI, group)
-        weight_EI = _shared_by_repeats(_largest_weights(task, len(act_EI)), group)
+        act_EI = group.over_repeats(task.statistics.peak_EI, torch.amax)
+        weight_EI = group.over_repeats(_largest_weights(task, len(act_EI)), torch.amax)
         alpha, weight_EI = self.settings.alpha, weight_EI.clamp(min=SMALLEST)
         scale_EI = (act_EI.pow(alpha) / weight_EI.pow(1 - alpha)).clamp(min=SMALLEST)  # equation 4
         if len(scale_EI) > 1:  # each expert has its own; a shared scale comes from all tokens
@@ -109,11 +108,3 @@ def _largest_weights(task: ScaleTask, experts: int) -> Tensor:
     if experts > 1:
         return torch.stack(largest).amax(0)
     return torch.cat([part.view(-1, part.shape[-1]) for part in largest]).amax(0, keepdim=True)
-
-
-def _shared_by_repeats(largest_EI: Tensor, group: ScaleGroup) -> Tensor:
-    """Take the largest over the query heads that read one value head, for each of them."""
-    if group.repeat == 1:
-        return largest_EI
-    largest_EKRD = largest_EI.unflatten(1, (-1, group.repeat, group.head_dim))
-    return largest_EKRD.amax(2, keepdim=True).expand_as(largest_EKRD).flatten(1)

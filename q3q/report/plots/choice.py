@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from q3q.report.budgets import size_of
+from q3q.report.budgets import Memory, size_of
 from q3q.report.families import Families
 from q3q.report.measures import is_perplexity, short
 from q3q.report.plots.axes import excess_scale, logarithmic, name_axes
@@ -23,24 +23,26 @@ def picture_of_answer(
     metric: str,
     chosen: Pool | None,
     looks: Looks,
+    memory: Memory | None = None,
 ) -> Plot | None:
     """Draw each choice's change against its size; None if fewer than two are known.
 
     Args:
-        name: of the answer.
         chosen: the recommended choice, which gets a ring.
+        memory: the cache that sizes count too.
     """
     points = [
         (pool, size, found)
         for pool in tried
-        if (size := size_of(pool)) is not None and (found := tests.change(pool, metric)) is not None
+        if (size := size_of(pool, memory)) is not None
+        and (found := tests.change(pool, metric)) is not None
     ]
     if len(points) < 2:
         return None
     figure, axes = panel()
     axes.axhline(0, color=SOFT, linewidth=0.8, linestyle=":")
     handles, heights = {}, [0.0]
-    unquantized = size_of(reference) if reference else None
+    unquantized = size_of(reference, memory) if reference else None
     if reference is not None and unquantized is not None:
         x = unquantized.value / 1e6
         description = f"{reference.name}: {megabytes(unquantized.value)}"
@@ -72,7 +74,10 @@ def picture_of_answer(
         excess_scale(axes, heights)
     words = short(metric).removesuffix(", %").replace("perplexity, ", "perplexity of ")
     unit = "%" if is_perplexity(metric) else "points"
-    name_axes(axes, "size of the whole model, MB", f"change of {words} ({unit})")
+    size_in_words = "size of the whole model"
+    if memory is not None:
+        size_in_words = f"weights and cache of {memory.context:,} tokens"
+    name_axes(axes, f"{size_in_words}, MB", f"change of {words} ({unit})")
     legend(figure, handles)
     rules = [size.rule for _, size, _ in points]
     title = f"What each choice costs: {words} against size"

@@ -1,12 +1,10 @@
 """Quality against size: of the quantized model in bytes, and of the original in parameters."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from q3q.kv_scheme import CacheShape
 from q3q.record import TrialRecord
-from q3q.report.budgets import size_of
+from q3q.report.budgets import Memory, size_of
 from q3q.report.measures import (
     by_model,
     is_accuracy,
@@ -38,8 +36,6 @@ from q3q.report.pools import Pool, comparable, pools
 from q3q.report.sizes import (
     COUNTED,
     Size,
-    cache_scheme_of,
-    cache_shape_of,
     megabytes,
     number_of,
     parameters_of,
@@ -61,12 +57,9 @@ def quality_against_bytes(
     Args:
         context: tokens of a text whose cache is counted beside the weights; None: weights alone.
     """
-    number, memory, uncounted = 0, None, ""
-    if context is not None:
-        shape = cache_shape_of(records)
-        memory = None if shape is None else Memory(shape, context)
-        if memory is None:
-            uncounted = " The cache is not counted: nothing here knows the model's config.json."
+    number, memory, uncounted = 0, Memory.of(records, context), ""
+    if context is not None and memory is None:
+        uncounted = " The cache is not counted: nothing here knows the model's config.json."
     for name, group in comparable(records).items():
         judged = judged_metrics(group)
         texts = [metric for metric in judged if is_perplexity(metric)]
@@ -84,17 +77,6 @@ def quality_against_bytes(
                 figure,
                 model,
             )
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a model takes beside its weights: the cache of one text of so many tokens."""
-
-    shape: CacheShape
-    context: int
-
-    def cache(self, pool: Pool) -> float:
-        return self.shape.bytes_at(cache_scheme_of(pool.records[0]), self.context)
 
 
 def _front(

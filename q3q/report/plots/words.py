@@ -23,7 +23,6 @@ def not_shown(left_out: Sequence[tuple[Pool, str]], metric: str, *, models: bool
 
     Args:
         left_out: each with its reason, which counts where the trial neither failed nor diverged.
-        models: name the models too.
     """
     reasons = {DIVERGED: "diverged", FAILED: "failed"}
     texts = [

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -30,6 +30,7 @@ from q3q.sweep.ray.messages import (
 )
 from q3q.sweep.ray.nodes import current_node_id, kernel_kill_counter
 from q3q.sweep.ray.tasks import GpuFailedError, HandedBackError, Resources, Started
+from q3q.sweep.ray.waiting import wait_as_cores_allow
 from q3q.team import LOOPBACK, Rendezvous, own_pulse
 
 # A task that is so many reports ahead of the driver waits, so that nobody's memory fills with them.
@@ -42,10 +43,6 @@ PARTING_SECONDS = 1.0
 # walk asks for, leave no gaps that nothing fits in. The second name is the older one.
 ALLOCATOR = "expandable_segments:True"
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-# How often a thread of OpenMP looks for its partners before it sleeps. By default it looks for
-# milliseconds, also for a partner whose core another process has (benchmarks/busy.py).
-SPINS = "1000"
-SPIN_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def task_entry(shape: Resources) -> Any:
@@ -223,7 +220,7 @@ def _run_call(
 def keep_to(cpus: float, gpus: float) -> None:
     """Compute with as many threads as CPUs were reserved; see no GPU if none was.
 
-    Threads wait as `SPINS` says, and a GPU's memory is allocated as `ALLOCATOR` says, unless the
+    Threads wait as `waiting` says, and a GPU's memory is allocated as `ALLOCATOR` says, unless the
     environment says otherwise. Call it before torch is imported.
     """
     threads = max(1, int(cpus))
@@ -232,15 +229,9 @@ def keep_to(cpus: float, gpus: float) -> None:
     # An earlier task imported torch; OpenMP counts threads for each calling thread anew.
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
-    _unless_set(SPIN_SETTINGS, SPINS)
-    if gpus:
-        _unless_set(ALLOCATOR_SETTINGS, ALLOCATOR)
+    wait_as_cores_allow(threads)
+    if gpus and not any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = ALLOCATOR
     if gpus == 0:
         # No GPU task inherits this: Ray gives those processes of their own.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def _unless_set(names: Sequence[str], value: str) -> None:
-    """Set the first of some environment variables, unless one of them is set."""
-    if not any(os.environ.get(name) for name in names):
-        os.environ[names[0]] = value
